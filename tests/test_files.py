@@ -183,7 +183,7 @@ def test_arguments_that_do_not_only_choose_a_shape_are_refused(
 def test_a_network_far_larger_than_the_file_is_not_made(
     saved: Path, name: str, kwargs: dict[str, Any]
 ) -> None:
-    with pytest.raises(cs.FileError, match="larger than what it holds"):
+    with pytest.raises(cs.FileError, match="larger than the tensors it holds"):
         cs.load(sourced(saved, name=name, kwargs=kwargs))
 
 

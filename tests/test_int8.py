@@ -352,7 +352,7 @@ def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("broken", "message"), [("levels", "another level map"), ("out", "no numbers"), ("file", "does not take")]
+    ("broken", "message"), [("levels", "another level map"), ("out", "not finite"), ("file", "does not take")]
 )
 def test_a_file_in_8_bits_that_is_wrong_is_not_taken(
     broken: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

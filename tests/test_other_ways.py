@@ -114,7 +114,7 @@ def test_a_copy_in_8_bits_runs_another_way_in_float_and_says_so() -> None:
     model, net = converted()
     fast = net.optimize(precision="int8", calibration=[images(2, *EVEN)])
     x = images(2, *ODD)
-    with pytest.warns(cs.CadWarning, match=r"(?s)another way.*float there.*crop_like"):
+    with pytest.warns(cs.CadWarning, match=r"(?s)another path.*float there.*crop_like"):
         assert_same(fast(x), model(x), EXACT)
     x = images(2, *EVEN)
     assert_same(fast(x), model(x), 0.2)
@@ -123,11 +123,11 @@ def test_a_copy_in_8_bits_runs_another_way_in_float_and_says_so() -> None:
 @torch.no_grad()
 def test_images_of_another_way_are_no_calibration() -> None:
     net = converted()[1]
-    with pytest.warns(cs.CadWarning, match="1 of 2 image batches take another way"):
+    with pytest.warns(cs.CadWarning, match="1 of 2 image batches take another path"):
         mixed = net.optimize(precision="int8", calibration=[x := images(2, *EVEN), images(2, *ODD)])
     alone = net.optimize(precision="int8", calibration=[x])
     assert mixed.quantisation == alone.quantisation
-    with pytest.raises(cs.InvalidInput, match="another way"):
+    with pytest.raises(cs.InvalidInput, match="another path"):
         net.optimize(precision="int8", calibration=[images(2, *ODD)])
 
 
@@ -149,7 +149,7 @@ def test_loaded_weights_leave_one_way() -> None:
     fast, x = net.optimize(), images(1, *ODD)
     fast(x)
     fast.load_state_dict(fast.state_dict())
-    with pytest.raises(cs.InvalidInput, match="another way"):
+    with pytest.raises(cs.InvalidInput, match="another path"):
         fast(x)
     fast(images(1, *EVEN))
 

@@ -954,7 +954,7 @@ def test_an_output_that_is_made_behind_the_region_is_refused(read: Callable[...,
     assert not readable(net)
     with pytest.raises(cs.InvalidInput, match="not read from the adaptive region: 3 makes it") as caught:
         read(net, images(1, *SIZE), points_in(SIZE, 1))
-    assert "leaves the region as it is" in caught.value.why
+    assert "leaves the region unchanged" in caught.value.why
 
 
 class Hosting(nn.Module):

@@ -1,6 +1,6 @@
 """Data: images, labelled folders, and networks by name.
 
-In come paths and names of the libraries; out go image batches and labels as tensors, and networks with their weights.
+In come paths and names of the libraries; out come image batches and labels as tensors, and networks with their weights.
 """
 
 from cadsurgery.data.augment import Augment

@@ -1,4 +1,4 @@
-"""Random changes of training images, the same for the same seed."""
+"""Random augmentation of training images, reproducible by seed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class Augment:
 
     Attributes:
         crop: side, or (height, width), in pixels; smaller images are padded with ignored labels. None: no crop.
-        flip: chance of a mirrored image.
-        jitter: of brightness, contrast and saturation: each is multiplied by a factor of 1 - jitter .. 1 + jitter.
-        scale: (low, high) bounds of a factor the image is resized by before the crop.
+        flip: probability of a mirrored image.
+        jitter: strength of colour jitter: brightness, contrast and saturation are each multiplied by a factor of
+            1 - jitter .. 1 + jitter.
+        scale: (low, high) bounds of the factor by which the image is resized before the crop.
         fill: colour of padded pixels.
     """
 
@@ -49,16 +50,16 @@ class Augment:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of what comes out; None for that of the image."""
+        """Height and width of the result; None if the image keeps its size."""
         return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
 
     def __call__(self, image: Tensor, labels: Tensor, seed: int | torch.Generator) -> tuple[Tensor, Tensor]:
-        """A changed pair, a function of its arguments alone; torch's global random state stays as it was.
+        """Augment an image and its labels; torch's global random state is not used or changed.
 
         Args:
             image: (3, H, W) in 0..1.
             labels: (H, W) int64.
-            seed: a number, or a generator that one is drawn from.
+            seed: a number, or a generator from which the seed is drawn.
 
         Returns:
             Image and labels of `size`.
@@ -68,9 +69,9 @@ class Augment:
         if isinstance(seed, torch.Generator):
             seed = int(torch.randint(2**62, (), generator=seed))
         with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(seed)  # manual_seed of torch would touch other devices' too
-            changed, on_labels = self._transform(image)(tv_tensors.Image(image), tv_tensors.Mask(labels))
-        return changed.as_subclass(Tensor), on_labels.as_subclass(Tensor)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the other devices
+            new_image, new_labels = self._transform(image)(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        return new_image.as_subclass(Tensor), new_labels.as_subclass(Tensor)
 
     def _transform(self, image: Tensor) -> v2.Transform:
         from torchvision import tv_tensors

@@ -1,4 +1,4 @@
-"""Images with labels, or without, as pairs of tensors, every item checked when it is read."""
+"""Datasets of images, with or without labels, as pairs of tensors; every item is checked when it is read."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     ignored.
 
     Attributes:
-        name: the spec it was opened with.
-        split: which part.
-        classes: their names, in order of their labels; none of images without labels, where every pixel is ignored.
-        names: of the items, for messages; paths where they are files.
-        read: the item at a position, as an image and a label picture or (H, W) array of stored values, or None.
-        table: from stored label values to classes; what it lacks is out of range.
+        name: the spec that the data was opened with, e.g. `voc:PATH`.
+        split: name of the split, e.g. `train`.
+        classes: names of the classes in order of their labels; empty if the images have no labels (all pixels ignored).
+        names: names of the items for messages; paths if they are files.
+        read: function from a position to an image and its labels: a picture or array (H, W) of stored values, or None.
+        table: pairs of a stored label value and its class; any other stored value is out of range.
     """
 
     name: str
@@ -53,11 +53,11 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return len(self.names)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        """The item at a position.
+        """Return image and labels at a position.
 
         Raises:
             FileError: a file cannot be read.
-            InvalidInput: image and labels differ in size, labels are no map of values, or one is out of range.
+            InvalidInput: image and labels differ in size, the labels are a colour picture, or one is out of range.
         """
         if not -len(self) <= position < len(self):
             raise IndexError(position)
@@ -68,7 +68,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
             values = np.full(image.shape[1:], IGNORED) if stored is None else np.array(stored)
         except CadError:
             raise
-        except Exception as error:  # decoders raise anything
+        except Exception as error:  # decoders raise errors of any type
             raise FileError(
                 f"{name} or its labels cannot be read.",
                 why=first_line(error),
@@ -82,7 +82,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return bool(self.classes)
 
     def first(self, count: int | None) -> SegmentationData:
-        """The first so many items; None for all."""
+        """Return the first `count` items; None for all."""
         return self if count is None else replace(self, names=self.names[:count])
 
     def _labels(self, values: np.ndarray[Any, Any], image: Tensor, name: str) -> Tensor:
@@ -111,13 +111,13 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
 
 
 def is_labelled(data: Any) -> bool:
-    """True if the samples of a dataset come with labels: it says so itself, or its first is more than an image."""
+    """True if a dataset has labels: by its attribute `is_labelled`, else if its first sample is not just an image."""
     known = getattr(data, "is_labelled", None)
     return bool(known) if known is not None else not isinstance(data[0], Tensor)
 
 
 def sample_of(data: Any, index: int) -> tuple[Any, Any]:
-    """Inputs and labels (H, W) of a sample; of one that is an image (3, H, W) alone every pixel is ignored."""
+    """Return inputs and labels (H, W) of a sample; for an image (3, H, W) without labels all pixels are ignored."""
     sample = data[index]
     if isinstance(sample, Tensor):
         return sample, torch.full(sample.shape[-2:], IGNORED)
@@ -126,7 +126,7 @@ def sample_of(data: Any, index: int) -> tuple[Any, Any]:
 
 
 def _image(picture: Any) -> Tensor:
-    """(3, H, W) float32 in 0..1 of a picture; tensors are passed on."""
+    """Convert a picture to (3, H, W) float32 in 0..1; a tensor is returned as it is."""
     if isinstance(picture, Tensor):
         return picture
     assert isinstance(picture, Image.Image)
@@ -135,7 +135,7 @@ def _image(picture: Any) -> Tensor:
 
 
 def identity_table(classes: int, ignore: Iterable[int] = ()) -> tuple[tuple[int, int], ...]:
-    """Stored values that are the classes themselves; 255 and `ignore` are ignored."""
+    """Return the label table in which each stored value is its class; 255 and the values of `ignore` are ignored."""
     return tuple(
         ({value: value for value in range(classes)} | dict.fromkeys((IGNORED, *ignore), IGNORED)).items()
     )

@@ -1,7 +1,7 @@
-"""Files on the Hugging Face Hub, by an address: `hf:owner/name`, or `hf:owner/name@revision`.
+"""Download files from the Hugging Face Hub by address: `hf:owner/name`, or `hf:owner/name@revision`.
 
-The client, huggingface_hub, decides on the server (HF_ENDPOINT), the cache (HF_HOME), the token (HF_TOKEN, or what
-`hf auth login` left) and whether there is a network (HF_HUB_OFFLINE).
+The client, huggingface_hub, reads the server from HF_ENDPOINT, the cache folder from HF_HOME, the token from HF_TOKEN
+(or from `hf auth login`) and the offline mode from HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from cadsurgery.support.errors import (
 )
 
 PREFIX = "hf:"
-FILE = "model.safetensors"  # the name that the Hub knows: it shows what is in it and counts its downloads
+FILE = "model.safetensors"  # the Hub shows the tensors of a file of this name and counts its downloads
 _SIGN_IN = "set HF_TOKEN, or run hf auth login"
 
 
 class Address(NamedTuple):
-    """A repository on the Hub, and a branch, tag or commit of it; None for its main branch."""
+    """A repository on the Hub, and its branch, tag or commit; None for the main branch."""
 
     repository: str
     revision: str | None = None
@@ -41,7 +41,7 @@ class Address(NamedTuple):
 
 
 def is_address(name: object) -> bool:
-    """True if a file is named by its address on the Hub."""
+    """True if the name is an address on the Hub."""
     return isinstance(name, (str, os.PathLike)) and str(name).startswith(PREFIX)
 
 
@@ -49,7 +49,7 @@ def read_address(text: str) -> Address:
     """Parse `hf:owner/name@revision`; `hf:` may be left out.
 
     Raises:
-        InvalidInput: it is none.
+        InvalidInput: the text is not an address.
         CadError: the client is not installed.
     """
     repository, at, revision = text.removeprefix(PREFIX).partition("@")
@@ -71,10 +71,10 @@ def read_address(text: str) -> Address:
 
 
 def client() -> Any:
-    """huggingface_hub's client, which names this package to the server.
+    """Return huggingface_hub's client, which reports this package's name to the server.
 
     Raises:
-        CadError: it is not installed.
+        CadError: the client is not installed.
     """
     hub = import_optional(
         "huggingface_hub", "the Hub is reached through huggingface_hub.", "pip install 'cadsurgery[hub]'"
@@ -83,14 +83,14 @@ def client() -> Any:
 
 
 def fetch(text: str) -> Path:
-    """The converted network of an address, in the client's cache; what is there and new enough is not fetched again.
+    """Download the converted network of an address, unless the client's cache has its newest version; return the path.
 
-    Only this file is fetched, nothing of it is run. Without a network it is the one that was fetched last.
+    Only this file is downloaded, and no code in it is run. Without a network the last downloaded version is used.
 
     Raises:
-        InvalidInput: no address.
-        FileError: no such repository, revision or file in it, it may not be read, or cannot be reached and is not in
-            the cache.
+        InvalidInput: the text is not an address.
+        FileError: the repository, revision or file does not exist or may not be read, or the server cannot be reached
+            and the file is not in the cache.
         CadError: the client is not installed.
     """
     address = read_address(text)
@@ -100,11 +100,11 @@ def fetch(text: str) -> Path:
 
 @contextmanager
 def refusing(address: Address, what: str) -> Iterator[None]:
-    """Errors of the client, of whatever kind, as ours.
+    """Turn every error of the client into a `FileError`.
 
     Args:
-        address: what is asked for.
-        what: `be fetched`, `be written`.
+        address: the address that the client works on.
+        what: end of the sentence "... cannot": `be fetched`, `be written`.
 
     Raises:
         FileError: in place of any other error.
@@ -113,25 +113,25 @@ def refusing(address: Address, what: str) -> Iterator[None]:
         yield
     except CadError:
         raise
-    except Exception as error:  # of its HTTP library, too, which is another one in each of its versions
+    except Exception as error:  # also errors of its HTTP library, which differs between client versions
         why, next = _reason(error, address)
         raise FileError(f"{address} cannot {what}.", why=why, next=next) from error
 
 
 def _reason(error: Exception, address: Address) -> tuple[str, str]:
-    """Why the client failed, and the next step."""
+    """Return why the client failed, and the next step."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{address.repository}"
-    absent = f"{constants.ENDPOINT} is not reached from here, and what is asked for is not in the cache"
-    known: dict[Any, tuple[str, str]] = {  # those that are kinds of others first
+    absent = f"{constants.ENDPOINT} is not reached from here, and the file is not in the cache"
+    known: dict[Any, tuple[str, str]] = {  # subclasses before their base classes
         errors.GatedRepoError: (
             "its owner decides who may read it.",
             f"ask for it on {page}, then {_SIGN_IN}.",
         ),
         errors.RepositoryNotFoundError: (
-            "there is no such repository, or it is private and you are not signed in as one who may read it.",
-            f"check the name; of a private one {_SIGN_IN}.",
+            "there is no such repository, or it is private and you are not signed in with an account that may read it.",
+            f"check the name; for a private repository {_SIGN_IN}.",
         ),
         errors.RevisionNotFoundError: (
             f"it has no branch, tag or commit {address.revision!r}.",
@@ -150,25 +150,25 @@ def _reason(error: Exception, address: Address) -> tuple[str, str]:
         if isinstance(error, kinds):
             return reason
     answer = getattr(getattr(error, "response", None), "status_code", None)
-    why = f"the Hub answers {answer}: {_said(error)}" if answer else describe_error(error)
+    why = f"the Hub answers {answer}: {_server_message(error)}" if answer else describe_error(error)
     if answer in (401, 403):
         return why, f"{_SIGN_IN}, with a token that may do this."
     return why, f"check the connection and HF_ENDPOINT ({constants.ENDPOINT}), or try again later."
 
 
-def _said(error: Exception) -> str:
+def _server_message(error: Exception) -> str:
     """Return the server's message in one line."""
     return first_line(getattr(error, "server_message", "") or " ".join(str(error).split()))
 
 
 @contextmanager
 def offline_without_network() -> Iterator[None]:
-    """Spare the user a minute of the client's retries where the server's name is not even known."""
+    """Set the client to offline mode if the server's name cannot be resolved, which saves a minute of retries."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
     try:
-        if not getproxies():  # a proxy looks up names itself
+        if not getproxies():  # a proxy resolves names itself
             socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
     except OSError:
         constants.HF_HUB_OFFLINE = True

@@ -1,4 +1,4 @@
-"""Images in and out: reading, normalising, a generated street scene, writing without half-written files."""
+"""Read, normalise and write images, and generate street scenes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
 
 _SIDE = 2**14
-MOST_PIXELS = _SIDE**2  # of an image that is generated or resized: 3 GiB as float32
+MOST_PIXELS = _SIDE**2  # limit for generated and resized images: 3 GiB as float32
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-# What a picture can be written as.
+# Formats that pictures can be written in, by file name ending.
 FORMATS = {
     **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"},
     **{".tif": "TIFF", ".tiff": "TIFF", ".pdf": "PDF"},
@@ -31,24 +31,24 @@ FORMATS = {
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool = True) -> Tensor:
-    """An image file as (3, H, W) float32 in 0..1, resized to `size` (height, width) if given.
+    """Read an image file as (3, H, W) float32 in 0..1, resized to `size` (height, width) if given.
 
-    Values are divided by the largest that their type can hold, 255 or 65535. Transparency is left out.
+    Values are divided by the largest value of their type, 255 or 65535. Transparency is dropped.
 
     Args:
-        path: of the file.
-        size: to resize to.
-        upright: turned as the file says that the camera was held (EXIF), as viewers show it; else as it is stored.
+        path: the image file.
+        size: target size, or None to keep the size.
+        upright: rotate the image by its EXIF orientation, as viewers show it; False keeps it as stored.
 
     Raises:
-        FileError: missing, unreadable or empty, several pictures in one file, or values whose range is not known.
-        InvalidInput: a size without pixels.
+        FileError: the file is missing, unreadable or empty, holds several pictures, or has values of unknown range.
+        InvalidInput: the size has no pixels, or too many.
     """
     check_size(size)
     with _open(path, "an image", "give a PNG or JPEG.") as file:
         image = ImageOps.exif_transpose(file) if upright else file
         wide = image.mode == "F" or image.mode.startswith("I")
-        # Converted by the library, what has more than 8 bits would be clipped to 255.
+        # PIL's conversion would clip values of more than 8 bits to 255.
         image = Image.fromarray(_grey(np.array(image), file, path)) if wide else image.convert("RGB")
     if size is not None:
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
@@ -57,10 +57,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool
 
 
 def check_size(size: tuple[int, int] | None) -> None:
-    """Refuse a size of images without pixels, or with more than `MOST_PIXELS`.
+    """Refuse an image size without pixels, or with more than `MOST_PIXELS`.
 
     Raises:
-        InvalidInput: it is such a size.
+        InvalidInput: the size has too few or too many pixels.
     """
     if size is not None and min(size) < 1:
         raise InvalidInput(f"an image of {size[0]}x{size[1]} has no pixels.", next="give a positive size.")
@@ -74,28 +74,28 @@ def check_size(size: tuple[int, int] | None) -> None:
 
 @contextlib.contextmanager
 def _open(path: Path, what: str, next: str) -> Iterator[Image.Image]:
-    """The only picture of a file; what goes wrong within is said of the file."""
+    """Open a file with a single picture; errors in the block become a `FileError` that names the file."""
     if not files.exists(path):
         refusal = files.absent(path)
         raise FileError(refusal.what, next=f"{refusal.next} Then {next}")
     try:
         with Image.open(path) as file:
             count = getattr(file, "n_frames", 1)
-            if count > 1 and file.format != "MPO":  # a photograph, with smaller copies of it
+            if count > 1 and file.format != "MPO":  # MPO: a photograph with smaller copies
                 raise FileError(
                     f"{path} holds {count} pictures.", next="store the one you mean in a file of its own."
                 )
             yield file
     except FileError:
         raise
-    except Exception as error:  # decoders raise anything, also for pictures that are suspiciously large
+    except Exception as error:  # decoders raise errors of any type, also for suspiciously large pictures
         raise FileError(f"{path} cannot be read as {what}.", why=str(error), next=next) from error
 
 
 def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path) -> np.ndarray[Any, Any]:
-    """(H, W) float32 in 0..1 of a grey picture of more than 8 bits."""
+    """Scale a grey picture of more than 8 bits to (H, W) float32 in 0..1."""
     largest = 1.0
-    if file.mode.startswith("I;") or file.format in ("PNG", "PPM"):  # formats without numbers of 32 bits
+    if file.mode.startswith("I;") or file.format in ("PNG", "PPM"):  # formats without 32-bit values
         bits = int(getattr(file, "tag_v2", {}).get(258, (16,))[0])
         largest = 2.0**bits - 1
     scaled = values.astype(np.float32) / np.float32(largest)
@@ -109,10 +109,11 @@ def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path) -> np.nda
 
 
 def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """A label file (grey or palette, 8 or 16 bits) as (H, W) int64, resized to `size` (height, width) by the nearest.
+    """Read a label file (grey or palette, 8 or 16 bits) as (H, W) int64, resized to `size` (height, width) by nearest
+    neighbour.
 
     Raises:
-        FileError: missing or unreadable, or a picture in colour.
+        FileError: the file is missing, unreadable, or a colour picture.
     """
     with _open(path, "labels", "give a PNG of one class per pixel.") as file:
         labels, mode = file.copy(), file.mode
@@ -127,16 +128,20 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str, str]]]:
-    """Image files among the given files and folders, and where each belongs below an output folder; and what was given
-    in vain, as rows of failures: a path that does not exist, a folder without images.
+    """Find the image files among files and folders.
 
-    Folders are searched and keep their structure; images that differ in their ending only keep it.
+    Folders are searched recursively, and results keep their structure. If images differ only in their ending, the
+    ending becomes part of the result's name.
+
+    Returns:
+        The path of each image's result below an output folder, by image; and one failure row for each path that does
+        not exist and each folder without images.
 
     Raises:
-        FileError: nothing was found at all.
+        FileError: no image was found at all.
     """
     places: dict[Path, Path] = {}
-    vain: dict[Path, FileError] = {}
+    failures: dict[Path, FileError] = {}
     targets = _Targets()
     for path in paths:
         is_folder = files.is_folder(path)
@@ -147,23 +152,23 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
             inside = [path.name] if files.exists(path) else []
             refusal = files.absent(path, "file or folder")
         if not inside:
-            vain[path] = refusal
+            failures[path] = refusal
         for place in inside:
             image = path / place if is_folder else path
             if image not in places:
                 places[image] = Path(targets.of(place))
-    if not places and not vain:
+    if not places and not failures:
         raise FileError("no images were given.", next="name files or folders.")
     if not places:
-        (_, refusal), *others = vain.items()
+        (_, refusal), *others = failures.items()
         also = ", ".join(str(path) for path, _ in others)
         why = f"neither is there anything in {also}." if others else ""
         raise FileError(refusal.what, why=why, next=refusal.next)
-    return places, [{"image": str(path), **refusal.to_dict()} for path, refusal in vain.items()]
+    return places, [{"image": str(path), **refusal.to_dict()} for path, refusal in failures.items()]
 
 
 def _images_inside(folder: str) -> list[str]:
-    """Images in a folder and those within, by their paths from there, folder by folder in the order of their names."""
+    """List the images in a folder and its subfolders by relative path, sorted by folder and name."""
     found, waiting = list[tuple[str, ...]](), list[tuple[str, ...]]([()])
     for parts in waiting:
         with contextlib.suppress(OSError), os.scandir(os.path.join(folder, *parts)) as entries:
@@ -176,16 +181,15 @@ def _images_inside(folder: str) -> list[str]:
 
 
 class _Targets:
-    """Places below an output folder, each given once: images that differ in their ending only keep it."""
+    """Unique paths below an output folder; images that differ only in their ending get the ending in their name."""
 
     def __init__(self) -> None:
         self.used: set[str] = set()
-        self.tried: dict[
-            str, int
-        ] = {}  # by how they begin, so that many of one name are not counted anew each time
+        # Next number to try per base name, so that many images of one name need no new search each.
+        self.tried: dict[str, int] = {}
 
     def of(self, place: str) -> str:
-        """Where the image of a path from its own folder belongs."""
+        """Return the result path of an image, given its path relative to its input folder."""
         stem, ending = _split(place)
         target = f"{stem}.png"
         if target in self.used:
@@ -199,14 +203,14 @@ class _Targets:
 
 
 def _split(place: str) -> tuple[str, str]:
-    """A path without its ending, and the ending, as `Path.suffix` has it."""
+    """Split a path into the part before its ending and the ending, as `Path.suffix` defines it."""
     start = place.rfind(os.sep) + 1
     dot = place.rfind(".")
     return (place[:dot], place[dot:]) if start < dot < len(place) - 1 else (place, "")
 
 
 def normalise(image: Tensor, source: Source | None) -> Tensor:
-    """An image (3, H, W) or batch (B, 3, H, W) in 0..1 as the network expects it: mean and standard deviation of its
+    """Normalise an image (3, H, W) or batch (B, 3, H, W) in 0..1 by the mean and standard deviation of the network's
     source, or ImageNet's."""
     from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
 
@@ -219,12 +223,12 @@ SCENE_CLASSES = ("sky", "building", "ground", "road", "pole", "car")
 
 
 def street_scene(height: int = 512, width: int = 1024, seed: int = 0) -> Tensor:
-    """A generated street scene, (3, H, W) float32 in 0..1: smooth areas, edges and thin structures."""
+    """Generate a street scene, (3, H, W) float32 in 0..1: smooth areas, edges and thin structures."""
     return labelled_scene(height, width, seed)[0]
 
 
 def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A generated street scene and its labels (H, W), int64 indices into `SCENE_CLASSES`.
+    """Generate a street scene and its labels (H, W), int64 indices into `SCENE_CLASSES`.
 
     Raises:
         InvalidInput: see `check_size`.
@@ -292,23 +296,23 @@ def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture in the format of the path's ending, whole or not at all.
+    """Write a picture atomically, in the format of the path's ending.
 
     Raises:
-        FileError: the path cannot be written, or its ending is of no format.
+        FileError: the path cannot be written, or its ending belongs to no known format.
     """
     kind = _format(path)
-    if kind != "PNG":  # which alone has palettes and transparency as they are here
+    if kind != "PNG":  # only PNG keeps our palettes and transparency
         picture = picture.convert("RGB")
     with write_whole(path) as temporary:
         picture.save(temporary, kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
 
 
 def check_picture(path: Path, option: str = "--output") -> None:
-    """Refuse a path that no picture can be written to, before work is done for it.
+    """Refuse, before any work is done, a path that no picture can be written to.
 
     Raises:
-        FileError: there is no such folder, or the ending is of no format.
+        FileError: there is no such folder, or the ending belongs to no known format.
     """
     check_folder(path, option)
     _format(path)

@@ -1,4 +1,4 @@
-"""Networks by name: torchvision, timm, or `module:function`, with their weights if they can be had."""
+"""Build networks by name, from torchvision, timm or `module:function`, with pretrained weights if available."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ from cadsurgery.support.provenance import find_function, untrusted
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # how names of files of weights end
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # endings of weight files
 
-# What torchvision's builders take that decides about parameters or the forward pass; read off the built
-# network so that it can be built again without its weights.
+# Arguments of torchvision's builders that change the parameters or the forward pass. Pretrained weights may set them;
+# they are read from the built network so that it can be built again without its weights.
 _DECISIVE = ("aux_loss", "aux_logits", "transform_input")
-# What a file that is not trusted may give to builders: what chooses among the shapes of a network, none of which reads
-# files or addresses.
+# Builder arguments accepted from an untrusted file: they only choose shapes, and none of them reads files or addresses.
 _SHAPING = {
     *("num_classes", "in_chans", "output_stride", "features_only", "out_indices", "global_pool"),
     *("width_mult", "groups", "width_per_group", "replace_stride_with_dilation", "zero_init_residual"),
     *("dropout", "drop_rate", "drop_path_rate", "act_layer", "norm_layer", "trainable_backbone_layers"),
     *("init_weights", *_DECISIVE),
 }
-_SMALL, _FEW = 4096, 10_000_000  # of such an argument; values of parameters that a builder may make and drop
-# Networks of torchvision for pairs of images, for video, or of quantised weights, by a part of their name.
+_SMALL, _FEW = 4096, 10_000_000  # limits of such an argument and of extra parameter values in a builder
+# Parts of the names of torchvision's networks for image pairs, for video and with quantised weights.
 _NO_IMAGES = ("raft", "quantized", "r3d", "mc3", "r2plus1d", "s3d", "mvit", "swin3d")
 
 
 @dataclass(frozen=True)
 class Source:
-    """How a network was built, so that a file can build it again.
+    """Record of how a network was built, from which a file can build it again.
 
     Attributes:
         name: `torchvision:NAME`, `timm:NAME` or `module:function`.
         kwargs: arguments of its builder.
-        weights: which weights it got: a name, a file, or `random`.
-        note: what a user should know about them.
-        mean: of the images it expects, per channel, on a scale of 0..1.
-        std: their standard deviation.
-        untrusted: the file that says all this, if nobody has said to trust it: then it is no reason to run code.
+        weights: origin of its weights: a name, a file, or `random`.
+        note: remark about the weights for the user.
+        mean: mean of the expected images per channel, on a scale of 0..1.
+        std: standard deviation of the expected images per channel.
+        untrusted: path of the file this source was read from, if the user has not declared it trusted; then none of its
+            code is run.
     """
 
     name: str
@@ -72,15 +72,15 @@ class Source:
     untrusted: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+        """Return the fields as plain values, for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "untrusted"}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Source:
-        """From `to_dict`.
+        """Rebuild a source from the values of `to_dict`.
 
         Raises:
-            ValueError, TypeError: values that `to_dict` does not write.
+            ValueError, TypeError: the values are not those of a source.
         """
         hints = {name: hint for name, hint in get_type_hints(Source).items() if name != "untrusted"}
         source = Source(**check_fields(values, hints, "the source"))
@@ -92,21 +92,21 @@ class Source:
 def build_model(
     name: str, weights: str = "auto", *, num_classes: int | None = None, **kwargs: Any
 ) -> nn.Module:
-    """Build a network by name, in evaluation mode; `model.cad_source` tells how.
+    """Build a network by name, in evaluation mode; `model.cad_source` records how it was built.
 
     Args:
         name: a torchvision or timm name (torchvision wins if both have it; `timm:NAME` chooses), or
             `module:function` for a network of your own.
-        weights: `"auto"` takes the library's best weights, from its cache or the network, and says so if
-            it must leave them random; `"none"` leaves them random; else a name of weights of torchvision
-            (e.g. `"IMAGENET1K_V2"`), a tag of timm, or a file (`.safetensors`, `.pth`).
-        num_classes: number of outputs; of pretrained weights for another number, those that fit are taken
-            and the note names the others, which are random.
-        kwargs: for the builder, e.g. `aux_loss=True`.
+        weights: `"auto"` takes the library's best weights from its cache or the internet; if there are none, the
+            weights stay random and the note says so. `"none"` keeps random weights. Otherwise the name of torchvision
+            weights (e.g. `"IMAGENET1K_V2"`), a timm tag, or a file (`.safetensors`, `.pth`).
+        num_classes: number of outputs. If the pretrained weights are for another number, the fitting tensors are
+            loaded; the others stay random, and the note names them.
+        kwargs: arguments of the builder, e.g. `aux_loss=True`.
 
     Raises:
-        UnknownName: no such network or weights.
-        FileError: weights asked for by name or file cannot be had.
+        UnknownName: there is no such network, or there are no such weights.
+        FileError: the named weights or weight file are not available.
     """
     library, _, rest = name.partition(":")
     if not (library and rest):
@@ -119,7 +119,7 @@ def build_model(
             "none", kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
         )
         _load_weights(model, path)
-        # Not the path: what is converted is handed on, and tells nobody where its files lay.
+        # The name instead of the path: converted networks are shared and should not reveal local folders.
         source = replace(source, weights=path.name, note=f"weights from {path.name}")
     else:
         model, source = _of_classes(build, weights, kwargs, num_classes)
@@ -128,18 +128,18 @@ def build_model(
 
 
 def build_again(source: Source, state: Mapping[str, Tensor]) -> nn.Module:
-    """The network that a source names, with random weights.
+    """Build the network that a source describes, with random weights.
 
-    For a file that is not trusted only torchvision's and timm's own networks are built, with arguments that choose
-    among their shapes, and none far larger than the tensors it is for.
+    For an untrusted file only networks of torchvision and timm are built, only with arguments that choose their shapes,
+    and only if they are not far larger than the tensors of the file.
 
     Args:
-        source: of `build_model`.
-        state: tensors that it will be given.
+        source: record of `build_model`.
+        state: tensors that will be loaded into the network.
 
     Raises:
-        FileError: the file of the source names something else.
-        UnknownName: there is no such network here.
+        FileError: an untrusted file describes any other network.
+        UnknownName: the network is not installed here.
     """
     if not source.untrusted:
         return build_model(source.name, "none", **source.kwargs)
@@ -156,13 +156,13 @@ def build_again(source: Source, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _call(source: Source) -> str:
-    given = ", ".join(f"{name}={value!r}" for name, value in source.kwargs.items())
-    text = f"{source.name}({given})"
+    arguments = ", ".join(f"{name}={value!r}" for name, value in source.kwargs.items())
+    text = f"{source.name}({arguments})"
     return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def _is_small(value: Any, largest: int) -> bool:
-    """True if an argument is a plain value, or a short list of them, that asks for nothing large."""
+    """True if an argument is a plain value, or a short list of plain values, without large numbers or long texts."""
     if isinstance(value, list):
         return len(value) <= 64 and not any(isinstance(v, list) or not _is_small(v, largest) for v in value)
     if isinstance(value, str):
@@ -172,7 +172,7 @@ def _is_small(value: Any, largest: int) -> bool:
 
 @contextmanager
 def _limit(most: int, source: Source) -> Iterator[None]:
-    """Refuse a network, while it is built in this thread, once its parameters have more values than `most`."""
+    """Refuse a network that is built in this thread as soon as its parameters have more than `most` values."""
     thread, values = threading.get_ident(), 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -181,7 +181,7 @@ def _limit(most: int, source: Source) -> Iterator[None]:
             values += parameter.numel()
             if values > most:
                 raise FileError(
-                    f"{source.untrusted} names a network far larger than what it holds.",
+                    f"{source.untrusted} names a network far larger than the tensors it holds.",
                     where=_call(source),
                     next="pass the architecture it was converted from: cs.load(path, model=...).",
                 )
@@ -194,22 +194,25 @@ def _limit(most: int, source: Source) -> Iterator[None]:
 
 
 def source_of(network: nn.Module) -> Source:
-    """Where a network came from; for one of your own its type. Mean and standard deviation are those that a converted
-    network is known to take, else those that its `pretrained_cfg` states, as timm's networks do, or ImageNet's."""
+    """Return the source of a network; for a network of your own, a source with its type's name.
+
+    Mean and standard deviation are those recorded by a converted network, else those of its `pretrained_cfg` (timm),
+    else ImageNet's.
+    """
     note = "weights as they were given"
     source = Source(type(network).__name__, {}, "own", note, *_statistics(network))
     sources = (getattr(network, name, None) for name in ("source", "cad_source"))
     source = next((one for one in sources if isinstance(one, Source)), source)
     known: Any = getattr(network, "normalisation", None)
     mean, is_part = getattr(known, "mean", None), getattr(network, "hosts_part", False)
-    if mean and isinstance(mean, tuple) and not is_part:  # of a part it says what that part is given
+    if mean and isinstance(mean, tuple) and not is_part:  # for a part these are statistics of its own input
         return replace(source, mean=mean, std=known.std)
     return source
 
 
 def stated_statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], str] | None:
-    """Mean and standard deviation of the images that a network expects, and who states them: the library it was built
-    by, or its `pretrained_cfg`; None if nobody does."""
+    """Return mean and standard deviation of the images that a network expects, and their origin in words: its library
+    or its `pretrained_cfg`; None if neither states them."""
     source, stated = getattr(network, "cad_source", None), _config(network)
     if isinstance(source, Source) and source.name.partition(":")[0] in ("torchvision", "timm"):
         return source.mean, source.std, f"stated by {source.name}"
@@ -219,23 +222,23 @@ def stated_statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[floa
 
 
 def _statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the images that a network expects."""
+    """Return mean and standard deviation of a network's `pretrained_cfg`, or ImageNet's."""
     stated = _config(network)
     return tuple(stated.get("mean") or IMAGENET_MEAN), tuple(stated.get("std") or IMAGENET_STD)
 
 
 def _config(network: nn.Module) -> dict[str, Any]:
-    """timm's description of a network's weights, which others may have, too."""
+    """Return a network's `pretrained_cfg` (set by timm, and perhaps by other libraries); empty if it has none."""
     stated = getattr(network, "pretrained_cfg", None)
     return stated if isinstance(stated, dict) else {}
 
 
 def list_models(pattern: str = "*", library: str = "") -> list[str]:
-    """Names of torchvision and timm networks for images; whether each converts is in `coverage.recorded`.
+    """List the torchvision and timm networks for images; `coverage.recorded` tells which of them can be converted.
 
     Args:
         pattern: shell-style, e.g. `"*resnet*"`.
-        library: `"torchvision"` or `"timm"`; default both, without duplicates.
+        library: `"torchvision"` or `"timm"`; by default both, without duplicates.
 
     Raises:
         UnknownName: no such library.
@@ -250,7 +253,7 @@ def list_models(pattern: str = "*", library: str = "") -> list[str]:
 
 
 def family_of(name: str) -> str:
-    """The library and module a network is of, e.g. `torchvision.resnet`."""
+    """Return the library and module that define a network, e.g. `torchvision.resnet`."""
     import timm
     import torchvision
 
@@ -299,8 +302,8 @@ def _torchvision_builder(name: str) -> Builder:
 
 
 def _image_statistics(model: nn.Module, entry: Any = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the images a network of torchvision expects with some weights; detectors normalise
-    themselves."""
+    """Return mean and standard deviation of the images that a torchvision network expects with the weights `entry`;
+    0 and 1 for detectors, which normalise their images themselves."""
     if hasattr(getattr(model, "transform", None), "image_mean"):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     preset = entry.transforms() if entry is not None else None
@@ -376,7 +379,7 @@ def _function_builder(module: str, function: str) -> Builder:
 
 
 def _check_arguments(builder: Any, name: str, kwargs: dict[str, Any]) -> None:
-    """Refuse what cannot be called so; what goes wrong within is for who wrote it."""
+    """Refuse a builder that does not accept these arguments; errors inside the builder are not caught."""
     if not callable(builder):
         raise InvalidInput(f"{name} is no function.", next="name one that returns a torch.nn.Module.")
     try:
@@ -384,41 +387,47 @@ def _check_arguments(builder: Any, name: str, kwargs: dict[str, Any]) -> None:
     except ValueError:  # no signature is known
         return
     except TypeError as error:
-        given = f"with {', '.join(kwargs)}" if kwargs else "without arguments"
+        manner = f"with {', '.join(kwargs)}" if kwargs else "without arguments"
         raise InvalidInput(
-            f"{name} cannot be called {given}.",
+            f"{name} cannot be called {manner}.",
             why=first_line(error),
-            next="name a function that builds the network so, e.g. with default values.",
+            next="name a function that can be called this way, e.g. by giving its parameters default values.",
         ) from error
 
 
 def _of_classes(
     build: Builder, weights: str, kwargs: dict[str, Any], num_classes: int | None
 ) -> tuple[nn.Module, Source]:
-    """A network with a number of outputs, with all weights that fit it."""
+    """Build a network with a number of outputs and load all weights that fit."""
     if num_classes is None:
         return build(weights, kwargs)
     try:
         return build(weights, {**kwargs, "num_classes": num_classes})
-    except ValueError:  # torchvision's builders: their weights are for another number
+    except ValueError:  # torchvision's builders refuse weights for another number of classes
         if weights == "none":
             raise
     pretrained, source = build(weights, kwargs)
     options = {**source.kwargs, "num_classes": num_classes}
     model, _ = build("none", options)
-    ours, theirs = model.state_dict(), pretrained.state_dict()
-    fitting = {name: value for name, value in theirs.items() if ours[name].shape == value.shape}
+    state = model.state_dict()
+    fitting = {
+        name: value for name, value in pretrained.state_dict().items() if state[name].shape == value.shape
+    }
     model.load_state_dict(fitting, strict=False)
-    left = sorted(ours.keys() - fitting.keys())
-    note = f"{source.note}, but for {num_classes} classes {', '.join(left)} are random"
+    missing = sorted(state.keys() - fitting.keys())
+    note = f"{source.note}, but for {num_classes} classes {', '.join(missing)} are random"
     return model, replace(source, kwargs=options, note=note)
 
 
 def _pretrained(
     library: str, name: str, weights: str, known: list[str], what: str | None, build: Callable[[], nn.Module]
 ) -> tuple[nn.Module | None, str]:
-    """A network with the weights that were asked for, by a name among the known ones, or None and why it has none;
-    `what` names those that `build` takes, if there are any."""
+    """Build a network with pretrained weights; return None and the reason if it must keep random weights.
+
+    Args:
+        weights: `auto`, `none` or one of the `known` names.
+        what: name of the weights that `build` loads; None if the library has none.
+    """
     if weights == "none":
         return None, "weights are random (asked for)"
     if weights not in ("auto", *known):
@@ -434,7 +443,7 @@ def _pretrained(
         raise FileError(
             f"the weights {what} cannot be had.",
             why=cause,
-            next="connect to the network, copy the file into the library's cache, or use --weights auto or none.",
+            next="connect to the internet, copy the file into the library's cache, or use --weights auto or none.",
         ) from error
 
 
@@ -451,10 +460,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` file or of a torch checkpoint (which must hold tensors only).
+    """Read the tensors of a `.safetensors` file or of a torch checkpoint (which must hold tensors only).
 
     Raises:
-        FileError: missing, unreadable, or not a state dict.
+        FileError: the file is missing, unreadable, or not a state dict.
     """
     if not files.is_file(path):
         raise files.absent(path)
@@ -466,7 +475,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except CadError:
         raise
-    except Exception as error:  # both readers raise their own kinds for broken files
+    except Exception as error:  # each reader raises its own error types for broken files
         raise FileError(
             f"{path} cannot be read as weights.",
             why=describe_error(error),

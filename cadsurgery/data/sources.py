@@ -1,4 +1,4 @@
-"""Where data comes from: a plain folder, photos without labels, datasets of torchvision, generated street scenes."""
+"""Open data by a spec: a plain folder, photographs without labels, torchvision datasets, generated street scenes."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Kind:
     """One kind of data.
 
     Attributes:
-        open: from (place, split, options, spec) to the data.
-        options: with their defaults, as text; None where one must be given.
-        splits: accepted ones; none for any.
-        where: how to get it.
-        layout: what the folder must hold.
+        open: function from (place, split, options, spec) to the data.
+        options: accepted options with their defaults as text; None for a required option.
+        splits: accepted names of splits; empty if any name is accepted.
+        where: instructions for obtaining the data.
+        layout: files that the folder must hold.
     """
 
     open: Callable[[str, str, Mapping[str, str], str], SegmentationData]
@@ -50,7 +50,7 @@ class Kind:
 
 
 def missing(kind: Kind, place: str, why: str) -> FileError:
-    """The refusal of a folder that does not hold what it should."""
+    """Return the error for a folder that does not hold the expected files."""
     layout = "\n    ".join(kind.layout.splitlines())
     return FileError(
         f"there is no such data in {place}.", why=why, next=f"{kind.where} Expected there:\n    {layout}"
@@ -80,11 +80,11 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
         raise missing(kind, place, f"{folder} has no folders images and labels; {hint}")
     images = sorted(path for path in (folder / "images").iterdir() if path.suffix.lower() in SUFFIXES)
     labels = [folder / "labels" / f"{image.stem}.png" for image in images]
-    alone = [image for image, label in zip(images, labels, strict=True) if not label.is_file()]
-    if alone:
+    unlabelled = [image for image, label in zip(images, labels, strict=True) if not label.is_file()]
+    if unlabelled:
         raise FileError(
-            f"{len(alone)} of {len(images)} images have no labels, first {alone[0]}.",
-            why=f"{folder / 'labels' / alone[0].stem}.png does not exist.",
+            f"{len(unlabelled)} of {len(images)} images have no labels, first {unlabelled[0]}.",
+            why=f"{folder / 'labels' / unlabelled[0].stem}.png does not exist.",
             next="add the missing labels, or take these images out.",
         )
     classes = _class_names(options["classes"])
@@ -95,7 +95,7 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
 
 
 def _class_names(text: str) -> tuple[str, ...]:
-    """Names from a number or from names separated by slashes."""
+    """Return class names from their number or from names separated by slashes."""
     if not text.isdecimal():
         return tuple(text.split("/"))
     if not 1 <= int(text) <= IGNORED:
@@ -111,25 +111,25 @@ def _number(option: str, text: str) -> int:
 
 # -- images without labels -----------------------------------------------------------------------------
 
-HELD_OUT = 8  # of a folder without splits every so manieth image is for validation
+HELD_OUT = 8  # in a folder without splits, every eighth image is for validation
 
 
-def _read_alone(images: Sequence[Path], position: int) -> tuple[Tensor, None]:
+def _read_unlabelled(images: Sequence[Path], position: int) -> tuple[Tensor, None]:
     return read_image(images[position]), None
 
 
 def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     root = Path(place)
-    there = [name for name in ("train", "val", "test") if files.is_folder(root / name)]
-    if there and split not in (*there, "all"):
-        raise missing(KINDS["images"], place, f"it has no {split}; there are the splits {', '.join(there)}.")
-    folders = [root / name for name in there if split in (name, "all")] or [root]
+    splits = [name for name in ("train", "val", "test") if files.is_folder(root / name)]
+    if splits and split not in (*splits, "all"):
+        raise missing(KINDS["images"], place, f"it has no {split}; there are the splits {', '.join(splits)}.")
+    folders = [root / name for name in splits if split in (name, "all")] or [root]
     inside = [folder / "images" if files.is_folder(folder / "images") else folder for folder in folders]
     images = list(find_images(inside)[0])
-    if not there and split in ("train", "val") and len(images) > 1:
+    if not splits and split in ("train", "val") and len(images) > 1:
         held_out = images[::HELD_OUT]
         images = held_out if split == "val" else sorted(set(images) - set(held_out))
-    read = partial(_read_alone, images)
+    read = partial(_read_unlabelled, images)
     return SegmentationData(spec, split, (), tuple(map(str, images)), read, identity_table(0))
 
 
@@ -225,8 +225,8 @@ KINDS = {
         {},
         (),
         "Give a folder of photographs, without labels.",
-        "NAME.jpg (or .png, ...), in folders of any depth: every eighth image is val, the others train, all of them "
-        "any other split\nor, with splits: train/, val/, test/\nWhere a folder has one named images, that is meant.",
+        "NAME.jpg (or .png, ...), in folders of any depth: every eighth image is val, the others train; any other "
+        "split has all images\nor, with splits: train/, val/, test/\nIn a folder with images/ only that is read.",
     ),
     "cityscapes": Kind(
         _cityscapes,
@@ -270,34 +270,34 @@ KINDS = {
 
 
 def open_data(spec: str, split: str = "train") -> SegmentationData:
-    """Data by a spec `KIND:PATH,option=value,...`: images with labels, or without.
+    """Open data by a spec `KIND:PATH,option=value,...`: images with labels, or without.
 
-    Kinds: `folder:PATH,classes=11,ignore=11` (several ignored values with slashes; class names instead of their
-    number likewise), `cityscapes:PATH` (fine annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`,
+    Kinds: `folder:PATH,classes=11,ignore=11` (slashes separate several ignored values, or class names in place of their
+    number), `cityscapes:PATH` (fine annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`,
     `sbd:PATH`, `pets:PATH` (trimaps), `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels.
     Nothing is downloaded.
 
     Args:
         spec: as above.
-        split: `"train"`, `"val"`, `"test"`, or what the kind has besides; `"all"` for a folder without splits.
+        split: `"train"`, `"val"`, `"test"` or another split of the kind; `"all"` for a folder without splits.
 
     Raises:
         UnknownName: no such kind, option or split.
-        InvalidInput: an option's value cannot be read, or one is missing.
-        FileError: the data is not there, incomplete or empty; the message says where to get it and its layout.
+        InvalidInput: an option's value cannot be read, or a required option is missing.
+        FileError: the data is missing, incomplete or empty; the message says where to get it and its layout.
     """
     name, _, rest = spec.partition(":")
     if name not in KINDS:
         raise UnknownName("kind of data", name, KINDS, next="write e.g. folder:PATH,classes=11,ignore=11.")
     kind = KINDS[name]
-    place, _, written = rest.partition(",")
+    place, _, text = rest.partition(",")
     if not place.strip():
         raise InvalidInput(f"data {spec!r} names no place.", next=f"write {name}:PATH. {kind.where}")
-    options = {**kind.options, **split_options(written, kind.options, f"data {name!r}")}
-    told = {option: value for option, value in options.items() if value is not None}
-    if lacking := options.keys() - told.keys():
-        option = min(lacking)
+    options = {**kind.options, **split_options(text, kind.options, f"data {name!r}")}
+    values = {option: value for option, value in options.items() if value is not None}
+    if absent := options.keys() - values.keys():
+        option = min(absent)
         raise InvalidInput(f"data {name!r} needs {option}=...", next=f"write e.g. {spec},{option}=11.")
     if kind.splits and split not in kind.splits:
         raise UnknownName(f"split of data {name!r}", split, kind.splits)
-    return kind.open(place.strip(), split, told, spec)
+    return kind.open(place.strip(), split, values, spec)

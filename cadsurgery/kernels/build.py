@@ -1,11 +1,11 @@
 """Compile the kernels into one shared library that holds every form of every function.
 
-Needs the standard library alone, so that setup.py can load this file by its path, and runs on its own:
+This file needs only the standard library, so that setup.py can load it by its path. It can also be run as a script:
 
     python cadsurgery/kernels/build.py kernels.so --compiler aarch64-linux-gnu-gcc --architecture aarch64
 
-A form is one C file compiled for one instruction set and, for most files, one type of elements. Its functions are
-called `<function>_<element>_<instruction set>`. Which form runs is chosen by load.py, from what the processor has.
+A form is one C file compiled for one instruction set and, for most files, one element type. Its functions are called
+`<function>_<element>_<instruction set>`. load.py chooses the form that runs, by the features of the processor.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ LIBRARY = (
     / "lib"
     / {"darwin": "kernels.dylib", "win32": "kernels.dll"}.get(sys.platform, "kernels.so")
 )
-COMPILER_SECONDS = 180.0  # for one file
-BUILD_SECONDS = 600.0  # for all of them
+COMPILER_SECONDS = 180.0  # time limit for one file
+BUILD_SECONDS = 600.0  # time limit for all files
 
 # Bit i of `processor_features()` in processor.c stands for feature i.
 FEATURES = ("sse4", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "neon", "dotprod", "bf16")
@@ -47,10 +47,10 @@ class InstructionSet(NamedTuple):
     """An instruction set that forms are compiled for.
 
     Attributes:
-        name: the end of the names of its functions.
-        needs: features that the processor must have, of `FEATURES`.
-        flags: flags of the compiler.
-        example: an instruction that not every compiler's assembler knows, empty if all do.
+        name: suffix of the names of its functions.
+        needs: features that the processor must have, from `FEATURES`.
+        flags: compiler flags.
+        example: an instruction by which to test if the assembler knows the set; empty if every assembler does.
     """
 
     name: str
@@ -66,7 +66,7 @@ _V3 = (*_V2, "-mavx", "-mavx2", "-mbmi", "-mbmi2", "-mf16c", "-mfma", "-mlzcnt",
 _V4 = (*_V3, *(f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl")), "-mprefer-vector-width=512")
 _OF_V4 = ("sse4", "avx2", "avx512")
 
-# Narrowest first. `SCALAR` keeps intrinsics out of the sources.
+# Narrowest first. `SCALAR` disables intrinsics in the sources.
 INSTRUCTION_SETS: dict[str, tuple[InstructionSet, ...]] = {
     "x86-64": (
         InstructionSet("scalar", (), (*_V1, "-DSCALAR")),
@@ -117,9 +117,9 @@ ELEMENTS: dict[str, tuple[str, ...]] = {
 
 
 class Source(NamedTuple):
-    """A row of the table: a C file and the forms it is compiled into, one for each element and instruction set.
+    """A row of the build table: a C file and its forms, one for each element type and instruction set.
 
-    Without elements there is one form for each instruction set; without instruction sets the file is compiled once, for
+    Without element types there is one form per instruction set. Without instruction sets the file is compiled once, for
     every processor.
     """
 
@@ -129,8 +129,8 @@ class Source(NamedTuple):
     flags: tuple[str, ...] = ("-ffp-contract=fast",)
 
 
-# In float32 there is a form for each width. The scalar form of other types has vectors as wide as those of SSE4; in
-# float64, which is for checks, 32 bytes are wide enough.
+# float32 has a form for each vector width. The scalar forms of the other types use vectors as wide as those of SSE4.
+# float64 is used for checks only, so 32 bytes are wide enough.
 _VECTORS = {
     "float32": ("scalar", "sse4", "avx2", "avx512", "neon"),
     "float64": ("scalar", "avx2", "neon"),
@@ -139,17 +139,17 @@ _VECTORS = {
 }
 _BYTES = ("scalar", "sse4", "avx2", "avxvnni", "avx512vnni", "neon", "dotprod")
 _FLOATS = ("float32", "float64", "bfloat16")
-_EXACT = ("-ffp-contract=off",)  # one rounding for each operation, as torch does
-# Loops become vectors where no root sets errno and no quotient is caught.
+_EXACT = ("-ffp-contract=off",)  # one rounding per operation, as in torch
+# Compilers vectorise these loops only if square roots do not set errno and divisions do not trap.
 _SOLVING = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 
 
 def _by_width(name: str, *elements: str) -> tuple[Source, ...]:
-    """The rows of a file whose forms are those of `_VECTORS`."""
+    """Return one table row per element type, with the instruction sets of `_VECTORS`."""
     return tuple(Source(name, (element,), _VECTORS[element]) for element in elements)
 
 
-# The files that take longest are first, so that none of them is left over when the others are done.
+# The files that compile longest come first, so that the parallel build does not end with a long one.
 TABLE = (
     *_by_width("product", *_FLOATS),
     Source("product", ("bfloat16",), ("avx512bf16", "bf16")),
@@ -165,10 +165,10 @@ TABLE = (
     Source("maps", (), ("scalar",)),
     Source("processor"),
 )
-# Never `-march=native`: the library may be used by other processors than the one that compiles it. Never `-fopenmp`:
-# the threads are those that torch has.
+# Never `-march=native`: other processors than the compiling one may use the library. Never `-fopenmp`: the kernels run
+# on torch's threads.
 _COMMON = ("-O3", "-fPIC", "-fvisibility=default", "-fopenmp-simd", "-c")
-# The library takes memcpy and its like from the process, so that it depends on no version of a C library.
+# The library takes memcpy and similar functions from the process, so that it depends on no version of a C library.
 _LINK = (
     ("-dynamiclib", "-undefined", "dynamic_lookup")
     if sys.platform == "darwin"
@@ -180,11 +180,11 @@ _HASH = hashlib.sha256().digest_size
 
 
 class BuildError(Exception):
-    """The library could not be built; the message holds the reason in a line."""
+    """The library could not be built; the message gives the reason in one line."""
 
 
 class Form(NamedTuple):
-    """One command of the compiler: a file, the end of the names of its functions, flags, the instruction set."""
+    """One compiler call: the C file, the suffix of its function names, the flags and the instruction set."""
 
     source: Path
     suffix: str
@@ -193,25 +193,25 @@ class Form(NamedTuple):
 
 
 class Built(NamedTuple):
-    """The result of a build: the number of forms, and the instruction sets that the compiler does not know."""
+    """Result of a build: the number of forms, and the instruction sets that the compiler does not know."""
 
     forms: int
     left_out: tuple[str, ...]
 
 
 def architecture() -> str:
-    """The processor's architecture: "x86-64", "aarch64", or the operating system's name of another."""
+    """Return the processor's architecture: "x86-64", "aarch64", or the operating system's name for another one."""
     name = platform.machine().lower()
     return {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64"}.get(name, name)
 
 
 def instruction_sets(of: str | None = None) -> tuple[InstructionSet, ...]:
-    """All instruction sets of an architecture that there are forms for, narrowest first."""
+    """Return the instruction sets that the kernels are compiled for on an architecture, narrowest first."""
     return INSTRUCTION_SETS.get(of or architecture(), _ANY)
 
 
 def forms(sources: Path = SOURCES, of: str | None = None) -> list[Form]:
-    """All forms of the files that are in a folder, by the table."""
+    """Return all forms of the C files in a folder, according to `TABLE`."""
     known = {one.name: one for one in instruction_sets(of)}
     found = []
     for row in TABLE:
@@ -231,7 +231,7 @@ def forms(sources: Path = SOURCES, of: str | None = None) -> list[Form]:
 
 
 def fingerprint(sources: Path = SOURCES, of: str | None = None) -> str:
-    """A hash of all that the library is made of, but the compiler: files, flags, architecture."""
+    """Return a hash of everything the library depends on except the compiler: files, flags, architecture."""
     parts = [(of or architecture()).encode(), sys.platform.encode(), " ".join((*_COMMON, *_LINK)).encode()]
     parts += [" ".join((form.source.name, form.suffix, *form.flags)).encode() for form in forms(sources, of)]
     for file in sorted([*sources.glob("*.c"), *sources.glob("*.h")], key=lambda file: file.name):
@@ -240,28 +240,28 @@ def fingerprint(sources: Path = SOURCES, of: str | None = None) -> str:
 
 
 def fingerprint_of(library: bytes) -> str:
-    """The fingerprint that the bytes of a library hold, empty if there is none."""
+    """Return the fingerprint stored in the bytes of a library; empty if there is none."""
     begin = library.find(_MARK) + len(_MARK)
     found = re.match(rb"[0-9a-f]{64}", library[begin : begin + 64]) if begin >= len(_MARK) else None
     return found[0].decode() if found else ""
 
 
 def is_whole(library: bytes) -> bool:
-    """True if the bytes of a library end with the hash of all before them.
+    """True if the bytes of a library end with the hash of all preceding bytes.
 
-    On macOS a library has no such end, which its loader would not take: it checks the library's signature itself.
+    Libraries for macOS have no such hash, because the loader would refuse it; it checks the library's signature itself.
     """
     return sys.platform == "darwin" or hashlib.sha256(library[:-_HASH]).digest() == library[-_HASH:]
 
 
 def find_compiler() -> list[str] | None:
-    """The C compiler's command: that of the variable CC, else the first of cc, gcc and clang on the PATH, else None.
+    """Return the C compiler's command: the variable CC, else the first of cc, gcc and clang on the PATH, else None.
 
-    On Windows None: GCC keeps vectors of 32 bytes at addresses there that the processor refuses (its bug 54412).
+    None on Windows: GCC misaligns vectors of 32 bytes on the stack there (GCC bug 54412).
     """
     if sys.platform == "win32":
         return None
-    with contextlib.suppress(ValueError):  # a quotation that does not end
+    with contextlib.suppress(ValueError):  # an unclosed quotation
         named = shlex.split(os.environ.get("CC", ""))
         if named and (found := shutil.which(named[0])):
             return [found, *named[1:]]
@@ -269,7 +269,7 @@ def find_compiler() -> list[str] | None:
 
 
 def cores() -> int:
-    """The number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -281,22 +281,21 @@ def build(
     jobs: int | None = None,
     seconds: float = BUILD_SECONDS,
 ) -> Built:
-    """Compile all forms, side by side, and link them into the file `target`.
+    """Compile all forms in parallel and link them into the file `target`.
 
-    Compilers run below a process of their own, which ends them all when this process ends, even if it is killed and can
-    end nothing itself.
+    A separate process runs the compilers. It ends them when this process ends, even if this process is killed.
 
     Args:
         compiler: the compiler's command.
-        target: the file to write; what is made on the way lies in a temporary folder beside it.
+        target: the file to write; object files are kept in a temporary folder beside it.
         sources: the folder of the C files.
-        jobs: how many compilers run at the same time; as many as there are cores if None.
-        seconds: the time limit for all of it.
+        jobs: number of compilers that run at the same time; None: the number of cores.
+        seconds: time limit for the whole build.
 
     Raises:
         BuildError: a compiler fails, does not end in time or cannot be started.
     """
-    if getattr(sys, "frozen", False) or not sys.executable:  # there is no Python to start
+    if getattr(sys, "frozen", False) or not sys.executable:  # no Python interpreter can be started
         return compile_library(compiler, target, sources=sources, jobs=jobs, seconds=seconds)
     command = [sys.executable, "-I", "-S", os.path.abspath(__file__), str(target), "--watched"]
     command += [
@@ -311,7 +310,7 @@ def build(
     try:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # its end is the sign that this process has ended
+            stdin=subprocess.PIPE,  # it closes when this process ends
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -321,22 +320,22 @@ def build(
     with process:
         try:
             assert process.stdout is not None
-            said = _read_within(process, seconds + 10).decode(errors="replace").strip().splitlines()
+            lines = _read_within(process, seconds + 10).decode(errors="replace").strip().splitlines()
         finally:
             if process.poll() is None:
                 _end_group(process)
     try:
-        answer: dict[str, Any] = json.loads(said[-1])
+        answer: dict[str, Any] = json.loads(lines[-1])
         if "error" in answer:
             raise BuildError(answer["error"])
         return Built(answer["forms"], tuple(answer["left_out"]))
     except (ValueError, IndexError, KeyError, TypeError) as error:
-        told = said[-1] if said else f"exit status {process.returncode}"
-        raise BuildError(f"the process that runs the compiler ended early: {told}") from error
+        reason = lines[-1] if lines else f"exit status {process.returncode}"
+        raise BuildError(f"the process that runs the compiler ended early: {reason}") from error
 
 
 def _read_within(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """The output of a process until it closes it; its input stays open meanwhile."""
+    """Return the output of a process until the process closes it; the input stays open meanwhile."""
     parts: list[bytes] = []
 
     def read() -> None:
@@ -362,7 +361,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 class _Compilers:
-    """The compilers that run now."""
+    """The running compilers."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -370,12 +369,14 @@ class _Compilers:
         self._ended = False
 
     def run(self, command: Sequence[str], log: Path, seconds: float) -> int:
-        """The exit status of a command; what it prints is in `log`, which no process that it leaves can hold open.
+        """Run a command and return its exit status; its output goes to the file `log`.
+
+        A file, unlike a pipe, does not keep us waiting for child processes that the command leaves behind.
 
         Raises:
-            BuildError: it cannot be started or does not end.
+            BuildError: the command cannot be started or does not end in time.
         """
-        environment = {**os.environ, "LC_ALL": "C"}  # messages whose errors can be told from warnings
+        environment = {**os.environ, "LC_ALL": "C"}  # English messages, so that errors are recognised
         try:
             with log.open("wb") as output, self._lock:
                 if self._ended:
@@ -399,7 +400,7 @@ class _Compilers:
                 process.kill()
 
     def end(self) -> None:
-        """Kill the compilers that run and start no others."""
+        """Kill the running compilers and start no others."""
         with self._lock:
             self._ended = True
             for process in self._running:
@@ -416,14 +417,14 @@ def compile_library(
     of: str | None = None,
     compilers: _Compilers | None = None,
 ) -> Built:
-    """As `build`, from this process, for any architecture that the compiler compiles for.
+    """Compile and link like `build`, but run the compilers directly; `of` may name another architecture.
 
     Raises:
         BuildError: a compiler fails, does not end in time or cannot be started.
     """
     running, end = compilers or _Compilers(), time.monotonic() + seconds
-    wanted = forms(sources, of)
-    if not any(form.source.stem == "processor" for form in wanted):
+    all_forms = forms(sources, of)
+    if not any(form.source.stem == "processor" for form in all_forms):
         raise BuildError(f"there are no C files in {sources}")
     define = f'-DFINGERPRINT="{fingerprint(sources, of)}"'
     left_out: set[str] = set()
@@ -437,20 +438,20 @@ def compile_library(
         def compile_form(form: Form) -> Path | None:
             out = folder / f"{form.source.stem}_{form.suffix}.o"
             log = out.with_suffix(".log")
-            named = f"-DSUFFIX(name)=name##_{form.suffix}" if form.suffix else define
-            command = [*compiler, *_COMMON, *form.flags, named, str(form.source), "-o", str(out)]
+            macro = f"-DSUFFIX(name)=name##_{form.suffix}" if form.suffix else define
+            command = [*compiler, *_COMMON, *form.flags, macro, str(form.source), "-o", str(out)]
             if run(command, log) == 0 and out.exists():
                 return out
-            if form.set and form.set.example and not _knows(form.set):
+            if form.set and form.set.example and not is_known(form.set):
                 left_out.add(form.set.name)
                 return None
-            raise BuildError(_said(compiler, log, form.source.name))
+            raise BuildError(_compiler_message(compiler, log, form.source.name))
 
         known: dict[str, bool] = {}
-        asking = threading.Lock()
+        probe_lock = threading.Lock()
 
-        def _knows(one: InstructionSet) -> bool:
-            with asking:
+        def is_known(one: InstructionSet) -> bool:
+            with probe_lock:
                 if one.name not in known:
                     probe = folder / f"probe_{one.name}.c"
                     probe.write_text(f'void probe(void) {{ __asm__("{one.example}"); }}\n')
@@ -459,7 +460,7 @@ def compile_library(
                 return known[one.name]
 
         with ThreadPoolExecutor(jobs or cores()) as pool:
-            tasks = [pool.submit(compile_form, form) for form in wanted]
+            tasks = [pool.submit(compile_form, form) for form in all_forms]
             try:
                 wait(tasks, return_when=FIRST_EXCEPTION)
                 failed = [task.exception() for task in tasks if task.done() and task.exception()]
@@ -472,7 +473,7 @@ def compile_library(
         objects = [str(out) for task in tasks if (out := task.result())]
         whole, log = folder / "whole", folder / "link.log"
         if run([*compiler, *_LINK, *objects, "-o", str(whole)], log) != 0 or not whole.exists():
-            raise BuildError(_said(compiler, log, "the link of all files"))
+            raise BuildError(_compiler_message(compiler, log, "the link of all files"))
         if sys.platform != "darwin":
             with whole.open("ab") as file:
                 file.write(hashlib.sha256(whole.read_bytes()).digest())
@@ -480,32 +481,32 @@ def compile_library(
     return Built(len(objects), tuple(sorted(left_out)))
 
 
-def _said(compiler: Sequence[str], log: Path, what: str) -> str:
-    """A compiler's words about its failure: its errors, or its last lines where it marks none as errors."""
+def _compiler_message(compiler: Sequence[str], log: Path, what: str) -> str:
+    """Summarise a compiler's failure in one line: its first errors, or its last lines if none is marked as an error."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     marked = [line for line in lines if re.search(r"\berror\b|\bundefined\b", line, re.IGNORECASE)]
-    said = " / ".join(marked[:3] or lines[-3:])
+    message = " / ".join(marked[:3] or lines[-3:])
     name = Path(compiler[0]).name
-    return f"{name} says {said} ({what})" if said else f"{name} gave no file and no reason ({what})"
+    return f"{name} says {message} ({what})" if message else f"{name} gave no file and no reason ({what})"
 
 
 def _watch(parent: int, compilers: _Compilers) -> None:
-    """End this process, with all that it started, as soon as its parent has ended."""
+    """End this process and all its children as soon as its parent has ended."""
 
     def end() -> None:
         compilers.end()
-        if os.name == "posix":  # compilers start processes of their own
+        if os.name == "posix":  # the group includes the processes that compilers start
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     def until_input_ends() -> None:
-        while os.read(0, 1):  # not by `sys.stdin`, whose lock Python wants when it ends
+        while os.read(0, 1):  # not `sys.stdin`: Python needs its lock to exit
             pass
         end()
 
     def until_adopted() -> None:
-        # The input stays open as long as another process that the parent had forked.
+        # The input may stay open after the parent has ended: in other processes that the parent had forked.
         while os.getppid() == parent:
             time.sleep(0.2)
         end()
@@ -516,7 +517,7 @@ def _watch(parent: int, compilers: _Compilers) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: compiles, prints what is in the library, or why there is none, as a line of JSON."""
+    """Run the command line: compile, and print the result or the error as one line of JSON."""
     parser = argparse.ArgumentParser(description="Compile the kernels into one shared library.")
     parser.add_argument("target", type=Path, help="the file to write")
     parser.add_argument("--compiler", default="", help="the C compiler's command; CC or cc if not given")
@@ -525,31 +526,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=cores(), help="how many compilers run at the same time")
     parser.add_argument("--seconds", type=float, default=BUILD_SECONDS, help="the time limit")
     parser.add_argument("--watched", action="store_true", help="end as soon as the parent process ends")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     compilers = _Compilers()
-    if given.watched:
+    if options.watched:
         _watch(os.getppid(), compilers)
-        command = json.loads(given.compiler)
+        command = json.loads(options.compiler)
     else:
-        command = shlex.split(given.compiler) or find_compiler()
+        command = shlex.split(options.compiler) or find_compiler()
     try:
         if not command:
             raise BuildError("there is no C compiler on the PATH")
         built = compile_library(
             command,
-            given.target,
-            sources=given.sources,
-            jobs=given.jobs,
-            seconds=given.seconds,
-            of=given.architecture,
+            options.target,
+            sources=options.sources,
+            jobs=options.jobs,
+            seconds=options.seconds,
+            of=options.architecture,
             compilers=compilers,
         )
         answer: dict[str, Any] = built._asdict()
     except (BuildError, OSError) as error:
         answer = {"error": str(error)}
     print(json.dumps(answer), flush=True)
-    if "error" in answer and given.watched and os.name == "posix":
-        os.killpg(0, signal.SIGKILL)  # processes that a killed compiler had started
+    if "error" in answer and options.watched and os.name == "posix":
+        os.killpg(0, signal.SIGKILL)  # also ends children of a killed compiler
     return int("error" in answer)
 
 

@@ -1,4 +1,4 @@
-"""The layouts in which the kernels read packed weights: each form of a kernel states its own, in its C file."""
+"""Read the layouts of packed weights from the compiled kernels; each form exports the numbers of its own layout."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cadsurgery.kernels.load import isa_of, library
 
 
 class ProductLayout(NamedTuple):
-    """The layout of the weights of `product.c`.
+    """Layout of the packed weights of `product.c`.
 
     Attributes:
         rows: rows of a tile.
-        chunk: outputs side by side.
-        side: channels of an output side by side.
+        chunk: adjacent output channels.
+        side: adjacent input channels of one output channel.
     """
 
     rows: int
@@ -24,12 +24,12 @@ class ProductLayout(NamedTuple):
 
 
 class GroupedLayout(NamedTuple):
-    """The layout of the weights of `grouped.c`.
+    """Layout of the packed weights of `grouped.c`.
 
     Attributes:
-        lanes: channels of a vector; rows of weights are padded to a multiple.
-        most_group: the largest number of channels of a group.
-        taps: the largest number of taps.
+        lanes: channels of a vector; rows of weights are padded to a multiple of it.
+        most_group: largest number of channels per group.
+        taps: largest number of kernel taps.
     """
 
     lanes: int
@@ -38,16 +38,16 @@ class GroupedLayout(NamedTuple):
 
 
 class IntegerLayout(NamedTuple):
-    """The layout of the weights of `int8.c` and `int8_depthwise.c`.
+    """Layout of the packed weights of `int8.c` and `int8_depthwise.c`.
 
     Attributes:
         rows: rows of a tile.
-        chunk: outputs side by side.
-        side: channels of an output side by side.
-        bytes: bytes of a weight.
-        shift: subtracted from every value of a row before it is multiplied.
+        chunk: adjacent output channels.
+        side: adjacent input channels of one output channel.
+        bytes: bytes per weight.
+        shift: number subtracted from every value of a row before the multiplication.
         many: channels that a depthwise convolution reads at once.
-        half: of a last part of no more channels it reads two rows at once.
+        half: if the last part has at most this many channels, two of its rows are read at once.
     """
 
     rows: int
@@ -60,28 +60,28 @@ class IntegerLayout(NamedTuple):
 
 
 def product_layout(element: str) -> ProductLayout:
-    """The layout of the form of `product` that is chosen for an element type."""
+    """Return the layout of the form of `product` that is chosen for an element type."""
     return ProductLayout(*_numbers("product_layout", element, isa_of("product", element), 3))
 
 
 def grouped_layout(element: str) -> GroupedLayout:
-    """The layout of the form of `grouped` that is chosen for an element type."""
+    """Return the layout of the form of `grouped` that is chosen for an element type."""
     return GroupedLayout(*_numbers("grouped_layout", element, isa_of("grouped", element), 3))
 
 
 def depthwise_width(element: str) -> int:
-    """The channels that `depthwise`, two taps of which lie side by side, reads at once."""
+    """Return the number of channels that `depthwise` (with two adjacent taps) reads at once."""
     return _numbers("depthwise_layout", element, isa_of("depthwise", element), 1)[0]
 
 
 def integer_layout(isa: str) -> IntegerLayout:
-    """The layout of a form of `int8.c`."""
+    """Return the layout of a form of `int8.c`."""
     return IntegerLayout(*_numbers("int8_layout", "", isa, 7))
 
 
 @cache
 def _numbers(name: str, element: str, isa: str, count: int) -> tuple[int, ...]:
-    """The numbers that a form of a kernel states."""
+    """Read the layout numbers that a form of a kernel exports."""
     symbol = "_".join(part for part in (name, element, isa) if part)
     compiled = library()
     assert compiled is not None

@@ -1,7 +1,7 @@
-"""Find the compiled kernels, or compile them, and open the library.
+"""Find or compile the kernels, and open the library.
 
-The library of the package comes first, put there by a wheel or by the installation from source; then the one in the
-user's cache folder, compiled when it is first needed. Without either, callers use torch's operations.
+The library inside the package (from a wheel or from an installation from source) is preferred. The next choice is the
+library in the user's cache folder, which is compiled on first use. Without either, callers use torch's operations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cadsurgery.kernels import build
 from cadsurgery.support.errors import CadWarning
 from cadsurgery.support.files import cache_folders, is_private, keep_whole, only_one
 
-# Longer than a build may take: who waits for another process sees it succeed or fail.
+# Longer than a build may take: a waiting process sees the build of the other process succeed or fail.
 WAIT_SECONDS = build.BUILD_SECONDS + 30
 _LOADS = count()
 
@@ -34,8 +34,8 @@ class Unusable(Exception):
     """A library cannot be used.
 
     Args:
-        reason: why, in a line.
-        next: what the user can do.
+        reason: the reason in one line.
+        next: advice for the user.
     """
 
     def __init__(self, reason: str, next: str) -> None:
@@ -44,14 +44,14 @@ class Unusable(Exception):
 
 
 class Found(NamedTuple):
-    """The compiled kernels and where they came from: "package" or "cache"; without any, None and the reason."""
+    """The compiled kernels and their origin ("package" or "cache"); without kernels None and the reason."""
 
     library: ctypes.CDLL | None
     origin: str
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None: CADSURGERY_NATIVE=0, no compiler to build them with, or they cannot be used.
+    """Return the compiled kernels; None if CADSURGERY_NATIVE=0, without a compiler, or if they cannot be used.
 
     Warns:
         CadWarning: see `find`.
@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def find() -> Found:
-    """The compiled kernels, and where they came from.
+    """Return the compiled kernels and their origin.
 
     Warns:
         CadWarning: there are kernels or a compiler, but the kernels cannot be built or loaded.
@@ -74,7 +74,7 @@ def find() -> Found:
             found, origin = _of_cache(), "cache"
     except Unusable as error:
         warnings.warn(
-            f"the compiled kernels are not used: {error.reason}. Networks run by torch's operations, slower. "
+            f"the compiled kernels are not used: {error.reason}. Networks run on torch's operations, which is slower. "
             f"{error.next}",
             CadWarning,
             stacklevel=3,
@@ -90,7 +90,7 @@ def find() -> Found:
 
 
 def _of_package() -> ctypes.CDLL | None:
-    """The library inside the package; None if there is none, or if the C files beside it have changed since."""
+    """Open the library inside the package; None if it is missing or older than the package's C files."""
     path, again = build.LIBRARY, "Install cadsurgery again, or set CADSURGERY_NATIVE=0."
     try:
         data = path.read_bytes()
@@ -109,16 +109,16 @@ def _of_package() -> ctypes.CDLL | None:
 
 
 def _is_stale(data: bytes) -> bool:
-    """True if a library was made of other C files than those of the package; False if the package has none."""
+    """True if a library was built from other C files than the package's; False if the package has no C files."""
     has_sources = (build.SOURCES / "processor.c").exists()
     return has_sources and build.fingerprint_of(data) != build.fingerprint(build.SOURCES)
 
 
 def _of_cache() -> ctypes.CDLL | None:
-    """The library in the cache folder, or in a temporary one where that cannot be used; compiled if it is missing.
+    """Open the library in the cache folder, or in a temporary folder if the cache is unusable; compile it if missing.
 
-    The file's name holds the sources' fingerprint and the compiler's version, not the processor: all forms are in the
-    library, and machines of different processors may share the folder.
+    The file's name contains the sources' fingerprint and the compiler's version, but not the processor: the library
+    holds all forms, and machines with different processors may share the folder.
     """
     compiler = build.find_compiler()
     if compiler is None:
@@ -154,7 +154,7 @@ def _of_cache() -> ctypes.CDLL | None:
 
 
 def _of_another_machine() -> ctypes.CDLL | None:
-    """A library that a machine with a compiler left in the cache folder that they share."""
+    """Open a library in the cache folder that another machine with a compiler has built."""
     with contextlib.suppress(OSError):
         pattern = f"kernels-{build.fingerprint(build.SOURCES)[:16]}-*{build.LIBRARY.suffix}"
         for folder in cache_folders("kernels"):
@@ -180,10 +180,10 @@ def _version(compiler: Sequence[str], advice: str) -> str:
 
 
 def _build_once(compiler: Sequence[str], target: Path) -> None:
-    """Build a library while other processes that want it wait, or wait until another process has built it.
+    """Build a library, or wait until another process has built it; other processes wait in turn.
 
     Raises:
-        BuildError: it could not be built, by this process or by the one that it waited for.
+        BuildError: the library could not be built, by this process or by the other one.
         TimeoutError: the other process took too long.
         OSError: the folder cannot be written.
     """
@@ -192,7 +192,7 @@ def _build_once(compiler: Sequence[str], target: Path) -> None:
     with only_one(target.parent / "lock", WAIT_SECONDS):
         if open_private(target) is not None:
             return
-        if _modified(failure) != before:  # tried while this process waited: it would fail again
+        if _modified(failure) != before:  # a build failed while this process waited, and would fail again
             raise build.BuildError(failure.read_text(encoding="utf-8"))
         try:
             with keep_whole(target) as folder:
@@ -210,17 +210,17 @@ def _modified(path: Path) -> int:
 
 
 def _forbids_execution(folder: Path) -> bool:
-    """True if no library can be loaded from a folder, as its file system was mounted."""
+    """True if the folder's file system is mounted without permission to execute, so that no library can be loaded."""
     if not hasattr(os, "statvfs") or not hasattr(os, "ST_NOEXEC"):
         return False
     return bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)
 
 
 def open_private(path: Path) -> ctypes.CDLL | None:
-    """The library of a file of the cache; None if it is missing, cut off, changed, a link or not this user's alone.
+    """Open a library of the cache; None if the file is missing, truncated, changed, a link or writable by others.
 
     Raises:
-        OSError: the file is as it was written, but the loader refuses it.
+        OSError: the file is intact, but the loader refuses it.
     """
     try:
         return open_library(path, is_own=True)
@@ -229,20 +229,20 @@ def open_private(path: Path) -> ctypes.CDLL | None:
 
 
 def open_library(path: Path, is_own: bool) -> ctypes.CDLL:
-    """The library of a file that is whole: one that is cut off would end the process when it is first used.
+    """Load a library after checking that its file is complete; a truncated library would crash the process.
 
-    Its last bytes are the hash of all before them. Loaded is the very file that was looked at, by its descriptor,
-    whatever its name stands for by then.
+    The last bytes of the file are the hash of the others. The checked file itself is loaded, through its descriptor,
+    even if its name is replaced meanwhile.
 
     Args:
         path: the file.
         is_own: refuse a file that is a link, or that another user could have written.
 
     Raises:
-        ValueError: it is not whole, or another's.
-        OSError: it cannot be read, or the loader refuses it.
+        ValueError: the file is damaged, or another user could have written it.
+        OSError: the file cannot be read, or the loader refuses it.
     """
-    # A queue in the place of the file would block without O_NONBLOCK.
+    # O_NONBLOCK: opening a FIFO of this name would block.
     flags = getattr(os, "O_NOFOLLOW", 0) * is_own | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, os.O_RDONLY | flags)
@@ -255,30 +255,30 @@ def open_library(path: Path, is_own: bool) -> ctypes.CDLL:
             raise ValueError(f"{path} is not this user's alone")
         if not build.is_whole(file.read()):
             raise ValueError(f"{path} is damaged")
-        # A name that was not loaded before: for one that was, the loader gives what it stood for then.
+        # A new name each time: for a known name the loader would return the library loaded before.
         name = f"/proc/self/fd/{'./' * next(_LOADS)}{descriptor}"
         return ctypes.CDLL(name if os.path.exists(name) else str(path))
 
 
 def _threads() -> tuple[int | None, int | None]:
-    """Addresses of torch's `torch_parallel_for`, and of `GOMP_parallel` where torch has none; None where there is none.
+    """Return the addresses of torch's `torch_parallel_for` or, if torch has none, of `GOMP_parallel`; None if missing.
 
-    The threads are those that torch has: a second set of them would compete for the cores.
+    The kernels run on torch's threads: a second set of threads would compete for the cores.
     """
     folder = Path(torch.__file__).parent / "lib"
     name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
     parallel = _address(folder / name, "torch_parallel_for")
     if parallel is not None:
         return parallel, None
-    # Wheels bring an OpenMP runtime in one of two folders; other builds of torch have loaded the system's.
+    # torch's wheels contain an OpenMP runtime in one of two folders; other builds of torch load the system's.
     candidates = [*folder.glob("libgomp*.so*"), *folder.parent.with_name("torch.libs").glob("libgomp*.so*")]
     found = (_address(path, "GOMP_parallel") for path in [*sorted(candidates), None])
     return None, next((address for address in found if address), None)
 
 
 def _address(path: Path | None, name: str) -> int | None:
-    """Where a function of a library that is loaded lies; without a path that of the process itself."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no library of the process
+    """Return the address of a function in a loaded library, or in the process itself if `path` is None."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows cannot search the process itself
         found = ctypes.CDLL(str(path) if path else None, mode=getattr(os, "RTLD_NOLOAD", 0) | os.RTLD_NOW)
         return ctypes.cast(found[name], ctypes.c_void_p).value
     return None

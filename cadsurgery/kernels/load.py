@@ -1,4 +1,4 @@
-"""Choose the form of a kernel: that of the widest instruction set which the processor has and the user allows."""
+"""Choose the form of a kernel: the widest instruction set that the processor has and the user allows."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _forgotten = 0
 
 
 def is_observed() -> bool:
-    """True if torch counts, records or compiles the operations that are called: it does not see compiled kernels."""
+    """True if torch counts, records or compiles the called operations; it would not see compiled kernels."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def function(name: str, element: str = "") -> Any | None:
-    """The function of the widest allowed instruction set that there is a form of it for.
+    """Return the form of a kernel function for the widest allowed instruction set.
 
     Args:
         name: its name in the C file.
-        element: the type of its elements: "float32", "float64", "bfloat16", "uint8", or none.
+        element: its element type: "float32", "float64", "bfloat16", "uint8", or empty.
 
     Returns:
-        The function, which returns nothing until its `restype` is set; None if there is no such form, or no library.
+        The function, with no return value until its `restype` is set; None if there is no such form, or no library.
 
     Raises:
-        InvalidInput: CADSURGERY_ISA names an instruction set that there is not, or that this processor lacks.
+        InvalidInput: CADSURGERY_ISA names an unknown instruction set, or one that this processor lacks.
     """
     return _form(name, element, os.environ.get(isa.VARIABLE, ""))[1]
 
 
 def isa_of(name: str, element: str = "") -> str:
-    """The name of the instruction set whose form `function` gives; empty if it gives none.
+    """Return the instruction set of the form that `function` returns; empty if there is none.
 
     Raises:
         InvalidInput: see `function`.
@@ -48,7 +48,7 @@ def isa_of(name: str, element: str = "") -> str:
 
 
 def has_bf16_dot(dtype: torch.dtype) -> bool:
-    """True if the processor multiplies pairs of values of a type and sums them in one instruction, as AVX512-BF16.
+    """True if one instruction multiplies pairs of values of this type and sums them, as in AVX512-BF16.
 
     Raises:
         InvalidInput: see `function`.
@@ -57,12 +57,12 @@ def has_bf16_dot(dtype: torch.dtype) -> bool:
 
 
 def setting() -> tuple[str, int]:
-    """Return what decides which forms are used: the value of CADSURGERY_ISA, and how often `forget` was called."""
+    """Return a key of the chosen forms: the value of CADSURGERY_ISA, and the number of calls of `forget`."""
     return os.environ.get(isa.VARIABLE, ""), _forgotten
 
 
 def forget() -> None:
-    """Look for the library anew when it is next asked for: after a change of CADSURGERY_NATIVE, or of a file."""
+    """Make the next call search for the library again, after a change of CADSURGERY_NATIVE or of a file."""
     global _forgotten
     _forgotten += 1
     find.cache_clear()
@@ -71,7 +71,7 @@ def forget() -> None:
 
 @cache
 def _form(name: str, element: str, cap: str) -> tuple[str, Any | None]:
-    """The widest form for a value of CADSURGERY_ISA: the name of its instruction set, and the function."""
+    """Return the widest form for a value of CADSURGERY_ISA: the name of its instruction set, and the function."""
     compiled = library()
     for one in reversed(isa.allowed()):
         symbol = "_".join(part for part in (name, element, one) if part)

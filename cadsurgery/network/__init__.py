@@ -1,5 +1,5 @@
-"""Network: what a user holds.
+"""Network: the adaptive network, the object that users work with.
 
-In come a network and a mask; out comes an `AdaptiveModel` that is called as the network was, counted, optimised,
-compiled, read at points, and saved to a file and loaded again.
+In come a network and a mask; out comes an `AdaptiveModel`. It is called like the network, and can be optimised,
+compiled, exported, read at points, saved and loaded; its multiply-accumulates can be counted.
 """

@@ -1,5 +1,5 @@
-"""Adapters put into a rewritten graph: level adapters, one behind each layer of the region below full resolution, and
-refinements of the maps that come of it."""
+"""Insert adapters into a rewritten graph: level adapters after each layer of the region below full resolution, and
+refinements of the region's output maps."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from cadsurgery.surgery.graphs import Constants, copy_graph, only_user, upwards
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.rewrite import WORK, ask_mask
 
-# Where the graphs find them in the network that runs them. Its state dict leaves them out, as it does the mask.
+# Name of the submodule with the adapters of a network. Like the mask, they are not part of its state dict.
 ADAPTERS = "_adapters"
-LEVELS, REFINEMENTS = "levels", "refinements"  # the kinds there are
-_REFINEMENT = "refinement__"  # how names of refinements begin
+LEVELS, REFINEMENTS = "levels", "refinements"  # the kinds of adapters
+_REFINEMENT = "refinement__"  # prefix of the names of refinements
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an adapter stands.
+    """A position in the graph for a level adapter.
 
     Attributes:
-        behind: the node whose value it changes: elements, or a vector per image.
-        layer: name of the layer that gives it.
-        like: the weight (C, ...) of the layer.
-        image: of a vector the elements that it was made of.
+        behind: the node whose value the adapter changes: elements, or a vector per image.
+        layer: name of the layer that computes this value.
+        like: weight (C, ...) of the layer.
+        image: for a vector, the node of the elements that it was computed from.
     """
 
     behind: fx.Node
@@ -45,7 +45,7 @@ class _Place:
 
 
 def make_adapters(program: Program) -> nn.ModuleDict:
-    """A level adapter that changes nothing for each layer of a program that can have one, by the name of the layer."""
+    """Create a level adapter, initially the identity, for each layer of a program that can have one, by layer name."""
     levels = program.geometry.max_level
     adapters = {
         name: LevelAdapter(levels, place.like.shape[0], place.like) for name, place in _named(program).items()
@@ -54,7 +54,7 @@ def make_adapters(program: Program) -> nn.ModuleDict:
 
 
 def make_refinements(program: Program, hidden: int) -> nn.ModuleDict:
-    """A refinement that adds nothing for each map of a program that can have one."""
+    """Create a refinement, initially without effect, for each map of a program that can have one."""
     like = next(program.net.parameters())
     refinements = {
         name: Refinement(found.features, found.channels, hidden, like)
@@ -64,8 +64,8 @@ def make_refinements(program: Program, hidden: int) -> nn.ModuleDict:
 
 
 def with_adapters(program: Program, names: set[str]) -> Program:
-    """The program with a call of each adapter and refinement of these names where it belongs; of another way through
-    the network those it has."""
+    """Return the program with calls of the named adapters and refinements; for another path through the network, those
+    that it has."""
     graph, copies = copy_graph(program.graph)
     kinds = {kind_of(name) for name in names}
     for name, place in _named(program).items() if LEVELS in kinds else ():
@@ -76,21 +76,21 @@ def with_adapters(program: Program, names: set[str]) -> Program:
     for name, found in _refined(program).items() if REFINEMENTS in kinds else ():
         if name in names:
             masking = next(node for node in graph.nodes if node.target is ask_mask)
-            behind, seen = copies[found.behind], (masking.args[2], masking)
+            behind, inputs = copies[found.behind], (masking.args[2], masking)
             if found.behind.target is functional.resize_to_dense:
-                seen = (*behind.args, *seen)
+                inputs = (*behind.args, *inputs)
                 refined = _insert(
-                    graph, name, behind, functional.refine_resized, (), seen, dict(behind.kwargs)
+                    graph, name, behind, functional.refine_resized, (), inputs, dict(behind.kwargs)
                 )
             else:
-                refined = _insert(graph, name, behind, functional.refine, (), seen)
+                refined = _insert(graph, name, behind, functional.refine, (), inputs)
             refined.meta[WORK] = next(node.meta[WORK] for node in upwards(found.behind) if WORK in node.meta)
     graph.lint()
     return replace(program, graph=graph)
 
 
 def kind_of(name: str) -> str:
-    """Which kind an adapter is of."""
+    """Return the kind of an adapter, given its name."""
     return REFINEMENTS if name.startswith(_REFINEMENT) else LEVELS
 
 
@@ -103,7 +103,7 @@ def _insert(
     after: tuple[Any, ...] = (),
     options: dict[str, Any] | None = None,
 ) -> fx.Node:
-    """A call of a function with the arguments `before`, a value, `after` and an adapter, in place of that value."""
+    """Replace the value of the node `behind` by a call on `before`, the value, `after` and an adapter."""
     users = list(behind.users)
     with graph.inserting_after(behind):
         adapter = graph.get_attr(f"{ADAPTERS}.{name}")
@@ -116,7 +116,7 @@ def _insert(
 
 @dataclass(frozen=True)
 class _Map:
-    """A map that is refined: its node, its channels, and those of the entering features."""
+    """A map to be refined: its node, its channels, and the channels of the features that enter the region."""
 
     behind: fx.Node
     channels: int
@@ -124,8 +124,8 @@ class _Map:
 
 
 def _refined(program: Program) -> dict[str, _Map]:
-    """The last maps of the fine size that are made of what the region gives, and resizes that leave it for another
-    size, by names in order."""
+    """Return the last maps of the fine size that depend on the region, and resizes that leave the region at another
+    size, by refinement name."""
     counter = _Shapes(program.bind_to(meta_copy(program.net)))
     plan = program.plan
     dtype = next((p.dtype for p in program.net.parameters()), torch.float32)
@@ -158,27 +158,27 @@ def _refined(program: Program) -> dict[str, _Map]:
 
 
 class _Shapes(Counter):
-    """Notes the maps that are made, without their values."""
+    """Records the shapes of all maps of a run."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.maps: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node, noted if it is a map."""
+        """Run a node and record its value if it is a map."""
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
             self.maps[n] = value
         return value
 
     def is_like(self, node: fx.Node, features: Tensor) -> bool:
-        """True if a node gives a map of the size of the features."""
+        """True if a node returns a map of the same size as the features."""
         found = self.maps.get(node)
         return found is not None and found.shape[2:] == features.shape[2:] and len(found) == len(features)
 
 
 def _named(program: Program) -> dict[str, _Place]:
-    """The places by names that say the layer; one that is used more than once has several."""
+    """Return the places by names made from the layer; a layer that is used several times gets several names."""
     named: dict[str, _Place] = {}
     for place in _places(program):
         stem = place.layer.replace(".", "_")
@@ -188,8 +188,8 @@ def _named(program: Program) -> dict[str, _Place]:
 
 
 def _places(program: Program) -> Iterator[_Place]:
-    """Behind convolutions below the finest stage and linear layers on rows, or the batch norm that alone follows; and
-    behind layers that read a mean over the elements of an image."""
+    """Yield places for level adapters: after convolutions below the finest stage (or the batch norm that follows),
+    after linear layers on rows, and after layers that read a mean over the elements of an image."""
     constants = Constants(GraphInterpreter(program, program.graph))
     for node in program.graph.nodes:
         if node.target is functional.conv2d and node.kwargs.get("stage") != 0:
@@ -213,7 +213,7 @@ def _places(program: Program) -> Iterator[_Place]:
 
 
 def _path_of(node: Any) -> str:
-    """Name of the first module or parameter that a constant is made of."""
+    """Return the name of the first module or parameter that a constant is computed from."""
     while node.op != "get_attr":
         node = node.all_input_nodes[0]
     return str(node.target)

@@ -1,4 +1,4 @@
-"""The two verbs: `plan`, the dry run, and `adaptify`, the surgery."""
+"""The two main functions: `plan`, the dry run, and `adaptify`, the conversion."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.trace import CannotFollow
 from cadsurgery.surgery.verify import measure_effect, verify
 
-_MOST_PARTS = 12  # of a network that cannot be traced, so many are tried
+_MOST_PARTS = 12  # number of parts that are tried if a network cannot be traced
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -54,8 +54,8 @@ def plan(
         model: a convolutional network; it is not changed.
         output_stride: (high, low); see `adaptify`.
         region: see `adaptify`.
-        example_input: an image batch (B, C, H, W) the network accepts, or all arguments of a call: a tuple of
-            positional ones, or a dictionary by name; default: small random images.
+        example_input: an image batch (B, C, H, W) that the network accepts, or all arguments of a call: a tuple of
+            positional arguments, or a dictionary by name; default: small random images.
         outputs: see `adaptify`.
 
     Raises:
@@ -86,48 +86,46 @@ def adaptify(
     strict: bool = False,
     verify_laws: bool = True,
 ) -> AdaptiveModel:
-    """The same network with content-adaptive downsampling (Hesse et al., CVPRW 2023, Fig. 8c).
+    """Convert a network to content-adaptive downsampling (Hesse et al., CVPRW 2023, Fig. 8c).
 
     Features stay at the high output stride where the mask says so and are downsampled elsewhere, in one
     pass, with the same weights and receptive field. The argument is not changed; parameters keep names
     and values.
 
     Args:
-        model: a convolutional network, strided or already dilated; or one that torch.fx cannot follow whole, such as
-            a detector, whose backbone is then converted inside it.
+        model: a convolutional network, strided or already dilated. If torch.fx cannot follow the whole network, as in
+            a detector, its backbone is converted inside it.
         mask: a name (`"edges"`, `"edges:threshold=0.15,dilation=11"`, `"all"`, `"none"`, `"random"`), a
             provider, a callable image -> map, or a tensor; see `list_masks`.
         output_stride: (high, low), input pixels per sample where the mask is high and elsewhere. Default:
             (native / 4, native) for a strided network, (current, undilated) for a dilated one.
-        region: `"auto"` runs the adaptive part as far as the rules reach, `"backbone"` stops where the
-            backbone does (as published), or a list of node or module names.
+        region: part of the network that runs on elements. `"auto"` extends it as far as there are rules, `"backbone"`
+            ends it with the backbone (as published); or a list of node or module names.
         anchor: `"corner"`, or `"center"` to reproduce the published code and its checkpoints.
-        fill: how points inside a cell are read: `"linear"`, `"nearest"` (as published), or `"guided"`: linear, and
-            where the map leaves the region each pixel leans to those neighbours whose entering features were
-            like its own.
+        fill: interpolation inside a cell: `"linear"`, `"nearest"` (as published), or `"guided"`: linear, but where a
+            map leaves the region a pixel takes more from neighbours whose input features are similar to its own.
         pool: `"atrous"`, or `"drop"` to pass kept elements through max-pool stages (as published).
         patch: shape of the areas kept high, `"quadtree"` or `"block"` (as published).
-        statistics: batch norm in training weighs elements by `"area"`, or each `"element"` the same (as
-            published).
-        outputs: size at which the call returns maps that leave the region as they are: `"fine"`, one sample per high
-            output stride, or `"native"`, the size the original returns. What the network resizes itself has its size
-            in either case.
-        normalisation: (mean, std) of pictures in 0..1, each a number or one for each channel, after which the network
-            takes them: masks see the picture in one unit (`masks.unit`), so that thresholds mean the same on every
-            network. Default: what its library or its `pretrained_cfg` states, else estimated from `example_input` or,
-            if that is no picture, from the first picture it is called with; `net.normalisation` tells. `"raw"`: masks
-            see the input as it comes.
+        statistics: weights of elements in batch norm's training statistics: their `"area"`, or the same for each
+            `"element"` (as published).
+        outputs: size of maps that leave the region and are returned unchanged: `"fine"`, one sample per high
+            output stride, or `"native"`, the size in the original network. Maps that the network itself resizes keep
+            their size.
+        normalisation: (mean, std), numbers or one per channel, by which pictures in 0..1 are normalised for the
+            network. Masks undo it, so that their thresholds mean the same on every network (`masks.unit`). Default: the
+            values of its library or `pretrained_cfg`, else an estimate from `example_input` or from the first picture
+            of a call; see `net.normalisation`. `"raw"`: masks read the input unchanged.
         example_input: an image batch (B, C, H, W) to plan and verify on, or all arguments of a call: a tuple of
-            positional ones, or a dictionary by name; default: small random images.
-        strict: refuse if an operation inside the region has no rule and ends it, or if no mask would have an effect on
-            what the network returns, which is a `CadWarning` otherwise.
-        verify_laws: check on the example that uniform maps give the dense networks exactly.
+            positional arguments, or a dictionary by name; default: small random images.
+        strict: raise an error if an operation without a rule ends the region, or if masks have no effect on the
+            outputs; otherwise the latter is a `CadWarning`.
+        verify_laws: verify on the example that uniform level maps give the dense networks exactly.
 
     Returns:
         An `AdaptiveModel`, in the training or evaluation mode of `model`.
 
     Raises:
-        CannotConvert: nothing can be made adaptive, or, if strict, something cannot.
+        CannotConvert: nothing can be made adaptive, or a condition of `strict` is not met.
         InvalidInput: an impossible option; the message lists the possible ones.
         UnknownName: an unknown mask, option or region; the message lists the closest names.
     """
@@ -143,7 +141,7 @@ def adaptify(
     program = carry_out(chosen, flow, geometry)
     net = AdaptiveModel(facts.model, program, provider)
     net.source = getattr(model, "cad_source", None)
-    _settle(net, whole if path else model, path, normalisation, example_input is not None, facts)
+    _set_unit(net, whole if path else model, path, normalisation, example_input is not None, facts)
     take_over(net, facts.model)
     if verify_laws:
         net.checks = verify(facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments)
@@ -152,19 +150,19 @@ def adaptify(
         )
         net.restate(chosen)
     if chosen.hardly_matters:
-        _say_without_effect(chosen, strict and not chosen.matters)
+        _report_no_effect(chosen, strict and not chosen.matters)
     return HostedModel(whole, path, net) if path else net
 
 
-def _settle(
-    net: AdaptiveModel, model: nn.Module, path: str, given: object, has_example: bool, facts: Facts
+def _set_unit(
+    net: AdaptiveModel, model: nn.Module, path: str, normalisation: object, has_example: bool, facts: Facts
 ) -> None:
-    """Return the unit of a network's input, as far as it is known: given, stated, or seen in the example."""
+    """Set the normalisation of a network's input: from the argument, a statement, or an estimate on the example."""
     channels = net.plan.example_shape[1]
     known: Normalisation | None = None
-    if given is not None:
-        known = read_normalisation(given, channels)
-    elif path:  # what surrounds the part normalises, as torchvision's detectors do
+    if normalisation is not None:
+        known = read_normalisation(normalisation, channels)
+    elif path:  # the host normalises the input of the part, as torchvision's detectors do
         transform = getattr(model, "transform", None)
         parts = [getattr(transform, name, None) for name in ("image_mean", "image_std")]
         if all(isinstance(part, (list, tuple)) for part in parts):
@@ -178,7 +176,7 @@ def _settle(
 
 
 def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str, Facts]:
-    """Name and facts of the part of a model that torch.fx can follow: itself ("") or its backbone.
+    """Return name and facts of the part of a model that can be traced: the model itself ("") or its backbone.
 
     Raises:
         CannotConvert: there is no such part, or it does not run on the example.
@@ -211,7 +209,7 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
 
 
 def _largest_part(model: nn.Module) -> str:
-    """Name of the module with most parameters within a network that is convolutional, strided and can be traced; ""."""
+    """Return the name of a network's largest strided convolutional module that can be traced, or ""."""
     parts = [
         (sum(p.numel() for p in part.parameters()), name) for name, part in model.named_modules() if name
     ]
@@ -229,30 +227,30 @@ def _largest_part(model: nn.Module) -> str:
 
 
 def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
-    """The region asked for, where the part that is converted is the backbone itself."""
+    """Return the requested region; "auto" if the converted part itself is the requested backbone."""
     return "auto" if path and region == "backbone" else region
 
 
 def copy_network(model: object) -> nn.Module:
-    """A copy that can be changed, every module in its own mode."""
+    """Return a deep copy of a network, with every module in its own mode."""
     model = check_network(model)
     try:
         clone = copy.deepcopy(model, copying(model))
-    except Exception as error:  # whatever a network holds says so in its own way
+    except Exception as error:  # objects that a network holds may raise any error
         raise CannotConvert(
             f"{type(model).__name__} cannot be copied, and a conversion leaves the network itself as it is.",
             where=why_not_copied(model),
             why=describe_error(error),
             next="take that attribute off before the conversion, or give its class a __deepcopy__.",
         ) from error
-    clone.train(model.training)  # torchvision's feature extractors forget theirs when they are copied
-    for ours, theirs in zip(clone.modules(), model.modules(), strict=True):
-        ours.training = theirs.training
+    clone.train(model.training)  # copies of torchvision's feature extractors lose their mode
+    for copied, module in zip(clone.modules(), model.modules(), strict=True):
+        copied.training = module.training
     return clone
 
 
-def _say_without_effect(plan: Plan, strict: bool) -> None:
-    """A conversion after which every mask gives the same, or nearly, is announced; it is refused if strict."""
+def _report_no_effect(plan: Plan, strict: bool) -> None:
+    """Warn about a conversion whose masks have (almost) no effect; raise an error if strict."""
     what = "no mask can improve what this network returns: everything leaves the region at its native size."
     if plan.effect:
         what = f"masks hardly change what this network returns: {plan.effect_in_words}."
@@ -274,7 +272,7 @@ def _say_without_effect(plan: Plan, strict: bool) -> None:
             "use the network as it is, or one whose decoder interpolates (nn.Upsample and a convolution); "
             "see decoders in docs/guide.md."
         )
-    if plan.effect:  # it was measured, and there is one
+    if plan.effect:  # a small effect was measured
         why = (
             "on the example what is computed in the region hardly reaches the output, as in networks whose weights are "
             "not trained; keeping more high costs work."

@@ -1,4 +1,4 @@
-"""Networks that surgery cannot take as they are, and what to pass instead."""
+"""Refuse modules that cannot be converted, and say what to pass instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cadsurgery.network.compile import Bucketed
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 
-# Modules of torch that run the network they hold, and where they hold it; by name, because some take seconds to import.
+# torch's wrapper modules and the attribute that holds the network; by name, because some take seconds to import.
 _WRAPPERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
@@ -20,22 +20,23 @@ _WRAPPERS = {
     "AveragedModel": "module",
     "OptimizedModule": "_orig_mod",
 }
-# Where torch keeps modules of whole numbers, and those that prepare for them; dynamic ones take floats and give floats.
+# Packages of torch's quantised modules, and of those that prepare for them; dynamic ones have float inputs and outputs.
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat", "torch.ao.quantization")
 _DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
 
 
 def check_network(model: object) -> nn.Module:
-    """The network, once it is known to be one whose modules and values are its own.
+    """Check that an object is an ordinary network, and return it.
 
     Raises:
-        InvalidInput: no network at all.
+        InvalidInput: it is not a network.
         CannotConvert: it wraps the network, is compiled, scripted, exported, quantised or converted, or has no values.
     """
     if not isinstance(model, nn.Module):
-        made = "the network that was exported" if hasattr(model, "graph_module") else "a torch.nn.Module"
+        network = "the network that was exported" if hasattr(model, "graph_module") else "a torch.nn.Module"
         raise InvalidInput(
-            f"{model!r:.60} is not a network.", next=f"pass {made}; cs.build_model(name) makes one by name."
+            f"{model!r:.60} is not a network.",
+            next=f"pass {network}; cs.build_model(name) makes one by name.",
         )
     for path, module in model.named_modules():
         if reason := _reason(module):
@@ -63,13 +64,13 @@ def check_network(model: object) -> nn.Module:
 
 
 def _reason(module: nn.Module) -> tuple[str, str] | None:
-    """Return the obstacle to surgery on a module, and what to do about it."""
+    """Return why a module cannot be converted and what to do about it, or None."""
     if isinstance(module, (AdaptiveModel, Bucketed)):
         return (
             "is converted already",
             "pass the original network; another mask needs no conversion: net.mask = ..., or net(x, mask=...).",
         )
-    if method := getattr(type(module), "converted_by", ""):  # of a room that this one does not know
+    if method := getattr(type(module), "converted_by", ""):  # a class of cadsurgery.methods
         return f"was made by {method}", "pass the network it was made from."
     kinds = {kind.__name__ for kind in type(module).__mro__}
     if wrapper := next((name for name in _WRAPPERS if name in kinds), None):

@@ -1,8 +1,8 @@
-"""Static shapes for compilers: networks compiled once per bucket of numbers of elements.
+"""Give compilers static shapes: a network is compiled once per bucket of element counts.
 
-A network whose mask always keeps the same number of patches (`"edges | budget:fraction=0.3"`) has shapes that depend
-on the size of the image alone: `torch.compile(net)` makes one graph for all images of a size. For any other mask
-`Bucketed` rounds the numbers of elements up.
+With a mask that always keeps the same number of patches (`"edges | budget:fraction=0.3"`), shapes depend only on the
+image size, and `torch.compile(net)` makes one graph per image size. For any other mask, `Bucketed` rounds the numbers
+of elements up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import runnable
 from cadsurgery.support.errors import InvalidInput
 
-# Graphs that a bucketed network keeps.
+# Largest number of graphs that a bucketed network keeps.
 MOST_GRAPHS = 128
 
 
@@ -30,24 +30,23 @@ class Bucketed(nn.Module):
         fast = cs.Bucketed(net)
         y = fast(x)
 
-    What precedes the region and the mask come first, with the first pass that a mask may want; then the numbers of
-    elements after each stage are rounded up to a bucket, and the rest runs in a graph made for that bucket, its last
-    rows padding that nothing reads. A graph is made at the first image of its bucket and size; of more than
-    `MOST_GRAPHS` the one that was not used for longest goes. `net.levels` and `net.active_fraction` are those of the
-    last call.
+    The layers before the region and the mask run first, including a first pass if the mask needs one. Then the number
+    of elements after each stage is rounded up to a bucket, and the rest runs in a graph compiled for that bucket, whose
+    last rows are unused padding. A graph is compiled for the first image of its bucket and size; beyond `MOST_GRAPHS`,
+    the least recently used graph is dropped. `net.levels` and `net.active_fraction` are those of the last call.
     """
 
     def __init__(self, net: AdaptiveModel, per_octave: int = 4, **options: Any) -> None:
-        """Wrap a network; its weights and mask stay its own.
+        """Wrap a network, whose weights and mask are shared.
 
         Args:
-            net: what `adaptify` gave.
-            per_octave: buckets between a number and its double. More mean less padding (at most a factor
-                2 ** (1 / per_octave)) and more graphs.
-            options: of torch.compile, such as `mode` or `backend`.
+            net: a network from `adaptify`.
+            per_octave: number of buckets between a number and its double. More buckets mean less padding (at most a
+                factor 2 ** (1 / per_octave)) and more graphs.
+            options: options of torch.compile, such as `mode` or `backend`.
 
         Raises:
-            InvalidInput: no converted network, one that only hosts a converted part, or no bucket at all.
+            InvalidInput: the network is not converted or only hosts a converted part, or `per_octave` is below 1.
         """
         super().__init__()
         part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
@@ -55,12 +54,12 @@ class Bucketed(nn.Module):
         if per_octave < 1:
             raise InvalidInput(f"per_octave={per_octave}.", next="use a positive number such as 4.")
         self.net, self.per_octave, self.options = net, per_octave, options
-        self._before = torch.compile(_apart(runnable(program.halves.before)), **options)
+        self._before = torch.compile(_with_own_code(runnable(program.halves.before)), **options)
         self._after: dict[object, Callable[..., Any]] = {}
 
     @property
     def buckets(self) -> int:
-        """Number of buckets there are graphs for, those of different image sizes apart."""
+        """The number of compiled graphs; buckets of different image sizes count separately."""
         return len(self._after)
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
@@ -74,7 +73,7 @@ class Bucketed(nn.Module):
         bounds, levels = self._bounds(lattice), lattice.pyramid.levels
         key = (bounds, levels.shape)
         run = self._after.pop(key, None) or self._make_for(bounds)
-        self._after[key] = run  # the last used stands last
+        self._after[key] = run  # ordered by last use
         for oldest in list(self._after)[:-MOST_GRAPHS]:
             self._after.pop(oldest, None)
         return net.finish(program.contain(run(levels, *values)), lattice)
@@ -93,11 +92,11 @@ class Bucketed(nn.Module):
         def run(levels: Tensor, *values: Any) -> Any:
             return forward(program.names(), lambda *_: geometry.lattice(levels, bounds), *values)[0]
 
-        return torch.compile(_apart(run), fullgraph=True, dynamic=False, **self.options)
+        return torch.compile(_with_own_code(run), fullgraph=True, dynamic=False, **self.options)
 
 
 def bucket(count: int, per_octave: int) -> tuple[int, int]:
-    """The bucket a number is in: its least and its largest."""
+    """Return the smallest and the largest number of the bucket that contains `count`."""
 
     def most(place: int) -> int:
         return math.ceil(2 ** (place / per_octave)) if place >= 0 else -1
@@ -108,7 +107,7 @@ def bucket(count: int, per_octave: int) -> tuple[int, int]:
     return most(place - 1) + 1, most(place)
 
 
-def _apart(function: Any) -> Any:
-    """The function with code of its own: torch.compile counts graphs, and gives up at eight, per code object."""
+def _with_own_code(function: Any) -> Any:
+    """Give a function its own code object, because torch.compile limits the graphs per code object to eight."""
     function.__code__ = function.__code__.replace()
     return function

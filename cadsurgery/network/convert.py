@@ -1,4 +1,4 @@
-"""From a network to a program: reading it, carrying out a plan, and following a call that takes another way."""
+"""Convert a network to a program: carry out a plan, and convert again for a call that takes another path."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from cadsurgery.surgery.verify import verify
 
 
 def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
-    """The program that a plan makes of a network."""
+    """Build the program of a planned network."""
     facts = flow.facts
-    as_it_was = unchanged_graph(facts, plan) if plan.part and plan.identity_level is not None else None
+    unchanged = unchanged_graph(facts, plan) if plan.part and plan.identity_level is not None else None
     return Program(
         rewrite(flow, plan, guided=geometry.fill == "guided"),
         plan,
         geometry,
         inspect.signature(facts.model.forward),
         facts.container,
-        as_it_was,
-        _relied_on(facts, plan),
+        unchanged,
+        _watched_modules(facts, plan),
     )
 
 
-def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
-    """The modules that stand for what was rewritten."""
+def _watched_modules(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
+    """Return the state of the modules that the rewritten graph relies on."""
     used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
     inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
     operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
@@ -48,17 +48,17 @@ def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
 def convert_for_call(
     model: nn.Module, program: Program, arguments: Arguments, refusal: GuardFailed
 ) -> Program:
-    """The program for calls that take another way through a network than the one it was converted on, verified.
+    """Convert and verify a network for calls that take another path through it than the converted one.
 
     Args:
-        model: the network as it was before.
-        program: that it was converted to; the new one is bound to the same network.
-        arguments: of such a call, by name.
-        refusal: what its own program said.
+        model: the original network.
+        program: its program; the new program is bound to the same adaptive network.
+        arguments: arguments of such a call, by name.
+        refusal: the guard error of the existing program.
 
     Raises:
-        GuardFailed: the refusal, where that way is not exact, or cannot be converted with the same strides and the same
-            level of its own.
+        GuardFailed: `refusal`, if the path cannot be verified, or not be converted with the same strides and the same
+            identity level.
     """
     net, plan = program.net, program.plan
     for kind in ("_parameters", "_buffers"):  # the network may have been moved
@@ -81,16 +81,16 @@ def convert_for_call(
 
 
 def _plan_like(plan: Plan, facts: Facts) -> tuple[Plan, Flow]:
-    """The plan of another way through a network, on cells of the same sizes as far as it has them."""
+    """Plan another path through a network with cells of the same sizes, as far as the path has them."""
     rest = (plan.region, plan.part, plan.returned)
     with contextlib.suppress(InvalidInput):
         chosen, flow = make_plan(facts, plan.output_stride, *rest)
         if chosen.strides == plan.strides:
             return chosen, flow
     high, coarsest = plan.output_stride[0], plan.output_stride[0]
-    own = sorted(low for first, low in make_plan(facts, None, *rest)[0].possible if first == high)
-    for ours, theirs in zip(plan.strides[1:], own, strict=False):
-        if ours != theirs:
+    lows = sorted(low for first, low in make_plan(facts, None, *rest)[0].possible if first == high)
+    for stride, low in zip(plan.strides[1:], lows, strict=False):
+        if stride != low:
             break
-        coarsest = ours
+        coarsest = stride
     return make_plan(facts, (high, min(coarsest, plan.output_stride[1])), *rest, coarsest=coarsest)

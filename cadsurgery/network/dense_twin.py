@@ -1,4 +1,4 @@
-"""The best ordinary dense networks at a converted network's highest and lowest output stride."""
+"""Dense twins: the best ordinary dense networks at the output strides of a converted network, for comparison."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cadsurgery.network.model import AdaptiveModel
 
 
 def dense_twin(net: AdaptiveModel, level: int, image: Tensor) -> Callable[[Tensor], Any]:
-    """The dense network that a uniform level map is, as torch runs it best: batch norm folded, channels_last.
+    """Return the dense network at a uniform level in torch's fastest form: batch norm folded, channels_last.
 
-    The operations of torch that a call makes are recorded and then run alone, so that nothing of this package is in
-    the twin's time: no mask, no lattice, no fused or compiled operation. A network that hosts its adaptive part is run
-    by its own code, cannot be recorded, and is called with a uniform mask.
+    The torch operations of a call are recorded and then run without this package, so that the twin's time includes no
+    mask, lattice, or fused or compiled kernel of ours. A network that hosts its adaptive part runs its own code, which
+    cannot be recorded; it is called with a uniform mask instead.
 
     Args:
-        net: converted.
-        level: everywhere.
-        image: batch (B, C, H, W) of the size it is for.
+        net: a converted network.
+        level: the level of all cells.
+        image: batch (B, C, H, W) of the twin's image size.
 
     Returns:
         A function of such a batch.
@@ -36,20 +36,20 @@ def dense_twin(net: AdaptiveModel, level: int, image: Tensor) -> Callable[[Tenso
 
 
 def record(net: AdaptiveModel, level: int, image: Tensor, in_place: bool = True) -> GraphModule:
-    """The recorded graph of a twin; without operations in place if asked."""
+    """Record the graph of a twin, with or without in-place operations."""
     folded = net.optimize(fuse=False)
-    program, known = folded.program, list[Lattice]()
+    program, cached = folded.program, list[Lattice]()
 
     def uniform(_: Tensor, features: Tensor) -> Lattice:
-        if not known:  # the recording run reads the values of the first run's tables
-            known.append(program.geometry.uniform_like(features, level))
-        return known[0]
+        if not cached:  # the recording run reuses the lattice of the first run, whose tables have values
+            cached.append(program.geometry.uniform_like(features, level))
+        return cached[0]
 
     def run(batch: Tensor) -> Any:
         return program(uniform, program.bind(batch))[0]
 
     with torch.no_grad():
-        folded.run(uniform, image)  # an image that does not fit is refused here
+        folded.run(uniform, image)  # refuses an invalid image
         recorded = make_fx(run if in_place else torch.func.functionalize(run))(image)
     recorded.graph.eliminate_dead_code()
     recorded.recompile()

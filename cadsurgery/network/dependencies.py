@@ -1,8 +1,8 @@
-"""The dependency cone of some results: which elements of every operation they are computed from, and nothing else.
+"""Find the dependency cone of some results: the elements of every operation from which they are computed.
 
-A rewritten graph is walked backwards from the elements that are wanted. An operation that reads a window wants what its
-kernel map names; one that acts on each element alone, or joins elements, wants the same places; whatever looks at a
-whole image wants all of it. Run on lattices cut to these parts, the wanted elements are the same bit for bit.
+A rewritten graph is walked backwards from the requested elements. A window needs the inputs in its kernel map; a
+pointwise operation or a join needs the same positions; an operation on the whole image needs all elements. Run on
+lattices reduced to these parts, the requested elements are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Place = tuple[int, Size]  # stage and fine size of a lattice
 def places_of(
     program: Program, graph: fx.Graph, lattice: Lattice, values: tuple[Any, ...]
 ) -> dict[str, Place]:
-    """Where each node of a graph that gives elements, their rows or a lattice has them, by its name.
+    """Return stage and fine size for each node whose value is elements, their rows or a lattice, by node name.
 
     Args:
-        program: on shapes without values, see `macs.meta_copy`.
-        graph: behind the place where the mask is asked for.
-        lattice: any of the fine map's size.
-        values: what enters the graph, as meta tensors.
+        program: program on meta tensors, see `macs.meta_copy`.
+        graph: the second half of the graph, after the mask.
+        lattice: any lattice with the size of the fine map.
+        values: inputs of the graph, as meta tensors.
     """
     interpreter = GraphInterpreter(program, graph)
     interpreter.garbage_collect_values = False
@@ -57,7 +57,7 @@ def places_of(
 
 
 def reached(lattice: Lattice, reading: Reading) -> Tensor:
-    """(B*H*W,) bool: anchors of the elements of a whole lattice that a reading names."""
+    """Return the anchors of the lattice's elements that a reading uses, (B*H*W,) bool."""
     count, table = lattice.count, reading.table.flatten().long()
     named = torch.zeros(count + 1 + reading.sources.shape[0], dtype=torch.bool, device=table.device)
     named[table] = True
@@ -69,26 +69,26 @@ def reached(lattice: Lattice, reading: Reading) -> Tensor:
 
 
 class Cone:
-    """Parts of a graph that some elements depend on.
+    """The elements of each operation that the requested elements depend on.
 
     Attributes:
-        lattices: of each operation that makes elements of its own, by its name: cut to what is needed.
+        lattices: for each operation that creates new elements, by name: its lattice reduced to the needed elements.
     """
 
     def __init__(
-        self, graph: fx.Graph, places: Mapping[str, Place], lattice: Lattice, exit: fx.Node, wanted: Tensor
+        self, graph: fx.Graph, places: Mapping[str, Place], lattice: Lattice, exit: fx.Node, anchors: Tensor
     ) -> None:
-        """Walk backwards.
+        """Walk the graph backwards.
 
         Args:
             graph: a rewritten graph, or a part of it.
             places: see `places_of`.
-            lattice: of the run, all cells there.
-            exit: the node whose elements are wanted.
-            wanted: (B*H*W,) bool, anchors of these elements on its fine map.
+            lattice: complete lattice of the run.
+            exit: the node whose elements are requested.
+            anchors: anchors of the requested elements on its fine map, (B*H*W,) bool.
         """
         self._places, self._whole = places, lattice
-        self._needed: dict[fx.Node, Tensor] = {exit: wanted}
+        self._needed: dict[fx.Node, Tensor] = {exit: anchors}
         self.lattices: dict[str, Lattice] = {}
         for node in reversed(list(graph.nodes)):
             self._visit(node, operation_of(node.target), self._needed.get(node))
@@ -97,14 +97,14 @@ class Cone:
         if node.target is functional.common_lattice:
             if needed is not None:
                 self.lattices[node.name] = self._part(node, needed)
-        elif operation is None or operation.reads == "nothing":  # rows, or a question that no values answer
+        elif operation is None or operation.reads == "nothing":  # an operation on rows, or a size query
             if needed is not None:
                 self._need_same(node, needed)
-        elif needed is None:  # it gives something else than elements
+        elif needed is None:  # its result is not elements
             self._need_all_of(node)
         elif "window" in node.kwargs:
             self._visit_window(node, operation, needed)
-        elif operation.reads == "element":  # statistics of a batch are of networks that are trained
+        elif operation.reads == "element":  # batch statistics occur only in training
             self._need_same(node, needed)
         else:
             self._need_all_of(node)
@@ -122,25 +122,25 @@ class Cone:
             drop = operation.drops and drops(target, window)
             pixels = reached(source, kernel_map(source, target, window, drop=drop))
             self._need(read, pixels, source.size)
-        for other in node.args[1:]:  # a residual, element by element; it may be what the window reads, too
+        for other in node.args[1:]:  # a residual, read element by element; perhaps also the window's input
             if isinstance(other, fx.Node) and other.name in self._places:
                 self._need(other, needed, target.size)
 
     def _need_same(self, node: fx.Node, needed: Tensor) -> None:
-        """The same places of everything that is read."""
+        """Mark the same positions of all inputs as needed."""
         for read in node.all_input_nodes:
             if read.name in self._places:
                 self._need(read, needed, self._places[node.name][1])
 
     def _need_all_of(self, node: fx.Node) -> None:
-        """Everything that is read, by an operation that is not known to read less."""
+        """Mark all positions of all inputs as needed."""
         for read in node.all_input_nodes:
             if read.name in self._places:
                 stage, size = self._places[read.name]
                 self._need(read, self._whole.at(stage, size).index >= 0, size)
 
     def _need(self, node: Any, pixels: Tensor, size: Size) -> None:
-        """Note that these places of a node's elements are needed."""
+        """Mark these positions of a node's elements as needed."""
         own = self._places[node.name][1]
         pixels = _move(pixels, size, own, self._whole.batch)
         known = self._needed.get(node)
@@ -157,9 +157,9 @@ class Cone:
 
 
 def _move(pixels: Tensor, size: Size, to: Size, batch: int) -> Tensor:
-    """Flags of the pixels of one fine map on one of another size."""
+    """Crop or pad the flags of a fine map's pixels to another size."""
     if size == to:
         return pixels
-    shown = pixels.view(batch, *size)[:, : to[0], : to[1]]
-    missing = (0, to[1] - shown.shape[2], 0, to[0] - shown.shape[1])
-    return F.pad(shown, missing).flatten()
+    cropped = pixels.view(batch, *size)[:, : to[0], : to[1]]
+    missing = (0, to[1] - cropped.shape[2], 0, to[0] - cropped.shape[1])
+    return F.pad(cropped, missing).flatten()

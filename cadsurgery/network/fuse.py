@@ -1,7 +1,7 @@
-"""Fold and fuse a rewritten graph for inference: what follows a convolution becomes part of it.
+"""Fold and fuse a rewritten graph for inference: convolutions absorb the operations that follow them.
 
-Batch norm and constant factors go into its weight; a residual and an activation are applied to its result while that
-is in the cache. Every step is exact in evaluation mode. What matches no pattern stays as it is.
+Batch norm and constant factors are folded into the weight. A residual and an activation are applied to the result while
+it is in the cache. Every step is exact in evaluation mode. Operations that match no pattern are not changed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from cadsurgery.surgery.hooks import act_alike, acts_as, child
 from cadsurgery.surgery.rewrite import WORK
 from cadsurgery.surgery.treatment import has_rule
 
-# Where the fused convolutions are found in the network that runs the graph.
+# Name of the submodule that holds the fused convolutions of a network.
 KERNELS = "cadsurgery_kernels"
 
-# By the name of the operation; functions of the options of a module or a call.
+# Activations by operation name, or functions from the options of a module or call to the activation.
 _ACTIVATIONS: dict[str, Activation | Callable[[Any], Activation]] = {
     "relu": Activation("relu"),
     "relu6": Activation("hardtanh", (0.0, 6.0)),
@@ -49,18 +49,18 @@ _POINT = Window((1, 1))
 
 @dataclass(frozen=True)
 class _Fusion:
-    """A convolution and what it has taken in so far.
+    """A convolution and the operations fused into it so far.
 
     Attributes:
-        tail: node whose value it computes.
-        weight: with everything folded into it.
-        bias: likewise.
+        tail: the last fused node, whose value the convolution now computes.
+        weight: the weight with all factors folded in.
+        bias: the bias with all factors and shifts folded in.
         groups: channel groups.
-        residual: node that is added.
-        activation: applied last.
-        leaves: where its elements become the fine map on the way to the tail.
-        levels: scale and shift of each level, done to the convolution of elements.
-        floor: (O,) what it gives where the convolution itself, its bias included, gives zero; None for zero.
+        residual: node that is added to the result.
+        activation: activation that is applied last.
+        leaves: node between convolution and tail that turns elements into the fine map, if any.
+        levels: scale and shift of each level, applied to the convolution of elements.
+        floor: (O,) result where the original convolution (with bias) gives zero; None for zero.
     """
 
     tail: fx.Node
@@ -79,7 +79,7 @@ class _Fusion:
         return self.residual is None and self.activation is None
 
     def scale(self, tail: fx.Node, scale: Tensor, shift: Tensor | None = None) -> _Fusion:
-        """Followed by a factor and a shift per output channel."""
+        """Return the fusion followed by a factor and a shift per output channel."""
         wide = scale.double()
         levels = self.levels
         if levels is not None:  # ((w x + b) s + t) f + g = ((f w) x + f b) s + (f t + g)
@@ -102,13 +102,13 @@ class _Fusion:
 
 
 class _Consumer(NamedTuple):
-    """The one operation that reads a value, on elements or dense.
+    """The only operation that reads a value (elements or a dense map).
 
     Attributes:
         node: the operation.
-        value: node of the value as the operation reads it (its rows, or itself).
-        result: node of the result (elements again, or the operation itself).
-        lattice: node of the lattice both are on; None if dense.
+        value: node that the operation reads: the rows of elements, or the dense map itself.
+        result: node of the result: elements again, or the operation itself.
+        lattice: node of the lattice of both; None for a dense map.
     """
 
     node: fx.Node
@@ -118,7 +118,7 @@ class _Consumer(NamedTuple):
 
     @property
     def other(self) -> fx.Node | None:
-        """The second operand of an operation on two, as a whole value; None if the operation overwrites it."""
+        """The second operand of a binary operation (elements or a map); None if the operation overwrites it."""
         args = self.node.args
         if len(args) != 2 or self.node.kwargs or not all(isinstance(part, fx.Node) for part in args):
             return None
@@ -142,13 +142,13 @@ class Fuser:
         self.numbers = _find_numbers(graph)
 
     def meets_nan(self) -> bool:
-        """True if values may be NaN though the image holds numbers; those that overflow are not foreseen."""
+        """True if values may be NaN for a finite image; values that overflow are not considered."""
         tensors = (*self.model.state_dict().values(), *self.kernels.state_dict().values())
         numbers = all(bool(value.isfinite().all()) for value in tensors if value.is_floating_point())
         return not numbers or any(map(self.may_make_nan, self.graph.nodes))
 
     def may_make_nan(self, node: fx.Node) -> bool:
-        """True if an operation may make NaN or infinity of moderate numbers; what is not known may."""
+        """True if an operation may give NaN or infinity for moderate inputs; unknown operations may."""
         module = self.module(node)
         if module is not None:
             ours = type(module).__module__.startswith(("torch.nn.", "cadsurgery."))
@@ -157,7 +157,7 @@ class Fuser:
         return is_call and torch_operations.may_make_nan(node.target) and node not in self.numbers
 
     def run(self) -> None:
-        """Remove what does nothing, then fuse every convolution and linear layer."""
+        """Remove operations that change nothing, then fuse every convolution and linear layer."""
         for node in list(self.graph.nodes):
             self.drop_identity(node)
         drop_dead_code(self.graph)
@@ -174,7 +174,7 @@ class Fuser:
     # -- reading the graph -------------------------------------------------------------------------
 
     def module(self, node: Any) -> nn.Module | None:
-        """The module a node calls."""
+        """Return the module that a node calls, or None."""
         if isinstance(node, fx.Node) and node.op == "call_module":
             first, _, rest = str(node.target).partition(".")
             return (
@@ -185,7 +185,7 @@ class Fuser:
         return None
 
     def consumer(self, node: fx.Node) -> _Consumer | None:
-        """The only operation that reads the value of a node."""
+        """Return the only operation that reads the value of a node, or None."""
         if not _is_elements(node):
             user = only_user(node)
             return _Consumer(user, node, user) if user is not None else None
@@ -204,10 +204,10 @@ class Fuser:
         same = result and result.target is functional.Elements and result.args == (operation, lattice)
         return _Consumer(operation, read, result, lattice) if same and read.args[1] is lattice else None
 
-    # -- changing it -------------------------------------------------------------------------------
+    # -- changing the graph ------------------------------------------------------------------------
 
     def drop_identity(self, node: fx.Node) -> None:
-        """Remove what leaves a value as it is in evaluation mode."""
+        """Remove a node that does not change its input in evaluation mode."""
         module = self.module(node)
         operation = operation_of(node.target)
         if (leaves_values(module) and not _is_hooked(module)) or (
@@ -223,7 +223,7 @@ class Fuser:
                 node.replace_all_uses_with(source)
 
     def fuse(self, node: fx.Node) -> None:
-        """Replace a convolution or linear layer, and all it can take in, by one node."""
+        """Replace a convolution or linear layer, and all operations that it can absorb, by one node."""
         start = self.start(node)
         if start is None:
             return
@@ -240,11 +240,11 @@ class Fuser:
         fusion.tail.replace_all_uses_with(fused)
 
     def takes_in_more(self, node: fx.Node) -> bool:
-        """True if a convolution can take in more than norms and factors: torch has no transposed one that does."""
+        """True if a convolution can absorb more than norms and factors; torch's transposed convolutions cannot."""
         return self.epilogues and not acts_as(self.module(node), nn.ConvTranspose2d)
 
     def start(self, node: fx.Node) -> _Fusion | None:
-        """A convolution or linear layer alone, if its weight is known."""
+        """Start a fusion with a convolution or linear layer whose weight is constant."""
         module: Any = self.module(node)
         if node.target is functional.conv2d:
             weight, bias = self.constants.get(node.args[1]), self.constants.get(node.args[2])
@@ -274,7 +274,7 @@ class Fuser:
         return result.target is functional.Elements and _is_own_lattice(rows.args[1], rows.args[0])
 
     def extend(self, node: fx.Node, fusion: _Fusion) -> _Fusion | None:
-        """With the next operation taken in, if it can be."""
+        """Return the fusion with the next operation absorbed; None if that is impossible."""
         user = only_user(fusion.tail)
         if user is not None and user.target is functional.batch_norm:
             return _fold_norm(fusion, user, self.constants.get(user.kwargs.get("norm", user.args[-1])))
@@ -304,10 +304,10 @@ class Fuser:
         return replace(fusion, tail=following.result, activation=activation)
 
     def with_factor(self, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
-        """A factor per channel, such as layer scale."""
+        """Fold in a constant factor per channel, such as layer scale."""
         factor = self.constants.get(following.other)
         channels = fusion.weight.shape[0]
-        # On a dense map the channels' place is unknown unless the other axes are there to tell.
+        # On a dense map, a factor without its other axes would not tell which axis is the channels'.
         shapes = [(channels,), (channels, 1, 1), (1, channels, 1, 1), (1, 1, 1, channels)]
         if not isinstance(factor, Tensor) or tuple(factor.shape) not in shapes:
             return None
@@ -317,14 +317,14 @@ class Fuser:
         return fusion.scale(following.result, factor.flatten())
 
     def with_levels(self, node: fx.Node, fusion: _Fusion, user: fx.Node) -> _Fusion | None:
-        """Scale and shift by level; a transposed convolution has none, and leaves them to torch."""
+        """Absorb scale and shift by level; for a transposed convolution they are left to torch."""
         window = node.kwargs.get("window", _POINT)
         fits = self.epilogues and fusion.is_linear and fusion.levels is None and window.finer == 1  # type: ignore[union-attr]
         adapter = self.constants.get(user.args[1])
         return replace(fusion, tail=user, levels=adapter.factors) if fits else None
 
     def with_residual(self, node: fx.Node, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
-        """Another map of the same lattice."""
+        """Absorb the addition of another map on the same lattice."""
         other, lattice, stage = following.other, following.lattice, node.kwargs.get("stage")
         if lattice is None:
             fits = other is not None and self.constants.get(other) is None
@@ -334,7 +334,7 @@ class Fuser:
         return replace(fusion, tail=following.result, residual=other) if fits else None
 
     def emit(self, node: fx.Node, fusion: _Fusion) -> fx.Node:
-        """The node that does it all."""
+        """Add the fused node to the graph."""
         module: Any = self.module(node)
         name = f"k{len(self.kernels._modules)}"
         path = f"{KERNELS}.{name}"
@@ -370,12 +370,12 @@ class Fuser:
 
 
 def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.Graph, nn.Module]:
-    """A graph with convolutions fused, and the kernels it finds under `KERNELS`; both arguments stay as they are.
+    """Return a graph with fused convolutions, and the module `KERNELS` that holds them; the arguments do not change.
 
     Args:
-        graph: rewritten, of a network in evaluation mode.
-        model: whose modules and parameters it uses.
-        epilogues: fuse residuals and activations and use packed weights; else fold batch norm and factors only.
+        graph: rewritten graph of a network in evaluation mode.
+        model: the network with the modules and parameters of the graph.
+        epilogues: True also fuses residuals and activations and packs weights; False only folds batch norm and factors.
     """
     fuser = Fuser(copy_graph(graph)[0], model, epilogues)
     fuser.run()
@@ -383,8 +383,8 @@ def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.
 
 
 def join_pairs(graph: fx.Graph, kernels: nn.Module) -> None:
-    """Replace each 1x1 convolution of a dense map and the depthwise one that alone reads it, and a 1x1 convolution that
-    alone reads that, by one node, in place."""
+    """Replace inverted bottlenecks on dense maps by one node, in place: a 1x1 convolution, a depthwise convolution and,
+    if there is one, another 1x1 convolution, each the only reader of the one before."""
     for node in list(graph.nodes):
         before: Any = node.args[0] if node.args else None
         earlier, kernel = _packed(before, kernels), _packed(node, kernels)
@@ -404,7 +404,7 @@ def join_pairs(graph: fx.Graph, kernels: nn.Module) -> None:
 
 
 def _packed(node: Any, kernels: nn.Module) -> PackedConv | FusedBottleneck | None:
-    """The fused convolution, or two, that a node calls."""
+    """Return the fused convolution or bottleneck that a node calls, or None."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     first, _, name = str(node.target).partition(".")
@@ -414,8 +414,15 @@ def _packed(node: Any, kernels: nn.Module) -> PackedConv | FusedBottleneck | Non
 
 
 def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
-    """The graph with norms that hold their activation taken apart, so that both can be fused, as they are in `net`, a
-    copy in evaluation mode; and names of the nodes of those activations, with those of their norms."""
+    """Split norms with a built-in activation into norm and activation, so that both can be fused.
+
+    Args:
+        graph: the graph, which is copied.
+        net: a copy of the network in evaluation mode; it gets the plain norms.
+
+    Returns:
+        The new graph, and the name of the norm's node for each new activation node.
+    """
     copied, acts = copy_graph(graph)[0], dict[str, str]()
     for node in list(copied.nodes):
         module: Any = child(net, str(node.target)) if node.op == "call_module" else None
@@ -438,7 +445,7 @@ def _holds_activation(module: nn.Module | None) -> bool:
 
 
 def _find_numbers(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that are computed from sizes alone."""
+    """Return the nodes that are computed only from sizes."""
     numbers = set[fx.Node]()
     for node in graph.nodes:
         known, sources = operation_of(node.target), node.all_input_nodes
@@ -449,7 +456,7 @@ def _find_numbers(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_elements(node: Any) -> bool:
-    """True if a node's value is elements."""
+    """True if a node's value is `Elements`."""
     if not isinstance(node, fx.Node):
         return False
     operation = operation_of(node.target)
@@ -461,25 +468,25 @@ def _is_own_lattice(node: Any, elements: Any) -> bool:
 
 
 def _is_fine_map_of(node: fx.Node, convolution: fx.Node) -> bool:
-    """True if a node reads the elements of a convolution of stage 0, each a pixel, as the fine map: what follows may be
-    done to them before."""
+    """True if a node turns the elements of a convolution at stage 0 into the fine map. Each such element is one pixel,
+    so that later pointwise operations can be applied before."""
     of_pixels = convolution.target is functional.conv2d and bool(convolution.kwargs.get("stage") == 0)
     return of_pixels and node.target is functional.to_dense and tuple(node.args[1:]) in ((), (1,))
 
 
 def _is_hooked(module: nn.Module | None) -> bool:
-    """True if hooks may see or make what fusion would skip, such as a weight."""
+    """True if a module has forward hooks, which fusion would bypass."""
     return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def leaves_values(module: nn.Module | None) -> bool:
-    """True if a module leaves values as they are in evaluation mode."""
+    """True if a module is the identity in evaluation mode."""
     known = (torch_operations.operation_of(kind) for kind in act_alike(type(module)))
     return any(one is not None and one.keeps_values for one in known)
 
 
 def activation_of(operation: fx.Node, module: nn.Module | None) -> Activation | None:
-    """The activation that an operation is, applied to its first argument."""
+    """Return the activation that an operation applies to its first argument, or None."""
     options = vars(module) if module is not None else operation.kwargs
     stated = {"inplace", "approximate", "negative_slope", "min_val", "max_val"}
     if len(operation.args) != 1 or not set(operation.kwargs) <= stated:
@@ -491,7 +498,7 @@ def activation_of(operation: fx.Node, module: nn.Module | None) -> Activation | 
 
 
 def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
-    """Followed by batch norm with running statistics."""
+    """Fold in a batch norm with running statistics."""
     if not fusion.is_linear or norm.running_mean is None or norm.running_var is None:
         return None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -502,7 +509,7 @@ def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
 
 
 def _fold_convolution(module: nn.Conv2d | nn.ConvTranspose2d, fusion: _Fusion) -> nn.Module:
-    """The convolution with its folded weight, as torch runs it fastest."""
+    """Return the convolution with its folded weight, in the memory layout that is fastest in torch."""
     folded = copy.copy(module)
     weight = fusion.weight.contiguous(memory_format=torch.channels_last)
     if isinstance(module, nn.ConvTranspose2d):
@@ -517,13 +524,13 @@ def _detach(value: Tensor | None) -> Tensor | None:
 
 
 def path_of(net: nn.Module, written: fx.Graph, node: fx.Node) -> str:
-    """The path of the module whose work a node of a fused graph does, or its name; of a fused convolution that of the
-    convolution.
+    """Return the path of the original module whose work a fused node does, or the node's name; for a fused convolution
+    the path of the convolution.
 
     Args:
         net: the optimised network.
         written: the graph before it was fused.
-        node: of the fused graph.
+        node: a node of the fused graph.
     """
     notes = node.meta.get(WORK)
     for read in (node, *node.all_input_nodes):

@@ -1,4 +1,4 @@
-"""A network whose forward torch.fx cannot follow, with its backbone made adaptive in place: detectors, for example."""
+"""Networks that torch.fx cannot follow, such as detectors, with their backbone made adaptive inside them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Reached(Exception):
 
 
 def reach(part: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Positional and named arguments with which a call comes to a part, where it ends; None if it never does."""
+    """Run a call until it reaches a part; return the part's positional and keyword arguments, None if never reached."""
 
     def stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         raise _Reached(inputs, named)
@@ -40,19 +40,19 @@ def reach(part: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: An
 
 
 def check_used(host: nn.Module, path: str, example: Tensor) -> None:
-    """Refuse a part that its network does not use, as far as an example tells.
+    """Refuse a part that its network does not use on an example.
 
-    It is given as a batch and as a list of images, as it is, negative and zero, since the network decides by values. A
-    network that runs on none of them can tell nothing.
+    The example is passed as a batch and as a list of images, unchanged, negated and zero, because the network may
+    branch on values. A network that runs on none of these is not refused.
 
     Raises:
-        CannotConvert: it ran and did not call the part.
+        CannotConvert: the network ran and did not call the part.
     """
     ran, part = False, host.get_submodule(path)
     with evaluating(host):
         for images in (example, -example, torch.zeros_like(example)):
             for batch in (images, list(images)):
-                with contextlib.suppress(Exception):  # the network decides what it takes
+                with contextlib.suppress(Exception):  # the network may refuse its input with any error
                     if reach(part, host, batch) is not None:
                         return
                     ran = True
@@ -67,19 +67,19 @@ def check_used(host: nn.Module, path: str, example: Tensor) -> None:
 
 
 class HostedModel(AdaptiveModel):
-    """A network that is run as it is, with one part of it adaptive.
+    """A network that runs its own code, with one adaptive part.
 
-    It is called as the original is, and has the same state dict. Plan, levels, active fraction and MACs are those of
-    the part; its mask sees the batch that the part gets (a detector has resized and normalised it by then).
+    It is called like the original and has the same state dict. Plan, levels, active fraction and MACs are those of the
+    part. The mask reads the input of the part, e.g. after a detector's resizing and normalisation.
     """
 
     hosts_part = True
 
     def __init__(self, host: nn.Module, path: str, part: AdaptiveModel) -> None:
-        """Put `part` into `host` at `path`; use `cadsurgery.adaptify` to get one."""
+        """Put `part` into `host` at `path`; users call `cadsurgery.adaptify` instead."""
         nn.Module.__init__(self)
         host.set_submodule(path, part)
-        self._host = (host,)  # a tuple: its modules are this network's own, not a child's
+        self._host = (host,)  # in a tuple, so that it is not registered as a submodule
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[kind] = host.__dict__[kind]
         self._path = path
@@ -111,7 +111,7 @@ class HostedModel(AdaptiveModel):
     adaptive_part = part
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
-        """Multiply-accumulates of the part on what it gets when the network is called with these arguments."""
+        """Count the multiply-accumulates of the part when the network is called with these arguments."""
         arguments = reach(self.part, self, *args, **kwargs)
         if arguments is None:
             raise InvalidInput(f"the network did not call its {self._path}.", next="check the arguments.")
@@ -126,15 +126,15 @@ class HostedModel(AdaptiveModel):
         calibration: Any = None,
         largest_error: float | None = None,
     ) -> HostedModel:
-        """A copy with the part optimised; see `AdaptiveModel.optimize`.
+        """Return a copy with the part optimised; see `AdaptiveModel.optimize`.
 
         Raises:
-            InvalidInput: it is to be put into 8 bits: calibration runs a network as a whole.
+            InvalidInput: 8 bits are requested; calibration needs a network that is adaptive as a whole.
         """
         if precision != "float" or calibration is not None or largest_error is not None:
             raise InvalidInput(
                 "a network that hosts its adaptive part is not put into another precision.",
-                why="images show the ranges of a network that is adaptive as a whole.",
+                why="calibration images can only be run through a network that is adaptive as a whole.",
                 next="convert the part itself, cs.adaptify(model.backbone), and optimize() that.",
             )
         host = copy.deepcopy(self._host[0], copying(self)).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Images that a network cannot take: of another type, device or number of channels."""
+"""Explain why a network does not accept an image: its type, device or number of channels."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from cadsurgery.surgery.rewrite import ask_mask
 def misfit(
     net: nn.Module, graph: fx.Graph, image: Tensor, error: Exception, channels: int
 ) -> InvalidInput | None:
-    """Why a network cannot take an image batch: its device, type or number of channels; None if these are right.
+    """Return the error for an image batch of a wrong device, type or number of channels; None if these are right.
 
     Args:
         net: the network.
-        graph: its rewritten graph, which tells what the image is.
-        image: what it was called with.
-        error: what came of it.
-        channels: of the images that it was converted with: one that checks them itself takes no others.
+        graph: its rewritten graph, which tells how the image is used.
+        image: the image batch of the call.
+        error: the error that the call raised.
+        channels: channels of the image at conversion; a network that checks them itself accepts no others.
     """
     read = list(_readers(net, graph))
     for weight, groups in read:
-        if image.device != weight.device and not weight.is_meta:  # a network that only counts
+        if image.device != weight.device and not weight.is_meta:  # a network on meta tensors only counts
             return InvalidInput(
                 f"the image is on {image.device}, the network on {weight.device}.",
                 next=f'bring them together: image.to("{weight.device}"), or net.to("{image.device}").',
@@ -48,30 +48,32 @@ def misfit(
         return None
     return InvalidInput(
         f"the network does not run on {describe(image)} on {image.device}.",
-        why=first_line(error),  # it changes the image first: to what, only this tells
-        next=f"give images such as it was converted with; it computes in {_name(first.dtype)} on {first.device}.",
+        why=first_line(error),  # the network changes the image first; only its own error tells more
+        next=f"give images like those of the conversion; it computes in {_name(first.dtype)} on {first.device}.",
     )
 
 
 def wrong_type(image: Tensor, dtype: torch.dtype) -> InvalidInput | None:
-    """The refusal of an image whose values are of another type than those a network computes in."""
-    shown, wanted = _name(image.dtype), _name(dtype)
+    """Return the error for an image of another type than the network's, or None."""
+    given, expected = _name(image.dtype), _name(dtype)
     if not image.is_floating_point():
         return InvalidInput(
-            f"the image holds {shown} values, the network computes in {wanted}.",
+            f"the image holds {given} values, the network computes in {expected}.",
             why="it expects an image that is scaled and normalised.",
-            next=f"of a picture in 0..255: cadsurgery.images.normalise(image.to(torch.{wanted}) / 255, net.source).",
+            next="for a picture in 0..255: "
+            f"cadsurgery.images.normalise(image.to(torch.{expected}) / 255, net.source).",
         )
     if image.dtype == dtype or torch.is_autocast_enabled(image.device.type):
         return None
     return InvalidInput(
-        f"the image is {shown}, the network {wanted}.",
-        next=f"give it in the network's type, image.to(torch.{wanted}), or convert the network: net.to(torch.{shown}).",
+        f"the image is {given}, the network {expected}.",
+        next=f"give it in the network's type, image.to(torch.{expected}), or convert the network: "
+        f"net.to(torch.{given}).",
     )
 
 
 def first_types(net: nn.Module, graph: fx.Graph) -> set[torch.dtype]:
-    """Types of the weights that are applied to the image as it is given."""
+    """Return the types of the weights that are applied directly to the image."""
     types = {weight.dtype for weight, _ in _readers(net, graph)}
     return {torch.float32 if dtype == torch.int8 else dtype for dtype in types}
 
@@ -80,9 +82,9 @@ def _wrong_channels(image: Tensor, channels: int) -> InvalidInput:
     if image.shape[3] == channels:
         hint = "the channels come second: image.permute(0, 3, 1, 2)."
     elif image.shape[1] == 1 and channels == 3:
-        hint = "of a grey image: image.expand(-1, 3, -1, -1)."
+        hint = "for a grey image: image.expand(-1, 3, -1, -1)."
     elif image.shape[1] == 3 and channels == 1:
-        hint = "of an image in colour: image.mean(1, keepdim=True)."
+        hint = "for a colour image: image.mean(1, keepdim=True)."
     elif image.shape[1] == 4 and channels == 3:
         hint = "leave out transparency: image[:, :3]."
     else:
@@ -96,7 +98,7 @@ def _wrong_channels(image: Tensor, channels: int) -> InvalidInput:
 
 
 def _readers(net: nn.Module, graph: fx.Graph) -> Iterator[tuple[Tensor, int]]:
-    """Weights, and their groups, of the operations that read the image itself."""
+    """Yield weight and groups of each operation that reads the image directly."""
     image: Any = next((node.args[1] for node in graph.nodes if node.target is ask_mask), None)
     waiting = [(image, user) for user in image.users] if image is not None else []
     for source, node in waiting:
@@ -112,14 +114,14 @@ def _readers(net: nn.Module, graph: fx.Graph) -> Iterator[tuple[Tensor, int]]:
 
 
 def _owner(net: nn.Module, node: fx.Node) -> Any:
-    """The module or tensor that an operation applies to its first argument; None if it has none."""
+    """Return the module or tensor that an operation applies to its first argument, or None."""
     if node.op == "call_module":
         return net.get_submodule(str(node.target))
     operand = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
     if not isinstance(operand, fx.Node):
         return None
     if operand.target is parameter:
-        operand = operand.all_input_nodes[0].all_input_nodes[0]  # of a module that is prepared first
+        operand = operand.all_input_nodes[0].all_input_nodes[0]  # the module before `prepare_weights`
     holder, _, name = str(operand.target).rpartition(".")
     return getattr(net.get_submodule(holder), name, None) if operand.op == "get_attr" else None
 

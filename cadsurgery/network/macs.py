@@ -1,8 +1,8 @@
-"""Multiply-accumulates of an adaptive network for a mask, counted without running more of it than the mask asks for.
+"""Count the multiply-accumulates (MACs) of an adaptive network for a mask, running only the part that the mask needs.
 
-The network is run on meta tensors, so that every operation yields shapes and no values, with the real
-lattice of the image's mask. Convolutions on elements count `output elements x weight entries`; dense
-operations are counted by the rules of `support.counting`. Interpolated halo rows are memory traffic, not MACs.
+The network runs on meta tensors (shapes without values), but with the real lattice of the image's mask. Convolutions
+on elements count `output elements x weight entries`; dense operations are counted by the rules of `support.counting`.
+Interpolated halo rows are memory traffic, not MACs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LayerMacs:
-    """MACs of one layer: with the mask, everything high, everything low."""
+    """MACs of one layer: with the mask, with all cells high, with all cells low."""
 
     layer: str
     operation: str
@@ -55,12 +55,12 @@ class MacReport:
     """MACs of a network on an image; `print` shows the totals.
 
     Attributes:
-        layers: layers that multiply, in order.
-        active_fraction: of the mask.
-        rule: how they were counted.
-        shape: of the image batch.
-        not_counted: operations that may multiply and are in none of these numbers, because no rule says how much; by
-            the rule `published`, which says itself what it counts, none.
+        layers: layers with MACs, in order.
+        active_fraction: active fraction of the mask.
+        rule: name of the counting rule.
+        shape: shape of the image batch.
+        not_counted: operations that may multiply but are missing, because they have no counting rule; empty for the
+            rule `published`, which defines the counted operations itself.
     """
 
     layers: tuple[LayerMacs, ...]
@@ -71,26 +71,26 @@ class MacReport:
 
     @property
     def mask(self) -> int:
-        """MACs with the mask."""
+        """The MACs with the mask."""
         return sum(layer.mask for layer in self.layers)
 
     @property
     def of_mask(self) -> int:
-        """Those of them that find the mask: its own convolutions, and the passes of the network it looks at."""
+        """The MACs that compute the mask: its own operations, and first passes of the network that it needs."""
         return sum(layer.mask for layer in self.layers if layer.layer in MASK_LAYERS)
 
     @property
     def high(self) -> int:
-        """MACs of the dense network at the high output stride."""
+        """The MACs of the dense network at the high output stride."""
         return sum(layer.high for layer in self.layers)
 
     @property
     def low(self) -> int:
-        """MACs of the dense network at the low output stride."""
+        """The MACs of the dense network at the low output stride."""
         return sum(layer.low for layer in self.layers)
 
     def to_dict(self, *, layers: bool = True) -> dict[str, Any]:
-        """Totals and, unless they are left out, layers as plain values, for `--json`."""
+        """Return the totals and, with `layers`, the layers as plain values, for `--json`."""
         values = {
             "shape": list(self.shape),
             "rule": self.rule,
@@ -112,42 +112,40 @@ class MacReport:
 def count_macs(
     program: Program, counted: Program, mask: object, args: tuple[Any, ...], kwargs: dict[str, Any], rule: str
 ) -> MacReport:
-    """See `AdaptiveModel.macs`; `counted` is the program on shapes without values."""
+    """Count for `AdaptiveModel.macs`; `counted` is the program on meta tensors."""
     check_name("counting rule", rule, RULES)
     image, provider = program.image(program.bind(*args, **kwargs)), resolve_mask(mask)
-    asked = _Asked(program.masking(provider), image)
+    masking = _CountedMasking(program.masking(provider), image)
     if provider.sees_features or provider.looks_ahead:
-        program.find_lattice(asked, *args, **kwargs)
+        program.find_lattice(masking, *args, **kwargs)
 
-    not_counted = asked.not_counted
+    not_counted = masking.not_counted
 
-    def count(masking: Any) -> dict[str, int]:
+    def count(chosen: Any) -> dict[str, int]:
         counter = Counter(counted, rule)
         with torch.no_grad(), counter.counter:
-            program.check_and_run(partial(counter.count, masking), *args, **kwargs)
+            program.check_and_run(partial(counter.count, chosen), *args, **kwargs)
         not_counted.update(counter.not_counted)
         return counter.counts
 
     lowest = program.geometry.max_level
     passes = provider.first_passes(lowest)
-    counts, of_levels = (
-        [count(asked)],
-        {level: count(program.uniform(level)) for level in {0, lowest, *passes}},
-    )
-    counts += [of_levels[0], of_levels[lowest]]
+    counts = [count(masking)]
+    by_level = {level: count(program.uniform(level)) for level in {0, lowest, *passes}}
+    counts += [by_level[0], by_level[lowest]]
     layers = [
         LayerMacs(decision.node, decision.operation, *(count.get(decision.node, 0) for count in counts))
         for decision in program.plan.decisions
         if any(count.get(decision.node) for count in counts)
     ]
     after = {node.meta[WORK][0] for node in counted.halves.after.nodes if WORK in node.meta}
-    ahead = sum(work for level in passes for name, work in of_levels[level].items() if name in after)
-    for name, work in zip(MASK_LAYERS, (asked.macs, ahead), strict=True):
+    ahead = sum(work for level in passes for name, work in by_level[level].items() if name in after)
+    for name, work in zip(MASK_LAYERS, (masking.macs, ahead), strict=True):
         if work:
             layers.append(LayerMacs(name, provider.name, work, 0, 0))
-    assert asked.lattice is not None
-    left = () if rule == "published" else tuple(sorted(not_counted))
-    return MacReport(tuple(layers), asked.lattice.active_fraction, rule, tuple(image.shape), left)
+    assert masking.lattice is not None
+    missing = () if rule == "published" else tuple(sorted(not_counted))
+    return MacReport(tuple(layers), masking.lattice.active_fraction, rule, tuple(image.shape), missing)
 
 
 # See `MacReport.of_mask`.
@@ -155,8 +153,8 @@ MASK_LAYERS = ("(mask)", "(first pass)")
 
 
 @dataclass
-class _Asked:
-    """A masking that is asked once, of an image with values, and notes the MACs of its provider."""
+class _CountedMasking:
+    """A masking that computes its lattice once, on the real image, and counts the MACs of its provider."""
 
     masking: Masking
     image: Tensor
@@ -166,13 +164,13 @@ class _Asked:
 
     @property
     def provider(self) -> MaskProvider:
-        """The mask."""
+        """The mask provider."""
         return self.masking.provider
 
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
-        """The lattice."""
+        """Return the lattice of the mask."""
         if self.lattice is None:
-            if features.is_meta:  # the mask looks at the image alone
+            if features.is_meta:  # the mask reads only the image
                 image, features = self.image, torch.empty(features.shape, device=self.image.device)
             with MacCounter() as counter:
                 self.lattice = self.masking(image, features)
@@ -186,9 +184,9 @@ class LayerWork:
     """MACs of one layer as a function of the lattice, for images of one size.
 
     Attributes:
-        layer: its name.
-        places: stage and fine size of a lattice it runs on; MACs per element.
-        dense: MACs where it is dense: with everything high, and else.
+        layer: name of the layer.
+        places: pairs of (stage, fine size of the lattice that it runs on) and MACs per element.
+        dense: MACs of its dense calls: with all cells high, and otherwise.
     """
 
     layer: str
@@ -196,16 +194,16 @@ class LayerWork:
     dense: tuple[int, int]
 
     def on(self, lattice: Lattice) -> int:
-        """MACs on the lattice of a run, any stage of it."""
+        """Return the MACs for the lattice of a run, given at any stage."""
         dense = self.dense[lattice.uniform_level != 0]
         return dense + sum(work * lattice.resample(*place).count for place, work in self.places)
 
 
 def layer_work(net: RunsProgram, image: Tensor) -> tuple[LayerWork, ...] | None:
-    """Return a function from the lattice of a further run on such a batch to the MACs that `net.macs` counts.
+    """Return per layer a function from the lattice of a run on such a batch to the MACs that `net.macs` counts.
 
-    MACs are linear in the numbers of elements after each stage, so one count serves all masks. None if they are not: a
-    count on another lattice tells; or if a host changes the batch before its adaptive part gets it.
+    MACs are linear in the numbers of elements after each stage, so one count serves all masks. Return None if a count
+    on a second lattice shows that they are not linear, or if a host changes the batch before its adaptive part.
     """
     if net.hosts_part:
         return None
@@ -230,29 +228,29 @@ def layer_work(net: RunsProgram, image: Tensor) -> tuple[LayerWork, ...] | None:
 
 @dataclass(frozen=True)
 class NetworkMacs:
-    """MACs of a network as it is, and the operations that are not among them; see `MacReport.not_counted`."""
+    """MACs of an ordinary network, and the operations missing from them; see `MacReport.not_counted`."""
 
     macs: int
     not_counted: tuple[str, ...] = ()
 
 
 def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
-    """The multiply-accumulates of `count_network` alone."""
+    """Return only the multiply-accumulates of `count_network`."""
     return count_network(model, *args, rule=rule).macs
 
 
 def count_network(model: nn.Module, *args: Any, rule: str = "conv") -> NetworkMacs:
-    """Multiply-accumulates of any network on an image as it is; not run.
+    """Count the multiply-accumulates of any network on an image, on shapes only.
 
     Args:
         model: the network.
-        args: as for a call.
-        rule: `"conv"`, all that there is a rule for, or `"published"`, see `AdaptiveModel.macs`: of its
-            backbone, if it names one.
+        args: arguments of a call.
+        rule: `"conv"`, all operations with a counting rule; or `"published"`, see `AdaptiveModel.macs`, which counts
+            only the backbone if there is one.
 
     Raises:
         UnknownName: no such rule.
-        InvalidInput: it does not run on them.
+        InvalidInput: the network does not run on these arguments.
     """
     check_name("counting rule", rule, RULES)
     counted, counts = meta_copy(model), [0]
@@ -267,7 +265,7 @@ def count_network(model: nn.Module, *args: Any, rule: str = "conv") -> NetworkMa
     with torch.no_grad(), MacCounter() as counter:
         try:
             counted(*(to_meta(value) for value in args))
-        except Exception as error:  # the network decides what it takes
+        except Exception as error:  # the network may refuse its input with any error
             raise InvalidInput(
                 f"{type(model).__name__} does not run on {describe(next(iter(args), None))}.",
                 why=first_line(error),
@@ -282,7 +280,8 @@ _COUNTED = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU)
 
 
 def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
-    """MACs that the reference code counts for a module of so many values in and out; see `Counter._published`."""
+    """Return the MACs that the reference code counts for a module, from its numbers of input and output values; see
+    `Counter._published`."""
     if isinstance(module, nn.Conv2d):
         per_position = module.weight.numel() + (module.out_channels if module.bias is not None else 0)
         return outputs // module.out_channels * per_position
@@ -294,12 +293,12 @@ def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
 
 
 def to_meta(value: Any) -> Any:
-    """A tensor's shape and type without its values; anything else as it is."""
+    """Move a tensor to the meta device; return any other value unchanged."""
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def meta_copy(net: M) -> M:
-    """A copy of a network with shapes and no values, in evaluation mode."""
+    """Copy a network to the meta device (shapes without values), in evaluation mode."""
     memo = copying(net)
     memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
     memo |= {id(b): b.to("meta") for b in net.buffers()}
@@ -307,7 +306,7 @@ def meta_copy(net: M) -> M:
 
 
 class Counter(GraphInterpreter):
-    """Runs the rewritten graph on meta tensors and notes the MACs of each node of the original."""
+    """Runs the rewritten graph on meta tensors and records the MACs of each original node."""
 
     def __init__(
         self,
@@ -323,12 +322,12 @@ class Counter(GraphInterpreter):
         backbone = next((name for name in BACKBONE_NAMES if name in program.net._modules), None)
         self.prefix = f"{backbone}." if backbone and self.published else ""
         self.counts: dict[str, int] = defaultdict(int)
-        self.rows = 0  # that operations with taps compute
-        # Of each layer: MACs per element, or in all where it is dense.
+        self.rows = 0  # rows computed by operations with windows
+        # Per layer and lattice: MACs per element; total MACs of dense calls under None.
         self.work: dict[str, dict[Place, int]] = defaultdict(lambda: defaultdict(int))
 
     def count(self, masking: Any, arguments: dict[str, Any]) -> Lattice:
-        """Count a whole run on the arguments of a call by name, and give its lattice."""
+        """Count a whole run on the arguments of a call by name, and return its lattice."""
         lattice: Lattice = self.run(*tree_map(to_meta, in_order(self.graph, arguments, masking)))[1]
         return lattice
 
@@ -338,7 +337,7 @@ class Counter(GraphInterpreter):
         self.counter.not_counted.clear()
         value = super().run_node(n)
         if n.op in ("call_function", "call_method"):
-            value = to_meta(value)  # maps that the network makes of a size, too, are shapes alone
+            value = to_meta(value)  # also tensors that the network creates, e.g. by torch.zeros
         origin, path = n.meta.get(WORK, ("", ""))
         if origin and path.startswith(self.prefix):
             executed = self.counter.macs - before
@@ -363,8 +362,8 @@ class Counter(GraphInterpreter):
         return operation.macs(value, *args, **kwargs)
 
     def _published(self, n: fx.Node, value: Any) -> int:
-        """Counting of the reference code: the backbone's convolutions with bias, batch norm 2 and ReLU 1 per
-        value, max-pooling its input; a strided k x k convolution runs before the subsampling."""
+        """Count as the reference code does: convolutions of the backbone with bias, batch norm 2 and ReLU 1 per value,
+        max-pooling 1 per input value; a strided k x k convolution is counted before subsampling."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is functional.conv2d:
             return _published_conv2d(value, *args, **kwargs)
@@ -382,6 +381,6 @@ class Counter(GraphInterpreter):
 def _published_conv2d(
     value: Elements, x: Elements, weight: Tensor, bias: Tensor | None = None, *, window: Window, **_: Any
 ) -> int:
-    """See `Counter._published`."""
+    """Count a convolution as the reference code does, see `Counter._published`."""
     lattice = value.lattice if window.taps == 1 else x.lattice.at(x.lattice.stage, value.lattice.size)
     return lattice.count * (weight.numel() + (weight.shape[0] if bias is not None else 0))

@@ -1,4 +1,4 @@
-"""The adaptive network: the original's modules, run by the rewritten graph, on the level map of a mask."""
+"""The adaptive network: the original's modules, run by the rewritten graph on the level map of a mask."""
 
 from __future__ import annotations
 
@@ -44,32 +44,30 @@ from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
 
-# Tracing a way changes functions of torch for a while: one thread at a time, and one that waits finds the way made.
+# Tracing patches functions of torch, so only one thread traces at a time; a waiting thread reuses the traced program.
 _FOLLOWING = RLock()
 
 
 class AdaptiveModel(RunsProgram):
-    """A network with content-adaptive downsampling: same call, same output structure, same state dict.
+    """A network with content-adaptive downsampling: same call, same output structure, same state dict as the original.
 
-    Calling it with `mask=` overrides the mask for that call. After a call `levels` and
-    `active_fraction` tell what was kept; `checks` holds the laws verified when it was made.
+    Calling it with `mask=` overrides the mask for that call. After a call, `levels` and `active_fraction` describe the
+    cells that were kept high. `checks` holds the results of the verification at conversion.
     """
 
-    quantisation: Quantisation | None = None  # of an optimised copy in 8 bits
+    quantisation: Quantisation | None = None  # set on an optimised copy in 8 bits
 
     def __init__(self, model: nn.Module, program: Program, mask: object) -> None:
-        """Take over the modules of `model`; use `cadsurgery.adaptify` to get one."""
+        """Take over the modules of `model`; users call `cadsurgery.adaptify` instead."""
         super().__init__()
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             getattr(self, kind).update(getattr(model, kind))
-        self._original = (model,)  # for its data; a tuple, because its modules are this network's own
+        self._original = (model,)  # for its attributes; in a tuple, or torch would register it
         self._constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
         self.use_program(program)
         self._last = _Last()
-        self._ways: dict[
-            tuple[Any, ...], Program
-        ] = {}  # of calls that take another way, by what they are given
-        self._overridden = False  # whether it ever was: before torch 2.15 compilers cannot look
+        self._ways = dict[tuple[Any, ...], Program]()  # programs for calls that take another path
+        self._overridden = False  # True once `masked` was used: torch before 2.15 cannot compile the look-up
         self._checks: tuple[Check, ...] = ()
         self._source: Any = None
         self._mask_provider = resolve_mask(mask)
@@ -84,15 +82,15 @@ class AdaptiveModel(RunsProgram):
 
         Args:
             args: the original's positional arguments; the first is the image batch (B, C, H, W).
-            mask: for this call only: (B, h, w) bool (True = keep high) or integer levels, or anything
-                `adaptify` takes as a mask. An argument of this name that the original has is the original's; use
-                `masked` then.
+            mask: mask for this call only: (B, h, w) bool (True = keep high) or integer levels, or anything
+                `adaptify` takes as a mask. If the original has an argument of this name, it is passed to the original;
+                use `masked` then.
             kwargs: the original's keyword arguments.
 
         Raises:
             InvalidInput: an image that is empty or holds NaN, or a mask of wrong size, type or values.
         """
-        if mask is not None and "mask" in self._program.signature.parameters:  # the network's own
+        if mask is not None and "mask" in self._program.signature.parameters:  # an argument of the original
             kwargs["mask"], mask = mask, None
         if mask is None and self._overridden:
             mask = call_context().masks.get(self)
@@ -105,7 +103,7 @@ class AdaptiveModel(RunsProgram):
             if program.unchanged is not None and isinstance(provider, UniformMask):
                 level = 0 if provider.high else program.plan.max_level
                 if level == program.plan.identity_level:
-                    return program.as_it_was(level, arguments)
+                    return program.run_original(level, arguments)
             masking = program.masking(provider)
             return (program.run_after_first_pass if provider.looks_ahead else program)(masking, arguments)
 
@@ -114,7 +112,7 @@ class AdaptiveModel(RunsProgram):
     def _find_way(
         self, run: Callable[[Program, dict[str, Any]], Masked], arguments: dict[str, Any]
     ) -> Masked:
-        """Run the network, on a graph of its own where Python decides otherwise than when it was converted."""
+        """Run the network; where Python branches differ from the conversion's, run a graph traced for this call."""
         if torch.compiler.is_compiling():
             return run(self._program, arguments)
         call = _kind_of(arguments) if self._ways else ()
@@ -126,7 +124,7 @@ class AdaptiveModel(RunsProgram):
             return run(self._way_of(arguments, refusal), arguments)
 
     def _way_of(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
-        """The program for calls of this kind, which its own refuses: made once."""
+        """Return the program for calls of this kind, which fail the guards of the network's own; it is built once."""
         call = _kind_of(arguments)
         with _FOLLOWING:
             if call not in self._ways:
@@ -134,29 +132,29 @@ class AdaptiveModel(RunsProgram):
             return self._ways[call]
 
     def _follow(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
-        """A program for calls that take another way."""
+        """Convert the network for calls that take another path."""
         program = convert_for_call(self._original[0], self._program, arguments, refusal)
         if self.adapters is not None:
             program = with_adapters(program, set(self.adapters)).bind_to(self)
         return program
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools. Where a part
-        is hosted, that alone."""
+        """Run with another masking, a callable (image, fine map) -> Lattice, for verification and tools; of a hosted
+        network only the adaptive part runs."""
         part = self.adaptive_part
         run = partial(part._find_way, lambda program, arguments: program(masking, arguments))
         return part.finish(*part._program.check_and_run(run, *args, **kwargs))
 
     @torch.compiler.disable(
-        reason="the mask keeps another number of elements of each image, or depends on more than the image: "
+        reason="the number of elements varies from image to image, or the mask depends on more than the image: "
         f"{NEEDS_STATIC}"
     )
     def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward` for a mask whose shapes a compiler cannot know: it breaks the graph here, or says why it cannot."""
+        """Call `forward` for a mask whose shapes a compiler cannot know; compilers break the graph here or refuse."""
         return self.forward(*args, **kwargs)
 
     def finish(self, output: Any, lattice: Lattice) -> Any:
-        """The output, once the lattice is remembered for `levels`: of a compiled call the level map alone, of an
+        """Return the output after storing the lattice for `levels`; a compiled call stores only the level map, an
         exported one nothing."""
         if not torch.compiler.is_compiling():
             self._last.lattice, self._last.levels = lattice, None
@@ -165,14 +163,14 @@ class AdaptiveModel(RunsProgram):
         return output
 
     def masked(self, mask: object) -> AbstractContextManager[None]:
-        """Another mask for the calls made within, in this thread; None leaves the network's own."""
+        """Use another mask for calls in the block, in this thread; None keeps the network's own."""
         part = self.adaptive_part
         part._overridden = True
         return masked(part, mask)
 
     @contextmanager
     def interpreted_by(self, make: Callable[[Program, fx.Graph], fx.Interpreter]) -> Iterator[None]:
-        """Run the graph node by node within, by interpreters made for its program; see `Program.interpreted_by`."""
+        """Run calls in the block node by node with interpreters from `make`; see `Program.interpreted_by`."""
         part = self.adaptive_part
         program = part._program
         part._program = program.interpreted_by(make)
@@ -182,14 +180,14 @@ class AdaptiveModel(RunsProgram):
             part._program = program
 
     def restate(self, plan: Plan) -> None:
-        """Carry a plan that says more of the same decisions."""
+        """Replace the plan by one with the same decisions and more information."""
         self.use_program(replace(self._program, plan=plan))
 
     def use_channels_last(self) -> None:
-        """Lay out the weights of convolutions as rows of elements are: values and names stay the same.
+        """Convert the weights of convolutions to channels_last, the layout of elements; values and names do not change.
 
-        Not where the network's own graph is run too: dense convolutions round differently in another layout. Nor where
-        they are called together with instance norms, see `functional.contiguous_gradient`.
+        Networks whose original graph is run as well are left out, because dense convolutions round differently in
+        another layout; so are modules called together with instance norms, see `functional.contiguous_gradient`.
         """
         nodes: Any = self.graph.nodes
         called = (child(self, str(node.target)) for node in nodes if node.op == "call_module")
@@ -205,22 +203,22 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def adaptive_part(self) -> AdaptiveModel:
-        """Return the adaptive network: this one, or the part of it that it hosts."""
+        """The adaptive network: this network, or the part that it hosts."""
         return self
 
     @property
     def program(self) -> Program:
-        """The program of the adaptive part, as tools take it."""
+        """The program of the adaptive part, for tools."""
         return self.adaptive_part._program
 
     @property
     def plan(self) -> Plan:
-        """Plan of the conversion: the change at every node, and the reason."""
+        """The plan of the conversion: the action at every node, and its reason."""
         return self.program.plan
 
     @property
     def geometry(self) -> Geometry:
-        """How its lattices are built and read."""
+        """The geometry by which lattices are built and read."""
         return self.program.geometry
 
     @property
@@ -230,7 +228,7 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """The laws verified when it was made."""
+        """The results of the verification at conversion; empty if it was skipped."""
         return self.adaptive_part._checks
 
     @checks.setter
@@ -239,7 +237,7 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def source(self) -> Any:
-        """Where the network came from, if it was built by name: what `save` records."""
+        """The source of the network if it was built by name; `save` records it."""
         return self.adaptive_part._source
 
     @source.setter
@@ -248,7 +246,7 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def mask(self) -> MaskProvider:
-        """The mask provider; assign anything `adaptify` takes as a mask."""
+        """The mask provider; accepts anything that `adaptify` takes as a mask."""
         return self.adaptive_part._mask_provider
 
     @mask.setter
@@ -257,8 +255,8 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def normalisation(self) -> Normalisation | None:
-        """Unit in which its masks read its input, and where that is known from; None until a picture came. Assign what
-        `adaptify` takes."""
+        """The normalisation of its input as masks assume it, and its origin; None before the first picture. Accepts
+        what `adaptify` takes."""
         return self.adaptive_part._unit.normalisation
 
     @normalisation.setter
@@ -266,25 +264,23 @@ class AdaptiveModel(RunsProgram):
         self.adaptive_part._unit = Unit(read_normalisation(value, self.plan.example_shape[1]))
 
     def normalise_by(self, image: Tensor) -> None:
-        """Let an image batch say what masks take the input for, unless that is known or it is no picture."""
+        """Estimate the normalisation of the input from an image batch, unless it is known or this is no picture."""
         self.adaptive_part._unit(image)
 
     @property
     def adapters(self) -> nn.ModuleDict | None:
-        """Level adapters by layer, see `add_adapters`, and refinements, see `add_refinement`."""
-        adapters = self.adaptive_part._modules.get(ADAPTERS)
-        return (
-            adapters if isinstance(adapters, nn.ModuleDict) else None
-        )  # an optimised copy has what is left of them
+        """The level adapters by layer, see `add_adapters`, and refinements, see `add_refinement`."""
+        adapters = self.adaptive_part._modules.get(ADAPTERS)  # another module in an optimised copy
+        return adapters if isinstance(adapters, nn.ModuleDict) else None
 
     def add_adapters(self) -> nn.ModuleDict:
-        """Give each convolution and linear layer of the region a `LevelAdapter`, once; they change nothing yet.
+        """Add a `LevelAdapter` to each convolution and linear layer of the region, once; untrained they change nothing.
 
-        What is at level 0 stays bit for bit what it is whatever they learn, as long as all of an image is. The state
-        dict stays the original's; `save` stores them beside it.
+        With all cells at level 0, results stay bit for bit the same, whatever the adapters learn. The state dict stays
+        the original's; `save` stores the adapters beside it.
 
         Returns:
-            `adapters`.
+            The `adapters` of this network.
 
         Raises:
             InvalidInput: the network is an optimised copy, or has no layer below full resolution.
@@ -297,19 +293,19 @@ class AdaptiveModel(RunsProgram):
         )
 
     def add_refinement(self, hidden: int = 48) -> nn.ModuleDict:
-        """Give each last map of the fine size that is made of the region a `Refinement`, once; it changes nothing yet.
+        """Add a `Refinement` to each final map of the region at the fine size, once; untrained, it changes nothing.
 
-        It adds to what is interpolated what the entering features tell, within two pixels of what is downsampled: the
-        rest stays bit for bit what it is. `cs.finetune.fit_refinement` teaches it.
+        A refinement corrects interpolated values with the features that enter the region, within two pixels of
+        downsampled cells; other pixels stay bit for bit the same. `cs.finetune.fit_refinement` trains it.
 
         Args:
-            hidden: its channels.
+            hidden: number of hidden channels.
 
         Returns:
-            `adapters`, the refinements among them.
+            The `adapters` of this network, including the refinements.
 
         Raises:
-            InvalidInput: the network is an optimised copy, or what its region gives is of another size than the map
+            InvalidInput: the network is an optimised copy, or the maps of its region do not have the size of the map
                 that enters it.
         """
         return self._add(
@@ -320,21 +316,21 @@ class AdaptiveModel(RunsProgram):
         )
 
     def _add(self, kind: str, make: Callable[[Program], nn.ModuleDict], what: str, why: str) -> nn.ModuleDict:
-        """Adapters of a kind, unless there are some of it."""
+        """Add the adapters of a kind, unless the network has some."""
         part = self.adaptive_part
         adapters = part.adapters if part.adapters is not None else nn.ModuleDict()
         if any(kind_of(name) == kind for name in adapters):
             return adapters
-        made = make(part.program) if not part.program.is_fused else nn.ModuleDict()
-        if not len(made):
+        new = make(part.program) if not part.program.is_fused else nn.ModuleDict()
+        if not len(new):
             raise InvalidInput(
                 f"{type(self).__name__} has no {what}.",
                 why=why,
                 next="add them to what cs.adaptify(...) gave, before optimize().",
             )
-        adapters.update(dict(made.items()))
+        adapters.update(dict(new.items()))
         part.add_module(ADAPTERS, adapters)
-        part.use_program(with_adapters(part.program, set(made)))
+        part.use_program(with_adapters(part.program, set(new)))
         part._ways = {}
         return adapters
 
@@ -350,25 +346,25 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def levels(self) -> Tensor:
-        """(B, h, w) level map of the last call, made legal; 0 is the high output stride."""
+        """The level map (B, h, w) of the last call, as the lattice realises it; 0 is the high output stride."""
         return self.lattice.levels
 
     @property
     def active_fraction(self) -> float:
-        """Share of the fine map that the last call kept at the high output stride."""
+        """The share of the fine map that the last call kept at the high output stride."""
         return self.lattice.active_fraction
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
-        """Multiply-accumulates of this network on an image: with its mask, dense high and dense low.
+        """Count the multiply-accumulates on an image: with the mask, dense high and dense low.
 
         Args:
-            args: as for a call. The network is run no further than its mask needs; of the rest only the shapes.
-            mask: for this count only, as for a call.
+            args: as for a call. The network runs only as far as its mask needs; the rest is computed on shapes.
+            mask: mask for this count only, as for a call.
             rule: `"conv"`, multiply-accumulates of convolutions and matrix products, or `"published"`,
                 the counting of the CAD reference code (seed of its Tab. 2).
             kwargs: as for a call.
         """
-        if mask is not None and "mask" in self.program.signature.parameters:  # the network's own
+        if mask is not None and "mask" in self.program.signature.parameters:  # an argument of the original
             kwargs["mask"], mask = mask, None
         provider = self.mask if mask is None else mask
         try:
@@ -379,11 +375,11 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def counted(self) -> Program:
-        """Copy on meta tensors that its operations are counted on."""
+        """The program of a copy on meta tensors, on which operations are counted."""
         return meta_copy(self).program
 
     def _counted_on(self, way: Program) -> Program:
-        """Copy on meta tensors that the operations of calls that take another way are counted on."""
+        """Bind the program of another path to a copy on meta tensors, on which operations are counted."""
         return way.bind_to(meta_copy(self))
 
     def optimize(
@@ -394,41 +390,41 @@ class AdaptiveModel(RunsProgram):
         calibration: Any = None,
         largest_error: float | None = None,
     ) -> AdaptiveModel:
-        """An inference copy: batch norm folded, residuals and activations fused, weights packed, fastest kernels.
+        """Return a copy for inference: batch norm folded, residuals and activations fused, weights packed.
 
-        It is called like this network and gives the same to rounding, without gradients. The weights are those of
-        this moment; this network is not changed. NaN in weights, and NaN that an operation such as a division makes,
-        stays NaN; NaN that comes of values that overflow may not, where a ReLU is fused.
+        The copy is called like this network and gives the same results up to rounding, without gradients. It has the
+        current weights; this network is not changed. NaN in weights, and NaN from operations such as divisions, stays
+        NaN. NaN from values that overflow may be lost where a ReLU is fused.
 
         Args:
-            fuse: False folds batch norm only and leaves everything else to torch, as one would do by hand: at a
-                uniform mask that is the best ordinary dense network, what `cadsurgery bench` compares with.
-            precision: `float`: that of the network's weights. `int8`: weights and features in 8 bits wherever a kernel
-                is made for it and the images say that it does little harm, the rest in float32; `quantisation` of the
-                copy tells. Where the processor has no instructions for it, a warning says so and the copy is float.
-            calibration: for `int8`, image batches (B, C, H, W) like those that the network will see, prepared as it
-                takes them, some 8 to 100 images; no labels. They are run with the network's own mask.
-            largest_error: for `int8`, how far its outputs may be from those in float, as a share of their size (root
-                mean squares, over the first images): the first layers, by which most of the error comes in, stay in
-                float32, up to half of all, which costs time. By default only what harms by far the most does.
+            fuse: False only folds batch norm and leaves everything else to torch; with a uniform mask this is the
+                best ordinary dense network, with which `cadsurgery bench` compares.
+            precision: `float` keeps the precision of the weights. `int8` quantises weights and activations to 8 bits
+                wherever there is a kernel and the calibration shows little error, and keeps the rest in float32; see
+                `quantisation` of the copy. Without compiled kernels a warning is given, and the copy is float.
+            calibration: for `int8`, image batches (B, C, H, W) like those of later calls, preprocessed for the
+                network; about 8 to 100 images without labels. They are run with the network's own mask.
+            largest_error: for `int8`, the largest error of the outputs relative to their size (root mean squares over
+                the first images). The first layers, which cause most of the error, then stay in float32 (up to half of
+                all layers), which costs time. By default only layers with by far the largest error do.
 
         Raises:
             UnknownName: an unknown precision.
-            InvalidInput: no images for `int8`; images or an error without it; an error that cannot be; a network not in
-                float32 on the CPU.
-            CannotConvert: no layer can be in 8 bits.
+            InvalidInput: `int8` without images; images or `largest_error` without `int8`; an impossible error; a
+                network that is not in float32 on the CPU.
+            CannotConvert: no layer can be quantised.
 
         Warns:
-            CadWarning: a copy in 8 bits cannot be made here, or its outputs differ from those in float by more than
-                `largest_error`, by default by more than 1 % of their size: by how much, and where it comes in.
+            CadWarning: `int8` is not available here, or the outputs differ from float by more than `largest_error`, by
+                default by more than 1 % of their size; the warning names the error and the layers that cause it.
         """
         fast = OptimizedModel(self, fuse, pairs=precision == FLOAT)
         fast.quantisation = put_in_precision(fast, precision, calibration, largest_error)
         return fast
 
     def __getattr__(self, name: str) -> Any:
-        """Modules and parameters, and the original's data such as `num_classes`; not its methods, which would run it
-        as it was."""
+        """Return modules, parameters, and plain attributes of the original such as `num_classes`; not its methods,
+        which would run the original network."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -439,7 +435,7 @@ class AdaptiveModel(RunsProgram):
             return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would register a provider, a module, under the name of the property.
+        # nn.Module would register a mask provider as a submodule under the property's name.
         if name in ("mask", "normalisation"):
             object.__setattr__(self, name, value)
         else:
@@ -465,11 +461,11 @@ class OptimizedModel(AdaptiveModel):
     """An adaptive network for inference only; see `AdaptiveModel.optimize`. Any number of threads may call it."""
 
     def __init__(self, net: AdaptiveModel, epilogues: bool, pairs: bool = True) -> None:
-        """Fuse the graph of `net` and copy what is left of its modules; see `fuse_network` for the options."""
+        """Fuse the graph of `net` and copy the modules that it still needs; see `fuse_network` for the options."""
         source = copy.deepcopy(net).eval().requires_grad_(False)
         super().__init__(*fuse_network(source, epilogues, pairs), source.mask)
         take_over(self, source)
-        # Calls that take another way need its weights as they were before they were folded.
+        # Calls that take another path are converted from the unfolded weights.
         self._unfused: tuple[AdaptiveModel, ...] = ()
         if any(map(is_guard, self.graph.nodes)):
             self._unfused = (copy.deepcopy(net).eval().requires_grad_(False),)
@@ -483,13 +479,13 @@ class OptimizedModel(AdaptiveModel):
 
     @torch.compiler.disable(reason="an optimised network is not compiled: compile the one it was made from")
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
-        """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile leaves it as it is."""
+        """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile does not compile it."""
         with torch.no_grad():
             return super().forward(*args, mask=mask, **kwargs)
 
     @property
     def counted(self) -> Program:
-        """That of the network it was made from."""
+        """The counted program of the network that this copy was made from."""
         return self._counted[0].program
 
     def _counted_on(self, way: Program) -> Program:
@@ -497,15 +493,15 @@ class OptimizedModel(AdaptiveModel):
         return counted
 
     def _follow(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
-        """A program for calls that take another way, on kernels of its own; in float, whatever this copy is in."""
+        """Convert and optimise the network for calls that take another path, always in float."""
         if not self._unfused:
             raise refusal
         source = copy.copy(self._unfused[0])
         source._program = source._follow(arguments, refusal)
         if self.quantisation is not None:
             warnings.warn(
-                "this image takes another way through the network than those this copy was calibrated by: it runs in "
-                f"float there. {refusal.where}",
+                "this image takes another path through the network than the calibration images: it runs in float "
+                f"there. {refusal.where}",
                 CadWarning,
                 stacklevel=2,
             )
@@ -514,7 +510,7 @@ class OptimizedModel(AdaptiveModel):
         return way.program
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModel:
-        """As torch moves modules to a device or type: the weights that other ways are made of, too."""
+        """Move or convert the modules as torch does, including the unfolded weights kept for other paths."""
         self._ways = {}
         for source in self._unfused:
             source._apply(fn, recurse)
@@ -529,10 +525,10 @@ class OptimizedModel(AdaptiveModel):
         calibration: Any = None,
         largest_error: float | None = None,
     ) -> OptimizedModel:
-        """Itself: it is optimised.
+        """Return this network, which is optimised already.
 
         Raises:
-            InvalidInput: another precision is asked for.
+            InvalidInput: another precision is requested.
         """
         if precision != FLOAT:
             raise InvalidInput(
@@ -542,7 +538,7 @@ class OptimizedModel(AdaptiveModel):
         return self
 
     def train(self, mode: bool = True) -> OptimizedModel:
-        """Refused: its batch norms are folded.
+        """Refuse training mode, because the batch norms are folded.
 
         Raises:
             InvalidInput: mode is True.
@@ -558,10 +554,10 @@ class OptimizedModel(AdaptiveModel):
 
 
 def whole_program(net: object, refusal: str, next: str = "pass what cs.adaptify(...) gave.") -> Program:
-    """The program of a network that is adaptive as a whole.
+    """Return the program of a network that is adaptive as a whole.
 
     Raises:
-        InvalidInput: it is another thing; `refusal` says what cannot be done with it.
+        InvalidInput: `net` is something else; `refusal` is the message, e.g. "has no stem to keep".
     """
     if isinstance(net, AdaptiveModel) and not net.hosts_part:
         return net.program
@@ -577,8 +573,8 @@ def _is_static(mask: object) -> bool:
 
 
 def pictures_for(net: nn.Module) -> Source:
-    """The source of a network, by which pictures are prepared for it (`data.images.normalise`); what its masks take
-    them for is settled by that."""
+    """Return the source of a network, by which pictures are normalised for it (`data.images.normalise`); masks then
+    assume the same normalisation."""
     source = source_of(net)
     if isinstance(net, AdaptiveModel) and not net.hosts_part:
         net._unit.set_once(Normalisation(source.mean, source.std, "as pictures are prepared for it"))
@@ -594,19 +590,19 @@ class _Last:
 
 
 def _kind_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the values that Python may decide by in a call: shapes and types of tensors, other values as they are."""
+    """Return the values that Python may branch on in a call: shapes and types of tensors, and all other values."""
     return tuple(
         (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else repr(value)
         for value in tree_leaves(arguments)
     )
 
 
-# Children that the original does not have.
+# Submodules that the original does not have.
 _OWN = ("_mask_provider.", f"{ADAPTERS}.")
 
 
 def _without_own(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """The state dict is the original's, whatever mask and adapters have learned; `save` stores that apart."""
+    """Remove mask and adapters from a state dict, so that it is the original's; `save` stores them separately."""
     for name in [name for name in state if name.removeprefix(prefix).startswith(_OWN)]:
         del state[name]
 
@@ -616,11 +612,11 @@ def _own_not_missing(model: nn.Module, keys: Any) -> None:
 
 
 def _forget_other_ways(model: nn.Module, keys: Any) -> None:
-    """Weights that were loaded are folded already: there are none that another way could be made of."""
+    """Drop the unfolded weights after folded weights were loaded: other paths can no longer be converted."""
     assert isinstance(model, OptimizedModel)
     model._unfused, model._ways = (), {}
 
 
 def _is_data(name: str, value: Any) -> bool:
-    """True if an attribute of a network is plain data, no module and no tensor."""
+    """True if an attribute of a network is public and neither a module nor a tensor."""
     return not name.startswith("_") and not isinstance(value, (nn.Module, Tensor))

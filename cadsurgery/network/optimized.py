@@ -1,4 +1,4 @@
-"""Make the inference copy of an adaptive network: fold, fuse, pack, and put it into another precision."""
+"""Make the inference copy of an adaptive network: fold, fuse, pack, and convert the precision."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PRECISIONS = (FLOAT := "float", "int8")
 
 
 def fuse_network(source: RunsProgram, epilogues: bool, pairs: bool) -> tuple[fx.GraphModule, Program]:
-    """The modules that a network's graph needs once it is fused, and the program of the fused graph.
+    """Fuse a network's graph; return the modules that the fused graph needs, and its program.
 
     Args:
-        source: a copy of the network in evaluation mode, which is used up.
+        source: a copy of the network in evaluation mode, which is changed and cannot be used afterwards.
         epilogues: see `fuse`.
-        pairs: fuse convolutions with each other too, see `join_pairs`.
+        pairs: True also fuses inverted bottlenecks, see `join_pairs`.
     """
     graph = source.program.graph
     used = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
@@ -42,16 +42,16 @@ def fuse_network(source: RunsProgram, epilogues: bool, pairs: bool) -> tuple[fx.
     if pairs:
         join_pairs(graph, kernels)
     root.add_module(KERNELS, kernels)
-    fused = fx.GraphModule(root, graph)  # it copies what the graph uses and leaves the rest
-    left = [one for one in source.program.watched if child(fused, one.path) is not None]
-    watched = tuple(Watched.of(fused, one.path, one.is_called) for one in left)
+    fused = fx.GraphModule(root, graph)  # it keeps only the modules that the graph uses
+    remaining = [one for one in source.program.watched if child(fused, one.path) is not None]
+    watched = tuple(Watched.of(fused, one.path, one.is_called) for one in remaining)
     return fused, replace(source.program, graph=graph, unchanged=None, watched=watched, is_fused=True)
 
 
 def put_in_precision(
     fast: RunsProgram, precision: str, calibration: Any, largest_error: float | None
 ) -> Quantisation | None:
-    """Put an optimised copy into the precision that was asked for, see `AdaptiveModel.optimize`; tell what was done."""
+    """Convert an optimised copy to a precision, see `AdaptiveModel.optimize`; return its quantisation, if any."""
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
     if (precision == "int8") != (calibration is not None):

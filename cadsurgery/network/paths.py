@@ -1,7 +1,7 @@
-"""Several uniform paths through the region at once, blended where they leave it: how a learned mask gets a gradient.
+"""Run uniform levels through the region in parallel and blend the results, so that a learned mask gets a gradient.
 
-The network runs on one lattice per level, everything at that level; where a map leaves the region the paths are
-added, weighed by a soft level map (Hesse et al., CVPRW 2023, supplementary; reference code `ad_e2e_resnet.py`).
+The network runs on one uniform lattice per level (a path). Where a map leaves the region, the results of the paths are
+summed with the weights of a soft level map (Hesse et al., CVPRW 2023, supplementary; `ad_e2e_resnet.py`).
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ Weigh = Callable[[Tensor, FineMapSpec], Tensor]
 
 @dataclass(frozen=True)
 class _Paths:
-    """A value on each path, the highest resolution first."""
+    """The values of a node on all paths, the highest resolution first."""
 
     values: tuple[Any, ...]
 
 
 def blend(net: AdaptiveModel, inputs: tuple[Any, ...], weigh: Weigh, *, separate: bool = True) -> Any:
-    """The network's output with the levels blended instead of mixed.
+    """Return the network's output with blended levels.
 
-    With weights that are one for a level and zero for the others it is `net(*inputs, mask=level everywhere)`.
+    If the weights are one for a level and zero for the others, the output is `net(*inputs, mask=level everywhere)`.
 
     Args:
         net: an adaptive network.
-        inputs: its arguments.
-        weigh: from the features that enter the region (B, C, h, w) and their grid to weights (B, levels, h, w), which
-            sum to one over the levels.
-        separate: batch norm keeps running statistics of the path with everything low alone, as published, which are
-            what the mixed network then uses; otherwise of all paths, one after another.
+        inputs: arguments of the call.
+        weigh: function from the features that enter the region (B, C, h, w) and their grid to weights
+            (B, levels, h, w) that sum to one over the levels.
+        separate: True updates batch norm's running statistics only on the lowest path (as published), whose statistics
+            the adaptive network then uses; False updates them on all paths, one after another.
 
     Raises:
-        InvalidInput: weights of another shape.
+        InvalidInput: the weights have another shape.
     """
     program = net.program
     values = program.before(program.bind(*inputs))
@@ -71,18 +71,18 @@ def blend(net: AdaptiveModel, inputs: tuple[Any, ...], weigh: Weigh, *, separate
 
 
 class _Runner(GraphInterpreter):
-    """Runs the second half of a rewritten graph with a value for every path where paths differ."""
+    """Runs the second half of a rewritten graph, with one value per path where the paths differ."""
 
     def __init__(
         self, program: Program, weights: Tensor, lattices: tuple[Lattice, ...], separate: bool
     ) -> None:
         super().__init__(program, program.halves.after)
         self.weights, self.lattices, self.separate = weights, lattices, separate
-        self.rows: set[fx.Node] = set()  # values with a row per element, not one per image
-        self.left: set[fx.Node] = set()  # what left the region, and what follows from it
+        self.rows: set[fx.Node] = set()  # values with one row per element
+        self.left: set[fx.Node] = set()  # maps that left the region, and values computed from them
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node: one, or one on each path."""
+        """Return the value of a node, or its values on all paths."""
         if n.target is ask_mask:
             return _Paths(self.lattices)
         if n.op == "output":
@@ -92,7 +92,7 @@ class _Runner(GraphInterpreter):
         self._note(n)
         inputs = {source: self.env[source] for source in n.all_input_nodes}
         if self.left & inputs.keys() and not any(map(self._in_region, inputs, inputs.values())):
-            # Vectors of the paths meet a map that has left the region.
+            # Vectors of several paths are combined with a map that has left the region.
             inputs = {source: self._join(value) for source, value in inputs.items()}
         if not any(isinstance(value, _Paths) for value in inputs.values()):
             return self._call(n, inputs.__getitem__)
@@ -110,13 +110,13 @@ class _Runner(GraphInterpreter):
         if _leaves(n):
             arguments = fx.map_arg(n.kwargs, lambda source: on_path(source, 0))
             return self._blend(n, inputs[n.args[0]].values, results, arguments)  # type: ignore[index]
-        if n.target is functional.to_elements:  # a view of what all paths read; they may work in place
+        if n.target is functional.to_elements:  # a view shared by all paths, which may change it in place
             results = [Elements(value.rows.clone(), value.lattice) for value in results]
         same = isinstance(results[0], _PLAIN) and all(value == results[0] for value in results)
         return results[0] if same else _Paths(tuple(results))
 
     def _note(self, node: fx.Node) -> None:
-        """Where the value of a node stands: on rows, or behind the region."""
+        """Record if the value of a node has one row per element, and if it has left the region."""
         inputs = set(node.all_input_nodes)
         of_elements = node.target is getattr and node.args[1] == "rows"
         if of_elements or node.target is functional.rows_on or self.rows & inputs:
@@ -128,11 +128,11 @@ class _Runner(GraphInterpreter):
             self.left.add(node)
 
     def _in_region(self, node: fx.Node, value: Any) -> bool:
-        """True if a value has elements."""
+        """True if a value has elements or rows on several paths."""
         return isinstance(value, _Paths) and (node in self.rows or not isinstance(value.values[0], Tensor))
 
     def _norms(self, node: fx.Node, inputs: Iterable[Any]) -> list[_BatchNorm]:
-        """The batch norms that a node runs, on these values."""
+        """Return the batch norms that a node runs or gets as inputs."""
         run = [self.fetch_attr(str(node.target))] if node.op == "call_module" else []
         modules = [module for module in (*run, *inputs) if isinstance(module, nn.Module)]
         return [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm)]
@@ -144,7 +144,7 @@ class _Runner(GraphInterpreter):
     def _blend(
         self, node: fx.Node, values: tuple[Elements, ...], maps: list[Tensor], arguments: dict[str, Any]
     ) -> Tensor:
-        """Dense maps of the paths, added by the weights of the fine pixels their samples lie on."""
+        """Sum the dense maps of the paths, with the weights of the fine pixels at their samples."""
         options: tuple[Any, ...] = node.args[1:]
         spacing, layout = options[0], options[1] if len(options) > 1 else NCHW
         resized = node.target is functional.resize_to_dense
@@ -164,7 +164,7 @@ class _Runner(GraphInterpreter):
         return total
 
     def _plain(self, output: Any) -> Any:
-        """Return the graph's outputs in containers of Python, not those of graphs."""
+        """Return the graph's outputs in ordinary Python containers."""
         if isinstance(output, fx.Node):
             return self._join(self.env[output])
         if isinstance(output, dict):
@@ -175,7 +175,7 @@ class _Runner(GraphInterpreter):
         return output
 
     def _join(self, value: Any) -> Any:
-        """A value on several paths that no map of weights fits, such as one vector per image, by the mean weights."""
+        """Sum a value of several paths by the mean weights, for values without positions such as vectors per image."""
         if not isinstance(value, _Paths):
             return value
         shares = self.weights.mean((2, 3)).unbind(1)
@@ -187,14 +187,14 @@ class _Runner(GraphInterpreter):
 
 
 def _leaves(node: fx.Node) -> bool:
-    """True if the region is left here."""
+    """True if a node turns elements into a dense map."""
     operation = operation_of(node.target)
     return operation is not None and operation.gives == "dense"
 
 
 @contextlib.contextmanager
 def _untrack(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Batch norms leave their running statistics alone."""
+    """Keep batch norms from updating their running statistics in the block."""
     tracking = [norm for norm in norms if norm.training and norm.track_running_stats]
     for norm in tracking:
         norm.track_running_stats = False

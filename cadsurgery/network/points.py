@@ -1,8 +1,8 @@
-"""The map a network gives, read at points of the image only: from the elements, with no dense map in between.
+"""Read a network's output map only at points of the image, directly from the elements without a dense map.
 
     rows = cs.read_at(net, image, [points], reach="receptive")
 
-With `reach="receptive"` only what these points depend on is computed behind the place where the mask is asked for.
+With `reach="receptive"`, after the mask only the elements that these points depend on are computed.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from cadsurgery.surgery.guards import drop_dead_code
 Reach = Literal["all", "receptive"]
 Align = Literal["cell", "corners"]
 REACHES, ALIGNMENTS = ("all", "receptive"), ("cell", "corners")
-# Sizes of image batches whose places are kept for each output.
+# Number of batch sizes for which the places of an output's nodes are cached.
 MOST_SIZES = 8
 
 
 @dataclass(frozen=True)
 class ReachMacs:
-    """Multiply-accumulates with and without what the points do not depend on.
+    """Multiply-accumulates of reading at points, with `reach="all"` and `reach="receptive"`.
 
     Attributes:
-        all: of the whole network on the images, with its mask.
-        receptive: with `reach="receptive"`.
-        elements: rows that operations with taps compute, with everything and with what is needed only.
+        all: MACs of the whole network on the images, with its mask.
+        receptive: MACs with `reach="receptive"`.
+        elements: number of rows that window operations compute, with `all` and with `receptive`.
     """
 
     all: int
@@ -64,28 +64,28 @@ def read_at(
     output: str | int | None = None,
     align: Align = "cell",
 ) -> list[Tensor]:
-    """The network's map at points, equal to what its dense output holds there.
+    """Return the values of the network's map at points, equal to those of its dense output.
 
     Args:
-        net: a converted network whose output leaves the adaptive region as it is.
+        net: a converted network whose output is a map that leaves the adaptive region unchanged.
         image: (B, C, H, W), as for a call.
-        points: of each image, (n, 2) x and y in image pixels; n may differ, and may be 0.
-        mask: for this call only; it may be `keypoints`, which is given these points.
-        reach: `"receptive"` computes nothing that the points do not depend on. The rows are the same bit for bit in
-            float32 wherever the network itself works by elements, with convolutions of 16 channels or more and ReLU,
-            and torch's products give a row the same bits however many there are, as with AVX-512; to rounding with
-            AVX2 alone, in other types, with fewer channels, with activations whose last values torch computes
-            otherwise (SiLU, GELU), and of a uniform map, which otherwise runs as ordinary convolutions.
-        output: key or place of the map among several outputs.
-        align: which sample of the fine map a point lies in: `"cell"`, the one that covers it, or `"corners"`, the one
-            nearest when the outermost samples stand on the outermost pixels (as published for D2-Net).
+        points: one tensor (n, 2) per image, x and y in image pixels; n may differ between images, and may be 0.
+        mask: mask for this call only; the mask `keypoints` gets these points.
+        reach: `"receptive"` computes only elements that the points depend on. The rows are then bit for bit the same in
+            float32 for a network that runs on elements, with convolutions of at least 16 channels and ReLU, if torch's
+            matrix product gives a row the same bits for any number of rows, as with AVX-512. They are the same up to
+            rounding with AVX2, in other types, with fewer channels, with SiLU or GELU (torch computes the last values
+            of a tensor differently), and for a uniform level map, which normally runs as ordinary convolutions.
+        output: key or position of the map if there are several outputs.
+        align: which sample of the fine map is read for a point: `"cell"`, the one that covers it, or `"corners"`, the
+            nearest one if the outermost samples lie on the outermost pixels (as published for D2-Net).
 
     Returns:
-        (n, C) for each image.
+        One tensor (n, C) per image.
 
     Raises:
-        InvalidInput: points that are none, lie outside the image or are of another number of images; a network whose
-            output is more than a map that leaves the region, that is training, or that only hosts an adaptive part.
+        InvalidInput: invalid points, points outside the image or for another number of images; a network whose output
+            is not a map that leaves the region unchanged, that is in training mode, or only hosts an adaptive part.
         UnknownName: no such reach, alignment or output.
     """
     program = _program(net, reach)
@@ -104,7 +104,7 @@ def macs_at(
     output: str | int | None = None,
     align: Align = "cell",
 ) -> ReachMacs:
-    """Multiply-accumulates of `read_at`, with and without `reach="receptive"`; arguments and errors as there."""
+    """Count the multiply-accumulates of `read_at` with and without `reach="receptive"`; see there for the arguments."""
     _program(net, "receptive")
     run = _Run.of(net, image, points, mask, "receptive", output, align)
     with keypoints_at(run.points):
@@ -118,7 +118,7 @@ def macs_at(
 
 
 def readable(net: AdaptiveModel, output: str | int | None = None) -> bool:
-    """True if `read_at` can read an output of a network: it leaves the adaptive region as it is."""
+    """True if `read_at` can read an output of a network: a map that leaves the adaptive region unchanged."""
     try:
         _exit(_program(net, "all"), output)
     except (InvalidInput, UnknownName):
@@ -128,13 +128,13 @@ def readable(net: AdaptiveModel, output: str | int | None = None) -> bool:
 
 @dataclass(frozen=True)
 class _Exit:
-    """The graph behind the place where the mask is asked for, up to the elements of one output.
+    """The graph from the mask to the elements of one output.
 
     Attributes:
-        graph: gives (elements, guide or None).
-        node: the one that gives the elements.
+        graph: a graph that returns (elements, guide or None).
+        node: the node of the elements.
         spacing: fine pixels between the samples of the dense output.
-        places: of its nodes, by the shapes of what enters, for the last few; found when first asked for.
+        places: places of its nodes, by the shapes of the inputs, for the last few shapes.
     """
 
     graph: fx.Graph
@@ -144,15 +144,15 @@ class _Exit:
 
     @staticmethod
     def of(program: Program, output: str | int | None) -> _Exit:
-        """The exit of an output of a network."""
+        """Build the exit of an output of a network."""
         source = program.halves.after
-        value = _chosen(next(node for node in source.nodes if node.op == "output").args[0][0], output)
+        value = _select_output(next(node for node in source.nodes if node.op == "output").args[0][0], output)
         if not isinstance(value, fx.Node) or value.target is not functional.to_dense:
             last = value.target if isinstance(value, fx.Node) else describe(value)
             raise InvalidInput(
                 f"the output is not read from the adaptive region: {getattr(last, '__name__', last)} makes it.",
-                why="only a map that leaves the region as it is can be read at points.",
-                next="convert the part of the network that gives the map, or name an output that is one: output=.",
+                why="only a map that leaves the region unchanged can be read at points.",
+                next="convert the part of the network that returns the map, or name an output that is one: output=.",
             )
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         graph.graph_copy(source, copies)
@@ -168,14 +168,14 @@ _EXITS: WeakKeyDictionary[Program, dict[Any, _Exit]] = WeakKeyDictionary()
 
 
 def _exit(program: Program, output: str | int | None) -> _Exit:
-    """The exit of an output, made once."""
+    """Return the exit of an output, built once."""
     exits = _EXITS.setdefault(program, {})
     return exits[output] if output in exits else exits.setdefault(output, _Exit.of(program, output))
 
 
 @dataclass
 class _Run:
-    """One reading: what the network gave up to the mask, its lattice, and the pixels that are read."""
+    """One call: the network's values before the mask, the lattice, and the points to read."""
 
     program: Program
     exit: _Exit
@@ -196,7 +196,7 @@ class _Run:
         output: str | int | None,
         align: str,
     ) -> _Run:
-        """Everything up to the lattice."""
+        """Check the arguments and run the network up to the lattice."""
         check_name("reach", reach, REACHES)
         check_name("alignment", align, ALIGNMENTS)
         program = net.program
@@ -217,14 +217,14 @@ class _Run:
         return _Run(program, exit, provider, points, values, lattice, image, align)
 
     def parts(self) -> dict[str, Lattice]:
-        """Return the elements that the points depend on, for each operation that makes elements of its own."""
+        """Return the elements that the points depend on, for each operation that creates new elements."""
         places = self._places()
         exit = self.lattice.at(*places[self.exit.node.name])
-        wanted = reached(exit, read_points(exit, self._pixels(exit)))
-        return Cone(self.exit.graph, places, self.lattice, self.exit.node, wanted).lattices
+        anchors = reached(exit, read_points(exit, self._pixels(exit)))
+        return Cone(self.exit.graph, places, self.lattice, self.exit.node, anchors).lattices
 
     def rows(self, parts: dict[str, Lattice] | None) -> list[Tensor]:
-        """The map at the points of each image."""
+        """Return the values of the map at the points of each image."""
         runner = GraphInterpreter(self.program, self.exit.graph, parts)
         elements, guide = runner.run(lambda *_: self.lattice, *self.values)
         lattice, pixels = elements.lattice, self._pixels(elements.lattice)
@@ -234,8 +234,7 @@ class _Run:
         return list(rows.split([len(part) for part in self.points]))
 
     def macs(self, parts: dict[str, Lattice] | None) -> tuple[int, int]:
-        """MACs behind the place where the mask is asked for, and rows that operations with taps compute; of a network
-        with shapes and no values."""
+        """Count the MACs after the mask, and the rows that window operations compute, on meta tensors."""
         counter = Counter(self.program, "conv", self.exit.graph, parts)
         with counter.counter:
             counter.run(lambda *_: self.lattice, *self.values)
@@ -248,7 +247,7 @@ class _Run:
         return guided(reading, pixels, lattice, guide)
 
     def _pixels(self, lattice: Lattice) -> Tensor:
-        """Flat fine pixels of the samples of the dense output that the points of all images lie in."""
+        """Return the flat fine pixels of the dense output's samples at the points of all images."""
         (height, width), spacing = lattice.size, self.exit.spacing
         size, stride = (-(-height // spacing), -(-width // spacing)), self.program.plan.strides[0] * spacing
         pixels = []
@@ -258,7 +257,7 @@ class _Run:
         return torch.cat(pixels).to(lattice.levels.device)
 
     def _places(self) -> dict[str, Place]:
-        """Of the nodes of the graph, for maps of these sizes."""
+        """Return the places of the graph's nodes for inputs of these shapes."""
         values = tree_map(to_meta, self.values)
         key = tuple(leaf.shape if isinstance(leaf, Tensor) else str(leaf) for leaf in tree_leaves(values))
         places = self.exit.places.pop(key, None)
@@ -267,7 +266,7 @@ class _Run:
             low = program.geometry.uniform(program.geometry.max_level, lattice.batch, lattice.whole_size)
             with torch.no_grad():
                 places = places_of(program, self.exit.graph, low, values)
-        self.exit.places[key] = places  # the last asked for stands last
+        self.exit.places[key] = places  # ordered by last use
         for oldest in list(self.exit.places)[:-MOST_SIZES]:
             self.exit.places.pop(oldest, None)
         return places
@@ -276,7 +275,7 @@ class _Run:
 def sample_at(
     points: Tensor, like: Tensor, size: tuple[int, int], stride: float, align: str
 ) -> tuple[Tensor, Tensor]:
-    """Row and column, each (n,) int64, of the samples of a map that points lie in.
+    """Return row and column, each (n,) int64, of the map's samples at points.
 
     Args:
         points: (n, 2) x and y in pixels.
@@ -296,8 +295,8 @@ def sample_at(
     return axes[0], axes[1]
 
 
-def _chosen(value: Any, output: str | int | None) -> Any:
-    """One of the outputs of a graph."""
+def _select_output(value: Any, output: str | int | None) -> Any:
+    """Return the requested output of a graph."""
     several = dict(enumerate(value)) if isinstance(value, (tuple, list)) else value
     if not isinstance(several, dict):
         if output is not None:
@@ -314,8 +313,8 @@ def _chosen(value: Any, output: str | int | None) -> Any:
 
 
 def _program(net: Any, reach: str) -> Program:
-    """The program of a network, once it is known that it can be read at points."""
-    part = "pass what cs.adaptify(...) gave for the part that gives the map."
+    """Return the program of a network; refuse networks that cannot be read at points."""
+    part = "pass what cs.adaptify(...) gave for the part that returns the map."
     program = whole_program(net, "cannot be read at points", part)
     if reach == "receptive" and any(norm.training for norm in net.modules() if isinstance(norm, _BatchNorm)):
         raise InvalidInput(

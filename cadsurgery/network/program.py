@@ -1,4 +1,4 @@
-"""A rewritten network as a value: its graph, the modules that it runs on, and how it is run."""
+"""The program of a rewritten network: its graph, the modules it uses, and the functions that run it."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, ask_mask, halves, pack_graph, unpack_graph
 from cadsurgery.surgery.trace import evaluating
 
-Masked = tuple[Any, Lattice]  # what a run gives: output and lattice
+Masked = tuple[Any, Lattice]  # result of a run: output and lattice
 _GRAPHS = ("graph", "unchanged")
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A rewritten graph and the network whose modules it runs: what tools are given of a network.
+    """A rewritten graph and the network whose modules it runs, as tools get it.
 
     Attributes:
         graph: the rewritten graph.
-        plan: the decisions it carries out.
-        geometry: how lattices are built and read.
-        signature: of the original's forward.
-        container: type of the output if it is a kind of dictionary, or a dataclass.
-        unchanged: the network's own graph, run instead where a mask leaves everything on its own grid; for a part of
-            a network whose discrete decisions (detections) must not depend on rounding.
-        watched: modules that stand for what was rewritten.
-        is_fused: true if weights are folded and packed for inference, which then convert themselves to any type.
-        net: the `AdaptiveModel` whose modules and parameters the graphs name; see `bind_to`.
+        plan: the decisions that the graph carries out.
+        geometry: the geometry by which lattices are built and read.
+        signature: signature of the original's forward.
+        container: type of the output if it is a dictionary subclass or a dataclass.
+        unchanged: the network's own graph, which runs instead if the mask keeps every value on its own grid; only for a
+            part of a network whose discrete decisions (detections) must not depend on rounding.
+        watched: modules that the rewritten graph relies on.
+        is_fused: true if weights are folded and packed for inference; they then convert themselves to any type.
+        net: the `AdaptiveModel` whose modules and parameters the graphs use; see `bind_to`.
     """
 
     graph: fx.Graph
@@ -63,7 +63,7 @@ class Program:
     _watch: Watch = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # At once: a compiler that follows a call could not make them.
+        # Generated here, because a compiler that traces a call could not generate code.
         run_unchanged = runnable(self.unchanged) if self.unchanged is not None else None
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         absent = tuple(
@@ -71,25 +71,25 @@ class Program:
             for node in inputs
             if (node.args == (None,) or str(node.target).startswith("**")) and not node.users
         )
-        shown: Any = next(node.args[1] for node in self.graph.nodes if node.target is ask_mask)
-        image = str(shown.target) if shown.op == "placeholder" else ""  # a part of a list or a dictionary
+        source: Any = next(node.args[1] for node in self.graph.nodes if node.target is ask_mask)
+        image = str(source.target) if source.op == "placeholder" else ""  # else it is in a list or dictionary
         run = runnable(self.graph)
         self.__dict__.update(_run=run, _run_unchanged=run_unchanged, _absent=absent, _image=image)
 
     @cached_property
-    def _further(self) -> tuple[str, ...]:
-        """Name of the original's parameter for further named arguments (`**kwargs`), if it has one."""
+    def _var_keyword(self) -> tuple[str, ...]:
+        """The name of the original's parameter `**kwargs`, if it has one."""
         every = self.signature.parameters.values()
         return tuple(one.name for one in every if one.kind is one.VAR_KEYWORD)
 
     def bind_to(self, net: Any) -> Program:
-        """The same program on the modules of another network; the code of its graphs is shared."""
+        """Return the program bound to the modules of another network; the generated code is shared."""
         program = object.__new__(Program)
         program.__dict__.update(self.__dict__, net=net, _watch=Watch(net, self.watched))
         return program
 
     def interpreted_by(self, make: Callable[[Program, fx.Graph], fx.Interpreter]) -> Program:
-        """The same program with its graphs run node by node, by interpreters made for it: for profiles."""
+        """Return the program with its graphs run node by node by interpreters from `make`, for profiling."""
         program = self.bind_to(self.net)
 
         def run_by(graph: fx.Graph) -> Callable[..., Any]:
@@ -114,7 +114,7 @@ class Program:
 
     @cached_property
     def halves(self) -> Halves:
-        """Its graph cut where the mask is asked for: what comes before, and the rest."""
+        """The graph cut in two where the mask is computed."""
         return halves(self.graph)
 
     @cached_property
@@ -122,62 +122,62 @@ class Program:
         return runnable(self.halves.before), runnable(self.halves.after)
 
     def names(self) -> Names:
-        """The name space its graphs read modules and parameters from.
+        """Return the namespace from which the generated code reads modules and parameters.
 
         Raises:
-            InvalidInput: a module is no longer what was converted, or has a hook that would not be called.
+            InvalidInput: a module was replaced after the conversion, or has a hook that would not be called.
         """
         if not torch.compiler.is_compiling():
             self._watch()
         return Names(self.net)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Arguments of a call by the original's parameter names, defaults included."""
+        """Return the arguments of a call by the original's parameter names, with defaults."""
         return bind_all(self.signature, args, kwargs)
 
     def contain(self, output: Any) -> Any:
-        """The output of a graph in the original's type."""
+        """Convert the output of a graph to the original's type."""
         return contain(output, self.container)
 
     def masking(self, provider: MaskProvider) -> Masking:
-        """How a mask is asked for its lattices."""
+        """Return the masking of a mask provider, which computes its lattices."""
         return Masking(provider, self.geometry, self.plan.strides[0], unit=self.net._unit)
 
-    # -- running it on the arguments of a call by name, nothing checked ----------------------------
+    # -- running on the arguments of a call by name, without checks --------------------------------
 
     def __call__(self, masking: Any, arguments: dict[str, Any]) -> Masked:
-        """Output and lattice for a masking, a callable (image, fine map) -> Lattice."""
+        """Return output and lattice for a masking, a callable (image, fine map) -> Lattice."""
         output, lattice = self._run(self.names(), masking, **arguments)
         return self.contain(output), lattice
 
-    def as_it_was(self, level: int, arguments: dict[str, Any]) -> Masked:
-        """Those of the network's own graph, operation for operation, whose maps are all at a level."""
+    def run_original(self, level: int, arguments: dict[str, Any]) -> Masked:
+        """Run the network's own graph, whose maps are all at the given level; return output and lattice."""
         output, fine = self._run_unchanged(self.names(), **arguments)
         return self.contain(output), self.geometry.uniform_like(fine, level)
 
     def before(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
-        """Return the results of the first half: all values that the second needs."""
+        """Run the first half and return all values that the second half needs."""
         values: tuple[Any, ...] = self._run_halves[0](self.names(), **arguments)
         return values
 
     def after(self, masking: Any, values: tuple[Any, ...]) -> Masked:
-        """Output and lattice of the second half."""
+        """Run the second half and return output and lattice."""
         output, lattice = self._run_halves[1](self.names(), masking, *values)
         return self.contain(output), lattice
 
     def ask(self, masking: Any, values: tuple[Any, ...]) -> Lattice:
-        """The lattice of a masking for what the first half gave, after a first pass if its mask wants one."""
+        """Compute the lattice of a masking from the first half's values, after a first pass if its mask needs one."""
         with self.ahead(masking.provider, values):
             lattice: Lattice = masking(values[self.halves.image], values[self.halves.features])
         return lattice
 
     @contextmanager
     def ahead(self, provider: MaskProvider, values: tuple[Any, ...]) -> Iterator[None]:
-        """Show a mask asked within, if it wants it, what the network gives with everything at a level.
+        """Provide the outputs of first passes (all cells at one level) to a mask that is computed in the block.
 
         Args:
-            provider: the mask.
-            values: what the first half gave; it is left as it is.
+            provider: the mask; if it needs no first pass, nothing is run.
+            values: results of the first half; they are not changed.
         """
         levels = provider.first_passes(self.geometry.max_level)
         if not levels:
@@ -189,27 +189,27 @@ class Program:
             yield
 
     def at_level(self, level: int, values: tuple[Any, ...]) -> Any:
-        """Run the second half with everything at a level; the first half's results are left as they are."""
+        """Run the second half with all cells at a level; the first half's results are not changed."""
         return self._run_halves[1](self.names(), self.uniform(level), *clone_values(values))[0]
 
     def uniform(self, level: int) -> Callable[[Tensor, Tensor], Lattice]:
-        """The masking with everything at a level."""
+        """Return the masking with all cells at a level."""
         return lambda image, features: self.geometry.uniform_like(features, level)
 
     def run_after_first_pass(self, masking: Masking, arguments: dict[str, Any]) -> Masked:
-        """Output and lattice for a mask that looks at what the network gives with everything at a level."""
+        """Return output and lattice for a mask that reads the outputs of first passes."""
         values = self.before(arguments)
         with self.ahead(masking.provider, values):
             return self.after(masking, values)
 
     def image(self, arguments: dict[str, Any]) -> Any:
-        """The image among the arguments of a call: what its mask is shown."""
+        """Return the image among the arguments of a call, which the mask reads."""
         return arguments.get(self._image) if self._image else image_of(arguments)
 
-    # -- checking what it is called with -----------------------------------------------------------
+    # -- checking the arguments --------------------------------------------------------------------
 
     def check(self, image: Any) -> None:
-        """Refuse what is no image batch, see `check_image`, and types that fused weights alone would take."""
+        """Refuse an invalid image batch, see `check_image`, and types that only fused weights would accept."""
         check_image(image)
         for dtype in first_types(self.net, self.graph) if self.is_fused else ():
             if refusal := wrong_type(image, dtype):
@@ -219,18 +219,18 @@ class Program:
         """Apply a function to the arguments of a call by name.
 
         Raises:
-            InvalidInput: the image is none, or does not fit the network.
+            InvalidInput: the image is invalid, or does not fit the network.
         """
         arguments = self.bind(*args, **kwargs)
         for name in self._absent:
             value = arguments.get(name)
-            if isinstance(value, dict) and value and name in self._further:
+            if isinstance(value, dict) and value and name in self._var_keyword:
                 raise InvalidInput(
                     f"{', '.join(value)} is not what the network was converted with.",
                     why=f"Python may do anything with further arguments (**{name}); the graph is that of none.",
                     next="leave it out.",
                 )
-            if value is not None and name not in self._further:
+            if value is not None and name not in self._var_keyword:
                 raise InvalidInput(
                     f"{name}={describe(value)} is not what the network was converted with.",
                     why="Python asks whether it is None; the graph is that of None.",
@@ -242,7 +242,7 @@ class Program:
             return run(arguments)
         try:
             return run(arguments)
-        except Exception as error:  # the network decides what it takes: ask why only once it has refused
+        except Exception as error:  # the network may raise any error; the cause is found afterwards
             channels = self.plan.example_shape[1]
             checks_channels = isinstance(error, GuardFailed) and image.shape[1] != channels
             if isinstance(error, CadError) and not checks_channels:
@@ -253,7 +253,7 @@ class Program:
             raise refusal from error
 
     def find_lattice(self, masking: Any, /, *args: Any, **kwargs: Any) -> Lattice:
-        """The lattice of a masking for an image, the network run no further than that takes, in evaluation mode."""
+        """Compute the lattice of a masking in evaluation mode, running the network only as far as needed."""
         with torch.no_grad(), evaluating(self.net):
             lattice: Lattice = self.check_and_run(
                 lambda arguments: self.ask(masking, self.before(arguments)), *args, **kwargs
@@ -262,11 +262,11 @@ class Program:
 
 
 class RunsProgram(nn.Module):
-    """A network that runs a program: what the tools of this room need of an `AdaptiveModel`, which is one.
+    """Base class of networks that run a program: the interface of `AdaptiveModel` that modules of this package use.
 
     Attributes:
-        hosts_part: it runs as it was, with a part of it adaptive; see `HostedModel`.
-        mask: its mask provider.
+        hosts_part: true if the network runs its own code with one adaptive part; see `HostedModel`.
+        mask: the mask provider.
     """
 
     hosts_part = False
@@ -276,27 +276,27 @@ class RunsProgram(nn.Module):
 
     @property
     def program(self) -> Program:
-        """Program that it runs."""
+        """The program of the network."""
         raise NotImplementedError
 
     @property
     def counted(self) -> Program:
-        """Copy on meta tensors that its operations are counted on."""
+        """The program of a copy on meta tensors, on which operations are counted."""
         raise NotImplementedError
 
     def use_program(self, program: Program) -> None:
-        """Run another program from now on, with the modules of this network."""
+        """Replace the network's program, bound to the modules of this network."""
         self._program = program.bind_to(self)
 
 
 def clone_values(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copy the first half's results, to be used more than once: the region may change in place what enters it."""
+    """Copy the first half's results, because the region may change its inputs in place."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
 
 
 class Names:
-    """The name space the generated code sees as `self`: modules and tensors only, so that a network may
-    have a child called `mask` or `plan`."""
+    """The namespace that the generated code reads as `self`: only modules and tensors, so that a network may have a
+    submodule named `mask` or `plan`."""
 
     def __init__(self, owner: Any) -> None:
         """Take the `AdaptiveModel`."""
@@ -316,17 +316,17 @@ class Names:
 
 
 class GraphInterpreter(fx.Interpreter):
-    """Runs a graph of an adaptive network with the modules and parameters it names."""
+    """Runs a graph of an adaptive network with the modules and parameters of its program."""
 
     def __init__(self, program: Program, graph: fx.Graph, parts: Mapping[str, Lattice] | None = None) -> None:
-        """Take the program and its graph, or a part of it; nodes named in `parts` run on these lattices alone."""
+        """Take a program and its graph, or a part of it; nodes named in `parts` run on these reduced lattices."""
         super().__init__(nn.Module(), graph=graph)
         self.module: Any = program.names()
         self._parts = parts or {}
-        self.extra_traceback = False  # errors of masks are for users
+        self.extra_traceback = False  # errors of masks are shown to users
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a node, with its part instead of its stage."""
+        """Return the arguments of a node, with its reduced lattice in place of its stage."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         part = self._parts.get(n.name)
         if part is None:
@@ -337,7 +337,7 @@ class GraphInterpreter(fx.Interpreter):
 
 
 def runnable(graph: fx.Graph) -> Any:
-    """The code of a graph as a function; its first argument is `Program.names()`."""
+    """Compile a graph to a Python function, whose first argument is `Program.names()`."""
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, "<cadsurgery graph>", "exec"), scope)

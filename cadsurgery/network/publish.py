@@ -1,4 +1,4 @@
-"""Converted networks on the Hugging Face Hub: the file that `save` writes, and a card that says what it is."""
+"""Publish converted networks on the Hugging Face Hub: the file of `save`, and a model card."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Pushed:
     """Result of `push_to_hub`.
 
     Attributes:
-        address: of this very commit: what `load` takes.
-        page: of the repository.
-        commit: its hash.
-        private: true if the repository is seen by its owner only.
+        address: address of this commit, as `load` takes it.
+        page: URL of the repository.
+        commit: hash of the commit.
+        private: true if only the owner can see the repository.
         bytes: size of the file.
     """
 
@@ -52,24 +52,25 @@ def push_to_hub(
 ) -> Pushed:
     """Write a converted network to the Hugging Face Hub, in one commit: `cs.load("hf:owner/name")` reads it.
 
-    It holds the file that `save` writes, and a model card, README.md, with its licence and what was converted: mask,
-    output strides, fill, multiply-accumulates, versions, how it is loaded. A card that is there is replaced; the Hub
-    keeps all versions. Who writes is decided by HF_TOKEN, or what `hf auth login` left.
+    The commit has the file that `save` writes, and a model card, README.md, with the licence and the conversion: mask,
+    output strides, fill, multiply-accumulates, versions, and how to load it. An existing card is replaced; the Hub
+    keeps all versions. The account is that of HF_TOKEN or `hf auth login`.
 
     Args:
-        net: what `adaptify` or `load` gave.
-        repository: `owner/name`, made if there is none, or `owner/name@branch`, likewise.
-        license: under which others may use it, in the Hub's words: `"apache-2.0"`, `"mit"`, `"cc-by-nc-4.0"`,
-            `"other"`. Yours to choose, within that of its weights: there is no default.
-        private: true if only you, or your organisation, see it; default: as it is, or as the Hub does with new ones.
-        message: of the commit.
-        pipeline: the task it is listed under, such as `"depth-estimation"`; default: by what comes out, segmentation
-            for a map of the image's size, classification for scores, else features.
-        image: batch that its multiply-accumulates are counted on; default: a generated street scene.
+        net: a network from `adaptify` or `load`.
+        repository: `owner/name` or `owner/name@branch`; repository and branch are created if missing.
+        license: licence of the network, by its name on the Hub: `"apache-2.0"`, `"mit"`, `"cc-by-nc-4.0"`,
+            `"other"`. You choose it within the limits of the weights' licence, so there is no default.
+        private: true if only you, or your organisation, may see it; default: unchanged, or the Hub's default for a new
+            repository.
+        message: message of the commit.
+        pipeline: task under which it is listed, such as `"depth-estimation"`; by default it follows from the outputs:
+            segmentation for a map of the image's size, classification for scores, else features.
+        image: batch on which its multiply-accumulates are counted; default: a generated street scene.
 
     Raises:
-        InvalidInput: no licence, or one that the Hub does not know; no `owner/name`; no converted network, or an
-            optimised one; or `private`, and the repository is public.
+        InvalidInput: the licence is missing or unknown to the Hub; `repository` is not `owner/name`; the network is
+            not converted, or is optimised; or `private` is asked for a public repository.
         FileError: you may not write there, or the Hub cannot be reached.
         CadError: the client is not installed.
     """
@@ -107,14 +108,14 @@ def push_to_hub(
                 commit_message=message or "Network and card, by cadsurgery",
                 revision=address.revision,
             )
-    there = Address(address.repository, commit.oid)
-    return Pushed(str(there), f"{hub.endpoint}/{address.repository}", commit.oid, is_private, size)
+    pushed = Address(address.repository, commit.oid)
+    return Pushed(str(pushed), f"{hub.endpoint}/{address.repository}", commit.oid, is_private, size)
 
 
 def make_card(
     net: AdaptiveModel, address: Address, license: str, pipeline: str = "", image: Tensor | None = None
 ) -> str:
-    """README.md: what the Hub sorts networks by, and what was converted, in words; see `push_to_hub`."""
+    """Return the model card README.md: metadata for the Hub, and a description of the conversion; see `push_to_hub`."""
     from huggingface_hub import ModelCardData
 
     plan, source = net.plan, net.source
@@ -174,7 +175,7 @@ The plan that was made:
 
 
 def _loading(net: AdaptiveModel, address: Address) -> str:
-    """The line that loads it."""
+    """Return the line of code that loads the network."""
     options, note = [f'"{address}"'], ""
     if net.source is None:
         options.append("model")
@@ -192,7 +193,7 @@ def _is_listed(source: Source) -> bool:
 
 
 def _images(net: AdaptiveModel) -> str:
-    """Return the arguments that it is called with."""
+    """Describe the input that the network expects."""
     known = net.normalisation
     if net.source is None and not (known and known.mean):
         return "an image batch as its architecture expects it"
@@ -202,13 +203,13 @@ def _images(net: AdaptiveModel) -> str:
 
 
 def _work(net: AdaptiveModel, image: Tensor | None) -> str:
-    """Share of the multiply-accumulates, on an image or a generated one."""
-    shown = "an image of its owner's" if image is not None else "a generated street scene"
+    """Describe the share of multiply-accumulates, counted on an image or a generated one."""
+    origin = "an image of its owner's" if image is not None else "a generated street scene"
     if image is None:
         if net.plan.call or net.plan.example_shape[1] != 3:
             return "not counted: the network takes more than a picture"
         image = normalise(street_scene(), pictures_for(net)).unsqueeze(0)
-    image = image.to(next(net.parameters(), image))  # its device and type
+    image = image.to(next(net.parameters(), image))  # the network's device and type
     try:
         counted = net.macs(image)
     except CadError as error:  # masks that need labels or keypoints
@@ -217,13 +218,13 @@ def _work(net: AdaptiveModel, image: Tensor | None) -> str:
     high, low = net.plan.output_stride
     return (
         f"{counted.mask / total:.2f} of the {counted.high:.3g} multiply-accumulates that output stride {high} "
-        f"everywhere takes ({low} everywhere takes {counted.low / total:.2f}), counted on {shown}, {size}, of which "
+        f"everywhere takes ({low} everywhere takes {counted.low / total:.2f}), counted on {origin}, {size}, of which "
         f"the mask keeps {counted.active_fraction:.2f} high"
     )
 
 
 def _pipeline(plan: Plan) -> str:
-    """The task of a network by what it returns: a map of the image's size, none, or others."""
+    """Guess the task of a network from its outputs: no map, a map of the image's size, or other maps."""
     if plan.part:
         return ""
     if not plan.outputs:
@@ -237,15 +238,15 @@ def _cell(text: str) -> str:
 
 
 def _check_card(hub: Any, card: str) -> None:
-    """Ask the Hub whether it takes a card, before anything is made there.
+    """Let the Hub validate a card before anything is created there.
 
     Raises:
-        InvalidInput: it does not.
+        InvalidInput: the Hub refuses the card.
     """
     from huggingface_hub.utils import get_session
 
-    told = {"repoType": "model", "content": card}
-    answer = get_session().post(f"{hub.endpoint}/api/validate-yaml", json=told)
+    request = {"repoType": "model", "content": card}
+    answer = get_session().post(f"{hub.endpoint}/api/validate-yaml", json=request)
     if answer.status_code == 400:
         raise InvalidInput(
             "the Hub does not take the card of the network.",

@@ -1,12 +1,12 @@
-"""An optimised network in 8 bits, calibrated by images without labels.
+"""Quantise an optimised network to 8 bits, calibrated by images without labels.
 
     fast = net.optimize(precision="int8", calibration=images)
 
-Convolutions and linear layers of the fused graph multiply 8-bit values (`elements.backends.integer`), and values stay
-in 8 bits from layer to layer: what pools, joins and moves values passes them on as they are, on a grid that all of
-them share. Grids are those that images show best, by mean square error, by percentiles or from end to end, whichever
-leaves the network nearer to itself. What rounding shifts on average is put back into the biases. Layers that are hurt
-by far the most, and what no kernel is made for, stay in float32.
+Convolutions and linear layers of the fused graph multiply 8-bit values (`elements.backends.integer`), and activations
+stay in 8 bits from layer to layer. Pooling, concatenation and moves keep the quantisation parameters of their inputs.
+Quantisation parameters are chosen by mean square error, percentiles or the full range, whichever gives the smallest
+error of the outputs. The mean error of rounding is corrected in the biases. Layers without a kernel, and layers with by
+far the largest error, stay in float32.
 """
 
 from __future__ import annotations
@@ -49,20 +49,21 @@ from cadsurgery.surgery.graphs import copy_graph, upwards
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import child
 
-# Images whose layers are compared; values of each map of an image that grids are chosen by, and the share at either
-# end of which all are taken; the share of the squared errors of all layers that one may have before it stays in
-# float32, if these errors are more than so much.
-_COMPARED, _SAMPLES, _END, _SHARE, _HARMLESS = 2, 65536, 1e-3, 0.2, 0.03
-# So much of the outputs' error has to be gained where layers stay in float32, and nothing is worth it below so much.
+_COMPARED = 2  # batches on which layers and outputs are compared
+_SAMPLES = 65536  # values sampled from each map of a batch to choose quantisation parameters
+_END = 1e-3  # share of the values at either end of which all are sampled
+# A layer stays in float32 if it has more than _SHARE of the squared errors of all layers, and an error above _HARMLESS.
+_SHARE, _HARMLESS = 0.2, 0.03
+# Fewer layers in float32 are preferred while the error is at most _WORTH times the smallest error, or below _SMALL.
 _WORTH, _SMALL = 1.2, 0.02
-# Outputs that differ by more are warned of; so many places that it comes from are named, of at least so much of it.
+# Errors above _UNSAID give a warning, which names up to _NAMED layers with at least the share _PART of the largest one.
 _UNSAID, _NAMED, _PART = 0.01, 3, 0.05
-_BEYOND, _STEPS = 1e-4, 24
-_FIRST = 4  # so many of the first layers stay in float32, then twice as many, until the error is as small as wanted
-_FEWEST_ROWS = 64  # fewer are multiplied faster than they are rounded
+_BEYOND, _STEPS = 1e-4, 24  # share clipped at either end by "percentile"; ranges tried by "mse"
+_FIRST = 4  # first layers in float32 for `largest_error`, doubled until the error is small enough
+_FEWEST_ROWS = 64  # with fewer rows, quantising takes longer than it saves
 _METHODS = ("mse", "percentile", "range")
-_CACHED = 1 << 15  # so many weights are rounded again and again while they are near
-Exact = dict[fx.Node, str]  # layers that stay in float32, and why
+_CACHED = 1 << 15  # weights rounded at a time, so that they stay in the cache while all scales are tried
+Exact = dict[fx.Node, str]  # layers that stay in float32, with the reason
 _CARRIES = (functional.to_elements, functional.to_dense, functional.max_pool2d, rows_on, Elements)
 
 
@@ -71,11 +72,10 @@ class Layer:
     """A convolution or linear layer of a network in 8 bits.
 
     Attributes:
-        name: of its node in the graph.
-        shape: of its weight.
-        error: of its sums in 8 bits, relative to how much they vary, on inputs that are not rounded before; None where
-            that is unknown.
-        why: it stays in float32; empty: it is in 8 bits.
+        name: name of its node in the graph.
+        shape: shape of its weight.
+        error: error of its sums in 8 bits relative to their standard deviation, for exact inputs; None if unknown.
+        why: reason why it stays in float32; empty for a layer in 8 bits.
     """
 
     name: str
@@ -86,14 +86,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Report of a quantisation: what was done, and what it cost on the calibration images.
+    """Report of a quantisation: its layers, and its error on the calibration images.
 
     Attributes:
-        layers: in their order.
-        error: root mean square of the differences of its outputs relative to that of the outputs, where it is largest.
-        grids: how they were chosen: `mse`, `percentile` or `range`, from the least to the largest value.
-        form: of the compiled code, by its instructions; empty: torch.
-        images: it was compared on.
+        layers: all layers in order.
+        error: root mean square of the output differences relative to that of the outputs; the largest over all outputs.
+        grids: method that chose the quantisation parameters: `mse`, `percentile` or `range` (minimum to maximum).
+        form: instruction set of the compiled kernels; empty for torch.
+        images: number of batches of the comparison.
     """
 
     layers: tuple[Layer, ...]
@@ -103,7 +103,7 @@ class Quantisation:
     images: int
 
     def __str__(self) -> str:
-        """In a few lines."""
+        """Return the report in a few lines."""
         exact: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.why:
@@ -111,7 +111,7 @@ class Quantisation:
         count = len(self.layers)
         head = (
             f"{count - sum(map(len, exact.values()))} of {count} layers in 8 bits ({self.form or 'torch'}), "
-            f"grids by {self.grids}; outputs differ by {self.error:.3g} of their size on {self.images} images"
+            f"ranges by {self.grids}; outputs differ by {self.error:.3g} of their size on {self.images} images"
         )
         several = {
             why: names[0] if len(names) == 1 else f"{len(names)} layers" for why, names in exact.items()
@@ -120,7 +120,13 @@ class Quantisation:
 
 
 class Growth(NamedTuple):
-    """By how much what is computed at a place differs from float, as a share of its size: what it reads, and it."""
+    """Relative errors before and after one node of a quantised network: of its inputs, and of its result.
+
+    Attributes:
+        path: module path of the node.
+        before: largest relative error of its inputs.
+        behind: relative error of its result.
+    """
 
     path: str
     before: float
@@ -128,42 +134,41 @@ class Growth(NamedTuple):
 
     @property
     def amount(self) -> float:
-        """Error that comes in there; errors of different places add up by their squares."""
+        """The squared error that the node adds; errors of different nodes add up by their squares."""
         return self.behind**2 - self.before**2
 
 
 @dataclass
 class _Values:
-    """Statistics of a node's values: their range, a sample, and for how many values each of the sample stands."""
+    """Statistics of a node's values: their range, a sample, and the number of values that each sample represents."""
 
     low: float = 0.0
     high: float = 0.0
-    some: list[Tensor] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
 
     def add(self, values: Tensor) -> None:
-        """Every so manieth value, and all that are beyond most of these: few, but most of what clipping changes."""
+        """Sample values at a regular step, and keep all extreme values, which clipping affects most."""
         values = values.detach()
-        flat = (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).reshape(
-            -1
-        )  # as it lies in memory
+        channels_last = values.permute(0, 2, 3, 1) if values.dim() == 4 else values
+        flat = channels_last.reshape(-1)  # in the order of memory
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
-        step = max(1, len(flat) // _SAMPLES) | 1  # odd: not the same channels of each pixel
-        some = flat[::step].clone()
+        step = max(1, len(flat) // _SAMPLES) | 1  # odd, so that all channels are sampled
+        samples = flat[::step].clone()
         if step > 1:
-            least, most = _ends(some, torch.ones_like(some), _END)
+            least, most = _ends(samples, torch.ones_like(samples), _END)
             ends = flat[(flat < least) | (flat > most)]
-            some = some[(some >= least) & (some <= most)]
-            self.some += [some, ends]
-            self.counts += [torch.full_like(some, float(step)), torch.ones_like(ends)]
+            samples = samples[(samples >= least) & (samples <= most)]
+            self.samples += [samples, ends]
+            self.counts += [torch.full_like(samples, float(step)), torch.ones_like(ends)]
         else:
-            self.some.append(some)
-            self.counts.append(torch.ones_like(some))
+            self.samples.append(samples)
+            self.counts.append(torch.ones_like(samples))
 
 
 @dataclass
 class _Convolution:
-    """A layer that may be in 8 bits: its node, its kernel's name, what it reads and what is added."""
+    """A layer that may be quantised: its node and kernel, its input and residual, and its measured error."""
 
     node: fx.Node
     name: str
@@ -184,17 +189,17 @@ class _Convolution:
 
     @cached_property
     def rounded(self) -> tuple[Tensor, Tensor]:
-        """Its weight in 8 bits, see `round_weight`."""
+        """The weight in 8 bits and its scale, see `round_weight`."""
         return round_weight(self.kernel.weight)
 
     @property
     def error(self) -> float:
-        """Relative to the deviation of its sums."""
+        """The rounding error relative to the standard deviation of the sums."""
         return float((self.squares[0] / self.squares[1].clamp(min=1e-30)).sqrt())
 
 
 class _Observer(GraphInterpreter):
-    """Runs a graph and shows a function each node that it wants, what it reads and what it gives."""
+    """Runs a graph and calls a function with each node, access to its inputs, and its value."""
 
     def __init__(
         self, program: Program, look: Callable[[fx.Node, Callable[[fx.Node], Any], Any], None]
@@ -203,7 +208,7 @@ class _Observer(GraphInterpreter):
         self.look = look
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node."""
+        """Run a node and pass its value to the function."""
         value = super().run_node(n)
         self.look(n, self.env.__getitem__, value)
         return value
@@ -212,31 +217,31 @@ class _Observer(GraphInterpreter):
 def quantise(
     fast: RunsProgram, calibration: Tensor | Sequence[Tensor], largest_error: float | None = None
 ) -> Quantisation:
-    """Put an optimised network into 8 bits, in place.
+    """Quantise an optimised network to 8 bits, in place.
 
     Args:
-        fast: what `optimize()` gave, in float32, on the CPU.
-        calibration: image batches (B, C, H, W) like those that the network will see, some 8 to 100 images, prepared as
-            it takes them. They are run with the network's own mask.
-        largest_error: of its outputs, as of `Quantisation`; the first layers stay in float32 until it is met.
+        fast: a network from `optimize()`, in float32, on the CPU.
+        calibration: image batches (B, C, H, W) like those of later calls, about 8 to 100 images, preprocessed for the
+            network. They are run with the network's own mask.
+        largest_error: largest allowed `Quantisation.error`; first layers are kept in float32 until it is met.
 
     Warns:
-        CadWarning: the outputs differ by more even with up to half of the layers in float32; without `largest_error`,
-            they differ by more than 1 % of their size.
+        CadWarning: the error exceeds `largest_error` even with up to half of the layers in float32; or, without
+            `largest_error`, it exceeds 1 %.
 
     Raises:
-        InvalidInput: another network, no images, or such that the network does not take.
-        CannotConvert: no layer can be in 8 bits.
+        InvalidInput: another network, no images, or images that the network does not accept.
+        CannotConvert: no layer can be quantised.
     """
     program = fast.program
-    batches = _on_own_way(fast, _batches(calibration))
+    batches = _on_converted_path(fast, _batches(calibration))
     with torch.no_grad():
         work = _Quantiser(fast, program)
         work.observe(batches)
         expected = [_outputs(fast, batch) for batch in batches[:_COMPARED]]
         compared = batches[:_COMPARED]
 
-        def tried(method: str, first: int = 0) -> Iterator[tuple[float, str, _Rewritten]]:
+        def candidates(method: str, first: int = 0) -> Iterator[tuple[float, str, _Rewritten]]:
             for rewritten in work.rewrite(method, compared, first):
                 rewritten.apply(fast)
                 error = _difference((_outputs(fast, batch) for batch in compared), expected)
@@ -244,16 +249,14 @@ def quantise(
                 fast.use_program(program)
                 work.restore()
 
-        found = [one for method in _METHODS for one in tried(method)]
+        found = [one for method in _METHODS for one in candidates(method)]
         least = min(error for error, *_ in found)
-        near = [
-            one for one in found if one[0] <= max(_WORTH * least, _SMALL)
-        ] or found  # or no numbers at all
+        near = [one for one in found if one[0] <= max(_WORTH * least, _SMALL)] or found  # if all are NaN
         error, method, rewritten = min(near, key=lambda one: (one[2].in_float, one[0]))
         if largest_error is not None:
             first = _FIRST
             while error > largest_error and 2 * first <= sum(not layer.why for layer in work.layers.values()):
-                better = min(tried(method, first), key=lambda one: one[0])
+                better = min(candidates(method, first), key=lambda one: one[0])
                 if better[0] < error:
                     error, _, rewritten = better
                 first *= 2
@@ -267,14 +270,14 @@ def quantise(
                 )
         if not error < float("inf"):
             raise CannotConvert(
-                "the network in 8 bits gives values that are no numbers.",
+                "the network in 8 bits gives values that are not finite.",
                 next="give other images to calibrate by.",
             )
         rewritten.apply(fast)
         if largest_error is None and error > _UNSAID:
             warnings.warn(
                 f"the outputs of the copy in 8 bits differ from those in float by {100 * error:.2g} % of their size on "
-                f"the calibration images.{_told(work.find_growth(rewritten, compared[0][:1]))} "
+                f"the calibration images.{_largest_sources(work.find_growth(rewritten, compared[0][:1]))} "
                 f"net.optimize(..., largest_error={_UNSAID:g}) keeps the first layers in float32 until they differ by "
                 "no more; net.optimize() keeps all.",
                 CadWarning,
@@ -284,7 +287,7 @@ def quantise(
 
 
 class _Quantiser:
-    """Facts about a network that is to be put into 8 bits."""
+    """Facts about a network that is to be quantised."""
 
     def __init__(self, fast: RunsProgram, program: Program) -> None:
         self.fast, self.program = fast, program
@@ -294,7 +297,7 @@ class _Quantiser:
         self.values: dict[fx.Node, _Values] = {}
         self.kinds: dict[fx.Node, type] = {}
 
-    # -- what there is -----------------------------------------------------------------------------
+    # -- layers ------------------------------------------------------------------------------------
 
     def _layer(self, node: fx.Node) -> _Convolution | None:
         holder = node if node.op == "call_module" else None
@@ -307,20 +310,20 @@ class _Quantiser:
         return _Convolution(node, name, kernel, self._refusal(node, kernel))
 
     def _refusal(self, node: fx.Node, kernel: PackedConv) -> str:
-        """Why a layer cannot be in 8 bits, of what is known without images."""
+        """Return why a layer cannot be quantised, as far as is known without images, or ""."""
         window = node.kwargs.get("window", Window((1, 1)))
         if kernel.weight.dtype != torch.float32:
             return "it is not in float32"
         if kernel.scale is not None:
             return "it has a scale for each level"
         if window.finer > 1 or window.outside:  # type: ignore[union-attr]
-            return "no kernel is made for its window"
+            return "there is no kernel for its window"
         if kernel.weight[0].numel() > MOST_PRODUCTS:
             return "its sums may be too large for 32 bits"
         return ""
 
     def carried(self, node: fx.Node) -> list[fx.Node]:
-        """Source whose values a node passes on as they are, or the largest of them: both may be in 8 bits."""
+        """Return the inputs whose values a node moves or max-pools unchanged, so that it can run on 8-bit values."""
         read: Any = ()
         if node.op == "call_module":
             module: Any = child(self.fast, str(node.target))
@@ -333,10 +336,10 @@ class _Quantiser:
         known = [one for one in read if isinstance(one, fx.Node) and one in self.kinds]
         return known if node in self.kinds and len(known) == len(read) else []
 
-    # -- what images show --------------------------------------------------------------------------
+    # -- calibration -------------------------------------------------------------------------------
 
     def observe(self, batches: Sequence[Tensor]) -> None:
-        """The values of all nodes that may be in 8 bits."""
+        """Run the calibration images and collect statistics of all nodes that may be in 8 bits."""
 
         def look(node: fx.Node, read: Callable[[fx.Node], Any], value: Any) -> None:
             values = value.rows if isinstance(value, Elements) else value
@@ -353,12 +356,12 @@ class _Quantiser:
             if layer.residual is not None and not isinstance(value, Elements):
                 more: Any = read(layer.residual)
                 if more.shape != values.shape:
-                    layer.why = layer.why or "what is added has another shape"
+                    layer.why = layer.why or "its residual has another shape"
 
         self._run(batches, look, self.program)
         for layer in self.layers.values():
             if layer.node not in self.kinds or layer.source not in self.kinds:
-                layer.why = layer.why or "its values are no rows in float32"
+                layer.why = layer.why or "its values are not rows in float32"
             elif layer.rows < _FEWEST_ROWS:
                 layer.why = layer.why or "it has few rows"
         if not any(not layer.why for layer in self.layers.values()):
@@ -378,14 +381,14 @@ class _Quantiser:
                 lambda *_, found=lattice: found, *(arguments.get(name) for name in inputs)
             )
 
-    # -- grids -------------------------------------------------------------------------------------
+    # -- quantisation parameters -------------------------------------------------------------------
 
     def rewrite(self, method: str, batches: Sequence[Tensor], first: int = 0) -> Iterator[_Rewritten]:
-        """The network in 8 bits, grids chosen by a method: every layer that can be but the first ones, then those alone
-        that rounding does not change by far the most, if there are such."""
+        """Yield quantised networks with parameters chosen by a method: with all possible layers but the first ones, and
+        without the layers that have by far the largest error, if there are any."""
         exact = {node: layer.why for node, layer in self.layers.items() if layer.why}
-        can_be = [node for node in self.layers if node not in exact]
-        exact |= dict.fromkeys(can_be[:first], "it is one of the first, for a smaller error")
+        possible = [node for node in self.layers if node not in exact]
+        exact |= dict.fromkeys(possible[:first], "it is one of the first, for a smaller error")
         grids = self._grids(method, exact)
         self._compare(batches, grids, exact)
         sensitive = {
@@ -398,7 +401,7 @@ class _Quantiser:
             yield _Rewritten(self, grids, dict(chosen))
 
     def _unread(self, exact: Exact) -> list[fx.Node]:
-        """Depthwise convolutions whose results no grid is for: in 8 bits there is a kernel of bytes to bytes alone."""
+        """Return depthwise convolutions whose results are not in 8 bits: their kernel only returns 8-bit values."""
         on_grids = {node for group in self.groups(exact) for node in group}
         return [
             node
@@ -409,7 +412,7 @@ class _Quantiser:
         ]
 
     def groups(self, exact: Exact) -> list[list[fx.Node]]:
-        """Nodes whose values are on one grid, of which some layer in 8 bits reads one."""
+        """Return groups of nodes that share quantisation parameters and whose values are used in 8 bits."""
         parent = {node: node for node in self.kinds}
 
         def first(node: fx.Node) -> fx.Node:
@@ -439,12 +442,12 @@ class _Quantiser:
         ]
 
     def _is_averaged(self, layer: _Convolution) -> bool:
-        """True if means over images are all that reads its values: they take bytes as they are."""
+        """True if only means over images read the values of a layer; they accept 8-bit values."""
         readers = [user for user in layer.node.users if not _is_neutral(user)]
         return bool(readers) and can_apply(layer.kernel.activation) and all(map(_is_mean, readers))
 
     def _overwritten(self, node: fx.Node) -> bool:
-        """True if something changes a value in place that others may read."""
+        """True if a user changes the value of a node in place."""
         return any(
             is_in_place(self._called(user), user.args, user.kwargs)
             for user in node.users
@@ -452,29 +455,29 @@ class _Quantiser:
         )
 
     def _called(self, node: fx.Node) -> Any:
-        """The module or function that a node calls, or the name of the method."""
+        """Return the module or function that a node calls, or the name of the method."""
         return child(self.fast, str(node.target)) if node.op == "call_module" else node.target
 
     def _grids(self, method: str, exact: Exact) -> dict[fx.Node, QuantParams]:
         grids = dict[fx.Node, QuantParams]()
         for group in self.groups(exact):
-            makers = [node for node in group if not self.carried(node)]
-            seen = [self.values[node] for node in makers]
-            low, high = min(one.low for one in seen), max(one.high for one in seen)
-            some = torch.cat([part for one in seen for part in one.some])
-            counts = torch.cat([part for one in seen for part in one.counts])
-            grid = _choose_grid(low, high, some, counts, method)
+            origins = [node for node in group if not self.carried(node)]
+            values = [self.values[node] for node in origins]
+            low, high = min(one.low for one in values), max(one.high for one in values)
+            samples = torch.cat([part for one in values for part in one.samples])
+            counts = torch.cat([part for one in values for part in one.counts])
+            grid = _choose_grid(low, high, samples, counts, method)
             grids |= dict.fromkeys(group, grid)
         return grids
 
     def _compare(self, batches: Sequence[Tensor], grids: dict[fx.Node, QuantParams], exact: Exact) -> None:
-        """Measure the rounding error of each layer's sums: its mean by channel, and the whole of it."""
+        """Measure the rounding error of each layer's sums: its mean per channel, and its variance around the mean."""
         tested: dict[fx.Node, IntegerConv] = {}
         for node, layer in self.layers.items():
             layer.squares.zero_()
             layer.shift = 0.0
             if node not in exact and layer.source in grids:
-                tested[node] = _integer_layer(layer, grids[layer.source], None, None, alone=True)
+                tested[node] = _integer_layer(layer, grids[layer.source], None, None, sums_only=True)
         counts: dict[fx.Node, int] = {}
 
         def look(node: fx.Node, read: Callable[[fx.Node], Any], value: Any) -> None:
@@ -485,59 +488,59 @@ class _Quantiser:
             rounded = grids[layer.source].quantise(x.rows if is_elements else x)
             if is_elements:
                 options: Any = node.kwargs
-                whole = functional.fused_conv2d(x, layer.kernel.weights.without_activation, **options).rows
+                full = functional.fused_conv2d(x, layer.kernel.weights.without_activation, **options).rows
                 less = functional.fused_conv2d(Elements(rounded, x.lattice), tested[node], **options).rows
             else:
                 plain = layer.kernel.weights.without_activation
                 if isinstance(layer.kernel, PackedLinear):
-                    whole = plain.on_rows(x.reshape(-1, x.shape[-1]))
-                    less = tested[node](rounded).reshape(whole.shape)
+                    full = plain.on_rows(x.reshape(-1, x.shape[-1]))
+                    less = tested[node](rounded).reshape(full.shape)
                 else:
                     assert layer.kernel.window is not None
-                    whole, less = plain.on_image(x, *layer.kernel.window), tested[node](rounded)
-                    whole, less = (one.permute(0, 2, 3, 1).flatten(0, 2) for one in (whole, less))
-            shift = (whole - less).mean(0)
+                    full, less = plain.on_image(x, *layer.kernel.window), tested[node](rounded)
+                    full, less = (one.permute(0, 2, 3, 1).flatten(0, 2) for one in (full, less))
+            shift = (full - less).mean(0)
             number = counts[node] = counts.get(node, 0) + 1
             layer.shift = layer.shift + (shift - layer.shift) / number
-            error = (less + shift - whole).square().sum(dtype=torch.float64)
-            layer.squares += torch.stack((error, (whole - whole.mean(0)).square().sum(dtype=torch.float64)))
+            error = (less + shift - full).square().sum(dtype=torch.float64)
+            layer.squares += torch.stack((error, (full - full.mean(0)).square().sum(dtype=torch.float64)))
 
         self._run(batches, look, self.program)
 
     def _sensitive(self, exact: Exact) -> set[fx.Node]:
-        """The layers that have by far the most of the error."""
-        left = {node: layer.error**2 for node, layer in self.layers.items() if node not in exact}
+        """Return the layers that have by far the largest errors."""
+        squares = {node: layer.error**2 for node, layer in self.layers.items() if node not in exact}
         chosen: set[fx.Node] = set()
-        while left:
-            worst = max(left, key=left.__getitem__)
-            others = sum(left.values()) - left[worst]
-            if left[worst] < _HARMLESS**2 or left[worst] < _SHARE * (others + left[worst]) or len(left) == 1:
+        while squares:
+            worst = max(squares, key=squares.__getitem__)
+            others, largest = sum(squares.values()) - squares[worst], squares[worst]
+            if largest < _HARMLESS**2 or largest < _SHARE * (others + largest) or len(squares) == 1:
                 break
             chosen.add(worst)
-            del left[worst]
+            del squares[worst]
         return chosen
 
     def find_growth(self, rewritten: _Rewritten, image: Tensor) -> list[Growth]:
-        """Where values in 8 bits come apart from those in float on an image, most first; `rewritten` is applied."""
+        """Return how the error grows from node to node on an image, largest growth first; `rewritten` is applied."""
         exact, found = dict[str, Tensor](), dict[fx.Node, float]()
         growth = list[Growth]()
 
         def keep(node: fx.Node, read: Callable[[fx.Node], Any], value: Any) -> None:
             if (values := _values_of(value)) is not None:
-                exact[node.name] = values.clone()  # what comes later may change them in place
+                exact[node.name] = values.clone()  # later nodes may change them in place
 
         def compare(node: fx.Node, read: Callable[[fx.Node], Any], value: Any) -> None:
             own, values = rewritten.own.get(node), _values_of(value)
-            if own is None or values is None or own.target in _CARRIES:  # which counts where it is read
+            if own is None or values is None or own.target in _CARRIES:  # values that are only moved
                 return
             expected = exact.pop(own.name, values[:0])
-            if values.shape != expected.shape:  # the mask saw other features
+            if values.shape != expected.shape:  # the mask chose other elements, because its features differ
                 return
             values = rewritten.grids[own].dequantise(values) if values.dtype == torch.uint8 else values
-            apart = _difference([[values]], [[expected]])
+            error = _difference([[values]], [[expected]])
             before = max((found[one] for one in upwards(own, until=found) if one in found), default=0.0)
-            found[own] = apart
-            growth.append(Growth(path_of(self.fast, self.fast.counted.graph, own), before, apart))
+            found[own] = error
+            growth.append(Growth(path_of(self.fast, self.fast.counted.graph, own), before, error))
 
         self.restore()
         self._run([image], keep, self.program)
@@ -546,13 +549,13 @@ class _Quantiser:
         return sorted(growth, key=lambda one: one.amount, reverse=True)
 
     def restore(self) -> None:
-        """The kernels as they were."""
+        """Put the float kernels back."""
         for layer in self.layers.values():
             setattr(self.kernels, layer.name, layer.kernel)
 
 
 class _Rewritten:
-    """A graph in 8 bits and its kernels."""
+    """A quantised graph and its kernels."""
 
     def __init__(self, work: _Quantiser, grids: dict[fx.Node, QuantParams], exact: Exact) -> None:
         grids = {node: grids[node] for group in work.groups(exact) for node in group}
@@ -562,7 +565,7 @@ class _Rewritten:
         for node, layer in work.layers.items():
             shape, error = tuple(layer.kernel.weight.shape), float(layer.error) if not layer.why else None
             if node not in exact and layer.source not in grids:
-                exact[node] = "what it reads is changed in place"
+                exact[node] = "its input is changed in place"
             why = exact.get(node, "")
             self.layers.append(Layer(node.name, shape, error, why))
             if not why:
@@ -583,7 +586,7 @@ class _Rewritten:
         grids: dict[fx.Node, QuantParams],
         copies: dict[fx.Node, fx.Node],
     ) -> None:
-        """Show each reader of a node its value as it takes it."""
+        """Insert conversions so that each reader of a node gets its value in 8 bits or in float, as it requires."""
         here, in_bytes = copies[node], set[fx.Node]()
         for user in node.users:
             layer = work.layers.get(user)
@@ -628,7 +631,7 @@ class _Rewritten:
             user.replace_input_with(here, changed)
 
     def apply(self, fast: RunsProgram) -> None:
-        """Let a network run it."""
+        """Install the quantised graph and kernels in a network."""
         kernels: Any = getattr(fast, KERNELS)
         for name, kernel in self.kernels.items():
             setattr(kernels, name, kernel)
@@ -636,14 +639,14 @@ class _Rewritten:
 
 
 def _values_of(value: Any) -> Tensor | None:
-    """The numbers of a map or of elements, in floating point or in 8 bits."""
+    """Return the values of a map or of elements, in floating point or 8 bits; None for any other value."""
     values = value.rows if isinstance(value, Elements) else value
     is_number = isinstance(values, Tensor) and (values.is_floating_point() or values.dtype == torch.uint8)
     return values if is_number else None
 
 
-def _told(growth: Sequence[Growth]) -> str:
-    """The places where most of it comes in."""
+def _largest_sources(growth: Sequence[Growth]) -> str:
+    """Return a sentence that names the layers which add most of the error."""
     most = [one for one in growth[:_NAMED] if one.amount > _PART * growth[0].amount]
     places = (f"{one.path} (from {100 * one.before:.2g} to {100 * one.behind:.2g} %)" for one in most)
     return f" Most of it comes in at {', '.join(places)}." if most else ""
@@ -654,7 +657,7 @@ def _is_mean(user: fx.Node) -> bool:
 
 
 def _is_neutral(user: fx.Node) -> bool:
-    """True if a node reads of elements only where they are."""
+    """True if a node reads only the lattice of elements."""
     return user.target is functional.common_lattice or (user.target is getattr and "lattice" in user.args)
 
 
@@ -663,37 +666,37 @@ def _integer_layer(
     source: QuantParams,
     more: QuantParams | None,
     out: QuantParams | None,
-    alone: bool = False,
+    sums_only: bool = False,
 ) -> IntegerConv:
-    """A layer in 8 bits; `alone` its sums in float32, without what is done to them."""
+    """Build the quantised kernel of a layer; with `sums_only` it returns its sums in float32, without activation."""
     kernel, (whole, scale) = layer.kernel, layer.rounded
     bias = kernel.bias.detach().float() if kernel.bias is not None else torch.zeros(len(whole))
     bias, act = bias + layer.shift, kernel.activation
     weights = IntegerWeights(whole, scale, bias, kernel.groups, None, source)
-    if not alone:
+    if not sums_only:
         weights = replace(weights, activation=act, more=more, out=out)
     kind = IntegerLinear if isinstance(kernel, PackedLinear) else IntegerConv
-    made = kind(weights, kernel.window)
-    made.origin = kernel.origin
-    return made
+    result = kind(weights, kernel.window)
+    result.origin = kernel.origin
+    return result
 
 
 def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tuple[Tensor, Tensor]:
-    """A weight (O, ...) as whole numbers of -127..127 and their scale (O,).
+    """Quantise a weight (O, ...) to integers in -127..127 with a scale (O,) per output channel.
 
-    For each output, the scales considered are those that make its largest weight a whole number of 64 to 127; the one
-    with the smallest rounding error (in squares) is used. The error is smaller with fewer taps and channels, and
-    weights that were in 8 bits before, whatever their scale was, stay what they are.
+    For each output, 64 candidate scales make its largest weight an integer of 64 to 127; the one with the smallest
+    squared error is used. The gain is largest for few taps and channels; weights that were quantised to 8 bits before,
+    with any scale, are kept exactly.
 
     Args:
         weight: floating-point weights, outputs first.
-        largest_pair: no two whole numbers of an output sum to more than this, or to less than its negative; at least
-            128, so that a largest weight of 64 is always possible.
+        largest_pair: limit for the absolute sum of any two integers of an output; at least 128, so that a largest
+            weight of 64 is always possible.
     """
     flat = weight.detach().flatten(1)
     largest = flat.abs().amax(1)
     largest = torch.where(largest > 0, largest, 1.0)
-    # Rounding keeps the order, so the two largest and the two smallest weights stay so in every scale.
+    # Rounding keeps the order, so only the two largest and the two smallest weights have to be checked.
     pairs = torch.stack([flat.topk(min(2, flat.shape[1]), largest=end).values for end in (True, False)], 1)
     numbers = torch.empty_like(largest)
     for rows, part, most, ends in zip(
@@ -703,7 +706,7 @@ def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tupl
         for number in range(LARGEST_WEIGHT, LARGEST_WEIGHT // 2, -1):
             values = share * number
             error = values.sub_(values.round()).square_().sum(1).div_(number**2)
-            # Divided as the weights are below: a tie that is rounded the other way would exceed the limit.
+            # The same division as for the weights below, so that ties are rounded the same way.
             ends_in_scale = ends.double() / (most.double() / number).view(-1, 1, 1)
             fits = ends_in_scale.round().sum(2).abs().amax(1) <= largest_pair
             nearer = (error < least) & fits
@@ -713,35 +716,35 @@ def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tupl
     return whole.to(torch.int8).view(weight.shape).contiguous(), scale.float()
 
 
-def _choose_grid(low: float, high: float, some: Tensor, counts: Tensor, method: str) -> QuantParams:
-    """The grid of values of which the ends and some are known, and for how many each of these stands."""
+def _choose_grid(low: float, high: float, samples: Tensor, counts: Tensor, method: str) -> QuantParams:
+    """Choose quantisation parameters from the range of values, and from samples with their counts."""
     if method == "range":
         return QuantParams.of_range(low, high)
     if method == "percentile":
-        least, most = _ends(some, counts, _BEYOND)
+        least, most = _ends(samples, counts, _BEYOND)
         return QuantParams.of_range(max(low, least), min(high, most))
     best, chosen = float("inf"), QuantParams.of_range(low, high)
     for step in range(_STEPS):
         share = 1 - 0.8 * step / _STEPS
         grid = QuantParams.of_range(share * low, share * high)
-        rounded = (some / grid.scale).round_().clamp_(-grid.zero, 255 - grid.zero).mul_(grid.scale)
-        error = float((rounded - some).square() @ counts)
+        rounded = (samples / grid.scale).round_().clamp_(-grid.zero, 255 - grid.zero).mul_(grid.scale)
+        error = float((rounded - samples).square() @ counts)
         if error < best:
             best, chosen = error, grid
     return chosen
 
 
-def _ends(some: Tensor, counts: Tensor, share: float) -> tuple[float, float]:
-    """Between which all but a share at either end lie of values that stand for so many each."""
-    ordered, places = some.sort()
+def _ends(samples: Tensor, counts: Tensor, share: float) -> tuple[float, float]:
+    """Return the quantiles `share` and `1 - share` of samples with counts."""
+    ordered, places = samples.sort()
     below = counts[places].double().cumsum(0)
     bounds = torch.tensor([share, 1 - share], dtype=torch.float64) * below[-1]
-    least, most = torch.searchsorted(below, bounds).clamp_(max=len(some) - 1).tolist()
+    least, most = torch.searchsorted(below, bounds).clamp_(max=len(samples) - 1).tolist()
     return float(ordered[least]), float(ordered[most])
 
 
 def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Image batches to calibrate by.
+    """Return the calibration images as a list of batches.
 
     Raises:
         InvalidInput: there are none.
@@ -750,16 +753,16 @@ def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not batches or not all(isinstance(batch, Tensor) and batch.dim() == 4 for batch in batches):
         raise InvalidInput(
             "there are no images to calibrate by.",
-            next="give image batches (B, C, H, W), prepared as the network takes them: some 8 to 100 images.",
+            next="give image batches (B, C, H, W), preprocessed for the network: about 8 to 100 images.",
         )
     return batches
 
 
-def _on_own_way(fast: RunsProgram, batches: list[Tensor]) -> list[Tensor]:
-    """Those image batches that take the way through a network that it was converted on: other ways stay in float.
+def _on_converted_path(fast: RunsProgram, batches: list[Tensor]) -> list[Tensor]:
+    """Return the batches that take the converted path through the network; other paths stay in float.
 
     Raises:
-        GuardFailed: none of them does.
+        GuardFailed: no batch takes the converted path.
     """
     program, refusal, fitting = fast.counted, None, []
     for batch in batches if any(map(is_guard, program.graph.nodes)) else ():
@@ -774,8 +777,8 @@ def _on_own_way(fast: RunsProgram, batches: list[Tensor]) -> list[Tensor]:
     if not fitting:
         raise refusal
     warnings.warn(
-        f"{len(batches) - len(fitting)} of {len(batches)} image batches take another way through the network than the "
-        f"one it was converted on: they say nothing of its layers in 8 bits, and run in float. {refusal.where}",
+        f"{len(batches) - len(fitting)} of {len(batches)} image batches take another path through the network than the "
+        f"converted one: they are not used for calibration, and run in float. {refusal.where}",
         CadWarning,
         stacklevel=5,
     )
@@ -788,11 +791,11 @@ def _outputs(fast: RunsProgram, batch: Tensor) -> list[Tensor]:
 
 
 def _difference(found: Iterable[list[Tensor]], expected: Iterable[list[Tensor]]) -> float:
-    """Root mean square of the differences relative to that of the outputs, of the output where it is largest."""
+    """Return the root mean square of the differences relative to that of the outputs; the largest over all outputs."""
     sums: dict[int, tuple[float, float]] = {}
-    for less, whole in zip(found, expected, strict=False):
-        for place, (a, b) in enumerate(zip(less, whole, strict=True)):
+    for outputs, references in zip(found, expected, strict=False):
+        for place, (a, b) in enumerate(zip(outputs, references, strict=True)):
             squares, size = sums.get(place, (0.0, 0.0))
-            apart = (a.double() - b.double()).square().sum()
-            sums[place] = squares + float(apart), size + float(b.double().square().sum())
+            difference = (a.double() - b.double()).square().sum()
+            sums[place] = squares + float(difference), size + float(b.double().square().sum())
     return max(((squares / size) ** 0.5 if size else 0.0 for squares, size in sums.values()), default=0.0)

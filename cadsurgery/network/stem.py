@@ -1,9 +1,9 @@
-"""Training what follows a fixed stem: its outputs are computed once per image and kept.
+"""Train a network after a fixed stem, whose outputs are computed once per image and cached.
 
     body, cached = cs.body_of(net), cs.CachedStem(net, data)
     fit(body, cached, settings, output=folder)
 
-The body shares the network's modules: what is trained there is trained here.
+The body shares the network's modules, so training the body trains the network.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from cadsurgery.surgery.trace import evaluating
 
 
 def body_of(net: AdaptiveModel) -> AdaptiveModel:
-    """The network from where its mask is asked for: `body(*stem_outputs(net, x))` is `net(x)`.
+    """Return the part of a network after its mask is computed: `body(*stem_outputs(net, x))` equals `net(x)`.
 
-    Its modules, mask and state dict are those of the network, so that a body that was trained or saved is the network
-    trained or saved.
+    The body shares modules, mask and state dict with the network, so that training or saving the body trains or saves
+    the network.
 
     Raises:
-        InvalidInput: no converted network, an optimised one, or one that only hosts a converted part.
+        InvalidInput: the network is not converted, is optimised, or only hosts a converted part.
     """
     program = _program(net)
     graph = _on_copies(program.halves.after)
@@ -47,12 +47,12 @@ def body_of(net: AdaptiveModel) -> AdaptiveModel:
 
 
 def _on_copies(graph: fx.Graph) -> fx.Graph:
-    """The graph on copies of its inputs: what follows a stem may work in place, and its outputs are used again."""
+    """Return the graph with copies of its inputs: later nodes may work in place, and cached inputs are reused."""
     copied, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in inputs:
         copies[node] = copied.node_copy(node)
-    for node in inputs[2:]:  # behind the masking and the image, which nothing changes
+    for node in inputs[2:]:  # all but the masking and the image, which are never changed
         copies[node] = copied.call_method("clone", (copies[node],))
     for node in graph.nodes:
         if node.op != "placeholder":
@@ -61,11 +61,11 @@ def _on_copies(graph: fx.Graph) -> fx.Graph:
 
 
 def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """Return the arguments of the body: the image first, then the maps that enter the region; without gradients, in
-    evaluation mode.
+    """Compute the arguments of the body: the image, then the maps that enter the region; in evaluation mode, without
+    gradients.
 
     Raises:
-        InvalidInput: no network that `body_of` takes, or one whose stem passes on more than tensors.
+        InvalidInput: `body_of` does not take the network, or its stem returns other values than tensors.
     """
     program = _program(net)
     with torch.no_grad(), evaluating(net):
@@ -80,14 +80,14 @@ def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor,
     return values
 
 
-class _Seen(NamedTuple):
+class _StemOutputs(NamedTuple):
     """Outputs of the stem for one image.
 
     Attributes:
-        values: (C, h, w) each, or vectors.
-        types: that they had.
-        sides: pixels of the image that a sample of each stands for; None of what is no map of the image.
-        labels: (H, W).
+        values: maps (C, h, w), or vectors.
+        types: their original types.
+        sides: image pixels per sample of each map; None for a value that is no map of the image.
+        labels: labels of the image (H, W).
     """
 
     values: tuple[Tensor, ...]
@@ -97,16 +97,16 @@ class _Seen(NamedTuple):
 
 
 class CachedStem:
-    """A dataset of what enters the region, with labels: images seen once by the stem, then kept in memory.
+    """A dataset of stem outputs with labels: the stem runs once over all images, and its outputs stay in memory.
 
-    An item is (inputs of the body, labels). Whole images, or crops at fixed places; each also mirrored if `flip`.
-    Colours cannot be jittered any more. A crop of a map has seen what lies around the crop.
+    An item is (inputs of the body, labels), for whole images or crops at fixed places, also mirrored with `flip`.
+    Colours can no longer be jittered. Unlike for a cropped image, features of a crop depend on its surroundings.
 
     Attributes:
-        name: of the data, and what was made of it.
-        classes: of the data.
-        is_labelled: likewise.
-        bytes: of memory that is kept.
+        name: name of the data, with the options of the cache.
+        classes: classes of the data.
+        is_labelled: True if the data has labels.
+        bytes: memory of the cache in bytes.
     """
 
     def __init__(
@@ -122,17 +122,16 @@ class CachedStem:
         """Run the stem over the data.
 
         Args:
-            net: a converted network; its stem is to stay as it is now.
-            data: items (image (3, H, W) in 0..1, labels (H, W)), or such images alone.
-            flip: each image also mirrored.
+            net: a converted network, whose stem must not change afterwards.
+            data: items (image (3, H, W) in 0..1, labels (H, W)), or images only.
+            flip: add the mirror image of each image.
             crop: (height, width) in pixels, multiples of the low output stride; default: whole images.
-            places: number of crops downwards and across, evenly spread over the image from edge to edge.
-            dtype: of the values that are kept, e.g. torch.float16 for half the memory; items have the network's.
-                Default: as they are.
+            places: number of crops along height and width, spread evenly over the image from edge to edge.
+            dtype: type of the cached values, e.g. torch.float16 for half the memory; items keep the original type.
+                Default: the original type.
 
         Raises:
-            InvalidInput: an image that is none, a crop that does not fit an image or the strides, or a network without
-                a stem of its own.
+            InvalidInput: an item is no image, a crop does not fit an image or the strides, or the network has no stem.
         """
         program = _program(net)
         if min(places) < 1 or not (dtype is None or dtype.is_floating_point):
@@ -152,42 +151,42 @@ class CachedStem:
         self.name = f"{name}, cached with " + ", ".join(f"{key}={value}" for key, value in options.items())
         self.classes = getattr(data, "classes", ())
         self.is_labelled = is_labelled(data)
-        self._seen = [
-            _see(net, *pair, dtype)
+        self._outputs = [
+            _run_stem(net, *pair, dtype)
             for index in range(len(data))
             for pair in _mirror(sample_of(data, index), index, flip)
         ]
         if crop is not None:
-            for seen in self._seen:
-                _check_crop(seen, crop, self._stride, name)
+            for outputs in self._outputs:
+                _check_crop(outputs, crop, self._stride, name)
 
     @property
     def bytes(self) -> int:
-        """Of memory that is kept, labels included."""
-        return sum(value.nbytes for seen in self._seen for value in (*seen.values, seen.labels))
+        """The memory of the cache in bytes, labels included."""
+        return sum(value.nbytes for one in self._outputs for value in (*one.values, one.labels))
 
     def __len__(self) -> int:
-        return len(self._seen) * self._places[0] * self._places[1]
+        return len(self._outputs) * self._places[0] * self._places[1]
 
     def __getitem__(self, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Inputs of the body for one image, (C, h, w) each, and labels (H, W)."""
+        """Return the inputs of the body for one image, (C, h, w) each, and labels (H, W)."""
         image, place = divmod(index, self._places[0] * self._places[1])
-        seen = self._seen[image]
-        parts: tuple[Tensor, ...] = (*seen.values, seen.labels)
+        outputs = self._outputs[image]
+        parts: tuple[Tensor, ...] = (*outputs.values, outputs.labels)
         if self._crop is not None:
-            size, steps = seen.labels.shape, divmod(place, self._places[1])
+            size, steps = outputs.labels.shape, divmod(place, self._places[1])
             corner = [
                 self._stride * ((whole - part) // self._stride * step // max(count - 1, 1))
                 for step, count, whole, part in zip(steps, self._places, size, self._crop, strict=True)
             ]
-            sides = (*seen.sides, 1)
+            sides = (*outputs.sides, 1)
             parts = tuple(_cut(*pair, corner, self._crop) for pair in zip(parts, sides, strict=True))
-        values = tuple(value.to(kind) for value, kind in zip(parts[:-1], seen.types, strict=True))
+        values = tuple(value.to(kind) for value, kind in zip(parts[:-1], outputs.types, strict=True))
         return values, parts[-1]
 
 
 def _digest(program: Program) -> str:
-    """Of the weights of the stem: a run with another one is another run."""
+    """Return a hash of the stem's weights, which distinguishes training runs with different stems."""
     digest, names = hashlib.sha256(), program.names()
     for node in program.halves.before.nodes:
         if node.op in ("call_module", "get_attr"):
@@ -201,7 +200,7 @@ def _digest(program: Program) -> str:
 
 
 def _mirror(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:
-    """A sample, and its mirror image if `flip`."""
+    """Return a sample and, if `flip`, its mirror image."""
     image, labels = sample
     fits = isinstance(image, Tensor) and image.dim() == 3 and image.is_floating_point()
     if not fits or not isinstance(labels, Tensor) or labels.dim() != 2:
@@ -213,20 +212,21 @@ def _mirror(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tenso
     return [(image, labels), (image.flip(-1), labels.flip(-1))][: 1 + flip]
 
 
-def _see(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype | None) -> _Seen:
+def _run_stem(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype | None) -> _StemOutputs:
     """Return the stem's outputs for an image."""
-    shown = normalise(image, pictures_for(net)).unsqueeze(0).to(next(net.parameters()).device)
-    values = stem_outputs(net, shown)
+    batch = normalise(image, pictures_for(net)).unsqueeze(0).to(next(net.parameters()).device)
+    values = stem_outputs(net, batch)
     stored = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
     sides = tuple(_side(value, labels.shape, net.plan.strides[-1]) for value in stored)
-    return _Seen(stored, tuple(value.dtype for value in values), sides, labels)
+    return _StemOutputs(stored, tuple(value.dtype for value in values), sides, labels)
 
 
-def _check_crop(seen: _Seen, crop: tuple[int, int], stride: int, name: str) -> None:
+def _check_crop(outputs: _StemOutputs, crop: tuple[int, int], stride: int, name: str) -> None:
     """Refuse a crop that cannot be cut from an image and its maps."""
-    height, width = seen.labels.shape
+    height, width = outputs.labels.shape
     fits = all(c % stride == 0 and 0 < c <= n for c, n in zip(crop, (height, width), strict=True))
-    maps = [(value, side) for value, side in zip(seen.values, seen.sides, strict=True) if value.dim() > 1]
+    pairs = zip(outputs.values, outputs.sides, strict=True)
+    maps = [(value, side) for value, side in pairs if value.dim() > 1]
     if not fits or any(side is None for _, side in maps):
         raise InvalidInput(
             f"crops of {crop[0]} x {crop[1]} cannot be cut from an image of {height} x {width} and its maps"
@@ -237,14 +237,14 @@ def _check_crop(seen: _Seen, crop: tuple[int, int], stride: int, name: str) -> N
 
 
 def _side(value: Tensor, size: Sequence[int], stride: int) -> int | None:
-    """How many pixels of an image of `size` a sample of a map (..., h, w) stands for: a divisor of the low stride."""
+    """Return the image pixels per sample of a map (..., h, w), a divisor of the low stride; None for other values."""
     shape = list(value.shape[-2:])
     sides = [side for side in range(1, stride + 1) if stride % side == 0]
     return next((side for side in sides if [-(-n // side) for n in size] == shape), None)
 
 
 def _cut(value: Tensor, side: int | None, corner: Sequence[int], crop: Sequence[int]) -> Tensor:
-    """The part of a map (..., h, w) that a crop in pixels covers; what is no map of the image as it is."""
+    """Cut the part of a map (..., h, w) that a crop in pixels covers; a value that is no map is not changed."""
     if side is None:
         return value
     top, left, high, wide = (number // side for number in (*corner, *crop))
@@ -252,12 +252,12 @@ def _cut(value: Tensor, side: int | None, corner: Sequence[int], crop: Sequence[
 
 
 def _program(net: nn.Module) -> Program:
-    """The program of a network, once it is known to have a stem."""
+    """Return the program of a network; refuse networks without a stem."""
     program = whole_program(net, "has no stem to keep")
     if program.is_fused:
         raise InvalidInput(
             "an optimised network is not taken apart.",
-            why="what its stem passes on is fused.",
+            why="the outputs of its stem are fused with later operations.",
             next="take the network it was made from; cs.body_of(net).optimize() is fast too.",
         )
     return program

@@ -34,15 +34,15 @@ from cadsurgery.support.provenance import import_nothing, versions
 from cadsurgery.surgery.arguments import example_of, values_of
 from cadsurgery.surgery.plan import Plan
 
-FORMAT = 3  # 1: no checksums; 2: no normalisation, masks see the input as it comes
+FORMAT = 3  # 1: no checksums; 2: no normalisation, masks read the input unchanged
 KEY = "cadsurgery"
-METHOD = "method"  # which other surgery made the network, where another one did
+METHOD = "method"  # metadata key: name of the method, if the network was made by another one than adaptify
 _AGAIN = "fetch the file again, or write it again with cs.save."
-_CHECKSUM = "sha256"  # of the other metadata, which hold that of the tensors
-_MASK = "cadsurgery.mask."  # prefix of what belongs to the mask
-_ADAPTERS = "cadsurgery.adapters."  # and to level adapters
+_CHECKSUM = "sha256"  # metadata key: checksum of the other metadata, which include the tensors' checksum
+_MASK = "cadsurgery.mask."  # prefix of the mask's tensors
+_ADAPTERS = "cadsurgery.adapters."  # prefix of the adapters' tensors
 _NO_MASK = "a function or provider of your own, which a file cannot hold"
-LONGEST = 2**25  # characters of metadata, and values of an example image, without the word of the user
+LONGEST = 2**25  # limit of metadata characters and of example values in a file that the user does not trust
 OTHER_MODEL = "pass the architecture it was converted from."
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OF_GEOMETRY = ("anchor", "fill", "pool", "patch", "statistics")
@@ -56,7 +56,7 @@ _OPTIONS = {
 def save(net: AdaptiveModel, path: str | Path) -> None:
     """Write a converted network: parameters and buffers, level adapters, plan, options, mask, source and versions.
 
-    The file appears whole or not at all, and holds checksums. No pickle. A mask that is a function or an
+    The file is written atomically, has checksums and contains no pickle. A mask that is a function or an
     unregistered provider cannot be stored; `load` then asks for one.
 
     Raises:
@@ -113,7 +113,7 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file of copies of some tensors, whole or not at all.
+    """Write copies of tensors to a safetensors file, atomically.
 
     Raises:
         FileError: the path cannot be written.
@@ -129,7 +129,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> AdaptiveModel:
-    """An adaptive network of a file that `save` or `push_to_hub` wrote; see `cadsurgery.load`."""
+    """Load an adaptive network from a file of `save` or `push_to_hub`; see `cadsurgery.load`."""
     mask = None if mask is None else resolve_mask(mask)
     if model is not None:
         check_network(model)
@@ -146,18 +146,18 @@ def unpack(
     mask: MaskProvider | None = None,
     trust: bool = False,
 ) -> AdaptiveModel:
-    """The network of what `pack` gave, in evaluation mode; see `load`.
+    """Rebuild the network from the content that `pack` returned, in evaluation mode; see `load`.
 
     Args:
-        path: of the file, for messages.
-        values: its metadata.
-        tensors: its tensors.
-        model, mask, trust: as of `load`.
+        path: path of the file, for messages.
+        values: the metadata.
+        tensors: the tensors.
+        model, mask, trust: see `load`.
 
     Raises:
-        FileError: as `load`.
+        FileError: see `load`.
     """
-    stated = _state(path, values)
+    stated = _read_fields(path, values)
     if stated.format > 1:
         check_tensors(path, stated.tensors, tensors)
     else:
@@ -167,12 +167,12 @@ def unpack(
             CadWarning,
             stacklevel=3,
         )
-    of_mask, of_adapters = (
+    mask_tensors, adapter_tensors = (
         {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         for prefix in (_MASK, _ADAPTERS)
     )
     if mask is None and stated.mask is not None:
-        mask = stored_mask(path, stated.mask, of_mask, trust)
+        mask = stored_mask(path, stated.mask, mask_tensors, trust)
     if mask is None:
         raise FileError(
             f"{path} was saved with {_NO_MASK}.",
@@ -202,12 +202,12 @@ def unpack(
     net.adaptive_part.restate(net.plan.measured(stored.effect))
     check_types(path, tensors, net.state_dict())
     with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
-        net.load_state_dict(tensors, assign=True)  # the stored types, e.g. bfloat16
-    if of_adapters:
+        net.load_state_dict(tensors, assign=True)  # keeps the stored types, e.g. bfloat16
+    if adapter_tensors:
         with as_file_error(f"the adapters in {path} do not fit the model.", OTHER_MODEL):
-            adapters = _add(net, of_adapters)
-            check_types(path, of_adapters, adapters.state_dict())
-            adapters.load_state_dict(of_adapters, assign=True)
+            adapters = _add_adapters(net, adapter_tensors)
+            check_types(path, adapter_tensors, adapters.state_dict())
+            adapters.load_state_dict(adapter_tensors, assign=True)
     net.adaptive_part.use_channels_last()
     net.source = source
     if stated.normalisation is not None:
@@ -219,24 +219,24 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """Read the metadata of a file, without its tensors.
 
     Raises:
-        FileError: missing, damaged or foreign file.
+        FileError: the file is missing, damaged or foreign.
     """
     values = check_metadata(path, open_file(path, False)[0])
-    _state(path, values)
+    _read_fields(path, values)
     return values
 
 
 def read_method(path: str | Path) -> str:
-    """The method that made the network of a file; "" of an adaptive one.
+    """Return the name of the method that made the network of a file; "" for `adaptify`.
 
     Raises:
-        FileError: missing, damaged or foreign file.
+        FileError: the file is missing, damaged or foreign.
     """
     return str(check_metadata(path, open_file(path, False)[0]).get(METHOD, ""))
 
 
 def encode_with_checksum(metadata: Mapping[str, Any]) -> str:
-    """Metadata as text, with their checksum as one more of them: a file's order of several texts is left to chance."""
+    """Encode metadata with their checksum as one JSON text; safetensors does not keep the order of several texts."""
     return json.dumps({**metadata, _CHECKSUM: _hash(metadata)})
 
 
@@ -245,7 +245,7 @@ def _hash(metadata: Mapping[str, Any]) -> str:
 
 
 class FileMetadata(NamedTuple):
-    """The metadata of a file, every value of its type."""
+    """Metadata of a file, with every value converted to its type."""
 
     format: int
     versions: dict[str, str]
@@ -261,24 +261,24 @@ _IN_FILE = {**get_type_hints(FileMetadata), "source": dict[str, Any] | None, "pl
 
 
 def check_tensors(path: str | Path, stated: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not those that were written.
+    """Refuse tensors that differ from those that were written.
 
     Raises:
-        FileError: their checksum is another.
+        FileError: the checksum does not match.
     """
     if stated != checksum(tensors):
         raise FileError(
             f"{path} is damaged.",
-            why="its parameters are not those that were written: their checksum is another.",
+            why="its parameters are not those that were written: their checksum does not match.",
             next="fetch or write the file again.",
         )
 
 
 def check_example(path: str | Path, plan: Any, trust: bool) -> None:
-    """Refuse a plan of any method whose example, an image or the arguments of a call, is too large to be made.
+    """Refuse a plan (of any method) with a very large example, an image or the arguments of a call.
 
     Raises:
-        FileError: it is, and the file is not trusted; or its arguments are none.
+        FileError: the example is too large and the file is not trusted, or the arguments cannot be read.
     """
     check_size(path, math.prod(plan.example_shape), trust)
     if call := getattr(plan, "call", ""):
@@ -287,10 +287,10 @@ def check_example(path: str | Path, plan: Any, trust: bool) -> None:
 
 
 def check_size(path: str | Path, values: int, trust: bool) -> None:
-    """Refuse to make tensors of so many values on the word of a file.
+    """Refuse to allocate a very large number of values for an untrusted file.
 
     Raises:
-        FileError: they are too many, and the file is not trusted.
+        FileError: there are too many values, and the file is not trusted.
     """
     if values > LONGEST and not trust:
         raise FileError(
@@ -301,10 +301,10 @@ def check_size(path: str | Path, values: int, trust: bool) -> None:
 
 
 def check_width(path: str | Path, width: int, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to make layers with more channels than any tensor of the file has.
+    """Refuse to create layers with more channels than any tensor of the file has.
 
     Raises:
-        FileError: they would have more.
+        FileError: the layers would have more channels.
     """
     largest = max((side for value in tensors.values() for side in value.shape), default=0)
     if width > largest:
@@ -316,7 +316,7 @@ def check_width(path: str | Path, width: int, tensors: Mapping[str, Tensor]) -> 
 
 
 def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors as they lie in the file."""
+    """Read the metadata and, with `tensors`, the tensors of a file."""
     place = fetch(str(path)) if is_address(path) else Path(path)
     if not files.is_file(place):
         raise files.absent(path)
@@ -324,9 +324,9 @@ def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str
         with safe_open(place, framework="pt") as file:
             header = file.metadata() or {}
             names = list(file.keys()) if tensors and KEY in header else []
-            # Copied: in the file they lie at any address, and convolutions round by how memory is aligned.
+            # Copied, because convolutions may round differently for the unaligned memory of a mapped file.
             values = {name: file.get_tensor(name).clone() for name in names}
-    except Exception as error:  # of many kinds, for types that torch does not have too
+    except Exception as error:  # of many types, e.g. for tensor types that torch does not have
         raise FileError(
             f"{path} is not a readable safetensors file.",
             why=f"{first_line(error)}; it may be truncated.",
@@ -341,7 +341,7 @@ def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str
     return header, values
 
 
-def _state(path: str | Path, values: Mapping[str, Any]) -> FileMetadata:
+def _read_fields(path: str | Path, values: Mapping[str, Any]) -> FileMetadata:
     """Check the types of the metadata's values and return them."""
     with as_file_error(f"the metadata of {path} is damaged.", _AGAIN):
         if METHOD in values:
@@ -362,10 +362,10 @@ def _state(path: str | Path, values: Mapping[str, Any]) -> FileMetadata:
 
 
 def check_metadata(path: str | Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """The values of the metadata of a file, once they are known to be what was written.
+    """Check the checksum and format of a file's metadata and return their values.
 
     Raises:
-        FileError: they are not, or were written by a later version.
+        FileError: the metadata are damaged, or were written by a later version.
     """
     text = header[KEY]
     with as_file_error(f"the metadata of {path} is damaged.", _AGAIN):
@@ -374,7 +374,7 @@ def check_metadata(path: str | Path, header: Mapping[str, str]) -> dict[str, Any
         values = json.loads(text)
         checksum = values.pop(_CHECKSUM, None)
         if checksum is not None and checksum != _hash(values):
-            raise ValueError("it is not what was written: its checksum is another.")
+            raise ValueError("it is not what was written: its checksum does not match.")
         number = values["format"]
         if type(number) is int and number > FORMAT:
             raise FileError(
@@ -387,7 +387,7 @@ def check_metadata(path: str | Path, header: Mapping[str, str]) -> dict[str, Any
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and values."""
+    """Return a checksum of the tensors' names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
@@ -397,7 +397,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 @contextlib.contextmanager
 def as_file_error(what: str, next: str, where: str = "") -> Iterator[None]:
-    """Errors in what is made as a file says, of whatever kind, are the file's."""
+    """Turn every error in the block into a `FileError`, for code that builds something from a file's content."""
     try:
         yield
     except FileError:
@@ -412,7 +412,11 @@ def as_file_error(what: str, next: str, where: str = "") -> Iterator[None]:
 
 
 def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The network of a source."""
+    """Build the network that a file names.
+
+    Raises:
+        FileError: the file names no network, or it cannot be built.
+    """
     if source is None:
         raise FileError(
             f"{path} does not say how to build its network.",
@@ -427,7 +431,7 @@ def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, 
 
 
 def stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: bool) -> MaskProvider | None:
-    """The mask of a spec, with its tensors; None if a tensor that is a mask is missing."""
+    """Rebuild the mask of a spec with its tensors; None if the tensor of a fixed mask is missing."""
     other = 'give another mask: cs.load(path, mask="edges")'
     with contextlib.nullcontext() if trust else import_nothing(str(path)):
         next = f"register it first if it is one of your own, or {other}."
@@ -449,12 +453,12 @@ def stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: 
     check_types(path, tensors, mask.state_dict())
     next = f"write the file again with cs.save, or {other}."
     with as_file_error(f"the tensors of mask {spec:.200} in {path} do not fit it.", next):
-        mask.load_state_dict(tensors, assign=True)  # the stored types
+        mask.load_state_dict(tensors, assign=True)  # keeps the stored types
     return mask
 
 
-def _add(net: AdaptiveModel, tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
-    """Adapters as those that were stored."""
+def _add_adapters(net: AdaptiveModel, tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
+    """Add adapters of the stored kinds to a network."""
     kinds = {kind_of(name.partition(".")[0]): name for name in tensors}
     adapters = nn.ModuleDict()
     if REFINEMENTS in kinds:
@@ -464,7 +468,7 @@ def _add(net: AdaptiveModel, tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
 
 
 def check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse integers where a network has floating-point numbers, and the other way round."""
+    """Refuse integers where a network has floating-point numbers, and vice versa."""
     for name, value in stored.items():
         like = expected.get(name, value).dtype
         if value.dtype != like and not (value.dtype in _FLOATS and like in _FLOATS):
@@ -477,7 +481,7 @@ def check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mappin
 
 
 def _geometry(plan: Plan) -> tuple[object, ...]:
-    """Return the part of a plan that decides which elements there are and what reads them; the rest is words."""
+    """Return the part of a plan that determines the computation: strides, actions and windows, but no texts."""
     parts = plan.chosen("adapt", "keep", "enter")
     return plan.output_stride, plan.strides, tuple((d.node, d.action, d.stages, d.window) for d in parts)
 
@@ -487,11 +491,9 @@ def _list(versions: dict[str, str]) -> str:
 
 
 def _first_difference(plan: Plan, stored: Plan) -> str:
-    for ours, theirs in zip(plan.decisions, stored.decisions, strict=False):
-        if ours != theirs:
-            fields = [name for name, value in vars(theirs).items() if getattr(ours, name) != value]
-            changes = (
-                f"{name} {getattr(theirs, name)!r}, now {getattr(ours, name)!r}" for name in fields[:3]
-            )
-            return f"{theirs.node} ({theirs.operation}): stored {'; '.join(changes)}"
+    for new, old in zip(plan.decisions, stored.decisions, strict=False):
+        if new != old:
+            fields = [name for name, value in vars(old).items() if getattr(new, name) != value]
+            changes = (f"{name} {getattr(old, name)!r}, now {getattr(new, name)!r}" for name in fields[:3])
+            return f"{old.node} ({old.operation}): stored {'; '.join(changes)}"
     return f"{len(stored.decisions)} decisions stored, {len(plan.decisions)} now"

@@ -1,5 +1,5 @@
-"""Support: what any program needs and nothing that is about networks.
+"""Support: general services that know nothing of networks.
 
-In come paths, names and values from outside; out go errors that say what to do, files that are whole, times, memory,
-the processes of a launch and the provenance of a result. Import its modules: most of them need no torch.
+In come paths, names and values from outside; out come errors that say what to do, files written atomically,
+measurements of time and memory, the processes of a launch and the provenance of a result. Most modules need no torch.
 """

@@ -1,4 +1,4 @@
-"""A function in a new process, whose environment it is started with: for measurements that must not share one."""
+"""Run a function in a new process with its own environment, for measurements that must not share a process."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from cadsurgery.support.errors import CadError
 def run_alone(
     module: str, function: str, argument: str, environment: Mapping[str, str], task: str, next: str
 ) -> str:
-    """The last line that a function of a string prints in a new process with this one's import path.
+    """Call a function in a new process and return the last line that it prints.
+
+    The new process has the import path of this one.
 
     Args:
-        module: where the function is.
-        function: its name.
-        argument: it is called with.
-        environment: variables that the process gets besides those of this one.
-        task: of the process, for the message of an error: "measure memory".
-        next: what the user can do if it fails.
+        module: name of the function's module.
+        function: name of the function.
+        argument: the string that the function is called with.
+        environment: variables added to the environment of this process.
+        task: purpose of the process, for error messages, e.g. "measure memory".
+        next: advice for the user if the process fails.
 
     Raises:
         CadError: the process failed.
     """
     code = f"import sys; from {module} import {function}; {function}(sys.argv[1])"
     path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
-    told = {**os.environ, **environment, "PYTHONPATH": path}
+    variables = {**os.environ, **environment, "PYTHONPATH": path}
     command = [sys.executable, "-c", code, argument]
-    done = subprocess.run(command, env=told, capture_output=True, text=True)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode != 0:
         raise CadError(
             f"a process that was to {task} failed.",

@@ -1,9 +1,9 @@
-"""The package's counter of multiply-accumulates: by rule, and with the names of operations that have none.
+"""Count multiply-accumulates (MACs) with one rule per operation, and name the operations without a rule.
 
-torch's formulas are the rules where torch has them. Further ones stand here for operations that multiply and that torch
-counts as nothing in silence. An operation without a rule either only moves, compares, adds or scales values one by one
-(pointwise operations, reductions, norms, pooling, resizing, indexing, copies), which is no multiply-accumulate, or its
-name is noted in `MacCounter.not_counted`.
+Where torch has a formula (`torch.utils.flop_counter`), it is the rule. This module adds rules for operations that
+multiply but that torch silently counts as zero. Operations that only move, compare, add or scale single values
+(pointwise operations, reductions, norms, pooling, resizing, indexing, copies) have zero MACs and need no rule. Any
+other operation without a rule is noted by name in `MacCounter.not_counted`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _COND = torch.ops.higher_order.cond
 
 
 class MacCounter:
-    """Counts the multiply-accumulates of all that runs in its `with` block, with values or, on meta tensors, without.
+    """Counts the multiply-accumulates of all operations in its `with` block, on real tensors or on meta tensors.
 
     Attributes:
         macs: multiply-accumulates so far.
-        not_counted: calls of each operation that may multiply and has no rule, by its name.
+        not_counted: number of calls by operation name, for operations that may multiply and have no rule.
     """
 
     def __init__(self) -> None:
@@ -52,11 +52,11 @@ class MacCounter:
 
 
 def describe_not_counted(names: tuple[str, ...]) -> str:
-    """A sentence that names the operations that a count leaves out; empty if there are none."""
+    """Return a phrase that names the operations missing from a count; empty if there are none."""
     return f"not counted, for want of a rule: {', '.join(names)}" if names else ""
 
 
-# -- what is counted -----------------------------------------------------------------------------------
+# -- counting ------------------------------------------------------------------------------------------
 
 
 class _CountingMode(TorchDispatchMode):
@@ -79,7 +79,7 @@ class _CountingMode(TorchDispatchMode):
         if rule is None:
             rule, is_free = _find_rule(kind)
         if rule is None and isinstance(func, OpOverload):
-            with self:  # in inference mode torch hands over operations that are made of others
+            with self:  # in inference mode torch passes composite operations undecomposed
                 value = func.decompose(*args, **kwargs)
             if value is not NotImplemented:
                 return value
@@ -92,9 +92,9 @@ class _CountingMode(TorchDispatchMode):
         return value
 
     def _larger_branch(
-        self, wanted: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], operands: Any = ()
+        self, predicate: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], operands: Any = ()
     ) -> Any:
-        """Runs both branches of `torch.cond`, and counts the one that multiplies more: shapes do not decide."""
+        """Run both branches of `torch.cond` and count the costlier one: meta tensors do not tell which is taken."""
         before, values, counts = self.counter.macs, [], []
         for branch in (if_true, if_false):
             with self:
@@ -102,15 +102,15 @@ class _CountingMode(TorchDispatchMode):
             counts.append(self.counter.macs - before)
             self.counter.macs = before
         self.counter.macs += max(counts)
-        is_known = not isinstance(wanted, Tensor) or not wanted.is_meta
-        return values[0] if not is_known or bool(wanted) else values[1]
+        is_known = not isinstance(predicate, Tensor) or not predicate.is_meta
+        return values[0] if not is_known or bool(predicate) else values[1]
 
 
-Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int | None]  # of arguments and the result
+Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int | None]  # (args, kwargs, result) to MACs
 
 
 def _torch_rule(kind: Any) -> Rule | None:
-    """The rule that torch or `torch.utils.flop_counter.register_flop_formula` gives an operation."""
+    """Return the rule of an operation in torch's registry (`register_flop_formula`), if it has one."""
     formula = flop_registry.get(kind)
     if formula is None:
         return None
@@ -119,16 +119,18 @@ def _torch_rule(kind: Any) -> Rule | None:
 
 @cache
 def _find_rule(kind: Any) -> tuple[Rule | None, bool]:
-    """The rule of another operation, if it has one, and whether it needs none."""
+    """Return the rule of an operation outside torch's registry, or None, and True if it needs no rule."""
     if isinstance(kind, HigherOrderOperator):
         return None, False
     library, _, name = str(kind).partition(".")
-    outside = name.removesuffix("_")  # of an operation in place
-    rule = _RULES.get((library, name)) or _RULES.get((library, outside))
+    out_of_place = name.removesuffix("_")
+    rule = _RULES.get((library, name)) or _RULES.get((library, out_of_place))
     if rule is not None:
         return (lambda args, kwargs, value: rule(*args, value=value, **kwargs)), False
-    if library == "aten" and (of_torch := _torch_rule(getattr(torch.ops.aten, outside, None))) is not None:
-        return of_torch, False
+    if library == "aten":
+        torch_rule = _torch_rule(getattr(torch.ops.aten, out_of_place, None))
+        if torch_rule is not None:
+            return torch_rule, False
     return None, _is_free(kind, library, name)
 
 
@@ -147,19 +149,19 @@ def _is_free(kind: Any, library: str, name: str) -> bool:
 
 
 def _is_tagged(kind: Any) -> bool:
-    """True if torch calls the operation pointwise, a reduction or a view."""
+    """True if torch tags the operation as pointwise or a reduction, or if it is a view."""
     overloads = [getattr(kind, overload) for overload in kind.overloads()] if kind is not None else []
     free = {torch.Tag.pointwise, torch.Tag.reduction}
     return any(free & set(one.tags) or one.is_view for one in overloads)
 
 
-# What is added to the name of an operation for another form of it, and its gradient.
+# Prefixes and suffixes with which torch names variants of an operation and its gradient.
 _FORM = re.compile(
     r"^foreach_|(_copy|_functional|_forward|_helper|_impl|_forward_only|_data|_backward|_backward_data"
     r"|_backward_reduce|_backward_elemt|_jvp)$"
 )
-# Further operations that multiply and accumulate nothing: torch calls them neither pointwise nor a reduction nor a
-# view, and they are not in `torch_operations`.
+# Further operations with zero MACs that torch tags neither as pointwise nor as a reduction or view, and that
+# `torch_operations` does not list.
 _FREE = re.compile(
     "|".join(
         (
@@ -188,7 +190,7 @@ _RULES: dict[tuple[str, str], Callable[..., int | None]] = {}
 
 
 def _counts(*names: str, library: str = "aten") -> Callable[[Any], Any]:
-    """Declares the rule of operations: MACs from the arguments and `value`, the result; None if they do not tell."""
+    """Register a rule for operations: it returns MACs from the arguments and the result `value`, or None if unknown."""
 
     def declare(rule: Any) -> Any:
         _RULES.update({(library, name): rule for name in names})
@@ -262,7 +264,7 @@ def _convolution_of_sequences(x: Tensor, weight: Tensor, *_: Any, value: Tensor,
     return value.shape[0] * value.shape[1] * weight.numel()
 
 
-_BILINEAR = 4  # values that are read for one, each multiplied
+_BILINEAR = 4  # input values read and multiplied for each bilinear sample
 
 
 @_counts("deform_conv2d", library="torchvision")
@@ -286,10 +288,10 @@ def _aligned_regions(
     pooled = value[0] if isinstance(value, tuple) else value
     return (
         int(pooled.numel()) * samples**2 * _BILINEAR if samples > 0 else None
-    )  # else the boxes' sizes decide
+    )  # otherwise the number of samples depends on the boxes' sizes
 
 
-_BY_MODE = {0: _BILINEAR, 1: 0, 2: 20}  # bilinear; nearest; bicubic, 4 weighted sums of 4 and one of these
+_BY_MODE = {0: _BILINEAR, 1: 0, 2: 20}  # bilinear, nearest, bicubic (4 sums of 4 values, and a sum of these)
 
 
 @_counts("grid_sampler_2d", "_grid_sampler_2d_cpu_fallback")
@@ -331,9 +333,9 @@ def _multi_head_attention(
 def _encoder_layer(x: Tensor, width: int, *rest: Any, value: Any, **options: Any) -> int | None:
     if x.is_nested:
         return None
-    wide, narrow = rest[12], rest[14]  # the weights of the two products behind the attention
-    of_attention = _multi_head_attention(x, x, x, width)
-    return int(of_attention) + x.numel() // width * (wide.numel() + narrow.numel())
+    wide, narrow = rest[12], rest[14]  # the weights of the two linear layers after the attention
+    attention = _multi_head_attention(x, x, x, width)
+    return int(attention) + x.numel() // width * (wide.numel() + narrow.numel())
 
 
 @_counts("mkldnn_rnn_layer")
@@ -341,11 +343,11 @@ def _recurrent_layer(x: Tensor, of_input: Tensor, of_state: Tensor, *_: Any, **_
     return x.shape[0] * x.shape[1] * (of_input.numel() + of_state.numel())
 
 
-# -- what is answered at once --------------------------------------------------------------------------
+# -- shortcuts on meta tensors -------------------------------------------------------------------------
 
 
 class _ShortcutMode(TorchFunctionMode):
-    """Answers operations on meta tensors that are not counted by their shapes alone.
+    """Returns the results of uncounted operations on meta tensors from the shapes alone, without running torch.
 
     On meta tensors torch runs norms and pointwise operations through slow Python decompositions. Anything unusual
     (gradients, training, other types or memory layouts, parameters of a wrong size) is left to torch.
@@ -363,7 +365,7 @@ class _ShortcutMode(TorchFunctionMode):
 
 
 def _is_plain(x: Any) -> bool:
-    """True for a meta tensor of real numbers in a usual memory layout."""
+    """True for a floating-point meta tensor that is contiguous or channels_last."""
     return type(x) is Tensor and x.is_meta and x.is_floating_point() and _layout(x) is not None
 
 
@@ -375,9 +377,9 @@ def _layout(x: Tensor) -> torch.memory_format | None:
 
 
 def _pointwise(x: Tensor, *_: Any, inplace: bool = False, **options: Any) -> Tensor | None:
-    if "out" in options or (_ and isinstance(_[-1], bool)):  # `inplace` by its place
+    if "out" in options or (_ and isinstance(_[-1], bool)):  # `inplace` as a positional argument
         return None
-    if any(isinstance(value, Tensor) for value in (*_, *options.values())):  # it may be of another shape
+    if any(isinstance(value, Tensor) for value in (*_, *options.values())):  # its shape may differ
         return None
     return x if inplace else torch.empty_like(x)
 
@@ -401,10 +403,10 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    of_channel = [value for value in (mean, variance, weight, bias) if value is not None]
+    parameters = [value for value in (mean, variance, weight, bias) if value is not None]
     if training or mean is None or variance is None or x.dim() < 2:
         return None
-    fits = all(value.is_meta and value.shape == x.shape[1:2] for value in of_channel)
+    fits = all(value.is_meta and value.shape == x.shape[1:2] for value in parameters)
     return torch.empty_like(x) if fits else None
 
 

@@ -1,4 +1,4 @@
-"""How far what a network gives is apart from what it gave otherwise, at each pixel: what needs no labels."""
+"""Compare two outputs of a network for the same input, pixel by pixel, without labels."""
 
 from __future__ import annotations
 
@@ -15,58 +15,56 @@ from cadsurgery.support.errors import InvalidInput, check_name
 
 Kind = Literal["auto", "classes", "values"]
 KINDS = ("auto", "classes", "values")
-MAIN = (
-    "out"  # the output that counts where it is among others, as torchvision's segmentation networks name it
-)
-_NEAR_ONE = 1e-2  # of lengths and sums that were rounded, to bfloat16 too
+MAIN = "out"  # the main output if a network returns several, as torchvision's segmentation networks name it
+_NEAR_ONE = 1e-2  # tolerance for lengths and sums, wide enough for values rounded to bfloat16
 
 
 def divergence(high: Any, low: Any, kind: Kind = "auto", temperature: float = 1.0) -> Tensor:
-    """How far apart two outputs of the same call are, (B, h, w), per pixel of the output: 0 where they agree.
+    """Return the difference of two outputs of the same call per output pixel, (B, h, w); 0 where they agree.
 
-    Class scores: KL(high || low) of their softmax over the channels, in nats. Other maps: the squared distance over
-    the channels relative to the mean square of `high` over its image, so that 1 is what zeros in its place would have
-    on average. Of several maps the mean, at the size of the largest. Gradients reach `low` alone.
+    For class scores the difference is KL(high || low) of the softmax over the channels, in nats. For other maps it is
+    the squared distance over the channels divided by the image's mean square of `high`; an output of zeros has 1 on
+    average. Several maps are averaged at the size of the largest. Gradients flow to `low` only.
 
     Args:
-        high: the better output: a tensor (B, C, h, w), (B, h, w) or (B, C), which is one pixel; or lists, tuples,
-            dictionaries and dataclasses of them, of which only `out` counts where it is among them.
-        low: the same structure; maps of another size are resized, bilinear.
+        high: the reference output: a tensor (B, C, h, w), (B, h, w) or (B, C) (a single pixel), or a list, tuple,
+            dictionary or dataclass of tensors. If there is an entry `out`, only that entry is compared.
+        low: an output of the same structure; maps of another size are resized bilinearly.
         kind: `classes`, `values` or `auto`, see `kind_of`.
-        temperature: that divides class scores.
+        temperature: divisor of class scores.
 
     Raises:
-        InvalidInput: no maps, or others in `low` than in `high`.
+        InvalidInput: there are no maps, or the maps of `low` do not match those of `high`.
         UnknownName: no such kind.
     """
     kind = kind_of(high) if kind == "auto" else kind
     check_name("kind of output", kind, KINDS)
-    theirs, ours = maps_of(high), maps_of(low)
-    if [one.shape[:2] for one in theirs] != [one.shape[:2] for one in ours]:
-        shapes = [", ".join(str(tuple(one.shape)) for one in maps) for maps in (theirs, ours)]
+    high_maps, low_maps = maps_of(high), maps_of(low)
+    if [one.shape[:2] for one in high_maps] != [one.shape[:2] for one in low_maps]:
+        shapes = [", ".join(str(tuple(one.shape)) for one in maps) for maps in (high_maps, low_maps)]
         raise InvalidInput(
             f"outputs of {shapes[0]} are compared with {shapes[1]}.",
-            why="number, images and channels of the maps must be the same.",
+            why="the number of maps, the batch sizes and the channels must be the same.",
             next="compare outputs of one network for one batch.",
         )
-    size = max((one.shape[2:] for one in theirs), key=lambda size: size[0] * size[1])
-    apart = []
-    for exact, approximate in zip(theirs, ours, strict=True):
+    size = max((one.shape[2:] for one in high_maps), key=lambda size: size[0] * size[1])
+    differences = []
+    for exact, approximate in zip(high_maps, low_maps, strict=True):
         target, values = exact.detach(), resize(approximate, exact.shape[2:])
-        of_map = _relative_square(target, values)
+        difference = _relative_square(target, values)
         if kind == "classes":
-            of_map = _kullback_leibler(target, values, temperature)
-        apart.append(resize(of_map.unsqueeze(1), size))
-    return torch.stack(apart).mean(0).squeeze(1)
+            difference = _kullback_leibler(target, values, temperature)
+        differences.append(resize(difference.unsqueeze(1), size))
+    return torch.stack(differences).mean(0).squeeze(1)
 
 
 def kind_of(output: Any) -> Kind:
-    """Tell class scores from other values, by what an output is.
+    """Guess from an output's values if it holds class scores or other values.
 
-    Class scores are one map, alone or as `out`, of several channels which are probabilities, or have both signs and
-    no common length: not depth or disparity (one channel), descriptors and normals (vectors of length 1), maps of
-    features after ReLU or of colours (no value below 0), or lists of maps. Optical flow and raw features cannot be
-    told from scores: name their kind.
+    Class scores are a single map (alone or as `out`) with several channels that are probabilities, or that have both
+    signs and no common length. The rest are values: depth or disparity (one channel), descriptors and normals (vectors
+    of length 1), features after ReLU and colours (no value below 0), and lists of maps. Optical flow and raw features
+    look like class scores: name their kind.
     """
     maps = maps_of(output)
     values = maps[0].detach()
@@ -80,10 +78,10 @@ def kind_of(output: Any) -> Kind:
 
 
 def maps_of(output: Any) -> list[Tensor]:
-    """The floating-point maps among what a network returns, each (B, C, h, w): `out` alone where there is one.
+    """Return the floating-point maps of a network's output, each (B, C, h, w); only `out` if it has that entry.
 
     Raises:
-        InvalidInput: there are none.
+        InvalidInput: the output has no such map.
     """
     main = output.get(MAIN) if isinstance(output, Mapping) else getattr(output, MAIN, None)
     maps = [
@@ -94,7 +92,7 @@ def maps_of(output: Any) -> list[Tensor]:
     if not maps:
         raise InvalidInput(
             f"the network returns no maps, but {type(output).__name__}.",
-            why="what is compared are floating-point tensors (B, C, H, W), (B, H, W) or (B, C).",
+            why="only floating-point tensors (B, C, H, W), (B, H, W) or (B, C) can be compared.",
             next="wrap the network so that it returns them.",
         )
     shaped = {2: lambda x: x[..., None, None], 3: lambda x: x.unsqueeze(1), 4: lambda x: x}
@@ -102,33 +100,33 @@ def maps_of(output: Any) -> list[Tensor]:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors of what a network returns, in order: within lists, tuples, dictionaries and dataclasses."""
+    """Return the tensors of a network's output in order, also those in lists, tuples, dictionaries and dataclasses."""
 
-    def opened(value: Any) -> Any:
+    def as_lists(value: Any) -> Any:
         if is_dataclass(value) and not isinstance(value, (type, Mapping)):
-            return [opened(getattr(value, one.name)) for one in fields(value)]
+            return [as_lists(getattr(value, one.name)) for one in fields(value)]
         if isinstance(value, Mapping):
-            return [opened(part) for part in value.values()]
-        return [opened(part) for part in value] if isinstance(value, (list, tuple)) else value
+            return [as_lists(part) for part in value.values()]
+        return [as_lists(part) for part in value] if isinstance(value, (list, tuple)) else value
 
-    return [leaf for leaf in tree_leaves(opened(output)) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(as_lists(output)) if isinstance(leaf, Tensor)]
 
 
 def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Maps (B, C, h, w) at another size, bilinear, if they do not have it."""
+    """Resize maps (B, C, h, w) bilinearly; maps of that size are returned as they are."""
     if maps.shape[2:] == tuple(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def _relative_square(high: Tensor, low: Tensor) -> Tensor:
-    """(B, h, w)."""
+    """Compute the squared distance over the channels relative to the mean square of `high`, (B, h, w)."""
     mean = high.square().sum(1).mean((1, 2), keepdim=True)
     return (high - low).square().sum(1) / mean.clamp_min(torch.finfo(mean.dtype).tiny)
 
 
 def _kullback_leibler(high: Tensor, low: Tensor, temperature: float) -> Tensor:
-    """(B, h, w), in nats; probabilities are softmaxes already."""
+    """Compute KL(high || low) in nats, (B, h, w); the inputs are class scores or probabilities."""
     if _is_distribution(high):
         high, low = (one.clamp_min(torch.finfo(one.dtype).tiny).log() for one in (high, low))
     target, ours = ((one / temperature).log_softmax(1) for one in (high, low))
@@ -136,5 +134,5 @@ def _kullback_leibler(high: Tensor, low: Tensor, temperature: float) -> Tensor:
 
 
 def _is_distribution(values: Tensor) -> bool:
-    """True if the channels (B, C, h, w) are probabilities: none below 0, their sum 1."""
+    """True if the channels of (B, C, h, w) are probabilities: none below 0, with a sum of 1."""
     return bool((values >= 0).all() and ((values.sum(1) - 1).abs() < _NEAR_ONE).all())

@@ -14,7 +14,7 @@ class CadError(Exception):
 
     Args:
         what: the refusal in one sentence.
-        where: the node, module, file or option it concerns.
+        where: the node, module, file or option concerned.
         why: the reason.
         next: the next step the user can take.
     """
@@ -28,13 +28,13 @@ class CadError(Exception):
         super().__init__("\n".join(lines))
 
     def to_dict(self) -> dict[str, str]:
-        """The parts of the message, for `--json`."""
+        """Return the parts of the message, for `--json`."""
         parts = {"what": self.what, "where": self.where, "why": self.why, "next": self.next}
         return {"error": type(self).__name__, **{key: text for key, text in parts.items() if text}}
 
     @staticmethod
     def from_dict(values: Mapping[str, str]) -> CadError:
-        """The error of `to_dict`; what else is among the values is left out."""
+        """Rebuild an error from the values of `to_dict`; other values are ignored."""
         kinds = {kind.__name__: kind for kind in CadError.__subclasses__()}
         error = CadError.__new__(kinds.get(values["error"], CadError))
         parts = {name: values.get(name, "") for name in ("where", "why", "next")}
@@ -47,7 +47,7 @@ class CannotConvert(CadError):
 
 
 class UnknownName(CadError):
-    """A model, mask, option, node or weight name does not exist; carries the closest names."""
+    """A model, mask, option, node or weight name does not exist; the message lists the closest names."""
 
     def __init__(self, kind: str, name: str, options: Iterable[str], *, next: str = "") -> None:
         options = sorted(options)
@@ -62,10 +62,10 @@ class UnknownName(CadError):
 
 
 def check_name(kind: str, name: str, options: Iterable[str]) -> None:
-    """Refuse a name that is none of the options.
+    """Refuse a name that is not among the options.
 
     Raises:
-        UnknownName: it is none.
+        UnknownName: the name is not among the options.
     """
     if name not in options:
         raise UnknownName(kind, name, options)
@@ -80,7 +80,7 @@ class FileError(CadError):
 
 
 class CadWarning(UserWarning):
-    """Warning to the user; the work goes on, and the CLI prints it as a line."""
+    """Warning to the user; the work goes on, and the CLI prints the warning as a line."""
 
 
 class TrainingStopped(CadError):
@@ -88,21 +88,21 @@ class TrainingStopped(CadError):
 
 
 def first_line(error: object) -> str:
-    """The first line of an error's message, or its type: what fits into a reason."""
+    """Return the first line of an error's message, or its type's name if the message is empty."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def describe_error(error: BaseException | None) -> str:
-    """An error of another package in a line: its type and the first line of its message."""
+    """Describe an error of another package in one line: its type and the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def import_optional(module: str, what: str, next: str) -> Any:
-    """A module of a package that not everybody has installed.
+    """Import a module of an optional package.
 
     Raises:
-        CadError: it is not installed; it says what for, and the command that installs it.
+        CadError: the package is not installed; the message is `what` and the command `next`.
     """
     try:
         return importlib.import_module(module)
@@ -111,5 +111,5 @@ def import_optional(module: str, what: str, next: str) -> Any:
 
 
 def closest(name: str, options: Iterable[str]) -> list[str]:
-    """Up to three names that resemble `name`."""
+    """Return up to three options that resemble `name`."""
     return difflib.get_close_matches(name, list(options), n=3, cutoff=0.6)

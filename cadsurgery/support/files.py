@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files atomically: they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import IO
 
 from cadsurgery.support.errors import FileError, closest
 
-_MAKING = ".making-"  # begins the names of folders in the cache in which something is being made
-_SECONDS_TO_LOCK = 1.0  # between making such a folder and locking it
+_MAKING = ".making-"  # prefix of temporary folders in the cache in which a file is being made
+_SECONDS_TO_LOCK = 1.0  # time allowed between creating such a folder and locking it
 
 
 @contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block succeeds, and is removed when not.
+    """Yield a temporary path beside `path`; the file replaces `path` if the block succeeds and is removed if not.
 
     Raises:
         FileError: the path cannot be written, see `check_writable`.
@@ -38,7 +38,7 @@ def write_whole(path: Path) -> Iterator[Path]:
             yield temporary
             umask = os.umask(0)
             os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # as an ordinary new file; temporary ones are private
+            temporary.chmod(0o666 & ~umask)  # as an ordinary new file; temporary files are private
             temporary.replace(check_writable(path))
         finally:
             temporary.unlink(missing_ok=True)
@@ -48,8 +48,8 @@ def write_whole(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_together(path: Path) -> Iterator[Path]:
-    """A path of the same name in a temporary folder beside `path`; what the block leaves in that folder takes its place
-    beside `path` when it succeeds, the file of that name last.
+    """Yield a path with the name of `path` in a temporary folder; if the block succeeds, all files of that folder are
+    moved beside `path`, the file named as `path` last.
 
     Raises:
         FileError: the files cannot be written, see `check_writable`.
@@ -67,10 +67,10 @@ def write_together(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> Path:
-    """The file that writing to a path replaces or makes: the path itself, or where the link leads that it is.
+    """Return the file that writing to a path would create or replace: the path itself, or the target of a link.
 
     Raises:
-        FileError: there is a folder, device, FIFO or socket; a file that is read-only; or no file can have this name.
+        FileError: the path is a folder, device, FIFO, socket or read-only file, or no file can have this name.
     """
     try:
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -85,7 +85,7 @@ def check_writable(path: Path) -> Path:
         kind = next((name for test, name in _KINDS if test(status.st_mode)), "no file")
         raise FileError(
             f"{path} cannot be written.",
-            why=f"it is {kind}, and a file that is written takes the place of what was there.",
+            why=f"it is {kind}, and writing a file would replace it.",
             next="choose another path.",
         )
     if not status.st_mode & 0o222 or not os.access(target, os.W_OK):
@@ -104,7 +104,7 @@ _KINDS = (
 
 
 def _temporary(path: Path) -> str:
-    """How a temporary name beside a file begins; short enough where the file's own name is as long as names may be."""
+    """Return the prefix of temporary names beside a file, short enough for files with the longest possible names."""
     return f".{path.name[:40]}."
 
 
@@ -119,28 +119,28 @@ def _unwritable(path: Path, error: OSError | ValueError) -> FileError:
 
 
 def is_file(path: Path | str) -> bool:
-    """True if there is such a file; a path that no file can have, too long or with a NUL byte, is none."""
+    """True if the file exists; False for an impossible path (too long, or with a NUL byte)."""
     with contextlib.suppress(OSError, ValueError):
         return Path(path).is_file()
     return False
 
 
 def is_folder(path: Path | str) -> bool:
-    """True if there is such a folder; a path that none can have is none."""
+    """True if the folder exists; False for an impossible path."""
     with contextlib.suppress(OSError, ValueError):
         return Path(path).is_dir()
     return False
 
 
 def exists(path: Path | str) -> bool:
-    """True if there is anything of that name; a path that nothing can have is nothing."""
+    """True if a file, folder or device of that path exists; False for an impossible path."""
     with contextlib.suppress(OSError, ValueError):
         return Path(path).exists()
     return False
 
 
 def absent(path: Path | str, what: str = "file") -> FileError:
-    """The refusal of a path where nothing is; it names the closest names of its folder, or what is there."""
+    """Return the error for a path that does not exist; it names similar or other entries of the same folder."""
     path = Path(path)
     shown = (
         str(path) if len(str(path)) <= _SHOWN and str(path).isprintable() else f"{str(path)[:_SHOWN]!r}..."
@@ -153,7 +153,7 @@ def absent(path: Path | str, what: str = "file") -> FileError:
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         names = [entry.name for entry in itertools.islice(entries, _LOOKED_AT) if entry.name[0] != "."]
     alike = [name for name in names if Path(name).suffix.lower() == path.suffix.lower()] or names
-    close = closest(path.stem[:_SHOWN], {Path(name).stem for name in names})  # endings alone are not alike
+    close = closest(path.stem[:_SHOWN], {Path(name).stem for name in names})  # an equal ending is no likeness
     if meant := [name for name in names if Path(name).stem in close]:
         hint = f"did you mean {', '.join(str(folder / name) for name in sorted(meant)[:3])}?"
     elif alike:
@@ -166,14 +166,14 @@ def absent(path: Path | str, what: str = "file") -> FileError:
     return FileError(refusal, next=hint)
 
 
-_SHOWN, _LOOKED_AT = 200, 1000  # characters of a path in a message; names that are compared
+_SHOWN, _LOOKED_AT = 200, 1000  # characters of a path in a message; entries of a folder that are compared
 
 
 def check_folder(path: Path, option: str = "--output") -> None:
-    """Refuse a file in a folder that does not exist, or a path that cannot be written, before work is done for it.
+    """Refuse, before any work is done, an output file that cannot be written or whose folder does not exist.
 
     Raises:
-        FileError: there is no such folder, the path is one, or see `check_writable`.
+        FileError: the path is a folder, its folder does not exist, or it cannot be written, see `check_writable`.
     """
     if is_folder(path):
         raise FileError(f"{path} is a folder.", next=f"name a file in it: another {option}.")
@@ -183,10 +183,10 @@ def check_folder(path: Path, option: str = "--output") -> None:
 
 
 def make_folder(path: Path | str) -> Path:
-    """A folder to write into, made if it is missing.
+    """Return a folder to write into; create it if it is missing.
 
     Raises:
-        FileError: it cannot be made.
+        FileError: the folder cannot be created.
     """
     folder = Path(path)
     try:
@@ -199,10 +199,10 @@ def make_folder(path: Path | str) -> Path:
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Append lines to a file, all or none; it is made if it does not exist.
+    """Append lines to a file, all or none; create the file if it does not exist.
 
     Raises:
-        FileError: it cannot be read as text, or cannot be written, see `check_writable`.
+        FileError: the file cannot be read as text, or cannot be written, see `check_writable`.
     """
     check_writable(path)
     try:
@@ -219,31 +219,31 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 @functools.cache
 def machine() -> str:
-    """A name for this processor and the instructions it has."""
+    """Return a short hash of this processor's model and instruction sets."""
     described = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        wanted = ("model name", "flags", "Features")
-        described += "".join(next((line for line in lines if line.startswith(name)), "") for name in wanted)
+        fields = ("model name", "flags", "Features")
+        described += "".join(next((line for line in lines if line.startswith(name)), "") for name in fields)
     return hashlib.sha256(described.encode()).hexdigest()[:12]
 
 
 def cache_folder() -> Path | None:
-    """Where this machine keeps what is made once: in the user's cache folder; if there is none or it cannot be written,
-    in one temporary folder of this user; None if that cannot be used either.
+    """Return this machine's folder for cached files: in the user's cache folder, else a temporary folder of this user;
+    None if neither can be written.
 
-    A folder of somebody else, or that others can write to, is not used: what is in it may be run.
+    A folder that another user owns or can write to is not used, because code from the cache is run.
     """
     return next(cache_folders(machine()), None)
 
 
 def cache_folders(name: str) -> Iterator[Path]:
-    """All folders of a name that can keep files: the one in the user's cache folder, then the temporary one.
+    """Yield the usable cache folders of a name: the one in the user's cache folder, then the temporary one.
 
-    They are this user's, can be written, and nobody else can write to them.
+    Each belongs to this user, is writable, and cannot be written by anybody else.
     """
     for base in (_user_cache, _user_temporary):
-        with contextlib.suppress(OSError, RuntimeError):  # no home, nothing temporary, no permission
+        with contextlib.suppress(OSError, RuntimeError):  # no home folder, no temporary folder, no permission
             folder = base(name)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if is_private(folder.lstat()) and os.access(folder, os.W_OK):
@@ -251,7 +251,7 @@ def cache_folders(name: str) -> Iterator[Path]:
 
 
 def is_private(status: os.stat_result) -> bool:
-    """True if a file or folder, and no link, is this user's and nobody else can write to it."""
+    """True if a file or folder is no link, belongs to this user and cannot be written by anybody else."""
     mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
     return mine and not stat.S_ISLNK(status.st_mode) and not (status.st_mode & 0o022 and os.name == "posix")
 
@@ -268,11 +268,11 @@ def _user_temporary(name: str) -> Path:
 
 @contextlib.contextmanager
 def keep_whole(path: Path) -> Iterator[Path]:
-    """A private temporary folder beside a file of the cache, to make its successor in: `successor` of that folder.
+    """Yield a private temporary folder beside a cached file; the block writes the new version there as `successor`.
 
-    It takes the file's place when the block succeeds, and is on the disk before, so that a machine that stops leaves no
-    half. Folders of processes that were killed are removed first: whoever works in one holds a lock, which ends with
-    the process.
+    When the block succeeds, `successor` is synced to disk and then replaces the file, so that a crash leaves no partial
+    file. Folders left by killed processes are removed first: a process holds a lock on its folder, and the lock ends
+    with the process.
     """
     for other in path.parent.glob(f"{_MAKING}*"):
         _remove_if_left(other)
@@ -297,12 +297,12 @@ def _remove_if_left(folder: Path) -> None:
 
 @contextlib.contextmanager
 def only_one(path: Path, seconds: float) -> Iterator[None]:
-    """Keep other processes out of such a block for the same lock file; they wait for their turn.
+    """Let one process at a time into the blocks of a lock file; the others wait.
 
-    The lock ends with the block and with the process. In a file system that knows no locks nobody is kept out.
+    The lock ends with the block or the process. On a file system without locks every process enters.
 
     Raises:
-        TimeoutError: another process was in its block for all of `seconds`.
+        TimeoutError: another process held the lock for all of `seconds`.
         OSError: the lock file cannot be written.
     """
     end = time.monotonic() + seconds
@@ -315,7 +315,7 @@ def only_one(path: Path, seconds: float) -> Iterator[None]:
 
 
 def _is_locked_by_another(file: IO[str]) -> bool:
-    """False if this process has locked the file, or if no file can be locked there."""
+    """Try to lock a file; False if this process now holds the lock, or if the file system has no locks."""
     try:
         import fcntl
 
@@ -328,7 +328,7 @@ def _is_locked_by_another(file: IO[str]) -> bool:
 
 
 def _try_lock(file: IO[str]) -> bool:
-    """Lock a file until it is closed; False if another process did, or where there are no locks."""
+    """Lock a file until it is closed; False if another process holds the lock or there are no locks."""
     try:
         import fcntl
 

@@ -1,6 +1,6 @@
-"""Peak memory of one call: how far it raises the resident set, in a process that does nothing else.
+"""Measure the peak memory of one call: the growth of the resident set in a process that does nothing else.
 
-Linux only: the kernel keeps the peak of each process, and forgets it on request.
+Linux only: its kernel records the peak of each process and resets it on request.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from pathlib import Path
 from cadsurgery.support import alone
 
 PROCESS = Path("/proc/self")
-# From this many bytes on, glibc maps memory and gives it back when it is freed. By default the limit grows to 32 MiB
-# with what is freed, and below it the heap keeps holes that the next tensor does not fit: as much again, another amount
-# in every run.
+# Allocations from this many bytes on are mapped by glibc and returned to the system when freed. Its default threshold
+# grows up to 32 MiB; smaller allocations leave holes in the heap, which can double the peak by a different amount in
+# every run.
 _MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def is_measurable() -> bool:
-    """True if this system tells a process its own peak."""
+    """True if the system reports the peak memory of a process (Linux)."""
     return (PROCESS / "status").exists()
 
 
 def peak_raised_by(run: Callable[[], object]) -> float:
-    """MiB by which a call raises the peak of the resident set above what is resident before it."""
+    """Return by how many MiB a call raises the peak of the resident set above its size before the call."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not every C library can give freed memory back
+    with contextlib.suppress(OSError, AttributeError):  # not every C library can return freed memory
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # where the peak cannot be forgotten, the one so far is the base
+    with contextlib.suppress(OSError):  # if the peak cannot be reset, the peak so far is the base
         (PROCESS / "clear_refs").write_text("5")
     before = _peak_mib()
     run()
@@ -38,9 +38,9 @@ def peak_raised_by(run: Callable[[], object]) -> float:
 
 
 def run_alone(module: str, function: str, argument: str) -> str:
-    """The last line that a function of a string prints in a new process with this one's import path.
+    """Call a function with a string in a new process and return the last line that it prints.
 
-    The process gives freed memory back at once, so that a peak is what is in use then, not what the C library keeps.
+    The process returns freed memory to the system at once, so that its peak counts only memory in use.
 
     Raises:
         CadError: the process failed.
@@ -50,6 +50,6 @@ def run_alone(module: str, function: str, argument: str) -> str:
 
 
 def _peak_mib() -> float:
-    """Peak of this process alone; `getrusage` would start from that of its parent."""
+    """Return the peak of this process alone; `getrusage` would include the peak of its parent."""
     lines = (PROCESS / "status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024

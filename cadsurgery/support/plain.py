@@ -1,4 +1,4 @@
-"""Plain values read from a file, as the types they should have, and options in a text."""
+"""Check plain values from a file against type annotations, and parse `option=value` texts."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cadsurgery.support.errors import InvalidInput, UnknownName
 
-_LARGEST = 2**63  # of an integer; what is printed or divided must be a number that a float can hold
+_LARGEST = 2**63  # limit of an integer's magnitude, so that it can be printed and divided as a float
 _hints = cache(get_type_hints)
 
 
 def read_as(hint: Any, value: Any, what: str) -> Any:
-    """A value of JSON as an annotated type: lists as tuples or named tuples, objects as dataclasses or dictionaries.
+    """Convert a JSON value to an annotated type: lists to (named) tuples, objects to dataclasses or dictionaries.
 
-    Fields may be absent: constructors know which they need. A bool is no integer, NaN no number.
+    Fields may be missing if the constructor has defaults for them. A bool is not an integer, and NaN is not a number.
 
     Args:
-        hint: the type.
-        value: as JSON gives it.
-        what: it is called in the refusal.
+        hint: the type annotation.
+        value: the value as parsed from JSON.
+        what: name of the value in error messages.
 
     Raises:
-        ValueError: it is of another type, or has a field that is not known.
-        TypeError: a field without default is absent.
+        ValueError: the value has another type, or an unknown field.
+        TypeError: a field without default is missing.
     """
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
@@ -52,10 +52,10 @@ def read_as(hint: Any, value: Any, what: str) -> Any:
 
 
 def check_fields(values: object, hints: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The values of an object by name, each as `read_as` gives it.
+    """Convert each field of a JSON object with `read_as`.
 
     Raises:
-        ValueError: no object, a field that is not known, or one of another type.
+        ValueError: not an object, an unknown field, or a field of another type.
     """
     if type(values) is not dict:
         raise ValueError(f"{what} is no object")
@@ -66,17 +66,17 @@ def check_fields(values: object, hints: Mapping[str, Any], what: str) -> dict[st
 
 
 def split_options(text: str, known: Mapping[str, Any], of: str, *, next: str = "") -> dict[str, str]:
-    """Parse a text `option=value,...` into values by option.
+    """Parse a text `option=value,...` into a dictionary.
 
     Args:
-        text: as above, or nothing.
-        known: the options there are.
-        of: what has them, for messages.
-        next: the next step where one is not known.
+        text: the options as above; may be empty.
+        known: the accepted options.
+        of: owner of the options, for messages.
+        next: advice for the user if an option is unknown.
 
     Raises:
         UnknownName: no such option.
-        InvalidInput: one has no value, or is given twice.
+        InvalidInput: an option has no value, or is given twice.
     """
     values = dict[str, str]()
     for part in filter(None, map(str.strip, text.split(","))):
@@ -96,7 +96,7 @@ def split_options(text: str, known: Mapping[str, Any], of: str, *, next: str = "
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """True if a value that holds no others is of a type."""
+    """True if a scalar value has the annotated type."""
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if hint is float and type(value) is float:

@@ -1,6 +1,6 @@
-"""Several processes under `torchrun` or `accelerate launch`: each takes its share, the first one tells.
+"""Share work among the processes of `torchrun` or `accelerate launch`; the first process reports.
 
-Without a launcher it is one process, and nothing here needs Accelerate.
+Without a launcher there is one process, and Accelerate is not needed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from cadsurgery.support.errors import InvalidInput, import_optional
 from cadsurgery.support.provenance import find_device
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=1)  # shares of a large folder may differ by hours
+_PATIENCE = timedelta(days=1)  # processes may finish their shares of a large folder hours apart
 
 
 class World(NamedTuple):
-    """This process among all: its number, of how many, and its number on this machine."""
+    """This process among all: its rank, the number of processes, and its rank on this machine."""
 
     rank: int
     size: int
@@ -37,8 +37,7 @@ def world() -> World:
     """Return rank, size and local rank from the environment variables of torchrun or MPI; (0, 1, 0) without a launcher.
 
     Raises:
-        InvalidInput: `accelerate launch --cpu` was asked for several processes: it starts one, and leaves the others
-            to MPI.
+        InvalidInput: `accelerate launch --cpu` was asked for several processes, but it starts only one without MPI.
     """
     rank, size, local = (
         next((int(os.environ[name]) for name in names if os.environ.get(name)), number)
@@ -55,17 +54,17 @@ def world() -> World:
 
 
 def shard(items: Sequence[T]) -> list[tuple[int, T]]:
-    """The share of this process, each item with its position among all: every `size`-th, from its rank on."""
+    """Return this process's items with their positions: every `size`-th item, starting at its rank."""
     here = world()
     return list(enumerate(items))[here.rank :: here.size]
 
 
 def gather(share: T, device: torch.device) -> list[T]:
-    """Gather a value of every process, in order of rank, in every process; all must call it.
+    """Return the values of all processes in order of rank; every process must call this function.
 
     Args:
-        share: of this process; anything that can be pickled.
-        device: this process computes on; it decides how they talk.
+        share: the value of this process; any picklable object.
+        device: the device this process computes on; it decides the communication backend.
     """
     here = world()
     if here.size == 1:
@@ -77,7 +76,7 @@ def gather(share: T, device: torch.device) -> list[T]:
 
 
 def mean_everywhere(value: Tensor) -> Tensor:
-    """The mean of a scalar over the processes that train together, without gradient; all must call it."""
+    """Return the mean of a scalar over all training processes, without gradient; every process must call this."""
     mean = value.detach().clone()
     if (together := count_together()) > 1:
         torch.distributed.all_reduce(mean)
@@ -86,20 +85,20 @@ def mean_everywhere(value: Tensor) -> Tensor:
 
 
 def count_together(group: Any = None) -> int:
-    """How many processes train together, of a group or all."""
+    """Return the number of processes that train together, in a group or in all."""
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size(group) if joined else 1
 
 
 def in_order(shares: Sequence[Sequence[tuple[int, T]]]) -> list[T]:
-    """The items of gathered shares, by their position among all."""
+    """Return the items of gathered shares, sorted by position."""
     return [
         item for _, item in sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])
     ]
 
 
 def own_device(name: str) -> torch.device:
-    """The device of this process: on CUDA without a number, the one of its number on this machine.
+    """Return the device of this process: for `cuda` without an index, the GPU of its local rank.
 
     Raises:
         InvalidInput: no such device.
@@ -111,7 +110,7 @@ def own_device(name: str) -> torch.device:
 
 
 def join(device: torch.device) -> None:
-    """Make the processes able to talk, if they are not yet.
+    """Initialise the communication between the processes, if it is not initialised yet.
 
     Raises:
         CadError: Accelerate is missing.
@@ -122,7 +121,7 @@ def join(device: torch.device) -> None:
         accelerate.PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
 
 
-# By torchrun (which `accelerate launch` uses on several GPUs), and by the MPI that it uses on several machines of CPUs.
+# Set by torchrun (which `accelerate launch` uses on several GPUs) and by MPI (which it uses on several CPU machines).
 _VARIABLES = (
     (("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"), 0),
     (("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"), 1),

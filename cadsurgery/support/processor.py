@@ -1,6 +1,7 @@
-"""The processor of this machine and the instruction sets in use, for reports.
+"""Describe the processor of this machine and the instruction sets in use, for reports.
 
-The room of compiled code, which this one does not import, says here which instruction set it uses: `register_kernels`.
+This package does not import the compiled kernels; they register a function that names their instruction set
+(`register_kernels`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ _KERNELS: list[Callable[[], str]] = []
 
 
 class Processor(NamedTuple):
-    """A processor in words; empty strings where the operating system does not tell.
+    """Description of a processor; fields that the operating system does not report are empty.
 
     Attributes:
-        model: its name, as "Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz".
-        family: its maker, family and model, as "GenuineIntel family 6 model 106".
-        caches: the sizes of the caches of a core, as "L1d 48 KiB, L2 1.25 MiB, L3 48 MiB".
+        model: its name, e.g. "Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz".
+        family: its vendor, family and model number, e.g. "GenuineIntel family 6 model 106".
+        caches: the sizes of a core's caches, e.g. "L1d 48 KiB, L2 1.25 MiB, L3 48 MiB".
     """
 
     model: str
@@ -36,17 +37,16 @@ class Processor(NamedTuple):
 
 @cache
 def processor() -> Processor:
-    """The processor of this machine."""
+    """Return the description of this machine's processor."""
     if sys.platform == "darwin":
-        return _of_macos()
-    said = _cpuinfo()
-    return Processor(
-        said.get("model name") or said.get("Hardware") or platform.processor(), _family(said), _caches()
-    )
+        return _macos_processor()
+    fields = _cpuinfo()
+    model = fields.get("model name") or fields.get("Hardware") or platform.processor()
+    return Processor(model, _family(fields), _caches())
 
 
 def processor_in_words() -> str:
-    """The processor in one line, with all caches but those of the first level."""
+    """Describe the processor in one line, with all caches except those of the first level."""
     model, family, caches = processor()
     outer = [cache for cache in caches.split(", ") if not cache.startswith("L1")]
     named = f"{model} ({platform.machine()} CPU)" if model else f"{platform.machine()} CPU"
@@ -54,17 +54,17 @@ def processor_in_words() -> str:
 
 
 def register_kernels(used: Callable[[], str]) -> None:
-    """Take the function that names the instruction set of the compiled kernels; it gives "" if none run here."""
+    """Register the function that names the kernels' instruction set; it returns "" if no kernels run here."""
     _KERNELS[:] = [used]
 
 
 def instruction_sets() -> dict[str, str]:
-    """The instruction sets of the compiled `kernels` and of `torch`, and the variables that cap them, if they are set.
+    """Return the instruction sets of the compiled `kernels` and of `torch`, and the variables that cap them, if set.
 
     Raises:
-        InvalidInput: CADSURGERY_ISA names an instruction set that there is not, or that the processor lacks.
+        InvalidInput: CADSURGERY_ISA names an unknown instruction set, or one that the processor lacks.
     """
-    import torch  # which programs that read this module need not wait for
+    import torch  # imported late: programs that only import this module need not wait for torch
 
     kernels = _KERNELS[0]() if _KERNELS else ""
     caps = {name: os.environ[name] for name in CAPS if os.environ.get(name)}
@@ -76,17 +76,17 @@ def instruction_sets() -> dict[str, str]:
 
 
 def sets_in_words(sets: Mapping[str, str]) -> str:
-    """Instruction sets in a line: "kernels avx2, torch AVX2, capped by CADSURGERY_ISA=avx2"."""
+    """Describe instruction sets in one line: "kernels avx2, torch AVX2, capped by CADSURGERY_ISA=avx2"."""
     used = [f"{name} {value}" for name, value in sets.items() if name not in CAPS]
     caps = [f"{name}={value}" for name, value in sets.items() if name in CAPS]
     return ", ".join([*used, f"capped by {' '.join(caps)}"] if caps else used)
 
 
-# -- what the operating systems tell -------------------------------------------------------------------
+# -- queries to the operating system -------------------------------------------------------------------
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The lines of /proc/cpuinfo about the first processor."""
+    """Return the fields of /proc/cpuinfo for the first processor."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -95,16 +95,17 @@ def _cpuinfo() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in lines}
 
 
-def _family(said: dict[str, str]) -> str:
-    if "vendor_id" in said:
-        return f"{said['vendor_id']} family {said.get('cpu family', '?')} model {said.get('model', '?')}"
-    if "CPU implementer" in said:
-        return f"implementer {said['CPU implementer']} part {said.get('CPU part', '?')}"
+def _family(fields: dict[str, str]) -> str:
+    if "vendor_id" in fields:
+        family, model = fields.get("cpu family", "?"), fields.get("model", "?")
+        return f"{fields['vendor_id']} family {family} model {model}"
+    if "CPU implementer" in fields:
+        return f"implementer {fields['CPU implementer']} part {fields.get('CPU part', '?')}"
     return ""
 
 
 def _caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> str:
-    """The caches of the first core that hold data, by their level."""
+    """List the first core's data and unified caches by level."""
     found = []
     for index in sorted(folder.glob("index[0-9]*")):
         with contextlib.suppress(OSError, ValueError):
@@ -121,22 +122,22 @@ def _size(count: int) -> str:
     return f"{count / (1 << 20):g} MiB" if count >= 1 << 20 else f"{count / (1 << 10):g} KiB"
 
 
-def _of_macos() -> Processor:
-    asked = (
+def _macos_processor() -> Processor:
+    names = (
         "machdep.cpu.brand_string",
         "hw.cpufamily",
         "hw.l1dcachesize",
         "hw.l2cachesize",
         "hw.l3cachesize",
     )
-    said = dict.fromkeys(asked, "")
-    for name in asked:
+    values = dict.fromkeys(names, "")
+    for name in names:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(
                 ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=10
             )
-            said[name] = done.stdout.strip()
-    sizes = {"L1d": said[asked[2]], "L2": said[asked[3]], "L3": said[asked[4]]}
+            values[name] = done.stdout.strip()
+    sizes = {"L1d": values[names[2]], "L2": values[names[3]], "L3": values[names[4]]}
     caches = ", ".join(f"{name} {_size(int(size))}" for name, size in sizes.items() if size.isdigit())
-    family = f"family {int(said[asked[1]]):#x}" if said[asked[1]].lstrip("-").isdigit() else ""
-    return Processor(said[asked[0]] or platform.processor(), family, caches)
+    family = f"family {int(values[names[1]]):#x}" if values[names[1]].lstrip("-").isdigit() else ""
+    return Processor(values[names[0]] or platform.processor(), family, caches)

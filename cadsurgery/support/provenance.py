@@ -1,4 +1,4 @@
-"""Versions, commit and device that a result was made with. Reports and files state them."""
+"""Record the versions, commit and device that a result was made with, for reports and files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNTRUSTED: ContextVar[str] = ContextVar("file that is not trusted", default="")
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that networks come from."""
+    """Return the versions of this package and of torch, torchvision and timm."""
     numbers = {"cadsurgery": cadsurgery.__version__}
     for package in ("torch", "torchvision", "timm"):
         with contextlib.suppress(PackageNotFoundError):
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this package, if it is run from a checkout of its repository; else empty."""
+    """Return the git commit of this package if it runs from a checkout of its repository; else an empty string."""
     command = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -39,8 +39,8 @@ def commit() -> str:
 
 
 def describe_run(device: torch.device) -> dict[str, Any]:
-    """The fields in which a report states what a result was made with, here and now: `device` with threads,
-    `processor`, `instruction_sets`, `versions`, `commit` and `date`."""
+    """Return a report's provenance fields for a run made now: `device` with threads, `processor`, `instruction_sets`,
+    `versions`, `commit` and `date`."""
     return {
         "device": device_with_threads(device),
         "processor": processor()._asdict(),
@@ -52,15 +52,15 @@ def describe_run(device: torch.device) -> dict[str, Any]:
 
 
 def setting(device: torch.device) -> str:
-    """The same in one line, for benchmarks that print a table."""
-    made = describe_run(device)
-    numbers = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-    at = f"commit {made['commit'][:7]}, " if made["commit"] else ""
-    return f"{made['device']}; {numbers}; {at}{made['date'][:10]}"
+    """Return the provenance of `describe_run` in one line, for benchmarks that print a table."""
+    run = describe_run(device)
+    numbers = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    at = f"commit {run['commit'][:7]}, " if run["commit"] else ""
+    return f"{run['device']}; {numbers}; {at}{run['date'][:10]}"
 
 
 def find_device(name: str) -> torch.device:
-    """A device that is here.
+    """Return the torch device of a name, if this machine has it.
 
     Raises:
         InvalidInput: no such device.
@@ -77,7 +77,7 @@ def find_device(name: str) -> torch.device:
         raise InvalidInput("device meta holds shapes and no values.", next="use cpu or cuda.")
     try:
         torch.empty(0, device=device)
-    except Exception as error:  # a torch that was built without it says so in many ways
+    except Exception as error:  # a torch built without this device raises errors of many types
         raise InvalidInput(
             f"there is no device {name!r} here.", why=first_line(error), next="use cpu or cuda."
         ) from error
@@ -85,14 +85,14 @@ def find_device(name: str) -> torch.device:
 
 
 def device_in_words(device: torch.device) -> str:
-    """The name of a GPU; of the CPU its model, family, caches and the instruction sets in use."""
+    """Return the name of a GPU, or the CPU's model, family, caches and the instruction sets in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_in_words()}; {sets_in_words(instruction_sets())}"
 
 
 def device_with_threads(device: torch.device) -> str:
-    """The device in words, and how many threads torch uses beside it."""
+    """Return the device in words and the number of threads that torch uses."""
     return f"{device_in_words(device)}; {torch.get_num_threads()} threads"
 
 
@@ -100,12 +100,12 @@ def function_at(name: str, where: str, example: str) -> Any:
     """Return the object that `module:function` names.
 
     Args:
-        name: as written.
-        where: for the message.
-        example: how it is written.
+        name: the text `module:function`.
+        where: location for the error message.
+        example: a correct text for the error message.
 
     Raises:
-        InvalidInput: it is not written so.
+        InvalidInput: the text has another form.
         UnknownName: no such module or function.
     """
     module, colon, function = name.partition(":")
@@ -116,7 +116,7 @@ def function_at(name: str, where: str, example: str) -> Any:
 
 @contextlib.contextmanager
 def import_nothing(file: str) -> Iterator[None]:
-    """While a file that nobody has said to trust is read: what it names is refused, not imported, in this thread."""
+    """Forbid imports in this thread while an untrusted file is read: `find_function` then raises an error."""
     token = _UNTRUSTED.set(file)
     try:
         yield
@@ -125,12 +125,12 @@ def import_nothing(file: str) -> Iterator[None]:
 
 
 def untrusted(file: str, code: str, instead: str) -> FileError:
-    """The refusal to run what a file names.
+    """Return the error for an untrusted file that names code to be run.
 
     Args:
-        file: its path.
-        code: what would have run.
-        instead: what else can be given to `cs.load`.
+        file: path of the file.
+        code: the code that would have run.
+        instead: an alternative argument of `cs.load`.
     """
     return FileError(
         f"{file} names code of its own, which was not run.",
@@ -141,7 +141,7 @@ def untrusted(file: str, code: str, instead: str) -> FileError:
 
 
 def same_place(one: Any, other: Any) -> bool:
-    """True if two classes or functions have one name in one module: the same piece of code, run again, as in a
+    """True if two classes or functions have the same name and module: the same code, perhaps run twice in a
     notebook."""
     places = [
         (getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")) for thing in (one, other)
@@ -151,11 +151,11 @@ def same_place(one: Any, other: Any) -> bool:
 
 
 def find_function(module: str, function: str) -> Any:
-    """Return the object that a user's module has under a name.
+    """Import a user's module and return its attribute of a name.
 
     Raises:
-        UnknownName: no such module, or nothing of that name in it.
-        FileError: a file names it that is not trusted.
+        UnknownName: there is no such module, or no such name in it.
+        FileError: an untrusted file names the module.
     """
     if file := _UNTRUSTED.get():
         code = f"import of {module}, for its {function}"
@@ -169,8 +169,9 @@ def find_function(module: str, function: str) -> Any:
         ) from error
     if not hasattr(imported, function):
         public = {name: one for name, one in vars(imported).items() if callable(one) and name[0] != "_"}
-        of_module = [n for n, one in public.items() if getattr(one, "__module__", "") == imported.__name__]
-        own = of_module or [*public]  # what it took from other modules may be meant, too
-        there = f"it has {', '.join(own[:12])}{', ...' * (len(own) > 12)}." if own else "it has no functions."
-        raise UnknownName(f"function in {module}", function, own, next="" if 0 < len(own) <= 12 else there)
+        defined = [n for n, one in public.items() if getattr(one, "__module__", "") == imported.__name__]
+        known = defined or [*public]  # without functions of its own, suggest those it imports
+        listed = ", ".join(known[:12]) + ", ..." * (len(known) > 12)
+        hint = f"it has {listed}." if known else "it has no functions."
+        raise UnknownName(f"function in {module}", function, known, next="" if 0 < len(known) <= 12 else hint)
     return getattr(imported, function)

@@ -1,4 +1,4 @@
-"""Wall-clock comparison that holds on a shared machine: all sides in turn, the best round counts."""
+"""Compare wall-clock times on a shared machine: the candidates run in turn, and the best round counts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one side over the counted rounds, in milliseconds.
+    """Times of one candidate over the counted rounds, in milliseconds.
 
     Attributes:
-        best: what the work takes; other processes only ever add to it.
-        median: what it usually took here.
+        best: the shortest time; other processes can only lengthen a round.
+        median: the median time, as usual on this machine.
     """
 
     best: float
@@ -30,18 +30,18 @@ def interleaved(
     seconds: float = float("inf"),
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Times of each side.
+    """Measure the time of each candidate.
 
-    Each round runs every side once, in turn, so that a change of the machine's speed meets all of them.
+    Each round runs every candidate once, so that a change of the machine's speed affects all of them.
 
     Args:
-        sides: what to run, by name.
-        rounds: counted rounds, at least one.
-        warmup: rounds before them.
-        seconds: start no further round after this time, once one has counted.
-        clock: seconds; `time.process_time` counts those of this process alone, of all its threads.
+        sides: the functions to time, by name.
+        rounds: number of counted rounds, at least one.
+        warmup: number of uncounted rounds before them.
+        seconds: time limit; no further round starts after it, once one has been counted.
+        clock: function that returns seconds; `time.process_time` counts the CPU time of this process only.
     """
-    taken: dict[str, list[float]] = {name: [] for name in sides}
+    durations: dict[str, list[float]] = {name: [] for name in sides}
     begin = time.perf_counter()
     with torch.inference_mode():
         for turn in range(warmup + rounds):
@@ -51,12 +51,12 @@ def interleaved(
                 start = now(clock)
                 run()
                 if turn >= warmup:
-                    taken[name].append(1e3 * (now(clock) - start))
-    return {name: Timing(min(times), median(times)) for name, times in taken.items()}
+                    durations[name].append(1e3 * (now(clock) - start))
+    return {name: Timing(min(times), median(times)) for name, times in durations.items()}
 
 
 def now(clock: Callable[[], float]) -> float:
-    """The time of a clock once the GPU has done what it was given."""
+    """Return the time of a clock after waiting for the GPU's queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return clock()

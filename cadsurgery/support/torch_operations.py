@@ -1,10 +1,10 @@
-"""The facts of torch's operations, stated once for all spellings of an operation; every pass asks here.
+"""Table of torch's operations and their properties, one entry for all spellings of an operation.
 
     operation_of(torch.relu_).name == operation_of("relu").name == operation_of(nn.ReLU()).name == "relu"
 
 A spelling is a module class, a function of torch or of `operator`, or the name of a method. In-place spellings, such as
-`relu_` and `operator.iadd`, follow from the name. Only operations of kind "mixes" multiply and accumulate: how much is
-stated in `support/counting.py`. What an operation means on elements is stated by its rule
+`relu_` and `operator.iadd`, follow from the name. Only operations of kind "mixes" multiply and accumulate;
+`support/counting.py` has their MACs. The conversion of an operation to elements is defined by its rule
 (`surgery/rules.py`), which is registered for all operations of a kind.
 """
 
@@ -23,35 +23,35 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 Kind = Literal[
-    "value",  # computed from each value alone, whatever constants it takes
-    "values",  # computed from the values of several tensors at one place
-    "copies",  # the same values: in another type, on another device, in other memory
-    "converts",  # the same values, of a type and on a device that another argument may be the example of
-    "reshapes",  # the same values in the same order, in other axes
-    "permutes",  # the same values, axes in another order
+    "value",  # each result value depends on one input value (and on constants)
+    "values",  # each result value depends on the values of several tensors at the same position
+    "copies",  # the same values in another type, on another device or in other memory
+    "converts",  # the same values in the type and on the device of another argument
+    "reshapes",  # the same values in the same order, in another shape
+    "permutes",  # the same values with the axes in another order
     "splits",  # parts along an axis, as several tensors
     "selects",  # one part along an axis
-    "drops",  # values at random while a network is trained, all of them in evaluation mode
-    "drops channels",  # the same of whole channels or whole images
-    "fills",  # one number throughout
-    "asks",  # a size, type or device, for which no value is read
-    "asks rank",  # what no image changes: the number of axes, the layout in memory
-    "mixes",  # positions of the image with each other, on values of more than two axes
+    "drops",  # sets random values to zero in training; the identity in evaluation mode
+    "drops channels",  # sets random channels or images to zero in training; the identity in evaluation mode
+    "fills",  # a new tensor with the same number everywhere
+    "asks",  # a size, type or device; reads no values
+    "asks rank",  # a property that does not depend on the image: number of axes, memory layout
+    "mixes",  # combines positions of the image, on tensors of more than two axes
     "other",
 ]
 
 
 @dataclass(frozen=True)
 class TorchOperation:
-    """The facts of one operation.
+    """Properties of one operation.
 
     Attributes:
-        name: as torch spells it.
-        kind: how its result depends on what it reads, see `Kind`.
-        adds: it is the sum of its two operands.
-        multiplies: it is the product of its two operands.
-        makes_nan: it may make NaN or infinity of moderate numbers.
-        keeps_values: in evaluation mode its result is its input.
+        name: its name in torch.
+        kind: how its result depends on its input, see `Kind`.
+        adds: True if the result is the sum of the two operands.
+        multiplies: True if the result is the product of the two operands.
+        makes_nan: True if moderate inputs may give NaN or infinity.
+        keeps_values: True if the result equals the input in evaluation mode.
     """
 
     name: str
@@ -68,18 +68,19 @@ _SPACES: tuple[Any, ...] = (F, torch, torch.linalg, torch.special, torch.fft, op
 
 
 def _state(kind: Kind, names: str, *modules: type[nn.Module] | str, **facts: bool) -> None:
-    """State the facts of one operation under all its names, the first of which is its own, and module classes."""
+    """Register one operation under its name, its aliases (separated by spaces) and its module classes."""
     name, *others = names.split()
-    stated = TorchOperation(name, kind, **facts)
-    _NAMED.update(dict.fromkeys((name, *others), stated))
+    operation = TorchOperation(name, kind, **facts)
+    _NAMED.update(dict.fromkeys((name, *others), operation))
     for spelled in (name, *others):
-        _SPELLINGS.update(dict.fromkeys(_functions_named(spelled), stated))
-        _SPELLINGS.update({method: stated for method in _methods_named(spelled) if hasattr(Tensor, method)})
-    _SPELLINGS.update(dict.fromkeys(modules, stated))
+        _SPELLINGS.update(dict.fromkeys(_functions_named(spelled), operation))
+        methods = [method for method in _methods_named(spelled) if hasattr(Tensor, method)]
+        _SPELLINGS.update(dict.fromkeys(methods, operation))
+    _SPELLINGS.update(dict.fromkeys(modules, operation))
 
 
 def _functions_named(name: str) -> list[Any]:
-    """The functions of a name, those that work in place among them."""
+    """Return the functions of a name, including in-place variants."""
     found = [getattr(space, spelled, None) for space in _SPACES for spelled in (name, f"{name}_")]
     found += [getattr(operator, f"i{name}", None)] if hasattr(operator, name) else []
     found += [getattr(Tensor, spelled, None) for spelled in _methods_named(name)]
@@ -87,18 +88,18 @@ def _functions_named(name: str) -> list[Any]:
 
 
 def _methods_named(name: str) -> tuple[str, ...]:
-    """The names that a method may have, those of Python's operators among them."""
-    written = (f"__{name}__", f"__r{name}__", f"__i{name}__") if hasattr(operator, name) else ()
-    return (name, f"{name}_", *written)
+    """Return the method names of an operation, including those of Python's operators."""
+    operators = (f"__{name}__", f"__r{name}__", f"__i{name}__") if hasattr(operator, name) else ()
+    return (name, f"{name}_", *operators)
 
 
 def _state_each(kind: Kind, names: str, **facts: bool) -> None:
-    """State the same facts of several operations, each under its one name."""
+    """Register several operations (names separated by spaces) with the same properties."""
     for name in names.split():
         _state(kind, name, **facts)
 
 
-# -- each value alone ----------------------------------------------------------------------------------
+# -- one value at a time -------------------------------------------------------------------------------
 
 _state("value", "identity", nn.Identity, keeps_values=True)
 _state("value", "relu", nn.ReLU)
@@ -142,7 +143,7 @@ _state("value", "asin arcsin", makes_nan=True)
 _state("value", "acosh arccosh", makes_nan=True)
 _state("value", "atanh arctanh", makes_nan=True)
 
-# -- the values of several tensors at one place --------------------------------------------------------
+# -- the values of several tensors at one position -----------------------------------------------------
 
 _state("values", "add", adds=True)
 _state("values", "mul multiply", multiplies=True)
@@ -176,7 +177,7 @@ _state(
     keeps_values=True,
 )
 
-# -- no values of what is read -------------------------------------------------------------------------
+# -- no values of the input ----------------------------------------------------------------------------
 
 _state_each("fills", "zeros ones full new_zeros new_ones new_full")
 _state_each("asks", "size numel nelement element_size")
@@ -186,7 +187,7 @@ _ATTRIBUTES: dict[str, Kind] = {
     **dict.fromkeys(("ndim", "requires_grad", "layout"), "asks rank"),
 }
 
-# -- more than one place -------------------------------------------------------------------------------
+# -- more than one position ----------------------------------------------------------------------------
 
 _state("mixes", "scaled_dot_product_attention", nn.MultiheadAttention)
 _state("mixes", "matmul __matmul__")
@@ -200,7 +201,7 @@ _state_each("other", "var std var_mean std_mean inv inverse pinv", makes_nan=Tru
 
 
 def operation_of(target: Any) -> TorchOperation | None:
-    """The operation of a module, a module class, a function or the name of a method; None if nothing is stated."""
+    """Return the operation of a module, module class, function or method name; None if the table has none."""
     if isinstance(target, nn.Module):
         target = type(target)
     if isinstance(target, type):
@@ -208,33 +209,33 @@ def operation_of(target: Any) -> TorchOperation | None:
         return _SPELLINGS.get(target) or _SPELLINGS.get(named)
     try:
         return _SPELLINGS.get(target)
-    except TypeError:  # a callable that has no hash
+    except TypeError:  # an unhashable callable
         return None
 
 
 def is_free(name: str) -> bool:
-    """True if an operation of this name, as torch's dispatcher spells it, multiplies and accumulates nothing."""
+    """True if the operation of this name in torch's dispatcher is known to have zero MACs."""
     return name in _NAMED and _NAMED[name].kind not in ("mixes", "other")
 
 
 def is_kind(target: Any, *kinds: Kind) -> bool:
-    """True if an operation is stated to be of one of these kinds."""
+    """True if an operation is in the table with one of these kinds."""
     known = operation_of(target)
     return known is not None and known.kind in kinds
 
 
 def operations() -> Mapping[object, TorchOperation]:
-    """All stated operations by their spellings."""
+    """Return all operations of the table by spelling."""
     return dict(_SPELLINGS)
 
 
 def spellings(*kinds: Kind) -> tuple[object, ...]:
-    """All spellings of the operations of these kinds, as `@rule` takes them."""
+    """Return all spellings of the operations of these kinds, as arguments for `@rule`."""
     return tuple(spelling for spelling, known in _SPELLINGS.items() if known.kind in kinds)
 
 
 def name_of(target: Any) -> str:
-    """The name of a function or method."""
+    """Return the name of a function or method."""
     return str(getattr(target, "__name__", target))
 
 
@@ -243,12 +244,12 @@ def is_in_place(target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
 
     Args:
         target: a module, a function or the name of a method.
-        args, kwargs: of the call, which may say `inplace`.
+        args, kwargs: arguments of the call, perhaps with `inplace`.
     """
     if isinstance(target, nn.Module):
         return bool(getattr(target, "inplace", False))
     name = name_of(target)
-    if name.startswith("__"):  # `x.__iadd__(y)`, beside which there is `x.__add__(y)`
+    if name.startswith("__"):  # `x.__iadd__(y)`, if there is also `x.__add__(y)`
         return name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
     if name.endswith("_") and not name.startswith("_"):
         return True
@@ -265,16 +266,16 @@ _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE_NA
 
 @cache
 def _place_of_inplace(function: Any) -> int | None:
-    """The position of the parameter `inplace` of a function of torch; None if it has none."""
+    """Return the position of a function's parameter `inplace`; None if it has no such parameter."""
     try:
         names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # compiled code states none
+    except (TypeError, ValueError):  # compiled functions have no signature
         return None
     return names.index("inplace") if "inplace" in names else None
 
 
 def may_make_nan(target: Any) -> bool:
-    """True if a function or method may make NaN or infinity of moderate numbers, or is of a library not known here."""
+    """True if a call may give NaN or infinity for moderate inputs, or comes from a library unknown here."""
     known = operation_of(target)
     if known is not None:
         return known.makes_nan
@@ -286,8 +287,8 @@ def may_make_nan(target: Any) -> bool:
 
 
 def asks(node: fx.Node, *, of_rank: bool = False) -> bool:
-    """True if a node asks for a size, a type or a device, for which no value is read; `of_rank`: for what no image
-    changes."""
+    """True if a node reads a size, type or device but no values; with `of_rank` only properties that do not depend on
+    the image count."""
     kind = _ATTRIBUTES.get(str(node.args[1])) if node.target is getattr else None
     if node.op == "call_method" and (known := operation_of(node.target)) is not None:
         kind = known.kind

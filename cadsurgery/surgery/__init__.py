@@ -1,5 +1,5 @@
-"""Surgery: from a network to the graph of the adaptive one.
+"""Surgery: turn the graph of a network into the graph of its adaptive version.
 
-In comes an `nn.Module` and an example; out go facts, a plan that says for every operation what happens to it and why,
-the rewritten graph, and the laws it was verified by. It knows nothing of masks: a lattice comes from outside.
+In come an `nn.Module` and an example; out come facts about the graph, a plan with an action and a reason for every
+operation, the rewritten graph, and its verification. Surgery knows nothing of masks: the caller passes a lattice.
 """

@@ -1,6 +1,7 @@
-"""The arguments of a call: a network may take more than an image, and its image within a list or a dictionary.
+"""Handle the arguments of a call, by parameter name as Python binds them.
 
-By name, as Python binds them. The image is the first tensor with four axes.
+A network may take more than an image, and its image may be inside a list or dictionary. The image is the first tensor
+with four axes.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def bind(model: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-    """The arguments of a call by name, without defaults.
+    """Return the arguments of a call by name, without defaults.
 
     Raises:
-        InvalidInput: the network takes others.
+        InvalidInput: the network does not accept these arguments.
     """
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
@@ -41,21 +42,21 @@ def bind(model: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
 
 
 def bind_all(signature: inspect.Signature, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Arguments:
-    """The arguments of a call by name, defaults included."""
+    """Return the arguments of a call by name, with defaults."""
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
 
 
 def contain(output: Any, container: type) -> Any:
-    """The output of a graph in the original's type, if that is a kind of dictionary or a dataclass."""
+    """Convert a graph's output to the original's type if it is a dictionary subclass or a dataclass."""
     if not isinstance(output, dict):
         return output
     return container(**output) if is_dataclass(container) else container(output)
 
 
 def take_image(model: nn.Module, image: Tensor) -> Arguments:
-    """A call with an image alone, for the first argument that a network needs; it may need more."""
+    """Return the arguments of a call with an image as the network's first required argument."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     if not parameters:
         return {"image": image}
@@ -68,7 +69,7 @@ def bind_example(model: nn.Module, example: object) -> Arguments:
     """Return the arguments that `example_input` stands for: an image, a tuple of arguments, or a dictionary.
 
     Raises:
-        InvalidInput: none of these, or values that no file can hold.
+        InvalidInput: another type, or values that cannot be stored in a file.
     """
     if isinstance(example, tuple):
         arguments = bind(model, *example)
@@ -77,7 +78,7 @@ def bind_example(model: nn.Module, example: object) -> Arguments:
     else:
         try:
             arguments = bind(model, example)
-        except InvalidInput:  # an image that can be given by name alone
+        except InvalidInput:  # the image may be a keyword-only argument
             if not isinstance(example, Tensor):
                 raise
             arguments = bind(model, **take_image(model, example))
@@ -99,7 +100,7 @@ def _check_plain(value: Any) -> None:
 
 
 def image_of(arguments: Arguments) -> Any:
-    """The image of a call: its first tensor of four axes; without one, whatever comes first."""
+    """Return the image of a call: its first tensor with four axes, or its first argument if there is none."""
     first = next(iter(arguments.values()), None)
     if isinstance(first, Tensor) and first.dim() == 4:
         return first
@@ -108,7 +109,7 @@ def image_of(arguments: Arguments) -> Any:
 
 
 def change_images(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
-    """The arguments with the image, and all that is of its height and width, changed."""
+    """Apply a change to the image and to all other inputs (B, C, H, W) of the same height and width."""
     size = image_of(arguments).shape[-2:]
 
     def changed(value: Tensor) -> Tensor:
@@ -118,27 +119,27 @@ def change_images(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> A
 
 
 def crop(image: Tensor, height: int, width: int) -> Tensor:
-    """The upper left part of an image."""
+    """Return the upper left part of an image."""
     return image[..., :height, :width].contiguous()
 
 
 def widen(arguments: Arguments) -> Arguments:
-    """The arguments in double precision."""
+    """Convert the arguments to double precision."""
     return dict(tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments))
 
 
 class AnyLayout(TorchFunctionMode):
-    """Within it `view` reshapes: weights that lie as rows of elements do give maps that it would refuse."""
+    """Replace `view` by `reshape` in the block: maps computed from our weight layouts may not be viewable."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch."""
+        """Call a torch function, with `reshape` in place of `view`."""
         if func is Tensor.view and len(args) > 1 and not isinstance(args[1], torch.dtype):
             func = Tensor.reshape
         return func(*args, **(kwargs or {}))
 
 
 def run_forward(model: nn.Module, arguments: Arguments) -> Any:
-    """Call a network with them, without hooks on the whole, which are no part of its graph."""
+    """Call a network's forward, without the hooks of the network itself, which are not part of its graph."""
     bound = inspect.signature(model.forward).bind_partial()
     bound.arguments.update(tree_map_only(Tensor, Tensor.clone, arguments))
     with AnyLayout():
@@ -146,7 +147,7 @@ def run_forward(model: nn.Module, arguments: Arguments) -> Any:
 
 
 def in_order(graph: fx.Graph, arguments: Arguments, *first: Any) -> list[Any]:
-    """The values of a graph's inputs, defaults where none are given, behind those that come first."""
+    """Return the values of a graph's inputs in order, with defaults for missing arguments, after the values `first`."""
     values = list(first)
     for node in [node for node in graph.nodes if node.op == "placeholder"][len(first) :]:
         name = str(node.target)
@@ -158,7 +159,7 @@ def in_order(graph: fx.Graph, arguments: Arguments, *first: Any) -> list[Any]:
 
 
 def describe_call(model: nn.Module, arguments: Arguments) -> str:
-    """The arguments without their values, as JSON; "" where an image alone is enough of a call."""
+    """Describe types and shapes of the arguments as JSON; "" if the call has only an image."""
     if take_image(model, image_of(arguments)).keys() == arguments.keys() and _is_alone(arguments):
         return ""
     return json.dumps({name: _plain(value) for name, value in arguments.items()})
@@ -179,19 +180,19 @@ def _plain(value: Any) -> Any:
 
 
 def example_of(description: str, device: str = "cpu") -> Arguments:
-    """Arguments that are described so, with zeros for values; on the meta device without any.
+    """Build arguments from the JSON of `describe_call`, filled with zeros; on the meta device without values.
 
     Raises:
-        Exception: of several kinds, for a text that describes none.
+        Exception: of several types, if the text is not such a description.
     """
     return {name: _from_plain(part, device) for name, part in json.loads(description).items()}
 
 
 def values_of(description: str) -> int:
-    """How many values the tensors of `example_of` have in all, known before they are made.
+    """Return the total number of values in the tensors of `example_of`, without allocating them.
 
     Raises:
-        Exception: as there.
+        Exception: see `example_of`.
     """
     tensors = tree_leaves(example_of(description, "meta"))
     return sum(tensor.numel() for tensor in tensors if isinstance(tensor, Tensor))

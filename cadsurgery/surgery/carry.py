@@ -1,9 +1,9 @@
-"""A tracer whose symbols carry values: Python may ask a size for its number, and each decision becomes a guard.
+"""A tracer whose proxies carry values of an example: Python code may use sizes as numbers, and branches become guards.
 
-torch.fx cannot follow `if x.shape[2] != skip.shape[2]:`, `int(x.size(2) / 2)` or `torch.zeros(n, c, h, w)`: its symbols
-have no values. Here the graph so far is run on an example as soon as a value is asked for. What is computed from sizes
-stays an operation of the graph; only where Python needs a plain number or a truth is it taken from the example, and the
-graph gets a guard (`guards.check_branch`). Decisions by the values of pixels are refused.
+torch.fx cannot trace `if x.shape[2] != skip.shape[2]:`, `int(x.size(2) / 2)` or `torch.zeros(n, c, h, w)`, because its
+proxies have no values. This tracer runs the graph so far on an example as soon as a value is needed. Computations with
+sizes stay operations of the graph. Only where Python needs a plain number or truth value, the value of the example is
+used, and the graph gets a guard (`guards.check_branch`). Branches on pixel values are refused.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.tracer import Tracer, assign
 
-# Results whose very size depends on values.
+# Functions whose result size depends on values.
 _SELECTIONS = frozenset(
     ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nms", "batched_nms")
 )
-# Functions of torch that make tensors of a size, and therefore see no symbol among their arguments.
+# Torch functions that create tensors; torch.fx does not record them, since no argument is a tensor.
 _FACTORIES = (
     *("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "eye", "tensor", "as_tensor"),
 )
 
 
 class ByValues(Exception):
-    """Python decides by the values of an image, for which a graph has no place."""
+    """The Python code branches on pixel values, which a graph cannot represent."""
 
 
 class Symbol(fx.Proxy):
-    """A value of the graph that knows what it is on the example."""
+    """A proxy that knows its value on the example."""
 
     tracer: Carrier
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):  # what libraries ask of objects in general
+        if name.startswith("__") and name.endswith("__"):  # libraries probe objects for such attributes
             raise AttributeError(name)
-        if name == "is_cuda":  # which no dense twin of elements has
+        if name == "is_cuda":  # derived from the device, since elements have no `is_cuda`
             return self.device.type == "cuda"
         return _Attribute(self, name)
 
     def __setitem__(self, index: Any, part: Any) -> None:
-        """From here on the Python value is the one with the part assigned."""
+        """Rebind this symbol to the value after the assignment."""
         self.node = self.tracer.call(assign, self, index, part).node
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Symbol(fx.Proxy):
     def __float__(self) -> float:
         return self.tracer.decide(self, float)
 
-    def __format__(self, how: str) -> str:  # a text, such as a message, decides nothing
+    def __format__(self, how: str) -> str:  # formatting needs no guard
         return format(self.tracer.value(self), how)
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class Symbol(fx.Proxy):
 
 
 class _Attribute(fx.proxy.Attribute, Symbol):
-    """An attribute of a symbol: its node is made when its value is needed, for it may be a method."""
+    """An attribute of a symbol; its node is created only when its value is needed, since it may be a method."""
 
 
 class Carrier(Tracer):
@@ -114,21 +114,21 @@ class Carrier(Tracer):
         self._is_running = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A symbol for each node."""
+        """Return a symbol for a node."""
         return Symbol(node, self)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A function of symbols as a node."""
+        """Record a function call as a node."""
         return self.create_proxy("call_function", function, args, kwargs)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """As torch does; a module made in forward, as by `layers[:4](x)`, is looked into."""
+        """Record a module call as torch does; modules created in forward, e.g. by `layers[:4](x)`, are traced into."""
         if self._is_running or m not in (self.submodule_paths or {}):
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Parameters and buffers as nodes, but for operations that run on the example."""
+        """Return parameters and buffers as nodes, except while operations run on the example."""
         return attr_val if self._is_running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     # -- values ------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class Carrier(Tracer):
         return self.values[node]
 
     def _run(self) -> None:
-        """Run the nodes that are new, in order, so that what works in place has its effect."""
+        """Run the new nodes in order, so that in-place operations take effect."""
         interpreter = fx.Interpreter(self.root, graph=self.graph)
         interpreter.env = self.values
         self._is_running = True
@@ -159,43 +159,43 @@ class Carrier(Tracer):
             self._is_running = False
 
     def decide(self, symbol: fx.Proxy, take: Callable[[Any], Any]) -> Any:
-        """The number or truth that Python asks for, which a guard holds in every later call."""
+        """Return the number or truth value that Python needs, and add a guard that checks it in every later call."""
         node = symbol.node
         value = self.value(symbol)
         outcome = take(value)
         if take is len and isinstance(value, (tuple, list, dict)):
-            return outcome  # as many as there are dimensions or parts
+            return outcome  # the number of dimensions or parts does not change between calls
         if self._reads_values(node):
             raise ByValues(f"it decides by values of the image at {user_line()}")
-        asked: Any = node
+        checked: Any = node
         if take is len:
-            asked = self.create_node("call_function", len, (node,), {})
+            checked = self.create_node("call_function", len, (node,), {})
         if not self._is_of_rank(node):
             operands = compared(node)
             before = tuple(self.values[part] if isinstance(part, fx.Node) else part for part in operands)
             before = tuple(tuple(part) if isinstance(part, torch.Size) else part for part in before)
             plain = all(isinstance(part, (int, float, tuple)) for part in before)
             shown = (operands, before) if plain else ((), ())
-            self.create_node("call_function", check_branch, (asked, outcome, user_line(), *shown), {})
+            self.create_node("call_function", check_branch, (checked, outcome, user_line(), *shown), {})
         return outcome
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """The truth of a symbol."""
+        """Return the truth value of a symbol."""
         return bool(self.decide(obj, bool))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """The parts of a symbol, each a symbol, as many as there are on the example."""
+        """Iterate over the parts of a symbol as symbols; their number is that of the example."""
         value = self.value(obj)
         if isinstance(value, dict):
             return iter(value)
         return iter([obj[place] for place in range(len(obj))])  # type: ignore[index]
 
     def keys(self, obj: fx.Proxy) -> Any:
-        """Names of the parts of a symbol."""
+        """Return the keys of a symbol that is a dictionary."""
         return list(self.value(obj).keys())
 
     def _reads_values(self, node: fx.Node) -> bool:
-        """True if a value is computed from pixels, rather than from sizes and weights."""
+        """True if a value depends on pixel values, and not only on sizes and weights."""
         seen, pending = set(), [node]
         while pending:
             node = pending.pop()
@@ -214,8 +214,8 @@ class Carrier(Tracer):
         return False
 
     def _is_of_rank(self, node: fx.Node) -> bool:
-        """True if a value depends on numbers of dimensions alone, which no image changes, or on what changes no value,
-        such as how a map lies in memory."""
+        """True if a value depends only on numbers of dimensions, which no image changes, or on memory layouts, which
+        change no result."""
         if asks(node):
             return asks(node, of_rank=True)
         sources = node.all_input_nodes
@@ -223,7 +223,7 @@ class Carrier(Tracer):
 
 
 def _selects(node: fx.Node) -> bool:
-    """True if the size of a result depends on values."""
+    """True if the size of a node's result depends on values."""
     name = name_of(node.target)
     if name in _SELECTIONS or (name == "where" and len(node.args) == 1):
         return True
@@ -234,23 +234,23 @@ def _selects(node: fx.Node) -> bool:
 
 
 def _gives_number(node: fx.Node) -> bool:
-    """True if a node is computed from sizes alone."""
+    """True if a node is computed from sizes only."""
     if asks(node):
         return True
     sources = node.all_input_nodes
     return bool(sources) and node.op != "placeholder" and all(map(_gives_number, sources))
 
 
-# -- what Python's own functions do with symbols -------------------------------------------------------
+# -- Python's built-in functions with symbols ----------------------------------------------------------
 
 
 def _is_instance(value: Any, kinds: Any) -> bool:
-    """`isinstance`, for symbols of what they are on the example."""
+    """Replacement of `isinstance` that tests the example's value of a symbol."""
     return isinstance(value.tracer.value(value) if issubclass(type(value), Symbol) else value, kinds)
 
 
 def _unscripted(value: Any) -> Callable[..., Any] | None:
-    """The Python function that torch.jit.script was given; None for anything else."""
+    """Return the Python function of a torch.jit.ScriptFunction; None for anything else."""
     return (
         getattr(value, "_torchdynamo_inline", None) if isinstance(value, torch.jit.ScriptFunction) else None
     )
@@ -269,7 +269,7 @@ def _symbol_among(*values: Any) -> Symbol | None:
 
 
 def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which becomes a node where it is given a symbol."""
+    """Wrap a function so that a call with a symbol is recorded as a node."""
 
     @functools.wraps(function, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -282,7 +282,7 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NumberType(type):
-    """`int` and `float` of a module that is traced: the same for isinstance, and a node where they convert a symbol."""
+    """Metaclass of replacements of `int` and `float`: equal to the types for isinstance; conversions become nodes."""
 
     number: type
 
@@ -305,7 +305,7 @@ class _NumberType(type):
 
 
 class _TypeOf(_NumberType):
-    """`type` of a module that is traced: of a symbol, that of what it is on the example."""
+    """Metaclass of the replacement of `type`, which returns the type of a symbol's value on the example."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if args and issubclass(type(args[0]), Symbol) and not args[1:]:
@@ -329,7 +329,7 @@ _PYTHON = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "cadsurgery"}
 
 
 def _name_spaces(model: nn.Module) -> list[dict[str, Any]]:
-    """Those of the modules of Python that a network's classes are written in, and that these import functions from."""
+    """Return the namespaces of the Python modules that define a network's classes, and of those they import from."""
     kinds = {base for module in model.modules() for base in type(module).__mro__}
     waiting = [
         vars(sys.modules[kind.__module__])
@@ -349,8 +349,8 @@ def _name_spaces(model: nn.Module) -> list[dict[str, Any]]:
 
 @contextmanager
 def symbols_in_python(model: nn.Module) -> Iterator[None]:
-    """While a network is traced on an example: factories of torch, and isinstance, type, int, float, max and min as the
-    modules of the network call them, and functions that they import, become nodes where they are given symbols."""
+    """Patch Python for tracing on an example: torch's factories and the built-ins isinstance, type, int, float, max and
+    min accept symbols in the Python modules of the network and in modules that they import functions from."""
     shadows = {
         "isinstance": _is_instance,
         "type": _Type,

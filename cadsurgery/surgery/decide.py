@@ -1,4 +1,4 @@
-"""Make the plan: choose the strides, find the region, decide for every node. Pure: nothing is changed."""
+"""Make the plan: choose the strides, find the region, decide for every node. The inputs are not changed."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def make_plan(
     outputs: Outputs = "fine",
     coarsest: int | None = None,
 ) -> tuple[Plan, Flow]:
-    """Decide for every node of a traced network; the flow says how. Pure: neither network nor facts are changed.
+    """Decide for every node of a traced network; return the plan and the flow behind it. Nothing is changed.
 
     Args:
-        facts: of the traced network.
+        facts: facts about the traced network.
         output_stride: (high, low); by default (native / 4, native) for a strided network and
             (current, undilated) for a dilated one.
         region: `"auto"`, `"backbone"`, or names of nodes or modules.
-        part: where the traced network is a part of another one, its name there: what it returns then keeps its
-            native size, which the rest of that network relies on.
-        outputs: size at which maps that leave the region as they are are returned, `fine` or `native`.
-        coarsest: output stride beyond which nothing is in the region; None leaves that to the network.
+        part: name of the traced network in its host network, if it is a part of one. Its outputs then keep their native
+            size, which the rest of the host relies on.
+        outputs: size of maps that leave the region and are returned unchanged, `fine` or `native`.
+        coarsest: largest output stride in the region; None for no limit.
 
     Raises:
         CannotConvert: nothing can be made adaptive.
-        InvalidInput: an impossible output stride, or another word for the outputs; the message lists the possible ones.
+        InvalidInput: an impossible output stride or value of `outputs`; the message lists the possible ones.
         UnknownName: a region name that is neither a node nor a module.
     """
     if outputs not in get_args(Outputs):
@@ -59,7 +59,7 @@ def make_plan(
         raise nothing_to_convert(readings[0].settled.flow)
     reading, (high, low) = _choose(readings, output_stride)
     flow, chosen = reading.settled.flow, reading.regions[high]
-    if low < chosen.strides[-1]:  # no cell is larger than that: what reads in between may stay
+    if low < chosen.strides[-1]:  # with smaller cells more operations may stay in the region
         capped = reading.settled.up_to(low)
         if (larger := region_of(capped, high)).strides == chosen.strides:
             flow, chosen = capped, larger
@@ -95,7 +95,7 @@ def make_plan(
 
 
 def _up_to(coarsest: int, asked: Refusal, flow: Flow) -> Refusal:
-    """Why the region asked for leaves a node out, if it goes no further than an output stride."""
+    """Extend a refusal function: nodes beyond an output stride are left out of the region, too."""
     beyond = {node for node, spacing in flow.spacing.items() if spacing > coarsest}
 
     def refused(node: fx.Node, maps: Sequence[fx.Node]) -> Barrier | None:
@@ -107,12 +107,12 @@ def _up_to(coarsest: int, asked: Refusal, flow: Flow) -> Refusal:
 
 
 def _possible(readings: Sequence[Reading]) -> tuple[tuple[int, int], ...]:
-    """All pairs of high and low output stride, those of the reading that is planned first."""
+    """Return all pairs of high and low output stride, starting with those of the preferred reading."""
     return tuple(dict.fromkeys(pair for reading in readings for pair in reading.possible))
 
 
 def _choose(readings: Sequence[Reading], asked: tuple[int, int] | None) -> tuple[Reading, tuple[int, int]]:
-    """The reading that is planned, and its high and low output stride: those asked for decide."""
+    """Return the reading to plan, and its (high, low) output stride: the requested pair or the default."""
     if asked is None:
         first = next(reading for reading in readings if reading.usual is not None)
         assert first.usual is not None
@@ -130,19 +130,19 @@ def _choose(readings: Sequence[Reading], asked: tuple[int, int] | None) -> tuple
 
 
 def _works(node: fx.Node, flow: Flow) -> bool:
-    """True if an operation looks beyond a single element."""
+    """True if an operation reads more than a single element."""
     window = flow.treatments[node].window
     return _joins(node, flow) or (window is not None and not window.is_pointwise)
 
 
 def _joins(node: fx.Node, flow: Flow) -> bool:
-    """True if an operation brings finer values from one position to another."""
+    """True if an operation mixes values of different positions."""
     operation = flow.treatments[node].operation
     return operation is not None and operation.mixes
 
 
 def _identity_level(flow: Flow, region: Region, max_level: int) -> int | None:
-    """The level whose uniform map puts every value of the region on the network's own grid."""
+    """Return the level whose uniform map gives every value of the region its own grid; None if there is none."""
     staged = [(region.stage(node), flow.grid[node]) for node in region.needed if region.stage(node) > 0]
     levels = range(max_level + 1)
     return next(
@@ -160,8 +160,8 @@ def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
     on_elements = {
         node for node, sources in read.items() if node in staged or _reads_last(node, sources, flow, region)
     }
-    asking = {node for node in read if _only_asks(node, flow)}
-    ends = {node for node, sources in read.items() if sources} - on_elements - asking
+    size_readers = {node for node in read if _only_asks(node, flow)}
+    ends = {node for node, sources in read.items() if sources} - on_elements - size_readers
     after = set().union(*map(and_after, ends)) - ends - on_elements
 
     again = {
@@ -224,7 +224,7 @@ def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
 
 
 def _why_it_ends(node: fx.Node, flow: Flow, region: Region) -> str:
-    """Why a node that every rule lets pass reads the region's values dense."""
+    """Return why a node that has a rule reads the region's values dense."""
     if node.op == "output":
         return "the network's output"
     if any(source in region.outside for source in flow.maps(node)):
@@ -235,8 +235,8 @@ def _why_it_ends(node: fx.Node, flow: Flow, region: Region) -> str:
 
 
 def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Region) -> bool:
-    """True if a node reads elements and yields what needs none: one vector per image, or a map as fine as the
-    fine map or finer."""
+    """True if a node reads elements and returns a dense result: one vector per image, or a map at least as fine as the
+    high output stride."""
     if not sources or node in flow.barriers or not region.outside.isdisjoint(flow.maps(node)):
         return False
     treatment, high = flow.treatments[node], region.strides[0]
@@ -248,19 +248,19 @@ def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Regio
 
 
 def _only_asks(node: fx.Node, flow: Flow) -> bool:
-    """True if a node that reads a map wants its size only."""
+    """True if a node reads only the size of a map."""
     return (flow.treatments[node].kind == "shape" and node.op != "output") or flow.role[node] is Role.VECTOR
 
 
 def _stages(node: fx.Node, flow: Flow, region: Region) -> tuple[int, int]:
-    """Stages of the lattices a node of the region reads and writes."""
+    """Return the stages of the lattices that a node of the region reads and writes."""
     before = min(region.stage(source) for source in flow.maps(node) if source not in region.outside)
     return before, region.stage(node) if node in region.needed else before
 
 
 def _resized(flow: Flow, region: Region) -> frozenset[fx.Node]:
-    """Last resizes that read elements. One that reads a map whose own grid is the fine map bilinearly needs none of
-    them: it resizes that map as the network does."""
+    """Return the final resizes that read elements. A bilinear resize of a map that has the high output stride already
+    is not among them: it runs dense, as in the network."""
     high = region.strides[0]
     return frozenset(
         node
@@ -278,13 +278,13 @@ def _resized(flow: Flow, region: Region) -> frozenset[fx.Node]:
 def _leaving_sizes(
     flow: Flow, region: Region, resized: frozenset[fx.Node], fine_outputs: bool
 ) -> dict[fx.Node, Leaves]:
-    """For each map that leaves the region: `fine` if everything after accepts another size, else `native`. Resizes
-    that read elements do not need it to leave."""
+    """Return the size of each map that leaves the region: `fine` if all operations after it accept another size, else
+    `native`. Maps that only such resizes read do not leave."""
     sizes: dict[fx.Node, Leaves] = {}
     for node in region.needed:
         readers = [user for user in _dense_readers(node, flow, region) if user not in resized]
         if region.stage(node) > 0 and readers:
-            # Flattened positions say nothing of height and width: whoever takes them counts on the network's own.
+            # A flattened map does not tell its height and width: its readers rely on the network's own.
             returned = (
                 fine_outputs
                 and "h" in flow.facts.layouts[node]
@@ -297,7 +297,7 @@ def _leaving_sizes(
 
 
 def _dense_readers(node: fx.Node, flow: Flow, region: Region) -> list[fx.Node]:
-    """Users of a map of the region that need it as a dense tensor."""
+    """Return the users of a map of the region that need it as a dense tensor."""
     return [
         user
         for user in node.users

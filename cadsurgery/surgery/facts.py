@@ -1,4 +1,4 @@
-"""Facts about a traced network, observed on an example: shapes and multiply-accumulates per node."""
+"""Observe a traced network on an example: shapes and multiply-accumulates per node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cadsurgery.support.errors import CannotConvert, describe_error, first_line
 from cadsurgery.surgery.arguments import AnyLayout, Arguments, image_of, in_order, run_forward, take_image
 from cadsurgery.surgery.trace import evaluating
 
-# Odd, non-square and small: what a conversion relies on must not depend on a convenient size.
+# Odd, non-square and small, so that a conversion does not rely on convenient sizes.
 EXAMPLE_SIZES = ((97, 129), (128, 160), (224, 224), (299, 299))
 
 
@@ -26,18 +26,18 @@ class Facts:
 
     Attributes:
         model: the traced network.
-        graph: its graph.
-        example: the image it was observed on, (B, C, H, W).
+        graph: graph of the network.
+        example: the image of the example, (B, C, H, W).
         shapes: shape of each node that is a tensor.
-        floating: the nodes that are tensors of real numbers.
+        floating: the nodes that are floating-point tensors.
         macs: multiply-accumulates of each node on the example.
-        not_counted: operations that are not among them, because no rule says what they multiply.
-        container: type of the output if it is a kind of dictionary, or a dataclass, for which a graph has a plain one.
-        layouts: axes of each value that is a map. These three are those of a forward pass, see `flow.Flow.facts`.
-        images: height and width, on the example, of each such map on its own grid.
-        numbers: values of each node that is a number, or several, such as a size, on the example.
-        pads: padding that was added to a map and belongs to the window that reads it.
-        arguments: of the call it was observed in, by name.
+        not_counted: operations missing from `macs`, because they have no counting rule.
+        container: type of the output if it is a dictionary subclass or a dataclass; the graph returns a plain dict.
+        layouts: axes of each value that is a map. `layouts`, `images` and `pads` are found by `flow.flow_forward`.
+        images: height and width of each map on its own grid, on the example.
+        numbers: value on the example of each node that is a number or several, such as a size.
+        pads: windows of padding operations, to be taken over by the window that reads the padded map.
+        arguments: arguments of the example call, by name.
         given: the nodes that are tensors of these arguments, in order of execution.
     """
 
@@ -57,21 +57,21 @@ class Facts:
     given: list[fx.Node] = field(default_factory=list)
 
     def layout(self, value: Any) -> str:
-        """Axes of a value that is a map; "" for anything else."""
+        """Return the axes of a map, e.g. `bchw`; "" for any other value."""
         return self.layouts.get(value, "") if isinstance(value, fx.Node) else ""
 
     def number(self, value: Any) -> Any:
-        """A number, or several, as on the example where the network computes them; None for anything else."""
+        """Return a number or several; for a node its value on the example, or None if it is no number."""
         if isinstance(value, (tuple, list)):
             return tuple(self.number(part) for part in value)
         return self.numbers.get(value) if isinstance(value, fx.Node) else value
 
     def module(self, node: fx.Node) -> nn.Module:
-        """The module a `call_module` node calls."""
+        """Return the module of a `call_module` node."""
         return self.model.get_submodule(str(node.target))
 
     def path(self, node: fx.Node) -> str:
-        """Qualified name of the module a node belongs to."""
+        """Return the qualified name of the module that a node belongs to."""
         if node.op == "call_module":
             return str(node.target)
         stack = node.meta.get("nn_module_stack") or {}
@@ -79,7 +79,7 @@ class Facts:
 
     @property
     def outputs(self) -> list[fx.Node]:
-        """The nodes whose values are returned."""
+        """The nodes that the graph returns."""
         return next(node for node in self.graph.nodes if node.op == "output").all_input_nodes
 
     def is_map(self, node: fx.Node) -> bool:
@@ -94,7 +94,7 @@ class Facts:
 
 
 class OtherFunction(CannotConvert):
-    """A graph that does not compute what its network does."""
+    """The traced graph computes something else than the network."""
 
 
 class _Observer(fx.Interpreter):
@@ -111,8 +111,8 @@ class _Observer(fx.Interpreter):
         if isinstance(value, Tensor):
             self.facts.shapes[n] = value.shape
             self.facts.floating.update([n] if value.is_floating_point() else [])
-            asks = n.op == "placeholder" or n.target is operator.getitem
-            if asks and any(value is tensor for tensor in self.tensors):
+            is_input = n.op == "placeholder" or n.target is operator.getitem
+            if is_input and any(value is tensor for tensor in self.tensors):
                 self.facts.given.append(n)
         elif isinstance(value, (int, float, tuple, list)) and not tensors_of(value):
             self.facts.numbers[n] = value
@@ -120,16 +120,16 @@ class _Observer(fx.Interpreter):
 
 
 def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None) -> Facts:
-    """Run the network once, in evaluation mode, and note what every node yields.
+    """Run the network once, in evaluation mode, and record facts about every node.
 
     Args:
         model: the traced network.
-        graph: its graph.
+        graph: graph of the network.
         example: arguments of a call; by default small random images of several sizes are tried.
 
     Raises:
-        CannotConvert: the network does not run on it.
-        OtherFunction: the graph gives something else.
+        CannotConvert: the network does not run on the example.
+        OtherFunction: the outputs of the graph differ from the network's.
     """
     failure: Exception | None = None
     for arguments in [example] if example is not None else default_examples(model):
@@ -139,17 +139,17 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
         with torch.no_grad(), evaluating(model):
             try:
                 expected = run_forward(model, arguments)
-            except Exception as error:  # the network decides which sizes it accepts and how it says so
+            except Exception as error:  # the network may refuse a size with any error
                 failure = failure or error
                 continue
             try:
                 with observer.counter, AnyLayout():
                     traced = observer.run(*values)
                 facts.not_counted.extend(sorted(observer.counter.not_counted))
-            except Exception as error:  # on the way that was traced some sizes do not fit
+            except Exception as error:  # the traced path may not fit this size
                 raise _other_function(model, f"it does not run: {first_line(error)}") from error
         if not same(traced, expected):
-            # While torch counts it takes some operations apart, and rounds otherwise: ties of nearest-exact, say.
+            # While counting, torch decomposes some operations and rounds differently, e.g. ties of nearest-exact.
             with torch.no_grad(), evaluating(model), AnyLayout():
                 traced = fx.Interpreter(model, graph=graph).run(*values)
             if not same(traced, expected):
@@ -165,7 +165,7 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
 
 
 def _other_function(model: nn.Module, why: str) -> OtherFunction:
-    """The refusal of a graph that is not the network: Python that ran while tracing may have been left out."""
+    """Return the error for a graph that computes something else than the network, e.g. because code was not traced."""
     return OtherFunction(
         f"the graph of {type(model).__name__} computes something else than the network.",
         why=why,
@@ -175,7 +175,7 @@ def _other_function(model: nn.Module, why: str) -> OtherFunction:
 
 
 def same(traced: Any, expected: Any) -> bool:
-    """True if two structures hold the same tensors, to rounding."""
+    """True if two structures hold the same tensors, up to rounding."""
     leaves = [tensors_of(value) for value in (traced, expected)]
     return len(leaves[0]) == len(leaves[1]) and all(
         ours.shape == theirs.shape
@@ -185,16 +185,16 @@ def same(traced: Any, expected: Any) -> bool:
 
 
 def scale(values: Tensor) -> float:
-    """The largest absolute value that is finite: what differences are compared with."""
+    """Return the largest finite absolute value, as the scale of differences."""
     finite = values[values.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 1.0
 
 
 def default_examples(model: nn.Module) -> list[Arguments]:
-    """Calls with a small random image batch (2, C, H, W), of several sizes, to be tried in order.
+    """Return calls with small random image batches (2, C, H, W) of several sizes, to be tried in order.
 
     Raises:
-        CannotConvert: there is no Conv2d.
+        CannotConvert: the network has no Conv2d.
     """
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
@@ -204,9 +204,9 @@ def default_examples(model: nn.Module) -> list[Arguments]:
             next="choose a convolutional network: cadsurgery list.",
         )
     generator = torch.Generator().manual_seed(0)
-    declared = tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", ()))  # as timm has it
+    declared = tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", ()))  # set by timm
     sizes = dict.fromkeys([*EXAMPLE_SIZES, declared[1:]] if len(declared) == 3 else EXAMPLE_SIZES)
-    # The first convolution may see rearranged pixels, so that its channels are not the image's.
+    # The first convolution may read rearranged pixels; then its channels are not those of the image.
     channels = dict.fromkeys([*declared[:1], first.in_channels, 3])
     images = (
         torch.randn(2, count, *size, generator=generator).to(first.weight.device, first.weight.dtype)

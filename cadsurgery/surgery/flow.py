@@ -1,7 +1,8 @@
-"""Where a network downsamples: the forward pass over its graph, in input pixels throughout.
+"""Find out where a network downsamples: the forward pass over its graph. All distances are in input pixels.
 
-It finds the `grid` of each value (its output stride in the network as it is) and its `spacing` (the same once removed
-strides are put back: where the dilation of a chain doubles, a stride was removed). The backward pass is in `region`.
+The pass finds the `grid` of each value (its output stride in the network as it is) and its `spacing` (its output stride
+if removed strides were restored: where the dilation doubles along a chain, a stride was removed). The backward pass is
+in `region`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, is_mixer, wh
 
 
 class Role(Enum):
-    """Kind of value that a node yields."""
+    """Kind of value that a node returns."""
 
     MAP = "map"  # one sample per grid position of each image
     VECTOR = "vector"  # one vector per image, from a global operation
@@ -32,19 +33,19 @@ class Role(Enum):
 
 @dataclass
 class Flow:
-    """Roles, treatments, grids and spacings of all nodes, and the operations that no lattice passes.
+    """Roles, treatments, grids and spacings of all nodes, and the operations that cannot run on elements.
 
     Attributes:
-        facts: of the network, with the axes of its maps, which this pass has found.
-        role: of each node.
-        treatments: of each node, by its rule.
+        facts: facts about the network, with the axes of the maps that this pass has found.
+        role: role of each node.
+        treatments: treatment of each node by its rule.
         grid: output stride of each map in the network as it is.
-        spacing: output stride of each map with removed strides put back.
-        barriers: operations on maps without a treatment, and why.
-        foreign: values computed from maps, by such operations, that are no maps.
-        grown: nodes where a removed stride was found, and the spacing after it.
-        most: the lowest output stride that is asked for, once it is known.
-        coarsest: the largest spacing that a dilation may stand for; None is any.
+        spacing: output stride of each map if removed strides were restored.
+        barriers: operations on maps that cannot run on elements, with the reason.
+        foreign: values computed by barriers from maps that are no maps themselves.
+        grown: nodes where a removed stride was found, with the spacing after them.
+        most: the requested low output stride, once it is known.
+        coarsest: the largest spacing that a dilation may stand for; None for no limit.
     """
 
     facts: Facts
@@ -59,15 +60,15 @@ class Flow:
     coarsest: int | None = None
 
     def cell(self, node: fx.Node) -> int:
-        """Side in pixels of the largest cell of a map: its spacing, but no more than the lowest output stride."""
+        """Return the side in pixels of a map's largest cell: its spacing, at most the requested low output stride."""
         return min(self.spacing[node], self.most or self.spacing[node])
 
     def maps(self, node: fx.Node) -> list[fx.Node]:
-        """The maps a node reads."""
+        """Return the maps that a node reads."""
         return [source for source in node.all_input_nodes if self.role[source] is Role.MAP]
 
     def at_exit(self, node: fx.Node) -> bool:
-        """True if a resize has a form that reads elements at arbitrary points and gives a dense map."""
+        """True if a resize can read elements at arbitrary points and return a dense map."""
         operation = self.treatments[node].operation
         return (
             self.treatments[node].kind == "resize" and operation is not None and operation.at_exit is not None
@@ -75,19 +76,19 @@ class Flow:
 
     @cached_property
     def has_attention(self) -> bool:
-        """True if something joins all positions of the image; to be asked for when the pass is done."""
+        """True if an operation mixes all positions of the image; valid only after the pass."""
         return bool(position_mixers(self))
 
     def comes_back(self, node: fx.Node, high: int) -> bool:
-        """True if a map that is computed dense can be joined with those of the region: one of real numbers on a grid
-        of its own. What attention yields stays outside, and so does all that it is joined with."""
+        """True if a map that is computed dense can be joined with maps of the region: a floating-point map coarser than
+        the high output stride. In networks with attention, no map comes back."""
         shape = self.facts.shapes.get(node, ())
         is_plain = len(shape) == 4 and self.facts.layout(node) == NCHW and node in self.facts.floating
         return is_plain and self.grid[node] > high and not self.has_attention
 
     @cached_property
     def last(self) -> frozenset[fx.Node]:
-        """Resizes that nothing but pointwise operations follow; to be asked for when the pass is done."""
+        """Resizes that are followed by pointwise operations only; valid only after the pass."""
         return frozenset(
             node
             for node, treatment in self.treatments.items()
@@ -105,15 +106,15 @@ def flow_forward(
     most: int | None = None,
     coarsest: int | None = None,
 ) -> Flow:
-    """Roles, grids and spacings from the input on.
+    """Compute roles, grids and spacings from the input on.
 
     Args:
-        facts: of the network.
-        refused: why a node that reads these maps may not be in the region, or None.
+        facts: facts about the network.
+        refused: function that returns why a node that reads certain maps may not be in the region, or None.
         by_design: nodes whose dilation grows although no stride was removed there.
-        most: the lowest output stride that is asked for; by default all of the network's.
-        coarsest: the largest spacing in pixels that a dilation may stand for: 0 takes all of them for the network's
-            design, None none.
+        most: the requested low output stride; by default the network's lowest.
+        coarsest: the largest spacing in pixels that a dilation may stand for: with 0 all dilations count as the
+            network's design, with None none of them.
     """
     facts = replace(facts, layouts={}, images={}, pads={})
     flow = Flow(facts, most=most, coarsest=coarsest)
@@ -136,7 +137,7 @@ def flow_forward(
             flow.role[node] = Role.VECTOR if vector else Role.OTHER
         elif node.op == "output" or treatment.kind == "shape":
             flow.role[node] = Role.OTHER
-        elif treatment.kind == "broadcast" and node.args[0] not in maps:  # reads the map for its size only
+        elif treatment.kind == "broadcast" and node.args[0] not in maps:  # reads only the map's size
             flow.role[node] = Role.VECTOR
         elif barrier := refused(node, maps) or _barrier(node, maps, flow, facts):
             flow.barriers[node] = barrier
@@ -153,8 +154,8 @@ def flow_forward(
 
 
 def _to_known_grid(node: fx.Node, maps: list[fx.Node], treatment: Treatment, flow: Flow) -> Treatment:
-    """A resize to a given size goes to the grid of the maps of that size: where maps are a few samples long on the
-    example, several factors fit their sizes."""
+    """Set the factor of a resize to a given size from the grids of maps of that size; on small maps several factors
+    would fit the sizes."""
     images = flow.facts.images
     by_size = treatment.kind == "resize" and not treatment.last_only and dict(treatment.arguments).get("size")
     if not by_size or not maps or len(flow.facts.shapes.get(node, ())) != 4:
@@ -169,7 +170,7 @@ def _to_known_grid(node: fx.Node, maps: list[fx.Node], treatment: Treatment, flo
 
 
 def _note_map(node: fx.Node, layout: str, facts: Facts, source: fx.Node | None = None) -> None:
-    """Write down the axes and the image size of a map."""
+    """Record the axes and the image size of a map."""
     shape = facts.shapes.get(node)
     facts.layouts[node] = layout
     if shape is not None and "h" in layout and len(shape) == len(layout):
@@ -197,13 +198,13 @@ def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) ->
         if after > before:
             grid = max(1, flow.grid[source] // round(after / max(1, before)))
         alike = [flow.grid[other] for other in flow.grid if facts.images[other] == facts.images[node]]
-        grid = grid if grid in alike or not alike else alike[-1]  # where few samples were rounded
+        grid = grid if grid in alike or not alike else alike[-1]  # small maps round sizes
     flow.role[node] = Role.MAP
     flow.grid[node] = flow.spacing[node] = grid
 
 
 def _behind_foreign(node: fx.Node, flow: Flow, facts: Facts) -> None:
-    """Set the role of a result of values that are no maps: a map again, if it looks like one, or another such value."""
+    """Set the role of a value computed from foreign values: a map if it looks like one, else a foreign value, too."""
     flow.role[node] = Role.OTHER
     if node in facts.shapes:
         flow.foreign.add(node)
@@ -216,7 +217,7 @@ def _behind_foreign(node: fx.Node, flow: Flow, facts: Facts) -> None:
 
 
 def _looks_like_map(shape: Sequence[int], image: Sequence[int]) -> int:
-    """The output stride of a value that has the shape of a map of the image; 0 if it has not."""
+    """Return the output stride of a value that has the shape of a map of the image; 0 if it has another shape."""
     if len(shape) != 4 or shape[0] != image[0] or min(shape[2:]) < 2:
         return 0
     grid = round(image[2] / shape[2])
@@ -229,7 +230,7 @@ def _looks_like_map(shape: Sequence[int], image: Sequence[int]) -> int:
 
 
 def _barrier(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> Barrier | None:
-    """Why no lattice passes a node, if none does."""
+    """Return why a node cannot run on elements; None if it can."""
     treatment = flow.treatments[node]
     if treatment.kind == "barrier":
         return Barrier(treatment.why, treatment.cause)
@@ -240,7 +241,7 @@ def _barrier(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> Ba
 
 
 def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str:
-    """Why the treatment of a node does not apply here, or ""."""
+    """Return why the treatment of a node does not apply here, or ""."""
     treatment = flow.treatments[node]
     layout = facts.layout(maps[0])
     indices = dict(treatment.arguments).get("indices")
@@ -272,7 +273,7 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str
 
 
 def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
-    """Why a node needs its map finer than the cells that it is kept in, or ""."""
+    """Return why a node needs its map at a finer grid than its cells, or ""."""
     treatment, grid = flow.treatments[node], flow.grid[maps[0]]
     if treatment.kind == "resize" and flow.spacing[maps[0]] != grid:
         return "changes the resolution of a dilated map"
@@ -284,7 +285,8 @@ def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
 
 
 def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, facts: Facts) -> bool:
-    """True if a value has no extent in the image, a number, a parameter, one vector per image, or is resized to it."""
+    """True if a value is the same at all positions: a number, a parameter, or one vector per image, also broadcast to
+    the map's size."""
     treatment = flow.treatments[source]
     if treatment.kind == "broadcast" and treatment.arguments:
         return layout == NCHW and tuple(facts.shapes[source][2:]) == facts.images[maps[0]]
@@ -293,7 +295,7 @@ def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, fact
 
 
 def is_filled(node: fx.Node) -> bool:
-    """True if a value is one number throughout, such as the zeros that are put beside a map for new channels."""
+    """True if a tensor holds the same number everywhere, such as zeros concatenated to a map as new channels."""
     writes = (one for one in node.users if one.args and one.args[0] is node and one.op != "call_module")
     changed = any(
         one.target is operator.setitem or is_in_place(one.target, one.args, one.kwargs) for one in writes
@@ -321,8 +323,8 @@ def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozense
 
 
 def position_mixers(flow: Flow) -> list[fx.Node]:
-    """Operations that join positions of an image otherwise than by windows, means or resizing: attention, recurrence,
-    matrices over positions. Convolutional networks have none."""
+    """Return operations that mix positions of an image other than by windows, means or resizing: attention, recurrence,
+    matrix products over positions. Convolutional networks have none."""
     facts, barriers = flow.facts, flow.barriers
     return [
         node
@@ -333,15 +335,15 @@ def position_mixers(flow: Flow) -> list[fx.Node]:
 
 
 def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
-    """True if a node is a module of a library that tracing does not look into: it may do anything."""
+    """True if a node is a library's module that was not traced into and may do anything."""
     made_of = node.op == "call_module" and any(True for _ in facts.module(node).children())
     foreign = made_of and not type(facts.module(node)).__module__.startswith("torch.")
     return foreign and not why_whole(node, facts)
 
 
 def _is_last(node: fx.Node, flow: Flow) -> bool:
-    """True if nothing that reads neighbours or mixes channels comes after a node, and nothing joins it with a map that
-    is there at its own size anyway."""
+    """True if no operation after a node reads neighbours, resizes or reduces, and the node's result is only joined with
+    full-resolution maps and maps made of resizes."""
     after = and_after(node)
     if {flow.treatments[user].kind for user in after - {node}} & {"window", "global", "resize"}:
         return False
@@ -350,7 +352,7 @@ def _is_last(node: fx.Node, flow: Flow) -> bool:
 
 
 def _is_made_of_resizes(node: fx.Node, flow: Flow) -> bool:
-    """True if a map is computed from resized maps, element by element."""
+    """True if a map is computed pointwise from resized maps."""
     kind, sources = flow.treatments[node].kind, flow.maps(node)
     if kind == "resize":
         return flow.treatments[node].window is None

@@ -1,4 +1,4 @@
-"""Walks over the graphs of torch.fx, and copies of them."""
+"""Walk over and copy torch.fx graphs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, fx, nn
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """A copy of a graph, output included, and its node for each node of the graph."""
+    """Copy a graph with its output; also return the copy of each node."""
     copied, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     copied.output(copied.graph_copy(graph, copies))
     return copied, copies
 
 
 def upwards(node: fx.Node, until: Collection[fx.Node] = ()) -> Iterator[fx.Node]:
-    """A node and what it is computed from, nearest first; what those of `until` are computed from is left out."""
+    """Yield a node and its ancestors, nearest first; the ancestors of nodes in `until` are left out."""
     waiting, seen = [node], {node}
     for one in waiting:
         yield one
@@ -27,7 +27,7 @@ def upwards(node: fx.Node, until: Collection[fx.Node] = ()) -> Iterator[fx.Node]
 
 
 def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Some nodes and all that depends on them, otherwise than by way of those that are left out."""
+    """Return nodes and all their descendants, except nodes of `without` and what is reached only through these."""
     reached, pending = set[fx.Node](), list(nodes)
     while pending:
         if (last := pending.pop()) not in reached and last not in without:
@@ -37,15 +37,15 @@ def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The node that alone reads a value; None if there are several or none."""
+    """Return the only user of a value; None if there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 class Constants:
-    """The values of nodes that are computed from modules and parameters alone, each when it is first asked for."""
+    """Values of nodes that are computed only from modules and parameters, each computed on first use."""
 
     def __init__(self, interpreter: fx.Interpreter) -> None:
-        """Take what runs the nodes of a graph."""
+        """Take the interpreter that runs the nodes of a graph."""
         self._interpreter, self._fixed, self._values = interpreter, set[fx.Node](), dict[fx.Node, Any]()
         for node in interpreter.graph.nodes:
             sources = node.all_input_nodes
@@ -54,8 +54,8 @@ class Constants:
                 self._fixed.add(node)
 
     def get(self, node: Any) -> Any:
-        """The value of a node, without history; None for a node that is no constant, or is computed from constants that
-        are neither tensors nor modules."""
+        """Return the detached value of a node; None if it is not constant, or computed from constants that are neither
+        tensors nor modules."""
         if node not in self._fixed:
             return None
         if node not in self._values:

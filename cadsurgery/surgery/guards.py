@@ -1,7 +1,7 @@
-"""Decisions that a network takes in Python while it is traced: each is checked in every later call.
+"""Guards: branches that a network's Python code takes while it is traced are checked again in every later call.
 
-A graph holds one way through a network. Where Python asked for a size, `if h != skip.shape[2]:`, the graph gets a
-node that compares the answer with that of the conversion.
+A graph holds a single path through the network. Where the Python code branches on a size, `if h != skip.shape[2]:`, the
+graph gets a node that compares the outcome with the outcome at conversion.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ _LIBRARIES = tuple(
 
 
 class GuardFailed(InvalidInput):
-    """An image that takes another way through the network than the one that was converted."""
+    """An image takes another path through the network than the one that was converted."""
 
 
 def check_branch(
     value: Any, outcome: Any, where: str, operands: tuple[Any, ...] = (), before: tuple[Any, ...] = ()
 ) -> None:
-    """Check that Python would decide as it did when the network was traced.
+    """Check that a Python branch has the same outcome as when the network was traced.
 
     Args:
-        value: what it asked for: something true or false, or a number.
-        outcome: as it was then, of type bool, int or float.
-        where: file, line and what stands there.
-        operands: what was compared to get the value.
-        before: the operands as they were then.
+        value: value of the condition in this call: a truth value or a number.
+        outcome: its value while tracing, of type bool, int or float.
+        where: file, line and text of the source code.
+        operands: operands of the comparison that gave the value.
+        before: the operands while tracing.
 
     Raises:
-        GuardFailed: it decides otherwise.
+        GuardFailed: the outcome differs.
     """
     now = type(outcome)(value)
     if now == outcome:
         return
     was = f"{_words(before)} ({outcome})" if before else str(outcome)
     raise GuardFailed(
-        "this image takes another way through the network than the one that was converted.",
+        "this image takes another path through the network than the one that was converted.",
         where=where,
         why=f"there it was {was}, for this image it is {f'{_words(operands)} ({now})' if operands else now}.",
         next="convert with example_input= of this size, or resize or pad the images to sizes of one kind, "
@@ -59,7 +59,7 @@ def check_branch(
 
 
 def is_whole(window: Any, size: Sequence[int]) -> bool:
-    """True if a window, one length or two, is as large as a map of a size (B, C, H, W)."""
+    """True if a window (one length or two) is as large as a map of size (B, C, H, W)."""
     lengths = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
     return lengths == tuple(size[2:])
 
@@ -72,22 +72,22 @@ def _words(operands: tuple[Any, ...]) -> str:
 
 
 def compared(node: fx.Node) -> tuple[Any, ...]:
-    """Return the operands of a comparison; nothing if the node is none."""
+    """Return the operands of a comparison; an empty tuple for any other node."""
     return tuple(node.args) if node.target in _COMPARISONS else ()
 
 
 def is_guard(node: fx.Node) -> bool:
-    """True if a node is there for what it checks, not for a value."""
+    """True if a node is a guard, which checks a value and returns none."""
     return node.target is check_branch
 
 
 def drop_dead_code(graph: fx.Graph) -> None:
-    """Remove what nobody uses: no inputs, no outputs, no guards."""
+    """Remove unused nodes except inputs, outputs and guards."""
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or is_guard(node))
 
 
 def user_line() -> str:
-    """The innermost line that runs and is neither torch's nor ours: file, function and text."""
+    """Return the innermost running line outside torch and this package: file, function and text."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if place := line_of(frame):
@@ -97,12 +97,12 @@ def user_line() -> str:
 
 
 def is_of_library(file: str) -> bool:
-    """True if a file of code is torch's, ours or Python's own, rather than the network's."""
+    """True if a source file belongs to torch, this package or Python itself."""
     return file.startswith(_LIBRARIES) or file.startswith("<frozen")
 
 
 def line_of(frame: FrameType) -> str:
-    """File, line, function and text of a frame; "" if it is torch's or ours."""
+    """Return file, line, function and text of a frame; "" for code of torch or this package."""
     name, line = frame.f_code.co_filename, frame.f_lineno
     if is_of_library(name):
         return ""

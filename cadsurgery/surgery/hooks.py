@@ -1,8 +1,8 @@
-"""Hooks and exchanged modules: what happens when a module is called, where the rewritten network does not call it.
+"""Handle hooks and replaced modules, since a rewritten network does not call most of its modules.
 
-A rewritten network calls few of its modules. Of a convolution it reads the weight, once what computes that weight has
-run (`prepared`); a container it looks into is not called at all. What only a call would do is refused with a reason: a
-hook that is there when a network is converted keeps its module dense, and `Watch` finds those that come later.
+For a convolution it only reads the weight, after running the hooks that compute the weight (`prepare_weights`);
+containers are not called at all. A hook that needs a real call is refused or respected: if it exists at conversion, its
+module stays dense; `Watch` finds hooks that are added later and raises an error.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 from cadsurgery.support.errors import InvalidInput
 
-# Hooks that compute a parameter before each call and look at nothing else.
+# Hooks that only compute a parameter before each call.
 _COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Values that `copy` takes as they are or knows how to copy, and where modules keep what it does.
+# Types that `copy.deepcopy` can copy or shares, and the dictionaries in which modules keep parameters and submodules.
 _COPIED = (
     *(bool, int, float, complex, str, bytes, type(None), type),
     *(FunctionType, BuiltinFunctionType, Tensor, nn.Module),
@@ -39,7 +39,7 @@ _OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forw
 
 
 def prepare_weights(module: nn.Module) -> nn.Module:
-    """A module whose parameters are to be read, as they would be in a call of it now."""
+    """Run the hooks that compute a module's parameters, as a call would, and return the module."""
     if module._forward_pre_hooks:
         for hook in tuple(module._forward_pre_hooks.values()):
             if isinstance(hook, _COMPUTING):
@@ -48,12 +48,12 @@ def prepare_weights(module: nn.Module) -> nn.Module:
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """A parameter of a module that is prepared."""
+    """Return a parameter of a prepared module."""
     return getattr(module, name)
 
 
 def stays_whole(module: nn.Module) -> str:
-    """Why a module has to be called on maps as it is, or "": what a call does besides computing its weights."""
+    """Return why a module must be called on dense maps, or "": a call does more than its class's forward."""
     if is_replaced(module):
         return "its forward was exchanged for another one than that of its class"
     for part in module.modules():
@@ -74,12 +74,12 @@ def is_apart(module: nn.Module, model: nn.Module) -> bool:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """True if a module has a forward of its own, other than that of its class."""
+    """True if a module instance has its own `forward` that overrides its class's."""
     return "forward" in vars(module)
 
 
 def _is_own(hook: Any, model: nn.Module) -> bool:
-    """True if a hook computes a weight, or is a method of a network or of something that one of its modules holds."""
+    """True if a hook computes a weight, or is a method of one of the network's modules or of an object they hold."""
     if isinstance(hook, _COMPUTING):
         return True
     while isinstance(hook, functools.partial):
@@ -91,7 +91,7 @@ def _is_own(hook: Any, model: nn.Module) -> bool:
 
 
 def _held(module: nn.Module) -> Iterator[Any]:
-    """Yield the attributes of a module, and what they hold in lists and dictionaries."""
+    """Yield the attributes of a module, and the items of attributes that are lists and dictionaries."""
     for value in vars(module).values():
         yield value
         if isinstance(value, (list, tuple)):
@@ -101,16 +101,18 @@ def _held(module: nn.Module) -> Iterator[Any]:
 
 
 def take_over(net: nn.Module, model: nn.Module) -> None:
-    """Give a network the hooks that another one has on itself as a whole."""
+    """Copy the hooks registered on one network itself to another network."""
     for kind in (*_KINDS, *_OPTIONS):
         getattr(net, kind).update(getattr(model, kind))
     net._is_full_backward_hook = model._is_full_backward_hook
 
 
 def copying(model: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy`: weights that were computed, which torch does not copy, without their history; hooks
-    of others as they are: who registered them looks at what they note; and what no copy is made of, such as locks,
-    open files and Python's own modules, as it is too."""
+    """Return a memo for `copy.deepcopy` of a network.
+
+    Computed weights, which torch refuses to copy, are detached. Foreign hooks are shared, because their owners read
+    their records. Objects that cannot be copied, such as locks, open files and Python modules, are shared as well.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         memo |= {id(value): value for value in _find_uncopyable(vars(module))}
@@ -123,19 +125,19 @@ def copying(model: nn.Module) -> dict[int, Any]:
 
 
 def why_not_copied(model: nn.Module) -> str:
-    """The attribute of a module that keeps it from being copied, by name; "" if there is no such."""
+    """Return the name of the attribute that keeps a network from being copied; "" if there is none."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in _REGISTRIES and not isinstance(value, (nn.Module, Tensor)):
                 try:
                     copy.deepcopy(value, copying(model))
-                except Exception:  # it is foreign code that says so
+                except Exception:  # foreign code may raise any error
                     return f"{path}.{name}".removeprefix(".")
     return ""
 
 
 def _find_uncopyable(*values: Any) -> Iterator[Any]:
-    """Of what some values hold, what cannot be copied and holds no part of a network."""
+    """Yield objects inside some values that cannot be copied and hold no tensors or modules."""
     seen, pending = set[int](), list(values)
     while pending:
         value = pending.pop()
@@ -159,13 +161,13 @@ def _find_uncopyable(*values: Any) -> Iterator[Any]:
 def _can_be_reduced(value: Any) -> bool:
     try:
         value.__reduce_ex__(4)
-    except Exception:  # objects refuse in their own way
+    except Exception:  # objects may raise any error
         return False
     return True
 
 
 def child(model: nn.Module, path: str) -> nn.Module | None:
-    """The module of this name, if there is one; a converted network may have another attribute of that name."""
+    """Return the submodule of a name, or None; other attributes of a converted network may have the same name."""
     module: nn.Module | None = model
     for name in path.split(".") if path else ():
         module = module._modules.get(name) if module is not None else None
@@ -173,14 +175,14 @@ def child(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def freeze_computed_weights(model: nn.Module, paths: Iterable[str]) -> None:
-    """Replace the computed weights of the modules of these names by what they are now."""
+    """Replace computed weights of the named modules by parameters with their current values."""
     for path in paths:
         module = child(model, path)
         if module is None:
             continue
         if path and parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]
-                _settle_parametrization(module, name)
+                _freeze_parametrization(module, name)
         for key, hook in list(prepare_weights(module)._forward_pre_hooks.items()):
             if isinstance(hook, _COMPUTING):
                 name = getattr(hook, "name", None) or hook._tensor_name  # type: ignore[union-attr]
@@ -190,7 +192,7 @@ def freeze_computed_weights(model: nn.Module, paths: Iterable[str]) -> None:
                 del module._forward_pre_hooks[key]
 
 
-def _settle_parametrization(module: nn.Module, name: str) -> None:
+def _freeze_parametrization(module: nn.Module, name: str) -> None:
     value = getattr(module, name).detach().clone()
     lists: Any = module.parametrizations
     del lists[name]
@@ -204,14 +206,14 @@ def _settle_parametrization(module: nn.Module, name: str) -> None:
 
 @dataclass(frozen=True)
 class Watched:
-    """A module as it was converted.
+    """State of a module at conversion.
 
     Attributes:
-        path: its name.
-        kind: its class, as `package.module:Name`.
-        hooks: how many were traced with it.
-        is_replaced: true if it had a forward of its own.
-        is_called: true if it is an operation of the region; else it holds others and is looked into.
+        path: name of the module.
+        kind: class of the module, as `package.module:Name`.
+        hooks: number of hooks that were traced with it.
+        is_replaced: true if the instance overrides its class's forward.
+        is_called: true if it is an operation of the region; false for a container, which is not called.
     """
 
     path: str
@@ -222,18 +224,18 @@ class Watched:
 
     @classmethod
     def of(cls, model: nn.Module, path: str, is_called: bool) -> Watched:
-        """The module of this name as it is now."""
+        """Record the current state of a module."""
         module = model.get_submodule(path)
         return cls(path, _kind(module), _foreign(module), is_replaced(module), is_called)
 
 
 def find_watched(model: nn.Module, operations: Iterable[str], others: Iterable[str]) -> tuple[Watched, ...]:
-    """State of the modules that a rewritten graph relies on.
+    """Record the state of all modules that a rewritten graph relies on.
 
     Args:
         model: the network that is converted.
         operations: names of modules that run on elements.
-        others: names of the modules and tensors that the graph uses besides.
+        others: names of the other modules and tensors that the graph uses.
     """
     operations = set(operations)
     containers = {holder for path in (*operations, *others) for holder in _holders(path)}
@@ -251,13 +253,13 @@ def find_watched(model: nn.Module, operations: Iterable[str], others: Iterable[s
 
 
 def _holders(path: str) -> Iterator[str]:
-    """Names of the modules that a module or tensor lies in, without the network itself."""
+    """Yield the names of the modules that contain a module or tensor, without the network itself."""
     while path := path.rpartition(".")[0]:
         yield path
 
 
 class _Seen(NamedTuple):
-    """A module that was in order, with what tells that it still is."""
+    """A module that passed the check, with the values by which changes are detected."""
 
     siblings: dict[str, Any]
     name: str
@@ -268,22 +270,22 @@ class _Seen(NamedTuple):
 
 
 class Watch:
-    """Finds hooks that would never be called, and modules that are no longer those that were converted.
+    """Detects hooks that would never be called, and modules that were replaced after the conversion.
 
-    Looking costs some microseconds: what was in order is compared by identity.
+    A check takes a few microseconds, because modules that passed before are compared by identity.
     """
 
     def __init__(self, net: nn.Module, watched: tuple[Watched, ...]) -> None:
-        """Take a network and what its rewritten graph relies on."""
+        """Take a network and the modules that its rewritten graph relies on."""
         self._net, self._watched = net, watched
         self._seen: tuple[_Seen, ...] = ()
         self._order: _Order | None = None
 
     def __call__(self) -> None:
-        """Look.
+        """Check all modules.
 
         Raises:
-            InvalidInput: a module was exchanged for one of another kind, or has a hook that sees maps.
+            InvalidInput: a module was replaced by one of another class, or has a hook that reads maps.
         """
         if self._order is None or not self._order.holds():
             before = self._seen or (None,) * len(self._watched)
@@ -312,7 +314,7 @@ class Watch:
 
 
 class _Order:
-    """Modules that were in order, laid out so that looking at all of them again is a few calls of compiled code."""
+    """Modules that passed the check, arranged so that a repeated check takes a few calls of compiled code."""
 
     def __init__(self, seen: tuple[_Seen, ...]) -> None:
         self._siblings = [one.siblings for one in seen]
@@ -325,7 +327,7 @@ class _Order:
         self._hooks = [hooks for state in self._states for hooks in map(state.__getitem__, _KINDS)]
 
     def holds(self) -> bool:
-        """True if these are the network's modules as they were, without a hook or a forward of their own."""
+        """True if the network still has the same modules, without hooks or forwards of their own."""
         return not (
             any(self._hooks)
             or list(map(dict.get, self._siblings, self._names)) != self._modules
@@ -361,11 +363,11 @@ def _exchange(watched: Watched, why: str) -> InvalidInput:
 
 
 def own_class(module: nn.Module) -> type:
-    """The class of a module as it was written: a parametrized one has a class of its own, made from that."""
+    """Return the class of a module; for a parametrized module, the class that torch derived its class from."""
     return type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
 
 
-# What a class may have of its own and still do in a call what its parent does.
+# Attributes that a class may override without changing what a call computes.
 _HARMLESS = frozenset(
     (
         *(
@@ -391,8 +393,7 @@ _ALIKE: WeakKeyDictionary[type, tuple[type, ...]] = WeakKeyDictionary()
 
 
 def act_alike(kind: type) -> tuple[type, ...]:
-    """A class of modules, and those of its parents that a call of it runs, nearest first: nothing that they run is
-    another in between."""
+    """Return a module class and those of its base classes that compute the same in a call, nearest first."""
     if kind not in _ALIKE:
         parents = enumerate(kind.__mro__)
         _ALIKE[kind] = tuple(parent for place, parent in parents if _is_run(parent, kind.__mro__[:place]))
@@ -400,7 +401,7 @@ def act_alike(kind: type) -> tuple[type, ...]:
 
 
 def _is_run(parent: type, before: tuple[type, ...]) -> bool:
-    """True if a call runs what a class says, and nothing of those before it in the order of its children."""
+    """True if none of the classes before it in the method resolution order changes what a call of `parent` computes."""
     if parent is nn.Module or not issubclass(parent, nn.Module):
         return False
     annotated = {name for base in parent.__mro__ for name in vars(base).get("__annotations__", ())}
@@ -413,7 +414,7 @@ def _is_run(parent: type, before: tuple[type, ...]) -> bool:
 
 
 def acts_as(module: nn.Module | None, *kinds: type) -> bool:
-    """True if a module does in a call what those of a class do."""
+    """True if a call of a module computes the same as one of these classes."""
     return any(kind in kinds for kind in act_alike(type(module)))
 
 
@@ -427,7 +428,7 @@ def _name(kind: str) -> str:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Plain values of a module, not its mode."""
+    """Return the plain attributes of a module, without its training mode."""
     plain = (bool, int, float, str, tuple, type(None))
     values = ((key, value) for key, value in vars(module).items() if isinstance(value, plain))
     return tuple(sorted((key, repr(value)) for key, value in values if key[0] != "_" and key != "training"))

@@ -1,4 +1,4 @@
-"""The plan: one decision per node, a pure value that prints, compares and goes through JSON."""
+"""The plan: one decision per node, as an immutable value that can be printed, compared and stored as JSON."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import UnknownName
 from cadsurgery.support.plain import read_as
 
-# What the reason of such nodes was in files that do not say `after` yet.
+# In older files, which lack the field `after`, this reason marks the nodes for which it is true.
 _AFTER = "after the region"
 
-# An effect of masks below this share of the spread of what is returned is said.
+# If masks change the outputs by less than this share of their spread, the plan says so.
 SMALL_EFFECT = 1e-3
 
 Outputs = Literal["fine", "native"]
@@ -30,26 +30,26 @@ class Decision:
 
     Attributes:
         node: name in the graph.
-        path: module it belongs to.
-        operation: what it does, e.g. `Conv2d 3x3/2`.
-        action: `dense` (untouched), `enter` (its dense value is read as elements), `adapt` (a strided
-            operation made adaptive), `keep` (runs on elements as it is), `exit` (reads what leaves the
+        path: name of the module it belongs to.
+        operation: description of the operation, e.g. `Conv2d 3x3/2`.
+        action: `dense` (unchanged), `enter` (its dense result is read as elements), `adapt` (a strided
+            operation made adaptive), `keep` (runs on elements unchanged), `exit` (reads maps that leave the
             region) or `barrier` (an operation that ends the region).
-        reason: why.
-        stages: stage of its input and of its output.
-        window: its window, with its spacing in fine pixels.
-        grid: fine pixels between the samples of its output as the network itself has it.
-        leaves: size at which its value leaves the region: `fine`, `native`, `resized` for a resize that reads elements,
+        reason: reason of the action.
+        stages: stages of its input and its output.
+        window: its kernel size, stride, padding and dilation, with its spacing in fine pixels.
+        grid: distance in fine pixels between the samples of its output in the original network.
+        leaves: size at which its result leaves the region: `fine`, `native`, `resized` (a resize that reads elements),
             or "".
-        macs: multiply-accumulates on the example, in the network as it is.
-        shape: of its output on the example, in the network as it is.
-        cost: MACs of a node that ends the region and of all that runs dense because of it. Neither number decides
-            anything: plans that differ in them alone are equal, as when a later version counts more operations.
+        macs: multiply-accumulates on the example in the original network.
+        shape: shape of its output on the example in the original network.
+        cost: for a node that ends the region, its MACs and those of all nodes that run dense because of it. Plans that
+            differ only in `macs` and `cost` are equal, since a later version may count more operations.
         layout: axes of its output if it is a map, e.g. `bchw`; see `cadsurgery.layout`.
-        after: true if it runs dense because what it reads has left the region.
-        again: the operation of the region that reads its samples again, where it runs dense between two parts of the
-            region: at every level they stay at its own output stride. Else "".
-        source: line of the network's own code, e.g. `resnet.py:148`, where the region ends.
+        after: true if it runs dense because its input has left the region.
+        again: for a node that runs dense between two parts of the region, the operation that reads its samples as
+            elements again; at every level they keep their own output stride. Else "".
+        source: where the region ends, the line of the network's own code, e.g. `resnet.py:148`.
     """
 
     node: str
@@ -71,7 +71,7 @@ class Decision:
 
     @property
     def place(self) -> str:
-        """Module, operation and source line, for messages."""
+        """The module, operation and source line, for messages."""
         return (
             f"{self.path or self.node} ({', '.join(part for part in (self.operation, self.source) if part)})"
         )
@@ -79,13 +79,13 @@ class Decision:
 
 @dataclass(frozen=True)
 class Considered:
-    """A way to read a network's dilations that was planned.
+    """An interpretation of a network's dilations that was considered: as removed strides or as the network's design.
 
     Attributes:
-        output_stride: the (high, low) it would have; None if nothing could be made adaptive.
-        removed: the output strides that dilations stand for, read so; empty where all are the network's design.
-        share: of the network's MACs, what would be in the region.
-        evident: true if the network is built like one that these strides were removed from.
+        output_stride: its default (high, low); None if nothing could be made adaptive.
+        removed: the output strides whose removal the dilations indicate; empty if all dilations are by design.
+        share: share of the network's MACs that would be in the region.
+        evident: true if the network's structure shows that these strides were removed.
     """
 
     output_stride: tuple[int, int] | None
@@ -94,7 +94,7 @@ class Considered:
     evident: bool
 
     def describe(self) -> str:
-        """In words."""
+        """Return the interpretation in words."""
         if not self.removed:
             how = "dilations by design"
         else:
@@ -109,26 +109,27 @@ class Plan:
     """Plan of a conversion; `print(plan)` lists every decision.
 
     Attributes:
-        decisions: one per node, in order of execution.
+        decisions: one decision per node, in order of execution.
         output_stride: (high, low).
         strides: output strides of the lattices, from the high one to the network's lowest.
-        identity_level: the level at which a uniform map gives the network as it was: the lowest for a
+        identity_level: the level whose uniform map gives the original network: the lowest for a
             strided network, 0 for a dilated one, None if its own strides are not among the lattices.
-        region: the region asked for.
+        region: the requested region.
         possible: possible (high, low) pairs.
-        example_shape: shape of the image the plan was made on.
-        outputs: node and output stride of each map that is returned.
-        matters: true if keeping resolution can improve what comes out; it cannot where everything leaves at its
-            native size and no operation of the region, a mean over the image or a resize, brings finer values there.
-            Of a converted network whose laws were verified, as measured: whether it has an effect.
-        effect: by how much what is returned differs between everything high and everything low, on the example: rms,
-            of the spread (standard deviation) of the output where that is most; 0 up to rounding; None: not measured.
-        finest: the finest output stride that can improve what comes out.
-        returned: size at which maps that leave the region as they are are returned, `fine` or `native`.
-        part: the part of the network that is converted, where torch.fx cannot follow the whole; else "".
-        call: the arguments it was made on as JSON, without their values, where they are more than an image; else "".
-        considered: the ways to read the network's dilations, that which is planned first; empty where there is one.
-        not_counted: operations that may multiply and are in no number of MACs, because no rule says how much.
+        example_shape: shape of the image that the plan was made with.
+        outputs: node and output stride of each returned map.
+        matters: true if a higher resolution can change the outputs. It cannot if every map leaves the region at its
+            native size and no operation of the region (a mean over the image, a resize) carries finer values there.
+            For a verified network this is the measured result.
+        effect: difference of the outputs between all cells high and all cells low on the example: rms, relative to the
+            standard deviation of the output, for the output with the largest value; 0 if only rounding differs; None
+            if not measured.
+        finest: the finest output stride that can change the outputs.
+        returned: size of maps that leave the region and are returned unchanged, `fine` or `native`.
+        part: name of the converted part, if torch.fx cannot follow the whole network; else "".
+        call: shapes and types of the example's arguments as JSON, if they are more than an image; else "".
+        considered: interpretations of the network's dilations, the planned one first; empty if there is only one.
+        not_counted: operations that may multiply but are missing from all MACs, because they have no counting rule.
     """
 
     decisions: tuple[Decision, ...]
@@ -149,17 +150,17 @@ class Plan:
     effect: float | None = field(default=None, compare=False)
 
     def measured(self, effect: float | None) -> Plan:
-        """The plan with the effect that was measured, see `effect`."""
+        """Return the plan with a measured effect, see `effect`."""
         return self if effect is None else replace(self, effect=effect, matters=effect > 0)
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
-        """Stride of each adaptive stage."""
+        """The stride of each adaptive stage."""
         return tuple(b // a for a, b in zip(self.strides, self.strides[1:], strict=False))
 
     @property
     def max_level(self) -> int:
-        """The lowest level of a level map: that of the low output stride."""
+        """The level of the low output stride, the largest number in a level map."""
         return self.strides.index(self.output_stride[1])
 
     def __getitem__(self, node: str) -> Decision:
@@ -169,23 +170,23 @@ class Plan:
         raise UnknownName("node", node, [decision.node for decision in self.decisions])
 
     def chosen(self, *actions: Action) -> list[Decision]:
-        """The decisions with one of these actions."""
+        """Return the decisions with one of these actions."""
         return [decision for decision in self.decisions if decision.action in actions]
 
     def share(self, *actions: Action) -> float:
-        """Share of the network's MACs (on the example, as it is) under these actions."""
+        """Return the share of the original network's MACs (on the example) in nodes with these actions."""
         return _macs_of(self.chosen(*actions)) / max(1, _macs_of(self.decisions))
 
     @property
     def share_after_first_stage(self) -> float:
-        """Of the MACs from the first adaptive operation on, in order of execution, the share in the region."""
+        """The region's share of all MACs from the first adaptive operation on, in order of execution."""
         adapted = (place for place, decision in enumerate(self.decisions) if decision.action == "adapt")
         behind = self.decisions[next(adapted, 0) :]
         total = _macs_of(behind)
         return _macs_of(d for d in behind if d.action in ("adapt", "keep")) / total if total else 1.0
 
     def standing(self) -> list[tuple[str, int, int, str]]:
-        """Of each map that is returned: node, its output stride, the stride it is returned at, and in words."""
+        """Return for each output map: node, native output stride, returned output stride, size at the region's end."""
         high, outputs = self.strides[0], list[tuple[str, int, int, str]]()
         for name, grid in self.outputs:
             decision = self[name]
@@ -196,30 +197,30 @@ class Plan:
 
     @property
     def region_end(self) -> list[Decision]:
-        """The decisions where the region ends."""
+        """The decisions at which the region ends."""
         return self.chosen("exit", "barrier")
 
     @property
     def between(self) -> list[Decision]:
-        """The decisions whose dense values are read again in the region."""
+        """The decisions whose dense results are read as elements again."""
         return [decision for decision in self.decisions if decision.again]
 
     @property
     def dense_after(self) -> float:
-        """Share of the network's MACs that run dense after the region."""
+        """The share of the network's MACs that run dense after the region."""
         after = (d for d in self.decisions if d.action in ("exit", "barrier") or d.after)
         return _macs_of(after) / max(1, _macs_of(self.decisions))
 
     def to_json(self) -> str:
-        """The whole plan as JSON; `Plan.from_json` reads it back."""
+        """Return the whole plan as JSON; `Plan.from_json` reads it back."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """The plan written by `to_json`; fields that have a default may be absent.
+        """Read a plan written by `to_json`; fields with a default may be missing.
 
         Raises:
-            Exception: of several kinds, for a text that is no plan.
+            Exception: of several types, if the text is not a plan.
         """
         values = json.loads(text)
         for entry in values["decisions"]:
@@ -230,7 +231,7 @@ class Plan:
         return plan
 
     def _check(self) -> None:
-        """Refuse strides, stages and names that are not among those of the plan, with a ValueError."""
+        """Raise a ValueError if strides, stages or names contradict each other."""
         rising = all(1 <= a < b and b % a == 0 for a, b in pairwise(self.strides))
         levels, names = range(len(self.strides)), {decision.node for decision in self.decisions}
         if not self.strides or self.strides[0] < 1 or not rising:
@@ -261,7 +262,7 @@ class Plan:
         return "\n".join([self.summary(), "", *table])
 
     def summary(self) -> str:
-        """Return a few lines that say what becomes adaptive and where the region ends."""
+        """Return a summary in a few lines: the adaptive operations, and where the region ends."""
         high, low = self.output_stride
         own = f"{self.strides[self.identity_level]} is" if self.identity_level is not None else "neither is"
         lines = [
@@ -314,7 +315,7 @@ class Plan:
 
     @property
     def hardly_matters(self) -> bool:
-        """True if masks change nothing of what is returned, or less than `SMALL_EFFECT` of its spread."""
+        """True if masks change the outputs by less than `SMALL_EFFECT` of their spread, or not at all."""
         return not self.matters or (self.effect is not None and self.effect < SMALL_EFFECT)
 
     @property
@@ -325,18 +326,18 @@ class Plan:
         return f"on the example everything high and everything low differ by {self.effect:.1e} of the output's spread"
 
     def _extremes(self) -> list[Considered]:
-        """Of the readings that were considered: that planned first, that with most strides removed, that with none."""
+        """Return up to three considered readings: the planned one, those with the most and fewest removed strides."""
         by_number = sorted(self.considered, key=lambda one: one.removed[-1:])
         return list(dict.fromkeys((*self.considered[:1], *by_number[-1:], *by_number[:1])))
 
     def reason_text(self, decision: Decision) -> str:
-        """Why, and for what ends the region how much runs dense because of it."""
+        """Return the reason of a decision, and for an end of the region the share of MACs that run dense after it."""
         share = decision.cost / max(1, _macs_of(self.decisions))
         cost = f"; from here {share:.0%} of the MACs run dense" if decision.cost else ""
         return f"{decision.reason}{cost}"
 
     def stride_text(self, decision: Decision) -> str:
-        """Output stride before and after a node, for tables."""
+        """Return the output strides before and after a node, for tables."""
         if decision.action not in ("adapt", "keep"):
             return decision.leaves and f"-> {decision.leaves}"
         before, after = (self.strides[stage] for stage in decision.stages)

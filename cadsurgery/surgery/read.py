@@ -1,8 +1,8 @@
-"""Read a network: its graph and what is known of every node, by the first front end that can follow it.
+"""Read a network: find its graph and facts about every node, with the first tracer that succeeds.
 
-torch.fx follows most networks without an image. Where Python asks a size for its number, the network is traced on an
-example (`carry`), and what it decided there is guarded. A guard whose other answer changes nothing, such as whether to
-resize a map to a size that it may have already, is found by experiment at other sizes and dropped.
+torch.fx can trace most networks without an image. Where Python code needs a size as a number, the network is traced on
+an example (`carry`), and its branches become guards. A guard whose outcome does not matter, such as whether to resize a
+map that may already have the right size, is found by experiments at other sizes and dropped.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.shuffles import write_without_batch
 from cadsurgery.surgery.trace import CannotFollow, evaluating, trace
 
-# Larger images are not tried: what one size costs, several cost several times.
+# Larger images are not tried, because each size costs a run of the network.
 _MOST_PIXELS = 320 * 320
 
 
 def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> Facts:
-    """Graph and facts of a network: its nodes are operations with rules, and modules that are called as a whole.
+    """Return graph and facts of a network; its nodes are operations with rules, and modules called as a whole.
 
     Args:
         model: the network.
         example: arguments of a call; by default small random images of several sizes are tried.
-        exactly: trace on the example itself, not on parts of it that may serve more sizes.
+        exactly: trace on the example itself, and not on crops of it whose graphs may work for more sizes.
 
     Raises:
-        CannotConvert: no front end can follow it, or it does not run on the example.
+        CannotConvert: the network cannot be traced, or does not run on the example.
     """
 
     def is_operation(module: nn.Module) -> bool:
@@ -65,7 +65,7 @@ def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> 
 def _read_on_example(
     model: nn.Module, example: Arguments | None, trace_on: Callable[[Arguments], fx.Graph], exactly: bool
 ) -> Facts:
-    """Facts of the graph that serves most sizes, of those that several sizes of an example give."""
+    """Trace several sizes of an example and return the facts of the graph that works for most sizes."""
     refusal: CannotConvert | None = None
     for call in [example] if example is not None else default_examples(model):
         try:
@@ -85,7 +85,7 @@ def _read_on_example(
 
 
 def _with_rests(call: Arguments) -> Iterator[Arguments]:
-    """A call with parts of its image of which every halving leaves a rest, rounded down and rounded up."""
+    """Yield a call with crops of its image that are odd at every halving, rounded down and rounded up."""
     height, width = (length // 32 * 32 for length in image_of(call).shape[2:])
     if min(height, width) >= 64 and height * width <= _MOST_PIXELS:
         for rest in (1, 31):
@@ -93,7 +93,7 @@ def _with_rests(call: Arguments) -> Iterator[Arguments]:
 
 
 def _drop_moot_guards(facts: Facts) -> int:
-    """Drop guards whose other answer gives the network's outputs all the same; at how many sizes it gives others."""
+    """Drop guards that may fail without changing the outputs; return at how many sizes a failure changes them."""
     model, graph = facts.model, facts.graph
     if not any(map(is_guard, graph.nodes)):
         return 0
@@ -101,16 +101,16 @@ def _drop_moot_guards(facts: Facts) -> int:
     with torch.no_grad(), evaluating(model), AnyLayout():
         for call in _of_other_sizes(facts.arguments):
             run, outputs = _Unguarded(model, graph=graph), None
-            with contextlib.suppress(Exception):  # on this way some sizes do not fit
+            with contextlib.suppress(Exception):  # this path may not fit the size
                 outputs = run.run(*in_order(graph, call))
-                if not run.otherwise:
+                if not run.failed_guards:
                     continue
             try:
                 expected = run_forward(model, call)
-            except Exception:  # the network says in its own way which sizes it takes
+            except Exception:  # the network may refuse a size with any error
                 continue
             if outputs is not None and same(outputs, expected):
-                moot |= run.otherwise
+                moot |= run.failed_guards
             else:
                 unserved += 1
     for node in moot:
@@ -120,7 +120,7 @@ def _drop_moot_guards(facts: Facts) -> int:
 
 
 def _of_other_sizes(call: Arguments) -> Iterator[Arguments]:
-    """A call with its image a little larger: by a few pixels, up to multiples of the usual strides, and in one axis."""
+    """Yield a call with slightly larger images: by a few pixels, up to multiples of common strides, along one axis."""
     height, width = image_of(call).shape[2:]
     sizes = {(height + by, width + by) for by in (1, 2, 3)} | {(height + 32, width)}
     sizes |= {(-(-height // step) * step, -(-width // step) * step) for step in (4, 8, 16, 32)}
@@ -134,15 +134,15 @@ def _pad(image: Tensor, by: tuple[int, ...]) -> Tensor:
 
 
 class _Unguarded(fx.Interpreter):
-    """Runs a graph on another image, whatever its guards say, and notes which would have refused."""
+    """Runs a graph without stopping at guards, and records the guards that failed."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
-        self.otherwise: set[fx.Node] = set()
+        self.failed_guards: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         try:
             return super().run_node(n)
         except GuardFailed:
-            self.otherwise.add(n)
+            self.failed_guards.add(n)
             return None

@@ -1,9 +1,10 @@
-"""Readings of a network's dilations: removed strides, or its design. Each reading is planned, and one chosen.
+"""Interpret a network's dilations as removed strides or as its design. Each interpretation (reading) is evaluated, and
+one is chosen.
 
-A dilation that doubles from one stage to the next and stays is a stride that was removed, as in segmentation networks
-made from classifiers: cells as large as before it was removed lose nothing their windows read. Dilations that come and
-go (1, 2, 5, 1, 2, 5), differ between branches, or double from one operation to the next (1, 2, 4, 8, 16: a context
-module) are the network's design: of cells made larger by them, later windows would need the inside.
+A dilation that doubles from one stage to the next and stays replaces a removed stride, as in segmentation networks made
+from classifiers. Cells of the former stride then lose nothing that later windows read. Dilations that come and go
+(1, 2, 5, 1, 2, 5), differ between branches, or double from one operation to the next (1, 2, 4, 8, 16: a context module)
+are the network's design: with cells enlarged by them, later windows would read inside the cells.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from cadsurgery.surgery.region import Region, readers, region_of
 from cadsurgery.surgery.settle import MERE_TAIL, Refusal, Settled, settle_flow
 from cadsurgery.surgery.treatment import Cause
 
-# The output stride of classification networks, whose strides are removed: dilations that stand for more are context.
+# The usual output stride of classification networks; dilations beyond it belong to context modules.
 USUAL = 32
 
-# Share of a network's work that is worth a region, where it is a decoder's.
+# Share of the MACs that makes a region worthwhile in networks with a decoder.
 ENOUGH = 0.3
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a network's dilations.
+    """One interpretation of a network's dilations.
 
     Attributes:
-        settled: the forward pass that reads them so.
-        regions: for each possible high output stride, the region.
-        possible: (high, low) pairs.
-        usual: that pair of them which is taken where none is asked for; None if there is none.
-        work: multiply-accumulates in the region of that pair.
-        is_evident: true if the network is built as one from which these strides were removed.
+        settled: the forward pass with this interpretation.
+        regions: region for each possible high output stride.
+        possible: possible (high, low) pairs.
+        usual: the default pair; None if no pair is possible.
+        work: multiply-accumulates in the region of the default pair.
+        is_evident: true if the network's structure shows that these strides were removed.
     """
 
     settled: Settled
@@ -50,17 +51,17 @@ class Reading:
 
     @property
     def coarsest(self) -> int:
-        """The largest spacing that a dilation stands for; 0 if all are by design."""
+        """The largest output stride that a dilation replaces; 0 if all dilations are by design."""
         return max(self.settled.flow.grown.values(), default=0)
 
 
 def read_dilations(facts: Facts, asked: Refusal, named: bool) -> tuple[Reading, ...]:
-    """The readings of a network's dilations, that to be planned first; of most networks there is one.
+    """Return the readings of a network's dilations, the chosen one first; most networks have only one.
 
     Args:
-        facts: of the network.
-        asked: why the region asked for leaves out a node that reads these maps.
-        named: true if a region names its operations.
+        facts: facts about the network.
+        asked: function that returns why the requested region leaves out a node that reads certain maps, or None.
+        named: true if the region names its operations.
     """
     settled = settle_flow(facts, asked, named)
     in_stages = _is_in_stages(settled.flow)
@@ -76,8 +77,8 @@ def read_dilations(facts: Facts, asked: Refusal, named: bool) -> tuple[Reading, 
 
 
 def _choose_reading(readings: list[Reading]) -> Reading:
-    """That with the largest strides which evidently were removed; else that without any, if it keeps half as much work
-    in the region as another."""
+    """Choose the reading with the largest evidently removed strides; else the reading without removed strides, if its
+    region has at least half the work of any other."""
     by_design = readings[-1]
     limit = max(USUAL, *by_design.settled.flow.grid.values())
     usable = [one for one in readings if one.usual is not None and one.coarsest <= limit] or readings
@@ -91,8 +92,8 @@ def consider(readings: Sequence[Reading], total: int) -> tuple[Considered, ...]:
     """Summarise the readings for reports, the chosen one first.
 
     Args:
-        readings: of one network.
-        total: its multiply-accumulates.
+        readings: readings of one network.
+        total: multiply-accumulates of the network.
     """
     return tuple(
         Considered(
@@ -117,16 +118,15 @@ def _read(settled: Settled, in_stages: bool) -> Reading:
 
 
 def _is_consistent(flow: Flow) -> bool:
-    """True if at most half of the work behind the strides that dilations stand for reads finer than the cells then are,
-    up to where something else ends the region."""
+    """True if at most half of the work after removed strides depends on windows that would read inside the cells."""
     behind, finer = _behind(flow)
     macs = flow.facts.macs
     return bool(behind) and 2 * sum(macs[node] for node in finer) <= sum(macs[node] for node in behind)
 
 
 def _is_in_stages(flow: Flow) -> bool:
-    """True if dilations grow from one stage to the next: where they double three times or more, with hardly any window
-    in between, it is a context module."""
+    """True if dilations grow between stages; in a context module they double at least three times with few windows in
+    between."""
     behind, finer = _behind(flow)
     steps = {flow.grown[node] for node in (behind - finer) & flow.grown.keys()}
     windows = [node for node in behind - finer if _reads_neighbours(node, flow)]
@@ -134,15 +134,15 @@ def _is_in_stages(flow: Flow) -> bool:
 
 
 def _behind(flow: Flow) -> tuple[set[fx.Node], set[fx.Node]]:
-    """Nodes that depend on strides which dilations stand for, up to where something else ends the region; and those of
-    them that depend on windows which read finer than the cells then are."""
+    """Return the nodes after removed strides, up to other ends of the region, and those among them that depend on
+    windows which would read inside the cells."""
     ends = [node for node, barrier in flow.barriers.items() if barrier.cause is not Cause.CELLS]
     behind = and_after(*flow.grown, without=ends)
     return behind, and_after(*(behind & flow.barriers.keys()), without=ends)
 
 
 def _reads_neighbours(node: fx.Node, flow: Flow) -> bool:
-    """True if a dilated window of the network is an undilated one on the cells that it reads."""
+    """True if a dilated window becomes undilated on the cells that it reads."""
     treatment, maps = flow.treatments[node], flow.maps(node)
     if treatment.kind != "window" or treatment.window is None or treatment.window.is_pointwise:
         return False
@@ -153,15 +153,15 @@ def _reads_neighbours(node: fx.Node, flow: Flow) -> bool:
 def _choose_strides(
     flow: Flow, regions: dict[int, Region], possible: Sequence[tuple[int, int]]
 ) -> tuple[int, int]:
-    """High and low output stride where none are asked for."""
+    """Choose the default high and low output stride."""
     low = max(pair[1] for pair in possible)
     highs = [high for high, lowest in possible if lowest == low]
     current = max(flow.grid[node] for node in regions[highs[-1]].needed)
-    if current < low:  # dilated: it is at its high output stride already
+    if current < low:  # a dilated network already has its high output stride
         return (current if current in highs else highs[-1]), low
     usual = max((high for high in highs if high <= _trunk(flow, low) / 4), default=highs[0])
-    # Where a barrier, e.g. attention in the last stages, leaves hardly anything of that, the work before it counts, and
-    # where a branch to a finer output has most of the work, the coarsest that has enough of it.
+    # If a barrier, e.g. attention in the last stages, leaves little work in that region, others are compared. If a
+    # branch to a finer output has most of the work, the coarsest with enough work is chosen.
     work = {high: _work(flow, region) for high, region in regions.items()}
     returns_map = any(flow.role[node] is Role.MAP for node in flow.facts.outputs)
     finer = returns_map and any(_comes_back(node, flow) and grid <= usual for node, grid in flow.grid.items())
@@ -178,13 +178,13 @@ def _choose_strides(
 
 
 def _comes_back(node: fx.Node, flow: Flow) -> bool:
-    """True if a map is finer than the one it is made of, and not only to be returned so."""
+    """True if a map is finer than its input, and is not a final resize."""
     finer = any(flow.grid[node] < flow.grid[source] for source in flow.maps(node))
     return finer and node not in flow.last
 
 
 def _on_elements(flow: Flow, region: Region) -> int:
-    """Multiply-accumulates of what a plan would adapt or keep."""
+    """Return the multiply-accumulates of the nodes that a plan would adapt or keep."""
     inside = {node for node in region.needed if region.stage(node) > 0} | set(readers(flow, region))
     return sum(flow.facts.macs[node] for node in inside)
 
@@ -194,7 +194,7 @@ def _work(flow: Flow, region: Region) -> int:
 
 
 def _trunk(flow: Flow, low: int) -> int:
-    """The network's own output stride: its lowest, not counting a side branch that comes back finer."""
+    """Return the network's own low output stride, without small side branches that return to a finer map."""
     work: dict[int, int] = {}
     ends: set[int] = set()
     for node, grid in flow.grid.items():

@@ -1,4 +1,4 @@
-"""Why a network, or a part of it, is not converted: the region asked for, and what there is to say of a refusal."""
+"""Explain why a network, or a part of it, is not converted: the requested region, and the error messages."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cadsurgery.surgery.treatment import Barrier, Cause, operation_name, why_who
 
 RegionOption = str | Sequence[str]
 
-# Attribute names under which libraries keep the part of a network that other heads can be put on.
+# Attribute names of the backbone in common libraries.
 BACKBONE_NAMES = ("backbone", "encoder", "features", "body", "trunk")
 
 
 def asked_region(facts: Facts, region: RegionOption) -> Refusal:
-    """Why the region asked for leaves a node out.
+    """Return a function that tells why the requested region leaves out a node.
 
     Raises:
-        CannotConvert: no backbone is known.
+        CannotConvert: the network's backbone is not known.
         UnknownName: no such region, node or module.
-        InvalidInput: no region.
+        InvalidInput: `region` has the wrong type.
     """
     if region == "auto":
         return lambda node, maps: None
@@ -66,7 +66,7 @@ def asked_region(facts: Facts, region: RegionOption) -> Refusal:
 
 
 def nothing_to_convert(flow: Flow) -> CannotConvert:
-    """The refusal of a network that no region was found in."""
+    """Return the error for a network without any region that can be made adaptive."""
     facts = flow.facts
     model = type(facts.model).__name__
     what = f"{model} has nothing that can be made adaptive."
@@ -121,13 +121,13 @@ def _first_barrier(flow: Flow) -> str:
 
 
 def _place(node: fx.Node, facts: Facts) -> str:
-    """Module, operation and source line of a node, for messages."""
+    """Return module, operation and source line of a node, for messages."""
     parts = (operation_name(node, facts), source_line(node))
     return f"{facts.path(node) or node.name} ({', '.join(part for part in parts if part)})"
 
 
 def source_line(node: fx.Node) -> str:
-    """Where in the network's own code a node comes from, e.g. `resnet.py:148`."""
+    """Return the line of the network's own code that a node comes from, e.g. `resnet.py:148`."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
     places = [line.removeprefix('File "').split('", line ') for line in lines if line.startswith('File "')]
     own = [(file, rest) for file, rest in places if not is_of_library(file)]

@@ -1,7 +1,7 @@
-"""At which stride each value of a network has to be known: the backward pass over its graph, in input pixels.
+"""Find the stride at which each value of a network is needed: the backward pass over its graph, in input pixels.
 
-A pointwise operation needs of its input what is needed of its output; a window needs no finer grid than its taps
-reach. So a coarsening moves towards the input until a spatial operation absorbs it by computing only the kept outputs.
+A pointwise operation needs its input at the stride of its output. A window needs its input no finer than the distance
+of its taps. So coarsening moves towards the input until a spatial operation absorbs it by computing fewer outputs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Region:
 
     Attributes:
         strides: output strides of the lattices, the high one first.
-        outside: maps coarser than the high output stride that are computed dense, from what left the region. Where they
-            are joined with maps that did not leave, they are read again.
-        needed: output stride of the lattice each other map is computed on.
+        outside: maps coarser than the high output stride that are computed dense because their inputs left the region.
+            They are read as elements again where they are joined with maps of the region.
+        needed: output stride of the lattice that each other map is computed on.
     """
 
     strides: tuple[int, ...]
@@ -30,15 +30,15 @@ class Region:
     needed: dict[fx.Node, int]
 
     def stage(self, node: fx.Node) -> int:
-        """Number of adaptive stages passed by a map; 0 is the dense map at the high output stride."""
+        """Return the number of adaptive stages before a map; 0 is the dense map at the high output stride."""
         return self.strides.index(self.needed[node])
 
 
 def region_of(flow: Flow, high: int) -> Region:
-    """The region for a high output stride: all maps coarser than it, up to where a barrier does not let it go on.
+    """Find the region for a high output stride: all coarser maps, up to the barriers.
 
-    Maps at the high output stride or finer are dense, and exact, wherever they are in the graph. So the region
-    begins again where such a map is downsampled once more, as in networks with parallel branches.
+    Maps at the high output stride or finer are dense and exact wherever they are in the graph. The region can therefore
+    start again where such a map is downsampled, as in networks with parallel branches.
     """
     facts, outside = flow.facts, set[fx.Node]()
     for node in facts.graph.nodes:
@@ -58,9 +58,7 @@ def region_of(flow: Flow, high: int) -> Region:
             continue
         uses = [_need(node, user, flow, region) for user in node.users]
         region.needed[node] = min([use for use in uses if use], default=_floor(region, flow.spacing[node]))
-        if (
-            node not in facts.shapes
-        ):  # parts of a map, such as halves of the channels: they are where the whole is
+        if node not in facts.shapes:  # a split: its parts, such as halves of the channels, share its lattice
             parts = [part for part in node.users if part in region.needed]
             region.needed.update(dict.fromkeys(parts, region.needed[node]))
     entering = {
@@ -70,7 +68,7 @@ def region_of(flow: Flow, high: int) -> Region:
         if region.stage(node) and source not in outside and not region.stage(source)
     }
     foreign = any(flow.grid[node] != high for node in entering)  # the fine map would not be the network's own
-    # The first is the fine map's. Padding is no part of a map: it belongs to the window that reads it.
+    # The first size is that of the fine map. Padding belongs to the window that reads it, not to a map.
     sizes = [facts.images[node] for node in facts.graph.nodes if node in entering and node not in facts.pads]
     grown = any(length > most for size in sizes for length, most in zip(size, sizes[0], strict=True))
     if foreign or grown:
@@ -79,14 +77,14 @@ def region_of(flow: Flow, high: int) -> Region:
 
 
 def _reads_outside(node: fx.Node, flow: Flow, high: int, outside: Collection[fx.Node]) -> bool:
-    """True if a node reads maps that left the region otherwise than beside one that did not, on their grid."""
+    """True if a node reads maps that left the region, except in a join with maps of the region."""
     left = [source for source in flow.maps(node) if source in outside]
     joins = flow.treatments[node].kind == "join" and len(left) < len(flow.maps(node))
     return bool(left) and not (joins and all(flow.comes_back(source, high) for source in left))
 
 
 def _need(node: fx.Node, user: fx.Node, flow: Flow, region: Region) -> int:
-    """The coarsest stride at which `user` can take its input `node`; 0 if it does not read values."""
+    """Return the coarsest stride at which `user` can read its input `node`; 0 if it does not read values."""
     treatment = flow.treatments[user]
     if flow.role[user] is Role.OTHER and treatment.kind == "shape" and user.op != "output":
         return 0
@@ -104,13 +102,13 @@ def _need(node: fx.Node, user: fx.Node, flow: Flow, region: Region) -> int:
 
 
 def _floor(region: Region, limit: int, *multiples: int) -> int:
-    """The largest stride of the region that is at most `limit` and divides all `multiples`."""
+    """Return the largest stride of the region that is at most `limit` and divides all `multiples`."""
     fitting = [s for s in region.strides if s <= limit and all(m % s == 0 for m in multiples)]
     return fitting[-1] if fitting else region.strides[0]
 
 
 def readers(flow: Flow, region: Region) -> list[fx.Node]:
-    """Operations of the region that work on more than the map it starts from."""
+    """Return the operations of the region that read maps beyond the first lattice."""
     return [
         node
         for node in flow.facts.graph.nodes
@@ -121,10 +119,10 @@ def readers(flow: Flow, region: Region) -> list[fx.Node]:
 
 
 def dilated_by_design(flow: Flow, region: Region) -> frozenset[fx.Node]:
-    """Nodes whose grown dilation is no removed stride: something else needs their input finer."""
+    """Return nodes whose grown dilation does not replace a removed stride, because their input is needed finer."""
 
     def coarsest(node: fx.Node) -> int:
-        """The stride a value is available at, where operations without taps pass a coarsening on."""
+        """Return the stride at which a node's input is available; pointwise operations pass a coarsening on."""
         source = flow.maps(node)[0]
         while source in region.needed and flow.treatments[source].kind == "pointwise":
             before = flow.maps(source)[0]

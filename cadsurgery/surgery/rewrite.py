@@ -1,4 +1,4 @@
-"""Carry out a plan: a graph whose region runs on elements."""
+"""Carry out a plan: build a graph whose region runs on elements."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from cadsurgery.surgery.treatment import Attribute, Call, Treatment
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
 MASKING = "masking"
-# Notes on rewritten nodes: the node of the original whose value this is, and the name and module path of
-# the one whose work it does.
+# Metadata keys of rewritten nodes: the original node with the same value, and the (name, module path) of the original
+# node whose work it does.
 ORIGIN, WORK = "origin", "work"
 
 
-_SIZES = ("size", "dim", "ndimension", "numel", getattr)  # questions that elements answer for the map
+_SIZES = ("size", "dim", "ndimension", "numel", getattr)  # size queries that elements answer for their map
 
 
 @dataclass
 class Rewriter:
-    """Copies a graph node by node, replacing those of the region.
+    """Copies a graph node by node, replacing the nodes of the region.
 
-    A value may exist dense, as elements, or both; the other form is made where it is first needed.
+    A value may exist as a dense map, as elements, or both; the second form is created when it is first needed.
     """
 
     facts: Facts
@@ -45,17 +45,17 @@ class Rewriter:
     graph: fx.Graph = field(default_factory=fx.Graph)
     dense: dict[fx.Node, fx.Node] = field(default_factory=dict)
     elements: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    sources: dict[fx.Node, fx.Node] = field(default_factory=dict)  # broadcast node -> vector it repeats
-    working: dict[fx.Node, fx.Node] = field(default_factory=dict)  # where the value is only wrapped
+    sources: dict[fx.Node, fx.Node] = field(default_factory=dict)  # broadcast node -> the vector it repeats
+    working: dict[fx.Node, fx.Node] = field(default_factory=dict)  # node -> the wrapped call
     lattice: fx.Node | None = None
-    guided: bool = False  # what leaves at the fine size is read with the entering features as a guide
+    guided: bool = False  # maps that leave at the fine size are upsampled with the fine map as a guide
 
     def run(self) -> fx.Graph:
-        """The rewritten graph; it takes one input more, `masking`, and also returns the lattice."""
+        """Build the rewritten graph; it has the extra input `masking` and also returns the lattice."""
         decisions = {decision.node: decision for decision in self.plan.decisions}
         nodes = list(self.facts.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
-        # As Python wants it: defaults last, and what takes all other names behind them.
+        # In Python's order: arguments with defaults come after the others, and `**kwargs` last.
         for node in sorted(inputs, key=lambda node: (str(node.target).startswith("**"), len(node.args))):
             self.dense[node] = self.graph.node_copy(node)
         with self.graph.inserting_before():
@@ -76,17 +76,17 @@ class Rewriter:
                 self.dense[node] = self.resize_to_dense(node, treatment)
             else:
                 self.copy(node, treatment)
-            made = self.elements.get(node) or self.dense[node]
-            made.meta.setdefault(ORIGIN, node.name)  # padding yields the value it was given
-            self.working.get(node, made).meta[WORK] = (node.name, decision.path)
+            result = self.elements.get(node) or self.dense[node]
+            result.meta.setdefault(ORIGIN, node.name)  # a pad may return its input
+            self.working.get(node, result).meta[WORK] = (node.name, decision.path)
         drop_dead_code(self.graph)
         self.graph.lint()
         return self.graph
 
-    # -- values in either form ---------------------------------------------------------------------
+    # -- dense maps and elements -------------------------------------------------------------------
 
     def as_dense(self, node: fx.Node) -> fx.Node:
-        """The value as a dense tensor, at the size the plan lets it leave the region with."""
+        """Return a value as a dense tensor, at the size with which it leaves the region."""
         if node not in self.dense:
             decision, leaves_by = self.plan[node.name], self.treatments[node].leaves_by
             if leaves_by is not None:
@@ -99,7 +99,7 @@ class Rewriter:
         return self.dense[node]
 
     def as_elements(self, node: fx.Node) -> fx.Node:
-        """The value as elements; dense maps at the high output stride enter here."""
+        """Return a value as elements; dense maps at the high output stride enter the region here."""
         if node not in self.elements:
             layout, features = self.facts.layouts[node], self.dense[node]
             options = () if layout == NCHW else (layout,)
@@ -109,13 +109,13 @@ class Rewriter:
         return self.elements[node]
 
     def image(self) -> fx.Node:
-        """The image of the call."""
+        """Return the node of the image."""
         images = [node for node in self.facts.given if self.facts.is_image(node) and node in self.dense]
         like = self.facts.example.shape
         return self.dense[next((node for node in images if self.facts.shapes[node] == like), images[0])]
 
     def fine_map(self) -> fx.Node:
-        """Return the features that the mask is shown: the first map that enters the region, as (B, C, h, w)."""
+        """Return the features that the mask reads: the first map that enters the region, as (B, C, h, w)."""
         entering = self.plan.chosen("enter")[0].node
         node = next(node for node in self.facts.graph.nodes if node.name == entering)
         layout = self.facts.layouts[node]
@@ -126,16 +126,16 @@ class Rewriter:
     # -- emitting ----------------------------------------------------------------------------------
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call of a function in the new graph."""
+        """Add a function call to the new graph."""
         return self.graph.call_function(function, args, kwargs)
 
     def arguments(self, treatment: Treatment) -> dict[str, Any]:
-        """The arguments of a treatment in the new graph."""
-        modules: dict[str, fx.Node] = {}  # prepared once for all their parameters, as in a call
+        """Return the arguments of a treatment in the new graph."""
+        modules: dict[str, fx.Node] = {}  # a module is prepared once for all its parameters, as in a call
         return {name: self.argument(value, modules) for name, value in treatment.arguments}
 
     def argument(self, value: Any, modules: dict[str, fx.Node]) -> Any:
-        """An argument of a treatment in the new graph; `modules` are those that it may read."""
+        """Return an argument of a treatment in the new graph; `modules` holds the modules prepared so far."""
         if isinstance(value, Call):
             return self.call(value.target, *(self.argument(part, modules) for part in value.args))
         if isinstance(value, fx.Node) and self.facts.layout(value):
@@ -145,14 +145,14 @@ class Rewriter:
         holder, _, name = value.path.rpartition(".")
         is_module = isinstance(getattr(self.facts.model.get_submodule(holder), name), nn.Module)
         path = value.path if is_module else holder
-        if not path:  # of the network itself
+        if not path:  # an attribute of the network itself
             return self.graph.get_attr(name)
         if path not in modules:
             modules[path] = self.call(prepare_weights, self.graph.get_attr(path))
         return modules[path] if is_module else self.call(parameter, modules[path], name)
 
     def copy(self, node: fx.Node, treatment: Treatment) -> None:
-        """A node that stays dense. What asks for the size of elements gets the network's own size."""
+        """Copy a node that stays dense; a query for the size of elements gives the size in the original network."""
         source = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(source, fx.Node):
             source = None
@@ -160,14 +160,14 @@ class Rewriter:
             self.dense[node] = self.shape_of(node, source)
             return
         if treatment.kind == "shape" and any(part in self.elements for part in node.all_input_nodes):
-            # What wants to know of a map of which type it is, and where.
+            # A query for the type and device of a map.
             self.dense[node] = self.graph.node_copy(node, self.as_rows)
             return
         if treatment.kind == "broadcast" and source is not None:
             self.sources[node] = source  # a vector per image, or a small map
         self.dense[node] = copied = self.graph.node_copy(node, self.as_dense)
         if copied.target == "view" and not isinstance(copied.args[1], torch.dtype):
-            copied.target = "reshape"  # our maps lie otherwise in memory
+            copied.target = "reshape"  # our maps may have another memory layout
         module = self.facts.module(node) if node.op == "call_module" else None
         parts = module.modules() if module is not None else ()
         if any(isinstance(part, nn.InstanceNorm2d) for part in parts) or node.target in (
@@ -178,13 +178,13 @@ class Rewriter:
             self.dense[node] = self.call(functional.contiguous_gradient, self.dense[node])
 
     def as_rows(self, node: fx.Node) -> fx.Node:
-        """The value as rows where it is elements, else as it is."""
+        """Return the rows of a value that exists as elements, else its dense tensor."""
         return (
             self.call(getattr, self.elements[node], "rows") if node in self.elements else self.as_dense(node)
         )
 
     def shape_of(self, node: fx.Node, source: fx.Node) -> fx.Node:
-        """A size, dtype or device query on elements."""
+        """Add a size, dtype or device query on elements."""
         elements = self.elements[source]
         if node.target is getattr and node.args[1] in ("dtype", "device"):
             return self.call(getattr, self.call(getattr, elements, "rows"), node.args[1])
@@ -199,7 +199,7 @@ class Rewriter:
         return size
 
     def emit(self, node: fx.Node, decision: Decision, treatment: Treatment) -> None:
-        """A node of the region."""
+        """Add a node of the region."""
         stage: int = decision.stages[1]
         source: Any = treatment.reads or (node.args[0] if node.args else None)
         if treatment.kind == "global":
@@ -208,7 +208,7 @@ class Rewriter:
         arguments = self.arguments(treatment)
         if treatment.spaced:
             arguments["spacing"] = self.plan[source.name].grid
-        if treatment.kind == "pad":  # the windows that read it have taken it over
+        if treatment.kind == "pad":  # the windows that read it apply the padding
             x = self.as_elements(source)
             self.elements[node] = self.call(treatment.call, x, **arguments) if treatment.call else x
             return
@@ -242,7 +242,7 @@ class Rewriter:
         self.elements[node] = out
 
     def resize_to_dense(self, node: fx.Node, treatment: Treatment) -> fx.Node:
-        """A resize that leaves the region: the dense map it yields."""
+        """Add a resize at the end of the region, which returns a dense map."""
         source: Any = node.args[0] if node.args else node.kwargs["input"]
         arguments = self.arguments(treatment)
         if self.guided:
@@ -253,7 +253,7 @@ class Rewriter:
         )
 
     def emit_global(self, node: fx.Node, source: fx.Node, treatment: Treatment) -> fx.Node:
-        """One vector per image of a map, or of two."""
+        """Add a global operation: one vector per image from one or two maps."""
         maps = [source, *(value for _, value in treatment.arguments if self.facts.layout(value))]
         stage = max(self.plan[value.name].stages[1] for value in maps)
         arguments = {
@@ -271,7 +271,7 @@ class Rewriter:
         return self.call(treatment.call, self.on_stage(source, stage), **arguments)
 
     def on_stage(self, node: fx.Node, stage: int) -> fx.Node:
-        """A value as elements of a stage."""
+        """Return a value as elements of a stage."""
         x = self.as_elements(node)
         if self.plan[node.name].stages[1] == stage:
             return x
@@ -279,9 +279,9 @@ class Rewriter:
         return self.call(functional.Elements, self.call(functional.rows_on, x, lattice), lattice)
 
     def emit_on_rows(self, node: fx.Node, stage: int, treatment: Treatment) -> fx.Node:
-        """An operation that is the same on the rows of a lattice as on a map, but for its axes."""
+        """Add an operation that acts on rows as it does on maps, apart from its axes."""
         maps = [source for source in node.all_input_nodes if self.facts.layout(source)]
-        # Maps of a coarser grid that are dense were computed outside: the network's own samples come back.
+        # Coarse maps that exist only as dense maps were computed outside the region; their samples are read again.
         back = {source for source in maps if source not in self.elements and self.plan[source.name].grid > 1}
         maps = [source for source in maps if source not in back]
         values = [self.as_elements(source) for source in maps]
@@ -301,7 +301,7 @@ class Rewriter:
             if source in back or (how.kind == "broadcast" and how.arguments):
                 resize = {} if source in back else self.arguments(how)
                 value = self.call(functional.small_map, value, self.plan[maps[0].name].grid, **resize)
-            elif layout == NCHW and is_filled(source):  # the same everywhere: one sample says it all
+            elif layout == NCHW and is_filled(source):  # the same number everywhere: one sample is enough
                 one = slice(0, 1)
                 value = self.call(operator.getitem, value, (slice(None), slice(None), one, one))
             return self.call(functional.rows_on, value, lattice, *options)
@@ -315,7 +315,7 @@ class Rewriter:
         return self.call(functional.Elements, out, lattice)
 
     def call_on_rows(self, target: Callable[..., Any] | str | None, args: Any, kwargs: Any) -> fx.Node:
-        """A function, a method, or nothing at all, on rows."""
+        """Call a function or method on rows; without a target return the first argument."""
         if target is None:
             return args[0]
         if isinstance(target, str):
@@ -324,23 +324,23 @@ class Rewriter:
 
 
 def ask_mask(masking: Callable[[Any, Any], Any], image: Any, features: Any) -> Any:
-    """The node of a rewritten graph where the mask is asked for; compilers read no call of a value."""
+    """Call `masking` in a rewritten graph; a function of its own, since compilers cannot trace a call of an input."""
     return masking(image, features)
 
 
 def rewrite(flow: Flow, plan: Plan, *, guided: bool = False) -> fx.Graph:
-    """The graph of the adaptive network; the model and its own graph are left as they are."""
+    """Build the graph of the adaptive network; the model and its own graph are not changed."""
     return Rewriter(flow.facts, plan, flow.treatments, guided=guided).run()
 
 
 class Halves(NamedTuple):
-    """A rewritten graph cut where the mask is asked for.
+    """A rewritten graph, cut in two where the mask is computed.
 
     Attributes:
-        before: takes the network's inputs and returns all values the rest needs, as a tuple.
-        after: takes `masking` and those values.
-        image: which of the values the mask is shown as the image,
-        features: and which as the fine map.
+        before: the first half; takes the network's inputs and returns a tuple of all values that the second half needs.
+        after: the second half; takes `masking` and these values.
+        image: index of the value that the mask gets as the image.
+        features: index of the value that the mask gets as the fine map.
     """
 
     before: fx.Graph
@@ -350,45 +350,45 @@ class Halves(NamedTuple):
 
 
 def halves(graph: fx.Graph) -> Halves:
-    """Cut a rewritten graph, so that its masks can be found before the shapes of what follows are fixed."""
+    """Cut a rewritten graph at its mask, so that masks are known before the shapes of the second half are fixed."""
     nodes = list(graph.nodes)
-    asked = next(place for place, node in enumerate(nodes) if node.target is ask_mask)
-    masking, *shown = nodes[asked].args
-    again = _made_again(nodes[:asked])  # in both halves: the values passed on are those of the image
-    rest = {*nodes[asked:], *again}
+    cut = next(place for place, node in enumerate(nodes) if node.target is ask_mask)
+    masking, *mask_inputs = nodes[cut].args
+    duplicated = _independent_of_image(nodes[:cut])  # computed in both halves instead of passed on
+    rest = {*nodes[cut:], *duplicated}
     needed = [
         node
-        for node in nodes[:asked]
-        if node is not masking and node not in again and rest & node.users.keys()
+        for node in nodes[:cut]
+        if node is not masking and node not in duplicated and rest & node.users.keys()
     ]
     before, after = fx.Graph(), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in nodes[:asked]:
+    for node in nodes[:cut]:
         if node is not masking:
             copies[node] = before.node_copy(node, copies.__getitem__)
     before.output(tuple(copies[node] for node in needed))
     copies = {masking: after.placeholder(MASKING)}
     copies |= {node: after.placeholder(node.name) for node in needed}
-    for node in (*(node for node in nodes[:asked] if node in again), *nodes[asked:]):
+    for node in (*(node for node in nodes[:cut] if node in duplicated), *nodes[cut:]):
         copies[node] = after.node_copy(node, copies.__getitem__)
     drop_dead_code(after)
-    image, features = (needed.index(value) for value in shown)
+    image, features = (needed.index(value) for value in mask_inputs)
     return Halves(before, after, image, features)
 
 
-def _made_again(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Weights, sizes, dtypes and devices, and what is computed from such alone: no values of the image."""
-    again: set[fx.Node] = set()
+def _independent_of_image(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that are weights, sizes, dtypes or devices, or computed only from such nodes."""
+    found: set[fx.Node] = set()
     for node in nodes:
         inputs = set(node.all_input_nodes)
-        computed = inputs and inputs <= again and node.op in ("call_function", "call_method")
+        computed = inputs and inputs <= found and node.op in ("call_function", "call_method")
         if asks(node) or node.op == "get_attr" or computed:
-            again.add(node)
-    return again
+            found.add(node)
+    return found
 
 
 def unchanged_graph(facts: Facts, plan: Plan) -> fx.Graph:
-    """The graph as it is, which also returns the fine map: what a uniform mask at the network's own grid may run."""
+    """Return the original graph with the fine map as a second output, for uniform masks at the network's own grid."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(facts.graph, copies)
@@ -400,13 +400,13 @@ def unchanged_graph(facts: Facts, plan: Plan) -> fx.Graph:
 
 @dataclass(frozen=True)
 class _Place:
-    """A node by its place in the order of execution."""
+    """A reference to a node by its place in the order of execution."""
 
     place: int
 
 
 def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """A graph as a flat list, which pickles at any length; its nodes themselves nest a level deeper each."""
+    """Convert a graph to a flat list that can be pickled at any length; each pickled node would nest a level deeper."""
     places: dict[Any, Any] = {node: _Place(place) for place, node in enumerate(graph.nodes)}
 
     def by_place(part: Any) -> Any:
@@ -424,7 +424,7 @@ def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def unpack_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
-    """The graph `packed` was given."""
+    """Rebuild a graph from the list of `pack_graph`."""
     graph = fx.Graph()
     nodes: list[fx.Node] = []
     for op, target, name, args, kwargs, meta in rows:

@@ -1,7 +1,7 @@
-"""Rules: one function per operation that says what the operation is geometrically.
+"""Rules: one function per operation that returns the operation's treatment on elements.
 
-The docstring of a rule is the geometric reason why its treatment is exact; the plan shows its first line where the
-treatment gives no other. See `surgery/treatment.py` for what a rule returns, docs/extending.md for a worked example.
+The docstring of a rule is the geometric reason why its treatment is exact. The plan shows its first line unless the
+treatment gives another reason. See `surgery/treatment.py` for treatments, docs/extending.md for a worked example.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from cadsurgery.surgery.treatment import (
     treat,
 )
 
-# Whoever looks for a rule imports this module, so that the rules are there.
+# Code that looks up rules imports these names from here, so that all rules of this module are registered.
 __all__ = ["Attribute", "Call", "Treatment", "barrier", "has_rule", "rule", "ruled_functions", "treat"]
 
 # -- convolutions and pooling: windows -----------------------------------------------------------------
@@ -182,7 +182,7 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
 def _same_for_readers(
     node: fx.Node, known: tuple[int, ...], layout: str, mode: str, facts: Facts
 ) -> Window | None:
-    """The window of what reads a padded map, if all do with the same, and it is padded as their stride asks for."""
+    """Return the common window of all readers of a padded map, if the padding is what their stride requires."""
     windows = {_reader_window(user, facts) for user in node.users}
     window = windows.pop() if len(windows) == 1 else None
     if window is None or layout != NCHW or mode != "zeros" or len(known) != 4:
@@ -193,7 +193,7 @@ def _same_for_readers(
 
 
 def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
-    """The window of an unpadded convolution or pooling, with the padding its stride asks for."""
+    """Return the window of an unpadded convolution or pooling, with the padding that its stride requires."""
     known = rule_of(user, facts)
     if known not in (convolution, convolution_function, max_pooling, average_pooling):
         return None
@@ -209,7 +209,7 @@ def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
 
 
 def _makes_sizes_fit(node: fx.Node, facts: Facts) -> bool:
-    """True if a map is padded for nothing but joins with maps that are not, and thus as large as it is then."""
+    """True if the padding only makes the map as large as the maps that it is joined with."""
     joins = [user for user in node.users if rule_of(user, facts) in (arithmetic, concatenation)]
     return len(joins) == len(node.users) and all(
         any(facts.is_map(other) and rule_of(other, facts) is not padding for other in user.all_input_nodes)
@@ -218,7 +218,7 @@ def _makes_sizes_fit(node: fx.Node, facts: Facts) -> bool:
 
 
 def _pad_below(pads: Any, known: tuple[int, ...], layout: str, mode: str, value: Any) -> Treatment:
-    """Padding that is computed while the network runs, or for a join, or crops."""
+    """Treat padding (or cropping) at the lower and right border by amounts that are known only in the call."""
     if layout != NCHW or any(known[4:]) or mode not in ("zeros", "replicate"):
         return barrier(
             "it pads other axes than those of the image, or by more than a constant, as far as sizes ask"
@@ -393,7 +393,7 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
 @rule(F.dropout2d, F.dropout3d, F.feature_alpha_dropout)
 def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
     """Changes whole channels or whole images, wherever their elements are."""
-    default = node.target is not F.feature_alpha_dropout  # where it is False
+    default = node.target is not F.feature_alpha_dropout  # its `training` defaults to False
     options = _arguments(node, "input", p=0.5, training=default)
     arguments = (("how", operation_name(node, facts)), ("p", options["p"]), ("training", options["training"]))
     return Treatment("pointwise", call=functional.drop_channels, arguments=arguments)
@@ -448,7 +448,7 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     module: Any = facts.module(node) if node.op == "call_module" else None
     dim: Any = module.dim if module is not None else options["dim"]
     layout = facts.layout(node.args[0])
-    if isinstance(dim, fx.Node) and facts.layout(dim):  # the larger of two maps
+    if isinstance(dim, fx.Node) and facts.layout(dim):  # max or min of two maps
         return Treatment("join", "combines the values of one cell")
     functions: dict[Any, Any] = {nn.Softmax: F.softmax, nn.LogSoftmax: F.log_softmax, nn.GLU: F.glu}
     function = next((function for kind, function in functions.items() if isinstance(module, kind)), None)
@@ -539,7 +539,7 @@ def selection(node: fx.Node, facts: Facts) -> Treatment:
 def indexing(node: fx.Node, facts: Facts) -> Treatment:
     """One of several values, some channels of each element, or a crop that moves no anchor."""
     source, asked = node.args
-    if source not in facts.shapes:  # a part of what was split, or of what a pooling gives
+    if source not in facts.shapes:  # a part of a split, or a result of a pooling with indices
         is_index = asked == 1 and _pools_with_indices(source, facts)
         return Treatment("pointwise", leaves_by=functional.dense_indices if is_index else None)
     layout = facts.layout(source)
@@ -576,7 +576,7 @@ def indexing(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _is_crop(part: Any, facts: Facts) -> bool:
-    """True if a slice takes the first rows or columns of a map, but not all for certain."""
+    """True if a slice takes the first rows or columns of a map, perhaps not all."""
     if not isinstance(part, slice) or part.step not in (None, 1) or part.stop is None:
         return False
     start, stop = facts.number(part.start), facts.number(part.stop)
@@ -635,7 +635,7 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _whole_division(options: dict[str, Any]) -> int | None:
-    """How many times coarser the result of a resize is, if its factor says so; None else."""
+    """Return how many times coarser the result of a resize is, if its factor is 1 / n; else None."""
     factor, other = _pair(options["scale_factor"])
     fits = isinstance(factor, float) and factor == other and 0 < factor < 1 and (1 / factor).is_integer()
     return (
@@ -646,9 +646,9 @@ def _whole_division(options: dict[str, Any]) -> int | None:
 
 
 def _subsampling(mode: str, stride: int) -> Treatment:
-    """A resize to a coarser grid: of the nearest samples, or of the means of the two in the middle."""
+    """Treat a resize to a coarser grid as a strided window: a single sample (nearest) or a mean of four (bilinear)."""
     if mode == "nearest":
-        rest = 1 - stride  # what is left over at the lower and right border is no sample of its own
+        rest = 1 - stride  # an incomplete window at the lower and right border gives no sample
         window: Any = Window((1, 1), stride, padding=(0, rest, 0, rest))
         why = "It takes every so many-th sample, as a stride does."
     elif mode == "bilinear" and stride == 2:
@@ -725,7 +725,7 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilation: Any) -> Window | str:
-    """The window of a transposed convolution, or why there is none; of stride one it is an ordinary one."""
+    """Return the window of a transposed convolution, an ordinary one for stride 1, or the reason why there is none."""
     kernel, padding, more, dilation = _pair(kernel), _pair(padding), _pair(more), _pair(dilation)
     if not all(isinstance(value, int) for value in (*kernel, *_pair(stride), *padding, *more, *dilation)):
         return "its window is computed while the network runs"
@@ -754,7 +754,7 @@ def broadcast(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _resize_small(node: fx.Node, facts: Facts, source: Any, options: dict[str, Any]) -> Treatment:
-    """Of a value that is no map of the region: one vector per image, or a small map that its elements are read from."""
+    """Treat the resize of a value outside the region: one vector per image, or a small map that elements read from."""
     is_small = facts.is_map(node) and source in facts.shapes and options["size"] is not None
     plain = options["mode"] in ("nearest", "bilinear") and not options["antialias"]
     if is_flat(facts.shapes.get(source, ()), NCHW) or not (is_small and plain):
@@ -774,7 +774,7 @@ def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:
     return barrier(f"{operation_name(node, facts)} changes the resolution")
 
 
-# -- sizes, and what no lattice passes -----------------------------------------------------------------
+# -- sizes, products and attention ---------------------------------------------------------------------
 
 
 @rule("size", "dim", getattr, "numel", "ndimension")
@@ -824,12 +824,12 @@ def attention(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
-    """Positional and keyword arguments by name."""
+    """Return positional and keyword arguments by name."""
     return {**defaults, **dict(zip((*names, *defaults), node.args, strict=False)), **node.kwargs}
 
 
 def _options(node: fx.Node, facts: Facts, *names: str, **defaults: Any) -> dict[str, Any]:
-    """Attributes of a module, or arguments of the function that does the same, by name."""
+    """Return the options of an operation by name: attributes of a module, or arguments of the equivalent function."""
     if node.op != "call_module":
         return _arguments(node, *names, **defaults)
     module = facts.module(node)
@@ -839,7 +839,7 @@ def _options(node: fx.Node, facts: Facts, *names: str, **defaults: Any) -> dict[
 
 
 def _weights(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a convolution besides its window."""
+    """Return the options of a convolution besides its window."""
     return {name: options[name] for name in ("weight", "bias", "groups")}
 
 
@@ -856,10 +856,10 @@ def _dims(dim: Any, layout: str) -> tuple[int, ...] | None:
 
 
 def _scale(before: Sequence[int], after: Sequence[int]) -> int:
-    """How many times finer a map of another size is, on an example whose sizes need not divide; 0 if it is coarser.
+    """Return how many times finer a map of size `after` is than one of size `before`; 0 if it is coarser.
 
-    Sizes are rounded at every stride, so that several factors can be meant; strides are mostly powers of two. A map
-    that is a sample larger or smaller is of the same grid, stretched.
+    Sizes are rounded at every stride, so several factors may fit; powers of two are preferred. A map that is one sample
+    larger or smaller has the same grid, stretched.
     """
     near = range(1, 2 * max(a // max(b, 1) for b, a in zip(before, after, strict=True)) + 2)
     fitting = [s for s in near if all(abs(a - b * s) < s for b, a in zip(before, after, strict=True))]
@@ -874,7 +874,7 @@ def _first_map(node: fx.Node, facts: Facts) -> fx.Node:
 
 
 def _redirect(node: fx.Node, names: tuple[str, ...], layout: str, **defaults: Any) -> Call:
-    """The node's own call with its `dim` as a dimension of the rows."""
+    """Return the node's own call with its `dim` translated to a dimension of the rows."""
     args, kwargs = list(node.args), dict(node.kwargs)
     place = names.index("dim")
     usual = {"normalize": 1, "glu": -1}.get(str(getattr(node.target, "__name__", "")), defaults.get("dim"))
@@ -887,7 +887,7 @@ def _redirect(node: fx.Node, names: tuple[str, ...], layout: str, **defaults: An
 
 
 def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: bool) -> Treatment:
-    """A reduction over channel axes alone, row by row."""
+    """Treat a reduction over channel axes only, row by row."""
     layout = facts.layout(node.args[0])
     if any(layout[dim] != "c" for dim in dims):
         return barrier("it joins the images of the batch")
@@ -904,8 +904,8 @@ def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: 
 
 
 def _window(options: dict[str, Any], same: bool = False) -> Window | str:
-    """The window that the options of a convolution or a pooling describe, or why there is none; with `same` its padding
-    is what the map's own size asks for."""
+    """Return the window of a convolution or pooling, or the reason why there is none; with `same` its padding depends
+    on the map's size."""
     kernel, stride = _pair(options["kernel_size"]), _pair(options["stride"])
     dilation, padding = _pair(options.get("dilation", 1)), 0 if same else options.get("padding", 0)
     mode = "zeros" if same else options.get("padding_mode", "zeros")
@@ -933,12 +933,12 @@ def _treat_window(call: Callable[..., Any], window: Window | str, **arguments: A
 
 
 def _pool_image(call: Callable[..., Any], why: str, options: dict[str, Any], node: fx.Node) -> Treatment:
-    """A pooling over the whole image, whose window is checked in every call unless it is the map's own size."""
+    """Treat a pooling over the whole image; its window is checked in every call unless it is computed from the map."""
     return Treatment("global", why, call=call, covers=_unless_own_size(options["kernel_size"], node))
 
 
 def _covers_image(options: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
-    """True if a pooling window is computed from the size of the map, and is all of it."""
+    """True if a pooling window is computed from the map's size and covers the whole map."""
     kernel, layout = options["kernel_size"], facts.layout(node.args[0])
     if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(options["padding"])):
         return False
@@ -946,7 +946,7 @@ def _covers_image(options: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
 
 
 def _unless_own_size(kernel: Any, node: fx.Node) -> Any:
-    """The window of a pooling, unless it is the size of the map it reads by the way it is computed."""
+    """Return the kernel size of a pooling, or None if it is computed as the size of the map that it reads."""
     if isinstance(kernel, fx.Node) and kernel.target is operator.getitem:
         whole, part = kernel.args
         is_own = part in (slice(2, None), slice(-2, None)) and _is_size_of(whole, node.args[0])
@@ -957,7 +957,7 @@ def _unless_own_size(kernel: Any, node: fx.Node) -> Any:
 
 
 def _is_size_of(value: Any, source: Any) -> bool:
-    """True if a node asks for the size of a map."""
+    """True if a node is the size of a map."""
     asks = isinstance(value, fx.Node) and (
         (value.target == "size" and len(value.args) == 1) or value.args[1:] == ("shape",)
     )
@@ -965,7 +965,7 @@ def _is_size_of(value: Any, source: Any) -> bool:
 
 
 def _is_length_of(source: Any, axis: int, value: Any) -> bool:
-    """True if a node asks for the length of an axis of a map with four."""
+    """True if a node is the length of an axis of a map (B, C, H, W)."""
     while isinstance(value, fx.Node) and value.target is int:
         value = value.args[0]
     if not isinstance(value, fx.Node) or value.args[1:] not in ((axis,), (axis - 4,)):

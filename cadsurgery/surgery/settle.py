@@ -1,4 +1,4 @@
-"""Find the nodes that stay outside the region, in passes until nothing changes, before its strides are chosen."""
+"""Find the nodes that must stay outside the region, in repeated passes, before the strides are chosen."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from cadsurgery.surgery.treatment import Barrier, Cause, operation_name
 
 Refusal = Callable[[fx.Node, Sequence[fx.Node]], Barrier | None]
 
-# A further, coarser output map that costs less than this share of a network is no reason for a stage of its own.
+# An additional, coarser output map gets no adaptive stage of its own if it has less than this share of the MACs.
 MERE_TAIL = 0.05
 
 
 class Settled(NamedTuple):
-    """A flow, and what it was settled with: why nodes are left out, and whose dilation stands for no removed stride."""
+    """A flow and the arguments it was computed with.
+
+    Attributes:
+        flow: the forward flow.
+        refused: function that returns why a node may not be in the region, or None.
+        by_design: nodes whose dilation does not replace a removed stride.
+        coarsest: see `settle_flow`.
+    """
 
     flow: Flow
     refused: Refusal
@@ -28,25 +35,25 @@ class Settled(NamedTuple):
     coarsest: int | None
 
     def up_to(self, low: int) -> Flow:
-        """The same flow where no cell is larger than `low` pixels: what reads in between may stay in the region."""
+        """Return the flow for cells of at most `low` pixels, where more operations may stay in the region."""
         return flow_forward(self.flow.facts, self.refused, self.by_design, low, self.coarsest)
 
 
 def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None = None) -> Settled:
-    """The forward flow in which every removed stride could really be put back, and every pad has its windows.
+    """Compute the forward flow in which removed strides can be restored and only windows of the region read padding.
 
     Args:
-        facts: of the network.
-        asked: why the region asked for leaves out a node that reads these maps.
-        named: true if a region names its operations: it has them, however little work that is.
-        coarsest: the largest spacing in pixels that a dilation may stand for; None is any.
+        facts: facts about the network.
+        asked: function that returns why the requested region leaves out a node that reads certain maps, or None.
+        named: true if the region names its operations; small tails are then kept in it.
+        coarsest: the largest output stride that a dilation may stand for; None for no limit.
     """
     by_design: frozenset[fx.Node] = frozenset()
     outside: dict[fx.Node, Barrier] = {}
 
     def refused(node: fx.Node, maps: Sequence[fx.Node]) -> Barrier | None:
         padded = [source for source in maps if source in outside and outside[source].cause is Cause.PADDING]
-        if padded and len(padded) == len(maps):  # joined with another map they are as large as that
+        if padded and len(padded) == len(maps):  # a join with another map would fix the size
             return Barrier(f"reads what {padded[0].name} padded, which is larger than the maps of the region")
         return asked(node, maps) or outside.get(node)
 
@@ -62,7 +69,7 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None 
 
 
 def _lone_pads(flow: Flow) -> dict[fx.Node, Barrier]:
-    """Padding that something else than a window of the region reads."""
+    """Return padding operations whose result is read by other nodes than windows of the region."""
     return {
         pad: Barrier(
             f"pads the map for {operation_name(user, flow.facts)}, which is no window of the region",
@@ -80,17 +87,17 @@ def _pads_for(user: fx.Node, flow: Flow) -> bool:
 
 
 def _last_resizes(flow: Flow) -> dict[fx.Node, Barrier]:
-    """Resizes that read the region at arbitrary points, where nothing but pointwise operations follows: what comes out
-    is as large as in the network."""
+    """Return resizes that read the region at arbitrary points and are followed by pointwise operations only, so that
+    the output has the size of the original network's."""
     return {
         node: Barrier("resizes what leaves the region", Cause.END) for node in flow.last if flow.at_exit(node)
     }
 
 
 def _mere_tails(flow: Flow) -> dict[fx.Node, Barrier]:
-    """Strided operations at the end of a network with several outputs that are hardly any of its work, such as
-    the coarsest levels of a feature pyramid: with a stage of their own they would be its lowest output stride. What
-    comes back to a finer map is no end: left out, it would be missing there at every other level."""
+    """Return strided operations at the end of a network with several outputs that have few MACs, such as the coarsest
+    levels of a feature pyramid; in the region they would determine the lowest output stride. Operations whose results
+    return to a finer map do not count: the finer map needs them at every level."""
     facts = flow.facts
     several = sum(flow.role[node] is Role.MAP for node in facts.outputs) > 1
     total = sum(facts.macs.values())

@@ -1,9 +1,9 @@
-"""Reshapes that take the batch with them, written without it: as some networks shuffle channels.
+"""Rewrite chains of reshapes that merge the batch with other axes, as in some channel shuffles.
 
 `x.view(b * c // 2, 2, h * w).permute(1, 0, 2).reshape(2, -1, c // 2, h, w)` is `x.reshape(b, c // 2, 2, h, w)` with its
-axes permuted. On elements an image is no axis, so only the second form has a meaning there. Such a chain is followed by
-the factors that its axes are made of; where none of them holds the batch or the image together with channels any more,
-what it gives is made in the second form.
+axes permuted. Elements have no batch or image axes, so only the second form can run on them. A chain is followed
+through the factors of its axes. As soon as no axis combines the batch or the image with channels, the result is written
+in the second form.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SAME = ("contiguous", "clone")
 
 @dataclass(frozen=True)
 class _Factor:
-    """A factor of an axis: all of the batch, height or width, or a part of the channels, every so many-th."""
+    """A factor of an axis: the whole batch, height or width, or a part of the channels with a step between them."""
 
     kind: str
     size: int
@@ -35,7 +35,7 @@ Axes = list[list[_Factor]]
 
 
 def write_without_batch(facts: Facts) -> bool:
-    """Rewrite such chains in the graph of a network, in place; whether there were any."""
+    """Rewrite such chains in the graph of a network, in place; return True if there were any."""
     chains: dict[fx.Node, tuple[fx.Node, Axes]] = {}
     changed = False
     for node in list(facts.graph.nodes):
@@ -60,7 +60,7 @@ def write_without_batch(facts: Facts) -> bool:
 
 
 def _axes_of(node: fx.Node, facts: Facts) -> Axes:
-    """Those of a map of four axes, as a convolution gives it; nothing for anything else."""
+    """Return the axes of a floating-point map (B, C, H, W); an empty list for any other value."""
     shape = tuple(facts.shapes[node])
     if len(shape) != 4 or shape[0] != len(facts.example) or node not in facts.floating:
         return []
@@ -68,24 +68,24 @@ def _axes_of(node: fx.Node, facts: Facts) -> Axes:
 
 
 def _is_mixed(axes: Axes) -> bool:
-    """True if an axis holds the batch or the image together with something else."""
+    """True if an axis combines the batch or the image with other factors."""
     kinds = ["".join(factor.kind for factor in axis) for axis in axes]
     return any(len(set(kind)) > 1 and kind != "hw" for kind in kinds)
 
 
 def _follow(node: fx.Node, axes: Axes, facts: Facts) -> Axes | None:
-    """The axes after one operation of a chain; None if it is none."""
+    """Return the axes after one operation of a chain; None if the operation ends the chain."""
     if node.target in _SAME:
         return axes
     if node.target in _RESHAPES:
         return _regroup([factor for axis in axes for factor in axis], tuple(facts.shapes[node]))
-    given: Any = node.args[1:] or tuple(node.kwargs.values())
-    if node.target in _SWAPS and len(given) == 2 and all(isinstance(axis, int) for axis in given):
+    arguments: Any = node.args[1:] or tuple(node.kwargs.values())
+    if node.target in _SWAPS and len(arguments) == 2 and all(isinstance(axis, int) for axis in arguments):
         order = list(range(len(axes)))
-        first, second = (axis % len(axes) for axis in given)
+        first, second = (axis % len(axes) for axis in arguments)
         order[first], order[second] = order[second], order[first]
     elif node.target == "permute":
-        order = list(given[0] if isinstance(given[0], (tuple, list)) else given)
+        order = list(arguments[0] if isinstance(arguments[0], (tuple, list)) else arguments)
         if not all(isinstance(axis, int) for axis in order):
             return None
     else:
@@ -94,7 +94,7 @@ def _follow(node: fx.Node, axes: Axes, facts: Facts) -> Axes | None:
 
 
 def _regroup(factors: list[_Factor], shape: tuple[int, ...]) -> Axes | None:
-    """The factors as axes of a shape, channels split where that is needed; None if something else would be."""
+    """Distribute the factors over the axes of a shape, splitting channels if needed; None if that is impossible."""
     waiting, axes = list(factors), list[list[_Factor]]()
     for size in shape:
         axis, filled = list[_Factor](), 1
@@ -119,20 +119,20 @@ def _regroup(factors: list[_Factor], shape: tuple[int, ...]) -> Axes | None:
 
 
 def _emit(node: fx.Node, start: fx.Node, axes: Axes) -> fx.Node:
-    """Insert a chain behind the map it starts from: channels apart, axes permuted, channels together again."""
+    """Insert the rewritten chain: split the channels, permute the axes, merge the channels."""
     graph = node.graph
     with graph.inserting_before(node):
         lengths: dict[str, Any] = {
             kind: graph.call_method("size", (start, axis)) for kind, axis in _SIZES.items()
         }
-        wanted = [factor for axis in axes for factor in axis]
-        channels = sorted((f for f in wanted if f.kind == "c"), key=lambda f: -f.step)
+        factors = [factor for axis in axes for factor in axis]
+        channels = sorted((f for f in factors if f.kind == "c"), key=lambda f: -f.step)
         order = [_Factor("b", 0), *channels, _Factor("h", 0), _Factor("w", 0)]
-        apart = (lengths["b"], *(factor.size for factor in channels), lengths["h"], lengths["w"])
-        made = graph.call_method("reshape", (start, *apart))
-        places = [channels.index(f) + 1 if f.kind == "c" else _place(f.kind, order) for f in wanted]
+        split_shape = (lengths["b"], *(factor.size for factor in channels), lengths["h"], lengths["w"])
+        result = graph.call_method("reshape", (start, *split_shape))
+        places = [channels.index(f) + 1 if f.kind == "c" else _place(f.kind, order) for f in factors]
         if places != sorted(places):
-            made = graph.call_method("permute", (made, *places))
+            result = graph.call_method("permute", (result, *places))
         if any(len(axis) != 1 for axis in axes):
             shape = []
             for axis in axes:
@@ -142,11 +142,11 @@ def _emit(node: fx.Node, start: fx.Node, axes: Axes) -> fx.Node:
                         known = lengths[factor.kind]
                         length = known if length == 1 else graph.call_function(operator.mul, (length, known))
                 shape.append(length)
-            made = graph.call_method("reshape", (made, *shape))
-    for new in (made, *made.all_input_nodes):
+            result = graph.call_method("reshape", (result, *shape))
+    for new in (result, *result.all_input_nodes):
         if new is not start:
             new.meta.update(node.meta)
-    return made
+    return result
 
 
 _SIZES = {"b": 0, "h": 2, "w": 3}

@@ -1,4 +1,4 @@
-"""Trace a network into a torch.fx graph whose nodes the rules can name."""
+"""Trace a network into a torch.fx graph whose nodes can be matched by the rules."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cadsurgery.surgery.tracer import Functions, Tracer, assign
 
 
 class CannotFollow(CannotConvert):
-    """A network whose Python tracing cannot follow."""
+    """The network cannot be traced: its Python code depends on values, or torch.fx does not support it."""
 
 
 def _timm_leaves() -> tuple[frozenset[type], Functions]:
-    if "timm" not in sys.modules:  # a model of timm has imported it; other users need not wait for it
+    if "timm" not in sys.modules:  # only timm's models need this, and they have imported timm already
         return frozenset(), ()
     from timm.layers import get_notrace_functions, get_notrace_modules
 
@@ -36,7 +36,7 @@ def _timm_leaves() -> tuple[frozenset[type], Functions]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own mode back."""
+    """Set evaluation mode for the block; then restore the mode of each module."""
     modes = {module: module.training for module in model.modules()}
     if any(modes.values()):
         model.eval()
@@ -48,8 +48,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _said_to_trace() -> Iterator[None]:
-    """`torch.jit.is_tracing` is true for a while: libraries then leave out checks that depend on an image's size."""
+def _pretend_jit_tracing() -> Iterator[None]:
+    """Make `torch.jit.is_tracing` true for the block, so that libraries skip checks that depend on the image size."""
     with mock.patch.object(torch.jit, "is_tracing", lambda: True):
         yield
 
@@ -61,30 +61,30 @@ def trace(
     example: Arguments | None = None,
     given: frozenset[str] = frozenset(),
 ) -> fx.Graph:
-    """The graph of `model` as it runs in evaluation mode, without data-dependent control flow.
+    """Trace `model` in evaluation mode; the graph has no data-dependent control flow.
 
-    In-place operations are made explicit: whoever reads a value after it was changed in place reads the
-    changing node. Functional dropout follows the `training` flag instead of its state while tracing.
+    In-place operations are made explicit: nodes that read a value after an in-place change read the changing node
+    instead. Functional dropout follows the `training` flag of later calls instead of its state while tracing.
 
     Args:
         model: the network.
-        is_operation: true if a module is one node of the graph; torch's own modules are in any case.
-        functions: Python functions that are one node of the graph.
-        example: arguments of a call whose sizes Python may ask for, see `carry`; by default it may not.
-        given: names of arguments that are given in every call, whatever their default is; those of `example` are.
+        is_operation: true if a module is to be a single node of the graph; torch's own modules always are.
+        functions: Python functions that are to be single nodes of the graph.
+        example: arguments of a call; the network's Python code may then use their sizes, see `carry`.
+        given: names of arguments that every call passes, whatever their default; arguments of `example` are included.
 
     Raises:
         CannotFollow: the forward depends on values or uses Python that torch.fx cannot follow.
     """
     try:
-        with evaluating(model), _said_to_trace():
+        with evaluating(model), _pretend_jit_tracing():
             declared, wrapped = _timm_leaves()
             options = (is_operation, (*functions, *wrapped), declared)
             try:
                 graph = _trace(model, options, example, given=given)
-            except Exception:  # Python may decide by the values of buffers, which are then constants
+            except Exception:  # perhaps control flow that depends on buffers: retry with buffers as constants
                 graph = _trace(model, options, example, given=given, names_buffers=False)
-    except Exception as error:  # tracing runs foreign code, which can raise anything
+    except Exception as error:  # tracing runs foreign code, which can raise any error
         raise CannotFollow(
             f"{type(model).__name__} cannot be traced.",
             where=_place_of(error),
@@ -107,19 +107,19 @@ def _trace(model: nn.Module, options: Any, example: Arguments | None, **more: An
 
 
 def _place_of(error: BaseException) -> str:
-    """The innermost line of the user's that an error comes from."""
+    """Return the innermost line of the user's code in an error's traceback."""
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     return next((place for frame in reversed(frames) if (place := line_of(frame))), "")
 
 
 def _open_dataclass(graph: fx.Graph) -> None:
-    """An output that is a dataclass becomes a dictionary of its fields, of which who runs it makes one."""
+    """Replace an output that is a dataclass by a dictionary of its fields; the caller rebuilds the dataclass."""
     output = next(node for node in graph.nodes if node.op == "output")
-    made = output.args[0]
-    if isinstance(made, fx.Node) and isinstance(made.target, type) and is_dataclass(made.target):
-        names = [one.name for one in fields(made.target) if one.init]
-        output.update_arg(0, {**dict(zip(names, made.args, strict=False)), **made.kwargs})
-        graph.erase_node(made)
+    call = output.args[0]
+    if isinstance(call, fx.Node) and isinstance(call.target, type) and is_dataclass(call.target):
+        names = [one.name for one in fields(call.target) if one.init]
+        output.update_arg(0, {**dict(zip(names, call.args, strict=False)), **call.kwargs})
+        graph.erase_node(call)
 
 
 def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
@@ -137,7 +137,7 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
         if node.args and isinstance(node.args[0], fx.Node) and is_in_place(target, node.args, node.kwargs):
             part = node.args[0]
             read_instead(part, node, node)
-            if _is_view(part):  # of a whole that is changed with it
+            if _is_view(part):  # the viewed tensor changes as well
                 whole: Any = part.args[0]
                 with graph.inserting_after(node):
                     changed = graph.call_function(assign, (whole, part.args[1], node))
@@ -147,7 +147,7 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """True if a node is a part of a tensor that shares its memory: one taken by numbers and slices, several of them."""
+    """True if a node is a view of a tensor, made by indexing with several numbers and slices."""
     index = node.args[1] if node.target is operator.getitem else None
     return isinstance(index, tuple) and all(isinstance(one, (int, slice, type(...))) for one in index)
 

@@ -1,8 +1,8 @@
-"""Treatments of operations, as rules give them, and the registry that finds the rule.
+"""Treatments of operations, and the registry of the rules that return them.
 
-A rule only decides: it takes a node and the facts and returns a `Treatment`. An operation without a rule,
-or one its rule does not understand, is a `barrier` with its reason. Rules live in `surgery/rules.py`; users add
-theirs with `@cadsurgery.rule(TheirModule)`.
+A rule takes a node and the facts and returns a `Treatment`; it changes nothing. An operation without a rule, or one
+that its rule cannot handle, is a `barrier` with a reason. Our rules are in `surgery/rules.py`; users add their own with
+`@cadsurgery.rule(TheirModule)`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Kind = Literal["window", "pad", "resize", "pointwise", "join", "global", "broadc
 
 
 class Cause(Enum):
-    """Why an operation is not in the region."""
+    """Cause of an operation's exclusion from the region."""
 
     OPERATION = "no rule lets it pass there"
     POSITIONS = "it joins all positions of the image"
@@ -42,7 +42,7 @@ class Cause(Enum):
 
 @dataclass(frozen=True)
 class Barrier:
-    """An operation that runs dense: why, in words for people and as a cause that decisions are made by."""
+    """An operation that runs dense: the reason in words for users, and its cause for decisions in code."""
 
     why: str
     cause: Cause = Cause.OPERATION
@@ -56,11 +56,11 @@ class Attribute(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """A call on rows: the nodes of maps among its arguments stand for their rows. As an argument of a treatment, a call
-    on parameters.
+    """A call on rows; nodes of maps among its arguments stand for their rows. As an argument of a treatment it is a
+    call on parameters.
 
     Attributes:
-        target: a function, or the name of a method; None returns the first argument as it is.
+        target: a function, or the name of a method; None returns the first argument unchanged.
         args: positional arguments.
         kwargs: keyword arguments.
     """
@@ -72,29 +72,29 @@ class Call:
 
 @dataclass(frozen=True)
 class Treatment:
-    """How an operation acts on a lattice.
+    """Treatment of an operation: the way it acts on elements.
 
     Attributes:
         kind: `window` (reads taps around an element), `pad` (belongs to the window that follows), `resize`
             (changes to a finer grid), `pointwise` (acts on each element alone), `join` (combines elements of one
             lattice), `global` (one vector per image), `broadcast` (repeats such a vector over the map),
-            `shape` (asks for the size), or `barrier`.
+            `shape` (reads only the size), or `barrier`.
         why: the reason, for the plan; by default the first line of the rule's docstring.
-        call: the operation that does it on elements: one of `cadsurgery.functional`, or its name, or one declared by
-            `@cadsurgery.operation`; without one it is done on rows.
-        arguments: its keyword arguments: constants, nodes, `Attribute`s, or `Call`s on such.
-        window: kernel, stride, dilation and padding, for windows, pads, and resizes that read a window.
+        call: the operation on elements: a function of `cadsurgery.functional` or its name, or a function declared by
+            `@cadsurgery.operation`; None if the operation runs on rows.
+        arguments: keyword arguments of `call`: constants, nodes, `Attribute`s, or `Call`s on these.
+        window: kernel size, stride, dilation and padding, for windows, pads, and resizes that read a window.
         then: modules applied to the rows afterwards.
-        rows: the call to make on rows, where it is not the operation's own.
-        layout: axes of the result, where they are not those of the map it reads.
-        scale: how many times finer the result of a resize is.
-        last_only: why a resize can only be carried out where it leaves the region for good, or "".
-        axes: the layout `call` needs of the map; "" for any.
+        rows: the call on rows, if it is not the operation's own call.
+        layout: axes of the result, if they differ from those of the map that is read.
+        scale: factor by which the result of a resize is finer.
+        last_only: why a resize is possible only at the end of the region, or "".
+        axes: the layout that `call` requires of the map; "" for any.
         spaced: true if `call` takes the spacing of the network's own grid.
-        reads: the map that `call` reads, where it is not the first argument.
-        leaves_by: what gives its dense map on the network's own grid, where that is not `to_dense`.
-        covers: a window that the network computes, which has to be as large as the map in every call; None for none.
-        cause: of a barrier.
+        reads: the map that `call` reads, if it is not the first argument.
+        leaves_by: function that makes its dense map on the network's own grid, if it is not `to_dense`.
+        covers: a kernel size computed by the network that must equal the map's size in every call, or None.
+        cause: cause of a barrier.
     """
 
     kind: Kind
@@ -115,11 +115,11 @@ class Treatment:
     cause: Cause = Cause.OPERATION
 
     def __post_init__(self) -> None:
-        """Find the operation that a name stands for.
+        """Replace the name of an operation by its function.
 
         Raises:
-            UnknownName: there is none of that name.
-            InvalidInput: the function is not declared.
+            UnknownName: there is no operation of that name.
+            InvalidInput: the function is not declared as an operation.
         """
         if isinstance(self.call, str):
             if self.call and not hasattr(functional, self.call):
@@ -134,7 +134,7 @@ class Treatment:
 
     @property
     def operation(self) -> Operation | None:
-        """The operation on elements that `call` names; None where the work is done on rows."""
+        """The operation on elements of `call`; None if the operation runs on rows."""
         return operation_of(self.call)
 
 
@@ -146,7 +146,7 @@ _OF_VECTORS: set[Rule] = set()
 def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for module classes, functions, method names, or `"package.module:Name"` strings.
 
-    A module class that has a rule is one operation: tracing does not look into it. The rule is called as
+    A module class with a rule is a single operation: tracing does not go into it. The rule is called as
     `rule(node, facts)` for every node that reads a map, and returns a `Treatment`:
 
         @cs.rule(MyActivation)
@@ -155,13 +155,13 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
             return cs.Treatment("pointwise")
 
     Args:
-        operations: what the rule is for.
-        of_vectors: call the rule also where the operation reads one vector per image and no map.
+        operations: the operations that the rule treats.
+        of_vectors: call the rule also if the operation reads no map but one vector per image.
 
-    The same rule defined again, as by a cell of a notebook that is run twice, takes the place of the first.
+    A rule that is defined again, as in a notebook cell that runs twice, replaces the former definition.
 
     Raises:
-        ValueError: an operation has another rule already.
+        ValueError: an operation already has another rule.
     """
 
     def register(function: Rule) -> Rule:
@@ -177,31 +177,31 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
 
 
 def first_line(function: Rule) -> str:
-    """Of a rule's docstring: its geometric reason."""
+    """Return the first line of a rule's docstring, which is its geometric reason."""
     return (function.__doc__ or "").strip().partition("\n")[0]
 
 
 def barrier(why: str, cause: Cause = Cause.OPERATION) -> Treatment:
-    """The operation runs dense, and so does what follows from it."""
+    """Return the treatment of an operation that runs dense, as do the operations that depend on it."""
     return Treatment("barrier", why, cause=cause)
 
 
 def is_mixer(node: fx.Node, facts: Facts) -> bool:
-    """True if a node's operation joins all positions of the image, whether it has a rule or not: it tells transformers
-    and recurrent networks from convolutional ones."""
+    """True if a node's operation mixes all positions of the image, as in transformers and recurrent networks; it may
+    have a rule or not."""
     mixes = any(is_kind(key, "mixes") for key in _operation_keys(node, facts))
     return mixes and len(facts.shapes.get(node, "any")) > 2
 
 
 def is_pointwise(node: fx.Node, facts: Facts, layout: str = NCHW) -> bool:
-    """True if each position of a node's result is computed from that position of its maps alone, in evaluation mode.
+    """True if each position of a node's result depends only on the same position of its maps, in evaluation mode.
 
-    A rule says so, a user's like ours, by the treatment it returns.
+    The answer follows from the treatment that the operation's rule returns, also for rules of users.
 
     Args:
         node: an operation that may read maps.
-        facts: of the network; the axes of its maps need not be known.
-        layout: axes of the values with four dimensions that the node reads.
+        facts: facts about the network; the axes of its maps need not be known.
+        layout: axes of the tensors with four dimensions that the node reads.
     """
     maps = {
         source: layout for source in node.all_input_nodes if facts.is_map(source) and source.op != "get_attr"
@@ -225,14 +225,14 @@ def _images_of(maps: dict[fx.Node, str], facts: Facts) -> dict[fx.Node, tuple[in
 
 
 def has_rule(module: nn.Module, *, of_package: bool = False) -> bool:
-    """True if a module is an operation of its own, rather than made of others; `of_package`: by a rule of this package,
-    which knows what the module does to values."""
+    """True if a module has a rule, so that it is a single operation; with `of_package` only rules of this package
+    count."""
     known = next((_RULES[key] for key in _module_keys(module) if key in _RULES), None)
     return known is not None and (not of_package or known.__module__.startswith("cadsurgery."))
 
 
 def ruled_functions() -> tuple[Callable[..., Any], ...]:
-    """Python functions that have a rule: tracing does not look into them."""
+    """Return the Python functions that have a rule; tracing does not go into them."""
     functions = []
     for key in _RULES:
         if isinstance(key, str) and ":" in key:
@@ -244,17 +244,17 @@ def ruled_functions() -> tuple[Callable[..., Any], ...]:
 
 
 def rule_of(node: fx.Node, facts: Facts) -> Rule | None:
-    """The rule for a node's operation, if there is one."""
+    """Return the rule for a node's operation, if there is one."""
     return next((_RULES[key] for key in _operation_keys(node, facts) if key in _RULES), None)
 
 
 def why_whole(node: fx.Node, facts: Facts) -> str:
-    """Why the module of a node has to be called on maps as it is, or ""."""
+    """Return why the module of a node must be called on dense maps, or ""."""
     return stays_whole(facts.module(node)) if node.op == "call_module" else ""
 
 
 def treat(node: fx.Node, facts: Facts) -> Treatment:
-    """The treatment of one node by its rule; padding that it reads is taken into its window."""
+    """Return the treatment of a node by its rule; padding before a window becomes part of the window."""
     known = rule_of(node, facts)
     reads_map = any(facts.layout(value) for value in node.all_input_nodes)
     if not reads_map and known not in _OF_VECTORS:
@@ -268,12 +268,12 @@ def treat(node: fx.Node, facts: Facts) -> Treatment:
         treatment = replace(treatment, why=first_line(known))
     source = node.args[0] if node.args else None
     if isinstance(source, fx.Node) and source in facts.pads and treatment.kind != "shape":
-        return _take_in(treatment, facts.pads[source])
+        return _add_padding(treatment, facts.pads[source])
     return treatment
 
 
-def _take_in(treatment: Treatment, pad: Window) -> Treatment:
-    """The treatment of a window that reads padded values: the padding becomes its own."""
+def _add_padding(treatment: Treatment, pad: Window) -> Treatment:
+    """Add the padding of the map that a window reads to the window's own padding."""
     window = treatment.window
     if treatment.kind != "window" or window is None:
         return barrier("reads a padded map without a window that would reach into the padding")
@@ -288,13 +288,13 @@ def _take_in(treatment: Treatment, pad: Window) -> Treatment:
     window = window._replace(padding=total, mode=pad.mode, same=pad.same, outside=outside)
     if reason := growing(window):
         return barrier(reason)
-    # Explicit padding is part of the map that an average divides by.
+    # An average pooling counts explicit padding in its divisor.
     counted = tuple((k, True if k == "count_include_pad" else v) for k, v in treatment.arguments)
     return replace(treatment, window=window, arguments=counted)
 
 
 def growing(window: Window) -> str:
-    """Why a window cannot be evaluated at the elements there are, or ""."""
+    """Return why a window cannot be evaluated on the existing elements (its padding makes the map grow), or ""."""
     partial = window.stride - 1 if window.ceil_mode else 0
     reach = [step * (taps - 1) for step, taps in zip(window.dilation, window.kernel, strict=True)]
     top, bottom, left, right = window.padding
@@ -304,7 +304,7 @@ def growing(window: Window) -> str:
 
 
 def operation_name(node: fx.Node, facts: Facts) -> str:
-    """The name of a node's operation as a user would write it."""
+    """Return the name of a node's operation as a user would write it."""
     if node.op == "call_module":
         return type(facts.module(node)).__name__
     if node.op == "call_method":

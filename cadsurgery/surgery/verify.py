@@ -1,9 +1,9 @@
-"""Verify laws 1 and 2 on an example, with kernel maps throughout (no dense shortcut).
+"""Verify two laws of an adaptive network on an example, using kernel maps everywhere (no dense shortcut).
 
-Law 1: on its own grid the adaptive network is the original: the outputs of the call, whole structure, at the example's
-size and at one of the other parity. A map that is returned at the fine size is compared at the network's own samples.
-Law 2: every other uniform map is the dense network at that stride; it is compared with the same weights in ordinary
-dense convolutions.
+Law 1: on the network's own grid, the adaptive network equals the original. All outputs of the call are compared, at the
+example's size and at a size of the other parity. A map returned at the fine size is compared at the original's samples.
+Law 2: at every other uniform level, the adaptive network equals the dense network at that output stride, computed with
+the same weights in ordinary dense convolutions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 
 _REPORT = "please report this with the model's name; a smaller region=[...] may avoid the operation."
 
-# Share of the entries of an output of whole numbers, such as classes, that may differ: rounding decides between equals.
+# Share of the entries of an integer output, such as class labels, that may differ: rounding decides between ties.
 DISCRETE = 0.01
 
 Masking = Callable[[Tensor, Tensor], Lattice]
@@ -53,12 +53,12 @@ class Check:
     """One comparison.
 
     Attributes:
-        law: what was compared.
-        number: of the law, 1 or 2.
+        law: description of the compared networks.
+        number: number of the law, 1 or 2.
         size: height and width of the image.
         where: node or output with the largest error.
         error: largest difference relative to the largest value.
-        tolerance: allowed.
+        tolerance: largest allowed error.
     """
 
     law: str
@@ -81,24 +81,24 @@ def verify(
 
     Args:
         model: the network whose parameters both graphs use.
-        original: its graph.
+        original: graph of the network.
         adapted: the rewritten graph.
-        plan: that was carried out.
-        geometry: of the adaptive network.
+        plan: the plan that was carried out.
+        geometry: geometry of the adaptive network.
         call: arguments of the example.
 
     Raises:
-        CannotConvert: a law does not hold; nothing wrong is ever returned silently.
+        CannotConvert: a law does not hold; a wrong network is never returned silently.
     """
     try:
         checks = _all_checks(model, original, adapted, plan, geometry, call)
         if image_of(call).dtype != torch.float64 and not all(check.passed for check in checks):
-            # Deep networks can amplify rounding errors beyond the tolerance; an error of ours would not shrink.
+            # Deep networks can amplify rounding errors beyond the tolerance; in float64 only real errors remain.
             wide = copy.deepcopy(model, copying(model)).double()
             checks = _all_checks(wide, original, adapted, plan, geometry, widen(call))
     except CadError:
         raise
-    except Exception as error:  # a foreign operation can fail in any way on what it is given
+    except Exception as error:  # foreign operations can raise any error
         raise CannotConvert(
             "the converted network does not run, so it is not returned.",
             why=first_line(error),
@@ -118,17 +118,17 @@ def verify(
 def measure_effect(
     model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
 ) -> float:
-    """By how much what is returned differs between everything high and everything low, see `Plan.effect`.
+    """Measure how much the outputs differ between all cells high and all cells low, see `Plan.effect`.
 
     Args:
-        model, adapted, plan, geometry, call: see `verify`; the laws hold.
+        model, adapted, plan, geometry, call: see `verify`, which must have passed.
     """
     effect = 0.0
     if image_of(call).dtype in (torch.float32, torch.float64):
         effect = _difference(model, adapted, plan, geometry, call)
         if image_of(call).dtype == torch.float64 or effect >= SMALL_EFFECT:
             return effect if effect > TOLERANCE[torch.float64] else 0.0
-    wide = copy.deepcopy(model, copying(model)).double()  # where it may be rounding
+    wide = copy.deepcopy(model, copying(model)).double()  # a small difference may be rounding
     effect = _difference(wide, adapted, plan, geometry, widen(call))
     return effect if effect > TOLERANCE[torch.float64] else 0.0
 
@@ -149,9 +149,9 @@ def _difference(
         if not value.is_floating_point():
             differences.append(float((value != low[name]).double().mean()) if value.numel() else 0.0)
         elif value.numel():
-            there = value.isfinite() & low[name].isfinite()
-            difference = (value - low[name])[there].double()
-            spread = value[there].double().std(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
+            finite = value.isfinite() & low[name].isfinite()
+            difference = (value - low[name])[finite].double()
+            spread = value[finite].double().std(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
             differences.append(float(difference.square().mean().sqrt() / spread) if len(difference) else 0.0)
     return max(differences)
 
@@ -165,8 +165,8 @@ def _all_checks(
 
 @contextmanager
 def _in_one_order(plan: Plan) -> Iterator[None]:
-    """One thread within, for networks that unpool: where windows overlap torch writes some values twice, and with
-    several threads another one is the last in every call."""
+    """Use a single thread for networks with unpooling: where windows overlap, torch writes some values twice, and with
+    several threads the order of the writes varies."""
     threads = torch.get_num_threads()
     unpools = any("unpool" in decision.operation.lower() for decision in plan.decisions)
     if unpools:
@@ -181,20 +181,20 @@ def _in_one_order(plan: Plan) -> Iterator[None]:
 def _uniform_checks(
     model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
 ) -> list[Check]:
-    """Every level everywhere, through kernel maps, against the dense networks."""
+    """Compare every uniform level, computed through kernel maps, with the dense networks."""
     image = image_of(call)
     tolerance = TOLERANCE.get(image.dtype, 1e-4)
-    geometry = replace(geometry, patch="quadtree")  # blocks have no levels between the highest and the lowest
+    geometry = replace(geometry, patch="quadtree")  # patches of blocks have no intermediate levels
     mapped = replace(geometry, dense_shortcut=False)
     watched = _watched(adapted, plan)
-    as_it_was = _values(model, original, plan, None, call, watched)
+    original_values = _values(model, original, plan, None, call, watched)
     checks = []
     but_for = f", with {', '.join(d.node for d in plan.between)} as it was" if plan.between else ""
     for level in _levels(plan, geometry, adapted):
         own = level == plan.identity_level
         ours = _values(model, adapted, plan, _uniform(mapped, level), call, watched, every=not own)
         if own:
-            law, expected = "the network as it was", as_it_was
+            law, expected = "the network as it was", original_values
         else:
             law = f"the dense network at output stride {plan.strides[level]}{but_for}"
             expected = _values(model, adapted, plan, _uniform(geometry, level), call, watched, every=True)
@@ -204,29 +204,30 @@ def _uniform_checks(
         if own:
             checks += _at_another_size(model, adapted, plan, mapped, call, tolerance)
         if level == 0 < (plan.identity_level or 0) and geometry.pool == "atrous":
-            apart = _apart(adapted)
-            maps = {name: value for name, value in ours.items() if name in apart}
+            unmixed = _unmixed(adapted)
+            maps = {name: value for name, value in ours.items() if name in unmixed}
             if not maps:
                 continue
             law = "everything high, read where the network has samples, is the network as it was"
-            checks.append(_compare(law, maps, {name: as_it_was[name] for name in maps}, tolerance))
+            checks.append(_compare(law, maps, {name: original_values[name] for name in maps}, tolerance))
     return checks
 
 
 def _at_another_size(
     model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments, tolerance: float
 ) -> list[Check]:
-    """The outputs of the call at the network's own level, at a size of the other parity; none if it takes none."""
+    """Compare the outputs at the network's own level with an image one pixel smaller; no check if the network refuses
+    that size."""
     height, width = (length - 1 for length in image_of(call).shape[2:])
     smaller = change_images(call, lambda image: image[..., :height, :width])
     try:
         expected = run_forward(model, smaller)
-    except Exception:  # the network says in its own way which sizes it takes
+    except Exception:  # the network refuses this size with an error of its own
         return []
     masking = _uniform(geometry, plan.identity_level or 0)
     try:
         ours, _ = fx.Interpreter(model, graph=adapted).run(*in_order(adapted, smaller, masking))
-    except GuardFailed:  # which every call says too
+    except GuardFailed:  # a call with such an image reports this to the user
         return []
     law = "the outputs at another size are the network's as it was"
     check = _compare(law, _named(at_own_samples(ours, adapted, plan)), _named(expected), tolerance)
@@ -238,14 +239,14 @@ def _named(outputs: Any) -> dict[str, Tensor]:
 
 
 def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
-    """Read the outputs of a rewritten graph where the network has samples."""
+    """Reduce the outputs of a rewritten graph to the positions at which the original network has samples."""
     node = next(node for node in adapted.nodes if node.op == "output")
 
     def read(value: Any, source: Any) -> Any:
         if isinstance(source, (list, tuple)):
             return [read(*pair) for pair in zip(value, source, strict=True)]
         if isinstance(source, dict):
-            parts = value if isinstance(value, dict) else vars(value)  # of a dataclass
+            parts = value if isinstance(value, dict) else vars(value)  # a dataclass
             return {key: read(parts[key], part) for key, part in source.items()}
         if not isinstance(source, fx.Node) or source.target is not functional.to_dense:
             return value
@@ -258,8 +259,8 @@ def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
     return read(outputs, node.args[0][0])
 
 
-def _apart(adapted: fx.Graph) -> set[str]:
-    """Values of the original that no operation which mixes positions has a part in."""
+def _unmixed(adapted: fx.Graph) -> set[str]:
+    """Return the original's values that depend on no operation that mixes positions."""
     mixed: set[fx.Node] = set()
     for node in adapted.nodes:
         operation = operation_of(node.target)
@@ -270,8 +271,8 @@ def _apart(adapted: fx.Graph) -> set[str]:
 
 
 def _watched(adapted: fx.Graph, plan: Plan) -> dict[str, Decision]:
-    """The maps that are compared: what leaves the region, and what becomes one vector per image. Indices of a pooling
-    leave as numbers; where they go wrong, what is unpooled does."""
+    """Return the maps to compare: those that leave the region or are reduced to one vector per image. Pooling indices
+    are not compared themselves; errors in them show in the unpooled maps."""
     numbers = {
         node.args[0].meta.get(ORIGIN) for node in adapted.nodes if node.target is functional.dense_indices
     }
@@ -288,7 +289,7 @@ def _watched(adapted: fx.Graph, plan: Plan) -> dict[str, Decision]:
 
 
 def _levels(plan: Plan, geometry: Geometry, adapted: fx.Graph) -> list[int]:
-    """Levels to compare: all, but where pools drop what they keep only the lowest has a dense twin."""
+    """Return the levels to compare: all, or only the lowest if pooling drops elements, as only it has a dense twin."""
     levels = list(range(plan.max_level + 1))
     operations = (operation_of(node.target) for node in adapted.nodes if _subsamples(node))
     drops = geometry.pool == "drop" and any(known is not None and known.drops for known in operations)
@@ -302,8 +303,8 @@ def _subsamples(node: fx.Node) -> bool:
 
 @contextmanager
 def _no_dead_branches(model: nn.Module) -> Iterator[None]:
-    """Parameters that are zero or nearly so everywhere count as one half: a branch that starts out with hardly any
-    weight, by a zero-initialised norm or a small layer scale, would hide errors."""
+    """Set parameters that are (nearly) zero everywhere to one half for a while: branches with a zero-initialised norm
+    or a small layer scale would hide errors."""
     dead = {p: p.detach().clone() for p in model.parameters() if p.numel() and p.abs().max() < 1e-3}
     for parameter in dead:
         parameter.data.fill_(0.5)
@@ -327,7 +328,8 @@ def _values(
     watched: dict[str, Decision],
     every: bool = False,
 ) -> dict[str, Tensor]:
-    """Watched values on the network's own grid, and outputs there or, with `every`, at all positions."""
+    """Run a graph and return the watched values on the network's own grid, and the outputs there or, with `every`, at
+    all positions."""
     values: dict[str, Tensor] = {}
 
     class Collect(fx.Interpreter):
@@ -335,10 +337,10 @@ def _values(
             value = super().run_node(n)
             origin = n.name if masking is None else n.meta.get(ORIGIN)
             if origin in watched and isinstance(value, (Elements, Tensor)):
-                seen = value
-                if isinstance(seen, Elements):
-                    seen = to_dense(seen, watched[origin].grid, watched[origin].layout)
-                values[origin] = seen.clone()  # what follows may change it in place
+                dense = value
+                if isinstance(dense, Elements):
+                    dense = to_dense(dense, watched[origin].grid, watched[origin].layout)
+                values[origin] = dense.clone()  # later nodes may change it in place
             return value
 
     first = [] if masking is None else [masking]

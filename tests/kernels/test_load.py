@@ -27,7 +27,7 @@ from cadsurgery.support.files import only_one
 
 pytest_plugins = ["stand_ins"]
 pytestmark = [posix, needs_compiler]
-TORCH_SERVES = "Networks run by torch's operations, slower"
+TORCH_SERVES = "Networks run on torch's operations, which is slower"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-/* A 1x1 convolution of a dense map, the depthwise one that alone reads it and the 1x1 one that alone reads that. */
+/* Inverted bottleneck: a 1x1 convolution of a dense map, a depthwise convolution and a 1x1 convolution in one pass. */
 #include "pairs.h"
 #include "parallel.h"
 
@@ -7,15 +7,15 @@ void free(void *);
 
 typedef struct {
     const element *image;               /* (batch, height, width, channels) */
-    const element *weight, *then, *last; /* of 1x1 convolutions as `product` reads them, between as `depthwise` does */
+    const element *weight, *then, *last; /* 1x1 convolutions in `product`'s layout, `then` in `depthwise`'s */
     const sum *bias, *then_bias, *last_bias;
-    const element *more;                /* of the result's shape, or none */
-    element *out;                       /* (batch, lines, columns, outputs; without a last convolution middle) */
+    const element *more;                /* in the result's shape, or NULL */
+    element *out;                       /* (batch, lines, columns, outputs; or middle without a last convolution) */
     long batch, height, width, channels, middle, outputs, lines, columns, tall, wide, stride, top, left;
     double low, high, then_low, then_high, last_low, last_high;
 } expansion;
 
-/* Channels first..last of a line of the map between the two, `pitch` to a pixel, and behind it zeros. */
+/* Compute channels first..last of a line of the expanded map, with `pitch` values per pixel and zeros after the line. */
 static void expand_line(const expansion *e, const element *image, long first, long last, element *to, long pitch) {
     for (long chunk = first; chunk < last; chunk += CHUNK) {
         const element *weight = e->weight + chunk * ((e->channels + 1) / 2 * 2);
@@ -27,10 +27,10 @@ static void expand_line(const expansion *e, const element *image, long first, lo
             multiply_once(&by, e->bias + chunk, &f, x, last - chunk);
         }
     }
-    memset(to + e->width * pitch, 0, (e->wide + ROWS) * pitch * sizeof(element)); /* what was written too much, too */
+    memset(to + e->width * pitch, 0, (e->wide + ROWS) * pitch * sizeof(element)); /* also clears values written beyond the line */
 }
 
-/* The last convolution of a line of the map before it. */
+/* Apply the last convolution to a line of the depthwise convolution's result. */
 static void project_line(const expansion *e, const element *line, long at) {
     for (long chunk = 0; chunk < e->outputs; chunk += CHUNK) {
         const long place = at * e->outputs + chunk;
@@ -38,7 +38,7 @@ static void project_line(const expansion *e, const element *line, long at) {
                           all_lanes((sum)e->last_high)};
         for (long x = 0; x < e->columns; x += ROWS) {
             const element *a[ROWS], *weight = e->last + chunk * ((e->middle + 1) / 2 * 2);
-            const long begin = x + ROWS <= e->columns ? x : e->columns - ROWS; /* some once more */
+            const long begin = x + ROWS <= e->columns ? x : e->columns - ROWS; /* the last tile overlaps the one before */
             for (int i = 0; i < ROWS; i++) a[i] = line + (begin + i) * e->middle;
             const factors by = {a, weight, 1, e->middle, 0};
             multiply_once(&by, e->last_bias + chunk, &f, begin, e->outputs - chunk);
@@ -60,7 +60,7 @@ static void expand_bands(long from_job, long to_job, void *work) {
     const long pixels = e->left + e->width + e->wide + ROWS, fit = CACHE / (e->tall * pixels * CHUNK);
     const long pitch = (e->last || fit > all ? all : fit < 1 ? 1 : fit) * CHUNK, length = pixels * pitch;
     for (long job = from_job; job < to_job; job++) {
-        const long zeros = e->tall * length, spare = zeros + length; /* a line of zeros, and one of the second map */
+        const long zeros = e->tall * length, spare = zeros + length; /* a line of zeros, and a line of the depthwise result */
         element *ring = calloc(spare + (e->last ? e->columns * e->middle : 0), sizeof(element));
         if (!ring) {
             __atomic_store_n(&x->is_done, 0, __ATOMIC_RELAXED);
@@ -73,7 +73,7 @@ static void expand_bands(long from_job, long to_job, void *work) {
             element *to = (e->last ? ring + spare : e->out) + first;
             const lane least = all_lanes((sum)e->then_low), most = all_lanes((sum)e->then_high);
             const by_level none = {0};
-            long next = 0; /* of the lines to compute */
+            long next = 0; /* next line to compute */
             for (long y = top; y < bottom; y++) {
                 const element *from[TAPS];
                 for (long v = 0; v < e->tall; v++) {
@@ -104,10 +104,10 @@ static void expand_bands(long from_job, long to_job, void *work) {
     }
 }
 
-/* A 1x1 convolution of a dense map, a depthwise one of its result and, if there is one, another 1x1 convolution, to which
- * `more` is added. What is between them is never in memory as a whole: there is a ring of as many lines as a window is
- * tall, without a last convolution of as many channels as fit into the second cache. Returns 0 if there is no memory for
- * those, else 1. With a last convolution there are at least ROWS columns. */
+/* A 1x1 convolution of a dense map, a depthwise convolution and optionally another 1x1 convolution, to whose result `more`
+ * is added. The expanded map is never in memory as a whole: a ring buffer holds as many of its lines as the depthwise
+ * kernel is tall; without a last convolution it holds only as many channels as fit into the L2 cache. Returns 0 if there
+ * is no memory for the buffer, else 1. With a last convolution there must be at least ROWS columns. */
 long SUFFIX(expand_depthwise)(const expansion *e) {
     expanding x = {e, 1};
     cadsurgery_share(e->batch * ((e->lines + BAND - 1) / BAND), 1, expand_bands, &x);

@@ -1,4 +1,4 @@
-/* Maps of one resolution, some of whose positions were computed: the others are filled from those around. */
+/* Fill the missing positions of maps from the computed positions around them. */
 #include "parallel.h"
 #include "vector.h"
 
@@ -11,11 +11,11 @@ typedef struct {
     double least;
     const element *floor, *more;
     element *out;
-    sum heaviest[32]; /* weight of each ring */
+    sum heaviest[32]; /* largest weight of each ring */
     lane bottom, top;
 } filling;
 
-/* Shares that are left out: in float some may change the result in its sixth digit, in double none does. */
+/* Shares below this are skipped: in float they may change the sixth digit of the result, in double no digit. */
 static const sum negligible = sizeof(sum) == 4 ? 2e-6 : 2.8e-17;
 
 static void fill_positions(long begin, long end, void *work) {
@@ -91,12 +91,13 @@ static void fill_positions(long begin, long end, void *work) {
     }
 }
 
-/* Maps of one resolution, of which some positions were computed, filled from those around: see gaps.py.
+/* Fill maps of one resolution from their computed positions, see gaps.py.
  *
- * `table` (n, 1) names the positions wanted among batch * height * width; `there` tells which have a row (null: all),
- * `index` which (null: its own number), `shares` how much of a row counts (null: all of it). weight is (side, side), the
- * sum of the weights of what is there plus `least` divides them if that is not 0. What is left to 1 is `floor`, if any.
- * out is (n, channels); `more`, if any, is added before clamping to low..high. */
+ * `table` (n, 1) lists the positions to fill, as numbers in batch * height * width. Per position, `there` is nonzero if it
+ * was computed (NULL: all were), `index` is its row (NULL: its own number) and `shares` the share of the row that counts
+ * (NULL: all of it). weight is (side, side). If `least` is not 0, weights are divided by the sum of the weights of computed
+ * positions plus `least`. `floor`, if given, gets the rest of the weights up to 1. out is (n, channels); `more`, if given,
+ * is added before clamping to low..high. */
 void SUFFIX(fill)(const reading *in, const uint8_t *there, const int32_t *index, const sum *shares, const sum *weight,
                   long side, long height, long width, double least, const element *floor, const element *more,
                   element *out, double low, double high) {

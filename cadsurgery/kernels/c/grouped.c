@@ -1,22 +1,22 @@
-/* Convolutions in groups of fewer channels than a vector has, depthwise ones among them. */
+/* Grouped convolutions with fewer channels per group than a vector has lanes, including depthwise convolutions. */
 #include "pairs.h"
 #include "parallel.h"
 
 enum { TILE = 4, MOST_GROUP = VECTOR / 8 };
 
-/* Lanes of a vector, how many channels a group may have, and how many taps there may be. */
+/* Lanes of a vector, largest number of channels per group, largest number of taps. */
 const long SUFFIX(grouped_layout)[] = {LANES, MOST_GROUP, TAPS};
 
 typedef struct {
     const reading *in;
-    const sum *weight, *bias; /* (taps, group, padded) and (padded), padded = channels up to a whole vector */
+    const sum *weight, *bias; /* (taps, group, padded) and (padded); padded: channels rounded up to whole vectors */
     by_level by;
     const element *more;
     element *out;
     sum low, high;
 } grouped;
 
-/* What follows the sums of some channels of element `at`, those from `start`. */
+/* Apply scale, shift and residual to the sums of `some` channels of element `at`, from `start` on. */
 INLINE lane follow(const grouped *g, lane value, long at, long start, long channels, long some) {
     if (g->by.scale) {
         const long own = (g->by.levels ? g->by.levels[at] * channels : 0) + start;
@@ -42,8 +42,8 @@ INLINE lane permute(lane value, mask which) {
 #endif
 }
 
-/* One tile of elements, `wide` vectors of channels from `start`. `group` (channels of a group), `wide` and `whole` (no
- * vector reaches beyond the last channel) are constants where this is inlined, so that the sums stay in registers. */
+/* Convolve one tile of elements, `wide` vectors of channels from `start` on. `group` (channels per group), `wide` and
+ * `whole` (no vector extends beyond the last channel) are constants after inlining, so that sums stay in registers. */
 INLINE void convolve(const grouped *g, const mask *spread, const element *const (*from)[TAPS], long tile, long start,
                      const long group, const int wide, const int whole) {
     const reading *in = g->in;
@@ -87,7 +87,7 @@ INLINE void convolve(const grouped *g, const mask *spread, const element *const 
 INLINE void convolve_tiles(const grouped *g, long begin, long end, const long group) {
     const reading *in = g->in;
     const long channels = in->channels;
-    mask spread[LANES]; /* lane l takes this input of its own group */
+    mask spread[LANES]; /* spread[input][l]: the lane of this input channel in the group of lane l */
     for (long input = 0; input < LANES; input++)
         for (long l = 0; l < LANES; l++) spread[input][l] = l / group * group + input;
     for (long tile = begin * TILE; tile < end * TILE && tile < in->n; tile += TILE) {
@@ -97,7 +97,7 @@ INLINE void convolve_tiles(const grouped *g, long begin, long end, const long gr
             for (long tap = 0; tap < in->taps; tap++) from[i][tap] = row(in, entries[tap]);
         }
         long start = 0;
-        /* two vectors at once where nothing is shuffled: enough independent sums to hide the latency */
+        /* without shuffles, two vectors at once: enough independent sums to hide the latency */
         if (group == 1)
             for (; start + 2 * LANES <= channels; start += 2 * LANES) convolve(g, spread, from, tile, start, group, 2, 1);
         for (; start + LANES <= channels; start += LANES) convolve(g, spread, from, tile, start, group, 1, 1);
@@ -116,8 +116,9 @@ TILES_OF(4)
 TILES_OF(8)
 #endif
 
-/* Convolution in groups of `group` channels in and out (a power of two of at most VECTOR / 8, above which `product` serves),
- * clamped to low..high; out is (n, channels) and `more`, if any, is added before clamping. See `by_level`. taps <= TAPS. */
+/* Convolution in groups of `group` input and output channels (a power of two up to VECTOR / 8; `product` handles larger
+ * groups), clamped to low..high. out is (n, channels); `more`, if given, is added before clamping. taps <= TAPS. Scale and
+ * shift: see `by_level`. */
 void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const int32_t *levels, const sum *scale,
                      const sum *shift, const element *more, element *out, long group, double low, double high) {
     grouped g = {in, weight, bias, {levels, scale, shift}, more, out, (sum)low, (sum)high};
@@ -172,11 +173,12 @@ static void convolve_near(long from_block, long to_block, void *work) {
     }
 }
 
-/* `grouped` of groups of one channel, two taps of MANY channels at once. weight is (chunks of channels, pairs of taps, 2,
- * MANY / 2, 2) in the order of `convolve_pairs`, zeros behind the last tap and channel; bias is (chunks * MANY).
+/* Like `grouped` for groups of one channel, two taps of MANY channels at once. weight is (chunks of channels, pairs of
+ * taps, 2, MANY / 2, 2) in the order of `convolve_pairs`, padded with zeros after the last tap and channel; bias is
+ * (chunks * MANY).
  *
- * Of a few elements a chunk of channels is finished before the next is begun: what several of them read of it stays in
- * the first cache. */
+ * A few elements are processed together, one chunk of channels after the other, so that the values they share stay in the
+ * L1 cache. */
 void SUFFIX(depthwise)(const reading *in, const element *weight, const sum *bias, const int32_t *levels,
                        const sum *scale, const sum *shift, const element *more, element *out, double low, double high) {
     depthwise d = {in, weight, more, bias, {levels, scale, shift}, out, all_lanes((sum)low), all_lanes((sum)high)};

@@ -1,7 +1,7 @@
-/* Convolutions of rows of 8-bit values: unsigned features times signed weights, summed exactly in 32 bits. */
+/* Int8 convolutions: unsigned 8-bit activations times signed weights, with exact 32-bit sums. */
 #include "int8.h"
 
-/* 24 sums of 32 registers, or 12 of 16. */
+/* 24 of 32 registers hold sums, or 12 of 16. */
 #if REGISTERS == 32
 enum { COLUMNS = 4 };
 #else
@@ -27,9 +27,9 @@ enum { SHIFT = 128 };
 enum { SHIFT = 0 };
 #endif
 
-/* Rows of a tile, outputs of a chunk, channels side by side and bytes of a weight, as `convolve` reads packed weights, and
- * what is taken off each value of a row before it is multiplied; channels that `depthwise` reads at once, and how many of a
- * last part it takes from two rows. */
+/* Layout of packed weights: for `convolve` rows of a tile, outputs of a chunk, adjacent channels, bytes per weight, and the
+ * number subtracted from each value of a row before the multiplication; for `depthwise` the channels read at once, and the
+ * largest last part that it reads from two rows at once. */
 const long SUFFIX(int8_layout)[] = {ROWS, CHUNK, SIDE, sizeof(weight), SHIFT, VECTOR, HALF};
 
 typedef struct {
@@ -40,7 +40,7 @@ typedef struct {
     long is_done;
 } convolution;
 
-/* The result of a group of channels from the first on: what belongs to its outputs. */
+/* Return the requantisation of one group: `r` with pointers moved to the group's outputs. */
 INLINE result of_group(const result *r, long group, long outputs, long padded) {
     result own = *r;
     const long place = group * outputs;
@@ -51,7 +51,7 @@ INLINE result of_group(const result *r, long group, long outputs, long padded) {
 }
 
 #if VECTOR >= 32
-/* `finish` of CHUNK outputs of a row where all is in 8 bits. */
+/* `finish` for CHUNK outputs of a row if all values have 8 bits. */
 INLINE void finish_chunk(const result *r, const whole *sums, long at, long first, const int has_more) {
     const uint8_t *more = (const uint8_t *)r->more + at * r->outputs + first;
     uint8_t *out = (uint8_t *)r->out + at * r->outputs + first;
@@ -77,7 +77,7 @@ INLINE void finish_chunk(const result *r, const whole *sums, long at, long first
 }
 #endif
 
-/* The sums of up to ROWS rows leave the registers. */
+/* Requantise and store the sums of up to ROWS rows. */
 INLINE void finish_tile(const result *r, whole sums[ROWS][COLUMNS], long at, long many, long first, long last, const int wide) {
 #if VECTOR >= 32
     if (wide == COLUMNS && last - first >= CHUNK && r->out_is_8_bits && !r->is_hardswish && (!r->more || r->more_is_8_bits)) {
@@ -122,9 +122,9 @@ INLINE int32_t four(const uint8_t *from) {
     return value;
 }
 
-/* ROWS rows of the result from row `at`, `wide` vectors of outputs from `first` on, of which the last whose values exist is
- * before `last`: all there is to sum, in registers. `wide` is a constant where this is inlined. b is (taps, quads, CHUNK, 4)
- * from those outputs on; channels are read from `shift` on. */
+/* Compute ROWS result rows from row `at` on, for `wide` vectors of outputs from `first` on (outputs end before `last`),
+ * with all sums in registers. `wide` is a constant after inlining. b is (taps, quads, CHUNK, 4) from these outputs on;
+ * channels are read from `shift` on. */
 INLINE void multiply(const reading *in, const result *r, const int8_t *b, long shift, long at, long many, long first, long last,
                      const int wide) {
     whole sums[ROWS][COLUMNS];
@@ -133,7 +133,7 @@ INLINE void multiply(const reading *in, const result *r, const int8_t *b, long s
     for (long tap = 0; tap < in->taps; tap++) {
         const uint8_t *a[ROWS];
         for (int i = 0; i < ROWS; i++) a[i] = row(in, at + (i < many ? i : many - 1), tap) + shift;
-        if (!first && in->channels >= 64 && tap + 1 < in->taps) /* rows of elements lie where no processor expects them */
+        if (!first && in->channels >= 64 && tap + 1 < in->taps) /* prefetch: hardware cannot predict the rows of elements */
             for (int i = 0; i < ROWS; i++) {
                 const uint8_t *next = row(in, at + (i < many ? i : many - 1), tap + 1) + shift;
                 for (long line = 0; line < in->channels; line += 64) __builtin_prefetch(next + line);
@@ -188,7 +188,7 @@ static void convolve_blocks(long from, long to, void *work) {
 void *malloc(size_t);
 void free(void *);
 
-/* Weights of two channels of every output of a vector, and their products with two channels of a row. */
+/* Weights of two channels for every output of a vector, and their products with two channels of a row. */
 #if VECTOR == 32
 typedef __m256i factors;
 INLINE factors load_weights(const int16_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
@@ -221,7 +221,7 @@ INLINE whole add_products(whole sums, int32_t two, factors by) {
 }
 #endif
 
-/* Bytes as numbers of 16 bits, up to an even number of them. */
+/* Widen bytes to 16 bits, padded to an even number. */
 static inline void widen(const uint8_t *from, int16_t *to, long many) {
     long i = 0;
     for (; i + 8 <= many; i += 8) {
@@ -237,7 +237,7 @@ static inline void widen(const uint8_t *from, int16_t *to, long many) {
     if (many % 2) to[many] = 0;
 }
 
-/* ROWS rows of the result, from row `at`, of values (rows, pairs, 2) with b (pairs, CHUNK, 2). */
+/* Compute ROWS result rows from row `at` on: values a (rows, pairs, 2) times b (pairs, CHUNK, 2). */
 INLINE void multiply(const result *r, const int16_t *a, const int16_t *b, long pairs, long at, long many, long first, long last,
                      const int wide) {
     whole sums[ROWS][COLUMNS];
@@ -259,7 +259,7 @@ INLINE void multiply(const result *r, const int16_t *a, const int16_t *b, long p
     finish_tile(r, sums, at, many, first, last, wide);
 }
 
-/* Rows that are widened at once, of so many pairs: as fit into the second cache beside weights. */
+/* Return the number of rows of `pairs` pairs to widen at once: they fit into the L2 cache beside the weights. */
 static inline long rows_of_panel(long pairs) {
     const long fit = (1 << 17) / (4 * pairs) / ROWS * ROWS;
     return fit < ROWS ? ROWS : fit > BLOCK ? BLOCK : fit;
@@ -279,7 +279,7 @@ static void convolve_blocks(long from, long to, void *work) {
         const long end = begin + block < in->n ? begin + block : in->n;
         for (long group = 0; group < c->groups; group++) {
             const result own = of_group(c->r, group, outputs, chunks * CHUNK);
-            for (long at = begin; at < begin + (end - begin + ROWS - 1) / ROWS * ROWS; at++) /* some once more */
+            for (long at = begin; at < begin + (end - begin + ROWS - 1) / ROWS * ROWS; at++) /* the last row is repeated to fill the tile */
                 for (long tap = 0; tap < in->taps; tap++)
                     widen(row(in, at < end ? at : end - 1, tap) + group * in->channels,
                           panel + ((at - begin) * pairs + tap * half) * 2, in->channels);
@@ -303,9 +303,9 @@ static void convolve_blocks(long from, long to, void *work) {
 }
 #endif
 
-/* Convolution in groups of `channels`. weight is (groups, chunks, taps, channels / SIDE, CHUNK, SIDE): channels of an output
- * side by side, zeros behind the last; offset, scale and bias are (groups, chunks * CHUNK). Returns 0 if there is no memory
- * for a block of widened rows, else 1. */
+/* Grouped convolution with `channels` input channels per group. weight is (groups, chunks, taps, channels / SIDE, CHUNK,
+ * SIDE): SIDE channels of an output are adjacent, padded with zeros. offset, scale and bias are (groups, chunks * CHUNK).
+ * Returns 0 if there is no memory for a block of widened rows, else 1. */
 long SUFFIX(convolve)(const reading *in, const result *r, const weight *weights, long groups) {
     convolution c = {in, r, weights, groups, 1};
 #ifdef QUADS
@@ -341,7 +341,7 @@ static void dequantise_some(long begin, long end, void *work) {
               c->length - i);
 }
 
-/* `length` values in 8 bits: round(value factor + zero), and back: (value - zero) factor. */
+/* Quantise `length` values to 8 bits: round(value * factor + zero). Dequantise: (value - zero) * factor. */
 void SUFFIX(quantise)(const float *values, uint8_t *out, long length, double factor, double zero) {
     conversion c = {values, out, length, (float)factor, (float)zero};
     cadsurgery_share(length, AT_ONCE, quantise_some, &c);
@@ -368,16 +368,16 @@ static void write_lines(long begin, long end, void *work) {
         const uint8_t *fourth = first + 3 * (channels > 3) * apart;
         uint8_t *to = p->out + 4 * ((which * (height + 2 * p->down) + y + p->down) * (width + 2 * p->across) + p->across);
         for (long x = 0; x < width; x++) {
-            const long at = step == 1 ? x : step == 3 ? 3 * x : step * x; /* a loop of its own for each */
+            const long at = step == 1 ? x : step == 3 ? 3 * x : step * x; /* compilers make a separate loop for each step */
             const uint32_t pixel = first[at] | (second[at] & used[1]) << 8 | (third[at] & used[2]) << 16 | (fourth[at] & used[3]) << 24;
             memcpy(to + 4 * x, &pixel, 4);
         }
     }
 }
 
-/* Maps of up to four channels into the middle of pixels of four bytes side by side: out is (batch, height + 2 down,
- * width + 2 across, 4), zeros beside the channels. Those of a pixel lie `apart` bytes from each other, and pixels `step`:
- * in maps one after the other (1), or side by side (their number). */
+/* Copy images of up to four channels into the middle of padded images with four bytes per pixel: out is (batch,
+ * height + 2 down, width + 2 across, 4), with zeros in unused channels. In the input, channels of a pixel are `apart` bytes
+ * from each other and pixels `step` bytes: 1 for planar images, the number of channels for interleaved ones. */
 void SUFFIX(lines)(const uint8_t *image, uint8_t *out, long batch, long channels, long height, long width, long apart,
                    long step, long down, long across) {
     pixels p = {image, out, channels, height, width, apart, step, down, across};

@@ -1,7 +1,7 @@
-/* Vectors of sums in 32 bits, what becomes of them, and rows of 8-bit values.
+/* Vectors of 32-bit sums, their requantisation, and rows of 8-bit values.
  *
- * Sums are exact on every processor: products of bytes that saturate at 16 bits are not used. What follows is done in
- * single precision without contraction, one rounding per operation, so that torch can be asked for the same bits.
+ * Sums are exact on every processor: instructions whose products saturate at 16 bits are not used. Requantisation uses
+ * single precision without contraction, with one rounding per operation, so that torch operations give the same bits.
  */
 #ifndef CADSURGERY_INT8_H
 #define CADSURGERY_INT8_H
@@ -15,7 +15,7 @@
 #define QUADS
 #elif defined(NEON) && defined(__ARM_FEATURE_DOTPROD)
 #define QUADS
-#define SIGNED /* both factors: rows are read less 128 */
+#define SIGNED /* both factors are signed: 128 is subtracted from the rows */
 #endif
 
 enum { LANES = VECTOR / 4 };
@@ -25,10 +25,10 @@ typedef uint8_t narrow __attribute__((vector_size(VECTOR / 4)));
 
 READING(uint8_t);
 
-/* What becomes of the sums of an output: sum scale + bias, plus more by more_scale, the activation, clamped; in 8 bits
- * rounded to nearest, ties to even. low and high are whole numbers of 0..255 then. */
+/* Requantisation of the sums: sum * scale + bias, plus more * more_scale, then activation and clamping. A result in 8 bits
+ * is rounded to nearest, ties to even; low and high are then whole numbers in 0..255. */
 typedef struct {
-    const int32_t *offset; /* what sums begin with: the zero point of the rows times the weights, taken off */
+    const int32_t *offset; /* initial value of the sums: minus the rows' zero point times the weights */
     const float *scale, *bias;
     const void *more;
     void *out;
@@ -36,7 +36,7 @@ typedef struct {
     float more_scale, factor, zero, low, high;
 } result;
 
-/* The row that a tap of row `at` of the result reads. */
+/* Return the input row that a tap of result row `at` reads. */
 INLINE const uint8_t *row(const reading *in, long at, long tap) {
     if (!in->table) return in->rows + at * in->stride;
     const int32_t entry = in->table[at * in->taps + tap];
@@ -44,11 +44,11 @@ INLINE const uint8_t *row(const reading *in, long at, long tap) {
     return entry == in->count ? in->outside : in->halo + (entry - in->count - 1) * in->stride;
 }
 
-/* Up to eight bytes, zeros behind them: a row's end may be the end of the memory. */
+/* Load up to eight bytes, padded with zeros, without reading beyond the row: its end may be the end of the memory. */
 INLINE uint64_t some_of_eight(const uint8_t *from, long some) {
     uint64_t value = 0;
     if (some >= 8) memcpy(&value, from, 8);
-    else if (some >= 4) { /* two parts that overlap */
+    else if (some >= 4) { /* two overlapping parts */
         uint32_t first, last;
         memcpy(&first, from, 4), memcpy(&last, from + some - 4, 4);
         value = first | (uint64_t)last << 8 * (some - 4);
@@ -81,7 +81,7 @@ INLINE lane clamp(lane value, lane least, lane most) {
     return (lane)_mm512_min_ps(_mm512_max_ps((__m512)value, (__m512)least), (__m512)most);
 }
 INLINE whole to_whole(lane value) { return (whole)_mm512_cvtps_epi32((__m512)value); }
-INLINE void store_bytes(uint8_t *to, lane value, long some) { /* of 0..255 */
+INLINE void store_bytes(uint8_t *to, lane value, long some) { /* values in 0..255 */
     _mm_mask_storeu_epi8(to, first(some), _mm512_cvtepi32_epi8((__m512i)to_whole(value)));
 }
 #else
@@ -127,13 +127,13 @@ INLINE lane clamp(lane value, lane least, lane most) {
 INLINE lane multiply_add(lane a, lane b, lane c) { return (lane)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 INLINE whole to_whole(lane value) { return (whole)vcvtnq_s32_f32((float32x4_t)value); }
 #else
-/* The product is exact in double: as one rounding, but for ties of the sum there that single precision would not have. */
+/* Fused multiply-add: the product is exact in double; only ties of the sum in double can differ from a single rounding. */
 INLINE lane multiply_add(lane a, lane b, lane c) {
     lane value;
     for (int i = 0; i < LANES; i++) value[i] = (float)((double)a[i] * b[i] + c[i]);
     return value;
 }
-INLINE whole to_whole(lane value) { /* of less than 2^22: 1.5 2^23 leaves no bits behind it */
+INLINE whole to_whole(lane value) { /* for values below 2^22: adding 1.5 * 2^23 leaves no fraction bits */
     return (whole)(value + 12582912.0f) - (whole)all(12582912.0f);
 }
 #endif
@@ -146,13 +146,13 @@ INLINE void store_bytes(uint8_t *to, lane value, long some) {
 #endif
 #endif
 
-/* The activation that no clamping is, and the next grid. */
+/* Hardswish, the only activation besides clamping, then the quantisation parameters of the result. */
 INLINE lane hardswish(const result *r, lane value) {
     value = value * clamp(value + 3.0f, all(0), all(6)) * (1.0f / 6.0f);
     return multiply_add(value, all(r->factor), all(r->zero));
 }
 
-/* `some` outputs of row `at` from output `first`, of their sums. */
+/* Requantise and store the sums of `some` outputs of row `at`, starting at output `first`. */
 INLINE void finish(const result *r, whole sums, long at, long first, long some) {
     lane value = multiply_add(__builtin_convertvector(sums, lane), load(r->scale + first, LANES), load(r->bias + first, LANES));
     const long place = at * r->outputs + first;

@@ -1,4 +1,4 @@
-/* Depthwise convolutions of rows of 8-bit values: four taps of a channel side by side, as products of bytes take them. */
+/* Int8 depthwise convolutions: four taps of a channel are placed side by side for the byte dot product instructions. */
 #include "int8.h"
 
 #if defined(SSE4) || (VECTOR >= 32)
@@ -36,8 +36,8 @@ INLINE void store_some_of_sixteen(uint8_t *to, __m128i value, long some) {
     if (some > 8) store_some_of_eight(to + 8, (uint64_t)_mm_extract_epi64(value, 1), some - 8);
 }
 
-/* `some` bytes of a row, or, of no more than HALF channels, of two rows one behind the other. `is_whole` and `two` are
- * constants where this is inlined. */
+/* Load `some` bytes of a row; with `two`, load up to HALF bytes of each of two rows, one after the other. `is_whole` and
+ * `two` are constants after inlining. */
 INLINE bytes load_rows(const uint8_t *one, const uint8_t *other, long some, const int two, const int is_whole) {
     (void)other, (void)two;
 #if VECTOR == 64
@@ -78,8 +78,8 @@ INLINE void store_rows(uint8_t *to, uint8_t *next, bytes value, long some, const
 #endif
 }
 
-/* Four products of unsigned with signed bytes in each sum. Without an instruction for it those of even and of odd bytes,
- * of weights that were made numbers of 16 bits before. */
+/* Add four products of unsigned and signed bytes to each sum. Without a dot product instruction, the products of even and
+ * of odd bytes are computed separately, with weights widened to 16 bits beforehand. */
 #ifdef QUADS
 typedef bytes factors;
 INLINE factors prepare(const int8_t *from) { return LOAD(from); }
@@ -104,7 +104,7 @@ INLINE bytes add_products(bytes sums, bytes values, factors by) {
 }
 #endif
 
-/* Where `number` entries of the table from one on point. */
+/* Look up the rows of `number` entries of the table, from entry `first` on. */
 INLINE void find_rows(const reading *in, long first, long number, const uint8_t **found) {
 #if VECTOR == 64
     const __m512i stride = _mm512_set1_epi64(in->stride), rows = _mm512_set1_epi64((long)in->rows);
@@ -123,10 +123,10 @@ INLINE void find_rows(const reading *in, long first, long number, const uint8_t 
 #endif
 }
 
-/* Depthwise convolution of `many` rows of the result from row `at`, up to MANY channels from `start` on. from[i * taps + tap]
- * is what a tap of row i reads. What four taps have of a channel is put side by side: part k has, in each sixteen channels,
- * those from 4 k on, and packing restores their order. `two` rows at a time; `nine` taps have their weights in registers
- * where there are so many: both are constants where this is inlined, as is `is_whole`. */
+/* Convolve `many` result rows from row `at` on, up to MANY channels from `start` on. from[i * taps + tap] is the row that a
+ * tap of row i reads. The values of four taps of a channel are interleaved: part k holds, of every sixteen channels, the
+ * four from 4 k on, and packing restores their order. With `two`, two rows are processed at a time. With `nine` taps, the
+ * weights stay in registers if there are enough. `two`, `nine` and `is_whole` are constants after inlining. */
 INLINE void convolve_channels(const result *r, const int8_t *weight, const uint8_t *const *from, long taps, long at, long many,
                               long channels, long start, const int two, const int nine, const int is_whole) {
     const long left = channels - start;
@@ -145,7 +145,7 @@ INLINE void convolve_channels(const result *r, const int8_t *weight, const uint8
         uint8_t *out = (uint8_t *)r->out + (at + i) * channels + start;
         bytes sums[4] = {offset[0], offset[1], offset[2], offset[3]};
 #pragma GCC unroll 4
-        for (long tap = 0; tap < (nine ? 9 : taps); tap += 4) { /* behind the last tap are weights of zero */
+        for (long tap = 0; tap < (nine ? 9 : taps); tap += 4) { /* weights after the last tap are zero */
             bytes values[4];
 #pragma GCC unroll 4
             for (long j = 0; j < 4; j++) {
@@ -199,9 +199,9 @@ static void convolve_rows(long begin, long end, void *work) {
     }
 }
 
-/* Depthwise convolution of up to MOST_TAPS taps, in 8 bits. weight is (chunks, taps / 4, 4, MANY / 16, 4, 4): parts as above;
- * offset, scale and bias are (chunks, 4, MANY / 16, 4), in their order. A last chunk of no more than HALF channels has them
- * twice. */
+/* Int8 depthwise convolution with up to MOST_TAPS taps. weight is (chunks, taps / 4, 4, MANY / 16, 4, 4) in the parts of
+ * `convolve_channels`; offset, scale and bias are (chunks, 4, MANY / 16, 4) in the same order. A last chunk of at most HALF
+ * channels holds them twice. */
 void SUFFIX(depthwise)(const reading *in, const result *r, const int8_t *weight) {
     depthwise d = {in, r, weight};
     cadsurgery_share((in->n + TOGETHER - 1) / TOGETHER, 8, convolve_rows, &d);

@@ -1,14 +1,14 @@
-/* Cells of level maps, and kernel maps of windows whose taps all move the anchor by the same vector and read zero outside
- * the map: what `_cells` of lattice.py and `_shift_taps` of kernel_map.py compute, pixel by pixel and entry by entry.
+/* Cells of level maps, and kernel maps of windows whose taps have the same offset everywhere and read zero outside the map.
+ * The results equal those of `_cells` in lattice.py and `_shift_taps` in kernel_map.py, entry by entry.
  *
- * Compiled once with -DSUFFIX(name)=... . All tensors are whole in memory; pixels are numbered image by image, line by line.
+ * Compiled once with -DSUFFIX(name)=... . All tensors are contiguous; pixels are numbered image by image, line by line.
  */
 #include <stdint.h>
 
 #include "parallel.h"
 
-/* The number of cells, their anchors (ascending), the row of each pixel's cell in index (pixels) and the number of cells
- * of each image in counts. */
+/* Return the number of cells; write their anchors (ascending), the row of each pixel's cell to index (pixels) and the number
+ * of cells per image to counts. */
 long SUFFIX(find_cells)(const int8_t *levels, const int64_t *sides, long batch, long height, long width,
                         int64_t *anchors, int32_t *index, int64_t *counts) {
     long pixel = 0, count = 0;
@@ -30,20 +30,20 @@ long SUFFIX(find_cells)(const int8_t *levels, const int64_t *sides, long batch, 
 }
 
 typedef struct {
-    const int32_t *index;   /* (batch * height * width), the row of the cell that each pixel lies in */
+    const int32_t *index;   /* (batch * height * width), row of the cell that contains each pixel */
     const int64_t *anchors; /* (count), ascending pixel numbers of the source */
-    const int8_t *levels;   /* (batch * height * width), the level of that cell */
-    const int64_t *sides;   /* of cells of each level */
-    const int64_t *targets; /* (n), ascending pixel numbers of the target, of its own size */
+    const int8_t *levels;   /* (batch * height * width), level of that cell */
+    const int64_t *sides;   /* side of a cell, per level */
+    const int64_t *targets; /* (n), ascending pixel numbers of the target, in the target's size */
     const int64_t *down, *across;
     int32_t *table;   /* (n, vertical * horizontal) */
     int32_t *rank;    /* (batch * height * width), zeros; scratch */
-    int32_t *sources; /* (most, 4), the rows that each row of the halo mixes */
-    double *mix;      /* (most, 4), their shares */
+    int32_t *sources; /* (most, 4), the rows that each halo row interpolates between */
+    double *mix;      /* (most, 4), their weights */
     long pixels, count, n, height, width, target_height, target_width, vertical, horizontal, has_halo;
 } map;
 
-/* Bilinear reading of a pixel: from its cell and the next ones to the right and below, at the border from its own. */
+/* Bilinear interpolation of a pixel between its cell and the next cells to the right and below; at the border only its own. */
 static void interpolate(const map *m, long pixel, int32_t *sources, double *mix) {
     long x = pixel % m->width, y = pixel / m->width % m->height, first = pixel - y * m->width - x, side = m->sides[m->levels[pixel]];
     long top = y - y % side, left = x - x % side;
@@ -54,7 +54,7 @@ static void interpolate(const map *m, long pixel, int32_t *sources, double *mix)
                        first + bottom * m->width + right};
     double shares[4] = {(1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across};
     for (int i = 0; i < 4; i++) {
-        sources[i] = m->index[shares[i] > 0 ? corners[i] : corners[0]]; /* what weighs nothing is not read */
+        sources[i] = m->index[shares[i] > 0 ? corners[i] : corners[0]]; /* rows with weight zero are not read */
         mix[i] = shares[i];
     }
 }
@@ -90,7 +90,7 @@ static void name_halo(long begin, long end, void *work) {
         if (m->table[i] < 0) m->table[i] = m->rank[-1 - m->table[i]];
 }
 
-/* How many rows the halo has: one for every pixel that is read and is no anchor, in their order. */
+/* Fill the kernel map and return the number of halo rows: one for every pixel that is read and is no anchor, in order. */
 long SUFFIX(shift_taps)(const map *m) {
     const long taps = m->vertical * m->horizontal;
     cadsurgery_share(m->n, 65536 / taps + 1, read_taps, (void *)m);

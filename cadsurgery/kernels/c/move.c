@@ -1,4 +1,4 @@
-/* Rows that are copied and mixed: gathering, halos, interpolation along lines. */
+/* Copy rows and weighted sums of rows: gathering, halos, interpolation along lines. */
 #include "parallel.h"
 #include "vector.h"
 
@@ -17,13 +17,13 @@ static void gather_entries(long begin, long end, void *work) {
         memcpy(m->out + i * in->channels, row(in, in->table[i]), in->channels * sizeof(element));
 }
 
-/* Rows of all taps side by side: out is (n, taps, channels). */
+/* Gather the rows of all taps: out is (n, taps, channels). */
 void SUFFIX(gather)(const reading *in, element *out) {
     move m = {in, 0, 0, 0, out};
     cadsurgery_share(in->n * in->taps, rows_at_once(in->channels * sizeof(element)), gather_entries, &m);
 }
 
-/* `many` is a constant where this is inlined, so that places and shares stay in registers. */
+/* `many` is a constant after inlining, so that pointers and shares stay in registers. */
 INLINE void mix_known(const element *const *from, const sum *share, long channels, element *out, const long many) {
     for (long start = 0; start < channels; start += LANES) {
         const long some = channels - start;
@@ -41,7 +41,7 @@ static inline void mix_row(const reading *in, const int32_t *entries, const sum 
     const element *from[MOST];
     sum share[MOST];
     long kept = 0;
-    if (many > MOST) { /* more than fit: in the order of the others, vector by vector */
+    if (many > MOST) { /* too many for registers: the same order of sums, vector by vector */
         for (long start = 0; start < in->channels; start += LANES) {
             const long some = in->channels - start;
             lane total = {};
@@ -65,7 +65,7 @@ static void mix_rows(long begin, long end, void *work) {
         mix_row(in, in->table + i * in->taps, m->mix + i * in->taps, in->taps, m->out + i * in->channels);
 }
 
-/* Weighted sums of rows: out[i] = sum over `taps` of mix[i] times the rows its table names; out is (n, channels). */
+/* Weighted sums of rows: out[i] = sum over taps of mix[i, tap] times row table[i, tap]; out is (n, channels). */
 void SUFFIX(mix)(const reading *in, const sum *mix, element *out) {
     move m = {in, 0, mix, 0, out};
     cadsurgery_share(in->n, rows_at_once(in->taps * in->channels * sizeof(element)), mix_rows, &m);
@@ -82,8 +82,8 @@ static void gather_or_mix(long begin, long end, void *work) {
     }
 }
 
-/* `gather` of one tap without a halo in memory: its rows, `many` of `sources` weighted by `mix`, are summed where they
- * are read. Fewer passes over memory than with a halo, if each is read once. */
+/* `gather` for one tap without a halo in memory: each halo row, a sum of `many` rows `sources` weighted by `mix`, is computed
+ * when it is read. This takes fewer passes over memory if each halo row is read once. */
 void SUFFIX(gather_mixing)(const reading *in, const int32_t *sources, const sum *mix, long many, element *out) {
     move m = {in, sources, mix, many, out};
     cadsurgery_share(in->n, rows_at_once(in->channels * sizeof(element)), gather_or_mix, &m);
@@ -113,9 +113,8 @@ static void mix_line(long begin, long end, void *work) {
     }
 }
 
-/* `mix` of two rows, of every line of a map alike: the rows are the first of `lines` lines, of count rows each; out is
- * (lines, n, channels). Whole vectors are read and written wherever what lies behind a row belongs to the line: what is
- * written too much there is written again. */
+/* `mix` for two rows, with the same table for each of `lines` lines of count rows; out is (lines, n, channels). Whole vectors
+ * are read and written as long as they stay within the line: values written beyond a row are overwritten by the next row. */
 void SUFFIX(mix_lines)(const reading *in, const sum *mix, long lines, element *out) {
     move m = {in, 0, mix, 0, out};
     cadsurgery_share(lines, rows_at_once(in->n * in->channels * sizeof(element)) / 4, mix_line, &m);

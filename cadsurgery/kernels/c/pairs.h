@@ -1,4 +1,4 @@
-/* Depthwise convolution in bfloat16, two taps of twice as many channels as a vector has sums at once. */
+/* Depthwise convolution in bfloat16: two taps at once, for twice as many channels as a vector has sums. */
 #ifndef CADSURGERY_PAIRS_H
 #define CADSURGERY_PAIRS_H
 
@@ -11,10 +11,11 @@ INLINE __m512i load_many(const element *from, __mmask32 which, const int whole) 
     return whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(which, from);
 }
 
-/* MANY channels from `start`, or as many as there are before `channels`, of `many` elements from `first`. `from` are the
- * rows that the taps of the first read; those of the next are `next` pointers behind them or, if none, `step` values.
- * `taps`, `next`, `whole` (there are so many channels) and `plain` (nothing but clamping follows) may be constants where
- * this is inlined. Sums are those of the first half of each quarter of the channels, and those of the second. */
+/* Convolve up to MANY channels from `start` on (no further than `channels`) of `many` elements from `first` on. `from`
+ * points to the rows that the taps of the first element read. The rows of the next element are `next` pointers further or,
+ * if `next` is 0, `step` values further. `taps`, `next`, `whole` (all MANY channels exist) and `plain` (only clamping
+ * follows) may be constants after inlining. One vector of sums holds the first half of each quarter of the channels, the
+ * other the second half. */
 INLINE void convolve_pairs(const by_level by, const element *more, element *out, const lane least, const lane most,
                            const sum *bias, const element *weight, const element *const *from, long first, long many,
                            long channels, long pitch, long start, const long taps, const long next, const long step,

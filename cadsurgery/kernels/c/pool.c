@@ -1,4 +1,4 @@
-/* The largest value, or the sum, over the taps of each element. */
+/* Pooling: the maximum or the sum over the taps of each element. */
 #include "parallel.h"
 #include "vector.h"
 
@@ -9,7 +9,7 @@ typedef struct {
 } pool;
 
 #ifdef BYTES
-/* Many bytes at once: no sum is needed for a maximum. */
+/* Maximum of whole byte vectors: it needs no widening to sums. */
 static void largest_bytes(const reading *in, const int32_t *entries, uint8_t *out) {
     typedef uint8_t many __attribute__((vector_size(VECTOR)));
     for (long start = 0; start < in->channels; start += sizeof(many)) {
@@ -52,7 +52,7 @@ static void pool_elements(long begin, long end, void *work) {
     }
 }
 
-/* Largest value (largest != 0) or sum over the taps: out is (n, channels). */
+/* Maximum (largest != 0) or sum over the taps: out is (n, channels). */
 void SUFFIX(pool)(const reading *in, element *out, long largest) {
     pool p = {in, out, largest};
     cadsurgery_share(in->n, rows_at_once(in->taps * in->channels * sizeof(element)), pool_elements, &p);

@@ -1,7 +1,7 @@
-/* The processor and its threads: which instruction sets can be used here, and how work is shared among cores.
+/* Query the processor's instruction sets, and share work among cores.
  *
- * Compiled once, for the architecture's baseline, so that it runs on every processor: nothing else of the library is
- * entered before `processor_features` has been asked. -DFINGERPRINT="..." is the hash of the files it is made of.
+ * Compiled once, for the architecture's baseline, so that it runs on every processor: no other function of the library is
+ * called before `processor_features`. -DFINGERPRINT="..." is the hash of the library's source files.
  */
 #include "parallel.h"
 
@@ -12,10 +12,10 @@
 #define FINGERPRINT ""
 #endif
 
-/* By which a library that was made of other files is known before it is loaded. */
+/* Tells, before the library is loaded, from which source files it was built. */
 const char cadsurgery_sources[] = "cadsurgery_sources=" FINGERPRINT;
 
-/* As FEATURES of build.py. */
+/* In the order of FEATURES in build.py. */
 enum { SSE4, AVX2, AVXVNNI, AVX512, AVX512VNNI, AVX512BF16, NEON, DOTPROD, BF16 };
 
 #if defined(__x86_64__)
@@ -30,7 +30,7 @@ static registers cpuid(uint32_t leaf, uint32_t part) {
     return r;
 }
 
-/* The registers that the operating system saves: bits 1 and 2 of 16 and 32 bytes, 5 to 7 of 64 bytes. */
+/* Return the registers that the operating system saves: bits 1 and 2 for 16 and 32 bytes, bits 5 to 7 for 64 bytes. */
 static uint32_t saved(void) {
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -39,7 +39,7 @@ static uint32_t saved(void) {
 
 static int has(uint32_t value, uint32_t bits) { return (value & bits) == bits; }
 
-/* Bit i is set if the processor has all that instruction set i needs, and the operating system saves its registers. */
+/* Bit i is set if the processor has all features of instruction set i and the operating system saves its registers. */
 unsigned long processor_features(void) {
     const uint32_t most = cpuid(0, 0).a, most_extended = cpuid(0x80000000u, 0).a;
     const registers none = {0, 0, 0, 0}, one = cpuid(1, 0);
@@ -102,8 +102,8 @@ typedef void gomp_parallel(void (*)(void *), void *, unsigned threads, unsigned 
 static torch_parallel *of_torch;
 static gomp_parallel *of_openmp;
 
-/* What shares work from now on: torch's `torch_parallel_for`, else `GOMP_parallel` of the OpenMP runtime that torch has
- * loaded; both NULL: nothing, all work is done by the thread that calls. */
+/* Set the function that shares work: torch's `torch_parallel_for`, else `GOMP_parallel` of the OpenMP runtime that torch has
+ * loaded. If both are NULL, the calling thread does all the work. */
 void use_threads(void *parallel_for, void *parallel) {
     of_torch = (torch_parallel *)parallel_for;
     of_openmp = (gomp_parallel *)parallel;
@@ -115,10 +115,10 @@ typedef struct {
     void *work;
 } shared;
 
-/* The number of a part that nobody has taken. */
+/* Return the number of the next part and mark it as taken (atomic). */
 static long take(long *next) {
 #if defined(__aarch64__) && !defined(__APPLE__) && !defined(_WIN32)
-    /* Compilers call a function of their own library here, which is not linked. */
+    /* Compilers would call a function of their runtime library here, which is not linked. */
     long value, more;
     int failed;
     do __asm__ volatile("ldxr %0, [%3]\n\tadd %1, %0, #1\n\tstxr %w2, %1, [%3]"
@@ -138,7 +138,7 @@ static void do_parts(void *context) {
     }
 }
 
-/* Which parts a thread does depends on who is free, not on the range that torch gives it. */
+/* A thread takes the next free part, whatever range torch assigns to it. */
 static void do_parts_of_torch(int64_t begin, int64_t end, void *context) {
     (void)begin, (void)end;
     do_parts(context);
@@ -149,5 +149,5 @@ void cadsurgery_share(long count, long grain, share_body body, void *work) {
     shared all = {count, grain, (count + grain - 1) / grain, 0, body, work};
     if (all.parts > 1 && of_torch) of_torch(0, all.parts, 1, do_parts_of_torch, &all);
     else if (all.parts > 1 && of_openmp) of_openmp(do_parts, &all, 0, 0);
-    do_parts(&all); /* what is left: all of it without threads, nothing otherwise */
+    do_parts(&all); /* the remaining parts: all of them without threads, otherwise none */
 }

@@ -1,13 +1,13 @@
-/* Convolutions as products of rows, which are read where they lie: nothing is gathered.
+/* Convolutions as matrix products that read their rows in place, without gathering them.
  *
- * The block and the layout of packed weights are XNNPACK's indirect convolution: pointers to rows instead of a copy of them.
+ * Tiles and packed weights follow XNNPACK's indirect convolution: pointers to rows instead of copies.
  */
 #include "parallel.h"
 #include "product.h"
 
 enum { BLOCK = 16 * ROWS, DEPTH = 512 * SIDE };
 
-/* Rows of a tile, outputs of a chunk, channels side by side, as `product` reads packed weights. */
+/* Layout of packed weights: rows of a tile, outputs of a chunk, adjacent channels. */
 const long SUFFIX(product_layout)[] = {ROWS, CHUNK, SIDE};
 
 typedef struct {
@@ -16,11 +16,11 @@ typedef struct {
     const sum *bias;
     by_level by;
     element *out;
-    long groups, outputs; /* of a group */
+    long groups, outputs; /* outputs per group */
     sum low, high;
 } product;
 
-/* Blocks of rows from `begin` on, all groups and outputs. */
+/* Compute blocks begin..end of rows, for all groups and outputs. */
 static void multiply_blocks(long begin, long end, void *work) {
     const product *p = work;
     const reading *in = p->in;
@@ -38,7 +38,7 @@ static void multiply_blocks(long begin, long end, void *work) {
             finish f = {p->by, p->more, p->out + first * all + place, all, all_lanes(p->low), all_lanes(p->high)};
             if (f.more) f.more += first * all + place;
             if (f.by.levels) f.by.levels += first, f.by.scale += place, f.by.shift += place;
-            long done = 0; /* rows of the block */
+            long done = 0; /* finished rows of the block */
             if (in->taps <= TAPS && in->taps * channels <= DEPTH)
                 for (; done + ROWS <= count; done += ROWS) {
                     const element *a[TAPS * ROWS];
@@ -69,12 +69,13 @@ static void multiply_blocks(long begin, long end, void *work) {
     }
 }
 
-/* Convolution in groups of `in->channels` channels: out (n, groups * outputs) is clamped to low..high after `more`, if
- * any, is added; see `by_level`. weight is (groups, chunks, taps, channels, CHUNK), or of pairs of channels (groups, chunks,
- * taps, channels / 2, CHUNK, 2), a zero beside an odd one, and bias (groups, chunks * CHUNK), outputs of a group padded.
+/* Grouped convolution with `in->channels` input channels per group. out (n, groups * outputs) is clamped to low..high after
+ * `more`, if given, is added; scale and shift: see `by_level`. weight is (groups, chunks, taps, channels, CHUNK), or
+ * (groups, chunks, taps, channels / 2, CHUNK, 2) for pairs of channels, with a zero beside an odd last channel. bias is
+ * (groups, chunks * CHUNK). Outputs of a group are padded to whole chunks.
  *
- * A block of rows is finished before the next is begun, so that what its taps read stays in the cache beside one tap's
- * weights for one chunk of outputs and DEPTH channels. Without a table each row reads itself, with one tap. */
+ * Rows are processed in blocks, so that the values read by a block's taps stay in the cache beside the weights of one tap,
+ * one chunk of outputs and DEPTH channels. Without a table each row reads itself, with one tap. */
 void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
                      const sum *shift, const element *more, element *out, long groups, long outputs, double low, double high) {
     product p = {in, weight, more, bias, {levels, scale, shift}, out, groups, outputs, (sum)low, (sum)high};

@@ -1,11 +1,11 @@
-/* One tile of a matrix product, of rows that lie anywhere with packed weights; the sums of a tile stay in registers. */
+/* One tile of a matrix product of scattered rows with packed weights; the sums of a tile stay in registers. */
 #ifndef CADSURGERY_PRODUCT_H
 #define CADSURGERY_PRODUCT_H
 
 #include "vector.h"
 
 #ifdef PAIRS
-enum { SIDE = 2 }; /* channels of an output side by side */
+enum { SIDE = 2 }; /* adjacent input channels of one output */
 
 #if VECTOR == 64
 typedef __m512bh pairs;
@@ -22,7 +22,7 @@ INLINE lane add_products(lane total, pairs a, pairs b) { return (lane)vbfdotq_f3
 enum { SIDE = 1 };
 #endif
 
-/* 24 sums of 32 registers, or 12 of 16: with the weights of a channel and one value of a row they fill them. */
+/* 24 of 32 registers hold sums, or 12 of 16; the weights of a channel and one value of a row fill the others. */
 #if REGISTERS == 32
 #define COLUMNS 4
 #define BY_WIDTH(wide, run)          \
@@ -43,14 +43,14 @@ enum { SIDE = 1 };
 enum { ROWS = 6, CHUNK = COLUMNS * LANES };
 
 #if (defined(BF16) && !defined(PAIRS)) || defined(BYTES)
-#define WIDENED /* values are not yet those that are summed: they are made so before a tile is multiplied */
+#define WIDENED /* values are stored narrower than the sums and are widened before a tile is multiplied */
 enum { PART = 128 };
 typedef sum factor;
 #else
 typedef element factor;
 #endif
 
-/* total[i] += a[i] B for ROWS rows of `channels` values and the first `wide` vectors of B (channels, CHUNK). */
+/* total[i] += a[i] B for ROWS rows of `channels` values, with the first `wide` vectors of B (channels, CHUNK). */
 #define PRODUCTS(a0, a1, a2, a3, a4, a5, channels, b)                                         \
     for (long c = 0; c < (channels); c++) {                                                   \
         lane by[COLUMNS];                                                                     \
@@ -60,8 +60,8 @@ typedef element factor;
             _Pragma("GCC unroll 4") for (int j = 0; j < wide; j++) total[i][j] += value[i] * by[j]; \
     }
 
-/* total[i] += a[i] B for ROWS rows of `channels` values and the first `wide` vectors of B (channels, CHUNK), or of pairs
- * of channels (channels / 2, CHUNK, 2). `wide` is a constant where this is inlined. */
+/* total[i] += a[i] B for ROWS rows of `channels` values, with the first `wide` vectors of B (channels, CHUNK), or
+ * (channels / 2, CHUNK, 2) for pairs of channels. `wide` is a constant after inlining. */
 INLINE void accumulate(lane total[ROWS][COLUMNS], const element *const *a, long channels, const element *b, const int wide) {
 #ifdef PAIRS
     const element *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
@@ -102,7 +102,7 @@ INLINE void accumulate(lane total[ROWS][COLUMNS], const element *const *a, long 
 #endif
 }
 
-/* Adds to sums that lie in memory, (ROWS, CHUNK). */
+/* Add the products to sums in memory, (ROWS, CHUNK). */
 INLINE void multiply_known(const element *const *a, long channels, const element *b, sum *sums, const int wide) {
     lane total[ROWS][COLUMNS];
 #pragma GCC unroll 6
@@ -122,8 +122,8 @@ static __attribute__((unused)) void multiply(const element *const *a, long chann
 #undef MULTIPLY
 }
 
-/* What follows the sums of a row: its level's factors, a residual, a clamp. Pointers are those of the first output of a
- * chunk; a row of the result, of the residual and of the factors is `outputs` long. */
+/* Operations on the sums of a row: factors of its level, a residual, clamping. Pointers refer to the first output of a
+ * chunk; rows of the result, of the residual and of the factors have length `outputs`. */
 typedef struct {
     by_level by;
     const element *more;
@@ -142,15 +142,15 @@ INLINE void finish_some(const finish *f, lane value, long at, long start, long s
     store_some(f->out + place, clamp(value, f->least, f->most), some);
 }
 
-/* Rows and weights of a tile: what the taps of ROWS rows of the result read, (taps, ROWS), and weights (taps, depth, CHUNK)
- * from which `channels` are read. */
+/* Rows and weights of a tile: pointers to the rows that the taps of ROWS result rows read, (taps, ROWS), and weights
+ * (taps, depth, CHUNK), of which `channels` are read. */
 typedef struct {
     const element *const *a;
     const element *b;
     long taps, channels, depth;
 } factors;
 
-/* All there is to sum, from the bias on: the sums of ROWS rows from row `at` leave for the result from the registers. */
+/* Compute all sums of ROWS rows from row `at` on, starting with the bias, and store the results from the registers. */
 INLINE void multiply_to(const factors *x, const sum *bias, const finish *f, long at, const int wide) {
     lane total[ROWS][COLUMNS];
 #pragma GCC unroll 6
@@ -165,7 +165,7 @@ INLINE void multiply_to(const factors *x, const sum *bias, const finish *f, long
         for (int j = 0; j < wide; j++) finish_some(f, total[i][j], at + i, j * LANES, LANES);
 }
 
-/* `multiply_to` of whole vectors; a last one that is not takes its way through memory. */
+/* `multiply_to` for whole vectors; the sums of a last partial vector go through memory. */
 static __attribute__((unused)) void multiply_once(const factors *x, const sum *bias, const finish *f, long at, long some) {
     const long wide = some >= CHUNK ? COLUMNS : (some + LANES - 1) / LANES;
     if (some >= wide * LANES) {

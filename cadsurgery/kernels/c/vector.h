@@ -1,9 +1,9 @@
-/* Vectors of the instruction set that a file is compiled for, and how rows are loaded into them and stored.
+/* Vectors of the instruction set that a file is compiled for, with loads and stores of rows.
  *
  * A file is compiled once per instruction set, with -DSUFFIX(name)=name##_float32_avx2 and the compiler's flags for that
  * set, and once per element type: -DELEMENT=float, -DELEMENT=double -DWIDE, -DBF16 (bfloat16 kept as its 16 bits, summed
- * in float) or -DBYTES (whole numbers of 0..255, summed in float, rounded to even). -DSCALAR keeps intrinsics out, for
- * processors that nothing here knows.
+ * in float) or -DBYTES (whole numbers in 0..255, summed in float, rounded to even). -DSCALAR disables intrinsics, for
+ * processors without support here.
  */
 #ifndef CADSURGERY_VECTOR_H
 #define CADSURGERY_VECTOR_H
@@ -33,7 +33,7 @@
 #include <arm_neon.h>
 #endif
 
-/* How many vectors fit into registers at once. */
+/* Number of vector registers. */
 #if VECTOR == 64 || defined(NEON)
 #define REGISTERS 32
 #else
@@ -42,8 +42,8 @@
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
-/* Rows (count, channels of a group), which begin `stride` elements after each other. An entry r of the kernel map `table`
- * (n, taps) reads row r, for r == count the row `outside`, above that row r - count - 1 of `halo`. */
+/* Input rows (count, channels of a group), `stride` elements apart, and the kernel map `table` (n, taps). An entry
+ * r < count refers to row r, r == count to the row `outside`, and r > count to row r - count - 1 of `halo`. */
 #define READING(element)                         \
     typedef struct {                             \
         const element *rows, *halo, *outside;    \
@@ -68,7 +68,7 @@ READING(element);
 
 #if defined(BF16) && !defined(SCALAR) && \
     (defined(__AVX512BF16__) || (defined(NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)))
-#define PAIRS /* sums of products of two values side by side in one instruction */
+#define PAIRS /* one instruction multiplies pairs of adjacent values and sums the products */
 #endif
 
 enum { LANES = VECTOR / sizeof(sum), TAPS = 128 };
@@ -116,7 +116,7 @@ INLINE lane load(const element *from) {
 #if VECTOR == 64
 #define FIRST(some) ((1u << (some)) - 1)
 #elif VECTOR == 32 && !defined(BF16) && !defined(BYTES)
-/* -1 in the first `some` lanes. */
+/* Return a mask with -1 in the first `some` lanes. */
 INLINE __m256i first_lanes(long some) {
 #ifdef WIDE
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(some), _mm256_setr_epi64x(0, 1, 2, 3));
@@ -126,7 +126,7 @@ INLINE __m256i first_lanes(long some) {
 }
 #endif
 
-/* The first `some` channels, zeros behind them: a row's end may be the end of the memory. */
+/* Load the first `some` channels, padded with zeros, without reading beyond the row: its end may be the end of the memory. */
 INLINE lane load_some(const element *from, long some) {
     if (some >= LANES) return load(from);
 #if VECTOR == 64 && defined(BF16)
@@ -150,7 +150,7 @@ INLINE lane load_some(const element *from, long some) {
 
 INLINE void store_some(element *to, lane value, long some) {
 #if defined(PAIRS) && VECTOR == 64
-    __m256i part = (__m256i)_mm512_cvtneps_pbh((__m512)value); /* below the least normal number: 0 */
+    __m256i part = (__m256i)_mm512_cvtneps_pbh((__m512)value); /* flushes subnormal numbers to 0 */
 #elif defined(BF16)
     words bits = (words)value;
     words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
@@ -173,7 +173,7 @@ INLINE void store_some(element *to, lane value, long some) {
     narrow part = (narrow)_mm_cvtsi128_si64(_mm256_castsi256_si128(
         _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4))));
 #else
-    narrow part = __builtin_convertvector((mask)(value + 12582912.0f) & 255, narrow); /* 1.5 2^23: no bits behind it */
+    narrow part = __builtin_convertvector((mask)(value + 12582912.0f) & 255, narrow); /* 1.5 * 2^23 leaves no fraction bits */
 #endif
 #else
     lane part = value;
@@ -205,7 +205,7 @@ INLINE lane all_lanes(sum value) { return (lane){} + value; }
 
 INLINE lane choose(mask which, lane yes, lane no) { return (lane)((which & (mask)yes) | (~which & (mask)no)); }
 
-/* NaN stays NaN. */
+/* Clamp; NaN stays NaN. */
 INLINE lane clamp(lane value, lane least, lane most) {
 #if VECTOR == 64 && defined(WIDE)
     return (lane)_mm512_min_pd((__m512d)most, _mm512_max_pd((__m512d)least, (__m512d)value));
@@ -229,7 +229,7 @@ INLINE lane clamp(lane value, lane least, lane most) {
 #endif
 }
 
-/* Sums that are stored as such, the first `some` of a vector. */
+/* Load the first `some` values of a vector stored in the type of the sums. */
 INLINE lane load_some_sums(const sum *from, long some) {
     lane value = {};
     if (some >= LANES) memcpy(&value, from, sizeof value);
@@ -237,19 +237,19 @@ INLINE lane load_some_sums(const sum *from, long some) {
     return value;
 }
 
-/* The row an entry of the table reads. */
+/* Return the row that an entry of the table refers to. */
 INLINE const element *row(const reading *in, int32_t entry) {
     if (entry < in->count) return in->rows + (long)entry * in->stride;
     return entry == in->count ? in->outside : in->halo + (entry - in->count - 1) * in->stride;
 }
 
-/* The row that a tap of row `at` of the result reads; itself where there is no table. */
+/* Return the row that a tap of result row `at` reads; row `at` itself without a table. */
 INLINE const element *row_of_tap(const reading *in, long at, long tap) {
     return in->table ? row(in, in->table[at * in->taps + tap]) : in->rows + at * in->stride;
 }
 
-/* What is done to the sums of a row of the result before anything else: times scale, plus shift, both (levels, outputs),
- * of the row's level, or without levels of all. Nothing if there is no scale. */
+/* First operation on the sums of a result row: times scale plus shift, both (levels, outputs), at the row's level. Without
+ * `levels` all rows use the first level; without `scale` the sums stay unchanged. */
 typedef struct {
     const int32_t *levels;
     const sum *scale, *shift;

@@ -1,7 +1,7 @@
-/* The inverse of a warp: where among the points of a grid each pixel of an image lies.
+/* Invert a warp: find the location of each image pixel among the points of a grid.
  *
  * Compiled once per element type with -DSUFFIX(name)=... and -DELEMENT=float or -DELEMENT=double. `_invert` and `_polish`
- * of methods/resampling/back.py say the same in torch, and what it is.
+ * of methods/resampling/back.py compute the same in torch and explain the method.
  */
 #include <stdint.h>
 
@@ -14,21 +14,21 @@ enum { BLOCK = 256, STEPS = 8 };
 typedef struct {
     const element *grid;    /* (batch, n, m, 2), in pixels */
     const element *samples; /* (batch, h, w, 2), in pixels */
-    const int32_t *boxes;   /* (batch, n - 1, m - 1, 4): first row and column of the pixels of a cell, last ones */
-    const uint8_t *bent_rows, *bent_columns; /* (h - 1), (w - 1): whether a location lies between two samples */
+    const int32_t *boxes;   /* (batch, n - 1, m - 1, 4): first row and column of a cell's pixels, last row and column */
+    const uint8_t *bent_rows, *bent_columns; /* (h - 1), (w - 1): nonzero if a location lies between two samples */
     element *found;                          /* (2, batch, height, width): rows, columns */
     long batch, n, m, h, w, height, width;
 } warp;
 
 typedef struct {
-    element best[BLOCK], u[BLOCK], v[BLOCK]; /* distance from the middle of the cell; place in the grid */
+    element best[BLOCK], u[BLOCK], v[BLOCK]; /* distance from the cell's centre; position in the grid */
 } line;
 
 static inline element least(element a, element b) { return a < b ? a : b; }
 static inline element most(element a, element b) { return a > b ? a : b; }
 static inline element within(element value, element last) { return least(most(value, 0), last); }
 
-/* Columns `from` to `to` of a row y, in the cell whose first corner is at `a` of a grid of m columns. */
+/* Solve for columns `from` to `to` of image row y, in the cell whose first corner is `a`, in a grid of m columns. */
 static void solve(line *row, const element *a, long m, element y, long from, long to, long start, element i, element j) {
     const element *below = a + 2 * m, *beside = a + 2, *beyond = below + 2;
     const element by = below[0] - a[0], bx = below[1] - a[1], cy = beside[0] - a[0], cx = beside[1] - a[1];
@@ -46,14 +46,14 @@ static void solve(line *row, const element *a, long m, element y, long from, lon
         element far_u = u > (element).5 ? u - (element).5 : (element).5 - u;
         element far_v = v > (element).5 ? v - (element).5 : (element).5 - v;
         element before = best[x - start];
-        int better = (far_u < before) & (far_v < before); /* not what is no number */
+        int better = (far_u < before) & (far_v < before); /* false for NaN */
         best[x - start] = better ? most(far_u, far_v) : before;
         us[x - start] = better ? u + i : us[x - start];
         vs[x - start] = better ? v + j : vs[x - start];
     }
 }
 
-/* Newton's method on the warp between samples, which is bilinear in each cell of four. */
+/* Refine a location by Newton's method on the warp between samples, which is bilinear between four neighbours. */
 static void polish(const warp *one, const element *samples, element y, element x, element enough, element *row, element *column) {
     const element last_row = one->h - 1, last_column = one->w - 1;
     element r = *row, c = *column, missed = __builtin_inff();
@@ -115,7 +115,7 @@ static void invert_lines(long begin, long end, void *work) {
     }
 }
 
-/* Each pixel of an image has a place; `enough` is what it may miss by, in pixels. */
+/* Find the location of every pixel of an image, to within `enough` pixels. */
 void SUFFIX(invert)(const warp *one, double enough) {
     inverting job = {one, (element)enough};
     cadsurgery_share(one->batch * one->height, 1, invert_lines, &job);

@@ -1,7 +1,7 @@
-"""Networks for where this package is not: programs of torch.export, packages of AOTInductor, ONNX files.
+"""Export networks to run without this package: programs of torch.export, packages of AOTInductor, ONNX files.
 
-In come an adaptive network and an image; out comes a file that holds mask, lattice and network, read back by the engine
-it is for and compared with the network before it appears under its name.
+In come an adaptive network and an image; out comes a file with mask, lattice and network. Before the file appears under
+its name, it is run in its engine and compared with the network.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ class Exported:
     """Result of `export`.
 
     Attributes:
-        file: its path.
+        file: path of the file.
         format: `pt2`, `onnx` or `aoti`.
-        bytes: its size, that of a file of weights beside it included.
-        image: shape of the image batch it takes; None for axes that may have any length.
-        difference: largest difference from the network on other images, relative to the largest output.
-        compared: the shapes of the batches it was compared on.
-        inputs: names of its inputs.
-        outputs: names of its outputs.
-        fidelity: of a file in 8 bits how near it is to the float file, whose `difference` stands here.
+        bytes: size of the file, including a separate file of weights.
+        image: shape of the image batch; None for axes of any length.
+        difference: largest difference from the network on other images, relative to the largest output; for a file in
+            8 bits, the difference of the float file it was made from.
+        compared: shapes of the batches of the comparison.
+        inputs: names of the inputs.
+        outputs: names of the outputs.
+        fidelity: for a file in 8 bits, its agreement with the float file; else None.
     """
 
     file: str
@@ -70,34 +71,34 @@ def export(
 ) -> Exported:
     """Write a network as a file that runs without this package.
 
-    The file holds mask, lattice and network in the operations of its engine. It is read back and compared with the
-    network on other images before it appears under its name.
+    The file holds mask, lattice and network in the operations of its engine. Before it appears under its name, it is
+    run and compared with the network on other images.
 
     - `pt2`: a program for `torch.export.load`, for images of one size and a mask that keeps a fixed number of patches,
       such as `"edges | budget:fraction=0.3"`.
-    - `aoti`: the same compiled by AOTInductor for the machine it is made on: `torch._inductor.aoti_load_package` in
+    - `aoti`: the same program, compiled by AOTInductor for this machine: `torch._inductor.aoti_load_package` in
       Python, `AOTIModelPackageLoader` in C++.
-    - `onnx`: standard operations alone; any mask that sees the image alone, any batch; also any size of images.
-      Needs `pip install 'cadsurgery[export]'`. Its last output, `levels`, is the level map (B, h, w), int8.
+    - `onnx`: only standard operations; any mask that depends only on the image, any batch size, optionally any image
+      size. Needs `pip install 'cadsurgery[export]'`. The last output, `levels`, is the level map (B, h, w), int8.
 
     Args:
-        net: what `adaptify` gave, in evaluation mode.
-        image: an image batch (B, C, H, W) of the size the file is for, or with `dynamic` an example.
+        net: a network from `adaptify`, in evaluation mode.
+        image: an image batch (B, C, H, W) of the file's size, or with `dynamic` an example.
         path: file to write.
-        to: format; default: `onnx` for a name that ends so, else `pt2`.
-        dynamic: any height and width. ONNX.
-        level_map: a second input of this name (B, h, w), int64, takes the place of the mask; dynamic.
-        float16: weights and features in half precision, the mask and what goes in and comes out in single. ONNX.
-        int8: image batches like those that the network will see, some 20 to 100 images: weights and features are
-            rounded to 8 bits, in ranges that these show. What the level map depends on stays as it is. ONNX.
-        other: another batch to compare on; default: `image` turned upside down and more like it.
-        check_in: what an ONNX file is run by to compare it: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits has
-            the form that is fastest there.
+        to: format; default: `onnx` for a name that ends in `.onnx`, else `pt2`.
+        dynamic: accept any height and width (ONNX only).
+        level_map: replace the mask by a second input `level_map` (B, h, w), int64; implies `dynamic` (ONNX only).
+        float16: weights and activations in half precision; the mask, inputs and outputs in single (ONNX only).
+        int8: image batches for calibration, like those of later calls, about 20 to 100 images: weights and activations
+            are quantised to 8 bits. Operations that the level map depends on stay in float (ONNX only).
+        other: another batch to compare on; default: variants of `image`, e.g. upside down.
+        check_in: engine in which an ONNX file is compared: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits gets
+            the form that is fastest in this engine.
 
     Raises:
-        InvalidInput: as `check_mask`; the network is in training mode or a copy in 8 bits, the image is none or too
-            small an example of any size, or an option is of another format.
-        CannotConvert: torch or the engine cannot follow the network or its mask, or the file gives something else.
+        InvalidInput: see `check_mask`; the network is in training mode or a copy in 8 bits, the image is invalid or too
+            small an example for any size, or an option does not apply to the format.
+        CannotConvert: torch or the engine cannot follow the network or its mask, or the file's outputs differ.
         FileError: the file cannot be written.
         CadError: a package that the format needs is not installed.
     """
@@ -110,8 +111,8 @@ def export(
     if check_in not in engines:
         raise UnknownName("engine of ONNX files", check_in, engines)
     batches = _to_calibrate(int8, image, dynamic)
-    wanted = {"dynamic": dynamic, "level_map": level_map, "float16": float16, "int8": bool(batches)}
-    if kind != "onnx" and (unknown := [name for name, value in wanted.items() if value]):
+    options = {"dynamic": dynamic, "level_map": level_map, "float16": float16, "int8": bool(batches)}
+    if kind != "onnx" and (unknown := [name for name, value in options.items() if value]):
         raise InvalidInput(
             f"a file of format {kind} cannot be {' or '.join(unknown)}.",
             why="it is made for images of one size, with the types of the network.",
@@ -139,12 +140,12 @@ def export(
     if dynamic:
         _check_example(net, image)
     check_folder(file, "path")
-    net.normalise_by(image)  # a graph cannot look at what it is made of
+    net.normalise_by(image)  # the normalisation must be known before tracing
     writers: dict[str, Callable[[Path], tuple[Comparison, tuple[int | None, ...]]]] = {
-        "pt2": lambda there: programs.write_program(net, image, other, there),
-        "aoti": lambda there: programs.write_package(net, image, other, there),
-        "onnx": lambda there: onnx.write(
-            net, image, other, there, dynamic, level_map, float16, engines[check_in], batches
+        "pt2": lambda target: programs.write_program(net, image, other, target),
+        "aoti": lambda target: programs.write_package(net, image, other, target),
+        "onnx": lambda target: onnx.write(
+            net, image, other, target, dynamic, level_map, float16, engines[check_in], batches
         ),
     }
     with torch.no_grad(), write_together(file) as temporary:
@@ -154,23 +155,23 @@ def export(
 
 
 def _check_example(net: AdaptiveModel, image: Tensor) -> None:
-    """Refuse an image of which torch would not learn that sizes differ: it takes a length of one as fixed.
+    """Refuse an example for any size that is so small that a map has length one, which torch treats as fixed.
 
     Raises:
-        InvalidInput: it is too small.
+        InvalidInput: the image is too small.
     """
     stride = net.plan.strides[0]
     if min(image.shape[2:]) <= stride:
         raise InvalidInput(
             f"an image of {image.shape[2]} x {image.shape[3]} pixels is too small an example of any size.",
-            why=f"it holds one sample of output stride {stride} along a side, and what is one is one in the file.",
+            why=f"it has one sample of output stride {stride} along a side, and a length of one is fixed in the file.",
             next="give a larger image, such as those that the network is for, or write a file for this one size: "
             "dynamic=False.",
         )
 
 
 def _to_calibrate(int8: Any, image: Tensor, dynamic: bool) -> list[Tensor]:
-    """The batches to calibrate by; none if there is nothing to calibrate."""
+    """Return the calibration batches; an empty list without `int8`."""
     if int8 is None:
         return []
     batches = [int8] if isinstance(int8, Tensor) else list(int8)
@@ -187,7 +188,7 @@ def _to_calibrate(int8: Any, image: Tensor, dynamic: bool) -> list[Tensor]:
 
 
 def format_of(file: Path, to: str | None) -> str:
-    """The format that is asked for, or that of a file's name.
+    """Return the requested format, or the format that follows from a file's name.
 
     Raises:
         InvalidInput: there is no such format.
@@ -199,10 +200,11 @@ def format_of(file: Path, to: str | None) -> str:
 
 
 def check_mask(mask: MaskProvider, kind: str, dynamic: bool, level_map: bool) -> None:
-    """Refuse a mask that a file of a format cannot hold.
+    """Refuse a mask that cannot be exported to a format.
 
     Raises:
-        InvalidInput: it depends on more than the image, is for images of one size, or is not static and the file is.
+        InvalidInput: the mask depends on more than the image; it is for one image size and the file is for any; or it
+            is not static and the file has fixed shapes.
     """
     if level_map:
         return

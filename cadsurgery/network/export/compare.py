@@ -1,4 +1,4 @@
-"""True if a file gives what the network gives."""
+"""Compare the outputs of an exported file with those of the network."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.support.errors import CannotConvert
 
-# Largest difference between a written file and the network, relative to the largest output.
+# Largest allowed difference between a written file and the network, relative to the largest output.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a file was compared with its network; see `Exported`."""
+    """Result of comparing a file with its network; see `Exported` for the fields."""
 
     difference: float
     compared: tuple[tuple[int, ...], ...]
@@ -29,17 +29,17 @@ class Comparison:
 
 
 def more_images(image: Tensor, other: Tensor | None) -> list[Tensor]:
-    """Batches like one, which it is not compared on itself: upside down, mirrored and faint, in negative."""
+    """Return variants of a batch to compare on: upside down (or `other`), mirrored with half the contrast, negated."""
     return [image.flip(2) if other is None else other, image.flip(3) / 2, -image]
 
 
 def check_difference(differences: Iterable[float], tolerance: float = TOLERANCE) -> float:
-    """The largest of several differences, NaN if one is.
+    """Return the largest of several differences, NaN if one is NaN.
 
     Raises:
-        CannotConvert: more than the tolerance.
+        CannotConvert: the largest difference exceeds the tolerance.
     """
-    largest = float(torch.tensor(list(differences)).max())  # Python's max would drop a NaN that is not first
+    largest = float(torch.tensor(list(differences)).max())  # Python's max may lose a NaN
     if not largest < tolerance:
         raise CannotConvert(
             f"the written file differs from the network by {largest:.1e}.",
@@ -50,7 +50,7 @@ def check_difference(differences: Iterable[float], tolerance: float = TOLERANCE)
 
 
 def difference(output: Any, expected: Any) -> float:
-    """Largest difference of two outputs of the same structure, each tensor relative to its largest value, or NaN."""
+    """Return the largest difference of two outputs, each tensor relative to its largest value; it may be NaN."""
     pairs = zip(*(tree_leaves(value) for value in (output, expected)), strict=True)
     differences = [
         float((one - two).abs().max() / two.abs().max().clamp(min=torch.finfo(two.dtype).tiny))

@@ -1,8 +1,8 @@
-"""Dense twins as anyone would write them: maps (B, C, H, W) throughout, nothing of this package in the graph.
+"""Export dense twins in the usual form: maps (B, C, H, W) everywhere, and only torch operations in the graph.
 
-Where all cells have one level a network's rows are a map, and what is done to them is recorded in operations of torch;
-but the rows become a map for every convolution, and rows again. Torch takes such views for nothing. Other engines
-transpose each time, a tenth of a ResNet's time in ONNX Runtime, which would flatter the adaptive network.
+On a uniform level map the rows of a network are a map, and the recorded operations are torch's. But rows are viewed as
+a map for every convolution, and as rows again. Such views cost nothing in torch; other engines transpose each time,
+which takes a tenth of a ResNet's time in ONNX Runtime and would make the comparison unfair to the dense network.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from cadsurgery.network.export.programs import compile_program, follow
 from cadsurgery.network.model import AdaptiveModel
 
 _ATEN = torch.ops.aten
-_LAST, _FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # channels of a map last, and first again
+_LAST, _FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # permutations from channels first to last and back
 _SAME_VALUES = (_ATEN.view.default, _ATEN.reshape.default, _ATEN.clone.default, _ATEN.alias.default)
 
 
 def write_dense(net: AdaptiveModel, level: int, image: Tensor, path: Path, engine: type[Engine]) -> None:
-    """Write the dense network that a uniform level map is (see `dense_twin`) for an engine, as its users would write
-    such a network.
+    """Write the dense network at a uniform level (see `dense_twin`) for an engine, in the form an ordinary network has.
 
     Args:
-        net: converted.
-        level: everywhere.
-        image: batch (B, C, H, W) of the size it is for; the file must give for it what the network gives.
+        net: a converted network.
+        level: the level of all cells.
+        image: batch (B, C, H, W) of the file's size; the outputs of file and network are compared on it.
         path: file to write.
-        engine: it is for.
+        engine: engine that the file is for.
 
     Raises:
-        CannotConvert: torch cannot follow or compile it, or the file gives something else.
-        CadError: a package that is needed is not installed.
+        CannotConvert: torch cannot follow or compile the network, or the file's outputs differ.
+        CadError: a required package is not installed.
     """
     program = dense_program(net, level, image)
     if engine.format == "aoti":
@@ -54,10 +53,10 @@ def write_dense(net: AdaptiveModel, level: int, image: Tensor, path: Path, engin
 
 
 def dense_program(net: AdaptiveModel, level: int, image: Tensor) -> torch.export.ExportedProgram:
-    """That network as a program of torch's operations.
+    """Export the dense network at a uniform level as a program of torch's operations.
 
     Raises:
-        CannotConvert: torch.export cannot follow it.
+        CannotConvert: torch.export cannot follow the network.
     """
     with portable():
         twin = record(net, level, image, in_place=False)
@@ -66,8 +65,8 @@ def dense_program(net: AdaptiveModel, level: int, image: Tensor) -> torch.export
 
 
 def stay_on_maps(module: fx.GraphModule) -> None:
-    """Compute on maps what a recorded graph computes on their rows, where that is the same: what acts on each value
-    alone or on the channels of each place, and means over an image."""
+    """Let a recorded graph compute on maps instead of rows where the results are the same: pointwise operations,
+    operations on the channels of each position, and means over an image."""
     maps = _Maps(module)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.all_input_nodes:
@@ -78,7 +77,7 @@ def stay_on_maps(module: fx.GraphModule) -> None:
 
 
 class _Maps:
-    """The map (B, C, H, W) that nodes hold the values of, the channels last, in any shape (..., C)."""
+    """For nodes with values of shape (..., C), the map (B, C, H, W) that has the same values."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.graph = module.graph
@@ -88,7 +87,7 @@ class _Maps:
         }
 
     def visit(self, node: fx.Node) -> None:
-        """Note the map that a node holds, or put an operation on maps in its place."""
+        """Record the map with the values of a node, or replace the node by an operation on maps."""
         first, target = node.all_input_nodes[0], node.target
         if all(one in self.constants for one in node.all_input_nodes):
             arguments, keywords = _exchange(node, self.constants)
@@ -109,7 +108,7 @@ class _Maps:
             self._visit_pointwise(node)
 
     def _visit_product(self, node: fx.Node, whole: fx.Node) -> None:
-        """Of shares (B, B H W) that are equal among the rows of each image, with these: a mean."""
+        """Replace a product of rows with equal weights per image, (B, B H W), by a mean over the map."""
         shares, (batch, _, height, width) = self.constants.get(node.all_input_nodes[0]), _shape(whole)
         equal = torch.eye(batch).repeat_interleave(height * width, 1) / (height * width)
         if (
@@ -120,7 +119,7 @@ class _Maps:
             node.replace_all_uses_with(self.graph.call_function(_ATEN.mean.dim, (whole, [2, 3])))
 
     def _visit_pointwise(self, node: fx.Node) -> None:
-        """Of a map's rows, and numbers for all, for each channel, or for each channel of the only image."""
+        """Replace a pointwise operation on rows of maps, scalars, and vectors with one value per channel."""
         shape, wide = _shape(node), {}
         rows = [one for one in node.all_input_nodes if one in self.of and _shape(one) == shape]
         for one in node.all_input_nodes:
@@ -135,7 +134,7 @@ class _Maps:
             self.of[node] = self._call(node, wide, _shape(wide[rows[0]]))
 
     def _visit_joint(self, node: fx.Node) -> None:
-        """The channels of several maps side by side."""
+        """Replace a concatenation of rows along the channels by one of maps."""
         parts = [self.of.get(part) for part in node.all_input_nodes]
         shapes = {(_shape(part)[:1], _shape(part)[2:]) for part in parts}
         if None not in parts and len(shapes) == 1 and node.args[1] == len(_shape(node)) - 1:
@@ -145,14 +144,14 @@ class _Maps:
             self.of[node] = wide
 
     def _call(self, node: fx.Node, operands: dict[fx.Node, fx.Node], shape: tuple[int, ...]) -> fx.Node:
-        """The operation of a node on other operands."""
+        """Add the operation of a node with other operands."""
         result = self.graph.call_function(node.target, *_exchange(node, operands))  # type: ignore[arg-type]
         result.meta["val"] = torch.empty(shape, device="meta")
         return result
 
 
 def _exchange(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
-    """The arguments of a node with other values in place of some."""
+    """Return the arguments of a node with some of its inputs replaced."""
     return tree_map(
         lambda one: values.get(one, one) if isinstance(one, fx.Node) else one, (node.args, dict(node.kwargs))
     )

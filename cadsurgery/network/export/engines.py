@@ -1,4 +1,4 @@
-"""Files in the engines they are for: each a function of tensors that gives a list of tensors."""
+"""Run exported files in their engines, each as a function from tensors to a list of tensors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cadsurgery.support.errors import CannotConvert, describe_error, import_opti
 
 
 class Engine:
-    """A file in an engine, on the CPU.
+    """A file opened in an engine, on the CPU.
 
     Attributes:
-        name: people know it by.
-        package: that it comes in.
-        format: of its files, see `cadsurgery.export`.
+        name: the engine's name.
+        package: the Python package of the engine.
+        format: format of its files, see `cadsurgery.export`.
     """
 
     name: ClassVar[str]
@@ -27,11 +27,11 @@ class Engine:
     format: ClassVar[Literal["onnx", "aoti"]]
 
     def __init__(self, path: Path, threads: int = 0) -> None:
-        """Open it, to be run by so many threads; 0 for the engine's own choice.
+        """Open a file, to be run by a number of threads; 0 leaves the number to the engine.
 
         Raises:
-            CannotConvert: the engine does not take the file.
-            CadError: its package is not installed.
+            CannotConvert: the engine refuses the file.
+            CadError: the engine's package is not installed.
         """
         package = import_package(self.package)
         try:
@@ -44,10 +44,10 @@ class Engine:
             ) from error
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Its outputs in order.
+        """Run the file and return its outputs in order.
 
         Raises:
-            CannotConvert: the file does not run on such inputs.
+            CannotConvert: the file does not run on these inputs.
         """
         try:
             return self._run(*inputs)
@@ -74,7 +74,7 @@ class OnnxRuntime(Engine):
         options = package.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
-        # Else the threads of one file go on waiting busily while another is run.
+        # Otherwise the threads of one file keep spinning while another file runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
@@ -107,25 +107,28 @@ class OpenVino(Engine):
             model = self._model.clone()
             model.reshape(dict(zip(model.inputs, shapes, strict=True)))
             self._compiled = shapes, self._core.compile_model(model, "CPU", self._options)
-        found = self._compiled[1]([one.numpy() for one in inputs])
-        return [torch.from_numpy(found[index].copy()) for index in range(len(found))]
+        outputs = self._compiled[1]([one.numpy() for one in inputs])
+        return [torch.from_numpy(outputs[index].copy()) for index in range(len(outputs))]
 
 
 class OpenVinoInBfloat16(OpenVino):
-    """The same in bfloat16, where the processor has it."""
+    """An ONNX file in OpenVINO, in bfloat16 if the processor supports it."""
 
     precision = "bf16"
 
 
 @cache
 def _core() -> Any:
-    """One for all files, that stays: the last of two that go in the order they came (openvino 2026.4) leaves the thread
-    with a stack for signals that is no more, and the next signal, a Ctrl-C or the end of a child, kills the process."""
+    """Return OpenVINO's core, one for all files that is never freed.
+
+    If two cores are freed in the order of their creation (openvino 2026.4), the thread keeps a signal stack that no
+    longer exists, and the next signal (Ctrl-C, the end of a child process) kills the process.
+    """
     return import_package(OpenVino.package).Core()
 
 
 class Inductor(Engine):
-    """A package of AOTInductor, run by the threads of torch."""
+    """A package of AOTInductor, run on torch's threads."""
 
     name, package, format = "AOTInductor", "torch", "aoti"
 
@@ -140,10 +143,10 @@ ENGINES: dict[str, type[Engine]] = {"onnx": OnnxRuntime, "openvino": OpenVino, "
 
 
 def import_package(package: str) -> Any:
-    """A package of the extra `export`.
+    """Import a package of the extra `export`.
 
     Raises:
-        CadError: it is not installed.
+        CadError: the package is not installed.
     """
     return import_optional(
         package, f"a file for this engine needs {package}.", "pip install 'cadsurgery[export]'"

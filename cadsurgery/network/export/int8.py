@@ -1,7 +1,7 @@
-"""ONNX files in 8 bits: weights and features of a float file in integers, calibrated by images; the mask as it is.
+"""Quantise the weights and activations of ONNX files to 8 bits, calibrated by images; the mask stays in float.
 
-One file serves every engine that reads QuantizeLinear and DequantizeLinear: ONNX Runtime and OpenVINO fuse them with
-what stands between. Needs onnx, onnxscript and onnxruntime; imported where such a file is written.
+One file serves every engine that supports QuantizeLinear and DequantizeLinear; ONNX Runtime and OpenVINO fuse these
+with the operations between them. Needs onnx, onnxscript and onnxruntime, which are imported when a file is written.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from cadsurgery.network.quantise import round_weight
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
-# What hands values on as they are: so rows are gathered in 8 bits, and before they are repeated for every tap.
+# Operations that only move values: in 8 bits, rows are quantised before they are gathered for every tap.
 _MOVES = ("Concat", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
-_BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # what engines take along with a product, or do in 8 bits
+_BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # operations that engines fuse with a product or run in 8 bits
 _LEVELS = "levels"
-# The largest sum of two 8-bit weights whose products with any two features, 0 to 255, fit 16 bits when added. x86
-# processors without VNNI multiply bytes by vpmaddubsw, which adds two neighbouring products in 16 bits and saturates.
+# Largest sum of two 8-bit weights for which the sum of two products with activations in 0..255 fits into 16 bits. x86
+# processors without VNNI use vpmaddubsw, which adds two neighbouring products in 16 bits and saturates.
 LARGEST_PAIR = (1 << 15) // 255
-_LARGEST = 1 << 28  # values of a constant that is computed beforehand
+_LARGEST = 1 << 28  # largest number of values of a folded constant
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a file in 8 bits is to the same in floating point, on the images it was calibrated by.
+    """Agreement of an 8-bit network or file with its float version on the calibration images.
 
     Attributes:
-        error: root mean square of the differences relative to that of the outputs, of the output where it is largest.
-        agreement: share of pixels (or images, of outputs (B, C)) whose largest class is the same; None where no output
-            has a value for each class at each pixel of the image, or for each class.
-        images: how many.
-        taken_in: the engine that ran both files, and the instruction sets of the processor that it ran on, such as
-            "ONNX Runtime 1.32.0 (AVX512, avx512_vnni)"; empty if the outputs are not those of a file.
+        error: root mean square of the differences relative to that of the outputs; the largest over all outputs.
+        agreement: share of pixels (or of images, for outputs (B, C)) with the same largest class; None if no output has
+            one value per class for each pixel of the image or each image.
+        images: number of images.
+        taken_in: engine that ran both files, and the processor's instruction set, e.g.
+            "ONNX Runtime 1.32.0 (AVX512, avx512_vnni)"; empty if no files were compared.
     """
 
     error: float
@@ -57,18 +57,18 @@ def to_8_bits(
     calls: Sequence[tuple[Tensor, ...]],
     others: Sequence[tuple[Tensor, ...]] = (),
 ) -> Fidelity:
-    """Put a file in 8 bits in the place of a float one, in the form that is fastest in an engine.
+    """Replace a float file by its 8-bit version, in the form that is fastest in an engine.
 
     Args:
         path: an ONNX file.
-        engine: it is for, and run by.
-        calls: its inputs, the image batch first, to calibrate by.
-        others: more of them, that it is run on as well.
+        engine: engine that the file is for; it runs both files.
+        calls: inputs for calibration, the image batch first.
+        others: further inputs on which the file is run.
 
     Raises:
-        CannotConvert: quantiser or engine do not take the network, or the file gives another level map or NaN.
+        CannotConvert: quantiser or engine refuse the network, or the file returns another level map or NaN.
     """
-    import_package(OnnxRuntime.package)  # which the quantiser comes in
+    import_package(OnnxRuntime.package)  # it contains the quantiser
     rounded = path.with_name(f"8-bit-{path.name}")
     try:
         with quietly():
@@ -81,19 +81,19 @@ def to_8_bits(
             why=describe_error(error),
             next="leave out int8; float16=True halves the file.",
         ) from error
-    exact, less = engine(path), engine(rounded)
+    float_engine, int8_engine = engine(path), engine(rounded)
 
     def run(*inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        found, expected = less(*inputs), exact(*inputs)
+        found, expected = int8_engine(*inputs), float_engine(*inputs)
         if outputs[-1] == _LEVELS and not torch.equal(found.pop(), expected.pop()):
             raise CannotConvert(
                 "the file in 8 bits has another level map than the float one.",
-                why="what the mask depends on stays in floating point; nothing was written.",
+                why="all operations of the mask stay in floating point, so it should be the same; nothing was written.",
                 next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
             )
         if not all(value.isfinite().all() for value in found):
             raise CannotConvert(
-                "the file in 8 bits gives values that are no numbers.",
+                "the file in 8 bits gives values that are not finite.",
                 next="give other images to calibrate by, or leave out int8.",
             )
         return inputs[0], found, expected
@@ -107,26 +107,27 @@ def to_8_bits(
 
 
 def _instruction_set() -> str:
-    """The widest instruction set of this processor, which decides how an engine multiplies bytes."""
+    """Return the widest instruction set of this processor, which decides how engines multiply bytes."""
     return next(reversed(isa.here()), torch.backends.cpu.get_cpu_capability())
 
 
 def quantise(
     source: Path, target: Path, calls: Iterable[tuple[Tensor, ...]], products_by_convolution: bool
 ) -> tuple[str, ...]:
-    """Write a float file in 8 bits: weights symmetric for each channel, features from least to largest value of a map.
+    """Quantise a float file: weights symmetrically per output channel, activations by the value range of each map.
 
-    All that the output `levels` depends on stays in floating point, so that the same patches are chosen. The file's
-    integer sums are exact on every processor, with VNNI instructions or without: see `_round_weights`.
+    All operations that the output `levels` depends on stay in floating point, so that the same patches are chosen. The
+    integer sums are exact on every processor, with or without VNNI: see `_round_weights`.
 
     Args:
         source: an ONNX file.
         target: file to write.
-        calls: its inputs, to calibrate by.
-        products_by_convolution: as is fastest in ONNX Runtime; OpenVINO would transpose what it convolves.
+        calls: inputs for calibration.
+        products_by_convolution: compute products of rows by convolutions, which is fastest in ONNX Runtime; OpenVINO
+            would transpose their inputs.
 
     Returns:
-        Names of its outputs.
+        The names of the outputs.
 
     Raises:
         CannotConvert: there is nothing to quantise.
@@ -156,13 +157,13 @@ def quantise(
         _multiply_by_convolutions(model.graph, mask)
         fold()
     chosen = _in_8_bits(model.graph, mask)
-    if not chosen:  # the quantiser would take all
+    if not chosen:  # the quantiser would quantise all nodes
         raise CannotConvert(
             "there is nothing to quantise.",
             why="the level map, which must stay as it is, depends on every product with weights.",
             next="give the level map as an input: level_map=True.",
         )
-    _part_from_mask(model.graph, mask, chosen)
+    _separate_from_mask(model.graph, mask, chosen)
     weights = _round_weights(model.graph, chosen)
     common.RemoveUnusedNodesPass()(model)
     common.NameFixPass()(model)
@@ -173,7 +174,7 @@ def quantise(
         for value in node.inputs
         if not value.is_initializer() and value.producer() not in chosen
     }
-    with np.errstate(invalid="ignore"):  # ranges of -inf, of what the quantiser looks at and leaves as it is
+    with np.errstate(invalid="ignore"):  # the quantiser inspects values of -inf that it does not quantise
         quantize_static(
             onnx_ir.to_proto(model),
             target,
@@ -184,7 +185,7 @@ def quantise(
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             extra_options={
-                "ForceQuantizeNoInputCheck": True,  # what is chosen, whatever comes before it
+                "ForceQuantizeNoInputCheck": True,  # quantise the chosen nodes whatever their inputs
                 "TensorQuantOverrides": {value.name: scales for value, scales in weights.items()},
             },
         )
@@ -194,7 +195,7 @@ def quantise(
 
 
 def _needed_for(output: str, graph: Any) -> set[Any]:
-    """The nodes that an output depends on."""
+    """Return the nodes that an output depends on."""
     nodes = {one.producer() for one in graph.outputs if one.name == output}
     for node in reversed(graph):
         if node in nodes:
@@ -203,10 +204,10 @@ def _needed_for(output: str, graph: Any) -> set[Any]:
 
 
 def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
-    """Make products of rows (N, C) with weights convolutions of a map (1, C, 1, N): the same sums.
+    """Replace products of rows (N, C) with weights by convolutions of a map (1, C, 1, N), which compute the same sums.
 
-    ONNX Runtime's convolutions in 8 bits are 1.25 to 1.6 times as fast as its products (measured on a CPU with
-    AVX512-VNNI), and as it computes them with channels last, nothing is transposed.
+    ONNX Runtime's 8-bit convolutions are 1.25 to 1.6 times as fast as its products (measured on a CPU with
+    AVX512-VNNI). It computes them with channels last, so nothing is transposed.
     """
     import numpy as np
     from onnx_ir import convenience, tape, tensor
@@ -234,14 +235,14 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
 
 
 def _round_weights(graph: Any, chosen: list[Any]) -> dict[Any, list[dict[str, Any]]]:
-    """Round the weights of the chosen products to 8 bits, and tell the quantiser their scales.
+    """Round the weights of the chosen products to 8 bits, and return their scales for the quantiser.
 
-    Of an output's weights, no two sum to more than `LARGEST_PAIR`, in whatever order an engine multiplies them: the
-    largest is then 64 to 127. Depthwise convolutions use all 8 bits, as both engines widen their products to 32 bits
-    (measured without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4).
+    No two weights of an output sum to more than `LARGEST_PAIR`, so that products are exact in any order; the largest
+    weight of an output is then 64 to 127. Depthwise convolutions use all 8 bits, because both engines widen their
+    products to 32 bits (measured without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4).
 
     Returns:
-        For each new value that holds rounded weights, the options of the quantiser for each output.
+        For each new value with rounded weights, the quantiser's options for each output.
     """
     import numpy as np
     from onnx_ir import tape, tensor
@@ -259,7 +260,7 @@ def _round_weights(graph: Any, chosen: list[Any]) -> dict[Any, list[dict[str, An
         rows = exact.movedim(axis, 0)
         whole, scale = round_weight(rows) if is_depthwise else round_weight(rows, LARGEST_PAIR)
         rounded = (whole * scale.view(-1, *[1] * (rows.dim() - 1))).movedim(0, axis)
-        # A name of its own, as another product may share the weight and stay in floating point.
+        # A new name, because another product may share the weight and stay in floating point.
         steps = tape.Tape(graph)
         value = steps.initializer(tensor(rounded.contiguous().numpy()), f"{weight.name}.{node.name}.rounded")
         node.replace_input_with(1, value)
@@ -276,7 +277,7 @@ def _round_weights(graph: Any, chosen: list[Any]) -> dict[Any, list[dict[str, An
 
 
 def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
-    """The products with weights, and what stands between them that can be done in 8 bits."""
+    """Return the products with weights, and the operations between them that can run in 8 bits."""
     import numpy as np
     from onnx_ir import DataType
 
@@ -290,13 +291,12 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
         values = node.inputs if node.op_type in ("Add", "Concat") else node.inputs[:1]
         constants = [value.const_value.numpy() for value in values if value.is_initializer()]
         values = [value for value in values if not value.is_initializer()]
-        every = (
-            any if node.op_type == "Concat" else all
-        )  # a halo is mixed in floating point and joined in 8 bits
+        # A halo is computed in floating point but concatenated in 8 bits.
+        enough = any if node.op_type == "Concat" else all
         if _has_weights(node) or (
             node.op_type in _MOVES + _BESIDE
             and values
-            and every(map(is_chosen, values))
+            and enough(map(is_chosen, values))
             and all(np.isfinite(constant).all() for constant in constants)
         ):
             chosen[node] = None
@@ -308,9 +308,9 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
 
 
 def _share_scales(file: Path, tensors: dict[str, str]) -> None:
-    """Give tensors of a file the scale and zero of others: halos, which are means of rows, those of what they join.
+    """Give tensors the scale and zero point of others: halos (means of rows) get those of their concatenation.
 
-    A halo may be all zero on the images, and rows of one scale are joined without a look at them.
+    A halo may be all zero on the calibration images; and rows of equal scale are concatenated without requantisation.
     """
     import onnx
 
@@ -329,7 +329,7 @@ def _share_scales(file: Path, tensors: dict[str, str]) -> None:
 
 
 def _has_weights(node: Any) -> bool:
-    """True if it is a product with weights that engines have in 8 bits; those of groups of rows they have not."""
+    """True for a product with constant weights that engines support in 8 bits; grouped products of rows are not."""
     return (
         node.op_type in _PRODUCTS
         and all(value is None or value.is_initializer() for value in node.inputs[1:])
@@ -337,8 +337,8 @@ def _has_weights(node: Any) -> bool:
     )
 
 
-def _part_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:
-    """Give what is quantised a copy of what the mask reads, too: the quantiser rounds a value for all that read it."""
+def _separate_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:
+    """Copy values that both the mask and quantised nodes read, because the quantiser rounds a value for all readers."""
     from onnx_ir import DataType, tape
 
     values = dict.fromkeys(value for node in chosen for value in node.inputs if value is not None)
@@ -355,7 +355,7 @@ def _part_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:
 
 
 def measure(outputs: Iterable[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]) -> Fidelity:
-    """How near outputs are to others, given image batch (B, C, H, W) by image batch with both."""
+    """Compare rounded with exact outputs; each item is (image batch (B, C, H, W), rounded outputs, exact outputs)."""
     squares: dict[int, Tensor] = {}
     same = pixels = images = 0
     for image, rounded, exact in outputs:

@@ -1,4 +1,4 @@
-"""Names for the outputs of a network, from the structure in which it returns them."""
+"""Name the outputs of a network by the structure in which it returns them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 
 def output_names(output: Any) -> tuple[str, ...]:
-    """A name for each tensor: that of its key or field, a number in a list, `output` alone."""
+    """Return a name for each tensor: its key, field or number in a list; `output` for a single tensor."""
     leaves, _ = tree_flatten_with_path(output)
     return tuple(
         "_".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)

@@ -1,4 +1,4 @@
-"""ONNX files: mask, lattice and network in standard operations, for one size or any, compared in ONNX Runtime."""
+"""Write ONNX files: mask, lattice and network in standard operations, for one image size or any, and verify them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.support.provenance import versions
 
-# In half precision, and how many patches rounding may make a mask choose otherwise.
+# Tolerance in half precision, and number of patches per image that a mask may choose differently through rounding.
 TOLERANCE_OF_HALVES = 2e-2
 PATCHES_BY_ROUNDING = 2
-# Bytes of weights that are not put into a file of their own; protobuf takes twice as many.
+# More bytes of weights than this go into a separate file; protobuf's limit is twice as large.
 _LARGEST_FILE = 1 << 30
 
 
@@ -49,10 +49,10 @@ def write(
     engine: type[Engine],
     int8: Sequence[Tensor] = (),
 ) -> Written:
-    """An ONNX file; what was compared, and the shape of its image, None where it may be any. See `export`.
+    """Write an ONNX file; return its comparison, and the shape of its image with None for dynamic axes. See `export`.
 
     Raises:
-        CannotConvert: torch or ONNX cannot follow the network or its mask, or the file gives something else.
+        CannotConvert: torch or ONNX cannot follow the network or its mask, or the file's outputs differ.
     """
     for package in ("onnx", "onnxscript", engine.package):
         import_package(package)
@@ -104,8 +104,8 @@ def _inputs(net: AdaptiveModel, image: Tensor, level_map: bool) -> tuple[Tensor,
 
 
 def _tidy(model: Any) -> None:
-    """Constants computed, and what is there twice or for nothing taken out. Not the rewriting of the exporter's own
-    optimiser: it takes ten times as long, minutes in a large graph, and engines do the same when they open a file."""
+    """Fold constants, and remove duplicate and unused parts. The exporter's own optimiser is not used: it takes ten
+    times as long, minutes for a large graph, and engines optimise the file anyway when they open it."""
     import onnx_ir.passes.common as passes
     from onnxscript.optimizer import fold_constants_ir
 
@@ -124,10 +124,10 @@ def _tidy(model: Any) -> None:
 
 
 def translate(program: torch.export.ExportedProgram, next: str, **options: Any) -> Any:
-    """A program as ONNX.
+    """Translate a program to ONNX.
 
     Raises:
-        CannotConvert: torch's exporter cannot write it; `next` is what to do then.
+        CannotConvert: torch's exporter cannot write it; `next` is the advice in the message.
     """
     with quietly():
         try:
@@ -139,10 +139,10 @@ def translate(program: torch.export.ExportedProgram, next: str, **options: Any) 
 
 
 class Exportable(nn.Module):
-    """A network whose call is a function of tensors: image, or image and level map, to outputs and level map."""
+    """A network as a function of tensors: from the image, or image and level map, to the outputs and the level map."""
 
     def __init__(self, net: AdaptiveModel, float16: bool) -> None:
-        """Take a network; it is copied, its batch norms folded."""
+        """Copy a network and fold its batch norms."""
         super().__init__()
         self.net = net.optimize()
         self.net._program = _count_in_symbols(self.net.program)
@@ -152,7 +152,8 @@ class Exportable(nn.Module):
             self.net = self.net.half()
 
     def forward(self, image: Tensor, levels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """(B, C, H, W), and (B, h, w) int64 or None, to the outputs in order and the level map (B, h, w) int8."""
+        """Run the network on an image (B, C, H, W) and perhaps a level map (B, h, w), int64; return the outputs in
+        order and the level map (B, h, w), int8."""
         program = self.net.program
         masking = _InSingle(
             self.mask,
@@ -166,11 +167,11 @@ class Exportable(nn.Module):
         run = program.run_after_first_pass if self.mask.looks_ahead and levels is None else program
         output, lattice = run(masking, program.bind(image.half() if self.float16 else image))
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        shown = (leaf.to(image.dtype) if leaf.is_floating_point() else leaf for leaf in tensors)
-        return (*shown, lattice.pyramid.levels)
+        outputs = (leaf.to(image.dtype) if leaf.is_floating_point() else leaf for leaf in tensors)
+        return (*outputs, lattice.pyramid.levels)
 
 
-# What a network may compute of sizes, as torch does it without deciding by the example.
+# Python functions on sizes, and torch's replacements that accept symbolic sizes.
 _OF_SYMBOLS: dict[Any, Any] = {
     int: torch.sym_int,
     float: torch.sym_float,
@@ -180,18 +181,18 @@ _OF_SYMBOLS: dict[Any, Any] = {
 
 
 def _count_in_symbols(program: Program) -> Program:
-    """A program whose graph takes sizes that may be symbols."""
+    """Return the program with a graph that accepts symbolic sizes."""
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in _OF_SYMBOLS:
-            takes = 2 if node.target in (max, min) else 1
-            if len(node.args) == takes and not node.kwargs:
+            count = 2 if node.target in (max, min) else 1
+            if len(node.args) == count and not node.kwargs:
                 node.target = _OF_SYMBOLS[node.target]
     return replace(program).bind_to(program.net)
 
 
 @dataclass(frozen=True, eq=False)
 class _InSingle(Masking):
-    """Shows a mask the image as it came, and features in its type; or takes a level map in place of the mask."""
+    """A masking that gives the mask the original image, and the features in the image's type; or uses a level map."""
 
     image: Tensor | None = None
     levels: Tensor | None = None
@@ -206,12 +207,12 @@ class _InSingle(Masking):
 def follow(
     graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool
 ) -> tuple[torch.export.ExportedProgram, set[int]]:
-    """A program of an exportable network in operations for any engine, and the axes of the image that may be any.
+    """Export a network as a program in portable operations; return it with the dynamic axes of the image.
 
-    A file for one size takes any number of images where torch can follow that.
+    A file for one size accepts any number of images if torch can export that.
 
     Raises:
-        CannotConvert: torch.export cannot follow it.
+        CannotConvert: torch.export cannot follow the network.
     """
     pair = [torch.cat((value, value.flip(0)))[: max(2, len(value))] for value in inputs]
     attempts: list[tuple[tuple[Tensor, ...], set[int]]] = [
@@ -219,14 +220,14 @@ def follow(
         (inputs, {2, 3} if dynamic else set()),
     ]
     refusal: Exception | None = None
-    for given, free in attempts:
+    for example, free in attempts:
         shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
         try:
             with portable(), torch.no_grad(), quietly():
                 program = torch.export.export(
                     graph,
-                    given,
-                    dynamic_shapes=shapes[: len(given)] if free else None,
+                    example,
+                    dynamic_shapes=shapes[: len(example)] if free else None,
                     strict=False,
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )
@@ -244,8 +245,8 @@ def follow(
 
 
 def _drop_assertions(graph: fx.GraphModule) -> None:
-    """Take out the assertions on sizes that torch.export makes of every operation: ONNX has none, and with what they
-    compute they are a third of all that is translated."""
+    """Remove torch.export's assertions on sizes: ONNX has no assertions, and with their operands they are a third of
+    all nodes to translate."""
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "").startswith("_assert_"):
             graph.graph.erase_node(node)
@@ -254,8 +255,8 @@ def _drop_assertions(graph: fx.GraphModule) -> None:
 
 
 def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
-    """A part of an image whose fine map is cut by its outermost cells, so that no size happens to fit: torch decides by
-    the example whether a slice takes all. The image itself if the network takes no such part."""
+    """Crop an image so that its fine map does not fill the outermost cells, because torch decides by the example
+    whether a slice takes all. Return the image itself if the network does not accept the crop."""
     side, stride = net.geometry.sides[-1], net.plan.strides[0]
     whole = [(divide_up(length, stride) + 1) // side * side for length in image.shape[2:]]
     height, width = (max((samples - 1) * stride - 1, 1) for samples in whole)
@@ -268,29 +269,30 @@ def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
 
 
 def _compare(net: AdaptiveModel, run: Engine, image: Tensor, level_map: bool) -> float:
-    """Largest difference on a batch; where rounding made the mask choose other patches, at the file's level map.
+    """Return the largest difference on a batch; if rounding changed a few patches of the mask, at the file's level map.
 
     Raises:
-        CannotConvert: the file's mask is another, or it does not run.
+        CannotConvert: the masks differ in more than a few patches, or the file does not run.
     """
     expected = net(image)
     levels = net.levels
-    *outputs, shown = run(image, levels.long()) if level_map else run(image)
-    differing = int((shown != levels).sum()) if shown.shape == levels.shape else levels.numel()
+    *outputs, file_levels = run(image, levels.long()) if level_map else run(image)
+    same_shape = file_levels.shape == levels.shape
+    differing = int((file_levels != levels).sum()) if same_shape else levels.numel()
     side = net.geometry.sides[-1]
     if differing > PATCHES_BY_ROUNDING * len(image) * side * side:
         raise CannotConvert(
             f"the mask of the written file differs from the network's in {differing} of {levels.numel()} samples.",
-            why="rounding explains a few patches alone; nothing was written.",
+            why="rounding explains only a few patches; nothing was written.",
             next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
         )
     if differing:
-        expected = net(image, mask=shown.long())
+        expected = net(image, mask=file_levels.long())
     return difference(outputs, [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)])
 
 
 def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
-    """Batches of other sizes that the network takes: odd, turned, larger; of one image more."""
+    """Yield batches of other sizes that the network accepts: odd, transposed and larger ones, and one more image."""
     height, width = image.shape[2:]
     low = net.plan.output_stride[1]
     more = torch.cat((image, image[:1].flip(3)))
@@ -308,7 +310,7 @@ def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
 
 
 def _metadata(net: AdaptiveModel, dynamic: bool) -> dict[str, str]:
-    """Return the metadata of a file, and the mean and standard deviation of the images of 0..1 that it is for."""
+    """Return the metadata of a file, including mean and standard deviation for images in 0..1."""
     source = source_of(net)
     return {
         "cadsurgery.mask": net.mask.spec(),
@@ -320,7 +322,7 @@ def _metadata(net: AdaptiveModel, dynamic: bool) -> dict[str, str]:
 
 
 def _name_axes(model: Any, free: set[int]) -> None:
-    """Names that people read for the axes of the image that may be any."""
+    """Give the dynamic axes of the image readable names."""
     names = {0: "batch", 2: "height", 3: "width"}
     image = model.graph.inputs[0]
     import onnx_ir
@@ -331,7 +333,7 @@ def _name_axes(model: Any, free: set[int]) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason of the exporter's errors."""
+    """Describe the innermost cause of an exporter's error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return describe_error(error)

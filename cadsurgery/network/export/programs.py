@@ -1,4 +1,4 @@
-"""Programs of torch.export, as they are and compiled by AOTInductor: one size, torch's own operations."""
+"""Write programs of torch.export, plain or compiled by AOTInductor, for one image size."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Written = tuple[Comparison, tuple[int | None, ...]]
 
 
 def write_program(net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path) -> Written:
-    """A program for torch.export.load; what was compared, and the shape of its image.
+    """Write a program for torch.export.load; return its comparison and the shape of its image.
 
     Raises:
-        CannotConvert: torch.export cannot follow the network, or the program gives something else.
+        CannotConvert: torch.export cannot follow the network, or the program's outputs differ.
     """
     program = follow(net, image)
     with warnings.catch_warnings():
-        # Of weights in channels_last memory torch says that none is complete, and stores them whole.
+        # torch gives this warning for channels_last weights, but stores them completely.
         warnings.filterwarnings("ignore", "No complete tensor found")
         torch.export.save(program, path)
     run = torch.export.load(path).module()
@@ -33,19 +33,19 @@ def write_program(net: AdaptiveModel, image: Tensor, other: Tensor | None, path:
 
 
 def write_package(net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path) -> Written:
-    """A package of AOTInductor for this machine; what was compared, and the shape of its image.
+    """Write a package of AOTInductor for this machine; return its comparison and the shape of its image.
 
-    Its code does not look at the shape of what it is given. The shape it is for, and the names of its outputs, are in
-    its metadata.
+    The compiled code does not check the shape of its input. The metadata hold this shape and the names of the outputs.
 
     Raises:
-        CannotConvert: torch.export cannot follow the network, it cannot be compiled, or gives something else.
+        CannotConvert: the network cannot be exported or compiled, or the package's outputs differ.
     """
     about = {
         "cadsurgery.image": "x".join(map(str, image.shape)),
         "cadsurgery.outputs": ",".join(output_names(net(image))),
     }
-    # Products of rows are compiled; convolutions would be called, and rows copied for them.
+    # In portable form convolutions are matrix products of rows, which Inductor compiles; it would only call
+    # convolutions, with copies of the rows.
     with portable():
         program = follow(net.optimize(), image)
     compile_program(program, path, about)
@@ -58,7 +58,7 @@ def compile_program(
     """Write a package of AOTInductor for this machine; `about` is its metadata.
 
     Raises:
-        CannotConvert: it cannot be compiled.
+        CannotConvert: the program cannot be compiled.
     """
     configs = {"aot_inductor.metadata": about or {}}
     try:
@@ -72,10 +72,10 @@ def compile_program(
 
 
 def follow(net: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
-    """The network as a program of torch's operations.
+    """Export the network as a program of torch's operations.
 
     Raises:
-        CannotConvert: torch.export cannot follow it.
+        CannotConvert: torch.export cannot follow the network.
     """
     try:
         return torch.export.export(net, (image,))
@@ -83,7 +83,7 @@ def follow(net: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
         raise CannotConvert(
             "torch.export cannot follow the network.",
             why=describe_error(error),
-            next="convert a network without data-dependent control flow; detectors have such.",
+            next="convert a network without data-dependent control flow, as in detectors.",
         ) from error
 
 

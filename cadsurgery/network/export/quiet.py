@@ -1,4 +1,4 @@
-"""Exporters and quantisers without their notes."""
+"""Silence the logs and warnings of exporters and quantisers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the notes of other packages about their own code, and without assertions on sizes in graphs that torch
-    takes apart, which ONNX has none of and which can take longer than all else."""
+    """Suppress logs and warnings in the block, and torch's runtime assertions on sizes in decomposed graphs; ONNX has
+    no assertions, and creating them can take most of the time."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

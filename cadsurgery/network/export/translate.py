@@ -1,6 +1,6 @@
-"""ONNX for the operations of torch that its exporter lacks, or gives engines in a slow or unaccepted form.
+"""ONNX translations of torch operations that torch's exporter lacks or translates to slow or unsupported forms.
 
-Needs onnxscript; imported where an ONNX file is written.
+Needs onnxscript; this module is imported only when an ONNX file is written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ATEN = torch.ops.aten
 
 
 def _sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
-    """TopK of all: among equal values the lower index comes first, so it is stable."""
+    """Sort by TopK of all values; it is stable, because among equal values the lower index comes first."""
     count = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
     values, indices = op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
     return values, indices
@@ -37,12 +37,12 @@ def _nonzero_static(self: Any, size: Any, fill_value: int = -1) -> Any:
 
 
 def _remainder(self: Any, other: Any) -> Any:
-    """Of integers by a size of the image, which is a tensor."""
+    """Compute the remainder of integers by an image size, which is a tensor."""
     return op.Mod(self, op.CastLike(_number(other), self))
 
 
 def _index(self: Any, indices: Any) -> Any:
-    """By one tensor of integers: a Gather, which takes 32 bits, too, and is many times faster than a GatherND."""
+    """Index by one integer tensor with Gather, which accepts 32 bits and is many times faster than GatherND."""
     tensors = [(axis, index) for axis, index in enumerate(indices) if index is not None]
     if len(tensors) == 1 and tensors[0][1].dtype != DataType.BOOL:
         return op.Gather(self, tensors[0][1], axis=tensors[0][0])
