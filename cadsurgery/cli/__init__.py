@@ -1,6 +1,6 @@
 """The command line: one module for each group of commands.
 
-In come words; out go calls of tasks with their options, and what they report, printed. It computes nothing itself.
+Commands parse their arguments, call tasks with the options, and print the reports. They compute nothing themselves.
 """
 
 from cadsurgery.cli.main import main

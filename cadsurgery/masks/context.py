@@ -93,8 +93,7 @@ def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
 
 
 def first_passes(outputs: Mapping[int, Any]) -> AbstractContextManager[None]:
-    """Provide the outputs of the network at single levels, by level, to the masks evaluated inside the `with`
-    block."""
+    """Provide the network's outputs at single levels, by level, to masks inside the `with` block."""
     return _within(first_passes=outputs)
 
 
@@ -126,8 +125,7 @@ def first_pass_output(where: str) -> Any:
 
 @contextmanager
 def masked(net: nn.Module, mask: object) -> Iterator[None]:
-    """Use another mask for calls of `net` inside the `with` block, in this thread; None keeps the network's own
-    mask."""
+    """Use another mask for calls of `net` inside the `with` block, in this thread; None for the network's own."""
 
     def put(mask: object) -> None:
         others = {key: value for key, value in call_context().masks.items() if key is not net}

@@ -77,8 +77,7 @@ def peaks(scores: Tensor, count: int, radius: int = 2, border: int = 0) -> list[
 
 
 def in_pixels(places: Tensor, scores: Tensor, image: Tensor) -> Tensor:
-    """Convert sample indices (n, 2) of a map (..., h, w) to the pixel coordinates of the samples' centres in images
-    (..., H, W)."""
+    """Convert sample indices (n, 2) of a map (..., h, w) to pixel coordinates in images (..., H, W)."""
     sides = [whole / part for whole, part in zip(image.shape[-2:], scores.shape[-2:], strict=True)]
     step = image.new_tensor(sides[::-1], dtype=torch.float64)
     return (places.to(step) + 0.5) * step - 0.5

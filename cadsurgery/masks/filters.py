@@ -15,8 +15,7 @@ GREY = (0.299, 0.587, 0.114)
 
 
 def grey_of(image: Tensor) -> Tensor:
-    """Return the grey image (B, H, W): published luminance weights for 3 channels, otherwise the mean over
-    channels."""
+    """Return the grey image (B, H, W): published weights for 3 channels, otherwise the mean over channels."""
     if image.shape[1] != 3:
         return image.mean(1)
     weights = torch.tensor(GREY, dtype=image.dtype, device=image.device)
@@ -46,8 +45,7 @@ def differences(grey: Tensor, outside: str) -> tuple[Tensor, Tensor]:
 
 
 def blur(values: Tensor, sigma: float) -> Tensor:
-    """Smooth (B, H, W) with a Gaussian of standard deviation `sigma` in samples, truncated at 3 sigma; 0 for no
-    smoothing."""
+    """Smooth (B, H, W) with a Gaussian of standard deviation `sigma` in samples, truncated at 3 sigma."""
     if sigma == 0:
         return values
     half = math.ceil(3 * sigma)
@@ -88,16 +86,14 @@ def near(values: Tensor, side: int, grid: FineMapSpec) -> Tensor:
 
 
 def resize(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (B, H, W) to (B, h, w), bilinear with antialiasing; values that already have the size are returned
-    unchanged."""
+    """Resize (B, H, W) to (B, h, w), bilinear with antialiasing; unchanged if the size is the same."""
     if tuple(values.shape[1:]) == size:
         return values
     return F.interpolate(values.unsqueeze(1), size=size, mode="bilinear", antialias=True).squeeze(1)
 
 
 def on_samples(cells: Tensor, side: int, size: tuple[int, int]) -> Tensor:
-    """Expand block values (..., ceil(h / side), ceil(w / side)) to a map (..., h, w) that is constant within each
-    block."""
+    """Expand block values (..., ceil(h / side), ceil(w / side)) to a map (..., h, w), constant in each block."""
     repeated = cells.repeat_interleave(side, -2).repeat_interleave(side, -1)
     return repeated[..., : size[0], : size[1]]
 

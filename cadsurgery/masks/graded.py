@@ -23,8 +23,7 @@ _CALL = "with cadsurgery.masks.labelled(labels): net(image)"
 
 
 class SteppedMask(MaskProvider):
-    """Base of masks with several thresholds (or widths, ...), one per level. A subclass computes the maps
-    (`steps`)."""
+    """Base of masks with one threshold (or width, ...) per level. A subclass computes the maps (`steps`)."""
 
     counted: ClassVar[str] = "thresholds"  # name of the thresholds in error messages
 
@@ -85,8 +84,7 @@ class GradedMask(SteppedMask):
         return [nearby[side] >= limit for side, limit in zip(dilations, self.threshold, strict=True)]
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Return the greatest strength within the first dilation; `forward` gives level 0 where it reaches the
-        threshold."""
+        """Return the greatest strength within the first dilation; `forward` thresholds it for level 0."""
         return near(self.strength(image), self.dilation[0], grid)
 
 

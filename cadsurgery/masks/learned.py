@@ -104,8 +104,7 @@ class EstimatedMask(MaskProvider):
             self.estimator = layers.to(device).train(self.training)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Create the estimator that the tensors belong to, if it does not exist yet; its children are loaded
-        afterwards."""
+        """Create the estimator for the tensors if it does not exist yet; its children are loaded afterwards."""
         stored: list[Any] = [state_dict.get(f"{prefix}estimator.{place}.weight") for place in self.places]
         weights = [weight for weight in stored if isinstance(weight, Tensor) and weight.dim() == 4]
         if not len(self.estimator) and len(weights) == 4:

@@ -67,8 +67,7 @@ class Masking:
 
 
 def not_static(mask: MaskProvider, why: str, next: str = "") -> InvalidInput:
-    """Return the error for a mask that is not static: what it depends on, `why` static shapes are needed, the next
-    step."""
+    """Return the error for a mask that is not static: its dependence, `why` this is refused, the next step."""
     depends = f"depends on {mask.dependence}, not the image alone"
     dynamic = "keeps a number of elements that varies from image to image"
     problem = depends if mask.dependence else dynamic

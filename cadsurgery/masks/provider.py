@@ -124,8 +124,7 @@ class MaskProvider(nn.Module):
 
     @property
     def dependence(self) -> str:
-        """Name the input besides image and features that the mask or its first such part needs; empty if there is
-        none."""
+        """Name the input besides image and features that the mask or one of its parts needs; empty if none."""
         return self.needs or next((part.dependence for part in self.parts if part.dependence), "")
 
     @property

@@ -279,8 +279,7 @@ class Smooth(MaskWrapper):
         return self._levels.with_next(self.inner_levels(image, features, grid), grid).amin(0)
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Return the highest score of this frame and the `hold` frames before it; `forward` keeps frames of its
-        own."""
+        """Return the highest score of this frame and the `hold` frames before it; not shared with `forward`."""
         return self._scores.with_next(self.inner_scores(image, features, grid), grid).amax(0)
 
     def __getstate__(self) -> dict[str, Any]:

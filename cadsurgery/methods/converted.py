@@ -34,8 +34,7 @@ METHODS: dict[str, type[ConvertedModel]] = {}
 
 
 def register(kind: M) -> M:
-    """Let `cadsurgery.save` and `load` handle networks of this class; a later class of the same method replaces
-    it."""
+    """Let `cadsurgery.save` and `load` handle networks of this class; a later class of the method replaces it."""
     METHODS[kind.method] = kind
     return kind
 

@@ -101,8 +101,7 @@ class Maps:
         return lattice
 
     def reading(self, size: Size, source: Places | None, window: Window, target: Places) -> WindowRead:
-        """Return the taps of a convolution for the `target` positions of its output, on all or some positions of a
-        map."""
+        """Return the taps of a convolution for the `target` positions of its output, on (some positions of) a map."""
         window = window.fit(size)
         before = self.lattice(size, source, window.stride)
         if window.stride == 1 and target.size == size:
@@ -130,8 +129,7 @@ class Sites(Maps):
     """
 
     def __init__(self, undecided: Tensor, before: Sites | None = None, grid: int = 0) -> None:
-        """Take the undecided positions (B, H, W), bool, at the size of the exit's logits, and the sites of the exit
-        before."""
+        """Take the undecided positions (B, H, W), bool, at the size of the exit's logits, and the previous sites."""
         super().__init__(undecided.shape[0], undecided.device)
         self.grid, self._before = grid, before
         if before is not None:

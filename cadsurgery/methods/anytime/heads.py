@@ -14,8 +14,7 @@ _SPREAD = 0.001  # standard deviation of the initial weights
 
 
 class Resize(nn.Module):
-    """Marks where a head doubles its resolution again; `connect` replaces it by `resize_like` the map before
-    halving."""
+    """Marks where a head doubles its resolution; `connect` replaces it by `resize_like` the map before halving."""
 
 
 def resize_like(x: Tensor, like: Tensor) -> Tensor:

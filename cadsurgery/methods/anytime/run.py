@@ -110,8 +110,7 @@ class Run:
     # -- which positions are needed -----------------------------------------------------------------
 
     def _needs(self, number: int, sites: Sites, work: Work) -> dict[str, Places | None]:
-        """Return where values of this segment and all later ones are needed, if no later exit adds undecided
-        positions."""
+        """Return where values of this and all later segments are needed, if no exit adds undecided positions."""
         needs: dict[str, Places | None] = {}
 
         def add(name: str, places: Places | None) -> None:

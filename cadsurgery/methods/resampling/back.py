@@ -171,8 +171,7 @@ def _places(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) 
 
 
 def _bent(steps: int, cells: int, device: torch.device) -> Tensor:
-    """Mark (steps,), uint8, the gaps between consecutive samples that contain a location, where the warp has a
-    kink."""
+    """Mark (steps,), uint8, the gaps between consecutive samples with a location inside, a kink of the warp."""
     first = torch.arange(steps, device=device)
     return ((first * cells // steps + 1) * steps < (first + 1) * cells).to(torch.uint8)
 

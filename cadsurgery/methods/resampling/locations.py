@@ -95,8 +95,7 @@ def target_locations(boundary: Tensor, grid: int = 8, smoothness: float = 1.0) -
 
 
 def _nearest(boundary: Tensor, grid: int) -> Tensor:
-    """Return the mean of the marked pixels nearest to each place of a uniform grid, (grid, grid, 2), in pixels /
-    (side - 1)."""
+    """Return the mean of the marked pixels nearest to each place of a uniform grid: (grid, grid, 2) in 0..1."""
     places = boundary.nonzero()
     last = boundary.new_tensor([length - 1 for length in boundary.shape], dtype=torch.int64)
     # Anchors are rounded down, as published.
