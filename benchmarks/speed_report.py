@@ -84,8 +84,8 @@ def main() -> None:
     page = DOCS / "speed.md"
     text = page.read_text(encoding="utf-8")
     for path in sorted([*(DOCS / "bench").glob("*.json"), *(DOCS / "bench").glob("*.txt")]):
-        text = path.read_text(encoding="utf-8")
-        made = tables(json.loads(text)) if path.suffix == ".json" else f"```text\n{text.rstrip()}\n```"
+        content = path.read_text(encoding="utf-8")
+        made = tables(json.loads(content)) if path.suffix == ".json" else f"```text\n{content.rstrip()}\n```"
         pattern = re.compile(rf"(<!-- {path.stem} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
         if count != 1:
