@@ -39,10 +39,11 @@ class Samples(Protocol):
 class Batch:
     """The samples of one forward pass of one process.
 
-    inputs: arguments of the network, each (B, ...).
-    labels: (B, H, W) int64; None for data without labels.
-    positions: positions in the sequence of samples.
-    indices: indices in the dataset.
+    Attributes:
+        inputs: arguments of the network, each (B, ...).
+        labels: (B, H, W) int64; None for data without labels.
+        positions: positions in the sequence of samples.
+        indices: indices in the dataset.
     """
 
     inputs: tuple[Tensor, ...]

@@ -31,13 +31,14 @@ Identity = dict[str, Any]
 class Checkpoint:
     """The state of a run after a step.
 
-    step: number of completed steps.
-    identity: what the run is of; see `identity_of`.
-    tensors: tensors by name: `weights.*`, `optimizer.*`, `ema.*`.
-    best_step: step of the best validation, 0 if there was none.
-    best: metric of the best validation.
-    before: metrics before the first step.
-    scaler: state of the gradient scaler.
+    Attributes:
+        step: number of completed steps.
+        identity: what the run is of; see `identity_of`.
+        tensors: tensors by name: `weights.*`, `optimizer.*`, `ema.*`.
+        best_step: step of the best validation, 0 if there was none.
+        best: metric of the best validation.
+        before: metrics before the first step.
+        scaler: state of the gradient scaler.
     """
 
     step: int
@@ -166,7 +167,7 @@ def _digest(value: Any) -> str:
 def restore(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], path: Path) -> None:
     """Copy tensors into tensors of the same names, in place.
 
-    FileError: names or shapes differ.
+    Raises:
         FileError: names or shapes differ.
     """
     if tensors.keys() != into.keys() or any(tensors[n].shape != into[n].shape for n in into):

@@ -39,10 +39,11 @@ _LAYOUT = (
 class ImageSequence:
     """Images of one plane, or taken from one position.
 
-    name: name of the folder.
-    images: files of the first image and of the others.
-    numbers: numbers k of the others.
-    homographies: (3, 3) float64, from the first image to each of the others, in pixels x, y.
+    Attributes:
+        name: name of the folder.
+        images: files of the first image and of the others.
+        numbers: numbers k of the others.
+        homographies: (3, 3) float64, from the first image to each of the others, in pixels x, y.
     """
 
     name: str
