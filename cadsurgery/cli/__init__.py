@@ -1,6 +1,6 @@
 """The command line: one module for each group of commands.
 
-Commands parse their arguments, call tasks with the options, and print the reports. They compute nothing themselves.
+In come the words of a command line; out go calls of tasks, and their reports are printed. Nothing is computed here.
 """
 
 from cadsurgery.cli.main import main

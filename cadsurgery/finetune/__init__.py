@@ -1,7 +1,7 @@
 """Fine-tuning: train a converted network, or any other; a run can be resumed at the exact step.
 
-A run takes a network, labelled or unlabelled images, and settings. It produces the trained network, checkpoints, a
-log, and the network's metrics before and after.
+In come a network, labelled or unlabelled images, and settings; out come the trained network, checkpoints, a log, and
+the network's metrics before and after.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Masks: they decide where in the image a network keeps its resolution.
 
-A mask maps an image and the feature map that enters the adaptive region to a level map. It is written as text, made
-from a function, or learned. This package does not import the packages that build networks.
+In come an image and the feature map that enters the adaptive region; out comes a level map. A mask is written as
+text, made from a function, or learned. This package does not import the packages that build networks.
 """
 
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask

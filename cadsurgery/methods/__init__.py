@@ -1,7 +1,7 @@
-"""Methods: other ways to make a network compute less, each in a folder, built on the same elements, masks and
-networks.
+"""Methods: other ways to make a network compute less, built on the same elements, masks and networks.
 
-`anytime` adds exits and skips positions at which an exit is confident. `sampling` adds gates to residual branches and
-interpolates between computed positions. `resampling` samples the image more densely where it matters, before the
-network. `storage` saves and loads the networks of all methods.
+In comes a network; out comes a network that computes less. `anytime` adds exits and skips positions at which an exit
+is confident. `sampling` adds gates to residual branches and interpolates between computed positions. `resampling`
+samples the image more densely where it matters, before the network. `storage` saves and loads the networks of all
+methods.
 """

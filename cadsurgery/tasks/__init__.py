@@ -1,5 +1,5 @@
 """Tasks: what the commands do with networks, files and folders, also for callers from Python.
 
-A task takes names, paths and options and returns a report that can be printed, written as JSON and drawn. There are
-tasks for conversion, benchmarks, the evaluation of segmentation and keypoints, and the check of a library's networks.
+In come names, paths and options; out go reports that can be printed, written as JSON and drawn. There are tasks for
+conversion, benchmarks, the evaluation of segmentation and keypoints, and the check of a library's networks.
 """
