@@ -1,8 +1,9 @@
-"""What level adapters cost: optimised networks with them against the same without, interleaved in one run.
+"""The cost of level adapters: optimised networks with and without adapters, interleaved in one run.
 
     python benchmarks/adapter_cost.py [--size 512 1024] [--fraction 0.34] [--rounds 9] [--threads 1]
 
-Random weights, adapters with random values; float32, `detail` under a budget. Best round of each, and their ratio.
+Random weights, adapters with random values; float32, `detail` under a budget. The table has the best round of each,
+and the ratio.
 """
 
 from __future__ import annotations

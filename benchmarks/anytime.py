@@ -1,13 +1,14 @@
-"""Does time follow work where exits are confident? Random weights, masks that leave a share of the positions.
+"""Does time follow work where exits are confident? Random weights, masks that leave a share of the positions
+undecided.
 
     python benchmarks/anytime.py [MODEL] [--size 512x1024] [--left 0.5 0.3] [--pattern areas] [--gaps gaussian]
         [--rounds 3] [--output results.json]
 
 MODEL: a name of torchvision or timm; `w18` or `w48`, the networks of recipes/anytime_hrnet; or `mobilenetv2`, that of
-recipes/camvid_mobilenetv2. Exits are asked how confident they are as ever, which is part of the time, but what all of
-them leave is a given share of the positions: areas (smooth noise above a quantile) or scattered ones. CPU time of the
-optimised copy, all shares in turn, the best round, against the same copy with everything computed; `realised`: what
-time falls by, of what MACs fall by.
+recipes/camvid_mobilenetv2. The confidence of exits is computed as usual, which is part of the time, but a given share
+of the positions is left undecided: areas (smooth noise above a quantile) or scattered positions. CPU time of the
+optimised copy, all shares in turn, best round, relative to the same copy with everything computed. `realised`: the
+saving in time relative to the saving in MACs.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from cadsurgery.support.timing import interleaved
 from recipes.anytime_hrnet import recipe
 from recipes.camvid_mobilenetv2.network import Segmenter
 
-AREA = 16  # nodes of smooth noise along the shorter axis
+AREA = 16  # grid points of the smooth noise along the shorter axis
 
 
 def build(name: str, gaps: Any) -> cs.AnytimeModel:
-    """A network with exits and random weights."""
+    """Build a network with exits and random weights."""
     if name in ("w18", "w48"):
         net = recipe.build(name)  # type: ignore[arg-type]
         if gaps != "gaussian":
@@ -53,7 +54,7 @@ def build(name: str, gaps: Any) -> cs.AnytimeModel:
 
 
 def noise(height: int, width: int, pattern: str) -> Tensor:
-    """(1, 1, H, W) in 0..1: smooth, or of each position alone."""
+    """Draw noise (1, 1, H, W) in 0..1, smooth or independent for each position."""
     generator = torch.Generator().manual_seed(0)
     if pattern == "scattered":
         return torch.rand((1, 1, height, width), generator=generator)
@@ -62,15 +63,15 @@ def noise(height: int, width: int, pattern: str) -> Tensor:
 
 
 def leave(net: cs.AnytimeModel, share: float, field: Tensor) -> None:
-    """Make all exits leave a share of the positions; they are asked all the same."""
-    asked = type(net).undecided_mask
+    """Make all exits leave a share of the positions undecided; their confidence is still computed."""
+    undecided_mask = type(net).undecided_mask
 
-    def left(logits: Tensor, *args: Any) -> Tensor:
-        asked(net, logits, *args)
+    def leave_share(logits: Tensor, *args: Any) -> Tensor:
+        undecided_mask(net, logits, *args)
         values = F.interpolate(field, logits.shape[2:])[:, 0]
         return values > values.quantile(1 - share)
 
-    net.undecided_mask = left  # type: ignore[method-assign]
+    net.undecided_mask = leave_share  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -100,9 +101,9 @@ def main() -> None:
     times = interleaved(
         {str(share): partial(at, share) for share in shares}, options.rounds, clock=time.process_time
     )
-    told = describe_run(torch.device("cpu"))
+    details = describe_run(torch.device("cpu"))
     named = f"{options.model}, {options.size}, {options.pattern}, {options.gaps}, random weights"
-    print(f"{named}, {told['device']}, commit {told['commit']}\n")
+    print(f"{named}, {details['device']}, commit {details['commit']}\n")
     print("| left | MACs | CPU ms | of whole | realised |\n|---|---|---|---|---|")
     whole, rows = times["1.0"].best, []
     for share in shares:
@@ -111,10 +112,10 @@ def main() -> None:
         macs, taken = counted.macs / counted.dense, times[str(share)].best
         realised = (1 - taken / whole) / (1 - macs) if macs < 1 else None
         rows.append({"left": share, "macs": macs, "ms": taken, "realised": realised})
-        said = "" if realised is None else f"{realised:.2f}"
-        print(f"| {share:g} | {macs:.3f} | {taken:.0f} | {taken / whole:.2f} | {said} |")
+        ratio = "" if realised is None else f"{realised:.2f}"
+        print(f"| {share:g} | {macs:.3f} | {taken:.0f} | {taken / whole:.2f} | {ratio} |")
     if options.output:
-        report = {**told, "options": {**vars(options), "output": ""}, "rows": rows}
+        report = {**details, "options": {**vars(options), "output": ""}, "rows": rows}
         options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 

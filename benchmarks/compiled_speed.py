@@ -3,7 +3,7 @@
     python benchmarks/compiled_speed.py [--size 256 512] [--fraction 0.34] [--fill nearest linear] [--rounds 7] [--json]
 
 All sides are float32, channels_last, with batch norm folded; random weights and a random image. Each round runs every
-side once, in turn; the best round counts, because other processes only ever add time.
+side once, in turn; the best round counts, because other processes can only increase the time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cadsurgery.support.timing import interleaved
 
 
 def backbone() -> nn.Module:
-    """ResNet-50 without head, batch norm folded, channels_last."""
+    """Build ResNet-50 without head, batch norm folded, channels_last."""
     torch.manual_seed(0)
     model = resnet50(weights=None)
     trunk = nn.Sequential(OrderedDict(list(model.named_children())[:-2])).eval()
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.34)
     parser.add_argument("--fill", nargs="+", default=("nearest", "linear"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--mode", default="default", help="of torch.compile")
+    parser.add_argument("--mode", default="default", help="mode of torch.compile")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
-"""docs/corpus.md from the rows of full checks of the corpus and of the packages.
+"""Write docs/corpus.md from the rows of full checks of the corpus and of the packages.
 
-cadsurgery list --check --corpus --output tests/corpus/rows.jsonl       # goes on where it was stopped
+cadsurgery list --check --corpus --output tests/corpus/rows.jsonl       # continues an interrupted check
 pip install cadsurgery[corpus]
 cadsurgery list packages --check --corpus --output tests/corpus/packages/rows.jsonl
 python benchmarks/corpus_report.py [--corpus tests/corpus] [--docs docs]
@@ -25,17 +25,17 @@ LEAST_SHARE = 0.3
 
 
 def converts(row: Row) -> bool:
-    """Whether a network converts, its outputs compared."""
+    """True if a network converts and its outputs were compared."""
     return row["result"] == "converts" and row["outputs_compared"] > 0
 
 
 def works(row: Row) -> bool:
-    """Whether enough of it runs on elements."""
+    """True if enough of its work runs on elements."""
     return converts(row) and row["share_in_region"] >= LEAST_SHARE
 
 
 def criteria(named: dict[str, list[Row]]) -> str:
-    """A line for the corpus and one for the packages, the convolutional networks of both."""
+    """Summarise the convolutional networks of the corpus and of the packages, one line each."""
     lines = []
     for name, rows in named.items():
         count = len(rows)
@@ -58,14 +58,14 @@ def criteria(named: dict[str, list[Row]]) -> str:
 
 
 def outcome(row: Row) -> str:
-    """The result in a word or two."""
+    """Return the result in a word or two."""
     if row["result"] == "converts" and not row["effect"]:
         return "without effect"
     return f"converts ({row['part']})" if row.get("part") else row["result"]
 
 
 def reason(row: Row) -> str:
-    """Why it is refused or broken; else what ends the region, if much is dense because of it."""
+    """Return why it is refused or broken; otherwise what ends the region, if much of the network is dense."""
     if row["result"] != "converts":
         return short(" ".join(row.get(part, "") for part in ("what", "where", "why")).strip(), 160)
     ends = [end for end in row["dense"] if end["share"] >= 0.005]
@@ -73,7 +73,7 @@ def reason(row: Row) -> str:
 
 
 def networks(rows: list[Row]) -> str:
-    """A line for each network of a family."""
+    """Return a line for each network of a family."""
     lines = []
     for row in rows:
         strides = "{} to {}".format(*row["output_stride"]) if "output_stride" in row else ""
@@ -95,7 +95,7 @@ def networks(rows: list[Row]) -> str:
 
 
 def idioms(rows: list[Row], words: dict[str, str]) -> str:
-    """Idioms against results."""
+    """Return a table of idioms against results."""
     lines = []
     for idiom, meaning in words.items():
         members = [row for row in rows if idiom in row.get("idioms", [])]
@@ -106,7 +106,7 @@ def idioms(rows: list[Row], words: dict[str, str]) -> str:
 
 
 def families(rows: list[Row]) -> str:
-    """A section for each file."""
+    """Return a section for each file."""
     members: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         members[row["family"]].append(row)
@@ -114,7 +114,7 @@ def families(rows: list[Row]) -> str:
 
 
 def document(own: list[Row], packages: list[Row], words: dict[str, str], setting: Row) -> str:
-    """The page."""
+    """Return the page."""
     versions = ", ".join(f"{name} {number}" for name, number in setting["versions"].items())
     commits = ", ".join(sorted({row["commit"] for row in own + packages}))
     plain = [row for row in packages if row.get("kind") != "attention"]

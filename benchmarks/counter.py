@@ -1,8 +1,8 @@
-"""Compare the package's counter of multiply-accumulates with torch's on the networks of the zoo.
+"""Compare this package's counter of multiply-accumulates with torch's on the networks of the zoo.
 
     python benchmarks/counter.py [PATTERN]
 
-Prints the networks whose counts differ, and how many were compared. Those of timm are built without values.
+Prints the networks whose counts differ, and how many were compared. timm networks are built on the meta device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cadsurgery.tasks.zoo_check import Row, recorded
 
 
 def build(row: Row) -> tuple[nn.Module, Tensor]:
-    """Return a network of the zoo with random weights, or none, and an input."""
+    """Return a network of the zoo, with random weights or on the meta device, and an input."""
     name, of_timm = row["model"], row["family"].startswith("timm")
     if of_timm:
         with torch.device("meta"):
@@ -34,12 +34,12 @@ def build(row: Row) -> tuple[nn.Module, Tensor]:
     return model, torch.rand(1, 3, 224, 224)
 
 
-def count(model: nn.Module, given: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Return the multiply-accumulates by the package and by torch, and what the package has no rule for."""
+def count(model: nn.Module, x: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Return the multiply-accumulates counted by the package and by torch, and operations without a rule."""
     with torch.no_grad(), MacCounter() as ours:
-        model(given)
+        model(x)
     with torch.no_grad(), FlopCounterMode(display=False) as theirs:
-        model(given)
+        model(x)
     return ours.macs, theirs.get_total_flops() // 2, dict(ours.not_counted)
 
 

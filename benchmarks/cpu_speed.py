@@ -3,7 +3,7 @@
     python benchmarks/cpu_speed.py [--size 512 1024] [--fractions 1 0.5 0.34 0.1 0] [--rounds 5] [--json]
 
 All sides are float32, channels_last, with batch norm folded; random weights (times do not depend on them).
-Each round runs every side once, in turn; the best round counts, because other processes only ever add time.
+Each round runs every side once, in turn; the best round counts, because other processes can only increase the time.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import cadsurgery as cs
 from cadsurgery.support.provenance import setting
 from cadsurgery.support.timing import interleaved
 
-BLOCK = 4  # fine pixels of a patch: R_K of the stages 8 -> 16 -> 32
+BLOCK = 4  # side of a patch in fine pixels: R_K of the stages 8 -> 16 -> 32
 
 
 def backbone(*dilated: bool) -> nn.Module:
-    """ResNet-50 without head, batch norm folded, channels_last."""
+    """Build ResNet-50 without head, batch norm folded, channels_last."""
     torch.manual_seed(0)
     model = resnet50(weights=None, replace_stride_with_dilation=list(dilated))
     trunk = nn.Sequential(OrderedDict(list(model.named_children())[:-2])).eval()
@@ -34,7 +34,8 @@ def backbone(*dilated: bool) -> nn.Module:
 
 
 def block_levels(size: tuple[int, int], fraction: float) -> Tensor:
-    """(1, h, w): exactly the given share of 4x4 blocks at level 0, in random places, the rest at level 2."""
+    """Draw levels (1, h, w): exactly the given share of 4x4 blocks at level 0, in random places, the rest at level
+    2."""
     rows, columns = size[0] // (8 * BLOCK), size[1] // (8 * BLOCK)
     order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(0))
     levels = torch.full((rows * columns,), 2)

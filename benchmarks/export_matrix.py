@@ -1,12 +1,12 @@
-"""Which networks, masks and fills can be written as ONNX files, found out by writing them: the table of docs/deploy.md.
+"""Write networks, masks and fills as ONNX files and record which ones work: the table of docs/deploy.md.
 
-    python benchmarks/export_matrix.py [--only TEXT ...] [--cells N]   # goes on where it was stopped
+    python benchmarks/export_matrix.py [--only TEXT ...] [--cells N]   # continues an interrupted run
     python benchmarks/export_matrix.py --report
 
-Each cell is exported in a process of its own with `cs.export`, which compares the file with PyTorch in ONNX Runtime: a
-dynamic file at four batches of other sizes, one of them odd, a static one on three other batches. Random weights, batch
-norms with the statistics of an image where features fade without; `effect` is how much the mask can change the output.
-The first third of the cells has every pair of network, mask, fill and format.
+Each cell is exported in a separate process with `cs.export`, which compares the file with PyTorch in ONNX Runtime: a
+dynamic file on four batches of other sizes, one of them odd, a static file on three other batches. Weights are
+random; batch norms get the statistics of an image where features would fade otherwise. `effect` is how much the mask
+can change the output. The first third of the cells contains every pair of network, mask, fill and format.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ROWS, DOCS = ROOT / "docs" / "bench" / "exports.jsonl", ROOT / "docs" / "deploy.md"
-SIZE, OTHER = (128, 160), 1  # of the example, and the seed of what it is compared on
+SIZE, OTHER = (128, 160), 1  # size of the example, and seed of the comparison
 LEAST_EFFECT = 1e-2
 
 NETWORKS = {
@@ -40,7 +40,7 @@ NETWORKS = {
     "benchmarks.networks:resnet18_unet": {},
 }
 GRADED = "edges:threshold=0.35/0.1,dilation=11/21"
-# What a static file holds, and a dynamic one; a fixed map of any size is an input.
+# Masks of a static and of a dynamic file; a fixed map of any size is an input.
 MASKS = {
     "edges": ("edges | budget:fraction=0.3", "edges"),
     "graded edges": (f"{GRADED} | budget:fraction=0.1/0.3", GRADED),
@@ -55,7 +55,7 @@ Cell = tuple[str, str, str, str]
 
 
 def cells() -> list[Cell]:
-    """Network, mask, fill, format; a Latin square of fills first."""
+    """List network, mask, fill and format of all cells; a Latin square of fills first."""
     return [
         (network, mask, FILLS[(row + column + turn) % len(FILLS)], kind)
         for turn in range(len(FILLS))
@@ -65,7 +65,7 @@ def cells() -> list[Cell]:
 
 
 def export(cell: Cell) -> dict[str, Any]:
-    """The row of a cell, made in this process."""
+    """Export a cell in this process and return its row."""
     import torch
 
     import cadsurgery as cs
@@ -79,7 +79,7 @@ def export(cell: Cell) -> dict[str, Any]:
     if effect(net, other) < LEAST_EFFECT:
         settle(net, image)
     with torch.no_grad():
-        net(image)  # a learned mask gets its weights
+        net(image)  # creates the weights of a learned mask
     if mask == "fixed map":
         generator = torch.Generator().manual_seed(0)
         net.mask = torch.randint(net.geometry.max_level + 1, net.levels.shape[1:], generator=generator)
@@ -108,7 +108,7 @@ def export(cell: Cell) -> dict[str, Any]:
 
 
 def effect(net: Any, image: Any) -> float:
-    """How much the mask can change the output, relative to its largest value."""
+    """Return how much the mask can change the output, relative to its largest value."""
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -118,9 +118,12 @@ def effect(net: Any, image: Any) -> float:
 
 
 def settle(net: Any, image: Any) -> None:
-    """Give batch norms the statistics of what they see, as in a trained network: with random weights and those they
-    start with, features of some networks fade, and nothing that the mask does would be seen in the output. Not of all:
-    in a deep network with random weights these statistics amplify rounding, to 1e-4 in PyTorch itself."""
+    """Give batch norms the statistics of their inputs, as in a trained network.
+
+    With random weights and initial statistics, features of some networks fade, and the mask would have no effect on
+    the output. This is not done for all networks: in a deep one with random weights, such statistics amplify
+    rounding errors, to 1e-4 in PyTorch itself.
+    """
     import torch
 
     norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
@@ -133,7 +136,7 @@ def settle(net: Any, image: Any) -> None:
 
 
 def run(cell: Cell, seconds: float) -> dict[str, Any]:
-    """The row of a cell, made in a process of its own."""
+    """Export a cell in a separate process and return its row."""
     start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command = [sys.executable, __file__, "--cell", json.dumps(cell)]
     try:
@@ -152,14 +155,14 @@ def run(cell: Cell, seconds: float) -> dict[str, Any]:
 
 
 def known() -> dict[Cell, dict[str, Any]]:
-    """The rows there are; of a cell that was tried again the last."""
+    """Return the existing rows; for repeated cells the last one."""
     lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
     rows = [json.loads(line) for line in lines]
     return {(row["network"], row["mask"], row["fill"], row["format"]): row for row in rows}
 
 
 def report() -> str:
-    """The table: a line per network and format, a column per mask, a letter per fill."""
+    """Return the table: a line per network and format, a column per mask, a letter per fill."""
     rows = known()
     lines = ["| network | file | " + " | ".join(MASKS) + " |", "|---|---|" + "---|" * len(MASKS)]
     for network, kind in itertools.product(NETWORKS, FORMATS):
@@ -202,16 +205,16 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--only",
         nargs="*",
         default=[],
-        help="cells with each of these: mask, fill, format, or part of a network's name",
+        help="only cells with all of these: mask, fill, format, or part of a network's name",
     )
-    parser.add_argument("--cells", type=int, default=None, help="stop after so many")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="for each cell")
+    parser.add_argument("--cells", type=int, default=None, help="stop after this number of cells")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="time limit per cell")
     parser.add_argument("--report", action="store_true", help="put the table into docs/deploy.md")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -238,13 +241,13 @@ def main() -> None:
     from cadsurgery.support.provenance import commit
 
     there = known()
-    wanted = [
+    selected = [
         cell
         for cell in cells()
         if all(text in cell or text in cell[0] for text in options.only)
         and there.get(cell, {}).get("result") != "agrees"
     ]
-    for cell in wanted[: options.cells]:
+    for cell in selected[: options.cells]:
         row = run(cell, options.seconds) | {"commit": commit()}
         with ROWS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

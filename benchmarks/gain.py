@@ -1,11 +1,12 @@
-"""What masks, calibrated means and refinements fitted without labels are worth: fidelity and accuracy against work.
+"""The benefit of masks, calibrated means and refinements fitted without labels: fidelity and accuracy against work.
 
     python benchmarks/gain.py DATA --network voc [--low 16] [--seeds 0 1 2] [--budgets 0.1 0.2] [--output rows.json]
 
-DATA holds what recipes/voc_deeplab or recipes/camvid_mobilenetv2 names. Gain is fitted once per seed to images without
-labels (`unlabelled`, or the training split) and compared on the test split, or on `--split val`: divergence from
-everything high in thousandths of a nat, share of pixels of the same class, mean IoU of the classes in the labels.
-Work: multiply-accumulates of the whole network and of its region, the mask's included, relative to everything high.
+DATA holds the folders of recipes/voc_deeplab or recipes/camvid_mobilenetv2. Gain is fitted once per seed to images
+without labels (`unlabelled`, or the training split) and compared on the test split, or on `--split val`: divergence
+from everything high in thousandths of a nat, share of pixels of the same class, mean IoU of the classes in the
+labels.
+Work: multiply-accumulates of the whole network and of its region, including the mask's, relative to everything high.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Shown = tuple[
 
 @dataclass(frozen=True)
 class Case:
-    """A network, its options of `adaptify`, images to fit to, and those to measure with."""
+    """A network, its options of `adaptify`, images for fitting, and images for measuring."""
 
     build: Callable[[Path], nn.Module]
     options: dict[str, Any]
@@ -53,7 +54,7 @@ class Case:
 
 
 class Lazy(Sequence[Any]):
-    """Made of each of several when it is asked for."""
+    """A sequence whose items are created on access."""
 
     def __init__(self, make: Callable[[Any], Any], sources: Sequence[Any]) -> None:
         self.make, self.sources = make, sources
@@ -99,7 +100,7 @@ CASES = {
 
 
 class Sums:
-    """What a setting gave, summed over images."""
+    """Metrics of a setting, summed over images."""
 
     def __init__(self, classes: int) -> None:
         self.counts: dict[str, float] = {}
@@ -118,7 +119,7 @@ class Sums:
         self.confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
     def row(self) -> dict[str, float]:
-        """The figures."""
+        """Return the metrics."""
         counts, hits = self.counts, self.confusion.diagonal()
         iou = hits / (self.confusion.sum(0) + self.confusion.sum(1) - hits)
         return {
@@ -132,7 +133,7 @@ class Sums:
 
 @torch.inference_mode()
 def measure(net: cs.AdaptiveModel, masks: dict[str, Any], shown: Sequence[Shown]) -> list[dict[str, Any]]:
-    """A row for everything high, each mask and everything low; every image is seen once."""
+    """Return a row for everything high, each mask and everything low; every image is read once."""
     fast, work = net.optimize(), dict[tuple[int, ...], Any]()
     settings = {
         name: Masked(net, fast, resolve_mask(mask), work)
@@ -151,29 +152,37 @@ def measure(net: cs.AdaptiveModel, masks: dict[str, Any], shown: Sequence[Shown]
 
 
 def main() -> None:
-    """See above."""
+    """Fit, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--network", choices=CASES, required=True)
     parser.add_argument("--low", type=int, default=16, help="low output stride; the high one is 8")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--minutes", type=float, default=5.0, help="of processor time for each fit")
-    parser.add_argument("--calibrate", action="store_true", help="means over the image first, see the guide")
-    parser.add_argument("--refine", type=float, metavar="MINUTES", help="of processor time for a refinement")
+    parser.add_argument("--minutes", type=float, default=5.0, help="processor time of each fit")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="first calibrate means over the image, see the guide"
+    )
+    parser.add_argument(
+        "--refine", type=float, metavar="MINUTES", help="fit a refinement; its processor time"
+    )
     parser.add_argument("--refine-seed", type=int, default=0)
-    parser.add_argument("--balance", type=float, default=0.0, help="of classes, see fit_gain")
-    parser.add_argument("--fit", type=int, help="images to fit to; default: all there is time for")
+    parser.add_argument("--balance", type=float, default=0.0, help="balance of classes, see fit_gain")
+    parser.add_argument(
+        "--fit", type=int, help="number of images to fit to; default: as many as the time allows"
+    )
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.1])
     parser.add_argument(
         "--tolerances",
         type=float,
         nargs="*",
         default=[],
-        help="shares that a tolerance is to keep of the images",
+        help="shares of the images to keep by tolerances",
     )
-    parser.add_argument("--masks", nargs="*", default=["detail", "edges", "oracle"], help="beside gain")
+    parser.add_argument(
+        "--masks", nargs="*", default=["detail", "edges", "oracle"], help="masks to compare with gain"
+    )
     parser.add_argument("--split", default="test")
-    parser.add_argument("--every", type=int, default=1, help="of the images measured with")
+    parser.add_argument("--every", type=int, default=1, help="measure on every N-th image")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     case = CASES[options.network]

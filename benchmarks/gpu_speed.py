@@ -1,4 +1,4 @@
-"""The GPU, measured: convolutions on elements against cuDNN, lattices, whole networks, training, memory, a profile.
+"""GPU measurements: convolutions on elements against cuDNN, lattices, whole networks, training, memory, a profile.
 
     python benchmarks/gpu_speed.py --json gpu.jsonl
     python benchmarks/gpu_speed.py --parts kernels maps --channels 64 2048
@@ -43,25 +43,25 @@ from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
-BLOCK = 4  # fine pixels of a patch: R_K of the stages 8 -> 16 -> 32
-FRACTIONS = (0.1, 0.34, 0.9, 1.0)  # the whole map is an ordinary convolution
-REPEATS = 20  # calls of a kernel in one graph, so that its launch does not count
+BLOCK = 4  # side of a patch in fine pixels: R_K of the stages 8 -> 16 -> 32
+FRACTIONS = (0.1, 0.34, 0.9, 1.0)  # 1.0 is an ordinary convolution
+REPEATS = 20  # calls of a kernel in one graph, so that launch time does not count
 Line = dict[str, Any]
 
 
 def synchronise() -> None:
-    """Wait for the device, if there is one."""
+    """Wait for the device, if it is a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def captured(run: Callable[[], object], repeats: int = 1) -> Callable[[], object] | None:
-    """A CUDA graph of so many calls; None where capture fails."""
+    """Capture calls as a CUDA graph; None if capture fails."""
     if not torch.cuda.is_available():
         return lambda: [run() for _ in range(repeats)]
     stream = torch.cuda.Stream()
     with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3):  # tuning and compilation happen before capture
+        for _ in range(3):  # tuning and compilation must happen before capture
             run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -77,7 +77,7 @@ def captured(run: Callable[[], object], repeats: int = 1) -> Callable[[], object
 
 
 def peak_of(run: Callable[[], object]) -> float:
-    """MiB by which a call raises the memory that is held, its results included; 0 without a GPU."""
+    """Return the MiB by which a call raises the allocated memory, including its results; 0 without a GPU."""
     if not torch.cuda.is_available():
         run()
         return 0.0
@@ -90,7 +90,7 @@ def peak_of(run: Callable[[], object]) -> float:
 
 
 def lattice_of(fraction: float, count: int, device: torch.device) -> Lattice:
-    """About so many elements: a share of 4 x 4 blocks at level 0, in random places, the rest at level 2."""
+    """Build a lattice with about `count` elements: random 4 x 4 blocks at level 0, the rest at level 2."""
     rows = max(1, round((count / (1 + 15 * fraction)) ** 0.5))
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(rows * rows, generator=generator).argsort()
@@ -100,7 +100,7 @@ def lattice_of(fraction: float, count: int, device: torch.device) -> Lattice:
 
 
 def measure_kernels(options: argparse.Namespace) -> Iterator[Line]:
-    """A line per number of channels, taps, type and fraction."""
+    """Yield a line per number of channels, taps, dtype and fraction."""
     device = torch.device(options.device)
     for channels in options.channels:
         for taps, dtype in ((9, torch.bfloat16), (1, torch.bfloat16), (9, torch.float16), (9, torch.float32)):
@@ -144,7 +144,7 @@ def measure_kernels(options: argparse.Namespace) -> Iterator[Line]:
 
 
 def tuned() -> Iterator[Line]:
-    """A line per kernel and shape: the configuration that was fastest here."""
+    """Yield a line per kernel and shape: the fastest configuration here."""
     for name in ("product", "depthwise", "product_weight", "depthwise_weight"):
         chosen = getattr(getattr(triton_kernels, name), "cache", {})
         for key, config in chosen.items():
@@ -152,13 +152,13 @@ def tuned() -> Iterator[Line]:
 
 
 def on_elements(x: Elements, layer: nn.Conv2d, spacing: int) -> Elements:
-    """The layer on elements, its own grid's samples so many fine pixels apart."""
+    """Apply a layer to elements; samples of its grid are `spacing` fine pixels apart."""
     window = Window(layer.kernel_size, padding=(layer.padding[0],) * 4, spacing=spacing)  # type: ignore[arg-type]
     return conv2d(x, layer.weight, layer.bias, window, x.lattice)
 
 
 def adaptive(options: argparse.Namespace) -> Any:
-    """The converted network, in float32 on the CPU, where conversion compares it."""
+    """Convert the network in float32 on the CPU, where conversion verifies it."""
     height, width = options.size
     model = cs.build_model(options.model, weights="none").eval()
     mask = f"edges | budget:fraction={options.fraction}"
@@ -167,25 +167,25 @@ def adaptive(options: argparse.Namespace) -> Any:
 
 
 def pictures(options: argparse.Namespace, batch: int, dtype: torch.dtype) -> Tensor:
-    """(B, 3, H, W) as networks are fed."""
+    """Create images (B, 3, H, W) for the networks."""
     x = torch.randn(batch, 3, *options.size).to(options.device, dtype)
     return x.to(memory_format=torch.channels_last)
 
 
 def on_device(net: Any, options: argparse.Namespace, dtype: torch.dtype) -> Any:
-    """The network as it is measured."""
+    """Move a network to the device, dtype and layout of the measurement."""
     return net.to(options.device, dtype).to(memory_format=torch.channels_last)
 
 
 def first_tensor(value: Any) -> Tensor:
-    """Of an output that may be a dict or a list."""
+    """Return the first tensor of an output that may be a dict or a list."""
     while not isinstance(value, Tensor):
         value = next(iter(value.values())) if isinstance(value, dict) else value[0]
     return value
 
 
 def measure_maps(options: argparse.Namespace) -> Iterator[Line]:
-    """One line: a call whose mask is new, and how often it waits for the device."""
+    """Yield one line: time of a call with a new mask, and the number of device synchronisations."""
     dtype = torch.bfloat16
     fast = on_device(adaptive(options), options, dtype).optimize()
     x = pictures(options, 1, dtype)
@@ -211,7 +211,7 @@ def measure_maps(options: argparse.Namespace) -> Iterator[Line]:
 
 
 def measure_networks(options: argparse.Namespace) -> Iterator[Line]:
-    """A line per batch and side."""
+    """Yield a line per batch size and side."""
     dtype = torch.bfloat16
     for batch in options.batches:
         net, x = on_device(adaptive(options), options, dtype), pictures(options, batch, dtype)
@@ -236,11 +236,13 @@ def measure_networks(options: argparse.Namespace) -> Iterator[Line]:
                 try:
                     run()
                     memory[name] = peak_of(run)
-                except Exception as failure:  # of a compiler: the others are still worth their time
+                except Exception as failure:  # of a compiler; the other sides are still measured
                     yield {"part": "networks", "batch": batch, "side": name, "failed": str(failure)[:300]}
                     continue
                 sides[name] = run
-                graph = captured(run) if "max-autotune" not in name else None  # which makes one itself
+                graph = (
+                    captured(run) if "max-autotune" not in name else None
+                )  # this mode captures a graph itself
                 if graph is not None:
                     sides[f"{name}, CUDA graph"] = graph
                     kept.add(name)
@@ -267,7 +269,7 @@ def measure_networks(options: argparse.Namespace) -> Iterator[Line]:
 
 
 def measure_training(options: argparse.Namespace) -> Iterator[Line]:
-    """A line per side: forward, loss, backward under bfloat16 autocast."""
+    """Yield a line per side: forward, loss, backward under bfloat16 autocast."""
     net = on_device(adaptive(options), options, torch.float32).train()
     x = pictures(options, options.training_batch, torch.float32)
     kind = torch.device(options.device).type
@@ -296,7 +298,7 @@ def measure_training(options: argparse.Namespace) -> Iterator[Line]:
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Of one call, with gradients, which `interleaved` turns off."""
+    """Measure one call with gradients, which `interleaved` turns off."""
     synchronise()
     start = time.perf_counter()
     run()
@@ -305,7 +307,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def measure_profile(options: argparse.Namespace) -> Iterator[Line]:
-    """A line per operation, those that take longest."""
+    """Yield a line per operation, the slowest first."""
     dtype = torch.bfloat16
     fast, x = on_device(adaptive(options), options, dtype).optimize(), pictures(options, 1, dtype)
     with torch.inference_mode():
@@ -335,7 +337,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
 
 
 def clocks() -> str:
-    """What the driver says of the device, if there is one."""
+    """Return the driver's description of the device, if there is one."""
     query = "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
     try:
         done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
@@ -345,14 +347,14 @@ def clocks() -> str:
 
 
 def main() -> None:
-    """Print each line when it is known, and append it to a file."""
+    """Measure, print each line as soon as it is known, and append it to a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", default="deeplabv3_resnet101")
     parser.add_argument("--channels", type=int, nargs="+", default=(64, 128, 256, 512, 1024, 2048))
-    parser.add_argument("--count", type=int, default=32768, help="about so many outputs of a kernel")
+    parser.add_argument("--count", type=int, default=32768, help="approximate number of outputs of a kernel")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 4))
     parser.add_argument("--training-batch", type=int, default=4)
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048))

@@ -1,10 +1,10 @@
-"""What files in 8 bits cost classifiers with trained weights, in ONNX Runtime or OpenVINO on this processor.
+"""The cost of int8 files for classifiers with trained weights, in ONNX Runtime or OpenVINO on this processor.
 
     python benchmarks/int8_classifiers.py --data DATA [--engine openvino] [--every 2] [--calibrate 32]
 
-DATA holds imagenet_sample, mobilenet_v2_imagenet, squeezenet1_0_imagenet and cifar10. The networks are dense; the files
-are calibrated by images that are spread over the sample, and compared on every so-manieth image. To see what processors
-without VNNI or AVX-512 do with the files, hide these instruction sets (Linux, x86-64 with cpuid_fault):
+DATA holds imagenet_sample, mobilenet_v2_imagenet, squeezenet1_0_imagenet and cifar10. The networks are dense; the
+files are calibrated on images spread over the sample, and compared on every N-th image. To measure processors
+without VNNI or AVX-512, hide these instruction sets (Linux, x86-64 with cpuid_fault):
 
     cc -O2 -shared -fPIC -o /tmp/hide.so tests/hide_instructions.c
     HIDE=avx512 LD_PRELOAD=/tmp/hide.so python benchmarks/int8_classifiers.py --data DATA
@@ -34,12 +34,12 @@ Data = tuple[nn.Module, list[Tensor], list[int]]  # a network, images (1, 3, H, 
 
 
 def main() -> None:
-    """See above."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--engine", choices=("onnx", "openvino"), default="onnx")
-    parser.add_argument("--calibrate", type=int, default=32, help="images")
-    parser.add_argument("--every", type=int, default=2, help="images that are compared")
+    parser.add_argument("--calibrate", type=int, default=32, help="number of calibration images")
+    parser.add_argument("--every", type=int, default=2, help="compare on every N-th image")
     options = parser.parse_args()
     engine = ENGINES[options.engine]
     print("| network | images | top-1, float | top-1, 8 bits | relative error | images of the same class |")
@@ -74,37 +74,37 @@ def main() -> None:
 
 
 def load(model: nn.Module, file: Path) -> nn.Module:
-    """A network with the weights of a file in half precision."""
+    """Load half-precision weights from a file into a network."""
     weights = load_file(file)
     model.load_state_dict(
         {name: value.float() if value.is_floating_point() else value for name, value in weights.items()},
-        strict=False,  # counters of batches are left out
+        strict=False,  # batch counters are missing
     )
     return model.eval()
 
 
 def photographs(data: Path, prepare: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[int]]:
-    """The images of the sample, prepared from (3, H, W) in 0..255, and their classes."""
+    """Return the images of the sample, prepared from (3, H, W) in 0..255, and their classes."""
     files = sorted((data / "imagenet_sample" / "images").glob("*.jpg"))
     images = [prepare(decode_image(str(file)).float()).unsqueeze(0) for file in files]
     return images, [int(file.name[:3]) for file in files]
 
 
 def mobilenet(data: Path) -> Data:
-    """MobileNetV2; its weights were in 8 bits when they were published."""
+    """Return MobileNetV2, whose weights were published in int8."""
     model = load(mobilenet_v2(), data / "mobilenet_v2_imagenet" / "mobilenet_v2.fp16.safetensors")
     return model, *photographs(data, lambda image: center_crop(image, [225, 225]) / 127.5 - 1)
 
 
 def squeezenet(data: Path) -> Data:
-    """SqueezeNet v1.0; its weights were a codebook of 8 bits when they were published."""
+    """Return SqueezeNet v1.0, whose weights were published with a codebook of 8 bits."""
     mean = torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1)
     model = load(squeezenet1_0(), data / "squeezenet1_0_imagenet" / "squeezenet1_0.fp16.safetensors")
     return model, *photographs(data, lambda image: center_crop(image, [227, 227]).flip(0) - mean)
 
 
 def resnet56(data: Path) -> Data:
-    """ResNet-56 for CIFAR-10, as the README of the data describes it; its weights are in half precision."""
+    """Return ResNet-56 for CIFAR-10, as described in the README of the data; its weights are in half precision."""
 
     def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
         shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None

@@ -1,12 +1,12 @@
-"""What `net.optimize(precision="int8")` costs on trained networks: the copy in 8 bits and the float one, same masks.
+"""The cost of `net.optimize(precision="int8")` on trained networks: int8 and float copies under the same masks.
 
     python benchmarks/int8_copies.py --data DATA [--network camvid voc imagenet] [--every 1] [--calibrate 32]
                                      [--largest-error 0.05]
 
-DATA holds camvid, camvid_mobilenetv2_fcn, voc_deeplab, imagenet_sample and mobilenet_v2_imagenet. Copies are calibrated
-by images that are not among those they are measured on: training images of CamVid, unlabelled photographs, every tenth
-image of ImageNet's sample. Figures are mean IoU or top-1 accuracy in per cent, in brackets the standard error of the
-difference from float, and milliseconds of the processor an image, the copies in turn on each image with one thread.
+DATA holds camvid, camvid_mobilenetv2_fcn, voc_deeplab, imagenet_sample and mobilenet_v2_imagenet. Copies are
+calibrated on other images than they are measured on: training images of CamVid, unlabelled photos, every tenth image
+of ImageNet's sample. Figures are mean IoU or top-1 accuracy in per cent, in brackets the standard error of the
+difference from float, and processor milliseconds per image, the copies in turn on each image with one thread.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ from cadsurgery.support.provenance import describe_run
 from cadsurgery.tasks.segmentation.metrics import IGNORED
 
 ROOT = Path(__file__).parents[1]
-SIDE = 225  # at which the given MobileNetV2 is exact
+SIDE = 225  # side at which the given MobileNetV2 is exact
 
 
 class Task(NamedTuple):
-    """A network, images (1, 3, H, W) to calibrate by, those to measure on with what is known of them, and a function
-    that counts predictions and gives the figure."""
+    """A network, calibration images (1, 3, H, W), test images with labels, and a counter for the figure."""
 
     model: nn.Module
     calibration: list[Tensor]
@@ -47,14 +46,17 @@ class Task(NamedTuple):
 
 
 class Segments:
-    """Mean IoU of class scores, over the classes that labels have: of fifty pictures some classes are in none, and a
-    few pixels taken for one of these would weigh as much as all of another."""
+    """Mean IoU of class scores over the classes in the labels.
+
+    Some classes do not occur in fifty images; a few pixels predicted as one of these would weigh as much as a whole
+    class.
+    """
 
     def __init__(self, classes: int, restore: Callable[..., Tensor] | None = None) -> None:
         self.classes, self.restore, self.seen = classes, restore, list[Tensor]()
 
     def add(self, scores: Tensor, known: Any) -> None:
-        """Scores (1, C, H, W) of an image, and its labels or what they are restored by."""
+        """Add the scores (1, C, H, W) of an image, with its labels or data to restore them."""
         if self.restore is not None:
             inside, known = known
             scores = self.restore(scores, inside, known.shape[-2:])
@@ -63,7 +65,7 @@ class Segments:
         self.seen.append(torch.bincount(pairs, minlength=classes**2).view(classes, classes))
 
     def figure(self, images: Sequence[int]) -> float:
-        """Of these images, in per cent."""
+        """Return the figure of these images, in per cent."""
         confusion = torch.stack([self.seen[image] for image in images]).sum(0)
         labelled, hits = confusion.sum(1), confusion.diagonal()
         iou = hits / (labelled + confusion.sum(0) - hits)
@@ -77,23 +79,23 @@ class Classes:
         self.seen = list[bool]()
 
     def add(self, scores: Tensor, known: int) -> None:
-        """Scores (1, C) of an image and its class."""
+        """Add the scores (1, C) of an image, with its class."""
         self.seen.append(int(scores.argmax(1)) == known)
 
     def figure(self, images: Sequence[int]) -> float:
-        """Of these images, in per cent."""
+        """Return the figure of these images, in per cent."""
         return 100 * sum(self.seen[image] for image in images) / len(images)
 
 
 def error_of_difference(counter: Any, other: Any) -> float:
-    """Standard error of the difference of two figures of the same images, over images drawn anew (bootstrap)."""
+    """Return the standard error of the difference of two figures of the same images (bootstrap over images)."""
     draw, count = random.Random(0), len(counter.seen)
     drawn = (draw.choices(range(count), k=count) for _ in range(500))
     return statistics.stdev(counter.figure(images) - other.figure(images) for images in drawn)
 
 
 def recipe(name: str) -> Any:
-    """The module of a recipe."""
+    """Import the module of a recipe."""
     spec = importlib.util.spec_from_file_location(f"{name}_recipe", ROOT / "recipes" / name / "network.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -103,12 +105,12 @@ def recipe(name: str) -> Any:
 
 
 def normalised(picture: Tensor) -> Tensor:
-    """(1, 3, H, W) in -1..1 of a picture in 0..1."""
+    """Normalise an image in 0..1 to (1, 3, H, W) in -1..1."""
     return picture.mul(2).sub(1).unsqueeze(0)
 
 
 def camvid(data: Path, every: int, calibrate: int) -> Task:
-    """The network of recipes/camvid_mobilenetv2 on CamVid's test images."""
+    """Return the network of recipes/camvid_mobilenetv2 with CamVid's test images."""
     network = recipe("camvid_mobilenetv2")
     train, test = network.images(data, "train"), network.images(data, "test")
     step = max(1, len(train) // calibrate)
@@ -123,7 +125,7 @@ def camvid(data: Path, every: int, calibrate: int) -> Task:
 
 
 def voc(data: Path, every: int, calibrate: int) -> Task:
-    """The network of recipes/voc_deeplab on its labelled pictures."""
+    """Return the network of recipes/voc_deeplab with its labelled images."""
     network = recipe("voc_deeplab")
     test, photos = network.images(data), network.unlabelled(data)
 
@@ -140,7 +142,7 @@ def voc(data: Path, every: int, calibrate: int) -> Task:
 
 
 def imagenet(data: Path, every: int, calibrate: int) -> Task:
-    """MobileNetV2 on ImageNet's sample, without the images that it is calibrated by."""
+    """Return MobileNetV2 with ImageNet's sample, without the calibration images."""
     model = torchvision.models.mobilenet_v2()
     state = load_file(data / "mobilenet_v2_imagenet" / "mobilenet_v2.fp16.safetensors")
     model.load_state_dict(
@@ -165,14 +167,16 @@ TASKS = {"camvid": camvid, "voc": voc, "imagenet": imagenet}
 
 
 def main() -> None:
-    """See above."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--network", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--mask", nargs="+", default=["all", "edges | budget:fraction=0.34"])
-    parser.add_argument("--every", type=int, default=1, help="images to measure on")
-    parser.add_argument("--calibrate", type=int, default=32, help="images to calibrate by")
-    parser.add_argument("--largest-error", type=float, help="of a third copy, see `AdaptiveModel.optimize`")
+    parser.add_argument("--every", type=int, default=1, help="measure on every N-th image")
+    parser.add_argument("--calibrate", type=int, default=32, help="number of calibration images")
+    parser.add_argument(
+        "--largest-error", type=float, help="largest error of a third copy, see `AdaptiveModel.optimize`"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(describe_run(torch.device("cpu")), flush=True)

@@ -1,10 +1,10 @@
-"""What 8 bits cost on real images: the network of recipes/camvid_mobilenetv2, dense and adaptive, in ONNX Runtime.
+"""The cost of int8 on real images: the network of recipes/camvid_mobilenetv2, dense and adaptive, in ONNX Runtime.
 
     python benchmarks/int8_fidelity.py --data DATA [--mask "edges | budget:fraction=0.34"] [--calibrate 32] [--every 4]
 
-DATA holds camvid and camvid_mobilenetv2_fcn. Files are calibrated by images of the training split and compared on every
-so-manieth image of the test split: the file in 8 bits with the same in floating point (relative error, share of pixels
-of the same class), and with the labels (mean IoU).
+DATA holds camvid and camvid_mobilenetv2_fcn. Files are calibrated on images of the training split. On every N-th
+image of the test split the int8 file is compared with the same file in floating point (relative error, share of
+pixels of the same class), and with the labels (mean IoU).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ import network as recipe  # noqa: E402
 
 
 def main() -> None:
-    """See above."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--mask", default="edges | budget:fraction=0.34")
-    parser.add_argument("--calibrate", type=int, default=32, help="images of the training split")
-    parser.add_argument("--every", type=int, default=4, help="images of the test split")
+    parser.add_argument("--calibrate", type=int, default=32, help="number of images of the training split")
+    parser.add_argument("--every", type=int, default=4, help="use every N-th image of the test split")
     options = parser.parse_args()
     model = recipe.build(options.data)
     calibration = [image for image, _ in pairs(options.data, "train", 1)][: options.calibrate]
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def pairs(data: Path, split: str, every: int) -> Any:
-    """Images (1, 3, H, W) as the network takes them, and their labels (1, H, W)."""
+    """Yield images (1, 3, H, W), normalised for the network, and their labels (1, H, W)."""
     found = recipe.images(data, split)
     for index in range(0, len(found), every):
         image, labels = found[index]
@@ -69,12 +69,12 @@ def pairs(data: Path, split: str, every: int) -> Any:
 def write(
     model: torch.nn.Module, mask: str, calibration: list[Tensor], folder: Path
 ) -> dict[str, tuple[OnnxRuntime, OnnxRuntime]]:
-    """Dense and adaptive files, each in floating point and in 8 bits."""
+    """Write dense and adaptive files, each in floating point and in int8."""
     image, dense = calibration[0], [folder / "dense.onnx", folder / "dense8.onnx"]
     torch.onnx.export(model, (image,), dense[0], dynamo=True, external_data=False, verbose=False)
     shutil.copy(dense[0], dense[1])
     to_8_bits(dense[1], OnnxRuntime, [(one,) for one in calibration])
-    # Masks see -1..1 as it comes, as when the figures were taken.
+    # Masks see -1..1 unchanged, as when the figures were measured.
     net, adaptive = (
         cs.adaptify(model, mask, normalisation="raw"),
         [folder / "adaptive.onnx", folder / "adaptive8.onnx"],
@@ -89,7 +89,7 @@ def write(
 
 
 def compare(exact: OnnxRuntime, rounded: OnnxRuntime, images: Any) -> tuple[Any, float, float]:
-    """Fidelity of the second file, and mean IoU of both."""
+    """Return the fidelity of the second file, and the mean IoU of both."""
     scores = [SegmentationMetrics(len(recipe.CLASSES)) for _ in range(2)]
 
     def outputs() -> Any:

@@ -1,9 +1,9 @@
-"""Products of bytes on rows: the kernels of this package and oneDNN's, one thread, processor time, interleaved.
+"""Int8 matrix products on rows: this package's kernels and oneDNN's, one thread, processor time, interleaved.
 
     python benchmarks/int8_kernels.py [--rounds 7]
 
-Ours read rows by a kernel map, add a residual where the line says so, and requantise; oneDNN's take a dense map or rows
-as they are, and no residual.
+Ours read rows by a kernel map, add a residual if the line says so, and requantise. oneDNN's read a dense map or
+stored rows, without a residual.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
-# Height and width of the map, channels, outputs, side of the kernel, whether a residual is added.
+# Height and width of the map, input and output channels, side of the kernel, and whether a residual is added.
 CASES = (
     *((64, 128, 256, 256, 3, False), (64, 128, 512, 512, 3, False), (64, 128, 128, 128, 3, False)),
     *((64, 128, 1024, 256, 1, False), (64, 128, 2048, 512, 1, False), (64, 128, 256, 1024, 1, True)),
@@ -39,7 +39,7 @@ GRID = QuantParams(0.05, 0)
 def sides_of(
     height: int, width: int, channels: int, outputs: int, side: int, adds: bool
 ) -> dict[str, Callable[[], object]]:
-    """What is compared."""
+    """Return the calls to compare."""
     count, pad = height * width, side // 2
     weight = torch.randint(-127, 128, (outputs, channels, side, side), dtype=torch.int8)
     image = torch.randint(0, 256, (1, channels, height, width), dtype=torch.uint8)
@@ -66,7 +66,7 @@ def sides_of(
 
 
 def main() -> None:
-    """See above."""
+    """Measure and print the rates."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds

@@ -1,9 +1,9 @@
-"""Where the time of an optimised copy goes, layer by layer: random weights, one thread, processor time.
+"""The time of an optimised copy by layer: random weights, one thread, processor time.
 
     python benchmarks/int8_layers.py mobilenet_v2 [--precision bfloat16] [--fraction 0.34] [--rounds 5]
 
-Each node of the graph is timed in the run of the whole; the best round of each counts. The limit of a convolution is
-what its multiply-accumulates take at the highest rate that any layer of half a millisecond or more reaches.
+Each node of the graph is timed while the whole graph runs; the best round of each counts. The limit of a convolution
+is the time of its multiply-accumulates at the highest rate of any layer that takes half a millisecond or more.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from cadsurgery.network.program import GraphInterpreter
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.surgery.hooks import child
 
-LONG = 5e-4  # seconds of processor time that a clock tells from its own steps
+LONG = 5e-4  # shortest time in seconds that the processor clock resolves well
 
 
 class Timed(GraphInterpreter):
-    """Runs a graph and notes the seconds of each node, and the rows it gives."""
+    """Runs a graph and records the seconds and the number of rows of each node."""
 
     def __init__(self, net: AdaptiveModel) -> None:
         super().__init__(net.program, net.program.graph)
         self.seconds, self.rows = dict[fx.Node, float](), dict[fx.Node, int]()
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node."""
+        """Run a node and record its time."""
         start = time.process_time()
         value = super().run_node(n)
         self.seconds[n] = min(self.seconds.get(n, 1e9), time.process_time() - start)
@@ -50,7 +50,7 @@ class Timed(GraphInterpreter):
 
 
 def kind_of(net: AdaptiveModel, node: fx.Node) -> tuple[str, IntegerConv | PackedConv | None]:
-    """What a node is, and its layer if it is one convolution, of a copy in 8 bits one of those."""
+    """Return the kind of a node and, if it is one convolution, its layer."""
     attributes = [one for one in node.args if isinstance(one, fx.Node) and one.op == "get_attr"]
     holders = [node.target, *(one.target for one in attributes)]
     paths = [path for path in holders if isinstance(path, str) and path.startswith(f"{KERNELS}.")]
@@ -71,14 +71,14 @@ def kind_of(net: AdaptiveModel, node: fx.Node) -> tuple[str, IntegerConv | Packe
 
 
 def main() -> None:
-    """See above."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--precision", default="int8", choices=("int8", "bfloat16", "float32"))
     parser.add_argument("--size", default="512x1024")
     parser.add_argument("--fraction", type=float, default=0.34)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=12, help="of the slowest")
+    parser.add_argument("--layers", type=int, default=12, help="number of slowest layers to list")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(describe_run(torch.device("cpu")), "\n")

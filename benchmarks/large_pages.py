@@ -1,4 +1,4 @@
-"""What memory of large results costs: adding two maps into memory that is there, fresh memory, and in large pages.
+"""The cost of memory for large results: adding two maps into existing memory, fresh memory, and large pages.
 
     python benchmarks/large_pages.py [--mib 32] [--rounds 10]
 
@@ -18,7 +18,7 @@ from cadsurgery.support.timing import interleaved
 
 
 def main() -> None:
-    """Print a table in Markdown."""
+    """Print the times in Markdown."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

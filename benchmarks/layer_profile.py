@@ -1,9 +1,9 @@
-"""Where the time of an optimised network goes, by kind of layer, against the fastest product of matrices here.
+"""The time of an optimised network by kind of layer, against the fastest matrix product on this machine.
 
     python benchmarks/layer_profile.py [--model resnet50 ...] [--size 256x512] [--fraction 0.34] [--int8] [--threads 1]
 
-The rate of a kind is the MACs that run on the mask's elements by the time of its layers; what else a layer does (its
-norm, activation, residual, requantisation) is in that time. The fastest product is torch.mm of 1024 x 1024 matrices.
+The rate of a kind is the MACs on the mask's elements divided by the time of its layers, which includes the norm,
+activation, residual or requantisation of a layer. The fastest product is torch.mm of 1024 x 1024 matrices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODELS = ("resnet50", "deeplabv3_resnet101", "mobilenet_v2", "convnext_tiny")
 
 
 def fastest_product(size: int = 1024) -> float:
-    """GMAC/s of torch.mm."""
+    """Return the GMAC/s of torch.mm."""
     a, b = torch.randn(2, size, size)
     taken = []
     for _ in range(12):
@@ -36,7 +36,7 @@ def fastest_product(size: int = 1024) -> float:
 
 
 def kind_of(module: nn.Module | None, layer: str) -> str:
-    """The kind of a layer, for the table."""
+    """Return the kind of a layer, for the table."""
     if isinstance(module, nn.Conv2d):
         side = "x".join(map(str, module.kernel_size))
         if module.groups == 1:

@@ -1,4 +1,4 @@
-"""Networks that the bench, the matrix of exports and the recipes name as `module:function`; random weights."""
+"""Networks with random weights that the bench, the export matrix and the recipes refer to as `module:function`."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 
 def vgg16_trunk() -> nn.Module:
-    """VGG-16 up to conv4_3, as local features use it: output stride 8, or 1 without its three poolings."""
+    """Build VGG-16 up to conv4_3, as in local features: output stride 8, or 1 without its three pools."""
     return vgg16(weights=None).features[:23]
 
 
 class Segmentation(nn.Module):
-    """A trunk, a head, and the classes at the size of the image."""
+    """A backbone and a head; class scores are resized to the image."""
 
     def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.trunk, self.head = trunk, head
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, classes, H, W)."""
+        """Map (B, 3, H, W) to (B, classes, H, W)."""
         return F.interpolate(self.head(self.trunk(x)), size=x.shape[2:], mode="bilinear", align_corners=False)
 
 
 def mobilenet_v2_fcn() -> nn.Module:
-    """MobileNetV2 with the head of an FCN, 21 classes."""
+    """Build MobileNetV2 with an FCN head, 21 classes."""
     return Segmentation(mobilenet_v2(weights=None).features, FCNHead(1280, 21))
 
 
 class ResNet18UNet(nn.Module):
-    """A U-Net on the stages of ResNet-18: bilinear upsampling, skips joined, two 3x3 convolutions on each scale."""
+    """A U-Net on ResNet-18: bilinear upsampling, concatenated skip connections, two 3x3 convolutions per scale."""
 
     def __init__(self, classes: int = 21) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ResNet18UNet(nn.Module):
         self.head = nn.Conv2d(32, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, classes, H, W)."""
+        """Map (B, 3, H, W) to (B, classes, H, W)."""
         skips = [self.stem(x)]
         for stage in self.stages:
             skips.append(stage(skips[-1]))
@@ -68,5 +68,5 @@ def _double(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def resnet18_unet() -> nn.Module:
-    """`ResNet18UNet` with 21 classes."""
+    """Build `ResNet18UNet` with 21 classes."""
     return ResNet18UNet()

@@ -2,7 +2,7 @@
 
     python benchmarks/python_calls.py [MODEL] [SIZE] [--plain] [--most 20]
 
-Counts functions of this package and of others; the time is the best of 60 calls in one thread. Where maps are small,
+Counts functions of this package and of others; the time is the best of 60 calls in one thread. If maps are small,
 Python takes a notable share of the time.
 """
 
@@ -29,15 +29,15 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="mobilenet_v2")
     parser.add_argument("size", nargs="?", default="256x256")
     parser.add_argument("--plain", action="store_true", help="the converted network, not its optimised copy")
-    parser.add_argument("--most", type=int, default=0, help="list so many functions that are called most")
-    given = parser.parse_args()
+    parser.add_argument("--most", type=int, default=0, help="number of most-called functions to list")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    height, width = map(int, given.size.split("x"))
-    model = cs.build_model(given.model, weights="none").eval()
+    height, width = map(int, options.size.split("x"))
+    model = cs.build_model(options.model, weights="none").eval()
     mask = "edges:threshold=0.2 | budget:fraction=0.34"
     net: Any = cs.adaptify(model, mask, verify_laws=False)
-    net = net if given.plain else net.optimize()
+    net = net if options.plain else net.optimize()
     image = street_scene(height, width).reshape(1, 3, height, width)
     image = (image - image.mean()) / image.std()
     calls: Counter[str] = Counter()
@@ -61,7 +61,7 @@ def main() -> None:
     others = sum(number for name, number in calls.items() if name.startswith("other"))
     print(describe_run(torch.device("cpu")))
     print(f"{calls.total()} calls, {calls.total() - others} of this package; {milliseconds:.1f} ms")
-    for name, number in calls.most_common(given.most):
+    for name, number in calls.most_common(options.most):
         print(f"{number:6} {name}")
 
 

@@ -1,9 +1,9 @@
-"""Time of bringing scores back from a sampled image: the published way, ours, and scipy's, interleaved in one process.
+"""Time of interpolating scores back from a sampled image: the published method, ours, and scipy's, interleaved.
 
     python benchmarks/resampling_back.py [--rounds N] [--output FILE.json]
 
-Milliseconds of processor time on one thread, best and median; the grid is that of two rectangles in the image, of the
-published smoothness. scipy's `LinearNDInterpolator` is left out where scipy is not installed.
+Milliseconds of processor time on one thread, best and median. The grid has the published smoothness, for an image
+with two rectangles. scipy's `LinearNDInterpolator` is skipped if scipy is not installed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from cadsurgery.resampling import (
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
-CASES = ((360, 480, 160, 11), (1024, 1024, 128, 19))  # height, width, samples on a side, classes
+CASES = ((360, 480, 160, 11), (1024, 1024, 128, 19))  # height, width, samples per side, classes
 
 
 def grid(height: int, width: int) -> Tensor:
-    """(1, 8, 8, 2)."""
+    """Return the sampling grid, (1, 8, 8, 2)."""
     labels = torch.zeros(1, height, width, dtype=torch.int64)
     labels[:, height // 4 : height // 2, width // 3 : width // 2] = 1
     labels[:, 3 * height // 4 : 7 * height // 8, width // 6 : width // 3] = 2
@@ -43,30 +43,30 @@ def grid(height: int, width: int) -> Tensor:
 
 
 def points_of(locations: Tensor, samples: int, size: tuple[int, int]) -> Tensor:
-    """(samples^2, 2), in pixels."""
+    """Return the points (samples^2, 2), in pixels."""
     points = upsample(locations, (samples, samples))[0] * torch.tensor([size[0] - 1, size[1] - 1])
     return points.flatten(0, 1)
 
 
 def by_triangles(locations: Tensor, samples: int, size: tuple[int, int]) -> object:
-    """The corners around each pixel, and their weights."""
+    """Return the corners around each pixel, and their weights."""
     return _triangulate(points_of(locations, samples, size), size)
 
 
 def pixels(size: tuple[int, int]) -> np.ndarray:
-    """(H W, 2)."""
+    """Return the pixel coordinates (H W, 2)."""
     return np.stack(np.mgrid[: size[0], : size[1]], -1).reshape(-1, 2)
 
 
 def found_by_scipy(locations: Tensor, samples: int, size: tuple[int, int]) -> object:
-    """The triangle of each pixel."""
+    """Find the triangle of each pixel with scipy."""
     from scipy.spatial import Delaunay
 
     return Delaunay(points_of(locations, samples, size).numpy()).find_simplex(pixels(size))
 
 
 def by_scipy(scores: Tensor, locations: Tensor, size: tuple[int, int]) -> Tensor:
-    """What the published code calls."""
+    """Interpolate with scipy, as the published code does."""
     from scipy.interpolate import LinearNDInterpolator
 
     points = points_of(locations, scores.shape[2], size)
@@ -75,7 +75,7 @@ def by_scipy(scores: Tensor, locations: Tensor, size: tuple[int, int]) -> Tensor
 
 
 def main() -> None:
-    """Print the times, write them."""
+    """Measure, print and write the times."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,7 +99,7 @@ def main() -> None:
         try:
             import scipy.interpolate  # noqa: F401
         except ImportError:
-            print("scipy is not installed: left out")
+            print("scipy is not installed: skipped")
         else:
             sides["scipy"] = partial(by_scipy, scores, locations, size)
             sides["of scipy: places"] = partial(found_by_scipy, locations, samples, size)

@@ -1,13 +1,14 @@
-"""Does time follow work where gates are open? Random weights, gates opened at so many positions.
+"""Does time follow work where gates are open? Random weights, gates opened at given shares of positions.
 
     python benchmarks/sampling.py [MODEL] [--size 512x1024] [--densities 0.5 0.3] [--pattern areas] [--rounds 5]
         [--choice] [--output results.json]
 
-Gates are asked as ever, which is part of the time, but open at a given share of their positions: in areas (smooth
-noise above a quantile) or scattered. CPU time of the optimised copy, all densities in turn, the best round; `line`: the
-straight line in MACs between all closed (but the grid) and all open; `before`: of the dense network, optimised alike.
-With --choice instead the time of whole maps that are filled in place, and that of chosen positions, at each density:
-where they meet is `WHOLE_FROM` in `methods/sampling/run.py`.
+The scores of gates are computed as usual, which is part of the time, but they are open at a given share of their
+positions: in areas (smooth noise above a quantile) or scattered. CPU time of the optimised copy, all densities in
+turn, best round. `line`: the straight line in MACs between all closed (except the grid) and all open. `before`: time
+of the dense network, also optimised. With --choice, the time of filling whole maps in place and of computing chosen
+positions
+is printed for each density instead: they are equal at `WHOLE_FROM` in `methods/sampling/run.py`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def main() -> None:
     model = cs.build_model(options.model, "none").eval()
     net = cs.sample(model).optimize()
     x = normalise(street_scene(height, width), None)[None]
-    asked = [0.0, *sorted(options.densities), 1.0]
-    opened = {density: Opened(density, options.pattern) for density in asked}
+    densities = [0.0, *sorted(options.densities), 1.0]
+    opened = {density: Opened(density, options.pattern) for density in densities}
 
     def at(density: float, whole_from: float = run.WHOLE_FROM) -> None:
         net.score_override = opened[density]
@@ -58,9 +59,10 @@ def main() -> None:
     def before() -> None:
         net.dense(x)
 
-    told = describe_run(torch.device("cpu"))
+    details = describe_run(torch.device("cpu"))
     print(
-        f"{options.model}, {options.size}, {options.pattern}, random weights, {told['device']}, {told['commit']}\n"
+        f"{options.model}, {options.size}, {options.pattern}, random weights, {details['device']}, "
+        f"{details['commit']}\n"
     )
     if options.choice:
         print("| density | whole maps, ms | chosen positions, ms |\n|---|---|---|")
@@ -70,12 +72,12 @@ def main() -> None:
             print(f"| {density} | {taken['whole'].best:.0f} | {taken['chosen'].best:.0f} |", flush=True)
         return
     times = interleaved(
-        {"before": before, **{str(density): partial(at, density) for density in asked}},
+        {"before": before, **{str(density): partial(at, density) for density in densities}},
         options.rounds,
         clock=time.process_time,
     )
     macs = {}
-    for density in asked:
+    for density in densities:
         net.score_override = opened[density]
         macs[density] = net.macs(x)
     low, high = (times[str(d)].best for d in (0.0, 1.0))
@@ -83,7 +85,7 @@ def main() -> None:
     print(f"before: {times['before'].best:.0f} ms\n")
     print("| density | MACs | of dense | CPU ms | line | of line |\n|---|---|---|---|---|---|")
     rows = []
-    for density in asked:
+    for density in densities:
         count = macs[density].total
         line = low + (high - low) * (count - least) / (most - least)
         best = times[str(density)].best
@@ -94,7 +96,7 @@ def main() -> None:
         )
     if options.output:
         report = {
-            **told,
+            **details,
             "before": times["before"].best,
             "rows": rows,
             "options": {**vars(options), "output": ""},

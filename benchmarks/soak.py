@@ -2,14 +2,13 @@
 
     python benchmarks/soak.py [--minutes 30] [--network mobilenet_v2] [--size 64 320] [--output soak.json]
 
-An optimised, a plain converted and the dense network, each in a process of its own, side by side; they see the same
-images. Prints the memory in use as time goes on and writes it as JSON. With random weights, in float32, on the CPU.
+An optimised, a plain converted and the dense network run side by side, each in its own process, on the same images.
+Prints the memory in use over time and writes it as JSON. Random weights, float32, on the CPU.
 
-It ends with code 1 where the heap of a side grew by more than --most MiB from the second quarter of the time to the
-last.
+The exit code is 1 if the heap of a side grew by more than --most MiB from the second quarter of the time to the last.
 
-resident: of the whole process. heap: what is allocated in it, as the C library knows it; the rest of a growth is memory
-that was freed and not given back. tensors: how many Python sees.
+resident: memory of the whole process. heap: memory allocated in it, according to the C library; other growth is
+memory that was freed but not returned. tensors: number of tensors that Python sees.
 """
 
 from __future__ import annotations
@@ -51,13 +50,13 @@ _NUMBERS = (
 
 
 class Heap(ctypes.Structure):
-    """What glibc's `mallinfo2` returns, in its order."""
+    """The result of glibc's `mallinfo2`, in its order."""
 
     _fields_ = tuple((name, ctypes.c_size_t) for name in _NUMBERS)
 
 
 def memory() -> dict[str, float]:
-    """MiB resident and allocated, and how many tensors there are."""
+    """Return MiB resident and allocated, and the number of tensors."""
     gc.collect()
     resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     find = ctypes.CDLL(None).mallinfo2
@@ -71,7 +70,7 @@ def memory() -> dict[str, float]:
 
 
 def requests(least: int, most: int) -> Iterator[tuple[Tensor, str]]:
-    """Images and masks without end, the same in every process."""
+    """Yield images and masks without end, the same in every process."""
     draw = torch.Generator().manual_seed(0)
     while True:
         height, width = (int(torch.randint(least, most + 1, (), generator=draw)) for _ in range(2))
@@ -80,7 +79,7 @@ def requests(least: int, most: int) -> Iterator[tuple[Tensor, str]]:
 
 
 def network(side: str, name: str) -> Callable[[Tensor, str], Any]:
-    """One side as a function of image and mask."""
+    """Return one side as a function of image and mask."""
     torch.manual_seed(0)
     model = cs.build_model(name, "none")
     if side == "dense":
@@ -92,7 +91,7 @@ def network(side: str, name: str) -> Callable[[Tensor, str], Any]:
 
 
 def soak(side: str, options: argparse.Namespace) -> None:
-    """Print a line of JSON every so many calls."""
+    """Run one side and print a line of JSON at regular intervals."""
     run, until = network(side, options.network), time.monotonic() + 60 * options.minutes
     with torch.no_grad():
         for calls, (image, mask) in enumerate(requests(*options.size)):
@@ -105,8 +104,11 @@ def soak(side: str, options: argparse.Namespace) -> None:
 
 
 def growth(rows: Sequence[Mapping[str, Any]]) -> float:
-    """MiB by which the heap grew from the second quarter of the measurements to the last, by their medians: what is
-    kept for reuse is there by then. 0 for fewer than 8."""
+    """Return the MiB by which the heap grew from the second to the last quarter of the measurements, by their
+    medians.
+
+    Memory kept for reuse is allocated by then. 0 for fewer than 8 measurements.
+    """
     quarter = len(rows) // 4
     if quarter < 2:
         return 0.0
@@ -117,7 +119,7 @@ def growth(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def watch(side: str, found: list[dict[str, Any]]) -> None:
-    """Run one side in a process of its own and print what it tells."""
+    """Run one side in a separate process and print its measurements."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -130,15 +132,15 @@ def watch(side: str, found: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run all sides, print and write their memory."""
+    """Run all sides; print and write their memory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument(
-        "--calls", type=int, default=0, help="so many calls of each side, however long they take"
+        "--calls", type=int, default=0, help="number of calls of each side, instead of --minutes"
     )
-    parser.add_argument("--most", type=float, default=16, help="MiB that the heap of a side may grow by")
+    parser.add_argument("--most", type=float, default=16, help="largest growth of a side's heap in MiB")
     parser.add_argument("--every", type=int, default=100, help="calls between two measurements")
     parser.add_argument("--network", default="mobilenet_v2")
     parser.add_argument(

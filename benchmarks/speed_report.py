@@ -1,11 +1,11 @@
-"""Put the tables of docs/speed.md in place from what `cadsurgery bench --json` wrote.
+"""Update the tables of docs/speed.md from the output of `cadsurgery bench --json`.
 
     python benchmarks/speed_report.py
 
 A report of `cadsurgery bench --isa avx2,avx512` gets a table for each instruction set, below its name and caps.
 
-Reads docs/bench/*.json and docs/bench/*.txt (what the other benchmarks print, their setting first), replaces
-what stands between `<!-- NAME -->` and `<!-- end -->` in docs/speed.md, where NAME is a file's, and leaves the rest.
+Reads docs/bench/*.json and docs/bench/*.txt (output of the other benchmarks, with their conditions first), and
+replaces the text between `<!-- NAME -->` and `<!-- end -->` in docs/speed.md, where NAME is the name of a file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def tables(report: dict[str, Any]) -> str:
-    """The setting in words, then a table with the networks below each other; one for each instruction set."""
+    """Return the conditions as text, then a table of all networks; one table for each instruction set."""
     parts = [f"{setting(report)}."]
     caps = report.get("caps") or {"": {}}
     for name, sets in caps.items():
@@ -32,7 +32,7 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def setting(report: dict[str, Any]) -> str:
-    """What was measured, with which processor, instruction sets, threads and versions."""
+    """Describe what was measured, with which processor, instruction sets, threads and versions."""
     height, width = report["image"][2:]
     numbers = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     return (
@@ -44,7 +44,7 @@ def setting(report: dict[str, Any]) -> str:
 
 
 def table(networks: list[dict[str, Any]]) -> str:
-    """One table with the networks below each other."""
+    """Return one table of all networks."""
     remembers = networks[0]["dense_high"]["memory_mib"] is not None
     columns = [
         "network",
@@ -84,8 +84,8 @@ def main() -> None:
     page = DOCS / "speed.md"
     text = page.read_text(encoding="utf-8")
     for path in sorted([*(DOCS / "bench").glob("*.json"), *(DOCS / "bench").glob("*.txt")]):
-        told = path.read_text(encoding="utf-8")
-        made = tables(json.loads(told)) if path.suffix == ".json" else f"```text\n{told.rstrip()}\n```"
+        content = path.read_text(encoding="utf-8")
+        made = tables(json.loads(content)) if path.suffix == ".json" else f"```text\n{content.rstrip()}\n```"
         pattern = re.compile(rf"(<!-- {path.stem} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
         if count != 1:

@@ -3,7 +3,7 @@
     python benchmarks/training_speed.py [--size 256 512] [--batch 2] [--fraction 0.3] [--rounds 4] [--json]
 
 Forward, a mean square as loss, backward; float32, channels_last, batch norm in training mode; random weights. Each
-round runs every side once, in turn; the best round counts, because other processes only ever add time.
+round runs every side once, in turn; the best round counts, because other processes can only increase the time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cadsurgery.support.timing import interleaved
 
 
 def backbone(*dilated: bool) -> nn.Module:
-    """ResNet-50 without head, in training mode, channels_last."""
+    """Build ResNet-50 without head, in training mode, channels_last."""
     torch.manual_seed(0)
     model = resnet50(weights=None, replace_stride_with_dilation=list(dilated))
     trunk = nn.Sequential(OrderedDict(list(model.named_children())[:-2]))
@@ -30,7 +30,7 @@ def backbone(*dilated: bool) -> nn.Module:
 
 
 def step(model: nn.Module, x: Tensor, **options: object) -> None:
-    """Forward and backward."""
+    """Run forward and backward."""
     with torch.inference_mode(False), torch.enable_grad():
         model.zero_grad(set_to_none=True)
         model(x, **options).square().mean().backward()

@@ -1,6 +1,6 @@
-"""docs/zoo.md and docs/zoo.png from the file of a full check of the zoo.
+"""Write docs/zoo.md and docs/zoo.png from the rows of a full check of the zoo.
 
-cadsurgery list --check --output cadsurgery/tasks/zoo.jsonl      # the full run; goes on where it was stopped
+cadsurgery list --check --output cadsurgery/tasks/zoo.jsonl      # the full run; continues an interrupted run
 python benchmarks/zoo_report.py [--rows cadsurgery/tasks/zoo.jsonl] [--docs docs]
 """
 
@@ -39,7 +39,7 @@ KINDS = {
 
 
 def by_family(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows by library and module, in alphabetical order."""
+    """Group rows by library and module, in alphabetical order."""
     found = defaultdict(list)
     for row in rows:
         found[row["family"]].append(row)
@@ -47,7 +47,7 @@ def by_family(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """Families against outcome: how many networks of each convert, are refused, were not checked."""
+    """Draw, for each family, how many networks convert, are refused, or were not checked."""
     families = by_family(rows)
     figure, axes = plt.subplots(figsize=(9, 0.17 * len(families) + 1.2), layout="constrained")
     left = [0] * len(families)
@@ -69,13 +69,13 @@ def picture(rows: list[Row], path: Path) -> None:
 
 
 def table(header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     cells = [header, ("---",) * len(header), *lines]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in cells)
 
 
 def outcomes(rows: list[Row]) -> str:
-    """Kinds of networks against results."""
+    """Return a table of kinds of networks against results."""
     lines = []
     for kind, words in KINDS.items():
         counts = Counter(row["result"] for row in rows if row.get("kind", "") == kind)
@@ -85,7 +85,7 @@ def outcomes(rows: list[Row]) -> str:
 
 
 def families_table(rows: list[Row]) -> str:
-    """A line per family: how many convert, their usual strides, the share of the work in the region."""
+    """Return a line per family: how many convert, their usual strides, the share of the work in the region."""
     lines = []
     for family, members in by_family(rows).items():
         done = [row for row in members if row["result"] == "converts"]
@@ -109,12 +109,12 @@ def families_table(rows: list[Row]) -> str:
 
 
 def short(text: str, length: int = 110) -> str:
-    """The beginning of a reason."""
+    """Shorten a reason."""
     return text if len(text) <= length else f"{text[:length].rstrip()}..."
 
 
 def exceptions(rows: list[Row]) -> str:
-    """Every convolutional network that does not convert, with its reason."""
+    """List every convolutional network that does not convert, with the reason."""
     found = [row for row in rows if row.get("kind") == "cnn" and row["result"] != "converts"]
     lines = [
         (row["model"], row["result"], row.get("where", ""), short(row.get("why", ""), 200)) for row in found
@@ -123,7 +123,7 @@ def exceptions(rows: list[Row]) -> str:
 
 
 def unchecked(rows: list[Row]) -> str:
-    """Networks that were not checked or built, and why."""
+    """List networks that were not checked or built, with the reason."""
     why = defaultdict(list)
     for row in rows:
         if row["result"] in ("not checked", "not built"):
@@ -137,7 +137,7 @@ def unchecked(rows: list[Row]) -> str:
 
 
 def ends(rows: list[Row]) -> str:
-    """What ends the region in networks that convert."""
+    """List the operations that end the region in networks that convert."""
     found: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         for end in row.get("dense", [])[:1]:
@@ -157,16 +157,16 @@ def ends(rows: list[Row]) -> str:
 
 
 def parity(rows: list[Row]) -> str:
-    """How many networks were compared at sizes of both parities; some take few sizes."""
+    """Count the networks compared at sizes of both parities; some accept few sizes."""
     compared = [row["sizes"] for row in rows if row.get("sizes")]
     both = sum({length % 2 for size in sizes for length in size} == {0, 1} for sizes in compared)
     older = sum(row["result"] == "converts" and "sizes" not in row for row in rows)
-    said = f"{both} of {len(compared)} at odd and even sizes, the others at the sizes they take"
-    return said + (f"; {older} rows are of an earlier run, without resized outputs" if older else "")
+    text = f"{both} of {len(compared)} at odd and even sizes, the others at the sizes they take"
+    return text + (f"; {older} rows are of an earlier run, without resized outputs" if older else "")
 
 
 def document(rows: list[Row], setting: Row) -> str:
-    """The page."""
+    """Return the page."""
     networks = [row for row in rows if row.get("kind") == "cnn"]
     done = [row for row in networks if row["result"] == "converts"]
     hybrids = [row for row in rows if row.get("kind") == "attention"]

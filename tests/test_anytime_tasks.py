@@ -156,7 +156,7 @@ def test_every_exit_has_a_row_with_accuracy_work_and_time(
 def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(cs.InvalidInput, match="no masks"):
         cs.evaluate(network(), "scene:1", masks=["edges"])
-    with pytest.raises(cs.InvalidInput, match="of networks with exits"):
+    with pytest.raises(cs.InvalidInput, match="belong to networks with exits"):
         cs.evaluate(Segmenter(), "scene:1", thresholds=[0.5])
     other = cs.anytime(Segmenter(3).eval(), ["backbone.1"])
     with pytest.raises(cs.InvalidInput, match="has 3 classes"):

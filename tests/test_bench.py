@@ -193,7 +193,9 @@ def network(ratios: dict[float, float], high: float = 50.0) -> NetworkBench:
 
 def test_a_verdict_says_whether_the_law_holds_and_where_it_is_worst() -> None:
     good = network({0.5: 1.05, 0.1: 1.02})
-    assert good.holds and "the law holds" in good.verdict() and "fraction 0.5 takes 1.050" in good.verdict()
+    assert (
+        good.holds and "time follows work:" in good.verdict() and "fraction 0.5 takes 1.050" in good.verdict()
+    )
     assert good.slower == () and "nothing is slower than dense high" in good.verdict()
     missed = network({0.5: 1.05, 0.1: 1.07})
     assert (
@@ -266,7 +268,7 @@ def test_the_table_shows_every_side_and_the_verdict(report: BenchReport) -> None
         "2 images of 64x96",
     ):
         assert words in text
-    verdicts = re.findall(r"the law (?:holds|is MISSED):", text)
+    verdicts = re.findall(r"time (?:follows work|does not follow work \(MISSED\)):", text)
     assert len(verdicts) == 2 and "of high" not in text
 
 

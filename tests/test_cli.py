@@ -909,7 +909,7 @@ def test_run_refuses_a_network_without_maps_image_by_image(run: Run, folder: Pat
     net = cs.adaptify(cs.build_model("resnet18", "none"), "none", verify_laws=False)
     cs.save(net, tmp_path / "classifier.safetensors")
     result = run("run", "classifier.safetensors", folder / "first.png", "--json")
-    assert result.json["images"] == [] and "no map" in result.json["failed"][0]["what"]
+    assert result.json["images"] == [] and "not a map" in result.json["failed"][0]["what"]
     assert result.code == 1
 
 

@@ -259,7 +259,7 @@ def test_another_number_of_classes_is_refused() -> None:
     "output", [torch.zeros(2, 3), {"scores": torch.zeros(1, 2, 3, 3)}, [torch.zeros(1)], None]
 )
 def test_an_output_without_a_map_of_scores_is_refused(output: Any) -> None:
-    with pytest.raises(cs.InvalidInput, match="no map of class scores"):
+    with pytest.raises(cs.InvalidInput, match="not a map of class scores"):
         scores_of(output)
 
 

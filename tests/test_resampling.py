@@ -725,7 +725,7 @@ IMAGE, PLACES, SCORES = (
         (lambda: resampled(back="cubic"), cs.UnknownName, "back"),
         (lambda: resampled("leaned"), cs.UnknownName, "did you mean learned"),
         (lambda: resampled("edges:treshold=1"), cs.UnknownName, "threshold"),
-        (lambda: resampled(3), cs.InvalidInput, "is no sampler"),
+        (lambda: resampled(3), cs.InvalidInput, "is not a sampler"),
         (lambda: resampled(torch.ones(1, 4, 4, dtype=torch.bool)), cs.InvalidInput, "any size"),
         (lambda: resampled("confidence"), cs.InvalidInput, "before the network"),
         (lambda: resampled(model=Classifier), cs.CannotConvert, "returns no map"),

@@ -245,7 +245,7 @@ def test_the_command_line_converts_trains_and_runs(command_line: Run, tmp_path: 
         (("bench", *model, "--model", "net.safetensors", "--trust"), "run of its own"),
         (("eval", "net.safetensors", "--data", DATA, "--trust", "--mask", "edges"), "no masks"),
         (("eval", "net.safetensors", "--data", "images:.", "--trust"), "labels"),
-        (("finetune", "net.safetensors", *training, "--mask", "edges"), "exits or gates"),
+        (("finetune", "net.safetensors", *training, "--mask", "edges"), "exits, with gates"),
         (("convert", *model, "--method", "sampling", "--where", "nothing"), "nothing"),
     ):
         found = command_line(*refused)

@@ -1,6 +1,6 @@
 """The command line: one module for each group of commands.
 
-In come words; out go calls of tasks with their options, and what they report, printed. It computes nothing itself.
+In come the words of a command line; out go calls of tasks, and their reports are printed. Nothing is computed here.
 """
 
 from cadsurgery.cli.main import main

@@ -1,4 +1,4 @@
-"""Commands that convert a network, and look at what that does: convert, plan, mask, run, macs."""
+"""Commands around the conversion of a network: convert, plan, mask, run, macs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def convert(
     method: Annotated[
         str,
         typer.Option(
-            help="adaptive; anytime: exits, and no work where they are confident; sampling: gates, and interpolation "
-            "where they are closed; or resampling: the image sampled more densely where it matters"
+            help="adaptive; anytime: exits, no computation where they are confident; sampling: gates, interpolation "
+            "where they are closed; or resampling: the image is sampled more densely where it matters"
         ),
     ] = "adaptive",
     exits: options.WithExits,
@@ -57,10 +57,10 @@ def plan(
     conversion: Annotated[
         dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "region", "outputs"))
     ],
-    all_nodes: Annotated[bool, typer.Option("--all", help="list dense nodes before the region too")] = False,
+    all_nodes: Annotated[bool, typer.Option("--all", help="also list dense nodes before the region")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show what a conversion would do: a decision and its reason for every node; or the plan in a converted file."""
+    """Show what a conversion would do, with the reason for every node; or show the plan stored in a converted file."""
     from cadsurgery.tasks.convert import make_or_read_plan
     from cadsurgery.tasks.convert_report import render_plan
 
@@ -76,14 +76,14 @@ def mask_command(
     *,
     masks: Annotated[
         list[str],
-        typer.Option("--mask", help="as of other commands; default edges; repeatable with --compare"),
+        typer.Option("--mask", help="as in other commands; default edges; repeatable with --compare"),
     ] = [],  # noqa: B006
     compare: Annotated[
-        bool, typer.Option("--compare", help="several masks side by side; without --mask a telling set")
+        bool, typer.Option("--compare", help="draw several masks side by side; default: a selection")
     ] = False,
     image: options.ImageOption = None,
     labels: Annotated[
-        Path | None, typer.Option(help="PNG of the classes of the image's pixels, for trimap")
+        Path | None, typer.Option(help="PNG with a class per pixel of the image, for trimap")
     ] = None,
     size: options.Size = None,
     model: Annotated[
@@ -96,7 +96,7 @@ def mask_command(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Draw a mask: image, level map and lattice side by side; or several masks and what they cost."""
+    """Draw a mask: image, level map and lattice side by side; or several masks with their cost."""
 
 
 @commands.command()
@@ -108,10 +108,12 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the predictions")] = Path(
         "predictions"
     ),
-    mask: Annotated[str, typer.Option(help="another mask than the file's")] = "",
+    mask: Annotated[str, typer.Option(help="mask, instead of the file's")] = "",
     size: Annotated[
         Any,
-        typer.Option(metavar="HxW", parser=options.read_size, help="resize images; default: as they are"),
+        typer.Option(
+            metavar="HxW", parser=options.read_size, help="resize images to this size; default: no resizing"
+        ),
     ] = None,
     device: options.Device = "cpu",
     precision: options.Precision = "float",
@@ -120,13 +122,15 @@ def run(
     until: Annotated[
         float,
         typer.Option(
-            metavar="MS", min=0, help="of a network with exits: its best prediction within this time"
+            metavar="MS",
+            min=0,
+            help="for a network with exits: time limit in milliseconds for its best prediction",
         ),
     ] = 0,
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Run a converted file on images: predictions as PNG, active fraction or exit, and time of each."""
+    """Run a converted file on images: predictions as PNG, active fraction or exit, and the time of each."""
 
 
 @commands.command()
@@ -141,16 +145,17 @@ def macs(
     image: options.ImageOption = None,
     size: options.Size = None,
     rule: Annotated[
-        str, typer.Option(help="conv: multiply-accumulates; published: as the CAD reference code counts")
+        str, typer.Option(help="conv: multiply-accumulates; published: the count of the CAD reference code")
     ] = "conv",
     total: Annotated[bool, typer.Option("--total", help="totals only, no layers")] = False,
-    dense: Annotated[bool, typer.Option("--dense", help="the network as it is, not converted")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="count the network without converting it")] = False,
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Count multiply-accumulates per layer: with the mask, dense high and dense low. Nothing is run.
+    """Count multiply-accumulates per layer: with the mask, dense high and dense low, without running the network.
 
-    Of a file of another method: up to each exit, of each gate, or of sampler and network, on the image, which is run.
+    A file of another method is run on the image and counted up to each exit, for each gate, or for sampler and
+    network.
     """
     from cadsurgery.network.macs import MacReport
     from cadsurgery.support.counting import describe_not_counted
@@ -163,8 +168,8 @@ def macs(
             counted = count_dense(model, image, size, rule)
             shape, whole = "x".join(map(str, counted["shape"])), counted["macs"]["dense"]
             left = describe_not_counted(tuple(counted["not_counted"]))
-            told = "\n".join(filter(None, (f"MACs on {shape} ({rule} rule): {whole:.5e}", left)))
-            screen.show(counted, told, as_json)
+            text = "\n".join(filter(None, (f"MACs on {shape} ({rule} rule): {whole:.5e}", left)))
+            screen.show(counted, text, as_json)
             return
         report = count(model, mask, conversion, image, size, rule, trust)
     values = report.to_dict(layers=not total) if isinstance(report, MacReport) else report.to_dict()

@@ -1,4 +1,4 @@
-"""Commands that measure networks: bench against work, eval against labels."""
+"""Commands that measure networks: bench (time against work) and eval (accuracy or fidelity)."""
 
 from __future__ import annotations
 
@@ -26,24 +26,22 @@ def bench(
         typer.Option(
             "--model",
             "-m",
-            help="torchvision or timm name, or module:function; repeatable; or a file that a method wrote (convert "
-            "--method), which is measured as it is",
+            help="torchvision or timm name, or module:function; repeatable; or a file of another method (convert "
+            "--method), which is measured alone",
         ),
     ],
-    mask: Annotated[
-        str, typer.Option(help="ranks the patches that each budget keeps; a mask as above")
-    ] = "edges",
+    mask: Annotated[str, typer.Option(help="mask that ranks the patches for the budgets")] = "edges",
     fractions: Annotated[
         str,
         typer.Option(
             parser=options.read_fractions,
-            help="budgets: shares of the patches kept high; of a file with gates, of positions that are open",
+            help="budgets: shares of the patches kept high; for a file with gates, of the open positions",
         ),
     ] = "1,0.5,0.34,0.25,0.1,0",
     fill: Annotated[
         list[str],
         typer.Option(
-            help="nearest, linear, both, guided; repeatable",
+            help="nearest, linear, both or guided; repeatable",
             callback=lambda fills: ["nearest", "linear"] if "both" in fills else fills,
         ),
     ] = ["nearest"],  # noqa: B006
@@ -59,11 +57,11 @@ def bench(
 ) -> None:
     """Measure time against work: random weights, budgets of the mask against the dense twins, interleaved.
 
-    A file that a method wrote is measured beside the network it was made from; one with gates at shares of open
-    positions, too.
+    A file of another method is measured beside its original network; a file with gates also at shares of open
+    positions.
 
-    The law: at most 1.06 times the straight line between the dense twins (1.14 with linear or guided fill in networks
-    of dense convolutions). A miss is reported in words; the exit code stays 0.
+    Time follows work if it is at most 1.06 times the straight line between the dense twins (1.14 with linear or
+    guided fill in networks of dense convolutions). A miss is reported in words; the exit code stays 0.
     """
 
 
@@ -94,7 +92,9 @@ def eval_command(
     ],
     limit: Annotated[
         int,
-        typer.Option(min=0, callback=options.none_for_zero, help="the first so many images; 0 for all"),
+        typer.Option(
+            min=0, callback=options.none_for_zero, help="number of images, from the first on; 0 for all"
+        ),
     ] = 0,
     batch: Annotated[int, typer.Option(min=1, help="images in one call")] = 1,
     rounds: options.Rounds = 3,
@@ -104,11 +104,11 @@ def eval_command(
             "--threshold",
             metavar="T[,T...]",
             parser=options.read_threshold,
-            help="repeatable, of networks with exits, one number or one of each exit but the last; default: the file's",
+            help="repeatable, for networks with exits: one number, or one per exit but the last; default: the file's",
         ),
     ] = [],  # noqa: B006
     kind: Annotated[
-        str, typer.Option(help="what the network gives, for images without labels: auto, classes or values")
+        str, typer.Option(help="kind of the outputs, for images without labels: auto, classes or values")
     ] = "auto",
     output: options.Report = None,
     picture: Annotated[Path | None, typer.Option(help="PNG to draw: accuracy against work")] = None,
@@ -118,8 +118,8 @@ def eval_command(
 ) -> None:
     """Evaluate masks and output strides on images: accuracy, MACs and time beside the dense networks.
 
-    Without labels (images:FOLDER) accuracy is fidelity: divergence from and agreement with what the network itself
-    gives with everything kept high; the relative error, where that is no map of class scores.
+    Without labels (images:FOLDER) accuracy is fidelity: divergence from, and agreement with, the network's own
+    outputs with everything kept high; for maps that are not class scores, the relative error.
 
     A converted file keeps its own region, fill, patch, anchor and pool. Runs under accelerate launch and torchrun.
     """

@@ -1,4 +1,4 @@
-"""The command that writes a program which runs without this package: export."""
+"""The command `export`, which writes a program that runs without this package."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ def export(
     model: options.Network,
     mask: Annotated[
         str,
-        typer.Option(
-            help="default: the file's, or edges; of programs and packages edges | budget:fraction=0.3"
-        ),
+        typer.Option(help="default: the file's, or edges; for pt2 and aoti edges | budget:fraction=0.3"),
     ] = "",
     weights: options.Weights = "auto",
     conversion: options.Converted,
@@ -32,9 +30,9 @@ def export(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write a network for where this package is not: a torch.export program, an AOTInductor package, an ONNX file.
+    """Write a network for use without this package: a torch.export program, an AOTInductor package, or an ONNX file.
 
-    Mask, lattice and network are in it. It is compared with the network on other images before it is written.
+    The file contains mask, lattice and network. It is compared with the network on other images before it is written.
     """
     from cadsurgery.tasks.export import export_network
 
@@ -47,7 +45,7 @@ def export(
         f"{exported['difference']:.1e}"
     )
     if fidelity := exported["fidelity"]:
-        text += f"; in 8 bits {fidelity['error']:.1%} from that"
+        text += f"; error in 8 bits {fidelity['error']:.1%}"
         if fidelity["agreement"] is not None:
             text += f", {fidelity['agreement']:.2%} of the pixels of the same class"
         text += f", on {fidelity['images']} images in {fidelity['taken_in']}"

@@ -1,4 +1,4 @@
-"""The command that trains: finetune."""
+"""The command `finetune`, which trains a network."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def finetune(
     *,
     model: options.Network,
     data: Annotated[
-        str, typer.Option(help="to train on: folder:PATH, ..., or photos without labels, images:FOLDER")
+        str, typer.Option(help="training data: folder:PATH, ..., or photos without labels, images:FOLDER")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run goes on")
+        Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run is continued")
     ],
-    split: Annotated[str, typer.Option(help="split to train on")] = "train",
-    validation_split: Annotated[str, typer.Option(help="split to measure on; empty for none")] = "val",
+    split: Annotated[str, typer.Option(help="split for training")] = "train",
+    validation_split: Annotated[str, typer.Option(help="split for validation; empty for none")] = "val",
     mask: Annotated[str, typer.Option(help="default: the file's, or edges")] = "",
     weights: options.Weights = "auto",
     conversion: options.Converted,
@@ -41,16 +41,16 @@ def finetune(
         bool,
         typer.Option(
             "--cache",
-            help="run what comes before the region once and train the rest (implies --freeze stem): crops at fixed "
-            "places, mirrored too; colours are not jittered",
+            help="run the layers before the region once and train the rest (implies --freeze stem): crops at fixed "
+            "places, also mirrored; colours are not jittered",
         ),
     ] = False,
     settings: Annotated[dict[str, Any], options.OptionsFrom(Settings, SETTINGS, given=True)],
     config: Annotated[
-        Path | None, typer.Option(help="JSON file of settings; options given here come first")
+        Path | None, typer.Option(help="JSON file of settings; options on the command line override it")
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="go on with the run in the folder; otherwise refuse one")
+        bool, typer.Option(help="continue the run in the folder; otherwise refuse a folder with a run")
     ] = True,
     device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
     trust: options.Trust = False,
@@ -58,10 +58,10 @@ def finetune(
 ) -> None:
     """Train a network on mixed resolution, and write it to OUTPUT/net.safetensors.
 
-    Without labels (--data images:FOLDER) it learns from what it gives itself with everything kept high, and is measured
-    by how near it comes to that; of a folder without splits every eighth image is for measuring.
+    Without labels (--data images:FOLDER) the network learns from its own outputs with everything kept high, and
+    validation compares with these; of a folder without splits, every eighth image is for validation.
 
-    The defaults are the published settings. An interrupted run goes on exactly where it was when the command is
+    The defaults are the published settings. An interrupted run continues exactly where it stopped when the command is
     given again. Several processes: torchrun --nproc_per_node N -m cadsurgery.cli finetune ..., with --device cpu
     on the CPU.
 
@@ -69,7 +69,7 @@ def finetune(
 
     divergence: teacher (initial or self), temperature, weight, supervision, kind (classes, values or auto).
 
-    any-budget: the same, and low, high, fractions, extremes, ranking (own, random or a mask).
+    any-budget: the same options, and low, high, fractions, extremes, ranking (own, random or a mask).
 
     blend: statistics (separate or shared), share (balanced or published), weight, network (blend, mixed or fixed),
     distil, supervision.

@@ -12,7 +12,7 @@ from cadsurgery.tasks.options import Conversion, Extraction
 
 commands = typer.Typer(
     name="keypoints",
-    help="Keypoints and descriptors by an adaptive network: full resolution around keypoints, and only what they need.",
+    help="Keypoints and descriptors from an adaptive network: full resolution around keypoints, nothing else computed.",
     no_args_is_help=True,
 )
 FOUND = ("detector", "count", "reach", "align", "raw", "output", "max_edge", "max_sum", "multiple")
@@ -28,7 +28,7 @@ def extract_command(
         "features"
     ),
     settings: Annotated[Extraction, options.OptionsFrom(Extraction, ("mask", *FOUND))],
-    form: Annotated[str, typer.Option(help="npz (as D2-Net writes it) or h5 (as hloc reads it)")] = "npz",
+    form: Annotated[str, typer.Option(help="npz (format of D2-Net) or h5 (format of hloc)")] = "npz",
     weights: options.Weights = "auto",
     conversion: Annotated[
         dict[str, Any],
@@ -42,8 +42,8 @@ def extract_command(
 ) -> None:
     """Write keypoints, scores and descriptors of every image, one file each.
 
-    What is there already is kept, so an interrupted run goes on. An image that cannot be used is reported, the others
-    are done, and the exit code is 1. Runs under accelerate launch and torchrun.
+    Existing files are kept, so an interrupted run can be continued. An image that cannot be used is reported, the
+    others are processed, and the exit code is 1. Runs under accelerate launch and torchrun.
     """
     from cadsurgery.tasks.keypoints import extract
     from cadsurgery.tasks.report import FilesReport
@@ -75,8 +75,8 @@ def matching_command(
         Path,
         typer.Option(
             "--data",
-            help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ...: HPatches, or one; or images:FOLDER, "
-            "photos that are matched with views of themselves",
+            help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ... (HPatches), or one sequence; or "
+            "images:FOLDER, photos that are matched with views of themselves",
         ),
     ],
     masks: Annotated[list[str], typer.Option("--mask", help="repeatable")] = [Extraction.mask],  # noqa: B006
@@ -87,7 +87,8 @@ def matching_command(
         dict[str, Any], options.OptionsFrom(Conversion, ("region", "fill", "anchor", "pool", "normalisation"))
     ],
     everything: Annotated[
-        bool, typer.Option("--all-sequences", help="also the eight of HPatches that the protocol leaves out")
+        bool,
+        typer.Option("--all-sequences", help="include the eight HPatches sequences that the protocol omits"),
     ] = False,
     rounds: options.Rounds = 3,
     output: options.Report = None,
@@ -97,7 +98,7 @@ def matching_command(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Match images of known homographies: accuracy at 1 to 15 pixels beside MACs and time, for several masks.
+    """Match images with known homographies: accuracy at 1 to 15 pixels, MACs and time, for several masks.
 
-    The protocol of HPatches as D2-Net uses it. Runs under accelerate launch and torchrun.
+    The protocol is that of HPatches as used by D2-Net. Runs under accelerate launch and torchrun.
     """

@@ -1,4 +1,4 @@
-"""The command that lists networks and masks: list."""
+"""The command `list`, which lists networks and masks."""
 
 from __future__ import annotations
 
@@ -16,27 +16,36 @@ commands = typer.Typer()
 @commands.command("list")
 def list_command(
     pattern: Annotated[
-        str, typer.Argument(help='shell-style, e.g. "*resnet*"; --corpus: also a file or folder of networks')
+        str,
+        typer.Argument(
+            help='shell-style pattern, e.g. "*resnet*"; with --corpus also a file or folder of networks'
+        ),
     ] = "*",
     library: Annotated[str, typer.Option(help="torchvision or timm; default both")] = "",
     masks: Annotated[bool, typer.Option("--masks", help="list mask providers instead")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="build, convert and verify each network here and now")
+        bool, typer.Option("--check", help="build, convert and verify each network now")
     ] = False,
     corpus: Annotated[
         bool,
-        typer.Option("--corpus", help="--check: networks of files that are run, by default of tests/corpus"),
+        typer.Option(
+            "--corpus", help="with --check: networks from Python files, which are run; default tests/corpus"
+        ),
     ] = False,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="--check: JSON Lines to append to; an interrupted run goes on"),
+        typer.Option("--output", "-o", help="with --check: JSON Lines file; an interrupted check continues"),
     ] = Path("zoo.jsonl"),
-    workers: Annotated[int, typer.Option(min=1, help="--check: networks at a time")] = 2,
-    memory: Annotated[float, typer.Option(min=0.5, help="--check: GiB for each network")] = 10.0,
-    seconds: Annotated[float, typer.Option(min=1, help="--check: seconds for each network")] = 600.0,
+    workers: Annotated[int, typer.Option(min=1, help="with --check: number of networks at a time")] = 2,
+    memory: Annotated[
+        float, typer.Option(min=0.5, help="with --check: memory limit per network in GiB")
+    ] = 10.0,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="with --check: time limit per network in seconds")
+    ] = 600.0,
     as_json: options.Json = False,
 ) -> None:
-    """List networks: whether each converts, with which output strides, what stays dense and why."""
+    """List networks: whether each of them converts, with which output strides, what stays dense and why."""
     if masks:
         from cadsurgery.masks import list_masks
 
@@ -52,13 +61,11 @@ def list_command(
     from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, recorded, summary
 
     if corpus and not check:
-        raise InvalidInput(
-            "--corpus lists nothing by itself.", next="add --check: its networks are checked here and now."
-        )
+        raise InvalidInput("--corpus needs --check.", next="add --check, which checks its networks now.")
     folder, names = None, []
     if corpus:
         folder, pattern = find_corpus(pattern)
-        names = [one.name for one in read_corpus(folder, pattern)]
+        names = [subject.name for subject in read_corpus(folder, pattern)]
     else:
         names = list_models(pattern, library)
     if check:

@@ -1,4 +1,4 @@
-"""The command line: arguments in, library calls, tables or JSON out. Exit codes: 0 done, 1 refused, 2 usage."""
+"""The command line: parse arguments, call the library, print results. Exit codes: 0 done, 1 refused, 2 usage."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cadsurgery.support.errors import CadError
 
 
 def make_app() -> typer.Typer:
-    """All commands: the `commands` of every module of this package that has some, those with a name of their own last.
+    """Collect the `commands` of every module of this package; groups with a name of their own come last.
 
-    torch takes seconds to import: such modules import what a command needs when it runs.
+    Importing torch takes seconds, so these modules import what a command needs only when it runs.
     """
     app = typer.Typer(
         help="Give convolutional networks content-adaptive downsampling: full feature resolution where a mask says it "
@@ -37,7 +37,7 @@ def make_app() -> typer.Typer:
                 "--version",
                 is_eager=True,
                 callback=_show_version,
-                help="print versions, processor and instruction sets, and where the compiled kernels came from",
+                help="print versions, processor and instruction sets, and the origin of the compiled kernels",
             ),
         ] = False,
     ) -> None:
@@ -51,8 +51,8 @@ def make_app() -> typer.Typer:
     return app
 
 
-def _show_version(is_wanted: bool) -> None:
-    if is_wanted:
+def _show_version(is_requested: bool) -> None:
+    if is_requested:
         from cadsurgery.tasks.installation import describe_installation
 
         typer.echo(describe_installation())
@@ -60,9 +60,9 @@ def _show_version(is_wanted: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: errors a user can cause are printed without a traceback and exit with 1.
+    """Run the command line. Errors that a user can cause are printed without a traceback, with exit code 1.
 
-    Modules named as `module:function` are also found in the current folder, behind all installed ones.
+    Modules named as `module:function` are also searched for in the current folder, after all installed modules.
     """
     if not sys.flags.safe_path:
         sys.path.append(str(Path.cwd()))

@@ -1,4 +1,4 @@
-"""Options that commands share, those that come from a dataclass, commands that are tasks, and how texts are read."""
+"""Options that commands share, options from dataclasses, commands that call tasks, and parsers of option values."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cadsurgery.tasks.options import Conversion, Exits, Gates, Sampling
 
 
 def read_pair(text: str) -> tuple[int, int] | None:
-    """HIGH,LOW."""
+    """Parse HIGH,LOW."""
     return _numbers(text, ",", "HIGH,LOW such as 8,32")
 
 
 def read_size(text: str) -> tuple[int, int] | None:
-    """HxW."""
+    """Parse HxW."""
     return _numbers(text.lower(), "x", "HxW such as 512x1024")
 
 
@@ -38,7 +38,7 @@ def _numbers(text: str, separator: str, form: str) -> tuple[int, int] | None:
 
 
 def read_fractions(text: str) -> list[float]:
-    """Numbers between commas."""
+    """Parse numbers separated by commas."""
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -46,18 +46,18 @@ def read_fractions(text: str) -> list[float]:
 
 
 def read_threshold(text: str | float) -> float | tuple[float, ...]:
-    """A number, or several between commas."""
+    """Parse one number, or several separated by commas."""
     numbers = read_fractions(str(text))
     return tuple(numbers) if len(numbers) != 1 else numbers[0]
 
 
 def read_names(region: str) -> str | list[str]:
-    """A region: auto, backbone, or names between commas."""
+    """Parse a region: auto, backbone, or names separated by commas."""
     return region if region in ("auto", "backbone") else [name.strip() for name in region.split(",")]
 
 
 def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None:
-    """MEAN/STD, each a number or several between commas; or raw."""
+    """Parse MEAN/STD, each one number or several separated by commas; or raw."""
     if not text or text == "raw":
         return text or None
     mean, _, std = text.partition("/")
@@ -65,7 +65,7 @@ def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None
 
 
 def none_for_zero(count: int) -> int | None:
-    """The number of an option that is 0 where nothing is said."""
+    """Convert 0, which stands for a missing value, to None."""
     return count or None
 
 
@@ -88,11 +88,11 @@ Model = Annotated[
         "--model", "-m", help="torchvision or timm name, module:function, a converted file, or hf:owner/name"
     ),
 ]
-Weights = Annotated[str, typer.Option(help="auto, none, a name of weights, or a file")]
+Weights = Annotated[str, typer.Option(help="auto, none, the name of pretrained weights, or a file")]
 Mask = Annotated[
     str,
     typer.Option(
-        help='a name of cadsurgery list --masks, with options: "edges:threshold=0.15,dilation=11", '
+        help='a name from cadsurgery list --masks, with options: "edges:threshold=0.15,dilation=11", '
         'wrappers: "edges | budget:fraction=0.3", several: "edges + gradient"'
     ),
 ]
@@ -102,7 +102,7 @@ Strides = Annotated[
         "--output-stride",
         metavar="HIGH,LOW",
         parser=read_pair,
-        help="repeatable: every mask at every pair",
+        help="repeatable; every mask is used at every pair",
     ),
 ]
 ImageOption = Annotated[
@@ -111,7 +111,7 @@ ImageOption = Annotated[
 Size = Annotated[
     Any,
     typer.Option(
-        metavar="HxW", parser=read_size, help="size of the image; default 512x1024, or the file's own"
+        metavar="HxW", parser=read_size, help="size of the image; default 512x1024, or the size of the file"
     ),
 ]
 Rounds = Annotated[int, typer.Option(min=0, help="timing rounds on the first image; 0 to skip")]
@@ -121,19 +121,23 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="run code that the converted file names: a network or mask of its own, module:function",
+        help="run code that the converted file names: module:function of a network or mask",
     ),
 ]
 Precision = Annotated[
-    str, typer.Option(help="of the optimised copy: float, as the weights are, or int8, calibrated by images")
+    str,
+    typer.Option(
+        help="precision of the optimised copy: float, as the weights, or int8, calibrated on images"
+    ),
 ]
 Calibration = Annotated[
-    Path | None, typer.Option(help="folder of images that int8 is calibrated by; no labels", metavar="FOLDER")
+    Path | None,
+    typer.Option(help="folder of images for the calibration of int8; needs no labels", metavar="FOLDER"),
 ]
 LargestError = Annotated[
     float | None,
     typer.Option(
-        help="share of their size by which outputs in int8 may differ: the first layers stay in float until it is met"
+        help="largest relative error of int8 outputs: layers, from the first on, stay in float until it is met"
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -143,14 +147,14 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 class OptionsFrom:
     """Marks a parameter of a command that stands for options: fields of a dataclass.
 
-    It gets their values by name or, if it is annotated with the dataclass, one of those.
+    The parameter receives their values by name or, if it is annotated with the dataclass, an instance.
 
     Attributes:
-        kind: the dataclass; its fields are made by `cadsurgery.tasks.options.option`.
-        names: of the fields, in the order of the options; default: all.
-        given: only what the user has given reaches the command, since the defaults may come from elsewhere.
-        defaults: as texts, other ones than those of the fields, in the order of the names.
-        apart: each value is an argument of its own, not one of the parameter.
+        kind: the dataclass; its fields are declared with `cadsurgery.tasks.options.option`.
+        names: names of the fields, in the order of the options; default: all fields.
+        given: pass only options that the user has given, because defaults may come from elsewhere.
+        defaults: other defaults than the fields', as texts, in the order of the names.
+        apart: pass each value as an argument of its own instead of one parameter.
     """
 
     kind: type
@@ -160,32 +164,32 @@ class OptionsFrom:
     apart: bool = False
 
     def fields(self) -> dict[str, Field[Any]]:
-        """The fields, by the names of their options."""
+        """Return the fields, by the names of their options."""
         known = {field.name: field for field in fields(self.kind)}
         chosen = [known[name] for name in self.names or known]
         return {field.metadata.get("name", field.name): field for field in chosen}
 
     def parameters(self) -> Iterator[inspect.Parameter]:
-        """Those that typer makes options from."""
+        """Yield the parameters from which typer creates options."""
         for (name, field), changed in zip_longest(self.fields().items(), self.defaults):
-            told, default = field.metadata, changed or field.default
-            kind: Any = str if "read" in told else type(default)
-            words = ("--" + name.replace("_", "-"),) if kind is bool else ()  # no --no-...
-            more = {key: told[key] for key in ("min", "metavar") if key in told}
-            if "read" in told:
-                more["parser"] = _READERS[told["read"]]
+            details, default = field.metadata, changed or field.default
+            kind: Any = str if "read" in details else type(default)
+            words = ("--" + name.replace("_", "-"),) if kind is bool else ()  # without --no-...
+            more = {key: details[key] for key in ("min", "metavar") if key in details}
+            if "read" in details:
+                more["parser"] = _READERS[details["read"]]
             if self.given:
                 default = None
             yield inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
-                annotation=Annotated[kind | None, typer.Option(*words, help=told["help"], **more)],
+                annotation=Annotated[kind | None, typer.Option(*words, help=details["help"], **more)],
             )
 
-    def values(self, told: dict[str, Any]) -> dict[str, Any]:
-        """The values of the fields, taken out of those of all options."""
-        values = {field.name: told.pop(name) for name, field in self.fields().items()}
+    def values(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Remove the values of the fields from all arguments, and return them."""
+        values = {field.name: arguments.pop(name) for name, field in self.fields().items()}
         return {name: value for name, value in values.items() if value is not None or not self.given}
 
 
@@ -196,7 +200,7 @@ WithGates = Annotated[dict[str, Any], OptionsFrom(Gates)]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a function of keyword arguments one that typer takes: `OptionsFrom` parameters become their options."""
+    """Convert a function of keyword arguments for typer: `OptionsFrom` parameters become options."""
     hints = get_type_hints(function, include_extras=True)
     marks: dict[str, OptionsFrom] = {}
     parameters: list[inspect.Parameter] = []
@@ -210,12 +214,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             marks[name] = mark
             parameters += mark.parameters()
 
-    def run(**told: Any) -> None:
+    def run(**arguments: Any) -> None:
         for name, mark in marks.items():
-            values = mark.values(told)
+            values = mark.values(arguments)
             is_one = hints[name].__origin__ is mark.kind
-            told |= values if mark.apart else {name: mark.kind(**values) if is_one else values}
-        function(**told)
+            arguments |= values if mark.apart else {name: mark.kind(**values) if is_one else values}
+        function(**arguments)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -224,19 +228,19 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def task(path: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command that is a task: its function has no body, and parameters named as those of the task.
+    """Create a command that calls a task; the decorated function has no body and the task's parameter names.
 
     Args:
-        path: of the task, `module:function`, imported when the command runs. It is called with the options and with
-            `step`, which it tells what is being done, and gives the report that is shown.
+        path: the task, `module:function`, imported when the command runs. It is called with the options and the
+            progress callback `step`, and returns the report to print.
     """
     module, _, name = path.partition(":")
 
     def declare(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(*, as_json: bool, **told: Any) -> None:
+        def run(*, as_json: bool, **arguments: Any) -> None:
             with screen.steps(as_json) as step:
-                report = getattr(importlib.import_module(module), name)(**told, step=step)
+                report = getattr(importlib.import_module(module), name)(**arguments, step=step)
             screen.show_report(report, as_json)
 
         return command(run)

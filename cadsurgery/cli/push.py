@@ -1,4 +1,4 @@
-"""The command that gives a converted network to others: push."""
+"""The command `push`, which publishes a converted network."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ commands = typer.Typer()
 def push(
     file: Annotated[str, typer.Argument(help="a converted file")],
     repository: Annotated[
-        str, typer.Argument(help="on the Hugging Face Hub: owner/name, or owner/name@branch")
+        str, typer.Argument(help="repository on the Hugging Face Hub: owner/name, or owner/name@branch")
     ],
     license: Annotated[
-        str, typer.Option(help="under which others may use it: apache-2.0, mit, cc-by-nc-4.0, other, ...")
+        str, typer.Option(help="license of the network: apache-2.0, mit, cc-by-nc-4.0, other, ...")
     ] = "",
-    private: Annotated[bool, typer.Option("--private", help="seen by its owner only")] = False,
-    message: Annotated[str, typer.Option(help="of the commit")] = "",
+    private: Annotated[bool, typer.Option("--private", help="visible to its owner only")] = False,
+    message: Annotated[str, typer.Option(help="message of the commit")] = "",
     pipeline: Annotated[
-        str, typer.Option(help="task it is listed under; default: by what the network returns")
+        str, typer.Option(help="task under which it is listed; default: by the network's outputs")
     ] = "",
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write a converted file to the Hugging Face Hub, with a card that says what it is: hf:owner/name loads it.
+    """Write a converted file to the Hugging Face Hub, with a model card; hf:owner/name loads it.
 
-    Who writes is decided by HF_TOKEN, or by what hf auth login left.
+    The account is that of HF_TOKEN, or of hf auth login.
     """
     from cadsurgery.methods.storage import load
     from cadsurgery.network.publish import push_to_hub
@@ -49,6 +49,6 @@ def push(
         )
     text = (
         f"wrote {pushed.page} ({'private' if pushed.private else 'public'}): {pushed.bytes / 1e6:.1f} MB; "
-        f"{pushed.address} is what was written"
+        f"load it with {pushed.address}"
     )
     screen.show(vars(pushed), text, as_json)

@@ -1,4 +1,4 @@
-"""Output of the command line: results on the output stream, progress on the error stream."""
+"""Output of the command line: results on standard output, progress on standard error."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from cadsurgery.tasks.report import Report
 
-# A terminal knows its width; a pipe or file gets lines that need not wrap.
+# A terminal has a width; pipes and files get long lines.
 out = Console(width=None if sys.stdout.isatty() else 140)
 err = Console(width=None if sys.stderr.isatty() else 140, stderr=True)
 
 
 @contextmanager
 def _bar(total: int, silent: bool) -> Iterator[tuple[Task, Callable[..., None]]]:
-    """A progress bar on the error stream, and what moves it; nothing with --json or in further processes."""
+    """Show a progress bar on standard error; silent with --json and in further processes. Yields task and update."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     time = TimeRemainingColumn(elapsed_when_finished=True)
@@ -39,7 +39,7 @@ def _bar(total: int, silent: bool) -> Iterator[tuple[Task, Callable[..., None]]]
 
 @contextmanager
 def progress(total: int, silent: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A progress bar that names what was done last."""
+    """Show a progress bar with the last network and its result."""
     with _bar(total, silent) as (_, update):
         yield lambda row: update(advance=1, description=f"{row['model']}: {row['result']}")
 
@@ -48,22 +48,22 @@ def progress(total: int, silent: bool) -> Iterator[Callable[[dict[str, Any]], No
 def training(
     steps: int, images: int, silent: bool
 ) -> Iterator[tuple[Callable[[dict[str, float | None]], None], Callable[[str], None]]]:
-    """A progress bar with the last row of the log and images a second, and what names the step."""
+    """Show a progress bar with the last row of the log; yields callbacks for rows and for steps."""
     with _bar(steps, silent) as (task, update):
 
         def on_step(row: dict[str, float | None]) -> None:
-            told = [
+            words = [
                 f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None
             ]
-            told += [f"{task.speed * images:.1f} images/s"] if task.speed else []
-            update(completed=row["step"], description=", ".join(told))
+            words += [f"{task.speed * images:.1f} images/s"] if task.speed else []
+            update(completed=row["step"], description=", ".join(words))
 
         yield on_step, lambda text: update(description=text)
 
 
 @contextmanager
 def steps(silent: bool) -> Iterator[Callable[[str], None]]:
-    """A spinner on the error stream that names the step; nothing with --json or in further processes."""
+    """Show a spinner with the current step on standard error; silent with --json and in further processes."""
     if silent or not is_first_process():
         yield lambda text: None
         return
@@ -73,7 +73,7 @@ def steps(silent: bool) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Our own warnings are lines on the error stream, with --json too; of the first process only."""
+    """Print this package's warnings as lines on standard error, also with --json; only in the first process."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", CadWarning)
         others = warnings.showwarning
@@ -89,14 +89,14 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def is_first_process() -> bool:
-    """Of those that a launcher started: the one that prints."""
+    """True for the only process, or for the first process of a launcher, which prints."""
     from cadsurgery.support.processes import world
 
     return world().is_main
 
 
 def show(values: Any, renderable: Any, as_json: bool) -> None:
-    """A result, as JSON or for a reader; by the first process only."""
+    """Print a result as JSON or as text; only in the first process."""
     if not is_first_process():
         return
     if as_json:
@@ -106,10 +106,10 @@ def show(values: Any, renderable: Any, as_json: bool) -> None:
 
 
 def show_report(report: Report, as_json: bool) -> None:
-    """The report of a task.
+    """Print the report of a task.
 
     Raises:
-        Exit: with 1, if something could not be done.
+        Exit: with code 1, if an item failed.
     """
     show(report.to_dict(), report.render(), as_json)
     if not as_json and is_first_process():
@@ -120,5 +120,5 @@ def show_report(report: Report, as_json: bool) -> None:
 
 
 def print_json(values: Any) -> None:
-    """Values as JSON."""
+    """Print values as JSON."""
     sys.stdout.write(json.dumps(values, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The command that fits a network to photos without labels: tune."""
+"""The command `tune`, which fits a network to photos without labels."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ commands = typer.Typer()
 def tune(
     *,
     network: options.Network,
-    images: Annotated[Path, typer.Option(help="folder of photos, no labels needed")],
+    images: Annotated[Path, typer.Option(help="folder of photos; needs no labels")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run goes on")
+        Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run is continued")
     ],
-    minutes: Annotated[float, typer.Option(help="of processor time for all that is fitted")] = 20.0,
+    minutes: Annotated[float, typer.Option(help="processor time for all fitting")] = 20.0,
     keep: Annotated[
-        float, typer.Option(help="share of agreement with the dense network that the chosen budget keeps")
+        float, typer.Option(help="agreement with the dense network that the chosen budget must reach")
     ] = 0.99,
     steps: Annotated[
         int,
-        typer.Option(min=0, help="of the adapters' and the refinements' training; 0: what the time allows"),
+        typer.Option(min=0, help="training steps of adapters and refinements; 0: as many as the time allows"),
     ] = 0,
-    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
     fractions: Annotated[
-        str, typer.Option(parser=options.read_fractions, help="budgets that are measured")
+        str, typer.Option(parser=options.read_fractions, help="budgets to evaluate")
     ] = "0.05,0.1,0.2,0.3,0.5,0.75",
     rounds: options.Rounds = 3,
     weights: options.Weights = "auto",
@@ -39,9 +39,9 @@ def tune(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Fit level adapters, refinements and a mask of its own to a network by photos without labels; choose a budget.
+    """Fit level adapters, refinements and a gain mask to photos without labels, and choose a budget.
 
-    Weights and all that the network gives at full resolution stay as they are. Prints agreement with the dense network
-    against work and measured time on photos held out, and writes OUTPUT/net.safetensors with the budget that keeps
-    enough at the least work.
+    The weights, and all outputs at full resolution, do not change. Prints agreement with the dense network against
+    work and measured time on held-out photos, and writes OUTPUT/net.safetensors with the budget that reaches the
+    agreement at the least work.
     """

@@ -1,7 +1,7 @@
-"""Fine-tuning: train a converted network, or any other, resumable to the exact step.
+"""Fine-tuning: train a converted network, or any other; a run can be resumed at the exact step.
 
-In come a network, labelled or unlabelled images, and settings; out come the network trained, checkpoints, a log and
-what it scored before and after.
+In come a network, labelled or unlabelled images, and settings; out come the trained network, checkpoints, a log, and
+the network's metrics before and after.
 """
 
 import importlib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cadsurgery.finetune.schedule import Draw
     from cadsurgery.finetune.settings import Settings
 
-# Imported on first use: the command line reads the settings when it starts, which must not wait for torch.
+# Imported on first use: the command line reads the settings when it starts, and must not wait for torch.
 _PLACES = {
     "adapters": ("calibrate_adapters",),
     "refinement": ("RefinementFit", "fit_refinement"),

@@ -1,4 +1,4 @@
-"""Level adapters without training: what is made of a mean over an image gets the mean it has at full resolution."""
+"""Calibrate level adapters without training: correct values that depend on a mean over the image."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
 from cadsurgery.surgery.trace import evaluating
 
-ROUNDS = 2  # what is shifted first changes what comes later
+ROUNDS = 2  # a second round, because the first shifts change later layers
 
 
 def calibrate_adapters(net: AdaptiveModel, images: Samples, most: int = 32) -> int:
-    """Shift what layers make of means over an image, at each level, by how far on average that is from full resolution.
+    """Shift values computed from means over the image, at each level, to their average at full resolution.
 
-    Features at anchors are those of full resolution, as long as convolutions alone come between; a mean over fewer
-    samples is not. No gradients and no labels; adapters are added if there are none.
+    Features at anchors equal those of full resolution as long as only convolutions precede them; a mean over fewer
+    samples does not. Needs no gradients and no labels; adapters are added if the network has none.
 
     Args:
         net: an adaptive network.
         images: as in training.
-        most: of them that are looked at, evenly spread.
+        most: maximum number of images used, evenly spread.
 
     Returns:
-        How many layers were calibrated; 0 if none reads a mean.
+        The number of calibrated layers; 0 if no layer reads a mean.
 
     Raises:
-        InvalidInput: a network that is not adaptive as a whole or an optimised one, or no images.
+        InvalidInput: the network is not adaptive as a whole or is optimised, or there are no images.
     """
     whole_program(net, "has no level adapters that could be calibrated")
     check_data(images, "unlabelled")
@@ -46,7 +46,9 @@ def calibrate_adapters(net: AdaptiveModel, images: Samples, most: int = 32) -> i
         count = 0
         for index in range(0, len(images), step):
             inputs, _ = prepare(*sample_of(images, index), pictures_for(net), index)
-            for node, level, apart in _differences(net, program, [one[None].to(device) for one in inputs]):
+            for node, level, apart in _differences(
+                net, program, [value[None].to(device) for value in inputs]
+            ):
                 sums[node, level] = sums.get((node, level), 0) + apart
             count += 1
         with torch.no_grad():
@@ -60,27 +62,27 @@ def calibrate_adapters(net: AdaptiveModel, images: Samples, most: int = 32) -> i
 def _differences(
     net: AdaptiveModel, program: Program, inputs: list[Tensor]
 ) -> Iterator[tuple[fx.Node, int, Tensor]]:
-    """By node and level: how far a vector (C,) of an image is apart from that at level 0, as adapted so far."""
+    """Yield, by node and level, how far an image's vector (C,) with the current adapters is from that at level 0."""
     with evaluating(net):
         values = program.before(program.bind(*inputs))
         high: dict[fx.Node, Tensor] = {}
         for level in range(program.geometry.max_level + 1):
-            noted: dict[fx.Node, Tensor] = {}
-            _Vectors(program, noted).run(program.uniform(level), *clone_values(values))
-            high = high or noted
-            for node, vector in noted.items() if level else ():
+            vectors: dict[fx.Node, Tensor] = {}
+            _Vectors(program, vectors).run(program.uniform(level), *clone_values(values))
+            high = high or vectors
+            for node, vector in vectors.items() if level else ():
                 yield node, level, (high[node] - vector).double().mean(0).flatten()
 
 
 class _Vectors(GraphInterpreter):
-    """Notes what adapters of vectors give."""
+    """Records the values of adapters of vectors."""
 
     def __init__(self, program: Program, noted: dict[fx.Node, Tensor]) -> None:
         super().__init__(program, program.halves.after)
         self._noted = noted
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node, noted."""
+        """Run a node and record its value."""
         value = super().run_node(n)
         if n.target is functional.adapt_vector:
             self._noted[n] = value

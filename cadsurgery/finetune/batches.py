@@ -1,4 +1,4 @@
-"""Batches of a training run: samples read, augmented and normalised by position, never by order of arrival."""
+"""Batches of a training run: samples are read, augmented and normalised by position, not by order of arrival."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ Augmentation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Samples(Protocol):
-    """A dataset to train on or to measure with.
+    """A dataset for training or validation.
 
-    An item is (image, labels): float32 (3, H, W) in 0..1, which is augmented and normalised, and int64 (H, W),
-    255 where ignored. Or (inputs, labels) with a tuple of tensors, which the network gets as they are. Or images
-    alone; or pairs of which the attribute `is_labelled = False` says that their labels mean nothing.
+    An item is (image, labels): float32 (3, H, W) in 0..1, which is augmented and normalised, and int64 (H, W), 255
+    where ignored. Or it is (inputs, labels) with a tuple of tensors, which are passed to the network unchanged.
+    Without labels, an item is an image, or a pair whose labels are unused if the dataset's attribute `is_labelled`
+    is False.
     """
 
     def __len__(self) -> int: ...
@@ -36,13 +37,13 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one forward pass of one process.
+    """The samples of one forward pass of one process.
 
     Attributes:
         inputs: arguments of the network, each (B, ...).
-        labels: (B, H, W) int64; None of data without labels.
-        positions: in the sequence of samples.
-        indices: in the dataset.
+        labels: (B, H, W) int64; None for data without labels.
+        positions: positions in the sequence of samples.
+        indices: indices in the dataset.
     """
 
     inputs: tuple[Tensor, ...]
@@ -51,22 +52,22 @@ class Batch:
     indices: tuple[int, ...]
 
     def to(self, device: torch.device) -> Batch:
-        """On another device."""
+        """Return the batch on another device."""
         inputs = tuple(value.to(device, non_blocking=True) for value in self.inputs)
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
         return Batch(inputs, labels, self.positions, self.indices)
 
     def first(self, count: int) -> Batch:
-        """Its first samples."""
+        """Return the first samples of the batch."""
         inputs = tuple(value[:count] for value in self.inputs)
         labels = None if self.labels is None else self.labels[:count]
         return Batch(inputs, labels, self.positions[:count], self.indices[:count])
 
     def check_labels(self, classes: int) -> None:
-        """Refuse labels that the network has no output for.
+        """Check that the network has an output for every label.
 
         Raises:
-            InvalidInput: with the sample, the value and its first place.
+            InvalidInput: a label has no output; the message names the sample, the value and its position.
         """
         if self.labels is None:
             return
@@ -91,11 +92,11 @@ def batches(
     process: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """The batches of one process: `accumulate` for each step.
+    """Yield the batches of one process: `accumulate` for each step.
 
     Raises:
-        InvalidInput: samples that are no samples, or cannot form a batch.
-        CadError: what the dataset itself refuses.
+        InvalidInput: a sample has the wrong form, or samples cannot form a batch.
+        CadError: an error of the dataset itself.
     """
     order = [
         list(sampling.positions(step, part, process)) for step in steps for part in range(sampling.accumulate)
@@ -121,7 +122,7 @@ def batches(
 
 
 class _Positions:
-    """The dataset seen by position; errors come back as values, since a worker's would lose their parts."""
+    """The dataset by position; errors are returned as values, since workers would lose part of them."""
 
     def __init__(self, data: Samples, sampling: Sampling, augment: Augmentation | None, source: Any) -> None:
         self.data, self.sampling, self.augment, self.source = data, sampling, augment, source
@@ -138,10 +139,10 @@ class _Positions:
 
 
 def prepare(inputs: Any, labels: Any, source: Any, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """A sample as the network takes it: an image normalised, a tuple of inputs as it is.
+    """Prepare a sample for the network: an image is normalised, a tuple of inputs stays unchanged.
 
     Raises:
-        InvalidInput: it is neither.
+        InvalidInput: the sample has another form.
     """
     if isinstance(labels, Tensor) and labels.dim() == 2:
         if isinstance(inputs, Tensor) and inputs.dim() == 3 and inputs.is_floating_point():
@@ -167,7 +168,7 @@ def _stack(tensors: Any, indices: tuple[int, ...]) -> Tensor:
 
 
 def augmentation(settings: Settings) -> Augmentation:
-    """Crop, flip, jitter and scale of the settings, for `fit`."""
+    """Return the augmentation of the settings, for `fit`: crop, flip, jitter and scale."""
     from cadsurgery.data import Augment
 
     augment: Augmentation = Augment(
@@ -180,10 +181,10 @@ def augmentation(settings: Settings) -> Augmentation:
 
 
 def check_data(data: Samples, what: str) -> None:
-    """Refuse an empty dataset.
+    """Refuse an empty dataset; `what` describes the data in the message.
 
     Raises:
-        InvalidInput: it holds no sample.
+        InvalidInput: there is no sample.
     """
     if len(cast(Sized, data)) == 0:
         raise InvalidInput(

@@ -1,4 +1,4 @@
-"""The objective that trains a learned mask: whole paths, blended by a sample of the mask."""
+"""The objective that trains a learned mask: one whole path per level, blended by a sample of the mask."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cadsurgery.surgery.trace import evaluating
 
 @objective("blend")
 class Blend(Objective):
-    """Cross entropy of whole paths, one per level, blended by a sample of the learned mask, whose share kept high is
-    held at its target.
+    """Cross entropy of whole paths, one per level, blended by a sample of the learned mask.
 
-    As published (Hesse et al., CVPRW 2023, supplementary), but for what the options say. `network="fixed"` trains the
-    mask alone, `"mixed"` trains the network on the mixed graph it is used with and the mask on the blend.
+    The share that the mask keeps high is held at its target. As published (Hesse et al., CVPRW 2023, supplementary),
+    except for the options. `network="fixed"` trains the mask alone; `"mixed"` trains the network on the mixed graph
+    of inference, and the mask on the blend.
     """
 
     constants = ("teacher",)
@@ -46,17 +46,19 @@ class Blend(Objective):
 
         Args:
             net: an adaptive network with a learned mask, wrapped or not.
-            statistics: `separate`: batch norm keeps those of the low path, as published; `shared`: of all paths.
-            share: what holds the share kept high at its target: `balanced`, scores by the statistics of each batch
-                (`LearnedMask.balanced_logits`), or `published`, the squared distance of a second sample's share.
-            weight: of that distance.
-            network: what trains the network: `blend`, as published, `mixed`, or nothing (`fixed`).
-            distil: weight of the divergence from the dense high network as it started.
+            statistics: `separate`: batch norm keeps the statistics of the low path, as published; `shared`: of all
+                paths.
+            share: how the share kept high is held at its target: `balanced`, scores normalised by the statistics of
+                each batch (`LearnedMask.balanced_logits`), or `published`, the squared distance of a second sample's
+                share.
+            weight: weight of that distance.
+            network: how the network is trained: `blend`, as published, `mixed`, or not at all (`fixed`).
+            distil: weight of the divergence from the initial dense high network.
             supervision: weight of the labels' cross entropy; 0 learns from the dense network alone.
 
         Raises:
-            UnknownName: no such choice.
-            InvalidInput: no network that is adaptive as a whole, or one without a learned mask.
+            UnknownName: there is no such choice.
+            InvalidInput: the network is not adaptive as a whole, or has no learned mask.
         """
         super().__init__(net)
         check_name("choice of statistics", statistics, ("separate", "shared"))
@@ -72,27 +74,29 @@ class Blend(Objective):
             )
         self.separate, self.share, self.weight = statistics == "separate", share, weight
         self.network, self.distil, self.supervision = network, distil, supervision
-        self._mask = (mask,)  # a tuple: it is a part of the network, not of the objective
+        self._mask = (mask,)  # in a tuple, because it is a submodule of the network, not of the objective
         self.teacher: nn.Module | None = None
         if distil > 0:
             self.teacher = copy.deepcopy(net).requires_grad_(False)
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """Loss, its parts, and the share kept high."""
+        """Return the loss, its parts, and the share kept high."""
         net, mask = self.net, self._mask[0]
         assert isinstance(net, AdaptiveModel)
         noise, other = (
             [torch.Generator().manual_seed(derive_seed(draw.seed, at, part)) for at in draw.positions]
             for part in (6, 7)
         )
-        noted: dict[str, Tensor] = {}
+        recorded: dict[str, Tensor] = {}
 
         def weigh(features: Tensor, grid: FineMapSpec) -> Tensor:
             # As published, the mask's gradient does not end at the features, unless they are fixed.
             balanced = self.share == "balanced"
             logits = (mask.balanced_logits if balanced else mask.logits)(features, grid)
             kept = mask.kept(logits, grid, None if balanced else other)
-            noted["kept"] = kept + (mean_everywhere(kept) - kept.detach())  # of all processes, own gradient
+            recorded["kept"] = kept + (
+                mean_everywhere(kept) - kept.detach()
+            )  # value of all processes, own gradient
             return mask.sample(logits, grid, noise)
 
         with nullcontext() if self.network == "blend" else _fix(net, mask):
@@ -100,27 +104,28 @@ class Blend(Objective):
         target = dense_high(self.teacher, inputs) if self.teacher is not None else None
         loss, parts = miss(output, labels, target, self.supervision, self.distil)
         if self.share == "published":
-            loss = loss + self.weight * (noted["kept"] - mask.fraction).square()
+            loss = loss + self.weight * (recorded["kept"] - mask.fraction).square()
         if self.network == "mixed":
-            of_mixed, _ = miss(net(*inputs), labels, target, self.supervision, self.distil)
-            loss, parts["mixed"] = loss + of_mixed, of_mixed.detach()
-        return {"loss": loss, **parts, "kept": noted["kept"].detach()}
+            mixed_loss, _ = miss(net(*inputs), labels, target, self.supervision, self.distil)
+            loss, parts["mixed"] = loss + mixed_loss, mixed_loss.detach()
+        return {"loss": loss, **parts, "kept": recorded["kept"].detach()}
 
 
 @torch.no_grad()
 def calibrate(net: AdaptiveModel, data: Samples) -> float:
-    """Set the offset of a learned mask so that it keeps its fraction of some data; training on crops, or averaging
-    weights, moves it.
+    """Set the offset of a learned mask so that it keeps its fraction on these data.
+
+    Training on crops, and averaging weights, shift the fraction.
 
     Args:
-        net: an adaptive network, or the body of one, with a learned mask.
-        data: samples as in training, e.g. whole images of the training data; labels do not count.
+        net: an adaptive network, or its body, with a learned mask.
+        data: samples as in training, e.g. whole images of the training data; labels are not used.
 
     Returns:
-        The share kept high of these data afterwards.
+        The share kept high on these data afterwards.
 
     Raises:
-        InvalidInput: no learned mask, no data, or a network that only hosts an adaptive part.
+        InvalidInput: there is no learned mask or no data, or the network only hosts an adaptive part.
     """
     _check_whole(net)
     check_data(data, "calibration")
@@ -144,7 +149,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
 
 
 def _check_whole(net: nn.Module) -> None:
-    """Refuse a network without halves of its own."""
+    """Refuse a network that only hosts an adaptive part."""
     if isinstance(net, AdaptiveModel) and net.hosts_part:
         raise InvalidInput(
             "a network that only hosts an adaptive part can be neither blended nor calibrated.",
@@ -153,7 +158,7 @@ def _check_whole(net: nn.Module) -> None:
 
 
 def _learned_mask(mask: MaskProvider) -> LearnedMask | None:
-    """The learned mask, or the one inside wrappers."""
+    """Return the learned mask, also from inside wrappers."""
     if isinstance(mask, LearnedMask):
         return mask
     return next((part for part in map(_learned_mask, mask.parts) if part is not None), None)
@@ -161,9 +166,9 @@ def _learned_mask(mask: MaskProvider) -> LearnedMask | None:
 
 @contextmanager
 def _fix(net: AdaptiveModel, mask: LearnedMask) -> Iterator[None]:
-    """Within, only the mask's parameters take part in gradients, and batch norm keeps no statistics."""
-    of_mask = {id(parameter) for parameter in mask.parameters()}
-    others = [p for p in net.parameters() if p.requires_grad and id(p) not in of_mask]
+    """Inside the `with` block, only the mask gets gradients, and batch norm collects no statistics."""
+    mask_parameters = {id(parameter) for parameter in mask.parameters()}
+    others = [p for p in net.parameters() if p.requires_grad and id(p) not in mask_parameters]
     for parameter in others:
         parameter.requires_grad_(False)
     try:

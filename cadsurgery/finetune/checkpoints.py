@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run is at a step in one safetensors file, and what a run must not change."""
+"""Checkpoints: the whole state of a run after a step in one safetensors file, and the identity of a run."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ Identity = dict[str, Any]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after a step.
+    """The state of a run after a step.
 
     Attributes:
-        step: steps done.
+        step: number of completed steps.
         identity: what the run is of; see `identity_of`.
-        tensors: by name: `weights.*`, `optimizer.*`, `ema.*`.
-        best_step: the step of the best validation, 0 if there was none.
-        best: its mIoU.
+        tensors: tensors by name: `weights.*`, `optimizer.*`, `ema.*`.
+        best_step: step of the best validation, 0 if there was none.
+        best: metric of the best validation.
         before: metrics before the first step.
-        scaler: numbers of the gradient scaler.
+        scaler: state of the gradient scaler.
     """
 
     step: int
@@ -50,7 +50,7 @@ class Checkpoint:
     scaler: dict[str, float] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Write it whole or not at all; one that was there before stays until then.
+        """Write the checkpoint atomically; an earlier file stays until then.
 
         Raises:
             FileError: the path cannot be written.
@@ -69,7 +69,7 @@ class Checkpoint:
         write_tensors(path, self.tensors, {_KEY: json.dumps(metadata)})
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors under a prefix: `weights`, `optimizer` or `ema`."""
+        """Return the tensors under a prefix: `weights`, `optimizer` or `ema`."""
         return {
             key.removeprefix(f"{name}."): value
             for key, value in self.tensors.items()
@@ -78,10 +78,10 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read what `Checkpoint.write` wrote.
+    """Read a file written by `Checkpoint.write`.
 
     Raises:
-        FileError: missing, truncated or foreign.
+        FileError: the file is missing, truncated or foreign.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -94,7 +94,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(tensors=tensors, **metadata)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise FileError(
-            f"{path} is no readable checkpoint of a training run.",
+            f"{path} is not a readable checkpoint of a training run.",
             why=describe_error(error),
             next="start again in another output folder.",
         ) from error
@@ -119,22 +119,22 @@ def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, pro
         network |= {"plan": _digest(net.plan.to_json()), "sampler": str(net.sampler.options)}
     if isinstance(net, SampledModel):
         network |= {"plan": _digest(net.plan.to_json()), "grid": net.grid}
-    given = {name: value for name, value in settings.to_dict().items() if name not in FREE}
+    options = {name: value for name, value in settings.to_dict().items() if name not in FREE}
     described = {
         "name": str(getattr(data, "name", type(data).__name__)),
         "samples": len(data),
         "classes": list(getattr(data, "classes", ())),
         "augment": repr(augment) if is_dataclass(augment) else getattr(augment, "__name__", None),
     }
-    identity = {"settings": given, "network": network, "data": described, "processes": processes}
+    identity = {"settings": options, "network": network, "data": described, "processes": processes}
     return json.loads(json.dumps(identity))
 
 
 def check_same_run(stored: Identity, now: Identity, folder: Path) -> None:
-    """Refuse to resume a run with other settings, network or data.
+    """Refuse to resume a run with other settings, another network or other data.
 
     Raises:
-        InvalidInput: with every difference.
+        InvalidInput: the runs differ; the message lists every difference.
     """
     differences = _differences(stored, now, "")
     if differences:
@@ -165,7 +165,7 @@ def _digest(value: Any) -> str:
 
 @torch.no_grad()
 def restore(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], path: Path) -> None:
-    """Copy tensors into others of the same names, in place.
+    """Copy tensors into tensors of the same names, in place.
 
     Raises:
         FileError: names or shapes differ.
@@ -184,7 +184,7 @@ def restore(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], path: Pat
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The state of an optimiser by the name of the parameter it belongs to."""
+    """Return the tensors of an optimiser's state, by the names of their parameters."""
     return {
         f"optimizer.{key}.{name}": value
         for name, parameter in parameters.items()
@@ -196,11 +196,11 @@ def optimizer_tensors(
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Set the state that `optimizer_tensors` gave (without its first prefix)."""
+    """Restore the state returned by `optimizer_tensors`, without its first prefix."""
     for full, value in tensors.items():
         key, _, name = full.partition(".")
         parameter = parameters[name]
-        is_counter = key == "step"  # stays on the CPU
+        is_counter = key == "step"  # counters stay on the CPU
         optimizer.state[parameter][key] = (
             value if is_counter else torch.empty_like(parameter, requires_grad=False).copy_(value)
         )

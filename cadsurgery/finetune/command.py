@@ -1,4 +1,4 @@
-"""Carry out `cadsurgery finetune`: from names and paths to a trained file and a short report."""
+"""The command `cadsurgery finetune`: from names and paths to a trained file and a short report."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class TrainingReport(Report):
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; those of the outcome are among them."""
+        """Return plain values, including those of the outcome."""
         values = super().to_dict()
         outcome = values.pop("outcome")
         return {**values, **outcome}
 
     def parts(self) -> Iterator[Text]:
-        """A few lines: what was trained, metrics before and after, files."""
+        """Yield a few lines: what was trained, metrics before and after, files."""
         run = self.outcome
         went_on = f", resumed after step {run.resumed}" if run.resumed else ""
         is_named = self.mask.endswith((" exits", " gates", " sampler"))
@@ -87,11 +87,11 @@ def finetune(
     """Build or load, convert, train, report; see `cadsurgery finetune --help`.
 
     Raises:
-        CadError: what the data, the network, the cache or `fit` refuse.
+        CadError: an error of the data, the network, the cache or `fit`.
     """
     from cadsurgery.data import open_data
 
-    world()  # where one of several processes was started, that should be said now
+    world()  # report a wrong start of several processes first
     if mask:
         resolve_mask(mask)
     step(f"opening {data}")
@@ -104,35 +104,35 @@ def finetune(
         net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
     elif mask or cache:
         raise InvalidInput(
-            "a network with exits or gates, or whose input is sampled, has no masks of its own and no stem.",
+            "a network with exits, with gates or with a sampled input has no masks of its own and no stem.",
             next="leave out --mask and --cache.",
         )
     trained: nn.Module = net
-    seen = _Seen(training, validation)
+    samples = _Samples(training, validation)
     if settings.train == "adapters" and isinstance(net, AdaptiveModel):
-        net.add_adapters()  # before the network is cut
+        net.add_adapters()  # before the stem is separated
     if cache and isinstance(net, AdaptiveModel):
         step("running the stem over the data")
-        seen = _run_stem(net, seen, settings, device)
+        samples = _run_stem(net, samples, settings, device)
         trained, settings = body_of(net), settings.changed({"freeze": "stem", "jitter": 0.0})
     step("training")
     outcome = fit(
         trained,
-        seen.training,
+        samples.training,
         settings,
         output=output,
-        validation=seen.validation,
+        validation=samples.validation,
         augment=None if cache else augmentation(settings),
         resume=resume,
         device=device,
         on_step=on_step,
     )
     data_in_words = f"{training.name} ({len(training)} images)"
-    return TrainingReport(model, _seen_by(net), data_in_words, outcome, seen.notes)
+    return TrainingReport(model, _decided_by(net), data_in_words, outcome, samples.notes)
 
 
-def _seen_by(net: AdaptiveModel | AnytimeModel | ResampledModel | SampledModel) -> str:
-    """Return the module that decides where a network computes."""
+def _decided_by(net: AdaptiveModel | AnytimeModel | ResampledModel | SampledModel) -> str:
+    """Describe the module that decides where a network computes."""
     if isinstance(net, AdaptiveModel):
         return net.mask.spec()
     if isinstance(net, ResampledModel):
@@ -140,20 +140,20 @@ def _seen_by(net: AdaptiveModel | AnytimeModel | ResampledModel | SampledModel) 
     return f"{len(net.gates)} gates" if isinstance(net, SampledModel) else f"{len(net.plan.exits)} exits"
 
 
-class _Seen(NamedTuple):
-    """The samples that are trained and measured on, and what is to be said about them."""
+class _Samples(NamedTuple):
+    """The samples for training and validation, and notes about them."""
 
     training: Samples
     validation: Samples | None
     notes: tuple[str, ...] = ()
 
 
-def _run_stem(net: AdaptiveModel, data: _Seen, settings: Settings, device: str) -> _Seen:
+def _run_stem(net: AdaptiveModel, data: _Samples, settings: Settings, device: str) -> _Samples:
     """Return the stem's outputs for the data."""
     if settings.scale != (1.0, 1.0):
         raise InvalidInput(
             f"--cache with scale={settings.scale}.",
-            why="what the stem has seen cannot be scaled any more.",
+            why="the cached outputs of the stem cannot be scaled.",
             next="leave out scale, or train without --cache.",
         )
     gpu = device != "cpu" and torch.cuda.is_available()
@@ -166,28 +166,28 @@ def _run_stem(net: AdaptiveModel, data: _Seen, settings: Settings, device: str) 
         f"the stem is fixed, its outputs are kept in {kept / 1e9:.2f} GB of memory: {len(crops)} samples to train "
         "on, crops at fixed places, colours not jittered"
     )
-    return _Seen(crops, whole, (note,))
+    return _Samples(crops, whole, (note,))
 
 
 def make_settings(config: Path | None, overrides: dict[str, Any], objective_options: list[str]) -> Settings:
-    """Defaults, changed by a file, changed by options.
+    """Return the default settings, changed by a file, then by options.
 
     Raises:
         InvalidInput: an option of the objective is not NAME=VALUE, or a setting is out of range.
         UnknownName, FileError: as `Settings.read`.
     """
     settings = Settings.read(config) if config is not None else Settings()
-    of_objective = dict(settings.objective_options)
+    all_options = dict(settings.objective_options)
     for text in objective_options:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not name or not equals:
             raise InvalidInput(f"objective option {text!r} is not NAME=VALUE.", next="write e.g. low=0.1.")
-        of_objective[name] = _value(value)
-    return settings.changed({**overrides, "objective_options": of_objective})
+        all_options[name] = _value(value)
+    return settings.changed({**overrides, "objective_options": all_options})
 
 
 def _value(text: str) -> Any:
-    """JSON where it is JSON (a number, a list), else the text itself."""
+    """Parse a value as JSON (a number, a list); any other text stays as it is."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""How well a network segments a dataset, or keeps to its dense twin, and whether it has a class for every label."""
+"""Validation: accuracy on labelled data, or fidelity to the dense network; and checks of the number of classes."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from cadsurgery.surgery.trace import evaluating
 
 
 def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> dict[str, float]:
-    """Metrics on whole images, one by one, under the network's own mask.
+    """Compute metrics on whole images, one by one, under the network's own mask.
 
     Args:
-        net: to measure.
-        data: with labels, or without.
-        dense: without labels, the network whose output with everything kept high stands for them; default: `net`.
+        net: the network.
+        data: data with labels, or without.
+        dense: without labels, the network whose output with everything kept high stands for labels; default: `net`.
 
-    Returns:
-        `miou` and the other shares `cadsurgery.metrics` gives, and the mean `active_fraction`; of a network with exits
-        those of the last, and `miou_exit_1`... of the others. Without labels these are agreements, `divergence` is
-        among them, and of maps that are no class scores `relative_error` is in the place of shares; see
-        `FidelityMetrics`.
+        Returns:
+            `miou` and the other shares of `SegmentationMetrics`, and the mean `active_fraction`. For a network with
+            exits they refer to the last exit, and `miou_exit_1`... to the others. Without labels these are
+            agreements, with `divergence`; for maps that are not class scores, `relative_error` replaces the shares,
+            see `FidelityMetrics`.
 
     Raises:
-        InvalidInput: no data, samples that are none, or more classes than the network outputs; without labels, a
-            network that is not adaptive.
+        InvalidInput: there are no data, samples have the wrong form, or there are more classes than outputs; without
+            labels, the network is not adaptive.
     """
     from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
     from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
@@ -49,7 +49,7 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
         )
     device, active = next(net.parameters()).device, 0.0
     metrics: SegmentationMetrics | FidelityMetrics | None = None if has_labels else FidelityMetrics()
-    of_exits: list[SegmentationMetrics] = []  # of a network with exits those before the last
+    exit_metrics: list[SegmentationMetrics] = []  # of the exits before the last
     with torch.inference_mode(), evaluating(net):
         source = pictures_for(net)
         for index in range(len(data)):
@@ -65,27 +65,29 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
             if metrics is None:
                 check_classes(data, logits.shape[1])
                 metrics = SegmentationMetrics(logits.shape[1])
-                of_exits = [SegmentationMetrics(logits.shape[1]) for _ in _earlier(output)]
+                exit_metrics = [SegmentationMetrics(logits.shape[1]) for _ in _earlier(output)]
             metrics.update(resize(logits, labels.shape).argmax(1).cpu(), labels.unsqueeze(0))
-            for one, early in zip(of_exits, _earlier(output), strict=True):
-                one.update(resize(early.float(), labels.shape).argmax(1).cpu(), labels.unsqueeze(0))
+            for metric, prediction in zip(exit_metrics, _earlier(output), strict=True):
+                metric.update(resize(prediction.float(), labels.shape).argmax(1).cpu(), labels.unsqueeze(0))
     assert metrics is not None
     figures = {name: value for name, value in metrics.compute().items() if isinstance(value, float)}
     if isinstance(net, AdaptiveModel):
         figures["active_fraction"] = active / len(data)
-    return figures | {f"miou_exit_{number}": one.compute()["miou"] for number, one in enumerate(of_exits, 1)}
+    return figures | {
+        f"miou_exit_{number}": exit.compute()["miou"] for number, exit in enumerate(exit_metrics, 1)
+    }
 
 
 def _earlier(output: Any) -> tuple[Tensor, ...]:
-    """The predictions of a network with exits before the last."""
+    """Return the predictions of all exits but the last."""
     return output[:-1] if isinstance(output, tuple) else ()
 
 
 def check_classes(data: object, outputs: int) -> None:
-    """Refuse data with more classes, if it names them, than a network has outputs.
+    """Refuse data that name more classes than the network has outputs.
 
     Raises:
-        InvalidInput: the data has more classes than the network outputs.
+        InvalidInput: the data have more classes than the network has outputs.
     """
     names = getattr(data, "classes", ())
     if len(names) > outputs:
@@ -97,10 +99,10 @@ def check_classes(data: object, outputs: int) -> None:
 
 
 def count_outputs(net: nn.Module, data: Samples, batch: Batch) -> int:
-    """The number of classes a network gives, once the data is known to have no others; 0 where there are no labels.
+    """Return the number of classes of a network, after a check that the data have no others; 0 without labels.
 
     Raises:
-        InvalidInput: it has, by its names or in the labels of the batch; or the network gives no logits.
+        InvalidInput: the data have more classes, by name or in the batch's labels; or the network returns no logits.
     """
     if batch.labels is None:
         return 0

@@ -1,4 +1,4 @@
-"""Fitting a gain mask to images without labels: what each patch loses is measured once, then regressed."""
+"""Fit a gain mask to images without labels: measure the loss of each patch once, then regress it."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from cadsurgery.support.divergence import divergence, kind_of, maps_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
 
-_MEASURING = 0.8  # of the time goes into measuring at most; fitting takes seconds
-_HELD_OUT = 8  # every so many-th image is not fitted to
+_MEASURING = 0.8  # largest share of the time for measuring; fitting takes seconds
+_HELD_OUT = 8  # every 8th image is held out
 STEPS, _BATCH, _RATE, _DECAY = 500, 8, 3e-3, 1e-2
-_FLOOR = 0.05  # of the mean loss: what is added before logarithms, below which losses need not be told apart
-_RARE = 0.01  # share of the pixels: classes that are rarer still do not count more
-BUDGET = 0.1  # share of the patches that `captured` is told for
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the patches that `tolerances` are told for
+_FLOOR = 0.05  # offset before logarithms, relative to the mean loss: smaller losses need not be distinguished
+_RARE = 0.01  # share of pixels below which a rarer class gets no more weight
+BUDGET = 0.1  # share of the patches for which `captured` is computed
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)  # shares of the patches for which `tolerances` are computed
 
 
 @dataclass(frozen=True)
 class GainFit:
-    """Progress of a fit.
+    """Result of a fit.
 
     Attributes:
-        images: that were measured, the held out ones among them.
-        held_out: of them, that were not fitted to.
-        seconds: of processor time, all threads.
-        captured: share of what the held out images lose with everything downsampled that lies in the tenth of their
-            patches ranked best: by `gain`, by `detail`, and by the loss itself (`oracle`).
-        tolerances: by share of all patches of all images, the `tolerance` of the mask that keeps so many high.
+        images: number of measured images, including those held out.
+        held_out: number of images held out from the fit.
+        seconds: processor time of all threads.
+        captured: of the held-out images' loss with everything downsampled, the share that lies in the tenth of their
+            patches ranked best by `gain`, by `detail`, and by the loss itself (`oracle`).
+        tolerances: by share of all patches of all images, the `tolerance` at which the mask keeps this share high.
     """
 
     images: int
@@ -52,7 +52,7 @@ class GainFit:
     tolerances: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         return asdict(self)
 
 
@@ -65,23 +65,24 @@ def fit_gain(
     balance: float = 0.0,
     on_image: Callable[[int], None] | None = None,
 ) -> GainFit:
-    """Fit the gain mask of a network, in place, to images without labels; nothing else of the network changes.
+    """Fit the gain mask of a network, in place, to images without labels; nothing else in the network changes.
 
-    Each image is run once with everything at each level. With the same seed and images, as many of them as fit the
-    time, on the CPU with as many threads, the weights are the same bit for bit.
+    Each image is run with everything at each level. The weights are reproducible bit for bit with the same seed, the
+    same images (as many as fit the time), and on the CPU the same number of threads.
 
     Args:
         net: an adaptive network with a gain mask, wrapped or not.
-        images: as in training; labels do not count.
-        minutes: of processor time; images for which there is no time are left out, in an order that the seed decides.
-        seed: of the initial weights and the order of the images.
-        balance: of class scores, how much more what is lost of rare classes counts: their share of the dense network's
-            predictions to the power of minus this; 0 counts all pixels alike, 1 all classes, as mean IoU does.
+        images: as in training; labels are not used.
+        minutes: processor time; images beyond it are skipped, in an order determined by the seed.
+        seed: seed of the initial weights and of the order of images.
+        balance: for class scores, weight of losses in rare classes: the class's share of the dense network's
+            predictions to the power of minus `balance`. 0 weights all pixels equally, 1 all classes, as mean IoU
+            does.
         on_image: called with the number of images measured so far.
 
     Raises:
-        InvalidInput: a network that is not adaptive as a whole or without a gain mask, an optimised one, fewer than two
-            images, or no time.
+        InvalidInput: the network is not adaptive as a whole, has no gain mask or is optimised; there are fewer than
+            two images, or no time.
     """
     begin = time.process_time()
     program = whole_program(net, "has no gain mask that could be fitted")
@@ -90,13 +91,13 @@ def fit_gain(
     if mask is None or program.is_fused or not minutes > 0 or len(images) < 2:
         raise InvalidInput(
             f"there is nothing to fit: mask {net.mask.spec()!r}, {len(images)} images, {minutes} minutes.",
-            why="it takes a gain mask in a network that is not optimised, two images and some time.",
-            next='give the network one, net.mask = "gain | budget:fraction=0.2", and fit it before optimize().',
+            why="fitting needs a gain mask in a network that is not optimised, two images and some time.",
+            next='give the network a gain mask, net.mask = "gain | budget:fraction=0.2", and fit it before optimize().',
         )
     check_options("gain", balance=(balance, SHARE))
     device = next(net.parameters()).device
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    fast, seen = net.optimize(), list[_Seen]()
+    fast, seen = net.optimize(), list[_Measured]()
     for index in order:
         if len(seen) >= 2 and time.process_time() - begin > 60 * minutes * _MEASURING:
             break
@@ -111,7 +112,7 @@ def fit_gain(
     with torch.no_grad():
         expected = [mask.expect(one.described) for one in seen]
         smooth = [mask.smooth(losses, one.grid) for losses, one in zip(expected, seen, strict=True)]
-        # High is what loses too much at every lower level.
+        # A patch is kept high if it loses too much at every lower level.
         least = torch.cat([one.amin(1).flatten() for one in smooth]).double()
         tolerances = {f"{share:g}": float(least.quantile(1 - share)) for share in SHARES}
         captured = {
@@ -123,10 +124,17 @@ def fit_gain(
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """An image, as the mask sees its patches (1, 2 C, h, w), what they lose by level (1, levels, h, w), and how
-    `detail` ranks them (1, h, w); of the fine map `grid`. Of class scores also which part of the losses is at pixels of
-    each class (classes, levels, h, w), and the share of these pixels (classes,); of others of one class."""
+class _Measured:
+    """Measurements on one image with the fine map `grid`.
+
+    Attributes:
+        described: inputs of the mask, (1, 2 C, h, w) by patch.
+        losses: losses by level, (1, levels, h, w).
+        by_class: losses at the pixels of each class, (classes, levels, h, w); one class unless outputs are class
+            scores.
+        shares: share of these pixels, (classes,).
+        detail: ranking by the `detail` mask, (1, h, w).
+    """
 
     described: Tensor
     losses: Tensor
@@ -137,7 +145,7 @@ class _Seen:
 
 
 @torch.no_grad()
-def _measure(net: AdaptiveModel, mask: GainMask, inputs: list[Tensor]) -> _Seen:
+def _measure(net: AdaptiveModel, mask: GainMask, inputs: list[Tensor]) -> _Measured:
     program, oracle, detail = net.program, OracleMask(), DetailMask()
     with evaluating(net):
         values = program.before(program.bind(*inputs))
@@ -148,17 +156,17 @@ def _measure(net: AdaptiveModel, mask: GainMask, inputs: list[Tensor]) -> _Seen:
         outputs = {level: program.at_level(level, values) for level in levels}
         with first_passes(outputs):
             losses = oracle.losses(image, features, grid)
-    return _Seen(
+    return _Measured(
         mask.describe(features, grid.patch),
         losses,
-        *_of_classes(outputs, losses, grid),
+        *_split_by_class(outputs, losses, grid),
         mean_of_patches(detail.scores(image, features, grid), grid.patch),
         grid,
     )
 
 
-def _of_classes(outputs: dict[int, Any], losses: Tensor, grid: FineMapSpec) -> tuple[Tensor, Tensor]:
-    """Losses and shares by predicted class, see `_Seen`."""
+def _split_by_class(outputs: dict[int, Any], losses: Tensor, grid: FineMapSpec) -> tuple[Tensor, Tensor]:
+    """Return losses and shares by predicted class, see `_Measured`."""
     if kind_of(outputs[0]) != "classes":
         return losses, torch.ones(1)
     scores = maps_of(outputs[0])[0]
@@ -170,8 +178,8 @@ def _of_classes(outputs: dict[int, Any], losses: Tensor, grid: FineMapSpec) -> t
     return torch.stack(parts, 1), pixels.mean((1, 2)).cpu()
 
 
-def _balance(seen: list[_Seen], power: float) -> list[_Seen]:
-    """With losses that count by class; they stay what they are on average if they do not depend on the class."""
+def _balance(seen: list[_Measured], power: float) -> list[_Measured]:
+    """Weight losses by class; the mean stays the same if losses do not depend on the class."""
     shares = torch.stack([one.shares for one in seen]).mean(0)
     weights = (shares + _RARE) ** -power
     weights = weights / (weights * shares).sum()
@@ -181,8 +189,8 @@ def _balance(seen: list[_Seen], power: float) -> list[_Seen]:
     ]
 
 
-def _fit(mask: GainMask, seen: list[_Seen], seed: int) -> None:
-    """Regress the logarithms of the losses, from new weights; standardising is folded into the first layer."""
+def _fit(mask: GainMask, seen: list[_Measured], seed: int) -> None:
+    """Regress the logarithms of the losses from new weights; the standardisation is folded into the first layer."""
     described = torch.cat([one.described.flatten(2) for one in seen], 2)
     centre, spread = described.mean((0, 2))[:, None, None], described.std((0, 2))[:, None, None]
     spread = spread.clamp(min=1e-3 * float(spread.mean()) + torch.finfo(spread.dtype).tiny)
@@ -204,10 +212,10 @@ def _fit(mask: GainMask, seen: list[_Seen], seed: int) -> None:
         size = inputs[first_drawn].shape
         batch = [first_drawn, *(at for at in others if inputs[at].shape == size)][:_BATCH]
         mirrored = [-1] if int(torch.randint(2, (), generator=generator)) else []
-        shown, wanted = (
+        predictors, logs = (
             torch.cat([side[at] for at in batch]).flip(mirrored).to(dtype) for side in (inputs, targets)
         )
-        (mask.estimator(shown) - wanted).square().mean().backward()
+        (mask.estimator(predictors) - logs).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -217,8 +225,8 @@ def _fit(mask: GainMask, seen: list[_Seen], seed: int) -> None:
         first.weight.copy_(weight)
 
 
-def _captured(seen: list[_Seen], ranks: list[Tensor]) -> float:
-    """Share of the losses at the lowest level that lies in the patches ranked best, a share of each image's."""
+def _captured(seen: list[_Measured], ranks: list[Tensor]) -> float:
+    """Return the share of the losses at the lowest level that lies in the best-ranked patches of each image."""
     found = total = 0.0
     for one, scores in zip(seen, ranks, strict=True):
         losses = one.losses[0, -1].flatten()
@@ -228,5 +236,5 @@ def _captured(seen: list[_Seen], ranks: list[Tensor]) -> float:
 
 
 def _gain_mask(mask: MaskProvider) -> GainMask | None:
-    """The gain mask, or the one inside wrappers."""
+    """Return the gain mask, also from inside wrappers."""
     return next((part for part in mask.modules() if isinstance(part, GainMask)), None)

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and at which rate: classifier, backbone, mask, level adapters."""
+"""Groups of trained parameters with their learning rates: classifier, backbone, mask, level adapters."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 
-_OWN = ("_mask_provider", ADAPTERS, HEADS, GATES)  # children that the original does not have
+_OWN = ("_mask_provider", ADAPTERS, HEADS, GATES)  # child modules that the original network does not have
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters trained at one rate, or not at all.
+    """Parameters that are trained at one rate, or not at all.
 
     Attributes:
-        name: `classifier`, `backbone`, `mask`, `adapters`, `exits`, `sampler`, `gates` (for AdamW apart by
-            how many values a tensor has), or `fixed`.
-        factor: of the learning rate; 0 for what is fixed.
-        parameters: by name; every parameter is in exactly one group.
+        name: `classifier`, `backbone`, `mask`, `adapters`, `exits`, `sampler`, `gates` (with AdamW split by the
+            number of values of a tensor), or `fixed`.
+        factor: factor of the learning rate; 0 for fixed parameters.
+        parameters: parameters by name; every parameter is in exactly one group.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Group:
     parameters: dict[str, nn.Parameter]
 
     def describe(self) -> dict[str, object]:
-        """Name, factor, number of tensors and of values, the first names."""
+        """Return the name, the factor, the numbers of tensors and values, and the first names."""
         return {
             "group": self.name,
             "factor": self.factor,
@@ -53,12 +53,12 @@ class Group:
 
 
 def freeze_unused(objective: Objective, batch: Batch, seed: int) -> None:
-    """Freeze the parameters that get no gradient, found by asking for it on two images; nothing else changes.
+    """Freeze the parameters that get no gradient, found by a backward pass on two images; nothing else changes.
 
-    So every trained parameter takes part in every step, as distributed training needs it.
+    So every trained parameter takes part in every step, as distributed training requires.
 
     Raises:
-        InvalidInput: batch norm gets a single value per channel.
+        InvalidInput: batch norm would be trained on a single value per channel.
     """
     parameters = list(objective.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
@@ -87,14 +87,14 @@ def freeze_unused(objective: Objective, batch: Batch, seed: int) -> None:
 def make_groups(
     parameters: Mapping[str, nn.Parameter], net: nn.Module, settings: Settings
 ) -> tuple[Group, ...]:
-    """The groups of the parameters of an objective of a network; those that need no gradient are `fixed`.
+    """Group the parameters of a network's objective; parameters that need no gradient are `fixed`.
 
-    The classifier is every top-level child that no library calls a backbone; if none is called so, the last
-    child with parameters. What the objective adds of its own is trained as the backbone is. Of a network whose input is
-    sampled it is the network inside that has these.
+    The classifier is every top-level child whose name is not a usual name of a backbone; without a backbone by name,
+    it is the last child with parameters. Parameters that the objective adds are trained like the backbone. For a
+    network with a sampled input, this applies to the inner network.
 
     Raises:
-        InvalidInput: nothing is left to train.
+        InvalidInput: no parameter is left to train.
     """
     factors = {
         "classifier": 1.0,
@@ -106,34 +106,34 @@ def make_groups(
         "gates": 1.0,
         "fixed": 0.0,
     }
-    of_sampler: set[nn.Parameter] = set()
+    sampler_parameters: set[nn.Parameter] = set()
     if isinstance(net, ResampledModel):
-        of_sampler, net = set(net.sampler.parameters()), net.network
+        sampler_parameters, net = set(net.sampler.parameters()), net.network
     heads = _heads(net)
     others = [child for name, child in net.named_children() if name not in _OWN and child not in heads]
-    of_mask = set(net.mask.parameters()) if isinstance(net, AdaptiveModel) else set()
-    of_adapters = adapters_of(net)
-    of_exits = set(net.own_parameters().values()) if isinstance(net, AnytimeModel) else set()
-    of_gates = set(net.own_parameters().values()) if isinstance(net, SampledModel) else set()
-    of_head = {parameter for child in heads for parameter in child.parameters()}
-    # A weight shared by both sides moves at the careful rate.
-    of_head -= {parameter for child in others for parameter in child.parameters()}
+    mask_parameters = set(net.mask.parameters()) if isinstance(net, AdaptiveModel) else set()
+    adapter_parameters = adapters_of(net)
+    exit_parameters = set(net.own_parameters().values()) if isinstance(net, AnytimeModel) else set()
+    gate_parameters = set(net.own_parameters().values()) if isinstance(net, SampledModel) else set()
+    head_parameters = {parameter for child in heads for parameter in child.parameters()}
+    # A weight shared with the backbone gets the backbone's lower rate.
+    head_parameters -= {parameter for child in others for parameter in child.parameters()}
     groups: dict[str, dict[str, nn.Parameter]] = {name: {} for name in factors}
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             group = "fixed"
-        elif parameter in of_mask:
+        elif parameter in mask_parameters:
             group = "mask"
-        elif parameter in of_adapters:
+        elif parameter in adapter_parameters:
             group = "adapters"
-        elif parameter in of_exits:
+        elif parameter in exit_parameters:
             group = "exits"
-        elif parameter in of_sampler:
+        elif parameter in sampler_parameters:
             group = "sampler"
-        elif parameter in of_gates:
+        elif parameter in gate_parameters:
             group = "gates"
         else:
-            group = "classifier" if parameter in of_head else "backbone"
+            group = "classifier" if parameter in head_parameters else "backbone"
         groups[group][name] = parameter
     if not any(groups[name] for name in factors if name != "fixed"):
         raise InvalidInput(
@@ -148,10 +148,11 @@ def make_groups(
 
 
 def _by_length(group: Group) -> list[Group]:
-    """A group apart by how many values a tensor has, each at its share of the rate.
+    """Split a group by the number of values of a tensor, each part at 1 / number of the rate.
 
-    AdamW moves every value by the rate, whatever its gradient, and a gate's score is the sum of what all of them add:
-    at one rate for all, a step moves it by the rate times their number (1440 of 160 channels), the bias by the rate.
+    AdamW moves every value by the rate, whatever its gradient, and a gate's score is a sum over its weight's values.
+    At one rate for all, a step would change the score by the rate times their number (1440 for 160 channels), but
+    the bias by the rate.
     """
     parts: dict[int, dict[str, nn.Parameter]] = {}
     for name, parameter in group.parameters.items():
@@ -174,7 +175,7 @@ def _heads(net: nn.Module) -> list[nn.Module]:
 
 
 def make_optimizer(groups: Iterable[Group], settings: Settings) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trained groups; the learning rate is set at each step."""
+    """Create SGD or AdamW for the trained groups; the learning rate is set at each step."""
     trained = [
         {"params": list(group.parameters.values()), "factor": group.factor}
         for group in groups
@@ -191,7 +192,7 @@ IsFixed = Callable[[str], bool]
 
 
 def stem_of(net: nn.Module) -> IsFixed:
-    """True if a module or parameter of an adaptive network, by its name, is used before the region only.
+    """Return a function that tells if a module or parameter, by name, is used only before the adaptive region.
 
     Raises:
         InvalidInput: the network is not adaptive, so it has no region.
@@ -209,7 +210,7 @@ def stem_of(net: nn.Module) -> IsFixed:
         before[path] = is_before and before.get(path, True)
 
     def is_stem(name: str) -> bool:
-        """By the innermost module that the plan names."""
+        """Decide by the innermost module that the plan names."""
         parts = name.split(".")
         paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
         return next((before[path] for path in paths if path and path in before), False)
@@ -218,10 +219,13 @@ def stem_of(net: nn.Module) -> IsFixed:
 
 
 def set_modes(net: nn.Module, is_fixed: IsFixed, settings: Settings) -> None:
-    """Training mode, but evaluation mode of what is fixed, and of batch norms if they are frozen; of level adapters
-    alone that of all: the others are not to notice. Of exits alone their heads and the network itself are in training
-    mode, which fills whole maps, as their statistics need them. Of gates alone nothing but the network that asks them
-    is in training mode, in which they decide by shares."""
+    """Set training mode, except for fixed modules and frozen batch norms.
+
+    If only level adapters are trained, everything is in evaluation mode, so that other statistics stay. If only
+    exits are trained, their heads and the network itself are in training mode, in which whole maps are filled, as
+    the heads' statistics require. If only gates are trained, only the network itself is in training mode, in which
+    gates decide by shares.
+    """
     net.train(settings.train == "all")
     if settings.train == "exits" and isinstance(net, AnytimeModel):
         net.heads.train()

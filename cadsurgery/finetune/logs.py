@@ -14,25 +14,25 @@ Row = dict[str, float | None]  # None: not measured in this step
 
 
 def open_log(kind: str, folder: Path, step: int) -> CsvLog | TensorBoardLog:
-    """The log of a run in its folder, without what it says of later steps than this one; rows are written to it.
+    """Open the log of a run and drop rows of later steps.
 
     Args:
         kind: `csv` or `tensorboard`.
-        folder: of the run.
-        step: last step that is kept.
+        folder: folder of the run.
+        step: last step to keep.
 
     Raises:
-        FileError: it cannot be read or written.
+        FileError: the log cannot be read or written.
         CadError: TensorBoard is not installed.
     """
     return CsvLog(folder / "log.csv", step) if kind == "csv" else TensorBoardLog(folder, step)
 
 
 class CsvLog:
-    """Rows appended to a file, each at once, so that a killed run has all of them."""
+    """A CSV file; each row is written at once, so that a killed run loses none."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Keep the rows up to a step, and go on behind them."""
+        """Keep the rows up to a step, and append after them."""
         self.path = path
         try:
             rows = _rows(path.read_text(encoding="utf-8"), step) if path.exists() else []
@@ -46,7 +46,7 @@ class CsvLog:
         self._columns = next(csv.reader(rows[:1]), None)
 
     def write(self, row: Row) -> None:
-        """Add a row; the first decides the columns, and what a row lacks stays empty."""
+        """Write a row; the first one defines the columns, and missing values stay empty."""
         writer = csv.writer(self._file, lineterminator="\n")
         if self._columns is None:
             self._columns = list(row)
@@ -60,7 +60,7 @@ class CsvLog:
 
 
 def _rows(text: str, step: int) -> list[str]:
-    """The header and the whole rows up to a step; a killed process may have left half a row at the end."""
+    """Return the header and the complete rows up to a step; a killed process may leave half a row at the end."""
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return lines[:1] + [line for line in lines[1:] if int(line.partition(",")[0]) <= step]
 
@@ -69,16 +69,16 @@ class TensorBoardLog:
     """Scalars for TensorBoard."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Go on behind a step."""
+        """Continue after a step."""
         tensorboard = import_optional("torch.utils.tensorboard", "this log needs tensorboard.", INSTALL)
         self._writer: Any = tensorboard.SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, row: Row) -> None:
-        """Add a row."""
+        """Write a row."""
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Write what is waiting."""
+        """Write buffered values and close the file."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""The training loop: one run in one folder, resumable at every checkpoint to the exact step."""
+"""The training loop: one run in one folder, which can be resumed from every checkpoint at the exact step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import cadsurgery.finetune.blend  # an objective by name
-import cadsurgery.finetune.resampling  # noqa: F401  # two more
+import cadsurgery.finetune.blend  # registers its objective
+import cadsurgery.finetune.resampling  # noqa: F401  # registers two more
 from cadsurgery.data.datasets import is_labelled
 from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
 from cadsurgery.finetune.checkpoints import (
@@ -64,26 +64,26 @@ def fit(
 ) -> Outcome:
     """Train a network, in place, and write it to `output/net.safetensors`.
 
-    Everything random depends on the seed and the step alone. A run that was killed goes on from its last
-    checkpoint when it is called again, to the same weights bit for bit (on the CPU with the same number of threads).
+    Everything random depends on seed and step alone. A killed run continues from its last checkpoint when `fit` is
+    called again, to the same weights bit for bit (on the CPU with the same number of threads).
 
     Args:
         net: an adaptive network, or any other for comparison. It is left in evaluation mode on the device.
-        data: samples to train on, with labels or without; see `Samples`.
-        settings: default: the published ones.
-        output: folder of the run; made if missing.
-        validation: samples, or a function from the network to its metrics, `miou` or `relative_error` among them.
-            Of samples without labels they are fidelity to the network as it started, everything kept high.
-        objective: makes the objective of the network; default: what the settings name.
+        data: training samples, with or without labels; see `Samples`.
+        settings: default: the published settings.
+        output: folder of the run; created if missing.
+        validation: samples, or a function from the network to its metrics, including `miou` or `relative_error`.
+            Samples without labels measure fidelity to the initial network with everything kept high.
+        objective: creates the objective of the network; default: the objective named in the settings.
         augment: function (image, labels, seed) -> (image, labels); not for samples with tuples of inputs.
-        train: `all`, `adapters`, `exits` or `gates` instead of what the settings say; see `Settings`.
-        resume: False refuses a folder that holds a run already.
-        device: `auto` (a GPU if there is one, or what the launcher says) or `cpu`.
-        on_step: called in the main process with each row of the log, once the step is complete.
+        train: `all`, `adapters`, `exits` or `gates`, replaces the value in the settings; see `Settings`.
+        resume: False refuses a folder that contains a run.
+        device: `auto` (a GPU if there is one, or the launcher's choice) or `cpu`.
+        on_step: called in the main process with each row of the log, when the step is complete.
 
     Raises:
-        InvalidInput: no data, labels without output, a network or setting that does not fit, a folder with another
-            run, or a missing library.
+        InvalidInput: there are no data, labels have no output, the network or a setting does not fit, the folder
+            contains another run, or a library is missing.
         FileError: the folder or a checkpoint cannot be read or written.
         TrainingStopped: the loss or the weights are not finite; the last good checkpoint is kept.
     """
@@ -108,8 +108,8 @@ def fit(
         modes = dict.fromkeys(modes, False)
         return outcome
     finally:
-        for parameter, wanted in gradients.items():
-            parameter.requires_grad_(wanted)
+        for parameter, requires_gradient in gradients.items():
+            parameter.requires_grad_(requires_gradient)
             parameter.grad = None
         for module, training in modes.items():
             module.training = training
@@ -117,7 +117,7 @@ def fit(
 
 @dataclass(eq=False)
 class _Run:
-    """One call of `fit`: what its steps share."""
+    """One call of `fit`, with the state that its steps share."""
 
     net: nn.Module
     data: Samples
@@ -140,7 +140,7 @@ class _Run:
             len(self.data), settings.seed, settings.batch, settings.accumulate, processes
         )
         net.to(self.accelerator.device)
-        self.chosen: set[nn.Parameter] = set()  # what alone is trained; empty for all
+        self.chosen: set[nn.Parameter] = set()  # the only trained parameters; empty for all
         if settings.train == "adapters":
             if not isinstance(net, AdaptiveModel):
                 raise InvalidInput(
@@ -168,8 +168,8 @@ class _Run:
         identity = identity_of(net, self.data, self.augment, settings, processes)
         if make is not None:
             identity["objective"] = getattr(make, "__qualname__", type(make).__name__)
-        self.dense: nn.Module | None = None  # which validation without labels compares with: as it started
-        start = self._start(identity)  # puts the starting weights into the network
+        self.dense: nn.Module | None = None  # initial network, reference of a validation without labels
+        start = self._start(identity)  # loads the starting weights into the network
         for name, parameter in net.named_parameters():
             is_trained = parameter in self.chosen if self.chosen else not self.is_fixed(name)
             parameter.requires_grad_(parameter.requires_grad and is_trained)
@@ -182,21 +182,21 @@ class _Run:
         freeze_unused(self.objective, first, settings.seed)
         self.groups = make_groups(self.objective.own_parameters(), net, settings)
         self.optimizer = make_optimizer(self.groups, settings)
-        self.average = None  # of the weights; of buffers it has the last
+        self.average = None  # average of the weights; its buffers are the latest
         if settings.ema > 0:
             ema = get_ema_multi_avg_fn(settings.ema)
             self.average = AveragedModel(net, multi_avg_fn=ema, use_buffers=False).eval()
         self.wrapped, self.stepper = self.accelerator.prepare(self.objective, self.optimizer)
         self.state = self._resume(identity, start)
-        self.measured: dict[int, dict[str, float]] = {}  # metrics of the last validation, by its step
+        self.measured: dict[int, dict[str, float]] = {}  # metrics of the last validation, by step
 
     @property
     def result(self) -> nn.Module:
-        """The network that is validated and saved: the average, if one is kept."""
+        """The network that is validated and saved: the average of the weights, if there is one."""
         return self.average.module if self.average is not None else self.net
 
     def train(self) -> Outcome:
-        """All steps that are left, and what comes after them."""
+        """Run all remaining steps, and finish the run."""
         resumed = self.state.step
         log = open_log(self.settings.log, self.folder, resumed) if self.main else None
         try:
@@ -225,7 +225,7 @@ class _Run:
                 self.on_step(row)
 
     def _step(self, step: int, source: Iterator[Batch]) -> dict[str, float]:
-        """One step of the optimiser; the mean of the scalars of its batches in all processes."""
+        """Run one optimiser step; return the mean of its scalars over batches and processes."""
         parts = self.settings.accumulate
         rows = []
         for part in range(parts):
@@ -263,14 +263,14 @@ class _Run:
         return scalars
 
     def _batches(self, steps: range, workers: int) -> Iterator[Batch]:
-        """Those of this process."""
+        """Yield the batches of this process."""
         source, process = pictures_for(self.net), self.process
         return batches(
             self.data, self.sampling, self.augment, source, steps=steps, process=process, workers=workers
         )
 
     def _start(self, identity: Identity) -> Checkpoint:
-        """The state before the first step, from the folder if it holds this run."""
+        """Return the state before the first step, from the folder if it contains this run."""
         path = self.folder / START
         is_there = path.is_file()
         self.accelerator.wait_for_everyone()
@@ -292,7 +292,7 @@ class _Run:
         return replace(start, tensors={})
 
     def _resume(self, identity: Identity, start: Checkpoint) -> Checkpoint:
-        """The last checkpoint, loaded; or the start."""
+        """Load the last checkpoint, if there is one, and return the state; otherwise the start."""
         path = self.folder / LAST
         if not path.is_file():
             return start
@@ -320,11 +320,11 @@ class _Run:
 
     @property
     def goal(self) -> str:
-        """The metric that tells which network is best; it was measured before the first step."""
+        """The metric that selects the best network; it was measured before the first step."""
         return "miou" if "miou" in self.state.before else "relative_error"
 
     def _validate(self, step: int) -> float:
-        """The metric that counts, now; the best network so far is written."""
+        """Measure the selecting metric and write the network if it is the best so far."""
         self.measured = {step: self._measure(self.result)}
         value, best = self.measured[step][self.goal], self.state.best
         if best is None or (value > best if self.goal == "miou" else value < best):
@@ -334,7 +334,7 @@ class _Run:
         return value
 
     def _measure(self, net: nn.Module) -> dict[str, float]:
-        """Metrics of a network, the same in every process; nothing without validation."""
+        """Return the metrics of a network, the same in every process; empty without validation."""
         if self.validation is None:
             return {}
         if callable(self.validation):
@@ -344,9 +344,9 @@ class _Run:
             figures = evaluate(net, self.validation, self.dense)
         if "miou" not in figures and "relative_error" not in figures:
             raise InvalidInput(
-                "the validation gives neither 'miou' nor 'relative_error'.",
-                where=f"it gives {', '.join(figures) or 'nothing'}",
-                next="return a dictionary with 'miou' and what else you like.",
+                "the validation returns neither 'miou' nor 'relative_error'.",
+                where=f"it returns {', '.join(figures) or 'nothing'}",
+                next="return a dictionary with 'miou', and any other metrics.",
             )
         return figures
 
@@ -374,5 +374,5 @@ class _Run:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those of the mask included."""
+    """Return the parameters and buffers by name, including the mask's."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}

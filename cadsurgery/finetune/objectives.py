@@ -1,7 +1,7 @@
-"""Objectives of training: modules that run the network on a batch and return its loss.
+"""Training objectives: modules that run the network on a batch and return its loss.
 
-An objective owns the network (`net`) so that a distributed wrapper around it sees every parameter it uses.
-A new one is a subclass under `@objective(name)`; the options of its constructor are those of the settings.
+An objective owns the network (`net`) so that a distributed wrapper around it sees every parameter it uses. A new
+objective is a subclass decorated with `@objective(name)`; its constructor's options are those of the settings.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cadsurgery.support.provenance import same_place
 from cadsurgery.surgery.trace import evaluating
 
 IGNORED = 255
-AUXILIARY_WEIGHT = 0.5  # of torchvision's reference training of segmentation networks
+AUXILIARY_WEIGHT = 0.5  # as in torchvision's reference training of segmentation networks
 
 OBJECTIVES: dict[str, type[Objective]] = {}
 O = TypeVar("O", bound="type[Objective]")  # noqa: E741
@@ -41,8 +41,8 @@ class Objective(nn.Module):
     """Base of all objectives.
 
     Attributes:
-        constants: names of children that never change, e.g. a teacher; checkpoints leave them out, and they
-            are made anew from the starting weights when a run is resumed.
+        constants: names of children that never change, e.g. a teacher; checkpoints omit them, and a resumed run
+            creates them again from the starting weights.
     """
 
     constants: ClassVar[tuple[str, ...]] = ()
@@ -52,26 +52,26 @@ class Objective(nn.Module):
         self.net = net
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by name, without those of constants."""
+        """Return the parameters by name, without those of constants."""
         return {name: value for name, value in self.own_tensors().items() if isinstance(value, nn.Parameter)}
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name, without those of constants: what a checkpoint holds."""
+        """Return the parameters and buffers by name, without those of constants; checkpoints contain these."""
         tensors = itertools.chain(self.named_parameters(), self.named_buffers())
         return {name: value for name, value in tensors if name.partition(".")[0] not in self.constants}
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """Scalars of one batch: `loss`, which is minimised, and others to log, e.g. `active_fraction`.
+        """Compute scalars of one batch: `loss`, which is minimised, and others for the log, e.g. `active_fraction`.
 
         Args:
             inputs: arguments of the network, each (B, ...).
-            labels: (B, H, W) int64, 255 where ignored; None of data without labels.
-            draw: the random state of the step; nothing else may decide about random numbers.
+            labels: (B, H, W) int64, 255 where ignored; None for data without labels.
+            draw: the random state of the step, the only permitted source of random numbers.
         """
         raise NotImplementedError
 
     def active_fraction(self, loss: Tensor) -> dict[str, Tensor]:
-        """That of the last call of the network as a scalar beside the loss; nothing for a dense network."""
+        """Return the active fraction of the network's last call as a scalar; nothing for a dense network."""
         if not isinstance(self.net, AdaptiveModel):
             return {}
         return {"active_fraction": loss.new_tensor(self.net.active_fraction)}
@@ -80,10 +80,10 @@ class Objective(nn.Module):
 def objective(name: str) -> Callable[[O], O]:
     """Register a class of objectives under a name.
 
-    The same class defined again, as by a cell of a notebook that is run twice, takes the place of the first.
+    A class that is defined again, e.g. by running a notebook cell twice, replaces the earlier definition.
 
     Raises:
-        ValueError: another class has the name.
+        ValueError: another class has this name.
     """
 
     def register(kind: O) -> O:
@@ -100,15 +100,15 @@ def objective(name: str) -> Callable[[O], O]:
 
 
 def list_objectives() -> dict[str, str]:
-    """Name and first line of every objective."""
+    """Return the name and the first line of the docstring of every objective."""
     return {name: (kind.__doc__ or "").strip().splitlines()[0] for name, kind in OBJECTIVES.items()}
 
 
 def make_objective(name: str, net: nn.Module, options: Mapping[str, Any]) -> Objective:
-    """The objective of a name for a network.
+    """Create the objective with this name for a network.
 
     Raises:
-        UnknownName: no such objective or option.
+        UnknownName: there is no such objective or option.
         InvalidInput: an option's value, or the network, does not fit.
     """
     check_name("objective", name, OBJECTIVES)
@@ -120,21 +120,21 @@ def make_objective(name: str, net: nn.Module, options: Mapping[str, Any]) -> Obj
 
 @objective("mixed")
 class Mixed(Objective):
-    """Cross entropy of the network under its own mask: mixed resolution, as it is used later."""
+    """Cross entropy of the network under its own mask, i.e. at mixed resolution as in inference."""
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """Loss, its parts, and the active fraction."""
+        """Return the loss and the active fraction."""
         loss, _ = miss(self.net(*inputs), labels)
         return {"loss": loss, **self.active_fraction(loss)}
 
 
 @objective("divergence")
 class Divergence(Objective):
-    """Divergence from the dense high network, of the network under its own mask: learns from images without labels.
+    """Divergence of the network under its own mask from the dense high network: learns from images without labels.
 
-    The teacher is the network as it started (`initial`) or as it is now (`self`), everything kept high, in evaluation
-    mode. Class scores or other maps, see `cadsurgery.support.divergence`. Of labels, if there are any, the cross
-    entropy is added.
+    The teacher is the initial network (`initial`) or the current one (`self`), with everything kept high, in
+    evaluation mode. Outputs are class scores or other maps, see `cadsurgery.support.divergence`. If there are labels,
+    their cross entropy is added.
     """
 
     constants = ("teacher",)
@@ -153,20 +153,20 @@ class Divergence(Objective):
         Args:
             net: an adaptive network.
             teacher: `initial` or `self`.
-            temperature: that softens the class scores of both.
-            weight: of the divergence.
+            temperature: temperature that softens the class scores of both networks.
+            weight: weight of the divergence.
             supervision: weight of the labels' cross entropy.
-            kind: of the outputs, `classes`, `values` or `auto`.
+            kind: kind of the outputs, `classes`, `values` or `auto`.
 
         Raises:
-            InvalidInput: a value out of range, or a network that is not adaptive.
-            UnknownName: no such teacher or kind.
+            InvalidInput: a value is out of range, or the network is not adaptive.
+            UnknownName: there is no such teacher or kind.
         """
         super().__init__(net)
         if not isinstance(net, AdaptiveModel):
             raise InvalidInput(
                 f"{type(net).__name__} cannot be trained by its own divergence or at a budget.",
-                why="only an adaptive network has a dense one beside it.",
+                why="only an adaptive network has a dense network to compare with.",
                 next="convert it first with cs.adaptify.",
             )
         if not temperature > 0:
@@ -177,28 +177,29 @@ class Divergence(Objective):
         self.teacher = copy_dense(net) if teacher == "initial" else None
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """Loss, its parts, and the active fraction."""
+        """Return the loss, its parts, and the active fraction."""
         output = self.net(*inputs, mask=self.mask(draw))
-        noted = self.active_fraction(maps_of(output)[0])
-        # After the student: autocast keeps the weights it casts, and those cast here have no gradient.
+        fraction = self.active_fraction(maps_of(output)[0])
+        # The teacher runs after the student, because autocast caches weights, and those cast here have no gradient.
         target = dense_high(self.net if self.teacher is None else self.teacher, inputs)
         loss, parts = miss(
             output, labels, target, self.supervision, self.weight, self.temperature, kind=self.kind
         )
-        return {"loss": loss, **parts, **noted}
+        return {"loss": loss, **parts, **fraction}
 
     def mask(self, draw: Draw) -> MaskProvider | None:
-        """That of a step; None for the network's own."""
+        """Return the mask of a step; None for the network's own."""
         return None
 
 
 @objective("any-budget")
 class AnyBudget(Divergence):
-    """Divergence from the dense high network, and of labels cross entropy, at another budget each step: one net for
-    all budgets.
+    """Divergence from the dense high network, and cross entropy of labels, at another budget in each step.
 
-    The budget keeps the patches that a ranking scores highest; budgets 0 and 1 come more often than others, as in the
-    sandwich rule of slimmable networks (Yu & Huang, ICCV 2019).
+    The result is one network for all budgets.
+
+    A budget keeps the patches that a ranking scores highest. Budgets 0 and 1 are drawn more often than others, as in
+    the sandwich rule of slimmable networks (Yu & Huang, ICCV 2019).
     """
 
     def __init__(
@@ -219,19 +220,19 @@ class AnyBudget(Divergence):
 
         Args:
             net: an adaptive network.
-            low: least fraction of patches kept high.
+            low: smallest fraction of patches kept high.
             high: largest fraction.
-            fractions: to draw from instead of the range.
-            extremes: chance of a step at exactly `low` or `high` (or the ends of the list).
-            ranking: masks that rank the patches, taken in turns: `own` (that of the network), `random`
-                blocks, or any other, e.g. `edges:threshold=0.2`.
-            teacher, temperature, weight, kind: as of `Divergence`.
-            supervision: weight of the labels' cross entropy; 0 learns from the dense network alone, which cannot
-                overfit few labels.
+            fractions: fractions to draw from, instead of the range.
+            extremes: probability of a step at exactly `low` or `high` (or the ends of the list).
+            ranking: masks that rank the patches, used in turns: `own` (the network's mask), `random` blocks, or any
+                other, e.g. `edges:threshold=0.2`.
+            teacher, temperature, weight, kind: as in `Divergence`.
+            supervision: weight of the labels' cross entropy; 0 learns from the dense network alone, which avoids
+                overfitting to few labels.
 
         Raises:
-            InvalidInput: a value out of range, a network that is not adaptive, or an own mask without ranking.
-            UnknownName: no such mask, teacher or kind.
+            InvalidInput: a value is out of range, the network is not adaptive, or its own mask ranks no patches.
+            UnknownName: there is no such mask, teacher or kind.
         """
         super().__init__(net, teacher, temperature, weight, supervision, kind)
         ends = tuple(fractions) or (low, high)
@@ -254,11 +255,11 @@ class AnyBudget(Divergence):
             )
 
     def mask(self, draw: Draw) -> MaskProvider:
-        """The ranking of a step within its budget."""
+        """Return the budget of a step over the ranking of that step."""
         return Budget(self._ranking(draw), self.fraction(draw))
 
     def fraction(self, draw: Draw) -> float:
-        """The budget of a step, the same in all processes."""
+        """Return the fraction of a step, the same in all processes."""
         random = draw.of_step()
         if random.random() < self.extremes:
             return float(random.choice((self.low, self.high)))
@@ -275,14 +276,14 @@ class AnyBudget(Divergence):
 
 
 class DrawnBlocks(MaskProvider):
-    """Random scores in blocks of 1, 2 or 4 patches, which image has which decided by its place in the data."""
+    """Random scores in blocks of 1, 2 or 4 patches; an image's blocks depend only on its position in the data."""
 
     def __init__(self, draw: Draw) -> None:
         super().__init__()
         self.draw = draw
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) in 0..1."""
+        """Draw scores (B, h, w) in 0..1."""
         height, width = grid.size
         maps = []
         for random in self.draw.of_images():
@@ -294,16 +295,16 @@ class DrawnBlocks(MaskProvider):
 
 
 def _ranker(mask: MaskProvider) -> MaskProvider:
-    """Return the provider of a mask's scores: the one inside its budgets."""
+    """Return the mask that provides the scores: the mask inside budgets."""
     return _ranker(mask.mask) if isinstance(mask, Budget) else mask
 
 
 @objective("anytime")
 class Anytime(Objective):
-    """Sum over the exits of a network of the cross entropy of its predictions, aggregated as they are used later.
+    """Sum of the cross entropies of the aggregated predictions of all exits.
 
-    Without labels, or with a weight for it, of the divergence from what its last exit gives where everything is
-    computed. Trained as published (Liu et al. 2022): where an exit is confident, later losses train earlier exits.
+    Without labels, or with a weight for it, the sum of their divergences from the last exit with everything computed.
+    Trained as published (Liu et al. 2022): where an exit is confident, later losses train earlier exits.
     """
 
     def __init__(
@@ -317,14 +318,14 @@ class Anytime(Objective):
         """Create the objective.
 
         Args:
-            net: with exits.
-            weights: of the exits; default 1 each.
-            class_weights: of the classes in the cross entropy; default 1 each.
+            net: a network with exits.
+            weights: weights of the exits; default 1 each.
+            class_weights: weights of the classes in the cross entropy; default 1 each.
             divergence: weight of the divergence; default: 1 without labels, else 0.
-            temperature: that softens the class scores of both.
+            temperature: temperature that softens the class scores of both.
 
         Raises:
-            InvalidInput: a network without exits, or weights of another number, or below zero.
+            InvalidInput: the network has no exits, or weights have the wrong number or are below zero.
         """
         super().__init__(net)
         if not isinstance(net, AnytimeModel):
@@ -332,13 +333,13 @@ class Anytime(Objective):
                 f"{type(net).__name__} has no exits.",
                 next="convert it with cs.anytime, or choose another objective.",
             )
-        for name, given, count in (
+        for name, values, count in (
             ("weights", weights, len(net.plan.exits)),
             ("class_weights", class_weights, net.plan.classes),
         ):
-            if given and (len(given) != count or min(given) < 0):
+            if values and (len(values) != count or min(values) < 0):
                 raise InvalidInput(
-                    f"objective anytime with {name}={tuple(given)}.",
+                    f"objective anytime with {name}={tuple(values)}.",
                     next=f"give {count} numbers of at least 0.",
                 )
         if not temperature > 0 or (divergence is not None and divergence < 0):
@@ -350,19 +351,21 @@ class Anytime(Objective):
         self.class_weights, self.divergence, self.temperature = tuple(class_weights), divergence, temperature
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """Loss, and the loss of each exit."""
+        """Return the loss, and the loss of each exit."""
         share = self.divergence if self.divergence is not None else float(labels is None)
         assert isinstance(self.net, AnytimeModel)
         target = None
         if share:
             with torch.no_grad(), evaluating(self.net):
                 *_, target = self.net(*inputs, threshold=self.net.everything)
-        losses = [self._miss(one, labels, target, share) for one in self.net(*inputs)]
+        losses = [self._exit_loss(prediction, labels, target, share) for prediction in self.net(*inputs)]
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
         assert isinstance(total, Tensor)
         return {"loss": total, **{f"exit_{n}": loss.detach() for n, loss in enumerate(losses, 1)}}
 
-    def _miss(self, output: Tensor, labels: Tensor | None, target: Tensor | None, share: float) -> Tensor:
+    def _exit_loss(
+        self, output: Tensor, labels: Tensor | None, target: Tensor | None, share: float
+    ) -> Tensor:
         loss = output.new_zeros(())
         if labels is not None:
             weight = output.new_tensor(self.class_weights).float() if self.class_weights else None
@@ -375,10 +378,10 @@ class Anytime(Objective):
 
 @objective("sparse")
 class Sparse(Objective):
-    """Cross entropy, or without labels divergence from the dense network, and how open the gates of a network are.
+    """Cross entropy, or without labels divergence from the dense network, plus the openness of a network's gates.
 
-    Trained as published (Xie et al., ECCV 2020): every position counts by the share its gate gives it, with noise, at a
-    temperature that falls. The dense network is the one there is, or that it started as, if more than gates is trained.
+    Trained as published (Xie et al., ECCV 2020): every position is weighted by its gate's share, with noise, at a
+    falling temperature. The dense network is the current one if gates alone are trained, otherwise the initial one.
     """
 
     constants = ("teacher",)
@@ -396,20 +399,19 @@ class Sparse(Objective):
         """Create the objective.
 
         Args:
-            net: with gates.
-            weight: of how open the gates are, 0..1 (`SampledModel.sparse_loss`); published: 0.02 to 0.2.
+            net: a network with gates.
+            weight: weight of the openness of the gates, 0..1 (`SampledModel.sparse_loss`); published: 0.02 to 0.2.
             divergence: weight of the divergence; default: 1 without labels, else 0.
-            temperature: that softens the class scores of both.
-            kind: of the outputs, `classes`, `values` or `auto`.
-            decay: what the temperature of the gates is multiplied by each step, as published .99998: to .03 after
-                175 000 steps.
-            start: the temperature of the gates that falls; default: what they have, at first 1, as published. While
-                shares are soft the centre of the Gaussian, which counts with its share, gives back what is closed: in
-                a short training start low, e.g. at .1.
+            temperature: temperature that softens the class scores of both.
+            kind: kind of the outputs, `classes`, `values` or `auto`.
+            decay: factor of the gates' temperature in each step, as published .99998: to .03 after 175 000 steps.
+            start: initial temperature of the gates; default: their current one, at first 1, as published. While
+                shares are soft, closed positions are restored by the centre of the Gaussian, which counts with its
+                share; for a short training start low, e.g. at .1.
 
         Raises:
-            InvalidInput: a network without gates, or a value out of range.
-            UnknownName: no such kind.
+            InvalidInput: the network has no gates, or a value is out of range.
+            UnknownName: there is no such kind.
         """
         super().__init__(net)
         if not isinstance(net, SampledModel):
@@ -436,12 +438,12 @@ class Sparse(Objective):
         self.weight, self.divergence, self.temperature = weight, divergence, temperature
         self.kind, self.decay = kind, decay
         trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
-        of_gates_alone = trained <= set(net.own_parameters().values())
+        gates_alone = trained <= set(net.own_parameters().values())
         learns = divergence != 0
-        self.teacher = None if of_gates_alone or not learns else copy.deepcopy(net).requires_grad_(False)
+        self.teacher = None if gates_alone or not learns else copy.deepcopy(net).requires_grad_(False)
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """Loss, its parts, and how open the gates are."""
+        """Return the loss, its parts, and the openness of the gates."""
         assert isinstance(self.net, SampledModel)
         self.net.seed, self.net.step, self.net.decay = draw.seed, draw.step, self.decay
         share = self.divergence if self.divergence is not None else float(labels is None)
@@ -457,11 +459,10 @@ class Sparse(Objective):
 
 
 def logits_of(output: Any) -> Tensor:
-    """The class logits (B, C, H, W) among a network's outputs: the tensor itself, `out` of a dictionary, or the last
-    of several predictions.
+    """Return the class logits (B, C, H, W): the output itself, entry `out` of a dictionary, or the last prediction.
 
     Raises:
-        InvalidInput: there is none.
+        InvalidInput: there are no logits.
     """
     logits = output.get("out") if isinstance(output, Mapping) else output
     if isinstance(logits, tuple) and logits:
@@ -476,14 +477,16 @@ def logits_of(output: Any) -> Tensor:
 
 
 def copy_dense(net: AdaptiveModel) -> nn.Module | None:
-    """A copy of a network as it is now, to be compared with later; None where everything kept high stays as it is
-    anyway, because only level adapters are trained."""
+    """Copy a network for later comparisons.
+
+    None if only level adapters are trained, because then the outputs with everything kept high do not change.
+    """
     trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
     return None if trained and trained <= adapters_of(net) else copy.deepcopy(net).requires_grad_(False)
 
 
 def adapters_of(net: nn.Module) -> set[nn.Parameter]:
-    """The parameters of the level adapters of a network; none if it has none."""
+    """Return the parameters of a network's level adapters; an empty set if it has none."""
     adapters = net.adapters if isinstance(net, AdaptiveModel) else None
     return set(adapters.parameters()) if adapters is not None else set()
 
@@ -503,19 +506,19 @@ def miss(
     temperature: float = 1.0,
     kind: Kind = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """How far an output is from the labels and from a target, weighed and summed; and each apart, for the log.
+    """Compute the weighted loss of an output from labels and from a target; also return both parts, for the log.
 
     Args:
-        output: of the network.
-        labels: (B, H, W), or None: there are none.
-        target: what `dense_high` gave, or None.
+        output: output of the network.
+        labels: (B, H, W), or None.
+        target: output of `dense_high`, or None.
         supervision: weight of the cross entropy, see `supervised`.
-        weight: of the divergence: T² times its mean over pixels, T the temperature (Hinton et al. 2015).
-        temperature: as of `divergence`.
-        kind: of the output, where there are no labels, which only class scores have.
+        weight: weight of the divergence: T² times its mean over pixels, T the temperature (Hinton et al. 2015).
+        temperature: as in `divergence`.
+        kind: kind of the output without labels; labels imply class scores.
 
     Raises:
-        InvalidInput: neither labels nor target, or an output that does not fit them.
+        InvalidInput: there are neither labels nor a target, or the output does not fit them.
     """
     losses, parts = [], {}
     if labels is not None:
@@ -535,7 +538,7 @@ def miss(
 
 
 def supervised(output: Any, labels: Tensor) -> Tensor:
-    """Cross entropy of the logits, and of `aux` of a dictionary at half weight."""
+    """Compute the cross entropy of the logits, plus half that of entry `aux` of a dictionary."""
     loss = cross_entropy(logits_of(output), labels)
     if isinstance(output, Mapping) and isinstance(output.get("aux"), Tensor):
         loss = loss + AUXILIARY_WEIGHT * cross_entropy(output["aux"], labels)
@@ -543,11 +546,12 @@ def supervised(output: Any, labels: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over the labelled pixels, weighed by class if asked; 0 if none is. Logits (B, C, h, w) are resized to the
-    labels (B, H, W).
+    """Compute the mean cross entropy over labelled pixels, optionally weighted by class; 0 without labelled pixels.
 
-    Of several processes each divides its sum by the mean number of labelled pixels in a process: the mean of their
-    losses, and of their gradients, is that over the labelled pixels of all.
+    Logits (B, C, h, w) are resized to the labels (B, H, W). With several processes, each divides its sum by the mean
+    number
+    of labelled pixels per process: so the mean of the losses, and of the gradients, is the mean over all labelled
+        pixels.
     """
     logits = resize(logits.float(), labels.shape[-2:])
     total = F.cross_entropy(logits, labels, weight, ignore_index=IGNORED, reduction="sum")

@@ -1,5 +1,4 @@
-"""Fitting refinements to images without labels: what the network gives at full resolution is regressed from what it
-gives below."""
+"""Fit refinements to images without labels: regress outputs at full resolution from those at lower resolution."""
 
 from __future__ import annotations
 
@@ -25,25 +24,25 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
 
 STEPS, _BATCH, _RATE, _DECAY = 800, 4, 5e-3, 1e-2
-_SIDE = 64  # fine pixels of what is looked at of an image, at most
-_MEASURING = 0.5  # of the time goes into running the network at most
-_HELD_OUT = 8  # every so many-th image is not fitted to
-_BYTES = 1 << 30  # of maps that are kept
-_LEAST, _MOST = 0.05, 0.25  # budgets that are drawn
+_SIDE = 64  # largest side of the crop of an image, in fine pixels
+_MEASURING = 0.5  # largest share of the time for running the network
+_HELD_OUT = 8  # every 8th image is held out
+_BYTES = 1 << 30  # memory for kept maps
+_LEAST, _MOST = 0.05, 0.25  # range of budgets
 
 
 @dataclass(frozen=True)
 class RefinementFit:
-    """Progress of a fit.
+    """Result of a fit.
 
     Attributes:
-        images: that the network was run on, mirrored ones and the held out ones among them.
-        held_out: of them, that were not fitted to.
-        seconds: of processor time, all threads.
-        before: divergence per pixel of the held out images from everything high, without refinement: the mean over
+        images: number of images on which the network was run, including mirrored and held-out images.
+        held_out: number of images held out from the fit.
+        seconds: processor time of all threads.
+        before: divergence per pixel of the held-out images from everything high, without refinement: the mean over
             everything low and budgets.
-        after: with it.
-        is_better: whether it was kept: without an improvement the refinement goes back to adding nothing.
+        after: the same with refinement.
+        is_better: True if the refinement was kept; without an improvement it is reset to adding nothing.
     """
 
     images: int
@@ -54,7 +53,7 @@ class RefinementFit:
     is_better: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         return asdict(self)
 
 
@@ -67,24 +66,25 @@ def fit_refinement(
     seed: int = 0,
     on_image: Callable[[int], None] | None = None,
 ) -> RefinementFit:
-    """Fit the refinements of a network, in place, to images without labels; nothing else of the network changes.
+    """Fit the refinements of a network, in place, to images without labels; nothing else in the network changes.
 
-    Each image is run with everything high, everything low and two budgets, one of the places with detail and one of
-    random ones; then again mirrored, if there is time. Refinements are added if there are none. With the same seed and
-    images, as many of them as fit the time, on the CPU with as many threads, the weights are the same bit for bit.
+    Each image is run with everything high, with everything low, and with two budgets, one ranked by detail and one
+    random; then again mirrored, if there is time. Refinements are added if there are none. The weights are
+    reproducible bit for bit with the same seed, the same images (as many as fit the time), and on the CPU the same
+    number of threads.
 
     Args:
         net: an adaptive network.
-        images: as in training; labels do not count.
-        minutes: of processor time; images for which half of it does not suffice are left out, in an order that the
-            seed decides.
-        steps: of four images each.
-        seed: of everything random.
+        images: as in training; labels are not used.
+        minutes: processor time; half of it is for running images, and further images are skipped, in an order
+            determined by the seed.
+        steps: training steps of four images each.
+        seed: seed of everything random.
         on_image: called with the number of images seen so far.
 
     Raises:
-        InvalidInput: a network that is not adaptive as a whole, an optimised one, or one whose region gives no map that
-            could be refined; fewer than two images, no steps or no time.
+        InvalidInput: the network is not adaptive as a whole, is optimised, or has no map to refine; there are fewer
+            than two images, no steps or no time.
     """
     begin = time.process_time()
     whole_program(net, "has no refinement that could be fitted")
@@ -97,7 +97,7 @@ def fit_refinement(
     refinements = [part for part in net.add_refinement().values() if isinstance(part, Refinement)]
     generator, device = torch.Generator().manual_seed(seed), next(net.parameters()).device
     order = torch.randperm(len(images), generator=generator).tolist()
-    fast, seen, size = net.optimize(), list[_Seen](), 0
+    fast, seen, size = net.optimize(), list[_ImageData](), 0
     for turn in range(2 * len(images)):
         enough = len(seen) > 1 and time.process_time() - begin > 60 * minutes * _MEASURING
         if enough or size > _BYTES:
@@ -106,14 +106,14 @@ def fit_refinement(
         inputs, _ = prepare(*sample_of(images, index), pictures_for(net), index)
         is_mirrored = (turn + turn // len(images)) % 2 == 1
         batch = [value.flip(-1) if is_mirrored else value for value in inputs]
-        seen.append(_see(fast, [value.unsqueeze(0).to(device) for value in batch], generator))
+        seen.append(_run_image(fast, [value.unsqueeze(0).to(device) for value in batch], generator))
         size += seen[-1].bytes
         if on_image is not None:
             on_image(len(seen))
-    # With their mirror images, which come in the same order.
+    # Mirrored images follow in the same order, so they are held out together with the originals.
     is_held_out = [at % len(images) % _HELD_OUT == 0 for at in range(len(seen))]
-    held_out = [one for one, out in zip(seen, is_held_out, strict=True) if out]
-    fitted = [one for one, out in zip(seen, is_held_out, strict=True) if not out]
+    held_out = [image for image, out in zip(seen, is_held_out, strict=True) if out]
+    fitted = [image for image, out in zip(seen, is_held_out, strict=True) if not out]
     dtype = next(refinements[0].parameters()).dtype
     for refinement in refinements:
         refinement.to(torch.promote_types(dtype, torch.float32))
@@ -128,8 +128,13 @@ def fit_refinement(
 
 @dataclass(frozen=True)
 class _Part:
-    """Of an image, what one refinement works on, (1, C, h, w) each: the entering features, the map with everything
-    high, and by mask the map and its places, see `places_of`."""
+    """The data of one refinement on one image, each (1, C, h, w).
+
+    Attributes:
+        features: the entering features.
+        high: the map with everything high.
+        low: for each mask the map and its places, see `places_of`.
+    """
 
     features: Tensor
     high: Tensor
@@ -137,23 +142,23 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """An image: a part for each refinement, and whether its map is class scores."""
+class _ImageData:
+    """The data of all refinements on one image, and the kind of each map."""
 
     parts: tuple[_Part, ...]
     kinds: tuple[Kind, ...]
 
     @property
     def bytes(self) -> int:
-        """Of memory."""
+        """Memory of the tensors."""
         tensors = [tensor for part in self.parts for pair in part.low for tensor in pair]
         tensors += [tensor for part in self.parts for tensor in (part.features, part.high)]
         return sum(tensor.nbytes for tensor in tensors)
 
 
 @torch.no_grad()
-def _see(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Generator) -> _Seen:
-    """The maps of an image, all cut to the same place."""
+def _run_image(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Generator) -> _ImageData:
+    """Run an image under all masks and crop its maps to the same place."""
     program = net.program
     fractions = (_LEAST + (_MOST - _LEAST) * torch.rand(2, generator=generator)).tolist()
     drawn = int(torch.randint(1 << 31, (), generator=generator))
@@ -194,18 +199,18 @@ def _see(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Generator) -
         for at, (exact, _) in enumerate(high.maps)
     )
     kind, channels = kind_of(output), maps_of(output)[0].shape[1]
-    return _Seen(parts, tuple(kind if part.high.shape[1] == channels else "values" for part in parts))
+    return _ImageData(parts, tuple(kind if part.high.shape[1] == channels else "values" for part in parts))
 
 
 class _Maps(GraphInterpreter):
-    """Notes what refinements are given: the map and the lattice."""
+    """Records the map and the lattice that refinements receive."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program, program.halves.after)
         self.maps: list[tuple[Tensor, Lattice]] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node."""
+        """Run a node."""
         if n.target in (functional.refine, functional.refine_resized):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             x, lattice = args[0], args[-2]
@@ -216,11 +221,11 @@ class _Maps(GraphInterpreter):
 
 
 def _fit(
-    refinements: list[Refinement], seen: list[_Seen], held_out: list[_Seen], steps: int, seed: int
+    refinements: list[Refinement], seen: list[_ImageData], held_out: list[_ImageData], steps: int, seed: int
 ) -> tuple[float, float]:
-    """Regress what is high; divergence of what is held out before and after. Scales are folded into the weights."""
+    """Fit to the maps with everything high, fold the scales; return the divergence before and after."""
     generator = torch.Generator().manual_seed(seed)
-    scales = [_Scales.of([one.parts[at] for one in seen]) for at in range(len(refinements))]
+    scales = [_Scales.of([image.parts[at] for image in seen]) for at in range(len(refinements))]
     for refinement in refinements:
         refinement.restart(seed)
     before = _mean_divergence(refinements, held_out)
@@ -230,14 +235,12 @@ def _fit(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
         for _ in range(steps):
             for _ in range(_BATCH):
-                one, of_mask = (
-                    int(torch.randint(count, (), generator=generator)) for count in (len(seen), 3)
-                )
+                image, mask = (int(torch.randint(count, (), generator=generator)) for count in (len(seen), 3))
                 for at, refinement in enumerate(refinements):
-                    part = seen[one].parts[at]
-                    x, places = part.low[of_mask]
+                    part = seen[image].parts[at]
+                    x, places = part.low[mask]
                     refined = scales[at].refine(refinement, x, part.features, places)
-                    (divergence(part.high, refined, seen[one].kinds[at]).mean() / _BATCH).backward()
+                    (divergence(part.high, refined, seen[image].kinds[at]).mean() / _BATCH).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -248,8 +251,13 @@ def _fit(
 
 @dataclass(frozen=True)
 class _Scales:
-    """In which unit a refinement learns: mean and spread (C, 1, 1) of the map, and numbers that features are divided by
-    and what is added is multiplied with. Features as they lie to each other: what seldom is there is not blown up."""
+    """The scales in which a refinement learns.
+
+    Attributes:
+        centre, spread: mean and standard deviation of the map, (C, 1, 1).
+        features: divisor of the features, one for all channels, so that rare features are not amplified.
+        added: factor of the correction.
+    """
 
     centre: Tensor
     spread: Tensor
@@ -258,9 +266,9 @@ class _Scales:
 
     @classmethod
     def of(cls, parts: list[_Part]) -> _Scales:
-        """Of the maps and the features of some parts."""
+        """Compute the scales from the maps and the features of several images."""
         rows, features = (
-            torch.cat([one[0].flatten(1) for one in maps], 1)
+            torch.cat([values[0].flatten(1) for values in maps], 1)
             for maps in ([part.high for part in parts], [part.features for part in parts])
         )
         least = torch.finfo(rows.dtype).tiny
@@ -271,13 +279,13 @@ class _Scales:
         )
 
     def refine(self, refinement: Refinement, x: Tensor, features: Tensor, places: Tensor) -> Tensor:
-        """Return the refinement with its scales folded in."""
-        seen = (x - self.centre) / self.spread
-        return x + self.added * (refinement(seen, features / self.features, places) - seen)
+        """Apply a refinement to a map, in these scales."""
+        scaled = (x - self.centre) / self.spread
+        return x + self.added * (refinement(scaled, features / self.features, places) - scaled)
 
     @torch.no_grad()
     def fold(self, refinement: Refinement) -> None:
-        """Into its first and last layer."""
+        """Fold the scales into the first and the last layer of a refinement."""
         first, last = refinement.inside, refinement.missing
         channels = len(self.centre)
         weight = first.weight[:, :channels]
@@ -290,12 +298,12 @@ class _Scales:
 
 
 @torch.no_grad()
-def _mean_divergence(refinements: list[Refinement], seen: list[_Seen]) -> float:
-    """Over images, masks and refinements."""
+def _mean_divergence(refinements: list[Refinement], seen: list[_ImageData]) -> float:
+    """Return the mean over images, masks and refinements."""
     losses = [
         float(divergence(part.high, refinement(x, part.features, places), kind).mean())
-        for one in seen
-        for refinement, part, kind in zip(refinements, one.parts, one.kinds, strict=True)
+        for image in seen
+        for refinement, part, kind in zip(refinements, image.parts, image.kinds, strict=True)
         for x, places in part.low
     ]
     return sum(losses) / len(losses)

@@ -1,4 +1,4 @@
-"""Objectives of networks whose input is sampled: where to sample, and the classes of what is sampled."""
+"""Objectives of networks with a sampled input: sampling locations, and classes of the sampled image."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
 
 
-class _OfSamples(Objective):
-    """Base of both: a network whose input is sampled, and labels."""
+class _SampledObjective(Objective):
+    """Base of both objectives: needs a network with a sampled input, and labels."""
 
     net: ResampledModel
 
@@ -23,7 +23,7 @@ class _OfSamples(Objective):
         """Create the objective.
 
         Raises:
-            InvalidInput: a network whose input is not sampled.
+            InvalidInput: the input of the network is not sampled.
         """
         super().__init__(net)
         if not isinstance(net, ResampledModel):
@@ -33,29 +33,29 @@ class _OfSamples(Objective):
             )
 
     def known(self, labels: Tensor | None) -> Tensor:
-        """The labels of a batch, once there are some.
+        """Return the labels of a batch, which must exist.
 
         Raises:
-            InvalidInput: the data has none.
+            InvalidInput: the data have no labels.
         """
         if labels is None:
             raise InvalidInput(
                 "there are no labels to learn from.",
-                why="where to sample, and what is there, is learned from labels.",
+                why="sampling locations and classes are learned from labels.",
                 next="give labelled data, or sample by a mask, which needs no training.",
             )
         return labels
 
 
 @objective("locations")
-class Locations(_OfSamples):
-    """Mean squared distance of the learned sampler's locations from those of the labels; trains the sampler alone."""
+class Locations(_SampledObjective):
+    """Mean squared distance of the learned sampler's locations from their targets; trains the sampler alone."""
 
     def __init__(self, net: nn.Module) -> None:
         """Create the objective.
 
         Raises:
-            InvalidInput: a network without a learned sampler.
+            InvalidInput: the network has no learned sampler.
         """
         super().__init__(net)
         if not isinstance(self.net.sampler, LearnedSampler):
@@ -65,27 +65,27 @@ class Locations(_OfSamples):
             )
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """Loss, before the locations are put inside the image; and that of the uniform grid."""
+        """Return the loss, before the locations are clamped to the image, and the loss of the uniform grid."""
         sampler = self.net.sampler
         assert isinstance(sampler, LearnedSampler)
         predicted = sampler.predict(inputs[0]).float()
-        wanted = sampler.options.locations_of(self.known(labels)).to(predicted)
-        uniform = uniform_locations(sampler.options.grid, predicted).expand_as(wanted)
-        return {"loss": F.mse_loss(predicted, wanted), "of_uniform": F.mse_loss(uniform, wanted)}
+        targets = sampler.options.locations_of(self.known(labels)).to(predicted)
+        uniform = uniform_locations(sampler.options.grid, predicted).expand_as(targets)
+        return {"loss": F.mse_loss(predicted, targets), "of_uniform": F.mse_loss(uniform, targets)}
 
 
 @objective("sampled")
-class Sampled(_OfSamples):
-    """Cross entropy of what the network gives of the sampled image, by the labels sampled there; the sampler stays."""
+class Sampled(_SampledObjective):
+    """Cross entropy on the sampled image, with labels sampled at the same locations; the sampler is not trained."""
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """Loss; of a network with exits the sum of those of all."""
+        """Return the loss; for a network with exits, the sum over the exits."""
         net, image, labels = self.net, inputs[0], self.known(labels)
         with torch.no_grad(), evaluating(net.sampler), labelled(labels):
             locations = net.sampler(image)
         with labelled(labels):
             output = net.call_network(image, locations, inputs)
-        wanted = net.sample_labels(labels, locations)
-        several = output if isinstance(output, tuple) else (output,)
-        losses = [supervised(one, wanted) for one in several]
+        sampled_labels = net.sample_labels(labels, locations)
+        outputs = output if isinstance(output, tuple) else (output,)
+        losses = [supervised(prediction, sampled_labels) for prediction in outputs]
         return {"loss": sum(losses[1:], losses[0])}

@@ -1,4 +1,4 @@
-"""Outcome, folder and network files of a training run."""
+"""The result of a training run, and its network file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import write_tensors
 from cadsurgery.tasks.report import Plain
 
-TRAINED = "fine-tuned"  # what the source of a network says of its weights then
+TRAINED = "fine-tuned"  # description of the weights in a trained network's source
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class Outcome(Plain):
     """Result of a training run.
 
     Attributes:
-        steps: done in all.
-        resumed: the step this call began at.
+        steps: total number of completed steps.
+        resumed: step at which this call began.
         before: metrics on the validation data before the first step; empty without validation.
-        after: after the last.
+        after: metrics after the last step.
         best_step: step of the best validation; 0 if there was none.
-        best: its mIoU, or relative error where the metrics have no mIoU.
-        network: file of the finished network.
-        best_network: file of the best one, if there was a validation.
-        checkpoint: the last checkpoint.
-        groups: what was trained at which rate; see `Group.describe`.
+        best: its mIoU, or its relative error if the metrics have no mIoU.
+        network: file of the final network.
+        best_network: file of the best network, if there was a validation.
+        checkpoint: file of the last checkpoint.
+        groups: trained parameters and their rates; see `Group.describe`.
     """
 
     steps: int
@@ -49,9 +49,9 @@ class Outcome(Plain):
 
 
 def write_network(net: nn.Module, path: Path) -> None:
-    """The network as a file: a converted one for `cadsurgery.load`, any other as a state dict."""
+    """Write the network: a converted network for `cadsurgery.load`, any other as a state dict."""
     if isinstance(net, (AdaptiveModel, AnytimeModel, ResampledModel, SampledModel)):
-        # Whatever they were at first, a report should not call them random.
+        # Reports must not call the weights random, even if they were at first.
         if isinstance(net.source, Source):
             net.source = replace(net.source, weights=TRAINED)
         save(net, path)

@@ -1,6 +1,6 @@
-"""Learning rate, samples and random numbers of a step, as functions of the seed and the step alone.
+"""Learning rate, samples and random numbers as functions of seed and step alone.
 
-Because nothing is carried from step to step, a run resumed at any step goes on as if it had never stopped.
+No state is carried from step to step, so a run resumed at any step continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from cadsurgery.finetune.settings import Settings
 
 
 def learning_rate(step: int, factor: float, settings: Settings) -> float:
-    """Of the step with this number, counted from 0: max(lr factor (1 - step / steps)^power, floor)."""
+    """Return the learning rate of a step, counted from 0: max(lr factor (1 - step / steps)^power, floor)."""
     falling = (1 - step / settings.steps) ** settings.power
     return max(settings.lr * factor * falling, settings.lr_floor)
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed of 63 bits that depends on all the numbers (each 0 or above)."""
+    """Return a seed of 63 bits that depends on all numbers (each 0 or above)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -29,9 +29,9 @@ class Draw:
     """The random state of one forward pass.
 
     Attributes:
-        seed: of the run.
-        step: counted from 0, the same in all processes.
-        positions: of this process's samples in the endless sequence of samples, one per image of the batch.
+        seed: seed of the run.
+        step: step, counted from 0, the same in all processes.
+        positions: positions of this process's images in the endless sequence of samples.
     """
 
     seed: int
@@ -39,24 +39,24 @@ class Draw:
     positions: tuple[int, ...]
 
     def of_step(self) -> np.random.Generator:
-        """Random numbers shared by all images of the step, in whichever process."""
+        """Return random numbers shared by all images of the step, in all processes."""
         return np.random.default_rng((self.seed, self.step, 1))
 
     def of_images(self) -> list[np.random.Generator]:
-        """Random numbers of each image of the batch, independent of the process it is in."""
+        """Return random numbers for each image of the batch, independent of the process it is in."""
         return [np.random.default_rng((self.seed, position, 2)) for position in self.positions]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which sample stands at which position of the endless sequence: every epoch a new permutation.
+    """Order of the samples in an endless sequence, with a new permutation in every epoch.
 
     Attributes:
         samples: size of the dataset.
-        seed: of the run.
+        seed: seed of the run.
         batch: images per process and forward pass.
         accumulate: forward passes per step.
-        processes: that train together.
+        processes: number of processes that train together.
     """
 
     samples: int
@@ -67,16 +67,16 @@ class Sampling:
 
     @property
     def per_step(self) -> int:
-        """Images of one step, all processes and forward passes together."""
+        """Number of images of one step, over all processes and forward passes."""
         return self.batch * self.accumulate * self.processes
 
     def index(self, position: int) -> int:
-        """The sample at a position."""
+        """Return the index of the sample at a position."""
         epoch, offset = divmod(position, self.samples)
         return int(_permutation(self.samples, self.seed, epoch)[offset])
 
     def positions(self, step: int, part: int, process: int) -> tuple[int, ...]:
-        """Positions of the images of one process in one forward pass (`part`) of a step."""
+        """Return the positions of one process's images in one forward pass (`part`) of a step."""
         first = step * self.per_step + (part * self.processes + process) * self.batch
         return tuple(range(first, first + self.batch))
 

@@ -1,4 +1,4 @@
-"""The settings of a training run: one frozen value that goes through JSON."""
+"""The settings of a training run: one frozen value that can be stored as JSON."""
 
 from __future__ import annotations
 
@@ -19,53 +19,52 @@ CHOICES = {
     "train": ("all", "adapters", "exits", "gates"),
     "log": ("csv", "tensorboard"),
 }
-# What a run may change when it is resumed: nothing of it touches the weights.
+# Settings that may change when a run is resumed, because they do not affect the weights.
 FREE = ("save_every", "validate_every", "log", "workers")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a network is trained; the defaults are those published (Hesse et al., CVPRW 2023, supplementary B).
+    """How a network is trained; the defaults are published (Hesse et al., CVPRW 2023, supplementary B).
 
     Attributes:
         steps: optimiser steps; the learning rate falls to its floor over all of them.
         batch: images per process and forward pass.
         accumulate: forward passes per step, whose gradients are averaged.
         lr: initial learning rate of the classifier.
-        backbone_factor: of `lr`, for the backbone.
-        mask_factor: of `lr`, for the parameters of the mask.
-        power: of the polynomial schedule lr (1 - step / steps)^power.
-        lr_floor: the least learning rate of any group.
+        backbone_factor: factor of `lr` for the backbone.
+        mask_factor: factor of `lr` for the parameters of the mask.
+        power: exponent of the polynomial schedule lr (1 - step / steps)^power.
+        lr_floor: smallest learning rate of any group.
         optimizer: `sgd` or `adamw`.
-        momentum: of SGD.
-        weight_decay: of all trained parameters.
-        clip: largest norm of the gradient; 0 leaves it.
-        crop: side in pixels of the crops trained on; 0 takes whole images.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of all trained parameters.
+        clip: maximum norm of the gradient; 0 for no clipping.
+        crop: side of the training crops in pixels; 0 for whole images.
         flip: mirror half of the images.
         jitter: strength of brightness, contrast and saturation jitter.
         scale: range of random scaling; (1, 1) for none.
         precision: `no` (float32), `fp16` or `bf16` autocast.
-        batch_norm: `train`, or `frozen`: running statistics are used and kept, affine parts still trained.
-        freeze: `stem` keeps everything before the adaptive region as it is.
-        train: `all`, or `adapters`: those of the levels below full resolution alone, made if the network has none; all
-            else stays as it is, in evaluation mode, and with it all that the network gives at full resolution. Or
-            `exits`: heads of the exits and widths of what fills what they leave out, of a network with exits. Or
-            `gates`: of a network with gates, these alone.
-        ema: decay per step of an average of the weights, which is then what is validated and saved; 0 for none.
-        seed: of everything random.
-        objective: name of what is minimised, see `list_objectives`; empty for `mixed`, or `divergence` without labels;
-            of a network with exits for `anytime`, with gates for `sparse`, of one whose input is sampled for `sampled`.
-        objective_options: its options by name.
+        batch_norm: `train`, or `frozen`: running statistics are used and not updated, affine parameters are trained.
+        freeze: `stem` freezes everything before the adaptive region.
+        train: `all`; or `adapters`: only level adapters, which are created if missing, while everything else stays in
+            evaluation mode, so that outputs at full resolution do not change; or `exits`: the heads of a network
+            with exits and the widths of its Gaussians; or `gates`: the gates of a network with gates.
+        ema: decay per step of an average of the weights, which is then validated and saved; 0 for no average.
+        seed: seed of everything random.
+        objective: name of the objective, see `list_objectives`; empty for `mixed`, or `divergence` without labels;
+            for a network with exits `anytime`, with gates `sparse`, with a sampled input `sampled`.
+        objective_options: options of the objective by name.
         save_every: steps between checkpoints.
         validate_every: steps between validations.
         log: `csv` or `tensorboard`.
-        workers: processes per training process that load images; 0 loads in it.
+        workers: number of processes per training process that load images; 0 to load in the training process.
     """
 
     steps: int = option(30_000, "optimiser steps; default {default}")
     batch: int = option(8, "images per process and pass; default {default}")
     accumulate: int = option(1, "passes per step; default {default}")
-    lr: float = option(0.1, "of the classifier; default {default}")
+    lr: float = option(0.1, "learning rate of the classifier; default {default}")
     backbone_factor: float = 0.1
     mask_factor: float = 0.01
     power: float = 0.9
@@ -73,25 +72,25 @@ class Settings:
     optimizer: str = option("sgd", "{default} (default) or adamw")
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    clip: float = option(0.0, "largest norm of the gradient; default none")
+    clip: float = option(0.0, "maximum norm of the gradient; default none")
     crop: int = option(768, "side of the crops; default {default}, 0 for whole images")
     flip: bool = True
     jitter: float = 0.5
     scale: tuple[float, float] = (1.0, 1.0)
     precision: str = option("no", "{default} (default), fp16 or bf16")
     batch_norm: str = option("train", "{default} (default) or frozen")
-    freeze: str = option("", "stem: what comes before the region stays as it is")
+    freeze: str = option("", "stem: layers before the adaptive region are not trained")
     train: str = option(
         "all",
-        "{default} (default); adapters of the levels alone; heads of the exits; or gates alone",
+        "{default} (default); adapters: level adapters alone; exits: their heads alone; or gates: gates alone",
     )
     ema: float = option(0.0, "decay of an average of the weights")
-    seed: int = option(0, "of everything random; default {default}")
+    seed: int = option(0, "seed of everything random; default {default}")
     objective: str = option(
         "",
         "mixed (default), divergence (default without labels), any-budget, blend for a learned mask, anytime "
-        "(default of networks with exits), sparse (of those with gates), sampled (default where the input is sampled), "
-        "or locations, where it is; their options are below",
+        "(default of networks with exits), sparse (default of networks with gates), sampled (default of networks with "
+        "a sampled input), or locations, for a learned sampler; their options are below",
     )
     objective_options: dict[str, Any] = field(default_factory=dict)
     save_every: int = option(500, "steps between checkpoints; default {default}")
@@ -102,26 +101,26 @@ class Settings:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             check_name(name, str(getattr(self, name)), choices)
-        for one in fields(self):
-            _check(one.name, getattr(self, one.name), one.type)
+        for setting in fields(self):
+            _check(setting.name, getattr(self, setting.name), setting.type)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+        """Return plain values, for JSON."""
         return json.loads(json.dumps(asdict(self)))
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Settings:
-        """From `to_dict`, or any part of it; what is missing has its default.
+        """Create settings from the result of `to_dict`, or a part of it; missing settings have their defaults.
 
         Raises:
-            UnknownName: there is no such setting, or no such choice for one.
-            InvalidInput: a value out of range or of the wrong type.
+            UnknownName: there is no such setting, or no such choice for a setting.
+            InvalidInput: a value is out of range or has the wrong type.
         """
         return Settings().changed(values)
 
     def changed(self, values: dict[str, Any]) -> Settings:
-        """These settings with others for some; raises as `from_dict` does."""
-        known = [one.name for one in fields(Settings)]
+        """Return a copy with changed values; raises as `from_dict`."""
+        known = [setting.name for setting in fields(Settings)]
         for name in values:
             check_name("setting", name, known)
         changes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
@@ -129,10 +128,10 @@ class Settings:
 
     @staticmethod
     def read(path: Path) -> Settings:
-        """From a JSON file with some or all settings.
+        """Read settings from a JSON file with some or all of them.
 
         Raises:
-            FileError: missing or no JSON object.
+            FileError: the file is missing or is not a JSON object.
             UnknownName, InvalidInput: as `from_dict`.
         """
         try:
@@ -173,8 +172,8 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
-    wanted, words = _KINDS[kind]
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
+    expected, words = _KINDS[kind]
+    if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
         raise InvalidInput(f"setting {name}={value!r} is not {words}.", next=f"give {words}.")
     numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
     inside, words = _RANGES.get(name, (lambda number: not numeric or number >= 0, "0 or above"))

@@ -1,5 +1,4 @@
-"""Fit a network's masks and levels to photos without labels (`cadsurgery tune`), and report what is kept at
-which cost."""
+"""Fit a network's masks and levels to photos without labels (`cadsurgery tune`), and report fidelity against work."""
 
 from __future__ import annotations
 
@@ -42,14 +41,14 @@ from cadsurgery.tasks.report import Report, Row, percent
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
 RANKINGS = ("gain", "detail")
-_FEWEST = HELD_OUT + 2  # photos
-_MEMORY = 2 << 30  # bytes of what the stem gives that are kept for training
+_FEWEST = HELD_OUT + 2  # smallest number of photos
+_MEMORY = 2 << 30  # bytes of stem outputs kept for training
 _TRAINING, _REFINING, _RANKING = 0.45, 0.15, 0.25  # shares of the time
-_TRIAL = 3  # steps that tell how long one takes
+_TRIAL = 3  # number of steps to measure the time of a step
 CALIBRATED, TRAINED, REFINED, NETWORK = (
     f"{name}.safetensors" for name in ("calibrated", "trained", "refined", "net")
 )
-# Adapters begin at nothing, and a few photos overfit quickly.
+# Adapters start by adding nothing, and a few photos overfit quickly.
 TRAINING = Settings(
     batch=1,
     accumulate=4,
@@ -71,18 +70,18 @@ class TuningReport(Report):
     """Result of a tuning run.
 
     Attributes:
-        calibrated: layers that read a mean over the image, and were calibrated.
-        steps: that the adapters were trained for.
-        before: figures of the held-out photos with everything downsampled, calibrated alone.
-        after: with trained adapters, too.
-        is_adapted: whether they were better, and are in the file.
-        refinement: what fitting refinements reached; None if the network has no map that could be refined.
-        gain: what fitting the gain mask reached.
-        share: that was to be kept: of agreement with the dense network, or one less the relative error.
-        chosen: mask of the file: the least work that keeps it, or what keeps most.
-        is_kept: whether it does.
+        calibrated: number of calibrated layers, i.e. layers that read a mean over the image.
+        steps: training steps of the adapters.
+        before: metrics of the held-out photos with everything downsampled, after calibration alone.
+        after: the same with trained adapters.
+        is_adapted: True if trained adapters were better; then they are in the file.
+        refinement: result of fitting refinements; None if the network has no map to refine.
+        gain: result of fitting the gain mask.
+        share: the share to keep: of agreement with the dense network, or of one minus the relative error.
+        chosen: mask of the file: the least work that keeps the share, or else the mask that keeps most.
+        is_kept: True if the chosen mask keeps the share.
         network: the file.
-        evaluation: of all budgets on the held-out photos.
+        evaluation: evaluation of all budgets on the held-out photos.
     """
 
     calibrated: int
@@ -99,7 +98,7 @@ class TuningReport(Report):
     evaluation: EvaluationReport
 
     def parts(self) -> Iterator[RenderableType]:
-        """The curve, what was done, and the budget to take."""
+        """Yield the table of budgets, what was fitted, and the chosen budget."""
         yield from self.evaluation.parts()
         if self.calibrated:
             yield Text(f"{self.calibrated} layers that read means over the image are calibrated")
@@ -113,18 +112,18 @@ class TuningReport(Report):
                 f"{refined.after:.4f} after; {_fate(refined.is_better)}"
             )
         shares = ", ".join(f"{name} {percent(value)} %" for name, value in self.gain.captured.items())
-        yield Text(f"of what is lost lies in the tenth of the patches ranked best: {shares}")
+        yield Text(f"share of the loss in the tenth of the patches ranked best: {shares}")
         row = next(row for row in self.evaluation.rows if row.mask == self.chosen)
         words = f"{percent(_share(row))} % at {row.macs_of_high:.2f} of the work"
         if self.is_kept:
             yield Text(f"{self.chosen} keeps {words}", style="bold green")
         else:
-            told = f"no budget keeps {percent(self.share)} %; most keeps {self.chosen}: {words}"
-            yield Text(told, style="bold yellow")
+            text = f"no budget keeps {percent(self.share)} %; most keeps {self.chosen}: {words}"
+            yield Text(text, style="bold yellow")
         yield Text(f"wrote {self.network}")
 
     def figure(self) -> Figure:
-        """The curve."""
+        """Draw accuracy against work."""
         return self.evaluation.figure()
 
 
@@ -144,32 +143,33 @@ def tune(
     step: Step = silent,
     trust: bool = False,
 ) -> TuningReport:
-    """Fit level adapters, refinements and a gain mask to photos without labels, and choose the budget that keeps a
-    share of what the network gives at full resolution.
+    """Fit level adapters, refinements and a gain mask to photos without labels, and choose a budget.
 
-    The weights of the network stay as they are, and with them all it gives with everything high. Every eighth photo is
-    held out to measure on. Interrupted, it goes on where it was when called again with the same arguments; the number
-    of steps, which the time decides, is then that of the first call.
+    The budget is the one with the least work that keeps a share of the network's output at full resolution.
+
+    The weights of the network do not change, and so its outputs with everything high do not change. Every eighth
+    photo is held out for the evaluation. An interrupted run continues when called again with the same arguments; the
+    number of steps, which depends on the time, is then that of the first call.
 
     Args:
         network: a converted network or file, or a network by name, or `module:function`.
         images: a folder of photos, or data of `cs.open_data`; labels do not count.
-        output: folder of the run, which gets `net.safetensors`, `report.json` and `curve.png`.
-        minutes: of processor time for all that is fitted; measuring comes on top.
-        keep: share in 0..1.
-        steps: of the adapters' training instead of what the time allows, and of the refinements'.
-        seed: of everything random.
-        fractions: budgets that are measured, in 0..1.
-        rounds: of timing on the first photo; 0 for none.
-        weights: of a network by name.
-        options: further ones of `adaptify` for such a network.
-        step: called with what is being done.
+        output: folder of the run, for `net.safetensors`, `report.json` and `curve.png`.
+        minutes: processor time for all fitting; the evaluation takes additional time.
+        keep: share to keep, in 0..1.
+        steps: training steps of the adapters, and of the refinements; 0 to use the time.
+        seed: seed of everything random.
+        fractions: budgets to evaluate, in 0..1.
+        rounds: timing rounds on the first photo; 0 for none.
+        weights: weights of a network by name.
+        options: further options of `adaptify` for such a network.
+        step: progress callback.
         trust: run code that a converted file names; see `cadsurgery.load`.
 
     Raises:
-        InvalidInput: a value out of range, fewer than ten photos, a network without a level below full resolution, or a
-            folder with another run.
-        CadError: what the network, the photos or the folder refuse.
+        InvalidInput: a value is out of range, there are fewer than ten photos, the network has no level below full
+            resolution, or the folder contains another run.
+        CadError: an error of the network, the photos or the folder.
     """
     in_range = minutes > 0 and 0 < keep <= 1 and steps >= 0 and rounds >= 0
     if not in_range or not fractions or not all(0 < fraction < 1 for fraction in fractions):
@@ -181,7 +181,7 @@ def tune(
     if len(photos) < _FEWEST:
         raise InvalidInput(
             f"{photos.name} has {len(photos)} photos.",
-            why=f"every {HELD_OUT}th is held out to measure on.",
+            why=f"every {HELD_OUT}th is held out for the evaluation.",
             next=f"give {_FEWEST} or more.",
         )
     held_out, others = (
@@ -215,7 +215,7 @@ def tune(
         for fraction in fractions
     }
     evaluation = evaluate(net, held_out, list(masks.values()), rounds=rounds, step=step, trust=trust)
-    names = iter(masks)  # without options that are the defaults
+    names = iter(masks)  # without default options
     named = tuple(row if row.anchor else _renamed(row, next(names)) for row in evaluation.rows)
     evaluation = replace(evaluation, rows=named)
     rows = [row for row in named if not row.anchor]
@@ -243,14 +243,14 @@ def tune(
 
 @dataclass(frozen=True)
 class _Run:
-    """The steps of a run in one folder: what a file of it holds is not done again.
+    """The stages of a run in one folder; a stage with a file in the folder is not repeated.
 
     Attributes:
-        net: that is tuned, in place.
-        photos: to tune by.
-        folder: of the run.
-        identity: what makes it this run.
-        step: called with what is being done.
+        net: the network, which is tuned in place.
+        photos: photos to fit to.
+        folder: folder of the run.
+        identity: plain values that identify the run.
+        step: progress callback.
     """
 
     net: AdaptiveModel
@@ -260,7 +260,7 @@ class _Run:
     step: Step
 
     def __post_init__(self) -> None:
-        """Refuse the folder of another run."""
+        """Refuse a folder with another run."""
         check_same_run(self._read().get("identity", self.identity), self.identity, self.folder)
         self._note(identity=self.identity)
 
@@ -280,7 +280,7 @@ class _Run:
             temporary.write_text(json.dumps({**known, **values}, indent=2) + "\n", encoding="utf-8")
 
     def _restore(self, name: str, part: nn.Module) -> bool:
-        """True if a file of an earlier call holds the tensors of a part, which it then gets."""
+        """Load a part from a file of an earlier call; True if there is one."""
         path = self.folder / name
         if not path.is_file():
             return False
@@ -295,7 +295,7 @@ class _Run:
         return True
 
     def calibrate(self) -> int:
-        """Level adapters of what is made of means; how many."""
+        """Calibrate the level adapters of values computed from means; return the number of layers."""
         adapters = self.net.add_adapters()
         if not self._restore(CALIBRATED, adapters):
             self.step("calibrating means over the image")
@@ -304,7 +304,7 @@ class _Run:
         return int(self._read()["calibrated"])
 
     def train(self, minutes: float, steps: int, settings: Settings) -> int:
-        """All level adapters, by the divergence from the network itself; for how many steps."""
+        """Train all level adapters by the divergence from the network itself; return the number of steps."""
         adapters = self.net.add_adapters()
         if not self._restore(TRAINED, adapters):
             self.step("running the stem over the photos")
@@ -326,13 +326,13 @@ class _Run:
         return int(self._read()["steps"])
 
     def refine(self, minutes: float, steps: int, seed: int) -> RefinementFit | None:
-        """Refinements; None if the network has no map that could be refined."""
+        """Fit refinements; return None if the network has no map to refine."""
         try:
             adapters = self.net.add_refinement()
         except InvalidInput:
             return None
         if not self._restore(REFINED, adapters):
-            self.step("refining what is interpolated")
+            self.step("fitting refinements")
             refined = fit_refinement(
                 self.net, self.photos, minutes=_REFINING * minutes, steps=steps, seed=seed
             )
@@ -341,13 +341,13 @@ class _Run:
         return RefinementFit(**self._read()["refinement"])
 
     def _cache(self) -> CachedStem:
-        """Return the stem's outputs for as many photos as memory allows, evenly spread, each mirrored too."""
-        of_one = CachedStem(self.net, _select(self.photos, [0]), flip=True).bytes
-        step = -(-len(self.photos) * of_one // _MEMORY)
+        """Return the stem's outputs for as many photos as memory allows, evenly spread, each also mirrored."""
+        bytes_per_photo = CachedStem(self.net, _select(self.photos, [0]), flip=True).bytes
+        step = -(-len(self.photos) * bytes_per_photo // _MEMORY)
         return CachedStem(self.net, _select(self.photos, range(0, len(self.photos), step)), flip=True)
 
     def _seconds(self, cached: CachedStem, settings: Settings) -> float:
-        """Of processor time that a step takes."""
+        """Return the processor time of a training step in seconds."""
         times: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
             fit(
@@ -361,14 +361,14 @@ class _Run:
         return (times[-1] - times[0]) / (_TRIAL - 1)
 
     def rank(self, minutes: float, seed: int) -> GainFit:
-        """The gain mask."""
+        """Fit the gain mask."""
         self.net.mask = "gain"
         self.step("measuring what each patch loses")
         return fit_gain(self.net, self.photos, minutes=_RANKING * minutes, seed=seed)
 
 
 def _select(data: SegmentationData, places: Sequence[int]) -> SegmentationData:
-    """Some of the photos, without labels."""
+    """Return some of the photos, without labels."""
     names = tuple(data.names[place] for place in places)
     return replace(data, names=names, classes=(), read=partial(_read_alone, data.read, tuple(places)))
 
@@ -378,7 +378,7 @@ def _read_alone(read: Callable[[int], tuple[Any, Any]], places: Sequence[int], p
 
 
 def _fate(is_better: bool) -> str:
-    return "kept" if is_better else "left out: no better on photos held out"
+    return "kept" if is_better else "discarded: no better on held-out photos"
 
 
 def _renamed(row: Row, mask: str) -> Row:
@@ -387,7 +387,7 @@ def _renamed(row: Row, mask: str) -> Row:
 
 
 def _share(row: Row) -> float:
-    """Of what the dense network gives that is kept."""
+    """Return the share of the dense network's output that is kept."""
     accuracy: float | None = row.pixel_accuracy
     if accuracy is not None:
         return accuracy

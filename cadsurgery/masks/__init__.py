@@ -1,7 +1,7 @@
-"""Masks: where a network keeps its resolution.
+"""Masks: they decide where in the image a network keeps its resolution.
 
-In come an image and the fine map of a network; out comes a level map on its cells. A mask is written as text, made
-from a function, or learned; this room does not know networks.
+In come an image and the feature map that enters the adaptive region; out comes a level map. A mask is written as
+text, made from a function, or learned. This package does not import the packages that build networks.
 """
 
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask

@@ -1,4 +1,4 @@
-"""Masks that need no image: uniform, random, given tensors and functions."""
+"""Masks that do not analyse the image, and masks made from a tensor or a function of the user."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 
 
 class UniformMask(MaskProvider):
-    """One level everywhere."""
+    """The same level everywhere."""
 
     image_only = ignores_image = True
 
     high: bool = True
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Level 0 or the lowest."""
+        """Return a level map of zeros, or of the lowest level."""
         level = 0 if self.high else grid.max_level
         return torch.full((grid.batch, *grid.size), level, dtype=torch.int8, device=features.device)
 
     def kept_patches(self, grid: FineMapSpec) -> tuple[int, ...]:
-        """All or none."""
+        """Return the number of all patches, or 0."""
         return (grid.batch * grid.patches if self.high else 0,)
 
 
@@ -50,7 +50,7 @@ class RandomMask(MaskProvider):
     Args:
         fraction: expected share of blocks kept high, 0..1.
         block: side of a block in samples of the fine map.
-        seed: makes every call the same; -1 draws anew from torch's generator.
+        seed: every call draws the same blocks; with -1 each call draws new blocks from torch's global generator.
     """
 
     image_only = ignores_image = True
@@ -62,15 +62,15 @@ class RandomMask(MaskProvider):
         self.fraction, self.block, self.seed = fraction, block, seed
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Levels 0 in chosen blocks, the lowest elsewhere."""
+        """Return a bool map that is True in the chosen blocks."""
         return self._draw(grid).to(features.device) < self.fraction
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Random numbers, one per block; what `forward` keeps has the highest."""
+        """Return one random number per block; the blocks that `forward` keeps have the highest."""
         return -self._draw(grid).to(features.device)
 
     def _draw(self, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) in 0..1, the same within a block."""
+        """Draw uniform random numbers (B, h, w) in 0..1, constant within a block."""
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         side = min(self.block, max(grid.size))
         blocks = [divide_up(length, side) for length in grid.size]
@@ -86,11 +86,11 @@ TENSOR = "a tensor"
 
 
 class FixedMask(MaskProvider):
-    """A given level map, the same for every call."""
+    """A level map given by the user, used in every call."""
 
     image_only = ignores_image = True
 
-    storable = True  # its tensor is stored beside its spec
+    storable = True  # the tensor is stored beside the mask's text
 
     def __init__(self, levels: Tensor) -> None:
         super().__init__()
@@ -98,16 +98,16 @@ class FixedMask(MaskProvider):
         self.levels: Tensor
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """The given map."""
+        """Return the user's map on the device of the features."""
         return self.levels.to(features.device)
 
     def spec(self) -> str:
-        """Return the text that stands for a tensor in the string form of a mask."""
+        """Return the placeholder for a tensor in the text form of a mask."""
         return TENSOR
 
 
 class FunctionMask(MaskProvider):
-    """A user's function image -> map."""
+    """A mask computed by a function of the user, which maps an image to a level map or bool map."""
 
     image_only = True
 
@@ -117,5 +117,5 @@ class FunctionMask(MaskProvider):
         self.name = name_of(function)  # type: ignore[misc]
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Return what the function returns for the image."""
+        """Return the function's result for the image."""
         return self.function(image)

@@ -1,4 +1,7 @@
-"""Inputs of masks besides image and features: one value for each call, for this thread or async task."""
+"""Inputs of masks besides image and features: labels, keypoints, outputs of first passes.
+
+They are held in a context variable, so each thread or async task has its own.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from cadsurgery.support.errors import InvalidInput
 
 @dataclass(frozen=True, eq=False)
 class CallContext:
-    """Inputs of the masks that are asked now.
+    """Inputs of the masks evaluated now.
 
     Attributes:
         labels: (B, H, W) integers, one per image pixel; see `labelled`.
-        points: of each image, (n, 2) x and y in image pixels; see `keypoints_at`.
-        first_passes: what the network gave with everything at a level, by level.
-        masks: of networks that have another one for the calls of now; see `AdaptiveModel.masked`.
+        points: for each image (n, 2) x and y in image pixels; see `keypoints_at`.
+        first_passes: outputs of the network with everything kept at one level, by level.
+        masks: masks that replace the network's own during a call, by network; see `AdaptiveModel.masked`.
     """
 
     labels: Tensor | None = None
@@ -35,7 +38,7 @@ _CONTEXT: ContextVar[CallContext] = ContextVar("cadsurgery", default=CallContext
 
 
 def call_context() -> CallContext:
-    """Return the inputs given last, in this thread or task."""
+    """Return the current inputs of this thread or task."""
     return _CONTEXT.get()
 
 
@@ -45,7 +48,7 @@ def _put(**values: Any) -> None:
 
 @contextmanager
 def _within(**values: Any) -> Iterator[None]:
-    """These values within; afterwards those from before, of the same names."""
+    """Set these values inside the `with` block and restore the previous values afterwards."""
     before = {name: getattr(_CONTEXT.get(), name) for name in values}
     _put(**values)
     try:
@@ -55,7 +58,8 @@ def _within(**values: Any) -> Iterator[None]:
 
 
 def labelled(labels: Tensor) -> AbstractContextManager[None]:
-    """Give the labels of the images that are masked within, in this thread; may be nested.
+    """Provide the labels of the images for the masks evaluated inside the `with` block, in this thread; may be
+    nested.
 
         with labelled(labels):
             y = net(image, mask="trimap:width=33")
@@ -64,7 +68,7 @@ def labelled(labels: Tensor) -> AbstractContextManager[None]:
         labels: (B, H, W) integers, one per image pixel.
 
     Raises:
-        InvalidInput: no such tensor.
+        InvalidInput: `labels` is not an integer tensor with three non-empty axes.
     """
     wrong = not isinstance(labels, Tensor) or labels.dim() != 3 or 0 in labels.shape
     if wrong or labels.is_floating_point() or labels.is_complex():
@@ -76,34 +80,35 @@ def labelled(labels: Tensor) -> AbstractContextManager[None]:
 
 
 def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Give the keypoints of the images that are masked within, in this thread; may be nested.
+    """Provide the keypoints of the images for the masks evaluated inside the `with` block, in this thread; may be
+    nested.
 
         with keypoints_at([points]):
             y = net(image, mask="keypoints:detector=given,dilations=25/51/51")
 
     Args:
-        points: of each image, (n, 2) x and y in image pixels; n may differ, and may be 0.
+        points: for each image (n, 2) x and y in image pixels; n may differ between images, and may be 0.
     """
     return _within(points=points)
 
 
 def first_passes(outputs: Mapping[int, Any]) -> AbstractContextManager[None]:
-    """Keep the network's outputs with everything at a level, by level, for the masks asked within, in this thread."""
+    """Provide the network's outputs at single levels, by level, to masks inside the `with` block."""
     return _within(first_passes=outputs)
 
 
 def first_pass_outputs(where: str) -> dict[int, Any]:
-    """Return the outputs of first passes by level, the finest first.
+    """Return the outputs of the first passes by level, the finest level first.
 
     Raises:
-        InvalidInput: there was none.
+        InvalidInput: there was no first pass.
     """
     outputs = call_context().first_passes
     if not outputs:
         raise InvalidInput(
             "there was no first pass of a network to look at.",
             where=where,
-            why="it looks at the network's own output, so it works inside an adaptive network only.",
+            why="the mask looks at the network's own output, so it works inside an adaptive network only.",
             next="call the network with this mask: net(image, mask=...).",
         )
     return dict(sorted(outputs.items()))
@@ -113,14 +118,14 @@ def first_pass_output(where: str) -> Any:
     """Return the output of the first pass at the lowest level.
 
     Raises:
-        InvalidInput: there was none.
+        InvalidInput: there was no first pass.
     """
     return [*first_pass_outputs(where).values()][-1]
 
 
 @contextmanager
 def masked(net: nn.Module, mask: object) -> Iterator[None]:
-    """Another mask for the calls of a network made within, in this thread; None leaves its own."""
+    """Use another mask for calls of `net` inside the `with` block, in this thread; None for the network's own."""
 
     def put(mask: object) -> None:
         others = {key: value for key, value in call_context().masks.items() if key is not net}

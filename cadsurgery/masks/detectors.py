@@ -1,4 +1,4 @@
-"""Keypoints of images: SIFT, peaks of score maps, and what a detector may return."""
+"""Keypoint detection: SIFT, peaks of score maps, and checks of what a detector returned."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
 
 
 def opencv() -> Any:
-    """OpenCV, which is slow to load and an extra of this package.
+    """Import OpenCV, an optional dependency that is slow to load.
 
     Raises:
-        CadError: it is not installed.
+        CadError: OpenCV is not installed.
     """
     return import_optional("cv2", "SIFT needs OpenCV.", "pip install 'cadsurgery[keypoints]'")
 
 
 def sift(grey: NDArray[np.uint8], count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """SIFT keypoints (Lowe 2004, OpenCV's defaults) of a grey picture (H, W), as published for D2-Net: the strongest
-    first, rounded to whole pixels, each pixel once.
+    """Detect SIFT keypoints (Lowe 2004, OpenCV's defaults) in a grey picture (H, W), as published for D2-Net.
+
+    Coordinates are rounded to whole pixels, each pixel is returned once, the strongest first.
 
     Returns:
-        (n, 2) x and y, and (n,) responses; n at most `count`, 0 on a picture without any.
+        (n, 2) x and y, and (n,) responses; n is at most `count`, and 0 if the picture has no keypoint.
     """
     cv2 = opencv()
     detected = sorted(cv2.SIFT_create().detect(grey, None), key=lambda point: -point.response)
@@ -48,16 +49,16 @@ def sift(grey: NDArray[np.uint8], count: int) -> tuple[NDArray[np.float32], NDAr
 
 
 def peaks(scores: Tensor, count: int, radius: int = 2, border: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """The largest values of score maps (B, h, w) that are the largest within `radius` on both axes.
+    """Find the largest local maxima of score maps (B, h, w).
 
     Args:
-        scores: floating-point.
-        count: of each map at most.
-        radius: in samples; equal neighbours all count.
-        border: samples at each edge that have no peak.
+        scores: floating-point score maps.
+        count: maximum number of peaks per map.
+        radius: a peak is the largest value within this distance, in samples, on both axes; equal neighbours all count.
+        border: width in samples of the margin without peaks.
 
     Returns:
-        For each map (n, 2) x and y in samples, the largest first, and (n,) values.
+        For each map (n, 2) x and y in samples, the highest peak first, and (n,) values.
     """
     side = 2 * radius + 1
     largest = F.max_pool2d(scores.unsqueeze(1), side, 1, radius).squeeze(1)
@@ -66,18 +67,17 @@ def peaks(scores: Tensor, count: int, radius: int = 2, border: int = 0) -> list[
         inner = torch.zeros_like(is_peak)
         inner[:, border:-border, border:-border] = True
         is_peak &= inner
-    of_maps = []
+    peaks_of_maps = []
     for values, chosen in zip(scores, is_peak, strict=True):
         y, x = chosen.nonzero(as_tuple=True)
         strength, order = values[y, x].sort(descending=True, stable=True)
         order = order[:count]
-        of_maps.append((torch.stack((x[order], y[order]), 1), strength[:count]))
-    return of_maps
+        peaks_of_maps.append((torch.stack((x[order], y[order]), 1), strength[:count]))
+    return peaks_of_maps
 
 
 def in_pixels(places: Tensor, scores: Tensor, image: Tensor) -> Tensor:
-    """The middles (n, 2) of samples of a map (..., h, w) in pixels of images (..., H, W); of a map with a sample for
-    each pixel the pixels themselves."""
+    """Convert sample indices (n, 2) of a map (..., h, w) to pixel coordinates in images (..., H, W)."""
     sides = [whole / part for whole, part in zip(image.shape[-2:], scores.shape[-2:], strict=True)]
     step = image.new_tensor(sides[::-1], dtype=torch.float64)
     return (places.to(step) + 0.5) * step - 0.5
@@ -91,14 +91,14 @@ def points_of(returned: Any, image: Tensor, count: int, where: str) -> list[Tens
             (B, h, w) or (B, 1, h, w).
         image: the batch.
         count: points taken from a score map.
-        where: for messages.
+        where: caller, for error messages.
 
     Raises:
-        InvalidInput: it is neither.
+        InvalidInput: the result is neither points nor a score map.
     """
     batch = image.shape[0]
     if isinstance(returned, Tensor) and returned.dim() == 3 and returned.shape[2] == 2:
-        returned = list(returned)  # as many points in each image
+        returned = list(returned)  # the same number of points in each image
     if isinstance(returned, Tensor) and returned.is_floating_point() and returned.dim() in (3, 4):
         scores = returned.squeeze(1) if returned.dim() == 4 and returned.shape[1] == 1 else returned
         if scores.dim() == 3 and scores.shape[0] == batch and 0 not in scores.shape:
@@ -116,10 +116,10 @@ def points_of(returned: Any, image: Tensor, count: int, where: str) -> list[Tens
 
 
 def _check_points(part: Any, index: int, image: Tensor, where: str) -> Tensor:
-    """Points (n, 2) of an image as float64 on its device, finite and in the image."""
+    """Check the points (n, 2) of one image; return them as float64 on its device."""
     try:
         points = torch.as_tensor(part).detach()
-    except (TypeError, ValueError, RuntimeError):  # whatever a detector may return
+    except (TypeError, ValueError, RuntimeError):  # a detector may return anything
         points = torch.empty(0)
     if points.dim() == 2 and points.shape[1] == 2 and not points.is_complex():
         points = points.to(image.device, torch.float64)
@@ -130,7 +130,7 @@ def _check_points(part: Any, index: int, image: Tensor, where: str) -> Tensor:
         raise InvalidInput(
             "a keypoint is not in the image.",
             where=f"{where}, image {index}" if where else f"image {index}",
-            why=f"x is 0..{width - 1} and y 0..{height - 1} in pixels, 0 the middle of the first one.",
+            why=f"x is 0..{width - 1} and y is 0..{height - 1} in pixels; 0 is the centre of the first pixel.",
             next="give x before y, in pixels of the image the network sees.",
         )
     raise InvalidInput(

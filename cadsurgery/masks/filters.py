@@ -1,4 +1,4 @@
-"""Filters of images and maps that masks are made of."""
+"""Image filters that masks are built from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GREY = (0.299, 0.587, 0.114)
 
 
 def grey_of(image: Tensor) -> Tensor:
-    """(B, H, W): luminance of an image (B, 3, H, W) as published, the mean of any other number of channels."""
+    """Return the grey image (B, H, W): published weights for 3 channels, otherwise the mean over channels."""
     if image.shape[1] != 3:
         return image.mean(1)
     weights = torch.tensor(GREY, dtype=image.dtype, device=image.device)
@@ -25,18 +25,18 @@ def grey_of(image: Tensor) -> Tensor:
         and not is_observed()
         and has_bf16_dot(image.dtype)
     ):
-        rows = image.permute(0, 2, 3, 1)  # of which the product has half the time as a convolution
-        pixels = rows.flatten(0, 2).view(rows.shape).permute(0, 3, 1, 2)  # whose strides tell their layout
+        rows = image.permute(0, 2, 3, 1)  # in this layout a convolution takes half the time of einsum
+        pixels = rows.flatten(0, 2).view(rows.shape).permute(0, 3, 1, 2)  # strides mark it as channels-last
         return F.conv2d(pixels, weights.view(1, 3, 1, 1)).squeeze(1)
     return torch.einsum("bchw,c->bhw", image, weights)
 
 
 def differences(grey: Tensor, outside: str) -> tuple[Tensor, Tensor]:
-    """Signed central differences of (B, H, W) to the right and downwards, not halved, as published.
+    """Compute the signed central differences of (B, H, W) to the right and downwards, not halved, as published.
 
     Args:
-        grey: the map.
-        outside: `"constant"`, zero as published, or `"replicate"`, the nearest pixel.
+        grey: grey images.
+        outside: padding mode: `"constant"` for zeros, as published, or `"replicate"`.
     """
     padded = F.pad(grey.unsqueeze(1), (1, 1, 1, 1), mode=outside).squeeze(1)
     right = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
@@ -45,7 +45,7 @@ def differences(grey: Tensor, outside: str) -> tuple[Tensor, Tensor]:
 
 
 def blur(values: Tensor, sigma: float) -> Tensor:
-    """(B, H, W) smoothed by a Gaussian of standard deviation `sigma` in samples, cut at three; 0 leaves it as it is."""
+    """Smooth (B, H, W) with a Gaussian of standard deviation `sigma` in samples, truncated at 3 sigma."""
     if sigma == 0:
         return values
     half = math.ceil(3 * sigma)
@@ -57,20 +57,25 @@ def blur(values: Tensor, sigma: float) -> Tensor:
 
 
 def window_maximum(values: Tensor, side: int, stride: int = 1) -> Tensor:
-    """(B, ceil(H / stride), ceil(W / stride)): the largest of floating-point values (B, H, W) in the side x side window
-    (odd) around every stride-th pixel from the first.
+    """Compute the maximum of (B, H, W) in a side x side window (odd) around every `stride`-th pixel, from the first
+    on.
 
-    Separable: the maximum over columns, then over rows; as views, many times faster than max-pooling.
+    The maximum is taken over columns, then over rows, on unfolded views: many times faster than max-pooling.
+
+    Returns:
+        (B, ceil(H / stride), ceil(W / stride)).
     """
-    half = min(side // 2, max(values.shape[1:]))  # a larger one sees no more, and needs memory
+    half = min(side // 2, max(values.shape[1:]))  # a window beyond the map sees no more, and needs memory
     side = 2 * half + 1
     tall = F.pad(values, (0, 0, half, half), value=-math.inf).unfold(1, side, stride).amax(-1)
     return F.pad(tall, (half, half), value=-math.inf).unfold(2, side, stride).amax(-1)
 
 
 def near(values: Tensor, side: int, grid: FineMapSpec) -> Tensor:
-    """(B, h, w) on the fine map: the largest of the values (B, H, W) in the side x side window around the pixel each
-    sample stands on; cut or replicated to the size of the fine map."""
+    """Compute the maximum of image-sized values (B, H, W) in a side x side window around the pixel of each sample.
+
+    The result (B, h, w) is cropped or replicated to the size of the fine map.
+    """
     sampled = window_maximum(values, side, grid.output_stride)
     height, width = grid.size
     missing = (max(0, width - sampled.shape[2]), max(0, height - sampled.shape[1]))
@@ -81,23 +86,25 @@ def near(values: Tensor, side: int, grid: FineMapSpec) -> Tensor:
 
 
 def resize(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, h, w): values (B, H, W) at another size, bilinear with antialiasing; as they are if they have it."""
+    """Resize (B, H, W) to (B, h, w), bilinear with antialiasing; unchanged if the size is the same."""
     if tuple(values.shape[1:]) == size:
         return values
     return F.interpolate(values.unsqueeze(1), size=size, mode="bilinear", antialias=True).squeeze(1)
 
 
 def on_samples(cells: Tensor, side: int, size: tuple[int, int]) -> Tensor:
-    """(..., h, w): the value of each aligned block (..., ceil(h / side), ceil(w / side)) on its samples."""
+    """Expand block values (..., ceil(h / side), ceil(w / side)) to a map (..., h, w), constant in each block."""
     repeated = cells.repeat_interleave(side, -2).repeat_interleave(side, -1)
     return repeated[..., : size[0], : size[1]]
 
 
 def mean_of_patches(samples: Tensor, patch: int) -> Tensor:
-    """(..., ceil(h / patch), ceil(w / patch)): mean of each aligned block of a map (..., h, w), at the border of the
-    samples inside.
+    """Compute the mean of each aligned patch of a map (..., h, w); a border patch counts its samples only.
 
-    As sums: few engines pool in float64.
+    It is computed with sums because few inference engines pool in float64.
+
+    Returns:
+        (..., ceil(h / patch), ceil(w / patch)).
     """
     padded = F.pad(samples, (0, -samples.shape[-1] % patch, 0, -samples.shape[-2] % patch))
     sums = padded.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch)).sum((-3, -1))
@@ -109,8 +116,11 @@ def mean_of_patches(samples: Tensor, patch: int) -> Tensor:
 
 
 def closeness(reached: Tensor) -> Tensor:
-    """(B, h, w): minus the distance, the larger of both axes, of each sample to the nearest where a floating-point map
-    is 1 and not 0; minus the longer side of the map where it is 0 everywhere."""
+    """Compute minus the distance (maximum of both axes) of each sample to the nearest sample where the map is 1.
+
+    Args:
+        reached: (B, h, w) floating-point, 0 or 1. Where a map is 0 everywhere, the result is minus its longer side.
+    """
     longest = max(reached.shape[1:])
     scores = torch.full_like(reached, -longest)
     for _ in range(longest):

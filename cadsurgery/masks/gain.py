@@ -1,5 +1,6 @@
-"""Masks that keep high what the network's output would lose most: the loss itself, which only running the network twice
-tells, and what a small network on the entering features expects of it.
+"""Masks that keep high the patches where downsampling would change the network's output most.
+
+`oracle` measures the change by running the network at every level; `gain` predicts it with a small network.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from cadsurgery.support.divergence import divergence
 
 
 class LossMask(MaskProvider):
-    """Base of masks that know, or expect, what each patch loses at each level below the high one (`losses`): each gets
-    the lowest level that loses no more than the tolerance. Budgets rank by the loss at the lowest level.
+    """Base of masks that estimate the loss of each patch at each level below the high one (`losses`).
 
-    Losses are smoothed: what is kept gains from what is kept beside it.
+    Each patch gets the lowest level whose loss is within the tolerance; budgets rank patches by the loss at the lowest
+    level. Losses are smoothed, because a kept patch gains from kept neighbours.
 
     Args:
-        tolerance: divergence that may be lost, see `cadsurgery.support.divergence`: of class scores in nats per pixel.
+        tolerance: accepted divergence (`cadsurgery.support.divergence`); for class scores in nats per pixel.
         sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
     """
 
@@ -31,12 +32,14 @@ class LossMask(MaskProvider):
     sigma: float
 
     def losses(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, lowest level, ceil(h / patch), ceil(w / patch)): mean divergence per pixel from everything high, by level
-        from 1 on."""
+        """Compute the losses (B, lowest level, ceil(h / patch), ceil(w / patch)), for levels from 1 on.
+
+        A loss is the mean divergence per pixel from the output with everything high.
+        """
         raise NotImplementedError
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) int64: the lowest level within the tolerance in each patch."""
+        """Return (B, h, w) int64: for each patch the lowest level whose loss is within the tolerance."""
         losses = self.smooth(self.losses(image, features, grid), grid)
         levels = torch.arange(1, losses.shape[1] + 1, device=losses.device)[:, None, None]
         return on_samples(((losses <= self.tolerance) * levels).amax(1), grid.patch, grid.size)
@@ -47,7 +50,7 @@ class LossMask(MaskProvider):
         return on_samples(losses[:, -1], grid.patch, grid.size)
 
     def smooth(self, losses: Tensor, grid: FineMapSpec) -> Tensor:
-        """Losses smoothed on the fine map, then of patches again."""
+        """Smooth the losses on the fine map and average them over patches again."""
         if self.sigma == 0:
             return losses
         samples = on_samples(losses, grid.patch, grid.size)
@@ -57,17 +60,17 @@ class LossMask(MaskProvider):
 
 @mask_provider("oracle", source="ours")
 class OracleMask(LossMask):
-    """Keep high where the network's output changes most: a bound for tables, since it runs the network at every level.
+    """Keep high where the network's output changes most: an upper bound, as it runs the network at every level.
 
-    Each level's output is compared with that of everything high, pixel by pixel; all these passes count as its work.
-    They begin where the region begins.
+    Each level's output is compared with the output of everything high, pixel by pixel. All these passes count as the
+    mask's work; they begin where the region begins.
 
     Args:
         tolerance: as in `LossMask`.
         sigma: as in `LossMask`.
 
     Raises:
-        InvalidInput: a tolerance that is NaN or a sigma that is no width; outputs that are no maps.
+        InvalidInput: a tolerance that is NaN, a sigma out of range, or network outputs that are not maps.
     """
 
     image_only = ignores_image = True
@@ -79,11 +82,11 @@ class OracleMask(LossMask):
         self.tolerance, self.sigma = tolerance, sigma
 
     def first_passes(self, lowest: int) -> frozenset[int]:
-        """At every level."""
+        """Return all levels."""
         return frozenset(range(lowest + 1))
 
     def losses(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Measured."""
+        """Measure the losses on the outputs of the first passes."""
         outputs = first_pass_outputs("mask oracle")
         maps = [
             resize(divergence(outputs[0], outputs[level]), grid.size)
@@ -94,18 +97,18 @@ class OracleMask(LossMask):
 
 @mask_provider("gain", source="ours; measured in recipes/voc_deeplab and recipes/camvid_mobilenetv2")
 class GainMask(EstimatedMask, LossMask):
-    """Keep high where a small network, fitted to images without labels (`cadsurgery.finetune.fit_gain`), expects the
-    output to change most.
+    """Keep high where a small network, fitted to unlabelled images (`cadsurgery.finetune.fit_gain`), predicts that the
+    output changes most.
 
-    It sees the mean of each entering channel in each patch, and how far linear interpolation from every second sample
-    misses it there, and works on patches alone, so that it costs hardly anything: a 1x1 convolution, two 3x3, a 1x1.
-    Until it is fitted it ranks as `detail` does.
+    Its inputs, per patch and channel of the entering features, are the mean and the error of linear interpolation from
+    every second sample. It runs on patches only, so it costs hardly anything: convolutions 1x1, 3x3, 3x3, 1x1. Before
+    fitting it ranks patches as `detail` does.
 
     Args:
         tolerance: as in `LossMask`.
         sigma: as in `LossMask`.
-        channels: of the three hidden convolutions; at most 4096.
-        seed: of the initial weights, 0 or more.
+        channels: channels of the three hidden convolutions; at most 4096.
+        seed: seed of the initial weights, 0 or more.
 
     Raises:
         InvalidInput: a value out of range.
@@ -124,10 +127,10 @@ class GainMask(EstimatedMask, LossMask):
         check_options("gain", tolerance=(tolerance, NUMBER), sigma=(sigma, WIDTH))
         self.tolerance, self.sigma = tolerance, sigma
         self.detail: Tensor
-        self.register_buffer("detail", torch.ones(()))  # how much it follows detail: all until it is fitted
+        self.register_buffer("detail", torch.ones(()))  # weight of `detail`: 1 before fitting
 
     def assemble(self, convolutions: list[nn.Conv2d], device: torch.device) -> nn.Sequential:
-        """It sees two patches further by dilation, and begins by adding nothing."""
+        """Build the estimator; the second 3x3 convolution is dilated, and the last one starts at zero."""
         one, two, three, last = convolutions
         three.dilation = three.padding = (2, 2)
         nn.init.zeros_(last.weight)
@@ -135,27 +138,29 @@ class GainMask(EstimatedMask, LossMask):
         return nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), three, nn.ReLU(), last)
 
     def losses(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Expected."""
+        """Predict the losses from the features."""
         self.require(features, grid)
         return self.expect(self.describe(features, grid.patch))
 
     def restart(self, seed: int) -> None:
-        """Forget what was learned: the same layers, with the initial weights of a seed, to be fitted."""
+        """Discard the learned weights and initialise the same layers again from `seed`, before fitting."""
         first, *_, last = (layer for layer in self.estimator if isinstance(layer, nn.Conv2d))
         self.seed, self.estimator = seed, nn.Sequential()
         self._make(first.in_channels, last.out_channels, first.weight.device)
         self.detail.zero_()
 
     def describe(self, features: Tensor, patch: int) -> Tensor:
-        """(B, 2 C, ceil(h / patch), ceil(w / patch)), at least float32: of each channel the mean in each patch, then
-        the root of the mean square that interpolation misses."""
+        """Compute the inputs of the estimator, (B, 2 C, ceil(h / patch), ceil(w / patch)), at least float32.
+
+        The first C channels are the mean of each patch, the other C the root mean square of its interpolation error.
+        """
         error = missed(features)
         return torch.cat(
             [mean_of_patches(features.to(error), patch), mean_of_patches(error.square(), patch).sqrt()], 1
         )
 
     def expect(self, described: Tensor) -> Tensor:
-        """(B, lowest level, ...): the losses of patches that are described so."""
+        """Predict the losses (B, lowest level, ...) of patches from the result of `describe`."""
         logs = self.estimator(described.to(next(self.estimator.parameters()).dtype)).to(described)
         error = described[:, described.shape[1] // 2 :].square().sum(1, keepdim=True)
         return (logs + self.detail.to(described) * error.clamp(min=torch.finfo(error.dtype).tiny).log()).exp()

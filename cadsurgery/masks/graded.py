@@ -1,8 +1,8 @@
-"""Masks that keep high what lies near strong places of the image: edges as published (Hesse et al. 2023, supplementary;
-reference code `segmentation/main.py`), the magnitude of the gradient, and boundaries of labels, an oracle.
+"""Masks that keep high the surroundings of edges, of steep gradients, or of label boundaries (an oracle).
 
-Edges and gradients look at the picture in the unit of `masks.unit`: RGB in [0, 1] after the ImageNet mean and standard
-deviation, whatever the network takes.
+Edges are as published (Hesse et al. 2023, supplementary; reference code `segmentation/main.py`). Edges and gradients
+are computed on the picture in the unit of `masks.unit`: RGB in [0, 1], normalised by ImageNet's mean and standard
+deviation, whatever normalisation the network takes.
 """
 
 from __future__ import annotations
@@ -23,21 +23,19 @@ _CALL = "with cadsurgery.masks.labelled(labels): net(image)"
 
 
 class SteppedMask(MaskProvider):
-    """Base of masks with several thresholds, widths, ..., each of which decides what gets one more level. A subclass
-    gives the maps that decide (`steps`).
-    """
+    """Base of masks with one threshold (or width, ...) per level. A subclass computes the maps (`steps`)."""
 
-    counted: ClassVar[str] = "thresholds"  # what a message calls them
+    counted: ClassVar[str] = "thresholds"  # name of the thresholds in error messages
 
     def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
-        """Bool maps (B, h, w): where level 0, level 1, ... is wanted, as far as no finer one is."""
+        """Compute bool maps (B, h, w), the i-th for level i; where several are True, the first one decides."""
         raise NotImplementedError
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) int8: level i where the i-th step is True and none before it, the lowest level elsewhere.
+        """Return (B, h, w) int8: level i where the i-th step is the first that is True, the lowest level elsewhere.
 
         Raises:
-            InvalidInput: more steps than levels.
+            InvalidInput: there are more steps than levels.
         """
         steps = self.steps(image, features, grid)
         check_count(self.name, self.counted, len(steps), grid.max_level)
@@ -49,15 +47,16 @@ class SteppedMask(MaskProvider):
 
 
 class GradedMask(SteppedMask):
-    """Base of masks that keep high what lies near strong places of an image-sized map; several thresholds give graded
-    levels. A subclass gives the map (`strength`).
+    """Base of masks that keep high the surroundings of high values in an image-sized map, which a subclass computes
+    (`strength`). Several thresholds give graded levels.
 
     Args:
-        threshold: on the strength; the i-th one decides what gets level i, everything else the lowest level.
-        dilation: odd side in image pixels by which strong places are widened, one for all or one per threshold.
+        threshold: the i-th threshold on the strength decides which samples get level i; all others get the lowest
+            level.
+        dilation: odd side in image pixels of the surroundings, one for all thresholds or one per threshold.
 
     Raises:
-        InvalidInput: a threshold that is NaN, dilations that are not odd, or as many as fit nothing.
+        InvalidInput: a threshold is NaN, a dilation is not odd, or the numbers of both do not match.
     """
 
     image_only = True
@@ -74,18 +73,18 @@ class GradedMask(SteppedMask):
         check_options(self.name, threshold=(self.threshold, NUMBER), dilation=(self.dilation, ODD))
 
     def strength(self, image: Tensor) -> Tensor:
-        """(B, H, W) floating-point: the map of the image that thresholds are on."""
+        """Compute the map (B, H, W), floating-point, that the thresholds apply to."""
         raise NotImplementedError
 
     def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
-        """Within dilation i of a strength of at least threshold i."""
+        """Mark the samples within dilation i of a strength of at least threshold i."""
         strength = self.strength(image)
         dilations = self.dilation if len(self.dilation) > 1 else self.dilation * len(self.threshold)
         nearby = {side: near(strength, side, grid) for side in dict.fromkeys(dilations)}
         return [nearby[side] >= limit for side, limit in zip(dilations, self.threshold, strict=True)]
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """The greatest strength within the first dilation: what `forward` gives level 0 is at least the threshold."""
+        """Return the greatest strength within the first dilation; `forward` thresholds it for level 0."""
         return near(self.strength(image), self.dilation[0], grid)
 
 
@@ -99,20 +98,20 @@ class EdgeMask(GradedMask):
         super().__init__(threshold, dilation)
 
     def strength(self, image: Tensor) -> Tensor:
-        """(B, H, W): the larger of the signed central differences to the right and downwards, zero outside.
+        """Compute (B, H, W), the larger of the signed central differences to the right and downwards, zero-padded.
 
-        Signed as published: only steps from dark to bright count.
+        They are signed as published: only steps from dark to bright count.
         """
         return torch.maximum(*differences(grey_of(image), "constant"))
 
 
 @mask_provider("gradient", source="after the published edges, without sign")
 class GradientMask(GradedMask):
-    """Keep high what lies near a steep place of the image, rising or falling; several thresholds give levels.
+    """Keep high what lies near a steep place of the image, rising or falling; several thresholds give graded levels.
 
     Args:
-        threshold: on the length of the vector of central differences: a step across one axis is as strong as
-            to `edges`, whatever its sign; like the dilation as in `GradedMask`.
+        threshold: on the length of the vector of central differences. A step along one axis is as strong as for
+            `edges`, whatever its sign. Several thresholds as in `GradedMask`.
         dilation: odd side in image pixels.
         sigma: standard deviation in pixels of a Gaussian that smooths the grey image first; 0 for none.
     """
@@ -128,7 +127,7 @@ class GradientMask(GradedMask):
         self.sigma = sigma
 
     def strength(self, image: Tensor) -> Tensor:
-        """(B, H, W): length of the vector of the central differences, the border replicated."""
+        """Compute the length (B, H, W) of the vector of central differences, with replicated borders."""
         right, down = differences(blur(grey_of(image), self.sigma), "replicate")
         return (right.square() + down.square()).sqrt()
 
@@ -141,12 +140,12 @@ class TrimapMask(GradedMask):
     """Keep high what lies near a boundary of the labels, an oracle; several widths give graded levels.
 
     A pixel is on a boundary if one of its four neighbours has another label, unless one of the two is to be ignored.
-    Labels come through `labelled`.
+    Labels are provided with `labelled`.
 
     Args:
-        width: odd side in image pixels of the window that must hold a boundary for level i; everything else gets the
+        width: odd side in image pixels. Samples with a boundary within the i-th width get level i; all others get the
             lowest level.
-        ignore: label that has no boundary with anything.
+        ignore: label that forms no boundary.
     """
 
     counted = "widths"
@@ -160,17 +159,17 @@ class TrimapMask(GradedMask):
         self.width, self.ignore = widths, ignore
 
     def strength(self, image: Tensor) -> Tensor:
-        """(B, H, W) float32: 1 on boundaries of the labels, 0 elsewhere.
+        """Compute (B, H, W) float32: 1 on boundaries of the labels, 0 elsewhere.
 
         Raises:
-            InvalidInput: there are no labels, or they are of another size than the image.
+            InvalidInput: there are no labels, or their size differs from the image's.
         """
         labels = call_context().labels
         if labels is None:
             raise InvalidInput(
                 "the trimap has no labels.",
                 where="mask trimap",
-                why="it keeps high what lies near a boundary of the labels, which a network is not given.",
+                why="it keeps high what lies near a boundary of the labels, and these are not an input of the network.",
                 next=f"write {_CALL}; on the command line: --labels FILE.",
             )
         expected = (image.shape[0], *image.shape[2:])
@@ -183,15 +182,17 @@ class TrimapMask(GradedMask):
         return boundaries(labels.to(image.device), self.ignore).to(torch.float32)
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) float32: minus the distance to the nearest boundary (the larger of both axes) in samples, rounded
-        down; everywhere minus the longer side of the map in an image without one."""
+        """Return minus the distance in samples, rounded down, to the nearest boundary: (B, h, w) float32.
+
+        The distance is the larger of both axes. In an image without a boundary it is the longer side of the map.
+        """
         reached = near(self.strength(image), 2 * grid.output_stride - 1, grid)
         return closeness(reached)
 
 
 def boundaries(labels: Tensor, ignore: int = IGNORED) -> Tensor:
-    """(B, H, W) bool: pixels with another label than one of their four neighbours, neither of the two `ignore`."""
-    values = labels.long()  # not all integer types can be compared
+    """Mark (B, H, W) the pixels whose label differs from one of their four neighbours', neither being `ignore`."""
+    values = labels.long()  # some integer types do not support comparison
     known = values != ignore
     on_boundary = torch.zeros_like(known)
     for axis in (1, 2):

@@ -25,10 +25,10 @@ _CALL = "with cadsurgery.masks.keypoints_at(points): net(image)"
 
 
 class Side(float):
-    """Side of a window in pixels: a whole number, 0 for none, `inf` for all."""
+    """Side of a window in pixels: a whole number; 0 for no window, `inf` for the whole image."""
 
     def __new__(cls, value: Any) -> Side:
-        """Read a number or a text; ValueError if it is none."""
+        """Convert a number or text; raise ValueError if it is not a side."""
         side = super().__new__(cls, value)
         if not (side == math.inf or (side >= 0 and side.is_integer())):
             raise ValueError(value)
@@ -50,19 +50,19 @@ class KeypointMask(SteppedMask):
     """Keep high what lies near keypoints; several dilations give graded levels.
 
     Args:
-        detector: `sift`, OpenCV's on the grey image; `given`, the points of `keypoints_at` (or of
-            `cadsurgery.read_at`); `own`, the score map the network itself gives in a first pass with everything
-            downsampled; `module:function`; or a function of the image batch (B, C, H, W) in the unit of masks
-            (`masks.unit`) that returns a tensor (n, 2) of x and y in image pixels for each image, the best first, or
-            a floating-point score map (B, 1, h, w), or (B, h, w) wider than 2.
-        count: keypoints of an image at most, the best; of a score map its largest values that are the largest of
-            the 5 x 5 around them. Given points are all kept.
-        dilations: side in image pixels, odd, of the window around a keypoint that gets level i; 0 for none, inf for
-            the whole image. The lowest level elsewhere.
+        detector: `sift`, OpenCV's SIFT on the grey image; `given`, the points of `keypoints_at` (or of
+            `cadsurgery.read_at`); `own`, the score map that the network itself returns in a first pass with
+            everything downsampled; `module:function`; or a function of the image batch (B, C, H, W) in the unit of
+            masks (`masks.unit`). A function returns for each image a tensor (n, 2) of x and y in image pixels, the
+            best point first, or for the batch a floating-point score map (B, 1, h, w), or (B, h, w) with w above 2.
+        count: maximum number of keypoints per image; the best are used. In a score map, keypoints are the largest
+            values that are the maximum of the 5 x 5 around them. Given points are all used.
+        dilations: odd side in image pixels of the window around a keypoint that gets level i; 0 for no window, inf
+            for the whole image. Everything else gets the lowest level.
 
     Raises:
-        UnknownName: no such detector.
-        InvalidInput: no function, a count below one, or dilations that are not odd.
+        UnknownName: there is no such detector.
+        InvalidInput: the detector is not a function, the count is below one, or a dilation is not odd.
     """
 
     image_only = True
@@ -83,7 +83,7 @@ class KeypointMask(SteppedMask):
             self.dilations = ()
         if not self.dilations or any(side not in (0, math.inf) and side % 2 == 0 for side in self.dilations):
             raise InvalidInput(
-                f"dilations={dilations!r} are no odd sides.",
+                f"dilations={dilations!r} are not odd sides.",
                 where="mask keypoints",
                 next="give an odd side for each level, 0 for none or inf for all, e.g. 25/51/51.",
             )
@@ -94,7 +94,7 @@ class KeypointMask(SteppedMask):
             self._function = _named_detector(detector)
         if not (self._kind or callable(self._function)):
             raise InvalidInput(
-                f"{describe(detector)} is no detector.",
+                f"{describe(detector)} is not a detector.",
                 where="mask keypoints",
                 next="give sift, given, own, module:function, or a function image -> points.",
             )
@@ -103,39 +103,41 @@ class KeypointMask(SteppedMask):
 
     @property
     def needs(self) -> str:  # type: ignore[override]
-        """The points, if they are given, or what finds them: no graph can hold it."""
+        """Name the input that the points come from, which a compiled graph cannot contain."""
         named = {GIVEN: "keypoints", OWN: "a first pass of the network"}
         return named.get(self._kind, "a detector outside the network")
 
     @property
     def sees_image(self) -> bool:
-        """True if the points are found in the picture."""
+        """True if the points are detected in the picture."""
         return self._kind not in (GIVEN, OWN)
 
     def first_passes(self, lowest: int) -> frozenset[int]:
-        """Everything downsampled, if the network's own scores are looked at."""
+        """Return the lowest level if the network's own scores are used, otherwise nothing."""
         return frozenset({lowest} if self._kind == OWN else ())
 
     def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
-        """Within dilation i of a keypoint.
+        """Mark the samples within dilation i of a keypoint.
 
-        A window begins and ends where its pixels do; made legal, that is the published patch rule: level i in every
-        block of R_(i+1) samples with a sample of level i.
+        The window is cut at pixels, not at samples. After the map is made legal, this is the published patch rule:
+        level i in every block of R_(i+1) samples that has a sample of level i.
 
         Raises:
-            InvalidInput: no points where they are to be given, or a detector that returns none.
+            InvalidInput: no points were given for `detector=given`, or the detector did not return points.
         """
         points = self.points(image, grid)
-        return [_within(points, side, grid, image) for side in self.dilations]
+        return [_mark_windows(points, side, grid, image) for side in self.dilations]
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) float32: minus the distance to the nearest keypoint (the larger of both axes) in samples;
-        everywhere minus the longer side of the map in an image without one."""
-        here = _within(self.points(image, grid), Side(2 * grid.output_stride - 1), grid, image)
-        return closeness(here.float())
+        """Return minus the distance in samples to the nearest keypoint: (B, h, w) float32.
+
+        The distance is the larger of both axes. In an image without a keypoint it is the longer side of the map.
+        """
+        occupied = _mark_windows(self.points(image, grid), Side(2 * grid.output_stride - 1), grid, image)
+        return closeness(occupied.float())
 
     def points(self, image: Tensor, grid: FineMapSpec) -> list[Tensor]:
-        """The keypoints of each image of a batch, (n, 2) x and y in image pixels."""
+        """Return the keypoints of each image of a batch, (n, 2) x and y in image pixels."""
         where = "mask keypoints"
         if self._kind == OWN:
             detected: Any = own_scores(first_pass_output(where), grid.batch, where)
@@ -145,7 +147,7 @@ class KeypointMask(SteppedMask):
                 raise InvalidInput(
                     "there are no keypoints.",
                     where=where,
-                    why="detector=given keeps high what lies near points that are given with the image.",
+                    why="detector=given keeps high what lies near points that are provided with the image.",
                     next=f"write {_CALL}, or use cadsurgery.read_at; or let detector=sift find them.",
                 )
         elif self._kind == SIFT:
@@ -157,7 +159,7 @@ class KeypointMask(SteppedMask):
 
 
 def sift_of_normalised(image: Tensor, count: int) -> list[Tensor]:
-    """Keypoints of images (B, C, H, W) of any range: that of each grey image is stretched to 0..255 first."""
+    """Detect SIFT keypoints in images (B, C, H, W) of any range; each grey image is stretched to 0..255 first."""
     grey = grey_of(image.detach().float())
     low, high = grey.flatten(1).aminmax(dim=1)
     stretched = (grey - low.view(-1, 1, 1)) / (high - low).clamp(min=1e-12).view(-1, 1, 1)
@@ -166,17 +168,17 @@ def sift_of_normalised(image: Tensor, count: int) -> list[Tensor]:
 
 
 def named_outputs(output: Any) -> dict[Any, Any]:
-    """Return the outputs of a network by key or place; a single output under the empty name."""
+    """Return the outputs of a network by key or position; a single output gets the empty name."""
     if isinstance(output, (tuple, list)):
         return dict(enumerate(output))
     return output if isinstance(output, dict) else {"": output}
 
 
 def own_scores(output: Any, batch: int, where: str) -> Tensor:
-    """The score map among the outputs of a network: (B, 1, h, w), floating-point.
+    """Return the only score map, (B, 1, h, w) floating-point, among the outputs of a network.
 
     Raises:
-        InvalidInput: there is none, or more than one.
+        InvalidInput: there is no such map, or more than one.
     """
     tensors = [value for value in named_outputs(output).values() if isinstance(value, Tensor)]
     maps = [
@@ -186,7 +188,7 @@ def own_scores(output: Any, batch: int, where: str) -> Tensor:
     ]
     if len(maps) != 1:
         raise InvalidInput(
-            f"the network gives {len(maps)} maps of one channel.",
+            f"the network returns {len(maps)} maps of one channel.",
             where=where,
             why="detector=own looks for the one score map (B, 1, h, w) among its outputs.",
             next="use another detector, such as sift.",
@@ -202,24 +204,24 @@ def _named_detector(name: str) -> Any:
     return function_at(name, "mask keypoints", "keypoints:detector=my_module:my_function")
 
 
-def _within(points: Sequence[Tensor], side: Side, grid: FineMapSpec, image: Tensor) -> Tensor:
-    """(B, h, w) bool: samples whose first pixel lies in the window of this side around a keypoint's pixel.
+def _mark_windows(points: Sequence[Tensor], side: Side, grid: FineMapSpec, image: Tensor) -> Tensor:
+    """Mark (B, h, w) the samples whose first pixel lies in a window of this side around a keypoint's pixel.
 
-    By counting: each window adds one to its corners, and sums over both axes fill it.
+    Each window adds +1 and -1 at its corners; cumulative sums over both axes fill it.
     """
     height, width = grid.size
     if side in (0, math.inf):
         return torch.full((grid.batch, height, width), side != 0, device=image.device)
     corners = torch.zeros(grid.batch, height + 1, width + 1, dtype=torch.int32, device=image.device)
     half, stride = int(side) // 2, grid.output_stride
-    for index, of_image in enumerate(points):
-        pixel = (of_image + 0.5).floor().long()
+    for index, points_of_image in enumerate(points):
+        pixel = (points_of_image + 0.5).floor().long()
         low = ((pixel - half + stride - 1).div(stride, rounding_mode="floor")).clamp(min=0)
         past = (pixel + half).div(stride, rounding_mode="floor") + 1
         size = torch.tensor([width, height], device=pixel.device)
         low, past = torch.minimum(low, size), torch.minimum(past.clamp(min=0), size)
-        some = (low < past).all(1)
-        (x0, y0), (x1, y1) = low[some].unbind(1), past[some].unbind(1)
+        in_map = (low < past).all(1)
+        (x0, y0), (x1, y1) = low[in_map].unbind(1), past[in_map].unbind(1)
         one = torch.ones_like(x0, dtype=torch.int32)
         for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
             corners[index].index_put_((y, x), sign * one, accumulate=True)

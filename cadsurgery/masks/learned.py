@@ -17,27 +17,28 @@ from cadsurgery.masks.options import SHARE, Allowed, between, check_options, sev
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
 
-_MAKING = threading.Lock()
-_MOST = 4096  # channels
-_NO_CHANNELS = f"are not three numbers in 1..{_MOST}."
+_INITIALISATION = threading.Lock()
+_MAX_CHANNELS = 4096
+_NO_CHANNELS = f"are not three numbers in 1..{_MAX_CHANNELS}."
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class EstimatedMask(MaskProvider):
-    """Base of masks that run a small network on what enters the region: four convolutions and what is between them
-    (`estimator`), made when it first sees features or when its weights are loaded.
+    """Base of masks that run a small network, `estimator`, on the features that enter the region.
+
+    The estimator has four convolutions. It is created when it first sees features or when its weights are loaded.
 
     Args:
-        channels: of the three hidden convolutions; at most 4096.
-        seed: of the initial weights, 0 or more.
+        channels: channels of the three hidden convolutions; at most 4096.
+        seed: seed of the initial weights, 0 or more.
     """
 
     ignores_image = True
     kernels: ClassVar[tuple[int, ...]] = (3, 3, 3, 3)
-    places: ClassVar[tuple[int, ...]]  # of the convolutions in the estimator
-    per_channel: ClassVar[int] = 1  # maps it makes of each channel that enters the region
-    first_level: ClassVar[int] = 0  # the finest level that it has an output for
+    places: ClassVar[tuple[int, ...]]  # indices of the convolutions in the estimator
+    per_channel: ClassVar[int] = 1  # input channels of the estimator per channel that enters the region
+    first_level: ClassVar[int] = 0  # the finest level with an output of the estimator
 
     def __init__(self, channels: int | tuple[int, ...], seed: int) -> None:
         super().__init__()
@@ -45,25 +46,28 @@ class EstimatedMask(MaskProvider):
         three = len(self.channels) == 3
         check_options(
             self.name,
-            channels=(self.channels, Allowed(lambda n: three and 1 <= n <= _MOST, _NO_CHANNELS, "128/64/64")),
+            channels=(
+                self.channels,
+                Allowed(lambda n: three and 1 <= n <= _MAX_CHANNELS, _NO_CHANNELS, "128/64/64"),
+            ),
             seed=(seed, between(0, 2**63 - 1, "0")),
         )
         self.estimator = nn.Sequential()
 
     def assemble(self, convolutions: list[nn.Conv2d], device: torch.device) -> nn.Sequential:
-        """The estimator of four convolutions, which have random weights and are not yet on their device."""
+        """Build the estimator from four convolutions with random weights, which are still on the CPU."""
         raise NotImplementedError
 
     @property
     def dependence(self) -> str:
-        """Until there are weights a graph cannot hold it."""
+        """Name the missing weights, without which a graph cannot contain the mask; empty if the estimator exists."""
         return "" if len(self.estimator) else "weights that the first call of the network makes"
 
     def require(self, features: Tensor, grid: FineMapSpec) -> torch.dtype:
-        """Make the estimator for such features, if there is none yet; its type is returned.
+        """Create the estimator for these features if it does not exist yet, and return its dtype.
 
         Raises:
-            InvalidInput: features with other channels, or a network with other levels, than it was made for.
+            InvalidInput: the estimator was made for another number of channels or levels.
         """
         channels, levels = features.shape[1], grid.max_level + 1
         if not len(self.estimator):
@@ -81,14 +85,14 @@ class EstimatedMask(MaskProvider):
         return first.weight.dtype
 
     def _make(self, inputs: int, outputs: int, device: torch.device) -> None:
-        """The estimator, with random weights.
+        """Create the estimator with random weights.
 
-        Once, whatever thread comes first, and with parameters that can be trained, whatever mode torch is in.
+        Only the first thread creates it. Its parameters can be trained, even if torch is in inference mode.
         """
-        with _MAKING, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        with _INITIALISATION, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             if len(self.estimator):
                 return
-            # Not those of other devices, which are not restored.
+            # Seed the CPU generator only: fork_rng restores no other one here.
             torch.default_generator.manual_seed(self.seed)
             sizes = pairwise((inputs, *self.channels, outputs))
             convolutions = [
@@ -96,16 +100,16 @@ class EstimatedMask(MaskProvider):
                 for size, kernel in zip(sizes, self.kernels, strict=True)
             ]
             layers = self.assemble(convolutions, device)
-            # Last: another thread that finds it takes all the rest for made.
+            # Assigned last: a thread that finds an estimator assumes that everything else exists.
             self.estimator = layers.to(device).train(self.training)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Make the estimator that the tensors belong to, if there is none yet; its children are loaded after."""
+        """Create the estimator for the tensors if it does not exist yet; its children are loaded afterwards."""
         stored: list[Any] = [state_dict.get(f"{prefix}estimator.{place}.weight") for place in self.places]
         weights = [weight for weight in stored if isinstance(weight, Tensor) and weight.dim() == 4]
         if not len(self.estimator) and len(weights) == 4:
             sizes = (weights[0].shape[1], *self.channels, weights[-1].shape[0])
-            # Others than the options say are not made, and then refused as tensors of nothing.
+            # Tensors that contradict the options create no estimator, and are refused as unexpected keys.
             shapes = [
                 (after, before, kernel, kernel)
                 for (before, after), kernel in zip(pairwise(sizes), self.kernels, strict=True)
@@ -119,19 +123,19 @@ class EstimatedMask(MaskProvider):
 class LearnedMask(EstimatedMask):
     """Keep high where an estimator, trained with `cadsurgery finetune --objective blend`, says so.
 
-    A 3x3 convolution, another, max-pooling to the cells of the lowest level, two more; one score per level and cell,
-    the best level is taken. It is made when it first sees features, with random weights from its seed.
+    Two 3x3 convolutions, max-pooling to the cells of the lowest level, and two more convolutions give one score per
+    level and cell; the level with the best score is used. The estimator is created when it first sees features.
 
     Args:
-        fraction: share to keep high that training aims at, 0..1; with more than two levels that of a two-level
-            map with as many elements. The published gamma is 1 - fraction.
-        channels: of the three hidden convolutions, as published by default; at most 4096.
-        temperature: of the Gumbel-softmax in training, above 0.
-        noise: draw Gumbel noise when it is used, too, as published; from torch's generator.
-        seed: of the initial weights, 0 or more.
+        fraction: share to keep high that training aims at, 0..1. With more than two levels it is the share of a
+            two-level map with the same number of elements. The published gamma is 1 - fraction.
+        channels: channels of the three hidden convolutions, as published by default; at most 4096.
+        temperature: temperature of the Gumbel-softmax in training, above 0.
+        noise: draw Gumbel noise, from torch's generator, in inference too, as published.
+        seed: seed of the initial weights, 0 or more.
 
     Raises:
-        InvalidInput: a value out of range.
+        InvalidInput: a value is out of range.
     """
 
     places = (0, 2, 5, 7)
@@ -154,24 +158,24 @@ class LearnedMask(EstimatedMask):
         self.centre: Tensor
         self.spread: Tensor
         self.offset: Tensor
-        self._measure(2)
+        self._register_statistics(2)
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) int64: the level of the best score in each cell of the lowest level."""
+        """Return (B, h, w) int64: the level of the best score in each cell of the lowest level."""
         logits = self.logits(features, grid)
         if self.noise:
             logits = logits + _gumbel(logits)
         return on_samples(logits.argmax(1), grid.side, grid.size)
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """How many levels above the lowest the mask expects to be kept."""
+        """Return the expected number of levels above the lowest."""
         probabilities = self.logits(features, grid).softmax(1)
         above = torch.arange(grid.max_level, -1, -1, device=features.device)
         expected = torch.einsum("blhw,l->bhw", probabilities, above.to(probabilities))
         return on_samples(expected, grid.side, grid.size)
 
     def logits(self, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, levels, ceil(h / side), ceil(w / side)): one score per level and cell of the lowest level.
+        """Compute one score per level and cell of the lowest level: (B, levels, ceil(h / side), ceil(w / side)).
 
         Raises:
             InvalidInput: as `estimate`.
@@ -181,11 +185,12 @@ class LearnedMask(EstimatedMask):
         return _raise_high((estimates - centre[:, None, None]) / spread, offset)
 
     def balanced_logits(self, features: Tensor, grid: FineMapSpec, rate: float = 0.1) -> Tensor:
-        """The same by the statistics of this batch, so that its map keeps the target fraction; for training.
+        """Compute `logits` with the statistics of this batch, so that its map keeps the target fraction; for
+        training.
 
-        Scores are centred and scaled over the batch, and level 0 raised until the share kept is the fraction. So the
-        estimator learns where, not how much. As in batch norm, running statistics follow at the given rate; `logits`
-        uses them. They are buffers, and the same in all processes of a distributed run.
+        Scores are normalised over the batch, and level 0 is raised until the share kept is the fraction. So the
+        estimator learns where to keep, not how much. As in batch norm, running statistics follow at the given rate;
+        `logits` uses them. They are buffers, equal in all processes of a distributed run.
 
         Raises:
             InvalidInput: as `estimate`.
@@ -203,36 +208,37 @@ class LearnedMask(EstimatedMask):
 
     @torch.no_grad()
     def balance(self, logits: Sequence[tuple[Tensor, FineMapSpec]]) -> float:
-        """Raise or lower the score of level 0 for good, so that the maps of these `logits` keep the target fraction.
+        """Shift the score of level 0 permanently, so that the maps of these `logits` keep the target fraction on
+        average.
 
         Returns:
-            The share they keep then, the mean over the images.
+            The share that they keep afterwards, averaged over the images.
         """
         offset = self._offset(logits)
         self.offset += offset
         return self._kept_of_all(logits, offset)
 
-    def _kept_of_all(self, of_images: Sequence[tuple[Tensor, FineMapSpec]], offset: float) -> float:
-        shares = [float(self.kept(_raise_high(one, offset), grid)) for one, grid in of_images]
+    def _kept_of_all(self, images: Sequence[tuple[Tensor, FineMapSpec]], offset: float) -> float:
+        shares = [float(self.kept(_raise_high(logits, offset), grid)) for logits, grid in images]
         return sum(shares) / len(shares)
 
-    def _offset(self, of_images: Sequence[tuple[Tensor, FineMapSpec]]) -> float:
-        """Of the score of level 0 for the target fraction; the share kept rises with it."""
-        reach = max(float(logits.max() - logits.min()) for logits, _ in of_images) + 1.0
+    def _offset(self, images: Sequence[tuple[Tensor, FineMapSpec]]) -> float:
+        """Find the offset of level 0's score at which the target fraction is kept, by bisection."""
+        reach = max(float(logits.max() - logits.min()) for logits, _ in images) + 1.0
         low, high = -reach, reach
         for _ in range(30):
             middle = (low + high) / 2
-            if self._kept_of_all(of_images, middle) < self.fraction:
+            if self._kept_of_all(images, middle) < self.fraction:
                 low = middle
             else:
                 high = middle
-        return high + 1e-5 * reach  # clear of the place where a cell changes, whatever is rounded later
+        return high + 1e-5 * reach  # so that rounding cannot change a cell
 
     def estimate(self, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Return the scores of the estimator: (B, levels, ceil(h / side), ceil(w / side)).
+        """Return the raw scores of the estimator: (B, levels, ceil(h / side), ceil(w / side)).
 
         Raises:
-            InvalidInput: features with other channels, or a network with other levels, than it was made for.
+            InvalidInput: the estimator was made for another number of channels or levels.
         """
         values = features.to(self.require(features, grid))
         for layer in self.estimator:
@@ -241,14 +247,16 @@ class LearnedMask(EstimatedMask):
         return values.to(torch.promote_types(values.dtype, torch.float32))
 
     def sample(self, logits: Tensor, grid: FineMapSpec, generator: Generators = None) -> Tensor:
-        """(B, levels, h, w) one-hot on the fine map, a Gumbel-softmax sample with straight-through gradient (Jang et
-        al. 2017); of torch's generator, another one, or one for each image."""
+        """Draw a one-hot Gumbel-softmax sample (B, levels, h, w) on the fine map, with straight-through gradient.
+
+        See Jang et al. 2017. Noise comes from torch's generator, from `generator`, or from one generator per image.
+        """
         return on_samples(self._harden(logits + _gumbel(logits, generator)), grid.side, grid.size)
 
     def kept(self, logits: Tensor, grid: FineMapSpec, generator: Generators = None) -> Tensor:
-        """The share kept high, a scalar to hold against `fraction`, with straight-through gradient.
+        """Compute the share kept high, a scalar comparable with `fraction`, with straight-through gradient.
 
-        Of the map that `forward` gives, which is what is used later; with generators, of a Gumbel sample as published.
+        It is the share of the map that `forward` returns; with generators, of a Gumbel sample, as published.
         """
         noisy = logits if generator is None else logits + _gumbel(logits, generator)
         shares = self._harden(noisy).mean((0, 2, 3))
@@ -257,38 +265,38 @@ class LearnedMask(EstimatedMask):
         return (shares * worth / worth[0]).sum()
 
     def _harden(self, logits: Tensor) -> Tensor:
-        """One-hot over axis 1, with the gradient of the softmax."""
+        """Return the one-hot maximum over axis 1, with the gradient of the softmax."""
         soft = (logits / self.temperature).softmax(1)
         hard = F.one_hot(soft.argmax(1), soft.shape[1]).movedim(-1, 1).to(soft)
         return hard + soft - soft.detach()
 
     def assemble(self, convolutions: list[nn.Conv2d], device: torch.device) -> nn.Sequential:
-        """They pool to the cells of the lowest level, whose side the network knows; it begins at about its target."""
+        """Build the estimator; its initial bias keeps about the target share. `nn.Identity` marks the max-pooling."""
         one, two, three, last = convolutions
         share = min(max(self.fraction, 0.01), 0.99)
         start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (last.out_channels - 1)])
         last.bias = nn.Parameter(start)
-        self._measure(last.out_channels, device)
+        self._register_statistics(last.out_channels, device)
         return nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), nn.Identity(), three, nn.ReLU(), last)
 
-    def _measure(self, levels: int, device: torch.device | None = None) -> None:
-        """Running statistics of the scores that leave them as they are."""
+    def _register_statistics(self, levels: int, device: torch.device | None = None) -> None:
+        """Register running statistics that leave the scores unchanged."""
         self.register_buffer("centre", torch.zeros(levels, device=device))
         self.register_buffer("spread", torch.ones((), device=device))
         self.register_buffer("offset", torch.zeros((), device=device))
 
 
-# Standard deviation of the difference of the scores of the first and the last level in training.
+# Standard deviation of the difference between the first and the last level's scores in training.
 _SHARPNESS = 3.0
 
 
 def _raise_high(logits: Tensor, offset: Tensor | float) -> Tensor:
-    """Scores with that of level 0 raised."""
+    """Add an offset to the score of level 0."""
     return torch.cat([logits[:, :1] + offset, logits[:, 1:]], 1)
 
 
 def _gumbel(like: Tensor, generator: Generators = None) -> Tensor:
-    """Standard Gumbel noise; of a generator on the CPU, so that it is the same on all devices."""
+    """Draw standard Gumbel noise; from a generator on the CPU it is the same on all devices."""
     if isinstance(generator, Sequence):
         return torch.cat([_gumbel(*pair) for pair in zip(like.split(1), generator, strict=True)])
     device = generator.device if generator is not None else like.device

@@ -1,4 +1,4 @@
-"""From an image to its lattice: provider, checks, geometry."""
+"""From an image to its lattice: run the mask provider, check its levels, build the lattice."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
 from cadsurgery.support.errors import InvalidInput
 
-# What a message says where a mask is not static.
+# Next step in the error message about a mask that is not static.
 NEEDS_STATIC = (
     'keep a fixed share of the patches, mask="edges | budget:fraction=0.3", or compile with cs.Bucketed(net).'
 )
 
 
-@dataclass(frozen=True, eq=False)  # hashed by compilers while its fields do not exist yet
+@dataclass(frozen=True, eq=False)  # compilers hash it before its fields exist
 class Masking:
-    """From an image and its fine map to the lattice: what the rewritten graph calls where the region begins.
+    """Computes the lattice of an image; the rewritten graph calls this module where the region begins.
 
     Attributes:
         provider: the mask.
-        geometry: how lattices are built.
+        geometry: builds the lattices.
         output_stride: input pixels per sample of the fine map.
-        static: give the lattice bounds instead of exact numbers of elements; always while a graph is made.
-        any_number: in a graph, of a mask that is not static, let the level map say how many elements there are.
-        unit: from the image to what the mask sees of it.
+        static: give lattices bounds instead of exact numbers of elements; always the case in a compiled graph.
+        any_number: in a graph, let the number of elements of a mask that is not static depend on its level map.
+        unit: converts the image to the unit of masks.
     """
 
     provider: MaskProvider
@@ -42,16 +42,12 @@ class Masking:
     unit: Unit = field(default_factory=lambda: Unit(AS_IT_COMES))
 
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
-        """The lattice for an image (B, C, H, W) whose fine map is `features`."""
+        """Return the lattice for an image (B, C, H, W) whose fine map is `features`."""
         geometry, bounds, grid = self.geometry, None, self.grid(features)
         in_graph = torch.compiler.is_compiling() and not is_for_any_size(features.shape)
-        if self.static or (
-            in_graph and (self.provider.static or not self.any_number)
-        ):  # otherwise exact counts are known, and faster
-            bounds = self._bounds(grid)
-        if (
-            not image.is_floating_point()
-        ):  # of a network that scales pictures itself; differences would wrap around
+        if self.static or (in_graph and (self.provider.static or not self.any_number)):
+            bounds = self._bounds(grid)  # otherwise exact numbers are known, which is faster
+        if not image.is_floating_point():  # differences of uint8 pictures would wrap around
             image = image.to(torch.get_default_dtype())
         with torch.no_grad():
             shown = self.unit(image) if self.provider.sees_image else image
@@ -59,7 +55,7 @@ class Masking:
         return geometry.lattice(check_levels(levels, grid, self.provider.name), bounds)
 
     def grid(self, features: Tensor) -> FineMapSpec:
-        """Return what the mask needs to know of the fine map `features` (B, C, h, w)."""
+        """Describe the fine map `features` (B, C, h, w) for the mask."""
         size = (features.shape[2], features.shape[3])
         return FineMapSpec.of(self.geometry, features.shape[0], size, self.output_stride)
 
@@ -71,17 +67,18 @@ class Masking:
 
 
 def not_static(mask: MaskProvider, why: str, next: str = "") -> InvalidInput:
-    """The refusal of a mask that is not static: what it does, `why` that does not do, and the next step."""
+    """Return the error for a mask that is not static: its dependence, `why` this is refused, the next step."""
     depends = f"depends on {mask.dependence}, not the image alone"
-    what = depends if mask.dependence else "keeps another number of elements of each image"
-    return InvalidInput(f"mask {mask.spec()} {what}.", why=why, next=next or NEEDS_STATIC)
+    dynamic = "keeps a number of elements that varies from image to image"
+    problem = depends if mask.dependence else dynamic
+    return InvalidInput(f"mask {mask.spec()} {problem}.", why=why, next=next or NEEDS_STATIC)
 
 
 def check_image(image: Any, name: str = "the image") -> None:
-    """Refuse what is no image batch; `name` is what the message calls it.
+    """Check that a value is an image batch; `name` is its name in the error message.
 
     Raises:
-        InvalidInput: not a 4-d tensor, empty, or with NaN or infinite values.
+        InvalidInput: it is not a 4-d tensor, is empty, or has NaN or infinite values.
     """
     if not isinstance(image, Tensor) or image.dim() != 4:
         raise InvalidInput(
@@ -100,10 +97,10 @@ def check_image(image: Any, name: str = "the image") -> None:
     if torch.compiler.is_compiling():
         if not is_exporting():
             for length in image.shape:
-                operator.index(length)  # one graph per size: lattices are made of Python numbers
+                operator.index(length)  # one graph per size: lattices are built from Python integers
         return
     if image.is_meta or image.sum(dtype=_wide(image.dtype)).isfinite():
-        return  # one NaN or infinity makes the sum one; so can a large sum, so what follows looks closer
+        return  # any NaN or infinity makes the sum non-finite; a large sum can overflow too, so check closer below
     if not image.isfinite().all():
         bad = int((~image.isfinite()).sum())
         raise InvalidInput(
@@ -114,7 +111,7 @@ def check_image(image: Any, name: str = "the image") -> None:
 
 
 def _made_from(value: object) -> str:
-    """How an image batch is made of what is none, for messages."""
+    """Suggest how to make an image batch from a value, for error messages."""
     if isinstance(value, Tensor):
         return ", here image.unsqueeze(0)" if value.dim() == 3 else ""
     if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):
@@ -125,5 +122,5 @@ def _made_from(value: object) -> str:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """A type in which the sum of an ordinary image does not overflow."""
+    """Return a dtype in which the sum of an ordinary image does not overflow."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Options of masks: how they are written and read as text, and what values they may have."""
+"""Options of masks: their text form and the checks of their values."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ N = TypeVar("N", int, float)
 
 
 def options_of(provider: type) -> dict[str, Any]:
-    """Options of a provider class and their defaults: those of its constructor."""
+    """Return the options of a provider class with their defaults: the parameters of its constructor."""
     parameters = inspect.signature(provider).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def format_option(value: Any) -> str:
-    """An option's value in the string form."""
+    """Format an option's value as text."""
     return "/".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
 
 
 def format_options(options: dict[str, Any]) -> str:
-    """Options in the string form."""
+    """Format options as text."""
     return ",".join(f"{name}={format_option(value)}" for name, value in options.items())
 
 
 def read_option(mask: str, option: str, text: str, default: Any) -> Any:
-    """A number, a yes or no, a text, or several separated by slashes, of the type of the default.
+    """Parse the text of an option: a number, True or False, a string, or several values separated by slashes.
 
     Raises:
-        InvalidInput: it is no such value, or several where there is one.
+        InvalidInput: the text does not have the type of the default, or has several values where one is allowed.
     """
     kind = type(default[0]) if isinstance(default, tuple) else type(default)
     try:
@@ -59,12 +59,12 @@ _YES_OR_NO = {"true": True, "false": False}
 
 
 def several(value: N | Sequence[N]) -> tuple[N, ...]:
-    """An option that may be one number or several."""
+    """Return one number or several as a tuple."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)  # type: ignore[return-value]
 
 
 class Allowed(NamedTuple):
-    """Values that an option may have: a test, the message for others, an example."""
+    """A rule for an option's values: a test, the message for values that fail it, and an example."""
 
     holds: Callable[[Any], bool]
     refusal: str
@@ -72,23 +72,21 @@ class Allowed(NamedTuple):
 
 
 def between(least: float, most: float, example: str) -> Allowed:
-    """Values from `least` to `most`, which NaN is not."""
+    """Allow values from `least` to `most`; NaN is refused."""
     return Allowed(lambda value: least <= value <= most, f"is not in {least}..{most}.", example)
 
 
 NUMBER = Allowed(lambda value: not math.isnan(value), "is NaN or missing.", "0.35, or several: 0.8/0.2")
 ODD = Allowed(lambda side: side >= 1 and side % 2 == 1, "is not odd and positive.", "11")
 SHARE = between(0, 1, "0.3")
-WIDTH = between(
-    0, 1000, "1, or 0 for none"
-)  # a standard deviation; the window has six times as many on a side
+WIDTH = between(0, 1000, "1, or 0 for none")  # a standard deviation; the window's side is six times as long
 
 
 def check_options(mask: str, **options: tuple[Any, Allowed]) -> None:
-    """Refuse options of a mask, one value or several each, that are not allowed.
+    """Check the values of a mask's options.
 
     Raises:
-        InvalidInput: the first one.
+        InvalidInput: for the first value that is not allowed.
     """
     for option, (value, allowed) in options.items():
         values = several(value)
@@ -101,7 +99,7 @@ def check_options(mask: str, **options: tuple[Any, Allowed]) -> None:
 
 
 def check_falling(mask: str, thresholds: Sequence[float]) -> None:
-    """Refuse thresholds on one map that do not decide anything."""
+    """Check that thresholds on one map fall, so that each decides something."""
     if any(later >= earlier for earlier, later in pairwise(thresholds)):
         raise InvalidInput(
             f"the thresholds {format_option(tuple(thresholds))} do not fall.",
@@ -112,7 +110,7 @@ def check_falling(mask: str, thresholds: Sequence[float]) -> None:
 
 
 def check_count(mask: str, counted: str, count: int, max_level: int) -> None:
-    """Refuse more thresholds, widths, ... than there are levels above the lowest."""
+    """Check that there are no more thresholds, widths, ... than levels above the lowest."""
     most = max(max_level, 1)
     if count > most:
         raise InvalidInput(

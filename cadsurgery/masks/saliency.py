@@ -1,4 +1,4 @@
-"""Saliency of an image: a function that files and users name, `cadsurgery.masks.saliency:spectral_residual`."""
+"""Saliency of an image. Files and users refer to it as `cadsurgery.masks.saliency:spectral_residual`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cadsurgery.masks.filters import blur, grey_of
 
 
 def spectral_residual(image: Tensor) -> Tensor:
-    """(B, h, w) float32, the short side 64: what is unlike the rest of the image (Hou and Zhang, CVPR 2007).
+    """Compute a saliency map (B, h, w) float32 whose short side is 64 (spectral residual: Hou and Zhang, CVPR 2007).
 
-    The spectrum of the small grey image, its log amplitude minus that smoothed by 3 x 3, transformed back, squared,
-    smoothed (standard deviation 2.5) and divided by its mean over the image; there objects are above 3.
+    The log amplitude of the small grey image's spectrum, minus its 3 x 3 mean, is transformed back, squared, smoothed
+    (standard deviation 2.5) and divided by its mean over the image. Objects have values above 3.
     """
     height, width = image.shape[2:]
     scale = 64 / min(height, width)
@@ -22,9 +22,8 @@ def spectral_residual(image: Tensor) -> Tensor:
     small = F.interpolate(grey, size=size, mode="bilinear", antialias=True).squeeze(1)
     spectrum = torch.fft.fft2(small)
     amplitude = spectrum.abs().clamp(min=1e-6).log()
-    smooth = F.avg_pool2d(F.pad(amplitude.unsqueeze(1), (1, 1, 1, 1), mode="replicate"), 3, stride=1).squeeze(
-        1
-    )
+    padded = F.pad(amplitude.unsqueeze(1), (1, 1, 1, 1), mode="replicate")
+    smooth = F.avg_pool2d(padded, 3, stride=1).squeeze(1)
     residual = torch.polar((amplitude - smooth).exp(), spectrum.angle())
     saliency = blur(torch.fft.ifft2(residual).abs().square(), 2.5)
     return saliency / saliency.mean((1, 2), keepdim=True).clamp(min=1e-12)

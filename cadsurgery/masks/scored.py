@@ -1,5 +1,5 @@
-"""Masks that keep high what a map of scores says: what interpolation of the entering features would lose, what any
-function of the image gives, how unsure the network is after a first pass with everything downsampled.
+"""Masks with thresholds on a score map: the interpolation error of the entering features, a function of the image, or
+the network's uncertainty after a first pass with everything downsampled.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ MEASURES = ("margin", "entropy")
 
 
 class ScoredMask(SteppedMask):
-    """Base of masks that keep high what a map of scores says; several thresholds on it give graded levels. A subclass
-    gives the map (`scores`).
+    """Base of masks with thresholds on a score map, which a subclass computes (`scores`).
 
     Args:
-        threshold: on the scores; the i-th decides what gets level i, everything else the lowest level.
+        threshold: the i-th threshold on the scores decides what gets level i; all others get the lowest level.
 
     Raises:
-        InvalidInput: thresholds that are NaN or do not fall.
+        InvalidInput: thresholds are NaN or do not fall.
     """
 
     def __init__(self, threshold: float | tuple[float, ...]) -> None:
@@ -51,20 +50,21 @@ class ScoredMask(SteppedMask):
         check_falling(self.name, self.threshold)
 
     def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
-        """Where the scores reach each threshold."""
+        """Mark where the scores reach each threshold."""
         scores = self.scores(image, features, grid)
         return [scores >= threshold for threshold in self.threshold]
 
 
 @mask_provider("detail", source="ours; measured in recipes/camvid_mobilenetv2")
 class DetailMask(ScoredMask):
-    """Keep high where linear interpolation from every second sample misses the entering features most.
+    """Keep high where linear interpolation from every second sample has the largest error on the entering features.
 
-    The squared error is summed over channels, smoothed, so that kept areas are compact, and divided by its mean over
-    the image: a threshold of 2 keeps what misses twice the average. No training, no labels, hardly any work.
+    The squared error is summed over channels, smoothed to make kept areas compact, and divided by its mean over the
+    image: a threshold of 2 keeps samples with twice the average error. It needs no training and no labels, and costs
+    hardly anything.
 
     Args:
-        threshold: on the relative error; several as in `ScoredMask`.
+        threshold: on the relative error; several thresholds as in `ScoredMask`.
         sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
     """
 
@@ -76,20 +76,24 @@ class DetailMask(ScoredMask):
         self.sigma = sigma
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """The smoothed error relative to its mean over the image."""
+        """Return the smoothed error relative to its mean over the image."""
         error = blur(interpolation_error(features), self.sigma)
         return error / error.mean((1, 2), keepdim=True).clamp(min=torch.finfo(error.dtype).tiny)
 
 
 def interpolation_error(features: Tensor) -> Tensor:
-    """(B, h, w), at least float32: squared distance of a map (B, C, h, w) from the bilinear interpolation of its every
-    second sample, the border replicated, summed over channels."""
+    """Compute the squared error of bilinear interpolation from every second sample, summed over channels.
+
+    The result (B, h, w) is at least float32; borders are replicated.
+    """
     return missed(features).square().sum(1)
 
 
 def missed(features: Tensor) -> Tensor:
-    """(B, C, h, w), at least float32: what bilinear interpolation of a map's every second sample misses of it, the
-    border replicated."""
+    """Compute the error of bilinear interpolation of a map (B, C, h, w) from its every second sample.
+
+    The result has the map's shape and is at least float32; borders are replicated.
+    """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     height, width = features.shape[2:]
     every_second = features[:, :, ::2, ::2]
@@ -102,17 +106,17 @@ def missed(features: Tensor) -> Tensor:
 
 @mask_provider("saliency", source="default function: spectral residual, Hou and Zhang, CVPR 2007")
 class SaliencyMask(ScoredMask):
-    """Keep high what a function of the image scores at least the threshold; several thresholds give levels.
+    """Keep high where a function of the image reaches the threshold; several thresholds give graded levels.
 
     Args:
-        function: from the image batch (B, C, H, W) in the unit of masks (`masks.unit`) to a floating-point map
-            (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map; a callable, or the name
-            `module:function` of one that can be imported.
-        threshold: on the map; several as in `ScoredMask`.
+        function: maps the image batch (B, C, H, W) in the unit of masks (`masks.unit`) to a floating-point map
+            (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map. A callable, or the name
+            `module:function` of an importable function.
+        threshold: on the map; several thresholds as in `ScoredMask`.
 
     Raises:
-        UnknownName: no such module or function.
-        InvalidInput: no function, or thresholds as in `ScoredMask`.
+        UnknownName: there is no such module or function.
+        InvalidInput: the function is not callable, or thresholds as in `ScoredMask`.
     """
 
     image_only = True
@@ -125,12 +129,12 @@ class SaliencyMask(ScoredMask):
         super().__init__(threshold)
         example = f"saliency:function={SPECTRAL}"
         self._function: Any = function
-        if isinstance(function, str):  # its own is no import, so that every file may name it
+        if isinstance(function, str):  # the default is not imported by name, so that every file may name it
             is_ours = function == SPECTRAL
             self._function = spectral_residual if is_ours else function_at(function, "mask saliency", example)
         if not callable(self._function):
             raise InvalidInput(
-                f"{describe(self._function)} is no function.",
+                f"{describe(self._function)} is not a function.",
                 where="mask saliency",
                 next="give a function image -> scores, or the name module:function of one.",
             )
@@ -138,10 +142,10 @@ class SaliencyMask(ScoredMask):
         self.has_own_function = not isinstance(function, str)
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """The function's map, at least float32, resized to the fine map (bilinear, with antialiasing).
+        """Return the function's map, at least float32, resized to the fine map (bilinear, with antialiasing).
 
         Raises:
-            InvalidInput: the function returns no score map.
+            InvalidInput: the function does not return a score map.
         """
         scores = self._function(image)
         if isinstance(scores, Tensor) and scores.dim() == 4 and scores.shape[1] == 1:
@@ -161,17 +165,17 @@ class SaliencyMask(ScoredMask):
 class ConfidenceMask(ScoredMask):
     """Keep high where the network is unsure after a first pass with everything downsampled.
 
-    The pass begins where the region begins: what comes before runs once. Its work counts as the mask's.
+    The pass begins where the region begins; layers before it run once. Its work counts as the mask's.
 
     Args:
-        threshold: on the doubt, 0..1; several as in `ScoredMask`.
-        measure: of doubt: `margin`, one minus the difference of the two largest probabilities, or `entropy`,
-            divided by its largest value.
+        threshold: on the uncertainty, 0..1; several thresholds as in `ScoredMask`.
+        measure: measure of uncertainty: `margin`, one minus the difference of the two largest probabilities, or
+            `entropy`, divided by its largest possible value.
         sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
 
     Raises:
-        UnknownName: no such measure.
-        InvalidInput: thresholds as in `ScoredMask`, or a sigma that is no width.
+        UnknownName: there is no such measure.
+        InvalidInput: thresholds as in `ScoredMask`, or a sigma out of range.
     """
 
     image_only = ignores_image = True
@@ -187,21 +191,21 @@ class ConfidenceMask(ScoredMask):
         check_options("confidence", sigma=(sigma, WIDTH))
 
     def first_passes(self, lowest: int) -> frozenset[int]:
-        """Everything downsampled."""
+        """Return the lowest level."""
         return frozenset({lowest})
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """The doubt at the pixels of each sample of the fine map, averaged and smoothed.
+        """Compute the network's uncertainty, resized to the fine map and smoothed.
 
         Raises:
-            InvalidInput: the network gives no class scores for a map.
+            InvalidInput: the network does not return a map of class scores.
         """
-        doubt = _doubt(_logits(first_pass_output("mask confidence"), grid), self.measure)
-        return blur(resize(doubt, grid.size), self.sigma)
+        uncertainty = _uncertainty(_logits(first_pass_output("mask confidence"), grid), self.measure)
+        return blur(resize(uncertainty, grid.size), self.sigma)
 
 
 def _logits(output: Any, grid: FineMapSpec) -> Tensor:
-    """The class scores (B, C, H, W) among the outputs of the first pass: a tensor, or `out` of a dictionary."""
+    """Return the class scores (B, C, H, W) of the first pass: its output, or entry `out` of a dictionary."""
     logits = output.get("out") if isinstance(output, Mapping) else output
     if (
         not isinstance(logits, Tensor)
@@ -212,16 +216,16 @@ def _logits(output: Any, grid: FineMapSpec) -> Tensor:
         several = isinstance(output, Mapping)
         described = f"a dictionary of {', '.join(map(str, output))}" if several else describe(logits)
         raise InvalidInput(
-            f"the network gives {described}.",
+            f"the network returns {described}.",
             where="mask confidence",
-            why="doubt needs scores (B, C, H, W) of two classes or more, alone or as 'out' of a dictionary.",
+            why="uncertainty needs scores (B, C, H, W) of two classes or more, alone or as 'out' of a dictionary.",
             next="choose another mask, e.g. detail or edges.",
         )
     return logits
 
 
-def _doubt(logits: Tensor, measure: str) -> Tensor:
-    """(B, H, W) in 0..1 of class scores (B, C, H, W)."""
+def _uncertainty(logits: Tensor, measure: str) -> Tensor:
+    """Compute the uncertainty (B, H, W), in 0..1, of class scores (B, C, H, W)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if measure == "entropy":
         logs = logits.log_softmax(1)

@@ -1,12 +1,12 @@
-"""From what a user gives to a mask, and the string form of masks.
+"""The text form of masks, and `resolve_mask`, which turns what a user passes into a mask.
 
     mask   = sum { "|" wrapper }             a wrapper works on everything before it
     sum    = term { "+" term }               the finest level of several masks; binds tighter than the pipe
     term   = name [":" options] | "(" mask ")"
     options = option "=" value {"," option "=" value}
 
-so that `edges + gradient:threshold=1 | budget:fraction=0.3` is a budget of both together, and
-`edges + (gradient | budget:fraction=0.1)` edges and a tenth of the rest.
+For example, `edges + gradient:threshold=1 | budget:fraction=0.3` is a budget of both masks together, while
+`edges + (gradient | budget:fraction=0.1)` is edges plus a tenth of the patches by gradient.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from cadsurgery.support.plain import split_options
 PIPE, PLUS = "|", "+"
 _MARKS = re.compile(r"([|()]|\+(?!\s*[\d.]))")  # the plus of 1e+16 belongs to a number
 _END = ""
-_MOST = 64  # marks: masks are read, written and asked recursively
+_MAX_MARKS = 64  # masks are read, written and evaluated recursively
 
 
 def resolve_mask(mask: object) -> MaskProvider:
-    """A provider from a string (see above), a provider, a callable image -> map, or a tensor.
+    """Return a provider for a text (see above), a provider, a callable image -> map, or a tensor.
 
     Raises:
-        UnknownName: no such mask or option; the closest names are listed.
-        InvalidInput: a string that cannot be read, or `mask` is something else.
+        UnknownName: there is no such mask or option; the closest names are listed.
+        InvalidInput: the text cannot be read, or `mask` has another type.
     """
     if isinstance(mask, MaskProvider):
         return mask
@@ -52,23 +52,23 @@ def resolve_mask(mask: object) -> MaskProvider:
 
 
 def parse(text: str, *, tensors: bool = False) -> MaskProvider:
-    """The mask a string describes.
+    """Parse the text form of a mask.
 
     Args:
-        text: the string form.
-        tensors: read what a file writes for a tensor as a mask of no size, whose tensor comes later; otherwise it is
-            no name of a mask.
+        text: the text form.
+        tensors: accept the placeholder that files contain for a tensor, as a mask whose tensor is loaded later;
+            otherwise the placeholder is an unknown name.
 
     Raises:
-        UnknownName: no such mask, wrapper or option; the closest names are listed.
-        InvalidInput: a value cannot be read, a part is missing, or a wrapper stands where a mask belongs or the
-            other way round.
+        UnknownName: there is no such mask, wrapper or option; the closest names are listed.
+        InvalidInput: a value cannot be read, a part is missing, or a wrapper is used as a mask or the other way
+            round.
     """
     reader = _Reader(text, tensors)
-    if (marks := len(_MARKS.findall(text))) > _MOST:
+    if (marks := len(_MARKS.findall(text))) > _MAX_MARKS:
         raise InvalidInput(
             f"the mask {text[:40]!r}... has {marks} pipes, pluses and parentheses.",
-            next=f"write one with at most {_MOST}.",
+            next=f"write one with at most {_MAX_MARKS}.",
         )
     mask = reader.mask()
     if reader.next() != _END:
@@ -77,12 +77,12 @@ def parse(text: str, *, tensors: bool = False) -> MaskProvider:
 
 
 def join(masks: list[str]) -> str:
-    """The string form of the finest level of masks."""
+    """Return the text form of a union of masks, each in text form."""
     return f" {PLUS} ".join(f"({mask})" if _MARKS.search(mask) else mask for mask in masks)
 
 
 class _Reader:
-    """Reads a string from left to right."""
+    """Reads the text form from left to right."""
 
     def __init__(self, text: str, tensors: bool) -> None:
         self.text, self.tensors = text, tensors
@@ -91,33 +91,33 @@ class _Reader:
     def next(self) -> str:
         return self.pieces[0] if self.pieces else _END
 
-    def took(self, mark: str) -> bool:
-        """True if the mark comes next; then it is passed."""
+    def accept(self, mark: str) -> bool:
+        """Consume the mark if it comes next; True if it did."""
         follows = self.next() == mark
         if follows:
             self.pieces.pop(0)
         return follows
 
     def words(self) -> str:
-        """Return the text before the next mark."""
+        """Consume and return the text before the next mark."""
         return self.pieces.pop(0) if self.next() not in (_END, PIPE, PLUS, "(", ")") else ""
 
     def mask(self) -> MaskProvider:
         mask = self.sum()
-        while self.took(PIPE):
+        while self.accept(PIPE):
             mask = _named(self.words(), mask)
         return mask
 
     def sum(self) -> MaskProvider:
         terms = [self.term()]
-        while self.took(PLUS):
+        while self.accept(PLUS):
             terms.append(self.term())
         return PROVIDERS["union"](*terms) if len(terms) > 1 else terms[0]
 
     def term(self) -> MaskProvider:
-        if self.took("("):
+        if self.accept("("):
             mask = self.mask()
-            if not self.took(")"):
+            if not self.accept(")"):
                 raise _unfinished(self.text, "a parenthesis is not closed")
             return mask
         words = self.words()
@@ -144,7 +144,7 @@ def _unfinished(text: str, what: str) -> InvalidInput:
 
 
 def _named(text: str, *inner: MaskProvider) -> MaskProvider:
-    """The mask of a name and options; behind a pipe with the mask before that."""
+    """Create the mask with this name and these options; `inner` is the mask before the pipe, for a wrapper."""
     name = text.partition(":")[0].strip()
     provider: Any = PROVIDERS.get(name)
     if provider is not None and provider.takes == ("one" if inner else "none"):
@@ -155,15 +155,17 @@ def _named(text: str, *inner: MaskProvider) -> MaskProvider:
     if provider is None:
         raise UnknownName("mask", name, PROVIDERS)
     needed = "other masks" if provider.takes == "many" else "another mask"
-    what = f"mask {name!r} " + ("cannot stand behind a pipe." if inner else f"needs {needed} to work on.")
+    problem = f"mask {name!r} " + ("cannot stand behind a pipe." if inner else f"needs {needed} to work on.")
     if provider.takes == "many":
         raise InvalidInput(
-            what, why="it is made of several masks.", next='write a plus between them: "edges + gradient".'
+            problem, why="it is made of several masks.", next='write a plus between them: "edges + gradient".'
         )
     if provider.takes == "one":
-        raise InvalidInput(what, next=f"write that before it and a pipe: {_example_of_a_pipe(wrapper=text)}.")
+        raise InvalidInput(
+            problem, next=f"write that before it and a pipe: {_example_of_a_pipe(wrapper=text)}."
+        )
     raise InvalidInput(
-        what,
+        problem,
         why="it is a mask of its own and takes no other.",
         next=f"write {text!r} alone, a wrapper behind it: {_example_of_a_pipe(text)}, "
         f'or a plus between both: "edges {PLUS} {text}".',
@@ -175,7 +177,7 @@ def _example_of_a_pipe(mask: str = "edges", wrapper: str = "budget:fraction=0.3"
 
 
 def _options(name: str, text: str) -> dict[str, Any]:
-    """The options that follow the name of a mask in its string form."""
+    """Parse the options that follow the name of a mask."""
     known = options_of(PROVIDERS[name])
     example = f"e.g. {name}:{format_options(known)}" if known else f"mask {name!r} takes no options."
     texts = split_options(text.partition(":")[2], known, f"mask {name!r}", next=example)

@@ -1,7 +1,7 @@
 """The unit in which masks see pictures, so that a threshold means the same on every network.
 
-It is that of the published thresholds: red, green and blue in 0..1, minus ImageNet's mean, divided by its standard
-deviation; of any other number of channels each minus the mean of these means, divided by that of the deviations.
+It is the unit of the published thresholds: RGB in 0..1, minus ImageNet's mean, divided by its standard deviation. If
+there are not three channels, each is normalised by the average of these means and of these deviations.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
 from cadsurgery.support.errors import CadWarning, InvalidInput
 
-RAW = "raw"  # what says that masks see the input as it comes
+RAW = "raw"  # the user's word for masks that see the network's input unchanged
 _EXAMPLE = '((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), or "raw" for masks that see the input as it comes'
-_SETTLING = threading.Lock()
+_FIRST_PICTURE = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """How the input of a network comes from a picture in 0..1: minus the mean, divided by the standard deviation.
+    """How a network's input is computed from a picture in 0..1: minus the mean, divided by the standard deviation.
 
     Attributes:
-        mean: of each channel, or one for all; empty where masks see the input as it comes.
+        mean: one value per channel, or one for all; empty if masks see the input unchanged.
         std: likewise.
-        origin: where this is known from.
+        origin: how the normalisation is known, for reports.
     """
 
     mean: tuple[float, ...] = ()
@@ -43,14 +43,14 @@ class Normalisation:
         if len(self.mean) != len(self.std) or not numbers or any(value <= 0 for value in self.std):
             raise InvalidInput(
                 f"mean {self.mean} and standard deviation {self.std} are no normalisation.",
-                why="there is one of each for every channel, or one of each for all; deviations are above 0.",
+                why="there must be one of each for every channel, or one of each for all; deviations are above 0.",
                 next=f"give (mean, std) of pictures in 0..1: {_EXAMPLE}.",
             )
 
     def in_unit(self, image: Tensor) -> Tensor:
-        """The picture that an input (B, C, H, W) shows, in the unit of masks and of the same type.
+        """Convert an input (B, C, H, W) to the unit of masks; the dtype stays.
 
-        After ImageNet's mean and deviation it is the input itself, bit for bit.
+        An input normalised by ImageNet's mean and deviation is returned unchanged, bit for bit.
         """
         scale, shift = self._to_unit(image.shape[1])
         if all(value == 1 for value in scale) and not any(shift):
@@ -60,7 +60,7 @@ class Normalisation:
         return (wide * factors + terms).to(image.dtype)
 
     def _to_unit(self, channels: int) -> tuple[list[float], list[float]]:
-        """Factor and term of each channel."""
+        """Return the factor and the offset of each channel."""
         if not self.mean:
             return [1.0] * channels, [0.0] * channels
         of_input, of_unit = (
@@ -72,7 +72,7 @@ class Normalisation:
         return scale, [(ours - theirs) / std for ours, theirs, std in apart]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {"mean": list(self.mean), "std": list(self.std), "origin": self.origin}
 
     def __str__(self) -> str:
@@ -86,15 +86,15 @@ AS_IT_COMES = Normalisation(origin="asked for")
 
 
 def _for_channels(values: Sequence[float], channels: int) -> list[float]:
-    """One for each channel: the values, or their mean where there are others, as of a colour network made grey."""
+    """Return one value per channel: the values, or their mean if the number differs, e.g. for a grey network."""
     return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 def read_normalisation(value: object, channels: int, origin: str = "given") -> Normalisation:
-    """Return a user's unit as (mean, std), each a number or one for each channel; or "raw"; or one that was read.
+    """Read a user's normalisation: (mean, std), each a number or one per channel; "raw"; or a `Normalisation`.
 
     Raises:
-        InvalidInput: it is something else, of another number of channels, not finite, or a deviation is not above 0.
+        InvalidInput: another type or number of channels, a value is not finite, or a deviation is not above 0.
     """
     if isinstance(value, Normalisation):
         return value
@@ -121,7 +121,7 @@ def _numbers(value: Any) -> tuple[float, ...]:
     return numbers
 
 
-# Ranges of pictures, the first that holds all values is taken; filters that sharpen overshoot a little.
+# Usual ranges of pictures; the first one that contains all values is used. Sharpening filters overshoot a little.
 _RANGES: tuple[tuple[float, float, str, tuple[float, ...], tuple[float, ...]], ...] = (
     (-0.1, 1.1, "0..1", (0.0,), (1.0,)),
     (-1.1, 1.1, "-1..1", (0.5,), (0.5,)),
@@ -132,8 +132,11 @@ _RANGES: tuple[tuple[float, float, str, tuple[float, ...], tuple[float, ...]], .
 
 
 def estimate(image: Tensor) -> Normalisation | None:
-    """Guess the unit of an input (B, C, H, W) from the range of its values; of an unusual range each channel's mean and
-    deviation are set to those of the unit. None of what is no picture: constant, or noise."""
+    """Guess the normalisation of an input (B, C, H, W) from the range of its values.
+
+    For an unusual range, each channel's mean and deviation are mapped to those of the unit. None if the input is not
+    a picture but constant or noise.
+    """
     values = image.detach().float()
     if not _is_picture(values):
         return None
@@ -151,7 +154,7 @@ def estimate(image: Tensor) -> Normalisation | None:
 
 
 def _is_picture(values: Tensor) -> bool:
-    """True if neighbours are more alike than places far apart."""
+    """True if neighbouring pixels are more alike than distant pixels."""
     if min(values.shape[2:]) < 2 or not bool(values.isfinite().all()):
         return False
     near = [(values.narrow(axis, 1, values.shape[axis] - 1) - values.narrow(axis, 0, values.shape[axis] - 1)).abs()
@@ -161,7 +164,7 @@ def _is_picture(values: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _say_unknown() -> None:
+def _warn_unknown() -> None:
     warnings.warn(
         "the network is compiled before it has seen a picture: its masks see the input as it comes, and what their "
         "thresholds mean depends on that. Call it on a picture once before, or pass adaptify(normalisation=).",
@@ -171,26 +174,26 @@ def _say_unknown() -> None:
 
 
 class Unit:
-    """From what a network is given to what its masks see; set by the first picture at the latest.
+    """Converts a network's input to the unit of masks; its normalisation is set by the first picture at the latest.
 
-    Copies of a network share it: what their input is like is the same.
+    Copies of a network share this object, because their inputs have the same normalisation.
     """
 
     def __init__(self, normalisation: Normalisation | None = None) -> None:
-        """Take what is known; nothing yet for None."""
+        """Start with a known normalisation, or None to estimate it from the first picture."""
         self.normalisation = normalisation
 
     def __call__(self, image: Tensor) -> Tensor:
-        """The picture of an input (B, C, H, W); as it comes until a picture has come."""
+        """Convert an input (B, C, H, W); it is returned unchanged as long as no picture has been seen."""
         if self.normalisation is None and torch.compiler.is_compiling():
-            _say_unknown()  # a graph made now holds the input as it comes; a compiled one is made again later
+            _warn_unknown()  # an exported graph keeps the input unchanged; a compiled one is made again later
         elif self.normalisation is None and not image.is_meta:
             self.set_once(estimate(image))
         return image if self.normalisation is None else self.normalisation.in_unit(image)
 
     def set_once(self, normalisation: Normalisation | None) -> None:
-        """Take a normalisation, unless one is known: the first that comes, whatever thread it comes in."""
-        with _SETTLING:
+        """Set the normalisation unless one is known; the first thread wins."""
+        with _FIRST_PICTURE:
             if self.normalisation is None:
                 self.normalisation = normalisation
 

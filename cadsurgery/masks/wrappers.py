@@ -1,4 +1,4 @@
-"""Masks made from other masks: larger, cut at thresholds, joined, held to a budget, steady over a video."""
+"""Masks made from other masks: dilated, thresholded, joined, held to a budget, or steady over a video."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from cadsurgery.support.errors import InvalidInput
 
 
 class MaskWrapper(MaskProvider):
-    """Base of masks made from another mask; the string form writes them behind it and a pipe.
+    """Base of masks made from another mask. In the text form they follow that mask, after a pipe.
 
-    The first parameter of a subclass's constructor is the inner mask, anything `resolve_mask` takes, the others are its
-    options.
+    The first constructor parameter of a subclass is the inner mask, anything `resolve_mask` accepts; the others are
+    its options.
     """
 
     takes = "one"
@@ -46,25 +46,25 @@ class MaskWrapper(MaskProvider):
         return (self.mask,)
 
     def spec(self) -> str:
-        """The string form that `resolve_mask` reads back: the inner mask's, a pipe, its own."""
+        """Return the text form, which `resolve_mask` reads back: the inner mask, a pipe, this mask."""
         return f"{self.mask.spec()} {PIPE} {super().spec()}"
 
     def inner_levels(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) int64: the levels of the inner mask, checked."""
+        """Return the checked levels of the inner mask, (B, h, w) int64."""
         return check_levels(self.mask(image, features, grid), grid, self.mask.name)
 
     def inner_scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w): the scores of the inner mask, checked."""
+        """Return the checked scores of the inner mask, (B, h, w)."""
         return check_scores(self.mask.scores(image, features, grid), grid, self.mask.name, self.name)
 
 
 @mask_provider("dilate")
 class Dilate(MaskWrapper):
-    """Grow what another mask keeps, each level by the same window on the fine map.
+    """Grow the area another mask keeps, each level by the same window on the fine map.
 
     Args:
         mask: anything `adaptify` takes as a mask.
-        size: odd side of the window in samples of the fine map; each gets the finest level in it.
+        size: odd side of the window in samples of the fine map; each sample gets the finest level in its window.
     """
 
     image_only = ignores_image = True
@@ -75,12 +75,12 @@ class Dilate(MaskWrapper):
         self.size = size
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) int8: the finest level in the window around each sample."""
+        """Return (B, h, w) int8: the finest level in the window around each sample."""
         levels = self.inner_levels(image, features, grid)
         return -window_maximum(-levels.to(torch.float32), self.size).to(torch.int8)
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """The highest score in the window around each sample."""
+        """Return the highest score in the window around each sample."""
         return window_maximum(self.inner_scores(image, features, grid), self.size)
 
 
@@ -89,8 +89,8 @@ class Threshold(MaskWrapper, SteppedMask):
     """Cut the scores of another mask at thresholds, one for each level above the lowest.
 
     Args:
-        mask: gives the scores (`MaskProvider.scores`); anything `adaptify` takes as a mask.
-        at: what reaches the i-th gets level i, everything else the lowest level; falling.
+        mask: its scores (`MaskProvider.scores`) are used; anything `adaptify` accepts as a mask.
+        at: falling thresholds; scores that reach the i-th get level i, everything else gets the lowest level.
     """
 
     image_only = ignores_image = True
@@ -102,12 +102,12 @@ class Threshold(MaskWrapper, SteppedMask):
         check_falling("threshold", self.at)
 
     def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
-        """Where the scores of the inner mask reach each threshold."""
+        """Mark where the inner mask's scores reach each threshold."""
         scores = self.inner_scores(image, features, grid)
         return [scores >= threshold for threshold in self.at]
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Those of the inner mask."""
+        """Return the inner mask's scores."""
         return self.inner_scores(image, features, grid)
 
 
@@ -116,7 +116,7 @@ class Union(MaskProvider):
     """Keep each place at the finest level that any of several masks gives it.
 
     Args:
-        masks: two or more of anything `adaptify` takes as a mask.
+        masks: two or more masks, each anything `adaptify` accepts as a mask.
     """
 
     image_only = ignores_image = True
@@ -139,19 +139,19 @@ class Union(MaskProvider):
         return tuple(self.masks)  # type: ignore[arg-type]
 
     def spec(self) -> str:
-        """The string form that `resolve_mask` reads back: those of the masks with a plus between them."""
+        """Return the text form, which `resolve_mask` reads back: the masks with a plus between them."""
         return join([mask.spec() for mask in self.parts])
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) int64: the finest level of any mask."""
+        """Return (B, h, w) int64: the finest level of any mask."""
         levels = [check_levels(mask(image, features, grid), grid, mask.name) for mask in self.parts]
         return torch.stack(levels).amin(0)
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) float64: a finer level always scores higher; among equal ones the highest rank in any mask counts.
+        """Rank samples by level, and among equal levels by their highest rank in any mask: (B, h, w) float64.
 
-        The rank is the share of samples of the same image that score lower, in 0..1: scores of different masks have no
-        common scale.
+        The rank in a mask is the share of samples of the image with a lower score, 0..1, because scores of different
+        masks have no common scale.
         """
         ranks = []
         for mask in self.parts:
@@ -165,18 +165,20 @@ class Union(MaskProvider):
 
 @mask_provider("budget")
 class Budget(MaskWrapper):
-    """Keep exactly a fraction of the patches: those another mask scores highest; several fractions give levels.
+    """Keep exactly a fraction of the patches: those another mask scores highest; several fractions give graded
+    levels.
 
-    A patch is an aligned block of R_K x R_K samples (R_K: `FineMapSpec.patch`), so that no level changes when the map
-    is made legal; where patches divide the map, the number of elements depends on its size alone. Given the
-    scores, shapes and control flow depend on no values, as compilers and CUDA graphs want it.
+    A patch is an aligned block of R_K x R_K samples (R_K: `FineMapSpec.patch`), so no level changes when the map is
+    made legal. Where patches divide the map, the number of elements depends on its size alone. Shapes and control
+    flow do not depend on the values of the scores, as compilers and CUDA graphs require.
 
     Args:
-        mask: gives the scores (`MaskProvider.scores`); anything `adaptify` takes as a mask.
-        fraction: of the patches to keep at level 0, 0..1; their number is rounded to the nearest, halves to even.
-            Of several, rising, the i-th is the share that gets level i or finer; everything else the lowest. With
-            `patch="block"` every patch is at level 0 or the lowest, and the last fraction counts.
-        per_batch: the fraction is of all patches of a batch, the best of any image; otherwise of each image.
+        mask: its scores (`MaskProvider.scores`) are used; anything `adaptify` accepts as a mask.
+        fraction: share of the patches kept at level 0, 0..1; the number of patches is rounded, halves to even. With
+            several rising fractions, the i-th is the share that gets level i or finer; everything else gets the
+            lowest level. With `patch="block"` every patch is at level 0 or the lowest level, and the last fraction
+            counts.
+        per_batch: the fraction applies to all patches of a batch together instead of to each image.
     """
 
     image_only = ignores_image = True
@@ -196,10 +198,11 @@ class Budget(MaskWrapper):
             )
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) int8: level i in the patches kept for it, the lowest elsewhere.
+        """Return (B, h, w) int8: level i in the patches kept for it, the lowest level elsewhere.
 
         Raises:
-            InvalidInput: the inner mask's scores have the wrong type or size, or are NaN; more fractions than levels.
+            InvalidInput: the inner mask's scores have the wrong type or size or are NaN, or there are more fractions
+                than levels.
         """
         check_count("budget", "fractions", len(self.fraction), grid.max_level)
         scores = self._of_patches(self.inner_scores(image, features, grid), grid)
@@ -208,29 +211,31 @@ class Budget(MaskWrapper):
         return on_samples(levels, grid.patch, grid.size)
 
     def kept_patches(self, grid: FineMapSpec) -> tuple[int, ...]:
-        """The fractions of the patches of each image, or of the batch."""
+        """Return the fractions of the patches, of each image or of the batch, as numbers for the whole batch."""
         images, patches = (1, grid.batch * grid.patches) if self.per_batch else (grid.batch, grid.patches)
         return tuple(images * count for count in self._counts(patches))
 
     def _counts(self, patches: int) -> list[int]:
-        """How many of so many patches get level 0, level 1 or finer, ..."""
+        """Return how many of `patches` patches get level 0, level 1 or finer, ..."""
         return [round(fraction * patches) for fraction in self.fraction]
 
     def _levels_of_ranks(self, scores: Tensor, grid: FineMapSpec) -> Tensor:
-        """Int8, of the shape of the scores (..., N): levels by rank in each row; of equal scores the first leads."""
+        """Return int8 levels by rank in each row of scores (..., N); of equal scores the first one ranks higher."""
         order = scores.sort(dim=-1, descending=True, stable=True).indices
         number = torch.full((), scores.shape[-1], dtype=torch.float64, device=scores.device)
         rank = torch.arange(scores.shape[-1], device=scores.device)
         by_rank = torch.full_like(rank, grid.max_level, dtype=torch.int8)
         for level, fraction in reversed(list(enumerate(self.fraction))):
-            is_kept = rank < (number * fraction).round()  # as `_counts`, of numbers that a graph may not know
+            is_kept = rank < (number * fraction).round()  # as in `_counts`, but for sizes unknown to a graph
             by_rank = torch.where(is_kept, min(level, grid.max_level), by_rank).to(torch.int8)
         return torch.empty_like(scores, dtype=torch.int8).scatter(-1, order, by_rank.expand_as(order))
 
     def _of_patches(self, scores: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each patch, at the border of
-        the samples inside the map. In float64, where sums of equal float32 values are exact: equal scores stay equal
-        whatever the size of their patches."""
+        """Average scores (B, h, w) over patches: (B, ceil(h / patch), ceil(w / patch)) float64.
+
+        A border patch counts its samples inside the map. Float64 sums of equal float32 values are exact, so equal
+        scores stay equal whatever the size of their patches.
+        """
         of_patches = mean_of_patches(scores.double(), grid.patch)
         if not torch.compiler.is_compiling() and of_patches.isnan().any():
             raise InvalidInput(
@@ -244,15 +249,15 @@ class Budget(MaskWrapper):
 
 @mask_provider("smooth")
 class Smooth(MaskWrapper):
-    """Over video frames, keep what another mask keeps until it has not asked for it for some frames (hysteresis).
+    """Over video frames, keep a sample until the inner mask has not asked for it for some frames (hysteresis).
 
-    Every call is a frame, also that of `net.macs`. Each position of the batch is a video of its own; for videos in
-    different calls use an object each, `net(frame, mask=smooth_of_this_video)`. Another batch, size or device starts
-    anew, as `reset()` does. What is remembered is in no state dict, copy or file.
+    Every call counts as a frame, including that of `net.macs`. Each position in the batch is a video of its own; for
+    videos in separate calls use one object per video, `net(frame, mask=smooth_of_this_video)`. A change of batch size,
+    image size or device starts anew, as `reset()` does. State dicts, copies and files do not contain the frames.
 
     Args:
         mask: anything `adaptify` takes as a mask.
-        hold: frames for which a sample keeps its level after the last one that asked for it; 0 for none.
+        hold: number of frames for which a sample keeps its level after the last request for it; 0 for none.
     """
 
     image_only = ignores_image = True
@@ -266,15 +271,15 @@ class Smooth(MaskWrapper):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all frames: the next one is the first of its video."""
+        """Forget all frames; the next frame is the first of its video."""
         self._levels, self._scores = _Frames(self.hold + 1), _Frames(self.hold + 1)
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """(B, h, w) int64: the finest level of this frame and the `hold` frames before it."""
+        """Return (B, h, w) int64: the finest level of this frame and the `hold` frames before it."""
         return self._levels.with_next(self.inner_levels(image, features, grid), grid).amin(0)
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """The highest score in this frame and the `hold` frames before it, counted apart from those of `forward`."""
+        """Return the highest score of this frame and the `hold` frames before it; not shared with `forward`."""
         return self._scores.with_next(self.inner_scores(image, features, grid), grid).amax(0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -283,14 +288,14 @@ class Smooth(MaskWrapper):
 
 
 class _Frames:
-    """The last maps of a stream, as long as they are for the same grid."""
+    """The most recent maps of a stream; cleared when the grid, dtype or device changes."""
 
     def __init__(self, count: int) -> None:
         self.maps: deque[Tensor] = deque(maxlen=count)
         self.key: object = None
 
     def with_next(self, newest: Tensor, grid: FineMapSpec) -> Tensor:
-        """(frames, B, h, w): those remembered with one more, which is remembered too."""
+        """Append a map and return all remembered maps, (frames, B, h, w)."""
         key = (grid, newest.dtype, newest.device)
         if key != self.key:
             self.maps.clear()

@@ -1,7 +1,7 @@
-"""Methods: the sibling surgeries, each in a folder, on the same elements, masks and networks.
+"""Methods: other ways to make a network compute less, built on the same elements, masks and networks.
 
-In comes a network, out goes one that computes less where less is enough in another way than by downsampling. `anytime`
-adds exits and leaves out what they are confident of; `sampling` puts gates into residual branches and interpolates;
-`resampling` samples the image before the network, more densely where it matters; `storage` saves and loads whatever a
-method made.
+In comes a network; out comes a network that computes less. `anytime` adds exits and skips positions at which an exit
+is confident. `sampling` adds gates to residual branches and interpolates between computed positions. `resampling`
+samples the image more densely where it matters, before the network. `storage` saves and loads the networks of all
+methods.
 """

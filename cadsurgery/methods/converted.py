@@ -1,7 +1,7 @@
-"""The networks of all methods, and all that they have in common: files, copies, counts, refusals.
+"""Base classes of the networks of all methods: files, copies, counts and refusals.
 
-A method is a subclass of `ConvertedModel`, or of `GraphModel` if it runs a graph in steps, with a plan
-(`report.MethodPlan`) and a count (`report.MethodMacs`), and `@register` above it.
+A method is a subclass of `ConvertedModel`, or of `GraphModel` if it runs a graph in steps, decorated with
+`@register`. It has a plan (`report.MethodPlan`) and a count of MACs (`report.MethodMacs`).
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.hooks import copying, freeze_computed_weights
 
-_REMEMBERED = 16  # values of the last few calls
+_REMEMBERED = 16  # size of the cache of `GraphModel.remember`
 M = TypeVar("M", bound="type[ConvertedModel]")
 METHODS: dict[str, type[ConvertedModel]] = {}
 
 
 def register(kind: M) -> M:
-    """Make the networks of a class ones that `cadsurgery.save` and `load` know; the class defined last counts."""
+    """Let `cadsurgery.save` and `load` handle networks of this class; a later class of the method replaces it."""
     METHODS[kind.method] = kind
     return kind
 
 
 class ConvertedModel(nn.Module):
-    """A network that a method made.
+    """A network that a method converted.
 
     Attributes:
-        method: its name in files.
-        converted_by: the function that gives one, as users call it.
-        already: what is said of a network that is converted already.
-        convert: that function itself.
-        plan_type: of its plans.
-        option_types: of the options that its files hold: those of `convert`, and further attributes of the network.
-        field_types: of what else its files hold.
-        plan: what was made of the network.
-        options: of `convert`, as values.
+        method: name of the method in files.
+        converted_by: public name of the function that converts, for messages.
+        already: message for a network that is converted already.
+        convert: the function that converts.
+        plan_type: class of the plans.
+        option_types: types of the options in files: those of `convert`, and further attributes of the network.
+        field_types: types of the other fields in files.
+        plan: how the network was converted.
+        options: arguments of `convert`, as plain values.
         source: where the network came from, if it was built by name.
     """
 
@@ -64,55 +64,55 @@ class ConvertedModel(nn.Module):
     field_types: ClassVar[dict[str, Any]] = {}
     plan: Any
     source: Source | None = None
-    _transient: ClassVar[dict[str, Any]] = {}  # attributes of the last calls, as they are at first
+    _transient: ClassVar[dict[str, Any]] = {}  # attributes filled by calls, with their initial values
 
     def __init__(self) -> None:
         super().__init__()
         self.options: dict[str, Any] = {}
         self.register_load_state_dict_post_hook(_own_not_missing)
 
-    # -- what a method may say in its own way ------------------------------------------------------
+    # -- methods may override these ----------------------------------------------------------------
 
     @classmethod
     def is_own(cls, name: str) -> bool:
-        """True if a parameter or buffer is not the original's."""
+        """True if a parameter or buffer was added by the method."""
         return False
 
     @property
     def is_optimized(self) -> bool:
-        """True if it is an inference copy."""
+        """True for an inference copy."""
         return False
 
     def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> MethodMacs:
-        """Multiply-accumulates on an image."""
+        """Count the multiply-accumulates on an image."""
         raise NotImplementedError
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors of its file by name, and fields that other methods do not have."""
+        """Return the tensors of the file by name, and metadata fields of this method."""
         return self.state_dict(), {}
 
     def fitting(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a file, as older ones have to be changed to be this network's."""
+        """Adapt the tensors of a file, possibly an older one, to this network."""
         return tensors
 
     @classmethod
     def check_stored(cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor]) -> None:
-        """Refuse options of a file that ask for more than there is."""
+        """Check that a file's options do not ask for more than its tensors hold."""
 
     @classmethod
     def rebuild(
         cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor], model: nn.Module | None
     ) -> Self:
-        """The network of a file, in evaluation mode.
+        """Build the network of a file, in evaluation mode.
 
         Args:
-            path: of the file, for messages.
-            stored: its metadata, checked.
-            tensors: its tensors.
+            path: path of the file, for messages.
+            stored: the checked metadata.
+            tensors: the tensors.
             model: the original architecture; needed if the network was not built by name.
 
         Raises:
-            FileError: it does not fit the model.
+            FileError: the file does not fit the model.
         """
         if model is None:
             of_model = {name: value for name, value in tensors.items() if not cls.is_own(name)}
@@ -123,44 +123,44 @@ class ConvertedModel(nn.Module):
         files.fill(path, net, net.fitting(tensors))
         return net
 
-    # -- what all have -----------------------------------------------------------------------------
+    # -- common to all methods ---------------------------------------------------------------------
 
     @classmethod
     def _convert_again(cls, model: nn.Module, stored: files.Stored, **given: Any) -> Self:
-        """A network converted as another was; options that `convert` does not take are set afterwards."""
-        taken = inspect.signature(cls.convert).parameters
-        given |= {name: value for name, value in stored.options.items() if name in taken}
+        """Convert `model` with the options of a file; those that `convert` does not take are set afterwards."""
+        parameters = inspect.signature(cls.convert).parameters
+        given |= {name: value for name, value in stored.options.items() if name in parameters}
         dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
         example = torch.zeros(stored.plan.example_shape, dtype=dtype)
         net: Self = cls.convert(model, **given, example_input=example).eval()
-        for name in stored.options.keys() - taken.keys():
+        for name in stored.options.keys() - parameters.keys():
             setattr(net, name, stored.options[name])
         return net
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that are attributes, as they are now: those a file holds beside `options`."""
+        """The current values of options that are attributes; files store them beside `options`."""
         return {name: getattr(self, name) for name in self.option_types if name not in self.options}
 
     @classmethod
     def refuse_again(cls, model: object) -> None:
-        """Refuse a network in which one of this method is.
+        """Refuse a network that contains a network of this method.
 
         Raises:
-            InvalidInput: it is converted already.
+            InvalidInput: the network is converted already.
         """
         if isinstance(model, nn.Module) and any(isinstance(part, cls) for part in model.modules()):
             raise InvalidInput(cls.already, next="pass the network it was made from.")
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that the original does not have, by name."""
+        """Return the parameters that the method added, by name."""
         return {name: value for name, value in self.named_parameters() if self.is_own(name)}
 
     def train(self, mode: bool = True) -> Self:
-        """As of any network; refused of an optimised copy.
+        """Set the training mode, as for any module; an optimised copy refuses `mode=True`.
 
         Raises:
-            InvalidInput: it is one, and mode is True.
+            InvalidInput: the network is an optimised copy and `mode` is True.
         """
         if mode and self.is_optimized:
             raise InvalidInput(
@@ -171,7 +171,7 @@ class ConvertedModel(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.__dict__.update(copy.deepcopy(self._transient))  # of another type, or elsewhere
+        self.__dict__.update(copy.deepcopy(self._transient))  # cached values have the former dtype or device
         super()._apply(fn, recurse)
         return self
 
@@ -186,17 +186,17 @@ class ConvertedModel(nn.Module):
 
 
 def _own_not_missing(net: Any, keys: Any) -> None:
-    """A state dict of the original loads: it has nothing of the method's own."""
+    """Accept a state dict of the original network, which lacks the tensors that the method added."""
     keys.missing_keys[:] = [name for name in keys.missing_keys if not net.is_own(name)]
 
 
 class Fused(NamedTuple):
-    """A network for inference.
+    """A network prepared for inference.
 
     Attributes:
-        module: with its modules, kernels among them.
-        graph: that calls them.
-        origins: of nodes of the graph the node they were made of, by name.
+        module: the network, with the fused kernels as submodules.
+        graph: the graph that calls these modules.
+        origins: for each node of the graph the name of the original node.
     """
 
     module: nn.Module
@@ -204,13 +204,13 @@ class Fused(NamedTuple):
     origins: dict[str, str]
 
     def kernel(self, node: fx.Node) -> Any:
-        """The kernel that a node calls; None if it is something else."""
+        """Return the fused kernel that a node calls; None for any other node."""
         is_kernel = node.op == "call_module" and str(node.target).startswith(f"{KERNELS}.")
         return self.module.get_submodule(str(node.target)) if is_kernel else None
 
 
 class GraphModel(ConvertedModel):
-    """A network that is run as steps of a graph, on modules that are its own, under their names."""
+    """A network that runs a graph in steps, on its own modules, which keep the names of the original."""
 
     program: Any
     _transient: ClassVar[dict[str, Any]] = {"_known": {}}
@@ -219,10 +219,10 @@ class GraphModel(ConvertedModel):
         """Take over the modules, parameters and buffers of a network.
 
         Args:
-            model: the network, with what the method added.
-            program: what is run.
-            options: of `convert` that stay as they are.
-            settings: attributes.
+            model: the network, including what the method added.
+            program: the program to run.
+            options: arguments of `convert` that do not change.
+            settings: attributes to set.
         """
         super().__init__()
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -236,15 +236,15 @@ class GraphModel(ConvertedModel):
 
     @property
     def is_optimized(self) -> bool:
-        """True if it is an inference copy."""
+        """True for an inference copy."""
         return self.program.is_fused
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], rule: str = "conv") -> dict[str, Any]:
-        """Arguments of a call by name, checked.
+        """Check the arguments of a call and return them by name.
 
         Raises:
-            InvalidInput: what is no image batch.
-            UnknownName: no such counting rule.
+            InvalidInput: the image is not an image batch.
+            UnknownName: there is no such counting rule.
         """
         check_name("counting rule", rule, RULES)
         arguments = self.program.bind(args, kwargs)
@@ -252,7 +252,7 @@ class GraphModel(ConvertedModel):
         return arguments
 
     def work(self, arguments: dict[str, Any]) -> Work:
-        """Shapes and multiply-accumulates of a call before it is run; remembered for the last few shapes."""
+        """Return shapes and multiply-accumulates of a call without running it; cached for the last few shapes."""
         key = tuple(
             (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, repr(value))
             for name, value in arguments.items()
@@ -266,7 +266,7 @@ class GraphModel(ConvertedModel):
         return work
 
     def remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The value that `make` gives; remembered for the last few keys."""
+        """Return the value of `make()`, cached for the last few keys."""
         if key not in self._known:
             value = make()
             while len(self._known) >= _REMEMBERED:
@@ -275,10 +275,10 @@ class GraphModel(ConvertedModel):
         return self._known[key]
 
     def fused(self, *kept: str) -> Fused:
-        """Its modules and its graph for inference: batch norm folded, residuals and activations fused, weights packed.
+        """Prepare modules and graph for inference: fold batch norm, fuse residuals and activations, pack weights.
 
         Args:
-            kept: children that the graph does not call.
+            kept: children to keep although the graph does not call them.
         """
         source = copy.deepcopy(self).eval().requires_grad_(False)
         graph = self.program.graph
@@ -299,7 +299,7 @@ class GraphModel(ConvertedModel):
         return fused
 
     def inference_copy(self, fused: Fused, program: Program) -> Self:
-        """A network of its kind that runs a program on the modules of `fused`."""
+        """Create a network of the same class that runs `program` on the modules of `fused`."""
         net = type(self)(fused.module, program, self.options, **self.settings)
         net.plan, net.source = self.plan, self.source
         return net.eval()

@@ -1,6 +1,7 @@
-"""Files of all methods: safetensors for tensors, JSON metadata for everything else, with checksums of both.
+"""Files of all methods: tensors as safetensors, everything else as JSON metadata, both with checksums.
 
-Nothing that a file names is built or run unasked. Each method adds only what is its own, see `ConvertedModel.pack`.
+Nothing that a file names is built or run without the user's consent. A method adds its own fields with
+`ConvertedModel.pack`.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class Stored:
     """Metadata of a file.
 
     Attributes:
-        fields: all of them.
-        options: of the method, checked.
-        plan: that the network had.
-        source: where it came from.
-        trust: True if what it names may be imported, see `cadsurgery.load`.
+        fields: all fields.
+        options: the checked options of the method.
+        plan: the plan of the network.
+        source: where the network came from.
+        trust: True if code that the file names may be imported, see `cadsurgery.load`.
     """
 
     fields: dict[str, Any]
@@ -56,10 +57,10 @@ class Stored:
 
 
 def pack(net: ConvertedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Contents of the file of a network: tensors by name, and metadata as plain values.
+    """Return the contents of a network's file: tensors by name, and metadata as plain values.
 
     Raises:
-        InvalidInput: an inference copy.
+        InvalidInput: the network is an inference copy.
     """
     if net.is_optimized:
         raise InvalidInput(
@@ -88,18 +89,18 @@ def unpack(
     model: nn.Module | None,
     trust: bool,
 ) -> ConvertedModel:
-    """The network of what `pack` gave, in evaluation mode.
+    """Build the network from the contents of a file, in evaluation mode.
 
     Args:
-        kind: its class.
-        path: of the file, for messages.
-        values: its metadata.
-        tensors: its tensors.
+        kind: class of the network.
+        path: path of the file, for messages.
+        values: the metadata.
+        tensors: the tensors.
         model: the original architecture; needed if the network was not built by name.
         trust: see `cadsurgery.load`.
 
     Raises:
-        FileError: a damaged file, one that does not fit the model, or an example too large to be made.
+        FileError: the file is damaged, does not fit the model, or its example is too large to be created.
     """
     with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
         fields = check_fields(values, {**_IN_FILE, **kind.field_types}, "it")
@@ -118,7 +119,7 @@ def unpack(
 
 
 def check_plan(path: str | Path, plan: Any, stored: Any) -> None:
-    """Refuse a network of another plan than the file's."""
+    """Check that the plan of a converted model equals the plan in the file."""
     if plan != stored:
         raise FileError(
             f"{path} holds another plan than this model gives.",
@@ -127,10 +128,10 @@ def check_plan(path: str | Path, plan: Any, stored: Any) -> None:
 
 
 def fill(path: str | Path, network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of a file into a network, all of them.
+    """Load the tensors of a file into a network; none may be missing.
 
     Raises:
-        FileError: they are not its own.
+        FileError: the tensors do not fit the network.
     """
     check_types(path, tensors, network.state_dict())
     with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):

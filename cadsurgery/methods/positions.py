@@ -1,4 +1,4 @@
-"""Chosen positions of maps: where something is computed, and what those positions read."""
+"""Sets of positions of maps: where values are computed, and which positions these read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Size = tuple[int, int]
 
 
 class Places:
-    """Some positions of the maps of one size; the rows of values at them are in raster order."""
+    """A set of positions of maps of one size; rows of values at these positions are in raster order."""
 
     def __init__(self, mask: Tensor) -> None:
-        """Take the positions (B, H, W), bool."""
+        """Take the positions as a bool map (B, H, W)."""
         self.mask = mask
         self.part = Part(mask.flatten())
         self._places: dict[Places, Tensor] = {}
@@ -35,58 +35,58 @@ class Places:
 
     @cached_property
     def pixels(self) -> Tensor:
-        """(N,) int64: flat numbers of the positions."""
+        """(N,) int64: flat indices of the positions in the batch."""
         return self.part.pixels.nonzero().squeeze(1)
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of positions."""
         return self.pixels.shape[0]
 
     @cached_property
     def rows(self) -> Tensor:
-        """(B*H*W,) int64: the row of each position, where it is one of them."""
+        """(B*H*W,) int64: row number of each position that belongs to the set."""
         return self.part.pixels.cumsum(0) - 1
 
     def places_of(self, some: Places) -> Tensor:
-        """The rows of some of the positions."""
+        """Return the row numbers of a subset."""
         if some not in self._places:
             self._places[some] = self.rows[some.pixels]
         return self._places[some]
 
     def reading_of(self, some: Places) -> Reading:
-        """Each of some of the positions, read where it lies."""
+        """Return the reading of a subset, one row per position."""
         if some not in self._readings:
             self._readings[some] = read_rows(self.places_of(some).int().unsqueeze(1))
         return self._readings[some]
 
     @cached_property
     def images(self) -> Tensor:
-        """(N,) int64: the image of each row."""
+        """(N,) int64: image index of each row."""
         return self.pixels // (self.mask.shape[1] * self.mask.shape[2])
 
 
 class Maps:
-    """The maps of a batch, of any size: their lattices, and what windows read of them."""
+    """Lattices and window reads of the maps of a batch, of any size, created once each."""
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self.batch, self.device = batch, device
         self._known: dict[Hashable, Any] = {}
 
     def _once(self, key: Hashable, build: Callable[[], Any], *alive: object) -> Any:
-        """The value that `build` gives, made once; objects whose `id` is in the key stay alive."""
+        """Return the cached result of `build`; `alive` are objects whose `id` is part of the key."""
         if key not in self._known:
             self._known[key] = (build(), alive)
         return self._known[key][0]
 
     def everywhere(self, size: Size) -> Places:
-        """All positions of maps of a size."""
+        """Return all positions of maps of a size."""
         mask = partial(torch.ones, self.batch, *size, dtype=torch.bool, device=self.device)
         places: Places = self._once(("everywhere", size), lambda: Places(mask()))
         return places
 
     def lattice(self, size: Size, places: Places | None = None, stride: int = 1) -> Lattice:
-        """The lattice of maps of a size before a convolution of some stride: all positions, or some."""
+        """Return the lattice that a convolution of this stride reads on maps of a size: all positions, or some."""
 
         def build() -> Lattice:
             if stride == 1:
@@ -101,7 +101,7 @@ class Maps:
         return lattice
 
     def reading(self, size: Size, source: Places | None, window: Window, target: Places) -> WindowRead:
-        """Taps of a convolution for some positions of its output, in all or some of a map of a size."""
+        """Return the taps of a convolution for the `target` positions of its output, on (some positions of) a map."""
         window = window.fit(size)
         before = self.lattice(size, source, window.stride)
         if window.stride == 1 and target.size == size:
@@ -120,16 +120,16 @@ class Maps:
 
 
 class Sites(Maps):
-    """The positions of maps of all sizes at which an exit leaves something to be computed, and sets around them.
+    """The positions that an exit leaves undecided, on maps of all sizes, and sets derived from them.
 
-    What one exit is confident of, later ones are: the positions are among those of the exit before.
+    A position that one exit decides is decided for later exits too: each set is part of the previous exit's set.
 
     Attributes:
-        grid: of the others, every how many along both axes are computed all the same; 0: none.
+        grid: stride along both axes of further positions that are computed in any case; 0 for none.
     """
 
     def __init__(self, undecided: Tensor, before: Sites | None = None, grid: int = 0) -> None:
-        """Take the map (B, H, W), bool, on the grid of the exit's logits, and what the exit before left."""
+        """Take the undecided positions (B, H, W), bool, at the size of the exit's logits, and the previous sites."""
         super().__init__(undecided.shape[0], undecided.device)
         self.grid, self._before = grid, before
         if before is not None:
@@ -138,16 +138,16 @@ class Sites(Maps):
 
     @cached_property
     def is_everything(self) -> bool:
-        """True if everything is left."""
+        """True if all positions are undecided."""
         return bool(self.undecided.all())
 
     @cached_property
     def is_nothing(self) -> bool:
-        """True if nothing is left."""
+        """True if no position is undecided."""
         return not bool(self.undecided.any())
 
     def at(self, size: Size) -> Places:
-        """The positions of maps of a size: nearest on the grid of the logits."""
+        """Return the undecided positions on maps of a size, by nearest interpolation of the logits' grid."""
 
         def build() -> Places:
             mask = self.undecided
@@ -159,8 +159,10 @@ class Sites(Maps):
         return places
 
     def computed(self, size: Size, needed: Places | None = None) -> Places:
-        """The positions of maps of a size that are computed: those that are left and the grid, of which no more than
-        what others that are needed are filled from; None: everything is needed."""
+        """Return the positions computed on maps of a size: undecided positions and the grid.
+
+        Of the grid, only positions from which other `needed` positions are filled; all of it if `needed` is None.
+        """
         left = self.at(size)
         if not self.grid:
             return left
@@ -177,14 +179,14 @@ class Sites(Maps):
         return places
 
     def union(self, one: Places, other: Places) -> Places:
-        """The positions of either."""
+        """Return the positions in either set."""
         if one is other:
             return one
         key = ("union", *sorted((id(one), id(other))))
         return self._places(key, lambda: one.mask | other.mask, one, other)
 
     def read_by_window(self, places: Places, window: Window, size: Size) -> Places:
-        """The positions of maps of a size that a window reads for some of its output."""
+        """Return the positions of maps of a size that a window reads for these positions of its output."""
         window = window.fit(size)
         if window.is_pointwise and window.stride == 1 and places.size == size:
             return places
@@ -198,8 +200,7 @@ class Sites(Maps):
         return self._places(("window", id(places), window, size), build, places)
 
     def read_by_resize(self, places: Places, size: Size) -> Places:
-        """The positions of maps of a size that are read where they are resized between neighbours, to the size of the
-        places."""
+        """Return the positions of maps of a size that are read when the map is resized to the size of `places`."""
         if places.size == size:
             return places
 
@@ -212,7 +213,7 @@ class Sites(Maps):
         return self._places(("resize", id(places), size), build, places)
 
     def _places(self, key: Hashable, build: Callable[[], Tensor], *sources: Places) -> Places:
-        """The places of a mask: one of the sources where it is the same."""
+        """Return the positions of a mask, reusing a source that is equal."""
 
         def find() -> Places:
             mask = build()
@@ -224,7 +225,7 @@ class Sites(Maps):
 
 
 def _spread(mask: Tensor, axis: int, length: int, before: int, window: Window) -> Tensor:
-    """Mask of the positions along an axis that a window reads for some of its output."""
+    """Mark the positions along an axis that a window reads for the marked positions of its output."""
     count, last = mask.shape[axis], window.dilation[axis - 1] * (window.kernel[axis - 1] - 1)
     shape = list(mask.shape)
     shape[axis] = max((count - 1) * window.stride + last + 1, before + length)
@@ -238,12 +239,14 @@ def _spread(mask: Tensor, axis: int, length: int, before: int, window: Window) -
 
 
 def _reached(mask: Tensor, axis: int, length: int) -> Tensor:
-    """Counts above zero for positions along an axis of some length that are read, in any way of resizing between
-    neighbours, for those of the mask, a map of counts."""
-    want = mask.shape[axis]
-    numbers = torch.arange(want, device=mask.device, dtype=torch.float64)
-    ratio = length / want
-    centres, corners = (numbers + 0.5) * ratio - 0.5, numbers * (length - 1) / max(want - 1, 1)
+    """Count, along an axis, how often positions of a map are read for the positions counted in `mask`.
+
+    Covers all kinds of interpolation between neighbours. The result has `length` positions on the axis.
+    """
+    output_length = mask.shape[axis]
+    numbers = torch.arange(output_length, device=mask.device, dtype=torch.float64)
+    ratio = length / output_length
+    centres, corners = (numbers + 0.5) * ratio - 0.5, numbers * (length - 1) / max(output_length - 1, 1)
     ends = torch.stack((centres, corners, numbers * ratio))
     low, high = ends.amin(0).floor().long(), ends.amax(0).floor().long() + 1
     shape = list(mask.shape)

@@ -1,6 +1,6 @@
-"""A graph as steps that are run one by one, and maps as rows: what several methods are made of.
+"""Programs: a graph as a sequence of steps that methods run one by one, and maps as rows of positions.
 
-Steps are plain values, no nodes, so that copies of a network share them.
+Steps are plain values instead of torch.fx nodes, so copies of a network can share them.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from cadsurgery.surgery.rewrite import pack_graph, unpack_graph
 
 
 class Ref(NamedTuple):
-    """An argument: the value of another step."""
+    """An argument that is the value of another step."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Step:
-    """A node as a plain value.
+    """A node of the graph as a plain value.
 
     Attributes:
-        name: of the node.
-        op: as in torch.fx, and so are target, args and kwargs, with `Ref`s for nodes.
+        name: name of the node.
+        op: as in torch.fx, like `target`, `args` and `kwargs`, but with `Ref`s instead of nodes.
         reads: names of the steps among the arguments.
         frees: names of values that no later step reads.
-        spatial: how it acts on positions.
+        spatial: how the step acts on positions.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Step:
     spatial: SpatialKind = WHOLE
 
     def bind(self, value_of: Callable[[str], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Its arguments, with values for steps."""
+        """Return the arguments, with `Ref`s replaced by values."""
         return _map(self.args, value_of), _map(self.kwargs, value_of)
 
 
@@ -61,22 +61,22 @@ def _map(part: Any, value_of: Callable[[str], Any]) -> Any:
     if isinstance(part, Ref):
         return value_of(part.name)
     if isinstance(part, (tuple, list)):
-        return type(part)(_map(one, value_of) for one in part)
+        return type(part)(_map(item, value_of) for item in part)
     if isinstance(part, dict):
-        return {key: _map(one, value_of) for key, one in part.items()}
+        return {key: _map(item, value_of) for key, item in part.items()}
     if isinstance(part, slice):
-        return slice(*(_map(one, value_of) for one in (part.start, part.stop, part.step)))
+        return slice(*(_map(item, value_of) for item in (part.start, part.stop, part.step)))
     return part
 
 
 def steps_of(
     nodes: Iterable[fx.Node], kept: Iterable[fx.Node] = (), spatial: Mapping[str, SpatialKind] | None = None
 ) -> dict[fx.Node, Step]:
-    """Nodes as steps.
+    """Convert nodes to steps.
 
     Args:
-        nodes: in the order in which they are run.
-        kept: values that are read afterwards.
+        nodes: in execution order.
+        kept: nodes whose values are read after the last step.
         spatial: how nodes act on positions, by name.
     """
     nodes, frees = list(nodes), dict[fx.Node, list[str]]()
@@ -87,10 +87,10 @@ def steps_of(
 
     def step(node: fx.Node) -> Step:
         args, kwargs = (
-            map_aggregate(part, lambda one: Ref(one.name) if isinstance(one, fx.Node) else one)
+            map_aggregate(part, lambda item: Ref(item.name) if isinstance(item, fx.Node) else item)
             for part in (node.args, node.kwargs)
         )
-        reads, freed = tuple(one.name for one in node.all_input_nodes), tuple(frees.get(node, ()))
+        reads, freed = tuple(value.name for value in node.all_input_nodes), tuple(frees.get(node, ()))
         kind = (spatial or {}).get(node.name, WHOLE)
         return Step(node.name, node.op, node.target, args, kwargs, reads, freed, kind)  # type: ignore[arg-type]
 
@@ -99,14 +99,14 @@ def steps_of(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Program:
-    """A graph, and the steps it is run in: base of what methods run.
+    """A graph and the steps that run it.
 
     Attributes:
         graph: the graph.
-        signature: of the network's forward.
-        container: type of the output if it is a kind of dictionary, or a dataclass.
-        is_fused: True if its convolutions are kernels for inference.
-        steps: all of them, in order.
+        signature: signature of the network's forward.
+        container: type of the output if it is a kind of dictionary or a dataclass.
+        is_fused: True if the convolutions are fused for inference.
+        steps: all steps, in order.
     """
 
     graph: fx.Graph
@@ -116,11 +116,11 @@ class Program:
     steps: tuple[Step, ...] = field(repr=False)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of a call by name, defaults included."""
+        """Return the arguments of a call by name, including defaults."""
         return bind_all(self.signature, args, kwargs)
 
     def contain(self, output: Any) -> Any:
-        """The output of a graph in the original's type."""
+        """Convert the output of the graph to the original's output type."""
         return contain(output, self.container)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
@@ -134,7 +134,7 @@ class Program:
 
 
 def ancestors(*ends: fx.Node) -> set[fx.Node]:
-    """Some nodes and all they are computed from."""
+    """Return the given nodes and all nodes they are computed from."""
     found, pending = set[fx.Node](), list(ends)
     while pending:
         node = pending.pop()
@@ -145,13 +145,13 @@ def ancestors(*ends: fx.Node) -> set[fx.Node]:
 
 
 def call(net: nn.Module, step: Step, value_of: Callable[[str], Any], arguments: Mapping[str, Any]) -> Any:
-    """Run a step as it is written in the graph.
+    """Run a step as the graph does.
 
     Args:
-        net: whose modules and parameters the step names.
-        step: one.
-        value_of: value by name of a step.
-        arguments: of the call of the network, by name.
+        net: network whose modules and parameters the step names.
+        step: the step.
+        value_of: returns the value of a step by its name.
+        arguments: arguments of the network's call, by name.
     """
     if step.op == "placeholder":
         return arguments[step.target]
@@ -168,7 +168,7 @@ def call(net: nn.Module, step: Step, value_of: Callable[[str], Any], arguments: 
 
 
 def attribute(net: nn.Module, path: str) -> Any:
-    """A parameter, buffer, module, constant or the training flag, by qualified name."""
+    """Return a parameter, buffer, module, constant or the training flag by its qualified name."""
     parent, _, name = path.rpartition(".")
     module = child(net, parent)
     assert module is not None
@@ -179,17 +179,17 @@ def attribute(net: nn.Module, path: str) -> Any:
     return constants[path] if path in constants else getattr(module, name)
 
 
-# -- a run without values --------------------------------------------------------------------------------
+# -- shapes and MACs without running the network ---------------------------------------------------------
 
 
 class Work(NamedTuple):
     """Shapes and multiply-accumulates of a call, known before it is run.
 
     Attributes:
-        macs: multiply-accumulates of each step where everything is computed.
-        shapes: of the values that are tensors, by step.
+        macs: multiply-accumulates of each step if everything is computed.
+        shapes: shapes of the values that are tensors, by step.
         numbers: values that are sizes, by step.
-        not_counted: operations that are not among the multiply-accumulates, because no rule says how much.
+        not_counted: operations missing in `macs`, because no counting rule is known.
     """
 
     macs: dict[str, int]
@@ -198,13 +198,13 @@ class Work(NamedTuple):
     not_counted: tuple[str, ...]
 
     def size(self, name: str) -> tuple[int, int] | None:
-        """Height and width of a value; None if it is no map."""
+        """Return height and width of a value; None if it is not a map."""
         shape = self.shapes.get(name, ())
         return (shape[2], shape[3]) if len(shape) == 4 else None
 
 
 def work_of(steps: Iterable[Step], meta_copy: nn.Module, arguments: Mapping[str, Any]) -> Work:
-    """The work of a call with such arguments, on a network without values."""
+    """Compute the work of a call on `meta_copy`, a copy of the network on the meta device."""
     macs, shapes, numbers, env = (
         dict[str, int](),
         dict[str, tuple[int, ...]](),
@@ -232,32 +232,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# -- maps as rows ----------------------------------------------------------------------------------------
+# -- maps as rows of positions ---------------------------------------------------------------------------
 
 
 def by_position(value: Tensor, channels_last: bool = False) -> Tensor:
-    """A map as (B, H, W, C)."""
+    """View a map as (B, H, W, C)."""
     return value if channels_last else value.permute(0, 2, 3, 1)
 
 
 def as_rows(value: Tensor, channels_last: bool = False) -> Tensor:
-    """A map as rows (B*H*W, C), a view if it is so in memory."""
+    """Convert a map to rows (B*H*W, C); a view if the memory layout allows."""
     return by_position(value, channels_last).flatten(0, 2)
 
 
 def as_map(rows: Tensor, batch: int, size: tuple[int, int], channels_last: bool = False) -> Tensor:
-    """Rows of all positions as a map."""
+    """Convert the rows of all positions to a map."""
     value = rows.reshape(batch, *size, rows.shape[1])
     return value if channels_last else value.permute(0, 3, 1, 2)
 
 
 def as_column(rows: Tensor, channels_last: bool = False) -> Tensor:
-    """Rows (N, C) as a map of one column, on which operations that act on each position alone are called."""
+    """View rows (N, C) as a map of one column, for operations that act on each position alone."""
     return as_map(rows, 1, (rows.shape[0], 1), channels_last)
 
 
 def weights_of(module: Any) -> FusedConv:
-    """The weights of a convolution or a linear layer, fused or not."""
+    """Return the weights of a convolution or linear layer, fused or not."""
     if isinstance(module, PackedConv):
         return module.weights
     weight = parameter(module, "weight")

@@ -1,4 +1,4 @@
-"""Plans of methods, and multiply-accumulates of a call: bases of both."""
+"""Base classes of the plans of methods and of their counts of multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.plain import read_as
 
 RULES = ("conv", "published")
-TAPS = 49  # of the Gaussian that fills gaps, as both reference codes count it
+TAPS = 49  # taps of the Gaussian that fills gaps, counted as in both reference codes
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodPlan:
-    """Base of the plans of all methods: pure values, and JSON in a file.
+    """Base of the plans of all methods: plain values, stored as JSON.
 
     Attributes:
-        example_shape: of the image batch the network was observed on.
+        example_shape: shape of the image batch that the network was observed on.
     """
 
     example_shape: tuple[int, ...]
 
     def check(self) -> bool:
-        """True if the values of a plan that was read from a file make sense."""
+        """True if the values of a plan read from a file are valid."""
         return True
 
     def to_json(self) -> str:
-        """As text."""
+        """Return the plan as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The plan written by `to_json`.
+        """Read a plan written by `to_json`.
 
         Raises:
-            ValueError: a text that is no plan.
+            ValueError: the text is not a plan.
         """
         plan: Self = read_as(cls, json.loads(text), "the plan")
         if len(plan.example_shape) != 4 or min(plan.example_shape) < 1 or not plan.check():
@@ -49,32 +49,33 @@ class MethodMacs:
     """Base of the counts of all methods: multiply-accumulates of a batch; `print` shows them.
 
     Attributes:
-        rule: `conv`, multiply-accumulates that are carried out; or `published`, the counting of the reference code.
-        shape: of the image batch.
-        not_counted: operations that may multiply and are in none of these numbers, because no rule says how much.
+        rule: `conv`, the multiply-accumulates that are carried out; or `published`, the counting of the reference
+            code.
+        shape: shape of the image batch.
+        not_counted: operations that may multiply but are in none of these numbers, because no counting rule is known.
     """
 
     rule: str
     shape: tuple[int, ...]
     not_counted: tuple[str, ...] = ()
-    told: ClassVar[tuple[str, ...]] = ()  # properties that `to_dict` has, too
+    told: ClassVar[tuple[str, ...]] = ()  # names of properties that `to_dict` includes
 
     @property
     def total(self) -> int:
-        """All that is computed."""
+        """MACs of everything that is computed."""
         raise NotImplementedError
 
     @property
     def dense(self) -> int:
-        """Of the network with everything computed."""
+        """MACs of the network with everything computed."""
         raise NotImplementedError
 
     def lines(self) -> list[str]:
-        """Text of `print` after the shape and the rule: the rest of that line, and further ones."""
+        """Return the text of `print` after the shape and the rule: the rest of that line, then further lines."""
         return [f": {self.total:.4e}, {self.total / max(self.dense, 1):.3f} of {self.dense:.4e}"]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return plain values."""
         return asdict(self) | {name: getattr(self, name) for name in self.told}
 
     def __str__(self) -> str:
@@ -84,5 +85,5 @@ class MethodMacs:
 
 
 def in_words(shape: tuple[int, ...]) -> str:
-    """A shape as `1x3x64x96`."""
+    """Format a shape as `1x3x64x96`."""
     return "x".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""How operations act on the positions of maps, by what their rules say of them."""
+"""How the operations of a graph act on the positions of maps, according to their rules."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class SpatialKind(NamedTuple):
     """How a step acts on positions.
 
     Attributes:
-        kind: `conv`, a convolution that can be computed at chosen positions alone; `pool` and `resize`, computed as a
-            whole, of which a position reads those around it; `point`, of each position alone; `permute`, the channels
-            put first or last; `whole`, anything else.
-        window: of a convolution or a pool.
+        kind: `conv`, a convolution that can be computed at chosen positions; `pool` and `resize`, computed on the
+            whole map, with each position reading its surroundings; `point`, acts on each position alone; `permute`,
+            moves the channels first or last; `whole`, anything else.
+        window: window of a convolution or pool.
     """
 
     kind: Literal["conv", "pool", "resize", "point", "permute", "whole"] = "whole"
@@ -39,17 +39,15 @@ WHOLE = SpatialKind()
 
 
 class Spatial:
-    """Rules of a network's operations, asked about positions of its maps: channels first, as in torch, or last."""
+    """Classifies the nodes of a graph by how they act on positions of maps, channels first or last."""
 
     def __init__(self, facts: Facts) -> None:
-        # No map is dilated here, and padding is a step of its own.
+        # No map is dilated here, and padding is a separate step.
         known = facts
-        with contextlib.suppress(
-            KeyError
-        ):  # values of attention that have no place in the image: shapes alone
+        with contextlib.suppress(KeyError):  # attention has no positions in the image: use shapes
             known = flow_forward(facts, coarsest=0).facts
         batch = len(facts.example)
-        # Behind an operation without a rule, what has the shape of a map of several positions is taken for one.
+        # After an operation without a rule, a 4-d value with several positions counts as a map.
         others = {
             node: CHANNELS_FIRST
             for node, shape in facts.shapes.items()
@@ -61,7 +59,7 @@ class Spatial:
 
     @cached_property
     def treatments(self) -> dict[fx.Node, Treatment]:
-        """Of all nodes."""
+        """Treatments of all nodes."""
         return {
             node: treat(node, self.facts)
             for node in self.facts.graph.nodes
@@ -69,11 +67,11 @@ class Spatial:
         }
 
     def maps(self, node: fx.Node) -> list[fx.Node]:
-        """The maps of several positions that a node reads."""
-        return [one for one in node.all_input_nodes if self.facts.layout(one) in _LAYOUTS]
+        """Return the maps of several positions that a node reads."""
+        return [value for value in node.all_input_nodes if self.facts.layout(value) in _LAYOUTS]
 
     def kind(self, node: fx.Node) -> SpatialKind:
-        """How a node acts on positions, in evaluation mode."""
+        """Return how a node acts on positions in evaluation mode."""
         treatment, maps = self.treatments.get(node), self.maps(node)
         if treatment is None or not maps:
             return WHOLE
@@ -82,7 +80,7 @@ class Spatial:
             return SpatialKind("conv" if is_conv else "pool", treatment.window)
         if treatment.kind == "resize" and treatment.call is functional.resize:
             return SpatialKind("resize")
-        layouts = {self.facts.layout(one) for one in (*maps, node)}
+        layouts = {self.facts.layout(value) for value in (*maps, node)}
         if treatment.kind == "pointwise" and layouts == set(_LAYOUTS):
             return SpatialKind("permute")
         operation, rows, layout = treatment.operation, treatment.rows, self.facts.layout(node)
@@ -90,5 +88,5 @@ class Spatial:
             return WHOLE
         if operation is not None and (operation.reads != "element" or treatment.axes not in ("", layout)):
             return WHOLE
-        # Called on some positions as it is written, it does to rows what the rule says.
+        # The node, called on chosen positions as it is, must do to rows what its rule says.
         return SpatialKind("point") if rows is None or rows.target in (node.target, torch.cat) else WHOLE

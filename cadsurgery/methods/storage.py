@@ -1,4 +1,4 @@
-"""Save and load whatever was made of a network, by any method."""
+"""Save and load the networks of all methods."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ AnyPlan = Plan | AnytimePlan | ResampledPlan | SamplingPlan
 
 
 def save(net: AdaptiveModel | ConvertedModel, path: str | Path) -> None:
-    """Write a converted network: parameters and buffers, what its method added, plan, options, source and versions.
+    """Write a converted network: parameters and buffers, tensors the method added, plan, options, source and
+    versions.
 
-    The file appears whole or not at all, and holds checksums. No pickle. A mask that is a function or an
-    unregistered provider cannot be stored; `load` then asks for one.
+    The file is written atomically, has checksums and contains no pickle. A mask that is a function or an unregistered
+    provider cannot be stored; `load` then asks for one.
 
     Raises:
         FileError: the path cannot be written.
-        InvalidInput: the network is not converted, or an optimised copy.
+        InvalidInput: the network is not converted, or is an optimised copy.
     """
     tensors, metadata = pack(net) if isinstance(net, ConvertedModel) else storage.pack(net)
     storage.write_tensors(Path(path), tensors, {storage.KEY: storage.encode_with_checksum(metadata)})
@@ -40,25 +41,25 @@ def save(net: AdaptiveModel | ConvertedModel, path: str | Path) -> None:
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> Converted:
-    """Read a converted network written by `save`, or `push_to_hub`.
+    """Read a converted network written by `save` or `push_to_hub`.
 
-    A file is no reason to run code: what it names is built or asked only if it is ours or listed by torchvision or
-    timm.
+    A file cannot make this function run foreign code: unless `trust` is set, a network or function that it names
+    must be part of this package or listed by torchvision or timm.
 
     Args:
         path: the file, or its address on the Hugging Face Hub, `hf:owner/name` or `hf:owner/name@revision`.
         model: the original architecture (any weights); needed if the network was not built by name.
         mask: replaces the stored mask of an adaptive network.
-        trust: import and call what the file names, `module:function` of a network or of its mask, whatever it is,
-            and make whatever size it asks for.
+        trust: import and call any `module:function` that the file names for its network or mask, and create tensors
+            of any size it asks for.
 
     Returns:
-        The network in evaluation mode. Its plan is made anew and compared with the stored one.
+        The network in evaluation mode. Its plan is computed again and compared with the stored plan.
 
     Raises:
-        FileError: missing, damaged or foreign file, one that does not fit the model, one that names code and is not
-            trusted, or one of the Hub that cannot be had.
-        InvalidInput, CannotConvert: `model` is no network, or wraps, compiles, ... one.
+        FileError: the file is missing, damaged, foreign, does not fit the model, names code without being trusted, or
+            cannot be fetched from the Hub.
+        InvalidInput, CannotConvert: `model` is not a network, or wraps or compiles one.
     """
     if model is not None:
         check_network(model)
@@ -72,10 +73,10 @@ def load(
 
 
 def read_plan(path: str | Path) -> AnyPlan:
-    """The plan in a file of any method; no network is built.
+    """Read the plan from a file of any method, without building a network.
 
     Raises:
-        FileError: missing, damaged or foreign file.
+        FileError: the file is missing, damaged or foreign.
     """
     kind, values = _kind_of(path), storage.check_metadata(path, storage.open_file(path, False)[0])
     if kind is None:
@@ -86,7 +87,7 @@ def read_plan(path: str | Path) -> AnyPlan:
 
 
 def _kind_of(path: str | Path) -> type[ConvertedModel] | None:
-    """The class of the network in a file; None of an adaptive one."""
+    """Return the class of the network in a file; None for an adaptive network."""
     name = storage.read_method(path)
     if name and name not in METHODS:
         raise FileError(

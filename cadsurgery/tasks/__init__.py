@@ -1,5 +1,5 @@
-"""Tasks: what the commands do with networks, files and folders, for people who call it from Python too.
+"""Tasks: what the commands do with networks, files and folders, also for callers from Python.
 
-In come names, paths and options; out go reports that print, write JSON and draw: conversion, benchmark, evaluation of
-segmentation and of keypoints, the check of all networks of the libraries.
+In come names, paths and options; out go reports that can be printed, written as JSON and drawn. There are tasks for
+conversion, benchmarks, the evaluation of segmentation and keypoints, and the check of a library's networks.
 """

@@ -1,13 +1,13 @@
-"""Does time follow work? A network under budgets of patches against its dense twins, in one interleaved run.
+"""Does time follow work? A network under budgets of patches is timed with its dense twins, in one interleaved run.
 
-The law: a mask of M multiply-accumulates takes at most 1.06 times what the straight line between the dense
-twins gives at M,
+Time follows work if a mask of M multiply-accumulates takes at most 1.06 times the time that the straight line between
+the dense twins gives for M,
 
     t <= 1.06 (t_low + (M - M_low) / (M_high - M_low) (t_high - t_low)),
 
-the mask itself and all tables included. `fill="linear"` and `"guided"` interpolate rows at level changes and are
-granted 0.08 more; networks with depthwise or grouped convolutions, whose work is mostly memory traffic, 1.2 in all. A
-miss is a result, not an error: the report states it.
+including the mask itself and all tables. Reports call this the law. `fill="linear"` and `"guided"` interpolate rows
+at level changes and are allowed 0.08 more; networks with depthwise or grouped convolutions, whose work is mostly
+memory traffic, are allowed 1.2. A miss is a result, not an error: the report states it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
 TORCH = "torch"  # the runtime that needs no files
-# Options that the bench of a network that a method made takes.
+# Options of `bench` for a network made by a method.
 OF_METHODS = ("size", "batch", "device", "threads", "rounds", "processor_time")
 
 
@@ -78,30 +78,31 @@ def bench(
 ) -> BenchReport | MethodBench:
     """Measure networks with random weights under budgets, and compare their times with the law.
 
-    A network that a method made, or its file, is measured alone, as it is, beside the network it was made from. One
-    with gates is measured at shares of open positions, too: the straight line in multiply-accumulates between all
-    closed (but the grid) and all open is the time it would take if time followed work.
+    A network made by a method, or its file, is measured alone, with its own weights, beside the original network. A
+    network with gates is also measured at shares of open positions. The straight line over MACs between all gates
+    closed (except the grid) and all gates open is the time it would take if time followed work.
 
     Args:
         networks: names, or modules, which keep their weights.
-        mask: ranks the patches, which `Budget` then keeps; anything `adaptify` takes as a mask.
+        mask: ranks the patches for `Budget`; anything `adaptify` accepts as a mask.
         fractions: budgets, each 0..1.
-        fill: one or more of "nearest", "linear" and "guided"; each gives an entry of its own, against the same twins.
+        fill: one or more of "nearest", "linear" and "guided"; each gives an entry of its own, with the same twins.
         picture: PNG to write.
-        output: JSON Lines to append the rows of each network to as soon as it is done.
-        sides: of your own, timed in the same rounds on the same images; see `cadsurgery.tasks.side.Side`.
+        output: JSON Lines file; the rows of each network are appended as soon as they are measured.
+        sides: sides of the user, timed in the same rounds on the same images; see `cadsurgery.tasks.side.Side`.
         trust: run code that a file names; see `cadsurgery.load`.
-        step: called with what is being done.
-        options: further ones of `adaptify`, and what networks are run on: `size`, height and width of the generated
-            street scenes, their number `batch`, `dtype` and `device`, `threads`, `rounds` that count, `runtime`: the
-            engine, `against`: engines whose dense networks are timed in the same run, `isa`: names of instruction
-            sets, each measured in processes of its own (see `bench_isa`), `calibration`: images for int8, and `memory`:
-            whether to measure the peak of each side (Linux, CPU, names only). See `Benchmark`.
+        step: progress callback.
+        options: further options of `adaptify`, and conditions of the measurement: `size`, height and width of the
+            generated street scenes, their number `batch`, `dtype` and `device`, `threads`, timing `rounds`,
+            `runtime`: the
+            engine, `against`: engines whose dense networks are timed in the same run, `isa`: instruction sets, each
+            measured in processes of its own (see `bench_isa`), `calibration`: images for int8, and `memory`: whether
+            to measure the peak of each side (Linux, CPU, names only). See `Benchmark`.
 
     Raises:
-        InvalidInput: an impossible option.
-        UnknownName: an unknown network, mask or dtype.
-        CannotConvert: a network has nothing to make adaptive, or the engine does not take it.
+        InvalidInput: an option is out of range or does not fit the others.
+        UnknownName: there is no such network, mask or dtype.
+        CannotConvert: a network has nothing to make adaptive, or the engine does not support it.
         FileError: a file cannot be written.
         CadError: the engine is not installed.
     """
@@ -122,18 +123,18 @@ def bench(
     _check(listed, mask, fractions, setup, fill)
     check_caps(caps, [*listed, *sides], mask, setup)
     check_outputs(output, picture=picture)
-    if len(listed) > 1 or caps:  # a typo in the last name should not wait for the others to be measured
+    if len(listed) > 1 or caps:  # find wrong names before the first measurement
         for network in listed:
             step(f"planning {_name(network)}")
             plan(original(network, "none")[0], setup.output_stride, setup.region)
     budgets = list(dict.fromkeys(map(float, fractions)))
     if caps:
-        told: dict[str, Any] = {"mask": mask, "fractions": budgets, "fill": list(fill), "trust": trust}
-        told["output"] = output and str(output)
+        arguments: dict[str, Any] = {"mask": mask, "fractions": budgets, "fill": list(fill), "trust": trust}
+        arguments["output"] = output and str(output)
         runs = []
         for network, cap in product(listed, caps):
             step(f"measuring {_name(network)} with {cap}")
-            runs.append((cap, bench_capped(cap, setup, networks=network, **told)))
+            runs.append((cap, bench_capped(cap, setup, networks=network, **arguments)))
         report = joined(runs, setup)
         report.write(picture=picture)
         return report
@@ -153,25 +154,25 @@ def bench(
 
 
 def law(macs: float, high: Row, low: Row) -> float:
-    """Milliseconds on the straight line between two rows, usually of the dense twins."""
+    """Return the milliseconds that the straight line between two rows, usually the dense twins, gives for `macs`."""
     share = (macs - low.macs) / max(high.macs - low.macs, 1)
     ends = [row.milliseconds or 0.0 for row in (low, high)]
     return float(ends[0] + share * (ends[1] - ends[0]))
 
 
-# -- what a method made --------------------------------------------------------------------------------
+# -- networks made by methods ----------------------------------------------------------------------------
 
 
 def _bench_made(
     net: Any, network: object, fractions: Sequence[float], setup: Benchmark, sides: Sequence[Side], step: Step
 ) -> MethodBench:
-    """Time and work of a network that a method made, and of what it was made from, both optimised."""
-    kind, where, source = need_kind(net), find_device(setup.device), source_of(net)
-    net = net.eval().to(where)
-    images = _scenes(source, setup).to(where).contiguous(memory_format=torch.channels_last)
+    """Measure a network made by a method, and the original network, both optimised."""
+    kind, device, source = need_kind(net), find_device(setup.device), source_of(net)
+    net = net.eval().to(device)
+    images = _scenes(source, setup).to(device).contiguous(memory_format=torch.channels_last)
     step("counting multiply-accumulates")
-    empty = torch.zeros(len(images), *images.shape[2:], dtype=torch.int64, device=where)
-    with labelled(empty):  # for a sampler that asks for labels
+    empty = torch.zeros(len(images), *images.shape[2:], dtype=torch.int64, device=device)
+    with labelled(empty):  # for a sampler that needs labels
         timed = kind.time(net, images, fractions)
         step("measuring")
         rows = measure([*timed.sides, *sides], images, setup.rounds, is_processor_time=setup.processor_time)
@@ -185,24 +186,24 @@ def _bench_made(
         rows=tuple(row.with_values(row.label, line=line) for row, line in zip(rows, lines, strict=True)),
         part=getattr(net.plan, "part", ""),
         not_counted=timed.not_counted,
-        **provenance(network, source, where),
+        **provenance(network, source, device),
     )
 
 
 def _check_alone(listed: Sequence[object], setup: Benchmark) -> None:
-    """Refuse what would be left out silently, or fail later, of a network that a method made."""
+    """Refuse options that would be ignored or fail later for a network made by a method."""
     if len(listed) > 1:
         raise InvalidInput(
             f"{len(listed)} networks are to be measured, one of which a method made.",
-            why="it is compared with what it was made from, not under budgets of a mask.",
+            why="it is compared with its original, not under budgets of a mask.",
             next="measure it in a run of its own.",
         )
     plain = Benchmark()
-    others = [one.name for one in fields(Benchmark) if one.name not in OF_METHODS]
+    others = [option.name for option in fields(Benchmark) if option.name not in OF_METHODS]
     if changed := [name for name in others if getattr(setup, name) != getattr(plain, name)]:
         raise InvalidInput(
             f"a network that a method made is measured without {', '.join(changed)}.",
-            why="these are of networks with masks, or of other engines.",
+            why="these options are for networks with masks, or for other engines.",
             next=f"leave them out; it takes {', '.join(OF_METHODS)}.",
         )
     _check_run(setup)
@@ -221,9 +222,9 @@ def _compare(
     step: Step,
     folder: Path,
 ) -> list[NetworkBench]:
-    """One interleaved run of a network with every fill, and what it says; files of an engine are made in a folder.
+    """Measure a network with every fill in one interleaved run; `folder` is for the files of an engine.
 
-    Uniform maps are read without filling: the dense twins of the first fill serve all.
+    A map with one level everywhere needs no filling, so the dense twins of the first fill serve all fills.
     """
     name = _name(network)
     nets: dict[str, AdaptiveModel] = {}
@@ -233,7 +234,7 @@ def _compare(
     for fill in dict.fromkeys(fills):
         step(f"converting {name}, fill {fill}")
         net, image, weights = _convert(network, mask, replace(setup, fill=fill))
-        counted = {one: net.macs(image, mask=Budget(mask, one)) for one in fractions}
+        counted = {share: net.macs(image, mask=Budget(mask, share)) for share in fractions}
         dense = counted[fractions[0]]
         if dense.high == dense.low:
             raise InvalidInput(
@@ -253,7 +254,7 @@ def _compare(
     rivals = rival_sides(first, image.float().contiguous(), setup, folder, step)
     step(f"measuring {name}")
     measured = measure([*sides, *rivals, *own], image, setup.rounds, is_processor_time=setup.processor_time)
-    owned = measured[len(measured) - len(own) :]
+    own_rows = measured[len(measured) - len(own) :]
     rows = {row.label: row for row in measured[: len(measured) - len(own)]}
     peaks: dict[str, float] = {}
     for side in sides if setup.memory else ():
@@ -290,7 +291,7 @@ def _compare(
                 Rival(at_high.engine, at_high.dtype, _pair(at_high), _pair(at_low))
                 for at_high, at_low in zip(timed[::2], timed[1::2], strict=True)
             ),
-            sides=tuple(owned),
+            sides=tuple(own_rows),
             isa=os.environ.get(isa.VARIABLE, "").strip().lower(),
         )
         for fill, net in nets.items()
@@ -298,18 +299,20 @@ def _compare(
 
 
 def _explain(fill: str, sides: Mapping[str, Side], image: Tensor, rows: Mapping[str, Row]) -> list[str]:
-    """The operation that takes the time of the slowest budget, if that is slower than dense high.
+    """Name the operation that takes most time in the slowest budget, if that budget is slower than dense high.
 
-    Nothing is said of files in engines, whose operations cannot be seen.
+    Files in engines are skipped, because their operations cannot be observed.
     """
     keys = [key for key in sides if key.startswith(f"{fill} ")]
     key = max(keys, key=lambda key: rows[key].milliseconds or 0.0)
-    net = getattr(sides[key].call, "func", None)  # of a partial call: the copy, or a file in an engine
+    net = getattr(sides[key].call, "func", None)  # the copy or engine file inside the partial call
     if not isinstance(net, AdaptiveModel):
         return []
     name, high = f"fraction {_fraction_of(key):g}", {HIGH: rows[HIGH].milliseconds or 0.0}
-    told = explain_slowness(name, rows[key].milliseconds or 0.0, high, net, partial(sides[key].call, image))
-    return [told] if told else []
+    sentence = explain_slowness(
+        name, rows[key].milliseconds or 0.0, high, net, partial(sides[key].call, image)
+    )
+    return [sentence] if sentence else []
 
 
 def _pair(row: Row) -> tuple[float, float]:
@@ -337,35 +340,35 @@ def _row(fraction: float, counted: MacReport, measured: Row, peak: float | None,
 
 
 def _notes(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> tuple[str, ...]:
-    """Facts that a reader needs to judge the figures."""
+    """Return facts that a reader needs to judge the figures."""
     notes = []
     if net.plan.part:
         notes.append(f"MACs are those of the {net.plan.part}, times those of the whole network.")
     notes += filter(None, [describe_not_counted(counted.not_counted)])
     if (high.milliseconds or 0.0) <= (low.milliseconds or 0.0):
         notes.append(
-            "dense high is not slower than dense low at this size: the law says little; give a larger one."
+            "dense high is not slower than dense low at this size: the law says little; give a larger size."
         )
     return tuple(notes)
 
 
 def _convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[AdaptiveModel, Tensor, str]:
-    """An unverified network, its images (B, 3, H, W) and its weights in words, on the device."""
+    """Convert a network without verification; return it with its images (B, 3, H, W) and a text about its weights."""
     model, _ = original(network, "none")
-    options: dict[str, Any] = {one.name: getattr(setup, one.name) for one in fields(Conversion)}
+    options: dict[str, Any] = {option.name: getattr(setup, option.name) for option in fields(Conversion)}
     net = adaptify(model, mask, **options, verify_laws=False)
     source = pictures_for(net)
-    where: dict[str, Any] = {
+    target: dict[str, Any] = {
         "device": find_device(setup.device),
         "dtype": DTYPES.get(setup.dtype, torch.float32),
     }
     layout = torch.channels_last if setup.runtime == TORCH else torch.contiguous_format
-    image = _scenes(source, setup).to(**where).contiguous(memory_format=layout)
-    return net.eval().to(**where), image, source.note if isinstance(network, str) else "its own weights"
+    image = _scenes(source, setup).to(**target).contiguous(memory_format=layout)
+    return net.eval().to(**target), image, source.note if isinstance(network, str) else "its own weights"
 
 
 def _scenes(source: Source, setup: Benchmark) -> Tensor:
-    """The images (B, 3, H, W) it is measured on."""
+    """Return the images (B, 3, H, W) of the measurement."""
     return torch.cat([example_batch(source, None, setup.size, seed) for seed in range(setup.batch)])
 
 
@@ -378,7 +381,7 @@ def _fraction_of(key: str) -> float:
 
 
 def band(net: AdaptiveModel) -> float:
-    """The multiple of the line that the law allows this network."""
+    """Return the multiple of the line that the law allows for this network."""
     if any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in net.modules()):
         return GROUPED
     return BAND + LINEAR if net.geometry.interpolates else BAND
@@ -414,7 +417,7 @@ def _check(
     setup: Benchmark,
     fills: Sequence[str],
 ) -> None:
-    """Refuse what would fail later, before anything is built."""
+    """Refuse invalid options before anything is built."""
     if not networks or not fills:
         raise InvalidInput(
             f"there is no {'network' if fills else 'fill'} to measure.",
@@ -430,13 +433,13 @@ def _check(
     if setup.runtime == TORCH and setup.dtype == INT8 and form_here() is None:
         raise InvalidInput(
             "there are no compiled kernels for int8 here.",
-            why="cadsurgery --version says why there are none.",
+            why="cadsurgery --version states the reason.",
             next="measure files in onnx or openvino: runtime.",
         )
     if setup.calibration and (setup.dtype, setup.runtime) != (INT8, TORCH):
         raise InvalidInput(
             "there is nothing to calibrate by images.",
-            why="they show the ranges of the copy in 8 bits of this package.",
+            why="calibration images are for this package's int8 copy.",
             next="leave out calibration, or measure int8 in torch.",
         )
     for package in setup.against.split(",") if setup.against else ():
@@ -464,7 +467,7 @@ def _check(
 
 
 def _check_run(setup: Benchmark) -> None:
-    """Refuse what no run can be made with."""
+    """Refuse invalid conditions of a measurement."""
     threads = setup.threads or torch.get_num_threads()
     if setup.processor_time and threads != 1:
         raise InvalidInput(
@@ -482,7 +485,7 @@ def _check_run(setup: Benchmark) -> None:
 
 
 def _check_engine(mask: object, setup: Benchmark) -> None:
-    """Refuse what does not go into files of an engine."""
+    """Refuse options that an engine does not support."""
     if setup.runtime not in ENGINES:
         raise UnknownName("runtime", setup.runtime, (TORCH, *ENGINES))
     dtypes = ("float32", INT8) if ENGINES[setup.runtime].format == "onnx" else ("float32",)
@@ -490,7 +493,7 @@ def _check_engine(mask: object, setup: Benchmark) -> None:
     if unable := [f"{name}={getattr(setup, name)}" for name, is_plain in plain.items() if not is_plain]:
         raise InvalidInput(
             f"runtime {setup.runtime} does not go with {' and '.join(unable)}.",
-            why="engines are timed on the CPU in float32, ONNX in int8, too.",
+            why="engines are timed on the CPU in float32, and ONNX in int8, too.",
             next="leave that out, or measure it in torch.",
         )
     import_package(ENGINES[setup.runtime].package)
@@ -499,7 +502,7 @@ def _check_engine(mask: object, setup: Benchmark) -> None:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """So many threads of torch within."""
+    """Set torch's number of threads inside the `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -509,20 +512,20 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _peak_memory(network: str, mask: object, setup: Benchmark, key: str) -> float:
-    """MiB by which one call of a side raises the peak of the resident set."""
+    """Return the MiB by which one call of a side raises the peak of the resident set."""
     task = {"network": network, "mask": mask, "setup": vars(setup), "key": key}
     return float(run_alone(__name__, print_peak.__name__, repr(task)))
 
 
 def print_peak(task: str) -> None:
-    """Build one side, run it, and print MiB; a process of its own does nothing else."""
-    told = ast.literal_eval(task)
-    setup, key = Benchmark(**told["setup"]), told["key"]
+    """Build one side, run it, and print its MiB; runs in a separate process."""
+    arguments = ast.literal_eval(task)
+    setup, key = Benchmark(**arguments["setup"]), arguments["key"]
     torch.set_num_threads(setup.threads)
-    net, image, _ = _convert(told["network"], told["mask"], setup)
+    net, image, _ = _convert(arguments["network"], arguments["mask"], setup)
     runs = InTorch(net, image, setup)
-    run = runs.dense(key) if key in (HIGH, LOW) else runs.under(Budget(told["mask"], _fraction_of(key)))
+    run = runs.dense(key) if key in (HIGH, LOW) else runs.under(Budget(arguments["mask"], _fraction_of(key)))
     del net, runs
     with torch.inference_mode():
-        run(image)  # what is made once: packed weights, measured costs, the libraries' own memory
+        run(image)  # one-time memory: packed weights, measured costs, the libraries' own
         print(peak_raised_by(lambda: run(image)))

@@ -1,9 +1,9 @@
-"""`bench` with capped instruction sets: for each, a run of a network in a process of its own.
+"""`bench` with capped instruction sets: for each of them, a network is measured in a separate process.
 
-The caps of torch, oneDNN and MKL are set beside ours, before the process starts: libraries read them when they load.
-OpenVINO obeys oneDNN's cap: in OpenVINO 2026 its convolutions are `brgconv_avx2` and its fused loops `jit_avx2`
-with AVX2, and convolutions in 8 bits take twice the time without VNNI. ONNX Runtime cannot be capped: its times are the
-same with every cap.
+The caps of torch, oneDNN and MKL are set together with ours before the process starts, because libraries read them
+when they load. OpenVINO obeys oneDNN's cap: in OpenVINO 2026, with AVX2, its convolutions are `brgconv_avx2` and its
+fused loops `jit_avx2`, and int8 convolutions take twice the time without VNNI. ONNX Runtime cannot be capped: its
+times are the same with every cap.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from cadsurgery.support.processor import processor_in_words
 from cadsurgery.tasks.bench_report import BenchReport
 from cadsurgery.tasks.options import Benchmark
 
-# By our names, those of ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS; MKL multiplies matrices of
-# float32 for torch, and has no regard for the others.
+# For each of our names, the values of ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS. MKL
+# multiplies float32 matrices for torch, and ignores the other variables.
 _LIBRARIES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _CAPS = {
     "scalar": ("default", "SSE41", "SSE4_2"),
@@ -45,22 +45,22 @@ _ENGINES = {
 
 
 def environment_of(cap: str) -> dict[str, str]:
-    """The variables that cap this package, torch, oneDNN and MKL alike; on other processors than x86 ours alone."""
+    """Return the variables that cap this package, torch, oneDNN and MKL; on processors other than x86 only ours."""
     return {isa.VARIABLE: cap, **dict(zip(_LIBRARIES, _CAPS.get(cap, ()), strict=False))}
 
 
 def read_caps(caps: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of instruction sets, each once, in order; as a sequence or between commas."""
+    """Return the names of instruction sets, each once, in order; from a sequence or a comma-separated text."""
     listed = caps.split(",") if isinstance(caps, str) else caps
     return tuple(dict.fromkeys(cap.strip() for cap in listed if cap.strip()))
 
 
 def check_caps(caps: Sequence[str], networks: Sequence[object], mask: object, setup: Benchmark) -> None:
-    """Refuse instruction sets that cannot be measured here, and networks that no other process can build.
+    """Refuse instruction sets that cannot be measured here, and networks that another process cannot build.
 
     Raises:
         UnknownName: there is no such instruction set.
-        InvalidInput: the processor lacks it, or a network or the mask has no name.
+        InvalidInput: the processor lacks it, or a network or the mask is given without a name.
     """
     if not caps:
         return
@@ -93,29 +93,29 @@ def check_caps(caps: Sequence[str], networks: Sequence[object], mask: object, se
         )
 
 
-def bench_capped(cap: str, setup: Benchmark, **told: Any) -> BenchReport:
-    """The report of `bench` from a process that is capped to an instruction set.
+def bench_capped(cap: str, setup: Benchmark, **arguments: Any) -> BenchReport:
+    """Run `bench` in a process that is capped to an instruction set, and return its report.
 
     Args:
-        cap: the name of the instruction set.
-        setup: as of `bench`.
-        told: the other arguments of `bench`, by name: plain values.
+        cap: name of the instruction set.
+        setup: conditions of the measurement.
+        arguments: the other arguments of `bench`, by name: plain values.
 
     Raises:
-        CadError: as of `bench`; or the process failed.
+        CadError: as in `bench`; or the process failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report"
         options = {**vars(setup), "isa": ""}
-        said = run_alone(
+        printed = run_alone(
             __name__,
             write_report.__name__,
-            repr({"path": str(path), "bench": {**options, **told}}),
+            repr({"path": str(path), "bench": {**options, **arguments}}),
             environment_of(cap),
             task=f"measure with {cap}",
             next="run it without isa to see the whole error.",
         )
-        if error := json.loads(said):
+        if error := json.loads(printed):
             raise CadError.from_dict(error)
         report: BenchReport = pickle.loads(path.read_bytes())
     return report
@@ -123,31 +123,34 @@ def bench_capped(cap: str, setup: Benchmark, **told: Any) -> BenchReport:
 
 def write_report(task: str) -> None:
     """Run `bench` in this process and write its report to a file; print its error as JSON, or null."""
-    from cadsurgery.tasks.bench import bench  # which starts this process
+    from cadsurgery.tasks.bench import bench  # imported here, because that module imports this one
 
-    told = ast.literal_eval(task)
-    given = told["bench"]
-    if given["output"] is not None:
-        given["output"] = Path(given["output"])
+    instructions = ast.literal_eval(task)
+    arguments = instructions["bench"]
+    if arguments["output"] is not None:
+        arguments["output"] = Path(arguments["output"])
     try:
-        Path(told["path"]).write_bytes(pickle.dumps(bench(**given)))
+        Path(instructions["path"]).write_bytes(pickle.dumps(bench(**arguments)))
         print("null")
     except CadError as error:
         print(json.dumps(error.to_dict()))
 
 
 def joined(reports: Sequence[tuple[str, BenchReport]], setup: Benchmark) -> BenchReport:
-    """One report of the runs with each instruction set; of each network, its runs stand together."""
+    """Combine the reports of all instruction sets; the runs of each network stay together."""
     first = reports[0][1].setting
     setting = replace(first, device=processor_in_words(), instruction_sets={})
     caps = {cap: report.setting.instruction_sets for cap, report in reports}
-    # Their keys name the instruction sets.
+    # Keys of costs contain the instruction set, so they do not collide.
     kinds = {key: cost for _, report in reports for key, cost in report.costs["kinds"].items()}
-    engines = {setup.runtime, *("onnx" if one == "onnxruntime" else one for one in setup.against.split(","))}
+    engines = {
+        setup.runtime,
+        *("onnx" if name == "onnxruntime" else name for name in setup.against.split(",")),
+    }
     return BenchReport(
         setting,
         tuple(network for _, report in reports for network in report.networks),
         costs.as_record(kinds),
         caps,
-        tuple(told for engine, told in _ENGINES.items() if engine in engines),
+        tuple(note for engine, note in _ENGINES.items() if engine in engines),
     )

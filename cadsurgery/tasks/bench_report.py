@@ -35,8 +35,11 @@ from cadsurgery.tasks.slowest import SLOWER
 
 
 class Rival(NamedTuple):
-    """The dense networks in another engine: its name, the type of weights and features, and milliseconds, best and
-    median, at the high output stride and at the low one."""
+    """The dense networks in another engine: its name, the dtype, and (best, median) milliseconds at both output
+    strides.
+
+    `high` and `low` are the high and the low output stride.
+    """
 
     engine: str
     dtype: str
@@ -46,28 +49,28 @@ class Rival(NamedTuple):
 
 @dataclass(frozen=True)
 class NetworkBench:
-    """A network with one fill: its dense twins, its budgets, and whether the law holds.
+    """A network with one fill: its dense twins, its budgets, and whether time follows work.
 
-    Rows have the `macs` of a call, `memory_mib`, by which a call raises the peak of the resident set (None if it was
-    not measured), the `active_fraction` of the fine map, and those of budgets, the mask included,
+    Rows have the `macs` of a call, `memory_mib`, by which a call raises the peak of the resident set (None if not
+    measured), and the `active_fraction` of the fine map. Rows of budgets include the mask and have
 
-    - `fraction`: of the patches, asked for;
+    - `fraction`: the requested share of the patches;
     - `law_milliseconds`: the straight line between the dense twins at these MACs; `law_ratio`: time over that line;
-    - `realised`: share of the MACs ratio to dense high that became time: (t_high / t) / (M_high / M);
-    - `speedup`: t_high / t; `memory_ratio`: to dense high.
+    - `realised`: how much of the saving in MACs became a saving in time: (t_high / t) / (M_high / M);
+    - `speedup`: t_high / t; `memory_ratio`: memory relative to dense high.
 
     Attributes:
         model: name of the network.
-        weights: in words.
+        weights: description of the weights.
         fill: how its maps are read.
         output_stride: (high, low).
         band: multiple of the line that the law allows.
-        high, low: the dense twins, networks with one level everywhere.
-        rows: budgets.
+        high, low: the dense twins, i.e. networks with one level everywhere.
+        rows: one row per budget.
         notes: facts that a reader needs to judge the figures.
         rivals: the dense networks in other engines.
-        sides: of the user's own.
-        isa: the instruction set that CADSURGERY_ISA capped the run to; "" if nothing capped it.
+        sides: sides of the user.
+        isa: instruction set to which CADSURGERY_ISA capped the run; "" for no cap.
     """
 
     model: str
@@ -85,12 +88,12 @@ class NetworkBench:
 
     @property
     def label(self) -> str:
-        """The network, and the instruction set that the run was capped to."""
+        """The name of the network, and the instruction set to which the run was capped."""
         return f"{self.model} with {self.isa}" if self.isa else self.model
 
     @property
     def worst(self) -> Row:
-        """The row farthest above the line."""
+        """The row with the largest time relative to the line."""
         return max(self.rows, key=lambda row: row.law_ratio)
 
     @property
@@ -100,21 +103,21 @@ class NetworkBench:
 
     @property
     def slower(self) -> tuple[Row, ...]:
-        """Rows slower than dense high by more than 3 %."""
+        """Rows that are slower than dense high by more than 3 %."""
         limit = SLOWER * (self.high.milliseconds or 0.0)
         return tuple(row for row in self.rows if (row.milliseconds or 0.0) > limit)
 
     def verdict(self) -> str:
-        """The law in words: held or missed, and where it is worst."""
+        """State whether time follows work, and the worst row."""
         worst = f"fraction {self.worst.fraction:g} takes {self.worst.law_ratio:.3f} of the line"
-        law = "holds" if self.holds else "is MISSED"
-        told = f"the law {law}: at worst {worst} between the dense twins, {self.band:.2f} are allowed"
+        law = "time follows work" if self.holds else "time does not follow work (MISSED)"
+        text = f"{law}: at worst {worst} between the dense twins, {self.band:.2f} are allowed"
         listed = ", ".join(f"{row.fraction:g}" for row in self.slower)
         slower = f"slower than dense high by more than 3 %: fraction {listed}" if listed else ""
-        return f"{told}; {slower or 'nothing is slower than dense high by more than 3 %'}"
+        return f"{text}; {slower or 'nothing is slower than dense high by more than 3 %'}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         return {
             **self._head(),
             "rows": plain(self.rows),
@@ -131,7 +134,7 @@ class NetworkBench:
         }
 
     def lines(self) -> list[dict[str, Any]]:
-        """Each row as plain values that stand alone, for JSON Lines."""
+        """Return each row as self-contained plain values, for JSON Lines."""
         return [{**self._head(), **row.to_dict()} for row in self.rows]
 
     def _head(self) -> dict[str, Any]:
@@ -143,10 +146,10 @@ class NetworkBench:
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """The setting of a measurement; `commit` is empty outside a checkout.
+    """The conditions of a measurement; `commit` is empty outside a checkout.
 
-    `processor` and `instruction_sets` are those of `describe_run`; of several runs, each with instruction sets of its
-    own, see `BenchReport`.
+    `processor` and `instruction_sets` come from `describe_run`; for several runs with different instruction sets, see
+    `BenchReport`.
     """
 
     mask: str
@@ -164,7 +167,7 @@ class BenchSetting:
     instruction_sets: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; without those that are not known here: commit, processor, instruction sets."""
+        """Return plain values, without an unknown commit, processor or instruction sets."""
         optional = ("commit", "processor", "instruction_sets")
         return {name: plain(value) for name, value in vars(self).items() if name not in optional or value}
 
@@ -185,10 +188,10 @@ class BenchReport(Report):
     """The report of `cadsurgery bench`.
 
     Attributes:
-        setting: of all measurements.
-        networks: a network with one fill each.
-        costs: those that decided, see `backends.costs.record`; with `caps` those of all runs.
-        caps: by the name of each instruction set that a run was capped to: the instruction sets of that run.
+        setting: conditions of all measurements.
+        networks: one entry per network and fill.
+        costs: costs on which backends were chosen, see `backends.costs.record`; with `caps` the costs of all runs.
+        caps: for each capped run, by the name of its cap: the instruction sets in use.
         notes: facts that a reader needs to judge all figures.
     """
 
@@ -199,13 +202,13 @@ class BenchReport(Report):
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         networks = [network.to_dict() for network in self.networks]
         capped = {"caps": self.caps, "notes": list(self.notes)} if self.caps else {}
         return {**self.setting.to_dict(), **capped, "networks": networks, "costs": self.costs}
 
     def parts(self) -> Iterator[RenderableType]:
-        """The setting, then each network: its table, the law and notes."""
+        """Yield the conditions, then for each network its table, the verdict and notes."""
         yield Text(str(self.setting))
         yield from (Text(f"{name}: {sets_in_words(sets)}") for name, sets in self.caps.items())
         yield from (Text(note, style="yellow") for note in self.notes)
@@ -218,7 +221,7 @@ class BenchReport(Report):
             yield from (Text(note, style="yellow") for note in network.notes)
 
     def figure(self) -> Figure:
-        """Time against active fraction, a panel for each network: the law's band, budgets and dense twins."""
+        """Draw time against active fraction, a panel per network: the law's band, budgets and dense twins."""
         count = len(self.networks)
         figure, axes = panels(count, min(3, count), 5.5, 4.2, above=0.6)
         for axis, network in zip(axes, self.networks, strict=True):
@@ -229,17 +232,17 @@ class BenchReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodBench(MeasuredReport):
-    """Time against work of a network that a method made; the first row is the network it was made from.
+    """Time against work of a network made by a method; the first row is the original network.
 
-    Rows have their `side`, the `macs` of a call, and the `line`: milliseconds of the straight line between the ends at
-    these MACs, None where there are no ends.
+    Rows have their `side`, the `macs` of a call, and the `line`: milliseconds of the straight line between the ends
+    at these MACs, None if there are no ends.
 
     Attributes:
-        image: (B, 3, H, W) of the images.
+        image: shape (B, 3, H, W) of the images.
         clock: `wall`, or `processor`.
-        rows: of the sides, which were run in turn.
-        part: of the network whose MACs these are; empty: all of it.
-        not_counted: operations that are not among the MACs, because no rule says how much they multiply.
+        rows: one row per side; sides were timed in turn.
+        part: name of the part of the network whose MACs are counted; empty for the whole network.
+        not_counted: operations that are not among the MACs, because no counting rule is known.
     """
 
     image: tuple[int, ...]
@@ -249,7 +252,7 @@ class MethodBench(MeasuredReport):
     not_counted: tuple[str, ...] = ()
 
     def subject(self) -> str:
-        """Images, device, and what was timed."""
+        """Describe images, device, and what was timed."""
         clock = "processor time" if self.clock == "processor" else "time"
         return (
             f"{self.data} {'x'.join(map(str, self.image))}, on {self.device}; best and median {clock} of {self.rounds} "
@@ -257,7 +260,7 @@ class MethodBench(MeasuredReport):
         )
 
     def tables(self) -> Iterator[Table]:
-        """A row for each side."""
+        """Yield a table with a row for each side."""
         whole = self.rows[0]
         columns: list[Column[Row]] = [
             Column("side", "side", False),
@@ -269,24 +272,24 @@ class MethodBench(MeasuredReport):
         yield table(self.rows, columns)
 
     def parts(self) -> Iterator[RenderableType]:
-        """Network, images, the rows, and whose MACs these are."""
+        """Yield the network, the images, the rows, and what the MACs refer to."""
         yield heading(self.model, self.weights, self.random)
         yield Text(self.subject(), style="dim")
         yield from self.tables()
         if self.part:
-            told = f"MACs are those of the {self.part}, times those of the whole network."
-            yield Text(told, style="yellow")
+            note = f"MACs are those of the {self.part}, times those of the whole network."
+            yield Text(note, style="yellow")
         if left := describe_not_counted(self.not_counted):
             yield Text(left, style="yellow")
 
     def lines(self) -> list[dict[str, Any]]:
-        """Each row as plain values that stand alone, for JSON Lines."""
+        """Return each row as self-contained plain values, for JSON Lines."""
         values = self.to_dict()
         rows = values.pop("rows")
         return [{**values, **row} for row in rows]
 
     def figure(self) -> Figure:
-        """Time against MACs, and the line."""
+        """Draw time against MACs, and the line."""
         figure = canvas(5.5, 4)
         axes = figure.subplots()
         for row, colour in zip(self.rows, ("#222222", *COLOURS * len(self.rows)), strict=False):
@@ -300,8 +303,7 @@ class MethodBench(MeasuredReport):
 
 
 def _table(network: NetworkBench) -> Table:
-    """Twins and budgets of a network, and sides of the user's own; the law's column is time over the line between the
-    twins."""
+    """Create the table of a network: twins, budgets and sides of the user; "of law" is time over the line."""
     high, low = network.high, network.low
     columns: list[Column[Row]] = [
         Column("side", "label", False),
@@ -325,7 +327,7 @@ def _table(network: NetworkBench) -> Table:
 
 
 def _table_of_rivals(network: NetworkBench) -> Table:
-    """The dense networks in other engines, and each budget relative to their dense high."""
+    """Create the table of dense networks in other engines, with each budget relative to their dense high."""
 
     def share(row: Row) -> Callable[[Rival], str]:
         return lambda rival: ratio(row.milliseconds, rival.high[0])
@@ -341,7 +343,7 @@ def _table_of_rivals(network: NetworkBench) -> Table:
 
 
 def _draw(axis: Any, network: NetworkBench) -> None:
-    """One network's panel."""
+    """Draw the panel of one network."""
     high, low = network.high, network.low
     rows = sorted(network.rows, key=lambda row: row.active_fraction)
     active = [0.0, *(row.active_fraction for row in rows), 1.0]
@@ -356,11 +358,13 @@ def _draw(axis: Any, network: NetworkBench) -> None:
     axis.plot(places, median, "_", color="#d7301f", markersize=9, label="median")
     axis.plot(places, best, "o", color="#d7301f", markersize=5, label="best")
     axis.plot([0, 1], twins, "s", color="#222222", markersize=6, zorder=1.9, label="dense low, high")
-    for place, side in enumerate(network.sides):  # where the work is that of their share
+    for place, side in enumerate(network.sides):  # placed at their share of the work
         share = (side.macs - low.macs) / (high.macs - low.macs)
         axis.plot([share], [side.milliseconds], "^", color=COLOURS[1 + place % 4], label=side.label)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("active fraction")
     axis.set_ylabel("ms")
-    axis.set_title(f"{network.label}, {network.fill}: law {'holds' if network.holds else 'MISSED'}")
+    axis.set_title(
+        f"{network.label}, {network.fill}: time {'follows work' if network.holds else 'MISSED the law'}"
+    )
     axis.legend(loc="lower right", fontsize=8)

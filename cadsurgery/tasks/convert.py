@@ -1,4 +1,4 @@
-"""Conversion and its commands: from names and paths to networks, reports and files."""
+"""Convert networks, and the commands around it: from names and paths to networks, reports and files."""
 
 from __future__ import annotations
 
@@ -64,29 +64,29 @@ def convert(
     gates: Mapping[str, Any] | None = None,
     sampling: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
-    """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
+    """Build, convert, verify, measure and save a network; see `cadsurgery convert --help`."""
     methods = {kind.method: kind for kind in KINDS}
     check_name("method", method, (ADAPTIVE, *methods))
     if kind := methods.get(method):
         refuse_precision(precision, kind.words)
         make, suffix = kind.convert, method
-        told = {"anytime": exits, "sampling": gates, "resampling": sampling}[method] or {}
+        arguments = {"anytime": exits, "sampling": gates, "resampling": sampling}[method] or {}
     else:
         resolve_mask(mask)  # a typo should not wait for the network to be built
         check_precision(precision, calibration, largest_error)
-        of_copy = {"precision": precision, "calibration": calibration, "largest_error": largest_error}
-        told, make, suffix = options, partial(_adapt, mask, of_copy), mask.partition(":")[0]
-    where = find_device(device)
+        copy_options = {"precision": precision, "calibration": calibration, "largest_error": largest_error}
+        arguments, make, suffix = options, partial(_adapt, mask, copy_options), mask.partition(":")[0]
+    torch_device = find_device(device)
     output = output or Path(f"{re.sub('[:/]', '-', model)}-{suffix}.safetensors")
     check_folder(output)
     step(f"building {model}")
     before, source = original(model, weights)
 
     def example(source: Source) -> Tensor:
-        return example_batch(source, image, size).to(where)
+        return example_batch(source, image, size).to(torch_device)
 
-    torch.manual_seed(0)  # what a method makes anew is the same in every run
-    made = make(Request(before.to(where), source, example, told, verify_laws, step))
+    torch.manual_seed(0)  # new parameters of a method are the same in every run
+    made = make(Request(before.to(torch_device), source, example, arguments, verify_laws, step))
     step("measuring")
     rows = measure(made.sides, made.batch, rounds, "name", seconds=TIMING_SECONDS)
     notes = made.notes(rows)
@@ -101,18 +101,21 @@ def convert(
         file=str(output),
         made=made.without_network(),
         notes=tuple(notes),
-        **describe_run(where),
+        **describe_run(torch_device),
     )
 
 
-def _adapt(mask: str, of_copy: Mapping[str, Any], request: Request) -> Conversion:
-    """Make a network adaptive. The sides are the network as it was if it is not dense high, then always dense high,
-    converted, optimised, and in 8 bits if that is asked for."""
+def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conversion:
+    """Make a network adaptive.
+
+    The sides are the original network (unless it is dense high), dense high, the converted network, its optimised
+    copy and, if requested, the int8 copy.
+    """
     before, step, precision, folder = (
         request.before,
         request.step,
-        of_copy["precision"],
-        of_copy["calibration"],
+        copy_options["precision"],
+        copy_options["calibration"],
     )
     step("converting and verifying" if request.verify else "converting")
     net = adaptify(before, mask, **request.options, verify_laws=request.verify)
@@ -121,38 +124,38 @@ def _adapt(mask: str, of_copy: Mapping[str, Any], request: Request) -> Conversio
     net.to(batch.device)
     step("counting multiply-accumulates")
     counted, plan = net.macs(batch), net.plan
-    if net.hosts_part:  # the part alone: the rest decides by values, which counting does not have
-        of_original = counted.low if plan.identity_level == plan.max_level else counted.high
+    if net.hosts_part:  # count the part alone: the rest depends on values, which counting lacks
+        original_macs = counted.low if plan.identity_level == plan.max_level else counted.high
     else:
-        of_original = dense_macs(before, batch)
+        original_macs = dense_macs(before, batch)
     copies = {"net.optimize()": net.optimize()}
     if precision != FLOAT:
         pictures = images_like(batch, pictures_for(net), folder)
         step(f"calibrating by {len(pictures)} images")
-        limit = of_copy["largest_error"]
+        limit = copy_options["largest_error"]
         quantised = net.optimize(precision=precision, calibration=pictures, largest_error=limit)
         copies[f"net.optimize(), {precision}"] = quantised
     is_high = plan.identity_level == 0
     dense = f"dense high (output stride {plan.output_stride[0]})"
     sides = [
-        Side("original = dense high" if is_high else "original", before, of_original),
+        Side("original = dense high" if is_high else "original", before, original_macs),
         *([] if is_high else [Side(dense, partial(net, mask="all"), counted.high)]),
         Side("converted", net, counted.mask),
         *(Side(f"converted, {name}", copy, counted.mask) for name, copy in copies.items()),
     ]
 
     def notes(rows: Sequence[Row]) -> list[str]:
-        found = _notes(plan, counted, copies)
+        messages = _notes(plan, counted, copies)
         high, converted = rows[not is_high].milliseconds, rows[-1 - len(copies)].milliseconds
         if high is None or converted is None:
-            return found
+            return messages
         step("looking for what is slow")
         others = {"dense high": high, "the converted network": converted}
         slow = [
             explain_slowness(name, row.milliseconds or 0.0, others, copy, partial(copy, batch))
             for (name, copy), row in zip(copies.items(), rows[-len(copies) :], strict=True)
         ]
-        return [*found, *filter(None, slow)]
+        return [*messages, *filter(None, slow)]
 
     adapted = [decision.node for decision in plan.chosen("adapt")]
     spec, seen = net.mask.spec(), str(net.normalisation or "the input as it comes, until a picture has come")
@@ -190,7 +193,7 @@ def _adapt(mask: str, of_copy: Mapping[str, Any], request: Request) -> Conversio
 
 
 def _notes(plan: Plan, counted: MacReport, copies: Mapping[str, AdaptiveModel]) -> list[str]:
-    """Notes that a user can act on, beside what `adaptify` warns of."""
+    """Return notes that a user can act on, in addition to the warnings of `adaptify`."""
     notes = []
     if counted.active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
@@ -202,25 +205,25 @@ def _notes(plan: Plan, counted: MacReport, copies: Mapping[str, AdaptiveModel]) 
 
 
 def refuse_precision(precision: str, network: str) -> None:
-    """Refuse another precision than that of the weights, of a network that a method made.
+    """Refuse a precision other than the weights' own, for a network made by a method.
 
     Raises:
-        InvalidInput: another one is asked for.
+        InvalidInput: another precision is requested.
     """
     if precision != FLOAT:
         raise InvalidInput(
             f"--precision {precision} for a network {network}.",
-            why="they run in the precision of their weights.",
+            why="networks made by methods run in the precision of their weights.",
             next="leave it out.",
         )
 
 
 def check_precision(precision: str, calibration: Path | None, largest_error: float | None = None) -> None:
-    """Refuse what `optimize` would, before anything is built.
+    """Refuse options that `optimize` would refuse, before anything is built.
 
     Raises:
-        UnknownName: an unknown precision.
-        InvalidInput: images to calibrate by and nothing to calibrate, or the other way round; an error that cannot be.
+        UnknownName: there is no such precision.
+        InvalidInput: int8 without calibration images, calibration images without int8, or an invalid largest error.
     """
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
@@ -232,7 +235,7 @@ def check_precision(precision: str, calibration: Path | None, largest_error: flo
     if largest_error is not None and (precision == FLOAT or not largest_error > 0):
         raise InvalidInput(
             f"--largest-error {largest_error} with precision {precision}.",
-            why="it is by how much outputs in 8 bits may differ, a share of their size.",
+            why="it limits the error of int8 outputs, relative to their size.",
             next="--precision int8 --calibration FOLDER --largest-error 0.05.",
         )
 
@@ -240,10 +243,10 @@ def check_precision(precision: str, calibration: Path | None, largest_error: flo
 def make_or_read_plan(
     model: str, output_stride: tuple[int, int] | None, region: str | list[str], outputs: str = "fine"
 ) -> AnyPlan:
-    """The plan of a network by name, or the one stored in a converted file, of any method.
+    """Return the plan of a network by name, or the plan stored in a converted file of any method.
 
     Raises:
-        InvalidInput: options for a file that are not the defaults.
+        InvalidInput: options other than the defaults are given for a file.
     """
     check_options(model, {"output_stride": output_stride, "region": region, "outputs": outputs})
     if is_file(model):
@@ -260,7 +263,7 @@ def count(
     rule: str,
     trust: bool = False,
 ) -> MacReport | AnytimeMacs | SampledMacs | ResampledMacs:
-    """MACs of a network by name or of a converted file, of any method, on an image."""
+    """Count the MACs of a network by name or of a converted file, of any method, on an image."""
     check_options(model, options)
     if is_file(model) and read_method(model):
         net: Converted = load(model, mask=mask or None, trust=trust)
@@ -270,10 +273,10 @@ def count(
 
 
 def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, rule: str) -> dict[str, Any]:
-    """MACs of a network by name as it is, not converted.
+    """Count the MACs of a network by name without converting it.
 
     Raises:
-        InvalidInput: a converted file.
+        InvalidInput: `model` is a converted file.
     """
     if is_file(model):
         raise InvalidInput(

@@ -30,23 +30,23 @@ from cadsurgery.tasks.side import Conversion
 class ConversionReport(RunReport):
     """The report of `cadsurgery convert`, for any method.
 
-    Rows of sides have their `name` and the `macs` of a call. Of an adaptive network the fields besides are the `mask`,
-    the `normalisation`, the range that the mask takes the input for, the `active_fraction`, results of the plan, the
-    `checks` of laws, empty if none was verified, and `costs`, those of convolutions that decided (see
-    `backends.costs.record`).
-    Of others they are `not_counted`, operations that no rule says the multiply-accumulates of; and `threshold` and
-    `error`, the relative error of the last exit where everything is computed; or `is_verified`; or `error` with equal
-    distances at the size of the image.
+    Rows of sides have their `name` and the `macs` of a call. For an adaptive network, further fields are the `mask`,
+    the `normalisation` that the mask assumes, the `active_fraction`, results of the plan, the `checks` of laws
+    (empty if not verified), and `costs`, on which backends of convolutions were chosen (see `backends.costs.record`).
+
+    For other methods they are `not_counted`, operations without a counting rule, and for exits `threshold` and `error`,
+    the relative error of the last exit with everything computed; for gates `is_verified`; for a sampled input `error`,
+    the relative error when sampled uniformly at the image's size.
 
     Attributes:
         model: source of the network.
-        weights: in words.
-        random: True if they are random.
+        weights: description of the weights.
+        random: True if the weights are random.
         image: shape of the batch.
-        sides: the network as it was, and what was made of it.
-        file: that was written.
+        sides: the original network, and the converted variants.
+        file: file that was written.
         made: the method's part of the report.
-        notes: that a user can act on.
+        notes: notes that a user can act on.
     """
 
     model: str
@@ -59,13 +59,13 @@ class ConversionReport(RunReport):
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         values = super().to_dict()
         del values["made"]
         return {**values, "plan": self.made.summary.plain, **plain(self.made.more)}
 
     def parts(self) -> Iterator[RenderableType]:
-        """Network, plan, the sides beside each other, what was verified, and what a user can act on."""
+        """Yield the network, the plan, the sides, the results of verification, and notes that a user can act on."""
         made = self.made
         yield heading(self.model, self.weights, self.random)
         yield made.summary
@@ -90,9 +90,9 @@ _STYLES = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit"
 
 
 def render_plan(plan: Any, *, all_nodes: bool = False) -> RenderableType:
-    """The plan as a table; without `all_nodes`, dense nodes before the region are left out. Of another method in words.
+    """Show the plan as a table; without `all_nodes`, dense nodes before the region are omitted. Other plans as text.
 
-    Why an operation of the region is exact is told once per operation, below the table.
+    The reason why an operation of the region is exact is stated once per operation, below the table.
     """
     if not isinstance(plan, Plan):
         return Text(str(plan))
@@ -108,12 +108,14 @@ def render_plan(plan: Any, *, all_nodes: bool = False) -> RenderableType:
     reasons: dict[str, str] = {}
     for decision in plan.chosen("adapt", "keep"):
         reasons.setdefault(decision.operation.partition(" ")[0], decision.reason)
-    told = Text("\n".join(f"{operation}: {reason}" for operation, reason in reasons.items()), style="dim")
-    return Group(Text(plan.summary()), table(shown, columns), told)
+    explained = Text(
+        "\n".join(f"{operation}: {reason}" for operation, reason in reasons.items()), style="dim"
+    )
+    return Group(Text(plan.summary()), table(shown, columns), explained)
 
 
 def render_macs(report: Any, *, layers: bool = True) -> RenderableType:
-    """MACs per layer and in total; of another method in words."""
+    """Show the MACs per layer and in total; for other methods as text."""
     if not isinstance(report, MacReport):
         return Text(str(report))
     columns: list[Column[LayerMacs]] = [

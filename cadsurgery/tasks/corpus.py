@@ -1,12 +1,12 @@
-"""Networks that are checked: those that the libraries have by name, and those of a corpus.
+"""Networks to check: networks of the libraries by name, and networks of a corpus.
 
-A corpus is a folder of Python files, or one file, in which `network` declares what builds them:
+A corpus is a folder of Python files, or one file, in which `network` declares the builders:
 
     @network("transposed", "pads")
     class UNet(nn.Module):
         ...
 
-Such files are run when they are read, so only what a user names is read; a checkout has one, `tests/corpus`.
+Reading such a file runs it, so only files that a user names are read. A checkout contains one corpus, `tests/corpus`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ Call = Callable[[Tensor], Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A network to be checked.
+    """A network to check.
 
     Attributes:
-        name: of the row, `file:builder` for one of a corpus.
+        name: name of the row, `file:builder` for a network of a corpus.
         family: library and module, or the file.
-        build: makes it, with random weights.
-        idioms: that it stands for.
-        about: the same in words.
-        call: from an image batch to what the network is called with, as `adaptify(example_input=)` takes it: a tensor,
-            a tuple of arguments or a dictionary of keywords; None: the image alone.
-        size: of the image it is converted on; None: of the built-in one.
+        build: builds the network with random weights.
+        idioms: constructs that the network represents.
+        about: description of the network.
+        call: maps an image batch to the network's arguments, as for `adaptify(example_input=)`: a tensor, a tuple of
+            arguments or a dictionary of keywords; None for the image alone.
+        size: image size of the conversion; None for the built-in images.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Subject:
     size: tuple[int, int] | None = None
 
     def arguments(self, image: Tensor) -> Any:
-        """The arguments of the network for an image batch."""
+        """Return the network's arguments for an image batch."""
         return image if self.call is None else self.call(image)
 
 
-# Small, odd and not square; networks that do not take it are converted on the built-in images.
+# Small, odd and not square; networks that do not accept it are converted on the built-in images.
 ZOO_SIZE = (65, 97)
 
-CHECKOUT = Path(__file__).parents[2] / "tests" / "corpus"  # which the installed package comes without
+CHECKOUT = Path(__file__).parents[2] / "tests" / "corpus"  # not part of the installed package
 
 _declared: dict[str, dict[str, Subject]] = {}  # by module
 
@@ -70,33 +70,33 @@ _declared: dict[str, dict[str, Subject]] = {}  # by module
 def network(
     *idioms: str, call: Call | None = None, name: str = "", size: tuple[int, int] | None = None
 ) -> Callable[[Builder], Builder]:
-    """Declare a class or function that builds a network of a corpus; its docstring tells about it.
+    """Declare a class or function that builds a network of a corpus; its docstring is the description.
 
     Args:
-        idioms: that it stands for, in the words of the corpus.
+        idioms: constructs that the network represents, in the words of the corpus.
         call: see `Subject`.
-        name: if it is not that of the class or function.
-        size: of the image it is converted on, if it does not run on the built-in ones.
+        name: name, if it differs from that of the class or function.
+        size: image size of the conversion, if the network does not run on the built-in images.
     """
 
     def declare(build: Builder) -> Builder:
-        called = name or build.__name__
+        network_name = name or build.__name__
         about = " ".join((build.__doc__ or "").partition("\n\n")[0].split())
         family = build.__module__
         subjects = _declared.setdefault(family, {})
-        if called in subjects:
-            raise ValueError(f"{family} declares {called} twice.")
-        subjects[called] = Subject(f"{family}:{called}", family, build, idioms, about, call, size)
+        if network_name in subjects:
+            raise ValueError(f"{family} declares {network_name} twice.")
+        subjects[network_name] = Subject(f"{family}:{network_name}", family, build, idioms, about, call, size)
         return build
 
     return declare
 
 
 def subject(name: str, corpus: Path | None = None) -> Subject:
-    """A network by the name of its row: of a library, or of the files of a corpus.
+    """Return a network by the name of its row: from a library, or from the files of a corpus.
 
     Raises:
-        UnknownName: the corpus has none of that name; of the libraries' names that shows when it is built.
+        UnknownName: the corpus has no such network; an unknown name of a library shows when it is built.
         FileError: the corpus cannot be read.
     """
     if corpus is None:
@@ -104,7 +104,7 @@ def subject(name: str, corpus: Path | None = None) -> Subject:
     family = name.partition(":")[0]
     for file in _files(corpus):
         if file.stem == family:
-            subjects = {one.name: one for one in _read(file)}
+            subjects = {entry.name: entry for entry in _read(file)}
             if name in subjects:
                 return subjects[name]
             raise UnknownName(f"network in {file}", name, subjects)
@@ -112,27 +112,27 @@ def subject(name: str, corpus: Path | None = None) -> Subject:
 
 
 def read_corpus(corpus: Path, pattern: str = "*") -> list[Subject]:
-    """The networks of a file or of the files of a folder, in their order there.
+    """Return the networks of a file, or of the files of a folder, in the order of their declaration.
 
     Args:
-        corpus: a file, or a folder, of which only the files right in it are read.
-        pattern: shell-style, for names.
+        corpus: a file, or a folder whose files (not those of subfolders) are read.
+        pattern: shell-style pattern for names.
 
     Raises:
-        FileError: there is no such file or folder, or one of the files does not run.
+        FileError: there is no such file or folder, or a file does not run.
     """
-    subjects = [one for file in _files(corpus) for one in _read(file)]
-    return [one for one in subjects if fnmatch.fnmatch(one.name, pattern)]
+    subjects = [entry for file in _files(corpus) for entry in _read(file)]
+    return [entry for entry in subjects if fnmatch.fnmatch(entry.name, pattern)]
 
 
 def find_corpus(argument: str) -> tuple[Path, str]:
-    """The corpus that is meant, and the pattern for its names.
+    """Find the corpus that an argument names, and the pattern for its networks.
 
     Args:
-        argument: a file or folder; that of a folder in the checkout's corpus; or a pattern for the checkout's corpus.
+        argument: a file or folder; a folder of the checkout's corpus; or a pattern for the checkout's corpus.
 
     Raises:
-        FileError: there is no such file, or this is no checkout, which has a corpus.
+        FileError: there is no such file, or this is not a checkout with a corpus.
     """
     for path in (Path(argument), CHECKOUT / argument):
         if argument not in ("", "*") and files.exists(path):
@@ -154,9 +154,9 @@ def _files(corpus: Path) -> list[Path]:
 
 
 def _read(file: Path) -> list[Subject]:
-    """The networks a file declares; it is run once, and finds what lies beside it."""
+    """Return the networks that a file declares; the file is run once, and can import modules beside it."""
     if file.suffix != ".py":
-        raise FileError(f"{file} is no Python file.", next="name a .py file, or a folder of such.")
+        raise FileError(f"{file} is not a Python file.", next="name a .py file, or a folder of .py files.")
     importlib.invalidate_caches()
     try:
         with beside(file):
@@ -168,7 +168,7 @@ def _read(file: Path) -> list[Subject]:
         raise FileError(
             f"{file} does not run.",
             why=describe_error(error),
-            next="mend it, or install what it imports.",
+            next="correct it, or install what it imports.",
         ) from error
     known = getattr(module, "__file__", None)
     if known is None or Path(known).resolve() != file.resolve():
@@ -182,7 +182,7 @@ def _read(file: Path) -> list[Subject]:
 
 @contextmanager
 def beside(corpus: Path) -> Iterator[None]:
-    """The files of a corpus, and what lies beside them, can be imported for a while."""
+    """Allow imports of a corpus's files, and of modules beside them, inside the `with` block."""
     folder = str((corpus if corpus.is_dir() else corpus.parent).resolve())
     sys.path.insert(0, folder)
     try:

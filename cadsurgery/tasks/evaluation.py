@@ -1,4 +1,4 @@
-"""Accuracy of sides on labelled images, or fidelity to the dense network on others, against work and time."""
+"""Evaluate sides by accuracy on labelled images, or by fidelity to the dense network, against work and time."""
 
 from __future__ import annotations
 
@@ -70,64 +70,65 @@ def evaluate(
 ) -> EvaluationReport:
     """Evaluate a network by its sides: accuracy, multiply-accumulates and time of each, on the same images.
 
-    Of a network with masks these are every mask at every pair of output strides, and both dense networks of each pair;
-    of one with exits, every exit at every threshold; of one with gates, the dense network and the gates; of one whose
-    input is sampled, its sampler, equal distances, and the whole image. Sides of your own stand behind them.
+    The sides depend on the network. With masks: every mask at every pair of output strides, and both dense networks
+    of each pair. With exits: every exit at every threshold. With gates: the dense network and the gates. With a
+    sampled
+    input: its sampler, uniform sampling, and the whole image. Sides of the user follow.
 
-    Without labels the figures are fidelity: the output of the dense network of the high output stride for an image
-    stands for its labels, see `FidelityMetrics`; the outputs may be anything that has maps.
+    Without labels, outputs are compared with the output of the dense network at the high output stride, which stands
+    for the labels, see `FidelityMetrics`; any outputs with maps are possible.
 
-    Each image is read once and all sides are run on it, with `net.optimize()`. MACs are exact for every image. Under
-    `torchrun` or `accelerate launch` each process takes its share of the images; every process returns the same
-    figures, the first one measures times and writes.
+    Each image is read once, and all sides run on it, with `net.optimize()`. MACs are exact for every image. Under
+    `torchrun` or `accelerate launch` each process takes its share of the images. All processes return the same
+    figures; the first one measures times and writes files.
 
     Args:
         network: a converted network or file, a network by name or `module:function`, or a module to convert.
         data: images with or without labels, or their spec; see `open_data`.
-        masks: anything `adaptify` takes; default: the converted network's own, or `"edges"`.
+        masks: anything `adaptify` accepts; default: the converted network's own mask, or `"edges"`.
         output_stride: pairs (high, low); default: the converted network's, or that of `adaptify`.
-        options: further ones for `adaptify`; a converted network keeps its own.
-        weights: of a network by name; see `build_model`.
-        split: of data by spec.
-        limit: the first so many images only.
-        batch: images in one call; those that follow one another and have one size.
-        rounds: of timing on the first image, all sides in turn; 0 for none.
-        kind: of the outputs, without labels: `classes` or `values`; `auto` tells by the first, see
+        options: further options of `adaptify`; a converted network keeps its own.
+        weights: weights of a network by name; see `build_model`.
+        split: split of data given by spec.
+        limit: use only the first images, up to this number.
+        batch: maximum number of images per call; consecutive images of the same size are combined.
+        rounds: timing rounds on the first image, all sides in turn; 0 for none.
+        kind: kind of the outputs, without labels: `classes` or `values`; `auto` decides by the first output, see
             `cadsurgery.support.divergence.kind_of`.
         device: "cpu" or "cuda".
         output: JSON file to write.
         picture: PNG to draw: accuracy against work, and against time if it was measured.
-        thresholds: of confidence, of a network with exits; each is one number, or one of each exit but the last;
-            default: its own.
-        sides: of your own, see `cadsurgery.tasks.side.Side`; they get the images that the network gets.
-        step: called with what is being done.
+        thresholds: confidence thresholds for a network with exits; each is one number, or one for each exit but the
+            last; default: its own.
+        sides: sides of the user, see `cadsurgery.tasks.side.Side`; they get the same images as the network.
+        step: progress callback.
         trust: run code that a converted file names; see `cadsurgery.load`.
 
     Raises:
-        InvalidInput: the network's output is no map of scores, or of another number of classes than the data; without
-            labels, it has no maps, or a mask asks for labels; an impossible option.
-        CadError: not one image could be used (that image's error); or a name, file or option is refused.
+        InvalidInput: the network does not return a map of scores, or has another number of classes than the data;
+            without labels, it returns no maps, or a mask needs labels; an option is out of range.
+        CadError: no image could be used (the error of the first one); or a name, file or option is refused.
     """
     _check(limit, batch, rounds)
     check_name("kind of output", kind, KINDS)
     check_outputs(output, picture=picture)
-    where = own_device(device)
+    torch_device = own_device(device)
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
     samples = (open_data(data, split) if isinstance(data, str) else data).first(limit)
     if (made := open_any(network, trust)) is not None:
-        compared = _sides_of(made, samples, bool(masks or output_stride), thresholds, where)
+        compared = _sides_of(made, samples, bool(masks or output_stride), thresholds, torch_device)
     elif thresholds:
         raise InvalidInput(
-            "thresholds are of networks with exits, and this one has none.",
+            "thresholds belong to networks with exits, and this network has none.",
             next="convert it with cs.anytime.",
         )
     else:
         step("building and converting")
         nets, source = at_strides(network, output_stride, options or {}, weights=weights, trust=trust)
-        compared = of_masks.compare(nets, source, masks, where)
+        compared = of_masks.compare(nets, source, masks, torch_device)
     compared = replace(compared, sides=[*compared.sides, *sides])
-    tallies, failed, first = _judge(compared, samples, batch, kind, where, step)
+    tallies, failed, first = _judge(compared, samples, batch, kind, torch_device, step)
     rows = [
         side.row(tally.values(side, samples.classes), compared.key)
         for side, tally in zip(compared.sides, tallies, strict=True)
@@ -150,7 +151,7 @@ def evaluate(
         rows=tuple(rows),
         failed=tuple(failed),
         compared=replace(compared, sides=()),  # a report keeps no networks
-        **provenance(network, compared.source, where),
+        **provenance(network, compared.source, torch_device),
     )
     if world().is_main:
         report.write(output, picture)
@@ -158,9 +159,9 @@ def evaluate(
 
 
 def _sides_of(
-    made: Any, data: SegmentationData, has_masks: bool, thresholds: Sequence[Any], where: torch.device
+    made: Any, data: SegmentationData, has_masks: bool, thresholds: Sequence[Any], device: torch.device
 ) -> Comparison:
-    """The sides of a network that a method made."""
+    """Return the sides of a network made by a method of `cadsurgery.methods`."""
     kind = need_kind(made)
     if has_masks or (thresholds and not kind.has_thresholds):
         others = "" if kind.has_thresholds else " and no thresholds"
@@ -173,15 +174,15 @@ def _sides_of(
             f"a network {kind.words} is evaluated on labels.",
             next="give labelled data, see cadsurgery eval --help.",
         )
-    return kind.compare(copy.deepcopy(made).eval().to(where), data, thresholds)
+    return kind.compare(copy.deepcopy(made).eval().to(device), data, thresholds)
 
 
-# -- judging -------------------------------------------------------------------------------------------
+# -- running all sides ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Images (B, 3, H, W) as the network expects them, and their labels (B, H, W), if they have any."""
+    """Images (B, 3, H, W), normalised for the network, and their labels (B, H, W), if any."""
 
     images: Tensor
     labels: Tensor | None
@@ -192,19 +193,19 @@ class _Batch:
 
 @dataclass
 class Tally:
-    """Sums over the images that a side has seen, which those of shares of the images merge to exactly."""
+    """Sums of one side over images; tallies of shares of the images merge exactly."""
 
     metrics: Metrics
     counts: Counter[str] = field(default_factory=Counter)
 
     def values(self, side: Side, classes: Sequence[str]) -> dict[str, Any]:
-        """The fields of the side's row."""
+        """Return the fields of the side's row."""
         figures = self.metrics.compute()
-        found = {"divergence": None, "relative_error": None, **figures, **side.summary(self.counts, figures)}
-        if (shares := found.get("iou")) is not None:
+        fields = {"divergence": None, "relative_error": None, **figures, **side.summary(self.counts, figures)}
+        if (shares := fields.get("iou")) is not None:
             names = classes or [f"class {place}" for place in range(len(shares))]
-            found["iou"] = dict(zip(names, shares, strict=True))
-        return {name: value for name, value in found.items() if name != "pixels"}
+            fields["iou"] = dict(zip(names, shares, strict=True))
+        return {name: value for name, value in fields.items() if name != "pixels"}
 
 
 def _judge(
@@ -212,27 +213,24 @@ def _judge(
     data: SegmentationData,
     size: int,
     kind: Kind,
-    where: torch.device,
+    device: torch.device,
     step: Step,
 ) -> tuple[list[Tally], list[Failure], _Batch | None]:
-    """The tallies of all sides over the images of all processes, the failures, and the first image of this process."""
+    """Return the tallies of all sides over all processes, the failures, and the first image of this process."""
     tallies = [Tally((side.metrics or partial(_metrics_of, data, kind))()) for side in compared.sides]
     failures, done, first = Failures("image"), 0, None
     for positions, images, labels in _batches(data, size, failures):
         step(f"{done + len(images)} of {len(shard(data.names))} images")
-        images = normalise(images, compared.source).to(where).contiguous(memory_format=torch.channels_last)
-        batch = _Batch(images, labels.to(where) if data.is_labelled else None)
+        images = normalise(images, compared.source).to(device).contiguous(memory_format=torch.channels_last)
+        batch = _Batch(images, labels.to(device) if data.is_labelled else None)
         truth, extent = batch.labels, (images.shape[2], images.shape[3])
         with torch.inference_mode(), _labelled(batch.labels):
             try:
                 output = compared.sides[0].call(images)
-            except (
-                CadError,
-                RuntimeError,
-            ) as error:  # whatever the network itself says of images of this size
+            except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
                 for position in positions:
                     failures.at(position, data.names[position])
-                    failures.note(_not_taken(error, images))
+                    failures.note(_refusal(error, images))
                 continue
             for place, (side, tally) in enumerate(zip(compared.sides, tallies, strict=True)):
                 output = side.call(images) if place else output
@@ -240,8 +238,8 @@ def _judge(
                 tally.metrics.update(output, truth, extent)
                 tally.counts.update({"images": len(images), **side.count(images)})
         first, done = first or batch.first(), done + len(images)
-    merged = [_merge(parts) for parts in zip(*gather(tallies, where), strict=True)]
-    failed = failures.gather(where)
+    merged = [_merge(parts) for parts in zip(*gather(tallies, device), strict=True)]
+    failed = failures.gather(device)
     if not merged[0].counts["images"]:
         raise CadError.from_dict(failed[0])
     return merged, failed, first
@@ -262,8 +260,10 @@ def _merge(parts: Sequence[Tally]) -> Tally:
 def _batches(
     data: SegmentationData, size: int, failures: Failures
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """Positions, images (B, 3, H, W) and labels (B, H, W) of this process's share; unusable ones are noted and left
-    out."""
+    """Yield positions, images (B, 3, H, W) and labels (B, H, W) of this process's share.
+
+    Unusable images are recorded as failures and left out.
+    """
     items = each(range(len(data)), data.__getitem__, failures, name=data.names.__getitem__)
     for _, alike in groupby(items, key=lambda item: item[1][0].shape):
         while batch := list(islice(alike, size)):
@@ -272,8 +272,8 @@ def _batches(
             yield positions, torch.stack(images), torch.stack(labels)
 
 
-def _not_taken(error: Exception, images: Tensor) -> CadError:
-    """The refusal of images that a network cannot be run on."""
+def _refusal(error: Exception, images: Tensor) -> CadError:
+    """Return the error for images on which a network does not run."""
     if isinstance(error, CadError):
         return error
     return InvalidInput(
@@ -302,7 +302,7 @@ class Accuracy:
         self.metrics, self.data = SegmentationMetrics(classes), data
 
     def update(self, output: Any, truth: Tensor, size: tuple[int, int]) -> None:
-        """Add the scores of a batch, beside its labels (B, H, W)."""
+        """Add the scores of a batch with labels (B, H, W)."""
         scores, classes = scores_of(output), self.metrics.classes
         if scores.shape[1] != classes:
             raise InvalidInput(
@@ -312,27 +312,27 @@ class Accuracy:
         self.metrics.update(resize(scores.float(), truth.shape[1:]).argmax(1), truth)
 
     def merge(self, other: Accuracy) -> None:
-        """Add what another one has seen."""
+        """Add the sums of another object."""
         self.metrics.merge(other.metrics)
 
     def compute(self) -> dict[str, Any]:
-        """As of `SegmentationMetrics`."""
+        """Return the figures of `SegmentationMetrics`."""
         return self.metrics.compute()
 
 
 def scores_of(output: Any) -> Tensor:
-    """Class scores (B, C, h, w) of a network's output: a tensor, or the entry `out` of a dictionary.
+    """Return the class scores (B, C, h, w) of a network's output: a tensor, or entry `out` of a dictionary.
 
     Raises:
-        InvalidInput: it is something else.
+        InvalidInput: the output is something else.
     """
     scores = output.get("out") if isinstance(output, Mapping) else output
     if not isinstance(scores, Tensor) or scores.dim() != 4:
         shape = f"of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(output).__name__
         raise InvalidInput(
-            f"the network's output is no map of class scores: {shape}.",
+            f"the network's output is not a map of class scores: {shape}.",
             next="evaluate a segmentation network: it returns (batch, classes, height, width), or a "
-            'dictionary with that as "out".',
+            'dictionary with such a tensor as "out".',
         )
     return scores
 
@@ -342,28 +342,28 @@ def scores_of(output: Any) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport(MeasuredReport):
-    """Accuracy against work: what was evaluated, on what, and a row for each side.
+    """Accuracy against work: what was evaluated, on which data, and a row for each side.
 
-    A row has the side's name and what tells it from the others (see `cadsurgery.tasks.sides`), and of all images
+    A row has the side's name and the fields that identify it (see `cadsurgery.tasks.sides`). Over all images it has
 
-    - `anchor`: True if it is what the others are compared with;
-    - `miou`: mean IoU, 0..1, like all accuracies here; None if nothing counted, and of maps that are no class scores;
-    - `iou`: of each class by name; None for a class in neither predictions nor labels;
-    - `pixel_accuracy`: share of right pixels; `boundary_iou` and `trimap_iou`: see `SegmentationMetrics`;
+    - `anchor`: True if other sides are compared with it;
+    - `miou`: mean IoU, 0..1, like all accuracies here; None without labels for maps that are not class scores;
+    - `iou`: IoU of each class by name; None for a class that is in neither predictions nor labels;
+    - `pixel_accuracy`: share of correct pixels; `boundary_iou` and `trimap_iou`: see `SegmentationMetrics`;
     - `divergence`: without labels, mean over pixels and images; see `cadsurgery.support.divergence.divergence`;
-    - `relative_error`: without labels, of maps that are no class scores; see `FidelityMetrics`;
-    - `macs`: multiply-accumulates of an image, mean over images.
+    - `relative_error`: without labels, for maps that are not class scores; see `FidelityMetrics`;
+    - `macs`: multiply-accumulates per image, mean over images.
 
-    Without labels accuracies are agreement with what the dense network of the high output stride gives.
+    Without labels, accuracies are the agreement with the dense network at the high output stride.
 
     Attributes:
-        split: part of the data.
-        fidelity: None with labels; without, what the outputs are: `classes` or `values`.
-        images: how many counted.
-        batch: images in one call.
+        split: split of the data.
+        fidelity: None with labels; without labels, the kind of the outputs: `classes` or `values`.
+        images: number of images evaluated.
+        batch: images per call.
         image: (3, H, W) of the image that was timed.
-        processes: that shared the images.
-        rows: in the order asked for.
+        processes: number of processes.
+        rows: one row per side, in order.
         compared: how the sides are shown.
     """
 
@@ -377,19 +377,19 @@ class EvaluationReport(MeasuredReport):
     compared: Comparison
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         values = super().to_dict()
         del values["compared"]
         return {**values, **plain(self.compared.more)}
 
     def parts(self) -> Iterator[RenderableType]:
-        """As of every such report, and how many images could be used if not all."""
+        """Yield the parts of any measured report, and the number of failed images."""
         yield from super().parts()
         if self.failed:
             yield Text(f"{self.images} images done, {len(self.failed)} failed", style="red")
 
     def subject(self) -> str:
-        """Data, device, and what was timed."""
+        """Describe data, device, and what was timed."""
         size = "x".join(map(str, self.image[1:]))
         timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
         against = "; compared with the dense network of the high output stride" if self.fidelity else ""
@@ -397,7 +397,7 @@ class EvaluationReport(MeasuredReport):
         return f"{self.data}, split {self.split}, {seen}, on {self.device}{timed}{against}"
 
     def tables(self) -> Iterator[Table]:
-        """All sides, and the classes."""
+        """Yield the table of all sides, and the table of classes."""
         yield table(self.rows, self.compared.columns(self), style=lambda row: "dim" if row.anchor else "")
         if self.fidelity or not self.compared.has_classes:
             return
@@ -410,7 +410,7 @@ class EvaluationReport(MeasuredReport):
         yield table(self.rows[0].iou, classes, "IoU of each class, columns as the rows above")
 
     def figure(self) -> Figure:
-        """Accuracy against work and, if it was measured, time; see `Comparison` and `Side` for what is drawn how."""
+        """Draw accuracy against work and, if measured, time; `Comparison` and `Side` define the styles."""
         drawn = dict(self.compared.accuracy)
         if self.fidelity:
             drawn = _FIDELITY[self.fidelity]
@@ -432,7 +432,7 @@ _FIDELITY = {"classes": {"pixel_accuracy": "agreement"}, "values": {"relative_er
 
 
 def _draw(axis: Axes, rows: Sequence[Row], work: str, accuracy: str, marker: str) -> None:
-    """The points of rows: anchors black, others coloured; those of a curve joined, the others each with its name."""
+    """Draw the points of rows: anchors black, others coloured; a curve is joined, single points are labelled."""
     known = [row for row in rows if row.get(accuracy) is not None]
     points = {id(row): (getattr(row, work), 100 * row.get(accuracy)) for row in known}
     curves = list(dict.fromkeys(row.curve or row.label for row in known if not row.anchor))
@@ -441,7 +441,7 @@ def _draw(axis: Axes, rows: Sequence[Row], work: str, accuracy: str, marker: str
         members = [row for row in known if (row.curve or row.label) == curve]
         colour = "#222222" if members[0].anchor else COLOURS[curves.index(curve) % len(COLOURS)]
         style = f"{'s' if members[0].anchor and marker == 'o' else marker}{'-' if members[0].curve else ''}"
-        # The dense network of two pairs of output strides is one network: it is drawn and named once.
+        # A dense network that is part of two pairs of output strides is drawn and labelled once.
         named = {(row.label, round(points[id(row)][1], 3)): points[id(row)] for row in members}
         axis.plot(
             *zip(*sorted(named.values()), strict=True),
@@ -452,7 +452,7 @@ def _draw(axis: Axes, rows: Sequence[Row], work: str, accuracy: str, marker: str
         )
         for (label, _), (x, y) in named.items():
             if members[0].curve and not members[0].anchor:
-                break  # its name stands in the legend
+                break  # the legend has its name
             place, side = ((-6, 5), "right") if x > widest / 2 else ((6, 5), "left")
             place = (6, -12) if members[0].anchor else place
             side = "left" if members[0].anchor else side

@@ -1,4 +1,4 @@
-"""A network by name, or a converted file, written for where this package is not: `cadsurgery export`."""
+"""Export a network by name, or a converted file, to a format of another runtime: `cadsurgery export`."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def export_network(
     step: Step,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Write a network by name or a converted file; see `cadsurgery export --help`.
+    """Export a network by name or a converted file; see `cadsurgery export --help`.
 
     Raises:
-        InvalidInput: as `cadsurgery.export`.
+        InvalidInput: as in `cadsurgery.export`.
     """
     check_folder(output)
     step(f"building {model}")
@@ -66,10 +66,10 @@ def export_network(
 
 
 def images_like(example: Tensor, source: Source | None, folder: Path) -> list[Tensor]:
-    """The images of a folder, each a batch of the size of an example, as a network of the source expects it.
+    """Read the images of a folder, each as a batch of the example's size, normalised for a network of this source.
 
     Raises:
-        FileError: there are none, or one cannot be read.
+        FileError: there are no images, or an image cannot be read.
     """
     found, _ = find_images([folder])
     size = (example.shape[2], example.shape[3])

@@ -24,14 +24,14 @@ LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d
 def mask_figure(
     image: Tensor, lattice: Lattice, output_stride: int, item: int = 0, title: str = ""
 ) -> Figure:
-    """Image, level map and lattice overlay side by side.
+    """Draw the image, the level map and the lattice side by side.
 
     Args:
         image: (3, H, W) in 0..1.
-        lattice: of the last stage, as `net.lattice`.
-        output_stride: the high one: image pixels per fine pixel.
-        item: which image of the lattice's batch.
-        title: above the picture.
+        lattice: lattice of the last stage, as `net.lattice`.
+        output_stride: high output stride: image pixels per fine pixel.
+        item: index of the image in the lattice's batch.
+        title: title of the figure.
     """
     levels = lattice.levels[item].cpu().numpy()
     height, width = image.shape[1:]
@@ -57,12 +57,12 @@ def mask_figure(
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    """(H, W, 3) of an image (3, H, W)."""
+    """Convert an image (3, H, W) to an array (H, W, 3)."""
     return image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
 
 
 def _on_pixels(values: Tensor, pixels: np.ndarray, output_stride: int) -> np.ndarray:
-    """(H, W): what a fine map holds for each pixel of an image."""
+    """Upsample a fine map to the pixels of an image: (H, W)."""
     height, width = pixels.shape[:2]
     rows = np.minimum(np.arange(height) // output_stride, values.shape[0] - 1)
     columns = np.minimum(np.arange(width) // output_stride, values.shape[1] - 1)
@@ -70,7 +70,7 @@ def _on_pixels(values: Tensor, pixels: np.ndarray, output_stride: int) -> np.nda
 
 
 def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int, item: int = 0) -> np.ndarray:
-    """The image (H, W, 3) with the borders of the cells drawn on it."""
+    """Draw the borders of the cells on an image (H, W, 3)."""
     cell = output_stride * _on_pixels(lattice.side_map[item], pixels, output_stride)
     y, x = np.indices(cell.shape)
     border = (y % cell == 0) | (x % cell == 0)
@@ -82,14 +82,14 @@ def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int, item:
 def comparison_figure(
     image: Tensor, lattices: Sequence[Lattice], titles: Sequence[str], output_stride: int, title: str = ""
 ) -> Figure:
-    """The image, and beside it each level map on it: what is kept high in colour, the lowest level grey.
+    """Draw the image, and beside it each level map over the image: kept areas in colour, the lowest level grey.
 
     Args:
         image: (3, H, W) in 0..1.
-        lattices: of the last stage, one for each mask; of one geometry, the first image of each batch.
-        titles: above each.
-        output_stride: the high one: image pixels per fine pixel.
-        title: above the picture.
+        lattices: lattices of the last stage, one per mask, of one geometry; the first image of each batch is drawn.
+        titles: title of each panel.
+        output_stride: high output stride: image pixels per fine pixel.
+        title: title of the figure.
     """
     height, width = image.shape[1:]
     count, wide = len(lattices) + 1, 4.6
@@ -116,7 +116,7 @@ def comparison_figure(
 
 
 def draw_levels(pixels: np.ndarray, lattice: Lattice, output_stride: int) -> np.ndarray:
-    """The image (H, W, 3) in the colours of levels; the lowest level in grey."""
+    """Colour an image (H, W, 3) by level; the lowest level is grey."""
     levels = _on_pixels(lattice.levels[0], pixels, output_stride)
     grey = pixels.mean(2, keepdims=True)
     colours = np.array([to_rgb(colour) for colour in _level_colours(lattice.geometry.max_level)])
@@ -131,13 +131,14 @@ def _level_colours(max_level: int) -> tuple[str, ...]:
 def matches_figure(
     first: Tensor, second: Tensor, matches: Sequence[tuple[str, Tensor, Tensor, Tensor]], limit: float = 3.0
 ) -> Figure:
-    """Matches between two images, one picture per setting: right ones green, wrong ones red.
+    """Draw matches between two images, one panel per setting: correct matches green, wrong ones red.
 
     Args:
         first: (3, H, W) in 0..1.
-        second: likewise, of any size.
-        matches: name, points (k, 2) in the first image, in the second, and errors (k,) in pixels.
-        limit: errors up to it are right.
+        second: the other image, of any size.
+        matches: for each setting its name, points (k, 2) in the first and in the second image, and errors (k,) in
+            pixels.
+        limit: largest error, in pixels, of a correct match.
     """
     height = max(first.shape[1], second.shape[1])
     width, gap = first.shape[2] + second.shape[2], first.shape[2]
@@ -161,8 +162,10 @@ def matches_figure(
 
 
 def class_picture(prediction: Tensor, count: int = 256) -> Image.Image:
-    """A class map (H, W) as a palette PNG: the value is the class, the colour a different hue for each; grey of 16 bits
-    if there are more than 256 classes."""
+    """Convert a class map (H, W) to a palette PNG: the value is the class, and each class has another hue.
+
+    With more than 256 classes it is a 16-bit grey image.
+    """
     if count > 256:
         return Image.fromarray(prediction.to("cpu").numpy().astype(np.uint16))
     classes = prediction.to("cpu").numpy().astype(np.uint8)
@@ -178,7 +181,7 @@ def class_picture(prediction: Tensor, count: int = 256) -> Image.Image:
 
 
 def bench_figure(report: Report) -> Figure:
-    """The figure of a report, by one of the three names it had."""
+    """Return the figure of a report; one of three earlier names of this function."""
     return report.figure()
 
 

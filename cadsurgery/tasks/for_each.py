@@ -1,4 +1,4 @@
-"""Work on many items: shared among processes; what cannot be done is noted, and the others are done."""
+"""Work on many items, shared among processes; an item that fails is recorded, and the others are processed."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from cadsurgery.support.processes import gather, in_order, shard, world
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Failure = dict[str, str]  # an error as plain values, and what it befell
-Step = Callable[[str], None]  # is told what is being done
+Failure = dict[str, str]  # an error as plain values, with the item's name
+Step = Callable[[str], None]  # progress callback; its argument describes the current step
 
 
 def silent(text: str) -> None:
-    """The step of who does not want to know."""
+    """Ignore a progress message."""
 
 
 class Failures:
-    """Items that could not be done in this process.
+    """Items that failed in this process.
 
     Attributes:
-        kind: of the items, e.g. `image`: the key of an item's name in a failure.
-        noted: position of the item among all, and the failure.
+        kind: kind of the items, e.g. `image`; also the key of an item's name in a failure.
+        noted: position of each failed item among all items, and its failure.
     """
 
     def __init__(self, kind: str, before: Sequence[Failure] = ()) -> None:
-        """Start with what was known before any work, which the first process tells."""
+        """Start with failures known before any work; only the first process reports these."""
         self.kind, self._item = kind, (-1, "")
         self.noted: list[tuple[int, Failure]] = [(-1, failure) for failure in before if world().is_main]
 
     def at(self, position: int, name: str) -> None:
-        """From now on failures befall this item."""
+        """Set the item to which later failures belong."""
         self._item = position, name
 
     def note(self, error: CadError) -> None:
@@ -44,7 +44,7 @@ class Failures:
         self.noted.append((position, {self.kind: name, **error.to_dict()}))
 
     def gather(self, device: torch.device) -> list[Failure]:
-        """Those of all processes, in the order of the items; all must call it."""
+        """Return the failures of all processes, in the order of the items; every process must call this."""
         return in_order(gather(self.noted, device))
 
 
@@ -56,14 +56,14 @@ def each(
     name: Callable[[Item], str] = str,
     step: Step = silent,
 ) -> Iterator[tuple[int, Result]]:
-    """Results of the work on the items of this process's share, each with its position among all.
+    """Yield the results for this process's share of the items, each with its position among all items.
 
     Args:
-        items: of all processes.
-        work: on one item; a `CadError` is noted, and the next item is done.
-        failures: where it is noted.
-        name: of an item.
-        step: told the last part of the name, and how far it is.
+        items: the items of all processes.
+        work: processes an item; a `CadError` is recorded, and the next item follows.
+        failures: records failed items.
+        name: returns the name of an item.
+        step: progress callback; gets the last part of the name and the position.
     """
     for position, item in shard(items):
         failures.at(position, name(item))
@@ -85,11 +85,11 @@ def for_each(
     name: Callable[[Item], str] = str,
     step: Step = silent,
 ) -> tuple[list[Result], list[Failure]]:
-    """Work on every item; every process gets the results and the failures of all, in the order of the items.
+    """Process every item; every process gets all results and failures, in the order of the items.
 
     Args:
-        items, work, failures, name, step: as of `each`.
-        device: this process computes on; it decides how the processes talk.
+        items, work, failures, name, step: as in `each`.
+        device: device of this process, which determines how the processes communicate.
     """
     done = list(each(items, work, failures, name=name, step=step))
     return in_order(gather(done, device)), failures.gather(device)

@@ -1,4 +1,4 @@
-"""`cadsurgery --version`: versions, processor, instruction sets, and where the compiled kernels are from."""
+"""`cadsurgery --version`: versions, processor, instruction sets, and the origin of the compiled kernels."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ _ORIGINS = {"package": "in the package", "cache": "compiled on this machine, in 
 
 
 def describe_installation() -> str:
-    """The installation in lines, for people who report how fast or how slow it is.
+    """Describe the installation in a few lines, for reports about speed.
 
     Raises:
-        InvalidInput: CADSURGERY_ISA names an instruction set that there is not, or that the processor lacks.
+        InvalidInput: CADSURGERY_ISA names an unknown instruction set, or one that the processor lacks.
     """
     ours, *others = (f"{name} {number}" for name, number in versions().items())
     at = f" (commit {commit()})" if commit() else ""
     kernels, origin = find()
-    where = (
+    kernels_from = (
         _ORIGINS[origin] if kernels is not None else f"none: {origin}; torch's operations take their place"
     )
-    had = f"; the processor has {', '.join(isa.here())}" if kernels is not None else ""
+    available = f"; the processor has {', '.join(isa.here())}" if kernels is not None else ""
     return "\n".join(
         (
             f"{ours}{at}",
             ", ".join(others),
             f"processor: {processor_in_words()}",
-            f"instruction sets: {isa.in_words()}{had}",
-            f"compiled kernels: {where}",
+            f"instruction sets: {isa.in_words()}{available}",
+            f"compiled kernels: {kernels_from}",
         )
     )

@@ -1,4 +1,4 @@
-"""Masks looked at: one as a picture of its map and lattice, several side by side with what they cost."""
+"""Pictures of masks: one with its map and lattice, or several side by side with their cost."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ COMPARED = (
     "edges | budget:fraction=0.3",
 )
 COMPARED_WITH_LABELS = ("trimap:width=9/25",)
-# The lattice of a mask, and MACs if they are counted.
+# Returns the lattice of a mask, and the MACs if they are counted.
 Look = Callable[[MaskProvider], tuple[Lattice, tuple[int, int, int] | None]]
 
 
 def _row(asked: str, mask: str, lattice: Lattice, macs: tuple[int, int, int] | None) -> Row:
-    """One mask on one image, labelled as the user wrote it: elements after the last stage, and fine pixels, which are
-    the elements of dense high; in a network, MACs with this mask, dense high and dense low."""
+    """Create the row of one mask on one image, labelled as the user wrote the mask.
+
+    It has the elements after the last stage and the fine pixels, which are the elements of dense high; in a network
+    also the MACs with this mask, dense high and dense low.
+    """
     fine = lattice.size[0] * lattice.size[1]
     values = {"mask": mask, "active_fraction": lattice.active_fraction, "elements": lattice.count}
     values |= {"fine_pixels": fine, "share_of_elements": lattice.count / fine}
@@ -51,7 +54,7 @@ def _row(asked: str, mask: str, lattice: Lattice, macs: tuple[int, int, int] | N
 
 
 def _title(row: Row, width: int = 52) -> str:
-    """The mask, its active fraction and its cost, each in few words."""
+    """Return a short title: the mask, its active fraction and its cost."""
     cost = "" if row.get("of_high") is None else f", MACs {row.of_high:.2f} of high"
     name = textwrap.fill(row.label, width, break_on_hyphens=False)
     return f"{name}\nactive {row.active_fraction:.2f}, elements {row.share_of_elements:.2f}{cost}"
@@ -66,12 +69,12 @@ class MaskReport(Report):
     compared: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`: of one mask its row, of several a list."""
+        """Return plain values, for `--json`: for one mask its row, for several a list."""
         rows = [plain(row.values) for row in self.rows]
         return {"masks": rows, "file": self.file} if self.compared else {**rows[0], "file": self.file}
 
     def parts(self) -> Iterator[RenderableType]:
-        """One mask in a line, several as a table."""
+        """Yield one mask as a line, several as a table."""
         row = self.rows[0]
         if not self.compared:
             elements = f"{row.elements} elements for {row.fine_pixels} fine pixels"
@@ -106,7 +109,7 @@ def draw_masks(
     """Draw masks on an image, for a network or for given strides; see `cadsurgery mask --help`.
 
     Raises:
-        InvalidInput: several masks that are not to be compared, or labels of another size than the image.
+        InvalidInput: several masks without `compare`, or labels of another size than the image.
     """
     if len(masks) > 1 and not compare:
         raise InvalidInput(
@@ -117,23 +120,23 @@ def draw_masks(
     picture = example_image(image, size)
     known = _labels(labels, image, size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
-    of_file = None
+    stored_mask = None
     if model:
-        net, of_file = _open(model, options, trust)
+        net, stored_mask = _open(model, options, trust)
         stride, look = _look_in(net, picture, count=compare)
     else:
         stride, look = _look_bare(picture, **options)
     if not asked:
-        telling = (*COMPARED, *(COMPARED_WITH_LABELS if known is not None else ())) if compare else ()
-        asked = [(text, resolve_mask(text)) for text in telling]
-        if of_file is not None or not compare:
-            first = of_file or resolve_mask("edges")
+        examples = (*COMPARED, *(COMPARED_WITH_LABELS if known is not None else ())) if compare else ()
+        asked = [(text, resolve_mask(text)) for text in examples]
+        if stored_mask is not None or not compare:
+            first = stored_mask or resolve_mask("edges")
             asked = [(first.spec(), first), *(entry for entry in asked if entry[1].spec() != first.spec())]
     rows, lattices = [], []
     with labelled(known) if known is not None else nullcontext():
         for text, mask in asked:
-            # A file's own mask brings what it has learned.
-            provider = of_file if of_file is not None and of_file.spec() == mask.spec() else mask
+            # The mask of a file comes with its learned weights.
+            provider = stored_mask if stored_mask is not None and stored_mask.spec() == mask.spec() else mask
             lattice, macs = look(provider)
             rows.append(_row(text, provider.spec(), lattice, macs))
             lattices.append(lattice)
@@ -148,7 +151,7 @@ def draw_masks(
 def _labels(
     path: Path | None, image: Path | None, size: tuple[int, int] | None, picture: Tensor
 ) -> Tensor | None:
-    """(1, H, W): of the file, or of the generated scene; None for an image without."""
+    """Return labels (1, H, W) from the file or of the generated scene; None for an image without labels."""
     height, width = picture.shape[1:]
     if path is None:
         return labelled_scene(height, width)[1].unsqueeze(0) if image is None else None
@@ -162,7 +165,7 @@ def _labels(
 
 
 def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: str) -> tuple[int, Look]:
-    """Without a network, for strides: the image itself stands for the entering features; nothing can be counted."""
+    """Evaluate masks without a network: the image stands for the entering features, and MACs are not counted."""
     high, low = output_stride or (8, 32)
     geometry = Geometry(_halvings(high, low), patch=patch)  # type: ignore[arg-type]
     batch = normalise(picture, None).unsqueeze(0)
@@ -172,9 +175,9 @@ def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: st
     def look(mask: MaskProvider) -> tuple[Lattice, None]:
         if mask.looks_ahead:
             raise InvalidInput(
-                f"mask {mask.spec()} looks at what a network gives.",
+                f"mask {mask.spec()} uses outputs of a network.",
                 where="cadsurgery mask",
-                why="there is none.",
+                why="there is no network.",
                 next="name one: --model NAME, or the file that cadsurgery convert wrote.",
             )
         return geometry.lattice(check_levels(mask(batch, features, grid), grid, mask.name)), None
@@ -183,7 +186,7 @@ def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: st
 
 
 def _look_in(net: AdaptiveModel, picture: Tensor, count: bool) -> tuple[int, Look]:
-    """In a network, whose MACs are those with the mask, dense high and dense low."""
+    """Evaluate masks in a network; MACs are counted with the mask, dense high and dense low."""
     batch = normalise(picture, pictures_for(net)).unsqueeze(0)
 
     def look(mask: MaskProvider) -> tuple[Lattice, tuple[int, int, int] | None]:
@@ -192,7 +195,7 @@ def _look_in(net: AdaptiveModel, picture: Tensor, count: bool) -> tuple[int, Loo
         lattice = net.lattice
         if not count:
             return lattice, None
-        report = net.macs(batch, mask=lattice.pyramid.levels)  # the very map, whatever gave it
+        report = net.macs(batch, mask=lattice.pyramid.levels)  # exactly this map, whatever its mask
         of_mask = net.macs(batch, mask=mask).of_mask
         return lattice, (of_mask + report.mask, report.high, report.low)
 
@@ -200,7 +203,7 @@ def _look_in(net: AdaptiveModel, picture: Tensor, count: bool) -> tuple[int, Loo
 
 
 def _open(model: str, options: Mapping[str, Any], trust: bool) -> tuple[AdaptiveModel, MaskProvider | None]:
-    """A network, and the mask that its file has."""
+    """Return a network, and the mask of its file."""
     if not is_file(model):
         return open_converted(model, "none", options), None
     stored = read_metadata(model).get("mask") is not None

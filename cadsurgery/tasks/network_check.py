@@ -1,4 +1,4 @@
-"""One network: built, converted and compared with itself; what is found is a row."""
+"""Check one network: build it, convert it, and compare the result with the original; the findings are a row."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ from cadsurgery.tasks.corpus import Subject
 
 Row = dict[str, Any]
 
-# An odd and an even one of them, the first that a network takes: decoders may ask for multiples of their strides.
+# Sizes of the check: the first odd and the first even size that a network accepts. Decoders may need multiples.
 ODD_SIZES = ((81, 113), (97, 145))
 EVEN_SIZES = ((100, 132), (96, 160), (128, 192), (160, 224))
 
-# A conversion that leaves less of the work than this in the region has no effect.
+# A conversion that leaves a smaller share of the work than this in the region has no effect.
 LEAST_SHARE = 0.01
 
 
 def check_network(subject: Subject) -> Row:
-    """Build a network with random weights and statistics, convert it as a user would, and compare what it computes.
+    """Build a network with random weights and statistics, convert it with defaults, and compare the two networks.
 
-    Compared are, on batches of two: the outputs of the call at the network's own level (law 1), at the example's size,
-    one of the other parity, and at an odd and an even size more if it takes them; the other uniform levels with dense
-    networks (law 2); a batch with its images one by one, each with a level map of its own (law 5); law 1 with other
+    Compared, on batches of two, are: the outputs at the network's own level (law 1) at the example's size, at a size
+    of the other parity, and at an odd and an even size if it accepts them; the other uniform levels with dense
+    networks (law 2); a batch with its images one by one, each with its own level map (law 5); law 1 with other
     weights loaded into both; and the optimised copy at random levels.
 
     Returns:
-        One row: `result` (`converts`, `refused`, `broken` or `not built`), why, strides, what stays dense, shares of
-        the MACs, whether it has an effect and what was warned of, errors of the comparisons, seconds.
+        One row: `result` (`converts`, `refused`, `broken` or `not built`), the reason, strides, what stays dense,
+        shares of the MACs, whether the conversion has an effect, warnings, errors of the comparisons, seconds.
 
     Raises:
-        MemoryError: there is not enough memory for it.
+        MemoryError: there is not enough memory.
     """
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def check_network(subject: Subject) -> Row:
         row |= {"idioms": list(subject.idioms), "about": subject.about}
     try:
         model = subject.build().eval()
-    except Exception as error:  # a builder of a foreign library can fail in any way
+    except Exception as error:  # a builder of a third-party library can fail in any way
         _check_memory(error)
         return {**row, "result": "not built", "why": describe_error(error)}
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
@@ -78,14 +78,14 @@ def check_network(subject: Subject) -> Row:
     except CadError as error:
         _check_memory(error)
         row |= {"result": "refused", **error.to_dict()}
-    except Exception as error:  # the report says so; nothing is left out
+    except Exception as error:  # any failure of the conversion is a finding
         _check_memory(error)
         row |= {"result": "broken", "why": describe_error(error)}
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def _check_memory(error: BaseException | None) -> None:
-    """Raise errors that come from a lack of memory, which are no result; torch has no type for them on the CPU."""
+    """Raise MemoryError if an error was caused by a lack of memory, for which torch has no type on the CPU."""
     while error is not None:
         if isinstance(error, MemoryError) or (
             isinstance(error, RuntimeError) and "allocate memory" in str(error)
@@ -95,12 +95,12 @@ def _check_memory(error: BaseException | None) -> None:
 
 
 def settle(model: nn.Module, row: Row | None = None, example: Any = None) -> None:
-    """Random parameters that hide nothing and a network whose values stay moderate.
+    """Give a network random parameters, with no dead branch and with values of moderate size.
 
-    Constant parameters (norms, biases, layer scales) get random values, so that no branch is dead; batch norm gets the
-    statistics of a random image, slightly disturbed, and weights below one: with weights of one, deep random networks
-    amplify rounding errors a thousandfold and more. What kind of network it is, and the seconds to trace it, are noted
-    in `row`.
+    Constant parameters (norms, biases, layer scales) become random, so that every branch contributes. Batch norm
+    gets the statistics of a random image, slightly disturbed, and weights below one: with weights of one, deep
+    random networks amplify rounding errors a thousandfold and more. `row` records the kind of network and the
+    seconds of tracing.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -123,7 +123,7 @@ def settle(model: nn.Module, row: Row | None = None, example: Any = None) -> Non
     if mixers:
         row["mixers"] = sorted({operation_name(node, facts) for node in mixers})
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]  # which train on GPUs only
+    norms = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]  # trains on GPUs only
     momenta = [norm.momentum for norm in norms]
     with torch.no_grad(), evaluating(model):
         for norm in norms:
@@ -142,7 +142,7 @@ def settle(model: nn.Module, row: Row | None = None, example: Any = None) -> Non
 
 @contextlib.contextmanager
 def _timing(row: Row, what: str) -> Iterator[None]:
-    """Notes the seconds that this takes, if it succeeds."""
+    """Record the seconds of the `with` block, if it succeeds."""
     begin = time.perf_counter()
     yield
     row.setdefault("seconds_to", {})[what] = round(time.perf_counter() - begin, 2)
@@ -152,7 +152,7 @@ def _timing(row: Row, what: str) -> Iterator[None]:
 
 
 def _example(subject: Subject, model: nn.Module) -> Any:
-    """The example for the conversion: None, the built-in images, unless the call has more arguments or another size."""
+    """Return the conversion's example; None (built-in images) unless the call needs more arguments or a size."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None or (subject.call is None and subject.size is None):
         return None
@@ -163,11 +163,11 @@ def _example(subject: Subject, model: nn.Module) -> Any:
         arguments = subject.arguments(image)
         if _takes(model, arguments):
             return arguments
-    return None  # it is refused
+    return None  # the conversion will refuse it
 
 
 def _takes(model: nn.Module, arguments: Any) -> bool:
-    """True if a network runs on an image batch; networks refuse sizes in ways of their own."""
+    """True if a network runs on these arguments; networks refuse sizes with errors of many types."""
     with contextlib.suppress(Exception), torch.no_grad(), evaluating(model):
         _call(model, arguments)
         return True
@@ -175,7 +175,7 @@ def _takes(model: nn.Module, arguments: Any) -> bool:
 
 
 def _call(model: nn.Module, arguments: Any, mask: object = None) -> Any:
-    """Call with what `adaptify(example_input=)` takes; a mask is given apart, for a network may have one too."""
+    """Call a model with arguments as in `adaptify(example_input=)`; a mask is set separately from the arguments."""
     is_masked = isinstance(model, AdaptiveModel) and mask is not None
     args, kwargs = _split(arguments)
     with model.masked(mask) if is_masked else contextlib.nullcontext():  # type: ignore[operator]
@@ -183,17 +183,17 @@ def _call(model: nn.Module, arguments: Any, mask: object = None) -> Any:
 
 
 def _split(arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a tuple of arguments, or keywords, as positional and named arguments."""
+    """Split a tensor, a tuple of arguments, or keywords into positional and named arguments."""
     if isinstance(arguments, dict):
         return (), arguments
     return arguments if isinstance(arguments, tuple) else (arguments,), {}
 
 
 def _convert_and_compare(subject: Subject, model: nn.Module, example: Any, row: Row) -> Row:
-    """Plan, convert, compare; in float64 what float32 is not precise enough to tell."""
+    """Plan, convert and compare; in float64 if float32 is not precise enough."""
     with _timing(row, "plan"):
         plan(model, example_input=example)
-    row["planned"] = True  # and `adaptify` does not refuse it then
+    row["planned"] = True  # so `adaptify` must not refuse it
     with _timing(row, "convert"), warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         net = adaptify(model, "random", example_input=example)
@@ -213,7 +213,7 @@ def _convert_and_compare(subject: Subject, model: nn.Module, example: Any, row: 
 
 
 def _has_effect(chosen: Plan) -> bool:
-    """True if keeping resolution changes the outputs, and enough runs on elements to be worth it."""
+    """True if keeping resolution changes the outputs, and enough work runs on elements to matter."""
     return chosen.matters and chosen.share("adapt", "keep") >= LEAST_SHARE
 
 
@@ -221,7 +221,7 @@ def _has_effect(chosen: Plan) -> bool:
 
 
 def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
-    """Everything that is compared, as a row; the weights of both are others afterwards."""
+    """Run all comparisons and return a row; this changes the weights of both networks."""
     chosen = net.plan
     dtype = next(parameter.dtype for parameter in model.parameters())
     errors = {"1": 0.0, "2": 0.0}
@@ -248,8 +248,8 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
     errors["optimize"] = _optimized_error(part[1], [*(arguments for arguments, _ in batches), example])
     if chosen.part:
         hosted = _batches(subject, model, replace(chosen, part=""), dtype)
-        for of_host, _ in hosted[:1]:  # they take long
-            errors["host"] = _host_error(model, net, of_host)
+        for host_arguments, _ in hosted[:1]:  # one batch only, because they take long
+            errors["host"] = _host_error(model, net, host_arguments)
     broken = [name for name, error in errors.items() if not error <= TOLERANCE[dtype]]
     return {
         "result": "broken" if broken else "converts",
@@ -272,22 +272,24 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
     }
 
 
-# The meaning of a comparison that fails.
+# Explanation of a comparison that fails.
 _BROKEN = {
     "1": "law 1 does not hold",
     "2": "law 2 does not hold",
     "5": "law 5 does not hold",
     "weights": "law 1 does not hold after load_state_dict",
     "optimize": "optimize() computes something else",
-    "host": "what the converted part is in computes something else",
+    "host": "the network around the converted part computes something else",
 }
 
 
 def _batches(
     subject: Subject, model: nn.Module, chosen: Plan, dtype: torch.dtype
 ) -> list[tuple[Any, tuple[int, int]]]:
-    """Arguments for a call, two images of an odd and of an even size the example does not have; of the example's if
-    the network takes no other."""
+    """Return arguments and size of batches of two images, with an odd and an even size other than the example's.
+
+    If the network accepts no other size, the example's size is used.
+    """
     generator = torch.Generator().manual_seed(1)
     channels, height, width = chosen.example_shape[1:]
     example = (height, width)
@@ -307,7 +309,7 @@ def _batches(
 
 
 def _identity_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> tuple[float, int]:
-    """Law 1: the outputs at the network's own level, of the call and through kernel maps; and how many there are."""
+    """Check law 1 at the network's own level, directly and through kernel maps; also count the outputs."""
     level = net.plan.identity_level or 0
     with torch.no_grad():
         expected = _call(model, arguments)
@@ -326,7 +328,7 @@ def _identity_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> tup
 
 
 def _batch_error(net: AdaptiveModel, arguments: Any) -> float:
-    """Law 5: a batch, each image with its own random level map, against its images one by one."""
+    """Check law 5: a batch, each image with its own random level map, against its images one by one."""
     torch.manual_seed(2)
     with torch.no_grad():
         together = tensors_of(_call(net, arguments, mask="random"))
@@ -340,7 +342,7 @@ def _batch_error(net: AdaptiveModel, arguments: Any) -> float:
 
 
 def _optimized_error(net: AdaptiveModel, batches: list[Any]) -> float:
-    """The optimised copy at random levels against the network, on the first batch that goes the way it has."""
+    """Compare the optimised copy with the network at random levels, on the first batch that passes its guards."""
     torch.manual_seed(3)
     optimized = net.optimize()
     for arguments in batches:
@@ -351,7 +353,7 @@ def _optimized_error(net: AdaptiveModel, batches: list[Any]) -> float:
 
 
 def _host_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> float:
-    """The whole network, the part in it at its own level as a call has it; it runs as it was then."""
+    """Compare the whole network, whose converted part runs at its own level, with the original."""
     mask = _word_of(net)
     if mask is None:
         return 0.0
@@ -360,12 +362,12 @@ def _host_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> float:
 
 
 def _word_of(net: AdaptiveModel) -> str | None:
-    """The mask that gives the network's own level everywhere, if there is one of that name."""
+    """Return the name of the mask that keeps the network's own level everywhere, if there is one."""
     return {net.plan.max_level: "none", 0: "all"}.get(net.plan.identity_level or 0)
 
 
 def _other_weights(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with every number of it changed by up to a fifth, so that variances stay positive."""
+    """Return a state dict with every number changed by at most a fifth, so that variances stay positive."""
     generator = torch.Generator().manual_seed(4)
 
     def change(values: Any) -> Any:
@@ -377,12 +379,12 @@ def _other_weights(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _image(arguments: Any, position: int) -> Any:
-    """The arguments of one image of a batch."""
+    """Return the arguments of one image of a batch."""
     return tree_map_only(Tensor, lambda values: values[position : position + 1], arguments)
 
 
 def _largest_error(output: Any, expected: Any) -> float:
-    """The largest of the tensors of an output; infinite if there are none, or more or fewer than expected."""
+    """Return the largest error of the tensors; infinite if there are none, or not as many as expected."""
     ours, theirs = tensors_of(output), tensors_of(expected)
     if len(ours) != len(theirs):
         return float("inf")
@@ -392,17 +394,17 @@ def _largest_error(output: Any, expected: Any) -> float:
 def _error(values: Tensor, expected: Tensor) -> float:
     if values.shape != expected.shape:
         return float("inf")
-    if not expected.numel():  # a detector found nothing
+    if not expected.numel():  # a detector that found nothing
         return 0.0
-    if not expected.is_floating_point():  # classes: rounding decides between equals
+    if not expected.is_floating_point():  # class numbers: rounding decides between equal scores
         differing = float((values != expected).double().mean())
         return 0.0 if differing <= DISCRETE else float("inf")
     error = float((values - expected).abs().max()) / max(scale(expected), 1e-30)
-    return error if error == error else float("inf")  # `max` would pass over a NaN
+    return error if error == error else float("inf")  # `max` would ignore a NaN
 
 
 def _dense(chosen: Plan) -> list[Row]:
-    """The operations that end the region, the most expensive first."""
+    """List the operations that end the region, the most expensive first."""
     total = max(1, sum(decision.macs for decision in chosen.decisions))
     ends = sorted(chosen.chosen("barrier"), key=lambda decision: -decision.cost)
     return [

@@ -1,4 +1,4 @@
-"""Networks that users name, by file, name, `module:function` or as they are, opened; and images to try them on."""
+"""Open networks that users specify by file, name, `module:function` or as objects; and example images for them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _LIBRARIES = ("torchvision", "timm")
 
 
 def is_file(network: object) -> bool:
-    """True if a network is meant as a converted file, here or on the Hub, not as a name."""
+    """True if `network` refers to a converted file, local or on the Hub, instead of a name."""
     if not isinstance(network, str):
         return False
     return is_address(network) or network.endswith(".safetensors") or files.is_file(network)
 
 
 def open_any(network: object, trust: bool = False) -> SiblingModel | None:
-    """A network that any method made, or that of a file; None if it is neither.
+    """Return a network made by a method of `cadsurgery.methods`, also from its file; None for anything else.
 
     Args:
-        network: anything that names a network, or one.
+        network: a network, or anything that specifies one.
         trust: see `cadsurgery.load`.
     """
     if isinstance(network, SiblingModel):
@@ -51,16 +51,16 @@ def open_any(network: object, trust: bool = False) -> SiblingModel | None:
 def original(
     network: str | nn.Module, weights: str = "auto", num_classes: int | None = None
 ) -> tuple[nn.Module, Source]:
-    """A network to convert, and where it comes from.
+    """Build a network to convert; return it and its source.
 
     Args:
-        network: a name or `module:function`, or a module, which is taken as it is.
-        weights: of a network by name; see `build_model`.
-        num_classes: of a network of torchvision or timm; a function decides on its classes itself.
+        network: a name or `module:function`, or a module, which is returned unchanged.
+        weights: weights of a network by name; see `build_model`.
+        num_classes: number of classes of a torchvision or timm network; a function chooses its classes itself.
 
     Raises:
         FileError: there is no such file.
-        InvalidInput: a file is no name of a network.
+        InvalidInput: `network` is a file instead of a name.
     """
     if isinstance(network, nn.Module):
         return network, source_of(network)
@@ -70,10 +70,10 @@ def original(
             raise FileError(refusal.what, next=f"{refusal.next} Or give the name of a network.")
         raise InvalidInput(
             f"{network} is a file, not the name of a network.",
-            why="what is converted is a network by name, with weights from a file if you like.",
+            why="a network to convert is given by name, with weights from a file if you like.",
             next="give the name of its network, and --weights FILE for its weights.",
         )
-    torch.manual_seed(0)  # random weights, where they are random, are the same in every run
+    torch.manual_seed(0)  # random weights are the same in every run
     library, _, function = network.partition(":")
     built = build_model(
         network, weights, num_classes=None if function and library not in _LIBRARIES else num_classes
@@ -90,10 +90,10 @@ def open_converted(
     num_classes: int | None = None,
     trust: bool = False,
 ) -> AdaptiveModel:
-    """A converted network: a file's, with another mask if one is given, or one by name, converted without verification.
+    """Open a converted file, optionally with another mask, or convert a network by name without verification.
 
     Raises:
-        InvalidInput: options for a file that are not the defaults: it is converted already.
+        InvalidInput: options other than the defaults for a file, which is converted already.
     """
     options = options or {}
     check_options(network, options)
@@ -106,10 +106,10 @@ def open_converted(
 
 
 def check_options(network: object, options: Mapping[str, Any]) -> None:
-    """Refuse options of a conversion for a file that are not the defaults.
+    """Refuse conversion options for a file unless they are the defaults.
 
     Raises:
-        InvalidInput: it is converted already.
+        InvalidInput: the file is converted already.
     """
     changed = [name for name, value in options.items() if value != getattr(Conversion(), name)]
     if changed and is_file(network):
@@ -128,20 +128,20 @@ def at_strides(
     weights: str = "auto",
     trust: bool = False,
 ) -> tuple[list[AdaptiveModel], Source]:
-    """A converted network for each pair of output strides, and where all of them come from.
+    """Return a converted network for each pair of output strides, and their common source.
 
-    One that is converted already keeps its mask and its other options; without pairs it is the one.
+    A network that is converted already keeps its mask and its other options; without pairs it is returned unchanged.
 
     Args:
         network: a file, a name or `module:function`, a module, or a converted network.
-        pairs: (high, low); None for the network's own; default: those of the options.
-        options: of `adaptify` for a network that is not converted yet.
-        mask: likewise.
-        weights: of a network by name.
+        pairs: (high, low); None for the network's own; default: the pair in the options.
+        options: options of `adaptify` for a network that is not converted yet.
+        mask: mask of such a network.
+        weights: weights of a network by name.
         trust: run code that a file names; see `cadsurgery.load`.
 
     Raises:
-        InvalidInput: other output strides for a converted network that cannot be built again by name.
+        InvalidInput: other output strides for a converted network that cannot be rebuilt by name.
     """
     options = {name: value for name, value in options.items() if value is not None}
     pair = options.pop("output_stride", None)
@@ -155,7 +155,7 @@ def at_strides(
             return [opened], source
         if ":" not in source.name:
             raise InvalidInput(
-                "a converted network of no name cannot be given other output strides.",
+                "a converted network without a name cannot be given other output strides.",
                 next="pass the original network instead.",
             )
         state, geometry, mask = opened.state_dict(), opened.geometry, opened.mask
@@ -174,7 +174,7 @@ def at_strides(
 
 
 def weights_in_words(network: object, source: Source) -> str:
-    """Which weights a network has; how it was built tells that of a name only, others may have been trained since."""
+    """Describe the weights of a network. The source describes the weights only of a network by name."""
     if not isinstance(network, str):
         return "weights as they were given"
     if not is_file(network):
@@ -183,8 +183,7 @@ def weights_in_words(network: object, source: Source) -> str:
 
 
 def provenance(network: object, source: Source, device: torch.device) -> dict[str, Any]:
-    """The provenance of a report on a network, made here and now: `model`, `weights`, if they are `random`,
-    and what `describe_run` gives."""
+    """Return the provenance of a report made now: `model`, `weights`, `random`, and the result of `describe_run`."""
     words = weights_in_words(network, source)
     return {
         "model": source.name,
@@ -195,7 +194,7 @@ def provenance(network: object, source: Source, device: torch.device) -> dict[st
 
 
 def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0) -> Tensor:
-    """(3, H, W) in 0..1: the file, or a generated street scene."""
+    """Return an image (3, H, W) in 0..1: the file, or a generated street scene."""
     check_size(size)
     return street_scene(*(size or DEFAULT_SIZE), seed) if path is None else read_image(path, size)
 
@@ -203,5 +202,5 @@ def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0
 def example_batch(
     source: Source | None, path: Path | None = None, size: tuple[int, int] | None = None, seed: int = 0
 ) -> Tensor:
-    """(1, 3, H, W): the example image as a network of this source expects it."""
+    """Return the example image, normalised for a network of this source: (1, 3, H, W)."""
     return normalise(example_image(path, size, seed), source).unsqueeze(0)

@@ -1,6 +1,6 @@
-"""Options of commands, as the dataclasses they fill: names, defaults and help stand here and nowhere else.
+"""Options of commands as dataclasses; names, defaults and help are defined only here.
 
-Nothing here waits for torch, so that the command line can read it when it starts.
+This module does not import torch, so that the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A field of a dataclass that a command has an option for.
+    """Declare a dataclass field that a command has an option for.
 
     Args:
-        default: of the field, and of the option.
-        help: of the option; `{default}` stands for the default.
-        more: of the option: `min`, its `metavar`, another `name` than the field's, `read`, the kind of
-            text that its value is written as.
+        default: default of the field and of the option.
+        help: help of the option; `{default}` stands for the default.
+        more: further properties of the option: `min`, `metavar`, a `name` other than the field's, and `read`, the
+            name of the parser of its value.
     """
     return field(default=default, metadata={"help": help.replace("{default}", str(default)), **more})
 
@@ -58,21 +58,21 @@ class Exits:
     """How exits are added to a network; see `cadsurgery.anytime`."""
 
     exits: str | list[str] = option(
-        "auto", "of method anytime: names of modules or nodes, separated by commas; or auto", read="names"
+        "auto", "method anytime: names of modules or nodes, separated by commas; or auto", read="names"
     )
-    head: str = option("redesigned", "of method anytime: {default}, or plain")
-    classes: int = option(0, "of method anytime, of a backbone: what its heads predict", min=0)
-    hidden: int = option(0, "of method anytime: channels inside the heads; 0 for the default", min=0)
+    head: str = option("redesigned", "method anytime: {default}, or plain")
+    classes: int = option(0, "method anytime: number of classes, for a backbone", min=0)
+    hidden: int = option(0, "method anytime: channels inside the heads; 0 for the default", min=0)
     threshold: Any = option(
         0.998,
-        "of method anytime: where exits are confident, one number or one of each but the last; default {default}",
+        "method anytime: confidence of exits, one number or one for each exit but the last; default {default}",
         metavar="T[,T...]",
         read="threshold",
     )
-    confidence: str = option("probability", "of method anytime: {default}, or entropy")
+    confidence: str = option("probability", "method anytime: {default}, or entropy")
     gaps: str = option(
         "gaussian",
-        "of method anytime, what fills positions that are left out: {default}, interpolated or zeros",
+        "method anytime: what fills skipped positions: {default}, interpolated or zeros",
     )
 
 
@@ -80,17 +80,17 @@ class Exits:
 class Sampling:
     """How the input of a network is sampled; see `cadsurgery.resample`."""
 
-    sampler: str = option("learned", "of method resampling: {default}, labels, uniform, or a mask")
+    sampler: str = option("learned", "method resampling: {default}, labels, uniform, or a mask")
     sample_size: tuple[int, int] = option(
-        (224, 224), "of method resampling: of the sampled image", metavar="HxW", read="size"
+        (224, 224), "method resampling: size of the sampled image", metavar="HxW", read="size"
     )
     grid: int = option(
-        8, "of method resampling: locations on a side; default {default}", min=2, name="sample_grid"
+        8, "method resampling: locations per side of the grid; default {default}", min=2, name="sample_grid"
     )
-    smoothness: float = option(1.0, "of method resampling: of the grid; default {default}")
+    smoothness: float = option(1.0, "method resampling: smoothness of the grid; default {default}")
     targets: str = option(
         "",
-        "of method resampling: numbers of the classes whose boundaries matter, between commas; default all",
+        "method resampling: numbers of the classes whose boundaries matter, separated by commas; default all",
     )
 
 
@@ -100,13 +100,15 @@ class Gates:
 
     where: str | list[str] = option(
         "auto",
-        "of method sampling: names of modules or convolutions, separated by commas; or auto",
+        "method sampling: names of modules or convolutions, separated by commas; or auto",
         read="names",
     )
     grid: int = option(
-        11, "of method sampling: distance of what is always computed; default {default}, 0 for none", min=0
+        11,
+        "method sampling: distance of positions that are always computed; default {default}, 0 for none",
+        min=0,
     )
-    noise: bool = option(False, "of method sampling: gates draw noise in evaluation, as published")
+    noise: bool = option(False, "method sampling: gates draw noise in evaluation, as published")
 
 
 @dataclass(frozen=True)
@@ -115,30 +117,32 @@ class Exporting:
 
     to: str = option("", "pt2, onnx or aoti; default: onnx for a file that ends so, else pt2")
     dynamic: bool = option(False, "ONNX for images of any size and number, and any mask")
-    level_map: bool = option(
-        False, "ONNX that is given the level map as a second input, in place of the mask"
-    )
+    level_map: bool = option(False, "ONNX with the level map as a second input, in place of the mask")
     float16: bool = option(False, "ONNX with weights and features in half precision")
     int8: str = option(
         "",
         "ONNX with weights and features in 8 bits, calibrated by the images of this folder",
         metavar="IMAGES",
     )
-    check_in: str = option("onnx", "what ONNX is run by to compare it: onnx (ONNX Runtime) or openvino")
+    check_in: str = option(
+        "onnx", "engine that runs the ONNX file to compare it: onnx (ONNX Runtime) or openvino"
+    )
 
 
 @dataclass(frozen=True)
 class Benchmark(Conversion):
-    """How networks are converted and what they are run on; see `cadsurgery.bench.bench`."""
+    """How networks are converted, and the conditions of a benchmark; see `cadsurgery.bench.bench`."""
 
-    size: tuple[int, int] = option((512, 1024), "of the generated street scenes", metavar="HxW", read="size")
+    size: tuple[int, int] = option(
+        (512, 1024), "size of the generated street scenes", metavar="HxW", read="size"
+    )
     batch: int = option(1, "number of images", min=1)
     dtype: str = option("float32", "{default}, bfloat16, or int8")
     device: str = option("cpu", "{default} or cuda")
-    threads: int = option(0, "on the CPU; 0 for torch's own choice", min=0)
+    threads: int = option(0, "threads on the CPU; 0 for torch's own choice", min=0)
     rounds: int = option(7, "timing rounds; each runs every side once", min=1)
     processor_time: bool = option(
-        False, "count the processor's time, on a machine that others use too; with one thread"
+        False, "measure processor time instead of elapsed time, for a shared machine; needs one thread"
     )
     memory: bool = option(False, "also measure peak memory, each side in a process of its own")
     runtime: str = option(
@@ -164,30 +168,31 @@ class Benchmark(Conversion):
 class Extraction:
     """How keypoints are found and described.
 
-    A `detector` of your own is a function of the image batch in the unit of masks that gives points (n, 2) for each
-    image, or a score map. `reach` and `align` are those of `cadsurgery.read_at`. `output` is the name or place of the
-    map of descriptors among several outputs; empty, it is the one of several channels. Large images are made smaller
-    until `max_edge` and `max_sum` hold, and cut down to a `multiple`.
+    A `detector` of the user is a function of the image batch in the unit of masks that returns for each image points
+    (n, 2), or a score map. `reach` and `align` are arguments of `cadsurgery.read_at`. `output` is the name or
+    position of the descriptor map among several outputs; if it is empty, the only map of several channels is used.
+    Large images are reduced until `max_edge` and `max_sum` hold, and cropped to a `multiple`.
     """
 
     detector: str = option(
         "sift", "sift, own (the network's score map), or module:function of the image batch"
     )
-    count: int = option(512, "keypoints of an image at most", min=1)
+    count: int = option(512, "maximum number of keypoints per image", min=1)
     mask: str = option(
-        "keypoints:detector=given", '"{default}" has the extracted keypoints; empty: the file\'s own'
+        "keypoints:detector=given",
+        'mask; "{default}" uses the extracted keypoints; empty: the mask of the file',
     )
     reach: Reach = option(
         "receptive", "receptive: compute only what the keypoints depend on; all: everything"
     )
     align: Align = option(
-        "cell", "sample of a point: cell, the one that covers it; corners, as published for D2-Net"
+        "cell", "sample read for a point: cell, the sample that covers it; corners, as published for D2-Net"
     )
-    raw: bool = option(False, "descriptors as the network gives them, not normalised")
+    raw: bool = option(False, "descriptors as the network returns them, not normalised")
     output: str = option("", "which output holds the descriptors, if there are several", name="output_name")
-    max_edge: int = option(0, "longer side of images at most, in pixels; 0 for any", min=0)
-    max_sum: int = option(0, "height plus width at most (2800 as published); 0 for any", min=0)
-    multiple: int = option(1, "cut sizes to multiples of it (8 as published)", min=1)
+    max_edge: int = option(0, "maximum of the longer side of images, in pixels; 0 for any", min=0)
+    max_sum: int = option(0, "maximum of height plus width (2800 as published); 0 for any", min=0)
+    multiple: int = option(1, "crop sizes to multiples of this number (8 as published)", min=1)
 
     def __post_init__(self) -> None:
         from cadsurgery.masks.keypoints import OWN, SIFT

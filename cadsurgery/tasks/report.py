@@ -1,7 +1,7 @@
-"""The one shape of reports: where figures come from, rows and columns; printed, as JSON, as lines, as a picture.
+"""The common form of reports: provenance, rows and columns; printed, as JSON, as lines, as a picture.
 
-A report of a task is a frozen dataclass that derives from `Report` and says which parts it prints, and how it is drawn
-if it is; the rest is the same for all.
+The report of a task is a frozen dataclass that derives from `Report`. It defines the parts that are printed and, if
+there is a picture, how it is drawn; everything else is shared.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from rich.text import Text
 from cadsurgery.data.images import check_picture, write_picture
 from cadsurgery.support.files import check_folder, write_whole
 
-COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")  # of lines and points in figures
+COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")  # colours of lines and points in figures
 
-Shown = TypeVar("Shown")  # whatever a table has rows of
+Shown = TypeVar("Shown")  # type of a table's rows
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it: sequences as lists, paths as text, what has `to_dict` by it."""
+    """Convert a value for JSON: sequences to lists, paths to text, objects by their `to_dict`."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if isinstance(value, Mapping):
@@ -42,39 +42,39 @@ def plain(value: Any) -> Any:
 
 
 class Plain:
-    """Rows, and reports: dataclasses that are plain values too."""
+    """Base of rows and reports: dataclasses that convert to plain values."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         return {("random_weights" if key == "random" else key): plain(v) for key, v in vars(self).items()}
 
 
 class Report(Plain):
-    """The report of a task; `failed` are the items that could not be done, each an error as plain values."""
+    """The report of a task; `failed` lists the items that failed, each an error as plain values."""
 
     failed: tuple[dict[str, str], ...] = ()
 
     def parts(self) -> Iterable[RenderableType]:
-        """The printed parts, from top to bottom."""
+        """Return the printed parts, from top to bottom."""
         raise NotImplementedError
 
     def apart(self) -> Iterable[str]:
-        """Lines for the error stream."""
+        """Return lines for the error stream."""
         return ()
 
     def render(self) -> RenderableType:
-        """The report for a terminal."""
+        """Return the report for a terminal."""
         return Group(*self.parts())
 
     def figure(self) -> Figure:
-        """The report as a picture."""
+        """Draw the report."""
         raise NotImplementedError
 
     def write(self, output: Path | None = None, picture: Path | None = None) -> None:
-        """Write it as JSON, draw it, or both.
+        """Write the report as JSON, draw it, or both.
 
         Raises:
-            FileError: a path that cannot be written.
+            FileError: a path cannot be written.
         """
         if output is not None:
             with write_whole(output) as temporary:
@@ -85,32 +85,32 @@ class Report(Plain):
 
 @dataclass(frozen=True)
 class FilesReport(Report):
-    """The results for several images, each a row of plain values, and in words; failures go to the error stream."""
+    """The results for several images, each as plain values, and as text; failures go to the error stream."""
 
     rows: tuple[dict[str, Any], ...]
-    told: str
+    text: str
     failed: tuple[dict[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         return {"images": list(self.rows), "failed": list(self.failed)}
 
     def parts(self) -> Iterable[RenderableType]:
-        """The words."""
-        return [Text(self.told)]
+        """Return the text."""
+        return [Text(self.text)]
 
     def apart(self) -> Iterator[str]:
-        """A line for each failure."""
+        """Yield a line for each failure."""
         for failure in self.failed:
             image, what = failure["image"], failure["what"]
             yield f"[red]{'' if image in what else f'{image}: '}{what}[/red] {failure.get('why', '')}"
 
 
 def check_outputs(output: Path | None, **pictures: Path | None) -> None:
-    """Refuse files that cannot be written before work is done for them; pictures by the name of their option.
+    """Refuse output files that cannot be written, before any work is done; pictures by the name of their option.
 
     Raises:
-        FileError: no such folder, a folder in place of a file, or an ending of no format.
+        FileError: the folder does not exist, the path is a folder, or the ending belongs to no format.
     """
     if output is not None:
         check_folder(output)
@@ -121,14 +121,14 @@ def check_outputs(output: Path | None, **pictures: Path | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Plain):
-    """A side as measured: values by name, which are attributes too, and fields of the JSON.
+    """A measured side: values by name, which are also attributes and fields of the JSON.
 
     Attributes:
         label: a short name, for pictures.
-        values: by name.
-        milliseconds: of the first image, the best round; None if not measured.
-        milliseconds_median: the usual round.
-        curve: rows of one curve are joined in pictures; empty: of none.
+        values: values by name.
+        milliseconds: time for the first image in the best round; None if not measured.
+        milliseconds_median: median over the rounds.
+        curve: name of the curve that joins this row with others in pictures; empty for none.
     """
 
     label: str = field(kw_only=False)
@@ -138,23 +138,23 @@ class Row(Plain):
     curve: str = ""
 
     def __getattr__(self, name: str) -> Any:
-        values = self.__dict__.get("values", {})  # there are none yet while a row is copied
+        values = self.__dict__.get("values", {})  # still missing while a row is copied
         if name in values:
             return values[name]
         raise AttributeError(f"a row of {', '.join(values)} has no {name}.")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A value; the default if it has none of this name."""
+        """Return the value of this name, or the default."""
         return self.values.get(name, default)
 
     def with_values(self, label: str, **values: Any) -> Self:
-        """The row under another label and with other values."""
+        """Return a copy with another label and changed values."""
         return replace(self, label=label, values={**self.values, **values})
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
-        taken = {name: getattr(self, name) for name in ("milliseconds", "milliseconds_median")}
-        return {name: plain(value) for name, value in {**self.values, **taken}.items()}
+        """Return plain values, for `--json`."""
+        times = {name: getattr(self, name) for name in ("milliseconds", "milliseconds_median")}
+        return {name: plain(value) for name, value in {**self.values, **times}.items()}
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,10 @@ class Column(Generic[Shown]):
     """A column of a table.
 
     Attributes:
-        title: above it.
-        show: a function of a row; or the name of a value of it: empty where a row does not have it, "-" if it is None.
-        is_number: True if it stands to the right.
-        form: of a value by name: as of `format`, or a function.
+        title: title of the column.
+        show: a function of a row; or the name of a value: empty if a row lacks it, "-" if it is None.
+        is_number: True to align the column to the right.
+        form: format of a named value: a format specification or a function.
     """
 
     title: str
@@ -174,7 +174,7 @@ class Column(Generic[Shown]):
     form: str | Callable[[Any], str] = ""
 
     def cell(self, row: Shown) -> str | Text:
-        """The text of a row in this column."""
+        """Return the text of a row in this column."""
         if not isinstance(self.show, str):
             return self.show(row)
         value = getattr(row, self.show, "")
@@ -189,7 +189,7 @@ def table(
     title: str = "",
     style: Callable[[Shown], str] = lambda row: "",
 ) -> Table:
-    """Rows under columns, numbers to the right."""
+    """Create a table of rows and columns, with numbers aligned to the right."""
     shown, columns = Table(title=title or None, title_justify="left"), list(columns)
     for column in columns:
         shown.add_column(column.title, justify="right" if column.is_number else "left", overflow="fold")
@@ -199,32 +199,32 @@ def table(
 
 
 def number(value: float | None, form: str = ".0f") -> str:
-    """A number in this form; "-" if there is none."""
+    """Format a number; "-" for None."""
     return "-" if value is None else format(value, form)
 
 
 def percent(share: float | None) -> str:
-    """A share as a percentage with two digits; "-" if there is none."""
+    """Format a share as a percentage with two digits; "-" for None."""
     return "-" if share is None else f"{100 * share:.2f}"
 
 
 def ratio(value: float | None, whole: float | None, form: str = ".2f") -> str:
-    """One number over another; "-" if one is missing or the other is 0."""
+    """Format the ratio of two numbers; "-" if one is missing or `whole` is 0."""
     return "-" if value is None or not whole else format(value / whole, form)
 
 
 def strides_in_words(pair: tuple[int, int]) -> str:
-    """A pair of output strides."""
+    """Format a pair of output strides."""
     return "{} to {}".format(*pair)
 
 
 def accuracy_columns(pixels: str = "pixels") -> tuple[Column[Row], Column[Row]]:
-    """Mean IoU, and the share of right pixels under a title."""
+    """Return columns for the mean IoU and, under the title `pixels`, for the pixel accuracy."""
     return Column("mIoU", "miou", form=percent), Column(pixels, "pixel_accuracy", form=percent)
 
 
 def macs_columns(of: str, whole: Callable[[Row], Row], form: str = ".2f") -> Iterator[Column[Row]]:
-    """Multiply-accumulates, and their ratio to those of another row, which is called `of` so."""
+    """Yield columns for the MACs and for their ratio to another row, titled `of ...`."""
     yield Column("MACs", "macs", form=".3e")
     yield Column(f"of {of}", lambda row: ratio(row.macs, whole(row).macs, form))
 
@@ -232,7 +232,7 @@ def macs_columns(of: str, whole: Callable[[Row], Row], form: str = ".2f") -> Ite
 def time_columns(
     of: str, whole: Callable[[Row], Row], form: str = ".0f", has_median: bool = False
 ) -> Iterator[Column[Row]]:
-    """Milliseconds, the median if it is asked for, and the ratio to those of another row, which is called `of` so."""
+    """Yield columns for milliseconds, optionally the median, and the ratio to another row, titled `of ...`."""
     yield Column("ms", "milliseconds", form=form)
     if has_median:
         yield Column("median", "milliseconds_median", form=form)
@@ -240,21 +240,22 @@ def time_columns(
 
 
 def heading(model: str, weights: str, random: bool) -> Text:
-    """A network and its weights; random ones stand out."""
+    """Describe a network and its weights; random weights stand out."""
     return Text(f"{model}, {weights}", style="bold red" if random else "bold")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport(Report):
-    """A report of something that was run: the device, the software and the date, see `describe_run`.
+    """A report of a run: device, software and date, see `describe_run`.
 
     Attributes:
-        device: in words, with the instruction sets and the number of threads.
-        processor: model, family and caches; empty in reports written before these were stated.
-        instruction_sets: of the compiled code and of torch, and the variables that cap them; empty likewise.
-        versions: of this package and its libraries.
-        commit: of this package; empty outside a checkout.
-        date: when it was done.
+        device: description with the instruction sets and the number of threads.
+        processor: model, family and caches; empty in older reports.
+        instruction_sets: instruction sets of the compiled code and of torch, and the variables that cap them; empty
+            in older reports.
+        versions: versions of this package and its libraries.
+        commit: commit of this package; empty outside a checkout.
+        date: date of the run.
     """
 
     device: str
@@ -265,22 +266,22 @@ class RunReport(Report):
     date: str = ""
 
     def run_with(self) -> Text:
-        """The device and the version of torch, in a line."""
+        """Describe the device and the version of torch, in one line."""
         torch = f", torch {self.versions['torch']}" if "torch" in self.versions else ""
         return Text(f"on {self.device}{torch}", style="dim")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredReport(RunReport):
-    """A report on a network and data: where the figures come from.
+    """A report on a network and data, with the provenance of its figures.
 
     Attributes:
         model: source of the network.
-        weights: which it has, in words.
-        random: True if they are random.
+        weights: description of its weights.
+        random: True if the weights are random.
         data: spec of the data, or its folder.
-        rounds: of timing, 0 if not timed.
-        normalisation: the range that masks take the network's input for, and where that is known from.
+        rounds: timing rounds, 0 if not timed.
+        normalisation: normalisation of the network's input assumed by masks, and how it is known.
         failed: items that could not be used, each an error as plain values.
     """
 
@@ -293,36 +294,36 @@ class MeasuredReport(RunReport):
     failed: tuple[dict[str, str], ...] = ()
 
     def subject(self) -> str:
-        """The data and how it was measured, in a line."""
+        """Describe the data and the measurement, in one line."""
         raise NotImplementedError
 
     def tables(self) -> Iterable[Table]:
-        """The rows."""
+        """Return the tables of rows."""
         raise NotImplementedError
 
     def parts(self) -> Iterator[RenderableType]:
-        """Network and data, the rows, and what a reader must know."""
+        """Yield network and data, the tables, and what a reader must know."""
         yield heading(self.model, self.weights, self.random)
         yield Text(self.subject(), style="dim")
         if self.normalisation:
             yield Text(f"masks see {self.normalisation}", style="dim")
         yield from self.tables()
         if self.random:
-            told = "random weights: unless they were trained since, these accuracies mean nothing."
-            yield Text(told, style="yellow")
+            warning = "random weights: unless they were trained since, these accuracies mean nothing."
+            yield Text(warning, style="yellow")
         for failure in self.failed:
             yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
 
 
 def canvas(width: float, height: float) -> Figure:
-    """An empty figure of so many inches that needs no screen."""
+    """Create an empty figure of this size in inches; it needs no screen."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def against_macs(axes: Axes, across: str, up: str) -> None:
-    """Name the axes and what was drawn, the first in multiply-accumulates."""
+    """Label the axes, whose horizontal one shows multiply-accumulates, and add a legend."""
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.xaxis.set_major_formatter(EngFormatter())
@@ -334,7 +335,7 @@ def against_macs(axes: Axes, across: str, up: str) -> None:
 def panels(
     count: int, columns: int, width: float, height: float, above: float = 0.0
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels in columns, each of so many inches, and room above."""
+    """Create a figure with `count` panels in columns, each of this size in inches, and space above."""
     rows = -(-count // columns)
     figure = canvas(width * columns, height * rows + above)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -344,9 +345,9 @@ def panels(
 
 
 def figure_picture(figure: Figure, dpi: int = 90) -> Image.Image:
-    """A figure as an image."""
+    """Render a figure as an image."""
     buffer = io.BytesIO()
-    figure.draw_without_rendering()  # the layout knows how high titles are only once the pictures have their place
+    figure.draw_without_rendering()  # the layout measures titles only once the pictures are placed
     figure.savefig(buffer, format="png", dpi=dpi)
     buffer.seek(0)
     return Image.open(buffer)

@@ -1,4 +1,4 @@
-"""Predictions of a converted file for folders of images, as pictures: `cadsurgery run`."""
+"""Run a converted file on folders of images and write its predictions as pictures: `cadsurgery run`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cadsurgery.tasks.for_each import Failures, Step, for_each
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.sides import kind_of
 
-# Fields of a row that say how much was computed.
+# Fields of a row that state how much was computed, and their text.
 _COMPUTED = {
     "active_fraction": "active fraction {:.3f}",
     "exit": "exit {}",
@@ -49,22 +49,22 @@ def predict(
     largest_error: float | None = None,
     until: float = 0.0,
 ) -> FilesReport:
-    """Run a converted file on images; an unreadable image is reported and the others are done.
+    """Run a converted file on images; an unreadable image is reported, and the others are processed.
 
-    In `int8` the images of the folder `calibration` show the ranges, in the size of the first of them or in `size`. A
-    network with exits is run until so many milliseconds, if they are not 0, see `AnytimeModel.until`.
+    `int8` is calibrated on the images of the folder `calibration`, resized to `size` or to the size of the first of
+    them. If `until` is not 0, a network with exits stops after this many milliseconds, see `AnytimeModel.until`.
 
-    Under a launcher each process takes its share of the images; every one returns the rows of all.
+    Under a launcher each process runs its share of the images, and every process returns the rows of all.
 
     Raises:
-        InvalidInput: options that do not fit the network.
-        FileError: there are no images, or the folder cannot be written.
+        InvalidInput: the options do not fit the network.
+        FileError: there are no images, or the output folder cannot be written.
     """
     check_size(size)
-    where = own_device(device)
+    torch_device = own_device(device)
     paths, lacking = find_images(images)
     check_precision(precision, calibration, largest_error)
-    converted = load(file, mask=mask or None, trust=trust).to(where)
+    converted = load(file, mask=mask or None, trust=trust).to(torch_device)
     kind = kind_of(converted)
     if until and not (kind and kind.has_thresholds):
         raise InvalidInput(
@@ -86,35 +86,38 @@ def predict(
 
     def draw(item: tuple[Path, Path]) -> dict[str, Any]:
         path, place = item
-        batch = normalise(read_image(path, size), source).unsqueeze(0).to(where)
+        batch = normalise(read_image(path, size), source).unsqueeze(0).to(torch_device)
         start = time.perf_counter()
         with torch.inference_mode():
             if kind is not None:
-                output_of, noted = kind.run(net, batch, until or math.inf)
+                returned, details = kind.run(net, batch, until or math.inf)
             else:
-                output_of, noted = net(batch), {"active_fraction": net.active_fraction}
-        prediction = _first_tensor(output_of)
+                returned, details = net(batch), {"active_fraction": net.active_fraction}
+        prediction = _first_tensor(returned)
         milliseconds = 1e3 * (time.perf_counter() - start)
         target = output / place
         target.parent.mkdir(parents=True, exist_ok=True)
         write_picture(class_picture(_classes(prediction), prediction.shape[1]), target)
-        return {"image": str(path), "output": str(target), **noted, "milliseconds": milliseconds}
+        return {"image": str(path), "output": str(target), **details, "milliseconds": milliseconds}
 
     failures = Failures("image", lacking)
     rows, failed = for_each(
-        list(paths.items()), draw, failures, where, name=lambda item: str(item[0]), step=step
+        list(paths.items()), draw, failures, torch_device, name=lambda item: str(item[0]), step=step
     )
-    lines = [f"{row['image']}: {_told(row)}, {row['milliseconds']:.0f} ms -> {row['output']}" for row in rows]
-    told = "\n".join([*lines, f"{len(rows)} done, {len(failed)} failed"])
-    return FilesReport(tuple(rows), told, tuple(failed))
+    lines = [
+        f"{row['image']}: {_describe_work(row)}, {row['milliseconds']:.0f} ms -> {row['output']}"
+        for row in rows
+    ]
+    text = "\n".join([*lines, f"{len(rows)} done, {len(failed)} failed"])
+    return FilesReport(tuple(rows), text, tuple(failed))
 
 
-def _told(row: dict[str, Any]) -> str:
+def _describe_work(row: dict[str, Any]) -> str:
     return ", ".join(words.format(row[name]) for name, words in _COMPUTED.items() if name in row)
 
 
 def _first_image(folder: Path, size: tuple[int, int] | None) -> Tensor:
-    """An image batch of the size that a folder is read in."""
+    """Return the first image of a folder as a batch of one."""
     found, _ = find_images([folder])
     return read_image(next(iter(found)), size).unsqueeze(0)
 
@@ -124,14 +127,14 @@ def _first_tensor(output: Any) -> Tensor:
     if not tensors or tensors[0].dim() != 4:
         shape = tuple(tensors[0].shape) if tensors else ()
         raise InvalidInput(
-            f"the network's output {shape} is no map, so there is nothing to draw.",
+            f"the network's output {shape} is not a map, so there is nothing to draw.",
             next="use cs.load in Python for classifiers, or convert a segmentation network.",
         )
     return tensors[0]
 
 
 def _classes(prediction: Tensor) -> Tensor:
-    """(H, W) class numbers: the strongest channel, or for one channel its value in 256 steps."""
+    """Return class numbers (H, W): the channel with the highest score; for one channel its value in 256 steps."""
     scores = prediction[0].float()
     if scores.shape[0] > 1:
         return scores.argmax(0)

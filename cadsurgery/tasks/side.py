@@ -1,6 +1,6 @@
-"""Sides of comparisons: each has a name, a call, its multiply-accumulates, and the metrics that judge its outputs.
+"""Sides of comparisons: each has a name, a call, its multiply-accumulates, and metrics for its outputs.
 
-Evaluation, bench and conversion take a list of sides. A new kind of side is a file in `tasks/sides`.
+Evaluation, bench and conversion take a list of sides. Each kind of side has a module in `tasks/sides`.
 """
 
 from __future__ import annotations
@@ -30,26 +30,25 @@ Figures = Mapping[str, Any]
 
 
 class Metrics(Protocol):
-    """Sums over images; those of parts of the images merge to those of all."""
+    """Sums over images; metrics of parts of the images can be merged."""
 
     def update(self, output: Any, truth: Any, size: tuple[int, int]) -> None:
-        """Add the output of a call, beside labels (B, H, W), or the output that stands for them."""
+        """Add the output of a call, with labels (B, H, W) or the output that stands for them."""
 
     def merge(self, other: Any) -> None:
-        """Add what another one of the same kind has seen."""
+        """Add the sums of another object of this kind."""
 
     def compute(self) -> dict[str, Any]:
-        """The figures so far, by field of a row; `iou` is a list with an entry for each class."""
+        """Return the figures so far, by field of a row; `iou` is a list with one entry per class."""
 
 
 def mean_work(counts: Counts, figures: Figures) -> dict[str, Any]:
-    """The multiply-accumulates of an image, mean over images."""
+    """Return the multiply-accumulates per image, mean over images."""
     return {"macs": counts["macs"] / counts["images"]}
 
 
 def once_per_batch(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """A function of images whose last result is kept: sides that share a run call it for the same batch one after the
-    other."""
+    """Keep a function's last result, so that sides that share a run compute it once per batch."""
     last: list[Any] = [None, None]
 
     def call(images: Tensor) -> Any:
@@ -62,21 +61,21 @@ def once_per_batch(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]
 
 @dataclass(frozen=True)
 class Side:
-    """Something that is compared with others: a network, a mask, an exit, an engine, a size of the image.
+    """One of several things that are compared: a network, a mask, an exit, an engine, an image size.
 
     Attributes:
-        name: in tables and pictures.
-        call: runs it on images (B, 3, H, W), prepared for the network; returns its output. Masks and samplers that ask
-            for labels find them.
-        macs: multiply-accumulates of a call; or a function that counts them on images right after the call on them: a
-            number, or several by name, `macs` among them.
-        metrics: makes what outputs are judged by in an evaluation; default: accuracy, or fidelity without labels.
-        about: fields of its row that tell it from the others.
-        timed: is timed in place of the call.
-        summary: fields of its row, of the sums of all counts (and `images`, how many) and the figures of the metrics.
-        anchor: True if it is what others are compared with: dim in tables, black in pictures.
-        curve: sides of one curve are joined in pictures; empty: of none.
-        is_target: without labels, its output stands for them, for the sides that follow.
+        name: name in tables and pictures.
+        call: runs the side on images (B, 3, H, W), normalised for the network, and returns its output; labels for
+            masks and samplers are provided.
+        macs: MACs of a call; or a function that counts them on images right after the call on them, and returns a
+            number or several by name, including `macs`.
+        metrics: creates the metrics for its outputs in an evaluation; default: accuracy, or fidelity without labels.
+        about: fields of its row that identify the side.
+        timed: called instead of `call` for timing.
+        summary: computes fields of its row from the sums of all counts (including `images`) and the metrics' figures.
+        anchor: True if other sides are compared with it: dim in tables, black in pictures.
+        curve: name of the curve that joins it with others in pictures; empty for none.
+        is_target: without labels, its output stands for the labels of the sides that follow.
     """
 
     name: str
@@ -91,12 +90,12 @@ class Side:
     is_target: bool = False
 
     def count(self, images: Tensor) -> Counts:
-        """The multiply-accumulates of a call on images, and what is counted beside them."""
+        """Return the multiply-accumulates of a call on images, and other counts."""
         counted = self.macs(images) if callable(self.macs) else self.macs
         return counted if isinstance(counted, Mapping) else {"macs": counted}
 
     def row(self, values: Mapping[str, Any], key: str = "side") -> Row:
-        """Its row in a report, named in the field `key`."""
+        """Create its row in a report; field `key` is its name."""
         return Row(
             self.name, {key: self.name, **self.about, "anchor": self.anchor, **values}, curve=self.curve
         )
@@ -110,15 +109,15 @@ def time_sides(
     seconds: float = float("inf"),
     is_processor_time: bool = False,
 ) -> list[Measured]:
-    """The rows of sides with their times on images, all in turn; without rounds as they are.
+    """Time sides on images, all in turn, and return their rows with the times; unchanged without rounds.
 
     Args:
-        sides: of the rows.
-        rows: to complete.
+        sides: the sides of the rows.
+        rows: rows to complete.
         images: the batch.
-        rounds: that count.
+        rounds: timing rounds.
         seconds: see `interleaved`.
-        is_processor_time: True to count the time of this process, not of the clock on the wall.
+        is_processor_time: True to measure the processor time of this process instead of elapsed time.
     """
     rows, calls = list(rows), dict[str, Callable[[], object]]()
     for side in sides:
@@ -137,30 +136,30 @@ def time_sides(
 def measure(
     sides: Sequence[Side], images: Tensor, rounds: int, key: str = "side", **timing: Any
 ) -> list[Row]:
-    """A row of work and time for each side on the same images; see `time_sides`."""
+    """Return a row with work and time for each side, on the same images; see `time_sides`."""
     with torch.inference_mode():
         rows = [side.row(side.count(images), key) for side in sides]
     return time_sides(sides, rows, images, rounds, **timing)
 
 
-# -- what a method makes of networks -------------------------------------------------------------------
+# -- networks made by methods --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The sides that a network is evaluated by, and how a report shows them.
+    """The sides of a network's evaluation, and how a report shows them.
 
     Attributes:
-        source: where the network comes from; images are prepared for it.
+        source: source of the network, for which images are normalised.
         sides: in the order of the rows.
-        columns: of the table of a report.
-        key: field of a row in which its side is named.
-        accuracy: fields of the rows that are drawn against work, with their names in words; the first as dots, the
+        columns: columns of the report's table.
+        key: field of a row that has the side's name.
+        accuracy: fields of the rows that are drawn against work, with their descriptions; the first as dots, the
             second as triangles.
-        images_in_words: follows the number of images in the report.
-        has_classes: True if the IoU of each class is printed too.
-        normalisation: the range that masks take the input for, in words.
-        more: fields of the report besides.
+        images_in_words: text after the number of images in the report.
+        has_classes: True if the IoU of each class is printed.
+        normalisation: normalisation assumed by masks, as text.
+        more: further fields of the report.
     """
 
     source: Source
@@ -176,15 +175,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Request:
-    """A network that is to be converted, and how.
+    """A network to convert, and how.
 
     Attributes:
-        before: the network as it was built, on the device.
-        source: where it came from.
-        batch: makes the image, as a network of a source expects it, on the device.
-        options: of the method.
-        verify: True if it is to be compared with the network as it was.
-        step: called with what is being done.
+        before: the network as built, on the device.
+        source: source of the network.
+        batch: creates the image, normalised for a network of a source, on the device.
+        options: options of the method.
+        verify: True to compare the result with the original network.
+        step: progress callback.
     """
 
     before: nn.Module
@@ -197,18 +196,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The network that a method made, and its part of the report.
+    """A network that a method converted, and its part of the report.
 
     Attributes:
-        net: with its plan.
+        net: the converted network, with its plan.
         batch: the image.
-        sides: the network as it was, and what was made of it.
-        more: fields of the report besides.
-        summary: of the plan, printed first.
-        lines: printed last.
-        title: of the table of the sides; default: the size of the image.
-        whole: place of the side that work and time of the others are compared with; None: with none.
-        notes: gives what can be said only once the sides are timed.
+        sides: the original network, and the converted variants.
+        more: further fields of the report.
+        summary: text of the plan, printed first.
+        lines: text printed last.
+        title: title of the table of sides; default: the size of the image.
+        whole: position of the side whose work and time others are compared with; None for no comparison.
+        notes: creates notes after the sides are timed.
     """
 
     net: Any
@@ -222,13 +221,18 @@ class Conversion:
     notes: Callable[[Sequence[Row]], Sequence[str]] = lambda rows: ()
 
     def without_network(self) -> Conversion:
-        """The part of the report alone, which keeps no network in memory."""
+        """Return the part of the report alone, which keeps no network in memory."""
         return replace(self, net=None, sides=(), notes=lambda rows: ())
 
 
 class Timed(NamedTuple):
-    """The sides that `bench` times, the network as it was first; the names of those at which the straight line of time
-    against work begins and ends, if there is one; and the operations that are not among the multiply-accumulates."""
+    """The sides that `bench` times.
+
+    Attributes:
+        sides: the original network comes first.
+        not_counted: operations that are not among the MACs.
+        ends: names of the sides at which the straight line of time against work begins and ends; None for no line.
+    """
 
     sides: list[Side]
     not_counted: tuple[str, ...]
@@ -239,14 +243,15 @@ class Kind(NamedTuple):
     """A kind of network that a method makes, and its sides.
 
     Attributes:
-        method: its name, as of `cadsurgery convert --method`.
-        network: the class.
-        words: after "a network": "with exits".
-        convert: makes one.
-        compare: its sides in an evaluation, of the network on its device, the data and further arguments.
-        time: its sides in a bench, of the network, the images, and shares of what is computed.
-        run: its optimised copy on a batch, within so many milliseconds if it can: the output, and fields of the report.
-        has_thresholds: True if `compare` takes thresholds.
+        method: name of the method, as in `cadsurgery convert --method`.
+        network: class of the network.
+        words: description after "a network", e.g. "with exits".
+        convert: converts a network.
+        compare: creates its sides for an evaluation, from the network on its device, the data and thresholds.
+        time: creates its sides for a bench, from the network, the images, and shares of positions to compute.
+        run: runs its optimised copy on a batch, within milliseconds if it can; returns the output and fields of the
+            report.
+        has_thresholds: True if `compare` uses thresholds.
     """
 
     method: str

@@ -1,6 +1,6 @@
-"""The operation that takes the time of a copy which is slower than it should be: measured, and by its name.
+"""Find the operation that makes a copy slower than it should be, by measurement.
 
-Reports name no cause that was not measured. A copy is profiled only if it turned out slow.
+Reports name no cause that was not measured. A copy is profiled only if it turned out to be slow.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.timing import now
 from cadsurgery.surgery.rewrite import ask_mask
 
-SLOWER = 1.03  # a side counts as slower than another from this multiple of its time on
+SLOWER = 1.03  # a side counts as slower than another from this ratio of times on
 _ROUNDS = 3
-# Events of `choose.compute`, a task and the backend that carries it out; and the backends that are compiled kernels.
+# Profiler events of `choose.compute`: a task and the backend that runs it. Then the backends of compiled kernels.
 _TASK = re.compile(r"(\w+) \(([\w ]+)\)")
 _COMPILED = ("native", "integers")
 
 
 @dataclass(frozen=True)
 class Slowest:
-    """The operation that takes the largest share of the time of a call.
+    """The operation that takes the largest share of a call's time.
 
     Attributes:
         layer: path of the module it belongs to, or its name in the graph.
-        operation: name in a profile, as "convolve (native, avx2)"; empty if the profile shows none.
-        share: of the time of the call.
+        operation: name in a profile, e.g. "convolve (native, avx2)"; empty if the profile shows none.
+        share: share of the call's time.
     """
 
     layer: str
@@ -57,31 +57,31 @@ def explain_slowness(
     net: AdaptiveModel,
     call: Callable[[], object],
 ) -> str:
-    """A sentence that says by how much a side is slower than others, and which operation takes its time.
+    """Explain in a sentence how much slower a side is than others, and which operation takes its time.
 
     Args:
-        name: of the side.
-        milliseconds: that it takes.
-        others: milliseconds of the sides that it should not be slower than, by their names.
+        name: name of the side.
+        milliseconds: its time.
+        others: times in milliseconds, by name, of the sides that it should not be slower than.
         net: the network that the side calls.
         call: runs the side once.
 
     Returns:
-        The sentence; empty if the side is not slower than any of the others, and then nothing is run.
+        The sentence; empty, without running anything, if the side is not slower than any of the others.
     """
     slower = [
-        f"{other} ({milliseconds / of_other:.2f} times as long)"
-        for other, of_other in others.items()
-        if milliseconds > SLOWER * of_other
+        f"{other} ({milliseconds / other_milliseconds:.2f} times as long)"
+        for other, other_milliseconds in others.items()
+        if milliseconds > SLOWER * other_milliseconds
     ]
     return f"{name} is slower than {' and '.join(slower)}: {find_slowest(net, call)}." if slower else ""
 
 
 def find_slowest(net: AdaptiveModel, call: Callable[[], object]) -> Slowest:
-    """The operation of a network that takes the largest share of the time of a call, the best of some rounds.
+    """Find the operation that takes the largest share of a call's time, in the best of several rounds.
 
     Args:
-        net: whose graph is timed node by node.
+        net: network whose graph is timed node by node.
         call: runs the network once.
     """
     total, taken = _node_times(net, call, _ROUNDS)
@@ -95,19 +95,19 @@ def find_slowest(net: AdaptiveModel, call: Callable[[], object]) -> Slowest:
 def layer_times(
     net: AdaptiveModel, call: Callable[[], object], rounds: int = _ROUNDS
 ) -> tuple[float, dict[str, float]]:
-    """Seconds of a call, the best of some rounds, and of each layer in it, by path, or name in the graph.
+    """Return the seconds of a call, the best of several rounds, and of each layer, by path or name in the graph.
 
     Args:
-        net: whose graph is timed node by node.
+        net: network whose graph is timed node by node.
         call: runs the network once.
-        rounds: how often.
+        rounds: number of rounds.
     """
     total, taken = _node_times(net, call, rounds)
-    of_layers: dict[str, float] = {}
+    layers: dict[str, float] = {}
     for node, seconds in taken.items():
         layer = _layer_of(net, node)
-        of_layers[layer] = of_layers.get(layer, 0.0) + seconds
-    return total, of_layers
+        layers[layer] = layers.get(layer, 0.0) + seconds
+    return total, layers
 
 
 def _node_times(
@@ -125,14 +125,14 @@ def _node_times(
 
 
 class _Timed(GraphInterpreter):
-    """Notes the seconds that each node takes."""
+    """Records the seconds that each node takes."""
 
     def __init__(self, taken: dict[fx.Node, float], program: Program, graph: fx.Graph) -> None:
         super().__init__(program, graph)
         self.taken = taken
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node and note its time."""
+        """Run one node and record its time."""
         start = now(time.perf_counter)
         value = super().run_node(n)
         self.taken[n] = self.taken.get(n, 0.0) + now(time.perf_counter) - start
@@ -140,14 +140,14 @@ class _Timed(GraphInterpreter):
 
 
 class _Profiled(GraphInterpreter):
-    """Notes the events of one node."""
+    """Records the profiler events of one node."""
 
     def __init__(self, node: fx.Node, seen: list[Any], program: Program, graph: fx.Graph) -> None:
         super().__init__(program, graph)
         self.node, self.seen = node, seen
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, the chosen one under a profile."""
+        """Run one node; the chosen node is profiled."""
         if n is not self.node:
             return super().run_node(n)
         with _quiet(), profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -160,17 +160,17 @@ class _Profiled(GraphInterpreter):
 def _quiet() -> Iterator[None]:
     """Keep torch's profiler from writing lines of its own to the error stream."""
     name = "KINETO_LOG_LEVEL"
-    told = os.environ.get(name)
+    level = os.environ.get(name)
     os.environ.setdefault(name, "99")
     try:
         yield
     finally:
-        if told is None:
+        if level is None:
             del os.environ[name]
 
 
 def _operation_of(events: list[Any]) -> str:
-    """The task that takes most of the events' time, with its backend; without a task the operation of torch."""
+    """Return the task that takes most of the events' time, with its backend; without a task, torch's operation."""
     tasks = [event for event in events if _TASK.fullmatch(event.name)]
     if not tasks:
         slowest = max(events, key=lambda event: event.self_cpu_time_total, default=None)
@@ -183,7 +183,7 @@ def _operation_of(events: list[Any]) -> str:
 
 
 def _layer_of(net: AdaptiveModel, node: fx.Node) -> str:
-    """The path of the module whose work a node does, or its name; of a fused convolution that of the convolution."""
+    """Return the path of the module that a node belongs to, or the node's name."""
     if node.target is ask_mask:
         return "the mask and its lattice"
     part = net.adaptive_part

@@ -1,7 +1,8 @@
-"""Coverage: which networks convert, found out by building, converting and verifying each of them.
+"""Coverage: build, convert and verify many networks, to find out which of them convert.
 
-Every network gets a process of its own with a cap on memory and time, and one JSON line in a file. A check that is
-started again goes on where it stopped. The file of the last full run comes with the package: `recorded`.
+Every network is checked in a separate process with limits on memory and time, and adds one JSON line to a file. A
+check that is started again continues where it stopped. The file of the last full run is part of the package:
+`recorded`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Limits:
     memory_gib: float = 10.0
 
 
-# -- many networks, a process each ---------------------------------------------------------------------
+# -- many networks, one process each -------------------------------------------------------------------
 
 
 def check_networks(
@@ -49,21 +50,21 @@ def check_networks(
     limits: Limits = Limits(),
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Check networks and append a line for each to a file; those it has already are not checked again.
+    """Check networks and append a line for each to a file; networks that are in the file are not checked again.
 
     Args:
-        names: of the networks.
-        path: JSON Lines; its first line tells versions and machine.
-        corpus: file or folder of networks the names are of; None: names of the libraries.
-        workers: processes at a time.
-        limits: for each network; one that exceeds them gets a row that says so.
+        names: names of the networks.
+        path: JSON Lines file; its first line contains versions and machine.
+        corpus: file or folder that defines the networks; None for networks of the libraries.
+        workers: number of simultaneous processes.
+        limits: limits for each network; a network that exceeds them gets a row that says so.
         on_row: called with each new row.
 
     Returns:
         The rows of the named networks, old and new, in the order of the names.
 
     Raises:
-        FileError: the file cannot be read or written, or is of other versions.
+        FileError: the file cannot be read or written, or was written with other versions.
     """
     rows = {row["model"]: row for row in _resume(path)}
     with check_writable(path).open("a", encoding="utf-8") as file:
@@ -78,10 +79,10 @@ def check_networks(
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file written by `check_networks`, without its first line.
+    """Read the rows of a file written by `check_networks`, without its first line.
 
     Raises:
-        FileError: it cannot be read.
+        FileError: the file cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -95,12 +96,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def recorded() -> dict[str, Row]:
-    """The rows of the full run that comes with the package, by name."""
+    """Return the rows of the full run that is part of the package, by name."""
     return {row["model"]: row for row in read_rows(RECORDED)} if RECORDED.exists() else {}
 
 
 def outlook(row: Row) -> str:
-    """A row in a line."""
+    """Summarise a row in one line."""
     if row["result"] != "converts":
         why = row.get("why") or row.get("what", "")
         return f"{row['result']}{': ' if why else ''}{why}"
@@ -112,7 +113,7 @@ def outlook(row: Row) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many networks have which result."""
+    """Summarise how many networks have each result."""
     counts = Counter(row["result"] for row in rows)
     return f"{len(rows)} networks: " + ", ".join(
         f"{count} {result}" for result, count in counts.most_common()
@@ -120,7 +121,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def _resume(path: Path) -> list[Row]:
-    """The rows a file has already; a line that was cut off when a run was stopped is dropped."""
+    """Return the rows of an existing file; a line that was cut off when a run was stopped is dropped."""
     check_folder(path)
     header = {
         "versions": versions(),
@@ -145,7 +146,7 @@ def _resume(path: Path) -> list[Row]:
 
 
 def _in_processes(names: Sequence[str], corpus: Path | None, workers: int, limits: Limits) -> Iterator[Row]:
-    """A row for each network as soon as it is there; each has a process of its own."""
+    """Yield a row for each network as soon as it is finished; each runs in its own process."""
     context = multiprocessing.get_context("forkserver")
     files = sorted({name.partition(":")[0] for name in names}) if corpus else []
     context.set_forkserver_preload(["cadsurgery.tasks.zoo_check", "timm", "torchvision", *files])
@@ -159,7 +160,7 @@ def _in_processes(names: Sequence[str], corpus: Path | None, workers: int, limit
 
 
 def _alone(name: str, corpus: Path | None, limits: Limits, context: Any) -> Row:
-    """The row of a network that is checked in a process of its own, or that it exceeded a limit."""
+    """Check a network in its own process and return its row, which says so if a limit was exceeded."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(name, corpus, limits.memory_gib, sender))
     start = time.perf_counter()
@@ -167,7 +168,7 @@ def _alone(name: str, corpus: Path | None, limits: Limits, context: Any) -> Row:
     sender.close()
     in_time, row = receiver.poll(limits.seconds), None
     if in_time:
-        with contextlib.suppress(EOFError):  # the process has ended without a row
+        with contextlib.suppress(EOFError):  # the process ended without a row
             row = receiver.recv()
         process.join(10)
     code = process.exitcode or 0
@@ -187,11 +188,11 @@ def _alone(name: str, corpus: Path | None, limits: Limits, context: Any) -> Row:
 
 
 def _work(name: str, corpus: Path | None, memory_gib: float, sender: Any) -> None:
-    with contextlib.suppress(ImportError):  # not on Windows
+    with contextlib.suppress(ImportError):  # not available on Windows
         import resource
 
         cap = int(memory_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     torch.set_num_threads(1)
-    with contextlib.suppress(MemoryError):  # reported by the parent
+    with contextlib.suppress(MemoryError):  # the parent process reports it
         sender.send(check_network(subject(name, corpus)))

@@ -1,4 +1,4 @@
-"""ALIKE (Zhao et al., arXiv 2112.02906): dense keypoint scores and descriptors; a network that no library has."""
+"""ALIKE (Zhao et al., arXiv 2112.02906): dense keypoint scores and descriptors, as a user's own network."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-# Of the four blocks, and of the descriptors.
+# Channels of the four blocks, and of the descriptors.
 CHANNELS = {"alike-t": (8, 16, 32, 64, 64), "alike-n": (16, 32, 64, 128, 128)}
-STRIDE = 32  # the sides of its images are multiples of it
-STRIDES = (2, 2)  # of `coarsen`, for output strides 1 to 4
-REGION = ("coarsen", "cat", "convhead2", "read")  # what follows from it
+STRIDE = 32  # sides of input images are multiples of it
+STRIDES = (2, 2)  # strides of `coarsen`, for output strides 1 to 4
+REGION = ("coarsen", "cat", "convhead2", "read")  # `coarsen` and the modules after it
 
 
 class Stem(nn.Module):
@@ -29,29 +29,29 @@ class Stem(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C, H, W)."""
+        """Map (B, 3, H, W) to (B, C, H, W)."""
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(image))))))
 
 
 class Read(nn.Module):
-    """Scores and descriptors from the map of both."""
+    """Splits the last map into scores and descriptors."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """The last channel is the score, the others are the descriptor."""
+        """Return the last channel as scores, the others as descriptors."""
         return {"scores": torch.sigmoid(x[:, -1:]), "descriptors": F.normalize(x[:, :-1], dim=1)}
 
 
 class Alike(nn.Module):
-    """Four blocks at output strides 1, 2, 8 and 32, brought back to full resolution, and a 1 x 1 convolution there."""
+    """Four blocks at output strides 1, 2, 8 and 32, upsampled to full resolution, and a 1 x 1 convolution."""
 
     def __init__(self, channels: tuple[int, int, int, int, int], strides: Sequence[int] = ()) -> None:
-        """Build it with random weights.
+        """Build the network with random weights.
 
         Args:
             channels: see `CHANNELS`.
-            strides: of pools of a single pixel before the last convolution, which keep every so many-th sample: none in
-                the published network. With them the last convolution is downsampled, so that `cadsurgery.adaptify` has
-                strides to remove; with everything high it is the published network again.
+            strides: strides of 1 x 1 pools before the last convolution; the published network has none. With
+                strides, the last convolution is downsampled, so `cadsurgery.adaptify` has strides to remove; with
+                everything high the result is the published network.
         """
         super().__init__()
         c1, c2, c3, c4, dim = channels
@@ -70,7 +70,7 @@ class Alike(nn.Module):
         self.read = Read()
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Scores (B, 1, H, W) and normalised descriptors (B, D, H, W) of images (B, 3, H, W) in 0..1."""
+        """Return scores (B, 1, H, W) and normalised descriptors (B, D, H, W) of images (B, 3, H, W) in 0..1."""
         x1 = self.block1(image)
         x2 = self.block2(self.pool2(x1))
         x3 = self.block3(self.pool3(x2))
@@ -86,7 +86,7 @@ class Alike(nn.Module):
 
 
 def build(data: Path, name: str = "alike-n", strides: Sequence[int] = ()) -> Alike:
-    """A network with its weights.
+    """Build a network with its weights.
 
     Args:
         data: folder with `alike/`.
@@ -99,13 +99,13 @@ def build(data: Path, name: str = "alike-n", strides: Sequence[int] = ()) -> Ali
 
 
 def padded(image: Tensor) -> Tensor:
-    """An image (..., H, W) with zeros on the right and at the bottom, its sides multiples of 32."""
+    """Pad an image (..., H, W) with zeros on the right and at the bottom to multiples of 32."""
     height, width = image.shape[-2:]
     return F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
 
 
 def _block(inputs: int, outputs: int) -> BasicBlock:
-    """torchvision's residual block; beside it a convolution with bias and no batch norm."""
+    """Build torchvision's residual block with a shortcut convolution that has a bias and no batch norm."""
     return BasicBlock(inputs, outputs, downsample=nn.Conv2d(inputs, outputs, 1))
 
 

@@ -1,10 +1,11 @@
-"""Matching by ALIKE, a network of one's own: as published, and with full resolution around keypoints only.
+"""Matching with ALIKE, a user's own network: as published, and with full resolution only around keypoints.
 
     python recipes/alike/recipe.py DATA [--network alike-n] [--only NAME ...] [--rounds N] [--output results.json]
 
-DATA is a folder with `alike/` and `homography_pairs/` (see the README beside this file). Share of matches within 3
-pixels of the homography, mean over eight pairs; multiply-accumulates of the adaptive part and of the whole network, the
-mask's own work included, relative to everything high; milliseconds of two images one by one, all settings in turn.
+DATA is a folder with `alike/` and `homography_pairs/` (see the README beside this file). The table has the share of
+matches within 3 pixels of the homography, mean over eight pairs; multiply-accumulates of the adaptive part and of the
+whole network, including the mask's own, relative to everything high; and milliseconds for two images one by one, all
+settings in turn.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from cadsurgery.tasks.keypoints.matching import match_errors, matching_accuracy,
 from recipes.alike.network import CHANNELS, REGION, STRIDES, build, padded
 
 COUNT, RADIUS, BORDER, PIXELS = 1000, 2, 5, 3
-# Image 1 of each sequence is matched with these; `graf` 4 and 6 are beyond the network.
+# The first image of each sequence is matched with these images; `graf` 4 and 6 are too difficult for the network.
 SEQUENCES = {"churchill": (2, 3, 4, 5, 6), "graf": (2, 3, 5)}
 
-# Measured with the authors' code on the same images, independent of this package: the README of the weights.
+# Measured with the authors' code on the same images, without this package: see the README of the weights.
 MEASURED = {
     "alike-t": {
         **{"churchill-2": 0.826, "churchill-3": 0.763, "churchill-4": 0.728, "churchill-5": 0.922},
@@ -50,13 +51,13 @@ MEASURED = {
 
 @dataclass(frozen=True)
 class Group:
-    """Masks evaluated on one converted network, beside everything high and everything low.
+    """Masks evaluated on one converted network, together with everything high and everything low.
 
     Attributes:
-        output_stride: high and low.
-        strides: that the last convolution is given, see `Alike`.
-        options: further ones of `adaptify`.
-        masks: by label.
+        output_stride: high and low output stride.
+        strides: strides before the last convolution, see `Alike`.
+        options: further options of `adaptify`.
+        masks: masks by label.
     """
 
     output_stride: tuple[int, int]
@@ -66,20 +67,20 @@ class Group:
 
 
 def around(detector: str, count: int, *dilations: int) -> dict[str, str]:
-    """A mask of keypoints by its label."""
+    """Return a keypoint mask, by its label."""
     sides = "/".join(map(str, dilations))
     mask = f"keypoints:detector={detector},count={count},dilations={sides}"
     return {f"{detector} {count}, {sides} pixels": mask}
 
 
 def budget(name: str, fraction: float) -> dict[str, str]:
-    """A mask that keeps a share of the image."""
+    """Return a mask that keeps a share of the image, by its label."""
     return {f"{name}, budget {fraction:g}": f"{name} | budget:fraction={fraction}"}
 
 
 HEAD: dict[str, Any] = {"region": REGION}
 GROUPS = {
-    # The original where the mask is high; elsewhere its last convolution is evaluated at every fourth pixel.
+    # High is the original network; elsewhere its last convolution is evaluated at every fourth pixel.
     "head 1-4": Group(
         (1, 4),
         STRIDES,
@@ -97,7 +98,7 @@ GROUPS = {
         },
     ),
     "head 1-4, nearest": Group((1, 4), STRIDES, HEAD | {"fill": "nearest"}, around("sift", 2000, 11)),
-    # The original where the mask is low; elsewhere its pools are removed.
+    # Low is the original network; in high areas its pools are removed.
     "pools 8-32": Group(
         (8, 32), masks={**around("sift", 1000, 9), **around("sift", 2000, 11), **around("own", 1000, 15)}
     ),
@@ -110,14 +111,14 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Features:
-    """(n, 2) keypoints, x and y in whole pixels, and their descriptors (n, D)."""
+    """Keypoints (n, 2), x and y in whole pixels, and their descriptors (n, D)."""
 
     points: Tensor
     descriptors: Tensor
 
 
 def features(net: nn.Module, image: Tensor, **options: Any) -> Features:
-    """What a network finds in an image (3, H, W); options as of its call."""
+    """Detect and describe keypoints in an image (3, H, W); the options are passed to the network."""
     with torch.inference_mode():
         found = net(padded(image[None]), **options)
     height, width = image.shape[1:]
@@ -127,21 +128,21 @@ def features(net: nn.Module, image: Tensor, **options: Any) -> Features:
 
 
 def matched(first: Features, second: Features, homography: Tensor) -> dict[str, float]:
-    """Share of matches that are right, and number of matches."""
+    """Return the share of correct matches, and the number of matches."""
     matches = mutual_matches(first.descriptors, second.descriptors)
     errors = match_errors(first.points, second.points, matches, homography)
     return {"accuracy": matching_accuracy(errors, [PIXELS])[0], "matches": len(matches)}
 
 
 def pictures(data: Path) -> dict[str, Tensor]:
-    """The images (3, H, W), by sequence and number."""
+    """Read the images (3, H, W), by sequence and number."""
     folder = data / "homography_pairs"
-    wanted = [(name, index) for name, others in SEQUENCES.items() for index in (1, *others)]
-    return {f"{name}-{index}": read_image(folder / name / f"{index}.jpg") for name, index in wanted}
+    names = [(name, index) for name, others in SEQUENCES.items() for index in (1, *others)]
+    return {f"{name}-{index}": read_image(folder / name / f"{index}.jpg") for name, index in names}
 
 
 def matching(data: Path, images: dict[str, Tensor], net: nn.Module, **options: Any) -> dict[str, Any]:
-    """Accuracy of each pair, means over them."""
+    """Return the accuracy of each pair, and the means."""
     found = {name: features(net, image, **options) for name, image in images.items()}
     pairs = {}
     for name in found:
@@ -156,7 +157,7 @@ def matching(data: Path, images: dict[str, Tensor], net: nn.Module, **options: A
 
 
 def cost(net: cs.AdaptiveModel, images: dict[str, Tensor], mask: str) -> dict[str, float]:
-    """MACs of the adaptive part and of everything, the mask's own included, relative to everything high."""
+    """Return the MACs of the adaptive part and of the whole network with the mask, relative to everything high."""
     inside = {decision.node for decision in net.plan.chosen("adapt", "keep")}
     part = part_high = whole = whole_high = 0
     active = []
@@ -172,16 +173,16 @@ def cost(net: cs.AdaptiveModel, images: dict[str, Tensor], mask: str) -> dict[st
 
 
 def adapted(data: Path, name: str, group: Group) -> cs.AdaptiveModel:
-    """The converted network of a group."""
+    """Convert the network of a group."""
     net = build(data, name, group.strides)
-    options = {"normalisation": "raw", **group.options}  # masks saw 0..1 when the figures were taken
+    options = {"normalisation": "raw", **group.options}  # as when the figures were measured: masks saw 0..1
     return cs.adaptify(net, "none", output_stride=group.output_stride, **options)
 
 
 def measure(
     data: Path, name: str, only: list[str], rounds: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Rows of the table: the network as it is, and the groups."""
+    """Return the rows of the table: the original network, then the groups."""
     images = pictures(data)
     shown = [laid_out(padded(images[key][None])) for key in ("churchill-1", "graf-1")]
     original = laid_out(build(data, name))
@@ -207,12 +208,12 @@ def measure(
 
 
 def laid_out(value: Any) -> Any:
-    """A network or images in the layout that is fastest for them."""
+    """Convert a network or images to channels-last, the fastest layout."""
     return value.to(memory_format=torch.channels_last)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows in Markdown."""
+    """Format rows in Markdown."""
     lines = [
         "| network | setting | accuracy | matches | right | active | adaptive part | whole network | ms |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -227,19 +228,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def furthest(row: dict[str, Any], name: str) -> float:
-    """Largest difference of a pair's accuracy from the measured one."""
+    """Return the largest difference of a pair's accuracy from the authors' code."""
     return max(abs(row["pairs"][pair]["accuracy"] - value) for pair, value in MEASURED[name].items())
 
 
 def main() -> None:
-    """Print the table, write the figures."""
+    """Print the table and write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("--network", choices=list(CHANNELS), default="alike-n")
     parser.add_argument("--only", nargs="*", choices=list(GROUPS), default=list(GROUPS))
-    parser.add_argument("--rounds", type=int, default=5, help="of timing; 0 for none")
+    parser.add_argument("--rounds", type=int, default=5, help="timing rounds; 0 for none")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     for folder in ("alike", "homography_pairs"):

@@ -1,10 +1,10 @@
-"""CamVid at every exit: accuracy, work and time, with confidence and without.
+"""CamVid at every exit: accuracy, work and time, with and without confidence thresholds.
 
     python recipes/anytime_camvid/recipe.py DATA NET [--thresholds 0.9 0.9,0.85,0.95 ...] [--split val]
         [--every N] [--output results.json]
 
-DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/`, NET what `train.py` wrote. A threshold is one number, or
-one of each exit but the last.
+DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/`, NET the output of `train.py`. A threshold is one
+number, or one number for each exit but the last.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ THRESHOLDS = (0.85, 0.9, 0.95, (0.9, 0.85, 0.9), (0.9, 0.85, 0.95), (0.9, 0.9, 0
 
 
 def table(report: cs.EvaluationReport, times: Mapping[str, float]) -> str:
-    """Rows in Markdown: mIoU in per cent, MACs, and milliseconds until the last prediction is there."""
+    """Format rows in Markdown: mIoU in per cent, MACs, and milliseconds until the last prediction."""
     lines = [
         "| threshold | exit | mIoU | MACs | of whole | CPU ms | of whole |",
         "|---|---|---|---|---|---|---|",
@@ -53,8 +53,10 @@ def table(report: cs.EvaluationReport, times: Mapping[str, float]) -> str:
 def cpu_times(
     net: cs.AnytimeModel, batches: list[Tensor], thresholds: list[Any], rounds: int
 ) -> dict[str, float]:
-    """CPU milliseconds of an image by threshold in words, of the optimised copy: all in turn, best rounds, mean over
-    images."""
+    """Measure CPU milliseconds per image of the optimised copy, by threshold.
+
+    All thresholds are timed in turn; the value is the best round, averaged over images.
+    """
     fast = net.eval().optimize()
     settings = {"all computed": net.everything, **{in_words(one): one for one in thresholds}}
     calls = {
@@ -70,7 +72,7 @@ def cpu_times(
 
 
 def main() -> None:
-    """Print the table, write the figures."""
+    """Print the table and write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,8 +81,8 @@ def main() -> None:
     parser.add_argument("--thresholds", nargs="*", type=read_threshold, default=THRESHOLDS)
     parser.add_argument("--split", default="test")
     parser.add_argument("--every", type=int, default=1, help="take every N-th image")
-    parser.add_argument("--timed", type=int, default=6, help="images that are timed")
-    parser.add_argument("--rounds", type=int, default=5, help="of timing")
+    parser.add_argument("--timed", type=int, default=6, help="number of images to time")
+    parser.add_argument("--rounds", type=int, default=5, help="timing rounds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--picture", type=Path, help="PNG of the curves")
@@ -101,8 +103,8 @@ def main() -> None:
     batches = [normalise(image.unsqueeze(0), source_of(net)) for image in timed]
     times = cpu_times(net, batches, options.thresholds, options.rounds) if batches else {}
     if options.output:
-        told = {"weights": f"weights in {options.net.name}", "images_timed": len(batches)}
-        values = {**report.to_dict(), **told, "cpu_milliseconds": times}
+        details = {"weights": f"weights in {options.net.name}", "images_timed": len(batches)}
+        values = {**report.to_dict(), **details, "cpu_milliseconds": times}
         options.output.write_text(json.dumps(values, indent=1) + "\n")
     print(table(report, times))
 

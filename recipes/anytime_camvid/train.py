@@ -2,9 +2,9 @@
 
     python recipes/anytime_camvid/train.py DATA OUTPUT [--steps N] [--threads N]
 
-DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/`. Each head learns what the network itself predicts in the
-end, at all positions, so that it is confident where that would not change. The network stays as it is. Writes the
-network and `training.json`: settings and CPU seconds.
+DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/`. Each head learns the network's final prediction at all
+positions, so that it is confident where later exits would not change the result. The network itself is not trained.
+Writes the network and `training.json` with settings and CPU seconds.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from recipes.camvid_mobilenetv2.network import build
 
 EXITS = ("backbone.blocks.2", "backbone.blocks.4", "backbone.blocks.5")
 HIDDEN = 128
-THRESHOLD = (0.9, 0.85, 0.95)  # of the network that is written; training asks every exit everywhere
+THRESHOLD = (
+    0.9,
+    0.85,
+    0.95,
+)  # of the written network; training computes everything
 
 
 def settings(steps: int) -> Settings:
-    """Whole images, flips; the backbone and its own head fixed."""
+    """Return the settings: whole images, flips; the backbone and its own head are not trained."""
     return Settings(
         **{"steps": steps, "batch": 4, "optimizer": "adamw", "lr": 0.003, "weight_decay": 1e-4, "crop": 0},
         **{"jitter": 0.2, "train": "exits", "batch_norm": "train", "workers": 0, "save_every": 100},
@@ -39,7 +43,7 @@ def settings(steps: int) -> Settings:
 
 
 def main() -> None:
-    """Train and write."""
+    """Train and write the network."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,5 @@
-"""HRNet for segmentation, with the names of the published checkpoints (Sun et al. 2019, as Liu et al. 2022 use it)."""
+"""HRNet for segmentation, with the names of the published checkpoints (Sun et al. 2019, as used by Liu et al.
+2022)."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ MOMENTUM = 0.01
 
 @dataclass(frozen=True)
 class Size:
-    """What tells the networks apart.
+    """Size of a network.
 
     Attributes:
-        width: channels of the finest branch; each coarser one has twice as many.
+        width: channels of the finest branch; each coarser branch has twice as many.
         first: blocks of the first stage.
-        modules: of the others.
-        blocks: of a branch in a module.
+        modules: modules of each further stage.
+        blocks: blocks of a branch in a module.
         hidden: channels inside the heads of the exits.
     """
 
@@ -34,17 +35,17 @@ SIZES = {"w18": Size(18, 2, (1, 3, 2), 2, 64), "w48": Size(48, 4, (1, 4, 3), 4, 
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
-    """Batch norm as published."""
+    """Create batch norm with the published options."""
     return nn.BatchNorm2d(channels, momentum=MOMENTUM)
 
 
 def conv(channels: int, out: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the size, or divides it by its stride."""
+    """Create a convolution without bias that keeps the size or divides it by its stride."""
     return nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False)
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions, four times as many channels out as inside."""
+    """A bottleneck block: three convolutions, with four times as many output channels as inside."""
 
     def __init__(self, channels: int, inside: int) -> None:
         super().__init__()
@@ -55,14 +56,14 @@ class Bottleneck(nn.Module):
         self.downsample = None if same else nn.Sequential(conv(channels, 4 * inside, 1), norm(4 * inside))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block."""
+        """Apply the block."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
 class Basic(nn.Module):
-    """Two convolutions."""
+    """A basic block: two convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -70,12 +71,12 @@ class Basic(nn.Module):
         self.conv2, self.bn2 = conv(channels, channels), norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block."""
+        """Apply the block."""
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
 
 
 class Exchange(nn.Module):
-    """Branches of several resolutions, and then each of them plus all others, resized."""
+    """Branches of several resolutions, followed by an exchange: each branch is summed with all others, resized."""
 
     def __init__(self, widths: list[int], blocks: int) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class Exchange(nn.Module):
         return nn.Sequential(*steps)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """The maps of all branches, the finest first."""
+        """Return the maps of all branches, the finest first."""
         maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
         found = []
         for target, paths in enumerate(self.fuse_layers):
@@ -115,12 +116,12 @@ class Exchange(nn.Module):
 
 
 def up(x: Tensor, like: Tensor) -> Tensor:
-    """At the size of another map; at sizes that are no multiples of 32 that is no whole factor."""
+    """Resize to the size of another map; the ratio is not an integer unless sizes are multiples of 32."""
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class HRNet(nn.Module):
-    """Four stages, each with a branch more; class scores at output stride 4."""
+    """Four stages, each with one more branch; class scores at output stride 4."""
 
     def __init__(self, size: Size, classes: int) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class HRNet(nn.Module):
 
     @staticmethod
     def _transition(widths: list[int]) -> nn.ModuleList:
-        if len(widths) == 2:  # both from the map of the first stage
+        if len(widths) == 2:  # both branches start from the map of the first stage
             fine = nn.Sequential(conv(256, widths[0]), norm(widths[0]), nn.ReLU())
             coarse = nn.Sequential(conv(256, widths[1], stride=2), norm(widths[1]), nn.ReLU())
             return nn.ModuleList((fine, nn.Sequential(coarse)))
@@ -147,7 +148,7 @@ class HRNet(nn.Module):
         return nn.ModuleList([*(None for _ in widths[:-1]), nn.Sequential(coarse)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, classes, H / 4, W / 4)."""
+        """Return class scores (B, classes, H / 4, W / 4)."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer1(F.relu(self.bn2(self.conv2(x))))
         maps = [path(x) for path in self.transition1]  # type: ignore[union-attr,operator]

@@ -1,9 +1,9 @@
-"""HRNet with exits as published (ADP-C, Liu et al., ICLR 2022): networks, their checkpoints, their cost.
+"""HRNet with exits as published (ADP-C, Liu et al., ICLR 2022): networks, checkpoints, cost.
 
     python recipes/anytime_hrnet/recipe.py [FILE] [--size 1024x2048]
 
-prints multiply-accumulates up to each exit, everything computed, in the unit of the publication (1024^3); or, of a
-published file, loads it and says which network it is of.
+prints the multiply-accumulates up to each exit, with everything computed, in the unit of the publication (1024^3).
+With the FILE of a published checkpoint, it loads the file and prints the network's name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import cadsurgery as cs
 from recipes.anytime_hrnet.network import SIZES, HRNet
 
 EXITS = ("layer1", "stage2", "stage3")
-UNIT = 1024**3  # what the publication calls a GFLOP
+UNIT = 1024**3  # the publication's GFLOP
 _REACH, _CENTRE = 3, 1e5
 
 
@@ -33,17 +33,18 @@ def build(
     threshold: float = 0.998,
     head: Literal["redesigned", "plain"] = "redesigned",
 ) -> cs.AnytimeModel:
-    """The network with random weights, in evaluation mode: called, it gives the aggregated class scores of its four
-    exits, each (B, classes, H / 4, W / 4).
+    """Build the network with random weights, in evaluation mode.
+
+    It returns the aggregated class scores of its four exits, each (B, classes, H / 4, W / 4).
 
     Args:
         name: `w18`, HRNet-W18-small-v2, or `w48`.
         classes: number of classes.
-        threshold: where the probability of a class is above it, later exits compute nothing.
-        head: of the first three exits, `redesigned` as published, or `plain` ones.
+        threshold: later exits skip positions whose largest class probability is above it.
+        head: heads of the first three exits, `redesigned` as published, or `plain`.
 
     Raises:
-        UnknownName: no such network.
+        UnknownName: there is no such network.
     """
     cs.errors.check_name("network", name, SIZES)
     size = SIZES[name]
@@ -53,22 +54,22 @@ def build(
 
 
 def load_published(net: cs.AnytimeModel, state_dict: Mapping[str, Tensor]) -> cs.AnytimeModel:
-    """The network with the weights of a published file, as it is or with bare keys; strict.
+    """Load the weights of a published file, with its prefix or with bare keys; all keys must fit.
 
     Args:
-        net: what `build` gave.
-        state_dict: of the published code: `model.` may stand before each key, and the class weights of its loss may be
-            among them.
+        net: the result of `build`.
+        state_dict: state dict of the published code; keys may begin with `model.`, and the class weights of its loss
+            may be included.
 
     Raises:
-        FileError: keys or shapes are not those of the network, or its Gaussian is another.
+        FileError: keys or shapes do not fit the network, or its Gaussian is another.
     """
     values = {name.removeprefix("model."): value for name, value in state_dict.items()}
     values.pop("loss.criterion.weight", None)
     renamed: dict[str, Tensor] = {}
     for name, value in values.items():
         module, _, last = name.rpartition(".")
-        if last == "square_dis":  # squared distances to the centre, which is put far away
+        if last == "square_dis":  # squared distances to the centre, with a large value at the centre itself
             if value.shape != (7, 7) or not torch.allclose(value.double(), squared_distances()):
                 raise cs.FileError(
                     f"{name} is not the table of distances that is published.", next="give a published file."
@@ -93,7 +94,7 @@ def load_published(net: cs.AnytimeModel, state_dict: Mapping[str, Tensor]) -> cs
 
 
 def published_names(net: cs.AnytimeModel) -> dict[str, Tensor]:
-    """The state dict of a network as the published code has it, with bare keys."""
+    """Return the state dict of a network under the names of the published code, with bare keys."""
     values = {}
     for name, value in net.state_dict().items():
         module, _, last = name.rpartition(".")
@@ -107,7 +108,7 @@ def published_names(net: cs.AnytimeModel) -> dict[str, Tensor]:
 
 
 def squared_distances() -> Tensor:
-    """(7, 7) float64: of a window to its centre, which itself is far away."""
+    """Return the squared distances (7, 7), float64, of a window to its centre, which gets a large value."""
     steps = torch.arange(-_REACH, _REACH + 1).double().square()
     table = steps.unsqueeze(1) + steps
     table[_REACH, _REACH] = _CENTRE
@@ -126,7 +127,7 @@ def _masked(net: cs.AnytimeModel) -> set[str]:
 
 
 def table(size: tuple[int, int]) -> str:
-    """MACs up to each exit, everything computed, in Markdown."""
+    """Format the MACs up to each exit, with everything computed, in Markdown."""
     lines = ["| network | heads | e1 | e2 | e3 | e4 | mean | base |", "|---|---|---|---|---|---|---|---|"]
     image = torch.empty(1, 3, *size, device="meta")
     for name in SIZES:
@@ -139,7 +140,7 @@ def table(size: tuple[int, int]) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, or check a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

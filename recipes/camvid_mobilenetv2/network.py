@@ -1,4 +1,4 @@
-"""The network of this recipe, its weights and its data."""
+"""The network, weights and data of this recipe."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Segmenter(nn.Module):
         self.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # images are x / 127.5 - 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores at image resolution."""
+        """Return class scores at the image's resolution."""
         scores = self.head(self.backbone(x)[0])
         return F.interpolate(scores, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def build(data: Path, weights: Path | None = None) -> Segmenter:
-    """The network with the given weights, or with those of a fine-tuned file."""
+    """Build the network with the given weights, or with the weights of a fine-tuned file."""
     file = weights or data / "camvid_mobilenetv2_fcn" / "mobilenetv2_fcn_os8_camvid.fp16.safetensors"
     tensors = {
         name: value.float() if value.is_floating_point() else value for name, value in load_file(file).items()
@@ -57,5 +57,5 @@ def build(data: Path, weights: Path | None = None) -> Segmenter:
 
 
 def images(data: Path, split: str) -> cs.SegmentationData:
-    """A split of CamVid."""
+    """Return a split of CamVid."""
     return cs.open_data(f"folder:{data / 'camvid'},classes={'/'.join(CLASSES)},ignore=11", split)

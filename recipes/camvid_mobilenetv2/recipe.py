@@ -1,10 +1,10 @@
-"""CamVid accuracy of a MobileNetV2 + FCN network: dense, converted as it is, and fine-tuned.
+"""CamVid accuracy of a MobileNetV2 + FCN network: dense, converted without training, and fine-tuned.
 
     python recipes/camvid_mobilenetv2/recipe.py DATA [--runs RUNS] [--only NAME ...] [--limit N] [--output results.json]
 
-DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/` (see the README beside this file), RUNS what `train.py`
-wrote. One confusion matrix over the test split, mean IoU of the 11 classes. Cost: MACs of the adaptive region, the
-mask's own work included, relative to everything high.
+DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/` (see the README beside this file), RUNS the output of
+`train.py`. One confusion matrix over the test split, mean IoU of the 11 classes. Cost: MACs of the adaptive region,
+including the mask's own, relative to everything high.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from cadsurgery.masks import MaskProvider, labelled, resolve_mask
 from cadsurgery.support.timing import interleaved
 
 EDGES, GRADED = "edges:threshold=0.35,dilation=11", "edges:threshold=0.95/0.1,dilation=5/15"
-BUDGET = 0.13  # of the patches, at output strides 8 and 16: cost .355
+BUDGET = 0.13  # share of the patches, at output strides 8 and 16: cost .355
 PUBLISHED: dict[str, Any] = {"fill": "nearest", "patch": "block"}
 GUIDED: dict[str, Any] = {"fill": "guided"}
-# Masks see -1..1 as it comes, as when the figures were taken: an edge of .35 there is one of about .78 in their unit.
+# Masks see -1..1 unchanged, as when the figures were measured: an edge of .35 is one of about .78 in the masks' unit.
 RAW: dict[str, Any] = {"normalisation": "raw"}
 UNIT: dict[str, Any] = {"normalisation": (0.5, 0.5)}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Masks evaluated together, on one converted network, beside everything high and everything low.
+    """Masks evaluated together on one converted network, with everything high and everything low.
 
     Attributes:
-        strides: output strides, high and low.
-        options: further ones of `adaptify`.
-        masks: by label.
-        runs: name of the fine-tuning run whose networks are taken, one per seed; none: the given weights.
+        strides: high and low output stride.
+        options: further options of `adaptify`.
+        masks: masks by label.
+        runs: name of a fine-tuning run, whose networks are used, one per seed; empty for the given weights.
     """
 
     strides: tuple[int, int]
@@ -54,7 +54,7 @@ class Group:
 
 
 def budgets(mask: str, *fractions: float) -> dict[str, str]:
-    """A mask at several budgets."""
+    """Return a mask at several budgets, by label."""
     return {f"{mask}, budget {fraction:g}": f"{mask} | budget:fraction={fraction}" for fraction in fractions}
 
 
@@ -80,12 +80,12 @@ GROUPS = {
 
 
 def prepared(found: cs.SegmentationData, index: int) -> Tensor:
-    """An image as the network takes it, as a batch of one."""
+    """Normalise an image for the network, as a batch of one."""
     return found[index][0][None] * 2 - 1
 
 
 def networks(group: Group, runs: Path | None) -> Iterator[tuple[str, Path | None]]:
-    """Names of the networks of a group, and the files they are in; none for the given weights."""
+    """Yield the names and files of a group's networks; None for the given weights."""
     if not group.runs:
         yield "given", None
     elif runs is not None:
@@ -97,7 +97,7 @@ def networks(group: Group, runs: Path | None) -> Iterator[tuple[str, Path | None
 def evaluate(
     data: Path, group: Group, file: Path | None, found: cs.SegmentationData, step: Any
 ) -> list[dict[str, Any]]:
-    """Rows of a group for one network."""
+    """Return the rows of a group for one network."""
     model: Any = build(data, file)
     masks: dict[str, Any] = dict(group.masks)
     if "learned" in masks:
@@ -120,7 +120,7 @@ def evaluate(
 
 
 def equal_cost(model: Segmenter, group: Group, learned: Any, found: cs.SegmentationData) -> dict[str, str]:
-    """Budgets of other masks that cost what the learned mask costs, its own work included, on some of the images."""
+    """Return budgets of other masks with the cost of the learned mask, including its own, on some of the images."""
     options = {**RAW, **group.options, "verify_laws": False}
     net = cs.adaptify(model, learned, output_stride=group.strides, **options)
     inside = {decision.node for decision in net.plan.chosen("adapt", "keep")}
@@ -136,7 +136,7 @@ def equal_cost(model: Segmenter, group: Group, learned: Any, found: cs.Segmentat
 
 
 def dense(data: Path, found: cs.SegmentationData, stride: int) -> dict[str, Any]:
-    """Accuracy of the ordinary network built at an output stride, with the given weights."""
+    """Return the accuracy of the dense network built at an output stride, with the given weights."""
     model, metrics = Segmenter(stride), cs.SegmentationMetrics(len(CLASSES))
     model.load_state_dict(build(data).state_dict())
     model.eval()
@@ -149,7 +149,7 @@ def dense(data: Path, found: cs.SegmentationData, stride: int) -> dict[str, Any]
 
 
 def region_times(data: Path, found: cs.SegmentationData, runs: Path | None, rounds: int) -> dict[str, Any]:
-    """Milliseconds of everything after the stem, mask included, of every setting in turn, on four images one by one."""
+    """Time everything after the stem, including the mask, for all settings in turn, on four images one by one."""
     places = range(0, len(found), -(-len(found) // 4))
     sides: dict[str, Callable[[], Any]] = {}
 
@@ -178,7 +178,7 @@ def region_times(data: Path, found: cs.SegmentationData, runs: Path | None, roun
                 masks["learned"] = cs.load(file, build(data)).mask
             for label, mask in masks.items():
                 sides[f"{name}, {network}: {label}"] = side(body, inputs, resolve_mask(mask))
-    # What every setting does after the region, dense: the head and the resizing.
+    # MACs that every setting has after the region, dense: the head and the resizing.
     fixed, (_, _, height, width) = build(data), inputs[0][0].shape
     left = torch.randn(1, 320, -(-height // 8), -(-width // 8)).contiguous(memory_format=torch.channels_last)
     sides["after the region"] = lambda: [
@@ -188,7 +188,7 @@ def region_times(data: Path, found: cs.SegmentationData, runs: Path | None, roun
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a table in Markdown, shares in per cent."""
+    """Format rows in Markdown, shares in per cent."""
     lines = [
         "| network | setting | mIoU | thin classes | boundary IoU | trimap IoU | active | cost |",
         "|---|---|---|---|---|---|---|---|",
@@ -202,7 +202,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def spread(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Of each fine-tuned setting over its seeds: mean mIoU, least and largest, mean cost; in Markdown."""
+    """Format, for each fine-tuned setting over its seeds, the mean, minimum and maximum mIoU and the mean cost, in
+    Markdown."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for group in rows.values():
         for row in group:
@@ -229,7 +230,7 @@ def spread(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    """Print the tables, write the figures."""
+    """Print the tables and write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -240,8 +241,8 @@ def main() -> None:
     )
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="number of images; default all")
-    parser.add_argument("--rounds", type=int, default=7, help="of timing")
-    parser.add_argument("--output", type=Path, help="JSON file; what it holds already is kept")
+    parser.add_argument("--rounds", type=int, default=7, help="timing rounds")
+    parser.add_argument("--output", type=Path, help="JSON file; existing results are kept")
     options = parser.parse_args()
     if not (options.data / "camvid").is_dir():
         print(f"skipped: {options.data} holds no camvid folder")
@@ -278,7 +279,7 @@ def main() -> None:
 def write(
     output: Path | None, rows: dict[str, Any], times: dict[str, Any], found: cs.SegmentationData
 ) -> None:
-    """All figures as JSON."""
+    """Write all figures as JSON."""
     if output is not None:
         document = {"data": found.name, "images": len(found), "torch": torch.__version__}
         document |= {"threads": torch.get_num_threads(), "rows": rows, "region_milliseconds": times}

@@ -1,8 +1,8 @@
-"""Fine-tuning on CamVid at CPU scale: minutes, because the frozen stem's outputs are computed once.
+"""Fine-tuning on CamVid at CPU scale: it takes minutes, because the frozen stem's outputs are computed once.
 
     python recipes/camvid_mobilenetv2/train.py DATA --run any-budget --seed 0 --output runs
 
-Writes `runs/any-budget-0/`: settings, log, and `net.safetensors`. Killed, it goes on from its last checkpoint.
+Writes `runs/any-budget-0/`: settings, log, and `net.safetensors`. A killed run continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Run:
     """One way to fine-tune.
 
     Attributes:
-        mask: of the network while it is trained.
-        settings: beside the common ones.
+        mask: mask of the network during training.
+        settings: settings besides the common ones.
     """
 
     mask: str
@@ -64,12 +64,12 @@ RUNS = {
         "detail | budget:fraction=0.3",
         {"objective": "any-budget", "objective_options": {"ranking": ["own", "random"]}},
     ),
-    "distilled": Run(  # the same without labels: 92 images are few, and the weights have seen them
+    "distilled": Run(  # without labels: 92 images are few, and the weights were trained on them
         "detail | budget:fraction=0.3",
         {
             "objective": "any-budget",
             "objective_options": {"ranking": ["own", "random"], "supervision": 0.0},
-            **{"lr": 3e-5, "weight_decay": 0.0},  # nothing is to be forgotten
+            **{"lr": 3e-5, "weight_decay": 0.0},  # so that nothing is forgotten
         },
     ),
     "learned": Run(
@@ -87,7 +87,7 @@ RUNS = {
 
 
 def train(data: Path, name: str, seed: int, output: Path, steps: int | None = None) -> None:
-    """One run, to `output/NAME-SEED`."""
+    """Train one run, and write it to `output/NAME-SEED`."""
     console, begin = Console(stderr=True), time.perf_counter()
     run = RUNS[name]
     settings = Settings(**{**COMMON, **run.settings, "seed": seed, **({"steps": steps} if steps else {})})
@@ -104,7 +104,7 @@ def train(data: Path, name: str, seed: int, output: Path, steps: int | None = No
 
     body, folder = cs.body_of(net), output / f"{name}-{seed}"
     outcome = fit(body, cached, settings, output=folder, validation=validation, on_step=on_step)
-    if mask.startswith("learned"):  # on whole images: crops have more borders
+    if mask.startswith("learned"):  # on whole images, because crops have more borders
         share = calibrate(body, cs.CachedStem(net, images(data, "train")))
         console.print(f"share kept of the training images: {share:.4f}")
         cs.save(body, folder / "net.safetensors")
@@ -118,7 +118,7 @@ def train(data: Path, name: str, seed: int, output: Path, steps: int | None = No
 
 
 def main() -> None:
-    """Arguments in, a run out."""
+    """Parse the arguments and train."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

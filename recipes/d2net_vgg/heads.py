@@ -1,6 +1,6 @@
-"""What D2-Net does with its map (Dusmanu et al., CVPR 2019): detect, localise and describe its own keypoints.
+"""D2-Net's own heads (Dusmanu et al., CVPR 2019): detection, localisation and description of keypoints.
 
-The CAD paper takes SIFT keypoints instead and reads the map there (`recipe.py`).
+The CAD paper uses SIFT keypoints instead and reads the map at these (`recipe.py`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torch import Tensor
 
 import cadsurgery as cs
 
-EDGE = 5.0  # ratio of the curvatures of a channel beyond which a maximum lies on an edge
+EDGE = 5.0  # ratio of a channel's curvatures above which a maximum lies on an edge
 
-# Second differences down, across and mixed; first ones down and across. Correlated with a channel.
+# Kernels correlated with a channel: second differences down, across and mixed; first differences down and across.
 _SECOND = (
     ((0, 1, 0), (0, -2, 0), (0, 1, 0)),
     ((0, 0, 0), (1, -2, 1), (0, 0, 0)),
@@ -23,11 +23,11 @@ _FIRST = (((0, -0.5, 0), (0, 0, 0), (0, 0.5, 0)), ((0, 0, 0), (-0.5, 0, 0.5), (0
 
 
 def detect(features: Tensor) -> Tensor:
-    """Hard detection (section 3.1): places that are the maximum of all channels and of their 3 x 3 neighbours in a
-    channel, and on no edge of it.
+    """Detect keypoints (section 3.1): samples that are the maximum of all channels and of their 3 x 3 neighbours in a
+    channel, and that do not lie on an edge of the channel.
 
     Args:
-        features: (B, C, h, w) map of the trunk.
+        features: (B, C, h, w) map of the network.
 
     Returns:
         (B, C, h, w) bool.
@@ -41,8 +41,10 @@ def detect(features: Tensor) -> Tensor:
 
 
 def localise(features: Tensor) -> Tensor:
-    """Handcrafted localisation (section 3.1, after SIFT): how far the maximum of the parabola through a channel's
-    neighbours lies from each sample, (B, 2, C, h, w) down and across, in samples."""
+    """Localise maxima (section 3.1, after SIFT), (B, 2, C, h, w) down and across, in samples.
+
+    The offset is that of the maximum of the parabola through a channel's neighbours.
+    """
     down, across, mixed = _differences(features, _SECOND)
     along, aside = _differences(features, _FIRST)
     determinant = down * across - mixed.square()
@@ -52,18 +54,18 @@ def localise(features: Tensor) -> Tensor:
 
 
 def keypoints(features: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """D2-Net's own keypoints of one image.
+    """Return D2-Net's own keypoints of one image.
 
     Args:
-        features: (1, C, h, w) map of the trunk.
-        stride: its output stride.
+        features: (1, C, h, w) map of the network.
+        stride: output stride of the map.
 
     Returns:
-        (n, 2) x and y in image pixels, the strongest first; (n,) scores, the value of the channel; (n, C) descriptors,
+        (n, 2) x and y in image pixels, the strongest first; (n,) scores, the channel's values; (n, C) descriptors,
         interpolated and normalised.
 
     Raises:
-        InvalidInput: a batch of several.
+        InvalidInput: the batch has more than one image.
     """
     if features.shape[0] != 1:
         raise cs.InvalidInput(
@@ -82,13 +84,13 @@ def keypoints(features: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     place = place[order]
     grid = 2 * place.flip(1) / (size.flip(0) - 1).clamp(min=1) - 1
     found = F.grid_sample(features, grid.view(1, -1, 1, 2).to(features), align_corners=True)
-    # Each pool puts a sample in the middle of its 2 x 2 pixels.
+    # Each pool centres a sample on its 2 x 2 pixels.
     points = place.flip(1) * stride + (stride - 1) / 2
     return points, scores, F.normalize(found[0, :, :, 0].T, dim=1)
 
 
 def _differences(features: Tensor, kernels: tuple[tuple[tuple[float, ...], ...], ...]) -> list[Tensor]:
-    """Each channel (B, C, h, w) correlated with 3 x 3 kernels, zero outside."""
+    """Correlate each channel of (B, C, h, w) with 3 x 3 kernels, zero-padded."""
     batch, channels, height, width = features.shape
     planes = features.reshape(batch * channels, 1, height, width)
     weight = torch.tensor(kernels, dtype=features.dtype, device=features.device).unsqueeze(1)

@@ -2,9 +2,9 @@
 
     python recipes/d2net_vgg/recipe.py [--weights d2_tf.pth] [--image FILE] [--size 480x640] [--output results.json]
 
-prints the multiply-accumulates per pixel of the regular networks, and of every published setting what it costs and how
-long it takes on an image, with everything and with only what the keypoints depend on. Without weights they are random,
-which costs the same; matching figures need `d2_tf.pth` and HPatches (see the README beside this file).
+prints the multiply-accumulates per pixel of the regular networks, and for every published setting its cost and its
+time on an image, with everything computed and with only what the keypoints depend on. Without weights they are
+random, at the same cost; matching figures need `d2_tf.pth` and HPatches (see the README beside this file).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.timing import interleaved
 from recipes.d2net_vgg.network import BUILDER, POOLS, load_released
 
-COUNT = 512  # keypoints of an image at most
+COUNT = 512  # maximum number of keypoints per image
 INF = math.inf
 PUBLISHED: dict[str, Any] = {"anchor": "center", "fill": "nearest", "pool": "drop"}
 OURS: dict[str, Any] = {"pool": "atrous"}
@@ -43,9 +43,9 @@ class Run:
     """A published setting.
 
     Attributes:
-        output_stride: the high one; the low one is 8.
-        dilations: sides in image pixels of the windows around keypoints that get output stride 1, 2, 4 (from the
-            high one); 0 for none, inf for everything.
+        output_stride: the high output stride; the low one is 8.
+        dilations: sides in image pixels of the windows around keypoints for output strides 1, 2, 4 (from the high one
+            on); 0 for none, inf for the whole image.
         mma3: published mean matching accuracy at 3 pixels on HPatches (cached results of the published code).
     """
 
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def mask(self) -> str:
-        """The mask of the points that `read_at` is given."""
+        """The mask around the points passed to `read_at`."""
         sides = "/".join(f"{side:g}" for side in self.dilations)
         return f"keypoints:detector=given,count={COUNT},dilations={sides}"
 
@@ -77,13 +77,13 @@ RUNS = {
 def adapted(
     run: Run, weights: Path | None = None, *, published: bool = True, **options: Any
 ) -> cs.AdaptiveModel:
-    """The network of a run.
+    """Convert the network of a run.
 
     Args:
         run: the setting.
-        weights: the released file; random ones without.
-        published: read, anchored and pooled as the published code does; otherwise as this package does by default.
-        options: further ones of `adaptify`.
+        weights: the released file; random weights without it.
+        published: interpolation, anchors and pools of the published code; otherwise this package's defaults.
+        options: further options of `adaptify`.
     """
     net = cs.build_model(BUILDER, "none")
     if weights is not None:
@@ -93,15 +93,19 @@ def adapted(
 
 
 def grey(image: Tensor) -> Any:
-    """The picture (H, W) of bytes that the published code gives SIFT, of an image (3, H, W) in 0..1, red first: the
-    weights of red and blue are swapped, and fractions cut off."""
+    """Convert an image (3, H, W) in 0..1, RGB, to the bytes (H, W) that the published code passes to SIFT.
+
+    As published, the weights of red and blue are swapped, and fractions are cut off.
+    """
     weights = torch.tensor((0.114, 0.587, 0.299))
     return (255 * torch.einsum("chw,c->hw", image, weights)).to(torch.uint8).numpy()
 
 
 def detect(image: Tensor) -> list[Tensor]:
-    """SIFT keypoints as published of images (B, 3, H, W) as the network sees them: for `--detector`, with
-    `--normalisation raw`."""
+    """Detect SIFT keypoints as published in images (B, 3, H, W) as the network sees them.
+
+    For `--detector`, with `--normalisation raw`.
+    """
     from recipes.d2net_vgg.network import MEAN
 
     pixels = (image.detach().cpu() + torch.tensor(MEAN).view(3, 1, 1)) / 255
@@ -111,14 +115,16 @@ def detect(image: Tensor) -> list[Tensor]:
 def describe(
     net: cs.AdaptiveModel, image: Tensor, points: list[Tensor], *, published: bool = False, **options: Any
 ) -> list[Tensor]:
-    """Descriptors (n, 512) at points of each image, normalised; `published` leaves them as they are, and places the
-    outermost samples on the outermost pixels. Options as of `cadsurgery.read_at`."""
+    """Read normalised descriptors (n, 512) at points of each image; options as in `cadsurgery.read_at`.
+
+    `published` does not normalise them, and aligns the outermost samples with the outermost pixels.
+    """
     rows = cs.read_at(net, image, points, align="corners" if published else "cell", **options)
     return rows if published else [F.normalize(part, dim=1) for part in rows]
 
 
 def macs_per_pixel() -> dict[int, float]:
-    """Multiply-accumulates of the regular networks' convolutions per image pixel, by output stride."""
+    """Return the multiply-accumulates of the regular networks' convolutions per image pixel, by output stride."""
     image = torch.zeros(1, 3, 64, 64)
     built = {stride: cs.build_model(BUILDER, "none", output_stride=stride) for stride in POOLS}
     return {stride: dense_macs(net, image) / image[0, 0].numel() for stride, net in built.items()}
@@ -127,7 +133,7 @@ def macs_per_pixel() -> dict[int, float]:
 def measure(
     image: Tensor, weights: Path | None, rounds: int, names: list[str], published: bool
 ) -> list[dict[str, Any]]:
-    """Cost and time of runs on an image (3, H, W): rows of a table."""
+    """Measure cost and time of runs on an image (3, H, W); return rows of a table."""
     found = torch.from_numpy(sift(grey(image), COUNT)[0])
     rows, sides = [], dict[str, Callable[[], Any]]()
     for name in names:
@@ -156,7 +162,7 @@ def measure(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of `measure` in Markdown."""
+    """Format rows of `measure` in Markdown."""
     lines = [
         "| run | strides | MACs per pixel | of them needed | ms | ms, only what is needed | faster | MMA@3 published |",
         "|---|---|---|---|---|---|---|---|",
@@ -175,18 +181,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Print the tables, write the figures."""
+    """Print the tables and write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, help="d2_tf.pth; random ones without")
+    parser.add_argument("--weights", type=Path, help="d2_tf.pth; default: random weights")
     parser.add_argument("--image", type=Path, help="default: a generated street scene")
     parser.add_argument("--size", default="480x640", help="HxW")
     parser.add_argument("--runs", nargs="*", choices=list(RUNS), default=list(RUNS))
     parser.add_argument(
-        "--ours", action="store_true", help="linear fill and a-trous pooling instead of as published"
+        "--ours", action="store_true", help="linear fill and atrous pooling instead of the published ones"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 for none")
+    parser.add_argument("--rounds", type=int, default=3, help="timing rounds; 0 for none")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     height, width = map(int, options.size.split("x"))

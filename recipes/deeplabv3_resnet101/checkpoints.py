@@ -1,6 +1,6 @@
-"""The published checkpoints: their four formats, read into networks of this package and written back.
+"""The published checkpoints: their four formats are read into networks of this package, and written back.
 
-A tensor of ours has one name and shape in a file, which `Layout` tells; reading and writing both follow it.
+`Layout` maps the name and shape of each of our tensors to those in a file; reading and writing both use it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recipes.deeplabv3_resnet101.recipe import RUNS, Run, adapted
 BUILDER = "recipes.deeplabv3_resnet101.recipe:deeplabv3"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 ESTIMATOR = "backbone.mask_estimator."
-# `best_score` is a number of numpy, pickled under its old or its new name.
+# `best_score` is a numpy scalar, pickled under its old or its new name.
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _NUMBERS = [(_SCALAR, "numpy.core.multiarray.scalar"), _SCALAR, np.dtype, type(np.dtype(np.float64))]
 _NEXT = "give a published DeepLabv3 checkpoint as it was downloaded."
@@ -32,20 +32,20 @@ _NEXT = "give a published DeepLabv3 checkpoint as it was downloaded."
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file names and shapes the tensors of the stages that are adaptive.
+    """Names and shapes, in a file, of the tensors of adaptive stages.
 
     Attributes:
-        adaptive: stages kept as operations on elements: kernels (O, I, taps, 1) and (O, I, 1), in row-major tap order,
-            and names of their own.
-        two_paths: whether the last two stages stand twice in the file, for the fine and the coarse path; the
-            published evaluation uses the coarse one for both resolutions.
+        adaptive: stages stored as operations on elements: kernels (O, I, taps, 1) and (O, I, 1), in row-major order
+            of taps, with names of their own.
+        two_paths: the file has the last two stages twice, for the fine and the coarse path; the published evaluation
+            uses the coarse one for both resolutions.
     """
 
     adaptive: tuple[str, ...] = ()
     two_paths: bool = False
 
     def name(self, ours: str) -> str:
-        """The name in the file of a tensor of ours."""
+        """Return the name in the file of a tensor of ours."""
         if ours.startswith("classifier."):
             return f"classifier.{ours}"
         _, stage, *rest = ours.split(".")
@@ -60,7 +60,7 @@ class Layout:
         return f"backbone.{stage}.{path}"
 
     def shape(self, ours: str, shape: torch.Size) -> tuple[int, ...]:
-        """The shape in the file of a tensor of ours."""
+        """Return the shape in the file of a tensor of ours."""
         if ours.split(".")[1] not in self.adaptive or len(shape) != 4:
             return tuple(shape)
         taps = shape[2] * shape[3]
@@ -68,24 +68,25 @@ class Layout:
 
     @staticmethod
     def of(state: Mapping[str, Tensor]) -> Layout:
-        """The layout of a file, from the names in it."""
+        """Detect the layout of a file from its names."""
         adaptive = tuple(stage for stage in STAGES if f"backbone.{stage}.0.conv2.conv.weight" in state)
         return Layout(adaptive, any(name.startswith("backbone.layer3_low_res.") for name in state))
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published checkpoint, read.
+    """The contents of a published checkpoint.
 
     Attributes:
-        net: the network with its weights, in evaluation mode: an `AdaptiveModel`, or dense as it was published.
+        net: the network with its weights, in evaluation mode: an `AdaptiveModel`, or dense if it was published dense.
         run: the published run it belongs to.
-        layout: of the file.
-        estimator: weights and biases of the mask estimator's convolutions, `"0.weight"` ... `"7.bias"` (empty but for
-            learned masks): an `nn.Sequential` of convolution 3x3 512 -> 128, ReLU, 128 -> 64, ReLU, max-pool 2, 64 ->
-            64, ReLU, 64 -> 2 on the map of output stride 8. Channel 1 asks to downsample 2 x 2 fine pixels.
-        rest: what the published evaluation does not use either, by its name in the file: the fine path, and the
-            classifier for ImageNet.
+        layout: layout of the file.
+        estimator: weights and biases of the mask estimator's convolutions, `"0.weight"` ... `"7.bias"` (empty unless
+            the mask is learned): an `nn.Sequential` of convolution 3x3 512 -> 128, ReLU, 128 -> 64, ReLU, max-pool
+            2, 64 -> 64, ReLU, 64 -> 2 on the map of output stride 8. Channel 1 is the score for downsampling 2 x 2
+            fine pixels.
+        rest: tensors that the published evaluation does not use, by their names in the file: the fine path, and the
+            ImageNet classifier.
     """
 
     net: nn.Module
@@ -101,15 +102,15 @@ def load_published(
     """Read a published checkpoint.
 
     Args:
-        source: the file, or the state dict in it.
-        run: a name of `RUNS`; by default the one whose published file has this name. Layers, width and number of
-            classes are read off the tensors.
-        mask: instead of the run's.
+        source: the file, or its state dict.
+        run: a name of `RUNS`; default: the run whose published file has this name. Layers, width and number of
+            classes are read from the tensors.
+        mask: mask to use instead of the run's.
 
     Raises:
-        UnknownName: no such run, or a file of another name and no run given.
-        FileError: missing or unreadable file; tensors missing, unknown or of another shape.
-        InvalidInput: a run whose format or output stride is not the file's.
+        UnknownName: there is no such run, or the file has another name and no run is given.
+        FileError: the file is missing or unreadable; tensors are missing, unknown or of another shape.
+        InvalidInput: format or output stride of the run differ from the file's.
     """
     name = run or _run_of(source)
     if name not in RUNS:
@@ -131,7 +132,7 @@ def load_published(
 
 
 def published_state(read: Published) -> dict[str, Tensor]:
-    """The state dict in the published format: what was read, or what training has made of it since."""
+    """Return the state dict in the published format, with the current weights of the network."""
     ours = {
         read.layout.name(name): value.detach().reshape(read.layout.shape(name, value.shape))
         for name, value in read.net.state_dict().items()
@@ -140,17 +141,17 @@ def published_state(read: Published) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published file, which holds `model_state` beside the state of the training.
+    """Return the state dict of a published file, which contains `model_state` and the state of the training.
 
     Raises:
-        FileError: missing, unreadable, or without it.
+        FileError: the file is missing, unreadable, or has no state dict.
     """
     if not path.is_file():
         raise cs.FileError(f"there is no file {path}.", next="check the path.")
     try:
         with torch.serialization.safe_globals(_NUMBERS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for broken and foreign files
+    except Exception as error:  # torch raises many types for broken and foreign files
         raise cs.FileError(
             f"{path} cannot be read.",
             why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}",
@@ -173,7 +174,7 @@ def _run_of(source: str | Path | Mapping[str, Tensor]) -> str:
 
 
 def _check_format(layout: Layout, run: Run, name: str) -> None:
-    """Weights of another format would fit, but not mean what the run says."""
+    """Refuse weights of another format, which would fit but compute something else."""
     learned = run.mask.startswith("learned")
     adaptive = {8: STAGES[2:], 16: STAGES[3:]}[run.output_stride]
     expected = () if run.low is None or learned else adaptive
@@ -188,7 +189,7 @@ def _check_format(layout: Layout, run: Run, name: str) -> None:
 
 
 def _architecture(state: Mapping[str, Tensor], layout: Layout) -> dict[str, object]:
-    """Arguments of the builder, from the tensors."""
+    """Return arguments of the builder, read from the tensors."""
     layers = []
     for stage in STAGES:
         prefix = layout.name(f"backbone.{stage}.")
@@ -208,7 +209,7 @@ def _architecture(state: Mapping[str, Tensor], layout: Layout) -> dict[str, obje
 
 
 def _ours(state: Mapping[str, Tensor], net: nn.Module, layout: Layout) -> dict[str, Tensor]:
-    """The state dict of `net`, each tensor of the file used exactly once."""
+    """Return the state dict of `net`; each tensor of the file is used exactly once."""
     wanted = net.state_dict()
     names = {name: layout.name(name) for name in wanted}
     shapes = {name: layout.shape(name, value.shape) for name, value in wanted.items()}
@@ -233,7 +234,7 @@ def _is_unused(name: str) -> bool:
 
 
 def _check_estimator(estimator: Mapping[str, Tensor], state: Mapping[str, Tensor], layout: Layout) -> None:
-    """Its convolutions stand at 0, 2, 5 and 7 and have 512 (of the network's second stage), 128, 64, 64 channels."""
+    """Check the estimator: convolutions at 0, 2, 5 and 7, with 512 (the second stage), 128, 64, 64 channels."""
     channels = {"0": (128, 512), "2": (64, 128), "5": (64, 64), "7": (2, 64)} if layout.two_paths else {}
     wanted: dict[str, tuple[int, ...]] = {f"{at}.weight": (*io, 3, 3) for at, io in channels.items()}
     wanted |= {f"{at}.bias": (io[0],) for at, io in channels.items()}
@@ -252,9 +253,9 @@ def _check_estimator(estimator: Mapping[str, Tensor], state: Mapping[str, Tensor
 
 
 def _hand_over(estimator: Mapping[str, Tensor], net: cs.AdaptiveModel) -> None:
-    """Give the estimator's tensors to the mask provider of the network, whose convolutions have the same order."""
+    """Copy the estimator's tensors to the network's mask provider, whose convolutions have the same order."""
     with torch.no_grad():
-        net(torch.zeros(1, 3, 64, 64))  # a provider may make its layers on its first call
+        net(torch.zeros(1, 3, 64, 64))  # a provider may create its layers in its first call
     own = dict(net.mask.named_parameters())
     given = [tuple(value.shape) for value in estimator.values()]
     if [tuple(value.shape) for value in own.values()] != given:
@@ -269,7 +270,7 @@ def _hand_over(estimator: Mapping[str, Tensor], net: cs.AdaptiveModel) -> None:
 def main() -> None:
     """Convert the published checkpoints in a folder: adaptive ones to files of `cs.save`, dense ones to weights."""
     parser = argparse.ArgumentParser(description="Convert published DeepLabv3-ResNet101 checkpoints.")
-    parser.add_argument("folder", type=Path, help="with the files as they were downloaded")
+    parser.add_argument("folder", type=Path, help="folder of the downloaded files")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder to write to")
     options = parser.parse_args()
     found = [path for path in sorted(options.folder.glob("*.pth")) if _is_published(path)]

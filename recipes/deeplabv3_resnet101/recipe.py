@@ -25,9 +25,9 @@ from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
 CLASSES = 19
 RESNET50, RESNET101, RESNET152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
 NAMES = {RESNET50: "resnet50", RESNET101: "resnet101", RESNET152: "resnet152"}
-# Rates of the head's 3x3 convolutions by the output stride of the map it reads.
+# Dilation rates of the head's 3x3 convolutions, by the output stride of the map it reads.
 RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}
-# Adaptive networks as published: how level maps are made legal, read and counted in batch norm.
+# Options of adaptive networks as published: legal level maps, interpolation, counts in batch norm.
 PUBLISHED: dict[str, Any] = {
     "region": "backbone",
     "anchor": "center",
@@ -35,7 +35,7 @@ PUBLISHED: dict[str, Any] = {
     "patch": "block",
     "statistics": "element",
 }
-LEARNED = {**PUBLISHED, "patch": "quadtree"}  # its maps are uniform on 2 x 2 fine pixels already
+LEARNED = {**PUBLISHED, "patch": "quadtree"}  # its maps are already uniform on 2 x 2 fine pixels
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Run:
     """A published run.
 
     Attributes:
-        output_stride: of the network it was trained at, the high one where it is adaptive.
+        output_stride: output stride of the network in training; the high one if it is adaptive.
         low: low output stride, or None for a dense network.
-        mask: of the adaptive network.
-        options: of `adaptify`.
-        miou: published mean IoU on Cityscapes val, or None where there is none. Do not mix sources: the first four
-            are the README's (30k steps), the oracle's is Tab. 2 of the supplementary (30k + 10k).
-        stem: name of the published file without its suffix, or "" where none was released.
+        mask: mask of the adaptive network.
+        options: options of `adaptify`.
+        miou: published mean IoU on Cityscapes val, or None. Do not compare across sources: the first four are from
+            the README (30k steps), the oracle's is from Tab. 2 of the supplementary (30k + 10k).
+        stem: name of the published file without suffix, or "" if none was released.
     """
 
     output_stride: int
@@ -79,7 +79,7 @@ RUNS = {
     "edges-8-32-0.15": _edges(0.15, 32),
     "edges-8-32-0.35": _edges(0.35, 32),
     "edges-8-32-0.95": _edges(0.95, 32),
-    # gamma is the fraction downsampled, `fraction` the one kept high: they add up to 1
+    # gamma is the fraction downsampled, `fraction` the fraction kept high; their sum is 1
     "learned-0.5": Run(
         8,
         16,
@@ -101,18 +101,18 @@ def backbone(
     imagenet: bool = False,
     returned: dict[str, str] | None = None,
 ) -> IntermediateLayerGetter:
-    """A ResNet of bottleneck blocks without its classifier, dilated to an output stride.
+    """Build a ResNet of bottleneck blocks without classifier, dilated to an output stride.
 
     Args:
-        layers: blocks of each of the four stages, e.g. `RESNET101`.
+        layers: number of blocks of each of the four stages, e.g. `RESNET101`.
         output_stride: 8, 16 or 32 input pixels per sample of its last map.
-        width: channels of the first stage's 3x3 convolutions; 64 but in tests.
-        imagenet: with torchvision's first ImageNet weights, those that were published with.
-        returned: stages to return, and under which names; the last as "out" by default.
+        width: channels of the first stage's 3x3 convolutions; 64 except in tests.
+        imagenet: use torchvision's first ImageNet weights, as published.
+        returned: stages to return, with their names in the output; default: the last as "out".
 
     Raises:
-        InvalidInput: another output stride, or ImageNet weights of a network that has none.
-        FileError: ImageNet weights that are neither cached nor reachable.
+        InvalidInput: another output stride, or ImageNet weights for a network that has none.
+        FileError: the ImageNet weights are neither cached nor reachable.
     """
     if output_stride not in RATES:
         raise cs.InvalidInput(f"output_stride={output_stride} is not possible.", next="use 8, 16 or 32.")
@@ -133,7 +133,7 @@ def backbone(
 
 
 def initialised(head: nn.Module) -> nn.Module:
-    """A head with the published initialisation, and dropout 0.1 in its pyramid pooling."""
+    """Initialise a head as published, with dropout 0.1 in its pyramid pooling."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -149,10 +149,9 @@ def deeplabv3(
     width: int = 64,
     imagenet: bool = False,
 ) -> DeepLabV3:
-    """DeepLabv3 of torchvision's parts at an output stride; arguments as for `backbone`.
+    """Build DeepLabv3 from torchvision's parts at an output stride; arguments as for `backbone`.
 
-    The head's rates follow the output stride. It is called with (B, 3, H, W) and returns `{"out": logits}` at image
-    resolution.
+    The head's rates depend on the output stride. Maps (B, 3, H, W) to `{"out": logits}` at the image's resolution.
     """
     trunk = backbone(layers, output_stride, width, imagenet)
     return DeepLabV3(trunk, initialised(DeepLabHead(2048, num_classes, RATES[output_stride])))
@@ -165,19 +164,21 @@ resnet152_os8, resnet152_os16, resnet152_os32 = (partial(deeplabv3, RESNET152, s
 
 
 def adapted(model: nn.Module, run: Run, mask: object = None, **options: Any) -> nn.Module:
-    """A network as a published run uses it: adaptive, or as it is.
+    """Prepare a network for a published run: adaptive, or unchanged for a dense run.
 
     Args:
-        model: at the run's output stride.
-        run: of `RUNS`.
-        mask: instead of the run's.
-        options: of `adaptify`, instead of the run's.
+        model: network at the run's output stride.
+        run: an entry of `RUNS`.
+        mask: mask to use instead of the run's.
+        options: options of `adaptify` that override the run's.
     """
     if run.low is None:
         return model
     strides = (run.output_stride, run.low)
     chosen = run.mask if mask is None else mask
-    stated = {"normalisation": (IMAGENET_MEAN, IMAGENET_STD)}  # the unit of the published thresholds
+    stated = {
+        "normalisation": (IMAGENET_MEAN, IMAGENET_STD)
+    }  # normalisation assumed by the published thresholds
     return cs.adaptify(model, chosen, output_stride=strides, **{**stated, **(run.options or {}), **options})
 
 

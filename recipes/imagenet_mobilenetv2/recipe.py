@@ -33,14 +33,14 @@ WEIGHTS = "mobilenet_v2.fp16.safetensors"
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table; no mask for the network as it is."""
+    """One row of the table; no mask for the original network."""
 
     mask: str = ""
     output_stride: tuple[int, int] = (8, 32)
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """Name in the table."""
         high, low = self.output_stride
         return f"{self.mask}, {high} to {low}" if self.mask else "original, output stride 32"
 
@@ -58,7 +58,7 @@ SETTINGS = (
 
 
 def build(data: Path) -> nn.Module:
-    """torchvision's network with the trained weights."""
+    """Build torchvision's network with the trained weights."""
     model = mobilenet_v2(weights=None)
     state = load_file(data / "mobilenet_v2_imagenet" / WEIGHTS)
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
@@ -66,7 +66,7 @@ def build(data: Path) -> nn.Module:
 
 
 def load_images(data: Path, limit: int | None) -> tuple[Tensor, Tensor]:
-    """The images (N, 3, 225, 225), preprocessed as the weights expect, and their labels (N,)."""
+    """Load the images (N, 3, 225, 225), preprocessed for the weights, and their labels (N,)."""
     files = sorted((data / "imagenet_sample" / "images").iterdir())[:limit]
     pictures = [center_crop(pil_to_tensor(Image.open(file).convert("RGB")), [SIZE, SIZE]) for file in files]
     labels = [int(file.name.partition("_")[0]) for file in files]
@@ -74,7 +74,7 @@ def load_images(data: Path, limit: int | None) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(net: nn.Module, pictures: Tensor, labels: Tensor, name: str) -> dict[str, Any]:
-    """Top-1 and top-5, and means over the images of active fraction and MACs."""
+    """Return top-1 and top-5 accuracy, and means over the images of active fraction and MACs."""
     top1 = top5 = 0
     active, macs = [], []
     steps = range(0, len(labels), BATCH)
@@ -95,7 +95,7 @@ def evaluate(net: nn.Module, pictures: Tensor, labels: Tensor, name: str) -> dic
 
 
 def main() -> None:
-    """Print the table, write the figures."""
+    """Print the table and write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -113,7 +113,7 @@ def main() -> None:
     for setting in SETTINGS:
         net = model
         if setting.mask:
-            # Masks see -1..1 as it comes, as when the figures were taken.
+            # Masks see -1..1 unchanged, as when the figures were measured.
             net = cs.adaptify(model, setting.mask, output_stride=setting.output_stride, normalisation="raw")
         results[setting.name] = evaluate(net, pictures, labels, setting.name)
     own = results[SETTINGS[1].name]["macs"]  # with everything low the network is the original

@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BUILDER, PUBLISHED = "recipes.r2d2.network:r2d2", "recipes.r2d2.network:published"
-# Pixels from the edge of an image within which aligned padding reads other zeros than the published.
+# Width of the image's margin in which aligned padding reads other zeros than the published padding.
 FRAME = 20
 
 
 class Layer(NamedTuple):
-    """A convolution of `ops`, and what follows it.
+    """A convolution of `ops`, and the layers after it.
 
     Attributes:
-        side: of the kernel.
-        channels: of its result.
-        dilation: it doubles behind each layer whose stride of 2 was removed.
+        side: side of the kernel.
+        channels: number of output channels.
+        dilation: dilation; doubled after each layer whose stride of 2 was removed.
         padding: before and after, on both axes; as published half of dilation (side - 1) each.
-        norm, relu: whether it is followed by batch norm, and that by ReLU.
+        norm, relu: followed by batch norm, and this by ReLU.
     """
 
     side: int
@@ -33,14 +33,14 @@ class Layer(NamedTuple):
 
     @property
     def published(self) -> Layer:
-        """With the published padding."""
+        """Return the layer with the published padding."""
         half = self.dilation * (self.side - 1) // 2
         return self._replace(padding=(half, half))
 
 
-# As published, the 2 x 2 kernels read half a step before and behind a pixel, which lies inside the cells of the strided
-# network. Here the taps of every layer lie at multiples of its cells, and the sums are the same: `ops.12` moves its map
-# by 2 pixels, `ops.18` by 2 more, and `ops.20` takes all 4 back.
+# As published, the 2 x 2 kernels read half a step before and after a pixel, i.e. inside the cells of the strided
+# network. Here the taps of every layer lie at multiples of its cells, with the same sums: `ops.12` shifts its map by 2
+# pixels, `ops.18` by 2 more, and `ops.20` shifts it back by 4.
 LAYERS = (
     Layer(3, 32, 1, (1, 1)),
     Layer(3, 32, 1, (1, 1)),
@@ -60,7 +60,7 @@ class R2D2(nn.Module):
     pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # noqa: RUF012
 
     def __init__(self, layers: tuple[Layer, ...] = LAYERS) -> None:
-        """Build it with random weights."""
+        """Build the network with random weights."""
         super().__init__()
         self.layers, channels = layers, 3
         ops: list[nn.Module] = []
@@ -77,11 +77,11 @@ class R2D2(nn.Module):
         self.sal = nn.Conv2d(channels, 1, 1)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Of images (B, 3, H, W), RGB after ImageNet's mean and standard deviation.
+        """Process images (B, 3, H, W), RGB normalised by ImageNet's mean and standard deviation.
 
         Returns:
-            `descriptors` (B, 128, H, W) of length one; `maps` (B, 2, H, W), reliability and repeatability in 0..1; and
-            `scores` (B, 1, H, W), their product.
+            `descriptors` (B, 128, H, W) of unit length; `maps` (B, 2, H, W), reliability and repeatability in 0..1;
+            and `scores` (B, 1, H, W), their product.
         """
         x, layers = image, iter(self.layers)
         for op in self.ops:
@@ -98,10 +98,10 @@ class R2D2(nn.Module):
 
 
 def r2d2() -> R2D2:
-    """The network with random weights, its padding aligned: the published one but for `FRAME` pixels at the edges."""
+    """Build the network with random weights and aligned padding; `FRAME` pixels differ from the published one."""
     return R2D2()
 
 
 def published() -> R2D2:
-    """The network with random weights, padded as published."""
+    """Build the network with random weights and the published padding."""
     return R2D2(tuple(layer.published for layer in LAYERS))

@@ -3,9 +3,10 @@
     python recipes/r2d2/recipe.py DATA [--sequences NAME ...] [--network FILE] [--output results.json]
     python recipes/r2d2/recipe.py DATA --lost [--sequences NAME ...]
 
-DATA is a folder with `r2d2/` and `oxford_affine/` (see the README beside this file). Share of matches within 1, 3 and 5
-pixels of the homography, mean over pairs; multiply-accumulates relative to everything high, the mask's own included;
-milliseconds to detect and describe the keypoints of an image, all settings in turn.
+DATA is a folder with `r2d2/` and `oxford_affine/` (see the README beside this file). The table has the share of
+matches within 1, 3 and 5 pixels of the homography, mean over pairs; multiply-accumulates relative to everything
+high, including the mask's own; and milliseconds to detect and describe the keypoints of an image, all settings in
+turn.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from recipes.r2d2.network import BUILDER, FRAME, PUBLISHED
 
 WEIGHTS = Path("r2d2") / "r2d2_wasf_n16.safetensors"
 PIXELS = (1, 3, 5)
-COUNTS = (5000, 1000)  # keypoints of an image at most, the best; the first as published
-STEPS = (1, 2, 4)  # pixels between the samples of coarser networks
-LEAST = 0.7  # repeatability and reliability of a keypoint, as published
-TUNED = ("bikes", "graf")  # sequences that masks were chosen on, of their first images; the others report
+COUNTS = (5000, 1000)  # maximum numbers of keypoints per image; the first as published
+STEPS = (1, 2, 4)  # distances in pixels between the samples of coarser networks
+LEAST = 0.7  # minimum repeatability and reliability of a keypoint, as published
+TUNED = ("bikes", "graf")  # sequences on whose first images masks were selected; the others are the test
 SIFT = "keypoints:detector=sift"
-# By output strides.
+# Masks by output strides.
 MASKS = {
     (1, 8): (
         "all",
@@ -65,8 +66,8 @@ class Features:
 
     Attributes:
         points: (n, 2) x and y in whole pixels, as published.
-        refined: (n, 2) at the top of the parabola through the neighbouring samples.
-        descriptors: (n, 128) at the pixel.
+        refined: (n, 2) maxima of the parabolas through the neighbouring samples.
+        descriptors: (n, 128) at the pixels.
     """
 
     points: Tensor
@@ -75,26 +76,28 @@ class Features:
 
 
 def build(weights: Path | str = "none", *, published: bool = False) -> torch.nn.Module:
-    """The network with its weights, read strictly; see `recipes.r2d2.network`."""
+    """Build the network and load its weights strictly; see `recipes.r2d2.network`."""
     return cs.build_model(PUBLISHED if published else BUILDER, str(weights)).eval()
 
 
 def adapted(weights: Path | str = "none", output_stride: tuple[int, int] = (1, 8)) -> cs.AdaptiveModel:
-    """The network at output strides 1 to 8, 4 or 2."""
+    """Convert the network to output strides 1 to 8, 4 or 2."""
     return cs.adaptify(build(weights), "all", output_stride=output_stride, verify_laws=False)
 
 
 def keypoints(maps: Tensor, sides: Tensor, frame: int = FRAME) -> tuple[Tensor, Tensor]:
-    """Keypoints of an image as published: the largest repeatability of 3 x 3 samples, it and reliability at least .7;
-    none nearer to the edge than `frame`.
+    """Detect keypoints as published: maxima of repeatability over 3 x 3 samples, where it and reliability are at
+    least .7.
+
+    There are none nearer to the image's edge than `frame`.
 
     Args:
         maps: (2, H, W) reliability and repeatability.
-        sides: (H, W) pixels between the samples that the network has there: 1 at full resolution.
-        frame: in pixels.
+        sides: (H, W) distance in pixels between the network's samples there: 1 at full resolution.
+        frame: margin in pixels.
 
     Returns:
-        (n, 2) pixels x and y, those with the largest product of both first, and the same refined.
+        (n, 2) pixels x and y, those with the largest product of both maps first, and the same refined.
     """
     reliability, repeatability = maps
     chosen = (repeatability >= LEAST) & (reliability >= LEAST)
@@ -118,14 +121,13 @@ def keypoints(maps: Tensor, sides: Tensor, frame: int = FRAME) -> tuple[Tensor, 
 
 
 def _top(before: Tensor, middle: Tensor, after: Tensor) -> Tensor:
-    """Where the parabola through three samples is the largest, at most half a sample from the middle; there if they lie
-    on a line."""
+    """Return the offset of the maximum of the parabola through three samples, at most half a sample; 0 on a line."""
     bend = 2 * (before + after - 2 * middle)
     return torch.where(bend < -1e-6, (before - after) / bend.clamp(max=-1e-6), 0).clamp(-0.5, 0.5)
 
 
 def features(net: cs.AdaptiveModel, image: Tensor, mask: object = None) -> Features:
-    """What a network finds in an image (1, 3, H, W) with a mask, by default its own."""
+    """Detect and describe keypoints in an image (1, 3, H, W), with a mask; default: the network's own."""
     with torch.inference_mode():
         found = net(image, mask=mask)
         places = keypoints(found["maps"][0].float(), 2 ** net.levels[0].long())
@@ -135,8 +137,7 @@ def features(net: cs.AdaptiveModel, image: Tensor, mask: object = None) -> Featu
 
 
 def matched(first: Features, second: Features, homography: Tensor) -> dict[str, Any]:
-    """For each of `COUNTS`, of so many keypoints: number of matches, and shares that are right within `PIXELS`, of
-    pixels and refined."""
+    """Count matches and their shares within `PIXELS`, for each number in `COUNTS`, in whole pixels and refined."""
     found: dict[str, Any] = {}
     for count in COUNTS:
         matches = mutual_matches(first.descriptors[:count], second.descriptors[:count])
@@ -148,9 +149,11 @@ def matched(first: Features, second: Features, homography: Tensor) -> dict[str, 
 
 
 def what_is_lost(net: cs.AdaptiveModel, every: Sequence[ImageSequence]) -> Iterator[tuple[str, list[float]]]:
-    """MMA at 3 pixels for each of `COUNTS` of keypoints found among every second or fourth pixel of the dense maps (all
-    that a network of that output stride gives, by law 2): where and as they are, moved to the largest repeatability of
-    the pixels in between, described there, or both."""
+    """Yield MMA at 3 pixels, for each of `COUNTS`, of keypoints on every second or fourth pixel of the dense maps.
+
+    By law 2, a network of that output stride has only these. Variants: unchanged, moved to the largest repeatability
+    of the pixels in between, described there, or both.
+    """
     found: dict[str, list[list[float]]] = {}
     for sequence in every:
         features: dict[str, list[Features]] = {}
@@ -183,18 +186,18 @@ def _coarser(net: cs.AdaptiveModel, image: Tensor) -> Iterator[tuple[str, Featur
 
 
 def sequences(data: Path, names: Sequence[str] = ()) -> list[ImageSequence]:
-    """Those of the data, or some of them by name."""
+    """Return the sequences of the data, optionally only those with the given names."""
     return [one for one in find_sequences(data / "oxford_affine")[0] if not names or one.name in names]
 
 
 def shown(net: cs.AdaptiveModel, path: Path) -> Tensor:
-    """An image (1, 3, H, W) as the network sees it."""
+    """Read an image (1, 3, H, W), normalised for the network."""
     picture = normalise(read_image(path, upright=False), source_of(net)).unsqueeze(0)
     return picture.contiguous(memory_format=torch.channels_last)
 
 
 def matching(net: cs.AdaptiveModel, mask: str, every: Sequence[ImageSequence]) -> Iterator[dict[str, Any]]:
-    """Each pair of images; of the first image of each sequence also the work relative to everything high."""
+    """Yield the results of each pair; for each sequence's first image also the work relative to everything high."""
     for sequence in every:
         images = (shown(net, path) for path in sequence.images)
         image = next(images)
@@ -220,13 +223,13 @@ def measure(
     rounds: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Rows of the table.
+    """Return the rows of the table.
 
     Args:
         nets: labels, converted networks and their masks; without masks a network is only timed, with everything high.
-        every: sequences.
-        rounds: of timing the first image of each sequence, 0 for none.
-        say: told what is being done.
+        every: the sequences.
+        rounds: timing rounds on the first image of each sequence, 0 for none.
+        say: progress callback.
     """
     rows: list[dict[str, Any]] = []
     sides: dict[str, Callable[[], Any]] = {}
@@ -250,7 +253,7 @@ def _describe_all(net: cs.AdaptiveModel, images: Sequence[Tensor], mask: object)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows in Markdown, of the sequences that masks were chosen on and of the others apart."""
+    """Format rows in Markdown, separately for the sequences used to select masks and the others."""
     limits = "/".join(map(str, PIXELS))
     lines = [
         f"| network | strides | mask | sequences | MMA@{limits} | refined | matches | right | of 1000 | refined | MACs "
@@ -274,7 +277,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _figures(pairs: Sequence[dict[str, Any]]) -> list[str]:
-    """Cells of a line of the table: means over pairs."""
+    """Format a row's cells: means over pairs."""
 
     def mean(value: Callable[[dict[str, Any]], float]) -> float:
         return sum(map(value, pairs)) / len(pairs)
@@ -286,26 +289,28 @@ def _figures(pairs: Sequence[dict[str, Any]]) -> list[str]:
         for name in ("points", "refined")
     ]
     right = mean(lambda pair: pair[f"matches_{every}"] * pair[f"points_{every}"][at3])
-    of_best = [f"{mean(lambda pair: pair[f'{name}_{best}'][at3]):.4f}" for name in ("points", "refined")]  # noqa: B023
+    best_shares = [f"{mean(lambda pair: pair[f'{name}_{best}'][at3]):.4f}" for name in ("points", "refined")]  # noqa: B023
     matches = [f"{mean(lambda pair: pair[f'matches_{every}']):.0f}", f"{right:.0f}"]
-    return [*shares, *matches, *of_best, f"{mean(lambda pair: pair['macs']):.3f}"]
+    return [*shares, *matches, *best_shares, f"{mean(lambda pair: pair['macs']):.3f}"]
 
 
 def main() -> None:
-    """Print the table, write the figures."""
+    """Print the table and write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--sequences", nargs="*", default=[], help="by name; default: all")
+    parser.add_argument("--sequences", nargs="*", default=[], help="names; default: all")
     parser.add_argument(
-        "--network", type=Path, help="a converted file, e.g. with trained adapters: further rows"
+        "--network", type=Path, help="a converted file for further rows, e.g. with trained adapters"
     )
     parser.add_argument(
-        "--masks", nargs="*", default=[], help="at output strides 1 to 8; default: those of the card"
+        "--masks", nargs="*", default=[], help="masks at output strides 1 to 8; default: those of the card"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 for none")
-    parser.add_argument("--lost", action="store_true", help="tell what a coarser output stride loses instead")
+    parser.add_argument("--rounds", type=int, default=3, help="timing rounds; 0 for none")
+    parser.add_argument(
+        "--lost", action="store_true", help="report instead what a coarser output stride loses"
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     for folder in ("r2d2", "oxford_affine"):

@@ -1,12 +1,12 @@
-"""Published cost of sampled inputs, and CamVid: accuracy of five sizes, sampled uniformly and where it matters.
+"""Published cost of sampled inputs, and CamVid: accuracy at five sizes, sampled uniformly or more densely at targets.
 
     python recipes/resampling_mobilenetv2/recipe.py
     python recipes/resampling_mobilenetv2/recipe.py DATA RUNS [--every N] [--sizes 96 ...] [--output results.json]
 
-Without DATA the multiply-accumulates of Tab. 3.7 alone. DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/`,
-RUNS what `train.py` wrote; networks that it has not are left out. One confusion matrix over a split; `targets` is the
-mean IoU of pole, sign, pedestrian, bicyclist and car. Beside networks there is one that knows the labels of what is
-sampled: what sampling alone leaves. What the file holds already is kept.
+Without DATA, only the multiply-accumulates of Tab. 3.7 are printed. DATA is a folder with `camvid/` and
+`camvid_mobilenetv2_fcn/`, RUNS the output of `train.py`; missing networks are left out. One confusion matrix over a
+split; `targets` is the mean IoU of pole, sign, pedestrian, bicyclist and car. One of the networks returns the sampled
+labels themselves, which shows the loss by sampling alone. Existing results in the file are kept.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ COLUMNS = ("uniform", MEAN, "learned", "edges", "labels")
 
 
 def published_macs() -> dict[str, dict[str, int]]:
-    """Multiply-accumulates of the published networks by both rules: at output stride 16 of 19 classes, as they were
-    counted, and of the sampler."""
+    """Return the multiply-accumulates of the published networks and of the sampler, by both rules.
+
+    The networks have output stride 16 and 19 classes, as in the published counts.
+    """
     network, sampler = ShiftNet(3, 19, 1.0, 16), ShiftNet()
     shaped = {f"network, {size}": (network, size) for size in PUBLISHED_SIZES} | {"sampler": (sampler, 64)}
     return {
@@ -59,7 +61,7 @@ def published_macs() -> dict[str, dict[str, int]]:
 
 
 def table_of_macs() -> str:
-    """In Markdown."""
+    """Format the multiply-accumulates in Markdown."""
     lines = ["| | as published | carried out |", "|---|---|---|"]
     return "\n".join(
         lines
@@ -68,10 +70,10 @@ def table_of_macs() -> str:
 
 
 class Knowing(nn.Module):
-    """A network that gives the labels of what it sees, as scores: of the call, which are sampled as the image is."""
+    """A network that returns the call's labels, sampled like the image, as scores."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, classes, h, w): one where a class is, zero elsewhere and where labels are ignored."""
+        """Return (B, classes, h, w): one for the labelled class, zero for others and where labels are ignored."""
         labels = call_context().labels
         assert labels is not None
         is_class = labels.unsqueeze(1) == torch.arange(len(CLASSES)).view(-1, 1, 1)
@@ -79,8 +81,11 @@ class Knowing(nn.Module):
 
 
 def networks(data: Path, runs: Path, size: int, kind: str) -> Iterator[tuple[str, str, cs.ResampledModel]]:
-    """Which network, by which sampler, of a size. Edges and labels are tried on the network that was trained with the
-    learned sampler, and on one that was trained with them."""
+    """Yield the networks of a size with their sampler.
+
+    Edges and labels are used as samplers for the network trained with the learned sampler, and for networks trained
+    with these samplers.
+    """
     if kind == KNOWING:
         for sampler in COLUMNS:
             yield KNOWING, sampler, resampled(data, runs, sampler, size, Knowing().eval())
@@ -102,9 +107,9 @@ Predict = Callable[[Tensor], Tensor]
 
 
 def evaluate(predict: Predict, found: cs.SegmentationData) -> dict[str, Any]:
-    """Accuracy over a split, and over each of the films that its images are from."""
+    """Return the accuracy over a split, and over each of the films from which its images are."""
     films = ["_".join(Path(name).name.split("_")[:-1]) for name in found.names]
-    metrics = {film: cs.SegmentationMetrics(len(CLASSES)) for film in ("", *films)}  # "": of all
+    metrics = {film: cs.SegmentationMetrics(len(CLASSES)) for film in ("", *films)}  # "": all films
     with torch.inference_mode():
         for place, film in enumerate(films):
             image, labels = found[place]
@@ -122,7 +127,7 @@ def evaluate(predict: Predict, found: cs.SegmentationData) -> dict[str, Any]:
 
 
 def locations_missed(data: Path, runs: Path, found: cs.SegmentationData) -> dict[str, float]:
-    """Mean squared distance of the locations of samplers from those of the labels."""
+    """Return the mean squared distance of the samplers' locations from those of the labels."""
     nets = {
         sampler: resampled(data, runs, sampler, SIZES[0]).eval()
         for sampler in ("labels", "uniform", MEAN, "learned")
@@ -139,8 +144,10 @@ def locations_missed(data: Path, runs: Path, found: cs.SegmentationData) -> dict
 
 
 def measure(data: Path, runs: Path, found: cs.SegmentationData, rounds: int) -> dict[str, float]:
-    """Milliseconds of processor time of inference copies on the first image, all in turn, the best round; and of the
-    parts of the learned sampler's."""
+    """Measure processor time in milliseconds of inference copies on the first image, all in turn, best round.
+
+    Also of the parts of the network with the learned sampler.
+    """
     image, labels = found[0]
     batch, sides = image[None] * 2 - 1, {}
     for size in SIZES:
@@ -162,7 +169,7 @@ def measure(data: Path, runs: Path, found: cs.SegmentationData, rounds: int) -> 
 
 
 def table_of_times(times: dict[str, float]) -> str:
-    """In Markdown, milliseconds."""
+    """Format times in Markdown, in milliseconds."""
     parts = ("uniform", "learned", "edges"), ("sampler", "sampling", "network", "back")
     lines = [f"| size | {' | '.join((*parts[0], *parts[1]))} |", "|---" * 8 + "|"]
     for size in SIZES:
@@ -172,7 +179,7 @@ def table_of_times(times: dict[str, float]) -> str:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """In Markdown: of each kind of network the mean IoU of the targets, and of all classes, in per cent."""
+    """Format in Markdown, for each kind of network, the mean IoU of the targets and of all classes in per cent."""
     parts = []
     for kind in KINDS:
         own = [row for row in rows if kind == _kind(row)]
@@ -185,8 +192,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         ]
         for size in sorted({row["size"] for row in own}):
             found = [cells.get((size, column)) for column in columns]
-            told = [f"{100 * row['targets']:.2f} / {100 * row['miou']:.2f}" if row else "" for row in found]
-            lines.append(f"| {size} | {' | '.join(told)} |")
+            texts = [f"{100 * row['targets']:.2f} / {100 * row['miou']:.2f}" if row else "" for row in found]
+            lines.append(f"| {size} | {' | '.join(texts)} |")
         parts += ["\n".join(lines)] if own else []
     return "\n\n".join(parts)
 
@@ -205,18 +212,18 @@ def _column(row: dict[str, Any]) -> str:
 
 
 def table_of_films(rows: list[dict[str, Any]]) -> str:
-    """In Markdown: targets on each film, of networks as they were trained."""
+    """Format in Markdown the targets' accuracy on each film, for networks with the samplers of their training."""
     own = [row for row in rows if _kind(row) == TRAINED and _column(row) == row["sampler"]]
     films = list(own[0]["targets_of_films"]) if own else []
     lines = [f"| size | sampled by | {' | '.join(films)} |", "|---" * (len(films) + 2) + "|"]
     for row in own:
-        told = (f"{100 * value:.2f}" for value in row["targets_of_films"].values())
-        lines.append(f"| {row['size']} | {row['sampler']} | {' | '.join(told)} |")
+        texts = (f"{100 * value:.2f}" for value in row["targets_of_films"].values())
+        lines.append(f"| {row['size']} | {row['sampler']} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
 def draw(rows: list[dict[str, Any]], milliseconds: dict[str, float], path: Path) -> None:
-    """Mean IoU of the targets, and of all classes, against MACs; of the targets against time."""
+    """Draw mean IoU of the targets and of all classes against MACs, and of the targets against time."""
     from matplotlib.figure import Figure
 
     figure = Figure((12, 3.6), layout="constrained")
@@ -244,7 +251,7 @@ def draw(rows: list[dict[str, Any]], milliseconds: dict[str, float], path: Path)
 
 
 def draw_grids(data: Path, runs: Path, found: cs.SegmentationData, path: Path) -> None:
-    """Three images of a split: locations of the learned sampler, and of the labels."""
+    """Draw three images of a split with the locations of the learned sampler and of the labels."""
     from matplotlib.figure import Figure
 
     nets = {name: resampled(data, runs, name, SIZES[0]).eval() for name in ("learned", "labels")}
@@ -263,18 +270,18 @@ def draw_grids(data: Path, runs: Path, found: cs.SegmentationData, path: Path) -
 
 
 def main() -> None:
-    """Print the tables, write the figures."""
+    """Print the tables and write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"))
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, choices=SIZES)
-    parser.add_argument("--networks", nargs="*", choices=KINDS, default=KINDS, help="none: times alone")
+    parser.add_argument("--networks", nargs="*", choices=KINDS, default=KINDS, help="empty: times alone")
     parser.add_argument("--samplers", nargs="*", choices=COLUMNS, default=COLUMNS)
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--every", type=int, default=1, help="take every N-th image of the split")
-    parser.add_argument("--rounds", type=int, default=5, help="of timing; 0 for none")
+    parser.add_argument("--rounds", type=int, default=5, help="timing rounds; 0 for none")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--picture", type=Path, help="PNG of the curves")
@@ -294,9 +301,9 @@ def main() -> None:
     times: dict[str, float] = kept.get("milliseconds", {})
     missed: dict[str, float] = kept.get("locations_missed", {})
 
-    def note(key: str, predict: Predict, **told: Any) -> None:
+    def note(key: str, predict: Predict, **details: Any) -> None:
         if key not in rows:
-            rows[key] = {**told, **evaluate(predict, found)}
+            rows[key] = {**details, **evaluate(predict, found)}
             print(f"{key}: mIoU {rows[key]['miou']:.4f}, targets {rows[key]['targets']:.4f}", flush=True)
             write()
 

@@ -1,11 +1,11 @@
-"""Train on CamVid: where to sample, and the network on what is sampled.
+"""Train on CamVid: the sampler, and networks on sampled images.
 
     python recipes/resampling_mobilenetv2/train.py DATA RUNS --run locations
     python recipes/resampling_mobilenetv2/train.py DATA RUNS --run learned --size 128    # or uniform, labels, edges
 
 DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/`. Writes RUNS/locations, then RUNS/learned-128, ...: the
-network and `training.json`: settings, CPU seconds, metrics on the validation split. `learned` samples by the network
-of `locations`, which stays as it is. Killed, a run goes on from its last checkpoint.
+network and `training.json` with settings, CPU seconds, and metrics on the validation split. `learned` samples by the
+network of `locations`, which is not trained further. A killed run continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from recipes.camvid_mobilenetv2.network import CLASSES, build, images
 TARGETS = ("pole", "sign", "pedestrian", "bicyclist", "car")
 SIZES = (96, 128, 160, 192, 224)
 SAMPLERS = ("uniform", "learned", "edges", "labels")
-MEAN = "mean"  # of the training images: what needs no look at the image
+MEAN = "mean"  # sampler with the mean locations of the training images, which needs no image
 COMMON: dict[str, Any] = {"workers": 0, "save_every": 100, "validate_every": 10**6}
 LOCATIONS: dict[str, Any] = {
     **{
@@ -64,23 +64,23 @@ IMAGE = (360, 480)
 
 
 class FixedSampler(Sampler):
-    """The same locations for every image."""
+    """A sampler with the same locations for every image."""
 
     name = MEAN
 
     def __init__(self, options: SamplerOptions, locations: Tensor) -> None:
-        """Take locations (grid, grid, 2)."""
+        """Take the locations (grid, grid, 2)."""
         super().__init__(options)
         self.register_buffer("locations", locations)
 
     def forward(self, image: Tensor) -> Tensor:
-        """These."""
+        """Return the locations."""
         return self.get_buffer("locations").expand(len(image), -1, -1, -1)
 
 
 @cache
 def mean_sampler(data: Path) -> FixedSampler:
-    """The mean locations of the labels of the training images, the same for their mirror images."""
+    """Compute the mean locations of the labels of the training images and their mirror images."""
     targets = tuple(CLASSES.index(name) for name in TARGETS)
     options, found = SamplerOptions(smoothness=PUBLISHED_SMOOTHNESS, targets=targets), images(data, "train")
     mean = torch.stack([options.locations_of(found[place][1][None])[0] for place in range(len(found))]).mean(
@@ -93,7 +93,7 @@ def mean_sampler(data: Path) -> FixedSampler:
 def resampled(
     data: Path, runs: Path, sampler: str, size: int, network: nn.Module | None = None
 ) -> cs.ResampledModel:
-    """A network, by default the given one, on a sampled image; the learned sampler is that of `locations`, if there."""
+    """Build a network on a sampled image; the learned sampler is taken from `locations`, if that was trained."""
     targets = [CLASSES.index(name) for name in TARGETS]
     kind = mean_sampler(data) if sampler == MEAN else sampler
     net = cs.resample(network or build(data), kind, size, targets=targets, smoothness=PUBLISHED_SMOOTHNESS)
@@ -106,7 +106,7 @@ def resampled(
 
 
 def main() -> None:
-    """Train and write."""
+    """Train and write the network."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -146,8 +146,8 @@ def main() -> None:
         on_step=say,
     )
     seconds = time.process_time() - started
-    told = {"settings": chosen.to_dict(), "cpu_seconds": seconds, "torch": torch.__version__}
-    (folder / "training.json").write_text(json.dumps(told, indent=1) + "\n")
+    details = {"settings": chosen.to_dict(), "cpu_seconds": seconds, "torch": torch.__version__}
+    (folder / "training.json").write_text(json.dumps(details, indent=1) + "\n")
     print(f"{folder}: {seconds / 60:.1f} CPU minutes")
 
 

@@ -1,9 +1,9 @@
-"""Faster R-CNN on a sampled ResNet (Xie et al., ECCV 2020): backbones, their checkpoints, their cost, training.
+"""Faster R-CNN on a sampled ResNet (Xie et al., ECCV 2020): backbones, checkpoints, cost, training.
 
     python recipes/sampling_faster_rcnn/recipe.py [FILE] [--backbone resnet101]
 
-prints the published table of GFLOPs (multiply-accumulates / 1e9) of the backbone; or, of a published file, loads it and
-says which network it is of.
+prints the published table of GFLOPs (multiply-accumulates / 1e9) of the backbone. With the FILE of a published
+checkpoint, it loads the file and prints the network's name.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import cadsurgery as cs
 
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 RESOLUTIONS = (500, 600, 800, 1000)  # shorter sides of the published table
-UNIT = 1e9  # what the publication calls a GFLOP
+UNIT = 1e9  # the publication's GFLOP
 CONFIG = Path(__file__).parent / "config" / "r101.json"
 _NAMES = {"weight": "mask.weight", "bias": "mask.bias", "width": "sigma", "temperature": "gumbel.cur_T"}
-_OFFSETS = 18  # channels that say where the nine taps of a deformable convolution read
+_OFFSETS = 18  # channels with the offsets of a deformable convolution's nine taps
 
 
 class Stages(nn.Module):
-    """A torchvision ResNet up to its last stage; called, it gives the maps of its four stages."""
+    """A torchvision ResNet up to its last stage; it returns the maps of its four stages."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Stages(nn.Module):
                 self.add_module(child, module)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Maps of strides 4, 8, 16 and 32."""
+        """Return maps of strides 4, 8, 16 and 32."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         one = self.layer1(x)
         two = self.layer2(one)
@@ -53,22 +53,22 @@ class Stages(nn.Module):
 
 
 def backbone(name: Literal["resnet50", "resnet101"], noise: bool = False, grid: int = 11) -> cs.SampledModel:
-    """The sampled backbone with random weights and open gates, in evaluation mode: called, it gives four maps.
+    """Build the sampled backbone with random weights and open gates, in evaluation mode; it returns four maps.
 
     Args:
-        name: which.
-        noise: whether gates draw noise in evaluation, as published.
-        grid: every so many-th position is always computed.
+        name: name of the ResNet.
+        noise: gates draw noise in evaluation, as published.
+        grid: distance of the positions that are always computed.
 
     Raises:
-        UnknownName: no such backbone.
+        UnknownName: there is no such backbone.
     """
     cs.errors.check_name("backbone", name, DEPTHS)
     return cs.sample(Stages(name).eval(), grid=grid, noise=noise)
 
 
 def published_names(net: cs.SampledModel) -> dict[str, str]:
-    """Names of the state dict of a backbone as the published code has them, by ours."""
+    """Return the names of a backbone's state dict in the published code, by our names."""
     names = {}
     for name in net.state_dict():
         parts = name.split(".")
@@ -81,15 +81,15 @@ def published_names(net: cs.SampledModel) -> dict[str, str]:
 
 
 def load_published(net: cs.SampledModel, state_dict: Mapping[str, Any]) -> cs.SampledModel:
-    """The backbone with the weights of a published file; strict.
+    """Load the weights of a published file into the backbone, strictly.
 
     Args:
-        net: what `backbone` gave.
-        state_dict: of the published code: bare keys; or a detector's file, in which they stand under `state_dict` with
-            `backbone.` before each, of which the rest is left out.
+        net: the result of `backbone`.
+        state_dict: state dict of the published code with bare keys; or a detector's file, whose entry `state_dict`
+            has them with the prefix `backbone.`; other tensors are ignored.
 
     Raises:
-        FileError: keys or shapes are not those of the network, or its convolutions are deformable.
+        FileError: keys or shapes do not fit the network, or its convolutions are deformable.
     """
     values = dict(state_dict.get("state_dict", state_dict))
     if inside := {
@@ -125,7 +125,7 @@ def load_published(net: cs.SampledModel, state_dict: Mapping[str, Any]) -> cs.Sa
 
 
 class WithPyramid(nn.Module):
-    """A backbone with a feature pyramid, as torchvision's detectors take one."""
+    """A backbone with a feature pyramid, in the form torchvision's detectors expect."""
 
     def __init__(self, body: nn.Module, channels: int = 256) -> None:
         super().__init__()
@@ -134,17 +134,17 @@ class WithPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(widths, channels, extra_blocks=LastLevelMaxPool())
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """The maps of the pyramid."""
+        """Return the maps of the pyramid."""
         return self.fpn(OrderedDict((str(stage), value) for stage, value in enumerate(self.body(x))))
 
 
 def detector(body: cs.SampledModel, classes: int = 91, **options: Any) -> FasterRCNN:
-    """torchvision's Faster R-CNN on a backbone, at the published size of images unless other options say so.
+    """Build torchvision's Faster R-CNN on a backbone; images have the published size unless options change it.
 
     Args:
-        body: what `backbone` gave.
-        classes: with the background.
-        options: of torchvision's `FasterRCNN`.
+        body: the result of `backbone`.
+        classes: number of classes including the background.
+        options: options of torchvision's `FasterRCNN`.
     """
     longest, shortest = json.loads(CONFIG.read_text(encoding="utf-8"))["resize"]
     sizes = {"min_size": shortest, "max_size": longest}
@@ -152,7 +152,7 @@ def detector(body: cs.SampledModel, classes: int = 91, **options: Any) -> Faster
 
 
 def set_training(net: FasterRCNN) -> FasterRCNN:
-    """Training mode as published: batch norms stay in evaluation mode, and the stem as it is."""
+    """Set training mode as published: batch norms stay in evaluation mode, and the stem is not trained."""
     config = json.loads(CONFIG.read_text(encoding="utf-8"))
     net.train()
     for module in net.modules():
@@ -164,7 +164,7 @@ def set_training(net: FasterRCNN) -> FasterRCNN:
 
 
 def make_optimizer(net: nn.Module) -> torch.optim.SGD:
-    """SGD with the published settings, for what is trained."""
+    """Create SGD with the published settings for the trained parameters."""
     config = json.loads(CONFIG.read_text(encoding="utf-8"))
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     return torch.optim.SGD(
@@ -173,7 +173,7 @@ def make_optimizer(net: nn.Module) -> torch.optim.SGD:
 
 
 def learning_rate(step: int, steps_per_epoch: int) -> float:
-    """Of a step, as published: a linear warm-up, then a tenth after 8 and after 11 epochs."""
+    """Return the learning rate of a step as published: a linear warm-up, then a tenth after 8 and after 11 epochs."""
     config = json.loads(CONFIG.read_text(encoding="utf-8"))
     falls = sum(step // steps_per_epoch >= epoch for epoch in config["lr_epochs"])
     rate: float = config["lr"] * config["lr_factor"] ** falls
@@ -186,12 +186,12 @@ def learning_rate(step: int, steps_per_epoch: int) -> float:
 def loss(
     net: FasterRCNN, pictures: list[Tensor], targets: list[dict[str, Tensor]], weight: float
 ) -> dict[str, Tensor]:
-    """The losses of the detector, how open its gates are by a weight, and `loss`, the sum of all.
+    """Return the losses of the detector, the weighted openness of its gates, and `loss`, the sum of all.
 
     Args:
         net: in training mode, see `set_training`.
-        pictures, targets: as torchvision's detectors take them.
-        weight: of the sparse loss; published: .02, .05, .1, .2.
+        pictures, targets: as for torchvision's detectors.
+        weight: weight of the sparse loss; published: .02, .05, .1, .2.
     """
     parts = dict(net(pictures, targets))
     parts["sparse"] = weight * net.backbone.body.sparse_loss()
@@ -207,13 +207,13 @@ def gflops(
     densities: float | Sequence[tuple[float, float]] | None = None,
     offsets: bool = True,
 ) -> float:
-    """Multiply-accumulates / 1e9 of a backbone by the published rule, on its fixed canvas.
+    """Return the multiply-accumulates / 1e9 of a backbone by the published rule, on its fixed canvas.
 
     Args:
-        name: which.
-        resolution: shorter side; the canvas is that and 5/3 of it, both down to a multiple of 32.
-        densities: of both gates, for each block or one for all; None: no gates.
-        offsets: of deformable convolutions in stages 2 to 4, as published.
+        name: name of the ResNet.
+        resolution: shorter side; the canvas is this and 5/3 of it, both rounded down to a multiple of 32.
+        densities: open shares of both gates, for each block or the same for all; None for no gates.
+        offsets: count the offsets of deformable convolutions in stages 2 to 4, as published.
     """
     height, width = resolution // 32 * 32, int(5 * resolution / 3) // 32 * 32
     blocks = sum(DEPTHS[name])

@@ -1,11 +1,11 @@
-"""Gates of two classifiers, trained without labels on half of a sample of ImageNet, and measured on the other half.
+"""Gates of two classifiers, trained without labels on half of an ImageNet sample, and measured on the other half.
 
     python recipes/sampling_imagenet/recipe.py DATA [RUNS] [--network mobilenet_v2] [--weights 1 2 4 8]
         [--steps 60] [--output results.json]
 
-DATA is a folder with `imagenet_sample/`, `mobilenet_v2_imagenet/` and `squeezenet1_0_imagenet/` (see the README beside
-this file); RUNS (default: runs) gets a folder for each weight of the sparse loss. A run that is there is not trained
-again, and a row that is in the output is not measured again.
+DATA is a folder with `imagenet_sample/`, `mobilenet_v2_imagenet/` and `squeezenet1_0_imagenet/` (see the README
+beside this file); RUNS (default: runs) gets a folder for each weight of the sparse loss. Existing runs are not
+trained again, and existing rows in the output are not measured again.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
 BATCH = 10
-MASKS = ("edges", "edges:threshold=0.95,dilation=5")  # of `adaptify`, beside gates
+MASKS = ("edges", "edges:threshold=0.95,dilation=5")  # masks of `adaptify`, for comparison with gates
 Call = Callable[[Tensor], Tensor]
-TIMED = 8  # images of the other half whose time is taken
-# Temperature of gates in training. It ends at that of evaluation, and starts below the published 1: while shares are
-# soft the centre of the Gaussian, which counts with its share, gives back what is closed, and closing seems to cost
-# nothing.
+TIMED = 8  # number of images, of the other half, that are timed
+# Temperature of gates in training. It ends at the temperature of evaluation, and starts below the published 1: while
+# shares are soft, the centre of the Gaussian, which counts with its share, restores closed positions, and closing seems
+# to cost nothing.
 FIRST, FINAL = 0.1, 0.03
 FIRES = (3, 4, 5, 7, 8, 9, 10, 12)
 BGR_MEAN = (104.0, 117.0, 123.0)
 
 
 class Network(NamedTuple):
-    """A network, how it is sampled, trained, and given pictures.
+    """A network, and how it is sampled, trained, and evaluated.
 
     Attributes:
-        folder: of its weights.
-        side: of its input.
+        folder: folder of its weights.
+        side: side of its input.
         smaller: other sides, at which the dense network is measured.
-        where: what is sampled; SqueezeNet has no residual branches.
-        lr: of its gates. A step moves a score by about that times the mean of what the gate reads: 2.6, and 310 in
-            SqueezeNet, which takes pictures in 0..255.
+        where: sampled modules; SqueezeNet has no residual branches.
+        lr: learning rate of its gates. A step changes a score by about the rate times the mean of the gate's input:
+            2.6, and 310 in SqueezeNet, which takes images in 0..255.
     """
 
     folder: str
@@ -76,7 +76,7 @@ NETWORKS = {
 
 
 def build(name: str, data: Path) -> nn.Module:
-    """torchvision's network with the trained weights."""
+    """Build torchvision's network with the trained weights."""
     model = getattr(models, name)(weights=None)
     state = load_file(next((data / NETWORKS[name].folder).glob("*.safetensors")))
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
@@ -84,7 +84,7 @@ def build(name: str, data: Path) -> nn.Module:
 
 
 def load_images(name: str, data: Path) -> Tensor:
-    """The images (1000, 3, side, side), prepared as the weights expect; number n has label n."""
+    """Load the images (1000, 3, side, side), normalised for the weights; image n has label n."""
     files, side = sorted((data / "imagenet_sample" / "images").iterdir()), NETWORKS[name].side
     pictures = [center_crop(pil_to_tensor(Image.open(file).convert("RGB")), [side, side]) for file in files]
     images = torch.stack(pictures).float()
@@ -94,7 +94,7 @@ def load_images(name: str, data: Path) -> Tensor:
 
 
 class Unlabelled:
-    """Images that are trained on without labels."""
+    """Images for training without labels."""
 
     name, is_labelled = "every second image", False
 
@@ -109,7 +109,7 @@ class Unlabelled:
 
 
 def train(name: str, model: nn.Module, images: Tensor, weight: float, steps: int, folder: Path) -> float:
-    """Train gates and write the network; CPU seconds."""
+    """Train gates and write the network; return the CPU seconds."""
     started = time.process_time()
     settings = Settings(
         steps=steps,
@@ -123,7 +123,7 @@ def train(name: str, model: nn.Module, images: Tensor, weight: float, steps: int
         workers=0,
         objective_options={"weight": weight, "start": FIRST, "decay": (FINAL / FIRST) ** (1 / steps)},
     )
-    # With noise, as published: gaps then lie apart, next to what they are filled from.
+    # With noise, as published: gaps then are scattered, next to the positions from which they are filled.
     net = cs.sample(model, network_where(name), noise=True)
     fit(net, Unlabelled(images), settings, output=folder, device="cpu")
     return time.process_time() - started
@@ -131,7 +131,7 @@ def train(name: str, model: nn.Module, images: Tensor, weight: float, steps: int
 
 @torch.no_grad()
 def measure(net: Call, images: Tensor, labels: Tensor, macs: Any = None) -> dict[str, float]:
-    """Top-1, and the mean MACs of an image of every fifth batch, if there is a function that tells."""
+    """Return top-1 accuracy and, with a counting function, the mean MACs per image over every fifth batch."""
     hits, work, counted = 0, 0, 0
     for start in range(0, len(labels), BATCH):
         batch = images[start : start + BATCH]
@@ -142,12 +142,12 @@ def measure(net: Call, images: Tensor, labels: Tensor, macs: Any = None) -> dict
 
 
 def work_of(net: cs.SampledModel | cs.AdaptiveModel, images: Tensor) -> int:
-    """MACs of a batch, as it is computed."""
+    """Return the MACs of a batch, as computed."""
     return net.macs(images).total if isinstance(net, cs.SampledModel) else net.macs(images).mask
 
 
 def at_random(net: cs.SampledModel, images: Tensor) -> cs.SampledModel:
-    """A copy whose gates are open as often as those of the network on every fifth batch, but anywhere."""
+    """Return a copy with gates open at random positions, as often as the network's on every fifth batch."""
     seen: dict[int, list[float]] = {}
     for start in range(0, len(images), 5 * BATCH):
         net(images[start : start + BATCH])
@@ -162,7 +162,7 @@ def at_random(net: cs.SampledModel, images: Tensor) -> cs.SampledModel:
 def trained(
     name: str, model: nn.Module, images: Tensor, weight: float, steps: int, runs: Path
 ) -> tuple[cs.SampledModel, float]:
-    """The network with gates of a weight of the sparse loss, trained if it is not there; and CPU seconds that took."""
+    """Return the network trained with a weight of the sparse loss, and the CPU seconds; trains it if missing."""
     folder = runs / f"{name}-{weight}"
     if not (folder / "net.safetensors").is_file():
         seconds = train(name, model, images, weight, steps, folder)
@@ -175,10 +175,9 @@ def trained(
 def rows(
     name: str, data: Path, runs: Path, weights: Sequence[float], steps: int, known: Collection[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """What is measured, one after another: the dense network, its gates, smaller pictures, and `adaptify` on those; but
-    settings that are known.
+    """Yield the measured rows: the dense network, its gates, smaller images, and `adaptify` on these.
 
-    The time of each, `ms`, is that of an image; `ms_of_dense` that of the dense network in the same run.
+    Known rows are skipped. `ms` is the time of an image, `ms_of_dense` that of the dense network in the same run.
     """
     model, images = build(name, data), load_images(name, data)
     ours, theirs, labels = images[::2], images[1::2], torch.arange(len(images))[1::2]
@@ -207,8 +206,8 @@ def rows(
         net, seconds = trained(name, model, ours, weight, steps, runs)
         gated = net.optimize()
         chance = measure(at_random(gated, theirs), theirs, labels)["top1"]
-        told = {"trained": round(seconds), "at_random": chance}
-        yield row(f"gates, {weight}", gated, theirs, partial(work_of, gated), **told)
+        details = {"trained": round(seconds), "at_random": chance}
+        yield row(f"gates, {weight}", gated, theirs, partial(work_of, gated), **details)
     for side in NETWORKS[name].smaller:
         small = F.interpolate(theirs, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
         if f"dense, {side} pixels" not in known:
@@ -221,7 +220,7 @@ def rows(
 
 
 def network_where(name: str) -> str | list[str]:
-    """What of a network is sampled, as `cadsurgery.sample` takes it."""
+    """Return the sampled modules of a network, as `cadsurgery.sample` takes them."""
     where = NETWORKS[name].where
     return where if isinstance(where, str) else list(where)
 
@@ -242,21 +241,21 @@ def main() -> None:
     if missing := [folder for folder in needed if not folder.is_dir()]:
         print(f"skipped: {missing[0]} is missing; the README beside this file says where data comes from.")
         return
-    told = {"batch": BATCH, **describe_run(torch.device("cpu"))}
+    details = {"batch": BATCH, **describe_run(torch.device("cpu"))}
     known = json.loads(options.output.read_text()) if options.output and options.output.is_file() else {}
     done: list[dict[str, Any]] = known.get(options.network, {}).get("rows", [])
     settings = [row["setting"] for row in done]
     print("| setting | top-1 | at random | MACs | of dense | CPU ms | dense | training, CPU s |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows(options.network, options.data, options.runs, options.weights, options.steps, settings):
-        done.append({**row, "commit": told["commit"]})
+        done.append({**row, "commit": details["commit"]})
         print(
             f"| {row['setting']} | {row['top1']:.1f} | {row.get('at_random', '')} | {row['macs']:.3e} | "
             f"{row['of_dense']:.3f} | {row['ms']:.1f} | {row['ms_of_dense']:.1f} | {row.get('trained', '')} |",
             flush=True,
         )
-        if options.output:  # as far as it is
-            values = {**known, options.network: {**told, "rows": done}}
+        if options.output:  # results so far
+            values = {**known, options.network: {**details, "rows": done}}
             options.output.write_text(json.dumps(values, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Where a network can be left early: stages of its backbone, and the maps at their ends."""
+"""Places for exits: the stages of a network's backbone and the maps at their ends."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rules import resizing
 from cadsurgery.surgery.treatment import rule_of
 
-# A child of the network with so much of the work is looked into for stages.
+# A child with this share of the work is searched for stages itself.
 _NEARLY_ALL = 0.8
-# Between two exits lies at least so much of the work.
+# Smallest share of the work between two exits.
 _LEAST_WORK = 0.01
 # Image pixels per sample of the first exit: output stride 4, less at odd sizes.
 _FIRST_AREA = 12
@@ -26,12 +26,12 @@ _FIRST_AREA = 12
 
 @dataclass(frozen=True)
 class Outlet:
-    """The outputs of a network that exits come before.
+    """The outputs of a network, which all exits precede.
 
     Attributes:
-        logits: the node of its class scores, before they are resized; None for a backbone, which has none.
-        final: what it returns of them.
-        maps: of a backbone what it returns.
+        logits: node of the class scores before they are resized; None for a backbone.
+        final: node of the output computed from the class scores; None for a backbone.
+        maps: nodes of the maps that a backbone returns.
     """
 
     logits: fx.Node | None
@@ -40,22 +40,22 @@ class Outlet:
 
     @property
     def ends(self) -> tuple[fx.Node, ...]:
-        """The nodes that everything returned is computed from."""
+        """The nodes from which all outputs are computed."""
         return (self.logits,) if self.logits is not None else self.maps
 
     @property
     def last(self) -> fx.Node:
-        """The last of the ends, which all exits come before."""
+        """The last of `ends`."""
         return max(self.ends)
 
 
 @dataclass(frozen=True)
 class Exit:
-    """A place to leave a network.
+    """A place where a prediction can be made.
 
     Attributes:
-        name: of the module or the node.
-        branches: its maps, the finest first, else in order of execution.
+        name: name of the module or node.
+        branches: nodes of its maps, the finest first, the others in execution order.
     """
 
     name: str
@@ -63,10 +63,10 @@ class Exit:
 
 
 def find_outlet(facts: Facts) -> Outlet:
-    """Find the outputs of a network: a map, `out` of a dictionary, or several maps.
+    """Find the outputs of a network: a map, entry `out` of a dictionary, or several maps.
 
     Raises:
-        CannotConvert: it returns no map.
+        CannotConvert: the network returns no map.
     """
     returned: Any = next(node for node in facts.graph.nodes if node.op == "output").args[0]
     value = returned.get("out", returned) if isinstance(returned, Mapping) else returned
@@ -84,24 +84,24 @@ def find_outlet(facts: Facts) -> Outlet:
 
 
 def _before_resizing(node: fx.Node, facts: Facts) -> fx.Node:
-    """The node of class scores before they are resized to the image."""
+    """Return the node of the class scores before they are resized to the image."""
     while rule_of(node, facts) is resizing and node.all_input_nodes and facts.is_map(node.all_input_nodes[0]):
         node = node.all_input_nodes[0]
     return node
 
 
 def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list[Exit]:
-    """The exits asked for, in order of execution.
+    """Find the requested exits, in execution order.
 
     Args:
-        facts: of the network.
-        outlet: of the network.
+        facts: facts of the network.
+        outlet: outputs of the network.
         asked: `"auto"`, or names of modules or nodes.
 
     Raises:
         CannotConvert: `auto` finds no stages.
-        UnknownName: no such module or node.
-        InvalidInput: a place that is no map, or from which the head is not computed.
+        UnknownName: there is no such module or node.
+        InvalidInput: the exit has no map, or the head is not computed from it.
     """
     before = ancestors(*outlet.ends)
     order = {node: place for place, node in enumerate(facts.graph.nodes)}
@@ -112,7 +112,7 @@ def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list
         if not names or len(set(names)) < len(names):
             raise InvalidInput(f"exits={asked!r} names no exits, or one twice.", next='use exits="auto".')
         found = [_named(name, facts, outlet, before) for name in names]
-    found.sort(key=lambda one: max(order[node] for node in one.branches))
+    found.sort(key=lambda exit: max(order[node] for node in exit.branches))
     return found
 
 
@@ -141,7 +141,7 @@ def _named(name: str, facts: Facts, outlet: Outlet, before: set[fx.Node]) -> Exi
 
 
 def _outputs(path: str, facts: Facts, outlet: Outlet) -> list[fx.Node]:
-    """The maps made in a module that are read outside of it."""
+    """Return the maps computed in a module that are read outside it."""
 
     def leaves(node: fx.Node) -> bool:
         return any(user.op == "output" or not _is_in(facts.path(user), path) for user in node.users)
@@ -166,7 +166,7 @@ def _is_in(path: str, parent: str) -> bool:
 
 
 def _stages(facts: Facts, outlet: Outlet, before: set[fx.Node]) -> list[Exit]:
-    """After each child of the backbone that is a group of blocks or after which the map is halved, but the last."""
+    """Return an exit after each child of the backbone that is a group of blocks or halves the map, but the last."""
     root = next((name for name in BACKBONE_NAMES if name in facts.model._modules), "")
     while True:
         work = _work_of_children(root, facts, before)
@@ -205,7 +205,7 @@ def _stages(facts: Facts, outlet: Outlet, before: set[fx.Node]) -> list[Exit]:
 
 
 def _work_of_children(root: str, facts: Facts, before: set[fx.Node]) -> dict[str, int]:
-    """MACs of the children of a module, in order of execution."""
+    """Return the MACs of a module's children, in execution order."""
     work: dict[str, int] = {}
     for node in facts.graph.nodes:
         path = facts.path(node)
@@ -217,7 +217,7 @@ def _work_of_children(root: str, facts: Facts, before: set[fx.Node]) -> dict[str
 
 
 def _is_group(module: nn.Module) -> bool:
-    """True if a module holds blocks: parts of several convolutions or linear layers each."""
+    """True if a module contains blocks, each with several convolutions or linear layers."""
     if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
     kinds = (nn.Conv2d, nn.Linear)

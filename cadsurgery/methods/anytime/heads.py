@@ -1,4 +1,4 @@
-"""Heads: what predicts from the maps of an exit, as published (Liu et al. 2022)."""
+"""Heads that predict from the maps of an exit, as published (Liu et al. 2022)."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 HeadKind = Literal["redesigned", "plain"]
-MOST_STEPS = 3  # down and up again in a redesigned head
-_SPREAD = 0.001  # of the weights at the start
+MOST_STEPS = 3  # most times that a redesigned head halves its resolution
+_SPREAD = 0.001  # standard deviation of the initial weights
 
 
 class Resize(nn.Module):
-    """Where a head doubles its resolution again: a `resize_like` of the map that was halved."""
+    """Marks where a head doubles its resolution; `connect` replaces it by `resize_like` the map before halving."""
 
 
 def resize_like(x: Tensor, like: Tensor) -> Tensor:
-    """A map at the height and width of another, bilinear; as it is where it has them."""
+    """Resize a map to the height and width of another, bilinear; no operation if they are equal."""
     return resize(x, (like.shape[2], like.shape[3]))
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map at a size (height, width), bilinear."""
+    """Resize a map to (height, width), bilinear; no operation if it has that size."""
     if tuple(x.shape[2:]) == size:
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def make_head(kind: HeadKind, channels: int, hidden: int, classes: int, steps: int) -> nn.Sequential:
-    """The layers of a head, see `connect`.
+    """Create the layers of a head; `connect` adds them to a graph.
 
     Args:
-        kind: `plain`, a 1x1 convolution, batch norm, ReLU and a 1x1 classifier; or `redesigned`: computed at lower
-            resolutions, `steps` times halved and doubled again.
-        channels: of the map it reads.
-        hidden: channels inside.
-        classes: of what it gives.
-        steps: of a redesigned one.
+        kind: `plain`, a 1x1 convolution, batch norm, ReLU and a 1x1 classifier; or `redesigned`, which halves the
+            resolution `steps` times and doubles it again.
+        channels: channels of the input map.
+        hidden: channels inside the head.
+        classes: number of output channels.
+        steps: number of halvings of a redesigned head.
     """
     if kind == "plain":
         layers = [*_block(channels, hidden), nn.Conv2d(hidden, classes, 1)]
     else:
         layers = []
         for step in range(steps):
-            # A last odd line is pooled alone, so that maps of any size have a half.
+            # ceil_mode pools a last odd row or column alone, so maps of any size can be halved.
             layers += [nn.AvgPool2d(2, 2, ceil_mode=True), *_block(channels if step == 0 else hidden, hidden)]
         for _ in range(steps - 1):
             layers += [Resize(), *_block(hidden, hidden)]
@@ -62,13 +62,13 @@ def _block(channels: int, hidden: int) -> list[nn.Module]:
 
 
 def connect(graph: fx.Graph, path: str, head: nn.Sequential, branches: list[fx.Node]) -> fx.Node:
-    """Nodes that call a head, and the one of its logits; they are put where the graph inserts.
+    """Insert nodes that call a head, at the graph's insertion point; return the node of its logits.
 
     Args:
-        graph: which is changed.
-        path: name of the head.
+        graph: the graph, which is changed.
+        path: qualified name of the head.
         head: its layers.
-        branches: what it reads: maps of several resolutions are resized to the first and concatenated.
+        branches: its input maps; maps of other resolutions are resized to the first and concatenated.
     """
     resized = [
         branch if branch is branches[0] else graph.call_function(resize_like, (branch, branches[0]))

@@ -1,4 +1,4 @@
-"""A network that predicts several times, each time better, and computes nothing any more where it is confident."""
+"""A network with several exits that stops computing positions at which a prediction is confident."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from cadsurgery.surgery.trace import evaluating
 
 Confidence = Literal["probability", "entropy"]
 Fill = Literal["gaussian", "interpolated", "zeros"]
-Threshold = float | Sequence[float]  # of all exits but the last, or one of each
-HEADS = "exit_heads"  # the child that holds them
-# Widths that the Gaussian of each convolution starts with: the published one, and one by which nearly the nearest alone
-# count of positions two apart; and how far apart positions are that are computed all the same.
+Threshold = float | Sequence[float]  # one for all exits but the last, or one for each of them
+HEADS = "exit_heads"  # name of the child module that holds the heads
+# Initial width of the Gaussian of each convolution: the published one, and one at which, between positions two apart,
+# hardly anything but the nearest counts.
 _WIDTHS: dict[str, float] = {"gaussian": 3.0, "interpolated": 2.5}
-_GRID = 2
-WIDTH_NAME = "width"  # the parameter of the module of the convolution
+_GRID = 2  # distance between positions that are computed in any case, with fill="interpolated"
+WIDTH_NAME = "width"  # name of a convolution's parameter
 _HIDDEN = 64
 
 
@@ -58,35 +58,36 @@ def anytime(
     *,
     example_input: Example | None = None,
 ) -> AnytimeModel:
-    """The same network with exits: a first prediction early, better ones later, nothing computed where one is
-    confident (Liu et al., ICLR 2022).
+    """Add exits to a network: an early prediction, better ones later, no computation at positions that are confident
+    (Liu et al., ICLR 2022).
 
-    The argument is not changed; parameters keep names and values, and its state dict loads into the result. The heads
-    of the exits are new and have to be trained.
+    `model` is not changed. Parameters keep names and values, and the model's state dict loads into the result. The
+    heads of the exits are new and have to be trained.
 
     Args:
-        model: a network that returns class scores for each position, alone or as `out` of a dictionary: its own head is
-            the last exit. Or a backbone that returns several maps: the last exit is then a plain head on all of them.
-        exits: names of modules or nodes after which there is an exit; `"auto"`: after each stage of the backbone that
-            halves the map or is a group of blocks, but the last. Several maps, as of parallel branches, are resized to
-            the finest and concatenated.
-        head: `"redesigned"`, computed at lower resolutions, earlier ones at lower; or `"plain"`, see `make_head`.
-        classes: that a backbone's heads predict; of a network its own.
-        hidden: channels inside the heads; default: 64, in plain ones as many as they read.
-        threshold: where the largest probability of a class is above it, later exits compute nothing; with
-            `confidence="entropy"`, where the entropy (in nats) is below it. One number, or one of each exit but the
-            last.
+        model: a network that returns class scores for each position, alone or as `out` of a dictionary; its own head
+            is the last exit. Or a backbone that returns several maps; the last exit is then a plain head on all of
+            them.
+        exits: names of modules or nodes after which an exit is added; `"auto"` for each stage of the backbone that
+            halves the map or is a group of blocks, except the last. Several maps, e.g. of parallel branches, are
+            resized to the finest and concatenated.
+        head: `"redesigned"`, computed at lower resolutions, the lower the earlier the exit; or `"plain"`. See
+            `make_head`.
+        classes: number of classes, needed for a backbone; a network has its own.
+        hidden: channels inside the heads; default: 64, and for plain heads the number of their input channels.
+        threshold: later exits skip positions whose largest class probability is above it; with `confidence="entropy"`,
+            whose entropy (in nats) is below it. One number, or one for each exit but the last.
         confidence: `"probability"` or `"entropy"`.
-        fill: what convolutions give where nothing is computed: the `"gaussian"` of what is computed around, whose width
-            is learned (`functional.gaussian_fill`), as published; `"interpolated"`: every second position of both axes
-            is computed all the same, and the others are the normalised Gaussian between these, which disturbs a network
-            that was not trained with gaps far less; or `"zeros"`.
+        fill: values of skipped positions after a convolution. `"gaussian"`, as published: a Gaussian of the computed
+            positions around, with a learned width (`functional.gaussian_fill`). `"interpolated"`: every second
+            position on both axes is computed in any case, and the others are a normalised Gaussian of these, which
+            disturbs a network that was not trained with gaps far less. `"zeros"`.
         example_input: an image batch (B, C, H, W), or all arguments of a call; default: small random images.
 
     Raises:
-        CannotConvert: a network that torch.fx cannot follow whole, without maps, or without stages for `auto`.
-        UnknownName: no such module, node, or option.
-        InvalidInput: classes that are unknown or not the network's, or an exit that is none.
+        CannotConvert: torch.fx cannot trace the whole network, it has no maps, or `auto` finds no stages.
+        UnknownName: there is no such module, node or option.
+        InvalidInput: the number of classes is unknown or not the network's, or an exit is not possible.
     """
     for name, value, hint in (
         ("head", head, HeadKind),
@@ -165,13 +166,13 @@ def _add_heads(
     if outlet.logits is None:
         finest = max(outlet.maps, key=lambda node: facts.shapes[node][2] * facts.shapes[node][3])
         places.append(("plain", 0, (finest, *(node for node in outlet.maps if node is not finest))))
-    for number, (of_head, steps, branches) in enumerate(places):
+    for number, (head_kind, steps, branches) in enumerate(places):
         channels = sum(facts.shapes[node][1] for node in branches)
-        inside = hidden or (channels if of_head == "plain" else _HIDDEN)
-        layers = make_head(of_head, channels, inside, classes, steps)
+        inside = hidden or (channels if head_kind == "plain" else _HIDDEN)
+        layers = make_head(head_kind, channels, inside, classes, steps)
         heads.append(layers)
         with graph.inserting_after(max(branches, key=order.__getitem__)):
-            anchor = graph.create_node("call_function", connect)  # where nodes are put, in their order
+            anchor = graph.create_node("call_function", connect)  # new nodes are inserted before it, in order
         with graph.inserting_before(anchor):
             logits.append(connect(graph, f"{HEADS}.{number}", layers, list(branches)))
         graph.erase_node(anchor)
@@ -185,11 +186,14 @@ def _add_heads(
 def _find_spatial(
     facts: Facts, logits: list[fx.Node], work: Work
 ) -> tuple[dict[str, SpatialKind], list[tuple[str, str]]]:
-    """How the nodes behind the first exit act on positions; and convolutions that do not on some alone, and why."""
+    """Classify the nodes after the first exit by how they act on positions.
+
+    Also return the convolutions that cannot be computed at chosen positions, with the reason.
+    """
     shapes = {
         node: torch.Size(work.shapes[node.name]) for node in facts.graph.nodes if node.name in work.shapes
     }
-    seen = Spatial(replace(facts, shapes={**shapes, **facts.shapes}))  # with the heads'
+    seen = Spatial(replace(facts, shapes={**shapes, **facts.shapes}))  # including the heads
     kinds, apart = dict[str, SpatialKind](), list[tuple[str, str]]()
     behind = ancestors(*logits) - ancestors(logits[0])
     for node in facts.graph.nodes:
@@ -197,7 +201,7 @@ def _find_spatial(
         if node not in behind or size is None:
             continue
         kind = seen.kind(node)
-        # Of maps of other sizes only one value for all positions of an image can be read at some of them.
+        # A map of another size can be read at chosen positions only if it has one value per image.
         read = [other for one in node.all_input_nodes if (other := work.size(one.name)) is not None]
         if kind.kind != "point" or (size in read and {*read} <= {size, (1, 1)}):
             kinds[node.name] = kind
@@ -232,16 +236,16 @@ def _make_plan(
 
 @register
 class AnytimeModel(GraphModel):
-    """A network with exits: called as the original, it gives a tuple of predictions, the last one best.
+    """A network with exits. Called as the original, it returns a tuple of predictions, the last one best.
 
-    Each prediction is aggregated: where the one before was confident, it is that, on the finest grid of class scores
-    so far. `steps` gives them one by one.
+    Each prediction is aggregated: where the previous exit was confident, it repeats that exit's prediction. Its grid
+    is the finest grid of class scores so far. `steps` yields the predictions one by one.
 
     Attributes:
-        plan: what was made of the network.
-        options: of `anytime`, as values.
-        threshold: where an exit is confident, one number or one of each exit but the last; may be set. 1 (entropy: 0)
-            computes everything.
+        plan: how the network was converted.
+        options: arguments of `anytime`, as plain values.
+        threshold: where an exit is confident, one number or one for each exit but the last; may be set. At 1
+            (entropy: 0) everything is computed.
         confidence: `probability` or `entropy`.
         source: where the network came from, if it was built by name.
     """
@@ -263,52 +267,54 @@ class AnytimeModel(GraphModel):
 
     @classmethod
     def is_own(cls, name: str) -> bool:
-        """True for what is of a head, or the width of a convolution's Gaussian."""
+        """True for tensors of a head and for the width of a convolution's Gaussian."""
         return name.startswith(f"{HEADS}.") or name.rpartition(".")[2] == WIDTH_NAME
 
     @classmethod
     def check_stored(cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor]) -> None:
-        """Refuse heads that are wider than those in the file."""
+        """Refuse options with heads wider than those in the file."""
         check_width(path, max(stored.options["classes"], stored.options["hidden"] or 0), tensors)
 
     def fitting(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a file: older ones may have widths for other convolutions, of attention over channels."""
+        """Adapt the tensors of a file; older files may have widths of convolutions in channel attention."""
         own = self.state_dict()
         kept = {name: value for name, value in tensors.items() if name in own or not name.endswith(".width")}
         return {name: value for name, value in own.items() if name.endswith(".width")} | kept
 
     @torch.compiler.disable(
-        reason="what is computed depends on what its exits are sure of: call it as it is, or its copy net.optimize()"
+        reason="its work depends on the confidence of its exits: call it as it is, or its copy net.optimize()"
     )
     def forward(self, *args: Any, threshold: Threshold | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
-        """All predictions, aggregated, in the form and size the original returns its scores.
+        """Return all aggregated predictions, in the form and size of the original's class scores.
 
         Args:
-            args: as the original is called; the first is the image batch (B, C, H, W).
-            threshold: for this call, as the attribute.
-            kwargs: as the original is called.
+            args: as for the original; the first is the image batch (B, C, H, W).
+            threshold: replaces the attribute in this call.
+            kwargs: as for the original.
         """
         return tuple(self.steps(*args, threshold=threshold, **kwargs))
 
     def steps(self, *args: Any, threshold: Threshold | None = None, **kwargs: Any) -> Iterator[Tensor]:
-        """Each prediction as soon as it is there; of what comes after the last one taken nothing is computed.
+        """Yield each prediction as soon as it is computed; later exits are computed only when they are requested.
 
         Args:
-            args, threshold, kwargs: as of a call.
+            args, threshold, kwargs: as in a call.
 
         Raises:
-            InvalidInput: what is no image batch.
+            InvalidInput: the image is not an image batch.
         """
-        run = self._start(args, kwargs)  # at once: a generator would say only later what it is given
+        run = self._start(
+            args, kwargs
+        )  # here, since a generator would check the arguments only when it starts
         return (run.prediction(logits) for logits in self._logits(run, threshold))
 
     def logits(self, *args: Any, threshold: Threshold | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
-        """The aggregated class scores of all exits, before the network resizes them."""
+        """Return the aggregated class scores of all exits, before the network resizes them."""
         return tuple(self._logits(self._start(args, kwargs), threshold))
 
     @property
     def threshold(self) -> float | tuple[float, ...]:
-        """Where an exit is confident."""
+        """The threshold of the exits, or one for each exit but the last."""
         return self._threshold
 
     @threshold.setter
@@ -317,50 +323,50 @@ class AnytimeModel(GraphModel):
         self._threshold = each if isinstance(threshold, Sequence) else float(threshold)
 
     def thresholds(self, threshold: Threshold | None = None) -> tuple[float, ...]:
-        """Those of all exits but the last.
+        """Return the thresholds of all exits but the last.
 
         Args:
-            threshold: one number, or one of each; default: the network's own.
+            threshold: one number, or one for each exit; default: the network's own.
 
         Raises:
-            InvalidInput: no numbers, negative ones, or not as many.
+            InvalidInput: they are not numbers, are negative, or their number is wrong.
         """
-        given, count = self.threshold if threshold is None else threshold, len(self.program.logits) - 1
-        each = tuple(given) if isinstance(given, Sequence) else (given,) * count
-        if any(isinstance(one, Real) and one < 0 for one in each):
+        value, count = self.threshold if threshold is None else threshold, len(self.program.logits) - 1
+        limits = tuple(value) if isinstance(value, Sequence) else (value,) * count
+        if any(isinstance(limit, Real) and limit < 0 for limit in limits):
             raise InvalidInput(
-                f"threshold={given!r:.60} is negative.",
+                f"threshold={value!r:.60} is negative.",
                 why="probabilities and entropies are not.",
                 next=f"give a number from 0 on; {self.everything:g} computes everything.",
             )
-        if len(each) != count or not all(isinstance(one, Real) and one == one for one in each):
+        if len(limits) != count or not all(isinstance(limit, Real) and limit == limit for limit in limits):
             raise InvalidInput(
-                f"threshold={given!r:.60} of a network with {count} exits before the last.",
+                f"threshold={value!r:.60} of a network with {count} exits before the last.",
                 next=f"give one number, or {count}: one of each of these exits.",
             )
-        return tuple(map(float, each))
+        return tuple(map(float, limits))
 
     @property
     def everything(self) -> float:
-        """The threshold by which everything is computed."""
+        """The threshold at which everything is computed."""
         return 0.0 if self.confidence == "entropy" else 1.0
 
     def undecided_mask(self, logits: Tensor, threshold: Threshold | None = None, exit: int = 1) -> Tensor:
-        """(B, H, W) bool: True where class scores leave something to be computed.
+        """Return (B, H, W) bool: True where the class scores are not confident.
 
         Args:
-            logits: (B, classes, H, W), of an exit.
-            threshold: default: the network's own.
-            exit: its number, from 1: which of several thresholds counts.
+            logits: class scores (B, classes, H, W) of an exit.
+            threshold: replaces the network's own.
+            exit: number of the exit, from 1, which selects one of several thresholds.
         """
         limit, scores = self.thresholds(threshold)[exit - 1], logits.detach()
         if self.confidence == "entropy":
             logarithms = scores.log_softmax(1)
-            return ~(-(logarithms.exp() * logarithms).sum(1) < limit)  # NaN leaves something
+            return ~(-(logarithms.exp() * logarithms).sum(1) < limit)  # NaN counts as undecided
         return ~(scores.softmax(1).amax(1) > limit)
 
     def asks_everything(self, threshold: Threshold | None = None) -> bool:
-        """True if no class scores of any exit are confident, whatever they are."""
+        """True if no exit can be confident at this threshold, whatever its class scores."""
         return all(map(self._is_never, self.thresholds(threshold)))
 
     def _is_never(self, limit: float) -> bool:
@@ -369,14 +375,15 @@ class AnytimeModel(GraphModel):
     def macs(
         self, *args: Any, rule: str = "conv", threshold: float | None = None, **kwargs: Any
     ) -> AnytimeMacs:
-        """Multiply-accumulates up to each exit on an image, which is run, with masks and without.
+        """Run the network on an image and count the multiply-accumulates up to each exit, with and without skipping.
 
         Args:
-            args, threshold, kwargs: as of a call. On the meta device nothing is run: everything counts as computed.
+            args, threshold, kwargs: as in a call. On the meta device nothing is run, and everything counts as
+                computed.
             rule: `conv`, or `published`, see `AnytimeMacs`.
 
         Raises:
-            UnknownName: no such rule.
+            UnknownName: there is no such rule.
         """
         with torch.no_grad(), evaluating(self):
             run = self._start(args, kwargs, rule=rule)
@@ -388,10 +395,10 @@ class AnytimeModel(GraphModel):
     def predict_and_count(
         self, *args: Any, threshold: Threshold | None = None, **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], AnytimeMacs]:
-        """All predictions, and the multiply-accumulates up to each; of a network in evaluation mode.
+        """Return all predictions and the multiply-accumulates up to each, of a network in evaluation mode.
 
         Args:
-            args, threshold, kwargs: as of a call.
+            args, threshold, kwargs: as in a call.
         """
         run = self._start(args, kwargs)
         predictions = tuple(run.prediction(logits) for logits in self._logits(run, threshold))
@@ -400,14 +407,14 @@ class AnytimeModel(GraphModel):
     def until(
         self, *args: Any, milliseconds: float, threshold: Threshold | None = None, **kwargs: Any
     ) -> tuple[Tensor, int]:
-        """The best prediction within a deadline, and the number of its exit, from 1; the first whatever it takes.
+        """Return the best prediction within a deadline and the number of its exit, from 1.
 
-        A further exit is tried if, by the time per multiply-accumulate so far, it would be there in time even if
-        everything were left to compute.
+        The first exit is always computed. A further exit is computed if it would meet the deadline even with
+        everything undecided, estimated by the time per multiply-accumulate so far.
 
         Args:
-            args, threshold, kwargs: as of a call.
-            milliseconds: from now.
+            args, threshold, kwargs: as in a call.
+            milliseconds: the deadline, counted from the call.
         """
         began = time.perf_counter()
         run = self._start(args, kwargs, is_training=False)
@@ -439,7 +446,7 @@ class AnytimeModel(GraphModel):
         return AnytimeMacs(exits=exits, rule=rule, shape=shape, not_counted=run.work.not_counted)
 
     def optimize(self) -> AnytimeModel:
-        """An inference copy: batch norm folded, residuals and activations fused, weights packed."""
+        """Return an inference copy: batch norm folded, residuals and activations fused, weights packed."""
         fused, spatial = self.fused(), dict(self.program.spatial)
         paths = {node.name: str(node.target) for node in self.program.graph.nodes}
         for node in fused.graph.nodes:
@@ -455,7 +462,7 @@ class AnytimeModel(GraphModel):
 
     @property
     def heads(self) -> nn.ModuleList:
-        """Those of the exits; the network's own is not among them."""
+        """The heads that were added; the network's own head is not among them."""
         heads = self._modules[HEADS]
         assert isinstance(heads, nn.ModuleList)
         return heads
@@ -476,13 +483,12 @@ class AnytimeModel(GraphModel):
 
     @property
     def grid(self) -> int:
-        """How far apart positions are that are computed all the same; 0: none are."""
+        """Distance between positions that are computed in any case; 0 for none."""
         return _GRID if self.options["fill"] == "interpolated" else 0
 
     def _logits(self, run: Run, threshold: Threshold | None) -> Iterator[Tensor]:
-        return self._aggregate(
-            run, self.thresholds(threshold)
-        )  # at once: a generator would refuse only later
+        # Not in the generator, which would check the threshold only when it is started.
+        return self._aggregate(run, self.thresholds(threshold))
 
     def _aggregate(self, run: Run, thresholds: tuple[float, ...]) -> Iterator[Tensor]:
         sites: Sites | None = None

@@ -1,6 +1,6 @@
-"""The program of an anytime network: steps in segments, one for each exit.
+"""The program of an anytime network: its steps in segments, one per exit.
 
-The graph has all exits; a segment is what an exit needs and no earlier one did.
+The graph contains all exits. A segment is what an exit needs beyond the earlier exits.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class AnytimeProgram(Program):
     """A graph with exits, cut into segments.
 
     Attributes:
-        graph: its output is the logits of all exits and, last, what the network returns of the last ones.
-        spatial: how nodes act on positions that are no `whole` ones, by name.
+        graph: its output is the logits of all exits followed by the network's output for the last exit.
+        spatial: how nodes act on positions, by name; nodes that are missing are `whole`.
         segments: steps of each exit.
         logits: names of the class scores of each exit.
-        tail: steps from the last class scores to what is returned, `final`.
-        final: name of what is returned.
+        tail: steps from the last class scores to the network's output, `final`.
+        final: name of the network's output.
     """
 
     spatial: Mapping[str, SpatialKind]
@@ -40,7 +40,7 @@ class AnytimeProgram(Program):
 def cut(
     graph: fx.Graph, spatial: Mapping[str, SpatialKind], signature: inspect.Signature, is_fused: bool = False
 ) -> AnytimeProgram:
-    """The program of a graph with exits; see `AnytimeProgram`."""
+    """Split a graph with exits into segments; see `AnytimeProgram`."""
     output: Any = next(node for node in graph.nodes if node.op == "output").args[0]
     *logits, final = output
     behind = _between(graph, logits[-1], final)
@@ -66,7 +66,7 @@ def cut(
 
 
 def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """The nodes after one by which another is computed from it, in order."""
+    """Return the nodes on paths from `first` to `last`, without `first`, in order."""
     from_first = {first}
     for node in graph.nodes:
         if not from_first.isdisjoint(node.all_input_nodes):

@@ -1,4 +1,4 @@
-"""Plan of a network that can be left early, and the multiply-accumulates of its exits."""
+"""The plan of a network with exits, and the multiply-accumulates up to each exit."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from cadsurgery.methods.report import MethodMacs, MethodPlan, in_words
 
 @dataclass(frozen=True)
 class ExitPlan:
-    """One exit.
+    """The plan of one exit.
 
     Attributes:
-        name: of the module or node it comes after.
+        name: name of the module or node that it follows.
         branches: nodes of the maps it reads.
-        channels: of all of them.
-        head: what predicts, in words.
-        macs: multiply-accumulates of the segment before it and of its head, on the example, with everything computed.
-        chosen: how many convolutions are computed at the positions that are left.
-        share: their share of these MACs.
+        channels: number of channels of all these maps.
+        head: kind of its head, as text.
+        macs: MACs of the segment before it and of its head, on the example, with everything computed.
+        chosen: number of convolutions that are computed at undecided positions only.
+        share: share of these convolutions in the MACs.
     """
 
     name: str
@@ -33,20 +33,20 @@ class ExitPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class AnytimePlan(MethodPlan):
-    """All exits, the network's own last; a pure value.
+    """The plan of all exits, the network's own head last.
 
     Attributes:
-        exits: in order of execution.
-        classes: that are predicted.
-        whole: convolutions behind the first exit that are computed everywhere all the same, and why.
+        exits: in execution order.
+        classes: number of classes.
+        whole: convolutions after the first exit that are still computed everywhere, with the reason.
     """
 
     exits: tuple[ExitPlan, ...]
     classes: int
-    whole: tuple[tuple[str, str], ...] = field(compare=False)  # words, which change
+    whole: tuple[tuple[str, str], ...] = field(compare=False)  # the wording may change
 
     def check(self) -> bool:
-        """True if there are several exits."""
+        """True if there is more than one exit."""
         return len(self.exits) > 1
 
     def __str__(self) -> str:
@@ -65,12 +65,12 @@ class AnytimePlan(MethodPlan):
 
 @dataclass(frozen=True)
 class ExitMacs:
-    """MACs up to and including an exit and its head: of the batch that was counted.
+    """MACs of a batch up to and including an exit and its head.
 
     Attributes:
-        exit: its name.
-        macs: computed.
-        dense: of the same network with everything computed.
+        exit: name of the exit.
+        macs: MACs that are computed.
+        dense: MACs with everything computed.
     """
 
     exit: str
@@ -80,13 +80,13 @@ class ExitMacs:
 
 @dataclass(frozen=True, kw_only=True)
 class AnytimeMacs(MethodMacs):
-    """MACs of a network at each of its exits; `print` shows them.
+    """MACs of a network up to each of its exits; `print` shows them.
 
     Attributes:
-        exits: in order.
-        rule: `conv`, multiply-accumulates that are carried out; or `published`, the counting of the reference code,
-            which adds 49 for each channel of a convolution, by the share that is computed and the share that is not,
-            for filling.
+        exits: in execution order.
+        rule: `conv`, the multiply-accumulates that are carried out; or `published`, the counting of the reference
+            code. It adds 49 per channel of a convolution for filling, weighted by the computed share times the
+            skipped share.
     """
 
     exits: tuple[ExitMacs, ...]
@@ -103,21 +103,21 @@ class AnytimeMacs(MethodMacs):
 
     @property
     def total(self) -> int:
-        """Up to the last exit."""
+        """MACs up to the last exit."""
         return self.exits[-1].macs
 
     @property
     def dense(self) -> int:
-        """Up to the last exit with everything computed."""
+        """MACs up to the last exit with everything computed."""
         return self.exits[-1].dense
 
     @property
     def mean(self) -> float:
-        """Mean over the exits, as published."""
+        """Mean of the MACs up to each exit, as published."""
         return sum(exit.macs for exit in self.exits) / len(self.exits)
 
     def lines(self) -> list[str]:
-        """The mean, then each exit."""
+        """Return the mean, then one line per exit."""
         shares = [f"{one.macs:.4e}, {one.macs / one.dense:.3f} of {one.dense:.4e}" for one in self.exits]
         rows = [f"  {exit.exit}: {share}" for exit, share in zip(self.exits, shares, strict=True)]
         return [f", up to each exit; mean {self.mean:.4e}", *rows]

@@ -1,8 +1,8 @@
-"""One call of an anytime network: segment after segment, each at the positions that are left.
+"""One call of an anytime network: segment after segment, each at the undecided positions.
 
-Where an exit is confident nothing is computed any more. A convolution of a later segment is evaluated at the positions
-that are left, from a map that is whole: others are filled from those, as published. No map is ever made whole for that:
-what is kept of a value are rows at the positions that something left to compute reads, and only these are filled.
+Nothing is computed at positions where an exit is confident. A convolution of a later segment is evaluated at the
+undecided positions only; other positions of its output are filled from these, as published. No whole map is built for
+that: a value is kept as rows at the positions that later computation reads, and only these are filled.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from cadsurgery.surgery.hooks import child
 if TYPE_CHECKING:
     from cadsurgery.methods.anytime.model import AnytimeModel
 
-Needs = Mapping[str, Places | None]  # where the value of a step is needed; None: everywhere
+Needs = Mapping[str, Places | None]  # positions at which the value of a step is needed; None for everywhere
 
 
 class Value(NamedTuple):
-    """The value of a step: of a map all (B, C, H, W), or the rows (N, C) at some places."""
+    """The value of a step: a whole map (B, C, H, W), or the rows (N, C) at some places."""
 
     value: Any
     places: Places | None = None
@@ -39,13 +39,13 @@ class Value(NamedTuple):
 
 @dataclass(eq=False)
 class Run:
-    """The values of one call.
+    """The state of one call.
 
     Attributes:
-        net: what is run.
-        arguments: of the call, by name.
-        work: what is known of the call before; None where all is computed and filled as a whole, as in training.
-        macs: multiply-accumulates of each segment that ran, and what the reference code counts.
+        net: the network.
+        arguments: arguments of the call, by name.
+        work: shapes and MACs of the call; None in training, where whole maps are computed and filled.
+        macs: for each segment that ran, its multiply-accumulates and the reference code's count.
     """
 
     net: AnytimeModel
@@ -54,22 +54,20 @@ class Run:
 
     def __post_init__(self) -> None:
         self.program = self.net.program
-        self.is_normalised = self.net.grid > 0  # by the weights of what is there rather than over a constant
+        self.is_normalised = self.net.grid > 0  # gaps are filled with a normalised Gaussian
         self.env: dict[str, Value] = {}
-        self._computed: dict[str, Places] = {}  # of convolutions, where they are
+        self._computed: dict[str, Places] = {}  # positions at which convolutions are computed
         self.macs: list[tuple[int, int]] = []
 
     def segment(self, number: int, sites: Sites | None) -> None:
-        """Run the steps of a segment, at the positions that are left; None for all."""
+        """Run the steps of a segment at the undecided positions; None for all positions."""
         needs: Needs | None = None
-        if (
-            sites is not None and self.work is not None
-        ):  # in training widths always take part, and have a gradient
+        if sites is not None and self.work is not None:  # in training all widths get gradients
             sites = None if sites.is_everything else sites
             needs = self._needs(number, sites, self.work) if sites is not None else None
         self.macs.append((0, 0))
         for step in self.program.segments[number]:
-            # What is not needed is read for its size alone.
+            # A value that is not needed can still be read for its size.
             if (
                 needs is None
                 or step.name in needs
@@ -81,7 +79,7 @@ class Run:
                 self.env.pop(name, None)
 
     def prediction(self, logits: Tensor) -> Tensor:
-        """The network's output for some class scores."""
+        """Return the network's output for class scores."""
         last, env = self.program.logits[-1], dict[str, Any]()
 
         def value_of(name: str) -> Any:
@@ -92,8 +90,11 @@ class Run:
         return value_of(self.program.final)
 
     def logits(self, number: int, sites: Sites | None, before: Tensor | None) -> Tensor:
-        """The aggregated class scores of an exit: its own where it was asked, those before it elsewhere; on the finest
-        grid there was. Without sites it was asked everywhere, and they are its own."""
+        """Return the aggregated class scores of an exit, on the finest grid so far.
+
+        They are the exit's own scores at its undecided positions and the scores `before` elsewhere. Without sites all
+        scores are its own.
+        """
         value, places = self.env[self.program.logits[number]]
         if before is None or sites is None:
             return value
@@ -106,10 +107,10 @@ class Run:
         mask = sites.at(size).mask.unsqueeze(1)
         return torch.where(mask, resize(value, size), resize(before, size))
 
-    # -- what is needed where ----------------------------------------------------------------------
+    # -- which positions are needed -----------------------------------------------------------------
 
     def _needs(self, number: int, sites: Sites, work: Work) -> dict[str, Places | None]:
-        """Where the values of this segment and all that follow are needed, if no later exit leaves more."""
+        """Return where values of this and all later segments are needed, if no exit adds undecided positions."""
         needs: dict[str, Places | None] = {}
 
         def add(name: str, places: Places | None) -> None:
@@ -138,13 +139,13 @@ class Run:
                 for name in residual:
                     add(name, None if places is None else sites.union(computed, places))
                 continue
-            of_map = next((name for name in step.reads if work.size(name) is not None), "")
+            map_name = next((name for name in step.reads if work.size(name) is not None), "")
             for name in step.reads:
                 if kind == "whole" or places is None:
                     add(name, None)
                 elif kind == "point":
                     add(name, places if work.size(name) == places.size else None)
-                elif name != of_map:
+                elif name != map_name:
                     add(name, None)
                 elif window is not None:
                     add(name, sites.read_by_window(places, window, _size(work, name)))
@@ -153,7 +154,7 @@ class Run:
         return needs
 
     def _count(self, step: Step, sites: Sites | None) -> None:
-        """Add the work of a step; of a convolution at the positions that are left their share of it."""
+        """Add the MACs of a step; of a convolution, the share of its computed positions."""
         work = published = self.work.macs[step.name] if self.work is not None else 0
         if not work or self.work is None:
             return
@@ -185,27 +186,27 @@ class Run:
         return Value(call(self.net, step, self._dense, self.arguments))
 
     def _fill_whole(self, step: Step, y: Tensor, sites: Sites) -> Tensor:
-        """A whole map with all but the positions that are left filled: in training."""
+        """Fill all but the computed positions of a whole map, in training."""
         mask = sites.computed((y.shape[2], y.shape[3])).mask
         width = getattr(child(self.net, step.target), "width", None)
         return y * mask.unsqueeze(1) if width is None else gaussian_fill(y, mask, width, self.is_normalised)
 
     def _convolve(self, step: Step, sites: Sites, needed: Places | None) -> Value:
-        """A convolution at the positions that are left, and filled where else it is needed."""
+        """Compute a convolution at the undecided positions and fill the other needed positions."""
         assert self.work is not None and step.spatial.window is not None
-        size, of_source = _size(self.work, step.name), _size(self.work, step.reads[0])
+        size, source_size = _size(self.work, step.name), _size(self.work, step.reads[0])
         computed, window = self._computed[step.name], step.spatial.window
         every = needed if needed is None else sites.union(computed, needed)
         module: Any = child(self.net, step.target)
         weights, (before, places) = weights_of(module), self.env[step.reads[0]]
         reads: WindowRead | Reading
-        if window.is_pointwise and of_source == size and weights.groups == 1:
-            rows = as_rows(before) if places is None else before  # a product, of rows where they lie
+        if window.is_pointwise and source_size == size and weights.groups == 1:
+            rows = as_rows(before) if places is None else before  # a product, on the stored rows
             reads = (places or sites.everywhere(size)).reading_of(computed)
         else:
-            wanted = None if places is None else sites.read_by_window(computed, window, of_source)
-            rows = as_rows(before) if wanted is None else _pick(before, places, wanted)
-            reads = sites.reading(of_source, wanted, window, computed)
+            source = None if places is None else sites.read_by_window(computed, window, source_size)
+            rows = as_rows(before) if source is None else _pick(before, places, source)
+            reads = sites.reading(source_size, source, window, computed)
         residual = None if len(step.reads) < 2 else self._at(step.reads[1], every)
         if every is computed:
             return Value(compute(Convolution(rows, weights, reads, residual=residual)), every)
@@ -223,24 +224,24 @@ class Run:
             )
         return Value(out, every) if every is not None else Value(as_map(out, sites.batch, size))
 
-    # -- values in the form that is wanted ---------------------------------------------------------
+    # -- values in another form ----------------------------------------------------------------------
 
     def _at(self, name: str, places: Places | None) -> Tensor:
-        value, have = self.env[name]
-        return as_rows(self._dense(name)) if places is None else _pick(value, have, places)
+        value, available = self.env[name]
+        return as_rows(self._dense(name)) if places is None else _pick(value, available, places)
 
     def _column(self, name: str, places: Places) -> Any:
-        """A value at some places as a map (1, C, N, 1), on which what acts on each position alone is called."""
-        value, have = self.env[name]
-        if have is None and not (isinstance(value, Tensor) and value.dim() == 4):
+        """Return a value at some places as a map (1, C, N, 1), for operations that act on each position alone."""
+        value, available = self.env[name]
+        if available is None and not (isinstance(value, Tensor) and value.dim() == 4):
             return value
-        if have is None and tuple(value.shape[2:]) != places.size:  # a vector for each image
+        if available is None and tuple(value.shape[2:]) != places.size:  # a vector for each image
             rows = value.flatten(1)
             return as_column(rows.expand(places.count, -1) if len(rows) == 1 else rows[places.images])
-        return as_column(_pick(value, have, places))
+        return as_column(_pick(value, available, places))
 
     def _dense(self, name: str) -> Any:
-        """A value as a map; where it is known at some places alone, zero elsewhere, which nothing needed reads."""
+        """Return a value as a map; positions where it is not known are zero and are not read."""
         value, places = self.env[name]
         if places is None:
             return value
@@ -249,7 +250,7 @@ class Run:
 
 
 def finest(one: tuple[int, ...], other: tuple[int, ...]) -> Size:
-    """The size of more positions; of as many the first."""
+    """Return the size with more positions; the first one if they have the same number."""
     height, width = other if other[0] * other[1] > one[0] * one[1] else one
     return height, width
 
@@ -260,17 +261,17 @@ def _size(work: Work, name: str) -> Size:
     return size
 
 
-def _pick(rows: Tensor, have: Places | None, want: Places) -> Tensor:
-    """The rows at some places, of a value at more of them or everywhere."""
-    if have is want:
+def _pick(rows: Tensor, available: Places | None, places: Places) -> Tensor:
+    """Return the rows at `places` of a value that is known at `available` places, or everywhere (None)."""
+    if available is places:
         return rows
-    if have is None:
-        return as_rows(rows).index_select(0, want.pixels)
-    return rows.index_select(0, have.places_of(want))
+    if available is None:
+        return as_rows(rows).index_select(0, places.pixels)
+    return rows.index_select(0, available.places_of(places))
 
 
 def _leave_zero(rows: Tensor, computed: Places, every: Places, floor: Tensor | None) -> Tensor:
-    """The rows of all positions wanted, the floor where nothing was computed."""
+    """Expand computed rows to the rows of `every` place, with `floor` or zero where nothing was computed."""
     out = rows.new_zeros(every.count, rows.shape[1])
     out = out if floor is None else out + floor
     return out.index_copy(0, every.rows[computed.pixels], rows)

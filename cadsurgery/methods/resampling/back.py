@@ -1,8 +1,8 @@
-"""From class scores at locations back to the pixels of the image.
+"""Interpolation of class scores from sampled locations back to the pixels of the image.
 
-Two ways that agree where the grid does not fold. Published: piecewise linear on the Delaunay triangulation of the
-points. Ours: each pixel's place among the samples, by inverting the warp cell by cell, and bilinear interpolation
-there; no triangulation, on any device, and of all scores of an image at once.
+There are two methods, which agree where the grid does not fold. The published one is piecewise linear on the Delaunay
+triangulation of the samples. Ours finds the position of each pixel among the samples by inverting the warp cell by
+cell, and interpolates bilinearly there: no triangulation, on any device, for all scores of an image at once.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from cadsurgery.methods.resampling.locations import check_locations, check_size,
 from cadsurgery.support.errors import InvalidInput, check_name
 
 Back = Literal["triangulation", "inverse"]
-_BLOCK = 2**20  # pairs of a triangle and a pixel that are looked at together
-_THIN = 1e-6  # height in pixels of triangles that only rounding makes
+_BLOCK = 2**20  # pairs of a triangle and a pixel that are processed at once
+_THIN = 1e-6  # height in pixels of triangles that exist only because of rounding
 _POLISHING = 8  # steps of Newton's method
 
 
 def interpolate_back(
     scores: Tensor, locations: Tensor, output_size: int | tuple[int, int], method: Back = "triangulation"
 ) -> Tensor:
-    """(B, C, H, W): scores of a sampled image, at the pixels of the image. Exact for what is affine in the image.
+    """Interpolate the scores of a sampled image at the pixels of the image: (B, C, H, W). Exact for affine scores.
 
     Args:
-        scores: (B, C, h, w), of any size: of the sample in row i and column j the locations upsampled to this size.
-        locations: (B, grid, grid, 2) that were sampled at; they need not be normalised, and may be folded.
+        scores: (B, C, h, w) of any size; row i and column j belong to location (i, j) of the grid upsampled to this
+            size.
+        locations: sampled locations (B, grid, grid, 2); they need not be normalised, and may be folded.
         output_size: (height, width) of the image, or one number for both.
-        method: `triangulation`, as published; or `inverse` of the warp, many times faster. Where the grid is folded
-            several samples lie in one place: triangulated, they are mixed; inverted, one sheet of the fold is seen, and
-            next to where it ends the place is that of the smooth warp, which samples cut short.
+        method: `triangulation`, as published; or `inverse` of the warp, many times faster. Where the grid is folded,
+            several samples lie in one place: the triangulation mixes them, the inverse uses one sheet of the fold.
+            Next to the end of a sheet the inverse follows the smooth warp, which the samples cut short.
 
     Raises:
-        InvalidInput: what are no scores, no size, or no locations of this batch.
-        UnknownName: no such method.
+        InvalidInput: scores, size or locations are invalid or do not fit each other.
+        UnknownName: there is no such method.
     """
     check_name("method", method, get_args(Back))
     shaped = isinstance(scores, Tensor) and scores.dim() == 4 and scores.is_floating_point()
@@ -61,18 +62,18 @@ def interpolate_back(
         return F.grid_sample(scores, around.permute(1, 2, 3, 0), align_corners=True, padding_mode="border")
     points = upsample(locations.detach(), samples).cpu() * torch.tensor([size[0] - 1, size[1] - 1])
     images = []
-    for one, places in zip(scores.flatten(2), points.flatten(1, 2), strict=True):
-        corners, weights = (part.to(one.device) for part in _triangulate(places, size))
-        images.append((one[:, corners] * weights.to(one.dtype)).sum(-1))
+    for image_scores, image_points in zip(scores.flatten(2), points.flatten(1, 2), strict=True):
+        corners, weights = (part.to(image_scores.device) for part in _triangulate(image_points, size))
+        images.append((image_scores[:, corners] * weights.to(image_scores.dtype)).sum(-1))
     return torch.stack(images).unflatten(2, size)
 
 
-# -- the published way -----------------------------------------------------------------------------------
+# -- triangulation, the published method -----------------------------------------------------------------
 
 
 def _triangulate(points: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(H W, 3) points around each pixel, and their weights: corners of a Delaunay triangle of points (N, 2)."""
-    from matplotlib.tri import Triangulation  # which has Qhull with it
+    """Triangulate points (N, 2); return for each pixel the 3 corners of its triangle and their weights."""
+    from matplotlib.tri import Triangulation  # it includes Qhull
 
     rows, columns = points.numpy().T
     corners = torch.from_numpy(Triangulation(columns, rows).triangles.astype(np.int64))
@@ -80,11 +81,11 @@ def _triangulate(points: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]
     chosen = torch.zeros(len(best), 3, dtype=torch.int64)
     weights = torch.zeros(len(best), 3, dtype=torch.float64)
     for triangles, pixels, found in _inside(points, corners, size):
-        least = found.amin(-1)  # the triangle that a pixel lies in deepest, which rounding makes no other
+        least = found.amin(-1)  # of several triangles, take the one a pixel lies deepest in
         deepest = best.scatter_reduce(0, pixels, least, "amax")
         is_deepest = (least == deepest[pixels]).nonzero().squeeze(1)
         winner = torch.full_like(best, -1, dtype=torch.int64)
-        winner.scatter_reduce_(0, pixels[is_deepest], is_deepest, "amax")  # one of several
+        winner.scatter_reduce_(0, pixels[is_deepest], is_deepest, "amax")  # one of several equals
         winner = winner[winner >= 0]
         pixels, best = pixels[winner], deepest
         chosen[pixels], weights[pixels] = corners[triangles[winner]], found[winner]
@@ -95,13 +96,13 @@ def _triangulate(points: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]
 def _inside(
     points: Tensor, corners: Tensor, size: tuple[int, int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Triangles and pixels in the box around them, and the weights of their corners there; in blocks."""
+    """Yield triangles, pixels in their bounding boxes, and the corners' weights at these pixels, in blocks."""
     first, second, third = (points[corner] for corner in corners.T)
     across, down = second - first, third - first
     area = across[:, 0] * down[:, 1] - across[:, 1] * down[:, 0]
-    of_triangle = torch.stack((first, second, third))
-    low = (of_triangle.amin(0) - 1e-9).ceil().long().clamp(min=0)
-    high = (of_triangle.amax(0) + 1e-9).floor().long().minimum(torch.tensor(size) - 1)
+    vertices = torch.stack((first, second, third))
+    low = (vertices.amin(0) - 1e-9).ceil().long().clamp(min=0)
+    high = (vertices.amax(0) + 1e-9).floor().long().minimum(torch.tensor(size) - 1)
     sides = (high - low + 1).clamp(min=0)
     longest = torch.stack((across, down, third - second)).square().sum(-1).amax(0)
     counts = torch.where(area.abs() > _THIN * longest.sqrt(), sides.prod(-1), 0)
@@ -124,24 +125,25 @@ def _inside(
         yield triangles[is_near], (rows * size[1] + columns)[is_near], found[is_near]
 
 
-# -- ours ------------------------------------------------------------------------------------------------
+# -- inverse of the warp, our method ---------------------------------------------------------------------
 
 
 def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """(B, H, W, 2): row and column among the samples of each pixel of the image, as fractions: the warp's inverse.
+    """Invert the warp: find for each pixel of the image its fractional row and column among the samples, (B, H, W,
+    2).
 
-    The warp is bilinear in the cells between locations: its inverse there is the root of a quadratic at which the cell
-    is not turned over. A grid whose sides lie on the image's, however folded, has one for every pixel: turned cells
-    lie on others. Where several do, the one is taken in whose cell the pixel lies deepest. Samples next to a location
-    lie on both sides of a kink; there Newton's method on the warp between samples follows.
+    Between locations the warp is bilinear, and its inverse in a cell is the root of a quadratic at which the cell is
+    not turned over. A grid whose sides lie on the image's, however folded, has such a root for every pixel, because
+    turned cells lie on others. If several cells cover a pixel, the cell in which it lies deepest is used. Samples
+    next to a location lie on both sides of a kink, so Newton's method on the warp between samples follows there.
 
     Args:
-        locations: (B, n, m, 2), as of `interpolate_back`.
-        samples: rows and columns sampled.
+        locations: (B, n, m, 2), as for `interpolate_back`.
+        samples: numbers of sampled rows and columns.
         size: (height, width) of the image.
 
     Raises:
-        InvalidInput: no locations, or a size of less than 2.
+        InvalidInput: the locations are invalid, or a size is less than 2.
     """
     check_locations(locations, len(locations) if isinstance(locations, Tensor) and locations.dim() else 1)
     found = _places(locations.detach(), check_size(samples, "samples"), check_size(size))
@@ -149,9 +151,9 @@ def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, i
 
 
 def _places(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """(2, B, H, W), of `inverse_warp`: in compiled code, or by torch."""
+    """Compute (2, B, H, W) for `inverse_warp`, by compiled code or by torch."""
     if samples[0] < locations.shape[1] or samples[1] < locations.shape[2]:
-        locations = upsample(locations, samples).to(locations)  # what is between samples is not seen
+        locations = upsample(locations, samples).to(locations)  # locations between samples have no effect
     exact = torch.promote_types(locations.dtype, torch.float32)
     scale = locations.new_tensor([size[0] - 1, size[1] - 1], dtype=torch.float64)
     grid = (normalise(locations.double()) * scale).to(exact)
@@ -163,21 +165,21 @@ def _places(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) 
         return warp.invert(grid, points, bent, size, enough)
     rows = torch.arange(size[0], dtype=exact, device=grid.device).unsqueeze(1)
     columns = torch.arange(size[1], dtype=exact, device=grid.device)
-    found = torch.stack([_invert(one, rows, columns) for one in grid], 1)
-    per_cell = [(number - 1) / of for number, of in zip(samples, cells, strict=True)]
+    found = torch.stack([_invert(image_grid, rows, columns) for image_grid in grid], 1)
+    per_cell = [(number - 1) / count for number, count in zip(samples, cells, strict=True)]
     return _polish(found * found.new_tensor(per_cell).view(2, 1, 1, 1), points, bent, enough)
 
 
 def _bent(steps: int, cells: int, device: torch.device) -> Tensor:
-    """(steps), uint8: whether a location lies between a sample and the next, so that there is a kink."""
+    """Mark (steps,), uint8, the gaps between consecutive samples with a location inside, a kink of the warp."""
     first = torch.arange(steps, device=device)
     return ((first * cells // steps + 1) * steps < (first + 1) * cells).to(torch.uint8)
 
 
 def _invert(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(2, H, W): row and column in a grid (n, m, 2) of points in pixels, as fractions."""
+    """Return (2, H, W): fractional row and column of each pixel in a grid (n, m, 2) of points in pixels."""
     size = (len(rows), len(columns))
-    best = grid.new_full(size, math.inf)  # distance from the middle of the cell
+    best = grid.new_full(size, math.inf)  # distance from the centre of the cell
     found = grid.new_zeros(2, *size)
     corners = torch.stack((grid[:-1, :-1], grid[1:, :-1], grid[:-1, 1:], grid[1:, 1:]), 2)
     low = (corners.amin(2) - 1e-3).ceil().long().clamp(min=0).tolist()
@@ -192,10 +194,10 @@ def _invert(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
             u, v = _solve(y, x, *(_minus(*pair) for pair in ((b, a), (c, a), (_minus(d, b), _minus(c, a)))))
             far = torch.maximum((u - 0.5).abs_(), (v - 0.5).abs_())
             closest = best[box]
-            better = far < closest  # not what is no number
+            better = far < closest  # False for NaN
             torch.where(better, far, closest, out=closest)
-            for of_axis, value in ((found[0][box], u.add_(i)), (found[1][box], v.add_(j))):
-                torch.where(better, value, of_axis, out=of_axis)
+            for coordinate, value in ((found[0][box], u.add_(i)), (found[1][box], v.add_(j))):
+                torch.where(better, value, coordinate, out=coordinate)
     last = grid.new_tensor([grid.shape[0] - 1, grid.shape[1] - 1]).view(2, 1, 1)
     return found.clamp_(min=0).minimum(last)
 
@@ -208,10 +210,11 @@ def _minus(one: Point, other: Point) -> Point:
 
 
 def _solve(y: Tensor, x: Tensor, b: Point, c: Point, d: Point) -> tuple[Tensor, Tensor]:
-    """u and v, each (H, W), at which (y, x) = u b + v c + u v d, where the cell is not turned over; not a number where
-    it does not reach. Rows y (H, 1) and columns x (W,) as seen from its first corner.
+    """Solve (y, x) = u b + v c + u v d for u and v, each (H, W), where the cell is not turned over.
 
-    With cross((y, x) - v c, b + v d) = q0 + q1 v + q2 v^2 = 0, v is the root at which this grows.
+    The result is NaN where there is no solution. Rows y (H, 1) and columns x (W,) are relative to the first corner.
+
+    With cross((y, x) - v c, b + v d) = q0 + q1 v + q2 v^2 = 0, v is the root at which the polynomial increases.
     """
     (by, bx), (cy, cx), (dy, dx) = b, c, d
     twice = y * (-2 * bx) - x * (-2 * by)  # -2 q0
@@ -222,7 +225,7 @@ def _solve(y: Tensor, x: Tensor, b: Point, c: Point, d: Point) -> tuple[Tensor, 
     if q2 and bool(q1.min() < 0):
         v = torch.where(q1 >= 0, v, (root - q1) / (2 * q2))
     down = v * dy + by
-    if min(by, by + dy) > max(abs(bx), abs(bx + dx)):  # rows alone say it well
+    if min(by, by + dy) > max(abs(bx), abs(bx + dx)):  # the row equation alone is well conditioned
         return torch.sub(y, v, alpha=cy) / down, v
     across = v * dx + bx
     along = torch.sub(y, v, alpha=cy) * down + torch.sub(x, v, alpha=cx) * across
@@ -230,17 +233,17 @@ def _solve(y: Tensor, x: Tensor, b: Point, c: Point, d: Point) -> tuple[Tensor, 
 
 
 def _polish(found: Tensor, points: Tensor, bent: tuple[Tensor, ...], enough: float) -> Tensor:
-    """Places (2, B, H, W) among points (B, h, w, 2) of samples, those next to a location made exact."""
+    """Refine positions (2, B, H, W) among points (B, h, w, 2) of samples next to a location, by Newton's method."""
     (height, width), samples = found.shape[2:], points.shape[1:3]
     is_bent = found.new_zeros(found.shape[1:], dtype=torch.bool)
-    for of_axis, kinks in zip(found, bent, strict=True):
-        is_bent |= kinks.bool()[of_axis.int().clamp_(max=len(kinks) - 1)]
+    for coordinate, kinks in zip(found, bent, strict=True):
+        is_bent |= kinks.bool()[coordinate.int().clamp_(max=len(kinks) - 1)]
     places = is_bent.flatten().nonzero().squeeze(1)
-    wanted = torch.stack((places // width % height, places % width)).to(found)
+    pixels = torch.stack((places // width % height, places % width)).to(found)
     image = places // (height * width) * samples[0]
     last = found.new_tensor([[samples[0] - 1], [samples[1] - 1]])
     points, found = points.flatten(0, 2), found.flatten(1)
-    place, missed = found[:, places], wanted.new_full((len(places),), math.inf)
+    place, missed = found[:, places], pixels.new_full((len(places),), math.inf)
     for _ in range(_POLISHING):
         if not len(places):
             break
@@ -249,7 +252,7 @@ def _polish(found: Tensor, points: Tensor, bent: tuple[Tensor, ...], enough: flo
         corner = (image + cell[0].long()) * samples[1] + cell[1].long()
         a, b, c, d = (points[corner + step].T for step in (0, samples[1], 1, samples[1] + 1))
         b, c, d = b - a, c - a, d - b - c + a
-        left = wanted - (a + u * b + v * c + u * v * d)
+        left = pixels - (a + u * b + v * c + u * v * d)
         error = left.abs().amax(0)
         is_better = error < missed
         found[:, places[is_better]] = place[:, is_better]
@@ -260,5 +263,5 @@ def _polish(found: Tensor, points: Tensor, bent: tuple[Tensor, ...], enough: flo
         step = torch.stack((left[0] * across[1] - left[1] * across[0], down[0] * left[1] - down[1] * left[0]))
         step = torch.where(area == 0, 0, step / area).clamp(-1, 1)
         place = (place[:, go_on] + step).clamp(min=0).minimum(last)
-        places, image, missed, wanted = places[go_on], image[go_on], missed[go_on], wanted[:, go_on]
+        places, image, missed, pixels = places[go_on], image[go_on], missed[go_on], pixels[:, go_on]
     return found.view(2, -1, height, width)

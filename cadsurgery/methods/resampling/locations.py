@@ -1,6 +1,6 @@
-"""Where an image is sampled: grids of locations, and the one that lies near the boundaries of some classes.
+"""Grids of sampling locations, and the grid near the boundaries of given classes.
 
-Locations are (..., n, n, 2): row and column in 0..1, from the first to the last pixel of an image. Marin et al.,
+Locations are (..., n, n, 2): row and column in 0..1, from the first to the last pixel of an image. See Marin et al.,
 Efficient Segmentation: Learning Downsampling Near Semantic Boundaries, ICCV 2019.
 """
 
@@ -19,22 +19,22 @@ from cadsurgery.support.errors import InvalidInput
 
 TARGETS = range(11, 19)  # person ... bicycle of Cityscapes
 IGNORED = 255
-# What the published code makes of smoothness 1: it takes the square root of its weight .5 twice.
+# The published code's smoothness 1 has this effect, because the code takes the square root of its weight .5 twice.
 PUBLISHED_SMOOTHNESS = (1 - math.sqrt(0.5)) / 0.5
 
 
 def boundaries(
     labels: Tensor, targets: Collection[int] | None = TARGETS, ignore: int | None = IGNORED
 ) -> Tensor:
-    """(..., H, W) bool: pixels of target classes with a neighbour above, below or beside them of another label.
+    """Mark (..., H, W) the pixels of target classes that have another label above, below or beside them.
 
     Args:
-        labels: (H, W) or (B, H, W) integers, a class for each pixel.
+        labels: (H, W) or (B, H, W) integers, one class per pixel.
         targets: classes whose pixels are marked; None for all, which marks both sides of a boundary.
-        ignore: label of pixels that are never marked, though their neighbours are; None for no such.
+        ignore: label of pixels that are never marked, although their neighbours are; None for no such label.
 
     Raises:
-        InvalidInput: no such labels.
+        InvalidInput: `labels` is not such a tensor.
     """
     if not isinstance(labels, Tensor) or labels.dim() not in (2, 3) or labels.is_floating_point():
         raise InvalidInput(
@@ -56,7 +56,7 @@ def boundaries(
 
 
 def uniform_locations(grid: int, like: Tensor | None = None) -> Tensor:
-    """(grid, grid, 2): equal distances; of the type and place of another tensor, or float64."""
+    """Return locations (grid, grid, 2) at equal distances; dtype and device of another tensor, or float64."""
     check_grid(grid)
     options = {"dtype": torch.float64} if like is None else {"dtype": like.dtype, "device": like.device}
     steps = torch.arange(grid, **options) / (grid - 1)
@@ -64,21 +64,21 @@ def uniform_locations(grid: int, like: Tensor | None = None) -> Tensor:
 
 
 def target_locations(boundary: Tensor, grid: int = 8, smoothness: float = 1.0) -> Tensor:
-    """(grid, grid, 2) float64: locations near marked pixels, and smooth; those of (B, H, W) are (B, grid, grid, 2).
+    """Compute smooth locations near marked pixels, float64: (grid, grid, 2), or (B, grid, grid, 2) for (B, H, W).
 
-    The exact minimum of the energy: squared distances of locations from the marked pixel nearest to their
-    place in the uniform grid, plus `smoothness` times those of neighbours in the grid from each other. The grid's sides
-    stay on the image's, so that it covers the image.
+    They are the exact minimum of an energy: the squared distances of each location from the marked pixel nearest to
+    its place in the uniform grid, plus `smoothness` times the squared distances between neighbours in the grid. The
+    grid's sides stay on the image's, so that it covers the image.
 
     Args:
-        boundary: (H, W) or (B, H, W) bool. Of several nearest pixels their mean is taken: transposed boundaries give
-            transposed locations. Nothing marked gives the uniform grid.
-        grid: locations on a side.
-        smoothness: weight of the second term; 0 or more, infinity gives the uniform grid. The published code minimises
-            with `PUBLISHED_SMOOTHNESS`.
+        boundary: (H, W) or (B, H, W) bool. The mean of several nearest pixels is taken, so transposed boundaries give
+            transposed locations. Without marked pixels the result is the uniform grid.
+        grid: number of locations per side.
+        smoothness: weight of the second term; 0 or more, infinity gives the uniform grid. The published code
+            minimises with `PUBLISHED_SMOOTHNESS`.
 
     Raises:
-        InvalidInput: no such map, a grid of less than two a side, or another smoothness.
+        InvalidInput: the boundary, the grid or the smoothness is invalid.
     """
     shaped = isinstance(boundary, Tensor) and boundary.dim() in (2, 3) and boundary.dtype == torch.bool
     if not shaped or min(boundary.shape[-2:]) < 2 or 0 in boundary.shape:
@@ -88,14 +88,14 @@ def target_locations(boundary: Tensor, grid: int = 8, smoothness: float = 1.0) -
         )
     uniform = uniform_locations(grid).to(boundary.device)
     maps = boundary if boundary.dim() == 3 else boundary.unsqueeze(0)
-    found = torch.stack([_nearest(one, grid) if one.any() else uniform for one in maps])
-    found = smooth(found, smoothness)
-    found[~maps.flatten(1).any(1)] = uniform  # to the last bit
-    return found if boundary.dim() == 3 else found[0]
+    nearest = torch.stack([_nearest(marked, grid) if marked.any() else uniform for marked in maps])
+    locations = smooth(nearest, smoothness)
+    locations[~maps.flatten(1).any(1)] = uniform  # bit for bit
+    return locations if boundary.dim() == 3 else locations[0]
 
 
 def _nearest(boundary: Tensor, grid: int) -> Tensor:
-    """(grid, grid, 2): mean of the marked pixels nearest to each place of a uniform grid, in pixels of the image."""
+    """Return the mean of the marked pixels nearest to each place of a uniform grid: (grid, grid, 2) in 0..1."""
     places = boundary.nonzero()
     last = boundary.new_tensor([length - 1 for length in boundary.shape], dtype=torch.int64)
     # Anchors are rounded down, as published.
@@ -110,22 +110,22 @@ def _nearest(boundary: Tensor, grid: int) -> Tensor:
 
 
 def smooth(wanted: Tensor, smoothness: float) -> Tensor:
-    """(B, n, n, 2): the minimum of the energy around wanted locations; two positive-definite solves (Cholesky).
+    """Minimise the energy around the `wanted` locations: (B, n, n, 2), by two Cholesky solves.
 
     Raises:
-        InvalidInput: a smoothness that is negative or not a number.
+        InvalidInput: the smoothness is negative or NaN.
     """
     if not smoothness >= 0:
         raise InvalidInput(f"smoothness={smoothness}.", next="it must be 0 or more.")
     grid = wanted.shape[1]
-    own = 1 / (1 + smoothness)  # weight of the first term, so that infinity has one too
+    own = 1 / (1 + smoothness)  # weight of the first term, scaled so that infinite smoothness works
     system = own * torch.eye(grid * grid, dtype=wanted.dtype) + (1 - own) * _laplacian(grid, wanted.dtype)
     fixed = torch.zeros(grid, grid, dtype=torch.bool)
     fixed[0] = fixed[-1] = True
     found = torch.empty_like(wanted)
     for axis, is_fixed in enumerate((fixed, fixed.T)):
-        border, free = (where.flatten().to(wanted.device) for where in (is_fixed, ~is_fixed))
-        values = normalise(wanted)[..., axis].flatten(1).T.clone()  # the sides are where they are to be
+        border, free = (region.flatten().to(wanted.device) for region in (is_fixed, ~is_fixed))
+        values = normalise(wanted)[..., axis].flatten(1).T.clone()  # includes the fixed sides
         matrix = system.to(wanted.device)
         right = own * wanted[..., axis].flatten(1).T[free] - matrix[free][:, border] @ values[border]
         values[free] = torch.cholesky_solve(right, torch.linalg.cholesky(matrix[free][:, free]))
@@ -134,14 +134,14 @@ def smooth(wanted: Tensor, smoothness: float) -> Tensor:
 
 
 def _laplacian(grid: int, dtype: torch.dtype) -> Tensor:
-    """(n², n²): of the graph of a grid, each location joined with those above, below and beside it."""
+    """Return the graph Laplacian (n², n²) of a grid whose neighbours above, below and beside are connected."""
     step = torch.eye(grid, dtype=dtype).diff(dim=0)
     chain, one = step.T @ step, torch.eye(grid, dtype=dtype)
     return torch.kron(chain, one) + torch.kron(one, chain)
 
 
 def normalise(locations: Tensor) -> Tensor:
-    """Locations (..., n, m, 2) whose sides lie on the sides of the image, and none outside; they may be folded."""
+    """Move the sides of a grid (..., n, m, 2) to the image's sides, and all locations inside; they may be folded."""
     rows, columns = locations.unbind(-1)
     rows = torch.cat(
         (torch.zeros_like(rows[..., :1, :]), rows[..., 1:-1, :], torch.ones_like(rows[..., :1, :])), -2
@@ -153,7 +153,7 @@ def normalise(locations: Tensor) -> Tensor:
 
 
 def upsample(locations: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, h, w, 2) float64, normalised: a grid of locations (B, n, n, 2) at another size, bilinear between its corners.
+    """Upsample a grid of locations (B, n, n, 2) bilinearly to (B, h, w, 2), float64, with corners kept; normalised.
 
     Published order: normalise, upsample, normalise.
     """
@@ -167,20 +167,20 @@ _MOST = 1024  # locations on a side
 
 
 def check_grid(grid: object) -> None:
-    """Refuse what is no number of locations on a side.
+    """Check the number of locations per side.
 
     Raises:
-        InvalidInput: no integer of at least 2, or more than a computer can compare with each other.
+        InvalidInput: it is not an integer of at least 2, or is too large.
     """
     if not isinstance(grid, int) or isinstance(grid, bool) or not 2 <= grid <= _MOST:
         raise InvalidInput(f"grid={grid!r}.", next=f"give an integer of 2 to {_MOST}: locations on a side.")
 
 
 def check_locations(locations: object, batch: int) -> Tensor:
-    """Locations of a batch, once they are known to be some.
+    """Check the locations of a batch and return them.
 
     Raises:
-        InvalidInput: another shape or type, or values that are not finite.
+        InvalidInput: shape or type are wrong, or values are not finite.
     """
     shaped = isinstance(locations, Tensor) and locations.dim() == 4 and locations.shape[3] == 2
     if not isinstance(locations, Tensor) or not shaped or not locations.is_floating_point():
@@ -202,10 +202,10 @@ def check_locations(locations: object, batch: int) -> Tensor:
 
 
 def check_size(size: object, name: str = "size", least: int = 2) -> tuple[int, int]:
-    """A size as (height, width); one number is both.
+    """Return a size as (height, width); one number stands for both.
 
     Raises:
-        InvalidInput: it is none, or below `least`.
+        InvalidInput: it is not a size, or is below `least`.
     """
     pair = (size, size) if isinstance(size, int) else size
     numbers = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(part) is int for part in pair)

@@ -1,4 +1,4 @@
-"""A network that sees its image sampled more densely where it matters."""
+"""A network whose input image is sampled more densely where it matters."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, che
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.trace import evaluating
 
-NETWORK, SAMPLER = "network", "location_sampler"  # the children
+NETWORK, SAMPLER = "network", "location_sampler"  # names of the child modules
 _PREFIX, _OWN = f"{NETWORK}.", f"{SAMPLER}."
-_ADAPTIVE = "adaptive"  # of what method the network inside is, in a file
+_ADAPTIVE = "adaptive"  # method of an adaptive inner network, in files
 
 
 def resample(
@@ -62,30 +62,31 @@ def resample(
     back: Back = "inverse",
     example_input: Tensor | None = None,
 ) -> ResampledModel:
-    """The same network on a sampled image, with more pixels near the boundaries of the classes that matter (Marin et
-    al., ICCV 2019).
+    """Run a network on a sampled image, with more pixels near boundaries of important classes (Marin et al., ICCV
+    2019).
 
-    The argument is not changed; its state dict loads into the result, which is called as it is and returns the same
+    `model` is not changed. Its state dict loads into the result, which is called like the model and returns the same
     structure, with maps of the image's size.
 
     Args:
-        model: that returns class scores for each position, in any structure; an adaptive network or one with exits too.
+        model: a network that returns class scores for each position, in any structure; also an adaptive network or
+            one with exits.
         sampler: `"learned"`, a small network that has to be trained (`finetune --objective locations`); any mask with
             scores, e.g. `"edges"`; `"labels"`, given by `cadsurgery.masks.labelled`; or `"uniform"`.
-        size: of the sampled image, a number for both sides or (height, width); may be larger than the image.
-        grid: locations on a side of the grid that is upsampled to this size.
-        smoothness: of the grid, see `resampling.target_locations`; of a network, of what it learns.
+        size: size of the sampled image, one number for both sides or (height, width); may be larger than the image.
+        grid: number of locations per side of the grid, which is upsampled to `size`.
+        smoothness: smoothness of the grid, see `resampling.target_locations`; for a learned sampler, of its targets.
         targets: classes whose boundaries matter; None for all.
-        ignore: label of pixels that are no boundary; None for none.
-        share: of the places of a mask, those it scores highest, which take the place of boundaries.
-        mode: how pixels are taken, see `resampling.sample`.
-        back: how scores are brought back, see `resampling.interpolate_back`.
+        ignore: label of pixels that form no boundary; None for none.
+        share: for a mask, the share of samples that count as boundaries: those with the highest scores.
+        mode: how pixels are sampled, see `resampling.sample`.
+        back: how scores are interpolated back, see `resampling.interpolate_back`.
         example_input: an image batch (B, C, H, W); default: small random images.
 
     Raises:
-        CannotConvert: a network that does not run on the sampled example, or returns no map.
-        UnknownName: no such sampler, mask or option.
-        InvalidInput: a size, grid, or other option that is impossible; or a network whose input is sampled already.
+        CannotConvert: the network does not run on the sampled example, or returns no map.
+        UnknownName: there is no such sampler, mask or option.
+        InvalidInput: size, grid, or another option is out of range, or the network's input is sampled already.
     """
     height, width = check_size(size)
     check_name("mode", mode, get_args(Mode))
@@ -111,7 +112,7 @@ def _copy(model: object) -> nn.Module:
 
 
 def _example(network: nn.Module, size: tuple[int, int]) -> Tensor:
-    """A random image of one and a half times the sampled size, in the type of the network."""
+    """Return a random image, one and a half times as large as the sampled image, in the dtype of the network."""
     weight = next(network.parameters(), torch.empty(0))
     convolutions = (module for module in network.modules() if isinstance(module, nn.Conv2d))
     channels = next((module.in_channels for module in convolutions), 3)
@@ -127,20 +128,22 @@ def _normalisation(network: nn.Module) -> Normalisation | None:
 
 
 def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
-    labels = torch.zeros(image.shape[0], *image.shape[2:], dtype=torch.int64)  # for masks that ask for some
+    labels = torch.zeros(image.shape[0], *image.shape[2:], dtype=torch.int64)  # for masks that need labels
     with torch.no_grad(), evaluating(net), labelled(labels):
         uniform = uniform_locations(2).expand(image.shape[0], -1, -1, -1)
         try:
             output = net.call_network(image, uniform)
         except CadError:
             raise
-        except Exception as error:  # the network decides what it takes
+        except Exception as error:  # any error: the network decides which inputs it accepts
             raise CannotConvert(
                 f"{type(net.network).__name__} does not run on an image of {net.size[0]} x {net.size[1]}.",
                 why=first_line(error),
                 next="choose another size, or pass example_input= if it is called with an image of other channels.",
             ) from error
-        maps = tuple(tuple(one.shape[1:]) for one in tree_leaves(output) if _is_map(one, image.shape[0]))
+        maps = tuple(
+            tuple(value.shape[1:]) for value in tree_leaves(output) if _is_map(value, image.shape[0])
+        )
         if not maps:
             raise CannotConvert(
                 f"{type(net.network).__name__} returns no map.",
@@ -168,13 +171,13 @@ def _is_map(value: object, batch: int) -> bool:
 
 @register
 class ResampledModel(ConvertedModel):
-    """A network and a sampler: an image in, sampled; what the network gives of that, at the image's size out.
+    """A network and a sampler: the network runs on the sampled image, and its maps return at the image's size.
 
     Attributes:
-        plan: how, as a value.
+        plan: how the network was converted.
         size: (height, width) of the sampled image.
-        mode: how pixels are taken.
-        back: how scores are brought back.
+        mode: how pixels are sampled.
+        back: how scores are interpolated back.
         source: where the network came from.
         locations: (B, grid, grid, 2) of the last call; None before.
     """
@@ -198,7 +201,7 @@ class ResampledModel(ConvertedModel):
     def __init__(
         self, network: nn.Module, sampler: Sampler, size: tuple[int, int], mode: Mode, back: Back
     ) -> None:
-        """Take a network and a sampler; use `cadsurgery.resample` to get one."""
+        """Combine a network and a sampler; call `cadsurgery.resample` instead."""
         super().__init__()
         self.add_module(NETWORK, network)
         self.add_module(SAMPLER, sampler)
@@ -212,25 +215,25 @@ class ResampledModel(ConvertedModel):
 
     @classmethod
     def is_own(cls, name: str) -> bool:
-        """True for what is of the sampler."""
+        """True for tensors of the sampler."""
         return _OWN in name
 
     @property
     def sampler(self) -> Sampler:
-        """The part that finds the locations."""
+        """The module that computes the locations."""
         sampler = self._modules[SAMPLER]
         assert isinstance(sampler, Sampler)
         return sampler
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network on the sampled image; its maps come back at the image's size.
+        """Run the network on the sampled image and return its maps at the image's size.
 
         Args:
-            args: as the original is called; the first tensor of four axes is the image batch (B, C, H, W).
-            kwargs: as the original is called.
+            args: as for the original; the first 4-d tensor is the image batch (B, C, H, W).
+            kwargs: as for the original.
 
         Raises:
-            InvalidInput: what is no image batch, or a sampler that cannot say where to sample it.
+            InvalidInput: the image is not an image batch, or the sampler cannot compute its locations.
         """
         image = self._image(args, kwargs)
         locations = self.sampler(image)
@@ -246,12 +249,12 @@ class ResampledModel(ConvertedModel):
         return tree_map(bring_back, output)
 
     def call_network(self, image: Tensor, locations: Tensor, args: Any = None, kwargs: Any = None) -> Any:
-        """Run the network on an image at some locations; its maps are those of the sampled image.
+        """Run the network on an image sampled at `locations`; its maps are not interpolated back.
 
         Args:
             image: (B, C, H, W).
             locations: (B, grid, grid, 2).
-            args, kwargs: of the call; the image among them is put in place. Default: the image alone.
+            args, kwargs: arguments of the call, in which the image is replaced; default: the image alone.
         """
         args, kwargs = (image,) if args is None else args, kwargs or {}
         sampled = sample(image, locations, self.size, self.mode)
@@ -265,14 +268,14 @@ class ResampledModel(ConvertedModel):
             return self.network(*args, **kwargs)
 
     def _labels_sampled(self, image: Tensor, locations: Tensor) -> AbstractContextManager[None]:
-        """The labels of the call, if there are some, as the network sees the image: for masks inside."""
+        """Provide the labels of the call, if any, sampled like the image, for masks inside the network."""
         labels = call_context().labels
         if labels is None or tuple(labels.shape) != (image.shape[0], *image.shape[2:]):
             return contextlib.nullcontext()
         return labelled(self.sample_labels(labels, locations))
 
     def sample_labels(self, labels: Tensor, locations: Tensor) -> Tensor:
-        """(B, h, w): labels (B, H, W) of the sampled image."""
+        """Sample labels (B, H, W) at the locations: (B, h, w)."""
         return sample(labels.unsqueeze(1), locations.to(labels.device), self.size)[:, 0]
 
     def _image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -281,15 +284,16 @@ class ResampledModel(ConvertedModel):
         return image
 
     def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> ResampledMacs:
-        """Multiply-accumulates on an image: the sampler's, the network's, and the network's without sampling.
+        """Count MACs on an image: of the sampler, of the network, and of the network without sampling.
 
         Args:
-            args, kwargs: as of a call.
-            rule: `conv`, what is carried out; or `published`, see `cadsurgery.resampling.conv_macs`, of dense networks.
+            args, kwargs: as in a call.
+            rule: `conv`, what is carried out; or, for dense networks, `published`, see
+                `cadsurgery.resampling.conv_macs`.
 
         Raises:
-            UnknownName: no such rule.
-            InvalidInput: a network made by another method under rule `published`.
+            UnknownName: there is no such rule.
+            InvalidInput: rule `published` for a network made by another method.
         """
         check_name("counting rule", rule, RULES)
         image = self._image(args, kwargs)
@@ -302,7 +306,7 @@ class ResampledModel(ConvertedModel):
             return self._count(image, None if image.is_meta else self.sampler(image), rule)
 
     def _count(self, image: Tensor, locations: Tensor | None, rule: str) -> ResampledMacs:
-        """With masks inside at some locations; of shapes alone where there are none."""
+        """Count at these locations, on which inner masks depend; without locations, from shapes alone."""
         sampler = self.sampler.macs(image, rule)
         original, not_counted = _macs_of(self.network, image, rule)
         if locations is None:
@@ -322,12 +326,15 @@ class ResampledModel(ConvertedModel):
 
     @property
     def is_optimized(self) -> bool:
-        """True if it is an inference copy."""
+        """True for an inference copy."""
         return self._is_optimized
 
     def optimize(self) -> ResampledModel:
-        """An inference copy: of a dense network batch norm folded and activations fused, where torch.fx can follow it;
-        of one that another method made its own inference copy; of a learned sampler batch norm folded."""
+        """Return an inference copy.
+
+        A dense network has its batch norms folded and activations fused if torch.fx can trace it; a network of
+        another method is replaced by its own inference copy. Batch norms of a learned sampler are folded.
+        """
         net = ResampledModel(
             _optimized(self.network), copy.deepcopy(self.sampler), self.size, self.mode, self.back
         )
@@ -341,10 +348,10 @@ class ResampledModel(ConvertedModel):
     # -- files -------------------------------------------------------------------------------------
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Contents of its file: those that the network's own method writes, and the sampler's.
+        """Return the contents of the file: those of the inner network's own method, and the sampler's.
 
         Raises:
-            InvalidInput: a sampler of your own, which a file cannot hold.
+            InvalidInput: the sampler is the user's own, which a file cannot contain.
         """
         sampler, network = self.sampler, self.network
         is_mask = isinstance(sampler, MaskSampler) and sampler.mask.storable
@@ -366,7 +373,7 @@ class ResampledModel(ConvertedModel):
 
     @classmethod
     def check_stored(cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor]) -> None:
-        """Refuse a sampled image, or a grid, that is too large to be made."""
+        """Refuse a sampled image or a grid that is too large."""
         size, grid = stored.options["size"], stored.options["grid"]
         storage.check_size(path, max(math.prod(size), grid**4), stored.trust)
 
@@ -374,7 +381,7 @@ class ResampledModel(ConvertedModel):
     def rebuild(
         cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor], model: nn.Module | None
     ) -> Self:
-        """The network of a file, whatever method made the network inside; see `ConvertedModel.rebuild`."""
+        """Build the network of a file, whatever method made the inner network; see `ConvertedModel.rebuild`."""
         fields, inside = stored.fields, stored.fields["inside"]
         with storage.as_file_error(f"the metadata of {path} is damaged.", files.AGAIN):
             unit = fields["normalisation"]
@@ -390,12 +397,12 @@ class ResampledModel(ConvertedModel):
             network = model if model is not None else storage.build_stated(path, stored.source, tensors)
         sampler: object = fields["sampler"]
         if sampler not in SAMPLERS:
-            of_mask = {name.removeprefix("mask."): value for name, value in own.items()}
-            sampler = storage.stored_mask(path, fields["sampler"], of_mask, stored.trust)
+            mask_tensors = {name.removeprefix("mask."): value for name, value in own.items()}
+            sampler = storage.stored_mask(path, fields["sampler"], mask_tensors, stored.trust)
         with storage.as_file_error(f"{path} does not fit this model.", storage.OTHER_MODEL):
             net = cls._convert_again(network, stored, sampler=sampler)
         files.check_plan(path, net.plan, stored.plan)
-        net.plan = stored.plan  # its MACs are those with the mask's own parameters
+        net.plan = stored.plan  # its MACs were counted with the stored mask's parameters
         files.fill(path, net.sampler, own)
         if inside == "network":
             files.fill(path, net.network, tensors)
@@ -405,7 +412,7 @@ class ResampledModel(ConvertedModel):
 
 
 def _macs_of(network: nn.Module, image: Tensor, rule: str) -> tuple[int, tuple[str, ...]]:
-    """MACs of a network of any kind on an image, and the operations that are not among them."""
+    """Count the MACs of a network of any kind on an image, and list the operations that are not counted."""
     if not hasattr(network, "macs"):
         if rule != "conv":
             return conv_macs(network, image, rule=rule), ()
@@ -420,7 +427,7 @@ def _macs_of(network: nn.Module, image: Tensor, rule: str) -> tuple[int, tuple[s
 
 
 def _optimized(network: nn.Module) -> nn.Module:
-    """An inference copy of a network: its own, or that of the adaptive one that is uniformly what it is."""
+    """Return an inference copy of a network: its own, or of a dense network, that of its uniform adaptive network."""
     optimize: Callable[[], nn.Module] | None = getattr(network, "optimize", None)
     if optimize is not None:
         return optimize()

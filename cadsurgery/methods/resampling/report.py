@@ -1,4 +1,4 @@
-"""Plan of a network whose input is sampled, and its multiply-accumulates."""
+"""The plan of a network with a sampled input, and its multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cadsurgery.support.errors import check_name
 
 @dataclass(frozen=True, kw_only=True)
 class ResampledPlan(MethodPlan):
-    """How an image is sampled, and what the network gives is brought back.
+    """How an image is sampled, and how the network's output is interpolated back.
 
     Attributes:
         sampler: `learned`, `labels`, `uniform`, or a mask.
-        grid: locations on a side.
+        grid: number of locations per side.
         size: (height, width) of the sampled image.
-        mode: how pixels are taken.
-        back: how scores are brought back.
-        maps: what the network returns of the sampled image that is brought back: (channels, height, width) of each.
-        macs: on the example, of the sampler, the network, and the network without sampling.
+        mode: how pixels are sampled.
+        back: how scores are interpolated back.
+        maps: (channels, height, width) of each output map that is interpolated back, on the sampled image.
+        macs: MACs on the example of the sampler, the network, and the network without sampling.
     """
 
     sampler: str
@@ -38,7 +38,7 @@ class ResampledPlan(MethodPlan):
     macs: tuple[int, int, int] = field(compare=False)
 
     def check(self) -> bool:
-        """True if there is something to sample, and maps to bring back."""
+        """True if the size and the grid are valid and there are maps."""
         return min(*self.size, self.grid) >= 1 and bool(self.maps) and math.prod(self.size) >= 4
 
     def __str__(self) -> str:
@@ -60,10 +60,10 @@ class ResampledMacs(MethodMacs):
     """MACs of a batch; `print` shows them.
 
     Attributes:
-        sampler: what finds the locations.
-        network: on the sampled image.
-        original: the network on the image itself.
-        rule: how they were counted: `conv`, or `published`, see `conv_macs`.
+        sampler: MACs of the sampler.
+        network: MACs of the network on the sampled image.
+        original: MACs of the network on the image itself.
+        rule: counting rule: `conv`, or `published`, see `conv_macs`.
         size: (height, width) of the sampled image.
     """
 
@@ -75,16 +75,16 @@ class ResampledMacs(MethodMacs):
 
     @property
     def total(self) -> int:
-        """Sampler and network."""
+        """MACs of sampler and network."""
         return self.sampler + self.network
 
     @property
     def dense(self) -> int:
-        """The network without sampling."""
+        """MACs of the network without sampling."""
         return self.original
 
     def lines(self) -> list[str]:
-        """The total, its parts, and without sampling."""
+        """Return the total, its parts, and the MACs without sampling."""
         share = self.total / max(self.original, 1)
         return [
             f", sampled at {in_words(self.size)}: {self.total:.4e}, of them {self.sampler:.4e} the sampler's; "
@@ -93,16 +93,16 @@ class ResampledMacs(MethodMacs):
 
 
 def conv_macs(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: Any) -> int:
-    """MACs of the convolutions of a network's modules on a call, without bias; not run.
+    """Count the MACs of the Conv2d modules of a network on a call, without bias and without running it.
 
     Args:
         model: the network.
-        args, kwargs: of the call.
+        args, kwargs: arguments of the call.
         rule: `conv`, what is computed; or `published`: a depthwise convolution of dilation r is counted at every r-th
-            row and column only, as the notebook beside the published code does by mistake.
+            row and column only, a mistake of the notebook published with the code.
 
     Raises:
-        UnknownName: no such rule.
+        UnknownName: there is no such rule.
     """
     check_name("counting rule", rule, RULES)
     counted, counts = meta_copy(model), [0]

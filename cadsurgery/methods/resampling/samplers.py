@@ -1,4 +1,4 @@
-"""Samplers: where an image is sampled, by nothing, labels, a mask, or a network that learned it."""
+"""Samplers: they compute where an image is sampled, from labels, a mask, a trained network, or uniformly."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.errors import InvalidInput, UnknownName
 
 _STRIDE = 4  # image pixels per score of a mask
-_LEVELS = 2  # that masks with several thresholds may name
-_PER_LOCATION = 8  # pixels a side of what the learned sampler sees, for each location
+_LEVELS = 2  # levels for which masks may have thresholds
+_PER_LOCATION = 8  # side in pixels of the learned sampler's input, per location
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class SamplerOptions:
     """Options of a sampler.
 
     Attributes:
-        grid: locations on a side.
-        smoothness: of `target_locations`, for labels and masks, and of what is learned.
-        targets: classes to whose boundaries samples go; None for all.
-        ignore: label of pixels that are no boundary; None for none.
-        share: of the places of a mask that take the place of boundaries, those it scores highest.
+        grid: number of locations per side.
+        smoothness: smoothness of `target_locations`, for labels, masks and the targets of a learned sampler.
+        targets: classes whose boundaries attract samples; None for all.
+        ignore: label of pixels that form no boundary; None for none.
+        share: for a mask, the share of samples that count as boundaries: those with the highest scores.
     """
 
     grid: int = 8
@@ -61,12 +61,12 @@ class SamplerOptions:
             raise InvalidInput(f"share={self.share}.", next="it must be above 0 and at most 1.")
 
     def locations_of(self, labels: Tensor) -> Tensor:
-        """(B, grid, grid, 2) near the boundaries of targets in labels (B, H, W)."""
+        """Compute locations (B, grid, grid, 2) near the boundaries of target classes in labels (B, H, W)."""
         return target_locations(boundaries(labels, self.targets, self.ignore), self.grid, self.smoothness)
 
 
 class Sampler(nn.Module):
-    """Base of all samplers: from an image batch (B, C, H, W), as the network takes it, to (B, grid, grid, 2)."""
+    """Base of all samplers. They map an image batch (B, C, H, W), as the network takes it, to (B, grid, grid, 2)."""
 
     name: ClassVar[str] = ""
 
@@ -75,39 +75,39 @@ class Sampler(nn.Module):
         self.options = options
 
     def forward(self, image: Tensor) -> Tensor:
-        """The locations."""
+        """Compute the locations."""
         raise NotImplementedError
 
     def spec(self) -> str:
-        """Text that `cadsurgery.resample` reads back."""
+        """Return the text from which `cadsurgery.resample` creates the sampler."""
         return self.name
 
     def macs(self, image: Tensor, rule: str = "conv") -> int:
-        """Multiply-accumulates of its convolutions."""
+        """Count the multiply-accumulates of the sampler's convolutions."""
         return 0
 
 
 class UniformSampler(Sampler):
-    """Equal distances: the image downsampled."""
+    """Samples at equal distances: the image is downsampled."""
 
     name = "uniform"
 
     def forward(self, image: Tensor) -> Tensor:
-        """The uniform grid."""
+        """Return the uniform grid."""
         uniform = uniform_locations(self.options.grid).to(image.device)
         return uniform.expand(image.shape[0], -1, -1, -1)
 
 
 class LabelSampler(Sampler):
-    """The locations of `target_locations` for given labels, see `cadsurgery.masks.labelled`: what could be learned."""
+    """Locations from given labels (`cadsurgery.masks.labelled`): the targets of a learned sampler."""
 
     name = "labels"
 
     def forward(self, image: Tensor) -> Tensor:
-        """Those near the boundaries of the labels of the call.
+        """Compute locations near the boundaries of the call's labels.
 
         Raises:
-            InvalidInput: there are no labels, or not of this image.
+            InvalidInput: there are no labels, or their size differs from the image's.
         """
         labels = call_context().labels
         if labels is None:
@@ -126,18 +126,18 @@ class LabelSampler(Sampler):
 
 
 class MaskSampler(Sampler):
-    """Near what a mask scores highest: no training, no labels.
+    """Locations near the highest scores of a mask, without training or labels.
 
-    The mask sees the image as its features too, averaged over cells of 4 x 4 pixels, which are its fine map.
+    The features that the mask sees are the image, averaged over cells of 4 x 4 pixels; these cells are its fine map.
     """
 
     name = "mask"
 
     def __init__(self, options: SamplerOptions, mask: MaskProvider, unit: Unit | None = None) -> None:
-        """Take a mask, and what it sees of the image.
+        """Take a mask and the unit in which it sees the image.
 
         Raises:
-            InvalidInput: a mask that looks at what a network gives or is made for its features.
+            InvalidInput: the mask uses outputs of the network or was trained on its features.
         """
         super().__init__(options)
         learned = mask.sees_features and any(True for _ in mask.parameters())
@@ -150,12 +150,12 @@ class MaskSampler(Sampler):
         self.mask, self.unit = mask, unit or Unit()
 
     def forward(self, image: Tensor) -> Tensor:
-        """The locations of `target_locations` for the places of the highest scores."""
+        """Compute `target_locations` for the samples with the highest scores."""
         scores = self._scores(image)
         values = scores.flatten(1)
         number = max(1, math.ceil(self.options.share * values.shape[1]))
         least = values.topk(number, 1).values[:, -1:]
-        marked = (values >= least) & (values > values.amin(1, keepdim=True))  # nothing where all are the same
+        marked = (values >= least) & (values > values.amin(1, keepdim=True))  # none if all scores are equal
         return target_locations(marked.view_as(scores), self.options.grid, self.options.smoothness)
 
     @torch.no_grad()
@@ -169,22 +169,23 @@ class MaskSampler(Sampler):
         return check_scores(self.mask.scores(shown, features, grid), grid, self.mask.name, "of a sampler")
 
     def macs(self, image: Tensor, rule: str = "conv") -> int:
-        """Of what the mask convolves."""
+        """Count the MACs of the mask's convolutions."""
         image = torch.zeros(image.shape, dtype=image.dtype) if image.is_meta else image
         with MacCounter() as counter:
             self._scores(image)
         return counter.macs
 
     def spec(self) -> str:
-        """That of the mask."""
+        """Return the mask's text form."""
         return self.mask.spec()
 
 
 class LearnedSampler(Sampler):
-    """A small network that sees the image at 8 pixels for each location, and predicts how far it is from a mean place.
+    """A small network that predicts each location's offset from a mean location, on an image of 8 x 8 pixels per
+    location.
 
-    As published: MobileNetV2 at a quarter of the width; the mean places are learned, and start uniform. The
-    last layer starts at zero, and with it everything from the uniform grid.
+    As published, it is MobileNetV2 at a quarter of the width, and the mean locations are learned and start uniform.
+    The last layer starts at zero, so that sampling starts with the uniform grid.
     """
 
     name = "learned"
@@ -198,11 +199,11 @@ class LearnedSampler(Sampler):
         self.mean_locations = nn.Parameter(uniform_locations(options.grid).float().unsqueeze(0))
 
     def forward(self, image: Tensor) -> Tensor:
-        """The predicted locations, their sides on those of the image."""
+        """Predict the locations, with the grid's sides on the image's."""
         return normalise(self.predict(image))
 
     def predict(self, image: Tensor) -> Tensor:
-        """(B, grid, grid, 2) as it comes from the network: what is trained."""
+        """Predict (B, grid, grid, 2) without normalisation, as used in training."""
         side = _PER_LOCATION * self.options.grid
         small = F.interpolate(
             image.to(self.mean_locations.dtype), size=(side, side), mode="bilinear", align_corners=False
@@ -210,7 +211,7 @@ class LearnedSampler(Sampler):
         return self.net(small).permute(0, 2, 3, 1) + self.mean_locations
 
     def macs(self, image: Tensor, rule: str = "conv") -> int:
-        """Of its network."""
+        """Count the MACs of the network."""
         side = _PER_LOCATION * self.options.grid
         return conv_macs(
             self.net, image.new_empty(image.shape[0], image.shape[1], side, side, device="meta"), rule=rule
@@ -225,18 +226,18 @@ SAMPLERS: dict[str, type[Sampler]] = {
 def resolve_sampler(
     sampler: object, options: SamplerOptions, channels: int = 3, normalisation: Normalisation | None = None
 ) -> Sampler:
-    """A sampler from a name, a mask, or a sampler.
+    """Create a sampler from a name or a mask, or return a sampler unchanged.
 
     Args:
-        sampler: `learned`, `labels`, `uniform`; or what `adaptify` takes as a mask; or a sampler, which keeps its own
-            options.
-        options: of what is made.
-        channels: of the image.
-        normalisation: what masks take the image for, if it is known.
+        sampler: `learned`, `labels`, `uniform`, anything `adaptify` accepts as a mask, or a sampler, which keeps its
+            own options.
+        options: options of a new sampler.
+        channels: channels of the image.
+        normalisation: normalisation of the image for masks, if known.
 
     Raises:
-        UnknownName: no such sampler or mask.
-        InvalidInput: neither, or a mask that cannot say where to sample.
+        UnknownName: there is no such sampler or mask.
+        InvalidInput: the type is wrong, or the mask cannot be used for sampling.
     """
     if isinstance(sampler, Sampler):
         return sampler
@@ -257,13 +258,13 @@ def resolve_sampler(
         if isinstance(sampler, str):
             raise
         raise InvalidInput(
-            f"{describe(sampler)} is no sampler.",
+            f"{describe(sampler)} is not a sampler.",
             next='give "learned", "labels", "uniform", a mask such as "edges", or a sampler.',
         ) from error
     if isinstance(mask, FixedMask):
         raise InvalidInput(
             "a tensor cannot say where to sample.",
-            why="a sampler is asked for images of any size.",
+            why="a sampler is used for images of any size.",
             next="give a function image -> map, or labels: sampler='labels' within cadsurgery.masks.labelled.",
         )
     return MaskSampler(options, mask, Unit(normalisation))

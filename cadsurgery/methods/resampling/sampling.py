@@ -1,4 +1,4 @@
-"""An image at given locations."""
+"""Sampling of an image at given locations."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ Mode = Literal["nearest", "bilinear"]
 
 
 def sample(image: Tensor, locations: Tensor, size: int | tuple[int, int], mode: Mode = "nearest") -> Tensor:
-    """(B, C, h, w): an image at locations, upsampled to a size bilinearly.
+    """Sample an image at a grid of locations that is upsampled bilinearly: (B, C, h, w).
 
     Args:
-        image: (B, C, H, W); of labels, (B, 1, H, W) integers.
-        locations: (B, grid, grid, 2), row and column in 0..1; sides are put on the image's and the rest inside it.
-        size: (height, width) of what is sampled, or one number for both; may be larger than the image.
-        mode: `nearest` pixel, half to even, as published: gradients go to the image alone. `bilinear`: to the
-            locations too.
+        image: (B, C, H, W); labels are (B, 1, H, W) integers.
+        locations: (B, grid, grid, 2), row and column in 0..1; the grid's sides are moved to the image's, and
+            locations outside the image inside.
+        size: (height, width) of the result, or one number for both; may be larger than the image.
+        mode: `nearest`, as published: the nearest pixel, halves to even; only the image gets gradients. With
+            `bilinear` the locations get gradients too.
 
     Raises:
-        InvalidInput: what is no image, no size, or no locations of this batch.
-        UnknownName: no such mode.
+        InvalidInput: `image` is not an image, `size` is not a size, or the locations do not fit the batch.
+        UnknownName: there is no such mode.
     """
     check_name("mode", mode, get_args(Mode))
     if not isinstance(image, Tensor) or image.dim() != 4 or 0 in image.shape or min(image.shape[2:]) < 2:
@@ -46,5 +47,5 @@ def sample(image: Tensor, locations: Tensor, size: int | tuple[int, int], mode: 
     rows = (places[..., 0] * (image.shape[2] - 1)).round().long()
     columns = (places[..., 1] * (image.shape[3] - 1)).round().long()
     pixels = (rows * image.shape[3] + columns).flatten(1).unsqueeze(1)
-    found = image.flatten(2).gather(2, pixels.expand(-1, image.shape[1], -1))
-    return found.view(*image.shape[:2], height, width)
+    sampled = image.flatten(2).gather(2, pixels.expand(-1, image.shape[1], -1))
+    return sampled.view(*image.shape[:2], height, width)

@@ -1,4 +1,4 @@
-"""The small network of the learned sampler: inverted residuals at a fixed size, and a head with a global branch."""
+"""The small network of the learned sampler: inverted residuals, and a head with a global branch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from cadsurgery.support.errors import InvalidInput
 
 _HEAD = 256
-# Channels, blocks, stride of the first (Sandler et al., CVPR 2018, Tab. 2); all but the first block expand sixfold.
+# Channels, blocks, stride of the first block (Sandler et al., CVPR 2018, Table 2). All stages but the first expand
+# sixfold.
 _STAGES = ((16, 1, 1), (24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
 _STEM, _EXPANSION = 32, 6
 
@@ -30,16 +31,16 @@ class _Block:
 
 
 def _blocks(width: float, output_stride: int) -> Iterator[_Block]:
-    """Once the output stride is reached, strides become dilations of what follows, as published."""
+    """Yield the blocks; after the output stride is reached, strides become dilations, as published."""
     channels, stride, dilation = int(_STEM * width), 2, 1
     for place, (number, count, step) in enumerate(_STAGES):
         for block in range(count):
-            own = step if block == 0 else 1
+            block_stride = step if block == 0 else 1
             expanded = (channels * _EXPANSION + 4) // 8 * 8 if place else channels
-            is_reached = own > 1 and stride == output_stride
-            yield _Block(channels, expanded, int(number * width), 1 if is_reached else own, dilation)
-            channels, stride = int(number * width), stride if is_reached else stride * own
-            dilation *= own if is_reached else 1
+            is_reached = block_stride > 1 and stride == output_stride
+            yield _Block(channels, expanded, int(number * width), 1 if is_reached else block_stride, dilation)
+            channels, stride = int(number * width), stride if is_reached else stride * block_stride
+            dilation *= block_stride if is_reached else 1
 
 
 def _norm(
@@ -52,7 +53,7 @@ def _norm(
 
 
 class _InvertedResidual(nn.Module):
-    """Expand, depthwise, project; added to what came in where the shape is the same."""
+    """Expansion, depthwise convolution and projection, with a residual connection if the shape stays."""
 
     def __init__(self, block: _Block) -> None:
         super().__init__()
@@ -66,14 +67,14 @@ class _InvertedResidual(nn.Module):
         self.layers = nn.Sequential(*layers, _norm(block.inner, block.out, relu=None))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, out, h', w')."""
+        """Map (B, C, h, w) to (B, out, h', w')."""
         return x + self.layers(x) if self.adds else self.layers(x)
 
 
 class ShiftNet(nn.Module):
-    """MobileNetV2 at an output stride, beside its features their mean over the image, and what is predicted from both.
+    """MobileNetV2 at some output stride; a head joins its features with their mean over the image.
 
-    With the defaults that of the published sampler: 64 x 64 pixels in, shifts of 8 x 8 locations out.
+    The defaults are the published sampler: 64 x 64 pixels in, offsets of 8 x 8 locations out.
     """
 
     def __init__(
@@ -82,26 +83,26 @@ class ShiftNet(nn.Module):
         """Create the network.
 
         Args:
-            channels: of the image.
-            outputs: numbers for each position.
+            channels: channels of the image.
+            outputs: number of outputs per position.
             width: factor of the numbers of channels.
-            output_stride: pixels of the image per position.
+            output_stride: image pixels per position.
         """
         super().__init__()
         blocks = list(_blocks(width, output_stride))
         layers = [_norm(channels, int(_STEM * width), 3, stride=2), *map(_InvertedResidual, blocks)]
         self.features = nn.Sequential(*layers)
         self.local = _norm(blocks[-1].out, _HEAD, relu=nn.ReLU)
-        own = _norm(blocks[-1].out, _HEAD, relu=nn.ReLU)
-        self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), own)
+        projection = _norm(blocks[-1].out, _HEAD, relu=nn.ReLU)
+        self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), projection)
         self.joined = _norm(2 * _HEAD, _HEAD, relu=nn.ReLU)
         self.last = nn.Conv2d(_HEAD, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, outputs, h, w) of an image (B, channels, H, W).
+        """Map an image (B, channels, H, W) to (B, outputs, h, w).
 
         Raises:
-            InvalidInput: a batch of one in training: the norm of a mean over the image needs more.
+            InvalidInput: a batch of one in training, for which batch norm of the global mean is undefined.
         """
         norms = (module for module in self.whole.modules() if isinstance(module, nn.BatchNorm2d))
         if x.shape[0] == 1 and any(norm.training for norm in norms):
@@ -115,7 +116,7 @@ class ShiftNet(nn.Module):
         return self.last(self.joined(torch.cat((local, self.whole(y).expand_as(local)), 1)))
 
     def fold(self) -> None:
-        """Put batch norms into the convolutions before them, in place; of a network in evaluation mode."""
+        """Fold batch norms into the preceding convolutions, in place; the network must be in evaluation mode."""
         for module in self.modules():
             if (
                 isinstance(module, nn.Sequential)

@@ -1,4 +1,4 @@
-"""Keypoints and descriptors of images by an adaptive network, and how well they match."""
+"""Keypoints and descriptors of images from an adaptive network, and how well they match."""
 
 from cadsurgery.tasks.keypoints.evaluation import evaluate_matching
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features

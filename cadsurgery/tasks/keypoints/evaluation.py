@@ -1,4 +1,4 @@
-"""Matching on image sequences: several masks and output strides against work and time."""
+"""Evaluate matching on image sequences: several masks and output strides, against work and time."""
 
 from __future__ import annotations
 
@@ -46,30 +46,30 @@ def evaluate_matching(
 ) -> MatchingReport:
     """Match the first image of every sequence with the others, for every mask at every pair of output strides.
 
-    The protocol of HPatches as D2-Net and CAD use it: mutual nearest neighbours under the inner product, the share of
-    matches within 1 to 15 pixels of the homography, 0 for a pair without matches, mean over pairs (MMA).
+    The protocol of HPatches as used by D2-Net and CAD: mutual nearest neighbours under the inner product; the share
+    of matches within 1 to 15 pixels of the homography, 0 for a pair without matches; its mean over pairs (MMA).
 
     Args:
-        network: as of `cadsurgery.evaluate`.
-        folder: of sequences, see `find_sequences`; or `images:FOLDER`, photos that are matched with views of themselves
-            by known homographies.
-        masks: their strings; default: that of the settings.
-        settings: how keypoints are found and described; its mask is not used where masks are given.
-        output_stride, options, weights: as of `cadsurgery.evaluate`.
-        everything: also the sequences that the published protocol leaves out.
-        rounds: of timing the description of the first image, all settings in turn; 0 for none.
+        network: as in `cadsurgery.evaluate`.
+        folder: folder of sequences, see `find_sequences`; or `images:FOLDER`, photos that are matched with views of
+            themselves by known homographies.
+        masks: text forms of masks; default: the mask of the settings.
+        settings: how keypoints are found and described; `masks` replaces its mask.
+        output_stride, options, weights: as in `cadsurgery.evaluate`.
+        everything: include the sequences that the published protocol leaves out.
+        rounds: rounds of timing the description of the first image, all settings in turn; 0 for none.
         picture: PNG to draw: accuracy against threshold and work.
         matches: PNG to draw: the matches of the first pair with each setting.
-        device, output, step, trust: as of `cadsurgery.evaluate`.
+        device, output, step, trust: as in `cadsurgery.evaluate`.
 
     Raises:
-        InvalidInput: an impossible option, or a network whose outputs are not understood.
-        CadError: not one pair could be matched (that pair's error); or a name, file or option is refused.
+        InvalidInput: an option is out of range, or the network's outputs are not supported.
+        CadError: no pair could be matched (the error of the first one); or a name, file or option is refused.
     """
     if rounds < 0:
         raise InvalidInput(f"rounds={rounds}.", next="give 0 for no timing, or more.")
     check_outputs(output, picture=picture, matches=matches)
-    settings, where = settings or Extraction(), own_device(device)
+    settings, torch_device = settings or Extraction(), own_device(device)
     chosen = [*masks] or [settings.mask]
     for mask in chosen:
         resolve_mask(mask or "all")
@@ -78,8 +78,8 @@ def evaluate_matching(
     pairs = [pair for pair in output_stride if pair is not None]
     nets, source = at_strides(network, pairs, options or {}, mask="all", weights=weights, trust=trust)
     extractors = [
-        Extractor(fast, replace(settings, mask=mask), where)
-        for fast in [net.to(where).optimize() for net in nets]
+        Extractor(fast, replace(settings, mask=mask), torch_device)
+        for fast in [net.to(torch_device).optimize() for net in nets]
         for mask in chosen
     ]
     failures = Failures("sequence")
@@ -87,7 +87,7 @@ def evaluate_matching(
         sequences,
         lambda sequence: (sequence, _match_all(sequence, extractors, failures)),
         failures,
-        where,
+        torch_device,
         name=lambda sequence: sequence.name,
         step=step,
     )
@@ -95,7 +95,7 @@ def evaluate_matching(
     if usable is None:
         nothing = CadError("there was nothing to match.", next="check the images.")
         raise CadError.from_dict(failed[0]) if failed else nothing
-    rows = [_row(one, [parts[at] for _, parts in finished]) for at, one in enumerate(extractors)]
+    rows = [_row(extractor, [parts[at] for _, parts in finished]) for at, extractor in enumerate(extractors)]
     size = (0, 0)
     if world().is_main and (rounds or matches):
         image = usable.read(0)
@@ -103,7 +103,7 @@ def evaluate_matching(
         size = (seen.batch.shape[2], seen.batch.shape[3])
         if rounds:
             step("measuring")
-            sides = [Side(one.mask, partial(_describe, one, seen)) for one in extractors]
+            sides = [Side(extractor.mask, partial(_describe, extractor, seen)) for extractor in extractors]
             rows = time_sides(sides, rows, seen.batch, rounds)
         if matches is not None:
             step("drawing")
@@ -123,7 +123,7 @@ def evaluate_matching(
         normalisation=str(nets[0].normalisation or ""),
         rows=tuple(rows),
         failed=tuple(failed),
-        **provenance(network, source, where),
+        **provenance(network, source, torch_device),
     )
     if world().is_main:
         report.write(output, picture)
@@ -131,7 +131,7 @@ def evaluate_matching(
 
 
 class _Part(NamedTuple):
-    """The results of an extractor on a sequence: pairs, work on the first image, keypoints of each image."""
+    """The results of an extractor on a sequence: pairs, work on the first image, number of keypoints per image."""
 
     pairs: list[Pair]
     macs: int
@@ -146,7 +146,7 @@ def _describe(extractor: Extractor, seen: Seen, images: Tensor) -> Features:
 def _match_all(
     sequence: ImageSequence | Photo, extractors: Sequence[Extractor], failures: Failures
 ) -> list[_Part]:
-    """One sequence with every extractor; images that cannot be used are noted."""
+    """Match one sequence with every extractor; images that cannot be used are recorded as failures."""
     first = extractors[0].seen(sequence.read(0))
     others: dict[int, Seen] = {}
     for place in range(len(sequence.numbers)):
@@ -156,18 +156,20 @@ def _match_all(
             failures.note(error)
     parts = []
     for extractor in extractors:
-        of_first = extractor.features(first)
-        of_others = {place: extractor.features(other) for place, other in others.items()}
-        pairs = [_pair(sequence, place, of_first, features) for place, features in of_others.items()]
+        first_features = extractor.features(first)
+        other_features = {place: extractor.features(other) for place, other in others.items()}
+        pairs = [
+            _pair(sequence, place, first_features, features) for place, features in other_features.items()
+        ]
         with torch.inference_mode():
             macs = extractor.macs(first)
-        counts = tuple(len(features.keypoints) for features in (of_first, *of_others.values()))
+        counts = tuple(len(features.keypoints) for features in (first_features, *other_features.values()))
         parts.append(_Part(pairs, macs, extractor.net.active_fraction, counts))
     return parts
 
 
 def _pair(sequence: ImageSequence | Photo, place: int, first: Features, other: Features) -> Pair:
-    """The first image and another one."""
+    """Match the first image with another one."""
     homography = sequence.homographies[place]
     matches = mutual_matches(first.descriptors, other.descriptors)
     errors = match_errors(first.keypoints, other.keypoints, matches, homography)
@@ -179,7 +181,7 @@ def _pair(sequence: ImageSequence | Photo, place: int, first: Features, other: F
 def _draw_matches(
     extractor: Extractor, first: Seen, second: Seen, homography: Tensor
 ) -> tuple[str, Tensor, Tensor, Tensor]:
-    """As `matches_figure` takes them."""
+    """Return a setting's matches of two images, for `matches_figure`."""
     one, other = extractor.features(first), extractor.features(second)
     matches = mutual_matches(one.descriptors, other.descriptors)
     errors = match_errors(one.keypoints, other.keypoints, matches, homography)

@@ -1,4 +1,4 @@
-"""From an image to keypoints, scores and descriptors."""
+"""Extract keypoints, scores and descriptors from images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 from cadsurgery.tasks.options import Extraction as Extraction
 
-BORDER = 5  # samples at the edge of a network's own score map that have no keypoint: they see padding
+BORDER = 5  # margin of a network's score map without keypoints, where values depend on padding
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Features:
     """Keypoints of an image.
 
     Attributes:
-        keypoints: (n, 2) float32, x and y in pixels of the image file, 0 the middle of the first one; the best first.
-        scores: (n,) float32; ones if the detector gives none.
+        keypoints: (n, 2) float32, x and y in pixels of the image file, 0 at the centre of the first one; the best
+            first.
+        scores: (n,) float32; ones if the detector returns no scores.
         descriptors: (n, C) float32.
         size: (height, width) of the image file.
     """
@@ -44,8 +45,12 @@ class Features:
 
 
 class Seen(NamedTuple):
-    """An image as a network sees it, a batch of one, and the keypoints found in it: (n, 2) in pixels of the batch, with
-    scores (n,). Detector `own` finds them in the network's output: they are None then. `size` is that of the file."""
+    """An image prepared for a network, a batch of one, and its keypoints (n, 2) in pixels of the batch, with scores
+    (n,).
+
+    Points and scores are None for detector `own`, which finds them in the network's output. `size` is that of the
+    file.
+    """
 
     size: tuple[int, int]
     batch: Tensor
@@ -58,14 +63,14 @@ class Extractor:
     """Extracts features with one network.
 
     Attributes:
-        net: converted; `net.optimize()` for speed.
-        settings: how.
-        device: where the network is.
+        net: converted network; use `net.optimize()` for speed.
+        settings: settings of the extraction.
+        device: device of the network.
 
-    Raises:
-        InvalidInput: the network gives no map of descriptors, more than one without a name, or no score map where
-            it is to detect.
-        UnknownName: no such detector, or no such output.
+        Raises:
+            InvalidInput: the network returns no descriptor map, several without a name to choose, or no score map for
+                detector `own`.
+            UnknownName: there is no such detector or output.
     """
 
     net: AdaptiveModel
@@ -81,7 +86,7 @@ class Extractor:
         self._output: str | int | None = int(output) if output.isdecimal() else output or None
         if self.reads_elements:
             return
-        with torch.inference_mode():  # what cannot be done should be said before any image is read
+        with torch.inference_mode():  # find errors before any image is read
             example = torch.zeros(1, *self.net.plan.example_shape[1:], device=self.device)
             outputs = self.net(example, mask="none")
         if name == OWN:
@@ -90,24 +95,24 @@ class Extractor:
 
     @property
     def mask(self) -> str:
-        """The spec of the mask that is used."""
+        """The text form of the mask in use."""
         return self.settings.mask or self.net.mask.spec()
 
     @cached_property
     def reads_elements(self) -> bool:
-        """True if descriptors are read from elements; otherwise the map leaves the network whole."""
+        """True if descriptors are read from elements instead of a dense map."""
         return self.settings.detector != OWN and readable(self.net, self._output)
 
     def __call__(self, image: Tensor) -> Features:
-        """The features of an image (3, H, W) in 0..1.
+        """Return the features of an image (3, H, W) in 0..1.
 
         Raises:
-            InvalidInput: an image too small, or a detector that gives no points.
+            InvalidInput: the image is too small, or the detector does not return points.
         """
         return self.features(self.seen(image))
 
     def seen(self, image: Tensor) -> Seen:
-        """An image (3, H, W) in 0..1 prepared; extractors that differ in their mask alone share it."""
+        """Prepare an image (3, H, W) in 0..1; extractors that differ only in their mask can share the result."""
         shown = self.resize(image)
         batch = normalise(shown, pictures_for(self.net)).unsqueeze(0).to(self.device)
         batch, size = batch.contiguous(memory_format=torch.channels_last), (image.shape[1], image.shape[2])
@@ -117,7 +122,7 @@ class Extractor:
             return Seen(size, batch, *self._points(shown, batch))
 
     def features(self, seen: Seen) -> Features:
-        """The features of a prepared image."""
+        """Return the features of a prepared image."""
         batch, mask, settings = seen.batch, self.settings.mask or None, self.settings
         points, scores = seen.points, seen.scores
         with torch.inference_mode():
@@ -141,7 +146,7 @@ class Extractor:
         return Features(keypoints.float().cpu(), scores.float().cpu(), descriptors.float().cpu(), seen.size)
 
     def resize(self, image: Tensor) -> Tensor:
-        """The image (3, h, w) the network sees: made smaller by the means of areas, cut to a multiple."""
+        """Reduce an image to the network's size (3, h, w) by area averaging, and crop it to a multiple."""
         height, width = image.shape[1:]
         limit = self.settings
         scale = min(
@@ -158,7 +163,7 @@ class Extractor:
         return image if size == [height, width] else F.interpolate(image[None], size=size, mode="area")[0]
 
     def _points(self, shown: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, 2) points in pixels of the image the network sees, and (n,) scores; not of detector `own`."""
+        """Detect points (n, 2), in pixels of the network's input, and scores (n,); not for detector `own`."""
         if self._function is None:
             grey = (255 * grey_of(shown[None])[0]).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
             points, scores = map(torch.from_numpy, sift(grey, self.settings.count))
@@ -171,7 +176,7 @@ class Extractor:
         return points, points.new_ones(len(points))
 
     def macs(self, seen: Seen) -> int:
-        """Multiply-accumulates of the network for the descriptors of a prepared image."""
+        """Count the network's MACs for the descriptors of a prepared image."""
         batch, mask = seen.batch, self.settings.mask or None
         points = seen.points if seen.points is not None else batch.new_zeros(0, 2)
         if self.reads_elements:
@@ -182,7 +187,7 @@ class Extractor:
             return self.net.macs(batch, mask=mask).mask
 
     def _sample(self, output: Any, batch: Tensor, points: Tensor) -> Tensor:
-        """The dense map of descriptors at points."""
+        """Sample the dense descriptor map at points."""
         descriptors = descriptor_map(output, self._output)
         size = (descriptors.shape[2], descriptors.shape[3])
         y, x = sample_at(points, batch, size, batch.shape[2] / size[0], self.settings.align)
@@ -190,11 +195,11 @@ class Extractor:
 
 
 def descriptor_map(output: Any, name: str | int | None) -> Tensor:
-    """The map of descriptors (1, C, h, w) among the outputs of a network.
+    """Return the descriptor map (1, C, h, w) among the outputs of a network.
 
     Raises:
-        UnknownName: no such output.
-        InvalidInput: several, or none, of more than one channel.
+        UnknownName: there is no such output.
+        InvalidInput: there is no map of several channels, or more than one.
     """
     several = named_outputs(output)
     if name is not None:
@@ -208,14 +213,14 @@ def descriptor_map(output: Any, name: str | int | None) -> Tensor:
     ]
     if not maps:
         raise InvalidInput(
-            f"the network gives no map of descriptors, but {', '.join(map(describe, several.values()))}.",
-            why="they are read from a map (1, C, h, w) of several channels.",
-            next="give module:function of your own that returns the part which gives one, "
+            f"the network returns no map of descriptors, but {', '.join(map(describe, several.values()))}.",
+            why="descriptors are read from a map (1, C, h, w) of several channels.",
+            next="give module:function of your own that returns the part of the network with such a map, "
             "e.g. the `features` of a classifier.",
         )
     if len(maps) > 1:
         raise InvalidInput(
-            f"the network gives {len(maps)} maps of several channels.",
+            f"the network returns {len(maps)} maps of several channels.",
             why="one of them must be the descriptors.",
             next=f"name it: --output-name {' or '.join(map(str, several))}.",
         )

@@ -1,4 +1,4 @@
-"""Features of folders of images, one file each; what is there already is kept."""
+"""Write the features of folders of images, one file per image; existing files are kept."""
 
 from __future__ import annotations
 
@@ -47,33 +47,33 @@ def extract(
     step: Step = silent,
     trust: bool = False,
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
-    """Write the features of every image; an image that cannot be used is reported and the others are done.
+    """Write the features of every image; an image that cannot be used is reported, and the others are processed.
 
-    Images whose file is there are left as they are, so that an interrupted run goes on: files appear whole or not at
-    all, and `extraction.json` in the folder tells what they were made with. Under `torchrun` or `accelerate launch`
-    each process takes its share; every one returns the rows of all.
+    Existing files are kept, so that an interrupted run can continue. Files are written atomically, and
+    `extraction.json` in the folder states how they were made. Under `torchrun` or `accelerate launch` each process
+    takes its share of the images, and every process returns the rows of all.
 
     Args:
-        network: as of `cadsurgery.evaluate`.
+        network: as in `cadsurgery.evaluate`.
         images: files and folders.
-        output: folder; images of folders keep their place below.
-        settings: how.
+        output: output folder; images of folders keep their relative paths.
+        settings: settings of the extraction.
         form: `npz` or `h5`, see `write_features`.
-        weights, options, device, step, trust: as of `cadsurgery.evaluate`.
+        weights, options, device, step, trust: as in `cadsurgery.evaluate`.
 
     Returns:
-        Rows of images that have a file (`image`, `output`, `keypoints`, `kept` whether it was there), and failures.
+        Rows of the images with a file (`image`, `output`, `keypoints`, and `kept`: the file existed), and failures.
 
     Raises:
-        UnknownName: no such form.
-        InvalidInput: the network does not give what is asked for, or the folder holds features made otherwise.
+        UnknownName: there is no such format.
+        InvalidInput: the network does not return what is requested, or the folder has features of other settings.
         FileError: there are no images, or the folder cannot be written.
     """
     settings = settings or Extraction()
     if form not in FORMS:
         raise UnknownName("form of files", form, FORMS)
     resolve_mask(settings.mask or "all")
-    where, (paths, lacking) = own_device(device), find_images(images)
+    torch_device, (paths, lacking) = own_device(device), find_images(images)
     folder = make_folder(output)
     step("building and converting")
     (net,), _ = at_strides(network, (), options or {}, mask="all", weights=weights, trust=trust)
@@ -83,7 +83,7 @@ def extract(
         **{"plan": [list(net.plan.output_stride), net.plan.region], "form": form, **asdict(settings)},
         "options": {key: str(value) for key, value in sorted((options or {}).items())},
     }
-    extractor = Extractor(net.to(where).optimize(), settings, where)
+    extractor = Extractor(net.to(torch_device).optimize(), settings, torch_device)
     _check_folder(folder, identity)
 
     def describe(item: tuple[Path, Path]) -> dict[str, Any]:
@@ -100,17 +100,20 @@ def extract(
         return {**row, "kept": is_there}
 
     failures = Failures("image", lacking)
-    return for_each(list(paths.items()), describe, failures, where, name=lambda item: str(item[0]), step=step)
+    return for_each(
+        list(paths.items()), describe, failures, torch_device, name=lambda item: str(item[0]), step=step
+    )
 
 
 def write_features(features: Features, path: Path, name: str = "") -> None:
-    """Write features to a file, whole or not at all.
+    """Write features to a file, atomically.
 
-    `.npz` as D2-Net and the HPatches benchmark read it: keypoints (n, 2), scores (n,), descriptors (n, C), image_size
-    (width, height). `.h5` as hloc reads it: the same in a group named after the image, descriptors as (C, n).
+    `.npz` has the format of D2-Net and the HPatches benchmark: keypoints (n, 2), scores (n,), descriptors (n, C),
+    image_size (width, height). `.h5` has the format of hloc: the same values in a group named after the image, with
+    descriptors as (C, n).
 
     Raises:
-        CadError: `.h5` without h5py.
+        CadError: `.h5` is requested and h5py is not installed.
         FileError: the path cannot be written.
     """
     height, width = features.size
@@ -132,10 +135,10 @@ def write_features(features: Features, path: Path, name: str = "") -> None:
 
 
 def read_features(path: Path) -> Features:
-    """Features from a file of `write_features`.
+    """Read features from a file written by `write_features`.
 
     Raises:
-        FileError: missing, unreadable, or without these values.
+        FileError: the file is missing, unreadable, or lacks these values.
     """
     try:
         if path.suffix == ".h5":
@@ -153,7 +156,7 @@ def read_features(path: Path) -> Features:
         width, height = (int(length) for length in values["image_size"])
     except CadError:
         raise
-    except Exception as error:  # readers of both kinds raise many
+    except Exception as error:  # readers of both formats raise many types
         raise FileError(
             f"{path} cannot be read as features.",
             why=describe_error(error),
@@ -163,7 +166,7 @@ def read_features(path: Path) -> Features:
 
 
 def _only_group(file: Any) -> Any:
-    """The group that holds the values, however deep its name nests."""
+    """Return the group that contains the values, which may be nested."""
     while "keypoints" not in file:
         file = file[next(iter(file))]
     return file
@@ -175,7 +178,7 @@ def _h5py() -> Any:
 
 
 def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder of features made otherwise; note what they are made with in a new one."""
+    """Check that a folder's features have the same settings; record the settings in a new folder."""
     path, plain = folder / SETTINGS, json.loads(json.dumps(identity))
     if path.is_file():
         try:

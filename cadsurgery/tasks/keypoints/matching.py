@@ -1,4 +1,4 @@
-"""Descriptors matched between two images of a plane, and how right the matches are."""
+"""Matching of descriptors between two images of a plane, and the error of the matches."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from cadsurgery.support.errors import InvalidInput
 
 
 def mutual_matches(first: Tensor, second: Tensor) -> Tensor:
-    """Mutual nearest neighbours under the inner product, as published for D2-Net; for normalised rows those of the
-    Euclidean distance.
+    """Find mutual nearest neighbours under the inner product, as published for D2-Net.
+
+    For normalised descriptors these are also the nearest neighbours by Euclidean distance.
 
     Args:
         first: (n, C) descriptors of one image.
-        second: (m, C) of the other.
+        second: (m, C) descriptors of the other.
 
     Returns:
-        (k, 2) int64: rows of the first and of the second, ascending; of equal neighbours the first counts.
+        (k, 2) int64: rows of the first and of the second, ascending; among equal neighbours the first counts.
 
     Raises:
-        InvalidInput: descriptors of another number of channels.
+        InvalidInput: the numbers of channels differ.
     """
     if first.dim() != 2 or second.dim() != 2 or first.shape[1:] != second.shape[1:]:
         raise InvalidInput(
@@ -44,7 +45,7 @@ def mutual_matches(first: Tensor, second: Tensor) -> Tensor:
 
 
 def warped(points: Tensor, homography: Tensor) -> Tensor:
-    """Points (n, 2), x and y, moved by a homography (3, 3); those at infinity are infinite."""
+    """Map points (n, 2), x and y, by a homography (3, 3); points at infinity become infinite."""
     points = points.to(torch.float64)
     homography = homography.to(points)
     whole = torch.cat((points, torch.ones_like(points[:, :1])), 1) @ homography.T
@@ -52,7 +53,7 @@ def warped(points: Tensor, homography: Tensor) -> Tensor:
 
 
 def match_errors(first: Tensor, second: Tensor, matches: Tensor, homography: Tensor) -> Tensor:
-    """(k,) float64: distance in pixels of each match from where the homography says it is.
+    """Return the distance of each match from its true position by the homography: (k,) float64, in pixels.
 
     Args:
         first: (n, 2) points of one image.
@@ -60,12 +61,13 @@ def match_errors(first: Tensor, second: Tensor, matches: Tensor, homography: Ten
         matches: (k, 2) rows of both.
         homography: (3, 3), from the first image to the second.
     """
-    meant = warped(first[matches[:, 0]], homography)
-    return (meant - second[matches[:, 1]].to(meant)).norm(dim=1).nan_to_num(nan=math.inf, posinf=math.inf)
+    expected = warped(first[matches[:, 0]], homography)
+    distances = (expected - second[matches[:, 1]].to(expected)).norm(dim=1)
+    return distances.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def matching_accuracy(errors: Tensor, thresholds: Sequence[float]) -> list[float]:
-    """Share of matches of one pair with an error of at most each threshold in pixels; 0 if there are no matches.
+    """Return the share of a pair's matches with an error of at most each threshold in pixels; 0 without matches.
 
     The mean over pairs is the mean matching accuracy, MMA (Mikolajczyk and Schmid 2005, as of D2-Net).
     """
@@ -76,10 +78,11 @@ def matching_accuracy(errors: Tensor, thresholds: Sequence[float]) -> list[float
 def corner_error(
     first: Tensor, second: Tensor, matches: Tensor, homography: Tensor, size: tuple[int, int]
 ) -> float:
-    """How far the corners of the first image, moved by the homography that OpenCV's RANSAC finds from the matches
-    (3 pixels), lie from where they should, in pixels, on average; infinite if none is found.
+    """Return the mean error, in pixels, of the first image's corners under the homography estimated from the matches.
 
-    The share of pairs where it is at most a few pixels is the homography accuracy (DeTone et al., CVPRW 2018).
+    OpenCV's RANSAC (3 pixels) estimates it; infinite if it finds none.
+
+    The share of pairs with an error of at most a few pixels is the homography accuracy (DeTone et al., CVPRW 2018).
 
     Args:
         first: (n, 2) points of the first image.

@@ -1,4 +1,4 @@
-"""The report of `cadsurgery keypoints eval`: matching accuracy beside work and time for each mask."""
+"""The report of `cadsurgery keypoints eval`: matching accuracy, work and time of each mask."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rich.table import Table
 from cadsurgery.tasks.report import COLOURS, Column, MeasuredReport, Row, canvas, strides_in_words, table
 
 THRESHOLDS = tuple(range(1, 16))  # pixels
-CORNERS = (1, 3, 5)  # pixels, of homography accuracy
+CORNERS = (1, 3, 5)  # thresholds of homography accuracy, in pixels
 
 
 class Pair(NamedTuple):
     """The first image of a sequence matched with another one.
 
     Attributes:
-        sequence: its name.
+        sequence: name of the sequence.
         kind: `illumination`, `viewpoint`, or empty.
-        number: of the other image.
-        matches: mutual nearest neighbours.
+        number: number of the other image.
+        matches: number of mutual nearest neighbours.
         accuracy: share of matches within each of `THRESHOLDS` pixels.
-        corner_error: of the homography found from the matches, in pixels; infinite if none was.
+        corner_error: corner error of the estimated homography, in pixels; infinite if none was found.
     """
 
     sequence: str
@@ -38,31 +38,32 @@ class Pair(NamedTuple):
 
 
 class MatchingRow(Row):
-    """One mask at one pair of output strides. Work is that of the first images of the sequences; times are those to
-    describe one, with detector `own` to detect too.
+    """One mask at one pair of output strides.
 
-    Rows have the `mask`, the `output_stride`, the `active_fraction` of the fine maps, the `macs` of an image, where
-    descriptors are read (`reads`: `elements`, or `dense map`), all `pairs`, the mean number of `keypoints` of an image,
-    and as `homography` the share of pairs whose corner error is at most so many pixels.
+    Work is that of the first images of the sequences; time is the time to describe one image, for detector `own`
+    also to detect its keypoints. Rows have the `mask`, the `output_stride`, the `active_fraction` of the fine maps,
+    the `macs` of an image, where descriptors are read (`reads`: `elements`, or `dense map`), all `pairs`, the mean
+    number of `keypoints` of an image, and as `homography` the share of pairs with a corner error up to each limit in
+    pixels.
     """
 
     def mma(self, kind: str = "") -> list[float] | None:
-        """Mean matching accuracy at each of `THRESHOLDS`, of pairs of a kind or of all; None if there are none."""
+        """Return the mean matching accuracy at each of `THRESHOLDS`, for one kind or all; None without pairs."""
         pairs = [pair.accuracy for pair in self.pairs if kind in ("", pair.kind)]
         return [sum(values) / len(pairs) for values in zip(*pairs, strict=True)] if pairs else None
 
     def at(self, limit: int, kind: str = "") -> float:
-        """The same at one of `THRESHOLDS`; 0 if there are no pairs."""
+        """Return the mean matching accuracy at one of `THRESHOLDS`; 0 without pairs."""
         values = self.mma(kind)
         return values[THRESHOLDS.index(limit)] if values else 0.0
 
     @property
     def matches(self) -> float:
-        """Of a pair, mean."""
+        """Mean number of matches per pair."""
         return sum(pair.matches for pair in self.pairs) / len(self.pairs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         pairs = [
             {**pair._asdict(), "corner_error": error if math.isfinite(error := pair.corner_error) else None}
             for pair in self.pairs
@@ -79,16 +80,16 @@ class MatchingRow(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingReport(MeasuredReport):
-    """Matching against work: what was evaluated, on what, and a row for each setting.
+    """Matching against work: what was evaluated, on which data, and a row for each setting.
 
     Attributes:
-        sequences: how many counted.
-        left_out: names of those the published protocol leaves out.
-        detector: of keypoints.
-        count: keypoints of an image at most.
+        sequences: number of sequences.
+        left_out: names of sequences that the published protocol leaves out.
+        detector: detector of keypoints.
+        count: maximum number of keypoints per image.
         reach: see `cadsurgery.read_at`.
         image: (height, width) of the image that was timed.
-        rows: in the order asked for.
+        rows: one row per setting, in the requested order.
     """
 
     sequences: int
@@ -100,11 +101,11 @@ class MatchingReport(MeasuredReport):
     rows: tuple[MatchingRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         return {**super().to_dict(), "thresholds": list(THRESHOLDS)}
 
     def subject(self) -> str:
-        """Data, keypoints, device, and what was timed."""
+        """Describe data, keypoints, device, and what was timed."""
         left = f", {len(self.left_out)} left out by the protocol" if self.left_out else ""
         size = "{}x{}".format(*self.image)
         timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
@@ -114,7 +115,7 @@ class MatchingReport(MeasuredReport):
         )
 
     def tables(self) -> Iterator[Table]:
-        """All settings."""
+        """Yield the table of all settings."""
 
         def at(limit: int, kind: str = "") -> Callable[[MatchingRow], str]:
             return lambda row: f"{row.at(limit, kind):.4f}"
@@ -135,7 +136,7 @@ class MatchingReport(MeasuredReport):
         yield table(self.rows, columns, title)
 
     def figure(self) -> Figure:
-        """Matching accuracy against the threshold, and at 3 pixels against MACs."""
+        """Draw matching accuracy against the threshold, and at 3 pixels against MACs."""
         figure = canvas(12, 4.8)
         curve, cost = figure.subplots(1, 2)
         for place, row in enumerate(self.rows):

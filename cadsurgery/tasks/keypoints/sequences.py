@@ -1,4 +1,4 @@
-"""Image sequences with homographies: folders, as HPatches and the Oxford sequences come, and views made of photos."""
+"""Image sequences with homographies: folders like HPatches or the Oxford sequences, and generated views of photos."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cadsurgery.masks.detectors import opencv
 from cadsurgery.support.errors import FileError
 from cadsurgery.support.files import is_folder
 
-# Sequences of HPatches that the published protocol leaves out for their size (D2-Net's evaluation: 108 of 116 stay).
+# Sequences of HPatches that the published protocol leaves out because of their size (D2-Net keeps 108 of 116).
 LEFT_OUT = frozenset(
     (
         *("i_contruction", "i_crownnight", "i_dc", "i_pencils", "i_whitebuilding"),
@@ -26,9 +26,9 @@ LEFT_OUT = frozenset(
     )
 )
 KINDS = {"i": "illumination", "v": "viewpoint"}
-PHOTOS = "images:"  # what a place of photos without homographies begins with
-VIEWS = 3  # of each photo
-SHRUNK = 0.25  # largest share of a side that a corner of a view lies inside of the photo's
+PHOTOS = "images:"  # prefix of a folder of photos without homographies
+VIEWS = 3  # number of views per photo
+SHRUNK = 0.25  # largest inset of a view's corner, as a share of the photo's side
 _LAYOUT = (
     "expected are folders with images 1.ppm (or .png, .jpg), 2.ppm, ... and files H_1_2, H_1_3, ... (or H_1_2.txt) of "
     "3 x 3 numbers; HPatches: hpatches-sequences-release of https://github.com/hpatches/hpatches-dataset."
@@ -37,12 +37,12 @@ _LAYOUT = (
 
 @dataclass(frozen=True)
 class ImageSequence:
-    """Images of one plane, or from one place.
+    """Images of one plane, or taken from one position.
 
     Attributes:
-        name: of its folder.
+        name: name of the folder.
         images: files of the first image and of the others.
-        numbers: k of the others.
+        numbers: numbers k of the others.
         homographies: (3, 3) float64, from the first image to each of the others, in pixels x, y.
     """
 
@@ -53,24 +53,24 @@ class ImageSequence:
 
     @property
     def kind(self) -> str:
-        """`illumination` or `viewpoint`, which HPatches names begin with; empty for others."""
+        """`illumination` or `viewpoint`, by the prefix of HPatches names; empty for others."""
         return KINDS.get(self.name.partition("_")[0], "") if "_" in self.name else ""
 
     def read(self, place: int) -> Tensor:
-        """The image (3, H, W) at a place, 0 for the first."""
+        """Read an image (3, H, W); place 0 is the first."""
         return read_image(self.images[place], upright=False)
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo and views of it by known homographies: a sequence without anybody's measurements.
+    """A photo and generated views of it, with known homographies.
 
-    A view is a quadrangle of the photo, stretched to the size of the photo: nothing in it comes from outside.
+    A view is a quadrangle of the photo, stretched to the size of the photo; it contains nothing from outside.
 
     Attributes:
-        name: of its file.
-        seed: of the quadrangles.
-        kind, numbers: as of `ImageSequence`.
+        name: path of the file.
+        seed: seed of the quadrangles.
+        kind, numbers: as in `ImageSequence`.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Photo:
         return tuple(found)
 
     def read(self, place: int) -> Tensor:
-        """The photo (3, H, W), or a view of it."""
+        """Read the photo (3, H, W), or generate a view of it."""
         image = read_image(Path(self.name), upright=False)
         if place == 0:
             return image
@@ -107,10 +107,10 @@ class Photo:
 def open_sequences(
     place: str, *, everything: bool = False
 ) -> tuple[Sequence[ImageSequence | Photo], list[str]]:
-    """The sequences of a folder, see `find_sequences`; of `images:FOLDER`, every image in it with its views.
+    """Return the sequences of a folder, see `find_sequences`; for `images:FOLDER`, each image with its views.
 
     Raises:
-        FileError: there is none, or as `find_sequences`.
+        FileError: there are no images, or as in `find_sequences`.
     """
     if not place.startswith(PHOTOS):
         return find_sequences(Path(place), everything=everything)
@@ -119,17 +119,17 @@ def open_sequences(
 
 
 def find_sequences(folder: Path, *, everything: bool = False) -> tuple[list[ImageSequence], list[str]]:
-    """The sequences in a folder, by name; a folder that is one itself counts.
+    """Return the sequences in a folder, by name; the folder itself may be a sequence.
 
     Args:
-        folder: of sequences.
-        everything: also those that the published protocol leaves out.
+        folder: folder of sequences.
+        everything: include sequences that the published protocol leaves out.
 
     Returns:
         The sequences, and the names of those left out.
 
     Raises:
-        FileError: no such folder, no sequence in it, an image that is missing, or a homography that cannot be read.
+        FileError: there is no such folder, it has no sequence, an image is missing, or a homography cannot be read.
     """
     if not is_folder(folder):
         raise FileError(f"there is no folder {folder}.", next=_LAYOUT)
@@ -149,7 +149,7 @@ def find_sequences(folder: Path, *, everything: bool = False) -> tuple[list[Imag
 
 
 def _homographies(folder: Path) -> dict[int, Path]:
-    """Files H_1_k by k."""
+    """Return the files H_1_k by k."""
     files = {}
     for path in folder.iterdir():
         match = re.fullmatch(r"H_1_(\d+)(\.txt)?", path.name)
@@ -174,5 +174,5 @@ def _homography(path: Path) -> Tensor:
     except (OSError, ValueError) as error:
         raise FileError(f"{path} cannot be read as numbers.", why=str(error), next=_LAYOUT) from error
     if values.shape != (3, 3) or not np.isfinite(values).all() or abs(np.linalg.det(values)) < 1e-12:
-        raise FileError(f"{path} is no homography.", why=f"it holds {values.shape} numbers.", next=_LAYOUT)
+        raise FileError(f"{path} is not a homography.", why=f"it holds {values.shape} numbers.", next=_LAYOUT)
     return torch.from_numpy(values)

@@ -1,1 +1,1 @@
-"""Segmentation: how good the classes of a network are on labelled images, and what they cost."""
+"""Segmentation: accuracy of a network's classes on labelled images, and fidelity without labels."""

@@ -1,4 +1,4 @@
-"""How near what a network gives is to what it gives with everything kept high: what can be told without labels."""
+"""Fidelity without labels: how close outputs are to the outputs with everything kept high."""
 
 from __future__ import annotations
 
@@ -11,46 +11,47 @@ from cadsurgery.support.divergence import Kind, divergence, kind_of, maps_of, re
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
-NO_CLASS = -1  # no pixel of a prediction is ignored
+NO_CLASS = -1  # so that no pixel of a prediction is ignored
 
 
 class FidelityMetrics:
-    """Divergence from a target; of class scores also how far the classes agree, the target's standing for labels.
+    """Divergence from a target output; for class scores also the agreement of classes, with the target's as labels.
 
-    Like the sums of `SegmentationMetrics`, what parts of the images give merges to that of all of them, exactly.
+    As in `SegmentationMetrics`, figures of parts of the images merge exactly to those of all images.
 
     Attributes:
-        kind: of the outputs, `classes` or `values`; `auto` until the first shows it.
-        images: how many were added.
-        agreement: of classes over maps; None before the first, and of outputs (B, C) or other values.
+        kind: kind of the outputs, `classes` or `values`; `auto` until the first output.
+        images: number of images.
+        agreement: agreement of classes over maps; None before the first image, and for outputs (B, C) or other
+            values.
     """
 
     def __init__(self, kind: Kind = "auto") -> None:
-        """Start with nothing.
+        """Start with no images.
 
         Args:
-            kind: as of `cadsurgery.support.divergence.divergence`.
+            kind: as in `cadsurgery.support.divergence.divergence`.
         """
         self.kind = kind
         self.agreement: SegmentationMetrics | None = None
-        self._apart: list[float] = []  # of each image
+        self._apart: list[float] = []  # divergence of each image
         self._same, self._pixels = 0, 0
 
     @property
     def images(self) -> int:
-        """How many were added."""
+        """Number of images."""
         return len(self._apart)
 
     def update(self, output: Any, target: Any, size: tuple[int, int]) -> None:
         """Add a batch.
 
         Args:
-            output: of the network.
-            target: likewise, with everything kept high.
-            size: (height, width) of the images: that at which classes are compared.
+            output: output of the network.
+            target: output with everything kept high.
+            size: (height, width) of the images, at which classes are compared.
 
         Raises:
-            InvalidInput: no maps, or others in one than in the other.
+            InvalidInput: the outputs have no maps, or their maps differ.
         """
         if self.kind == "auto":
             self.kind = kind_of(target)
@@ -61,7 +62,7 @@ class FidelityMetrics:
 
     def _add_classes(self, output: Tensor, target: Tensor, size: tuple[int, int]) -> None:
         pooled = target.shape[2:].numel() == 1
-        ours, theirs = (one if pooled else resize(one, size) for one in (output, target))
+        ours, theirs = (scores if pooled else resize(scores, size) for scores in (output, target))
         prediction, labels = ours.argmax(1), theirs.argmax(1)
         self._same += int((prediction == labels).sum())
         self._pixels += labels.numel()
@@ -70,17 +71,17 @@ class FidelityMetrics:
             self.agreement.update(prediction, labels)
 
     def merge(self, other: FidelityMetrics) -> None:
-        """Add what another has seen.
+        """Add the images of another object.
 
         Raises:
-            InvalidInput: it saw outputs of another kind.
+            InvalidInput: the other object has outputs of another kind.
         """
         if not other.images:
             return
         if self.images and self.kind != other.kind:
             raise InvalidInput(
                 f"some outputs are {self.kind} and others {other.kind}.",
-                why="what they are is told by the first image of each process.",
+                why="the kind is decided by the first image of each process.",
                 next=f"name it: kind={other.kind}.",
             )
         self.kind = other.kind
@@ -92,12 +93,12 @@ class FidelityMetrics:
             self.agreement.merge(other.agreement)
 
     def compute(self) -> dict[str, Any]:
-        """The figures so far; None where nothing counted.
+        """Return the figures so far; None where nothing was counted.
 
         Returns:
-            `divergence`, the mean over images; of values `relative_error`, its square root, the root mean square of the
-            differences relative to that of the target; of class scores `pixel_accuracy`, the share of pixels with the
-            target's class, and what else `SegmentationMetrics.compute` gives.
+            `divergence`, the mean over images. For values `relative_error`, its square root: the root mean square of
+            the differences, relative to the target's. For class scores `pixel_accuracy`, the share of pixels with
+            the target's class, and the other figures of `SegmentationMetrics.compute`.
         """
         mean = math.fsum(self._apart) / len(self._apart) if self._apart else None
         figures = dict.fromkeys(("miou", "pixel_accuracy", "boundary_iou", "trimap_iou"))

@@ -1,4 +1,4 @@
-"""Accuracy of a segmentation over a whole split: sums that are added up image by image, and across processes."""
+"""Accuracy of a segmentation over a whole split, from sums over images that merge across processes."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ IGNORED = 255
 
 
 class SegmentationMetrics:
-    """Mean IoU, pixel accuracy, boundary IoU and trimap IoU; one confusion matrix over all that was added.
+    """Mean IoU, pixel accuracy, boundary IoU and trimap IoU, from one confusion matrix over all images.
 
-    All states are sums of pixels, so metrics of parts of a split merge to those of the whole. Distances are
-    Chebyshev's: squares of pixels.
+    All states are sums over pixels, so metrics of parts of a split merge to those of the whole split. Distances are
+    Chebyshev distances: windows are squares of pixels.
 
-    Boundary IoU (Cheng et al., CVPR 2021): per class, the IoU of those parts of the predicted and of the labelled area
-    that lie within d pixels of their own outline. The image's border is outline, as in the authors' code, and so is
-    the border to ignored pixels, which belong to no class and are not counted.
+    Boundary IoU (Cheng et al., CVPR 2021): per class, the IoU of the parts of the predicted and of the labelled area
+    that lie within d pixels of their own outline. As in the authors' code, the image's border belongs to the
+    outline. So does the border to ignored pixels, which belong to no class and are not counted.
 
-    Trimap IoU (Krähenbühl and Koltun, NIPS 2011; Chen et al., PAMI 2018): mean IoU of the pixels within `trimap` pixels
-    of a change of label, an ignored area being a label too.
+    Trimap IoU (Krähenbühl and Koltun, NIPS 2011; Chen et al., PAMI 2018): mean IoU of the pixels within `trimap`
+    pixels of a change of label, where ignored areas count as a label.
 
     Attributes:
-        classes: their number.
+        classes: number of classes.
         boundary: d as a share of the image's diagonal, at least one pixel.
         trimap: width of the band on each side of a change of label, in pixels.
-        ignored: the label of pixels that do not count.
+        ignored: label of pixels that do not count.
     """
 
     def __init__(self, classes: int, boundary: float = 0.02, trimap: int = 9, ignored: int = IGNORED) -> None:
-        """Start with nothing.
+        """Start with no images.
 
         Raises:
-            InvalidInput: no class, or a band without width.
+            InvalidInput: there is no class, or a band without width.
         """
         if classes < 1 or boundary <= 0 or trimap < 1:
             raise InvalidInput(
@@ -55,16 +55,16 @@ class SegmentationMetrics:
 
         Args:
             prediction: (B, H, W) int64, 0..classes-1.
-            labels: (B, H, W) int64, 0..classes-1 or that of ignored pixels.
+            labels: (B, H, W) int64, 0..classes-1 or the label of ignored pixels.
 
         Raises:
-            InvalidInput: sizes differ, or a value is out of range.
+            InvalidInput: the sizes differ, or a value is out of range.
         """
         self._check(prediction, labels)
         valid = labels != self.ignored
-        of_labels = near_change(labels, self.trimap)
+        near_boundary = near_change(labels, self.trimap)
         self._add("all", self._confusion(prediction, labels))
-        self._add("band", self._confusion(prediction, labels.where(of_labels, self.ignored)))
+        self._add("band", self._confusion(prediction, labels.where(near_boundary, self.ignored)))
         height, width = labels.shape[1:]
         distance = max(1, round(self.boundary * math.hypot(height, width)))
         seen = prediction.where(valid, self.ignored)
@@ -75,10 +75,10 @@ class SegmentationMetrics:
         self._add("either", counts[0] + counts[1] - common)
 
     def merge(self, other: SegmentationMetrics) -> None:
-        """Add what another has seen.
+        """Add the images of another object.
 
         Raises:
-            InvalidInput: it measures something else.
+            InvalidInput: the other object has other settings.
         """
         settings = [(part.classes, part.boundary, part.trimap) for part in (self, other)]
         if settings[0] != settings[1]:
@@ -95,11 +95,11 @@ class SegmentationMetrics:
         return dict(self._sums)
 
     def compute(self) -> dict[str, Any]:
-        """The figures so far, as shares 0..1; None where no pixel counted.
+        """Return the figures so far, as shares 0..1; None where no pixel was counted.
 
         Returns:
-            `miou` and `iou` (per class; None for a class in neither predictions nor labels, which the mean leaves
-            out), `pixel_accuracy`, `boundary_iou`, `trimap_iou`, and `pixels`, how many counted.
+            `miou` and `iou` (per class; None for a class in neither predictions nor labels, which the mean excludes),
+            `pixel_accuracy`, `boundary_iou`, `trimap_iou`, and `pixels`, the number of counted pixels.
         """
         everything, band = self._sums["all"], self._sums["band"]
         iou, total = _iou(everything), int(everything.sum())
@@ -117,7 +117,7 @@ class SegmentationMetrics:
         self._sums[name] = self._sums[name] + value.to(self._sums[name])
 
     def _confusion(self, prediction: Tensor, labels: Tensor) -> Tensor:
-        """How often each label, a row, was predicted as each class, a column."""
+        """Count how often each label (row) was predicted as each class (column)."""
         counted = labels != self.ignored
         pairs = self.classes * labels[counted] + prediction[counted]
         return torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
@@ -140,15 +140,15 @@ class SegmentationMetrics:
 
 
 def near_change(values: Tensor, distance: int, *, border: bool = False) -> Tensor:
-    """(B, H, W) bool: True where another value lies within `distance` pixels, in a square around the pixel.
+    """Mark pixels with another value within `distance` pixels, in a square around the pixel: (B, H, W) bool.
 
     Args:
         values: (B, H, W) integers below 2^15.
-        distance: in pixels.
+        distance: distance in pixels.
         border: True if the outside of the image counts as another value.
     """
-    shown = values.to(torch.int16)  # minima and maxima of these are several times faster than max-pooling
-    if border:  # one ring is enough: a window that leaves the image crosses it
+    shown = values.to(torch.int16)  # maxima of int16 are several times faster than max-pooling
+    if border:  # one ring is enough, because a window that leaves the image crosses it
         shown = F.pad(shown, (1, 1, 1, 1), value=-1)
     high, low = (_over_window(shown, distance, better) for better in (torch.maximum, torch.minimum))
     changes = high != low
@@ -156,13 +156,13 @@ def near_change(values: Tensor, distance: int, *, border: bool = False) -> Tenso
 
 
 def _over_window(values: Tensor, distance: int, better: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Maximum or minimum of the square of side 2 distance + 1 around each pixel, one axis after the other."""
+    """Compute the maximum or minimum in a square of side 2 distance + 1 around each pixel, axis by axis."""
     for axis in (1, 2):
         length, side, width = values.shape[axis], 2 * distance + 1, 1
-        # The values that are repeated at the ends lie in their windows anyway.
+        # Values repeated at the ends lie in the windows anyway.
         places = torch.arange(-distance, length + distance, device=values.device).clamp(0, length - 1)
         values = values.index_select(axis, places)
-        while width < side:  # windows of twice the width from two that overlap or touch
+        while width < side:  # combine two windows that overlap or touch
             ahead = min(width, side - width)
             count = values.shape[axis] - ahead
             values = better(values.narrow(axis, 0, count), values.narrow(axis, ahead, count))

@@ -1,4 +1,4 @@
-"""The kinds of sides, a file each; `KINDS` are those that methods make of networks."""
+"""The kinds of sides, one module each; `KINDS` are the networks made by methods."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ KINDS = (exits.KIND, gates.KIND, samples.KIND)
 
 
 def kind_of(net: object) -> Kind | None:
-    """The kind of a network; None if no method of `KINDS` made it."""
+    """Return the kind of a network; None if none of `KINDS` matches."""
     return next((kind for kind in KINDS if isinstance(net, kind.network)), None)
 
 
 def need_kind(net: object) -> Kind:
-    """The kind of a network that a method made.
+    """Return the kind of a network made by a method.
 
     Raises:
-        InvalidInput: `KINDS` does not have it, as of a method of a user's own.
+        InvalidInput: no kind matches, e.g. for a method of the user.
     """
     kind = kind_of(net)
     if kind is None:
         raise InvalidInput(
             f"there are no sides by which a {type(net).__name__} is compared.",
-            why=f"those of networks {', '.join(kind.words for kind in KINDS)} are known.",
+            why=f"only networks {', '.join(kind.words for kind in KINDS)} have sides.",
             next="give sides of its own with a network by name: sides=[Side(...)], see docs/extending.md.",
         )
     return kind

@@ -1,4 +1,4 @@
-"""A network as `bench` times it: dense, and under budgets; as copies in torch, or as files in another engine."""
+"""The sides of `bench`: dense networks and budgets, as copies in torch or as files in another engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cadsurgery.tasks.side import Side
 Call = Callable[[Tensor], object]
 HIGH, LOW = "dense high", "dense low"
 INT8 = "int8"
-# Engines in which the dense networks are timed besides, by package and type; all are written in float32 first.
+# Engines in which the dense networks are timed too, by package and dtype; all files are first written in float32.
 RIVALS: dict[str, dict[str, type[Engine]]] = {
     "onnxruntime": {"float32": OnnxRuntime, INT8: OnnxRuntime},
     "openvino": {"float32": OpenVino, "bfloat16": OpenVinoInBfloat16, INT8: OpenVino},
@@ -35,18 +35,18 @@ RIVALS: dict[str, dict[str, type[Engine]]] = {
 
 
 class Runs(Protocol):
-    """Maker of the calls that are timed."""
+    """Creates the calls that are timed."""
 
     def dense(self, name: str) -> Call:
-        """The dense network, `HIGH` or `LOW`."""
+        """Return the call of a dense network, `HIGH` or `LOW`."""
 
     def under(self, budget: Budget) -> Call:
-        """The network under a budget."""
+        """Return the call of the network under a budget."""
 
 
 @dataclass(frozen=True)
 class InTorch:
-    """Copies in torch. In 8 bits the dense networks are the copy itself, whose uniform maps are rows too."""
+    """Copies in torch. In int8, the dense networks are the same copy with one level everywhere."""
 
     net: AdaptiveModel
     image: Tensor
@@ -65,32 +65,32 @@ class InTorch:
 
     @property
     def quantisation(self) -> Any:
-        """The layers in 8 bits; None of a copy in another precision."""
+        """Summary of the layers in int8; None for a copy in another precision."""
         return self.fast.quantisation if self.setup.dtype == INT8 else None
 
     def dense(self, name: str) -> Call:
-        """The dense network, `HIGH` or `LOW`."""
+        """Return the call of a dense network, `HIGH` or `LOW`."""
         if self.setup.dtype == INT8:
             return partial(self.fast, mask={HIGH: "all", LOW: "none"}[name])
         return dense_twin(self.net, level_of(self.net, name), self.image)
 
     def under(self, budget: Budget) -> Call:
-        """The optimised copy under a budget."""
+        """Return the call of the optimised copy under a budget."""
         return partial(self.fast, mask=budget)
 
 
 @dataclass(frozen=True)
 class InEngine:
-    """Files in an engine, each compared with the network before it is timed.
+    """Files in an engine; each is compared with the network before it is timed.
 
     Attributes:
-        net: that is written.
-        image: it is written for; files in 8 bits are calibrated by it.
-        engine: that runs the files.
-        setup: says the type and the number of threads.
-        folder: for the files.
-        step: called with what is being written.
-        writer: engine that a file is compared in, if it is not the one that runs it.
+        net: network to export.
+        image: example of the export; int8 files are calibrated on it.
+        engine: engine that runs the files.
+        setup: dtype and number of threads.
+        folder: folder for the files.
+        step: progress callback.
+        writer: engine in which a file is compared, if not in `engine`.
     """
 
     net: AdaptiveModel
@@ -107,7 +107,7 @@ class InEngine:
         return make_folder(self.folder / name) / f"net.{ending}"
 
     def dense(self, name: str) -> Call:
-        """The dense network, `HIGH` or `LOW`, as anyone would write it."""
+        """Return the call of a dense network, `HIGH` or `LOW`, from an ordinary ONNX or torch export."""
         path = self._path(name)
         write_dense(self.net, level_of(self.net, name), self.image, path, self.writer or self.engine)
         if self.setup.dtype == INT8:
@@ -115,7 +115,7 @@ class InEngine:
         return self.engine(path, self.setup.threads)
 
     def under(self, budget: Budget) -> Call:
-        """The network under a budget, with its mask and lattice in the file."""
+        """Return the call of the network under a budget; the file contains its mask and lattice."""
         path, format = self._path(f"budget {budget.fraction!r}"), self.engine.format
         self.net.mask = budget
         options: dict[str, Any] = {"int8": self.image if self.setup.dtype == INT8 else None}
@@ -125,12 +125,12 @@ class InEngine:
 
 
 def level_of(net: AdaptiveModel, name: str) -> int:
-    """The level of a dense network, `HIGH` or `LOW`."""
+    """Return the level of a dense network, `HIGH` or `LOW`."""
     return {HIGH: 0, LOW: net.geometry.max_level}[name]
 
 
 def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> Runs:
-    """The maker of the calls of a network, in torch or in the engine that is asked for."""
+    """Return the maker of a network's calls, in torch or in the requested engine."""
     if setup.runtime not in ENGINES:
         return InTorch(net, image, setup)
     return InEngine(net, image, ENGINES[setup.runtime], setup, folder, step)
@@ -141,14 +141,14 @@ def _run_on(run: Call, image: Tensor, _: Tensor) -> object:
 
 
 def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> list[Side]:
-    """The dense networks in other engines, in every type that they have: for each, high and low one after the other."""
+    """Return the dense networks in other engines, in every dtype of each: high, then low."""
     if not setup.against:
         return []
     net, sides = copy.deepcopy(net).float(), []
     for package in setup.against.split(","):
         for dtype, engine in RIVALS[package].items():
-            told, place = replace(setup, dtype=dtype), folder / package / dtype
-            files = InEngine(net, image, engine, told, place, step, RIVALS[package]["float32"])
+            engine_setup, place = replace(setup, dtype=dtype), folder / package / dtype
+            files = InEngine(net, image, engine, engine_setup, place, step, RIVALS[package]["float32"])
             for name in (HIGH, LOW):
                 run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
                 sides.append(Side(f"{engine.name} {dtype} {name}", partial(_run_on, run, image), about=about))

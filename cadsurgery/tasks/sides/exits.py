@@ -33,17 +33,17 @@ EVERYTHING = "all computed"
 
 
 def in_words(threshold: float | Sequence[float] | None) -> str:
-    """A threshold, or those of several exits; None where everything is computed."""
+    """Format a threshold, or the thresholds of several exits; None means that everything is computed."""
     if threshold is None:
         return EVERYTHING
-    return " ".join(f"{one:g}" for one in (threshold if isinstance(threshold, Sequence) else [threshold]))
+    return " ".join(f"{value:g}" for value in (threshold if isinstance(threshold, Sequence) else [threshold]))
 
 
 # -- evaluating ----------------------------------------------------------------------------------------
 
 
 def _sides(net: AnytimeModel, threshold: Any) -> Iterator[Side]:
-    """All exits at a threshold (None: everything is computed); those of a batch share one run."""
+    """Yield all exits at a threshold (None: everything is computed); exits share one run per batch."""
     reached: Threshold = net.everything if threshold is None else threshold
     run = once_per_batch(partial(net.predict_and_count, threshold=reached))
 
@@ -78,19 +78,23 @@ def _work(counts: Counts, figures: Figures) -> dict[str, Any]:
 
 
 def compare(net: AnytimeModel, data: SegmentationData, thresholds: Sequence[Any]) -> Comparison:
-    """Every exit with everything computed, then at each threshold; its time is until its prediction is there.
+    """Return the sides: every exit with everything computed, then at each threshold.
 
-    Rows have the `threshold` (None: everything is computed), the number of the `exit` from 1, the `name` of what it
-    comes after, and `macs_of_whole`, relative to the last exit with everything computed.
+    The time of an exit is the time until its prediction. Rows have the `threshold` (None: everything is computed),
+    the number of the `exit` from 1, the `name` of the module it follows, and `macs_of_whole`, the MACs relative to
+    the last exit with everything computed.
 
     Args:
-        net: its optimised copy is run.
+        net: network whose optimised copy is run.
         data: the images.
-        thresholds: of confidence, each one number or one of each exit but the last; default: the network's own.
+        thresholds: confidence thresholds, each one number or one for each exit but the last; default: the network's
+            own.
     """
     fast = net.optimize()
-    given = [tuple(one) if isinstance(one, Sequence) else one for one in thresholds or (net.threshold,)]
-    others = [one for one in given if not net.asks_everything(one)]
+    limits = [
+        tuple(limit) if isinstance(limit, Sequence) else limit for limit in thresholds or (net.threshold,)
+    ]
+    others = [limit for limit in limits if not net.asks_everything(limit)]
     sides = [side for threshold in (None, *others) for side in _sides(fast, threshold)]
     return Comparison(source_of(net), sides, _columns, "setting")
 
@@ -109,7 +113,7 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
 
 
 def time(net: AnytimeModel, images: Tensor, fractions: Sequence[float]) -> Timed:
-    """All exits with everything computed, and at the network's own threshold."""
+    """Return the sides: all exits with everything computed, and at the network's own threshold."""
     counted, fast = net.macs(images), net.optimize()
     whole = Side("all exits, everything computed", partial(fast, threshold=net.everything), counted[-1].dense)
     own = Side(f"all exits, threshold {in_words(net.threshold)}", fast, counted[-1].macs)
@@ -120,7 +124,7 @@ def time(net: AnytimeModel, images: Tensor, fractions: Sequence[float]) -> Timed
 
 
 def convert(request: Request) -> Conversion:
-    """Add exits. The last one is compared with the network where everything is computed."""
+    """Add exits. The last exit, with everything computed, is compared with the original network."""
     options = {name: value or None for name, value in request.options.items()}
     options["fill"] = options.pop("gaps", None)
     before, batch = request.before, request.batch(request.source)
@@ -128,20 +132,20 @@ def convert(request: Request) -> Conversion:
     net = anytime(before, **{name: value for name, value in options.items() if value is not None})
     error = _difference(before, net, batch) if request.verify else None
     timed = time(net, batch, ())
-    told = f"verified: the last exit is the original (relative error {error or 0:.1e})"
-    new = "the heads of the other exits are new: train them with cadsurgery finetune --train exits"
+    verified = f"verified: the last exit is the original (relative error {error or 0:.1e})"
+    untrained = "the heads of the other exits are new: train them with cadsurgery finetune --train exits"
     return Conversion(
         net,
         batch,
         [Side("original", before, dense_macs(before, batch)), *timed.sides],
         {"threshold": net.threshold, "error": error, "not_counted": timed.not_counted},
         Text(str(net.plan)),
-        [*([Text(told, style="green")] if error is not None else ()), Text(new, style="yellow")],
+        [*([Text(verified, style="green")] if error is not None else ()), Text(untrained, style="yellow")],
     )
 
 
 def _difference(before: nn.Module, net: AnytimeModel, batch: Tensor) -> float | None:
-    """Relative error of the last exit against the network; None for a backbone, whose heads are all new."""
+    """Return the relative error of the last exit; None for a backbone, whose heads are all new."""
     if len(net.heads) == len(net.plan.exits):
         return None
     with torch.inference_mode():
@@ -150,7 +154,7 @@ def _difference(before: nn.Module, net: AnytimeModel, batch: Tensor) -> float | 
 
 
 def run(net: AnytimeModel, batch: Tensor, milliseconds: float) -> tuple[Tensor, dict[str, Any]]:
-    """The best prediction within a time, and its exit."""
+    """Return the best prediction within a time limit, and its exit."""
     prediction, exit = net.until(batch, milliseconds=milliseconds)
     return prediction, {"exit": exit}
 

@@ -1,4 +1,4 @@
-"""Sides of a network with gates: the dense network, and the gates as they are or opened at shares of positions."""
+"""Sides of a network with gates: the dense network, its own gates, and gates opened at shares of positions."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def _work(counts: Counts, figures: Figures) -> dict[str, Any]:
 
 
 def compare(net: SampledModel, data: SegmentationData, thresholds: Sequence[Any] = ()) -> Comparison:
-    """The dense network, and the one with its gates.
+    """Return the sides: the dense network, and the network with its gates.
 
-    Rows have the `density`, the share of positions that are computed, by the work at each, mean over images. MACs
-    include those of the gates.
+    Rows have the `density`, the share of positions that are computed, weighted by the MACs of each, mean over images.
+    MACs include those of the gates.
     """
     fast = net.optimize()
     macs_of = once_per_batch(fast.macs)
@@ -78,7 +78,7 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
 
 @contextlib.contextmanager
 def _forced(net: SampledModel, opened: Opened) -> Iterator[None]:
-    """Gates opened at a share of their positions within."""
+    """Open gates at a share of their positions inside the `with` block."""
     net.score_override = opened
     try:
         yield
@@ -92,10 +92,10 @@ def _run_forced(net: SampledModel, opened: Opened, images: Tensor) -> object:
 
 
 def time(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> Timed:
-    """The dense network, the gates as they are, and gates opened at shares of their positions, from none to all.
+    """Return the sides: the dense network, its own gates, and gates opened at shares of their positions, from 0 to 1.
 
     Raises:
-        InvalidInput: a share below 0 or above 1.
+        InvalidInput: a share is below 0 or above 1.
     """
     if not all(0 <= fraction <= 1 for fraction in fractions):
         raise InvalidInput(
@@ -120,13 +120,13 @@ def time(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> Timed
 
 
 def convert(request: Request) -> Conversion:
-    """Add gates. They start open, and the network is then the one as it was, bit for bit.
+    """Add gates. They start open, so the network computes the same as the original, bit for bit.
 
-    The sides are the network as it was and with open gates, as they are and optimised, and the optimised copy with
-    everything closed but the grid: training ends between the two.
+    The sides are the original network and the network with open gates, both also optimised, and the optimised copy
+    with all gates closed except for the grid. A trained network lies between open and closed.
 
     Raises:
-        CannotConvert: with open gates the network is not the original.
+        CannotConvert: with open gates the network differs from the original.
     """
     before, batch = request.before, request.batch(request.source)
     request.step("adding gates")
@@ -144,10 +144,10 @@ def convert(request: Request) -> Conversion:
         Side("gates open, net.optimize()", fast, counted.total),
         Side("all closed but the grid, net.optimize()", closed, least.total),
     ]
-    told = Text("verified: with open gates it is the original, bit for bit", style="green")
-    new = Text("gates start open: train them with cadsurgery finetune --train gates", style="yellow")
+    verified = Text("verified: with open gates it is the original, bit for bit", style="green")
+    untrained = Text("gates start open: train them with cadsurgery finetune --train gates", style="yellow")
     more = {"is_verified": request.verify, "not_counted": counted.not_counted}
-    return Conversion(net, batch, sides, more, Text(str(net.plan)), [*[told] * request.verify, new])
+    return Conversion(net, batch, sides, more, Text(str(net.plan)), [*[verified] * request.verify, untrained])
 
 
 def _check_open(before: nn.Module, net: SampledModel, batch: Tensor) -> None:
@@ -164,7 +164,7 @@ def _check_open(before: nn.Module, net: SampledModel, batch: Tensor) -> None:
 
 
 def run(net: SampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dict[str, Any]]:
-    """The output, and the share of positions that were computed."""
+    """Return the output, and the share of positions that were computed."""
     output, densities = net(batch), net.densities.values()
     return output, {"density": sum(densities) / len(densities)}
 

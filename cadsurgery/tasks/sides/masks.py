@@ -1,4 +1,4 @@
-"""Sides of an adaptive network: each mask at each pair of output strides, between the dense networks of the pair."""
+"""Sides of an adaptive network: each mask at each pair of output strides, and the dense networks of the pair."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Masked:
     """A converted network under one mask.
 
     Attributes:
-        net: as converted, for its plan and work.
+        net: the converted network, for its plan and work.
         fast: its optimised copy, which is run.
-        mask: the provider.
-        work: of layers by shape of the batch, shared by the masks of a network; None where it is not linear.
-        of_mask: MACs that the mask itself takes, by shape of the batch.
+        mask: the mask.
+        work: work of layers by shape of the batch, shared by the masks of a network; None where it is not linear.
+        of_mask: MACs of the mask itself, by shape of the batch.
     """
 
     net: AdaptiveModel
@@ -47,13 +47,16 @@ class Masked:
     of_mask: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def __call__(self, images: Tensor) -> Any:
-        """The network's output under this mask."""
+        """Return the network's output under this mask."""
         with torch.inference_mode():
             return self.fast(images, mask=self.mask)
 
     def count(self, images: Tensor) -> Counts:
-        """Of the call before, on the same images: fine pixels and active ones, and MACs with the mask and with
-        everything high, of the network and of its adaptive region."""
+        """Count for the previous call, on the same images.
+
+        Counted are fine pixels, active fine pixels, and the MACs with the mask and with everything high, of the
+        network and of its adaptive region.
+        """
         shape = tuple(images.shape)
         if shape not in self.work:
             self.work[shape] = layer_work(self.net, images)
@@ -65,8 +68,8 @@ class Masked:
             self.of_mask[shape] = report.of_mask
             counts = [(e.layer, e.mask, e.high) for e in report.layers if e.layer not in MASK_LAYERS]
         if layers is not None:
-            size, where = lattice.whole_size, lattice.levels.device
-            high = self.net.geometry.uniform(0, lattice.batch, size, where)
+            size, device = lattice.whole_size, lattice.levels.device
+            high = self.net.geometry.uniform(0, lattice.batch, size, device)
             counts = [(entry.layer, entry.on(lattice), entry.on(high)) for entry in layers]
         of_mask = self.of_mask[shape]
         return {
@@ -90,25 +93,25 @@ def _work(counts: Counts, figures: Figures) -> dict[str, Any]:
 
 
 def compare(
-    nets: Sequence[AdaptiveModel], source: Source, masks: Sequence[object], where: torch.device
+    nets: Sequence[AdaptiveModel], source: Source, masks: Sequence[object], device: torch.device
 ) -> Comparison:
-    """Of each network dense high, the masks (default: its own), dense low.
+    """Return for each network the sides dense high, the masks (default: its own), dense low.
 
-    Rows have the `mask`, the `output_stride`, the `active_fraction` of the fine maps, `macs_of_high`, relative to
-    everything high, and `region_of_high`, the same of the adaptive region alone, what the mask decides about.
+    Rows have the `mask`, the `output_stride`, and the `active_fraction` of the fine maps. `macs_of_high` is relative
+    to everything high; `region_of_high` is the same for the adaptive region alone, whose work the mask controls.
     """
-    sides = [side for net in nets for side in _sides(net, masks, where)]
+    sides = [side for net in nets for side in _sides(net, masks, device)]
     words = str(nets[0].normalisation or "")
     return Comparison(source, sides, _columns, "mask", has_classes=True, normalisation=words)
 
 
-def _sides(net: AdaptiveModel, masks: Sequence[object], where: torch.device) -> Iterator[Side]:
-    """Masks are copied, since they go to the device and stop training."""
+def _sides(net: AdaptiveModel, masks: Sequence[object], device: torch.device) -> Iterator[Side]:
+    """Yield the sides of one network, with copies of masks, which move to the device and stop training."""
     chosen = [
-        copy.deepcopy(resolve_mask(mask)).eval().to(where) for mask in (HIGH, *(masks or (net.mask,)), LOW)
+        copy.deepcopy(resolve_mask(mask)).eval().to(device) for mask in (HIGH, *(masks or (net.mask,)), LOW)
     ]
     middle = [mask for mask in chosen if mask.spec() not in (HIGH, LOW)]
-    net, work = copy.deepcopy(net).to(where).eval(), dict[tuple[int, ...], tuple[LayerWork, ...] | None]()
+    net, work = copy.deepcopy(net).to(device).eval(), dict[tuple[int, ...], tuple[LayerWork, ...] | None]()
     fast, pair = net.optimize(), net.plan.output_stride
     for mask in (chosen[0], *middle, chosen[-1]):
         run, spec = Masked(net, fast, mask, work), mask.spec() or "a function"
@@ -129,8 +132,8 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
     high = {row.get("output_stride"): row for row in reversed(report.rows) if row.anchor}
 
     def whole(row: Row) -> Row:
-        found: Row = high.get(row.get("output_stride"), report.rows[0])
-        return found
+        reference: Row = high.get(row.get("output_stride"), report.rows[0])
+        return reference
 
     yield Column("mask", "mask", False)
     yield Column("output stride", "output_stride", False, strides_in_words)

@@ -1,4 +1,4 @@
-"""Sides of a network whose input is sampled: by its sampler, at equal distances, and the network on the whole image."""
+"""Sides of a network with a sampled input: its sampler, uniform sampling, and the network on the whole image."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ WHOLE = "the whole image"
 
 
 def compare(net: ResampledModel, data: SegmentationData, thresholds: Sequence[Any] = ()) -> Comparison:
-    """The network's own sampler, equal distances at the same size, and the whole image.
+    """Return the sides: the network's own sampler, uniform sampling at the same size, and the whole image.
 
-    Rows have `of_targets`, the mean IoU of the classes whose boundaries matter (None where none of them is in the
-    data), and `macs_of_sampler`, which `macs` include.
+    Rows have `of_targets`, the mean IoU of the classes whose boundaries matter (None if the data have none of them),
+    and `macs_of_sampler`, which is part of `macs`.
     """
     fast, options = net.optimize(), net.sampler.options
     uniform = copy.deepcopy(net)
@@ -80,7 +80,7 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
 
 
 def time(net: ResampledModel, images: Tensor, fractions: Sequence[float]) -> Timed:
-    """The network on the whole image, and on the sampled one."""
+    """Return the sides: the network on the whole image, and on the sampled image."""
     fast, counted = net.optimize(), net.macs(images)
     sides = [
         Side(f"{WHOLE}, optimised", fast.network, counted.original, anchor=True),
@@ -93,10 +93,10 @@ def time(net: ResampledModel, images: Tensor, fractions: Sequence[float]) -> Tim
 
 
 def convert(request: Request) -> Conversion:
-    """Put a sampler before the network. With equal distances at the size of the image it is compared with the network.
+    """Put a sampler before the network. Sampled uniformly at the image's size, it is compared with the original.
 
     Raises:
-        InvalidInput: `targets` are no numbers of classes.
+        InvalidInput: `targets` is not a list of class numbers.
     """
     before, batch, options = request.before, request.batch(request.source), _options(dict(request.options))
     net = resample(before, **options)
@@ -105,11 +105,11 @@ def convert(request: Request) -> Conversion:
         request.step("verifying")
         same = resample(before, "uniform", (batch.shape[2], batch.shape[3]), example_input=batch)
         with torch.inference_mode():
-            found, expected = (maps_of(one(batch))[0] for one in (same, before))
+            found, expected = (maps_of(network(batch))[0] for network in (same, before))
             expected = resize(expected, batch.shape[2:])
         error = float((found - expected).abs().max() / expected.abs().max())
     nothing = torch.zeros(batch.shape[0], *batch.shape[2:], dtype=torch.int64, device=batch.device)
-    with labelled(nothing):  # for a sampler that asks for labels
+    with labelled(nothing):  # for a sampler that needs labels
         counted = net.macs(batch)
     sides = [
         Side(WHOLE, before, counted.original),
@@ -118,18 +118,18 @@ def convert(request: Request) -> Conversion:
     ]
     lines = []
     if error is not None:
-        told = f"verified: uniform at the image's size it is the original (relative error {error:.1e})"
-        lines.append(Text(told, style="green"))
+        verified = f"verified: uniform at the image's size it is the original (relative error {error:.1e})"
+        lines.append(Text(verified, style="green"))
     if net.plan.sampler == "learned":
-        new = "the sampler is new: train it with cadsurgery finetune --objective locations"
-        lines.append(Text(new, style="yellow"))
+        untrained = "the sampler is new: train it with cadsurgery finetune --objective locations"
+        lines.append(Text(untrained, style="yellow"))
     more = {"error": error, "not_counted": counted.not_counted}
     return Conversion(net, batch, sides, more, Text(str(net.plan)), lines)
 
 
-def _options(told: dict[str, Any]) -> dict[str, Any]:
-    """Options of `cadsurgery.resample` from those of the command."""
-    targets = told.pop("targets", "")
+def _options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Convert options of the command to options of `cadsurgery.resample`."""
+    targets = arguments.pop("targets", "")
     try:
         chosen = [int(part) for part in targets.split(",")] if targets.strip() else None
     except ValueError:
@@ -137,12 +137,12 @@ def _options(told: dict[str, Any]) -> dict[str, Any]:
             f"--targets {targets} is not a list of numbers.",
             next="write numbers of classes such as 11,12,13.",
         ) from None
-    size = told.pop("sample_size", (224, 224))
-    return {**told, "size": size, "targets": chosen}
+    size = arguments.pop("sample_size", (224, 224))
+    return {**arguments, "size": size, "targets": chosen}
 
 
 def run(net: ResampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dict[str, Any]]:
-    """The output, and the size of the sampled image."""
+    """Return the output, and the size of the sampled image."""
     return net(batch), {"sampled": "x".join(map(str, net.size))}
 
 
