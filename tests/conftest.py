@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import subprocess
@@ -163,6 +164,13 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         return Result(code, captured.out, captured.err)
 
     return call
+
+
+def printed(report: Any) -> str:
+    """A report as the terminal shows it."""
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.render())
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:

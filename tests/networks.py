@@ -336,3 +336,19 @@ class ManyOperations(nn.Module):
         x = x + self.grouped(self.depthwise(x))
         x = self.head(x * self.gate(x))
         return {"out": F.interpolate(x, size=size, mode="bilinear", align_corners=False)}
+
+
+# -- networks that torch.fx cannot follow whole --------------------------------------------------------
+
+
+class Undecided(nn.Module):
+    """Decides by values, so that only its backbone is converted; expects the images that its backbone does."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        if hasattr(backbone, "pretrained_cfg"):
+            self.pretrained_cfg = backbone.pretrained_cfg
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x if x.sum() > 0 else x + 0)

@@ -14,34 +14,13 @@ from torch import nn
 import cadsurgery as cs
 from cadsurgery.methods.storage import read_plan
 
-
-class Residual(nn.Module):
-    """A stem, a branch beside a shortcut, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 4, 1)
-        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Class scores."""
-        y = self.stem(x)
-        return self.head(torch.relu(y + self.branch(y)))
-
-
-def residual() -> nn.Module:
-    """Another one."""
-    torch.manual_seed(0)
-    return Residual().eval()
-
-
 MADE: dict[str, tuple[str, Callable[[nn.Module], Any], str]] = {
     "exits": (
         "networks:segmenter",
         lambda model: cs.anytime(model, ["backbone.1"], threshold=0.2),
         "2 exits",
     ),
-    "gates": ("test_method_files:residual", cs.sample, "1 branches"),
+    "gates": ("training:residual_segmenter", cs.sample, "2 branches"),
     "sampler": (
         "networks:segmenter",
         lambda model: cs.resample(model, "uniform", size=(24, 32)),

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels, slow
-from networks import randomise
+from networks import Undecided, randomise
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -958,22 +958,11 @@ def test_an_output_that_is_made_behind_the_region_is_refused(read: Callable[...,
     assert "leaves the region as it is" in caught.value.why
 
 
-class Hosting(nn.Module):
-    """Decides by values, so that only its backbone can be converted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = residual()
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.backbone(image if image.sum() > 0 else -image)
-
-
 @READ
 def test_a_network_that_hosts_an_adaptive_part_is_refused_and_its_part_is_read(
     read: Callable[..., Any],
 ) -> None:
-    net: Any = cs.adaptify(Hosting().eval(), "none", output_stride=(2, 8), verify_laws=False)
+    net: Any = cs.adaptify(Undecided(residual()).eval(), "none", output_stride=(2, 8), verify_laws=False)
     x, points = images(1, *SIZE), points_in(SIZE, 2)
     with pytest.raises(cs.InvalidInput, match="HostedModel cannot be read at points"):
         read(net, x, points)

@@ -30,7 +30,7 @@ class CropLike(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.down = nn.ModuleList([block(3, 8), block(8, 8), block(8, 8)])
-        self.up, self.head = nn.ConvTranspose2d(8, 8, 4, 2, 1), block(16, 8, 1)
+        self.up, self.head = nn.ConvTranspose2d(8, 8, 4, 2, 1), conv_norm(16, 8)
 
     def crop_like(self, input: Tensor, target: Tensor) -> Tensor:
         if input.size() == target.size():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run, images, random_levels, slow
-from networks import build, street_segmenter
+from networks import Undecided, build, street_segmenter
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
@@ -189,18 +189,6 @@ def test_work_by_elements_gives_the_macs_of_any_mask(name: str) -> None:
         assert {layer.layer: layer.mask for layer in counted.layers} == {n: c for n, c in found.items() if c}
 
 
-class Undecided(nn.Module):
-    """torch.fx cannot follow it whole: only its backbone is converted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = street_segmenter()
-        self.pretrained_cfg = self.backbone.pretrained_cfg
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.backbone(x if x.sum() > 0 else x + 0)
-
-
 def test_weights_that_may_have_been_trained_are_not_said_to_be_as_they_were_made() -> None:
     """How a network was built by name says nothing of its weights any more once a user has had it."""
     model = cs.build_model("resnet18", "none")
@@ -212,7 +200,9 @@ def test_weights_that_may_have_been_trained_are_not_said_to_be_as_they_were_made
 
 
 def test_a_network_converted_in_part_is_evaluated_too() -> None:
-    report = cs.evaluate(Undecided(), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0)
+    report = cs.evaluate(
+        Undecided(street_segmenter()), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0
+    )
     whole = cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0)
     assert [row.macs for row in report.rows] == [row.macs for row in whole.rows]
     assert report.rows[1].active_fraction > 0

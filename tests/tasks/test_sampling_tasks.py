@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run
+from conftest import Run, printed
 from networks import ResidualSegmenter
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -53,12 +51,6 @@ def exits_with_thresholds() -> cs.AnytimeModel:
 
 def sampler() -> cs.ResampledModel:
     return cs.resample(residual_segmenter(), "uniform", (24, 32))
-
-
-def console_text(report: Any) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(report.render())
-    return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
 class Pictures:
@@ -265,7 +257,7 @@ def test_bench_measures_what_other_methods_made(make_other: Any, tmp_path: Path)
     assert isinstance(report, MethodBench) and len(report.rows) == 2
     first, last = report.rows
     assert first.macs >= last.macs > 0 and all(row.milliseconds for row in report.rows)
-    assert first.side in console_text(report) and last.side in console_text(report)
+    assert first.side in printed(report) and last.side in printed(report)
 
 
 @pytest.mark.slow
@@ -277,7 +269,7 @@ def test_bench_measures_a_detector_whole() -> None:
     assert isinstance(report, MethodBench) and report.part == "backbone"
     dense, own, closed, half, whole = report.rows
     assert closed.macs < half.macs < whole.macs == own.macs and whole.macs > dense.macs
-    assert net.score_override is None and "of the backbone" in console_text(report)
+    assert net.score_override is None and "of the backbone" in printed(report)
 
 
 @pytest.mark.parametrize("pattern", ["areas", "scattered"])

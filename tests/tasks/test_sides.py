@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import weakref
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import printed
 from networks import street_segmenter, strided
 from PIL import Image
-from rich.console import Console
 from torch import Tensor, nn
 from training import with_exits, with_gates, with_sampler
 
@@ -40,12 +39,6 @@ def at_scale(net: nn.Module, scale: float) -> Side:
         return F.interpolate(net(shrink(images)), images.shape[2:], mode="bilinear")
 
     return Side(f"at scale {scale:g}", call, lambda images: dense_macs(net, shrink(images)))
-
-
-def printed(report: Any) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(report.render())
-    return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
 def texts_of(figure: Any) -> set[str]:
