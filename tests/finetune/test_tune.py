@@ -14,6 +14,7 @@ from torchvision.utils import save_image
 
 import cadsurgery as cs
 from cadsurgery.data.images import street_scene
+from cadsurgery.finetune import gain as module_of_gain
 from cadsurgery.finetune import tune as module
 from cadsurgery.finetune.tune import tune
 from cadsurgery.masks import resolve_mask
@@ -49,7 +50,8 @@ ARGUMENTS = (
 
 
 @pytest.fixture
-def run(command_line: Run, tmp_path: Path) -> Run:
+def run(command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(module_of_gain, "STEPS", 50)  # no law here is about how well it is fitted
     (tmp_path / "usernets.py").write_text(SOURCE)
     (tmp_path / "photos").mkdir()
     for place in range(10):
