@@ -4,8 +4,8 @@
     python benchmarks/gpu_speed.py --parts kernels maps --channels 64 2048
 
 It has not run on a GPU: none was at hand. `--device cpu` with TRITON_INTERPRET=1 in the environment and small sizes
-runs every line of it without one (`tests/test_gpu_kernel.py` does), and its times mean nothing then. Weights are
-random, which times do not depend on.
+runs every line of it without one (`tests/elements/test_gpu_kernel.py` does), and its times mean nothing then. Weights
+are random, which times do not depend on.
 
 Parts, in the order in which thirty minutes serve best:
     kernels: a convolution of elements as users call it, with 1 and 9 taps, on lattices of several active fractions,

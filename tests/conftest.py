@@ -1,8 +1,9 @@
-"""What the tests share: networks with random weights built offline, images, level maps, comparisons."""
+"""What the tests share: the command line, images, level maps, comparisons. Networks: `networks.py`."""
 
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import subprocess
@@ -21,21 +22,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-import torchvision
 from _pytest.mark import ParameterSet
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from cadsurgery.cli import main, screen
 from cadsurgery.kernels import isa, load
 from cadsurgery.network.storage import checksum, encode_with_checksum
 from cadsurgery.support.processor import processor_in_words
 
-pytest.register_assert_rewrite("stand_ins")  # before a test imports it
+pytest.register_assert_rewrite("stand_ins", "random_laws")  # before a test imports them
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # `torch.manual_seed` looks for every kind of device, a millisecond each time.
 SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
@@ -165,6 +166,13 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     return call
 
 
+def printed(report: Any) -> str:
+    """A report as the terminal shows it."""
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.render())
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
 def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """The file of a converted network with other metadata, and the checksums that belong to what is in it now."""
     with safe_open(path, framework="pt") as file:
@@ -177,64 +185,16 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return path
 
 
-def randomise(model: nn.Module) -> nn.Module:
-    """Norms with random statistics and affine parts, so that no branch is dead; in evaluation mode."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0.0, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0.0, 0.1)
-    return model.eval()
-
-
-def build(name: str, dtype: torch.dtype = torch.float32, *, by: int = 1, **options: Any) -> nn.Module:
-    """A torchvision network with random weights and a `by`-th of its channels; nothing is downloaded."""
-    if torchvision.models.get_model_builder(name).__module__.startswith("torchvision.models.segmentation"):
-        options = {"weights_backbone": None, **options}
-    return thin(lambda: torchvision.models.get_model(name, weights=None, **options), by).to(dtype)
-
-
-def thin(make: Callable[[], nn.Module], by: int = 4) -> nn.Module:
-    """What `make` builds with a `by`-th of the channels: the same layers, names and geometry, little work.
-
-    The wide network is built without storage, so it costs nothing, unless its builder asks for values of tensors.
-    Images and classes keep their channels.
-    """
-    if by == 1:
-        return randomise(make())
-    try:
-        with torch.device("meta"):
-            model = make()
-    except NotImplementedError:
-        model = make()
-    for module in model.modules():
-        for name in ("num_features", "in_channels", "out_channels", "groups", "in_features", "out_features"):
-            channels = getattr(module, name, 0)
-            if isinstance(channels, int) and channels % by == 0 and channels not in (3, 1000):
-                setattr(module, name, channels // by)
-        if isinstance(module, nn.BatchNorm2d):
-            for tensors in (module._parameters, module._buffers):
-                for name, wide in tensors.items():
-                    values = torch.zeros(module.num_features if wide.dim() else (), dtype=wide.dtype)
-                    tensors[name] = nn.Parameter(values) if isinstance(wide, nn.Parameter) else values
-            module.reset_parameters()
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            if isinstance(module, nn.Conv2d):
-                shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-            else:
-                shape = (module.out_features, module.in_features)
-            module.weight = nn.Parameter(
-                nn.init.kaiming_normal_(torch.empty(shape), mode="fan_out", nonlinearity="relu")
-            )
-            if module.bias is not None:
-                module.bias = nn.Parameter(0.1 * torch.randn(shape[0]))
-    return randomise(model)
-
-
 def images(batch: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random images (B, 3, H, W)."""
     return torch.randn(batch, 3, height, width, dtype=dtype)
+
+
+def picture(batch: int, height: int, width: int) -> Tensor:
+    """Noise above, smooth below: every mask keeps a part."""
+    image = images(batch, height, width)
+    image[:, :, height // 2 :] = torch.nn.functional.avg_pool2d(image, 9, 1, 4)[:, :, height // 2 :] / 4
+    return image
 
 
 def random_levels(

@@ -13,7 +13,8 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import assert_same, build, covering, rewritten
+from conftest import assert_same, covering, rewritten
+from networks import build, strided
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -41,11 +42,7 @@ def refused(kind: type[cs.CadError], *words: str) -> Iterator[SimpleNamespace]:
 
 
 def trunk(channels: int = 4, classes: int = 2) -> nn.Module:
-    """A plain CNN of output stride 32."""
-    layers: list[nn.Module] = []
-    for depth in range(5):
-        layers += [nn.Conv2d(channels if depth else 3, channels, 3, 2, 1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(channels, classes, 1)).eval()
+    return strided(channels=channels, outputs=classes)
 
 
 def adapted(mask: object = "none", **options: Any) -> cs.AdaptiveModel:

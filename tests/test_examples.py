@@ -15,17 +15,16 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, randomise
+from conftest import ROOT, assert_same, picture
 from nbclient import NotebookClient
+from networks import ManyOperations, randomise
 from PIL import Image
-from test_export import Small, picture
 from torch import nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, read_image, street_scene
 from cadsurgery.data.networks import Source
 
-ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "examples" / "deploy"
 NEEDS_NO_DATA = "d2net_vgg"
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/recipe.py") if path.parent.name != NEEDS_NO_DATA)
@@ -65,7 +64,7 @@ def test_names_that_a_notebook_uses_exist(path: Path) -> None:
 
 def small_network(mask: str) -> cs.AdaptiveModel:
     """Several classes in an image, whose mean and standard deviation are its own; random weights."""
-    model = randomise(Small())
+    model = randomise(ManyOperations())
     nn.init.normal_(model.head.weight)
     nn.init.zeros_(model.head.bias)
     model.cad_source = Source("small", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))  # type: ignore[assignment]

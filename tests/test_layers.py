@@ -1,4 +1,4 @@
-"""The package is layered, its core knows no library of networks, and the README runs as printed."""
+"""The package is layered, as its tests are; its core knows no library of networks; the README runs as printed."""
 
 from __future__ import annotations
 
@@ -229,6 +229,22 @@ def test_the_search_for_families_finds_them() -> None:
         'def f(model):\n    "A ResNet."\n    return "resnet18" in name or model.is_vgg(fcn_head)'
     )
     assert {word for word in said(tree) if FAMILIES.search(word)} == {"resnet18", "is_vgg", "fcn_head"}
+
+
+TESTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
+
+
+def test_tests_stand_in_folders_of_the_rooms_under_names_of_their_own() -> None:
+    """Files of one name would be one module to pytest."""
+    folders = {path.split("/")[1] for path in TESTS if path.count("/") > 1}
+    assert folders == {*ROOMS, "laws", "recipes"}
+    assert len({path.rpartition("/")[2] for path in TESTS}) == len(TESTS)
+
+
+def test_no_test_imports_another() -> None:
+    """What two files need is in a module that has no tests, so that each runs alone."""
+    found = {path: [name for name in imports(path) if name.startswith("test_")] for path in TESTS}
+    assert len(found) > 90 and not any(found.values()), found
 
 
 def snippets(path: str) -> list[str]:

@@ -366,7 +366,7 @@ def _word_of(net: AdaptiveModel) -> str | None:
     return {net.plan.max_level: "none", 0: "all"}.get(net.plan.identity_level or 0)
 
 
-def _other_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+def _other_weights(state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
     """Return a state dict with every number changed by at most a fifth, so that variances stay positive."""
     generator = torch.Generator().manual_seed(4)
 
@@ -375,7 +375,10 @@ def _other_weights(state: Mapping[str, Any]) -> dict[str, Any]:
             return values
         return values * (0.8 + 0.4 * torch.rand(values.shape, generator=generator)).to(values)
 
-    return {name: change(values) for name, values in state.items()}
+    changed = type(state)()  # a plain dictionary would lose the versions that some modules ask for
+    changed.update({name: change(values) for name, values in state.items()})
+    changed._metadata = getattr(state, "_metadata", None)
+    return changed
 
 
 def _image(arguments: Any, position: int) -> Any:

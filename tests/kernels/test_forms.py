@@ -31,15 +31,15 @@ LAWS = (
     "tests/laws/test_backend_laws.py::test_every_other_task_is_that_of_the_reference",
     "tests/laws/test_integer_laws.py",
     "tests/laws/test_geometry_laws.py::test_compiled_cells_and_kernel_maps_are_those_of_torch",
-    "tests/test_optimize.py::test_compiled_grouped_convolution",
-    "tests/test_optimize.py::test_compiled_gathering_and_pooling",
-    "tests/test_optimize.py::test_compiled_products",
-    "tests/test_optimize.py::test_compiled_convolutions_scale_by_level",
-    "tests/test_optimize.py::test_mixing_where_it_is_read_is_mixing_before",
-    "tests/test_resampling.py::test_compiled_code_inverts_as_torch_does",
+    "tests/network/test_optimize.py::test_compiled_grouped_convolution",
+    "tests/network/test_optimize.py::test_compiled_gathering_and_pooling",
+    "tests/network/test_optimize.py::test_compiled_products",
+    "tests/network/test_optimize.py::test_compiled_convolutions_scale_by_level",
+    "tests/network/test_optimize.py::test_mixing_where_it_is_read_is_mixing_before",
+    "tests/methods/test_resampling.py::test_compiled_code_inverts_as_torch_does",
 )
 MORE_LAWS = (
-    "tests/test_optimize.py::test_pairs_of_convolutions_are_one_after_the_other",
+    "tests/network/test_optimize.py::test_pairs_of_convolutions_are_one_after_the_other",
 )  # of the slow part
 OF_KERNELS = "(native or integers or not test_backend_laws)"
 # The suite itself runs the laws of 8 bits for each form; here they run for the form that is chosen.

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels
 from emulation import Emulation, Feature
+from random_laws import compare
 from random_networks import Case, Draw, settled
-from test_random_networks import compare
 from torch import Tensor, nn
 
 import cadsurgery as cs

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import assert_same, randomise, slow
+from conftest import assert_same, slow
+from networks import randomise
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone

@@ -14,13 +14,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import conftest
+import networks
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, randomise, relative_error, slow, thin
+from conftest import assert_same, covering, images, random_levels, relative_error, slow
 from emulation import Emulation, Feature, NetworkEmulator, emulate
+from networks import randomise, thin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -54,9 +55,9 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """A network of torchvision, or of timm after `timm/`."""
     if name.startswith(("deeplab", "fcn")) and BY > 1:  # wide ones
-        return conftest.build(name, dtype, by=4 * BY, **options)
+        return networks.build(name, dtype, by=4 * BY, **options)
     if not name.startswith("timm/"):
-        return conftest.build(name, dtype, by=BY, **options)
+        return networks.build(name, dtype, by=BY, **options)
     return thin(partial(timm.create_model, name.removeprefix("timm/"), **options), BY).to(dtype)
 
 
@@ -221,7 +222,7 @@ def test_lowest_level_above_the_native_stride_is_the_twin_at_that_stride(name: s
 def strided_backbone(model: nn.Module) -> nn.Module:
     """The undilated ResNet-50 with the weights of a segmentation network's backbone, up to layer4."""
     by = 2048 // model.backbone.layer4[-1].conv3.out_channels
-    resnet = conftest.build("resnet50", next(model.parameters()).dtype, by=by)
+    resnet = networks.build("resnet50", next(model.parameters()).dtype, by=by)
     missing = resnet.load_state_dict(model.backbone.state_dict(), strict=False)
     assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
     return create_feature_extractor(resnet, {"layer4": "out"})

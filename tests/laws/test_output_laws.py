@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, randomise, slow
+from conftest import assert_same, covering, images, random_levels, slow
+from networks import conv_norm, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -26,10 +27,7 @@ SIZES = [(64, 96), (75, 101), (97, 130)]
 FILLS = ["linear", "nearest", "guided"]
 
 
-def block(channels: int, out: int, stride: int = 1, dilation: int = 1, kernel: int = 3) -> nn.Sequential:
-    padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+block = partial(conv_norm, bias=False, inplace=True)
 
 
 class Encoder(nn.Module):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels, randomise, slow
+from conftest import assert_same, images, random_levels, slow
+from networks import conv_norm, randomise
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
@@ -24,6 +26,9 @@ double = torch.float64
 MODES = pytest.mark.parametrize(
     ("mode", "align_corners"), [("nearest", False), ("bilinear", False), ("bilinear", True)]
 )
+
+
+block = partial(conv_norm, bias=False)
 
 
 def interpolate(x: Tensor, size: tuple[int, int], mode: str, align_corners: bool) -> Tensor:
@@ -162,12 +167,6 @@ def test_a_map_larger_than_its_outermost_cells_is_refused() -> None:
 
 
 # -- decoders and pyramids ---------------------------------------------------------------------------------
-
-
-def block(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
 
 
 class Decoder(nn.Module):

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels
 from emulation import Emulation, Feature
+from networks import conv_norm
+from random_laws import compare
 from random_networks import Case, Draw, settled
-from test_random_networks import compare
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
@@ -168,12 +169,6 @@ def test_gradients_are_finite_differences() -> None:
 # -- networks ------------------------------------------------------------------------------------------------
 
 
-def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
-
-
 class Unpooled(nn.Module):
     """Three poolings and their unpoolings, with what is read of the encoder beside.
 
@@ -187,11 +182,11 @@ class Unpooled(nn.Module):
     def __init__(self, function: bool, sized: bool, join: str = "", barrier: bool = False) -> None:
         super().__init__()
         self.function, self.sized, self.join, self.barrier = function, sized, join, barrier
-        self.stem, widths = conv(3, 4), (4, 6, 8, 10)
+        self.stem, widths = conv_norm(3, 4), (4, 6, 8, 10)
         pairs = list(itertools.pairwise(widths))
-        self.down = nn.ModuleList([conv(a, b) for a, b in pairs])
-        self.up = nn.ModuleList([conv(b, a) for a, b in pairs[::-1]])
-        self.merge = nn.ModuleList([conv(2 * a if join == "cat" else a, a) for a, _ in pairs[::-1]])
+        self.down = nn.ModuleList([conv_norm(a, b) for a, b in pairs])
+        self.up = nn.ModuleList([conv_norm(b, a) for a, b in pairs[::-1]])
+        self.merge = nn.ModuleList([conv_norm(2 * a if join == "cat" else a, a) for a, _ in pairs[::-1]])
         self.pool, self.unpool = nn.MaxPool2d(2, 2, return_indices=True), nn.MaxUnpool2d(2, 2)
         self.last = nn.Conv2d(4, 3, 1)
 
@@ -242,7 +237,7 @@ class Shortcut(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.pool = conv(3, 4, 3, 2), nn.MaxPool2d(2, stride=2, return_indices=True)
+        self.stem, self.pool = conv_norm(3, 4, 2), nn.MaxPool2d(2, stride=2, return_indices=True)
         self.down = nn.ModuleList([nn.Conv2d(a, b, 2, 2) for a, b in ((4, 6), (6, 8))])
         self.narrow = nn.ModuleList([nn.Conv2d(a, b, 1) for a, b in ((8, 6), (6, 4))])
         self.up = nn.ModuleList([nn.ConvTranspose2d(a, b, 2, 2) for a, b in ((8, 6), (6, 4))])
@@ -338,8 +333,8 @@ class Once(nn.Module):
 
     def __init__(self, pool: nn.Module, use: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
-        self.stem, self.pool, self.use = nn.Sequential(conv(3, 8, 3, 2), conv(8, 8, 3, 2)), pool, use
-        self.body, self.last = nn.Sequential(conv(8, 8), conv(8, 8)), nn.Conv2d(8, 8, 1)
+        self.stem, self.pool, self.use = nn.Sequential(conv_norm(3, 8, 2), conv_norm(8, 8, 2)), pool, use
+        self.body, self.last = nn.Sequential(conv_norm(8, 8), conv_norm(8, 8)), nn.Conv2d(8, 8, 1)
 
     def forward(self, x: Tensor) -> Any:
         x, indices = self.pool(self.stem(x))

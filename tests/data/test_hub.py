@@ -1,0 +1,402 @@
+"""The Hugging Face Hub: what is written there comes back the same; what cannot be had or may not be done says why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hub_server
+import huggingface_hub
+import pytest
+import torch
+from conftest import ROOT, Run, images, rewritten
+from hub_server import Hub, Repository, serve
+from huggingface_hub import ModelCard, constants
+from networks import PooledSegmenter, adapted
+from PIL import Image
+from safetensors.torch import save_file
+
+import cadsurgery as cs
+from cadsurgery.data.hub import FILE, Address, read_address
+from cadsurgery.network.publish import Pushed, make_card
+from cadsurgery.support.provenance import versions
+from cadsurgery.tasks.open import at_strides, open_converted, weights_in_words
+
+NAME = f"{hub_server.OWNER}/small-net"
+HOME = f"hf:{NAME}"
+RESOLVE = "/{repo_id}/resolve/{revision}/{filename}"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub of this test's own, that the client is signed in at; no other one, and no cache of the user's."""
+    with serve() as hub:
+        use(monkeypatch, hub.url, tmp_path)
+        yield hub
+
+
+def use(monkeypatch: pytest.MonkeyPatch, url: str, folder: Path, token: str = hub_server.TOKEN) -> None:
+    """What HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_DISABLE_XET would say if the client were not imported yet."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + RESOLVE)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", token)
+
+
+def push(net: cs.AdaptiveModel, name: str = NAME, license: str = "mit", **options: Any) -> Pushed:
+    """With the multiply-accumulates of a small image in the card."""
+    return cs.push_to_hub(net, name, license=license, **{"image": images(1, 64, 96), **options})
+
+
+@contextmanager
+def refused(kind: type[cs.CadError], *words: str) -> Iterator[None]:
+    with pytest.raises(kind) as raised:
+        yield
+    for word in words:
+        assert word in str(raised.value)
+
+
+def by_name(mask: str = "edges") -> cs.AdaptiveModel:
+    return cs.adaptify(cs.build_model("squeezenet1_1", "none"), mask, verify_laws=False)
+
+
+# -- there and back ------------------------------------------------------------------------------------
+
+
+def test_what_is_pushed_comes_back_bit_for_bit(hub: Hub, tmp_path: Path) -> None:
+    net, image = adapted(), images(2, 97, 129)
+    pushed = push(net)
+    cs.save(net, tmp_path / "net.safetensors")
+    files = hub.repositories[NAME].commits[pushed.commit]
+    assert files[FILE] == (tmp_path / "net.safetensors").read_bytes() and pushed.bytes == len(files[FILE])
+    back = cs.load(HOME, PooledSegmenter())
+    assert back.plan == net.plan and back.mask.spec() == net.mask.spec()
+    assert torch.equal(back(image)["out"], net(image)["out"])
+    assert pushed.page == f"{hub.url}/{NAME}" and not pushed.private
+
+
+def test_large_files_and_card_are_one_commit(hub: Hub) -> None:
+    push(adapted(), message="The first")
+    assert len(hub.storage) == 1 and hub.repositories[NAME].messages == ["The first"]
+    assert set(written(hub)) == {FILE, "README.md"}
+
+
+def test_a_commit_or_branch_is_loaded_by_its_name(hub: Hub) -> None:
+    first, second = adapted(), adapted("edges:threshold=0.5,dilation=5")
+    pushed = push(first)
+    push(second)
+    push(adapted("all"), f"{NAME}@other")
+    specs = {
+        where: cs.load(where, PooledSegmenter()).mask.spec()
+        for where in (pushed.address, HOME, f"{HOME}@other")
+    }
+    assert list(specs.values()) == [first.mask.spec(), second.mask.spec(), "all"]
+
+
+def test_a_network_by_name_needs_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    net = by_name()
+    push(net, NAME, license="apache-2.0")
+    image = images(1, 65, 97)
+    assert torch.equal(cs.load(HOME)(image), net(image))
+
+
+@pytest.mark.slow
+def test_the_file_of_another_method_is_uploaded_as_it_is(hub: Hub, command_line: Run, tmp_path: Path) -> None:
+    net = cs.anytime(cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4), threshold=0.3).eval()
+    cs.save(net, tmp_path / FILE)
+    client = huggingface_hub.HfApi(endpoint=hub.url)
+    client.create_repo(NAME)
+    client.upload_file(path_or_fileobj=tmp_path / FILE, path_in_repo=FILE, repo_id=NAME)
+    image = images(1, 65, 97)
+    with torch.no_grad():
+        back = zip(cs.load(HOME)(image), net(image), strict=True)
+        assert all(torch.equal(one, other) for one, other in back)
+    for command in ("plan", "macs"):
+        assert command_line(command, "--model", HOME, "--json").code == 0
+
+
+def test_what_was_fetched_once_loads_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(adapted())
+    cs.load(HOME, PooledSegmenter())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert cs.load(HOME, PooledSegmenter()).mask.spec() == adapted().mask.spec()
+
+
+def test_nothing_is_fetched_twice_nor_more_than_the_file(hub: Hub) -> None:
+    push(adapted())
+    hub.requests.clear()
+    for _ in range(2):
+        cs.load(HOME, PooledSegmenter())
+    (large,) = hub.storage
+    assert [request for request in hub.requests if request.startswith("GET")] == [f"GET /storage/{large}"]
+
+
+def test_a_file_of_the_hub_is_trusted_no_more_than_another(hub: Hub, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    cs.save(by_name(), path)
+    foreign = {"source": {"name": "os:getcwd", "kwargs": {}}}
+    rewritten(path, lambda told: told.update(foreign))
+    put(hub, path.read_bytes())
+    with refused(cs.FileError, HOME, "code of its own, which was not run", "trust=True"):
+        cs.load(HOME)
+
+
+def put(hub: Hub, content: bytes | None) -> Repository:
+    """A repository that somebody else wrote."""
+    repository = hub.repositories[NAME] = Repository()
+    if content is not None:
+        repository.write("main", {FILE: content}, "by hand")
+    return repository
+
+
+# -- the card ------------------------------------------------------------------------------------------
+
+
+def written(hub: Hub) -> dict[str, bytes]:
+    repository = hub.repositories[NAME]
+    return repository.commits[repository.branches["main"]]
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    return ModelCard(card).data.to_dict()
+
+
+def test_the_card_says_what_was_converted(hub: Hub) -> None:
+    net = by_name("edges | budget:fraction=0.3")
+    push(net, image=None)
+    text = written(hub)["README.md"].decode()
+    about = front_matter(text)
+    assert about["license"] == "mit" and about["library_name"] == "cadsurgery"
+    assert about["pipeline_tag"] == "image-classification"
+    assert {"cadsurgery", "squeezenet1_1"} <= set(about["tags"])
+    counted = net.macs(cs.images.normalise(cs.images.street_scene(), net.source)[None])
+    for told in (
+        "torchvision:squeezenet1_1",
+        "| weights | random (asked for) |",
+        f"`{net.mask.spec()}`".replace("|", r"\|"),
+        f"| fill | {net.geometry.fill} |",
+        ", ".join(map(str, net.plan.strides)),
+        f"{counted.mask / counted.high:.2f} of the {counted.high:.3g} multiply-accumulates",
+        ", ".join(f"{name} {number}" for name, number in versions().items()),
+        f'cs.load("{HOME}")',
+        net.plan.summary(),
+    ):
+        assert told in text
+
+
+def test_the_card_says_how_a_network_of_ones_own_is_loaded(hub: Hub) -> None:
+    own = make_card(adapted(lambda image: image.mean(1) > 0), Address(NAME), "mit")
+    assert f'cs.load("{HOME}", model, mask="edges")' in own and "which the file does not hold" in own
+    assert front_matter(own)["pipeline_tag"] == "image-segmentation"
+    labelled = make_card(adapted("trimap"), Address(NAME), "mit", "depth-estimation")
+    assert "not counted" in labelled and front_matter(labelled)["pipeline_tag"] == "depth-estimation"
+
+
+# -- writing that is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("license", ["", "  "])
+def test_a_licence_must_be_named(hub: Hub, license: str) -> None:
+    with refused(cs.InvalidInput, "licence", "--license", NAME):
+        push(adapted(), NAME, license=license)
+    assert not hub.requests
+
+
+def test_a_licence_that_the_hub_does_not_know_makes_no_repository(hub: Hub) -> None:
+    with refused(cs.InvalidInput, "card", "must be one of"):
+        push(adapted(), NAME, license="my: own\nlicense: mit")
+    assert not hub.repositories
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert push(adapted(), private=True).private
+    push(adapted(), f"{hub_server.OWNER}/shown", license="mit")
+    with refused(cs.InvalidInput, "is public", "settings"):
+        push(adapted("all"), f"{hub_server.OWNER}/shown", private=True)
+    assert len(hub.repositories[f"{hub_server.OWNER}/shown"].messages) == 1
+    use(monkeypatch, hub.url, tmp_path / "another", token="hf_of_somebody_else")
+    with refused(cs.FileError, HOME, "private", "HF_TOKEN"):
+        cs.load(HOME, PooledSegmenter())
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "words"),
+    [
+        (NAME, "hf_that_is_wrong", ("401", "Invalid username or password", "HF_TOKEN")),
+        ("somebody-else/net", hub_server.TOKEN, ("403", "rights", "HF_TOKEN")),
+    ],
+)
+def test_who_may_not_write_is_told_so(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, token: str, words: tuple[str, ...]
+) -> None:
+    use(monkeypatch, hub.url, tmp_path, token)
+    with refused(cs.FileError, name, "cannot be written", *words):
+        push(adapted(), name, license="mit")
+    assert not hub.storage
+
+
+def test_what_cannot_be_saved_cannot_be_pushed(hub: Hub) -> None:
+    with refused(cs.InvalidInput, "optimised"):
+        push(adapted().optimize())
+    with refused(cs.InvalidInput, "not a converted network"):
+        push(PooledSegmenter())  # type: ignore[arg-type]
+    assert not hub.requests
+
+
+# -- reading that is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["net", "a/b/c", "", "some one/net", "someone/..", "someone/net@", "someone/net.git"]
+)
+def test_what_is_no_address_is_refused_before_anything_is_asked(hub: Hub, name: str) -> None:
+    with refused(cs.InvalidInput, "no address on the Hub", "hf:owner/name"):
+        cs.load(f"hf:{name}")
+    with refused(cs.InvalidInput, "no address on the Hub"):
+        push(adapted(), name, license="mit")
+    assert not hub.requests
+
+
+def test_addresses_are_read_and_shown() -> None:
+    for text in (HOME, f"{HOME}@main", f"{HOME}@refs/pr/1"):
+        assert str(read_address(text)) == text and read_address(text).repository == NAME
+    assert read_address(NAME) == Address(NAME)
+
+
+def not_there(hub: Hub) -> None:
+    pass
+
+
+def no_revision(hub: Hub) -> None:
+    put(hub, b"")
+
+
+def no_file(hub: Hub) -> None:
+    put(hub, None)
+
+
+def gated(hub: Hub) -> None:
+    put(hub, b"").gated = True
+
+
+@pytest.mark.parametrize(
+    ("make", "address", "words"),
+    [
+        (not_there, HOME, ("no such repository, or it is private", "HF_TOKEN")),
+        (no_revision, f"{HOME}@v2", ("no branch, tag or commit 'v2'", "leave @v2 out")),
+        (no_file, HOME, (f"it holds no {FILE}", "push_to_hub")),
+        (gated, HOME, ("its owner decides", "ask for it on http://127.0.0.1", NAME)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_cannot_be_fetched_says_why(
+    hub: Hub, make: Callable[[Hub], None], address: str, words: tuple[str, ...]
+) -> None:
+    make(hub)
+    with refused(cs.FileError, f"{address} cannot be fetched", *words):
+        cs.load(address)
+
+
+def test_another_file_of_that_name_is_refused_by_its_address(hub: Hub, tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / FILE)
+    put(hub, (tmp_path / FILE).read_bytes())
+    with refused(cs.FileError, f"{HOME} was not written by cadsurgery"):
+        cs.load(HOME)
+    put(hub, b"no safetensors")
+    with refused(cs.FileError, f"{HOME} is not a readable safetensors file"):
+        cs.load(HOME)
+
+
+def test_without_a_network_it_is_said_so(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with refused(
+        cs.FileError, f"{HOME} cannot be fetched", "is not reached", "not in the cache", "HF_HUB_OFFLINE"
+    ):
+        cs.load(HOME)
+    with refused(cs.FileError, f"{HOME} cannot be written", "HF_HUB_OFFLINE"):
+        push(adapted())
+
+
+def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with serve() as gone:
+        pass
+    use(monkeypatch, gone.url, tmp_path)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
+    with refused(cs.FileError, f"{HOME} cannot be fetched", gone.url, "HF_ENDPOINT"):
+        cs.load(HOME)
+    with refused(cs.FileError, f"{HOME} cannot be written", gone.url, "HF_ENDPOINT"):
+        push(adapted())
+
+
+def test_without_the_client_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for call in (lambda: cs.load(HOME), lambda: push(adapted())):
+        with refused(cs.CadError, "pip install 'cadsurgery[hub]'"):
+            call()
+
+
+# -- the command line ----------------------------------------------------------------------------------
+
+
+def test_the_command_writes_what_other_commands_take(hub: Hub, command_line: Run, tmp_path: Path) -> None:
+    model = cs.build_model("timm:resnet10t", "none", features_only=True, out_indices=[2])
+    cs.save(cs.adaptify(model, "edges", verify_laws=False), tmp_path / "net.safetensors")
+    Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "image.png")
+    told = command_line("push", "net.safetensors", NAME, "--license", "mit", "--private", "--json")
+    assert told.code == 0 and told.json["private"] and told.json["address"].startswith(f"{HOME}@")
+    for command in (
+        ("plan", "--model", HOME),
+        ("macs", "--model", HOME, "--size", "64x96"),
+        ("mask", "--model", HOME, "--size", "64x96"),
+        ("run", HOME, "image.png"),
+    ):
+        assert command_line(*command, "--json").code == 0
+    assert command_line("convert", "--model", HOME, "--json").json["error"] == "InvalidInput"
+
+
+def test_tasks_open_an_address_as_they_open_a_file(hub: Hub) -> None:
+    push(by_name())
+    (net,), source = at_strides(HOME, (), {})
+    assert net.mask.spec() == by_name().mask.spec() and weights_in_words(HOME, source).startswith(
+        f"weights in {HOME}"
+    )
+    assert open_converted(HOME, "none").mask.spec() == "none"
+    with refused(cs.InvalidInput, HOME, "converted already"):
+        open_converted(HOME, options={"fill": "nearest"})
+
+
+def test_the_command_refuses_without_a_licence(hub: Hub, command_line: Run, tmp_path: Path) -> None:
+    cs.save(by_name(), tmp_path / "net.safetensors")
+    assert "--license" in command_line("push", "net.safetensors", NAME).err
+
+
+@pytest.mark.slow
+def test_the_environment_decides_where_and_who(tmp_path: Path) -> None:
+    """As a user runs it: the client reads the variables when it is imported."""
+    cs.save(by_name(), tmp_path / "net.safetensors")
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {**kept, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "cadsurgery.cli", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env={**environment, **variables}, capture_output=True, text=True
+        )
+
+    with serve() as hub:
+        there = {"HF_ENDPOINT": hub.url}
+        anonymous = run("push", "net.safetensors", NAME, "--license", "mit", **there)
+        assert anonymous.returncode == 1 and "HF_TOKEN" in anonymous.stderr and not hub.repositories
+        pushed = run("push", "net.safetensors", NAME, "--license", "mit", HF_TOKEN=hub_server.TOKEN, **there)
+        assert pushed.returncode == 0 and HOME in pushed.stdout, pushed.stderr
+        assert run("plan", "--model", HOME, **there).returncode == 0
+    assert run("plan", "--model", HOME, HF_HUB_OFFLINE="1").returncode == 0

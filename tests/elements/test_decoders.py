@@ -1,0 +1,104 @@
+"""Decoders at sizes that are no multiple of the strides: what a network without skips returns is larger then, and maps
+are padded to the size of their skips."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, covering
+from networks import conv_norm
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery import functional
+from cadsurgery.elements.lattice import Geometry
+
+
+def down(how: str) -> nn.Module:
+    if how == "pool":
+        return nn.Sequential(conv_norm(8, 8), nn.MaxPool2d(2))
+    return (
+        conv_norm(8, 8, 2)
+        if how == "stride"
+        else nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), conv_norm(8, 8))
+    )
+
+
+def up(how: str) -> list[nn.Module]:
+    if how == "shuffle":
+        return [nn.Conv2d(8, 32, 1), nn.PixelShuffle(2)]
+    return [nn.Upsample(scale_factor=2, mode=how), conv_norm(8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "example"),
+    covering(
+        [("stride", "nearest"), ("pool", "bilinear"), ("ceil", "nearest"), ("stride", "shuffle")],
+        [None, (96, 128)],
+    ),
+)
+def test_a_plain_encoder_decoder_is_itself_at_any_size(kind, example):
+    """On its own example, and on an even one."""
+    before, after = kind
+    torch.manual_seed(0)
+    encoder = [conv_norm(3, 8), *(down(before) for _ in range(4))]
+    model = nn.Sequential(
+        *encoder, *(part for _ in range(4) for part in up(after)), nn.Conv2d(8, 2, 1)
+    ).eval()
+    image = torch.randn(1, 3, *example) if example else None
+    net = cs.adaptify(model, mask="none", example_input=image)
+    assert net.plan.output_stride[1] == 16
+    for size in ((97, 129), (101, 94), (128, 160)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
+            assert net(x, mask="random").shape == model(x).shape
+
+
+class PaddedToSkip(nn.Module):
+    """What comes up is padded where a length is odd, by amounts that are known when the network is traced."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = conv_norm(3, 8, 2), conv_norm(8, 8, 2), conv_norm(8, 8, 2)
+        self.join, self.last, self.mode = conv_norm(16, 8), nn.Conv2d(8, 2, 1), mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.first(self.stem(x))
+        x, pads = F.interpolate(self.second(F.max_pool2d(skip, 1)), scale_factor=2), [0, 0, 0, 0]
+        for axis in range(2):
+            if skip.shape[-1 - axis] != x.shape[-1 - axis]:
+                pads[2 * axis + 1] = skip.shape[-1 - axis] - x.shape[-1 - axis]
+        return self.last(self.join(torch.cat([skip, F.pad(x, pads, self.mode)], 1)))
+
+
+@pytest.mark.parametrize("mode", ["constant", "replicate"])
+def test_a_map_padded_to_its_skip_stays_in_the_region(mode: str) -> None:
+    torch.manual_seed(0)
+    model = PaddedToSkip(mode).double().eval()
+    model.second[0] = nn.Conv2d(8, 8, 2, 2).double()  # which leaves a row out where their number is odd
+    example = torch.randn(2, 3, 67, 99, dtype=torch.float64)
+    net = cs.adaptify(model, "none", example_input=example, output_stride=(2, 8))
+    assert net.plan["pad"].action == net.plan["join_0"].action == "keep"
+    for size in ((67, 99), (83, 113), (96, 99), (64, 96)):
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        with torch.no_grad():
+            assert_same(net(x)[:, :, ::2, ::2], model(x), 1e-9)
+            both, levels = net(x, mask="random"), net.levels
+            alone = torch.cat([net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(2)])
+        assert_same(both, alone, 1e-12)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_padding_repeats_the_last_samples_of_the_grids_that_interleave(level: int) -> None:
+    lattice = Geometry((2, 2)).uniform(level, 2, (20, 24)).at(2)
+    side, spacing = 2**level, 4
+    own = torch.randn(2, 3, 16 // side, 20 // side, dtype=torch.float64)
+    x = functional.Elements(own.permute(0, 2, 3, 1).flatten(0, 2), lattice.at(2, (16, 20)))
+    padded = functional.to_dense(functional.pad(x, (0, 1, 0, 1), spacing, None), side)
+    step = spacing // side
+    for row in range(step):
+        for column in range(step):
+            grid = own[:, :, row::step, column::step]
+            assert torch.equal(padded[:, :, row::step, column::step], F.pad(grid, (0, 1, 0, 1), "replicate"))

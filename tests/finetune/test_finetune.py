@@ -1,0 +1,967 @@
+"""Training: what is minimised and moved, exact resumption, files, refusals, the command."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import ROOT, TESTS, covering
+from networks import Segmenter
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from training import SIZE, Scenes, adaptive, flip
+
+import cadsurgery as cs
+from cadsurgery.cli import main
+from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives, objective
+from cadsurgery.finetune.groups import make_groups, set_modes, stem_of
+from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, miss, supervised
+from cadsurgery.finetune.schedule import Sampling, learning_rate
+from cadsurgery.masks import FineMapSpec, MaskProvider
+
+pytest.importorskip("accelerate")
+QUICK = Settings(steps=6, batch=2, lr=0.05, workers=0, save_every=3, validate_every=2)
+
+
+def train(net: nn.Module, output: Path, settings: Settings = QUICK, **options: Any) -> Any:
+    """A run on generated scenes, on the CPU."""
+    options = {"data": Scenes(), "augment": flip, "device": "cpu", **options}
+    return fit(net, options.pop("data"), settings, output=output, **options)
+
+
+def tensors(net: nn.Module) -> dict[str, Tensor]:
+    found = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert different == []
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(step: int) -> Callable[[Row], None]:
+    def on_step(row: Row) -> None:
+        if row["step"] == step:
+            raise Stop
+
+    return on_step
+
+
+# Resumption: a run that was stopped goes on to the same weights, bit for bit.
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": "adamw", "lr": 0.002, "ema": 0.7, "clip": 0.5},
+        {"objective": "any-budget", "accumulate": 2, "precision": "bf16"},
+        {"objective": "any-budget", "objective_options": {"teacher": "self"}, "batch_norm": "frozen"},
+    ],
+    ids=["mixed", "adamw", "any-budget", "self"],
+)
+def test_a_run_that_failed_goes_on_as_if_it_had_not(tmp_path: Path, changes: dict[str, Any]) -> None:
+    settings = replace(QUICK, **changes)
+    whole = adaptive()
+    train(whole, tmp_path / "whole", settings)
+    parted = adaptive()
+    with pytest.raises(Stop):  # after step 4; the checkpoint is of step 3
+        train(parted, tmp_path / "parted", settings, on_step=stop_after(4))
+    outcome = train(parted, tmp_path / "parted", settings)
+    assert outcome.resumed == 3
+    assert_equal(tensors(whole), tensors(parted))
+    for name in ("net", "checkpoint", "start"):
+        file = f"{name}.safetensors"
+        assert_equal(load_file(tmp_path / "whole" / file), load_file(tmp_path / "parted" / file))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parted")
+    assert [row["step"] for row in rows(tmp_path / "whole")] == list("123456")
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def run_process(folder: Path, *arguments: object, launcher: tuple[str, ...] = ()) -> int:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    script = (str(Path(__file__).with_name("finetune_process.py")), str(folder), *map(str, arguments))
+    command = [sys.executable, *launcher, *script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
+    return done.returncode
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
+    assert run_process(tmp_path / "whole", 2) == 0
+    assert run_process(tmp_path / "killed", 2, 3) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "net.safetensors").exists()
+    assert run_process(tmp_path / "killed", 2) == 0
+    for name in ("net", "checkpoint", "start"):
+        file = f"{name}.safetensors"
+        assert_equal(load_file(tmp_path / "whole" / file), load_file(tmp_path / "killed" / file))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """Also where images have other numbers of labelled pixels."""
+    assert run_process(tmp_path / "no-dropout-one", 4) == 0
+    two = tmp_path / "no-dropout-two"
+    assert run_process(two, 2, launcher=TORCHRUN) == 0
+    one, both = rows(tmp_path / "no-dropout-one"), rows(two)
+    assert [row["step"] for row in both] == list("123456")
+    for name in ("loss", "active_fraction"):
+        ours, theirs = ([float(row[name]) for row in found] for found in (one, both))
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    ours, theirs = load_file(tmp_path / "no-dropout-one/net.safetensors"), load_file(two / "net.safetensors")
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_one_process_where_several_were_asked_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `accelerate launch --cpu --num_processes 2` does without mpirun."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    with pytest.raises(cs.InvalidInput, match="torchrun"):
+        train(adaptive(), tmp_path)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    net = adaptive()
+    train(net, tmp_path)
+    trained, log = tensors(net), rows(tmp_path)
+    assert train(net, tmp_path).resumed == QUICK.steps
+    assert_equal(tensors(net), trained)
+    assert rows(tmp_path) == log
+
+
+def test_what_does_not_touch_the_weights_may_change_on_resumption(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train(adaptive(), tmp_path, on_step=stop_after(4))
+    assert train(adaptive(), tmp_path, replace(QUICK, save_every=5, workers=1)).resumed == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"settings": replace(QUICK, steps=7, lr=0.1)},
+            ["settings.steps: 6, now 7", "settings.lr: 0.05, now 0.1"],
+        ),
+        ({"data": Scenes(4)}, ["data.samples: 5, now 4"]),
+        ({"net": "edges:threshold=0.3"}, ["network.mask", "0.3"]),
+        ({"augment": None}, ["data.augment"]),
+    ],
+)
+def test_another_run_is_not_resumed(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    train(adaptive(), tmp_path, replace(QUICK, steps=6))
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    net = adaptive(changes.pop("net")) if "net" in changes else adaptive()
+    with pytest.raises(cs.InvalidInput, match="holds another run") as refusal:
+        train(net, tmp_path, **changes)
+    assert all(word in str(refusal.value) for word in words)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_folder_with_a_run_is_refused_if_nothing_is_to_be_resumed(tmp_path: Path) -> None:
+    train(adaptive(), tmp_path)
+    with pytest.raises(cs.FileError, match="holds a run already"):
+        train(adaptive(), tmp_path, resume=False)
+
+
+# What moves, and what does not.
+
+
+@pytest.mark.smoke
+def test_training_lowers_the_loss_and_leaves_a_network_that_loads(tmp_path: Path) -> None:
+    net = adaptive()
+    outcome = train(net, tmp_path, replace(QUICK, steps=30))
+    losses = [float(row["loss"]) for row in rows(tmp_path)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert not net.training
+    loaded = cs.load(outcome.network, model=Segmenter())
+    image = torch.randn(2, 3, 37, 50)
+    assert torch.equal(loaded(image), net(image))
+
+
+def test_accumulated_passes_are_one_larger_batch(tmp_path: Path) -> None:
+    plain = replace(QUICK, batch_norm="frozen", steps=3)
+    nets = []
+    for name, batch, accumulate in (("one", 4, 1), ("two", 2, 2)):
+        net = adaptive()
+        net.classifier[0].p = 0.0
+        train(net, tmp_path / name, replace(plain, batch=batch, accumulate=accumulate))
+        nets.append(tensors(net))
+    for name, value in nets[0].items():
+        torch.testing.assert_close(value, nets[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path) -> None:
+    net, seen = adaptive(), []
+    outcome = train(
+        net,
+        tmp_path,
+        replace(QUICK, ema=0.5),
+        on_step=lambda row: seen.append(net.classifier[1].weight.clone()),
+    )
+    expected = seen[0]
+    for weight in seen[1:]:
+        expected = 0.5 * expected + 0.5 * weight
+    assert not torch.allclose(expected, seen[-1])
+    torch.testing.assert_close(load_file(outcome.network)["classifier.1.weight"], expected)
+    torch.testing.assert_close(net.classifier[1].weight, expected)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_batch_norm_keeps_its_statistics(tmp_path: Path, frozen: bool) -> None:
+    net = adaptive()
+    before = tensors(net)
+    train(net, tmp_path, replace(QUICK, batch_norm="frozen" if frozen else "train"))
+    after = tensors(net)
+    statistics = [name for name in before if "running" in name]
+    assert all(torch.equal(before[name], after[name]) == frozen for name in statistics)
+    assert not torch.equal(before["backbone.3.1.weight"], after["backbone.3.1.weight"])
+
+
+def test_a_frozen_stem_is_left_as_it_is_and_the_region_is_not(tmp_path: Path) -> None:
+    net = adaptive()
+    before = tensors(net)
+    train(net, tmp_path, replace(QUICK, freeze="stem"))
+    same = {name for name, value in tensors(net).items() if torch.equal(value, before[name])}
+    stem = {name for name in before if name.startswith(("backbone.0.", "backbone.1."))}
+    assert same == stem
+    assert set(filter(stem_of(net), before)) == stem
+    assert all(parameter.requires_grad for parameter in net.parameters())  # as it was before
+
+
+def test_the_stem_runs_in_evaluation_mode_and_the_region_does_not() -> None:
+    model = Segmenter()
+    model.backbone[0].append(nn.Dropout(0.5))
+    example = torch.zeros(1, 3, *SIZE)
+    net = cs.adaptify(model, output_stride=(4, 16), example_input=example, verify_laws=False)
+    set_modes(net, stem_of(net), QUICK)
+    modes = {path: module.training for path, module in net.named_modules() if not list(module.children())}
+    entered = (
+        "backbone.1.2",
+        "_mask_provider",
+    )  # the activation whose output enters is the plan's first of the region
+    for path, training in modes.items():
+        assert training != path.startswith(("backbone.0.", "backbone.1.")) or path in entered
+    set_modes(net, stem_of(net), replace(QUICK, batch_norm="frozen"))
+    assert not any(m.training for m in net.modules() if isinstance(m, nn.BatchNorm2d)) and net.training
+
+
+class Scored(MaskProvider):
+    """A mask with parameters, whose decisions carry no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        return features.mean(1) > self.bias
+
+
+def test_a_mask_without_gradient_is_not_trained_and_reported_so(tmp_path: Path) -> None:
+    net = adaptive(Scored())
+    outcome = train(net, tmp_path)
+    assert net.mask.bias.item() == 0
+    assert {group["group"]: group["tensors"] for group in outcome.groups}["fixed"] == 1
+
+
+class Gated(Objective):
+    """An objective of a test, which gives the mask a gradient and has a parameter of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.extra = nn.Parameter(torch.ones(1))
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+        loss = supervised(self.net(*inputs), labels)
+        return {"loss": loss + (self.net.mask.bias - 1).square().sum() + self.extra.square().sum()}
+
+
+def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_objective() -> None:
+    cell = "@objective('celled')\nclass Celled(Objective):\n    'Version {}.'"
+    scope = {"objective": objective, "Objective": Objective, "__name__": "__main__"}
+    try:
+        for version in (1, 2):
+            exec(cell.format(version), scope)
+        assert list_objectives()["celled"] == "Version 2."
+        with pytest.raises(ValueError, match=r"by __main__\.Celled"):
+            exec(cell.format(3), {**scope, "__name__": "another.module"})
+        with pytest.raises(ValueError, match=r"registered already, by cadsurgery\."):
+            objective("mixed")(scope["Celled"])
+    finally:
+        OBJECTIVES.pop("celled", None)
+
+
+def test_an_objective_of_a_users_own_is_trained_and_resumed_with_its_parameters(tmp_path: Path) -> None:
+    nets = []
+    for name in ("whole", "parted"):
+        nets.append(adaptive(Scored()))
+        if name == "parted":
+            with pytest.raises(Stop):
+                train(nets[-1], tmp_path / name, objective=Gated, on_step=stop_after(4))
+        outcome = train(nets[-1], tmp_path / name, objective=Gated)
+    assert 0 < nets[0].mask.bias.item() < 1
+    assert_equal(tensors(nets[0]), tensors(nets[1]))
+    assert load_file(outcome.checkpoint)["weights.extra"].item() < 1
+    assert [group["group"] for group in outcome.groups] == ["classifier", "backbone", "mask"]
+
+
+def test_a_learned_mask_that_was_first_used_in_inference_mode_is_trained(tmp_path: Path) -> None:
+    net = adaptive("learned:fraction=0.4,channels=4/4/4")
+    with torch.inference_mode():
+        net(torch.zeros(1, 3, *SIZE))
+    before = tensors(net)
+    changes = {"objective": "blend", "objective_options": {"network": "fixed"}, "mask_factor": 1.0}
+    train(net, tmp_path, replace(QUICK, **changes))
+    moved = {name for name, value in tensors(net).items() if not torch.equal(value, before[name])}
+    assert moved and all("mask" in name for name in moved)
+
+
+def test_a_dense_network_is_trained_the_same_way(tmp_path: Path) -> None:
+    net = Segmenter()
+    outcome = train(net, tmp_path)
+    assert_equal(load_file(outcome.network), dict(net.state_dict()))
+    assert "active_fraction" not in rows(tmp_path)[0]
+
+
+def test_inputs_in_tuples_reach_the_network_as_they_are(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(3, 6, 1)
+
+        def forward(self, image: Tensor, scale: Tensor) -> Tensor:
+            seen.append(scale)
+            return self.head(image * scale[:, None, None, None])
+
+    class Pairs(Scenes):
+        def __getitem__(self, index: int) -> Any:
+            image, labels = self.items[index]
+            return (image, torch.tensor(float(index))), labels
+
+    seen: list[Tensor] = []
+    train(Two(), tmp_path, data=Pairs(), augment=None)
+    assert {float(value) for scales in seen for value in scales} == set(range(5))
+
+
+# Schedule and samples.
+
+
+def test_the_learning_rate_falls_as_published() -> None:
+    settings = Settings()
+    rates = [learning_rate(step, 0.1, settings) for step in range(settings.steps)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[15_000] == pytest.approx(0.01 * 0.5**0.9)
+    assert all(later <= sooner for sooner, later in pairwise(rates))
+    assert learning_rate(settings.steps - 1, 1e-4, settings) == settings.lr_floor
+
+
+@pytest.mark.parametrize("samples", [1, 5, 7, 24])
+def test_every_epoch_has_every_sample_once_however_it_is_shared_out(samples: int) -> None:
+    one = Sampling(samples, seed=3, batch=4, accumulate=1, processes=1)
+    two = Sampling(samples, seed=3, batch=1, accumulate=2, processes=2)
+    order = [one.index(position) for step in range(samples) for position in one.positions(step, 0, 0)]
+    for epoch in range(4):
+        assert sorted(order[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
+    for step in range(samples):
+        shared = [p for part in (0, 1) for process in (0, 1) for p in two.positions(step, part, process)]
+        assert tuple(shared) == one.positions(step, 0, 0)
+    if samples > 5:
+        assert order[:samples] != order[samples : 2 * samples]
+
+
+# Parameter groups.
+
+
+class Shared(nn.Module):
+    """A weight used by both sides, and one outside all children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.head.weight = self.encoder.weight
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def named(name: str) -> nn.Module:
+    return torchvision.models.get_model(
+        name, weights=None, weights_backbone=None, aux_loss=True, num_classes=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "head"),
+    [
+        (Segmenter, "classifier."),
+        (adaptive, "classifier."),
+        (lambda: named("fcn_resnet50"), ("classifier.", "aux_classifier.")),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Dropout()), "1."),
+        (Shared, "head.bias"),
+        (lambda: adaptive(Scored()), "classifier."),
+    ],
+)
+def test_every_parameter_is_in_exactly_one_group(make: Callable[[], nn.Module], head: Any) -> None:
+    net = make()
+    groups = {group.name: group for group in make_groups(dict(net.named_parameters()), net, Settings())}
+    listed = [name for group in groups.values() for name in group.parameters]
+    assert sorted(listed) == sorted(dict(net.named_parameters()))
+    assert set(groups["classifier"].parameters) == {name for name in listed if name.startswith(head)}
+    assert set(groups["mask"].parameters if "mask" in groups else ()) == {n for n in listed if "_mask" in n}
+    assert groups["classifier"].factor == 1 and groups["backbone"].factor == 0.1
+
+
+# Objectives.
+
+
+def test_ignored_pixels_count_for_nothing() -> None:
+    logits = torch.randn(2, 3, 5, 7, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 5, 7))
+    labels[0, :3] = 255
+    kept = (labels != 255).flatten()
+    rows = logits.permute(0, 2, 3, 1).flatten(0, 2)[kept]
+    expected = torch.nn.functional.cross_entropy(rows, labels.flatten()[kept])
+    torch.testing.assert_close(cross_entropy(logits, labels), expected)
+    nothing = cross_entropy(logits, torch.full_like(labels, 255))
+    nothing.backward()
+    assert nothing == 0 and (logits.grad == 0).all()
+
+
+def test_auxiliary_outputs_weigh_half() -> None:
+    logits, aux = torch.randn(2, 2, 3, 8, 8).unbind()
+    labels = torch.randint(0, 3, (2, 8, 8))
+    parts = cross_entropy(logits, labels), cross_entropy(aux, labels)
+    torch.testing.assert_close(supervised({"out": logits, "aux": aux}, labels), parts[0] + 0.5 * parts[1])
+    torch.testing.assert_close(supervised(logits, labels), parts[0])
+    with pytest.raises(cs.InvalidInput, match="class logits"):
+        supervised({"boxes": logits}, labels)
+
+
+def test_what_is_missed_is_the_weighted_sum_of_labels_and_target() -> None:
+    ours, theirs = torch.randn(2, 2, 4, 5, 6).unbind()
+    labels = torch.randint(4, (2, 5, 6))
+    loss, parts = miss(ours, labels, theirs, supervision=2.0, weight=3.0, temperature=4.0)
+    softened = [(values / 4).log_softmax(1) for values in (ours, theirs)]
+    apart = 16 * F.kl_div(*softened, reduction="none", log_target=True).sum(1).mean()
+    torch.testing.assert_close(parts, {"entropy": F.cross_entropy(ours, labels), "divergence": apart})
+    torch.testing.assert_close(loss, 2 * parts["entropy"] + 3 * parts["divergence"])
+    assert miss(ours, None, ours)[0] == 0 and set(miss(ours, None, theirs)[1]) == {"divergence"}
+    with pytest.raises(cs.InvalidInput, match="no labels to learn from"):
+        miss(ours, None)
+
+
+def draws(count: int, images: int = 2) -> list[Draw]:
+    return [Draw(0, step, tuple(range(step * images, (step + 1) * images))) for step in range(count)]
+
+
+def test_budgets_are_drawn_from_the_range_and_often_its_ends() -> None:
+    objective = AnyBudget(adaptive(), low=0.1, high=0.8, extremes=0.4)
+    found = [objective.fraction(draw) for draw in draws(200)]
+    assert all(0.1 <= fraction <= 0.8 for fraction in found)
+    assert all(40 < 2 * found.count(end) < 120 for end in (0.1, 0.8))
+    assert found == [objective.fraction(draw) for draw in draws(200)]
+    listed = AnyBudget(adaptive(), fractions=[0.2, 0.5, 0.6])
+    assert {listed.fraction(draw) for draw in draws(100)} == {0.2, 0.5, 0.6}
+
+
+@pytest.mark.parametrize("ranking", ["own", "random", "edges:threshold=0.1", ("random", "own")])
+def test_the_share_kept_is_the_budget_whatever_ranks_the_patches(ranking: Any) -> None:
+    net = adaptive()
+    objective = AnyBudget(net, fractions=[0.25], ranking=ranking)
+    batch, labels = torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.long)
+    maps = []
+    for draw in draws(2):
+        assert objective((batch,), labels, draw)["active_fraction"] == pytest.approx(0.25)
+        objective.teacher = None
+        with torch.no_grad():
+            net(batch, mask=cs.Budget(objective._ranking(draw), 0.25))
+        maps.append(net.levels)
+    changes = not torch.equal(*maps)
+    assert changes == ("random" in ranking)
+
+
+def test_random_blocks_do_not_depend_on_how_a_batch_is_shared_out() -> None:
+    objective = AnyBudget(adaptive(), ranking="random")
+    grid = FineMapSpec(4, (13, 17), 4, 2, 4, 4)
+    features = torch.zeros(4, 1, 13, 17)
+    whole = objective._ranking(Draw(0, 0, (0, 1, 2, 3))).scores(features, features, grid)
+    half = objective._ranking(Draw(0, 0, (2, 3))).scores(features, features, grid._replace(batch=2))
+    assert torch.equal(whole[2:], half)
+
+
+@pytest.mark.parametrize("teacher", ["initial", "self"])
+def test_the_teacher_is_the_dense_high_network(teacher: str) -> None:
+    net = adaptive().eval()
+    objective = AnyBudget(net, fractions=[1.0], extremes=0.0, teacher=teacher)
+    batch, labels = (torch.randn(2, 3, *SIZE),), torch.zeros(2, *SIZE, dtype=torch.long)
+    draw = draws(1)[0]
+    assert objective(batch, labels, draw)["divergence"] < 1e-6
+    with torch.no_grad():
+        net.classifier[1].weight.mul_(3)
+    assert (objective(batch, labels, draw)["divergence"] < 1e-6) == (teacher == "self")
+    net.train()
+    objective(batch, labels, draw)["loss"].backward()
+    assert net.training and all(p.grad is not None for p in net.parameters())
+    assert not any(name.startswith("teacher") for name in objective.own_tensors())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"low": 0.7, "high": 0.2}, "low is at most high"),
+        ({"fractions": [0.2, 1.5]}, "0..1"),
+        ({"temperature": 0}, "temperature"),
+        ({"teacher": "other"}, "teacher"),
+        ({"ranking": "edgse"}, "edges"),
+        ({"rankings": "edges"}, "ranking"),
+    ],
+)
+def test_options_of_objectives_are_checked(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    settings = replace(QUICK, objective="any-budget", objective_options=options)
+    with pytest.raises(cs.CadError, match=words):
+        train(adaptive(), tmp_path, settings)
+
+
+def test_what_cannot_be_budgeted_is_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match="adaptify"):
+        AnyBudget(Segmenter())
+    with pytest.raises(cs.InvalidInput, match="ranks no patch"):
+        AnyBudget(adaptive("all"))
+    assert AnyBudget(adaptive("all"), ranking="random").rankings == ("random",)
+    assert set(list_objectives()) >= {"mixed", "any-budget"}
+    assert Mixed(Segmenter()).constants == ()
+
+
+# Settings.
+
+
+def test_settings_go_through_json(tmp_path: Path) -> None:
+    settings = Settings(steps=7, scale=(0.5, 2.0), objective_options={"ranking": ["own", "random"]}, ema=0.99)
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(settings.to_dict()))
+    assert Settings.read(file) == settings
+    assert Settings.from_dict({}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"stesp": 3}, "did you mean steps"),
+        ({"optimizer": "adam"}, "adamw"),
+        ({"steps": 0}, "above 0"),
+        ({"steps": 2.5}, "an integer"),
+        ({"lr": float("nan")}, "above 0"),
+        ({"ema": 1.0}, "1 excluded"),
+        ({"flip": 1}, "true or false"),
+        ({"scale": [2.0, 0.5]}, "low <= high"),
+        ({"crop": -1}, "0 or above"),
+        ({"objective": 3}, "a text"),
+    ],
+)
+def test_wrong_settings_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(cs.CadError, match=words):
+        Settings.from_dict(values)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", None])
+def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "settings.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(cs.FileError, match=r"settings\.json"):
+        Settings.read(file)
+
+
+# Refusals.
+
+
+def test_no_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(cs.InvalidInput, match="training data is empty"):
+        train(adaptive(), tmp_path, data=Scenes(0))
+
+
+class Wrong(Scenes):
+    """One sample has a label too many, or is otherwise not as it should be."""
+
+    def __init__(self, value: Any, classes: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.value, self.classes = value, classes
+
+    def __getitem__(self, index: int) -> Any:
+        image, labels = self.items[index]
+        if index == 3:
+            return self.value(image, labels.clone())
+        return image, labels
+
+
+def with_label(value: int) -> Callable[[Tensor, Tensor], Any]:
+    def change(image: Tensor, labels: Tensor) -> Any:
+        labels[11, 13] = value
+        return image, labels
+
+    return change
+
+
+@pytest.mark.parametrize(("value", "workers"), covering((6, -1, 254), (0, 1)))
+def test_a_label_without_an_output_is_refused_with_its_place(
+    tmp_path: Path, value: int, workers: int
+) -> None:
+    settings = replace(QUICK, workers=workers)
+    with pytest.raises(
+        cs.InvalidInput, match=f"a label is {value}, but the network has 6 outputs"
+    ) as refusal:
+        train(adaptive(), tmp_path, settings, data=Wrong(with_label(value)), augment=None)
+    assert "sample 3 of the data, row 11, column 13" in str(refusal.value)
+
+
+def test_ignored_labels_are_no_error(tmp_path: Path) -> None:
+    assert train(adaptive(), tmp_path, data=Wrong(with_label(255))).steps == QUICK.steps
+
+
+def failing(image: Tensor, labels: Tensor) -> Any:
+    raise cs.FileError("frankfurt.png cannot be read as an image.", next="give a PNG or JPEG.")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (lambda image, labels: (image[:, :32], labels[:32]), "different sizes"),
+        (lambda image, labels: (image[0], labels), "a sample is"),
+        (failing, r"^frankfurt.png cannot be read as an image.\n  Next: give a PNG or JPEG.$"),
+    ],
+)
+def test_samples_that_cannot_be_used_are_refused(
+    tmp_path: Path, value: Any, words: str, workers: int
+) -> None:
+    with pytest.raises(cs.CadError, match=words):
+        train(adaptive(), tmp_path, replace(QUICK, workers=workers), data=Wrong(value))
+
+
+def test_data_with_more_classes_than_outputs_is_refused_at_once(tmp_path: Path) -> None:
+    data = Wrong(with_label(0), tuple("abcdefgh"))
+    with pytest.raises(cs.InvalidInput, match="8 classes, but the network has 6 outputs"):
+        train(adaptive(), tmp_path, data=data)
+
+
+class Exploding(Mixed):
+    """Not a number from a step on."""
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+        found = super().forward(inputs, labels, draw)
+        return {**found, "loss": found["loss"] * (float("nan") if draw.step >= 4 else 1.0)}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(cs.TrainingStopped, match="loss is nan at step 5") as refusal:
+        train(adaptive(), tmp_path, objective=Exploding)
+    assert all(word in str(refusal.value) for word in ("learning rate", "of step 3", "lower lr"))
+    assert [row["step"] for row in rows(tmp_path)] == list("1234")
+    kept = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(value.isfinite().all() for value in kept.values() if value.is_floating_point())
+
+
+class Overflowing(Mixed):
+    """A finite loss whose gradient is not."""
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+        found = super().forward(inputs, labels, draw)
+        zero = self.net.classifier[1].bias.sum() * 0 if draw.step == 5 else None
+        return found if zero is None else {**found, "loss": found["loss"] + zero.abs().sqrt()}
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(cs.TrainingStopped, match="not finite after step 6"):
+        train(adaptive(), tmp_path, objective=Overflowing)
+    kept = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(value.isfinite().all() for value in kept.values() if value.is_floating_point())
+
+
+def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
+    train(adaptive(), tmp_path)
+    file = tmp_path / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(cs.FileError, match="not a readable checkpoint"):
+        train(adaptive(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("net", "settings", "options", "words"),
+    [
+        (lambda: adaptive().optimize(), QUICK, {}, "optimised network"),
+        (Segmenter, replace(QUICK, freeze="stem"), {}, "needs an adaptive network"),
+        (adaptive, QUICK, {"device": "cdua"}, "cdua"),
+        (lambda: Segmenter().requires_grad_(False), QUICK, {}, "no parameter is left"),
+        (adaptive, replace(QUICK, objective="mixt"), {}, "did you mean mixed"),
+        (adaptive, QUICK, {"validation": lambda net: {"iou": 1.0}}, "neither 'miou'"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten()), QUICK, {}, "class logits"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    tmp_path: Path, net: Any, settings: Settings, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(cs.CadError, match=words):
+        train(net(), tmp_path, settings, **options)
+
+
+def test_batch_norm_of_single_values_is_refused(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Conv2d(3, 6, 1))
+    with pytest.raises(cs.InvalidInput, match="frozen"):
+        train(net, tmp_path, replace(QUICK, batch=1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can")
+def test_half_precision_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(cs.InvalidInput, match="bf16"):
+        train(adaptive(), tmp_path, replace(QUICK, precision="fp16"))
+
+
+@pytest.mark.parametrize(
+    ("module", "log"), [("accelerate", "csv"), ("torch.utils.tensorboard", "tensorboard")]
+)
+def test_a_missing_library_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, log: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(cs.CadError, match=r"pip install 'cadsurgery\[train\]'"):
+        train(adaptive(), tmp_path, replace(QUICK, log=log))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(cs.FileError, match="cannot be created"):
+        train(adaptive(), tmp_path / "file" / "run")
+
+
+# Validation, logs.
+
+
+def test_the_best_network_by_validation_is_kept(tmp_path: Path) -> None:
+    scores = iter([0.1, 0.4, 0.6, 0.5, 0.5])  # before; after steps 2, 4, 6; at the end
+    kept: dict[int, Tensor] = {}
+    net = adaptive()
+    outcome = train(
+        net,
+        tmp_path,
+        validation=lambda net: {"miou": next(scores)},
+        on_step=lambda row: kept.update({int(row["step"] or 0): net.classifier[1].weight.clone()}),
+    )
+    assert (outcome.before, outcome.best_step, outcome.best) == ({"miou": 0.1}, 4, 0.6)
+    assert [row["miou"] for row in rows(tmp_path)] == ["", "0.4", "", "0.6", "", "0.5"]
+    best = load_file(outcome.best_network)["classifier.1.weight"]
+    assert torch.equal(best, kept[4])
+
+
+class CountedMetrics:
+    """Stands in for `cadsurgery.metrics`: the share of pixels that are right."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes, self.right, self.all = classes, 0, 0
+
+    def update(self, prediction: Tensor, labels: Tensor) -> None:
+        known = labels != 255
+        self.right += int((prediction == labels)[known].sum())
+        self.all += int(known.sum())
+
+    def compute(self) -> dict[str, Any]:
+        return {"miou": self.right / self.all, "iou": [], "pixels": self.all, "trimap_iou": None}
+
+
+@pytest.fixture
+def metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cadsurgery.tasks.segmentation.metrics.SegmentationMetrics", CountedMetrics)
+
+
+def test_evaluation_compares_with_the_labels_and_changes_nothing(metrics: None) -> None:
+    net = adaptive().train()
+    before, data = tensors(net), Scenes(3)
+    found = evaluate(net, data)
+    assert set(found) == {"miou", "active_fraction"} and 0 < found["active_fraction"] < 1
+    assert net.training
+    assert_equal(tensors(net), before)
+
+    class Perfect(Scenes):
+        def __getitem__(self, index: int) -> Any:
+            image, _ = self.items[index]
+            with torch.no_grad():
+                return image, reference(image.unsqueeze(0))[0].argmax(0)
+
+    from cadsurgery.data.images import normalise
+
+    still = copy.deepcopy(net).eval()
+
+    def reference(image: Tensor) -> Tensor:
+        return still(normalise(image, None))
+
+    assert evaluate(net, Perfect(3))["miou"] == 1.0
+    with pytest.raises(cs.InvalidInput, match="validation data is empty"):
+        evaluate(net, Scenes(0))
+
+
+def test_tensorboard_gets_what_csv_gets(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(adaptive(), tmp_path / "csv")
+    train(adaptive(), tmp_path / "board", replace(QUICK, log="tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    losses = [event.value for event in events.Scalars("loss")]
+    assert losses == pytest.approx([float(row["loss"]) for row in rows(tmp_path / "csv")])
+
+
+# The command.
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics: None, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `cadsurgery finetune ...` with data that is called scenes; code, output, errors."""
+    monkeypatch.setattr("cadsurgery.data.open_data", lambda spec, split: Scenes(4 if split == "train" else 2))
+    monkeypatch.setattr("cadsurgery.data.Augment", lambda crop, flip, jitter, scale: _flip)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cadsurgery", "finetune", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+_flip = flip
+SHORT = ("--data", "scenes", "--steps", 2, "--batch", 2, "--workers", 0, "--device", "cpu")
+
+
+def test_the_command_trains_a_function_and_then_its_file(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "settings.json").write_text('{"lr": 0.01, "steps": 9, "objective": "any-budget"}')
+    strides = ("--output-stride", "4,16", "--mask", "edges:threshold=0.2", "--region", "backbone")
+    options = ("--config", "settings.json", "--objective-option", "ranking=random")
+    code, out, err = command("networks:Segmenter", *SHORT, *strides, *options, "-o", "run", "--json")
+    assert code == 0, out + err
+    found = json.loads(out)
+    assert found["steps"] == 2 and found["model"] == "networks:Segmenter"
+    assert set(found["before"]) == set(found["after"]) == {"miou", "active_fraction"}
+    assert float(rows(tmp_path / "run")[0]["lr"]) == 0.01 and "divergence" in rows(tmp_path / "run")[0]
+    code, out, err = command("run/net.safetensors", "--trust", *SHORT, "-o", "more")
+    assert code == 0, out + err
+    assert "before" in out and "classifier" in out and (tmp_path / "more/net.safetensors").is_file()
+    source = cs.load(tmp_path / "more/net.safetensors", trust=True).source
+    assert source.weights == "fine-tuned"  # not random, whatever they were at first
+
+
+def test_the_command_trains_behind_a_stem_that_is_run_once(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """The whole network is written, its stem as it was; the report says what is not done to the images."""
+    converted = ("networks:Segmenter", *SHORT, "--output-stride", "4,16")
+    arguments = (*converted, "--cache", "--crop", 32, "-o", "run")
+    code, out, err = command(*arguments, "--json")
+    assert code == 0, out + err
+    found = json.loads(out)
+    assert any("colours not jittered" in note and "72 samples" in note for note in found["notes"])
+    assert any(group["group"] == "fixed" for group in found["groups"]) and found["steps"] == 2
+    after = load_file(tmp_path / "run/net.safetensors")
+    before = load_file(tmp_path / "run/start.safetensors")
+    changed = {name for name in after if not torch.equal(before[f"weights.{name}"], after[name])}
+    assert len(after) == len(before) and "classifier.1.weight" in changed
+    assert not any(name.startswith(("backbone.0.", "backbone.1.")) for name in changed)
+    code, out, _ = command(*arguments)
+    assert code == 0 and "resumed after step 2" in out and "colours not jittered" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cache", "--crop", "30"], "multiples of 16"),
+        (["--cache", "--crop", "0", "--config", "scaled.json"], "scale"),
+        (["--objective-option", "low"], "NAME=VALUE"),
+        (["--optimizer", "adam"], "adamw"),
+        (["--mask", "edgse"], "edges"),
+        (["--config", "nothing.json"], "nothing.json"),
+        (["--steps", "-1"], "above 0"),
+    ],
+)
+def test_the_command_refuses_with_a_next_step(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "scaled.json").write_text('{"scale": [0.5, 2.0]}')
+    strides = ("--output-stride", "4,16")
+    code, out, _ = command("networks:Segmenter", *SHORT, *strides, "-o", "run", "--json", *arguments)
+    assert code == 1
+    assert words in json.dumps(json.loads(out)) and json.loads(out)["next"]
+
+
+def test_a_converted_file_keeps_its_conversion(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    cs.save(adaptive(), tmp_path / "net.safetensors")
+    code, out, _ = command("net.safetensors", *SHORT, "-o", "run", "--json", "--output-stride", "8,16")
+    assert (
+        code == 1 and "output_stride cannot be changed" in json.loads(out)["error"] + json.loads(out)["what"]
+    )
+
+
+def test_the_command_needs_data_and_an_output(command: Callable[..., tuple[int, str, str]]) -> None:
+    assert command("networks:Segmenter")[0] == 2
+
+
+# Networks by name for another number of classes.
+
+
+def test_weights_for_another_number_of_classes_are_taken_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "squeezenet1_1"
+    torch.manual_seed(1)
+    state = torchvision.models.get_model(name, weights=None).state_dict()
+    monkeypatch.setattr(
+        torchvision.models._api, "load_state_dict_from_url", lambda *arguments, **options: dict(state)
+    )
+    net = cs.build_model(name, num_classes=7)
+    found = net.state_dict()
+    same = {
+        key for key in state if found[key].shape == state[key].shape and torch.equal(found[key], state[key])
+    }
+    assert state.keys() - same == {"classifier.1.weight", "classifier.1.bias"}
+    assert found["classifier.1.bias"].shape == (7,)
+    assert net.cad_source.kwargs["num_classes"] == 7 and "classifier.1.bias" in net.cad_source.note
+    again = cs.build_model(net.cad_source.name, "none", **net.cad_source.kwargs)
+    assert again.state_dict()["classifier.1.bias"].shape == (7,)
+    assert cs.build_model("timm:test_byobnet", "none", num_classes=5)(torch.zeros(1, 3, 64, 64)).shape == (
+        1,
+        5,
+    )

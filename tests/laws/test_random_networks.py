@@ -1,0 +1,213 @@
+"""Random small networks keep the laws: what a call returns is a dense emulation's, on any level map.
+
+Each seed is a network of `random_networks`, converted with random options, run on a random level map per image: its
+outputs are the emulation's, a batch is its images one by one, the optimised copy gives the same, and at the network's
+own level the outputs of the call are the original's. Where the emulation does not follow, the mixed map is finite and
+the other laws hold.
+
+Seeds that fail are written into the folder that the variable CADSURGERY_FAILURES names (default: the test's own), each
+as a program that runs it again: `python seed_N.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TESTS, assert_same, slow
+from random_laws import compare
+from random_networks import Draw, random_case
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.support.errors import CannotConvert
+
+# 70: another way through the network, which is itself at another level.
+QUICK, TOGETHER = (1, 3, 70), 25
+ALL = int(os.environ.get("CADSURGERY_SEEDS", 2000))  # of the slow suite
+MOST_REFUSED = 4  # of those together: where what ends the region stands in front of all strides
+
+
+def groups() -> list[list[int]]:
+    """The seeds of the slow suite, so many in a test."""
+    return [list(range(first, min(first + TOGETHER, ALL))) for first in range(0, ALL, TOGETHER)]
+
+
+def span(seeds: list[int]) -> str:
+    return str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"
+
+
+def check(seed: int) -> bool:
+    """Everything above for a seed; whether it was converted: what ends the region may stand before all strides."""
+    try:
+        compare(random_case(seed), Draw(-1 - seed))
+    except CannotConvert as refusal:
+        assert "nothing that can be made adaptive" in refusal.what and refusal.why
+        return False
+    return True
+
+
+def check_all(seeds: Iterable[int], folder: Path) -> list[str]:
+    """What failed, a line for each; each written as a program that runs it again."""
+    failed, refused = [], []
+    for seed in seeds:
+        try:
+            if not check(seed):
+                refused.append(seed)
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            failed.append(f"seed {seed}: {type(error).__name__}: {first}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"seed_{seed}.py").write_text(again(seed, traceback.format_exc()))
+    if len(refused) > MOST_REFUSED:
+        failed.append(f"seeds {refused} have nothing that can be made adaptive")
+    return failed
+
+
+def again(seed: int, error: str) -> str:
+    """A program that runs a seed again, and tells of its network and what was wrong."""
+    network = repr(random_case(seed).model)
+    notes = "".join(f"# {line}\n" for line in f"{error}\n{network}".splitlines())
+    paths = ", ".join(repr(str(path)) for path in (Path(__file__).parent, TESTS, ROOT))
+    run = f"import sys\n\nsys.path[:0] = [{paths}]\nfrom test_random_networks import check\n\ncheck({seed})\n"
+    return notes + run
+
+
+@pytest.mark.parametrize("seeds", [*([seed] for seed in QUICK), *map(slow, groups())], ids=span)
+def test_a_random_network_is_its_emulation(seeds: list[int], tmp_path: Path) -> None:
+    """Few of them are refused, though some hold operations that end the region."""
+    failed = check_all(seeds, Path(os.environ.get("CADSURGERY_FAILURES") or tmp_path))
+    assert not failed, "\n".join(failed)
+
+
+def test_a_seed_that_fails_is_written_as_a_program_that_runs_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(seed: int) -> bool:
+        assert seed != 1, "no law\nholds"
+        return True
+
+    monkeypatch.setitem(globals(), "check", fails)
+    assert check_all(range(3), tmp_path / "failures") == ["seed 1: AssertionError: no law"]
+    (written,) = (tmp_path / "failures").iterdir()
+    text = written.read_text()
+    assert "# AssertionError: no law" in text and "ModuleList" in text
+    with pytest.raises(AssertionError, match="no law"):
+        exec(compile(text, written, "exec"), {})
+
+
+# -- what they found, made small -------------------------------------------------------------------------------
+
+
+def conv(stride: int = 1, dilation: int = 1, channels: int = 8, padding: int | None = None) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, stride, dilation if padding is None else padding, dilation)
+
+
+def keeps_law_1(model: nn.Module, **options: Any) -> cs.AdaptiveModel:
+    """Converts, verified, and at the network's own level gives its output at another size."""
+    model = model.double().eval()
+    example = torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    net, x = cs.adaptify(model, "none", example_input=example, **options), torch.randn(2, 3, 53, 58).double()
+    with torch.no_grad():
+        size = net(x, mask="all") is not None and net.levels.shape
+        own = net(x, mask=torch.full(size, net.plan.identity_level))
+        step = net.plan.strides[net.plan.identity_level] // net.plan.strides[0]
+        assert_same(own[:, :, ::step, ::step], model(x), 1e-9)
+    return net
+
+
+def test_batch_norm_without_running_statistics_joins_the_batch_and_is_exact() -> None:
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    stem = nn.Conv2d(3, 8, 3, 2, 1)
+    net = keeps_law_1(nn.Sequential(stem, conv(2), norm, nn.ReLU(), conv(2), conv()))
+    assert net.plan["_2"].action == "keep" and net.plan.matters
+    x = torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    levels = torch.full((2, 24, 32), 2)
+    levels[1, :8, :8] = 0
+    alone = net(x[:1], mask=levels[:1])
+    assert float((net(x, mask=levels)[:1] - alone).detach().abs().max()) > 1e-3, (
+        "the norm's statistics are of both"
+    )
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weigh(x)
+
+
+def test_blocks_of_a_dilated_chain_with_a_gate_are_verified_at_its_own_stride() -> None:
+    """Its own stride lies between the highest and the lowest, which level maps in blocks never have everywhere."""
+    chain = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), conv(2), Gate(), conv(1, 2), nn.ReLU(), conv(1, 2))
+    net = cs.adaptify(chain.eval(), "none", output_stride=(2, 8), patch="block")
+    assert net.plan.strides == (2, 4, 8) and net.plan.identity_level == 1
+    assert {check.law for check in net.checks} >= {"everything at level 1 is the network as it was"}
+
+
+class Halves(nn.Module):
+    """Half of the channels pass, half are convolved, at a place where dilations allow a coarser map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), conv(2), nn.ReLU())
+        self.conv, self.rest = conv(channels=4), nn.Sequential(conv(1, 2), conv(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.stem(x).chunk(2, 1)
+        return self.rest(torch.cat((self.conv(one), other), 1))
+
+
+def test_parts_of_a_map_are_on_the_lattice_of_the_whole() -> None:
+    net = keeps_law_1(Halves())
+    assert net.plan.output_stride == (4, 8)
+
+
+class Grown(nn.Module):
+    """Two branches, one of which makes the map larger before it is downsampled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.plain, self.grow, self.down = (
+            nn.Conv2d(3, 8, 3, 2, 1),
+            conv(2),
+            conv(padding=2),
+            conv(2),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.stem(x))
+        return F.relu(self.plain(x)), F.relu(self.down(self.grow(x)))
+
+
+def test_a_map_larger_than_the_fine_map_does_not_enter_the_region() -> None:
+    plan = cs.plan(Grown().eval(), example_input=torch.randn(1, 3, 48, 64))
+    assert plan.possible and all(high != 2 for high, _ in plan.possible)
+    net = cs.adaptify(Grown().eval(), "none", example_input=torch.randn(1, 3, 48, 64))
+    assert "makes the map grow" in str(net.plan)
+
+
+class LonePad(nn.Module):
+    """A padded convolution whose taps fall inside cells: neither it nor its padding is in the region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), conv(1, 2), conv(1, 4))
+        self.pad, self.odd, self.last = nn.ZeroPad2d(3), conv(1, 3, padding=0), conv(1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.last(x + F.relu(self.odd(self.pad(x))))
+
+
+def test_what_was_padded_outside_the_region_does_not_come_back_into_it() -> None:
+    net = cs.adaptify(LonePad().eval(), "none", example_input=torch.randn(1, 3, 48, 64))
+    assert net.plan["pad"].action == "barrier"

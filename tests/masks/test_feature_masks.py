@@ -1,0 +1,606 @@
+"""Masks that look at more than the image: detail of the features, confidence of a first pass, a learned estimator.
+
+Each is computed again by hand: pixel by pixel, from the network's output, from the estimator's layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, covering, images, slow
+from feature_cases import NOTHING, SIZE, converted, grid_of, missed, trunk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import build
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+import cadsurgery as cs
+from cadsurgery.masks import Budget, ConfidenceMask, DetailMask, FineMapSpec, LearnedMask, resolve_mask
+from cadsurgery.masks.scored import interpolation_error
+from cadsurgery.network.macs import MASK_LAYERS
+
+QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+MASKS = (
+    *("detail", "confidence:threshold=0.9", "confidence:measure=entropy,threshold=0.95,sigma=0", "learned"),
+    *("detail | budget:fraction=0.3", "confidence | budget:fraction=0.3", "learned | budget:fraction=0.3"),
+    *("edges + (confidence | budget:fraction=0.2)", "detail:threshold=2/0.5"),
+    *("gain | budget:fraction=0.3", "oracle | budget:fraction=0.3"),
+)
+# Of each kind one, where a case takes seconds.
+FEW = ("confidence:threshold=0.9", "learned | budget:fraction=0.3")
+FEW_MASKS = pytest.mark.parametrize(
+    "mask", [mask if mask in FEW else pytest.param(mask, marks=pytest.mark.slow) for mask in MASKS]
+)
+COUNTED = (
+    "detail",
+    "confidence | budget:fraction=0.3",
+    "learned",
+    "edges + (confidence | budget:fraction=0.2)",
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+
+
+class Dictionary(nn.Module):
+    """A network whose output is a dictionary, `out` first."""
+
+    def __init__(self, name: str = "out") -> None:
+        super().__init__()
+        self.net, self.name = trunk(), name
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        found = self.net(image)
+        return OrderedDict([(self.name, found), ("aux", -found)])
+
+
+def levels_at(scores: Tensor, thresholds: tuple[float, ...], lowest: int) -> Tensor:
+    """Level i from threshold i on, the lowest below all."""
+    levels = torch.full(scores.shape, lowest)
+    for level in reversed(range(len(thresholds))):
+        levels[scores >= thresholds[level]] = level
+    return levels
+
+
+# -- what all keep -------------------------------------------------------------------------------------
+
+
+@FEW_MASKS
+@torch.no_grad()
+def test_a_batch_is_its_images_and_every_way_to_run_it_agrees(mask: str, tmp_path: Path) -> None:
+    """One by one, optimised, copied, pickled, saved, bucketed; and with the map it found given as a tensor."""
+    net, x = converted(mask, fill="guided"), images(3, *SIZE)
+    expected, levels = net(x), net.levels
+    assert_same(net(x, mask=net.levels.long()), expected, 1e-5)
+    for i in range(3):
+        assert_same(net(x[i : i + 1]), expected[i : i + 1], 1e-4)
+        assert torch.equal(net.levels, levels[i : i + 1])
+    cs.save(net, tmp_path / "net.safetensors")
+    loaded = cs.load(tmp_path / "net.safetensors", trunk())
+    ways = [
+        net.optimize(),
+        copy.deepcopy(net),
+        pickle.loads(pickle.dumps(net)),
+        loaded,
+        cs.Bucketed(net, backend="eager"),
+    ]
+    for way in ways:
+        assert_same(way(x), expected, 1e-4)
+        assert torch.equal((net if isinstance(way, cs.Bucketed) else way).levels, levels)
+
+
+@FEW_MASKS
+@torch.no_grad()
+def test_compilers_leave_what_they_cannot_hold(mask: str) -> None:
+    """Compiled before its first call or after it, the network gives the same."""
+    net, x = converted(mask, fill="guided"), images(2, *SIZE)
+    fast = torch.compile(net, backend="eager")
+    found = [fast(x), fast(x)]
+    for one in found:
+        assert_same(one, net(x), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["detail", "learned", "gain"])
+def test_budgets_of_them_are_static(mask: str, tmp_path: Path) -> None:
+    """One graph without a break, and a program that runs without the package, on another image too."""
+    net, x = converted(f"{mask} | budget:fraction=0.3", fill="guided"), images(2, *SIZE)
+    with torch.no_grad():
+        found = (
+            cs.export(converted(net.mask, fill="guided"), x, tmp_path / "net.pt2")
+            if mask == "detail"
+            else None
+        )
+        assert found is None or found.difference < 1e-5
+        expected = net(x)
+        assert_same(torch.compile(net, backend="eager", fullgraph=True)(x), expected, 1e-5)
+        assert cs.export(net, x, tmp_path / "net.pt2").difference < 1e-5
+
+
+@pytest.mark.parametrize("mask", ["confidence | budget", "learned | budget", slow("gain | budget")])
+def test_what_a_graph_cannot_hold_is_refused_with_the_reason(mask: str, tmp_path: Path) -> None:
+    net, x = converted(mask), images(1, *SIZE)
+    reason = "a first pass of the network" if mask.startswith("conf") else "weights that the first call"
+    with pytest.raises(cs.InvalidInput, match=reason):
+        cs.export(net, x, tmp_path / "net.pt2")
+
+
+@pytest.mark.parametrize(("mask", "dtype"), covering(MASKS, [torch.bfloat16, torch.float64]))
+@torch.no_grad()
+def test_they_work_in_other_precisions(mask: str, dtype: torch.dtype) -> None:
+    net, x = converted(mask).to(dtype), images(2, *SIZE).to(dtype)
+    found = net(x)
+    assert found.dtype == dtype and found.isfinite().all()
+    if dtype == torch.float64:
+        again = converted(mask)
+        again(x.float())
+        assert (net.levels == again.levels).float().mean() > 0.99
+
+
+@FEW_MASKS
+def test_threads_share_a_network_from_its_first_call_on(mask: str) -> None:
+    """Each with its own image: nobody sees another's first pass, or half an estimator."""
+    x = images(4, *SIZE)
+    with torch.no_grad():
+        expected = converted(mask)(x)
+    net = converted(mask).optimize()
+    found: list[Any] = [None] * 4
+
+    def work(i: int) -> None:
+        found[i] = net(x[i : i + 1])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same(torch.cat(found), expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "seen", "ahead"),
+    [
+        ("edges", False, False),
+        ("edges | budget", False, False),
+        ("detail", True, False),
+        ("learned | dilate", True, False),
+        ("edges + detail", True, False),
+        ("gain | budget", True, False),
+        ("oracle | budget", False, True),
+        ("confidence", False, True),
+        ("edges + (confidence | smooth) | budget", False, True),
+    ],
+)
+def test_a_mask_tells_what_it_looks_at(mask: str, seen: bool, ahead: bool) -> None:
+    provider = resolve_mask(mask)
+    assert (provider.sees_features, provider.looks_ahead) == (seen, ahead)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_they_are_read_back_from_what_they_say(mask: str) -> None:
+    provider = resolve_mask(mask)
+    assert resolve_mask(provider.spec()).spec() == provider.spec() and provider.storable
+
+
+def test_their_lines_in_the_list() -> None:
+    lines = {info.name: info for info in cs.list_masks()}
+    assert lines["detail"].options == {"threshold": (1.5,), "sigma": 2.0}
+    assert "interpolation" in lines["detail"].summary and "ours" in lines["detail"].source
+    assert lines["confidence"].options == {"threshold": (0.5,), "measure": "margin", "sigma": 1.0}
+    assert "unsure" in lines["confidence"].summary and "ICLR" in lines["confidence"].source
+    assert lines["learned"].options["channels"] == (128, 64, 64) and "CVPRW 2023" in lines["learned"].source
+    assert all(lines[name].form == name for name in ("detail", "confidence", "learned"))
+
+
+# -- work ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "batch"), covering([mask if mask in COUNTED else slow(mask) for mask in MASKS], [2, 1])
+)
+@torch.no_grad()
+def test_counted_work_is_executed_work(mask: str, batch: int) -> None:
+    """Law 7: the network's, the mask's own and the first pass's together are what torch sees being multiplied."""
+    net, x = converted(mask), images(batch, *SIZE)
+    net(x)
+    report = net.macs(x)
+    low, own = (
+        net.macs(x, mask="none"),
+        {entry.layer: entry for entry in report.layers if entry.layer in MASK_LAYERS},
+    )
+    assert report.of_mask == sum(entry.mask for entry in own.values())
+    assert all((entry.high, entry.low) == (0, 0) for entry in own.values())
+    plain = net.macs(x, mask=net.levels.long())
+    assert report.mask == plain.mask + report.of_mask and plain.of_mask == 0
+    assert (report.high, report.low) == (plain.high, plain.low)
+    fast = net.optimize().macs(x)
+    assert (fast.high, fast.low, fast.of_mask) == (report.high, report.low, report.of_mask)
+    if "confidence" in mask:
+        in_region = {decision.node for decision in net.plan.decisions if decision.action != "dense"}
+        assert own["(first pass)"].mask == sum(e.mask for e in low.layers if e.layer in in_region)
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    assert counter.get_total_flops() // 2 == report.mask
+
+
+def test_the_published_estimator_takes_the_published_work() -> None:
+    """2.206e10 at 1024 x 2048 with bias and ReLU; its convolutions alone, which are what is counted, 2.2054e10."""
+    mask, grid = LearnedMask(), FineMapSpec(1, (128, 256), 8, 1, 2, 2)
+    features = torch.empty(1, 512, 128, 256, device="meta")
+    mask.logits(torch.zeros(1, 512, 2, 2), FineMapSpec(1, (2, 2), 8, 1, 2, 2))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        mask.to("meta").logits(features, grid)
+    macs = counter.get_total_flops() // 2
+    convolutions = 9 * (128 * 256 * (512 * 128 + 128 * 64) + 64 * 128 * (64 * 64 + 64 * 2))
+    assert macs == convolutions
+    positions, pooled = 128 * 256, 64 * 128
+    others = 2 * positions * (128 + 64) + positions * 64 + 2 * pooled * 64 + pooled * 2  # bias, ReLU, pooling
+    assert macs + others == pytest.approx(2.206e10, rel=1e-3)
+
+
+# -- detail --------------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
+def test_what_interpolation_misses_is_the_definition(
+    batch: int, channels: int, height: int, width: int
+) -> None:
+    """At any size, a single row or column too; zero at every second sample."""
+    features = torch.randn(batch, channels, height, width, dtype=torch.float64)
+    found = interpolation_error(features)
+    assert torch.allclose(found, missed(features), atol=1e-12)
+    assert (found[:, ::2, ::2] == 0).all()
+
+
+@pytest.mark.parametrize("size", [(17, 25), (1, 30), (30, 1), (1, 1), (16, 8)])
+@pytest.mark.parametrize("thresholds", [(1.5,), (2.0, 0.7), (0.0,)])
+def test_detail_is_levels_of_the_relative_error(size: tuple[int, int], thresholds: tuple[float, ...]) -> None:
+    features, grid = torch.randn(2, 3, *size, dtype=torch.float64), grid_of(size)
+    error = missed(features)
+    relative = error / error.mean((1, 2), keepdim=True).clamp(min=1e-300)
+    found = DetailMask(thresholds, sigma=0)(NOTHING, features, grid)
+    assert torch.equal(found.long(), levels_at(relative, thresholds, 2))
+    scaled = DetailMask(thresholds, sigma=0)(NOTHING, 32 * features, grid)
+    assert torch.equal(scaled, found), "the threshold is relative"
+
+
+def test_detail_is_smoothed_and_a_flat_map_has_none() -> None:
+    features, grid = torch.zeros(1, 2, 21, 33), grid_of((21, 33), 1)
+    assert (DetailMask()(NOTHING, features, grid) == 2).all()
+    features[:, :, 9, 15] = 1  # no second sample: all of it is missed
+    sharp, smooth = (DetailMask(sigma=sigma).scores(NOTHING, features, grid) for sigma in (0.0, 2.0))
+    assert sharp.argmax() == smooth.argmax() == 9 * 33 + 15
+    assert sharp.max() > 10 * smooth.max() and (sharp > 0).sum() < (smooth > 0).sum()
+    assert torch.allclose(sharp.mean(), torch.tensor(1.0)), "relative to the mean over the image"
+
+
+# -- confidence ----------------------------------------------------------------------------------------
+
+
+def doubt(logits: Tensor, measure: str) -> Tensor:
+    """(B, H, W) of class scores, by hand."""
+    shares = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
+    if measure == "entropy":
+        return -(shares * shares.log()).sum(1) / math.log(logits.shape[1])
+    ordered = shares.sort(dim=1).values
+    return 1 - (ordered[:, -1] - ordered[:, -2])
+
+
+@pytest.mark.parametrize("measure", ["margin", "entropy"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["tensor", "dictionary"])
+@torch.no_grad()
+def test_confidence_is_that_of_the_network_with_everything_low(measure: str, wrapped: bool) -> None:
+    net, x = converted(model=Dictionary() if wrapped else trunk()), 3 * images(2, *SIZE)
+    low = net(x, mask="none")
+    expected = doubt(low["out"] if wrapped else low, measure)
+    size = net.levels.shape[1:]
+    expected = F.interpolate(expected[:, None], size=size, mode="bilinear", antialias=True)[:, 0]
+    thresholds = (expected.quantile(0.7).item(), expected.quantile(0.3).item())
+    net(x, mask=ConfidenceMask(thresholds, measure, sigma=0))
+    found = levels_at(expected, thresholds, 2)
+    assert torch.equal(net.levels, net.geometry.lattice(found).levels)
+    assert len(net.levels.unique()) == 3
+
+
+def test_the_stem_runs_once_and_the_rest_twice() -> None:
+    net, x, calls = converted("confidence"), images(2, *SIZE), Counter[str]()
+    names = {module: name for name, module in net.named_modules()}
+    hook = register_module_forward_hook(
+        lambda module, *_: calls.update([names.get(module, "")])
+    )  # of all modules
+    try:
+        with torch.no_grad():
+            net(x)
+            assert calls["stem.0"] == 1
+            twice = calls["body.7"]
+            net(x, mask="edges")
+    finally:
+        hook.remove()
+    assert twice == 2 * (calls["body.7"] - twice) > 0
+
+
+def test_a_first_pass_leaves_training_as_it_is() -> None:
+    """Running statistics, modes and gradients are those of one pass with the map it finds."""
+    net, x = converted("confidence | budget:fraction=0.4"), images(2, *SIZE)
+    twin = copy.deepcopy(net)
+    for one in (net, twin):
+        one.train()
+        one.get_submodule("body.1").eval()
+    net(x).square().sum().backward()
+    twin(x, mask=net.levels.long()).square().sum().backward()
+    assert net.training and net.get_submodule("body.4").training and not net.get_submodule("body.1").training
+    for (name, one), other in zip(net.named_buffers(), twin.buffers(), strict=True):
+        assert torch.allclose(one, other), name
+    for one, other in zip(net.parameters(), twin.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert_same(one.grad, other.grad, 1e-4)
+
+
+class InPlace(nn.Module):
+    """What enters the region is read, then changed in place, then read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 4, 1)
+        self.first, self.second = nn.Conv2d(6, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image)
+        before = self.first(x)
+        return self.last(before + self.second(F.silu(x, inplace=True)))
+
+
+def test_a_region_that_works_in_place_leaves_what_enters_it() -> None:
+    """The mask and the second pass see what the first one saw."""
+    entered: list[Tensor] = []
+
+    class Seeing(ConfidenceMask):
+        def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+            entered.append(features.clone())
+            return super().scores(image, features, grid)
+
+    model = InPlace().eval().to(memory_format=torch.channels_last)
+    x = images(2, 33, 50).contiguous(memory_format=torch.channels_last)
+    net = cs.adaptify(model, Budget(Seeing(), 0.4), output_stride=(2, 4), verify_laws=False)
+    with torch.no_grad():
+        assert_same(net(x), net(x, mask=net.levels.long()), 1e-6)
+        assert_same(entered[0], model.stem(x), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build_net", "message"),
+    [
+        (lambda: build("resnet18"), r"tensor of shape \(2, 1000\)"),
+        (lambda: Dictionary("scores"), "a dictionary of scores, aux"),
+        (lambda: trunk(classes=1), r"tensor of shape \(2, 1, 65, 98\)"),
+    ],
+)
+def test_a_network_without_class_scores_is_refused(build_net: Any, message: str) -> None:
+    net = cs.adaptify(build_net(), "confidence", verify_laws=False)
+    with pytest.raises(cs.InvalidInput, match=message) as refused:
+        net(images(2, *SIZE))
+    assert "detail or edges" in str(refused.value)
+
+
+def test_outside_a_network_there_is_nothing_to_be_sure_of() -> None:
+    with pytest.raises(cs.InvalidInput, match="no first pass"):
+        ConfidenceMask()(NOTHING, NOTHING, grid_of((5, 7)))
+
+
+# -- learned -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low", [1, 2])
+@pytest.mark.parametrize("size", [(13, 18), (16, 8), (1, 5)])
+def test_one_score_per_level_and_cell(low: int, size: tuple[int, int]) -> None:
+    """Of the estimator's layers, pooled to the cells of the lowest level; the best is taken on each cell's samples."""
+    mask, grid, features = LearnedMask(), grid_of(size, low=low), torch.randn(2, 7, *size)
+    logits = mask.logits(features, grid)
+    side = 2**low
+    cells = (-(-size[0] // side), -(-size[1] // side))
+    assert logits.shape == (2, low + 1, *cells)
+    first, second, third, last = (layer for layer in mask.estimator if isinstance(layer, nn.Conv2d))
+    hidden = F.max_pool2d(F.relu(second(F.relu(first(features)))), side, ceil_mode=True)
+    assert torch.allclose(logits, last(F.relu(third(hidden))), atol=1e-6)
+    levels = mask(NOTHING, features, grid)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            assert torch.equal(levels[:, y, x], logits[:, :, y // side, x // side].argmax(1))
+    assert torch.equal(levels, mask(NOTHING, features, grid)), "without noise it is the same every time"
+    scores = mask.scores(NOTHING, features, grid)
+    assert scores.shape == (2, *size) and scores.min() >= 0 and scores.max() <= low
+
+
+def test_weights_come_from_the_seed_and_touch_no_other_random_number() -> None:
+    def made(seed: int) -> list[Tensor]:
+        mask = LearnedMask(seed=seed)
+        mask.logits(torch.zeros(1, 3, 4, 4), grid_of((4, 4), 1))
+        return list(mask.parameters())
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = made(0)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(a, b) for a, b in zip(first, made(0), strict=True))
+    assert not torch.equal(first[0], made(1)[0])
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9])
+def test_it_begins_at_about_its_target(fraction: float) -> None:
+    mask, grid = LearnedMask(fraction), grid_of((32, 32), low=1)
+    probabilities = mask.logits(torch.rand(2, 6, 32, 32), grid).softmax(1)
+    assert probabilities[:, 0].mean().item() == pytest.approx(fraction, abs=0.1)
+
+
+def test_noise_is_drawn_from_torchs_generator() -> None:
+    mask, grid, features = LearnedMask(noise=True), grid_of((32, 40)), torch.randn(2, 6, 32, 40)
+    mask(NOTHING, features, grid)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(mask(NOTHING, features, grid))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    generator = torch.Generator()
+    logits = mask.logits(features, grid)
+    samples = [mask.sample(logits, grid, generator.manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+
+def test_samples_are_gumbel_softmax() -> None:
+    """One-hot; a level as often as its probability; the gradient that of the softmax of the noisy scores."""
+    mask, grid = LearnedMask(temperature=0.7), grid_of((400, 400), 1)
+    logits = torch.tensor([0.5, -1.0, 1.2]).view(1, 3, 1, 1).expand(1, 3, 100, 100).clone().requires_grad_()
+    sample = mask.sample(logits, grid, torch.Generator().manual_seed(0))
+    assert sample.shape == (1, 3, 400, 400) and torch.allclose(sample.sum(1), torch.ones(1))
+    assert torch.equal(sample.detach().round(), sample.detach().round().clamp(0, 1))
+    assert torch.allclose(sample.mean((0, 2, 3)), logits.softmax(1)[0, :, 0, 0], atol=0.02)
+    again = torch.Generator().manual_seed(0)
+    uniform = torch.rand(logits.shape, generator=again)
+    soft = ((logits - (-uniform.log()).log()) / 0.7).softmax(1)
+    weights = torch.randn(1, 3, 400, 400)
+    expected = torch.autograd.grad((F.interpolate(soft, scale_factor=4.0) * weights).sum(), logits)[0]
+    assert_same(torch.autograd.grad((sample * weights).sum(), logits)[0], expected, 1e-3)
+
+
+@pytest.mark.parametrize("low", [1, 2])
+def test_the_share_kept_is_that_of_a_two_level_map_with_as_many_elements(low: int) -> None:
+    mask, grid = LearnedMask(), grid_of((32, 48), low=low)
+    logits = torch.randn(
+        2, low + 1, 32 // grid.side, 48 // grid.side, dtype=torch.float64, requires_grad=True
+    )
+    kept = mask.kept(logits, grid)
+    levels = logits.argmax(1)
+    if low == 1:
+        assert kept.item() == pytest.approx((levels == 0).double().mean().item())
+    elements = (4.0 ** -levels.double()).mean().item()  # per sample of the fine map
+    assert kept.item() + (1 - kept.item()) / grid.side**2 == pytest.approx(elements)
+    kept.backward()
+    assert logits.grad is not None and logits.grad[:, 0].max() > 0 and logits.grad[:, -1].max() <= 0
+    noisy = [mask.kept(logits, grid, torch.Generator().manual_seed(seed)).item() for seed in (0, 0, 1)]
+    assert noisy[0] == noisy[1] != noisy[2]
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_whatever_made_it_its_parameters_learn(mode: Any) -> None:
+    """The first call may be in inference mode; the straight-through gradient reaches every parameter."""
+    net, x = converted("learned:channels=8/6/4"), images(2, *SIZE)
+    with mode():
+        net(x)
+    mask = net.mask
+    assert isinstance(mask, LearnedMask)
+    features = torch.randn(2, 6, 17, 25)
+    grid = grid_of((17, 25))
+    logits = mask.logits(features, grid)
+    loss = (mask.sample(logits, grid) * torch.randn(2, 3, 17, 25)).sum() + mask.kept(logits, grid)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in mask.parameters())
+    with torch.no_grad():
+        for parameter in mask.parameters():
+            parameter -= 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *("learned:fraction=0.3,channels=8/6/4", "edges + learned:seed=3 | budget:fraction=0.4"),
+        "gain:channels=8/6/4 | budget:fraction=0.4",
+    ],
+)
+def test_what_it_has_learned_is_stored_beside_the_network(
+    mask: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    net, x = converted(mask), images(2, *SIZE).to(dtype)
+    net(images(1, *SIZE))
+    net.to(dtype)
+    with torch.no_grad():
+        for parameter in net.mask.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        expected = net(x)
+    assert not any("mask" in name or "estimator" in name for name in net.state_dict())
+    assert net.state_dict().keys() == trunk().state_dict().keys()
+    cs.save(net, tmp_path / "net.safetensors")
+    back = cs.load(tmp_path / "net.safetensors", trunk())
+    assert back.mask.spec() == net.mask.spec()
+    for (name, one), other in zip(net.mask.named_parameters(), back.mask.parameters(), strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype == dtype, name
+    with torch.no_grad():
+        assert torch.equal(back(x), expected) and torch.equal(back.levels, net.levels)
+
+
+def test_a_mask_that_has_not_run_is_stored_without_weights(tmp_path: Path) -> None:
+    net, x = converted("learned:seed=4"), images(1, *SIZE)
+    cs.save(net, tmp_path / "net.safetensors")
+    back = cs.load(tmp_path / "net.safetensors", trunk())
+    assert_same(back(x), net(x), 1e-5)
+
+
+def test_tensors_of_a_mask_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    net = converted("learned:channels=8/6/4")
+    net(images(1, *SIZE))
+    mask = net.mask
+    assert isinstance(mask, LearnedMask)
+    del mask.estimator[7].bias
+    mask.estimator[7].register_buffer("offset", torch.zeros(3))
+    cs.save(net, tmp_path / "net.safetensors")
+    with pytest.raises(cs.FileError, match="do not fit") as refused:
+        cs.load(tmp_path / "net.safetensors", trunk())
+    assert "offset" in str(refused.value) and 'mask="edges"' in str(refused.value)
+
+
+def test_another_network_needs_another_mask() -> None:
+    mask = LearnedMask()
+    mask.logits(torch.zeros(1, 6, 5, 5), grid_of((5, 5), 1))
+    for channels, low in ((7, 2), (6, 1)):
+        with pytest.raises(
+            cs.InvalidInput,
+            match=f"(?s)made for 6 channels and 3 levels.*{channels} channels.*{low + 1} levels",
+        ):
+            mask.logits(torch.zeros(1, channels, 5, 5), grid_of((5, 5), 1, low))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LearnedMask(fraction=1.1),
+        lambda: LearnedMask(fraction=math.nan),
+        lambda: LearnedMask(temperature=0),
+        lambda: LearnedMask(temperature=math.nan),
+        lambda: LearnedMask(channels=(8, 8)),
+        lambda: LearnedMask(channels=(8, 0, 8)),
+        lambda: LearnedMask(seed=-1),
+        lambda: DetailMask(sigma=-1),
+        lambda: DetailMask(sigma=math.inf),
+        lambda: DetailMask((1.0, 2.0)),
+        lambda: ConfidenceMask(math.nan),
+        lambda: ConfidenceMask(sigma=math.nan),
+        lambda: ConfidenceMask(measure="variance"),
+    ],
+)
+def test_impossible_options_are_refused(make: Any) -> None:
+    with pytest.raises(cs.CadError) as refused:
+        make()
+    assert refused.value.next
+
+
+@pytest.mark.parametrize("mask", ["detail:threshold=3/2/1", "confidence:threshold=0.9/0.5/0.1"])
+def test_more_thresholds_than_levels_are_refused(mask: str) -> None:
+    with pytest.raises(cs.InvalidInput, match="3 thresholds for 2 levels"):
+        converted(mask)(images(1, *SIZE))

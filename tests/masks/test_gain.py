@@ -1,0 +1,281 @@
+"""Masks of what the output loses: the loss itself (`oracle`), what is expected of it (`gain`), and fitting that."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, images
+from feature_cases import NOTHING, SIZE, converted, grid_of, missed, trunk
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.data.images import normalise
+from cadsurgery.finetune import fit_gain, gain
+from cadsurgery.finetune.gain import GainFit
+from cadsurgery.masks import GainMask, OracleMask
+from cadsurgery.masks.context import first_passes
+from cadsurgery.network.macs import MASK_LAYERS
+from cadsurgery.support.divergence import divergence
+
+PATCH = 4  # samples; an image of SIZE has 17 x 25
+
+
+def blocks(samples: Tensor) -> Tensor:
+    """(B, ceil(h / PATCH), ceil(w / PATCH)): mean of each patch of a map (B, h, w), one by one."""
+    rows, columns = (range(0, length, PATCH) for length in samples.shape[1:])
+    return torch.stack(
+        [
+            torch.stack([samples[:, y : y + PATCH, x : x + PATCH].mean((1, 2)) for x in columns], -1)
+            for y in rows
+        ],
+        1,
+    )
+
+
+# -- oracle --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_oracle_is_the_divergence_of_uniform_passes() -> None:
+    """Ranked by the lowest level; with a tolerance each patch has the lowest level that loses no more."""
+    net, x = converted(), images(2, *SIZE)
+    high, middle, low = (net(x, mask=torch.full((2, 17, 25), level)) for level in range(3))
+    losses = [
+        blocks(
+            F.interpolate(divergence(high, other)[:, None], (17, 25), mode="bilinear", antialias=True)[:, 0]
+        )
+        for other in (middle, low)
+    ]
+    tolerance = float(losses[1].median())
+    net(x, mask=OracleMask(tolerance, sigma=0))
+    expected = torch.where(losses[1] <= tolerance, 2, torch.where(losses[0] <= tolerance, 1, 0))
+    spread = expected.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, :17, :25]
+    assert torch.equal(net.levels.long(), spread) and len(expected.unique()) == 3
+    net(x, mask="oracle:sigma=0 | budget:fraction=0.2")
+    best = (net.levels == 0)[:, ::PATCH, ::PATCH]
+    for image in range(2):
+        assert losses[1][image][best[image]].min() >= losses[1][image][~best[image]].max()
+
+
+def test_all_its_passes_are_counted() -> None:
+    net, x = converted(output_stride=(4, 16)), images(1, *SIZE)
+    report = net.macs(x, mask="oracle:sigma=0 | budget:fraction=0.2")
+    passes = {level: net.macs(x, mask=torch.full((1, 17, 25), level)).layers for level in range(3)}
+    inside = {decision.node for decision in net.plan.decisions if decision.action != "dense"}
+    ahead = sum(layer.mask for layers in passes.values() for layer in layers if layer.layer in inside)
+    assert report.of_mask == ahead > report.high / 2
+    low = net.macs(x, mask="confidence:sigma=0 | budget:fraction=0.2").of_mask
+    assert low == sum(layer.mask for layer in passes[2] if layer.layer in inside)
+    both = net.macs(x, mask="oracle:sigma=0 + confidence:sigma=0 | budget:fraction=0.2").of_mask
+    assert both == ahead, "a pass that two masks look at is one"
+
+
+def test_the_oracle_works_inside_a_network_alone() -> None:
+    with pytest.raises(cs.InvalidInput, match="no first pass"):
+        OracleMask()(NOTHING, NOTHING, grid_of((5, 7)))
+
+
+# -- gain ----------------------------------------------------------------------------------------------
+
+
+def test_a_gain_mask_sees_mean_and_detail_of_every_channel() -> None:
+    features = torch.randn(2, 3, 13, 10, dtype=torch.float64)
+    described = GainMask().describe(features, PATCH)
+    for channel in range(3):
+        assert_same(described[:, channel], blocks(features[:, channel]))
+        assert_same(described[:, 3 + channel].square(), blocks(missed(features[:, channel : channel + 1])))
+
+
+def test_until_it_is_fitted_it_ranks_by_detail() -> None:
+    features, grid = torch.randn(2, 3, 17, 25), grid_of((17, 25))
+    scores = GainMask(sigma=0).scores(NOTHING, features, grid)[:, ::PATCH, ::PATCH]
+    assert_same(scores, blocks(missed(features)), 1e-5)
+
+
+def test_losses_are_smoothed_without_adding_any() -> None:
+    """Of a patch alone each keeps what its neighbours do not get; at the border nothing is added on average."""
+    losses, grid = torch.zeros(1, 2, 5, 7), grid_of((20, 28), 1)
+    losses[0, 0, 2, 3] = losses[0, 1, 0, 0] = 1
+    smoothed = OracleMask(sigma=2).smooth(losses, grid)
+    assert_same(smoothed[0, 0].sum(), torch.ones(()), 1e-5)
+    assert smoothed[0, 0, 2, 3] < 1 and smoothed[0, 0, 2, 2] == pytest.approx(float(smoothed[0, 0, 2, 4]))
+    assert smoothed[0, 0].argmax() == 2 * 7 + 3 and smoothed[0, 1].argmax() == 0
+    assert OracleMask(sigma=0).smooth(losses, grid) is losses
+
+
+class Photos:
+    """Images alone, of several sizes; how rough each colour is changes from place to place."""
+
+    def __init__(self, count: int = 24, side: int = 97) -> None:
+        self.images = []
+        for number in range(count):
+            size = (side + 4 * (number % 2), side + 32)
+            rough = F.interpolate(torch.randn(1, 3, 4, 5), size, mode="bilinear")[0].mul(1.5).exp()
+            self.images.append((0.5 + 0.1 * rough * torch.randn(3, *size)).clamp(0, 1))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.images)
+
+
+def half_blind() -> nn.Module:
+    """Half of its entering channels see red alone, the others blue alone, and nothing uses these."""
+    net = trunk()
+    with torch.no_grad():
+        net.stem[0].weight[:3, 1:] = net.stem[0].weight[3:, :2] = net.body[0].weight[:, 3:] = 0
+    return net
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[cs.AdaptiveModel, GainFit]:
+    torch.manual_seed(0)
+    net = converted("gain:channels=16/16/8 | budget:fraction=0.2", half_blind())
+    return net, fit_gain(net, Photos(), balance=0)
+
+
+@pytest.mark.slow
+def test_it_finds_more_of_what_is_lost_than_detail(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
+    """On images it was not fitted to; nothing finds more than the loss itself."""
+    fit = fitted[1]
+    assert (fit.images, fit.held_out) == (24, 3) and fit.seconds > 0
+    assert fit.captured["detail"] < fit.captured["gain"] <= fit.captured["oracle"] <= 1
+    assert fit.to_dict()["captured"] == fit.captured
+
+
+@torch.no_grad()
+def test_a_tolerance_keeps_about_the_share_it_is_told_for(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
+    net, fit = fitted
+    tolerances = list(fit.tolerances.values())
+    assert tolerances == sorted(tolerances, reverse=True)
+    mask, shares = copy.deepcopy(net.mask.parts[0]), list[float]()
+    assert isinstance(mask, GainMask)
+    mask.tolerance = fit.tolerances["0.3"]
+    torch.manual_seed(0)
+    for image in Photos():
+        net(normalise(image, None)[None], mask=mask)
+        shares.append(net.active_fraction)
+    assert 0.25 < sum(shares) / len(shares) < 0.35 and min(shares) < max(shares)
+
+
+@torch.no_grad()
+def test_what_it_expects_is_about_what_is_lost(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
+    """At each level, by correlation of logarithms, on images it has not seen."""
+    net, sides = fitted[0], list[tuple[Tensor, Tensor]]()
+    torch.manual_seed(1)
+    for image in Photos(4).images[::2]:
+        x = normalise(image, None)[None]
+        values = net.program.before(net.program.bind(x))
+        features = values[net.program.halves.features]
+        grid, mask, oracle = (
+            grid_of((features.shape[2], features.shape[3]), 1),
+            net.mask.parts[0],
+            OracleMask(),
+        )
+        assert isinstance(mask, GainMask)
+        with first_passes({level: net.program.at_level(level, values) for level in range(3)}):
+            sides.append((mask.losses(x, features, grid), oracle.losses(x, features, grid)))
+    expected, measured = (
+        torch.cat([one.flatten(2) for one in side], 2)[0] for side in zip(*sides, strict=True)
+    )
+    for ours, true in zip(expected, measured, strict=True):
+        assert torch.corrcoef(torch.stack([ours, true]).clamp(min=1e-5).log())[0, 1] > 0.5
+
+
+def test_the_network_stays_and_the_same_seed_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gain, "STEPS", 20)
+    net = converted("edges + gain:channels=16/16/8")
+    before = copy.deepcopy(net.state_dict())
+    photos = Photos(6)
+    fits = []
+    for seed in (1, 1, 2):
+        fit_gain(net, photos, seed=seed)
+        fits.append(copy.deepcopy(net.mask.state_dict()))
+    assert net.state_dict().keys() == before.keys() == trunk().state_dict().keys()
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+    assert not net.training
+    one, same, other = fits
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
+@torch.no_grad()
+def test_what_it_has_learned_is_stored_beside_the_network(
+    fitted: tuple[cs.AdaptiveModel, GainFit], tmp_path: Path
+) -> None:
+    net, x = fitted[0], images(2, *SIZE)
+    cs.save(net, tmp_path / "net.safetensors")
+    back = cs.load(tmp_path / "net.safetensors", half_blind())
+    for ours in (net, back, net.optimize(), copy.deepcopy(net)):
+        assert_same(ours(x), net(x), 1e-4)
+        assert torch.equal(ours.levels, net.levels)
+    report = net.macs(x)
+    assert 0 < report.of_mask < 0.5 * report.high
+    assert [layer.layer for layer in report.layers if layer.layer in MASK_LAYERS] == ["(mask)"]
+
+
+@torch.no_grad()
+def test_rare_classes_count_more_if_balanced() -> None:
+    """Without, losses are the oracle's; with it, a class of half the pixels counts twice as much, the mean weight 1."""
+    net = converted("gain").optimize()
+    mask = net.mask
+    assert isinstance(mask, GainMask)
+    seen = [gain._measure(net, mask, [images(1, *SIZE)]) for _ in range(2)]
+    for one, plain in zip(seen, gain._balance(seen, 0), strict=True):
+        assert_same(one.by_class.sum(0)[None], one.losses, 1e-4)
+        assert_same(plain.losses, one.losses, 1e-4)
+    part = torch.rand(2, 1, 3, 4)
+    two = [replace(seen[0], by_class=part, shares=torch.tensor([2 / 3, 1 / 3]))]
+    (balanced,) = gain._balance(two, 1)
+    assert_same(balanced.losses[0], 0.75 * part[0] + 1.5 * part[1], 0.03)
+
+
+def test_a_fit_stops_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gain, "STEPS", 5)
+    net, seen = converted("gain:channels=4/4/4"), list[int]()
+    fit = fit_gain(net, Photos(6), minutes=1e-9, on_image=seen.append)
+    assert seen == [1, 2] and fit.images == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "photos", "minutes", "message"),
+    [
+        (lambda: converted("edges"), Photos(2), 1.0, "mask 'edges"),
+        (lambda: converted("gain"), Photos(1), 1.0, "1 images"),
+        (lambda: converted("gain"), Photos(2), 0.0, "0.0 minutes"),
+        (lambda: converted("gain").optimize(), Photos(2), 1.0, "not optimised"),
+        (trunk, Photos(2), 1.0, "has no gain mask"),
+        (lambda: converted("gain"), [], 1.0, "is empty"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(
+    make: Any, photos: Sequence[Tensor], minutes: float, message: str
+) -> None:
+    with pytest.raises(cs.InvalidInput, match=message):
+        fit_gain(make(), photos, minutes=minutes)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GainMask(tolerance=float("nan")),
+        lambda: GainMask(channels=(8, 8)),
+        lambda: OracleMask(tolerance=float("nan")),
+        lambda: OracleMask(sigma=-1),
+        lambda: fit_gain(converted("gain"), Photos(2), balance=2.0),
+    ],
+)
+def test_impossible_options_are_refused(make: Any) -> None:
+    with pytest.raises(cs.InvalidInput):
+        make()

@@ -1,0 +1,128 @@
+"""What a call gives its masks is one value: nested, of its own in each thread and task, and seen through wrappers."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from networks import adapted_strided
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.masks import keypoints_at, labelled
+from cadsurgery.masks.context import call_context, first_passes, masked
+
+NET = nn.Identity()
+GIVERS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
+    "labels": lambda value: labelled(torch.full((1, 2, 2), value)),
+    "points": lambda value: keypoints_at([torch.full((1, 2), float(value))]),
+    "first_passes": lambda value: first_passes({1: torch.tensor(value)}),
+    "masks": lambda value: masked(NET, torch.tensor(value)),
+}
+WITHOUT = dict.fromkeys(GIVERS, None)
+
+
+def seen() -> dict[str, int | None]:
+    """The number that was given for each kind."""
+    context = call_context()
+    points = context.points[0] if context.points is not None else None
+    values = context.labels, points, context.first_passes.get(1), context.masks.get(NET)
+    return {
+        name: int(value.flatten()[0]) if isinstance(value, Tensor) else None
+        for name, value in zip(GIVERS, values, strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", GIVERS)
+def test_what_is_given_is_nested_and_given_back_even_after_an_error(name: str) -> None:
+    with GIVERS[name](1):
+        assert seen() == {**WITHOUT, name: 1}
+        with pytest.raises(RuntimeError, match="stop"), GIVERS[name](2):
+            assert seen() == {**WITHOUT, name: 2}
+            raise RuntimeError("stop")
+        assert seen() == {**WITHOUT, name: 1}
+    assert seen() == WITHOUT
+
+
+@pytest.mark.parametrize(("first", "second"), permutations(GIVERS, 2))
+def test_one_kind_stays_when_another_one_given_before_it_ends(first: str, second: str) -> None:
+    with ExitStack() as inner:
+        with GIVERS[first](1):
+            inner.enter_context(GIVERS[second](2))
+            assert seen() == {**WITHOUT, first: 1, second: 2}
+        assert seen() == {**WITHOUT, second: 2}
+    assert seen() == WITHOUT
+
+
+@pytest.mark.parametrize("name", GIVERS)
+def test_a_thread_has_what_was_given_in_it(name: str) -> None:
+    in_thread: list[dict[str, int | None]] = []
+    with GIVERS[name](1):
+        thread = threading.Thread(target=lambda: in_thread.append(seen()))
+        thread.start()
+        thread.join()
+    assert in_thread == [WITHOUT]
+
+
+@pytest.mark.parametrize("name", GIVERS)
+def test_tasks_take_turns_and_keep_what_is_theirs(name: str) -> None:
+    async def work(value: int) -> int | None:
+        with GIVERS[name](value):
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return seen()[name]
+
+    async def both() -> list[int | None]:
+        return await asyncio.gather(work(1), work(2))
+
+    assert asyncio.run(both()) == [1, 2] and seen() == WITHOUT
+
+
+def givers_of_masks() -> Iterator[tuple[str, Callable[[], AbstractContextManager[None]]]]:
+    labels = torch.zeros(1, 96, 128, dtype=torch.long)
+    labels[:, 40:, 60:] = 1
+    yield "trimap:width=9", lambda: labelled(labels)
+    yield "keypoints:detector=given,dilations=9", lambda: keypoints_at([torch.tensor([[60.0, 40.0]])])
+
+
+@pytest.mark.parametrize(("mask", "given"), givers_of_masks())
+@pytest.mark.parametrize(
+    "form", ["{} | dilate", "none + {}", "({} | smooth) + {}", "{} | budget:fraction=0.2"]
+)
+def test_a_mask_inside_others_sees_what_is_given(
+    mask: str, given: Callable[[], AbstractContextManager[None]], form: str
+) -> None:
+    net, image = adapted_strided("none"), torch.randn(1, 3, 96, 128)
+    with given():
+        net(image, mask=form.replace("{}", mask))
+    assert 0 < net.active_fraction < 1
+
+
+def test_a_mask_inside_others_sees_the_first_pass() -> None:
+    net, image = adapted_strided("none"), torch.randn(1, 3, 96, 128)
+    net(image, mask="confidence | budget:fraction=0.25")
+    assert 0 < net.active_fraction < 1
+
+
+def test_another_mask_for_a_while_is_that_networks_alone() -> None:
+    net, other, image = adapted_strided("none"), adapted_strided("none"), torch.randn(1, 3, 64, 64)
+
+    def kept(which: cs.AdaptiveModel) -> float:
+        which(image)
+        return which.active_fraction
+
+    with net.masked("all"):
+        assert [kept(which) for which in (net, other, copy.deepcopy(net))] == [1, 0, 0]
+        with other.masked("all"), net.masked(None):
+            assert [kept(which) for which in (net, other)] == [0, 1]
+        assert [kept(which) for which in (net, other)] == [1, 0]
+        net(image, mask="none")
+        assert net.active_fraction == 0
+    assert kept(net) == 0

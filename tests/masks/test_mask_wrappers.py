@@ -1,0 +1,517 @@
+"""Masks made from masks: dilate, threshold, union, smooth, budgets of several levels, and how they are written."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import covering, slow
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import adapted_strided as net
+from networks import strided
+from torch import Tensor
+
+import cadsurgery as cs
+from cadsurgery.elements.lattice import Geometry
+from cadsurgery.masks import (
+    Budget,
+    Dilate,
+    EdgeMask,
+    FineMapSpec,
+    FixedMask,
+    GradientMask,
+    MaskProvider,
+    RandomMask,
+    Smooth,
+    Threshold,
+    TrimapMask,
+    Union,
+    resolve_mask,
+)
+
+QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+MAPS = [(16, 24), (13, 17), (1, 1), (3, 29)]
+NOTHING = torch.empty(0)
+
+
+class Given(MaskProvider):
+    """Given levels or scores; the next of several at each call."""
+
+    def __init__(self, *maps: Tensor) -> None:
+        super().__init__()
+        self.maps = list(maps)
+
+    def next(self) -> Tensor:
+        return self.maps.pop(0) if len(self.maps) > 1 else self.maps[0]
+
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        return self.next()
+
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        found = self.next()
+        return found if found.is_floating_point() else (grid.max_level - found).float()
+
+
+def grid_of(size: tuple[int, int], batch: int = 2) -> FineMapSpec:
+    return FineMapSpec(batch, size, 8, 2, 4, 4)
+
+
+def levels(size: tuple[int, int], batch: int = 2) -> Tensor:
+    return torch.randint(0, 3, (batch, *size))
+
+
+def in_window(values: Tensor, side: int, best: Callable[[Tensor], Tensor]) -> Tensor:
+    """`best` of the side x side window around each sample, one by one."""
+    found, half = values.clone(), side // 2
+    for image, source in zip(found, values, strict=True):
+        for y in range(values.shape[1]):
+            for x in range(values.shape[2]):
+                image[y, x] = best(source[max(0, y - half) : y + half + 1, max(0, x - half) : x + half + 1])
+    return found
+
+
+# -- dilate --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", MAPS)
+@pytest.mark.parametrize("side", [1, 3, 7])
+def test_dilate_gives_each_sample_the_finest_level_of_its_window(size: tuple[int, int], side: int) -> None:
+    given = torch.where(torch.rand(2, *size) < 0.9, 2, levels(size))
+    found = Dilate(Given(given), side)(NOTHING, NOTHING, grid_of(size))
+    assert torch.equal(found.long(), in_window(given, side, torch.amin))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_scores_of_dilate_are_the_highest_of_the_window(dtype: torch.dtype) -> None:
+    scores = torch.randn(2, 13, 17).to(dtype)
+    found = Dilate(Given(scores), 3).scores(NOTHING, NOTHING, grid_of((13, 17)))
+    assert found.dtype == dtype and torch.equal(found, in_window(scores, 3, torch.amax))
+
+
+@QUICK
+@given(seed=st.integers(0, 99), half=st.integers(0, 4))
+def test_a_larger_window_never_keeps_less_and_one_sample_changes_nothing(seed: int, half: int) -> None:
+    torch.manual_seed(seed)
+    given, grid = levels((13, 17)), grid_of((13, 17))
+    found = [Dilate(Given(given), 2 * k + 1)(NOTHING, NOTHING, grid) for k in (0, half, half + 1)]
+    assert torch.equal(found[0].long(), given)
+    assert all((more <= fewer).all() for fewer, more in pairwise(found))
+    once = Dilate(Dilate(Given(given), 3), 2 * half + 1)(NOTHING, NOTHING, grid)
+    assert torch.equal(once, found[2])  # windows add up
+
+
+# -- threshold -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [(0.3,), (0.8, 0.2), (1.0, -1.0)])
+def test_threshold_cuts_scores_into_levels(at: tuple[float, ...], dtype: torch.dtype) -> None:
+    scores, grid = torch.randn(2, 13, 17).to(dtype), grid_of((13, 17))
+    mask = Threshold(Given(scores), at)
+    wanted = torch.full((2, 13, 17), 2)
+    for level in reversed(range(len(at))):
+        wanted[scores >= at[level]] = level
+    assert torch.equal(mask(NOTHING, NOTHING, grid).long(), wanted)
+    assert torch.equal(mask.scores(NOTHING, NOTHING, grid), scores)
+
+
+def test_edges_of_one_window_are_thresholds_on_their_scores() -> None:
+    image, grid = torch.randn(2, 3, 97, 129), grid_of((13, 17))
+    graded = EdgeMask((2.0, 1.0), 3)(image, image, grid)
+    assert torch.equal(Threshold("edges:dilation=3", (2.0, 1.0))(image, image, grid), graded)
+
+
+# -- union ---------------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(seed=st.integers(0, 99), count=st.integers(2, 4))
+def test_a_union_is_the_finest_level_of_its_masks(seed: int, count: int) -> None:
+    torch.manual_seed(seed)
+    given, grid = [levels((13, 17)) for _ in range(count)], grid_of((13, 17))
+    found = Union(*map(Given, given))(NOTHING, NOTHING, grid)
+    assert torch.equal(found, torch.stack(given).amin(0))
+    assert torch.equal(found, Union(*map(Given, reversed(given)))(NOTHING, NOTHING, grid))
+    assert torch.equal(given[0], Union(*map(Given, [given[0]] * 2))(NOTHING, NOTHING, grid))
+
+
+def test_a_union_takes_bool_maps_and_levels() -> None:
+    keep, given = torch.rand(2, 13, 17) < 0.5, levels((13, 17))
+    found = Union(Given(keep), given, "none")(NOTHING, torch.zeros(2, 1, 1, 1), grid_of((13, 17)))
+    assert torch.equal(found, torch.where(keep, 0, given))
+
+
+@QUICK
+@given(seed=st.integers(0, 99))
+def test_the_scores_of_a_union_follow_its_levels_and_then_the_rank_in_either_mask(seed: int) -> None:
+    torch.manual_seed(seed)
+    scores = [torch.randn(2, 13, 17), 1000 * torch.rand(2, 13, 17).bfloat16()]
+    masks = [Threshold(Given(one), (float(one.float().quantile(0.8)),)) for one in scores]
+    union, grid = Union(*masks), grid_of((13, 17))
+    found, kept = union.scores(NOTHING, NOTHING, grid), union(NOTHING, NOTHING, grid)
+    assert found[kept == 0].min() > found[kept == 2].max()
+    for image in range(2):
+        rank = [
+            torch.tensor([(one[image] < value).sum() for value in one[image].flatten()]) for one in scores
+        ]
+        wanted = torch.maximum(*rank) / (13 * 17) + (2 - kept[image]).flatten()
+        assert torch.allclose(found[image].flatten().float(), wanted, atol=1e-6)
+
+
+def test_a_budget_of_a_union_fills_up_with_the_best_of_both() -> None:
+    """Two masks on scales a thousand apart: each gets its own strongest patches in."""
+    one, other = torch.rand(1, 16, 16), 1000 * torch.rand(1, 16, 16)
+    one[:, :4, :4] += 9
+    other[:, 8:12, 8:12] += 9000
+    grid = grid_of((16, 16), 1)
+    union = Union(Threshold(Given(one), 10.5), Threshold(Given(other), 10500.0))
+    found = Budget(union, 2 / 16)(NOTHING, NOTHING, grid)[0, ::4, ::4]
+    assert (found == 0).nonzero().tolist() == [[0, 0], [2, 2]]
+
+
+@pytest.mark.parametrize("masks", [(), ("edges",)])
+def test_a_union_of_fewer_than_two_is_refused(masks: tuple[str, ...]) -> None:
+    with pytest.raises(cs.InvalidInput, match=f"{len(masks)} masks") as caught:
+        Union(*masks)
+    assert "edges + gradient" in caught.value.next
+
+
+# -- smooth --------------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(seed=st.integers(0, 99), hold=st.integers(0, 4))
+def test_smooth_never_drops_a_sample_before_hold_frames_and_then_does(seed: int, hold: int) -> None:
+    torch.manual_seed(seed)
+    frames, grid = [levels((5, 6)) for _ in range(8)], grid_of((5, 6))
+    mask, ranked = Smooth(Given(*frames), hold), Smooth(Given(*frames), hold)
+    for time in range(len(frames)):
+        found = mask(NOTHING, NOTHING, grid)
+        window = torch.stack(frames[max(0, time - hold) : time + 1])
+        assert (found <= window).all()
+        assert (found == window).any(0).all()
+        assert torch.equal(ranked.scores(NOTHING, NOTHING, grid), (2 - window).float().amax(0))
+
+
+def test_a_sample_asked_for_once_stays_for_hold_frames() -> None:
+    flash = [torch.zeros(1, 4, 4).long(), *(torch.full((1, 4, 4), 2) for _ in range(5))]
+    mask = Smooth(Given(*flash), hold=3)
+    found = [int(mask(NOTHING, NOTHING, grid_of((4, 4), 1)).amax()) for _ in flash]
+    assert found == [0, 0, 0, 0, 2, 2]
+
+
+def fading(frames: int = 4) -> tuple[Smooth, list[Tensor]]:
+    """A network's mask that holds, and frames whose edges vanish after the first."""
+    return Smooth("edges:dilation=3", hold=2), [
+        torch.randn(2, 3, 97, 129),
+        *[torch.zeros(2, 3, 97, 129)] * frames,
+    ]
+
+
+def test_a_network_holds_what_a_frame_asked_for() -> None:
+    mask, frames = fading()
+    model, active = net(mask), []
+    for frame in frames:
+        model(frame)
+        active.append(model.active_fraction > 0)
+    assert active == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("how", ["reset", "batch", "size", "copy", "pickle"])
+def test_smooth_starts_anew_for_another_video(how: str) -> None:
+    mask, frames = fading()
+    model = net(mask)
+    model(frames[0])
+    if how == "reset":
+        mask.reset()
+    if how in ("copy", "pickle"):
+        model = copy.deepcopy(model) if how == "copy" else pickle.loads(pickle.dumps(model))
+    model({"batch": frames[1][:1], "size": frames[1][:, :, :64]}.get(how, frames[1]))
+    assert model.active_fraction == 0
+
+
+def test_each_position_of_the_batch_is_a_video_and_objects_do_not_share() -> None:
+    frames = [levels((5, 6)) for _ in range(3)]
+    together, apart = (
+        Smooth(Given(*frames), 2),
+        [Smooth(Given(*(f[i : i + 1] for f in frames)), 2) for i in (0, 1)],
+    )
+    for _ in frames:
+        found = together(NOTHING, NOTHING, grid_of((5, 6)))
+        for position, mask in enumerate(apart):
+            assert torch.equal(mask(NOTHING, NOTHING, grid_of((5, 6), 1))[0], found[position])
+
+
+def test_what_smooth_remembers_is_in_no_state_dict_and_no_file(tmp_path: Path) -> None:
+    mask, frames = fading()
+    model = net(mask)
+    before = model.state_dict().keys()
+    model(frames[0])
+    assert mask.state_dict() == {} and model.state_dict().keys() == before
+    cs.save(model, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", strided())
+    assert again.mask.spec() == mask.spec()
+    again(frames[1])
+    assert again.active_fraction == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["edges | smooth", "edges | smooth | budget", "(edges | smooth) + random | budget"]
+)
+def test_smooth_is_not_static_and_says_so(text: str, tmp_path: Path) -> None:
+    model, image = net(text), torch.randn(1, 3, 64, 64)
+    assert not model.mask.static and model.mask.dependence == "earlier images"
+    with pytest.raises(cs.InvalidInput, match="depends on earlier images") as caught:
+        cs.export(model, image, tmp_path / "net.pt2")
+    assert "level_map=True" in caught.value.next and "ONNX" in caught.value.next
+    assert not list(tmp_path.iterdir())
+
+
+def test_smooth_breaks_the_graph_of_a_compiled_network_and_works() -> None:
+    mask, frames = fading(3)
+    model = net(mask)
+    compiled = torch.compile(model, backend="eager")
+    found = []
+    for frame in frames:
+        compiled(frame)
+        found.append(model.active_fraction > 0)
+    assert found == [True, True, True, False]
+
+
+# -- budgets of several levels -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", MAPS)
+@pytest.mark.parametrize("fractions", [(0.1, 0.3), (0.0, 0.5), (0.25, 0.25), (0.34, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("per_batch", [False, True])
+def test_a_budget_of_fractions_keeps_nested_shares(
+    size: tuple[int, int], fractions: tuple[float, float], per_batch: bool
+) -> None:
+    scores, grid = torch.randn(2, *size), grid_of(size)
+    found = Budget(Given(scores), fractions, per_batch)(NOTHING, NOTHING, grid)
+    legal = Geometry((2, 2)).lattice(found.long()).levels
+    assert torch.equal(legal, found)
+    for level, fraction in enumerate(fractions):
+        alone = Budget(Given(scores), fraction, per_batch)(NOTHING, NOTHING, grid)
+        assert torch.equal(found <= level, alone == 0)
+    counts = tuple(int((found[:, ::4, ::4] <= level).sum()) for level in range(2))
+    assert counts == Budget("random", fractions, per_batch).kept_patches(grid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "patch"), covering([slow((96, 128)), (97, 129)], [slow("block"), "quadtree"])
+)
+def test_a_compiled_network_with_a_budget_of_levels_equals_itself(size: tuple[int, int], patch: str) -> None:
+    model = cs.adaptify(strided(), "edges | budget:fraction=0.2/0.6", patch=patch, verify_laws=False)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        image = torch.randn(2, 3, *size)
+        expected = model(image)
+        kept = model.levels.clone()
+        assert torch.allclose(compiled(image), expected, atol=1e-5)
+        assert torch.equal(model.levels, kept)
+    assert set(kept.unique().tolist()) == ({0, 1, 2} if patch == "quadtree" else {0, 2})
+
+
+@pytest.mark.parametrize("fraction", ["0.5/0.2", "0.2/1.5", "-0.1/0.2", "nan/0.5", "0.1/nan"])
+def test_fractions_that_fall_or_lie_outside_are_refused(fraction: str) -> None:
+    with pytest.raises(cs.InvalidInput, match=f"fraction={fraction}") as caught:
+        resolve_mask(f"edges | budget:fraction={fraction}")
+    assert "0.1/0.3" in caught.value.next
+
+
+# -- budgets and batches of all ------------------------------------------------------------------------
+
+TEXTS = [
+    "edges | dilate:size=5",
+    "edges:dilation=3 | threshold:at=2/1",
+    "edges:threshold=2 + gradient:threshold=3,sigma=1",
+    "edges:threshold=2,dilation=3 | smooth:hold=2",
+    "edges + random:seed=1 | dilate | budget:fraction=0.1/0.3",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_equals_its_images_one_by_one(text: str, dtype: torch.dtype) -> None:
+    image = torch.randn(3, 3, 65, 97).to(dtype)
+    if "random" in text:  # another draw for each image of a batch
+        text = text.replace("random:seed=1", "saliency")
+    together = resolve_mask(text)(image, image, grid_of((9, 13), 3))
+    for position in range(3):
+        one = image[position : position + 1]
+        assert torch.equal(resolve_mask(text)(one, one, grid_of((9, 13), 1))[0], together[position])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("size", [(96, 128), (97, 129)])
+def test_a_budget_behind_any_wrapper_keeps_its_share(text: str, size: tuple[int, int]) -> None:
+    model = net(f"{text} | budget:fraction=0.25")
+    model(torch.randn(2, 3, *size))
+    kept = (model.levels[:, ::4, ::4] == 0).flatten(1).sum(1)
+    assert kept.tolist() == [round(0.25 * (model.levels[0, ::4, ::4].numel()))] * 2
+
+
+@pytest.mark.parametrize("text", ["threshold", "dilate", "smooth", "budget"])
+def test_scores_that_are_none_are_refused_by_the_wrapper_that_ranks(text: str) -> None:
+    for scores, what in (
+        (torch.full((2, 13, 17), torch.nan), "NaN"),
+        (torch.zeros(2, 13, 16), r"\(2, 13, 16\)"),
+    ):
+        mask = resolve_mask(f"edges | {text}")
+        mask.mask = Given(scores)  # type: ignore[assignment]
+        with pytest.raises(cs.InvalidInput, match=what) as caught:
+            mask.scores(NOTHING, NOTHING, grid_of((13, 17))) if text != "budget" else mask(
+                NOTHING, NOTHING, grid_of((13, 17))
+            )
+        assert f"mask {text}" in caught.value.where and caught.value.next
+        with pytest.raises(cs.InvalidInput, match=what):
+            Union(Given(scores), Given(scores)).scores(NOTHING, NOTHING, grid_of((13, 17)))
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("edges | dilate:size=4", "size=4 is not odd"),
+        ("edges | dilate:size=0", "size=0 is not odd"),
+        ("edges | threshold:at=0.2/0.8", "0.2/0.8 do not fall"),
+        ("edges | threshold:at=nan", "NaN"),
+        ("edges | smooth:hold=-1", "hold=-1"),
+    ],
+)
+def test_a_bad_option_is_refused_by_name(text: str, what: str) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        resolve_mask(text)
+    assert what in caught.value.what and caught.value.next
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("threshold:at=3/2/1", "3 thresholds for 2"), ("budget:fraction=0.1/0.2/0.3", "3 fractions for 2")],
+)
+def test_more_steps_than_levels_are_refused(text: str, what: str) -> None:
+    with pytest.raises(cs.InvalidInput, match=what):
+        net(f"edges | {text}")(torch.zeros(1, 3, 64, 64))
+
+
+# -- the string form -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("edges + gradient", ("union", "edges", "gradient")),
+        ("edges+gradient:sigma=1e+1", ("union", "edges", "gradient")),
+        ("edges + gradient | budget", ("budget", ("union", "edges", "gradient"))),
+        ("edges + (gradient | budget)", ("union", "edges", ("budget", "gradient"))),
+        ("(edges|dilate)+gradient|budget", ("budget", ("union", ("dilate", "edges"), "gradient"))),
+        ("edges + (random + all)", ("union", "edges", ("union", "random", "all"))),
+        ("edges + random + all", ("union", "edges", "random", "all")),
+        ("((edges))", "edges"),
+        ("(edges | smooth) | dilate", ("dilate", ("smooth", "edges"))),
+    ],
+)
+def test_the_plus_binds_tighter_than_the_pipe_and_parentheses_tighter_still(text: str, shape: object) -> None:
+    def shape_of(mask: MaskProvider) -> object:
+        return (mask.name, *map(shape_of, mask.parts)) if mask.parts else mask.name
+
+    mask = resolve_mask(text)
+    assert shape_of(mask) == shape
+    again = resolve_mask(mask.spec())
+    assert shape_of(again) == shape and again.spec() == mask.spec()
+
+
+NUMBERS = st.floats(-1e20, 1e20, allow_nan=False)
+ODD = st.integers(0, 30).map(lambda half: 2 * half + 1)
+LEAVES = st.one_of(
+    st.builds(EdgeMask, st.lists(NUMBERS, min_size=1, max_size=3).map(tuple), ODD),
+    st.builds(GradientMask, NUMBERS, ODD, st.floats(0, 1000)),
+    st.builds(TrimapMask, st.lists(ODD, min_size=1, max_size=3).map(tuple), st.integers(-1, 300)),
+    st.builds(RandomMask, st.floats(0, 1)),
+    st.sampled_from(["all", "none", "saliency"]).map(resolve_mask),
+)
+FALLING = st.lists(NUMBERS, min_size=1, max_size=3, unique=True).map(lambda v: tuple(sorted(v, reverse=True)))
+SHARES = st.lists(st.floats(0, 1), min_size=1, max_size=3).map(lambda v: tuple(sorted(v)))
+MASKS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.builds(Dilate, inner, ODD),
+        st.builds(Threshold, inner, FALLING),
+        st.builds(Smooth, inner, st.integers(0, 9)),
+        st.builds(Budget, inner, SHARES, st.booleans()),
+        st.lists(inner, min_size=2, max_size=3).map(lambda masks: Union(*masks)),
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(mask=MASKS)
+def test_a_spec_reads_back_as_the_same_mask(mask: MaskProvider) -> None:
+    def same(one: MaskProvider, other: MaskProvider) -> bool:
+        alike = type(one) is type(other) and one.options() == other.options()
+        return alike and all(same(*pair) for pair in zip(one.parts, other.parts, strict=True))
+
+    again = resolve_mask(mask.spec())
+    assert same(again, mask) and again.spec() == mask.spec()
+    assert mask.storable
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "correction"),
+    [
+        ("edges +", "a mask is missing before the end", "edges + gradient"),
+        ("+ edges", "a mask is missing before '+'", "edges + gradient"),
+        ("edges + | budget", "nothing stands before the pipe", "| budget"),
+        ("(edges", "a parenthesis is not closed", "edges + gradient"),
+        ("edges)", "')' is not expected here", "edges + gradient"),
+        ("(edges) gradient", "'gradient' is not expected here", "edges + gradient"),
+        ("()", "a mask is missing before ')'", "edges + gradient"),
+        ("union", "'union' needs other masks", "edges + gradient"),
+        ("edges | union", "'union' cannot stand behind a pipe", "edges + gradient"),
+        ("edges | gradient", "'gradient' cannot stand behind a pipe", "edges + gradient"),
+        ("edges + dilate:size=3", "'dilate' needs another mask", "edges | dilate:size=3"),
+    ],
+)
+def test_a_mask_that_cannot_be_read_is_answered_with_one_that_can(
+    text: str, what: str, correction: str
+) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        resolve_mask(text)
+    assert what in caught.value.what and correction in caught.value.next
+
+
+def test_tensors_in_unions_and_wrappers_come_back_from_a_file(tmp_path: Path) -> None:
+    one, other = levels((12, 16)), levels((1, 1)).expand(2, 12, 16).clone()
+    mask = Budget(Union(Dilate(one, 3), "edges", FixedMask(other)), (0.2, 0.5))
+    model, image = net(mask), torch.randn(2, 3, 96, 128)
+    cs.save(model, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", strided())
+    assert torch.equal(again(image), model(image)) and torch.equal(again.levels, model.levels)
+    assert again.mask.spec() == mask.spec()
+
+
+def test_a_union_with_a_function_is_as_little_stored_as_the_function(tmp_path: Path) -> None:
+    cs.save(net(Union("edges", lambda image: image[:, 0, ::8, ::8] > 0)), tmp_path / "net.safetensors")
+    with pytest.raises(cs.FileError, match="function or provider of your own"):
+        cs.load(tmp_path / "net.safetensors", strided())
+
+
+def test_the_list_says_how_each_mask_is_written() -> None:
+    forms = {info.name: info.form for info in cs.list_masks()}
+    assert forms["edges"] == "edges" and forms["union"] == "MASK + MASK"
+    assert {name for name, form in forms.items() if form == f"MASK | {name}"} >= {
+        "budget",
+        "dilate",
+        "smooth",
+        "threshold",
+    }

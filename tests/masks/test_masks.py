@@ -1,0 +1,823 @@
+"""Masks: edges as published, graded edges, the string form, the other providers, maps per call.
+
+The published recipe (grey of the normalised image, signed central differences, K x K dilation, every o-th
+pixel, patches of P fine pixels) is written down here again, slowly, with an all-ones convolution and loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import adapted_strided as net
+from networks import strided
+from torch import Tensor
+
+import cadsurgery as cs
+from cadsurgery.elements.lattice import Geometry
+from cadsurgery.masks import Budget, EdgeMask, FineMapSpec, MaskProvider, RandomMask, resolve_mask
+from cadsurgery.masks.provider import PROVIDERS
+
+QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+SIZES = [(96, 128), (97, 129), (101, 67), (33, 200)]
+
+
+def scenes(batch: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+    """Normalised images of a few flat rectangles on zero: edges here and there, none at the border of zero."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size
+    scene = torch.zeros(batch, 3, height, width)
+    for image in scene:
+        for _ in range(3):
+            y, x = (int(torch.randint(0, limit - 4, (), generator=generator)) for limit in size)
+            tall, wide = (int(torch.randint(2, 20, (), generator=generator)) for _ in size)
+            image[:, y : y + tall, x : x + wide] = torch.randn(3, 1, 1, generator=generator)
+    return scene
+
+
+# -- the published recipe, written independently -------------------------------------------------------
+
+
+def near_edges(image: Tensor, threshold: float, side: int) -> Tensor:
+    """Steps 1 to 4: bool (B, H, W), whether the side x side window around a pixel holds an edge."""
+    red, green, blue = image.double().unbind(1)
+    grey = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+    right = torch.tensor([[0.0, 0, 0], [-1, 0, 1], [0, 0, 0]], dtype=torch.float64).view(1, 1, 3, 3)
+    across = F.conv2d(grey, right, padding=1)
+    along = F.conv2d(grey, right.transpose(2, 3), padding=1)
+    edges = ((across >= threshold) | (along >= threshold)).double()
+    window = torch.ones(1, 1, side, side, dtype=torch.float64)
+    return F.conv2d(edges, window, padding=side // 2).squeeze(1) > 0.5
+
+
+def wanted_levels(image: Tensor, thresholds: list[float], sides: list[int], stride: int, low: int) -> Tensor:
+    """Step 5 for each threshold: level i near edges above threshold i, the lowest elsewhere."""
+    levels = torch.full_like(image[:, 0, ::stride, ::stride], low).long()
+    for level in reversed(range(len(thresholds))):
+        near = near_edges(image, thresholds[level], sides[level])[:, ::stride, ::stride]
+        levels[near] = min(level, low)
+    return levels
+
+
+def in_patches(levels: Tensor, patch: int, low: int) -> Tensor:
+    """Step 6: a patch is high as a whole if any of its pixels asks for less than the lowest level."""
+    found = levels.clone()
+    for image in found:
+        for y in range(0, image.shape[0], patch):
+            for x in range(0, image.shape[1], patch):
+                block = image[y : y + patch, x : x + patch]
+                block[:] = 0 if bool((block < low).any()) else low
+    return found
+
+
+def split_as_needed(levels: Tensor, low: int) -> Tensor:
+    """The largest legal map: a cell of 2^l x 2^l pixels exists where all of them ask for at least l."""
+    found = torch.zeros_like(levels)
+    for image, wanted in zip(found, levels, strict=True):
+        for level in range(1, low + 1):
+            side = 2**level
+            for y in range(0, image.shape[0], side):
+                for x in range(0, image.shape[1], side):
+                    if int(wanted[y : y + side, x : x + side].min()) >= level:
+                        image[y : y + side, x : x + side] = level
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("threshold", [0.15, 0.35, 0.95])
+@pytest.mark.parametrize(
+    ("output_stride", "patch"), [((8, 32), 4), ((16, 32), 2), ((8, 16), 4)], ids=["8-32", "16-32", "8-16"]
+)
+def test_edges_are_exactly_the_published_ones(
+    size: tuple[int, int], threshold: float, output_stride: tuple[int, int], patch: int
+) -> None:
+    model = net(f"edges:threshold={threshold},dilation=11", output_stride=output_stride, patch="block")
+    low = model.plan.max_level
+    image = scenes(3, size)
+    model(image)
+    wanted = wanted_levels(image, [threshold], [11], output_stride[0], low)
+    assert torch.equal(model.levels.long(), in_patches(wanted, patch, low))
+
+
+@pytest.mark.smoke
+def test_the_reference_scenes_have_both_levels_in_every_image() -> None:
+    """Else the comparison above would say little."""
+    wanted = wanted_levels(scenes(3, SIZES[0]), [0.35], [11], 8, 2)
+    assert all(set(image.unique().tolist()) == {0, 2} for image in in_patches(wanted, 4, 2))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("stride", [8, 16])
+def test_graded_edges_give_each_level_to_its_own_threshold(size: tuple[int, int], stride: int) -> None:
+    thresholds, sides = [0.95, 0.1], [5, 15]
+    image = scenes(2, size, seed=3)
+    model = net("edges:threshold=0.95/0.1,dilation=5/15", output_stride=(stride // 2, 2 * stride))
+    model(image)
+    wanted = wanted_levels(image, thresholds, sides, stride // 2, 2)
+    assert set(wanted.unique().tolist()) == {0, 1, 2}
+    assert torch.equal(model.levels.long(), split_as_needed(wanted, 2))
+
+
+@QUICK
+@given(
+    seed=st.integers(0, 99),
+    threshold=st.floats(0.05, 2),
+    side=st.sampled_from([1, 3, 7, 11, 33]),
+    stride=st.sampled_from([1, 4, 8, 16]),
+    size=st.tuples(st.integers(9, 60), st.integers(9, 60)),
+)
+def test_the_edge_provider_follows_the_recipe_for_any_size_and_option(
+    seed: int, threshold: float, side: int, stride: int, size: tuple[int, int]
+) -> None:
+    image = scenes(2, size, seed).double()
+    fine = (-(-size[0] // stride), -(-size[1] // stride))
+    found = EdgeMask(threshold, side)(image, image, FineMapSpec(2, fine, stride, 2, 4, 4))
+    assert torch.equal(found.long(), wanted_levels(image, [threshold], [side], stride, 2))
+
+
+@QUICK
+@given(seed=st.integers(0, 99), threshold=st.floats(0.05, 2), side=st.sampled_from([1, 5, 11]))
+def test_one_threshold_is_graded_edges_with_one(seed: int, threshold: float, side: int) -> None:
+    image, grid = scenes(2, (40, 57), seed), FineMapSpec(2, (5, 8), 8, 2, 4, 4)
+    plain = EdgeMask(threshold, side)(image, image, grid)
+    assert torch.equal(plain, EdgeMask((threshold,), (side,))(image, image, grid))
+    assert torch.equal(plain, EdgeMask((threshold, 1e9), side)(image, image, grid))
+
+
+# -- invariants (C8 of the specification) --------------------------------------------------------------
+
+
+def edge_pixels(grey: Tensor, threshold: float = 0.5, side: int = 1) -> Tensor:
+    """Bool (H, W): what the provider keeps high at one fine pixel per image pixel."""
+    image = grey.expand(1, 3, *grey.shape)
+    return EdgeMask(threshold, side)(image, image, FineMapSpec(1, tuple(grey.shape), 1, 1, 2, 2))[0] == 0
+
+
+def test_a_zero_image_has_no_edges() -> None:
+    model = net("edges:threshold=0.15,dilation=11", patch="block")
+    model(torch.zeros(2, 3, 97, 129))
+    assert (model.levels == 2).all() and model.active_fraction == 0
+
+
+def test_a_constant_image_has_edges_only_where_it_meets_the_zero_outside() -> None:
+    edges = edge_pixels(torch.ones(9, 12))
+    assert edges[:, 0].all() and edges[0].all()
+    assert not edges[1:, 1:].any()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["to the right", "downwards"])
+def test_a_step_from_dark_to_bright_marks_its_two_lines(transposed: bool) -> None:
+    grey = torch.zeros(16, 16)
+    grey[:, 7:] = 1.0
+    edges = edge_pixels(grey.T if transposed else grey)
+    edges = edges.T if transposed else edges
+    assert edges[1:-1].nonzero()[:, 1].unique().tolist() == [6, 7]
+    assert edges[1:-1, 6:8].all()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["to the right", "downwards"])
+def test_a_step_from_bright_to_dark_is_no_edge(transposed: bool) -> None:
+    grey = torch.ones(16, 16)
+    grey[:, 7:] = 0.0
+    assert not edge_pixels(grey.T if transposed else grey)[1:-1, 1:-1].any()
+
+
+@pytest.mark.parametrize("side", [1, 3, 11])
+def test_a_dilation_reaches_half_its_side_and_no_further(side: int) -> None:
+    grey = torch.zeros(41, 41)
+    grey[20, 20] = 1.0  # the differences to the right and downwards rise at the pixels before it
+    y, x = torch.arange(41)[:, None], torch.arange(41)[None]
+    reach = side // 2
+    near_left = ((y - 20).abs() <= reach) & ((x - 19).abs() <= reach)
+    near_top = ((y - 19).abs() <= reach) & ((x - 20).abs() <= reach)
+    assert torch.equal(edge_pixels(grey, side=side), near_left | near_top)
+
+
+def test_an_edge_of_exactly_the_threshold_counts() -> None:
+    grey = torch.zeros(5, 5)
+    grey[:, 2:] = 1.0
+    step = float(torch.einsum("c,c->", torch.tensor([0.299, 0.587, 0.114]), torch.ones(3)))
+    assert edge_pixels(grey, threshold=step)[2].any()
+    assert not edge_pixels(grey, threshold=step + 1e-3)[2, 1:].any()
+
+
+@pytest.mark.parametrize("patch", ["block", "quadtree"])
+def test_making_levels_legal_twice_is_doing_it_once(patch: str) -> None:
+    geometry = Geometry((2, 2), patch=patch)
+    once = geometry.lattice(torch.randint(0, 3, (3, 13, 17))).levels
+    assert torch.equal(geometry.lattice(once.long()).levels, once)
+
+
+@QUICK
+@given(
+    seed=st.integers(0, 99),
+    low=st.floats(0.05, 2),
+    high=st.floats(0.05, 2),
+    patch=st.sampled_from(["block", "quadtree"]),
+)
+def test_lowering_the_threshold_never_removes_active_area(
+    seed: int, low: float, high: float, patch: str
+) -> None:
+    low, high = sorted((low, high))
+    image, grid, geometry = (
+        scenes(2, (65, 90), seed),
+        FineMapSpec(2, (9, 12), 8, 2, 4, 4),
+        Geometry((2, 2), patch=patch),
+    )
+    few = geometry.lattice(EdgeMask(high, 7)(image, image, grid).long()).levels
+    many = geometry.lattice(EdgeMask(low, 7)(image, image, grid).long()).levels
+    assert (many <= few).all()
+
+
+def test_each_image_of_a_batch_has_its_own_edges() -> None:
+    model, image = net(), scenes(3, (97, 129))
+    model(image)
+    together = model.levels.clone()
+    for position in range(3):
+        model(image[position : position + 1])
+        assert torch.equal(model.levels[0], together[position])
+
+
+# -- the string form -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("edges", {"threshold": (0.35,), "dilation": (11,)}),
+        ("edges:", {"threshold": (0.35,), "dilation": (11,)}),
+        ("edges:threshold=0.15,dilation=7", {"threshold": (0.15,), "dilation": (7,)}),
+        (" edges : dilation = 7 , threshold = 1e-1 ", {"threshold": (0.1,), "dilation": (7,)}),
+        ("edges:threshold=0.95/0.1,dilation=5/15", {"threshold": (0.95, 0.1), "dilation": (5, 15)}),
+        ("edges:threshold=0.95/0.1", {"threshold": (0.95, 0.1), "dilation": (11,)}),
+        ("random:fraction=0.5,block=2,seed=7", {"fraction": 0.5, "block": 2, "seed": 7}),
+        ("all", {}),
+        ("none", {}),
+    ],
+)
+def test_the_string_form_sets_options(text: str, options: dict[str, object]) -> None:
+    assert resolve_mask(text).options() == options
+
+
+POSITIVE = st.floats(1e-6, 1e6, allow_nan=False)
+
+
+@QUICK
+@given(
+    thresholds=st.lists(POSITIVE, min_size=1, max_size=4),
+    sides=st.integers(0, 50).map(lambda half: 2 * half + 1),
+    fraction=st.floats(0, 1),
+    seed=st.integers(-1, 2**31),
+)
+def test_a_spec_reads_back_as_the_same_mask(
+    thresholds: list[float], sides: int, fraction: float, seed: int
+) -> None:
+    edges, random = EdgeMask(tuple(thresholds), sides), RandomMask(fraction, 3, seed)
+    nested = Budget(Budget(edges, fraction), fraction, per_batch=True)
+    for mask in (edges, random, resolve_mask("none"), Budget(random, fraction), nested):
+        again = resolve_mask(mask.spec())
+        assert type(again) is type(mask)
+        assert again.options() == mask.options()
+        assert again.spec() == mask.spec()
+
+
+@pytest.mark.parametrize(
+    ("text", "suggestion"),
+    [
+        ("edgs", "edges"),
+        ("randm", "random"),
+        ("edges:treshold=0.1", "threshold"),
+        ("edges:dilaton=3", "dilation"),
+        ("random:fracton=0.1", "fraction"),
+    ],
+)
+def test_a_typo_is_answered_with_the_closest_name(text: str, suggestion: str) -> None:
+    with pytest.raises(cs.UnknownName) as caught:
+        resolve_mask(text)
+    assert suggestion in caught.value.next and "did you mean" in caught.value.next
+
+
+@pytest.mark.parametrize("text", ["", "zzz", "all:x=1", "edges,threshold=1"])
+def test_a_name_like_no_other_is_answered_with_a_next_step(text: str) -> None:
+    with pytest.raises(cs.UnknownName) as caught:
+        resolve_mask(text)
+    assert caught.value.next
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("edges:threshold=abc", "threshold"),
+        ("edges:threshold=0.1/", "threshold"),
+        ("edges:threshold=nan", "threshold"),
+        ("edges:threshold", "threshold"),
+        ("edges:threshold=", "threshold"),
+        ("edges:dilation=1.5", "dilation"),
+        ("edges:dilation=4", "odd"),
+        ("edges:dilation=-3", "dilation"),
+        ("edges:threshold=0.3/0.2/0.1,dilation=3/5", "dilations"),
+        ("random:fraction=1.5", "fraction"),
+        ("random:fraction=-0.1", "fraction"),
+        ("random:fraction=0.1/0.2", "fraction"),
+        ("random:block=0", "block"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(text: str, named: str) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        resolve_mask(text)
+    assert named in str(caught.value) and caught.value.next
+
+
+def test_more_thresholds_than_levels_are_refused_with_their_number() -> None:
+    model = net("edges:threshold=0.9/0.5/0.1")
+    with pytest.raises(cs.InvalidInput, match="3 thresholds for 2 levels") as caught:
+        model(torch.zeros(1, 3, 64, 64))
+    assert "2" in caught.value.next
+
+
+# -- the other masks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mask", "level"), [("all", 0), ("none", 2)])
+def test_all_keeps_everything_high_and_none_nothing(mask: str, level: int) -> None:
+    model = net(mask)
+    model(torch.randn(2, 3, 97, 129))
+    assert model.levels.shape == (2, 13, 17)
+    assert (model.levels == level).all()
+    assert model.active_fraction == float(level == 0)
+
+
+def test_none_stops_at_the_low_output_stride_asked_for() -> None:
+    model = net("none", output_stride=(8, 16))
+    model(torch.randn(1, 3, 64, 64))
+    assert (model.levels == 1).all()
+
+
+@pytest.mark.parametrize("patch", ["block", "quadtree"])
+@pytest.mark.parametrize(("fraction", "kept"), [(0, 0.0), (1, 1.0)])
+def test_random_keeps_nothing_at_fraction_0_and_everything_at_1(
+    fraction: int, kept: float, patch: str
+) -> None:
+    model = net(f"random:fraction={fraction}", patch=patch)
+    model(torch.randn(2, 3, 97, 129))
+    assert model.active_fraction == kept
+
+
+def test_random_keeps_about_the_fraction_asked_for_in_whole_blocks() -> None:
+    found = RandomMask(0.3, 4, seed=0)(torch.empty(0), torch.empty(0), FineMapSpec(4, (80, 160), 8, 2, 4, 4))
+    assert found.double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / (4 * 20 * 40)) ** 0.5)
+    blocks = found.unflatten(1, (20, 4)).unflatten(3, (40, 4))
+    assert torch.equal(blocks.amax((2, 4)), blocks.to(torch.uint8).amin((2, 4)).bool())
+
+
+def test_a_seeded_random_mask_repeats_and_differs_between_images_and_seeds() -> None:
+    model, image = net("random:fraction=0.5,seed=3"), torch.randn(2, 3, 256, 256)
+    model(image)
+    first = model.levels.clone()
+    model(image)
+    assert torch.equal(model.levels, first)
+    assert not torch.equal(first[0], first[1])
+    model(image, mask="random:fraction=0.5,seed=4")
+    assert not torch.equal(model.levels, first)
+
+
+def test_an_unseeded_random_mask_follows_torchs_generator() -> None:
+    model, image = net("random:fraction=0.5"), torch.randn(1, 3, 256, 256)
+    model(image)
+    first = model.levels.clone()
+    model(image)
+    assert not torch.equal(model.levels, first)
+    torch.manual_seed(5)
+    model(image)
+    seeded = model.levels.clone()
+    torch.manual_seed(5)
+    model(image)
+    assert torch.equal(model.levels, seeded)
+
+
+def test_a_tensor_is_the_mask_of_every_call() -> None:
+    levels = split_as_needed(torch.randint(0, 3, (2, 13, 17)), 2)
+    model = net(levels)
+    for _ in range(2):
+        model(torch.randn(2, 3, 97, 129))
+        assert torch.equal(model.levels.long(), levels)
+
+
+def test_a_callable_gets_the_image_and_gives_the_map() -> None:
+    seen: list[Tensor] = []
+
+    def upper_half(image: Tensor) -> Tensor:
+        seen.append(image)
+        height, width = (-(-side // 8) for side in image.shape[2:])
+        return (torch.arange(height)[:, None] < 4).expand(height, width)
+
+    model, image = net(upper_half), torch.randn(2, 3, 97, 129)
+    model(image)
+    assert seen[0] is image
+    assert (model.levels[:, :4] == 0).all() and (model.levels[:, 4:] == 2).all()
+
+
+# -- budgets -------------------------------------------------------------------------------------------
+
+
+class Scored(MaskProvider):
+    """Given scores."""
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.given = scores
+
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        return self.given
+
+
+def kept_patches(levels: Tensor, patch: int, low: int) -> Tensor:
+    """Bool (B, rows, columns), after checking that every patch is wholly at level 0 or wholly the lowest."""
+    assert set(levels.unique().tolist()) <= {0, low}
+    rows, columns = (range(0, side, patch) for side in levels.shape[1:])
+    blocks = [[levels[:, y : y + patch, x : x + patch].flatten(1) for x in columns] for y in rows]
+    assert all((block == block[:, :1]).all() for row in blocks for block in row)
+    return torch.stack([torch.stack([block[:, 0] == 0 for block in row], 1) for row in blocks], 1)
+
+
+def budget(scores: Tensor, fraction: float, patch: int = 4, **options: bool) -> Tensor:
+    """Which patches a budget keeps for given scores (B, h, w)."""
+    grid, nothing = FineMapSpec(scores.shape[0], tuple(scores.shape[1:]), 8, 2, patch, patch), torch.empty(0)
+    levels = Budget(Scored(scores), fraction, **options)(nothing, nothing, grid)
+    assert levels.shape == scores.shape
+    return kept_patches(levels, patch, 2)
+
+
+FRACTIONS = [0.0, 0.01, 0.25, 0.34, 0.5, 0.99, 1.0]
+MAPS = [(16, 24), (13, 17), (3, 29), (1, 1), (4, 5)]
+
+
+@pytest.mark.parametrize("size", MAPS)
+@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("patch", [1, 4])
+def test_a_budget_keeps_exactly_its_fraction_of_each_images_patches(
+    size: tuple[int, int], fraction: float, patch: int
+) -> None:
+    found = budget(torch.randn(3, *size), fraction, patch)
+    assert found.shape[1:] == tuple(-(-side // patch) for side in size)
+    assert found.flatten(1).sum(1).tolist() == [round(fraction * found[0].numel())] * 3
+
+
+@pytest.mark.parametrize("size", MAPS)
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_a_budget_per_batch_keeps_exactly_its_fraction_of_all_patches(
+    size: tuple[int, int], fraction: float
+) -> None:
+    scores = torch.randn(3, *size) + torch.tensor([0.0, 9.0, 0.0]).view(3, 1, 1)
+    found = budget(scores, fraction, per_batch=True)
+    assert found.sum() == round(fraction * found.numel())
+    assert found[1].all() or not (found[0] | found[2]).any()  # the second image's are the best of all
+
+
+@QUICK
+@given(
+    seed=st.integers(0, 99), size=st.tuples(st.integers(1, 20), st.integers(1, 20)), fraction=st.floats(0, 1)
+)
+def test_a_budget_keeps_the_patches_of_the_highest_mean_inside_the_map(
+    seed: int, size: tuple[int, int], fraction: float
+) -> None:
+    scores = torch.randn(2, *size, generator=torch.Generator().manual_seed(seed))
+    found = budget(scores, fraction)
+    for image, keep in zip(scores.double(), found, strict=True):
+        means = {
+            (y, x): image[4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean().item()
+            for y in range(keep.shape[0])
+            for x in range(keep.shape[1])
+        }
+        best = sorted(means, key=means.__getitem__, reverse=True)[: int(keep.sum())]
+        assert sorted(best) == [tuple(place) for place in keep.nonzero().tolist()]
+
+
+@pytest.mark.parametrize("per_batch", [False, True])
+@pytest.mark.parametrize("mask", ["edges", "random:seed=1", "edges:threshold=0.9/0.1,dilation=5/15", "none"])
+def test_a_larger_budget_keeps_what_a_smaller_one_keeps(mask: str, per_batch: bool) -> None:
+    image, grid = scenes(2, (97, 129)), FineMapSpec(2, (13, 17), 8, 2, 4, 4)
+    kept = [Budget(mask, fraction, per_batch)(image, image, grid) == 0 for fraction in FRACTIONS]
+    assert all((few <= many).all() for few, many in pairwise(kept))
+    assert not kept[0].any() and kept[-1].all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.7, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_patches_are_kept_in_raster_order_whatever_their_size(value: float, dtype: torch.dtype) -> None:
+    found = budget(torch.full((2, 13, 18), value, dtype=dtype), 0.5)  # border patches are cut on two sides
+    order = found.flatten(1).long()
+    assert torch.equal(order, order.sort(dim=1, descending=True).values) and order.sum() == 20
+    whole = budget(torch.full((2, 13, 18), value, dtype=dtype), 0.5, per_batch=True)
+    assert whole[0].all() and not whole[1].any()
+
+
+def test_a_budget_of_an_images_own_scores_is_that_of_the_image_alone() -> None:
+    image = scenes(3, (97, 129))
+    together = Budget("edges", 0.3)(image, image, FineMapSpec(3, (13, 17), 8, 2, 4, 4))
+    for position in range(3):
+        one = image[position : position + 1]
+        assert torch.equal(
+            Budget("edges", 0.3)(one, one, FineMapSpec(1, (13, 17), 8, 2, 4, 4))[0], together[position]
+        )
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("threshold", "side"), [(0.35, 11), (0.1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_scores_of_edges_reach_the_threshold_where_they_keep_high(
+    size: tuple[int, int], threshold: float, side: int, dtype: torch.dtype
+) -> None:
+    image = scenes(2, size).to(dtype)
+    grid, mask = FineMapSpec(2, (-(-size[0] // 8), -(-size[1] // 8)), 8, 2, 4, 4), EdgeMask(threshold, side)
+    scores = mask.scores(image, image, grid)
+    assert scores.shape == (2, *grid.size) and scores.dtype == dtype
+    assert torch.equal(scores >= threshold, mask(image, image, grid) == 0)
+
+
+def test_the_scores_of_a_random_mask_follow_its_seed_and_its_choice() -> None:
+    grid, nothing, mask = FineMapSpec(2, (13, 17), 8, 2, 4, 4), torch.empty(0), RandomMask(0.3, 4, seed=5)
+    scores = mask.scores(nothing, nothing, grid)
+    assert torch.equal(scores, mask.scores(nothing, nothing, grid))
+    kept = mask(nothing, nothing, grid)
+    assert scores[kept].min() > scores[~kept].max()
+    first, again = (Budget(mask, 0.5)(nothing, nothing, grid) for _ in range(2))
+    assert torch.equal(first, again) and not torch.equal(first[0], first[1])
+    assert not torch.equal(first, Budget("random:seed=6", 0.5)(nothing, nothing, grid))
+
+
+def test_masks_without_scores_of_their_own_are_ranked_by_their_levels() -> None:
+    levels = torch.full((8, 12), 2)
+    levels[:4, :4], levels[4:, 8:] = 1, 0
+    model = net(Budget(levels, 1 / 6))
+    model(torch.randn(2, 3, 64, 96))
+    assert kept_patches(model.levels.long(), 4, 2)[0].nonzero().tolist() == [[1, 2]]
+    model(torch.randn(2, 3, 64, 96), mask=Budget(levels, 1 / 3))
+    assert kept_patches(model.levels.long(), 4, 2)[1].nonzero().tolist() == [[0, 0], [1, 2]]
+
+
+@pytest.mark.parametrize("patch", ["quadtree", "block"])
+@pytest.mark.parametrize(("stride", "side", "low"), [((8, 32), 4, 2), ((8, 16), 4, 1), ((16, 32), 2, 1)])
+def test_a_network_keeps_exactly_the_budget(patch: str, stride: tuple[int, int], side: int, low: int) -> None:
+    model = net("edges | budget:fraction=0.25", output_stride=stride, patch=patch)
+    counts = set()
+    for seed in range(3):
+        model(scenes(2, (96, 128), seed))
+        counts.add(len(model.lattice))
+        assert model.active_fraction == 0.25
+        assert kept_patches(model.levels.long(), side, low).flatten(1).float().mean(1).tolist() == [0.25] * 2
+    assert len(counts) == 1
+
+
+def test_a_budget_is_one_graph_for_compilers() -> None:
+    image, grid, mask = scenes(2, (97, 129)), FineMapSpec(2, (13, 17), 8, 2, 4, 4), Budget("edges", 0.3)
+    compiled = torch.compile(lambda image: mask(image, image, grid), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(image), mask(image, image, grid))
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "per_batch", "spec"),
+    [
+        (
+            "edges|budget",
+            0.3,
+            False,
+            "edges:threshold=0.35,dilation=11 | budget:fraction=0.3,per_batch=False",
+        ),
+        (
+            " edges:threshold=0.15,dilation=7 | budget : fraction = 0.5 , per_batch = true ",
+            0.5,
+            True,
+            "edges:threshold=0.15,dilation=7 | budget:fraction=0.5,per_batch=True",
+        ),
+        (
+            "none | budget:fraction=0.5 | budget:fraction=0.25",
+            0.25,
+            False,
+            "none | budget:fraction=0.5,per_batch=False | budget:fraction=0.25,per_batch=False",
+        ),
+    ],
+)
+def test_a_wrapper_is_written_behind_its_mask_and_a_pipe(
+    text: str, fraction: float, per_batch: bool, spec: str
+) -> None:
+    mask = resolve_mask(text)
+    assert isinstance(mask, Budget) and (mask.fraction, mask.per_batch) == ((fraction,), per_batch)
+    assert mask.spec() == spec == resolve_mask(spec).spec()
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "correction"),
+    [
+        ("budget:fraction=0.3", "'budget' needs another mask", '"edges | budget:fraction=0.3"'),
+        ("budget | budget", "'budget' needs another mask", '"edges | budget"'),
+        ("| budget:fraction=0.3", "nothing stands before the pipe", '"edges | budget:fraction=0.3"'),
+        ("edges | random:seed=3", "'random' cannot stand behind", '"random:seed=3 | budget:fraction=0.3"'),
+        ("edges | budget:fraction=1.5", "fraction=1.5", "fraction=0.3"),
+        ("edges | budget:fraction=nan", "fraction=nan", "fraction=0.3"),
+        ("edges | budget:fraction=half", "not a number", "fraction=0.3"),
+        ("edges | budget:per_batch=perhaps", "not True or False", "per_batch=False"),
+    ],
+)
+def test_a_pipe_that_makes_no_sense_is_answered_with_one_that_does(
+    text: str, what: str, correction: str
+) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        resolve_mask(text)
+    assert what in caught.value.what and correction in caught.value.next
+
+
+@pytest.mark.parametrize(
+    ("text", "suggestion"),
+    [
+        ("edges | budgt", "did you mean budget"),
+        ("edges |", '"edges | budget:fraction=0.3"'),
+        ("edges | budget:fracton=0.3", "did you mean fraction"),
+        ("edgs | budget", "did you mean edges"),
+    ],
+)
+def test_an_unknown_name_in_a_pipe_is_answered_with_the_closest(text: str, suggestion: str) -> None:
+    with pytest.raises(cs.UnknownName) as caught:
+        resolve_mask(text)
+    assert suggestion in caught.value.next
+
+
+@pytest.mark.parametrize(
+    ("scores", "what", "next_step"),
+    [
+        (torch.zeros(2, 12, 17), "shape (2, 12, 17)", "(2, 13, 17)"),
+        (torch.zeros(2, 13, 17).long(), "int64", "floating-point"),
+        (torch.full((2, 13, 17), torch.nan), "NaN", "check the image"),
+        (torch.tensor([torch.inf, -torch.inf]).repeat(2, 13, 9)[..., :17], "infinities", "check the image"),
+    ],
+)
+def test_scores_that_are_none_are_refused(scores: Tensor, what: str, next_step: str) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        net(Budget(Scored(scores), 0.5))(torch.zeros(2, 3, 97, 129))
+    assert what in caught.value.what and next_step in caught.value.next
+
+
+# -- maps per call -------------------------------------------------------------------------------------
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_levels_of_any_integer_type_are_the_same_map(dtype: torch.dtype) -> None:
+    model, image = net(), torch.randn(2, 3, 97, 129)
+    levels = split_as_needed(torch.randint(0, 3, (2, 13, 17)), 2)
+    output = model(image, mask=levels.to(dtype))
+    assert torch.equal(model.levels.long(), levels)
+    assert torch.equal(output, model(image, mask=levels))
+
+
+def test_true_keeps_high_and_false_goes_to_the_lowest_level() -> None:
+    model, image = net(), torch.randn(2, 3, 96, 128)
+    keep = torch.rand(2, 12, 16) < 0.1
+    model(image, mask=keep)
+    assert torch.equal(model.levels.long(), split_as_needed(torch.where(keep, 0, 2), 2))
+
+
+@pytest.mark.parametrize("shape", [(13, 17), (1, 13, 17)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_one_map_serves_every_image_of_the_batch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    model, image = net(), torch.randn(3, 3, 97, 129)
+    one = torch.randint(0, 2, shape).to(dtype)
+    output = model(image, mask=one)
+    levels = model.levels.clone()
+    assert torch.equal(output, model(image, mask=one.expand(3, 13, 17)))
+    assert torch.equal(levels, model.levels)
+
+
+@pytest.mark.parametrize(
+    "other", ["all", torch.zeros(13, 17, dtype=torch.long), lambda image: torch.ones(13, 17).bool()]
+)
+def test_a_mask_given_to_a_call_holds_for_that_call_only(other: object) -> None:
+    model, image = net("none"), torch.randn(1, 3, 97, 129)
+    before = model(image)
+    model(image, mask=other)
+    assert model.active_fraction == 1.0
+    assert torch.equal(model(image), before)
+    assert model.active_fraction == 0.0 and model.mask.spec() == "none"
+
+
+def test_the_mask_of_a_network_can_be_exchanged() -> None:
+    model = net("none")
+    model.mask = "edges:threshold=0.9,dilation=3"
+    assert model.mask.spec() == "edges:threshold=0.9,dilation=3"
+    with pytest.raises(cs.UnknownName):
+        model.mask = "edgs"
+    assert model.mask.spec() == "edges:threshold=0.9,dilation=3"
+
+
+@pytest.mark.parametrize("mask", ["edges", "random:seed=1", "none", torch.zeros(13, 17, dtype=torch.long)])
+def test_a_mask_adds_nothing_to_the_state_dict(mask: object) -> None:
+    assert net(mask).state_dict().keys() == strided().state_dict().keys()
+
+
+# -- the registry --------------------------------------------------------------------------------------
+
+
+def test_masks_are_listed_by_name_with_the_options_they_are_made_with() -> None:
+    infos = cs.list_masks()
+    names = [info.name for info in infos]
+    assert names == sorted(names) and {"all", "none", "edges", "random"} <= set(names)
+    for info in infos:
+        assert info.summary.endswith(".")
+        assert resolve_mask(info.form.replace("MASK", "edges")).options() == info.options
+    assert "Hesse" in next(info.source for info in infos if info.name == "edges")
+
+
+@pytest.fixture
+def checkers() -> Iterator[type[MaskProvider]]:
+    """A provider of a user, registered for one test."""
+
+    @cs.mask_provider("checkers", source="this test")
+    class Checkers(MaskProvider):
+        """Keep every other square."""
+
+        def __init__(self, side: int = 4) -> None:
+            super().__init__()
+            self.side = side
+
+        def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+            self.seen = (image.shape, features.shape, grid)
+            y, x = (torch.arange(extent) // self.side for extent in grid.size)
+            return (y[:, None] + x) % 2 == 0
+
+    yield Checkers
+    del PROVIDERS["checkers"]
+
+
+def test_a_provider_of_ones_own_works_by_name_everywhere(checkers: type[MaskProvider]) -> None:
+    info = next(info for info in cs.list_masks() if info.name == "checkers")
+    assert (info.summary, info.options, info.source) == ("Keep every other square.", {"side": 4}, "this test")
+    model = net("checkers:side=8")
+    assert isinstance(model.mask, checkers) and model.mask.spec() == "checkers:side=8"
+    model(torch.randn(2, 3, 128, 256))
+    assert model.active_fraction == 0.5
+    with pytest.raises(cs.UnknownName, match="side") as caught:
+        resolve_mask("checkers:sid=8")
+    assert "side" in caught.value.next
+
+
+def test_a_provider_sees_the_image_the_entering_features_and_the_grid(checkers: type[MaskProvider]) -> None:
+    model = net(checkers(), output_stride=(4, 16))
+    model(torch.randn(2, 3, 97, 129))
+    image, features, grid = model.mask.seen
+    assert image == (2, 3, 97, 129) and features == (2, 4, 25, 33)
+    assert grid == FineMapSpec(batch=2, size=(25, 33), output_stride=4, max_level=2, patch=8, side=4)
+
+
+def test_a_mask_name_is_registered_once(checkers: type[MaskProvider]) -> None:
+    class Other(MaskProvider):
+        """Another class."""
+
+    with pytest.raises(ValueError, match=r"registered already, by .*Checkers"):
+        cs.mask_provider("checkers")(Other)
+    with pytest.raises(ValueError, match=r"registered already, by cadsurgery\.masks"):
+        cs.mask_provider("edges")(checkers)
+    assert PROVIDERS["checkers"] is checkers
+
+
+CELL = """
+@cs.mask_provider("celled")
+class Celled(MaskProvider):
+    'Version {version}.'
+
+    def forward(self, image, features, grid):
+        return torch.ones(grid.batch, *grid.size, dtype=torch.bool) if {version} == 2 else None
+"""
+
+
+def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_mask() -> None:
+    scope = {"cs": cs, "MaskProvider": MaskProvider, "torch": torch, "__name__": "__main__"}
+    try:
+        for version in (1, 2):
+            exec(CELL.format(version=version), scope)
+        assert next(info.summary for info in cs.list_masks() if info.name == "celled") == "Version 2."
+        model = net("celled")
+        model(torch.randn(1, 3, 64, 64))
+        assert model.active_fraction == 1 and model.mask.storable
+        elsewhere = {**scope, "__name__": "another.module"}
+        with pytest.raises(ValueError, match=r"by __main__\.Celled"):
+            exec(CELL.format(version=3), elsewhere)
+    finally:
+        PROVIDERS.pop("celled", None)
+
+
+def test_a_provider_without_a_docstring_can_be_listed() -> None:
+    try:
+
+        @cs.mask_provider("silent")
+        class Silent(MaskProvider):
+            pass
+
+        assert next(info.summary for info in cs.list_masks() if info.name == "silent") == ""
+    finally:
+        PROVIDERS.pop("silent", None)

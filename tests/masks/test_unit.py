@@ -1,0 +1,442 @@
+"""Masks see the picture in one unit, whatever the network takes: a threshold means the same on every network."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run, assert_same
+from networks import strided
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, source_of, stated_statistics
+from cadsurgery.masks import FineMapSpec, MaskProvider, Normalisation
+from cadsurgery.masks.unit import estimate
+from cadsurgery.network.model import pictures_for
+from cadsurgery.network.storage import encode_with_checksum, read_metadata
+
+IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
+CONVENTIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": IMAGENET,
+    "-1..1": ((0.5,) * 3, (0.5,) * 3),
+    "0..1": ((0.0,) * 3, (1.0,) * 3),
+    "0..255": ((0.0,) * 3, (1 / 255,) * 3),
+    "caffe": (IMAGENET_MEAN, (1 / 255,) * 3),
+}
+OTHERS = [name for name in CONVENTIONS if name != "imagenet"]
+OF_IMAGES = [
+    "edges",
+    "edges:threshold=0.95/0.1,dilation=5/15",
+    "gradient:threshold=0.5,sigma=1",
+    "saliency",
+    "keypoints:dilations=9/25",
+    "edges | budget:fraction=0.3",
+    "(edges:threshold=1 | dilate:size=3) + gradient:threshold=2",
+    "detail",
+]
+
+
+class Folded(nn.Module):
+    """A network of output stride 32 whose first convolution takes pictures after any normalisation.
+
+    That is 1x1, so that no zeros of a border stand for another grey in each convention.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 4, 1)
+        with torch.no_grad():  # of a picture p in 0..1 it sees x = (p - mean) / std
+            weight = self.first.weight.double()
+            bias = self.first.bias.double() + torch.einsum(
+                "ocij,c->o", weight, torch.tensor(mean, dtype=torch.float64)
+            )
+            self.first = self.first.double()
+            self.first.weight.copy_(weight * torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1))
+            self.first.bias.copy_(bias)
+        self.rest = strided(inputs=4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.first(x))
+
+
+def shown(picture: Tensor, name: str) -> Tensor:
+    """A picture in 0..1 as a network of a convention takes it."""
+    mean, std = (torch.tensor(values, dtype=picture.dtype).view(-1, 1, 1) for values in CONVENTIONS[name])
+    return (picture - mean) / std
+
+
+def scenes(dtype: torch.dtype = torch.float64) -> Tensor:
+    """(2, 3, 96, 150) in 0..1."""
+    return torch.stack([street_scene(96, 150, seed) for seed in (0, 1)]).to(dtype)
+
+
+def adapted(name: str, mask: object = "edges", **options: Any) -> cs.AdaptiveModel:
+    return cs.adaptify(Folded(*CONVENTIONS[name]), mask, verify_laws=False, **options)
+
+
+def levels(net: cs.AdaptiveModel, image: Tensor, **options: Any) -> Tensor:
+    with torch.no_grad():
+        net(image, **options)
+    return net.levels
+
+
+# -- the law -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("mask", OF_IMAGES)
+def test_the_same_picture_has_the_same_level_map_on_every_network(mask: str, name: str) -> None:
+    """In float64 rounding decides nothing here."""
+    first = adapted("imagenet", mask, normalisation=IMAGENET)
+    other = adapted(name, mask, normalisation=CONVENTIONS[name])
+    expected = levels(first, shown(scenes(), "imagenet"))
+    assert 0 < first.active_fraction < 1
+    assert torch.equal(levels(other, shown(scenes(), name)), expected)
+    with torch.no_grad():
+        assert_same(other(shown(scenes(), name)), first(shown(scenes(), "imagenet")), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", OTHERS)
+def test_in_other_types_the_unit_is_as_near_as_they_round(name: str, dtype: torch.dtype) -> None:
+    image = shown(scenes(), name).to(dtype)
+    seen = Normalisation(*CONVENTIONS[name]).in_unit(image)
+    assert seen.dtype == dtype
+    # The input is rounded, 0..255 and the unit alike; then what the mask sees.
+    steps = image.abs().max() * max(CONVENTIONS[name][1]) / min(IMAGENET_STD) + seen.abs().max()
+    wrong = (seen.double() - shown(scenes(), "imagenet")).abs().max()
+    assert wrong <= torch.finfo(dtype).eps * steps
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_after_imagenet_statistics_the_input_is_the_unit(channels: int, dtype: torch.dtype) -> None:
+    """The published masks stay what they are, bit for bit."""
+    image = torch.randn(2, channels, 5, 7).to(dtype)
+    assert Normalisation(*IMAGENET).in_unit(image) is image
+
+
+def test_of_other_numbers_of_channels_each_is_a_grey_picture() -> None:
+    grey = torch.rand(1, 1, 4, 4).expand(-1, 5, -1, -1).double()
+    mean, std = (sum(values) / 3 for values in IMAGENET)
+    assert_same(Normalisation((0.0,), (1.0,)).in_unit(grey), (grey - mean) / std, 1e-12)
+    assert_same(Normalisation((0.1,) * 5, (2.0,) * 5).in_unit((grey - 0.1) / 2), (grey - mean) / std, 1e-12)
+
+
+# -- what masks see ------------------------------------------------------------------------------------
+
+
+class Spy(MaskProvider):
+    """Keeps what it is shown."""
+
+    image: Tensor
+
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        self.image = image
+        return torch.zeros(grid.batch, *grid.size, dtype=torch.int8)
+
+
+def test_masks_and_functions_of_users_see_the_unit() -> None:
+    spy, seen = Spy(), []
+
+    def function(image: Tensor) -> Tensor:
+        seen.append(image)
+        return image[:, 0, ::8, ::8] > 0
+
+    net = adapted("0..255", spy, normalisation=(0, 1 / 255))
+    image = shown(scenes(), "0..255")
+    levels(net, image)
+    levels(net, image, mask=function)
+    for what in (spy.image, *seen):
+        assert_same(what, shown(scenes(), "imagenet"), 1e-12)
+
+
+def test_raw_masks_see_the_input_as_it_comes() -> None:
+    """The published thresholds on what another network takes, as before there was a unit."""
+    spy = Spy()
+    net = adapted("-1..1", spy, normalisation="raw")
+    image = shown(scenes(), "-1..1")
+    levels(net, image)
+    assert spy.image is image and net.normalisation is not None and not net.normalisation.mean
+    net.mask = "edges"
+    assert torch.equal(levels(net, image), levels(adapted("imagenet", normalisation=IMAGENET), image))
+    assert source_of(net).mean == IMAGENET_MEAN  # pictures are prepared as ever
+
+
+def test_bytes_are_pictures_of_0_to_255() -> None:
+    """A network that scales them itself."""
+
+    class Scaling(Folded):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.double() / 255)
+
+    picture = (255 * scenes()).round().to(torch.uint8)
+    net = cs.adaptify(Scaling(*CONVENTIONS["0..1"]), "edges", example_input=picture, verify_laws=False)
+    expected = levels(
+        adapted("0..1", normalisation=(0, 1)), (picture.to(torch.get_default_dtype()) / 255).double()
+    )
+    assert (levels(net, picture) != expected).double().mean() < 0.01  # masks see them in single precision
+
+
+# -- what is known of a network ------------------------------------------------------------------------
+
+
+def test_what_a_library_states_is_known() -> None:
+    for name in ("timm:resnet10t", "torchvision:resnet18"):
+        model = cs.build_model(name, "none")
+        net = cs.adaptify(model, verify_laws=False)
+        assert net.normalisation is not None and source_of(net) == model.cad_source
+        assert net.normalisation.mean == source_of(net).mean and "stated by" in net.normalisation.origin
+
+
+def test_a_pretrained_cfg_is_known_and_what_is_given_goes_before() -> None:
+    model = Folded(*CONVENTIONS["-1..1"])
+    assert stated_statistics(model) is None
+    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # type: ignore[assignment]
+    net = cs.adaptify(model, verify_laws=False)
+    assert net.normalisation == Normalisation((0.5,) * 3, (0.5,) * 3, "stated by its pretrained_cfg")
+    net = cs.adaptify(model, verify_laws=False, normalisation=([0.4] * 3, [0.2] * 3))
+    assert net.normalisation == Normalisation((0.4,) * 3, (0.2,) * 3, "given")
+    assert source_of(net).mean == (0.4,) * 3  # and pictures are prepared so
+
+
+def test_a_hosted_part_is_given_what_its_host_normalises() -> None:
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = Folded(*CONVENTIONS["-1..1"]).float()
+            self.transform = nn.Identity()
+            self.transform.image_mean, self.transform.image_std = [0.5] * 3, [0.5] * 3  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 0:
+                x = x + 0
+            return self.backbone(2 * x - 1)
+
+    net = cs.adaptify(Host(), "edges", verify_laws=False)
+    assert net.hosts_part and net.normalisation is not None and net.normalisation.mean == (0.5,) * 3
+    expected = levels(adapted("imagenet", normalisation=IMAGENET), shown(scenes(), "imagenet"))
+    assert (levels(net, scenes().float()) != expected).double().mean() < 0.01
+
+
+# -- estimated -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_picture_tells_what_a_network_takes(name: str, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        image = shown(street_scene(96, 150, seed).to(dtype)[None], name)
+        told = estimate(image)
+        assert told is not None and told == estimate(image)
+        wrong = told.in_unit(image) - Normalisation(*CONVENTIONS[name]).in_unit(image)
+        assert wrong.abs().max() < 1e-4 and "estimated" in told.origin
+
+
+def test_of_unusual_values_each_channel_comes_to_the_mean_and_deviation_of_the_unit() -> None:
+    """A picture of twelve bits, and a channel that is constant."""
+    image = torch.cat(
+        [4095 * scenes()[:, :1], 30000 + 4095 * scenes()[:, :1], torch.full((2, 1, 96, 150), 7e4)], 1
+    )
+    told = estimate(image.double())
+    assert told is not None
+    seen = told.in_unit(image.double())
+    assert seen.mean((0, 2, 3)).abs().max() < 1e-6
+    assert_same(seen[:, :2].std((0, 2, 3), correction=0), torch.ones(2).double(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(torch.zeros(1, 3, 64, 64), torch.full((1, 3, 64, 64), 0.7), torch.zeros(1, 3, 1, 9)),
+        *(torch.rand(2, 3, 64, 64), torch.randn(1, 3, 65, 33), torch.full((1, 3, 8, 8), torch.nan)),
+    ],
+)
+def test_what_is_no_picture_tells_nothing(image: Tensor) -> None:
+    assert estimate(image) is None
+
+
+def test_the_first_picture_settles_it_and_no_other() -> None:
+    """Warming up on noise does not, nor masks that look at no picture; copies share it."""
+    net, image = adapted("0..255", "detail"), shown(scenes(), "0..255")
+    fast, copied = net.optimize(), copy.deepcopy(net)
+    levels(net, image)
+    assert net.normalisation is None
+    net.mask = "edges"
+    levels(net, torch.randn(1, 3, 64, 96).double())
+    assert net.normalisation is None
+    first = levels(net, image)
+    known = net.normalisation
+    assert known is not None and known == fast.normalisation == copied.normalisation
+    assert known == cs.body_of(net).normalisation
+    levels(net, scenes())
+    assert net.normalisation == known and torch.equal(levels(net, image), first)
+    assert torch.equal(levels(fast, image, mask="edges"), first)
+    expected = levels(adapted("0..255", normalisation=CONVENTIONS["0..255"]), image)
+    assert torch.equal(first, expected)
+
+
+def test_an_example_that_is_a_picture_settles_it_at_once() -> None:
+    assert adapted("-1..1", example_input=torch.randn(1, 3, 64, 96).double()).normalisation is None
+    net = adapted("-1..1", example_input=shown(scenes(), "-1..1"))
+    assert net.normalisation is not None and net.normalisation.mean == (0.5,)
+
+
+def test_counting_settles_it_as_a_call_does() -> None:
+    net, image = adapted("0..1"), scenes()
+    counted = net.macs(image)
+    assert net.normalisation is not None
+    levels(net, image)
+    assert counted.active_fraction == net.active_fraction
+
+
+def test_tools_take_their_own_word() -> None:
+    """Where nobody states anything they prepare pictures by ImageNet's statistics, and masks know."""
+    net = adapted("imagenet")
+    source = pictures_for(net)
+    assert net.normalisation == Normalisation(source.mean, source.std, "as pictures are prepared for it")
+    seen = adapted("-1..1")
+    levels(seen, shown(scenes(), "-1..1"))
+    picture = scenes().float()
+    assert_same(normalise(picture, pictures_for(seen)), 2 * picture - 1, 1e-6)
+
+
+@pytest.mark.slow
+def test_a_network_compiled_before_it_saw_a_picture_says_so_and_is_compiled_again() -> None:
+    torch._dynamo.reset()
+    net = adapted("-1..1", "edges | budget:fraction=0.3")
+    image = shown(scenes(), "-1..1")
+    compiled: Any = torch.compile(net, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        with pytest.warns(cs.CadWarning, match="before it has seen a picture"):
+            compiled(image)
+        assert torch.equal(net.levels, levels(adapted("-1..1", net.mask, normalisation="raw"), image))
+        expected = levels(net, image)
+        compiled(image)
+    assert torch.equal(net.levels, expected)
+    assert torch.equal(expected, levels(adapted("-1..1", net.mask, normalisation=(0.5, 0.5)), image))
+
+
+@pytest.mark.slow
+def test_an_exported_program_holds_the_normalisation() -> None:
+    image = shown(scenes(), "0..255")
+    nets = [
+        adapted(name, "edges | budget:fraction=0.3", normalisation=CONVENTIONS[name])
+        for name in ("imagenet", "0..255")
+    ]
+    with torch.no_grad():
+        plain, program = (torch.export.export(net, (image,)) for net in nets)
+        assert_same(program.module()(image), nets[1](image), 1e-9)
+        assert not torch.allclose(program.module()(image), plain.module()(image))
+    # A factor and a term for each channel, and nothing else.
+    assert len(list(program.graph.nodes)) <= len(list(plain.graph.nodes)) + 16
+
+
+# -- files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [None, "raw", (0.5, 0.5), CONVENTIONS["0..255"]])
+def test_a_file_keeps_what_is_known(tmp_path: Path, given: Any) -> None:
+    net = adapted("-1..1", normalisation=given)
+    cs.save(net, tmp_path / "net.safetensors")
+    loaded = cs.load(tmp_path / "net.safetensors", Folded(*CONVENTIONS["0..1"]))
+    assert loaded.normalisation == net.normalisation
+    image = shown(scenes(), "-1..1")
+    assert torch.equal(levels(loaded, image), levels(net, image))
+    cs.save(net, tmp_path / "seen.safetensors")  # an estimate, too
+    assert cs.load(tmp_path / "seen.safetensors", Folded(*IMAGENET)).normalisation == net.normalisation
+
+
+def test_masks_of_an_older_file_see_the_input_as_when_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    net = adapted("-1..1", normalisation="raw")
+    cs.save(net, path)
+    metadata = read_metadata(path)
+    del metadata["normalisation"]
+    save_file(load_file(path), path, {"cadsurgery": encode_with_checksum({**metadata, "format": 2})})
+    loaded = cs.load(path, Folded(*CONVENTIONS["-1..1"]))
+    assert loaded.normalisation is not None and "format 2" in loaded.normalisation.origin
+    image = shown(scenes(), "-1..1")
+    assert torch.equal(levels(loaded, image), levels(net, image))
+
+
+def test_a_file_with_an_impossible_normalisation_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    cs.save(adapted("-1..1", normalisation=(0.5, 0.5)), path)
+    metadata, tensors = read_metadata(path), load_file(path)
+    for wrong in (
+        {"mean": [0.5], "std": [0.0]},
+        {"mean": [0.5], "std": []},
+        {"mean": ["a"], "std": [1.0]},
+        3,
+    ):
+        save_file(tensors, path, {"cadsurgery": encode_with_checksum({**metadata, "normalisation": wrong})})
+        with pytest.raises(cs.FileError, match="damaged"):
+            cs.load(path, Folded(*CONVENTIONS["-1..1"]))
+
+
+# -- refusals ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (((0.5, 0.5), (0.5, 0.5)), "2 channels, the images have 3"),
+        (((0.5,) * 3, (0.5,) * 2), "no normalisation"),
+        ((0.5, 0.0), "above 0"),
+        ((0.5, -1.0), "above 0"),
+        ((float("nan"), 1.0), "no normalisation"),
+        ((0.5, (1.0, 1.0, float("inf"))), "no normalisation"),
+        (((), ()), "no normalisation"),
+        (0.5, "no normalisation"),
+        ("imagenet", "no normalisation"),
+        ((0.5, "ab"), "no normalisation"),
+        ((1, 2, 3), "no normalisation"),
+    ],
+)
+def test_what_is_no_normalisation_is_refused(given: Any, what: str) -> None:
+    with pytest.raises(cs.InvalidInput, match=what) as refusal:
+        adapted("0..1", normalisation=given)
+    assert "raw" in refusal.value.next or "channels" in refusal.value.next
+    with pytest.raises(cs.InvalidInput, match=what):
+        adapted("0..1").normalisation = given
+
+
+# -- the command line ----------------------------------------------------------------------------------
+
+
+NETWORK = """
+from torch import nn
+
+def trunk():
+    layers = []
+    for depth in range(5):
+        layers += [nn.Conv2d(4 if depth else 3, 4, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers)
+"""
+
+
+def test_the_command_takes_it_and_says_what_masks_see(command_line: Run, tmp_path: Path) -> None:
+    (tmp_path / "usernets.py").write_text(NETWORK)
+    words = ("convert", "--model", "usernets:trunk", "--size", "64x96", "--rounds", "0", "--no-verify")
+    words += ("--output", str(tmp_path / "net.safetensors"), "--json")
+    wanted = {
+        "": "as pictures are prepared",
+        "0.5,0.5,0.5/0.25,0.25,0.25": "0.5/0.5/0.5, standard deviation 0.25",
+    }
+    for value, said in {**wanted, "raw": "as it comes"}.items():
+        code, out, _ = command_line(*words, *(("--normalisation", value) if value else ()))
+        assert code == 0 and said in json.loads(out)["normalisation"]
+    assert "as it comes" in str(cs.load(tmp_path / "net.safetensors", trust=True).normalisation)
+    code, *texts = command_line(*words, "--normalisation", "0.5/0")
+    assert code == 1 and "above 0" in "".join(texts)
+    assert command_line(*words, "--normalisation", "a/b")[0] == 2

@@ -1,0 +1,563 @@
+"""Networks with exits: the published formulas by brute force, and what comes of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, covering, images, slow
+from decisions import decide
+from networks import Chain, Classifier, InvertedBottleneck, build, conv_norm, randomise, seeded, thin
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cadsurgery as cs
+from cadsurgery.functional import gaussian_fill
+from cadsurgery.methods.anytime.run import Run
+
+TYPES = (torch.float32, torch.float64)
+
+
+conv = partial(conv_norm, bias=False, inplace=True)
+
+
+class Parallel(nn.Module):
+    """Branches of two resolutions that read each other, and a head on both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 8, 2), conv(8, 8, 2))
+        self.stage1 = nn.Sequential(InvertedBottleneck(8, 8), InvertedBottleneck(8, 8))
+        self.split = conv(8, 12, 2)
+        self.stage2 = nn.ModuleList([Exchange(), Exchange()])
+        self.stage3 = nn.ModuleList([Exchange(), Exchange()])
+        self.head = nn.Sequential(conv(20, 8, kernel=1), nn.Conv2d(8, 5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.stage1(self.stem(x))
+        coarse = self.split(fine)
+        for exchange in (*self.stage2, *self.stage3):
+            fine, coarse = exchange(fine, coarse)
+        up = F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=False)
+        return self.head(torch.cat((fine, up), 1))
+
+
+class Exchange(nn.Module):
+    """Both branches, each plus the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = InvertedBottleneck(8, 8), InvertedBottleneck(12, 12)
+        self.up = nn.Sequential(nn.Conv2d(12, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.down = nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12))
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        fine, coarse = self.fine(fine), self.coarse(coarse)
+        up = F.interpolate(self.up(coarse), size=fine.shape[2:], mode="bilinear", align_corners=False)
+        return F.relu(fine + up), F.relu(coarse + self.down(fine))
+
+
+# The stages of each segment by their names, after the first exit.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[list[str]]]] = {
+    "chain": (Chain, [["stage2"], ["stage3"], ["stage4", "head"]]),
+    "parallel": (Parallel, [["split", "stage2"], ["stage3", "head"]]),
+}
+
+
+def network(name: str = "chain", dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    return seeded(NETWORKS[name][0], dtype, seed)
+
+
+def anytime(name: str = "chain", dtype: torch.dtype = torch.float64, **options: Any) -> cs.AnytimeModel:
+    torch.manual_seed(1)
+    net = cs.anytime(network(name, dtype), **{"threshold": 0.9, **options})
+    for head in net.heads:
+        randomise(head)
+        for layer in head.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)
+    decide(net, [*(head[-1] for head in net.heads), net.head[-1]])  # type: ignore[index,union-attr]
+    for parameter in net.own_parameters().values():
+        if parameter.dim() == 0:
+            nn.init.uniform_(parameter, 0.5, 2.0)
+    return net
+
+
+@contextmanager
+def masked(net: cs.AnytimeModel, stages: list[str], mask: Tensor | None) -> Iterator[None]:
+    """Convolutions of some stages whose outputs are filled where a mask (B, H, W) leaves nothing to compute."""
+
+    def fill(module: Any, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        if mask is None or not hasattr(module, "width"):
+            return None
+        own = F.interpolate(mask[:, None].double(), size=y.shape[2:])[:, 0] > 0
+        return gaussian_fill(y, own, module.width)
+
+    hooks = [
+        module.register_forward_hook(fill)
+        for stage in stages
+        for module in net.get_submodule(stage).modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def by_hand(net: cs.AnytimeModel, name: str, x: Tensor) -> list[Tensor]:
+    """Aggregated class scores as published: the whole network as modules, once for each exit, on whole maps."""
+    segments, model = NETWORKS[name][1], network(name)
+    model._modules = dict(net._modules)
+    found: list[Tensor] = []
+    masks: list[Tensor] = []
+    for number in range(len(segments) + 1):
+        maps: dict[str, Any] = {}
+        stage = f"stage{number + 1}"
+        part: Any = getattr(model, stage)
+        last = part[-1] if isinstance(part, nn.ModuleList) else part
+
+        def note(module: nn.Module, inputs: object, output: Any, maps: dict[str, Any] = maps) -> None:
+            maps["exit"] = output if isinstance(output, tuple) else (output,)
+
+        handle = last.register_forward_hook(note)
+        with contextstack([masked(net, segments[k], masks[k]) for k in range(number)]):
+            if number < len(net.heads):
+                model(x)
+                of_head = masks[number - 1] if number else None
+                with masked(net, [f"exit_heads.{number}"], of_head):
+                    logits = apply_head(net.heads[number], maps["exit"])  # type: ignore[arg-type]
+            else:
+                kept: dict[str, Tensor] = {}
+                hook = model.head.register_forward_hook(lambda m, i, o, kept=kept: kept.update(y=o))  # type: ignore[union-attr]
+                model(x)
+                hook.remove()
+                logits = kept["y"]
+        handle.remove()
+        if found:  # all exits of a finer grid than those after them
+            logits = F.interpolate(logits, size=found[-1].shape[2:], mode="bilinear", align_corners=False)
+            logits = torch.where(masks[-1][:, None], logits, found[-1])
+        found.append(logits)
+        left = logits.softmax(1).amax(1) <= (*net.thresholds(), 1.0)[number]
+        masks.append(left & masks[-1] if masks else left)
+    return found
+
+
+@contextmanager
+def contextstack(contexts: list[Any]) -> Iterator[None]:
+    if not contexts:
+        yield
+        return
+    with contexts[0], contextstack(contexts[1:]):
+        yield
+
+
+def apply_head(head: nn.Sequential, maps: tuple[Tensor, ...]) -> Tensor:
+    size = maps[0].shape[2:]
+    x = torch.cat([F.interpolate(one, size=size, mode="bilinear", align_corners=False) for one in maps], 1)
+    sizes = []
+    for layer in head:
+        if type(layer).__name__ == "Resize":
+            x = F.interpolate(x, size=sizes.pop(), mode="bilinear", align_corners=False)
+            continue
+        if isinstance(layer, nn.AvgPool2d):
+            sizes.append(x.shape[2:])
+        x = layer(x)
+    return x
+
+
+def whole(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
+    """Class scores with every map computed and filled as a whole, as in training."""
+    return list(net._logits(net._start((x,), {}, is_training=True), None))
+
+
+# -- what is computed ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "falls"), [("parallel", (61, 83), 0.2), slow("chain", (64, 64), 0.0)]
+)
+def test_every_exit_is_the_published_formula(name: str, size: tuple[int, int], falls: float) -> None:
+    net, x = anytime(name), images(2, *size, torch.float64)
+    if falls:  # a threshold of each exit
+        net.threshold = tuple(0.9 - falls * number for number in range(len(net.heads)))
+    with torch.no_grad():
+        found, expected = net.logits(x), by_hand(net, name, x)
+        shares = [float(net.undecided_mask(one).double().mean()) for one in expected]
+        assert 0.05 < shares[0] < 0.95 and shares[-2] > 0
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "head", "fill"),
+    covering([*NETWORKS], TYPES, ["redesigned", "plain"], ["gaussian", "interpolated", "zeros"]),
+)
+def test_rows_where_they_are_needed_are_those_of_whole_maps(
+    name: str, dtype: torch.dtype, head: str, fill: str
+) -> None:
+    net, x = anytime(name, head=head, fill=fill), images(3, 45, 70, torch.float64)
+    with torch.no_grad():
+        expected = whole(net, x)
+        masks = [net.undecided_mask(one) for one in expected[:-1]]
+        assert not torch.equal(masks[0][0], masks[0][1]) and masks[-1].any()
+        net.to(dtype)
+        for one, other in zip(net.logits(x.to(dtype)), expected, strict=True):
+            if dtype == torch.float64:
+                assert_same(one, other)
+            else:  # a confidence at the threshold may round to its other side
+                near = (one.double() - other).abs().amax(1) < 1e-3 * other.abs().max()
+                assert near.double().mean() > 0.98
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_with_threshold_one_it_is_the_plain_network_with_exits(name: str, dtype: torch.dtype) -> None:
+    net, x = anytime(name, dtype, threshold=1.0), images(2, 61, 83, dtype)
+    model = network(name, dtype)
+    model._modules = dict(net._modules)
+    with torch.no_grad():
+        found = net(x)
+        assert torch.equal(found[-1], model(x))
+        kept: list[Any] = []
+        last: Any = model.stage1
+        last.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        model(x)
+        first = apply_head(net.heads[0], (kept[0],))  # type: ignore[arg-type]
+        assert torch.equal(net.logits(x)[0], first)
+    assert [exit.macs for exit in net.macs(x)] == [exit.dense for exit in net.macs(x)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_where_all_are_confident_nothing_more_is_computed(name: str) -> None:
+    net, x = anytime(name, threshold=0.1), images(2, 64, 80, torch.float64)
+    first, *others = net(x)
+    assert all(torch.equal(first, other) for other in others)
+    assert len({exit.macs for exit in net.macs(x)}) == 1
+
+
+def test_what_is_confident_stays_as_it_is() -> None:
+    net, x = anytime("parallel"), images(2, 61, 83, torch.float64)
+    with torch.no_grad():
+        found = net.logits(x)
+    for before, after in pairwise(found):
+        sure = ~net.undecided_mask(before)
+        assert torch.equal(after.permute(0, 2, 3, 1)[sure], before.permute(0, 2, 3, 1)[sure])
+        assert (~net.undecided_mask(after))[sure].all()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_batch_equals_its_images_and_sizes_may_change(name: str) -> None:
+    net = anytime(name)
+    with torch.no_grad():
+        for size in ((64, 64), (45, 70), (33, 64)):
+            x = images(3, *size, torch.float64)
+            together = net(x)
+            for number, image in enumerate(x.split(1)):
+                for one, other in zip(net(image), together, strict=True):
+                    assert_same(one, other[number : number + 1])
+
+
+def test_entropy_leaves_what_is_undecided() -> None:
+    net, x = anytime(confidence="entropy", threshold=0.5), images(2, 64, 64, torch.float64)
+    with torch.no_grad():
+        first = net.logits(x)[0]
+        entropy = torch.distributions.Categorical(logits=first.permute(0, 2, 3, 1)).entropy()
+        assert torch.equal(net.undecided_mask(first), entropy >= 0.5)
+        assert 0 < net.undecided_mask(first).double().mean() < 1
+        for one, other in zip(net.logits(x), whole(net, x), strict=True):
+            assert_same(one, other)
+        assert torch.equal(net(x, threshold=0.0)[-1], anytime(threshold=1.0)(x)[-1])
+
+
+def test_one_threshold_may_ask_everything_and_others_not() -> None:
+    net, x = anytime(), images(2, 61, 83, torch.float64)
+    with torch.no_grad():
+        before, after = net(x, threshold=1.0), net(x, threshold=(1.0, 0.7, 1.0))
+        assert torch.equal(after[1], before[1]) and not torch.equal(after[2], before[2])
+        *_, second, third = net.logits(x, threshold=[1.0, 0.7, 1.0])
+        assert net.macs(x, threshold=(1.0, 0.7, 1.0))[1].macs == net.macs(x)[1].dense
+        sure = ~net.undecided_mask(net.logits(x, threshold=1.0)[1], 0.7)
+        assert torch.equal(third.permute(0, 2, 3, 1)[sure], second.permute(0, 2, 3, 1)[sure])
+        for one, other in zip(net(x, threshold=(0.8,) * 3), net(x, threshold=0.8), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("threshold", [(0.9, 0.8), [], float("nan"), "much", (0.9, None, 0.8)])
+def test_thresholds_that_are_no_numbers_or_not_as_many_are_refused(threshold: Any) -> None:
+    net = anytime()
+    with pytest.raises(cs.InvalidInput, match="give one number, or 3"):
+        net.threshold = threshold
+    with pytest.raises(cs.InvalidInput, match="give one number, or 3"):
+        net.steps(images(1, 64, 64, torch.float64), threshold=threshold)
+    with pytest.raises(cs.InvalidInput, match="give one number, or 3"):
+        cs.anytime(network(), threshold=threshold)
+    assert net.threshold == 0.9
+
+
+def test_steps_compute_no_more_than_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = anytime(), images(1, 64, 64, torch.float64)
+    every, ran, run = net(x), list[int](), Run.segment
+
+    def segment(self: Run, number: int, sites: Any) -> None:
+        ran.append(number)
+        run(self, number, sites)
+
+    monkeypatch.setattr(Run, "segment", segment)
+    steps = net.steps(x)
+    assert ran == []
+    assert torch.equal(next(steps), every[0]) and ran == [0]
+    assert torch.equal(next(steps), every[1]) and ran == [0, 1]
+
+
+# -- counting ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "fill"), covering([*NETWORKS], ["gaussian", "interpolated"]))
+def test_macs_are_those_that_torch_sees_being_executed(name: str, fill: str) -> None:
+    net, x = anytime(name, fill=fill), images(2, 61, 83, torch.float64)
+    report = net.macs(x)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        net(x)
+    assert report[-1].macs == flops.get_total_flops() // 2 < report[-1].dense
+    assert all(one.macs <= other.macs for one, other in pairwise(report))
+    published = net.macs(x, rule="published")
+    assert published[0].macs == report[0].macs and published[-1].macs > report[-1].macs
+    assert "up to each exit" in str(report) and report.to_dict()["rule"] == "conv"
+
+
+def test_on_the_meta_device_everything_counts() -> None:
+    net = anytime()
+    found = net.macs(torch.empty(1, 3, 64, 96, device="meta", dtype=torch.float64))
+    assert [exit.macs for exit in found] == [
+        exit.dense for exit in net.macs(images(1, 64, 96, torch.float64))
+    ]
+
+
+# -- training ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["gaussian", slow("interpolated")])
+def test_gradients_are_those_of_whole_maps_and_reach_the_widths(fill: str) -> None:
+    net, x = anytime("parallel", fill=fill), images(2, 45, 70, torch.float64)
+    gradients = []
+    for run in (net.logits, lambda x: whole(net, x)):
+        net.zero_grad()
+        sum(one.square().mean() for one in run(x)).backward()  # type: ignore[union-attr]
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
+        gradients.append(found)
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-7, atol=1e-10)
+    assert any(name.endswith(".width") and gradient != 0 for name, gradient in gradients[0].items())
+    net.zero_grad()
+    net.train()
+    net(x)[-1].mean().backward()
+    assert net.training and any(p.grad is not None for p in net.own_parameters().values())
+
+
+# -- the network it was made from ----------------------------------------------------------------------
+
+
+def test_the_original_is_left_as_it_is_and_its_state_dict_loads() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    net = cs.anytime(model)
+    assert model.state_dict().keys() == before.keys()
+    own = net.own_parameters()
+    assert net.state_dict().keys() >= before.keys() | own.keys() and not own.keys() & before.keys()
+    other = network(seed=3).state_dict()
+    assert not net.load_state_dict(other).missing_keys
+    assert torch.equal(net.state_dict()["stem.0.0.weight"], other["stem.0.0.weight"])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        net.load_state_dict({name: value for name, value in other.items() if "stem" not in name})
+
+
+@pytest.mark.slow
+def test_exits_are_found_after_stages_and_said_in_the_plan() -> None:
+    net = cs.anytime(network())
+    assert net.options["exits"] == ["stage1", "stage2", "stage3"]
+    assert "4 exits, 5 classes" in str(net.plan) and "stage2" in str(net.plan)
+    assert [exit.chosen > 0 for exit in net.plan.exits] == [False, True, True, True]
+    assert all("gate" in name for name, _ in net.plan.whole)
+    assert type(net.plan).from_json(net.plan.to_json()) == net.plan
+    one = cs.anytime(network(), exits=["stage2"])
+    assert len(one.plan.exits) == 2
+    node = cs.anytime(network(), exits=["stage2_1_project_1"])
+    assert node.plan.exits[0].branches == ("stage2_1_project_1",)
+    parallel = cs.anytime(network("parallel"))
+    assert parallel.options["exits"] == ["stage1", "stage2"] and len(parallel.plan.exits[1].branches) == 2
+
+
+@pytest.mark.parametrize(("name", "fill"), covering([*NETWORKS], ["gaussian", "interpolated"]))
+def test_an_optimised_copy_gives_the_same(name: str, fill: str) -> None:
+    net, x = anytime(name, fill=fill), images(2, 61, 83, torch.float64)
+    fast = net.optimize()
+    with torch.no_grad():
+        for one, other in zip(fast(x), net(x), strict=True):
+            assert_same(one, other)
+        for one, other in zip(fast(x, threshold=1.0), net(x, threshold=1.0), strict=True):
+            assert_same(one, other)
+    assert fast.macs(x).exits == net.macs(x).exits
+    with pytest.raises(cs.InvalidInput, match="cannot be trained"):
+        fast.train()
+
+
+@pytest.mark.parametrize("duplicate", [slow(copy.deepcopy), lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_is_the_same_network_and_shares_nothing(duplicate: Any) -> None:
+    net, x = anytime(), images(1, 48, 64, torch.float64)
+    expected, clone = net(x), duplicate(net)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert all(torch.equal(one, other) for one, other in zip(clone(x), expected, strict=True))
+
+
+@pytest.mark.parametrize("threshold", [(0.9, 0.8)])
+def test_a_saved_network_is_the_same_after_loading(threshold: Any, tmp_path: Path) -> None:
+    net, x = (
+        anytime("parallel", torch.float32, hidden=6, head="plain", threshold=threshold),
+        images(1, 48, 64),
+    )
+    cs.save(net, tmp_path / "net.safetensors")
+    with pytest.raises(cs.FileError, match="does not say how to build"):
+        cs.load(tmp_path / "net.safetensors")
+    again: Any = cs.load(tmp_path / "net.safetensors", network("parallel", torch.float32, seed=5))
+    assert again.plan == net.plan and again.threshold == net.threshold
+    assert all(torch.equal(one, other) for one, other in zip(again(x), net(x), strict=True))
+    with pytest.raises(cs.FileError, match="another plan"):
+        cs.load(tmp_path / "net.safetensors", network("chain", torch.float32))
+    with pytest.raises(cs.InvalidInput, match="without masks"):
+        cs.load(tmp_path / "net.safetensors", network("parallel"), mask="edges")
+    with pytest.raises(cs.InvalidInput, match="optimised"):
+        cs.save(net.optimize(), tmp_path / "fast.safetensors")
+
+
+@pytest.mark.slow
+def test_a_network_by_name_is_built_again_from_its_file(tmp_path: Path) -> None:
+    model = cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4)
+    net = cs.anytime(model, threshold=0.3)
+    cs.save(net, tmp_path / "net.safetensors")
+    again, x = cs.load(tmp_path / "net.safetensors"), images(1, 64, 96)
+    with torch.no_grad():
+        assert all(torch.equal(one, other) for one, other in zip(again(x), net(x), strict=True))
+
+
+@pytest.mark.parametrize("optimized", [slow(False), True])
+def test_torch_compile_leaves_it_as_it_is(optimized: bool) -> None:
+    net, x = anytime(dtype=torch.float32), images(2, 48, 64)
+    net = net.optimize() if optimized else net
+    with torch.no_grad():
+        torch.compiler.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="depends on the confidence of its exits"):
+            torch.compile(net, fullgraph=True)(x)
+        torch.compiler.reset()
+        for one, other in zip(torch.compile(net)(x), net(x), strict=True):
+            assert_same(one, other)
+
+
+# -- networks of libraries -----------------------------------------------------------------------------
+
+
+def test_a_residual_network_with_a_head_of_torchvision() -> None:
+    model = build("fcn_resnet50", torch.float64, by=8, num_classes=6)
+    net, x = cs.anytime(model, threshold=0.7), images(2, 65, 97, torch.float64)
+    assert net.options["exits"] == ["backbone.layer1", "backbone.layer2", "backbone.layer3"]
+    with torch.no_grad():
+        assert torch.equal(net(x, threshold=1.0)[-1], model(x)["out"])
+    decide(net, [*(head[-1] for head in net.heads), net.classifier[-1]])  # type: ignore[index,union-attr]
+    with torch.no_grad():
+        found = net.logits(x)
+        assert 0.05 < net.undecided_mask(found[0]).double().mean() < 0.95
+        for one, other in zip(found, whole_of(net, x), strict=True):
+            assert_same(one, other)
+
+
+def whole_of(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
+    (name,) = net.program.signature.parameters
+    return list(net._logits(Run(net, {name: x}, None), None))
+
+
+@pytest.mark.slow
+def test_a_backbone_of_timm_with_parallel_branches() -> None:
+    timm = pytest.importorskip("timm")
+    backbone = thin(lambda: timm.create_model("hrnet_w18_small", features_only=True), by=2).double()
+    net, x = cs.anytime(backbone, classes=7), images(2, 64, 96, torch.float64)
+    decide(net, [head[-1] for head in net.heads])  # type: ignore[index]
+    net.threshold = 0.5
+    with torch.no_grad():
+        for one, other in zip(net.logits(x), whole_of(net, x), strict=True):
+            assert_same(one, other)
+    assert len(net.plan.exits) == 5 and len(net.plan.exits[2].branches) == 3
+
+
+# -- what is refused -----------------------------------------------------------------------------------
+
+
+class Backbone(Chain):
+    """Returns its maps."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        y = self.stage1(self.stem(x))
+        return [y, self.stage2(y)]
+
+
+class Undecided(Chain):
+    """Looks at values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.mean() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "kind", "words"),
+    [
+        (Chain, {"exits": ["stage9"]}, cs.UnknownName, "did you mean"),
+        (Chain, {"exits": ["head"]}, cs.InvalidInput, "no exit after head"),
+        (Chain, {"exits": ["head.2"]}, cs.InvalidInput, "last exit anyway"),
+        (Chain, {"exits": []}, cs.InvalidInput, "names no exits"),
+        (Chain, {"exits": ["stage1", "stage1"]}, cs.InvalidInput, "twice"),
+        (Chain, {"classes": 7}, cs.InvalidInput, "predicts 5"),
+        (Chain, {"classes": 0}, cs.InvalidInput, "at least 1"),
+        (Chain, {"hidden": 0}, cs.InvalidInput, "at least 1"),
+        (Chain, {"head": "flex"}, cs.UnknownName, "redesigned"),
+        (Chain, {"confidence": "margin"}, cs.UnknownName, "entropy"),
+        (Chain, {"fill": "linear"}, cs.UnknownName, "gaussian"),
+        (Backbone, {}, cs.InvalidInput, "say classes=N"),
+        (Classifier, {}, cs.CannotConvert, "returns no map"),
+        (Undecided, {}, cs.CannotConvert, "cannot be traced"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(
+    model: Callable[[], nn.Module], options: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        cs.anytime(model().eval(), **options)
+
+
+def test_a_network_with_exits_is_no_network_to_convert() -> None:
+    net = anytime()
+    with pytest.raises(cs.InvalidInput, match="exits already"):
+        cs.anytime(net)
+    with pytest.raises(cs.InvalidInput, match=r"made by cs\.anytime, not by.*\n.*uploaded under that name"):
+        cs.push_to_hub(net, "owner/name", license="mit")  # type: ignore[arg-type]
+    with pytest.raises(cs.InvalidInput, match=r"cannot be exported(.*\n)*.*net\.optimize"):
+        cs.export(net, images(1, 48, 64, torch.float64), "net.pt2")  # type: ignore[arg-type]
+    for convert in (cs.sample, lambda net: cs.adaptify(nn.Sequential(net), "edges")):
+        with pytest.raises(cs.CannotConvert, match=r"was made by cs\.anytime"):
+            convert(net)
+    with pytest.raises(cs.InvalidInput, match="image batch"):
+        net(torch.zeros(3, 48, 64))
+    with pytest.raises(cs.InvalidInput, match="image batch"):
+        net.steps(torch.zeros(3, 48, 64))
+    with pytest.raises(cs.UnknownName, match="counting rule"):
+        net.macs(images(1, 48, 64, torch.float64), rule="flops")

@@ -1,0 +1,546 @@
+"""Networks with gates: the published formulas by brute force, and what comes of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, covering, images, slow
+from decisions import half_open
+from networks import build, randomise, thin
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+import cadsurgery as cs
+from cadsurgery.methods.sampling import gates as gating
+from cadsurgery.methods.sampling.run import Run
+
+TYPES = (torch.float32, torch.float64)
+TIGHT = {torch.float32: 2e-4, torch.float64: 1e-9}
+
+
+def convnext() -> nn.Module:
+    return ConvNeXt([CNBlockConfig(16, 24, 1), CNBlockConfig(24, None, 2)], layer_scale=0.5)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    **{
+        name: (lambda name=name: build(name, by=4))
+        for name in ("resnet18", "resnet50", "resnext50_32x4d", "regnet_x_400mf", "regnet_y_400mf")
+    },
+    **{name: (lambda name=name: build(name)) for name in ("mobilenet_v2", "mobilenet_v3_small")},
+    "efficientnet_b0": lambda: build("efficientnet_b0"),
+    "convnext": convnext,
+    "timm resnetv2": lambda: timm.create_model("resnetv2_50", channels=(32, 64, 96, 128), stem_chs=16),
+    "timm convnext": lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)),
+    "timm efficientnet (padded as TensorFlow)": lambda: timm.create_model("tf_efficientnet_b0"),
+}
+
+QUICK = ("resnet18", "mobilenet_v2", "convnext", "timm resnetv2")
+
+
+def small(kind: type = Bottleneck, dtype: torch.dtype = torch.float32) -> ResNet:
+    return thin(lambda: ResNet(kind, [1, 2, 1, 1]), 8).to(dtype)  # type: ignore[return-value]
+
+
+class Published:
+    """The published block, whole maps in plain torch; of the gates of a network."""
+
+    def __init__(self, model: ResNet, net: cs.SampledModel) -> None:
+        self.model, self.net = model, net
+        self.of = dict(zip((gated.path for gated in net.program.gates), enumerate(net.gates), strict=True))
+        self.probabilities: dict[str, Tensor] = {}
+
+    def share(self, path: str, x: Tensor, stride: int) -> Tensor:
+        number, gate = self.of[path]
+        p = torch.sigmoid(F.conv2d(x, gate.weight, gate.bias, stride, 1))
+        self.probabilities[path] = p.mean()
+        noisy = self.net.training or self.net.noise
+        u = gating.uniform((self.net.seed, self.net.step, number), p[:, 0])[:, :, None]
+        n = -torch.log(-torch.log(u + 1e-8) + 1e-8) if noisy else torch.zeros_like(u)
+        t = (gate.temperature if self.net.training else self.net.temperature) + 1e-8
+        both = torch.stack(((torch.log(p + 1e-8) + n[0]) / t, (torch.log(1 - p + 1e-8) + n[1]) / t))
+        s = both.softmax(0)[0]
+        if self.net.grid:
+            s = s.clone()
+            s[:, :, :: self.net.grid, :: self.net.grid] = 1
+        return s if self.net.training else s * (s >= 0.5)
+
+    def fill(self, path: str, f: Tensor, x: Tensor, stride: int) -> Tensor:
+        m, width = self.share(path, x, stride), self.of[path][1].width
+        offsets = torch.arange(-3, 4).to(f)
+        apart = offsets[:, None] ** 2 + offsets**2
+        w = width**2 / (2 * torch.pi) * torch.exp(-(width**2) * apart / 2)
+        taps = w.expand(f.shape[1], 1, 7, 7)
+        near = F.conv2d(m * f, taps, padding=3, groups=f.shape[1]) / (
+            F.conv2d(m, w[None, None], padding=3) + 1e-5
+        )
+        return m * f + (1 - m) * near
+
+    def block(self, path: str, block: Any, x: Tensor) -> Tensor:
+        short = x if block.downsample is None else block.downsample(x)
+        strides = [block.conv1.stride[0], block.stride]
+        y = self.fill(f"{path}.conv1", F.relu(block.bn1(block.conv1(x))), x, strides[0])
+        y = block.bn2(block.conv2(y))
+        if isinstance(block, BasicBlock):
+            return F.relu(self.fill(f"{path}.conv2", y, x, strides[1]) + short)
+        y = self.fill(f"{path}.conv2", F.relu(y), x, strides[1])
+        return F.relu(block.bn3(block.conv3(y)) + short)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        m = self.model
+        x = m.maxpool(F.relu(m.bn1(m.conv1(x))))
+        for number in range(1, 5):
+            for place, block in enumerate(getattr(m, f"layer{number}")):
+                x = self.block(f"layer{number}.{place}", block, x)
+        return m.fc(m.avgpool(x).flatten(1))
+
+
+# -- open gates: the original ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NETWORKS])
+def test_open_gates_leave_the_original_bit_for_bit(name: str) -> None:
+    model = randomise(NETWORKS[name]())
+    net, x = cs.sample(model), images(2, 75, 101)
+    with torch.no_grad():
+        assert torch.equal(net(x), model(x))
+        assert all((share == 1).all() for share in net.shares.values())
+        assert_same(net.optimize()(x), model(x))
+
+
+@pytest.mark.parametrize("kind", (BasicBlock, Bottleneck))
+def test_open_gates_leave_the_original_in_double_and_while_training_bit_for_bit(kind: type) -> None:
+    model = small(kind, torch.float64)
+    net, x = cs.sample(model), images(2, 65, 97, torch.float64)
+    assert torch.equal(net(x), model(x))
+    assert torch.equal(net.dense(x), model(x))
+    half_open(net)
+    assert torch.equal(net.dense(x), model(x))
+    assert not torch.equal(net(x), model(x))
+
+
+@pytest.mark.slow
+def test_a_detector_with_open_gates_is_the_original_bit_for_bit() -> None:
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    kept = {"rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30}
+    model = FasterRCNN(backbone, 3, min_size=64, max_size=96, box_score_thresh=0.0, **kept).eval()
+    net, pictures = cs.sample(model), [torch.rand(3, 70, 90), torch.rand(3, 50, 80)]
+    assert net.plan.part == "backbone"
+    with torch.no_grad():
+        for found, expected in zip(net(pictures), model(pictures), strict=True):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+        report = net.macs(pictures)
+        half_open(net)
+        assert net.macs(pictures).total < report.total
+        net.optimize()(pictures)
+    net.grid = 4
+    assert net.part.grid == 4
+    clone = copy.deepcopy(net)
+    clone.seed = 9
+    assert (net.seed, clone.part.seed) == (0, 9)
+    named = cs.sample(model, ["backbone.body.layer4"])
+    assert [branch.name for branch in named.plan.branches] == [f"body.layer4.{n}" for n in range(2)]
+
+
+def test_the_argument_stays_as_it_is_and_its_weights_load() -> None:
+    model, other = small(), small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    net = cs.sample(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    own = set(net.state_dict()) - set(before)
+    assert own == {name for name in net.state_dict() if name.startswith("sampling_gates.")}
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    net.load_state_dict(other.state_dict())
+    x = images(1, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(net(x), other(x))
+
+
+# -- the published formulas ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "noise", "kind"), covering(TYPES, (False, True), (BasicBlock, Bottleneck)))
+def test_evaluation_is_what_is_published(kind: type, noise: bool, dtype: torch.dtype) -> None:
+    model = small(kind, dtype)
+    net, x = half_open(cs.sample(model, grid=3, noise=noise)), images(2, 67, 99, dtype)
+    net.seed = 5
+    with torch.no_grad():
+        expected = Published(model, net)(x)
+        assert_same(net(x), expected, TIGHT[dtype])
+        assert 0.2 < sum(net.densities.values()) / len(net.gates) < 0.95
+        assert_same(net.optimize()(x), expected, TIGHT[dtype])
+    assert_same(net(x), expected, TIGHT[dtype])  # with gradients, which other code computes
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", (BasicBlock, Bottleneck))
+def test_training_is_what_is_published(kind: type, dtype: torch.dtype) -> None:
+    model = small(kind, dtype)
+    net, x = half_open(cs.sample(model, grid=5)), images(2, 67, 99, dtype)
+    net.training = True  # norms stay as they are, as published
+    reference = Published(model, net)
+    expected = reference(x)
+    assert_same(net(x), expected, TIGHT[dtype])
+    means = [
+        0.25 * reference.probabilities[f"{name}.conv1"] + 0.75 * reference.probabilities[f"{name}.conv2"]
+        for name, _ in net.program.blocks
+    ]
+    assert_same(net.sparse_loss(), torch.stack(means).mean())
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NETWORKS])
+def test_chosen_positions_give_what_whole_maps_give(name: str) -> None:
+    model = randomise(NETWORKS[name]()).double()
+    net, x = half_open(cs.sample(model, grid=7), 0.5), images(2, 75, 101, torch.float64)
+    with torch.no_grad():
+        found, fast = net(x), net.optimize()(x)
+        with mock.patch.object(Run, "_is_settled", lambda run, number: False):
+            expected = net(x)
+    assert 0 < sum(net.densities.values()) / len(net.gates) < 1
+    assert_same(found, expected, 1e-9)
+    assert_same(fast, expected, 1e-9)
+
+
+@pytest.mark.parametrize("whole_from", (0.0, 2.0))
+def test_whole_maps_and_chosen_positions_give_the_same_wherever_the_choice_lies(whole_from: float) -> None:
+    net, x = half_open(cs.sample(small(Bottleneck, torch.float64))), images(2, 67, 99, torch.float64)
+    with torch.no_grad():
+        expected = net(x)
+        with mock.patch("cadsurgery.methods.sampling.run.WHOLE_FROM", whole_from):
+            assert_same(net(x), expected, 1e-9)
+            assert_same(net.optimize()(x), expected, 1e-9)
+
+
+def test_with_everything_closed_only_the_grid_is_computed_and_without_it_nothing() -> None:
+    model, x = small(Bottleneck, torch.float64), images(2, 67, 99, torch.float64)
+    for grid in (0, 2, 11):
+        net = cs.sample(model, grid=grid)
+        with torch.no_grad():
+            for gate in net.gates:
+                gate.bias.fill_(-30.0)
+            assert_same(net(x), Published(model, net)(x), 1e-9)
+            assert_same(net.optimize()(x), Published(model, net)(x), 1e-9)
+        for share in net.shares.values():
+            computed = torch.zeros_like(share)
+            if grid:
+                computed[:, ::grid, ::grid] = 1
+            assert torch.equal(share, computed)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_batch_is_its_images_one_by_one(dtype: torch.dtype) -> None:
+    net, x = half_open(cs.sample(small(Bottleneck, dtype))), images(3, 65, 97, dtype)
+    with torch.no_grad():
+        for fast in (net, net.optimize()):
+            assert_same(fast(x), torch.cat([fast(one[None]) for one in x]), TIGHT[dtype])
+
+
+# -- gates -----------------------------------------------------------------------------------------------
+
+
+def test_gates_are_open_at_first_and_the_sparse_loss_says_so() -> None:
+    net, x = cs.sample(small()).train(), images(2, 64, 96)
+    net(x)
+    assert float(net.sparse_loss().detach()) == pytest.approx(0.952574, abs=1e-6)
+    for gate in net.gates:
+        assert not gate.weight.any()
+        assert float(gate.bias) == 3
+        assert float(gate.width) == 3
+
+
+def test_the_temperature_falls_in_training_alone() -> None:
+    net, x = cs.sample(small()).double().train(), images(2, 64, 96, torch.float64)
+    for _ in range(3):
+        net(x)
+    net.eval()(x)
+    assert all(float(gate.temperature) == pytest.approx(0.99998**3, rel=1e-12) for gate in net.gates)
+    assert net.step == 3
+    assert all(name in net.state_dict() for name in ("sampling_gates.0.temperature",))
+
+
+def test_a_gate_opens_as_often_as_its_probability_says() -> None:
+    score = torch.full((1, 200, 200), 0.7, dtype=torch.float64)
+    noise = gating.uniform((0, 1, 2), score)
+    share = gating.shares(score, 0.03, noise, 0)
+    rate = float((share >= 0.5).double().mean())
+    assert rate == pytest.approx(float(torch.sigmoid(score[0, 0, 0])), abs=4 * 0.5 / 200)
+    cold = gating.shares(torch.full_like(score, 5.0), 1e-4, None, 0)
+    assert torch.equal(cold, torch.ones_like(cold))
+
+
+@pytest.mark.parametrize("size", ((7, 12), (22, 23)))
+def test_the_grid_is_computed_whatever_the_gate_says(size: tuple[int, int]) -> None:
+    share = gating.shares(torch.full((2, *size), -20.0), 0.03, None, 11)
+    rows, columns = (-(-length // 11) for length in size)
+    assert (share == 1).sum() == 2 * rows * columns
+    assert (share[:, ::11, ::11] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+def test_scores_are_convolutions(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    some = [gating.Gate(6, torch.zeros(1, dtype=dtype)) for _ in range(3)]
+    for gate in some:
+        nn.init.normal_(gate.weight)
+    x = torch.randn(2, 6, 9, 14, dtype=dtype).to(memory_format=layout)
+    for gate, stride, score in zip(some, (1, 2, 4), gating.scores(x, some, (1, 2, 4)), strict=True):
+        assert_same(score, F.conv2d(x, gate.weight, gate.bias, stride, 1)[:, 0])
+
+
+def test_noise_is_that_of_seed_and_step_and_evaluation_has_none_unless_asked() -> None:
+    net, x = half_open(cs.sample(small())), images(1, 65, 97)
+    with torch.no_grad():
+        quiet = net(x)
+        net.seed = 1
+        assert torch.equal(net(x), quiet)
+        net.noise = True
+        first = net(x)
+        assert torch.equal(net(x), first)
+        assert not torch.equal(first, quiet)
+        net.seed = 2
+        assert not torch.equal(net(x), first)
+        net.training = True
+        second = net(x)
+        assert not torch.equal(net(x), second)  # of the next step
+        net.step -= 2
+        for gate in net.gates:
+            gate.temperature.fill_(1.0)
+        assert torch.equal(net(x), second)
+
+
+def test_gradients_reach_gates_widths_and_weights_and_equal_differences() -> None:
+    net = half_open(cs.sample(small(Bottleneck, torch.float64), grid=4))
+    net.training = True
+    x, step = images(1, 49, 65, torch.float64), 1e-5
+
+    def loss() -> Tensor:
+        net.step = 0
+        for gate in net.gates:
+            gate.temperature.fill_(1.0)
+        return net(x).square().sum() + net.sparse_loss()
+
+    loss().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    for parameter in (net.gates[1].weight, net.gates[2].bias, net.gates[3].width, net.layer2[0].conv2.weight):
+        place = tuple(int(length) // 2 for length in parameter.shape)
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter[place] += sign * step
+                ends.append(float(loss()))
+                parameter[place] -= sign * step
+        assert float(parameter.grad[place]) == pytest.approx(
+            (ends[0] - ends[1]) / (2 * step), rel=2e-4, abs=1e-7
+        )
+
+
+def test_gradients_in_evaluation_are_those_of_whole_maps() -> None:
+    net, x = half_open(cs.sample(small(Bottleneck, torch.float64))), images(2, 49, 65, torch.float64)
+    x.requires_grad_()
+    gradients = []
+    for settled in (True, False):
+        with mock.patch.object(Run, "_is_settled", lambda run, number, settled=settled: settled):
+            loss = net(x).square().sum()
+        weights = [p for name, p in net.named_parameters() if "sampling_gates" not in name]
+        gradients.append(torch.autograd.grad(loss, [x, *weights]))
+    for found, expected in zip(*gradients, strict=True):
+        assert_same(found, expected, 1e-8)
+
+
+# -- what it costs ---------------------------------------------------------------------------------------
+
+
+def test_macs_are_what_runs() -> None:
+    model = thin(lambda: ResNet(Bottleneck, [1, 2, 1, 1]), 2)
+    net, x = half_open(cs.sample(model)), images(2, 65, 97)
+    report = net.macs(x)
+    with torch.no_grad(), mock.patch("cadsurgery.methods.sampling.run.WHOLE_FROM", 2.0):
+        counter = FlopCounterMode(display=False)
+        with counter:
+            net(x)
+        dense = FlopCounterMode(display=False)
+        with dense:
+            model(x)
+    assert report.dense == dense.get_total_flops() // 2
+    assert counter.get_total_flops() / 2 == pytest.approx(
+        report.total, rel=0.02
+    )  # floors, and sums that fill
+    everything = net.macs(x.to("meta"))
+    assert everything.total == everything.dense + sum(gate.gate for gate in everything)
+    assert report.total < everything.total
+    assert set(report.to_dict()) >= {"gates", "rest", "total", "dense", "density"}
+    assert str(len(report.gates)) and "MACs on 2x3x65x97" in str(report)
+
+
+def test_the_published_rule_is_the_formula() -> None:
+    net, x = half_open(cs.sample(small())), images(1, 64, 96)
+    report = net.macs(x, rule="published")
+    first, second = report.gates[:2]
+    pixels, planes = 16 * 24, 8
+    assert first.dense == pixels * planes * planes
+    assert second.dense == pixels * planes * (9 * planes + 4 * planes)
+    for gate, channels in ((first, planes), (second, 4 * planes)):
+        assert gate.gate == 9 * planes * pixels
+        assert gate.macs == round(gate.dense * gate.density)
+        assert gate.filling == round(49 * channels * pixels * gate.density * (1 - gate.density))
+
+
+def test_macs_fall_as_gates_close() -> None:
+    net, x, totals = cs.sample(small()), images(1, 65, 97), []
+    for bias in (3.0, 0.5, 0.0, -0.5, -3.0):
+        torch.manual_seed(0)
+        half_open(net, bias)
+        totals.append(net.macs(x).total)
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] > totals[-1]
+
+
+# -- where -----------------------------------------------------------------------------------------------
+
+
+def test_names_choose_branches_or_single_convolutions() -> None:
+    model = small()
+    assert len(cs.sample(model).gates) == 10
+    by_module = cs.sample(model, ["layer3", "layer2.1"])
+    assert [name for name, _ in by_module.program.blocks] == ["layer2.1", "layer3.0"]
+    one = cs.sample(model, "layer2.0.conv2")
+    assert [gated.path for gated in one.program.gates] == ["layer2.0.conv2"]
+    x = images(2, 65, 97)
+    with torch.no_grad():
+        for net in (by_module, one):
+            half_open(net)
+            fast = net.optimize()(x)
+            assert_same(fast, net(x))
+            assert not torch.equal(net(x), model(x))
+
+
+def test_convolutions_in_no_residual_branch_are_gated_by_what_they_read() -> None:
+    model = build("squeezenet1_0").double()
+    names = [f"features.{n}.expand{kernel}" for n in (3, 5) for kernel in ("1x1", "3x3")]
+    net, x = cs.sample(model, names), images(2, 67, 99, torch.float64)
+    with torch.no_grad():
+        assert torch.equal(net(x), model(x))
+        half_open(net)
+        found = net(x)
+        with mock.patch.object(Run, "_is_settled", lambda run, number: False):
+            assert_same(found, net(x), 1e-9)
+        assert_same(net.optimize()(x), found, 1e-9)
+
+
+class Chain(nn.Module):
+    """Two convolutions one after the other, of which either may have a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(self.one(x)))
+
+
+def test_a_gate_reads_what_the_gate_before_has_filled() -> None:
+    model = Chain().double().eval()
+    net, x = half_open(cs.sample(model, ["one", "two"], grid=0)), images(2, 33, 41, torch.float64)
+    with torch.no_grad():
+        assert_same(net.optimize()(x), net(x), 1e-9)
+        share = net.shares["two"]
+        filled = net(x)  # repeated
+        assert torch.equal(net.shares["two"], share)
+        with mock.patch.object(Run, "_is_settled", lambda run, number: False):
+            assert_same(net(x), filled, 1e-9)
+        assert_same(net.shares["two"], share, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "where", "kind", "says"),
+    (
+        (lambda: build("vgg11", by=8), "auto", cs.CannotConvert, "no residual branches"),
+        (lambda: build("squeezenet1_1"), "auto", cs.CannotConvert, "where=\\[...\\]"),
+        (small, "layer9", cs.UnknownName, "layer"),
+        (small, "fc", cs.InvalidInput, "neither a convolution"),
+        (small, [], cs.InvalidInput, "names nothing"),
+        (small, ["layer1", "layer1"], cs.InvalidInput, "twice"),
+        (lambda: build("squeezenet1_0"), "features.0", cs.InvalidInput, "does not keep the size"),
+        (lambda: cs.sample(small()), "auto", cs.InvalidInput, "gates already"),
+    ),
+)
+def test_what_cannot_be_sampled_is_refused(make: Any, where: Any, kind: type, says: str) -> None:
+    with pytest.raises(kind, match=says) as refusal:
+        cs.sample(make(), where)
+    assert "Next:" in str(refusal.value)
+
+
+@pytest.mark.parametrize("options", ({"grid": -1}, {"grid": 1.5}, {"grid": True}, {"temperature": 0.0}))
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(cs.InvalidInput, match=next(iter(options))):
+        cs.sample(small(), **options)
+
+
+def test_calls_that_make_no_sense_are_refused() -> None:
+    net = cs.sample(small())
+    with pytest.raises(cs.InvalidInput, match="has not been called"):
+        net.sparse_loss()
+    with pytest.raises(cs.CadError):
+        net(torch.zeros(3, 64, 64))
+    with pytest.raises(cs.UnknownName, match="counting rule"):
+        net.macs(images(1, 64, 64), rule="flops")
+    with pytest.raises(cs.InvalidInput, match="optimised"):
+        net.optimize().train()
+
+
+# -- copies and files ------------------------------------------------------------------------------------
+
+
+def test_copies_and_pickles_are_alike() -> None:
+    net, x = half_open(cs.sample(small())), images(1, 65, 97)
+    with torch.no_grad():
+        for clone in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), net.optimize()):
+            assert_same(clone(x), net(x))
+        fast = net.optimize()
+        for clone in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert torch.equal(clone(x), fast(x))
+        assert_same(net.double()(x.double()), fast(x).double(), 1e-4)
+
+
+@pytest.mark.parametrize("where", ("auto", ["layer3", "layer1.0.conv1"]))
+def test_a_file_gives_the_network_again(where: Any, tmp_path: Path) -> None:
+    model = small()
+    net, x = half_open(cs.sample(model, where, grid=5, temperature=0.1, noise=True)), images(1, 65, 97)
+    net.seed = 3
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", small())
+    assert isinstance(again, cs.SampledModel)
+    assert (again.grid, again.temperature, again.noise, again.seed) == (5, 0.1, True, 3)
+    assert again.plan == net.plan
+    assert str(again.plan) == str(net.plan)
+    with torch.no_grad():
+        assert torch.equal(again(x), net(x))
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    net = cs.sample(small())
+    with pytest.raises(cs.InvalidInput, match="optimised"):
+        cs.save(net.optimize(), path)
+    cs.save(net, path)
+    with pytest.raises(cs.FileError):
+        cs.load(path, small(BasicBlock))
+    with pytest.raises(cs.FileError):
+        cs.load(path, build("vgg11", by=8))
+    with pytest.raises(cs.InvalidInput, match="without masks"):
+        cs.load(path, small(), mask="edges")

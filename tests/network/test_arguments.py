@@ -1,0 +1,156 @@
+"""Networks that take more than an image: several tensors, a list, a dictionary, the image by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import conv_norm
+from torch import nn
+
+import cadsurgery as cs
+
+
+class Base(nn.Module):
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.stem, self.head = conv_norm(channels, 8, 2), nn.Conv2d(8, 2, 1)
+        self.body = nn.Sequential(conv_norm(8, 8, 2), conv_norm(8, 8), conv_norm(8, 8, 2), conv_norm(8, 8))
+
+    def run(self, x):
+        y = self.head(self.body(self.stem(x)))
+        return F.interpolate(y, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+class Two(Base):
+    """Two images, joined as channels."""
+
+    def __init__(self) -> None:
+        super().__init__(6)
+
+    def forward(self, image, before):
+        return self.run(torch.cat([image, before], 1))
+
+
+class TwoStems(Base):
+    """An image and a depth map, each with a stem, joined in the region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Sequential(conv_norm(1, 8, 2), conv_norm(8, 8, 2))
+        self.last = conv_norm(8, 8, 2)
+
+    def forward(self, image, depth):
+        y = self.body[0](self.stem(image)) + self.other(depth)
+        return self.head(self.last(self.body[1](y)))
+
+
+class Conditioned(Base):
+    """A vector for each image comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Linear(5, 8)
+
+    def forward(self, condition, image):
+        y = self.body(self.stem(image))
+        return self.head(y * self.scale(condition)[:, :, None, None])
+
+
+class Named(Base):
+    """An optional argument between, the image by name."""
+
+    def forward(self, prior=None, *, image):
+        y = self.run(image)
+        return y if prior is None else y + prior
+
+
+class FromDictionary(Base):
+    def forward(self, batch):
+        return {"logits": self.run(batch["image"]) + batch["bias"].view(-1, 1, 1, 1)}
+
+
+class FromList(Base):
+    def forward(self, frames):
+        return self.run(frames[0]) - self.run(frames[1])
+
+
+def image(channels: int, size: tuple[int, int], batch: int = 2) -> torch.Tensor:
+    return torch.rand(batch, channels, *size)
+
+
+# Name: the network, and the arguments of a call for an image of a size.
+CASES = {
+    "two images": (Two, lambda size: (image(3, size), image(3, size))),
+    "two stems": (TwoStems, lambda size: (image(3, size), image(1, size))),
+    "two stems by name": (TwoStems, lambda size: {"depth": image(1, size), "image": image(3, size)}),
+    "a vector first": (Conditioned, lambda size: (torch.rand(2, 5), image(3, size))),
+    "the image by name": (Named, lambda size: {"image": image(3, size)}),
+    "an optional one": (Named, lambda size: {"prior": image(2, size), "image": image(3, size)}),
+    "a dictionary": (FromDictionary, lambda size: ({"bias": torch.rand(2), "image": image(3, size)},)),
+    "a list": (FromList, lambda size: ([image(3, size), image(3, size)],)),
+}
+
+
+def call(net, arguments, **more):
+    if isinstance(arguments, dict):
+        return net(**arguments, **more)
+    return net(*arguments, **more)
+
+
+def make(case: str):
+    torch.manual_seed(0)
+    kind, arguments = CASES[case]
+    return kind().eval(), arguments
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore:no mask can improve")
+def test_a_network_with_other_arguments_is_the_original_at_its_own_level(case, tmp_path):
+    model, arguments = make(case)
+    net = cs.adaptify(model, mask="none", example_input=arguments((97, 129)), outputs="native")
+    assert net.plan.share("adapt", "keep") > 0.3
+    with torch.no_grad():
+        for size in ((97, 129), (130, 71)):
+            torch.testing.assert_close(
+                *(call(run, arguments_of) for arguments_of in [arguments(size)] for run in (net, model)),
+                rtol=1e-4,
+                atol=1e-5,
+            )
+    cs.save(net, tmp_path / "net.safetensors")
+    loaded = cs.load(tmp_path / "net.safetensors", kind_of(case)())
+    given = arguments((97, 129))
+    with torch.no_grad():
+        for run in (loaded, net.optimize()):
+            torch.testing.assert_close(call(run, given), call(model, given), rtol=1e-4, atol=1e-5)
+
+
+def kind_of(case: str):
+    return CASES[case][0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masks_and_counts_are_those_of_its_image(case):
+    model, arguments = make(case)
+    net = cs.adaptify(model, mask="edges", example_input=arguments((97, 129)))
+    given = arguments((64, 96))
+    with torch.no_grad():
+        call(net, given)
+    high, low = (call(net.macs, given, mask=mask).mask for mask in ("all", "none"))
+    assert high > low and net.levels.shape[0] == 2
+    assert cs.plan(model, example_input=given).output_stride == net.plan.output_stride
+
+
+def test_what_no_call_is_made_of_is_refused():
+    model = make("two images")[0]
+    x = image(3, (64, 96))
+    with pytest.raises(cs.InvalidInput, match=r"not called with these arguments.*\n.*before.*\n.*dictionary"):
+        cs.plan(model, example_input=x)
+    with pytest.raises(cs.InvalidInput, match=r"not called with these.*\n.*argument"):
+        cs.plan(model, example_input={"image": x, "other": x})
+    with pytest.raises(cs.InvalidInput, match=r"holds .* of type object"):
+        cs.plan(model, example_input=(x, object()))
+    with pytest.raises(cs.InvalidInput, match="example_input is"):
+        cs.plan(model, example_input=(x[0], x[0]))
+    with pytest.raises(cs.CannotConvert, match="all arguments of a call as a tuple or a dictionary"):
+        cs.plan(model)

@@ -1,0 +1,158 @@
+"""What a process keeps from call to call does not grow with the sizes, masks and batches it has seen.
+
+`benchmarks/soak.py` shows the same of the resident memory over many minutes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, images, random_levels
+from networks import randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.elements import functional
+from cadsurgery.elements.backends.weights import MOST_FORMS, FusedConv
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Geometry
+from cadsurgery.kernels.load import library
+from cadsurgery.network import compile, points
+
+
+class Network(nn.Module):
+    """Dense, grouped and pointwise convolutions, pooling, a norm, a residual and a gate: output stride 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
+        self.down = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1, groups=16), nn.BatchNorm2d(16), nn.SiLU())
+        self.point, self.pool = nn.Conv2d(16, 16, 1), nn.MaxPool2d(3, 2, 1)
+        self.last = nn.Conv2d(16, 5, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.stem(x))
+        x = self.pool(x + self.point(x))
+        return self.last(x * x.mean((2, 3), keepdim=True).sigmoid())
+
+
+def adapted(mask: object = "edges") -> cs.AdaptiveModel:
+    example = images(1, 64, 96)
+    return cs.adaptify(randomise(Network()), mask, example_input=example, verify_laws=False)
+
+
+def sizes(count: int) -> list[tuple[int, int, int]]:
+    """Batch, height and width, all different."""
+    return [(1 + place % 3, 48 + 7 * place, 80 + 5 * (place % 7)) for place in range(count)]
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(value), Tensor) for value in gc.get_objects())
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+@torch.no_grad()
+def test_calls_leave_no_tensors_whatever_their_sizes_and_masks(optimised: bool) -> None:
+    net = adapted().optimize() if optimised else adapted()
+    masks = ("edges", "all", "none", "edges | budget:fraction=0.4", "random:seed=1")
+    x = images(2, 64, 96)
+
+    def several(count: int) -> int:
+        for place, size in enumerate(sizes(count)):
+            net(images(*size), mask=masks[place % len(masks)])
+        net(x)
+        return live_tensors()
+
+    first = several(10)
+    assert several(25) == first
+    forms = [weights.packed_cache for weights in gc.get_objects() if type(weights) is FusedConv]
+    assert all(len(kept or ()) <= MOST_FORMS for kept in forms)
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler here")
+@pytest.mark.parametrize("uniform", [False, True])
+@torch.no_grad()
+def test_products_keep_nothing_for_a_number_of_elements(uniform: bool) -> None:
+    """oneDNN makes code for each number, and keeps it: 16 MiB here, without bound to speak of. It is given uniform maps
+    of the first few sizes alone."""
+    heap = heap_in_use()
+    every = [FusedConv(torch.randn(outputs, 64, 1, 1), None, 1, None, {}) for outputs in (64, 24)]
+    geometry, window = Geometry((2,)), Window((1, 1))
+
+    def several(count: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        for place in range(count):
+            size = (32 + 2 * place, 32)
+            levels = torch.zeros(1, *size, dtype=torch.int64) if uniform else random_levels(1, size, (2,))
+            lattice = geometry.lattice(levels).at(1)
+            x = Elements(torch.randn(len(lattice), 64), lattice)
+            for weights in every:
+                functional.fused_conv2d(x, weights, window=window, stage=1)
+
+    several(MOST_FORMS + 1, 0)
+    before = heap()
+    several(60, 1)
+    assert heap() - before < 2 << 20
+
+
+def heap_in_use() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
+    """A function that tells how many bytes are allocated, as glibc knows it: what is free but kept does not count."""
+    find = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if find is None:
+        pytest.skip("this C library does not tell")
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    find.restype = type(
+        "Info", (ctypes.Structure,), {"_fields_": [(n, ctypes.c_size_t) for n in names.split()]}
+    )
+    return lambda: find().uordblks + find().hblkhd
+
+
+@torch.no_grad()
+def test_points_are_read_at_any_number_of_sizes() -> None:
+    net = adapted()
+    for batch, height, width in sizes(points.MOST_SIZES + 4):
+        x, wanted = images(batch, height, width), [torch.tensor([[3.0, 5.0]])] * batch
+        found = cs.read_at(net, x, wanted, reach="receptive")
+        again = cs.read_at(net, x, wanted)
+        torch.testing.assert_close(torch.cat(found), torch.cat(again), atol=1e-4, rtol=1e-4)
+    assert all(len(found.places) <= points.MOST_SIZES for found in points._EXITS[net.program].values())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_bucketed_network_keeps_the_graphs_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "MOST_GRAPHS", 2)
+    net, (one, *others) = adapted("all"), [images(*size) for size in sizes(4)]
+    fast = cs.Bucketed(net, backend="eager")
+    for x in others:
+        fast(one)
+        kept = [*fast._after.values()][-1]
+        torch.testing.assert_close(fast(x), net(x), atol=1e-4, rtol=1e-4)
+        assert fast.buckets <= 2 and kept in fast._after.values()
+    fast(one)
+    assert [*fast._after.values()][-1] is kept
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells it")
+def test_the_soak_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "soak.json"
+    command = [sys.executable, ROOT / "benchmarks/soak.py", "--calls", "4", "--every", "2", "--output", file]
+    command += ["--size", "32", "64", "--network", "squeezenet1_1", "--sides", "dense", "optimised"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found["network"] == "squeezenet1_1" and found["setting"]
+    for side in ("dense", "optimised"):
+        assert [row["calls"] for row in found["sides"][side]] == [0, 2, 4]
+        assert all(row["resident"] > row["heap"] > 0 for row in found["sides"][side])
+        assert f"{side:10}" in done.stdout

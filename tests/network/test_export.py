@@ -1,0 +1,326 @@
+"""Files for engines other than torch: what they give is what the network gives, at sizes, batches and masks the example
+did not have; what cannot be written is refused, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same, images, picture, random_levels
+from exported import File, net
+from networks import randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.network.export.compare import check_difference, difference, more_images
+from cadsurgery.network.export.names import output_names
+from cadsurgery.tasks.corpus import CHECKOUT, subject
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+MASKS = ["edges", "edges:threshold=0.35/0.1,dilation=11/21", "detail"]
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> tuple[cs.AdaptiveModel, Path, Any]:
+    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    model = net()
+    return model, path, cs.export(model, picture(1, 96, 128), path, dynamic=True)
+
+
+@pytest.mark.slow
+def test_a_dynamic_file_takes_any_size_and_batch(dynamic: Any) -> None:
+    model, path, report = dynamic
+    run = File(path)
+    for batch, height, width in ((1, 96, 128), (3, 75, 101), (2, 64, 160)):
+        image = picture(batch, height, width)
+        with torch.no_grad():
+            expected = model(image)
+        given = run(image)
+        assert_same(given["out"], expected["out"], 1e-4)
+        assert torch.equal(given["levels"], model.levels) and 0 < model.active_fraction < 1
+    assert report.image == (None, 3, None, None) and report.outputs == ("out", "levels")
+    assert report.difference < 1e-4 and report.bytes == path.stat().st_size
+    assert len({shape[2:] for shape in report.compared}) > 2
+
+
+@pytest.mark.slow
+def test_a_file_says_what_it_was_made_of(dynamic: Any) -> None:
+    model, path, _ = dynamic
+    said = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    assert said["cadsurgery.mask"] == model.mask.spec()
+    assert cs.Plan.from_json(said["cadsurgery.plan"]) == model.plan
+    assert torch.__version__.startswith(json.loads(said["cadsurgery.versions"])["torch"])
+    assert json.loads(said["cadsurgery.options"]) == {"fill": "linear", "dynamic": True}
+
+
+@pytest.mark.slow
+def test_a_file_has_standard_operations_alone(dynamic: Any) -> None:
+    _, path, _ = dynamic
+    model = onnx.load(str(path))
+    assert {one.domain for one in model.opset_import} <= {"", "ai.onnx"} and not model.functions
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+
+
+class Indexed(nn.Module):
+    """Indices as torch has them: of one axis, of two, of a mask."""
+
+    def forward(self, x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+        return x[rows], x[:, columns], x[rows, :, columns], x[:, rows, columns], x[x > 0.5]
+
+
+def test_indices_are_those_of_torch(tmp_path: Path) -> None:
+    from cadsurgery.network.export.translate import TABLE
+
+    inputs = (torch.rand(4, 5, 6), torch.tensor([3, -1, 0]), torch.tensor([1, 1, 4]))
+    model = torch.onnx.export(
+        Indexed().eval(), inputs, dynamo=True, verbose=False, custom_translation_table=TABLE
+    )
+    assert model is not None
+    model.save(tmp_path / "net.onnx")
+    for output, expected in zip(
+        File(tmp_path / "net.onnx")(*inputs).values(), Indexed()(*inputs), strict=True
+    ):
+        assert torch.equal(output, expected)
+
+
+@pytest.mark.slow
+def test_large_weights_get_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cadsurgery.network.export.onnx._LARGEST_FILE", 64)
+    model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.onnx"
+    report = cs.export(model, picture(1, 72, 104), path)
+    sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert set(sizes) == {"net.onnx", "net.onnx.data"} and report.bytes == sum(sizes.values())
+    image = picture(1, 72, 104).flip(2)
+    with torch.no_grad():
+        assert_same(File(path)(image)["out"], model(image)["out"], 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mask", "fill"), zip(MASKS, ["guided", "nearest", "linear"], strict=True))
+def test_every_mask_and_fill_is_the_network(mask: str, fill: str, tmp_path: Path) -> None:
+    model, path = net(mask, fill=fill), tmp_path / "net.onnx"
+    cs.export(model, picture(1, 96, 128), path, dynamic=True)
+    image = picture(2, 93, 75)
+    with torch.no_grad():
+        assert_same(File(path)(image)["out"], model(image)["out"], 1e-4)
+
+
+@pytest.mark.slow
+def test_the_level_map_is_an_input(tmp_path: Path) -> None:
+    model, path = net("edges | smooth"), tmp_path / "net.onnx"
+    report = cs.export(model, picture(1, 96, 128), path, level_map=True)
+    assert report.inputs == ("image", "level_map")
+    image, run = picture(2, 75, 101), File(path)
+    with torch.no_grad():
+        model(image)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            levels = random_levels(2, tuple(model.levels.shape[1:]), model.geometry.strides)
+            assert_same(run(image, levels.long())["out"], model(image, mask=levels)["out"], 1e-4)
+
+
+@pytest.mark.slow
+def test_a_file_is_the_network_in_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    model = net("edges | budget:fraction=0.3")
+    report = cs.export(model, picture(2, 72, 104), tmp_path / "net.onnx", check_in="openvino")
+    assert report.difference < 1e-4
+
+
+@pytest.mark.slow
+def test_a_static_file_of_a_budget(tmp_path: Path) -> None:
+    model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.onnx"
+    report = cs.export(model, picture(2, 72, 104), path)
+    assert report.image == (None, 3, 72, 104) and report.format == "onnx"
+    image = picture(3, 72, 104).flip(2) * 0.7
+    with torch.no_grad():
+        assert_same(File(path)(image)["out"], model(image)["out"], 1e-4)
+
+
+@pytest.mark.slow
+def test_a_static_file_of_a_fixed_map(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, path = net(random_levels(1, (36, 52), (2, 2))[0]), tmp_path / "net.onnx"
+    assert cs.export(model, picture(1, 72, 104), path).image == (None, 3, 72, 104)
+    image = picture(3, 72, 104).flip(2) * 0.7
+    with torch.no_grad():
+        output = File(path)(image)
+        assert_same(output["out"], model(image)["out"], 1e-4)
+    assert torch.equal(output["levels"], model.levels) and 0 < model.active_fraction < 1
+
+
+@pytest.mark.slow
+def test_sizes_that_a_network_computes_itself_and_bins_are_for_any_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, path = (
+        cs.adaptify(randomise(subject("scenes:PSPNetLike", CHECKOUT).build()).eval()),
+        tmp_path / "net.onnx",
+    )
+    assert cs.export(model, picture(2, 96, 128), path, dynamic=True).image == (None, 3, None, None)
+    image = picture(3, 75, 101)
+    with torch.no_grad():
+        assert_same(File(path)(image)["output"], model(image), 1e-4)
+    assert 0 < model.active_fraction < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cell",
+    [
+        ("lraspp_mobilenet_v3_large", "learned", "linear", "static"),
+        ("efficientnet_b0", "graded edges", "guided", "dynamic"),
+    ],
+)
+def test_a_cell_of_the_matrix_agrees(cell: tuple[str, ...]) -> None:
+    script = CHECKOUT.parents[1] / "benchmarks" / "export_matrix.py"
+    command = [sys.executable, script, "--cell", json.dumps(cell)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CHECKOUT.parents[1])
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["result"] == "agrees" and row["difference"] < 1e-4 and 0 < row["active_fraction"] < 1
+
+
+@pytest.mark.slow
+def test_a_budget_for_any_size(tmp_path: Path) -> None:
+    model, path = net("edges | budget:fraction=0.1/0.3"), tmp_path / "net.onnx"
+    cs.export(model, picture(1, 96, 128), path, dynamic=True)
+    for batch, height, width in ((2, 75, 101), (1, 64, 160)):
+        image = picture(batch, height, width)
+        with torch.no_grad():
+            output = File(path)(image)
+            assert_same(output["out"], model(image)["out"], 1e-4)
+        assert torch.equal(output["levels"], model.levels)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_a_package_of_aotinductor_is_the_network(tmp_path: Path) -> None:
+    model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.pt2"
+    report = cs.export(model, picture(1, 72, 104), path, to="aoti")
+    assert report.format == "aoti" and report.image == (1, 3, 72, 104)
+    image = picture(1, 72, 104).flip(3)
+    with torch.no_grad():
+        assert_same(torch._inductor.aoti_load_package(str(path))(image)["out"], model(image)["out"], 1e-4)
+
+
+@pytest.mark.slow
+def test_half_precision_halves_the_file(tmp_path: Path) -> None:
+    model = net("edges | budget:fraction=0.3")
+    sizes = []
+    for half in (False, True):
+        path = tmp_path / f"{half}.onnx"
+        cs.export(model, picture(1, 72, 104), path, float16=half)
+        weights = onnx.load(str(path)).graph.initializer
+        sizes.append(sum(np.prod(one.dims) * 4 for one in weights if one.data_type == onnx.TensorProto.FLOAT))
+        image = picture(1, 72, 104).flip(2)
+        with torch.no_grad():
+            assert_same(File(path)(image)["out"], model(image)["out"], 2e-2 if half else 1e-4)
+    assert sizes[1] < sizes[0] / 2
+
+
+def test_refusals_name_the_way_round_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, path = picture(1, 72, 104), tmp_path / "net.onnx"
+    budget = net("edges | budget:fraction=0.3")
+    with pytest.raises(cs.InvalidInput, match=r"budget:fraction=0\.3"):
+        cs.export(net("edges"), image, tmp_path / "net.pt2")
+    for mask in ("edges | smooth", "trimap", torch.zeros(18, 26, dtype=torch.int8)):
+        with pytest.raises(cs.InvalidInput, match="level_map=True"):
+            cs.export(net(mask), image, path, dynamic=True)
+    with pytest.raises(cs.InvalidInput, match="cannot be dynamic"):
+        cs.export(budget, image, tmp_path / "net.pt2", dynamic=True)
+    with pytest.raises(cs.InvalidInput, match=r"\.pt2"):
+        cs.export(budget, image, path, to="aoti")
+    with pytest.raises(cs.InvalidInput, match="no format"):
+        cs.export(budget, image, path, to="tflite")  # type: ignore[arg-type]
+    with pytest.raises(cs.UnknownName, match="tvm"):
+        cs.export(budget, image, path, check_in="tvm")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(cs.CadError, match=r"cadsurgery\[export\]"):
+            cs.export(budget, image, path)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.onnx, "export", lambda *given, **options: 1 / 0)
+        with pytest.raises(cs.CannotConvert, match="ZeroDivisionError"):
+            cs.export(budget, image, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_in_8_bits_is_refused_and_names_the_network_it_was_made_from(tmp_path: Path) -> None:
+    model, image = net(), picture(1, 72, 104)
+    copy = model.optimize(precision="int8", calibration=[image])
+    if copy.quantisation is None:
+        pytest.skip("no kernels in 8 bits here")
+    for name, options in (("net.onnx", {"dynamic": True}), ("net.onnx", {}), ("net.pt2", {})):
+        with pytest.raises(cs.InvalidInput, match=r"int8(.|\n)*int8=images"):
+            cs.export(copy, image, tmp_path / name, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 96), (96, 3)])
+def test_an_example_of_any_size_has_more_than_one_sample_along_a_side(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        cs.InvalidInput, match=f"{size[0]} x {size[1]} pixels is too small(.|\n)*dynamic=False"
+    ):
+        cs.export(net("edges", output_stride=(4, 8)), images(1, *size), tmp_path / "net.onnx", dynamic=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_file_that_is_wrong_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cadsurgery.network.export.onnx.difference", lambda *values: 0.5)
+    with pytest.raises(cs.CannotConvert, match="differs from the network by"):
+        cs.export(net("edges | budget:fraction=0.3"), picture(1, 72, 104), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("broken", ["out", "aux"])
+def test_a_difference_that_is_no_number_is_seen_in_any_output(broken: str) -> None:
+    expected = {"out": torch.ones(3), "aux": torch.full((2,), 4.0)}
+    assert difference(expected, expected) == 0.0
+    assert difference({**expected, "aux": torch.tensor([4.0, 3.0])}, expected) == 0.25
+    assert math.isnan(difference({**expected, broken: expected[broken] * math.nan}, expected))
+    with pytest.raises(cs.CannotConvert, match="nan"):
+        check_difference([difference({**expected, broken: expected[broken] * torch.nan}, expected), 0.0])
+
+
+def test_outputs_are_named_by_their_structure() -> None:
+    one = torch.ones(1)
+    assert output_names(one) == ("output",)
+    assert output_names({"out": one, "aux": one}) == ("out", "aux")
+    assert output_names([one, (one, one)]) == ("0", "1_0", "1_1")
+
+
+def test_it_is_compared_on_images_that_it_was_not_made_of() -> None:
+    image = picture(1, 16, 16)
+    assert not any(torch.equal(image, other) for other in more_images(image, None))
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_file(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from cadsurgery.cli.main import make_app
+
+    saved, path = tmp_path / "net.safetensors", tmp_path / "net.onnx"
+    model = cs.adaptify(cs.build_model("squeezenet1_1", "none"), "edges", verify_laws=False)
+    cs.save(model, saved)
+    told = CliRunner().invoke(
+        make_app(), ["export", str(saved), "-o", str(path), "--size", "64x96", "--dynamic", "--json"]
+    )
+    assert told.exit_code == 0, told.output
+    said = json.loads(told.stdout)
+    assert said["format"] == "onnx" and said["image"] == [None, 3, None, None] and path.is_file()

@@ -1,0 +1,749 @@
+"""Files of other people: they run nothing, allocate nothing large, and what is damaged is found."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import resource
+import struct
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run, images, rewritten
+from networks import randomise, strided
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import cadsurgery as cs
+import cadsurgery.support.provenance
+from cadsurgery.data.networks import Source
+from cadsurgery.masks.spec import parse
+from cadsurgery.network.storage import checksum, encode_with_checksum, read_metadata
+from cadsurgery.surgery.plan import Plan
+
+
+def trunk() -> nn.Module:
+    """A network that converts in milliseconds."""
+    parts = [nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1)]
+    return randomise(nn.Sequential(*parts, nn.Conv2d(4, 2, 1)))
+
+
+def own_trunk() -> nn.Module:
+    return trunk()
+
+
+def corners(image: Tensor) -> Tensor:
+    return image[:, :1, ::8, ::8]
+
+
+def corner_points(image: Tensor) -> list[Tensor]:
+    return [torch.zeros(1, 2) for _ in image]
+
+
+def adapted(mask: object = "edges:threshold=0.9,dilation=3") -> cs.AdaptiveModel:
+    torch.manual_seed(0)
+    return cs.adaptify(trunk(), mask, verify_laws=False, example_input=torch.zeros(1, 3, 32, 32))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    cs.save(adapted(), tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modules that names ask for; none is imported."""
+    asked: list[str] = []
+
+    def refuse(name: str) -> None:
+        asked.append(name)
+        raise ImportError(name)
+
+    monkeypatch.setattr(cadsurgery.support.provenance, "importlib", SimpleNamespace(import_module=refuse))
+    return asked
+
+
+def sourced(path: Path, **source: Any) -> Path:
+    stated = {"kwargs": {}, "weights": "own", "note": "", "mean": [0, 0, 0], "std": [1, 1, 1], **source}
+    return rewritten(path, lambda metadata: metadata.update(source=stated))
+
+
+# -- code ----------------------------------------------------------------------------------------------
+
+
+def test_a_network_that_a_file_names_is_not_called(saved: Path, imported: list[str], tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    sourced(saved, name="subprocess:getoutput", kwargs={"cmd": f"touch {proof}"})
+    with pytest.raises(cs.FileError) as caught:
+        cs.load(saved)
+    for word in ("subprocess:getoutput", f"cmd='touch {proof}'", "trust=True", "--trust", "model="):
+        assert word in str(caught.value)
+    assert not imported and not proof.exists()
+    net = cs.load(saved, trunk())  # what it names is not needed
+    assert not imported and net.source.untrusted == str(saved)
+
+
+def test_a_source_that_was_not_needed_is_not_called_later(saved: Path, imported: list[str]) -> None:
+    sourced(saved, name="subprocess:getoutput", kwargs={"cmd": "true"})
+    net = cs.load(saved, trunk())
+    with pytest.raises(cs.FileError, match="subprocess:getoutput"):
+        cs.evaluate(net, "scene:1", output_stride=[(2, 4)], rounds=0)
+    assert not imported
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["by name", "model="])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "saliency:function=os:system",
+        "keypoints:detector=os:system",
+        "edges + (saliency:function=os:system | budget) | dilate",
+        "saliency:function=cadsurgery.support.files:make_folder",
+    ],
+)
+def test_a_mask_that_a_file_names_is_not_imported(
+    saved: Path, imported: list[str], mask: str, given: bool
+) -> None:
+    if not given:
+        sourced(saved, name="torchvision:resnet18")
+    rewritten(saved, lambda metadata: metadata.update(mask=mask))
+    with pytest.raises(cs.FileError) as caught:
+        cs.load(saved, trunk() if given else None)
+    for word in (mask.partition("=")[2][:8].split(":")[0], "--trust", "trust=True", "mask="):
+        assert word in str(caught.value)
+    assert not imported
+
+
+def test_our_own_functions_and_a_mask_of_the_user_need_no_trust(saved: Path) -> None:
+    rewritten(saved, lambda metadata: metadata.update(mask="saliency"))
+    assert cs.load(saved, trunk()).mask.spec().startswith("saliency:function=cadsurgery.")
+    for mask in ("saliency:function=test_files:corners", "keypoints:detector=test_files:corner_points"):
+        assert cs.load(saved, trunk(), mask=mask).mask.spec().startswith(mask)
+        cs.save(adapted(mask), saved)
+        with pytest.raises(cs.FileError, match="test_files"):
+            cs.load(saved, trunk())
+        assert cs.load(saved, trunk(), trust=True).mask.spec().startswith(mask)
+        assert cs.load(saved, trunk(), mask="edges").mask.spec().startswith("edges")
+
+
+def test_a_file_of_a_network_of_ones_own_loads_with_trust(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    cs.save(cs.adaptify(cs.build_model("test_files:own_trunk"), verify_laws=False), path)
+    with pytest.raises(cs.FileError, match=r"test_files:own_trunk\(\)"):
+        cs.load(path)
+    net = cs.load(path, trust=True)
+    assert net.source.name == "test_files:own_trunk" and not net.source.untrusted
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"weights_backbone": "DEFAULT"},
+        {"weights": "DEFAULT"},
+        {"pretrained": True},
+        {"checkpoint_path": "/tmp/evil.pth"},
+        {"pretrained_cfg": {"url": "http://localhost/evil.pth"}},
+        {"pretrained_cfg_overlay": {"file": "/tmp/evil.pth"}},
+        {"cache_dir": "/tmp"},
+        {"num_classes": 10**9},
+        {"norm_layer": {"a": 1}},
+        {"out_indices": [[1]]},
+        {"progress": True},
+    ],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+def test_arguments_that_do_not_only_choose_a_shape_are_refused(
+    saved: Path, name: str, kwargs: dict[str, Any]
+) -> None:
+    with pytest.raises(cs.FileError, match=next(iter(kwargs))):
+        cs.load(sourced(saved, name=name, kwargs=kwargs))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("torchvision:regnet_y_128gf", {}),
+        ("torchvision:vgg19", {}),
+        ("timm:convnextv2_huge", {}),
+        ("torchvision:mobilenet_v2", {"width_mult": 100.0}),
+        ("torchvision:resnet50", {"width_per_group": 4096}),
+    ],
+)
+def test_a_network_far_larger_than_the_file_is_not_made(
+    saved: Path, name: str, kwargs: dict[str, Any]
+) -> None:
+    with pytest.raises(cs.FileError, match="larger than the tensors it holds"):
+        cs.load(sourced(saved, name=name, kwargs=kwargs))
+
+
+def test_the_limit_on_parameters_ends_with_the_call(saved: Path) -> None:
+    with pytest.raises(cs.FileError, match="larger"):
+        cs.load(sourced(saved, name="torchvision:vgg19"))
+    assert cs.build_model("torchvision:resnet50", "none") is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["timm:nosuch", "torchvision:nosuch", "nosuch", "", ":", "timm:", "x" * 10**5]
+)
+def test_a_network_that_is_not_here_is_refused(saved: Path, name: str) -> None:
+    with pytest.raises(cs.FileError):
+        cs.load(sourced(saved, name=name))
+
+
+def test_commands_take_trust(command_line: Run, tmp_path: Path) -> None:
+    """Every command that opens a converted file refuses what it names, and says how to go on; --trust does."""
+    usernets = "import torch.nn as nn\n\n\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), "
+    usernets += "nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 6, 1))\n"
+    (tmp_path / "usernets.py").write_text(usernets)
+    made = command_line(
+        "convert", "-m", "usernets:net", "--size", "32x32", "--rounds", 0, "-o", "net.safetensors"
+    )
+    assert made.code == 0, made.err
+    file, scene = "net.safetensors", ("--data", "scene:1", "--rounds", 0, "--mask", "none")
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    calls: list[tuple[object, ...]] = [
+        ("macs", "-m", file, "--size", "32x32"),
+        ("mask", "-m", file, "--size", "32x32"),
+        ("export", file, "--size", "32x32", "--mask", "none"),
+        ("eval", file, *scene),
+        ("keypoints", "extract", file, "image.png"),
+        ("finetune", file, "--data", "scene:1", "--validation-split", "", "-o", "run"),
+        ("run", file, "image.png"),
+    ]
+    for call in calls:
+        refused = command_line(*call)
+        assert refused.code == 1 and "usernets:net()" in refused.err and "--trust" in refused.err, call
+    for call in calls[:4]:
+        allowed = command_line(*call, "--trust")
+        assert "usernets:net()" not in allowed.err and allowed.code == 0, (call, allowed.err)
+
+
+# -- damage --------------------------------------------------------------------------------------------
+
+
+def parts_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return load_file(path), dict(file.metadata())
+
+
+def test_swapped_entries_are_found(saved: Path) -> None:
+    tensors, header = parts_of(saved)
+    tensors["0.bias"], tensors["3.bias"] = tensors["3.bias"], tensors["0.bias"]
+    save_file(tensors, saved, header)
+    with pytest.raises(cs.FileError, match="checksum"):
+        cs.load(saved, trunk())
+
+
+@pytest.mark.parametrize("change", [lambda t: t.reshape(2, 2), lambda t: t.view(torch.int32)])
+def test_another_shape_or_type_of_the_same_bytes_is_found(
+    saved: Path, change: Callable[[Tensor], Tensor]
+) -> None:
+    tensors, header = parts_of(saved)
+    save_file({**tensors, "0.bias": change(tensors["0.bias"])}, saved, header)
+    with pytest.raises(cs.FileError, match="checksum"):
+        cs.load(saved, trunk())
+
+
+def test_changed_metadata_are_found_without_reading_tensors(saved: Path) -> None:
+    tensors, header = parts_of(saved)
+    header["cadsurgery"] = header["cadsurgery"].replace('"linear"', '"nearest"')
+    save_file(tensors, saved, header)
+    for read in (lambda: cs.load(saved, trunk()), lambda: read_metadata(saved)):
+        with pytest.raises(cs.FileError, match="checksum"):
+            read()
+
+
+def test_a_file_without_its_checksum_is_refused(saved: Path) -> None:
+    tensors, header = parts_of(saved)
+    metadata = json.loads(header["cadsurgery"])
+    del metadata["sha256"]
+    header["cadsurgery"] = json.dumps(metadata)
+    save_file(tensors, saved, header)
+    with pytest.raises(cs.FileError, match="checksum"):
+        cs.load(saved, trunk())
+
+
+# -- files of format 1 ---------------------------------------------------------------------------------
+
+
+def as_format_1(path: Path, change: Callable[[dict[str, Any]], object] = lambda plan: None) -> Path:
+    """As the version before wrote it; `change` gets the plan."""
+    tensors, header = parts_of(path)
+    metadata = json.loads(header["cadsurgery"])
+    plan = json.loads(metadata["plan"])
+    change(plan)
+    metadata |= {"format": 1, "plan": json.dumps(plan)}
+    del metadata["tensors"], metadata["sha256"]
+    save_file(tensors, path, {"cadsurgery": json.dumps(metadata)})
+    return path
+
+
+def of_region(plan: dict[str, Any]) -> dict[str, Any]:
+    """The first decision that makes an operation adaptive."""
+    return next(decision for decision in plan["decisions"] if decision["action"] == "adapt")
+
+
+def worded_otherwise(plan: dict[str, Any]) -> None:
+    del plan["matters"], plan["part"]
+    plan["outputs"] = []
+    for decision in plan["decisions"]:
+        decision |= {"reason": "in other words", "cost": 0, "layout": ""}
+        decision["leaves"] = ""
+
+
+def test_a_file_of_format_1_loads_with_a_warning(saved: Path) -> None:
+    expected, image = cs.load(saved, trunk()), images(1, 33, 47)
+    with pytest.warns(cs.CadWarning, match="without checksums"):
+        net = cs.load(as_format_1(saved), trunk())
+    assert torch.equal(net(image), expected(image))
+
+
+def test_a_plan_of_format_1_is_held_against_its_geometry_only(saved: Path) -> None:
+    with pytest.warns(cs.CadWarning):
+        assert cs.load(as_format_1(saved, worded_otherwise), trunk()).plan == adapted().plan
+
+
+@pytest.mark.filterwarnings("ignore::cadsurgery.errors.CadWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan.update(decisions=plan["decisions"][:-2]),
+        lambda plan: of_region(plan)["window"].__setitem__(1, 3),
+        lambda plan: of_region(plan).update(action="keep"),
+    ],
+    ids=["a decision less", "another stride", "another action"],
+)
+def test_another_geometry_of_format_1_is_refused(saved: Path, change: Callable[..., object]) -> None:
+    with pytest.raises(cs.FileError, match=r"another plan|damaged"):
+        cs.load(as_format_1(saved, change), trunk())
+
+
+def test_a_file_of_format_2_is_held_against_its_whole_plan(saved: Path) -> None:
+    def change(metadata: dict[str, Any]) -> None:
+        plan = json.loads(metadata["plan"])
+        worded_otherwise(plan)
+        metadata["plan"] = json.dumps(plan)
+
+    with pytest.raises(cs.FileError, match="another plan"):
+        cs.load(rewritten(saved, change), trunk())
+
+
+def test_the_command_line_says_in_a_line_that_a_file_has_no_checksum(
+    command_line: Run, tmp_path: Path
+) -> None:
+    net = cs.adaptify(cs.build_model("resnet18", "none"), "none", verify_laws=False)
+    cs.save(net, tmp_path / "net.safetensors")
+    quiet = command_line("macs", "-m", "net.safetensors", "--size", "64x64")
+    assert quiet.code == 0 and "warning" not in quiet.err
+    as_format_1(tmp_path / "net.safetensors")
+    told = command_line("macs", "-m", "net.safetensors", "--size", "64x64", "--json")
+    assert told.code == 0 and told.json and "warning: net.safetensors was written without" in told.err
+
+
+# -- malformed metadata --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *("(" * 100_000, "(" * 100_000 + "edges" + ")" * 100_000, "x" * 100_000, "smooth"),
+        *("edges" + " | budget" * 2000, "edges + " * 2000, "learned:channels=900000/900000/900000"),
+    ],
+    ids=lambda mask: mask[:12],
+)
+def test_a_mask_that_cannot_be_made_is_refused(saved: Path, mask: str) -> None:
+    with pytest.raises(cs.FileError):
+        cs.load(rewritten(saved, lambda metadata: metadata.update(mask=mask)), trunk())
+
+
+def test_masks_of_the_user_are_not_endless_either() -> None:
+    parse("edges" + " | dilate" * 60)
+    for mask in ("(" * 100_000, "edges" + " | dilate" * 2000):
+        with pytest.raises(cs.InvalidInput, match="at most 64"):
+            parse(mask)
+
+
+@pytest.mark.parametrize("mask", ["random:block={}", "edges:dilation={}", "none | dilate:size={}"])
+def test_a_mask_of_huge_windows_asks_for_no_memory(saved: Path, mask: str) -> None:
+    """Nor another map than windows that just hold the image."""
+    found = []
+    for side in (127, 10**17 + 1):
+        rewritten(saved, lambda metadata, side=side: metadata.update(mask=mask.format(side)))
+        torch.manual_seed(0)
+        net = cs.load(saved, trunk())
+        net(example())
+        found.append(net.levels)
+    assert torch.equal(*found)
+    with pytest.raises(cs.FileError, match="sigma"):
+        cs.load(rewritten(saved, lambda metadata: metadata.update(mask="confidence:sigma=1e9")), trunk())
+
+
+def test_tensors_of_a_mask_of_another_size_than_it_says_are_refused(tmp_path: Path) -> None:
+    net = adapted("learned:channels=8/6/4")
+    net(images(1, 32, 32))
+    cs.save(net, tmp_path / "net.safetensors")
+    spec = net.mask.spec().replace("8/6/4", "4096/4096/4096")
+    with pytest.raises(cs.FileError, match="do not fit"):
+        cs.load(rewritten(tmp_path / "net.safetensors", lambda metadata: metadata.update(mask=spec)), trunk())
+
+
+@pytest.mark.parametrize(
+    "shape", [[1, 3, 20_000, 20_000], [0, 3, 32, 32], [3, 32, 32], [1, 3, -1, 32], [2**62] * 4]
+)
+def test_an_example_that_is_none_or_too_large_is_refused_before_it_is_made(
+    saved: Path, shape: list[int]
+) -> None:
+    def change(metadata: dict[str, Any]) -> None:
+        metadata["plan"] = json.dumps({**json.loads(metadata["plan"]), "example_shape": shape})
+
+    with pytest.raises(cs.FileError, match="example"):
+        cs.load(rewritten(saved, change), trunk())
+
+
+class Two(nn.Module):
+    """Takes an image and a second tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = trunk()
+
+    def forward(self, image: Tensor, shift: Tensor) -> Tensor:
+        return self.trunk(image) + shift.mean()
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        ({"shift": {"tensor": [20_000, 40_000], "dtype": "float32"}}, "800003072 values is too large"),
+        (
+            {"shift": {"list": [{"tensor": [2**13, 2**11], "dtype": "int8"}] * 3}},
+            "50334720 values is too large",
+        ),
+        ({"shift": {"tensor": [2**62, 2**62], "dtype": "float32"}}, "damaged"),
+        ({"shift": {"tensor": [4], "dtype": "Tensor"}}, "damaged"),
+        ({"shift": {"nothing": [4]}}, "damaged"),
+    ],
+)
+def test_arguments_of_a_call_that_are_none_or_too_large_are_refused_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: dict[str, Any], why: str
+) -> None:
+    path, model = tmp_path / "net.safetensors", Two().eval()
+    example = {"image": torch.zeros(1, 3, 32, 32), "shift": torch.zeros(2)}
+    cs.save(cs.adaptify(model, "none", verify_laws=False, example_input=example), path)
+
+    def change(metadata: dict[str, Any]) -> None:
+        plan = json.loads(metadata["plan"])
+        metadata["plan"] = json.dumps({**plan, "call": json.dumps({**json.loads(plan["call"]), **call})})
+
+    made, zeros = [], torch.zeros
+
+    def note(*args: Any, **options: Any) -> Tensor:
+        made.extend([args] if options.get("device") != "meta" else [])
+        return zeros(*args, **options)
+
+    monkeypatch.setattr(torch, "zeros", note)
+    with pytest.raises(cs.FileError, match=why):
+        cs.load(rewritten(path, change), model)
+    assert not made
+
+
+@pytest.mark.parametrize("option", ["hidden", "classes"])
+def test_heads_wider_than_all_tensors_of_the_file_are_not_made(tmp_path: Path, option: str) -> None:
+    path, model = tmp_path / "net.safetensors", deep_trunk()
+    cs.save(cs.anytime(model, classes=2, example_input=torch.zeros(1, 3, 64, 64)), path)
+
+    def change(metadata: dict[str, Any]) -> None:
+        metadata["options"][option] = 2**40
+
+    with pytest.raises(cs.FileError, match=f"layers of {2**40} channels"):
+        cs.load(rewritten(path, change), model)
+
+
+def deep_trunk() -> nn.Module:
+    """A trunk with enough steps for exits."""
+    return randomise(strided(4, norm=True, outputs=2))
+
+
+def test_integers_in_place_of_numbers_are_refused(saved: Path) -> None:
+    tensors, header = parts_of(saved)
+    save_file({**tensors, "1.running_var": torch.ones(4, dtype=torch.int64)}, saved, header)
+    with pytest.raises(cs.FileError, match=r"1\.running_var"):
+        cs.load(rewritten(saved, lambda metadata: None), trunk())
+
+
+@pytest.mark.parametrize("levels", [torch.zeros(8, 8), torch.zeros(8, dtype=torch.int64)])
+def test_a_stored_mask_that_is_no_level_map_is_refused(tmp_path: Path, levels: Tensor) -> None:
+    path = tmp_path / "net.safetensors"
+    cs.save(adapted(torch.zeros(8, 8, dtype=torch.int64)), path)
+    tensors, header = parts_of(path)
+    save_file({**tensors, "cadsurgery.mask.levels": levels}, path, header)
+    with pytest.raises(cs.FileError, match="level"):
+        cs.load(rewritten(path, lambda metadata: None), trunk())
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text", [DEEP, '{"format": 2, "plan": ' + DEEP + "}", '{"format": 1e400}', '{"format": true}', "[]"]
+)
+def test_metadata_that_are_no_metadata_are_refused(saved: Path, text: str) -> None:
+    save_file(load_file(saved), saved, {"cadsurgery": text})
+    for read in (lambda: cs.load(saved, trunk()), lambda: read_metadata(saved)):
+        with pytest.raises(cs.FileError, match="damaged"):
+            read()
+
+
+def test_a_plan_that_contradicts_itself_is_refused_before_it_is_printed(
+    command_line: Run, tmp_path: Path
+) -> None:
+    cs.save(adapted(), tmp_path / "net.safetensors")
+
+    def change(metadata: dict[str, Any]) -> None:
+        plan = json.loads(metadata["plan"])
+        of_region(plan)["stages"] = [0, 9]
+        metadata["plan"] = json.dumps(plan)
+
+    rewritten(tmp_path / "net.safetensors", change)
+    found = command_line("plan", "-m", "net.safetensors")
+    assert found.code == 1 and "FileError" in found.err and "stages" in found.err
+
+
+def test_a_plan_from_before_a_field_with_a_default_reads() -> None:
+    plan = adapted().plan
+    values = json.loads(plan.to_json())
+    del values["matters"], values["part"]
+    assert Plan.from_json(json.dumps(values)) == plan
+    del values["strides"]
+    with pytest.raises(TypeError):
+        Plan.from_json(json.dumps(values))
+
+
+def test_a_source_goes_through_plain_values() -> None:
+    source = Source("timm:resnet18", {"num_classes": 3, "out_indices": [1, 2]}, untrusted="net.safetensors")
+    again = Source.from_dict(json.loads(json.dumps(source.to_dict())))
+    assert again == source and not again.untrusted
+    for values in (
+        {"untrusted": ""},
+        {"std": [0.0, 1.0, 1.0]},
+        {"mean": [float("inf")]},
+        {"kwargs": []},
+        {"name": 3},
+    ):
+        with pytest.raises(ValueError):
+            Source.from_dict({**source.to_dict(), **values})
+
+
+# -- mutations -----------------------------------------------------------------------------------------
+
+EXTREMES: tuple[Any, ...] = (
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        3,
+        7,
+        2**31,
+        2**63,
+        -(2**63),
+        10**4000,
+        1.5,
+        1e308,
+        float("nan"),
+        float("inf"),
+    ),
+    *(
+        "",
+        "x",
+        "all",
+        "none",
+        "(" * 5000,
+        "edges" + " | dilate" * 300,
+        "os:system",
+        "timm:resnet18",
+        "\0\ud7ff",
+    ),
+    *([], {}, [[]], [0], [1, 2], [None] * 1000, {"a": {"b": [1]}}, [2**40] * 4, [1, 3, 20_000, 20_000]),
+    *(
+        "saliency:function=os:system",
+        "torchvision:resnet18",
+        "torchvision:regnet_y_128gf",
+        "random:block=99999999999",
+    ),
+)
+
+
+@cache
+def original() -> tuple[bytes, dict[str, Any], dict[str, Tensor], Tensor]:
+    """A file, its metadata and tensors, and what its network gives."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.safetensors"
+        net = adapted(torch.randint(0, 2, (32, 32)))
+        net.source = Source("torchvision:squeezenet1_1", {"num_classes": 2})
+        cs.save(net, path)
+        tensors, header = parts_of(path)
+        with torch.no_grad():
+            return path.read_bytes(), json.loads(header["cadsurgery"]), tensors, net(example())
+
+
+def example() -> Tensor:
+    return torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all values within plain values."""
+    yield path
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, entry in entries:
+        yield from places(entry, (*path, key))
+
+
+def with_changed_value(draw: random.Random, values: Any) -> Any:
+    """The same, one value removed, doubled or replaced by another type or an extreme."""
+    where = draw.choice([path for path in places(values) if path])
+    parent = values
+    for key in where[:-1]:
+        parent = parent[key]
+    way = draw.randrange(8)
+    if way == 0 or (way == 1 and isinstance(parent, list)):
+        del parent[where[-1]]
+    elif way == 1:
+        parent[f"{where[-1]}_"] = parent[where[-1]]
+    elif way == 2 and isinstance(parent[where[-1]], (int, str)):
+        value = parent[where[-1]]
+        parent[where[-1]] = len(value) if isinstance(value, str) else str(value)
+    elif way == 3:
+        parent[where[-1]] = [parent[where[-1]]]
+    else:
+        parent[where[-1]] = copy.deepcopy(draw.choice(EXTREMES))
+    return values
+
+
+def damaged_bytes(draw: random.Random, path: Path) -> None:
+    """The file with bits flipped, a part cut out, repeated or overwritten; nothing is signed anew."""
+    data = bytearray(original()[0])
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    for _ in range(draw.choice((1, 1, 1, 2, 8))):
+        at = draw.randrange(len(data)) if draw.random() < 0.5 else draw.randrange(min(header + 64, len(data)))
+        way = draw.randrange(6)
+        if way < 3:
+            data[at] ^= 1 << draw.randrange(8)
+        elif way == 3:
+            data[at] = draw.choice(b'0129"{}[]:,\\- \x00\xff')
+        elif way == 4:
+            del data[at : at + draw.choice((1, 4, 64))]
+        else:
+            data[at:at] = data[at : at + draw.choice((1, 4, 64))]
+        if not data:
+            break
+    path.write_bytes(bytes(data))
+
+
+def signed(path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    metadata.pop("sha256", None)
+    save_file(tensors, path, {"cadsurgery": encode_with_checksum(metadata)})
+
+
+def malicious_metadata(draw: random.Random, path: Path) -> None:
+    """Metadata, plan or source changed by somebody who knows how to sign them."""
+    _, metadata, tensors, _ = original()
+    metadata = copy.deepcopy(metadata)
+    for _ in range(draw.choice((1, 1, 2))):
+        if draw.random() < 0.5:
+            metadata["plan"] = (
+                json.dumps(with_changed_value(draw, json.loads(metadata["plan"])))
+                if isinstance(metadata.get("plan"), str) and metadata["plan"].startswith("{")
+                else ""
+            )
+        else:
+            metadata = with_changed_value(draw, metadata)
+    signed(path, metadata, tensors)
+
+
+def malicious_tensors(draw: random.Random, path: Path) -> None:
+    """Tensors swapped, dropped, of another type or shape, and signed."""
+    _, metadata, tensors, _ = original()
+    tensors = dict(tensors)
+    a, b = draw.sample(sorted(tensors), 2)
+    way = draw.randrange(6)
+    if way == 0:
+        tensors[a], tensors[b] = tensors[b].clone(), tensors[a].clone()
+    elif way == 1:
+        del tensors[a]
+    elif way == 2:
+        kinds = (
+            torch.int8,
+            torch.int64,
+            torch.bool,
+            torch.float64,
+            torch.bfloat16,
+            torch.uint16,
+            torch.float8_e4m3fn,
+        )
+        tensors[a] = tensors[a].to(draw.choice((*kinds, torch.complex64)))
+    elif way == 3:
+        tensors[a] = tensors[a].reshape(-1).repeat(draw.choice((0, 1, 2)))
+    elif way == 4:
+        tensors[a] = torch.zeros(draw.choice(((0, 2**40), (1, 0), (), (1,) * 9)))
+    else:
+        tensors[f"{a}{draw.choice('._0x')}"] = tensors.pop(a)
+    signed(path, {**metadata, "tensors": checksum(tensors)}, tensors)
+
+
+WAYS = (damaged_bytes, damaged_bytes, malicious_metadata, malicious_metadata, malicious_tensors)
+
+
+def check_mutation(seed: int, path: Path) -> str:
+    """What became of a mutated file: refused, the same network, or, if it was signed, another one that works."""
+    draw = random.Random(seed)
+    way = WAYS[seed % len(WAYS)]
+    way(draw, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", cs.CadWarning)
+        try:
+            net = cs.load(path, trunk() if seed % 20 else None)
+        except cs.FileError:
+            return "refused"
+        except cs.CadWarning:
+            assert way is not damaged_bytes, seed
+            return "refused"
+    if way is damaged_bytes:
+        with torch.no_grad():
+            assert torch.equal(net(example()), original()[3]), seed
+        return "the same"
+    return "another"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_mutated_files_are_refused_or_the_same(part: int, tmp_path: Path, imported: list[str]) -> None:
+    """Two thousand, 500 a part: nothing but FileError, nothing imported, no large allocation."""
+    original()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    modules = set(sys.modules)
+    found = [
+        check_mutation(seed, tmp_path / "net.safetensors") for seed in range(500 * part, 500 * (part + 1))
+    ]
+    assert found.count("refused") > 400
+    assert not imported and not {"nt", "antigravity"} & (set(sys.modules) - modules)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "a gigabyte"  # counts KiB

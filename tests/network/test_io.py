@@ -1,0 +1,352 @@
+"""Files: what is saved comes back bit for bit, whole or not at all, without pickle."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import struct
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import images
+from networks import PooledSegmenter, adapted, randomise
+from safetensors import safe_open
+from torch import nn
+
+import cadsurgery as cs
+import cadsurgery.network.storage
+from cadsurgery.masks import Budget, EdgeMask, FixedMask
+from cadsurgery.surgery.plan import Plan
+
+
+def segmenter(**options: Any) -> nn.Module:
+    return randomise(PooledSegmenter(**options))
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"fill": "nearest"},
+    {"anchor": "center", "fill": "nearest"},
+    {"pool": "drop"},
+    {"patch": "block"},
+    {"statistics": "element"},
+    {"region": "backbone"},
+    {"region": ["backbone", "classifier"]},
+    {"output_stride": (8, 16)},
+    {"output_stride": (4, 32), "anchor": "center", "fill": "nearest", "pool": "drop", "patch": "block"},
+]
+
+
+# -- round trips ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options) or "defaults")
+def test_a_saved_network_comes_back_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    net, image = adapted(**options), images(2, 97, 129)
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", model=segmenter())
+    assert again.plan == net.plan and again.geometry == net.geometry
+    for name, value in options.items():
+        stored = getattr(again.geometry, name, None) or getattr(again.plan, name)
+        assert stored == (tuple(value) if isinstance(value, list) else value)
+    assert again.mask.spec() == net.mask.spec()
+    assert not again.training
+    assert torch.equal(again(image)["out"], net(image)["out"])
+    assert torch.equal(again.levels, net.levels)
+
+
+def test_parameters_and_buffers_come_back_bit_for_bit(tmp_path: Path) -> None:
+    net = adapted()
+    cs.save(net, tmp_path / "net.safetensors")
+    found, expected = cs.load(tmp_path / "net.safetensors", segmenter()).state_dict(), net.state_dict()
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions_come_back_into_a_network_of_that_precision(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    net = cs.adaptify(segmenter().to(dtype), "none", verify_laws=False)
+    cs.save(net, tmp_path / "net.safetensors")
+    again, image = cs.load(tmp_path / "net.safetensors", segmenter().to(dtype)), images(1, 65, 97, dtype)
+    assert again(image)["out"].dtype == dtype
+    assert torch.equal(again(image)["out"], net(image)["out"])
+
+
+@pytest.mark.smoke
+def test_a_network_built_by_name_comes_back_without_the_model(tmp_path: Path) -> None:
+    model = randomise(cs.build_model("resnet18", "none", num_classes=7))
+    net, image = cs.adaptify(model, "edges", output_stride=(16, 32), verify_laws=False), images(2, 65, 97)
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors")
+    assert again.source == net.source and again.source.name == "torchvision:resnet18"
+    assert again(image).shape == (2, 7)
+    assert torch.equal(again(image), net(image))
+    assert torch.equal(again(image, mask="none"), net(image, mask="none"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_built_by_name_comes_back_in_its_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    net = cs.adaptify(cs.build_model("test_io:segmenter", "none").to(dtype), "none", verify_laws=False)
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", trust=True)
+    for name, value in net.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype
+        assert torch.equal(again.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("name", ["test_io:segmenter", "timm:test_resnet"])
+def test_own_functions_and_timm_names_build_again(tmp_path: Path, name: str) -> None:
+    net = cs.adaptify(randomise(cs.build_model(name, "none")), "none", verify_laws=False)
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", trust=name.startswith("test_io"))
+    image = images(1, 97, 129)
+    found, expected = (torch.utils._pytree.tree_leaves(side(image)) for side in (again, net))
+    assert found and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert again.source == net.source
+
+
+def test_a_file_given_as_weights_is_remembered_by_its_name_and_not_where_it_lay(tmp_path: Path) -> None:
+    torch.save(segmenter().state_dict(), tmp_path / "weights.pth")
+    model = cs.build_model("test_io:segmenter", str(tmp_path / "weights.pth"))
+    cs.save(cs.adaptify(model, "none", verify_laws=False), tmp_path / "net.safetensors")
+    net = cs.load(tmp_path / "net.safetensors", trust=True)
+    assert net.source.weights == "weights.pth" and net.source.note == "weights from weights.pth"
+    assert str(tmp_path).encode() not in (tmp_path / "net.safetensors").read_bytes()
+
+
+def test_saving_what_was_loaded_writes_the_same_file(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    cs.save(cs.adaptify(cs.build_model("test_io:segmenter", "none"), verify_laws=False), first)
+    cs.save(cs.load(first, trust=True), second)
+    assert first.read_bytes() == second.read_bytes()
+
+
+# -- masks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["all", "none", "edges:threshold=0.9/0.2,dilation=5/15", "random:seed=4"])
+def test_a_mask_comes_back_with_its_options(tmp_path: Path, mask: str) -> None:
+    net = adapted(mask)
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", segmenter())
+    assert type(again.mask) is type(net.mask) and again.mask.options() == net.mask.options()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64])
+def test_a_tensor_as_mask_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    levels = torch.randint(0, 2, (2, 12, 16)).to(dtype)
+    net, image = adapted(levels), images(2, 97, 129)
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", segmenter())
+    assert isinstance(again.mask, FixedMask)
+    assert again.mask.levels.dtype == dtype and torch.equal(again.mask.levels, levels)
+    assert torch.equal(again(image)["out"], net(image)["out"])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    ["edges:threshold=0.15,dilation=7", "random:seed=1", torch.randint(0, 2, (1, 12, 16)), "none | budget"],
+)
+def test_a_wrapped_mask_is_stored_with_what_it_wraps(tmp_path: Path, mask: object) -> None:
+    net, image = adapted(Budget(mask, 0.4, per_batch=True)), images(2, 96, 128)
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", segmenter())
+    assert again.mask.spec() == net.mask.spec() and isinstance(again.mask, Budget)
+    assert torch.equal(again(image)["out"], net(image)["out"])
+    assert torch.equal(again.levels, net.levels) and 0 < again.active_fraction < 1
+
+
+def test_a_wrapper_of_a_function_is_as_little_stored_as_the_function(tmp_path: Path) -> None:
+    cs.save(adapted(Budget(lambda image: image[:, 0, ::8, ::8] > 0, 0.4)), tmp_path / "net.safetensors")
+    with pytest.raises(cs.FileError, match="a function or provider of your own"):
+        cs.load(tmp_path / "net.safetensors", segmenter())
+
+
+@pytest.mark.parametrize("stored", ["none", torch.zeros(12, 16, dtype=torch.long), lambda image: None])
+def test_a_mask_given_to_load_replaces_the_stored_one(tmp_path: Path, stored: object) -> None:
+    cs.save(adapted(stored), tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", segmenter(), mask=EdgeMask(0.5, 3))
+    assert again.mask.spec() == "edges:threshold=0.5,dilation=3"
+    again(images(1, 65, 65))
+    assert again.levels.shape == (1, 8, 8)
+
+
+def test_a_mask_given_to_one_call_is_not_saved(tmp_path: Path) -> None:
+    net = adapted("none")
+    net(images(1, 65, 65), mask="all")
+    cs.save(net, tmp_path / "net.safetensors")
+    assert cs.load(tmp_path / "net.safetensors", segmenter()).mask.spec() == "none"
+
+
+# -- the file ------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_a_json_header_and_tensors_and_nothing_else(tmp_path: Path) -> None:
+    net = adapted()
+    cs.save(net, tmp_path / "net.safetensors")
+    data = (tmp_path / "net.safetensors").read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    metadata = json.loads(header.pop("__metadata__")["cadsurgery"])
+    spans = sorted(entry["data_offsets"] for entry in header.values())
+    assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length
+    assert all(end == start for (_, end), (start, _) in pairwise(spans))
+    assert header.keys() == net.state_dict().keys()
+    assert metadata["format"] == 3
+    assert metadata["mask"] == net.mask.spec() and metadata["source"] is None
+    assert {"cadsurgery", "torch"} <= metadata["versions"].keys()
+    assert Plan.from_json(metadata["plan"]) == net.plan
+
+
+def test_safetensors_itself_reads_the_file(tmp_path: Path) -> None:
+    net = adapted(torch.zeros(12, 16, dtype=torch.int8))
+    cs.save(net, tmp_path / "net.safetensors")
+    with safe_open(tmp_path / "net.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        state = {name: file.get_tensor(name) for name in net.state_dict()}
+    assert names - state.keys() == {"cadsurgery.mask.levels"}
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in state.items())
+
+
+def test_metadata_is_read_without_the_tensors(tmp_path: Path) -> None:
+    net = adapted(patch="block")
+    cs.save(net, tmp_path / "net.safetensors")
+    found = cadsurgery.network.storage.read_metadata(tmp_path / "net.safetensors")
+    assert found["options"]["patch"] == "block" and Plan.from_json(found["plan"]) == net.plan
+
+
+@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()], ids=["OSError", "interrupt"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_write_that_fails_leaves_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, existing: bool
+) -> None:
+    path = tmp_path / "net.safetensors"
+    if existing:
+        cs.save(adapted("none"), path)
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+
+    def broken(tensors: object, file: str, metadata: object) -> None:
+        Path(file).write_bytes(b"half of it")
+        raise failure
+
+    monkeypatch.setattr(cadsurgery.network.storage, "save_file", broken)
+    with pytest.raises(cs.FileError if isinstance(failure, OSError) else KeyboardInterrupt):
+        cs.save(adapted("all"), path)
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+
+
+def test_saving_again_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    cs.save(adapted("none"), path)
+    cs.save(adapted("all"), str(path))
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert cs.load(str(path), segmenter()).mask.spec() == "all"
+
+
+def test_a_file_name_alone_means_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cs.save(adapted(), "net.safetensors")
+    assert cs.load("net.safetensors", segmenter()).plan == adapted().plan
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"")
+    cs.save(adapted(), tmp_path / "net.safetensors")
+    assert oct((tmp_path / "net.safetensors").stat().st_mode) == oct((tmp_path / "other").stat().st_mode)
+
+
+# -- plans ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options) or "defaults")
+def test_a_plan_goes_through_json(options: dict[str, Any]) -> None:
+    plan = adapted(**options).plan
+    again = Plan.from_json(plan.to_json())
+    assert again == plan and hash(again) == hash(plan)
+    assert str(again) == str(plan) and again.to_json() == plan.to_json()
+
+
+def test_a_plan_of_a_dilated_network_goes_through_json() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(4 if i else 3, 4, 3, 2, 1) for i in range(3)),
+        nn.Conv2d(4, 4, 3, 1, 2, 2),
+        nn.Conv2d(4, 4, 3, 1, 4, 4),
+    )
+    plan = cs.plan(model)
+    assert plan.output_stride == (8, 32) and plan.identity_level == 0
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+# -- weights in and out --------------------------------------------------------------------------------
+
+
+def test_weights_of_the_converted_network_load_into_the_original_architecture(tmp_path: Path) -> None:
+    net, original = adapted("none"), segmenter()
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    original.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True))
+    image = images(2, 96, 128)
+    assert torch.equal(original.backbone(image), net.get_submodule("backbone")(image))
+
+
+def test_weights_of_the_original_load_into_the_converted_network() -> None:
+    original, net = segmenter(), adapted("none")
+    net.load_state_dict(original.state_dict())
+    assert list(net.state_dict()) == list(original.state_dict())
+    fresh, image = cs.adaptify(original, "none", verify_laws=False), images(2, 97, 129)
+    assert torch.equal(net(image)["out"], fresh(image)["out"])
+
+
+def test_weights_trained_in_the_converted_network_load_into_the_original_architecture() -> None:
+    net, original = adapted("random:fraction=0.5,seed=1").train(), segmenter()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimiser = torch.optim.SGD(net.parameters(), 0.1)
+    net(images(2, 65, 97))["out"].square().mean().backward()
+    optimiser.step()
+    assert all(not torch.equal(value, before[name]) for name, value in net.named_parameters())
+    original.load_state_dict(net.state_dict())
+    assert all(torch.equal(value, original.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+def test_a_checkpoint_of_the_converted_network_is_a_weights_file(tmp_path: Path) -> None:
+    net = adapted()
+    cs.save(net, tmp_path / "net.safetensors")
+    model = cs.build_model("test_io:segmenter", str(tmp_path / "net.safetensors"))
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+# -- copies --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("mask", ["edges:threshold=0.5,dilation=3", torch.zeros(12, 16, dtype=torch.long)])
+def test_a_copy_is_the_same_network_and_shares_nothing(duplicate: Any, mask: object) -> None:
+    net, image = adapted(mask), images(2, 97, 129)
+    expected = net(image)["out"]
+    levels = net.levels.clone()
+    twin = duplicate(net)
+    assert twin.plan == net.plan and twin.geometry == net.geometry and twin.training == net.training
+    assert torch.equal(twin(image)["out"], expected)
+    twin(image, mask="all")
+    assert torch.equal(net.levels, levels)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.mask = "none"
+    assert torch.equal(net(image)["out"], expected)
+
+
+def test_a_copy_keeps_its_training_mode() -> None:
+    for training in (True, False):
+        twin = copy.deepcopy(adapted().train(training))
+        assert all(module.training == training for module in twin.modules())

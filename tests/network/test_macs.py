@@ -1,0 +1,308 @@
+"""Law 7: the MACs counted from the plan are those that run; they grow with the map; the published totals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from conftest import covering, images, random_levels, slow
+from networks import build
+from ptflops import get_model_complexity_info
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import get_model
+
+import cadsurgery as cs
+from cadsurgery.network.macs import dense_macs
+
+
+def convolutions(*layers: tuple[int, int, int], width: int = 8, **options: Any) -> nn.Sequential:
+    """Convolutions only; each layer is (kernel, stride, dilation)."""
+    modules, channels = [], 3
+    for kernel, stride, dilation in layers:
+        padding = dilation * (kernel // 2)
+        modules.append(nn.Conv2d(channels, width, kernel, stride, padding, dilation, **options))
+        channels = width
+    return nn.Sequential(*modules).eval()
+
+
+STRIDED = [(3, 2, 1), (3, 2, 1), (3, 2, 1), (3, 2, 1), (3, 1, 1), (1, 1, 1), (3, 2, 1), (3, 1, 1)]
+DILATED = [(3, 2, 1), (3, 2, 1), (3, 2, 1), (3, 1, 1), (3, 1, 2), (1, 1, 1), (3, 1, 2), (3, 1, 4)]
+
+
+class Mixed(nn.Module):
+    """Grouped, depthwise, pointwise and biased convolutions, pooling, a residual connection, norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
+        self.grouped = nn.Conv2d(8, 16, 3, 2, 1, groups=4)
+        self.depthwise = nn.Conv2d(16, 16, 5, 1, 2, groups=16, bias=False)
+        self.shortcut = nn.Conv2d(8, 16, 1, 2)
+        self.pool = nn.AvgPool2d(2)
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.depthwise(self.grouped(x)) + self.shortcut(x)
+        return self.head(self.pool(torch.relu(x)))
+
+
+def executed(model: nn.Module, *args: object, **kwargs: object) -> int:
+    """Multiply-accumulates that torch sees while the network really runs."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+def of_zeros(make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` builds at its full width, without the time that random weights take: counts do not ask for them."""
+    with torch.device("meta"):
+        model = make()
+    model.to_empty(device="cpu")
+    for value in model.state_dict().values():
+        value.zero_()
+    return model.eval()
+
+
+def by_ptflops(model: nn.Module, size: tuple[int, int]) -> int:
+    found = get_model_complexity_info(
+        model,
+        (3, *size),
+        as_strings=False,
+        print_per_layer_stat=False,
+        ignore_modules=[nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d],
+        backend_specific_config={"count_functional": False},
+    )
+    return int(found[0])
+
+
+MODELS = {
+    "strided": lambda: convolutions(*STRIDED),
+    "dilated": lambda: convolutions(*DILATED),
+    "mixed": lambda: Mixed().eval(),
+}
+
+
+# -- what is counted is what runs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    covering(
+        [*MODELS], [{}, {"fill": "nearest"}, {"fill": "nearest", "anchor": "center"}, {"patch": "block"}]
+    ),
+)
+def test_macs_of_a_mixed_map_are_those_that_run(name: str, options: dict[str, Any]) -> None:
+    net, image = cs.adaptify(MODELS[name](), verify_laws=False, **options), images(2, 97, 161)
+    net(image, mask="none")
+    size = tuple(net.levels.shape[1:])
+    levels = random_levels(2, size, net.plan.stage_strides, patch=options.get("patch", "quadtree"))
+    assert len(levels.unique()) > 1
+    report = net.macs(image, mask=levels)
+    assert report.mask == executed(net, image, mask=levels)
+    assert report.active_fraction == net.active_fraction
+
+
+def test_memory_of_a_call_in_inference_mode_serves_calls_outside_it() -> None:
+    net, image = cs.adaptify(build("resnet18"), "none", verify_laws=False), images(1, 97, 129)
+    net(image)
+    levels = random_levels(1, tuple(net.levels.shape[1:]), net.plan.stage_strides)
+    with torch.inference_mode():
+        inside = net(image, mask=levels)
+    # Counted, layers gather their rows, into memory that the thread keeps from call to call.
+    with torch.no_grad(), FlopCounterMode(display=False):
+        outside = net(image, mask=levels)
+    torch.testing.assert_close(outside, inside, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_macs_of_the_extremes_are_those_that_run(name: str) -> None:
+    net, image = cs.adaptify(MODELS[name](), "all", verify_laws=False), images(1, 97, 161)
+    report = net.macs(image)
+    assert report.mask == report.high == executed(net, image)
+    assert report.low == executed(net, image, mask="none") == net.macs(image, mask="none").mask
+    assert report.low < report.high
+
+
+@pytest.mark.parametrize("name", ["strided", "mixed"])
+def test_low_macs_of_a_strided_network_are_the_originals(name: str) -> None:
+    model, image = MODELS[name](), images(1, 97, 161)
+    assert cs.adaptify(model, verify_laws=False).macs(image).low == executed(model, image)
+
+
+def test_high_macs_of_a_dilated_network_are_the_originals() -> None:
+    model, image = MODELS["dilated"](), images(1, 97, 161)
+    assert cs.adaptify(model, verify_laws=False).macs(image).high == executed(model, image)
+
+
+@pytest.mark.parametrize("name", [slow("resnet18"), slow("mobilenet_v2"), "fcn_resnet50"])
+def test_macs_of_known_networks_at_their_own_resolution_are_the_originals(name: str) -> None:
+    model, image = build(name, by=4), images(1, 97, 129)
+    net = cs.adaptify(model, "none", verify_laws=False)
+    identity = net.plan.identity_level
+    report = net.macs(image)
+    assert (report.low if identity else report.high) == executed(model, image) == dense_macs(model, image)
+
+
+def test_macs_are_counted_without_running() -> None:
+    net, image = cs.adaptify(convolutions(*STRIDED), "none", verify_laws=False), images(1, 96, 128)
+    net.macs(image)
+    with pytest.raises(cs.InvalidInput, match="not run yet"):
+        _ = net.levels
+
+
+def test_a_batch_costs_what_its_images_cost() -> None:
+    net, image = cs.adaptify(Mixed().eval(), verify_laws=False), images(3, 97, 129)
+    net(image[:1], mask="none")
+    levels = random_levels(3, tuple(net.levels.shape[1:]), net.plan.stage_strides)
+    singly = [net.macs(image[i : i + 1], mask=levels[i : i + 1]).mask for i in range(3)]
+    assert net.macs(image, mask=levels).mask == sum(singly)
+
+
+def test_a_report_lists_the_layers_that_add_up_to_it() -> None:
+    net, image = cs.adaptify(Mixed().eval(), "none", verify_laws=False), images(1, 96, 128)
+    report = net.macs(image)
+    values = report.to_dict()
+    assert values["macs"] == {"mask": report.mask, "high": report.high, "low": report.low}
+    for side in ("mask", "high", "low"):
+        assert sum(layer[side] for layer in values["layers"]) == values["macs"][side]
+    assert {layer.layer for layer in report.layers} == {
+        "stem_0",
+        "grouped",
+        "depthwise",
+        "shortcut",
+        "head",
+    }
+    assert values["shape"] == [1, 3, 96, 128] and values["rule"] == "conv"
+
+
+# -- against another counter ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(96, 128), (97, 161)])
+def test_the_dense_twins_cost_what_ptflops_counts(size: tuple[int, int]) -> None:
+    strided = convolutions(*STRIDED, bias=False)
+    # the same network at output stride 8: strides of the last two stages as dilations 2 and 4
+    twin = convolutions(*STRIDED[:3], (3, 1, 1), (3, 1, 2), (1, 1, 1), (3, 1, 2), (3, 1, 4), bias=False)
+    report = cs.adaptify(strided, output_stride=(8, 32), verify_laws=False).macs(images(1, *size))
+    assert report.low == by_ptflops(strided, size)
+    assert report.high == by_ptflops(twin, size)
+
+
+def test_a_resnet_and_its_dilated_twin_cost_what_ptflops_counts() -> None:
+    def trunk(**options: Any) -> nn.Module:
+        whole = of_zeros(partial(torchvision.models.resnet50, **options))
+        return nn.Sequential(*list(whole.children())[:-2]).eval()
+
+    report = cs.adaptify(trunk(), verify_laws=False).macs(images(1, 96, 128))
+    assert report.low == by_ptflops(trunk(), (96, 128))
+    twin = trunk(replace_stride_with_dilation=[False, True, True])
+    assert report.high == by_ptflops(twin, (96, 128))
+
+
+# -- how they grow -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "rule"), covering([*MODELS], ["conv", "published"]))
+def test_raising_the_level_anywhere_never_costs_more(name: str, rule: str) -> None:
+    net, image = cs.adaptify(MODELS[name](), "none", verify_laws=False), images(1, 96, 128)
+    net(image)
+    levels = torch.zeros_like(net.levels).long()
+    order = torch.randperm(levels.numel())
+    counts = [net.macs(image, mask=levels, rule=rule).mask]
+    for step in order.split(-(-len(order) // 6)):
+        levels.view(-1)[step] = net.plan.max_level
+        counts.append(net.macs(image, mask=levels, rule=rule).mask)
+    report = net.macs(image, rule=rule)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == report.high and counts[-1] == report.low < report.high
+
+
+def blocks(count: int, size: tuple[int, int], side: int = 4) -> Tensor:
+    """A bool map (1, h, w) with `count` random blocks kept high."""
+    grid = (size[0] // side, size[1] // side)
+    keep = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+    keep[torch.randperm(len(keep))[:count]] = True
+    return keep.view(1, *grid).repeat_interleave(side, 1).repeat_interleave(side, 2)
+
+
+@pytest.mark.parametrize(("name", "rule", "count"), covering([*MODELS], ["conv", "published"], [1, 5, 11]))
+def test_macs_are_affine_in_the_share_of_active_blocks(name: str, rule: str, count: int) -> None:
+    net, image = cs.adaptify(MODELS[name](), patch="block", verify_laws=False), images(1, 96, 128)
+    net(image, mask="none")
+    size = tuple(net.levels.shape[1:])
+    side = net.geometry.sides[-1]
+    mask, whole = blocks(count, size, side), size[0] * size[1] // side**2
+    report = net.macs(image, mask=mask, rule=rule)
+    assert report.active_fraction == count / whole
+    assert report.mask * whole == count * report.high + (whole - count) * report.low
+
+
+def test_the_published_rule_counts_a_strided_convolution_before_its_subsampling() -> None:
+    """Conv 3x3/2, batch norm, ReLU at 8 fine pixels: by hand."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1, bias=True),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, 1, 1, bias=False),
+    ).eval()
+    net = cs.adaptify(model, "none", output_stride=(1, 2), verify_laws=False)
+    report = net.macs(images(1, 8, 8), rule="published")
+    first = {"high": 64 * (27 * 4 + 4), "low": 64 * (27 * 4 + 4)}
+    rest = {"high": 64 * 4 * 3 + 64 * 36 * 4, "low": 16 * 4 * 3 + 16 * 36 * 4}
+    assert (report.high, report.low) == (first["high"] + rest["high"], first["low"] + rest["low"])
+
+
+# -- the published totals, ResNet-101 at 1024x2048 -----------------------------------------------------
+
+LARGE = torch.zeros(1, 3, 1024, 2048)
+
+
+@cache
+def deeplab(output_stride: tuple[int, int]) -> cs.AdaptiveModel:
+    return cs.adaptify(
+        of_zeros(partial(get_model, "deeplabv3_resnet101", weights=None, weights_backbone=None)),
+        region="backbone",
+        example_input=images(1, 64, 64),
+        patch="block",
+        output_stride=output_stride,
+        verify_laws=False,
+    )
+
+
+def test_resnet101_costs_what_is_published_for_its_convolutions() -> None:
+    trunk = nn.Sequential(*list(of_zeros(torchvision.models.resnet101).children())[:-2]).eval()
+    report = cs.adaptify(trunk, "all", example_input=images(1, 64, 64), verify_laws=False).macs(LARGE)
+    assert report.mask == report.high
+    assert report.high == pytest.approx(1.4180e12, rel=5e-5)
+    assert report.low == pytest.approx(3.2598e11, rel=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("output_stride", "low", "half"),
+    [slow((8, 16), 4.31252e11, 9.27418e11), ((8, 32), 3.56978e11, 8.90281e11)],
+    ids=str,
+)
+def test_the_published_rule_gives_the_published_totals(
+    output_stride: tuple[int, int], low: float, half: float
+) -> None:
+    """All low and all high as published; half of the blocks as measured on the published code."""
+    report = deeplab(output_stride).macs(LARGE, mask=blocks(1024, (128, 256)), rule="published")
+    assert report.active_fraction == 0.5
+    assert report.low == pytest.approx(low, rel=1e-5)
+    assert report.mask == pytest.approx(half, rel=1e-5)
+    assert report.high == pytest.approx(1.42358e12, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_share_of_0293_in_blocks_lands_at_the_published_6_7e11() -> None:
+    report = deeplab((8, 32)).macs(LARGE, mask=blocks(round(0.293 * 2048), (128, 256)), rule="published")
+    assert report.active_fraction == pytest.approx(0.293, abs=3e-4)
+    assert report.mask == pytest.approx(6.7e11, rel=5e-3)

@@ -1,0 +1,872 @@
+"""The optimised copy is the same network: to rounding, for any mask, from any thread."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import assert_same, covering, images, relative_error, slow, without_kernels
+from networks import build, randomise
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+import cadsurgery as cs
+from cadsurgery.elements import functional
+from cadsurgery.elements.backends import choose, costs, dense, native
+from cadsurgery.elements.backends.choose import (
+    Convolution,
+    Gathering,
+    Mixing,
+    Picking,
+    Pooling,
+    WindowRead,
+)
+from cadsurgery.elements.backends.costs import Costs
+from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv, PackedLinear
+from cadsurgery.elements.backends.weights import Activation, Factors, FusedConv
+from cadsurgery.elements.functional import Elements, conv2d
+from cadsurgery.elements.kernel_map import Reading, Window
+from cadsurgery.elements.lattice import Geometry
+from cadsurgery.kernels.load import library
+from cadsurgery.network import fuse
+from cadsurgery.network.dense_twin import dense_twin
+from cadsurgery.network.model import OptimizedModel
+
+MIXED = "random:fraction=0.4,seed=3,block=3"
+# Plain, depthwise with ReLU6, grouped with squeeze-excite, linear layers with GELU, SiLU, dense joins, max-pooling.
+NETWORKS = {
+    "resnet18": 18 + 2,
+    "mobilenet_v2": 52,
+    "regnet_y_400mf": 0,
+    "convnext_tiny": 0,
+    "efficientnet_b0": 0,
+    "densenet121": 0,
+    "vgg11_bn": 8,
+    "shufflenet_v2_x1_0": 0,
+}
+
+QUICK = [
+    slow(name) if name in ("convnext_tiny", "densenet121", "efficientnet_b0", "regnet_y_400mf") else name
+    for name in NETWORKS
+]
+
+
+def leaves(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def modules_of(net: cs.AdaptiveModel) -> list[nn.Module]:
+    return [net.get_submodule(str(n.target)) for n in net.graph.nodes if n.op == "call_module"]
+
+
+@pytest.fixture(scope="module")
+def small() -> cs.AdaptiveModel:
+    return cs.adaptify(build("resnet18", by=4), MIXED, verify_laws=False)
+
+
+@pytest.mark.parametrize(("name", "fill"), covering(QUICK, ["nearest", "linear", "guided"]))
+@torch.no_grad()
+def test_it_gives_what_the_network_gives(name: str, fill: Any) -> None:
+    by = 1 if name in ("convnext_tiny", "shufflenet_v2_x1_0") else 4  # layer norms, 58 channels
+    net, x = cs.adaptify(build(name, by=by), MIXED, fill=fill, verify_laws=False), images(2, 65, 97)
+    fast = net.optimize()
+    for mask in (None, "all", "none"):
+        for found, expected in zip(leaves(fast(x, mask=mask)), leaves(net(x, mask=mask)), strict=True):
+            assert_same(found, expected, 1e-4)
+        assert fast.active_fraction == net.active_fraction
+        assert torch.equal(fast.levels, net.levels)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11_bn"])
+def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> None:
+    fast = cs.adaptify(build(name, by=4), verify_laws=False).optimize()
+    left = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Conv2d, nn.Dropout)
+    convolutional = [m for m in modules_of(fast) if isinstance(m, left)]
+    after_linear = 2 if name == "vgg11_bn" else 0  # dropped or fused as well
+    assert len(convolutional) <= after_linear
+    fused = [n for n in fast.graph.nodes if n.target is functional.fused_conv2d]
+    dense = [m for m in modules_of(fast) if isinstance(m, PackedConv) and not isinstance(m, PackedLinear)]
+    joined = [2 + (m.last is not None) for m in modules_of(fast) if isinstance(m, FusedBottleneck)]
+    assert len(fused) + len(dense) + sum(joined) == NETWORKS[name]
+    assert not any(n.target in (functional.conv2d, functional.batch_norm) for n in fast.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", slow("regnet_y_400mf")])
+@torch.no_grad()
+def test_bfloat16_is_within_its_rounding(name: str) -> None:
+    """Fused steps round less often: the error against float32 is at most that of the network as it is."""
+    net, x = cs.adaptify(build(name, by=4), MIXED, verify_laws=False), images(2, 65, 97)
+    exact = net(x)
+    half, levels = copy.deepcopy(net).bfloat16(), net.levels
+    plain = (half(x.bfloat16(), mask=levels).float() - exact).norm()
+    fast = (half.optimize()(x.bfloat16(), mask=levels).float() - exact).norm()
+    assert fast <= 1.5 * plain
+    assert fast < 0.1 * exact.norm()
+
+
+@torch.no_grad()
+@pytest.mark.smoke
+def test_another_type_and_float64(small: cs.AdaptiveModel) -> None:
+    """Its packed weights follow `to`."""
+    x, fast = images(1, 65, 97), small.optimize()
+    expected = fast(x)
+    assert_same(fast.double()(x.double()), expected.double(), 1e-4)
+    assert_same(fast.float()(x), expected, 1e-4)
+
+
+@torch.no_grad()
+def test_autocast_is_followed(small: cs.AdaptiveModel) -> None:
+    x, fast = images(1, 65, 97), small.optimize()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fast(x)
+    assert_same(found.float(), fast(x), 5e-2)
+
+
+def test_the_network_stays_as_it_is() -> None:
+    """In training mode it is left training; its values and gradients are its own."""
+    net = cs.adaptify(build("resnet18", by=4).train(), MIXED, verify_laws=False)
+    before = copy.deepcopy(net.state_dict())
+    fast = net.optimize()
+    assert net.training and not fast.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not fast(images(1, 65, 97).requires_grad_()).requires_grad
+
+
+def test_threads_do_not_disturb_each_other(small: cs.AdaptiveModel) -> None:
+    """Different sizes and masks at once, weights packed while others run."""
+    fast = small.optimize()
+    tasks = [(images(1, 65 + 8 * i, 97), mask) for i in range(3) for mask in (MIXED, "all", "none")] * 2
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda task: fast(task[0], mask=task[1]), tasks))
+    with torch.no_grad():
+        for (x, mask), value in zip(tasks, found, strict=True):
+            assert_same(value, small(x, mask=mask), 1e-4)
+
+
+def test_it_copies_and_pickles(small: cs.AdaptiveModel) -> None:
+    fast, x = small.optimize(), images(1, 65, 97)
+    expected = fast(x)
+    assert torch.equal(copy.deepcopy(fast)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(x), expected)
+    assert fast.optimize() is fast
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_are_used(small: cs.AdaptiveModel, assign: bool) -> None:
+    """Also after a call has packed those before them."""
+    x, fast = images(1, 65, 97), small.optimize()
+    other = cs.adaptify(build("resnet18", by=4), MIXED, verify_laws=False).optimize()
+    expected, before = fast(x), other(x)
+    other.load_state_dict(copy.deepcopy(fast.state_dict()), assign=assign)
+    assert not torch.equal(before, expected)
+    assert_same(other(x), expected, 1e-5)
+
+
+def test_it_counts_as_the_network_does(small: cs.AdaptiveModel) -> None:
+    x = images(2, 65, 97)
+    fast = small.optimize()
+    assert fast.macs(x).to_dict() == small.macs(x).to_dict()
+    fast.mask = "all"
+    assert fast.macs(x).mask == small.macs(x).high
+
+
+def test_data_of_the_original_is_there() -> None:
+    model = build("resnet18", by=4)
+    model.num_classes = 1000
+    fast = cs.adaptify(model, verify_laws=False).optimize()
+    assert fast.num_classes == 1000
+    assert fast.plan.output_stride == (8, 32)
+
+
+def test_what_cannot_be_done_says_what_can(small: cs.AdaptiveModel, tmp_path: Any) -> None:
+    fast = small.optimize()
+    with pytest.raises(cs.InvalidInput, match="train the network it was made from"):
+        fast.train()
+    with pytest.raises(cs.InvalidInput, match="save the network it was made from"):
+        cs.save(fast, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_hosted_part_is_optimised() -> None:
+    torch.manual_seed(0)
+    detector = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5).eval()
+    net = cs.adaptify(detector, MIXED, verify_laws=False)
+    fast = net.optimize()
+    assert isinstance(fast, type(net)) and isinstance(fast.part, OptimizedModel)  # type: ignore[attr-defined]
+    x = images(1, 320, 320)
+    levels = torch.zeros(1, *small_map(net, x), dtype=torch.bool)
+    levels[:, ::3] = True
+    with net.part.masked(levels), fast.part.masked(levels):  # type: ignore[attr-defined]
+        for found, expected in zip(leaves(fast.backbone(x)), leaves(net.backbone(x)), strict=True):
+            assert_same(found, expected, 1e-4)
+
+
+def small_map(net: Any, x: Tensor) -> tuple[int, int]:
+    net.part(x, mask="all")
+    return tuple(net.part.levels.shape[1:])  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("name", "level"), covering(["resnet18", slow("mobilenet_v2")], [0, 2]))
+@torch.no_grad()
+def test_dense_twins_are_the_network_at_a_uniform_level(name: str, level: int) -> None:
+    """And nothing but operations of torch."""
+    net, x = cs.adaptify(build(name, by=4), verify_laws=False), images(2, 65, 97)
+    twin = dense_twin(net, level, x)
+    assert_same(twin(x), net(x, mask="all" if level == 0 else "none"), 1e-4)
+    other = x.flip(3)
+    assert_same(twin(other), net(other, mask="all" if level == 0 else "none"), 1e-4)
+    called = [str(n.target) for n in twin.graph.nodes if n.op == "call_function"]  # type: ignore[attr-defined]
+    assert called and not any("cadsurgery" in name or "mkldnn" in name for name in called)
+
+
+# -- patterns the networks above do not have -----------------------------------------------------------
+
+
+class _Odd(nn.Module):
+    """A value read before its activation, a residual that is smaller, a product that is no factor, shared weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.down = nn.Conv2d(8, 8, 3, 2, 1)
+        self.shrink = nn.Conv2d(8, 8, 3)
+        self.same = nn.Conv2d(8, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.free = nn.BatchNorm2d(8, affine=False)
+        self.scale = nn.Parameter(torch.randn(8, 1, 1))
+        self.last = nn.Conv2d(8, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.down(torch.relu(x) + x)
+        y = self.norm(self.same(x)) * self.scale
+        y = self.free(y + torch.sigmoid(y))
+        y += x
+        y = nn.functional.leaky_relu(self.same(y) * y, 0.2)
+        return self.last(self.shrink(y) + 1.0)
+
+
+@pytest.mark.parametrize("fill", ["nearest", "linear"])
+@torch.no_grad()
+def test_what_only_looks_like_a_pattern_is_left(fill: Any) -> None:
+    model = _Odd().eval()
+    randomise(nn.ModuleList([model.norm]))
+    model.free.running_var.uniform_(0.5, 1.5)
+    net, x = cs.adaptify(model, MIXED, fill=fill, verify_laws=False), images(2, 65, 97)
+    for fast in (net.optimize(), net.optimize(fuse=False)):
+        for mask in (None, "all", "none"):
+            assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
+
+
+class _Deep(nn.Module):
+    """A weight and a map that are each made by a ladder: two ways to every rung."""
+
+    rungs = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.same, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, 2, 1)
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = self.down(self.stem(x)), self.weight
+        for _ in range(self.rungs):
+            weight = torch.tanh(weight) - torch.exp(weight)
+            x = torch.sigmoid(x) - torch.tanh(x)
+        x = self.same(x) * x
+        return self.last(nn.functional.conv2d(x, weight, None, 1, 1))
+
+
+class _Counted(TorchFunctionMode):
+    """How often a function of torch is called."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function, self.calls = function, 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += function is self.function
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_what_is_constant_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And found without walking every way to it, of which there may be exponentially many."""
+    net, x = cs.adaptify(_Deep().eval(), MIXED, verify_laws=False), images(2, 65, 97)
+    asked, get = [], fuse.Constants.get
+    monkeypatch.setattr(fuse.Constants, "get", lambda self, node: asked.append(node) or get(self, node))
+    with _Counted(torch.exp) as counted:
+        fast = net.optimize()
+    assert counted.calls == _Deep.rungs
+    assert len(asked) < 3 * len(net.graph.nodes)
+    assert_same(fast(x), net(x), 1e-4)
+
+
+@torch.no_grad()
+def test_a_convolution_with_hooks_is_left_alone() -> None:
+    """A hook may make its weight, as the older weight norm does."""
+    model = build("resnet18", by=4)
+    model.conv1.register_forward_pre_hook(lambda module, args: module.weight.mul_(1.0))
+    fast = cs.adaptify(model, MIXED, verify_laws=False).optimize()
+    assert [type(m) for m in modules_of(fast)].count(nn.Conv2d) == 1
+
+
+@pytest.mark.parametrize("fuse_all", [True, False])
+@pytest.mark.parametrize("name", ["norm", "same", "act"])
+@torch.no_grad()
+def test_what_has_hooks_is_neither_dropped_nor_taken_in(name: str, fuse_all: bool) -> None:
+    parts = {"stem": nn.Conv2d(3, 8, 3, 4, 1), "norm": nn.BatchNorm2d(8), "same": nn.Identity()}
+    parts |= {"down": nn.Conv2d(8, 8, 3, 2, 1), "act": nn.ReLU(), "last": nn.Conv2d(8, 8, 3, 2, 1)}
+    model = nn.Sequential(OrderedDict(parts)).eval()
+    model.get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out + 1)
+    net, x = cs.adaptify(model, MIXED, verify_laws=False), images(2, 65, 97)
+    assert_same(net.optimize(fuse_all)(x), net(x), 1e-4)
+
+
+@torch.no_grad()
+def test_a_residual_smaller_than_the_product() -> None:
+    """The sum is cut to what both have, as without fusion."""
+    lattice = Geometry((2,)).lattice(torch.randint(0, 2, (2, 12, 14))).at(0)
+    window, kernel = Window((3, 3), 1, (1, 1), (1, 1, 1, 1)), torch.randn(4, 4, 3, 3)
+    x = Elements(torch.randn(len(lattice), 4), lattice)
+    less = lattice.at(0, (10, 12))
+    residual = Elements(torch.randn(len(less), 4), less)
+    found = functional.fused_conv2d(
+        x, FusedConv(kernel, None, 1, Activation("relu")), residual, window=window, stage=0
+    )
+    whole = conv2d(x, kernel, None, window, 0)
+    assert found.lattice == less
+    assert_same(found.rows, (functional.rows_on(whole, less) + residual.rows).relu(), 1e-4)
+
+
+class _Broadcast(nn.Module):
+    """The sum of a map with one of a single channel, either of them the product."""
+
+    def __init__(self, side: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 64, 3, 4, 1), nn.Conv2d(64, 64, 3, 2, 1)
+        self.one = nn.Conv2d(64, 1, 3, 1, 1)
+        self.conv = nn.Conv2d(64, outputs, side, 1, side // 2, groups=groups)
+        self.last = nn.Conv2d(64, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.stem(x))
+        more = self.one(x).sigmoid() if self.conv.out_channels > 1 else x
+        return self.last(torch.relu(self.conv(x) + more))
+
+
+@pytest.mark.parametrize(
+    ("side", "outputs", "groups"), [(1, 64, 1), (3, 64, 1), (3, 64, 64), (1, 1, 1), (3, 1, 1)]
+)
+@torch.no_grad()
+def test_a_residual_of_other_channels_is_broadcast(side: int, outputs: int, groups: int) -> None:
+    """Never read as if it had the product's: its memory is smaller."""
+    net = cs.adaptify(_Broadcast(side, outputs, groups).eval(), MIXED, verify_laws=False)
+    fast, x = net.optimize(), images(2, 65, 97)
+    for mask in (None, "all", "none"):
+        assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
+
+
+@pytest.mark.parametrize("activation", [None, Activation("relu"), Activation("gelu", (), "none")])
+@pytest.mark.parametrize("more", [(2, 5, 4), (4,), (5, 1), (3, 2, 5, 4), (3, 1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_a_linear_layer_adds_what_broadcasts(
+    activation: Activation | None, more: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Also to a larger shape than the product's."""
+    weight, bias = torch.randn(4, 6, 1, 1, dtype=dtype), torch.randn(4, dtype=dtype)
+    x, residual = torch.randn(2, 5, 6, dtype=dtype), torch.randn(more, dtype=dtype)
+    found = PackedLinear(weight, bias, 1, activation)(x, residual)
+    expected = nn.functional.linear(x, weight[:, :, 0, 0], bias) + residual
+    assert_same(found, activation.apply_(expected) if activation is not None else expected, 1e-5)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(8, 1), (8, 3), (1, 3)])
+@torch.no_grad()
+def test_packed_weights_are_few_and_right(channels: int, side: int) -> None:
+    """Of many sizes and types of dense maps the last are kept."""
+    conv = PackedConv(
+        torch.randn(8, channels, side, side), None, 8 // channels, None, ((1, 1), (1, 1), (1, 1))
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        for height in range(5, 12):
+            x = torch.randn(2, 8, height, 9).to(dtype)
+            expected = nn.functional.conv2d(x, conv.weight.to(dtype), None, 1, 1, groups=conv.groups)
+            assert_same(conv(x).float(), expected.float(), 1e-5 if dtype == torch.float32 else 2e-2)
+    assert 0 < len(conv.weights.packed_cache or ()) <= 4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("groups", "channels", "outputs", "size"),
+    [
+        (1, 8, 8, (5, 6)),
+        (1, 8, 8, (1, 1)),
+        (1, 1, 8, (5, 6)),
+        (1, 8, 1, (5, 6)),
+        (1, 8, 1, (1, 1)),
+        (2, 8, 8, (5, 6)),
+        (8, 8, 8, (5, 6)),
+        (8, 8, 8, (1, 1)),
+    ],
+)
+@torch.no_grad()
+def test_a_residual_and_relu_in_bfloat16(
+    groups: int, channels: int, outputs: int, size: tuple[int, int], packed: bool
+) -> None:
+    """torch refused it in groups and for maps of a single pixel: "Unsupported datatype for add_relu"."""
+    weight = torch.randn(outputs, channels // groups, 3, 3)
+    weights = FusedConv(weight.bfloat16(), None, groups, Activation("relu"), {}, packed)
+    image, more = torch.randn(2, channels, *size).bfloat16(), torch.randn(2, outputs, *size).bfloat16()
+    found = weights.on_image(image, (1, 1), (1, 1), (1, 1), more)
+    expected = nn.functional.conv2d(image.float(), weights.weight.float(), None, 1, 1, 1, groups) + more
+    assert found.dtype == torch.bfloat16
+    assert_same(found.float(), expected.relu(), 2e-2)
+
+
+# -- compiled kernels against torch --------------------------------------------------------------------
+
+needs_compiler = pytest.mark.skipif(library() is None, reason="no C compiler here")
+
+
+def read(dtype: torch.dtype, channels: int, taps: int) -> tuple[Tensor, Reading, Tensor]:
+    """Rows, a table into them, what is outside and a halo, and all of those in one tensor."""
+    rows = torch.randn(40, channels).to(dtype)
+    sources, shares = torch.randint(40, (7, 4), dtype=torch.int32), torch.rand(7, 4, dtype=torch.float64)
+    reading = Reading(torch.randint(0, 48, (37, taps), dtype=torch.int32), sources, shares, True)
+    return rows, reading, choose.extend(rows, reading, -0.5)
+
+
+CLAMP = Activation("hardtanh", (0.0, 6.0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("group", "channels"), [(1, 5), (1, 32), (1, 77), (2, 6), (4, 36), (8, 104), (16, 48)]
+)
+@pytest.mark.parametrize("taps", [1, 9, 49])
+@torch.no_grad()
+def test_compiled_grouped_convolution(dtype: torch.dtype, group: int, channels: int, taps: int) -> None:
+    rows, reading, whole = read(dtype, channels, taps)
+    weight, bias = torch.randn(channels, group, 1, taps).to(dtype), torch.randn(channels).to(dtype)
+    assert native.has_grouped_form(weight, channels // group)
+    more = torch.randn(37, channels).to(dtype)
+    weights = FusedConv(weight, bias, channels // group, CLAMP)
+    found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
+    gathered = whole.double()[reading.table.long()].view(37, taps, channels // group, group)
+    by_group = weight.double().view(channels // group, group, group, taps)
+    expected = torch.einsum("ntgi,goit->ngo", gathered, by_group).flatten(1) + bias.double() + more.double()
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
+    assert_same(found.double(), expected.clamp(0, 6), tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels", [3, 16, 50])
+@torch.no_grad()
+def test_compiled_gathering_and_pooling(dtype: torch.dtype, channels: int) -> None:
+    rows, reading, _ = read(dtype, channels, 4)
+    rows[3, 0] = float("nan")
+    whole, compiled = choose.extend(rows, reading, -0.5), native.Native()
+    out = rows.new_empty(37 * 4, channels)
+    compiled.gather(Gathering(rows, reading, -0.5))(reading.table, out)
+    gathered = whole[reading.table.long()]
+    assert torch.equal(out.view(37, 4, channels).nan_to_num(9.0), gathered.nan_to_num(9.0))
+    largest, total = (compiled.pool(Pooling(rows, reading, -0.5, which)) for which in (True, False))
+    assert torch.equal(largest.nan_to_num(9.0), gathered.amax(1).nan_to_num(9.0))
+    sums = gathered.double().nan_to_num(0.0).sum(1)
+    finite = ~gathered.isnan().any(1)
+    assert_same(total.double()[finite], sums[finite], 1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert bool(total[~finite].isnan().all())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels", [3, 16, 50])
+@torch.no_grad()
+def test_mixing_where_it_is_read_is_mixing_before(dtype: torch.dtype, channels: int) -> None:
+    rows = torch.randn(20, channels).to(dtype)
+    sources, shares = torch.randint(20, (11, 4), dtype=torch.int32), torch.rand(11, 4, dtype=torch.float64)
+    shares[2, 1:] = 0
+    table = torch.cat([torch.randint(20, (9,)), 21 + torch.randperm(11)])[torch.randperm(20)].to(torch.int32)
+    compiled = native.Native()
+    out = compiled.pick(Picking(rows, Reading(table, sources, shares, False)))
+    halo = compiled.mix(Mixing(rows, sources, shares))
+    assert torch.equal(out, torch.cat([rows, rows[:1], halo])[table.long()])
+
+
+@pytest.mark.parametrize("name", [slow("mobilenet_v2"), "vgg11_bn"])
+@torch.no_grad()
+def test_without_a_compiler_the_results_are_the_same(name: str) -> None:
+    net, x = cs.adaptify(build(name, by=4), MIXED, verify_laws=False), images(1, 65, 97)
+    fast = net.optimize()
+    expected = fast(x)
+    with without_kernels():
+        assert_same(net(x), expected, 1e-4)
+        assert_same(net.optimize()(x), expected, 1e-4)
+        assert_same(fast(x), expected, 1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "outputs"),
+    [(5, 64), (70, 120), (33, 56), (40, 17), (9, 1), (8, 48), (8, 80), (8, 96), (1101, 70)],
+)
+@pytest.mark.parametrize("taps", [1, 9])
+def test_compiled_products(dtype: torch.dtype, channels: int, outputs: int, taps: int) -> None:
+    rows, reading, whole = read(dtype, channels, taps)
+    weight, bias = torch.randn(outputs, channels, 1, taps).to(dtype), torch.randn(outputs).to(dtype)
+    more = torch.randn(37, outputs).to(dtype)
+    weights = FusedConv(weight, bias, 1, CLAMP)
+    found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
+    gathered = whole.double()[reading.table.long()]
+    expected = torch.einsum("ntc,oct->no", gathered, weight.double()[:, :, 0])
+    expected = (expected + bias.double() + more.double()).clamp(0, 6)
+    assert_same(
+        found.double(),
+        expected,
+        {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype] * channels**0.5,
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("group", "channels"), [(0, 64), (0, 21), (1, 64), (1, 77), (2, 6)])
+@pytest.mark.parametrize("by", ["nothing", "level"])
+@torch.no_grad()
+def test_compiled_convolutions_scale_by_level(dtype: torch.dtype, group: int, channels: int, by: str) -> None:
+    """Ungrouped (0) and in groups, with 9 taps and with 4, without a residual."""
+    levels = torch.randint(0, 3, (2, 4, 3)).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    lattice = Geometry((2, 2), fill="linear").lattice(levels).at(2)
+    rows = torch.randn(len(lattice), channels).to(dtype)
+    for side in (3, 2):
+        inner = group or channels
+        weight = torch.randn(channels, inner, side, side).to(dtype)
+        factors = Factors(*torch.randn(2, 3, channels).to(dtype)) if by == "level" else None
+        weights = FusedConv(
+            weight, torch.randn(channels).to(dtype), channels // inner, CLAMP, {}, levels=factors
+        )
+        window = Window((side, side), 1, (1, 1), (1, 1, 1, 1), spacing=4)
+        work = Convolution(rows, weights, WindowRead(lattice, lattice, window))
+        found = native.Native().convolve(work)
+        exact = replace(weights, weight=weight.double(), bias=weights.bias.double(), packed_cache=None)
+        sums = replace(work, rows=rows.double(), weights=replace(exact, activation=None, levels=None))
+        expected = choose.BACKENDS[-1].convolve(sums)  # type: ignore[attr-defined]
+        if factors is not None:
+            expected = factors.apply(expected, lattice)
+        tolerance = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 5e-2}[dtype]
+        assert_same(found.double(), expected.clamp(0, 6), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size", "window"),
+    [
+        (5, 7, (9, 11), ((3, 3), 1, (1, 1))),
+        (16, 96, (33, 70), ((3, 3), 2, (1, 1))),
+        (17, 72, (40, 5), ((5, 4), 2, (2, 0))),
+        (4, 130, (67, 3), ((3, 3), 1, (0, 0))),
+        slow(3, 800, (6, 1100), ((2, 2), 2, (0, 0))),
+    ],
+)
+@torch.no_grad()
+def test_pairs_of_convolutions_are_one_after_the_other(
+    dtype: torch.dtype,
+    compiled: bool,
+    channels: int,
+    outputs: int,
+    size: tuple[int, int],
+    window: tuple[tuple[int, int], int, tuple[int, int]],
+) -> None:
+    """Two images; odd channels, more of them than are computed at once, windows that reach beyond the map or do not."""
+    kernel, stride, padding = window
+    first = nn.Conv2d(channels, outputs, 1).to(dtype)
+    then = nn.Conv2d(outputs, outputs, kernel, stride, padding, groups=outputs).to(dtype)
+    last = nn.Conv2d(outputs, 70, 1).to(dtype)
+    parts = [
+        PackedConv(one.weight, one.bias, one.groups, act, (one.stride, one.padding, (1, 1)))
+        for one, act in ((first, CLAMP), (then, CLAMP), (last, None))
+    ]
+    pair = FusedBottleneck(*parts[:2])
+    assert FusedBottleneck.joins(*parts[:2]) and pair.joins_last(parts[2])
+    image = torch.randn(2, channels, *size).to(dtype)
+    middle = first.double()(image.double()).clamp(0, 6).to(dtype).double()
+    expected = then.double()(middle).clamp(0, 6)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    with nullcontext() if compiled else without_kernels():
+        found = pair(image)
+        assert found.dtype == dtype and found.shape == expected.shape
+        assert_same(found.double(), expected, tolerance)
+        expected = last.double()(expected.to(dtype).double())
+        more = torch.randn(expected.shape).to(dtype)
+        assert_same(FusedBottleneck(*parts)(image).double(), expected, tolerance)
+        assert_same(FusedBottleneck(*parts)(image, more).double(), expected + more.double(), tolerance)
+        by_channel = more[:1, :, :1, :1]
+        assert_same(
+            FusedBottleneck(*parts)(image, by_channel).double(), expected + by_channel.double(), tolerance
+        )
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "joins"),
+    [
+        ({}, {}, True),
+        ({"kernel_size": 3, "padding": 1}, {}, False),
+        ({"stride": 2}, {}, False),
+        ({}, {"dilation": 2, "padding": 2}, False),
+        ({}, {"groups": 4}, False),
+        ({"act": nn.SiLU()}, {}, False),
+        ({"act": nn.ReLU()}, {"act": nn.Identity()}, True),
+    ],
+)
+@torch.no_grad()
+def test_pairs_are_joined_where_there_is_a_form_for_them(first: dict, then: dict, joins: bool) -> None:
+    """And what is computed is the same."""
+    one, two = {"kernel_size": 1, **first}, {"kernel_size": 3, "padding": 1, "groups": 8, **then}
+    acts = [options.pop("act", nn.ReLU6()) for options in (one, two)]
+    stem = nn.Sequential(nn.Conv2d(3, 8, **one), acts[0], nn.Conv2d(8, 8, **two), acts[1])
+    body = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+    high = 4 if "stride" in first else 2
+    net = cs.adaptify(
+        nn.Sequential(stem, body).eval(), MIXED, output_stride=(high, 2 * high), verify_laws=False
+    )
+    fast = net.optimize()
+    pairs = [module for module in fast.modules() if isinstance(module, FusedBottleneck)]
+    assert bool(pairs) == joins
+    image = images(1, 65, 97)
+    assert_same(fast(image), net(image), 1e-4)
+    half = net.to(torch.bfloat16)
+    assert_same(half.optimize()(image.bfloat16()).float(), net.float()(image), 5e-2)
+
+
+# -- the cost model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["nearest", "linear"])
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize(
+    ("window", "stage"), [((3, 1, 1), 1), ((3, 2, 1), 2), ((4, 1, 1), 1), ((3, 1, 0), 1)]
+)
+@torch.no_grad()
+def test_on_the_whole_map_a_convolution_is_the_same(
+    fill: Any, groups: int, window: tuple[int, int, int], stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd sizes, stages, even kernels, no padding; a residual and an activation."""
+    side, stride, padding = window
+    shape = Window((side, side), stride, (1, 1), (padding,) * 4, spacing=2)
+    lattice = Geometry((2, 2), fill=fill).lattice(torch.randint(0, 3, (2, 13, 15))).at(1)
+    x = Elements(torch.randn(len(lattice), 6), lattice)
+    weights = FusedConv(
+        torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {}
+    )
+    results = []
+    for found in (Costs(0.0, 1.0, 0.0), Costs(1.0, 0.0, 1.0)):
+        monkeypatch.setattr(dense, "costs", lambda key, measure, found=found: found)
+        out = functional.fused_conv2d(x, weights, window=shape, stage=stage)
+        more = Elements(torch.ones_like(out.rows), out.lattice)
+        results.append(functional.fused_conv2d(x, weights, more, window=shape, stage=stage).rows)
+    assert_same(results[0], results[1], 1e-4)
+
+
+@torch.no_grad()
+def test_nothing_is_measured_while_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that measures is not observed, so its costs would be those of other code."""
+
+    def refuse(key: str, measure: Any) -> Costs:
+        raise AssertionError(f"measured: {key}")
+
+    lattice = Geometry((2,)).lattice(1 - torch.eye(8, dtype=torch.int64)[None, ::2]).at(1)
+    x, window = (
+        Elements(torch.randn(len(lattice), 6), lattice),
+        Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
+    )
+    weights = FusedConv(torch.randn(4, 6, 3, 3), None, 1, None, {})
+    expected = functional.fused_conv2d(x, weights, window=window, stage=1).rows
+    monkeypatch.setattr(dense, "costs", refuse)
+    with FlopCounterMode(display=False) as counter:
+        found = functional.fused_conv2d(x, weights, window=window, stage=1).rows
+    assert counter.get_total_flops() == 2 * len(lattice) * weights.weight.numel()
+    assert_same(found, expected, 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("outputs", "groups"),
+    [(64, 1), (20, 1), (6, 6), (12, 6)],
+    ids=["product", "narrow", "depthwise", "wider"],
+)
+@torch.no_grad()
+def test_costs_are_those_of_the_code_that_runs(
+    outputs: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lattice = Geometry((2,)).lattice(1 - torch.eye(8, dtype=torch.int64)[None, ::2]).at(1)
+    x, window = (
+        Elements(torch.randn(len(lattice), 6), lattice),
+        Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
+    )
+    weights = FusedConv(torch.randn(outputs, 6 // groups, 3, 3), None, groups, None, {})
+    calls, convolve = [], native.Native.convolve
+    monkeypatch.setattr(
+        native.Native, "convolve", lambda self, work: calls.append(work) or convolve(self, work)
+    )
+    monkeypatch.setattr(dense, "costs", lambda key, measure: measure())
+    work = Convolution(x.rows, weights, WindowRead(lattice, lattice, window))
+    whole_map = next(one for one in choose.BACKENDS if one.name == "whole map")
+    whole_map.condition(work)
+    measured = len(calls)
+    choose.choose_after(work, whole_map).backend.convolve(work)
+    assert bool(measured) == (len(calls) > measured) == (outputs != 12)
+
+
+def test_costs_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    threads, asked = torch.get_num_threads(), []
+
+    def measure() -> Costs:
+        asked.append(torch.get_num_threads())
+        return Costs(1.0, 2.0, 3.0)
+
+    assert costs.costs("a", measure) == costs.costs("a", measure) == (1.0, 2.0, 3.0)
+    monkeypatch.setattr(costs, "_KNOWN", {})  # another process
+    assert costs.costs("a", measure) == (1.0, 2.0, 3.0) and asked == [1]
+    (path,) = tmp_path.glob("cadsurgery/*/costs.json")
+    path.write_text("not JSON")
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    assert costs.costs("a", measure) == (1.0, 2.0, 3.0) and asked == [1, 1]
+    assert "1.0" in path.read_text()
+    assert torch.get_num_threads() == threads
+
+
+@pytest.fixture
+def as_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A process that knows no costs and has a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CADSURGERY_COSTS", raising=False)
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    monkeypatch.setattr(costs, "_PINNED", None)
+    monkeypatch.setattr(costs, "_OF_FILE", {})
+    return tmp_path
+
+
+def never() -> Costs:
+    raise AssertionError("measured")
+
+
+@pytest.mark.parametrize("form", ["report", "record", "cache"])
+def test_costs_that_one_run_recorded_decide_in_another(
+    form: str, as_new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this machine would measure; a kind that is not among them is computed on elements."""
+    costs.costs("a", lambda: Costs(1.0, 2.0, 3.0))
+    recorded, file = costs.record(), as_new / "costs.json"
+    if form == "cache":
+        (file,) = as_new.glob("cadsurgery/*/costs.json")
+    else:
+        file.write_text(json.dumps({"model": "x", "costs": recorded} if form == "report" else recorded))
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    monkeypatch.setenv("CADSURGERY_COSTS", str(file))
+    assert costs.costs("a", never) == (1.0, 2.0, 3.0) and costs.record() == recorded
+    assert not costs.costs("b", never).prefer_dense(100, 100, 1, (0, 0))
+    assert costs.record()["digest"] != recorded["digest"]
+
+
+def test_costs_are_pinned_by_an_argument_and_let_go(as_new: Path) -> None:
+    file = as_new / "costs.json"
+    file.write_text(json.dumps({f"a, torch {torch.__version__}": [3, 2, 1]}))
+    for source in (file, str(file), costs.read(file)):
+        costs.pin(source)
+        assert costs.costs("a", never) == (3.0, 2.0, 1.0)
+    costs.pin(None)
+    assert costs.record()["kinds"] == {}
+    assert costs.costs("a", lambda: Costs(1.0, 1.0, 1.0)) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting"),
+        ("[" * 100_000, "recursion"),
+        ("[1, 2]", "no object"),
+        ('{"costs": {"kinds": 3}}', "no object"),
+        ('{"a": [1, 2]}', "'a' has neither one nor three numbers"),
+        ('{"a": [1, 2, 3], "c": [1], "b": [1, 2, NaN]}', "'b' has neither one nor three numbers"),
+        ('{"a": [1, -2, 3]}', "'a' has neither one nor three numbers"),
+    ],
+    ids=lambda text: str(text)[:12],
+)
+def test_costs_that_cannot_be_pinned_are_refused(
+    text: str | None, why: str, as_new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = as_new / "costs.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv("CADSURGERY_COSTS", str(file))
+    for ask in (lambda: costs.pin(file), lambda: costs.costs("a", never)):
+        with pytest.raises(cs.FileError) as caught:
+            ask()
+        assert why in caught.value.why and str(file) in caught.value.where
+        assert "unset CADSURGERY_COSTS" in caught.value.next
+    assert costs.record()["kinds"] == {}
+
+
+def test_the_cheaper_way_is_preferred() -> None:
+    """Few elements favour the sparse way, dear ones the whole map, moved values neither."""
+    found = Costs(dense=1.0, sparse=3.0, moved=0.0)
+    assert not found.prefer_dense(100, 30, 100, (8, 8))
+    assert found.prefer_dense(100, 40, 100, (8, 8))
+    assert not found._replace(moved=10.0).prefer_dense(100, 40, 100, (8, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["mobilenetv2_050", slow("efficientnet_b0"), slow("regnety_002"), slow("densenet121")]
+)
+@torch.no_grad()
+def test_norms_that_hold_their_activation_are_folded(name: str) -> None:
+    """Before the region and in it, with what they apply."""
+    net = cs.adaptify(
+        randomise(timm.create_model(name)), "random:fraction=0.4,seed=3,block=3", verify_laws=False
+    )
+    fast, x = net.double().optimize(), images(2, 65, 97, torch.float64)
+    targets = {str(node.target) for node in fast.program.graph.nodes if node.op == "call_module"}
+    acts = {
+        path
+        for path, module in net.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and "act" in module._modules
+    }
+    left = {target for target in targets if target.removesuffix(".norm").removesuffix(".act") in acts}
+    assert acts and (not left or name == "densenet121")  # whose norms come before its convolutions
+    for mask in (None, "all", "none"):
+        assert relative_error(fast(x, mask=mask), net(x, mask=mask)) < 1e-10
+
+
+def test_a_hooked_norm_is_not_taken_apart() -> None:
+    model, seen = timm.create_model("mobilenetv2_050").eval(), list[int]()
+    net = cs.adaptify(model, "all", verify_laws=False)
+    net.get_submodule("bn1").register_forward_hook(lambda *_: seen.append(1))
+    fast = net.optimize()
+    seen.clear()
+    fast(images(1, 64, 64))
+    assert seen == [1]

@@ -1,0 +1,983 @@
+"""A network's map read at points only: the same rows as its dense output has, and nothing computed in vain.
+
+Law: `read_at(net, x, points)[b][n]` is `net(x)[b, :, y, x]` at the sample the n-th point of image b lies in, for any
+mask, fill, size and type. With `reach="receptive"` it is the same bit for bit where the network works by elements, and
+to rounding where a uniform map runs as ordinary convolutions; the elements that are computed are those that the points
+depend on, no others.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, covering, images, random_levels, slow
+from networks import Undecided, randomise
+from torch import Tensor, nn
+from torchvision.models.convnext import CNBlock
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.mobilenetv3 import InvertedResidual as SqueezedResidual
+from torchvision.models.mobilenetv3 import InvertedResidualConfig
+from torchvision.models.resnet import BasicBlock
+
+import cadsurgery as cs
+from cadsurgery.masks import keypoints_at, resolve_mask
+from cadsurgery.network.macs import dense_macs
+from cadsurgery.network.points import readable
+
+Size = tuple[int, int]
+SIZE: Size = (65, 97)
+FILLS = ("linear", "nearest", "guided")
+# Random sets of points for each network; few by default.
+SEEDS = (*range(3), *map(slow, range(3, 25)))
+REACHES = pytest.mark.parametrize("reach", ["all", "receptive"])
+PUBLISHED = {"anchor": "center", "fill": "nearest", "pool": "drop", "patch": "block"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """See `test_the_bits_do_not_depend_on_how_many_rows_there_are`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- networks ------------------------------------------------------------------------------------------
+
+
+# Sixteen channels throughout, and no SiLU: see `test_the_bits_do_not_depend_on_how_many_rows_there_are`.
+
+
+def plain() -> nn.Module:
+    """Even kernels, all kinds of padding."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 4, 2, 1),
+        nn.Conv2d(16, 16, 2),
+        nn.GELU(),
+        nn.Conv2d(16, 16, 3, 2, 1, padding_mode="reflect"),
+        nn.Hardswish(),
+        nn.Conv2d(16, 16, 3, 1, 1, padding_mode="replicate"),
+    )
+
+
+def cut() -> nn.Module:
+    """Without padding: each convolution loses a border."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2))
+    )
+
+
+def halved(channels: int, wider: int) -> BasicBlock:
+    shortcut = nn.Sequential(nn.Conv2d(channels, wider, 1, 2, bias=False), nn.BatchNorm2d(wider))
+    return BasicBlock(channels, wider, 2, shortcut)
+
+
+def residual() -> nn.Module:
+    """As a ResNet-18: joins, batch norm, shortcuts."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        *(BasicBlock(16, 16), halved(16, 32), BasicBlock(32, 32), halved(32, 16), BasicBlock(16, 16)),
+    )
+
+
+def depthwise() -> nn.Module:
+    """As MobileNetV2."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1),
+        *(InvertedResidual(16, 16, 2, 3), InvertedResidual(16, 16, 1, 3), InvertedResidual(16, 16, 2, 3)),
+        InvertedResidual(16, 16, 1, 2),
+    )
+
+
+def squeezed(at: int = 1) -> nn.Module:
+    """As MobileNetV3: squeeze-excite, which looks at the whole image, in the block `at`."""
+
+    def block(place: int, stride: int) -> nn.Module:
+        values = (16, 3, 32, 16, place == at, "HS", stride, 1, 1.0)
+        return SqueezedResidual(InvertedResidualConfig(*values), nn.BatchNorm2d)
+
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), block(0, 2), block(1, 1), block(2, 2))
+
+
+class Inception(nn.Module):
+    """Pools of both kinds beside a convolution, joined."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        beside = nn.Conv2d(channels, 16, (1, 3), stride, (0, 1))
+        self.branches = nn.ModuleList(
+            [
+                nn.MaxPool2d(3, stride, 1),
+                nn.AvgPool2d(3, stride, 1, count_include_pad=False),
+                nn.Sequential(beside, nn.BatchNorm2d(16), nn.ReLU()),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+def pools() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), Inception(16, 2), nn.Conv2d(48, 16, 1), nn.ReLU(), Inception(16, 2)
+    )
+
+
+class Beside(nn.Module):
+    """A join with what lies beside a place, but not there."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 2, 1, 1, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.conv(x))
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1, groups=4),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(32, 32, 3, 2, 1, groups=2),
+        Beside(32),
+        nn.Conv2d(32, 16, 3, 1, 2, dilation=2),
+    )
+
+
+def channels_last() -> nn.Module:
+    """As ConvNeXt: linear layers and layer norm on the last axis."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 2, 2),
+        *(CNBlock(16, 0.5, 0.0), nn.Conv2d(16, 16, 2, 2), CNBlock(16, 0.5, 0.0), nn.Conv2d(16, 16, 2, 2)),
+    )
+
+
+class Halves(nn.Module):
+    """As ShuffleNet: half of the channels pass, half are convolved with what lies beside."""
+
+    def __init__(self, channels: int, first: bool) -> None:
+        super().__init__()
+        self.conv, self.first = nn.Conv2d(channels // 2, channels // 2, 2, 1, 1, dilation=2), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x.chunk(2, 1)
+        return torch.cat((self.conv(one), other) if self.first else (one, self.conv(other)), 1)
+
+
+def split() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), Halves(32, True), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, 2, 1), Halves(32, False)),
+    )
+
+
+class Decoding(nn.Module):
+    """Down to stride 8 and up again, joined with what was skipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 2, 1)
+        self.third, self.last = nn.Conv2d(16, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        skipped = F.relu(self.second(F.relu(self.first(image))))
+        low = F.relu(self.third(skipped))
+        raised = F.interpolate(low, scale_factor=2.0, mode="bilinear", align_corners=False)
+        return self.last(raised + skipped)
+
+
+class TransposedConvolution(Decoding):
+    """The same by a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(16, 16, 4, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        skipped = F.relu(self.second(F.relu(self.first(image))))
+        raised = self.up(F.relu(self.third(skipped)))
+        return self.last(F.relu(raised) + skipped)
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain,
+    "cut": cut,
+    "residual": residual,
+    "depthwise": depthwise,
+    "squeezed": squeezed,
+    "pools": pools,
+    "grouped": grouped,
+    "channels last": channels_last,
+    "split": split,
+    "decoding": Decoding,
+    "spreading": TransposedConvolution,
+}
+FEW = ("squeezed", "channels last", "spreading")
+
+
+def size_of(name: str) -> Size:
+    """Of test images: odd, but for a network that must find its own way back up."""
+    return (64, 96) if name in ("decoding", "spreading") else SIZE
+
+
+def convert(model: nn.Module, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
+    example = torch.zeros(1, 3, 64, 96, dtype=dtype)
+    options = {"output_stride": (2, 8), "mask": "none", "example_input": example, **options}
+    return cs.adaptify(randomise(model).to(dtype), verify_laws=False, **options)
+
+
+def converted(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
+    """A copy of the network's conversion, which is made once; what is drawn next is the same each time."""
+    net = copy.deepcopy(_converted(name, dtype, tuple(options.items())))
+    torch.manual_seed(1)
+    return net
+
+
+@cache
+def _converted(name: str, dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> cs.AdaptiveModel:
+    torch.manual_seed(0)
+    return convert(BUILDERS[name](), dtype, **dict(options))
+
+
+# -- points --------------------------------------------------------------------------------------------
+
+
+def points_in(size: Size, *counts: int) -> list[Tensor]:
+    """Random points of each image, x and y, up to the outer border of its pixels."""
+    room = torch.tensor([size[1], size[0]], dtype=torch.float64)
+    return [torch.rand(count, 2, dtype=torch.float64) * room - 0.5 for count in counts]
+
+
+def levels_of(net: cs.AdaptiveModel, x: Tensor) -> Tensor:
+    """A random legal level map for images."""
+    with torch.no_grad():
+        fine = net.program.find_lattice(net.program.masking(resolve_mask("none")), x).whole_size
+    geometry = net.geometry
+    return random_levels(len(x), fine, geometry.strides, max_level=geometry.max_level, patch=geometry.patch)
+
+
+def samples(point: Tensor, stride: int, dense: Tensor) -> tuple[int, int]:
+    """Row and column of the sample whose pixels hold a point; the last one where the map lost its border."""
+    x, y = (math.floor((float(value) + 0.5) / stride) for value in point)
+    return min(y, dense.shape[2] - 1), min(x, dense.shape[3] - 1)
+
+
+def rows_of(dense: Tensor, points: list[Tensor], stride: int) -> list[Tensor]:
+    """What the dense output (B, C, h, w) holds at the points of each image."""
+    found = []
+    for image, part in zip(dense, points, strict=True):
+        places = [samples(point, stride, dense) for point in part]
+        rows = [image[:, y, x] for y, x in places]
+        found.append(torch.stack(rows) if rows else image.new_empty(0, image.shape[0]))
+    return found
+
+
+@cache
+def rows_are_alike() -> bool:
+    """Whether torch's products give a row the same bits however many there are: MKL's with AVX2 alone do not."""
+    rows, weight = torch.randn(80, 144), torch.randn(32, 144)
+    many = F.linear(rows, weight)
+    return all(torch.equal(F.linear(rows[:count], weight), many[:count]) for count in range(1, 80))
+
+
+def limit(reach: str) -> float:
+    """How much rows may differ from those of the dense output, see `read_at`."""
+    return 0.0 if reach == "all" or rows_are_alike() else 1e-5
+
+
+def assert_rows(found: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -> None:
+    """Equal, or up to this share of the largest value."""
+    assert len(found) == len(expected)
+    found, expected = ([part.detach() for part in parts] for parts in (found, expected))
+    largest = max([float(part.abs().max()) for part in expected if part.numel()], default=1.0)
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        if tolerance == 0:
+            assert torch.equal(one, other)
+        elif one.numel():
+            assert float((one - other).abs().max()) <= tolerance * largest
+
+
+# -- the dense output at points ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "fill", "mask"), covering([*BUILDERS], FILLS, ["levels", "all", "none"]))
+@torch.no_grad()
+def test_rows_are_what_the_dense_output_holds_there(name: str, fill: str, mask: Any) -> None:
+    """Batch of three with different numbers of points, one image without; float64."""
+    net, size = converted(name, torch.float64, fill=fill), size_of(name)
+    x, points = images(3, *size, torch.float64), points_in(size, 9, 0, 4)
+    mask = levels_of(net, x) if mask == "levels" else mask
+    dense = net(x, mask=mask)
+    levels = net.levels
+    assert_rows(cs.read_at(net, x, points, mask=mask), rows_of(dense, points, 2), 1e-12)
+    assert torch.equal(net.levels, levels)
+    needed = cs.read_at(net, x, points, mask=mask, reach="receptive")
+    assert_rows(needed, rows_of(dense, points, 2), 1e-12)
+    assert torch.equal(net.levels, levels)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reach"),
+    covering(
+        ["residual", "pools", "depthwise"],
+        [PUBLISHED, {"anchor": "center", "fill": "nearest"}, {"pool": "drop"}],
+        ["receptive", "all"],
+    ),
+)
+@torch.no_grad()
+def test_rows_are_those_of_the_published_geometry_too(name: str, options: dict[str, Any], reach: Any) -> None:
+    net = converted(name, **options)
+    x, points = images(2, *SIZE), points_in(SIZE, 3, 7)
+    levels = levels_of(net, x)
+    expected = rows_of(net(x, mask=levels), points, 2)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach=reach), expected, limit(reach))
+
+
+@pytest.mark.parametrize("name", [name if name in FEW else slow(name) for name in BUILDERS])
+@torch.no_grad()
+def test_bfloat16_rows_are_those_of_the_dense_output(name: str) -> None:
+    net, size = converted(name, torch.bfloat16), size_of(name)
+    x, points = images(2, *size, torch.bfloat16), points_in(size, 5, 2)
+    levels = levels_of(net, x)
+    expected = rows_of(net(x, mask=levels), points, 2)
+    assert_rows(cs.read_at(net, x, points, mask=levels), expected)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, 2e-2)
+
+
+@REACHES
+@torch.no_grad()
+def test_every_pixel_has_the_row_of_its_sample(reach: Any) -> None:
+    """All pixels of an odd image: each sample repeated by its stride, the border cut."""
+    net, size = converted("residual"), (21, 30)
+    x = images(1, *size)
+    levels = levels_of(net, x)
+    y, column = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    every = torch.stack((column.flatten(), y.flatten()), 1)
+    dense = net(x, mask=levels)
+    wanted = dense.repeat_interleave(2, 2).repeat_interleave(2, 3)[0, :, : size[0], : size[1]]
+    rows = cs.read_at(net, x, [every], mask=levels, reach=reach)
+    assert_rows(rows, [wanted.flatten(1).T], limit(reach))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("residual", SIZE), ("residual", (64, 96)), ("residual", (9, 33))),
+        pytest.param("plain", SIZE),  # its output is smaller than its level map
+        pytest.param("cut", SIZE),
+    ],
+)
+@REACHES
+@torch.no_grad()
+def test_corners_are_aligned_as_published(name: str, size: Size, reach: Any) -> None:
+    """The sample of the dense output at round(y (h - 1) / (H - 1)), halves to even."""
+    net, points = converted(name), points_in(size, 6, 3)
+    points = [part.clamp(min=0).minimum(torch.tensor([size[1] - 1.0, size[0] - 1.0])) for part in points]
+    points[1][:2] = torch.tensor([[0.0, 0.0], [size[1] - 1, size[0] - 1]])
+    x = images(2, *size)
+    levels = levels_of(net, x)
+    dense = net(x, mask=levels)
+    (height, width), (tall, wide) = dense.shape[2:], size
+    found = cs.read_at(net, x, points, mask=levels, reach=reach, align="corners")
+    for image, part, rows in zip(dense, points, found, strict=True):
+        for (place_x, place_y), row in zip(part.tolist(), rows, strict=True):
+            y, column = round(place_y * (height - 1) / (tall - 1)), round(place_x * (width - 1) / (wide - 1))
+            assert_rows([row], [image[:, y, column]], limit(reach))
+    assert_rows([*found[1][:2]], [dense[1, :, 0, 0], dense[1, :, -1, -1]], limit(reach))
+
+
+@REACHES
+@torch.no_grad()
+def test_the_same_point_twice_has_the_same_row_twice_in_the_order_given(reach: Any) -> None:
+    net, x = converted("residual", fill="guided"), images(1, *SIZE)
+    (points,), levels = points_in(SIZE, 5), levels_of(net, x)
+    read = partial(cs.read_at, net, x, mask=levels, reach=reach)
+    (rows,) = read([points])
+    (again,) = read([torch.cat((points.flip(0), points))])
+    assert torch.equal(again, torch.cat((rows.flip(0), rows)))
+
+
+@REACHES
+@pytest.mark.parametrize("name", ["residual", "squeezed"])
+@torch.no_grad()
+def test_a_batch_equals_its_images_one_by_one(name: str, reach: Any) -> None:
+    net, x, points = converted(name), images(3, *SIZE), points_in(SIZE, 4, 0, 6)
+    levels = levels_of(net, x)
+    together = cs.read_at(net, x, points, mask=levels, reach=reach)
+    for i in (0, 2):
+        one = cs.read_at(net, x[i : i + 1], points[i : i + 1], mask=levels[i : i + 1], reach=reach)
+        assert_rows(one, together[i : i + 1], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@torch.no_grad()
+def test_points_of_any_type_are_read(dtype: torch.dtype) -> None:
+    net, x, points = converted("residual"), images(2, *SIZE), points_in(SIZE, 4, 2)
+    whole = [part.floor().clamp(min=0) for part in points]
+    expected = cs.read_at(net, x, whole)
+    assert_rows(cs.read_at(net, x, [part.to(dtype) for part in whole]), expected)
+    assert_rows(cs.read_at(net, x, tuple(part.numpy() for part in whole)), expected)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_reading_leaves_image_and_network_as_they_were() -> None:
+    net, x, points = converted("residual").train(), images(2, *SIZE), points_in(SIZE, 4, 2)
+    net.eval()
+    state, before = copy.deepcopy(net.state_dict()), x.clone()
+    first = cs.read_at(net, x, points, mask="edges", reach="receptive")
+    cs.macs_at(net, x, points, mask="edges")
+    assert_rows(cs.read_at(net, x, points, mask="edges", reach="receptive"), first)
+    assert torch.equal(x, before)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+# -- only what is needed -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "seed"), covering([*BUILDERS], SEEDS))
+@torch.no_grad()
+def test_only_what_is_needed_gives_the_same_bits(name: str, seed: int) -> None:
+    """Random points, numbers of points and level maps; the three fills in turn."""
+    net, size, batch = converted(name, fill=FILLS[seed % 3]), size_of(name), 1 + seed % 2
+    torch.manual_seed(seed)
+    counts = [int(torch.randint(0, 9, ())) for _ in range(batch)]
+    x, points = images(batch, *size), points_in(size, 1 + counts[0], *counts[1:])
+    levels = levels_of(net, x)
+    expected = cs.read_at(net, x, points, mask=levels)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, limit("receptive"))
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "activation", "dtype", "threads"),
+    [
+        pytest.param(24, 32, nn.ReLU(), torch.float32, 2, id="two threads"),
+        pytest.param(24, 32, nn.ReLU(), torch.float32, 1, id="one thread"),
+        pytest.param(6, 4, nn.ReLU(), torch.float32, 1, id="few channels"),  # MKL's last rows
+        pytest.param(16, 1, nn.ReLU(), torch.float32, 1, id="one channel"),
+        pytest.param(16, 16, nn.SiLU(), torch.float32, 1, id="SiLU"),  # not whole vectors: its last values
+        pytest.param(16, 16, nn.ReLU(), torch.float64, 1, id="float64"),
+    ],
+)
+@pytest.mark.parametrize("seed", [seed if seed == 2 else slow(seed) for seed in range(25)])
+@torch.no_grad()
+def test_the_bits_do_not_depend_on_how_many_rows_there_are(
+    channels: int, outputs: int, activation: nn.Module, dtype: torch.dtype, threads: int, seed: int
+) -> None:
+    """As `read_at` says; otherwise, as it says too, they are the same to rounding."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    exact = channels >= 16 and outputs >= 16 and dtype == torch.float32 and isinstance(activation, nn.ReLU)
+    layers = [nn.Conv2d(3, channels, 3, 2, 1), nn.Conv2d(channels, channels, 3, 2, 1), activation]
+    net = convert(nn.Sequential(*layers, nn.Conv2d(channels, outputs, 3, 2, 1)), dtype)
+    torch.manual_seed(seed)
+    x, points = images(1, *SIZE, dtype), points_in(SIZE, 3 + seed)
+    points[0][0] = torch.tensor([SIZE[1] - 1, SIZE[0] - 1])  # the last row
+    levels = levels_of(net, x)
+    few, many = (cs.read_at(net, x, points, mask=levels, reach=reach) for reach in ("receptive", "all"))
+    assert_rows(few, many, limit("receptive") if exact else 1e-5)
+
+
+@pytest.mark.parametrize(("name", "mask"), covering([*BUILDERS], ["all", "none", "level 1"]))
+@torch.no_grad()
+def test_only_what_is_needed_of_a_uniform_map_gives_the_same_to_rounding(name: str, mask: str) -> None:
+    net, size = converted(name), size_of(name)
+    x, points = images(2, *size), points_in(size, 4, 3)
+    chosen = torch.full_like(levels_of(net, x), 1) if mask == "level 1" else mask
+    expected = cs.read_at(net, x, points, mask=chosen)
+    assert_rows(cs.read_at(net, x, points, mask=chosen, reach="receptive"), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "fill"), covering([name if name in FEW else slow(name) for name in BUILDERS], FILLS)
+)
+@torch.no_grad()
+def test_an_optimised_network_gives_the_same_to_rounding(name: str, fill: str) -> None:
+    net, size = converted(name, fill=fill), size_of(name)
+    fast, x, points = net.optimize(), images(2, *size), points_in(size, 4, 6)
+    levels = levels_of(net, x)
+    expected = rows_of(fast(x, mask=levels), points, 2)
+    assert_rows(expected, cs.read_at(net, x, points, mask=levels), 1e-4)
+    assert_rows(cs.read_at(fast, x, points, mask=levels), expected, 1e-6)
+    assert_rows(cs.read_at(fast, x, points, mask=levels, reach="receptive"), expected, 1e-5)
+    assert cs.macs_at(fast, x, points, mask=levels) == cs.macs_at(net, x, points, mask=levels)
+
+
+@pytest.mark.parametrize(("name", "fill"), covering(["residual", "squeezed"], FILLS))
+@torch.no_grad()
+def test_what_lies_beyond_the_reach_of_the_points_does_not_matter(name: str, fill: str) -> None:
+    """Other noise right of column 64: points on the left see none of it, squeeze-excite does."""
+    net, x = converted(name, fill=fill), images(1, 64, 160)
+    changed = x.clone()
+    changed[..., 128:] = torch.randn(1, 3, 64, 32)
+    levels, points = levels_of(net, x), [torch.rand(6, 2) * 30]
+    read = partial(cs.read_at, net, points=points, mask=levels, reach="receptive")
+    assert torch.equal(read(x)[0], read(changed)[0]) == (name == "residual")
+
+
+@pytest.mark.parametrize("counts", [(0,), (0, 0)])
+@torch.no_grad()
+def test_a_batch_without_points_computes_nothing(counts: tuple[int, ...]) -> None:
+    """Only convolutions with several taps here."""
+    net, x = converted("plain"), images(len(counts), *SIZE)
+    points, levels = points_in(SIZE, *counts), levels_of(net, x)
+    for reach in ("all", "receptive"):
+        rows = cs.read_at(net, x, points, mask=levels, reach=reach)
+        assert [tuple(part.shape) for part in rows] == [(0, 16)] * len(counts)
+    found = cs.macs_at(net, x, points, mask=levels)
+    assert found.elements[1] == 0 and found.receptive == stem_macs(net, x)
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "squeezed", "pools", "channels last"])
+@pytest.mark.parametrize("optimised", [False, True])
+@torch.no_grad()
+def test_a_batch_without_points_has_no_rows(name: str, optimised: bool) -> None:
+    net, x = converted(name), images(2, *SIZE)
+    chosen = net.optimize() if optimised else net
+    rows = cs.read_at(chosen, x, points_in(SIZE, 0, 0), mask=levels_of(net, x), reach="receptive")
+    assert [part.shape[0] for part in rows] == [0, 0]
+
+
+# -- work ----------------------------------------------------------------------------------------------
+
+
+def stem_macs(net: cs.AdaptiveModel, x: Tensor) -> int:
+    """Of the first convolution, which comes before the region."""
+    return dense_macs(net.get_submodule("0"), x)
+
+
+def chain(**options: Any) -> cs.AdaptiveModel:
+    """A stem, then a strided convolution and one behind it: four channels, nine taps each."""
+    layers = [nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU()]
+    return convert(nn.Sequential(*layers, nn.Conv2d(4, 4, 3, 1, 1)), output_stride=(1, 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("point", "mask", "fill", "rows"),
+    [
+        ((20, 10), "all", "linear", (1, 9)),  # taps two pixels apart
+        ((21, 11), "all", "linear", (1, 9)),
+        ((0, 0), "all", "linear", (1, 4)),
+        ((0, 11), "all", "nearest", (1, 6)),
+        ((20, 10), "none", "linear", (1, 9)),
+        ((21, 10), "none", "linear", (2, 12)),  # between two cells
+        ((21, 11), "none", "linear", (4, 16)),
+        ((21, 11), "none", "nearest", (1, 9)),
+        ((0, 0), "none", "nearest", (1, 4)),
+        ((39, 31), "none", "linear", (1, 4)),  # past the last anchor the map is replicated
+    ],
+)
+def test_the_elements_that_are_computed_are_those_the_point_depends_on(
+    point: tuple[int, int], mask: str, fill: str, rows: tuple[int, int]
+) -> None:
+    """Counted by hand: of the last convolution, and of the one before."""
+    net, x = chain(fill=fill), images(1, 32, 40)
+    found = cs.macs_at(net, x, [torch.tensor([point])], mask=mask)
+    pixels = 32 * 40 // (1 if mask == "all" else 4)
+    assert found.elements == (2 * pixels, sum(rows))
+    stem = 32 * 40 * 3 * 4 * 9
+    assert found.all == stem + 2 * pixels * 144 == net.macs(x, mask=mask).mask
+    assert found.receptive == stem + sum(rows) * 144
+
+
+@pytest.mark.parametrize(("pool", "rows"), [("drop", (1, 9, 9)), ("atrous", (1, 9, 36))])
+def test_a_pool_that_drops_reads_nothing_but_what_it_passes_on(pool: str, rows: tuple[int, ...]) -> None:
+    """Of a convolution, a pool and a convolution before it, all of them high; a window of two by two otherwise."""
+    layers = [nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.MaxPool2d(2)]
+    net = convert(nn.Sequential(*layers, nn.Conv2d(4, 4, 3, 1, 1)), output_stride=(1, 4), pool=pool)
+    x, points = images(1, 32, 40), [torch.tensor([[20, 10]])]
+    found = cs.macs_at(net, x, points, mask="all")
+    assert found.elements == (3 * 32 * 40, sum(rows))
+    dense = net(x, mask="all")
+    assert_rows(cs.read_at(net, x, points, mask="all", reach="receptive"), rows_of(dense, points, 1), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "residual" else slow(name) for name in BUILDERS],
+)
+def test_nothing_is_computed_twice_or_in_vain(name: str) -> None:
+    """Never more than everything; less for few points unless all of an image is looked at; more points, more work."""
+    net, size = converted(name), size_of(name)
+    x, points = images(2, *size), points_in(size, 12, 8)
+    levels = levels_of(net, x)
+    before = cs.macs_at(net, x, [part[:1] for part in points], mask=levels)
+    assert before.elements[1] < before.elements[0] and before.receptive < before.all
+    first = before
+    for count in (2, 5, 12):
+        found = cs.macs_at(net, x, [part[:count] for part in points], mask=levels)
+        assert found.all == before.all == net.macs(x, mask=levels).mask
+        assert before.receptive <= found.receptive <= found.all
+        assert before.elements[0] == found.elements[0]
+        assert before.elements[1] <= found.elements[1] <= found.elements[0]
+        before = found
+    assert first.receptive < before.receptive
+
+
+@torch.no_grad()
+def test_the_work_of_two_sets_is_at_most_that_of_both() -> None:
+    net, x = converted("residual"), images(1, *SIZE)
+    levels = levels_of(net, x)
+    (points,) = points_in(SIZE, 8)
+    stem = stem_macs(net, x)
+    one, two, both = (
+        cs.macs_at(net, x, [part], mask=levels).receptive - stem for part in (points[:4], points[4:], points)
+    )
+    assert max(one, two) <= both <= one + two
+
+
+def test_all_pixels_need_everything() -> None:
+    net, x = converted("residual"), images(1, 32, 48)
+    levels = levels_of(net, x)
+    y, column = torch.meshgrid(torch.arange(32), torch.arange(48), indexing="ij")
+    found = cs.macs_at(net, x, [torch.stack((column.flatten(), y.flatten()), 1)], mask=levels)
+    assert found.receptive == found.all and found.elements[0] == found.elements[1]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_squeeze_excite_needs_the_whole_image_and_nothing_behind_it_does(at: int) -> None:
+    """The later it stands, the more is needed; behind it only what the point depends on."""
+    model = randomise(squeezed(at))
+    net, x = convert(model), images(1, *SIZE)
+    levels, (point,) = levels_of(net, x), points_in(SIZE, 1)
+    found = cs.macs_at(net, x, [point], mask=levels)
+    shares = found.elements[1] / found.elements[0]
+    assert (shares < 0.6, shares > 0.3, shares > 0.6)[at]
+
+
+@pytest.mark.parametrize("mask", ["none", "confidence:threshold=0.9"])
+def test_work_is_that_of_the_mask_with_its_first_pass_too(mask: str) -> None:
+    net, x, (point,) = converted("decoding"), images(1, 64, 96), points_in((64, 96), 1)
+    work = net.macs(x, mask=mask)
+    assert cs.macs_at(net, x, [point], mask=mask).all == work.mask
+    assert (work.of_mask > 0) == (mask != "none")
+
+
+# -- gradients -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "fill"), covering(["residual", "squeezed", "pools"], FILLS))
+def test_gradients_are_those_of_the_dense_output_at_the_points(name: str, fill: str) -> None:
+    """Of every parameter and of the image."""
+    net, points = converted(name, torch.float64, fill=fill), points_in(SIZE, 5, 0)
+    x = images(2, *SIZE, torch.float64).requires_grad_()
+    levels = levels_of(net, x)
+    weights = torch.randn(5, 48, dtype=torch.float64)
+    wanted = [x, *net.parameters()]
+    found = cs.read_at(net, x, points, mask=levels)[0]
+    expected = rows_of(net(x, mask=levels), points, 2)[0]
+    gradients = [
+        torch.autograd.grad((rows * weights[:, : rows.shape[1]]).sum(), wanted) for rows in (found, expected)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        assert_same(one, other, 1e-9)
+    assert any(float(part.abs().max()) > 0 for part in gradients[0][1:])
+
+
+def test_only_what_is_needed_has_no_gradient() -> None:
+    net, x, points = converted("residual"), images(1, *SIZE).requires_grad_(), points_in(SIZE, 3)
+    assert cs.read_at(net, x, points)[0].requires_grad
+    assert not cs.read_at(net, x, points, reach="receptive")[0].requires_grad
+    with torch.no_grad():
+        assert not cs.read_at(net, x, points)[0].requires_grad
+
+
+def test_an_optimised_network_has_no_gradient() -> None:
+    net, x, points = converted("residual").optimize(), images(1, *SIZE).requires_grad_(), points_in(SIZE, 3)
+    assert not net(x).requires_grad
+    assert not cs.read_at(net, x, points)[0].requires_grad
+
+
+def test_a_network_in_training_is_read_whole() -> None:
+    """Its batch statistics depend on everything, as those of a call."""
+    net, x, points = converted("residual").train(), images(2, *SIZE), points_in(SIZE, 3, 2)
+    levels, other = levels_of(net, x), copy.deepcopy(net)
+    found = cs.read_at(net, x, points, mask=levels)
+    assert_rows(found, rows_of(other(x, mask=levels), points, 2), 1e-6)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key])
+    with pytest.raises(cs.InvalidInput, match="no receptive field") as caught:
+        cs.read_at(net, x, points, reach="receptive")
+    assert "net.eval()" in caught.value.next
+
+
+# -- masks and outputs ---------------------------------------------------------------------------------
+
+
+class Describing(nn.Module):
+    """A score map, descriptors, and a vector for the image."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.body = form, nn.Sequential(*list(plain())[:5])
+        self.score, self.features = nn.Conv2d(16, 1, 1), nn.Conv2d(16, 16, 3, 1, 1)
+        self.image = nn.Linear(16, 2)
+
+    def forward(self, image: Tensor) -> Any:
+        found = self.body(image)
+        several = {"scores": self.score(found), "descriptors": self.features(found)}
+        several["image"] = self.image(found.mean((2, 3)))
+        return several if self.form == "dictionary" else tuple(several.values())
+
+
+@pytest.mark.parametrize("form", ["dictionary", "tuple"])
+@torch.no_grad()
+def test_one_of_several_outputs_is_read_by_its_name_or_place(form: str) -> None:
+    torch.manual_seed(0)
+    net = convert(Describing(form), output_stride=(2, 4))
+    x, points = images(2, *SIZE), points_in(SIZE, 4, 2)
+    names: list[Any] = ["scores", "descriptors", "image"] if form == "dictionary" else [0, 1, 2]
+    dense = net(x, mask="edges:threshold=1")
+    for name in names[:2]:
+        assert readable(net, name)
+        for reach in ("all", "receptive"):
+            found = cs.read_at(net, x, points, mask="edges:threshold=1", output=name, reach=reach)
+            assert_rows(found, rows_of(dense[name], points, 2), 1e-6)
+    assert not readable(net, names[2]) and not readable(net) and not readable(net, "depth")
+    with pytest.raises(cs.InvalidInput, match="not read from the adaptive region") as refused:
+        cs.read_at(net, x, points, output=names[2])
+    assert "output=" in refused.value.next
+    for wrong in (None, "descriptor", 7):
+        with pytest.raises(cs.UnknownName) as caught:
+            cs.read_at(net, x, points, output=wrong)
+        assert all(str(name) in caught.value.next for name in names)
+
+
+@torch.no_grad()
+def test_the_keypoints_mask_is_given_the_points_that_are_read() -> None:
+    net, x, points = converted("residual"), images(2, *SIZE), points_in(SIZE, 3, 0)
+    mask = "keypoints:detector=given,dilations=5/11"
+    with keypoints_at(points):
+        dense = net(x, mask=mask)
+    levels = net.levels.clone()
+    for reach in ("all", "receptive"):
+        rows = cs.read_at(net, x, points, mask=mask, reach=reach)
+        assert_rows(rows, rows_of(dense, points, 2), limit(reach))
+        assert torch.equal(net.levels, levels)
+    for part, map_ in zip(points, levels, strict=True):
+        for point in part:
+            assert map_[samples(point, 2, dense)] == 0
+    with keypoints_at(points):
+        assert cs.macs_at(net, x, points, mask=mask).all == net.macs(x, mask=mask).mask
+    with pytest.raises(cs.InvalidInput, match="no keypoints"):
+        net(x, mask=mask)
+
+
+@REACHES
+@torch.no_grad()
+def test_a_mask_that_looks_ahead_is_asked_once_and_right(reach: Any) -> None:
+    torch.manual_seed(0)
+    net = convert(Describing("dictionary"), output_stride=(2, 4))
+    x, points = images(2, *SIZE), points_in(SIZE, 4, 2)
+    mask = "keypoints:detector=own,count=5,dilations=9"
+    dense = net(x, mask=mask)["descriptors"]
+    assert 0 < net.active_fraction < 1
+    rows = cs.read_at(net, x, points, mask=mask, output="descriptors", reach=reach)
+    assert_rows(rows, rows_of(dense, points, 2), limit(reach))
+
+
+@torch.no_grad()
+def test_a_network_uses_its_own_mask_unless_another_is_given() -> None:
+    net, x, points = converted("residual", mask="edges:threshold=2"), images(1, *SIZE), points_in(SIZE, 4)
+    own = cs.read_at(net, x, points)
+    assert_rows(own, rows_of(net(x), points, 2))
+    levels = net.levels
+    other = cs.read_at(net, x, points, mask="all")
+    assert not torch.equal(own[0], other[0]) and net.active_fraction == 1
+    cs.read_at(net, x, points, reach="receptive")
+    assert torch.equal(net.levels, levels) and net.active_fraction < 1
+    net.mask = "all"
+    assert_rows(cs.read_at(net, x, points), other)
+
+
+class Split(nn.Module):
+    """Half of the stem's channels are used before the region begins, half within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.first, self.second = nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        parts = torch.split(self.stem(image), [4, 4], 1)
+        first = self.first(parts[0])
+        return torch.cat((first, self.second(parts[1])), 1)
+
+
+def test_several_values_may_enter_at_once() -> None:
+    """As in Res2Net, MixNet and SKNet, which split channels."""
+    net, x, points = convert(Split(), output_stride=(2, 4)), images(1, *SIZE), points_in(SIZE, 4)
+    levels = levels_of(net, x)
+    expected = rows_of(net(x, mask=levels), points, 2)
+    assert_rows(cs.read_at(net, x, points, mask=levels), expected)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, limit("receptive"))
+
+
+class Flattened(nn.Module):
+    """What follows its map needs the size it was made for, so the map leaves at that."""
+
+    def __init__(self, body: nn.Module, features: int) -> None:
+        super().__init__()
+        self.body, self.last = body, nn.Linear(features, 2)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.body(image)
+        return found, self.last(found.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("body", "size", "own"),
+    [
+        (residual, (64, 96), (8, 12)),
+        pytest.param(cut, SIZE, (7, 11)),  # the level map has more samples
+    ],
+)
+@pytest.mark.parametrize("align", ["cell", "corners"])
+@torch.no_grad()
+def test_a_map_that_leaves_at_its_own_size_is_read_at_that(
+    body: Callable[[], nn.Module], size: Size, own: Size, align: Any
+) -> None:
+    """Every pixel, with everything and with what is needed only."""
+    torch.manual_seed(0)
+    example, x = torch.zeros(1, 3, *size), images(1, *size)
+    net = convert(Flattened(body(), 16 * own[0] * own[1]), example_input=example)
+    y, column = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    every = torch.stack((column.flatten(), y.flatten()), 1)
+    dense = net(x, mask="all")[0]
+    assert tuple(dense.shape[2:]) == own
+    if align == "corners":
+        rows = torch.tensor([round(place * (own[0] - 1) / (size[0] - 1)) for place in range(size[0])])
+        columns = torch.tensor([round(place * (own[1] - 1) / (size[1] - 1)) for place in range(size[1])])
+    else:
+        rows = (torch.arange(size[0]) // 8).clamp(max=own[0] - 1)
+        columns = (torch.arange(size[1]) // 8).clamp(max=own[1] - 1)
+    wanted = dense[0][:, rows][:, :, columns].flatten(1).T
+    for reach in ("all", "receptive"):
+        found = cs.read_at(net, x, [every], mask="all", output=0, reach=reach, align=align)
+        assert_rows(found, [wanted], 1e-5)
+
+
+# -- what is refused -----------------------------------------------------------------------------------
+
+READ = pytest.mark.parametrize("read", [cs.read_at, cs.macs_at])
+
+
+@READ
+@pytest.mark.parametrize(
+    ("points", "what"),
+    [
+        ([torch.zeros(1, 2)], "a list of 1 for a batch of 2"),
+        ([torch.zeros(1, 2)] * 3, "a list of 3 for a batch of 2"),
+        ([], "a list of 0 for a batch of 2"),
+        (None, "NoneType"),
+        (torch.zeros(4, 2), r"\(4, 2\)"),
+        ([torch.zeros(1, 2), torch.zeros(1, 3)], r"\(1, 3\)"),
+        ([torch.zeros(1, 2), torch.tensor([[97.0, 3.0]])], "not in the image"),
+        ([torch.zeros(1, 2), torch.tensor([[3.0, 65.0]])], "not in the image"),
+        ([torch.zeros(1, 2), torch.tensor([[-1.0, 3.0]])], "not in the image"),
+        ([torch.zeros(1, 2), torch.tensor([[math.nan, 3.0]])], "not in the image"),
+    ],
+)
+def test_points_that_are_none_are_refused(read: Callable[..., Any], points: Any, what: str) -> None:
+    net, x = converted("residual"), images(2, *SIZE)
+    with pytest.raises(cs.InvalidInput, match=what) as caught:
+        read(net, x, points)
+    assert caught.value.next
+
+
+def test_points_of_all_images_in_one_tensor_are_those_of_each() -> None:
+    """Seven points of two images."""
+    net, x, points = converted("residual"), images(2, *SIZE), points_in(SIZE, 7, 7)
+    assert_rows(cs.read_at(net, x, torch.stack(points)), cs.read_at(net, x, points))  # type: ignore[arg-type]
+
+
+@READ
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [
+        ("align", "corner", "did you mean corners"),
+        ("align", "centre", "cell, corners"),
+        ("output", "map", "leave output out"),
+        ("output", 1, "leave output out"),
+        ("mask", "edgs", "edges"),
+    ],
+)
+def test_an_unknown_choice_is_refused_with_the_choices(
+    read: Callable[..., Any], option: str, value: Any, word: str
+) -> None:
+    with pytest.raises(cs.UnknownName) as caught:
+        read(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), **{option: value})
+    assert word in caught.value.next
+
+
+@pytest.mark.parametrize("value", ["receptiv", "some"])
+def test_an_unknown_reach_is_refused_with_the_choices(value: Any) -> None:
+    with pytest.raises(cs.UnknownName) as caught:
+        cs.read_at(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), reach=value)
+    assert "receptive" in caught.value.next and "all" in caught.value.next
+
+
+@READ
+@pytest.mark.parametrize(
+    "image",
+    [torch.zeros(3, 65, 97), torch.full((1, 3, 65, 97), math.nan), torch.zeros(1, 3, 0, 97), None],
+    ids=["no batch", "NaN", "empty", "none"],
+)
+def test_what_is_no_image_batch_is_refused(read: Callable[..., Any], image: Any) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        read(converted("residual"), image, points_in(SIZE, 1))
+    assert caught.value.next
+
+
+@READ
+def test_a_mask_of_another_size_is_refused(read: Callable[..., Any]) -> None:
+    with pytest.raises(cs.InvalidInput, match=r"shape \(1, 3, 3\)"):
+        read(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), mask=torch.zeros(1, 3, 3).long())
+
+
+@READ
+def test_an_output_that_is_made_behind_the_region_is_refused(read: Callable[..., Any]) -> None:
+    model = nn.Sequential(residual(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    net = convert(model)
+    assert not readable(net)
+    with pytest.raises(cs.InvalidInput, match="not read from the adaptive region: 3 makes it") as caught:
+        read(net, images(1, *SIZE), points_in(SIZE, 1))
+    assert "leaves the region unchanged" in caught.value.why
+
+
+@READ
+def test_a_network_that_hosts_an_adaptive_part_is_refused_and_its_part_is_read(
+    read: Callable[..., Any],
+) -> None:
+    net: Any = cs.adaptify(Undecided(residual()).eval(), "none", output_stride=(2, 8), verify_laws=False)
+    x, points = images(1, *SIZE), points_in(SIZE, 2)
+    with pytest.raises(cs.InvalidInput, match="HostedModel cannot be read at points"):
+        read(net, x, points)
+    assert not readable(net) and readable(net.part)
+    assert read(net.part, x, points)
+
+
+@READ
+@pytest.mark.parametrize("net", [None, nn.Conv2d(3, 4, 3)])
+def test_what_is_not_converted_is_refused(read: Callable[..., Any], net: Any) -> None:
+    with pytest.raises(cs.InvalidInput, match="no network that is adaptive") as caught:
+        read(net, images(1, *SIZE), points_in(SIZE, 1))
+    assert "adaptify" in caught.value.next
+
+
+def test_work_of_a_network_in_training_is_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match="training mode"):
+        cs.macs_at(converted("residual").train(), images(1, *SIZE), points_in(SIZE, 1))

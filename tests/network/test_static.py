@@ -1,0 +1,697 @@
+"""Static shapes: lattices with bounds, compiled and exported networks, buckets.
+
+Law: with bounds instead of exact counts a lattice has more rows; those of the elements hold what they hold without
+bounds, and nothing reads the others. So a graph made for one image is right for every image of its size.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, covering, images, random_levels, relative_error, slow
+from networks import build, randomise, strided
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.modules.module import register_module_forward_hook
+from torchvision.models import get_model
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock
+
+import cadsurgery as cs
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
+from cadsurgery.masks import FineMapSpec
+from cadsurgery.masks.masking import Masking
+from cadsurgery.network.compile import bucket
+
+BUDGET = "edges | budget:fraction=0.34"
+double = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """No graph of another test counts against the compiler's limits."""
+    torch._dynamo.reset()
+
+
+def patch_levels(batch: int, size: tuple[int, int], geometry: Geometry, kept: int) -> Tensor:
+    """Level 0 in exactly `kept` random patches of the batch, the lowest level elsewhere."""
+    side = geometry.sides[-1]
+    rows, columns = (-(-length // side) for length in size)
+    levels = torch.full((batch * rows * columns,), geometry.max_level)
+    levels[torch.randperm(len(levels))[:kept]] = 0
+    levels = levels.view(batch, rows, columns)
+    return levels.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, : size[0], : size[1]]
+
+
+def graphs(backend: str = "eager") -> CompileCounterWithBackend:
+    return CompileCounterWithBackend(backend)
+
+
+def converted(model: nn.Module, mask: Any = BUDGET, **options: Any) -> cs.AdaptiveModel:
+    example = images(1, 64, 96, next(model.parameters()).dtype)
+    return cs.adaptify(model, mask, example_input=example, verify_laws=False, **options)
+
+
+# -- bounds --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strides", "size", "max_level"),
+    covering([(2,), (2, 2), (4, 2), (3,)], [(16, 24), (13, 17), (3, 5)], [1, -1]),
+)
+def test_bounds_hold_for_every_choice_of_patches_and_are_met(
+    strides: tuple[int, ...], max_level: int, size: tuple[int, int]
+) -> None:
+    """No map with that many patches has fewer or more elements after any stage, at the whole size or a cut one."""
+    geometry = Geometry(strides, max_level)
+    total = FineMapSpec.of(geometry, 2, size, 8).patches * 2
+    for kept in {0, 1, total // 2, total}:
+        bounds = Bounds.of_patches(geometry, 2, size, (kept,))
+        counts = []
+        for _ in range(20):
+            levels = patch_levels(2, size, geometry, kept)
+            exact, bounded = geometry.lattice(levels), geometry.lattice(levels, bounds)
+            counts.append([len(exact.at(stage)) for stage in range(len(strides) + 1)])
+            for stage in range(len(strides) + 1):
+                cut = (size[0] - 1, size[1] - 2)
+                least, most = bounded.at(stage, cut).capacity or (0, 0)
+                assert least <= len(exact.at(stage, cut)) <= most
+        lowest, highest = (tuple(map(pick, zip(*counts, strict=True))) for pick in (min, max))
+        assert all(a <= b for a, b in zip(bounds.least, lowest, strict=True))
+        assert all(a >= b for a, b in zip(bounds.most, highest, strict=True))
+        if size == (16, 24) and 3 not in strides:
+            assert bounds.least == bounds.most == lowest, "patches divide the map"
+
+
+@pytest.mark.parametrize("patch", ["quadtree", "block"])
+@pytest.mark.parametrize(
+    ("strides", "size", "max_level"),
+    covering([(2,), (2, 2), (4, 2), (3, 2), (2, 2, 2)], [(16, 24), (13, 17), (3, 5)], [1, -1]),
+)
+def test_bounds_of_several_levels_hold_for_every_choice_of_patches(
+    strides: tuple[int, ...], max_level: int, size: tuple[int, int], patch: Any
+) -> None:
+    """As above, patches at any level: how many have level i or finer decides. Where patches divide the map, exactly."""
+    geometry = Geometry(strides, max_level, patch=patch)
+    grid = FineMapSpec.of(geometry, 2, size, 8)
+    total = 2 * grid.patches
+    for shares in ((0.0, 0.5), (0.2, 0.2), (0.3, 0.8), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.2, 0.5, 1.0)):
+        kept = tuple(round(share * total) for share in shares[: geometry.max_level])
+        bounds = Bounds.of_patches(geometry, 2, size, kept)
+        for _ in range(5):
+            rank = torch.randperm(total).view(2, -1)
+            by_patch = sum((rank >= count).long() for count in kept)
+            by_patch = torch.where(rank >= kept[-1], geometry.max_level, by_patch)
+            rows = -(-size[0] // grid.patch)
+            levels = (
+                by_patch.view(2, rows, -1).repeat_interleave(grid.patch, 1).repeat_interleave(grid.patch, 2)
+            )
+            lattice = geometry.lattice(levels[:, : size[0], : size[1]])
+            counts = [len(lattice.at(stage)) for stage in range(len(strides) + 1)]
+            assert all(a <= b <= c for a, b, c in zip(bounds.least, counts, bounds.most, strict=True))
+            assert bounds.level == lattice.uniform_level
+            if all(length % grid.patch == 0 for length in size):
+                assert bounds.least == bounds.most
+
+
+@pytest.mark.parametrize("per_batch", [False, True])
+@pytest.mark.parametrize("fraction", [0.0, 0.34, 1.0])
+def test_a_budget_keeps_the_patches_it_promises(fraction: float, per_batch: bool) -> None:
+    geometry, size = Geometry((2, 2)), (13, 17)
+    grid = FineMapSpec(3, size, 8, 2, 4, 4)
+    mask = cs.Budget("random", fraction, per_batch)
+    levels = mask(images(3, 104, 136), torch.zeros(3, 1, *size), grid)
+    kept = int((levels[:, ::4, ::4] == 0).sum())
+    assert (kept,) == mask.kept_patches(grid)
+    lattice = geometry.lattice(levels)
+    bounds = Bounds.of_patches(geometry, 3, size, (kept,))
+    assert all(bounds.least[s] <= len(lattice.at(s)) <= bounds.most[s] for s in range(3))
+    assert bounds.level == lattice.uniform_level
+
+
+@pytest.mark.parametrize("per_octave", [1, 3, 4, 8])
+def test_buckets_are_a_partition_and_waste_little(per_octave: int) -> None:
+    previous = bucket(0, per_octave)
+    for count in range(1, 3000):
+        least, most = found = bucket(count, per_octave)
+        assert least <= count <= most <= count * 2 ** (1 / per_octave) + 1
+        assert found == previous or least == previous[1] + 1
+        previous = found
+
+
+# -- operations on elements ----------------------------------------------------------------------------
+
+PAIR = Window((3, 3), 1, (1, 1), (1, 1, 1, 1))
+Operation = Callable[[Elements, Tensor], Any]
+
+
+def mixed_experts(x: Elements, weight: Tensor) -> Elements:
+    mix = torch.tensor([[0.3, 0.7], [0.9, 0.1]], dtype=weight.dtype)[: x.lattice.batch]
+    experts = torch.stack([weight.flatten(), weight.flip(0).flatten()])
+    window = PAIR._replace(spacing=2)
+    return functional.conv2d_per_image(x, mix, experts, None, window, 1, tuple(weight.shape))
+
+
+def matrices(x: Elements, weight: Tensor) -> Elements:
+    return functional.matrix_on_rows(x, weight[:, :, :2, 0].permute(2, 0, 1)[: x.lattice.batch], False)
+
+
+def in_training(x: Elements, weight: Tensor) -> Any:
+    norms = [nn.BatchNorm2d(4).to(weight.dtype).train() for _ in range(2)]
+    rows = [
+        functional.batch_norm(x, norm, weighted=by) for norm, by in zip(norms, (True, False), strict=True)
+    ]
+    return [*rows, norms[0].running_var, norms[1].running_mean, norms[1].running_var]
+
+
+def under(mode: str, spacing: int = 2) -> Operation:
+    window = PAIR._replace(spacing=spacing, mode=mode)
+    return lambda x, w: functional.conv2d(x, w, None, window, x.lattice.stage)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "conv": under("zeros"),
+    "conv inside cells": under("zeros", 1),
+    "conv reflected": under("reflect"),
+    "conv grouped": lambda x, w: functional.conv2d(x, w[:, :1], None, PAIR._replace(spacing=2), 1, 4),
+    "conv strided": lambda x, w: functional.conv2d(x, w, None, PAIR._replace(spacing=2, stride=2), 2),
+    "conv valid": lambda x, w: functional.conv2d(x, w[..., :2], None, Window((3, 2), spacing=2), 1),
+    "conv per image": mixed_experts,
+    "point": lambda x, w: functional.conv2d(x, w[:, :, :1, :1], None, Window((1, 1)), 2),
+    "max pool": lambda x, w: functional.max_pool2d(x, PAIR._replace(spacing=2, stride=2), 2),
+    "mean pool": lambda x, w: functional.avg_pool2d(x, PAIR._replace(spacing=2, stride=2), 2, False),
+    "space to depth": lambda x, w: functional.pixel_unshuffle(x, Window((2, 2), 2, spacing=2), 2),
+    "transposed": lambda x, w: functional.conv2d(
+        x, w, None, Window((3, 3), padding=(1, 0, 1, 0), spacing=2, finer=2), 0
+    ),
+    "transposed, grouped": lambda x, w: functional.conv2d(
+        x, w[:, :1, :2, :2], None, Window((2, 2), spacing=2, finer=2), 0, 4
+    ),
+    "depth to space": lambda x, w: functional.pixel_shuffle(x, 0, (2, 1), 2),
+    "resize": lambda x, w: functional.resize(x, 0, (2, 1), 2, tuple(x.lattice.size), "bilinear"),
+    "subsampled": lambda x, w: Elements(functional.rows_on(x, x.lattice.at(2)), x.lattice.at(2)),
+    "dense": lambda x, w: functional.to_dense(x),
+    "dense native": lambda x, w: functional.to_dense(x, 2),
+    "mean": lambda x, w: functional.global_mean(x),
+    "bins": lambda x, w: functional.pool_to_bins(x, (3, 2), False, 2),
+    "largest of bins": lambda x, w: functional.pool_to_bins(x, (2, 2), True, 2),
+    "small map": lambda x, w: Elements(
+        functional.rows_on(functional.small_map(w[: x.lattice.batch], 2, (8, 12), "bilinear"), x.lattice),
+        x.lattice,
+    ),
+    "max": lambda x, w: functional.global_max(x),
+    "min": lambda x, w: functional.global_reduce(x, "amin", (2, 3)),
+    "deviation": lambda x, w: functional.global_reduce(x, "std", (2, 3)),
+    "batch norm": in_training,
+    "group norm": lambda x, w: functional.group_norm(x, 2, None, None),
+    "products": lambda x, w: functional.sum_of_products(x, x, 2, "bchw"),
+    "matrices": matrices,
+    "softmax": lambda x, w: functional.softmax_over_image(x, 2),
+}
+
+
+def values_of(found: Any) -> list[Tensor]:
+    """Tensors, and of elements the real rows."""
+    if isinstance(found, list):
+        return [value for part in found for value in values_of(part)]
+    if isinstance(found, Tensor):
+        return [found]
+    return [found.rows[: int(found.lattice.counts.sum())]]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fill"), covering([*OPERATIONS], [(13, 18), (16, 24)], ["linear", "nearest", "guided"])
+)
+def test_padding_changes_nothing(name: str, size: tuple[int, int], fill: Any) -> None:
+    """Every operation on a lattice with loose bounds, its padding full of NaN, is that on the exact one."""
+    geometry = Geometry((2, 2), fill=fill)
+    for batch, dtype in ((1, torch.float32), (2, double)):
+        levels = random_levels(batch, size, (2, 2))
+        pixels = batch * size[0] * size[1]
+        exact = geometry.lattice(levels).at(1)
+        most = tuple(min(len(exact.at(stage)) + 7, pixels) for stage in range(3))
+        bounded = geometry.lattice(levels, Bounds((0, 5, 3), most)).at(1)
+        dense, weight = torch.randn(batch, 4, *size, dtype=dtype), torch.randn(4, 4, 3, 3, dtype=dtype)
+        results = []
+        for lattice in (exact, bounded):
+            rows = functional.rows_on(functional.to_elements(dense, lattice), lattice).clone()
+            rows[len(exact) :] = torch.nan
+            results.append(values_of(OPERATIONS[name](Elements(rows, lattice), weight)))
+        assert len(bounded) == len(exact) + 7
+        for found, expected in zip(results[1], results[0], strict=True):
+            assert found.isfinite().all()
+            assert_same(found, expected, 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_options_of_the_published_method_have_bounds_too() -> None:
+    """anchor="center" and pool="drop"."""
+    geometry = Geometry((2, 2), fill="nearest", anchor="center", pool="drop", patch="block")
+    levels = patch_levels(2, (16, 24), geometry, 10)
+    dense, weight = torch.randn(2, 4, 16, 24, dtype=double), torch.randn(4, 4, 3, 3, dtype=double)
+    bounds = Bounds((0, 0, 0), (768, 700, 700))
+
+    def done(lattice: Lattice) -> Tensor:
+        x = functional.conv2d(functional.to_elements(dense, lattice), weight, None, PAIR, 0)
+        x = functional.max_pool2d(x, Window((2, 2), 2), 1)
+        return functional.to_dense(functional.conv2d(x, weight, None, PAIR._replace(spacing=2), 1))
+
+    assert_same(done(geometry.lattice(levels, bounds)), done(geometry.lattice(levels)), 1e-12)
+
+
+# -- networks ------------------------------------------------------------------------------------------
+
+
+def poisoned(net: cs.AdaptiveModel, x: Tensor) -> Any:
+    """The network with bounds, in eager mode, NaN written into the padding behind every module that runs on rows."""
+    lattices: list[Lattice] = []
+
+    class Watched(Masking):
+        def __call__(self, image: Tensor, features: Tensor) -> Lattice:
+            lattices.append(super().__call__(image, features))
+            return lattices[-1]
+
+    written = []
+
+    def poison(module: nn.Module, inputs: Any, rows: Any) -> Any:
+        for stage in range(1, lattices[0].stage + 1 if lattices else 0):
+            lattice = lattices[0].at(stage)
+            if (
+                isinstance(module, kinds)
+                and isinstance(rows, Tensor)
+                and rows.dim() == 2
+                and len(rows) == len(lattice)
+            ):
+                real = int(lattice.counts.sum())
+                written.append(len(rows) - real)
+                return torch.cat([rows[:real], torch.full_like(rows[real:], torch.nan)])
+        return rows
+
+    kinds = (nn.ReLU, nn.ReLU6, nn.SiLU)
+    hook = register_module_forward_hook(
+        poison
+    )  # of all modules: those of the region refuse hooks of their own
+    try:
+        with torch.no_grad():
+            found = net.run(Watched(net.mask, net.geometry, net.plan.strides[0], static=True), x)
+    finally:
+        hook.remove()
+    assert any(written), "there was padding to write into"
+    return found
+
+
+def normed_trunk() -> nn.Module:
+    """The same with a norm behind each convolution, and a residual."""
+    layers: list[nn.Module] = []
+    for layer in strided(outputs=4, kernel=3):
+        if isinstance(layer, nn.Conv2d):
+            layer.bias = None  # its gradient would be rounding alone
+            layers += [layer, nn.BatchNorm2d(4)]
+        else:
+            layers.append(layer)
+    return randomise(nn.Sequential(*layers, BasicBlock(4, 4)))
+
+
+# A network that compiles in a second, and one of torchvision.
+MODELS = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(normed_trunk, id="trunk"),
+        pytest.param(partial(build, "resnet18", by=4), id="resnet18", marks=pytest.mark.slow),
+    ],
+)
+
+
+def network(name: str) -> nn.Module:
+    """Trunk and logits of a network."""
+    model = build(name, by=4)
+    if name.startswith("resnet"):
+        return create_feature_extractor(model, {"layer4": "map", "fc": "logits"})
+    return model.features if name.startswith("vgg") else model
+
+
+NETWORKS = ("resnet18", "mobilenet_v2", slow("regnet_y_400mf"), slow("efficientnet_b0"), "vgg11")
+
+
+@pytest.mark.parametrize(("name", "fill"), covering(NETWORKS, ("linear", "nearest", "guided")))
+def test_networks_with_bounds_are_those_without_whatever_the_padding_holds(name: str, fill: str) -> None:
+    """On sizes that patches do not divide, in batches: dense, depthwise, squeeze-excite and pooling networks."""
+    for dtype, tolerance in ((torch.float32, 2e-5), (double, 1e-11)):
+        net = converted(network(name).to(dtype), fill=fill)
+        x = images(2, 72, 104, dtype)
+        found = poisoned(net, x)
+        with torch.no_grad():
+            assert_same(found, net(x), tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf"])
+def test_one_graph_serves_every_image_of_a_size(name: str) -> None:
+    """fullgraph: no break; one graph for four images; levels and active fraction of each call are known."""
+    net, seen = converted(network(name)), graphs("aot_eager")
+    fast = torch.compile(net, backend=seen, fullgraph=True)
+    maps = []
+    for _ in range(4):
+        x = images(2, 65, 97)
+        with torch.no_grad():
+            found = fast(x)
+            levels, fraction = net.levels.clone(), net.active_fraction
+            assert_same(found, net(x), 1e-5)
+        assert torch.equal(levels, net.levels) and fraction == net.active_fraction
+        maps.append(levels)
+    assert seen.frame_count == 1
+    assert not torch.equal(maps[0], maps[1])
+
+
+def test_another_size_is_another_graph_and_other_weights_are_the_same() -> None:
+    net, seen = converted(strided(outputs=4, kernel=3)), graphs()
+    fast = torch.compile(net, backend=seen, fullgraph=True)
+    with torch.no_grad():
+        for count, size in enumerate([(64, 96), (65, 97)], 1):
+            x = images(1, *size)
+            assert_same(fast(x), net(x), 1e-5)
+            assert seen.frame_count == count
+        net.load_state_dict(strided(outputs=4, kernel=3).state_dict())
+        assert_same(fast(x), net(x), 1e-5)
+        assert seen.frame_count == count
+
+
+@pytest.mark.slow
+@MODELS
+@pytest.mark.parametrize("mask", ["all", slow("none")])
+def test_uniform_masks_compile_to_the_dense_networks(mask: str, make: Callable[[], nn.Module]) -> None:
+    net, seen, x = converted(make(), mask), graphs(), images(1, 65, 97)
+    with torch.no_grad():
+        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x), 1e-5)
+    names = [str(node.target) for graph in seen.graphs for node in graph.graph.nodes]
+    assert not any("product_by_table" in name for name in names)
+
+
+@pytest.mark.slow
+@MODELS
+def test_a_mask_of_a_call_is_compiled_too(make: Callable[[], nn.Module]) -> None:
+    net, x, mask = converted(make(), "edges"), images(1, 64, 96), cs.Budget("edges", 0.5)
+    fast = torch.compile(lambda image: net(image, mask=mask), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_same(fast(x), net(x, mask=mask), 1e-5)
+
+
+@pytest.mark.slow
+@MODELS
+def test_compiled_training_is_eager_training(make: Callable[[], nn.Module]) -> None:
+    """Outputs, gradients and running statistics, on sizes with padding."""
+    net = converted(make().double()).train()
+    twin, x = copy.deepcopy(net), images(2, 72, 104, double)
+    found, expected = torch.compile(net, backend="aot_eager", fullgraph=True)(x), twin(x)
+    assert_same(found, expected, 1e-9)
+    found.square().mean().backward()
+    expected.square().mean().backward()
+    for (name, one), (_, two) in zip(net.named_parameters(), twin.named_parameters(), strict=True):
+        assert relative_error(one.grad, two.grad) < 1e-8, name
+    for (name, one), (_, two) in zip(net.named_buffers(), twin.named_buffers(), strict=True):
+        assert torch.allclose(one, two, atol=1e-12), name
+
+
+class Excited(nn.Module):
+    """Channels weighed by a reduction of the whole image, as squeeze-and-excitation does."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * getattr(x, self.how)(dim=(2, 3), keepdim=True).sigmoid()
+
+
+@pytest.mark.slow
+def test_operations_on_a_whole_image_are_compiled() -> None:
+    """fullgraph: no break. On sizes with padding, which no reduction may count."""
+    reductions = [Excited(how) for how in ("mean", "sum", "norm", "var", "std", "amax", "amin")]
+    norms = [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)]
+    net = converted(
+        nn.Sequential(*strided(outputs=4, kernel=3), *reductions, *norms, nn.Conv2d(4, 4, 3, 1, 1)).eval()
+    )
+    x, seen = images(2, 72, 104), graphs("aot_eager")
+    with torch.no_grad():
+        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x), 1e-5)
+    assert seen.frame_count == 1
+
+
+# Between them they have every operation of `cadsurgery.functional` that networks of the zoo need in the region.
+SAMPLE = (
+    *("timm:efficientnet_b0", "resnet50_gn", "seresnet50", "regnety_002", "shufflenet_v2_x0_5", "skresnet18"),
+    *(
+        "ghostnetv2_100",
+        "hrnet_w18_small",
+        "efficientnet_cc_b0_4e",
+        "resnest14d",
+        "edgenext_xx_small",
+        "dla46_c",
+    ),
+    *("gcresnext26ts", "swiftformer_xs", "test_efficientnet_evos", "convnextv2_atto", "eca_resnext26ts"),
+    *("poolformer_s12", "nf_regnet_b0", "lraspp_mobilenet_v3_large"),
+)
+OF_WHOLE_PATCHES = ("hrnet_w18_small", "dla46_c")  # they take no other images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_of_the_zoo_is_compiled(name: str) -> None:
+    """One graph, which gives what the network gives in eager mode; with padding where the network allows it."""
+    net = converted(randomise(cs.build_model(name, "none")))
+    x, seen = images(2, *((64, 96) if name in OF_WHOLE_PATCHES else (72, 104))), graphs("aot_eager")
+    with torch.no_grad():
+        found, expected = torch.compile(net, backend=seen, fullgraph=True)(x), net(x)
+    assert seen.frame_count == 1
+    assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_gives_what_eager_gives() -> None:
+    """Dense, depthwise and pointwise convolutions, pooling, reductions of an image and a global mean, as compiled
+    code."""
+    more = [nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.MaxPool2d(3, 1, 1), Excited("norm"), nn.GroupNorm(2, 4)]
+    more += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net, x = converted(nn.Sequential(strided(outputs=4, kernel=3), *more).eval()), images(1, 72, 104)
+    with torch.no_grad():
+        assert_same(torch.compile(net, fullgraph=True)(x), net(x), 1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_replays_on_other_images() -> None:
+    net = converted(build("resnet18", by=4)).cuda()
+    fast = torch.compile(net, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(4):
+            x = images(1, 72, 104).cuda()
+            assert_same(fast(x).clone(), net(x), 1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_static_form_is_captured_without_a_compiler() -> None:
+    net = converted(build("resnet18", by=4)).cuda()
+    static = Masking(net.mask, net.geometry, net.plan.strides[0], static=True)
+    image = images(1, 72, 104).cuda()
+    with torch.no_grad():
+        forward = torch.export.export(net, (image,)).module()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            forward(image)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = forward(image)
+        for _ in range(3):
+            image.copy_(images(1, 72, 104))
+            graph.replay()
+            assert_same(found.clone(), net.run(static, image), 1e-3)
+
+
+# -- export --------------------------------------------------------------------------------------------
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["cadsurgery"] = None
+import torch
+program = torch.export.load(sys.argv[1]).module()
+torch.save(program(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+@MODELS
+def test_an_exported_program_runs_without_the_package(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+    """On another image than it was made from; its operations are torch's own."""
+    net, x = converted(make()), images(2, 72, 104)
+    report = cs.export(net, images(2, 72, 104), tmp_path / "net.pt2")
+    assert report.difference < 1e-5 and report.bytes == (tmp_path / "net.pt2").stat().st_size
+    torch.save(x, tmp_path / "x.pt")
+    paths = [str(tmp_path / file) for file in ("net.pt2", "x.pt", "y.pt")]
+    subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *paths], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        assert_same(torch.load(tmp_path / "y.pt"), net(x), 1e-5)
+
+
+@pytest.mark.slow
+def test_strict_export_is_torch_operations_too() -> None:
+    net, x = converted(strided(outputs=4, kernel=3)), images(1, 64, 96)
+    program = torch.export.export(net, (images(1, 64, 96),), strict=True)
+    with torch.no_grad():
+        assert_same(program.module()(x), net(x), 1e-5)
+    assert not any("cadsurgery" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.slow
+def test_export_leaves_the_network_and_its_last_call_alone(tmp_path: Path) -> None:
+    net, x = converted(strided(outputs=4, kernel=3)), images(1, 64, 96)
+    with torch.no_grad():
+        before = net(x)
+        torch.export.export(net, (images(1, 64, 96),))
+        assert net.levels.shape == (1, 8, 12) and type(net.levels) is Tensor
+        assert torch.equal(net(x), before)
+
+
+@pytest.mark.slow
+def test_export_refuses_with_a_next_step_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x, path = converted(strided(outputs=4, kernel=3)), images(1, 64, 96), tmp_path / "net.pt2"
+    with pytest.raises(cs.InvalidInput, match=r"edges:.* \| budget:fraction=0.3"):
+        cs.export(converted(strided(outputs=4, kernel=3), "edges"), x, path)
+    with pytest.raises(cs.InvalidInput, match="eval"):
+        cs.export(copy.deepcopy(net).train(), x, path)
+    with pytest.raises(cs.FileError, match="folder"):
+        cs.export(net, x, tmp_path / "no" / "net.pt2")
+    with pytest.raises(cs.InvalidInput, match="image"):
+        cs.export(net, x[0], path)
+    with monkeypatch.context() as patched:
+        patched.setattr("cadsurgery.network.export.programs.difference", lambda *values: 0.5)
+        with pytest.raises(cs.CannotConvert, match="differs from the network by"):
+            cs.export(net, x, path)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.export, "export", lambda *given: 1 / 0)
+        with pytest.raises(cs.CannotConvert, match="ZeroDivisionError"):
+            cs.export(net, x, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- masks that are not static -------------------------------------------------------------------------
+
+
+def test_other_masks_break_the_graph_or_are_refused_in_words() -> None:
+    """Without fullgraph the network runs as it does in eager mode; with it the message names both ways out."""
+    net, x = converted(strided(outputs=4, kernel=3), "edges"), images(1, 64, 96)
+    levels = random_levels(1, (8, 12), (2, 2))
+    with torch.no_grad():
+        assert_same(torch.compile(net, backend="eager")(x), net(x), 1e-6)
+        assert_same(torch.compile(net, backend="eager")(x, mask=levels), net(x, mask=levels), 1e-6)
+        torch._dynamo.reset()
+        with pytest.raises(Exception) as caught:
+            torch.compile(net, backend="eager", fullgraph=True)(x)
+        for words in ("edges | budget:fraction=0.3", "cs.Bucketed(net)"):
+            assert words in str(caught.value)
+        with pytest.raises(cs.InvalidInput, match=r"cs\.Bucketed"):
+            torch.export.export(net, (x,), strict=False)
+
+
+class Host(nn.Module):
+    """Takes and returns lists as a detector does, and decides by values, so that only its backbone converts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = strided(outputs=4, kernel=3)
+
+    def forward(self, pictures: list[Tensor]) -> list[dict[str, Tensor]]:
+        x = torch.stack(pictures)
+        scores = self.backbone(x if x.sum() > x.numel() else 2 * x)
+        return [{"scores": one.flatten()} for one in scores]
+
+
+def retinanet() -> nn.Module:
+    options = {"weights_backbone": None, "min_size": 64, "max_size": 96}
+    return get_model("retinanet_resnet50_fpn", weights=None, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [Host, retinanet])
+def test_a_detector_runs_uncompiled_and_its_part_compiled(make: Callable[[], nn.Module]) -> None:
+    net = cs.adaptify(make().eval(), BUDGET, verify_laws=False)
+    x, seen = [images(1, 64, 96)[0]], graphs()
+    with torch.no_grad():
+        expected = net(x)[0]
+        assert_same(torch.compile(net, backend="eager")(x)[0]["scores"], expected["scores"])
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"net\.part\.compile"):
+            torch.compile(net, backend="eager", fullgraph=True)(x)
+        torch._dynamo.reset()
+        net.part.compile(backend=seen, fullgraph=True)
+        found = net(x)[0]
+    assert seen.frame_count == 1
+    assert_same(found["scores"], expected["scores"], 1e-3)
+
+
+@pytest.mark.slow
+def test_images_of_one_bucket_share_a_graph() -> None:
+    """Any mask, several images: one graph per bucket, results those of the eager network."""
+    net, seen = converted(strided(outputs=4, kernel=3), "edges"), graphs()
+    fast = cs.Bucketed(net, per_octave=1, backend=seen)
+    with torch.no_grad():
+        for kept in (5, 6, 5, 6):  # 87 or 102 elements at the end, 108 or 120 before
+            x, levels = images(2, 64, 96), patch_levels(2, (8, 12), Geometry((2, 2)), kept)
+            found = fast(x, mask=levels)
+            assert torch.equal(net.levels, levels.to(torch.int8))
+            assert_same(found, net(x, mask=levels), 1e-5)
+        assert fast.buckets == 1 and seen.frame_count == 2, "the part before the mask, and the rest"
+        for kept in (0, 12, 10, 12, 0):
+            levels = patch_levels(2, (8, 12), Geometry((2, 2)), kept)
+            assert_same(fast(x, mask=levels), net(x, mask=levels), 1e-5)
+        assert fast.buckets == 4 and seen.frame_count == 5
+        assert_same(fast(x), net(x), 1e-5)
+
+
+@pytest.mark.slow
+def test_more_buckets_than_the_compilers_limit_are_all_compiled() -> None:
+    net, seen, x = converted(strided(outputs=4, kernel=3), "none"), graphs(), images(1, 64, 96)
+    fast = cs.Bucketed(net, per_octave=64, backend=seen)
+    with torch.no_grad():
+        for kept in range(7):
+            for levels in (
+                random_levels(1, (8, 12), (2, 2)),
+                patch_levels(1, (8, 12), Geometry((2, 2)), kept),
+            ):
+                assert_same(fast(x, mask=levels), net(x, mask=levels), 1e-5)
+    assert seen.frame_count == 1 + fast.buckets > 9
+
+
+def test_bucketed_takes_sizes_and_the_original_call() -> None:
+    net = converted(
+        create_feature_extractor(strided(outputs=4, kernel=3), {"4": "map", "10": "logits"}), "edges"
+    )
+    fast = cs.Bucketed(net, backend="eager")
+    with torch.no_grad():
+        for size in ((64, 96), (65, 97), (96, 64)):
+            x = images(1, *size)
+            found = fast(x)
+            assert type(found) is type(net(x))
+            assert_same(found, net(x), 1e-5)
+
+
+def test_bucketed_refuses_what_it_cannot_wrap() -> None:
+    with pytest.raises(cs.InvalidInput, match=r"cs\.adaptify"):
+        cs.Bucketed(build("resnet18", by=4))
+    with pytest.raises(cs.InvalidInput, match="per_octave"):
+        cs.Bucketed(converted(build("resnet18", by=4)), per_octave=0)
+    with pytest.raises(cs.InvalidInput, match="NaN"):
+        cs.Bucketed(converted(build("resnet18", by=4)), backend="eager")(
+            torch.full((1, 3, 64, 96), torch.nan)
+        )

@@ -1,0 +1,185 @@
+"""The ALIKE recipe: names of the weights, the published network at full resolution, figures of the authors' code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same, images, random_levels, slow
+from networks import randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from recipes.alike import recipe
+from recipes.alike.network import CHANNELS, REGION, STRIDES, Alike, Read, build, padded
+
+DATA = os.environ.get("CADSURGERY_DATA", "")  # a folder with the data and weights the recipes name
+NEEDS_DATA = pytest.mark.skipif(
+    not DATA, reason="CADSURGERY_DATA names no folder with weights and image pairs"
+)
+
+
+def network(strides: tuple[int, ...] = (), seed: int = 0) -> Alike:
+    """ALIKE-t with random weights; the same ones for every `strides`."""
+    torch.manual_seed(seed)
+    net = Alike(CHANNELS["alike-t"], strides)
+    randomise(net)
+    return net.double().eval()
+
+
+def image(batch: int, height: int, width: int) -> Tensor:
+    return padded(images(batch, height, width, torch.float64))
+
+
+def converted(mask: object = "all", **options: object) -> cs.AdaptiveModel:
+    return cs.adaptify(network(STRIDES), mask, output_stride=(1, 4), region=REGION, **options)  # type: ignore[arg-type]
+
+
+# -- the network ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "thousands"), [("alike-t", 83), ("alike-n", 329)])
+def test_parameters_are_named_as_in_the_files(name: str, thousands: int) -> None:
+    net = Alike(CHANNELS[name], STRIDES)
+    expected = {f"block1.{part}.weight" for part in ("conv1", "bn1", "conv2", "bn2")}
+    expected |= {
+        f"block{block}.{part}.weight" for block in (2, 3, 4) for part in ("conv1", "bn1", "conv2", "bn2")
+    }
+    expected |= {f"block{block}.downsample.{kind}" for block in (2, 3, 4) for kind in ("weight", "bias")}
+    expected |= {f"block{block}.bn{bn}.bias" for block in (1, 2, 3, 4) for bn in (1, 2)}
+    expected |= {f"{part}.weight" for part in ("conv1", "conv2", "conv3", "conv4", "convhead2")}
+    assert {name for name, _ in net.named_parameters()} == expected
+    assert round(sum(value.numel() for value in net.parameters()) / 1000) == thousands
+
+
+def test_outputs_are_scores_and_unit_descriptors_of_every_pixel() -> None:
+    found = network()(image(2, 33, 70))
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "scores": (2, 1, 64, 96),
+        "descriptors": (2, 64, 64, 96),
+    }
+    assert found["scores"].min() > 0 and found["scores"].max() < 1
+    assert_same(found["descriptors"].norm(dim=1), torch.ones(2, 64, 96, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 96), (65, 32)])
+def test_padding_adds_zeros_on_the_right_and_at_the_bottom(size: tuple[int, int]) -> None:
+    given = torch.rand(3, *size) + 1
+    found = padded(given)
+    assert found.shape[1] % 32 == found.shape[2] % 32 == 0
+    assert max(have - want for have, want in zip(found.shape[1:], size, strict=True)) < 32
+    assert torch.equal(found[:, : size[0], : size[1]], given)
+    assert found.count_nonzero() == given.numel()
+
+
+# -- converted: the last convolution -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["linear", "nearest", "guided"])
+def test_everything_high_is_the_published_network(fill: str) -> None:
+    x = image(2, 50, 90)
+    assert_same(converted(fill=fill)(x), network()(x))
+
+
+def test_everything_low_is_the_network_with_the_strides_at_its_samples() -> None:
+    x = image(2, 50, 90)
+    found = converted("none")(x)
+    assert_same({name: value[..., ::4, ::4] for name, value in found.items()}, network(STRIDES)(x))
+
+
+def test_pixels_kept_high_and_first_pixels_of_cells_are_those_of_the_published_network() -> None:
+    x = image(2, 50, 90)
+    net, expected = converted(), network()(x)
+    found = net(x, mask=random_levels(2, (64, 96), STRIDES))
+    y, across = torch.arange(64).view(-1, 1), torch.arange(96)
+    exact = torch.stack([(y % 2**level == 0) & (across % 2**level == 0) for level in range(3)])
+    exact = exact[net.levels.long(), y, across]
+    assert 0.1 < net.active_fraction < exact.double().mean() < 0.9
+    for name, value in found.items():
+        assert_same(value.movedim(1, -1)[exact], expected[name].movedim(1, -1)[exact])
+
+
+def test_only_the_last_convolution_is_counted_as_adaptive() -> None:
+    net, x = converted(), image(1, 64, 96)
+    costs = [recipe.cost(net, {"": x[0]}, mask) for mask in ("all", "none")]
+    assert costs[0] == {"part_of_high": 1, "whole_of_high": 1, "active_fraction": 1}
+    assert costs[1]["part_of_high"] == 1 / 16 and costs[1]["active_fraction"] == 0
+    looked = recipe.cost(net, {"": x[0]}, "keypoints:detector=own,count=4,dilations=1")
+    assert looked["part_of_high"] > 2 / 16  # the pass that it looks at, and its own
+
+
+# -- converted: the pools ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strides", [slow((8, 32)), (2, 32), slow((1, 32))])
+def test_without_further_strides_everything_low_is_the_published_network(strides: tuple[int, int]) -> None:
+    x, net = image(2, 64, 70), network()
+    assert_same(cs.adaptify(net, "none", output_stride=strides)(x), net(x))
+
+
+# -- measuring -----------------------------------------------------------------------------------------
+
+
+class Known(nn.Module):
+    """Scores that are given, descriptors that name the pixel."""
+
+    def __init__(self, peaks: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.peaks = peaks
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        height, width = x.shape[2:]
+        scores = torch.rand(1, 1, height, width) / 100
+        for rank, (y, across) in enumerate(self.peaks):
+            scores[..., y, across] = 1 - rank / 100
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        return {"scores": scores, "descriptors": torch.stack((rows, columns))[None].float()}
+
+
+def test_keypoints_are_the_best_of_the_image_without_border_and_padding() -> None:
+    kept = [(20, 30), (5, 34), (34, 5)]
+    found = recipe.features(Known([(2, 20), (39, 30), (45, 30), *kept]), torch.rand(3, 40, 50))
+    assert found.points[:3].tolist() == [[x, y] for y, x in kept]
+    assert torch.equal(found.descriptors, found.points.flip(1).float())
+
+
+def test_matches_are_right_within_three_pixels() -> None:
+    points = torch.tensor([[10, 10], [20, 10], [30, 10], [40, 10]])
+    moved = recipe.Features(points + torch.tensor([[3, 0], [0, 4], [0, 0], [2, 2]]), torch.eye(4))
+    expected = {"accuracy": 0.75, "matches": 4}
+    assert recipe.matched(recipe.Features(points, torch.eye(4)), moved, torch.eye(3)) == expected
+
+
+def test_a_table_has_a_line_for_every_row() -> None:
+    plain = {"network": "as published", "setting": "", "accuracy": 0.743, "matches": 492, "right": 383.0}
+    shares = {"active_fraction": 0.28, "part_of_high": 0.336, "whole_of_high": 0.557, "ms": 500.4}
+    lines = recipe.table([plain, {**plain, "network": "head", "setting": "sift", **shares}]).splitlines()
+    assert lines[2:] == [
+        "| as published |  | 0.7430 | 492 | 383 |  |  |  |  |",
+        "| head | sift | 0.7430 | 492 | 383 | 0.280 | 0.336 | 0.557 | 500 |",
+    ]
+
+
+# -- with the weights ----------------------------------------------------------------------------------
+
+
+@NEEDS_DATA
+@pytest.mark.parametrize(("name", "accuracy", "matches"), [("alike-n", 0.893, 606), ("alike-t", 0.826, 528)])
+def test_everything_high_matches_as_the_authors_code(name: str, accuracy: float, matches: int) -> None:
+    net = recipe.adapted(Path(DATA), name, recipe.GROUPS["head 1-4"])
+    shown = {
+        key: value
+        for key, value in recipe.pictures(Path(DATA)).items()
+        if key in ("churchill-1", "churchill-2")
+    }
+    pair = recipe.matching(Path(DATA), shown, net, mask="all")["pairs"]["churchill-2"]
+    assert pair["accuracy"] == pytest.approx(accuracy, abs=0.005)
+    assert pair["matches"] == pytest.approx(matches, abs=3)
+
+
+@NEEDS_DATA
+def test_the_files_hold_what_the_network_needs() -> None:
+    net = build(Path(DATA))
+    assert not net.training and isinstance(net.read, Read) and len(net.coarsen) == 0

@@ -1,0 +1,645 @@
+"""The DeepLabv3 recipe: published checkpoints, published totals, the variants of the oracle table.
+
+The reference for checkpoints works on the tensors of a file as they are, by the published rule written on dense maps:
+a cell's value is the one at its top-left pixel, later 3x3 kernels start at its middle.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import operator
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, covering, images, random_levels, relative_error, slow
+from emulation import Emulation, Feature, NetworkEmulator, fill_cells, pick, pixels
+from networks import randomise
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+import cadsurgery as cs
+from cadsurgery.masks import LearnedMask
+from cadsurgery.network.macs import dense_macs
+from recipes.deeplabv3_resnet101 import checkpoints, recipe, variants
+from recipes.deeplabv3_resnet101.checkpoints import Layout, load_published, published_state
+from recipes.deeplabv3_resnet101.recipe import RUNS
+
+LAYERS, WIDTH, CLASSES = (1, 1, 2, 2), 8, 5
+SMALL: dict[str, Any] = {"layers": LAYERS, "width": WIDTH, "num_classes": CLASSES}
+SIZE = (64, 96)
+FORMATS = {"os16": "dense", "os8": "dense", "edges-8-32-0.35": "adaptive", "learned-0.5": "two paths"}
+EDGES = "edges-8-32-0.35"
+State = dict[str, Tensor]
+
+
+# -- files in the published formats, from random weights -----------------------------------------------
+
+
+def tensors_of(name: str) -> State:
+    """A state dict in the format of a run; random, batch norm statistics too; the same each time, and one's own."""
+    return {key: value.clone() for key, value in _tensors_of(name).items()}
+
+
+@cache
+def _tensors_of(name: str) -> State:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return _draw_tensors(name)
+
+
+def _draw_tensors(name: str) -> State:
+    state: State = {}
+    kind = FORMATS[name]
+    channels = 64
+
+    def conv(key: str, outputs: int, inputs: int, kernel: int, graph: bool = False) -> None:
+        weight = torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel**2) ** 0.5
+        flat = (
+            weight.reshape(outputs, inputs, kernel**2, 1)
+            if kernel > 1
+            else weight.reshape(outputs, inputs, 1)
+        )
+        state[f"{key}.weight"] = flat if graph else weight
+
+    def norm(key: str, count: int) -> None:
+        state[f"{key}.weight"], state[f"{key}.running_var"] = torch.rand(2, count) + 0.5
+        state[f"{key}.bias"], state[f"{key}.running_mean"] = torch.randn(2, count) / 10
+        state[f"{key}.num_batches_tracked"] = torch.tensor(7)
+
+    conv("backbone.conv1", 64, 3, 7)
+    norm("backbone.bn1", 64)
+    for number, blocks in enumerate(LAYERS, 1):
+        copies = ("_low_res", "_high_res") if kind == "two paths" and number > 2 else ("",)
+        planes, inputs = 64 * 2 ** (number - 1), channels
+        width, graph = planes * WIDTH // 64, kind == "adaptive" and number > 2
+        for copy in copies:
+            for block in range(blocks):
+                key, channels = f"backbone.layer{number}{copy}.{block}", 4 * planes if block else inputs
+                conv(f"{key}.conv1", width, channels, 1, graph)
+                conv(f"{key}.conv2.conv" if graph else f"{key}.conv2", width, width, 3, graph)
+                conv(f"{key}.conv3", 4 * planes, width, 1, graph)
+                for at, count in ((1, width), (2, width), (3, 4 * planes)):
+                    norm(f"{key}.bn{at}", count)
+                if not block:
+                    conv(f"{key}.downsample.{'conv1' if graph else 0}", 4 * planes, channels, 1, graph)
+                    norm(f"{key}.downsample.{'norm1' if graph else 1}", 4 * planes)
+        channels = 4 * planes
+    head = "classifier.classifier"
+    for at, kernel in enumerate((1, 3, 3, 3)):
+        conv(f"{head}.0.convs.{at}.0", 256, 2048, kernel)
+        norm(f"{head}.0.convs.{at}.1", 256)
+    conv(f"{head}.0.convs.4.1", 256, 2048, 1)
+    norm(f"{head}.0.convs.4.2", 256)
+    conv(f"{head}.0.project.0", 256, 1280, 1)
+    norm(f"{head}.0.project.1", 256)
+    conv(f"{head}.1", 256, 256, 3)
+    norm(f"{head}.2", 256)
+    conv(f"{head}.4", CLASSES, 256, 1)
+    state[f"{head}.4.bias"] = torch.randn(CLASSES)
+    if kind == "two paths":
+        state["backbone.fc.weight"], state["backbone.fc.bias"] = torch.randn(10, 2048), torch.randn(10)
+        for at, (outputs, inputs) in {0: (128, 512), 2: (64, 128), 5: (64, 64), 7: (2, 64)}.items():
+            conv(f"backbone.mask_estimator.{at}", outputs, inputs, 3)
+            state[f"backbone.mask_estimator.{at}.bias"] = torch.randn(outputs)
+    return state
+
+
+def write(state: Mapping[str, Any], path: Path) -> Path:
+    """A file as published: the state of the training stands beside the network's."""
+    training = {"cur_itrs": 30000, "optimizer_state": {"state": {}}, "scheduler_state": {"last_epoch": 3}}
+    torch.save({**training, "model_state": dict(state), "best_score": np.float64(0.77)}, path)
+    return path
+
+
+# -- the published rule on dense maps, on the tensors of a file ----------------------------------------
+
+
+class Reference:
+    """Logits of a file's tensors (float64) for images and a level map at output stride 8."""
+
+    def __init__(self, state: State, levels: Tensor) -> None:
+        self.state = {
+            name.replace("_low_res", ""): value.double() if value.is_floating_point() else value
+            for name, value in state.items()
+        }
+        self.levels = levels
+
+    def norm(self, x: Tensor, key: str) -> Tensor:
+        mean, var, weight, bias = (
+            self.state[f"{key}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, var, weight, bias)
+
+    def weight(self, key: str) -> Tensor:
+        """A kernel (O, I, k, k), taps in row-major order."""
+        found = self.state[f"{key}.weight"]
+        side = 3 if found.dim() == 4 and found.shape[2] * found.shape[3] == 9 else 1
+        return found.reshape(*found.shape[:2], side, side)
+
+    def sides(self, count: int) -> Tensor:
+        return 2 ** self.levels.clamp(max=count)
+
+    def conv3(self, x: Tensor, key: str, count: int) -> Tensor:
+        """y(p) = sum W[u, v] x(a(p) + 2^count (u, v)), a(p) the corner of p's box plus half its side."""
+        spacing, side = 2**count, self.sides(count)
+        dense = F.conv2d(x, self.weight(key), padding=spacing, dilation=spacing)
+        y, c = pixels(side)
+        return pick(dense, side * (y // side) + side // 2, side * (c // side) + side // 2)
+
+    def block(self, x: Tensor, key: str, count: int, drops: bool) -> Tensor:
+        """An adaptive bottleneck whose input has been downsampled `count` times, and `drops` once more inside."""
+        name = f"{key}.conv2.conv" if f"{key}.conv2.conv.weight" in self.state else f"{key}.conv2"
+        adaptive = name.endswith("conv2.conv")
+        side = self.sides(count + 1)
+        out = F.relu(self.norm(F.conv2d(x, self.weight(f"{key}.conv1")), f"{key}.bn1"))
+        out = self.conv3(out, name, count)
+        if drops:
+            out, x = fill_cells(out, side), fill_cells(x, side)
+            conv, norm = ("conv1", "norm1") if adaptive else ("0", "1")
+            x = self.norm(F.conv2d(x, self.weight(f"{key}.downsample.{conv}")), f"{key}.downsample.{norm}")
+        out = F.relu(self.norm(out, f"{key}.bn2"))
+        return F.relu(x + self.norm(F.conv2d(out, self.weight(f"{key}.conv3")), f"{key}.bn3"))
+
+    def plain(self, x: Tensor, key: str, stride: int) -> Tensor:
+        """An ordinary bottleneck; with a convolution in its shortcut if the file has one."""
+        out = F.relu(self.norm(F.conv2d(x, self.weight(f"{key}.conv1")), f"{key}.bn1"))
+        out = F.conv2d(out, self.weight(f"{key}.conv2"), stride=stride, padding=1)
+        out = F.relu(self.norm(out, f"{key}.bn2"))
+        if f"{key}.downsample.0.weight" in self.state:
+            x = F.conv2d(x, self.weight(f"{key}.downsample.0"), stride=stride)
+            x = self.norm(x, f"{key}.downsample.1")
+        return F.relu(x + self.norm(F.conv2d(out, self.weight(f"{key}.conv3")), f"{key}.bn3"))
+
+    def head(self, x: Tensor) -> Tensor:
+        key = "classifier.classifier"
+        kernels = [(0, 1), *((at, rate) for at, rate in zip((1, 2, 3), (12, 24, 36), strict=True))]
+        parts = []
+        for at, rate in kernels:
+            weight = self.state[f"{key}.0.convs.{at}.0.weight"]
+            part = F.conv2d(x, weight, padding=rate if at else 0, dilation=rate)
+            parts.append(F.relu(self.norm(part, f"{key}.0.convs.{at}.1")))
+        mean = F.conv2d(x.mean((2, 3), keepdim=True), self.state[f"{key}.0.convs.4.1.weight"])
+        parts.append(F.relu(self.norm(mean, f"{key}.0.convs.4.2")).expand_as(parts[0]))
+        x = F.conv2d(torch.cat(parts, 1), self.state[f"{key}.0.project.0.weight"])
+        x = F.relu(self.norm(x, f"{key}.0.project.1"))
+        x = F.relu(self.norm(F.conv2d(x, self.state[f"{key}.1.weight"], padding=1), f"{key}.2"))
+        return F.conv2d(x, self.state[f"{key}.4.weight"], self.state[f"{key}.4.bias"])
+
+    def __call__(self, image: Tensor) -> Tensor:
+        x = F.conv2d(image, self.state["backbone.conv1.weight"], stride=2, padding=3)
+        x = F.max_pool2d(F.relu(self.norm(x, "backbone.bn1")), 3, 2, 1)
+        for stage in (1, 2):
+            for block in range(LAYERS[stage - 1]):
+                x = self.plain(x, f"backbone.layer{stage}.{block}", 2 if (stage, block) == (2, 0) else 1)
+        for count, stage in enumerate((3, 4)):
+            for block in range(LAYERS[stage - 1]):
+                key = f"backbone.layer{stage}.{block}"
+                x = self.block(x, key, count if block == 0 else count + 1, block == 0)
+        scores = self.head(x)
+        return F.interpolate(scores, size=image.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def fine_size() -> tuple[int, int]:
+    return SIZE[0] // 8, SIZE[1] // 8
+
+
+# -- the published checkpoints -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top", [slow(1), 2])
+def test_an_edge_checkpoint_gives_what_the_published_rule_gives(top: int) -> None:
+    """Any map in 4 x 4 blocks of levels 0 and `top`, batch of two, float64."""
+    name = {1: "edges-8-16-0.15", 2: EDGES}[top]
+    state, x = tensors_of(EDGES), images(2, *SIZE, torch.float64)
+    net = load_published(state, name).net.double()
+    levels = random_levels(2, fine_size(), (2, 2), max_level=top, patch="block")
+    assert set(levels.unique().tolist()) == {0, top}
+    with torch.no_grad():
+        found, expected = net(x, mask=levels)["out"], Reference(state, levels)(x)
+    assert_same(found, expected)
+    other = Reference(state, torch.full_like(levels, top))(x)
+    assert relative_error(other, expected) > 0.01, "the map matters"
+
+
+def test_a_learned_checkpoint_gives_what_the_coarse_path_gives() -> None:
+    """Maps uniform on 2 x 2 fine pixels, as the estimator makes them; the fine path is not used."""
+    state, x = tensors_of("learned-0.5"), images(2, *SIZE, torch.float64)
+    net = load_published(state, "learned-0.5", mask="all").net.double()
+    levels = random_levels(2, fine_size(), (2,))
+    with torch.no_grad():
+        assert_same(net(x, mask=levels)["out"], Reference(state, levels)(x))
+    assert torch.equal(net.levels.long(), levels)
+
+
+@pytest.mark.parametrize("name", [slow("os16"), "os8"])
+def test_a_dense_checkpoint_gives_the_uniform_map_of_its_output_stride(name: str) -> None:
+    state, x = tensors_of(name), images(2, *SIZE, torch.float64)
+    net = load_published(state, name).net
+    assert not net.training and not isinstance(net, cs.AdaptiveModel)
+    assert [conv[0].dilation[0] for conv in net.classifier[0].convs[1:4]] == list(
+        recipe.RATES[RUNS[name].output_stride]
+    )
+    levels = torch.full((2, *fine_size()), {"os8": 0, "os16": 1}[name])
+    reference = Reference(state, levels)
+    with torch.no_grad():
+        features = net.double().backbone(x)["out"]
+        assert features.shape[-1] == SIZE[1] // RUNS[name].output_stride
+        if name == "os8":
+            assert_same(net(x)["out"], reference(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [slow("os16"), *list(FORMATS)[1:]])
+def test_every_tensor_of_a_file_is_read_once_and_can_be_written_back_bit_for_bit(name: str) -> None:
+    state = tensors_of(name)
+    read = load_published(state, name, mask="all")
+    used = [read.layout.name(ours) for ours in read.net.state_dict()]
+    others = [f"backbone.mask_estimator.{key}" for key in read.estimator] + list(read.rest)
+    assert sorted(used + others) == sorted(state)
+    two_paths = FORMATS[name] == "two paths"
+    assert bool(read.rest) == bool(read.estimator) == two_paths
+    assert read.layout == Layout(("layer3", "layer4") if FORMATS[name] == "adaptive" else (), two_paths)
+    back = published_state(read)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) and back[key].shape == state[key].shape for key in state)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(("layer4",)), Layout(("layer3", "layer4")), Layout((), True)]
+)
+def test_names_of_the_whole_network_are_distinct_in_every_layout(layout: Layout) -> None:
+    with torch.device("meta"):
+        names = list(recipe.os8().state_dict())
+    assert len({layout.name(name) for name in names}) == len(names) > 500
+
+
+def test_a_file_is_recognised_by_its_name_and_read_without_running_it(tmp_path: Path) -> None:
+    run = RUNS["edges-8-16-0.15"]
+    state = tensors_of(EDGES)
+    read = load_published(write(state, tmp_path / f"{run.stem}.pth"))
+    assert read.run == run
+    assert read.net.plan.output_stride == (8, 16)
+    assert read.net.geometry.anchor == "center" and read.net.geometry.sides == (1, 2, 4)
+    assert read.net.mask.spec() == "edges:threshold=0.15,dilation=11"
+    assert torch.equal(read.net.state_dict()["backbone.conv1.weight"], state["backbone.conv1.weight"])
+
+
+def test_a_score_pickled_by_an_old_numpy_is_read(tmp_path: Path) -> None:
+    """`best_score` names numpy.core in the published files, numpy._core in new ones."""
+    new, old = write(tensors_of("os8"), tmp_path / "new.pth"), tmp_path / "old.pth"
+    with zipfile.ZipFile(new) as source, zipfile.ZipFile(old, "w") as target:
+        for name in source.namelist():
+            target.writestr(
+                name, source.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            )
+    assert b"numpy.core.multiarray" in old.read_bytes()
+    assert load_published(old, "os8").net is not None
+
+
+@pytest.mark.slow
+def test_edge_maps_of_a_published_run_are_in_whole_blocks_of_its_levels() -> None:
+    state, x = tensors_of(EDGES), torch.zeros(2, 3, *SIZE)
+    x[0, :, 17, 50] = x[1, :, 60:, 90] = 5.0
+    for name, top in (("edges-8-16-0.95", 1), ("edges-8-32-0.95", 2)):
+        net = load_published(state, name).net
+        with torch.no_grad():
+            net(x)
+        levels = net.levels
+        assert set(levels.unique().tolist()) == {0, top}
+        blocks = levels.unfold(1, 4, 4).unfold(2, 4, 4).flatten(3)
+        assert (blocks == blocks[..., :1]).all()
+
+
+def published_estimator(state: State) -> nn.Module:
+    """The layers of a file, as its tensors say."""
+    layers = nn.Sequential(
+        *(nn.Conv2d(512, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 64, 3, padding=1), nn.ReLU()),
+        *(nn.MaxPool2d(2), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 2, 3, padding=1)),
+    )
+    prefix = "backbone.mask_estimator."
+    layers.load_state_dict({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
+    return layers
+
+
+@pytest.mark.slow
+def test_the_mask_estimator_is_handed_to_the_learned_mask() -> None:
+    """The mask of the run takes every tensor, and gives the levels that the published layers give."""
+    state, x = tensors_of("learned-0.5"), images(2, *SIZE)
+    with torch.no_grad():
+        features = nn.Sequential(
+            *list(load_published(state, "learned-0.5", "all").net.backbone.children())[:6]
+        )(x)
+        scores = published_estimator(state)(features)
+    state["backbone.mask_estimator.7.bias"][0] += (scores[:, 1] - scores[:, 0]).median()  # half of the cells
+    net = load_published(state, "learned-0.5").net
+    assert isinstance(net.mask, LearnedMask) and net.mask.fraction == 0.5
+    estimator = published_estimator(state).state_dict()
+    assert {name for name, _ in net.mask.named_parameters()} == {f"estimator.{key}" for key in estimator}
+    assert all(torch.equal(net.mask.state_dict()[f"estimator.{key}"], estimator[key]) for key in estimator)
+    with torch.no_grad():
+        net(x)
+        found = published_estimator(state)(features).argmax(1)  # channel 1 asks to downsample
+    assert torch.equal(net.levels.long(), found.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert net.active_fraction == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.slow
+def test_another_mask_cannot_take_the_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = replace(RUNS["learned-0.5"], mask="learned:channels=8/6/4")
+    monkeypatch.setitem(RUNS, "learned-0.5", given)
+    with pytest.raises(cs.InvalidInput, match="cannot take the published mask estimator"):
+        load_published(tensors_of("learned-0.5"), "learned-0.5")
+
+
+# -- what is refused -----------------------------------------------------------------------------------
+
+
+def changed(name: str, **changes: Any) -> State:
+    """A published state dict with tensors replaced, added, or (None) taken away; `__` stands for a dot."""
+    state: dict[str, Any] = {**tensors_of(name), **{key.replace("__", "."): v for key, v in changes.items()}}
+    return {key: value for key, value in state.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "run", "error", "told"),
+    [
+        ("os8", {"backbone__bn1__bias": None}, "os8", cs.FileError, "lacks tensors"),
+        ("os8", {"backbone__extra": torch.zeros(1)}, "os8", cs.FileError, "backbone.extra"),
+        ("os8", {"backbone__bn1__bias": torch.zeros(3)}, "os8", cs.FileError, r"is \(3,\), not \(64,\)"),
+        ("os8", {"classifier__classifier__4__weight": None}, "os8", cs.FileError, "classifier.4.weight"),
+        (
+            EDGES,
+            {"backbone__layer3__0__conv1__weight": torch.zeros(WIDTH * 4, 512, 1, 1)},
+            EDGES,
+            cs.FileError,
+            "misshapen",
+        ),
+        ("learned-0.5", {"backbone__mask_estimator__7__bias": None}, "learned-0.5", cs.FileError, "7.bias"),
+        ("os8", {"backbone__mask_estimator__7__bias": torch.zeros(2)}, "os8", cs.FileError, "7.bias"),
+        ("os8", {}, EDGES, cs.InvalidInput, "network is dense"),
+        ("os8", {}, "learned-0.5", cs.InvalidInput, "network is dense"),
+        (EDGES, {}, "os8", cs.InvalidInput, "adaptive in layer3 and layer4"),
+        ("learned-0.5", {}, "os8", cs.InvalidInput, "two paths"),
+        ("os8", {}, "os-8", cs.UnknownName, "did you mean os8"),
+        ("os8", {}, "", cs.UnknownName, "run=NAME"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    name: str, changes: dict[str, Any], run: str, error: type[cs.CadError], told: str
+) -> None:
+    with pytest.raises(error, match=told) as caught:
+        load_published(changed(name, **changes), run, mask="all")
+    assert "Next: " in str(caught.value)
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(cs.FileError, match="there is no file"):
+        load_published(tmp_path / "absent.pth", "os8")
+    (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
+    with pytest.raises(cs.FileError, match="cannot be read"):
+        load_published(tmp_path / "broken.pth", "os8")
+    torch.save({"model_state": Path("an object")}, tmp_path / "code.pth")
+    with pytest.raises(cs.FileError, match="nothing but tensors and numbers"):
+        load_published(tmp_path / "code.pth", "os8")
+    torch.save({"weights": {}}, tmp_path / "other.pth")
+    with pytest.raises(cs.FileError, match="no model_state"):
+        load_published(tmp_path / "other.pth", "os8")
+
+
+def test_networks_that_cannot_be_are_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match="8, 16 or 32"):
+        recipe.deeplabv3(**SMALL, output_stride=12)
+    with pytest.raises(cs.InvalidInput, match="no ImageNet weights"):
+        recipe.deeplabv3(**SMALL, imagenet=True)
+
+
+# -- the script ----------------------------------------------------------------------------------------
+
+
+def script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *map(str, arguments)])
+    checkpoints.main()
+
+
+@pytest.mark.slow
+def test_the_script_converts_the_published_files_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adaptive, dense = RUNS["edges-8-16-0.15"].stem, RUNS["os8"].stem
+    write(tensors_of(EDGES), tmp_path / f"{adaptive}.pth")
+    write(tensors_of("os8"), tmp_path / f"{dense}.pth")
+    write({}, tmp_path / "another.pth")
+    script(monkeypatch, tmp_path, "--output", tmp_path)
+    assert capsys.readouterr().out.count("wrote") == 2
+    x = images(1, *SIZE)
+    for stem, name in ((adaptive, "edges-8-16-0.15"), (dense, "os8")):
+        read, path = load_published(tmp_path / f"{stem}.pth"), tmp_path / f"{stem}.safetensors"
+        if read.run.low is not None:
+            net: nn.Module = cs.load(path, trust=True)
+        else:
+            net = cs.build_model(checkpoints.BUILDER, str(path), **SMALL)
+        with torch.no_grad():
+            assert torch.equal(net(x)["out"], read.net(x)["out"]), name
+
+
+def test_the_script_stops_at_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(changed("os8", backbone__bn1__bias=None), tmp_path / f"{RUNS['os8'].stem}.pth")
+    with pytest.raises(SystemExit, match="lacks tensors"):
+        script(monkeypatch, tmp_path)
+
+
+# -- published totals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("os8", 1.42358e12),
+        slow("os16", 4.16757e11),
+        ("os32", 3.27987e11),
+        ("resnet50_os8", 8.004e11),
+        slow("resnet50_os16", 2.610e11),
+        slow("resnet50_os32", 1.722e11),
+        slow("resnet152_os8", 1.937e12),
+        slow("resnet152_os16", 5.727e11),
+        slow("resnet152_os32", 4.839e11),
+    ],
+)
+def test_dense_networks_cost_what_is_published(name: str, total: float) -> None:
+    """At 1024 x 2048, by the published rule; the adaptive totals are in test_macs.py."""
+    with torch.device("meta"):
+        model = getattr(recipe, name)().eval()
+    digits = 1e-5 if name in ("os8", "os16", "os32") else 5e-4
+    assert dense_macs(model, torch.zeros(1, 3, 1024, 2048), rule="published") == pytest.approx(
+        total, rel=digits
+    )
+
+
+def test_the_published_rule_is_the_same_for_the_dense_network_and_the_converted_one() -> None:
+    """Everything high costs what the network costs as it is, head left out."""
+    model, x = recipe.deeplabv3(**SMALL).eval(), images(2, 97, 129)
+    net = recipe.adapted(model, RUNS[EDGES], mask="all", verify_laws=False)
+    assert net.macs(x, rule="published").high == dense_macs(model, x, rule="published")
+    with pytest.raises(cs.UnknownName, match="published"):
+        dense_macs(model, x, rule="publishd")
+
+
+# -- variants ------------------------------------------------------------------------------------------
+
+
+class VariantEmulator(NetworkEmulator):
+    """Also SoftPool's arithmetic, and a deformable convolution on the dense fine map."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        x = args[0] if args else None
+        if isinstance(x, Feature) and x.stage is not None:
+            stage, spacing = x.stage, x.stride // self.high
+            if target in (torch.exp, torch.clamp):
+                return Feature(target(x.data, *args[1:], **kwargs), stage, x.stride)
+            if target is F.avg_pool2d:
+                side = args[1]
+                return self.emulation.avg_pool(x, (side, side), stage=stage + 1, stride=side, spacing=spacing)
+            if target is deform_conv2d:
+                weight, rate = args[2], spacing * kwargs["dilation"][0]
+                dense = deform_conv2d(x.data, args[1].data, weight, padding=rate, dilation=rate)
+                return self.emulation.cut(dense, x, stage, x.size)
+            if target is operator.truediv:
+                return self._joined(target, *args)
+        return super().call_function(target, args, kwargs)
+
+
+def strided_twin(model: nn.Module) -> nn.Module:
+    """The backbone with its strides instead of dilations, in float64, as the emulator takes it."""
+    trunk = model.backbone
+    for stage in ("layer3", "layer4"):
+        for number, block in enumerate(trunk[stage]):
+            convs = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+            for conv in convs:
+                conv.dilation = conv.padding = (1, 1)
+            if number == 0 and isinstance(block.conv2, nn.Conv2d):
+                block.conv2.stride = block.downsample[0].stride = (2, 2)
+    return trunk.double()
+
+
+VARIANTS = {
+    "fcn": variants.fcn,
+    "plus": variants.deeplabv3plus,
+    "deformable": variants.deformable,
+    "softpool": variants.softpool,
+}
+DEEPER = {**SMALL, "layers": (1, 1, 1, 3)}  # the deformable block comes after one that is dilated fully
+
+
+def variant(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A small variant with random weights, and the options to convert it with."""
+    model = VARIANTS[name](**(DEEPER if name == "deformable" else SMALL))
+    for module in model.modules():
+        if isinstance(module, variants.DeformableConv):
+            nn.init.normal_(module.offset.weight, 0, 0.05)
+    region = "auto" if name == "softpool" else "backbone"
+    return randomise(model), {**recipe.PUBLISHED, "region": region}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "low"), covering((slow("fcn"), slow("plus"), "deformable", "softpool"), (16, 32))
+)
+def test_variants_convert_and_keep_the_laws(name: str, low: int) -> None:
+    """Uniform maps are the dense networks (verified by `adaptify`), a batch is its images one by one."""
+    model, options = variant(name)
+    net = cs.adaptify(model, "edges", output_stride=(8, low), **options)
+    assert net.checks and all(check.passed for check in net.checks)
+    x = images(2, *SIZE)
+    levels = random_levels(2, fine_size(), (2, 2), max_level=(low // 8).bit_length() - 1, patch="block")
+    with torch.no_grad():
+        found = net(x, mask=levels)["out"]
+        singly = [net(x[i : i + 1], mask=levels[i : i + 1])["out"] for i in range(2)]
+        own = net(x, mask="none" if name == "softpool" and low == 32 else "all")["out"]
+        original = model(x)["out"]
+    assert found.shape == (2, CLASSES, *SIZE)
+    assert_same(found, torch.cat(singly))
+    if name != "softpool":
+        assert_same(own, original)
+
+
+@pytest.mark.parametrize("name", [slow("fcn"), slow("plus"), "deformable", "softpool"])
+def test_backbones_of_variants_on_mixed_maps_are_the_dense_emulation(name: str) -> None:
+    model, options = variant(name)
+    x = images(2, *SIZE, torch.float64)
+    levels = random_levels(2, fine_size(), (2, 2), patch="block")
+    options = {**options, "region": "auto"}
+    net = cs.adaptify(model.backbone.double(), "all", output_stride=(8, 32), verify_laws=False, **options)
+    with torch.no_grad():
+        found = net(x, mask=levels)
+        twin = torch.fx.symbolic_trace(strided_twin(model))
+        emulator = VariantEmulator(twin, Emulation(levels, (2, 2), "nearest", "center"), 8)
+        assert_same(found["out"], emulator.run(Feature(x, None))["out"].data)
+
+
+@pytest.mark.slow
+def test_the_deformable_block_ends_the_region_and_says_so() -> None:
+    model, options = variant("deformable")
+    net = cs.adaptify(model, output_stride=(8, 32), **options)
+    ends = [d for d in net.plan.chosen("barrier") if "deform_conv2d" in d.node]
+    assert len(ends) == 1 and "no rule for deform_conv2d" in ends[0].reason
+    assert "leaves at fine size" in ends[0].reason
+
+
+def test_a_deformable_convolution_without_offsets_is_the_convolution_it_was_made_from() -> None:
+    conv = nn.Conv2d(6, 4, 3, padding=2, dilation=2, bias=False)
+    x = torch.randn(2, 6, 13, 9)
+    assert_same(variants.DeformableConv(conv)(x), conv(x))
+
+
+def test_softpool_lies_between_mean_and_maximum_and_is_stable() -> None:
+    x = torch.randn(2, 3, 8, 6) * 3
+    found = variants.SoftPool()(x)
+    assert (found >= F.avg_pool2d(x, 2) - 1e-5).all() and (found <= F.max_pool2d(x, 2) + 1e-5).all()
+    assert_same(variants.SoftPool()(torch.full((1, 1, 4, 4), 1e4)), torch.full((1, 1, 2, 2), 1e4))
+
+
+# -- configuration -------------------------------------------------------------------------------------
+
+CONFIGS = sorted((Path(recipe.__file__).parent / "config").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_are_the_published_schedule(path: Path) -> None:
+    config = json.loads(path.read_text())
+    final = path.stem == "trimap_final"
+    assert (config["steps"], config["lr"]) == ((10000, 0.01) if final else (30000, 0.1))
+    assert config["objective"] == ("blend" if path.stem.startswith("learned") else "mixed")
+    shared = {"steps", "lr", "objective", "objective_options", "seed"}
+    first = json.loads(CONFIGS[0].read_text())
+    assert {k: v for k, v in config.items() if k not in shared} == {
+        k: v for k, v in first.items() if k not in shared
+    }
+    assert (config["batch"], config["crop"], config["weight_decay"], config["lr_floor"]) == (
+        8,
+        768,
+        1e-4,
+        1e-6,
+    )
+    if importlib.util.find_spec("cadsurgery.finetune"):
+        settings = importlib.import_module("cadsurgery.finetune.settings")
+        assert settings.Settings.read(path).to_dict().items() >= config.items()
+
+
+@pytest.mark.slow
+def test_every_mask_of_a_run_is_understood() -> None:
+    masks = {run.mask for run in RUNS.values() if run.mask}
+    model = recipe.deeplabv3(**SMALL).eval()
+    for mask in masks:
+        net = cs.adaptify(model, mask, output_stride=(8, 32), verify_laws=False, **recipe.PUBLISHED)
+        assert net.mask.spec().startswith(mask.rstrip("0"))  # options left out have their defaults

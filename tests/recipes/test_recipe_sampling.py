@@ -1,0 +1,210 @@
+"""The recipe of the published detector: names, cost, training, and that it runs whole; that of two classifiers, without
+their data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import images
+from networks import randomise
+
+import cadsurgery as cs
+from recipes.sampling_faster_rcnn import recipe
+from recipes.sampling_imagenet import recipe as classifiers
+
+
+@pytest.fixture(scope="module")
+def net() -> cs.SampledModel:
+    torch.manual_seed(0)
+    return recipe.backbone("resnet50")
+
+
+@pytest.fixture(scope="module")
+def deep() -> cs.SampledModel:
+    return recipe.backbone("resnet101")
+
+
+@pytest.mark.parametrize(
+    ("resolution", "dense"), [(500, 70.03), (600, 100.20), (800, 184.06), (1000, 289.47)]
+)
+def test_dense_cost_is_the_published_one(resolution: int, dense: float) -> None:
+    assert round(recipe.gflops("resnet101", resolution), 2) == dense
+
+
+@pytest.mark.parametrize(("density", "total"), [(1.0, 294.511), (0.5, 162.342), (0.3, 106.836)])
+def test_cost_at_uniform_densities(density: float, total: float) -> None:
+    assert round(recipe.gflops("resnet101", 1000, density), 3) == total
+
+
+def test_cost_falls_with_the_density() -> None:
+    totals = [recipe.gflops("resnet101", 1000, tenth / 10) for tenth in range(11)]
+    assert totals == sorted(totals)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet101", "resnet50"])
+def test_cost_is_that_of_the_network(name: str, net: cs.SampledModel, deep: cs.SampledModel) -> None:
+    net = net if name == "resnet50" else deep
+    x = torch.empty(1, 3, 512 // 32 * 32, int(5 * 512 / 3) // 32 * 32, device="meta")
+    assert net.macs(x, rule="published").total / recipe.UNIT == pytest.approx(
+        recipe.gflops(name, 512, 1.0, offsets=False), rel=1e-12
+    )
+    assert net.macs(x).dense / recipe.UNIT == pytest.approx(
+        recipe.gflops(name, 512, offsets=False), rel=1e-12
+    )
+
+
+def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:
+    names = recipe.published_names(net)
+    theirs = {name: net.state_dict()[ours] for ours, name in names.items()}
+    assert len(theirs) == 446
+    shapes = {
+        "conv1.weight": (64, 3, 7, 7),
+        "layer1.0.conv1_mask.weight": (1, 64, 3, 3),
+        "layer1.0.conv2_mask.bias": (1,),
+        "layer2.0.conv2_mask.weight": (1, 256, 3, 3),
+        "layer4.2.conv1_sigma": (),
+        "layer4.2.conv2_gumbel.cur_T": (),
+        "layer3.0.downsample.1.running_var": (1024,),
+    }
+    assert {name: tuple(theirs[name].shape) for name in shapes} == shapes
+
+
+def test_a_resnet101_has_as_many_names_as_published_and_they_load(deep: cs.SampledModel) -> None:
+    names = recipe.published_names(deep)
+    assert len(names) == len(deep.state_dict()) == 888
+    state = {names[ours]: value + 1 for ours, value in deep.state_dict().items()}
+    loaded = recipe.load_published(deep, state).state_dict()
+    assert all(torch.equal(loaded[ours], state[theirs]) for ours, theirs in names.items())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_published_file_loads_strictly(net: cs.SampledModel, nested: bool) -> None:
+    other, x = recipe.backbone("resnet50"), images(1, 64, 96)
+    with torch.no_grad():
+        for gate in other.gates:
+            gate.weight.normal_(0, 0.05)
+            gate.bias.zero_()
+    randomise(other)
+    names = recipe.published_names(other)
+    state = {names[ours]: value for ours, value in other.state_dict().items()}
+    given = {"meta": {}, "state_dict": {f"backbone.{n}": v for n, v in state.items()} | {"neck.x": x}}
+    found = recipe.load_published(net, given if nested else state)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(found(x), other(x), strict=True))
+        assert [tuple(value.shape[1:]) for value in found(x)] == [
+            (256, 16, 24), (512, 8, 12), (1024, 4, 6), (2048, 2, 3)
+        ]  # fmt: skip
+    for broken, says in (
+        ({**state, "conv9.weight": x}, "unknown conv9.weight"),
+        ({name: value for name, value in state.items() if name != "layer1.0.conv1_sigma"}, "missing"),
+        ({**state, "layer1.0.conv1_mask.bias": torch.zeros(2)}, "\\(2,\\) for \\(1,\\)"),
+        ({**state, "layer2.0.conv2_offset.weight": x}, "deformable"),
+    ):
+        with pytest.raises(cs.FileError, match=says):
+            recipe.load_published(net, broken)
+
+
+def test_an_unknown_backbone_is_refused() -> None:
+    with pytest.raises(cs.UnknownName, match="resnet18"):
+        recipe.backbone("resnet18")  # type: ignore[arg-type]
+
+
+def test_it_detects_and_trains_inside_torchvisions_detector() -> None:
+    body = recipe.backbone("resnet50", noise=True)
+    kept = {"rpn_pre_nms_top_n_train": 40, "rpn_post_nms_top_n_train": 20}
+    net = recipe.detector(body, 3, min_size=64, max_size=96, rpn_post_nms_top_n_test=20, **kept)
+    with torch.no_grad():
+        (found,) = net.eval()([torch.rand(3, 60, 80)])
+    assert set(found) == {"boxes", "labels", "scores"}
+    recipe.set_training(net)
+    target = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
+    parts = recipe.loss(net, [torch.rand(3, 60, 80)], [target], 0.02)
+    assert float(parts["sparse"].detach()) == pytest.approx(0.02 * 0.952574, rel=1e-5)
+    parts["loss"].backward()
+    assert body.conv1.weight.grad is None
+    assert all(gate.weight.grad is not None for gate in body.gates)
+    assert all(gate.bias.grad.abs().sum() > 0 for gate in body.gates)  # type: ignore[union-attr]
+    optimizer = recipe.make_optimizer(net)
+    before = body.gates[0].bias.detach().clone()
+    optimizer.step()
+    assert not torch.equal(body.gates[0].bias, before)
+
+
+def test_the_learning_rate_is_that_published() -> None:
+    rates = [recipe.learning_rate(step, 1000) for step in (0, 250, 500, 7999, 8000, 10_999, 11_000)]
+    assert rates == pytest.approx([0.01 / 3, 0.01 * 2 / 3, 0.01, 0.01, 0.001, 0.001, 0.0001])
+
+
+# -- two classifiers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return cs.build_model("mobilenet_v2", "none").eval()
+
+
+@pytest.mark.slow
+def test_gates_of_a_classifier_are_trained_alone_and_run_with_noise(
+    small: torch.nn.Module, tmp_path: Path
+) -> None:
+    classifiers.train("mobilenet_v2", small, images(12, 49, 65), 4.0, 2, tmp_path)
+    net = cs.load(tmp_path / "net.safetensors", small)
+    assert isinstance(net, cs.SampledModel) and net.noise
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in small.state_dict().items())
+    assert all(float(gate.bias.detach()) != 3 for gate in net.gates)
+    assert all(float(gate.temperature) == pytest.approx(classifiers.FINAL) for gate in net.gates)
+
+
+def test_at_random_as_many_positions_are_open_but_others(small: torch.nn.Module) -> None:
+    net = cs.sample(small, noise=True, grid=0)
+    for number, gate in enumerate(net.gates):
+        gate.bias.data.fill_(number / 5 - 2)  # from .12 to .86 of the positions
+    batch = images(10, 97, 129)
+    with torch.no_grad():
+        net(batch)
+        shares = net.shares
+        chance = classifiers.at_random(net, batch)
+        chance.seed = 1
+        chance(batch)
+    for name, share in chance.shares.items():
+        found, wanted = float((share > 0).double().mean()), float((shares[name] > 0).double().mean())
+        assert abs(found - wanted) < 5 * (0.5 / share.numel()) ** 0.5
+        assert not torch.equal(share, shares[name])
+
+
+@pytest.mark.slow
+def test_rows_stand_beside_the_dense_network(
+    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pictures = images(40, 33, 33)
+    monkeypatch.setattr(classifiers, "build", lambda name, data: small)
+    monkeypatch.setattr(classifiers, "load_images", lambda name, data: pictures)
+    monkeypatch.setattr(classifiers, "TIMED", 1)
+    monkeypatch.setitem(
+        classifiers.NETWORKS, "mobilenet_v2", classifiers.NETWORKS["mobilenet_v2"]._replace(smaller=(31,))
+    )
+    found = list(classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2))
+    assert [row["setting"] for row in found] == [
+        *("dense", "gates, 8.0", "dense, 31 pixels"),
+        *(f"adaptify {mask}, 16 to 32, 31 pixels" for mask in classifiers.MASKS),
+    ]
+    dense, gated, smaller, *adaptive = found
+    assert dense["of_dense"] == 1 and 0 < gated["of_dense"] < 1.02 and "at_random" in gated
+    assert smaller["of_dense"] < 1 and all(row["macs"] >= smaller["macs"] for row in adaptive)
+    assert all(0 <= row["top1"] <= 100 and row["ms"] > 0 for row in found)
+    known = [row["setting"] for row in found if row is not gated]
+    (again,) = classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2, known)
+    assert all(again[name] == gated[name] for name in ("setting", "top1", "macs", "trained"))
+
+
+def test_without_data_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe.py", str(tmp_path)])
+    classifiers.main()
+    assert "skipped" in capsys.readouterr().out

@@ -1,0 +1,236 @@
+"""Python of plain networks: further arguments, types, item assignment, channels shuffled together with the batch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, images, random_levels
+from networks import conv_norm, randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+EXACT = 1e-4
+SIZES = ((64, 96), (71, 85))
+pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
+
+
+block = partial(conv_norm, stride=2)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rest, self.head = (
+            block(3, 8),
+            nn.Sequential(block(8, 8), block(8, 8)),
+            nn.Conv2d(8, 5, 1),
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.rest(self.stem(x))
+
+
+class FurtherArguments(Encoder):
+    def forward(self, imgs: Tensor, **kw: Any) -> dict[str, Tensor]:
+        res = {"features": self.encode(imgs)}
+        res = dict(res, scores=self.head(res["features"]), **kw)
+        return dict(res, **{"half": res["scores"] / 2})
+
+
+def checked(x: Any) -> Any:
+    """A function that the network's module imports, as it were: it asks for types, too."""
+    if type(x) in (tuple, list):
+        raise TypeError("several")
+    assert type(x) is Tensor and isinstance(x, Tensor), "a tensor is expected"
+    return x
+
+
+class Types(Encoder):
+    def forward(self, x: Any) -> Tensor:
+        if not torch.is_tensor(x) or type(x) is list:
+            x = x[0]
+        y = checked(self.encode(x))
+        return self.head(y) if type(y) is torch.Tensor and not issubclass(type(y), nn.Parameter) else y
+
+
+class PixelDifferences(Encoder):
+    """Kernels of 5x5 built of weights of 3x3 (Su et al. 2021): radial differences of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.weight.shape
+        weights = self.weight.view(shape[0], shape[1], -1)
+        buffer = torch.zeros(shape[0], shape[1], 5 * 5).to(weights)
+        buffer[:, :, [0, 2, 4, 10, 14, 20, 22, 24]] = weights[:, :, 1:]
+        buffer[:, :, [6, 7, 8, 11, 13, 16, 17, 18]] = -weights[:, :, 1:]
+        buffer[:, :, 12] = 0
+        return self.head(F.conv2d(self.encode(x), buffer.view(shape[0], shape[1], 5, 5), stride=2, padding=2))
+
+
+class Boxes(Encoder):
+    """Numbers of each position, changed in place: by assignment, by operators and by methods of slices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        boxes = self.head(self.encode(x)).flatten(2).permute(0, 2, 1).contiguous()
+        boxes[:, :, 0] = torch.clamp(boxes[:, :, 0], 0, 0.1)
+        boxes[..., 1:3] = boxes[..., 1:3].exp() * 2
+        boxes[:, :, 3] += boxes[:, :, 0]
+        boxes[:, :, 0::2].clamp_(max=0.05)
+        return boxes
+
+
+class InTheMiddle(Encoder):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.rest[0](self.stem(x)).clone()
+        x[:, 0] = 0.5
+        x[:, 1:3] = torch.tanh(x[:, 1:3])
+        x[:, 3:5].mul_(2)
+        return self.head(self.rest[1](x))
+
+
+class Shuffle(nn.Module):
+    """Channels in two halves that are shuffled, by reshapes in which the batch is part of an axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.rest = (
+            nn.Sequential(block(3, 8), block(8, 8)),
+            conv_norm(4, 4),
+            block(8, 16),
+        )
+        self.head = nn.Conv2d(16, 3, 1)
+
+    def shuffle(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b, c, h, w = x.data.size()
+        x = x.reshape(b * c // 2, 2, h * w).permute(1, 0, 2).reshape(2, -1, c // 2, h, w)
+        return x[0], x[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.shuffle(self.stem(x))
+        return self.head(self.rest(torch.cat([self.left(left), right], 1)))
+
+
+class ShuffleByViews(Shuffle):
+    """Groups by way of the batch, one after another, and views of maps that need not lie as torch's do."""
+
+    def shuffle(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b, c, h, w = x.shape
+        x = (
+            x.view(b * 2, c // 2, h * w)
+            .view(b, 2, c // 2, h, w)
+            .transpose(1, 2)
+            .contiguous()
+            .view(b, c, h, w)
+        )
+        return x[:, : c // 2], x[:, c // 2 :]
+
+
+NETWORKS = {
+    "further arguments": FurtherArguments,
+    "types": Types,
+    "pixel differences": PixelDifferences,
+    "boxes": Boxes,
+    "in the middle": InTheMiddle,
+    "shuffle": Shuffle,
+    "shuffle by views": ShuffleByViews,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_it_converts_and_is_the_network(name: str) -> None:
+    """With other weights than those of the conversion, at other sizes and batches; copies and pickles of it too."""
+    net = cs.adaptify(randomise(NETWORKS[name]()).eval(), "none", outputs="native")
+    assert net.plan.share("adapt", "keep") > 0.1
+    torch.manual_seed(1)
+    model = randomise(NETWORKS[name]()).eval()
+    net.load_state_dict(model.state_dict())
+    for batch, size in enumerate(SIZES, 2):
+        x = images(batch, *size)
+        for each in (net, net.optimize(), copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert_same(each(x), model(x), EXACT)
+    levels = torch.ones_like(net.levels)
+    assert_same(net(x[:1], mask=levels[:1]), _first(net(x, mask=levels)), EXACT)
+
+
+@pytest.mark.parametrize("network", [Shuffle, ShuffleByViews])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@torch.no_grad()
+def test_a_shuffle_that_takes_the_batch_with_it_is_in_the_region(network: type[Shuffle], batch: int) -> None:
+    """Whatever batch it is converted on; in mixed resolution a batch is its images."""
+    model = randomise(network()).eval()
+    net = cs.adaptify(model, "none", output_stride=(2, 8), example_input=images(batch, 64, 80))
+    assert not any(decision.reason for decision in net.plan.chosen("barrier"))
+    x = images(2, 66, 71)
+    net(x)
+    levels = random_levels(2, tuple(net.levels.shape[1:]), net.plan.stage_strides)
+    each = [net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(2)]
+    assert_same(net(x, mask=levels), torch.cat(each), EXACT)
+    assert_same(net(x)[..., ::4, ::4], model(x), EXACT)
+
+
+def _first(output: Any) -> Any:
+    return {k: v[:1] for k, v in output.items()} if isinstance(output, dict) else output[:1]
+
+
+def test_further_arguments_are_none_or_refused() -> None:
+    net, x = cs.adaptify(FurtherArguments().eval(), "none", outputs="native"), images(1, 64, 64)
+    for one in (net, net.optimize()):
+        with pytest.raises(cs.InvalidInput, match=r"(?s)path, scale is not what .*\*\*kw.*leave it out"):
+            one(x, path="image.png", scale=2.0)
+
+
+def test_assigned_weights_have_the_gradients_of_the_original() -> None:
+    model = randomise(PixelDifferences()).double().eval()
+    net, x = cs.adaptify(copy.deepcopy(model), "none", outputs="native"), images(2, 64, 70, torch.float64)
+    for each in (model, net):
+        each(x).square().sum().backward()
+    assert_same(net.weight.grad, model.weight.grad, 1e-9)
+
+
+class Aliased(Encoder):
+    """Changes a value behind the back of another name of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.encode(x))
+        rows = y.permute(0, 2, 3, 1)
+        rows[..., 0] = 3.0
+        return y
+
+
+def test_a_value_that_changes_under_another_name_is_refused() -> None:
+    with pytest.raises(cs.CannotConvert, match="behind its back"):
+        cs.adaptify(Aliased().eval())
+
+
+class DecidesByValues(nn.Module):
+    """A plain network in the middle of decisions by values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.net = nn.Conv2d(3, 3, 1), Encoder()
+        self.net.forward = self.net.encode  # type: ignore[method-assign]
+        self.wrapped = nn.ModuleDict({"trunk": nn.Sequential(block(3, 8), block(8, 32), block(32, 32))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if float(self.small(x).mean()) > 0 else self.wrapped["trunk"](x)
+
+
+def test_a_refusal_names_the_largest_part_that_can_be_converted() -> None:
+    model = DecidesByValues().eval()
+    with pytest.raises(cs.CannotConvert) as refusal:
+        cs.adaptify(model)
+    assert "model.wrapped.trunk = cs.adaptify(model.wrapped.trunk" in str(refusal.value)
+    net = cs.adaptify(model.wrapped.trunk, "none", outputs="native")
+    x = images(2, 65, 70)
+    assert_same(net(x), model.wrapped.trunk(x), EXACT)

@@ -1,0 +1,273 @@
+"""What surgery must keep of a network besides its numbers: how it is written and called."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, images
+from networks import build
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+
+class Awkward(nn.Module):
+    """Legal Python that surgery has to follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.mask = nn.Conv2d(8, 8, 3, 2, 1)  # a child with the name of a property
+        self.plan = nn.Conv2d(8, 8, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(1, 8, 1, 1))
+        self.register_buffer("shift", torch.rand(8, 1, 1))
+        self.never_called = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        y = F.relu(self.stem(x), inplace=True)
+        y = self.mask(y)
+        before = y
+        after = F.relu_(y)  # changes `before` too
+        y = after + before
+        y = self.plan(y) * self.scale + self.shift
+        y = self.plan(y) * gain  # the same module again
+        ratio = x.shape[-1] / y.size(3)
+        context = F.interpolate(y.mean((2, 3), keepdim=True), size=y.shape[-2:], mode="nearest")
+        y = torch.cat([y, context], dim=1) / ratio * torch.tensor(2.0)
+        return y, {"deep": [y.sigmoid()]}
+
+
+def awkward() -> Awkward:
+    return Awkward().eval()
+
+
+@pytest.mark.smoke
+def test_awkward_python_is_followed_exactly() -> None:
+    """In-place changes, a module called twice, children named like properties, constants, nested outputs."""
+    model, x = awkward(), images(2, 45, 71)
+    net = cs.adaptify(model, "none", output_stride=(2, 4))
+    (found, nested), (expected, expected_nested) = net(x), model(x)
+    assert_same(found[..., ::2, ::2], expected, 1e-4)
+    assert_same(nested["deep"][0][..., ::2, ::2], expected_nested["deep"][0], 1e-4)
+    assert net.plan.output_stride == (2, 4)
+    assert net.state_dict().keys() == model.state_dict().keys()
+
+
+def test_arguments_go_through_by_position_and_by_name() -> None:
+    model, x = awkward(), images(1, 32, 48)
+    net = cs.adaptify(model, "all", output_stride=(2, 4))
+    assert_same(net(x, 3.0)[0], net(x=x, gain=3.0)[0], 1e-6)
+    with pytest.raises(TypeError):
+        net(x, wrong=1)
+
+
+@pytest.mark.smoke
+def test_an_ordered_dict_stays_one() -> None:
+    """torch.fx turns it into a plain dictionary; the network's users may rely on it."""
+    model = build("fcn_resnet50", aux_loss=True, by=4)
+    net = cs.adaptify(model, "all", verify_laws=False)
+    x = images(1, 65, 97)
+    found, expected = net(x), model(x)
+    assert type(found) is OrderedDict
+    assert list(found) == list(expected) == ["out", "aux"]
+    assert_same(found["aux"], expected["aux"], 1e-4)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_functional_dropout_follows_the_mode_of_the_network(by_name: bool) -> None:
+    """Tracing sees one mode only; the network must not be stuck in it."""
+
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return F.dropout(y, 0.5, training=self.training) if by_name else F.dropout(y, 0.5, self.training)
+
+    net, x = cs.adaptify(Dropping().eval(), "all"), images(1, 16, 24)
+    assert torch.equal(net(x), net(x))
+    net.train()
+    assert not torch.equal(net(x), net(x))
+    assert (net(x) == 0).float().mean() > 0.3
+
+
+def test_every_end_of_the_region_has_reason_and_cost() -> None:
+    """What runs dense because of a barrier is counted, and print(plan) shows it."""
+    plan = cs.plan(build("fcn_resnet50", by=4))
+    end = plan["classifier_0"]
+    assert end.action == "barrier"
+    assert "fall inside cells" in end.reason
+    dense = sum(d.macs for d in plan.decisions if d.node.startswith("classifier"))
+    assert end.cost == dense > 0
+    assert plan.dense_after == pytest.approx(dense / sum(d.macs for d in plan.decisions))
+    assert f"{plan.dense_after:.0%} of the MACs run dense" in str(plan)
+
+
+def test_the_end_of_a_region_names_module_operation_and_source_line() -> None:
+    """Both in the plan and where `strict` refuses it."""
+    (end,) = cs.plan(build("fcn_resnet50", by=4)).chosen("barrier")
+    assert re.fullmatch(r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)", end.place)
+    with pytest.raises(cs.CannotConvert, match=r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)"):
+        cs.adaptify(build("fcn_resnet50", by=4), strict=True)
+
+
+class Pyramid(nn.Module):
+    """Two maps; the coarser one is hardly any of the work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        strided = [nn.Conv2d(8 if depth else 3, 8, 3, 2, 1) for depth in range(4)]
+        self.trunk = nn.Sequential(*strided, *(nn.Conv2d(8, 8, 3, 1, 1) for _ in range(3)))
+        self.tail = nn.Conv2d(8, 4, 1, 2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.trunk(x)
+        return [x, self.tail(x)]
+
+
+def test_a_mere_tail_has_a_stage_of_its_own_only_where_a_region_names_it() -> None:
+    plain = cs.adaptify(Pyramid().eval(), "none")
+    assert plain.plan.output_stride == (4, 16) and plain.plan["tail"].action == "barrier"
+    named = cs.adaptify(Pyramid().eval(), "none", region=["trunk", "tail"])  # its laws are verified
+    assert named.plan.output_stride == (8, 32) and named.plan["tail"].action != "barrier"
+
+
+def test_where_everything_leaves_at_native_size_the_plan_says_that_a_mask_cannot_matter() -> None:
+    trunk = build("vgg11", by=4).features  # whose pooling to bins brings finer values to the rest
+    plan = cs.plan(nn.Sequential(trunk, nn.Flatten(), nn.Linear(128 * 3 * 4, 10)))
+    assert not plan.matters and "gains nothing" in str(plan)
+    for name in ("resnet18", "fcn_resnet50", "vgg11"):
+        assert cs.plan(build(name, by=4)).matters
+
+
+def test_data_of_the_original_can_be_read_but_its_methods_would_run_it_as_it_was() -> None:
+    net = cs.adaptify(build("mobilenet_v2", by=4), "none", verify_laws=False)
+    assert net.last_channel == 1280
+    with pytest.raises(AttributeError):
+        net._forward_impl(images(1, 64, 64))
+    with pytest.raises(AttributeError):
+        net.no_such_thing  # noqa: B018
+
+
+def test_what_the_graph_leaves_out_is_noticed() -> None:
+    """Python that runs while tracing changes something the graph does not show."""
+
+    class Sly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last, self.calls = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.last(self.conv(x)) * self.calls
+
+    with pytest.raises(cs.CannotConvert, match="computes something else"):
+        cs.adaptify(Sly().eval())
+
+
+def test_a_functions_own_rule_makes_it_one_operation() -> None:
+    """Tracing does not look into a function that has a rule."""
+    from cadsurgery.surgery.treatment import _RULES
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), Calling(), nn.Conv2d(4, 4, 3, padding=1)).eval()
+    with pytest.raises(cs.CannotConvert):
+        cs.adaptify(model)
+    try:
+        cs.rule(data_dependent)(lambda node, facts: cs.Treatment("pointwise", "acts on each value alone"))
+        net, x = cs.adaptify(model, "none"), images(2, 17, 23)
+        assert "data_dependent" in [d.operation for d in net.plan.chosen("keep")]
+        assert_same(net(x)[..., ::2, ::2], model(x), 1e-4)
+    finally:
+        _RULES.pop(data_dependent, None)
+
+
+def data_dependent(x: Tensor) -> Tensor:
+    return x.relu() if x.numel() > 0 and float(x.detach().sum()) > -1e9 else x
+
+
+class Calling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return data_dependent(x)
+
+
+def test_an_operation_has_one_rule() -> None:
+    with pytest.raises(ValueError, match="already has the rule"):
+        cs.rule(nn.ReLU)(lambda node, facts: cs.Treatment("barrier", "no"))
+
+
+def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_rule() -> None:
+    from cadsurgery.surgery.treatment import _RULES
+
+    cell = "@cs.rule(Calling)\ndef calling(node, facts):\n    return cs.Treatment('barrier', 'version {}')"
+    scope = {"cs": cs, "Calling": Calling, "__name__": "__main__"}
+    try:
+        for version in (1, 2):
+            exec(cell.format(version), scope)
+        assert _RULES[Calling] is scope["calling"]
+        with pytest.raises(ValueError, match="already has the rule calling"):
+            cs.rule(Calling)(lambda node, facts: cs.Treatment("barrier", "another"))
+    finally:
+        _RULES.pop(Calling, None)
+
+
+def test_a_module_with_an_own_rule_is_one_operation() -> None:
+    """A user teaches an operation without touching the package."""
+    from cadsurgery.surgery.treatment import _RULES, Treatment
+
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(x)  # no rule knows this function
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), Gate(), nn.Conv2d(4, 4, 3, padding=1)).eval()
+
+    with pytest.raises(cs.CannotConvert):
+        cs.adaptify(network())
+    try:
+        cs.rule(Gate)(lambda node, facts: Treatment("pointwise", "acts on each value alone"))
+        net, x = cs.adaptify(network(), "none"), images(2, 17, 23)
+        assert [d.node for d in net.plan.chosen("keep")] == ["_1", "_2"]
+        assert_same(net(x)[..., ::2, ::2], network()(x), 1e-4)
+    finally:
+        _RULES.pop(Gate, None)
+
+
+class CallsMeanwhile(nn.Module):
+    """While it is traced, another thread calls another network, and a part of this one."""
+
+    found: ClassVar[list[Any]] = []  # of all copies
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+        self.others, self.image = [nn.Conv2d(3, 4, 3), self.body], images(1, 33, 47)
+
+    def call(self, module: nn.Module) -> Any:
+        """In the other thread."""
+        with torch.no_grad():
+            return module(self.image)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features."""
+        with ThreadPoolExecutor(1) as pool:
+            self.found.append(list(pool.map(self.call, self.others)))
+        return self.body(x)
+
+
+def test_other_threads_may_call_networks_while_one_is_traced() -> None:
+    model = CallsMeanwhile().eval()
+    expected = [model.call(module) for module in model.others]
+    cs.adaptify(model, "none", output_stride=(2, 4), verify_laws=False)
+    assert model.found
+    for found in model.found:
+        for one, wanted in zip(found, expected, strict=True):
+            assert type(one) is Tensor and torch.equal(one, wanted)

@@ -1,0 +1,731 @@
+"""`bench`: figures that agree with each other and the network; what it writes, says and refuses. No time is judged."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same
+from networks import strided
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.elements.backends import costs
+from cadsurgery.kernels import build, isa
+from cadsurgery.network.export.dense import dense_program, write_dense
+from cadsurgery.network.export.engines import Engine
+from cadsurgery.support import memory, provenance
+from cadsurgery.support.files import append_lines
+from cadsurgery.support.processor import CAPS as CAPPED
+from cadsurgery.support.timing import Timing, interleaved
+from cadsurgery.tasks import bench as module
+from cadsurgery.tasks import bench_isa, side
+from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
+from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, NetworkBench
+from cadsurgery.tasks.options import Benchmark
+from cadsurgery.tasks.report import Row
+from cadsurgery.tasks.sides.engines import InTorch
+
+SIZE, FRACTIONS = (64, 96), (1.0, 0.5, 0.0)
+
+
+def trunk(groups: int = 1) -> nn.Module:
+    """A network by `module:function`."""
+    return strided(groups=groups, outputs=4, kernel=3)
+
+
+class Gated(nn.Module):
+    """A skip, squeeze and excitation, and joined channels behind a trunk of output stride 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.gate, self.out = trunk(), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk[:-1](x)
+        x = x + x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        return self.out(torch.cat((x, x.relu()), 1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> BenchReport:
+    """ResNet-18 with both fills."""
+    return bench(
+        "resnet18",
+        "edges:threshold=0.2",
+        FRACTIONS,
+        size=SIZE,
+        batch=2,
+        fill=("nearest", "linear"),
+        rounds=1,
+        threads=1,
+        picture=folder / "bench.png",
+        output=folder / "rows.jsonl",
+    )
+
+
+# -- the figures ---------------------------------------------------------------------------------------
+
+
+def test_macs_and_active_fractions_are_those_of_the_network_under_a_budget(report: BenchReport) -> None:
+    model = cs.build_model("resnet18", "none")
+    scenes = [normalise(street_scene(*SIZE, seed), model.cad_source) for seed in range(2)]
+    net = cs.adaptify(model, verify_laws=False)
+    for row in report.networks[0].rows:
+        counted = net.macs(torch.stack(scenes), mask=cs.Budget("edges:threshold=0.2", row.fraction))
+        assert (row.macs, row.active_fraction) == (counted.mask, counted.active_fraction)
+        assert (report.networks[0].high.macs, report.networks[0].low.macs) == (counted.high, counted.low)
+
+
+def test_ratios_follow_from_times_and_macs(report: BenchReport) -> None:
+    for network in report.networks:
+        high, low = network.high, network.low
+        assert low.macs < high.macs and [row.fraction for row in network.rows] == list(FRACTIONS)
+        for row in network.rows:
+            share = (row.macs - low.macs) / (high.macs - low.macs)
+            line = (1 - share) * low.milliseconds + share * high.milliseconds
+            assert row.law_milliseconds == pytest.approx(line)
+            assert row.law_ratio == pytest.approx(row.milliseconds / line)
+            assert row.speedup == pytest.approx(high.milliseconds / row.milliseconds)
+            realised = (high.milliseconds / row.milliseconds) / (high.macs / row.macs)
+            assert row.realised == pytest.approx(realised)
+            assert 0 < row.milliseconds <= row.milliseconds_median
+            assert row.memory_mib is None and row.memory_ratio is None
+        # At both ends the line is the dense network, but for what the mask itself computes.
+        for row, dense in ((network.rows[0], high), (network.rows[-1], low)):
+            own = (row.macs - dense.macs) / (high.macs - low.macs) * (high.milliseconds - low.milliseconds)
+            assert 0 <= row.macs - dense.macs < 1e-3 * high.macs
+            assert row.law_milliseconds == pytest.approx(dense.milliseconds + own)
+
+
+def test_both_fills_are_measured_against_the_same_twins(report: BenchReport) -> None:
+    nearest, linear = report.networks
+    assert (nearest.fill, linear.fill) == ("nearest", "linear")
+    assert nearest.high is linear.high and nearest.low is linear.low
+    assert nearest.band == BAND and linear.band == BAND + LINEAR
+
+
+def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def counted(sides: dict[str, Callable[[], object]], rounds: int, **_: Any) -> dict[str, Timing]:
+        seen.append(list(sides))
+        assert rounds == 3
+        return {key: Timing(1.0 + position, 2.0 + position) for position, key in enumerate(sides)}
+
+    monkeypatch.setattr(side, "interleaved", counted)
+    (network,) = bench(trunk(), fractions=FRACTIONS, size=SIZE, rounds=3).networks
+    assert seen == [["dense high", "dense low", "nearest 1.0", "nearest 0.5", "nearest 0.0"]]
+    assert [row.milliseconds for row in network.rows] == [3.0, 4.0, 5.0]
+    assert (network.high.milliseconds, network.low.milliseconds_median) == (1.0, 3.0)
+    assert "not slower than dense low" in network.notes[0]
+
+
+def test_the_twins_are_uniform_and_stop_at_the_low_output_stride() -> None:
+    net = cs.adaptify(trunk(), output_stride=(8, 16), verify_laws=False)
+    image = torch.randn(2, 3, *SIZE)
+    runs, budget = InTorch(net, image, Benchmark()), cs.Budget("edges", 0.5)
+    sides = [
+        (runs.dense("dense high"), "all"),
+        (runs.dense("dense low"), "none"),
+        (runs.under(budget), budget),
+    ]
+    with torch.no_grad():
+        for run, mask in sides:
+            assert_same(run(image), net(image, mask=mask), 1e-4)
+
+
+def test_interpolating_fills_and_grouped_convolutions_are_granted_more() -> None:
+    bands = {
+        (groups, fill): band(cs.adaptify(trunk(groups), fill=fill, verify_laws=False))
+        for groups in (1, 4)
+        for fill in ("nearest", "linear", "guided")
+    }
+    assert bands == {
+        (1, "nearest"): BAND,
+        (4, "nearest"): GROUPED,
+        (4, "linear"): GROUPED,
+        (4, "guided"): GROUPED,
+        (1, "linear"): BAND + LINEAR,
+        (1, "guided"): BAND + LINEAR,
+    }
+
+
+def test_the_law_is_the_straight_line_between_the_twins() -> None:
+    high, low = twin(100, 50.0), twin(20, 10.0)
+    assert [law(macs, high, low) for macs in (100, 60, 20)] == [50.0, 30.0, 10.0]
+
+
+def twin(macs: int, milliseconds: float) -> Row:
+    return Row("dense", {"macs": macs}, milliseconds=milliseconds, milliseconds_median=milliseconds + 1)
+
+
+def network(ratios: dict[float, float], high: float = 50.0) -> NetworkBench:
+    """A result with these ratios to the law by fraction."""
+    rows = [
+        Row("", {"fraction": fraction, "law_ratio": ratio}, milliseconds=30 * ratio)
+        for fraction, ratio in ratios.items()
+    ]
+    return NetworkBench("net", "random", "nearest", (8, 32), 1.06, twin(100, high), twin(20, 10), tuple(rows))
+
+
+def test_a_verdict_says_whether_the_law_holds_and_where_it_is_worst() -> None:
+    good = network({0.5: 1.05, 0.1: 1.02})
+    assert (
+        good.holds and "time follows work:" in good.verdict() and "fraction 0.5 takes 1.050" in good.verdict()
+    )
+    assert good.slower == () and "nothing is slower than dense high" in good.verdict()
+    missed = network({0.5: 1.05, 0.1: 1.07})
+    assert (
+        not missed.holds and "MISSED" in missed.verdict() and "fraction 0.1 takes 1.070" in missed.verdict()
+    )
+    slow = network({0.5: 1.05, 0.1: 1.0}, high=30.0)
+    assert slow.holds and [row.fraction for row in slow.slower] == [0.5]
+    assert slow.verdict().endswith("slower than dense high by more than 3 %: fraction 0.5")
+    assert network({0.5: 1.029}, high=30.0).slower == ()
+
+
+def test_timing_tells_the_best_and_the_median_round() -> None:
+    calls: list[str] = []
+    found = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert found.keys() == {"a", "b"} and all(0 <= time.best <= time.median for time in found.values())
+
+
+# -- the report ----------------------------------------------------------------------------------------
+
+
+def test_a_report_says_what_it_was_made_with(report: BenchReport) -> None:
+    values = report.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert values["versions"].keys() == {"cadsurgery", "torch", "torchvision", "timm", "python"}
+    assert values["image"] == [2, 3, *SIZE] and (values["threads"], values["rounds"]) == (1, 1)
+    assert values["dtype"] == "float32" and "CPU" in values["device"] and values["date"].endswith("+00:00")
+    assert values["mask"].startswith("edges:threshold=0.2,") and values["mask"].endswith("| budget")
+    assert values["processor"] == provenance.processor()._asdict()
+    assert values["instruction_sets"].keys() >= {"kernels", "torch"} and "caps" not in values
+    assert all(isa.in_words() in told for told in (values["device"], str(report.setting)))
+    assert "random" in values["networks"][0]["weights"]
+    for entry, result in zip(values["networks"], report.networks, strict=True):
+        assert entry["rows"] == [row.to_dict() for row in result.rows]
+        assert entry["law"]["holds"] is result.holds and entry["law"]["verdict"] == result.verdict()
+        assert entry["law"]["worst_ratio"] == max(row["law_ratio"] for row in entry["rows"])
+
+
+def test_the_costs_that_decided_are_in_it_and_can_be_pinned(
+    report: BenchReport, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report.to_dict()))
+    kinds = costs.read(file)
+    assert kinds and {key: list(cost) for key, cost in kinds.items()} == report.costs["kinds"]
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert {row["costs"] for row in rows} == {report.costs["digest"]}
+
+
+def test_the_commit_is_told_only_in_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    setting = BenchSetting("edges", (1, 3, 8, 8), "float32", "CPU", 1, 1, {}, "abc1234", "today")
+    assert setting.to_dict()["commit"] == "abc1234" and "commit abc1234" in str(setting)
+    outside = replace(setting, commit="")
+    assert "commit" not in outside.to_dict() and "commit" not in str(outside)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "environment.py"))
+    assert provenance.commit() == ""
+
+
+def test_the_table_shows_every_side_and_the_verdict(report: BenchReport) -> None:
+    console = Console(width=160, file=io.StringIO())
+    console.print(report.render())
+    text = console.file.getvalue()
+    for words in (
+        "dense high",
+        "dense low",
+        "budget 0.5",
+        "of law",
+        "realised",
+        "speed-up",
+        "2 images of 64x96",
+    ):
+        assert words in text
+    verdicts = re.findall(r"time (?:follows work|does not follow work \(MISSED\)):", text)
+    assert len(verdicts) == 2 and "of high" not in text
+
+
+def test_the_picture_has_a_panel_for_each_entry(report: BenchReport, folder: Path) -> None:
+    with Image.open(folder / "bench.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1.5 * picture.height
+    figure = report.figure()
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    cap = " with " + os.environ[isa.VARIABLE] if isa.VARIABLE in os.environ else ""
+    titles = [axis.get_title().partition(":")[0] for axis in panels]
+    assert titles == [f"resnet18{cap}, {fill}" for fill in ("nearest", "linear")]
+    assert all(axis.get_legend().texts[0].get_text().startswith("law: 1.00 to 1.") for axis in panels)
+
+
+def test_panels_without_a_network_are_hidden(report: BenchReport) -> None:
+    four = replace(report, networks=report.networks * 2)
+    assert [axis.get_visible() for axis in four.figure().axes] == [True] * 4 + [False] * 2
+
+
+def test_rows_are_appended_as_lines_that_stand_alone(report: BenchReport, folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * len(FRACTIONS)
+    for line in lines:
+        assert line.keys() >= {
+            "model",
+            "fill",
+            "date",
+            "versions",
+            "dense_high",
+            "law_ratio",
+            "fraction",
+            "band",
+        }
+    assert [line["law_ratio"] for line in lines] == [r.law_ratio for n in report.networks for r in n.rows]
+
+
+def test_lines_are_appended_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_lines(path, ["one"])
+    append_lines(path, ["two", "three"])
+    assert path.read_text() == "one\ntwo\nthree\n"
+    path.write_text("cut off")
+    append_lines(path, ["four"])
+    assert path.read_text() == "cut off\nfour\n"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(cs.FileError, match="cannot be read") as caught:
+        append_lines(path, ["five"])
+    assert caught.value.next and path.read_bytes() == b"\xff\xfe"
+
+
+def test_what_is_done_is_kept_when_a_later_network_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(sides: dict[str, Callable[[], object]], rounds: int, **_: Any) -> dict[str, Timing]:
+        if (tmp_path / "rows.jsonl").exists():
+            raise KeyboardInterrupt
+        return dict.fromkeys(sides, Timing(1.0, 1.0))
+
+    monkeypatch.setattr(side, "interleaved", counted)
+    with pytest.raises(KeyboardInterrupt):
+        bench([trunk(), trunk()], fractions=[0.5], size=SIZE, output=tmp_path / "rows.jsonl")
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+
+
+# -- instruction sets ----------------------------------------------------------------------------------
+
+CAPS = ("scalar", isa.ISAS[1] if len(isa.ISAS) > 1 else "scalar")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """Runs with a cap are done here, and take no notice of it but for our own variable; what each is told is noted."""
+    told: list[dict[str, str]] = []
+
+    def run_here(
+        name: str, function: str, argument: str, environment: dict[str, str], task: str, next: str
+    ) -> str:
+        told.append(environment)
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            for variable, value in environment.items():
+                patch.setenv(variable, value)
+            getattr(sys.modules[name], function)(argument)
+        return printed.getvalue().splitlines()[-1]
+
+    monkeypatch.setattr(bench_isa, "run_alone", run_here)
+    monkeypatch.setattr(isa, "here", lambda: isa.ISAS)
+    return told
+
+
+def test_every_cap_has_a_run_of_its_own_and_all_are_in_one_report(
+    in_this_process: list[dict[str, str]], tmp_path: Path
+) -> None:
+    files = {"output": tmp_path / "rows.jsonl", "picture": tmp_path / "bench.png"}
+    names = [f"{__name__}:trunk", f"{__name__}:Gated"]
+    told: list[str] = []
+    found = bench(
+        names, "none", [0.5, 0.0], size=SIZE, rounds=1, fill=["linear"], isa=CAPS, step=told.append, **files
+    )
+    runs = [(name, cap) for name in names for cap in CAPS]
+    assert [(one.model, one.isa) for one in found.networks] == runs
+    assert [one["CADSURGERY_ISA"] for one in in_this_process] == [cap for _, cap in runs]
+    assert [step for step in told if "with" in step] == [f"measuring {name} with {cap}" for name, cap in runs]
+    values = found.to_dict()
+    assert json.loads(json.dumps(values)) == values and [entry["isa"] for entry in values["networks"]] == [
+        cap for _, cap in runs
+    ]
+    assert values["caps"].keys() == set(CAPS) and "instruction_sets" not in values
+    assert all(sets["CADSURGERY_ISA"] == cap for cap, sets in values["caps"].items())
+    assert all(
+        entry["fill"] == "linear" and entry["law"]["verdict"] and len(entry["rows"]) == 2
+        for entry in values["networks"]
+    )
+    assert "CADSURGERY" not in values["device"]
+    lines = [json.loads(line) for line in files["output"].read_text().splitlines()]
+    assert [line["isa"] for line in lines] == [cap for _, cap in runs for _ in range(2)]
+    assert all(line["instruction_sets"]["CADSURGERY_ISA"] == line["isa"] for line in lines)
+    with Image.open(files["picture"]) as picture:
+        assert picture.format == "PNG"
+    with (screen := Console(file=io.StringIO(), width=200)).capture() as shown:
+        screen.print(found.render())
+    assert all(f"{name} with {cap}," in shown.get() for name, cap in runs)
+    assert all(f"{cap}: kernels {cap}, torch " in shown.get() for cap in CAPS)
+
+
+def test_the_costs_of_all_caps_are_in_the_report(
+    in_this_process: list[dict[str, str]], tmp_path: Path
+) -> None:
+    found = bench(f"{__name__}:trunk", "none", [0.5], size=SIZE, rounds=1, isa=CAPS)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(found.to_dict()))
+    kinds = {key: list(cost) for key, cost in costs.read(path).items()}
+    assert kinds == found.costs["kinds"] and found.costs["digest"]
+    assert all(any(f"CADSURGERY_ISA={cap}" in key for key in kinds) for cap in CAPS)
+
+
+def test_an_error_of_a_run_with_a_cap_is_raised_as_it_is(in_this_process: list[dict[str, str]]) -> None:
+    with pytest.raises(cs.InvalidInput, match="same work at both output strides") as caught:
+        bench(f"{__name__}:trunk", "none", [0.5], size=(1, 1), rounds=1, isa=CAPS[:1])
+    assert "larger size" in caught.value.next
+
+
+@pytest.mark.skipif(build.architecture() != "x86-64", reason="names of x86-64")
+def test_torch_onednn_and_mkl_are_capped_alike() -> None:
+    told = {cap: bench_isa.environment_of(cap) for cap in isa.ISAS}
+    assert all(one["CADSURGERY_ISA"] == cap and one.keys() == set(CAPPED) for cap, one in told.items())
+    assert told["avx2"]["ATEN_CPU_CAPABILITY"] == "avx2" and told["avx2"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert told["avx512vnni"]["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_VNNI"
+    assert told["scalar"]["ATEN_CPU_CAPABILITY"] == "default"
+
+
+def test_caps_are_read_from_a_list_or_a_text() -> None:
+    assert bench_isa.read_caps(" avx2, avx512,avx2,") == bench_isa.read_caps(("avx2", "avx512", "avx2"))
+    assert bench_isa.read_caps("") == bench_isa.read_caps(()) == ()
+
+
+def test_engines_that_cannot_be_capped_are_named() -> None:
+    setting = BenchSetting("edges", (1, 3, 8, 8), "float32", "CPU", 1, 1, {}, "", "today")
+    report = BenchReport(setting, (), {"kinds": {}})
+
+    def notes(**options: str) -> str:
+        return " ".join(bench_isa.joined([("avx2", report)], Benchmark(**options)).notes)
+
+    assert "ONNX Runtime" in notes(against="onnxruntime,openvino") and "ONNX Runtime" in notes(runtime="onnx")
+    assert notes() == notes(runtime="openvino") == "" and "AOTInductor" in notes(runtime="aoti")
+
+
+def test_a_cap_that_this_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "here", lambda: isa.ISAS[:1])
+    lacking = isa.ISAS[-1]
+    with pytest.raises(cs.InvalidInput, match=f"does not have the instruction set {lacking}") as caught:
+        bench("resnet18", size=SIZE, isa=lacking)
+    assert isa.ISAS[0] in caught.value.why and f"isa={isa.ISAS[0]}" in caught.value.next
+
+
+def test_without_kernels_nothing_can_be_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "here", lambda: ())
+    with pytest.raises(cs.InvalidInput, match="no compiled kernels") as caught:
+        bench("resnet18", size=SIZE, isa="scalar")
+    assert "leave isa out" in caught.value.next
+
+
+@pytest.mark.slow
+def test_a_cap_is_in_force_in_a_process_of_its_own() -> None:
+    caps = isa.here()[:2]
+    found = bench("resnet18", "none", [0.5], size=SIZE, rounds=1, threads=1, isa=caps)
+    assert [one.isa for one in found.networks] == list(caps)
+    assert [found.caps[cap]["kernels"] for cap in caps] == list(caps)
+    if build.architecture() == "x86-64":
+        assert {sets["torch"] for sets in found.caps.values()} == {"DEFAULT"}
+
+
+def test_a_budget_slower_than_dense_high_is_told_with_the_operation_that_takes_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = {"dense high": 8.0, "dense low": 4.0, "nearest 0.5": 12.0, "nearest 0.0": 5.0}
+
+    def measured(sides: dict[str, Callable[[], object]], rounds: int, **_: Any) -> dict[str, Timing]:
+        return {key: Timing(times[key], times[key]) for key in sides}
+
+    monkeypatch.setattr(side, "interleaved", measured)
+    (found,) = bench(trunk(), "none", [0.5, 0.0], size=SIZE).networks
+    (note,) = [note for note in found.notes if "slower" in note]
+    assert note.startswith("fraction 0.5 is slower than dense high (1.50 times as long): ")
+    assert "of the time is in " in note
+    times["nearest 0.5"] = 7.0
+    (found,) = bench(trunk(), "none", [0.5, 0.0], size=SIZE).networks
+    assert not any("slower" in note for note in found.notes)
+
+
+# -- engines -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("runtime", "package", "dtype"),
+    [
+        ("onnx", "onnxruntime", "float32"),
+        ("openvino", "openvino", "int8"),
+        ("aoti", "torch", "float32"),
+    ],
+)
+def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtype: str) -> None:
+    pytest.importorskip(package)
+    options = {"size": SIZE, "rounds": 1, "runtime": runtime, "dtype": dtype}
+    found = bench(trunk(), fractions=[0.5], fill=["linear"], **options)
+    assert package in found.setting.versions and found.to_dict()["runtime"] == runtime
+    assert f"runtime {runtime}" in str(found.setting)
+    assert all(side.milliseconds > 0 for side in (found.networks[0].high, *found.networks[0].rows))
+
+
+def test_copies_in_8_bits_are_measured_and_say_what_is_in_8_bits() -> None:
+    found = bench(
+        trunk(), fractions=[0.5], size=SIZE, rounds=1, dtype="int8", threads=1, processor_time=True
+    ).networks[0]
+    assert all(side.milliseconds > 0 for side in (found.high, found.low, *found.rows))
+    assert any("layers in 8 bits" in note for note in found.notes)
+
+
+def test_without_instructions_for_8_bits_they_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "form_here", lambda: None)
+    with pytest.raises(cs.InvalidInput, match="no compiled kernels for int8"):
+        bench(trunk(), size=SIZE, dtype="int8")
+
+
+@pytest.mark.slow
+def test_the_dense_networks_are_timed_in_other_engines_too() -> None:
+    pytest.importorskip("onnxruntime")
+    found = bench(trunk(), fractions=[0.5], size=SIZE, rounds=1, against="onnxruntime")
+    rivals = found.networks[0].rivals
+    assert [rival.dtype for rival in rivals] == ["float32", "int8"]
+    assert all(min(*rival.high, *rival.low) > 0 for rival in rivals)
+    assert [rival["dtype"] for rival in found.to_dict()["networks"][0]["against"]] == ["float32", "int8"]
+    with (screen := Console(file=io.StringIO(), width=200)).capture() as shown:
+        screen.print(*found.parts())
+    assert "ONNX Runtime, int8" in shown.get()
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None:
+    model, image = Gated().eval(), torch.randn(1, 3, *SIZE)
+    net = cs.adaptify(model, outputs="native" if level else "fine", verify_laws=False)
+    program = dense_program(net, level, image)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    used, aten = Counter(node.target for node in nodes), torch.ops.aten
+    assert used[aten.convolution.default] == 7
+    assert not {aten.index_select.default, aten.index.Tensor, aten.mm.default} & used.keys()
+    orders = [node.args[1] for node in nodes if node.target is aten.permute.default]
+    assert all(order == sorted(order) for order in orders)
+    with torch.no_grad():
+        assert_same(program.module()(image), net(image, mask="none" if level else "all"), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_file_that_differs_is_not_measured(tmp_path: Path) -> None:
+    class Wrong(Engine):
+        format = "onnx"
+
+        def __init__(self, path: Path, threads: int = 0) -> None: ...
+
+        def __call__(self, *inputs: Tensor) -> list[Tensor]:
+            return [torch.zeros(1, 4, 8, 12)]
+
+    pytest.importorskip("onnxscript")
+    image, net = torch.randn(1, 3, *SIZE), cs.adaptify(trunk(), verify_laws=False)
+    with pytest.raises(cs.CannotConvert, match="differs from the network"):
+        write_dense(net, 0, image, tmp_path / "net.onnx", Wrong)
+
+
+def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(cs.CadError, match="openvino") as caught:
+        bench(trunk(), size=SIZE, runtime="openvino")
+    assert "cadsurgery[export]" in caught.value.next
+
+
+# -- options -------------------------------------------------------------------------------------------
+
+
+def test_a_network_of_ones_own_is_measured_as_it_is_and_left_alone() -> None:
+    model, threads = trunk(), torch.get_num_threads()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (found,) = bench(
+        model, lambda image: image[:, 0, ::8, ::8] > 0, [0.5], size=SIZE, rounds=1, threads=1
+    ).networks
+    assert found.model == "Sequential" and found.weights == "its own weights"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("mask", ["edges", "random:seed=1", torch.zeros(8, 12, dtype=torch.long)])
+def test_bfloat16_any_batch_stride_and_patch(mask: object) -> None:
+    report = bench(
+        trunk(),
+        mask,
+        [0.5],
+        size=SIZE,
+        batch=3,
+        output_stride=(8, 16),
+        patch="block",
+        fill=["linear"],
+        dtype="bfloat16",
+        rounds=1,
+    )
+    assert report.setting.dtype == "bfloat16" and report.setting.image == (3, 3, *SIZE)
+    assert report.setting.mask.startswith(
+        str(mask).partition(":")[0] if isinstance(mask, str) else "a tensor | "
+    )
+    assert report.networks[0].output_stride == (8, 16) and report.networks[0].rows[0].active_fraction == 0.5
+
+
+@pytest.mark.slow
+def test_memory_of_each_side_is_measured_alone() -> None:
+    (found,) = bench("resnet18", "none", [0.5], size=(128, 192), rounds=1, threads=1, memory=True).networks
+    assert found.high.memory_mib > found.low.memory_mib > 0
+    assert found.rows[0].memory_ratio == pytest.approx(found.rows[0].memory_mib / found.high.memory_mib)
+
+
+def test_each_side_has_the_memory_that_a_run_of_its_own_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runs are done here, where other tests leave memory that is taken again: what they print is set."""
+    memories = {"dense high": 30.0, "dense low": 10.0, "nearest 0.5": 20.0}
+
+    def printed(name: str, function: str, argument: str) -> str:
+        capsys.readouterr()
+        getattr(sys.modules[name], function)(argument)
+        assert float(capsys.readouterr().out) >= 0
+        return str(memories.pop(ast.literal_eval(argument)["key"]))
+
+    monkeypatch.setattr(module, "run_alone", printed)
+    (found,) = bench(f"{__name__}:trunk", "none", [0.5], size=SIZE, rounds=1, memory=True).networks
+    assert (found.high.memory_mib, found.low.memory_mib, found.rows[0].memory_mib) == (30, 10, 20)
+    assert found.rows[0].memory_ratio == pytest.approx(2 / 3) and not memories
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", ["first", "second"])
+def test_what_is_freed_is_not_in_the_peak(process: str) -> None:
+    """Only what is in use at once, however often memory was taken before, and the same in every process."""
+    peak = float(memory.run_alone("peaks", "print_peak_among_holes", "16"))
+    assert peak == pytest.approx(3 * 16, abs=3)
+
+
+def test_a_peak_is_what_one_call_adds() -> None:
+    ballast = torch.ones(2**24)  # 64 MiB; freed before, it must not hide what the call takes
+    del ballast
+    raised = memory.peak_raised_by(lambda: torch.ones(2**23))
+    assert 30 < raised < 40
+
+
+def test_a_setting_names_what_a_table_was_made_with() -> None:
+    told = provenance.setting(torch.device("cpu"))
+    assert told.startswith(provenance.device_in_words(torch.device("cpu")))
+    assert f"{torch.get_num_threads()} threads" in told and "\n" not in told
+    assert all(f"{name} {number}" in told for name, number in provenance.versions().items())
+    assert f"commit {provenance.commit()[:7]}" in told or not provenance.commit()
+
+
+# -- refusals ------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
+    ({"networks": []}, cs.InvalidInput, "no network", "resnet50"),
+    ({"fill": []}, cs.InvalidInput, "no fill", "nearest"),
+    ({"fill": ["cubic"]}, cs.InvalidInput, "cubic", "linear"),
+    ({"fractions": []}, cs.InvalidInput, "none", "0 to 1"),
+    ({"fractions": [0.5, 1.5]}, cs.InvalidInput, "1.5", "0 to 1"),
+    ({"fractions": [float("nan")]}, cs.InvalidInput, "nan", "0 to 1"),
+    ({"dtype": "float23"}, cs.UnknownName, "float23", "float32"),
+    ({"runtime": "tflite"}, cs.UnknownName, "tflite", "openvino"),
+    ({"runtime": "onnx", "dtype": "bfloat16"}, cs.InvalidInput, "dtype=bfloat16", "in torch"),
+    ({"processor_time": True, "threads": 2}, cs.InvalidInput, "2 threads", "threads=1"),
+    ({"against": "tensorrt"}, cs.UnknownName, "tensorrt", "openvino"),
+    ({"calibration": "photos"}, cs.InvalidInput, "calibrate", "int8"),
+    ({"runtime": "aoti", "dtype": "int8"}, cs.InvalidInput, "dtype=int8", "in torch"),
+    ({"runtime": "onnx", "memory": True}, cs.InvalidInput, "memory=True", "in torch"),
+    ({"runtime": "openvino", "mask": "edges | smooth"}, cs.InvalidInput, "smooth", "level_map"),
+    ({"isa": "avx9"}, cs.UnknownName, "avx9", "scalar"),
+    ({"isa": "scalar"}, cs.InvalidInput, "without a name", "module:function"),
+    (
+        {"isa": "scalar", "networks": "resnet18", "mask": torch.zeros(1)},
+        cs.InvalidInput,
+        "without a name",
+        "edges",
+    ),
+    ({"device": "abacus"}, cs.InvalidInput, "abacus", "cpu"),
+    ({"mask": "edgs"}, cs.UnknownName, "edgs", "edges"),
+    ({"networks": "resnt18"}, cs.UnknownName, "resnt18", "resnet18"),
+    ({"networks": ["resnet18", "resnt18"]}, cs.UnknownName, "resnt18", "resnet18"),
+    ({"networks": nn.Conv2d(3, 4, 3)}, cs.CannotConvert, "Conv2d", ""),
+    ({"size": (0, 96)}, cs.InvalidInput, "size=0x96", "at least 1"),
+    ({"batch": 0}, cs.InvalidInput, "batch=0", "at least 1"),
+    ({"rounds": 0}, cs.InvalidInput, "rounds=0", "at least 1"),
+    ({"threads": -1}, cs.InvalidInput, "threads=-1", "at least 1"),
+    ({"size": (1, 1)}, cs.InvalidInput, "same work", "larger size"),
+    ({"output_stride": (3, 5)}, cs.InvalidInput, "5", "(8, 32)"),
+    ({"memory": True}, cs.InvalidInput, "without a name", "module:function"),
+    (
+        {"memory": True, "networks": "resnet18", "mask": torch.zeros(1)},
+        cs.InvalidInput,
+        "without a name",
+        "edges",
+    ),
+    ({"picture": Path("no/bench.png")}, cs.FileError, "no folder", "--picture"),
+    ({"output": Path("no/rows.jsonl")}, cs.FileError, "no folder", "--output"),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "what", "next_step"), WRONG, ids=[str(row[0])[:60] for row in WRONG]
+)
+def test_what_cannot_be_measured_is_refused(
+    given: dict[str, Any], error: type[cs.CadError], what: str, next_step: str
+) -> None:
+    with pytest.raises(error) as caught:
+        bench(**{"networks": trunk(), "size": SIZE, "fractions": [0.5], "rounds": 1, **given})
+    assert what in str(caught.value) and caught.value.next and next_step in caught.value.next
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_missing_device_is_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match="no CUDA device") as caught:
+        bench(trunk(), size=SIZE, device="cuda")
+    assert "cpu" in caught.value.next
+
+
+def test_memory_is_refused_where_the_system_does_not_tell_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "PROCESS", tmp_path)
+    with pytest.raises(cs.InvalidInput, match="Linux") as caught:
+        bench("resnet18", size=SIZE, memory=True)
+    assert caught.value.next
+
+
+def test_a_process_that_fails_is_told_with_its_reason() -> None:
+    with pytest.raises(cs.CadError, match="process that was to measure memory") as caught:
+        memory.run_alone("ast", "literal_eval", "no literal")
+    assert "SyntaxError" in caught.value.why and "leave out memory" in caught.value.next
+    with pytest.raises(cs.CadError) as caught:
+        memory.run_alone("os", "_exit", "3")
+    assert caught.value.why

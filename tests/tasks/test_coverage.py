@@ -1,0 +1,241 @@
+"""The zoo: a sample is built, converted and verified here; the recorded full run holds what the docs claim."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, images, slow
+from torch import nn
+
+import cadsurgery as cs
+from cadsurgery.tasks import corpus, network_check
+from cadsurgery.tasks.corpus import subject
+from cadsurgery.tasks.network_check import check_network, settle
+from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, read_rows, recorded
+
+# One network for each kind of operation the zoo has; small ones.
+SAMPLE = {
+    "convnext_atto": "channels-last blocks, layer scale",
+    "convnextv2_atto": "global response norm",
+    "convnext_zepto_rms": "root-mean-square norm",
+    "densenet121": "dense blocks, average-pool transitions",
+    "dla46_c": "aggregation of several stages",
+    "dpn48b": "split and concatenation",
+    "eca_resnet33ts": "channel attention by a 1-d convolution",
+    "efficientnet_b0": "squeeze and excitation, stochastic depth",
+    "fasternet_t0": "partial convolution",
+    "focalnet_tiny_srf": "focal modulation",
+    "fbnetc_100": "mobile blocks",
+    "gcresnet50t": "pooling by attention",
+    "ghostnet_100": "ghost modules",
+    "hrnet_w18_small": "parallel branches",
+    "inception_next_atto": "split depthwise convolutions",
+    "lcnet_050": "hard swish",
+    "mixnet_s": "mixed kernels",
+    "mobileone_s0": "re-parameterised branches",
+    "nf_resnet26": "weight standardisation",
+    "poolformer_s12": "pooling as a mixer, group norm",
+    "regnetx_002": "grouped convolutions",
+    "regnetz_b16_evos": "evo norm",
+    "repvgg_a0": "three branches",
+    "res2net50_26w_4s": "hierarchical splits",
+    "resnest14d": "split attention",
+    "resnet18": "the plain case",
+    "resnet26d": "average-pool shortcuts",
+    "resnetblur18": "anti-aliased downsampling",
+    "resnetv2_50d_gn": "group norm",
+    "skresnet18": "selective kernels",
+    "swiftformer_xs": "additive attention",
+    "tf_efficientnet_cc_b0_4e": "kernels mixed per image, same padding",
+    "tf_efficientnet_lite0": "same padding",
+    "tresnet_m": "space to depth in the stem",
+    "vovnet39a": "one-shot aggregation",
+    "googlenet": "inception branches",
+    "shufflenet_v2_x0_5": "channel shuffle",
+    "squeezenet1_1": "fire modules",
+    "lraspp_mobilenet_v3_large": "resized branches",
+}
+KNOWN = {name: why for name, why in SAMPLE.items() if name in cs.list_models()}
+# Their operations one by one: `laws/test_rule_laws.py`.
+QUICK = ("lcnet_050", "squeezenet1_1")
+
+
+def test_the_sample_exists() -> None:
+    assert len(KNOWN) >= 0.9 * len(SAMPLE), sorted(SAMPLE.keys() - KNOWN.keys())
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in KNOWN])
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_of_the_zoo_keeps_the_laws(name: str) -> None:
+    """Laws 1, 2 and 5, and nothing that ends the region early."""
+    row = check_network(subject(name))
+    assert row["result"] == "converts", row
+    assert all(error < 1e-4 for error in row["errors"].values()) and row["errors"].keys() >= {
+        "1",
+        "2",
+        "5",
+        "weights",
+        "optimize",
+    }
+    assert row["share_after_first_stage"] > (0.3 if name in ("hrnet_w18_small", "googlenet") else 0.6), row
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vit_tiny_patch16_224", "transformer"),
+        slow("mixer_s32_224", "join all positions"),
+        slow("swin_t", "join all positions"),
+    ],
+)
+def test_what_does_not_convert_says_why(name: str, words: str) -> None:
+    row = check_network(subject(name))
+    assert row["result"] == "refused" and row["kind"] == "attention"
+    assert words in f"{row['what']} {row['why']}"
+    assert row["where"] and row["next"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [
+        pytest.param("halonet26t", "reshape", marks=pytest.mark.slow),
+        pytest.param("caformer_s18", "scaled_dot_product_attention", marks=pytest.mark.slow),
+        ("mobilevit_xxs", "MobileVitBlock"),
+    ],
+)
+def test_stages_before_attention_convert_with_it_as_a_barrier(name: str, operation: str) -> None:
+    row = check_network(subject(name))
+    assert row["result"] == "converts" and row["kind"] == "attention", row
+    assert any(operation in end["operation"] for end in row["dense"]), row["dense"]
+    assert all(end["source"] and end["why"] for end in row["dense"])
+
+
+# -- settled random networks -------------------------------------------------------------------------------
+
+
+def test_settling_leaves_no_dead_branch_and_keeps_values_moderate() -> None:
+    model = timm.create_model("resnet26d", zero_init_last=True).eval()
+    settle(model)
+    assert not any(bool((p == p.flatten()[0]).all()) for p in model.parameters() if p.numel() > 1)
+    with torch.no_grad():
+        assert model(images(2, 65, 97)).abs().max() < 1e3
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    assert norm.momentum == 0.1 and not norm.training
+
+
+# -- many networks, a process each ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_writes_a_line_each_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    path, seen = tmp_path / "zoo.jsonl", []
+    check_networks(["lcnet_050", "no_such_network"], path, on_row=seen.append)
+    assert sorted(row["model"] for row in seen) == ["lcnet_050", "no_such_network"]
+    text = path.read_text()
+    path.write_text(text + '{"model": "cut off', encoding="utf-8")
+    seen.clear()
+    rows = check_networks(["squeezenet1_1", "lcnet_050"], path, on_row=seen.append)
+    assert [row["model"] for row in seen] == ["squeezenet1_1"]
+    assert [row["model"] for row in rows] == ["squeezenet1_1", "lcnet_050"]
+    assert path.read_text().startswith(text) and len(read_rows(path)) == 3
+    assert json.loads(text.splitlines()[0])["versions"]["timm"] == timm.__version__
+
+
+def test_limits_are_kept_and_reported(tmp_path: Path) -> None:
+    (late,) = check_networks(["resnet50"], tmp_path / "late.jsonl", limits=Limits(seconds=0.05))
+    assert late["result"] == "not checked" and "took more than" in late["why"]
+    (large,) = check_networks(["vgg19"], tmp_path / "large.jsonl", limits=Limits(memory_gib=0.5))
+    assert large["result"] == "not checked" and "GiB" in large["why"]
+
+
+def test_rows_of_other_versions_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.jsonl"
+    path.write_text(json.dumps({"versions": {"timm": "0.1"}}) + "\n")
+    with pytest.raises(cs.FileError, match=r"0\.1"):
+        check_networks(["resnet18"], path)
+    with pytest.raises(cs.FileError, match="no folder"):
+        check_networks(["resnet18"], tmp_path / "missing" / "zoo.jsonl")
+    path.write_text("not json\nat all\n")
+    with pytest.raises(cs.FileError, match="list --check"):
+        read_rows(path)
+
+
+def test_a_network_that_cannot_be_built_is_a_row() -> None:
+    row = check_network(subject("no_such_network"))
+    assert row["result"] == "not built" and "no_such_network" in row["why"]
+    assert outlook(row).startswith("not built: ")
+
+
+@pytest.mark.slow
+def test_an_inexact_network_is_a_broken_row_not_a_converted_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A law that does not hold after conversion is told, whatever the conversion itself verified."""
+    monkeypatch.setattr(network_check, "_batch_error", lambda net, arguments: 0.5)
+    row = check_network(subject("lcnet_050"))
+    assert row["result"] == "broken" and "law 5" in row["why"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_within_a_tolerance(value: float) -> None:
+    assert network_check._error(torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])) == float("inf")
+
+
+# -- the recorded full run ---------------------------------------------------------------------------------
+
+
+def rows(kind: str) -> list[dict[str, Any]]:
+    return [row for row in recorded().values() if row.get("kind") == kind]
+
+
+def test_no_network_of_the_recorded_run_breaks_a_law() -> None:
+    found = recorded()
+    assert len(found) > 800
+    assert [row["model"] for row in found.values() if row["result"] == "broken"] == []
+    for row in found.values():
+        if row["result"] == "converts":
+            assert max(row["errors"].values()) < (1e-9 if row.get("dtype") == "float64" else 1e-4), row[
+                "model"
+            ]
+
+
+def test_nearly_all_convolutional_networks_convert() -> None:
+    networks = rows("cnn")
+    assert len(networks) >= 650
+    converted = [row for row in networks if row["result"] == "converts"]
+    assert len(converted) >= 0.98 * len(networks)
+    assert statistics.median(row["share_after_first_stage"] for row in converted) >= 0.9
+
+
+def test_every_refusal_of_the_recorded_run_has_reason_place_and_next_step() -> None:
+    for row in recorded().values():
+        if row["result"] == "refused":
+            assert row["what"] and row["why"] and row["next"], row["model"]
+        if row["result"] == "not checked":
+            assert row["why"], row["model"]
+
+
+def test_the_readme_says_what_the_run_found() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    networks, hybrids = rows("cnn"), rows("attention")
+    converted = sum(row["result"] == "converts" for row in hybrids)
+    assert f"All {len(networks)} convolutional networks" in text
+    assert all(row["result"] == "converts" for row in networks)
+    assert f"{converted} of {len(hybrids)} checked networks that also have attention" in text
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("shufflenet_v2_x0_5", marks=pytest.mark.slow)])
+def test_the_recorded_rows_are_what_a_check_finds(name: str) -> None:
+    ours, theirs = check_network(subject(name)), recorded()[name]
+    same = ("result", "kind", "output_stride", "strides", "identity_level", "share_in_region", "dense")
+    assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
+
+
+def test_the_checked_sizes_are_odd_and_not_square() -> None:
+    for size in (corpus.ZOO_SIZE, *network_check.ODD_SIZES):
+        assert size[0] != size[1] and all(length % 2 for length in size)

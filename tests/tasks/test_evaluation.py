@@ -1,0 +1,404 @@
+"""Evaluation: the figures are those of running the network image by image, in one process or several."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run, images, random_levels, slow
+from networks import Undecided, build, street_segmenter
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.data import SegmentationData
+from cadsurgery.data.images import normalise
+from cadsurgery.data.networks import Source, source_of
+from cadsurgery.network.macs import layer_work
+from cadsurgery.tasks import evaluation
+from cadsurgery.tasks.evaluation import EvaluationReport, scores_of
+from cadsurgery.tasks.figures import evaluation_figure
+from cadsurgery.tasks.open import weights_in_words
+
+DATA = "scene:5,height=48,width=80"
+EDGES, GRADED = "edges:threshold=0.15,dilation=3", "edges:threshold=0.95/0.1,dilation=3/9"
+
+
+@pytest.fixture(scope="module")
+def report() -> EvaluationReport:
+    return cs.evaluate(street_segmenter(), DATA, [EDGES, GRADED], output_stride=[(8, 32), (4, 32)], rounds=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images of two sizes with labels, the second broken."""
+    scenes = {"a": (48, 80), "b": (48, 80), "c": (50, 70)}
+    for name in ("images", "labels"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+    for name, size in scenes.items():
+        image, labels = cs.open_data(f"scene:1,height={size[0]},width={size[1]}")[0]
+        pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(tmp_path / "test" / "images" / f"{name}.png")
+        Image.fromarray(labels.byte().numpy()).save(tmp_path / "test" / "labels" / f"{name}.png")
+    (tmp_path / "test" / "images" / "b.png").write_bytes(b"broken")
+    return tmp_path
+
+
+def figures(report: EvaluationReport) -> list[dict[str, Any]]:
+    """Rows without what a clock says."""
+    return [
+        {name: value for name, value in row.to_dict().items() if "milliseconds" not in name}
+        for row in report.rows
+    ]
+
+
+# -- figures -------------------------------------------------------------------------------------------
+
+
+def test_every_mask_stands_at_every_pair_between_its_dense_networks(report: EvaluationReport) -> None:
+    middle = [EDGES, GRADED]
+    for pair in ((8, 32), (4, 32)):
+        rows = [row for row in report.rows if row.output_stride == pair]
+        assert [row.mask for row in rows] == ["all", *middle, "none"]
+        assert [row.anchor for row in rows] == [True, False, False, True]
+        assert rows[0].active_fraction == rows[0].macs_of_high == rows[0].region_of_high == 1
+        assert (
+            rows[-1].active_fraction == 0 and rows[-1].macs < rows[1].macs < 1.01 * rows[0].macs
+        )  # and its own work
+        assert all(
+            (row.milliseconds or 0) > 0 and row.milliseconds_median >= row.milliseconds for row in rows
+        )
+    assert report.images == 5 and report.processes == 1 and report.model == "StreetSegmenter"
+
+
+@pytest.mark.parametrize("mask", [slow("all"), slow(EDGES), GRADED, slow("none")])
+def test_figures_are_those_of_the_network_run_image_by_image(report: EvaluationReport, mask: str) -> None:
+    model, data = street_segmenter(), cs.open_data(DATA, "test")
+    net = cs.adaptify(model, mask, output_stride=(8, 32))
+    metrics, counted, high, active = cs.SegmentationMetrics(6), 0, 0, []
+    region, region_high = 0, 0
+    inside = {decision.node for decision in net.plan.chosen("adapt", "keep")}
+    for image, labels in (data[position] for position in range(len(data))):
+        batch = normalise(image[None], source_of(model))
+        with torch.no_grad():
+            scores = nn.functional.interpolate(net(batch), labels.shape, mode="bilinear", align_corners=False)
+        metrics.update(scores.argmax(1), labels[None])
+        macs = net.macs(batch)
+        counted, high = counted + macs.mask, high + macs.high
+        region += macs.of_mask + sum(layer.mask for layer in macs.layers if layer.layer in inside)
+        region_high += sum(layer.high for layer in macs.layers if layer.layer in inside)
+        active.append(net.active_fraction)
+    row = next(row for row in report.rows if row.mask == mask and row.output_stride == (8, 32))
+    expected = metrics.compute()
+    for name in ("miou", "pixel_accuracy", "boundary_iou", "trimap_iou"):
+        assert getattr(row, name) == pytest.approx(
+            expected[name], abs=2e-3
+        )  # a pixel may round the other way
+    assert list(row.iou.values()) == pytest.approx(expected["iou"], abs=5e-3)
+    assert row.macs == counted / 5 and row.macs_of_high == counted / high
+    assert row.region_of_high == region / region_high
+    assert row.active_fraction == pytest.approx(sum(active) / 5)
+
+
+def test_masks_differ_in_their_predictions(report: EvaluationReport) -> None:
+    assert len({row.pixel_accuracy for row in report.rows if row.output_stride == (8, 32)}) > 2
+
+
+@pytest.mark.slow
+def test_batches_and_dictionaries_change_nothing(report: EvaluationReport) -> None:
+    options: dict[str, Any] = {"output_stride": [(8, 32), (4, 32)], "rounds": 0}
+    together = cs.evaluate(street_segmenter(as_dictionary=True), DATA, [EDGES, GRADED], batch=2, **options)
+    for one, other in zip(report.rows, together.rows, strict=True):
+        assert one.miou == pytest.approx(other.miou, abs=2e-3)
+        assert (one.macs, one.macs_of_high, one.region_of_high) == (
+            other.macs,
+            other.macs_of_high,
+            other.region_of_high,
+        )
+        assert one.active_fraction == other.active_fraction and other.milliseconds is None
+
+
+def test_limit_takes_the_first_images_and_data_can_be_given_open() -> None:
+    data = cs.open_data("scene:2,height=48,width=80", "test")
+    options: dict[str, Any] = {"output_stride": [(8, 32)], "rounds": 0}
+    limited = cs.evaluate(street_segmenter(), DATA, [EDGES], limit=2, **options)
+    assert figures(limited) == figures(cs.evaluate(street_segmenter(), data, [EDGES], **options))
+
+
+def test_a_converted_network_brings_its_mask_and_strides_and_is_left_as_it_was() -> None:
+    net = cs.adaptify(street_segmenter(), EDGES, output_stride=(8, 16)).train()
+    weights = {name: value.clone() for name, value in net.state_dict().items()}
+    report = cs.evaluate(net, DATA, limit=1, rounds=0)
+    assert [(row.mask, row.output_stride) for row in report.rows][1] == (EDGES, (8, 16))
+    assert net.training and net.mask.spec() == EDGES
+    assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+
+
+def test_masks_may_ask_for_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[Tensor] = []
+
+    @contextmanager
+    def labelled(labels: Tensor) -> Iterator[None]:
+        known.append(labels)
+        yield
+        known.pop()
+
+    def oracle(image: Tensor) -> Tensor:
+        (labels,) = known
+        return labels[:, ::8, ::8] == 3
+
+    monkeypatch.setattr(evaluation, "labelled", labelled)
+    report = cs.evaluate(street_segmenter(), DATA, [oracle], output_stride=[(8, 32)], limit=2, rounds=1)
+    data = cs.open_data(DATA, "test")
+    share = torch.stack([data[0][1], data[1][1]])[:, ::8, ::8].eq(3).double().mean()
+    assert report.rows[1].mask == "oracle" and report.rows[1].active_fraction >= share > 0
+
+
+# -- work ----------------------------------------------------------------------------------------------
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "segmenter": lambda: street_segmenter().eval(),
+    "fcn_resnet50": lambda: build("fcn_resnet50", num_classes=5, by=4),
+    "deeplabv3_mobilenet_v3_large": lambda: build("deeplabv3_mobilenet_v3_large", num_classes=5),
+    "convnext_atto": lambda: cs.build_model("timm:convnext_atto", "none"),
+}
+
+
+@pytest.mark.parametrize("name", ["segmenter", *map(slow, list(NETWORKS)[1:])])
+def test_work_by_elements_gives_the_macs_of_any_mask(name: str) -> None:
+    net = cs.adaptify(NETWORKS[name](), "all", verify_laws=False)
+    x = images(2, 95, 129)
+    layers = layer_work(net, x)
+    assert layers is not None
+    for split in (0.2, 0.7):
+        with torch.no_grad():
+            net(x, mask="none")
+            levels = random_levels(2, net.lattice.whole_size, net.plan.stage_strides, split=split)
+            net(x, mask=levels)
+        counted = net.macs(x, mask=levels)
+        found = {layer.layer: layer.on(net.lattice) for layer in layers}
+        assert {layer.layer: layer.mask for layer in counted.layers} == {n: c for n, c in found.items() if c}
+
+
+def test_weights_that_may_have_been_trained_are_not_said_to_be_as_they_were_made() -> None:
+    """How a network was built by name says nothing of its weights any more once a user has had it."""
+    model = cs.build_model("resnet18", "none")
+    assert weights_in_words(model, model.cad_source) == "weights as they were given"
+    assert weights_in_words("resnet18", model.cad_source) == "weights are random (asked for)"
+    assert weights_in_words("a.safetensors", model.cad_source) == (
+        "weights in a.safetensors, at first random (asked for)"
+    )
+
+
+def test_a_network_converted_in_part_is_evaluated_too() -> None:
+    report = cs.evaluate(
+        Undecided(street_segmenter()), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0
+    )
+    whole = cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0)
+    assert [row.macs for row in report.rows] == [row.macs for row in whole.rows]
+    assert report.rows[1].active_fraction > 0
+
+
+# -- refusals ------------------------------------------------------------------------------------------
+
+
+def test_another_number_of_classes_is_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match=r"network has 4 classes and data scene:5.* has 6"):
+        cs.evaluate(street_segmenter(classes=4), DATA, rounds=0)
+
+
+@pytest.mark.parametrize(
+    "output", [torch.zeros(2, 3), {"scores": torch.zeros(1, 2, 3, 3)}, [torch.zeros(1)], None]
+)
+def test_an_output_without_a_map_of_scores_is_refused(output: Any) -> None:
+    with pytest.raises(cs.InvalidInput, match="not a map of class scores"):
+        scores_of(output)
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"batch": 0}, {"rounds": -1}])
+def test_impossible_numbers_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(cs.InvalidInput, match="at least 1 image"):
+        cs.evaluate(street_segmenter(), DATA, **options)
+
+
+def test_errors_come_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(cs.UnknownName, match="edges"):
+        cs.evaluate("no such network", DATA, ["edgs"])
+    with pytest.raises(cs.FileError, match="--picture"):
+        cs.evaluate("no such network", DATA, picture=tmp_path / "no" / "plot.png")
+
+
+def test_other_strides_of_a_network_without_a_name_are_refused() -> None:
+    net = cs.adaptify(street_segmenter(), EDGES)
+    with pytest.raises(cs.InvalidInput, match="original network"):
+        cs.evaluate(net, DATA, output_stride=[(8, 16)])
+
+
+def test_unreadable_images_are_reported_and_the_others_done(folder: Path) -> None:
+    report = cs.evaluate(
+        street_segmenter(), f"folder:{folder},classes=6", [EDGES], output_stride=[(8, 32)], batch=2, rounds=0
+    )
+    assert report.images == 2
+    (failure,) = report.failed
+    assert failure["image"].endswith("b.png") and failure["error"] == "FileError" and failure["next"]
+
+
+def test_when_no_image_can_be_used_the_first_error_is_raised(folder: Path) -> None:
+    with pytest.raises(cs.InvalidInput, match=r"a\.png has label"):
+        cs.evaluate(street_segmenter(), f"folder:{folder},classes=2", rounds=0)
+
+
+# -- statistics of images ------------------------------------------------------------------------------
+
+
+def test_a_network_of_ones_own_says_what_images_it_expects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `pretrained_cfg`, as a module, converted, optimised, and built by name."""
+    (tmp_path / "ownnets.py").write_text("from networks import street_segmenter\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    net = cs.adaptify(street_segmenter(), EDGES)
+    for network in (street_segmenter(), net, net.optimize(), cs.build_model("ownnets:street_segmenter")):
+        assert source_of(network).mean == (0.5, 0.4, 0.3) and source_of(network).std == (0.2, 0.3, 0.4)
+    assert source_of(nn.Conv2d(3, 3, 1)).mean == Source("").mean
+
+
+# -- command line and several processes ----------------------------------------------------------------
+
+NETS = """
+import torch
+from torch import nn
+
+def segmenter():
+    torch.manual_seed(0)
+    layers = []
+    for depth in range(5):
+        layers += [nn.Conv2d(8 if depth else 3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(8, 6, 3, padding=1))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, command_line: Run) -> Run:
+    """Runs `cadsurgery ARGS` in a folder with a module `usernets`."""
+    (tmp_path / "usernets.py").write_text(NETS)
+    return command_line
+
+
+def test_the_command_prints_and_writes(run: Run, tmp_path: Path) -> None:
+    arguments = ["eval", "usernets:segmenter", "--data", DATA, "--mask", EDGES, "--mask", "all", "--limit", 2]
+    pairs = ["--output-stride", "8,32", "--output-stride", "4,32"]
+    done = run(
+        *arguments, *pairs, "--rounds", 1, "--output", "results.json", "--picture", "plot.png", "--json"
+    )
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found == json.loads((tmp_path / "results.json").read_text())
+    assert [row["mask"] for row in found["rows"]] == ["all", EDGES, "none"] * 2
+    assert found["random_weights"] is False and found["images"] == 2 and found["versions"]["torch"]
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300
+    told = run(*arguments, "--rounds", 0)
+    assert told.code == 0 and "8 to 32" in told.out and "pole" in told.out
+    assert run("eval", "usernets:segmenter").code == 2
+    refused = run("eval", "usernets:segmenter", "--data", "foldr:x", "--json")
+    assert refused.code == 1 and json.loads(refused.out)["error"] == "UnknownName"
+
+
+@pytest.mark.slow
+def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    """And a broken image gives exit code 1."""
+    net = cs.adaptify(cs.build_model("usernets:segmenter"), EDGES, output_stride=(8, 32), fill="nearest")
+    cs.save(net, tmp_path / "net.safetensors")
+    data = ["--data", f"folder:{folder},classes=6", "--rounds", 0, "--json"]
+    done = run("eval", "net.safetensors", "--trust", *data)
+    found = json.loads(done.out)
+    assert done.code == 1 and found["images"] == 2 and len(found["failed"]) == 1
+    assert [row["mask"] for row in found["rows"]] == ["all", EDGES, "none"]
+    # Whatever they were when it was converted, that may be long ago.
+    assert found["weights"] == "weights in net.safetensors, at first as the function made them"
+    other = json.loads(run("eval", "net.safetensors", "--trust", *data, "--output-stride", "8,32").out)
+    assert other["rows"] == found["rows"]
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path) -> None:
+    """Evaluation over scenes; one process prints."""
+    arguments = ["eval", "usernets:segmenter", "--data", DATA, "--mask", EDGES, "--rounds", 0, "--json"]
+    alone = run(*arguments)
+    together = run(*arguments, "--output", "two.json", processes=2)
+    assert together.code == 0, together.err
+    one, two = json.loads(alone.out), json.loads(together.out)
+    assert (
+        two["processes"] == 2
+        and one["processes"] == 1
+        and two == json.loads((tmp_path / "two.json").read_text())
+    )
+    assert two["rows"] == one["rows"] and two["images"] == one["images"] == 5
+
+
+@pytest.mark.slow
+def test_two_processes_predict_what_one_predicts(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Over a folder with a broken image; one process prints."""
+    converted = [
+        "convert",
+        "--model",
+        "usernets:segmenter",
+        "--rounds",
+        0,
+        "-o",
+        "net.safetensors",
+        "--no-verify",
+    ]
+    assert run(*converted, "--size", "96x128").code == 0
+    predicted = []
+    for count in (1, 2):
+        done = run(
+            *("run", "net.safetensors", folder / "test" / "images", "-o", "out", "--json", "--trust"),
+            processes=count,
+        )
+        assert done.code != 0
+        predicted.append(json.loads(done.out))
+        for row in predicted[-1]["images"]:
+            assert (tmp_path / row["output"]).is_file() and row.pop("milliseconds") > 0
+    assert (
+        predicted[0] == predicted[1] and len(predicted[0]["images"]) == 2 and len(predicted[0]["failed"]) == 1
+    )
+
+
+# -- report --------------------------------------------------------------------------------------------
+
+
+def test_the_plot_joins_the_dense_networks_and_names_every_point(report: EvaluationReport) -> None:
+    figure = evaluation_figure(report)
+    axes = figure.axes[0]
+    line = axes.lines[0]
+    xs = list(line.get_xdata())
+    anchors = {(row.macs, 100 * row.miou) for row in report.rows if row.anchor}
+    assert xs == sorted(xs) and set(zip(xs, line.get_ydata(), strict=True)) <= anchors
+    named = {text.get_text() for text in axes.texts}
+    assert {"dense OS 4", "dense OS 8", "dense OS 32", f"{EDGES} 4->32"} <= named
+
+
+def test_the_report_is_json_and_says_when_weights_are_random(report: EvaluationReport) -> None:
+    assert json.loads(json.dumps(report.to_dict()))["rows"][0]["iou"].keys() == set(report.rows[0].iou)
+
+    def printed(shown: EvaluationReport) -> str:
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(shown.render())
+        return console.export_text()
+
+    assert "random" not in printed(report)
+    assert "random weights: unless they were trained since" in printed(replace(report, random=True))
+    assert isinstance(cs.open_data(DATA), SegmentationData)

@@ -1,0 +1,407 @@
+"""Images without labels: what the network gives itself with everything kept high stands for them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TESTS, Run
+from networks import Segmenter
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from training import SIZE, Scenes, adaptive, flip
+
+import cadsurgery as cs
+from cadsurgery.data import IGNORED, SegmentationData
+from cadsurgery.data.datasets import identity_table
+from cadsurgery.data.images import street_scene
+from cadsurgery.finetune import Settings, calibrate, evaluate, fit
+from cadsurgery.finetune.objectives import copy_dense
+from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
+
+MASK = "edges:threshold=0.2,dilation=3"
+STRIDES: dict[str, Any] = {"output_stride": [(4, 16)], "rounds": 0}
+QUICK = Settings(steps=6, batch=2, lr=0.02, workers=0, save_every=3, validate_every=2, batch_norm="frozen")
+
+
+class Describer(nn.Module):
+    """Two maps, descriptors of length 1 and a score: no classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Segmenter()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = self.inner.backbone(x)
+        return {"descriptors": nn.functional.normalize(found, dim=1), "score": found.mean(1, keepdim=True)}
+
+
+def segmenter(kind: type[nn.Module] = Segmenter) -> nn.Module:
+    """Its norms fit the photos, so that what it gives varies, with its resolution too."""
+    torch.manual_seed(0)
+    model = kind()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model(torch.stack([cs.images.normalise(street_scene(*SIZE, seed), None) for seed in range(4)]))
+    for name, weight in model.named_parameters():
+        if name.endswith("classifier.1.weight"):
+            weight.data.mul_(4)
+    return model.eval()
+
+
+def converted(mask: str = MASK, kind: type[nn.Module] = Segmenter) -> cs.AdaptiveModel:
+    return cs.adaptify(segmenter(kind), mask, output_stride=(4, 16), verify_laws=False)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of photos, of two sizes, in two folders."""
+    folder = tmp_path / "photos"
+    for place, size in enumerate([SIZE, SIZE, (37, 70)]):
+        path = folder / ("deeper" if place == 1 else ".") / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = (255 * street_scene(*size, place)).round().byte().permute(1, 2, 0)
+        Image.fromarray(pixels.numpy()).save(path)
+    return folder
+
+
+def broken(folder: Path) -> Path:
+    (folder / "1a.jpg").write_bytes(b"broken")
+    return folder
+
+
+# -- data ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_photos_has_no_classes_and_ignores_every_pixel(photos: Path) -> None:
+    data = cs.open_data(f"images:{photos}", "test")
+    assert len(data) == 3 and data.classes == () and not data.is_labelled
+    image, labels = data[1]
+    assert image.shape == (3, 37, 70) and labels.shape == (37, 70) and (labels == IGNORED).all()
+    assert labels.dtype == torch.int64 and 0 <= image.min() < image.max() <= 1
+
+
+def test_photos_for_validation_are_none_of_those_for_training(photos: Path) -> None:
+    for number in range(20):
+        Image.new("RGB", (8, 8)).save(photos / f"more{number:02}.png")
+    parts = [set(cs.open_data(f"images:{photos}", split).names) for split in ("train", "val", "all")]
+    assert not parts[0] & parts[1] and parts[0] | parts[1] == parts[2] and len(parts[1]) == 3
+
+
+def test_folders_named_as_splits_are_splits_and_labels_beside_images_are_left_alone(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for part in ("images", "labels"):
+            (tmp_path / split / part).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / split / part / "a.png")
+    names = {split: cs.open_data(f"images:{tmp_path}", split).names for split in ("train", "val", "all")}
+    assert names["train"] == (str(tmp_path / "train" / "images" / "a.png"),)
+    assert names["all"] == names["train"] + names["val"]
+    with pytest.raises(cs.FileError, match="splits train, val"):
+        cs.open_data(f"images:{tmp_path}", "test")
+
+
+def test_a_folder_without_photos_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(cs.FileError, match="no images"):
+        cs.open_data(f"images:{tmp_path}")
+    with pytest.raises(cs.FileError, match="no file or folder"):
+        cs.open_data(f"images:{tmp_path / 'nothing'}")
+
+
+# -- fidelity ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_fidelity_is_accuracy_where_the_dense_prediction_stands_for_labels(photos: Path) -> None:
+    """By the labelled evaluation, of the same images with these labels."""
+    report = cs.evaluate(segmenter(), f"images:{photos}", [MASK], **STRIDES)
+    data, model = cs.open_data(f"images:{photos}", "test"), segmenter()
+    dense = cs.adaptify(model, "all", output_stride=(4, 16), verify_laws=False)
+    labels = []
+    for place in range(3):
+        with torch.no_grad():
+            labels.append(dense(cs.images.normalise(data[place][0], None)[None])[0].argmax(0).byte().numpy())
+    labelled = SegmentationData(
+        "labelled",
+        "test",
+        tuple("abcdef"),
+        data.names,
+        lambda at: (data[at][0], labels[at]),
+        identity_table(6),
+    )
+    expected = cs.evaluate(model, labelled, [MASK], **STRIDES)
+    assert report.fidelity == "classes" and report.images == 3
+    for ours, theirs in zip(report.rows, expected.rows, strict=True):
+        for name in ("miou", "pixel_accuracy", "boundary_iou", "trimap_iou"):
+            assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=2e-3)
+        assert (ours.macs, ours.active_fraction) == (theirs.macs, theirs.active_fraction)
+    high, mask, low = report.rows
+    assert high.pixel_accuracy == high.miou == high.boundary_iou == 1 and high.divergence == 0
+    assert 0 < mask.divergence < low.divergence and mask.pixel_accuracy < 1
+
+
+@pytest.mark.slow
+def test_each_pair_of_strides_is_compared_with_its_own_dense_network(photos: Path) -> None:
+    data = cs.open_data(f"images:{photos}", "test").first(2)
+    both = cs.evaluate(segmenter(), data, [], output_stride=[(8, 16), (4, 16)], rounds=0).rows
+    alone = cs.evaluate(segmenter(), data, [], batch=2, **STRIDES).rows
+    assert [row.divergence for row in both[3:]] == pytest.approx([row.divergence for row in alone], abs=1e-6)
+    assert both[2].divergence != pytest.approx(both[5].divergence, rel=0.05)
+
+
+def test_maps_that_are_no_classes_have_a_relative_error(photos: Path) -> None:
+    report = cs.evaluate(segmenter(Describer), f"images:{photos}", [MASK], **STRIDES)
+    assert report.fidelity == "values"
+    high, mask, low = report.rows
+    assert high.relative_error == 0 < mask.relative_error < low.relative_error < 2
+    assert mask.relative_error == pytest.approx(mask.divergence**0.5) and mask.miou is None
+
+
+class Particular(nn.Module):
+    """Takes images of even height and width only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Segmenter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = nn.functional.avg_pool2d(x, 2).repeat_interleave(2, -1).repeat_interleave(2, -2)
+        return self.inner(x) + halves.mean(1, keepdim=True)
+
+
+def test_an_image_that_the_network_does_not_take_costs_itself(photos: Path) -> None:
+    report = cs.evaluate(segmenter(Particular), f"images:{photos}", [MASK], batch=2, **STRIDES)
+    assert report.images == 2 and [failure["image"][-5:] for failure in report.failed] == ["2.png"]
+    assert "37x70" in report.failed[0]["what"] and report.failed[0]["next"]
+    for name in ("0.png", "deeper/1.png"):
+        (photos / name).unlink()
+    with pytest.raises(cs.InvalidInput, match="does not take an image of 37x70"):
+        cs.evaluate(segmenter(Particular), f"images:{photos}", [MASK], **STRIDES)
+
+
+def test_pooled_outputs_agree_or_not_for_each_image(photos: Path) -> None:
+    model = nn.Sequential(segmenter().backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 400))
+    report = cs.evaluate(model.eval(), f"images:{photos}", [MASK], **STRIDES)
+    assert report.rows[0].pixel_accuracy == 1 and report.rows[0].miou is None
+    assert {3 * row.pixel_accuracy % 1 for row in report.rows} == {0} and report.rows[2].divergence > 0
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_parts_merge_to_the_whole_in_any_order(kind: Any) -> None:
+    outputs, targets = torch.randn(2, 5, 3, 20, 30).unbind()
+    whole = FidelityMetrics(kind)
+    whole.update(outputs, targets, (20, 30))
+    merged = FidelityMetrics()
+    for place in (3, 0, 4, 1, 2):
+        part = FidelityMetrics(kind)
+        part.update(outputs[place : place + 1], targets[place : place + 1], (20, 30))
+        merged.merge(part)
+    merged.merge(FidelityMetrics())
+    assert merged.compute() == whole.compute() and merged.images == 5
+
+
+def test_class_255_is_a_class_like_the_others() -> None:
+    scores = torch.zeros(1, 300, 4, 4)
+    scores[:, 255] = 1.0
+    metrics = FidelityMetrics("classes")
+    metrics.update(scores, scores, (8, 8))
+    assert metrics.compute()["miou"] == 1 and isinstance(metrics.agreement, SegmentationMetrics)
+
+
+def test_kinds_do_not_mix() -> None:
+    one, other = FidelityMetrics("classes"), FidelityMetrics("values")
+    for metrics in (one, other):
+        metrics.update(torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), (4, 4))
+    with pytest.raises(cs.InvalidInput, match="kind=values"):
+        one.merge(other)
+
+
+def test_a_mask_that_asks_for_labels_is_refused(photos: Path) -> None:
+    with pytest.raises(cs.CadError, match="labels"):
+        cs.evaluate(segmenter(), f"images:{photos}", ["trimap:width=9"], **STRIDES)
+    with pytest.raises(cs.UnknownName, match="classes"):
+        cs.evaluate(segmenter(), f"images:{photos}", kind="clases")
+
+
+def test_the_command_judges_masks_on_photos(
+    photos: Path, tmp_path: Path, command_line: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any size; a broken one costs itself and the exit code."""
+    told = ["eval", "networks:Segmenter", "--data", f"images:{photos}", "--output-stride", "4,16"]
+    done = command_line(*told, "--mask", MASK, "--rounds", 1, "--picture", "plot.png")
+    assert done.code == 0, done.err
+    assert "agreement" in done.out and "dense network" in done.out and (tmp_path / "plot.png").is_file()
+    broken(photos)
+    done = command_line(*told, "--rounds", 0, "--json", "--kind", "values")
+    found = json.loads(done.out)
+    assert done.code == 1 and found["images"] == 3 and len(found["failed"]) == 1
+    assert found["fidelity"] == "values" and found["rows"][2]["relative_error"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(photos: Path, tmp_path: Path, command_line: Run) -> None:
+    shutil.copy(TESTS / "networks.py", tmp_path)
+    told = ["eval", "networks:Segmenter", "--data", f"images:{photos}", "--output-stride", "4,16"]
+    one, two = (
+        json.loads(command_line(*told, "--rounds", 0, "--json", processes=count).out) for count in (1, 2)
+    )
+    assert two["processes"] == 2 and two["rows"] == one["rows"] and two["images"] == one["images"] == 3
+
+
+# -- training ------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """Images without anything."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return street_scene(*SIZE, index)
+
+
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    "a folder": lambda folder: cs.open_data(f"images:{folder / 'deeper'}", "all"),
+    "images": lambda folder: Alone(),
+    "a list": lambda folder: [street_scene(*SIZE, seed) for seed in range(3)],
+    "a stem that was run": lambda folder: None,
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "objective"), [*((source, "") for source in SOURCES), ("images", "any-budget")]
+)
+def test_a_network_learns_from_itself(tmp_path: Path, photos: Path, source: str, objective: str) -> None:
+    net, data = adaptive(), SOURCES[source](photos)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    trained = net
+    if data is None:
+        data, trained = cs.CachedStem(net, Alone()), cs.body_of(net)
+    settings = replace(QUICK, objective=objective)
+    outcome = fit(trained, data, settings, output=tmp_path / "run", validation=data, device="cpu")
+    log = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert "divergence" in log[0] and "entropy" not in log[0] and "miou" in log[0]
+    assert {"miou", "pixel_accuracy", "divergence", "active_fraction"} <= outcome.after.keys()
+    assert outcome.best is not None and outcome.best >= outcome.after["miou"]
+    changed = {
+        name for name, value in net.state_dict().items() if not torch.equal(value, before[name].to(value))
+    }
+    assert "classifier.1.weight" in changed
+
+
+@pytest.mark.slow
+def test_training_brings_the_network_nearer_to_what_it_was(tmp_path: Path) -> None:
+    settings = replace(QUICK, steps=40, lr=0.02)
+    outcome = fit(converted("none"), Alone(), settings, output=tmp_path, validation=Alone(), device="cpu")
+    assert outcome.after["divergence"] < 0.7 * outcome.before["divergence"]
+
+
+def test_validation_compares_with_the_network_as_it_was_whoever_is_the_teacher(tmp_path: Path) -> None:
+    """A network that changes as a whole does not become faithful to itself."""
+    settings = replace(QUICK, objective="divergence", objective_options={"teacher": "self"})
+    net = converted("none")
+    outcome = fit(net, Alone(), settings, output=tmp_path, validation=Alone(), device="cpu")
+    expected = evaluate(net, Alone(), converted())["divergence"]
+    assert outcome.after["divergence"] == pytest.approx(expected, rel=1e-4)
+    assert evaluate(net, Alone())["divergence"] != pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("train", ["adapters", "all"])
+def test_a_network_that_stays_as_it_is_at_full_resolution_is_its_own_teacher(
+    tmp_path: Path, train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = []
+
+    def note(net: nn.Module) -> Any:
+        copies.append(copy_dense(net))
+        return copies[-1]
+
+    monkeypatch.setattr("cadsurgery.finetune.objectives.copy_dense", note)
+    monkeypatch.setattr("cadsurgery.finetune.loop.copy_dense", note)
+    image, net = street_scene(*SIZE)[None], converted("none")
+    before = net(image, mask="all")
+    options: dict[str, Any] = {"validation": Alone(), "train": train, "device": "cpu"}
+    outcome = fit(net, Alone(), replace(QUICK, steps=20), output=tmp_path, **options)
+    assert outcome.after["divergence"] < outcome.before["divergence"]
+    assert torch.equal(net(image, mask="all"), before) == (train == "adapters")
+    assert [made is None for made in copies] == ([True, True] if train == "adapters" else [False])
+
+
+def test_a_run_on_photos_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(row: Any) -> None:
+        if row["step"] == 4:
+            raise Stop
+
+    arguments: dict[str, Any] = {"validation": Alone(), "augment": flip, "device": "cpu"}
+    fit(adaptive(), Alone(), QUICK, output=tmp_path / "whole", **arguments)
+    with pytest.raises(Stop):
+        fit(adaptive(), Alone(), QUICK, output=tmp_path / "parted", on_step=stop, **arguments)
+    assert fit(adaptive(), Alone(), QUICK, output=tmp_path / "parted", **arguments).resumed == 3
+    whole, parted = (load_file(tmp_path / name / "net.safetensors") for name in ("whole", "parted"))
+    assert all(torch.equal(value, parted[name]) for name, value in whole.items())
+
+
+def test_maps_that_are_no_classes_are_trained_by_their_relative_error(tmp_path: Path) -> None:
+    net, settings = converted("none", Describer), replace(QUICK, steps=20, lr=0.01)
+    outcome = fit(net, Alone(), settings, output=tmp_path, validation=Alone(), device="cpu")
+    assert outcome.after["relative_error"] < outcome.before["relative_error"]
+    assert outcome.best is not None and outcome.best <= outcome.after["relative_error"]
+
+
+def test_labels_and_the_dense_network_can_both_be_learned_from(tmp_path: Path) -> None:
+    settings = replace(QUICK, steps=2, objective="divergence", objective_options={"supervision": 1.0})
+    fit(adaptive(), Scenes(), settings, output=tmp_path, device="cpu")
+    assert "entropy,divergence" in (tmp_path / "log.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("net", "settings", "words"),
+    [
+        (adaptive, replace(QUICK, objective="mixed"), "no labels to learn from"),
+        (lambda: adaptive("learned:fraction=0.3"), replace(QUICK, objective="blend"), "blend with distil=1"),
+        (segmenter, QUICK, r"cs\.adaptify"),
+        (adaptive, replace(QUICK, objective_options={"kind": "clases"}), "classes"),
+        (adaptive, replace(QUICK, objective_options={"temperature": 0}), "temperature"),
+    ],
+)
+def test_what_cannot_be_learned_without_labels_is_refused(
+    tmp_path: Path, net: Callable[[], nn.Module], settings: Settings, words: str
+) -> None:
+    with pytest.raises(cs.CadError, match=words):
+        fit(net(), Alone(), settings, output=tmp_path, device="cpu")
+
+
+def test_a_dense_network_cannot_be_measured_without_labels() -> None:
+    with pytest.raises(cs.InvalidInput, match="without labels"):
+        evaluate(segmenter(), Alone())
+
+
+def test_a_learned_mask_is_calibrated_by_photos() -> None:
+    net = adaptive("learned:fraction=0.3")
+    assert calibrate(net, Alone()) == pytest.approx(0.3, abs=0.1)
+
+
+def test_the_command_trains_on_a_folder_of_photos(
+    photos: Path, tmp_path: Path, command_line: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = command_line(
+        *("finetune", "networks:Segmenter", "--data", f"images:{photos}", "--output-stride", "4,16"),
+        *("--steps", 2, "--crop", 32, "--workers", 0, "--device", "cpu", "--batch", 2, "-o", "run", "--json"),
+    )
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["data"] == f"images:{photos} (2 images)"
+    assert {"pixel_accuracy", "divergence"} <= found["after"].keys()
+    assert (tmp_path / "run" / "net.safetensors").is_file()

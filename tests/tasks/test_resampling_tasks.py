@@ -1,0 +1,188 @@
+"""Networks whose input is sampled in training, on data, and on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, Run
+from networks import Segmenter
+from PIL import Image
+from torch import nn
+from training import DATA, DRAW, QUICK, TARGETS, Scenes, batch, with_sampler
+
+import cadsurgery as cs
+from cadsurgery.data.images import normalise, write_picture
+from cadsurgery.data.networks import source_of
+from cadsurgery.finetune import Settings, fit
+from cadsurgery.finetune.objectives import make_objective
+from cadsurgery.masks import labelled
+from cadsurgery.resampling import boundaries, sample, target_locations
+from cadsurgery.tasks.sides.samples import WHOLE
+from recipes.resampling_mobilenetv2.recipe import Knowing, evaluate, table_of_macs
+
+# -- training ------------------------------------------------------------------------------------------
+
+
+def test_locations_are_learned_by_their_mean_squared_distance() -> None:
+    net, (inputs, labels) = with_sampler(smoothness=0.5), batch()
+    nn.init.normal_(net.sampler.mean_locations)  # type: ignore[arg-type]
+    found = make_objective("locations", net, {})(inputs, labels, DRAW)
+    wanted = target_locations(boundaries(labels, TARGETS), 8, 0.5).float()
+    predicted = net.sampler.predict(inputs[0])  # type: ignore[operator]
+    torch.testing.assert_close(found["loss"], (predicted - wanted).square().mean())
+    found["loss"].backward()
+    assert all(parameter.grad is None for parameter in net.network.parameters())
+    assert all(parameter.grad is not None for parameter in net.sampler.parameters())
+
+
+@pytest.mark.parametrize("sampler", ["learned", "labels"])
+def test_the_network_learns_from_the_labels_that_are_sampled(sampler: str) -> None:
+    net, (inputs, labels) = with_sampler(sampler), batch()
+    found = make_objective("sampled", net, {})(inputs, labels, DRAW)
+    with labelled(labels):
+        places = net.sampler.eval()(inputs[0])
+    scores = net.network(sample(inputs[0], places, 32))
+    wanted = sample(labels.unsqueeze(1), places, 32)[:, 0]
+    torch.testing.assert_close(found["loss"], F.cross_entropy(scores, wanted, ignore_index=255))
+    found["loss"].backward()
+    assert all(parameter.grad is None for parameter in net.sampler.parameters())
+
+
+@pytest.mark.parametrize("objective", ["locations", ""])
+def test_training_changes_the_one_and_leaves_the_other(objective: str, tmp_path: Path) -> None:
+    net = with_sampler()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    outcome = fit(net, Scenes(), Settings(**QUICK, objective=objective), output=tmp_path, device="cpu")
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    of_sampler = {name.startswith("location_sampler.") for name in changed}
+    assert changed and of_sampler == {bool(objective)}
+    trained = {str(group["group"]) for group in outcome.groups} - {"fixed"}
+    assert trained == ({"sampler"} if objective else {"backbone", "classifier"})
+    again: Any = cs.load(outcome.network, Segmenter())
+    image = torch.rand(1, 3, 48, 64)
+    assert torch.equal(again(image), net(image))
+
+
+def test_the_oracle_is_validated_on_its_labels(tmp_path: Path) -> None:
+    outcome = fit(
+        with_sampler("labels"),
+        Scenes(),
+        Settings(**QUICK),
+        output=tmp_path,
+        validation=Scenes(2),
+        device="cpu",
+    )
+    assert 0 <= outcome.after["miou"] <= 1
+
+
+@pytest.mark.slow
+def test_a_network_that_cannot_be_trained_so_is_refused(tmp_path: Path) -> None:
+    inputs, _ = batch()
+    for name in ("locations", "sampled"):
+        with pytest.raises(cs.InvalidInput, match="is not sampled"):
+            make_objective(name, Segmenter(), {})
+        with pytest.raises(cs.InvalidInput, match="no labels to learn from"):
+            make_objective(name, with_sampler(), {})(inputs, None, DRAW)
+    with pytest.raises(cs.InvalidInput, match="learns nothing"):
+        make_objective("locations", with_sampler("edges"), {})
+    with pytest.raises(cs.InvalidInput, match="optimised"):
+        fit(with_sampler().optimize(), Scenes(), Settings(**QUICK), output=tmp_path, device="cpu")
+    one = Settings(**{**QUICK, "batch": 1}, objective="locations")
+    with pytest.raises(cs.InvalidInput, match="batch to 2 or more"):
+        fit(with_sampler(), Scenes(1), one, output=tmp_path / "one", device="cpu")
+
+
+# -- on data -------------------------------------------------------------------------------------------
+
+
+def test_a_sampled_input_is_evaluated_beside_equal_distances_and_the_whole_image(tmp_path: Path) -> None:
+    net = with_sampler("labels")
+    told = cs.evaluate(net, DATA, rounds=1, output=tmp_path / "report.json", picture=tmp_path / "curve.png")
+    assert [row.sampler for row in told.rows] == ["labels", "uniform", WHOLE]
+    data = cs.open_data(DATA, "test")
+    for row, other in zip(told.rows, (net, with_sampler("uniform"), Segmenter().eval()), strict=True):
+        if row.sampler == WHOLE:
+            other.load_state_dict(net.network.state_dict())
+        metrics = cs.SegmentationMetrics(len(data.classes))
+        for image, labels in (data[0], data[1]):
+            with torch.no_grad(), labelled(labels[None]):
+                metrics.update(other(normalise(image[None], source_of(net))).argmax(1), labels[None])
+        assert abs(metrics.compute()["miou"] - (row.miou or 0)) < 1e-3
+        assert row.milliseconds and row.macs > 0
+    assert told.rows[0].macs == told.rows[1].macs and told.compared.more["targets"] == ("pole", "car")
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["sampler"] == "labels"
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    with pytest.raises(cs.InvalidInput, match="no masks and no thresholds"):
+        cs.evaluate(net, DATA, masks=["edges"])
+
+
+# -- on the command line -------------------------------------------------------------------------------
+
+
+def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path: Path) -> None:
+    model = ["--model", "networks:segmenter"]
+    sampling = ["--method", "resampling", "--sample-size", "32x40", "--sample-grid", "5", "--targets", "4,5"]
+    convert = ("--size", "48x64", "--rounds", "1", "-o", "net.safetensors", "--json")
+    made = command_line("convert", *model, *sampling, *convert)
+    assert made.code == 0, made.err
+    assert made.json["error"] < 1e-5 and len(made.json["sides"]) == 3
+    quick = ("--steps", "1", "--batch", "2", "--crop", "0", "--workers", "0", "--device", "cpu")
+    training = (
+        "--data",
+        DATA,
+        "--output",
+        "run",
+        "--objective",
+        "locations",
+        "--validation-split",
+        "",
+        "--trust",
+    )
+    trained = command_line("finetune", "net.safetensors", *training, *quick, "--json")
+    assert trained.code == 0, trained.err
+    told = command_line("eval", "run/net.safetensors", "--data", DATA, "--rounds", "0", "--trust", "--json")
+    assert told.code == 0, told.err
+    assert [row["sampler"] for row in told.json["rows"]] == ["learned", "uniform", WHOLE]
+    write_picture(Image.new("RGB", (64, 48)), tmp_path / "picture.png")
+    ran = command_line("run", "run/net.safetensors", str(tmp_path / "picture.png"), "--trust", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["images"][0]["sampled"] == "32x40"
+    for options, words in (
+        (("--targets", "pole"), "list of numbers"),
+        (("--sampler", "leaned"), "learned"),
+        (("--precision", "int8", "--calibration", str(tmp_path)), "whose input is sampled"),
+    ):
+        refused = command_line("convert", *model, "--method", "resampling", *options)
+        assert refused.code == 1 and words in refused.err
+    refused = command_line("finetune", "net.safetensors", *training, "--mask", "edges", "--json")
+    assert refused.code == 1 and "no masks" in refused.json["what"]
+
+
+@pytest.mark.slow
+def test_the_recipe_has_the_published_cost() -> None:
+    table = table_of_macs()
+    assert "| sampler | 17,600,064 | 18,341,376 |" in table
+    for size, published, true in ((128, "161,547,264", "162,791,424"), (224, "494,569,536", "498,379,776")):
+        assert f"| network, {size} | {published} | {true} |" in table
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "labels"])
+def test_what_knows_the_labels_misses_what_sampling_leaves_out(sampler: str) -> None:
+    data = cs.open_data("scene:2,height=40,width=52", "test")
+    whole = (40, 52)
+    shares = [
+        evaluate(cs.resample(Knowing().eval(), sampler, size, targets=TARGETS), data)["miou"]
+        for size in (whole, (20, 26))
+    ]
+    assert shares[1] < shares[0] <= 1 and (sampler != "uniform" or shares[0] == 1)
+
+
+@pytest.mark.parametrize("name", ["locations", "network"])
+def test_the_published_settings_are_settings(name: str) -> None:
+    settings = Settings.read(ROOT / "recipes" / "resampling_mobilenetv2" / "config" / f"{name}.json")
+    assert (settings.lr, settings.weight_decay, settings.crop) == (0.007, 4e-5, 1024)

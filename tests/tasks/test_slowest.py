@@ -1,0 +1,139 @@
+"""The operation that takes the time of a call: found by measuring, told by its name, sought only where it is slow."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TESTS
+from networks import NamedParts
+from torch import Tensor
+
+import cadsurgery as cs
+from cadsurgery.elements.backends import choose
+from cadsurgery.elements.backends.reference import Torch
+from cadsurgery.kernels import isa
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import GraphInterpreter
+from cadsurgery.tasks import slowest as module
+from cadsurgery.tasks.slowest import SLOWER, Slowest, explain_slowness, find_slowest
+
+IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def fast() -> AdaptiveModel:
+    return cs.adaptify(NamedParts().eval(), "edges", output_stride=(4, 16), verify_laws=False).optimize()
+
+
+class Sleepy(Torch):
+    """Computes as torch does, but late where a convolution has so many channels in and out."""
+
+    name = "sleepy"
+
+    def __init__(self, channels: tuple[int, int]) -> None:
+        self.channels = channels
+
+    def applies(self, work: choose.Work) -> bool:
+        weights = getattr(work, "weights", None)
+        return weights is not None and tuple(weights.weight.shape[:2]) == self.channels[::-1]
+
+    def is_measured(self, work: choose.Work) -> bool:
+        return False
+
+    def convolve(self, work: choose.Convolution) -> Tensor:
+        time.sleep(0.2)
+        return super().convolve(work)
+
+
+@pytest.mark.parametrize(("channels", "layer"), [((4, 8), "body.0"), ((8, 8), "body.3"), ((8, 5), "head")])
+def test_the_slow_layer_is_named_with_its_operation(
+    fast: AdaptiveModel, monkeypatch: pytest.MonkeyPatch, channels: tuple[int, int], layer: str
+) -> None:
+    """Whatever norms and activations the convolution has taken in."""
+    monkeypatch.setattr(choose, "BACKENDS", [Sleepy(channels), *choose.BACKENDS])
+    found = find_slowest(fast, partial(fast, IMAGE, mask="edges | budget:fraction=0.5"))
+    assert (found.layer, found.operation) == (layer, "convolve (sleepy)") and 0.5 < found.share <= 1
+    assert str(found) == f"{found.share:.0%} of the time is in {layer}, convolve (sleepy)"
+
+
+def test_a_slow_mask_is_named(fast: AdaptiveModel) -> None:
+    def late(image: Tensor) -> Tensor:
+        time.sleep(0.2)
+        return image[:, 0, ::4, ::4] > 0
+
+    found = find_slowest(fast, partial(fast, IMAGE, mask=late))
+    assert found.layer == "the mask and its lattice" and found.share > 0.5
+
+
+def test_compiled_kernels_are_named_with_their_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, name: str, taken: float) -> None:
+            self.name, self.cpu_time_total, self.self_cpu_time_total = name, taken, taken
+
+    monkeypatch.setattr(isa, "used", lambda: "avx2")
+    assert module._operation_of([Event("aten::mm", 9), Event("convolve (native)", 8)]) == (
+        "convolve (native, avx2)"
+    )
+    assert module._operation_of([Event("convolve (whole map)", 8)]) == "convolve (whole map)"
+    assert module._operation_of([Event("aten::mm", 9), Event("aten::add", 8)]) == "aten::mm"
+    assert module._operation_of([]) == "" and str(Slowest("a.b", "", 0.5)) == "50% of the time is in a.b"
+    monkeypatch.setattr(isa, "used", lambda: "")
+    assert module._operation_of([Event("pool (native)", 1)]) == "pool (native)"
+
+
+def test_nothing_is_run_where_nothing_is_slower(fast: AdaptiveModel) -> None:
+    def never() -> None:
+        raise AssertionError
+
+    assert explain_slowness("a copy", 10.0, {"dense high": 10.0, "original": 99.0}, fast, never) == ""
+    assert explain_slowness("a copy", 10.0 * SLOWER, {"dense high": 10.0}, fast, never) == ""
+
+
+def test_a_sentence_names_the_slower_sides_alone(fast: AdaptiveModel) -> None:
+    told = explain_slowness(
+        "a copy", 15.0, {"dense high": 10.0, "original": 99.0}, fast, partial(fast, IMAGE)
+    )
+    assert told.startswith("a copy is slower than dense high (1.50 times as long): ")
+    assert "of the time is in " in told and "original" not in told
+
+
+@pytest.mark.parametrize("mask", ["edges", "all", "none", "edges | budget:fraction=0.3"])
+def test_node_by_node_it_gives_the_same_and_is_left_as_it_was(fast: AdaptiveModel, mask: str) -> None:
+    program, expected = fast.program, fast(IMAGE, mask=mask)
+    with fast.interpreted_by(GraphInterpreter):
+        assert fast.program is not program
+        assert torch.equal(fast(IMAGE, mask=mask), expected)
+    assert fast.program is program
+
+
+def test_a_mask_that_looks_ahead_is_run_node_by_node_too() -> None:
+    net = cs.adaptify(NamedParts().eval(), "confidence", output_stride=(4, 16), verify_laws=False).optimize()
+    assert net.mask.looks_ahead
+    expected = net(IMAGE)
+    with net.interpreted_by(GraphInterpreter):
+        assert torch.equal(net(IMAGE), expected)
+    assert find_slowest(net, partial(net, IMAGE)).layer
+
+
+SILENT = """
+from test_slowest import *
+net = cs.adaptify(NamedParts().eval(), "edges", output_stride=(4, 16), verify_laws=False).optimize()
+find_slowest(net, partial(net, IMAGE))
+assert "KINETO_LOG_LEVEL" not in os.environ
+"""
+
+
+def test_the_profiler_is_silent_and_leaves_the_environment() -> None:
+    """In a process of its own: torch reads how much its profiler writes when it is first used."""
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parent, TESTS, ROOT)))
+    command = [sys.executable, "-W", "ignore", "-c", SILENT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
