@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import stated_statistics
@@ -17,7 +18,7 @@ from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, estimate, read_normalisation
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.convert import carry_out
-from cadsurgery.network.hosted import HostedModel, check_used
+from cadsurgery.network.hosted import HostedModel, check_used, reach
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import (
     CadError,
@@ -26,14 +27,14 @@ from cadsurgery.support.errors import (
     InvalidInput,
     describe_error,
 )
-from cadsurgery.surgery.arguments import bind_example, image_of, take_image
+from cadsurgery.surgery.arguments import Arguments, bind, bind_example, image_of, run_forward, take_image
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
 from cadsurgery.surgery.hooks import copying, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
-from cadsurgery.surgery.trace import CannotFollow
+from cadsurgery.surgery.trace import CannotFollow, evaluating
 from cadsurgery.surgery.verify import measure_effect, verify
 
 _MOST_PARTS = 12  # number of parts that are tried if a network cannot be traced
@@ -198,7 +199,7 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
             part = getattr(model, name, None)
             if isinstance(part, nn.Module):
                 with contextlib.suppress(CannotFollow, OtherFunction):
-                    return name, read(part, example and take_image(part, image_of(example)))
+                    return name, read(part, example and _example_of_part(model, part, image_of(example)))
         parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
         if name := _largest_part(model):
             parts["next"] = (
@@ -206,6 +207,21 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
                 f"or {parts['next'].partition(' or ')[2]}"
             )
         raise CannotConvert(refusal.what, **parts) from refusal
+
+
+def _example_of_part(model: nn.Module, part: nn.Module, image: Tensor) -> Arguments:
+    """Return the arguments of a call of a part: the image or, if the part does not take that, the map that the network
+    makes of it, as a detector resizes its images."""
+    arguments = take_image(part, image)
+    with evaluating(model), torch.no_grad():
+        try:
+            run_forward(part, arguments)
+        except Exception:  # the part may refuse the image with any error
+            for batch in (image, list(image)):
+                with contextlib.suppress(Exception):
+                    received, named = reach(part, model, batch)
+                    return bind(part, *received, **named)
+    return arguments
 
 
 def _largest_part(model: nn.Module) -> str:

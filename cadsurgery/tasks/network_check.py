@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -366,7 +367,7 @@ def _word_of(net: AdaptiveModel) -> str | None:
     return {net.plan.max_level: "none", 0: "all"}.get(net.plan.identity_level or 0)
 
 
-def _other_weights(state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
+def _other_weights(state: dict[str, Any]) -> dict[str, Any]:
     """Return a state dict with every number changed by at most a fifth, so that variances stay positive."""
     generator = torch.Generator().manual_seed(4)
 
@@ -375,9 +376,8 @@ def _other_weights(state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
             return values
         return values * (0.8 + 0.4 * torch.rand(values.shape, generator=generator)).to(values)
 
-    changed = type(state)()  # a plain dictionary would lose the versions that some modules ask for
+    changed = copy.copy(state)  # with the versions of modules, for which some of them ask
     changed.update({name: change(values) for name, values in state.items()})
-    changed._metadata = getattr(state, "_metadata", None)
     return changed
 
 

@@ -212,6 +212,8 @@ def test_other_weights_are_other_and_loadable() -> None:
     model.load_state_dict(state)
     assert float(state["1.running_var"].min()) > 0 and int(state["1.num_batches_tracked"]) == 0
     assert not torch.equal(state["1.running_var"], torch.ones(4))
+    # Some networks of torchvision ask in which version of their modules weights were written.
+    assert state._metadata == model.state_dict()._metadata  # type: ignore[attr-defined]
 
 
 def test_a_refusal_is_a_row_with_reason_and_next_step() -> None:
