@@ -55,6 +55,7 @@ _BEFORE_DROPPING = 5  # pictures after which a setting may be dropped
 _SURE = 2.0  # standard errors by which another setting is better
 _FASTER = 0.97  # of the time
 _CALIBRATED_BY = 32  # pictures at most
+_MOST_WORK = 2.0  # of the network as given: what multiplies more is not tried
 
 
 def recommend(
@@ -436,10 +437,14 @@ class _Run:
         image = self.pictures.image(0)
         for setting in self.candidates.settings:
             try:
+                macs = self.macs[setting.name] = self.calls.macs(setting)
+                of_given = macs / max(1, self.macs[self.candidates.settings[0].name])
+                if of_given > _MOST_WORK:
+                    self.refused[setting.name] = f"{of_given:.1f} times the work of the network as given."
+                    continue
                 call = self.calls.make(setting)
                 with torch.inference_mode():
                     output = call(image)
-                self.macs[setting.name] = self.calls.macs(setting)
             except CadError as error:
                 if setting.kind == "given":
                     raise

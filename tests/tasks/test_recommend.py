@@ -1,0 +1,285 @@
+"""Recommending: quality is that of the figures it stands for, the choice follows from it, and a run is never lost."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from networks import Segmenter, seeded
+from torch import Tensor
+from torchvision.io import write_png
+from training import Scenes
+
+import cadsurgery as cs
+from cadsurgery.support import files
+from cadsurgery.tasks.recommend import Recommendation, recommend
+from cadsurgery.tasks.recommend import run as running
+from cadsurgery.tasks.recommend.choice import choose
+from cadsurgery.tasks.recommend.judging import CLASSES, LABELS, VALUES, Estimate, Judgement, estimate, judge
+from cadsurgery.tasks.recommend.report import Request, SettingRow
+from cadsurgery.tasks.recommend.settings import Setting, find_candidates, scaled_size
+
+
+def scores(labels: Tensor, classes: int) -> Tensor:
+    """Class scores whose largest is the label."""
+    return torch.nn.functional.one_hot(labels, classes).permute(0, 3, 1, 2).float() - 0.1
+
+
+def disturbed(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    other = torch.randint(classes, labels.shape, generator=generator)
+    return torch.where(torch.rand(labels.shape, generator=generator) < share, other, labels)
+
+
+# -- quality -------------------------------------------------------------------------------------------
+
+
+def test_quality_is_the_mean_iou_of_all_pictures_and_its_error_falls_with_their_number() -> None:
+    classes, size, metrics = 5, (17, 23), cs.SegmentationMetrics(5)
+    ours: list[Judgement] = []
+    base: list[Judgement] = []
+    for seed in range(24):
+        labels = torch.randint(classes, (1, *size), generator=torch.Generator().manual_seed(seed))
+        given, output = (disturbed(labels, share, classes, 100 + seed) for share in (0.1, 0.3))
+        judged = [
+            judge(1.0, scores(one, classes), scores(given, classes), labels, size, "classes")
+            for one in (output, given)
+        ]
+        ours.append(judged[0])
+        base.append(judged[1])
+        metrics.update(output, labels)
+    found = estimate(ours, base, LABELS)
+    assert found.value == pytest.approx(metrics.compute()["miou"], abs=1e-12)
+    assert found.images == 24 and found.change < -5 * found.error < 0
+    few = estimate(ours[:6], base[:6], LABELS)
+    assert few.error > found.error
+    same = estimate(base, base, CLASSES)
+    assert (same.value, same.change, same.error) == (1.0, 0.0, 0.0)
+    assert math.isnan(estimate(ours[:1], base[:1], LABELS).error)
+
+
+def test_fidelity_counts_a_rare_class_as_much_as_others() -> None:
+    given = torch.zeros(1, 40, 40, dtype=torch.int64)
+    given[:, :2, :2] = 1
+    without_rare = judge(1.0, scores(torch.zeros_like(given), 3), scores(given, 3), None, (40, 40), "classes")
+    own = judge(1.0, scores(given, 3), scores(given, 3), None, (40, 40), "classes")
+    assert without_rare.same > 0.99
+    assert estimate([without_rare], [own], CLASSES).value == pytest.approx(0.5, abs=0.01)
+    # A few pixels of a class that the network as given does not predict weigh as pixels, not as a class.
+    with_new = given.clone()
+    with_new[:, -1, -1] = 2
+    judged = judge(1.0, scores(with_new, 3), scores(given, 3), None, (40, 40), "classes")
+    assert estimate([judged], [own], CLASSES).value > 0.99
+
+
+def test_values_are_judged_by_their_relative_error() -> None:
+    given = torch.rand(1, 1, 9, 11) + 1
+    judged = [judge(1.0, factor * given, given, None, (9, 11), "values") for factor in (0.9, 1.0)]
+    assert estimate(judged[:1], judged[1:], VALUES).value == pytest.approx(0.9, abs=1e-6)
+
+
+# -- the choice ----------------------------------------------------------------------------------------
+
+GIVEN = Setting("given", 8, (8, 16))
+SMALL = Setting("size", 8, (8, 16), scale=0.5)
+DENSE = Setting("dense", 16, (8, 16))
+ADAPTIVE = Setting("adaptive", 0, (8, 16), "detail | budget:fraction=0.1", "guided")
+
+
+def row(
+    setting: Setting, milliseconds: float, change: float, error: float = 0.001, **values: Any
+) -> SettingRow:
+    quality = Estimate(0.6 + change, change, error, values.pop("images", 40))
+    blank = {"same": None, "fidelity": None, "boundary": None, "loss": None}
+    return SettingRow(setting, quality, milliseconds, round(10 * milliseconds), **{**blank, **values})
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected", "words"),
+    [
+        ([row(SMALL, 40, -0.1), row(DENSE, 60, -0.03), row(ADAPTIVE, 70, -0.003)], ADAPTIVE, "Convert it"),
+        ([row(SMALL, 40, -0.1), row(DENSE, 60, -0.002), row(ADAPTIVE, 70, -0.001)], DENSE, "Do not convert"),
+        ([row(SMALL, 40, -0.1), row(ADAPTIVE, 70, -0.1)], GIVEN, "use it as given"),
+        ([row(ADAPTIVE, 98, -0.001)], GIVEN, "use it as given"),  # no gain
+        (
+            [row(SMALL, 70, -0.0015), row(ADAPTIVE, 69, -0.001)],
+            SMALL,
+            "Do not convert",
+        ),  # as good, and simpler
+    ],
+)
+def test_the_fastest_that_keeps_enough_is_chosen_and_the_simplest_of_equals(
+    rows: list[SettingRow], expected: Setting, words: str
+) -> None:
+    choice = choose([row(GIVEN, 100, 0.0, 0.0), *rows], Request(keep=0.99), LABELS)
+    assert choice.row.setting == expected and words in choice.reasons[0] and choice.images_needed is None
+
+
+def test_the_best_that_is_fast_enough_is_chosen() -> None:
+    rows = [row(GIVEN, 100, 0.0, 0.0), row(SMALL, 40, -0.1), row(ADAPTIVE, 70, -0.003)]
+    assert choose(rows, Request(at_most=80), LABELS).row.setting == ADAPTIVE
+    none = choose(rows, Request(at_most=10), LABELS)
+    assert none.row.setting == SMALL and "Nothing takes 10 ms or less" in none.reasons[0]
+
+
+def test_doubt_is_told_with_the_pictures_that_would_end_it() -> None:
+    rows = [row(GIVEN, 100, 0.0, 0.0, images=6), row(ADAPTIVE, 70, -0.003, 0.004, images=6)]
+    choice = choose(rows, Request(keep=0.99), LABELS)
+    # It keeps .003 more than asked for, with an error of .004: 6 (1.64 x .004 / .003)^2 pictures.
+    assert choice.images_needed == 29 and any("about 29 would decide" in one for one in choice.reasons)
+    assert any("cannot be told" in one for one in choice.reasons)
+    finer = [row(GIVEN, 100, 0.0), row(replace(ADAPTIVE, pair=(4, 8)), 200, 0.001)]
+    reasons = choose(finer, Request(keep=0.99), LABELS).reasons
+    assert any("makes the maps of this network finer: at least 2.0 times its work" in one for one in reasons)
+
+
+def test_settings_are_said_as_typed_and_their_code_compiles() -> None:
+    assert ADAPTIVE.name == "detail | budget:fraction=0.1, 8 to 16, guided"
+    assert '--mask "detail | budget:fraction=0.1" --fill guided' in ADAPTIVE.command("net")
+    settings = (GIVEN, SMALL, DENSE, replace(DENSE, scale=1.25), ADAPTIVE)
+    assert len({setting.name for setting in settings}) == 5
+    for setting in settings:
+        for precision in ("float32", "bfloat16", "int8"):
+            compile("\n".join(setting.lines(precision)), "lines", "exec")
+
+
+def test_pictures_are_scaled_to_the_networks_grid() -> None:
+    assert scaled_size((97, 130), 1.0, 16) == (97, 130)
+    height, width = scaled_size((97, 130), 0.5, 16)
+    assert height % 16 == width % 16 == 0 and abs(height - 48) <= 8 and abs(width - 65) <= 8
+
+
+def test_finer_maps_and_larger_pictures_are_tried_with_labels_alone() -> None:
+    model, image = seeded(Segmenter, torch.float32), torch.rand(1, 3, 128, 160)
+    without, with_labels = (
+        find_candidates(model, image, {"output_stride": (8, 16)}, has_labels=known) for known in (False, True)
+    )
+    assert without.settings[0].kind == "given" and without.own_stride == 16
+    assert not any(setting.scale > 1 for setting in without.settings)
+    assert set(without.settings) <= set(with_labels.settings)
+    flat = find_candidates(torch.nn.Conv2d(3, 4, 3), image, {}, has_labels=False)
+    assert flat.refusal is not None and {one.kind for one in flat.settings} == {"given", "size"}
+
+
+# -- a run ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for place, (image, _) in enumerate(Scenes(3, (96, 128)).items):
+        write_png(image.mul(255).byte(), str(folder / f"{place}.png"))
+    return folder
+
+
+def run(photos: Path, folder: Path, **options: Any) -> Recommendation:
+    model = seeded(Segmenter, torch.float32)
+    return recommend(model, photos, options={"output_stride": (8, 16)}, output=folder, **options)
+
+
+def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, tmp_path: Path) -> None:
+    report = run(photos, tmp_path / "run")
+    given = report.rows[0]
+    assert given.setting.kind == "given" and given.quality.value == 1 and report.images == 3
+    assert report.measure == CLASSES and any(one.is_on_front for one in report.rows)
+    assert any("3 pictures: differences" in reason for reason in report.reasons)
+    # The work is that of the whole network as it was passed, not of a dense network that nobody has.
+    assert given.macs == cs.macs.dense_macs(seeded(Segmenter, torch.float32), torch.zeros(1, 3, 96, 128))
+    written = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert written["chosen"] == report.chosen.name and len(written["rows"]) == len(report.rows)
+    assert (tmp_path / "run" / "curve.png").is_file()
+
+
+def test_an_interrupted_run_reports_and_goes_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(text: str) -> None:
+        if text.startswith("picture 2"):
+            raise KeyboardInterrupt
+
+    half = run(photos, tmp_path / "run", step=interrupt)
+    assert half.images == 1 and half.end == "interrupted"
+    judged: list[str] = []
+    monkeypatch.setattr(running, "judge", lambda *args: judged.append("one") or judge(*args))
+    whole = run(photos, tmp_path / "run")
+    assert whole.images == 3 and whole.end == "" and len(judged) == 2 * len(whole.rows)
+    with pytest.raises(cs.InvalidInput, match="holds another run"):
+        run(photos, tmp_path / "run", size=(64, 96))
+    (tmp_path / "run" / "measured.json").write_text("{")
+    with pytest.raises(cs.FileError, match=r"measured\.json cannot be read"):
+        run(photos, tmp_path / "run")
+
+
+def test_a_full_disk_is_an_error_and_a_broken_photo_is_left_out(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "1.png").write_bytes(b"no picture")
+    report = run(photos, tmp_path / "run")
+    assert report.images == 2 and len(report.failed) == 1 and "1.png" in report.failed[0]["image"]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", full)
+    with pytest.raises(cs.FileError, match="No space left"):
+        run(photos, tmp_path / "other")
+
+
+def test_labels_in_a_folder_are_read_and_checked(photos: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for place, (_, known) in enumerate(Scenes(3, (96, 128)).items):
+        write_png(known.byte()[None], str(labels / f"{place}.png"))
+    report = run(photos, tmp_path / "run", labels=labels, limit=1)
+    assert report.measure == LABELS and 0 <= report.rows[0].quality.value <= 1
+    write_png(torch.full((1, 96, 128), 99, dtype=torch.uint8), str(labels / "0.png"))
+    with pytest.raises(cs.CadError, match="has label 99"):
+        run(photos, tmp_path / "other", labels=labels, limit=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.9, "at_most": 5.0}, "two wishes"),
+        ({"keep": 1.5}, "keep=1.5"),
+        ({"minutes": 0}, "minutes=0"),
+        ({"runtime": "gpu"}, "no runtime named"),
+        ({"precision": "int4"}, "no precision named"),
+        ({"runtime": "onnx", "precision": "bfloat16"}, "not exported in bfloat16"),
+        ({"size": (0, 4)}, "no pixels"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused(
+    options: dict[str, Any], message: str, photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(cs.CadError, match=message):
+        run(photos, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_recommends_and_refuses_an_empty_folder(
+    command_line: Run, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "usernets.py").write_text(
+        "from networks import Segmenter, seeded\nimport torch\n"
+        "def net():\n    return seeded(Segmenter, torch.float32)\n"
+    )
+    words = ("recommend", "usernets:net", "--output-stride", "8,16", "--limit", 1, "--size", "64x96")
+    done = command_line(*words, "--images", photos, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["rows"][0]["setting"]["kind"] == "given" and found["python"]
+    printed = command_line(*words, "--images", photos)
+    assert "recommended" in printed.out and (tmp_path / "net-recommended" / "curve.png").is_file()
+    (tmp_path / "empty").mkdir()
+    none = command_line(*words, "--images", tmp_path / "empty")
+    assert none.code == 1 and "no images" in none.err
+    converted = command_line("recommend", "some.safetensors", "--images", photos)
+    assert converted.code == 1 and "is converted already" in converted.err
