@@ -55,6 +55,7 @@ from cadsurgery.support.errors import (
 from cadsurgery.surgery.plan import Plan as Plan
 from cadsurgery.surgery.rules import Call as Call, Treatment as Treatment, rule as rule
 from cadsurgery.tasks.evaluation import EvaluationReport as EvaluationReport, evaluate as evaluate
+from cadsurgery.tasks.recommend import Recommendation as Recommendation, recommend as recommend
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics as SegmentationMetrics
 
 __version__: str

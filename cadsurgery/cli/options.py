@@ -23,8 +23,10 @@ def read_pair(text: str) -> tuple[int, int] | None:
 
 
 def read_size(text: str) -> tuple[int, int] | None:
-    """Parse HxW."""
-    return _numbers(text.lower(), "x", "HxW such as 512x1024")
+    """Read HxW, or one number for a square."""
+    if text.isdecimal():
+        return int(text), int(text)
+    return _numbers(text.lower(), "x", "HxW such as 512x1024, or one number for a square")
 
 
 def _numbers(text: str, separator: str, form: str) -> tuple[int, int] | None:

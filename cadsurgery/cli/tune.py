@@ -13,7 +13,7 @@ commands = typer.Typer()
 
 
 @commands.command()
-@options.task("cadsurgery.finetune.tune:tune")
+@options.task("cadsurgery.finetune.tuning:tune")
 def tune(
     *,
     network: options.Network,

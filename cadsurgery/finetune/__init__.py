@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cadsurgery.finetune.results import Outcome
     from cadsurgery.finetune.schedule import Draw
     from cadsurgery.finetune.settings import Settings
+    from cadsurgery.finetune.tuning import TuningReport, tune
 
 # Imported on first use: the command line reads the settings when it starts, and must not wait for torch.
 _PLACES = {
@@ -35,6 +36,7 @@ _PLACES = {
     "results": ("Outcome",),
     "schedule": ("Draw",),
     "settings": ("Settings",),
+    "tuning": ("TuningReport", "tune"),
 }
 
 

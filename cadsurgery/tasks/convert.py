@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import FLOAT, PRECISIONS
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
-from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
+from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName, check_name
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.surgery.plan import Plan
@@ -135,6 +136,16 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         limit = copy_options["largest_error"]
         quantised = net.optimize(precision=precision, calibration=pictures, largest_error=limit)
         copies[f"net.optimize(), {precision}"] = quantised
+    if counted.mask > original_macs:
+        warnings.warn(
+            f"the converted network does {counted.mask / original_macs:.1f} times the work of the network as given: "
+            f"{counted.mask:.3e} multiply-accumulates instead of {original_macs:.3e}.\n"
+            f"  Why: its maps are as fine as output stride {plan.output_stride[0]} where the mask says so, finer than "
+            "those of the network as given.\n"
+            "  Next: convert it for quality, not for speed; cadsurgery recommend measures if that pays.",
+            CadWarning,
+            stacklevel=2,
+        )
     is_high = plan.identity_level == 0
     dense = f"dense high (output stride {plan.output_stride[0]})"
     sides = [

@@ -29,6 +29,7 @@ from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
 SIZE = (96, 128)
 COMMANDS = (
     *("convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "finetune", "list", "push"),
+    "recommend",
     *("keypoints extract", "keypoints eval"),
 )
 NETWORKS = '''
@@ -249,7 +250,7 @@ def test_modules_of_the_current_folder_are_found_as_the_installed_command_starts
         ["plan", "--model", "resnet18", "--colour", "red"],
         ["plan", "--model", "resnet18", "--output-stride", "eight"],
         ["plan", "--model", "resnet18", "--output-stride", "8,16,32"],
-        ["mask", "--size", "96"],
+        ["mask", "--size", "96x"],
         ["mask", "--size", "96xwide"],
         ["convert", "--model", "resnet18", "--rounds", "-1"],
         ["bench"],
@@ -762,6 +763,14 @@ def test_convert_says_in_words_what_a_user_can_act_on(run: Run, tmp_path: Path) 
     for words in ("output stride 8", "region ends", "MACs", "converted", "verified", "active fraction"):
         assert words in result.out
     assert (tmp_path / "usernets-segmenter-edges.safetensors").is_file()
+
+
+def test_convert_warns_of_more_work_than_the_network_as_given(run: Run) -> None:
+    dearer = run("convert", "--model", "usernets:segmenter", "--size", "256", "--rounds", 0, "--mask", "all")
+    assert dearer.code == 0 and "times the work of the network as given" in dearer.err
+    assert "1x3x256x256" in run("macs", "--model", "usernets:segmenter", "--size", "256", "--dense").out
+    same = run("convert", "--model", "usernets:segmenter", "--size", "256", "--rounds", 0, "--mask", "none")
+    assert same.code == 0 and "times the work" not in same.err
 
 
 def test_convert_names_the_operation_that_makes_a_copy_slow(

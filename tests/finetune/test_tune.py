@@ -15,8 +15,8 @@ from torchvision.utils import save_image
 import cadsurgery as cs
 from cadsurgery.data.images import street_scene
 from cadsurgery.finetune import gain as module_of_gain
-from cadsurgery.finetune import tune as module
-from cadsurgery.finetune.tune import tune
+from cadsurgery.finetune import tuning as module
+from cadsurgery.finetune.tuning import tune
 from cadsurgery.masks import resolve_mask
 
 SOURCE = """
@@ -164,3 +164,7 @@ class Small(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.head(self.down(self.stem(image)))
+
+
+def test_tuning_is_a_function_of_the_package() -> None:
+    assert cs.finetune.tune is tune

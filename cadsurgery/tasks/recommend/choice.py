@@ -112,6 +112,11 @@ def choose(
     reasons = [_headline(chosen, given), *_why(chosen, rows, request, measure)]
     if refusal is not None:
         reasons.append(f"It cannot be converted: {first_line(refusal)}")
+    if measure == CLASSES:
+        reasons.append(
+            "Without labels this is uncertain: how fidelity relates to mIoU is known from one network alone. Labels of "
+            "30 pictures tell (--labels)."
+        )
     needed = None if request.keep is None else _images_needed(chosen, rows, request, measure)
     if needed is not None:
         count = f"about {needed:,}" if needed < _MOST_IMAGES else f"more than {_MOST_IMAGES:,}"
