@@ -217,6 +217,40 @@ def test_an_interrupted_run_reports_and_goes_on(
         run(photos, tmp_path / "run")
 
 
+def test_a_run_that_is_interrupted_before_it_goes_on_reports_what_it_had(
+    photos: Path, tmp_path: Path
+) -> None:
+    def interrupt(text: str) -> None:
+        if text.startswith("preparing"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # there is nothing to report yet
+        run(photos, tmp_path / "run", step=interrupt)
+    whole = run(photos, tmp_path / "run", limit=2)
+    again = run(photos, tmp_path / "run", limit=2, step=interrupt)
+    assert again.end == "interrupted" and [one.macs for one in again.rows] == [one.macs for one in whole.rows]
+
+
+def test_the_network_that_is_passed_stays_as_it_is(photos: Path, tmp_path: Path) -> None:
+    model = seeded(Segmenter, torch.float32).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recommend(model, photos, options={"output_stride": (8, 16)}, output=tmp_path / "run", limit=1)
+    assert model.training and all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )
+    assert all(value.is_contiguous() for value in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"runtime": "onnx"}, {"precision": "int8"}, {"precision": "bfloat16"}])
+def test_settings_are_measured_in_an_engine_and_in_other_precisions(
+    options: dict[str, Any], photos: Path, tmp_path: Path
+) -> None:
+    report = run(photos, tmp_path / "run", limit=1, **options)
+    assert {"given", "size", "dense", "adaptive"} <= {one.setting.kind for one in report.rows}, report.refused
+    assert report.rows[0].macs > 0 and not report.refused
+
+
 def test_a_full_disk_is_an_error_and_a_broken_photo_is_left_out(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

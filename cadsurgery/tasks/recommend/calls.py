@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Calls:
     """The calls of the settings of one network, for pictures of one size.
 
     Attributes:
-        model: the network as given.
+        model: the network as given, in channels_last memory.
         image: (1, 3, H, W), the first picture.
         options: further ones of `adaptify`.
         own_pair: see `Candidates`.
@@ -59,6 +60,7 @@ class Calls:
     step: Step = silent
     _nets: dict[tuple[Pair, str], AdaptiveModel] = field(default_factory=dict)
     _fast: dict[int, AdaptiveModel] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=count)
 
     def scale(self, setting: Setting, image: Tensor) -> Tensor:
         """The picture (1, 3, H, W) as a setting gets it."""
@@ -73,7 +75,7 @@ class Calls:
         small = self.scale(setting, self.image)
         pair, fill = setting.pair or self.own_pair, setting.fill
         if pair is None:
-            run: Call = self._as_built(small)
+            run: Call = self.model
         elif self.runtime != TORCH:
             run = self._in_engine(setting, self.net(pair, fill), small)
         elif setting.kind == "adaptive":
@@ -120,13 +122,9 @@ class Calls:
     def _uniform_mask(self, pair: Pair, setting: Setting) -> str:
         return "all" if setting.stride == pair[0] else "none"
 
-    def _as_built(self, small: Tensor) -> Call:
-        """The network itself, which could not be converted."""
-        return self.model.to(memory_format=torch.channels_last)
-
     def _in_engine(self, setting: Setting, net: AdaptiveModel, small: Tensor) -> Call:
         engine = ENGINES[self.runtime]
-        path = make_folder(self.folder / "files" / str(abs(hash(setting)))) / "net.onnx"
+        path = make_folder(self.folder / "files" / str(next(self._numbers))) / "net.onnx"
         in_8_bits = self.precision == "int8"
         if setting.kind == "adaptive":
             net.mask = setting.mask

@@ -19,6 +19,7 @@ from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
 from cadsurgery.data.sources import KINDS
 from cadsurgery.methods.storage import SiblingModel
+from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import checksum
 from cadsurgery.support import files
@@ -220,7 +221,7 @@ def _open(images: str | Path | SegmentationData, split: str) -> SegmentationData
 
 
 def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.Module, Source]:
-    """The network that the user has, in evaluation mode."""
+    """Return a copy of the network that the user has, in evaluation mode and channels_last memory."""
     if isinstance(network, (AdaptiveModel, SiblingModel)) or is_file(network):
         raise InvalidInput(
             f"{network if isinstance(network, str) else type(network).__name__} is converted already.",
@@ -228,7 +229,7 @@ def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.M
             next="give the network's name or module:function, with --weights FILE for weights of your own.",
         )
     model, source = original(network, weights)
-    return model.eval(), source
+    return copy_network(model).eval().to(memory_format=torch.channels_last), source
 
 
 def _short_name(source: Source) -> str:
@@ -376,6 +377,7 @@ class _Run:
                 for name, some in values["judged"].items()
             }
             self._skipped, self.kind = list(values["skipped"]), values["kind"]
+            self.macs = {str(name): int(macs) for name, macs in values["macs"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise FileError(
                 f"{path} cannot be read.", why=first_line(error), next="choose another output folder."
@@ -499,6 +501,7 @@ class _Run:
             "identity": self.identity,
             "kind": self.kind,
             "skipped": self._skipped,
+            "macs": self.macs,
             "judged": {name: [asdict(one) for one in some] for name, some in self.judged.items()},
         }
         with write_whole(self._path) as temporary:
