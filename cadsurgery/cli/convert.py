@@ -57,6 +57,9 @@ def plan(
     conversion: Annotated[
         dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "region", "outputs"))
     ],
+    size: Annotated[
+        Any, typer.Option(metavar="HxW", parser=options.read_size, help="size of the example; default: small")
+    ] = None,
     all_nodes: Annotated[bool, typer.Option("--all", help="also list dense nodes before the region")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -66,7 +69,7 @@ def plan(
 
     with screen.steps(as_json) as step:
         step("planning")
-        planned = make_or_read_plan(model, **conversion)
+        planned = make_or_read_plan(model, **conversion, size=size)
     screen.show(json.loads(planned.to_json()), render_plan(planned, all_nodes=all_nodes), as_json)
 
 
@@ -87,7 +90,8 @@ def mask_command(
     ] = None,
     size: options.Size = None,
     model: Annotated[
-        str, typer.Option("--model", "-m", help="take strides, normalisation and MACs from this network")
+        str,
+        options.NetworkOrOption("network to take strides, normalisation and MACs from", is_needed=False),
     ] = "",
     options: Annotated[
         dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "patch"), defaults=("8,32",))

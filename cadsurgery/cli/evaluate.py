@@ -23,11 +23,10 @@ def bench(
     *,
     networks: Annotated[
         list[str],
-        typer.Option(
-            "--model",
-            "-m",
-            help="torchvision or timm name, or module:function; repeatable; or a file of another method (convert "
-            "--method), which is measured alone",
+        options.NetworkOrOption(
+            "torchvision or timm names, or module:function; or a file of another method (convert --method), which is "
+            "measured alone",
+            is_repeated=True,
         ),
     ],
     mask: Annotated[str, typer.Option(help="mask that ranks the patches for the budgets")] = "edges",

@@ -84,12 +84,6 @@ Network = Annotated[
         help="a converted file, hf:owner/name, a torchvision or timm name, or module:function",
     ),
 ]
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", help="torchvision or timm name, module:function, a converted file, or hf:owner/name"
-    ),
-]
 Weights = Annotated[str, typer.Option(help="auto, none, the name of pretrained weights, or a file")]
 Mask = Annotated[
     str,
@@ -171,7 +165,7 @@ class OptionsFrom:
         chosen = [known[name] for name in self.names or known]
         return {field.metadata.get("name", field.name): field for field in chosen}
 
-    def parameters(self) -> Iterator[inspect.Parameter]:
+    def parameters(self, name: str) -> Iterator[inspect.Parameter]:
         """Yield the parameters from which typer creates options."""
         for (name, field), changed in zip_longest(self.fields().items(), self.defaults):
             details, default = field.metadata, changed or field.default
@@ -195,6 +189,48 @@ class OptionsFrom:
         return {name: value for name, value in values.items() if value is not None or not self.given}
 
 
+@dataclass(frozen=True)
+class NetworkOrOption:
+    """Marks a parameter of a command that is a network: an argument or, which is the same, the option --model.
+
+    Attributes:
+        help: of the argument.
+        is_needed: False if the command does without a network.
+        is_repeated: True if the parameter is a list of networks.
+    """
+
+    help: str = "torchvision or timm name, module:function, a converted file, or hf:owner/name"
+    is_needed: bool = True
+    is_repeated: bool = False
+
+    def parameters(self, name: str) -> Iterator[inspect.Parameter]:
+        """Yield the two parameters from which typer makes the argument and the option."""
+        argument = typer.Argument(metavar="model", help=self.help, show_default=False)
+        option = typer.Option("--model", "-m", help="the same as the argument", show_default=False)
+        kind: Any = list[str] if self.is_repeated else str
+        for key, marked in ((name, argument), (_of_option(name), option)):
+            yield inspect.Parameter(
+                key,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=[] if self.is_repeated else "",
+                annotation=Annotated[kind, marked],
+            )
+
+    def value(self, arguments: dict[str, Any], name: str) -> Any:
+        """Remove both values from the arguments; return the one that was given."""
+        argument, option = arguments.pop(name), arguments.pop(_of_option(name))
+        if argument and option and not self.is_repeated:
+            raise typer.BadParameter(f"{argument} and --model {option} name two networks; give one")
+        if self.is_needed and not (argument or option):
+            raise typer.BadParameter("missing argument 'model': name a network")
+        return argument + option if self.is_repeated else argument or option
+
+
+def _of_option(name: str) -> str:
+    return f"{name}_by_option"
+
+
+Model = Annotated[str, NetworkOrOption()]
 Converted = Annotated[dict[str, Any], OptionsFrom(Conversion)]
 WithExits = Annotated[dict[str, Any], OptionsFrom(Exits)]
 Sampled = Annotated[dict[str, Any], OptionsFrom(Sampling, defaults=("learned", "224x224"))]
@@ -204,20 +240,22 @@ WithGates = Annotated[dict[str, Any], OptionsFrom(Gates)]
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Convert a function of keyword arguments for typer: `OptionsFrom` parameters become options."""
     hints = get_type_hints(function, include_extras=True)
-    marks: dict[str, OptionsFrom] = {}
+    marks: dict[str, OptionsFrom | NetworkOrOption] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
-        mark = next(
-            (mark for mark in getattr(hints[name], "__metadata__", ()) if isinstance(mark, OptionsFrom)), None
-        )
+        found = getattr(hints[name], "__metadata__", ())
+        mark = next((mark for mark in found if isinstance(mark, (OptionsFrom, NetworkOrOption))), None)
         if mark is None:
             parameters.append(parameter.replace(annotation=hints[name]))
         else:
             marks[name] = mark
-            parameters += mark.parameters()
+            parameters += mark.parameters(name)
 
     def run(**arguments: Any) -> None:
         for name, mark in marks.items():
+            if isinstance(mark, NetworkOrOption):
+                arguments[name] = mark.value(arguments, name)
+                continue
             values = mark.values(arguments)
             is_one = hints[name].__origin__ is mark.kind
             arguments |= values if mark.apart else {name: mark.kind(**values) if is_one else values}

@@ -13,6 +13,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
+from cadsurgery.data.images import check_size
 from cadsurgery.data.networks import Source
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
@@ -252,17 +253,34 @@ def check_precision(precision: str, calibration: Path | None, largest_error: flo
 
 
 def make_or_read_plan(
-    model: str, output_stride: tuple[int, int] | None, region: str | list[str], outputs: str = "fine"
+    model: str,
+    output_stride: tuple[int, int] | None,
+    region: str | list[str],
+    outputs: str = "fine",
+    size: tuple[int, int] | None = None,
 ) -> AnyPlan:
     """Return the plan of a network by name, or the plan stored in a converted file of any method.
+
+    Args:
+        model: name, `module:function` or file.
+        output_stride, region, outputs: see `cadsurgery.plan`.
+        size: (height, width) of the example image; default: small images.
 
     Raises:
         InvalidInput: options other than the defaults are given for a file.
     """
     check_options(model, {"output_stride": output_stride, "region": region, "outputs": outputs})
+    check_size(size)
     if is_file(model):
+        if size is not None:
+            raise InvalidInput(
+                f"{model} is converted already: the size of its example cannot be changed.",
+                next="leave --size out, or give the network's name.",
+            )
         return read_plan(model)
-    return make_plan(original(model, "none")[0], output_stride, region, outputs=outputs)  # type: ignore[arg-type]
+    network, source = original(model, "none")
+    example = example_batch(source, None, size) if size is not None else None
+    return make_plan(network, output_stride, region, example, outputs=outputs)  # type: ignore[arg-type]
 
 
 def count(

@@ -765,6 +765,33 @@ def test_convert_says_in_words_what_a_user_can_act_on(run: Run, tmp_path: Path) 
     assert (tmp_path / "usernets-segmenter-edges.safetensors").is_file()
 
 
+@pytest.mark.parametrize("command", ["plan", "macs", "mask"])
+def test_a_network_is_an_argument_or_the_option_model(run: Run, command: str) -> None:
+    name, more = "usernets:segmenter", ("--size", "96x128", "--json")
+    as_argument, as_option = run(command, name, *more), run(command, "--model", name, *more)
+    assert as_argument.code == 0 and as_argument.json == as_option.json
+    both = run(command, name, "--model", name, *more)
+    assert both.code == 2 and "two networks" in both.err
+    if command != "mask":  # which does without
+        assert run(command).code == 2 and "missing argument" in run(command).err
+
+
+def test_bench_takes_several_networks_either_way(run: Run) -> None:
+    more = ("--size", "64x64", "--fractions", "1,0", "--rounds", 1, "--json")
+    done = run("bench", "usernets:segmenter", "-m", "usernets:of_classes", *more)
+    assert done.code == 1 and "of_classes" in done.out + done.err  # the second one needs an argument
+    assert run("bench", *more).code == 2
+
+
+def test_plan_is_made_on_an_example_of_a_size(run: Run, file: Path) -> None:
+    assert run("plan", "usernets:segmenter", "--size", "256x320", "--json").json["example_shape"][2:] == [
+        256,
+        320,
+    ]
+    stored = run("plan", file, "--size", "256")
+    assert stored.code == 1 and "cannot be changed" in stored.err
+
+
 def test_convert_warns_of_more_work_than_the_network_as_given(run: Run) -> None:
     dearer = run("convert", "--model", "usernets:segmenter", "--size", "256", "--rounds", 0, "--mask", "all")
     assert dearer.code == 0 and "times the work of the network as given" in dearer.err
