@@ -66,9 +66,8 @@ def pad(x: Elements, pads: Sequence[int], spacing: int, value: float | None = 0.
 
 @operation(reads="element")
 def check_same_padding(x: Elements, pads: Sequence[int], window: Window, spacing: int) -> Elements:
-    """Return the elements unchanged after checking that padding computed by the network is "same" padding.
-
-    The following window then pads by the same amount itself, and n samples give ceil(n / stride) outputs.
+    """Return the elements unchanged after checking that padding computed by the network is "same" padding: the next
+    window pads by the same amount itself, so that n samples give ceil(n / stride) outputs.
 
     Args:
         x: elements.
@@ -90,9 +89,8 @@ def check_same_padding(x: Elements, pads: Sequence[int], window: Window, spacing
 
 
 def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float | None) -> Elements:
-    """Return the elements of a map resized at its border to `counts` samples of the network's own grid.
-
-    New elements get `value` or, if it is None, a copy of the last sample."""
+    """Crop or pad a map at its border to `counts` samples of the network's own grid. New elements get `value` or, if
+    it is None, a copy of the last sample."""
     lattice = x.lattice
     fine = lattice.holding(counts, spacing)
     beyond = any(

@@ -86,9 +86,8 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | 
 
 
 def _by_pixel_of_uniform(x: Elements, spacing: int) -> Tensor | None:
-    """Return the pixels (B, h, w, ...) if they all are anchors of a uniform lattice (a view if every anchor is read).
-
-    Return None if any other pixel is read."""
+    """Return the pixels (B, h, w, ...) if they all are anchors of a uniform lattice; otherwise None. The result is a
+    view if every anchor is read."""
     side = x.lattice.uniform_side
     if not side or spacing % side:
         return None
@@ -171,10 +170,9 @@ class SmallMap:
     align_corners: bool = False
 
     def rows_on(self, lattice: Lattice) -> Tensor:
-        """Return the map's values (N, C) on the elements of a lattice, interpolated as torch resizes.
-
-        `bilinear` reads the centres of the cells, or their anchors with aligned corners; `nearest` reads the sample
-        that contains the cell. A map that is not resized is read at the anchors, or by `nearest` if the fill is."""
+        """Return the map's values (N, C) on the elements of a lattice, interpolated as torch resizes. `bilinear` reads
+        the centres of the cells, or their anchors with aligned corners; `nearest` reads the sample that contains the
+        cell. A map that is not resized is read at the anchors, or by `nearest` if that is the lattice's fill."""
         key = ("small map", tuple(self.values.shape[2:]), self.spacing, self.size)
         build = partial(self._corners, lattice)
         sources, shares = lattice.derive((*key, self.mode, self.align_corners), build)
