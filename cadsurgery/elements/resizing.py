@@ -88,8 +88,8 @@ def resize_to_dense(
 
     - `bilinear`: interpolates the fine map of `to_dense` between the pixels around q. With a linear fill this equals
       the original resize where cells are as large as the network's samples, and smaller cells add detail. With the
-      other fills the fine map is piecewise constant; then the distance of the interpolated points is the side of the
-      cell around q, at most one sample of the network.
+      other fills the fine map is not linear between the network's samples; then the distance of the interpolated points
+      is the side of the cell around q, at most one sample of the network.
     - `nearest`: takes the value of the cell that contains torch's index on the fine grid, for every fill.
 
     Args:
@@ -193,7 +193,7 @@ class Scaling:
         return places
 
     def _exact(self, count: int, axis: int, length: int, dtype: torch.dtype) -> Tensor:
-        """Return the positions of `length` output samples on an axis of `count` samples, without rounding or clamping."""
+        """Return the positions of `length` output samples on an axis of `count` samples, not rounded or clamped."""
         number = torch.arange(length, dtype=dtype)
         before, after = (torch.scalar_tensor(value, dtype=dtype) for value in (count, length))
         if self.mode == "bilinear" and self.align_corners:

@@ -172,7 +172,7 @@ def conv2d_per_image(
     shape: tuple[int, ...],
     groups: int = 1,
 ) -> Elements:
-    """Compute a convolution whose kernel is a mixture of experts, different for each image (Yang et al. 2019, CondConv).
+    """Compute a convolution whose kernel is a mixture of experts chosen per image (Yang et al. 2019, CondConv).
 
     Args:
         x: elements (N, C).
