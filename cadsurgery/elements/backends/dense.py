@@ -243,8 +243,8 @@ class WholeMap(Backend):
 
 
 def _measure(work: Convolution, other: Backend) -> Costs:
-    """Measure the costs of this kind of convolution, with 128 channels on a fixed ragged lattice. On elements the backend
-    of this work is measured, even if another backend would be chosen for 128 channels."""
+    """Measure the costs of this kind of convolution, with 128 channels on a fixed ragged lattice. On elements it uses
+    the backend of this work, even if another backend would be chosen for 128 channels."""
     _, group, height, width = work.weights.weight.shape
     channels = 128 if work.weights.groups == 1 else max(1, 128 // group) * group
     inner = channels if work.weights.groups == 1 else group

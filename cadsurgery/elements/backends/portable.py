@@ -79,7 +79,7 @@ class Portable(Backend):
 
     def mix(self, work: Mixing) -> Tensor:
         """Compute rows (M, C)."""
-        shares = work.shares.to(work.rows).unsqueeze(1)  # a matrix product writes less memory than multiplying and summing
+        shares = work.shares.to(work.rows).unsqueeze(1)  # a matrix product writes less than multiply and sum
         return (shares @ _gather(work.rows, work.sources)).squeeze(1)
 
 

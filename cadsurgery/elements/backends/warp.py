@@ -23,7 +23,7 @@ class _Warp(ctypes.Structure):
 
 
 def supports(points: Tensor) -> bool:
-    """Return True if there is a kernel for the points' device and dtype and torch does not trace or count operations."""
+    """Return True if there is a kernel for the points' device and dtype and torch traces or counts no operations."""
     if points.device.type != "cpu" or points.dtype not in _ELEMENTS or is_observed():
         return False
     return function("invert", _ELEMENTS[points.dtype]) is not None
