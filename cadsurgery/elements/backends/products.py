@@ -32,7 +32,7 @@ class Products(Backend):
         if work.is_product:
             rows, outputs = work.of_target, weights.weight.shape[0]
             more = residual.reshape(-1, outputs) if residual is not None else None
-            # The bits of an element's row must not depend on the varying number of rows; dense maps have a fixed number.
+            # The bits of an element's row must not depend on the number of rows, which is fixed in dense maps only.
             multiply = weights.on_rows if work.reads is None else weights.on_elements
             out = multiply(rows.reshape(-1, rows.shape[-1]), more)
             return out.view(*rows.shape[:-1], outputs)

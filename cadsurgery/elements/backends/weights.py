@@ -1,8 +1,8 @@
 """A convolution's weight, and its products with rows and dense maps, fused with residual and activation.
 
-`FusedConv` holds a weight with its bias, groups and activation. With oneDNN rows are multiplied by a linear layer, whose
-packed weight serves any number of rows; dense maps are convolved with weights packed for their shape. Each backend
-packs the weight in its own format; packed weights are cached in inference.
+`FusedConv` holds a weight with its bias, groups and activation. oneDNN multiplies rows by a linear layer, whose packed
+weight serves any number of rows, and convolves dense maps with weights packed for their shape. Each backend packs the
+weight in its own format; packed weights are cached in inference.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class FusedConv:
         return count in self.counts
 
     def changed(self, **values: Any) -> FusedConv:
-        """Return a copy with changed fields; it has its own packed weights and choices if this convolution keeps any."""
+        """Return a copy with changed fields, and with its own packed weights and choices if this one keeps any."""
         kept: dict[Hashable, Any] | None = None if self.packed_cache is None else {}
         return replace(self, **values, packed_cache=kept, counts=set(), phases={}, of_levels={}, choices={})
 
@@ -310,8 +310,7 @@ class FusedConv:
         return self.activation.apply_(out) if self._is_apart and self.activation is not None else out
 
     def form(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Return a packed form, cached if forms are kept; thread-safe. The oldest form is dropped if there are too many.
-        """
+        """Return a packed form, cached if forms are kept; thread-safe. Beyond `MOST_FORMS` the oldest is dropped."""
         if self.packed_cache is None:
             return make()
         form = self.packed_cache.get(key)
