@@ -1,7 +1,7 @@
-"""Elements: the geometry of level maps, and the operations of a network on the cells they leave.
+"""Elements: the geometry of level maps, and the operations of a network on the remaining cells.
 
-In come level maps, weights and dense maps; out go lattices, kernel maps and `Elements`. It knows neither graphs nor
-libraries of networks; `functional` has the operations, `backends` what computes them.
+In come level maps, weights and dense maps; out go lattices, kernel maps and `Elements`. This package knows neither
+graphs nor model libraries. `functional` has the operations; `backends` has their implementations.
 """
 
 from cadsurgery.elements import functional

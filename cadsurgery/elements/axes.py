@@ -1,10 +1,10 @@
-"""Layouts: which axis of a dense tensor is which, so that its operations can be carried out on rows.
+"""Layouts: the meaning of each axis of a dense tensor, so that its operations can be carried out on rows.
 
-A layout is a string with one letter per axis: `b` batch, `h` height, `w` width, `p` height and width
-flattened into one, `c` a channel axis. `bchw` is a convolution's map, `bhwc` a channels-last one, `bcchw` one
-whose channels are split into groups, `bpc` tokens. The rows of the same value on a lattice always have the shape
-(N, *channel axes), in the order in which those stand in the layout: batch and image axes have become
-the row number. So a permutation that moves only image axes costs nothing on rows.
+A layout is a string with one letter per axis: `b` is the batch, `h` the height, `w` the width, `p` the height and
+width flattened into one axis, and `c` a channel axis. `bchw` is the feature map of a convolution, `bhwc` a
+channels-last map, `bcchw` a map whose channels are split into groups, and `bpc` a sequence of tokens. On a lattice
+the same value has rows of shape (N, *channel axes), with the channel axes in the order of the layout. The row number
+replaces the batch and image axes, so a permutation that moves only image axes costs nothing.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ _IMAGE = "hwp"
 
 
 def row_dim(layout: str, dim: int) -> int | None:
-    """The dimension of the rows that a channel axis has become; None for any other axis."""
+    """Return the dimension of the rows that corresponds to a channel axis; None for any other axis."""
     dim = dim % len(layout)
     return 1 + layout[:dim].count("c") if layout[dim] == "c" else None
 
 
 def image_dims(layout: str) -> tuple[int, ...]:
-    """The axes along the image."""
+    """Return the image axes (height, width or both flattened)."""
     return tuple(dim for dim, axis in enumerate(layout) if axis in _IMAGE)
 
 
 def channel_dims(layout: str) -> tuple[int, ...]:
-    """The channel axes."""
+    """Return the channel axes."""
     return tuple(dim for dim, axis in enumerate(layout) if axis == "c")
 
 
 def channel_sizes(layout: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The sizes of the channel axes, in order: the shape of a row."""
+    """Return the sizes of the channel axes, in order: the shape of a row."""
     return tuple(size for axis, size in zip(layout, shape, strict=True) if axis == "c")
 
 
 def permute_axes(layout: str, dims: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-    """The layout after a permutation of all axes, and the permutation of the rows."""
+    """Return the layout after a permutation of all axes, and the corresponding permutation of the rows."""
     dims = [dim % len(layout) for dim in dims]
     rows = [row for dim in dims if (row := row_dim(layout, dim)) is not None]
     return "".join(layout[dim] for dim in dims), (0, *rows)
@@ -46,15 +46,15 @@ def permute_axes(layout: str, dims: Sequence[int]) -> tuple[str, tuple[int, ...]
 def regroup_axes(
     layout: str, shape: Sequence[int], new: Sequence[int], image: tuple[int, int]
 ) -> tuple[str | None, str]:
-    """The layout after a reshape from `shape` to `new`, or None and why there is none.
+    """Return the layout after a reshape from `shape` to `new`, or None and the reason why there is no such layout.
 
-    Axes are grouped from the left until both sides have the same number of values; a group may regroup
-    channels, flatten height and width, or take them apart again, but not mix these with each other.
+    Axes are grouped from the left until both sides have the same number of values. A group may regroup channels,
+    flatten height and width, or unflatten them, but it may not mix channels with image axes.
 
     Args:
-        layout: before.
-        shape: before, on an example.
-        new: the shape after.
+        layout: layout before the reshape.
+        shape: shape before the reshape, on an example.
+        new: shape after the reshape.
         image: height and width of the map on the example.
     """
     result, i, j = "", 0, 0
@@ -91,7 +91,7 @@ def regroup_axes(
 
 
 def is_flat(shape: Sequence[int], layout: str) -> bool:
-    """True if a tensor of `shape`, broadcast against a map of `layout`, has no extent in the image."""
+    """Return True if a tensor of `shape`, broadcast against a map of `layout`, has image axes of size 1 only."""
     if len(shape) > len(layout):
         return False
     return all(size == 1 for size, axis in zip(shape[::-1], layout[::-1], strict=False) if axis in _IMAGE)

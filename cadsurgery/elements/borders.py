@@ -1,4 +1,4 @@
-"""Operations at the lower and right border of a map: cropping and padding that leave all anchors where they are."""
+"""Cropping and padding at the lower and right border of a map, which leave all anchors in place."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cadsurgery.support.errors import InvalidInput
 
 @operation(reads="element")
 def crop(x: Elements, starts: Sequence[int | None], stops: Sequence[int | None], spacing: int) -> Elements:
-    """The first rows and columns of a map: `x[:, :, :height, :width]`, as far as there are any.
+    """Crop a map to its first rows and columns, like `x[:, :, :height, :width]`.
 
     Args:
         x: elements.
-        starts: of the two slices (vertical, horizontal), in samples of the network's own grid: 0 or None.
-        stops: of the two slices, as Python takes them.
+        starts: starts of the two slices (vertical, horizontal), in samples of the network's own grid: 0 or None.
+        stops: stops of the two slices, with the meaning they have in Python.
         spacing: fine pixels between these samples.
 
     Raises:
-        InvalidInput: a crop that starts elsewhere, or leaves nothing.
+        InvalidInput: the crop does not start at 0, or its result is empty.
     """
     counts = x.lattice.samples(spacing)
     for start, count in zip(starts, counts, strict=True):
@@ -44,18 +44,18 @@ def crop(x: Elements, starts: Sequence[int | None], stops: Sequence[int | None],
 
 @operation(reads="element")
 def pad(x: Elements, pads: Sequence[int], spacing: int, value: float | None = 0.0) -> Elements:
-    """Padding below and to the right, or cropping there where it is negative.
+    """Pad a map below and to the right; negative padding crops.
 
     Args:
         x: elements.
         pads: (left, right, top, bottom) in samples of the network's own grid, as torch.nn.functional.pad takes them;
             left and top are 0.
         spacing: fine pixels between these samples.
-        value: of what is new; None repeats the last sample of each row and column, of finer cells that of the grid
-            they belong to among those that interleave.
+        value: value of the padding. None repeats the last sample of each row and column; finer cells form several
+            interleaved grids, and each grid repeats its own last sample.
 
     Raises:
-        InvalidInput: padding on the left or at the top, a map larger than the network's own maps, or nothing left.
+        InvalidInput: there is padding on the left or top, or the result is empty or larger than the network's maps.
     """
     left, right, top, bottom = (int(amount) for amount in pads)
     if left or top:
@@ -66,17 +66,17 @@ def pad(x: Elements, pads: Sequence[int], spacing: int, value: float | None = 0.
 
 @operation(reads="element")
 def check_same_padding(x: Elements, pads: Sequence[int], window: Window, spacing: int) -> Elements:
-    """The elements as they are, once padding that the network computes is known to be what gives ceil(n / stride)
-    outputs for n samples: the window that reads them reads beyond the border by as much.
+    """Return the elements unchanged after checking that padding computed by the network is "same" padding: the next
+    window pads by the same amount itself, so that n samples give ceil(n / stride) outputs.
 
     Args:
         x: elements.
         pads: (left, right, top, bottom) in samples of the network's own grid.
-        window: that reads them.
+        window: window of the operation that reads the padded map.
         spacing: fine pixels between these samples.
 
     Raises:
-        InvalidInput: it is another padding.
+        InvalidInput: the padding is not "same" padding.
     """
     top, bottom, left, right = window._replace(spacing=spacing).fit(x.lattice.size).padding
     if tuple(pads) != (left, right, top, bottom):
@@ -89,8 +89,8 @@ def check_same_padding(x: Elements, pads: Sequence[int], window: Window, spacing
 
 
 def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float | None) -> Elements:
-    """The elements of a map of so many samples of the network's own grid, new ones of a value or, without one, of that
-    of the last samples."""
+    """Crop or pad a map at its border to `counts` samples of the network's own grid. New elements get `value` or, if
+    it is None, a copy of the last sample."""
     lattice = x.lattice
     fine = lattice.holding(counts, spacing)
     beyond = any(
@@ -113,7 +113,7 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float 
         image, y, column = target.coordinates
         height, width = lattice.size
         inside = (y < height) & (column < width)
-        # Beyond the border, by whole samples back to the last one.
+        # A position beyond the border moves back by whole samples to the last sample inside.
         y = y - (y - height + spacing).clamp(min=0) // spacing * spacing
         column = column - (column - width + spacing).clamp(min=0) // spacing * spacing
         return lattice.index[lattice.pixels(image, y, column)].long(), inside

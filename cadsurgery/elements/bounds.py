@@ -1,4 +1,4 @@
-"""Bounds of the number of elements, from sizes alone: what makes every shape static, for graphs that are compiled."""
+"""Bounds on the number of elements, computed from sizes alone, so that compiled graphs have static shapes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 
 class Bounds(NamedTuple):
-    """How many elements a level map can have, from its size alone: what makes every shape static.
+    """Bounds on the number of elements of a level map, known from its size alone; they make every shape static.
 
-    A lattice with bounds has as many rows as there can be elements; the rows beyond the real ones are padding.
-    Padding elements repeat the first element's place, are read by nothing and weigh nothing in image-wide
-    operations, so that their values reach no real element.
+    A lattice with bounds has as many rows as there can be elements; the surplus rows are padding. Padding elements
+    repeat the position of the first element. No window reads them and they have weight zero in image-wide
+    operations, so their values never reach a real element.
 
     Attributes:
-        least: elements of all images after each stage 0..K, at least.
-        most: likewise, at most.
-        level: the level of all cells of all images, if it is known to be the same.
+        least: smallest number of elements of the whole batch after each stage 0..K.
+        most: largest number of elements of the whole batch after each stage 0..K.
+        level: the common level of all cells of all images; None if the levels can differ.
     """
 
     least: tuple[int, ...]
@@ -28,15 +28,15 @@ class Bounds(NamedTuple):
 
     @staticmethod
     def of_patches(geometry: Geometry, batch: int, size: tuple[int, int], kept: tuple[int, ...]) -> Bounds:
-        """Bounds of maps of patches (aligned R_K x R_K blocks), each with one level, of a batch with fine maps of
-        `size`: `kept[i]` of them, any, have level i or finer, all others the lowest level. A patch that sticks out of
-        the map has fewer elements.
+        """Return the bounds for a batch of fine maps of `size`, whose patches (aligned R_K x R_K blocks) have one
+        level each. `kept[i]` patches, no matter which, have level i or finer; all others have the lowest resolution.
+        A patch that extends beyond the map has fewer elements.
         """
-        if geometry.patch == "block":  # what is not the lowest level becomes level 0
+        if geometry.patch == "block":  # patches that are not fully downsampled become level 0
             kept = kept[-1:]
         patch, pixels = geometry.sides[-1], batch * size[0] * size[1]
         whole, rest = zip(*(divmod(length, patch) for length in size), strict=True)
-        # Kinds of patches by height and width inside the map, and how many there are of each.
+        # Patches grouped by their height and width inside the map, with the number of patches in each group.
         rows, columns = (
             [(patch, count), (cut, 1)] if cut else [(patch, count)]
             for count, cut in zip(whole, rest, strict=True)
@@ -58,7 +58,7 @@ class Bounds(NamedTuple):
         for stage in range(len(geometry.sides)):
             side = geometry.sides[min(stage, geometry.max_level)]
             few = many = batch * _cells(*size, side)
-            # The patches of level i or finer are among those of level i + 1 or finer, and have more elements.
+            # Patches of level i or finer are a subset of the patches of level i + 1 or finer, with more elements.
             for count, (fine, coarse) in zip(kept, pairwise(levels), strict=True):
                 sides = [geometry.sides[min(stage, level)] for level in (fine, coarse)]
                 gains = sorted((_cells(h, w, sides[0]) - _cells(h, w, sides[1]), n) for h, w, n in kinds)
@@ -69,7 +69,7 @@ class Bounds(NamedTuple):
         return Bounds(tuple(least), tuple(most))
 
     def of(self, lattice: Lattice) -> tuple[int, int]:
-        """Least and largest number of elements of a lattice, of the level map and the stage and size it is cut to."""
+        """Return the smallest and largest number of elements of a lattice, given its stage and its cropped size."""
         (height, width), stage, (whole_height, whole_width) = lattice.size, lattice.stage, lattice.whole_size
         pixels = lattice.batch * height * width
         if stage == 0:
@@ -78,18 +78,18 @@ class Bounds(NamedTuple):
             exact = lattice.batch * _cells(height, width, lattice.geometry.sides[min(self.level, stage)])
             return exact, exact
         lost = lattice.batch * whole_height * whole_width - pixels
-        if lost < 0:  # beyond the level map each pixel can be an element, or none more
+        if lost < 0:  # each pixel beyond the level map may or may not be an additional element
             return self.least[stage], min(self.most[stage] - lost, pixels)
         return max(self.least[stage] - lost, 0), min(self.most[stage], pixels)
 
 
 def _cells(height: int, width: int, side: int) -> int:
-    """How many cells of a side cover height x width pixels."""
+    """Return how many cells of size side x side cover height x width pixels."""
     return -(-height // side) * -(-width // side)
 
 
 def _sum_of_first(values: list[tuple[int, int]], count: int) -> int:
-    """Sum of the first `count` of values that are given with how often each occurs."""
+    """Return the sum of the first `count` values of a list of (value, number of occurrences)."""
     total = 0
     for value, many in values:
         total += value * min(many, count)

@@ -1,4 +1,4 @@
-"""The value type of the region, and its way in and out: dense maps, elements, rows of another lattice."""
+"""`Elements`, the value type of the region, and conversions: from and to dense maps, and to rows of another lattice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import is_statically_true, least
 from cadsurgery.support.errors import InvalidInput
 
-# Devices with torch.autocast; asked for here, because compilers before torch 2.15 cannot.
+# Devices that support torch.autocast. Queried at import, because torch.compile before 2.15 cannot trace the query.
 _AUTOCAST = frozenset(
     device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
 )
@@ -31,8 +31,8 @@ class Elements:
     """Feature vectors of the cells of a lattice.
 
     Attributes:
-        rows: (N, C), contiguous, in the lattice's order; (N, *channel axes) where a map has several.
-        lattice: the cells.
+        rows: (N, C), contiguous, in the lattice's order; (N, *channel axes) if the map has several channel axes.
+        lattice: the cells that the rows belong to.
     """
 
     rows: Tensor
@@ -41,7 +41,7 @@ class Elements:
 
 @operation(reads="element")
 def to_elements(dense: Tensor, lattice: Lattice, layout: str = NCHW) -> Elements:
-    """A dense map at the high output stride as elements of stage 0; a view if it is channels_last in memory."""
+    """Convert a dense map at the high output stride to elements of stage 0; a view if its memory is channels_last."""
     if dense.dim() != len(layout) or dense.shape[layout.index("b")] != lattice.batch:
         raise InvalidInput(
             f"a batch of {lattice.batch} maps is expected here, not {describe(dense)}.",
@@ -55,7 +55,7 @@ def to_elements(dense: Tensor, lattice: Lattice, layout: str = NCHW) -> Elements
 
 @operation(reads="element", gives="other")
 def fine_map(dense: Tensor, layout: str) -> Tensor:
-    """A dense map of any layout as (B, C, H, W): what a mask provider is shown."""
+    """Return a dense map of any layout as (B, C, H, W), the form in which mask providers receive it."""
     if layout == NCHW:
         return dense
     image = [layout.index(axis) for axis in "bhw"]
@@ -64,13 +64,13 @@ def fine_map(dense: Tensor, layout: str) -> Tensor:
 
 @operation(reads="window", gives="dense")
 def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | None = None) -> Tensor:
-    """A dense map that reads every `spacing`-th fine pixel by the lattice's fill.
+    """Convert elements to a dense map by reading every `spacing`-th fine pixel with the lattice's fill.
 
     Args:
         x: elements.
         spacing: 1 for the fine size, the network's own sample distance for its native size.
-        layout: of the result.
-        guide: (B, D, H, W) on the fine map: pixels between anchors lean to those whose guide is like theirs.
+        layout: layout of the result.
+        guide: (B, D, H, W) on the fine map; a pixel takes more from anchors whose guide features are similar.
 
     Returns:
         By default (B, C, ceil(H / spacing), ceil(W / spacing)), in channels_last memory.
@@ -86,8 +86,8 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | 
 
 
 def _by_pixel_of_uniform(x: Elements, spacing: int) -> Tensor | None:
-    """The pixels (B, h, w, ...) that lie on the anchors of a uniform lattice, a view if it is all of them; None where
-    others are read."""
+    """Return the pixels (B, h, w, ...) if they all are anchors of a uniform lattice; otherwise None. The result is a
+    view if every anchor is read."""
     side = x.lattice.uniform_side
     if not side or spacing % side:
         return None
@@ -97,7 +97,7 @@ def _by_pixel_of_uniform(x: Elements, spacing: int) -> Tensor | None:
 
 
 def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
-    """Every `spacing`-th fine pixel (B, h, w, ...), see `to_dense`."""
+    """Read every `spacing`-th fine pixel (B, h, w, ...); see `to_dense`."""
     lattice = x.lattice
     height, width = lattice.size
 
@@ -114,17 +114,17 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
     return rows.view(*reading.table.shape, *x.rows.shape[1:])
 
 
-# Share of the mean distance that every distance is enlarged by, so that one that vanishes does not decide alone.
+# Every distance grows by this share of the mean distance, so that an anchor at distance zero does not decide alone.
 _SLACK = 0.01
 
 
 def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) -> Reading:
-    """The reading of fine pixels with each halo row mixed anew, by likeness of a guide (B, D, H, W).
+    """Return a reading of fine pixels whose interpolation weights follow the similarity of a guide (B, D, H, W).
 
-    With b_i the bilinear weights of a pixel p and d_i = |g(p) - g(a_i)|^2 to the anchor of its i-th source, the
-    weights are b_i / (d_i + s (sum_j b_j d_j + e |g(p)|^2))^2, normalised: inverse distance weighting (Shepard 1968)
-    among the neighbours, without a scale. Equal distances leave the bilinear weights, and so do those that are
-    rounding: e is the machine epsilon of the guide's type. Anchors and level 0 are no halo.
+    Let b_i be the bilinear weights of a pixel p and d_i = |g(p) - g(a_i)|^2 its distance to the anchor of source i.
+    The weights are b_i / (d_i + s (sum_j b_j d_j + e |g(p)|^2))^2, normalised: inverse distance weighting (Shepard
+    1968) without a length scale. e is the machine epsilon of the guide's dtype. Distances that are equal up to
+    rounding give the bilinear weights. Anchors and pixels at level 0 are not interpolated.
     """
     height, width = lattice.size
     rounding = torch.finfo(guide.dtype).eps
@@ -132,7 +132,7 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
     beyond = (0, width - guide.shape[3], 0, height - guide.shape[2])
     if not all(
         is_statically_true(length == 0) for length in beyond
-    ):  # a map that was made finer may end beyond the image, where its border goes on
+    ):  # an upsampled map may extend beyond the image, where the border of the guide is replicated
         guide = F.pad(guide, beyond, mode="replicate")
     rows = guide.permute(0, 2, 3, 1).flatten(0, 2)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -145,20 +145,20 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
     apart = torch.stack([(rows.index_select(0, one) - here).square().mean(1) for one in anchors.unbind(1)], 1)
     mix = reading.mix.to(apart)
     typical = ((mix * apart).sum(1) + rounding * here.square().mean(1)).unsqueeze(1)
-    # Where all are equal, zero over anything: a gradient, too, must not divide by nothing.
+    # If all distances are zero, divide zero by one, so that the gradient does not divide by zero either.
     likeness = mix / (apart / torch.where(typical > 0, typical, 1) + _SLACK).square()
     return replace(reading, mix=likeness / likeness.sum(1, keepdim=True))
 
 
 @dataclass(frozen=True, eq=False)
 class SmallMap:
-    """A dense map of few samples, such as that of a pooling to bins, that is resized to a map of the region, or one of
-    the network's own maps that was computed dense.
+    """A dense map that the region reads: a small map to be resized, such as the bins of adaptive pooling, or one of
+    the network's own maps that was computed densely.
 
     Attributes:
         values: (B, C, h, w), or (1, C, h, w) for all images.
-        spacing: fine pixels between the samples of that map as the network has it.
-        size: samples (height, width) of that map; None: it is that map, and is not resized.
+        spacing: fine pixels between the samples of the resized map in the network.
+        size: samples (height, width) of the resized map; None if the map is not resized.
         mode: `nearest` or `bilinear`.
         align_corners: as in torch.
     """
@@ -170,9 +170,9 @@ class SmallMap:
     align_corners: bool = False
 
     def rows_on(self, lattice: Lattice) -> Tensor:
-        """(N, C): at the centres of the cells as torch resizes to samples there, which on the network's own grid are
-        its own; with aligned corners at the anchors, and by `nearest` of the sample that the cell lies in. Of a map
-        that is not resized at the anchors, or of that sample where nothing is read inside cells."""
+        """Return the map's values (N, C) on the elements of a lattice, interpolated as torch resizes. `bilinear` reads
+        the centres of the cells, or their anchors with aligned corners; `nearest` reads the sample that contains the
+        cell. A map that is not resized is read at the anchors, or by `nearest` if that is the lattice's fill."""
         key = ("small map", tuple(self.values.shape[2:]), self.spacing, self.size)
         build = partial(self._corners, lattice)
         sources, shares = lattice.derive((*key, self.mode, self.align_corners), build)
@@ -182,7 +182,7 @@ class SmallMap:
         return mix(self.values.permute(0, 2, 3, 1).flatten(0, 2).contiguous(), sources, shares)
 
     def _corners(self, lattice: Lattice) -> tuple[Tensor, Tensor]:
-        """The samples (N, 4) of an image that each element is read between, and their weights."""
+        """Return the four samples (N, 4) that each element is interpolated from, and their weights."""
         side = lattice.side_map.flatten()[lattice.anchors]
         counts = self.values.shape[2:]
         ends = []
@@ -216,7 +216,7 @@ def small_map(
     mode: str = "nearest",
     align_corners: bool | None = None,
 ) -> SmallMap:
-    """A dense map with how it is resized, if it is: to be read by `rows_on`."""
+    """Wrap a dense map and its resizing (if any), to be read by `rows_on`."""
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         size = (height, width)
@@ -225,11 +225,11 @@ def small_map(
 
 @operation(reads="element", gives="other")
 def rows_on(value: Elements | Tensor | SmallMap, lattice: Lattice, layout: str = NCHW) -> Tensor:
-    """Rows (N, *channel axes) of a value on a lattice of the same or a later stage.
+    """Return the rows (N, *channel axes) of a value on a lattice of the same or a later stage.
 
-    Elements are subsampled to the anchors that remain. A tensor without extent in the image, such as one
-    vector per image (B, C, 1, 1) or one for all (C, 1, 1), is repeated for every element as torch would
-    broadcast it against a map of `layout`.
+    Elements are subsampled to the remaining anchors. A tensor whose image axes have size 1, such as one
+    vector per image (B, C, 1, 1) or one for all images (C, 1, 1), is repeated for every element as torch
+    would broadcast it against a map of `layout`.
     """
     if isinstance(value, Elements):
         return select_rows(value.rows, value.lattice, lattice)
@@ -252,10 +252,10 @@ def rows_on(value: Elements | Tensor | SmallMap, lattice: Lattice, layout: str =
 
 
 def own_image(every: Tensor, lattice: Lattice) -> Tensor:
-    """From rows (B, N, ...) computed for each image as if all were its own, each image's own.
+    """Select the rows of each image from rows (B, N, ...) that were computed for all elements with each image's values.
 
-    Where an image's rows end is not known while a graph is made. Costs the batch size times the work; nothing more
-    for one image.
+    Needed while a graph is traced, because the number of rows per image is unknown then. The work grows by a factor
+    of the batch size; a single image costs nothing extra.
     """
     if is_statically_true(lattice.batch == 1):
         return every[0]
@@ -265,7 +265,7 @@ def own_image(every: Tensor, lattice: Lattice) -> Tensor:
 
 @operation(reads="nothing", gives="other")
 def common_lattice(stage: int | Lattice, *values: Elements) -> Lattice:
-    """The lattice that all operands of a join can be read on, if only its stage is given: the smallest fine size."""
+    """Return the lattice for the operands of an addition or concatenation: the given one, or the smallest fine size."""
     if isinstance(stage, Lattice):
         return stage
     sizes = zip(*(value.lattice.size for value in values), strict=True)
@@ -275,7 +275,7 @@ def common_lattice(stage: int | Lattice, *values: Elements) -> Lattice:
 
 @operation(reads="nothing", gives="other")
 def native_shape(x: Elements, spacing: int, layout: str = NCHW) -> torch.Size:
-    """Shape of the map as the network itself sees it, with one sample per `spacing` fine pixels."""
+    """Return the shape of the map in the original network, with one sample per `spacing` fine pixels."""
     height, width = x.lattice.samples(spacing)
     channels = iter(x.rows.shape[1:])
     known = {"b": x.lattice.batch, "h": height, "w": width, "p": height * width}
@@ -283,7 +283,7 @@ def native_shape(x: Elements, spacing: int, layout: str = NCHW) -> torch.Size:
 
 
 def autocast(*values: Any) -> tuple[Any, ...]:
-    """The operands in the type torch.autocast wants convolutions in, if it is on: as F.conv2d does."""
+    """Cast the operands to the dtype of torch.autocast if it is enabled, as F.conv2d does."""
     device = values[0].device.type
     if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return values
@@ -292,7 +292,7 @@ def autocast(*values: Any) -> tuple[Any, ...]:
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Products within are taken in the type of their operands even if torch.autocast is on: for sums that need it."""
+    """Return a context without torch.autocast: matrix products keep the dtype of their operands, for precise sums."""
     device = like.device.type
     if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return nullcontext()

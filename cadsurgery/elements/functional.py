@@ -1,8 +1,8 @@
-"""The operations of a convolutional network on elements: what `torch.nn.functional` is to dense maps.
+"""The operations of a convolutional network on elements: the counterpart of `torch.nn.functional` for dense maps.
 
 Every function takes and returns `Elements`, computes only the elements of its output lattice, is
-differentiable, and treats the images of a batch apart from each other. Pointwise functions need no entry
-here: they act on `rows` as they are.
+differentiable, and treats the images of a batch independently. Pointwise functions need no entry
+here, because they act on `rows` directly.
 """
 
 from cadsurgery.elements.adapters import adapt, adapt_vector

@@ -1,13 +1,13 @@
-"""Positions that were not computed, filled from those around them that were: a Gaussian over 7 x 7.
+"""Filling of positions that were not computed from computed neighbours, with a 7 x 7 Gaussian.
 
-Two published methods compute a map at some positions alone and fill the others, with weights that differ:
+Two published methods compute a map at some positions only and interpolate the others, with different weights:
 
-    prediction at any time (Liu et al. 2022)     g(d) = exp(-w^2 |d|^2), without the centre, over a constant:
+    prediction at any time (Liu et al. 2022)     g(d) = exp(-w^2 |d|^2), no centre, divided by a constant:
                                                  x(p) = sum_d g(d) x(p + d) / (sum g + e)
-    sampling and interpolation (Xie et al. 2020) g(d) = w^2 / (2 pi) exp(-w^2 |d|^2 / 2), over what is there:
+    sampling and interpolation (Xie et al. 2020) g(d) = w^2 / (2 pi) exp(-w^2 |d|^2 / 2), normalised:
                                                  x(p) = sum_d g(d) m(p + d) x(p + d) / (sum_d g(d) m(p + d) + e)
 
-with m what share of a position was computed, e = 1e-5, and nothing outside the map.
+where m is the computed share of a position (0..1), e = 1e-5, and positions outside the map contribute nothing.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from cadsurgery.elements.lattice import Geometry, Lattice, describe
 from cadsurgery.support.errors import InvalidInput
 
 REACH = 3  # positions to each side: 7 x 7
-LEAST = 1e-5  # what is added to the sum of the weights
+LEAST = 1e-5  # e, added to the sum of the weights
 _ONE_RESOLUTION = Geometry((), fill="nearest")
 
 
 def gaussian_fill(
     x: Tensor, mask: Tensor, width: float | Tensor, normalised: bool = False, floor: Tensor | None = None
 ) -> Tensor:
-    """A map whose positions outside a mask are filled from those inside: m x + (1 - m) G * (m x), see this module.
+    """Fill the positions of a map outside a mask from positions inside: m x + (1 - m) G * (m x); see this module.
 
     Args:
-        x: (B, C, H, W). What it holds where the mask is zero is not read.
-        mask: (B, H, W), bool or shares in 0..1; a full one gives `x` bit for bit.
-        width: w, a number or a tensor without dimensions: the larger, the narrower the Gaussian. As both methods
-            start, 3. A gradient reaches it.
-        normalised: divide by the weights of what is there rather than by a constant, see this module.
-        floor: (C,), what values are measured from: a position far from all others holds it; default zero.
+        x: (B, C, H, W). Values where the mask is zero are not read.
+        mask: (B, H, W), bool or shares in 0..1; a full mask returns `x` bit for bit.
+        width: w, a number or a tensor without dimensions. A larger w gives a narrower Gaussian; both methods
+            start from 3. Gradients flow to it.
+        normalised: divide by the weights of the computed neighbours rather than by a constant, see this module.
+        floor: (C,), baseline of the values: positions far from all computed positions get it; default zero.
 
     Raises:
         InvalidInput: shapes or types that do not fit.
@@ -62,7 +62,7 @@ def gaussian_fill(
     if source.count == whole.count and is_hard and not (isinstance(width, Tensor) and width.requires_grad):
         return x
     is_soft = not is_hard and (mask.requires_grad or source.count == whole.count)
-    if is_soft and normalised and floor is None:  # shares of all, as while gates are trained
+    if is_soft and normalised and floor is None:  # every position has a share, as in the training of gates
         return _fill_by_convolution(x, mask.unsqueeze(1).to(x), _gaussian(width, normalised, x))
     rows = x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, source.anchors)
     shares = None if is_hard else mask.flatten()[source.anchors]
@@ -71,8 +71,8 @@ def gaussian_fill(
 
 
 def _fill_by_convolution(x: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
-    """A map (B, C, H, W) of which every position has its share (B, 1, H, W): normalised weights are a product of those
-    of both axes, so that two convolutions of each channel with one line of taps are enough."""
+    """Fill a map (B, C, H, W) whose positions all have a share (B, 1, H, W). The normalised Gaussian is separable, so
+    two depthwise convolutions, one along each axis, are enough."""
     reach = weights.shape[0] // 2
     line = weights[reach].to(x) / weights[reach, reach].to(x).sqrt()
 
@@ -87,7 +87,7 @@ def _fill_by_convolution(x: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
 
 
 def resolution(batch: int, height: int, width: int, device: torch.device | str = "cpu") -> Lattice:
-    """The lattice of maps of one resolution, of which `choose` gives a part."""
+    """Return the lattice of maps with a single resolution; its method `choose` selects a part."""
     return _ONE_RESOLUTION.uniform(0, batch, (height, width), device)
 
 
@@ -101,16 +101,16 @@ def fill_gaps(
     residual: Tensor | None = None,
     activation: Activation | None = None,
 ) -> Elements:
-    """Elements of a part of a lattice of one resolution, and others that are filled from them; see `gaussian_fill`.
+    """Fill the elements of `target` from computed elements of the same single-resolution lattice; see `gaussian_fill`.
 
     Args:
-        x: what was computed.
+        x: the computed elements.
         target: another part of the same lattice, or all of it.
-        width: of the Gaussian.
-        normalised: whether by what is there.
-        floor: (C,) what values are measured from; default zero.
-        shares: (N,) in 0..1, how much of each element was computed; default all.
-        residual: (T, C), added to what is filled.
+        width: width parameter w of the Gaussian.
+        normalised: divide by the weights of the computed neighbours.
+        floor: (C,), baseline of the values; default zero.
+        shares: (N,) in 0..1, the computed share of each element; default 1.
+        residual: (T, C), added to the filled elements.
         activation: applied last.
     """
     weights = _gaussian(width, normalised, x.rows)
@@ -123,7 +123,7 @@ def fill_gaps(
 
 
 def _gaussian(width: float | Tensor, normalised: bool, like: Tensor) -> Tensor:
-    """The weights (k, k) of the window, without its outer rings where those weigh less than rounding does."""
+    """Return the weights (k, k) of the window without outer rings whose total weight is below rounding error."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     if isinstance(width, Tensor) and (width.requires_grad or torch.compiler.is_compiling()):
         return _weights(width.to(like.device, dtype), normalised)

@@ -2,16 +2,16 @@
 
     table[e, t] = row of the source element holding  a(e) + S (d t - p)                        (*)
 
-with a(e) the anchor of output element e, d the dilation, p the padding and S the spacing in fine pixels of
-the samples the window was written for. Points outside the map get the padding row; points inside a cell
+where a(e) is the anchor of output element e, d the dilation, p the padding and S the spacing in fine pixels of
+the samples the window was written for. Points outside the map read the padding row. Points inside a cell
 that are not its anchor are read by `fill` and, unless it is nearest, appended as interpolated halo rows.
 
-A transposed convolution of stride f is the same seen from its output: sample o = f i - p + t is made of the sample i by
-tap t. So an element reads the taps of its own phase alone, those with t = o + p modulo f, at
+A transposed convolution of stride f is described from its output: tap t takes input sample i to output sample
+o = f i - p + t. An element therefore reads only the taps of its own phase, t = o + p modulo f, at
 
     a(e) + (S / f) (p - t)                                                                     (**)
 
-which are samples i on the network's own grid, and as far from any other element: as if the image were shifted.
+On the network's own grid these points are the samples i. Other elements use the same offsets, as in a shifted image.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Window(NamedTuple):
 
     Attributes:
         kernel: (height, width).
-        stride: of both axes.
+        stride: stride of both axes.
         dilation: (vertical, horizontal).
         padding: (top, bottom, left, right).
         mode: `"zeros"`, `"reflect"` or `"replicate"`.
-        ceil_mode: whether a last partial window counts (pooling).
+        ceil_mode: True if a last partial window counts (pooling).
         spacing: fine pixels between the samples of the grid these numbers refer to.
-        same: the padding is what gives ceil(n / stride) outputs for n samples, known when a map is.
-        outside: what zero padding reads, where it is not what the operation ignores.
-        finer: samples of the output per sample of the input: the stride of a transposed convolution, which has no other
-            and whose padding is what its output lacks of all that its taps reach.
+        same: True for "same" padding: n samples give ceil(n / stride) outputs. The amount depends on the map.
+        outside: value that zero padding reads; None for the neutral value of the operation.
+        finer: output samples per input sample: the stride of a transposed convolution, whose `stride` is 1 and whose
+            `padding` crops the output, as in torch.
     """
 
     kernel: tuple[int, int]
@@ -64,17 +64,17 @@ class Window(NamedTuple):
 
     @property
     def is_pointwise(self) -> bool:
-        """One tap at the element itself."""
+        """True if the only tap is at the element itself."""
         return self.taps == 1 and not any(self.padding) and self.finer == 1
 
     @property
     def taps_of_phase(self) -> tuple[int, int]:
-        """Most taps (vertical, horizontal) that an element reads."""
+        """Largest number of taps (vertical, horizontal) that an element reads."""
         return -(-self.kernel[0] // self.finer), -(-self.kernel[1] // self.finer)
 
     @property
     def has_equal_phases(self) -> bool:
-        """True if every element reads as many taps."""
+        """True if every element reads the same number of taps."""
         return not any(taps % self.finer for taps in self.kernel)
 
     @property
@@ -84,12 +84,12 @@ class Window(NamedTuple):
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Offsets its taps are made of, in samples: what must fit into the cells it reads."""
+        """Dilations and paddings in samples, which must be multiples of the cells that the window reads."""
         unknown = (1,) if self.same and self.taps > 1 else ()
         return (*self.dilation, *self.padding, *unknown)
 
     def fit(self, size: tuple[int, int]) -> Window:
-        """The window with the padding that "same" means for a fine map of `size`; itself otherwise."""
+        """Return the window with "same" padding resolved for a fine map of `size`; other windows are unchanged."""
         if not self.same:
             return self
         (top, bottom), (left, right) = map(self._same, size, (0, 1))
@@ -102,12 +102,12 @@ class Window(NamedTuple):
         return total // 2, total - total // 2
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Fine size of the output of a fine map of `size`: H' = min(H, n' R), n' the output size in samples."""
+        """Return the fine size of the output for a fine map of `size`: H' = min(H, n' R), with n' output samples."""
         height, width = map(self._output_length, size, (0, 1))
         return height, width
 
     def finer_samples(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Samples (height, width) of the output of a transposed convolution of a fine map of `size`."""
+        """Return the output samples (height, width) of a transposed convolution of a fine map of `size`."""
         samples = [divide_up(length, self.spacing) for length in size]
         pads = (sum(self.padding[:2]), sum(self.padding[2:]))
         height, width = (
@@ -143,14 +143,14 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Where a list of points is read: a table into rows extended by one padding row and a halo.
+    """Where points are read: a table into the N rows, followed by one padding row and M interpolated halo rows.
 
     Attributes:
         table: integer tensor of any shape with entries in 0..N+M; N is the padding row.
-        sources: (M, 4) int32, the four elements each halo row mixes.
-        mix: (M, 4) float64, their weights, summing to one.
-        has_outside: whether any entry is the padding row.
-        used: number of halo rows that are read, the first ones, if shapes must not depend on it; None: all.
+        sources: (M, 4) int32, the four elements that each halo row interpolates.
+        mix: (M, 4) float64, their weights, which sum to one.
+        has_outside: True if any entry can be the padding row.
+        used: how many of the halo rows, counted from the first, are read when shapes must be static; None for all.
     """
 
     table: Tensor
@@ -161,18 +161,18 @@ class Reading:
 
     @property
     def reading(self) -> Reading:
-        """Itself, as of what has one."""
+        """The reading itself, so that a `Reading` can stand in for a `WindowRead`."""
         return self
 
 
 def read_rows(table: Tensor, has_outside: bool = False) -> Reading:
-    """The reading of a table of rows without a halo."""
+    """Return a reading of a table of rows without a halo."""
     none = torch.empty(0, 4, dtype=torch.int32, device=table.device)
     return Reading(table, none, none.double(), has_outside)
 
 
 def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
-    """How to read flat fine pixels `points` (int64, any shape) of a lattice; `inside` False reads padding."""
+    """Return a reading of flat fine pixels `points` (int64, any shape); padding is read where `inside` is False."""
     table = _rows_or_pixels(lattice)[points]
     has_outside = inside is not None and not (
         lattice.capacity is None and not lattice.is_open and bool(inside.all())
@@ -182,30 +182,30 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
     return _with_halo(lattice, table, has_outside)
 
 
-# Stands for the padding row while its number is not known; float32 has it, through which OpenVINO pads integers.
+# Placeholder for the padding row while its number is unknown. It is exact in float32, in which OpenVINO pads integers.
 _OUTSIDE = 2**30
 
 
 def _number(value: int, like: Tensor) -> Tensor:
-    """A size as a tensor without dimensions of the type of another."""
+    """Return a size as a tensor without dimensions, with the dtype of `like`."""
     return torch.scalar_tensor(value, dtype=like.dtype, device=like.device)
 
 
 def _numbers(values: list[int], like: Tensor) -> Tensor:
-    """Sizes as a tensor of the type of another."""
+    """Return sizes as a tensor with the dtype of `like`."""
     if all(isinstance(value, int) for value in values):
         return torch.tensor(values, dtype=like.dtype, device=like.device)
     return torch.stack([_number(value, like) for value in values])
 
 
 def _has_halo(lattice: Lattice) -> bool:
-    """True if points inside its cells are mixed from several elements."""
+    """Return True if points inside cells are interpolated from several elements."""
     return lattice.geometry.interpolates and lattice.uniform_level != 0
 
 
 def _rows_or_pixels(lattice: Lattice) -> Tensor:
-    """(B*H*W,) int32: the row each fine pixel is read from; a pixel that is mixed from several elements stands for
-    itself, as -1 minus its number, until it has a row of the halo."""
+    """Return the row that each fine pixel is read from, (B*H*W,) int32. A pixel that is interpolated from several
+    elements gets -1 minus its pixel number until it has a halo row."""
 
     def build() -> Tensor:
         pixels = torch.arange(lattice.index.shape[0], dtype=torch.int32, device=lattice.index.device)
@@ -217,10 +217,10 @@ def _rows_or_pixels(lattice: Lattice) -> Tensor:
 
 
 def _with_halo(lattice: Lattice, table: Tensor, has_outside: bool) -> Reading:
-    """The reading of a table of `_rows_or_pixels`, which is overwritten: each pixel in it gets a row of the halo.
+    """Return the reading of a table of `_rows_or_pixels`, which is overwritten: each pixel in it gets a halo row.
 
-    Where only bounds are known, shapes follow from these alone: the halo has a row for every pixel that can be no
-    anchor. Those that are read come first.
+    If only bounds are known, shapes follow from the bounds: the halo has a row for every pixel that may not be an
+    anchor. The halo rows that are read come first.
     """
     if not _has_halo(lattice):
         return read_rows(table, has_outside)
@@ -243,9 +243,9 @@ def _with_halo(lattice: Lattice, table: Tensor, has_outside: bool) -> Reading:
 
 
 def _interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Elements and weights of bilinear reading: per axis (1 - delta/R) D(a) + (delta/R) D(a + R).
+    """Return elements and weights of bilinear interpolation: per axis (1 - delta/R) D(a) + (delta/R) D(a + R).
 
-    D is the nearest-filled map, replicated at the border; a and R belong to the cell holding the point.
+    D is the nearest-filled map, replicated at the border; a and R are anchor and side of the cell with the point.
     """
     height, width = lattice.size
     side = lattice.side_map.flatten()[points]
@@ -257,22 +257,22 @@ def _interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
     corners = [first + v * width + h for v in (top, bottom) for h in (left, right)]
     weights = [v * h for v in (1 - down, down) for h in (1 - across, across)]
     mix = torch.stack(weights, 1)
-    # What weighs nothing is not read: the own cell stands there, which always weighs something.
+    # A corner of weight zero is replaced by the point's own cell, whose weight is never zero.
     pixels = torch.where(mix > 0, torch.stack(corners, 1), corners[0].unsqueeze(1))
     return lattice.index[pixels], mix
 
 
 def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool = False) -> Reading:
-    """The kernel map (*) from `source` to `target`, computed once per pair of lattices and window.
+    """Return the kernel map (*) from `source` to `target`, computed once per pair of lattices and window.
 
     Args:
         source: lattice of the input elements.
         target: lattice of the output elements, of the same level map, stage at least the source's.
-        window: the operation.
+        window: window of the operation.
         drop: cells that this operation does not downsample read only themselves (`pool="drop"`).
 
     Returns:
-        A reading whose table is (N_target, taps); of a transposed convolution (N_target, most taps of a phase).
+        A reading with a table (N_target, taps); for a transposed convolution (N_target, largest taps of a phase).
     """
 
     def build() -> Reading:
@@ -290,7 +290,7 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
 
 
 def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
-    """(N_target,) the rows of a lattice that the same or a later one still has, at its anchors; None if all."""
+    """Return the rows (N_target,) of `source` at the anchors that `target` still has; None if it has all of them."""
     static = source.capacity is not None or target.capacity is not None or source.is_open
     if source == target or (not static and source.size == target.size and source.count == target.count):
         return None  # none of its cells is downsampled in between
@@ -298,8 +298,8 @@ def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
 
 
 def _of_part(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
-    """From a part: the kernel map from the whole, its rows counted anew. What is not there reads the padding row; a
-    halo is mixed of what is there."""
+    """Return the kernel map of a part: the kernel map of the whole lattice with its rows renumbered. Missing cells
+    read the padding row; halo rows interpolate the cells of the part."""
     assert source.part is not None
     whole = source.whole
     whole_map = kernel_map(whole, target, window, drop=drop)
@@ -314,7 +314,7 @@ def _of_part(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
 def divisors(
     source: Lattice, target: Lattice, window: Window, *, drop: bool = False, padding: bool = True
 ) -> Tensor:
-    """(N_target,) how many taps of each element lie in the map or, if `padding` counts, in its padding."""
+    """Count the taps of each element (N_target,) that lie in the map or, if `padding`, in its padding."""
     key = ("divisors", target.key, window, drop, padding)
 
     def build() -> Tensor:
@@ -325,10 +325,10 @@ def divisors(
 
 
 def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
-    """The common case: every tap is the anchor moved by the same vector, and reads zero outside the map.
+    """Compute the kernel map of the common case: tap offsets are the same for all elements, outside the map is zero.
 
-    One integer per element plus one per tap is the place in a padded map of rows. Compiled code does the same entry by
-    entry.
+    The position in a padded map of rows is one integer per element plus one integer per tap. The compiled code
+    computes the same table entry by entry.
     """
     height, width = source.size
     top, _, left, _ = window.padding
@@ -355,7 +355,7 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
 
 
 def _taps_of_phases(source: Lattice, target: Lattice, window: Window) -> Reading:
-    """Of a transposed convolution, see (**): the taps of a phase in their order, which go back in the map."""
+    """Compute the kernel map (**) of a transposed convolution; later taps of a phase read earlier positions."""
     (height, width), (image, y, x) = source.size, target.coordinates
     side = source.side_map.flatten()[source.pixels(image, y, x)]
     shift = side // 2 if source.geometry.anchor == "center" else torch.zeros_like(side)
@@ -371,17 +371,17 @@ def _taps_of_phases(source: Lattice, target: Lattice, window: Window) -> Reading
 
 
 def _phase(anchor: Tensor, window: Window, axis: int) -> Tensor:
-    """The first tap that elements with these anchors read along an axis (0 vertical, 1 horizontal)."""
+    """Return the first tap that elements with these anchors read along an axis (0 vertical, 1 horizontal)."""
     return (anchor // window.output_spacing + window.padding[2 * axis]) % window.finer
 
 
 class Phase(NamedTuple):
-    """The elements of the output of a transposed convolution that read the same taps.
+    """The output elements of a transposed convolution that read the same taps.
 
     Attributes:
-        first: the first tap of each axis; the others follow in steps of `Window.finer`.
-        rows: (n,) int64, their rows.
-        table: (n, taps) int32, the columns of the kernel map that are taps of theirs.
+        first: the first tap of each axis; the other taps follow in steps of `Window.finer`.
+        rows: (n,) int64, the rows of these elements.
+        table: (n, taps) int32, the columns of the kernel map that hold taps of this phase.
     """
 
     first: tuple[int, int]
@@ -390,9 +390,9 @@ class Phase(NamedTuple):
 
 
 def phases(source: Lattice, target: Lattice, window: Window) -> tuple[list[Phase], Tensor]:
-    """The phases of a transposed convolution, and (N_target,) the place of each element's row in all of them joined.
+    """Return the phases of a transposed convolution and each element's position (N_target,) in their concatenation.
 
-    Where only bounds are known, a phase has as many rows as there are fine pixels of it, at most those of the lattice.
+    If only bounds are known, a phase has one row per fine pixel of the phase, but no more rows than the lattice.
     """
     table = kernel_map(source, target, window).table.unflatten(1, window.taps_of_phase)
 
@@ -413,7 +413,7 @@ def phases(source: Lattice, target: Lattice, window: Window) -> tuple[list[Phase
                 -(-(kernel - tap) // window.finer) for kernel, tap in zip(window.kernel, first, strict=True)
             ]
             every.append(Phase(first, rows, table[rows, : many[0], : many[1]].flatten(1)))
-            # Rows of padding may be more than the phase has room for: it does not matter what they are given.
+            # There may be more padding rows than the phase has room for; their values do not matter.
             at = joined + (is_of.cumsum(0) - 1).clamp(max=most(rows.shape[0] - 1, 0))
             place, joined = torch.where(is_of, at, place), joined + rows.shape[0]
         return every, place
@@ -422,7 +422,7 @@ def phases(source: Lattice, target: Lattice, window: Window) -> tuple[list[Phase
 
 
 def _pixels_of(lattice: Lattice, window: Window, first: tuple[int, int]) -> int:
-    """How many fine pixels of an image are of a phase."""
+    """Count the fine pixels of an image that belong to a phase."""
     counts = [
         int((_phase(torch.arange(length), window, axis) == tap).sum())
         for axis, (length, tap) in enumerate(zip(lattice.size, first, strict=True))
@@ -431,7 +431,7 @@ def _pixels_of(lattice: Lattice, window: Window, first: tuple[int, int]) -> int:
 
 
 def _taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat fine pixels (N, taps) that are read, whether they lie in the map, whether in it or its padding."""
+    """Return the flat fine pixels (N, taps), whether each lies in the map, and whether it lies in map or padding."""
     height, width = source.size
     image, y, x = target.coordinates
     anchor = (image * height + y) * width + x
@@ -454,10 +454,10 @@ def _taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> tuple
 def _axis(
     anchor: Tensor, window: Window, axis: int, length: int, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions (N, kernel) of the taps along one axis, whether they are inside, whether they count.
+    """Return the positions (N, kernel) of the taps along one axis, whether they are inside, and whether they count.
 
-    The map is seen as `spacing` interleaved grids, one per phase of the anchor, each padded the way the
-    network pads its own grid. So reflected and replicated borders keep the laws at any size.
+    The map is treated as `spacing` interleaved grids, one per phase of the anchor. Each grid is padded the way the
+    network pads its own grid, so reflected and replicated borders are correct for any size.
     """
     spacing, (before, after) = window.spacing, window.padding[2 * axis : 2 * axis + 2]
     phase, cell = anchor % spacing, anchor // spacing

@@ -1,8 +1,8 @@
-"""The lattice: which cells of the fine map each image of a batch keeps, as an immutable value.
+"""The lattice: the set of cells that each image of a batch keeps, as an immutable value.
 
-A level map T on the fine map (H x W, one sample per high output stride) says how often each place is
-downsampled. After stage j the lattice has the levels min(T, j); a cell of level l covers R_l x R_l fine
-pixels and is anchored at its top-left one. Everything else (element order, batch offsets, areas) follows
+A level map T on the fine map (H x W, one sample per high output stride) says how often each position is
+downsampled. After stage j the lattice has the levels min(T, j). A cell of level l covers R_l x R_l fine
+pixels, and its anchor is the top-left pixel. Everything else (element order, batch offsets, areas) follows
 from the levels and is computed once, on demand.
 """
 
@@ -33,20 +33,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Geometry:
-    """The choices all lattices of one converted network share.
+    """Options that all lattices of one converted network share.
 
     Args:
         strides: stride r_j of each adaptive stage, in order.
-        max_level: the lowest resolution allowed; later stages then only dilate. Default: all stages.
+        max_level: the highest level allowed, that is, the lowest resolution. Default: one level per stage.
         fill: how a point inside a cell is read, `"linear"` (default), `"nearest"` (as published) or `"guided"`:
-            linear, but where the map leaves the region weighed by the features that entered it.
+            linear, but at the exit of the region weighted by similarity of the features that entered it.
         anchor: where the taps of a cell start, `"corner"` or, as in the published code, `"center"`.
-        pool: what a max-pool stage does to cells it keeps: `"atrous"` pooling or `"drop"` (pass on).
+        pool: what a max-pool stage does to cells it keeps: `"atrous"` pooling or `"drop"` (no pooling).
         patch: how level maps are made legal: `"quadtree"` or `"block"` (as published).
-        statistics: what batch norm weighs an element by in training: the `"area"` of its cell, so that the
-            statistics estimate the dense network's, or each `"element"` the same (as published).
-        dense_shortcut: run uniform maps as ordinary dense convolutions. Results are the same;
-            verification switches it off to exercise the kernel maps.
+        statistics: weight of an element in batch norm statistics during training: the `"area"` of its cell, which
+            estimates the dense network's statistics, or the same for each `"element"` (as published).
+        dense_shortcut: run uniform maps as ordinary dense convolutions. The results are the same;
+            verification switches this off to exercise the kernel maps.
     """
 
     strides: tuple[int, ...]
@@ -81,18 +81,18 @@ class Geometry:
 
     @property
     def interpolates(self) -> bool:
-        """True if points inside a cell are read from more than the cell."""
+        """True if points inside a cell are interpolated from several cells."""
         return self.fill != "nearest"
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """R_0..R_K: side of a cell of each level, in fine pixels."""
+        """Side of a cell of each level, R_0..R_K, in fine pixels."""
         return tuple(accumulate(self.strides, mul, initial=1))
 
     def lattice(self, levels: Tensor, bounds: Bounds | None = None) -> Lattice:
-        """The lattice after the last stage, from any integer level map (B, H, W); see `legalise`.
+        """Return the lattice after the last stage for any integer level map (B, H, W); see `legalise`.
 
-        With `bounds`, which must hold for the map, its number of rows is known without looking at the map.
+        With `bounds`, which must hold for the map, the number of rows does not depend on the map's values.
         """
         if levels.dim() != 3 or levels.is_floating_point() or levels.is_complex() or 0 in levels.shape:
             raise InvalidInput(
@@ -106,20 +106,20 @@ class Geometry:
     def uniform(
         self, level: int, batch: int, size: tuple[int, int], device: torch.device | str = "cpu"
     ) -> Lattice:
-        """A lattice with one level everywhere on a fine map of `size` (height, width)."""
+        """Return a lattice with one level everywhere on a fine map of `size` (height, width)."""
         return self.lattice(torch.full((batch, *size), level, dtype=torch.int8, device=device))
 
     def uniform_like(self, features: Tensor, level: int) -> Lattice:
-        """The uniform lattice for a fine map (B, C, H, W); of real values even if the map has none."""
+        """Return the uniform lattice for a fine map (B, C, H, W); on the CPU if the map is a meta tensor."""
         batch, _, height, width = features.shape
         return self.uniform(level, batch, (height, width), "cpu" if features.is_meta else features.device)
 
 
 def as_levels(levels: Tensor, max_level: int, where: str = "") -> Tensor:
-    """A map of integers as levels, int64; of a bool map True is level 0 and False the lowest.
+    """Convert an integer map to levels (int64). In a bool map True means level 0 and False the lowest resolution.
 
     Raises:
-        InvalidInput: there are other levels than 0..max_level; `where` is for the message.
+        InvalidInput: a level is outside 0..max_level; `where` is quoted in the message.
     """
     if levels.dtype == torch.bool:
         return torch.where(levels, 0, max_level)
@@ -138,16 +138,16 @@ def as_levels(levels: Tensor, max_level: int, where: str = "") -> Tensor:
 
 
 def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
-    """Lower levels until every cell fits: a cell of level l exists only where all its pixels ask for l.
+    """Lower levels until every cell fits: a cell of level l exists only where all its pixels have level l or more.
 
-    `patch="quadtree"` splits only as far as needed; `patch="block"` keeps blocks of R_K pixels whole,
-    either at level 0 or at the lowest allowed one (seed of the method: Hesse et al. 2023, edge masks).
+    `patch="quadtree"` splits only as far as needed. `patch="block"` gives each block of R_K pixels one level, either
+    0 or the highest allowed (as the edge masks of Hesse et al. 2023).
 
     Args:
-        levels: (B, H, W) integers in 0..max_level; cells at the border may stick out of the map.
+        levels: (B, H, W) integers in 0..max_level; cells at the border may extend beyond the map.
 
     Returns:
-        (B, H, W) int8 with `result <= levels`; idempotent.
+        (B, H, W) int8 with `result <= levels`; the function is idempotent.
     """
     if geometry.patch == "block":
         whole = _block_minimum(levels, geometry.sides[-1]) >= geometry.max_level
@@ -160,7 +160,7 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _block_minimum(levels: Tensor, side: int) -> Tensor:
-    """Minimum of each aligned side x side block, on every pixel of the block."""
+    """Compute the minimum of each aligned side x side block, repeated on every pixel of the block."""
     _, height, width = levels.shape
     rows, columns = divide_up(height, side), divide_up(width, side)
     pad = (0, columns * side - width, 0, rows * side - height)
@@ -173,14 +173,14 @@ def _block_minimum(levels: Tensor, side: int) -> Tensor:
 class Pyramid:
     """A legal level map with everything computed from it: cells, areas, kernel maps.
 
-    It lives as long as the lattices of one forward pass. What it holds must not lead back to them: a circle would stay
-    in memory until the garbage collector runs.
+    A pyramid lives as long as the lattices of one forward pass. Cached values must not reference these lattices: a
+    reference cycle would stay in memory until the garbage collector runs.
 
     Attributes:
         levels: (B, H, W) int8, legal.
-        geometry: the choices it is read with.
-        bounds: of the numbers of elements, if shapes must not depend on the map.
-        in_graph: True if it was made while a graph is: sizes may be symbols then.
+        geometry: options of the converted network.
+        bounds: bounds on the numbers of elements, if shapes must not depend on the map.
+        in_graph: True if the pyramid was created while a graph is traced, where sizes may be symbols.
     """
 
     levels: Tensor
@@ -192,20 +192,20 @@ class Pyramid:
     def lattice(self, stage: int, size: tuple[int, int], part: Part | None = None) -> Lattice:
         """Return the lattice after a stage, cut to the fine size (height, width), with all cells or a part of them."""
         key: Hashable = (stage, size, part)
-        key = str(key) if self.in_graph else key  # symbols for sizes have no hash
+        key = str(key) if self.in_graph else key  # symbolic sizes cannot be hashed
         return Lattice(self, stage, size, part, key, self._derived.setdefault(key, {}))
 
 
 def _cover(count: int, length: int, spacing: int) -> int:
-    """Pixels that samples stand for, `spacing` each; of as many as a map of `length` has, that length. Without a
-    decision, which symbols cannot take."""
+    """Return the pixels covered by `count` samples of `spacing` pixels each, or `length` if the map has exactly that
+    many samples. Computed without a branch, because symbolic sizes cannot be compared."""
     all_of_it = divide_up(length, spacing)
     is_all = most(0, 1 - most(count - all_of_it, all_of_it - count))
     return count * spacing - (all_of_it * spacing - length) * is_all
 
 
 def _derive(build: Callable[[Lattice], T]) -> property:
-    """A property of a lattice that is computed once."""
+    """Decorate a method of a lattice as a property that is computed once."""
     name = build.__name__
 
     def get(self: Lattice) -> T:
@@ -219,10 +219,10 @@ def _derive(build: Callable[[Lattice], T]) -> property:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Which cells of a lattice are there, where not all are.
+    """The subset of a lattice's cells that is present.
 
     Attributes:
-        pixels: (B*H*W,) bool: fine pixels whose cell is there, if they are its anchor.
+        pixels: (B*H*W,) bool: a cell is present if this map is True at its anchor.
     """
 
     pixels: Tensor
@@ -230,19 +230,19 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Lattice:
-    """The cells of a batch after one stage. Rows of an `Elements` value are in its order.
+    """The cells of a batch after one stage. The rows of an `Elements` value are in the lattice's order.
 
     The order is raster order of the anchors, image after image, so a uniform lattice is exactly the
-    memory of a dense channels_last map and batch is only an offset. Two lattices are equal if they are
-    cut from the same level map at the same stage and size, and have the same cells: they share what is
-    computed of them, once. `Pyramid.lattice` makes them.
+    memory of a dense channels_last map and each image is an offset. Two lattices are equal if they have
+    the same level map, stage, size and cells; equal lattices share a cache of derived values.
+    `Pyramid.lattice` creates lattices.
 
     Attributes:
-        pyramid: the level map all stages share.
+        pyramid: the level map that all stages share.
         stage: number of adaptive stages passed; levels are capped at it.
         size: fine size (height, width).
-        part: the cells that are there; None for all. Windows read cells that are not there as what is outside the map.
-        key: what tells it from others of its level map.
+        part: the cells that are present; None for all. Windows treat missing cells like positions outside the map.
+        key: identifies the lattice among the lattices of its level map.
     """
 
     pyramid: Pyramid
@@ -267,26 +267,26 @@ class Lattice:
 
     @property
     def is_open(self) -> bool:
-        """True if a graph is made in which the number of its elements is what the level map says, whatever that is."""
+        """True while a graph is traced without bounds, so that the number of elements depends on the level map."""
         return self.pyramid.in_graph and self.pyramid.bounds is None
 
     @property
     def has_known_counts(self) -> bool:
-        """True if `counts` are numbers, so that rows can be split into images: not while a graph is made, and not with
-        bounds alone."""
+        """True if `counts` are known numbers, so that rows can be split by image; False while a graph is traced or if
+        only bounds are known."""
         return self.pyramid.bounds is None and not self.is_open
 
     @property
     def whole(self) -> Lattice:
-        """The same with all cells there."""
+        """The same lattice with all cells present."""
         return self.pyramid.lattice(self.stage, self.size)
 
     def choose(self, pixels: Tensor) -> Lattice:
-        """The part of a lattice whose anchors are among some fine pixels (B, H, W) bool."""
+        """Return the part of a lattice whose anchors are True in `pixels` (B, H, W) bool."""
         return self.pyramid.lattice(self.stage, self.size, Part(pixels.flatten()))
 
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
-        """The lattice of the same level map after `stage`, cut to the fine size (height, width), all cells there."""
+        """Return the lattice of the same level map after `stage`, cropped to the fine size, with all cells present."""
         size = size or self.size
         if size is not self.size and (
             is_statically_true(size[0] > self.size[0]) or is_statically_true(size[1] > self.size[1])
@@ -298,40 +298,40 @@ class Lattice:
         return self.pyramid.lattice(stage, size)
 
     def resample(self, stage: int, size: tuple[int, int]) -> Lattice:
-        """The lattice of the same level map at any stage and any fine size up to `most_size`.
+        """Return the lattice of the same level map at any stage and any fine size up to `most_size`.
 
-        Beyond the level map its border goes on: there the cells lie that stick out of it, whole.
+        Beyond the level map its border is replicated, so that cells that extend beyond it are complete.
         """
         return self.pyramid.lattice(stage, self.most_size).at(stage, size)
 
     @property
     def geometry(self) -> Geometry:
-        """The choices it is read with."""
+        """Options of the converted network."""
         return self.pyramid.geometry
 
     @property
     def whole_size(self) -> tuple[int, int]:
-        """Height and width of the level map it is cut from."""
+        """Height and width of the level map, before cropping."""
         return self.pyramid.levels.shape[1], self.pyramid.levels.shape[2]
 
     @property
     def most_size(self) -> tuple[int, int]:
-        """Height and width of the level map up to where its outermost cells can end."""
+        """Height and width of the level map, rounded up to whole cells of the largest side."""
         height, width = (divide_up(length, self.geometry.sides[-1]) for length in self.whole_size)
         return height * self.geometry.sides[-1], width * self.geometry.sides[-1]
 
     def pixels(self, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """Flat numbers of fine pixels; beyond the map those at its lower or right border."""
+        """Return flat numbers of fine pixels; positions beyond the map are clamped to its lower or right border."""
         height, width = self.size
         return (image * height + y.clamp(max=height - 1)) * width + x.clamp(max=width - 1)
 
     def samples(self, spacing: int) -> tuple[int, int]:
-        """Height and width of a map with a sample on every `spacing`-th fine pixel."""
+        """Return height and width of a map with a sample on every `spacing`-th fine pixel."""
         return divide_up(self.size[0], spacing), divide_up(self.size[1], spacing)
 
     def holding(self, counts: Sequence[int], spacing: int) -> tuple[int, int]:
-        """Fine size of a map with this many samples, `spacing` fine pixels apart: as large as the level map where that
-        has no more of them."""
+        """Return the fine size of a map with `counts` samples, `spacing` fine pixels apart: the size of the level map
+        if it has exactly that many samples."""
         height, width = (
             length
             if is_statically_true(count == divide_up(length, spacing))
@@ -363,15 +363,15 @@ class Lattice:
 
     @_derive
     def capacity(self) -> tuple[int, int] | None:
-        """Least and largest number of elements if they are known without the map; then it has the largest number of
-        rows."""
+        """Smallest and largest number of elements if bounds are known, else None. With bounds there are as many rows
+        as the largest number."""
         bounds = self.pyramid.bounds
         return bounds.of(self) if bounds is not None else None
 
     @_derive
     def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Anchors (N,) as flat pixel numbers, the (B*H*W,) row of the cell each pixel lies in, and how many elements
-        each image has (B,)."""
+        """Anchors (N,) as flat pixel numbers, the row of the cell that contains each pixel (B*H*W,), and the number of
+        elements of each image (B,)."""
         (height, width), device = self.size, self.levels.device
         if not self.geometry.strides:  # every pixel is a cell
             is_there = (
@@ -414,18 +414,18 @@ class Lattice:
 
     @_derive
     def real(self) -> Tensor | None:
-        """(N,) bool: which rows are elements and no padding; None if all are known to be."""
+        """(N,) bool: True for rows that are elements rather than padding; None if there is no padding."""
         if self.capacity is None or self.capacity[0] == self.capacity[1]:
             return None
         return torch.arange(self.count, device=self.levels.device) < self.counts.sum()
 
     def __len__(self) -> int:
-        """`count`, which in a graph for any size is a symbol and no length."""
+        """Return `count`; use `count` itself in graphs for any size, where it is a symbol."""
         return self.count
 
     @property
     def count(self) -> int:
-        """Number of rows: of elements and, where only bounds are known, padding."""
+        """Number of rows: elements and, if only bounds are known, padding."""
         return self.anchors.shape[0] if self.capacity is None else self.capacity[1]
 
     @_derive
@@ -447,8 +447,8 @@ class Lattice:
 
     @_derive
     def uniform_level(self) -> int | None:
-        """The level all cells of all images have; None if they differ or are not all there, or if that is not known
-        without the map."""
+        """The common level of all cells of all images; None if levels differ, cells are missing, or the levels are
+        unknown while a graph is traced."""
         if self.part is not None:
             return None
         if self.pyramid.bounds is not None:
@@ -461,15 +461,15 @@ class Lattice:
 
     @property
     def uniform_side(self) -> int:
-        """Side in fine pixels that all cells have; 0 where `uniform_level` is None."""
+        """Common side of all cells in fine pixels; 0 if `uniform_level` is None."""
         return 0 if self.uniform_level is None else self.geometry.sides[self.uniform_level]
 
     @_derive
     def weights(self) -> Tensor:
-        """(N,) float64: how much each element counts in a mean over its image; sums to H*W per image.
+        """(N,) float64: weight of each element in a mean over its image; sums to H*W per image.
 
-        An element weighs the area of its cell inside the map. In an image with one level everywhere
-        each counts the same, cut or not, because that image *is* its dense twin (laws 1 and 2). Padding weighs zero.
+        The weight is the area of the cell inside the map. In an image with one level everywhere all elements weigh
+        the same, cropped or not, because that image *is* its dense counterpart (laws 1 and 2). Padding weighs zero.
         """
         height, width = self.size
         image, y, x = self.coordinates
@@ -496,14 +496,14 @@ class Lattice:
 
 
 def describe(value: object) -> str:
-    """Type, dtype and shape of a value for messages."""
+    """Describe the type, dtype and shape of a value for messages."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if hasattr(value, "dtype") and hasattr(value, "shape"):  # of NumPy
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # NumPy arrays
         return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)}"
     return " ".join(f"{type(value).__name__} {value!r}".split())[:80]
 
 
 def is_exporting() -> bool:
-    """True if torch.export makes a graph; torch's own function says yes in torch.compile too, before torch 2.15."""
+    """Return True inside torch.export; before torch 2.15 torch's own function is True in torch.compile, too."""
     return torch.compiler._is_exporting_flag

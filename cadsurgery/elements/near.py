@@ -1,4 +1,4 @@
-"""Computed neighbours of the positions of a map of one resolution."""
+"""Computed neighbours of the positions of a single-resolution map."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cadsurgery.elements.lattice import Lattice
 
 
 class Near(NamedTuple):
-    """Where the rows of a lattice are found among those of a part of it.
+    """The computed rows that each position of a lattice reads; positions not or only partly computed are gaps.
 
     Attributes:
-        table: (T,) int32: a row, the padding row of what is far from all, or behind it that of a gap that is near some.
-        has_far: whether any is far.
-        sources: (M, taps) int32, what is around each such gap; where there is nothing any of the others.
-        there: (M, taps) bool, where there is something.
-        share: (M,) how much of each gap itself was computed.
+        table: (T,) int32: a computed row; N (the padding row) for a far gap; N + 1 + i for near gap i.
+        has_far: True if any gap is far: no position of its window was computed.
+        sources: (M, taps) int32, the rows around each near gap; where there is no row, any other row of the gap.
+        there: (M, taps) bool, True where a neighbour was computed.
+        share: (M,), the share of each near gap that was computed.
     """
 
     table: Tensor
@@ -30,7 +30,7 @@ class Near(NamedTuple):
 
 
 def find_near(source: Lattice, target: Lattice, reach: int, shares: Tensor | None) -> Near:
-    """See `Near`; elements of which only a share was computed are gaps, too."""
+    """Find the computed neighbours of each position (see `Near`); elements with a share below 1 are gaps, too."""
 
     def build() -> Near:
         (height, width), count = source.size, source.count
@@ -47,7 +47,7 @@ def find_near(source: Lattice, target: Lattice, reach: int, shares: Tensor | Non
         gaps = (of_target < 1).nonzero().squeeze(1)
         at, wide = target.anchors[gaps], width + 2 * reach
         image, y, x = at // (height * width), at // width % height, at % width
-        place = (image * (height + 2 * reach) + y) * wide + x  # of the first tap
+        place = (image * (height + 2 * reach) + y) * wide + x  # position of the first tap
         side = torch.arange(2 * reach + 1, device=rows.device)
         around = padded[place.unsqueeze(1) + (side.unsqueeze(1) * wide + side).flatten()]
         there = around < count

@@ -1,8 +1,8 @@
-"""Facts about the operations on elements, stated where each is defined and asked by every pass.
+"""Facts about the operations on elements, declared where each operation is defined and used by every pass.
 
-Planning asks whether an operation brings values from other places, verification whether it mixes resolutions, the
-dependency cone what it reads, counting what it multiplies, fusion whether its value is elements. An operation of a
-user's own is one as soon as it is declared:
+Planning asks whether an operation reads other positions, verification whether it mixes resolutions, the dependency
+cone what it reads, MAC counting what it multiplies, and fusion whether its result is elements. Users declare their
+own operations in the same way:
 
     @cs.operation(reads="window")
     def lp_pool2d(x, window, stage, power): ...
@@ -28,16 +28,16 @@ class Operation:
     """Facts about a function on elements.
 
     Attributes:
-        call: the function. With a window it takes `window=` and `stage=`.
-        reads: what an element of the result is computed from: `nothing` (no values, such as sizes), the `element` of
-            its place, a `window` around it, its whole `image`, or the whole `batch`.
-        gives: `elements`, a `vector` per image, a `dense` map, with which the region is left, or something `other`.
-        outside: what a window reads beyond the border of the map.
-        drops: true if cells that are not downsampled pass as they are where the geometry says `pool="drop"`.
-        macs: multiply-accumulates of a call, from its value and its arguments; None for what torch counts of it while
-            it runs. Moving and interpolating values is no such work: 0.
-        trains_only: true if it gives back what it reads in evaluation mode.
-        at_exit: what takes its place where nothing in the region reads the result, and which gives a dense map.
+        call: the function. If it has a window, it takes `window=` and `stage=`.
+        reads: the input of one result element: `nothing` (no values, only sizes), the `element` at the same
+            position, a `window` around it, its whole `image`, or the whole `batch`.
+        gives: `elements`, a `vector` per image, a `dense` map (which ends the region), or something `other`.
+        outside: value that a window reads beyond the border of the map.
+        drops: True if cells that are not downsampled pass unchanged when the geometry has `pool="drop"`.
+        macs: function of the result and the arguments that returns the multiply-accumulates of a call; None to use
+            torch's count while it runs. Moving and interpolating values counts as 0.
+        trains_only: True if the operation is the identity in evaluation mode.
+        at_exit: operation with a dense result that replaces this one if nothing in the region reads the result.
     """
 
     call: Callable[..., Any]
@@ -59,7 +59,7 @@ _OPERATIONS: dict[Callable[..., Any], Operation] = {}
 
 
 def no_macs(*_: Any, **__: Any) -> int:
-    """Of what multiplies nothing that a dense network would."""
+    """Return zero MACs: the operation only moves or interpolates values."""
     return 0
 
 
@@ -73,14 +73,14 @@ def operation(
     trains_only: bool = False,
     exit_of: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
-    """Declare a function on elements; it stays as it is.
+    """Declare a function on elements; the function itself is unchanged.
 
     Args:
-        reads, gives, outside, drops, macs, trains_only: what it is, see `Operation`.
-        exit_of: the operation whose place it takes where the region is left.
+        reads, gives, outside, drops, macs, trains_only: facts about the function, see `Operation`.
+        exit_of: the operation that this one replaces at the end of the region.
 
     Raises:
-        InvalidInput: a word that is not in the list.
+        InvalidInput: `reads` or `gives` is not one of the listed words.
     """
     for value, words in ((reads, get_args(Reads)), (gives, get_args(Gives))):
         if value not in words:
@@ -98,7 +98,7 @@ def operation(
 
 
 def operations() -> Mapping[Callable[..., Any], Operation]:
-    """All operations by their functions."""
+    """Return all declared operations, keyed by their functions."""
     return MappingProxyType(_OPERATIONS)
 
 

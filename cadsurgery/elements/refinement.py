@@ -1,8 +1,7 @@
-"""Refinement: what a small network on the entering features adds to a fine map where it is interpolated.
+"""Refinement: a small network that corrects a fine map where it is interpolated, using the features before the region.
 
-The values of a downsampled region at its anchors are those of full resolution as long as convolutions alone come
-between; what lies between anchors is interpolated, and the edges of things are lost. The entering features still have
-them.
+A downsampled region has full-resolution values at its anchors as long as it contains convolutions only. Values between
+anchors are interpolated, which blurs the edges of objects. The features that enter the region still have these edges.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from cadsurgery.elements.resizing import read_as_resized
 from cadsurgery.elements.sizes import is_statically_true
 from cadsurgery.support.errors import InvalidInput
 
-REACH = 2  # fine pixels that two 3x3 convolutions see to each side
+REACH = 2  # receptive field of two 3x3 convolutions to each side, in fine pixels
 PLACES = 3  # channels of `places`
 
 
 class Refinement(nn.Module):
-    """A residual for a fine map of a network: 1x1, 3x3 of each channel, 1x1, 3x3 of each channel, 1x1.
+    """A residual for a fine map of a network: 1x1, depthwise 3x3, 1x1, depthwise 3x3 and 1x1 convolutions.
 
-    It sees the entering features, the map and where cells lie, and changes the map within two pixels of what is below
-    full resolution. It adds nothing at first.
+    Its inputs are the features that enter the region, the map and the positions of the cells. It changes the map
+    within two pixels of downsampled cells. The last layer is zero at first, so the map is initially unchanged.
 
     Args:
-        features: channels of the entering features.
-        channels: of the map.
-        hidden: channels in between.
-        like: a tensor of the type and on the device of the network.
+        features: channels of the features that enter the region.
+        channels: channels of the map.
+        hidden: channels of the hidden layers.
+        like: a tensor with the network's dtype and device.
     """
 
     def __init__(self, features: int, channels: int, hidden: int, like: Tensor) -> None:
@@ -47,7 +46,7 @@ class Refinement(nn.Module):
         self.restart(0)
 
     def restart(self, seed: int) -> None:
-        """Weights from a seed, the last of them 0."""
+        """Initialise the weights from a seed; the last layer is set to 0."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for layer in (self.inside, self.around, self.mixed, self.beyond):
@@ -59,18 +58,18 @@ class Refinement(nn.Module):
             self.missing.weight.zero_()
 
     def forward(self, x: Tensor, features: Tensor, places: Tensor) -> Tensor:
-        """(B, C, h, w): the map x refined; features (B, D, h, w), see `places_of` for places (B, 3, h, w)."""
+        """Refine the map x (B, C, h, w); features are (B, D, h, w), places (B, 3, h, w) are from `places_of`."""
         hidden = F.relu(self.inside(torch.cat((x, features, places[:, 1:]), 1)))
         hidden = hidden + F.relu(self.mixed(self.around(hidden)))
         return x + places[:, :1] * self.missing(F.relu(self.beyond(hidden)))
 
 
 def refine(x: Tensor, features: Tensor, lattice: Lattice, refinement: Refinement) -> Tensor:
-    """A fine map (B, C, h, w) refined by the entering features (B, D, h, w) near what the lattice has below full
-    resolution; with everything at level 0 as it is.
+    """Refine a fine map (B, C, h, w) near downsampled cells, using the features that enter the region (B, D, h, w).
+    A map with everything at level 0 is unchanged.
 
     Raises:
-        InvalidInput: the map has another size than the features.
+        InvalidInput: the map and the features differ in size.
     """
     if lattice.uniform_level == 0:
         return x
@@ -96,8 +95,8 @@ def refine_resized(
     guide: Tensor | None = None,
     **scaling: Any,
 ) -> Tensor:
-    """Refine the result of `resize_to_dense` for elements x with these arguments: the correction that `refine` adds to
-    their fine map is read at the same places."""
+    """Refine the result of `resize_to_dense` for the same arguments: the correction that `refine` makes to the fine
+    map of the elements x is resized in the same way and added."""
     if lattice.uniform_level == 0:
         return resized
     fine = to_dense(x, 1, guide=guide)
@@ -105,8 +104,8 @@ def refine_resized(
 
 
 def places_of(lattice: Lattice) -> Tensor:
-    """(B, 3, h, w) float32: 1 within two pixels of what is below full resolution; the level, 1 the lowest; and how far
-    the anchors are, in sides of the cell, 1 the middle between four."""
+    """Return three channels (B, 3, h, w) float32: 1 within two pixels of a downsampled cell; the level, scaled to
+    0..1; and the distance to the anchors in sides of the cell, where 1 is the middle between four anchors."""
     levels, sides = lattice.levels, lattice.side_map
     low = (levels > 0).float().unsqueeze(1)
     near = F.max_pool2d(low, 2 * REACH + 1, 1, REACH)

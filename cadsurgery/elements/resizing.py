@@ -1,4 +1,4 @@
-"""Operations that make a map finer: onto the lattice of an earlier stage, or beyond the high output stride."""
+"""Operations that upsample a map: onto the lattice of an earlier stage, or beyond the high output stride."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def resize(
     mode: str = "nearest",
     align_corners: bool | None = False,
 ) -> Elements:
-    """Upsampling inside the region: onto the lattice of an earlier stage.
+    """Upsample inside the region, onto the lattice of an earlier stage.
 
-    Where a cell of the output is as large as the one it lies in (it was never downsampled), the value is taken over:
-    in the dense network at that stride there is nothing to resize. Elsewhere it is read between the coarse cells
-    as torch.nn.functional.interpolate reads between samples. With a scale of 1 a map is stretched by a sample or so, as
-    decoders do whose maps were rounded: cells of every size are read in between then.
+    If an output cell is as large as the input cell that contains it (it was never downsampled), its value is copied:
+    the dense network at that stride has nothing to resize. Other cells interpolate between coarse cells as
+    torch.nn.functional.interpolate does between samples. With a scale of 1 a map is stretched by a sample or so, as in
+    decoders that correct rounded sizes; then cells of every size are interpolated.
 
     Args:
         x: elements.
-        stage: of the output, at most the input's.
+        stage: stage of the output, at most the input's.
         spacings: fine pixels between the samples of the network's own grid, before and after.
         scale: how many times finer the output is.
         size: samples (height, width) of the output on the network's own grid; default `scale` times the input's.
@@ -81,29 +81,29 @@ def resize_to_dense(
     recompute_scale_factor: bool | None = None,
     guide: Tensor | None = None,
 ) -> Tensor:
-    """A resize that leaves the region: the network's own map, read at arbitrary points of the elements.
+    """Resize at the exit of the region: return the dense result of the network's own resize, read from elements.
 
-    Output pixel p has the coordinate u(p) that torch gives it on the map the *network* resizes, which has a sample on
-    every `spacing`-th fine pixel. Its value is read at the fine position q = spacing u(p):
+    Torch maps output pixel p to the coordinate u(p) on the map that the *network* resizes, which has a sample on
+    every `spacing`-th fine pixel. The value is read at the fine position q = spacing u(p):
 
-    - `bilinear`: between the pixels around q of the fine map, as `to_dense` fills it. Linear between own samples is
-      linear inside cells, so at the network's own level this is the original, and finer cells refine it in place. With
-      the other fills the fine map steps between own samples; there the points between which is read are as far apart
-      as the cell around q is wide, at most one own sample.
-    - `nearest`: the value of the cell that holds torch's index on the fine grid, whatever the fill.
+    - `bilinear`: interpolates the fine map of `to_dense` between the pixels around q. With a linear fill this equals
+      the original resize where cells are as large as the network's samples, and smaller cells add detail. With the
+      other fills the fine map is not linear between the network's samples; then the distance of the interpolated points
+      is the side of the cell around q, at most one sample of the network.
+    - `nearest`: takes the value of the cell that contains torch's index on the fine grid, for every fill.
 
     Args:
         x: elements.
         spacing: fine pixels between the samples of the network's own grid.
-        size: samples (height, width) of the output, as in torch.nn.functional.interpolate, like the rest.
-        scale_factor: of the output's size to that of the network's own map.
+        size: samples (height, width) of the output, as in torch.nn.functional.interpolate.
+        scale_factor: ratio of the output's size to the size of the network's own map.
         mode: `nearest`, `nearest-exact` or `bilinear`.
         align_corners: as in torch.
         recompute_scale_factor: as in torch.
         guide: (B, D, H, W) on the fine map, see `to_dense`.
 
     Returns:
-        (B, C, height, width), exactly as large as in the network.
+        (B, C, height, width), with the same size as in the network.
     """
     scaling = Scaling(size, scale_factor, mode, align_corners, recompute_scale_factor)
     lattice, bilinear = x.lattice, mode == "bilinear"
@@ -123,7 +123,7 @@ def resize_to_dense(
 
 
 def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:
-    """Another fine map (B, C, H, W) read at the places that `resize_to_dense` reads with the same arguments."""
+    """Read another fine map (B, C, H, W) at the positions that `resize_to_dense` reads with the same arguments."""
     how = Scaling(**scaling)
     places = how.places((fine.shape[2], fine.shape[3]), spacing, fine.dtype)
     if how.mode == "bilinear":
@@ -134,7 +134,7 @@ def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Scaling:
-    """The arguments of torch.nn.functional.interpolate that say which sample of its input a sample is read from."""
+    """The arguments of torch.nn.functional.interpolate, which map output samples to input positions."""
 
     size: Sequence[int] | int | None = None
     scale_factor: Sequence[float] | float | None = None
@@ -143,16 +143,16 @@ class Scaling:
     recompute_scale_factor: bool | None = None
 
     def of(self, dense: Tensor) -> Tensor:
-        """torch's resize of a dense map."""
+        """Resize a dense map with torch."""
         align = self.align_corners if self.mode == "bilinear" else None
         again = self.recompute_scale_factor
         return F.interpolate(dense, self.size, self.scale_factor, self.mode, align, again)
 
     def places(self, fine: tuple[int, int], spacing: int, dtype: torch.dtype) -> list[Tensor]:
-        """Per axis the position q of each sample on a fine map of a size: float64, or int64 where one pixel is read.
+        """Return, per axis, the position q of each sample on a fine map: float64, or int64 if one pixel is read.
 
-        torch itself says which of the map's own samples it reads: a map that holds their numbers is resized. Where one
-        sample is read it is a map of the size and type of the values, which decide how torch rounds.
+        The positions come from torch itself, by resizing a map that holds the sample numbers. If one sample is read,
+        that map has the size and dtype of the values, because torch's rounding depends on both.
         """
         counts = [divide_up(length, spacing) for length in fine]
         if self.mode == "bilinear":
@@ -170,7 +170,7 @@ class Scaling:
             else:
                 own = alone.of(torch.arange(count, dtype=torch.float64).view(1, 1, count, 1)).flatten()
             place = own * spacing
-            whole = place.round()  # rounding must not choose the cell that is read
+            whole = place.round()  # a rounding error must not change which cell is read
             places.append(torch.where((place - whole).abs() < 1e-6, whole, place))
         return places
 
@@ -193,7 +193,7 @@ class Scaling:
         return places
 
     def _exact(self, count: int, axis: int, length: int, dtype: torch.dtype) -> Tensor:
-        """Where the samples of an axis of `length` lie on one of `count`, before any is chosen or held inside."""
+        """Return the positions of `length` output samples on an axis of `count` samples, not rounded or clamped."""
         number = torch.arange(length, dtype=dtype)
         before, after = (torch.scalar_tensor(value, dtype=dtype) for value in (count, length))
         if self.mode == "bilinear" and self.align_corners:
@@ -205,7 +205,7 @@ class Scaling:
         return (number + (0.5 if self.mode == "nearest-exact" else 0.0)) * ratio
 
     def _formula(self, count: int, axis: int, dtype: torch.dtype) -> Tensor:
-        """Positions of samples along an axis as torch computes them, for a map of any size."""
+        """Compute the positions of samples along an axis with torch's formula, for a map of any size."""
         if self.size is not None:
             length = _along(self.size, axis, 1)[0]
         else:
@@ -216,14 +216,14 @@ class Scaling:
 
 
 def _along(value: Any, axis: int, other: float) -> Any:
-    """The entry of one image axis of a size or factor, and `other` for the axis that is left alone; None stays."""
+    """Return the entry of one image axis of a size or factor, and `other` for the unchanged axis; None stays None."""
     if value is None:
         return None
     return (value[axis] if isinstance(value, (tuple, list)) else value, other)
 
 
 def _nearest(x: Elements, places: Sequence[Tensor]) -> Tensor:
-    """The values of the cells that hold the pixels at `places`, (B, C, height, width)."""
+    """Return the values of the cells that contain the pixels at `places`, (B, C, height, width)."""
     y, x_ = (place.to(x.lattice.index.device) for place in places)
     cell = x.lattice.index.view(x.lattice.batch, *x.lattice.size).index_select(1, y).index_select(2, x_)
     rows = x.rows.index_select(0, cell.flatten().to(x.rows.device))
@@ -231,7 +231,7 @@ def _nearest(x: Elements, places: Sequence[Tensor]) -> Tensor:
 
 
 def _between_samples(dense: Tensor, places: Sequence[Tensor]) -> Tensor:
-    """A map (B, C, h, w) read bilinearly at the product of `places` of both axes."""
+    """Interpolate a map (B, C, h, w) bilinearly at the grid that `places` of both axes form."""
     rows = dense.permute(0, 2, 3, 1)
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     for axis, place in enumerate(places, 1):
@@ -249,7 +249,7 @@ def _between_samples(dense: Tensor, places: Sequence[Tensor]) -> Tensor:
 
 
 def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], spacing: int) -> Tensor:
-    """A fine map (B, C, H, W) read bilinearly between points as far apart as the cells there, at most `spacing`."""
+    """Interpolate a fine map (B, C, H, W) between points one cell side apart, but at most `spacing` apart."""
     batch, (height, width), device = lattice.batch, lattice.size, lattice.levels.device
     places = [place.to(device) for place in places]
     inside = [place.long() for place in places]
@@ -271,11 +271,11 @@ def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], sp
 
 @operation(reads="window")
 def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int) -> Elements:
-    """Depth to space: an element reads the channels of its phase on the output's own grid.
+    """Compute depth to space: an element reads the channels of its phase on the output's own grid.
 
     Args:
         x: elements (N, C r r).
-        stage: of the output.
+        stage: stage of the output.
         spacings: fine pixels between the samples of the network's own grid, before and after.
         scale: r.
     """
@@ -283,7 +283,7 @@ def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int
     target = x.lattice.resample(stage, x.lattice.holding(counts, spacings[1]))
     image, y, x_ = target.coordinates
     down, across = (at // spacings[1] % scale for at in (y, x_))
-    # The last samples may reach beyond the map they are made of.
+    # The last samples may lie beyond the input map.
     points = x.lattice.pixels(image, y - down * spacings[1], x_ - across * spacings[1])
     reading = read_points(x.lattice, points)
     rows = extend(x.rows, reading, 0.0).index_select(0, reading.table.to(x.rows.device))
@@ -295,7 +295,7 @@ def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int
 def _ratios(
     before: Sequence[int], after: Sequence[int], spacings: tuple[float, float], align_corners: bool
 ) -> tuple[float, ...]:
-    """Per axis, how far a grid of `after` samples is from fitting one of `before`; 1 unless the sizes do not divide."""
+    """Return, per axis, the scale error between grids of `before` and `after` samples; 1 if the sizes divide evenly."""
     if align_corners:  # the outermost samples coincide
         before, after = [have - 1 for have in before], [max(want - 1, 1) for want in after]
     return tuple(have * spacings[0] / (want * spacings[1]) for have, want in zip(before, after, strict=True))
@@ -304,8 +304,8 @@ def _ratios(
 def _between_cells(
     source: Lattice, target: Lattice, ratios: Sequence[float], mode: str, align_corners: bool, stretched: bool
 ) -> tuple[Tensor, Tensor]:
-    """Elements (M, 4) of `source`, and their weights, that each element of a finer lattice is resized from; between
-    cells as large as its own only if `stretched`."""
+    """Return the four elements of `source` (M, 4), and their weights, that each element of a finer lattice
+    interpolates. Elements in cells of equal size copy their value unless `stretched`."""
     height, width = source.size
     image, *place = target.coordinates
     side = target.side_map.flatten()[target.anchors]

@@ -1,7 +1,7 @@
-"""Sizes of maps: whole numbers, or symbols while a graph for images of any size is made.
+"""Sizes of maps: integers, or symbols while a graph for images of any size is traced.
 
-What holds of a symbol is asked for all sizes: a question that has no such answer has the answer no, and what is done
-then is right for every size.
+A condition on a symbol counts as true only if it holds for all sizes; otherwise the caller takes the general path,
+which is correct for every size.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import torch
 
 
 def is_statically_true(condition: bool | torch.SymBool) -> bool:
-    """True if a condition holds; for symbols, if it is known to hold for all sizes."""
+    """Return True if a condition holds; for symbols, if it is known to hold for all sizes."""
     if isinstance(condition, bool):
         return condition
     return bool(condition.node.statically_known_true(__file__, 0))
 
 
 def divide_up(length: int, step: int) -> int:
-    """ceil(length / step), without negative numbers: engines divide them towards zero."""
+    """Return ceil(length / step), computed without negative numbers, which some engines round towards zero."""
     return (length + step - 1) // step
 
 
 def least(one: int, other: int) -> int:
-    """The smaller size."""
+    """Return the smaller size."""
     return cast(int, torch.sym_min(one, other))
 
 
 def most(one: int, other: int) -> int:
-    """The larger size."""
+    """Return the larger size."""
     return cast(int, torch.sym_max(one, other))
 
 
 def is_for_any_size(shape: Iterable[int]) -> bool:
-    """True if a shape has symbols in it."""
+    """Return True if a shape contains symbols."""
     return any(isinstance(length, torch.SymInt) for length in shape)

@@ -1,8 +1,8 @@
-"""Max pooling that remembers where its values come from, and unpooling that puts values back there.
+"""Max pooling that returns the indices of the maxima, and unpooling that puts values back at these positions.
 
-On a dense map torch counts positions. On elements a value remembers which tap of its window it is, which says the same
-on any map, at any level: unpooling, an element reads the value of the window that it is a tap of, if it is the one that
-was remembered, and zero else.
+On a dense map torch stores flat positions. On elements a value stores the number of its tap in the window, which is
+valid on any map and at any level. In unpooling an element belongs to one tap of one window: it reads the window's
+value if that tap was the maximum, and zero otherwise.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from cadsurgery.support.errors import InvalidInput
 
 @dataclass(frozen=True, eq=False)
 class Taps:
-    """Which taps of its window the values of a pooling are: the rows of the elements of its indices.
+    """The tap of the window at which each maximum of a pooling was found; the rows of an `Elements` of indices.
 
     Attributes:
-        rows: (N, C) int16, numbers of taps, row by row of the window.
-        window: of the pooling, its padding known.
+        rows: (N, C) int16, numbers of taps in row-major order of the window.
+        window: window of the pooling, with its padding resolved.
         samples: (height, width) of the map that was pooled, on the network's own grid.
     """
 
@@ -39,15 +39,15 @@ class Taps:
     samples: tuple[int, int]
 
     def on(self, source: Lattice, target: Lattice) -> Taps:
-        """Those of the cells that the same or a later lattice still has."""
+        """Return the taps of the cells that the same or a later lattice still has."""
         return replace(self, rows=select_rows(self.rows, source, target))
 
 
 @operation(reads="window", outside=-math.inf, drops=True)
 def max_pool2d_with_indices(x: Elements, window: Window, stage: int | Lattice) -> Elements:
-    """`max_pool2d` and where its values come from: elements whose rows are a pair (values, `Taps`).
+    """Compute `max_pool2d` and the taps of the maxima: elements whose rows are a pair (values, `Taps`).
 
-    Of equal values the first tap counts, as in torch.
+    The first of several equal maxima counts, as in torch.
     """
     window, target = target_of(x, window, stage)
     reading = WindowRead(x.lattice, target, window, drops(target, window)).reading
@@ -68,22 +68,22 @@ def max_unpool2d(
     scale: int,
     size: Sequence[int] | None = None,
 ) -> Elements:
-    """Unpooling onto the lattice of an earlier stage: values where the indices say that they come from, zeros else.
+    """Unpool onto the lattice of an earlier stage: values go to the positions of the maxima, all others are zero.
 
-    With the values split by their taps, u_t = X where the tap is t and 0 else, an element reads, as in a transposed
-    convolution with windows that do not overlap, the tap t of its own phase, o = t modulo the scale:
-    out(e) = u_t(a(e) - s t), s the distance of the output's samples. Cells in between read u_t by the lattice's fill.
+    Let u_t = X where the maximum is tap t, and 0 elsewhere. As in a transposed convolution with windows that do not
+    overlap, output sample o reads the tap of its own phase, t = o modulo the scale: out(e) = u_t(a(e) - s t), with s
+    the spacing of the output's samples. Points inside cells read u_t by the lattice's fill.
 
     Args:
         x: elements (N, C).
-        indices: of the pooling, whose windows lie side by side; their rows are `Taps`.
-        stage: of the output, at most the input's.
+        indices: elements of the pooling, whose windows must not overlap; their rows are `Taps`.
+        stage: stage of the output, at most the input's.
         spacings: fine pixels between the samples of the network's own grid, before and after.
         scale: side of the windows.
-        size: of the output, its last two numbers are samples; by default of all windows, cut at the border or not.
+        size: size of the output; the last two numbers are samples. Default: all windows, complete or not.
 
     Raises:
-        InvalidInput: the output would be no map like that which was pooled, where torch mistakes one place for another.
+        InvalidInput: the output differs in size from the pooled map, where torch would misplace values.
     """
     taps: Taps = indices.rows  # type: ignore[assignment]
     samples = x.lattice.samples(spacings[0])
@@ -113,11 +113,11 @@ def max_unpool2d(
 
 @operation(reads="element", gives="other")
 def dense_indices(indices: Elements, spacing: int) -> Tensor:
-    """The indices of a pooling as torch numbers them, for what is dense: (B, C, h, w) int64.
+    """Convert the indices of a pooling to torch's flat positions on a dense map, (B, C, h, w) int64.
 
     Args:
         indices: elements whose rows are `Taps`.
-        spacing: fine pixels between the samples of the network's own grid, on which they are read.
+        spacing: fine pixels between the samples of the network's own grid, on which the indices are read.
     """
     taps: Taps = indices.rows  # type: ignore[assignment]
     lattice, window, (height, width) = indices.lattice, taps.window, taps.samples

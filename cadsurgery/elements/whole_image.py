@@ -1,7 +1,7 @@
-"""Operations on an image as a whole: norms, means, sums, what attention between channels is made of.
+"""Operations on an image as a whole: normalisation, means, sums, and the products of channel attention.
 
-Elements are weighed by the area of their cells. A sum or norm runs over as many values as the network's own grid has:
-the weighted mean times their number. So it keeps the scale the weights were trained with, at any resolution.
+Elements are weighted by the area of their cells. A sum or norm is the weighted mean times the number of samples on the
+network's own grid, so that it keeps the scale the weights were trained with, at any resolution.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from cadsurgery.elements.sizes import divide_up
 from cadsurgery.kernels.load import is_observed
 from cadsurgery.support.processes import count_together
 
-_BLOCK = 256  # rows that are widened at once
+_BLOCK = 256  # rows that are converted to a wider dtype at once
 
 
 @operation(reads="element")
 def batch_norm(
     x: Elements, norm: nn.BatchNorm2d | nn.SyncBatchNorm, *, weighted: bool | None = None
 ) -> Elements:
-    """Batch normalisation with the parameters and statistics of `norm`.
+    """Apply batch normalisation with the parameters and statistics of `norm`.
 
-    In training the statistics run over the real elements of all images. `weighted` weighs each by the
-    area of its cell, so that the statistics estimate those of the dense network; False counts each once,
-    as published; None leaves it to the geometry. Running statistics are updated like torch does. Those of a
-    `SyncBatchNorm` in training are of the elements of all processes.
-    """
+    In training the statistics are computed over the real (not padding) elements of all images. With `weighted`
+    each element counts by the area of its cell, so that the statistics estimate the dense network's; False counts
+    each element once, as published; None uses the geometry's setting. Running statistics are updated as in torch.
+    A `SyncBatchNorm` in training uses the elements of all processes."""
     use_batch = norm.training or norm.running_mean is None or norm.running_var is None
     if not use_batch:
         rows = F.batch_norm(
@@ -49,7 +48,7 @@ def batch_norm(
     if norm.training and isinstance(norm, nn.SyncBatchNorm) and count_together(norm.process_group) > 1:
         rows, mean, variance, of_batch = _norm_together(x, norm, weighted, of_batch)
     elif real is None and (not weighted or x.lattice.uniform_level is not None):
-        # Each counts the same, as torch counts.
+        # All elements have equal weight, as in torch.
         rows, mean, inverse = torch.native_batch_norm(
             x.rows, norm.weight, norm.bias, None, None, True, 0.0, norm.eps
         )
@@ -69,8 +68,8 @@ def batch_norm(
 def _norm_together(
     x: Elements, norm: nn.SyncBatchNorm, weighted: bool, count: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows normalised by the statistics of all processes; these, and the number of elements they are of. The gradient
-    goes through the sums, whose own gradients are summed over processes."""
+    """Return the rows normalised by the statistics of all processes, mean, variance and number of elements. Gradients
+    flow through the sums, whose gradients are summed over processes."""
     from torch.distributed.nn.functional import all_reduce
 
     values = without_padding(x).to(torch.promote_types(x.rows.dtype, torch.float32))
@@ -91,12 +90,12 @@ def _norm_together(
 
 @operation(reads="batch")
 def norm_of_batch(x: Elements, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Elements:
-    """`batch_norm` without running statistics: always by those of the batch, which joins its images."""
+    """Apply `batch_norm` without running statistics: it always uses those of the batch and so mixes its images."""
     return batch_norm(x, norm)
 
 
 def without_padding(x: Elements, value: float = 0.0) -> Tensor:
-    """The rows with a value in those that are padding: what sums over an image may add up."""
+    """Return the rows with padding rows set to `value`, so that they can be summed over an image."""
     real = x.lattice.real
     if real is None:
         return x.rows
@@ -104,9 +103,9 @@ def without_padding(x: Elements, value: float = 0.0) -> Tensor:
 
 
 class _WeightedNorm(torch.autograd.Function):
-    """Rows normalised by their weighted mean and variance, with the gradient in closed form.
+    """Normalise rows by their weighted mean and variance, with the gradient in closed form.
 
-    With weights w that sum to one, y = g z + b and z = (x - sum w x) / sqrt(v + eps), v = sum w (x - mean)^2:
+    The weights w sum to one. With y = g z + b, z = (x - sum w x) / sqrt(v + eps) and v = sum w (x - mean)^2,
     dx_i = g / sqrt(v + eps) (dy_i - w_i (sum_j dy_j + z_i sum_j dy_j z_j)).
     """
 
@@ -139,9 +138,9 @@ class _WeightedNorm(torch.autograd.Function):
 def group_norm(
     x: Elements, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
 ) -> Elements:
-    """Group normalisation: each image and group by its own mean and variance, elements weighed by area.
+    """Apply group normalisation; the mean and variance of each image and group weight elements by area.
 
-    With as many groups as channels it is instance normalisation.
+    With one group per channel this is instance normalisation.
     """
     centred, variance = _centre_groups(x, groups)
     rows = (centred * (variance + eps).rsqrt()).flatten(1).to(x.rows.dtype)
@@ -151,10 +150,10 @@ def group_norm(
 
 
 def contiguous_gradient(values: Tensor) -> Tensor:
-    """A dense map whose gradient arrives in ordinary memory, whatever reads the map.
+    """Return a dense map whose gradient is made contiguous, whatever operation reads the map.
 
-    torch 2.15's backward of instance normalisation on the CPU takes a channels_last gradient of a single image for a
-    contiguous one: its values are then wrong by their own size. Elements and convolutions give such gradients.
+    On the CPU, torch 2.15's backward of instance normalisation treats the channels_last gradient of a single image as
+    contiguous, which gives wrong values. Elements and convolutions produce such gradients.
     """
     if values.requires_grad and not torch.compiler.is_compiling():
         values.register_hook(_contiguous)
@@ -167,7 +166,7 @@ def _contiguous(gradient: Tensor | None) -> Tensor | None:
 
 @operation(reads="image")
 def group_deviation(x: Elements, groups: int, eps: float) -> Elements:
-    """Standard deviation of each image and group (Liu et al. 2020, EvoNorm-S0), repeated for its channels."""
+    """Compute the standard deviation of each image and group (Liu et al. 2020, EvoNorm-S0), repeated per channel."""
     centred, variance = _centre_groups(x, groups)
     rows = (variance + eps).sqrt().expand_as(centred).flatten(1)
     return Elements(rows.to(x.rows.dtype), x.lattice)
@@ -175,18 +174,18 @@ def group_deviation(x: Elements, groups: int, eps: float) -> Elements:
 
 @operation(reads="element", trains_only=True)
 def drop_per_image(x: Elements, dropout: nn.Module) -> Elements:
-    """Dropout of whole channels or whole images, as `dropout` does it to a map: one change per image and channel."""
+    """Drop whole channels or whole images as `dropout` does on a map: each channel of an image is changed as one."""
     return _change_channels(x, dropout) if dropout.training else x
 
 
 @operation(reads="element", trains_only=True)
 def drop_channels(x: Elements, how: str, p: float = 0.5, training: bool = True) -> Elements:
-    """`drop_per_image` by a function of torch: `dropout2d`, `dropout3d` or `feature_alpha_dropout`."""
+    """Apply `drop_per_image` with a torch function: `dropout2d`, `dropout3d` or `feature_alpha_dropout`."""
     return _change_channels(x, lambda map: getattr(F, how)(map, p, True)) if training else x
 
 
 def _change_channels(x: Elements, change: Callable[[Tensor], Tensor]) -> Elements:
-    """The same affine change for all values of a channel of an image, found from what becomes of zero and one."""
+    """Apply one affine change per channel and image; its coefficients are the results of `change` for zero and one."""
     channels = x.rows.shape[1:]
     ends = x.rows.new_tensor([0.0, 1.0]).expand(x.lattice.batch, *channels, 1, 2).contiguous()
     low, high = change(ends).split(1, dim=-1)
@@ -197,7 +196,7 @@ def _change_channels(x: Elements, change: Callable[[Tensor], Tensor]) -> Element
 
 @operation(reads="image", gives="vector")
 def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
-    """Mean of each image, every element weighed by the area of its cell: (B, C, 1, 1) or (B, C); float32 of bytes."""
+    """Compute the area-weighted mean of each image, (B, C, 1, 1) or (B, C); the result for uint8 is float32."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
     values = without_padding(x).reshape(x.lattice.count, -1)
     mean = _multiply(share, values)
@@ -205,8 +204,8 @@ def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor
 
 
 def _multiply(share: Tensor, values: Tensor) -> Tensor:
-    """`share @ values` in the type of the share, for (B, N) and (N, C): narrower values are widened block by block,
-    while they are in the cache; not where a gradient is asked for or a graph is made."""
+    """Compute `share @ values` for (B, N) and (N, C) in the dtype of `share`. Narrower values are converted block by
+    block, while they are in the cache, unless gradients are needed or a graph is traced."""
     if share.dtype == values.dtype or values.requires_grad or is_observed():
         return share @ values.to(share.dtype)
     total = share.new_zeros(share.shape[0], values.shape[1])
@@ -217,13 +216,13 @@ def _multiply(share: Tensor, values: Tensor) -> Tensor:
 
 @operation(reads="image", gives="vector")
 def global_max(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
-    """Maximum of each image: (B, C, 1, 1) or (B, C)."""
+    """Compute the maximum of each image, (B, C, 1, 1) or (B, C)."""
     values = without_padding(x, -torch.inf).reshape(x.lattice.count, -1)
     return _per_image(_largest(x, values), x, keepdim, layout)
 
 
 def _largest(x: Elements, values: Tensor) -> Tensor:
-    """(B, C): the largest of rows (N, C) in each image."""
+    """Return the largest value (B, C) of the rows (N, C) of each image."""
     image = x.lattice.coordinates[0].to(values.device).unsqueeze(1).expand_as(values)
     lowest = values.new_full((x.lattice.batch, values.shape[1]), -torch.inf)
     return lowest.scatter_reduce(0, image, values, "amax")
@@ -231,16 +230,16 @@ def _largest(x: Elements, values: Tensor) -> Tensor:
 
 @operation(reads="image", gives="vector")
 def pool_to_bins(x: Elements, size: tuple[int, int], largest: bool = False, spacing: int = 1) -> Tensor:
-    """Adaptive pooling to a small map (B, C, height, width): the mean or the largest value of each of its bins.
+    """Pool adaptively to a small map (B, C, height, width): the mean or the maximum of each bin.
 
-    Bin i of s holds the samples floor(i n / s) to ceil((i + 1) n / s) of the n of the network's own grid, as in torch.
-    An element counts with the area that its cell has of the bin, inside the map; in an image with one level everywhere
-    cells count whole, cut or not, as in `Lattice.weights`.
+    As in torch, bin i of s holds the samples floor(i n / s) to ceil((i + 1) n / s) of the network's n samples per axis.
+    The weight of an element is the area that its cell shares with the bin, inside the map. In an image with one level
+    everywhere cells count in full, cropped or not, as in `Lattice.weights`.
 
     Args:
         x: elements (N, C).
         size: bins (height, width).
-        largest: of the elements that have a part of the bin, instead of their mean.
+        largest: return the maximum over elements that overlap the bin, instead of the mean.
         spacing: fine pixels between the samples of the network's own grid.
     """
     lattice = x.lattice
@@ -258,7 +257,7 @@ def pool_to_bins(x: Elements, size: tuple[int, int], largest: bool = False, spac
 
 
 def _shares_of_bins(lattice: Lattice, size: tuple[int, int], spacing: int) -> Tensor:
-    """(N, bins) float64: how much each element counts in each bin of its image; sums to one per image and bin."""
+    """Return the weight of each element in each bin of its image, (N, bins) float64; it sums to one per bin."""
     image, *place = lattice.coordinates
     side = lattice.side_map.flatten()[lattice.anchors]
     flat = lattice.levels.flatten(1)
@@ -287,19 +286,19 @@ def global_reduce(
     spacing: int = 1,
     layout: str = NCHW,
 ) -> Tensor:
-    """A reduction over the image axes of each image, and over channel axes if `dims` has some.
+    """Reduce over the image axes of each image, and over channel axes if `dims` contains any.
 
-    A sum or norm runs over as many values as the network's own grid has: the weighted mean times their number. So
+    A sum or norm is the weighted mean times the number of samples on the network's own grid, so that
     it keeps the scale the weights were trained with, at any resolution.
 
     Args:
         x: elements.
         how: `mean`, `sum`, `norm` (Euclidean), `var`, `std`, `amax` or `amin`.
-        dims: axes of the dense map that are reduced; all image axes are among them.
-        keepdim: keep them with size one.
-        correction: of variances, as in torch.
+        dims: axes of the dense map that are reduced; they include all image axes.
+        keepdim: keep the reduced axes with size one.
+        correction: correction of variances, as in torch.
         spacing: fine pixels between the samples of the network's own grid.
-        layout: of the dense map.
+        layout: layout of the dense map.
     """
     channels = [dim for dim in dims if layout[dim] == "c"]
     # A list, because compilers cannot follow a generator into math.prod.
@@ -326,9 +325,9 @@ def global_reduce(
 
 @operation(reads="image")
 def softmax_over_image(x: Elements, spacing: int) -> Elements:
-    """Softmax over all positions of each image, for every channel apart.
+    """Compute the softmax over all positions of each image, separately for every channel.
 
-    Each element counts as often as the network's own grid has samples in its cell, so that the weights sum to one over
+    Each element counts once per sample of the network's own grid in its cell, so that the weights sum to one over
     that grid; see `global_reduce`.
     """
     layout = "bp" + "c" * (x.rows.dim() - 1)
@@ -340,7 +339,7 @@ def softmax_over_image(x: Elements, spacing: int) -> Elements:
 
 @operation(reads="image")
 def normalize_over_image(x: Elements, spacing: int) -> Elements:
-    """Each channel of an image divided by its Euclidean norm over all positions; see `global_reduce`."""
+    """Divide each channel of an image by its Euclidean norm over all positions; see `global_reduce`."""
     layout = "bp" + "c" * (x.rows.dim() - 1)
     norm = global_reduce(x, "norm", (1,), True, 0, spacing, layout).clamp(min=1e-12)
     return Elements(x.rows / rows_on(norm, x.lattice, layout), x.lattice)
@@ -348,10 +347,10 @@ def normalize_over_image(x: Elements, spacing: int) -> Elements:
 
 @operation(reads="image", gives="vector", macs=None)
 def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> Tensor:
-    """The matrix product of two maps along their positions: (B, ..., I, J) from rows (N, ..., I) and (N, ..., J).
+    """Multiply two maps along their positions: (B, ..., I, J) from rows (N, ..., I) and (N, ..., J).
 
-    The sum over positions is scaled to the network's own grid; see `global_reduce`. It is what attention between
-    channels and pooling by attention are made of.
+    The sum over positions is scaled to the network's own grid; see `global_reduce`. Channel attention and attention
+    pooling consist of such products.
     """
     height, width = x.lattice.samples(spacing)
     share = x.lattice.weights / (x.lattice.size[0] * x.lattice.size[1]) * height * width
@@ -361,12 +360,12 @@ def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> 
 
 @operation(reads="element", macs=None)
 def matrix_on_rows(x: Elements, matrix: Tensor, transposed: bool) -> Elements:
-    """A matrix (K, J), or one per image (B, ..., K, J), on the last channel axis of rows (N, ..., K).
+    """Multiply the last channel axis of rows (N, ..., K) by a matrix (K, J), or by one per image (B, ..., K, J).
 
     Args:
         x: elements.
-        matrix: as the network multiplies it from the right; `transposed` if from the left.
-        transposed: whether its last two axes are (J, K).
+        matrix: matrix that the network multiplies from the right, or from the left if `transposed`.
+        transposed: True if the last two axes of the matrix are (J, K).
     """
     matrix = matrix.transpose(-1, -2) if transposed else matrix
     if matrix.dim() == 2:
@@ -379,7 +378,7 @@ def matrix_on_rows(x: Elements, matrix: Tensor, transposed: bool) -> Elements:
 
 
 def _products_of_images(lattice: Lattice, left: Tensor, right: Tensor) -> Tensor:
-    """(B, ..., I, J) from rows (N, ..., I) and (N, ..., J): the sum of their outer products over each image's rows."""
+    """Sum the outer products of rows (N, ..., I) and (N, ..., J) over each image: (B, ..., I, J)."""
     if lattice.has_known_counts:
         parts = zip(*(rows.split(lattice.counts.tolist()) for rows in (left, right)), strict=True)
         return torch.stack([torch.einsum("n...i,n...j->...ij", *part) for part in parts])
@@ -391,7 +390,7 @@ def _products_of_images(lattice: Lattice, left: Tensor, right: Tensor) -> Tensor
 
 
 def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tensor:
-    """One vector (B, C) per image in the axes of a layout, its image axes of size one or gone."""
+    """Reshape one vector (B, C) per image to the axes of a layout; image axes get size one or are removed."""
     channels = iter(range(1, x.rows.dim()))
     axes = [next(channels) if axis == "c" else 0 for axis in layout if axis in "bc"]
     values = values.view(-1, *x.rows.shape[1:]).permute(axes)
@@ -401,7 +400,7 @@ def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tenso
 
 
 def _centre_groups(x: Elements, groups: int) -> tuple[Tensor, Tensor]:
-    """Rows (N, groups, C / groups) less the mean of their image and group, and its variance (N, groups, 1)."""
+    """Return rows (N, groups, C / groups) minus the mean of their image and group, and the variance (N, groups, 1)."""
     dtype = torch.promote_types(x.rows.dtype, torch.float32)
     layout = "bcchw"
 

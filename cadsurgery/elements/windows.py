@@ -1,4 +1,4 @@
-"""Operations that read taps around an element: convolutions, pooling, space to depth."""
+"""Operations that read a window around an element: convolutions, pooling, space to depth."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from cadsurgery.elements.operations import operation
 
 
 def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **options: Any) -> int:
-    """Every element of the result meets every entry of the weight once; of a transposed convolution those of its
-    phase, or on a uniform lattice, as torch counts, every sample of the input every entry."""
+    """Count one MAC per result element and weight entry; in a transposed convolution only the entries of the element's
+    phase count, or on a uniform lattice, as in torch, all entries for every input sample."""
     window: Window = options["window"]
     if window.finer == 1:
         return out.lattice.count * weight.numel()
@@ -64,22 +64,22 @@ def conv2d(
     groups: int = 1,
     size: Sequence[int] | None = None,
 ) -> Elements:
-    """Convolution evaluated at the elements of the lattice after `stage`.
+    """Compute a convolution at the elements of the lattice after `stage`.
 
     out(e) = sum_t w[t] X(a(e) + S (d t - p)): dilated for cells that are kept, strided for cells that are
-    downsampled here (Hesse et al. 2023, Fig. 8c). A window that makes the map finer is a transposed
-    convolution, onto the lattice of an earlier stage: out(e) = sum_t w[t] X(a(e) + (S / f) (p - t)) over the taps of
-    the element's own phase.
+    downsampled here (Hesse et al. 2023, Fig. 8c). A window with `finer > 1` is a transposed convolution onto the
+    lattice of an earlier stage: out(e) = sum_t w[t] X(a(e) + (S / f) (p - t)), summed over the taps of the element's
+    own phase.
 
     Args:
         x: elements (N, C).
-        weight: (O, C / groups, kh, kw), also of a transposed convolution, see `transpose_weight`.
+        weight: (O, C / groups, kh, kw), also for a transposed convolution, see `transpose_weight`.
         bias: (O,) or None.
-        window: the operation as the network has it, with the spacing of its grid.
-        stage: stage of the output, at least the input's unless the map is made finer, or its lattice; so in all
-            functions here.
+        window: window of the operation in the network, with the spacing of its grid.
+        stage: stage of the output (at least the input's, except for upsampling) or its lattice. The same holds for all
+            functions in this module.
         groups: channel groups.
-        size: of the output of a transposed convolution, as the network asks for it: its last two numbers are samples.
+        size: output size of a transposed convolution that the network asks for; the last two numbers are samples.
     """
     window, target = target_of(x, window, stage, size)
     rows, weight, bias = autocast(x.rows, weight, bias)
@@ -97,9 +97,9 @@ def _convolve(
 
 
 def transpose_weight(weight: Tensor, groups: int, turned: bool = False) -> Tensor:
-    """The weight (C, O / groups, kh, kw) of a transposed convolution as (O, C / groups, kh, kw), and back.
+    """Convert the weight (C, O / groups, kh, kw) of a transposed convolution to (O, C / groups, kh, kw), or back.
 
-    `turned` by half a turn it is that of the ordinary convolution which a transposed one of stride one is.
+    With `turned` the kernel is also rotated by 180 degrees: at stride one this gives the equivalent convolution.
     """
     transposed = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return transposed.flip(2, 3) if turned else transposed
@@ -115,13 +115,13 @@ def fused_conv2d(
     stage: int | Lattice | None,
     size: Sequence[int] | None = None,
 ) -> Elements:
-    """`conv2d` with a residual added and an activation applied in the same pass; without gradients.
+    """Compute `conv2d`, add a residual and apply an activation in the same pass; without gradients.
 
     Args:
-        x: elements (N, C); of a pointwise window also with more channel axes before the last.
-        weights: weight, bias, groups and activation; of elements in 8 bits an `IntegerConv`.
-        residual: elements of the output's stage or an earlier one.
-        window: the operation as the network has it, with the spacing of its grid.
+        x: elements (N, C); a pointwise window also accepts additional channel axes before the last.
+        weights: weight, bias, groups and activation; an `IntegerConv` for 8-bit elements.
+        residual: elements of the output's stage or an earlier stage.
+        window: window of the operation in the network, with the spacing of its grid.
         stage: stage of the output; None for the input's.
         size: see `conv2d`.
     """
@@ -145,7 +145,7 @@ def fused_conv2d(
 def _convolve_integers(
     x: Elements, weights: IntegerWeights, residual: Elements | None, window: Window, target: Lattice
 ) -> Elements:
-    """`fused_conv2d` of elements in 8 bits."""
+    """Compute `fused_conv2d` for 8-bit elements."""
     reads = WindowRead(x.lattice, target, window)
     if residual is None or _is_of(residual, target, (weights.weight.shape[0],)):
         more = rows_on(residual, target) if residual is not None else None
@@ -156,7 +156,7 @@ def _convolve_integers(
 
 
 def _is_of(residual: Elements, target: Lattice, channels: tuple[int, ...]) -> bool:
-    """True if a residual has the product's size and channels; rarely not, and the sum is a step of its own then."""
+    """Return True if a residual has the product's size and channels; otherwise (rare) it is added separately."""
     large = all(a >= b for a, b in zip(residual.lattice.size, target.size, strict=True))
     return large and residual.rows.shape[1:] == channels
 
@@ -172,16 +172,16 @@ def conv2d_per_image(
     shape: tuple[int, ...],
     groups: int = 1,
 ) -> Elements:
-    """Convolution whose kernel is another mixture of experts for each image (Yang et al. 2019, CondConv).
+    """Compute a convolution whose kernel is a mixture of experts chosen per image (Yang et al. 2019, CondConv).
 
     Args:
         x: elements (N, C).
-        mix: (B, experts), how much each expert counts for each image.
+        mix: (B, experts), weight of each expert for each image.
         weight: (experts, O * C / groups * kh * kw).
         bias: (experts, O) or None.
-        window: the operation.
+        window: window of the operation.
         stage: stage of the output.
-        shape: of one kernel, (O, C / groups, kh, kw).
+        shape: shape of one kernel, (O, C / groups, kh, kw).
         groups: channel groups.
     """
     window, target = target_of(x, window, stage)
@@ -200,10 +200,10 @@ def conv2d_per_image(
 
 @operation(reads="window", outside=-math.inf, drops=True)
 def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
-    """Maximum over the window, evaluated at the elements of the lattice after `stage`.
+    """Compute the maximum over the window at the elements of the lattice after `stage`.
 
     With `pool="drop"` cells that are not downsampled here pass unchanged (D2-Net as published);
-    otherwise they are pooled with stride one (a-trous).
+    otherwise they are pooled with stride one (atrous pooling).
     """
     window, target = target_of(x, window, stage)
     if window.is_pointwise:
@@ -221,14 +221,14 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor: int | None = None,
 ) -> Elements:
-    """Mean over the window, evaluated at the elements of the lattice after `stage`; see `max_pool2d`.
+    """Compute the mean over the window at the elements of the lattice after `stage`; see `max_pool2d`.
 
     Args:
         x: elements.
-        window: the operation.
+        window: window of the operation.
         stage: stage of the output.
-        count_include_pad: whether padding counts in the divisor, as in torch; what lies beyond never does.
-        divisor: fixed divisor instead.
+        count_include_pad: count padding in the divisor, as in torch; positions beyond the padding never count.
+        divisor: fixed divisor to use instead.
     """
     window, target = target_of(x, window, stage)
     if window.is_pointwise:
@@ -245,7 +245,7 @@ def avg_pool2d(
 
 @operation(reads="window", drops=True)
 def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elements:
-    """Space to depth: the values under an r x r window side by side in the channels."""
+    """Compute space to depth: the values under an r x r window are concatenated along the channels."""
     window, target = target_of(x, window, stage)
     reading = kernel_map(x.lattice, target, window, drop=drops(target, window))
     rows = extend(x.rows, reading, 0.0)
@@ -254,12 +254,12 @@ def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elemen
 
 
 def drops(target: Lattice, window: Window) -> bool:
-    """True if cells that are not downsampled here pass as they are."""
+    """Return True if cells that are not downsampled here pass unchanged."""
     return target.geometry.pool == "drop" and window.stride > 1
 
 
 def _subsample(x: Elements, target: Lattice) -> Tensor:
-    """Rows of pools of a single tap: their own memory, as of any pool, which may be overwritten."""
+    """Select the rows of a pooling with one tap; the result has its own memory, which callers may overwrite."""
     rows = rows_on(x, target)
     return rows.clone() if rows is x.rows else rows
 
@@ -267,11 +267,11 @@ def _subsample(x: Elements, target: Lattice) -> Tensor:
 def target_of(
     x: Elements, window: Window, stage: int | Lattice, samples: Sequence[int] | None = None
 ) -> tuple[Window, Lattice]:
-    """The window with its padding known, and the lattice of its output, if only its stage is given."""
+    """Return the window with its padding resolved, and the lattice of its output."""
     lattice = x.lattice
     if isinstance(stage, Lattice):
         return window.fit(lattice.size), stage
-    if window.finer == 1:  # which most are: looked up rather than computed
+    if window.finer == 1:  # the common case is looked up rather than computed
         window, size = lattice.derive(("target", window), lambda: _fit(window, lattice.size))
         return window, lattice.at(stage, size)
     window = window.fit(lattice.size)
@@ -280,6 +280,6 @@ def target_of(
 
 
 def _fit(window: Window, size: tuple[int, int]) -> tuple[Window, tuple[int, int]]:
-    """The window with its padding known, and the fine size of its output."""
+    """Return the window with its padding resolved, and the fine size of its output."""
     window = window.fit(size)
     return window, window.output_size(size)

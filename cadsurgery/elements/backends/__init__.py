@@ -1,1 +1,1 @@
-"""Backends: what computes the operations on elements, on the CPU in C and oneDNN, on the GPU in Triton."""
+"""Backends: implementations of the operations on elements, on the CPU in C and oneDNN, on the GPU in Triton."""

@@ -1,4 +1,4 @@
-"""Convolutions whose results are scaled and shifted by the level of each element."""
+"""Convolutions whose results are scaled and shifted depending on the level of each element."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cadsurgery.elements.backends.native import Native
 
 
 def convolve_by_level(work: Convolution) -> Tensor:
-    """Rows (N, ..., O): the sums by whatever backend is chosen, then factors, residual and activation.
+    """Compute rows (N, ..., O): sums by the chosen backend, then the factors of the levels, residual and activation.
 
-    Compiled code does the rest too, while the sums are in its registers; so it costs next to nothing.
+    The compiled kernels apply all of this while the sums are in registers, at almost no cost.
     """
     weights, reads = work.weights, work.reads
     assert weights.levels is not None and isinstance(reads, WindowRead)

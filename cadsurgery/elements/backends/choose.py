@@ -1,12 +1,12 @@
-"""Choose the backend of each work: the first of the table that applies, or, where several can do a kind of work equally
-well, the fastest of them by measurement on this machine.
+"""Choose the backend of each work: the first in the table that applies or, if several measured backends apply, the
+fastest on this machine.
 
-A work is a value: operands, where they are read, what is asked of the result. A backend has a method for each task it
-carries out, and says of a work whether it applies. The table (`table.py`) is asked in its order; torch is last, takes
-every work, and is what the others are held against (`tests/laws/test_backend_laws.py`).
+A work is a value that describes a computation: the operands, where they are read, and the requested result. A backend
+has one method for each task that it supports, and a method that says if it applies to a work. The table (`table.py`)
+is tried in order. Torch is last, supports every work, and is the reference (`tests/laws/test_backend_laws.py`).
 
-The choice is made once for each layer and each kind of lattices that it reads, see `Work.case`, and kept with the
-layer's weights.
+The choice is made once for each layer and each kind of lattice that it reads (see `Work.case`), and is stored with
+the layer's weights.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Activation, FusedConv
 
 
-_SAMPLE_WORK = 1 << 23  # multiply-accumulates of a sample
-_SAMPLE_CELLS = 48  # height and width of one that is a map
+_SAMPLE_WORK = 1 << 23  # multiply-accumulates of a sample work, by which backends are measured
+_SAMPLE_CELLS = 48  # height and width of a sample that is a map
 
 
 def size_class(size: int, least: int = 16, most: int = 512) -> int:
-    """The power of two that a size is rounded up to, within bounds: sizes of a class are taken for alike."""
+    """Round a size up to a power of two within bounds; sizes of one class share their measurements."""
     return max(least, min(most, 1 << max(0, size - 1).bit_length()))
 
 
 @dataclass(frozen=True, eq=False)
 class WindowRead:
-    """From where to where a window reads: the lattices before and after, the window with its padding known.
+    """The lattices that a window reads from and writes to, and the window with its padding resolved.
 
     With `drop`, cells that are not downsampled here read only themselves, see `kernel_map`.
     """
@@ -55,7 +55,7 @@ class WindowRead:
 
     @property
     def case(self) -> tuple[Hashable, ...]:
-        """Facts about the lattices and the window that backends ask for: all but the numbers and places of elements."""
+        """Facts about lattices and window that backends need: all except the number and positions of elements."""
         return self.source.derive(("case", self.target.key, self.window, self.drop), self._make_case)
 
     def _make_case(self) -> tuple[Hashable, ...]:
@@ -66,7 +66,7 @@ class WindowRead:
 
     @property
     def reading(self) -> Reading:
-        """The kernel map, or for one tap at the element itself the rows as they are."""
+        """The kernel map or, for one tap at the element itself, the selected rows."""
         if self.window.is_pointwise:
             rows = rows_of(self.source, self.target)
             if rows is None:
@@ -75,7 +75,7 @@ class WindowRead:
         return kernel_map(self.source, self.target, self.window, drop=self.drop)
 
     def smaller(self, cells: int) -> WindowRead:
-        """The same between maps that are uniform, of so many cells in height and width."""
+        """Return the same window on small uniform maps of `cells` x `cells` cells."""
         side, level = self.source.uniform_side, self.source.uniform_level
         assert level is not None
         size = (cells * side, cells * side)
@@ -86,7 +86,7 @@ class WindowRead:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Something to compute from rows (N, C); `task` is the method of a backend that computes it."""
+    """A computation on rows (N, C); `task` names the backend method that carries it out."""
 
     rows: Tensor
     task: ClassVar[str]
@@ -103,52 +103,52 @@ class Work:
 
     @property
     def graph(self) -> Literal["", "compiled", "exported"]:
-        """Which graph torch makes of what is called now: none, one to compile, one to export."""
+        """The kind of graph that torch is tracing now: none, one to compile, or one to export."""
         if not torch.compiler.is_compiling():
             return ""
         return "exported" if is_exporting() else "compiled"
 
     @property
     def is_inference(self) -> bool:
-        """Neither gradients nor graphs: values alone."""
+        """True if neither gradients are needed nor a graph is traced."""
         return not (self.gradient or self.graph)
 
     @property
     def case(self) -> tuple[Hashable, ...]:
-        """All that the choice of a backend may depend on, but for what `Backend.condition` asks of a single work."""
+        """Everything the choice of a backend may depend on, except the `Backend.condition` of a single work."""
         return self.task, self.rows.dtype, self.rows.device.type
 
     @property
     def choices(self) -> dict[Hashable, tuple[Choice, ...]]:
-        """Where the choice is kept."""
+        """The dictionary in which the choice is stored."""
         return _CHOICES
 
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
-        """All that the time of a backend depends on, in classes; None if backends are not measured for this work.
+        """Everything the time of a backend depends on, in classes; None if backends are not measured for this work.
 
-        They are not for mixing and pooling, so that a row has the same bits whichever work reads it.
+        Mixing and pooling are not measured, so that a row has the same bits in whichever work it is read.
         """
         return None
 
     def sample(self) -> Work:
-        """A work of this kind that is the same for all of it, to measure backends by."""
+        """Return a representative work of this kind, by which backends are measured."""
         raise NotImplementedError
 
     def shortened(self, rows: int) -> Work:
-        """A sample with so many rows less, if some backend makes code for each number of rows; else itself."""
+        """Return a sample with `rows` fewer rows if a backend generates code per number of rows; otherwise self."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class Convolution(Work):
-    """act(sum_t W_t X[table[n, t]] + bias + residual): rows (N_target, O).
+    """A convolution act(sum_t W_t X[table[n, t]] + bias + residual) with result rows (N_target, O).
 
     Attributes:
         rows: (N, C); with one tap at the element itself also with more channel axes before the last.
         weights: weight, bias, groups and activation.
-        reads: the lattices and the window; a reading if no more is known; None for a product of the rows as they are.
-        outside: what taps outside the map read.
+        reads: the lattices and the window; or only a reading; or None for a product of the unchanged rows.
+        outside: value that taps outside the map read.
         residual: rows of the result's shape, or None.
     """
 
@@ -165,18 +165,18 @@ class Convolution(Work):
 
     @property
     def reading(self) -> Reading:
-        """Where it reads."""
+        """The reading of the input rows."""
         return every_row(self.rows.shape[0], self.rows.device) if self.reads is None else self.reads.reading
 
     @property
     def is_product(self) -> bool:
-        """One tap at the element itself, ungrouped: a product of rows with a matrix."""
+        """True if the only tap is at the element itself, ungrouped: a product of rows with a matrix."""
         at_element = isinstance(self.reads, WindowRead) and self.reads.window.is_pointwise
         return self.reads is None or (at_element and self.weights.groups == 1)
 
     @property
     def case(self) -> tuple[Hashable, ...]:
-        """The lattices and the window and, unless the layer keeps its choices, the weight."""
+        """The case of the lattices and the window, with the weight's shape unless the layer stores its own choices."""
         weights, reads, rows = self.weights, self.reads, self.rows
         where: Hashable = reads.case if isinstance(reads, WindowRead) else reads is None
         case: tuple[Hashable, ...] = (
@@ -193,7 +193,7 @@ class Convolution(Work):
 
     @property
     def is_recurring(self) -> bool:
-        """True for a product whose number of rows follows from the image's size alone, of one of the first sizes."""
+        """True for a product whose row count depends only on the image size, if it is one of the first sizes seen."""
         reads, weights = self.reads, self.weights
         if reads is None:
             return weights.dense and weights.is_recurring_row_count(len(self.rows))
@@ -203,20 +203,20 @@ class Convolution(Work):
 
     @property
     def choices(self) -> dict[Hashable, tuple[Choice, ...]]:
-        """Those of the layer, if it is one that keeps them."""
+        """The choices of the layer if it stores them, otherwise the global ones."""
         return _CHOICES if self.weights.packed_cache is None else self.weights.choices
 
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
-        """Groups, taps, channels and type, where packed weights are kept: in inference in earnest. Rows of dense maps
-        are not measured: there may be a single one."""
+        """Groups, taps, channels and dtype if packed weights are kept, that is, in optimised inference; otherwise None.
+        Rows of dense maps are not measured, because there may be a single row."""
         weights, uniform = self.weights, self._of_uniform
         if (
             weights.packed_cache is None
             or self.reads is None
             or (uniform and weights.groups == 1 and not self.is_product)
         ):
-            return None  # of ordinary convolutions of uniform maps none is faster than a dense one
+            return None  # on uniform maps no backend beats the dense convolution, unless it is grouped or pointwise
         outputs, group, height, width = weights.weight.shape
         taps = 0 if self.is_product else height * width
         if weights.groups == 1:
@@ -227,7 +227,7 @@ class Convolution(Work):
 
     @property
     def _of_uniform(self) -> dict[str, object] | None:
-        """Where a window reads if both maps have one level each: steps and sides of cells in fine pixels; else None."""
+        """Kernel, tap distances and cell sides in fine pixels if both lattices are uniform; otherwise None."""
         if not isinstance(self.reads, WindowRead):
             return None
         source, target, window = self.reads.source, self.reads.target, self.reads.window
@@ -242,7 +242,7 @@ class Convolution(Work):
         }
 
     def sample(self) -> Convolution:
-        """A convolution of ordinary rows, or of a small uniform map, with as many channels as the class has at most."""
+        """Return a convolution of plain rows or of a small uniform map, with the largest channel count of the class."""
         weight = self.weights.weight
         outputs, group, groups = size_class(weight.shape[0]), weight.shape[1], 1
         if self.weights.groups == 1:
@@ -264,12 +264,12 @@ class Convolution(Work):
         return Convolution(rows, weights, reading)
 
     def shortened(self, rows: int) -> Convolution:
-        """A mask keeps another number of elements of every image: a product has other rows in every call."""
+        """Return a product with fewer rows, because the number of elements varies from image to image."""
         return replace(self, rows=self.rows[: len(self.rows) - rows]) if self.reads is None else self
 
     @property
     def of_target(self) -> Tensor:
-        """The rows of a product, those of the target alone."""
+        """The input rows of a product, restricted to the target lattice."""
         if not isinstance(self.reads, WindowRead):
             return self.rows
         return select_rows(self.rows, self.reads.source, self.reads.target)
@@ -277,7 +277,7 @@ class Convolution(Work):
 
 @dataclass(frozen=True, eq=False)
 class TransposedConvolution(Convolution):
-    """A transposed convolution: with the taps of each element's own phase, see `kernel_map`."""
+    """A transposed convolution: each element uses the taps of its own phase, see `kernel_map`."""
 
     reads: WindowRead
     task: ClassVar[str] = "spread"
@@ -294,13 +294,13 @@ class Pooling(Work):
 
     @property
     def case(self) -> tuple[Hashable, ...]:
-        """The lattices and the window."""
+        """The operands' kind, the lattices and the window."""
         where = self.reads.case if isinstance(self.reads, WindowRead) else Reading
         return self.task, self.rows.dtype, self.rows.device.type, self.rows.dim(), self.largest, where
 
     @property
     def reading(self) -> Reading:
-        """Where it reads."""
+        """The reading of the input rows."""
         return self.reads.reading
 
 
@@ -320,7 +320,7 @@ class Mixing(Work):
 
 @dataclass(frozen=True, eq=False)
 class MixingLines(Work):
-    """Weighted sums along the lines of a map (L, W, C): (L, M, C), between `first` and `second` (M,) by `share`."""
+    """Linear interpolation along the lines of a map (L, W, C): (L, M, C), between `first` and `second` (M,)."""
 
     first: Tensor
     second: Tensor
@@ -330,7 +330,7 @@ class MixingLines(Work):
 
 @dataclass(frozen=True, eq=False)
 class Picking(Work):
-    """The rows that a reading's table, of any shape, names, each about once: (entries, C)."""
+    """Selection of the rows in a reading's table of any shape: (entries, C). Each row is read about once."""
 
     reading: Reading
     task: ClassVar[str] = "pick"
@@ -343,17 +343,17 @@ class Picking(Work):
 
 @dataclass(frozen=True, eq=False)
 class Filling(Work):
-    """act(fill + residual): rows (T, C) of maps of one resolution, some of whose positions were computed; the others
-    are sums of those around, see `gaps.py`.
+    """act(fill + residual): rows (T, C) of single-resolution maps. Positions that were not computed are weighted sums
+    of computed neighbours, see `gaps.py`.
 
     Attributes:
-        rows: (N, C), what was computed.
-        source: its positions.
-        target: those that are wanted.
-        weights: (k, k) of the sums.
-        least: what is added to the sum of the weights of what is there, which divides them; 0: nothing divides them.
-        floor: (C,), what counts with what the weights lack of 1; default zero.
-        shares: (N,) in 0..1, how much of each row was computed; default all.
+        rows: (N, C), the computed rows.
+        source: positions of the computed rows.
+        target: positions of the result.
+        weights: (k, k), weights of the sums.
+        least: added to the sum of the neighbours' weights, by which the result is divided; 0 for no division.
+        floor: (C,), baseline with the remaining weight (1 minus the sum of the weights); default zero.
+        shares: (N,) in 0..1, the computed share of each row; default 1.
         residual: (T, C) or None.
         activation: applied last.
     """
@@ -375,27 +375,27 @@ class Filling(Work):
 
     @property
     def case(self) -> tuple[Hashable, ...]:
-        """Facts about the lattices: if every position is a cell of its own, and if their numbers are known."""
+        """Facts about the lattices: whether every position is a cell, and whether their number is known."""
         lattices = (self.source, self.target)
         kinds = tuple((one.geometry.strides == (), one.has_known_counts) for one in lattices)
         return self.task, self.rows.dtype, self.rows.device.type, kinds
 
     @property
     def picking(self) -> Picking:
-        """The same as rows that are picked, those filled as mixed ones."""
+        """The same work as a `Picking` whose halo rows are the filled positions."""
         rows, near = self.rows, find_near(self.source, self.target, self.weights.shape[0] // 2, self.shares)
         mass = self.weights.flatten() * near.there
         if self.shares is not None:
             mass = mass * self.shares.to(mass)[near.sources.long()]
         if self.least:
             mass = mass / (mass.sum(1, keepdim=True) + self.least)
-        if self.shares is not None:  # what was not computed of a position is filled, the centre is what was
+        if self.shares is not None:  # fill the missing share; the centre holds the computed share
             mass = (1 - near.share.unsqueeze(1)) * mass
             own = torch.zeros_like(mass)
             own[:, mass.shape[1] // 2] = near.share
             mass = mass + own
         sources, table, has_outside = near.sources, near.table, near.has_far
-        if self.floor is not None:  # one more row
+        if self.floor is not None:  # append the floor as one more row
             count = self.source.count
             rows = torch.cat((rows, self.floor.to(rows).unsqueeze(0)))
             table = torch.where(table > count, table + 1, table)
@@ -406,7 +406,7 @@ class Filling(Work):
 
 @dataclass(frozen=True, eq=False)
 class Gathering(Work):
-    """A function that writes the rows of entries of a reading's table side by side into memory it is given."""
+    """A function that gathers the rows of table entries into given memory, one after another."""
 
     reading: Reading
     outside: float
@@ -414,43 +414,43 @@ class Gathering(Work):
 
 
 class Backend:
-    """A way to compute works: a method named by the task of each kind that it carries out."""
+    """An implementation of works, with one method per supported task, named like the task."""
 
     name: str
 
     def applies(self, work: Any) -> bool:
-        """Return True if it computes works of this case (`Work.case`), of a task it has.
+        """Return True if the backend supports works of this case (`Work.case`); called only for tasks it has.
 
-        By device, type, groups, gradient, graph and the kind of lattices; it is asked once for each case.
+        The answer may depend on device, dtype, groups, gradient, graph and kind of lattices; it is cached per case.
         """
         raise NotImplementedError
 
     def is_measured(self, work: Any) -> bool:
-        """Return True if it does this work only where it is faster than others that are measured for it."""
+        """Return True if the backend is used for this work only if it is the fastest of the measured backends."""
         return False
 
     def condition(self, work: Any) -> Callable[[Any], bool] | None:
-        """Return what must hold of a single work of this case, too, such as that it is large enough; or None."""
+        """Return an additional condition on a single work of this case, such as a minimum size; or None."""
         return None
 
     def prepare(self, work: Any) -> Callable[[Any], Any]:
-        """Return the function of works of this case; what follows from the case alone is done here, once."""
+        """Return a function that computes works of this case; preparations that depend on the case alone go here."""
         run: Callable[[Any], Any] = getattr(self, work.task)
         return run
 
 
 class Choice(NamedTuple):
-    """A backend that computes works of a case, where a condition holds of them."""
+    """A backend for works of a case, with the condition that a work must meet."""
 
     backend: Backend
     run: Callable[[Any], Any]
     condition: Callable[[Any], bool] | None = None
 
 
-# The table, see `table.py`. A backend of a user's own is put into it as into any list.
+# The table, see `table.py`. Users insert their own backends as into any list.
 BACKENDS: list[Backend] = []
 
-# Choices for works of no layer that keeps them.
+# Choices for works whose layer does not store them.
 _CHOICES: dict[Hashable, tuple[Choice, ...]] = {}
 _MOST_CHOICES = 1024
 
@@ -458,7 +458,7 @@ _MOST_CHOICES = 1024
 def choose(work: Work) -> Choice:
     """Return the first choice for a work: the first backend that applies and whose condition holds.
 
-    If that is a measured one, and others that are measured apply too, it is the fastest of them for this kind of work.
+    If that backend is measured and other measured backends apply, the fastest for this kind of work is returned.
     """
     if torch.compiler.is_compiling():
         return next(choice for choice in _choices(work) if choice.condition is None or choice.condition(work))
@@ -477,13 +477,13 @@ def choose(work: Work) -> Choice:
 
 
 def choose_after(work: Work, backend: Backend) -> Choice:
-    """Return the choice for a work among the backends behind one, in the table's order."""
+    """Return the choice for a work among the backends after `backend` in the table."""
     able = _choices(work, after=backend)
     return next(choice for choice in able if choice.condition is None or choice.condition(work))
 
 
 def _choices(work: Work, after: Backend | None = None) -> tuple[Choice, ...]:
-    """The backends that apply to works of a case, up to the first one without a condition."""
+    """Return the backends that apply to works of a case, up to the first without a condition."""
     found: list[Choice] = []
     first = 0 if after is None else BACKENDS.index(after) + 1
     for at, backend in enumerate(BACKENDS[first:], first):
@@ -502,20 +502,20 @@ def _can(backend: Backend, work: Work) -> bool:
 
 
 def _kind_to_measure(work: Work) -> tuple[Hashable, ...] | None:
-    """The kind of a work for which backends are measured: of values alone, on the CPU; else None."""
+    """Return the kind of a work if its backends are measured (inference on the CPU); otherwise None."""
     if work.rows.device.type != "cpu" or not work.is_inference or is_observed():
         return None
     return work.kind
 
 
 def _fastest(kind: tuple[Hashable, ...], work: Work, backends: Sequence[Backend]) -> Backend:
-    """The fastest of those backends that are measured and can do a work, of which the first is one."""
+    """Return the fastest measured backend that supports a work; the first in the list is known to."""
     first, *others = backends
     able = [backend for backend in others if backend.is_measured(work) and _can(backend, work)]
     if not able:
         return first
     by_name = {backend.name: backend for backend in (first, *able)}
-    sample, calls = cache(work.sample), count()  # made only where something has to be measured
+    sample, calls = cache(work.sample), count()  # created only if something must be measured
     runs = {
         name: lambda backend=backend: getattr(backend, work.task)(sample().shortened(next(calls)))
         for name, backend in by_name.items()
@@ -524,7 +524,7 @@ def _fastest(kind: tuple[Hashable, ...], work: Work, backends: Sequence[Backend]
 
 
 def compute(work: Work, choice: Choice | None = None) -> Any:
-    """Compute a work by the backend of the choice, or by one chosen before; a profile shows the backend's name."""
+    """Compute a work with the given choice, or with the chosen backend; profiles show the backend's name."""
     chosen = choice or choose(work)
     if not work.graph and torch.autograd._profiler_enabled():
         with torch.profiler.record_function(f"{work.task} ({chosen.backend.name})"):
@@ -533,17 +533,17 @@ def compute(work: Work, choice: Choice | None = None) -> Any:
 
 
 def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
-    """Weighted sums of rows: (M, C)."""
+    """Compute weighted sums of rows, (M, C)."""
     return compute(Mixing(rows, sources, shares))
 
 
 def outside_of(dtype: torch.dtype, outside: float) -> float:
-    """Value of rows outside the map: zero for minus infinity in bytes, which have no lower value."""
+    """Return the value of rows outside the map; in uint8 minus infinity becomes 0, the smallest value."""
     return max(outside, 0.0) if dtype == torch.uint8 else outside
 
 
 def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
-    """The rows a reading's table points into: the elements, one row of what is outside, the halo."""
+    """Return the rows that a reading's table indexes: the elements, one padding row, and the halo rows."""
     no_halo = is_statically_true(reading.sources.shape[0] == 0)
     if no_halo and not reading.has_outside:
         return rows
@@ -554,17 +554,17 @@ def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
 
 
 def _sample_reading(count: int, taps: int) -> Reading:
-    """Rows that each read their next ones, as those of a line do."""
+    """Return a reading in which each row reads the rows after it, like pixels of a line."""
     first = torch.arange(count, dtype=torch.int32).unsqueeze(1)
     return read_rows(((first + torch.arange(taps, dtype=torch.int32)) % count).contiguous())
 
 
 def every_row(count: int, device: torch.device) -> Reading:
-    """A reading of one tap: the rows as they are."""
+    """Return a reading with one tap in which each row reads itself."""
     return read_rows(torch.arange(count, dtype=torch.int32, device=device).unsqueeze(1))
 
 
 def select_rows(rows: Tensor, source: Lattice, target: Lattice) -> Tensor:
-    """The rows (N, ...) of a lattice that the same or a later stage still has."""
+    """Return the rows (N, ...) of a lattice that the same or a later stage still has."""
     places = rows_of(source, target)
     return rows if places is None else rows.index_select(0, places.to(rows.device))

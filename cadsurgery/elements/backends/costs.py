@@ -1,12 +1,12 @@
-"""Measured costs: of a convolution on a dense map and on elements, and of each backend that can do a kind of work.
+"""Measured costs: of convolutions on dense maps and on elements, and of each backend that supports a kind of work.
 
-On elements a convolution does less work, but at a lower rate where there is no kernel for it. Where the whole fine map
-is cheaper, the same result is computed on that. Where several backends can do a kind of work, the fastest does it.
+A convolution on elements does less work, but at a lower rate if there is no kernel for it. The whole fine map is
+convolved if that is cheaper. If several backends support a kind of work, the fastest is used.
 
-Costs are measured once for each machine and each setting of its instruction sets, and kept in the user's cache folder.
-Each way rounds differently: so that the same program gives the same bits wherever the costs are not those of this
-machine's cache, they are pinned, by `pin` or by the environment variable CADSURGERY_COSTS, to those of a file: a report
-that recorded them, or a cache's `costs.json`.
+Costs are measured once per machine and setting of its instruction sets, and kept in the user's cache folder. Backends
+round differently, so results depend on the costs. To get the same bits on another machine or with another cache, pin
+the costs with `pin` or the environment variable CADSURGERY_COSTS to a file: a report that recorded them, or the
+`costs.json` of a cache.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _FILE = "costs.json"
 _ROUNDS, _MOST_ROUNDS, _NANOSECONDS = 7, 50, 100_000_000
 _NANOSECONDS_OF_CANDIDATES, _NOISE = 30_000_000, 0.05
 _LOCK = threading.Lock()
-_MEASURING = threading.local()  # `on`: this thread measures for another, which holds the lock
-# The three numbers of `Costs`, or the nanoseconds of a backend for a piece of a kind of work.
+_MEASURING = threading.local()  # `on`: this thread measures on behalf of a thread that holds the lock
+# The three numbers of `Costs`, or the nanoseconds that a backend takes for a sample of a kind of work.
 Numbers = tuple[float, ...]
 _VARIABLE = "CADSURGERY_COSTS"
-# The costs that decided so far, by kind; and those that alone may: by `pin`, or of the file that the variable names.
+# The costs used so far, by kind; then the pinned costs, set by `pin` or read from the file that the variable names.
 _KNOWN: dict[str, Numbers] = {}
 _PINNED: Mapping[str, Numbers] | None = None
 _OF_FILE: dict[str, Mapping[str, Numbers]] = {}
 _FASTEST: dict[tuple[Hashable, ...], str] = {}
-# How often costs were pinned: choices made before are made anew.
+# How often costs were pinned. A change invalidates earlier choices.
 pins = 0
 
 
@@ -52,9 +52,9 @@ class Costs(NamedTuple):
     """Nanoseconds per multiply-accumulate of one kind of convolution, and per value moved.
 
     Attributes:
-        dense: of an ordinary convolution of a whole map.
-        sparse: of one on elements.
-        moved: of reading and writing one value when a map is made of elements or elements of a map.
+        dense: cost of an ordinary convolution of a whole map, per MAC.
+        sparse: cost of a convolution on elements, per MAC.
+        moved: cost of reading and writing one value in a conversion between elements and dense maps.
     """
 
     dense: float
@@ -62,27 +62,27 @@ class Costs(NamedTuple):
     moved: float
 
     def prefer_dense(self, work: int, elements: int, pixels: int, channels: tuple[int, int]) -> bool:
-        """True if the whole map is cheaper.
+        """Return True if convolving the whole map is cheaper.
 
         Args:
             work: multiply-accumulates per element.
-            elements: of the output.
-            pixels: of the whole map.
-            channels: read and written.
+            elements: number of output elements.
+            pixels: number of pixels of the whole map.
+            channels: numbers of input and output channels.
         """
         moved = pixels * channels[0] + elements * channels[1]
         return pixels * work * self.dense + moved * self.moved < elements * work * self.sparse
 
 
-# Decide for elements, whatever the sizes.
+# Costs that always prefer elements, for all sizes.
 _NEVER_DENSE = Costs(1.0, 0.0, 0.0)
 
 
 def costs(key: str, measure: Callable[[], Costs]) -> Costs:
-    """The costs of one kind of convolution; `key` names everything they depend on but the machine.
+    """Return the costs of one kind of convolution; `key` names everything except the machine that they depend on.
 
-    If costs are pinned, a kind that is not among them is computed on elements. What cannot be read from or written to
-    the cache folder is measured anew in each process.
+    If costs are pinned and this kind is missing, the costs prefer elements. If the cache folder cannot be read or
+    written, costs are measured again in each process.
 
     Raises:
         FileError: see `read`.
@@ -91,14 +91,14 @@ def costs(key: str, measure: Callable[[], Costs]) -> Costs:
 
 
 def fastest(kind: tuple[Hashable, ...], candidates: Mapping[str, Callable[[], object]]) -> str:
-    """The name of the candidate that takes the least time for a kind of work, measured when the kind is first met.
+    """Return the name of the fastest candidate for a kind of work; times are measured on first use of the kind.
 
-    The first one serves where no other is faster by more than measurements differ, and where costs are pinned and one
-    of the candidates is not among them.
+    The first candidate is returned if no other is faster by more than the measurement noise, or if costs are pinned
+    and lack one of the candidates.
 
     Args:
-        kind: all that their times depend on but the machine.
-        candidates: for each name the work of a sample of the kind, the same for all.
+        kind: everything except the machine that the times depend on.
+        candidates: for each name a function that runs a sample of the kind, the same sample for all.
 
     Raises:
         FileError: see `read`.
@@ -124,7 +124,7 @@ def fastest(kind: tuple[Hashable, ...], candidates: Mapping[str, Callable[[], ob
 
 
 def _best_times(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Nanoseconds of the best of several calls of each, one after the other: what disturbs one disturbs all."""
+    """Return each function's best time in nanoseconds. Calls alternate, so that disturbances affect all alike."""
     for run in runs.values():
         run()  # packs weights
     taken: dict[str, list[int]] = {name: [] for name in runs}
@@ -140,7 +140,7 @@ def _best_times(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def _numbers(key: str, measure: Callable[[], Numbers], otherwise: Numbers | None = None) -> Numbers | None:
-    """The numbers kept under a key, or measured now; if costs are pinned and lack it, what is said `otherwise`."""
+    """Return the numbers stored under a key, or measure them now; `otherwise` if costs are pinned and lack the key."""
     of_torch = f"{key}, torch {torch.__version__}"
     key = f"{of_torch}, {isa.in_words()}"
     is_inner = getattr(_MEASURING, "on", False)
@@ -159,8 +159,8 @@ def _numbers(key: str, measure: Callable[[], Numbers], otherwise: Numbers | None
 
 
 def pin(source: Path | str | Mapping[str, Numbers] | None) -> None:
-    """Decide by these costs alone from now on, of a file or as `record` gives them; None: by those of the file that
-    CADSURGERY_COSTS names, or as measured.
+    """Use only these costs from now on: a file, or the values of `record`. None returns to the file that
+    CADSURGERY_COSTS names or, without that variable, to measured costs.
 
     Raises:
         FileError: see `read`.
@@ -174,22 +174,22 @@ def pin(source: Path | str | Mapping[str, Numbers] | None) -> None:
 
 
 def record() -> dict[str, Any]:
-    """The costs that decided in this process until now, for a report: plain values that `read` takes, and a digest that
-    is the same where they are."""
+    """Return the costs used in this process so far, for a report: plain values that `read` accepts, and a digest that
+    is equal for equal costs."""
     return as_record({key: list(cost) for key, cost in _KNOWN.copy().items()})
 
 
 def as_record(kinds: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Numbers by kind and their digest, as `record` gives those of this process."""
+    """Return numbers by kind and their digest in the format of `record`."""
     kinds = dict(sorted(kinds.items()))
     return {"digest": hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:12], "kinds": kinds}
 
 
 def read(path: Path | str) -> dict[str, Numbers]:
-    """The costs in a file: JSON with numbers for each kind, see `Numbers`, or a report under whose `costs` they are.
+    """Read costs from a JSON file: numbers for each kind (see `Numbers`), or a report with such an entry `costs`.
 
     Raises:
-        FileError: it cannot be read, or has no costs.
+        FileError: the file cannot be read, or has no costs.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -220,7 +220,7 @@ def _pinned_costs() -> Mapping[str, Numbers] | None:
 
 
 def _numbers_of(value: object) -> Numbers | None:
-    """One or three plain numbers, None for anything else."""
+    """Convert one or three plain numbers; None for anything else."""
     try:
         numbers = read_as(tuple[float, ...], value, "a measurement")
     except ValueError:
@@ -233,7 +233,7 @@ def _numbers_of(value: object) -> Numbers | None:
 
 
 def best_time(run: Callable[[], object]) -> float:
-    """Nanoseconds of the best of many calls: other processes only ever add to it, often to several in a row."""
+    """Return the best time of many calls in nanoseconds; other processes only add time, often to consecutive calls."""
     begin, taken = time.perf_counter_ns(), list[int]()
     while len(taken) < _ROUNDS or (
         time.perf_counter_ns() - begin < _NANOSECONDS and len(taken) < _MOST_ROUNDS
@@ -245,7 +245,7 @@ def best_time(run: Callable[[], object]) -> float:
 
 
 def _all_kept() -> dict[str, Any]:
-    """Return the file's content; nothing if there is none, it is damaged, or somebody else may have written it."""
+    """Return the content of the cache file; empty if it is missing, damaged, or writable by other users."""
     path = _path()
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         if path is not None and is_private(path.lstat()):
@@ -265,8 +265,8 @@ def _measure_and_keep(key: str, measure: Callable[[], Numbers]) -> Numbers:
 
 
 def _on_one_core(measure: Callable[[], Numbers]) -> Numbers:
-    """Measure in a thread of its own with one thread of torch: waiting for other cores would be counted,
-    and the costs relative to each other are those of many. The caller's number of threads stays as it is."""
+    """Measure with one torch thread: with several, waiting for other cores would count, and the ratios of the costs
+    are the same. Runs in a separate thread, so that the caller's number of threads is unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     _MEASURING.on = True

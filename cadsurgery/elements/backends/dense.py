@@ -1,4 +1,4 @@
-"""Convolutions and pools on dense maps: of uniform lattices as they are, of others where the whole map is cheaper."""
+"""Convolutions and pooling on dense maps: for uniform lattices, and for other lattices if the whole map is cheaper."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from cadsurgery.kernels.load import is_observed
 
 
 class _Dense(NamedTuple):
-    """An ordinary operation on a dense map, in samples of that. The padding (left, right, top, bottom) is below and to
-    the right what the last output needs, whatever the network's own says."""
+    """An ordinary operation on a dense map, in samples of the map. Padding is (left, right, top, bottom); at the right
+    and bottom it is the amount that the last output needs, independent of the network's own padding."""
 
     stride: int
     padding: tuple[int, int, int, int]
@@ -36,7 +36,7 @@ class _Dense(NamedTuple):
 
 
 def _dense(reads: WindowRead) -> _Dense | None:
-    """The dense operation that does the same where both lattices are uniform; else None."""
+    """Return the equivalent dense operation if both lattices are uniform; otherwise None."""
     window, sides = reads.window, _sides(reads)
     if sides is None or any(step * window.spacing % sides[0] for step in (*window.dilation, *window.padding)):
         return None
@@ -44,7 +44,7 @@ def _dense(reads: WindowRead) -> _Dense | None:
 
 
 def _on_samples(reads: WindowRead, before: int, after: int) -> _Dense:
-    """The operation on a map with a sample on every `before`-th fine pixel, its outputs on every `after`-th."""
+    """Return the operation on a map with a sample on every `before`-th fine pixel and outputs on every `after`-th."""
     window = reads.window
     down, across, top, _, left, _ = (
         step * window.spacing // before for step in (*window.dilation, *window.padding)
@@ -57,13 +57,13 @@ def _on_samples(reads: WindowRead, before: int, after: int) -> _Dense:
 
 
 class _Spread(NamedTuple):
-    """An ordinary transposed convolution of maps that lie interleaved in those of a uniform lattice.
+    """An ordinary transposed convolution of maps that are interleaved in the map of a uniform lattice.
 
     Attributes:
-        step: cells between the samples of one such map.
-        shifts: how many such maps there are along each axis.
-        apart: cells between those.
-        samples: (height, width) of each; what lies beyond is zero.
+        step: cells between the samples of one interleaved map.
+        shifts: number of interleaved maps along each axis.
+        apart: cells between neighbouring interleaved maps.
+        samples: (height, width) of each interleaved map; missing samples are zero.
         wanted: (height, width) of each result.
     """
 
@@ -75,7 +75,7 @@ class _Spread(NamedTuple):
 
 
 def spread_of(reads: WindowRead) -> _Spread | None:
-    """The dense operation that a transposed convolution is where both lattices are uniform; else None."""
+    """Return the equivalent dense transposed convolution if both lattices are uniform; otherwise None."""
     window, sides = reads.window, _sides(reads)
     if sides is None:
         return None
@@ -89,37 +89,37 @@ def spread_of(reads: WindowRead) -> _Spread | None:
 
 
 def _sides(reads: WindowRead) -> tuple[int, int] | None:
-    """The sides of the cells of both lattices, if the same can be computed on a dense map, and may be; else None."""
+    """Return the cell sides of both uniform lattices if a dense operation is possible and allowed; otherwise None."""
     if not _has_whole_map(reads) or not reads.source.uniform_side or not reads.target.uniform_side:
         return None
     return reads.source.uniform_side, reads.target.uniform_side
 
 
 def _has_whole_map(reads: WindowRead) -> bool:
-    """True if the same can be computed on a dense map, and may be, if the lattices are uniform."""
+    """Return True if the geometry allows dense operations and the window has a dense equivalent."""
     geometry = reads.source.geometry
     plain = geometry.anchor == "corner" and reads.window.mode == "zeros" and not reads.drop
     return geometry.dense_shortcut and plain
 
 
 def _image_of(rows: Tensor, lattice: Lattice) -> Tensor:
-    """Rows on a uniform lattice as a dense channels_last map."""
+    """View rows on a uniform lattice as a dense channels_last map."""
     return rows.view(lattice.batch, *lattice.samples(lattice.uniform_side), -1).permute(0, 3, 1, 2)
 
 
 def _rows_of(image: Tensor) -> Tensor:
-    """A dense map as rows of a uniform lattice."""
+    """Return a dense map as rows of a uniform lattice."""
     return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
 
 
 class Uniform(Backend):
-    """Maps of one level everywhere: their rows are the memory of a dense map. In inference a product of rows is left to
-    those that keep packed weights for any number of them."""
+    """Operations on uniform lattices, whose rows are the memory of a dense map. In inference products of rows are left
+    to backends whose packed weights serve any number of rows."""
 
     name = "uniform"
 
     def applies(self, work: Convolution | TransposedConvolution | Pooling) -> bool:
-        """Where both lattices are uniform and all steps are whole cells."""
+        """Return True if both lattices are uniform and all steps are whole cells."""
         if not isinstance(work.reads, WindowRead) or work.rows.dim() != 2:
             return False
         if isinstance(work, TransposedConvolution):
@@ -131,11 +131,11 @@ class Uniform(Backend):
         return not has_packed and _dense(work.reads) is not None
 
     def is_measured(self, work: Work) -> bool:
-        """Grouped convolutions: some engines have no fast form of those that are dilated."""
+        """Return True for grouped convolutions, because dilated ones are slow in some engines."""
         return isinstance(work, Convolution) and work.weights.groups > 1
 
     def convolve(self, work: Convolution) -> Tensor:
-        """Rows (N, O)."""
+        """Compute rows (N, O)."""
         image, operation, padding = self._pad(work, 0.0)
         assert isinstance(work.reads, WindowRead)
         more = _image_of(work.residual, work.reads.target) if work.residual is not None else None
@@ -143,7 +143,7 @@ class Uniform(Backend):
         return _rows_of(work.weights.on_image(image, stride, padding, operation.dilation, more))
 
     def spread(self, work: TransposedConvolution) -> Tensor:
-        """Rows (N, O)."""
+        """Compute rows (N, O)."""
         window, weights, spread = work.reads.window, work.weights, spread_of(work.reads)
         assert spread is not None
         image, shifts = _image_of(work.rows, work.reads.source), spread.shifts
@@ -177,15 +177,15 @@ class Uniform(Backend):
         return weights.finish(_rows_of(out), work.residual)
 
     def pool(self, work: Pooling) -> Tensor:
-        """Rows (N, C) of a maximum."""
+        """Compute the maximum, rows (N, C)."""
         image, operation, padding = self._pad(work, -torch.inf)
         assert isinstance(work.reads, WindowRead)
         kernel = work.reads.window.kernel
         return _rows_of(F.max_pool2d(image, kernel, operation.stride, padding, operation.dilation))
 
     def _pad(self, work: Convolution | Pooling, filled: float) -> tuple[Tensor, _Dense, tuple[int, int]]:
-        """The map, the operation and what that pads: nothing where it would fill in another value than `filled`, pads
-        more at one side than its stride explains, or cannot pad so far; the map is padded here then."""
+        """Return the map, the operation and the operation's own padding. The map is padded here instead if the value
+        is not `filled`, the padding is asymmetric beyond the stride, or it exceeds the operation's limit."""
         assert isinstance(work.reads, WindowRead)
         operation, image = _dense(work.reads), _image_of(work.rows, work.reads.source)
         assert operation is not None
@@ -199,16 +199,16 @@ class Uniform(Backend):
 
 
 class WholeMap(Backend):
-    """A convolution by its definition: the map read at every fine pixel, convolved as a whole, kept at the anchors.
+    """A convolution by its definition: convert to a dense fine map, convolve it, and keep the values at the anchors.
 
-    For inference in earnest, where packed weights are kept, and not while torch observes what is called: what is
-    measured then, in another thread, would be other code.
+    Used in optimised inference, where packed weights are kept, but not while torch traces or counts operations: the
+    measurement runs in another thread and would measure different code.
     """
 
     name = "whole map"
 
     def applies(self, work: Convolution) -> bool:
-        """Return True for windows that lie in a whole map."""
+        """Return True for windows that read all cells of a map, in inference with packed weights."""
         weights, reads = work.weights, work.reads
         if not work.is_inference or weights.packed_cache is None or work.is_product or is_observed():
             return False
@@ -217,7 +217,7 @@ class WholeMap(Backend):
         return not (reads.source.part or reads.target.part) and _has_whole_map(reads)
 
     def condition(self, work: Convolution) -> Callable[[Convolution], bool]:
-        """Where the costs measured on this machine say that it is cheaper than what else applies."""
+        """Return a test that the whole map is cheaper than the next backend, by costs measured on this machine."""
         outputs, group, height, width = work.weights.weight.shape
         groups, work_of_element = work.weights.groups, outputs * group * height * width
         kind = "plain" if groups == 1 else "depthwise" if group == 1 else f"groups of {group}"
@@ -233,7 +233,7 @@ class WholeMap(Backend):
         return is_cheaper
 
     def convolve(self, work: Convolution) -> Tensor:
-        """Rows (N, O)."""
+        """Compute rows (N, O)."""
         assert isinstance(work.reads, WindowRead)
         _, padding, dilation = _on_samples(work.reads, 1, 1)
         image = F.pad(to_dense(Elements(work.rows, work.reads.source)), padding)
@@ -243,8 +243,8 @@ class WholeMap(Backend):
 
 
 def _measure(work: Convolution, other: Backend) -> Costs:
-    """Costs of a convolution of this kind, with 128 channels on a ragged lattice that is the same for all; on elements
-    by the backend that takes this one, which need not be that of one with 128 channels."""
+    """Measure the costs of this kind of convolution, with 128 channels on a fixed ragged lattice. On elements it uses
+    the backend of this work, even if another backend would be chosen for 128 channels."""
     _, group, height, width = work.weights.weight.shape
     channels = 128 if work.weights.groups == 1 else max(1, 128 // group) * group
     inner = channels if work.weights.groups == 1 else group

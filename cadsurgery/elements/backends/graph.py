@@ -1,7 +1,7 @@
-"""Convolutions in a graph that is compiled for the CPU: one operation each, which chooses when it runs.
+"""Convolutions in a graph compiled for the CPU: each is one custom operation that chooses its backend when it runs.
 
-The blocks of compiled code are faster than what compilers make of the expression. Such an operation has no gradient and
-no place in an exported program, which must run without this package.
+This package's kernels are faster than the code that compilers generate from the expression. The operations have no
+gradient and do not appear in exported programs, which must run without this package.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class GraphOperation(Backend):
     name = "graph"
 
     def applies(self, work: Convolution) -> bool:
-        """In a graph without gradients for the CPU."""
+        """Return True in a compiled graph for the CPU without gradients."""
         return work.graph == "compiled" and work.rows.device.type == "cpu" and not work.gradient
 
     def convolve(self, work: Convolution) -> Tensor:
-        """Rows (N, O)."""
+        """Compute rows (N, O)."""
         weights = work.weights
         if work.is_product:
             out = torch.ops.cadsurgery.product_of_rows(

@@ -1,4 +1,4 @@
-"""`maps.c`: cells and kernel maps in compiled code, in one pass over pixels and two over entries."""
+"""Interface to `maps.c`: cells and kernel maps in compiled code, in one pass over pixels and two over table entries."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class _Map(ctypes.Structure):
 
 
 def supports(levels: Tensor) -> bool:
-    """True if there are kernels for maps where this one lies; not while torch observes what is called."""
+    """Return True if there are kernels for the map's device and torch does not trace or count operations."""
     return levels.device.type == "cpu" and not is_observed() and function("find_cells") is not None
 
 
 def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a level map (B, H, W) int8 the anchors (N,) int64 as pixel numbers, the row (B*H*W,) int32 of the cell that
-    each pixel lies in, and the number of cells of each image (B,) int64; `sides` are those of cells of each level."""
+    """Find the cells of a level map (B, H, W) int8, given the `sides` of cells of each level. Return the anchors (N,)
+    int64 as pixel numbers, each pixel's row (B*H*W,) int32, and the number of cells of each image (B,) int64."""
     levels, side_of = levels.contiguous(), torch.tensor(sides)
     anchors, index = (torch.empty(levels.numel(), dtype=dtype) for dtype in (torch.int64, torch.int32))
     counts = torch.empty(levels.shape[0], dtype=torch.int64)
@@ -51,16 +51,16 @@ def shift_taps(
     steps: tuple[list[int], list[int]],
     has_halo: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A table (n, taps) int32, and of its halo the sources (M, 4) int32 and their shares (M, 4) float64.
+    """Compute a kernel map (n, taps) int32, and its halo: sources (M, 4) int32 and their weights (M, 4) float64.
 
     Args:
-        cells: of the source the row of each pixel's cell (B*H*W,) int32, the anchors (N,) int64 and the level of each
-            pixel's cell (B, H, W) int8.
-        sides: of cells of each level.
-        targets: anchors (n,) int64 of what reads.
-        sizes: fine (height, width) of the source and of what reads.
+        cells: source lattice: the row of each pixel's cell (B*H*W,) int32, the anchors (N,) int64 and the level of
+            each pixel's cell (B, H, W) int8.
+        sides: sides of cells of each level.
+        targets: anchors (n,) int64 of the target lattice.
+        sizes: fine (height, width) of the source and the target.
         steps: fine pixels from an anchor to its taps, down and across.
-        has_halo: whether points inside cells are mixed from several; else they are read from their cell.
+        has_halo: interpolate points inside cells from several cells; otherwise they are read from their own cell.
     """
     index, anchors, levels = (one.contiguous() for one in cells)
     targets, side_of, (down, across) = targets.contiguous(), torch.tensor(sides), map(torch.tensor, steps)

@@ -1,6 +1,6 @@
 """Convolutions, pooling, interpolation and gathering on rows by the compiled kernels (`kernels/c`).
 
-Where there are none, see `kernels.load`, the callers use torch operations, slower for grouped convolutions and pooling.
+Without kernels (see `kernels.load`) callers use torch operations, slower for grouped convolutions and pooling.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cadsurgery.support.pages import new_memory
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import FusedConv, Pair
 
-# The types of elements that kernels are compiled for.
+# The dtypes that kernels are compiled for.
 ELEMENTS = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -45,17 +45,17 @@ ELEMENTS = {
     torch.uint8: "uint8",
 }
 _UNBOUNDED = (-math.inf, math.inf)
-# Groups of at least so many channels, in and out, are products of their own.
+# Groups with at least this many input and output channels are computed as separate products.
 _LEAST_GROUP = 4
 
 
 class RowSource(NamedTuple):
-    """Rows that a kernel map's table points into, without ever being put into one tensor.
+    """The rows that a kernel map's table indexes, without concatenating them into one tensor.
 
     Attributes:
         rows: (N, C), the elements.
         halo: (M, C), interpolated rows, or None; entry N + 1 + i reads row i.
-        outside: what entry N reads, everywhere the same.
+        outside: value of all channels that entry N reads.
     """
 
     rows: Tensor
@@ -70,17 +70,17 @@ class RowSource(NamedTuple):
 
 
 def halo_of(rows: Tensor, reading: Reading) -> Tensor | None:
-    """The interpolated rows of a reading, if it has any."""
+    """Return the interpolated rows of a reading, or None if it has none."""
     return mix(rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
 
 
 class Native(Backend):
-    """Compiled kernels that read rows where they lie; the C files describe each function."""
+    """Compiled kernels that read rows in place; the C files describe each function."""
 
     name = "native"
 
     def applies(self, work: Work) -> bool:
-        """Values alone, of rows that it has a form for."""
+        """Return True in inference, without gradients or graphs, for rows that a kernel supports."""
         if not work.is_inference or not supports(work.rows):
             return False
         if isinstance(work, Filling):
@@ -88,16 +88,16 @@ class Native(Backend):
         return not isinstance(work, Convolution) or self._has_form(work)
 
     def is_measured(self, work: Work) -> bool:
-        """Always: torch's operations are faster for some kinds of work on some processors."""
+        """Return True: torch's operations are faster for some kinds of work on some processors."""
         return True
 
     def _has_form(self, work: Convolution) -> bool:
         weights = work.weights
         if weights.groups > 1:
             return has_grouped_form(weights.weight, weights.groups)
-        # Its weight has to be packed: worth it where that is kept. In float32 oneDNN is a little faster, but makes code
-        # for each number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the
-        # maps of the first few sizes where that number follows from the size of the image alone.
+        # Packing the weight pays off only if the packed form is kept. In float32 oneDNN is slightly faster, but it
+        # generates code for each number of rows, which costs 1 ms and 0.5 MB of cache. It is therefore used only for
+        # the first few image sizes, where the number of rows depends on the image size alone.
         if (
             weights.packed_cache is None
             or work.rows.dtype != weights.weight.dtype
@@ -107,17 +107,17 @@ class Native(Backend):
         return has_bf16_dot(work.rows.dtype) or not work.is_recurring
 
     def prepare(self, work: Work) -> Callable[[Any], Any]:
-        """Return the function of works of this case."""
+        """Return a function that computes works of this case."""
         return self._prepare_convolution(work) if isinstance(work, Convolution) else super().prepare(work)
 
     def convolve(self, work: Convolution) -> Tensor:
-        """Rows (N, ..., O)."""
+        """Compute rows (N, ..., O)."""
         out: Tensor = self._prepare_convolution(work)(work)
         return out
 
     def _prepare_convolution(self, work: Convolution) -> Callable[[Convolution], Tensor]:
-        """The function of rows (N, ..., O) = clamp((sum + bias) scale + shift + residual); scale and shift by level, if
-        any."""
+        """Return a function that computes rows (N, ..., O) = clamp((sum + bias) scale + shift + residual); scale and
+        shift depend on the level, if there are any."""
         weights, dtype, is_product = work.weights, work.rows.dtype, work.is_product
         outputs, size = weights.weight.shape[:2]
         pack: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -159,21 +159,21 @@ class Native(Backend):
         return run
 
     def pool(self, work: Pooling) -> Tensor:
-        """Rows (N, C)."""
+        """Compute rows (N, C)."""
         table = work.reading.table
         out = new_memory(work.rows, table.shape[0], work.rows.shape[1])
         call("pool", RowSource.of(work), table, out, int(work.largest))
         return out
 
     def mix(self, work: Mixing) -> Tensor:
-        """Rows (M, C)."""
+        """Compute rows (M, C)."""
         out = new_memory(work.rows, work.sources.shape[0], work.rows.shape[1])
         shares = work.shares.to(_sum_type(work.rows.dtype)).contiguous()
         call("mix", RowSource(work.rows), work.sources.contiguous(), shares, out)
         return out
 
     def mix_lines(self, work: MixingLines) -> Tensor:
-        """(L, M, C)."""
+        """Compute the interpolated lines (L, M, C)."""
         lines, width, channels = work.rows.shape
         out = new_memory(work.rows, lines, len(work.share), channels)
         sources = torch.stack((work.first, work.second), 1).int()
@@ -183,7 +183,7 @@ class Native(Backend):
         return out
 
     def pick(self, work: Picking) -> Tensor:
-        """(entries, C); each row of the halo is mixed where it is read."""
+        """Compute the selected rows (entries, C); each halo row is interpolated when it is read."""
         table, sources = work.reading.table.reshape(-1, 1), work.reading.sources.contiguous()
         shares = work.reading.mix.to(_sum_type(work.rows.dtype)).contiguous()
         out = new_memory(work.rows, len(table), work.rows.shape[1])
@@ -191,7 +191,7 @@ class Native(Backend):
         return out
 
     def fill(self, work: Filling) -> Tensor:
-        """(T, C)."""
+        """Compute the filled rows (T, C)."""
         rows, source, act, whole = work.rows, work.source, work.activation, work.source.part is None
         dtype, (height, width) = _sum_type(rows.dtype), source.size
         out = new_memory(rows, work.target.count, rows.shape[1])
@@ -210,7 +210,7 @@ class Native(Backend):
         return out if bounds or act is None else act.apply_(out)
 
     def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
-        """The function of entries (n, taps) and memory (n * taps, C)."""
+        """Return a function of table entries (n, taps) and memory (n * taps, C)."""
         source = RowSource.of(work)
 
         def fill(entries: Tensor, out: Tensor) -> None:
@@ -220,7 +220,7 @@ class Native(Backend):
 
 
 def _of_one_resolution(*lattices: Lattice) -> bool:
-    """True if every position of lattices is a cell of its own, of as many as there are known."""
+    """Return True if every position of the lattices is a cell and the number of cells is known."""
     return all(not one.geometry.strides and one.has_known_counts for one in lattices)
 
 
@@ -232,7 +232,7 @@ class _Reading(ctypes.Structure):
 
 
 def supports(rows: Tensor) -> bool:
-    """True if there are kernels for these rows; not while torch observes what is called."""
+    """Return True if there are kernels for these rows and torch does not trace or count operations."""
     return (
         not is_observed()
         and rows.device.type == "cpu"
@@ -242,15 +242,15 @@ def supports(rows: Tensor) -> bool:
 
 
 def is_product_of_groups(weight: Tensor, groups: int) -> bool:
-    """True if `product` computes a kernel (O, C / groups, kh, kw) rather than `grouped`: groups of many channels."""
+    """Return True if `product` rather than `grouped` computes a kernel (O, C / groups, kh, kw): for large groups."""
     group = weight.shape[1]
     in_vector = group <= grouped_layout(ELEMENTS[weight.dtype]).most_group and group & (group - 1) == 0
     return groups == 1 or not (in_vector and weight.shape[0] == group * groups)
 
 
 def product_weight(weight: Tensor, bias: Tensor | None, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution as `product` reads them: chunks of outputs outermost, each tap in one piece; in
-    some forms two channels side by side."""
+    """Pack weight and bias of a convolution for `product`: chunks of outputs outermost, each tap contiguous; some
+    instruction sets interleave two channels."""
     layout = product_layout(ELEMENTS[weight.dtype])
     outputs, channels, taps = weight.shape[0] // groups, weight.shape[1], weight[0, 0].numel()
     padded = -(-outputs // layout.chunk) * layout.chunk
@@ -265,7 +265,7 @@ def product_weight(weight: Tensor, bias: Tensor | None, groups: int = 1) -> tupl
 
 
 def has_grouped_form(weight: Tensor, groups: int) -> bool:
-    """True if there is a kernel for a grouped convolution (O, C / groups, kh, kw)."""
+    """Return True if there is a kernel for a grouped convolution (O, C / groups, kh, kw)."""
     out, group, height, width = weight.shape
     if weight.dtype not in ELEMENTS:
         return False
@@ -275,7 +275,7 @@ def has_grouped_form(weight: Tensor, groups: int) -> bool:
 
 
 def group_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a grouped convolution as `grouped` reads them: taps outermost, channels padded."""
+    """Pack weight and bias of a grouped convolution for `grouped`: taps outermost, channels padded."""
     out, group = weight.shape[:2]
     dtype = _sum_type(weight.dtype)
     lanes = grouped_layout(ELEMENTS[weight.dtype]).lanes
@@ -289,7 +289,7 @@ def group_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def pair_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a depthwise convolution as `depthwise` reads them: two taps side by side, channels padded."""
+    """Pack weight and bias of a depthwise convolution for `depthwise`: two taps interleaved, channels padded."""
     channels, taps = weight.shape[0], weight[0, 0].numel()
     many = depthwise_width(ELEMENTS[weight.dtype])
     chunks, pairs = -(-channels // many), -(-taps // 2)
@@ -314,13 +314,13 @@ class _Expansion(ctypes.Structure):
 
 
 def is_point(weights: FusedConv) -> bool:
-    """True if `expand_depthwise` has a form for a 1x1 convolution."""
+    """Return True if `expand_depthwise` supports a 1x1 convolution."""
     plain = weights.activation is None or weights.activation.bounds is not None
     return plain and weights.groups == 1 and weights.weight.shape[2:] == (1, 1) and weights.levels is None
 
 
 def can_expand(first: FusedConv, then: FusedConv, stride: Pair, dilation: Pair) -> bool:
-    """True if `expand_depthwise` has a form for a 1x1 convolution and the depthwise one that follows, of dense maps."""
+    """Return True if `expand_depthwise` supports a 1x1 convolution of a dense map and the depthwise one after it."""
     if library() is None:
         return False
     outputs, group = then.weight.shape[:2]
@@ -343,12 +343,12 @@ def expand_depthwise(
     last: FusedConv | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A depthwise convolution of the result of a 1x1 convolution, see `can_expand`: (B, O, H', W') from (B, C, H, W) in
-    bfloat16, for which the processor `has_bf16_dot`; with a last 1x1 convolution and a residual of its result that of
-    those. What is between them stays in the cache.
+    """Compute a 1x1 and a depthwise convolution, and optionally a last 1x1 convolution whose result a residual is added
+    to: (B, O, H', W') from (B, C, H, W). The intermediate maps stay in the cache. Requires bfloat16 and a processor
+    that `has_bf16_dot`; see `can_expand`.
 
     Raises:
-        MemoryError: there is none for a few lines of what is between them.
+        MemoryError: there is no memory for a few lines of the intermediate maps.
     """
     image, dtype = image.contiguous(memory_format=torch.channels_last), image.dtype
     kernel = tall, wide = then.weight.shape[2], then.weight.shape[3]
@@ -385,7 +385,7 @@ def expand_depthwise(
 
 
 def map_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
-    """Height and width of what a window without dilation makes of a map."""
+    """Return the output height and width of a window without dilation."""
     lines, columns = (
         (length + 2 * pad - side) // step + 1
         for length, side, step, pad in zip(size, kernel, stride, padding, strict=True)
@@ -401,7 +401,7 @@ def call(
     count: int | None = None,
     groups: int = 1,
 ) -> None:
-    """Call a kernel: tensors go as pointers, None as none. Without a table each row reads itself."""
+    """Call a kernel: tensors are passed as pointers, None as a null pointer. Without a table each row reads itself."""
     _call(function(name, ELEMENTS[source.rows.dtype]), source, table, arguments, count, groups)
 
 
@@ -432,7 +432,7 @@ def _call(
 
 
 def _set_types(kernel: Any, arguments: tuple[Any, ...]) -> None:
-    """Tell a kernel once that it takes arguments of these types behind a structure."""
+    """Declare the argument types of a kernel, once: a structure, then arguments of these types."""
     if kernel.argtypes is None:
         kinds = {int: ctypes.c_long, float: ctypes.c_double}
         kernel.argtypes = (ctypes.c_void_p, *(kinds.get(type(one), ctypes.c_void_p) for one in arguments))

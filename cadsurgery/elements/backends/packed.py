@@ -1,4 +1,4 @@
-"""Layers for inference: a convolution or linear layer with its bias, activation and packed weights in one."""
+"""Layers for inference: a convolution or linear layer fused with its bias and activation, with packed weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from cadsurgery.kernels.load import has_bf16_dot
 
 
 class PackedConv(nn.Module):
-    """A convolution for inference: weight, bias and activation in one, with its weight kept as backends want it.
+    """A fused convolution for inference: weight, bias and activation, with the weight packed for the backends.
 
-    Called on a dense map it is a convolution with this stride, padding and dilation; on elements
-    `functional.fused_conv2d` takes its weights.
+    Called on a dense map it is a convolution with the given stride, padding and dilation; on elements
+    `functional.fused_conv2d` uses its weights.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class PackedConv(nn.Module):
         window: tuple[Pair, Pair, Pair] | None = None,
         levels: Factors | None = None,
     ) -> None:
-        """Take a weight (O, C / groups, kh, kw), a bias (O,) and, for dense maps, (stride, padding, dilation); for
-        elements the factors of their levels."""
+        """Take a weight (O, C / groups, kh, kw), a bias (O,), for dense maps a window (stride, padding, dilation), and
+        for elements the factors of their levels."""
         super().__init__()
         layout = torch.channels_last if groups == 1 else torch.contiguous_format
         self.register_buffer("weight", weight.detach().clone(memory_format=layout))
@@ -65,12 +65,12 @@ class PackedConv(nn.Module):
         return self._packed
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The convolution of a dense map; `residual` is added before the activation."""
+        """Convolve a dense map; `residual` is added before the activation."""
         assert self.window is not None
         return self.weights.on_image(image, *self.window, residual)
 
     def extra_repr(self) -> str:
-        """Shape and activation, for `print`."""
+        """Return shape, groups and activation for `print`."""
         shape = "x".join(map(str, self.weight.shape))
         return f"{shape}, groups={self.groups}, activation={self.activation and self.activation.name}"
 
@@ -79,7 +79,7 @@ class PackedConv(nn.Module):
         return super()._apply(function, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = None  # packed from the weight there was
+        self._packed = None  # it was packed from the old weight
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,10 +87,10 @@ class PackedConv(nn.Module):
 
 
 class PackedLinear(PackedConv):
-    """A linear layer on the last axis of a dense map, as a product of rows."""
+    """A linear layer on the last axis of a dense map, computed as a product of rows."""
 
     def forward(self, values: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., O) from (..., C); `residual` is added before the activation and may be any tensor that broadcasts."""
+        """Compute (..., O) from (..., C); `residual`, any tensor that broadcasts, is added before the activation."""
         shape = (*values.shape[:-1], self.weight.shape[0])
         rows = values.reshape(-1, values.shape[-1])
         if residual is not None and residual.shape != shape:
@@ -101,29 +101,29 @@ class PackedLinear(PackedConv):
 
 
 class FusedBottleneck(nn.Module):
-    """A 1x1 convolution of a dense map and the depthwise one that alone reads its result; and maybe the 1x1 convolution
-    that alone reads that one's. Where there is compiled code for them at once what is between them, the largest maps of
-    many networks, is never in memory as a whole."""
+    """A 1x1 convolution of a dense map, the depthwise convolution that follows, and optionally another 1x1 convolution;
+    nothing else reads the maps in between. If there is a fused kernel, these maps, the largest of many networks, are
+    never in memory as a whole."""
 
     def __init__(self, first: PackedConv, then: PackedConv, last: PackedConv | None = None) -> None:
-        """Take them, of dense maps."""
+        """Take the convolutions, which must have windows for dense maps."""
         super().__init__()
         self.first, self.then, self.last = first, then, last
 
     @staticmethod
     def joins(first: PackedConv, then: PackedConv) -> bool:
-        """True if there may be compiled code for the two."""
+        """Return True if there may be a fused kernel for the two convolutions."""
         if not _is_point(first) or then.window is None:
             return False
         stride, _, dilation = then.window
         return can_expand(first.weights, then.weights, stride, dilation)
 
     def joins_last(self, last: PackedConv) -> bool:
-        """True if there may be compiled code for another one, too."""
+        """Return True if there may be a fused kernel that includes this last convolution, too."""
         return self.last is None and _is_point(last) and is_point(last.weights)
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(B, O, H', W') from (B, C, H, W); a residual is added to what the last convolution gives."""
+        """Compute (B, O, H', W') from (B, C, H, W); a residual is added to the result of the last convolution."""
         first, then, last = self.first, self.then, self.last
         assert then.window is not None
         stride, padding, _ = then.window

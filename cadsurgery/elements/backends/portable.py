@@ -1,7 +1,7 @@
 """Graphs for engines other than torch: gathers and products of rows in the few operations that every engine has.
 
-oneDNN's convolutions, which torch multiplies rows with on a CPU, would be transposed there and back; and a sum over
-bags of rows is a loop in ONNX.
+Torch's own choices are slow in other engines: convolutions used as products of rows on the CPU need transpositions
+before and after, and `embedding_bag` is a loop in ONNX.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _IS_PORTABLE: ContextVar[bool] = ContextVar(
 
 @contextmanager
 def portable() -> Iterator[None]:
-    """Graphs made within are for engines other than torch."""
+    """Enter a context in which graphs are traced for engines other than torch."""
     token = _IS_PORTABLE.set(True)
     try:
         yield
@@ -38,16 +38,16 @@ def portable() -> Iterator[None]:
 
 
 class Portable(Backend):
-    """In a graph for another engine."""
+    """Operations in a graph for another engine."""
 
     name = "portable"
 
     def applies(self, work: Work) -> bool:
-        """While such a graph is made."""
+        """Return True while such a graph is traced."""
         return _IS_PORTABLE.get()
 
     def convolve(self, work: Convolution) -> Tensor:
-        """Rows (N, ..., O)."""
+        """Compute rows (N, ..., O)."""
         weights = work.weights
         groups, bias = weights.groups, weights.bias
         if work.is_product:
@@ -55,7 +55,7 @@ class Portable(Backend):
         reading = work.reading
         rows, table = extend(work.rows, reading, work.outside), reading.table
         outputs, inputs = weights.weight.shape[:2]
-        if groups == 1:  # taps outermost, as rows that are gathered one after another lie
+        if groups == 1:  # taps outermost, which is the order of gathered rows
             matrix = weights.weight.flatten(2).permute(0, 2, 1).reshape(outputs, -1)
             gathered = _gather(rows, table).flatten(1)
             return weights.finish(F.linear(gathered, matrix, bias), work.residual)
@@ -72,17 +72,17 @@ class Portable(Backend):
         return weights.finish(out if bias is None else out + bias, work.residual)
 
     def pool(self, work: Pooling) -> Tensor:
-        """Rows (N, C)."""
+        """Compute rows (N, C)."""
         reading = work.reading
         gathered = _gather(extend(work.rows, reading, work.outside), reading.table)
         return gathered.amax(1) if work.largest else gathered.sum(1)
 
     def mix(self, work: Mixing) -> Tensor:
-        """Rows (M, C)."""
-        shares = work.shares.to(work.rows).unsqueeze(1)  # products write less than sums of products
+        """Compute rows (M, C)."""
+        shares = work.shares.to(work.rows).unsqueeze(1)  # a matrix product writes less than multiply and sum
         return (shares @ _gather(work.rows, work.sources)).squeeze(1)
 
 
 def _gather(rows: Tensor, table: Tensor) -> Tensor:
-    """Rows (n, C) by a table (N, taps), to (N, taps, C)."""
+    """Gather rows (n, C) by a table (N, taps), giving (N, taps, C)."""
     return rows.index_select(0, table.flatten()).view(-1, table.shape[1], rows.shape[1])

@@ -1,4 +1,4 @@
-"""Products of rows with packed weights: of elements as they are, or of their gathered taps block by block."""
+"""Products of rows with packed weights: of the elements themselves, or of their gathered taps block by block."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Products(Backend):
     name = "products"
 
     def applies(self, work: Convolution) -> bool:
-        """One tap at the element itself; for inference, any ungrouped convolution."""
+        """Return True for one tap at the element itself and, in inference, for any ungrouped convolution."""
         return work.is_product or (work.is_inference and work.weights.groups == 1)
 
     def is_measured(self, work: Convolution) -> bool:
-        """Always: kernels that read rows where they lie may be faster."""
+        """Return True: kernels that read rows in place, without gathering, may be faster."""
         return True
 
     def convolve(self, work: Convolution) -> Tensor:
-        """Rows (N, ..., O)."""
+        """Compute rows (N, ..., O)."""
         weights, residual = work.weights, work.residual
         if work.is_product:
             rows, outputs = work.of_target, weights.weight.shape[0]
             more = residual.reshape(-1, outputs) if residual is not None else None
-            # A row of elements must not depend on how many there are; of a dense map there are as many as pixels.
+            # The bits of an element's row must not depend on the number of rows, which is fixed in dense maps only.
             multiply = weights.on_rows if work.reads is None else weights.on_elements
             out = multiply(rows.reshape(-1, rows.shape[-1]), more)
             return out.view(*rows.shape[:-1], outputs)
@@ -57,14 +57,13 @@ _LOCAL = threading.local()
 
 @contextmanager
 def _workspace(count: int, channels: int, like: Tensor) -> Iterator[Tensor]:
-    """Memory (count, channels) to gather into, kept from call to call: fresh memory costs as much as filling it.
-
-    Each thread has its own, and what is called within takes another.
+    """Lend memory (count, channels) to gather into. It is reused across calls, because new memory costs as much as
+    filling it. Each thread has its own memory, and nested calls use separate memory.
     """
     free = _LOCAL.__dict__.setdefault("free", {})
     memory = free.pop(key := (like.device, like.dtype), None)
     if memory is None or memory.numel() < count * channels:
-        with torch.inference_mode(False):  # it outlives the mode of this call
+        with torch.inference_mode(False):  # the memory is also used outside this call's inference mode
             memory = like.new_empty(count * channels)
     try:
         yield memory[: count * channels].view(count, channels)

@@ -1,6 +1,6 @@
-"""The reference: everything in operations of torch, differentiable, block by block; and as plain expressions.
+"""The reference backend in torch operations, differentiable and block by block; and a backend of plain expressions.
 
-Gathered rows, `taps` times as many as the elements, never exist as a whole.
+The reference never holds all gathered rows, which are `taps` times the elements, at once.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ BLOCK_BYTES = 16 << 20
 
 
 class Torch(Backend):
-    """Takes every work there is."""
+    """The reference backend, which supports every work."""
 
     name = "torch"
 
     def applies(self, work: Work) -> bool:
-        """Always."""
+        """Return True: this backend supports every work."""
         return True
 
     def is_measured(self, work: Work) -> bool:
-        """Where no other backend calls torch's operations: ungrouped convolutions have products."""
+        """Return True except for ungrouped convolutions, for which `Products` uses torch's operations."""
         return not isinstance(work, Convolution) or work.weights.groups > 1
 
     def convolve(self, work: Convolution) -> Tensor:
@@ -58,7 +58,7 @@ class Torch(Backend):
         return work.weights.finish(out, work.residual)
 
     def convolve_integers(self, work: IntegerConvolution) -> Tensor:
-        """Rows (N, O): sums in float64, which is exact for whole numbers of such a size."""
+        """Compute rows (N, O) with sums in float64, which is exact for integers of this size."""
         weights, reading = work.weights, work.reading
         rows = extend(work.rows, reading, weights.source.zero).double()
         matrix, groups = weights.weight.double(), weights.groups
@@ -68,7 +68,7 @@ class Torch(Backend):
         return weights.finish(sums.round().to(torch.int32), work.residual)
 
     def spread(self, work: TransposedConvolution) -> Tensor:
-        """Rows (N, O): of each phase by an ordinary convolution, which is chosen anew."""
+        """Compute rows (N, O): each phase is an ordinary convolution, whose backend is chosen separately."""
         source, target, window = work.reads.source, work.reads.target, work.reads.window
         rows, reading = work.rows, work.reading
         every, place = phases(source, target, window)
@@ -84,39 +84,39 @@ class Torch(Backend):
         return out if work.residual is None else work.weights.finish(out, work.residual)
 
     def pool(self, work: Pooling) -> Tensor:
-        """Rows (N, C)."""
+        """Compute rows (N, C)."""
         reading = work.reading
         blocks = gather_blocks(extend(work.rows, reading, work.outside), reading.table)
         return torch.cat([block.amax(1) if work.largest else block.sum(1) for block in blocks])
 
     def mix(self, work: Mixing) -> Tensor:
-        """Rows (M, C)."""
+        """Compute rows (M, C)."""
         rows = work.rows
-        if rows.dtype == torch.uint8:  # whole numbers again, as each row may be read by many
+        if rows.dtype == torch.uint8:  # rounded to integers, because each row may be read by many elements
             return compute(replace(work, rows=rows.float())).round_().to(torch.uint8)
         sources, shares = work.sources.to(rows.device), work.shares.to(rows)
         return F.embedding_bag(sources, rows, per_sample_weights=shares, mode="sum")
 
     def mix_lines(self, work: MixingLines) -> Tensor:
-        """(L, M, C)."""
+        """Compute the interpolated lines (L, M, C)."""
         if work.rows.dtype == torch.uint8:
             return compute(replace(work, rows=work.rows.float())).round_().to(torch.uint8)
         first, second = (work.rows.index_select(1, end) for end in (work.first, work.second))
         return torch.lerp(first, second, work.share.unsqueeze(1))
 
     def pick(self, work: Picking) -> Tensor:
-        """(entries, C)."""
+        """Compute the selected rows (entries, C)."""
         rows = extend(work.rows, work.reading, 0.0)
         return rows.index_select(0, work.reading.table.flatten().to(rows.device))
 
     def fill(self, work: Filling) -> Tensor:
-        """(T, C)."""
+        """Compute the filled rows (T, C)."""
         out = compute(work.picking)
         out = out if work.residual is None else out + work.residual
         return out if work.activation is None else work.activation.apply_(out)
 
     def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
-        """The function of entries (n, taps) and memory (n * taps, C)."""
+        """Return a function of table entries (n, taps) and memory (n * taps, C)."""
         rows = extend(work.rows, work.reading, work.outside)
 
         def fill(entries: Tensor, out: Tensor) -> None:
@@ -126,12 +126,12 @@ class Torch(Backend):
 
 
 class Expression(Backend):
-    """In a graph: the same as an expression that compilers optimise and every runtime has."""
+    """Convolutions in a graph, as an expression that compilers optimise and every runtime supports."""
 
     name = "expression"
 
     def applies(self, work: Work) -> bool:
-        """While a graph is made."""
+        """Return True while a graph is traced."""
         return bool(work.graph)
 
     def convolve(self, work: Convolution) -> Tensor:
@@ -151,28 +151,28 @@ class Expression(Backend):
 
 
 def _operands(work: Convolution) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with what lies behind them, the weight as they are multiplied by it, the table."""
+    """Return the rows with padding and halo rows, the weight in matrix layout, and the table."""
     reading = work.reading
     rows = extend(work.rows, reading, work.outside)
     return rows, work.weights.matrix(rows.dtype), reading.table.to(rows.device)
 
 
 def block_length(table: Tensor, rows: Tensor) -> int:
-    """How many entries of a table (N, taps) are gathered at once."""
+    """Return how many entries of a table (N, taps) are gathered at once."""
     return max(256, BLOCK_BYTES // (table.shape[1] * rows.shape[1] * rows.element_size()))
 
 
 def gather_blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
-    """Rows of all taps, (n, taps, C), in blocks."""
+    """Yield the gathered rows of all taps, (n, taps, C), in blocks."""
     for block in table.to(rows.device).split(block_length(table, rows)):
         yield rows.index_select(0, block.flatten()).view(*block.shape, rows.shape[1])
 
 
 def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """Products of gathered rows (n, taps, C) with the weight of a `_GatherConv`: (n, O)."""
+    """Multiply gathered rows (n, taps, C) by the weight of a `_GatherConv`: (n, O)."""
     if groups == 1:
         return product(block.flatten(1), weight, bias)
-    # Grouped: the gathered rows are the image of a convolution whose kernel and stride are the taps.
+    # Grouped: the gathered rows are an image; kernel and stride of the convolution equal the number of taps.
     count, taps, channels = block.shape
     image = block.view(1, count * taps, 1, channels).permute(0, 3, 1, 2)
     return (
@@ -183,8 +183,8 @@ def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int)
 class _GatherConv(torch.autograd.Function):
     """Gather rows by a table and multiply them, block by block, forward and backward.
 
-    The weight is (O, taps C) or, with groups, (O, C / groups, taps, 1). Saves its inputs only: the
-    gathered rows, `taps` times larger, never exist as a whole.
+    The weight is (O, taps C) or, with groups, (O, C / groups, taps, 1). Only the inputs are saved for
+    backward; the gathered rows, `taps` times larger, never exist as a whole.
     """
 
     @staticmethod
@@ -197,7 +197,7 @@ class _GatherConv(torch.autograd.Function):
         gathered = rows.new_empty(length * table.shape[1], rows.shape[1])
         out = rows.new_empty(table.shape[0], weight.shape[0])
         for block, result in zip(table.split(length), out.split(length), strict=True):
-            if not len(block):  # grouped, it would be a convolution of an image without lines
+            if not len(block):  # a grouped convolution cannot have an image without lines
                 continue
             view = gathered[: block.numel()]
             torch.index_select(rows, 0, block.flatten(), out=view)

@@ -1,4 +1,4 @@
-"""The table of backends, in the order they are asked."""
+"""The table of backends, in the order in which they are tried."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cadsurgery.elements.backends.products import Products
 from cadsurgery.elements.backends.reference import Expression, Torch
 
 BACKENDS[:] = [
-    Uniform(),  # uniform lattices: an ordinary operation on a dense map
+    Uniform(),  # uniform lattices, as an ordinary operation on a dense map
     Portable(),  # graphs for engines other than torch
-    GraphOperation(),  # a graph that is compiled for the CPU: one operation in it, which comes here again when it runs
-    Triton(),  # GPUs: gathers and multiplies in one
-    WholeMap(),  # where the whole map is cheaper by the costs measured here
-    Native(),  # compiled C that reads rows where they lie
+    GraphOperation(),  # graphs compiled for the CPU: one custom operation, which uses this table again when it runs
+    Triton(),  # GPUs, gathering and multiplying in one kernel
+    WholeMap(),  # the whole map, if it is cheaper by the costs measured on this machine
+    Native(),  # compiled C that reads rows in place
     Integers(),  # compiled C for rows in 8 bits
-    Products(),  # products of rows, as they are or gathered block by block
-    Expression(),  # any other graph: an expression that compilers optimise
-    Torch(),  # the reference: everything, with gradients
+    Products(),  # products of rows, in place or gathered block by block
+    Expression(),  # any other graph, as an expression that compilers optimise
+    Torch(),  # the reference, which supports every work, with gradients
 ]

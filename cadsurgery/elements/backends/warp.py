@@ -1,4 +1,4 @@
-"""`warp.c`: the inverse of a warp in compiled code, in one pass over the pixels of an image."""
+"""Interface to `warp.c`: the inverse of a warp in compiled code, in one pass over the pixels of an image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Warp(ctypes.Structure):
 
 
 def supports(points: Tensor) -> bool:
-    """True if there is a kernel for points of this kind; not while torch observes what is called."""
+    """Return True if there is a kernel for the points' device and dtype and torch traces or counts no operations."""
     if points.device.type != "cpu" or points.dtype not in _ELEMENTS or is_observed():
         return False
     return function("invert", _ELEMENTS[points.dtype]) is not None
@@ -32,14 +32,14 @@ def supports(points: Tensor) -> bool:
 def invert(
     grid: Tensor, samples: Tensor, bent: tuple[Tensor, Tensor], size: tuple[int, int], enough: float
 ) -> Tensor:
-    """(2, B, H, W): rows, then columns, among the samples of each pixel.
+    """Return the position of each pixel among the samples, (2, B, H, W): fractional rows, then columns.
 
     Args:
-        grid: (B, n, m, 2), points in pixels.
-        samples: (B, h, w, 2), those of the samples.
-        bent: (h - 1) and (w - 1), uint8: whether a location lies between two samples.
+        grid: (B, n, m, 2), grid points in pixels.
+        samples: (B, h, w, 2), positions of the samples in pixels.
+        bent: (h - 1) and (w - 1), uint8: whether a grid location lies between two samples.
         size: (height, width) of the image.
-        enough: what a place may miss by, in pixels.
+        enough: tolerance of the result, in pixels.
     """
     (batch, n, m, _), (h, w) = grid.shape, samples.shape[1:3]
     corners = torch.stack((grid[:, :-1, :-1], grid[:, 1:, :-1], grid[:, :-1, 1:], grid[:, 1:, 1:]))

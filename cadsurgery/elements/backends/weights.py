@@ -1,8 +1,8 @@
-"""A convolution's weight, its products with rows and dense maps, and what is done to those before they leave the cache.
+"""A convolution's weight, and its products with rows and dense maps, fused with residual and activation.
 
-`FusedConv` are a weight with its bias, groups and activation. In oneDNN rows are multiplied as by a linear layer, whose
-packed weight serves any number of rows, dense maps by weights packed for their shapes; residual and activation are
-taken along. Each backend packs the weight its own way; packed forms are kept where the weights are those of inference.
+`FusedConv` holds a weight with its bias, groups and activation. oneDNN multiplies rows by a linear layer, whose packed
+weight serves any number of rows, and convolves dense maps with weights packed for their shape. Each backend packs the
+weight in its own format; packed weights are cached in inference.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from cadsurgery.kernels.load import is_observed
 
 Pair = tuple[int, int]  # (vertical, horizontal)
 _ONEDNN = (torch.float32, torch.bfloat16)
-# A block of a result that is still in the cache when the next operation reads it.
+# Size of a block that stays in the cache until the next operation reads it.
 _BLOCK_BYTES = 1 << 20
-# With fewer rows, or fewer values in them (torch's own limit), a product goes another way than through oneDNN's usual
-# kernels and is summed in another order. With so many that of a row is the same bit for bit whatever other rows there
-# are.
+# A product with fewer rows, or fewer values (torch's own limit), does not use oneDNN's usual kernels and is summed in a
+# different order. From these sizes on the result of a row has the same bits for any number of rows.
 _FEWEST_ROWS, _FEWEST_VALUES = 64, 20480
-# Packed forms of a weight that are kept, mostly for different shapes of dense maps.
+# How many packed forms of a weight are cached, mostly for different shapes of dense maps.
 MOST_FORMS = 4
 _PACKING = threading.Lock()
 
@@ -38,9 +37,9 @@ class Activation:
     """A pointwise function that can be applied to a result while it is in the cache.
 
     Attributes:
-        name: as oneDNN's fused operations call it.
-        scalars: its parameters, in their order.
-        algorithm: its variant.
+        name: name of the function in oneDNN's fused operations.
+        scalars: parameters of the function, in oneDNN's order.
+        algorithm: variant of the function.
     """
 
     name: str
@@ -49,15 +48,15 @@ class Activation:
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """Least and largest value, if it is nothing but a clamp."""
+        """Smallest and largest value if the function is a clamp; otherwise None."""
         if self.name == "relu":
             return 0.0, float("inf")
         return (self.scalars[0], self.scalars[1]) if self.name == "hardtanh" else None
 
     def apply_(self, values: Tensor) -> Tensor:
-        """In place."""
+        """Apply the function in place."""
         if self.name == "relu":
-            return torch.relu_(values)  # which other engines take along in a product, unlike a clamp
+            return torch.relu_(values)  # other engines fuse this into a product, but not a clamp
         if self.bounds is not None:
             return values.clamp_(*self.bounds)
         if self.name == "gelu":
@@ -82,7 +81,7 @@ class Factors(NamedTuple):
     shift: Tensor
 
     def of_rows(self, lattice: Lattice, like: Tensor) -> Factors:
-        """Those of the rows (N, ..., C) of a lattice, in their type: one for all (C,), or (N, ..., C) for each."""
+        """Return the factors for rows (N, ..., C) in the dtype of `like`: (C,) for all rows, or one per row."""
         level = lattice.uniform_level
         if level is not None:
             return Factors(*(value[level].to(like.dtype) for value in self))
@@ -90,7 +89,7 @@ class Factors(NamedTuple):
         return Factors(*(value.to(like.dtype).index_select(0, places).view(wide) for value in self))
 
     def apply(self, rows: Tensor, lattice: Lattice) -> Tensor:
-        """The rows (N, ..., C) of a lattice, scaled and shifted."""
+        """Scale and shift the rows (N, ..., C) of a lattice."""
         scale, shift = self.of_rows(lattice, rows)
         return rows * scale + shift
 
@@ -100,19 +99,19 @@ class FusedConv:
     """Weight (O, C / groups, kh, kw), bias and activation of a convolution.
 
     Attributes:
-        weight: of the convolution.
+        weight: (O, C / groups, kh, kw).
         bias: (O,) or None.
         groups: channel groups.
         activation: applied last, after the residual.
-        packed_cache: packed forms of the weight made so far; None if they are not worth keeping.
-        dense: whether its weight is also worth packing for the shape of a dense map.
-        counts: numbers of rows of the first uniform maps that were multiplied.
-        phases: of a transposed convolution the weights of each phase, if their packed forms are kept.
-        meets_nan: whether sums may be NaN. oneDNN's clamps, which make numbers of NaN, are then not used: torch's and
-            those of this package keep it, but those of torch are another pass.
-        levels: scale and shift of each level, done to the sum and its bias.
-        of_levels: the weights of single levels, if their packed forms are kept.
-        choices: the backends chosen so far, see `choose`, if packed forms are kept.
+        packed_cache: packed forms of the weight made so far; None to keep none.
+        dense: True if the weight is also packed for the shapes of dense maps.
+        counts: row counts of the first uniform maps that were multiplied.
+        phases: weights of each phase of a transposed convolution, if packed forms are kept.
+        meets_nan: True if sums may be NaN. oneDNN's clamps turn NaN into numbers and are then not used; the clamps of
+            torch and this package preserve NaN, but torch's needs another pass.
+        levels: scale and shift of each level, applied to the sum with its bias.
+        of_levels: weights of single levels, if packed forms are kept.
+        choices: the backends chosen so far (see `choose`), if packed forms are kept.
     """
 
     weight: Tensor
@@ -129,23 +128,23 @@ class FusedConv:
     choices: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def is_recurring_row_count(self, count: int) -> bool:
-        """True if so many rows are those of one of the first few sizes of uniform maps; it stays what it is."""
+        """Return True if a row count is one of the first few seen for uniform maps; the answer never changes."""
         if len(self.counts) < MOST_FORMS:
             self.counts.add(count)
         return count in self.counts
 
     def changed(self, **values: Any) -> FusedConv:
-        """Return a convolution with other values, with packed weights and choices of its own if this one keeps any."""
+        """Return a copy with changed fields, and with its own packed weights and choices if this one keeps any."""
         kept: dict[Hashable, Any] | None = None if self.packed_cache is None else {}
         return replace(self, **values, packed_cache=kept, counts=set(), phases={}, of_levels={}, choices={})
 
     @property
     def without_activation(self) -> FusedConv:
-        """The product alone, without the activation; packed weights are shared."""
+        """The same convolution without its activation; packed weights are shared."""
         return replace(self, activation=None)
 
     def of_phase(self, first: tuple[int, int], finer: int) -> FusedConv:
-        """Of a transposed convolution the taps of one phase, see `kernel_map`; packed weights are kept with these."""
+        """Return the taps of one phase of a transposed convolution, see `kernel_map`; packed weights are cached."""
         part = self.weight[:, :, first[0] :: finer, first[1] :: finer]
         if self.packed_cache is None:
             return replace(self, weight=part)
@@ -154,7 +153,7 @@ class FusedConv:
         return replace(self.phases[first], activation=self.activation)
 
     def at_level(self, level: int) -> FusedConv:
-        """Where all rows are at one level: scale and shift folded in."""
+        """Return the convolution for rows of a single level, with scale and shift folded into weight and bias."""
         if self.levels is None or level == 0:
             return replace(self, levels=None)
         if level not in self.of_levels:
@@ -166,15 +165,15 @@ class FusedConv:
         return replace(self.of_levels[level], activation=self.activation)
 
     def on_rows(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(n, O) from gathered rows (n, taps * C), taps outermost; ungrouped.
+        """Compute (n, O) from gathered rows (n, taps * C), taps outermost; ungrouped.
 
         `residual` (n, O) is added before the activation.
         """
         if self.packed_cache is None or not _has_onednn(rows) or not rows.numel():
             multiply = product if self.packed_cache is None and rows.numel() else F.linear
             return self.finish(multiply(rows, self.matrix(rows.dtype), self.bias_as(rows.dtype)), residual)
-        # As a linear layer, whose packed weight serves any number of rows. That of a convolution serves those it
-        # was packed for: with others it is reordered in every call, which is far slower.
+        # The packed weight of a linear layer serves any number of rows. The packed weight of a convolution serves one
+        # shape only: with another shape it is reordered in every call, which is far slower.
         weight = self.form(
             ("rows", rows.dtype),
             lambda: torch.ops.mkldnn._reorder_linear_weight(self.matrix(rows.dtype).contiguous()),
@@ -186,11 +185,11 @@ class FusedConv:
         if act is None:
             return _LINEAR.binary(rows, residual, weight, bias, "add")
         if act.name == "relu" and rows.shape[0] > rows.shape[1] and not self.meets_nan:
-            # A convolution takes both along. Its weight is reordered in every call: less work than what follows.
+            # A convolution fuses both. Reordering its weight in every call is cheaper than the separate pass below.
             point = self.matrix(rows.dtype)[:, :, None, None]
             out = self._onednn(_image(rows), point, _image(residual), ((1, 1), (0, 0), (1, 1)), 1)
             return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
-        # The activation meets the sum block by block, while that is in the cache.
+        # The activation is applied block by block, while the sums are in the cache.
         out = rows.new_empty(rows.shape[0], self.weight.shape[0])
         length = max(64, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
         for part, more, whole in zip(
@@ -200,7 +199,7 @@ class FusedConv:
         return out
 
     def on_elements(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`on_rows`, where the product of a row must not depend on how many there are."""
+        """Compute `on_rows` such that the bits of a row do not depend on the number of rows."""
         count, fewest = rows.shape[0], _fewest(rows)
         if self.packed_cache is None or not fewest or not 0 < count < fewest:
             return self.on_rows(rows, residual)
@@ -210,7 +209,7 @@ class FusedConv:
     def on_image(
         self, image: Tensor, stride: Pair, padding: Pair, dilation: Pair, residual: Tensor | None = None
     ) -> Tensor:
-        """An ordinary convolution of a dense map (B, C, H, W).
+        """Compute an ordinary convolution of a dense map (B, C, H, W).
 
         `residual` is added before the activation; it may be any tensor that broadcasts to the result.
         """
@@ -233,7 +232,7 @@ class FusedConv:
         return self._onednn(image, weight, residual, (stride, padding, dilation), self.groups)
 
     def _on_pixels(self, image: Tensor, residual: Tensor | None) -> Tensor:
-        """A 1x1 convolution of a dense map as a product of rows: those of its memory."""
+        """Compute a 1x1 convolution of a dense map as a product of its pixels, viewed as rows."""
 
         def rows(values: Tensor | None) -> Any:
             return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
@@ -242,7 +241,7 @@ class FusedConv:
         return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
 
     def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
-        """Residual, of any shape that broadcasts, and activation of a product; in place where that has the shape."""
+        """Add a residual that broadcasts and apply the activation; in place if the shape allows it."""
         if residual is not None:
             whole = torch.broadcast_shapes(out.shape, residual.shape) == out.shape
             out = out.add_(residual) if whole else out + residual
@@ -263,8 +262,8 @@ class FusedConv:
         if residual is None:
             return self._rest(_POINTWISE(image, weight, bias, *numbers, *self._fused))
         relu = act is not None and act.name == "relu" and not self.meets_nan
-        # What oneDNN does not take, and what it may take for maps in ordinary memory, torch adds and clamps itself, in
-        # which it has no bfloat16.
+        # Torch itself adds and clamps where oneDNN does not support the map or might read it as contiguous. Torch has
+        # no bfloat16 version of this.
         if image.dtype == torch.bfloat16:
             plain = groups == 1 and min(image.shape[1], weight.shape[0]) > 1
             relu = relu and plain and image.shape[2] * image.shape[3] > 1
@@ -274,17 +273,17 @@ class FusedConv:
         return out if relu or act is None else act.apply_(out)
 
     def _shape(self, image: Tensor, *window: Pair) -> tuple[int, ...]:
-        """Of the result for an image."""
+        """Return the shape of the result for an image."""
         axes = zip(image.shape[2:], self.weight.shape[2:], *window, strict=True)
         sizes = ((length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, s, p, d in axes)
         return image.shape[0], self.weight.shape[0], *sizes
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight as products of gathered rows take it.
+        """Return the weight in the layout for products of gathered rows.
 
-        Ungrouped: (O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix. Grouped:
-        (O, C / groups, taps, 1), contiguous, because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel
-        of width one.
+        Ungrouped: (O, taps * C), taps outermost, which is the order of the values in a gathered row. Grouped:
+        (O, C / groups, taps, 1), contiguous, because torch 2.15 on the CPU gives wrong results for a channels_last
+        kernel of width one.
         """
         weight = self.weight.to(dtype)
         if self.groups > 1:
@@ -292,18 +291,18 @@ class FusedConv:
         return weight.permute(0, 2, 3, 1).flatten(1)
 
     def bias_as(self, dtype: torch.dtype) -> Tensor | None:
-        """The bias."""
+        """Return the bias in a dtype."""
         return self.bias.to(dtype) if self.bias is not None else None
 
     @property
     def _fused(self) -> tuple[str, tuple[float, ...], str]:
-        """The activation as oneDNN's fused operations take it."""
+        """The activation in the format of oneDNN's fused operations."""
         act = None if self._is_apart else self.activation
         return (act.name, act.scalars, act.algorithm) if act is not None else ("none", (), "")
 
     @property
     def _is_apart(self) -> bool:
-        """True if the activation must not be fused into an operation of oneDNN."""
+        """True if the activation must not be fused into a oneDNN operation."""
         return self.meets_nan and self.activation is not None and self.activation.bounds is not None
 
     def _rest(self, out: Tensor) -> Tensor:
@@ -311,7 +310,7 @@ class FusedConv:
         return self.activation.apply_(out) if self._is_apart and self.activation is not None else out
 
     def form(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Return a packed form, made once if they are kept; any thread may ask. The oldest of too many goes."""
+        """Return a packed form, cached if forms are kept; thread-safe. Beyond `MOST_FORMS` the oldest is dropped."""
         if self.packed_cache is None:
             return make()
         form = self.packed_cache.get(key)
@@ -327,7 +326,7 @@ class FusedConv:
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`rows @ weight.T + bias` for (n, K) rows and an (O, K) weight, differentiable."""
+    """Compute `rows @ weight.T + bias` for (n, K) rows and an (O, K) weight; differentiable."""
     if rows.device.type == "cpu" and rows.dtype in _ONEDNN:
         count, fewest = rows.shape[0], _fewest(rows)
         if 0 < count < fewest:
@@ -338,22 +337,22 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fewest(rows: Tensor) -> int:
-    """How many rows of this length a product should have; any while torch counts or compiles what is called."""
+    """Return how many rows of this length a product needs at least; 0 while torch traces or counts operations."""
     return 0 if is_observed() else max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
 
 
 def _fill(rows: Tensor, count: int) -> Tensor:
-    """Rows with zeros below."""
+    """Append rows of zeros up to `count` rows."""
     return F.pad(rows, (0, 0, 0, count - rows.shape[0]))
 
 
 def _image(rows: Tensor | None) -> Any:
-    """Rows (n, C) as a channels_last image; the view must be exactly that, or it is copied unseen."""
+    """View rows (n, C) as a channels_last image with exactly these strides; otherwise torch would silently copy it."""
     return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2) if rows is not None else None
 
 
 def _has_onednn(values: Tensor) -> bool:
-    """True if oneDNN's fused operations, which have no gradients and which torch does not count, can be used."""
+    """Return True if oneDNN's fused operations can be used; they have no gradients, and torch cannot count them."""
     return (
         _POINTWISE is not None
         and values.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Where a network can be sampled: residual branches, which lie between a fork and the addition that ends it."""
+"""Find where a network can be sampled: residual branches, each between a fork and the addition that ends it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Place:
 
     Attributes:
         node: the convolution.
-        window: that it reads by.
-        stride: positions of the gate's map for each position of the convolution's output, along an axis.
-        tail: the last of the operations behind it that act on each position alone, after which gaps are filled.
-        end: affine operations on each position behind that, which may as well come before the filling.
+        window: window of the convolution.
+        stride: positions of the gate's input per position of the convolution's output, along an axis.
+        tail: the last of the following pointwise operations; gaps are filled after it.
+        end: affine pointwise operations after the tail, which may be computed before the filling.
         is_linear: True for a linear layer.
     """
 
@@ -46,10 +46,10 @@ class Branch:
     """A residual branch, or a convolution, with gates.
 
     Attributes:
-        name: of the module, or of the addition.
-        source: node that its gates read: where the branch forks off.
-        places: with gates, in order of execution.
-        apart: convolutions of it that have none though they could save work, and why.
+        name: name of the module or of the addition.
+        source: node that the gates read, at which the branch forks off.
+        places: convolutions with gates, in order of execution.
+        apart: convolutions without a gate although they could save work, and the reasons.
     """
 
     name: str
@@ -59,17 +59,17 @@ class Branch:
 
 
 def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list[Branch]:
-    """The branches asked for, in order of execution.
+    """Find the requested branches, in order of execution.
 
     Args:
-        spatial: what the rules say of the network.
-        where: `"auto"`, all residual branches; or names: of modules, for the residual branches within, or of
-            convolutions, for these alone, which may lie in no residual branch: their gate reads what they read.
+        spatial: how each operation of the network acts on positions.
+        where: `"auto"` for all residual branches; or names of modules, for the residual branches inside, or of single
+            convolutions. A convolution outside any residual branch is possible: its gate reads the same input.
 
     Raises:
-        CannotConvert: `auto` finds none.
-        UnknownName: no such module.
-        InvalidInput: a module without residual branches, or a convolution whose positions cannot be chosen.
+        CannotConvert: `auto` finds no residual branches.
+        UnknownName: there is no such module.
+        InvalidInput: a module has no residual branches, or a convolution cannot be computed at chosen positions.
     """
     facts = spatial.facts
     chosen = found = _residual_branches(spatial)
@@ -142,7 +142,7 @@ def _residual_branches(spatial: Spatial) -> list[Branch]:
             continue
         one, other = (_chain(end, facts) for end in ends)
         fork = next((value for value in one if value in other), None)
-        if fork is None or facts.layout(fork) != CHANNELS_FIRST:  # gates read it as torch's convolutions do
+        if fork is None or facts.layout(fork) != CHANNELS_FIRST:  # gates read (B, C, H, W)
             continue
         sides = [list(reversed(side[: side.index(fork)])) for side in (one, other)]
         side = max(sides, key=lambda nodes: sum(facts.macs.get(value, 0) for value in nodes))
@@ -153,7 +153,7 @@ def _residual_branches(spatial: Spatial) -> list[Branch]:
 
 
 def _chain(node: fx.Node, facts: Facts) -> list[fx.Node]:
-    """A node and what it is computed from, as long as that is one map; the last is made from none or several."""
+    """Return a node and its inputs back through the graph, as long as each has a single map as its input."""
     chain = [node]
     while len(inputs := _maps(chain[-1], facts)) == 1:
         chain.append(inputs[0])
@@ -161,7 +161,7 @@ def _chain(node: fx.Node, facts: Facts) -> list[fx.Node]:
 
 
 def _maps(node: fx.Node, facts: Facts) -> list[fx.Node]:
-    """The values among what a node reads that have the shape of a map of several positions."""
+    """Return the inputs of a node that are maps with several positions."""
 
     def is_spatial(one: fx.Node) -> bool:
         shape = facts.shapes.get(one, ())
@@ -171,11 +171,11 @@ def _maps(node: fx.Node, facts: Facts) -> list[fx.Node]:
 
 
 def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) -> Branch | None:
-    """The branch of some nodes between a fork and an addition; None if no convolution in it can have a gate."""
+    """Return the branch of the nodes between a fork and an addition; None if none of its convolutions can be gated."""
     walk = _Walk(spatial, fork)
     for node in side:
         walk.step(node)
-    # The values of a last pointwise layer can be filled as well as those it reads: it follows the gate before it.
+    # A last pointwise layer needs no gate: it commutes with filling and follows the gate before it.
     places = [one for one in walk.places if one.node is not walk.weighted[-1] or not one.window.is_pointwise]
     if not places:
         return None
@@ -186,7 +186,7 @@ def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) 
 
 @dataclass
 class _Walk:
-    """Along a branch, node after node: its convolutions, and on which part of the fork's grid they are."""
+    """A walk along the nodes of a branch that collects its convolutions and their strides relative to the fork."""
 
     spatial: Spatial
     fork: fx.Node
@@ -197,7 +197,7 @@ class _Walk:
     apart: list[tuple[str, str]] = field(default_factory=list)
 
     def step(self, node: fx.Node) -> None:
-        """Take in the next node."""
+        """Process the next node."""
         facts, kind = self.spatial.facts, self.spatial.kind(node).kind
         module = facts.module(node) if node.op == "call_module" else None
         if isinstance(module, nn.Conv2d):
@@ -213,7 +213,7 @@ class _Walk:
             )
 
     def convolution(self, node: fx.Node) -> None:
-        """Take in a convolution: its output has to lie on every so many-th position of the fork's map."""
+        """Process a convolution; its output must lie on a strided grid of the fork's map."""
         self.weighted.append(node)
         window, shapes = self.spatial.kind(node).window, self.spatial.facts.shapes
         why = self.lost if window is not None else self.spatial.treatments[node].why
@@ -231,7 +231,7 @@ class _Walk:
 
 
 def _keeps_size(window: Window) -> bool:
-    """True if n positions give ceil(n / stride), for every n."""
+    """Return True if n positions give ceil(n / stride) outputs for every n."""
     if window.mode != "zeros" or window.finer != 1 or window.spacing != 1:
         return False
     pads = (sum(window.padding[:2]), sum(window.padding[2:]))
@@ -240,7 +240,7 @@ def _keeps_size(window: Window) -> bool:
 
 
 def _tail(node: fx.Node, end: fx.Node | None, spatial: Spatial) -> fx.Node:
-    """The last of the operations after a convolution that act on each position alone and that nothing else reads."""
+    """Return the last of the pointwise operations after a convolution that have a single reader each."""
     while (user := _only_user(node)) is not None and user is not end and _follows(user, node, spatial):
         module = spatial.facts.module(user) if user.op == "call_module" else None
         if isinstance(module, nn.Linear) or user.target is F.linear:
@@ -250,8 +250,8 @@ def _tail(node: fx.Node, end: fx.Node | None, spatial: Spatial) -> fx.Node:
 
 
 def _end(tail: fx.Node, gated: set[fx.Node], spatial: Spatial) -> tuple[fx.Node, ...]:
-    """Affine operations on each position alone behind what a gate decides of, which nothing else reads the values
-    before; none if there is no convolution among them, because nothing is saved then."""
+    """Return the affine pointwise operations after the tail of a gate whose inputs have no other reader; empty if they
+    include no convolution or linear layer, because then no work is saved."""
     facts, end, node = spatial.facts, list[fx.Node](), tail
     while (user := _only_user(node)) is not None and user not in gated:
         module = facts.module(user) if user.op == "call_module" else None
@@ -272,7 +272,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _follows(node: fx.Node, source: fx.Node, spatial: Spatial) -> bool:
-    """True if an operation acts on each position of a map alone, in evaluation mode, and reads parameters besides."""
-    # One factor for each image, or another map, is none.
+    """Return True if an operation is pointwise in evaluation mode and otherwise reads only parameters."""
+    # A factor per image or a second map is not a parameter.
     others = [one for one in node.all_input_nodes if one is not source]
     return spatial.kind(node).kind in ("point", "permute") and all(one.op == "get_attr" for one in others)

@@ -1,13 +1,13 @@
 """Gates: where a convolution is computed (Xie et al., ECCV 2020, stochastic sampling).
 
-A gate reads the input of its branch and gives each position of a convolution's output a score; with p its sigmoid, u
-and v uniform noise, n(u) = -log(-log(u + e) + e), T the temperature and e = 1e-8,
+A gate reads the input of its branch and predicts a score for each position of a convolution's output. Let p be the
+sigmoid of the score, u and v uniform noise, n(u) = -log(-log(u + e) + e), T the temperature and e = 1e-8. Then
 
-    s = sigmoid((log(p + e) + n(u) - log(1 - p + e) - n(v)) / (T + e)),
+    s = sigmoid((log(p + e) + n(u) - log(1 - p + e) - n(v)) / (T + e))
 
-one of a softmax of two (Gumbel-softmax); without noise, n is left out. In training s itself is the share of a position
-that counts as computed, in evaluation s where it is at least 1/2 and else 0. Every position of a coarse grid is always
-computed.
+is a Gumbel-softmax over two classes; without noise, n is zero. In training s is the share of a position that counts as
+computed. In evaluation the share is s where s is at least 1/2, and 0 elsewhere. Every position of a coarse grid is
+always computed.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ TEMPERATURE = 0.03
 GRID = 11
 _EPSILON = 1e-8
 _HALF = 0.5
-_SIDE = 3  # of a gate's kernel
+_SIDE = 3  # side of a gate's kernel
 PATTERNS = ("areas", "scattered")
-_FAR = 10.0  # a score of which no doubt is left
+_FAR = 10.0  # a score at which a gate is fully open (or closed, if negative)
 _AREA = 8  # positions between the nodes of smooth noise
 
 
 class Gate(nn.Module):
-    """Scores of the positions of one convolution; it starts open everywhere.
+    """A layer that scores the positions of one convolution; initially it is open everywhere.
 
     Attributes:
-        weight: (1, C, 3, 3), at first 0.
-        bias: (1,), at first 3: a probability of .9526.
-        width: of the Gaussian by which gaps are filled, at first 3.
-        temperature: of training, at first 1, times .99998 with each step.
+        weight: (1, C, 3, 3), initially 0.
+        bias: (1,), initially 3: a probability of .9526.
+        width: width parameter of the Gaussian that fills gaps, initially 3.
+        temperature: temperature of training, initially 1 and multiplied by .99998 in each step.
     """
 
     weight: nn.Parameter
@@ -51,7 +51,7 @@ class Gate(nn.Module):
     temperature: Tensor
 
     def __init__(self, channels: int, like: Tensor | None = None) -> None:
-        """Take the channels of what it reads, and a tensor of the wanted type and place."""
+        """Take the number of input channels, and a tensor with the desired dtype and device."""
         super().__init__()
         like = torch.empty(0) if like is None else like.detach()
         self.weight = nn.Parameter(like.new_zeros(1, channels, _SIDE, _SIDE))
@@ -61,15 +61,15 @@ class Gate(nn.Module):
 
 
 def scores(x: Tensor, gates: Sequence[Gate], strides: Sequence[int]) -> list[Tensor]:
-    """(B, h, w) of each of the gates of a branch: 3x3 convolutions of its input, with padding.
+    """Compute the scores (B, h, w) of each gate of a branch: 3x3 convolutions of its input, with padding.
 
-    As products with nine outputs for each gate, whose sums at shifted places are taken afterwards: a convolution with
-    one output would have to be computed as if it had as many as a register holds, at each of nine taps.
+    Computed as a matrix product with nine outputs per gate, followed by sums of shifted outputs. A convolution with one
+    output channel would waste the rest of a vector register at each of the nine taps.
 
     Args:
         x: (B, C, H, W).
-        gates: of the branch.
-        strides: of each; (h, w) is ceil of (H, W) over it.
+        gates: gates of the branch.
+        strides: stride of each gate; (h, w) = ceil((H, W) / stride).
     """
     size = (x.shape[2], x.shape[3])
     weight = torch.cat([gate.weight for gate in gates]).to(x.dtype)
@@ -81,13 +81,13 @@ def scores(x: Tensor, gates: Sequence[Gate], strides: Sequence[int]) -> list[Ten
 
 
 def shares(score: Tensor, temperature: Tensor | float, noise: Tensor | None, grid: int) -> Tensor:
-    """(B, h, w) in 0..1: how much of each position counts as computed; 1 on every `grid`-th one of both axes.
+    """Compute the share of each position that counts as computed, (B, h, w) in 0..1; it is 1 on the grid.
 
     Args:
         score: (B, h, w).
         temperature: T.
-        noise: (2, B, h, w), uniform in 0..1; None for none.
-        grid: 0 for no grid.
+        noise: (2, B, h, w), uniform in 0..1; None for no noise.
+        grid: spacing of the positions that are always computed, along both axes; 0 for no grid.
     """
     p = score.sigmoid()
     logit = (p + _EPSILON).log() - (1 - p + _EPSILON).log()
@@ -103,30 +103,30 @@ def shares(score: Tensor, temperature: Tensor | float, noise: Tensor | None, gri
 
 
 def hard_shares(share: Tensor) -> Tensor:
-    """The shares where they are at least 1/2, else 0: what is computed in evaluation."""
+    """Return the shares used in evaluation: unchanged where they are at least 1/2, 0 elsewhere."""
     return torch.where(share >= _HALF, share, 0.0)
 
 
 def uniform(numbers: Sequence[int], like: Tensor) -> Tensor:
-    """(2, *shape) in 0..1 that depend on some numbers alone, such as seed, step and number of the gate."""
+    """Draw uniform noise (2, *shape) in 0..1 that depends only on `numbers`, such as seed, step and gate number."""
     drawn = np.random.default_rng(list(numbers)).random((2, *like.shape), np.float32)
     return torch.from_numpy(drawn).to(like)
 
 
 class Opened:
-    """Takes the place of the scores of gates, see `SampledModel.score_override`: far above 0 at a share of positions,
-    the same for each call of a size."""
+    """A replacement for the scores of gates (see `SampledModel.score_override`) that opens a fixed share of positions,
+    the same ones in each call with the same size."""
 
     def __init__(self, density: float, pattern: str = "areas") -> None:
-        """Choose how much is open, and where.
+        """Set the share of open positions, and where they lie.
 
         Args:
-            density: 0..1.
-            pattern: in `areas`, where smooth noise is high, or `scattered`.
+            density: share of open positions, 0..1.
+            pattern: `areas` opens connected areas where smooth noise is high, `scattered` single positions.
 
         Raises:
-            InvalidInput: a density out of range.
-            UnknownName: no such pattern.
+            InvalidInput: the density is out of range.
+            UnknownName: there is no such pattern.
         """
         check_name("pattern", pattern, PATTERNS)
         if not 0 <= density <= 1:
@@ -135,7 +135,7 @@ class Opened:
         self._scores: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, number: int, score: Tensor) -> Tensor:
-        """Scores for those (B, h, w) of a gate."""
+        """Return the scores that replace the scores (B, h, w) of a gate."""
         key = (number, *score.shape)
         if key not in self._scores:
             self._scores[key] = self._make(number, score)

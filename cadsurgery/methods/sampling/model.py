@@ -28,8 +28,8 @@ from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.trace import evaluating
 
-GATES = "sampling_gates"  # the child that holds them
-_LAST = 0.75  # of a branch's share in the sparse loss its last gate has, as published
+GATES = "sampling_gates"  # name of the child module that holds the gates
+_LAST = 0.75  # weight of a branch's last gate in the sparse loss, as published
 
 
 def sample(
@@ -41,26 +41,26 @@ def sample(
     *,
     example_input: Example | None = None,
 ) -> SampledModel:
-    """The same network with gates in its residual branches: convolutions are computed where a gate is open, the rest
-    of a branch's map is interpolated, and the addition is whole (Xie et al., ECCV 2020).
+    """Add gates to the residual branches of a network: convolutions are computed where a gate is open, the rest of a
+    branch's map is interpolated, and the addition runs on the whole map (Xie et al., ECCV 2020).
 
-    The argument is not changed; parameters keep names and values, and its state dict loads into the result. Gates are
-    new and start open, so that the result is the original until they are trained (`finetune`, objective `sparse`).
+    The argument is not changed; parameters keep names and values, and its state dict loads into the result. The new
+    gates start open, so that the result equals the original until they are trained (`finetune`, objective `sparse`).
 
     Args:
-        model: a network with residual branches, or one that torch.fx cannot follow whole, such as a detector, whose
-            backbone is then converted inside it.
-        where: `"auto"`, every residual branch; or names of modules, for the residual branches within, or of
-            convolutions, for these alone, which may lie in no residual branch.
-        grid: every so many-th position of both axes is computed whatever a gate says; 0 for none.
-        temperature: of the gates in evaluation; while training each has its own, which starts at 1 and falls.
-        noise: True if gates draw noise in evaluation, as published; the same for each call, see `SampledModel.seed`.
+        model: a network with residual branches. If torch.fx cannot trace it as a whole, such as a detector, its
+            backbone is converted in place.
+        where: `"auto"` for every residual branch; or names of modules, for the residual branches inside, or of single
+            convolutions, which need not lie in a residual branch.
+        grid: spacing of the positions, along both axes, that are computed even if a gate is closed; 0 for none.
+        temperature: temperature of the gates in evaluation; in training each gate has its own, falling from 1.
+        noise: True if gates draw noise in evaluation, as published; the same in each call, see `SampledModel.seed`.
         example_input: an image batch (B, C, H, W), or all arguments of a call; default: small random images.
 
     Raises:
-        CannotConvert: a network that torch.fx cannot follow, or without residual branches for `auto`.
-        UnknownName: no such module.
-        InvalidInput: a module whose positions cannot be chosen, or an option out of range.
+        CannotConvert: torch.fx cannot trace the network, or `auto` finds no residual branches.
+        UnknownName: there is no such module.
+        InvalidInput: a module cannot be computed at chosen positions, or an option is out of range.
     """
     if isinstance(grid, bool) or not isinstance(grid, int) or grid < 0:
         raise InvalidInput(f"grid={grid!r}.", next="give a distance of at least 1, or 0 for no grid.")
@@ -125,24 +125,24 @@ def _make_plan(net: SampledModel, branches: Sequence[Branch], facts: Facts, path
 
 @register
 class SampledModel(GraphModel):
-    """A network with gates; called as the original, it returns what that does.
+    """A network with gates, with the arguments and return values of the original.
 
-    In training mode everything is computed and each position counts by the share its gate gives it, which gradients
-    reach; noise is drawn from `seed`, `step` and the number of the gate. In evaluation mode convolutions are computed
-    where gates are open.
+    In training mode everything is computed, and each position is weighted by the share that its gate predicts, so that
+    gradients reach the gates. Noise depends on `seed`, `step` and the number of the gate. In evaluation mode
+    convolutions are computed where gates are open.
 
     Attributes:
-        plan: what was made of the network.
-        options: of `sample`, as values.
-        grid: distance of the positions that are always computed; 0 for none.
-        temperature: of the gates in evaluation.
-        noise: True if they draw noise in evaluation.
-        seed: of the noise.
-        step: of the noise; each call in training adds 1.
-        decay: what each gate's temperature is multiplied by after each call in training, as published .99998.
-        score_override: gives the score (B, h, w) of a gate in place of its own, by its number, such as `gates.Opened`;
-            None, as at first: nothing does.
-        source: where the network came from, if it was built by name.
+        plan: the branches and gates of the network, with their costs.
+        options: options of `sample`.
+        grid: spacing of the positions that are always computed; 0 for none.
+        temperature: temperature of the gates in evaluation.
+        noise: True if gates draw noise in evaluation.
+        seed: seed of the noise.
+        step: step of the noise; each call in training adds 1.
+        decay: factor on each gate's temperature after each call in training; .99998 as published.
+        score_override: function of a gate's number and score (B, h, w) that returns another score, such as
+            `gates.Opened`; None (default) for the gate's own score.
+        source: origin of the network, if it was built by name.
     """
 
     method, converted_by, already = "sampling", "cs.sample", "this network has gates already."
@@ -166,36 +166,36 @@ class SampledModel(GraphModel):
     _last: Run | None = None
 
     def __init__(self, model: nn.Module, program: Any, options: dict[str, Any], **settings: Any) -> None:
-        """Take over the modules of `model`, the gates among them; use `cadsurgery.sample` to get one."""
+        """Take over the modules of `model`, including the gates; users call `cadsurgery.sample` instead."""
         of_its_own = {"seed": 0, "step": 0, "decay": DECAY, "score_override": None}
         super().__init__(model, program, options, **{**of_its_own, **settings})
 
     @classmethod
     def is_own(cls, name: str) -> bool:
-        """True for what is of a gate."""
+        """Return True if a name belongs to a gate."""
         return GATES in name.split(".")
 
     @property
     def part(self) -> SampledModel:
-        """The network that has the gates: this one, or the part of it that was converted."""
+        """The network with the gates: this network, or its converted part."""
         return self
 
     @property
     def gates(self) -> tuple[Gate, ...]:
-        """In order of execution."""
+        """All gates, in order of execution."""
         gates = self.part._modules[GATES]
         assert isinstance(gates, nn.ModuleList)
         return tuple(gates)  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network as the original is called.
+        """Run the network with the arguments of the original.
 
         Args:
-            args: as the original is called; the first is the image batch (B, C, H, W).
-            kwargs: as the original is called.
+            args: arguments of the original; the first is the image batch (B, C, H, W).
+            kwargs: keyword arguments of the original.
 
         Raises:
-            InvalidInput: what is no image batch.
+            InvalidInput: the first argument is not an image batch.
         """
         run = Run(self, self.bind(args, kwargs), self._is_dense)
         output = run()
@@ -210,10 +210,10 @@ class SampledModel(GraphModel):
         return output
 
     def dense(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network with everything computed: its gates are not asked.
+        """Run the network with everything computed, without evaluating the gates.
 
         Args:
-            args, kwargs: as of a call.
+            args, kwargs: arguments of a call.
         """
         part = self.part
         part._is_dense = True
@@ -226,10 +226,10 @@ class SampledModel(GraphModel):
 
     @property
     def shares(self) -> dict[str, Tensor]:
-        """(B, h, w) of each gated convolution in the last call: how much of each position counted as computed.
+        """Share (B, h, w) of each position that counted as computed in the last call, by gated convolution.
 
         Raises:
-            InvalidInput: there was none.
+            InvalidInput: the network has not been called.
         """
         run = self._called()
         return {
@@ -242,8 +242,8 @@ class SampledModel(GraphModel):
         return {name: float((share >= 0.5).float().mean()) for name, share in self.shares.items()}
 
     def sparse_loss(self) -> Tensor:
-        """How open the gates were in the last call, 0..1, with its gradient: in each branch a quarter of the mean
-        probability of its gates and three quarters of that of its last (published: two gates), meaned over branches.
+        """Return how open the gates were in the last call, 0..1, with gradients. A branch counts 3/4 of the mean
+        probability of its last gate plus 1/4 of that of its other gates (published for two); branches are averaged.
         """
         run, blocks = self._called(), self.part.program.blocks
         total = run.open[0].new_zeros(())
@@ -262,14 +262,14 @@ class SampledModel(GraphModel):
     # -- what it costs -----------------------------------------------------------------------------
 
     def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> SampledMacs:
-        """Multiply-accumulates on an image, which is run: where its gates are open, and of the dense network.
+        """Run the network on an image and count multiply-accumulates: where gates are open, and of the dense network.
 
         Args:
-            args, kwargs: as of a call. On the meta device nothing is run: everything counts as computed.
-            rule: `conv`, or `published`, see `SampledMacs`.
+            args, kwargs: arguments of a call. On the meta device nothing is run, and everything counts as computed.
+            rule: `conv` or `published`, see `SampledMacs`.
 
         Raises:
-            UnknownName: no such rule.
+            UnknownName: there is no such rule.
         """
         arguments = self.bind(args, kwargs, rule)
         densities = dict.fromkeys(range(len(self.gates)), 1.0)
@@ -286,7 +286,7 @@ class SampledModel(GraphModel):
     # -- other forms -------------------------------------------------------------------------------
 
     def optimize(self) -> SampledModel:
-        """An inference copy: batch norm folded, residuals and activations fused, weights packed."""
+        """Return an inference copy: batch norm folded, residuals and activations fused, weights packed."""
         fused, known = self.fused(GATES), self.program
         parts = (known.gates, known.blocks, known.permutes, known.signature, known.container)
         net = self.inference_copy(fused, gather(fused.graph, *parts, fused.origins))
@@ -295,23 +295,23 @@ class SampledModel(GraphModel):
 
     @property
     def is_optimized(self) -> bool:
-        """True if it is an inference copy."""
+        """True if this network is an inference copy."""
         return self.part.program.is_fused
 
 
 class HostedSampled(SampledModel):
-    """A network that is run as it is, with one part of it sampled, such as the backbone of a detector.
+    """A network in which only one part is sampled, such as the backbone of a detector.
 
-    It is called as the original is. Plan, gates and MACs are those of the part.
+    Arguments and return values are those of the original. Plan, gates and MACs refer to the part.
     """
 
     hosts_part = True
 
     def __init__(self, host: nn.Module, path: str, part: SampledModel) -> None:
-        """Put `part` into `host` at `path`; use `cadsurgery.sample` to get one."""
+        """Put `part` into `host` at `path`; users call `cadsurgery.sample` instead."""
         ConvertedModel.__init__(self)
         host.set_submodule(path, part)
-        self._host = (host,)  # a tuple: its modules are this network's own, not a child's
+        self._host = (host,)  # in a tuple, so that it is not registered as a child: the modules belong to this network
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[kind] = host.__dict__[kind]
         self._path = path
@@ -319,23 +319,23 @@ class HostedSampled(SampledModel):
         self.plan, self.source, self.options = part.plan, part.source, part.options
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network as the original is called."""
+        """Run the network with the arguments of the original."""
         host = self._host[0]
         host.training = self.training
         return host(*args, **kwargs)
 
     @property
     def part(self) -> SampledModel:
-        """The part that has the gates."""
+        """The part with the gates."""
         part = self.get_submodule(self._path)
         assert isinstance(part, SampledModel)
         return part
 
     def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> SampledMacs:
-        """Multiply-accumulates of the part on what it gets when the network is called with these arguments.
+        """Count the multiply-accumulates of the part on its inputs when the network is called with these arguments.
 
         Raises:
-            UnknownName: no such rule.
+            UnknownName: there is no such rule.
             InvalidInput: the network did not call the part.
         """
         with evaluating(self):
@@ -346,7 +346,7 @@ class HostedSampled(SampledModel):
         return self.part.macs(*inputs, rule=rule, **named)
 
     def optimize(self) -> HostedSampled:
-        """A copy with the part optimised; see `SampledModel.optimize`."""
+        """Return a copy with the part optimised; see `SampledModel.optimize`."""
         host = copy.deepcopy(self._host[0], copying(self)).eval().requires_grad_(False)
         return HostedSampled(host, self._path, self.part.optimize())
 
@@ -362,5 +362,5 @@ class HostedSampled(SampledModel):
             super().__setattr__(name, value)
 
 
-# What may be set on a network that hosts its part, too.
+# Attributes of the part that can also be read and set on the hosting network.
 _OF_PART = ("grid", "temperature", "noise", "seed", "step", "decay", "score_override", "program")

@@ -1,7 +1,7 @@
-"""The program of a sampled network: steps, and of each gate the chain of those that it decides of.
+"""The program of a sampled network: its steps, and for each gate the chain of steps that the gate controls.
 
-In the graph a gate is a node `reconstruct` behind the operations it decides of, which reads them and the input of the
-branch. Its chain goes on from there, over what may as well be done before gaps are filled.
+In the graph a gate is a node `reconstruct` after the operations that it controls. The node reads their result and the
+input of the branch. The chain continues after the node with steps that may be computed before gaps are filled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cadsurgery.methods.spatial import SpatialKind
 
 
 def reconstruct(value: Tensor, source: Tensor, gate: int) -> Tensor:
-    """Where a gate decides of a value: all of it, as it stands here; `run.py` fills where the gate is closed."""
+    """Mark where a gate controls a value. The function returns the value; `run.py` fills it where the gate is closed."""
     return value
 
 
@@ -28,12 +28,12 @@ class Gated(NamedTuple):
     """A convolution with a gate.
 
     Attributes:
-        conv: name of its node.
-        path: of its module.
-        window: that it reads by.
-        stride: of the gate's map relative to the branch's input.
-        end: names of the affine operations that may come before gaps are filled.
-        is_linear: True for a linear layer on channels, of maps that have them last.
+        conv: name of the convolution's node.
+        path: path of the convolution's module.
+        window: window of the convolution.
+        stride: stride of the gate's map relative to the branch's input.
+        end: names of the affine operations that may be computed before gaps are filled.
+        is_linear: True for a linear layer on the last axis of channels-last maps.
     """
 
     conv: str
@@ -45,21 +45,21 @@ class Gated(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A branch: its name, and the numbers of its gates."""
+    """The name of a branch and the numbers of its gates."""
 
     name: str
     gates: tuple[int, ...]
 
 
 class Chain(NamedTuple):
-    """Steps that one gate decides of, each of which reads the one before.
+    """The steps that one gate controls; each step reads the previous one.
 
     Attributes:
-        before: the convolution and what follows on each position alone.
-        fill: the filling.
-        end: affine operations on each position, which therefore may come before the filling; a residual and an
-            activation of a last one that is a kernel come after it.
-        is_linear: True if the first is a linear layer.
+        before: the convolution and the pointwise operations after it.
+        fill: the step that fills gaps.
+        end: affine pointwise operations, which may be computed before the filling; a residual and activation fused
+            into the last operation are applied after the filling.
+        is_linear: True if the first step is a linear layer.
     """
 
     before: tuple[Step, ...]
@@ -69,11 +69,11 @@ class Chain(NamedTuple):
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """All of them, in order."""
+        """All steps of the chain, in order."""
         return (*self.before, self.fill, *self.end)
 
     def is_channels_last(self, step: Step) -> bool:
-        """True if the map that a step gives has its channels last."""
+        """Return True if the result of a step is channels-last."""
         permuted = [one.spatial.kind == "permute" for one in self.steps[: self.steps.index(step) + 1]]
         return self.is_linear != bool(sum(permuted) % 2)
 
@@ -83,15 +83,15 @@ class SampledProgram(Program):
     """A graph with gates.
 
     Attributes:
-        graph: with `reconstruct` nodes.
-        gates: in order of execution; the keyword `gate` of a node is a place in it.
+        graph: the graph with `reconstruct` nodes.
+        gates: gated convolutions in order of execution; the keyword `gate` of a node is an index into them.
         blocks: name and gates of each branch.
-        permutes: names of nodes that put the channels of a map first or last.
-        chains: of each gate.
-        output: what is returned.
-        convs: the gate of a convolution, by name.
-        follows: the gate of each further step of a chain, and the step before it, by name.
-        readers: the gates that read a value, by its name.
+        permutes: names of nodes that move the channels of a map to the front or the end.
+        chains: the chain of each gate.
+        output: step that returns the output.
+        convs: gate number of each gated convolution, by node name.
+        follows: gate number and previous step of each further step of a chain, by step name.
+        readers: numbers of the gates that read a value, by name of the value.
     """
 
     gates: tuple[Gated, ...]
@@ -113,11 +113,11 @@ def gather(
     container: type,
     origins: Mapping[str, str] | None = None,
 ) -> SampledProgram:
-    """The program of a graph with gates; see `SampledProgram`.
+    """Build the program of a graph with gates; see `SampledProgram`.
 
     Args:
-        graph, gates, blocks, permutes, signature, container: as of the program.
-        origins: of the nodes of a fused graph those they were made of, by name.
+        graph, gates, blocks, permutes, signature, container: fields of the program.
+        origins: original node names of the nodes in a fused graph.
     """
     names = {node: (origins or {}).get(node.name, node.name) for node in graph.nodes}
     *nodes, output = graph.nodes

@@ -1,4 +1,4 @@
-"""Plan of a network that computes where gates are open, and its multiply-accumulates."""
+"""Plan and multiply-accumulates of a sampled network, which computes where gates are open."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class GatePlan:
     """One gate.
 
     Attributes:
-        conv: the convolution that it decides of, by its module.
-        stride: positions of the branch's input for each of the convolution's output, along an axis.
-        follows: modules computed at the same positions behind it, before gaps are filled.
-        macs: multiply-accumulates of all these on the example, computed everywhere.
+        conv: module path of the gated convolution.
+        stride: positions of the branch's input per position of the convolution's output, along an axis.
+        follows: modules after the convolution that are computed at the same positions, before gaps are filled.
+        macs: multiply-accumulates of all these modules on the example, computed everywhere.
     """
 
     conv: str
@@ -35,26 +35,26 @@ class BranchPlan:
     """One branch.
 
     Attributes:
-        name: of its module.
-        source: node that its gates read.
-        gates: in order of execution.
-        apart: its convolutions without a gate, and why.
+        name: name of the branch's module.
+        source: node that the gates read.
+        gates: gates in order of execution.
+        apart: convolutions without a gate, and the reasons.
     """
 
     name: str
     source: str
     gates: tuple[GatePlan, ...]
-    apart: tuple[tuple[str, str], ...] = field(compare=False)  # words, which change
+    apart: tuple[tuple[str, str], ...] = field(compare=False)  # the wording may change
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan(MethodPlan):
-    """All branches; a pure value.
+    """All gated branches of a network, as an immutable value.
 
     Attributes:
-        branches: in order of execution.
-        macs: multiply-accumulates of the whole network on the example, gates not among them.
-        gate_macs: those of the gates.
+        branches: branches in order of execution.
+        macs: multiply-accumulates of the whole network on the example, without the gates.
+        gate_macs: multiply-accumulates of the gates on the example.
         part: name of the part that was converted, "" for the whole network.
     """
 
@@ -64,7 +64,7 @@ class SamplingPlan(MethodPlan):
     part: str = ""
 
     def check(self) -> bool:
-        """True if there are branches."""
+        """Return True if there are branches."""
         return bool(self.branches)
 
     def __str__(self) -> str:
@@ -87,15 +87,15 @@ class SamplingPlan(MethodPlan):
 
 @dataclass(frozen=True)
 class GateMacs:
-    """Multiply-accumulates of one gate and its chain: of the batch that was counted.
+    """Multiply-accumulates of one gate and its chain, for the whole batch.
 
     Attributes:
-        conv: the convolution.
-        density: share of its positions that were computed.
-        macs: computed where it was open, of the convolution and what follows it there.
-        dense: the same computed everywhere.
-        gate: of the gate itself.
-        filling: of the filling, where the rule counts it.
+        conv: module path of the convolution.
+        density: share of the convolution's positions that were computed.
+        macs: MACs of the chain at open positions.
+        dense: MACs of the chain computed everywhere.
+        gate: MACs of the gate itself.
+        filling: MACs of the filling, if the rule counts it.
     """
 
     conv: str
@@ -111,11 +111,11 @@ class SampledMacs(MethodMacs):
     """MACs of a network; `print` shows them.
 
     Attributes:
-        gates: in order of execution.
-        rest: of everything that no gate decides of.
-        rule: `conv`, multiply-accumulates of convolutions and products where they are needed, the gates' at each
-            position of what they read; or `published`, the counting of the reference code: gates at the positions of
-            what they decide of, and 49 for each channel that is filled, by the share that is computed and that is not.
+        gates: MACs of each gate, in order of execution.
+        rest: MACs of everything that no gate controls.
+        rule: `conv` counts convolutions and products where they are computed, and gates at each position of their
+            input. `published` follows the reference code: gates count at the positions of the chain's result, and
+            filling counts 49 MACs per channel and position, times density (1 - density).
     """
 
     gates: tuple[GateMacs, ...]
@@ -127,22 +127,22 @@ class SampledMacs(MethodMacs):
 
     @property
     def total(self) -> int:
-        """All that is computed."""
+        """MACs of the sampled network, including gates and filling."""
         return self.rest + sum(gate.macs + gate.gate + gate.filling for gate in self.gates)
 
     @property
     def dense(self) -> int:
-        """Of the network without gates."""
+        """MACs of the network without gates."""
         return self.rest + sum(gate.dense for gate in self.gates)
 
     @property
     def density(self) -> float:
-        """Share of the positions that were computed, by the work at each."""
+        """Share of positions that were computed, weighted by their MACs."""
         dense = sum(gate.dense for gate in self.gates)
         return sum(gate.macs for gate in self.gates) / dense if dense else 1.0
 
     def lines(self) -> list[str]:
-        """The total, then each gate."""
+        """Return the lines of the report: the total, then each gate."""
         (first,), own = super().lines(), sum(gate.gate for gate in self.gates)
         filling = sum(gate.filling for gate in self.gates)
         rows = [f"  {gate.conv}: {gate.density:.3f} of its positions, {gate.macs:.3e}" for gate in self.gates]
@@ -152,7 +152,7 @@ class SampledMacs(MethodMacs):
 def count(
     program: SampledProgram, work: Work, densities: Mapping[int, float], rule: str, shape: tuple[int, ...]
 ) -> SampledMacs:
-    """The MACs of a call, by how large a share of its positions each gate chose."""
+    """Count the MACs of a call from the share of open positions of each gate."""
     source = {gate: name for name, gates in program.readers.items() for gate in gates}
     rows = list[GateMacs]()
     for number, (gated, chain) in enumerate(zip(program.gates, program.chains, strict=True)):

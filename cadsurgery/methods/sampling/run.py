@@ -1,9 +1,9 @@
-"""One call of a sampled network: step after step, convolutions with a gate where it is open.
+"""One call of a sampled network: it runs step by step and computes gated convolutions where their gate is open.
 
-In evaluation what a gate decides of is computed for the rows of the positions that are open, and the map that follows
-is filled from those: an affine operation on each position alone, such as a bottleneck's last convolution, commutes with
-filling, so it comes before. Where most of a map is open, all of it is computed: see `WHOLE_FROM`. In training all is
-computed, and each position counts by its share.
+In evaluation the steps that a gate controls are computed for the open positions only, and the map is then filled from
+these rows. An affine pointwise operation, such as a bottleneck's last convolution, commutes with filling and is
+therefore computed before it. If most of a map is open, all of it is computed, see `WHOLE_FROM`. In training everything
+is computed, and each position is weighted by its share.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from cadsurgery.surgery.hooks import child
 if TYPE_CHECKING:
     from cadsurgery.methods.sampling.model import SampledModel
 
-# From this share of open positions on the whole map is computed, and filled in place: where both took as long
-# (`python benchmarks/sampling.py --choice`) in MobileNetV2; in ResNet-50 chosen positions were a little faster there.
+# From this share of open positions the whole map is computed and filled in place. At this share both ways took equally
+# long in MobileNetV2 (`python benchmarks/sampling.py --choice`); in ResNet-50 open positions alone were a little faster.
 WHOLE_FROM = 0.95
 
 
 class Rows(NamedTuple):
-    """A value at the open positions of a gate, of which gaps are not filled yet.
+    """A value at the open positions of a gate, before its gaps are filled.
 
     Attributes:
         rows: (N, C).
-        gate: its number.
-        is_last: True if the map they stand for has its channels last.
-        is_filled: True behind the filling: what has been done since came before it.
-        floor: (C,) a position far from all others holds then; None for zeros.
+        gate: number of the gate.
+        is_last: True if the map that the rows belong to is channels-last.
+        is_filled: True after the `reconstruct` node, although the filling itself is still postponed.
+        floor: (C,), value of positions far from all open positions; None for zeros.
     """
 
     rows: Tensor
@@ -56,11 +56,11 @@ class Run:
     """The values of one call.
 
     Attributes:
-        net: what is run, and how its gates decide.
-        arguments: of the call, by name.
-        is_dense: True if gates are not asked, and everything is computed.
-        shares: (B, h, w) of each gate.
-        open: the mean probability of each gate.
+        net: the network, with the settings of its gates.
+        arguments: arguments of the call, by name.
+        is_dense: True to compute everything without evaluating the gates.
+        shares: share (B, h, w) of each gate.
+        open: mean probability of each gate.
     """
 
     net: SampledModel
@@ -72,7 +72,7 @@ class Run:
         self.env: dict[str, Any] = {}
         self.shares: dict[int, Tensor] = {}
         self.open: dict[int, Tensor] = {}
-        self.places: dict[int, Places] = {}  # of gates that are open at some positions
+        self.places: dict[int, Places] = {}  # of gates whose open positions are computed separately
         self.maps: dict[int, Maps] = {}  # by batch
 
     def __call__(self) -> Any:
@@ -103,16 +103,16 @@ class Run:
                 self._choose(number, self.shares[number] > 0)
 
     def _choose(self, number: int, is_open: Tensor) -> None:
-        """Note where a gate is open, unless all may as well be computed."""
+        """Store where a gate is open, unless the whole map is to be computed."""
         count = int(is_open.sum())
-        if not count:  # one position counts with a share of zero
+        if not count:  # compute one position, which has a share of zero
             is_open[0, 0, 0] = True
         if count < WHOLE_FROM * is_open.numel():
             self.places[number] = Places(is_open)
             self.maps.setdefault(len(is_open), Maps(len(is_open), is_open.device))
 
     def _is_settled(self, number: int) -> bool:
-        """True if all modules of a chain are in evaluation mode: else they do not act on each position alone."""
+        """Return True if all modules of a chain are in evaluation mode; in training some are not pointwise."""
         steps = (step for step in self.program.chains[number].steps if step.op == "call_module")
         modules = (child(self.net, step.target) for step in steps)
         return not any(module is not None and module.training for module in modules)
@@ -147,7 +147,7 @@ class Run:
         return Rows(compute(Convolution(x.flatten(0, 2), weights, reads)), number, gated.is_linear)
 
     def _on_rows(self, step: Step, source: str, x: Rows) -> Any:
-        """A step that acts on each position alone; a residual and an activation of a kernel come after the filling."""
+        """Run a pointwise step on rows; a fused residual and activation are applied after the filling."""
         if step.target is reconstruct:
             return x._replace(is_filled=True)
         if step.spatial.kind == "permute":
@@ -176,7 +176,7 @@ class Run:
         return value if kernel.activation is None else kernel.activation.apply_(value)
 
     def _fill(self, x: Rows, more: Tensor | None = None, activation: Activation | None = None) -> Tensor:
-        """The whole map, gaps filled from the positions that are open."""
+        """Return the whole map with gaps filled from the open positions."""
         places, share = self.places[x.gate], self.shares[x.gate]
         if more is not None:
             more = by_position(more, x.is_last).expand(*share.shape, x.rows.shape[1]).flatten(0, 2)
