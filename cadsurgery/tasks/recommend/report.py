@@ -197,7 +197,7 @@ class Recommendation(RunReport):
 
     def figure(self) -> Figure:
         """Quality against milliseconds: the front joined, each setting with its error."""
-        figure = canvas(9, 5.5)
+        figure = canvas(12, 5.5)
         axis = figure.subplots()
         kinds = {"given": "#222222", "size": COLOURS[4], "dense": COLOURS[1], "adaptive": COLOURS[0]}
         words = {
@@ -227,17 +227,20 @@ class Recommendation(RunReport):
                 markersize=5,
                 label=words.get(kind, "converted"),
             )
-        for row in (*front, self.chosen):
+        named = front if self.chosen in front else [*front, self.chosen]
+        for number, row in enumerate(named, 1):
             place = (row.milliseconds, 100 * row.quality.value)
-            weight = "bold" if row.name == self.chosen.name else "normal"
-            axis.annotate(
-                row.name, place, (5, -11), textcoords="offset points", fontsize=7, fontweight=weight
-            )
+            axis.annotate(str(number), place, (-4, 7), textcoords="offset points", fontsize=8, ha="right")
+        lines = [
+            f"{number}  {row.name}{' (recommended)' if row.name == self.chosen.name else ''}"
+            for number, row in enumerate(named, 1)
+        ]
+        axis.text(1.01, 0.99, "\n".join(lines), transform=axis.transAxes, fontsize=8, va="top")
         axis.set_xlabel("milliseconds for a picture")
         axis.set_ylabel(f"{WORDS[self.measure]}, %")
         axis.set_xlim(left=0, right=1.25 * max(row.milliseconds for row in self.rows))
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(1.0, 0.0))
         axis.set_title(f"{self.model}, {self.images} pictures, {self.precision}", fontsize=10)
         return figure
 
