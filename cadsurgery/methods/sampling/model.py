@@ -311,7 +311,7 @@ class HostedSampled(SampledModel):
         """Put `part` into `host` at `path`; users call `cadsurgery.sample` instead."""
         ConvertedModel.__init__(self)
         host.set_submodule(path, part)
-        self._host = (host,)  # in a tuple, so that it is not registered as a child: the modules belong to this network
+        self._host = (host,)  # in a tuple, so that it is not registered as a child module
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[kind] = host.__dict__[kind]
         self._path = path
