@@ -49,7 +49,7 @@ def sample(
 
     Args:
         model: a network with residual branches. If torch.fx cannot trace it as a whole, such as a detector, its
-            backbone is converted in place.
+            backbone is converted inside a copy of it.
         where: `"auto"` for every residual branch; or names of modules, for the residual branches inside, or of single
             convolutions, which need not lie in a residual branch.
         grid: spacing of the positions, along both axes, that are computed even if a gate is closed; 0 for none.
