@@ -2,12 +2,12 @@
 
     out[n] = act(sum_t W_t rows[table[n, t]] + bias + residual[n])                             (*)
 
-An implicit matrix product, one program per tile of outputs: gathered rows go straight to the tensor cores and
-never exist in memory. Nothing is added atomically, so forward and backward give the same bits every time
-(for the same tile sizes, which are tuned once per shape and machine and kept on disk).
+The kernel is an implicit matrix product with one program per tile of outputs: gathered rows go straight to the
+tensor cores and never exist in memory. There are no atomic additions, so forward and backward give the same bits
+every time (for the same tile sizes, which are tuned once per shape and machine and stored on disk).
 
 Triton is optional. With TRITON_INTERPRET=1 set before its import the kernels run on CPU tensors, for tests.
-The first call of a shape tunes and compiles: make it before a CUDA graph is captured.
+The first call with a shape tunes and compiles; make this call before a CUDA graph is captured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cadsurgery.elements.backends.weights import Activation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Activations that the kernels know, by name, scalars and algorithm; leaky ReLU besides, with any slope.
+# Activations that the kernels support, by name, scalars and algorithm. Leaky ReLU is supported with any slope.
 _FUSED = {
     ("relu", (), ""): "relu",
     ("hardtanh", (0.0, 6.0), ""): "relu6",
@@ -36,34 +36,34 @@ _FUSED = {
     ("gelu", (), "none"): "gelu",
     ("sigmoid", (), ""): "sigmoid",
 }
-# Their derivative follows from the output alone, so they stay fused when gradients are needed.
+# The derivatives of these follow from the output alone, so they stay fused when gradients are needed.
 _INVERTIBLE = ("none", "relu", "relu6")
-# Backward of the weight: enough programs for any GPU, few enough that their partial sums take about 16 MB.
+# Number of programs in the weight's backward: enough for any GPU, with partial sums of only about 16 MB.
 _PROGRAMS = 1024
 
 
 class Triton(Backend):
-    """One kernel that gathers and multiplies, forward and backward; what it needs of the kernel map is kept."""
+    """One kernel that gathers and multiplies, forward and backward; tables derived from the kernel map are cached."""
 
     name = "triton"
 
     def applies(self, work: Convolution) -> bool:
-        """Ungrouped and depthwise convolutions of rows on such a device, but no products of rows as they are."""
+        """Return True for ungrouped and depthwise convolutions on supported GPUs, except plain products of rows."""
         if work.graph or work.is_product or not isinstance(work.reads, WindowRead):
             return False
         return supports(work.rows, work.weights.weight, work.weights.groups)
 
     def convolve(self, work: Convolution) -> Tensor:
-        """Rows (N, O)."""
+        """Compute rows (N, O)."""
         assert isinstance(work.reads, WindowRead)
         rows, weights, source, reading = work.rows, work.weights, work.reads.source, work.reading
         derive, key = source.derive, (work.reads.target.key, work.reads.window)
         if reading.sources.shape[0] or work.outside:
             rows, table = extend(rows, reading, work.outside), reading.table
-        else:  # padding is read as a negative entry: no copy of the rows with a row of zeros behind them
+        else:  # a negative entry reads padding, which avoids a copy of the rows with a row of zeros
             count = source.count
             table = derive(("signed", *key), lambda: reading.table.masked_fill(reading.table == count, -1))
-        # Made when a gradient first asks.
+        # Computed when a gradient is first needed.
         reverse = derive(("reversed", *key), lambda: cache(lambda: reverse_map(table, rows.shape[0])))
         weight = weights.weight.flatten(1) if weights.groups > 1 else weights.matrix(rows.dtype)
         more = (weights.bias, work.residual, weights.activation, weights.groups)
@@ -71,16 +71,16 @@ class Triton(Backend):
 
 
 class ReversedMap(NamedTuple):
-    """A kernel map read backwards: for every row the outputs that read it, at most one per tap in a row.
+    """The inverse of a kernel map: for every row the outputs that read it, at most one per tap in a table row.
 
-    Where a tap of several outputs reads the same row (a coarse cell beside fine ones, the padding row), that
-    row continues in extra rows of the table. So the gradient of the rows is (*) itself, and then a short sum.
+    If the same tap of several outputs reads one row (a coarse cell beside fine cells, the padding row), that
+    row continues in extra table rows. The gradient of the rows is then (*) itself, followed by a short sum.
 
     Attributes:
-        table: (R + M, taps) int32, the output that reads by this tap or -1. Row r < R belongs to row r.
-        extras: (M,) int64, R..R+M-1: the further rows, those of one owner side by side.
+        table: (R + M, taps) int32, the output that reads by this tap, or -1. Table row r < R belongs to row r.
+        extras: (M,) int64, R..R+M-1: the extra table rows, grouped by owner.
         owners: (K,) int64, the rows that have extras, each once.
-        offsets: (K,) int64, where the extras of each owner start.
+        offsets: (K,) int64, start of each owner's extras.
     """
 
     table: Tensor
@@ -90,7 +90,7 @@ class ReversedMap(NamedTuple):
 
 
 def available(device: torch.device) -> bool:
-    """True if the kernels run on this device: NVIDIA from Ampere on (bfloat16, tf32, asynchronous copies)."""
+    """Return True if the kernels run on this device: NVIDIA from Ampere on (bfloat16, tf32, asynchronous copies)."""
     if not triton_kernels.INSTALLED or triton_kernels.INTERPRETED:
         return triton_kernels.INTERPRETED and device.type == "cpu"
     is_nvidia = device.type == "cuda" and torch.version.hip is None
@@ -98,13 +98,13 @@ def available(device: torch.device) -> bool:
 
 
 def supports(rows: Tensor, weight: Tensor, groups: int = 1) -> bool:
-    """True if `gather_conv` takes these operands: one of the three types, ungrouped or depthwise."""
+    """Return True if `gather_conv` accepts these operands: one of the three dtypes, ungrouped or depthwise."""
     grouping = groups == 1 or groups == rows.shape[1] == weight.shape[0]
     return grouping and rows.dtype == weight.dtype and rows.dtype in DTYPES and available(rows.device)
 
 
 def _name_activation(activation: Activation | None) -> tuple[str, float] | None:
-    """Name and slope of an activation in the kernels, None for what they have not."""
+    """Return name and slope of an activation in the kernels; None if they do not support it."""
     if activation is None:
         return "none", 0.0
     if activation.name == "leaky_relu":
@@ -114,9 +114,9 @@ def _name_activation(activation: Activation | None) -> tuple[str, float] | None:
 
 
 def reverse_map(table: Tensor, rows: int) -> ReversedMap:
-    """The kernel map `table` (N, taps) into `rows` rows, read backwards; negative entries are left out.
+    """Invert the kernel map `table` (N, taps) into `rows` rows; negative entries are ignored.
 
-    One stable integer sort; waits for the device, so keep the result as long as the table.
+    This is one stable integer sort. It synchronises with the device, so keep the result as long as the table.
     """
     taps = table.shape[1]
     entry = table.flatten().ge(0).nonzero().squeeze(1)
@@ -124,7 +124,7 @@ def reverse_map(table: Tensor, rows: int) -> ReversedMap:
     key, order = torch.sort(table.flatten()[entry].long() * taps + tap, stable=True)
     output, tap, row = output[order], tap[order], key // taps
     position = torch.arange(len(key), device=table.device)
-    # The first slot of each (row, tap) is in the row itself, the next ones in its extras.
+    # The first slot of each (row, tap) is in the row itself, further slots are in its extras.
     slot = position - torch.searchsorted(key, key)
     needed = torch.zeros(rows, dtype=torch.int64, device=table.device)
     needed.scatter_reduce_(0, row, slot, "amax")
@@ -148,7 +148,7 @@ def gather_conv(
     groups: int = 1,
     reverse: Callable[[], ReversedMap] | None = None,
 ) -> Tensor:
-    """The convolution (*), (N, O), for operands that `supports` accepts; differentiable in all but the table.
+    """Compute the convolution (*), (N, O), for operands that `supports` accepts; only the table has no gradient.
 
     Args:
         rows: (R, C) float32, float16 or bfloat16; sums are float32.
@@ -156,9 +156,9 @@ def gather_conv(
         table: (N, taps) int32 into the rows; a negative entry reads zero.
         bias: (O,).
         residual: (N, O).
-        activation: applied last; in the kernel where that has it.
+        activation: applied last, inside the kernel if it supports the function.
         groups: 1, or C for a depthwise convolution.
-        reverse: gives the reversed map of the table, kept by the caller; made anew if missing.
+        reverse: returns the inverse of the table, cached by the caller; if None, the inverse is computed.
     """
     channels, outputs, taps = rows.shape[1], weight.shape[0], table.shape[1]
     if groups > 1 and not groups == channels == outputs:
@@ -183,7 +183,7 @@ def gather_conv(
 
 
 class GatherConv(torch.autograd.Function):
-    """(*) with gradients; saves its inputs and, behind an activation, its output."""
+    """The convolution (*) with gradients; saves its inputs and, if there is an activation, its output."""
 
     @staticmethod
     def forward(
@@ -207,7 +207,7 @@ class GatherConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of rows, weight, bias and residual."""
+        """Compute the gradients of rows, weight, bias and residual."""
         rows, weight, table, out = ctx.saved_tensors
         bias_dtype, residual_dtype = ctx.dtypes
         needs = ctx.needs_input_grad
@@ -229,14 +229,14 @@ class GatherConv(torch.autograd.Function):
 def _grad_rows(
     grad: Tensor, weight: Tensor, reverse: ReversedMap, taps: int, count: int, groups: int
 ) -> Tensor:
-    """Gradient of the rows (count, C): (*) over the reversed map, then the extras added to their owners."""
+    """Compute the gradient of the rows (count, C): (*) over the inverse map, then extras are added to their owners."""
     if groups == 1:
         weight = weight.reshape(weight.shape[0], taps, -1).permute(2, 1, 0).flatten(1)
     parts = _forward(grad, weight, reverse.table, None, None, "none", 0.0, groups)
     of_rows = parts[:count]
     if len(reverse.owners):
         sums = F.embedding_bag(reverse.extras, parts, reverse.offsets, mode="sum")
-        of_rows[reverse.owners] += sums  # owners are distinct: a plain write, in a fixed order
+        of_rows[reverse.owners] += sums  # owners are distinct, so this is a plain write in a fixed order
     return of_rows
 
 
@@ -271,7 +271,7 @@ def _forward(
 
 
 def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
-    """Gradient of the weight, float32: every program sums a share of the outputs, then the shares are summed."""
+    """Compute the float32 gradient of the weight: each program sums a share of the outputs; the shares are added."""
     (count, taps), channels, outputs = table.shape, rows.shape[1], grad.shape[1]
     rows, grad, table = _operand(rows), _operand(grad), table.contiguous()
     tiles = taps * _cdiv(channels, 64) * (_cdiv(outputs, 64) if groups == 1 else 1)
@@ -298,7 +298,7 @@ def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tens
 
 
 def _operand(x: Any) -> Any:
-    """A tensor or None as the kernels take it; Triton 3.9's interpreter cannot multiply bfloat16."""
+    """Prepare a tensor or None for the kernels; Triton 3.9's interpreter cannot multiply bfloat16."""
     if x is None:
         return None
     wide = triton_kernels.INTERPRETED and x.dtype == torch.bfloat16
@@ -310,5 +310,5 @@ def _cdiv(length: int, block: int) -> int:
 
 
 def _precision() -> str:
-    """How float32 is multiplied: as the user allows matrix products to be."""
+    """Return the precision of float32 products, following torch's setting for matrix products."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,9 +1,9 @@
-"""Convolutions in 8 bits: unsigned features, signed weights, exact sums of 32 bits.
+"""8-bit convolutions: unsigned features, signed weights, exact 32-bit sums.
 
-A value v is stored as q with v = (q - zero) scale; calibration chose these quantisation parameters (`QuantParams`).
+A value v is stored as q with v = (q - zero) scale; calibration chooses these quantisation parameters (`QuantParams`).
 Weights are quantised per output channel. Residual, activation and requantisation are applied while the sums are in
-registers. The kernels
-(`kernels/c/int8.c`, `int8_depthwise.c`) sum exactly on every processor; torch is their reference, bit for bit.
+registers. The kernels (`kernels/c/int8.c`, `int8_depthwise.c`) sum exactly on every processor; torch is their
+reference, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from cadsurgery.kernels.layouts import IntegerLayout, grouped_layout, integer_la
 from cadsurgery.kernels.load import is_observed, isa_of, library
 
 MOST_TAPS, MOST, LARGEST_WEIGHT = 64, 255, 127
-# So many products of the largest values fit into sums of 32 bits, and are whole numbers in float32.
+# How many products of the largest values fit into 32-bit sums, and how many are exact in float32.
 MOST_PRODUCTS, MOST_IN_FLOAT = 2**31 // (MOST * (LARGEST_WEIGHT + 1)), 2**24 // (MOST * LARGEST_WEIGHT)
 
 
 class QuantParams(NamedTuple):
-    """The values that 8 bits can be: (q - zero) scale for q of 0..255.
+    """Quantisation parameters: 8-bit q in 0..255 stands for the value (q - zero) scale.
 
     Attributes:
-        scale: between two of them.
-        zero: the q of zero, which is always one of them.
+        scale: step between two neighbouring values.
+        zero: zero point, the q that stands for 0; 0 is always exactly representable.
     """
 
     scale: float
@@ -47,13 +47,13 @@ class QuantParams(NamedTuple):
 
     @classmethod
     def of_range(cls, low: float, high: float) -> QuantParams:
-        """From a least to a largest value, zero between them."""
+        """Return parameters for the range from `low` to `high`, extended to contain zero."""
         low, high = min(low, 0.0), max(high, 0.0)
         scale = (high - low) / MOST or 1.0
         return cls(scale, max(0, min(MOST, round(-low / scale))))
 
     def quantise(self, values: Tensor) -> Tensor:
-        """The nearest q, ties to even, in the memory layout of the values."""
+        """Round values to the nearest q, ties to even, keeping the memory layout."""
         factor, form = 1 / self.scale, None if is_observed() else form_here()
         if form is None or values.dtype != torch.float32 or not _is_dense(values):
             exact = values.double() * _single(factor) + self.zero
@@ -63,7 +63,7 @@ class QuantParams(NamedTuple):
         return out
 
     def dequantise(self, values: Tensor) -> Tensor:
-        """float32, in the memory layout of the values, which may be means of numbers of the grid, too."""
+        """Convert q to float32 values, keeping the memory layout; q may also be fractional, such as means."""
         form = None if is_observed() else form_here()
         if form is None or values.dtype != torch.uint8 or not _is_dense(values):
             return values.to(torch.float32, copy=True).sub_(self.zero).mul_(_single(self.scale))
@@ -73,8 +73,8 @@ class QuantParams(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """Steps from exact sums to results, in single precision and in this order: times scale, plus bias, plus the
-    residual times more; the activation; times factor plus zero, where that is not folded into what is before; clamped.
+    """Constants of the steps from exact sums to results, in single precision: times scale, plus bias, plus residual
+    times more; activation; times factor, plus zero (if not folded into the steps before); clamp to low..high.
     """
 
     offset: Tensor
@@ -89,18 +89,18 @@ class Finish(NamedTuple):
 
 @dataclass
 class IntegerWeights:
-    """Weight (O, C / groups, kh, kw) of -127..127, and what becomes of its sums.
+    """Weight (O, C / groups, kh, kw) in -127..127, and the parameters that convert its sums to results.
 
     Attributes:
         weight: int8.
-        scale: (O,) of the weight.
+        scale: (O,), scale of the weight per output channel.
         bias: (O,) or None.
         groups: channel groups.
         activation: applied last, after the residual.
-        source: grid of the rows.
-        more: grid of a residual in 8 bits; None of one in float32.
-        out: grid of the result; None: float32.
-        packed_cache: packed weights and constants made so far.
+        source: quantisation parameters of the rows.
+        more: quantisation parameters of an 8-bit residual; None for a float32 residual.
+        out: quantisation parameters of the result; None for float32.
+        packed_cache: packed weights and constants computed so far.
     """
 
     weight: Tensor
@@ -115,17 +115,17 @@ class IntegerWeights:
 
     @property
     def is_fused(self) -> bool:
-        """True if backends apply its activation."""
+        """True if backends can fuse the activation."""
         return can_apply(self.activation)
 
     @property
     def is_depthwise(self) -> bool:
-        """True if each output has one input, and the result is in 8 bits."""
+        """True if the convolution is depthwise and its result is 8-bit."""
         return self.groups > 1 and self.weight.shape[:2] == (self.groups, 1) and self.out is not None
 
     @property
     def constants(self) -> Finish:
-        """Constants of the steps from its sums to results."""
+        """Constants of the steps from sums to results."""
         if "constants" not in self.packed_cache:
             self.packed_cache["constants"] = self._make_constants()
         finish: Finish = self.packed_cache["constants"]
@@ -142,7 +142,7 @@ class IntegerWeights:
         low, high = bounds or (-math.inf, math.inf)
         step, zero = self.out or (1.0, 0)
         factor, shift = 1.0, 0.0
-        if self.activation is not None and bounds is None:  # no factor can be taken out of it
+        if self.activation is not None and bounds is None:  # a factor cannot be moved through this activation
             factor, shift = 1 / step, float(zero)
         else:
             scale, bias, more = scale / step, bias / step + zero, more / step
@@ -154,22 +154,22 @@ class IntegerWeights:
 
     @property
     def without_activation(self) -> IntegerWeights:
-        """The product alone, in float32."""
+        """The same convolution without activation and requantisation, with a float32 result."""
         if "alone" not in self.packed_cache:
             self.packed_cache["alone"] = replace(self, activation=None, more=None, out=None, packed_cache={})
         weights: IntegerWeights = self.packed_cache["alone"]
         return weights
 
     def add(self, product: Tensor, residual: Tensor | None) -> Tensor:
-        """Residual and activation of a product `alone`, whose place is taken, on the grid of the result."""
+        """Add a residual to a float32 product (in place), apply the activation, and quantise the result."""
         if residual is not None:
             product.add_(residual if self.more is None else self.more.dequantise(residual))
         product = product if self.activation is None else self.activation.apply_(product)
         return product if self.out is None else self.out.quantise(product)
 
     def finish(self, sums: Tensor, residual: Tensor | None) -> Tensor:
-        """Rows of sums (n, O), whole numbers as int32: the reference of what compiled code does, bit for bit where its
-        rounding is known: products are added in one step."""
+        """Convert int32 sums (n, O) to result rows: the reference of the compiled code. Results agree bit for bit if
+        the code uses fused multiply-add, whose rounding is known."""
         known = self.constants
         value = _multiply_add((sums + known.offset).float(), known.scale, known.bias)
         if residual is not None:
@@ -181,8 +181,8 @@ class IntegerWeights:
         return value if self.out is None else value.round_().to(torch.uint8)
 
     def packed(self, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weight, offset, scale and bias as a form of `int8.c` reads them: padded to whole chunks of outputs of each
-        group, channels of an output side by side."""
+        """Pack weight, offset, scale and bias for an instruction set of `int8.c`: each group is padded to whole chunks
+        of outputs, and the channels of an output are contiguous."""
         if ("packed", form) not in self.packed_cache:
             layout = integer_layout(form)
             chunk, side = layout.chunk, layout.side
@@ -207,16 +207,16 @@ class IntegerWeights:
         return padded
 
     def by_channel(self) -> tuple[Tensor, Tensor]:
-        """Weight and offset of a depthwise convolution as `grouped.c` reads them: whole numbers in float32."""
+        """Pack weight and offset of a depthwise convolution for `grouped.c`: integers stored as float32."""
         if "by channel" not in self.packed_cache:
             self.packed_cache["by channel"] = group_weight(self.weight.float(), self.constants.offset.float())
         parts: tuple[Tensor, Tensor] = self.packed_cache["by channel"]
         return parts
 
     def by_taps(self, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weight, offset, scale and bias of a depthwise convolution as a form of `int8_depthwise.c` reads them: of the
-        channels of a vector four taps side by side, in the order in which processors interleave them: (16 channels, 4,
-        4) as (4, 16 channels, 4)."""
+        """Pack weight, offset, scale and bias of a depthwise convolution for an instruction set of `int8_depthwise.c`:
+        four taps are contiguous for each channel of a vector, in the processor's interleaved order ((16 channels, 4, 4)
+        as (4, 16 channels, 4))."""
         if ("by taps", form) not in self.packed_cache:
             layout, taps = integer_layout(form), self.weight[0].numel()
             padded = self.weight.new_zeros(len(self.weight), -(-taps // 4) * 4)
@@ -231,12 +231,12 @@ class IntegerWeights:
 
 @dataclass(frozen=True, eq=False)
 class IntegerConvolution(Work):
-    """A convolution of rows (N, C) in 8 bits, see `IntegerWeights`: rows (N_target, O), in 8 bits or float32.
+    """A convolution of 8-bit rows (N, C), see `IntegerWeights`: result rows (N_target, O) in 8 bits or float32.
 
     Attributes:
-        weights: weight and all that becomes of its sums.
-        reads: the lattices and the window; a reading; None for a product of the rows as they are.
-        residual: rows of the result's shape, in 8 bits or float32 as the weights say, or None.
+        weights: weight, and the parameters that convert its sums to results.
+        reads: the lattices and the window; or a reading; or None for a product of the unchanged rows.
+        residual: rows of the result's shape, in 8 bits or float32 as the weights specify, or None.
     """
 
     weights: IntegerWeights
@@ -246,19 +246,19 @@ class IntegerConvolution(Work):
 
     @property
     def is_product(self) -> bool:
-        """True if it reads one tap, the rows as they are."""
+        """True if the convolution is a product of the unchanged rows."""
         if not isinstance(self.reads, WindowRead):
             return self.reads is None
         return self.reads.window.is_pointwise and rows_of(self.reads.source, self.reads.target) is None
 
     @property
     def reading(self) -> Reading:
-        """Where it reads."""
+        """The reading of the input rows."""
         return every_row(self.rows.shape[0], self.rows.device) if self.reads is None else self.reads.reading
 
 
 def convolve(work: IntegerConvolution) -> Tensor:
-    """Rows (N, O); an activation that backends do not apply is another pass, in float32."""
+    """Compute rows (N, O); an activation that backends cannot fuse needs another pass in float32."""
     if work.weights.is_fused:
         return compute(work)
     product = compute(replace(work, weights=work.weights.without_activation, residual=None))
@@ -266,17 +266,17 @@ def convolve(work: IntegerConvolution) -> Tensor:
 
 
 class Integers(Backend):
-    """Compiled code for rows in 8 bits, in the fastest form that the processor has instructions for."""
+    """Compiled code for 8-bit rows, using the fastest instruction set of the processor."""
 
     name = "integers"
 
     def applies(self, work: IntegerConvolution) -> bool:
-        """Where the code could be compiled and runs, unless torch observes what is called."""
+        """Return True if the compiled code is available and torch does not trace or count operations."""
         is_here = work.rows.device.type == "cpu" and form_here() is not None
         return is_here and work.is_inference and not is_observed()
 
     def convolve_integers(self, work: IntegerConvolution, form: str = "") -> Tensor:
-        """Rows (N, O); by a form, or the fastest."""
+        """Compute rows (N, O) with the given instruction set, or the fastest."""
         weights, known = work.weights, work.weights.constants
         outputs, inputs = weights.weight.shape[:2]
         reading = None if work.is_product and inputs > 1 else work.reading
@@ -326,8 +326,8 @@ class Integers(Backend):
 
 
 def _interleave(values: Tensor, layout: IntegerLayout) -> Tensor:
-    """Values (channels, taps or 1) by the channels of a vector, in the order that `int8_depthwise.c` reads them in. A
-    last part of no more than half a vector is there twice, because two rows are read at once."""
+    """Reorder values (channels, taps or 1) to vectors of channels in the order of `int8_depthwise.c`. A last part of
+    at most half a vector is stored twice, because two rows are read at once."""
     many, half = layout.many, layout.half
     channels, last = len(values), values[len(values) // many * many :]
     padded = values.new_zeros(-(-channels // many) * many, values.shape[1])
@@ -340,13 +340,13 @@ def _interleave(values: Tensor, layout: IntegerLayout) -> Tensor:
 
 
 def can_apply(activation: Activation | None) -> bool:
-    """True if backends apply an activation to sums while they are in registers."""
+    """Return True if backends can apply an activation to sums while they are in registers."""
     return activation is None or activation.bounds is not None or activation.name == "hardswish"
 
 
 def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
-    """A map (B, C, H, W) of up to four channels in 8 bits, as pixels of four bytes side by side, lines and columns of
-    padding around each image."""
+    """Write an 8-bit map (B, C, H, W) of up to four channels to memory as pixels of four bytes, with padding around
+    each image."""
     form, (batch, channels, height, width) = None if is_observed() else form_here(), image.shape
     if form is not None:
         image = image if _is_dense(image) else image.contiguous()
@@ -359,7 +359,7 @@ def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
 
 
 def _is_exact_in_float(weights: IntegerWeights) -> bool:
-    """True if `grouped.c` computes a depthwise convolution, whose sums are whole numbers in float32, too."""
+    """Return True if `grouped.c` can compute a depthwise convolution, with sums that are exact in float32."""
     few = weights.weight[0].numel() <= min(MOST_IN_FLOAT, grouped_layout("uint8").taps)
     return (
         weights.is_depthwise and few and (weights.activation is None or weights.activation.bounds is not None)
@@ -382,12 +382,12 @@ class _Result(ctypes.Structure):
 
 
 def forms_here() -> tuple[str, ...]:
-    """The instruction sets, widest first, that the kernels for 8 bits can use on this processor."""
+    """Return the instruction sets, widest first, that the 8-bit kernels can use on this processor."""
     return tuple(name for name in reversed(isa.allowed()) if _has(f"convolve_{name}"))
 
 
 def form_here() -> str | None:
-    """The widest of them, or None."""
+    """Return the widest instruction set that the 8-bit kernels can use, or None."""
     return isa_of("convolve") or None
 
 
@@ -397,7 +397,7 @@ def _has(symbol: str) -> bool:
 
 
 def _run(name: str, form: str | None, *arguments: Any) -> int:
-    """Call a form of a kernel for 8 bits; the result of those that return one."""
+    """Call an 8-bit kernel for an instruction set and return its result, if it has one."""
     kernel = getattr(library(), f"{name}_{form}")
     kernel.restype = ctypes.c_long
     return int(kernel(*map(_for_c, arguments)))
@@ -412,16 +412,16 @@ def _for_c(value: Any) -> Any:
 
 
 def _single(value: float) -> float:
-    """As single precision has it."""
+    """Round a number to single precision."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 
 def _multiply_add(value: Tensor, factor: Tensor | float, shift: Tensor | float) -> Tensor:
-    """value factor + shift with one rounding, to float32: in float64 the product is exact."""
+    """Compute value * factor + shift in float32 with a single rounding; in float64 the product is exact."""
     wide = factor.double() if isinstance(factor, Tensor) else factor
     return (value.double() * wide + shift).float()
 
 
 def _is_dense(values: Tensor) -> bool:
-    """True if values lie one after another in memory, in whatever order of their axes."""
+    """Return True if values are contiguous in memory, in ordinary or channels_last order."""
     return values.is_contiguous() or values.is_contiguous(memory_format=torch.channels_last)

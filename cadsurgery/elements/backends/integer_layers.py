@@ -1,4 +1,4 @@
-"""Layers of networks in 8 bits: convolutions, linear layers and pools of dense maps, whose pixels are rows too."""
+"""Layers of 8-bit networks: convolutions, linear layers and pooling of dense maps, whose pixels are treated as rows."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from cadsurgery.elements.backends.weights import Pair
 from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.support.errors import InvalidInput
 
-_FOUR = 4  # channels of images: as many as products take at once
+_FOUR = 4  # padded channels of an image: the number of products that one instruction adds up
 
 
 class IntegerConv(nn.Module):
-    """A convolution in 8 bits. Called on a dense map it has this stride, padding and dilation; on elements
-    `functional.fused_conv2d` takes its weights."""
+    """An 8-bit convolution. On a dense map it uses the given stride, padding and dilation; on elements
+    `functional.fused_conv2d` uses its weights."""
 
     def __init__(self, weights: IntegerWeights, window: tuple[Pair, Pair, Pair] | None = None) -> None:
         """Take the weights and, for dense maps, (stride, padding, dilation)."""
         super().__init__()
         self.weights, self.window = weights, window
-        for name in ("weight", "scale", "bias"):  # the same tensors, so that copies of shapes alone have none
+        for name in ("weight", "scale", "bias"):  # the same tensors, so that meta copies hold no values
             self.register_buffer(name, getattr(weights, name), persistent=False)
         self.weight: Tensor
 
@@ -43,7 +43,7 @@ class IntegerConv(nn.Module):
         return self.weights.groups
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The convolution of a dense map (B, C, H, W) in 8 bits; `residual` is added before the activation."""
+        """Convolve an 8-bit dense map (B, C, H, W); `residual` is added before the activation."""
         assert self.window is not None
         stride, padding, dilation = self.window
         batch, channels, height, width = image.shape
@@ -63,7 +63,7 @@ class IntegerConv(nn.Module):
 
     @property
     def _by_line(self) -> IntegerWeights:
-        """Of an image of up to four channels: what a tap reads are all pixels of a line of the window."""
+        """Weights for an image of up to four channels, in which one tap reads a whole line of the window."""
         if "by line" not in self.weights.packed_cache:
             weight = self.weight.new_zeros(
                 self.weight.shape[0], *self.weight.shape[2:], _FOUR
@@ -75,7 +75,7 @@ class IntegerConv(nn.Module):
         return weights
 
     def extra_repr(self) -> str:
-        """Shape, groups and grids, for `print`."""
+        """Return shape, groups and quantisation parameters for `print`."""
         weights = self.weights
         shape = "x".join(map(str, weights.weight.shape))
         return f"{shape}, groups={weights.groups}, {weights.source} -> {weights.out or 'float32'}"
@@ -98,7 +98,7 @@ class IntegerLinear(IntegerConv):
     """A linear layer on the last axis of a dense map."""
 
     def forward(self, values: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., O) from (..., C)."""
+        """Compute (..., O) from (..., C)."""
         shape = (*values.shape[:-1], self.weight.shape[0])
         more = residual.reshape(-1, shape[-1]) if residual is not None else None
         rows = values.reshape(-1, values.shape[-1])
@@ -106,17 +106,17 @@ class IntegerLinear(IntegerConv):
 
 
 def to_bytes(values: Tensor, scale: float, zero: int) -> Tensor:
-    """Values on a grid, as its numbers."""
+    """Quantise values to uint8 with the given parameters."""
     return QuantParams(scale, zero).quantise(values)
 
 
 def from_bytes(values: Tensor, scale: float, zero: int) -> Tensor:
-    """The values that numbers of a grid stand for."""
+    """Convert uint8 numbers back to float32 values."""
     return QuantParams(scale, zero).dequantise(values)
 
 
 def max_pool_bytes(image: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """A maximum over windows of a dense map in 8 bits, as of the values that it stands for."""
+    """Max-pool an 8-bit dense map; the order of the numbers is the order of their values."""
     batch, _, height, width = image.shape
     table, out = _read_pixels(batch, (height, width), kernel, stride, padding, dilation)
     return _map_of(
@@ -135,7 +135,7 @@ def _map_of(rows: Tensor, batch: int, size: Pair) -> Tensor:
 
 
 def _lines_of(image: Tensor, padding: Pair, weights: IntegerWeights) -> Tensor:
-    """The pixels of a padded image, with four channels, as rows that overlap: each holds those behind it, too."""
+    """View the pixels of a padded four-channel image as overlapping rows: each row also holds the pixels after it."""
     batch, _, height, width = image.shape
     down, across = padding
     wide, beyond = width + 2 * across, weights.weight.shape[3] - 1
@@ -149,9 +149,8 @@ def _lines_of(image: Tensor, padding: Pair, weights: IntegerWeights) -> Tensor:
 def _read_pixels(
     batch: int, size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, wide: int = 1
 ) -> tuple[Tensor, Pair]:
-    """Which pixel each tap of a window reads, (n, taps), their number where it lies outside; and the size of the map.
-
-    A tap may be `wide` pixels, of which the table has the first.
+    """Return the pixel that each tap of a window reads, (n, taps), with the number of pixels for outside positions,
+    and the output size. A tap may span `wide` pixels, of which the table holds the first.
     """
     axes, counts = [], []
     for axis, length in enumerate(size):

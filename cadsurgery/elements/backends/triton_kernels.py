@@ -1,7 +1,7 @@
-"""Triton kernels of `functional.gpu`; see there for the formula and the arguments.
+"""Triton kernels of `backends/gpu.py`, which documents the formula and the arguments.
 
-Without Triton the module still imports, and its kernels are plain functions that nobody calls.
-Sizes of the network are compile-time constants: it has few of them, and loops and masks simplify.
+Without Triton the module still imports, and its kernels are plain functions that are never called.
+Sizes of layers are compile-time constants: a network has few of them, and loops and masks simplify.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ INTERPRETED = INSTALLED and triton.knobs.runtime.interpret
 
 
 def _tune(configs: list[tuple[dict[str, int], int, int]], depth: str = "") -> Callable[[Any], Any]:
-    """A kernel whose tiles are tuned per shape: a list of (block sizes, warps, stages), the first the smallest.
+    """Decorate a kernel whose tiles are tuned per shape. Each config is (block sizes, warps, stages), smallest first.
 
     `depth` names the block that a matrix product sums over.
     """
 
     def fitting(configs: list[Any], arguments: dict[str, Any], **sizes: Any) -> list[Any]:
-        """Without tiles wider than the operands or larger than shared memory: they would only cost time."""
+        """Drop tiles wider than the operands or larger than shared memory, which would only cost tuning time."""
         values = {**arguments, **sizes}
         limits = {"BLOCK_N": 1 << values["bucket"], "BLOCK_C": values["C"], "BLOCK_O": values.get("C_OUT", 0)}
         size = values["rows"].element_size()
@@ -46,7 +46,7 @@ def _tune(configs: list[tuple[dict[str, int], int, int]], depth: str = "") -> Ca
         usable = configs[:1] if INTERPRETED else configs
         return triton.autotune(
             configs=[triton.Config(blocks, num_warps=w, num_stages=s) for blocks, w, s in usable],
-            # The count changes from image to image: its power of two is enough to choose tiles by.
+            # The count changes from image to image; its power of two is enough to choose tiles.
             key=[*("bucket", "C", "TAPS"), *(["C_OUT"] if depth else [])],
             prune_configs_by={"early_config_prune": fitting},
             cache_results=True,
@@ -70,7 +70,7 @@ def _finish(  # type: ignore[no-untyped-def]
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
-    """The tail of (*) on a tile of float32 sums, while they are in registers."""
+    """Apply bias, residual and activation of (*) to a tile of float32 sums, while they are in registers."""
     if bias is not None:
         total += tl.load(bias + o, mask=o < C_OUT, other=0.0).to(tl.float32)[None, :]
     if residual is not None:
@@ -132,27 +132,27 @@ def product(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One (BLOCK_N, BLOCK_O) tile of (*), ungrouped."""
-    # Tiles in groups of eight along n, each group through all output channels: programs that run together share weights
-    # and gathered rows in the L2 cache. Elements are in raster order, so a tile's taps lie close together.
+    """Compute one (BLOCK_N, BLOCK_O) tile of (*), ungrouped."""
+    # Tiles are ordered in groups of eight along n, each group through all output channels: concurrent programs share
+    # weights and gathered rows in the L2 cache. Elements are in raster order, so a tile's taps are close in memory.
     group: tl.constexpr = 8
     tiles_o: tl.constexpr = (C_OUT + BLOCK_O - 1) // BLOCK_O
     program = tl.program_id(0)
     first = program // (group * tiles_o) * group
     height = tl.minimum(tl.cdiv(count, BLOCK_N) - first, group)
     within = program % (group * tiles_o)
-    # 64-bit: rows and outputs may be more than 2^31 values.
+    # 64-bit, because rows and outputs may have more than 2^31 values.
     n = ((first + within % height) * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
     o = within // height * BLOCK_O + tl.arange(0, BLOCK_O)
     total = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
-    # One loop over taps and channels, not two nested: loads run ahead of the products across taps. The table
-    # is read one step ahead and carried, so that the compiler sees no load that waits for another one in a
-    # step: those would take stages of its pipeline. Re-reading it per block of channels is 4 bytes from L1.
+    # One loop over taps and channels rather than two nested loops, so that loads run ahead of the products across
+    # taps. The table is read one step ahead: then no load waits for another load in the same step, which would take
+    # stages of the compiler's pipeline. Reading it again for each block of channels costs 4 bytes from L1.
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     source = tl.load(table + n * TAPS, mask=n < count, other=-1)
     for step in range(TAPS * blocks):
         c = step % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-        # Channels are contiguous: a gathered row is whole cache lines wherever it lies.
+        # Channels are contiguous, so a gathered row consists of whole cache lines wherever it is.
         gathered = tl.load(
             rows + source.to(tl.int64)[:, None] * C + c[None, :],
             mask=(source >= 0)[:, None] & (c < C)[None, :],
@@ -195,7 +195,7 @@ def depthwise(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One (BLOCK_N, BLOCK_C) tile of (*), depthwise: bound by memory, so plain products, many loads in flight."""
+    """Compute one (BLOCK_N, BLOCK_C) depthwise tile of (*). Memory-bound: plain products and many loads in flight."""
     n = (tl.program_id(0) * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -236,7 +236,7 @@ def product_weight(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One (BLOCK_O, BLOCK_C) tile of one tap of the weight's gradient, summed over one share of the outputs."""
+    """Compute one (BLOCK_O, BLOCK_C) tile of one tap of the weight's gradient, summed over one share of the outputs."""
     tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tiles_o: tl.constexpr = (C_OUT + BLOCK_O - 1) // BLOCK_O
     program, share = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -284,7 +284,7 @@ def depthwise_weight(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`product_weight` for a depthwise convolution: BLOCK_C channels of one tap."""
+    """Compute `product_weight` for a depthwise convolution: BLOCK_C channels of one tap."""
     tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, share = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = program % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)

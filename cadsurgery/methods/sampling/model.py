@@ -49,7 +49,7 @@ def sample(
 
     Args:
         model: a network with residual branches. If torch.fx cannot trace it as a whole, such as a detector, its
-            backbone is converted in place.
+            backbone is converted inside a copy of it.
         where: `"auto"` for every residual branch; or names of modules, for the residual branches inside, or of single
             convolutions, which need not lie in a residual branch.
         grid: spacing of the positions, along both axes, that are computed even if a gate is closed; 0 for none.
@@ -311,9 +311,7 @@ class HostedSampled(SampledModel):
         """Put `part` into `host` at `path`; users call `cadsurgery.sample` instead."""
         ConvertedModel.__init__(self)
         host.set_submodule(path, part)
-        self._host = (
-            host,
-        )  # in a tuple, so that it is not registered as a child: the modules belong to this network
+        self._host = (host,)  # in a tuple, so that it is not registered as a child module
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[kind] = host.__dict__[kind]
         self._path = path

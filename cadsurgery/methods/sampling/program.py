@@ -20,7 +20,7 @@ from cadsurgery.methods.spatial import SpatialKind
 
 
 def reconstruct(value: Tensor, source: Tensor, gate: int) -> Tensor:
-    """Mark a value that a gate controls, and return it; `run.py` fills it where the gate is closed."""
+    """Mark a value that a gate controls and return it unchanged; `run.py` fills it where the gate is closed."""
     return value
 
 

@@ -28,9 +28,8 @@ from cadsurgery.surgery.hooks import child
 if TYPE_CHECKING:
     from cadsurgery.methods.sampling.model import SampledModel
 
-# From this share of open positions on, the whole map is computed and filled in place. At this share both ways took
-# equally long in MobileNetV2 (`python benchmarks/sampling.py --choice`); in ResNet-50 open positions alone were a little
-# faster.
+# From this share of open positions the whole map is computed and filled in place. There both ways took equally long in
+# MobileNetV2 (`python benchmarks/sampling.py --choice`); in ResNet-50 computing open positions was a little faster.
 WHOLE_FROM = 0.95
 
 
