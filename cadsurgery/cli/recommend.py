@@ -1,4 +1,4 @@
-"""The command that answers if a conversion is worth it, and with which setting: recommend."""
+"""The command recommend: is a conversion worth it, and with which setting?"""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ def recommend(
     network: options.Network,
     images: Annotated[
         str,
-        typer.Option(
-            help="folder of photos, or labelled data as of eval --data; 30 pictures are a good number"
-        ),
+        typer.Option(help="folder of photos, or labelled data as of eval --data"),
     ],
     labels: Annotated[
         Path | None,
@@ -62,7 +60,6 @@ def recommend(
             "--output", "-o", help="folder of the run, default NAME-recommended; a run goes on there"
         ),
     ] = None,
-    trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
     """Recommend how to run a network on pictures like yours, on this machine: converted or not, and how.

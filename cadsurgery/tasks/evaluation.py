@@ -230,7 +230,7 @@ def _judge(
             except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
                 for position in positions:
                     failures.at(position, data.names[position])
-                    failures.note(_refusal(error, images))
+                    failures.note(refuse_images(error, images))
                 continue
             for place, (side, tally) in enumerate(zip(compared.sides, tallies, strict=True)):
                 output = side.call(images) if place else output
@@ -272,7 +272,7 @@ def _batches(
             yield positions, torch.stack(images), torch.stack(labels)
 
 
-def _refusal(error: Exception, images: Tensor) -> CadError:
+def refuse_images(error: Exception, images: Tensor) -> CadError:
     """Return the error for images on which a network does not run."""
     if isinstance(error, CadError):
         return error

@@ -1,4 +1,4 @@
-"""How settings are run: as copies in torch, or as files in another engine; and the work of each."""
+"""Run settings: as copies in torch, or as files in another engine. Count the work of each."""
 
 from __future__ import annotations
 
@@ -39,19 +39,17 @@ class Calls:
         model: the network as given, in channels_last memory.
         image: (1, 3, H, W), the first picture.
         options: further ones of `adaptify`.
-        own_pair: see `Candidates`.
-        multiple: of which the sides of scaled pictures are.
+        multiple: sides of resized pictures are multiples of this number of pixels.
         runtime: `torch`, `onnx` or `openvino`.
         precision: one of `PRECISIONS`.
-        calibration: pictures (1, 3, H, W) that int8 is calibrated by.
-        folder: for the files of an engine.
-        step: called with what is being made.
+        calibration: pictures (1, 3, H, W) for the calibration of int8.
+        folder: folder for the files of an engine.
+        step: progress callback.
     """
 
     model: nn.Module
     image: Tensor
     options: Mapping[str, Any]
-    own_pair: Pair | None
     multiple: int
     runtime: str
     precision: str
@@ -63,7 +61,7 @@ class Calls:
     _numbers: Iterator[int] = field(default_factory=count)
 
     def scale(self, setting: Setting, image: Tensor) -> Tensor:
-        """The picture (1, 3, H, W) as a setting gets it."""
+        """Resize a picture (1, 3, H, W) for a setting."""
         height, width = scaled_size(image.shape[2:], setting.scale, self.multiple)
         if (height, width) == tuple(image.shape[2:]):
             return image
@@ -73,7 +71,7 @@ class Calls:
         """Return the call of a setting, which takes a picture as it is and scales it first."""
         self.step(f"preparing {setting.name}")
         small = self.scale(setting, self.image)
-        pair, fill = setting.pair or self.own_pair, setting.fill
+        pair, fill = setting.pair, setting.fill
         if pair is None:
             run: Call = self.model
         elif self.runtime != TORCH:
@@ -81,9 +79,10 @@ class Calls:
         elif setting.kind == "adaptive":
             run = partial(self.fast(pair, fill), mask=resolve_mask(setting.mask))
         elif self.precision == "int8":
-            run = partial(self.fast(pair, self._some_fill(pair)), mask=self._uniform_mask(pair, setting))
+            run = partial(self.fast(pair, fill), mask=setting.typed_mask)
         else:
-            run = dense_twin(self.net(pair, fill), self._level(pair, setting), self._cast(small))
+            net = self.net(pair, fill)
+            run = dense_twin(net, _level(net, setting), self._cast(small))
         return partial(self._run, setting, run)
 
     def _run(self, setting: Setting, run: Call, image: Tensor) -> Any:
@@ -94,7 +93,7 @@ class Calls:
         return image.bfloat16() if self.precision == "bfloat16" and self.runtime == TORCH else image
 
     def net(self, pair: Pair, fill: str) -> AdaptiveModel:
-        """The network, converted for a pair of output strides."""
+        """Return the network converted for a pair of output strides; converted once."""
         if (pair, fill) not in self._nets:
             options = {**self.options, "output_stride": pair, "fill": fill}
             net = adaptify(self.model, "edges", **options, example_input=self.image, verify_laws=False)
@@ -104,23 +103,12 @@ class Calls:
         return self._nets[pair, fill]
 
     def fast(self, pair: Pair, fill: str) -> AdaptiveModel:
-        """Its optimised copy."""
+        """Return the optimised copy of that network; made once."""
         net = self.net(pair, fill)
         if id(net) not in self._fast:
             in_8_bits = {"precision": "int8", "calibration": list(self.calibration)}
             self._fast[id(net)] = net.optimize(**in_8_bits if self.precision == "int8" else {})  # type: ignore[arg-type]
         return self._fast[id(net)]
-
-    def _some_fill(self, pair: Pair) -> str:
-        """A fill that a copy was made for: uniform maps are read without it."""
-        return next((fill for known, fill in self._nets if known == pair), "guided")
-
-    def _level(self, pair: Pair, setting: Setting) -> int:
-        """The level at which all cells have the setting's output stride."""
-        return self.net(pair, setting.fill).plan.strides.index(setting.stride)
-
-    def _uniform_mask(self, pair: Pair, setting: Setting) -> str:
-        return "all" if setting.stride == pair[0] else "none"
 
     def _in_engine(self, setting: Setting, net: AdaptiveModel, small: Tensor) -> Call:
         engine = ENGINES[self.runtime]
@@ -131,16 +119,14 @@ class Calls:
             batches = torch.cat(list(self.calibration)) if in_8_bits else None
             export(net, small, path, to="onnx", check_in=self.runtime, int8=batches)
         else:
-            pair = setting.pair or self.own_pair
-            assert pair is not None
-            write_dense(net, self._level(pair, setting), small, path, engine)
+            write_dense(net, _level(net, setting), small, path, engine)
             if in_8_bits:
                 to_8_bits(path, engine, [(self.scale(setting, one),) for one in self.calibration])
         run = engine(path, torch.get_num_threads())
         return lambda image: run(image)[0]
 
     def macs(self, setting: Setting) -> int:
-        """Multiply-accumulates of the whole network on the first picture."""
+        """Count the multiply-accumulates of the whole network on the first picture."""
         small = self.scale(setting, self.image)
         if setting.kind in ("given", "size"):
             return dense_macs(self.model, small)
@@ -152,3 +138,8 @@ class Calls:
             return net.macs(small, mask=setting.mask).mask
         report = net.macs(small, mask="none")
         return report.high if setting.stride == setting.pair[0] else report.low
+
+
+def _level(net: AdaptiveModel, setting: Setting) -> int:
+    """Return the level at which all cells of a network have the setting's output stride."""
+    return net.plan.strides.index(setting.stride)

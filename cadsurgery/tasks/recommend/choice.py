@@ -1,4 +1,4 @@
-"""Choose among settings that were measured, and say why."""
+"""Choose among measured settings, and give the reasons."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MOST_IMAGES = 10_000
 
 @dataclass(frozen=True)
 class Choice:
-    """The row that is recommended, why, and how many pictures would decide where there is doubt (None: none)."""
+    """The recommended row, the reasons, and the number of pictures that would decide; None if there is no doubt."""
 
     row: SettingRow
     reasons: tuple[str, ...]
@@ -43,7 +43,7 @@ def rows_of(
     macs: Mapping[str, int],
     measure: str,
 ) -> tuple[SettingRow, ...]:
-    """The rows of all settings that were measured, the network as given first; those on the front are marked."""
+    """Return the rows of all measured settings, the network as given first; those on the front are marked."""
     given = judged[candidates.settings[0].name]
     rows: list[SettingRow] = []
     for setting in candidates.settings:
@@ -92,9 +92,9 @@ def choose(
 
     Args:
         rows: the network as given first.
-        request: what is asked.
-        measure: of quality.
-        refusal: why the network cannot be converted, if it cannot.
+        request: condition on the choice.
+        measure: measure of quality.
+        refusal: error of the conversion, if the network cannot be converted.
     """
     given = rows[0]
     complete = [row for row in rows if row.is_complete]
@@ -117,8 +117,8 @@ def choose(
         reasons.append(f"It cannot be converted: {first_line(refusal)}")
     if measure == CLASSES:
         reasons.append(
-            "Without labels this is uncertain: how fidelity relates to mIoU is known from one network alone. Labels of "
-            "30 pictures tell (--labels)."
+            "Without labels this is uncertain: how fidelity relates to mIoU is known from one network alone. Labels "
+            "decide (--labels)."
         )
     needed = None if request.keep is None else _images_needed(chosen, rows, request, measure)
     if needed is not None:
@@ -129,7 +129,7 @@ def choose(
 
 
 def _simplest(best: SettingRow, able: Sequence[SettingRow], slower: float) -> SettingRow:
-    """The simplest setting that is as good as the best one within the error, and as fast up to a factor."""
+    """Return the simplest setting that is as good as the best one within the error, and as fast up to a factor."""
 
     def is_as_good(row: SettingRow) -> bool:
         error = max(0.0 if math.isnan(one.quality.error) else one.quality.error for one in (row, best))
@@ -144,7 +144,7 @@ def _simplest(best: SettingRow, able: Sequence[SettingRow], slower: float) -> Se
 
 
 def margin(row: SettingRow, given: SettingRow, request: Request, measure: str) -> tuple[float, float]:
-    """By how much the quality of a setting is above what is to be kept, and the standard error of that; as shares."""
+    """Return how far a setting's quality is above the share that is to be kept, and the standard error of that."""
     keep = request.keep or 0.0
     if measure == CLASSES and row.loss is not None:
         lost, error = row.loss
@@ -156,7 +156,8 @@ def margin(row: SettingRow, given: SettingRow, request: Request, measure: str) -
 def _images_needed(
     chosen: SettingRow, rows: Sequence[SettingRow], request: Request, measure: str
 ) -> int | None:
-    """Pictures that would tell if the choice keeps enough and if what is faster does not; None: these do."""
+    """Return the number of pictures that would decide if the choice keeps enough and faster settings do not; None if
+    the measured pictures decide."""
     given, most = rows[0], 0
     for row in rows:
         is_asked = row is chosen or (row.is_complete and row.milliseconds < _WORTH * chosen.milliseconds)

@@ -10,6 +10,7 @@ Quality is one of three measures, all 0..1:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from cadsurgery.support.divergence import Kind, divergence, maps_of, resize
+from cadsurgery.tasks.report import Plain
 from cadsurgery.tasks.segmentation.fidelity import NO_CLASS
-from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
+from cadsurgery.tasks.segmentation.metrics import IGNORED, SegmentationMetrics
 
 LABELS, CLASSES, VALUES = "miou", "fidelity", "accuracy"
 _RESAMPLES = 1000
@@ -28,12 +30,12 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Judgement:
-    """One setting on one picture.
+    """Counts of one setting on one picture.
 
     Attributes:
-        milliseconds: of the call.
+        milliseconds: time of the call.
         same: share of pixels with the class that the network as given predicts; 0 for values.
-        error: mean square of the difference relative to that of the network as given; of values.
+        error: mean squared difference from the network as given, relative to its mean square; 0 for class scores.
         fidelity: (3, C) pixels of each class in both predictions, in either, and in that of the network as given.
         boundary: (2, C) pixels near the outlines of each class in both predictions, and in either.
         labels: (3, C), as `fidelity`, against the labels; empty without labels.
@@ -50,11 +52,11 @@ class Judgement:
 def judge(
     milliseconds: float, output: Any, given: Any, labels: Tensor | None, size: tuple[int, int], kind: Kind
 ) -> Judgement:
-    """Judge what a setting gives for a picture.
+    """Compare the output of a setting for one picture with the network as given and with labels.
 
     Args:
-        milliseconds: that it took.
-        output: of the setting.
+        milliseconds: time of the call.
+        output: output of the setting.
         given: output of the network as given.
         labels: (1, H, W), or None.
         size: (height, width) of the picture, at which classes are compared.
@@ -81,8 +83,8 @@ def _classes(output: Any, size: tuple[int, int]) -> Tensor:
     return (scores if scores.shape[2:].numel() == 1 else resize(scores, size)).argmax(1)
 
 
-def _compare(ours: Tensor, theirs: Tensor, classes: int, *ignored: int) -> SegmentationMetrics:
-    metrics = SegmentationMetrics(classes, **{"ignored": ignored[0]} if ignored else {})
+def _compare(ours: Tensor, theirs: Tensor, classes: int, ignored: int = IGNORED) -> SegmentationMetrics:
+    metrics = SegmentationMetrics(classes, ignored=ignored)
     metrics.update(ours, theirs)
     return metrics
 
@@ -94,13 +96,13 @@ def _areas(metrics: SegmentationMetrics) -> tuple[tuple[int, ...], ...]:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Plain):
     """A quality, and how far it is above that of the network as given on the same pictures.
 
     Attributes:
         value: 0..1.
         change: relative to the network as given; negative: it is worse.
-        error: standard error of the change, by a paired bootstrap over the pictures.
+        error: standard error of the change, by a paired bootstrap over the pictures; NaN for one picture.
         images: number of pictures.
     """
 
@@ -108,6 +110,10 @@ class Estimate:
     change: float
     error: float
     images: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, which has no NaN."""
+        return {**vars(self), "error": None if math.isnan(self.error) else self.error}
 
 
 def estimate(ours: Sequence[Judgement], given: Sequence[Judgement], measure: str) -> Estimate:
@@ -127,14 +133,14 @@ def estimate(ours: Sequence[Judgement], given: Sequence[Judgement], measure: str
 
 
 def boundary_iou(judged: Sequence[Judgement]) -> float | None:
-    """Mean over classes of the IoU of their outlines, against those of the network as given; None of values."""
+    """Return the mean over classes of the IoU of outlines with the network as given; None for values."""
     common, either = torch.tensor([one.boundary for one in judged], dtype=torch.float64).sum(0)
     known = either > 0
     return float((common[known] / either[known]).mean()) if bool(known.any()) else None
 
 
 def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tensor:
-    """The quality (k,) under weights of the pictures (k, n)."""
+    """Return the quality (k,) for k weightings (k, n) of the pictures."""
     if measure == VALUES:
         errors = torch.tensor([one.error for one in judged], dtype=torch.float64)
         return 1 - ((weights @ errors) / weights.sum(1)).sqrt()
@@ -148,5 +154,5 @@ def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tens
 
 
 def median_time(judged: Sequence[Judgement]) -> float:
-    """The median over pictures of the time, in milliseconds."""
+    """Return the median over pictures of the time, in milliseconds."""
     return median(one.milliseconds for one in judged)

@@ -1,4 +1,4 @@
-"""What is recommended, and why: the settings as a table and a picture, the choice, and how to use it."""
+"""Report of a recommendation: the settings as a table and a picture, the choice with its reasons, and its use."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative err
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of the choice: one of the two.
+class Request(Plain):
+    """Condition on the choice; one of the two is set.
 
     Attributes:
         keep: the least share of the quality of the network as given; the fastest such setting is chosen.
@@ -38,9 +38,9 @@ class SettingRow(Plain):
     """One setting as measured.
 
     Attributes:
-        setting: what it is.
-        quality: by the measure of the report, with its change relative to the network as given.
-        milliseconds: of a picture, the median over pictures.
+        setting: the setting.
+        quality: quality by the measure of the report, with its change relative to the network as given.
+        milliseconds: time of a picture, the median over pictures.
         macs: multiply-accumulates of the whole network on the first picture.
         same: share of pixels with the class of the network as given; None for values.
         fidelity: mean IoU against the classes of the network as given; None for values.
@@ -67,30 +67,28 @@ class SettingRow(Plain):
         """The setting in words."""
         return self.setting.name
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
-        values = {**vars(self), "setting": self.setting.to_dict(), "quality": vars(self.quality)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation(RunReport):
-    """Which setting is recommended, among which, and why.
+    """The recommended setting, the settings it was compared with, and the reasons.
 
     Attributes:
         model: source of the network.
-        network: as the user named it; empty for a module.
-        weights: which it has, in words.
-        random: True if they are random.
+        network: the network as the user typed it; empty for a module.
+        options: `weights` and options of `adaptify` that the user gave, by name.
+        weights: weights of the network, in words.
+        random: True if the weights are random.
         data: spec of the pictures, or their folder.
-        images: how many were measured; `of_images` there are.
-        image: (3, H, W) of a picture; resized: True if some had another size.
-        measure: of quality, `miou`, `fidelity` or `accuracy`.
-        request: what was asked.
-        runtime, precision: that all settings were measured in.
+        images: number of pictures that were measured.
+        of_images: number of pictures that there are.
+        image: shape (3, H, W) of a picture.
+        resized: True if some pictures had another size.
+        measure: measure of quality, `miou`, `fidelity` or `accuracy`.
+        request: condition on the choice.
+        runtime, precision: runtime and precision of all settings.
         rows: the settings, the network as given first.
-        chosen: the row that is recommended.
-        reasons: in sentences.
+        chosen: row of the recommended setting.
+        reasons: sentences, the recommendation first.
         images_needed: number of pictures that would decide where these leave doubt; None: they do not.
         end: why measuring ended early; empty: it did not.
         refused: settings that could not be run, and why.
@@ -99,6 +97,7 @@ class Recommendation(RunReport):
 
     model: str
     network: str
+    options: Mapping[str, Any]
     weights: str
     random: bool
     data: str
@@ -127,17 +126,17 @@ class Recommendation(RunReport):
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
         more = {"is_conversion": self.is_conversion, "command": self.command, "python": self.python}
-        return {**super().to_dict(), "chosen": self.chosen.name, "request": vars(self.request), **more}
+        return {**super().to_dict(), "chosen": self.chosen.name, **more}
 
     @property
     def command(self) -> str:
         """The command that makes what is recommended; empty where none is needed."""
-        return self.chosen.setting.command(self.network or "MODEL")
+        return self.chosen.setting.command(self.network or "MODEL", self.options)
 
     @property
     def python(self) -> list[str]:
         """Lines of Python that use it."""
-        return self.chosen.setting.lines(self.precision)
+        return self.chosen.setting.lines(self.precision, self.options)
 
     def parts(self) -> Iterator[RenderableType]:
         """The table, the choice with its reasons, and how to use it."""

@@ -1,4 +1,4 @@
-"""Recommend a setting: run all of them on the same pictures in turn, drop those that cannot win, choose one."""
+"""Recommend a setting: run all settings on the same pictures in turn, drop those that cannot win, choose one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from cadsurgery.support.errors import (
     FileError,
     InvalidInput,
     check_name,
-    describe_error,
     first_line,
 )
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.timing import now
-from cadsurgery.tasks.for_each import Step, silent
+from cadsurgery.tasks.evaluation import refuse_images
+from cadsurgery.tasks.for_each import Failures, Step, each, silent
 from cadsurgery.tasks.open import is_file, original, provenance
 from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
 from cadsurgery.tasks.recommend.choice import choose, rows_of
@@ -76,7 +77,6 @@ def recommend(
     options: Mapping[str, Any] | None = None,
     output: Path | None = None,
     step: Step = silent,
-    trust: bool = False,
 ) -> Recommendation:
     """Recommend how to run a network on pictures like these, on this machine.
 
@@ -88,15 +88,15 @@ def recommend(
     An interrupted run keeps what it has measured and goes on when it is called again with the same arguments.
 
     Args:
-        network: a name or `module:function`, a module, or a converted file, whose network is taken as it was before.
+        network: a name or `module:function`, or a module; it is not changed. Not a converted network.
         images: a folder of photos, the spec of data (see `open_data`), or data.
-        labels: folder with a PNG of the same name for each photo, the number of the class of each pixel.
+        labels: folder with a PNG of the same name for each photo: the class number of each pixel, 255 ignored.
         keep: the least share of the quality of the network as given; the fastest setting that keeps it is
             recommended. Default: .99, unless `at_most` is given.
         at_most: milliseconds of a picture; the best setting that takes no more is recommended.
         runtime: `torch`, or the engine that all settings are exported to, `onnx` or `openvino`.
         precision: `float32`, `bfloat16` or `int8`, which the pictures calibrate.
-        size: (height, width) that pictures are resized to; default: their own, if all have one, else the most common.
+        size: (height, width) that pictures are resized to; default: the size of the first.
         limit: the first so many pictures only.
         minutes: for measuring; after them the run ends with the pictures it has done, three at least.
         split: of data by spec.
@@ -104,40 +104,40 @@ def recommend(
         options: `output_stride` (that pair alone is tried), `region` or `normalisation` of `adaptify`.
         output: folder of the run; default: the network's name with `-recommended`. It gets `report.json`, `curve.png`.
         step: called with what is being done.
-        trust: run code that a converted file names; see `cadsurgery.load`.
 
     Raises:
-        InvalidInput: an option out of range, a folder with another run, or a network that returns no maps.
-        FileError: no images, labels that do not fit, or a folder that cannot be written.
-        CannotConvert: the network cannot run on the pictures.
+        InvalidInput: an option is out of range, the folder holds another run, the network is converted already, does
+            not run on the pictures or returns no maps.
+        FileError: no picture can be read with its labels, or the folder cannot be written.
     """
     _check_options(keep, at_most, runtime, precision, minutes, limit)
     check_size(size)
     data = _open(images, split).first(limit)
     step("building the network")
-    model, source = _as_given(network, weights, trust)
+    model, source = _as_given(network, weights)
     folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
-    pictures = _Pictures(data, labels, source, size)
-    first = pictures.image(0)
+    pictures = _Pictures(data, source, size)
+    first = pictures.readable(1)[0]
     classes = _output_of(model, first)
-    pictures = replace(pictures, classes=classes if labels is not None else 0)
+    if labels is not None:
+        pictures.data = _with_labels(data, labels, classes)
     step("finding settings")
     options = {name: value for name, value in (options or {}).items() if value is not None}
     candidates = find_candidates(
         model,
         first,
         options,
-        has_labels=pictures.is_labelled,
+        has_labels=pictures.data.is_labelled,
         few=runtime != TORCH or precision == "int8",
     )
-    told = [setting.to_dict() for setting in candidates.settings]
+    listed = [setting.to_dict() for setting in candidates.settings]
     identity = {
         "network": source.name,
         "weights": checksum(dict(model.state_dict())),
         "images": list(data.names),
         "labels": str(labels or ""),
-        "size": list(pictures.size),
-        "settings": json.loads(json.dumps(told)),
+        "size": list(first.shape[2:]),
+        "settings": json.loads(json.dumps(listed)),
         "runtime": runtime,
         "precision": precision,
     }
@@ -145,11 +145,10 @@ def recommend(
         model,
         first,
         {name: value for name, value in options.items() if name != "output_stride"},
-        candidates.own_pair,
         max((1, *(low for setting in candidates.settings for low in setting.pair or ()))),
         runtime,
         precision,
-        [pictures.image(at) for at in range(min(len(data), _CALIBRATED_BY))] if precision == "int8" else [],
+        pictures.readable(_CALIBRATED_BY) if precision == "int8" else [],
         folder,
         step,
     )
@@ -165,6 +164,7 @@ def recommend(
     choice = choose(rows, request, run.measured_by, candidates.refusal)
     report = Recommendation(
         network=network if isinstance(network, str) else "",
+        options=({"weights": weights} if weights != "auto" else {}) | dict(calls.options),
         data=data.name,
         images=run.done,
         of_images=len(data),
@@ -181,7 +181,7 @@ def recommend(
         end=run.end,
         refused=run.refused,
         folder=folder,
-        failed=tuple(pictures.failed),
+        failed=tuple(run.failed),
         **provenance(network, source, torch.device("cpu")),
     )
     report.write(folder / "report.json", folder / "curve.png")
@@ -220,7 +220,7 @@ def _open(images: str | Path | SegmentationData, split: str) -> SegmentationData
     return open_data(text if is_spec else f"images:{text}", split)
 
 
-def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.Module, Source]:
+def _as_given(network: str | nn.Module, weights: str) -> tuple[nn.Module, Source]:
     """Return a copy of the network that the user has, in evaluation mode and channels_last memory."""
     if isinstance(network, (AdaptiveModel, SiblingModel)) or is_file(network):
         raise InvalidInput(
@@ -238,92 +238,70 @@ def _short_name(source: Source) -> str:
 
 
 def _output_of(model: nn.Module, image: Tensor) -> int:
-    """The number of channels of the map that the network returns for a picture."""
+    """Return the number of channels of the map that the network computes for a picture."""
     try:
         with torch.inference_mode():
             return maps_of(model(image))[0].shape[1]
     except CadError:
         raise
     except Exception as error:  # the network decides what it takes
-        raise InvalidInput(
-            f"the network does not take an image of {image.shape[2]}x{image.shape[3]} pixels.",
-            why=describe_error(error),
-            next="give size=(height, width) that it takes, e.g. multiples of its strides.",
-        ) from error
+        raise refuse_images(error, image) from error
 
 
 # -- pictures ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pictures:
-    """The pictures, all of one size, as the network expects them, and their labels.
+    """Pictures of one size, normalised for the network, with their labels if there are any.
 
     Attributes:
-        data: where they come from.
-        folder: of labels besides; None: those of the data.
-        source: of the network.
-        wanted: size that the user asked for.
-        classes: of labels in the folder.
-        failed: pictures that cannot be read, each an error as plain values.
+        data: pictures and labels.
+        source: source of the network, which says how pictures are normalised.
+        size: (height, width) of all pictures; None until the first is read, whose size it becomes.
+        is_resized: True if a picture had another size.
     """
 
     data: SegmentationData
-    folder: Path | None
     source: Source
-    wanted: tuple[int, int] | None
-    classes: int = 0
-    failed: list[dict[str, str]] = field(default_factory=list)
-    _sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    size: tuple[int, int] | None
+    is_resized: bool = False
 
-    @property
-    def is_labelled(self) -> bool:
-        return self.folder is not None or self.data.is_labelled
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of all pictures: that asked for, or of the first."""
-        if self.wanted is not None:
-            return self.wanted
-        if 0 not in self._sizes:
-            height, width = self.data[0][0].shape[1:]
-            self._sizes[0] = height, width
-        return self._sizes[0]
-
-    @property
-    def is_resized(self) -> bool:
-        """True if a picture had another size."""
-        return any(size != self.size for size in self._sizes.values())
-
-    def image(self, at: int) -> Tensor:
-        """(1, 3, H, W)."""
-        image = self.data[at][0]
-        height, width = image.shape[1:]
-        self._sizes[at] = height, width
-        if (height, width) != self.size:
+    def read(self, at: int) -> tuple[Tensor, Tensor | None]:
+        """Read a picture (1, 3, H, W) and its labels (1, H, W), if there are any, and resize both."""
+        image, labels = self.data[at]
+        own = (image.shape[1], image.shape[2])
+        self.size = self.size or own
+        if own != self.size:
+            self.is_resized = True
             image = F.interpolate(image[None], self.size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-        return normalise(image, self.source).unsqueeze(0)
-
-    def labels(self, at: int) -> Tensor | None:
-        """(1, H, W) int64, by the nearest where pictures are resized; None without labels."""
-        if not self.is_labelled:
-            return None
-        labels = self.data[at][1]
-        if self.folder is not None:
-            name = Path(self.data.names[at])
-            path = self.folder / f"{name.stem}.png"
-            stored = read_labels(path)
-            known = {value for value, _ in identity_table(self.classes)}
-            if strange := sorted(set(stored.unique().tolist()) - known):
-                raise InvalidInput(
-                    f"{path} has label {', '.join(map(str, strange[:5]))}.",
-                    why=f"the network has {self.classes} classes; 255 is ignored.",
-                    next='name what is ignored: --images "folder:PATH,classes=11,ignore=11".',
-                )
-            labels = stored
-        if tuple(labels.shape) != self.size:
             labels = F.interpolate(labels[None, None].double(), self.size, mode="nearest")[0, 0].long()
-        return labels.unsqueeze(0)
+        image = normalise(image, self.source).unsqueeze(0)
+        return image, labels.unsqueeze(0) if self.data.is_labelled else None
+
+    def readable(self, count: int) -> list[Tensor]:
+        """Return the first pictures that can be read, so many at most.
+
+        Raises:
+            CadError: there are none.
+        """
+        failures = Failures("image")
+        found = each(range(len(self.data)), self.read, failures, name=self.data.names.__getitem__)
+        images = [image for _, (image, _) in islice(found, count)]
+        if not images:
+            raise CadError.from_dict(failures.noted[0][1])
+        return images
+
+
+def _with_labels(data: SegmentationData, folder: Path, classes: int) -> SegmentationData:
+    """Return photos with labels from a folder, a PNG of the same name for each photo."""
+
+    def read(position: int) -> tuple[Any, Any]:
+        path = folder / f"{Path(data.names[position]).stem}.png"
+        return data.read(position)[0], read_labels(path).numpy()
+
+    names = tuple(f"class {index}" for index in range(classes))
+    return replace(data, classes=names, read=read, table=identity_table(classes))
 
 
 # -- measuring -----------------------------------------------------------------------------------------
@@ -331,18 +309,21 @@ class _Pictures:
 
 @dataclass
 class _Run:
-    """One run: what is measured of each setting, kept in a file of the folder after each picture.
+    """A run, whose measurements are written to a file in its folder after each picture.
 
     Attributes:
-        candidates, calls, pictures: what is measured, and on what.
-        folder: of the run.
-        identity: what makes it this run.
-        step: called with what is being done.
-        judged: of each setting the judgements of the first pictures, by name.
-        macs: of each setting on the first picture.
-        refused: settings that cannot be run here, and why.
-        done: number of pictures.
-        end: why measuring ended before the last picture; empty: it did not.
+        candidates: settings.
+        calls: makes the calls of the settings.
+        pictures: pictures that the settings are measured on.
+        folder: folder of the run.
+        identity: values that have to be the same when the run is continued.
+        step: progress callback.
+        judged: judgements of each setting, by name, on the first pictures that could be read.
+        macs: multiply-accumulates of each setting on the first picture.
+        refused: settings that are not run, and why.
+        failed: pictures that cannot be used, each an error as plain values.
+        end: reason why measuring ended before the last picture; "" if it did not.
+        kind: kind of the outputs, `classes` or `values`; `auto` until the first output.
     """
 
     candidates: Candidates
@@ -354,17 +335,16 @@ class _Run:
     judged: dict[str, list[Judgement]] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    done: int = 0
+    failed: list[dict[str, str]] = field(default_factory=list)
     end: str = ""
     kind: Kind = "auto"
-    _skipped: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Take over what the folder holds of this run.
+        """Continue the run that the folder holds.
 
         Raises:
-            InvalidInput: it holds another one.
-            FileError: its file cannot be read.
+            InvalidInput: the folder holds another run.
+            FileError: the file of the run cannot be read.
         """
         path = self._path
         if not path.is_file():
@@ -376,7 +356,7 @@ class _Run:
                 name: [Judgement(**{key: _tuples(value) for key, value in one.items()}) for one in some]
                 for name, some in values["judged"].items()
             }
-            self._skipped, self.kind = list(values["skipped"]), values["kind"]
+            self.failed, self.kind = list(values["failed"]), values["kind"]
             self.macs = {str(name): int(macs) for name, macs in values["macs"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise FileError(
@@ -390,57 +370,60 @@ class _Run:
                 next="give it the same again, or another output folder.",
             )
         self.judged = judged
-        self.done = max((len(some) for some in judged.values()), default=0)
 
     @property
     def _path(self) -> Path:
         return self.folder / "measured.json"
 
     @property
+    def _given(self) -> str:
+        return self.candidates.settings[0].name
+
+    @property
+    def done(self) -> int:
+        """Number of pictures that were measured."""
+        return len(self.judged.get(self._given, ()))
+
+    @property
     def measured_by(self) -> str:
         """The measure of quality."""
-        if self.pictures.is_labelled:
+        if self.pictures.data.is_labelled:
             return LABELS
         return VALUES if self.kind == "values" else CLASSES
 
     def measure(self, minutes: float) -> None:
         """Run all settings on the pictures, one after the other."""
         runs = self._prepare()
-        begin, before = time.perf_counter(), self.done
-        for at in range(len(self.pictures.data)):
-            if at in self._skipped or at - sum(one < at for one in self._skipped) < self.done:
-                continue
+        begin, before, data = time.perf_counter(), self.done, self.pictures.data
+        for at in range(self.done + len(self.failed), len(data)):
             taken = time.perf_counter() - begin
             if self.done >= FEWEST and taken > 60 * minutes:
                 self.end = f"after {minutes:g} minutes"
                 break
-            each = taken / max(1, self.done - before)
-            left = min(each * (len(self.pictures.data) - at), max(0.0, 60 * minutes - taken))
+            each_takes = taken / max(1, self.done - before)
+            left = min(each_takes * (len(data) - at), max(0.0, 60 * minutes - taken))
             words = f", about {_in_words(left)} left" if self.done > before else ""
             running = self._running(runs)
-            self.step(f"picture {at + 1} of {len(self.pictures.data)}, {len(running)} settings{words}")
+            self.step(f"picture {at + 1} of {len(data)}, {len(running)} settings{words}")
             try:
-                image, labels = self.pictures.image(at), self.pictures.labels(at)
+                image, labels = self.pictures.read(at)
             except CadError as error:
-                self.pictures.failed.append({"image": self.pictures.data.names[at], **error.to_dict()})
-                self._skipped.append(at)
+                self.failed.append({"image": data.names[at], **error.to_dict()})
                 continue
-            found = self._judge(running, image, labels)
-            for name, judgement in found.items():
+            for name, judgement in self._judge(running, image, labels).items():
                 self.judged.setdefault(name, []).append(judgement)
-            self.done += 1
             self._write()
         if not self.done:
-            raise CadError.from_dict(self.pictures.failed[0])
+            raise CadError.from_dict(self.failed[0])
 
     def _prepare(self) -> dict[str, Call]:
-        """The calls of all settings that can be run; each has run once, so that nothing is made while it is timed."""
+        """Return the calls of all settings that can be run; each has run once, to be warm when it is timed."""
         runs: dict[str, Call] = {}
-        image = self.pictures.image(0)
+        image = self.calls.image
         for setting in self.candidates.settings:
             try:
                 macs = self.macs[setting.name] = self.calls.macs(setting)
-                of_given = macs / max(1, self.macs[self.candidates.settings[0].name])
+                of_given = macs / max(1, self.macs[self._given])
                 if of_given > _MOST_WORK:
                     self.refused[setting.name] = f"{of_given:.1f} times the work of the network as given."
                     continue
@@ -458,8 +441,8 @@ class _Run:
         return runs
 
     def _running(self, runs: Mapping[str, Call]) -> list[tuple[str, Call]]:
-        """The settings that are not dropped, the network as given first, the others in another order each time."""
-        given = self.candidates.settings[0].name
+        """Return the settings that are not dropped: the network as given first, the others in rotating order."""
+        given = self._given
         others = [name for name in runs if name != given and len(self.judged.get(name, ())) == self.done]
         if self.done >= _BEFORE_DROPPING and self.done % _BEFORE_DROPPING == 0:
             others = [name for name in others if not self._is_beaten(name, [given, *others])]
@@ -483,7 +466,7 @@ class _Run:
     def _judge(
         self, running: Sequence[tuple[str, Call]], image: Tensor, labels: Tensor | None
     ) -> dict[str, Judgement]:
-        """The judgements of one picture."""
+        """Judge all settings on one picture."""
         found: dict[str, Judgement] = {}
         given: Any = None
         size = (image.shape[2], image.shape[3])
@@ -500,7 +483,7 @@ class _Run:
         values = {
             "identity": self.identity,
             "kind": self.kind,
-            "skipped": self._skipped,
+            "failed": self.failed,
             "macs": self.macs,
             "judged": {name: [asdict(one) for one in some] for name, some in self.judged.items()},
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -26,13 +26,14 @@ class Setting:
     """A way to run a network.
 
     Attributes:
-        kind: `given`, as the user passed it; `size`, that on pictures scaled by `scale`; `dense`, at another output
-            stride everywhere, which may be on scaled pictures too; `adaptive`, converted.
-        stride: output stride of a dense network.
-        pair: output strides (high, low) of the conversion; that a dense network is made by.
-        mask: as typed.
-        fill: of the conversion.
-        scale: of the pictures.
+        kind: `given` is the network as the user passed it, `size` the same on resized pictures, `dense` the network at
+            another output stride everywhere, on resized pictures or not, and `adaptive` a conversion.
+        stride: output stride of a dense network, or of the network as given; 0 if unknown.
+        pair: output strides (high, low) of the conversion. Dense networks, and the network as given, are the ends of a
+            conversion; None if the network cannot be converted.
+        mask: mask of the conversion, as typed.
+        fill: interpolation inside cells, as of `adaptify`.
+        scale: factor by which pictures are resized.
     """
 
     kind: Literal["given", "size", "dense", "adaptive"]
@@ -54,45 +55,60 @@ class Setting:
         return f"{self.mask}, {self.pair[0]} to {self.pair[1]}, {self.fill}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the setting as plain values, for JSON."""
         return {"name": self.name, **asdict(self)}
 
-    def command(self, network: str, weights: str = "auto") -> str:
-        """The command that makes it; of settings without a conversion none is needed."""
-        if self.kind in ("given", "size"):
+    @property
+    def typed_mask(self) -> str:
+        """The mask under which the conversion for `pair` gives this setting."""
+        return self.mask or ("all" if self.pair and self.stride == self.pair[0] else "none")
+
+    def command(self, network: str, options: Mapping[str, Any] = {}) -> str:
+        """Return the command that makes the network of this setting; "" if the network as given is used.
+
+        Args:
+            network: as the user typed it.
+            options: `weights` and options of `adaptify` that the user gave, by name.
+        """
+        if self.kind in ("given", "size") or self.pair is None:
             return ""
-        weighted = f" --weights {weights}" if weights != "auto" else ""
-        high, low = self.pair or (0, 0)
-        mask = self.mask or ("all" if self.stride == high else "none")
+        more = "".join(f" --{name} {_typed(value)}" for name, value in options.items())
         return (
-            f'cadsurgery convert {network}{weighted} --output-stride {high},{low} --mask "{mask}" '
-            f"--fill {self.fill}"
+            f"cadsurgery convert {network}{more} --output-stride {self.pair[0]},{self.pair[1]} "
+            f'--mask "{self.typed_mask}" --fill {self.fill}'
         )
 
-    def lines(self, precision: str = "float32") -> list[str]:
-        """Python that uses it, where `model` is the network and `x` a batch of pictures."""
-        convert = ["import cadsurgery as cs", *self._conversion(precision)]
-        small = [
+    def lines(self, precision: str = "float32", options: Mapping[str, Any] = {}) -> list[str]:
+        """Return lines of Python that use this setting, for a network `model` and a batch of pictures `x`."""
+        lines = ["import torch.nn.functional as F"] if self.scale != 1 else []
+        call = "model"
+        if self.kind in ("dense", "adaptive"):
+            more = "".join(f", {name}={value!r}" for name, value in options.items() if name != "weights")
+            copy = 'precision="int8", calibration=pictures' if precision == "int8" else ""
+            cast = ".bfloat16()" if precision == "bfloat16" else ""
+            lines += [
+                "import cadsurgery as cs",
+                f'net = cs.adaptify(model, mask="{self.typed_mask}", output_stride={self.pair}, '
+                f'fill="{self.fill}"{more})',
+                f"fast = net.eval(){cast}.optimize({copy})",
+            ]
+            call = "fast"
+        if self.scale == 1:
+            return [*lines, f"y = {call}(x)"]
+        return [
+            *lines,
             f"small = F.interpolate(x, scale_factor={self.scale:g}, mode='bilinear', antialias=True)",
-            "y = F.interpolate({}, size=x.shape[2:], mode='bilinear')  # of a dictionary its entry \"out\"",
+            f"y = F.interpolate({call}(small), size=x.shape[2:], mode='bilinear')  # of a dictionary its entry \"out\"",
         ]
-        if self.kind == "given":
-            return ["y = model(x)"]
-        head = ["import torch.nn.functional as F"] if self.scale != 1 else []
-        if self.kind == "size":
-            return [*head, small[0], small[1].format("model(small)")]
-        if self.scale != 1:
-            return [*head, *convert, small[0], small[1].format("fast(small)")]
-        return [*convert, "y = fast(x)"]
 
-    def _conversion(self, precision: str) -> Iterator[str]:
-        if self.pair is None:
-            return
-        mask = self.mask or ("all" if self.stride == self.pair[0] else "none")
-        yield f'net = cs.adaptify(model, mask="{mask}", output_stride={self.pair}, fill="{self.fill}")'
-        copies = {"int8": 'precision="int8", calibration=pictures'}
-        cast = ".bfloat16()" if precision == "bfloat16" else ""
-        yield f"fast = net.eval(){cast}.optimize({copies.get(precision, '')})"
+
+def _typed(value: Any) -> str:
+    """Return the value of an option as it is typed: a text, several names, or (mean, std)."""
+    if isinstance(value, str):
+        return value
+    if all(isinstance(part, str) for part in value):
+        return ",".join(value)
+    return "/".join(",".join(map(str, part)) if isinstance(part, Sequence) else str(part) for part in value)
 
 
 @dataclass(frozen=True)
@@ -102,13 +118,11 @@ class Candidates:
     Attributes:
         settings: the network as given first.
         own_stride: output stride of the network as given; 0 if unknown.
-        own_pair: pair of output strides by which a conversion gives the network as it is at one end; None without one.
         refusal: why the network cannot be converted; None if it can.
     """
 
     settings: tuple[Setting, ...]
     own_stride: int = 0
-    own_pair: Pair | None = None
     refusal: CannotConvert | None = None
 
 
@@ -127,10 +141,10 @@ def find_candidates(
 
     Args:
         model: the network as given.
-        image: (1, 3, H, W), as it expects it.
-        options: `region` and `output_stride` of `adaptify`, where the user gave them.
+        image: (1, 3, H, W), normalised for the network.
+        options: `region` and `output_stride` of `adaptify`, if the user gave them.
         has_labels: True if quality is measured against labels.
-        few: True to try few settings, because each takes long to prepare: it is exported, or put into 8 bits.
+        few: True to try few settings, because export or calibration of each takes long.
     """
     asked = options.get("output_stride")
     region = options.get("region") or "auto"
@@ -166,11 +180,11 @@ def find_candidates(
         settings += [Setting("adaptive", 0, pair, mask, "guided") for mask in masks]
         if pair == pairs[0] and not few:
             settings.append(Setting("adaptive", 0, pair, "edges", "linear"))
-    return Candidates(tuple(settings), own, own_pair)
+    return Candidates(tuple(settings), own)
 
 
 def _pairs(found: Plan, own: int, has_labels: bool) -> list[Pair]:
-    """Pairs that make maps of the network coarser and, with labels, finer; that of the plan if there are none."""
+    """Return pairs of output strides that make maps coarser and, with labels, finer; else the pair of the plan."""
     coarser = [(own, own * step) for step in (2, 4)]
     finer = [(own // step, own) for step in (2, 4) if own % step == 0]
     known = [pair for pair in (*coarser, *(finer if has_labels else ())) if pair in found.possible]
@@ -178,13 +192,13 @@ def _pairs(found: Plan, own: int, has_labels: bool) -> list[Pair]:
 
 
 def _sizes(image: Tensor, scales: Sequence[float], multiple: int) -> list[float]:
-    """The scales at which both sides are large enough for the network's grid."""
+    """Return the scales at which both sides are large enough for the network's grid."""
     sides = image.shape[2:]
     return [scale for scale in scales if all(side * scale >= max(_LEAST_SIDE, multiple) for side in sides)]
 
 
 def scaled_size(size: Sequence[int], scale: float, multiple: int) -> tuple[int, int]:
-    """The size of scaled pictures, in multiples of the coarsest stride, where the network's grid fits."""
+    """Return the size of resized pictures, in multiples of the coarsest stride, to which the network's grid fits."""
     if scale == 1:
         return size[0], size[1]
     sides = [max(multiple, multiple * math.floor(side * scale / multiple + 0.5)) for side in size]
