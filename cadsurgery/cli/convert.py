@@ -156,7 +156,7 @@ def macs(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Count multiply-accumulates per layer: with the mask, dense high and dense low, without running the network.
+    """Count multiply-accumulates per layer: with the mask, as given, everything high or low; nothing is run.
 
     A file of another method is run on the image and counted up to each exit, for each gate, or for sampler and
     network.

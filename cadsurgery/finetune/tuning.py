@@ -114,7 +114,7 @@ class TuningReport(Report):
         shares = ", ".join(f"{name} {percent(value)} %" for name, value in self.gain.captured.items())
         yield Text(f"share of the loss in the tenth of the patches ranked best: {shares}")
         row = next(row for row in self.evaluation.rows if row.mask == self.chosen)
-        words = f"{percent(_share(row))} % at {row.macs_of_high:.2f} of the work"
+        words = f"{percent(_share(row))} % at {_cost(row)}"
         if self.is_kept:
             yield Text(f"{self.chosen} keeps {words}", style="bold green")
         else:
@@ -383,7 +383,14 @@ def _fate(is_better: bool) -> str:
 
 def _renamed(row: Row, mask: str) -> Row:
     high, low = row.output_stride
-    return row.with_values(f"{mask} {high}->{low}", mask=mask)
+    return row.with_values(f"{mask} {high}->{low}", mask=mask, typed=mask)
+
+
+def _cost(row: Row) -> str:
+    """Return the work in words: relative to the network as given, if its MACs are known."""
+    if row.macs_of_given is None:
+        return f"{row.macs_of_high:.2f} of the work of the dense network"
+    return f"{row.macs_of_given:.2f} of the work of the network as given"
 
 
 def _share(row: Row) -> float:

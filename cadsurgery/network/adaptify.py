@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from cadsurgery.masks.unit import Normalisation, estimate, read_normalisation
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.convert import carry_out
 from cadsurgery.network.hosted import HostedModel, check_used, reach
+from cadsurgery.network.macs import count_planned
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import (
     CadError,
@@ -67,7 +69,17 @@ def plan(
     path, facts = traceable_part(whole, example_input)
     if path:
         check_used(whole, path, facts.example)
-    return make_plan(facts, output_stride, _within(path, region), path, outputs)[0]
+    chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
+    with contextlib.suppress(Exception):  # a plan stands even where its work cannot be counted
+        program = carry_out(chosen, flow, Geometry(chosen.stage_strides, chosen.max_level))
+        return _with_work(AdaptiveModel(facts.model, program, "none"), facts, example_input is None).plan
+    return chosen
+
+
+def _with_work(net: AdaptiveModel, facts: Facts, is_example: bool) -> AdaptiveModel:
+    """Complete the plan of a network with its work."""
+    net.restate(replace(net.plan, work=count_planned(net.program, facts.arguments, is_example)))
+    return net
 
 
 def adaptify(
@@ -150,6 +162,7 @@ def adaptify(
             measure_effect(facts.model, program.graph, chosen, geometry, facts.arguments)
         )
         net.restate(chosen)
+        _with_work(net, facts, example_input is None)
     if chosen.hardly_matters:
         _report_no_effect(chosen, strict and not chosen.matters)
     return HostedModel(whole, path, net) if path else net

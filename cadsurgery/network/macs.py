@@ -7,6 +7,7 @@ Interpolated halo rows are memory traffic, not MACs.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
@@ -29,25 +30,33 @@ from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.program import GraphInterpreter, Program, RunsProgram
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
-from cadsurgery.surgery.arguments import in_order
+from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order
 from cadsurgery.surgery.hooks import copying
+from cadsurgery.surgery.plan import Work
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
 
 RULES = ("conv", "published")
+PICTURE = (512, 1024)  # size of the image on which the work of a plan is counted by default
 Place = tuple[int, tuple[int, int]] | None  # stage and fine size of a lattice
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class LayerMacs:
-    """MACs of one layer: with the mask, with all cells high, with all cells low."""
+    """MACs of one layer: with the mask, with all cells high, with all cells low, and in the network as given.
+
+    `given` is None if the output strides of the network as given are not among those of the converted one; `in_region`
+    is true for layers of the region and for the work of the mask.
+    """
 
     layer: str
     operation: str
     mask: int
     high: int
     low: int
+    given: int | None = None
+    in_region: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ class MacReport:
         shape: shape of the image batch.
         not_counted: operations that may multiply but are missing, because they have no counting rule; empty for the
             rule `published`, which defines the counted operations itself.
+        given: MACs of the network as given (of its converted part, if that is counted alone); None if unknown.
+        part: name of the part that is counted alone; empty for the whole network.
     """
 
     layers: tuple[LayerMacs, ...]
@@ -68,6 +79,8 @@ class MacReport:
     rule: str
     shape: tuple[int, ...]
     not_counted: tuple[str, ...] = ()
+    given: int | None = None
+    part: str = ""
 
     @property
     def mask(self) -> int:
@@ -89,24 +102,55 @@ class MacReport:
         """The MACs of the dense network at the low output stride."""
         return sum(layer.low for layer in self.layers)
 
+    @property
+    def of_given(self) -> float | None:
+        """The MACs with the mask relative to those of the network as given; None if these are unknown."""
+        return self.mask / self.given if self.given else None
+
+    @property
+    def region_of_high(self) -> float:
+        """The MACs with the mask in the region, relative to everything high; the mask's own work is among them."""
+        region = [layer for layer in self.layers if layer.in_region]
+        high = sum(layer.high for layer in region)
+        return sum(layer.mask for layer in region) / high if high else 1.0
+
+    def describe(self) -> str:
+        """Return the work with the mask relative to the network as given, in words; the region comes last."""
+        given = f"the {self.part} as given" if self.part else "the network as given"
+        of_high = (
+            f"{self.mask / max(1, self.high):.2f} of the same network at the high output stride everywhere"
+        )
+        region = f"in the region {self.region_of_high:.2f} of everything high"
+        if self.of_given is None:
+            return f"{of_high}; {region}"
+        if self.of_given > 1:
+            return (
+                f"this makes maps finer: {self.of_given:.2f} times the work of {given}, {of_high}; {region}"
+            )
+        return f"{self.of_given:.2f} of the work of {given}; {region}"
+
     def to_dict(self, *, layers: bool = True) -> dict[str, Any]:
         """Return the totals and, with `layers`, the layers as plain values, for `--json`."""
         values = {
             "shape": list(self.shape),
             "rule": self.rule,
             "active_fraction": self.active_fraction,
-            "macs": {"mask": self.mask, "high": self.high, "low": self.low},
+            "macs": {"mask": self.mask, "high": self.high, "low": self.low, "given": self.given},
+            "of_given": self.of_given,
+            "region_of_high": self.region_of_high,
             "not_counted": list(self.not_counted),
         }
         return {**values, "layers": [vars(layer) for layer in self.layers]} if layers else values
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
+        given = "" if self.given is None else f"{self.given:.4e} as given, "
         counts = (
             f"MACs on {size} ({self.rule} rule): {self.mask:.4e} with this mask "
-            f"(active fraction {self.active_fraction:.3f}), {self.high:.4e} dense high, {self.low:.4e} dense low"
+            f"(active fraction {self.active_fraction:.3f}), {given}{self.high:.4e} everything high, "
+            f"{self.low:.4e} everything low"
         )
-        return "\n".join(filter(None, (counts, describe_not_counted(self.not_counted))))
+        return "\n".join(filter(None, (self.describe(), counts, describe_not_counted(self.not_counted))))
 
 
 def count_macs(
@@ -128,24 +172,84 @@ def count_macs(
         not_counted.update(counter.not_counted)
         return counter.counts
 
-    lowest = program.geometry.max_level
+    lowest, own = program.geometry.max_level, program.plan.identity_level
     passes = provider.first_passes(lowest)
-    counts = [count(masking)]
-    by_level = {level: count(program.uniform(level)) for level in {0, lowest, *passes}}
-    counts += [by_level[0], by_level[lowest]]
+    with_mask = count(masking)
+    by_level = {
+        level: count(program.uniform(level)) for level in {0, lowest, 0 if own is None else own, *passes}
+    }
     layers = [
-        LayerMacs(decision.node, decision.operation, *(count.get(decision.node, 0) for count in counts))
+        LayerMacs(
+            name := decision.node,
+            decision.operation,
+            with_mask.get(name, 0),
+            by_level[0].get(name, 0),
+            by_level[lowest].get(name, 0),
+            None if own is None else by_level[own].get(name, 0),
+            decision.action in ("adapt", "keep"),
+        )
         for decision in program.plan.decisions
-        if any(count.get(decision.node) for count in counts)
+        if any(counts.get(decision.node) for counts in (with_mask, by_level[0], by_level[lowest]))
     ]
+    given = sum(by_level[own].values()) if own is not None else _given_macs(counted, args, kwargs, rule)
     after = {node.meta[WORK][0] for node in counted.halves.after.nodes if WORK in node.meta}
     ahead = sum(work for level in passes for name, work in by_level[level].items() if name in after)
     for name, work in zip(MASK_LAYERS, (masking.macs, ahead), strict=True):
         if work:
-            layers.append(LayerMacs(name, provider.name, work, 0, 0))
+            layers.append(LayerMacs(name, provider.name, work, 0, 0, 0, in_region=True))
     assert masking.lattice is not None
     missing = () if rule == "published" else tuple(sorted(not_counted))
-    return MacReport(tuple(layers), masking.lattice.active_fraction, rule, tuple(image.shape), missing)
+    return MacReport(
+        tuple(layers),
+        masking.lattice.active_fraction,
+        rule,
+        tuple(image.shape),
+        missing,
+        given,
+        program.plan.part,
+    )
+
+
+def _given_macs(counted: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], rule: str) -> int | None:
+    """Count the original network itself: its own output strides are not among those of the converted one."""
+    with contextlib.suppress(InvalidInput):  # it may read values, which shapes alone do not have
+        return count_network(counted.net._original[0], *args, rule=rule, **kwargs).macs
+    return None
+
+
+def _uniform_macs(counted: Program, level: int, arguments: Arguments) -> int:
+    """Count the MACs with all cells at a level; `counted` is a program on meta tensors."""
+    counter = Counter(counted, "conv")
+    with torch.no_grad(), counter.counter:
+        counter.count(counted.uniform(level), arguments)
+    return sum(counter.counts.values())
+
+
+def count_planned(program: Program, arguments: Arguments, is_example: bool) -> Work | None:
+    """Count the work of a planned conversion: as given, everything high, everything low; None if it cannot be counted.
+
+    Args:
+        program: the program that carries out the plan.
+        arguments: arguments of the call that the plan was made with.
+        is_example: False if the user chose the image; True for the default example, which is too small for shares that
+            hold for pictures: a larger image is counted then, if the network takes it.
+    """
+    image = image_of(arguments)
+    larger = image.new_empty((1, image.shape[1], *PICTURE), device="meta")
+    calls = [change_images(arguments, lambda _: larger)] if is_example else []
+    counted, plan, own = program.net.counted, program.plan, program.plan.identity_level
+    for call in (*calls, arguments):
+        with contextlib.suppress(
+            Exception
+        ):  # networks refuse sizes, and tensors without values, with any error
+            by_level = {
+                level: _uniform_macs(counted, level, call)
+                for level in {0, plan.max_level, 0 if own is None else own}
+            }
+            given = by_level[own] if own is not None else _given_macs(counted, (), call, "conv")
+            if given:
+                return Work(given, by_level[0], by_level[plan.max_level], tuple(image_of(call).shape))
+    return None
 
 
 # See `MacReport.of_mask`.
@@ -239,12 +343,13 @@ def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
     return count_network(model, *args, rule=rule).macs
 
 
-def count_network(model: nn.Module, *args: Any, rule: str = "conv") -> NetworkMacs:
+def count_network(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: Any) -> NetworkMacs:
     """Count the multiply-accumulates of any network on an image, on shapes only.
 
     Args:
         model: the network.
-        args: arguments of a call.
+        args: positional arguments of a call.
+        kwargs: named arguments of a call.
         rule: `"conv"`, all operations with a counting rule; or `"published"`, see `AdaptiveModel.macs`, which counts
             only the backbone if there is one.
 
@@ -264,10 +369,10 @@ def count_network(model: nn.Module, *args: Any, rule: str = "conv") -> NetworkMa
             module.register_forward_hook(count)
     with torch.no_grad(), MacCounter() as counter:
         try:
-            counted(*(to_meta(value) for value in args))
+            counted(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
         except Exception as error:  # the network may refuse its input with any error
             raise InvalidInput(
-                f"{type(model).__name__} does not run on {describe(next(iter(args), None))}.",
+                f"{type(model).__name__} does not run on {describe(next(iter((*args, *kwargs.values())), None))}.",
                 why=first_line(error),
                 next="give an image batch that it takes.",
             ) from error

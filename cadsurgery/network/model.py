@@ -355,7 +355,7 @@ class AdaptiveModel(RunsProgram):
         return self.lattice.active_fraction
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
-        """Count the multiply-accumulates on an image: with the mask, dense high and dense low.
+        """Count the multiply-accumulates on an image: with the mask, as given, with everything high and everything low.
 
         Args:
             args: as for a call. The network runs only as far as its mask needs; the rest is computed on shapes.

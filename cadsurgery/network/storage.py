@@ -199,7 +199,7 @@ def unpack(
             why=f"it was written with {_list(stated.versions)}; here are {_list(versions())}.",
             next="pass the model it was converted from, or convert again.",
         )
-    net.adaptive_part.restate(net.plan.measured(stored.effect))
+    net.adaptive_part.restate(replace(net.plan.measured(stored.effect), work=stored.work))
     check_types(path, tensors, net.state_dict())
     with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
         net.load_state_dict(tensors, assign=True)  # keeps the stored types, e.g. bfloat16

@@ -105,6 +105,52 @@ class Considered:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates of a planned network on one image.
+
+    Attributes:
+        given: of the network as given, or of its part that is converted.
+        high: of the converted network with everything high.
+        low: of the converted network with everything low.
+        shape: shape of the image batch.
+    """
+
+    given: int
+    high: int
+    low: int
+    shape: tuple[int, ...]
+
+    @property
+    def is_finer(self) -> bool:
+        """True if the conversion makes maps finer than those of the network as given."""
+        return self.high > self.given
+
+    def describe(self, high: int, part: str = "") -> str:
+        """Return the work relative to the network as given, in words.
+
+        Args:
+            high: the high output stride.
+            part: name of the converted part; empty for the whole network.
+        """
+        on = f"(MACs on {'x'.join(map(str, self.shape))})"
+        given = f"the {part} as given" if part else "the network as given"
+        if self.is_finer:
+            return (
+                f"this makes maps finer: the same network at output stride {high} everywhere does "
+                f"{_times(self.high, self.given)} times the work of {given}, everything low "
+                f"{_times(self.low, self.given)} times; a mask lies between {on}"
+            )
+        return (
+            f"everything high does {_times(self.high, self.given)} and everything low {_times(self.low, self.given)} "
+            f"times the work of {given} {on}"
+        )
+
+
+def _times(macs: int, given: int) -> str:
+    return f"{macs / max(1, given):.2f}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Plan of a conversion; `print(plan)` lists every decision.
 
@@ -121,6 +167,7 @@ class Plan:
         matters: true if a higher resolution can change the outputs. It cannot if every map leaves the region at its
             native size and no operation of the region (a mean over the image, a resize) carries finer values there.
             For a verified network this is the measured result.
+        work: work of the conversion relative to the network as given; None if not counted, as in older files.
         effect: difference of the outputs between all cells high and all cells low on the example: rms, relative to the
             standard deviation of the output, for the output with the largest value; 0 if only rounding differs; None
             if not measured.
@@ -148,6 +195,7 @@ class Plan:
     considered: tuple[Considered, ...] = field(default=(), compare=False)
     not_counted: tuple[str, ...] = field(default=(), compare=False)
     effect: float | None = field(default=None, compare=False)
+    work: Work | None = field(default=None, compare=False)
 
     def measured(self, effect: float | None) -> Plan:
         """Return the plan with a measured effect, see `effect`."""
@@ -272,6 +320,8 @@ class Plan:
             f"{len(self.chosen('adapt'))} operations adapted, {len(self.chosen('keep'))} kept on elements, "
             f"{self.share('adapt', 'keep'):.0%} of the MACs in the region",
         ]
+        if self.work is not None:
+            lines.insert(1, self.work.describe(high, self.part))
         ends: dict[str, list[str]] = {}
         for decision in self.region_end:
             ends.setdefault(decision.reason, []).append(decision.node)

@@ -45,7 +45,7 @@ from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
 from cadsurgery.tasks.bench_isa import bench_capped, check_caps, joined, read_caps
-from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, MethodBench, NetworkBench, Rival
+from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, Given, MethodBench, NetworkBench, Rival
 from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.open import example_batch, open_any, original, provenance
 from cadsurgery.tasks.options import Benchmark, Conversion
@@ -278,6 +278,7 @@ def _compare(
             band=band(net),
             high=high,
             low=low,
+            given=_given(net, counts[fill][fractions[0]], high, low),
             rows=tuple(
                 _row(one, counts[fill][one], rows[_key(fill, one)], peaks.get(_key(fill, one)), high, low)
                 for one in fractions
@@ -337,6 +338,15 @@ def _row(fraction: float, counted: MacReport, measured: Row, peak: float | None,
             "memory_ratio": peak / high.memory_mib if peak is not None and high.memory_mib else None,
         },
     )
+
+
+def _given(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> Given:
+    """Return work and time of the network as given; its time is that of the dense twin at its own output stride."""
+    own = net.plan.identity_level
+    for twin, level in ((high, 0), (low, net.plan.max_level)):
+        if level == own:
+            return Given(counted.given, twin.milliseconds, twin.label)
+    return Given(counted.given)
 
 
 def _notes(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,9 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
     net.to(batch.device)
     step("counting multiply-accumulates")
     counted, plan = net.macs(batch), net.plan
-    if net.hosts_part:  # count the part alone: the rest depends on values, which counting lacks
-        original_macs = counted.low if plan.identity_level == plan.max_level else counted.high
-    else:
-        original_macs = dense_macs(before, batch)
+    # Of a network that hosts its adaptive part the part is counted alone: the rest depends on values.
+    original_macs = counted.given or counted.high if net.hosts_part else dense_macs(before, batch)
+    counted = replace(counted, given=original_macs)
     copies = {"net.optimize()": net.optimize()}
     if precision != FLOAT:
         pictures = images_like(batch, pictures_for(net), folder)
@@ -184,6 +184,8 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         "region_ends": [f"{decision.node}: {decision.reason}" for decision in plan.region_end],
         "adapted": adapted,
         "share_of_macs_in_region": plan.share("adapt", "keep"),
+        "macs_of_given": counted.of_given,
+        "region_of_high": counted.region_of_high,
         "checks": [{**vars(check), "passed": check.passed} for check in net.checks],
         "costs": costs.record(),
     }
@@ -194,12 +196,12 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         more,
         Text.assemble(plan.summary(), (f"\nadapted: {', '.join(adapted)}", "dim")),
         [
+            Text(f"with this mask: {counted.describe()}", style="bold"),
             Text(fraction),
             Text(f"masks see {seen}", style="dim"),
             *(checks or [Text("not verified", style="yellow")]),
         ],
         f"{batch.shape[0]} image of {batch.shape[2]}x{batch.shape[3]}, mask {spec}",
-        whole=int(not is_high),
         notes=notes,
     )
 

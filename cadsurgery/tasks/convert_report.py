@@ -18,6 +18,7 @@ from cadsurgery.tasks.report import (
     RunReport,
     heading,
     macs_columns,
+    number,
     plain,
     ratio,
     table,
@@ -71,12 +72,9 @@ class ConversionReport(RunReport):
         yield made.summary
         title = made.title or f"image of {self.image[2]}x{self.image[3]}"
         columns: list[Column[Row]] = [Column("network", "name", False)]
-        if made.whole is None:
-            columns += [Column("MACs", "macs", form=".3e"), Column("ms", "milliseconds", form=".0f")]
-        else:
-            whole = self.sides[made.whole]
-            columns += macs_columns("high", lambda row: whole)
-            columns += time_columns("high", lambda row: whole)
+        given = self.sides[0]
+        columns += macs_columns("given", lambda row: given)
+        columns += time_columns("given", lambda row: given)
         yield table(self.sides, columns, title)
         yield self.run_with()
         if left := describe_not_counted(made.more.get("not_counted", ())):
@@ -122,12 +120,15 @@ def render_macs(report: Any, *, layers: bool = True) -> RenderableType:
         Column("layer", lambda layer: layer.layer, False),
         Column("operation", lambda layer: layer.operation, False),
         Column("with mask", lambda layer: f"{layer.mask:.3e}"),
-        Column("dense high", lambda layer: f"{layer.high:.3e}"),
-        Column("dense low", lambda layer: f"{layer.low:.3e}"),
-        Column("of high", lambda layer: ratio(layer.mask, layer.high)),
+        Column("as given", lambda layer: number(layer.given, ".3e")),
+        Column("of given", lambda layer: ratio(layer.mask, layer.given)),
+        Column("everything high", lambda layer: f"{layer.high:.3e}"),
+        Column("everything low", lambda layer: f"{layer.low:.3e}"),
     ]
     shown = table(report.layers if layers else (), columns, str(report))
     shown.add_section()
-    totals = (f"{macs:.5e}" for macs in (report.mask, report.high, report.low))
-    shown.add_row("total", "", *totals, ratio(report.mask, report.high), style="bold")
+    mask, given, high, low = (
+        number(macs, ".5e") for macs in (report.mask, report.given, report.high, report.low)
+    )
+    shown.add_row("total", "", mask, given, ratio(report.mask, report.given), high, low, style="bold")
     return shown

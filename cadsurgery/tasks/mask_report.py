@@ -34,28 +34,31 @@ COMPARED = (
     "edges | budget:fraction=0.3",
 )
 COMPARED_WITH_LABELS = ("trimap:width=9/25",)
+# MACs with the mask, with everything high, with everything low, and of the network as given (None if unknown).
+Macs = tuple[int, int, int, int | None]
 # Returns the lattice of a mask, and the MACs if they are counted.
-Look = Callable[[MaskProvider], tuple[Lattice, tuple[int, int, int] | None]]
+Look = Callable[[MaskProvider], tuple[Lattice, Macs | None]]
 
 
-def _row(asked: str, mask: str, lattice: Lattice, macs: tuple[int, int, int] | None) -> Row:
+def _row(asked: str, mask: str, lattice: Lattice, macs: Macs | None) -> Row:
     """Create the row of one mask on one image, labelled as the user wrote the mask.
 
-    It has the elements after the last stage and the fine pixels, which are the elements of dense high; in a network
-    also the MACs with this mask, dense high and dense low.
+    It has the elements after the last stage and the fine pixels, which are the elements with everything high; in a
+    network also the MACs with this mask, with everything high and low, and of the network as given.
     """
     fine = lattice.size[0] * lattice.size[1]
     values = {"mask": mask, "active_fraction": lattice.active_fraction, "elements": lattice.count}
     values |= {"fine_pixels": fine, "share_of_elements": lattice.count / fine}
     if macs is not None:
-        values["macs"] = dict(zip(("mask", "high", "low"), macs, strict=True))
+        values["macs"] = dict(zip(("mask", "high", "low", "given"), macs, strict=True))
+        values["of_given"] = macs[0] / macs[3] if macs[3] else None
         values["of_high"] = macs[0] / macs[1] if macs[1] else None
     return Row(asked, values)
 
 
 def _title(row: Row, width: int = 52) -> str:
     """Return a short title: the mask, its active fraction and its cost."""
-    cost = "" if row.get("of_high") is None else f", MACs {row.of_high:.2f} of high"
+    cost = "" if row.get("of_given") is None else f", {row.of_given:.2f} of the work as given"
     name = textwrap.fill(row.label, width, break_on_hyphens=False)
     return f"{name}\nactive {row.active_fraction:.2f}, elements {row.share_of_elements:.2f}{cost}"
 
@@ -84,11 +87,12 @@ class MaskReport(Report):
             Column("mask", lambda row: Text(row.label), False),
             Column("active fraction", "active_fraction", form=".3f"),
             Column("elements", "elements"),
-            Column("of high", "share_of_elements", form=".2f"),
+            Column("of all high", "share_of_elements", form=".2f"),
         ]
         if row.get("macs"):
             columns.append(Column("MACs", lambda row: f"{row.macs['mask']:.3e}"))
-            columns.append(Column("of high", lambda row: f"{row.of_high or 0:.2f}"))
+            columns.append(Column("of given", "of_given", form=".2f"))
+            columns.append(Column("of all high", "of_high", form=".2f"))
         yield table(self.rows, columns, f"masks on {row.fine_pixels} fine pixels")
         yield Text(f"wrote {self.file}", style="bold green")
 
@@ -186,10 +190,10 @@ def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: st
 
 
 def _look_in(net: AdaptiveModel, picture: Tensor, count: bool) -> tuple[int, Look]:
-    """Evaluate masks in a network; MACs are counted with the mask, dense high and dense low."""
+    """Evaluate masks in a network; MACs are counted with the mask, as given, and with everything high and low."""
     batch = normalise(picture, pictures_for(net)).unsqueeze(0)
 
-    def look(mask: MaskProvider) -> tuple[Lattice, tuple[int, int, int] | None]:
+    def look(mask: MaskProvider) -> tuple[Lattice, Macs | None]:
         with torch.inference_mode():
             net(batch, mask=mask)
         lattice = net.lattice
@@ -197,7 +201,7 @@ def _look_in(net: AdaptiveModel, picture: Tensor, count: bool) -> tuple[int, Loo
             return lattice, None
         report = net.macs(batch, mask=lattice.pyramid.levels)  # exactly this map, whatever its mask
         of_mask = net.macs(batch, mask=mask).of_mask
-        return lattice, (of_mask + report.mask, report.high, report.low)
+        return lattice, (of_mask + report.mask, report.high, report.low, report.given)
 
     return net.plan.strides[0], look
 

@@ -201,12 +201,11 @@ class Conversion:
     Attributes:
         net: the converted network, with its plan.
         batch: the image.
-        sides: the original network, and the converted variants.
+        sides: the original network, with which work and time are compared, and the converted variants.
         more: further fields of the report.
         summary: text of the plan, printed first.
         lines: text printed last.
         title: title of the table of sides; default: the size of the image.
-        whole: position of the side whose work and time others are compared with; None for no comparison.
         notes: creates notes after the sides are timed.
     """
 
@@ -217,7 +216,6 @@ class Conversion:
     summary: Text
     lines: Sequence[Text]
     title: str = ""
-    whole: int | None = None
     notes: Callable[[Sequence[Row]], Sequence[str]] = lambda rows: ()
 
     def without_network(self) -> Conversion:

@@ -170,7 +170,8 @@ def test_a_report_lists_the_layers_that_add_up_to_it() -> None:
     net, image = cs.adaptify(Mixed().eval(), "none", verify_laws=False), images(1, 96, 128)
     report = net.macs(image)
     values = report.to_dict()
-    assert values["macs"] == {"mask": report.mask, "high": report.high, "low": report.low}
+    of = {"mask": report.mask, "high": report.high, "low": report.low, "given": report.given}
+    assert values["macs"] == of
     for side in ("mask", "high", "low"):
         assert sum(layer[side] for layer in values["layers"]) == values["macs"][side]
     assert {layer.layer for layer in report.layers} == {

@@ -262,7 +262,7 @@ def test_the_table_shows_every_side_and_the_verdict(report: BenchReport) -> None
         "budget 0.5",
         "of law",
         "realised",
-        "speed-up",
+        "faster than high",
         "2 images of 64x96",
     ):
         assert words in text

@@ -69,8 +69,8 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
     yield Column("network", "setting", False)
     yield Column("open", "density", form=".3f")
     yield from accuracy_columns()
-    yield from macs_columns("dense", lambda row: dense, ".3f")
-    yield from time_columns("dense", lambda row: dense)
+    yield from macs_columns("given", lambda row: dense, ".3f")
+    yield from time_columns("given", lambda row: dense)
 
 
 # -- timing --------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from cadsurgery.tasks.report import (
     Column,
     Row,
     accuracy_columns,
-    macs_columns,
+    number,
     percent,
+    ratio,
     strides_in_words,
-    time_columns,
 )
 from cadsurgery.tasks.side import Comparison, Counts, Figures, Side
 
@@ -38,6 +38,7 @@ class Masked:
         mask: the mask.
         work: work of layers by shape of the batch, shared by the masks of a network; None where it is not linear.
         of_mask: MACs of the mask itself, by shape of the batch.
+        given: MACs of the network as given, by shape of the batch; 0 if unknown.
     """
 
     net: AdaptiveModel
@@ -45,6 +46,7 @@ class Masked:
     mask: MaskProvider
     work: dict[tuple[int, ...], tuple[LayerWork, ...] | None]
     of_mask: dict[tuple[int, ...], int] = field(default_factory=dict)
+    given: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def __call__(self, images: Tensor) -> Any:
         """Return the network's output under this mask."""
@@ -55,7 +57,7 @@ class Masked:
         """Count for the previous call, on the same images.
 
         Counted are fine pixels, active fine pixels, and the MACs with the mask and with everything high, of the
-        network and of its adaptive region.
+        network and of its adaptive region; and the MACs of the network as given.
         """
         shape = tuple(images.shape)
         if shape not in self.work:
@@ -66,6 +68,7 @@ class Masked:
         if layers is None or shape not in self.of_mask:
             report = self.net.macs(images, mask=self.mask)
             self.of_mask[shape] = report.of_mask
+            self.given[shape] = report.given or 0
             counts = [(e.layer, e.mask, e.high) for e in report.layers if e.layer not in MASK_LAYERS]
         if layers is not None:
             size, device = lattice.whole_size, lattice.levels.device
@@ -77,6 +80,7 @@ class Masked:
             "pixels": levels.numel(),
             "macs": of_mask + sum(mask for _, mask, _ in counts),
             "macs_high": sum(high for *_, high in counts),
+            "macs_given": self.given[shape],
             "region": of_mask + sum(mask for name, mask, _ in counts if name in inside),
             "region_high": sum(high for name, _, high in counts if name in inside),
         }
@@ -87,6 +91,7 @@ def _work(counts: Counts, figures: Figures) -> dict[str, Any]:
     return {
         "active_fraction": counts["active"] / counts["pixels"],
         "macs": counts["macs"] / counts["images"],
+        "macs_of_given": counts["macs"] / counts["macs_given"] if counts["macs_given"] else None,
         "macs_of_high": counts["macs"] / counts["macs_high"],
         "region_of_high": counts["region"] / region_high if region_high else 1.0,
     }
@@ -97,8 +102,10 @@ def compare(
 ) -> Comparison:
     """Return for each network the sides dense high, the masks (default: its own), dense low.
 
-    Rows have the `mask`, the `output_stride`, and the `active_fraction` of the fine maps. `macs_of_high` is relative
-    to everything high; `region_of_high` is the same for the adaptive region alone, whose work the mask controls.
+    Rows have the `mask` with all its options, the mask as `typed`, the `output_stride`, and the `active_fraction` of
+    the fine maps; `is_given` marks the network as given. `macs_of_given` is relative to the network as given (None if
+    its MACs are unknown), `macs_of_high` to everything high; `region_of_high` is the same for the adaptive region
+    alone, whose work the mask controls.
     """
     sides = [side for net in nets for side in _sides(net, masks, device)]
     words = str(nets[0].normalisation or "")
@@ -108,34 +115,66 @@ def compare(
 def _sides(net: AdaptiveModel, masks: Sequence[object], device: torch.device) -> Iterator[Side]:
     """Yield the sides of one network, with copies of masks, which move to the device and stop training."""
     chosen = [
-        copy.deepcopy(resolve_mask(mask)).eval().to(device) for mask in (HIGH, *(masks or (net.mask,)), LOW)
+        (mask, copy.deepcopy(resolve_mask(mask)).eval().to(device)) for mask in (*(masks or (net.mask,)),)
     ]
-    middle = [mask for mask in chosen if mask.spec() not in (HIGH, LOW)]
+    middle = [(asked, mask) for asked, mask in chosen if mask.spec() not in (HIGH, LOW)]
+    ends = [(end, resolve_mask(end).eval().to(device)) for end in (HIGH, LOW)]
     net, work = copy.deepcopy(net).to(device).eval(), dict[tuple[int, ...], tuple[LayerWork, ...] | None]()
-    fast, pair = net.optimize(), net.plan.output_stride
-    for mask in (chosen[0], *middle, chosen[-1]):
+    fast, plan = net.optimize(), net.plan
+    (high, low), filled = plan.output_stride, _is_filled(net)
+    for asked, mask in (ends[0], *middle, ends[1]):
         run, spec = Masked(net, fast, mask, work), mask.spec() or "a function"
-        anchor = spec in (HIGH, LOW)
+        typed = asked if isinstance(asked, str) else spec
+        anchor, own = spec in (HIGH, LOW), {HIGH: 0, LOW: plan.max_level}.get(spec)
+        dense = anchor and not (spec == LOW and filled)
+        name = f"{typed} {high}->{low}"
+        if anchor:
+            name = f"dense OS {high if spec == HIGH else low}" if dense else f"{name}, {net.geometry.fill}"
         yield Side(
-            f"dense OS {pair[spec == LOW]}" if anchor else f"{spec} {pair[0]}->{pair[1]}",
+            name,
             run,
             run.count,
-            about={"mask": spec, "output_stride": pair},
+            about={
+                "mask": spec,
+                "typed": typed,
+                "output_stride": plan.output_stride,
+                "is_given": own is not None and own == plan.identity_level,
+            },
             summary=_work,
             anchor=anchor,
-            curve="dense networks" if anchor else "",
+            curve="dense networks" if dense else "",
             is_target=spec == HIGH,
         )
 
 
+def _is_filled(net: AdaptiveModel) -> bool:
+    """True if everything low is not the dense network at the low output stride.
+
+    Maps that leave the region at the fine size are filled between their samples, and the operations behind the region
+    read the filled maps. A map that the network only returns stays the dense network's with a linear fill: it is
+    interpolated between the same samples.
+    """
+    leaving = {d.node for d in net.plan.chosen("adapt", "keep") if d.leaves == "fine" and d.stages[1] > 0}
+    if net.geometry.fill == "linear":
+        leaving -= {name for name, _ in net.plan.outputs}
+    return bool(leaving)
+
+
 def _columns(report: Any) -> Iterator[Column[Row]]:
-    high = {row.get("output_stride"): row for row in reversed(report.rows) if row.anchor}
+    times = {row.output_stride: row.milliseconds for row in report.rows if row.get("is_given")}
+    first = report.rows[0]
 
-    def whole(row: Row) -> Row:
-        reference: Row = high.get(row.get("output_stride"), report.rows[0])
-        return reference
+    def macs_of_given(row: Row) -> str:
+        if "macs_of_given" not in row.values:  # a side of the user
+            return ratio(row.macs * (first.macs_of_given or 0), first.macs)
+        return number(row.macs_of_given, ".2f")
 
-    yield Column("mask", "mask", False)
+    def time_of_given(row: Row) -> str:
+        # The network as given is the same at every pair; sides of the user have no pair.
+        own = times.get(row.get("output_stride"), next(iter(times.values()), None))
+        return ratio(row.milliseconds, own)
+
+    yield Column("mask", _name, False)
     yield Column("output stride", "output_stride", False, strides_in_words)
     if report.fidelity:
         yield Column("divergence", "divergence", form=".4f")
@@ -149,6 +188,13 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
         )
         yield from (pixels, accuracy, *edges) if report.fidelity else (accuracy, *edges, pixels)
     yield Column("active", "active_fraction", form=".3f")
-    yield from macs_columns("high", whole)
-    yield Column("region", "region_of_high", form=".2f")
-    yield from time_columns("high", whole)
+    yield Column("MACs", "macs", form=".3e")
+    yield Column("of given", macs_of_given)
+    yield Column("ms", "milliseconds", form=".0f")
+    yield Column("of given", time_of_given)
+    yield Column("in the region", "region_of_high", form=".2f")
+
+
+def _name(row: Row) -> str:
+    """Return the mask as the user typed it, and whether this is the network as given; or the name of a side."""
+    return f"{row.get('typed', row.label)}{' (as given)' if row.get('is_given') else ''}"

@@ -72,8 +72,8 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
     yield Column("sampled by", "sampler", False)
     accuracy, *others = accuracy_columns()
     yield from (accuracy, Column("targets", "of_targets", form=percent), *others)
-    yield from macs_columns("whole", lambda row: whole, ".3f")
-    yield from time_columns("whole", lambda row: whole)
+    yield from macs_columns("given", lambda row: whole, ".3f")
+    yield from time_columns("given", lambda row: whole)
 
 
 # -- timing --------------------------------------------------------------------------------------------
