@@ -1005,3 +1005,23 @@ def test_the_size_of_what_is_returned_is_chosen(run: Run) -> None:
     assert run(*command, "--outputs", "native", "--json").json["returned"] == "native"
     refused = run(*command, "--outputs", "coarse")
     assert refused.code == 1 and "fine, native" in refused.err
+
+
+# -- costs are those of the network as given -----------------------------------------------------------
+
+
+def test_plan_convert_and_macs_say_what_a_strided_network_will_cost(run: Run, tmp_path: Path) -> None:
+    strided = ("usernets:segmenter", "--size", "96x128")
+    values = run("plan", *strided, "--json").json["work"]
+    assert (
+        values["high"] > values["given"] == run("macs", *strided, "--dense", "--json").json["macs"]["dense"]
+    )
+    times = f"{values['high'] / values['given']:.2f} times the work of the network as given"
+    told = run("plan", *strided).out.replace("\n", " ")
+    assert "this makes maps finer" in told and times in told
+    converted = run("convert", *strided, "--rounds", 0, "--mask", "all")
+    assert f"with this mask: this makes maps finer: {times}" in converted.out.replace("\n", " ")
+    counted = run("macs", *strided, "--mask", "all", "--total")
+    assert f"this makes maps finer: {times}" in counted.out.replace("\n", " ") and "of given" in counted.out
+    report = run("convert", *strided, "--rounds", 0, "--mask", "all", "--json").json
+    assert report["macs_of_given"] == values["high"] / values["given"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -307,3 +308,89 @@ def test_a_share_of_0293_in_blocks_lands_at_the_published_6_7e11() -> None:
     report = deeplab((8, 32)).macs(LARGE, mask=blocks(round(0.293 * 2048), (128, 256)), rule="published")
     assert report.active_fraction == pytest.approx(0.293, abs=3e-4)
     assert report.mask == pytest.approx(6.7e11, rel=5e-3)
+
+
+# -- of the network as given ---------------------------------------------------------------------------
+
+
+class SmallUNet(nn.Module):
+    """Four strided stages and a decoder that interpolates, with skip connections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.down = nn.ModuleList([nn.Conv2d(8, 8, 3, 2, 1) for _ in range(4)])
+        self.up = nn.ModuleList([nn.Conv2d(16, 8, 3, 1, 1) for _ in range(4)])
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [torch.relu(self.stem(x))]
+        for stage in self.down:
+            maps.append(torch.relu(stage(maps[-1])))
+        x = maps.pop()
+        for stage in self.up:
+            skip = maps.pop()
+            x = nn.functional.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
+            x = torch.relu(stage(torch.cat([x, skip], 1)))
+        return self.head(x)
+
+
+NETWORKS = MODELS | {"unet": lambda: SmallUNet().eval()}
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [("strided", None), ("strided", (8, 16)), ("dilated", None), ("mixed", None), ("unet", (4, 16))],
+)
+def test_work_of_the_network_given_is_what_torch_counts_of_it(
+    name: str, pair: tuple[int, int] | None
+) -> None:
+    """Also where its own output stride is not among those of the conversion, and in optimised copies."""
+    model, image = NETWORKS[name](), images(2, 65, 97)
+    net = cs.adaptify(model, "edges", output_stride=pair, verify_laws=False)
+    for converted in (net, net.optimize()):
+        report = converted.macs(image)
+        assert report.given == executed(model, image)
+        assert report.of_given == report.mask / executed(model, image)
+    inside = [layer for layer in report.layers if layer.in_region]
+    assert report.region_of_high == sum(layer.mask for layer in inside) / sum(layer.high for layer in inside)
+
+
+@pytest.mark.parametrize(("name", "size"), [("strided", None), ("unet", (97, 161))])
+def test_a_plan_that_makes_maps_finer_says_by_how_much(name: str, size: tuple[int, int] | None) -> None:
+    """On the user's example; without one on an image of a photograph's size, since the default example is small."""
+    model, image = NETWORKS[name](), images(1, *(size or (512, 1024)))
+    example = {"example_input": image} if size else {}
+    plan = cs.plan(model, **example)
+    net = cs.adaptify(model, "none", **example)
+    assert plan.work == net.plan.work and plan.work is not None and plan.work.is_finer
+    given, high = executed(model, image), executed(net, image, mask="all")
+    assert (plan.work.given, plan.work.high) == (given, high) and high > given
+    told = (
+        f"this makes maps finer: the same network at output stride {plan.output_stride[0]} everywhere does "
+        f"{high / given:.2f} times the work of the network as given"
+    )
+    assert told in plan.summary() and told in str(net.plan)
+    report = net.macs(image, mask="all")
+    assert str(report).startswith(f"this makes maps finer: {high / given:.2f} times the work of the network")
+    assert f"in the region {report.region_of_high:.2f} of everything high" in str(report)
+
+
+def test_a_plan_that_makes_no_map_finer_says_what_both_ends_cost() -> None:
+    model = MODELS["dilated"]()
+    plan = cs.plan(model, example_input=images(1, 96, 160))
+    low = executed(cs.adaptify(model, "none", verify_laws=False), images(1, 96, 160))
+    share = low / executed(model, images(1, 96, 160))
+    assert plan.work is not None and not plan.work.is_finer and plan.work.shape == (1, 3, 96, 160)
+    assert f"everything high does 1.00 and everything low {share:.2f} times the work" in plan.summary()
+    assert "finer" not in plan.summary()
+
+
+def test_the_work_of_a_plan_is_stored_and_may_be_missing() -> None:
+    plan = cs.plan(MODELS["strided"]())
+    stored = type(plan).from_json(plan.to_json())
+    assert stored.work == plan.work
+    values = json.loads(plan.to_json())
+    del values["work"]  # as in files of earlier versions
+    older = type(plan).from_json(json.dumps(values))
+    assert older.work is None and older == plan and "times the work" not in older.summary()

@@ -17,11 +17,13 @@ from networks import Undecided, build, street_segmenter
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source, source_of
+from cadsurgery.masks import resolve_mask
 from cadsurgery.network.macs import layer_work
 from cadsurgery.tasks import evaluation
 from cadsurgery.tasks.evaluation import EvaluationReport, scores_of
@@ -402,3 +404,56 @@ def test_the_report_is_json_and_says_when_weights_are_random(report: EvaluationR
     assert "random" not in printed(report)
     assert "random weights: unless they were trained since" in printed(replace(report, random=True))
     assert isinstance(cs.open_data(DATA), SegmentationData)
+
+
+# -- labels and costs ----------------------------------------------------------------------------------
+
+
+def test_masks_are_labelled_as_typed_in_table_and_picture() -> None:
+    typed = ["edges", "detail | budget:fraction=0.2"]
+    report = cs.evaluate(street_segmenter(), "scene:1,height=48,width=80", typed, limit=1, rounds=1)
+    assert [row.typed for row in report.rows] == ["all", *typed, "none"]
+    assert report.rows[1].mask == resolve_mask("edges").spec() != "edges"  # the JSON has all options
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(report.render())
+    table = console.export_text()
+    assert "edges " in table and "threshold=" not in table and "none (as given)" in table
+    named = {text.get_text() for axis in evaluation_figure(report).axes for text in axis.texts}
+    assert {f"{mask} 8->32" for mask in typed} <= named and not any("threshold" in name for name in named)
+
+
+@pytest.mark.parametrize(
+    ("stride", "fill", "label"),
+    [(8, "guided", "none 8->16, guided"), (8, "linear", "none 8->16, linear"), (16, "linear", "dense OS 16")],
+)
+def test_everything_low_is_called_dense_only_where_it_is(stride: int, fill: str, label: str) -> None:
+    """A head that reads the filled map is not the dense network's at the low output stride."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [nn.Conv2d(3 if at == 0 else 8, 8, 3, 2, 1) for at in range(3)]
+            layers.append(nn.Conv2d(8, 8, 3, stride // 8, 1))
+            dilation = 16 // stride
+            self.trunk = nn.Sequential(*layers, nn.Conv2d(8, 8, 3, 1, dilation, dilation))
+            self.head = nn.Conv2d(8, 6, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.head(self.trunk(x))
+            return nn.functional.interpolate(scores, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+    net = cs.adaptify(Net().eval(), output_stride=(8, 16), fill=fill, verify_laws=False)
+    report = cs.evaluate(net, "scene:1,height=48,width=80", ["edges"], limit=1, rounds=0)
+    assert report.rows[-1].label == label and report.rows[0].label == "dense OS 8"
+    assert report.rows[-1].is_given is (stride == 16) and report.rows[0].is_given is (stride == 8)
+
+
+def test_costs_of_an_evaluation_are_relative_to_the_network_given() -> None:
+    """Counted by torch; also where the network as given is none of the rows."""
+    model, data = street_segmenter(), cs.open_data("scene:2,height=48,width=80", "test")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(data[0][0][None])
+    given = counter.get_total_flops() // 2
+    report = cs.evaluate(model, data, ["edges"], output_stride=[(8, 32), (8, 16)], rounds=0)
+    assert [row.macs_of_given for row in report.rows] == [row.macs / given for row in report.rows]
+    assert [row.is_given for row in report.rows] == [False, False, True, False, False, False]
