@@ -215,12 +215,16 @@ def laid_out(value: Any) -> Any:
 def table(rows: list[dict[str, Any]]) -> str:
     """Format rows in Markdown."""
     lines = [
-        "| network | setting | accuracy | matches | right | active | adaptive part | whole network | ms |",
+        "| network | setting | accuracy | matches | right | active | MACs of given | in the region | ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    # The network as given is everything low with `pools`, whose strides it has, and everything high with `head`.
+    lows = {row["network"]: row["whole_of_high"] for row in rows if row["setting"] == "everything low"}
     for row in rows:
-        keys = ("active_fraction", "part_of_high", "whole_of_high")
-        shares = [f"{row[key]:.3f}" if key in row else "" for key in keys]
+        given = lows.get(row["network"], 1.0) if row["network"].startswith("pools") else 1.0
+        of_given = {"of_given": row.get("whole_of_high", given) / given}
+        keys = ("active_fraction", "of_given", "part_of_high")
+        shares = [f"{value:.3f}" if (value := (row | of_given).get(key)) is not None else "" for key in keys]
         figures = [f"{row['accuracy']:.4f}", f"{row['matches']:.0f}", f"{row['right']:.0f}", *shares]
         ms = f"{row['ms']:.0f}" if "ms" in row else ""
         lines.append(f"| {row['network']} | {row['setting']} | {' | '.join(figures)} | {ms} |")

@@ -256,7 +256,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Format rows in Markdown, separately for the sequences used to select masks and the others."""
     limits = "/".join(map(str, PIXELS))
     lines = [
-        f"| network | strides | mask | sequences | MMA@{limits} | refined | matches | right | of 1000 | refined | MACs "
+        f"| network | strides | mask | sequences | MMA@{limits} | refined | matches | right | of 1000 | refined | MACs of given "
         "| ms | faster |",
         "|" + 13 * "---|",
     ]
