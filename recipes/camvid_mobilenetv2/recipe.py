@@ -26,6 +26,7 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.masks import MaskProvider, labelled, resolve_mask
+from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.timing import interleaved
 
 EDGES, GRADED = "edges:threshold=0.35,dilation=11", "edges:threshold=0.95/0.1,dilation=5/15"
@@ -148,7 +149,9 @@ def dense(data: Path, found: cs.SegmentationData, stride: int) -> dict[str, Any]
             metrics.update(model(prepared(found, index)).argmax(1), found[index][1][None])
     figures = metrics.compute()
     thin = sum(figures["iou"][CLASSES.index(name)] or 0.0 for name in THIN) / len(THIN)
-    return {"label": f"dense network, output stride {stride}", "thin": thin, **figures}
+    macs, given = (dense_macs(net, prepared(found, 0)) for net in (model, Segmenter().eval()))
+    work = {"macs": macs, "macs_of_high": macs / given}
+    return {"label": f"dense network, output stride {stride}", "thin": thin, **work, **figures}
 
 
 def region_times(data: Path, found: cs.SegmentationData, runs: Path | None, rounds: int) -> dict[str, Any]:
