@@ -157,9 +157,18 @@ def test_a_table_has_a_line_for_every_row() -> None:
     shares = {"active_fraction": 0.28, "part_of_high": 0.336, "whole_of_high": 0.557, "ms": 500.4}
     lines = recipe.table([plain, {**plain, "network": "head", "setting": "sift", **shares}]).splitlines()
     assert lines[2:] == [
-        "| as published |  | 0.7430 | 492 | 383 |  |  |  |  |",
-        "| head | sift | 0.7430 | 492 | 383 | 0.280 | 0.336 | 0.557 | 500 |",
+        "| as published |  | 0.7430 | 492 | 383 |  | 1.000 |  |  |",
+        "| head | sift | 0.7430 | 492 | 383 | 0.280 | 0.557 | 0.336 | 500 |",
     ]
+
+
+def test_work_of_pools_is_relative_to_the_network_as_published() -> None:
+    """Everything low, whose strides it has; its own work is not everything high."""
+    row = {"network": "pools 2-32", "accuracy": 0.743, "matches": 492, "right": 383.0, "active_fraction": 0.0}
+    mixed = {**row, "setting": "sift", "part_of_high": 0.4, "whole_of_high": 0.6}
+    low = {**row, "setting": "everything low", "part_of_high": 0.02, "whole_of_high": 0.25}
+    lines = recipe.table([mixed, low]).splitlines()
+    assert "| 2.400 | 0.400 |" in lines[2] and "| 1.000 | 0.020 |" in lines[3]
 
 
 # -- with the weights ----------------------------------------------------------------------------------
