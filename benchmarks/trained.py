@@ -33,8 +33,9 @@ def padded(data: cs.SegmentationData) -> cs.SegmentationData:
 
 def spread(data: cs.SegmentationData, count: int) -> cs.SegmentationData:
     """Return so many pictures of data, evenly spread."""
-    every = max(1, len(data) // count)
-    return replace(data, names=data.names[::every], read=lambda position: data.read(position * every))
+    places = [at * len(data) // min(count, len(data)) for at in range(min(count, len(data)))]
+    names = tuple(data.names[place] for place in places)
+    return replace(data, names=names, read=lambda position: data.read(places[position]))
 
 
 # From the folder with data and weights; the number is the output stride.
