@@ -1,6 +1,6 @@
 """Measure how a loss of fidelity relates to a loss of mIoU, on trained networks and labelled pictures.
 
-    python benchmarks/currency.py DATA FOLDER [--pictures 30] [--minutes 10]
+    python -m benchmarks.currency DATA FOLDER [--pictures 30] [--minutes 10]
 
 DATA is the folder with the data and weights that the recipes name. Each network gets a run of `recommend` in FOLDER,
 which an interrupted run goes on with. Printed are, for each network, the settings with both losses, and the fit of
@@ -14,69 +14,58 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-import cadsurgery as cs
+from benchmarks.trained import NETWORKS, spread
 from cadsurgery.tasks.recommend import Recommendation, recommend
-from recipes.camvid_mobilenetv2 import network as camvid
-from recipes.voc_deeplab import network as voc
 
-IGNORED = 255
-
-
-def padded(data: cs.SegmentationData) -> cs.SegmentationData:
-    """Return VOC's pictures as the network was trained on them: scaled to 513 pixels and padded, labels likewise."""
-
-    def read(position: int) -> tuple[Tensor, Any]:
-        image, labels = data[position]
-        whole, (height, width) = voc.padded(image)
-        small = F.interpolate(labels[None, None].double(), (height, width), mode="nearest")[0, 0]
-        right, below = voc.SIDE - width, voc.SIDE - height
-        return whole, F.pad(small, (0, right, 0, below), value=IGNORED).byte().numpy()
-
-    return replace(data, read=read)
+FEWEST = 10  # pictures of a setting that was dropped
+LEFT = 0.02  # of mIoU: how much settings of the same fidelity differ
 
 
-def spread(data: cs.SegmentationData, count: int) -> cs.SegmentationData:
-    """Return so many pictures of data, evenly spread."""
-    every = max(1, len(data) // count)
-    return replace(data, names=data.names[::every], read=lambda position: data.read(position * every))
+class Point(NamedTuple):
+    """One setting of a network: 1 - fidelity, and the lost share of mIoU with its standard error."""
+
+    setting: str
+    lack: float
+    lost: float
+    error: float
 
 
-NETWORKS: dict[str, Callable[[Path], tuple[nn.Module, cs.SegmentationData]]] = {
-    "camvid-8": lambda data: (camvid.build(data), camvid.images(data, "test")),
-    "voc-8": lambda data: (voc.build(data, 8), padded(voc.images(data))),
-    "voc-16": lambda data: (voc.build(data, 16), padded(voc.images(data))),
-}
-
-
-def points(report: Recommendation) -> list[tuple[str, float, float, float]]:
-    """Return for each setting but the network as given: name, 1 - fidelity, lost share of mIoU, and its error."""
+def points(report: Recommendation) -> list[Point]:
+    """Return the settings of a report, also those that were dropped after some pictures."""
     given = report.rows[0].quality.value
     return [
-        (row.name, 1 - (row.fidelity or 0.0), -row.quality.change / given, row.quality.error / given)
+        Point(row.name, 1 - row.fidelity, -row.quality.change / given, row.quality.error / given)
         for row in report.rows[1:]
-        if row.is_complete
+        if row.fidelity is not None and row.fidelity < 1 and row.quality.images >= FEWEST
     ]
 
 
-def fit(lacks: list[float], losses: list[float]) -> tuple[float, float]:
-    """Return a and p with the least squared error, p among halves from 1 to 4."""
+def fit(some: Sequence[Point]) -> tuple[float, float]:
+    """Return a and p with the least weighted squared error, p among quarters from 1 to 4."""
+    lacks, losses, errors = (np.array([one[at] for one in some]) for at in (1, 2, 3))
+    weights = 1 / (errors**2 + LEFT**2)
     best = (math.inf, 0.0, 1.0)
-    for power in np.arange(1, 4.1, 0.5):
-        raised = np.array(lacks) ** power
-        factor = float(raised @ np.array(losses) / max(1e-12, raised @ raised))
-        error = float(((factor * raised - losses) ** 2).mean())
+    for power in np.arange(1, 4.1, 0.25):
+        raised = lacks**power
+        factor = max(0.0, float((weights * raised) @ losses / max(1e-12, (weights * raised) @ raised)))
+        error = float(weights @ (factor * raised - losses) ** 2)
         best = min(best, (error, factor, float(power)))
     return best[1], best[2]
+
+
+def missed(some: Sequence[Point], factor: float, power: float) -> tuple[float, float]:
+    """Return the root mean square of what a fit misses, weighted as in `fit`, and of the points' own errors."""
+    weights = np.array([1 / (one.error**2 + LEFT**2) for one in some])
+    squares = np.array([(factor * one.lack**power - one.lost) ** 2 for one in some])
+    own = np.array([one.error**2 for one in some])
+    return tuple(float(np.sqrt(weights @ values / weights.sum())) for values in (squares, own))  # type: ignore[return-value]
 
 
 def main() -> None:
@@ -89,7 +78,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=10.0)
     options = parser.parse_args()
-    found: dict[str, list[tuple[str, float, float, float]]] = {}
+    found: dict[str, list[Point]] = {}
     for name, build in NETWORKS.items():
         model, data = build(options.data)
         data = spread(data, options.pictures)
@@ -103,19 +92,19 @@ def main() -> None:
         )
         found[name] = points(report)
     for name, rows in found.items():
-        others = [row for other, some in found.items() if other != name for row in some]
-        factor, power = fit([row[1] for row in others], [row[2] for row in others])
-        missed = [factor * lack**power - lost for _, lack, lost, _ in rows]
+        factor, power = fit([row for other, some in found.items() if other != name for row in some])
+        here, own = missed(rows, factor, power)
         print(
             f"\n{name}: fitted on the others a={factor:.3f}, p={power:g}; root mean square of what is missed here "
         )
-        print(f"{float(np.sqrt(np.mean(np.square(missed)))):.4f} of mIoU")
-        for (setting, lack, lost, error), miss in zip(rows, missed, strict=True):
-            print(f"  {setting:58s} {lack:.3f} lost {lost:+.4f} ±{error:.4f}, predicted {lost + miss:+.4f}")
-    everything = [row for rows in found.values() for row in rows]
-    print(
-        "\nall: a={:.3f}, p={:g}".format(*fit([row[1] for row in everything], [row[2] for row in everything]))
-    )
+        print(f"{here:.4f} of mIoU; of the errors of what is measured {own:.4f}")
+        for row in rows:
+            predicted = factor * row.lack**power
+            print(
+                f"  {row.setting:58s} {row.lack:.3f} lost {row.lost:+.4f} ±{row.error:.4f}, predicted {predicted:+.4f}"
+            )
+    factor, power = fit([row for some in found.values() for row in some])
+    print(f"\nall: a={factor:.3f}, p={power:g}")
 
 
 if __name__ == "__main__":
