@@ -72,6 +72,7 @@ class MacReport:
             rule `published`, which defines the counted operations itself.
         given: MACs of the network as given (of its converted part, if that is counted alone); None if unknown.
         part: name of the part that is counted alone; empty for the whole network.
+        high_stride: the high output stride; 0 if unknown.
     """
 
     layers: tuple[LayerMacs, ...]
@@ -81,6 +82,7 @@ class MacReport:
     not_counted: tuple[str, ...] = ()
     given: int | None = None
     part: str = ""
+    high_stride: int = 0
 
     @property
     def mask(self) -> int:
@@ -117,9 +119,8 @@ class MacReport:
     def describe(self) -> str:
         """Return the work with the mask relative to the network as given, in words; the region comes last."""
         given = f"the {self.part} as given" if self.part else "the network as given"
-        of_high = (
-            f"{self.mask / max(1, self.high):.2f} of the same network at the high output stride everywhere"
-        )
+        stride = f"output stride {self.high_stride}" if self.high_stride else "the high output stride"
+        of_high = f"{self.mask / max(1, self.high):.2f} of the same network at {stride} everywhere"
         region = f"in the region {self.region_of_high:.2f} of everything high"
         if self.of_given is None:
             return f"{of_high}; {region}"
@@ -207,6 +208,7 @@ def count_macs(
         missing,
         given,
         program.plan.part,
+        program.plan.output_stride[0],
     )
 
 

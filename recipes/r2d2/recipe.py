@@ -256,8 +256,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Format rows in Markdown, separately for the sequences used to select masks and the others."""
     limits = "/".join(map(str, PIXELS))
     lines = [
-        f"| network | strides | mask | sequences | MMA@{limits} | refined | matches | right | of 1000 | refined | MACs of given "
-        "| ms | faster |",
+        f"| network | strides | mask | sequences | MMA@{limits} | refined | matches | right | of 1000 | refined "
+        "| MACs of given | ms | faster |",
         "|" + 13 * "---|",
     ]
     dense = next((row["ms"] for row in rows if not row["pairs"] and "ms" in row), math.nan)

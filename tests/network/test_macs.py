@@ -373,7 +373,8 @@ def test_a_plan_that_makes_maps_finer_says_by_how_much(name: str, size: tuple[in
     assert told in plan.summary() and told in str(net.plan)
     report = net.macs(image, mask="all")
     assert str(report).startswith(f"this makes maps finer: {high / given:.2f} times the work of the network")
-    assert f"in the region {report.region_of_high:.2f} of everything high" in str(report)
+    share = f"1.00 of the same network at output stride {plan.output_stride[0]} everywhere"
+    assert f"{share}; in the region {report.region_of_high:.2f} of everything high" in str(report)
 
 
 def test_a_plan_that_makes_no_map_finer_says_what_both_ends_cost() -> None:
