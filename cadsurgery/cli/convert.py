@@ -93,6 +93,7 @@ def mask_command(
         str,
         options.NetworkOrOption("network to take strides, normalisation and MACs from", is_needed=False),
     ] = "",
+    weights: options.Weights = "auto",
     options: Annotated[
         dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "patch"), defaults=("8,32",))
     ],
@@ -100,7 +101,7 @@ def mask_command(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Draw a mask: image, level map and lattice side by side; or several masks with their cost."""
+    """Draw a mask: image, level map and lattice side by side; or several masks with quality and cost."""
 
 
 @commands.command()
