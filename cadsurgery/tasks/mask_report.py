@@ -187,7 +187,8 @@ def draw_masks(
             rows.append(_row(text, provider.spec(), lattice, more))
             lattices.append(lattice)
     if compare:
-        figure = comparison_figure(picture, lattices, [_title(row) for row in rows], stride, model)
+        title = f"{model}, random weights" if _RANDOM in notes else model
+        figure = comparison_figure(picture, lattices, [_title(row) for row in rows], stride, title)
     else:
         figure = mask_figure(picture, lattices[0], stride, title=rows[0].mask)
     write_picture(figure_picture(figure), output)
@@ -267,7 +268,7 @@ def _look_in(
     if refusal := _HOST if net.hosts_part else _refusal(dense, size):
         dense, notes = None, [f"quality is not compared: {refusal}"]
     if source.weights == "random" and not is_file(model):
-        notes.append("the weights are random: these qualities say nothing about the trained network.")
+        notes.append(_RANDOM)
     return stride, max_level, look, notes
 
 
@@ -278,6 +279,7 @@ _ONE_IMAGE = (
 _NO_NETWORK = (
     "elements are not yet the cost of a network, nor do they show what a mask loses: --model adds both."
 )
+_RANDOM = "the weights are random: these qualities say nothing about the trained network."
 _HOST = "the network around the adaptive part returns no maps."
 
 
