@@ -143,6 +143,17 @@ def test_the_bar_vanishes_at_the_end_and_when_it_is_interrupted(
     assert whole.endswith(ERASE_LINE)
 
 
+def test_an_interrupted_command_says_so_in_one_line(
+    command_line: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cadsurgery.tasks.convert.make_or_read_plan", interrupted)
+    done = command_line("plan", "resnet18", "--json")
+    assert done.code == 130 and done.err == "interrupted\n" and done.out == ""
+
+
 def test_the_time_left_is_that_of_the_items_that_are_counted_now() -> None:
     clock = Clock()
     now = screen.Current(clock)
