@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.tasks.recommend import Recommendation, recommend
 from recipes.camvid_mobilenetv2 import network as camvid
+from recipes.espnet_camvid import network as espnet
 from recipes.voc_deeplab import network as voc
 
 IGNORED = 255
@@ -53,6 +54,7 @@ def spread(data: cs.SegmentationData, count: int) -> cs.SegmentationData:
 
 NETWORKS: dict[str, Callable[[Path], tuple[nn.Module, cs.SegmentationData]]] = {
     "camvid-8": lambda data: (camvid.build(data), camvid.images(data, "test")),
+    "espnet-8": lambda data: (espnet.build(data), espnet.images(data, "test")),
     "voc-8": lambda data: (voc.build(data, 8), padded(voc.images(data))),
     "voc-16": lambda data: (voc.build(data, 16), padded(voc.images(data))),
 }

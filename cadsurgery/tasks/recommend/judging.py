@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadsurgery.data.datasets import IGNORED
 from cadsurgery.support.divergence import Kind, divergence, maps_of, resize
 from cadsurgery.tasks.report import Plain
 from cadsurgery.tasks.segmentation.fidelity import NO_CLASS
-from cadsurgery.tasks.segmentation.metrics import IGNORED, SegmentationMetrics
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
 LABELS, CLASSES, VALUES = "miou", "fidelity", "accuracy"
 _RESAMPLES = 1000
