@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import Run
 from rich.console import Console
 
 import cadsurgery as cs
