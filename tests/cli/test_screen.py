@@ -144,6 +144,17 @@ def test_the_bar_vanishes_at_the_end_and_when_it_is_interrupted(
     assert whole.endswith(ERASE_LINE)
 
 
+def test_results_stay_on_standard_output_while_a_terminal_shows_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = shown_in(monkeypatch, terminal=True)
+    with screen.steps("macs") as step:
+        step("counting")
+        screen.print_json({"macs": 1})
+    assert "macs" in capsys.readouterr().out and '"macs"' not in stream.getvalue()
+
+
 def test_an_interrupted_command_says_so_in_one_line(
     command_line: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
