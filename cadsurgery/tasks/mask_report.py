@@ -25,7 +25,7 @@ from cadsurgery.support.progress import counted
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
 from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import example_image, is_file, open_converted
-from cadsurgery.tasks.report import Column, Report, Row, figure_picture, percent, plain, ratio, table
+from cadsurgery.tasks.report import Column, Report, Row, figure_picture, percent, plain, table
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 
 # Returns the lattice of a mask; in a network, if masks are compared, also fields of its row: quality and cost.
@@ -123,12 +123,12 @@ class MaskReport(Report):
         columns += [Column(QUALITIES[name], name, form=percent) for name in known]
         if row.get("macs"):
             columns.append(Column("MACs", lambda row: f"{row.macs['mask']:.3e}"))
-            columns.append(Column("of given", lambda row: ratio(row.macs["mask"], row.macs["given"])))
-            columns.append(Column("of high", lambda row: ratio(row.macs["mask"], row.macs["high"])))
+            columns.append(Column("of given", "of_given", form=".2f"))
+            columns.append(Column("of all high", "of_high", form=".2f"))
         columns.append(Column("active fraction", "active_fraction", form=".3f"))
         columns.append(Column("elements", "elements"))
         if not row.get("macs"):
-            columns.append(Column("of high", "share_of_elements", form=".2f"))
+            columns.append(Column("of all high", "share_of_elements", form=".2f"))
         yield table(self.rows, columns, f"masks on {row.fine_pixels} fine pixels")
         for note in self.notes:
             yield Text(note, style="dim")
