@@ -26,6 +26,7 @@ from cadsurgery.masks import labelled, resolve_mask
 from cadsurgery.support.divergence import KINDS, Kind, resize
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.processes import gather, own_device, shard, world
+from cadsurgery.support.progress import within
 from cadsurgery.tasks.for_each import Failure, Failures, Step, each, silent
 from cadsurgery.tasks.open import at_strides, open_any, provenance
 from cadsurgery.tasks.report import (
@@ -134,9 +135,8 @@ def evaluate(
         for side, tally in zip(compared.sides, tallies, strict=True)
     ]
     if rounds and first is not None and world().is_main:
-        step("measuring")
         with _labelled(first.labels):
-            rows = time_sides(compared.sides, rows, first.images, rounds)
+            rows = time_sides(compared.sides, rows, first.images, rounds, step=within(step, "measuring"))
     fidelity = [tally.metrics.kind for tally in tallies if isinstance(tally.metrics, FidelityMetrics)]
     report = EvaluationReport(
         data=samples.name,
@@ -219,8 +219,11 @@ def _judge(
     """Return the tallies of all sides over all processes, the failures, and the first image of this process."""
     tallies = [Tally((side.metrics or partial(_metrics_of, data, kind))()) for side in compared.sides]
     failures, done, first = Failures("image"), 0, None
+    share = len(shard(data.names))
+    step(f"image 1 of {share}", 0, share)
     for positions, images, labels in _batches(data, size, failures):
-        step(f"{done + len(images)} of {len(shard(data.names))} images")
+        before = done + len(failures.noted)
+        step(f"image {before + len(images)} of {share}", before, share)
         images = normalise(images, compared.source).to(device).contiguous(memory_format=torch.channels_last)
         batch = _Batch(images, labels.to(device) if data.is_labelled else None)
         truth, extent = batch.labels, (images.shape[2], images.shape[3])

@@ -206,7 +206,7 @@ def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, 
 def test_an_interrupted_run_reports_and_goes_on(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(text: str) -> None:
+    def interrupt(text: str, *count: object) -> None:
         if text.startswith("picture 2"):
             raise KeyboardInterrupt
 
@@ -226,7 +226,7 @@ def test_an_interrupted_run_reports_and_goes_on(
 def test_a_run_that_is_interrupted_before_it_goes_on_reports_what_it_had(
     photos: Path, tmp_path: Path
 ) -> None:
-    def interrupt(text: str) -> None:
+    def interrupt(text: str, *count: object) -> None:
         if text.startswith("preparing"):
             raise KeyboardInterrupt
 
