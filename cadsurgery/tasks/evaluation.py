@@ -350,6 +350,8 @@ class EvaluationReport(MeasuredReport):
     - `miou`: mean IoU, 0..1, like all accuracies here; None without labels for maps that are not class scores;
     - `iou`: IoU of each class by name; None for a class that is in neither predictions nor labels;
     - `pixel_accuracy`: share of correct pixels; `boundary_iou` and `trimap_iou`: see `SegmentationMetrics`;
+    - `balanced_fidelity`: without labels, mean IoU over the classes of the dense network; see `balanced_fidelity` of
+      `cadsurgery.tasks.segmentation.fidelity`;
     - `divergence`: without labels, mean over pixels and images; see `cadsurgery.support.divergence.divergence`;
     - `relative_error`: without labels, for maps that are not class scores; see `FidelityMetrics`;
     - `macs`: multiply-accumulates per image, mean over images.
@@ -428,7 +430,10 @@ class EvaluationReport(MeasuredReport):
         return figure
 
 
-_FIDELITY = {"classes": {"pixel_accuracy": "agreement"}, "values": {"relative_error": "relative error"}}
+_FIDELITY = {
+    "classes": {"pixel_accuracy": "agreement", "balanced_fidelity": "balanced fidelity"},
+    "values": {"relative_error": "relative error"},
+}
 
 
 def _draw(axis: Axes, rows: Sequence[Row], work: str, accuracy: str, marker: str) -> None:

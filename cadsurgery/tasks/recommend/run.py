@@ -36,10 +36,7 @@ from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
-from cadsurgery.tasks.open import is_file, original, provenance
-from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
-from cadsurgery.tasks.recommend.choice import choose, rows_of
-from cadsurgery.tasks.recommend.judging import (
+from cadsurgery.tasks.judging import (
     CLASSES,
     LABELS,
     VALUES,
@@ -48,6 +45,9 @@ from cadsurgery.tasks.recommend.judging import (
     judge,
     median_time,
 )
+from cadsurgery.tasks.open import is_file, original, provenance
+from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
+from cadsurgery.tasks.recommend.choice import choose, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Request
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 
