@@ -39,7 +39,7 @@ from cadsurgery.methods.storage import save
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.network.storage import checksum, write_tensors
-from cadsurgery.support.divergence import kind_of, maps_of
+from cadsurgery.support.divergence import Kind, kind_of, maps_of
 from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.tasks.evaluation import EvaluationReport, evaluate
@@ -500,7 +500,7 @@ class _Run:
     def _judge(self, net: AdaptiveModel, masks: Sequence[object], what: str) -> list[list[Judgement]]:
         """Compare a network under each mask with the dense network, photo by photo."""
         fast, judged = net.optimize(), [list[Judgement]() for _ in masks]
-        kind = "values" if self.measure == VALUES else "classes"
+        kind: Kind = "values" if self.measure == VALUES else "classes"
         for image in self._batches(net, self.deciding, f"comparing {what}"):
             dense, size = dense_high(fast, image), (image[0].shape[2], image[0].shape[3])
             for place, mask in enumerate(masks):
