@@ -273,6 +273,7 @@ def tune(
     identity = identity_of(net, photos, None, settings, processes=1)
     counts = {"fitted": len(fitted), "deciding": len(deciding), "table": len(table)}
     identity |= {"minutes": minutes, "steps": steps, "weights": checksum(net.state_dict()), "photos": counts}
+    step("running the network on the first photo")
     run = _Run(fitted, deciding, folder, identity, step, _measure_of(net, fitted))
     net = run.calibrate(net)
     net = run.train(net, minutes, steps, settings)
@@ -425,7 +426,7 @@ class _Run:
             what = "fitting refinements"
             refined = fit_refinement(
                 candidate,
-                self._told(self.photos, what, 2 * len(self.photos), 30 * _REFINING * minutes),
+                self._told(self.photos, what, 2 * len(self.photos), 60 * _REFINING * minutes),
                 minutes=_REFINING * minutes,
                 steps=steps,
                 seed=seed,
@@ -444,7 +445,7 @@ class _Run:
         def work() -> dict[str, Any]:
             gain = fit_gain(
                 net,
-                self._told(self.photos, "measuring what each patch loses", 0, 48 * _RANKING * minutes),
+                self._told(self.photos, "measuring what each patch loses", 0, 60 * _RANKING * minutes),
                 minutes=_RANKING * minutes,
                 seed=seed,
                 balance=float(self.measure == CLASSES),
@@ -501,7 +502,9 @@ class _Run:
         """Compare a network under each mask with the dense network, photo by photo."""
         fast, judged = net.optimize(), [list[Judgement]() for _ in masks]
         kind: Kind = "values" if self.measure == VALUES else "classes"
-        for image in self._batches(net, self.deciding, f"comparing {what}"):
+        photos = self._told(self.deciding, f"comparing {what}")
+        for index in range(len(photos)):
+            image = _read(net, photos, index)
             dense, size = dense_high(fast, image), (image[0].shape[2], image[0].shape[3])
             for place, mask in enumerate(masks):
                 with torch.inference_mode():
@@ -560,15 +563,6 @@ class _Run:
         """Return photos to fit to, at most so many, evenly spread."""
         return _select(self.photos, range(0, len(self.photos), -(-len(self.photos) // most)))
 
-    def _batches(
-        self, net: AdaptiveModel, photos: SegmentationData, what: str
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the network's inputs for each photo."""
-        told, device = self._told(photos, what), next(net.parameters()).device
-        for index in range(len(told)):
-            inputs, _ = prepare(*sample_of(told, index), pictures_for(net), index)
-            yield tuple(value.unsqueeze(0).to(device) for value in inputs)
-
     def _told(
         self, photos: SegmentationData, what: str, total: int = 0, seconds: float = math.inf
     ) -> SegmentationData:
@@ -626,12 +620,16 @@ def _read_alone(read: Callable[[int], tuple[Any, Any]], places: Sequence[int], p
     return read(places[position])[0], None
 
 
+def _read(net: AdaptiveModel, photos: SegmentationData, index: int) -> tuple[Tensor, ...]:
+    """Return the network's inputs for a photo."""
+    inputs, _ = prepare(*sample_of(photos, index), pictures_for(net), index)
+    return tuple(value.unsqueeze(0).to(next(net.parameters()).device) for value in inputs)
+
+
 def _measure_of(net: AdaptiveModel, photos: SegmentationData) -> str:
     """Return the measure for the outputs of a network."""
-    inputs, _ = prepare(*sample_of(photos, 0), pictures_for(net), 0)
-    device = next(net.parameters()).device
     net = copy.deepcopy(net)  # the first picture may set its normalisation
-    output = dense_high(net, tuple(value.unsqueeze(0).to(device) for value in inputs))
+    output = dense_high(net, _read(net, photos, 0))
     if kind_of(output) == "values":
         return VALUES
     return AGREEMENT if maps_of(output)[0].shape[2:].numel() == 1 else CLASSES
