@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import describe
 from cadsurgery.finetune.balance import pixel_weights
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
@@ -25,7 +24,7 @@ from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.sampling.gates import DECAY
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.divergence import KINDS, Kind, divergence, maps_of, resize
+from cadsurgery.support.divergence import KINDS, Kind, class_scores, divergence, maps_of, resize
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.support.provenance import same_place
@@ -473,24 +472,6 @@ class Sparse(Objective):
         return {"loss": loss + self.weight * sparse, **parts, "open": sparse.detach()}
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return the class logits (B, C, H, W): the output itself, entry `out` of a dictionary, or the last prediction.
-
-    Raises:
-        InvalidInput: there are no logits.
-    """
-    logits = output.get("out") if isinstance(output, Mapping) else output
-    if isinstance(logits, tuple) and logits:
-        logits = logits[-1]
-    if not isinstance(logits, Tensor) or logits.dim() != 4:
-        raise InvalidInput(
-            f"the network returns {describe(logits)}.",
-            why="training needs class logits of shape (B, C, H, W), alone or as 'out' of a dictionary.",
-            next="wrap the network so that it returns them.",
-        )
-    return logits
-
-
 def copy_dense(net: AdaptiveModel) -> nn.Module | None:
     """Copy a network for later comparisons.
 
@@ -559,7 +540,7 @@ def miss(
 
 def supervised(output: Any, labels: Tensor) -> Tensor:
     """Compute the cross entropy of the logits, plus half that of entry `aux` of a dictionary."""
-    loss = cross_entropy(logits_of(output), labels)
+    loss = cross_entropy(class_scores(output), labels)
     if isinstance(output, Mapping) and isinstance(output.get("aux"), Tensor):
         loss = loss + AUXILIARY_WEIGHT * cross_entropy(output["aux"], labels)
     return loss

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cadsurgery.data import SegmentationData, open_data
 from cadsurgery.data.images import normalise
 from cadsurgery.masks import labelled, resolve_mask
-from cadsurgery.support.divergence import KINDS, Kind, resize
+from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.processes import gather, own_device, shard, world
 from cadsurgery.tasks.for_each import Failure, Failures, Step, each, silent
@@ -303,7 +303,7 @@ class Accuracy:
 
     def update(self, output: Any, truth: Tensor, size: tuple[int, int]) -> None:
         """Add the scores of a batch with labels (B, H, W)."""
-        scores, classes = scores_of(output), self.metrics.classes
+        scores, classes = class_scores(output), self.metrics.classes
         if scores.shape[1] != classes:
             raise InvalidInput(
                 f"the network has {scores.shape[1]} classes and data {self.data} has {classes}.",
@@ -318,23 +318,6 @@ class Accuracy:
     def compute(self) -> dict[str, Any]:
         """Return the figures of `SegmentationMetrics`."""
         return self.metrics.compute()
-
-
-def scores_of(output: Any) -> Tensor:
-    """Return the class scores (B, C, h, w) of a network's output: a tensor, or entry `out` of a dictionary.
-
-    Raises:
-        InvalidInput: the output is something else.
-    """
-    scores = output.get("out") if isinstance(output, Mapping) else output
-    if not isinstance(scores, Tensor) or scores.dim() != 4:
-        shape = f"of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(output).__name__
-        raise InvalidInput(
-            f"the network's output is not a map of class scores: {shape}.",
-            next="evaluate a segmentation network: it returns (batch, classes, height, width), or a "
-            'dictionary with such a tensor as "out".',
-        )
-    return scores
 
 
 # -- report --------------------------------------------------------------------------------------------
