@@ -1,6 +1,6 @@
 """Measure how a loss of fidelity relates to a loss of mIoU, on trained networks and labelled pictures.
 
-    python benchmarks/currency.py DATA FOLDER [--pictures 30] [--minutes 10]
+    python -m benchmarks.currency DATA FOLDER [--pictures 30] [--minutes 10]
 
 DATA is the folder with the data and weights that the recipes name. Each network gets a run of `recommend` in FOLDER,
 which an interrupted run goes on with. Printed are, for each network, the settings with both losses, and the fit of
@@ -14,48 +14,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-import cadsurgery as cs
+from benchmarks.trained import NETWORKS, spread
 from cadsurgery.tasks.recommend import Recommendation, recommend
-from recipes.camvid_mobilenetv2 import network as camvid
-from recipes.voc_deeplab import network as voc
-
-IGNORED = 255
-
-
-def padded(data: cs.SegmentationData) -> cs.SegmentationData:
-    """Return VOC's pictures as the network was trained on them: scaled to 513 pixels and padded, labels likewise."""
-
-    def read(position: int) -> tuple[Tensor, Any]:
-        image, labels = data[position]
-        whole, (height, width) = voc.padded(image)
-        small = F.interpolate(labels[None, None].double(), (height, width), mode="nearest")[0, 0]
-        right, below = voc.SIDE - width, voc.SIDE - height
-        return whole, F.pad(small, (0, right, 0, below), value=IGNORED).byte().numpy()
-
-    return replace(data, read=read)
-
-
-def spread(data: cs.SegmentationData, count: int) -> cs.SegmentationData:
-    """Return so many pictures of data, evenly spread."""
-    every = max(1, len(data) // count)
-    return replace(data, names=data.names[::every], read=lambda position: data.read(position * every))
-
-
-NETWORKS: dict[str, Callable[[Path], tuple[nn.Module, cs.SegmentationData]]] = {
-    "camvid-8": lambda data: (camvid.build(data), camvid.images(data, "test")),
-    "voc-8": lambda data: (voc.build(data, 8), padded(voc.images(data))),
-    "voc-16": lambda data: (voc.build(data, 16), padded(voc.images(data))),
-}
 
 
 def points(report: Recommendation) -> list[tuple[str, float, float, float]]:

@@ -60,6 +60,7 @@ def recommend(
             "--output", "-o", help="folder of the run, default NAME-recommended; a run goes on there"
         ),
     ] = None,
+    trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
     """Recommend how to run a network on pictures like yours, on this machine: converted or not, and how.

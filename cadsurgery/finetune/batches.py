@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cadsurgery.data.datasets import is_labelled, sample_of
+from cadsurgery.data.datasets import IGNORED, is_labelled, sample_of
 from cadsurgery.data.images import normalise
 from cadsurgery.elements.lattice import describe
-from cadsurgery.finetune.objectives import IGNORED
 from cadsurgery.finetune.schedule import Sampling, derive_seed
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.support.errors import CadError, InvalidInput

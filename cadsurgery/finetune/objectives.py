@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadsurgery.data.datasets import IGNORED
 from cadsurgery.finetune.balance import pixel_weights
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
@@ -30,7 +31,6 @@ from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.support.provenance import same_place
 from cadsurgery.surgery.trace import evaluating
 
-IGNORED = 255
 AUXILIARY_WEIGHT = 0.5  # as in torchvision's reference training of segmentation networks
 
 OBJECTIVES: dict[str, type[Objective]] = {}

@@ -279,7 +279,7 @@ def keep_whole(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_MAKING) as name:
         folder = Path(name)
         with (folder / "lock").open("w") as lock:
-            _try_lock(lock)
+            _lock(lock)
             yield folder
             with (folder / "successor").open("rb+") as file:
                 os.fsync(file.fileno())
@@ -291,7 +291,7 @@ def _remove_if_left(folder: Path) -> None:
     with contextlib.suppress(OSError):
         if time.time() - folder.lstat().st_mtime > _SECONDS_TO_LOCK:
             with (folder / "lock").open("a") as lock:
-                if _try_lock(lock):
+                if _lock(lock):
                     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -307,32 +307,21 @@ def only_one(path: Path, seconds: float) -> Iterator[None]:
     """
     end = time.monotonic() + seconds
     with path.open("a") as file:
-        while _is_locked_by_another(file):
+        while _lock(file) is False:
             if time.monotonic() > end:
                 raise TimeoutError(f"another process kept {path} locked for {seconds:g} seconds")
             time.sleep(0.1)
         yield
 
 
-def _is_locked_by_another(file: IO[str]) -> bool:
-    """Try to lock a file; False if this process now holds the lock, or if the file system has no locks."""
+def _lock(file: IO[str]) -> bool | None:
+    """Lock a file until it is closed; False if another process holds the lock, None if there are no locks."""
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        return True
-    except (ImportError, OSError):
         return False
-    return False
-
-
-def _try_lock(file: IO[str]) -> bool:
-    """Lock a file until it is closed; False if another process holds the lock or there are no locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError):
-        return False
+        return None
     return True

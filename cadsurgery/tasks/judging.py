@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadsurgery.data.datasets import IGNORED
 from cadsurgery.support.divergence import Kind, divergence, maps_of, resize
 from cadsurgery.tasks.report import Plain
 from cadsurgery.tasks.segmentation.fidelity import NO_CLASS, balanced_fidelity
-from cadsurgery.tasks.segmentation.metrics import IGNORED, SegmentationMetrics
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
 LABELS, CLASSES, AGREEMENT, VALUES = "miou", "fidelity", "agreement", "accuracy"
 FEW = 10  # pictures below which no small difference can be told

@@ -153,24 +153,37 @@ def at_strides(
         source = pictures_for(opened)
         if not pairs:
             return [opened], source
-        if ":" not in source.name:
-            raise InvalidInput(
-                "a converted network without a name cannot be given other output strides.",
-                next="pass the original network instead.",
-            )
-        state, geometry, mask = opened.state_dict(), opened.geometry, opened.mask
+        geometry, mask = opened.geometry, opened.mask
         reading = ("anchor", "fill", "pool", "patch", "statistics")
         options = {name: getattr(geometry, name) for name in reading}
         options |= {"region": opened.plan.region, "outputs": opened.plan.returned}
         options |= {"normalisation": opened.normalisation}
-        opened = build_again(source, state)
-        opened.load_state_dict(state)
-        opened.cad_source = source  # type: ignore[assignment]
+        opened = unconverted(opened)
     nets = [
         adaptify(opened, mask, output_stride=pair, verify_laws=False, **options) for pair in pairs or (None,)
     ]
     known = [pictures_for(net) for net in nets]
     return nets, replace(source, mean=known[0].mean, std=known[0].std)
+
+
+def unconverted(net: AdaptiveModel) -> nn.Module:
+    """Return the network that was converted, built anew, with the weights that the converted one has now.
+
+    Raises:
+        InvalidInput: the network has no name by which it can be built.
+        FileError: an untrusted file names code of others.
+    """
+    source = pictures_for(net)
+    if ":" not in source.name:
+        raise InvalidInput(
+            "a converted network without a name cannot be built again as it was, or for other output strides.",
+            next="pass the original network instead.",
+        )
+    state = net.state_dict()  # has the original's names; mask and adapters are stored beside it
+    model = build_again(source, state)
+    model.load_state_dict(state)
+    model.cad_source = source  # type: ignore[assignment]
+    return model
 
 
 def weights_in_words(network: object, source: Source) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
-from networks import Segmenter, seeded
-from torch import Tensor
+from networks import Segmenter, seeded, segmenter
+from torch import Tensor, nn
 from torchvision.io import write_png
 from training import Scenes
 
 import cadsurgery as cs
+from cadsurgery.data.networks import source_of
 from cadsurgery.support import files
 from cadsurgery.tasks.judging import CLASSES, LABELS, VALUES, Estimate, Judgement, estimate, judge
 from cadsurgery.tasks.recommend import Recommendation, recommend
@@ -179,9 +180,14 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def run(photos: Path, folder: Path, **options: Any) -> Recommendation:
-    model = seeded(Segmenter, torch.float32)
-    return recommend(model, photos, options={"output_stride": (8, 16)}, output=folder, **options)
+def run(photos: Path, folder: Path, network: nn.Module | None = None, **options: Any) -> Recommendation:
+    return recommend(
+        network or seeded(Segmenter, torch.float32),
+        photos,
+        options={"output_stride": (8, 16)},
+        output=folder,
+        **options,
+    )
 
 
 def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, tmp_path: Path) -> None:
@@ -315,5 +321,38 @@ def test_the_command_recommends_and_refuses_an_empty_folder(
     (tmp_path / "empty").mkdir()
     none = command_line(*words, "--images", tmp_path / "empty")
     assert none.code == 1 and "no images" in none.err
-    converted = command_line("recommend", "some.safetensors", "--images", photos)
-    assert converted.code == 1 and "is converted already" in converted.err
+    absent = command_line("recommend", "some.safetensors", "--images", photos)
+    assert absent.code == 1 and "some.safetensors" in absent.err
+
+
+def test_a_converted_file_is_judged_as_the_network_before_the_conversion(
+    command_line: Run, photos: Path, tmp_path: Path
+) -> None:
+    words = ("--output-stride", "8,16", "--limit", 2, "--size", "64x96", "--images", photos, "--json")
+    given = json.loads(command_line("recommend", "networks:segmenter", *words, "-o", "run").out)
+    made = command_line("convert", "networks:segmenter", "-o", "net.safetensors", "--size", "64x96")
+    assert made.code == 0, made.err
+    refused = command_line("recommend", "net.safetensors", *words)
+    assert refused.code == 1 and "--trust" in refused.out
+    # The folder of a run takes the same network alone.
+    done = command_line("recommend", "net.safetensors", *words, "--trust", "-o", "run")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["rows"] == given["rows"]
+    assert (found["network"], found["options"]) == ("networks:segmenter", {"weights": "net.safetensors"})
+    again = command_line(
+        "convert", "networks:segmenter", "--weights", "net.safetensors", "-o", "again.safetensors"
+    )
+    assert again.code == 0, again.err
+
+
+def test_adapters_of_a_converted_network_are_left_out_with_a_warning(photos: Path, tmp_path: Path) -> None:
+    model = segmenter()
+    net = cs.adaptify(model, "edges", output_stride=(8, 16), example_input=torch.rand(1, 3, 64, 96))
+    with pytest.raises(cs.InvalidInput, match="without a name"):
+        run(photos, tmp_path / "run", network=net)
+    net.cad_source = replace(source_of(model), name="networks:segmenter")
+    net.add_adapters()
+    with pytest.warns(cs.CadWarning, match="adapters"):
+        found = run(photos, tmp_path / "run", network=net, limit=1)
+    assert found.rows[0].setting.kind == "given"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from cadsurgery.support.divergence import resize
 
 HeadKind = Literal["redesigned", "plain"]
 MOST_STEPS = 3  # most times that a redesigned head halves its resolution
@@ -19,14 +20,7 @@ class Resize(nn.Module):
 
 def resize_like(x: Tensor, like: Tensor) -> Tensor:
     """Resize a map to the height and width of another, bilinear; no operation if they are equal."""
-    return resize(x, (like.shape[2], like.shape[3]))
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a map to (height, width), bilinear; no operation if it has that size."""
-    if tuple(x.shape[2:]) == size:
-        return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    return resize(x, like.shape[2:])
 
 
 def make_head(kind: HeadKind, channels: int, hidden: int, classes: int, steps: int) -> nn.Sequential:

@@ -18,10 +18,11 @@ from cadsurgery.elements.backends.choose import Convolution, WindowRead, compute
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import Reading
-from cadsurgery.methods.anytime.heads import resize, resize_like
+from cadsurgery.methods.anytime.heads import resize_like
 from cadsurgery.methods.positions import Places, Sites, Size
 from cadsurgery.methods.program import Step, Work, as_column, as_map, as_rows, call, weights_of
 from cadsurgery.methods.report import TAPS
+from cadsurgery.support.divergence import resize
 from cadsurgery.surgery.hooks import child
 
 if TYPE_CHECKING:

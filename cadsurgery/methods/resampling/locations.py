@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.images import MOST_PIXELS
 from cadsurgery.elements.lattice import describe
 from cadsurgery.support.errors import InvalidInput
 
 TARGETS = range(11, 19)  # person ... bicycle of Cityscapes
-IGNORED = 255
 # The published code's smoothness 1 has this effect, because the code takes the square root of its weight .5 twice.
 PUBLISHED_SMOOTHNESS = (1 - math.sqrt(0.5)) / 0.5
 

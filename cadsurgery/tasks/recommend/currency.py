@@ -2,7 +2,7 @@
 
 Preliminary: the relation is that of one network, CamVid's MobileNetV2 at output stride 8. Its settings with
 1 - fidelity of .15 lose .5 to 3 % of their mIoU on 233 pictures (recipes/camvid_mobilenetv2), those of .3 about 9 %
-on twelve (`python benchmarks/currency.py DATA FOLDER --pictures 12 --minutes 6`, which takes 1 - fidelity too). On
+on twelve (`python -m benchmarks.currency DATA FOLDER --pictures 12 --minutes 6`, which takes 1 - fidelity too). On
 twelve pictures of VOC the standard errors, 5 to 17 %, are larger than the losses. Each report therefore calls a
 choice without labels uncertain.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -22,11 +23,12 @@ from cadsurgery.data.sources import KINDS
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.storage import checksum
+from cadsurgery.network.storage import checksum, load
 from cadsurgery.support import files
 from cadsurgery.support.divergence import Kind, kind_of, maps_of
 from cadsurgery.support.errors import (
     CadError,
+    CadWarning,
     FileError,
     InvalidInput,
     check_name,
@@ -45,7 +47,7 @@ from cadsurgery.tasks.judging import (
     judge,
     median_time,
 )
-from cadsurgery.tasks.open import is_file, original, provenance
+from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
 from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
 from cadsurgery.tasks.recommend.choice import choose, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Request
@@ -77,6 +79,7 @@ def recommend(
     options: Mapping[str, Any] | None = None,
     output: Path | None = None,
     step: Step = silent,
+    trust: bool = False,
 ) -> Recommendation:
     """Recommend how to run a network on pictures like these, on this machine.
 
@@ -88,7 +91,8 @@ def recommend(
     An interrupted run keeps what it has measured and goes on when it is called again with the same arguments.
 
     Args:
-        network: a name or `module:function`, or a module; it is not changed. Not a converted network.
+        network: a name or `module:function`, or a module; it is not changed. Of a converted network, or its file, the
+            network before the conversion is taken, with the weights that it has now.
         images: a folder of photos, the spec of data (see `open_data`), or data.
         labels: folder with a PNG of the same name for each photo: the class number of each pixel, 255 ignored.
         keep: the least share of the quality of the network as given; the fastest setting that keeps it is
@@ -104,9 +108,10 @@ def recommend(
         options: `output_stride` (that pair alone is tried), `region` or `normalisation` of `adaptify`.
         output: folder of the run; default: the network's name with `-recommended`. It gets `report.json`, `curve.png`.
         step: called with what is being done.
+        trust: run code that a converted file names; see `cadsurgery.load`.
 
     Raises:
-        InvalidInput: an option is out of range, the folder holds another run, the network is converted already, does
+        InvalidInput: an option is out of range, the folder holds another run, the network is of another method, does
             not run on the pictures or returns no maps.
         FileError: no picture can be read with its labels, or the folder cannot be written.
     """
@@ -114,7 +119,10 @@ def recommend(
     check_size(size)
     data = _open(images, split).first(limit)
     step("building the network")
-    model, source = _as_given(network, weights)
+    model, source = _as_given(network, weights, trust)
+    typed: tuple[str, str] = ("", weights)  # network and weights, as they are typed to convert anew
+    if isinstance(network, str):
+        typed = (source.name, network) if is_file(network) else (network, weights)
     folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
     pictures = _Pictures(data, source, size)
     first = pictures.readable(1)[0]
@@ -163,8 +171,8 @@ def recommend(
     rows = rows_of(candidates, run.judged, run.macs, run.measured_by)
     choice = choose(rows, request, run.measured_by, candidates.refusal)
     report = Recommendation(
-        network=network if isinstance(network, str) else "",
-        options=({"weights": weights} if weights != "auto" else {}) | dict(calls.options),
+        network=typed[0],
+        options=({"weights": typed[1]} if typed[1] != "auto" else {}) | dict(calls.options),
         data=data.name,
         images=run.done,
         of_images=len(data),
@@ -220,14 +228,27 @@ def _open(images: str | Path | SegmentationData, split: str) -> SegmentationData
     return open_data(text if is_spec else f"images:{text}", split)
 
 
-def _as_given(network: str | nn.Module, weights: str) -> tuple[nn.Module, Source]:
-    """Return a copy of the network that the user has, in evaluation mode and channels_last memory."""
-    if isinstance(network, (AdaptiveModel, SiblingModel)) or is_file(network):
+def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.Module, Source]:
+    """Return a copy of the network that the user has, in evaluation mode and channels_last memory.
+
+    Of a converted network it is the network before the conversion, with the weights that it has now.
+    """
+    if isinstance(network, SiblingModel) or open_any(network, trust) is not None:
         raise InvalidInput(
-            f"{network if isinstance(network, str) else type(network).__name__} is converted already.",
-            why="what is recommended is a setting for a network that is not.",
-            next="give the network's name or module:function, with --weights FILE for weights of your own.",
+            f"{network if isinstance(network, str) else type(network).__name__} is a network of another method.",
+            why="recommended are settings of adaptify.",
+            next="give the network that it was made from.",
         )
+    if is_file(network):
+        network = load(network, trust=trust)  # type: ignore[arg-type]
+    if isinstance(network, AdaptiveModel):
+        if network.adapters:
+            warnings.warn(
+                "The adapters of the converted network are left out: they are fitted to its own levels.",
+                CadWarning,
+                stacklevel=3,
+            )
+        network = unconverted(network)
     model, source = original(network, weights)
     return copy_network(model).eval().to(memory_format=torch.channels_last), source
 

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.data.datasets import IGNORED
 from cadsurgery.support.errors import InvalidInput
-
-IGNORED = 255
 
 
 class SegmentationMetrics:
