@@ -165,7 +165,7 @@ class TuningReport(Report):
             error = max(decision.error for decision in self.decisions.values())
             yield Text(
                 f"{count} photos decided what is kept: they cannot tell improvements below {100 * error:.2f} points, "
-                f"nor whether larger ones hold for other photos. Give {FEW * HELD_OUT} or more."
+                f"nor whether larger ones hold for other photos. Give {FEW * HELD_OUT} photos or more."
             )
         row = next(row for row in self.evaluation.rows if row.mask == self.chosen)
         words = f"{percent(_quality(row))} % {WORDS[self.measure]}"
