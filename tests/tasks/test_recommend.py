@@ -19,10 +19,10 @@ from training import Scenes
 import cadsurgery as cs
 from cadsurgery.data.networks import source_of
 from cadsurgery.support import files
+from cadsurgery.tasks.judging import CLASSES, LABELS, VALUES, Estimate, Judgement, estimate, judge
 from cadsurgery.tasks.recommend import Recommendation, recommend
 from cadsurgery.tasks.recommend import run as running
 from cadsurgery.tasks.recommend.choice import choose
-from cadsurgery.tasks.recommend.judging import CLASSES, LABELS, VALUES, Estimate, Judgement, estimate, judge
 from cadsurgery.tasks.recommend.report import Request, SettingRow
 from cadsurgery.tasks.recommend.settings import Setting, find_candidates, scaled_size
 

@@ -39,10 +39,7 @@ from cadsurgery.support.progress import counted
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
-from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
-from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
-from cadsurgery.tasks.recommend.choice import choose, rows_of
-from cadsurgery.tasks.recommend.judging import (
+from cadsurgery.tasks.judging import (
     CLASSES,
     LABELS,
     VALUES,
@@ -51,6 +48,9 @@ from cadsurgery.tasks.recommend.judging import (
     judge,
     median_time,
 )
+from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
+from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
+from cadsurgery.tasks.recommend.choice import choose, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Request
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 

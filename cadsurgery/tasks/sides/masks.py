@@ -147,7 +147,8 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
             Column[Row]("boundary", "boundary_iou", form=percent),
             Column[Row]("trimap", "trimap_iou", form=percent),
         )
-        yield from (pixels, accuracy, *edges) if report.fidelity else (accuracy, *edges, pixels)
+        balanced = Column[Row]("balanced", "balanced_fidelity", form=percent)
+        yield from (pixels, balanced, accuracy, *edges) if report.fidelity else (accuracy, *edges, pixels)
     yield Column("active", "active_fraction", form=".3f")
     yield from macs_columns("high", whole)
     yield Column("region", "region_of_high", form=".2f")
