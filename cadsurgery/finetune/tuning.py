@@ -576,7 +576,7 @@ class _Run:
         return replace(photos, read=read)
 
     def _counter(self, what: str, item: str, total: int, seconds: float = math.inf) -> Callable[[int], None]:
-        """Return a function that reports the item with a number, counted from 1, and the time left.
+        """Return a function that reports the item with a number, counted from 1.
 
         Args:
             what: what is being done.
@@ -584,15 +584,11 @@ class _Run:
             total: number of items.
             seconds: longest time for all items.
         """
-        times: list[float] = []
+        begin = time.perf_counter()
 
         def show(number: int) -> None:
-            times.append(time.perf_counter())
-            left, taken = "", times[-1] - times[0]
-            if len(times) > 1:
-                expected = taken / (len(times) - 1) * (total - number + 1)
-                left = f"about {_duration(max(0.0, min(expected, seconds - taken)))} left, "
-            self.step(f"{what}, {left}{item} {number} of {total}")
+            limit = None if math.isinf(seconds) else max(0.0, seconds - (time.perf_counter() - begin))
+            self.step(f"{what}, {item} {number} of {total}", number - 1, total, limit)
 
         return show
 
@@ -637,10 +633,6 @@ def _measure_of(net: AdaptiveModel, photos: SegmentationData) -> str:
 
 def _in_words(ranking: str, fraction: float) -> str:
     return f"{ranking} | budget:fraction={fraction:g}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _renamed(row: Row, mask: str) -> Row:

@@ -293,8 +293,11 @@ def _quality(output: Any, dense: Any, size: tuple[int, int]) -> dict[str, float 
     figures = metrics.compute()
     if metrics.kind == "values":
         return {**values, "accuracy": 1 - figures["relative_error"]}
-    balanced = figures.get("balanced_fidelity", figures["miou"])
-    return {**values, "agreement": figures["pixel_accuracy"], "balanced_fidelity": balanced}
+    return {
+        **values,
+        "agreement": figures["pixel_accuracy"],
+        "balanced_fidelity": figures.get("balanced_fidelity"),
+    }
 
 
 def _refusal(dense: Any, size: tuple[int, int]) -> str:

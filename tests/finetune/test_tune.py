@@ -347,9 +347,14 @@ def test_progress_is_reported_for_each_photo_and_step(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module_of_gain, "STEPS", 3)
-    said: list[str] = []
-    quick(adaptive("means"), first(folder, 10), tmp_path, step=said.append)
-    assert said[0] == "building and converting"
+    said: list[tuple[str, float | None, float | None]] = []
+    quick(
+        adaptive("means"),
+        first(folder, 10),
+        tmp_path,
+        step=lambda text, done=None, of=None, limit=None: said.append((text, done, of)),
+    )
+    assert said[0][0] == "building and converting"
     for what, total in {
         "calibrating means over the image": "photo 16 of 16",
         "running the stem over the photos": "photo 8 of 8",
@@ -360,9 +365,10 @@ def test_progress_is_reported_for_each_photo_and_step(
         "comparing the network as it is": "photo 2 of 2",
         "comparing the gain mask": "photo 2 of 2",
     }.items():
-        told = [text for text in said if text.startswith(what)]
-        assert re.fullmatch(rf"{what}, about \d+ (s|min) left, {total}", told[-1]), told
-        assert re.fullmatch(rf"{what}, (photo|step) 1 of \d+", told[0]), told
+        told = [one for one in said if one[0].startswith(what)]
+        count = int(total.split()[-1])
+        assert told[-1] == (f"{what}, {total}", count - 1, count), told
+        assert re.fullmatch(rf"{what}, (photo|step) 1 of \d+", told[0][0]) and told[0][1] == 0, told
 
 
 def test_a_finished_run_fits_and_decides_nothing_again(
@@ -379,7 +385,7 @@ def test_a_finished_run_fits_and_decides_nothing_again(
 
 
 def test_a_folder_of_a_run_before_photos_decided_is_refused(folder: Path, tmp_path: Path, fits: Fits) -> None:
-    def stop(text: str) -> None:
+    def stop(text: str, *count: float | None) -> None:
         if text.startswith("running the stem"):
             raise KeyboardInterrupt
 
