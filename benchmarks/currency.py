@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +87,7 @@ def main() -> None:
             limit=options.pictures,
             minutes=options.minutes,
             output=options.folder / name,
-            step=partial(print, name, flush=True),
+            step=lambda text, *_, name=name: print(name, text, flush=True),
         )
         found[name] = points(report)
     for name, rows in found.items():

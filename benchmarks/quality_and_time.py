@@ -16,7 +16,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def measure(data: Path, folder: Path, name: str, precision: str, pictures: int, 
         minutes=minutes,
         precision=precision,
         output=folder,
-        step=partial(print, name, precision, flush=True),
+        step=lambda text, *_: print(name, precision, text, flush=True),
     )
 
 

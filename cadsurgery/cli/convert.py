@@ -67,7 +67,7 @@ def plan(
     from cadsurgery.tasks.convert import make_or_read_plan
     from cadsurgery.tasks.convert_report import render_plan
 
-    with screen.steps(as_json) as step:
+    with screen.steps("plan") as step:
         step("planning")
         planned = make_or_read_plan(model, **conversion, size=size)
     screen.show(json.loads(planned.to_json()), render_plan(planned, all_nodes=all_nodes), as_json)
@@ -93,6 +93,7 @@ def mask_command(
         str,
         options.NetworkOrOption("network to take strides, normalisation and MACs from", is_needed=False),
     ] = "",
+    weights: options.Weights = "auto",
     options: Annotated[
         dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "patch"), defaults=("8,32",))
     ],
@@ -100,7 +101,7 @@ def mask_command(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Draw a mask: image, level map and lattice side by side; or several masks with their cost."""
+    """Draw a mask: image, level map and lattice side by side; or several masks with quality and cost."""
 
 
 @commands.command()
@@ -166,15 +167,18 @@ def macs(
     from cadsurgery.tasks.convert import count, count_dense
     from cadsurgery.tasks.convert_report import render_macs
 
-    with screen.steps(as_json) as step:
+    with screen.steps("macs") as step:
         step("counting")
-        if dense:
-            counted = count_dense(model, image, size, rule)
-            shape, whole = "x".join(map(str, counted["shape"])), counted["macs"]["dense"]
-            left = describe_not_counted(tuple(counted["not_counted"]))
-            text = "\n".join(filter(None, (f"MACs on {shape} ({rule} rule): {whole:.5e}", left)))
-            screen.show(counted, text, as_json)
-            return
-        report = count(model, mask, conversion, image, size, rule, trust)
+        report = (
+            count_dense(model, image, size, rule)
+            if dense
+            else count(model, mask, conversion, image, size, rule, trust)
+        )
+    if isinstance(report, dict):
+        shape, whole = "x".join(map(str, report["shape"])), report["macs"]["dense"]
+        left = describe_not_counted(tuple(report["not_counted"]))
+        text = "\n".join(filter(None, (f"MACs on {shape} ({rule} rule): {whole:.5e}", left)))
+        screen.show(report, text, as_json)
+        return
     values = report.to_dict(layers=not total) if isinstance(report, MacReport) else report.to_dict()
     screen.show(values, render_macs(report, layers=not total), as_json)

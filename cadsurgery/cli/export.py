@@ -36,7 +36,7 @@ def export(
     """
     from cadsurgery.tasks.export import export_network
 
-    with screen.steps(as_json) as step:
+    with screen.steps("export") as step:
         exported = export_network(model, weights, mask, conversion, size, output, kind, step, trust)
     shape = "x".join("any" if length is None else str(length) for length in exported["image"])
     text = (

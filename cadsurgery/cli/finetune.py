@@ -78,7 +78,7 @@ def finetune(
     from cadsurgery.finetune.command import make_settings
 
     chosen = make_settings(config, {**objective, **settings}, objective_option)
-    with screen.training(chosen.steps, chosen.batch * chosen.accumulate, as_json) as (on_step, step):
+    with screen.steps("finetune") as step:
         report = run(
             model=model,
             data=data,
@@ -91,7 +91,7 @@ def finetune(
             output=output,
             resume=resume,
             device=device,
-            on_step=on_step,
+            on_step=screen.training(step, chosen.steps, chosen.batch * chosen.accumulate),
             step=step,
             cache=cache,
             trust=trust,

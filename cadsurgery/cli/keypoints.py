@@ -48,7 +48,7 @@ def extract_command(
     from cadsurgery.tasks.keypoints import extract
     from cadsurgery.tasks.report import FilesReport
 
-    with screen.steps(as_json) as step:
+    with screen.steps("keypoints extract") as step:
         rows, failures = extract(
             *(network, images, output, settings),
             form=form,
@@ -68,7 +68,7 @@ def extract_command(
 
 @commands.command("eval")
 @options.task("cadsurgery.tasks.keypoints:evaluate_matching")
-def matching_command(
+def keypoints_eval_command(
     *,
     network: options.Network,
     folder: Annotated[

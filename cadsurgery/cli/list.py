@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,14 +70,20 @@ def list_command(
     else:
         names = list_models(pattern, library)
     if check:
-        with screen.progress(len(names), as_json) as advance:
+        with screen.steps("list --check") as step:
+            numbers = count(1)
+
+            def told(row: dict[str, Any]) -> None:
+                number = next(numbers)
+                step(f"{number} of {len(names)}, {row['model']}: {row['result']}", number, len(names))
+
             rows = check_networks(
                 names,
                 output,
                 corpus=folder,
                 workers=workers,
                 limits=Limits(seconds, memory),
-                on_row=advance,
+                on_row=told,
             )
     else:
         known = recorded()

@@ -14,6 +14,8 @@ from cadsurgery import cli
 from cadsurgery.cli import screen
 from cadsurgery.support.errors import CadError
 
+_INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as of shells
+
 
 def make_app() -> typer.Typer:
     """Collect the `commands` of every module of this package; groups with a name of their own come last.
@@ -80,11 +82,13 @@ def main() -> None:
         sys.exit(request.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         screen.err.print("interrupted")
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the argument parser
         if show is None:
             raise
         show()
         sys.exit(2)
+    if code == _INTERRUPTED:  # newer versions of typer return this code instead of raising
+        screen.err.print("interrupted")
     sys.exit(code if isinstance(code, int) else 0)

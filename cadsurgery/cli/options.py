@@ -273,13 +273,15 @@ def task(path: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     Args:
         path: the task, `module:function`, imported when the command runs. It is called with the options and the
             progress callback `step`, and returns the report to print.
+
+    Progress is shown under the function's name, without the ending `_command`.
     """
     module, _, name = path.partition(":")
 
     def declare(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, as_json: bool, **arguments: Any) -> None:
-            with screen.steps(as_json) as step:
+            with screen.steps(function.__name__.removesuffix("_command").replace("_", " ")) as step:
                 report = getattr(importlib.import_module(module), name)(**arguments, step=step)
             screen.show_report(report, as_json)
 

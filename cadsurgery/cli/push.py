@@ -35,7 +35,7 @@ def push(
     from cadsurgery.methods.storage import load
     from cadsurgery.network.publish import push_to_hub
 
-    with screen.steps(as_json) as step:
+    with screen.steps("push") as step:
         step(f"loading {file}")
         net: Any = load(file, trust=trust)
         step(f"writing {repository}")

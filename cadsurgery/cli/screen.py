@@ -4,71 +4,154 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Column, Table
+from rich.text import Text
 
 from cadsurgery.support.errors import CadWarning
+from cadsurgery.support.progress import time_in_words
 
 if TYPE_CHECKING:
-    from rich.progress import Task
-
     from cadsurgery.tasks.report import Report
+
+_LINE_EVERY = 30.0  # seconds between lines of progress, where there is no terminal
 
 # A terminal has a width; pipes and files get long lines.
 out = Console(width=None if sys.stdout.isatty() else 140)
 err = Console(width=None if sys.stderr.isatty() else 140, stderr=True)
 
 
+class Current:
+    """The current step: a `Step` callback that remembers its last call, and estimates the time that is left."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start before the first step; `clock` returns seconds."""
+        self._clock = clock
+        self._call = _Call("starting", clock())
+
+    def __call__(
+        self, text: str, done: float | None = None, of: float | None = None, limit: float | None = None
+    ) -> None:
+        """Note the current step, see `Step`. Counting begins anew after another kind of step."""
+        now, last = self._clock(), self._call
+        new = _Call(text, now, done, of, limit, done, now)
+        if None not in (done, of, last.done) and of == last.of and done >= last.done:  # type: ignore[operator]
+            new = replace(new, first=last.first, begin=last.begin)
+        self._call = new  # in one go, because another thread reads it
+
+    @property
+    def share(self) -> float | None:
+        """Share of the items that are done; None if nothing is counted."""
+        call = self._call
+        return call.done / call.of if call.done is not None and call.of else None
+
+    @property
+    def speed(self) -> float | None:
+        """Items per second since counting began; None before the first is done."""
+        call = self._call
+        if call.done is None or call.first is None or call.done <= call.first or call.at <= call.begin:
+            return None
+        return (call.done - call.first) / (call.at - call.begin)
+
+    @property
+    def words(self) -> str:
+        """The text of the step, and the time that is left if it can be estimated."""
+        call, speed = self._call, self.speed
+        if speed is None or call.done is None or call.of is None:
+            return call.text
+        left = (call.of - call.done) / speed
+        left = min(left, left if call.limit is None else call.limit) - (self._clock() - call.at)
+        return f"{call.text}, about {time_in_words(left)} left" if left >= 1 else call.text
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of `Current` at a time, and the number of items and the time at which this counting began."""
+
+    text: str
+    at: float
+    done: float | None = None
+    of: float | None = None
+    limit: float | None = None
+    first: float | None = None
+    begin: float = 0.0
+
+
 @contextmanager
-def _bar(total: int, silent: bool) -> Iterator[tuple[Task, Callable[..., None]]]:
-    """Show a progress bar on standard error; silent with --json and in further processes. Yields task and update."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def steps(command: str, *, every: float = _LINE_EVERY) -> Iterator[Current]:
+    """Show the current step of a command on standard error, also with --json; only in the first process.
 
-    time = TimeRemainingColumn(elapsed_when_finished=True)
-    columns = (BarColumn(), MofNCompleteColumn(), time, TextColumn("{task.description}"))
-    with Progress(*columns, console=err, disable=silent or not is_first_process()) as bar:
-        number = bar.add_task("starting", total=total)
-        yield bar.tasks[number], partial(bar.update, number)
+    A terminal shows a bar with the time left where items are counted, else a spinner. They vanish at the end and at
+    Ctrl-C. A pipe or a file gets a line each half minute, and none from a command that ends earlier.
+    """
+    now = Current()
+    if not is_first_process():
+        yield now
+    elif err.is_interactive:
+        from rich.live import Live
 
-
-@contextmanager
-def progress(total: int, silent: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show a progress bar with the last network and its result."""
-    with _bar(total, silent) as (_, update):
-        yield lambda row: update(advance=1, description=f"{row['model']}: {row['result']}")
-
-
-@contextmanager
-def training(
-    steps: int, images: int, silent: bool
-) -> Iterator[tuple[Callable[[dict[str, float | None]], None], Callable[[str], None]]]:
-    """Show a progress bar with the last row of the log; yields callbacks for rows and for steps."""
-    with _bar(steps, silent) as (task, update):
-
-        def on_step(row: dict[str, float | None]) -> None:
-            words = [
-                f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None
-            ]
-            words += [f"{task.speed * images:.1f} images/s"] if task.speed else []
-            update(completed=row["step"], description=", ".join(words))
-
-        yield on_step, lambda text: update(description=text)
+        drawn = partial(_draw, now, Spinner("dots"))
+        # Standard output is not redirected: results printed there are for another program if it is a pipe.
+        with Live(
+            console=err, get_renderable=drawn, transient=True, refresh_per_second=5, redirect_stdout=False
+        ):
+            yield now
+    else:
+        end = Event()
+        thread = Thread(target=print_lines, args=(command, now, partial(end.wait, every)), daemon=True)
+        thread.start()
+        try:
+            yield now
+        finally:
+            end.set()
+            thread.join()
 
 
-@contextmanager
-def steps(silent: bool) -> Iterator[Callable[[str], None]]:
-    """Show a spinner with the current step on standard error; silent with --json and in further processes."""
-    if silent or not is_first_process():
-        yield lambda text: None
-        return
-    with err.status("starting") as status:
-        yield status.update
+def _draw(now: Current, spinner: Spinner) -> RenderableType:
+    """Return the line of a terminal: a bar or a spinner, and the words."""
+    share = now.share
+    line = Table.grid(Column(), Column(no_wrap=True, overflow="ellipsis"), padding=(0, 1, 0, 0))
+    line.add_row(
+        spinner if share is None else ProgressBar(total=1.0, completed=share, width=30), Text(now.words)
+    )
+    return line
+
+
+def print_lines(command: str, now: Current, wait: Callable[[], bool]) -> None:
+    """Print the current step of a command each time `wait` returns, until it returns True."""
+    while not wait():
+        err.print(f"{command}: {now.words}", markup=False, highlight=False, soft_wrap=True)
+
+
+def training(now: Current, steps: int, images: int) -> Callable[[Mapping[str, float | None]], None]:
+    """Return a callback that makes rows of a training log the current step, with the images per second.
+
+    Args:
+        now: the current step.
+        steps: number of steps of the training.
+        images: images per step.
+    """
+
+    def on_step(row: Mapping[str, float | None]) -> None:
+        at = int(row["step"] or 0)
+        words = [f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None]
+        now(f"step {at} of {steps}", at, steps)
+        words += [f"{now.speed * images:.1f} images/s"] if now.speed else []
+        now(", ".join((f"step {at} of {steps}", *words)), at, steps)
+
+    return on_step
 
 
 @contextmanager

@@ -23,7 +23,10 @@ def tune(
     ],
     minutes: Annotated[float, typer.Option(help="processor time for all fitting")] = 20.0,
     keep: Annotated[
-        float, typer.Option(help="agreement with the dense network that the chosen budget must reach")
+        float,
+        typer.Option(
+            help="share of the balanced fidelity to the dense network that the chosen budget must keep"
+        ),
     ] = 0.99,
     steps: Annotated[
         int,
@@ -41,7 +44,8 @@ def tune(
 ) -> None:
     """Fit level adapters, refinements and a gain mask to photos without labels, and choose a budget.
 
-    The weights, and all outputs at full resolution, do not change. Prints agreement with the dense network against
-    work and measured time on held-out photos, and writes OUTPUT/net.safetensors with the budget that reaches the
-    agreement at the least work.
+    The weights, and all outputs at full resolution, do not change. What is fitted is kept only if photos held out show
+    that it helps. Prints agreement and balanced fidelity (the mean over classes) to the dense network against work
+    and measured time on held-out photos, and writes OUTPUT/net.safetensors with the mask that keeps the balanced
+    fidelity at the least work of the whole network.
     """

@@ -21,6 +21,7 @@ from torch import Tensor
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.bounds import Bounds
 from cadsurgery.elements.sizes import divide_up, is_statically_true, most
+from cadsurgery.support.divergence import describe as describe
 from cadsurgery.support.errors import InvalidInput
 
 Fill = Literal["linear", "nearest", "guided"]
@@ -493,15 +494,6 @@ class Lattice:
     def active_fraction(self) -> float:
         """Share of fine pixels at level 0."""
         return (self.levels == 0).double().mean().item()
-
-
-def describe(value: object) -> str:
-    """Describe the type, dtype and shape of a value for messages."""
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if hasattr(value, "dtype") and hasattr(value, "shape"):  # NumPy arrays
-        return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)}"
-    return " ".join(f"{type(value).__name__} {value!r}".split())[:80]
 
 
 def is_exporting() -> bool:

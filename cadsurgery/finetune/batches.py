@@ -20,6 +20,10 @@ from cadsurgery.support.errors import CadError, InvalidInput
 Augmentation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
+def ignore(count: int) -> None:
+    """Ignore a number: the default of callbacks that count images or steps."""
+
+
 class Samples(Protocol):
     """A dataset for training or validation.
 

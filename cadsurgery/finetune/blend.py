@@ -13,7 +13,7 @@ from cadsurgery.data.datasets import sample_of
 from cadsurgery.finetune.batches import Samples, check_data, prepare
 from cadsurgery.finetune.objectives import Objective, dense_high, miss, objective
 from cadsurgery.finetune.schedule import Draw, derive_seed
-from cadsurgery.masks import FineMapSpec, LearnedMask, MaskProvider
+from cadsurgery.masks import FineMapSpec, LearnedMask
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.paths import blend
 from cadsurgery.support.errors import InvalidInput, check_name
@@ -65,7 +65,7 @@ class Blend(Objective):
         check_name("choice of share", share, ("balanced", "published"))
         check_name("choice of network", network, ("blend", "mixed", "fixed"))
         _check_whole(net)
-        mask = _learned_mask(net.mask) if isinstance(net, AdaptiveModel) else None
+        mask = net.mask.find(LearnedMask) if isinstance(net, AdaptiveModel) else None
         if mask is None:
             raise InvalidInput(
                 "objective blend has no learned mask to train.",
@@ -129,7 +129,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
     """
     _check_whole(net)
     check_data(data, "calibration")
-    mask = _learned_mask(net.mask)
+    mask = net.mask.find(LearnedMask)
     if mask is None:
         raise InvalidInput(
             f"mask {net.mask.spec()!r} has learned nothing that could be calibrated.",
@@ -155,13 +155,6 @@ def _check_whole(net: nn.Module) -> None:
             "a network that only hosts an adaptive part can be neither blended nor calibrated.",
             next="train it with objective mixed.",
         )
-
-
-def _learned_mask(mask: MaskProvider) -> LearnedMask | None:
-    """Return the learned mask, also from inside wrappers."""
-    if isinstance(mask, LearnedMask):
-        return mask
-    return next((part for part in map(_learned_mask, mask.parts) if part is not None), None)
 
 
 @contextmanager

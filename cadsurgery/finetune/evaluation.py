@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from cadsurgery.data.datasets import is_labelled, sample_of
 from cadsurgery.finetune.batches import Batch, Samples, check_data, prepare
-from cadsurgery.finetune.objectives import dense_high, logits_of
+from cadsurgery.finetune.objectives import dense_high
 from cadsurgery.masks import labelled
 from cadsurgery.network.model import AdaptiveModel, pictures_for
-from cadsurgery.support.divergence import resize
+from cadsurgery.support.divergence import class_scores, resize
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
 
@@ -61,7 +61,7 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
             if isinstance(metrics, FidelityMetrics):
                 metrics.update(output, dense_high(dense or net, batch), (labels.shape[0], labels.shape[1]))
                 continue
-            logits = logits_of(output).float()
+            logits = class_scores(output).float()
             if metrics is None:
                 check_classes(data, logits.shape[1])
                 metrics = SegmentationMetrics(logits.shape[1])
@@ -102,14 +102,14 @@ def count_outputs(net: nn.Module, data: Samples, batch: Batch) -> int:
     """Return the number of classes of a network, after a check that the data have no others; 0 without labels.
 
     Raises:
-        InvalidInput: the data have more classes, by name or in the batch's labels; or the network returns no logits.
+        InvalidInput: the data have more classes, by name or in the batch's labels; or the network returns no scores.
     """
     if batch.labels is None:
         return 0
     first = batch.first(1).to(next(net.parameters()).device)
     assert first.labels is not None
     with torch.no_grad(), evaluating(net), labelled(first.labels):
-        outputs = logits_of(net(*first.inputs)).shape[1]
+        outputs = class_scores(net(*first.inputs)).shape[1]
     check_classes(data, outputs)
     batch.check_labels(outputs)
     return outputs

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.data.datasets import sample_of
-from cadsurgery.finetune.batches import Samples, check_data, prepare
-from cadsurgery.masks import DetailMask, FineMapSpec, GainMask, MaskProvider
+from cadsurgery.finetune.balance import class_weights
+from cadsurgery.finetune.batches import Samples, check_data, ignore, prepare
+from cadsurgery.masks import DetailMask, FineMapSpec, GainMask
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.filters import mean_of_patches, resize
 from cadsurgery.masks.gain import OracleMask
@@ -27,7 +28,6 @@ _MEASURING = 0.8  # largest share of the time for measuring; fitting takes secon
 _HELD_OUT = 8  # every 8th image is held out
 STEPS, _BATCH, _RATE, _DECAY = 500, 8, 3e-3, 1e-2
 _FLOOR = 0.05  # offset before logarithms, relative to the mean loss: smaller losses need not be distinguished
-_RARE = 0.01  # share of pixels below which a rarer class gets no more weight
 BUDGET = 0.1  # share of the patches for which `captured` is computed
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)  # shares of the patches for which `tolerances` are computed
 
@@ -63,7 +63,8 @@ def fit_gain(
     minutes: float = 5.0,
     seed: int = 0,
     balance: float = 0.0,
-    on_image: Callable[[int], None] | None = None,
+    on_image: Callable[[int], None] = ignore,
+    on_step: Callable[[int], None] = ignore,
 ) -> GainFit:
     """Fit the gain mask of a network, in place, to images without labels; nothing else in the network changes.
 
@@ -75,10 +76,10 @@ def fit_gain(
         images: as in training; labels are not used.
         minutes: processor time; images beyond it are skipped, in an order determined by the seed.
         seed: seed of the initial weights and of the order of images.
-        balance: for class scores, weight of losses in rare classes: the class's share of the dense network's
-            predictions to the power of minus `balance`. 0 weights all pixels equally, 1 all classes, as mean IoU
-            does.
+        balance: for class scores, the power of `cadsurgery.finetune.balance`: 0 weights losses at all pixels equally,
+            1 all classes that the dense network predicts, as mean IoU does.
         on_image: called with the number of images measured so far.
+        on_step: called with the number of training steps so far.
 
     Raises:
         InvalidInput: the network is not adaptive as a whole, has no gain mask or is optimised; there are fewer than
@@ -87,7 +88,7 @@ def fit_gain(
     begin = time.process_time()
     program = whole_program(net, "has no gain mask that could be fitted")
     check_data(images, "unlabelled")
-    mask = _gain_mask(net.mask)
+    mask = net.mask.find(GainMask)
     if mask is None or program.is_fused or not minutes > 0 or len(images) < 2:
         raise InvalidInput(
             f"there is nothing to fit: mask {net.mask.spec()!r}, {len(images)} images, {minutes} minutes.",
@@ -103,12 +104,11 @@ def fit_gain(
             break
         inputs, _ = prepare(*sample_of(images, index), pictures_for(net), index)
         seen.append(_measure(fast, mask, [value.unsqueeze(0).to(device) for value in inputs]))
-        if on_image is not None:
-            on_image(len(seen))
+        on_image(len(seen))
     seen = _balance(seen, balance)
     held_out, fitted = seen[::_HELD_OUT], [one for at, one in enumerate(seen) if at % _HELD_OUT]
     with torch.inference_mode(False), torch.enable_grad():
-        _fit(mask, fitted, seed)
+        _fit(mask, fitted, seed, on_step)
     with torch.no_grad():
         expected = [mask.expect(one.described) for one in seen]
         smooth = [mask.smooth(losses, one.grid) for losses, one in zip(expected, seen, strict=True)]
@@ -181,15 +181,14 @@ def _split_by_class(outputs: dict[int, Any], losses: Tensor, grid: FineMapSpec) 
 def _balance(seen: list[_Measured], power: float) -> list[_Measured]:
     """Weight losses by class; the mean stays the same if losses do not depend on the class."""
     shares = torch.stack([one.shares for one in seen]).mean(0)
-    weights = (shares + _RARE) ** -power
-    weights = weights / (weights * shares).sum()
+    weights = class_weights(shares, power)
     return [
         replace(one, losses=torch.einsum("c,clhw->lhw", weights.to(one.by_class), one.by_class)[None])
         for one in seen
     ]
 
 
-def _fit(mask: GainMask, seen: list[_Measured], seed: int) -> None:
+def _fit(mask: GainMask, seen: list[_Measured], seed: int, on_step: Callable[[int], None]) -> None:
     """Regress the logarithms of the losses from new weights; the standardisation is folded into the first layer."""
     described = torch.cat([one.described.flatten(2) for one in seen], 2)
     centre, spread = described.mean((0, 2))[:, None, None], described.std((0, 2))[:, None, None]
@@ -207,7 +206,7 @@ def _fit(mask: GainMask, seen: list[_Measured], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(mask.estimator.parameters(), _RATE, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=STEPS)
-    for _ in range(STEPS):
+    for step in range(STEPS):
         first_drawn, *others = torch.randperm(len(seen), generator=generator).tolist()
         size = inputs[first_drawn].shape
         batch = [first_drawn, *(at for at in others if inputs[at].shape == size)][:_BATCH]
@@ -219,6 +218,7 @@ def _fit(mask: GainMask, seen: list[_Measured], seed: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        on_step(step + 1)
     with torch.no_grad():
         weight = first.weight / spread.to(dtype)
         first.bias -= (weight * centre.to(dtype)).sum((1, 2, 3))
@@ -233,8 +233,3 @@ def _captured(seen: list[_Measured], ranks: list[Tensor]) -> float:
         best = scores.flatten().topk(round(BUDGET * losses.numel())).indices
         found, total = found + float(losses[best].sum()), total + float(losses.sum())
     return found / total if total else 1.0
-
-
-def _gain_mask(mask: MaskProvider) -> GainMask | None:
-    """Return the gain mask, also from inside wrappers."""
-    return next((part for part in mask.modules() if isinstance(part, GainMask)), None)

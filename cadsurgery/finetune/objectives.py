@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.data.datasets import IGNORED
-from cadsurgery.elements.lattice import describe
+from cadsurgery.finetune.balance import pixel_weights
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
@@ -25,7 +25,7 @@ from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.sampling.gates import DECAY
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.divergence import KINDS, Kind, divergence, maps_of, resize
+from cadsurgery.support.divergence import KINDS, Kind, class_scores, divergence, maps_of, resize
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.support.provenance import same_place
@@ -133,8 +133,9 @@ class Divergence(Objective):
     """Divergence of the network under its own mask from the dense high network: learns from images without labels.
 
     The teacher is the initial network (`initial`) or the current one (`self`), with everything kept high, in
-    evaluation mode. Outputs are class scores or other maps, see `cadsurgery.support.divergence`. If there are labels,
-    their cross entropy is added.
+    evaluation mode. Outputs are class scores or other maps, see `cadsurgery.support.divergence`. The mean over pixels
+    hardly sees rare classes; with `class_weights` they count more, see `cadsurgery.finetune.balance`. If there are
+    labels, their cross entropy is added.
     """
 
     constants = ("teacher",)
@@ -147,6 +148,7 @@ class Divergence(Objective):
         weight: float = 1.0,
         supervision: float = 0.0,
         kind: Kind = "auto",
+        class_weights: Sequence[float] = (),
     ) -> None:
         """Create the objective.
 
@@ -157,6 +159,7 @@ class Divergence(Objective):
             weight: weight of the divergence.
             supervision: weight of the labels' cross entropy.
             kind: kind of the outputs, `classes`, `values` or `auto`.
+            class_weights: weights of the classes that the teacher predicts in the divergence; default 1 each.
 
         Raises:
             InvalidInput: a value is out of range, or the network is not adaptive.
@@ -171,9 +174,12 @@ class Divergence(Objective):
             )
         if not temperature > 0:
             raise InvalidInput(f"temperature={temperature}.", next="it must be above 0.")
+        if min(class_weights, default=0.0) < 0:
+            raise InvalidInput(f"class_weights={tuple(class_weights)}.", next="give numbers of at least 0.")
         check_name("teacher", teacher, ("initial", "self"))
         check_name("kind of output", kind, KINDS)
         self.temperature, self.weight, self.supervision, self.kind = temperature, weight, supervision, kind
+        self.class_weights = tuple(class_weights)
         self.teacher = copy_dense(net) if teacher == "initial" else None
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
@@ -183,7 +189,14 @@ class Divergence(Objective):
         # The teacher runs after the student, because autocast caches weights, and those cast here have no gradient.
         target = dense_high(self.net if self.teacher is None else self.teacher, inputs)
         loss, parts = miss(
-            output, labels, target, self.supervision, self.weight, self.temperature, kind=self.kind
+            output,
+            labels,
+            target,
+            self.supervision,
+            self.weight,
+            self.temperature,
+            kind=self.kind,
+            class_weights=self.class_weights,
         )
         return {"loss": loss, **parts, **fraction}
 
@@ -215,6 +228,7 @@ class AnyBudget(Divergence):
         weight: float = 1.0,
         supervision: float = 1.0,
         kind: Kind = "auto",
+        class_weights: Sequence[float] = (),
     ) -> None:
         """Create the objective.
 
@@ -226,7 +240,7 @@ class AnyBudget(Divergence):
             extremes: probability of a step at exactly `low` or `high` (or the ends of the list).
             ranking: masks that rank the patches, used in turns: `own` (the network's mask), `random` blocks, or any
                 other, e.g. `edges:threshold=0.2`.
-            teacher, temperature, weight, kind: as in `Divergence`.
+            teacher, temperature, weight, kind, class_weights: as in `Divergence`.
             supervision: weight of the labels' cross entropy; 0 learns from the dense network alone, which avoids
                 overfitting to few labels.
 
@@ -234,7 +248,7 @@ class AnyBudget(Divergence):
             InvalidInput: a value is out of range, the network is not adaptive, or its own mask ranks no patches.
             UnknownName: there is no such mask, teacher or kind.
         """
-        super().__init__(net, teacher, temperature, weight, supervision, kind)
+        super().__init__(net, teacher, temperature, weight, supervision, kind, class_weights)
         ends = tuple(fractions) or (low, high)
         if not all(0 <= f <= 1 for f in ends) or low > high or not 0 <= extremes <= 1:
             raise InvalidInput(
@@ -458,24 +472,6 @@ class Sparse(Objective):
         return {"loss": loss + self.weight * sparse, **parts, "open": sparse.detach()}
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return the class logits (B, C, H, W): the output itself, entry `out` of a dictionary, or the last prediction.
-
-    Raises:
-        InvalidInput: there are no logits.
-    """
-    logits = output.get("out") if isinstance(output, Mapping) else output
-    if isinstance(logits, tuple) and logits:
-        logits = logits[-1]
-    if not isinstance(logits, Tensor) or logits.dim() != 4:
-        raise InvalidInput(
-            f"the network returns {describe(logits)}.",
-            why="training needs class logits of shape (B, C, H, W), alone or as 'out' of a dictionary.",
-            next="wrap the network so that it returns them.",
-        )
-    return logits
-
-
 def copy_dense(net: AdaptiveModel) -> nn.Module | None:
     """Copy a network for later comparisons.
 
@@ -505,6 +501,7 @@ def miss(
     weight: float = 1.0,
     temperature: float = 1.0,
     kind: Kind = "auto",
+    class_weights: Sequence[float] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted loss of an output from labels and from a target; also return both parts, for the log.
 
@@ -516,9 +513,10 @@ def miss(
         weight: weight of the divergence: T² times its mean over pixels, T the temperature (Hinton et al. 2015).
         temperature: as in `divergence`.
         kind: kind of the output without labels; labels imply class scores.
+        class_weights: weights of the target's classes in that mean; default 1 each.
 
     Raises:
-        InvalidInput: there are neither labels nor a target, or the output does not fit them.
+        InvalidInput: there are neither labels nor a target, or the output or the weights do not fit them.
     """
     losses, parts = [], {}
     if labels is not None:
@@ -526,7 +524,10 @@ def miss(
         losses.append(supervision * parts["entropy"])
     if target is not None:
         kind = kind if labels is None else "classes"
-        parts["divergence"] = temperature**2 * divergence(target, output, kind, temperature).mean()
+        apart = divergence(target, output, kind, temperature)
+        if class_weights:
+            apart = apart * pixel_weights(target, class_weights)
+        parts["divergence"] = temperature**2 * apart.mean()
         losses.append(weight * parts["divergence"])
     if not losses:
         raise InvalidInput(
@@ -539,7 +540,7 @@ def miss(
 
 def supervised(output: Any, labels: Tensor) -> Tensor:
     """Compute the cross entropy of the logits, plus half that of entry `aux` of a dictionary."""
-    loss = cross_entropy(logits_of(output), labels)
+    loss = cross_entropy(class_scores(output), labels)
     if isinstance(output, Mapping) and isinstance(output.get("aux"), Tensor):
         loss = loss + AUXILIARY_WEIGHT * cross_entropy(output["aux"], labels)
     return loss

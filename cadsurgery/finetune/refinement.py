@@ -15,7 +15,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.functional import to_dense
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.refinement import PLACES, Refinement, places_of
-from cadsurgery.finetune.batches import Samples, check_data, prepare
+from cadsurgery.finetune.batches import Samples, check_data, ignore, prepare
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
@@ -64,7 +64,8 @@ def fit_refinement(
     minutes: float = 5.0,
     steps: int = STEPS,
     seed: int = 0,
-    on_image: Callable[[int], None] | None = None,
+    on_image: Callable[[int], None] = ignore,
+    on_step: Callable[[int], None] = ignore,
 ) -> RefinementFit:
     """Fit the refinements of a network, in place, to images without labels; nothing else in the network changes.
 
@@ -80,7 +81,8 @@ def fit_refinement(
             determined by the seed.
         steps: training steps of four images each.
         seed: seed of everything random.
-        on_image: called with the number of images seen so far.
+        on_image: called with the number of images seen so far, each a second time if it is mirrored.
+        on_step: called with the number of training steps so far.
 
     Raises:
         InvalidInput: the network is not adaptive as a whole, is optimised, or has no map to refine; there are fewer
@@ -108,8 +110,7 @@ def fit_refinement(
         batch = [value.flip(-1) if is_mirrored else value for value in inputs]
         seen.append(_run_image(fast, [value.unsqueeze(0).to(device) for value in batch], generator))
         size += seen[-1].bytes
-        if on_image is not None:
-            on_image(len(seen))
+        on_image(len(seen))
     # Mirrored images follow in the same order, so they are held out together with the originals.
     is_held_out = [at % len(images) % _HELD_OUT == 0 for at in range(len(seen))]
     held_out = [image for image, out in zip(seen, is_held_out, strict=True) if out]
@@ -117,7 +118,7 @@ def fit_refinement(
     dtype = next(refinements[0].parameters()).dtype
     for refinement in refinements:
         refinement.to(torch.promote_types(dtype, torch.float32))
-    before, after = _fit(refinements, fitted, held_out, steps, seed)
+    before, after = _fit(refinements, fitted, held_out, steps, seed, on_step)
     is_better = after < before
     for refinement in refinements:
         if not is_better:
@@ -221,7 +222,12 @@ class _Maps(GraphInterpreter):
 
 
 def _fit(
-    refinements: list[Refinement], seen: list[_ImageData], held_out: list[_ImageData], steps: int, seed: int
+    refinements: list[Refinement],
+    seen: list[_ImageData],
+    held_out: list[_ImageData],
+    steps: int,
+    seed: int,
+    on_step: Callable[[int], None],
 ) -> tuple[float, float]:
     """Fit to the maps with everything high, fold the scales; return the divergence before and after."""
     generator = torch.Generator().manual_seed(seed)
@@ -233,7 +239,7 @@ def _fit(
     with torch.inference_mode(False), torch.enable_grad():
         optimizer = torch.optim.AdamW(parameters, _RATE, weight_decay=_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
-        for _ in range(steps):
+        for step in range(steps):
             for _ in range(_BATCH):
                 image, mask = (int(torch.randint(count, (), generator=generator)) for count in (len(seen), 3))
                 for at, refinement in enumerate(refinements):
@@ -244,6 +250,7 @@ def _fit(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+            on_step(step + 1)
     for scale, refinement in zip(scales, refinements, strict=True):
         scale.fold(refinement)
     return before, _mean_divergence(refinements, held_out)

@@ -50,6 +50,7 @@ class FineMapSpec(NamedTuple):
 
 
 Grid = FineMapSpec  # former name, which providers of users may import
+M = TypeVar("M", bound="MaskProvider")
 
 
 class MaskProvider(nn.Module):
@@ -99,6 +100,10 @@ class MaskProvider(nn.Module):
     def parts(self) -> tuple[MaskProvider, ...]:
         """The masks that this mask is made from."""
         return ()
+
+    def find(self, kind: type[M]) -> M | None:
+        """Return the first mask of a class among this mask and its parts; None if there is none."""
+        return next((mask for mask in self.modules() if isinstance(mask, kind)), None)
 
     @property
     def sees_features(self) -> bool:

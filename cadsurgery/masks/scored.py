@@ -5,7 +5,7 @@ the network's uncertainty after a first pass with everything downsampled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from cadsurgery.masks.options import (
 )
 from cadsurgery.masks.provider import FineMapSpec, check_scores, mask_provider
 from cadsurgery.masks.saliency import spectral_residual
+from cadsurgery.support.divergence import class_scores
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 
@@ -200,28 +201,10 @@ class ConfidenceMask(ScoredMask):
         Raises:
             InvalidInput: the network does not return a map of class scores.
         """
-        uncertainty = _uncertainty(_logits(first_pass_output("mask confidence"), grid), self.measure)
-        return blur(resize(uncertainty, grid.size), self.sigma)
-
-
-def _logits(output: Any, grid: FineMapSpec) -> Tensor:
-    """Return the class scores (B, C, H, W) of the first pass: its output, or entry `out` of a dictionary."""
-    logits = output.get("out") if isinstance(output, Mapping) else output
-    if (
-        not isinstance(logits, Tensor)
-        or logits.dim() != 4
-        or logits.shape[1] < 2
-        or logits.shape[0] != grid.batch
-    ):
-        several = isinstance(output, Mapping)
-        described = f"a dictionary of {', '.join(map(str, output))}" if several else describe(logits)
-        raise InvalidInput(
-            f"the network returns {described}.",
-            where="mask confidence",
-            why="uncertainty needs scores (B, C, H, W) of two classes or more, alone or as 'out' of a dictionary.",
-            next="choose another mask, e.g. detail or edges.",
-        )
-    return logits
+        where = "mask confidence"
+        output, advice = first_pass_output(where), "choose another mask, e.g. detail or edges."
+        scores = class_scores(output, fewest=2, batch=grid.batch, where=where, next=advice)
+        return blur(resize(_uncertainty(scores, self.measure), grid.size), self.sigma)
 
 
 def _uncertainty(logits: Tensor, measure: str) -> Tensor:

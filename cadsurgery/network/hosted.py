@@ -14,6 +14,7 @@ from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.support.progress import Step, silent
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.trace import evaluating
 
@@ -125,6 +126,7 @@ class HostedModel(AdaptiveModel):
         precision: str = "float",
         calibration: Any = None,
         largest_error: float | None = None,
+        step: Step = silent,
     ) -> HostedModel:
         """Return a copy with the part optimised; see `AdaptiveModel.optimize`.
 

@@ -39,6 +39,7 @@ from cadsurgery.network.optimized import FLOAT, fuse_network, put_in_precision
 from cadsurgery.network.program import Masked, Program, RunsProgram
 from cadsurgery.network.quantise import Quantisation
 from cadsurgery.support.errors import CadWarning, InvalidInput
+from cadsurgery.support.progress import Step, silent
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
 from cadsurgery.surgery.plan import Plan
@@ -389,6 +390,7 @@ class AdaptiveModel(RunsProgram):
         precision: str = "float",
         calibration: Any = None,
         largest_error: float | None = None,
+        step: Step = silent,
     ) -> AdaptiveModel:
         """Return a copy for inference: batch norm folded, residuals and activations fused, weights packed.
 
@@ -407,6 +409,7 @@ class AdaptiveModel(RunsProgram):
             largest_error: for `int8`, the largest error of the outputs relative to their size (root mean squares over
                 the first images). The first layers, which cause most of the error, then stay in float32 (up to half of
                 all layers), which costs time. By default only layers with by far the largest error do.
+            step: progress callback of the calibration for `int8`; see `cadsurgery.support.progress.Step`.
 
         Raises:
             UnknownName: an unknown precision.
@@ -419,7 +422,7 @@ class AdaptiveModel(RunsProgram):
                 default by more than 1 % of their size; the warning names the error and the layers that cause it.
         """
         fast = OptimizedModel(self, fuse, pairs=precision == FLOAT)
-        fast.quantisation = put_in_precision(fast, precision, calibration, largest_error)
+        fast.quantisation = put_in_precision(fast, precision, calibration, largest_error, step)
         return fast
 
     def __getattr__(self, name: str) -> Any:
@@ -524,6 +527,7 @@ class OptimizedModel(AdaptiveModel):
         precision: str = "float",
         calibration: Any = None,
         largest_error: float | None = None,
+        step: Step = silent,
     ) -> OptimizedModel:
         """Return this network, which is optimised already.
 

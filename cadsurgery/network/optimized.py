@@ -14,6 +14,7 @@ from cadsurgery.network.fuse import KERNELS, fuse, join_pairs, split_norms
 from cadsurgery.network.program import Program, RunsProgram
 from cadsurgery.network.quantise import Quantisation, quantise
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
+from cadsurgery.support.progress import Step, silent
 from cadsurgery.surgery.hooks import Watched, child, freeze_computed_weights
 
 PRECISIONS = (FLOAT := "float", "int8")
@@ -49,7 +50,7 @@ def fuse_network(source: RunsProgram, epilogues: bool, pairs: bool) -> tuple[fx.
 
 
 def put_in_precision(
-    fast: RunsProgram, precision: str, calibration: Any, largest_error: float | None
+    fast: RunsProgram, precision: str, calibration: Any, largest_error: float | None, step: Step = silent
 ) -> Quantisation | None:
     """Convert an optimised copy to a precision, see `AdaptiveModel.optimize`; return its quantisation, if any."""
     if precision not in PRECISIONS:
@@ -75,4 +76,4 @@ def put_in_precision(
             stacklevel=3,
         )
         return None
-    return quantise(fast, calibration, largest_error)
+    return quantise(fast, calibration, largest_error, step)

@@ -44,6 +44,7 @@ from cadsurgery.network.macs import Counter
 from cadsurgery.network.program import GraphInterpreter, Program, RunsProgram
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
+from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.torch_operations import is_in_place
 from cadsurgery.surgery.graphs import copy_graph, upwards
 from cadsurgery.surgery.guards import GuardFailed, is_guard
@@ -215,7 +216,10 @@ class _Observer(GraphInterpreter):
 
 
 def quantise(
-    fast: RunsProgram, calibration: Tensor | Sequence[Tensor], largest_error: float | None = None
+    fast: RunsProgram,
+    calibration: Tensor | Sequence[Tensor],
+    largest_error: float | None = None,
+    step: Step = silent,
 ) -> Quantisation:
     """Quantise an optimised network to 8 bits, in place.
 
@@ -224,6 +228,7 @@ def quantise(
         calibration: image batches (B, C, H, W) like those of later calls, about 8 to 100 images, preprocessed for the
             network. They are run with the network's own mask.
         largest_error: largest allowed `Quantisation.error`; first layers are kept in float32 until it is met.
+        step: progress callback; gets the calibration images, and the ways to choose scales.
 
     Warns:
         CadWarning: the error exceeds `largest_error` even with up to half of the layers in float32; or, without
@@ -237,7 +242,7 @@ def quantise(
     batches = _on_converted_path(fast, _batches(calibration))
     with torch.no_grad():
         work = _Quantiser(fast, program)
-        work.observe(batches)
+        work.observe(batches, step)
         expected = [_outputs(fast, batch) for batch in batches[:_COMPARED]]
         compared = batches[:_COMPARED]
 
@@ -249,13 +254,17 @@ def quantise(
                 fast.use_program(program)
                 work.restore()
 
-        found = [one for method in _METHODS for one in candidates(method)]
+        found: list[tuple[float, str, _Rewritten]] = []
+        for place, method in enumerate(_METHODS):
+            step(f"quantising, scales by {method}", place, len(_METHODS))
+            found += candidates(method)
         least = min(error for error, *_ in found)
         near = [one for one in found if one[0] <= max(_WORTH * least, _SMALL)] or found  # if all are NaN
         error, method, rewritten = min(near, key=lambda one: (one[2].in_float, one[0]))
         if largest_error is not None:
             first = _FIRST
             while error > largest_error and 2 * first <= sum(not layer.why for layer in work.layers.values()):
+                step(f"quantising, the first {first} layers in float32")
                 better = min(candidates(method, first), key=lambda one: one[0])
                 if better[0] < error:
                     error, _, rewritten = better
@@ -338,7 +347,7 @@ class _Quantiser:
 
     # -- calibration -------------------------------------------------------------------------------
 
-    def observe(self, batches: Sequence[Tensor]) -> None:
+    def observe(self, batches: Sequence[Tensor], step: Step = silent) -> None:
         """Run the calibration images and collect statistics of all nodes that may be in 8 bits."""
 
         def look(node: fx.Node, read: Callable[[fx.Node], Any], value: Any) -> None:
@@ -358,7 +367,7 @@ class _Quantiser:
                 if more.shape != values.shape:
                     layer.why = layer.why or "its residual has another shape"
 
-        self._run(batches, look, self.program)
+        self._run(counted(batches, step, "calibrating, image", size=len), look, self.program)
         for layer in self.layers.values():
             if layer.node not in self.kinds or layer.source not in self.kinds:
                 layer.why = layer.why or "its values are not rows in float32"

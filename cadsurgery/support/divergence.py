@@ -99,6 +99,57 @@ def maps_of(output: Any) -> list[Tensor]:
     return [shaped[one.dim()](one) for one in maps]
 
 
+def class_scores(
+    output: Any,
+    *,
+    fewest: int = 1,
+    batch: int = 0,
+    where: str = "",
+    next: str = "pass a segmentation network, or wrap the network so that it returns them.",
+) -> Tensor:
+    """Return the map of class scores (B, C, h, w) of a network's output.
+
+    It is the output itself, entry `out` of a dictionary, or the last of several predictions.
+
+    Args:
+        output: output of the network.
+        fewest: smallest number of classes.
+        batch: number of images; 0 for any.
+        where, next: parts of the error.
+
+    Raises:
+        InvalidInput: there is no such map.
+    """
+    scores: Any = output.get(MAIN) if isinstance(output, Mapping) else output
+    if isinstance(scores, tuple) and scores:
+        scores = scores[-1]
+    if (
+        not isinstance(scores, Tensor)
+        or scores.dim() != 4
+        or scores.shape[1] < fewest
+        or batch not in (0, len(scores))
+    ):
+        several = isinstance(output, Mapping) and MAIN not in output
+        described = f"a dictionary of {', '.join(map(str, output))}" if several else describe(scores)
+        classes = f" of {fewest} classes or more" if fewest > 1 else ""
+        raise InvalidInput(
+            f"the network's output is not a map of class scores: {described}.",
+            where=where,
+            why=f"scores (B, C, H, W){classes} are needed, alone or as 'out' of a dictionary.",
+            next=next,
+        )
+    return scores
+
+
+def describe(value: object) -> str:
+    """Describe the type, dtype and shape of a value for messages."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # NumPy arrays
+        return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)}"
+    return " ".join(f"{type(value).__name__} {value!r}".split())[:80]
+
+
 def tensors_of(output: Any) -> list[Tensor]:
     """Return the tensors of a network's output in order, also those in lists, tuples, dictionaries and dataclasses."""
 

@@ -9,6 +9,8 @@ from statistics import median
 
 import torch
 
+from cadsurgery.support.progress import Step, silent
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -29,6 +31,7 @@ def interleaved(
     warmup: int = 1,
     seconds: float = float("inf"),
     clock: Callable[[], float] = time.perf_counter,
+    step: Step = silent,
 ) -> dict[str, Timing]:
     """Measure the time of each candidate.
 
@@ -40,6 +43,7 @@ def interleaved(
         warmup: number of uncounted rounds before them.
         seconds: time limit; no further round starts after it, once one has been counted.
         clock: function that returns seconds; `time.process_time` counts the CPU time of this process only.
+        step: progress callback; gets the round and the candidate.
     """
     durations: dict[str, list[float]] = {name: [] for name in sides}
     begin = time.perf_counter()
@@ -47,7 +51,10 @@ def interleaved(
         for turn in range(warmup + rounds):
             if turn > warmup and time.perf_counter() - begin > seconds:
                 break
-            for name, run in sides.items():
+            words = f"round {turn - warmup + 1} of {rounds}" if turn >= warmup else "warming up"
+            for place, (name, run) in enumerate(sides.items()):
+                done, of = turn * len(sides) + place, (warmup + rounds) * len(sides)
+                step(f"{words} ({name})", done, of, max(0.0, seconds - (time.perf_counter() - begin)))
                 start = now(clock)
                 run()
                 if turn >= warmup:

@@ -43,6 +43,7 @@ from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
+from cadsurgery.support.progress import within
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
 from cadsurgery.tasks.bench_isa import bench_capped, check_caps, joined, read_caps
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, Given, MethodBench, NetworkBench, Rival
@@ -124,16 +125,16 @@ def bench(
     check_caps(caps, [*listed, *sides], mask, setup)
     check_outputs(output, picture=picture)
     if len(listed) > 1 or caps:  # find wrong names before the first measurement
-        for network in listed:
-            step(f"planning {_name(network)}")
+        for place, network in enumerate(listed):
+            step(f"planning {_name(network)}", place, len(listed))
             plan(original(network, "none")[0], setup.output_stride, setup.region)
     budgets = list(dict.fromkeys(map(float, fractions)))
     if caps:
         arguments: dict[str, Any] = {"mask": mask, "fractions": budgets, "fill": list(fill), "trust": trust}
         arguments["output"] = output and str(output)
         runs = []
-        for network, cap in product(listed, caps):
-            step(f"measuring {_name(network)} with {cap}")
+        for place, (network, cap) in enumerate(product(listed, caps)):
+            step(f"measuring {_name(network)} with {cap}", place, len(listed) * len(caps))
             runs.append((cap, bench_capped(cap, setup, networks=network, **arguments)))
         report = joined(runs, setup)
         report.write(picture=picture)
@@ -174,8 +175,13 @@ def _bench_made(
     empty = torch.zeros(len(images), *images.shape[2:], dtype=torch.int64, device=device)
     with labelled(empty):  # for a sampler that needs labels
         timed = kind.time(net, images, fractions)
-        step("measuring")
-        rows = measure([*timed.sides, *sides], images, setup.rounds, is_processor_time=setup.processor_time)
+        rows = measure(
+            [*timed.sides, *sides],
+            images,
+            setup.rounds,
+            is_processor_time=setup.processor_time,
+            step=within(step, "measuring"),
+        )
     ends = [row for row in rows if timed.ends and row.label in timed.ends]
     lines = [law(row.macs, ends[1], ends[0]) if ends and not row.anchor else None for row in rows]
     return MethodBench(
@@ -252,13 +258,18 @@ def _compare(
         nets[fill], counts[fill] = net, counted
     first = next(iter(nets.values()))
     rivals = rival_sides(first, image.float().contiguous(), setup, folder, step)
-    step(f"measuring {name}")
-    measured = measure([*sides, *rivals, *own], image, setup.rounds, is_processor_time=setup.processor_time)
+    measured = measure(
+        [*sides, *rivals, *own],
+        image,
+        setup.rounds,
+        is_processor_time=setup.processor_time,
+        step=within(step, f"measuring {name}"),
+    )
     own_rows = measured[len(measured) - len(own) :]
     rows = {row.label: row for row in measured[: len(measured) - len(own)]}
     peaks: dict[str, float] = {}
-    for side in sides if setup.memory else ():
-        step(f"measuring the memory of {name}, {side.name}")
+    for place, side in enumerate(sides if setup.memory else ()):
+        step(f"measuring the memory of {name}, {side.name}", place, len(sides))
         fill = side.name.partition(" ")[0]
         changed = replace(setup, fill=fill) if fill in nets else replace(setup, fill=next(iter(nets)))
         peaks[side.name] = _peak_memory(name, mask, changed, side.name)

@@ -31,6 +31,7 @@ from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName, check_name
 from cadsurgery.support.files import check_folder
+from cadsurgery.support.progress import within
 from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport
@@ -90,8 +91,8 @@ def convert(
 
     torch.manual_seed(0)  # new parameters of a method are the same in every run
     made = make(Request(before.to(torch_device), source, example, arguments, verify_laws, step))
-    step("measuring")
-    rows = measure(made.sides, made.batch, rounds, "name", seconds=TIMING_SECONDS)
+    timing = {"seconds": TIMING_SECONDS, "step": within(step, "measuring")}
+    rows = measure(made.sides, made.batch, rounds, "name", **timing)
     notes = made.notes(rows)
     step(f"writing {output}")
     save(made.net, output)
@@ -132,10 +133,10 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
     counted = replace(counted, given=original_macs)
     copies = {"net.optimize()": net.optimize()}
     if precision != FLOAT:
+        step("reading the calibration images")
         pictures = images_like(batch, pictures_for(net), folder)
-        step(f"calibrating by {len(pictures)} images")
         limit = copy_options["largest_error"]
-        quantised = net.optimize(precision=precision, calibration=pictures, largest_error=limit)
+        quantised = net.optimize(precision=precision, calibration=pictures, largest_error=limit, step=step)
         copies[f"net.optimize(), {precision}"] = quantised
     if counted.mask > original_macs:
         warnings.warn(

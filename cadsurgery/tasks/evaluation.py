@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from cadsurgery.data import SegmentationData, open_data
 from cadsurgery.data.images import normalise
 from cadsurgery.masks import labelled, resolve_mask
-from cadsurgery.support.divergence import KINDS, Kind, resize
+from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.processes import gather, own_device, shard, world
+from cadsurgery.support.progress import within
 from cadsurgery.tasks.for_each import Failure, Failures, Step, each, silent
 from cadsurgery.tasks.open import at_strides, open_any, provenance
 from cadsurgery.tasks.report import (
@@ -134,9 +135,8 @@ def evaluate(
         for side, tally in zip(compared.sides, tallies, strict=True)
     ]
     if rounds and first is not None and world().is_main:
-        step("measuring")
         with _labelled(first.labels):
-            rows = time_sides(compared.sides, rows, first.images, rounds)
+            rows = time_sides(compared.sides, rows, first.images, rounds, step=within(step, "measuring"))
     fidelity = [tally.metrics.kind for tally in tallies if isinstance(tally.metrics, FidelityMetrics)]
     report = EvaluationReport(
         data=samples.name,
@@ -219,8 +219,11 @@ def _judge(
     """Return the tallies of all sides over all processes, the failures, and the first image of this process."""
     tallies = [Tally((side.metrics or partial(_metrics_of, data, kind))()) for side in compared.sides]
     failures, done, first = Failures("image"), 0, None
+    share = len(shard(data.names))
+    step(f"image 1 of {share}", 0, share)
     for positions, images, labels in _batches(data, size, failures):
-        step(f"{done + len(images)} of {len(shard(data.names))} images")
+        before = done + len(failures.noted)
+        step(f"image {before + len(images)} of {share}", before, share)
         images = normalise(images, compared.source).to(device).contiguous(memory_format=torch.channels_last)
         batch = _Batch(images, labels.to(device) if data.is_labelled else None)
         truth, extent = batch.labels, (images.shape[2], images.shape[3])
@@ -303,7 +306,7 @@ class Accuracy:
 
     def update(self, output: Any, truth: Tensor, size: tuple[int, int]) -> None:
         """Add the scores of a batch with labels (B, H, W)."""
-        scores, classes = scores_of(output), self.metrics.classes
+        scores, classes = class_scores(output), self.metrics.classes
         if scores.shape[1] != classes:
             raise InvalidInput(
                 f"the network has {scores.shape[1]} classes and data {self.data} has {classes}.",
@@ -320,23 +323,6 @@ class Accuracy:
         return self.metrics.compute()
 
 
-def scores_of(output: Any) -> Tensor:
-    """Return the class scores (B, C, h, w) of a network's output: a tensor, or entry `out` of a dictionary.
-
-    Raises:
-        InvalidInput: the output is something else.
-    """
-    scores = output.get("out") if isinstance(output, Mapping) else output
-    if not isinstance(scores, Tensor) or scores.dim() != 4:
-        shape = f"of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(output).__name__
-        raise InvalidInput(
-            f"the network's output is not a map of class scores: {shape}.",
-            next="evaluate a segmentation network: it returns (batch, classes, height, width), or a "
-            'dictionary with such a tensor as "out".',
-        )
-    return scores
-
-
 # -- report --------------------------------------------------------------------------------------------
 
 
@@ -350,6 +336,8 @@ class EvaluationReport(MeasuredReport):
     - `miou`: mean IoU, 0..1, like all accuracies here; None without labels for maps that are not class scores;
     - `iou`: IoU of each class by name; None for a class that is in neither predictions nor labels;
     - `pixel_accuracy`: share of correct pixels; `boundary_iou` and `trimap_iou`: see `SegmentationMetrics`;
+    - `balanced_fidelity`: without labels, mean IoU over the classes of the dense network; see `balanced_fidelity` of
+      `cadsurgery.tasks.segmentation.fidelity`;
     - `divergence`: without labels, mean over pixels and images; see `cadsurgery.support.divergence.divergence`;
     - `relative_error`: without labels, for maps that are not class scores; see `FidelityMetrics`;
     - `macs`: multiply-accumulates per image, mean over images.
@@ -428,7 +416,10 @@ class EvaluationReport(MeasuredReport):
         return figure
 
 
-_FIDELITY = {"classes": {"pixel_accuracy": "agreement"}, "values": {"relative_error": "relative error"}}
+_FIDELITY = {
+    "classes": {"pixel_accuracy": "agreement", "balanced_fidelity": "balanced fidelity"},
+    "values": {"relative_error": "relative error"},
+}
 
 
 def _draw(axis: Axes, rows: Sequence[Row], work: str, accuracy: str, marker: str) -> None:

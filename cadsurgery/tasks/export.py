@@ -51,10 +51,11 @@ def export_network(
     net.eval()
     source = pictures_for(net)
     first, second = (example_batch(source, None, size, seed) for seed in (0, 1))
+    if options.int8:
+        step("reading the calibration images")
     calibration = images_like(first, source, Path(options.int8)) if options.int8 else None
-    step("exporting and comparing")
     changed = {"to": options.to or None, "int8": calibration}
-    written = export(net, first, output, other=second, **{**vars(options), **changed})
+    written = export(net, first, output, other=second, step=step, **{**vars(options), **changed})
     with torch.inference_mode():
         net(second)
     return {

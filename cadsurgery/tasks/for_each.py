@@ -10,15 +10,12 @@ import torch
 
 from cadsurgery.support.errors import CadError
 from cadsurgery.support.processes import gather, in_order, shard, world
+from cadsurgery.support.progress import Step as Step
+from cadsurgery.support.progress import silent as silent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Failure = dict[str, str]  # an error as plain values, with the item's name
-Step = Callable[[str], None]  # progress callback; its argument describes the current step
-
-
-def silent(text: str) -> None:
-    """Ignore a progress message."""
 
 
 class Failures:
@@ -63,11 +60,12 @@ def each(
         work: processes an item; a `CadError` is recorded, and the next item follows.
         failures: records failed items.
         name: returns the name of an item.
-        step: progress callback; gets the last part of the name and the position.
+        step: progress callback; gets the position of each item, and the last part of its name.
     """
     for position, item in shard(items):
         failures.at(position, name(item))
-        step(f"{Path(name(item)).name} ({position + 1} of {len(items)})")
+        text = f"{failures.kind} {position + 1} of {len(items)} ({Path(name(item)).name})"
+        step(text, position, len(items))
         try:
             result = work(item)
         except CadError as error:

@@ -1,4 +1,4 @@
-"""Pictures of masks: one with its map and lattice, or several side by side with their cost."""
+"""Pictures of masks: one with its map and lattice, or several side by side with their quality and cost."""
 
 from __future__ import annotations
 
@@ -21,60 +21,95 @@ from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.progress import counted
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
 from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import example_image, is_file, open_converted
-from cadsurgery.tasks.report import Column, Report, Row, figure_picture, plain, table
+from cadsurgery.tasks.report import Column, Report, Row, figure_picture, percent, plain, table
+from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 
-COMPARED = (
-    "edges",
-    "edges:threshold=0.95/0.1,dilation=5/15",
-    "gradient:threshold=0.5,dilation=7,sigma=1",
-    "saliency",
-    "edges | budget:fraction=0.3",
-)
-COMPARED_WITH_LABELS = ("trimap:width=9/25",)
-# MACs with the mask, with everything high, with everything low, and of the network as given (None if unknown).
-Macs = tuple[int, int, int, int | None]
-# Returns the lattice of a mask, and the MACs if they are counted.
-Look = Callable[[MaskProvider], tuple[Lattice, Macs | None]]
+# Returns the lattice of a mask; in a network, if masks are compared, also fields of its row: quality and cost.
+Look = Callable[[MaskProvider], tuple[Lattice, dict[str, Any]]]
+# Fields of a row that hold a quality, and their names in tables and pictures.
+QUALITIES = {"agreement": "agreement", "balanced_fidelity": "balanced fidelity", "accuracy": "accuracy"}
 
 
-def _row(asked: str, mask: str, lattice: Lattice, macs: Macs | None) -> Row:
+def telling_masks(max_level: int, has_labels: bool) -> tuple[str, ...]:
+    """Return masks that are worth comparing, in text form.
+
+    Args:
+        max_level: the lowest level; a mask may have a threshold for each level above it.
+        has_labels: True to include the oracle, which needs labels.
+    """
+    is_graded = max_level > 1
+    return (
+        *("detail | budget:fraction=0.1", "detail | budget:fraction=0.2"),
+        *("edges", "edges | budget:fraction=0.2"),
+        *(("edges:threshold=0.95/0.1,dilation=5/15",) if is_graded else ()),
+        *("gradient:threshold=0.5,dilation=7,sigma=1", "saliency"),
+        *((f"trimap:width={'9/25' if is_graded else 25}",) if has_labels else ()),
+    )
+
+
+def _row(asked: str, mask: str, lattice: Lattice, more: Mapping[str, Any]) -> Row:
     """Create the row of one mask on one image, labelled as the user wrote the mask.
 
-    It has the elements after the last stage and the fine pixels, which are the elements with everything high; in a
-    network also the MACs with this mask, with everything high and low, and of the network as given.
+    It has the elements after the last stage and the fine pixels, which are the elements of dense high; in a network
+    also `more`, its quality and cost.
     """
     fine = lattice.size[0] * lattice.size[1]
     values = {"mask": mask, "active_fraction": lattice.active_fraction, "elements": lattice.count}
     values |= {"fine_pixels": fine, "share_of_elements": lattice.count / fine}
-    if macs is not None:
-        values["macs"] = dict(zip(("mask", "high", "low", "given"), macs, strict=True))
-        values["of_given"] = macs[0] / macs[3] if macs[3] else None
-        values["of_high"] = macs[0] / macs[1] if macs[1] else None
-    return Row(asked, values)
+    return Row(asked, {**values, **more})
 
 
 def _title(row: Row, width: int = 52) -> str:
-    """Return a short title: the mask, its active fraction and its cost."""
-    cost = "" if row.get("of_given") is None else f", {row.of_given:.2f} of the work as given"
-    name = textwrap.fill(row.label, width, break_on_hyphens=False)
-    return f"{name}\nactive {row.active_fraction:.2f}, elements {row.share_of_elements:.2f}{cost}"
+    """Return a short title: the mask, its quality if known, its active fraction and its cost."""
+    lines = [textwrap.fill(row.label, width, break_on_hyphens=False)]
+    known = {name: row.get(name) for name in QUALITIES if row.get(name) is not None}
+    if known:
+        lines.append(", ".join(f"{QUALITIES[name]} {100 * value:.1f} %" for name, value in known.items()))
+    cost = f"active {row.active_fraction:.2f}"
+    if row.get("of_given") is not None:
+        cost = f"MACs {row.of_given:.2f} of the network as given, {cost}"
+    elif row.get("of_high") is not None:
+        cost = f"MACs {row.of_high:.2f} of everything high, {cost}"
+    else:
+        cost += f", elements {row.share_of_elements:.2f}"
+    return "\n".join((*lines, cost))
 
 
 @dataclass(frozen=True)
 class MaskReport(Report):
-    """The report of `cadsurgery mask`: a row for each mask, and the picture."""
+    """The report of `cadsurgery mask`: a row for each mask, and the picture.
+
+    A row has `mask`, `active_fraction`, `elements`, `fine_pixels` and `share_of_elements`. Masks that are compared in a
+    network also have
+
+    - for class scores `agreement`, the share of pixels with the class that the dense network predicts, and
+      `balanced_fidelity`, the mean IoU over these classes; for other maps `accuracy`, 1 minus the relative error. All
+      are relative to the same network with everything kept high, and None where they do not apply;
+    - `macs`: multiply-accumulates with the `mask`, of the network as `given` (None if unknown), and with everything
+      `high` and `low`; `of_given` and `of_high`: those with the mask relative to these.
+
+    Attributes:
+        rows: one row per mask, in order.
+        file: the picture.
+        compared: True for several masks side by side.
+        notes: limits of the comparison.
+    """
 
     rows: tuple[Row, ...]
     file: str
     compared: bool
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for `--json`: for one mask its row, for several a list."""
         rows = [plain(row.values) for row in self.rows]
-        return {"masks": rows, "file": self.file} if self.compared else {**rows[0], "file": self.file}
+        if not self.compared:
+            return {**rows[0], "file": self.file}
+        return {"masks": rows, "notes": list(self.notes), "file": self.file}
 
     def parts(self) -> Iterator[RenderableType]:
         """Yield one mask as a line, several as a table."""
@@ -83,17 +118,20 @@ class MaskReport(Report):
             elements = f"{row.elements} elements for {row.fine_pixels} fine pixels"
             yield Text(f"active fraction {row.active_fraction:.3f}, {elements}; wrote {self.file}")
             return
-        columns: list[Column[Row]] = [
-            Column("mask", lambda row: Text(row.label), False),
-            Column("active fraction", "active_fraction", form=".3f"),
-            Column("elements", "elements"),
-            Column("of all high", "share_of_elements", form=".2f"),
-        ]
+        known = [name for name in QUALITIES if row.get(name) is not None]
+        columns: list[Column[Row]] = [Column("mask", lambda row: Text(row.label), False)]
+        columns += [Column(QUALITIES[name], name, form=percent) for name in known]
         if row.get("macs"):
             columns.append(Column("MACs", lambda row: f"{row.macs['mask']:.3e}"))
             columns.append(Column("of given", "of_given", form=".2f"))
             columns.append(Column("of all high", "of_high", form=".2f"))
+        columns.append(Column("active fraction", "active_fraction", form=".3f"))
+        columns.append(Column("elements", "elements"))
+        if not row.get("macs"):
+            columns.append(Column("of all high", "share_of_elements", form=".2f"))
         yield table(self.rows, columns, f"masks on {row.fine_pixels} fine pixels")
+        for note in self.notes:
+            yield Text(note, style="dim")
         yield Text(f"wrote {self.file}", style="bold green")
 
 
@@ -108,9 +146,12 @@ def draw_masks(
     options: Mapping[str, Any],
     output: Path,
     step: Step,
+    weights: str = "auto",
     trust: bool = False,
 ) -> MaskReport:
     """Draw masks on an image, for a network or for given strides; see `cadsurgery mask --help`.
+
+    Several masks in a network are compared by the quality of its prediction and by its cost.
 
     Raises:
         InvalidInput: several masks without `compare`, or labels of another size than the image.
@@ -120,36 +161,38 @@ def draw_masks(
             f"{len(masks)} masks for one picture.", next="add --compare to draw them side by side."
         )
     check_picture(output)
-    step("drawing")
     picture = example_image(image, size)
     known = _labels(labels, image, size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
-    stored_mask = None
+    stored_mask, notes = None, [_NO_NETWORK]
     if model:
-        net, stored_mask = _open(model, options, trust)
-        stride, look = _look_in(net, picture, count=compare)
+        step(f"building {model}")
+        net, stored_mask = _open(model, options, weights, trust)
+        step("running it with everything kept high")
+        stride, max_level, look, notes = _look_in(net, model, picture, compare)
     else:
-        stride, look = _look_bare(picture, **options)
+        stride, max_level, look = _look_bare(picture, **options)
     if not asked:
-        examples = (*COMPARED, *(COMPARED_WITH_LABELS if known is not None else ())) if compare else ()
+        examples = telling_masks(max_level, known is not None) if compare else ()
         asked = [(text, resolve_mask(text)) for text in examples]
         if stored_mask is not None or not compare:
             first = stored_mask or resolve_mask("edges")
             asked = [(first.spec(), first), *(entry for entry in asked if entry[1].spec() != first.spec())]
     rows, lattices = [], []
     with labelled(known) if known is not None else nullcontext():
-        for text, mask in asked:
+        for text, mask in counted(asked, step, "mask", "drawing", name=lambda entry: entry[0]):
             # The mask of a file comes with its learned weights.
             provider = stored_mask if stored_mask is not None and stored_mask.spec() == mask.spec() else mask
-            lattice, macs = look(provider)
-            rows.append(_row(text, provider.spec(), lattice, macs))
+            lattice, more = look(provider)
+            rows.append(_row(text, provider.spec(), lattice, more))
             lattices.append(lattice)
     if compare:
-        figure = comparison_figure(picture, lattices, [_title(row) for row in rows], stride, model)
+        title = f"{model}, random weights" if _RANDOM in notes else model
+        figure = comparison_figure(picture, lattices, [_title(row) for row in rows], stride, title)
     else:
         figure = mask_figure(picture, lattices[0], stride, title=rows[0].mask)
     write_picture(figure_picture(figure), output)
-    return MaskReport(tuple(rows), str(output), compare)
+    return MaskReport(tuple(rows), str(output), compare, tuple(notes))
 
 
 def _labels(
@@ -168,15 +211,18 @@ def _labels(
     return labels.unsqueeze(0)
 
 
-def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: str) -> tuple[int, Look]:
-    """Evaluate masks without a network: the image stands for the entering features, and MACs are not counted."""
+def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: str) -> tuple[int, int, Look]:
+    """Evaluate masks without a network: the image stands for the entering features, and MACs are not counted.
+
+    Return the high output stride, the lowest level, and the function.
+    """
     high, low = output_stride or (8, 32)
     geometry = Geometry(_halvings(high, low), patch=patch)  # type: ignore[arg-type]
     batch = normalise(picture, None).unsqueeze(0)
     features = batch[:, :, ::high, ::high]
     grid = FineMapSpec.of(geometry, 1, (features.shape[2], features.shape[3]), high)
 
-    def look(mask: MaskProvider) -> tuple[Lattice, None]:
+    def look(mask: MaskProvider) -> tuple[Lattice, dict[str, Any]]:
         if mask.looks_ahead:
             raise InvalidInput(
                 f"mask {mask.spec()} uses outputs of a network.",
@@ -184,32 +230,92 @@ def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: st
                 why="there is no network.",
                 next="name one: --model NAME, or the file that cadsurgery convert wrote.",
             )
-        return geometry.lattice(check_levels(mask(batch, features, grid), grid, mask.name)), None
+        return geometry.lattice(check_levels(mask(batch, features, grid), grid, mask.name)), {}
 
-    return high, look
+    return high, geometry.max_level, look
 
 
-def _look_in(net: AdaptiveModel, picture: Tensor, count: bool) -> tuple[int, Look]:
-    """Evaluate masks in a network; MACs are counted with the mask, as given, and with everything high and low."""
-    batch = normalise(picture, pictures_for(net)).unsqueeze(0)
+def _look_in(
+    net: AdaptiveModel, model: str, picture: Tensor, compare: bool
+) -> tuple[int, int, Look, list[str]]:
+    """Evaluate masks in a network.
 
-    def look(mask: MaskProvider) -> tuple[Lattice, Macs | None]:
+    Return the high output stride, the lowest level, the function and notes. If masks are compared, the function runs
+    the network and returns the quality of its prediction and its MACs.
+    """
+    source = pictures_for(net)
+    batch = normalise(picture, source).unsqueeze(0)
+    stride, max_level = net.plan.strides[0], net.geometry.max_level
+
+    def look(mask: MaskProvider) -> tuple[Lattice, dict[str, Any]]:
         with torch.inference_mode():
-            net(batch, mask=mask)
+            output = net(batch, mask=mask)
         lattice = net.lattice
-        if not count:
-            return lattice, None
+        if not compare:
+            return lattice, {}
         report = net.macs(batch, mask=lattice.pyramid.levels)  # exactly this map, whatever its mask
-        of_mask = net.macs(batch, mask=mask).of_mask
-        return lattice, (of_mask + report.mask, report.high, report.low, report.given)
+        macs = net.macs(batch, mask=mask).of_mask + report.mask
+        cost: dict[str, int | None] = {"mask": macs, "high": report.high, "low": report.low}
+        cost["given"] = report.given
+        shares = {f"of_{name}": macs / whole if (whole := cost[name]) else None for name in ("given", "high")}
+        return lattice, {**_quality(output, dense, size), "macs": cost, **shares}
 
-    return net.plan.strides[0], look
+    if not compare:
+        return stride, max_level, look, []
+    with torch.inference_mode():
+        dense = net(batch, mask="all")
+    size = (picture.shape[1], picture.shape[2])
+    notes = [_ONE_IMAGE.format(model=model)]
+    if refusal := _HOST if net.hosts_part else _refusal(dense, size):
+        dense, notes = None, [f"quality is not compared: {refusal}"]
+    if source.weights == "random" and not is_file(model):
+        notes.append(_RANDOM)
+    return stride, max_level, look, notes
 
 
-def _open(model: str, options: Mapping[str, Any], trust: bool) -> tuple[AdaptiveModel, MaskProvider | None]:
+_ONE_IMAGE = (
+    "one image: quality is relative to the same network with everything kept high, not to labels, and quality and cost "
+    "vary from image to image; cadsurgery eval {model} --data images:FOLDER measures them on many."
+)
+_NO_NETWORK = (
+    "elements are not yet the cost of a network, nor do they show what a mask loses: --model adds both."
+)
+_RANDOM = "the weights are random: these qualities say nothing about the trained network."
+_HOST = "the network around the adaptive part returns no maps."
+
+
+def _quality(output: Any, dense: Any, size: tuple[int, int]) -> dict[str, float | None]:
+    """Return the quality of an output relative to that of the dense network, see `MaskReport`."""
+    values: dict[str, float | None] = dict.fromkeys(QUALITIES)
+    if dense is None:
+        return values
+    metrics = FidelityMetrics()
+    metrics.update(output, dense, size)
+    figures = metrics.compute()
+    if metrics.kind == "values":
+        return {**values, "accuracy": 1 - figures["relative_error"]}
+    return {
+        **values,
+        "agreement": figures["pixel_accuracy"],
+        "balanced_fidelity": figures.get("balanced_fidelity"),
+    }
+
+
+def _refusal(dense: Any, size: tuple[int, int]) -> str:
+    """Return why outputs such as this one cannot be compared, or ""."""
+    try:
+        _quality(dense, dense, size)
+    except InvalidInput as error:
+        return f"{error.what} {error.why}"
+    return ""
+
+
+def _open(
+    model: str, options: Mapping[str, Any], weights: str, trust: bool
+) -> tuple[AdaptiveModel, MaskProvider | None]:
     """Return a network, and the mask of its file."""
     if not is_file(model):
-        return open_converted(model, "none", options), None
+        return open_converted(model, "none", options, weights=weights), None
     stored = read_metadata(model).get("mask") is not None
     net = load(model, mask=None if stored else "none", trust=trust)
     return net, net.mask if stored else None

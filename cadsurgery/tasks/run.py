@@ -78,10 +78,12 @@ def predict(
         net = converted.optimize()
     else:
         if calibration is not None:
-            step("calibrating")
+            step("reading the calibration images")
             shown = images_like(_first_image(calibration, size), source, calibration)
         assert isinstance(converted, AdaptiveModel)
-        net = converted.optimize(precision=precision, calibration=shown, largest_error=largest_error)
+        net = converted.optimize(
+            precision=precision, calibration=shown, largest_error=largest_error, step=step
+        )
     make_folder(output)
 
     def draw(item: tuple[Path, Path]) -> dict[str, Any]:

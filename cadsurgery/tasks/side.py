@@ -16,13 +16,13 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import Source
+from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.report import Column, Row
 
 if TYPE_CHECKING:
     from cadsurgery.data import SegmentationData
     from cadsurgery.tasks.evaluation import EvaluationReport
-    from cadsurgery.tasks.for_each import Step
 
 Measured = TypeVar("Measured", bound=Row)
 Counts = Mapping[str, float]
@@ -108,6 +108,7 @@ def time_sides(
     rounds: int,
     seconds: float = float("inf"),
     is_processor_time: bool = False,
+    step: Step = silent,
 ) -> list[Measured]:
     """Time sides on images, all in turn, and return their rows with the times; unchanged without rounds.
 
@@ -118,6 +119,7 @@ def time_sides(
         rounds: timing rounds.
         seconds: see `interleaved`.
         is_processor_time: True to measure the processor time of this process instead of elapsed time.
+        step: progress callback, see `interleaved`.
     """
     rows, calls = list(rows), dict[str, Callable[[], object]]()
     for side in sides:
@@ -126,7 +128,7 @@ def time_sides(
     if not rounds:
         return rows
     clock = time.process_time if is_processor_time else time.perf_counter
-    times = interleaved(calls, rounds, seconds=seconds, clock=clock).values()
+    times = interleaved(calls, rounds, seconds=seconds, clock=clock, step=step).values()
     return [
         replace(row, milliseconds=taken.best, milliseconds_median=taken.median)
         for row, taken in zip(rows, times, strict=True)

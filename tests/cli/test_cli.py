@@ -561,7 +561,8 @@ def test_compared_masks_of_a_network_tell_its_macs(run: Run, file: Path, model: 
     network = ("--model", model, "--trust")
     rows = run("mask", *options(*network, *COMPARED), "--json").json["masks"]
     counted = run("macs", *network, *options("--mask", COMPARED[3]), "--json").json
-    assert rows[1]["macs"] == counted["macs"] and rows[1]["active_fraction"] == counted["active_fraction"]
+    assert rows[1]["macs"].items() >= counted["macs"].items()
+    assert rows[1]["active_fraction"] == counted["active_fraction"]
     assert rows[1]["of_high"] == counted["macs"]["mask"] / counted["macs"]["high"]
     assert rows[2]["of_high"] == 1 and "MACs" in run("mask", *options(*network, *COMPARED)).out
 
@@ -577,7 +578,8 @@ def test_masks_that_look_at_a_network_count_what_they_look_at(run: Run, file: Pa
     rows = run("mask", *options(*network, *given, "--compare"), "--json").json["masks"]
     for row, mask in zip(rows, LOOKING, strict=True):
         counted = run("macs", *network, *options("--mask", mask), "--json").json
-        assert row["macs"] == counted["macs"] and row["active_fraction"] == counted["active_fraction"]
+        assert row["macs"].items() >= counted["macs"].items()
+        assert row["active_fraction"] == counted["active_fraction"]
     assert rows[0]["active_fraction"] == 0.25
     assert run("mask", *options(*network, "--mask", LOOKING[0])).code == 0
 
@@ -614,7 +616,9 @@ def test_a_comparison_chooses_telling_masks_and_labels_bring_the_oracle(run: Run
         return [row["mask"].partition(":")[0] for row in rows]
 
     drawn = compared(*options())
-    assert {"edges", "gradient", "saliency", "trimap"} <= set(drawn)  # the generated scene has labels
+    assert {"detail", "edges", "gradient", "saliency", "trimap"} <= set(
+        drawn
+    )  # the generated scene has labels
     image = ("--image", folder / "first.png")
     assert compared(*image) == drawn[:-1]
     Image.new("P", (128, 96)).save(folder / "labels.png")

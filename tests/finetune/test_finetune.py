@@ -463,7 +463,7 @@ def test_auxiliary_outputs_weigh_half() -> None:
     parts = cross_entropy(logits, labels), cross_entropy(aux, labels)
     torch.testing.assert_close(supervised({"out": logits, "aux": aux}, labels), parts[0] + 0.5 * parts[1])
     torch.testing.assert_close(supervised(logits, labels), parts[0])
-    with pytest.raises(cs.InvalidInput, match="class logits"):
+    with pytest.raises(cs.InvalidInput, match="class scores"):
         supervised({"boxes": logits}, labels)
 
 
@@ -724,7 +724,7 @@ def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
         (lambda: Segmenter().requires_grad_(False), QUICK, {}, "no parameter is left"),
         (adaptive, replace(QUICK, objective="mixt"), {}, "did you mean mixed"),
         (adaptive, QUICK, {"validation": lambda net: {"iou": 1.0}}, "neither 'miou'"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten()), QUICK, {}, "class logits"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten()), QUICK, {}, "class scores"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

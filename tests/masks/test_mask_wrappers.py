@@ -25,7 +25,9 @@ from cadsurgery.masks import (
     EdgeMask,
     FineMapSpec,
     FixedMask,
+    GainMask,
     GradientMask,
+    LearnedMask,
     MaskProvider,
     RandomMask,
     Smooth,
@@ -515,3 +517,16 @@ def test_the_list_says_how_each_mask_is_written() -> None:
         "smooth",
         "threshold",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("gain | budget:fraction=0.2", GainMask),
+        ("learned | dilate:size=3", LearnedMask),
+        ("gain + edges", GainMask),
+    ],
+)
+def test_a_mask_is_found_inside_others(text: str, kind: type[GainMask] | type[LearnedMask]) -> None:
+    mask = resolve_mask(text)
+    assert isinstance(mask.find(kind), kind) and resolve_mask("edges").find(kind) is None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadsurgery.support.divergence import divergence, kind_of
+from cadsurgery.support.divergence import class_scores, divergence, kind_of
 from cadsurgery.support.errors import CadError, InvalidInput, UnknownName
 
 SHAPE = (2, 5, 7, 4)
@@ -145,3 +145,20 @@ def test_half_precision_is_compared_in_single() -> None:
 def test_what_cannot_be_compared_is_refused(high: Any, low: Any, kind: Any, error: type[CadError]) -> None:
     with pytest.raises(error, match="Next"):
         divergence(high, low, kind)
+
+
+@pytest.mark.parametrize(
+    "output", [torch.zeros(2, 3), {"scores": torch.zeros(1, 2, 3, 3)}, [torch.zeros(1)], None]
+)
+def test_an_output_without_a_map_of_scores_is_refused(output: Any) -> None:
+    with pytest.raises(InvalidInput, match="not a map of class scores"):
+        class_scores(output)
+
+
+def test_class_scores_are_alone_or_one_of_several() -> None:
+    scores = torch.zeros(2, 3, 4, 5)
+    for output in (scores, {"aux": torch.zeros(1), "out": scores}, (torch.zeros(1), scores)):
+        assert class_scores(output, fewest=3, batch=2) is scores
+    for options in ({"fewest": 4}, {"batch": 1}):
+        with pytest.raises(InvalidInput, match=r"tensor of shape \(2, 3, 4, 5\)"):
+            class_scores(scores, **options)

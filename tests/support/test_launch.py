@@ -75,16 +75,16 @@ def halved(number: int) -> int:
 
 
 def test_what_cannot_be_done_is_noted_and_the_rest_is_done() -> None:
-    told: list[str] = []
+    told: list[tuple[object, ...]] = []
     failures = Failures("number", [{"number": "x", "error": "FileError", "what": "x is no number."}])
     done, failed = for_each(
-        [2, 3, 4], halved, failures, CPU, name=lambda item: f"at/{item}", step=told.append
+        [2, 3, 4], halved, failures, CPU, name=lambda item: f"at/{item}", step=lambda *step: told.append(step)
     )
     assert done == [1, 2]
     assert [failure["number"] for failure in failed] == ["x", "at/3"] and failed[1][
         "why"
     ] == "halves are whole."
-    assert told == ["2 (1 of 3)", "3 (2 of 3)", "4 (3 of 3)"]
+    assert told == [(f"number {at + 1} of 3 ({at + 2})", at, 3) for at in range(3)]
 
 
 def test_what_nobody_refused_is_no_failure_of_an_item() -> None:

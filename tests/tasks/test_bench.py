@@ -364,7 +364,15 @@ def test_every_cap_has_a_run_of_its_own_and_all_are_in_one_report(
     names = [f"{__name__}:trunk", f"{__name__}:Gated"]
     told: list[str] = []
     found = bench(
-        names, "none", [0.5, 0.0], size=SIZE, rounds=1, fill=["linear"], isa=CAPS, step=told.append, **files
+        names,
+        "none",
+        [0.5, 0.0],
+        size=SIZE,
+        rounds=1,
+        fill=["linear"],
+        isa=CAPS,
+        step=lambda text, *count: told.append(text),
+        **files,
     )
     runs = [(name, cap) for name in names for cap in CAPS]
     assert [(one.model, one.isa) for one in found.networks] == runs

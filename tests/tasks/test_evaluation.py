@@ -26,7 +26,7 @@ from cadsurgery.data.networks import Source, source_of
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.macs import layer_work
 from cadsurgery.tasks import evaluation
-from cadsurgery.tasks.evaluation import EvaluationReport, scores_of
+from cadsurgery.tasks.evaluation import EvaluationReport
 from cadsurgery.tasks.figures import evaluation_figure
 from cadsurgery.tasks.open import weights_in_words
 
@@ -216,14 +216,6 @@ def test_a_network_converted_in_part_is_evaluated_too() -> None:
 def test_another_number_of_classes_is_refused() -> None:
     with pytest.raises(cs.InvalidInput, match=r"network has 4 classes and data scene:5.* has 6"):
         cs.evaluate(street_segmenter(classes=4), DATA, rounds=0)
-
-
-@pytest.mark.parametrize(
-    "output", [torch.zeros(2, 3), {"scores": torch.zeros(1, 2, 3, 3)}, [torch.zeros(1)], None]
-)
-def test_an_output_without_a_map_of_scores_is_refused(output: Any) -> None:
-    with pytest.raises(cs.InvalidInput, match="not a map of class scores"):
-        scores_of(output)
 
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"batch": 0}, {"rounds": -1}])

@@ -19,10 +19,10 @@ from training import Scenes
 import cadsurgery as cs
 from cadsurgery.data.networks import source_of
 from cadsurgery.support import files
+from cadsurgery.tasks.judging import CLASSES, LABELS, VALUES, Estimate, Judgement, estimate, judge
 from cadsurgery.tasks.recommend import Recommendation, recommend
 from cadsurgery.tasks.recommend import run as running
 from cadsurgery.tasks.recommend.choice import choose
-from cadsurgery.tasks.recommend.judging import CLASSES, LABELS, VALUES, Estimate, Judgement, estimate, judge
 from cadsurgery.tasks.recommend.report import Request, SettingRow
 from cadsurgery.tasks.recommend.settings import Setting, find_candidates, scaled_size
 
@@ -206,7 +206,7 @@ def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, 
 def test_an_interrupted_run_reports_and_goes_on(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(text: str) -> None:
+    def interrupt(text: str, *count: object) -> None:
         if text.startswith("picture 2"):
             raise KeyboardInterrupt
 
@@ -226,7 +226,7 @@ def test_an_interrupted_run_reports_and_goes_on(
 def test_a_run_that_is_interrupted_before_it_goes_on_reports_what_it_had(
     photos: Path, tmp_path: Path
 ) -> None:
-    def interrupt(text: str) -> None:
+    def interrupt(text: str, *count: object) -> None:
         if text.startswith("preparing"):
             raise KeyboardInterrupt
 

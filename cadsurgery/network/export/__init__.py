@@ -24,6 +24,7 @@ from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import check_folder, write_together
+from cadsurgery.support.progress import Step, silent
 
 Format = Literal["pt2", "onnx", "aoti"]
 
@@ -68,6 +69,7 @@ def export(
     int8: Tensor | Iterable[Tensor] | None = None,
     other: Tensor | None = None,
     check_in: str = "onnx",
+    step: Step = silent,
 ) -> Exported:
     """Write a network as a file that runs without this package.
 
@@ -94,6 +96,8 @@ def export(
         other: another batch to compare on; default: variants of `image`, e.g. upside down.
         check_in: engine in which an ONNX file is compared: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits gets
             the form that is fastest in this engine.
+        step: progress callback; gets the name of each step: tracing, translating, compiling, writing, comparing,
+            calibrating and quantising. See `cadsurgery.support.progress.Step`.
 
     Raises:
         InvalidInput: see `check_mask`; the network is in training mode or a copy in 8 bits, the image is invalid or too
@@ -142,10 +146,10 @@ def export(
     check_folder(file, "path")
     net.normalise_by(image)  # the normalisation must be known before tracing
     writers: dict[str, Callable[[Path], tuple[Comparison, tuple[int | None, ...]]]] = {
-        "pt2": lambda target: programs.write_program(net, image, other, target),
-        "aoti": lambda target: programs.write_package(net, image, other, target),
+        "pt2": lambda target: programs.write_program(net, image, other, target, step),
+        "aoti": lambda target: programs.write_package(net, image, other, target, step),
         "onnx": lambda target: onnx.write(
-            net, image, other, target, dynamic, level_map, float16, engines[check_in], batches
+            net, image, other, target, dynamic, level_map, float16, engines[check_in], batches, step
         ),
     }
     with torch.no_grad(), write_together(file) as temporary:

@@ -20,6 +20,7 @@ from cadsurgery.network.export.engines import Engine, OnnxRuntime, import_packag
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.quantise import round_weight
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
+from cadsurgery.support.progress import Step, counted, silent
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 # Operations that only move values: in 8 bits, rows are quantised before they are gathered for every tap.
@@ -56,6 +57,7 @@ def to_8_bits(
     engine: type[Engine],
     calls: Sequence[tuple[Tensor, ...]],
     others: Sequence[tuple[Tensor, ...]] = (),
+    step: Step = silent,
 ) -> Fidelity:
     """Replace a float file by its 8-bit version, in the form that is fastest in an engine.
 
@@ -64,6 +66,7 @@ def to_8_bits(
         engine: engine that the file is for; it runs both files.
         calls: inputs for calibration, the image batch first.
         others: further inputs on which the file is run.
+        step: progress callback; gets the calibration images.
 
     Raises:
         CannotConvert: quantiser or engine refuse the network, or the file returns another level map or NaN.
@@ -72,7 +75,8 @@ def to_8_bits(
     rounded = path.with_name(f"8-bit-{path.name}")
     try:
         with quietly():
-            outputs = quantise(path, rounded, calls, products_by_convolution=engine is OnnxRuntime)
+            shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
+            outputs = quantise(path, rounded, shown, products_by_convolution=engine is OnnxRuntime)
     except CadError:
         raise
     except Exception as error:
@@ -98,12 +102,18 @@ def to_8_bits(
             )
         return inputs[0], found, expected
 
-    fidelity = measure(run(*inputs) for inputs in calls)
+    shown = counted(calls, step, "comparing in 8 bits, image", size=_images)
+    fidelity = measure(run(*inputs) for inputs in shown)
     for inputs in others:
         run(*inputs)
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     rounded.replace(path)
     return replace(fidelity, taken_in=f"{engine.name} {version(engine.package)} ({_instruction_set()})")
+
+
+def _images(inputs: tuple[Tensor, ...]) -> int:
+    """Return the number of images in the inputs of a file."""
+    return len(inputs[0])
 
 
 def _instruction_set() -> str:

@@ -29,6 +29,7 @@ from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
+from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.provenance import versions
 
 # Tolerance in half precision, and number of patches per image that a mask may choose differently through rounding.
@@ -48,6 +49,7 @@ def write(
     float16: bool,
     engine: type[Engine],
     int8: Sequence[Tensor] = (),
+    step: Step = silent,
 ) -> Written:
     """Write an ONNX file; return its comparison, and the shape of its image with None for dynamic axes. See `export`.
 
@@ -56,6 +58,7 @@ def write(
     """
     for package in ("onnx", "onnxscript", engine.package):
         import_package(package)
+    step("tracing")
     graph = Exportable(net, float16)
     example = _cut_awkwardly(net, image) if dynamic else image
     names = output_names(net(example))
@@ -65,6 +68,7 @@ def write(
     outputs = (*names, "levels")
     from cadsurgery.network.export.translate import TABLE
 
+    step("translating to ONNX")
     model = translate(
         program,
         f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
@@ -76,6 +80,7 @@ def write(
     _tidy(model.model)
     model.model.metadata_props.update(_metadata(net, dynamic))
     _name_axes(model.model, free)
+    step("writing")
     weights = (one.const_value for one in model.model.graph.initializers.values())
     model.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
     import onnx
@@ -86,12 +91,13 @@ def write(
         batches = [*batches[:1], *_of_other_sizes(net, image)]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
     run = engine(path)
-    largest = check_difference((_compare(net, run, batch, level_map) for batch in batches), tolerance)
+    counted_batches = counted(batches, step, "comparing, batch")
+    largest = check_difference((_compare(net, run, batch, level_map) for batch in counted_batches), tolerance)
     shapes = tuple(tuple(batch.shape) for batch in batches)
     compared = Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs)
     if int8:
-        calls = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
-        compared = replace(compared, fidelity=to_8_bits(path, engine, *calls))
+        calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
+        compared = replace(compared, fidelity=to_8_bits(path, engine, calls, others, step))
     return compared, shape
 
 

@@ -13,26 +13,33 @@ from cadsurgery.network.export.compare import Comparison, check_difference, diff
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CannotConvert, describe_error
+from cadsurgery.support.progress import Step, counted, silent
 
 Written = tuple[Comparison, tuple[int | None, ...]]
 
 
-def write_program(net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path) -> Written:
+def write_program(
+    net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path, step: Step = silent
+) -> Written:
     """Write a program for torch.export.load; return its comparison and the shape of its image.
 
     Raises:
         CannotConvert: torch.export cannot follow the network, or the program's outputs differ.
     """
+    step("tracing")
     program = follow(net, image)
+    step("writing")
     with warnings.catch_warnings():
         # torch gives this warning for channels_last weights, but stores them completely.
         warnings.filterwarnings("ignore", "No complete tensor found")
         torch.export.save(program, path)
     run = torch.export.load(path).module()
-    return _compare(net, run, image, other)
+    return _compare(net, run, image, other, step)
 
 
-def write_package(net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path) -> Written:
+def write_package(
+    net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path, step: Step = silent
+) -> Written:
     """Write a package of AOTInductor for this machine; return its comparison and the shape of its image.
 
     The compiled code does not check the shape of its input. The metadata hold this shape and the names of the outputs.
@@ -46,10 +53,12 @@ def write_package(net: AdaptiveModel, image: Tensor, other: Tensor | None, path:
     }
     # In portable form convolutions are matrix products of rows, which Inductor compiles; it would only call
     # convolutions, with copies of the rows.
+    step("tracing")
     with portable():
         program = follow(net.optimize(), image)
+    step("compiling")
     compile_program(program, path, about)
-    return _compare(net, torch._inductor.aoti_load_package(str(path)), image, other)
+    return _compare(net, torch._inductor.aoti_load_package(str(path)), image, other, step)
 
 
 def compile_program(
@@ -87,9 +96,12 @@ def follow(net: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
         ) from error
 
 
-def _compare(net: AdaptiveModel, run: object, image: Tensor, other: Tensor | None) -> Written:
+def _compare(net: AdaptiveModel, run: object, image: Tensor, other: Tensor | None, step: Step) -> Written:
     others = more_images(image, other)
-    largest = check_difference(difference(run(one), net(one)) for one in others)  # type: ignore[operator]
+    largest = check_difference(
+        difference(run(one), net(one))  # type: ignore[operator]
+        for one in counted(others, step, "comparing, batch")
+    )
     names = output_names(net(image))
     return Comparison(largest, tuple(tuple(one.shape) for one in others), ("image",), names), tuple(
         image.shape

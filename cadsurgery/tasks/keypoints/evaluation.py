@@ -15,6 +15,7 @@ from cadsurgery.data.images import write_picture
 from cadsurgery.masks import resolve_mask
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import own_device, world
+from cadsurgery.support.progress import within
 from cadsurgery.tasks.figures import figure_picture, matches_figure
 from cadsurgery.tasks.for_each import Failures, Step, for_each, silent
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, Seen
@@ -102,9 +103,8 @@ def evaluate_matching(
         seen = extractors[0].seen(image)
         size = (seen.batch.shape[2], seen.batch.shape[3])
         if rounds:
-            step("measuring")
             sides = [Side(extractor.mask, partial(_describe, extractor, seen)) for extractor in extractors]
-            rows = time_sides(sides, rows, seen.batch, rounds)
+            rows = time_sides(sides, rows, seen.batch, rounds, step=within(step, "measuring"))
         if matches is not None:
             step("drawing")
             other = usable.read(1)

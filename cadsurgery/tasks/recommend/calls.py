@@ -23,7 +23,6 @@ from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.files import make_folder
-from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.recommend.settings import Pair, Setting, scaled_size
 
 TORCH = "torch"
@@ -44,7 +43,6 @@ class Calls:
         precision: one of `PRECISIONS`.
         calibration: pictures (1, 3, H, W) for the calibration of int8.
         folder: folder for the files of an engine.
-        step: progress callback.
     """
 
     model: nn.Module
@@ -55,7 +53,6 @@ class Calls:
     precision: str
     calibration: Sequence[Tensor]
     folder: Path
-    step: Step = silent
     _nets: dict[tuple[Pair, str], AdaptiveModel] = field(default_factory=dict)
     _fast: dict[int, AdaptiveModel] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=count)
@@ -69,7 +66,6 @@ class Calls:
 
     def make(self, setting: Setting) -> Call:
         """Return the call of a setting, which takes a picture as it is and scales it first."""
-        self.step(f"preparing {setting.name}")
         small = self.scale(setting, self.image)
         pair, fill = setting.pair, setting.fill
         if pair is None:

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cadsurgery.support.errors import CadError, first_line
-from cadsurgery.tasks.recommend.currency import expected_loss
-from cadsurgery.tasks.recommend.judging import (
+from cadsurgery.tasks.judging import (
     CLASSES,
+    FEW,
     VALUES,
     Judgement,
     boundary_iou,
     estimate,
     median_time,
 )
+from cadsurgery.tasks.recommend.currency import expected_loss
 from cadsurgery.tasks.recommend.report import WORDS, Request, SettingRow
 from cadsurgery.tasks.recommend.settings import Candidates
 
-FEW = 10  # pictures below which no small difference can be told
 _WORTH = 0.95  # of the time of the network as given: what takes longer is no gain
 _AS_FAST = 1.03  # of the time of the fastest: a simpler setting is as fast
 _DECIDED = 1.64  # standard errors: nine in ten

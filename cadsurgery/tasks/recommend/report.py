@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cadsurgery.tasks.recommend.judging import CLASSES, LABELS, VALUES, Estimate
+from cadsurgery.tasks.judging import CLASSES, LABELS, VALUES, Estimate
 from cadsurgery.tasks.recommend.settings import Setting
 from cadsurgery.tasks.report import COLOURS, Column, Plain, RunReport, canvas, heading, percent, table
 

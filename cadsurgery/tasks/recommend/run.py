@@ -35,13 +35,11 @@ from cadsurgery.support.errors import (
     first_line,
 )
 from cadsurgery.support.files import make_folder, write_whole
+from cadsurgery.support.progress import counted
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
-from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
-from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
-from cadsurgery.tasks.recommend.choice import choose, rows_of
-from cadsurgery.tasks.recommend.judging import (
+from cadsurgery.tasks.judging import (
     CLASSES,
     LABELS,
     VALUES,
@@ -50,6 +48,9 @@ from cadsurgery.tasks.recommend.judging import (
     judge,
     median_time,
 )
+from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
+from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
+from cadsurgery.tasks.recommend.choice import choose, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Request
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 
@@ -158,7 +159,6 @@ def recommend(
         precision,
         pictures.readable(_CALIBRATED_BY) if precision == "int8" else [],
         folder,
-        step,
     )
     run = _Run(candidates, calls, pictures, folder, identity, step)
     try:
@@ -415,17 +415,15 @@ class _Run:
     def measure(self, minutes: float) -> None:
         """Run all settings on the pictures, one after the other."""
         runs = self._prepare()
-        begin, before, data = time.perf_counter(), self.done, self.pictures.data
+        begin, data = time.perf_counter(), self.pictures.data
         for at in range(self.done + len(self.failed), len(data)):
             taken = time.perf_counter() - begin
             if self.done >= FEWEST and taken > 60 * minutes:
                 self.end = f"after {minutes:g} minutes"
                 break
-            each_takes = taken / max(1, self.done - before)
-            left = min(each_takes * (len(data) - at), max(0.0, 60 * minutes - taken))
-            words = f", about {_in_words(left)} left" if self.done > before else ""
             running = self._running(runs)
-            self.step(f"picture {at + 1} of {len(data)}, {len(running)} settings{words}")
+            text = f"picture {at + 1} of {len(data)}, {len(running)} settings"
+            self.step(text, at, len(data), max(0.0, 60 * minutes - taken))
             try:
                 image, labels = self.pictures.read(at)
             except CadError as error:
@@ -441,7 +439,8 @@ class _Run:
         """Return the calls of all settings that can be run; each has run once, to be warm when it is timed."""
         runs: dict[str, Call] = {}
         image = self.calls.image
-        for setting in self.candidates.settings:
+        settings = self.candidates.settings
+        for setting in counted(settings, self.step, "preparing setting", name=lambda one: one.name):
             try:
                 macs = self.macs[setting.name] = self.calls.macs(setting)
                 of_given = macs / max(1, self.macs[self._given])
@@ -514,7 +513,3 @@ class _Run:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _in_words(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

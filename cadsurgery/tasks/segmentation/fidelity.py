@@ -14,6 +14,21 @@ from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 NO_CLASS = -1  # so that no pixel of a prediction is ignored
 
 
+def balanced_fidelity(hits: Tensor, either: Tensor, truth: Tensor) -> Tensor:
+    """Return the mean over classes of the IoU of a prediction with the dense network's, for counts (..., C) of pixels.
+
+    Every class that the dense network predicts counts the same, so that rare classes count, which the share of equal
+    pixels hardly shows. Other classes do not count: a few pixels of one must not weigh as much as a whole class.
+
+    Args:
+        hits: pixels of each class in both predictions.
+        either: in either prediction.
+        truth: in that of the dense network.
+    """
+    counted = truth > 0
+    return ((hits / either.clamp(min=1)) * counted).sum(-1) / counted.sum(-1).clamp(min=1)
+
+
 class FidelityMetrics:
     """Divergence from a target output; for class scores also the agreement of classes, with the target's as labels.
 
@@ -98,15 +113,18 @@ class FidelityMetrics:
         Returns:
             `divergence`, the mean over images. For values `relative_error`, its square root: the root mean square of
             the differences, relative to the target's. For class scores `pixel_accuracy`, the share of pixels with
-            the target's class, and the other figures of `SegmentationMetrics.compute`.
+            the target's class; for maps of them also `balanced_fidelity`, see the function, and the other figures of
+            `SegmentationMetrics.compute`.
         """
         mean = math.fsum(self._apart) / len(self._apart) if self._apart else None
-        figures = dict.fromkeys(("miou", "pixel_accuracy", "boundary_iou", "trimap_iou"))
+        names = ("miou", "pixel_accuracy", "boundary_iou", "trimap_iou", "balanced_fidelity")
+        figures: dict[str, Any] = dict.fromkeys(names)
         figures |= {"iou": [], "divergence": mean, "relative_error": None}
         if self.kind == "values" and mean is not None:
             figures["relative_error"] = math.sqrt(mean)
         if self.agreement is not None:
             figures |= self.agreement.compute()
+            figures["balanced_fidelity"] = float(balanced_fidelity(*self.agreement.areas().double()))
         if self._pixels:
             figures["pixel_accuracy"] = self._same / self._pixels
         return figures

@@ -93,6 +93,12 @@ class SegmentationMetrics:
         `either`, for each class the pixels near its outlines in both maps and in either."""
         return dict(self._sums)
 
+    def areas(self) -> Tensor:
+        """Return for each class the pixels in both maps, in either, and in the labels, (3, C) int64."""
+        confusion = self._sums["all"]
+        hits, truth = confusion.diagonal(), confusion.sum(1)
+        return torch.stack((hits, truth + confusion.sum(0) - hits, truth))
+
     def compute(self) -> dict[str, Any]:
         """Return the figures so far, as shares 0..1; None where no pixel was counted.
 

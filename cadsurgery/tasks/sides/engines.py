@@ -19,8 +19,9 @@ from cadsurgery.network.export.engines import ENGINES, Engine, OnnxRuntime, Open
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.files import make_folder
+from cadsurgery.support.progress import within
 from cadsurgery.tasks.export import images_like
-from cadsurgery.tasks.for_each import Step
+from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.options import Benchmark
 from cadsurgery.tasks.side import Side
 
@@ -51,6 +52,7 @@ class InTorch:
     net: AdaptiveModel
     image: Tensor
     setup: Benchmark
+    step: Step = silent
 
     @cached_property
     def fast(self) -> AdaptiveModel:
@@ -61,7 +63,7 @@ class InTorch:
         images = (
             images_like(self.image, pictures_for(self.net), Path(folder)) if folder else self.image.split(1)
         )
-        return self.net.optimize(precision=INT8, calibration=list(images))
+        return self.net.optimize(precision=INT8, calibration=list(images), step=self.step)
 
     @property
     def quantisation(self) -> Any:
@@ -101,6 +103,9 @@ class InEngine:
     step: Step
     writer: type[Engine] | None = None
 
+    def _step(self, name: str) -> Step:
+        return within(self.step, f"exporting {name} to {self.engine.name}")
+
     def _path(self, name: str) -> Path:
         self.step(f"exporting {name} to {self.engine.name}")
         ending = "onnx" if self.engine.format == "onnx" else "pt2"
@@ -111,16 +116,17 @@ class InEngine:
         path = self._path(name)
         write_dense(self.net, level_of(self.net, name), self.image, path, self.writer or self.engine)
         if self.setup.dtype == INT8:
-            to_8_bits(path, self.engine, [(self.image,)])
+            to_8_bits(path, self.engine, [(self.image,)], step=self._step(name))
         return self.engine(path, self.setup.threads)
 
     def under(self, budget: Budget) -> Call:
         """Return the call of the network under a budget; the file contains its mask and lattice."""
-        path, format = self._path(f"budget {budget.fraction!r}"), self.engine.format
+        name, format = f"budget {budget.fraction!r}", self.engine.format
+        path = self._path(name)
         self.net.mask = budget
         options: dict[str, Any] = {"int8": self.image if self.setup.dtype == INT8 else None}
         check_in = self.setup.runtime if format == "onnx" else "onnx"
-        export(self.net, self.image, path, to=format, check_in=check_in, **options)
+        export(self.net, self.image, path, to=format, check_in=check_in, step=self._step(name), **options)
         return self.engine(path, self.setup.threads)
 
 
@@ -132,7 +138,7 @@ def level_of(net: AdaptiveModel, name: str) -> int:
 def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> Runs:
     """Return the maker of a network's calls, in torch or in the requested engine."""
     if setup.runtime not in ENGINES:
-        return InTorch(net, image, setup)
+        return InTorch(net, image, setup, step)
     return InEngine(net, image, ENGINES[setup.runtime], setup, folder, step)
 
 

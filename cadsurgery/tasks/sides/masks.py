@@ -186,7 +186,8 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
             Column[Row]("boundary", "boundary_iou", form=percent),
             Column[Row]("trimap", "trimap_iou", form=percent),
         )
-        yield from (pixels, accuracy, *edges) if report.fidelity else (accuracy, *edges, pixels)
+        balanced = Column[Row]("balanced", "balanced_fidelity", form=percent)
+        yield from (pixels, balanced, accuracy, *edges) if report.fidelity else (accuracy, *edges, pixels)
     yield Column("active", "active_fraction", form=".3f")
     yield Column("MACs", "macs", form=".3e")
     yield Column("of given", macs_of_given)

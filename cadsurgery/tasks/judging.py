@@ -1,10 +1,11 @@
 """The quality of settings, picture by picture, so that the difference between two settings has an error.
 
-Quality is one of three measures, all 0..1:
+Quality is one of four measures, all 0..1:
 
 - `miou`: mean IoU against labels;
-- `fidelity`: mean IoU against the classes that the network as given predicts. Every class that it predicts counts the
-  same, so that rare classes count, which the share of equal pixels hardly shows;
+- `fidelity`: mean IoU against the classes that the network as given predicts, see
+  `cadsurgery.tasks.segmentation.fidelity.balanced_fidelity`;
+- `agreement`: share of pixels, or of whole pictures, with the class that the network as given predicts;
 - `accuracy` of values such as depth: 1 minus the relative error against the output of the network as given.
 """
 
@@ -22,10 +23,11 @@ from torch import Tensor
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.support.divergence import Kind, divergence, maps_of, resize
 from cadsurgery.tasks.report import Plain
-from cadsurgery.tasks.segmentation.fidelity import NO_CLASS
+from cadsurgery.tasks.segmentation.fidelity import NO_CLASS, balanced_fidelity
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
-LABELS, CLASSES, VALUES = "miou", "fidelity", "accuracy"
+LABELS, CLASSES, AGREEMENT, VALUES = "miou", "fidelity", "agreement", "accuracy"
+FEW = 10  # pictures below which no small difference can be told
 _RESAMPLES = 1000
 
 
@@ -91,18 +93,31 @@ def _compare(ours: Tensor, theirs: Tensor, classes: int, ignored: int = IGNORED)
 
 
 def _areas(metrics: SegmentationMetrics) -> tuple[tuple[int, ...], ...]:
-    confusion = metrics.counts()["all"]
-    hits, truth = confusion.diagonal(), confusion.sum(1)
-    return tuple(tuple(row.tolist()) for row in (hits, truth + confusion.sum(0) - hits, truth))
+    return tuple(tuple(row) for row in metrics.areas().tolist())
+
+
+def pool(judged: Sequence[Judgement]) -> Judgement:
+    """Return the judgement of one picture under several settings together: counts are added, the rest is averaged."""
+
+    def add(name: str) -> tuple[tuple[int, ...], ...]:
+        counts = torch.tensor([getattr(one, name) for one in judged])
+        return tuple(tuple(row) for row in counts.sum(0).tolist())
+
+    def mean(name: str) -> float:
+        return sum(getattr(one, name) for one in judged) / len(judged)
+
+    return Judgement(
+        mean("milliseconds"), mean("same"), mean("error"), add("fidelity"), add("boundary"), add("labels")
+    )
 
 
 @dataclass(frozen=True)
 class Estimate(Plain):
-    """A quality, and how far it is above that of the network as given on the same pictures.
+    """A quality, and how far it is above that of the network as given, or another setting, on the same pictures.
 
     Attributes:
         value: 0..1.
-        change: relative to the network as given; negative: it is worse.
+        change: relative to that network; negative: it is worse.
         error: standard error of the change, by a paired bootstrap over the pictures; NaN for one picture.
         images: number of pictures.
     """
@@ -111,6 +126,11 @@ class Estimate(Plain):
     change: float
     error: float
     images: int
+
+    @property
+    def is_improvement(self) -> bool:
+        """True if the quality is better by more than the error; never for one picture."""
+        return self.change > self.error
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, which has no NaN."""
@@ -145,13 +165,13 @@ def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tens
     if measure == VALUES:
         errors = torch.tensor([one.error for one in judged], dtype=torch.float64)
         return 1 - ((weights @ errors) / weights.sum(1)).sqrt()
+    if measure == AGREEMENT:
+        return (weights @ torch.tensor([one.same for one in judged], dtype=torch.float64)) / weights.sum(1)
     pixels = [one.labels if measure == LABELS else one.fidelity for one in judged]
     counts = torch.tensor(pixels, dtype=torch.float64)
     hits, either, truth = (weights @ counts.flatten(1)).view(len(weights), 3, -1).unbind(1)
-    # A class that labels lack counts against labels if it is predicted, as usual. The network as given, though, has no
-    # such class, and a few pixels of it must not weigh as much as a whole one.
-    counted = either > 0 if measure == LABELS else truth > 0
-    return ((hits / either.clamp(min=1)) * counted).sum(1) / counted.sum(1).clamp(min=1)
+    # Against labels a class that they lack counts if it is predicted, as usual.
+    return balanced_fidelity(hits, either, either if measure == LABELS else truth)
 
 
 def median_time(judged: Sequence[Judgement]) -> float:

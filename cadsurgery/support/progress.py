@@ -1,0 +1,79 @@
+"""Progress: long work says which step it is at, and how many of how many items are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Step(Protocol):
+    """A callback that long work calls at the beginning of each step.
+
+    Where items are counted, it is called before each of them, first with `done=0`, or with the number of items that an
+    earlier run finished. How long an item takes, and how much time is left, follows from these calls.
+    """
+
+    def __call__(
+        self, text: str, done: float | None = None, of: float | None = None, limit: float | None = None
+    ) -> None:
+        """Note the current step.
+
+        Args:
+            text: what is being done, e.g. "image 120 of 500".
+            done: number of items that are finished; None if there is nothing to count.
+            of: number of all items.
+            limit: seconds after which the work ends even if items are left.
+        """
+
+
+def silent(text: str, done: float | None = None, of: float | None = None, limit: float | None = None) -> None:
+    """Ignore a step."""
+
+
+def within(step: Step, heading: str) -> Step:
+    """Return a callback that begins the text of every step with a heading."""
+
+    def inner(
+        text: str, done: float | None = None, of: float | None = None, limit: float | None = None
+    ) -> None:
+        step(f"{heading}, {text}", done, of, limit)
+
+    return inner
+
+
+def counted(
+    items: Sequence[Item],
+    step: Step,
+    text: str,
+    then: str = "",
+    *,
+    name: Callable[[Item], str] | None = None,
+    size: Callable[[Item], int] = lambda item: 1,
+) -> Iterator[Item]:
+    """Yield items, each after a call of `step` with its position.
+
+    Args:
+        items: the items.
+        step: progress callback.
+        text: text before the position, e.g. "calibrating, image".
+        then: the step after the last item; empty for none.
+        name: returns the name of an item, which follows its position.
+        size: number of things to count in an item, e.g. the images of a batch.
+    """
+    done, of = 0, sum(map(size, items))
+    for item in items:
+        named = f" ({name(item)})" if name is not None else ""
+        step(f"{text} {done + size(item)} of {of}{named}", done, of)
+        yield item
+        done += size(item)
+    if then:
+        step(then)
+
+
+def time_in_words(seconds: float) -> str:
+    """Return a rough duration such as `40 s`, `3 min` or `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,227 @@
+"""Progress of commands: bars and spinners on a terminal, lines in a pipe, and the time that is left."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Run
+from rich.console import Console
+
+import cadsurgery as cs
+from cadsurgery.cli import screen
+from cadsurgery.support.progress import counted, silent, time_in_words, within
+from cadsurgery.support.timing import interleaved
+
+SHOW_CURSOR, ERASE_LINE = "\x1b[?25h", "\x1b[2K"
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def shown_in(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> io.StringIO:
+    """What commands write to standard error, which is a terminal or a pipe."""
+    stream = io.StringIO()
+    monkeypatch.setattr(screen, "err", Console(file=stream, width=100, force_terminal=terminal))
+    return stream
+
+
+def passing(clock: Clock, seconds: float, ends: float, work: Callable[[float], None]) -> Callable[[], bool]:
+    """A wait for half minutes: the work goes on a second at a time, and the command ends at a time."""
+
+    def wait() -> bool:
+        until = clock.now + seconds
+        while clock.now < min(until, ends):
+            clock.now += 1
+            work(clock.now - 100)
+        return clock.now >= ends
+
+    return wait
+
+
+def test_a_pipe_gets_a_line_each_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, clock = shown_in(monkeypatch, terminal=False), Clock()
+    now = screen.Current(clock)
+    now("image 1 of 500", 0, 500)
+
+    def work(passed: float) -> None:  # an image takes two seconds
+        if passed % 2 == 0:
+            now(f"image {passed / 2 + 1:.0f} of 500", passed / 2, 500)
+
+    screen.print_lines("eval", now, passing(clock, 30, 100 + 100, work))
+    assert stream.getvalue().splitlines() == [
+        "eval: image 16 of 500, about 16 min left",
+        "eval: image 31 of 500, about 16 min left",
+        "eval: image 46 of 500, about 15 min left",
+    ]
+
+
+def test_a_pipe_gets_the_name_of_a_long_step_and_nothing_of_a_short_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream, clock = shown_in(monkeypatch, terminal=False), Clock()
+    now = screen.Current(clock)
+    now("[compiling]")
+    screen.print_lines("export", now, passing(clock, 30, 100 + 65, lambda passed: None))
+    assert stream.getvalue() == "export: [compiling]\n" * 2
+    with screen.steps("export") as step:
+        step("tracing")
+        step("image 1 of 2", 0, 2)
+    assert stream.getvalue() == "export: [compiling]\n" * 2
+
+
+def test_lines_come_from_the_command_itself_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed, stream = screen.Event(), shown_in(monkeypatch, terminal=False)
+    write = stream.write
+
+    def told(text: str) -> int:
+        printed.set()
+        return write(text)
+
+    monkeypatch.setattr(stream, "write", told)
+    with screen.steps("run", every=0.001) as step:
+        step("image 1 of 2 (a.png)", 0, 2)
+        assert printed.wait(60)
+    whole = stream.getvalue()
+    assert whole.startswith("run: ") and whole.endswith("\n")
+    assert {line for line in whole.splitlines()} <= {"run: starting", "run: image 1 of 2 (a.png)"}
+
+
+def test_further_processes_of_a_launcher_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = shown_in(monkeypatch, terminal=True)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with screen.steps("eval", every=0.001) as step:
+        step("image 1 of 2", 0, 2)
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_where_items_are_counted_and_a_spinner_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, console = Clock(), Console(file=io.StringIO(), width=100, force_terminal=True)
+    now = screen.Current(clock)
+    spinner = screen.Spinner("dots")
+
+    def drawn() -> str:
+        with console.capture() as captured:
+            console.print(screen._draw(now, spinner))
+        return captured.get()
+
+    now("tracing [x]")
+    assert "tracing [x]" in drawn() and "━" not in drawn()
+    now("image 1 of 4", 0, 4)
+    assert "━" in drawn() and "left" not in drawn()
+    clock.now += 60
+    now("image 2 of 4", 1, 4)
+    assert "━" in drawn() and "image 2 of 4, about 3 min left" in drawn()
+    clock.now += 60
+    assert "about 2 min left" in drawn()  # it runs on between the steps
+    assert max(map(len, screen.Text.from_ansi(drawn()).plain.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, cs.InvalidInput])
+def test_the_bar_vanishes_at_the_end_and_when_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = shown_in(monkeypatch, terminal=True)
+    with pytest.raises(error), screen.steps("eval") as step:
+        step("image 1 of 2", 0, 2)
+        raise error("stopped")
+    whole = stream.getvalue()
+    assert "\x1b[?25l" in whole and whole.rindex(SHOW_CURSOR) > whole.rindex("\x1b[?25l")
+    assert whole.endswith(ERASE_LINE)
+
+
+def test_results_stay_on_standard_output_while_a_terminal_shows_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = shown_in(monkeypatch, terminal=True)
+    with screen.steps("macs") as step:
+        step("counting")
+        screen.print_json({"macs": 1})
+    assert "macs" in capsys.readouterr().out and '"macs"' not in stream.getvalue()
+
+
+def test_an_interrupted_command_says_so_in_one_line(
+    command_line: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cadsurgery.tasks.convert.make_or_read_plan", interrupted)
+    done = command_line("plan", "resnet18", "--json")
+    assert done.code == 130 and done.err == "interrupted\n" and done.out == ""
+
+
+def test_the_time_left_is_that_of_the_items_that_are_counted_now() -> None:
+    clock = Clock()
+    now = screen.Current(clock)
+    now("image 5 of 10", 4, 10)  # an earlier run did four
+    clock.now += 10
+    now("image 6 of 10", 5, 10)
+    assert now.words == "image 6 of 10, about 50 s left" and now.share == 0.5 and now.speed == 0.1
+    now("image 6 of 10", 5, 10, 20.0)
+    assert now.words == "image 6 of 10, about 20 s left"
+    now("round 1 of 10", 0, 10)  # other items, as many
+    clock.now += 3
+    assert now.words == "round 1 of 10" and now.speed is None
+    now("round 2 of 10", 1, 10)
+    assert now.words == "round 2 of 10, about 27 s left"
+    clock.now += 40  # the third takes longer than was to be expected
+    assert now.words == "round 2 of 10"
+    now("writing")
+    assert now.words == "writing" and now.share is None
+    now("nothing", 0, 0)
+    assert now.words == "nothing" and now.share is None
+
+
+def test_durations_in_words() -> None:
+    assert [time_in_words(seconds) for seconds in (1, 89, 90, 200, 5399, 5400, 36000)] == [
+        *("1 s", "89 s", "2 min", "3 min", "90 min", "1.5 h", "10.0 h")
+    ]
+
+
+def test_rows_of_a_training_log_are_steps_with_images_per_second() -> None:
+    clock = Clock()
+    now = screen.Current(clock)
+    on_step = screen.training(now, 100, 8)
+    on_step({"step": 41.0, "loss": 0.5, "miou": None})
+    assert now.words == "step 41 of 100, loss 0.5"
+    clock.now += 4
+    on_step({"step": 43.0, "loss": 0.25, "miou": 0.5})
+    assert now.words == "step 43 of 100, loss 0.25, miou 0.5, 4.0 images/s, about 2 min left"
+
+
+def test_work_counts_its_items() -> None:
+    told: list[tuple[object, ...]] = []
+
+    def note(*step: object) -> None:
+        told.append(step)
+
+    batches = [torch.zeros(2, 1), torch.zeros(3, 1)]
+    assert len(list(counted(batches, note, "calibrating, image", "quantising", size=len))) == 2
+    assert told == [
+        *(("calibrating, image 2 of 5", 0, 5), ("calibrating, image 5 of 5", 2, 5), ("quantising",))
+    ]
+    told.clear()
+    interleaved({"a": int, "b": int}, 2, step=within(note, "measuring"))
+    texts = [f"measuring, {turn}" for turn in ("warming up", "round 1 of 2", "round 2 of 2")]
+    assert [step[:3] for step in told] == [
+        (f"{text} ({name})", 2 * turn + place, 6)
+        for turn, text in enumerate(texts)
+        for place, name in enumerate("ab")
+    ]
+    silent("nothing", 1, 2, 3)

@@ -1,0 +1,82 @@
+"""Judgements picture by picture: what rare classes lose is not paid for by what others gain, and nothing by chance."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.tasks.judging import AGREEMENT, CLASSES, VALUES, Estimate, Judgement, estimate, judge, pool
+from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
+
+SIZE = (23, 31)
+
+
+def scores(classes: Tensor, count: int) -> Tensor:
+    return F.one_hot(classes, count).movedim(-1, 1).float()
+
+
+def drawn(images: int, seed: int, share: float) -> Tensor:
+    """Classes (images, 1, h, w) of pixels: 0 and 1, and a share of 2."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randint(2, (images, 1, *SIZE), generator=generator)
+    return classes.where(torch.rand(classes.shape, generator=generator) > share, 2)
+
+
+def of(found: Tensor, dense: Tensor) -> Judgement:
+    return judge(0.0, scores(found, 3), scores(dense, 3), None, SIZE, "classes")
+
+
+def test_it_is_the_balanced_fidelity_of_an_evaluation() -> None:
+    dense, found = drawn(4, 0, 0.02), drawn(4, 1, 0.02)
+    metrics = FidelityMetrics("classes")
+    for one, other in zip(found, dense, strict=True):
+        metrics.update(scores(one, 4), scores(other, 4), SIZE)
+    judged = [of(one, other) for one, other in zip(found, dense, strict=True)]
+    figures = metrics.compute()
+    assert figures["balanced_fidelity"] == pytest.approx(estimate(judged, judged, CLASSES).value)
+    assert figures["pixel_accuracy"] == pytest.approx(estimate(judged, judged, AGREEMENT).value)
+    dense[:], found[:] = 0, 0
+    found[..., 0, 0] = 1  # not a class of the dense network: it lowers mean IoU alone
+    alone = FidelityMetrics("classes")
+    alone.update(scores(found[0], 4), scores(dense[0], 4), SIZE)
+    assert alone.compute()["balanced_fidelity"] > 0.99 > alone.compute()["miou"]
+
+
+def test_a_rare_class_that_is_lost_is_no_improvement_though_more_pixels_agree() -> None:
+    dense = drawn(6, 0, 0.01)
+    before, after = dense.clone(), dense.where(dense < 2, 0)
+    before[..., :5, :] = (1 - before[..., :5, :]).where(before[..., :5, :] < 2, 2)
+    judged = [[of(*pair) for pair in zip(found, dense, strict=True)] for found in (after, before)]
+    assert estimate(*judged, AGREEMENT).is_improvement and estimate(*judged, AGREEMENT).change > 0.1
+    assert not estimate(*judged, CLASSES).is_improvement and estimate(*judged, CLASSES).change < 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "improves"),
+    [(0.02, 0.01, True), (0.01, 0.02, False), (0.0, 0.0, False), (-0.1, 0.01, False), (0.5, math.nan, False)],
+)
+def test_an_improvement_is_larger_than_its_error(change: float, error: float, improves: bool) -> None:
+    assert Estimate(0.5, change, error, 3).is_improvement == improves
+
+
+@pytest.mark.parametrize("measure", [CLASSES, AGREEMENT])
+def test_several_settings_of_a_picture_are_judged_together(measure: str) -> None:
+    dense, found = drawn(2, 0, 0.1), drawn(2, 1, 0.1)
+    together = estimate([pool([of(one, dense[0]) for one in found])], [of(dense[0], dense[0])], measure)
+    apart = estimate([of(one, dense[0]) for one in found], [of(dense[0], dense[0])] * 2, measure)
+    assert together.value == pytest.approx(apart.value) and together.images == 1
+    values = [
+        judge(1.0, factor * torch.ones(1, 1, 4, 5), torch.ones(1, 1, 4, 5), None, (4, 5), "values")
+        for factor in (0.9, 1.0)
+    ]
+    assert pool(values).error == pytest.approx(0.005) and estimate([pool(values)], values, VALUES).value < 1
+
+
+def test_pictures_of_one_class_agree_or_not() -> None:
+    given = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 1.0]])
+    judged = [judge(0.0, one[None], given[0][None], None, SIZE, "classes") for one in given]
+    assert estimate(judged, judged, AGREEMENT).value == 0.5
