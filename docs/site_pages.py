@@ -7,9 +7,11 @@ site. The options of the commands and the table of masks are written there, too,
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,18 @@ SINGLE_PAGES = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
     "examples/deploy/README.md": "examples/deploy.md",
+}
+# The public names in the order in which somebody needs them; what is in none of these groups follows last.
+GROUPS = {
+    "Convert": "adaptify plan Plan AdaptiveModel recommend Recommendation build_model list_models",
+    "Save, load, export": "save load export push_to_hub Bucketed",
+    "Evaluate": "evaluate EvaluationReport SegmentationMetrics open_data SegmentationData Augment",
+    "Masks": "list_masks mask_provider MaskProvider MaskWrapper Budget",
+    "Values at points": "read_at macs_at",
+    "Train": "body_of stem_outputs CachedStem",
+    "Other methods": "anytime AnytimeModel sample SampledModel resample ResampledModel",
+    "Extend": "rule Treatment Call Window operation Elements Lattice Geometry",
+    "Errors": "CadError CannotConvert InvalidInput UnknownName FileError TrainingStopped CadWarning",
 }
 # Text and target of a link or picture; the target without its anchor, and the anchor.
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)")
@@ -48,6 +62,8 @@ def write_pages() -> None:
     texts = {copy: path.read_text() for path, copy in outside_pages().items()}
     texts[GENERATED / "parts" / "commands.md"] = "\n".join(describe_commands())
     texts[GENERATED / "parts" / "masks.md"] = "\n".join(describe_masks())
+    texts[GENERATED / "parts" / "names.md"] = "\n".join(describe_names())
+    texts[GENERATED / "parts" / "modules.md"] = "\n".join(describe_modules())
     for old in GENERATED.rglob("*.*"):
         if old not in texts:
             old.unlink()
@@ -135,3 +151,61 @@ def describe_masks() -> Iterator[str]:
         options = ", ".join(f"{name}={value}" for name, value in mask.options.items())
         cells = (f"`{mask.form}`", mask.summary, f"`{options}`" if options else "", mask.source)
         yield "| " + " | ".join(_as_cell(cell) for cell in cells) + " |"
+
+
+def describe_names() -> Iterator[str]:
+    """Lines of Markdown: the public names of the package in groups, each documented by its docstring."""
+    import cadsurgery
+
+    names = {name for name in cadsurgery.__all__ if not inspect.ismodule(getattr(cadsurgery, name))}
+    groups = {title: group.split() for title, group in GROUPS.items()}
+    if others := sorted(names.difference(*groups.values())):
+        groups["Others"] = others
+    for title, group in groups.items():
+        yield f"## {title}\n"
+        yield from _document("cadsurgery", group)
+
+
+def describe_modules() -> Iterator[str]:
+    """Lines of Markdown: what the public modules define, without the names that the package itself has."""
+    import cadsurgery
+
+    modules = {name: getattr(cadsurgery, name) for name in cadsurgery.__all__}
+    known = {id(value) for value in modules.values()}
+    for name, module in modules.items():
+        if inspect.ismodule(module):
+            defined = [one for one in _defined(module) if id(getattr(module, one)) not in known]
+            yield f"### cadsurgery.{name}\n"
+            yield (module.__doc__ or "").partition("\n")[0] + "\n"
+            yield from _document(f"cadsurgery.{name}", defined)
+
+
+def _defined(module: Any) -> list[str]:
+    """Public functions and classes that a module, or the module that it stands for, defines."""
+    on_first_use = [name for names in getattr(module, "_PLACES", {}).values() for name in names]
+    names = getattr(module, "__all__", None) or on_first_use or [name for name in vars(module) if name[0] != "_"]
+    values = {name: getattr(module, name) for name in names}
+    room = module.__name__
+    if room.count(".") == 1 and not hasattr(module, "__path__"):  # stands for a module of a room
+        room = re.search(r"`(cadsurgery\.[\w.]+)`", module.__doc__)[1]
+    return [
+        name
+        for name, value in values.items()
+        if (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__doc__
+        and value.__module__.startswith(room)
+    ]
+
+
+def _document(module: str, names: Iterable[str]) -> Iterator[str]:
+    """A block of reStructuredText, which is what the directives of autodoc write."""
+    values = {name: getattr(importlib.import_module(module), name) for name in names}
+    if not values:
+        return
+    yield "```{eval-rst}"
+    for name, value in values.items():
+        yield f".. auto{'class' if inspect.isclass(value) else 'function'}:: {module}.{name}"
+        if inspect.isclass(value):
+            yield "   :members:"
+        yield ""
+    yield "```\n"
