@@ -25,6 +25,7 @@ nb_ipywidgets_js = {}  # the default loads scripts of widgets from other hosts, 
 default_role = "code"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes as a list; as entries they would stand twice, beside the members
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 90

@@ -44,6 +44,7 @@ def setup(app: Any) -> dict[str, bool]:
     """Register the extension."""
     app.connect("config-inited", lambda app, config: write_pages())
     app.connect("source-read", rewrite_source)
+    app.connect("autodoc-process-docstring", clean_docstring, priority=400)  # before napoleon, which has 500
     return {"parallel_read_safe": True}
 
 
@@ -103,6 +104,22 @@ def rewrite_links(text: str, original: Path, copy: Path) -> str:
         return f"{picture}[{shown}]({place}{anchor or ''})"
 
     return LINK.sub(rewritten, text)
+
+
+def clean_docstring(app: Any, kind: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Make a docstring reStructuredText where plain text is not: code after a colon, plurals of code, stars."""
+    for number, line in enumerate(lines):
+        line = re.sub(r"(`[^`]+`)(\w?)", lambda code: r"\ ".join(filter(None, code.groups())), line)
+        line = re.sub(r"(?<=[ (])\*(?=\w[^*]*$)", r"\\*", line)
+        following = next((other for other in lines[number + 2 :] if other.strip()), "")
+        is_before_gap = line.endswith(":") and lines[number + 1 : number + 2] == [""]
+        if is_before_gap and _indent(following) > _indent(line):
+            line += ":"
+        lines[number] = line
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def describe_commands() -> Iterator[str]:
