@@ -47,6 +47,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def forget_weights(model: nn.Module) -> None:
+    """Let modules drop what they computed from their weights and kept, such as timm's attention biases.
+
+    Modules do that in `train`, which is called with the mode that each has.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.train(model.training)
+    for module, training in modes.items():
+        module.training = training
+
+
 @contextmanager
 def _pretend_jit_tracing() -> Iterator[None]:
     """Make `torch.jit.is_tracing` true for the block, so that libraries skip checks that depend on the image size."""

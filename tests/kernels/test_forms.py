@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, slow
 
 from cadsurgery.kernels import build, isa
 
@@ -85,7 +85,7 @@ def run_laws(name: str, *options: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", isa.ISAS)
+@pytest.mark.parametrize("name", [name if name == "sse4" else slow(name) for name in isa.ISAS])
 def test_the_laws_hold_for_the_forms_of_every_instruction_set(name: str) -> None:
     skip_unless_run_here(name)
     run_laws(name, "-k", CHOSEN)

@@ -384,6 +384,7 @@ assert load.function("answer") is not None
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_processes_that_start_at_once_compile_once(count: int, home: Path, calls: Path) -> None:
     command = [sys.executable, "-c", START, str(build.SOURCES), str(build.LIBRARY)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import cadsurgery as cs
+from cadsurgery.surgery import treatment
 
 Size = tuple[int, int]
 SMALL: Size = (65, 97)
@@ -628,6 +630,52 @@ def test_state_dict_keys_and_values_stay_and_the_argument_is_not_touched(name: s
     for key, parameter in net.named_parameters():
         assert parameter.requires_grad == dict(model.named_parameters())[key].requires_grad
     run(net.eval(), x)
+
+
+class Remembering(nn.Module):
+    """Adds a bias that it computes once from its weights in evaluation, and drops in `train`, as attention of timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.known = nn.Parameter(torch.randn(())), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or not self.known:
+            self.known = [self.bias.square()]
+        return x + self.known[0]
+
+    def train(self, mode: bool = True) -> Remembering:
+        self.known = []
+        return super().train(mode)
+
+
+@pytest.fixture
+def rule_for_remembering() -> Iterator[None]:
+    """The module is one operation, as its memory cannot be followed."""
+
+    @cs.rule(Remembering)
+    def remembering(node: Any, facts: Any) -> cs.Treatment:
+        return cs.Treatment("pointwise")
+
+    yield
+    del treatment._RULES[Remembering]
+
+
+@pytest.mark.usefixtures("rule_for_remembering")
+@pytest.mark.parametrize("form", [lambda net: net, cs.AdaptiveModel.optimize], ids=["converted", "optimised"])
+def test_other_weights_count_whatever_modules_remember_of_the_former(
+    form: Callable[[cs.AdaptiveModel], nn.Module],
+) -> None:
+    """The verification has run the network on the weights of the conversion; what is loaded later counts alone."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(networks.strided(outputs=4), Remembering(), nn.Conv2d(4, 3, 1)).eval()
+
+    model, other = (networks.seeded(make, seed=seed) for seed in (0, 1))
+    net, x = cs.adaptify(model, "none", outputs="native"), images(2, *SMALL).double()
+    net(x)
+    net.load_state_dict(other.state_dict())
+    assert_same(form(net)(x), other(x))
 
 
 @pytest.mark.parametrize("training", [False, True])

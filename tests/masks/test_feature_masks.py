@@ -104,6 +104,7 @@ def test_a_batch_is_its_images_and_every_way_to_run_it_agrees(mask: str, tmp_pat
         assert torch.equal((net if isinstance(way, cs.Bucketed) else way).levels, levels)
 
 
+@pytest.mark.slow
 @FEW_MASKS
 @torch.no_grad()
 def test_compilers_leave_what_they_cannot_hold(mask: str) -> None:

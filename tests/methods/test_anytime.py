@@ -452,6 +452,7 @@ def test_a_network_by_name_is_built_again_from_its_file(tmp_path: Path) -> None:
         assert all(torch.equal(one, other) for one, other in zip(again(x), net(x), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimized", [slow(False), True])
 def test_torch_compile_leaves_it_as_it_is(optimized: bool) -> None:
     net, x = anytime(dtype=torch.float32), images(2, 48, 64)

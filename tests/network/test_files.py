@@ -202,6 +202,7 @@ def test_a_network_that_is_not_here_is_refused(saved: Path, name: str) -> None:
         cs.load(sourced(saved, name=name))
 
 
+@pytest.mark.slow
 def test_commands_take_trust(command_line: Run, tmp_path: Path) -> None:
     """Every command that opens a converted file refuses what it names, and says how to go on; --trust does."""
     usernets = "import torch.nn as nn\n\n\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), "

@@ -373,6 +373,7 @@ def test_one_graph_serves_every_image_of_a_size(name: str) -> None:
     assert not torch.equal(maps[0], maps[1])
 
 
+@pytest.mark.slow
 def test_another_size_is_another_graph_and_other_weights_are_the_same() -> None:
     net, seen = converted(strided(outputs=4, kernel=3)), graphs()
     fast = torch.compile(net, backend=seen, fullgraph=True)

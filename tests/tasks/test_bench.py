@@ -357,6 +357,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     return told
 
 
+@pytest.mark.slow
 def test_every_cap_has_a_run_of_its_own_and_all_are_in_one_report(
     in_this_process: list[dict[str, str]], tmp_path: Path
 ) -> None:

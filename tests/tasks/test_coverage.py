@@ -148,6 +148,7 @@ def test_a_run_writes_a_line_each_and_goes_on_where_it_stopped(tmp_path: Path) -
     assert json.loads(text.splitlines()[0])["versions"]["timm"] == timm.__version__
 
 
+@pytest.mark.slow
 def test_limits_are_kept_and_reported(tmp_path: Path) -> None:
     (late,) = check_networks(["resnet50"], tmp_path / "late.jsonl", limits=Limits(seconds=0.05))
     assert late["result"] == "not checked" and "took more than" in late["why"]

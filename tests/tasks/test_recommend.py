@@ -325,6 +325,7 @@ def test_the_command_recommends_and_refuses_an_empty_folder(
     assert absent.code == 1 and "some.safetensors" in absent.err
 
 
+@pytest.mark.slow
 def test_a_converted_file_is_judged_as_the_network_before_the_conversion(
     command_line: Run, photos: Path, tmp_path: Path
 ) -> None:

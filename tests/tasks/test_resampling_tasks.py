@@ -124,6 +124,7 @@ def test_a_sampled_input_is_evaluated_beside_equal_distances_and_the_whole_image
 # -- on the command line -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path: Path) -> None:
     model = ["--model", "networks:segmenter"]
     sampling = ["--method", "resampling", "--sample-size", "32x40", "--sample-grid", "5", "--targets", "4,5"]

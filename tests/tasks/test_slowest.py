@@ -130,6 +130,7 @@ assert "KINETO_LOG_LEVEL" not in os.environ
 """
 
 
+@pytest.mark.slow
 def test_the_profiler_is_silent_and_leaves_the_environment() -> None:
     """In a process of its own: torch reads how much its profiler writes when it is first used."""
     environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
