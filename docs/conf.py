@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # site_pages; the package of this tree
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS), str(DOCS.parent)]  # for site_pages, and for the package of this checkout
 
-import cadsurgery
+import cadsurgery  # noqa: E402 - the path comes first
 
 project = "cadsurgery"
 author = "The cadsurgery maintainers"
@@ -28,6 +29,8 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes as a list; as entries they would stand twice, beside the members
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
+# Types in quotes are taken for references, and attributes of several classes have the same name, such as `high`.
+suppress_warnings = ["ref.python"]
 python_maximum_signature_line_length = 90
 
 # The page as a browser gets it: everything lies in the folder that is written, so that it works from file://.

@@ -162,10 +162,11 @@ def _as_cell(text: str) -> str:
 def describe_masks() -> Iterator[str]:
     """Lines of Markdown: the table of all masks that are registered."""
     from cadsurgery.masks import list_masks
+    from cadsurgery.masks.options import format_options
 
     yield "| mask | keeps high | options | source |\n|---|---|---|---|"
     for mask in list_masks():
-        options = ", ".join(f"{name}={value}" for name, value in mask.options.items())
+        options = format_options(mask.options)
         cells = (f"`{mask.form}`", mask.summary, f"`{options}`" if options else "", mask.source)
         yield "| " + " | ".join(_as_cell(cell) for cell in cells) + " |"
 
@@ -174,9 +175,8 @@ def describe_names() -> Iterator[str]:
     """Lines of Markdown: the public names of the package in groups, each documented by its docstring."""
     import cadsurgery
 
-    names = {name for name in cadsurgery.__all__ if not inspect.ismodule(getattr(cadsurgery, name))}
     groups = {title: group.split() for title, group in GROUPS.items()}
-    if others := sorted(names.difference(*groups.values())):
+    if others := sorted({*cadsurgery.__all__}.difference(*groups.values())):
         groups["Others"] = others
     for title, group in groups.items():
         yield f"## {title}\n"
@@ -187,10 +187,10 @@ def describe_modules() -> Iterator[str]:
     """Lines of Markdown: what the public modules define, without the names that the package itself has."""
     import cadsurgery
 
-    modules = {name: getattr(cadsurgery, name) for name in cadsurgery.__all__}
-    known = {id(value) for value in modules.values()}
-    for name, module in modules.items():
-        if inspect.ismodule(module):
+    known = {id(getattr(cadsurgery, name)) for name in cadsurgery.__all__}
+    for name, place in cadsurgery._MODULE_OF.items():
+        if place == "cadsurgery":
+            module = getattr(cadsurgery, name)
             defined = [one for one in _defined(module) if id(getattr(module, one)) not in known]
             yield f"### cadsurgery.{name}\n"
             yield (module.__doc__ or "").partition("\n")[0] + "\n"
@@ -200,18 +200,20 @@ def describe_modules() -> Iterator[str]:
 def _defined(module: Any) -> list[str]:
     """Public functions and classes that a module, or the module that it stands for, defines."""
     on_first_use = [name for names in getattr(module, "_PLACES", {}).values() for name in names]
-    names = getattr(module, "__all__", None) or on_first_use or [name for name in vars(module) if name[0] != "_"]
+    names = (
+        getattr(module, "__all__", None) or on_first_use or [name for name in vars(module) if name[0] != "_"]
+    )
     values = {name: getattr(module, name) for name in names}
     room = module.__name__
     if room.count(".") == 1 and not hasattr(module, "__path__"):  # stands for a module of a room
         room = re.search(r"`(cadsurgery\.[\w.]+)`", module.__doc__)[1]
-    return [
-        name
-        for name, value in values.items()
-        if (inspect.isclass(value) or inspect.isfunction(value))
-        and value.__doc__
-        and value.__module__.startswith(room)
-    ]
+    own = [name for name, value in values.items() if _is_of(value, room)]
+    return own or [name for name, value in values.items() if _is_of(value, room.rpartition(".")[0])]
+
+
+def _is_of(value: Any, place: str) -> bool:
+    is_code = inspect.isclass(value) or inspect.isfunction(value)
+    return is_code and bool(value.__doc__) and value.__module__.startswith(place)
 
 
 def _document(module: str, names: Iterable[str]) -> Iterator[str]:
