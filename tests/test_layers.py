@@ -251,7 +251,16 @@ def snippets(path: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("path", [pytest.param("README.md", marks=pytest.mark.slow), "docs/extending.md"])
+SITE = [
+    "docs/index.md",
+    *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("docs/howto/*.md"))),
+]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("README.md", *SITE)), "docs/extending.md"],
+)
 def test_the_python_of_the_documents_runs_as_printed(tmp_path: Path, path: str) -> None:
     """All snippets one after another, as a reader would type them, in an empty folder."""
     assert snippets(path)

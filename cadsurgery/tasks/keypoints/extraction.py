@@ -67,10 +67,10 @@ class Extractor:
         settings: settings of the extraction.
         device: device of the network.
 
-        Raises:
-            InvalidInput: the network returns no descriptor map, several without a name to choose, or no score map for
-                detector `own`.
-            UnknownName: there is no such detector or output.
+    Raises:
+        InvalidInput: the network returns no descriptor map, several without a name to choose, or no score map for
+            detector `own`.
+        UnknownName: there is no such detector or output.
     """
 
     net: AdaptiveModel

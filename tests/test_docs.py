@@ -1,0 +1,247 @@
+"""The documentation site: what its pages promise, and that it builds without a warning or a broken link."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from conftest import ROOT
+
+import cadsurgery as cs
+
+DOCS = ROOT / "docs"
+START = (DOCS / "index.md").read_text()
+HOW_TO = sorted((DOCS / "howto").glob("*.md"))
+PAGES = [DOCS / "index.md", DOCS / "methods.md", *HOW_TO]
+PUBLIC = {*cs.__all__, *cs._MODULE_OF}  # names, and modules
+OTHER_HOST = re.compile(r"https?://|[\"']//\w")
+
+
+@pytest.fixture(scope="module")
+def site_pages() -> ModuleType:
+    """The extension of the site; it is no part of the package."""
+    spec = importlib.util.spec_from_file_location("site_pages", DOCS / "site_pages.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_is_in_the_contents() -> None:
+    listed = set(
+        re.findall(
+            r"^(?:.*<)?([\w/*-]+)>?$", "\n".join(re.findall(r"{toctree}\n(.*?)```", START, re.DOTALL)), re.M
+        )
+    )
+    pages = {path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")}
+    pages = {page for page in pages if not page.startswith("generated/")} - {"index"}
+    assert len(HOW_TO) >= 8 and pages <= listed, pages - listed
+
+
+def cards() -> set[str]:
+    return set(re.findall(r"^:link: (\S+)$", START, re.MULTILINE))
+
+
+def test_every_how_to_page_has_a_card_on_the_start_page() -> None:
+    assert cards() == {f"howto/{path.stem}" for path in HOW_TO} | {"methods"}
+
+
+def figures(name: str) -> tuple[list[list[str]], str]:
+    """Rows of a table of figures on the start page, and the text that follows it up to the next heading or table."""
+    table, after = re.search(
+        rf"<!-- figures: {name} -->\n(.*?)<!-- end -->(.*?)(?=\n#|<!--)", START, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.strip().splitlines()[2:]]
+    return rows, after
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- figures: (\w+) -->", START))
+def test_figures_on_the_start_page_name_command_and_commit(name: str) -> None:
+    rows, after = figures(name)
+    assert (
+        len(rows) > 3 and re.search(r"ommand:\s+`[^`]+`", after) and re.search(r"commit [0-9a-f]{7}\b", after)
+    )
+
+
+def test_times_on_the_start_page_are_those_that_were_measured() -> None:
+    (given, *rows), after = figures("deeplabv3_resnet101")
+    report = json.loads((DOCS / "bench" / "float32.json").read_text())
+    (network,) = (
+        one for one in report["networks"] if one["model"] == "deeplabv3_resnet101" and one["fill"] == "linear"
+    )
+    assert f"commit {report['commit']}" in after
+    assert given[1:] == [f"{network['dense_high']['milliseconds']:.0f}", "1.00", "1.00"]
+    measured = {row["fraction"]: row for row in network["rows"]}
+    for share, *shown in rows:
+        row = measured[float(share)]
+        relative = [row[key] / network["dense_high"][key] for key in ("milliseconds", "macs")]
+        assert shown == [f"{row['milliseconds']:.0f}", *(f"{one:.2f}" for one in relative)]
+
+
+def test_accuracies_on_the_start_page_are_those_of_the_recipe() -> None:
+    rows, _ = figures("camvid")
+    groups = json.loads((ROOT / "recipes" / "camvid_mobilenetv2" / "results.json").read_text())["rows"]
+    measured = [row for name in ("dense", "guided 8-16 given") for row in groups[name]]
+    known = {(f"{100 * row['miou']:.2f}", f"{row['macs_of_high']:.2f}") for row in measured if "macs" in row}
+    *converted, dense = [tuple(row[1:]) for row in rows]
+    assert {*converted} <= known
+    assert dense[0] in {f"{100 * row['miou']:.2f}" for row in groups["dense"]}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_names_that_a_page_uses_exist(path: Path) -> None:
+    """In its Python, and in its text: `cs.NAME`; blocks of Python are whole statements."""
+    text = path.read_text()
+    ast.parse("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    assert {*re.findall(r"\bcs\.(\w+)", text)} <= PUBLIC
+
+
+def commands_of(group: Any, name: str) -> dict[str, set[str]]:
+    """Names of all commands, each with its options."""
+    found = {}
+    for key, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= commands_of(command, f"{name} {key}")
+        else:
+            found[f"{name} {key}"] = {option for one in command.params for option in one.opts}
+    return found
+
+
+def test_commands_on_the_pages_have_the_options_that_they_are_given() -> None:
+    import typer
+
+    from cadsurgery.cli.main import make_app
+
+    known = commands_of(typer.main.get_command(make_app()), "cadsurgery")
+    lines = [
+        line.partition("#")[0]
+        for path in PAGES
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("cadsurgery ")
+    ]
+    assert len(lines) > 15
+    for line in lines:
+        (name,) = (name for name in known if f"{line} ".startswith(f"{name} "))
+        assert {*re.findall(r"(?<= )--?[a-z][a-z0-9-]*", line)} <= known[name], line
+
+
+def test_links_are_rewritten_to_where_a_page_is_on_the_site(site_pages: ModuleType) -> None:
+    recipe = ROOT / "recipes" / "alike" / "README.md"
+    copy = site_pages.outside_pages()[recipe]
+    text = (
+        "[guide](../../docs/guide.md#masks) [other](../camvid_mobilenetv2/README.md) [folder](../../docs/bench) "
+        "[notebook](../../examples/anytime.ipynb) [figures](results.json) [host](https://example.org) "
+        "![p](../../docs/mask.png) `layers[:4](x)` [readme](../../README.md)"
+    )
+    assert site_pages.rewrite_links(text, recipe, copy) == (
+        "[guide](../../guide.md#masks) [other](camvid_mobilenetv2.md) folder "
+        "[notebook](../examples/anytime.ipynb) [figures](../../../recipes/alike/results.json) "
+        "[host](https://example.org) ![p](../../mask.png) `layers[:4](x)` [readme](../../index.md)"
+    )
+    assert (
+        site_pages.rewrite_links("[r](../recipes/alike)", DOCS / "zoo.md", DOCS / "zoo.md")
+        == "[r](generated/recipes/alike.md)"
+    )
+
+
+def test_the_reference_has_every_command_mask_and_public_name(site_pages: ModuleType) -> None:
+    commands, masks = (
+        "\n".join(part()) for part in (site_pages.describe_commands, site_pages.describe_masks)
+    )
+    assert "## cadsurgery keypoints extract" in commands and "`--output-stride HIGH,LOW`" in commands
+    assert all(
+        f"| `{mask.form}` |".replace("| b", r"\| b") in masks
+        for mask in cs.list_masks()
+        if "|" not in mask.form
+    )
+    names = "\n".join(site_pages.describe_names())
+    grouped = " ".join(site_pages.GROUPS.values()).split()
+    assert len(grouped) == len(set(grouped)) and "## Others" not in names  # a new name belongs into a group
+    documented = re.findall(r"^.. auto\w+:: cadsurgery\.(\w+)$", names, re.MULTILINE)
+    assert {*documented} == {*cs.__all__}
+    modules = re.findall(r"^### cadsurgery\.(\w+)$", "\n".join(site_pages.describe_modules()), re.MULTILINE)
+    assert {*modules} == PUBLIC - {*cs.__all__}
+
+
+def test_the_configuration_takes_nothing_from_other_hosts() -> None:
+    settings = (DOCS / "conf.py").read_text() + (DOCS / "_static" / "site.css").read_text()
+    assert not OTHER_HOST.search(settings) and "nb_ipywidgets_js = {}" in settings
+    assert not {"sphinx.ext.mathjax", "sphinx.ext.intersphinx"} & {*re.findall(r'"([\w.]+)"', settings)}
+
+
+class _Page(HTMLParser):
+    """Anchors, and what a page refers to: tag, attribute, address."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.references: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id" and value:
+                self.anchors.add(value)
+            if name in ("href", "src") and value:
+                self.references.append((tag, value))
+
+
+def broken(pages: dict[Path, _Page]) -> list[str]:
+    """References to files or anchors that do not exist, and whatever is loaded from another host."""
+    found = []
+    for path, page in pages.items():
+        for tag, address in page.references:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                if tag != "a":
+                    found.append(f"{path.name} loads {address}")
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            is_there = target.is_file() and (
+                not parts.fragment or target not in pages or unquote(parts.fragment) in pages[target].anchors
+            )
+            if not is_there:
+                found.append(f"{path.name} refers to {address}")
+    return found
+
+
+def test_the_search_for_broken_links_finds_them(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<h1 id="here"><a href="#here"><a href="#gone"><img src="gone.png"><script src="https://cdn/x.js">'
+    )
+    assert broken({page: _Page(page.read_text())}) == [
+        "page.html refers to #gone",
+        "page.html refers to gone.png",
+        "page.html loads https://cdn/x.js",
+    ]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_or_a_broken_link(tmp_path: Path) -> None:
+    for name in ("sphinx", "furo", "myst_nb", "sphinx_design"):
+        pytest.importorskip(name, reason="the site needs pip install 'cadsurgery[docs]'")
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", str(DOCS), str(site)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = {path.resolve(): _Page(path.read_text()) for path in site.rglob("*.html")}
+    assert len(pages) > 40 and broken(pages) == []
+    styles = "".join(path.read_text() for path in site.rglob("*.css"))
+    assert not re.search(r"@import\s+(url\()?[\"']?https?:|url\([\"']?https?:", styles)
+    # Search from file://: the index is a script, and nothing is fetched.
+    search = (site / "search.html").read_text()
+    assert 'src="searchindex.js"' in search and (site / "searchindex.js").is_file()
+    options = (site / "_static" / "documentation_options.js").read_text()
+    assert "SHOW_SEARCH_SUMMARY: false" in options
