@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,12 @@ def write_page() -> None:
         one = next(iter(runs.values()))
         size = "x".join(map(str, one["image"][1:]))
         conditions = "\n".join(
-            f"- {key}: {run['device']}; {run['images']} pictures, commit `{run['commit']}`"
+            textwrap.fill(
+                f"- {key}: {run['device']}; {run['images']} pictures, commit `{run['commit']}`",
+                100,
+                subsequent_indent="  ",
+                break_on_hyphens=False,
+            )
             for key, run in runs.items()
         )
         parts.append(f"### {name}, pictures of {size}\n\n{table(runs)}\n\n{conditions}")
