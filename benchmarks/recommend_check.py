@@ -12,24 +12,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.trained import NETWORKS, spread
-from cadsurgery.data import SegmentationData
 from cadsurgery.tasks.recommend import Recommendation, recommend
-
-
-def unlabelled(data: SegmentationData) -> SegmentationData:
-    """Return the pictures without their labels."""
-    return replace(data, classes=(), read=lambda position: (data.read(position)[0], None))
-
-
-def without(data: SegmentationData, names: tuple[str, ...]) -> SegmentationData:
-    """Return the other pictures."""
-    places = [place for place, name in enumerate(data.names) if name not in names]
-    others = tuple(data.names[place] for place in places)
-    return replace(data, names=others, read=lambda position: data.read(places[position]))
 
 
 def words(report: Recommendation, name: str) -> str:
@@ -57,14 +43,15 @@ def main() -> None:
     for name in options.networks.split(","):
         model, data = NETWORKS[name](options.data)
         photos = spread(data, options.photos)
+        others = data.at([place for place, name in enumerate(data.names) if name not in photos.names])
         begin = time.perf_counter()
         chosen = recommend(
-            model, unlabelled(photos), minutes=options.minutes, output=options.folder / f"{name}-photos"
+            model, photos.unlabelled(), minutes=options.minutes, output=options.folder / f"{name}-photos"
         )
         taken = time.perf_counter() - begin
         seen = recommend(
             model,
-            spread(without(data, photos.names), options.others),
+            spread(others, options.others),
             minutes=60,
             output=options.folder / f"{name}-labels",
         )

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import cadsurgery as cs
+from cadsurgery.kernels import isa as isa  # names the kernels in `setting`
 from cadsurgery.support.provenance import setting
 
 SIDES = ("dense", "plain", "optimised")

@@ -34,8 +34,7 @@ def padded(data: cs.SegmentationData) -> cs.SegmentationData:
 def spread(data: cs.SegmentationData, count: int) -> cs.SegmentationData:
     """Return so many pictures of data, evenly spread."""
     places = [at * len(data) // min(count, len(data)) for at in range(min(count, len(data)))]
-    names = tuple(data.names[place] for place in places)
-    return replace(data, names=names, read=lambda position: data.read(places[position]))
+    return data.at(places)
 
 
 # From the folder with data and weights; the number is the output stride.

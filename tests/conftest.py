@@ -26,12 +26,14 @@ from _pytest.mark import ParameterSet
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+import cadsurgery as cs
 from cadsurgery.cli import main, screen
 from cadsurgery.kernels import isa, load
 from cadsurgery.network.storage import checksum, encode_with_checksum
 from cadsurgery.support.processor import processor_in_words
+from cadsurgery.surgery import treatment
 
 pytest.register_assert_rewrite("stand_ins", "random_laws")  # before a test imports them
 
@@ -233,6 +235,19 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
+
+
+@contextmanager
+def pointwise_rule(kind: type[nn.Module]) -> Iterator[None]:
+    """A rule of a user's own for the block: modules of this class act on each value alone."""
+
+    @cs.rule(kind)
+    def pointwise(node: Any, facts: Any) -> cs.Treatment:
+        """Acts on each value alone."""
+        return cs.Treatment("pointwise")
+
+    yield
+    del treatment._RULES[kind]
 
 
 def assert_same(found: Any, expected: Any, tolerance: float | None = None) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,15 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         """Return the first `count` items; None for all."""
         return self if count is None else replace(self, names=self.names[:count])
 
+    def at(self, places: Sequence[int]) -> SegmentationData:
+        """Return the items at these places, in this order."""
+        names = tuple(self.names[place] for place in places)
+        return replace(self, names=names, read=partial(_read_at, self.read, tuple(places)))
+
+    def unlabelled(self) -> SegmentationData:
+        """Return the images without their labels."""
+        return replace(self, classes=(), read=partial(_read_image, self.read))
+
     def _labels(self, values: np.ndarray[Any, Any], image: Tensor, name: str) -> Tensor:
         if values.ndim != 2:
             raise InvalidInput(
@@ -132,6 +142,15 @@ def _image(picture: Any) -> Tensor:
     assert isinstance(picture, Image.Image)
     pixels = np.array(picture.convert("RGB"), dtype=np.uint8)
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+# Functions of the module, because data are sent to the processes of a loader.
+def _read_at(read: Callable[[int], Any], places: Sequence[int], position: int) -> Any:
+    return read(places[position])
+
+
+def _read_image(read: Callable[[int], tuple[Any, Any]], position: int) -> tuple[Any, None]:
+    return read(position)[0], None
 
 
 def identity_table(classes: int, ignore: Iterable[int] = ()) -> tuple[tuple[int, int], ...]:

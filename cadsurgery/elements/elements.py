@@ -15,9 +15,10 @@ from torch import Tensor
 from cadsurgery.elements.axes import NCHW, channel_dims, image_dims, is_flat
 from cadsurgery.elements.backends.choose import Picking, compute, mix, select_rows
 from cadsurgery.elements.kernel_map import Reading, read_points
-from cadsurgery.elements.lattice import Lattice, describe
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import is_statically_true, least
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
 # Devices that support torch.autocast. Queried at import, because torch.compile before 2.15 cannot trace the query.

@@ -22,7 +22,8 @@ from torch import Tensor
 from cadsurgery.elements.backends.choose import Filling, compute
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.elements import Elements
-from cadsurgery.elements.lattice import Geometry, Lattice, describe
+from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
 REACH = 3  # positions to each side: 7 x 7

@@ -21,7 +21,7 @@ from torch import Tensor
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.bounds import Bounds
 from cadsurgery.elements.sizes import divide_up, is_statically_true, most
-from cadsurgery.support.divergence import describe as describe
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
 Fill = Literal["linear", "nearest", "guided"]

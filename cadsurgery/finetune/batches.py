@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from cadsurgery.data.datasets import IGNORED, is_labelled, sample_of
 from cadsurgery.data.images import normalise
-from cadsurgery.elements.lattice import describe
 from cadsurgery.finetune.schedule import Sampling, derive_seed
 from cadsurgery.finetune.settings import Settings
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, InvalidInput
 
 Augmentation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]

@@ -26,7 +26,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
-from cadsurgery.tasks.for_each import Step
+from cadsurgery.support.progress import Step
 from cadsurgery.tasks.open import open_any, open_converted
 from cadsurgery.tasks.report import Report
 

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,8 @@ from cadsurgery.network.storage import checksum, write_tensors
 from cadsurgery.support.divergence import Kind, kind_of, maps_of
 from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import make_folder, write_whole
+from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.evaluation import EvaluationReport, evaluate
-from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.judging import (
     AGREEMENT,
     CLASSES,
@@ -73,10 +72,8 @@ _MEMORY = 2 << 30  # bytes of stem outputs kept for training
 _MOST = 32  # number of photos for means and for shares of classes
 _TRAINING, _REFINING, _RANKING = 0.45, 0.15, 0.25  # shares of the time
 _TRIAL = 3  # number of steps to measure the time of a step
-_DECIDING = (
-    0.1,
-    0.3,
-)  # budgets at which, beside everything low, a part is compared with the network without it
+# Budgets at which, beside everything low, a part is compared with the network without it.
+_DECIDING = (0.1, 0.3)
 CALIBRATED, TRAINED, REFINED, RANKED, NETWORK = (
     f"{name}.safetensors" for name in ("calibrated", "trained", "refined", "ranked", "net")
 )
@@ -535,7 +532,7 @@ class _Run:
 
     def _cache(self, net: AdaptiveModel) -> CachedStem:
         """Return the stem's outputs for as many photos as memory allows, evenly spread, each also mirrored."""
-        bytes_per_photo = CachedStem(net, _select(self.photos, [0]), flip=True).bytes
+        bytes_per_photo = CachedStem(net, self.photos.at([0]), flip=True).bytes
         some = self._some(max(1, _MEMORY // bytes_per_photo))
         return CachedStem(net, self._told(some, "running the stem over the photos"), flip=True)
 
@@ -561,7 +558,7 @@ class _Run:
 
     def _some(self, most: int) -> SegmentationData:
         """Return photos to fit to, at most so many, evenly spread."""
-        return _select(self.photos, range(0, len(self.photos), -(-len(self.photos) // most)))
+        return self.photos.at(range(0, len(self.photos), -(-len(self.photos) // most)))
 
     def _told(
         self, photos: SegmentationData, what: str, total: int = 0, seconds: float = math.inf
@@ -599,21 +596,11 @@ def _deciding_masks() -> list[object]:
 
 def _divide(photos: SegmentationData) -> tuple[SegmentationData, SegmentationData, SegmentationData]:
     """Return the photos to fit to, those that decide what is kept, and those of the table; none has labels."""
-    count = len(photos)
+    photos, count = photos.unlabelled(), len(photos)
     table = range(0, count, HELD_OUT)
     deciding = range(HELD_OUT // 2, count, HELD_OUT) if count >= _APART else table
     fitted = [place for place in range(count) if place not in table and place not in deciding]
-    return _select(photos, fitted), _select(photos, deciding), _select(photos, table)
-
-
-def _select(data: SegmentationData, places: Sequence[int]) -> SegmentationData:
-    """Return some of the photos, without labels."""
-    names = tuple(data.names[place] for place in places)
-    return replace(data, names=names, classes=(), read=partial(_read_alone, data.read, tuple(places)))
-
-
-def _read_alone(read: Callable[[int], tuple[Any, Any]], places: Sequence[int], position: int) -> Any:
-    return read(places[position])[0], None
+    return photos.at(fitted), photos.at(deciding), photos.at(table)
 
 
 def _read(net: AdaptiveModel, photos: SegmentationData, index: int) -> tuple[Tensor, ...]:

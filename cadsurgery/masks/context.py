@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import describe
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
 

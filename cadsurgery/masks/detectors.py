@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.lattice import describe
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, import_optional
 
 if TYPE_CHECKING:

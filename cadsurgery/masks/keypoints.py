@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import call_context, first_pass_output
 from cadsurgery.masks.detectors import points_of, sift
@@ -17,6 +16,7 @@ from cadsurgery.masks.filters import closeness, grey_of
 from cadsurgery.masks.graded import SteppedMask
 from cadsurgery.masks.options import between, check_options
 from cadsurgery.masks.provider import FineMapSpec, mask_provider
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 

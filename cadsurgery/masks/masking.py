@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, describe, is_exporting
+from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, is_exporting
 from cadsurgery.elements.sizes import is_for_any_size
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
 # Next step in the error message about a mask that is not static.

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import Geometry, as_levels, describe
+from cadsurgery.elements.lattice import Geometry, as_levels
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.options import format_options, options_of
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.provenance import same_place
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import first_pass_output
 from cadsurgery.masks.filters import blur, resize
@@ -26,6 +25,7 @@ from cadsurgery.masks.options import (
 )
 from cadsurgery.masks.provider import FineMapSpec, check_scores, mask_provider
 from cadsurgery.masks.saliency import spectral_residual
+from cadsurgery.support.describe import describe
 from cadsurgery.support.divergence import class_scores
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at

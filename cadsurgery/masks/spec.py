@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.basic import TENSOR, FixedMask, FunctionMask
 from cadsurgery.masks.options import format_options, options_of, read_option
 from cadsurgery.masks.provider import PROVIDERS, MaskProvider
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.plain import split_options
 

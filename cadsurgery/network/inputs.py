@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements.backends.integer_layers import to_bytes
 from cadsurgery.elements.functional import to_elements
-from cadsurgery.elements.lattice import describe
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.hooks import parameter
 from cadsurgery.surgery.rewrite import ask_mask

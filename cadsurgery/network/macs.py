@@ -22,13 +22,14 @@ from torch.utils._pytree import tree_map
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.elements.lattice import Lattice, describe
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.program import GraphInterpreter, Program, RunsProgram
 from cadsurgery.support.counting import MacCounter, describe_not_counted
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
 from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order
 from cadsurgery.surgery.hooks import copying
@@ -124,7 +125,7 @@ class MacReport:
         region = f"in the region {self.region_of_high:.2f} of everything high"
         if self.of_given is None:
             return f"{of_high}; {region}"
-        if self.of_given > 1:
+        if self.given is not None and self.high > self.given:
             return (
                 f"this makes maps finer: {self.of_given:.2f} times the work of {given}, {of_high}; {region}"
             )
@@ -241,9 +242,8 @@ def count_planned(program: Program, arguments: Arguments, is_example: bool) -> W
     calls = [change_images(arguments, lambda _: larger)] if is_example else []
     counted, plan, own = program.net.counted, program.plan, program.plan.identity_level
     for call in (*calls, arguments):
-        with contextlib.suppress(
-            Exception
-        ):  # networks refuse sizes, and tensors without values, with any error
+        # Networks refuse sizes, and tensors without values, with any error.
+        with contextlib.suppress(Exception):
             by_level = {
                 level: _uniform_macs(counted, level, call)
                 for level in {0, plan.max_level, 0 if own is None else own}

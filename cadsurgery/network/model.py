@@ -43,7 +43,7 @@ from cadsurgery.support.progress import Step, silent
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.trace import forget_weights
+from cadsurgery.surgery.trace import drop_cached
 from cadsurgery.surgery.verify import Check
 
 # Tracing patches functions of torch, so only one thread traces at a time; a waiting thread reuses the traced program.
@@ -77,7 +77,7 @@ class AdaptiveModel(RunsProgram):
         self.training = model.training
         self.register_state_dict_post_hook(_without_own)
         self.register_load_state_dict_post_hook(_own_not_missing)
-        self.register_load_state_dict_post_hook(_forget_weights)
+        self.register_load_state_dict_post_hook(_drop_cached)
         self.use_channels_last()
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
@@ -613,9 +613,9 @@ def _without_own(model: nn.Module, state: dict[str, Any], prefix: str, metadata:
         del state[name]
 
 
-def _forget_weights(net: nn.Module, _: Any) -> None:
-    """Drop what was computed from other weights: the verification ran the network on those of the conversion."""
-    forget_weights(net)
+def _drop_cached(net: nn.Module, _: Any) -> None:
+    """Drop values cached for other weights: the verification ran the network on those of the conversion."""
+    drop_cached(net)
 
 
 def _own_not_missing(model: nn.Module, keys: Any) -> None:

@@ -21,7 +21,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.backends.choose import extend
 from cadsurgery.elements.elements import guided
 from cadsurgery.elements.kernel_map import Reading, read_points
-from cadsurgery.elements.lattice import Lattice, describe
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import points_of
 from cadsurgery.masks.spec import resolve_mask
@@ -29,6 +29,7 @@ from cadsurgery.network.dependencies import Cone, Place, places_of, reached
 from cadsurgery.network.macs import Counter, meta_copy, to_meta
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
 from cadsurgery.surgery.guards import drop_dead_code
 

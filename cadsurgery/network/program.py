@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.functional import common_lattice
-from cadsurgery.elements.lattice import Geometry, Lattice, describe
+from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order
 from cadsurgery.surgery.guards import GuardFailed

@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.data.datasets import is_labelled, sample_of
 from cadsurgery.data.images import normalise
-from cadsurgery.elements.lattice import describe
 from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
 from cadsurgery.network.program import Program
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name
 
 Kind = Literal["auto", "classes", "values"]
@@ -139,15 +140,6 @@ def class_scores(
             next=next,
         )
     return scores
-
-
-def describe(value: object) -> str:
-    """Describe the type, dtype and shape of a value for messages."""
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if hasattr(value, "dtype") and hasattr(value, "shape"):  # NumPy arrays
-        return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)}"
-    return " ".join(f"{type(value).__name__} {value!r}".split())[:80]
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -47,8 +47,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def forget_weights(model: nn.Module) -> None:
-    """Let modules drop what they computed from their weights and kept, such as timm's attention biases.
+def drop_cached(model: nn.Module) -> None:
+    """Let modules drop values that they computed from their weights and cached, such as timm's attention biases.
 
     Modules do that in `train`, which is called with the mode that each has.
     """

@@ -43,11 +43,10 @@ from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
-from cadsurgery.support.progress import within
+from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
 from cadsurgery.tasks.bench_isa import bench_capped, check_caps, joined, read_caps
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, Given, MethodBench, NetworkBench, Rival
-from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.open import example_batch, open_any, original, provenance
 from cadsurgery.tasks.options import Benchmark, Conversion
 from cadsurgery.tasks.report import Row, check_outputs

@@ -31,12 +31,11 @@ from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName, check_name
 from cadsurgery.support.files import check_folder
-from cadsurgery.support.progress import within
+from cadsurgery.support.progress import Step, within
 from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport
 from cadsurgery.tasks.export import images_like
-from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
 from cadsurgery.tasks.report import Row
 from cadsurgery.tasks.side import Conversion, Request, Side, measure

@@ -26,8 +26,8 @@ from cadsurgery.masks import labelled, resolve_mask
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.processes import gather, own_device, shard, world
-from cadsurgery.support.progress import within
-from cadsurgery.tasks.for_each import Failure, Failures, Step, each, silent
+from cadsurgery.support.progress import Step, silent, within
+from cadsurgery.tasks.for_each import Failure, Failures, each
 from cadsurgery.tasks.open import at_strides, open_any, provenance
 from cadsurgery.tasks.report import (
     COLOURS,

@@ -15,7 +15,7 @@ from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.export import check_mask, export, format_of
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.files import check_folder
-from cadsurgery.tasks.for_each import Step
+from cadsurgery.support.progress import Step
 from cadsurgery.tasks.open import example_batch, is_file, open_converted
 from cadsurgery.tasks.options import Exporting
 

@@ -10,8 +10,7 @@ import torch
 
 from cadsurgery.support.errors import CadError
 from cadsurgery.support.processes import gather, in_order, shard, world
-from cadsurgery.support.progress import Step as Step
-from cadsurgery.support.progress import silent as silent
+from cadsurgery.support.progress import Step, silent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -21,9 +21,8 @@ from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.support.progress import counted
+from cadsurgery.support.progress import Step, counted
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
-from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import example_image, is_file, open_converted
 from cadsurgery.tasks.report import Column, Report, Row, figure_picture, percent, plain, table
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
@@ -34,7 +33,7 @@ Look = Callable[[MaskProvider], tuple[Lattice, dict[str, Any]]]
 QUALITIES = {"agreement": "agreement", "balanced_fidelity": "balanced fidelity", "accuracy": "accuracy"}
 
 
-def telling_masks(max_level: int, has_labels: bool) -> tuple[str, ...]:
+def masks_to_compare(max_level: int, has_labels: bool) -> tuple[str, ...]:
     """Return masks that are worth comparing, in text form.
 
     Args:
@@ -173,7 +172,7 @@ def draw_masks(
     else:
         stride, max_level, look = _look_bare(picture, **options)
     if not asked:
-        examples = telling_masks(max_level, known is not None) if compare else ()
+        examples = masks_to_compare(max_level, known is not None) if compare else ()
         asked = [(text, resolve_mask(text)) for text in examples]
         if stored_mask is not None or not compare:
             first = stored_mask or resolve_mask("edges")

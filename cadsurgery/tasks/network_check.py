@@ -31,7 +31,7 @@ from cadsurgery.surgery.flow import flow_forward
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.refusals import position_mixers
-from cadsurgery.surgery.trace import evaluating, forget_weights
+from cadsurgery.surgery.trace import drop_cached, evaluating
 from cadsurgery.surgery.treatment import operation_name
 from cadsurgery.surgery.verify import DISCRETE, TOLERANCE, at_own_samples
 from cadsurgery.tasks.corpus import Subject
@@ -242,7 +242,7 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
     state = _other_weights(model.state_dict())
     for one in (model, net):
         one.load_state_dict(state)
-    forget_weights(model)  # as a converted network does
+    drop_cached(model)  # as a converted network does
     if chosen.identity_level is not None:
         errors["weights"], _ = _identity_error(*part, arguments)
     image = torch.randn(chosen.example_shape, generator=torch.Generator().manual_seed(1)).to(dtype)

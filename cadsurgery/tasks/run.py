@@ -19,10 +19,11 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.processes import own_device
+from cadsurgery.support.progress import Step
 from cadsurgery.tasks.convert import check_precision, refuse_precision
 from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.figures import class_picture
-from cadsurgery.tasks.for_each import Failures, Step, for_each
+from cadsurgery.tasks.for_each import Failures, for_each
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.sides import kind_of
 

@@ -132,7 +132,7 @@ class ESPNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = Encoder()
-        self.br = Activation(OUTPUTS).bn
+        self.br = nn.BatchNorm2d(OUTPUTS, eps=1e-3)
         self.up_l3 = nn.Sequential(nn.ConvTranspose2d(OUTPUTS, OUTPUTS, 2, 2, bias=False))
         self.level3_C = Convolution(131, OUTPUTS, 1)
         self.combine_l2_l3 = nn.Sequential(Activation(2 * OUTPUTS), Block(2 * OUTPUTS, OUTPUTS))
@@ -143,7 +143,7 @@ class ESPNet(nn.Module):
         mean, std = (110.331, 108.409, 105.033), (72.126, 72.691, 69.904)  # of BGR in 0..255
         self.pretrained_cfg = {
             "mean": tuple(value / 255 for value in mean[::-1]),
-            "std": tuple(value for value in std[::-1]),
+            "std": std[::-1],
         }
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,5 +157,5 @@ class ESPNet(nn.Module):
 def build(data: Path) -> ESPNet:
     """Build the network with the published weights."""
     model = ESPNet()
-    model.load_state_dict(load_file(data / "espnet_camvid" / "espnet_p2_q8_camvid.safetensors"), strict=False)
+    model.load_state_dict(load_file(data / "espnet_camvid" / "espnet_p2_q8_camvid.safetensors"))
     return model.eval()

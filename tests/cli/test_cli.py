@@ -610,7 +610,7 @@ def test_the_fill_may_be_guided(run: Run, command: str, tmp_path: Path) -> None:
         assert [entry["fill"] for entry in result.json["networks"]] == ["guided"]
 
 
-def test_a_comparison_chooses_telling_masks_and_labels_bring_the_oracle(run: Run, folder: Path) -> None:
+def test_a_comparison_chooses_masks_to_compare_and_labels_bring_the_oracle(run: Run, folder: Path) -> None:
     def compared(*arguments: object) -> list[str]:
         rows = run("mask", "--compare", *arguments, "--json").json["masks"]
         return [row["mask"].partition(":")[0] for row in rows]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, relative_error, slow
+from conftest import assert_same, covering, images, pointwise_rule, random_levels, relative_error, slow
 from emulation import Emulation, Feature, NetworkEmulator, emulate
 from networks import randomise, thin
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import cadsurgery as cs
-from cadsurgery.surgery import treatment
 
 Size = tuple[int, int]
 SMALL: Size = (65, 97)
@@ -649,19 +648,6 @@ class Remembering(nn.Module):
         return super().train(mode)
 
 
-@pytest.fixture
-def rule_for_remembering() -> Iterator[None]:
-    """The module is one operation, as its memory cannot be followed."""
-
-    @cs.rule(Remembering)
-    def remembering(node: Any, facts: Any) -> cs.Treatment:
-        return cs.Treatment("pointwise")
-
-    yield
-    del treatment._RULES[Remembering]
-
-
-@pytest.mark.usefixtures("rule_for_remembering")
 @pytest.mark.parametrize("form", [lambda net: net, cs.AdaptiveModel.optimize], ids=["converted", "optimised"])
 def test_other_weights_count_whatever_modules_remember_of_the_former(
     form: Callable[[cs.AdaptiveModel], nn.Module],
@@ -672,7 +658,8 @@ def test_other_weights_count_whatever_modules_remember_of_the_former(
         return nn.Sequential(networks.strided(outputs=4), Remembering(), nn.Conv2d(4, 3, 1)).eval()
 
     model, other = (networks.seeded(make, seed=seed) for seed in (0, 1))
-    net, x = cs.adaptify(model, "none", outputs="native"), images(2, *SMALL).double()
+    with pointwise_rule(Remembering):  # its memory cannot be followed
+        net, x = cs.adaptify(model, "none", outputs="native"), images(2, *SMALL).double()
     net(x)
     net.load_state_dict(other.state_dict())
     assert_same(form(net)(x), other(x))

@@ -14,10 +14,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run, assert_same, images
+from conftest import Run, assert_same, images, pointwise_rule
 from decisions import decide, half_open
 from networks import Chain, randomise, seeded, segmenter
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torchvision.io import write_png
 from torchvision.models.resnet import BasicBlock
 
@@ -213,15 +213,8 @@ class Bend(nn.Module):
 @pytest.fixture
 def bend() -> Iterator[type[nn.Module]]:
     """A class with a rule of a user's own."""
-    from cadsurgery.surgery import treatment
-
-    @cs.rule(Bend)
-    def bends(node: fx.Node, facts: Any) -> cs.Treatment:
-        """Acts on each value alone."""
-        return cs.Treatment("pointwise")
-
-    yield Bend
-    del treatment._RULES[Bend]
+    with pointwise_rule(Bend):
+        yield Bend
 
 
 def test_a_pointwise_rule_of_a_users_own_is_pointwise_to_exits(bend: type[nn.Module]) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images
+from conftest import assert_same, images, pointwise_rule
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import cadsurgery as cs
 from cadsurgery.network.adaptify import traceable_part
 from cadsurgery.network.fuse import Fuser, activation_of
 from cadsurgery.support.counting import MacCounter
@@ -30,7 +29,7 @@ from cadsurgery.support.torch_operations import (
 )
 from cadsurgery.surgery.flow import is_filled
 from cadsurgery.surgery.trace import trace
-from cadsurgery.surgery.treatment import _RULES, is_pointwise
+from cadsurgery.surgery.treatment import is_pointwise
 
 # Moderate numbers, zero and those at which functions have poles or end among them.
 MODERATE = torch.tensor([-100.0, -50.0, -3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 50.0, 100.0])
@@ -284,13 +283,8 @@ class Squash(nn.Module):
 
 @pytest.fixture
 def squash_rule() -> Iterator[None]:
-    @cs.rule(Squash)
-    def squash(node: Any, facts: Any) -> cs.Treatment:
-        """Acts on each value alone."""
-        return cs.Treatment("pointwise")
-
-    yield
-    _RULES.pop(Squash)
+    with pointwise_rule(Squash):
+        yield
 
 
 def test_a_rule_of_a_user_says_pointwise_as_ours_do(squash_rule: None) -> None:

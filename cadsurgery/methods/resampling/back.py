@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends import warp
-from cadsurgery.elements.lattice import describe
 from cadsurgery.methods.resampling.locations import check_locations, check_size, normalise, upsample
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name
 
 Back = Literal["triangulation", "inverse"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.images import MOST_PIXELS
-from cadsurgery.elements.lattice import describe
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
 TARGETS = range(11, 19)  # person ... bicycle of Cityscapes

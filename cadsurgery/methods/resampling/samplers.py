@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import describe
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks import FineMapSpec, FixedMask, MaskProvider, Normalisation, resolve_mask
 from cadsurgery.masks.context import call_context
@@ -28,6 +27,7 @@ from cadsurgery.methods.resampling.locations import (
 from cadsurgery.methods.resampling.report import conv_macs
 from cadsurgery.methods.resampling.shifts import ShiftNet
 from cadsurgery.support.counting import MacCounter
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName
 
 _STRIDE = 4  # image pixels per score of a mask

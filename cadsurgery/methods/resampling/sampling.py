@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.lattice import describe
 from cadsurgery.methods.resampling.locations import check_locations, check_size, upsample
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name
 
 Mode = Literal["nearest", "bilinear"]

@@ -15,9 +15,9 @@ from cadsurgery.data.images import write_picture
 from cadsurgery.masks import resolve_mask
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import own_device, world
-from cadsurgery.support.progress import within
+from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.figures import figure_picture, matches_figure
-from cadsurgery.tasks.for_each import Failures, Step, for_each, silent
+from cadsurgery.tasks.for_each import Failures, for_each
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, Seen
 from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matching_accuracy, mutual_matches
 from cadsurgery.tasks.keypoints.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair

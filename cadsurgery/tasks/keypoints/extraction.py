@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.data.images import normalise
-from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import in_pixels, peaks, points_of, sift
 from cadsurgery.masks.filters import grey_of
 from cadsurgery.masks.keypoints import OWN, SIFT, named_outputs, own_scores
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.points import macs_at, read_at, readable, sample_at
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 from cadsurgery.tasks.options import Extraction as Extraction

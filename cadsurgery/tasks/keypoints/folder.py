@@ -25,8 +25,9 @@ from cadsurgery.support.errors import (
 )
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.processes import own_device, world
+from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.provenance import versions
-from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each, silent
+from cadsurgery.tasks.for_each import Failure, Failures, for_each
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features
 from cadsurgery.tasks.open import at_strides
 

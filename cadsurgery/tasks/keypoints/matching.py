@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.detectors import opencv
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
 

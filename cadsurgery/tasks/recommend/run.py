@@ -35,10 +35,10 @@ from cadsurgery.support.errors import (
     first_line,
 )
 from cadsurgery.support.files import make_folder, write_whole
-from cadsurgery.support.progress import counted
+from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
-from cadsurgery.tasks.for_each import Failures, Step, each, silent
+from cadsurgery.tasks.for_each import Failures, each
 from cadsurgery.tasks.judging import (
     CLASSES,
     LABELS,

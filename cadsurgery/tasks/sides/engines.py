@@ -19,9 +19,8 @@ from cadsurgery.network.export.engines import ENGINES, Engine, OnnxRuntime, Open
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.files import make_folder
-from cadsurgery.support.progress import within
+from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.export import images_like
-from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.options import Benchmark
 from cadsurgery.tasks.side import Side
 
