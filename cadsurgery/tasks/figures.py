@@ -199,7 +199,10 @@ def prediction_picture(image: Tensor, classes: Tensor, view: str) -> Image.Image
 def legend_figure(names: Mapping[int, str]) -> Figure:
     """Draw the colours of classes in `class_picture`, each with its name."""
     colours = _class_colours()
-    handles = [Patch(color="#%02x%02x%02x" % colours[index], label=name) for index, name in names.items()]
+    handles = [
+        Patch(color="#{:02x}{:02x}{:02x}".format(*colours[index]), label=name)
+        for index, name in names.items()
+    ]
     figure = canvas(3, 0.3 + 0.25 * len(handles))
     figure.legend(handles=handles, loc="center", frameon=False)
     return figure

@@ -233,7 +233,7 @@ class _Run:
         prediction = _first_tensor(returned)
         milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
         for scores, details in zip(prediction, known, strict=True):
-            yield _classes(scores), scores.shape[0], {**details, "milliseconds": milliseconds}
+            yield classes_of(scores), scores.shape[0], {**details, "milliseconds": milliseconds}
 
     def draw_images(
         self, job: _Job, view: str, size: tuple[int, int] | None, failures: Failures
@@ -359,7 +359,7 @@ def _first_tensor(output: Any) -> Tensor:
     return tensors[0]
 
 
-def _classes(scores: Tensor) -> Tensor:
+def classes_of(scores: Tensor) -> Tensor:
     """Return class numbers (H, W): the channel with the highest score; for one channel its value in 256 steps."""
     scores = scores.float()
     if scores.shape[0] > 1:
