@@ -186,7 +186,7 @@ def _open_name(name: str, weights: str, device: torch.device) -> Subject:
     model, source = original(name, weights)
     planned = plan(model)
     # Otherwise masks would estimate from an image how it is normalised.
-    known = {} if stated_statistics(model) else {"normalisation": (source.mean, source.std)}
+    known: dict[str, Any] = {} if stated_statistics(model) else {"normalisation": (source.mean, source.std)}
 
     @lru_cache(maxsize=2)
     def convert(pair: tuple[int, int], fill: Any) -> _Nets:
@@ -282,16 +282,17 @@ def explore(
         step=within(step, "measuring"),
     )
     pixels, stride = picture.permute(1, 2, 0).numpy(), net.plan.strides[0]
-    shown = [_overlay(picture, one) for one in (output, reference)]
+    prediction, high_prediction = (_overlay(picture, one) for one in (output, reference))
     lines = [subject.words, f"active fraction {lattice.active_fraction:.3f}, {lattice.count} elements"]
     lines += filter(None, [_quality(output, reference, (picture.shape[1], picture.shape[2]))])
-    if shown[0] is None:
+    if prediction is None:
         answers = {"with the mask": output, "everything high": reference}
         lines += filter(None, [_answer(name, one, subject.source) for name, one in answers.items()])
     return Explored(
         _picture(draw_levels(pixels, lattice, stride)),
         _picture(draw_lattice(pixels, lattice, stride)),
-        *shown,
+        prediction,
+        high_prediction,
         tuple(lines),
         tuple(rows),
         _python(subject.python(spec, pair, fill), image, size),

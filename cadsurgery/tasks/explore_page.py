@@ -102,7 +102,7 @@ def _gradio() -> Any:
 def make_page(subject: Subject, rounds: int = 3) -> Any:
     """Return the page of a network, a `gradio.Blocks`; one computation runs at a time."""
     gr = _gradio()
-    thresholds = masks_with_threshold()
+    thresholds, buttons = masks_with_threshold(), ["download", "fullscreen"]  # without sharing on other hosts
     pairs = {f"{high} to {low}": (high, low) for high, low in subject.strides}
     samples = {f"street {seed + 1}": seed for seed in SAMPLES}
     progress = gr.Progress()
@@ -152,10 +152,12 @@ def make_page(subject: Subject, rounds: int = 3) -> Any:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 file = gr.File(label="your image", file_types=list(SUFFIXES), type="filepath", height=120)
-                sample = gr.Radio(list(samples), value="street 1", label="or a sample")
+                sample = gr.Radio(
+                    list(samples), value="street 1", label="without an image of yours: a sample"
+                )
                 masks = list(dict.fromkeys((subject.mask, *thresholds)))
                 mask = gr.Dropdown(masks, value=masks[0], label="mask", allow_custom_value=True)
-                limit = gr.Radio(list(LIMITS), value=BUDGET, label="keep what is")
+                limit = gr.Radio(list(LIMITS), value=BUDGET, label="limit of the mask")
                 threshold = gr.Slider(0, 4, 1, step=0.01, label="threshold", visible=False)
                 budget = gr.Slider(0, 1, 0.3, step=0.01, label="budget: share of the patches kept high")
                 pair = gr.Dropdown(list(pairs), value=next(iter(pairs)), label="output stride, high to low")
@@ -164,9 +166,9 @@ def make_page(subject: Subject, rounds: int = 3) -> Any:
             with gr.Column(scale=3):
                 both = gr.ImageSlider(label="prediction with the mask | everything high", format="png")
                 with gr.Row():
-                    level_map = gr.Image(label="level map: red is kept high", format="png")
-                    lattice = gr.Image(label="lattice: one element per cell", format="png")
-                words = gr.Textbox(label="found", lines=4)
+                    level_map = gr.Image(label="level map: red is kept high", format="png", buttons=buttons)
+                    lattice = gr.Image(label="lattice: one element per cell", format="png", buttons=buttons)
+                words = gr.Textbox(label="results", lines=4)
                 table = gr.Dataframe(headers=["whole network", "MACs", "of the first", "ms"], label="cost")
                 with gr.Tab("copy as Python"):
                     python = gr.Code(language="python", label="Python", interactive=False)

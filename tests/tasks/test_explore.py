@@ -18,6 +18,7 @@ from cadsurgery.data.images import normalise, read_image, street_scene
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError
 from cadsurgery.tasks import explore as explorer
+from cadsurgery.tasks import explore_page
 from cadsurgery.tasks.explore import BUDGET, THRESHOLD, WRITTEN, Setting, Subject, explore, open_subject
 
 NAME = "networks:segmenter"
@@ -174,3 +175,19 @@ def test_without_gradio_the_command_that_installs_it_is_named(
     monkeypatch.setitem(sys.modules, "gradio", None)
     done = command_line("explore", NAME)
     assert done.code == 1 and "pip install 'cadsurgery[explore]'" in done.err
+
+
+def test_the_command_tells_the_address_and_ends_at_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, command_line: Any
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    asked = dict[str, Any]()
+    monkeypatch.setattr(
+        explore_page, "serve", lambda **options: asked.update(options) or "http://127.0.0.1:7860/"
+    )
+    monkeypatch.setattr("time.sleep", interrupt)
+    done = command_line("explore", NAME, "--rounds", 0)
+    assert done.code == 130 and "http://127.0.0.1:7860/" in done.out
+    assert asked["model"] == NAME and asked["port"] == 0 and not asked["browser"]

@@ -209,6 +209,8 @@ def test_clips_are_turned_as_the_camera_says(tmp_path: Path) -> None:
     pixels[:, 24:] = 255  # the right half
     with av.open(str(tmp_path / "turned.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=10, width=48, height=32, pix_fmt="yuv420p")
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot write clips that are turned")
         stream.set_display_rotation(90)  # counterclockwise
         container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
         container.mux(stream.encode())
