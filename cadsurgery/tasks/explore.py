@@ -141,7 +141,7 @@ def open_subject(name: str, weights: str = "auto", device: str = "cpu", trust: b
     """Open a network by name, or a converted file, whose output strides and fill are fixed.
 
     Raises:
-        InvalidInput: the file holds a network of another method.
+        InvalidInput: the file holds a network of another method, or the network is adaptive only in part.
     """
     torch_device = own_device(device)
     if open_any(name, trust) is not None:
@@ -154,6 +154,7 @@ def open_subject(name: str, weights: str = "auto", device: str = "cpu", trust: b
         return _open_name(name, weights, torch_device)
     net = load(name, trust=trust).to(torch_device)
     assert isinstance(net, AdaptiveModel)
+    _refuse_part(name, net.plan.part)
     source, own = pictures_for(net), net.mask.spec()
     nets = _prepare(net)
 
@@ -185,6 +186,7 @@ def open_subject(name: str, weights: str = "auto", device: str = "cpu", trust: b
 def _open_name(name: str, weights: str, device: torch.device) -> Subject:
     model, source = original(name, weights)
     planned = plan(model)
+    _refuse_part(name, planned.part)
     # Otherwise masks would estimate from an image how it is normalised.
     known: dict[str, Any] = {} if stated_statistics(model) else {"normalisation": (source.mean, source.std)}
 
@@ -220,6 +222,15 @@ def _open_name(name: str, weights: str, device: torch.device) -> Subject:
     strides = dict.fromkeys((planned.output_stride, *planned.possible))
     words = f"{source.name}, {source.note}"
     return Subject(name, words, source, device, "edges", tuple(strides), FILLS, convert, python, command)
+
+
+def _refuse_part(name: str, part: str) -> None:
+    if part:
+        raise InvalidInput(
+            f"of {name} only the part {part} is adaptive.",
+            why="its maps are of another size than the image.",
+            next=f"cadsurgery mask --model {name} draws its lattice.",
+        )
 
 
 def _prepare(net: AdaptiveModel) -> _Nets:

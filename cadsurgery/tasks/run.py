@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cadsurgery.data.clips import WRITTEN, check_clip, is_clip, open_clip, write_clip
+from cadsurgery.data.clips import WRITTEN, is_clip, open_clip, write_clip
 from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
 from cadsurgery.data.networks import Source, class_names
 from cadsurgery.masks.wrappers import Smooth
@@ -271,11 +270,11 @@ class _Run:
         stopped: threading.Event,
     ) -> dict[str, Any]:
         """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set."""
-        check_clip(target)
-        rows, counts, first, start = list[dict[str, Any]](), Counter[int](), None, time.perf_counter()
+        done, sums, counts, start = 0, Counter[str](), Counter[int](), time.perf_counter()
+        first: torch.Size | None = None
         with open_clip(path, size, fps) as clip, write_clip(target, clip.rate) as add:
             while frames := list(islice(clip.frames, 0 if stopped.is_set() else batch)):
-                for number, frame in enumerate(frames, len(rows) + 1):
+                for number, frame in enumerate(frames, done + 1):
                     first = first or frame.shape
                     if frame.shape != first:
                         raise FileError(
@@ -287,18 +286,16 @@ class _Run:
                     flat = view == CLASSES
                     add(class_picture(classes) if flat else prediction_picture(frame, classes, view))
                     counts += self._count(classes, channels)
-                    rows.append(details)
-                speed = len(rows) / (time.perf_counter() - start)
+                    sums.update({key: value for key, value in details.items() if not isinstance(value, str)})
+                done += len(frames)
+                speed = done / (time.perf_counter() - start)
                 of = f" of {clip.count}" if clip.count else ""
-                step(f"{path.name}, frame {len(rows)}{of}, {speed:.1f} frames/s", len(rows), clip.count)
-            if not rows:
+                step(f"{path.name}, frame {done}{of}, {speed:.1f} frames/s", done, clip.count)
+            if not done:
                 raise FileError(f"{path} holds no frames.", next="give a clip with pictures.")
-        means = {
-            key: mean(row[key] for row in rows) if isinstance(value, (int, float)) else value
-            for key, value in rows[0].items()
-        }
-        done = {"frames": len(rows), "frames_per_second": speed, "interrupted": stopped.is_set()}
-        return {"image": str(path), "output": str(target), **means, **done, **self._shares(counts)}
+        means = {key: sums[key] / done if key in sums else value for key, value in details.items()}
+        ended = {"frames": done, "frames_per_second": speed, "interrupted": stopped.is_set()}
+        return {"image": str(path), "output": str(target), **means, **ended, **self._shares(counts)}
 
     def _count(self, classes: Tensor, channels: int) -> Counter[int]:
         """Count the pixels of each class; nothing if the classes have no names."""
