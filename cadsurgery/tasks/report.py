@@ -18,14 +18,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from PIL import Image
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from cadsurgery.data.images import check_picture, write_picture
 from cadsurgery.support.files import check_folder, write_whole
 
-COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")  # colours of lines and points in figures
+# Distinct to readers who are colour-blind (Okabe and Ito), on light and on dark pages.
+COLOURS = ("#d55e00", "#2b8cbe", "#009e73", "#cc79a7", "#e69f00")  # of lines and points in figures
 
 Shown = TypeVar("Shown")  # type of a table's rows
 
@@ -71,6 +72,13 @@ class Report(Plain):
     def render(self) -> RenderableType:
         """Return the report for a terminal."""
         return Group(*self.parts())
+
+    def __str__(self) -> str:
+        """The report as a terminal of 120 columns shows it."""
+        console = Console(file=io.StringIO(), width=120)
+        with console.capture() as captured:
+            console.print(self.render())
+        return captured.get()
 
     def figure(self) -> Figure:
         """Draw the report."""
