@@ -29,6 +29,11 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explorer, "_SAMPLE_SIZE", (97, 161))
+
+
 @pytest.fixture(scope="module")
 def subject() -> Subject:
     return open_subject(NAME)
@@ -65,13 +70,16 @@ def test_outputs_are_those_of_the_network(subject: Subject, setting: Setting) ->
         normalisation=(subject.source.mean, subject.source.std),
         verify_laws=False,
     )
-    batch = normalise(street_scene(384, 768, 1), subject.source).unsqueeze(0)
+    batch = normalise(street_scene(97, 161, 1), subject.source).unsqueeze(0)
     assert torch.equal(found.output, net.optimize()(batch))
+    names: dict[str, Any] = {}
+    exec(found.python, names)
+    torch.testing.assert_close(names["output"], found.output, rtol=1e-4, atol=1e-5)
     counted = net.macs(batch)
     assert (found.levels == 0).double().mean().item() == pytest.approx(counted.active_fraction)
     assert [row.macs for row in found.rows] == [counted.given, counted.high, counted.mask]
     for picture in (found.level_map, found.lattice, found.prediction, found.dense):
-        assert picture is not None and picture.size == (768, 384)
+        assert picture is not None and picture.size == (161, 97)
 
 
 @pytest.mark.parametrize("setting", SETTINGS[1:])
@@ -167,6 +175,22 @@ def test_networks_of_other_methods_are_refused(tmp_path: Path) -> None:
     cs.save(net, tmp_path / "exits.safetensors")
     with pytest.raises(cs.InvalidInput, match="another method"):
         open_subject(str(tmp_path / "exits.safetensors"), trust=True)
+
+
+class Host(nn.Module):
+    """It depends on values, and gives its backbone a larger image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = classifier()[:8]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.backbone(torch.cat([x, x], 3)) if x.isfinite().all() else x
+
+
+def test_networks_that_are_adaptive_in_part_are_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match="only the part backbone is adaptive"):
+        open_subject("test_explore:Host")
 
 
 def test_without_gradio_the_command_that_installs_it_is_named(
