@@ -153,7 +153,7 @@ def predict(
     lines = [_describe(row) for row in rows]
     names = {run.names.index(name): name for row in rows for name in row.get("classes", ())}
     if names and world().is_main:
-        legend = output / "legend.png" if is_folder(output) else output.with_suffix(".legend.png")
+        legend = output / "classes.legend.png" if is_folder(output) else output.with_suffix(".legend.png")
         write_picture(figure_picture(legend_figure(dict(sorted(names.items())))), legend)
         lines.append(f"legend: {legend}")
     text = "\n".join([*lines, f"{len(rows)} done, {len(failed)} failed"])

@@ -229,10 +229,10 @@ def test_classes_with_names_have_shares_and_a_legend(
         classes = np.array(Image.open(row["output"]))
         shares = {names[index]: float((classes == index).mean()) for index in np.unique(classes)}
         assert row["classes"] == pytest.approx(shares)
-    assert Image.open(tmp_path / "out" / "legend.png").size[1] > 20
+    assert Image.open(tmp_path / "out" / "classes.legend.png").size[1] > 20
     monkeypatch.setattr(run, "class_names", lambda source: ())
     assert "classes" not in predict(file, [folder], tmp_path / "none").rows[0]
-    assert not (tmp_path / "none" / "legend.png").exists()
+    assert not (tmp_path / "none" / "classes.legend.png").exists()
 
 
 def test_names_of_classes_are_those_of_the_weights() -> None:
