@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,21 @@ def pytest_sessionfinish() -> None:
 def fixed_seed() -> None:
     """Every test draws the same random numbers, whatever ran before it."""
     SEED(0)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window: of the system, or of Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as running:
+        try:
+            chromium = running.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+            )
+        except playwright.Error as error:
+            pytest.skip(f"there is no Chromium here: {str(error).splitlines()[0]}")
+        yield chromium
+        chromium.close()
 
 
 @contextmanager

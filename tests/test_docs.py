@@ -263,14 +263,20 @@ def test_the_search_for_broken_links_finds_them(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning_or_a_broken_link(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site."""
     for name in ("sphinx", "furo", "myst_nb", "sphinx_design"):
         pytest.importorskip(name, reason="the site needs pip install 'cadsurgery[docs]'")
-    site = tmp_path / "site"
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", str(DOCS), str(site)]
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", str(DOCS), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_or_a_broken_link(site: Path) -> None:
     pages = {path.resolve(): _Page(path.read_text()) for path in site.rglob("*.html")}
     assert len(pages) > 40 and broken(pages) == []
     styles = "".join(path.read_text() for path in site.rglob("*.css"))
@@ -280,3 +286,39 @@ def test_the_site_builds_without_a_warning_or_a_broken_link(tmp_path: Path) -> N
     assert 'src="searchindex.js"' in search and (site / "searchindex.js").is_file()
     options = (site / "_static" / "documentation_options.js").read_text()
     assert "SHOW_SEARCH_SUMMARY: false" in options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_pages_fit_a_window_and_load_without_an_error(
+    browser: Any, site: Path, width: int, scheme: str
+) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, wrong = context.new_page(), list[str]()
+    page.on("console", lambda one: wrong.append(f"{page.url}: {one.text}") if one.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
+    page.on("request", lambda one: wrong.append(one.url) if not one.url.startswith(("file:", "data:")) else 0)
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 40
+    for path in pages:
+        page.goto(path.as_uri())
+        if page.evaluate("document.documentElement.scrollWidth") > width:
+            wrong.append(f"{path.name} is wider than {width} pixels")
+    page.goto((site / "index.html").as_uri())
+    hero = page.locator(f"img[src*='hero'].only-{scheme}")
+    assert hero.is_visible() and page.locator("img[src*='hero']:visible").count() == 1
+    assert wrong == []
+    context.close()
+
+
+@pytest.mark.slow
+def test_search_and_the_filter_of_the_zoo_work_from_a_folder(browser: Any, site: Path) -> None:
+    page = browser.new_page()
+    page.goto(f"{(site / 'search.html').as_uri()}?q=budget")
+    page.locator("#search-results li a").first.wait_for()
+    page.goto((site / "networks.html").as_uri())
+    rows = page.locator(".filtered tbody tr:visible")
+    total = rows.count()
+    page.fill(".filtered input", "swin refused")
+    assert 0 < rows.count() < total / 10 and all("refused" in text for text in rows.all_inner_texts())
+    page.close()

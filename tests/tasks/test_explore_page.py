@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,21 +96,6 @@ def test_what_is_no_image_is_refused_in_plain_words(
     (tmp_path / name).write_text("no image")
     with pytest.raises(Exception, match=hint):
         client(address).predict(handle_file(tmp_path / name), *SHOW[1:], api_name="/show")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window: of the system, or of Playwright."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    with playwright.sync_playwright() as running:
-        try:
-            chromium = running.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-            )
-        except playwright.Error as error:
-            pytest.skip(f"there is no Chromium here: {str(error).splitlines()[0]}")
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.slow
