@@ -3,7 +3,8 @@
     python -m benchmarks.pictures                        # all but the hero
     python -m benchmarks.pictures --hero DATA PHOTO      # measures, and writes docs/pictures/hero.json, too
 
-`quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, `zoo` from the rows of the zoo.
+`concept` shows cells and taps. `quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, and
+`zoo` from the rows of the zoo.
 The hero shows a trained network (recipes/voc_deeplab) on a photo: the one committed is NASA's portrait of Eileen
 Collins (public domain), as in the wheel of scikit-image (`skimage/data/astronaut.png`).
 """
@@ -11,6 +12,7 @@ Collins (public domain), as in the wheel of scikit-image (`skimage/data/astronau
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -23,7 +25,9 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
@@ -216,6 +220,73 @@ def zoo() -> Figure:
     return figure
 
 
+# -- how it works --------------------------------------------------------------------------------------
+
+_SIDE = 8  # fine pixels of the drawn map
+_KEPT = ((0, 2), (1, 2), (1, 3), (2, 2))  # patches that stay fine, in coarse samples
+_REACH = (
+    -2,
+    0,
+    2,
+)  # offsets of a 3x3 kernel in fine pixels: one coarse sample, or dilation 2 on the fine map
+
+
+def concept() -> Figure:
+    """Draw cells and elements of a fine, a coarse and an adaptive map, and where one kernel reads in each."""
+    levels = torch.ones(_SIDE // 2, _SIDE // 2, dtype=torch.long)
+    for patch in _KEPT:
+        levels[patch] = 0
+    mixed = levels.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    maps = {
+        "fine everywhere": (torch.zeros_like(mixed), [(2, 4)]),
+        "coarse everywhere": (torch.ones_like(mixed), [(2, 4)]),
+        "fine where it matters": (mixed, [(2, 4), (5, 5)]),
+    }
+    figure = Figure(figsize=(WIDTH, WIDTH / 3 + 0.75), layout="constrained")
+    for axis, (title, (level, kernels)) in zip(figure.subplots(1, 3), maps.items(), strict=True):
+        elements = _draw_cells(axis, level)
+        for (row, column), colour in zip(kernels, (COLOURS[0], COLOURS[1]), strict=False):
+            for down, across in itertools.product(_REACH, _REACH):
+                place = (row + down, column + across)
+                if max(place) < _SIDE and min(place) >= 0:
+                    face = colour if place in elements else "none"
+                    axis.plot(
+                        place[1] + 0.5, place[0] + 0.5, "o", color=colour, markerfacecolor=face, markersize=9
+                    )
+            axis.plot(column + 0.5, row + 0.5, "s", color=colour, markersize=13, markerfacecolor="none")
+        axis.set_title(f"{title}: {len(elements)} elements", fontsize=10)
+        axis.set(xlim=(-0.05, _SIDE + 0.05), ylim=(_SIDE + 0.05, -0.05), aspect="equal")
+        axis.axis("off")
+    marks = {
+        "element: one value for its cell": {"marker": ".", "color": GREY},
+        "element that is computed": {"marker": "s", "color": COLOURS[0], "markerfacecolor": "none"},
+        "tap that reads an element": {"marker": "o", "color": COLOURS[0]},
+        "tap inside a cell: read by the fill": {
+            "marker": "o",
+            "color": COLOURS[1],
+            "markerfacecolor": "none",
+        },
+    }
+    handles = [Line2D([], [], linestyle="none", label=label, **mark) for label, mark in marks.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_cells(axis: Axes, level: Tensor) -> set[tuple[int, int]]:
+    """Draw the cells of a level map with their anchors, and return these."""
+    anchors = set()
+    for row, column in itertools.product(range(_SIDE), range(_SIDE)):
+        side = 2 ** int(level[row, column])
+        if row % side == 0 and column % side == 0:
+            anchors.add((row, column))
+            face = "none" if side == 1 else f"{GREY}30"
+            axis.add_patch(
+                Rectangle((column, row), side, side, facecolor=face, edgecolor=GREY, linewidth=0.8)
+            )
+            axis.plot(column + 0.5, row + 0.5, ".", color=GREY, markersize=5)
+    return anchors
+
+
 # -- the hero ------------------------------------------------------------------------------------------
 
 
@@ -292,7 +363,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.hero:
         draw("hero", hero(*options.hero), "jpg")
-    for name, picture in {"quality": quality, "speed": speed, "zoo": zoo}.items():
+    for name, picture in {"concept": concept, "quality": quality, "speed": speed, "zoo": zoo}.items():
         draw(name, picture)
 
 
