@@ -9,12 +9,11 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.datasets import sample_of
-from cadsurgery.finetune.batches import Samples, check_data, prepare
+from cadsurgery.finetune.batches import Samples, check_data, inputs_of
 from cadsurgery.finetune.objectives import Objective, dense_high, miss, objective
 from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.masks import FineMapSpec, LearnedMask
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.paths import blend
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
@@ -135,14 +134,12 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
             f"mask {net.mask.spec()!r} has learned nothing that could be calibrated.",
             next='train a learned mask first: mask="learned:fraction=0.3", objective blend.',
         )
-    program, source = net.program, pictures_for(net)
-    device = next(mask.parameters(), torch.empty(0)).device
+    program = net.program
     logits: list[tuple[Tensor, FineMapSpec]] = []
     with evaluating(net):
         for index in range(len(data)):
-            inputs, _ = prepare(*sample_of(data, index), source, index)
-            arguments = program.bind(*(value.unsqueeze(0).to(device) for value in inputs))
-            features = program.before(arguments)[program.halves.features]
+            inputs, _ = inputs_of(net, data, index)
+            features = program.before(program.bind(*inputs))[program.halves.features]
             grid = program.masking(net.mask).grid(features)
             logits.append((mask.logits(features, grid), grid))
     return mask.balance(logits)

@@ -21,11 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData, open_data
-from cadsurgery.data.datasets import sample_of
 from cadsurgery.data.sources import HELD_OUT
 from cadsurgery.finetune.adapters import ROUNDS, calibrate_adapters
 from cadsurgery.finetune.balance import class_shares, class_weights
-from cadsurgery.finetune.batches import prepare
+from cadsurgery.finetune.batches import inputs_of
 from cadsurgery.finetune.checkpoints import Identity, check_same_run, identity_of
 from cadsurgery.finetune.gain import STEPS as GAIN_STEPS
 from cadsurgery.finetune.gain import GainFit, fit_gain
@@ -35,7 +34,7 @@ from cadsurgery.finetune.refinement import STEPS, RefinementFit, fit_refinement
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.masks import Budget
 from cadsurgery.methods.storage import save
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.network.storage import checksum, write_tensors
 from cadsurgery.support.divergence import Kind, kind_of, maps_of
@@ -501,7 +500,7 @@ class _Run:
         kind: Kind = "values" if self.measure == VALUES else "classes"
         photos = self._told(self.deciding, f"comparing {what}")
         for index in range(len(photos)):
-            image = _read(net, photos, index)
+            image, _ = inputs_of(net, photos, index)
             dense, size = dense_high(fast, image), (image[0].shape[2], image[0].shape[3])
             for place, mask in enumerate(masks):
                 with torch.inference_mode():
@@ -603,16 +602,10 @@ def _divide(photos: SegmentationData) -> tuple[SegmentationData, SegmentationDat
     return photos.at(fitted), photos.at(deciding), photos.at(table)
 
 
-def _read(net: AdaptiveModel, photos: SegmentationData, index: int) -> tuple[Tensor, ...]:
-    """Return the network's inputs for a photo."""
-    inputs, _ = prepare(*sample_of(photos, index), pictures_for(net), index)
-    return tuple(value.unsqueeze(0).to(next(net.parameters()).device) for value in inputs)
-
-
 def _measure_of(net: AdaptiveModel, photos: SegmentationData) -> str:
     """Return the measure for the outputs of a network."""
     net = copy.deepcopy(net)  # the first picture may set its normalisation
-    output = dense_high(net, _read(net, photos, 0))
+    output = dense_high(net, inputs_of(net, photos, 0)[0])
     if kind_of(output) == "values":
         return VALUES
     return AGREEMENT if maps_of(output)[0].shape[2:].numel() == 1 else CLASSES
