@@ -24,7 +24,7 @@ def convert(
     options: options.Converted,
     image: options.ImageOption = None,
     size: options.Size = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write")] = None,
+    output: Annotated[Path | None, options.output("file to write")] = None,
     device: options.Device = "cpu",
     verify_laws: Annotated[
         bool,
@@ -57,9 +57,7 @@ def plan(
     conversion: Annotated[
         dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "region", "outputs"))
     ],
-    size: Annotated[
-        Any, typer.Option(metavar="HxW", parser=options.read_size, help="size of the example; default: small")
-    ] = None,
+    size: Annotated[Any, options.size("size of the example; default: small")] = None,
     all_nodes: Annotated[bool, typer.Option("--all", help="also list dense nodes before the region")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -97,7 +95,7 @@ def mask_command(
     options: Annotated[
         dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "patch"), defaults=("8,32",))
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write")] = Path("mask.png"),
+    output: Annotated[Path, options.output("PNG to write")] = Path("mask.png"),
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
@@ -110,16 +108,9 @@ def run(
     *,
     file: Annotated[str, typer.Argument(help="a converted file, or hf:owner/name")],
     images: Annotated[list[Path], typer.Argument(help="image files or folders")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the predictions")] = Path(
-        "predictions"
-    ),
+    output: Annotated[Path, options.output("folder for the predictions")] = Path("predictions"),
     mask: Annotated[str, typer.Option(help="mask, instead of the file's")] = "",
-    size: Annotated[
-        Any,
-        typer.Option(
-            metavar="HxW", parser=options.read_size, help="resize images to this size; default: no resizing"
-        ),
-    ] = None,
+    size: Annotated[Any, options.size("resize images to this size; default: no resizing")] = None,
     device: options.Device = "cpu",
     precision: options.Precision = "float",
     calibration: options.Calibration = None,

@@ -25,9 +25,7 @@ def finetune(
     data: Annotated[
         str, typer.Option(help="training data: folder:PATH, ..., or photos without labels, images:FOLDER")
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run is continued")
-    ],
+    output: options.RunFolder,
     split: Annotated[str, typer.Option(help="split for training")] = "train",
     validation_split: Annotated[str, typer.Option(help="split for validation; empty for none")] = "val",
     mask: Annotated[str, typer.Option(help="default: the file's, or edges")] = "",

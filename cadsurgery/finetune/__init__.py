@@ -14,10 +14,9 @@ if TYPE_CHECKING:
     from cadsurgery.finetune.evaluation import evaluate
     from cadsurgery.finetune.gain import GainFit, fit_gain
     from cadsurgery.finetune.logs import Row
-    from cadsurgery.finetune.loop import fit
+    from cadsurgery.finetune.loop import Outcome, fit
     from cadsurgery.finetune.objectives import Objective, list_objectives, objective
     from cadsurgery.finetune.refinement import RefinementFit, fit_refinement
-    from cadsurgery.finetune.results import Outcome
     from cadsurgery.finetune.schedule import Draw
     from cadsurgery.finetune.settings import Settings
     from cadsurgery.finetune.tuning import TuningReport, tune
@@ -31,9 +30,8 @@ _PLACES = {
     "evaluation": ("evaluate",),
     "gain": ("GainFit", "fit_gain"),
     "logs": ("Row",),
-    "loop": ("fit",),
+    "loop": ("Outcome", "fit"),
     "objectives": ("Objective", "list_objectives", "objective"),
-    "results": ("Outcome",),
     "schedule": ("Draw",),
     "settings": ("Settings",),
     "tuning": ("TuningReport", "tune"),

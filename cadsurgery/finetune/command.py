@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,14 +15,12 @@ from torch import nn
 
 from cadsurgery.finetune.batches import Samples, augmentation
 from cadsurgery.finetune.logs import Row
-from cadsurgery.finetune.loop import fit
-from cadsurgery.finetune.results import Outcome
+from cadsurgery.finetune.loop import Outcome, fit
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.masks import resolve_mask
-from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
-from cadsurgery.methods.storage import SiblingModel
+from cadsurgery.methods.storage import Converted
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
@@ -99,7 +98,7 @@ def finetune(
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
     classes = len(training.classes) or None
-    net: AdaptiveModel | SiblingModel | None = open_any(model, trust)
+    net: Converted | None = open_any(model, trust)
     if net is None:
         net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
     elif mask or cache:
@@ -131,7 +130,7 @@ def finetune(
     return TrainingReport(model, _decided_by(net), data_in_words, outcome, samples.notes)
 
 
-def _decided_by(net: AdaptiveModel | AnytimeModel | ResampledModel | SampledModel) -> str:
+def _decided_by(net: Converted) -> str:
     """Describe the module that decides where a network computes."""
     if isinstance(net, AdaptiveModel):
         return net.mask.spec()
@@ -182,13 +181,7 @@ def make_settings(config: Path | None, overrides: dict[str, Any], objective_opti
         name, equals, value = (part.strip() for part in text.partition("="))
         if not name or not equals:
             raise InvalidInput(f"objective option {text!r} is not NAME=VALUE.", next="write e.g. low=0.1.")
-        all_options[name] = _value(value)
+        all_options[name] = value
+        with contextlib.suppress(ValueError):  # a number or a list; any other text stays as it is
+            all_options[name] = json.loads(value)
     return settings.changed({**overrides, "objective_options": all_options})
-
-
-def _value(text: str) -> Any:
-    """Parse a value as JSON (a number, a list); any other text stays as it is."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

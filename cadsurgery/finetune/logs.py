@@ -6,10 +6,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from cadsurgery.finetune.devices import INSTALL
 from cadsurgery.support.errors import FileError, import_optional
 from cadsurgery.support.files import write_whole
 
+INSTALL = "pip install 'cadsurgery[train]'"
 Row = dict[str, float | None]  # None: not measured in this step
 
 

@@ -147,18 +147,12 @@ class Settings:
         return Settings.from_dict(values)
 
 
-def _positive(value: float) -> bool:
-    return value > 0
-
-
-def _fraction(value: float) -> bool:
-    return 0 <= value < 1
-
-
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("steps", "batch", "accumulate", "save_every", "validate_every"), (_positive, "above 0")),
-    **dict.fromkeys(("lr", "power"), (_positive, "above 0")),
-    **dict.fromkeys(("momentum", "ema"), (_fraction, "in 0..1, 1 excluded")),
+    **dict.fromkeys(
+        ("steps", "batch", "accumulate", "lr", "power", "save_every", "validate_every"),
+        (lambda value: value > 0, "above 0"),
+    ),
+    **dict.fromkeys(("momentum", "ema"), (lambda value: 0 <= value < 1, "in 0..1, 1 excluded")),
     "scale": (lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1], "two numbers, 0 < low <= high"),
 }
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import tempfile
 import time
@@ -25,7 +24,7 @@ from cadsurgery.data.sources import HELD_OUT
 from cadsurgery.finetune.adapters import ROUNDS, calibrate_adapters
 from cadsurgery.finetune.balance import class_shares, class_weights
 from cadsurgery.finetune.batches import inputs_of
-from cadsurgery.finetune.checkpoints import Identity, check_same_run, identity_of
+from cadsurgery.finetune.checkpoints import identity_of
 from cadsurgery.finetune.gain import STEPS as GAIN_STEPS
 from cadsurgery.finetune.gain import GainFit, fit_gain
 from cadsurgery.finetune.loop import fit
@@ -39,7 +38,7 @@ from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.network.storage import checksum, write_tensors
 from cadsurgery.support.divergence import Kind, kind_of, maps_of
 from cadsurgery.support.errors import FileError, InvalidInput, first_line
-from cadsurgery.support.files import make_folder, write_whole
+from cadsurgery.support.files import make_folder
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.evaluation import EvaluationReport, evaluate
 from cadsurgery.tasks.judging import (
@@ -55,6 +54,7 @@ from cadsurgery.tasks.judging import (
 )
 from cadsurgery.tasks.open import open_converted
 from cadsurgery.tasks.report import Report, Row, percent
+from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, write_json
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
 LOW = "none"  # mask of everything low
@@ -278,7 +278,8 @@ def tune(
     if (ranking := run.rank(net, minutes, seed)) is not None:
         rankings["gain"] = ranking
     masks = {
-        _in_words(*one): Budget(rankings[one[0]], one[1]) for one in itertools.product(rankings, fractions)
+        f"{name} | budget:fraction={fraction:g}": Budget(rankings[name], fraction)
+        for name, fraction in itertools.product(rankings, fractions)
     }
     evaluation = evaluate(net, table, list(masks.values()), rounds=rounds, step=step, trust=trust)
     names = iter(masks)  # without default options
@@ -339,19 +340,10 @@ class _Run:
 
     def read(self) -> dict[str, Any]:
         """Return the values that were noted in the folder."""
-        path = self.folder / "tune.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            return dict(values)
-        except (OSError, ValueError, TypeError) as error:
-            raise FileError(
-                f"{path} cannot be read.", why=first_line(error), next="choose another output folder."
-            ) from error
+        return read_json(self.folder / "tune.json")
 
     def _note(self, **values: Any) -> None:
-        known = self.read()
-        with write_whole(self.folder / "tune.json") as temporary:
-            temporary.write_text(json.dumps({**known, **values}, indent=2) + "\n", encoding="utf-8")
+        write_json(self.folder / "tune.json", {**self.read(), **values})
 
     def _fit(self, name: str, part: nn.Module, work: Callable[[], Mapping[str, Any]]) -> None:
         """Load a part from a file of an earlier call, or fit it, note the result and write the file."""
@@ -609,10 +601,6 @@ def _measure_of(net: AdaptiveModel, photos: SegmentationData) -> str:
     if kind_of(output) == "values":
         return VALUES
     return AGREEMENT if maps_of(output)[0].shape[2:].numel() == 1 else CLASSES
-
-
-def _in_words(ranking: str, fraction: float) -> str:
-    return f"{ranking} | budget:fraction={fraction:g}"
 
 
 def _renamed(row: Row, mask: str) -> Row:

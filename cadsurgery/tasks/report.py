@@ -7,7 +7,6 @@ there is a picture, how it is drawn; everything else is shared.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cadsurgery.data.images import check_picture, write_picture
-from cadsurgery.support.files import check_folder, write_whole
+from cadsurgery.support.files import check_folder
+from cadsurgery.tasks.run_folder import write_json
 
 COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")  # colours of lines and points in figures
 
@@ -77,8 +77,7 @@ class Report(Plain):
             FileError: a path cannot be written.
         """
         if output is not None:
-            with write_whole(output) as temporary:
-                temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            write_json(output, self.to_dict())
         if picture is not None:
             write_picture(figure_picture(self.figure()), picture)
 

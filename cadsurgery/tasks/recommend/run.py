@@ -29,12 +29,11 @@ from cadsurgery.support.divergence import Kind, kind_of, maps_of
 from cadsurgery.support.errors import (
     CadError,
     CadWarning,
-    FileError,
     InvalidInput,
     check_name,
     first_line,
 )
-from cadsurgery.support.files import make_folder, write_whole
+from cadsurgery.support.files import make_folder
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
@@ -53,6 +52,7 @@ from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
 from cadsurgery.tasks.recommend.choice import choose, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Request
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
+from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
 
 RUNTIMES = (TORCH, "onnx", "openvino")
 FEWEST = 3  # pictures after which time may end a run
@@ -351,7 +351,7 @@ class _Run:
     calls: Calls
     pictures: _Pictures
     folder: Path
-    identity: Mapping[str, Any]
+    identity: Identity
     step: Step
     judged: dict[str, list[Judgement]] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
@@ -367,30 +367,19 @@ class _Run:
             InvalidInput: the folder holds another run.
             FileError: the file of the run cannot be read.
         """
-        path = self._path
-        if not path.is_file():
+        if not (values := read_json(self._path)):
             return
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
             known = values["identity"]
-            judged = {
+            self.judged = {
                 name: [Judgement(**{key: _tuples(value) for key, value in one.items()}) for one in some]
                 for name, some in values["judged"].items()
             }
             self.failed, self.kind = list(values["failed"]), values["kind"]
             self.macs = {str(name): int(macs) for name, macs in values["macs"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise FileError(
-                f"{path} cannot be read.", why=first_line(error), next="choose another output folder."
-            ) from error
-        if known != self.identity:
-            changed = sorted(name for name in self.identity if known.get(name) != self.identity[name])
-            raise InvalidInput(
-                f"{self.folder} holds another run.",
-                where=", ".join(changed),
-                next="give it the same again, or another output folder.",
-            )
-        self.judged = judged
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise unreadable(self._path, error) from error
+        check_same_run(known, self.identity, self.folder)
 
     @property
     def _path(self) -> Path:
@@ -507,8 +496,7 @@ class _Run:
             "macs": self.macs,
             "judged": {name: [asdict(one) for one in some] for name, some in self.judged.items()},
         }
-        with write_whole(self._path) as temporary:
-            temporary.write_text(json.dumps(values), encoding="utf-8")
+        write_json(self._path, values, indent=None)
 
 
 def _tuples(value: Any) -> Any:
