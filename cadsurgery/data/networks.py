@@ -294,7 +294,9 @@ def _torchvision_builder(name: str) -> Builder:
             model, entry = builder(weights=None, **no_backbone, **kwargs), None
         else:
             note = f"pretrained weights {entry.name}"
-            kwargs = {**_classes(entry), **_decisions(model, parameters), **kwargs}
+            categories = entry.meta.get("categories")
+            classes = {"num_classes": len(categories)} if categories else {}
+            kwargs = {**classes, **_decisions(model, parameters), **kwargs}
         weights = entry.name if entry is not None else "random"
         return model, Source(f"torchvision:{name}", kwargs, weights, note, *_image_statistics(model, entry))
 
@@ -308,11 +310,6 @@ def _image_statistics(model: nn.Module, entry: Any = None) -> tuple[tuple[float,
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     preset = entry.transforms() if entry is not None else None
     return tuple(getattr(preset, "mean", IMAGENET_MEAN)), tuple(getattr(preset, "std", IMAGENET_STD))
-
-
-def _classes(entry: Any) -> dict[str, Any]:
-    categories = entry.meta.get("categories")
-    return {"num_classes": len(categories)} if categories else {}
 
 
 def _decisions(model: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Any]:
