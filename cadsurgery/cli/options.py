@@ -156,6 +156,7 @@ class OptionsFrom:
         given: pass only options that the user has given, because defaults may come from elsewhere.
         defaults: other defaults than the fields', as texts, in the order of the names.
         apart: pass each value as an argument of its own instead of one parameter.
+        about: beginning of the help of every option.
     """
 
     kind: type
@@ -163,6 +164,7 @@ class OptionsFrom:
     given: bool = False
     defaults: tuple[str, ...] = ()
     apart: bool = False
+    about: str = ""
 
     def fields(self) -> dict[str, Field[Any]]:
         """Return the fields, by the names of their options."""
@@ -174,6 +176,7 @@ class OptionsFrom:
         """Yield the parameters from which typer creates options."""
         for (name, field), changed in zip_longest(self.fields().items(), self.defaults):
             details, default = field.metadata, changed or field.default
+            help = self.about + details["help"]
             kind: Any = str if "read" in details else type(default)
             words = ("--" + name.replace("_", "-"),) if kind is bool else ()  # without --no-...
             more = {key: details[key] for key in ("min", "metavar") if key in details}
@@ -185,7 +188,7 @@ class OptionsFrom:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
-                annotation=Annotated[kind | None, typer.Option(*words, help=details["help"], **more)],
+                annotation=Annotated[kind | None, typer.Option(*words, help=help, **more)],
             )
 
     def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
@@ -239,9 +242,12 @@ def _of_option(name: str) -> str:
 
 Model = Annotated[str, NetworkOrOption()]
 Converted = Annotated[dict[str, Any], OptionsFrom(Conversion)]
-WithExits = Annotated[dict[str, Any], OptionsFrom(Exits)]
-Sampled = Annotated[dict[str, Any], OptionsFrom(Sampling, defaults=("learned", "224x224"))]
-WithGates = Annotated[dict[str, Any], OptionsFrom(Gates)]
+WithExits = Annotated[dict[str, Any], OptionsFrom(Exits, about="method anytime: ")]
+Sampled = Annotated[
+    dict[str, Any],
+    OptionsFrom(Sampling, defaults=("learned", "224x224"), about="method resampling: "),
+]
+WithGates = Annotated[dict[str, Any], OptionsFrom(Gates, about="method sampling: ")]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -58,39 +58,31 @@ class Exits:
     """How exits are added to a network; see `cadsurgery.anytime`."""
 
     exits: str | list[str] = option(
-        "auto", "method anytime: names of modules or nodes, separated by commas; or auto", read="names"
+        "auto", "names of modules or nodes, separated by commas; or auto", read="names"
     )
-    head: str = option("redesigned", "method anytime: {default}, or plain")
-    classes: int = option(0, "method anytime: number of classes, for a backbone", min=0)
-    hidden: int = option(0, "method anytime: channels inside the heads; 0 for the default", min=0)
+    head: str = option("redesigned", "{default}, or plain")
+    classes: int = option(0, "number of classes, for a backbone", min=0)
+    hidden: int = option(0, "channels inside the heads; 0 for the default", min=0)
     threshold: Any = option(
         0.998,
-        "method anytime: confidence of exits, one number or one for each exit but the last; default {default}",
+        "confidence of exits, one number or one for each exit but the last; default {default}",
         metavar="T[,T...]",
         read="threshold",
     )
-    confidence: str = option("probability", "method anytime: {default}, or entropy")
-    gaps: str = option(
-        "gaussian",
-        "method anytime: what fills skipped positions: {default}, interpolated or zeros",
-    )
+    confidence: str = option("probability", "{default}, or entropy")
+    gaps: str = option("gaussian", "what fills skipped positions: {default}, interpolated or zeros")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the input of a network is sampled; see `cadsurgery.resample`."""
 
-    sampler: str = option("learned", "method resampling: {default}, labels, uniform, or a mask")
-    sample_size: tuple[int, int] = option(
-        (224, 224), "method resampling: size of the sampled image", metavar="HxW", read="size"
-    )
-    grid: int = option(
-        8, "method resampling: locations per side of the grid; default {default}", min=2, name="sample_grid"
-    )
-    smoothness: float = option(1.0, "method resampling: smoothness of the grid; default {default}")
+    sampler: str = option("learned", "{default}, labels, uniform, or a mask")
+    sample_size: tuple[int, int] = option((224, 224), "size of the sampled image", metavar="HxW", read="size")
+    grid: int = option(8, "locations per side of the grid; default {default}", min=2, name="sample_grid")
+    smoothness: float = option(1.0, "smoothness of the grid; default {default}")
     targets: str = option(
-        "",
-        "method resampling: numbers of the classes whose boundaries matter, separated by commas; default all",
+        "", "numbers of the classes whose boundaries matter, separated by commas; default all"
     )
 
 
@@ -99,16 +91,12 @@ class Gates:
     """How gates are added to a network; see `cadsurgery.sample`."""
 
     where: str | list[str] = option(
-        "auto",
-        "method sampling: names of modules or convolutions, separated by commas; or auto",
-        read="names",
+        "auto", "names of modules or convolutions, separated by commas; or auto", read="names"
     )
     grid: int = option(
-        11,
-        "method sampling: distance of positions that are always computed; default {default}, 0 for none",
-        min=0,
+        11, "distance of positions that are always computed; default {default}, 0 for none", min=0
     )
-    noise: bool = option(False, "method sampling: gates draw noise in evaluation, as published")
+    noise: bool = option(False, "gates draw noise in evaluation, as published")
 
 
 @dataclass(frozen=True)
