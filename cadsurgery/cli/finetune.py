@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options, screen
-from cadsurgery.finetune.settings import Settings
+from cadsurgery.tasks.options import Settings
 
 commands = typer.Typer()
 SETTINGS = (

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from cadsurgery.data.datasets import IGNORED, is_labelled, sample_of
 from cadsurgery.data.images import normalise
 from cadsurgery.finetune.schedule import Sampling, derive_seed
-from cadsurgery.finetune.settings import Settings
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.tasks.options import Settings
 
 Augmentation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 

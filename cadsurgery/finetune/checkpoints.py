@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cadsurgery.finetune.settings import FREE, Settings
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
@@ -22,6 +21,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, TrainingStopped, describe_error
 from cadsurgery.support.provenance import versions
+from cadsurgery.tasks.options import FREE, Settings
 from cadsurgery.tasks.run_folder import Identity
 
 FORMAT = 1

@@ -16,7 +16,6 @@ from torch import nn
 from cadsurgery.finetune.batches import Samples, augmentation
 from cadsurgery.finetune.logs import Row
 from cadsurgery.finetune.loop import Outcome, fit
-from cadsurgery.finetune.settings import Settings
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
@@ -27,6 +26,7 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.open import open_any, open_converted
+from cadsurgery.tasks.options import Settings
 from cadsurgery.tasks.report import Report
 
 

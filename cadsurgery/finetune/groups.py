@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cadsurgery.finetune.batches import Batch
 from cadsurgery.finetune.objectives import Objective, adapters_of
 from cadsurgery.finetune.schedule import Draw, derive_seed
-from cadsurgery.finetune.settings import Settings
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.anytime.model import HEADS
 from cadsurgery.methods.resampling import ResampledModel
@@ -22,6 +21,7 @@ from cadsurgery.network.adapters import ADAPTERS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
+from cadsurgery.tasks.options import Settings
 
 _OWN = ("_mask_provider", ADAPTERS, HEADS, GATES)  # child modules that the original network does not have
 

@@ -39,7 +39,6 @@ from cadsurgery.finetune.groups import (
 from cadsurgery.finetune.logs import INSTALL, CsvLog, Row, TensorBoardLog, open_log
 from cadsurgery.finetune.objectives import Objective, copy_dense, make_objective
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
-from cadsurgery.finetune.settings import Settings
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.resampling import ResampledModel
@@ -51,6 +50,7 @@ from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, 
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.processes import world
 from cadsurgery.surgery.trace import evaluating
+from cadsurgery.tasks.options import Settings
 from cadsurgery.tasks.report import Plain
 from cadsurgery.tasks.run_folder import Identity, check_same_run
 

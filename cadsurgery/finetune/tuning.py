@@ -30,7 +30,6 @@ from cadsurgery.finetune.gain import GainFit, fit_gain
 from cadsurgery.finetune.loop import fit
 from cadsurgery.finetune.objectives import dense_high
 from cadsurgery.finetune.refinement import STEPS, RefinementFit, fit_refinement
-from cadsurgery.finetune.settings import Settings
 from cadsurgery.masks import Budget
 from cadsurgery.methods.storage import save
 from cadsurgery.network.model import AdaptiveModel
@@ -53,6 +52,7 @@ from cadsurgery.tasks.judging import (
     pool,
 )
 from cadsurgery.tasks.open import open_converted
+from cadsurgery.tasks.options import Settings
 from cadsurgery.tasks.report import Report, Row, percent
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, write_json
 
