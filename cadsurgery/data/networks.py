@@ -419,12 +419,8 @@ def _of_classes(
 def _pretrained(
     library: str, name: str, weights: str, known: list[str], what: str | None, build: Callable[[], nn.Module]
 ) -> tuple[nn.Module | None, str]:
-    """Build a network with pretrained weights; return None and the reason if it must keep random weights.
-
-    Args:
-        weights: `auto`, `none` or one of the `known` names.
-        what: name of the weights that `build` loads; None if the library has none.
-    """
+    """Build a network with pretrained weights, named `what` (None: there are none); return None and the reason if it
+    must keep random weights."""
     if weights == "none":
         return None, "weights are random (asked for)"
     if weights not in ("auto", *known):

@@ -314,15 +314,8 @@ class _Run:
     """The stages of a run in one folder; a stage with a file in the folder is not repeated.
 
     Each stage takes the network as it is and returns it with another part, or as it is if the part is no improvement.
-
-    Attributes:
-        photos: photos to fit to.
-        deciding: photos that decide what is kept.
-        folder: folder of the run.
-        identity: plain values that identify the run.
-        step: progress callback.
-        measure: measure of the decisions.
-        judged: judgements of the last network that was kept, by mask and photo; empty if not needed yet.
+    Parts are fitted to `photos`, and `deciding` decides by the measure; `judged` are the judgements of the last network
+    that was kept, by mask and photo.
     """
 
     photos: SegmentationData
@@ -564,14 +557,7 @@ class _Run:
         return replace(photos, read=read)
 
     def _counter(self, what: str, item: str, total: int, seconds: float = math.inf) -> Callable[[int], None]:
-        """Return a function that reports the item with a number, counted from 1.
-
-        Args:
-            what: what is being done.
-            item: what is counted.
-            total: number of items.
-            seconds: longest time for all items.
-        """
+        """Return a function that reports the item with a number, counted from 1; all take so many seconds at most."""
         begin = time.perf_counter()
 
         def show(number: int) -> None:

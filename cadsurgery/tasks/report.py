@@ -300,16 +300,19 @@ class MeasuredReport(RunReport):
         """Return the tables of rows."""
         raise NotImplementedError
 
+    def remarks(self) -> Iterator[str]:
+        """Yield what a reader must know to judge the figures."""
+        if self.random:
+            yield "random weights: unless they were trained since, these accuracies mean nothing."
+
     def parts(self) -> Iterator[RenderableType]:
-        """Yield network and data, the tables, and what a reader must know."""
+        """Yield network and data, the tables, and the remarks."""
         yield heading(self.model, self.weights, self.random)
         yield Text(self.subject(), style="dim")
         if self.normalisation:
             yield Text(f"masks see {self.normalisation}", style="dim")
         yield from self.tables()
-        if self.random:
-            warning = "random weights: unless they were trained since, these accuracies mean nothing."
-            yield Text(warning, style="yellow")
+        yield from (Text(remark, style="yellow") for remark in self.remarks())
         for failure in self.failed:
             yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
 

@@ -274,14 +274,7 @@ def _output_of(model: nn.Module, image: Tensor) -> int:
 
 @dataclass
 class _Pictures:
-    """Pictures of one size, normalised for the network, with their labels if there are any.
-
-    Attributes:
-        data: pictures and labels.
-        source: source of the network, which says how pictures are normalised.
-        size: (height, width) of all pictures; None until the first is read, whose size it becomes.
-        is_resized: True if a picture had another size.
-    """
+    """Pictures of one size (that of the first, if none is given), normalised for the network, and their labels."""
 
     data: SegmentationData
     source: Source
@@ -332,19 +325,8 @@ def _with_labels(data: SegmentationData, folder: Path, classes: int) -> Segmenta
 class _Run:
     """A run, whose measurements are written to a file in its folder after each picture.
 
-    Attributes:
-        candidates: settings.
-        calls: makes the calls of the settings.
-        pictures: pictures that the settings are measured on.
-        folder: folder of the run.
-        identity: values that have to be the same when the run is continued.
-        step: progress callback.
-        judged: judgements of each setting, by name, on the first pictures that could be read.
-        macs: multiply-accumulates of each setting on the first picture.
-        refused: settings that are not run, and why.
-        failed: pictures that cannot be used, each an error as plain values.
-        end: reason why measuring ended before the last picture; "" if it did not.
-        kind: kind of the outputs, `classes` or `values`; `auto` until the first output.
+    By the name of a setting are its judgements, on the first pictures that could be read, its MACs on the first
+    picture, and why it is not run; `failed` are pictures that cannot be used, `end` is why measuring ended early.
     """
 
     candidates: Candidates
@@ -361,12 +343,7 @@ class _Run:
     kind: Kind = "auto"
 
     def __post_init__(self) -> None:
-        """Continue the run that the folder holds.
-
-        Raises:
-            InvalidInput: the folder holds another run.
-            FileError: the file of the run cannot be read.
-        """
+        """Continue the run that the folder holds."""
         if not (values := read_json(self._path)):
             return
         try:
@@ -461,16 +438,13 @@ class _Run:
     def _is_beaten(self, name: str, others: Sequence[str]) -> bool:
         """True if another setting is faster, and better beyond doubt."""
         ours = self.judged[name]
-        return any(
-            median_time(self.judged[other]) < _FASTER * median_time(ours)
-            and self._is_better(self.judged[other], ours)
+        faster = (
+            theirs
             for other in others
-            if other != name
+            if other != name and median_time(theirs := self.judged[other]) < _FASTER * median_time(ours)
         )
-
-    def _is_better(self, ours: Sequence[Judgement], theirs: Sequence[Judgement]) -> bool:
-        compared = estimate(ours, theirs, self.measured_by)
-        return compared.change > _SURE * compared.error
+        compared = (estimate(theirs, ours, self.measured_by) for theirs in faster)
+        return any(one.change > _SURE * one.error for one in compared)
 
     def _judge(
         self, running: Sequence[tuple[str, Call]], image: Tensor, labels: Tensor | None
