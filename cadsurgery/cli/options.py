@@ -218,7 +218,7 @@ class NetworkOrOption:
         argument = typer.Argument(metavar="model", help=self.help, show_default=False)
         option = typer.Option("--model", "-m", help="the same as the argument", show_default=False)
         kind: Any = list[str] if self.is_repeated else str
-        for key, marked in ((name, argument), (_of_option(name), option)):
+        for key, marked in ((name, argument), (f"{name}_by_option", option)):
             yield inspect.Parameter(
                 key,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -228,16 +228,12 @@ class NetworkOrOption:
 
     def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
         """Replace both values among all arguments by the one that was given."""
-        argument, option = arguments.pop(name), arguments.pop(_of_option(name))
+        argument, option = arguments.pop(name), arguments.pop(f"{name}_by_option")
         if argument and option and not self.is_repeated:
             raise typer.BadParameter(f"{argument} and --model {option} name two networks; give one")
         if self.is_needed and not (argument or option):
             raise typer.BadParameter("missing argument 'model': name a network")
         arguments[name] = argument + option if self.is_repeated else argument or option
-
-
-def _of_option(name: str) -> str:
-    return f"{name}_by_option"
 
 
 Model = Annotated[str, NetworkOrOption()]

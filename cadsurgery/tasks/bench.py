@@ -278,7 +278,8 @@ def _compare(
         step(f"measuring the memory of {name}, {side.name}", place, len(sides))
         fill = side.name.partition(" ")[0]
         changed = replace(setup, fill=fill) if fill in nets else replace(setup, fill=next(iter(nets)))
-        peaks[side.name] = _peak_memory(name, mask, changed, side.name)
+        task = {"network": name, "mask": mask, "setup": vars(changed), "key": side.name}
+        peaks[side.name] = float(run_alone(__name__, print_peak.__name__, repr(task)))
 
     def twin(key: str, active_fraction: float) -> Row:
         values = {"active_fraction": active_fraction, "macs": rows[key].macs}
@@ -527,14 +528,9 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _peak_memory(network: str, mask: object, setup: Benchmark, key: str) -> float:
-    """Return the MiB by which one call of a side raises the peak of the resident set."""
-    task = {"network": network, "mask": mask, "setup": vars(setup), "key": key}
-    return float(run_alone(__name__, print_peak.__name__, repr(task)))
-
-
 def print_peak(task: str) -> None:
-    """Build one side, run it, and print its MiB; runs in a separate process."""
+    """Build one side, run it, and print by how many MiB a call raises the peak of the resident set; runs in a separate
+    process."""
     arguments = ast.literal_eval(task)
     setup, key = Benchmark(**arguments["setup"]), arguments["key"]
     torch.set_num_threads(setup.threads)

@@ -80,7 +80,8 @@ def predict(
     else:
         if calibration is not None:
             step("reading the calibration images")
-            shown = images_like(_first_image(calibration, size), source, calibration)
+            first = next(iter(find_images([calibration])[0]))
+            shown = images_like(read_image(first, size).unsqueeze(0), source, calibration)
         assert isinstance(converted, AdaptiveModel)
         net = converted.optimize(
             precision=precision, calibration=shown, largest_error=largest_error, step=step
@@ -107,22 +108,12 @@ def predict(
     rows, failed = for_each(
         list(paths.items()), draw, failures, torch_device, name=lambda item: str(item[0]), step=step
     )
-    lines = [
-        f"{row['image']}: {_describe_work(row)}, {row['milliseconds']:.0f} ms -> {row['output']}"
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        computed = ", ".join(words.format(row[name]) for name, words in _COMPUTED.items() if name in row)
+        lines.append(f"{row['image']}: {computed}, {row['milliseconds']:.0f} ms -> {row['output']}")
     text = "\n".join([*lines, f"{len(rows)} done, {len(failed)} failed"])
     return FilesReport(tuple(rows), text, tuple(failed))
-
-
-def _describe_work(row: dict[str, Any]) -> str:
-    return ", ".join(words.format(row[name]) for name, words in _COMPUTED.items() if name in row)
-
-
-def _first_image(folder: Path, size: tuple[int, int] | None) -> Tensor:
-    """Return the first image of a folder as a batch of one."""
-    found, _ = find_images([folder])
-    return read_image(next(iter(found)), size).unsqueeze(0)
 
 
 def _first_tensor(output: Any) -> Tensor:
