@@ -366,11 +366,11 @@ class EvaluationReport(MeasuredReport):
 
     def subject(self) -> str:
         """Describe data, device, and what was timed."""
-        size = "x".join(map(str, self.image[1:]))
-        timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
         against = "; compared with the dense network of the high output stride" if self.fidelity else ""
         seen = f"{self.images} images{self.compared.images_in_words}"
-        return f"{self.data}, split {self.split}, {seen}, on {self.device}{timed}{against}"
+        return (
+            f"{self.data}, split {self.split}, {seen}, on {self.device}{self.timed(self.image[1:])}{against}"
+        )
 
     def tables(self) -> Iterator[Table]:
         """Yield the table of all sides, and the table of classes."""

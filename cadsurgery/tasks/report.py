@@ -238,16 +238,14 @@ def time_columns(
     yield Column(f"of {of}", lambda row: ratio(row.milliseconds, whole(row).milliseconds))
 
 
-def heading(model: str, weights: str, random: bool) -> Text:
-    """Describe a network and its weights; random weights stand out."""
-    return Text(f"{model}, {weights}", style="bold red" if random else "bold")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunReport(Report):
-    """A report of a run: device, software and date, see `describe_run`.
+    """A report of a run of a network: device, software and date, see `describe_run`.
 
     Attributes:
+        model: source of the network.
+        weights: description of its weights.
+        random: True if the weights are random.
         device: description with the instruction sets and the number of threads.
         processor: model, family and caches; empty in older reports.
         instruction_sets: instruction sets of the compiled code and of torch, and the variables that cap them; empty
@@ -257,12 +255,24 @@ class RunReport(Report):
         date: date of the run.
     """
 
+    model: str
+    weights: str
+    random: bool
     device: str
     processor: dict[str, str] = field(default_factory=dict)
     instruction_sets: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
     date: str = ""
+
+    def heading(self) -> Text:
+        """Describe the network and its weights; random weights stand out."""
+        return Text(f"{self.model}, {self.weights}", style="bold red" if self.random else "bold")
+
+    def failures(self) -> Iterator[Text]:
+        """Yield a line for each item that failed."""
+        for failure in self.failed:
+            yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
 
     def run_with(self) -> Text:
         """Describe the device and the version of torch, in one line."""
@@ -275,18 +285,12 @@ class MeasuredReport(RunReport):
     """A report on a network and data, with the provenance of its figures.
 
     Attributes:
-        model: source of the network.
-        weights: description of its weights.
-        random: True if the weights are random.
         data: spec of the data, or its folder.
         rounds: timing rounds, 0 if not timed.
         normalisation: normalisation of the network's input assumed by masks, and how it is known.
         failed: items that could not be used, each an error as plain values.
     """
 
-    model: str
-    weights: str
-    random: bool
     data: str
     rounds: int
     normalisation: str = ""
@@ -307,14 +311,18 @@ class MeasuredReport(RunReport):
 
     def parts(self) -> Iterator[RenderableType]:
         """Yield network and data, the tables, and the remarks."""
-        yield heading(self.model, self.weights, self.random)
+        yield self.heading()
         yield Text(self.subject(), style="dim")
         if self.normalisation:
             yield Text(f"masks see {self.normalisation}", style="dim")
         yield from self.tables()
         yield from (Text(remark, style="yellow") for remark in self.remarks())
-        for failure in self.failed:
-            yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
+        yield from self.failures()
+
+    def timed(self, size: Iterable[int]) -> str:
+        """Describe the timing of an image of this size; empty without it."""
+        pixels = "x".join(map(str, size))
+        return f"; ms: {pixels}, best of {self.rounds} interleaved rounds" if self.rounds else ""
 
 
 def canvas(width: float, height: float) -> Figure:

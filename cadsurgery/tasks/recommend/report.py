@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cadsurgery.tasks.judging import CLASSES, LABELS, VALUES, Estimate
 from cadsurgery.tasks.recommend.settings import Setting
-from cadsurgery.tasks.report import COLOURS, Column, Plain, RunReport, canvas, heading, percent, table
+from cadsurgery.tasks.report import COLOURS, Column, Plain, RunReport, canvas, percent, table
 
 WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative error"}
 
@@ -73,11 +73,8 @@ class Recommendation(RunReport):
     """The recommended setting, the settings it was compared with, and the reasons.
 
     Attributes:
-        model: source of the network.
         network: the network as the user typed it; empty for a module.
         options: `weights` and options of `adaptify` that the user gave, by name.
-        weights: weights of the network, in words.
-        random: True if the weights are random.
         data: spec of the pictures, or their folder.
         images: number of pictures that were measured.
         of_images: number of pictures that there are.
@@ -95,11 +92,8 @@ class Recommendation(RunReport):
         folder: of the run.
     """
 
-    model: str
     network: str
     options: Mapping[str, Any]
-    weights: str
-    random: bool
     data: str
     images: int
     of_images: int
@@ -140,7 +134,7 @@ class Recommendation(RunReport):
 
     def parts(self) -> Iterator[RenderableType]:
         """The table, the choice with its reasons, and how to use it."""
-        yield heading(self.model, self.weights, self.random)
+        yield self.heading()
         yield Text(self.subject(), style="dim")
         yield self.table()
         for reason in self.reasons:
@@ -154,8 +148,7 @@ class Recommendation(RunReport):
         yield Text("\n".join(self.python))
         for name, why in self.refused.items():
             yield Text(f"not tried: {name}: {why}", style="yellow")
-        for failure in self.failed:
-            yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
+        yield from self.failures()
         yield Text(f"\n{self.folder}: report.json, curve.png", style="dim")
 
     def subject(self) -> str:
