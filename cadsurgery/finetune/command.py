@@ -74,11 +74,13 @@ def finetune(
     weights: str,
     mask: str,
     options: dict[str, Any],
-    settings: Settings,
+    config: Path | None,
+    objective: dict[str, Any],
+    objective_option: list[str],
+    settings: dict[str, Any],
     output: Path,
     resume: bool,
     device: str,
-    on_step: Callable[[Row], None] | None,
     step: Step,
     cache: bool = False,
     trust: bool = False,
@@ -90,6 +92,7 @@ def finetune(
     """
     from cadsurgery.data import open_data
 
+    chosen = make_settings(config, {**objective, **settings}, objective_option)
     world()  # report a wrong start of several processes first
     if mask:
         resolve_mask(mask)
@@ -108,26 +111,46 @@ def finetune(
         )
     trained: nn.Module = net
     samples = _Samples(training, validation)
-    if settings.train == "adapters" and isinstance(net, AdaptiveModel):
+    if chosen.train == "adapters" and isinstance(net, AdaptiveModel):
         net.add_adapters()  # before the stem is separated
     if cache and isinstance(net, AdaptiveModel):
         step("running the stem over the data")
-        samples = _run_stem(net, samples, settings, device)
-        trained, settings = body_of(net), settings.changed({"freeze": "stem", "jitter": 0.0})
+        samples = _run_stem(net, samples, chosen, device)
+        trained, chosen = body_of(net), chosen.changed({"freeze": "stem", "jitter": 0.0})
     step("training")
     outcome = fit(
         trained,
         samples.training,
-        settings,
+        chosen,
         output=output,
         validation=samples.validation,
-        augment=None if cache else augmentation(settings),
+        augment=None if cache else augmentation(chosen),
         resume=resume,
         device=device,
-        on_step=on_step,
+        on_step=training_steps(step, chosen.steps, chosen.batch * chosen.accumulate),
     )
     data_in_words = f"{training.name} ({len(training)} images)"
     return TrainingReport(model, _decided_by(net), data_in_words, outcome, samples.notes)
+
+
+def training_steps(step: Step, steps: int, images: int) -> Callable[[Row], None]:
+    """Return a callback that shows rows of a training log as steps, with the images per second if the speed is known.
+
+    Args:
+        step: progress callback; that of the command line has a `speed`, in steps per second.
+        steps: number of steps of the training.
+        images: images per step.
+    """
+
+    def on_step(row: Row) -> None:
+        at = int(row["step"] or 0)
+        words = [f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None]
+        step(f"step {at} of {steps}", at, steps)
+        if speed := getattr(step, "speed", None):
+            words.append(f"{speed * images:.1f} images/s")
+        step(", ".join((f"step {at} of {steps}", *words)), at, steps)
+
+    return on_step
 
 
 def _decided_by(net: Converted) -> str:

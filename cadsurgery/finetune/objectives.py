@@ -176,10 +176,7 @@ class Divergence(Objective):
             UnknownName: there is no such teacher or kind.
         """
         super().__init__(net)
-        if not temperature > 0:
-            raise InvalidInput(f"temperature={temperature}.", next="it must be above 0.")
-        if min(class_weights, default=0.0) < 0:
-            raise InvalidInput(f"class_weights={tuple(class_weights)}.", next="give numbers of at least 0.")
+        _check_numbers({"class_weights": min(class_weights, default=0.0)}, {"temperature": temperature})
         check_name("teacher", teacher, ("initial", "self"))
         check_name("kind of output", kind, KINDS)
         self.temperature, self.weight, self.supervision, self.kind = temperature, weight, supervision, kind
@@ -357,11 +354,7 @@ class Anytime(Objective):
                     f"objective anytime with {name}={tuple(values)}.",
                     next=f"give {count} numbers of at least 0.",
                 )
-        if not temperature > 0 or (divergence is not None and divergence < 0):
-            raise InvalidInput(
-                f"objective anytime with divergence={divergence}, temperature={temperature}.",
-                next="the temperature must be above 0, the divergence at least 0.",
-            )
+        _check_numbers({"divergence": divergence}, {"temperature": temperature})
         self.weights = tuple(weights) or (1.0,) * exits
         self.class_weights, self.divergence, self.temperature = tuple(class_weights), divergence, temperature
 
@@ -424,18 +417,10 @@ class Sparse(Objective):
         """
         super().__init__(net)
         check_name("kind of output", kind, KINDS)
-        if (
-            weight < 0
-            or (divergence is not None and divergence < 0)
-            or not temperature > 0
-            or not 0 < decay <= 1
-            or (start is not None and not start > 0)
-        ):
-            raise InvalidInput(
-                f"objective sparse with weight={weight}, divergence={divergence}, temperature={temperature}, "
-                f"decay={decay}, start={start}.",
-                next="weights are at least 0, temperature and start above 0, the decay in 0..1.",
-            )
+        least = {"weight": weight, "divergence": divergence}
+        _check_numbers(least, {"temperature": temperature, "start": start})
+        if not 0 < decay <= 1:
+            raise InvalidInput(f"the objective has decay={decay}.", next="give a decay in 0..1, above 0.")
         if start is not None:
             for gate in self.net.gates:
                 gate.temperature.fill_(start)
@@ -459,6 +444,14 @@ class Sparse(Objective):
                 target = teacher.dense(*inputs)
         loss, parts = miss(output, labels, target, 1.0, share, self.temperature, kind=self.kind)
         return {"loss": loss + self.weight * sparse, **parts, "open": sparse.detach()}
+
+
+def _check_numbers(least: Mapping[str, float | None], above: Mapping[str, float | None]) -> None:
+    """Refuse numbers of `least` below 0, and numbers of `above` that are not above 0; None is not given."""
+    for values, words in ((least, "at least 0"), (above, "above 0")):
+        for name, value in values.items():
+            if value is not None and not (value > 0 or (value == 0 and values is least)):
+                raise InvalidInput(f"the objective has {name}={value}.", next=f"give {name} {words}.")
 
 
 def copy_dense(net: AdaptiveModel) -> nn.Module | None:

@@ -382,14 +382,7 @@ class _Run:
                 count = max(1, int(60 * minutes * _TRAINING / self._seconds(candidate, cached, balanced)))
             self._note(steps=count)
             show = self._counter("training level adapters", "step", count)
-            fit(
-                body,
-                cached,
-                replace(balanced, steps=count),
-                output=self.folder / "training",
-                device="cpu",
-                on_step=lambda row: show(int(row["step"] or 0)),
-            )
+            self._train(body, cached, replace(balanced, steps=count), self.folder / "training", show)
             return {"steps": count}
 
         self._fit(TRAINED, adapters, work)
@@ -525,20 +518,22 @@ class _Run:
         times: list[float] = []
         show = self._counter("measuring the time of a step", "step", _TRIAL)
 
-        def note(row: Mapping[str, Any]) -> None:
+        def note(number: int) -> None:
             times.append(time.process_time())
-            show(int(row["step"]))
+            show(number)
 
         with tempfile.TemporaryDirectory() as folder:
-            fit(
-                body_of(copy.deepcopy(net)),
-                cached,
-                replace(settings, steps=_TRIAL),
-                output=folder,
-                device="cpu",
-                on_step=note,
-            )
+            body = body_of(copy.deepcopy(net))
+            self._train(body, cached, replace(settings, steps=_TRIAL), Path(folder), note)
         return (times[-1] - times[0]) / (_TRIAL - 1)
+
+    @staticmethod
+    def _train(
+        body: AdaptiveModel, data: CachedStem, settings: Settings, output: Path, show: Callable[[int], None]
+    ) -> None:
+        fit(
+            body, data, settings, output=output, device="cpu", on_step=lambda row: show(int(row["step"] or 0))
+        )
 
     def _some(self, most: int) -> SegmentationData:
         """Return photos to fit to, at most so many, evenly spread."""
