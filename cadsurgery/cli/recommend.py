@@ -43,7 +43,7 @@ def recommend(
     size: Annotated[Any, options.size("of the pictures; default: of the first")] = None,
     limit: options.Limit = 0,
     minutes: Annotated[float, typer.Option(help="of measuring at most")] = 10.0,
-    split: Annotated[str, typer.Option(help="of labelled data")] = "all",
+    split: Annotated[str, typer.Option(help="of labelled data; all: val where it has splits")] = "all",
     weights: options.Weights = "auto",
     options: Annotated[
         dict[str, Any],
