@@ -172,10 +172,8 @@ def class_picture(prediction: Tensor, count: int = 256) -> Image.Image:
     picture = Image.fromarray(classes, mode="P")
     palette = [0, 0, 0]
     for index in range(1, 256):
-        red, green, blue = colorsys.hsv_to_rgb(
-            index * 0.618 % 1, 0.65 + 0.3 * (index % 2), 0.95 - 0.25 * (index % 3)
-        )
-        palette += [int(255 * red), int(255 * green), int(255 * blue)]
+        hue, saturation, value = index * 0.618 % 1, 0.65 + 0.3 * (index % 2), 0.95 - 0.25 * (index % 3)
+        palette += [int(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value)]
     picture.putpalette(palette)
     return picture
 
