@@ -47,13 +47,13 @@ def main() -> None:
         report = tune(
             net, photos.unlabelled(), output=options.folder / name, minutes=options.minutes, rounds=0
         )
-        tuned = cs.load(report.network)
+        tuned = cs.load(report.network, model=NETWORKS[name](options.data)[0])
         sides = {
             f"{mask}{', tuned' * is_tuned}": (tuned if is_tuned else net, mask)
             for mask in MASKS
             for is_tuned in (False, True)
         }
-        sides[f"chosen by tune: {report.chosen.mask}"] = (tuned, tuned.mask.spec())
+        sides[f"chosen by tune: {report.chosen}"] = (tuned, tuned.mask.spec())
         judged = _measure(model, sides, spread(others, options.others))
         given = judged.pop("given")
         kept = ", ".join(report.kept) or "nothing"

@@ -1,4 +1,4 @@
-"""Write docs/zoo.md and docs/zoo.png from the rows of a full check of the zoo.
+"""Write docs/zoo.md from the rows of a full check of the zoo.
 
 cadsurgery list --check --output cadsurgery/tasks/zoo.jsonl      # the full run; continues an interrupted run
 python benchmarks/zoo_report.py [--rows cadsurgery/tasks/zoo.jsonl] [--docs docs]
@@ -13,23 +13,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from cadsurgery.data.networks import family_of, list_models
 from cadsurgery.tasks.zoo_check import RECORDED, read_rows
 
 Row = dict[str, Any]
 RESULTS = ("converts", "refused", "not checked", "not built", "broken")
-COLOURS = {
-    "converts": "#2a7f62",
-    "refused": "#c9a227",
-    "not checked": "#9aa0a6",
-    "not built": "#5f6368",
-    "broken": "#b00020",
-}
 KINDS = {
     "cnn": "convolutional",
     "attention": "with attention or another mixing of positions",
@@ -44,28 +32,6 @@ def by_family(rows: list[Row]) -> dict[str, list[Row]]:
     for row in rows:
         found[row["family"]].append(row)
     return dict(sorted(found.items()))
-
-
-def picture(rows: list[Row], path: Path) -> None:
-    """Draw, for each family, how many networks convert, are refused, or were not checked."""
-    families = by_family(rows)
-    figure, axes = plt.subplots(figsize=(9, 0.17 * len(families) + 1.2), layout="constrained")
-    left = [0] * len(families)
-    for result in RESULTS:
-        counts = [sum(row["result"] == result for row in members) for members in families.values()]
-        if any(counts):
-            axes.barh(
-                list(families), counts, left=left, color=COLOURS[result], label=f"{result} ({sum(counts)})"
-            )
-            left = [a + b for a, b in zip(left, counts, strict=True)]
-    axes.invert_yaxis()
-    axes.margins(y=0.005)
-    axes.set_xlim(0, 1.03 * max(left))
-    axes.tick_params(axis="y", labelsize=6)
-    axes.set_xlabel("networks")
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def table(header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
@@ -205,7 +171,7 @@ positions (attention between channels, pooling by attention), exactly.
 
 {outcomes(rows)}
 
-![families against outcome](zoo.png)
+![Every network as a square, by family; those that do not convert in orange](pictures/zoo.png)
 
 ## Convolutional networks that do not convert
 
@@ -239,7 +205,6 @@ def main() -> None:
     rows = sorted(read_rows(options.rows), key=lambda row: row["model"])
     setting = json.loads(options.rows.read_text(encoding="utf-8").splitlines()[0])
     (options.docs / "zoo.md").write_text(document(rows, setting), encoding="utf-8")
-    picture(rows, options.docs / "zoo.png")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ html_theme = "furo"
 html_title = f"cadsurgery {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["filter.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_search_summary = False  # summaries of results are fetched, which browsers refuse for file://

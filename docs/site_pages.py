@@ -63,6 +63,7 @@ def write_pages() -> None:
     texts = {copy: path.read_text() for path, copy in outside_pages().items()}
     texts[GENERATED / "parts" / "commands.md"] = "\n".join(describe_commands())
     texts[GENERATED / "parts" / "masks.md"] = "\n".join(describe_masks())
+    texts[GENERATED / "parts" / "zoo.md"] = "\n".join(describe_zoo())
     texts[GENERATED / "parts" / "names.md"] = "\n".join(describe_names())
     texts[GENERATED / "parts" / "modules.md"] = "\n".join(describe_modules())
     for old in GENERATED.rglob("*.*"):
@@ -78,7 +79,7 @@ def rewrite_source(app: Any, docname: str, source: list[str]) -> None:
     """Rewrite the links of a page as it is read; called by Sphinx."""
     copy = Path(app.env.doc2path(docname))
     original = {place: path for path, place in outside_pages().items()}.get(copy, copy)
-    source[0] = rewrite_links(source[0], original, copy)
+    source[0] = by_theme(rewrite_links(source[0], original, copy), copy.parent)
 
 
 def rewrite_links(text: str, original: Path, copy: Path) -> str:
@@ -104,6 +105,22 @@ def rewrite_links(text: str, original: Path, copy: Path) -> str:
         return f"{picture}[{shown}]({place}{anchor or ''})"
 
     return LINK.sub(rewritten, text)
+
+
+def by_theme(text: str, folder: Path) -> str:
+    """Replace each picture on a line of its own that has a form for dark pages by both, of which a page shows one."""
+
+    def both(picture: re.Match[str]) -> str:
+        shown, light = picture.groups()
+        dark = Path(light).with_stem(f"{Path(light).stem}-dark").as_posix()
+        if not (folder / dark).is_file():
+            return picture.group()
+        forms = (("light", light), ("dark", dark))
+        return "\n\n".join(
+            f":::{{image}} {place}\n:alt: {shown}\n:class: only-{theme}\n:::" for theme, place in forms
+        )
+
+    return re.sub(r"^!\[([^\]]*)\]\(([^()\s]+)\)$", both, text, flags=re.MULTILINE)
 
 
 def clean_docstring(app: Any, kind: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
@@ -169,6 +186,26 @@ def describe_masks() -> Iterator[str]:
         options = format_options(mask.options)
         cells = (f"`{mask.form}`", mask.summary, f"`{options}`" if options else "", mask.source)
         yield "| " + " | ".join(_as_cell(cell) for cell in cells) + " |"
+
+
+def describe_zoo() -> Iterator[str]:
+    """Lines of Markdown: the networks of the zoo, each a row of a table that _static/filter.js can filter."""
+    from cadsurgery.tasks.zoo_check import RECORDED, read_rows
+
+    yield "| network | result | output strides | MACs in the region | million parameters | why not, or where the region ends |"
+    yield "|---|---|---|---|---|---|"
+    for row in sorted(read_rows(RECORDED), key=lambda row: row["model"]):
+        ends = row.get("dense") or [{}]
+        share = row.get("share_in_region")
+        cells = (
+            row["model"],
+            row["result"],
+            "{} to {}".format(*row["output_stride"]) if row["result"] == "converts" else "",
+            f"{share:.2f}" if share is not None else "",
+            f"{row.get('parameters', 0) / 1e6:.1f}",
+            row.get("why") or ends[0].get("why", ""),
+        )
+        yield "| " + " | ".join(_as_cell(str(cell)) for cell in cells) + " |"
 
 
 def describe_names() -> Iterator[str]:

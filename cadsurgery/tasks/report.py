@@ -25,7 +25,8 @@ from cadsurgery.data.images import check_picture, write_picture
 from cadsurgery.support.files import check_folder
 from cadsurgery.tasks.run_folder import write_json
 
-COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")  # colours of lines and points in figures
+# Distinct to readers who are colour-blind (Okabe and Ito), on light and on dark pages.
+COLOURS = ("#d55e00", "#2b8cbe", "#009e73", "#cc79a7", "#e69f00")  # of lines and points in figures
 
 Shown = TypeVar("Shown")  # type of a table's rows
 
