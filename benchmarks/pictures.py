@@ -257,7 +257,9 @@ def hero_figure(
 ) -> Figure:
     """Draw the photo, its cells, and both predictions with their time and work."""
     pixels = image.permute(1, 2, 0).numpy()
-    colours = np.array([matplotlib.colors.to_rgb(one) for one in ("#000000", *(COLOURS[1:] + COLOURS[:1]) * 4)])
+    colours = np.array(
+        [matplotlib.colors.to_rgb(one) for one in ("#000000", *(COLOURS[1:] + COLOURS[:1]) * 4)]
+    )
 
     def over(labels: Tensor) -> np.ndarray:
         found = labels.numpy()

@@ -192,7 +192,8 @@ def describe_zoo() -> Iterator[str]:
     """Lines of Markdown: the networks of the zoo, each a row of a table that _static/filter.js can filter."""
     from cadsurgery.tasks.zoo_check import RECORDED, read_rows
 
-    yield "| network | result | output strides | MACs in the region | million parameters | why not, or where the region ends |"
+    columns = ("network", "result", "output strides", "MACs in the region", "million parameters")
+    yield f"| {' | '.join(columns)} | why refused, or why the region ends |"
     yield "|---|---|---|---|---|---|"
     for row in sorted(read_rows(RECORDED), key=lambda row: row["model"]):
         ends = row.get("dense") or [{}]

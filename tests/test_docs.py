@@ -155,6 +155,41 @@ def test_links_are_rewritten_to_where_a_page_is_on_the_site(site_pages: ModuleTy
     )
 
 
+def test_pictures_that_have_a_dark_form_are_shown_by_theme(site_pages: ModuleType, tmp_path: Path) -> None:
+    for name in ("a.png", "a-dark.png", "b.png"):
+        (tmp_path / name).touch()
+    text = "before\n![two forms](a.png)\nafter ![in a line](a.png)\n![one form](b.png)\n"
+    shown = site_pages.by_theme(text, tmp_path)
+    assert [re.sub(r"\s+", " ", one) for one in re.findall(r":::{image}(.*?)\n:::", shown, re.DOTALL)] == [
+        " a.png :alt: two forms :class: only-light",
+        " a-dark.png :alt: two forms :class: only-dark",
+    ]
+    assert "after ![in a line](a.png)\n![one form](b.png)" in shown
+
+
+def test_pictures_are_drawn_for_light_and_dark_pages_and_their_figures_stand_on_the_pages() -> None:
+    from benchmarks.pictures import speeds
+
+    names = {path.name for path in (DOCS / "pictures").iterdir() if path.suffix != ".json"}
+    light = {name for name in names if "-dark." not in name}
+    assert light and names - light == {name.replace(".", "-dark.") for name in light}
+    found, text = speeds(), (DOCS / "speed.md").read_text()
+    assert len(found) >= 6 and sum("AVX2" in sets and "AVX-512" in sets for sets in found.values()) >= 5
+    for name, sets in found.items():
+        assert f"**{name}" in text or f":{name}" in text
+        assert all(0 < work < 1 and 0 < time < 1 for work, time in sets.values())
+
+
+def test_every_network_of_the_zoo_is_listed_with_what_refused_it(site_pages: ModuleType) -> None:
+    from cadsurgery.tasks.zoo_check import RECORDED, read_rows
+
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in site_pages.describe_zoo()}
+    rows = read_rows(RECORDED)
+    assert len(rows) > 800 and all(row["model"] in lines for row in rows)
+    refused = [lines[row["model"]] for row in rows if row["result"] != "converts"]
+    assert refused and all("| refused |" in line and len(line.rsplit("|", 2)[1]) > 10 for line in refused)
+
+
 def test_the_reference_has_every_command_mask_and_public_name(site_pages: ModuleType) -> None:
     commands, masks = (
         "\n".join(part()) for part in (site_pages.describe_commands, site_pages.describe_masks)

@@ -107,10 +107,22 @@ def mask_command(
 def run(
     *,
     file: Annotated[str, typer.Argument(help="a converted file, or hf:owner/name")],
-    images: Annotated[list[Path], typer.Argument(help="image files or folders")],
-    output: Annotated[Path, options.output("folder for the predictions")] = Path("predictions"),
+    images: Annotated[
+        list[Path], typer.Argument(help="image files, folders, clips, or the number of a camera")
+    ],
+    output: Annotated[Path, options.output("folder for the predictions; a clip for one source")] = Path(
+        "predictions"
+    ),
+    view: Annotated[
+        str,
+        typer.Option(
+            help="classes, overlay (on the image) or side (beside it); default: classes for images, overlay for clips"
+        ),
+    ] = "",
     mask: Annotated[str, typer.Option(help="mask, instead of the file's")] = "",
     size: Annotated[Any, options.size("resize images to this size; default: no resizing")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="number of images or frames that run together")] = 1,
+    fps: Annotated[float, typer.Option(min=0.01, help="frames per second of a folder of frames")] = 25.0,
     device: options.Device = "cpu",
     precision: options.Precision = "float",
     calibration: options.Calibration = None,
@@ -126,7 +138,10 @@ def run(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Run a converted file on images: predictions as PNG, active fraction or exit, and the time of each."""
+    """Run a converted file on images and clips: predictions, active fraction or exit, and the time of each.
+
+    Predictions of images are PNG files. A clip or camera gives a clip; Ctrl-C ends it with the current frame.
+    """
 
 
 @commands.command()

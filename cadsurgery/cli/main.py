@@ -26,9 +26,8 @@ def make_app() -> typer.Typer:
         help="Give convolutional networks content-adaptive downsampling: full feature resolution where a mask says it "
         "matters, strided elsewhere, in one pass, with the same weights.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
-        rich_markup_mode="rich",
+        rich_markup_mode=None,  # plain: at 80 columns boxes and types leave half of a line for the text
     )
 
     @app.callback()

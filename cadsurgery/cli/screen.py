@@ -173,12 +173,15 @@ def show_report(report: Report, as_json: bool) -> None:
     """Print the report of a task.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C ended the work early.
         Exit: with code 1, if an item failed.
     """
     show(report.to_dict(), report.render(), as_json)
     if not as_json and is_first_process():
         for line in report.apart():
             err.print(line, highlight=False)
+    if report.interrupted:
+        raise KeyboardInterrupt
     if report.failed:
         raise typer.Exit(1)
 

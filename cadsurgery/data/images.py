@@ -50,10 +50,17 @@ def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool
         wide = image.mode == "F" or image.mode.startswith("I")
         # PIL's conversion would clip values of more than 8 bits to 255.
         image = Image.fromarray(_grey(np.array(image), file, path)) if wide else image.convert("RGB")
+    return to_tensor(image, size)
+
+
+def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
+    """Convert an RGB picture, or a grey one of values in 0..1, to (3, H, W) float32 in 0..1; see `read_image`."""
     if size is not None:
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     values = torch.from_numpy(np.array(image))
-    return values.expand(3, -1, -1).contiguous() if wide else values.permute(2, 0, 1).float() / 255
+    return (
+        values.expand(3, -1, -1).contiguous() if values.dim() == 2 else values.permute(2, 0, 1).float() / 255
+    )
 
 
 def check_size(size: tuple[int, int] | None) -> None:

@@ -210,6 +210,16 @@ def source_of(network: nn.Module) -> Source:
     return source
 
 
+def class_names(source: Source) -> tuple[str, ...]:
+    """Return the names of the classes of torchvision weights, in order; empty for other weights."""
+    import torchvision
+
+    library, _, name = source.name.partition(":")
+    known = library == "torchvision" and name in torchvision.models.list_models()
+    weights: Any = torchvision.models.get_model_weights(name) if known else ()
+    return next((tuple(one.meta.get("categories", ())) for one in weights if one.name == source.weights), ())
+
+
 def stated_statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], str] | None:
     """Return mean and standard deviation of the images that a network expects, and their origin in words: its library
     or its `pretrained_cfg`; None if neither states them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -17,6 +17,7 @@ from cadsurgery.elements.lattice import Lattice
 from cadsurgery.tasks.report import Report, canvas, panels
 from cadsurgery.tasks.report import figure_picture as figure_picture
 
+VIEWS = CLASSES, OVERLAY, SIDE = "classes", "overlay", "side"  # of predictions
 LOWEST_COLOUR = "#d9dce1"
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
 
@@ -170,12 +171,41 @@ def class_picture(prediction: Tensor, count: int = 256) -> Image.Image:
         return Image.fromarray(prediction.to("cpu").numpy().astype(np.uint16))
     classes = prediction.to("cpu").numpy().astype(np.uint8)
     picture = Image.fromarray(classes, mode="P")
-    palette = [0, 0, 0]
-    for index in range(1, 256):
-        hue, saturation, value = index * 0.618 % 1, 0.65 + 0.3 * (index % 2), 0.95 - 0.25 * (index % 3)
-        palette += [int(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value)]
-    picture.putpalette(palette)
+    picture.putpalette([value for colour in _class_colours() for value in colour])
     return picture
+
+
+def _class_colours() -> list[tuple[int, int, int]]:
+    """Return the colours of 256 classes in 0..255; the first one is black."""
+    hues = [
+        colorsys.hsv_to_rgb(index * 0.618 % 1, 0.65 + 0.3 * (index % 2), 0.95 - 0.25 * (index % 3))
+        for index in range(1, 256)
+    ]
+    return [(0, 0, 0), *((int(255 * red), int(255 * green), int(255 * blue)) for red, green, blue in hues)]
+
+
+def prediction_picture(image: Tensor, classes: Tensor, view: str) -> Image.Image:
+    """Draw a class map (H, W) on its image (3, h, w): `overlay`, or `side`, the image and the classes side by side."""
+    pixels = Image.fromarray((255 * _pixels(image)).round().astype(np.uint8))
+    colours = class_picture(classes).convert("RGB").resize(pixels.size, Image.Resampling.NEAREST)
+    if view == OVERLAY:
+        return Image.blend(pixels, colours, 0.5)
+    both = Image.new("RGB", (2 * pixels.width, pixels.height))
+    both.paste(pixels, (0, 0))
+    both.paste(colours, (pixels.width, 0))
+    return both
+
+
+def legend_figure(names: Mapping[int, str]) -> Figure:
+    """Draw the colours of classes in `class_picture`, each with its name."""
+    colours = _class_colours()
+    handles = [
+        Patch(color="#{:02x}{:02x}{:02x}".format(*colours[index]), label=name)
+        for index, name in names.items()
+    ]
+    figure = canvas(3, 0.3 + 0.25 * len(handles))
+    figure.legend(handles=handles, loc="center", frameon=False)
+    return figure
 
 
 def bench_figure(report: Report) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,10 +35,10 @@ class Failures:
         """Set the item to which later failures belong."""
         self._item = position, name
 
-    def note(self, error: CadError) -> None:
-        """Add a failure."""
-        position, name = self._item
-        self.noted.append((position, {self.kind: name, **error.to_dict()}))
+    def note(self, error: CadError, name: str = "") -> None:
+        """Add a failure of the current item, or of a part of it with a name of its own."""
+        position, known = self._item
+        self.noted.append((position, {self.kind: name or known, **error.to_dict()}))
 
     def gather(self, device: torch.device) -> list[Failure]:
         """Return the failures of all processes, in the order of the items; every process must call this."""
@@ -50,6 +51,7 @@ def each(
     failures: Failures,
     *,
     name: Callable[[Item], str] = str,
+    size: Callable[[Item], int] = lambda item: 1,
     step: Step = silent,
 ) -> Iterator[tuple[int, Result]]:
     """Yield the results for this process's share of the items, each with its position among all items.
@@ -59,12 +61,14 @@ def each(
         work: processes an item; a `CadError` is recorded, and the next item follows.
         failures: records failed items.
         name: returns the name of an item.
+        size: number of things to count in an item, e.g. the images of a batch.
         step: progress callback; gets the position of each item, and the last part of its name.
     """
+    starts = [0, *accumulate(map(size, items))]
     for position, item in shard(items):
         failures.at(position, name(item))
-        text = f"{failures.kind} {position + 1} of {len(items)} ({Path(name(item)).name})"
-        step(text, position, len(items))
+        text = f"{failures.kind} {starts[position + 1]} of {starts[-1]} ({Path(name(item)).name})"
+        step(text, starts[position], starts[-1])
         try:
             result = work(item)
         except CadError as error:
@@ -80,13 +84,14 @@ def for_each(
     device: torch.device,
     *,
     name: Callable[[Item], str] = str,
+    size: Callable[[Item], int] = lambda item: 1,
     step: Step = silent,
 ) -> tuple[list[Result], list[Failure]]:
     """Process every item; every process gets all results and failures, in the order of the items.
 
     Args:
-        items, work, failures, name, step: as in `each`.
+        items, work, failures, name, size, step: as in `each`.
         device: device of this process, which determines how the processes communicate.
     """
-    done = list(each(items, work, failures, name=name, step=step))
+    done = list(each(items, work, failures, name=name, size=size, step=step))
     return in_order(gather(done, device)), failures.gather(device)

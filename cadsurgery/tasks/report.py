@@ -51,9 +51,15 @@ class Plain:
 
 
 class Report(Plain):
-    """The report of a task; `failed` lists the items that failed, each an error as plain values."""
+    """The report of a task.
+
+    Attributes:
+        failed: the items that failed, each an error as plain values.
+        interrupted: True if Ctrl-C ended the work early, and this is the report of what was done.
+    """
 
     failed: tuple[dict[str, str], ...] = ()
+    interrupted: bool = False
 
     def parts(self) -> Iterable[RenderableType]:
         """Return the printed parts, from top to bottom."""
@@ -97,6 +103,7 @@ class FilesReport(Report):
     rows: tuple[dict[str, Any], ...]
     text: str
     failed: tuple[dict[str, str], ...] = ()
+    interrupted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for `--json`."""

@@ -1,0 +1,201 @@
+"""The page of `cadsurgery explore`: an image, the settings of a mask, and what they do. Needs Gradio.
+
+It is served to this machine alone, and loads nothing from other hosts.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from pathlib import Path
+from typing import Any
+
+from cadsurgery.data.images import SUFFIXES
+from cadsurgery.support.errors import CadError, import_optional
+from cadsurgery.support.progress import Step
+from cadsurgery.tasks.explore import (
+    BUDGET,
+    LIMITS,
+    SAMPLES,
+    THRESHOLD,
+    Setting,
+    Subject,
+    explore,
+    masks_with_threshold,
+    open_subject,
+)
+
+HOST = "127.0.0.1"
+_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+# Browsers refuse every request of the page to another host.
+_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+
+
+def serve(
+    *, model: str, weights: str, device: str, trust: bool, port: int, rounds: int, browser: bool, step: Step
+) -> str:
+    """Open a network and serve its page in a thread of its own; return the address.
+
+    Raises:
+        CadError: Gradio is not installed, the network cannot be opened, or the port is in use.
+    """
+    _gradio()
+    step(f"opening {model}")
+    subject = open_subject(model, weights, device, trust)
+    step("starting the page")
+    try:
+        _, address, _ = launch(make_page(subject, rounds), port, browser)
+    except OSError as error:
+        raise CadError(
+            f"the page cannot be served on port {port}.", why=str(error), next="choose another --port."
+        ) from error
+    return str(address)
+
+
+def launch(page: Any, port: int = 0, browser: bool = False) -> tuple[Any, str, str]:
+    """Serve a page to this machine alone; return the application and its address. Port 0 stands for a free one."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]), Middleware(_Policy)]
+    launched: tuple[Any, str, str] = page.launch(
+        server_name=HOST,
+        server_port=port or None,
+        inbrowser=browser,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        footer_links=[],
+        max_file_size="64mb",
+        theme=_gradio().themes.Base(**_FONTS),
+        app_kwargs={"middleware": middleware},
+    )
+    return launched
+
+
+class _Policy:
+    """Adds the content security policy to every response."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def _gradio() -> Any:
+    """Import Gradio without its analytics.
+
+    Raises:
+        CadError: it is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    return import_optional("gradio", "the page needs Gradio.", "pip install 'cadsurgery[explore]'")
+
+
+def make_page(subject: Subject, rounds: int = 3) -> Any:
+    """Return the page of a network, a `gradio.Blocks`; one computation runs at a time."""
+    gr = _gradio()
+    thresholds, buttons = masks_with_threshold(), ["download", "fullscreen"]  # without sharing on other hosts
+    pairs = {f"{high} to {low}": (high, low) for high, low in subject.strides}
+    samples = {f"street {seed + 1}": seed for seed in SAMPLES}
+    progress = gr.Progress()
+
+    def show(
+        file: str | None, sample: str, mask: str, limit: str, threshold: float, budget: float, pair: str, fill: str,
+        progress: Any = progress,
+    ) -> list[Any]:  # fmt: skip
+        def step(
+            text: str, done: float | None = None, of: float | None = None, limit: float | None = None
+        ) -> None:
+            progress(done / of if done is not None and of else None, desc=text)
+
+        value = {THRESHOLD: threshold, BUDGET: budget}.get(limit, 0.0)
+        mask = "" if mask == subject.mask else mask
+        setting = Setting(mask, limit, value, pairs[pair], fill)
+        try:
+            found = explore(subject, Path(file) if file else samples[sample], setting, rounds, step)
+        except CadError as error:
+            raise gr.Error(html.escape(str(error)).replace("\n", "<br>"), duration=None) from error
+        whole = found.rows[0].macs or found.rows[-1].macs
+        table = [
+            [row.side, f"{row.macs:.3e}", f"{row.macs / whole:.2f}", _milliseconds(row.milliseconds)]
+            for row in found.rows
+        ]
+        is_map = found.prediction is not None
+        both = gr.ImageSlider((found.prediction, found.dense) if is_map else None, visible=is_map)
+        return [
+            both,
+            found.level_map,
+            found.lattice,
+            "\n".join(found.lines),
+            table,
+            found.python,
+            found.command,
+        ]
+
+    def limit_to(mask: str, limit: str) -> list[Any]:
+        usual = thresholds.get(mask, 1.0)
+        return [
+            gr.Slider(maximum=4 * usual, value=usual, visible=limit == THRESHOLD),
+            gr.Slider(visible=limit == BUDGET),
+        ]
+
+    with gr.Blocks(title="cadsurgery explore", delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"# What does a mask do?\n{html.escape(subject.words)}")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                file = gr.File(label="your image", file_types=list(SUFFIXES), type="filepath", height=120)
+                sample = gr.Radio(
+                    list(samples), value="street 1", label="without an image of yours: a sample"
+                )
+                masks = list(dict.fromkeys((subject.mask, *thresholds)))
+                mask = gr.Dropdown(masks, value=masks[0], label="mask", allow_custom_value=True)
+                limit = gr.Radio(list(LIMITS), value=BUDGET, label="limit of the mask")
+                threshold = gr.Slider(0, 4, 1, step=0.01, label="threshold", visible=False)
+                budget = gr.Slider(0, 1, 0.3, step=0.01, label="budget: share of the patches kept high")
+                pair = gr.Dropdown(list(pairs), value=next(iter(pairs)), label="output stride, high to low")
+                fill = gr.Radio(list(subject.fills), value=subject.fills[0], label="fill")
+                button = gr.Button("Show", variant="primary")
+            with gr.Column(scale=3):
+                both = gr.ImageSlider(label="prediction with the mask | everything high", format="png")
+                with gr.Row():
+                    level_map = gr.Image(label="level map: red is kept high", format="png", buttons=buttons)
+                    lattice = gr.Image(label="lattice: one element per cell", format="png", buttons=buttons)
+                words = gr.Textbox(label="results", lines=4)
+                table = gr.Dataframe(headers=["whole network", "MACs", "of the first", "ms"], label="cost")
+                with gr.Tab("copy as Python"):
+                    python = gr.Code(language="python", label="Python", interactive=False)
+                with gr.Tab("copy as command"):
+                    command = gr.Code(language="shell", label="command", interactive=False)
+        gr.on(
+            [
+                button.click,
+                threshold.release,
+                budget.release,
+                sample.input,
+                fill.input,
+                pair.input,
+                file.upload,
+            ],
+            show,
+            [file, sample, mask, limit, threshold, budget, pair, fill],
+            [both, level_map, lattice, words, table, python, command],
+            trigger_mode="always_last",
+            concurrency_limit=1,
+            api_name="show",
+        )
+        gr.on(
+            [mask.change, limit.change], limit_to, [mask, limit], [threshold, budget], show_progress="hidden"
+        )
+    return page
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"

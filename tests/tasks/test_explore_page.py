@@ -1,0 +1,144 @@
+"""The page of `cadsurgery explore` in a browser: it shows what `explore` found, and asks no other host."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cadsurgery.data.images import street_scene
+from cadsurgery.support.errors import CadError
+from cadsurgery.support.progress import silent
+
+pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'cadsurgery[explore]'")
+
+from cadsurgery.tasks.explore import open_subject
+from cadsurgery.tasks.explore_page import HOST, launch, make_page, serve
+
+SHOW = ("a photo.png", "street 1", "edges", "threshold", 0.2, 0.3, "8 to 16", "linear")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    page = make_page(open_subject("networks:segmenter"), rounds=0)
+    _, address, _ = launch(page)
+    yield address
+    page.close()
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.fromarray((255 * street_scene(61, 101).permute(1, 2, 0)).byte().numpy()).save(
+        tmp_path / "a photo.png"
+    )
+    return tmp_path / "a photo.png"
+
+
+def client(address: str) -> Any:
+    from gradio_client import Client
+
+    return Client(address, verbose=False)
+
+
+def test_the_page_is_served_to_this_machine_alone(address: str) -> None:
+    import httpx
+
+    assert address.startswith(f"http://{HOST}:")
+    answer = httpx.get(address)
+    assert answer.status_code == 200 and answer.headers["content-security-policy"].startswith(
+        "default-src 'self'"
+    )
+    assert httpx.get(address, headers={"host": "example.org"}).status_code == 400
+
+
+def test_a_port_in_use_is_refused(address: str) -> None:
+    port = int(address.rstrip("/").rpartition(":")[2])
+    options = {
+        "weights": "none",
+        "device": "cpu",
+        "trust": False,
+        "rounds": 0,
+        "browser": False,
+        "step": silent,
+    }
+    with pytest.raises(CadError, match=rf"(?s)port {port}.*--port"):
+        serve(model="networks:segmenter", port=port, **options)
+
+
+def test_one_computation_runs_at_a_time() -> None:
+    page = make_page(open_subject("networks:segmenter"))
+    (show,) = (one for one in page.fns.values() if one.api_name == "show")
+    assert show.concurrency_limit == 1
+
+
+def test_the_page_shows_what_was_found(address: str, photo: Path) -> None:
+    from gradio_client import handle_file
+
+    found = client(address).predict(handle_file(photo), *SHOW[1:], api_name="/show")
+    _, level_map, lattice, words, table, python, command = found
+    assert "active fraction" in words and "read_image(Path('a photo.png'))" in python
+    assert command.startswith("cadsurgery convert") and "edges:threshold=0.2" in command
+    assert [row[0] for row in table["data"]] == ["as given", "everything high", "edges:threshold=0.2"]
+    assert Image.open(level_map).size == Image.open(lattice).size == (101, 61)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("photo.png", "cannot be read as an image"), ("photo.txt", "Invalid file")]
+)
+def test_what_is_no_image_is_refused_in_plain_words(
+    address: str, tmp_path: Path, name: str, hint: str
+) -> None:
+    from gradio_client import handle_file
+
+    (tmp_path / name).write_text("no image")
+    with pytest.raises(Exception, match=hint):
+        client(address).predict(handle_file(tmp_path / name), *SHOW[1:], api_name="/show")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window: of the system, or of Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as running:
+        try:
+            chromium = running.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+            )
+        except playwright.Error as error:
+            pytest.skip(f"there is no Chromium here: {str(error).splitlines()[0]}")
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.slow
+def test_an_image_is_dropped_settings_are_chosen_and_no_other_host_is_asked(
+    browser: Any, address: str, photo: Path
+) -> None:
+    page, asked, errors = browser.new_page(), list[str](), list[str]()
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(address)
+    page.get_by_role("button", name="Show").wait_for()
+    page.locator("input[type=file]").first.set_input_files(photo)
+    results = page.get_by_label("results")
+    page.wait_for_function("document.querySelector('textarea').value.includes('active fraction')")
+    before = results.input_value()
+    page.get_by_label("threshold", exact=True).check()
+    page.get_by_role("button", name="Show").click()
+    page.wait_for_function("before => document.querySelector('textarea').value != before", arg=before)
+    assert page.get_by_text("edges:threshold=0.35").count() > 0
+    # The two predictions under the slider, level map and lattice.
+    shown = "[...document.querySelectorAll('img')].filter(image => image.naturalWidth == 101).length == 4"
+    page.wait_for_function(shown)
+    strangers = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    assert strangers == [] and [one for one in errors if "Content Security Policy" in one] == []
+    photo.write_text("no image")
+    page.goto(address)
+    page.get_by_role("button", name="Show").wait_for()
+    page.locator("input[type=file]").first.set_input_files(photo)
+    page.get_by_text("cannot be read as an image").wait_for()
+    page.close()

@@ -1,0 +1,299 @@
+"""`cadsurgery run`: a frame of a clip is predicted as the image alone, and what is written can be read."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cadsurgery as cs
+from cadsurgery.data.clips import Clip, open_clip, write_clip
+from cadsurgery.data.images import read_image, street_scene
+from cadsurgery.data.networks import Source, class_names
+from cadsurgery.support.errors import CadError
+from cadsurgery.support.progress import silent
+from cadsurgery.tasks import run
+from cadsurgery.tasks.figures import prediction_picture
+from cadsurgery.tasks.report import FilesReport
+
+SIZE = (46, 61)  # odd
+FRAMES = 5
+
+
+@pytest.fixture(scope="session")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted segmentation network."""
+    path = tmp_path_factory.mktemp("run") / "net.safetensors"
+    model = cs.build_model("networks:segmenter").eval()
+    net = cs.adaptify(model, "edges", output_stride=(8, 16), normalisation="raw", verify_laws=False)
+    cs.save(net, path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Frames of a street, which moves."""
+    (tmp_path / "frames").mkdir()
+    street = street_scene(SIZE[0], SIZE[1] + 4 * FRAMES)
+    for number in range(FRAMES):
+        save(street[:, :, 4 * number :][:, :, : SIZE[1]], tmp_path / "frames" / f"{number}.png")
+    return tmp_path / "frames"
+
+
+def save(picture: torch.Tensor, path: Path) -> None:
+    Image.fromarray((255 * picture.permute(1, 2, 0)).round().byte().numpy()).save(path)
+
+
+def make_clip(folder: Path, path: Path) -> Path:
+    pytest.importorskip("av", reason="PyAV is not installed")
+    with write_clip(path, Fraction(10)) as add:
+        for image in sorted(folder.iterdir()):
+            add(Image.open(image))
+    return path
+
+
+def frames_of(path: Path) -> list[torch.Tensor]:
+    with open_clip(path) as clip:
+        return list(clip.frames)
+
+
+def predict(file: Path, images: list[Path], output: Path, **options: Any) -> FilesReport:
+    options = {"mask": "", "size": None, "device": "cpu", "step": silent, "trust": True, **options}
+    return run.predict(file, images, output, **options)
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
+    """The frames of clips, their classes and views, before they are encoded."""
+    found = []
+
+    def draw(image: torch.Tensor, classes: torch.Tensor, view: str) -> Image.Image:
+        found.append((image, classes, view))
+        return prediction_picture(image, classes, view)
+
+    monkeypatch.setattr(run, "prediction_picture", draw)
+    return found
+
+
+def test_a_frame_of_a_clip_is_predicted_as_the_image_alone(
+    file: Path, folder: Path, tmp_path: Path, shown: list[Any]
+) -> None:
+    clip = make_clip(folder, tmp_path / "clip.mp4")
+    (row,) = predict(file, [clip], tmp_path / "out.mp4").rows
+    (tmp_path / "alone").mkdir()
+    for number, frame in enumerate(frames_of(clip)):
+        save(frame, tmp_path / "alone" / f"{number}.png")
+    rows = predict(file, [tmp_path / "alone"], tmp_path / "predictions").rows
+    for number, (_, classes, view) in enumerate(shown):
+        alone = np.array(Image.open(tmp_path / "predictions" / f"{number}.png"))
+        assert view == "overlay" and np.array_equal(classes.numpy(), alone)
+    assert row["frames"] == len(rows) == len(shown) == FRAMES
+    assert row["active_fraction"] == pytest.approx(sum(one["active_fraction"] for one in rows) / FRAMES)
+    height, width = SIZE
+    assert {tuple(frame.shape[1:]) for frame in frames_of(tmp_path / "out.mp4")} == {(height, width + 1)}
+
+
+@pytest.mark.parametrize("view", ["classes", "overlay", "side"])
+def test_images_and_folders_of_frames_have_the_same_views(
+    file: Path, folder: Path, tmp_path: Path, view: str
+) -> None:
+    pytest.importorskip("av", reason="PyAV is not installed")
+    predict(file, [folder], tmp_path / "predictions", view=view)
+    predict(file, [folder], tmp_path / "out.mkv", view=view, fps=5)
+    with open_clip(tmp_path / "out.mkv") as clip:
+        frame = next(clip.frames)
+        assert clip.rate == 5
+    image = read_image(tmp_path / "predictions" / "0.png")
+    assert image.shape[2] == SIZE[1] * (1 + (view == "side")) or view == "classes"
+    if view != "classes":  # the codec loses little, the row and the column that it adds apart
+        assert (frame[:, : image.shape[1], : image.shape[2]] - image).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_frames_are_read_one_batch_at_a_time(
+    file: Path, folder: Path, tmp_path: Path, shown: list[Any], monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    pytest.importorskip("av", reason="PyAV is not installed")
+    ahead = []
+
+    @contextmanager
+    def open_counted(*arguments: Any) -> Iterator[Clip]:
+        with open_clip(*arguments) as clip:
+
+            def frames() -> Iterator[torch.Tensor]:
+                for number, frame in enumerate(clip.frames):
+                    ahead.append(number - len(shown))
+                    yield frame
+
+            yield Clip(frames(), clip.count, clip.rate)
+
+    monkeypatch.setattr(run, "open_clip", open_counted)
+    predict(file, [folder], tmp_path / "out.mp4", batch=batch)
+    assert max(ahead) == batch - 1 and len(ahead) == FRAMES
+
+
+def test_a_batch_gives_what_each_image_gives_alone(file: Path, folder: Path, tmp_path: Path) -> None:
+    save(street_scene(40, 52), folder / "2.png")  # of another size, in the middle
+    (folder / "4.png").write_bytes(b"no picture")
+    one, three = (predict(file, [folder], tmp_path / str(batch), batch=batch) for batch in (1, 3))
+    for row, other in zip(one.rows, three.rows, strict=True):
+        assert row["image"] == other["image"] and row["active_fraction"] == other["active_fraction"]
+        assert Image.open(row["output"]).tobytes() == Image.open(other["output"]).tobytes()
+    assert one.failed == three.failed and one.failed[0]["image"].endswith("4.png")
+
+
+def test_interrupted_clips_are_whole_up_to_the_last_frame(
+    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: Any
+) -> None:
+    clips = [make_clip(folder, tmp_path / f"{name}.mp4") for name in ("first", "second")]
+    draw = run.prediction_picture
+    calls = []
+
+    def interrupt(*arguments: Any) -> Image.Image:
+        calls.append(arguments)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*arguments)
+
+    monkeypatch.setattr(run, "prediction_picture", interrupt)
+    done = command_line("run", file, *clips, "-o", tmp_path / "out", "--trust")
+    assert done.code == 130 and "interrupted after 3 frames" in done.out
+    assert len(frames_of(tmp_path / "out" / "first.mp4")) == 3
+    assert not (tmp_path / "out" / "second.mp4").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_smooth_starts_anew_with_each_clip_and_each_folder(file: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "grey").mkdir()
+    save(torch.full((3, *SIZE), 0.5), tmp_path / "grey" / "0.png")
+    folders = [folder, tmp_path / "grey"]
+    clips = [make_clip(one, tmp_path / f"{one.name}.mp4") for one in folders]
+    smooth = partial(predict, file, mask="edges:threshold=0.1 | smooth:hold=9")
+    for sources in (clips, folders):
+        *street, after = smooth(sources, tmp_path / "out").rows
+        (alone,) = smooth(sources[1:], tmp_path / "alone").rows
+        assert after["active_fraction"] == alone["active_fraction"] < street[-1]["active_fraction"]
+
+
+def test_smooth_sees_the_frames_of_a_clip(file: Path, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="PyAV is not installed")
+    save(torch.full((3, *SIZE), 0.5), folder / "9.png")
+    shares = [
+        predict(file, [folder], tmp_path / "out.mp4", mask=mask).rows[0]["active_fraction"]
+        for mask in ("edges:threshold=0.1", "edges:threshold=0.1 | smooth:hold=9")
+    ]
+    assert shares[0] < shares[1]
+
+
+def test_the_progress_of_a_clip_tells_frames_per_second(file: Path, folder: Path, tmp_path: Path) -> None:
+    clip, told = make_clip(folder, tmp_path / "clip.mp4"), []
+    predict(file, [clip], tmp_path / "out.mp4", step=lambda *step: told.append(step))
+    frames = [step for step in told if "frames/s" in step[0]]
+    assert [step[1:] for step in frames] == [(number, FRAMES) for number in range(1, FRAMES + 1)]
+    assert frames[0][0].startswith(f"clip.mp4, frame 1 of {FRAMES}, ")
+
+
+def test_clips_are_turned_as_the_camera_says(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:, 24:] = 255  # the right half
+    with av.open(str(tmp_path / "turned.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, width=48, height=32, pix_fmt="yuv420p")
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot write clips that are turned")
+        stream.set_display_rotation(90)  # counterclockwise
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode())
+    (frame,) = frames_of(tmp_path / "turned.mp4")
+    assert frame.shape == (3, 48, 32) and frame[:, :20].mean() > 0.9 and frame[:, 28:].mean() < 0.1
+
+
+def test_classes_with_names_have_shares_and_a_legend(
+    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channels = cs.load(file, trust=True)(torch.rand(1, 3, 64, 64)).shape[1]
+    names = tuple(f"class {number}" for number in range(channels))
+    monkeypatch.setattr(run, "class_names", lambda source: names)
+    rows = predict(file, [folder], tmp_path / "out").rows
+    for row in rows:
+        classes = np.array(Image.open(row["output"]))
+        shares = {names[index]: float((classes == index).mean()) for index in np.unique(classes)}
+        assert row["classes"] == pytest.approx(shares)
+    assert Image.open(tmp_path / "out" / "classes.legend.png").size[1] > 20
+    monkeypatch.setattr(run, "class_names", lambda source: ())
+    assert "classes" not in predict(file, [folder], tmp_path / "none").rows[0]
+    assert not (tmp_path / "none" / "classes.legend.png").exists()
+
+
+def test_names_of_classes_are_those_of_the_weights() -> None:
+    named = Source("torchvision:fcn_resnet50", weights="COCO_WITH_VOC_LABELS_V1")
+    assert class_names(named)[:2] == ("__background__", "aeroplane") and len(class_names(named)) == 21
+    for source in (Source("torchvision:fcn_resnet50"), Source("timm:resnet18"), Source("usernets:net")):
+        assert class_names(source) == ()
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "hint"),
+    [
+        (["clip.mp4", "frames"], {"output": "out.mp4"}, "one clip"),
+        (["frames/0.png"], {"output": "out.mp4"}, "one clip"),
+        (["clip.mp4"], {"output": "clip.mp4"}, "its source"),
+        (["clip.mp4", "other/clip.mov"], {}, "another clip"),
+        (["missing.mp4"], {}, "no file"),
+        (["9"], {}, "/dev/video9"),
+        (["text.mp4"], {}, "cannot be read as a clip"),
+        (["sound.mp4"], {}, "holds no pictures"),
+        (["mixed"], {"output": "out.mp4"}, "--size"),
+        (["frames"], {"view": "overlaid"}, "overlay"),
+        (["frames"], {"batch": 2, "mask": "edges | smooth"}, "--batch"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    file: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sources: list[str],
+    options: dict[str, Any],
+    hint: str,
+) -> None:
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    monkeypatch.chdir(tmp_path)
+    make_clip(folder, tmp_path / "clip.mp4")
+    (tmp_path / "text.mp4").write_text("no clip")
+    with av.open("sound.mp4", "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    (tmp_path / "mixed").mkdir()
+    for number, size in enumerate([(40, 52), (40, 53)]):
+        save(street_scene(*size), tmp_path / "mixed" / f"{number}.png")
+    options = {"output": "out", **options}
+    try:
+        report = predict(file, [Path(one) for one in sources], Path(options.pop("output")), **options)
+        told = str(report.failed)
+        assert report.failed
+    except CadError as error:
+        told = str(error)
+    assert hint in told
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_without_pyav_the_command_that_installs_it_is_named(
+    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    (failure,) = predict(file, [folder], tmp_path / "out.mp4").failed
+    assert failure["next"] == "pip install 'cadsurgery[video]'"
