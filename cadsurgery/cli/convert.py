@@ -24,7 +24,7 @@ def convert(
     options: options.Converted,
     image: options.ImageOption = None,
     size: options.Size = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write")] = None,
+    output: Annotated[Path | None, options.output("file to write")] = None,
     device: options.Device = "cpu",
     verify_laws: Annotated[
         bool,
@@ -57,9 +57,7 @@ def plan(
     conversion: Annotated[
         dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "region", "outputs"))
     ],
-    size: Annotated[
-        Any, typer.Option(metavar="HxW", parser=options.read_size, help="size of the example; default: small")
-    ] = None,
+    size: Annotated[Any, options.size("size of the example; default: small")] = None,
     all_nodes: Annotated[bool, typer.Option("--all", help="also list dense nodes before the region")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -97,7 +95,7 @@ def mask_command(
     options: Annotated[
         dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "patch"), defaults=("8,32",))
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write")] = Path("mask.png"),
+    output: Annotated[Path, options.output("PNG to write")] = Path("mask.png"),
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
@@ -112,9 +110,9 @@ def run(
     images: Annotated[
         list[Path], typer.Argument(help="image files, folders, clips, or the number of a camera")
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="folder for the predictions; a clip for one source")
-    ] = Path("predictions"),
+    output: Annotated[Path, options.output("folder for the predictions; a clip for one source")] = Path(
+        "predictions"
+    ),
     view: Annotated[
         str,
         typer.Option(
@@ -122,12 +120,7 @@ def run(
         ),
     ] = "",
     mask: Annotated[str, typer.Option(help="mask, instead of the file's")] = "",
-    size: Annotated[
-        Any,
-        typer.Option(
-            metavar="HxW", parser=options.read_size, help="resize images to this size; default: no resizing"
-        ),
-    ] = None,
+    size: Annotated[Any, options.size("resize images to this size; default: no resizing")] = None,
     batch: Annotated[int, typer.Option(min=1, help="number of images or frames that run together")] = 1,
     fps: Annotated[float, typer.Option(min=0.01, help="frames per second of a folder of frames")] = 25.0,
     device: options.Device = "cpu",

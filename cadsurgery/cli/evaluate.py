@@ -48,9 +48,7 @@ def bench(
         dict[str, Any], options.OptionsFrom(Benchmark, MEASURED, defaults=("512x1024",), apart=True)
     ],
     picture: Annotated[Path | None, typer.Option(help="PNG to draw")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON Lines to append each row to")
-    ] = None,
+    output: Annotated[Path | None, options.output("JSON Lines to append each row to")] = None,
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
@@ -89,12 +87,7 @@ def eval_command(
         dict[str, Any],
         options.OptionsFrom(Conversion, ("region", "fill", "patch", "anchor", "pool", "normalisation")),
     ],
-    limit: Annotated[
-        int,
-        typer.Option(
-            min=0, callback=options.none_for_zero, help="number of images, from the first on; 0 for all"
-        ),
-    ] = 0,
+    limit: options.Limit = 0,
     batch: Annotated[int, typer.Option(min=1, help="images in one call")] = 1,
     rounds: options.Rounds = 3,
     thresholds: Annotated[

@@ -25,7 +25,7 @@ def export(
     weights: options.Weights = "auto",
     conversion: options.Converted,
     size: options.Size = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("network.pt2"),
+    output: Annotated[Path, options.output("file to write")] = Path("network.pt2"),
     kind: Annotated[Exporting, options.OptionsFrom(Exporting)],
     trust: options.Trust = False,
     as_json: options.Json = False,

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cadsurgery.cli import options, screen
-from cadsurgery.finetune.settings import Settings
+from cadsurgery.cli import options
+from cadsurgery.tasks.options import Settings
 
 commands = typer.Typer()
 SETTINGS = (
@@ -18,21 +18,19 @@ SETTINGS = (
 
 
 @commands.command()
-@options.command
+@options.task("cadsurgery.finetune.command:finetune")
 def finetune(
     *,
     model: options.Network,
     data: Annotated[
         str, typer.Option(help="training data: folder:PATH, ..., or photos without labels, images:FOLDER")
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run is continued")
-    ],
+    output: options.RunFolder,
     split: Annotated[str, typer.Option(help="split for training")] = "train",
     validation_split: Annotated[str, typer.Option(help="split for validation; empty for none")] = "val",
     mask: Annotated[str, typer.Option(help="default: the file's, or edges")] = "",
     weights: options.Weights = "auto",
-    conversion: options.Converted,
+    options: options.Converted,
     objective: Annotated[dict[str, Any], options.OptionsFrom(Settings, ("objective",), given=True)],
     objective_option: Annotated[
         list[str], typer.Option(help="NAME=VALUE for the objective, e.g. teacher=self; repeatable")
@@ -74,26 +72,3 @@ def finetune(
     blend: statistics (separate or shared), share (balanced or published), weight, network (blend, mixed or fixed),
     distil, supervision.
     """
-    from cadsurgery.finetune.command import finetune as run
-    from cadsurgery.finetune.command import make_settings
-
-    chosen = make_settings(config, {**objective, **settings}, objective_option)
-    with screen.steps("finetune") as step:
-        report = run(
-            model=model,
-            data=data,
-            split=split,
-            validation_split=validation_split,
-            weights=weights,
-            mask=mask,
-            options=conversion,
-            settings=chosen,
-            output=output,
-            resume=resume,
-            device=device,
-            on_step=screen.training(step, chosen.steps, chosen.batch * chosen.accumulate),
-            step=step,
-            cache=cache,
-            trust=trust,
-        )
-    screen.show_report(report, as_json)

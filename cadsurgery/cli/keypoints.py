@@ -24,9 +24,7 @@ def extract_command(
     *,
     network: options.Network,
     images: Annotated[list[Path], typer.Argument(help="image files or folders")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the features")] = Path(
-        "features"
-    ),
+    output: Annotated[Path, options.output("folder for the features")] = Path("features"),
     settings: Annotated[Extraction, options.OptionsFrom(Extraction, ("mask", *FOUND))],
     form: Annotated[str, typer.Option(help="npz (format of D2-Net) or h5 (format of hloc)")] = "npz",
     weights: options.Weights = "auto",

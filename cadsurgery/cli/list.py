@@ -34,8 +34,7 @@ def list_command(
         ),
     ] = False,
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="with --check: JSON Lines file; an interrupted check continues"),
+        Path, options.output("with --check: JSON Lines file; an interrupted check continues")
     ] = Path("zoo.jsonl"),
     workers: Annotated[int, typer.Option(min=1, help="with --check: number of networks at a time")] = 2,
     memory: Annotated[

@@ -66,16 +66,22 @@ def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None
     return read_fractions(mean), read_fractions(std)
 
 
-def none_for_zero(count: int) -> int | None:
-    """Convert 0, which stands for a missing value, to None."""
-    return count or None
-
-
 _READERS: dict[str, Callable[[str], Any]] = {
     **{"pair": read_pair, "size": read_size, "names": read_names},
     "normalisation": read_mean_and_std,
     "threshold": read_threshold,
 }
+
+
+def output(help: str) -> Any:
+    """Return the option --output."""
+    return typer.Option("--output", "-o", help=help)
+
+
+def size(help: str) -> Any:
+    """Return an option for the size of images."""
+    return typer.Option(metavar="HxW", parser=read_size, help=help)
+
 
 Network = Annotated[
     str,
@@ -104,14 +110,13 @@ Strides = Annotated[
 ImageOption = Annotated[
     Path | None, typer.Option("--image", help="image file; default: a generated street scene")
 ]
-Size = Annotated[
-    Any,
-    typer.Option(
-        metavar="HxW", parser=read_size, help="size of the image; default 512x1024, or the size of the file"
-    ),
+Size = Annotated[Any, size("size of the image; default 512x1024, or the size of the file")]
+Limit = Annotated[
+    int, typer.Option(min=0, callback=lambda count: count or None, help="the first so many images; 0 for all")
 ]
 Rounds = Annotated[int, typer.Option(min=0, help="timing rounds on the first image; 0 to skip")]
-Report = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write")]
+Report = Annotated[Path | None, output("JSON file to write")]
+RunFolder = Annotated[Path, output("folder of the run; an interrupted run is continued")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Trust = Annotated[
     bool,
@@ -151,6 +156,7 @@ class OptionsFrom:
         given: pass only options that the user has given, because defaults may come from elsewhere.
         defaults: other defaults than the fields', as texts, in the order of the names.
         apart: pass each value as an argument of its own instead of one parameter.
+        about: beginning of the help of every option.
     """
 
     kind: type
@@ -158,6 +164,7 @@ class OptionsFrom:
     given: bool = False
     defaults: tuple[str, ...] = ()
     apart: bool = False
+    about: str = ""
 
     def fields(self) -> dict[str, Field[Any]]:
         """Return the fields, by the names of their options."""
@@ -169,6 +176,7 @@ class OptionsFrom:
         """Yield the parameters from which typer creates options."""
         for (name, field), changed in zip_longest(self.fields().items(), self.defaults):
             details, default = field.metadata, changed or field.default
+            help = self.about + details["help"]
             kind: Any = str if "read" in details else type(default)
             words = ("--" + name.replace("_", "-"),) if kind is bool else ()  # without --no-...
             more = {key: details[key] for key in ("min", "metavar") if key in details}
@@ -180,13 +188,15 @@ class OptionsFrom:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
-                annotation=Annotated[kind | None, typer.Option(*words, help=details["help"], **more)],
+                annotation=Annotated[kind | None, typer.Option(*words, help=help, **more)],
             )
 
-    def values(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Remove the values of the fields from all arguments, and return them."""
-        values = {field.name: arguments.pop(name) for name, field in self.fields().items()}
-        return {name: value for name, value in values.items() if value is not None or not self.given}
+    def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
+        """Replace the values of the fields among all arguments by that of the parameter, annotated with `hint`."""
+        values = {field.name: arguments.pop(option) for option, field in self.fields().items()}
+        values = {key: value for key, value in values.items() if value is not None or not self.given}
+        one = self.kind(**values) if hint.__origin__ is self.kind else values
+        arguments |= values if self.apart else {name: one}
 
 
 @dataclass(frozen=True)
@@ -208,7 +218,7 @@ class NetworkOrOption:
         argument = typer.Argument(metavar="model", help=self.help, show_default=False)
         option = typer.Option("--model", "-m", help="the same as the argument", show_default=False)
         kind: Any = list[str] if self.is_repeated else str
-        for key, marked in ((name, argument), (_of_option(name), option)):
+        for key, marked in ((name, argument), (f"{name}_by_option", option)):
             yield inspect.Parameter(
                 key,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -216,25 +226,24 @@ class NetworkOrOption:
                 annotation=Annotated[kind, marked],
             )
 
-    def value(self, arguments: dict[str, Any], name: str) -> Any:
-        """Remove both values from the arguments; return the one that was given."""
-        argument, option = arguments.pop(name), arguments.pop(_of_option(name))
+    def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
+        """Replace both values among all arguments by the one that was given."""
+        argument, option = arguments.pop(name), arguments.pop(f"{name}_by_option")
         if argument and option and not self.is_repeated:
             raise typer.BadParameter(f"{argument} and --model {option} name two networks; give one")
         if self.is_needed and not (argument or option):
             raise typer.BadParameter("missing argument 'model': name a network")
-        return argument + option if self.is_repeated else argument or option
-
-
-def _of_option(name: str) -> str:
-    return f"{name}_by_option"
+        arguments[name] = argument + option if self.is_repeated else argument or option
 
 
 Model = Annotated[str, NetworkOrOption()]
 Converted = Annotated[dict[str, Any], OptionsFrom(Conversion)]
-WithExits = Annotated[dict[str, Any], OptionsFrom(Exits)]
-Sampled = Annotated[dict[str, Any], OptionsFrom(Sampling, defaults=("learned", "224x224"))]
-WithGates = Annotated[dict[str, Any], OptionsFrom(Gates)]
+WithExits = Annotated[dict[str, Any], OptionsFrom(Exits, about="method anytime: ")]
+Sampled = Annotated[
+    dict[str, Any],
+    OptionsFrom(Sampling, defaults=("learned", "224x224"), about="method resampling: "),
+]
+WithGates = Annotated[dict[str, Any], OptionsFrom(Gates, about="method sampling: ")]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -253,12 +262,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     def run(**arguments: Any) -> None:
         for name, mark in marks.items():
-            if isinstance(mark, NetworkOrOption):
-                arguments[name] = mark.value(arguments, name)
-                continue
-            values = mark.values(arguments)
-            is_one = hints[name].__origin__ is mark.kind
-            arguments |= values if mark.apart else {name: mark.kind(**values) if is_one else values}
+            mark.take(arguments, name, hints[name])
         function(**arguments)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__

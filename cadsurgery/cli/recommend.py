@@ -40,13 +40,8 @@ def recommend(
         str, typer.Option(help="torch, or what settings are exported to: onnx or openvino")
     ] = "torch",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or int8")] = "float32",
-    size: Annotated[
-        Any,
-        typer.Option(metavar="HxW", parser=options.read_size, help="of the pictures; default: of the first"),
-    ] = None,
-    limit: Annotated[
-        int, typer.Option(min=0, callback=options.none_for_zero, help="the first so many pictures; 0 for all")
-    ] = 0,
+    size: Annotated[Any, options.size("of the pictures; default: of the first")] = None,
+    limit: options.Limit = 0,
     minutes: Annotated[float, typer.Option(help="of measuring at most")] = 10.0,
     split: Annotated[str, typer.Option(help="of labelled data; all: val where it has splits")] = "all",
     weights: options.Weights = "auto",
@@ -55,10 +50,7 @@ def recommend(
         options.OptionsFrom(Conversion, ("output_stride", "region", "normalisation"), given=True),
     ],
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="folder of the run, default NAME-recommended; a run goes on there"
-        ),
+        Path | None, options.output("folder of the run, default NAME-recommended; a run goes on there")
     ] = None,
     trust: options.Trust = False,
     as_json: options.Json = False,

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -133,25 +133,6 @@ def print_lines(command: str, now: Current, wait: Callable[[], bool]) -> None:
     """Print the current step of a command each time `wait` returns, until it returns True."""
     while not wait():
         err.print(f"{command}: {now.words}", markup=False, highlight=False, soft_wrap=True)
-
-
-def training(now: Current, steps: int, images: int) -> Callable[[Mapping[str, float | None]], None]:
-    """Return a callback that makes rows of a training log the current step, with the images per second.
-
-    Args:
-        now: the current step.
-        steps: number of steps of the training.
-        images: images per step.
-    """
-
-    def on_step(row: Mapping[str, float | None]) -> None:
-        at = int(row["step"] or 0)
-        words = [f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None]
-        now(f"step {at} of {steps}", at, steps)
-        words += [f"{now.speed * images:.1f} images/s"] if now.speed else []
-        now(", ".join((f"step {at} of {steps}", *words)), at, steps)
-
-    return on_step
 
 
 @contextmanager

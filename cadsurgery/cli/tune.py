@@ -18,9 +18,7 @@ def tune(
     *,
     network: options.Network,
     images: Annotated[Path, typer.Option(help="folder of photos; needs no labels")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run is continued")
-    ],
+    output: options.RunFolder,
     minutes: Annotated[float, typer.Option(help="processor time for all fitting")] = 20.0,
     keep: Annotated[
         float,

@@ -30,7 +30,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         split: name of the split, e.g. `train`.
         classes: names of the classes in order of their labels; empty if the images have no labels (all pixels ignored).
         names: names of the items for messages; paths if they are files.
-        read: function from a position to an image and its labels: a picture or array (H, W) of stored values, or None.
+        read: function from a position to an image, a picture or a tensor as above, and its labels: a picture or array
+            (H, W) of stored values, or None.
         table: pairs of a stored label value and its class; any other stored value is out of range.
     """
 
@@ -64,8 +65,10 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
             raise IndexError(position)
         name = self.names[position]
         try:
-            picture, stored = self.read(position)
-            image = _image(picture)
+            image, stored = self.read(position)
+            if isinstance(image, Image.Image):
+                pixels = np.array(image.convert("RGB"), dtype=np.uint8)
+                image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
             values = np.full(image.shape[1:], IGNORED) if stored is None else np.array(stored)
         except CadError:
             raise
@@ -133,15 +136,6 @@ def sample_of(data: Any, index: int) -> tuple[Any, Any]:
         return sample, torch.full(sample.shape[-2:], IGNORED)
     inputs, labels = sample
     return inputs, labels
-
-
-def _image(picture: Any) -> Tensor:
-    """Convert a picture to (3, H, W) float32 in 0..1; a tensor is returned as it is."""
-    if isinstance(picture, Tensor):
-        return picture
-    assert isinstance(picture, Image.Image)
-    pixels = np.array(picture.convert("RGB"), dtype=np.uint8)
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 # Functions of the module, because data are sent to the processes of a loader.

@@ -150,15 +150,11 @@ def _reason(error: Exception, address: Address) -> tuple[str, str]:
         if isinstance(error, kinds):
             return reason
     answer = getattr(getattr(error, "response", None), "status_code", None)
-    why = f"the Hub answers {answer}: {_server_message(error)}" if answer else describe_error(error)
+    told = first_line(getattr(error, "server_message", "") or " ".join(str(error).split()))
+    why = f"the Hub answers {answer}: {told}" if answer else describe_error(error)
     if answer in (401, 403):
         return why, f"{_SIGN_IN}, with a token that may do this."
     return why, f"check the connection and HF_ENDPOINT ({constants.ENDPOINT}), or try again later."
-
-
-def _server_message(error: Exception) -> str:
-    """Return the server's message in one line."""
-    return first_line(getattr(error, "server_message", "") or " ".join(str(error).split()))
 
 
 @contextmanager

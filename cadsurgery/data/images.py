@@ -149,7 +149,7 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
     """
     places: dict[Path, Path] = {}
     failures: dict[Path, FileError] = {}
-    targets = _Targets()
+    used: dict[str, int] = {}
     for path in paths:
         is_folder = files.is_folder(path)
         if is_folder:
@@ -163,7 +163,7 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
         for place in inside:
             image = path / place if is_folder else path
             if image not in places:
-                places[image] = Path(targets.of(place))
+                places[image] = Path(_target(place, used))
     if not places and not failures:
         raise FileError("no images were given.", next="name files or folders.")
     if not places:
@@ -187,26 +187,22 @@ def _images_inside(folder: str) -> list[str]:
     return [os.sep.join(parts) for parts in sorted(found)]
 
 
-class _Targets:
-    """Unique paths below an output folder; images that differ only in their ending get the ending in their name."""
+def _target(place: str, used: dict[str, int]) -> str:
+    """Return the result path of an image at a relative path, with its ending in the name if another has that path.
 
-    def __init__(self) -> None:
-        self.used: set[str] = set()
-        # Next number to try per base name, so that many images of one name need no new search each.
-        self.tried: dict[str, int] = {}
-
-    def of(self, place: str) -> str:
-        """Return the result path of an image, given its path relative to its input folder."""
-        stem, ending = _split(place)
-        target = f"{stem}.png"
-        if target in self.used:
-            base = f"{stem}_{ending[1:]}"
-            count = self.tried.get(base, 2)
-            while (target := f"{base}{'' if count == 2 else count}.png") in self.used:
-                count += 1
-            self.tried[base] = count + 1
-        self.used.add(target)
-        return target
+    `used` gets every result path and, for a name that is used, the next number to try, so that many images of one name
+    need no new search each.
+    """
+    stem, ending = _split(place)
+    target = f"{stem}.png"
+    if target in used:
+        base = f"{stem}_{ending[1:]}"
+        count = used.get(base, 2)
+        while (target := f"{base}{'' if count == 2 else count}.png") in used:
+            count += 1
+        used[base] = count + 1
+    used[target] = 0
+    return target
 
 
 def _split(place: str) -> tuple[str, str]:

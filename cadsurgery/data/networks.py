@@ -304,7 +304,9 @@ def _torchvision_builder(name: str) -> Builder:
             model, entry = builder(weights=None, **no_backbone, **kwargs), None
         else:
             note = f"pretrained weights {entry.name}"
-            kwargs = {**_classes(entry), **_decisions(model, parameters), **kwargs}
+            categories = entry.meta.get("categories")
+            classes = {"num_classes": len(categories)} if categories else {}
+            kwargs = {**classes, **_decisions(model, parameters), **kwargs}
         weights = entry.name if entry is not None else "random"
         return model, Source(f"torchvision:{name}", kwargs, weights, note, *_image_statistics(model, entry))
 
@@ -318,11 +320,6 @@ def _image_statistics(model: nn.Module, entry: Any = None) -> tuple[tuple[float,
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     preset = entry.transforms() if entry is not None else None
     return tuple(getattr(preset, "mean", IMAGENET_MEAN)), tuple(getattr(preset, "std", IMAGENET_STD))
-
-
-def _classes(entry: Any) -> dict[str, Any]:
-    categories = entry.meta.get("categories")
-    return {"num_classes": len(categories)} if categories else {}
 
 
 def _decisions(model: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -432,12 +429,8 @@ def _of_classes(
 def _pretrained(
     library: str, name: str, weights: str, known: list[str], what: str | None, build: Callable[[], nn.Module]
 ) -> tuple[nn.Module | None, str]:
-    """Build a network with pretrained weights; return None and the reason if it must keep random weights.
-
-    Args:
-        weights: `auto`, `none` or one of the `known` names.
-        what: name of the weights that `build` loads; None if the library has none.
-    """
+    """Build a network with pretrained weights, named `what` (None: there are none); return None and the reason if it
+    must keep random weights."""
     if weights == "none":
         return None, "weights are random (asked for)"
     if weights not in ("auto", *known):

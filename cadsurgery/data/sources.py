@@ -136,10 +136,6 @@ def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
 # -- torchvision ---------------------------------------------------------------------------------------
 
 
-def _read_torchvision(dataset: Any, order: Sequence[int], position: int) -> tuple[Any, Any]:
-    return dataset[order[position]]
-
-
 def _torchvision(
     make: Callable[[], Any], classes: tuple[str, ...], table: Mapping[int, int], spec: str, split: str
 ) -> SegmentationData:
@@ -149,10 +145,8 @@ def _torchvision(
     except (RuntimeError, OSError) as error:
         raise missing(KINDS[name], rest.partition(",")[0], first_line(error)) from error
     names = [str(path) for path in (dataset._images if name == "pets" else dataset.images)]
-    order = sorted(range(len(names)), key=names.__getitem__)
-    in_order = tuple(names[index] for index in order)
-    read = partial(_read_torchvision, dataset, order)
-    return SegmentationData(spec, split, classes, in_order, read, tuple(table.items()))
+    data = SegmentationData(spec, split, classes, tuple(names), dataset.__getitem__, tuple(table.items()))
+    return data.at(sorted(range(len(names)), key=names.__getitem__))
 
 
 def _cityscapes(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from cadsurgery.data.datasets import sample_of
 from cadsurgery.elements import functional
-from cadsurgery.finetune.batches import Samples, check_data, prepare
-from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
+from cadsurgery.finetune.batches import Samples, check_data, inputs_of
+from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
 from cadsurgery.surgery.trace import evaluating
 
@@ -40,27 +39,23 @@ def calibrate_adapters(net: AdaptiveModel, images: Samples, most: int = 32) -> i
     net.add_adapters()
     program = net.program
     nodes = [node for node in program.halves.after.nodes if node.target is functional.adapt_vector]
-    device, step = next(net.parameters()).device, -(-len(images) // most)
+    chosen = range(0, len(images), -(-len(images) // most))
     for _ in range(ROUNDS if nodes else 0):
         sums: dict[tuple[fx.Node, int], Tensor] = {}
-        count = 0
-        for index in range(0, len(images), step):
-            inputs, _ = prepare(*sample_of(images, index), pictures_for(net), index)
-            for node, level, apart in _differences(
-                net, program, [value[None].to(device) for value in inputs]
-            ):
+        for index in chosen:
+            inputs, _ = inputs_of(net, images, index)
+            for node, level, apart in _differences(net, program, inputs):
                 sums[node, level] = sums.get((node, level), 0) + apart
-            count += 1
         with torch.no_grad():
             for (node, level), total in sums.items():
                 adapter: Any = program.net.get_submodule(str(node.args[2].target))  # type: ignore[union-attr]
-                adapter.shift[level - 1] += (total / count).to(adapter.shift)
+                adapter.shift[level - 1] += (total / len(chosen)).to(adapter.shift)
     return len(nodes)
 
 
 @torch.no_grad()
 def _differences(
-    net: AdaptiveModel, program: Program, inputs: list[Tensor]
+    net: AdaptiveModel, program: Program, inputs: tuple[Tensor, ...]
 ) -> Iterator[tuple[fx.Node, int, Tensor]]:
     """Yield, by node and level, how far an image's vector (C,) with the current adapters is from that at level 0."""
     with evaluating(net):

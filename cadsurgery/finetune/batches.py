@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cadsurgery.data.datasets import IGNORED, is_labelled, sample_of
 from cadsurgery.data.images import normalise
 from cadsurgery.finetune.schedule import Sampling, derive_seed
-from cadsurgery.finetune.settings import Settings
+from cadsurgery.network.model import pictures_for
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.tasks.options import Settings
 
 Augmentation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -157,6 +158,17 @@ def prepare(inputs: Any, labels: Any, source: Any, index: int) -> tuple[tuple[Te
         where=f"sample {index} of the data",
         next="give (image (3, H, W) float in 0..1, labels (H, W)), the image alone, or (a tuple of tensors, labels).",
     )
+
+
+def inputs_of(net: nn.Module, data: Samples, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the inputs of a network for a sample, batches of one on its device; and the sample's labels (H, W).
+
+    Raises:
+        InvalidInput: as `prepare`.
+    """
+    inputs, labels = prepare(*sample_of(data, index), pictures_for(net), index)
+    device = next(net.parameters()).device
+    return tuple(value.unsqueeze(0).to(device) for value in inputs), labels
 
 
 def _stack(tensors: Any, indices: tuple[int, ...]) -> Tensor:

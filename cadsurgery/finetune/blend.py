@@ -9,16 +9,18 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.datasets import sample_of
-from cadsurgery.finetune.batches import Samples, check_data, prepare
+from cadsurgery.finetune.batches import Samples, check_data, inputs_of
 from cadsurgery.finetune.objectives import Objective, dense_high, miss, objective
 from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.masks import FineMapSpec, LearnedMask
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.paths import blend
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.surgery.trace import evaluating
+
+_REFUSAL = "can be neither blended nor calibrated"
+_INSTEAD = "train it with objective mixed."
 
 
 @objective("blend")
@@ -30,6 +32,7 @@ class Blend(Objective):
     of inference, and the mask on the blend.
     """
 
+    net: AdaptiveModel
     constants = ("teacher",)
 
     def __init__(
@@ -64,7 +67,8 @@ class Blend(Objective):
         check_name("choice of statistics", statistics, ("separate", "shared"))
         check_name("choice of share", share, ("balanced", "published"))
         check_name("choice of network", network, ("blend", "mixed", "fixed"))
-        _check_whole(net)
+        if isinstance(net, AdaptiveModel):
+            whole_program(net, _REFUSAL, _INSTEAD)
         mask = net.mask.find(LearnedMask) if isinstance(net, AdaptiveModel) else None
         if mask is None:
             raise InvalidInput(
@@ -82,7 +86,6 @@ class Blend(Objective):
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Return the loss, its parts, and the share kept high."""
         net, mask = self.net, self._mask[0]
-        assert isinstance(net, AdaptiveModel)
         noise, other = (
             [torch.Generator().manual_seed(derive_seed(draw.seed, at, part)) for at in draw.positions]
             for part in (6, 7)
@@ -127,7 +130,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
     Raises:
         InvalidInput: there is no learned mask or no data, or the network only hosts an adaptive part.
     """
-    _check_whole(net)
+    program = whole_program(net, _REFUSAL, _INSTEAD)
     check_data(data, "calibration")
     mask = net.mask.find(LearnedMask)
     if mask is None:
@@ -135,26 +138,14 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
             f"mask {net.mask.spec()!r} has learned nothing that could be calibrated.",
             next='train a learned mask first: mask="learned:fraction=0.3", objective blend.',
         )
-    program, source = net.program, pictures_for(net)
-    device = next(mask.parameters(), torch.empty(0)).device
     logits: list[tuple[Tensor, FineMapSpec]] = []
     with evaluating(net):
         for index in range(len(data)):
-            inputs, _ = prepare(*sample_of(data, index), source, index)
-            arguments = program.bind(*(value.unsqueeze(0).to(device) for value in inputs))
-            features = program.before(arguments)[program.halves.features]
+            inputs, _ = inputs_of(net, data, index)
+            features = program.before(program.bind(*inputs))[program.halves.features]
             grid = program.masking(net.mask).grid(features)
             logits.append((mask.logits(features, grid), grid))
     return mask.balance(logits)
-
-
-def _check_whole(net: nn.Module) -> None:
-    """Refuse a network that only hosts an adaptive part."""
-    if isinstance(net, AdaptiveModel) and net.hosts_part:
-        raise InvalidInput(
-            "a network that only hosts an adaptive part can be neither blended nor calibrated.",
-            next="train it with objective mixed.",
-        )
 
 
 @contextmanager

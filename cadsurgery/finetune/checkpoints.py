@@ -13,18 +13,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cadsurgery.finetune.settings import FREE, Settings
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
+from cadsurgery.methods.storage import Converted
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import write_tensors
-from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, describe_error
+from cadsurgery.support.errors import FileError, TrainingStopped, describe_error
 from cadsurgery.support.provenance import versions
+from cadsurgery.tasks.options import FREE, Settings
+from cadsurgery.tasks.run_folder import Identity
 
 FORMAT = 1
 _KEY = "cadsurgery.training"
-Identity = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,17 @@ def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, pro
         name: [list(p.shape), str(p.dtype)] for name, p in (*net.named_parameters(), *net.named_buffers())
     }
     network: dict[str, Any] = {"type": type(net).__name__, "tensors": _digest(shapes)}
+    if isinstance(net, Converted):
+        network["plan"] = _digest(net.plan.to_json())
     if isinstance(net, AdaptiveModel):
-        network |= {"plan": _digest(net.plan.to_json()), "mask": net.mask.spec()}
-        network |= {"geometry": {name: str(value) for name, value in vars(net.geometry).items()}}
+        geometry = {name: str(value) for name, value in vars(net.geometry).items()}
+        network |= {"mask": net.mask.spec(), "geometry": geometry}
     if isinstance(net, AnytimeModel):
-        network |= {
-            "plan": _digest(net.plan.to_json()),
-            "threshold": net.threshold,
-            "confidence": net.confidence,
-        }
+        network |= {"threshold": net.threshold, "confidence": net.confidence}
     if isinstance(net, ResampledModel):
-        network |= {"plan": _digest(net.plan.to_json()), "sampler": str(net.sampler.options)}
+        network["sampler"] = str(net.sampler.options)
     if isinstance(net, SampledModel):
-        network |= {"plan": _digest(net.plan.to_json()), "grid": net.grid}
+        network["grid"] = net.grid
     options = {name: value for name, value in settings.to_dict().items() if name not in FREE}
     described = {
         "name": str(getattr(data, "name", type(data).__name__)),
@@ -128,35 +127,6 @@ def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, pro
     }
     identity = {"settings": options, "network": network, "data": described, "processes": processes}
     return json.loads(json.dumps(identity))
-
-
-def check_same_run(stored: Identity, now: Identity, folder: Path) -> None:
-    """Refuse to resume a run with other settings, another network or other data.
-
-    Raises:
-        InvalidInput: the runs differ; the message lists every difference.
-    """
-    differences = _differences(stored, now, "")
-    if differences:
-        raise InvalidInput(
-            f"{folder} holds another run.",
-            where="; ".join(differences),
-            why="a resumed run goes on exactly as it began; the learning rate depends on the number of steps too.",
-            next="give it the same again, or start in another output folder.",
-        )
-
-
-def _differences(stored: Any, now: Any, path: str) -> list[str]:
-    if isinstance(stored, Mapping) and isinstance(now, Mapping):
-        names = sorted(stored.keys() | now.keys())
-        parts = (_differences(stored.get(n), now.get(n), f"{path}.{n}" if path else n) for n in names)
-        return [difference for some in parts for difference in some]
-    return [] if stored == now else [f"{path}: {_short(stored)}, now {_short(now)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _digest(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,20 +15,18 @@ from torch import nn
 
 from cadsurgery.finetune.batches import Samples, augmentation
 from cadsurgery.finetune.logs import Row
-from cadsurgery.finetune.loop import fit
-from cadsurgery.finetune.results import Outcome
-from cadsurgery.finetune.settings import Settings
+from cadsurgery.finetune.loop import Outcome, fit
 from cadsurgery.masks import resolve_mask
-from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
-from cadsurgery.methods.storage import SiblingModel
+from cadsurgery.methods.storage import Converted
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.open import open_any, open_converted
+from cadsurgery.tasks.options import Settings
 from cadsurgery.tasks.report import Report
 
 
@@ -75,11 +74,13 @@ def finetune(
     weights: str,
     mask: str,
     options: dict[str, Any],
-    settings: Settings,
+    config: Path | None,
+    objective: dict[str, Any],
+    objective_option: list[str],
+    settings: dict[str, Any],
     output: Path,
     resume: bool,
     device: str,
-    on_step: Callable[[Row], None] | None,
     step: Step,
     cache: bool = False,
     trust: bool = False,
@@ -91,6 +92,7 @@ def finetune(
     """
     from cadsurgery.data import open_data
 
+    chosen = make_settings(config, {**objective, **settings}, objective_option)
     world()  # report a wrong start of several processes first
     if mask:
         resolve_mask(mask)
@@ -99,7 +101,7 @@ def finetune(
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
     classes = len(training.classes) or None
-    net: AdaptiveModel | SiblingModel | None = open_any(model, trust)
+    net: Converted | None = open_any(model, trust)
     if net is None:
         net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
     elif mask or cache:
@@ -109,29 +111,49 @@ def finetune(
         )
     trained: nn.Module = net
     samples = _Samples(training, validation)
-    if settings.train == "adapters" and isinstance(net, AdaptiveModel):
+    if chosen.train == "adapters" and isinstance(net, AdaptiveModel):
         net.add_adapters()  # before the stem is separated
     if cache and isinstance(net, AdaptiveModel):
         step("running the stem over the data")
-        samples = _run_stem(net, samples, settings, device)
-        trained, settings = body_of(net), settings.changed({"freeze": "stem", "jitter": 0.0})
+        samples = _run_stem(net, samples, chosen, device)
+        trained, chosen = body_of(net), chosen.changed({"freeze": "stem", "jitter": 0.0})
     step("training")
     outcome = fit(
         trained,
         samples.training,
-        settings,
+        chosen,
         output=output,
         validation=samples.validation,
-        augment=None if cache else augmentation(settings),
+        augment=None if cache else augmentation(chosen),
         resume=resume,
         device=device,
-        on_step=on_step,
+        on_step=training_steps(step, chosen.steps, chosen.batch * chosen.accumulate),
     )
     data_in_words = f"{training.name} ({len(training)} images)"
     return TrainingReport(model, _decided_by(net), data_in_words, outcome, samples.notes)
 
 
-def _decided_by(net: AdaptiveModel | AnytimeModel | ResampledModel | SampledModel) -> str:
+def training_steps(step: Step, steps: int, images: int) -> Callable[[Row], None]:
+    """Return a callback that shows rows of a training log as steps, with the images per second if the speed is known.
+
+    Args:
+        step: progress callback; that of the command line has a `speed`, in steps per second.
+        steps: number of steps of the training.
+        images: images per step.
+    """
+
+    def on_step(row: Row) -> None:
+        at = int(row["step"] or 0)
+        words = [f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None]
+        step(f"step {at} of {steps}", at, steps)
+        if speed := getattr(step, "speed", None):
+            words.append(f"{speed * images:.1f} images/s")
+        step(", ".join((f"step {at} of {steps}", *words)), at, steps)
+
+    return on_step
+
+
+def _decided_by(net: Converted) -> str:
     """Describe the module that decides where a network computes."""
     if isinstance(net, AdaptiveModel):
         return net.mask.spec()
@@ -182,13 +204,7 @@ def make_settings(config: Path | None, overrides: dict[str, Any], objective_opti
         name, equals, value = (part.strip() for part in text.partition("="))
         if not name or not equals:
             raise InvalidInput(f"objective option {text!r} is not NAME=VALUE.", next="write e.g. low=0.1.")
-        all_options[name] = _value(value)
+        all_options[name] = value
+        with contextlib.suppress(ValueError):  # a number or a list; any other text stays as it is
+            all_options[name] = json.loads(value)
     return settings.changed({**overrides, "objective_options": all_options})
-
-
-def _value(text: str) -> Any:
-    """Parse a value as JSON (a number, a list); any other text stays as it is."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

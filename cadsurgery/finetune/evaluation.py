@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.datasets import is_labelled, sample_of
-from cadsurgery.finetune.batches import Batch, Samples, check_data, prepare
+from cadsurgery.data.datasets import is_labelled
+from cadsurgery.finetune.batches import Batch, Samples, check_data, inputs_of
 from cadsurgery.finetune.objectives import dense_high
 from cadsurgery.masks import labelled
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import class_scores, resize
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
@@ -47,14 +47,12 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
             why="only an adaptive network has a dense one beside it to be compared with.",
             next="give labelled data, or convert the network first with cs.adaptify.",
         )
-    device, active = next(net.parameters()).device, 0.0
+    active = 0.0
     metrics: SegmentationMetrics | FidelityMetrics | None = None if has_labels else FidelityMetrics()
     exit_metrics: list[SegmentationMetrics] = []  # of the exits before the last
     with torch.inference_mode(), evaluating(net):
-        source = pictures_for(net)
         for index in range(len(data)):
-            inputs, labels = prepare(*sample_of(data, index), source, index)
-            batch = tuple(value.unsqueeze(0).to(device) for value in inputs)
+            batch, labels = inputs_of(net, data, index)
             with labelled(labels.unsqueeze(0)) if has_labels else contextlib.nullcontext():
                 output = net(*batch)
             active += net.active_fraction if isinstance(net, AdaptiveModel) else 0.0

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.data.datasets import sample_of
 from cadsurgery.finetune.balance import class_weights
-from cadsurgery.finetune.batches import Samples, check_data, ignore, prepare
+from cadsurgery.finetune.batches import Samples, check_data, ignore, inputs_of
 from cadsurgery.masks import DetailMask, FineMapSpec, GainMask
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.filters import mean_of_patches, resize
 from cadsurgery.masks.gain import OracleMask
 from cadsurgery.masks.options import SHARE, check_options
-from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
+from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.support.divergence import divergence, kind_of, maps_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
+from cadsurgery.tasks.report import Plain
 
 _MEASURING = 0.8  # largest share of the time for measuring; fitting takes seconds
 _HELD_OUT = 8  # every 8th image is held out
@@ -33,7 +33,7 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)  # shares of the patches for which `toleranc
 
 
 @dataclass(frozen=True)
-class GainFit:
+class GainFit(Plain):
     """Result of a fit.
 
     Attributes:
@@ -50,10 +50,6 @@ class GainFit:
     seconds: float
     captured: dict[str, float]
     tolerances: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for `--json`."""
-        return asdict(self)
 
 
 def fit_gain(
@@ -96,14 +92,13 @@ def fit_gain(
             next='give the network a gain mask, net.mask = "gain | budget:fraction=0.2", and fit it before optimize().',
         )
     check_options("gain", balance=(balance, SHARE))
-    device = next(net.parameters()).device
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     fast, seen = net.optimize(), list[_Measured]()
     for index in order:
         if len(seen) >= 2 and time.process_time() - begin > 60 * minutes * _MEASURING:
             break
-        inputs, _ = prepare(*sample_of(images, index), pictures_for(net), index)
-        seen.append(_measure(fast, mask, [value.unsqueeze(0).to(device) for value in inputs]))
+        inputs, _ = inputs_of(net, images, index)
+        seen.append(_measure(fast, mask, inputs))
         on_image(len(seen))
     seen = _balance(seen, balance)
     held_out, fitted = seen[::_HELD_OUT], [one for at, one in enumerate(seen) if at % _HELD_OUT]
@@ -145,7 +140,7 @@ class _Measured:
 
 
 @torch.no_grad()
-def _measure(net: AdaptiveModel, mask: GainMask, inputs: list[Tensor]) -> _Measured:
+def _measure(net: AdaptiveModel, mask: GainMask, inputs: tuple[Tensor, ...]) -> _Measured:
     program, oracle, detail = net.program, OracleMask(), DetailMask()
     with evaluating(net):
         values = program.before(program.bind(*inputs))

@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cadsurgery.finetune.batches import Batch
 from cadsurgery.finetune.objectives import Objective, adapters_of
 from cadsurgery.finetune.schedule import Draw, derive_seed
-from cadsurgery.finetune.settings import Settings
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.anytime.model import HEADS
 from cadsurgery.methods.resampling import ResampledModel
@@ -22,8 +21,16 @@ from cadsurgery.network.adapters import ADAPTERS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
+from cadsurgery.tasks.options import Settings
 
 _OWN = ("_mask_provider", ADAPTERS, HEADS, GATES)  # child modules that the original network does not have
+
+# Parts that can be trained alone: the class of a network that has them, in words, and how it is made.
+_PARTS: dict[str, tuple[type[nn.Module], str, str]] = {
+    "adapters": (AdaptiveModel, "an adaptive network", "cs.adaptify"),
+    "exits": (AnytimeModel, "a network with exits", "cs.anytime"),
+    "gates": (SampledModel, "a network with gates", "cs.sample"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,37 @@ def freeze_unused(objective: Objective, batch: Batch, seed: int) -> None:
         parameter.grad = None
 
 
+def own_parts(net: nn.Module) -> dict[str, set[nn.Parameter]]:
+    """Return the parameters that the original network does not have, by the name of their group."""
+    if isinstance(net, AdaptiveModel):
+        return {"mask": set(net.mask.parameters()), "adapters": adapters_of(net)}
+    if isinstance(net, ResampledModel):
+        return {"sampler": set(net.sampler.parameters()), **own_parts(net.network)}
+    if isinstance(net, (AnytimeModel, SampledModel)):
+        name = "exits" if isinstance(net, AnytimeModel) else "gates"
+        return {name: set(net.own_parameters().values())}
+    return {}
+
+
+def trained_alone(net: nn.Module, train: str) -> set[nn.Parameter]:
+    """Return the only parameters that the setting `train` lets change; an empty set for all. Adds level adapters.
+
+    Raises:
+        InvalidInput: the network has no such part.
+    """
+    if train not in _PARTS:
+        return set()
+    kind, words, method = _PARTS[train]
+    if not isinstance(net, kind):
+        raise InvalidInput(
+            f'train="{train}" needs {words}, not {type(net).__name__}.',
+            next=f"convert it first with {method}.",
+        )
+    if isinstance(net, AdaptiveModel):
+        net.add_adapters()
+    return own_parts(net)[train]
+
+
 def make_groups(
     parameters: Mapping[str, nn.Parameter], net: nn.Module, settings: Settings
 ) -> tuple[Group, ...]:
@@ -96,45 +134,20 @@ def make_groups(
     Raises:
         InvalidInput: no parameter is left to train.
     """
-    factors = {
-        "classifier": 1.0,
-        "backbone": settings.backbone_factor,
-        "mask": settings.mask_factor,
-        "adapters": 1.0,
-        "exits": 1.0,
-        "sampler": 1.0,
-        "gates": 1.0,
-        "fixed": 0.0,
-    }
-    sampler_parameters: set[nn.Parameter] = set()
-    if isinstance(net, ResampledModel):
-        sampler_parameters, net = set(net.sampler.parameters()), net.network
+    factors = dict.fromkeys(("classifier", "backbone", "mask", "adapters", "exits", "sampler", "gates"), 1.0)
+    factors |= {"backbone": settings.backbone_factor, "mask": settings.mask_factor, "fixed": 0.0}
+    own = own_parts(net)
+    net = net.network if isinstance(net, ResampledModel) else net
     heads = _heads(net)
     others = [child for name, child in net.named_children() if name not in _OWN and child not in heads]
-    mask_parameters = set(net.mask.parameters()) if isinstance(net, AdaptiveModel) else set()
-    adapter_parameters = adapters_of(net)
-    exit_parameters = set(net.own_parameters().values()) if isinstance(net, AnytimeModel) else set()
-    gate_parameters = set(net.own_parameters().values()) if isinstance(net, SampledModel) else set()
     head_parameters = {parameter for child in heads for parameter in child.parameters()}
     # A weight shared with the backbone gets the backbone's lower rate.
     head_parameters -= {parameter for child in others for parameter in child.parameters()}
     groups: dict[str, dict[str, nn.Parameter]] = {name: {} for name in factors}
     for name, parameter in parameters.items():
-        if not parameter.requires_grad:
-            group = "fixed"
-        elif parameter in mask_parameters:
-            group = "mask"
-        elif parameter in adapter_parameters:
-            group = "adapters"
-        elif parameter in exit_parameters:
-            group = "exits"
-        elif parameter in sampler_parameters:
-            group = "sampler"
-        elif parameter in gate_parameters:
-            group = "gates"
-        else:
-            group = "classifier" if parameter in head_parameters else "backbone"
-        groups[group][name] = parameter
+        group = next((part for part, values in own.items() if parameter in values), "")
+        group = group or ("classifier" if parameter in head_parameters else "backbone")
+        groups[group if parameter.requires_grad else "fixed"][name] = parameter
     if not any(groups[name] for name in factors if name != "fixed"):
         raise InvalidInput(
             "no parameter is left to train.",

@@ -6,10 +6,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from cadsurgery.finetune.devices import INSTALL
 from cadsurgery.support.errors import FileError, import_optional
 from cadsurgery.support.files import write_whole
 
+INSTALL = "pip install 'cadsurgery[train]'"
 Row = dict[str, float | None]  # None: not measured in this step
 
 
@@ -35,7 +35,9 @@ class CsvLog:
         """Keep the rows up to a step, and append after them."""
         self.path = path
         try:
-            rows = _rows(path.read_text(encoding="utf-8"), step) if path.exists() else []
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]  # a killed process may leave half a row
+            rows = whole[:1] + [row for row in whole[1:] if int(row.partition(",")[0]) <= step]
             with write_whole(path) as temporary:
                 temporary.write_text("".join(rows), encoding="utf-8")
             self._file = path.open("a", newline="", encoding="utf-8")
@@ -57,12 +59,6 @@ class CsvLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def _rows(text: str, step: int) -> list[str]:
-    """Return the header and the complete rows up to a step; a killed process may leave half a row at the end."""
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return lines[:1] + [line for line in lines[1:] if int(line.partition(",")[0]) <= step]
 
 
 class TensorBoardLog:

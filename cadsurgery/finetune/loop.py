@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,36 +17,77 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import cadsurgery.finetune.blend  # registers its objective
 import cadsurgery.finetune.resampling  # noqa: F401  # registers two more
 from cadsurgery.data.datasets import is_labelled
+from cadsurgery.data.networks import Source
 from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
 from cadsurgery.finetune.checkpoints import (
     Checkpoint,
-    Identity,
-    check_same_run,
     identity_of,
     optimizer_tensors,
     read_checkpoint,
     restore,
     restore_optimizer,
 )
-from cadsurgery.finetune.devices import make_accelerator
 from cadsurgery.finetune.evaluation import count_outputs, evaluate
-from cadsurgery.finetune.groups import freeze_unused, make_groups, make_optimizer, set_modes, stem_of
-from cadsurgery.finetune.logs import CsvLog, Row, TensorBoardLog, open_log
+from cadsurgery.finetune.groups import (
+    freeze_unused,
+    make_groups,
+    make_optimizer,
+    set_modes,
+    stem_of,
+    trained_alone,
+)
+from cadsurgery.finetune.logs import INSTALL, CsvLog, Row, TensorBoardLog, open_log
 from cadsurgery.finetune.objectives import Objective, copy_dense, make_objective
-from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
-from cadsurgery.finetune.settings import Settings
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
+from cadsurgery.methods.storage import Converted, save
 from cadsurgery.network.model import AdaptiveModel, OptimizedModel, pictures_for
-from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
+from cadsurgery.network.storage import write_tensors
+from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, first_line, import_optional
 from cadsurgery.support.files import make_folder
+from cadsurgery.support.processes import world
 from cadsurgery.surgery.trace import evaluating
+from cadsurgery.tasks.options import Settings
+from cadsurgery.tasks.report import Plain
+from cadsurgery.tasks.run_folder import Identity, check_same_run
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]
+TRAINED = "fine-tuned"  # description of the weights in a trained network's source
 START, LAST, BEST, NETWORK = (f"{name}.safetensors" for name in ("start", "checkpoint", "best", "net"))
+
+_EXACTLY = "a resumed run goes on exactly as it began; the learning rate depends on the number of steps too."
+
+
+@dataclass(frozen=True)
+class Outcome(Plain):
+    """Result of a training run.
+
+    Attributes:
+        steps: total number of completed steps.
+        resumed: step at which this call began.
+        before: metrics on the validation data before the first step; empty without validation.
+        after: metrics after the last step.
+        best_step: step of the best validation; 0 if there was none.
+        best: its mIoU, or its relative error if the metrics have no mIoU.
+        network: file of the final network.
+        best_network: file of the best network, if there was a validation.
+        checkpoint: file of the last checkpoint.
+        groups: trained parameters and their rates; see `Group.describe`.
+    """
+
+    steps: int
+    resumed: int
+    before: dict[str, float]
+    after: dict[str, float]
+    best_step: int
+    best: float | None
+    network: Path
+    best_network: Path | None
+    checkpoint: Path
+    groups: tuple[dict[str, object], ...]
 
 
 def fit(
@@ -132,7 +174,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         net, settings, make = self.net, self.settings, self.make
-        self.accelerator = make_accelerator(settings, self.device)
+        self.accelerator = _make_accelerator(settings, self.device)
         self.main: bool = self.accelerator.is_main_process
         self.process: int = self.accelerator.process_index
         processes: int = self.accelerator.num_processes
@@ -140,28 +182,7 @@ class _Run:
             len(self.data), settings.seed, settings.batch, settings.accumulate, processes
         )
         net.to(self.accelerator.device)
-        self.chosen: set[nn.Parameter] = set()  # the only trained parameters; empty for all
-        if settings.train == "adapters":
-            if not isinstance(net, AdaptiveModel):
-                raise InvalidInput(
-                    f'train="adapters" needs an adaptive network, not {type(net).__name__}.',
-                    next="convert it first with cs.adaptify.",
-                )
-            self.chosen = set(net.add_adapters().parameters())
-        if settings.train == "exits":
-            if not isinstance(net, AnytimeModel):
-                raise InvalidInput(
-                    f'train="exits" needs a network with exits, not {type(net).__name__}.',
-                    next="convert it first with cs.anytime.",
-                )
-            self.chosen = set(net.own_parameters().values())
-        if settings.train == "gates":
-            if not isinstance(net, SampledModel):
-                raise InvalidInput(
-                    f'train="gates" needs a network with gates, not {type(net).__name__}.',
-                    next="convert it first with cs.sample.",
-                )
-            self.chosen = set(net.own_parameters().values())
+        self.chosen = trained_alone(net, settings.train)
         self.is_fixed = stem_of(net) if settings.freeze == "stem" else lambda name: False
         first = next(self._batches(range(1), workers=0))
         self.classes = count_outputs(net, self.data, first)
@@ -280,7 +301,7 @@ class _Run:
                 next="choose another output folder, remove this one, or resume.",
             )
         if is_there:
-            check_same_run(read_checkpoint(path).identity, identity, self.folder)
+            check_same_run(read_checkpoint(path).identity, identity, self.folder, _EXACTLY)
         else:
             before = self._measure(self.net)
             if self.main:
@@ -297,7 +318,7 @@ class _Run:
         if not path.is_file():
             return start
         state = read_checkpoint(path)
-        check_same_run(state.identity, identity, self.folder)
+        check_same_run(state.identity, identity, self.folder, _EXACTLY)
         restore(state.part("weights"), self.objective.own_tensors(), path)
         trained = self.objective.own_parameters()
         restore_optimizer(self.optimizer, trained, state.part("optimizer"))
@@ -330,7 +351,7 @@ class _Run:
         if best is None or (value > best if self.goal == "miou" else value < best):
             self.state = replace(self.state, best=value, best_step=step)
             if self.main:
-                write_network(self.result, self.folder / BEST)
+                _write_network(self.result, self.folder / BEST)
         return value
 
     def _measure(self, net: nn.Module) -> dict[str, float]:
@@ -356,7 +377,7 @@ class _Run:
             restore(_tensors(self.average.module), _tensors(self.net), self.folder)
         network = self.folder / NETWORK
         if self.main:
-            write_network(self.net, network)
+            _write_network(self.net, network)
         self.accelerator.wait_for_everyone()
         state = self.state
         return Outcome(
@@ -376,3 +397,43 @@ class _Run:
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers by name, including the mask's."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _write_network(net: nn.Module, path: Path) -> None:
+    """Write the network: a converted network for `cadsurgery.load`, any other as a state dict."""
+    if isinstance(net, Converted):
+        # Reports must not call the weights random, even if they were at first.
+        if isinstance(net.source, Source):
+            net.source = replace(net.source, weights=TRAINED)
+        save(net, path)
+        return
+    write_tensors(path, net.state_dict())
+
+
+def _make_accelerator(settings: Settings, device: str) -> Any:
+    """Create an Accelerator for the settings.
+
+    Raises:
+        InvalidInput: the device does not support the precision; or as `world`.
+        CadError: Accelerate is not installed.
+    """
+    world()
+    accelerate = import_optional("accelerate", "training needs accelerate.", INSTALL)
+    accelerate.state.AcceleratorState._reset_state()  # earlier runs may differ in precision
+    if device not in ("auto", "cpu"):
+        raise InvalidInput(
+            f"training cannot run on device {device!r}.",
+            next='use "auto" or "cpu"; choose GPUs with CUDA_VISIBLE_DEVICES or accelerate launch.',
+        )
+    reason = "its gradients need a scaler, which this device does not support"
+    try:
+        accelerator = accelerate.Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
+    except (ValueError, RuntimeError) as error:
+        accelerator, reason = None, first_line(error)
+    if accelerator is None or (settings.precision == "fp16" and accelerator.scaler is None):
+        raise InvalidInput(
+            f"precision {settings.precision!r} is not available on this device.",
+            why=reason,
+            next="train in precision no or bf16, or on a GPU.",
+        )
+    return accelerator

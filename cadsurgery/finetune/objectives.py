@@ -43,12 +43,20 @@ class Objective(nn.Module):
     Attributes:
         constants: names of children that never change, e.g. a teacher; checkpoints omit them, and a resumed run
             creates them again from the starting weights.
+        needs: class of the network that it trains, what another network lacks, and the method that makes one; None
+            for any network.
     """
 
     constants: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[type[nn.Module], str, str] | None] = None
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
+        if self.needs is not None and not isinstance(net, self.needs[0]):
+            raise InvalidInput(
+                f"{type(net).__name__} {self.needs[1]}.",
+                next=f"convert it first with {self.needs[2]}, or choose another objective.",
+            )
         self.net = net
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
@@ -138,7 +146,9 @@ class Divergence(Objective):
     labels, their cross entropy is added.
     """
 
+    net: AdaptiveModel
     constants = ("teacher",)
+    needs = (AdaptiveModel, "has no dense network beside it, whose outputs it could learn", "cs.adaptify")
 
     def __init__(
         self,
@@ -166,21 +176,12 @@ class Divergence(Objective):
             UnknownName: there is no such teacher or kind.
         """
         super().__init__(net)
-        if not isinstance(net, AdaptiveModel):
-            raise InvalidInput(
-                f"{type(net).__name__} cannot be trained by its own divergence or at a budget.",
-                why="only an adaptive network has a dense network to compare with.",
-                next="convert it first with cs.adaptify.",
-            )
-        if not temperature > 0:
-            raise InvalidInput(f"temperature={temperature}.", next="it must be above 0.")
-        if min(class_weights, default=0.0) < 0:
-            raise InvalidInput(f"class_weights={tuple(class_weights)}.", next="give numbers of at least 0.")
+        _check_numbers({"class_weights": min(class_weights, default=0.0)}, {"temperature": temperature})
         check_name("teacher", teacher, ("initial", "self"))
         check_name("kind of output", kind, KINDS)
         self.temperature, self.weight, self.supervision, self.kind = temperature, weight, supervision, kind
         self.class_weights = tuple(class_weights)
-        self.teacher = copy_dense(net) if teacher == "initial" else None
+        self.teacher = copy_dense(self.net) if teacher == "initial" else None
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Return the loss, its parts, and the active fraction."""
@@ -260,10 +261,9 @@ class AnyBudget(Divergence):
         self.extremes = extremes
         names = (ranking,) if isinstance(ranking, str) else tuple(ranking)
         self.rankings = tuple(name if name in ("own", "random") else resolve_mask(name) for name in names)
-        assert isinstance(net, AdaptiveModel)
-        if "own" in self.rankings and isinstance(_ranker(net.mask), UniformMask):
+        if "own" in self.rankings and isinstance(_ranker(self.net.mask), UniformMask):
             raise InvalidInput(
-                f"the network's own mask {net.mask.spec()!r} ranks no patch above another.",
+                f"the network's own mask {self.net.mask.spec()!r} ranks no patch above another.",
                 where="objective any-budget",
                 next="train with ranking=edges or ranking=random, or convert with another mask.",
             )
@@ -285,7 +285,6 @@ class AnyBudget(Divergence):
         chosen = self.rankings[draw.step % len(self.rankings)]
         if isinstance(chosen, MaskProvider):
             return chosen.to(next(self.net.parameters()).device)
-        assert isinstance(self.net, AdaptiveModel)
         return _ranker(self.net.mask) if chosen == "own" else DrawnBlocks(draw)
 
 
@@ -321,6 +320,9 @@ class Anytime(Objective):
     Trained as published (Liu et al. 2022): where an exit is confident, later losses train earlier exits.
     """
 
+    net: AnytimeModel
+    needs = (AnytimeModel, "has no exits", "cs.anytime")
+
     def __init__(
         self,
         net: nn.Module,
@@ -342,52 +344,36 @@ class Anytime(Objective):
             InvalidInput: the network has no exits, or weights have the wrong number or are below zero.
         """
         super().__init__(net)
-        if not isinstance(net, AnytimeModel):
-            raise InvalidInput(
-                f"{type(net).__name__} has no exits.",
-                next="convert it with cs.anytime, or choose another objective.",
-            )
+        exits = len(self.net.plan.exits)
         for name, values, count in (
-            ("weights", weights, len(net.plan.exits)),
-            ("class_weights", class_weights, net.plan.classes),
+            ("weights", weights, exits),
+            ("class_weights", class_weights, self.net.plan.classes),
         ):
             if values and (len(values) != count or min(values) < 0):
                 raise InvalidInput(
                     f"objective anytime with {name}={tuple(values)}.",
                     next=f"give {count} numbers of at least 0.",
                 )
-        if not temperature > 0 or (divergence is not None and divergence < 0):
-            raise InvalidInput(
-                f"objective anytime with divergence={divergence}, temperature={temperature}.",
-                next="the temperature must be above 0, the divergence at least 0.",
-            )
-        self.weights = tuple(weights) or (1.0,) * len(net.plan.exits)
+        _check_numbers({"divergence": divergence}, {"temperature": temperature})
+        self.weights = tuple(weights) or (1.0,) * exits
         self.class_weights, self.divergence, self.temperature = tuple(class_weights), divergence, temperature
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Return the loss, and the loss of each exit."""
         share = self.divergence if self.divergence is not None else float(labels is None)
-        assert isinstance(self.net, AnytimeModel)
         target = None
         if share:
             with torch.no_grad(), evaluating(self.net):
                 *_, target = self.net(*inputs, threshold=self.net.everything)
-        losses = [self._exit_loss(prediction, labels, target, share) for prediction in self.net(*inputs)]
+        outputs = self.net(*inputs)
+        balance = outputs[0].new_tensor(self.class_weights).float() if self.class_weights else None
+        losses = [
+            miss(output, labels, target, 1.0, share, self.temperature, "classes", label_weights=balance)[0]
+            for output in outputs
+        ]
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
         assert isinstance(total, Tensor)
         return {"loss": total, **{f"exit_{n}": loss.detach() for n, loss in enumerate(losses, 1)}}
-
-    def _exit_loss(
-        self, output: Tensor, labels: Tensor | None, target: Tensor | None, share: float
-    ) -> Tensor:
-        loss = output.new_zeros(())
-        if labels is not None:
-            weight = output.new_tensor(self.class_weights).float() if self.class_weights else None
-            loss = loss + cross_entropy(output, labels, weight)
-        if target is not None:
-            apart = divergence(target, output, "classes", self.temperature).mean()
-            loss = loss + share * self.temperature**2 * apart
-        return loss
 
 
 @objective("sparse")
@@ -398,7 +384,9 @@ class Sparse(Objective):
     falling temperature. The dense network is the current one if gates alone are trained, otherwise the initial one.
     """
 
+    net: SampledModel
     constants = ("teacher",)
+    needs = (SampledModel, "has no gates", "cs.sample")
 
     def __init__(
         self,
@@ -428,37 +416,23 @@ class Sparse(Objective):
             UnknownName: there is no such kind.
         """
         super().__init__(net)
-        if not isinstance(net, SampledModel):
-            raise InvalidInput(
-                f"{type(net).__name__} has no gates.",
-                next="convert it with cs.sample, or choose another objective.",
-            )
         check_name("kind of output", kind, KINDS)
-        if (
-            weight < 0
-            or (divergence is not None and divergence < 0)
-            or not temperature > 0
-            or not 0 < decay <= 1
-            or (start is not None and not start > 0)
-        ):
-            raise InvalidInput(
-                f"objective sparse with weight={weight}, divergence={divergence}, temperature={temperature}, "
-                f"decay={decay}, start={start}.",
-                next="weights are at least 0, temperature and start above 0, the decay in 0..1.",
-            )
+        least = {"weight": weight, "divergence": divergence}
+        _check_numbers(least, {"temperature": temperature, "start": start})
+        if not 0 < decay <= 1:
+            raise InvalidInput(f"the objective has decay={decay}.", next="give a decay in 0..1, above 0.")
         if start is not None:
-            for gate in net.gates:
+            for gate in self.net.gates:
                 gate.temperature.fill_(start)
         self.weight, self.divergence, self.temperature = weight, divergence, temperature
         self.kind, self.decay = kind, decay
         trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
-        gates_alone = trained <= set(net.own_parameters().values())
+        gates_alone = trained <= set(self.net.own_parameters().values())
         learns = divergence != 0
         self.teacher = None if gates_alone or not learns else copy.deepcopy(net).requires_grad_(False)
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Return the loss, its parts, and the openness of the gates."""
-        assert isinstance(self.net, SampledModel)
         self.net.seed, self.net.step, self.net.decay = draw.seed, draw.step, self.decay
         share = self.divergence if self.divergence is not None else float(labels is None)
         output = self.net(*inputs)
@@ -470,6 +444,14 @@ class Sparse(Objective):
                 target = teacher.dense(*inputs)
         loss, parts = miss(output, labels, target, 1.0, share, self.temperature, kind=self.kind)
         return {"loss": loss + self.weight * sparse, **parts, "open": sparse.detach()}
+
+
+def _check_numbers(least: Mapping[str, float | None], above: Mapping[str, float | None]) -> None:
+    """Refuse numbers of `least` below 0, and numbers of `above` that are not above 0; None is not given."""
+    for values, words in ((least, "at least 0"), (above, "above 0")):
+        for name, value in values.items():
+            if value is not None and not (value > 0 or (value == 0 and values is least)):
+                raise InvalidInput(f"the objective has {name}={value}.", next=f"give {name} {words}.")
 
 
 def copy_dense(net: AdaptiveModel) -> nn.Module | None:
@@ -502,6 +484,7 @@ def miss(
     temperature: float = 1.0,
     kind: Kind = "auto",
     class_weights: Sequence[float] = (),
+    label_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted loss of an output from labels and from a target; also return both parts, for the log.
 
@@ -514,13 +497,14 @@ def miss(
         temperature: as in `divergence`.
         kind: kind of the output without labels; labels imply class scores.
         class_weights: weights of the target's classes in that mean; default 1 each.
+        label_weights: weights of the labels' classes in the cross entropy; default 1 each.
 
     Raises:
         InvalidInput: there are neither labels nor a target, or the output or the weights do not fit them.
     """
     losses, parts = [], {}
     if labels is not None:
-        parts["entropy"] = supervised(output, labels)
+        parts["entropy"] = supervised(output, labels, label_weights)
         losses.append(supervision * parts["entropy"])
     if target is not None:
         kind = kind if labels is None else "classes"
@@ -538,11 +522,11 @@ def miss(
     return sum(losses[1:], losses[0]), {name: value.detach() for name, value in parts.items()}
 
 
-def supervised(output: Any, labels: Tensor) -> Tensor:
+def supervised(output: Any, labels: Tensor, weight: Tensor | None = None) -> Tensor:
     """Compute the cross entropy of the logits, plus half that of entry `aux` of a dictionary."""
-    loss = cross_entropy(class_scores(output), labels)
+    loss = cross_entropy(class_scores(output), labels, weight)
     if isinstance(output, Mapping) and isinstance(output.get("aux"), Tensor):
-        loss = loss + AUXILIARY_WEIGHT * cross_entropy(output["aux"], labels)
+        loss = loss + AUXILIARY_WEIGHT * cross_entropy(output["aux"], labels, weight)
     return loss
 
 
@@ -551,8 +535,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) 
 
     Logits (B, C, h, w) are resized to the labels (B, H, W). With several processes, each divides its sum by the mean
     number
-    of labelled pixels per process: so the mean of the losses, and of the gradients, is the mean over all labelled
-        pixels.
+    of labelled pixels per process: so the mean of the losses, and of the gradients, is that over all labelled pixels.
     """
     logits = resize(logits.float(), labels.shape[-2:])
     total = F.cross_entropy(logits, labels, weight, ignore_index=IGNORED, reduction="sum")

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from cadsurgery.data.datasets import sample_of
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import to_dense
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.refinement import PLACES, Refinement, places_of
-from cadsurgery.finetune.batches import Samples, check_data, ignore, prepare
+from cadsurgery.finetune.batches import Samples, check_data, ignore, inputs_of
 from cadsurgery.masks import resolve_mask
-from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
+from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
 from cadsurgery.support.divergence import Kind, divergence, kind_of, maps_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
+from cadsurgery.tasks.report import Plain
 
 STEPS, _BATCH, _RATE, _DECAY = 800, 4, 5e-3, 1e-2
 _SIDE = 64  # largest side of the crop of an image, in fine pixels
@@ -32,7 +32,7 @@ _LEAST, _MOST = 0.05, 0.25  # range of budgets
 
 
 @dataclass(frozen=True)
-class RefinementFit:
+class RefinementFit(Plain):
     """Result of a fit.
 
     Attributes:
@@ -51,10 +51,6 @@ class RefinementFit:
     before: float
     after: float
     is_better: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for `--json`."""
-        return asdict(self)
 
 
 def fit_refinement(
@@ -97,7 +93,7 @@ def fit_refinement(
             next="give two images or more, and some time.",
         )
     refinements = [part for part in net.add_refinement().values() if isinstance(part, Refinement)]
-    generator, device = torch.Generator().manual_seed(seed), next(net.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).tolist()
     fast, seen, size = net.optimize(), list[_ImageData](), 0
     for turn in range(2 * len(images)):
@@ -105,10 +101,10 @@ def fit_refinement(
         if enough or size > _BYTES:
             break
         index = order[turn % len(images)]
-        inputs, _ = prepare(*sample_of(images, index), pictures_for(net), index)
+        inputs, _ = inputs_of(net, images, index)
         is_mirrored = (turn + turn // len(images)) % 2 == 1
         batch = [value.flip(-1) if is_mirrored else value for value in inputs]
-        seen.append(_run_image(fast, [value.unsqueeze(0).to(device) for value in batch], generator))
+        seen.append(_run_image(fast, batch, generator))
         size += seen[-1].bytes
         on_image(len(seen))
     # Mirrored images follow in the same order, so they are held out together with the originals.

@@ -18,19 +18,7 @@ class _SampledObjective(Objective):
     """Base of both objectives: needs a network with a sampled input, and labels."""
 
     net: ResampledModel
-
-    def __init__(self, net: nn.Module) -> None:
-        """Create the objective.
-
-        Raises:
-            InvalidInput: the input of the network is not sampled.
-        """
-        super().__init__(net)
-        if not isinstance(net, ResampledModel):
-            raise InvalidInput(
-                f"the input of {type(net).__name__} is not sampled.",
-                next="make a network of it with cs.resample, or choose another objective.",
-            )
+    needs = (ResampledModel, "has an input that is not sampled", "cs.resample")
 
     def known(self, labels: Tensor | None) -> Tensor:
         """Return the labels of a batch, which must exist.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cadsurgery.finetune.settings import Settings
+from cadsurgery.tasks.options import Settings
 
 
 def learning_rate(step: int, factor: float, settings: Settings) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import tempfile
 import time
@@ -21,26 +20,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData, open_data
-from cadsurgery.data.datasets import sample_of
 from cadsurgery.data.sources import HELD_OUT
 from cadsurgery.finetune.adapters import ROUNDS, calibrate_adapters
 from cadsurgery.finetune.balance import class_shares, class_weights
-from cadsurgery.finetune.batches import prepare
-from cadsurgery.finetune.checkpoints import Identity, check_same_run, identity_of
+from cadsurgery.finetune.batches import inputs_of
+from cadsurgery.finetune.checkpoints import identity_of
 from cadsurgery.finetune.gain import STEPS as GAIN_STEPS
 from cadsurgery.finetune.gain import GainFit, fit_gain
 from cadsurgery.finetune.loop import fit
 from cadsurgery.finetune.objectives import dense_high
 from cadsurgery.finetune.refinement import STEPS, RefinementFit, fit_refinement
-from cadsurgery.finetune.settings import Settings
 from cadsurgery.masks import Budget
 from cadsurgery.methods.storage import save
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.network.storage import checksum, write_tensors
 from cadsurgery.support.divergence import Kind, kind_of, maps_of
 from cadsurgery.support.errors import FileError, InvalidInput, first_line
-from cadsurgery.support.files import make_folder, write_whole
+from cadsurgery.support.files import make_folder
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.evaluation import EvaluationReport, evaluate
 from cadsurgery.tasks.judging import (
@@ -55,7 +52,9 @@ from cadsurgery.tasks.judging import (
     pool,
 )
 from cadsurgery.tasks.open import open_converted
+from cadsurgery.tasks.options import Settings
 from cadsurgery.tasks.report import Report, Row, percent
+from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, write_json
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
 LOW = "none"  # mask of everything low
@@ -279,7 +278,8 @@ def tune(
     if (ranking := run.rank(net, minutes, seed)) is not None:
         rankings["gain"] = ranking
     masks = {
-        _in_words(*one): Budget(rankings[one[0]], one[1]) for one in itertools.product(rankings, fractions)
+        f"{name} | budget:fraction={fraction:g}": Budget(rankings[name], fraction)
+        for name, fraction in itertools.product(rankings, fractions)
     }
     evaluation = evaluate(net, table, list(masks.values()), rounds=rounds, step=step, trust=trust)
     names = iter(masks)  # without default options
@@ -314,15 +314,8 @@ class _Run:
     """The stages of a run in one folder; a stage with a file in the folder is not repeated.
 
     Each stage takes the network as it is and returns it with another part, or as it is if the part is no improvement.
-
-    Attributes:
-        photos: photos to fit to.
-        deciding: photos that decide what is kept.
-        folder: folder of the run.
-        identity: plain values that identify the run.
-        step: progress callback.
-        measure: measure of the decisions.
-        judged: judgements of the last network that was kept, by mask and photo; empty if not needed yet.
+    Parts are fitted to `photos`, and `deciding` decides by the measure; `judged` are the judgements of the last network
+    that was kept, by mask and photo.
     """
 
     photos: SegmentationData
@@ -340,19 +333,10 @@ class _Run:
 
     def read(self) -> dict[str, Any]:
         """Return the values that were noted in the folder."""
-        path = self.folder / "tune.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            return dict(values)
-        except (OSError, ValueError, TypeError) as error:
-            raise FileError(
-                f"{path} cannot be read.", why=first_line(error), next="choose another output folder."
-            ) from error
+        return read_json(self.folder / "tune.json")
 
     def _note(self, **values: Any) -> None:
-        known = self.read()
-        with write_whole(self.folder / "tune.json") as temporary:
-            temporary.write_text(json.dumps({**known, **values}, indent=2) + "\n", encoding="utf-8")
+        write_json(self.folder / "tune.json", {**self.read(), **values})
 
     def _fit(self, name: str, part: nn.Module, work: Callable[[], Mapping[str, Any]]) -> None:
         """Load a part from a file of an earlier call, or fit it, note the result and write the file."""
@@ -398,14 +382,7 @@ class _Run:
                 count = max(1, int(60 * minutes * _TRAINING / self._seconds(candidate, cached, balanced)))
             self._note(steps=count)
             show = self._counter("training level adapters", "step", count)
-            fit(
-                body,
-                cached,
-                replace(balanced, steps=count),
-                output=self.folder / "training",
-                device="cpu",
-                on_step=lambda row: show(int(row["step"] or 0)),
-            )
+            self._train(body, cached, replace(balanced, steps=count), self.folder / "training", show)
             return {"steps": count}
 
         self._fit(TRAINED, adapters, work)
@@ -501,7 +478,7 @@ class _Run:
         kind: Kind = "values" if self.measure == VALUES else "classes"
         photos = self._told(self.deciding, f"comparing {what}")
         for index in range(len(photos)):
-            image = _read(net, photos, index)
+            image, _ = inputs_of(net, photos, index)
             dense, size = dense_high(fast, image), (image[0].shape[2], image[0].shape[3])
             for place, mask in enumerate(masks):
                 with torch.inference_mode():
@@ -541,20 +518,22 @@ class _Run:
         times: list[float] = []
         show = self._counter("measuring the time of a step", "step", _TRIAL)
 
-        def note(row: Mapping[str, Any]) -> None:
+        def note(number: int) -> None:
             times.append(time.process_time())
-            show(int(row["step"]))
+            show(number)
 
         with tempfile.TemporaryDirectory() as folder:
-            fit(
-                body_of(copy.deepcopy(net)),
-                cached,
-                replace(settings, steps=_TRIAL),
-                output=folder,
-                device="cpu",
-                on_step=note,
-            )
+            body = body_of(copy.deepcopy(net))
+            self._train(body, cached, replace(settings, steps=_TRIAL), Path(folder), note)
         return (times[-1] - times[0]) / (_TRIAL - 1)
+
+    @staticmethod
+    def _train(
+        body: AdaptiveModel, data: CachedStem, settings: Settings, output: Path, show: Callable[[int], None]
+    ) -> None:
+        fit(
+            body, data, settings, output=output, device="cpu", on_step=lambda row: show(int(row["step"] or 0))
+        )
 
     def _some(self, most: int) -> SegmentationData:
         """Return photos to fit to, at most so many, evenly spread."""
@@ -573,14 +552,7 @@ class _Run:
         return replace(photos, read=read)
 
     def _counter(self, what: str, item: str, total: int, seconds: float = math.inf) -> Callable[[int], None]:
-        """Return a function that reports the item with a number, counted from 1.
-
-        Args:
-            what: what is being done.
-            item: what is counted.
-            total: number of items.
-            seconds: longest time for all items.
-        """
+        """Return a function that reports the item with a number, counted from 1; all take so many seconds at most."""
         begin = time.perf_counter()
 
         def show(number: int) -> None:
@@ -603,23 +575,13 @@ def _divide(photos: SegmentationData) -> tuple[SegmentationData, SegmentationDat
     return photos.at(fitted), photos.at(deciding), photos.at(table)
 
 
-def _read(net: AdaptiveModel, photos: SegmentationData, index: int) -> tuple[Tensor, ...]:
-    """Return the network's inputs for a photo."""
-    inputs, _ = prepare(*sample_of(photos, index), pictures_for(net), index)
-    return tuple(value.unsqueeze(0).to(next(net.parameters()).device) for value in inputs)
-
-
 def _measure_of(net: AdaptiveModel, photos: SegmentationData) -> str:
     """Return the measure for the outputs of a network."""
     net = copy.deepcopy(net)  # the first picture may set its normalisation
-    output = dense_high(net, _read(net, photos, 0))
+    output = dense_high(net, inputs_of(net, photos, 0)[0])
     if kind_of(output) == "values":
         return VALUES
     return AGREEMENT if maps_of(output)[0].shape[2:].numel() == 1 else CLASSES
-
-
-def _in_words(ranking: str, fraction: float) -> str:
-    return f"{ranking} | budget:fraction={fraction:g}"
 
 
 def _renamed(row: Row, mask: str) -> Row:

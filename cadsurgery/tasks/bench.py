@@ -39,14 +39,21 @@ from cadsurgery.network.export import check_mask
 from cadsurgery.network.export.engines import ENGINES, import_package
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
-from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
-from cadsurgery.tasks.bench_isa import bench_capped, check_caps, joined, read_caps
-from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, Given, MethodBench, NetworkBench, Rival
+from cadsurgery.tasks.bench_isa import bench_capped, check_caps, joined, need_names, read_caps
+from cadsurgery.tasks.bench_report import (
+    BenchReport,
+    BenchSetting,
+    Given,
+    MethodBench,
+    NetworkBench,
+    Rival,
+    macs_notes,
+)
 from cadsurgery.tasks.open import example_batch, open_any, original, provenance
 from cadsurgery.tasks.options import Benchmark, Conversion
 from cadsurgery.tasks.report import Row, check_outputs
@@ -271,7 +278,8 @@ def _compare(
         step(f"measuring the memory of {name}, {side.name}", place, len(sides))
         fill = side.name.partition(" ")[0]
         changed = replace(setup, fill=fill) if fill in nets else replace(setup, fill=next(iter(nets)))
-        peaks[side.name] = _peak_memory(name, mask, changed, side.name)
+        task = {"network": name, "mask": mask, "setup": vars(changed), "key": side.name}
+        peaks[side.name] = float(run_alone(__name__, print_peak.__name__, repr(task)))
 
     def twin(key: str, active_fraction: float) -> Row:
         values = {"active_fraction": active_fraction, "macs": rows[key].macs}
@@ -359,17 +367,11 @@ def _given(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> Given
     return Given(counted.given)
 
 
-def _notes(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> tuple[str, ...]:
-    """Return facts that a reader needs to judge the figures."""
-    notes = []
-    if net.plan.part:
-        notes.append(f"MACs are those of the {net.plan.part}, times those of the whole network.")
-    notes += filter(None, [describe_not_counted(counted.not_counted)])
+def _notes(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> Iterator[str]:
+    """Yield facts that a reader needs to judge the figures."""
+    yield from macs_notes(net.plan.part, counted.not_counted)
     if (high.milliseconds or 0.0) <= (low.milliseconds or 0.0):
-        notes.append(
-            "dense high is not slower than dense low at this size: the law says little; give a larger size."
-        )
-    return tuple(notes)
+        yield "dense high is not slower than dense low at this size: the law says little; give a larger size."
 
 
 def _convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[AdaptiveModel, Tensor, str]:
@@ -478,12 +480,7 @@ def _check(
             "peak memory is measured on the CPU of a Linux system only.",
             next="leave out memory, or run it there.",
         )
-    if not isinstance(mask, str) or not all(isinstance(network, str) for network in networks):
-        raise InvalidInput(
-            "peak memory of a network or mask without a name cannot be measured.",
-            why="each side runs in a process of its own, which builds it anew.",
-            next='give names, e.g. "resnet50" or "module:function", and a mask such as "edges".',
-        )
+    need_names("peak memory of a network or mask without a name cannot be measured.", [*networks, mask])
 
 
 def _check_run(setup: Benchmark) -> None:
@@ -531,14 +528,9 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _peak_memory(network: str, mask: object, setup: Benchmark, key: str) -> float:
-    """Return the MiB by which one call of a side raises the peak of the resident set."""
-    task = {"network": network, "mask": mask, "setup": vars(setup), "key": key}
-    return float(run_alone(__name__, print_peak.__name__, repr(task)))
-
-
 def print_peak(task: str) -> None:
-    """Build one side, run it, and print its MiB; runs in a separate process."""
+    """Build one side, run it, and print by how many MiB a call raises the peak of the resident set; runs in a separate
+    process."""
     arguments = ast.literal_eval(task)
     setup, key = Benchmark(**arguments["setup"]), arguments["key"]
     torch.set_num_threads(setup.threads)

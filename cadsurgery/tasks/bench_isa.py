@@ -85,9 +85,19 @@ def check_caps(caps: Sequence[str], networks: Sequence[object], mask: object, se
             f"instruction sets are those of the CPU, and the device is {setup.device}.",
             next="leave isa out, or give device cpu.",
         )
-    if not isinstance(mask, str) or not all(isinstance(network, str) for network in networks):
+    refusal = "a network or mask without a name cannot be measured with an instruction set."
+    need_names(refusal, [*networks, mask])
+
+
+def need_names(refusal: str, things: Sequence[object]) -> None:
+    """Refuse networks and masks that another process cannot build.
+
+    Raises:
+        InvalidInput: one of them is no name.
+    """
+    if not all(isinstance(thing, str) for thing in things):
         raise InvalidInput(
-            "a network or mask without a name cannot be measured with an instruction set.",
+            refusal,
             why="each runs in a process of its own, which builds it anew.",
             next='give names, e.g. "resnet50" or "module:function", and a mask such as "edges".',
         )

@@ -22,7 +22,6 @@ from cadsurgery.tasks.report import (
     Row,
     against_macs,
     canvas,
-    heading,
     macs_columns,
     panels,
     plain,
@@ -289,16 +288,9 @@ class MethodBench(MeasuredReport):
             columns.append(Column("of line", lambda row: ratio(row.milliseconds, row.line)))
         yield table(self.rows, columns)
 
-    def parts(self) -> Iterator[RenderableType]:
-        """Yield the network, the images, the rows, and what the MACs refer to."""
-        yield heading(self.model, self.weights, self.random)
-        yield Text(self.subject(), style="dim")
-        yield from self.tables()
-        if self.part:
-            note = f"MACs are those of the {self.part}, times those of the whole network."
-            yield Text(note, style="yellow")
-        if left := describe_not_counted(self.not_counted):
-            yield Text(left, style="yellow")
+    def remarks(self) -> Iterator[str]:
+        """Yield what the MACs refer to."""
+        yield from macs_notes(self.part, self.not_counted)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return each row as self-contained plain values, for JSON Lines."""
@@ -318,6 +310,14 @@ class MethodBench(MeasuredReport):
         against_macs(axes, "MACs", "milliseconds")
         figure.suptitle(self.model, fontsize=10)
         return figure
+
+
+def macs_notes(part: str, not_counted: tuple[str, ...]) -> Iterator[str]:
+    """Yield what MACs are not of: the rest of the network, and operations without a counting rule."""
+    if part:
+        yield f"MACs are those of the {part}, times those of the whole network."
+    if left := describe_not_counted(not_counted):
+        yield left
 
 
 def _table(network: NetworkBench) -> Table:

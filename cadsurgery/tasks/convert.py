@@ -114,12 +114,7 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
     The sides are the original network (unless it is dense high), dense high, the converted network, its optimised
     copy and, if requested, the int8 copy.
     """
-    before, step, precision, folder = (
-        request.before,
-        request.step,
-        copy_options["precision"],
-        copy_options["calibration"],
-    )
+    before, step, precision = request.before, request.step, copy_options["precision"]
     step("converting and verifying" if request.verify else "converting")
     net = adaptify(before, mask, **request.options, verify_laws=request.verify)
     batch = request.batch(pictures_for(net)).contiguous(memory_format=torch.channels_last)
@@ -133,9 +128,8 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
     copies = {"net.optimize()": net.optimize()}
     if precision != FLOAT:
         step("reading the calibration images")
-        pictures = images_like(batch, pictures_for(net), folder)
-        limit = copy_options["largest_error"]
-        quantised = net.optimize(precision=precision, calibration=pictures, largest_error=limit, step=step)
+        pictures = images_like(batch, pictures_for(net), copy_options["calibration"])
+        quantised = net.optimize(**{**copy_options, "calibration": pictures}, step=step)
         copies[f"net.optimize(), {precision}"] = quantised
     if counted.mask > original_macs:
         warnings.warn(

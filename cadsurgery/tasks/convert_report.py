@@ -16,7 +16,6 @@ from cadsurgery.tasks.report import (
     Column,
     Row,
     RunReport,
-    heading,
     macs_columns,
     number,
     plain,
@@ -40,9 +39,6 @@ class ConversionReport(RunReport):
     the relative error when sampled uniformly at the image's size.
 
     Attributes:
-        model: source of the network.
-        weights: description of the weights.
-        random: True if the weights are random.
         image: shape of the batch.
         sides: the original network, and the converted variants.
         file: file that was written.
@@ -50,9 +46,6 @@ class ConversionReport(RunReport):
         notes: notes that a user can act on.
     """
 
-    model: str
-    weights: str
-    random: bool
     image: tuple[int, ...]
     sides: tuple[Row, ...]
     file: str
@@ -68,7 +61,7 @@ class ConversionReport(RunReport):
     def parts(self) -> Iterator[RenderableType]:
         """Yield the network, the plan, the sides, the results of verification, and notes that a user can act on."""
         made = self.made
-        yield heading(self.model, self.weights, self.random)
+        yield self.heading()
         yield made.summary
         title = made.title or f"image of {self.image[2]}x{self.image[3]}"
         columns: list[Column[Row]] = [Column("network", "name", False)]

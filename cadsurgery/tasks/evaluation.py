@@ -110,7 +110,11 @@ def evaluate(
             without labels, it returns no maps, or a mask needs labels; an option is out of range.
         CadError: no image could be used (the error of the first one); or a name, file or option is refused.
     """
-    _check(limit, batch, rounds)
+    if (limit is not None and limit < 1) or batch < 1 or rounds < 0:
+        raise InvalidInput(
+            f"limit={limit}, batch={batch}, rounds={rounds} leave nothing to do.",
+            next="give at least 1 image, 1 image a call and 0 rounds.",
+        )
     check_name("kind of output", kind, KINDS)
     check_outputs(output, picture=picture)
     torch_device = own_device(device)
@@ -135,8 +139,8 @@ def evaluate(
         for side, tally in zip(compared.sides, tallies, strict=True)
     ]
     if rounds and first is not None and world().is_main:
-        with _labelled(first.labels):
-            rows = time_sides(compared.sides, rows, first.images, rounds, step=within(step, "measuring"))
+        with _labelled(first[1]):
+            rows = time_sides(compared.sides, rows, first[0], rounds, step=within(step, "measuring"))
     fidelity = [tally.metrics.kind for tally in tallies if isinstance(tally.metrics, FidelityMetrics)]
     report = EvaluationReport(
         data=samples.name,
@@ -144,7 +148,7 @@ def evaluate(
         fidelity=fidelity[0] if fidelity else None,
         images=int(tallies[0].counts["images"]),
         batch=batch,
-        image=tuple(first.images.shape[1:]) if first is not None else (),
+        image=tuple(first[0].shape[1:]) if first is not None else (),
         rounds=rounds,
         processes=world().size,
         normalisation=compared.normalisation,
@@ -180,17 +184,6 @@ def _sides_of(
 # -- running all sides ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Images (B, 3, H, W), normalised for the network, and their labels (B, H, W), if any."""
-
-    images: Tensor
-    labels: Tensor | None
-
-    def first(self) -> _Batch:
-        return _Batch(self.images[:1], None if self.labels is None else self.labels[:1])
-
-
 @dataclass
 class Tally:
     """Sums of one side over images; tallies of shares of the images merge exactly."""
@@ -215,9 +208,15 @@ def _judge(
     kind: Kind,
     device: torch.device,
     step: Step,
-) -> tuple[list[Tally], list[Failure], _Batch | None]:
-    """Return the tallies of all sides over all processes, the failures, and the first image of this process."""
-    tallies = [Tally((side.metrics or partial(_metrics_of, data, kind))()) for side in compared.sides]
+) -> tuple[list[Tally], list[Failure], tuple[Tensor, Tensor | None] | None]:
+    """Return the tallies of all sides over all processes, the failures, and the first image of this process, with its
+    labels if there are any."""
+    usual = (
+        partial(Accuracy, len(data.classes), data.name)
+        if data.is_labelled
+        else partial(FidelityMetrics, kind)
+    )
+    tallies = [Tally((side.metrics or usual)()) for side in compared.sides]
     failures, done, first = Failures("image"), 0, None
     share = len(shard(data.names))
     step(f"image 1 of {share}", 0, share)
@@ -225,9 +224,9 @@ def _judge(
         before = done + len(failures.noted)
         step(f"image {before + len(images)} of {share}", before, share)
         images = normalise(images, compared.source).to(device).contiguous(memory_format=torch.channels_last)
-        batch = _Batch(images, labels.to(device) if data.is_labelled else None)
-        truth, extent = batch.labels, (images.shape[2], images.shape[3])
-        with torch.inference_mode(), _labelled(batch.labels):
+        known = labels.to(device) if data.is_labelled else None
+        truth, extent = known, (images.shape[2], images.shape[3])
+        with torch.inference_mode(), _labelled(known):
             try:
                 output = compared.sides[0].call(images)
             except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
@@ -237,10 +236,11 @@ def _judge(
                 continue
             for place, (side, tally) in enumerate(zip(compared.sides, tallies, strict=True)):
                 output = side.call(images) if place else output
-                truth = output if batch.labels is None and side.is_target else truth
+                truth = output if known is None and side.is_target else truth
                 tally.metrics.update(output, truth, extent)
                 tally.counts.update({"images": len(images), **side.count(images)})
-        first, done = first or batch.first(), done + len(images)
+        first = first or (images[:1], None if known is None else known[:1])
+        done += len(images)
     merged = [_merge(parts) for parts in zip(*gather(tallies, device), strict=True)]
     failed = failures.gather(device)
     if not merged[0].counts["images"]:
@@ -284,18 +284,6 @@ def refuse_images(error: Exception, images: Tensor) -> CadError:
         why=describe_error(error),
         next="resize or crop the images to sizes that it takes, e.g. multiples of its strides.",
     )
-
-
-def _check(limit: int | None, batch: int, rounds: int) -> None:
-    if (limit is not None and limit < 1) or batch < 1 or rounds < 0:
-        raise InvalidInput(
-            f"limit={limit}, batch={batch}, rounds={rounds} leave nothing to do.",
-            next="give at least 1 image, 1 image a call and 0 rounds.",
-        )
-
-
-def _metrics_of(data: SegmentationData, kind: Kind) -> Metrics:
-    return Accuracy(len(data.classes), data.name) if data.is_labelled else FidelityMetrics(kind)
 
 
 class Accuracy:
@@ -378,11 +366,11 @@ class EvaluationReport(MeasuredReport):
 
     def subject(self) -> str:
         """Describe data, device, and what was timed."""
-        size = "x".join(map(str, self.image[1:]))
-        timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
         against = "; compared with the dense network of the high output stride" if self.fidelity else ""
         seen = f"{self.images} images{self.compared.images_in_words}"
-        return f"{self.data}, split {self.split}, {seen}, on {self.device}{timed}{against}"
+        return (
+            f"{self.data}, split {self.split}, {seen}, on {self.device}{self.timed(self.image[1:])}{against}"
+        )
 
     def tables(self) -> Iterator[Table]:
         """Yield the table of all sides, and the table of classes."""

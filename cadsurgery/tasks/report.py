@@ -7,7 +7,6 @@ there is a picture, how it is drawn; everything else is shared.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cadsurgery.data.images import check_picture, write_picture
-from cadsurgery.support.files import check_folder, write_whole
+from cadsurgery.support.files import check_folder
+from cadsurgery.tasks.run_folder import write_json
 
 # Distinct to readers who are colour-blind (Okabe and Ito), on light and on dark pages.
 COLOURS = ("#d55e00", "#2b8cbe", "#009e73", "#cc79a7", "#e69f00")  # of lines and points in figures
@@ -91,8 +91,7 @@ class Report(Plain):
             FileError: a path cannot be written.
         """
         if output is not None:
-            with write_whole(output) as temporary:
-                temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            write_json(output, self.to_dict())
         if picture is not None:
             write_picture(figure_picture(self.figure()), picture)
 
@@ -254,16 +253,14 @@ def time_columns(
     yield Column(f"of {of}", lambda row: ratio(row.milliseconds, whole(row).milliseconds))
 
 
-def heading(model: str, weights: str, random: bool) -> Text:
-    """Describe a network and its weights; random weights stand out."""
-    return Text(f"{model}, {weights}", style="bold red" if random else "bold")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunReport(Report):
-    """A report of a run: device, software and date, see `describe_run`.
+    """A report of a run of a network: device, software and date, see `describe_run`.
 
     Attributes:
+        model: source of the network.
+        weights: description of its weights.
+        random: True if the weights are random.
         device: description with the instruction sets and the number of threads.
         processor: model, family and caches; empty in older reports.
         instruction_sets: instruction sets of the compiled code and of torch, and the variables that cap them; empty
@@ -273,12 +270,24 @@ class RunReport(Report):
         date: date of the run.
     """
 
+    model: str
+    weights: str
+    random: bool
     device: str
     processor: dict[str, str] = field(default_factory=dict)
     instruction_sets: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
     date: str = ""
+
+    def heading(self) -> Text:
+        """Describe the network and its weights; random weights stand out."""
+        return Text(f"{self.model}, {self.weights}", style="bold red" if self.random else "bold")
+
+    def failures(self) -> Iterator[Text]:
+        """Yield a line for each item that failed."""
+        for failure in self.failed:
+            yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
 
     def run_with(self) -> Text:
         """Describe the device and the version of torch, in one line."""
@@ -291,18 +300,12 @@ class MeasuredReport(RunReport):
     """A report on a network and data, with the provenance of its figures.
 
     Attributes:
-        model: source of the network.
-        weights: description of its weights.
-        random: True if the weights are random.
         data: spec of the data, or its folder.
         rounds: timing rounds, 0 if not timed.
         normalisation: normalisation of the network's input assumed by masks, and how it is known.
         failed: items that could not be used, each an error as plain values.
     """
 
-    model: str
-    weights: str
-    random: bool
     data: str
     rounds: int
     normalisation: str = ""
@@ -316,18 +319,25 @@ class MeasuredReport(RunReport):
         """Return the tables of rows."""
         raise NotImplementedError
 
+    def remarks(self) -> Iterator[str]:
+        """Yield what a reader must know to judge the figures."""
+        if self.random:
+            yield "random weights: unless they were trained since, these accuracies mean nothing."
+
     def parts(self) -> Iterator[RenderableType]:
-        """Yield network and data, the tables, and what a reader must know."""
-        yield heading(self.model, self.weights, self.random)
+        """Yield network and data, the tables, and the remarks."""
+        yield self.heading()
         yield Text(self.subject(), style="dim")
         if self.normalisation:
             yield Text(f"masks see {self.normalisation}", style="dim")
         yield from self.tables()
-        if self.random:
-            warning = "random weights: unless they were trained since, these accuracies mean nothing."
-            yield Text(warning, style="yellow")
-        for failure in self.failed:
-            yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
+        yield from (Text(remark, style="yellow") for remark in self.remarks())
+        yield from self.failures()
+
+    def timed(self, size: Iterable[int]) -> str:
+        """Describe the timing of an image of this size; empty without it."""
+        pixels = "x".join(map(str, size))
+        return f"; ms: {pixels}, best of {self.rounds} interleaved rounds" if self.rounds else ""
 
 
 def canvas(width: float, height: float) -> Figure:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import cadsurgery as cs
 from cadsurgery.cli import screen
+from cadsurgery.finetune.command import training_steps
 from cadsurgery.support.progress import counted, silent, time_in_words, within
 from cadsurgery.support.timing import interleaved
 
@@ -197,7 +198,7 @@ def test_durations_in_words() -> None:
 def test_rows_of_a_training_log_are_steps_with_images_per_second() -> None:
     clock = Clock()
     now = screen.Current(clock)
-    on_step = screen.training(now, 100, 8)
+    on_step = training_steps(now, 100, 8)
     on_step({"step": 41.0, "loss": 0.5, "miou": None})
     assert now.words == "step 41 of 100, loss 0.5"
     clock.now += 4

@@ -632,7 +632,7 @@ def test_configurations_are_the_published_schedule(path: Path) -> None:
         1e-6,
     )
     if importlib.util.find_spec("cadsurgery.finetune"):
-        settings = importlib.import_module("cadsurgery.finetune.settings")
+        settings = importlib.import_module("cadsurgery.finetune")
         assert settings.Settings.read(path).to_dict().items() >= config.items()
 
 

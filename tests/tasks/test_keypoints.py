@@ -203,7 +203,7 @@ def test_two_processes_extract_what_one_does(run: Run, folder: Path) -> None:
 def test_a_folder_of_features_made_otherwise_is_refused(run: Run, folder: Path) -> None:
     assert run(*EXTRACT, folder / "first.png", "--output", "out").code == 0
     refused = run(*EXTRACT, folder / "first.png", "--output", "out", "--count", 3, "--json")
-    assert refused.code == 1 and "count" in refused.json["what"] and refused.json["next"]
+    assert refused.code == 1 and "count: 512, now 3" in refused.json["where"] and refused.json["next"]
     Path("out/extraction.json").write_text("{")
     assert run(*EXTRACT, folder / "first.png", "--output", "out", "--json").json["error"] == "FileError"
 

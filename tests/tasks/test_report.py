@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 import cadsurgery as cs
 from cadsurgery import viz
@@ -21,7 +22,6 @@ from cadsurgery.tasks.report import (
     Report,
     canvas,
     check_outputs,
-    heading,
     number,
     ratio,
     table,
@@ -48,7 +48,7 @@ class SpeedReport(Report):
             Column("ms", lambda row: number(row.milliseconds, ".1f")),
             Column("of first", lambda row: ratio(row.milliseconds, self.rows[0].milliseconds)),
         ]
-        yield heading(self.model, "weights are random", self.random)
+        yield Text(f"{self.model}, weights are random", style="bold red" if self.random else "bold")
         yield table(self.rows, columns, "speed", lambda row: "bold" if row.milliseconds else "")
 
     def figure(self) -> Figure:

@@ -18,7 +18,6 @@ from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,
     FileError,
-    InvalidInput,
     UnknownName,
     describe_error,
     import_optional,
@@ -30,6 +29,7 @@ from cadsurgery.support.provenance import versions
 from cadsurgery.tasks.for_each import Failure, Failures, for_each
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features
 from cadsurgery.tasks.open import at_strides
+from cadsurgery.tasks.run_folder import check_same_run, read_json, write_json
 
 FORMS = ("npz", "h5")
 SETTINGS = "extraction.json"
@@ -181,20 +181,9 @@ def _h5py() -> Any:
 def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
     """Check that a folder's features have the same settings; record the settings in a new folder."""
     path, plain = folder / SETTINGS, json.loads(json.dumps(identity))
-    if path.is_file():
-        try:
-            known = dict(json.loads(path.read_text(encoding="utf-8"))["made_with"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileError(
-                f"{path} cannot be read.", why=str(error), next="choose another --output."
-            ) from error
-        changed = [key for key in plain if known.get(key) != plain[key]]
-        if changed:
-            raise InvalidInput(
-                f"{folder} holds features made with another {', '.join(changed)}.",
-                why="; ".join(f"{key}: {known.get(key)!r} there, {plain[key]!r} now" for key in changed[:3]),
-                next="choose another --output, or remove the folder.",
-            )
+    if known := read_json(path):
+        check_same_run(
+            known.get("made_with", {}), plain, folder, "its features were made with other settings."
+        )
     elif world().is_main:
-        with write_whole(path) as temporary:
-            temporary.write_text(json.dumps({"made_with": plain, "versions": versions()}, indent=2) + "\n")
+        write_json(path, {"made_with": plain, "versions": versions()})

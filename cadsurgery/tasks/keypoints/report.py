@@ -107,11 +107,9 @@ class MatchingReport(MeasuredReport):
     def subject(self) -> str:
         """Describe data, keypoints, device, and what was timed."""
         left = f", {len(self.left_out)} left out by the protocol" if self.left_out else ""
-        size = "{}x{}".format(*self.image)
-        timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
         return (
             f"{self.data}: {self.sequences} sequences{left}, {len(self.rows[0].pairs)} pairs; {self.detector}, at most "
-            f"{self.count} keypoints; reach {self.reach}; on {self.device}{timed}"
+            f"{self.count} keypoints; reach {self.reach}; on {self.device}{self.timed(self.image)}"
         )
 
     def tables(self) -> Iterator[Table]:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cadsurgery.tasks.judging import CLASSES, LABELS, VALUES, Estimate
 from cadsurgery.tasks.recommend.settings import Setting
-from cadsurgery.tasks.report import COLOURS, Column, Plain, RunReport, canvas, heading, percent, table
+from cadsurgery.tasks.report import COLOURS, Column, Plain, RunReport, canvas, percent, table
 
 WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative error"}
 
@@ -73,11 +73,8 @@ class Recommendation(RunReport):
     """The recommended setting, the settings it was compared with, and the reasons.
 
     Attributes:
-        model: source of the network.
         network: the network as the user typed it; empty for a module.
         options: `weights` and options of `adaptify` that the user gave, by name.
-        weights: weights of the network, in words.
-        random: True if the weights are random.
         data: spec of the pictures, or their folder.
         images: number of pictures that were measured.
         of_images: number of pictures that there are.
@@ -95,11 +92,8 @@ class Recommendation(RunReport):
         folder: of the run.
     """
 
-    model: str
     network: str
     options: Mapping[str, Any]
-    weights: str
-    random: bool
     data: str
     images: int
     of_images: int
@@ -140,7 +134,7 @@ class Recommendation(RunReport):
 
     def parts(self) -> Iterator[RenderableType]:
         """The table, the choice with its reasons, and how to use it."""
-        yield heading(self.model, self.weights, self.random)
+        yield self.heading()
         yield Text(self.subject(), style="dim")
         yield self.table()
         for reason in self.reasons:
@@ -154,8 +148,7 @@ class Recommendation(RunReport):
         yield Text("\n".join(self.python))
         for name, why in self.refused.items():
             yield Text(f"not tried: {name}: {why}", style="yellow")
-        for failure in self.failed:
-            yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
+        yield from self.failures()
         yield Text(f"\n{self.folder}: report.json, curve.png", style="dim")
 
     def subject(self) -> str:
@@ -198,42 +191,28 @@ class Recommendation(RunReport):
         """Quality against milliseconds: the front joined, each setting with its error."""
         figure = canvas(12, 5.5)
         axis = figure.subplots()
-        kinds = {"given": "#222222", "size": COLOURS[4], "dense": COLOURS[1], "adaptive": COLOURS[0]}
-        words = {
-            "given": "as given",
-            "size": "pictures of another size",
-            "dense": "dense, other output stride",
+        kinds = {
+            "given": ("as given", "#222222", "s"),
+            "size": ("pictures of another size", COLOURS[4], "o"),
+            "dense": ("dense, other output stride", COLOURS[1], "o"),
+            "adaptive": ("converted", COLOURS[0], "o"),
         }
+
+        def place(row: SettingRow) -> tuple[float, float]:
+            return row.milliseconds, 100 * row.quality.value
+
         front = sorted((row for row in self.rows if row.is_on_front), key=lambda row: row.milliseconds)
-        axis.plot(
-            [row.milliseconds for row in front],
-            [100 * row.quality.value for row in front],
-            color="#999999",
-            linewidth=1,
-            zorder=0,
-        )
-        for kind, colour in kinds.items():
-            some = [row for row in self.rows if row.setting.kind == kind]
-            if not some:
-                continue
-            axis.errorbar(
-                [row.milliseconds for row in some],
-                [100 * row.quality.value for row in some],
-                [0 if math.isnan(row.quality.error) else 100 * row.quality.error for row in some],
-                fmt="s" if kind == "given" else "o",
-                color=colour,
-                elinewidth=1,
-                markersize=5,
-                label=words.get(kind, "converted"),
-            )
-        named = front if self.chosen in front else [*front, self.chosen]
-        for number, row in enumerate(named, 1):
-            place = (row.milliseconds, 100 * row.quality.value)
-            axis.annotate(str(number), place, (-4, 7), textcoords="offset points", fontsize=8, ha="right")
-        lines = [
-            f"{number}  {row.name}{' (recommended)' if row.name == self.chosen.name else ''}"
-            for number, row in enumerate(named, 1)
-        ]
+        axis.plot(*zip(*map(place, front), strict=True), color="#999999", linewidth=1, zorder=0)
+        for kind, (label, colour, marker) in kinds.items():
+            if some := [row for row in self.rows if row.setting.kind == kind]:
+                x, y = zip(*map(place, some), strict=True)
+                errors = [0 if math.isnan(row.quality.error) else 100 * row.quality.error for row in some]
+                axis.errorbar(x, y, errors, fmt=marker, color=colour, elinewidth=1, markersize=5, label=label)
+        lines = []
+        for number, row in enumerate(front if self.chosen in front else [*front, self.chosen], 1):
+            corner, unit = (-4, 7), "offset points"
+            axis.annotate(str(number), place(row), corner, textcoords=unit, fontsize=8, ha="right")
+            lines.append(f"{number}  {row.name}{' (recommended)' if row.name == self.chosen.name else ''}")
         axis.text(1.01, 0.99, "\n".join(lines), transform=axis.transAxes, fontsize=8, va="top")
         axis.set_xlabel("milliseconds for a picture")
         axis.set_ylabel(f"{WORDS[self.measure]}, %")

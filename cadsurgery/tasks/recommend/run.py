@@ -29,12 +29,11 @@ from cadsurgery.support.divergence import Kind, kind_of, maps_of
 from cadsurgery.support.errors import (
     CadError,
     CadWarning,
-    FileError,
     InvalidInput,
     check_name,
     first_line,
 )
-from cadsurgery.support.files import make_folder, write_whole
+from cadsurgery.support.files import make_folder
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
@@ -53,6 +52,7 @@ from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
 from cadsurgery.tasks.recommend.choice import choose, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Request
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
+from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
 
 RUNTIMES = (TORCH, "onnx", "openvino")
 FEWEST = 3  # pictures after which time may end a run
@@ -276,14 +276,7 @@ def _output_of(model: nn.Module, image: Tensor) -> int:
 
 @dataclass
 class _Pictures:
-    """Pictures of one size, normalised for the network, with their labels if there are any.
-
-    Attributes:
-        data: pictures and labels.
-        source: source of the network, which says how pictures are normalised.
-        size: (height, width) of all pictures; None until the first is read, whose size it becomes.
-        is_resized: True if a picture had another size.
-    """
+    """Pictures of one size (that of the first, if none is given), normalised for the network, and their labels."""
 
     data: SegmentationData
     source: Source
@@ -334,26 +327,15 @@ def _with_labels(data: SegmentationData, folder: Path, classes: int) -> Segmenta
 class _Run:
     """A run, whose measurements are written to a file in its folder after each picture.
 
-    Attributes:
-        candidates: settings.
-        calls: makes the calls of the settings.
-        pictures: pictures that the settings are measured on.
-        folder: folder of the run.
-        identity: values that have to be the same when the run is continued.
-        step: progress callback.
-        judged: judgements of each setting, by name, on the first pictures that could be read.
-        macs: multiply-accumulates of each setting on the first picture.
-        refused: settings that are not run, and why.
-        failed: pictures that cannot be used, each an error as plain values.
-        end: reason why measuring ended before the last picture; "" if it did not.
-        kind: kind of the outputs, `classes` or `values`; `auto` until the first output.
+    By the name of a setting are its judgements, on the first pictures that could be read, its MACs on the first
+    picture, and why it is not run; `failed` are pictures that cannot be used, `end` is why measuring ended early.
     """
 
     candidates: Candidates
     calls: Calls
     pictures: _Pictures
     folder: Path
-    identity: Mapping[str, Any]
+    identity: Identity
     step: Step
     judged: dict[str, list[Judgement]] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
@@ -363,36 +345,20 @@ class _Run:
     kind: Kind = "auto"
 
     def __post_init__(self) -> None:
-        """Continue the run that the folder holds.
-
-        Raises:
-            InvalidInput: the folder holds another run.
-            FileError: the file of the run cannot be read.
-        """
-        path = self._path
-        if not path.is_file():
+        """Continue the run that the folder holds."""
+        if not (values := read_json(self._path)):
             return
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
             known = values["identity"]
-            judged = {
+            self.judged = {
                 name: [Judgement(**{key: _tuples(value) for key, value in one.items()}) for one in some]
                 for name, some in values["judged"].items()
             }
             self.failed, self.kind = list(values["failed"]), values["kind"]
             self.macs = {str(name): int(macs) for name, macs in values["macs"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise FileError(
-                f"{path} cannot be read.", why=first_line(error), next="choose another output folder."
-            ) from error
-        if known != self.identity:
-            changed = sorted(name for name in self.identity if known.get(name) != self.identity[name])
-            raise InvalidInput(
-                f"{self.folder} holds another run.",
-                where=", ".join(changed),
-                next="give it the same again, or another output folder.",
-            )
-        self.judged = judged
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise unreadable(self._path, error) from error
+        check_same_run(known, self.identity, self.folder)
 
     @property
     def _path(self) -> Path:
@@ -474,16 +440,13 @@ class _Run:
     def _is_beaten(self, name: str, others: Sequence[str]) -> bool:
         """True if another setting is faster, and better beyond doubt."""
         ours = self.judged[name]
-        return any(
-            median_time(self.judged[other]) < _FASTER * median_time(ours)
-            and self._is_better(self.judged[other], ours)
+        faster = (
+            theirs
             for other in others
-            if other != name
+            if other != name and median_time(theirs := self.judged[other]) < _FASTER * median_time(ours)
         )
-
-    def _is_better(self, ours: Sequence[Judgement], theirs: Sequence[Judgement]) -> bool:
-        compared = estimate(ours, theirs, self.measured_by)
-        return compared.change > _SURE * compared.error
+        compared = (estimate(theirs, ours, self.measured_by) for theirs in faster)
+        return any(one.change > _SURE * one.error for one in compared)
 
     def _judge(
         self, running: Sequence[tuple[str, Call]], image: Tensor, labels: Tensor | None
@@ -509,8 +472,7 @@ class _Run:
             "macs": self.macs,
             "judged": {name: [asdict(one) for one in some] for name, some in self.judged.items()},
         }
-        with write_whole(self._path) as temporary:
-            temporary.write_text(json.dumps(values), encoding="utf-8")
+        write_json(self._path, values, indent=None)
 
 
 def _tuples(value: Any) -> Any:

@@ -141,10 +141,6 @@ def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, s
     return InEngine(net, image, ENGINES[setup.runtime], setup, folder, step)
 
 
-def _run_on(run: Call, image: Tensor, _: Tensor) -> object:
-    return run(image)
-
-
 def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> list[Side]:
     """Return the dense networks in other engines, in every dtype of each: high, then low."""
     if not setup.against:
@@ -156,5 +152,6 @@ def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Pat
             files = InEngine(net, image, engine, engine_setup, place, step, RIVALS[package]["float32"])
             for name in (HIGH, LOW):
                 run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
-                sides.append(Side(f"{engine.name} {dtype} {name}", partial(_run_on, run, image), about=about))
+                call = partial(lambda run, _: run(image), run)  # a file takes the image in float32
+                sides.append(Side(f"{engine.name} {dtype} {name}", call, about=about))
     return sides

@@ -169,12 +169,15 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
             return ratio(row.macs * (first.macs_of_given or 0), first.macs)
         return number(row.macs_of_given, ".2f")
 
+    def typed_name(row: Row) -> str:
+        return f"{row.get('typed', row.label)}{' (as given)' if row.get('is_given') else ''}"
+
     def time_of_given(row: Row) -> str:
         # The network as given is the same at every pair; sides of the user have no pair.
         own = times.get(row.get("output_stride"), next(iter(times.values()), None))
         return ratio(row.milliseconds, own)
 
-    yield Column("mask", _name, False)
+    yield Column("mask", typed_name, False)
     yield Column("output stride", "output_stride", False, strides_in_words)
     if report.fidelity:
         yield Column("divergence", "divergence", form=".4f")
@@ -194,8 +197,3 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
     yield Column("ms", "milliseconds", form=".0f")
     yield Column("of given", time_of_given)
     yield Column("in the region", "region_of_high", form=".2f")
-
-
-def _name(row: Row) -> str:
-    """Return the mask as the user typed it, and whether this is the network as given; or the name of a side."""
-    return f"{row.get('typed', row.label)}{' (as given)' if row.get('is_given') else ''}"
