@@ -2,10 +2,11 @@
 
     python -m benchmarks.tune_check DATA FOLDER [--networks camvid-8,espnet-8] [--photos 60] [--others 100]
 
-For each network, converted from 8 to 16 with guided filling, `tune` runs on photos without their labels. Then the
+For each network, converted with guided filling, `tune` runs on photos without their labels. Then the
 network it was given and the tuned one are measured with labels on other pictures of the same data, under everything
-low and `detail` with a budget of .1, and the tuned one under the mask that it chose. Printed are the changes of mIoU
-relative to the network as given, and that of tuning, each with its standard error (a paired bootstrap over pictures).
+low and `detail` with a budget of .1; the tuned one also under `gain` with that budget, if it was kept, and under the
+mask that it chose. Printed are the changes of mIoU in points relative to the network as given, and that of tuning, each
+with its standard error (a paired bootstrap over pictures).
 An interrupted tuning goes on in FOLDER.
 """
 
@@ -22,9 +23,12 @@ from benchmarks.trained import NETWORKS, spread
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.tuning import tune
-from cadsurgery.tasks.judging import LABELS, Estimate, Judgement, estimate, judge
+from cadsurgery.masks import Budget
+from cadsurgery.tasks.judging import LABELS, Judgement, estimate, judge
 
-MASKS = ("none", "detail | budget:fraction=0.1")
+PAIRS = {"camvid-8": (8, 16), "espnet-8": (4, 8), "voc-8": (8, 16)}
+FRACTION = 0.1
+DETAIL = f"detail | budget:fraction={FRACTION}"
 
 
 def main() -> None:
@@ -43,35 +47,38 @@ def main() -> None:
         model, data = NETWORKS[name](options.data)
         photos = spread(data, options.photos)
         others = data.at([place for place, name in enumerate(data.names) if name not in photos.names])
-        net = cs.adaptify(model, "none", output_stride=(8, 16), fill="guided", verify_laws=False)
+        net = cs.adaptify(model, "none", output_stride=PAIRS[name], fill="guided", verify_laws=False)
         report = tune(
             net, photos.unlabelled(), output=options.folder / name, minutes=options.minutes, rounds=0
         )
         tuned = cs.load(report.network, model=NETWORKS[name](options.data)[0])
-        sides = {
-            f"{mask}{', tuned' * is_tuned}": (tuned if is_tuned else net, mask)
-            for mask in MASKS
-            for is_tuned in (False, True)
+        pairs: dict[str, tuple[object, object]] = {
+            "everything low": ("none", "none"),
+            f"detail {FRACTION}": (DETAIL, DETAIL),
         }
-        sides[f"chosen by tune: {report.chosen}"] = (tuned, tuned.mask.spec())
+        if "gain" in report.kept:  # the mask has a budget then
+            pairs[f"detail, tuned: gain, {FRACTION}"] = (DETAIL, Budget(tuned.mask.mask, FRACTION))
+        pairs[f"detail, tuned: as chosen, {report.chosen}"] = (DETAIL, tuned.mask)
+        sides: dict[str, tuple[cs.AdaptiveModel, object]] = {}
+        for words, (before, after) in pairs.items():
+            sides |= {f"{words}, before": (net, before), f"{words}, after": (tuned, after)}
         judged = _measure(model, sides, spread(others, options.others))
-        given = judged.pop("given")
-        kept = ", ".join(report.kept) or "nothing"
+        given, kept = judged["given"], ", ".join(report.kept) or "nothing"
         print(
             f"{name}, {len(photos)} photos, kept: {kept}; {len(given)} other pictures, as given "
             f"{100 * estimate(given, given, LABELS).value:.2f} mIoU"
         )
-        for side, found in judged.items():
-            print(f"  {side}: {_words(estimate(found, given, LABELS))}")
-        for mask in MASKS:
+        for words in pairs:
+            before, after = (judged[f"{words}, {when}"] for when in ("before", "after"))
             print(
-                f"  tuning under {mask}: {_words(estimate(judged[f'{mask}, tuned'], judged[mask], LABELS))}"
+                f"  {words}: {_change(before, given)} before, {_change(after, given)} after; "
+                f"tuning {_change(after, before)}"
             )
         sys.stdout.flush()
 
 
 def _measure(
-    model: torch.nn.Module, sides: dict[str, tuple[cs.AdaptiveModel, str]], data: cs.SegmentationData
+    model: torch.nn.Module, sides: dict[str, tuple[cs.AdaptiveModel, object]], data: cs.SegmentationData
 ) -> dict[str, list[Judgement]]:
     """Judge the network as given, `given`, and each network under a mask on each picture."""
     judged: dict[str, list[Judgement]] = {name: [] for name in ("given", *sides)}
@@ -87,8 +94,9 @@ def _measure(
     return judged
 
 
-def _words(found: Estimate) -> str:
-    return f"{100 * found.change:+.2f} (±{100 * found.error:.2f}) points"
+def _change(judged: list[Judgement], base: list[Judgement]) -> str:
+    found = estimate(judged, base, LABELS)
+    return f"{100 * found.change:+.2f} (±{100 * found.error:.2f})"
 
 
 if __name__ == "__main__":
