@@ -25,6 +25,8 @@ from cadsurgery.tasks.report import (
 )
 from cadsurgery.tasks.side import Conversion
 
+_BUSY = 1.3  # where the median of a few rounds is so many times the best, something else takes the processor
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport(RunReport):
@@ -52,6 +54,12 @@ class ConversionReport(RunReport):
     made: Conversion
     notes: tuple[str, ...] = ()
 
+    @property
+    def slowdown(self) -> float:
+        """Median time relative to the best time, of the side where that is largest; 1 if nothing was timed."""
+        timed = [(row.milliseconds_median, row.milliseconds) for row in self.sides]
+        return max((median / best for median, best in timed if median and best), default=1.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for `--json`."""
         values = super().to_dict()
@@ -67,9 +75,15 @@ class ConversionReport(RunReport):
         columns: list[Column[Row]] = [Column("network", "name", False)]
         given = self.sides[0]
         columns += macs_columns("given", lambda row: given)
-        columns += time_columns("given", lambda row: given)
+        columns += time_columns("given", lambda row: given, has_median=True)
         yield table(self.sides, columns, title)
         yield self.run_with()
+        if self.slowdown > _BUSY:
+            yield Text(
+                f"the machine is busy: the median is {self.slowdown:.1f} times the best time. Compare the best times, "
+                "or measure again when nothing else runs.",
+                style="yellow",
+            )
         if left := describe_not_counted(made.more.get("not_counted", ())):
             yield Text(left, style="yellow")
         yield from made.lines
