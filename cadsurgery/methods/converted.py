@@ -23,6 +23,7 @@ from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import meta_copy
+from cadsurgery.network.program import Derived
 from cadsurgery.network.storage import OTHER_MODEL, as_file_error, build_stated
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
@@ -39,7 +40,7 @@ def register(kind: M) -> M:
     return kind
 
 
-class ConvertedModel(nn.Module):
+class ConvertedModel(Derived):
     """A network that a method converted.
 
     Attributes:
@@ -69,19 +70,8 @@ class ConvertedModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.options: dict[str, Any] = {}
-        self.register_load_state_dict_post_hook(_own_not_missing)
 
     # -- methods may override these ----------------------------------------------------------------
-
-    @classmethod
-    def is_own(cls, name: str) -> bool:
-        """True if a parameter or buffer was added by the method."""
-        return False
-
-    @property
-    def is_optimized(self) -> bool:
-        """True for an inference copy."""
-        return False
 
     def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> MethodMacs:
         """Count the multiply-accumulates on an image."""
@@ -156,20 +146,6 @@ class ConvertedModel(nn.Module):
         """Return the parameters that the method added, by name."""
         return {name: value for name, value in self.named_parameters() if self.is_own(name)}
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the training mode, as for any module; an optimised copy refuses `mode=True`.
-
-        Raises:
-            InvalidInput: the network is an optimised copy and `mode` is True.
-        """
-        if mode and self.is_optimized:
-            raise InvalidInput(
-                "an optimised network cannot be trained.",
-                why="its batch norms are folded into its convolutions.",
-                next="train the network it was made from, and call optimize() again.",
-            )
-        return super().train(mode)
-
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.__dict__.update(copy.deepcopy(self._transient))  # cached values have the former dtype or device
         super()._apply(fn, recurse)
@@ -183,11 +159,6 @@ class ConvertedModel(nn.Module):
         memo.update({**copying(self), **memo, id(self): clone})
         clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return clone
-
-
-def _own_not_missing(net: Any, keys: Any) -> None:
-    """Accept a state dict of the original network, which lacks the tensors that the method added."""
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not net.is_own(name)]
 
 
 class Fused(NamedTuple):
@@ -225,10 +196,7 @@ class GraphModel(ConvertedModel):
             settings: attributes to set.
         """
         super().__init__()
-        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            getattr(self, kind).update(getattr(model, kind))
-        self.constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
-        self.training = model.training
+        self.constants = self.adopt(model)
         self.program, self.options = program, options
         self._known: dict[Any, Any] = {}
         for name, value in settings.items():

@@ -23,7 +23,7 @@ from cadsurgery.network.storage import (
     check_types,
     checksum,
 )
-from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.errors import FileError
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import versions
 
@@ -62,12 +62,7 @@ def pack(net: ConvertedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InvalidInput: the network is an inference copy.
     """
-    if net.is_optimized:
-        raise InvalidInput(
-            "an optimised network cannot be saved.",
-            why="its weights are folded and no longer the original's.",
-            next="save the network it was made from, and call optimize() after loading.",
-        )
+    net.check_storable()
     tensors, more = net.pack()
     is_named = net.source is not None and ":" in net.source.name
     return tensors, {

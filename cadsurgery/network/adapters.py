@@ -17,7 +17,7 @@ from cadsurgery.elements.refinement import Refinement
 from cadsurgery.network.macs import Counter, meta_copy
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.surgery.arguments import example_of
-from cadsurgery.surgery.graphs import Constants, copy_graph, only_user, upwards
+from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, only_user, upwards
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.rewrite import WORK, ask_mask
 
@@ -126,6 +126,11 @@ class _Map:
 def _refined(program: Program) -> dict[str, _Map]:
     """Return the last maps of the fine size that depend on the region, and resizes that leave the region at another
     size, by refinement name."""
+
+    def leaves(node: fx.Node) -> bool:
+        operation = operation_of(node.target)
+        return operation is not None and operation.gives == "dense"
+
     counter = _Shapes(program.bind_to(meta_copy(program.net)))
     plan = program.plan
     dtype = next((p.dtype for p in program.net.parameters()), torch.float32)
@@ -137,12 +142,7 @@ def _refined(program: Program) -> dict[str, _Map]:
     nodes = list(program.graph.nodes)
     masking = next(node for node in nodes if node.target is ask_mask)
     features = counter.maps[masking.args[2]]
-    behind: set[fx.Node] = set()
-    for node in nodes:
-        operation = operation_of(node.target)
-        is_exit = operation is not None and operation.gives == "dense"
-        if is_exit or not behind.isdisjoint(node.all_input_nodes):
-            behind.add(node)
+    behind = downstream(nodes, leaves)
     fine = [
         node
         for node in nodes

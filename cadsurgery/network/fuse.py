@@ -20,7 +20,7 @@ from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support import torch_operations
-from cadsurgery.surgery.graphs import Constants, copy_graph, only_user
+from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, only_user
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import act_alike, acts_as, child
 from cadsurgery.surgery.rewrite import WORK
@@ -446,13 +446,12 @@ def _holds_activation(module: nn.Module | None) -> bool:
 
 def _find_numbers(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that are computed only from sizes."""
-    numbers = set[fx.Node]()
-    for node in graph.nodes:
-        known, sources = operation_of(node.target), node.all_input_nodes
-        computed = sources and node.op.startswith("call") and numbers.issuperset(sources)
-        if computed or torch_operations.asks(node) or (known is not None and known.reads == "nothing"):
-            numbers.add(node)
-    return numbers
+
+    def asks(node: fx.Node) -> bool:
+        known = operation_of(node.target)
+        return torch_operations.asks(node) or (known is not None and known.reads == "nothing")
+
+    return downstream(graph.nodes, asks, only=True)
 
 
 def _is_elements(node: Any) -> bool:

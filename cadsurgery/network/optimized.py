@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -49,10 +49,23 @@ def fuse_network(source: RunsProgram, epilogues: bool, pairs: bool) -> tuple[fx.
     return fused, replace(source.program, graph=graph, unchanged=None, watched=watched, is_fused=True)
 
 
-def put_in_precision(
-    fast: RunsProgram, precision: str, calibration: Any, largest_error: float | None, step: Step = silent
-) -> Quantisation | None:
+class Precision(NamedTuple):
+    """A precision and how it is reached; see `AdaptiveModel.optimize`."""
+
+    name: str = FLOAT
+    calibration: Any = None
+    largest_error: float | None = None
+    step: Step = silent
+
+    @property
+    def is_asked(self) -> bool:
+        """True if anything but the defaults is asked for."""
+        return self.name != FLOAT or self.calibration is not None or self.largest_error is not None
+
+
+def put_in_precision(fast: RunsProgram, wanted: Precision) -> Quantisation | None:
     """Convert an optimised copy to a precision, see `AdaptiveModel.optimize`; return its quantisation, if any."""
+    precision, calibration, largest_error, step = wanted
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
     if (precision == "int8") != (calibration is not None):

@@ -85,12 +85,7 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{type(net).__name__} is not a converted network.",
             next="save what cs.adaptify gave; of another network torch.save(model.state_dict(), path).",
         )
-    if net.program.is_fused:
-        raise InvalidInput(
-            "an optimised network cannot be saved.",
-            why="its weights are folded and no longer the original's.",
-            next="save the network it was made from, and call optimize() after loading.",
-        )
+    net.check_storable()
     tensors = net.state_dict()
     for prefix, part in ((_MASK, net.mask), (_ADAPTERS, net.adapters)):
         values = part.state_dict() if part is not None else {}

@@ -32,6 +32,7 @@ from cadsurgery.surgery.arguments import (
     run_forward,
     widen,
 )
+from cadsurgery.surgery.graphs import downstream
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import SMALL_EFFECT, Decision, Plan
@@ -261,12 +262,12 @@ def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
 
 def _unmixed(adapted: fx.Graph) -> set[str]:
     """Return the original's values that depend on no operation that mixes positions."""
-    mixed: set[fx.Node] = set()
-    for node in adapted.nodes:
+
+    def mixes(node: fx.Node) -> bool:
         operation = operation_of(node.target)
-        mixes = operation is not None and operation.mixes
-        if mixes or any(source in mixed for source in node.all_input_nodes):
-            mixed.add(node)
+        return operation is not None and operation.mixes
+
+    mixed = downstream(adapted.nodes, mixes)
     return {node.meta[ORIGIN] for node in adapted.nodes if node not in mixed and ORIGIN in node.meta}
 
 

@@ -23,7 +23,7 @@ from cadsurgery.methods.anytime.report import AnytimeMacs, AnytimePlan, ExitMacs
 from cadsurgery.methods.anytime.run import Run
 from cadsurgery.methods.converted import GraphModel, register
 from cadsurgery.methods.positions import Sites
-from cadsurgery.methods.program import Work, ancestors, work_of
+from cadsurgery.methods.program import Work, work_of
 from cadsurgery.methods.spatial import WHOLE, Spatial, SpatialKind
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.macs import meta_copy
@@ -31,6 +31,7 @@ from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.graphs import upstream
 from cadsurgery.surgery.hooks import child
 from cadsurgery.surgery.trace import evaluating
 
@@ -195,7 +196,7 @@ def _find_spatial(
     }
     seen = Spatial(replace(facts, shapes={**shapes, **facts.shapes}))  # including the heads
     kinds, apart = dict[str, SpatialKind](), list[tuple[str, str]]()
-    behind = ancestors(*logits) - ancestors(logits[0])
+    behind = upstream(*logits) - upstream(logits[0])
     for node in facts.graph.nodes:
         size = work.size(node.name)
         if node not in behind or size is None:
