@@ -12,12 +12,11 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.adapters import LevelAdapter
-from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.refinement import Refinement
 from cadsurgery.network.macs import Counter, meta_copy
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.surgery.arguments import example_of
-from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, only_user, upwards
+from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user, upwards
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.rewrite import WORK, ask_mask
 
@@ -126,11 +125,6 @@ class _Map:
 def _refined(program: Program) -> dict[str, _Map]:
     """Return the last maps of the fine size that depend on the region, and resizes that leave the region at another
     size, by refinement name."""
-
-    def leaves(node: fx.Node) -> bool:
-        operation = operation_of(node.target)
-        return operation is not None and operation.gives == "dense"
-
     counter = _Shapes(program.bind_to(meta_copy(program.net)))
     plan = program.plan
     dtype = next((p.dtype for p in program.net.parameters()), torch.float32)
@@ -142,7 +136,7 @@ def _refined(program: Program) -> dict[str, _Map]:
     nodes = list(program.graph.nodes)
     masking = next(node for node in nodes if node.target is ask_mask)
     features = counter.maps[masking.args[2]]
-    behind = downstream(nodes, leaves)
+    behind = downstream(nodes, lambda node: gives(node, "dense"))
     fine = [
         node
         for node in nodes
@@ -200,10 +194,9 @@ def _places(program: Program) -> Iterator[_Place]:
                 yield _Place(behind, _path_of(node.args[1]), weight)
         elif node.op == "call_module" and node.args and isinstance(source := node.args[0], fx.Node):
             module = program.net.get_submodule(str(node.target))
-            operation = operation_of(source.target)
             if not acts_as(module, nn.Conv2d, nn.Linear):
                 continue
-            if operation is not None and operation.gives == "vector":
+            if gives(source, "vector"):
                 image: Any = source.args[0]
                 yield _Place(node, str(node.target), module.weight, image)
             elif source.target is functional.rows_on and acts_as(module, nn.Linear):

@@ -104,7 +104,7 @@ class AdaptiveModel(RunsProgram):
         if mask is None and self._overridden:
             mask = call_context().masks.get(self)
         chosen = self._mask_provider if mask is None else mask
-        if torch.compiler.is_compiling() and not is_exporting() and not _is_static(chosen):
+        if torch.compiler.is_compiling() and not is_exporting() and not getattr(chosen, "static", False):
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
 
@@ -553,10 +553,6 @@ def whole_program(net: object, refusal: str, next: str = "pass what cs.adaptify(
         why = f"it was made by {method}: what it computes is decided in the middle of a call."
         next = "run it where this package is, net.optimize(); or pass what cs.adaptify(...) gives of the same network."
     raise InvalidInput(f"{type(net).__name__} {refusal}.", why=why, next=next)
-
-
-def _is_static(mask: object) -> bool:
-    return isinstance(mask, MaskProvider) and mask.static
 
 
 def pictures_for(net: nn.Module) -> Source:

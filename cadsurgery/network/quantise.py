@@ -457,15 +457,12 @@ class _Quantiser:
 
     def _overwritten(self, node: fx.Node) -> bool:
         """True if a user changes the value of a node in place."""
-        return any(
-            is_in_place(self._called(user), user.args, user.kwargs)
-            for user in node.users
-            if user.args and user.args[0] is node
-        )
 
-    def _called(self, node: fx.Node) -> Any:
-        """Return the module or function that a node calls, or the name of the method."""
-        return child(self.fast, str(node.target)) if node.op == "call_module" else node.target
+        def called(user: fx.Node) -> Any:
+            return child(self.fast, str(user.target)) if user.op == "call_module" else user.target
+
+        users = (user for user in node.users if user.args and user.args[0] is node)
+        return any(is_in_place(called(user), user.args, user.kwargs) for user in users)
 
     def _grids(self, method: str, exact: Exact) -> dict[fx.Node, QuantParams]:
         grids = dict[fx.Node, QuantParams]()

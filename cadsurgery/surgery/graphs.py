@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from cadsurgery.elements.operations import operation_of
+
 _CALLS = ("call_function", "call_method")  # calls that read no module
 
 
@@ -55,6 +57,12 @@ def downstream(
         if is_first(node) or (behind if only else not found.isdisjoint(sources)):
             found.add(node)
     return found
+
+
+def gives(node: Any, kind: str) -> bool:
+    """True if a node is an operation on elements with results of a kind, see `Operation.gives`."""
+    operation = operation_of(node.target) if isinstance(node, fx.Node) else None
+    return operation is not None and operation.gives == kind
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

@@ -17,7 +17,7 @@ from cadsurgery.elements.axes import NCHW
 from cadsurgery.support.torch_operations import asks
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, is_filled
-from cadsurgery.surgery.graphs import downstream
+from cadsurgery.surgery.graphs import copy_graph, downstream
 from cadsurgery.surgery.guards import check_branch, drop_dead_code, is_whole
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
@@ -376,12 +376,10 @@ def halves(graph: fx.Graph) -> Halves:
 
 def unchanged_graph(facts: Facts, plan: Plan) -> fx.Graph:
     """Return the original graph with the fine map as a second output, for uniform masks at the network's own grid."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(facts.graph, copies)
-    entering = plan.chosen("enter")[0].node
+    graph, copies = copy_graph(facts.graph)
+    entering, output = plan.chosen("enter")[0].node, graph.output_node()
     fine = next(copy for node, copy in copies.items() if node.name == entering)
-    graph.output((output, fine))
+    output.args = ((output.args[0], fine),)
     return graph
 
 

@@ -209,19 +209,14 @@ def is_pointwise(node: fx.Node, facts: Facts, layout: str = NCHW) -> bool:
     known = rule_of(node, facts)
     if known is None or not maps or why_whole(node, facts):
         return False
+    axes = layout.index("h"), layout.index("w")
+    images = {one: (facts.shapes[one][axes[0]], facts.shapes[one][axes[1]]) for one in maps}
     treatment = known(
-        node, replace(facts, layouts={**maps, **facts.layouts}, images=facts.images | _images_of(maps, facts))
+        node, replace(facts, layouts={**maps, **facts.layouts}, images={**facts.images, **images})
     )
     reads = treatment.operation.reads if treatment.operation is not None else "element"
     same = treatment.kind in ("pointwise", "join") and (treatment.layout or layout) == layout
     return same and reads == "element" and not treatment.spaced
-
-
-def _images_of(maps: dict[fx.Node, str], facts: Facts) -> dict[fx.Node, tuple[int, int]]:
-    return {
-        node: (facts.shapes[node][axes.index("h")], facts.shapes[node][axes.index("w")])
-        for node, axes in maps.items()
-    }
 
 
 def has_rule(module: nn.Module, *, of_package: bool = False) -> bool:

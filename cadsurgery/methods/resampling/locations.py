@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.images import MOST_PIXELS
+from cadsurgery.masks import graded
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
@@ -41,13 +42,7 @@ def boundaries(
             f"the labels are {describe(labels)}.",
             next="give integers (height, width): a class for every pixel.",
         )
-    marked = torch.zeros_like(labels, dtype=torch.bool)
-    for axis in (-2, -1):
-        length = labels.shape[axis]
-        if length > 1:
-            changes = labels.narrow(axis, 1, length - 1) != labels.narrow(axis, 0, length - 1)
-            marked.narrow(axis, 1, length - 1).logical_or_(changes)
-            marked.narrow(axis, 0, length - 1).logical_or_(changes)
+    marked = graded.boundaries(labels, None)
     if ignore is not None:
         marked &= labels != ignore
     if targets is not None:

@@ -96,7 +96,10 @@ def resample(
     network = _copy(model)
     image = _example(network, (height, width)) if example_input is None else example_input
     check_image(image, "example_input")
-    made = resolve_sampler(sampler, options, image.shape[1], _normalisation(network))
+    known = network.normalisation if isinstance(network, AdaptiveModel) else None
+    stated = stated_statistics(network)
+    known = known or (Normalisation(*stated) if stated else None)
+    made = resolve_sampler(sampler, options, image.shape[1], known)
     weight = next(network.parameters(), torch.empty(0))
     net = ResampledModel(network, made.to(weight.device), (height, width), mode, back)
     net.train(model.training)
@@ -119,12 +122,6 @@ def _example(network: nn.Module, size: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, channels, size[0] * 3 // 2, size[1] * 3 // 2, generator=generator)
     return image.to(weight.device, weight.dtype)
-
-
-def _normalisation(network: nn.Module) -> Normalisation | None:
-    known = network.normalisation if isinstance(network, AdaptiveModel) else None
-    stated = stated_statistics(network)
-    return known or (Normalisation(*stated) if stated else None)
 
 
 def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
