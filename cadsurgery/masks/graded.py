@@ -12,13 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cadsurgery.data.datasets import IGNORED
 from cadsurgery.masks.context import call_context
 from cadsurgery.masks.filters import blur, closeness, differences, grey_of, near
 from cadsurgery.masks.options import NUMBER, ODD, WIDTH, check_count, check_options, several
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
 
+IGNORED = 255  # label of pixels that belong to no class
 _CALL = "with cadsurgery.masks.labelled(labels): net(image)"
 
 

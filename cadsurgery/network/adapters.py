@@ -104,9 +104,8 @@ def _insert(
 ) -> fx.Node:
     """Replace the value of the node `behind` by a call on `before`, the value, `after` and an adapter."""
     users = list(behind.users)
-    with graph.inserting_after(behind):
+    with graph.inserting_before(behind.next):
         adapter = graph.get_attr(f"{ADAPTERS}.{name}")
-    with graph.inserting_after(adapter):
         adapted = graph.call_function(call, (*before, behind, *after, adapter), options)
     for user in users:
         user.replace_input_with(behind, adapted)

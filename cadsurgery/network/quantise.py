@@ -565,6 +565,7 @@ class _Rewritten:
 
     def __init__(self, work: _Quantiser, grids: dict[fx.Node, QuantParams], exact: Exact) -> None:
         grids = {node: grids[node] for group in work.groups(exact) for node in group}
+        self.work, self.grids, self.exact = work, grids, exact
         self.in_float = len(exact)
         self.program, self.kernels = work.program, dict[str, IntegerConv]()
         self.layers: list[Layer] = []
@@ -577,31 +578,24 @@ class _Rewritten:
             if not why:
                 more = grids.get(layer.residual) if layer.residual is not None else None
                 self.kernels[layer.name] = _integer_layer(layer, grids[layer.source], more, grids.get(node))
-        self.graph, copies = copy_graph(work.program.graph)
+        self.graph, self.copies = copy_graph(work.program.graph)
         for node, grid in grids.items():
-            self._convert(work, node, grid, exact, grids, copies)
-        self.grids, self.own = grids, {copy: node for node, copy in copies.items()}
+            self._convert(node, grid)
+        self.own = {copy: node for node, copy in self.copies.items()}
         self.graph.lint()
 
-    def _convert(
-        self,
-        work: _Quantiser,
-        node: fx.Node,
-        grid: QuantParams,
-        exact: Exact,
-        grids: dict[fx.Node, QuantParams],
-        copies: dict[fx.Node, fx.Node],
-    ) -> None:
+    def _convert(self, node: fx.Node, grid: QuantParams) -> None:
         """Insert conversions so that each reader of a node gets its value in 8 bits or in float, as it requires."""
-        here, in_bytes = copies[node], set[fx.Node]()
+        work, copies, in_bytes = self.work, self.copies, set[fx.Node]()
+        here = copies[node]
         for user in node.users:
             layer = work.layers.get(user)
-            passes = user in grids and node in work.carried(user)
-            takes = passes or (layer is not None and user not in exact)
+            passes = user in self.grids and node in work.carried(user)
+            takes = passes or (layer is not None and user not in self.exact)
             if takes or _is_neutral(user):
                 in_bytes.add(copies[user])
         layer, carried = work.layers.get(node), work.carried(node)
-        is_bytes = bool(carried) or (layer is not None and node not in exact)
+        is_bytes = bool(carried) or (layer is not None and node not in self.exact)
         if carried and node.op == "call_module":
             pool: Any = work.fast.get_submodule(str(node.target))
             options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
@@ -622,17 +616,14 @@ class _Rewritten:
         if not readers:
             return
         change = from_bytes if is_bytes else to_bytes
-        with self.graph.inserting_after(here):
+        with self.graph.inserting_before(here.next):
             if work.kinds[node] is Tensor:
                 changed = self.graph.call_function(change, (here, *grid))
             else:
                 lattice = self.graph.call_function(getattr, (here, "lattice"))
-                with self.graph.inserting_after(lattice):
-                    rows = self.graph.call_function(rows_on, (here, lattice))
-                with self.graph.inserting_after(rows):
-                    values = self.graph.call_function(change, (rows, *grid))
-                with self.graph.inserting_after(values):
-                    changed = self.graph.call_function(Elements, (values, lattice))
+                rows = self.graph.call_function(rows_on, (here, lattice))
+                values = self.graph.call_function(change, (rows, *grid))
+                changed = self.graph.call_function(Elements, (values, lattice))
         for user in readers:
             user.replace_input_with(here, changed)
 

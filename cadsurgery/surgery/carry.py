@@ -273,13 +273,15 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NumberType(type):
-    """Metaclass of replacements of `int` and `float`: equal to the types for isinstance; conversions become nodes."""
+    """Metaclass of replacements of `int`, `float` and `type`: equal to these for isinstance, called with a symbol they
+    return `of(symbol)`."""
 
     number: type
+    of: Callable[[Symbol], Any]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if args and issubclass(type(args[0]), Symbol) and not args[1:]:
-            return args[0].tracer.call(cls.number, args[0])
+            return cls.of(args[0])
         return cls.number(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -293,15 +295,6 @@ class _NumberType(type):
 
     def __hash__(cls) -> int:
         return hash(cls.number)
-
-
-class _TypeOf(_NumberType):
-    """Metaclass of the replacement of `type`, which returns the type of a symbol's value on the example."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if args and issubclass(type(args[0]), Symbol) and not args[1:]:
-            return type(args[0].tracer.value(args[0]))
-        return type(*args, **kwargs)
 
 
 _PYTHON = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "cadsurgery"}
@@ -332,9 +325,11 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
     min accept symbols in the Python modules of the network and in modules that they import functions from."""
     shadows = {
         "isinstance": _is_instance,
-        "type": _TypeOf("_Type", (), {"number": type}),
-        "int": _NumberType("_Int", (), {"number": int}),
-        "float": _NumberType("_Float", (), {"number": float}),
+        "type": _NumberType(
+            "_Type", (), {"number": type, "of": lambda symbol: type(symbol.tracer.value(symbol))}
+        ),
+        "int": _NumberType("_Int", (), {"number": int, "of": _recorded(int)}),
+        "float": _NumberType("_Float", (), {"number": float, "of": _recorded(float)}),
         "max": _recording(max),
         "min": _recording(min),
     }

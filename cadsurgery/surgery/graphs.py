@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.support.torch_operations import name_of
 
 _CALLS = ("call_function", "call_method")  # calls that read no module
 
@@ -68,6 +69,22 @@ def gives(node: Any, kind: str) -> bool:
 def only_user(node: fx.Node) -> fx.Node | None:
     """Return the only user of a value; None if there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def axes_order(node: fx.Node, rank: int) -> list[int] | None:
+    """Return the order in which a transposition or permutation puts the axes; None for any other node, or if its axes
+    are not written out."""
+    stated: Any = (*node.args[1:], *node.kwargs.values())
+    if name_of(node.target) == "permute":
+        order = list(stated[0] if isinstance(stated[0], (tuple, list)) else stated)
+        return order if all(isinstance(axis, int) for axis in order) else None
+    is_swap = name_of(node.target) in ("transpose", "swapaxes", "swapdims")
+    if not is_swap or len(stated) != 2 or not all(isinstance(axis, int) for axis in stated):
+        return None
+    order = list(range(rank))
+    first, second = stated
+    order[first], order[second] = order[second], order[first]
+    return order
 
 
 class Constants:

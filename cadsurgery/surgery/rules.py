@@ -27,8 +27,9 @@ from cadsurgery.elements.axes import (
     row_dim,
 )
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.support.torch_operations import name_of, spellings
+from cadsurgery.support.torch_operations import spellings
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.graphs import axes_order
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.treatment import (
     Attribute,
@@ -472,16 +473,8 @@ def reshaping(node: fx.Node, facts: Facts) -> Treatment:
 def permutation(node: fx.Node, facts: Facts) -> Treatment:
     """Orders the axes of the map: the channels of a row stay in the row."""
     source, layout = node.args[0], facts.layout(node.args[0])
-    order: Any = list(range(len(layout)))
-    stated: Any = node.kwargs.get("dims", node.args[1:])
-    how = name_of(node.target)
-    if how == "permute":
-        order = stated[0] if len(stated) == 1 and isinstance(stated[0], (tuple, list)) else stated
-    elif how in ("transpose", "swapaxes", "swapdims"):
-        swapped: Any = (*node.args[1:], *node.kwargs.values())
-        first, second = swapped[:2]
-        order[first], order[second] = order[second], order[first]
-    else:
+    order = axes_order(node, len(layout))
+    if order is None:
         return barrier("its axes are not written out")
     after, rows = permute_axes(layout, order)
     moved = list(rows) != sorted(rows)

@@ -73,6 +73,11 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None 
 
 def _lone_pads(flow: Flow) -> dict[fx.Node, Barrier]:
     """Return padding operations whose result is read by other nodes than windows of the region."""
+
+    def is_window(user: fx.Node) -> bool:  # or asks for the size
+        kind = flow.treatments[user].kind
+        return user not in flow.barriers and (kind == "window" or (kind == "shape" and user.op != "output"))
+
     return {
         pad: Barrier(
             f"pads the map for {operation_name(user, flow.facts)}, which is no window of the region",
@@ -80,13 +85,8 @@ def _lone_pads(flow: Flow) -> dict[fx.Node, Barrier]:
         )
         for pad in flow.facts.pads
         for user in pad.users
-        if not _pads_for(user, flow)
+        if not is_window(user)
     }
-
-
-def _pads_for(user: fx.Node, flow: Flow) -> bool:
-    kind = flow.treatments[user].kind
-    return user not in flow.barriers and (kind == "window" or (kind == "shape" and user.op != "output"))
 
 
 def _mere_tails(flow: Flow) -> dict[fx.Node, Barrier]:

@@ -137,7 +137,7 @@ def _named(name: str, facts: Facts, outlet: Outlet, before: set[fx.Node]) -> Exi
             else why,
             next="name modules that come before the head: print(net.plan) of exits='auto' shows some.",
         )
-    return Exit(name, _by_resolution(maps, facts))
+    return Exit(name, by_resolution(maps, facts))
 
 
 def _outputs(path: str, facts: Facts, outlet: Outlet) -> list[fx.Node]:
@@ -152,7 +152,8 @@ def _outputs(path: str, facts: Facts, outlet: Outlet) -> list[fx.Node]:
     return used or [node for node in made if leaves(node)]
 
 
-def _by_resolution(maps: Sequence[fx.Node], facts: Facts) -> tuple[fx.Node, ...]:
+def by_resolution(maps: Sequence[fx.Node], facts: Facts) -> tuple[fx.Node, ...]:
+    """Return maps, the finest first."""
     finest = max(maps, key=lambda node: _area(node, facts))
     return (finest, *(node for node in maps if node is not finest))
 
@@ -193,7 +194,7 @@ def _stages(facts: Facts, outlet: Outlet, before: set[fx.Node]) -> list[Exit]:
         done = sum(facts.macs.get(node, 0) for node in upstream(*maps))
         enough = min(done - passed, left) >= _LEAST_WORK * total
         if ends and enough and _FIRST_AREA * finest <= image:
-            found.append(Exit(name, _by_resolution(maps, facts)))
+            found.append(Exit(name, by_resolution(maps, facts)))
             passed = done
     if not found:
         raise CannotConvert(
