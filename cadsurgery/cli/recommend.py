@@ -48,7 +48,7 @@ def recommend(
         int, typer.Option(min=0, callback=options.none_for_zero, help="the first so many pictures; 0 for all")
     ] = 0,
     minutes: Annotated[float, typer.Option(help="of measuring at most")] = 10.0,
-    split: Annotated[str, typer.Option(help="of labelled data")] = "all",
+    split: Annotated[str, typer.Option(help="of labelled data; all: val where it has splits")] = "all",
     weights: options.Weights = "auto",
     options: Annotated[
         dict[str, Any],

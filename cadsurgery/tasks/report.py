@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from PIL import Image
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -65,6 +65,13 @@ class Report(Plain):
     def render(self) -> RenderableType:
         """Return the report for a terminal."""
         return Group(*self.parts())
+
+    def __str__(self) -> str:
+        """The report as a terminal of 120 columns shows it."""
+        console = Console(file=io.StringIO(), width=120)
+        with console.capture() as captured:
+            console.print(self.render())
+        return captured.get()
 
     def figure(self) -> Figure:
         """Draw the report."""

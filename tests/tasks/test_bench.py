@@ -549,6 +549,27 @@ def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None
         assert_same(program.module()(image), net(image, mask="none" if level else "all"), 1e-5)
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [{"size": (37, 61)}, {"scale_factor": 2.5}], ids=["to a size", "by a factor"])
+def test_a_dense_twin_for_engines_resizes_as_anyone_would(mode: str, size: dict[str, Any]) -> None:
+    class Resized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = trunk()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.interpolate(self.trunk(x), mode=mode, **size)
+
+    image = torch.randn(1, 3, *SIZE)
+    net = cs.adaptify(Resized().eval(), output_stride=(2, 4), verify_laws=False)
+    program = dense_program(net, 0, image)
+    used = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    resized = getattr(torch.ops.aten, f"upsample_{mode}2d")
+    assert resized.vec in used and resized.default not in used
+    with torch.no_grad():
+        assert_same(program.module()(image), net(image, mask="all"), 1e-5)
+
+
 @pytest.mark.slow
 def test_a_file_that_differs_is_not_measured(tmp_path: Path) -> None:
     class Wrong(Engine):

@@ -203,6 +203,15 @@ def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, 
     assert (tmp_path / "run" / "curve.png").is_file()
 
 
+def test_data_with_named_splits_is_its_val_part_unless_another_is_named(tmp_path: Path) -> None:
+    spec: Any = "scene:2,height=64,width=96"
+    for split, named in (("all", "scene 1000000"), ("test", "scene 2000000")):
+        data = running._open(spec, split)
+        assert data.names[0] == named and data.is_labelled
+    report = run(spec, tmp_path / "run", limit=1)
+    assert report.measure == LABELS and report.data.startswith("scene:2")
+
+
 def test_an_interrupted_run_reports_and_goes_on(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

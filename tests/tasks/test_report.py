@@ -70,9 +70,10 @@ VALUES = {
 
 
 def test_a_new_report_prints_its_rows() -> None:
-    console = Console(file=io.StringIO(), width=80)
+    text = str(REPORT)
+    console = Console(file=io.StringIO(), width=120)
     console.print(REPORT.render())
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text == console.file.getvalue()  # type: ignore[attr-defined]
     assert "net, weights are random" in text
     cells = [
         [cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line

@@ -60,8 +60,26 @@ def dense_program(net: AdaptiveModel, level: int, image: Tensor) -> torch.export
     """
     with portable():
         twin = record(net, level, image, in_place=False)
+    _resize_as_users_do(twin.graph)
     stay_on_maps(twin)
     return follow(twin, image)
+
+
+# Recording leaves the inner form of these, which torch's exporter writes as gathers, four for each resize.
+_RESIZES = {
+    _ATEN.upsample_bilinear2d.default: _ATEN.upsample_bilinear2d.vec,
+    _ATEN.upsample_bicubic2d.default: _ATEN.upsample_bicubic2d.vec,
+}
+
+
+def _resize_as_users_do(graph: fx.Graph) -> None:
+    """Replace the recorded form of resizes by the one that the exporter of an ordinary network meets."""
+    for node in graph.nodes:
+        if node.target in _RESIZES:
+            image, size, align_corners, *scales = node.args
+            given = None not in scales and len(scales) == 2
+            node.target = _RESIZES[node.target]
+            node.args = (image, None if given else size, align_corners, scales if given else None)
 
 
 def stay_on_maps(module: fx.GraphModule) -> None:

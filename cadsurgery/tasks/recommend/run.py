@@ -104,7 +104,7 @@ def recommend(
         size: (height, width) that pictures are resized to; default: the size of the first.
         limit: the first so many pictures only.
         minutes: for measuring; after them the run ends with the pictures it has done, three at least.
-        split: of data by spec.
+        split: of data by spec; `all` means `val` where the data has named splits.
         weights: of a network by name; see `build_model`.
         options: `output_stride` (that pair alone is tried), `region` or `normalisation` of `adaptify`.
         output: folder of the run; default: the network's name with `-recommended`. It gets `report.json`, `curve.png`.
@@ -224,8 +224,10 @@ def _open(images: str | Path | SegmentationData, split: str) -> SegmentationData
     if isinstance(images, SegmentationData):
         return images
     text = str(images)
-    is_spec = text.partition(":")[0] in KINDS and not files.exists(text)
-    return open_data(text if is_spec else f"images:{text}", split)
+    kind = KINDS.get(text.partition(":")[0])
+    if kind is None or files.exists(text):
+        return open_data(f"images:{text}", split)
+    return open_data(text, "val" if split == "all" and kind.splits else split)
 
 
 def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.Module, Source]:
