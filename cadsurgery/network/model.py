@@ -36,7 +36,7 @@ from cadsurgery.network.adapters import (
 from cadsurgery.network.convert import convert_for_call
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.optimized import FLOAT, Precision, fuse_network, put_in_precision
-from cadsurgery.network.program import Masked, Program, RunsProgram
+from cadsurgery.network.program import Derived, Masked, Program
 from cadsurgery.network.quantise import Quantisation
 from cadsurgery.support.errors import CadWarning, InvalidInput
 from cadsurgery.support.progress import Step, silent
@@ -50,13 +50,15 @@ from cadsurgery.surgery.verify import Check
 _FOLLOWING = RLock()
 
 
-class AdaptiveModel(RunsProgram):
+class AdaptiveModel(Derived):
     """A network with content-adaptive downsampling: same call, same output structure, same state dict as the original.
 
     Calling it with `mask=` overrides the mask for that call. After a call, `levels` and `active_fraction` describe the
     cells that were kept high. `checks` holds the results of the verification at conversion.
     """
 
+    hosts_part = False  # True if the network runs its own code with one adaptive part; see `HostedModel`
+    _program: Program
     quantisation: Quantisation | None = None  # set on an optimised copy in 8 bits
 
     def __init__(self, model: nn.Module, program: Program, mask: object) -> None:
@@ -187,6 +189,10 @@ class AdaptiveModel(RunsProgram):
             yield
         finally:
             part._program = program
+
+    def use_program(self, program: Program) -> None:
+        """Replace the network's program, bound to the modules of this network."""
+        self._program = program.bind_to(self)
 
     def restate(self, plan: Plan) -> None:
         """Replace the plan by one with the same decisions and more information."""

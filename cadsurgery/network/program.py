@@ -316,34 +316,6 @@ def _own_not_missing(net: Any, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if not net.is_own(name)]
 
 
-class RunsProgram(Derived):
-    """Base class of networks that run a program: the interface of `AdaptiveModel` that modules of this package use.
-
-    Attributes:
-        hosts_part: true if the network runs its own code with one adaptive part; see `HostedModel`.
-        mask: the mask provider.
-    """
-
-    hosts_part = False
-    mask: Any
-    _program: Program
-    _constants: dict[str, Tensor]
-
-    @property
-    def program(self) -> Program:
-        """The program of the network."""
-        raise NotImplementedError
-
-    @property
-    def counted(self) -> Program:
-        """The program of a copy on meta tensors, on which operations are counted."""
-        raise NotImplementedError
-
-    def use_program(self, program: Program) -> None:
-        """Replace the network's program, bound to the modules of this network."""
-        self._program = program.bind_to(self)
-
-
 def clone_values(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Copy the first half's results, because the region may change its inputs in place."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,7 +41,7 @@ from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.fuse import KERNELS, path_of
 from cadsurgery.network.macs import Counter
-from cadsurgery.network.program import GraphInterpreter, Program, RunsProgram
+from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
 from cadsurgery.support.progress import Step, counted, silent
@@ -49,6 +49,9 @@ from cadsurgery.support.torch_operations import is_in_place
 from cadsurgery.surgery.graphs import copy_graph, upwards
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import child
+
+if TYPE_CHECKING:
+    from cadsurgery.network.model import AdaptiveModel
 
 _COMPARED = 2  # batches on which layers and outputs are compared
 _SAMPLES = 65536  # values sampled from each map of a batch to choose quantisation parameters
@@ -216,7 +219,7 @@ class _Observer(GraphInterpreter):
 
 
 def quantise(
-    fast: RunsProgram,
+    fast: AdaptiveModel,
     calibration: Tensor | Sequence[Tensor],
     largest_error: float | None = None,
     step: Step = silent,
@@ -298,7 +301,7 @@ def quantise(
 class _Quantiser:
     """Facts about a network that is to be quantised."""
 
-    def __init__(self, fast: RunsProgram, program: Program) -> None:
+    def __init__(self, fast: AdaptiveModel, program: Program) -> None:
         self.fast, self.program = fast, program
         self.kernels: Any = getattr(fast, KERNELS)
         found = (self._layer(node) for node in program.graph.nodes)
@@ -627,7 +630,7 @@ class _Rewritten:
         for user in readers:
             user.replace_input_with(here, changed)
 
-    def apply(self, fast: RunsProgram) -> None:
+    def apply(self, fast: AdaptiveModel) -> None:
         """Install the quantised graph and kernels in a network."""
         kernels: Any = getattr(fast, KERNELS)
         for name, kernel in self.kernels.items():
@@ -755,7 +758,7 @@ def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def _on_converted_path(fast: RunsProgram, batches: list[Tensor]) -> list[Tensor]:
+def _on_converted_path(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
     """Return the batches that take the converted path through the network; other paths stay in float.
 
     Raises:
@@ -782,7 +785,7 @@ def _on_converted_path(fast: RunsProgram, batches: list[Tensor]) -> list[Tensor]
     return fitting
 
 
-def _outputs(fast: RunsProgram, batch: Tensor) -> list[Tensor]:
+def _outputs(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
     """Return a network's outputs in floating point."""
     return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
 

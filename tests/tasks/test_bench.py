@@ -550,7 +550,9 @@ def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [{"size": (37, 61)}, {"scale_factor": 2.5}], ids=["to a size", "by a factor"])
+@pytest.mark.parametrize(
+    "size", [{"size": (37, 61)}, {"scale_factor": 2.5}], ids=["to a size", "by a factor"]
+)
 def test_a_dense_twin_for_engines_resizes_as_anyone_would(mode: str, size: dict[str, Any]) -> None:
     class Resized(nn.Module):
         def __init__(self) -> None:
