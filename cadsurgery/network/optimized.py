@@ -89,7 +89,7 @@ def put_in_precision(fast: AdaptiveModel, wanted: Precision) -> Quantisation | N
             "this copy is not in 8 bits: there are no compiled kernels here (cadsurgery --version says why). It stays "
             "in float; .to(torch.bfloat16) is faster where the processor has bfloat16.",
             CadWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     return quantise(fast, calibration, largest_error, step)

@@ -278,7 +278,7 @@ def quantise(
                     f"{largest_error:g}, even with the first {first // 2} layers in float32. Leave it in float, or "
                     "calibrate by more images like those it will see.",
                     CadWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         if not error < float("inf"):
             raise CannotConvert(
@@ -293,7 +293,7 @@ def quantise(
                 f"net.optimize(..., largest_error={_UNSAID:g}) keeps the first layers in float32 until they differ by "
                 "no more; net.optimize() keeps all.",
                 CadWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
     return Quantisation(tuple(rewritten.layers), error, method, form_here() or "", len(expected))
 
@@ -780,7 +780,7 @@ def _on_converted_path(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tenso
         f"{len(batches) - len(fitting)} of {len(batches)} image batches take another path through the network than the "
         f"converted one: they are not used for calibration, and run in float. {refusal.where}",
         CadWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     return fitting
 

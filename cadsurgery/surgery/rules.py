@@ -260,7 +260,8 @@ def padding_same(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
 def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """The mean over the image, or over the bins it is cut into, each element weighed by its area."""
-    largest = "max" in operation_name(node, facts).lower()
+    module = facts.module(node) if node.op == "call_module" else None
+    largest = acts_as(module, nn.AdaptiveMaxPool2d) or node.target is F.adaptive_max_pool2d
     why = "The maximum over the image, or over the bins it is cut into." if largest else ""
     options = _options(node, facts, "x", "output_size", return_indices=False)
     size = _pair(options["output_size"])
