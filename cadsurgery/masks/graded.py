@@ -190,17 +190,15 @@ class TrimapMask(GradedMask):
         return closeness(reached)
 
 
-def boundaries(labels: Tensor, ignore: int = IGNORED) -> Tensor:
-    """Mark (B, H, W) the pixels whose label differs from one of their four neighbours', neither being `ignore`."""
+def boundaries(labels: Tensor, ignore: int | None = IGNORED) -> Tensor:
+    """Mark (..., H, W) the pixels whose label differs from one of their four neighbours', neither being `ignore`."""
     values = labels.long()  # some integer types do not support comparison
-    known = values != ignore
-    on_boundary = torch.zeros_like(known)
-    for axis in (1, 2):
-        pairs = labels.shape[axis] - 1
-        before, after = (
-            (values.narrow(axis, place, pairs), known.narrow(axis, place, pairs)) for place in (0, 1)
-        )
-        differ = (before[0] != after[0]) & before[1] & after[1]
+    marked = torch.zeros_like(values, dtype=torch.bool)
+    for axis in (-2, -1):
+        sides = [values.narrow(axis, place, values.shape[axis] - 1) for place in (0, 1)]
+        differ = sides[0] != sides[1]
+        if ignore is not None:
+            differ &= (sides[0] != ignore) & (sides[1] != ignore)
         for place in (0, 1):
-            on_boundary.narrow(axis, place, pairs).logical_or_(differ)
-    return on_boundary
+            marked.narrow(axis, place, differ.shape[axis]).logical_or_(differ)
+    return marked

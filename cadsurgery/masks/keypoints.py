@@ -91,7 +91,11 @@ class KeypointMask(SteppedMask):
         self._kind = detector if isinstance(detector, str) and detector in (SIFT, GIVEN, OWN) else ""
         self._function: Any = detector
         if isinstance(detector, str) and not self._kind:
-            self._function = _named_detector(detector)
+            if ":" not in detector:
+                kinds = (SIFT, GIVEN, OWN)
+                raise UnknownName("detector of mask 'keypoints'", detector, kinds, next="or module:function.")
+            example = "keypoints:detector=my_module:my_function"
+            self._function = function_at(detector, "mask keypoints", example)
         if not (self._kind or callable(self._function)):
             raise InvalidInput(
                 f"{describe(detector)} is not a detector.",
@@ -194,14 +198,6 @@ def own_scores(output: Any, batch: int, where: str) -> Tensor:
             next="use another detector, such as sift.",
         )
     return maps[0]
-
-
-def _named_detector(name: str) -> Any:
-    if ":" not in name:
-        raise UnknownName(
-            "detector of mask 'keypoints'", name, (SIFT, GIVEN, OWN), next="or module:function."
-        )
-    return function_at(name, "mask keypoints", "keypoints:detector=my_module:my_function")
 
 
 def _mark_windows(points: Sequence[Tensor], side: Side, grid: FineMapSpec, image: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ def check_image(image: Any, name: str = "the image") -> None:
             for length in image.shape:
                 operator.index(length)  # one graph per size: lattices are built from Python integers
         return
-    if image.is_meta or image.sum(dtype=_wide(image.dtype)).isfinite():
+    wide = torch.promote_types(image.dtype, torch.float32)  # in which the sum of an ordinary image is finite
+    if image.is_meta or image.sum(dtype=wide).isfinite():
         return  # any NaN or infinity makes the sum non-finite; a large sum can overflow too, so check closer below
     if not image.isfinite().all():
         bad = int((~image.isfinite()).sum())
@@ -120,8 +121,3 @@ def _made_from(value: object) -> str:
     if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
         return " as a float tensor, scaled and normalised: see cadsurgery.images.read_image and normalise"
     return ""
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return a dtype in which the sum of an ordinary image does not overflow."""
-    return torch.promote_types(dtype, torch.float32)

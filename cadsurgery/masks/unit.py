@@ -90,7 +90,7 @@ def _for_channels(values: Sequence[float], channels: int) -> list[float]:
     return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
-def read_normalisation(value: object, channels: int, origin: str = "given") -> Normalisation:
+def read_normalisation(value: object, channels: int) -> Normalisation:
     """Read a user's normalisation: (mean, std), each a number or one per channel; "raw"; or a `Normalisation`.
 
     Raises:
@@ -111,7 +111,7 @@ def read_normalisation(value: object, channels: int, origin: str = "given") -> N
             f"the normalisation is for {len(mean)} channels, the images have {channels}.",
             next=f"give {channels} means and {channels} standard deviations, or one of each for all channels.",
         )
-    return Normalisation(mean, std, origin)
+    return Normalisation(mean, std, "given")
 
 
 def _numbers(value: Any) -> tuple[float, ...]:

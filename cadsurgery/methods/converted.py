@@ -1,5 +1,8 @@
 """Base classes of the networks of all methods: files, copies, counts and refusals.
 
+Files have the tensors as safetensors and everything else as JSON metadata, both with checksums. Nothing that a file
+names is built or run without the user's consent.
+
 A method is a subclass of `ConvertedModel`, or of `GraphModel` if it runs a graph in steps, decorated with
 `@register`. It has a plan (`report.MethodPlan`) and a count of MACs (`report.MethodMacs`).
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -17,17 +21,34 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import Source
 from cadsurgery.masks.masking import check_image
-from cadsurgery.methods import files
 from cadsurgery.methods.program import Program, Work, work_of
 from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import meta_copy
-from cadsurgery.network.storage import OTHER_MODEL, as_file_error, build_stated
-from cadsurgery.support.errors import InvalidInput, check_name
+from cadsurgery.network.program import Derived
+from cadsurgery.network.storage import (
+    AGAIN,
+    FORMAT,
+    METHOD,
+    OTHER_MODEL,
+    as_file_error,
+    build_stated,
+    check_example,
+    check_tensors,
+    check_types,
+    checksum,
+)
+from cadsurgery.support.errors import FileError, InvalidInput, check_name
+from cadsurgery.support.plain import check_fields
+from cadsurgery.support.provenance import versions
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.hooks import copying, freeze_computed_weights
 
+_IN_FILE: dict[str, Any] = {
+    **{METHOD: str, "format": int, "versions": dict[str, str], "source": dict[str, Any] | None},
+    **{"options": dict[str, Any], "plan": str, "tensors": str},
+}
 _REMEMBERED = 16  # size of the cache of `GraphModel.remember`
 M = TypeVar("M", bound="type[ConvertedModel]")
 METHODS: dict[str, type[ConvertedModel]] = {}
@@ -39,7 +60,26 @@ def register(kind: M) -> M:
     return kind
 
 
-class ConvertedModel(nn.Module):
+@dataclass(frozen=True)
+class Stored:
+    """Metadata of a file.
+
+    Attributes:
+        fields: all fields.
+        options: the checked options of the method.
+        plan: the plan of the network.
+        source: where the network came from.
+        trust: True if code that the file names may be imported, see `cadsurgery.load`.
+    """
+
+    fields: dict[str, Any]
+    options: dict[str, Any]
+    plan: Any
+    source: Source | None
+    trust: bool
+
+
+class ConvertedModel(Derived):
     """A network that a method converted.
 
     Attributes:
@@ -69,19 +109,8 @@ class ConvertedModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.options: dict[str, Any] = {}
-        self.register_load_state_dict_post_hook(_own_not_missing)
 
     # -- methods may override these ----------------------------------------------------------------
-
-    @classmethod
-    def is_own(cls, name: str) -> bool:
-        """True if a parameter or buffer was added by the method."""
-        return False
-
-    @property
-    def is_optimized(self) -> bool:
-        """True for an inference copy."""
-        return False
 
     def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> MethodMacs:
         """Count the multiply-accumulates on an image."""
@@ -96,12 +125,12 @@ class ConvertedModel(nn.Module):
         return tensors
 
     @classmethod
-    def check_stored(cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor]) -> None:
+    def check_stored(cls, path: str | Path, stored: Stored, tensors: dict[str, Tensor]) -> None:
         """Check that a file's options do not ask for more than its tensors hold."""
 
     @classmethod
     def rebuild(
-        cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor], model: nn.Module | None
+        cls, path: str | Path, stored: Stored, tensors: dict[str, Tensor], model: nn.Module | None
     ) -> Self:
         """Build the network of a file, in evaluation mode.
 
@@ -119,14 +148,14 @@ class ConvertedModel(nn.Module):
             model = build_stated(path, stored.source, of_model)
         with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
             net = cls._convert_again(check_network(model), stored)
-        files.check_plan(path, net.plan, stored.plan)
-        files.fill(path, net, net.fitting(tensors))
+        check_plan(path, net.plan, stored.plan)
+        fill(path, net, net.fitting(tensors))
         return net
 
     # -- common to all methods ---------------------------------------------------------------------
 
     @classmethod
-    def _convert_again(cls, model: nn.Module, stored: files.Stored, **given: Any) -> Self:
+    def _convert_again(cls, model: nn.Module, stored: Stored, **given: Any) -> Self:
         """Convert `model` with the options of a file; those that `convert` does not take are set afterwards."""
         parameters = inspect.signature(cls.convert).parameters
         given |= {name: value for name, value in stored.options.items() if name in parameters}
@@ -156,20 +185,6 @@ class ConvertedModel(nn.Module):
         """Return the parameters that the method added, by name."""
         return {name: value for name, value in self.named_parameters() if self.is_own(name)}
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the training mode, as for any module; an optimised copy refuses `mode=True`.
-
-        Raises:
-            InvalidInput: the network is an optimised copy and `mode` is True.
-        """
-        if mode and self.is_optimized:
-            raise InvalidInput(
-                "an optimised network cannot be trained.",
-                why="its batch norms are folded into its convolutions.",
-                next="train the network it was made from, and call optimize() again.",
-            )
-        return super().train(mode)
-
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.__dict__.update(copy.deepcopy(self._transient))  # cached values have the former dtype or device
         super()._apply(fn, recurse)
@@ -185,9 +200,84 @@ class ConvertedModel(nn.Module):
         return clone
 
 
-def _own_not_missing(net: Any, keys: Any) -> None:
-    """Accept a state dict of the original network, which lacks the tensors that the method added."""
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not net.is_own(name)]
+def pack(net: ConvertedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the contents of a network's file: tensors by name, and metadata as plain values.
+
+    Raises:
+        InvalidInput: the network is an inference copy.
+    """
+    net.check_storable()
+    tensors, more = net.pack()
+    is_named = net.source is not None and ":" in net.source.name
+    return tensors, {
+        **{METHOD: net.method, "format": FORMAT, "versions": versions()},
+        **{"source": net.source.to_dict() if is_named and net.source else None, **more},
+        **{
+            "options": {**net.options, **net.settings},
+            "plan": net.plan.to_json(),
+            "tensors": checksum(tensors),
+        },
+    }
+
+
+def unpack(
+    kind: type[ConvertedModel],
+    path: str | Path,
+    values: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: nn.Module | None,
+    trust: bool,
+) -> ConvertedModel:
+    """Build the network from the contents of a file, in evaluation mode.
+
+    Args:
+        kind: class of the network.
+        path: path of the file, for messages.
+        values: the metadata.
+        tensors: the tensors.
+        model: the original architecture; needed if the network was not built by name.
+        trust: see `cadsurgery.load`.
+
+    Raises:
+        FileError: the file is damaged, does not fit the model, or its example is too large to be created.
+    """
+    with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
+        fields = check_fields(values, {**_IN_FILE, **kind.field_types}, "it")
+        options = check_fields(fields["options"], kind.option_types, "options")
+        source = Source.from_dict(fields["source"]) if fields["source"] is not None else None
+        plan = kind.plan_type.from_json(fields["plan"])
+    check_tensors(path, fields["tensors"], tensors)
+    check_example(path, plan, trust)
+    if source is not None and not trust:
+        source = replace(source, untrusted=str(path))
+    stored = Stored(fields, options, plan, source, trust)
+    kind.check_stored(path, stored, tensors)
+    net = kind.rebuild(path, stored, tensors, model)
+    net.source = source or net.source
+    return net
+
+
+def check_plan(path: str | Path, plan: Any, stored: Any) -> None:
+    """Check that the plan of a converted model equals the plan in the file."""
+    if plan != stored:
+        raise FileError(
+            f"{path} holds another plan than this model gives.",
+            next="pass the model it was made from, or make it again.",
+        )
+
+
+def fill(path: str | Path, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load the tensors of a file into a network; none may be missing.
+
+    Raises:
+        FileError: the tensors do not fit the network.
+    """
+    check_types(path, tensors, network.state_dict())
+    with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
+        missing = [name for name in network.state_dict() if name not in tensors]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        network.load_state_dict(tensors, assign=True)
 
 
 class Fused(NamedTuple):
@@ -225,10 +315,7 @@ class GraphModel(ConvertedModel):
             settings: attributes to set.
         """
         super().__init__()
-        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            getattr(self, kind).update(getattr(model, kind))
-        self.constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
-        self.training = model.training
+        self.constants = self.adopt(model)
         self.program, self.options = program, options
         self._known: dict[Any, Any] = {}
         for name, value in settings.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from cadsurgery.elements.gaps import REACH, resolution
 from cadsurgery.elements.kernel_map import Reading, Window, read_rows
 from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
+T = TypeVar("T")
 Size = tuple[int, int]
 
 
@@ -73,17 +74,17 @@ class Maps:
         self.batch, self.device = batch, device
         self._known: dict[Hashable, Any] = {}
 
-    def _once(self, key: Hashable, build: Callable[[], Any], *alive: object) -> Any:
+    def _once(self, key: Hashable, build: Callable[[], T], *alive: object) -> T:
         """Return the cached result of `build`; `alive` are objects whose `id` is part of the key."""
         if key not in self._known:
             self._known[key] = (build(), alive)
-        return self._known[key][0]
+        built: T = self._known[key][0]
+        return built
 
     def everywhere(self, size: Size) -> Places:
         """Return all positions of maps of a size."""
         mask = partial(torch.ones, self.batch, *size, dtype=torch.bool, device=self.device)
-        places: Places = self._once(("everywhere", size), lambda: Places(mask()))
-        return places
+        return self._once(("everywhere", size), lambda: Places(mask()))
 
     def lattice(self, size: Size, places: Places | None = None, stride: int = 1) -> Lattice:
         """Return the lattice that a convolution of this stride reads on maps of a size: all positions, or some."""
@@ -93,12 +94,11 @@ class Maps:
                 return resolution(self.batch, *size, self.device)
             return Geometry((stride,), fill="nearest").uniform(1, self.batch, size, self.device).at(0)
 
-        whole: Lattice = self._once(("lattice", size, stride), build)
+        whole = self._once(("lattice", size, stride), build)
         if places is None:
             return whole
         key, part = ("lattice", size, stride, id(places)), places.part
-        lattice: Lattice = self._once(key, lambda: whole.pyramid.lattice(0, size, part), places)
-        return lattice
+        return self._once(key, lambda: whole.pyramid.lattice(0, size, part), places)
 
     def reading(self, size: Size, source: Places | None, window: Window, target: Places) -> WindowRead:
         """Return the taps of a convolution for the `target` positions of its output, on (some positions of) a map."""
@@ -155,8 +155,7 @@ class Sites(Maps):
                 mask = F.interpolate(mask.unsqueeze(1).float(), size=size).squeeze(1) > 0
             return Places(mask if self._before is None else mask & self._before.at(size).mask)
 
-        places: Places = self._once(("at", size), build)
-        return places
+        return self._once(("at", size), build)
 
     def computed(self, size: Size, needed: Places | None = None) -> Places:
         """Return the positions computed on maps of a size: undecided positions and the grid.
@@ -175,8 +174,7 @@ class Sites(Maps):
                 mask &= F.max_pool2d(filled, 2 * REACH + 1, 1, REACH).squeeze(1) > 0
             return Places(mask | left.mask)
 
-        places: Places = self._once(("computed", size, id(needed)), build, needed)
-        return places
+        return self._once(("computed", size, id(needed)), build, needed)
 
     def union(self, one: Places, other: Places) -> Places:
         """Return the positions in either set."""
@@ -220,8 +218,7 @@ class Sites(Maps):
             same = (one for one in sources if one.size == mask.shape[1:] and torch.equal(one.mask, mask))
             return next(same, None) or Places(mask)
 
-        places: Places = self._once(key, find, *sources)
-        return places
+        return self._once(key, find, *sources)
 
 
 def _spread(mask: Tensor, axis: int, length: int, before: int, window: Window) -> Tensor:

@@ -133,17 +133,6 @@ class Program:
         self.__dict__.update(state, graph=unpack_graph(state["graph"]))
 
 
-def ancestors(*ends: fx.Node) -> set[fx.Node]:
-    """Return the given nodes and all nodes they are computed from."""
-    found, pending = set[fx.Node](), list(ends)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
-
-
 def call(net: nn.Module, step: Step, value_of: Callable[[str], Any], arguments: Mapping[str, Any]) -> Any:
     """Run a step as the graph does.
 

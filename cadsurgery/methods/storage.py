@@ -7,8 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from cadsurgery.methods.anytime.model import AnytimeModel, AnytimePlan
-from cadsurgery.methods.converted import METHODS, ConvertedModel
-from cadsurgery.methods.files import AGAIN, pack, unpack
+from cadsurgery.methods.converted import METHODS, ConvertedModel, pack, unpack
 from cadsurgery.methods.report import MethodPlan
 from cadsurgery.methods.resampling.model import ResampledModel, ResampledPlan
 from cadsurgery.methods.sampling.model import SampledModel, SamplingPlan
@@ -82,7 +81,7 @@ def read_plan(path: str | Path) -> AnyPlan:
     if kind is None:
         values = storage.read_metadata(path)
     plan_type: type[Plan] | type[MethodPlan] = kind.plan_type if kind is not None else Plan
-    with storage.as_file_error(f"the metadata of {path} is damaged.", AGAIN):
+    with storage.as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
         return plan_type.from_json(values["plan"])  # type: ignore[return-value]
 
 

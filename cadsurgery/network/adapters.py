@@ -12,12 +12,11 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.adapters import LevelAdapter
-from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.refinement import Refinement
 from cadsurgery.network.macs import Counter, meta_copy
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.surgery.arguments import example_of
-from cadsurgery.surgery.graphs import Constants, copy_graph, only_user, upwards
+from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user, upwards
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.rewrite import WORK, ask_mask
 
@@ -105,9 +104,8 @@ def _insert(
 ) -> fx.Node:
     """Replace the value of the node `behind` by a call on `before`, the value, `after` and an adapter."""
     users = list(behind.users)
-    with graph.inserting_after(behind):
+    with graph.inserting_before(behind.next):
         adapter = graph.get_attr(f"{ADAPTERS}.{name}")
-    with graph.inserting_after(adapter):
         adapted = graph.call_function(call, (*before, behind, *after, adapter), options)
     for user in users:
         user.replace_input_with(behind, adapted)
@@ -137,12 +135,7 @@ def _refined(program: Program) -> dict[str, _Map]:
     nodes = list(program.graph.nodes)
     masking = next(node for node in nodes if node.target is ask_mask)
     features = counter.maps[masking.args[2]]
-    behind: set[fx.Node] = set()
-    for node in nodes:
-        operation = operation_of(node.target)
-        is_exit = operation is not None and operation.gives == "dense"
-        if is_exit or not behind.isdisjoint(node.all_input_nodes):
-            behind.add(node)
+    behind = downstream(nodes, lambda node: gives(node, "dense"))
     fine = [
         node
         for node in nodes
@@ -200,10 +193,9 @@ def _places(program: Program) -> Iterator[_Place]:
                 yield _Place(behind, _path_of(node.args[1]), weight)
         elif node.op == "call_module" and node.args and isinstance(source := node.args[0], fx.Node):
             module = program.net.get_submodule(str(node.target))
-            operation = operation_of(source.target)
             if not acts_as(module, nn.Conv2d, nn.Linear):
                 continue
-            if operation is not None and operation.gives == "vector":
+            if gives(source, "vector"):
                 image: Any = source.args[0]
                 yield _Place(node, str(node.target), module.weight, image)
             elif source.target is functional.rows_on and acts_as(module, nn.Linear):

@@ -22,13 +22,7 @@ from cadsurgery.network.convert import carry_out
 from cadsurgery.network.hosted import HostedModel, check_used, reach
 from cadsurgery.network.macs import count_planned
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.errors import (
-    CadError,
-    CadWarning,
-    CannotConvert,
-    InvalidInput,
-    describe_error,
-)
+from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, InvalidInput, describe_error
 from cadsurgery.surgery.arguments import Arguments, bind, bind_example, image_of, run_forward, take_image
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction

@@ -15,7 +15,7 @@ from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.guards import GuardFailed
-from cadsurgery.surgery.hooks import Watched, find_watched
+from cadsurgery.surgery.hooks import find_watched
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
@@ -26,6 +26,9 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
     """Build the program of a planned network."""
     facts = flow.facts
     unchanged = unchanged_graph(facts, plan) if plan.part and plan.identity_level is not None else None
+    used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
+    inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
+    operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
     return Program(
         rewrite(flow, plan, guided=geometry.fill == "guided"),
         plan,
@@ -33,16 +36,8 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
         inspect.signature(facts.model.forward),
         facts.container,
         unchanged,
-        _watched_modules(facts, plan),
+        find_watched(facts.model, operations, [str(node.target) for node in used]),
     )
-
-
-def _watched_modules(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
-    """Return the state of the modules that the rewritten graph relies on."""
-    used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
-    inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
-    operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
-    return find_watched(facts.model, operations, [str(node.target) for node in used])
 
 
 def convert_for_call(

@@ -99,15 +99,15 @@ class Cone:
                 self.lattices[node.name] = self._part(node, needed)
         elif operation is None or operation.reads == "nothing":  # an operation on rows, or a size query
             if needed is not None:
-                self._need_same(node, needed)
+                self._need_inputs(node, needed)
         elif needed is None:  # its result is not elements
-            self._need_all_of(node)
+            self._need_inputs(node)
         elif "window" in node.kwargs:
             self._visit_window(node, operation, needed)
         elif operation.reads == "element":  # batch statistics occur only in training
-            self._need_same(node, needed)
+            self._need_inputs(node, needed)
         else:
-            self._need_all_of(node)
+            self._need_inputs(node)
 
     def _visit_window(self, node: fx.Node, operation: Operation, needed: Tensor) -> None:
         target = self._part(node, needed)
@@ -126,18 +126,15 @@ class Cone:
             if isinstance(other, fx.Node) and other.name in self._places:
                 self._need(other, needed, target.size)
 
-    def _need_same(self, node: fx.Node, needed: Tensor) -> None:
-        """Mark the same positions of all inputs as needed."""
-        for read in node.all_input_nodes:
-            if read.name in self._places:
-                self._need(read, needed, self._places[node.name][1])
-
-    def _need_all_of(self, node: fx.Node) -> None:
-        """Mark all positions of all inputs as needed."""
+    def _need_inputs(self, node: fx.Node, needed: Tensor | None = None) -> None:
+        """Mark the same positions of all inputs as needed; by default all positions."""
         for read in node.all_input_nodes:
             if read.name in self._places:
                 stage, size = self._places[read.name]
-                self._need(read, self._whole.at(stage, size).index >= 0, size)
+                if needed is None:
+                    self._need(read, self._whole.at(stage, size).index >= 0, size)
+                else:
+                    self._need(read, needed, self._places[node.name][1])
 
     def _need(self, node: Any, pixels: Tensor, size: Size) -> None:
         """Mark these positions of a node's elements as needed."""

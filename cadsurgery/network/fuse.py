@@ -20,7 +20,7 @@ from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support import torch_operations
-from cadsurgery.surgery.graphs import Constants, copy_graph, only_user
+from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import act_alike, acts_as, child
 from cadsurgery.surgery.rewrite import WORK
@@ -426,7 +426,9 @@ def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, st
     copied, acts = copy_graph(graph)[0], dict[str, str]()
     for node in list(copied.nodes):
         module: Any = child(net, str(node.target)) if node.op == "call_module" else None
-        if not _holds_activation(module) or _is_hooked(module):
+        kinds = act_alike(type(module)) if module is not None else ()
+        names = {f"{kind.__module__}:{kind.__name__}" for kind in kinds}
+        if names.isdisjoint(_NORMS_THAT_ACT) or _is_hooked(module):
             continue
         norm = nn.BatchNorm2d(module.num_features, module.eps, device="meta")
         norm._parameters, norm._buffers = dict(module._parameters), dict(module._buffers)
@@ -439,28 +441,19 @@ def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, st
     return copied, acts
 
 
-def _holds_activation(module: nn.Module | None) -> bool:
-    kinds = act_alike(type(module)) if module is not None else ()
-    return any(f"{kind.__module__}:{kind.__name__}" in _NORMS_THAT_ACT for kind in kinds)
-
-
 def _find_numbers(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that are computed only from sizes."""
-    numbers = set[fx.Node]()
-    for node in graph.nodes:
-        known, sources = operation_of(node.target), node.all_input_nodes
-        computed = sources and node.op.startswith("call") and numbers.issuperset(sources)
-        if computed or torch_operations.asks(node) or (known is not None and known.reads == "nothing"):
-            numbers.add(node)
-    return numbers
+
+    def asks(node: fx.Node) -> bool:
+        known = operation_of(node.target)
+        return torch_operations.asks(node) or (known is not None and known.reads == "nothing")
+
+    return downstream(graph.nodes, asks, only=True)
 
 
 def _is_elements(node: Any) -> bool:
     """True if a node's value is `Elements`."""
-    if not isinstance(node, fx.Node):
-        return False
-    operation = operation_of(node.target)
-    return node.target is functional.Elements or (operation is not None and operation.gives == "elements")
+    return gives(node, "elements") or (isinstance(node, fx.Node) and node.target is functional.Elements)
 
 
 def _is_own_lattice(node: Any, elements: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.optimized import Precision
+from cadsurgery.network.program import PARTS, Derived
 from cadsurgery.support.errors import CannotConvert, InvalidInput
-from cadsurgery.support.progress import Step, silent
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.trace import evaluating
 
@@ -67,34 +68,65 @@ def check_used(host: nn.Module, path: str, example: Tensor) -> None:
         )
 
 
-class HostedModel(AdaptiveModel):
+class Host(Derived):
+    """Base of networks that run their own code around one converted part; their state dict is the original's."""
+
+    hosts_part = True
+
+    def put(self, host: nn.Module, path: str, part: nn.Module) -> None:
+        """Put `part` into `host` at `path`, and share the modules of `host`."""
+        host.set_submodule(path, part)
+        self._host = (host,)  # in a tuple, so that it is not registered as a submodule
+        self.__dict__.update({kind: host.__dict__[kind] for kind in PARTS})
+        self._path, self.training = path, host.training
+
+    @property
+    def part(self) -> Any:
+        """The converted part."""
+        return self.get_submodule(self._path)
+
+    def run_host(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network's own code."""
+        host = self._host[0]
+        host.training = self.training
+        return host(*args, **kwargs)
+
+    def reach_part(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of its part when the network is called with these arguments.
+
+        Raises:
+            InvalidInput: the network did not call its part.
+        """
+        arguments: Any = reach(self.part, self, *args, **kwargs)
+        if arguments is None:
+            raise InvalidInput(f"the network did not call its {self._path}.", next="check the arguments.")
+        return arguments
+
+    def with_part(self, part: nn.Module) -> Self:
+        """Return an inference copy of the network with another part."""
+        host = copy.deepcopy(self._host[0], copying(self)).eval().requires_grad_(False)
+        return type(self)(host, self._path, part)  # type: ignore[call-arg]
+
+
+class HostedModel(Host, AdaptiveModel):
     """A network that runs its own code, with one adaptive part.
 
     It is called like the original and has the same state dict. Plan, levels, active fraction and MACs are those of the
     part. The mask reads the input of the part, e.g. after a detector's resizing and normalisation.
     """
 
-    hosts_part = True
-
     def __init__(self, host: nn.Module, path: str, part: AdaptiveModel) -> None:
         """Put `part` into `host` at `path`; users call `cadsurgery.adaptify` instead."""
         nn.Module.__init__(self)
-        host.set_submodule(path, part)
-        self._host = (host,)  # in a tuple, so that it is not registered as a submodule
-        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            self.__dict__[kind] = host.__dict__[kind]
-        self._path = path
-        self.training = host.training
+        self.put(host, path, part)
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network as the original is called; see `AdaptiveModel.forward`. Compile its part, not the whole:
         `net.part.compile()`."""
         if torch.compiler.is_compiling() and not is_exporting():
             return self._run_uncompiled(*args, mask=mask, **kwargs)
-        host = self._host[0]
-        host.training = self.training
         with self.part.masked(mask) if mask is not None else contextlib.nullcontext():
-            return host(*args, **kwargs)
+            return self.run_host(*args, **kwargs)
 
     @torch.compiler.disable(
         reason="what surrounds the adaptive part decides by values; use net.part.compile()."
@@ -102,45 +134,21 @@ class HostedModel(AdaptiveModel):
     def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
-    @property
-    def part(self) -> AdaptiveModel:
-        """The adaptive part."""
-        part = self.get_submodule(self._path)
-        assert isinstance(part, AdaptiveModel)
-        return part
-
-    adaptive_part = part
+    adaptive_part = Host.part
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
         """Count the multiply-accumulates of the part when the network is called with these arguments."""
-        arguments = reach(self.part, self, *args, **kwargs)
-        if arguments is None:
-            raise InvalidInput(f"the network did not call its {self._path}.", next="check the arguments.")
-        inputs, named = arguments
+        inputs, named = self.reach_part(*args, **kwargs)
         return self.part.macs(*inputs, mask=mask, rule=rule, **named)
 
-    def optimize(
-        self,
-        fuse: bool = True,
-        *,
-        precision: str = "float",
-        calibration: Any = None,
-        largest_error: float | None = None,
-        step: Step = silent,
-    ) -> HostedModel:
-        """Return a copy with the part optimised; see `AdaptiveModel.optimize`.
-
-        Raises:
-            InvalidInput: 8 bits are requested; calibration needs a network that is adaptive as a whole.
-        """
-        if precision != "float" or calibration is not None or largest_error is not None:
+    def _optimize(self, fuse: bool, wanted: Precision) -> HostedModel:
+        if wanted.is_asked:
             raise InvalidInput(
                 "a network that hosts its adaptive part is not put into another precision.",
                 why="calibration images can only be run through a network that is adaptive as a whole.",
                 next="convert the part itself, cs.adaptify(model.backbone), and optimize() that.",
             )
-        host = copy.deepcopy(self._host[0], copying(self)).eval().requires_grad_(False)
-        return HostedModel(host, self._path, self.part.optimize(fuse))
+        return self.with_part(self.part.optimize(fuse))
 
     @property
     def lattice(self) -> Lattice:

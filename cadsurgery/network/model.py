@@ -35,8 +35,8 @@ from cadsurgery.network.adapters import (
 )
 from cadsurgery.network.convert import convert_for_call
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
-from cadsurgery.network.optimized import FLOAT, fuse_network, put_in_precision
-from cadsurgery.network.program import Masked, Program, RunsProgram
+from cadsurgery.network.optimized import FLOAT, Precision, fuse_network, put_in_precision
+from cadsurgery.network.program import Derived, Masked, Program
 from cadsurgery.network.quantise import Quantisation
 from cadsurgery.support.errors import CadWarning, InvalidInput
 from cadsurgery.support.progress import Step, silent
@@ -50,22 +50,22 @@ from cadsurgery.surgery.verify import Check
 _FOLLOWING = RLock()
 
 
-class AdaptiveModel(RunsProgram):
+class AdaptiveModel(Derived):
     """A network with content-adaptive downsampling: same call, same output structure, same state dict as the original.
 
     Calling it with `mask=` overrides the mask for that call. After a call, `levels` and `active_fraction` describe the
     cells that were kept high. `checks` holds the results of the verification at conversion.
     """
 
+    hosts_part = False  # True if the network runs its own code with one adaptive part; see `HostedModel`
+    _program: Program
     quantisation: Quantisation | None = None  # set on an optimised copy in 8 bits
 
     def __init__(self, model: nn.Module, program: Program, mask: object) -> None:
         """Take over the modules of `model`; users call `cadsurgery.adaptify` instead."""
         super().__init__()
-        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            getattr(self, kind).update(getattr(model, kind))
+        self._constants = self.adopt(model)
         self._original = (model,)  # for its attributes; in a tuple, or torch would register it
-        self._constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
         self.use_program(program)
         self._last = _Last()
         self._ways = dict[tuple[Any, ...], Program]()  # programs for calls that take another path
@@ -74,11 +74,19 @@ class AdaptiveModel(RunsProgram):
         self._source: Any = None
         self._mask_provider = resolve_mask(mask)
         self._unit: Unit = model._unit if isinstance(model, AdaptiveModel) else Unit()
-        self.training = model.training
         self.register_state_dict_post_hook(_without_own)
-        self.register_load_state_dict_post_hook(_own_not_missing)
         self.register_load_state_dict_post_hook(_drop_cached)
         self.use_channels_last()
+
+    @classmethod
+    def is_own(cls, name: str) -> bool:
+        """True for tensors of the mask and of adapters."""
+        return any(part in name for part in _OWN)
+
+    @property
+    def is_optimized(self) -> bool:
+        """True for a copy that `optimize` made."""
+        return self.program.is_fused
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network as the original is called.
@@ -98,7 +106,7 @@ class AdaptiveModel(RunsProgram):
         if mask is None and self._overridden:
             mask = call_context().masks.get(self)
         chosen = self._mask_provider if mask is None else mask
-        if torch.compiler.is_compiling() and not is_exporting() and not _is_static(chosen):
+        if torch.compiler.is_compiling() and not is_exporting() and not getattr(chosen, "static", False):
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
 
@@ -181,6 +189,10 @@ class AdaptiveModel(RunsProgram):
             yield
         finally:
             part._program = program
+
+    def use_program(self, program: Program) -> None:
+        """Replace the network's program, bound to the modules of this network."""
+        self._program = program.bind_to(self)
 
     def restate(self, plan: Plan) -> None:
         """Replace the plan by one with the same decisions and more information."""
@@ -416,15 +428,18 @@ class AdaptiveModel(RunsProgram):
         Raises:
             UnknownName: an unknown precision.
             InvalidInput: `int8` without images; images or `largest_error` without `int8`; an impossible error; a
-                network that is not in float32 on the CPU.
+                network that is not in float32 on the CPU, hosts its adaptive part, or is optimised already.
             CannotConvert: no layer can be quantised.
 
         Warns:
             CadWarning: `int8` is not available here, or the outputs differ from float by more than `largest_error`, by
                 default by more than 1 % of their size; the warning names the error and the layers that cause it.
         """
-        fast = OptimizedModel(self, fuse, pairs=precision == FLOAT)
-        fast.quantisation = put_in_precision(fast, precision, calibration, largest_error, step)
+        return self._optimize(fuse, Precision(precision, calibration, largest_error, step))
+
+    def _optimize(self, fuse: bool, wanted: Precision) -> AdaptiveModel:
+        fast = OptimizedModel(self, fuse, pairs=wanted.name == FLOAT)
+        fast.quantisation = put_in_precision(fast, wanted)
         return fast
 
     def __getattr__(self, name: str) -> Any:
@@ -522,40 +537,12 @@ class OptimizedModel(AdaptiveModel):
         super()._apply(fn, recurse)
         return self
 
-    def optimize(
-        self,
-        fuse: bool = True,
-        *,
-        precision: str = "float",
-        calibration: Any = None,
-        largest_error: float | None = None,
-        step: Step = silent,
-    ) -> OptimizedModel:
-        """Return this network, which is optimised already.
-
-        Raises:
-            InvalidInput: another precision is requested.
-        """
-        if precision != FLOAT:
+    def _optimize(self, fuse: bool, wanted: Precision) -> OptimizedModel:
+        if wanted.name != FLOAT:
             raise InvalidInput(
-                f"an optimised network is not put into {precision}.",
+                f"an optimised network is not put into {wanted.name}.",
                 next="ask the network it was made from: net.optimize(precision=..., calibration=images).",
             )
-        return self
-
-    def train(self, mode: bool = True) -> OptimizedModel:
-        """Refuse training mode, because the batch norms are folded.
-
-        Raises:
-            InvalidInput: mode is True.
-        """
-        if mode:
-            raise InvalidInput(
-                "an optimised network cannot be trained.",
-                why="its batch norms are folded into its convolutions.",
-                next="train the network it was made from, and call optimize() again.",
-            )
-        super().train(False)
         return self
 
 
@@ -572,10 +559,6 @@ def whole_program(net: object, refusal: str, next: str = "pass what cs.adaptify(
         why = f"it was made by {method}: what it computes is decided in the middle of a call."
         next = "run it where this package is, net.optimize(); or pass what cs.adaptify(...) gives of the same network."
     raise InvalidInput(f"{type(net).__name__} {refusal}.", why=why, next=next)
-
-
-def _is_static(mask: object) -> bool:
-    return isinstance(mask, MaskProvider) and mask.static
 
 
 def pictures_for(net: nn.Module) -> Source:
@@ -616,10 +599,6 @@ def _without_own(model: nn.Module, state: dict[str, Any], prefix: str, metadata:
 def _drop_cached(net: nn.Module, _: Any) -> None:
     """Drop values cached for other weights: the verification ran the network on those of the conversion."""
     drop_cached(net)
-
-
-def _own_not_missing(model: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not any(part in name for part in _OWN)]
 
 
 def _forget_other_ways(model: nn.Module, keys: Any) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.network.fuse import KERNELS, fuse, join_pairs, split_norms
-from cadsurgery.network.program import Program, RunsProgram
+from cadsurgery.network.program import Program
 from cadsurgery.network.quantise import Quantisation, quantise
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.surgery.hooks import Watched, child, freeze_computed_weights
 
+if TYPE_CHECKING:
+    from cadsurgery.network.model import AdaptiveModel
+
 PRECISIONS = (FLOAT := "float", "int8")
 
 
-def fuse_network(source: RunsProgram, epilogues: bool, pairs: bool) -> tuple[fx.GraphModule, Program]:
+def fuse_network(source: AdaptiveModel, epilogues: bool, pairs: bool) -> tuple[fx.GraphModule, Program]:
     """Fuse a network's graph; return the modules that the fused graph needs, and its program.
 
     Args:
@@ -49,10 +52,23 @@ def fuse_network(source: RunsProgram, epilogues: bool, pairs: bool) -> tuple[fx.
     return fused, replace(source.program, graph=graph, unchanged=None, watched=watched, is_fused=True)
 
 
-def put_in_precision(
-    fast: RunsProgram, precision: str, calibration: Any, largest_error: float | None, step: Step = silent
-) -> Quantisation | None:
+class Precision(NamedTuple):
+    """A precision and how it is reached; see `AdaptiveModel.optimize`."""
+
+    name: str = FLOAT
+    calibration: Any = None
+    largest_error: float | None = None
+    step: Step = silent
+
+    @property
+    def is_asked(self) -> bool:
+        """True if anything but the defaults is asked for."""
+        return self.name != FLOAT or self.calibration is not None or self.largest_error is not None
+
+
+def put_in_precision(fast: AdaptiveModel, wanted: Precision) -> Quantisation | None:
     """Convert an optimised copy to a precision, see `AdaptiveModel.optimize`; return its quantisation, if any."""
+    precision, calibration, largest_error, step = wanted
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
     if (precision == "int8") != (calibration is not None):
@@ -73,7 +89,7 @@ def put_in_precision(
             "this copy is not in 8 bits: there are no compiled kernels here (cadsurgery --version says why). It stays "
             "in float; .to(torch.bfloat16) is faster where the processor has bfloat16.",
             CadWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     return quantise(fast, calibration, largest_error, step)

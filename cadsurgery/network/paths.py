@@ -19,12 +19,12 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.resizing import read_as_resized
 from cadsurgery.masks.provider import FineMapSpec
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.graphs import gives
 from cadsurgery.surgery.rewrite import ask_mask
 
 _PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, type(None))
@@ -107,7 +107,7 @@ class _Runner(GraphInterpreter):
             low = path + 1 == self.weights.shape[1]
             with _untrack([] if low else norms):
                 results.append(self._call(n, on_path))
-        if _leaves(n):
+        if gives(n, "dense"):
             arguments = fx.map_arg(n.kwargs, lambda source: on_path(source, 0))
             return self._blend(n, inputs[n.args[0]].values, results, arguments)  # type: ignore[index]
         if n.target is functional.to_elements:  # a view shared by all paths, which may change it in place
@@ -124,7 +124,7 @@ class _Runner(GraphInterpreter):
         if node.target is functional.Elements:
             self.rows.discard(node)
         behind = self.left & inputs
-        if _leaves(node) or (behind and not any(isinstance(self.env[n], _Paths) for n in behind)):
+        if gives(node, "dense") or (behind and not any(isinstance(self.env[n], _Paths) for n in behind)):
             self.left.add(node)
 
     def _in_region(self, node: fx.Node, value: Any) -> bool:
@@ -184,12 +184,6 @@ class _Runner(GraphInterpreter):
             for part, share in zip(value.values, shares, strict=True)
         ]
         return torch.stack(parts).sum(0)
-
-
-def _leaves(node: fx.Node) -> bool:
-    """True if a node turns elements into a dense map."""
-    operation = operation_of(node.target)
-    return operation is not None and operation.gives == "dense"
 
 
 @contextlib.contextmanager

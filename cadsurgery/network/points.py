@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.choose import extend
 from cadsurgery.elements.elements import guided
-from cadsurgery.elements.kernel_map import Reading, read_points
+from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import points_of
@@ -229,7 +229,9 @@ class _Run:
         runner = GraphInterpreter(self.program, self.exit.graph, parts)
         elements, guide = runner.run(lambda *_: self.lattice, *self.values)
         lattice, pixels = elements.lattice, self._pixels(elements.lattice)
-        reading = self._read(lattice, pixels, guide)
+        reading = read_points(lattice, pixels)
+        if guide is not None and reading.sources.shape[0]:
+            reading = guided(reading, pixels, lattice, guide)
         flat = elements.rows.flatten(1)
         rows = extend(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
         return list(rows.split([len(part) for part in self.points]))
@@ -240,12 +242,6 @@ class _Run:
         with counter.counter:
             counter.run(lambda *_: self.lattice, *self.values)
         return sum(counter.counts.values()), counter.rows
-
-    def _read(self, lattice: Lattice, pixels: Tensor, guide: Tensor | None) -> Reading:
-        reading = read_points(lattice, pixels)
-        if guide is None or not reading.sources.shape[0]:
-            return reading
-        return guided(reading, pixels, lattice, guide)
 
     def _pixels(self, lattice: Lattice) -> Tensor:
         """Return the flat fine pixels of the dense output's samples at the points of all images."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +29,7 @@ from cadsurgery.surgery.trace import evaluating
 
 Masked = tuple[Any, Lattice]  # result of a run: output and lattice
 _GRAPHS = ("graph", "unchanged")
+PARTS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")  # of a module
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,32 +263,57 @@ class Program:
         return lattice
 
 
-class RunsProgram(nn.Module):
-    """Base class of networks that run a program: the interface of `AdaptiveModel` that modules of this package use.
+class Derived(nn.Module):
+    """Base of all networks that are made from another one: they take over its modules, and may add tensors."""
 
-    Attributes:
-        hosts_part: true if the network runs its own code with one adaptive part; see `HostedModel`.
-        mask: the mask provider.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_own_not_missing)
 
-    hosts_part = False
-    mask: Any
-    _program: Program
-    _constants: dict[str, Tensor]
-
-    @property
-    def program(self) -> Program:
-        """The program of the network."""
-        raise NotImplementedError
+    @classmethod
+    def is_own(cls, name: str) -> bool:
+        """True if a parameter or buffer was added to those of the original."""
+        return False
 
     @property
-    def counted(self) -> Program:
-        """The program of a copy on meta tensors, on which operations are counted."""
-        raise NotImplementedError
+    def is_optimized(self) -> bool:
+        """True for an inference copy."""
+        return False
 
-    def use_program(self, program: Program) -> None:
-        """Replace the network's program, bound to the modules of this network."""
-        self._program = program.bind_to(self)
+    def adopt(self, model: nn.Module) -> dict[str, Tensor]:
+        """Take over modules, parameters, buffers and mode of a network; return the tensors among its attributes."""
+        for kind in PARTS:
+            getattr(self, kind).update(getattr(model, kind))
+        self.training = model.training
+        return {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, as for any module; an optimised copy refuses `mode=True`.
+
+        Raises:
+            InvalidInput: the network is an optimised copy and `mode` is True.
+        """
+        if mode and self.is_optimized:
+            raise InvalidInput(
+                "an optimised network cannot be trained.",
+                why="its batch norms are folded into its convolutions.",
+                next="train the network it was made from, and call optimize() again.",
+            )
+        return super().train(mode)
+
+    def check_storable(self) -> None:
+        """Refuse to save an inference copy, by an `InvalidInput`."""
+        if self.is_optimized:
+            raise InvalidInput(
+                "an optimised network cannot be saved.",
+                why="its weights are folded and no longer the original's.",
+                next="save the network it was made from, and call optimize() after loading.",
+            )
+
+
+def _own_not_missing(net: Any, keys: Any) -> None:
+    """Accept a state dict of the original network, which lacks the added tensors."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not net.is_own(name)]
 
 
 def clone_values(values: tuple[Any, ...]) -> tuple[Any, ...]:

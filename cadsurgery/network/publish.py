@@ -141,7 +141,8 @@ def make_card(
         "work": _work(net, image),
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
-    table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
+    cells = {name: " ".join(text.split()).replace("|", "\\|") for name, text in rows.items()}
+    table = "\n".join(f"| {name} | {cell} |" for name, cell in cells.items())
     return f"""---
 {about.to_yaml()}
 ---
@@ -231,10 +232,6 @@ def _pipeline(plan: Plan) -> str:
         return "image-classification"
     is_segmentation = any(stride == 1 for _, stride in plan.outputs)
     return "image-segmentation" if is_segmentation else "image-feature-extraction"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _check_card(hub: Any, card: str) -> None:

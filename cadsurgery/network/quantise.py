@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,7 +41,7 @@ from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.fuse import KERNELS, path_of
 from cadsurgery.network.macs import Counter
-from cadsurgery.network.program import GraphInterpreter, Program, RunsProgram
+from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
 from cadsurgery.support.progress import Step, counted, silent
@@ -49,6 +49,9 @@ from cadsurgery.support.torch_operations import is_in_place
 from cadsurgery.surgery.graphs import copy_graph, upwards
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import child
+
+if TYPE_CHECKING:
+    from cadsurgery.network.model import AdaptiveModel
 
 _COMPARED = 2  # batches on which layers and outputs are compared
 _SAMPLES = 65536  # values sampled from each map of a batch to choose quantisation parameters
@@ -216,7 +219,7 @@ class _Observer(GraphInterpreter):
 
 
 def quantise(
-    fast: RunsProgram,
+    fast: AdaptiveModel,
     calibration: Tensor | Sequence[Tensor],
     largest_error: float | None = None,
     step: Step = silent,
@@ -275,7 +278,7 @@ def quantise(
                     f"{largest_error:g}, even with the first {first // 2} layers in float32. Leave it in float, or "
                     "calibrate by more images like those it will see.",
                     CadWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         if not error < float("inf"):
             raise CannotConvert(
@@ -290,7 +293,7 @@ def quantise(
                 f"net.optimize(..., largest_error={_UNSAID:g}) keeps the first layers in float32 until they differ by "
                 "no more; net.optimize() keeps all.",
                 CadWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
     return Quantisation(tuple(rewritten.layers), error, method, form_here() or "", len(expected))
 
@@ -298,7 +301,7 @@ def quantise(
 class _Quantiser:
     """Facts about a network that is to be quantised."""
 
-    def __init__(self, fast: RunsProgram, program: Program) -> None:
+    def __init__(self, fast: AdaptiveModel, program: Program) -> None:
         self.fast, self.program = fast, program
         self.kernels: Any = getattr(fast, KERNELS)
         found = (self._layer(node) for node in program.graph.nodes)
@@ -457,15 +460,12 @@ class _Quantiser:
 
     def _overwritten(self, node: fx.Node) -> bool:
         """True if a user changes the value of a node in place."""
-        return any(
-            is_in_place(self._called(user), user.args, user.kwargs)
-            for user in node.users
-            if user.args and user.args[0] is node
-        )
 
-    def _called(self, node: fx.Node) -> Any:
-        """Return the module or function that a node calls, or the name of the method."""
-        return child(self.fast, str(node.target)) if node.op == "call_module" else node.target
+        def called(user: fx.Node) -> Any:
+            return child(self.fast, str(user.target)) if user.op == "call_module" else user.target
+
+        users = (user for user in node.users if user.args and user.args[0] is node)
+        return any(is_in_place(called(user), user.args, user.kwargs) for user in users)
 
     def _grids(self, method: str, exact: Exact) -> dict[fx.Node, QuantParams]:
         grids = dict[fx.Node, QuantParams]()
@@ -568,6 +568,7 @@ class _Rewritten:
 
     def __init__(self, work: _Quantiser, grids: dict[fx.Node, QuantParams], exact: Exact) -> None:
         grids = {node: grids[node] for group in work.groups(exact) for node in group}
+        self.work, self.grids, self.exact = work, grids, exact
         self.in_float = len(exact)
         self.program, self.kernels = work.program, dict[str, IntegerConv]()
         self.layers: list[Layer] = []
@@ -580,31 +581,24 @@ class _Rewritten:
             if not why:
                 more = grids.get(layer.residual) if layer.residual is not None else None
                 self.kernels[layer.name] = _integer_layer(layer, grids[layer.source], more, grids.get(node))
-        self.graph, copies = copy_graph(work.program.graph)
+        self.graph, self.copies = copy_graph(work.program.graph)
         for node, grid in grids.items():
-            self._convert(work, node, grid, exact, grids, copies)
-        self.grids, self.own = grids, {copy: node for node, copy in copies.items()}
+            self._convert(node, grid)
+        self.own = {copy: node for node, copy in self.copies.items()}
         self.graph.lint()
 
-    def _convert(
-        self,
-        work: _Quantiser,
-        node: fx.Node,
-        grid: QuantParams,
-        exact: Exact,
-        grids: dict[fx.Node, QuantParams],
-        copies: dict[fx.Node, fx.Node],
-    ) -> None:
+    def _convert(self, node: fx.Node, grid: QuantParams) -> None:
         """Insert conversions so that each reader of a node gets its value in 8 bits or in float, as it requires."""
-        here, in_bytes = copies[node], set[fx.Node]()
+        work, copies, in_bytes = self.work, self.copies, set[fx.Node]()
+        here = copies[node]
         for user in node.users:
             layer = work.layers.get(user)
-            passes = user in grids and node in work.carried(user)
-            takes = passes or (layer is not None and user not in exact)
+            passes = user in self.grids and node in work.carried(user)
+            takes = passes or (layer is not None and user not in self.exact)
             if takes or _is_neutral(user):
                 in_bytes.add(copies[user])
         layer, carried = work.layers.get(node), work.carried(node)
-        is_bytes = bool(carried) or (layer is not None and node not in exact)
+        is_bytes = bool(carried) or (layer is not None and node not in self.exact)
         if carried and node.op == "call_module":
             pool: Any = work.fast.get_submodule(str(node.target))
             options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
@@ -625,21 +619,18 @@ class _Rewritten:
         if not readers:
             return
         change = from_bytes if is_bytes else to_bytes
-        with self.graph.inserting_after(here):
+        with self.graph.inserting_before(here.next):
             if work.kinds[node] is Tensor:
                 changed = self.graph.call_function(change, (here, *grid))
             else:
                 lattice = self.graph.call_function(getattr, (here, "lattice"))
-                with self.graph.inserting_after(lattice):
-                    rows = self.graph.call_function(rows_on, (here, lattice))
-                with self.graph.inserting_after(rows):
-                    values = self.graph.call_function(change, (rows, *grid))
-                with self.graph.inserting_after(values):
-                    changed = self.graph.call_function(Elements, (values, lattice))
+                rows = self.graph.call_function(rows_on, (here, lattice))
+                values = self.graph.call_function(change, (rows, *grid))
+                changed = self.graph.call_function(Elements, (values, lattice))
         for user in readers:
             user.replace_input_with(here, changed)
 
-    def apply(self, fast: RunsProgram) -> None:
+    def apply(self, fast: AdaptiveModel) -> None:
         """Install the quantised graph and kernels in a network."""
         kernels: Any = getattr(fast, KERNELS)
         for name, kernel in self.kernels.items():
@@ -767,7 +758,7 @@ def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def _on_converted_path(fast: RunsProgram, batches: list[Tensor]) -> list[Tensor]:
+def _on_converted_path(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
     """Return the batches that take the converted path through the network; other paths stay in float.
 
     Raises:
@@ -789,12 +780,12 @@ def _on_converted_path(fast: RunsProgram, batches: list[Tensor]) -> list[Tensor]
         f"{len(batches) - len(fitting)} of {len(batches)} image batches take another path through the network than the "
         f"converted one: they are not used for calibration, and run in float. {refusal.where}",
         CadWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     return fitting
 
 
-def _outputs(fast: RunsProgram, batch: Tensor) -> list[Tensor]:
+def _outputs(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
     """Return a network's outputs in floating point."""
     return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
 

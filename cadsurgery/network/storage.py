@@ -37,7 +37,7 @@ from cadsurgery.surgery.plan import Plan
 FORMAT = 3  # 1: no checksums; 2: no normalisation, masks read the input unchanged
 KEY = "cadsurgery"
 METHOD = "method"  # metadata key: name of the method, if the network was made by another one than adaptify
-_AGAIN = "fetch the file again, or write it again with cs.save."
+AGAIN = "fetch the file again, or write it again with cs.save."
 _CHECKSUM = "sha256"  # metadata key: checksum of the other metadata, which include the tensors' checksum
 _MASK = "cadsurgery.mask."  # prefix of the mask's tensors
 _ADAPTERS = "cadsurgery.adapters."  # prefix of the adapters' tensors
@@ -85,12 +85,7 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{type(net).__name__} is not a converted network.",
             next="save what cs.adaptify gave; of another network torch.save(model.state_dict(), path).",
         )
-    if net.program.is_fused:
-        raise InvalidInput(
-            "an optimised network cannot be saved.",
-            why="its weights are folded and no longer the original's.",
-            next="save the network it was made from, and call optimize() after loading.",
-        )
+    net.check_storable()
     tensors = net.state_dict()
     for prefix, part in ((_MASK, net.mask), (_ADAPTERS, net.adapters)):
         values = part.state_dict() if part is not None else {}
@@ -282,7 +277,7 @@ def check_example(path: str | Path, plan: Any, trust: bool) -> None:
     """
     check_size(path, math.prod(plan.example_shape), trust)
     if call := getattr(plan, "call", ""):
-        with as_file_error(f"the metadata of {path} is damaged.", _AGAIN):
+        with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
             check_size(path, values_of(call), trust)
 
 
@@ -311,7 +306,7 @@ def check_width(path: str | Path, width: int, tensors: Mapping[str, Tensor]) -> 
         raise FileError(
             f"the metadata of {path} is damaged.",
             why=f"it asks for layers of {width} channels, and no tensor in it has more than {largest}.",
-            next=_AGAIN,
+            next=AGAIN,
         )
 
 
@@ -343,7 +338,7 @@ def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str
 
 def _read_fields(path: str | Path, values: Mapping[str, Any]) -> FileMetadata:
     """Check the types of the metadata's values and return them."""
-    with as_file_error(f"the metadata of {path} is damaged.", _AGAIN):
+    with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
         if METHOD in values:
             raise FileError(
                 f"{path} holds a network of another method, {values[METHOD]!r:.60}.",
@@ -368,7 +363,7 @@ def check_metadata(path: str | Path, header: Mapping[str, str]) -> dict[str, Any
         FileError: the metadata are damaged, or were written by a later version.
     """
     text = header[KEY]
-    with as_file_error(f"the metadata of {path} is damaged.", _AGAIN):
+    with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
         if len(text) > LONGEST:
             raise ValueError(f"it has {len(text)} characters.")
         values = json.loads(text)

@@ -160,13 +160,11 @@ def in_order(graph: fx.Graph, arguments: Arguments, *first: Any) -> list[Any]:
 
 def describe_call(model: nn.Module, arguments: Arguments) -> str:
     """Describe types and shapes of the arguments as JSON; "" if the call has only an image."""
-    if take_image(model, image_of(arguments)).keys() == arguments.keys() and _is_alone(arguments):
+    image = image_of(arguments)
+    is_alone = image is next(iter(arguments.values()))
+    if is_alone and take_image(model, image).keys() == arguments.keys():
         return ""
     return json.dumps({name: _plain(value) for name, value in arguments.items()})
-
-
-def _is_alone(arguments: Arguments) -> bool:
-    return image_of(arguments) is next(iter(arguments.values()))
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ used, and the graph gets a guard (`guards.check_branch`). Branches on pixel valu
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +44,14 @@ class ByValues(Exception):
     """The Python code branches on pixel values, which a graph cannot represent."""
 
 
+def _decided(take: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda symbol: symbol.tracer.decide(symbol, take)
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda symbol, *args: symbol.tracer.call(function, symbol, *args)
+
+
 class Symbol(fx.Proxy):
     """A proxy that knows its value on the example."""
 
@@ -59,17 +68,11 @@ class Symbol(fx.Proxy):
         """Rebind this symbol to the value after the assignment."""
         self.node = self.tracer.call(assign, self, index, part).node
 
-    def __len__(self) -> int:
-        return self.tracer.decide(self, len)
-
-    def __int__(self) -> int:
-        return self.tracer.decide(self, int)
-
-    def __index__(self) -> int:
-        return self.tracer.decide(self, operator.index)
-
-    def __float__(self) -> float:
-        return self.tracer.decide(self, float)
+    # What Python needs as a plain number becomes a guard, what it computes becomes a node.
+    __len__, __int__, __float__ = _decided(len), _decided(int), _decided(float)
+    __index__ = _decided(operator.index)
+    __round__, __trunc__ = _recorded(round), _recorded(int)
+    __floor__, __ceil__ = _recorded(math.floor), _recorded(math.ceil)
 
     def __format__(self, how: str) -> str:  # formatting needs no guard
         return format(self.tracer.value(self), how)
@@ -79,18 +82,6 @@ class Symbol(fx.Proxy):
 
     def __hash__(self) -> int:
         return id(self)
-
-    def __round__(self, *digits: Any) -> Any:
-        return self.tracer.call(round, self, *digits)
-
-    def __trunc__(self) -> Any:
-        return self.tracer.call(int, self)
-
-    def __floor__(self) -> Any:
-        return self.tracer.call(sys.modules["math"].floor, self)
-
-    def __ceil__(self) -> Any:
-        return self.tracer.call(sys.modules["math"].ceil, self)
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -282,13 +273,15 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NumberType(type):
-    """Metaclass of replacements of `int` and `float`: equal to the types for isinstance; conversions become nodes."""
+    """Metaclass of replacements of `int`, `float` and `type`: equal to these for isinstance, called with a symbol they
+    return `of(symbol)`."""
 
     number: type
+    of: Callable[[Symbol], Any]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if args and issubclass(type(args[0]), Symbol) and not args[1:]:
-            return args[0].tracer.call(cls.number, args[0])
+            return cls.of(args[0])
         return cls.number(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -302,27 +295,6 @@ class _NumberType(type):
 
     def __hash__(cls) -> int:
         return hash(cls.number)
-
-
-class _TypeOf(_NumberType):
-    """Metaclass of the replacement of `type`, which returns the type of a symbol's value on the example."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if args and issubclass(type(args[0]), Symbol) and not args[1:]:
-            return type(args[0].tracer.value(args[0]))
-        return type(*args, **kwargs)
-
-
-class _Type(metaclass=_TypeOf):
-    number = type
-
-
-class _Int(metaclass=_NumberType):
-    number = int
-
-
-class _Float(metaclass=_NumberType):
-    number = float
 
 
 _PYTHON = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "cadsurgery"}
@@ -353,9 +325,11 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
     min accept symbols in the Python modules of the network and in modules that they import functions from."""
     shadows = {
         "isinstance": _is_instance,
-        "type": _Type,
-        "int": _Int,
-        "float": _Float,
+        "type": _NumberType(
+            "_Type", (), {"number": type, "of": lambda symbol: type(symbol.tracer.value(symbol))}
+        ),
+        "int": _NumberType("_Int", (), {"number": int, "of": _recorded(int)}),
+        "float": _NumberType("_Float", (), {"number": float, "of": _recorded(float)}),
         "max": _recording(max),
         "min": _recording(min),
     }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from cadsurgery.elements.operations import operation_of
+from cadsurgery.support.torch_operations import name_of
+
+_CALLS = ("call_function", "call_method")  # calls that read no module
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -36,9 +41,50 @@ def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node
     return reached
 
 
+def upstream(*nodes: fx.Node) -> set[fx.Node]:
+    """Return nodes and all their ancestors."""
+    return {source for node in nodes for source in upwards(node)}
+
+
+def downstream(
+    nodes: Iterable[fx.Node], is_first: Callable[[fx.Node], Any], only: bool = False
+) -> set[fx.Node]:
+    """Return the nodes that are first, and those computed from any of them; with `only`, the calls computed from these
+    alone."""
+    found = set[fx.Node]()
+    for node in nodes:
+        sources = node.all_input_nodes
+        behind = sources and node.op in _CALLS and found.issuperset(sources)
+        if is_first(node) or (behind if only else not found.isdisjoint(sources)):
+            found.add(node)
+    return found
+
+
+def gives(node: Any, kind: str) -> bool:
+    """True if a node is an operation on elements with results of a kind, see `Operation.gives`."""
+    operation = operation_of(node.target) if isinstance(node, fx.Node) else None
+    return operation is not None and operation.gives == kind
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """Return the only user of a value; None if there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def axes_order(node: fx.Node, rank: int) -> list[int] | None:
+    """Return the order in which a transposition or permutation puts the axes; None for any other node, or if its axes
+    are not written out."""
+    stated: Any = (*node.args[1:], *node.kwargs.values())
+    if name_of(node.target) == "permute":
+        order = list(stated[0] if isinstance(stated[0], (tuple, list)) else stated)
+        return order if all(isinstance(axis, int) for axis in order) else None
+    is_swap = name_of(node.target) in ("transpose", "swapaxes", "swapdims")
+    if not is_swap or len(stated) != 2 or not all(isinstance(axis, int) for axis in stated):
+        return None
+    order = list(range(rank))
+    first, second = stated
+    order[first], order[second] = order[second], order[first]
+    return order
 
 
 class Constants:
@@ -46,12 +92,8 @@ class Constants:
 
     def __init__(self, interpreter: fx.Interpreter) -> None:
         """Take the interpreter that runs the nodes of a graph."""
-        self._interpreter, self._fixed, self._values = interpreter, set[fx.Node](), dict[fx.Node, Any]()
-        for node in interpreter.graph.nodes:
-            sources = node.all_input_nodes
-            call = node.op in ("call_function", "call_method") and sources
-            if node.op == "get_attr" or (call and self._fixed.issuperset(sources)):
-                self._fixed.add(node)
+        self._interpreter, self._values = interpreter, dict[fx.Node, Any]()
+        self._fixed = downstream(interpreter.graph.nodes, lambda node: node.op == "get_attr", only=True)
 
     def get(self, node: Any) -> Any:
         """Return the detached value of a node; None if it is not constant, or computed from constants that are neither

@@ -301,7 +301,15 @@ class Watch:
         if is_replaced(module) != watched.is_replaced:
             raise _exchange(watched, "its forward was exchanged")
         if _foreign(module) > watched.hooks:
-            raise _hooked(watched)
+            of_elements = "it runs on elements of several sizes, where a hook expects a map."
+            looked_into = f"{watched.path} itself is not called: what it holds was rewritten."
+            raise InvalidInput(
+                f"{watched.path} has a hook that this network cannot call as it is meant.",
+                why=of_elements if watched.is_called else looked_into,
+                next="remove it (handle.remove()). A hook on the network itself is called, and so is one on an "
+                f"operation outside the region, see print(net.plan). One that {watched.path} has before cs.adaptify "
+                "is called too: the region then ends there, and what follows runs dense.",
+            )
         holder, _, name = watched.path.rpartition(".")
         around, children = child(self._net, holder), tuple(module._modules)
         assert around is not None
@@ -335,18 +343,6 @@ class _Order:
             or list(map(len, self._children)) != self._counts
             or any(map(operator.contains, self._states, itertools.repeat("forward")))
         )
-
-
-def _hooked(watched: Watched) -> InvalidInput:
-    of_elements = "it runs on elements of several sizes, where a hook expects a map."
-    looked_into = f"{watched.path} itself is not called: what it holds was rewritten."
-    return InvalidInput(
-        f"{watched.path} has a hook that this network cannot call as it is meant.",
-        why=of_elements if watched.is_called else looked_into,
-        next="remove it (handle.remove()). A hook on the network itself is called, and so is one on an operation "
-        f"outside the region, see print(net.plan). One that {watched.path} has before cs.adaptify is called too: the "
-        "region then ends there, and what follows runs dense.",
-    )
 
 
 def _own(children: tuple[str, ...]) -> tuple[str, ...]:
@@ -387,8 +383,6 @@ _HARMLESS = frozenset(
         *("__setstate__", "__getstate__", "__deepcopy__"),
     )
 )
-
-
 _ALIKE: WeakKeyDictionary[type, tuple[type, ...]] = WeakKeyDictionary()
 
 

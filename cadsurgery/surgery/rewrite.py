@@ -17,6 +17,7 @@ from cadsurgery.elements.axes import NCHW
 from cadsurgery.support.torch_operations import asks
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, is_filled
+from cadsurgery.surgery.graphs import copy_graph, downstream
 from cadsurgery.surgery.guards import check_branch, drop_dead_code, is_whole
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
@@ -311,16 +312,12 @@ class Rewriter:
             out = self.working[node] = self.graph.node_copy(node, rows)
         else:
             args, kwargs = fx.map_arg(call.args, rows), fx.map_arg(call.kwargs, rows)
-            out = self.working[node] = self.call_on_rows(call.target, args, kwargs)
+            op = "call_method" if isinstance(call.target, str) else "call_function"
+            out = args[0]
+            if call.target is not None:
+                out = self.graph.create_node(op, call.target, args, kwargs)
+            self.working[node] = out
         return self.call(functional.Elements, out, lattice)
-
-    def call_on_rows(self, target: Callable[..., Any] | str | None, args: Any, kwargs: Any) -> fx.Node:
-        """Call a function or method on rows; without a target return the first argument."""
-        if target is None:
-            return args[0]
-        if isinstance(target, str):
-            return self.graph.call_method(target, args, kwargs)
-        return self.graph.call_function(target, args, kwargs)
 
 
 def ask_mask(masking: Callable[[Any, Any], Any], image: Any, features: Any) -> Any:
@@ -354,7 +351,8 @@ def halves(graph: fx.Graph) -> Halves:
     nodes = list(graph.nodes)
     cut = next(place for place, node in enumerate(nodes) if node.target is ask_mask)
     masking, *mask_inputs = nodes[cut].args
-    duplicated = _independent_of_image(nodes[:cut])  # computed in both halves instead of passed on
+    # Weights, sizes, types and what is computed from them alone are computed in both halves instead of passed on.
+    duplicated = downstream(nodes[:cut], lambda node: asks(node) or node.op == "get_attr", only=True)
     rest = {*nodes[cut:], *duplicated}
     needed = [
         node
@@ -376,25 +374,12 @@ def halves(graph: fx.Graph) -> Halves:
     return Halves(before, after, image, features)
 
 
-def _independent_of_image(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that are weights, sizes, dtypes or devices, or computed only from such nodes."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        inputs = set(node.all_input_nodes)
-        computed = inputs and inputs <= found and node.op in ("call_function", "call_method")
-        if asks(node) or node.op == "get_attr" or computed:
-            found.add(node)
-    return found
-
-
 def unchanged_graph(facts: Facts, plan: Plan) -> fx.Graph:
     """Return the original graph with the fine map as a second output, for uniform masks at the network's own grid."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(facts.graph, copies)
-    entering = plan.chosen("enter")[0].node
+    graph, copies = copy_graph(facts.graph)
+    entering, output = plan.chosen("enter")[0].node, graph.output_node()
     fine = next(copy for node, copy in copies.items() if node.name == entering)
-    graph.output((output, fine))
+    output.args = ((output.args[0], fine),)
     return graph
 
 

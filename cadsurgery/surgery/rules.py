@@ -27,8 +27,9 @@ from cadsurgery.elements.axes import (
     row_dim,
 )
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.support.torch_operations import name_of, spellings
+from cadsurgery.support.torch_operations import spellings
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.graphs import axes_order
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.treatment import (
     Attribute,
@@ -256,29 +257,22 @@ def padding_same(node: fx.Node, facts: Facts) -> Treatment:
 # -- the image as a whole ------------------------------------------------------------------------------
 
 
-@rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d)
-def adaptive_average_pooling(node: fx.Node, facts: Facts) -> Treatment:
+@rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
+def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """The mean over the image, or over the bins it is cut into, each element weighed by its area."""
-    return _pooling_to_bins(node, facts, largest=False)
-
-
-@rule(nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
-def adaptive_max_pooling(node: fx.Node, facts: Facts) -> Treatment:
-    """The maximum over the image, or over the bins it is cut into."""
-    return _pooling_to_bins(node, facts, largest=True)
-
-
-def _pooling_to_bins(node: fx.Node, facts: Facts, largest: bool) -> Treatment:
+    module = facts.module(node) if node.op == "call_module" else None
+    largest = acts_as(module, nn.AdaptiveMaxPool2d) or node.target is F.adaptive_max_pool2d
+    why = "The maximum over the image, or over the bins it is cut into." if largest else ""
     options = _options(node, facts, "x", "output_size", return_indices=False)
     size = _pair(options["output_size"])
     if size == (1, 1):
-        return Treatment("global", call=functional.global_max if largest else functional.global_mean)
+        return Treatment("global", why, functional.global_max if largest else functional.global_mean)
     if not all(isinstance(bins, int) for bins in size):
         return barrier("how many bins it has follows from the size of the map")
     if options["return_indices"] or facts.layout(node.args[0]) != NCHW:
         return barrier("its indices, or its axes, are those of a dense map")
     arguments = (("size", size), ("largest", largest))
-    return Treatment("global", call=functional.pool_to_bins, arguments=arguments, spaced=True)
+    return Treatment("global", why, functional.pool_to_bins, arguments, spaced=True)
 
 
 @rule(torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin")
@@ -308,7 +302,7 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
 def group_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Mean and variance of each image and group, over elements weighed by area; then affine."""
     options = _options(node, facts, "input", "num_groups", weight=None, bias=None, eps=1e-5)
-    return _normalise_groups(options, options["num_groups"])
+    return _pointwise_by(functional.group_norm, **_affine(options), groups=options["num_groups"])
 
 
 @rule(nn.InstanceNorm2d, F.instance_norm)
@@ -319,22 +313,14 @@ def instance_norm(node: fx.Node, facts: Facts) -> Treatment:
     of_call = options["use_input_stats"] and options["running_mean"] is None
     if options.get("track_running_stats") or not of_call:
         return barrier("it has running statistics of single images")
-    return _normalise_groups(options, facts.shapes[node][1])
-
-
-def _normalise_groups(options: dict[str, Any], groups: int) -> Treatment:
-    arguments = {name: options[name] for name in ("weight", "bias", "eps")}
-    return Treatment(
-        "pointwise", call=functional.group_norm, arguments=(*arguments.items(), ("groups", groups))
-    )
+    return _pointwise_by(functional.group_norm, **_affine(options), groups=facts.shapes[node][1])
 
 
 @rule("timm.layers.evo_norm:group_std")
 def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
     """The standard deviation of each image and group, over elements weighed by area, on every element."""
     options = _arguments(node, "x", groups=32, eps=1e-5, flatten=False)
-    kwargs = {name: options[name] for name in ("groups", "eps")}
-    return Treatment("pointwise", call=functional.group_deviation, arguments=tuple(kwargs.items()))
+    return _pointwise_by(functional.group_deviation, groups=options["groups"], eps=options["eps"])
 
 
 # -- normalisation and dropout -------------------------------------------------------------------------
@@ -343,22 +329,16 @@ def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.BatchNorm2d, nn.SyncBatchNorm)
 def batch_norm(node: fx.Node, facts: Facts) -> Treatment:
     """An affine map per channel; in training, statistics over the elements, weighed by their area."""
-    arguments = (("norm", Attribute(str(node.target))),)
-    return Treatment("pointwise", call=_batch_norm_call(node, facts), arguments=arguments)
+    norm: Any = facts.module(node)
+    of_batch = norm.running_mean is None or norm.running_var is None
+    call = functional.norm_of_batch if of_batch else functional.batch_norm
+    return _pointwise_by(call, norm=Attribute(str(node.target)))
 
 
 @rule("timm.layers.norm_act:BatchNormAct2d")
 def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
     """Batch normalisation followed by its own pointwise activation."""
-    parts = tuple(f"{node.target}.{name}" for name in ("drop", "act"))
-    arguments = (("norm", Attribute(str(node.target))),)
-    return Treatment("pointwise", call=_batch_norm_call(node, facts), arguments=arguments, then=parts)
-
-
-def _batch_norm_call(node: fx.Node, facts: Facts) -> Callable[..., Any]:
-    norm: Any = facts.module(node)
-    of_batch = norm.running_mean is None or norm.running_var is None
-    return functional.norm_of_batch if of_batch else functional.batch_norm
+    return replace(batch_norm(node, facts), then=(f"{node.target}.drop", f"{node.target}.act"))
 
 
 @rule(F.batch_norm)
@@ -384,10 +364,10 @@ def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
 @rule("torchvision.ops.stochastic_depth:StochasticDepth")
 def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """Scales whole channels or whole images, wherever their elements are."""
-    arguments = (("dropout", Attribute(str(node.target))),)
     of_channels = (nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
     axes = NCHW if isinstance(facts.module(node), of_channels) else ""
-    return Treatment("pointwise", call=functional.drop_per_image, arguments=arguments, axes=axes)
+    treatment = _pointwise_by(functional.drop_per_image, dropout=Attribute(str(node.target)))
+    return replace(treatment, axes=axes)
 
 
 @rule(F.dropout2d, F.dropout3d, F.feature_alpha_dropout)
@@ -395,8 +375,8 @@ def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
     """Changes whole channels or whole images, wherever their elements are."""
     default = node.target is not F.feature_alpha_dropout  # its `training` defaults to False
     options = _arguments(node, "input", p=0.5, training=default)
-    arguments = (("how", operation_name(node, facts)), ("p", options["p"]), ("training", options["training"]))
-    return Treatment("pointwise", call=functional.drop_channels, arguments=arguments)
+    own = {name: options[name] for name in ("p", "training")}
+    return _pointwise_by(functional.drop_channels, how=operation_name(node, facts), **own)
 
 
 # -- each element alone --------------------------------------------------------------------------------
@@ -458,18 +438,18 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     if isinstance(dim, int) and image_dims(layout) == (dim % len(layout),) and over_image is not None:
         why = "over all positions, each weighed by its area"
         return Treatment("pointwise", why, over_image, axes="", spaced=True)
-    if not isinstance(dim, int) or row_dim(layout, dim) is None:
+    row = row_dim(layout, dim) if isinstance(dim, int) else None
+    if row is None:
         name = operation_name(node, facts)
         return barrier(f"{name} over {'positions of the image' if isinstance(dim, int) else dim} mixes them")
     if module is not None:
-        call = Call(function, (node.args[0], row_dim(layout, dim)))
-        return Treatment("pointwise", rows=call)
+        return Treatment("pointwise", rows=Call(function, (node.args[0], row)))
     keepdim = bool(
         options.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False)
     )
     reduced = len(facts.shapes.get(node, layout)) < len(layout) or (node not in facts.shapes and not keepdim)
     after = layout[: dim % len(layout)] + layout[dim % len(layout) + 1 :] if reduced else layout
-    return Treatment("pointwise", rows=_redirect(node, names, layout), layout=after)
+    return Treatment("pointwise", rows=_redirect(node, names.index("dim"), row), layout=after)
 
 
 # -- axes: the same rows under another name ------------------------------------------------------------
@@ -494,16 +474,8 @@ def reshaping(node: fx.Node, facts: Facts) -> Treatment:
 def permutation(node: fx.Node, facts: Facts) -> Treatment:
     """Orders the axes of the map: the channels of a row stay in the row."""
     source, layout = node.args[0], facts.layout(node.args[0])
-    order: Any = list(range(len(layout)))
-    stated: Any = node.kwargs.get("dims", node.args[1:])
-    how = name_of(node.target)
-    if how == "permute":
-        order = stated[0] if len(stated) == 1 and isinstance(stated[0], (tuple, list)) else stated
-    elif how in ("transpose", "swapaxes", "swapdims"):
-        swapped: Any = (*node.args[1:], *node.kwargs.values())
-        first, second = swapped[:2]
-        order[first], order[second] = order[second], order[first]
-    else:
+    order = axes_order(node, len(layout))
+    if order is None:
         return barrier("its axes are not written out")
     after, rows = permute_axes(layout, order)
     moved = list(rows) != sorted(rows)
@@ -516,10 +488,9 @@ def split(node: fx.Node, facts: Facts) -> Treatment:
     """Parts of the channels of each element."""
     layout = facts.layout(node.args[0])
     options = _arguments(node, "x", "sections", dim=0)
-    if row_dim(layout, options["dim"]) is None:
+    if (row := row_dim(layout, options["dim"])) is None:
         return barrier("it cuts the image or the batch into parts")
-    names = ("x", "sections", "dim")
-    return Treatment("pointwise", rows=_redirect(node, names, layout, dim=0))
+    return Treatment("pointwise", rows=_redirect(node, 2, row))
 
 
 @rule(*spellings("selects"))
@@ -527,12 +498,11 @@ def selection(node: fx.Node, facts: Facts) -> Treatment:
     """Some channels of each element."""
     layout = facts.layout(node.args[0])
     options = _arguments(node, "x", dim=0)
-    if row_dim(layout, options["dim"]) is None:
+    if (row := row_dim(layout, options["dim"])) is None:
         return barrier("it takes parts of the image or the batch")
     dim = options["dim"] % len(layout)
     after = layout if "narrow" in str(node.target) else layout[:dim] + layout[dim + 1 :]
-    call = _redirect(node, ("x", "dim"), layout, dim=0)
-    return Treatment("pointwise", rows=call, layout=after)
+    return Treatment("pointwise", rows=_redirect(node, 1, row), layout=after)
 
 
 @rule(operator.getitem)
@@ -873,16 +843,13 @@ def _first_map(node: fx.Node, facts: Facts) -> fx.Node:
     return next(source for source in node.all_input_nodes if facts.layout(source))
 
 
-def _redirect(node: fx.Node, names: tuple[str, ...], layout: str, **defaults: Any) -> Call:
-    """Return the node's own call with its `dim` translated to a dimension of the rows."""
+def _redirect(node: fx.Node, place: int, dim: Any) -> Call:
+    """Return the node's own call with another `dim`, one of the rows; `place` is its place among the arguments."""
     args, kwargs = list(node.args), dict(node.kwargs)
-    place = names.index("dim")
-    usual = {"normalize": 1, "glu": -1}.get(str(getattr(node.target, "__name__", "")), defaults.get("dim"))
-    dim: Any = args[place] if len(args) > place else kwargs.get("dim", usual)
     if len(args) > place:
-        args[place] = row_dim(layout, dim)
+        args[place] = dim
     else:
-        kwargs["dim"] = row_dim(layout, dim)
+        kwargs["dim"] = dim
     return Call(node.target, tuple(args), kwargs)
 
 
@@ -891,16 +858,10 @@ def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: 
     layout = facts.layout(node.args[0])
     if any(layout[dim] != "c" for dim in dims):
         return barrier("it joins the images of the batch")
-    rows = tuple(row_dim(layout, dim) for dim in dims)
     place = 2 if "norm" in operation_name(node, facts) else 1
-    kwargs = {key: value for key, value in node.kwargs.items() if key != "dim"}
-    args = [*node.args]
-    if len(args) > place:
-        args[place] = rows
-    else:
-        kwargs["dim"] = rows
+    call = _redirect(node, place, tuple(row_dim(layout, dim) for dim in dims))
     after = layout if keepdim else "".join(axis for dim, axis in enumerate(layout) if dim not in dims)
-    return Treatment("pointwise", rows=Call(node.target, tuple(args), kwargs), layout=after)
+    return Treatment("pointwise", rows=call, layout=after)
 
 
 def _window(options: dict[str, Any], same: bool = False) -> Window | str:
@@ -924,6 +885,16 @@ def _window(options: dict[str, Any], same: bool = False) -> Window | str:
     ceil_mode = not same and options.get("ceil_mode", False)
     window = Window(kernel, stride[0], dilation, pads, mode, ceil_mode, same=same)
     return growing(window) or window
+
+
+def _affine(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a norm that do not choose what its statistics are over."""
+    return {name: options[name] for name in ("weight", "bias", "eps")}
+
+
+def _pointwise_by(call: Callable[..., Any], **arguments: Any) -> Treatment:
+    """Treat an operation that a function on elements does to each element."""
+    return Treatment("pointwise", call=call, arguments=tuple(arguments.items()))
 
 
 def _treat_window(call: Callable[..., Any], window: Window | str, **arguments: Any) -> Treatment:

@@ -17,6 +17,7 @@ Refusal = Callable[[fx.Node, Sequence[fx.Node]], Barrier | None]
 
 # An additional, coarser output map gets no adaptive stage of its own if it has less than this share of the MACs.
 MERE_TAIL = 0.05
+_FINAL = Barrier("resizes what leaves the region", Cause.END)
 
 
 class Settled(NamedTuple):
@@ -61,7 +62,9 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None 
         flow = flow_forward(facts, refused, by_design, coarsest=coarsest)
         highs = {flow.grid[node] for node in flow.grid}
         dilated = frozenset().union(*(dilated_by_design(flow, region_of(flow, high)) for high in highs))
-        leaving = _lone_pads(flow) | _last_resizes(flow) | ({} if named else _mere_tails(flow))
+        # Final resizes read the region at arbitrary points, so that the output has the original network's size.
+        resizes = [node for node in flow.last if flow.at_exit(node)]
+        leaving = _lone_pads(flow) | dict.fromkeys(resizes, _FINAL) | ({} if named else _mere_tails(flow))
         if dilated <= by_design and leaving.keys() <= outside.keys():
             return Settled(flow, refused, by_design, coarsest)
         by_design |= dilated
@@ -70,6 +73,11 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None 
 
 def _lone_pads(flow: Flow) -> dict[fx.Node, Barrier]:
     """Return padding operations whose result is read by other nodes than windows of the region."""
+
+    def is_window(user: fx.Node) -> bool:  # or asks for the size
+        kind = flow.treatments[user].kind
+        return user not in flow.barriers and (kind == "window" or (kind == "shape" and user.op != "output"))
+
     return {
         pad: Barrier(
             f"pads the map for {operation_name(user, flow.facts)}, which is no window of the region",
@@ -77,20 +85,7 @@ def _lone_pads(flow: Flow) -> dict[fx.Node, Barrier]:
         )
         for pad in flow.facts.pads
         for user in pad.users
-        if not _pads_for(user, flow)
-    }
-
-
-def _pads_for(user: fx.Node, flow: Flow) -> bool:
-    kind = flow.treatments[user].kind
-    return user not in flow.barriers and (kind == "window" or (kind == "shape" and user.op != "output"))
-
-
-def _last_resizes(flow: Flow) -> dict[fx.Node, Barrier]:
-    """Return resizes that read the region at arbitrary points and are followed by pointwise operations only, so that
-    the output has the size of the original network's."""
-    return {
-        node: Barrier("resizes what leaves the region", Cause.END) for node in flow.last if flow.at_exit(node)
+        if not is_window(user)
     }
 
 

@@ -16,9 +16,9 @@ from typing import Any
 from torch import fx
 
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.graphs import axes_order
 
 _RESHAPES = ("view", "reshape", "flatten", "unflatten")
-_SWAPS = ("transpose", "swapaxes")
 _SAME = ("contiguous", "clone")
 
 
@@ -79,18 +79,8 @@ def _follow(node: fx.Node, axes: Axes, facts: Facts) -> Axes | None:
         return axes
     if node.target in _RESHAPES:
         return _regroup([factor for axis in axes for factor in axis], tuple(facts.shapes[node]))
-    arguments: Any = node.args[1:] or tuple(node.kwargs.values())
-    if node.target in _SWAPS and len(arguments) == 2 and all(isinstance(axis, int) for axis in arguments):
-        order = list(range(len(axes)))
-        first, second = (axis % len(axes) for axis in arguments)
-        order[first], order[second] = order[second], order[first]
-    elif node.target == "permute":
-        order = list(arguments[0] if isinstance(arguments[0], (tuple, list)) else arguments)
-        if not all(isinstance(axis, int) for axis in order):
-            return None
-    else:
-        return None
-    return [axes[axis] for axis in order]
+    order = axes_order(node, len(axes))
+    return None if order is None else [axes[axis] for axis in order]
 
 
 def _regroup(factors: list[_Factor], shape: tuple[int, ...]) -> Axes | None:
@@ -123,14 +113,14 @@ def _emit(node: fx.Node, start: fx.Node, axes: Axes) -> fx.Node:
     graph = node.graph
     with graph.inserting_before(node):
         lengths: dict[str, Any] = {
-            kind: graph.call_method("size", (start, axis)) for kind, axis in _SIZES.items()
+            kind: graph.call_method("size", (start, axis)) for kind, axis in {"b": 0, "h": 2, "w": 3}.items()
         }
         factors = [factor for axis in axes for factor in axis]
         channels = sorted((f for f in factors if f.kind == "c"), key=lambda f: -f.step)
-        order = [_Factor("b", 0), *channels, _Factor("h", 0), _Factor("w", 0)]
         split_shape = (lengths["b"], *(factor.size for factor in channels), lengths["h"], lengths["w"])
         result = graph.call_method("reshape", (start, *split_shape))
-        places = [channels.index(f) + 1 if f.kind == "c" else _place(f.kind, order) for f in factors]
+        fixed = {"b": 0, "h": len(channels) + 1, "w": len(channels) + 2}
+        places = [channels.index(f) + 1 if f.kind == "c" else fixed[f.kind] for f in factors]
         if places != sorted(places):
             result = graph.call_method("permute", (result, *places))
         if any(len(axis) != 1 for axis in axes):
@@ -147,10 +137,3 @@ def _emit(node: fx.Node, start: fx.Node, axes: Axes) -> fx.Node:
         if new is not start:
             new.meta.update(node.meta)
     return result
-
-
-_SIZES = {"b": 0, "h": 2, "w": 3}
-
-
-def _place(kind: str, order: list[_Factor]) -> int:
-    return next(place for place, factor in enumerate(order) if factor.kind == kind)

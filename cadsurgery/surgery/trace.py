@@ -58,13 +58,6 @@ def drop_cached(model: nn.Module) -> None:
         module.training = training
 
 
-@contextmanager
-def _pretend_jit_tracing() -> Iterator[None]:
-    """Make `torch.jit.is_tracing` true for the block, so that libraries skip checks that depend on the image size."""
-    with mock.patch.object(torch.jit, "is_tracing", lambda: True):
-        yield
-
-
 def trace(
     model: nn.Module,
     is_operation: Callable[[nn.Module], bool] = lambda module: False,
@@ -88,7 +81,8 @@ def trace(
         CannotFollow: the forward depends on values or uses Python that torch.fx cannot follow.
     """
     try:
-        with evaluating(model), _pretend_jit_tracing():
+        # Libraries skip checks that depend on the image size while torch's own tracing runs.
+        with evaluating(model), mock.patch.object(torch.jit, "is_tracing", lambda: True):
             declared, wrapped = _timm_leaves()
             options = (is_operation, (*functions, *wrapped), declared)
             try:

@@ -55,15 +55,12 @@ class Tracer(fx.Tracer):
 
     def _or_default(self, value: Any) -> Any:
         """Return an input, or its default if the call does not pass it."""
-        if self._is_left_out(value):
+        if not isinstance(value, fx.Proxy):
+            return value
+        name = str(value.node.target)
+        if value.node.args == (None,) and name not in self._given:
             return None
-        name = str(value.node.target) if isinstance(value, fx.Proxy) else ""
         return {} if name.startswith("**") and name.lstrip("*") not in self._given else value
-
-    def _is_left_out(self, value: Any) -> bool:
-        """True if an input is not passed and defaults to None."""
-        is_none = isinstance(value, fx.Proxy) and value.node.args == (None,)
-        return is_none and value.node.target not in self._given
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """True if a module becomes a single node of the graph."""

@@ -193,37 +193,6 @@ def is_mixer(node: fx.Node, facts: Facts) -> bool:
     return mixes and len(facts.shapes.get(node, "any")) > 2
 
 
-def is_pointwise(node: fx.Node, facts: Facts, layout: str = NCHW) -> bool:
-    """True if each position of a node's result depends only on the same position of its maps, in evaluation mode.
-
-    The answer follows from the treatment that the operation's rule returns, also for rules of users.
-
-    Args:
-        node: an operation that may read maps.
-        facts: facts about the network; the axes of its maps need not be known.
-        layout: axes of the tensors with four dimensions that the node reads.
-    """
-    maps = {
-        source: layout for source in node.all_input_nodes if facts.is_map(source) and source.op != "get_attr"
-    }
-    known = rule_of(node, facts)
-    if known is None or not maps or why_whole(node, facts):
-        return False
-    treatment = known(
-        node, replace(facts, layouts={**maps, **facts.layouts}, images=facts.images | _images_of(maps, facts))
-    )
-    reads = treatment.operation.reads if treatment.operation is not None else "element"
-    same = treatment.kind in ("pointwise", "join") and (treatment.layout or layout) == layout
-    return same and reads == "element" and not treatment.spaced
-
-
-def _images_of(maps: dict[fx.Node, str], facts: Facts) -> dict[fx.Node, tuple[int, int]]:
-    return {
-        node: (facts.shapes[node][axes.index("h")], facts.shapes[node][axes.index("w")])
-        for node, axes in maps.items()
-    }
-
-
 def has_rule(module: nn.Module, *, of_package: bool = False) -> bool:
     """True if a module has a rule, so that it is a single operation; with `of_package` only rules of this package
     count."""

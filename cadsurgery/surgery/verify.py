@@ -32,6 +32,7 @@ from cadsurgery.surgery.arguments import (
     run_forward,
     widen,
 )
+from cadsurgery.surgery.graphs import downstream, gives
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import SMALL_EFFECT, Decision, Plan
@@ -261,12 +262,12 @@ def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
 
 def _unmixed(adapted: fx.Graph) -> set[str]:
     """Return the original's values that depend on no operation that mixes positions."""
-    mixed: set[fx.Node] = set()
-    for node in adapted.nodes:
+
+    def mixes(node: fx.Node) -> bool:
         operation = operation_of(node.target)
-        mixes = operation is not None and operation.mixes
-        if mixes or any(source in mixed for source in node.all_input_nodes):
-            mixed.add(node)
+        return operation is not None and operation.mixes
+
+    mixed = downstream(adapted.nodes, mixes)
     return {node.meta[ORIGIN] for node in adapted.nodes if node not in mixed and ORIGIN in node.meta}
 
 
@@ -276,11 +277,7 @@ def _watched(adapted: fx.Graph, plan: Plan) -> dict[str, Decision]:
     numbers = {
         node.args[0].meta.get(ORIGIN) for node in adapted.nodes if node.target is functional.dense_indices
     }
-    read = {
-        node.args[0].meta.get(ORIGIN)
-        for node in adapted.nodes
-        if (operation := operation_of(node.target)) is not None and operation.gives == "vector"
-    }
+    read = {node.args[0].meta.get(ORIGIN) for node in adapted.nodes if gives(node, "vector")}
     return {
         d.node: d
         for d in plan.decisions
@@ -291,14 +288,10 @@ def _watched(adapted: fx.Graph, plan: Plan) -> dict[str, Decision]:
 def _levels(plan: Plan, geometry: Geometry, adapted: fx.Graph) -> list[int]:
     """Return the levels to compare: all, or only the lowest if pooling drops elements, as only it has a dense twin."""
     levels = list(range(plan.max_level + 1))
-    operations = (operation_of(node.target) for node in adapted.nodes if _subsamples(node))
+    windows: Any = ((node, node.kwargs.get("window")) for node in adapted.nodes)
+    operations = (operation_of(node.target) for node, window in windows if window and window.stride > 1)
     drops = geometry.pool == "drop" and any(known is not None and known.drops for known in operations)
     return [level for level in levels if level == len(geometry.strides)] if drops else levels
-
-
-def _subsamples(node: fx.Node) -> bool:
-    window: Any = node.kwargs.get("window")
-    return window is not None and window.stride > 1
 
 
 @contextmanager

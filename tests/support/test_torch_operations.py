@@ -15,6 +15,7 @@ from conftest import assert_same, images, pointwise_rule
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cadsurgery.methods.spatial import Spatial
 from cadsurgery.network.adaptify import traceable_part
 from cadsurgery.network.fuse import Fuser, activation_of
 from cadsurgery.support.counting import MacCounter
@@ -29,7 +30,6 @@ from cadsurgery.support.torch_operations import (
 )
 from cadsurgery.surgery.flow import is_filled
 from cadsurgery.surgery.trace import trace
-from cadsurgery.surgery.treatment import is_pointwise
 
 # Moderate numbers, zero and those at which functions have poles or end among them.
 MODERATE = torch.tensor([-100.0, -50.0, -3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 50.0, 100.0])
@@ -300,7 +300,8 @@ def test_a_rule_of_a_user_says_pointwise_as_ours_do(squash_rule: None) -> None:
             return F.softmax(self.pool(self.group(torch.cat((z, y.flip(2)), 1)[:, :4])), 1)
 
     facts = traceable_part(Net().eval(), None)[1]
-    found = {node.name for node in facts.graph.nodes if is_pointwise(node, facts)}
+    spatial = Spatial(facts)
+    found = {node.name for node in facts.graph.nodes if spatial.kind(node).kind == "point"}
     assert found == {"squash", "norm", "relu", "sin", "add", "cat", "getitem", "softmax"}
 
 

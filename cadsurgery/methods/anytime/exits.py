@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from cadsurgery.methods.program import ancestors
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.graphs import upstream
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rules import resizing
 from cadsurgery.surgery.treatment import rule_of
@@ -103,7 +103,7 @@ def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list
         UnknownName: there is no such module or node.
         InvalidInput: the exit has no map, or the head is not computed from it.
     """
-    before = ancestors(*outlet.ends)
+    before = upstream(*outlet.ends)
     order = {node: place for place, node in enumerate(facts.graph.nodes)}
     if asked == "auto":
         found = _stages(facts, outlet, before)
@@ -137,7 +137,7 @@ def _named(name: str, facts: Facts, outlet: Outlet, before: set[fx.Node]) -> Exi
             else why,
             next="name modules that come before the head: print(net.plan) of exits='auto' shows some.",
         )
-    return Exit(name, _by_resolution(maps, facts))
+    return Exit(name, by_resolution(maps, facts))
 
 
 def _outputs(path: str, facts: Facts, outlet: Outlet) -> list[fx.Node]:
@@ -147,12 +147,13 @@ def _outputs(path: str, facts: Facts, outlet: Outlet) -> list[fx.Node]:
         return any(user.op == "output" or not _is_in(facts.path(user), path) for user in node.users)
 
     made = [node for node in facts.graph.nodes if _is_in(facts.path(node), path) and facts.is_map(node)]
-    before = ancestors(*outlet.ends)
+    before = upstream(*outlet.ends)
     used = [node for node in made if leaves(node) and node in before]
     return used or [node for node in made if leaves(node)]
 
 
-def _by_resolution(maps: Sequence[fx.Node], facts: Facts) -> tuple[fx.Node, ...]:
+def by_resolution(maps: Sequence[fx.Node], facts: Facts) -> tuple[fx.Node, ...]:
+    """Return maps, the finest first."""
     finest = max(maps, key=lambda node: _area(node, facts))
     return (finest, *(node for node in maps if node is not finest))
 
@@ -190,10 +191,10 @@ def _stages(facts: Facts, outlet: Outlet, before: set[fx.Node]) -> list[Exit]:
         after = [_area(node, facts) for node in _outputs(following, facts, outlet) if node in before]
         ends = name in groups or (after and 3 * max(after) <= finest)
         left = sum(work[child] for child in children[place + 1 :])
-        done = sum(facts.macs.get(node, 0) for node in ancestors(*maps))
+        done = sum(facts.macs.get(node, 0) for node in upstream(*maps))
         enough = min(done - passed, left) >= _LEAST_WORK * total
         if ends and enough and _FIRST_AREA * finest <= image:
-            found.append(Exit(name, _by_resolution(maps, facts)))
+            found.append(Exit(name, by_resolution(maps, facts)))
             passed = done
     if not found:
         raise CannotConvert(

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import source_of
-from cadsurgery.methods import files
-from cadsurgery.methods.anytime.exits import Exit, Outlet, find_exits, find_outlet
+from cadsurgery.methods.anytime.exits import Exit, Outlet, by_resolution, find_exits, find_outlet
 from cadsurgery.methods.anytime.heads import MOST_STEPS, HeadKind, connect, make_head
 from cadsurgery.methods.anytime.program import AnytimeProgram, cut
 from cadsurgery.methods.anytime.report import AnytimeMacs, AnytimePlan, ExitMacs, ExitPlan
 from cadsurgery.methods.anytime.run import Run
-from cadsurgery.methods.converted import GraphModel, register
+from cadsurgery.methods.converted import GraphModel, Stored, register
 from cadsurgery.methods.positions import Sites
-from cadsurgery.methods.program import Work, ancestors, work_of
+from cadsurgery.methods.program import Work, work_of
 from cadsurgery.methods.spatial import WHOLE, Spatial, SpatialKind
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.macs import meta_copy
@@ -31,6 +30,7 @@ from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.graphs import upstream
 from cadsurgery.surgery.hooks import child
 from cadsurgery.surgery.trace import evaluating
 
@@ -164,19 +164,15 @@ def _add_heads(
         (kind, min(len(exits) - number, MOST_STEPS), exit.branches) for number, exit in enumerate(exits)
     ]
     if outlet.logits is None:
-        finest = max(outlet.maps, key=lambda node: facts.shapes[node][2] * facts.shapes[node][3])
-        places.append(("plain", 0, (finest, *(node for node in outlet.maps if node is not finest))))
+        places.append(("plain", 0, by_resolution(outlet.maps, facts)))
     for number, (head_kind, steps, branches) in enumerate(places):
         channels = sum(facts.shapes[node][1] for node in branches)
         inside = hidden or (channels if head_kind == "plain" else _HIDDEN)
         layers = make_head(head_kind, channels, inside, classes, steps)
         heads.append(layers)
-        with graph.inserting_after(max(branches, key=order.__getitem__)):
-            anchor = graph.create_node("call_function", connect)  # new nodes are inserted before it, in order
-        with graph.inserting_before(anchor):
+        with graph.inserting_before(max(branches, key=order.__getitem__).next):
             logits.append(connect(graph, f"{HEADS}.{number}", layers, list(branches)))
-        graph.erase_node(anchor)
-    output = next(node for node in graph.nodes if node.op == "output")
+    output = graph.output_node()
     if outlet.logits is not None:
         logits.append(outlet.logits)
     output.args = ((*logits, outlet.final if outlet.final is not None else logits[-1]),)
@@ -195,7 +191,7 @@ def _find_spatial(
     }
     seen = Spatial(replace(facts, shapes={**shapes, **facts.shapes}))  # including the heads
     kinds, apart = dict[str, SpatialKind](), list[tuple[str, str]]()
-    behind = ancestors(*logits) - ancestors(logits[0])
+    behind = upstream(*logits) - upstream(logits[0])
     for node in facts.graph.nodes:
         size = work.size(node.name)
         if node not in behind or size is None:
@@ -271,7 +267,7 @@ class AnytimeModel(GraphModel):
         return name.startswith(f"{HEADS}.") or name.rpartition(".")[2] == WIDTH_NAME
 
     @classmethod
-    def check_stored(cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor]) -> None:
+    def check_stored(cls, path: str | Path, stored: Stored, tensors: dict[str, Tensor]) -> None:
         """Refuse options with heads wider than those in the file."""
         check_width(path, max(stored.options["classes"], stored.options["hidden"] or 0), tensors)
 

@@ -13,8 +13,9 @@ from typing import Any
 from torch import fx
 
 from cadsurgery.methods.anytime.heads import resize_like
-from cadsurgery.methods.program import Program, Step, ancestors, steps_of
+from cadsurgery.methods.program import Program, Step, steps_of
 from cadsurgery.methods.spatial import SpatialKind
+from cadsurgery.surgery.graphs import downstream, upstream
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,7 +48,7 @@ def cut(
     sizes = [one for node in behind for one in node.all_input_nodes if one not in (*behind, logits[-1])]
     known, every = set[fx.Node](), list[list[fx.Node]]()
     for number, exit in enumerate(logits):
-        needed = ancestors(exit, *(sizes if number == 0 else ())) - known
+        needed = upstream(exit, *(sizes if number == 0 else ())) - known
         every.append([node for node in graph.nodes if node in needed])
         known |= needed
     resizes = {node.name: SpatialKind("resize") for node in graph.nodes if node.target is resize_like}
@@ -67,9 +68,5 @@ def cut(
 
 def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> list[fx.Node]:
     """Return the nodes on paths from `first` to `last`, without `first`, in order."""
-    from_first = {first}
-    for node in graph.nodes:
-        if not from_first.isdisjoint(node.all_input_nodes):
-            from_first.add(node)
-    to_last = ancestors(last)
-    return [node for node in graph.nodes if node in from_first & to_last and node is not first]
+    between = downstream(graph.nodes, lambda node: node is first) & upstream(last) - {first}
+    return [node for node in graph.nodes if node in between]

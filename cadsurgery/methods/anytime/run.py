@@ -219,10 +219,11 @@ class Run:
             options: Any = {"residual": residual, "activation": weights.activation}
             whole = sites.lattice(size, every)
             out = fill_gaps(some, whole, width, self.is_normalised, floor, **options).rows
-        else:
-            out = weights.finish(
-                _leave_zero(some.rows, computed, every or sites.everywhere(size), floor), residual
-            )
+        else:  # zero, or `floor`, where nothing is computed
+            filled = every or sites.everywhere(size)
+            out = some.rows.new_zeros(filled.count, some.rows.shape[1])
+            out = out if floor is None else out + floor
+            out = weights.finish(out.index_copy(0, filled.rows[computed.pixels], some.rows), residual)
         return Value(out, every) if every is not None else Value(as_map(out, sites.batch, size))
 
     # -- values in another form ----------------------------------------------------------------------
@@ -269,10 +270,3 @@ def _pick(rows: Tensor, available: Places | None, places: Places) -> Tensor:
     if available is None:
         return as_rows(rows).index_select(0, places.pixels)
     return rows.index_select(0, available.places_of(places))
-
-
-def _leave_zero(rows: Tensor, computed: Places, every: Places, floor: Tensor | None) -> Tensor:
-    """Expand computed rows to the rows of `every` place, with `floor` or zero where nothing was computed."""
-    out = rows.new_zeros(every.count, rows.shape[1])
-    out = out if floor is None else out + floor
-    return out.index_copy(0, every.rows[computed.pixels], rows)

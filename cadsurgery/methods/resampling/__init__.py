@@ -4,6 +4,7 @@ from cadsurgery.methods.resampling.back import interpolate_back, inverse_warp
 from cadsurgery.methods.resampling.locations import (
     PUBLISHED_SMOOTHNESS,
     boundaries,
+    sample,
     target_locations,
     uniform_locations,
 )
@@ -17,4 +18,3 @@ from cadsurgery.methods.resampling.samplers import (
     SamplerOptions,
     UniformSampler,
 )
-from cadsurgery.methods.resampling.sampling import sample

@@ -1,4 +1,4 @@
-"""Grids of sampling locations, and the grid near the boundaries of given classes.
+"""Grids of sampling locations, the grid near the boundaries of given classes, and sampling of an image at a grid.
 
 Locations are (..., n, n, 2): row and column in 0..1, from the first to the last pixel of an image. See Marin et al.,
 Efficient Segmentation: Learning Downsampling Near Semantic Boundaries, ICCV 2019.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.images import MOST_PIXELS
+from cadsurgery.masks import graded
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import InvalidInput, check_name
 
+Mode = Literal["nearest", "bilinear"]
 TARGETS = range(11, 19)  # person ... bicycle of Cityscapes
 # The published code's smoothness 1 has this effect, because the code takes the square root of its weight .5 twice.
 PUBLISHED_SMOOTHNESS = (1 - math.sqrt(0.5)) / 0.5
@@ -41,13 +44,7 @@ def boundaries(
             f"the labels are {describe(labels)}.",
             next="give integers (height, width): a class for every pixel.",
         )
-    marked = torch.zeros_like(labels, dtype=torch.bool)
-    for axis in (-2, -1):
-        length = labels.shape[axis]
-        if length > 1:
-            changes = labels.narrow(axis, 1, length - 1) != labels.narrow(axis, 0, length - 1)
-            marked.narrow(axis, 1, length - 1).logical_or_(changes)
-            marked.narrow(axis, 0, length - 1).logical_or_(changes)
+    marked = graded.boundaries(labels, None)
     if ignore is not None:
         marked &= labels != ignore
     if targets is not None:
@@ -220,3 +217,40 @@ def check_size(size: object, name: str = "size", least: int = 2) -> tuple[int, i
             next="give a smaller size, or cut the image into tiles.",
         )
     return (pair[0], pair[1])
+
+
+def sample(image: Tensor, locations: Tensor, size: int | tuple[int, int], mode: Mode = "nearest") -> Tensor:
+    """Sample an image at a grid of locations that is upsampled bilinearly: (B, C, h, w).
+
+    Args:
+        image: (B, C, H, W); labels are (B, 1, H, W) integers.
+        locations: (B, grid, grid, 2), row and column in 0..1; the grid's sides are moved to the image's, and
+            locations outside the image inside.
+        size: (height, width) of the result, or one number for both; may be larger than the image.
+        mode: `nearest`, as published: the nearest pixel, halves to even; only the image gets gradients. With
+            `bilinear` the locations get gradients too.
+
+    Raises:
+        InvalidInput: `image` is not an image, `size` is not a size, or the locations do not fit the batch.
+        UnknownName: there is no such mode.
+    """
+    check_name("mode", mode, get_args(Mode))
+    if not isinstance(image, Tensor) or image.dim() != 4 or 0 in image.shape or min(image.shape[2:]) < 2:
+        raise InvalidInput(
+            f"the image is {describe(image)}.",
+            next="give a batch (batch, channels, height, width) of at least 2 x 2 pixels.",
+        )
+    height, width = check_size(size)
+    places = upsample(check_locations(locations, image.shape[0]), (height, width)).to(image.device)
+    if mode == "bilinear":
+        if not image.is_floating_point():
+            raise InvalidInput(
+                f"the image is {describe(image)}.", next='sample integers with mode="nearest".'
+            )
+        around = (2 * places.flip(-1) - 1).to(image.dtype)
+        return F.grid_sample(image, around, align_corners=True, padding_mode="border")
+    rows = (places[..., 0] * (image.shape[2] - 1)).round().long()
+    columns = (places[..., 1] * (image.shape[3] - 1)).round().long()
+    pixels = (rows * image.shape[3] + columns).flatten(1).unsqueeze(1)
+    sampled = image.flatten(2).gather(2, pixels.expand(-1, image.shape[1], -1))
+    return sampled.view(*image.shape[:2], height, width)

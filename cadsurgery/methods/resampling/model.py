@@ -19,11 +19,18 @@ from cadsurgery.data.networks import source_of, stated_statistics
 from cadsurgery.masks.context import call_context, labelled
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.unit import Normalisation
-from cadsurgery.methods import files
+from cadsurgery.methods import converted
 from cadsurgery.methods.converted import METHODS, ConvertedModel, register
 from cadsurgery.methods.report import RULES, MethodMacs
 from cadsurgery.methods.resampling.back import Back, interpolate_back
-from cadsurgery.methods.resampling.locations import IGNORED, TARGETS, check_size, uniform_locations
+from cadsurgery.methods.resampling.locations import (
+    IGNORED,
+    TARGETS,
+    Mode,
+    check_size,
+    sample,
+    uniform_locations,
+)
 from cadsurgery.methods.resampling.report import ResampledMacs, ResampledPlan, conv_macs
 from cadsurgery.methods.resampling.samplers import (
     SAMPLERS,
@@ -33,7 +40,6 @@ from cadsurgery.methods.resampling.samplers import (
     SamplerOptions,
     resolve_sampler,
 )
-from cadsurgery.methods.resampling.sampling import Mode, sample
 from cadsurgery.network import storage
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.macs import count_network
@@ -96,7 +102,10 @@ def resample(
     network = _copy(model)
     image = _example(network, (height, width)) if example_input is None else example_input
     check_image(image, "example_input")
-    made = resolve_sampler(sampler, options, image.shape[1], _normalisation(network))
+    known = network.normalisation if isinstance(network, AdaptiveModel) else None
+    stated = stated_statistics(network)
+    known = known or (Normalisation(*stated) if stated else None)
+    made = resolve_sampler(sampler, options, image.shape[1], known)
     weight = next(network.parameters(), torch.empty(0))
     net = ResampledModel(network, made.to(weight.device), (height, width), mode, back)
     net.train(model.training)
@@ -119,12 +128,6 @@ def _example(network: nn.Module, size: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, channels, size[0] * 3 // 2, size[1] * 3 // 2, generator=generator)
     return image.to(weight.device, weight.dtype)
-
-
-def _normalisation(network: nn.Module) -> Normalisation | None:
-    known = network.normalisation if isinstance(network, AdaptiveModel) else None
-    stated = stated_statistics(network)
-    return known or (Normalisation(*stated) if stated else None)
 
 
 def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
@@ -365,25 +368,25 @@ class ResampledModel(ConvertedModel):
         if isinstance(network, AdaptiveModel):
             inside, (tensors, within) = _ADAPTIVE, storage.pack(network)
         elif isinstance(network, ConvertedModel):
-            inside, (tensors, within) = network.method, files.pack(network)
+            inside, (tensors, within) = network.method, converted.pack(network)
         unit = sampler.unit.normalisation if isinstance(sampler, MaskSampler) else None
         own = {f"{_OWN}{name}": value for name, value in sampler.state_dict().items()}
         fields = {"inside": inside, "network": within, "sampler": sampler.spec()}
         return tensors | own, {**fields, "normalisation": unit and unit.to_dict()}
 
     @classmethod
-    def check_stored(cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor]) -> None:
+    def check_stored(cls, path: str | Path, stored: converted.Stored, tensors: dict[str, Tensor]) -> None:
         """Refuse a sampled image or a grid that is too large."""
         size, grid = stored.options["size"], stored.options["grid"]
         storage.check_size(path, max(math.prod(size), grid**4), stored.trust)
 
     @classmethod
     def rebuild(
-        cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor], model: nn.Module | None
+        cls, path: str | Path, stored: converted.Stored, tensors: dict[str, Tensor], model: nn.Module | None
     ) -> Self:
         """Build the network of a file, whatever method made the inner network; see `ConvertedModel.rebuild`."""
         fields, inside = stored.fields, stored.fields["inside"]
-        with storage.as_file_error(f"the metadata of {path} is damaged.", files.AGAIN):
+        with storage.as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
             unit = fields["normalisation"]
             known = Normalisation(tuple(unit["mean"]), tuple(unit["std"]), unit["origin"]) if unit else None
             if inside not in ("network", _ADAPTIVE, *METHODS):
@@ -392,7 +395,7 @@ class ResampledModel(ConvertedModel):
         if inside == _ADAPTIVE:
             network: nn.Module = storage.unpack(path, fields["network"], tensors, model, trust=stored.trust)
         elif inside in METHODS:
-            network = files.unpack(METHODS[inside], path, fields["network"], tensors, model, stored.trust)
+            network = converted.unpack(METHODS[inside], path, fields["network"], tensors, model, stored.trust)
         else:
             network = model if model is not None else storage.build_stated(path, stored.source, tensors)
         sampler: object = fields["sampler"]
@@ -401,11 +404,11 @@ class ResampledModel(ConvertedModel):
             sampler = storage.stored_mask(path, fields["sampler"], mask_tensors, stored.trust)
         with storage.as_file_error(f"{path} does not fit this model.", storage.OTHER_MODEL):
             net = cls._convert_again(network, stored, sampler=sampler)
-        files.check_plan(path, net.plan, stored.plan)
+        converted.check_plan(path, net.plan, stored.plan)
         net.plan = stored.plan  # its MACs were counted with the stored mask's parameters
-        files.fill(path, net.sampler, own)
+        converted.fill(path, net.sampler, own)
         if inside == "network":
-            files.fill(path, net.network, tensors)
+            converted.fill(path, net.network, tensors)
         if isinstance(net.sampler, MaskSampler):
             net.sampler.unit.set_once(known)
         return net

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -14,10 +12,9 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.methods.spatial import CHANNELS_FIRST, CHANNELS_LAST, Spatial
 from cadsurgery.network.fuse import leaves_values
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
+from cadsurgery.support.torch_operations import operation_of
 from cadsurgery.surgery.facts import Facts
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+from cadsurgery.surgery.graphs import only_user
 
 
 @dataclass(frozen=True)
@@ -135,8 +132,8 @@ def _named(name: str, spatial: Spatial, found: Iterable[Branch]) -> list[Branch]
 def _residual_branches(spatial: Spatial) -> list[Branch]:
     facts, branches, taken = spatial.facts, list[Branch](), set[fx.Node]()
     for node in facts.graph.nodes:
-        ends = _maps(node, facts)
-        if node.target not in _ADDITIONS or node.kwargs or len(ends) != 2 or len(node.args) != 2:
+        ends, known = _maps(node, facts), operation_of(node.target)
+        if known is None or not known.adds or node.kwargs or len(ends) != 2 or len(node.args) != 2:
             continue
         if facts.shapes[ends[0]] != facts.shapes[ends[1]]:
             continue
@@ -241,7 +238,7 @@ def _keeps_size(window: Window) -> bool:
 
 def _tail(node: fx.Node, end: fx.Node | None, spatial: Spatial) -> fx.Node:
     """Return the last of the pointwise operations after a convolution that have a single reader each."""
-    while (user := _only_user(node)) is not None and user is not end and _follows(user, node, spatial):
+    while (user := only_user(node)) is not None and user is not end and _follows(user, node, spatial):
         module = spatial.facts.module(user) if user.op == "call_module" else None
         if isinstance(module, nn.Linear) or user.target is F.linear:
             break
@@ -253,22 +250,19 @@ def _end(tail: fx.Node, gated: set[fx.Node], spatial: Spatial) -> tuple[fx.Node,
     """Return the affine pointwise operations after the tail of a gate whose inputs have no other reader; empty if they
     include no convolution or linear layer, because then no work is saved."""
     facts, end, node = spatial.facts, list[fx.Node](), tail
-    while (user := _only_user(node)) is not None and user not in gated:
+    while (user := only_user(node)) is not None and user not in gated:
         module = facts.module(user) if user.op == "call_module" else None
         kind, window = spatial.kind(user)
         is_point = window is not None and window.is_pointwise and window.stride == 1
         is_affine = isinstance(module, nn.Linear) or type(module) is nn.BatchNorm2d or leaves_values(module)
-        is_affine = is_affine or kind == "permute" or user.target in _PRODUCTS
+        known = operation_of(user.target)
+        is_affine = is_affine or kind == "permute" or (known is not None and known.multiplies)
         if not (kind == "conv" and is_point) and not (is_affine and _follows(user, node, spatial)):
             break
         end.append(user)
         node = user
     modules = (facts.module(one) for one in end if one.op == "call_module")
     return tuple(end) if any(isinstance(one, (nn.Conv2d, nn.Linear)) for one in modules) else ()
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _follows(node: fx.Node, source: fx.Node, spatial: Spatial) -> bool:

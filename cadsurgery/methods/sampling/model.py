@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 from collections.abc import Callable, Sequence
@@ -21,11 +20,10 @@ from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs
 from cadsurgery.methods.sampling.run import Run
 from cadsurgery.methods.spatial import Spatial
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
-from cadsurgery.network.hosted import check_used, reach
+from cadsurgery.network.hosted import Host, check_used
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.trace import evaluating
 
 GATES = "sampling_gates"  # name of the child module that holds the gates
@@ -299,37 +297,21 @@ class SampledModel(GraphModel):
         return self.part.program.is_fused
 
 
-class HostedSampled(SampledModel):
+class HostedSampled(Host, SampledModel):
     """A network in which only one part is sampled, such as the backbone of a detector.
 
     Arguments and return values are those of the original. Plan, gates and MACs refer to the part.
     """
 
-    hosts_part = True
-
     def __init__(self, host: nn.Module, path: str, part: SampledModel) -> None:
         """Put `part` into `host` at `path`; users call `cadsurgery.sample` instead."""
         ConvertedModel.__init__(self)
-        host.set_submodule(path, part)
-        self._host = (host,)  # in a tuple, so that it is not registered as a child module
-        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            self.__dict__[kind] = host.__dict__[kind]
-        self._path = path
-        self.training = host.training
+        self.put(host, path, part)
         self.plan, self.source, self.options = part.plan, part.source, part.options
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network with the arguments of the original."""
-        host = self._host[0]
-        host.training = self.training
-        return host(*args, **kwargs)
-
-    @property
-    def part(self) -> SampledModel:
-        """The part with the gates."""
-        part = self.get_submodule(self._path)
-        assert isinstance(part, SampledModel)
-        return part
+        return self.run_host(*args, **kwargs)
 
     def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> SampledMacs:
         """Count the multiply-accumulates of the part on its inputs when the network is called with these arguments.
@@ -339,16 +321,12 @@ class HostedSampled(SampledModel):
             InvalidInput: the network did not call the part.
         """
         with evaluating(self):
-            inside = reach(self.part, self, *args, **kwargs)
-        if inside is None:
-            raise InvalidInput(f"the network did not call its {self._path}.", next="check the arguments.")
-        inputs, named = inside
+            inputs, named = self.reach_part(*args, **kwargs)
         return self.part.macs(*inputs, rule=rule, **named)
 
     def optimize(self) -> HostedSampled:
         """Return a copy with the part optimised; see `SampledModel.optimize`."""
-        host = copy.deepcopy(self._host[0], copying(self)).eval().requires_grad_(False)
-        return HostedSampled(host, self._path, self.part.optimize())
+        return self.with_part(self.part.optimize())
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_PART:
