@@ -18,7 +18,7 @@ from typing import Any
 from zoo_report import short, table
 
 from cadsurgery.tasks.corpus import read_corpus
-from cadsurgery.tasks.zoo_check import read_rows
+from cadsurgery.tasks.recorded import read_rows
 
 Row = dict[str, Any]
 LEAST_SHARE = 0.3

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.support.counting import MacCounter
-from cadsurgery.tasks.zoo_check import Row, recorded
+from cadsurgery.tasks.recorded import Row, recorded
 
 
 def build(row: Row) -> tuple[nn.Module, Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cadsurgery.data.networks import family_of, list_models
-from cadsurgery.tasks.zoo_check import RECORDED, read_rows
+from cadsurgery.tasks.recorded import RECORDED, read_rows
 
 Row = dict[str, Any]
 RESULTS = ("converts", "refused", "not checked", "not built", "broken")

@@ -190,7 +190,7 @@ def describe_masks() -> Iterator[str]:
 
 def describe_zoo() -> Iterator[str]:
     """Lines of Markdown: the networks of the zoo, each a row of a table that _static/filter.js can filter."""
-    from cadsurgery.tasks.zoo_check import RECORDED, read_rows
+    from cadsurgery.tasks.recorded import RECORDED, read_rows
 
     columns = ("network", "result", "output strides", "MACs in the region", "million parameters")
     yield f"| {' | '.join(columns)} | why refused, or why the region ends |"

@@ -181,7 +181,7 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_their_figures_stand_on_
 
 
 def test_every_network_of_the_zoo_is_listed_with_what_refused_it(site_pages: ModuleType) -> None:
-    from cadsurgery.tasks.zoo_check import RECORDED, read_rows
+    from cadsurgery.tasks.recorded import RECORDED, read_rows
 
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in site_pages.describe_zoo()}
     rows = read_rows(RECORDED)

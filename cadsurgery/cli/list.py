@@ -56,19 +56,21 @@ def list_command(
         ]
         screen.show([vars(info) for info in infos], "\n".join(lines), as_json)
         return
-    from cadsurgery.data.networks import list_models
-    from cadsurgery.tasks.corpus import find_corpus, read_corpus
-    from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, recorded, summary
+    from cadsurgery.tasks.recorded import list_names, outlook, recorded, summary
 
     if corpus and not check:
         raise InvalidInput("--corpus needs --check.", next="add --check, which checks its networks now.")
     folder, names = None, []
     if corpus:
+        from cadsurgery.tasks.corpus import find_corpus, read_corpus
+
         folder, pattern = find_corpus(pattern)
         names = [subject.name for subject in read_corpus(folder, pattern)]
     else:
-        names = list_models(pattern, library)
+        names = list_names(pattern, library)
     if check:
+        from cadsurgery.tasks.zoo_check import Limits, check_networks
+
         with screen.steps("list --check") as step:
             numbers = count(1)
 

@@ -35,8 +35,7 @@ from cadsurgery.surgery.trace import drop_cached, evaluating
 from cadsurgery.surgery.treatment import operation_name
 from cadsurgery.surgery.verify import DISCRETE, TOLERANCE, at_own_samples
 from cadsurgery.tasks.corpus import Subject
-
-Row = dict[str, Any]
+from cadsurgery.tasks.recorded import Row
 
 # Sizes of the check: the first odd and the first even size that a network accepts. Decoders may need multiples.
 ODD_SIZES = ((81, 113), (97, 145))

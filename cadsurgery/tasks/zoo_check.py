@@ -1,8 +1,8 @@
 """Coverage: build, convert and verify many networks, to find out which of them convert.
 
 Every network is checked in a separate process with limits on memory and time, and adds one JSON line to a file. A
-check that is started again continues where it stopped. The file of the last full run is part of the package:
-`recorded`.
+check that is started again continues where it stopped. The file of the last full run is part of the package, see
+`tasks/recorded.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import json
 import multiprocessing
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from typing import Any
 import torch
 
 from cadsurgery.data.networks import family_of
-from cadsurgery.support.errors import FileError, first_line
+from cadsurgery.support.errors import FileError
 from cadsurgery.support.files import check_folder, check_writable, write_whole
 from cadsurgery.support.provenance import commit, device_in_words, versions
 from cadsurgery.tasks.corpus import beside, subject
-from cadsurgery.tasks.network_check import Row, check_network
-
-RECORDED = Path(__file__).with_name("zoo.jsonl")
+from cadsurgery.tasks.network_check import check_network
+from cadsurgery.tasks.recorded import Row
 
 
 @dataclass(frozen=True)
@@ -76,48 +74,6 @@ def check_networks(
             rows[row["model"]] = row
             on_row(row)
     return [rows[name] for name in names]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a file written by `check_networks`, without its first line.
-
-    Raises:
-        FileError: the file cannot be read.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines[1:]]
-    except (OSError, ValueError) as error:
-        raise FileError(
-            f"{path} cannot be read as checked networks.",
-            why=first_line(error),
-            next="write it with cadsurgery list --check.",
-        ) from error
-
-
-def recorded() -> dict[str, Row]:
-    """Return the rows of the full run that is part of the package, by name."""
-    return {row["model"]: row for row in read_rows(RECORDED)} if RECORDED.exists() else {}
-
-
-def outlook(row: Row) -> str:
-    """Summarise a row in one line."""
-    if row["result"] != "converts":
-        why = row.get("why") or row.get("what", "")
-        return f"{row['result']}{': ' if why else ''}{why}"
-    high, low = row["output_stride"]
-    part = f" ({row['part']})" if row["part"] else ""
-    part += "" if row.get("effect", True) else ", without effect"
-    dense = "".join(f"; dense: {end['operation']} ({end['why']})" for end in row["dense"][:1])
-    return f"converts{part}, {high} to {low}, {row['share_in_region']:.0%} of the MACs in the region{dense}"
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """Summarise how many networks have each result."""
-    counts = Counter(row["result"] for row in rows)
-    return f"{len(rows)} networks: " + ", ".join(
-        f"{count} {result}" for result, count in counts.most_common()
-    )
 
 
 def _resume(path: Path) -> list[Row]:

@@ -23,7 +23,7 @@ from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.processor import processor_in_words
 from cadsurgery.support.timing import Timing
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks import bench, side
+from cadsurgery.tasks import bench, recorded, side
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
 
 SIZE = (96, 128)
@@ -374,6 +374,27 @@ def test_list_without_a_pattern_lists_everything(run: Run) -> None:
     names = [row["model"] for row in run("list", "--json").json]
     assert {"deeplabv3_resnet101", "vgg16_bn", "mobilenetv2_100", "retinanet_resnet50_fpn"} <= set(names)
     assert names == cs.list_models()
+
+
+def test_list_answers_without_importing_torch_where_the_names_are_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert recorded.list_names("resnet*", "timm") == cs.list_models("resnet*", "timm")  # makes the file
+    (file,) = tmp_path.rglob("names-*.json")
+    code = (
+        "import sys; from cadsurgery.cli.main import main; sys.argv = ['cadsurgery', 'list', 'resnet*', '--json']\n"
+        "try: main()\nexcept SystemExit as end: code = end.code\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.split() == ["False"] and '"model": "resnet18"' in done.stdout
+    for damaged in ("{", "{}", '{"timm": [], "torchvision": ["a"]}'):
+        file.write_text(damaged)
+        assert recorded.list_names("resnet*") == cs.list_models("resnet*")
+        assert file.read_text() != damaged
+    with pytest.raises(cs.UnknownName, match="library"):
+        recorded.list_names(library="keras")
 
 
 def test_list_of_nothing_is_empty(run: Run) -> None:
@@ -769,6 +790,18 @@ def test_convert_says_in_words_what_a_user_can_act_on(run: Run, tmp_path: Path) 
     for words in ("output stride 8", "region ends", "MACs", "converted", "verified", "active fraction"):
         assert words in result.out
     assert (tmp_path / "usernets-segmenter-edges.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("slower", "is_told"), [(1.1, False), (2.5, True)])
+def test_convert_shows_medians_and_tells_of_a_busy_machine(
+    run: Run, monkeypatch: pytest.MonkeyPatch, slower: float, is_told: bool
+) -> None:
+    monkeypatch.setattr(
+        side, "interleaved", lambda sides, *more, **options: {key: Timing(8.0, 8.0 * slower) for key in sides}
+    )
+    shown = run("convert", "--model", "usernets:segmenter", *options("--rounds", 3)).out
+    assert "median" in shown and f"{8 * slower:.0f}" in shown
+    assert (f"the median is {slower:.1f} times the best time" in " ".join(shown.split())) is is_told
 
 
 @pytest.mark.parametrize("command", ["plan", "macs", "mask"])

@@ -18,7 +18,8 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.tasks import corpus, network_check
 from cadsurgery.tasks.corpus import Subject, find_corpus, network, read_corpus, subject
 from cadsurgery.tasks.network_check import check_network
-from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, read_rows
+from cadsurgery.tasks.recorded import outlook, read_rows
+from cadsurgery.tasks.zoo_check import Limits, check_networks
 
 CORPUS = ROOT / "tests" / "corpus"
 SUBJECTS = {one.name: one for one in read_corpus(CORPUS)}

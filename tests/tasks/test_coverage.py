@@ -17,7 +17,8 @@ import cadsurgery as cs
 from cadsurgery.tasks import corpus, network_check
 from cadsurgery.tasks.corpus import subject
 from cadsurgery.tasks.network_check import check_network, settle
-from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, read_rows, recorded
+from cadsurgery.tasks.recorded import outlook, read_rows, recorded
+from cadsurgery.tasks.zoo_check import Limits, check_networks
 
 # One network for each kind of operation the zoo has; small ones.
 SAMPLE = {
