@@ -1,6 +1,6 @@
 """Check by labels what `tune` gains without them, against the same network with its budgets, not tuned.
 
-    python -m benchmarks.tune_check DATA FOLDER [--networks camvid-8,espnet-8] [--photos 60] [--others 100]
+    python -m benchmarks.tune_check DATA FOLDER [--networks camvid-8,voc-8] [--photos 60] [--others 100]
 
 For each network, converted with guided filling, `tune` runs on photos without their labels. Then the
 network it was given and the tuned one are measured with labels on other pictures of the same data, under everything
@@ -26,7 +26,7 @@ from cadsurgery.finetune.tuning import tune
 from cadsurgery.masks import Budget
 from cadsurgery.tasks.judging import LABELS, Judgement, estimate, judge
 
-PAIRS = {"camvid-8": (8, 16), "espnet-8": (4, 8), "voc-8": (8, 16)}
+PAIR = (8, 16)
 FRACTION = 0.1
 DETAIL = f"detail | budget:fraction={FRACTION}"
 
@@ -38,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--networks", default="camvid-8,espnet-8")
+    parser.add_argument("--networks", default="camvid-8,voc-8")
     parser.add_argument("--photos", type=int, default=60)
     parser.add_argument("--others", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=5.0, help="of processor time for fitting")
@@ -47,7 +47,7 @@ def main() -> None:
         model, data = NETWORKS[name](options.data)
         photos = spread(data, options.photos)
         others = data.at([place for place, name in enumerate(data.names) if name not in photos.names])
-        net = cs.adaptify(model, "none", output_stride=PAIRS[name], fill="guided", verify_laws=False)
+        net = cs.adaptify(model, "none", output_stride=PAIR, fill="guided", verify_laws=False)
         report = tune(
             net, photos.unlabelled(), output=options.folder / name, minutes=options.minutes, rounds=0
         )

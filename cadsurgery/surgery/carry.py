@@ -9,10 +9,11 @@ used, and the graph gets a guard (`guards.check_branch`). Branches on pixel valu
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
@@ -312,8 +313,10 @@ def _name_spaces(model: nn.Module) -> list[dict[str, Any]]:
     for space in waiting:
         functions = [value for value in space.values() if isinstance(value, FunctionType)]
         for function in functions:
-            other, package = function.__globals__, str(function.__module__).partition(".")[0]
-            if id(other) not in spaces and package not in _PYTHON:
+            other = inspect.unwrap(
+                function
+            ).__globals__  # a decorator's wrapper has the globals of the decorator
+            if id(other) not in spaces and str(other.get("__name__")).partition(".")[0] not in _PYTHON:
                 spaces[id(other)] = other
                 waiting.append(other)
     return list(spaces.values())
@@ -342,5 +345,19 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
         for space in spaces:
             free = {name: value for name, value in shadows.items() if name not in space}
             free |= {name: unscripted for name, value in space.items() if (unscripted := _unscripted(value))}
-            stack.enter_context(mock.patch.dict(space, free))
+            stack.enter_context(_replaced(space, free))
         yield
+
+
+@contextmanager
+def _replaced(space: dict[str, Any], values: Mapping[str, Any]) -> Iterator[None]:
+    """Replace entries of a module's namespace for a while. All others stay in place, those that the network's own code
+    writes in the meantime, too: other threads may run that code."""
+    before = {name: space[name] for name in values if name in space}
+    space.update(values)
+    try:
+        yield
+    finally:
+        for name in values.keys() - before.keys():
+            del space[name]
+        space.update(before)

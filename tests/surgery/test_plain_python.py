@@ -15,6 +15,7 @@ from networks import conv_norm, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.surgery.carry import symbols_in_python
 
 EXACT = 1e-4
 SIZES = ((64, 96), (71, 85))
@@ -211,6 +212,29 @@ class Aliased(Encoder):
 def test_a_value_that_changes_under_another_name_is_refused() -> None:
     with pytest.raises(cs.CannotConvert, match="behind its back"):
         cs.adaptify(Aliased().eval())
+
+
+class Remembers(Encoder):
+    """Keeps a value in a global of its module when it first runs, as caches of tables do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        globals().setdefault("_remembered", 7)
+        return self.head(decorated(self.encode(x)))
+
+
+@torch.no_grad()
+def decorated(x: Tensor) -> Tensor:
+    return x if isinstance(x, Tensor) else x[0]
+
+
+def test_tracing_leaves_what_the_networks_module_remembers_and_torchs_modules_alone() -> None:
+    globals().pop("_remembered", None)
+    before, torchs = {**globals()}, {**vars(torch.utils._contextlib)}
+    with symbols_in_python(Remembers()):
+        assert vars(torch.utils._contextlib) == torchs and "isinstance" in globals()
+    model = Remembers().eval()
+    cs.adaptify(model)
+    assert globals().pop("_remembered") == 7 and {**globals()} == before
 
 
 class DecidesByValues(nn.Module):
