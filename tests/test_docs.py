@@ -22,7 +22,7 @@ import cadsurgery as cs
 DOCS = ROOT / "docs"
 START = (DOCS / "index.md").read_text()
 HOW_TO = sorted((DOCS / "howto").glob("*.md"))
-PAGES = [DOCS / "index.md", DOCS / "methods.md", *HOW_TO]
+PAGES = [DOCS / "index.md", *sorted((DOCS / "methods").glob("*.md")), *HOW_TO]
 PUBLIC = {*cs.__all__, *cs._MODULE_OF}  # names, and modules
 OTHER_HOST = re.compile(r"https?://|[\"']//\w")
 
@@ -53,7 +53,7 @@ def cards() -> set[str]:
 
 
 def test_every_how_to_page_has_a_card_on_the_start_page() -> None:
-    assert cards() == {f"howto/{path.stem}" for path in HOW_TO} | {"methods"}
+    assert cards() == {f"howto/{path.stem}" for path in HOW_TO} | {"methods/index"}
 
 
 def figures(name: str) -> tuple[list[list[str]], str]:
@@ -140,12 +140,12 @@ def test_links_are_rewritten_to_where_a_page_is_on_the_site(site_pages: ModuleTy
     recipe = ROOT / "recipes" / "alike" / "README.md"
     copy = site_pages.outside_pages()[recipe]
     text = (
-        "[guide](../../docs/guide.md#masks) [other](../camvid_mobilenetv2/README.md) [folder](../../docs/bench) "
+        "[guide](../../docs/geometry.md#masks) [other](../camvid_mobilenetv2/README.md) [folder](../../docs/bench) "
         "[notebook](../../examples/anytime.ipynb) [figures](results.json) [host](https://example.org) "
         "![p](../../docs/mask.png) `layers[:4](x)` [readme](../../README.md)"
     )
     assert site_pages.rewrite_links(text, recipe, copy) == (
-        "[guide](../../guide.md#masks) [other](camvid_mobilenetv2.md) folder "
+        "[guide](../../geometry.md#masks) [other](camvid_mobilenetv2.md) folder "
         "[notebook](../examples/anytime.ipynb) [figures](../../../recipes/alike/results.json) "
         "[host](https://example.org) ![p](../../mask.png) `layers[:4](x)` [readme](../../index.md)"
     )

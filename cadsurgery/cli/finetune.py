@@ -63,7 +63,7 @@ def finetune(
     given again. Several processes: torchrun --nproc_per_node N -m cadsurgery.cli finetune ..., with --device cpu
     on the CPU.
 
-    Options of objectives (--objective-option NAME=VALUE; each is described in the guide):
+    Options of objectives (--objective-option NAME=VALUE), described in docs/reference/objectives.md:
 
     divergence: teacher (initial or self), temperature, weight, supervision, kind (classes, values or auto).
 

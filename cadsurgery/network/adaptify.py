@@ -293,7 +293,7 @@ def _report_no_effect(plan: Plan, strict: bool) -> None:
         )
         step = (
             "use the network as it is, or one whose decoder interpolates (nn.Upsample and a convolution); "
-            "see decoders in docs/guide.md."
+            "see docs/concepts/decoders.md."
         )
     if plan.effect:  # a small effect was measured
         why = (
