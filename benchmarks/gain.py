@@ -160,7 +160,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--minutes", type=float, default=5.0, help="processor time of each fit")
     parser.add_argument(
-        "--calibrate", action="store_true", help="first calibrate means over the image, see docs/concepts/adapters.md"
+        "--calibrate",
+        action="store_true",
+        help="first calibrate means over the image, see docs/concepts/adapters.md",
     )
     parser.add_argument(
         "--refine", type=float, metavar="MINUTES", help="fit a refinement; its processor time"

@@ -22,7 +22,9 @@ import cadsurgery as cs
 DOCS = ROOT / "docs"
 START = (DOCS / "index.md").read_text()
 HOW_TO = sorted((DOCS / "howto").glob("*.md"))
-PAGES = [DOCS / "index.md", *sorted((DOCS / "methods").glob("*.md")), *HOW_TO]
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+ROOMS = ("tutorials", "howto", "concepts", "reference", "methods")  # folders of pages
+PAGES = [DOCS / "index.md", *sorted(path for room in ROOMS for path in (DOCS / room).glob("*.md"))]
 PUBLIC = {*cs.__all__, *cs._MODULE_OF}  # names, and modules
 OTHER_HOST = re.compile(r"https?://|[\"']//\w")
 
@@ -52,8 +54,50 @@ def cards() -> set[str]:
     return set(re.findall(r"^:link: (\S+)$", START, re.MULTILINE))
 
 
-def test_every_how_to_page_has_a_card_on_the_start_page() -> None:
-    assert cards() == {f"howto/{path.stem}" for path in HOW_TO} | {"methods/index"}
+def test_every_tutorial_has_a_card_on_the_start_page_and_every_card_leads_to_a_page() -> None:
+    tutorials = {f"tutorials/{path.stem}" for path in TUTORIALS}
+    assert len(tutorials) == 5 and tutorials | {"methods/index"} <= cards()
+    assert all((DOCS / f"{card}.md").is_file() for card in cards())
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_a_tutorial_is_a_story_that_says_what_differs_with_real_weights(path: Path) -> None:
+    text = path.read_text()
+    last = re.findall(r"^## (.*)$", text, re.MULTILINE)[-1]
+    assert text.count("```python") >= 4 and last.startswith("With ")
+    assert 60 <= len(text.splitlines()) <= 140
+
+
+def test_contents_have_their_parts_in_the_order_of_a_reader() -> None:
+    assert re.findall(r"^:caption: (.*)$", START, re.MULTILINE) == [
+        "Tutorials",
+        "How-to",
+        "Concepts",
+        "Reference",
+        "Other methods",
+        "Figures",
+        "Recipes",
+        "Examples",
+        "Project",
+    ]
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    """In error messages, next steps and docstrings."""
+    named = {
+        page
+        for folder in ("cadsurgery", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for page in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text())
+    }
+    assert "docs/extending.md" in named and all((ROOT / page).is_file() for page in named), named
+
+
+def test_the_list_of_versions_has_this_one_and_those_of_the_changelog() -> None:
+    released = re.findall(r"^## (\d+\.\d+\.\d+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    text = (DOCS / "versions.md").read_text()
+    assert released and all(f"| {version} | {date} |" in text for version, date in released)
+    assert "| this one |" in text and cs.__version__ in text
 
 
 def figures(name: str) -> tuple[list[list[str]], str]:
@@ -128,9 +172,9 @@ def test_commands_on_the_pages_have_the_options_that_they_are_given() -> None:
         for path in PAGES
         for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
         for line in block.splitlines()
-        if line.startswith("cadsurgery ")
+        if re.match("cadsurgery [a-z]", line)
     ]
-    assert len(lines) > 15
+    assert len(lines) > 40
     for line in lines:
         (name,) = (name for name in known if f"{line} ".startswith(f"{name} "))
         assert {*re.findall(r"(?<= )--?[a-z][a-z0-9-]*", line)} <= known[name], line

@@ -252,8 +252,9 @@ def snippets(path: str) -> list[str]:
 
 
 SITE = [
-    "docs/index.md",
-    *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("docs/howto/*.md"))),
+    path.relative_to(ROOT).as_posix()
+    for path in sorted(ROOT.glob("docs/**/*.md"))
+    if "```python" in path.read_text() and "generated" not in path.parts and path.name != "extending.md"
 ]
 
 
