@@ -65,7 +65,7 @@ def test_a_tutorial_is_a_story_that_says_what_differs_with_real_weights(path: Pa
     text = path.read_text()
     last = re.findall(r"^## (.*)$", text, re.MULTILINE)[-1]
     assert text.count("```python") >= 4 and last.startswith("With ")
-    assert 60 <= len(text.splitlines()) <= 140
+    assert 60 <= len(text.splitlines()) <= 120
 
 
 def test_contents_have_their_parts_in_the_order_of_a_reader() -> None:
