@@ -70,6 +70,7 @@ def test_a_tutorial_is_a_story_that_says_what_differs_with_real_weights(path: Pa
 
 def test_contents_have_their_parts_in_the_order_of_a_reader() -> None:
     assert re.findall(r"^:caption: (.*)$", START, re.MULTILINE) == [
+        "Start",
         "Tutorials",
         "How-to",
         "Concepts",
