@@ -213,7 +213,8 @@ def tune(
     The weights of the network do not change, and so its outputs with everything high do not change. Each fitted part
     is kept only if photos that it was not fitted to show that it helps: the balanced fidelity to the dense network
     (mean IoU over the classes that it predicts; see `TuningReport.measure` for other networks) must improve by more
-    than the standard error of the change, a paired bootstrap over the photos. A discarded part is not in the file.
+    than the standard error of the change (a paired bootstrap over the photos, which few photos widen). A discarded
+    part is not in the file.
     Adapters and gain mask are fitted to a divergence in which all classes count the same, see
     `cadsurgery.finetune.balance`.
 

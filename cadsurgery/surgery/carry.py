@@ -313,9 +313,8 @@ def _name_spaces(model: nn.Module) -> list[dict[str, Any]]:
     for space in waiting:
         functions = [value for value in space.values() if isinstance(value, FunctionType)]
         for function in functions:
-            other = inspect.unwrap(
-                function
-            ).__globals__  # a decorator's wrapper has the globals of the decorator
+            # A decorator's wrapper has the globals of the decorator.
+            other = inspect.unwrap(function).__globals__
             if id(other) not in spaces and str(other.get("__name__")).partition(".")[0] not in _PYTHON:
                 spaces[id(other)] = other
                 waiting.append(other)

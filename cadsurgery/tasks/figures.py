@@ -19,6 +19,8 @@ from cadsurgery.tasks.report import figure_picture as figure_picture
 
 VIEWS = CLASSES, OVERLAY, SIDE = "classes", "overlay", "side"  # of predictions
 LOWEST_COLOUR = "#d9dce1"
+_DARK = 0.5  # mean of the channels below which lines are bright
+_LINES = ((0.75, 0.9, 1.0), (0.05, 0.15, 0.7))  # on what is dark, and on what is bright
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
 
 
@@ -71,12 +73,13 @@ def _on_pixels(values: Tensor, pixels: np.ndarray, output_stride: int) -> np.nda
 
 
 def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int, item: int = 0) -> np.ndarray:
-    """Draw the borders of the cells on an image (H, W, 3)."""
+    """Draw the borders of the cells on an image (H, W, 3): dark on what is bright, bright on what is dark."""
     cell = output_stride * _on_pixels(lattice.side_map[item], pixels, output_stride)
     y, x = np.indices(cell.shape)
     border = (y % cell == 0) | (x % cell == 0)
     drawn = pixels.copy()
-    drawn[border] = 0.35 * drawn[border] + 0.65 * np.array([0.1, 0.25, 0.9])
+    is_dark = pixels[border].mean(1, keepdims=True) < _DARK
+    drawn[border] = 0.35 * drawn[border] + 0.65 * np.where(is_dark, *_LINES)
     return drawn
 
 

@@ -129,8 +129,16 @@ class Estimate(Plain):
 
     @property
     def is_improvement(self) -> bool:
-        """True if the quality is better by more than the error; never for one picture."""
-        return self.change > self.error
+        """True if the quality is better by more than the error, which few pictures underestimate; never for one.
+
+        A bootstrap over n pictures misses a factor of sqrt(n / (n - 1)), and for few the normal distribution is too
+        narrow: one standard error becomes that quantile of Student's t, here to its second order in 1 / (n - 1).
+        """
+        if self.images < 2:
+            return False
+        free = self.images - 1
+        student = 1 + 1 / (2 * free) + 1 / (4 * free**2)
+        return self.change > self.error * math.sqrt(self.images / free) * student
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, which has no NaN."""

@@ -47,7 +47,7 @@ def recorded() -> dict[str, Row]:
 def outlook(row: Row) -> str:
     """Summarise a row in one line."""
     if row["result"] != "converts":
-        why = row.get("why") or row.get("what", "")
+        why = (row.get("why") or row.get("what", "")).partition(";")[0]
         return f"{row['result']}{': ' if why else ''}{why}"
     high, low = row["output_stride"]
     part = f" ({row['part']})" if row["part"] else ""

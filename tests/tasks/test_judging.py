@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,6 +62,14 @@ def test_a_rare_class_that_is_lost_is_no_improvement_though_more_pixels_agree() 
 )
 def test_an_improvement_is_larger_than_its_error(change: float, error: float, improves: bool) -> None:
     assert Estimate(0.5, change, error, 3).is_improvement == improves
+
+
+def test_an_improvement_on_few_pictures_must_be_larger() -> None:
+    """As by Student's t, within some hundredths."""
+    for count in (2, 3, 7, 30, 1000):
+        quantile = scipy.stats.t.ppf(scipy.stats.norm.cdf(1), count - 1) * math.sqrt(count / (count - 1))
+        assert not Estimate(0.5, 0.95 * quantile, 1.0, count).is_improvement
+        assert Estimate(0.5, 1.05 * quantile, 1.0, count).is_improvement
 
 
 @pytest.mark.parametrize("measure", [CLASSES, AGREEMENT])

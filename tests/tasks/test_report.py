@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,24 @@ def test_a_new_report_prints_its_rows() -> None:
         [cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line
     ]
     assert cells == [["one", "4.0", "1.00"], ["two", "-", "-"]]
+
+
+@pytest.mark.parametrize("width", [140, 100, 80, 60, 40])
+def test_no_terminal_is_so_narrow_that_numbers_are_broken(width: int) -> None:
+    numbers = [1.585e6, 0.292, 18.51, 4.25, 123456.7]
+    columns: list[Column[str]] = [Column("setting", lambda row: row, False)]
+    columns += [
+        Column(f"long title {place}", lambda row, value=value: f"{value:.6g}")  # type: ignore[misc]
+        for place, value in enumerate(numbers)
+    ]
+    names = ["all", "edges:threshold=0.95/0.15,dilation=3/11 | budget:fraction=0.3"]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table(names, columns, "of several"))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= width
+    for value in numbers:
+        assert len(re.findall(rf"(?<![\d.]){re.escape(f'{value:.6g}')}(?![\d.])", text)) == len(names)
+    assert text.count("title") == len(numbers) and re.search(r"\ball\b", text)
 
 
 def test_a_new_report_is_plain_values_in_a_file_and_a_picture(tmp_path: Path) -> None:
