@@ -94,6 +94,25 @@ def test_pages_that_the_code_names_exist() -> None:
     assert "docs/extending.md" in named and all((ROOT / page).is_file() for page in named), named
 
 
+def headings(path: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/index.md"])
+def test_links_of_pages_that_are_read_in_the_repository_lead_somewhere(name: str) -> None:
+    """The site has no README, and its build says nothing of links between files of the repository."""
+    page, missing = ROOT / name, list[str]()
+    links = re.findall(r"\]\((?![a-z]+:)([^()\s#]*)#?([^()\s]*)\)", page.read_text())
+    for target, anchor in links:
+        path = page.parent / target if target else page
+        is_there = path.exists() and (path.suffix != ".md" or not anchor or anchor in headings(path))
+        missing += [f"{target}#{anchor}"] * (not is_there)
+    assert len(links) > 2 and missing == []
+
+
 def test_the_list_of_versions_has_this_one_and_those_of_the_changelog() -> None:
     released = re.findall(r"^## (\d+\.\d+\.\d+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     text = (DOCS / "versions.md").read_text()
