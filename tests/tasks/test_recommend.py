@@ -180,7 +180,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def run(photos: Path, folder: Path, network: nn.Module | None = None, **options: Any) -> Recommendation:
+def run(photos: Path | str, folder: Path, network: nn.Module | None = None, **options: Any) -> Recommendation:
     return recommend(
         network or seeded(Segmenter, torch.float32),
         photos,
@@ -210,6 +210,18 @@ def test_data_with_named_splits_is_its_val_part_unless_another_is_named(tmp_path
         assert data.names[0] == named and data.is_labelled
     report = run(spec, tmp_path / "run", limit=1)
     assert report.measure == LABELS and report.data.startswith("scene:2")
+
+
+class Clipped(Segmenter):
+    """Class scores without a negative value, as after a ReLU or softmax."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_labels_are_compared_with_classes_whatever_the_sign_of_the_scores(tmp_path: Path) -> None:
+    report = run("scene:2,height=64,width=96", tmp_path / "run", seeded(Clipped, torch.float32), limit=1)
+    assert report.measure == LABELS and all(row.fidelity is not None for row in report.rows)
 
 
 def test_an_interrupted_run_reports_and_goes_on(

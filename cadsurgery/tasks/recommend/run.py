@@ -424,7 +424,8 @@ class _Run:
                 self.refused[setting.name] = first_line(error)
                 continue
             if setting.kind == "given" and self.kind == "auto":
-                self.kind = kind_of(output)
+                # Labels are compared with classes, also of scores that have no negative value.
+                self.kind = "classes" if self.pictures.data.is_labelled else kind_of(output)
             runs[setting.name] = call
         return runs
 
