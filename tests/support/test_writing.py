@@ -152,21 +152,21 @@ def test_many_images_of_one_name_are_found_in_as_many_steps(tmp_path: Path) -> N
     assert len(set(targets)) == 500 and not vain
 
 
-def test_looking_for_images_compares_each_name_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many questions whether a place is taken as there are names."""
-    inside = [f"{number // 100}/{number}.jpg" for number in range(20_000)]
+def test_looking_for_images_asks_a_few_questions_for_each_name() -> None:
+    """Whether a place is taken: once where names differ, three times at most where all have one name."""
     asked = [0]
 
-    class Counted(set[str]):
+    class Counted(dict[str, int]):
         def __contains__(self, name: object) -> bool:
             asked[0] += 1
             return super().__contains__(name)
 
-    monkeypatch.setattr("cadsurgery.data.images._images_inside", lambda folder: inside)
-    monkeypatch.setattr("cadsurgery.data.images.set", Counted, raising=False)
-    places, _ = find_images([tmp_path])
-    assert len(places) == asked[0] == 20_000
-    assert places[tmp_path / "7" / "701.jpg"] == Path("7/701.png")
+    count, used = 20_000, Counted()
+    places = [_target(f"{number // 100}/{number}.jpg", used) for number in range(count)]
+    assert asked[0] == count == len(set(places)) and places[701] == "7/701.png"
+    asked[0], used = 0, Counted()
+    places = [_target("same.jpg", used) for _ in range(count)]
+    assert asked[0] <= 3 * count and len(set(places)) == count
 
 
 def test_folders_keep_their_order_and_endings_that_differ(tmp_path: Path) -> None:
