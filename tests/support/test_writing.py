@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.data.images import find_images, read_image
+from cadsurgery.data.images import _target, find_images, read_image
 from cadsurgery.data.sources import open_data
 from cadsurgery.methods.resampling.locations import check_grid, check_size
 from cadsurgery.support.files import append_lines, check_folder, make_folder, write_together, write_whole
