@@ -103,6 +103,7 @@ def test_an_image_is_dropped_settings_are_chosen_and_no_other_host_is_asked(
     browser: Any, address: str, photo: Path
 ) -> None:
     page, asked, errors = browser.new_page(), list[str](), list[str]()
+    page.set_default_timeout(120_000)  # the first page of a browser takes long on a busy machine
     page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.goto(address)
