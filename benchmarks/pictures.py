@@ -224,11 +224,8 @@ def zoo() -> Figure:
 
 _SIDE = 8  # fine pixels of the drawn map
 _KEPT = ((0, 2), (1, 2), (1, 3), (2, 2))  # patches that stay fine, in coarse samples
-_REACH = (
-    -2,
-    0,
-    2,
-)  # offsets of a 3x3 kernel in fine pixels: one coarse sample, or dilation 2 on the fine map
+# Offsets of a 3x3 kernel in fine pixels: one coarse sample, or dilation 2 on the fine map.
+_REACH = (-2, 0, 2)
 
 
 def concept() -> Figure:

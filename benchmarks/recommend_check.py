@@ -14,7 +14,7 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.trained import NETWORKS, spread
+from benchmarks.trained import NETWORKS, divided
 from cadsurgery.tasks.recommend import Recommendation, recommend
 
 
@@ -42,8 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.networks.split(","):
         model, data = NETWORKS[name](options.data)
-        photos = spread(data, options.photos)
-        others = data.at([place for place, name in enumerate(data.names) if name not in photos.names])
+        photos, others = divided(data, options.photos, options.others)
         begin = time.perf_counter()
         chosen = recommend(
             model, photos.unlabelled(), minutes=options.minutes, output=options.folder / f"{name}-photos"
@@ -51,7 +50,7 @@ def main() -> None:
         taken = time.perf_counter() - begin
         seen = recommend(
             model,
-            spread(others, options.others),
+            others,
             minutes=60,
             output=options.folder / f"{name}-labels",
         )

@@ -4,9 +4,9 @@
 
 For each network, converted with guided filling, `tune` runs on photos without their labels. Then the
 network it was given and the tuned one are measured with labels on other pictures of the same data, under everything
-low and `detail` with a budget of .1; the tuned one also under `gain` with that budget, if it was kept, and under the
-mask that it chose. Printed are the changes of mIoU in points relative to the network as given, and that of tuning, each
-with its standard error (a paired bootstrap over pictures).
+low and `detail` with a budget of .1; the tuned one also under `gain` with that budget, if it chose `gain`, and under
+the mask that it chose. Printed are the changes of mIoU in points relative to the network as given, and that of tuning,
+each with its standard error (a paired bootstrap over pictures).
 An interrupted tuning goes on in FOLDER.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import cadsurgery as cs
-from benchmarks.trained import NETWORKS, spread
+from benchmarks.trained import NETWORKS, divided
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.tuning import tune
@@ -45,8 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.networks.split(","):
         model, data = NETWORKS[name](options.data)
-        photos = spread(data, options.photos)
-        others = data.at([place for place, name in enumerate(data.names) if name not in photos.names])
+        photos, others = divided(data, options.photos, options.others)
         net = cs.adaptify(model, "none", output_stride=PAIR, fill="guided", verify_laws=False)
         report = tune(
             net, photos.unlabelled(), output=options.folder / name, minutes=options.minutes, rounds=0
@@ -56,13 +55,13 @@ def main() -> None:
             "everything low": ("none", "none"),
             f"detail {FRACTION}": (DETAIL, DETAIL),
         }
-        if "gain" in report.kept:  # the mask has a budget then
+        if report.chosen.startswith("gain"):
             pairs[f"detail, tuned: gain, {FRACTION}"] = (DETAIL, Budget(tuned.mask.mask, FRACTION))
         pairs[f"detail, tuned: as chosen, {report.chosen}"] = (DETAIL, tuned.mask)
         sides: dict[str, tuple[cs.AdaptiveModel, object]] = {}
         for words, (before, after) in pairs.items():
             sides |= {f"{words}, before": (net, before), f"{words}, after": (tuned, after)}
-        judged = _measure(model, sides, spread(others, options.others))
+        judged = _measure(model, sides, others)
         given, kept = judged["given"], ", ".join(report.kept) or "nothing"
         print(
             f"{name}, {len(photos)} photos, kept: {kept}; {len(given)} other pictures, as given "

@@ -206,12 +206,12 @@ def test_links_are_rewritten_to_where_a_page_is_on_the_site(site_pages: ModuleTy
     text = (
         "[guide](../../docs/geometry.md#masks) [other](../camvid_mobilenetv2/README.md) [folder](../../docs/bench) "
         "[notebook](../../examples/anytime.ipynb) [figures](results.json) [host](https://example.org) "
-        "![p](../../docs/mask.png) `layers[:4](x)` [readme](../../README.md)"
+        "![p](../../docs/pictures/concept.png) `layers[:4](x)` [readme](../../README.md)"
     )
     assert site_pages.rewrite_links(text, recipe, copy) == (
         "[guide](../../geometry.md#masks) [other](camvid_mobilenetv2.md) folder "
         "[notebook](../examples/anytime.ipynb) [figures](../../../recipes/alike/results.json) "
-        "[host](https://example.org) ![p](../../mask.png) `layers[:4](x)` [readme](../../index.md)"
+        "[host](https://example.org) ![p](../../pictures/concept.png) `layers[:4](x)` [readme](../../index.md)"
     )
     assert (
         site_pages.rewrite_links("[r](../recipes/alike)", DOCS / "zoo.md", DOCS / "zoo.md")
@@ -237,6 +237,9 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_their_figures_stand_on_
     names = {path.name for path in (DOCS / "pictures").iterdir() if path.suffix != ".json"}
     light = {name for name in names if "-dark." not in name}
     assert light and names - light == {name.replace(".", "-dark.") for name in light}
+    hero = json.loads((DOCS / "pictures" / "hero.json").read_text())["milliseconds"]
+    readme = (ROOT / "README.md").read_text()
+    assert f"as given ({hero['dense']:.0f} ms)" in readme and f"one ({hero['adaptive']:.0f} ms)" in readme
     found, text = speeds(), (DOCS / "speed.md").read_text()
     assert len(found) >= 6 and sum("AVX2" in sets and "AVX-512" in sets for sets in found.values()) >= 5
     for name, sets in found.items():
