@@ -39,6 +39,7 @@ from cadsurgery.methods.storage import load as load, save as save
 from cadsurgery.network.adaptify import adaptify as adaptify, plan as plan
 from cadsurgery.network.compile import Bucketed as Bucketed
 from cadsurgery.network.export import export as export
+from cadsurgery.network.export.kernels import kernels_for as kernels_for
 from cadsurgery.network.model import AdaptiveModel as AdaptiveModel
 from cadsurgery.network.points import macs_at as macs_at, read_at as read_at
 from cadsurgery.network.publish import push_to_hub as push_to_hub

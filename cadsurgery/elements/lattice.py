@@ -165,7 +165,8 @@ def _block_minimum(levels: Tensor, side: int) -> Tensor:
     _, height, width = levels.shape
     rows, columns = divide_up(height, side), divide_up(width, side)
     pad = (0, columns * side - width, 0, rows * side - height)
-    padded = F.pad(levels.to(torch.int32), pad, value=torch.iinfo(torch.int32).max)
+    # More than any level; OpenVINO pads integers through float32, in which the largest integer becomes the smallest.
+    padded = F.pad(levels.to(torch.int32), pad, value=1 << 30)
     minimum = padded.reshape(-1, rows, side, columns, side).amin((2, 4), keepdim=True)
     return minimum.expand(-1, rows, side, columns, side).reshape_as(padded)[:, :height, :width]
 

@@ -164,6 +164,7 @@ TABLE = (
     *_by_width("fill", *_FLOATS),
     Source("maps", (), ("scalar",)),
     Source("processor"),
+    Source("onnxruntime"),
 )
 # Never `-march=native`: other processors than the compiling one may use the library. Never `-fopenmp`: the kernels run
 # on torch's threads.

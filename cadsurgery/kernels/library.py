@@ -44,10 +44,11 @@ class Unusable(Exception):
 
 
 class Found(NamedTuple):
-    """The compiled kernels and their origin ("package" or "cache"); without kernels None and the reason."""
+    """The compiled kernels, their origin ("package" or "cache") and their file; without kernels None and the reason."""
 
     library: ctypes.CDLL | None
     origin: str
+    path: Path | None = None
 
 
 def library() -> ctypes.CDLL | None:
@@ -57,6 +58,15 @@ def library() -> ctypes.CDLL | None:
         CadWarning: see `find`.
     """
     return find().library
+
+
+def path_of_library() -> Path | None:
+    """Return the file of the compiled kernels; None in the cases of `library`.
+
+    Warns:
+        CadWarning: see `find`.
+    """
+    return find().path
 
 
 @cache
@@ -69,9 +79,9 @@ def find() -> Found:
     if os.environ.get("CADSURGERY_NATIVE", "1") == "0":
         return Found(None, "CADSURGERY_NATIVE=0")
     try:
-        found, origin = _of_package(), "package"
-        if found is None:
-            found, origin = _of_cache(), "cache"
+        opened, origin = _of_package(), "package"
+        if opened is None:
+            opened, origin = _of_cache(), "cache"
     except Unusable as error:
         warnings.warn(
             f"the compiled kernels are not used: {error.reason}. Networks run on torch's operations, which is slower. "
@@ -80,16 +90,20 @@ def find() -> Found:
             stacklevel=3,
         )
         return Found(None, error.reason)
-    if found is None:
+    if opened is None:
         return Found(None, "there is no C compiler")
+    found, path = opened
     found.processor_features.restype = ctypes.c_ulong
     found.use_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     found.use_threads.restype = None
     found.use_threads(*_threads())
-    return Found(found, origin)
+    return Found(found, origin, path)
 
 
-def _of_package() -> ctypes.CDLL | None:
+_Opened = tuple[ctypes.CDLL, Path]
+
+
+def _of_package() -> _Opened | None:
     """Open the library inside the package; None if it is missing or older than the package's C files."""
     path, again = build.LIBRARY, "Install cadsurgery again, or set CADSURGERY_NATIVE=0."
     try:
@@ -103,7 +117,7 @@ def _of_package() -> ctypes.CDLL | None:
     if _is_stale(data):
         return None
     try:
-        return open_library(path, is_own=False)
+        return open_library(path, is_own=False), path
     except (OSError, ValueError) as error:
         raise Unusable(f"{path} cannot be loaded ({error})", again) from error
 
@@ -114,7 +128,7 @@ def _is_stale(data: bytes) -> bool:
     return has_sources and build.fingerprint_of(data) != build.fingerprint(build.SOURCES)
 
 
-def _of_cache() -> ctypes.CDLL | None:
+def _of_cache() -> _Opened | None:
     """Open the library in the cache folder, or in a temporary folder if the cache is unusable; compile it if missing.
 
     The file's name contains the sources' fingerprint and the compiler's version, but not the processor: the library
@@ -138,7 +152,7 @@ def _of_cache() -> ctypes.CDLL | None:
                 _build_once(compiler, folder / name)
                 compiled = open_private(folder / name)
             if compiled is not None:
-                return compiled
+                return compiled, folder / name
             reasons.append(f"{folder / name} is not as it was written")
         except build.BuildError as error:
             raise Unusable(f"they could not be built: {error}", advice) from error
@@ -153,7 +167,7 @@ def _of_cache() -> ctypes.CDLL | None:
     )
 
 
-def _of_another_machine() -> ctypes.CDLL | None:
+def _of_another_machine() -> _Opened | None:
     """Open a library in the cache folder that another machine with a compiler has built."""
     with contextlib.suppress(OSError):
         pattern = f"kernels-{build.fingerprint(build.SOURCES)[:16]}-*{build.LIBRARY.suffix}"
@@ -161,7 +175,7 @@ def _of_another_machine() -> ctypes.CDLL | None:
             for path in sorted(folder.glob(pattern)):
                 with contextlib.suppress(OSError):
                     if (found := open_private(path)) is not None:
-                        return found
+                        return found, path
     if build.LIBRARY.exists():
         raise Unusable(
             f"{build.LIBRARY} was made of other C files than those of the package, and there is no C compiler",

@@ -11,6 +11,7 @@ far the largest error, stay in float32.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -160,7 +161,10 @@ class _Values:
         step = max(1, len(flat) // _SAMPLES) | 1  # odd, so that all channels are sampled
         samples = flat[::step].clone()
         if step > 1:
-            least, most = _ends(samples, torch.ones_like(samples), _END)
+            least, most = (
+                float(samples.kthvalue(max(1, math.ceil(share * len(samples)))).values)
+                for share in (_END, 1 - _END)
+            )
             ends = flat[(flat < least) | (flat > most)]
             samples = samples[(samples >= least) & (samples <= most)]
             self.samples += [samples, ends]

@@ -115,6 +115,10 @@ class Exporting:
         "ONNX with weights and features in 8 bits, calibrated by the images of this folder",
         metavar="IMAGES",
     )
+    with_kernels: bool = option(
+        False,
+        "ONNX whose convolutions run in this package's kernels where cadsurgery.kernels_for is registered",
+    )
     check_in: str = option(
         "onnx", "engine that runs the ONNX file to compare it: onnx (ONNX Runtime) or openvino"
     )

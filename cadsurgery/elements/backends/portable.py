@@ -1,15 +1,15 @@
 """Graphs for engines other than torch: gathers and products of rows in the few operations that every engine has.
 
 Torch's own choices are slow in other engines: convolutions used as products of rows on the CPU need transpositions
-before and after, and `embedding_bag` is a loop in ONNX.
+before and after, and `embedding_bag` is a loop in ONNX. For engines that load this package's kernels, a convolution is
+one operation instead, `cadsurgery::convolve_rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,20 +21,7 @@ from cadsurgery.elements.backends.choose import (
     Work,
     extend,
 )
-
-_IS_PORTABLE: ContextVar[bool] = ContextVar(
-    "whether the graph that is made is for another engine", default=False
-)
-
-
-@contextmanager
-def portable() -> Iterator[None]:
-    """Enter a context in which graphs are traced for engines other than torch."""
-    token = _IS_PORTABLE.set(True)
-    try:
-        yield
-    finally:
-        _IS_PORTABLE.reset(token)
+from cadsurgery.elements.backends.target import Kernels, kernels_of_graph
 
 
 class Portable(Backend):
@@ -44,7 +31,7 @@ class Portable(Backend):
 
     def applies(self, work: Work) -> bool:
         """Return True while such a graph is traced."""
-        return _IS_PORTABLE.get()
+        return kernels_of_graph() is not None
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, ..., O)."""
@@ -52,6 +39,9 @@ class Portable(Backend):
         groups, bias = weights.groups, weights.bias
         if work.is_product:
             return weights.finish(F.linear(work.of_target, weights.weight.flatten(1), bias), work.residual)
+        kernels = kernels_of_graph()
+        if kernels is Kernels.ALL or (kernels is Kernels.GROUPED and groups > 1):
+            return _as_one_operation(work)
         reading = work.reading
         rows, table = extend(work.rows, reading, work.outside), reading.table
         outputs, inputs = weights.weight.shape[:2]
@@ -86,3 +76,51 @@ class Portable(Backend):
 def _gather(rows: Tensor, table: Tensor) -> Tensor:
     """Gather rows (n, C) by a table (N, taps), giving (N, taps, C)."""
     return rows.index_select(0, table.flatten()).view(-1, table.shape[1], rows.shape[1])
+
+
+_LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
+
+_LIBRARY.define(
+    "convolve_rows(Tensor rows, Tensor table, Tensor sources, Tensor shares, Tensor weight, Tensor bias, "
+    "Tensor residual, float outside, float low, float high) -> Tensor"
+)
+
+
+@torch.library.register_fake("cadsurgery::convolve_rows")
+def _result(
+    rows: Tensor, table: Tensor, sources: Tensor, shares: Tensor, weight: Tensor, bias: Tensor, *rest: object
+) -> Tensor:
+    return rows.new_empty(table.shape[0], bias.shape[0])
+
+
+def _as_one_operation(work: Convolution) -> Tensor:
+    """Compute rows (N, O) by `cadsurgery::convolve_rows`, which exists in exported programs alone.
+
+    The weight is (taps, C) of a depthwise convolution, (taps, C, O) of an ungrouped one, else (taps, groups,
+    C / groups, O / groups). A residual of one number, 0, adds nothing. The result is clamped to low..high.
+    """
+    weights, reading, act = work.weights, work.reading, work.weights.activation
+    groups, (outputs, inputs) = weights.groups, weights.weight.shape[:2]
+    weight = weights.weight.flatten(2).permute(2, 1, 0)  # (taps, C / groups, O)
+    if groups == outputs and inputs == 1:
+        weight = weight.squeeze(1)
+    elif groups > 1:
+        weight = weight.unflatten(2, (groups, -1)).transpose(1, 2)
+    bounds = act.bounds if act is not None else None
+    low, high = bounds or (-math.inf, math.inf)
+    rows, residual = work.rows, work.residual
+    fits = residual is not None and residual.dim() == 2 and bool(residual.shape[1] == outputs)
+    out: Tensor = torch.ops.cadsurgery.convolve_rows(
+        rows,
+        reading.table.int(),
+        reading.sources.int(),
+        reading.mix.to(rows),
+        weight.contiguous(),
+        weights.bias if weights.bias is not None else rows.new_zeros(outputs),
+        residual if fits else rows.new_zeros(1),
+        work.outside,
+        *((low, high) if residual is None or fits else (-math.inf, math.inf)),
+    )
+    if residual is not None and not fits:
+        return weights.finish(out, residual)
+    return out if bounds or act is None else act.apply_(out)

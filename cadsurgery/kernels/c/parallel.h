@@ -1,4 +1,4 @@
-/* Share work among torch's threads; implemented in processor.c. */
+/* Share work among the threads of the process; implemented in processor.c. */
 #ifndef CADSURGERY_PARALLEL_H
 #define CADSURGERY_PARALLEL_H
 
@@ -6,6 +6,9 @@ typedef void (*share_body)(long begin, long end, void *work);
 
 /* Call `body` for parts of 0..count, in parallel and in any order; each part but the last has length `grain`. */
 void cadsurgery_share(long count, long grain, share_body body, void *work);
+
+/* Likewise, among the threads of an engine; return 0, and do nothing, outside of a call of one. See onnxruntime.c. */
+int cadsurgery_share_in_engine(long count, long grain, share_body body, void *work);
 
 /* Return how many rows of `bytes` bytes make a part worth sharing. */
 static inline __attribute__((unused)) long rows_at_once(long bytes) {

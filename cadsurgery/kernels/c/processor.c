@@ -146,6 +146,7 @@ static void do_parts_of_torch(int64_t begin, int64_t end, void *context) {
 
 void cadsurgery_share(long count, long grain, share_body body, void *work) {
     if (grain < 1) grain = 1;
+    if (cadsurgery_share_in_engine(count, grain, body, work)) return;
     shared all = {count, grain, (count + grain - 1) / grain, 0, body, work};
     if (all.parts > 1 && of_torch) of_torch(0, all.parts, 1, do_parts_of_torch, &all);
     else if (all.parts > 1 && of_openmp) of_openmp(do_parts, &all, 0, 0);

@@ -67,6 +67,7 @@ def export(
     level_map: bool = False,
     float16: bool = False,
     int8: Tensor | Iterable[Tensor] | None = None,
+    with_kernels: bool = False,
     other: Tensor | None = None,
     check_in: str = "onnx",
     step: Step = silent,
@@ -93,6 +94,9 @@ def export(
         float16: weights and activations in half precision; the mask, inputs and outputs in single (ONNX only).
         int8: image batches for calibration, like those of later calls, about 20 to 100 images: weights and activations
             are quantised to 8 bits. Operations that the level map depends on stay in float (ONNX only).
+        with_kernels: convolutions of rows are functions of the domain `cadsurgery`, with standard operations as their
+            bodies: where the library of `cadsurgery.kernels_for` is registered, the engine runs this package's kernels
+            in their place, which is faster. The file is compared with and without the library (ONNX only).
         other: another batch to compare on; default: variants of `image`, e.g. upside down.
         check_in: engine in which an ONNX file is compared: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits gets
             the form that is fastest in this engine.
@@ -115,7 +119,13 @@ def export(
     if check_in not in engines:
         raise UnknownName("engine of ONNX files", check_in, engines)
     batches = _to_calibrate(int8, image, dynamic)
-    options = {"dynamic": dynamic, "level_map": level_map, "float16": float16, "int8": bool(batches)}
+    options = {
+        "dynamic": dynamic,
+        "level_map": level_map,
+        "float16": float16,
+        "int8": bool(batches),
+        "with_kernels": with_kernels,
+    }
     if kind != "onnx" and (unknown := [name for name, value in options.items() if value]):
         raise InvalidInput(
             f"a file of format {kind} cannot be {' or '.join(unknown)}.",
@@ -124,6 +134,15 @@ def export(
         )
     if float16 and batches:
         raise InvalidInput("a file is of float16 or int8.", next="leave out one of them.")
+    if with_kernels and (float16 or check_in != "onnx"):
+        raise InvalidInput(
+            "a file with kernels is in float16."
+            if float16
+            else f"a file with kernels is compared in {check_in}.",
+            where="with_kernels, --with-kernels",
+            why="the kernels compute in float32, and run in ONNX Runtime.",
+            next="leave out with_kernels, or the other option.",
+        )
     if kind == "aoti" and file.suffix != ".pt2":
         raise InvalidInput(
             f"a package of AOTInductor cannot be called {file.name}.",
@@ -149,7 +168,17 @@ def export(
         "pt2": lambda target: programs.write_program(net, image, other, target, step),
         "aoti": lambda target: programs.write_package(net, image, other, target, step),
         "onnx": lambda target: onnx.write(
-            net, image, other, target, dynamic, level_map, float16, engines[check_in], batches, step
+            net,
+            image,
+            other,
+            target,
+            dynamic,
+            level_map,
+            float16,
+            engines[check_in],
+            batches,
+            with_kernels,
+            step,
         ),
     }
     with torch.no_grad(), write_together(file) as temporary:

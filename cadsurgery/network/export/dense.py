@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cadsurgery.elements.backends.portable import portable
+from cadsurgery.elements.backends.target import portable
 from cadsurgery.network.dense_twin import dense_twin, record
 from cadsurgery.network.export.compare import check_difference, difference
 from cadsurgery.network.export.engines import Engine

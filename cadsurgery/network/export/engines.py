@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from cadsurgery.network.export.kernels import kernels_for
 from cadsurgery.support.errors import CannotConvert, describe_error, import_optional
 
 
@@ -26,16 +27,19 @@ class Engine:
     package: ClassVar[str]
     format: ClassVar[Literal["onnx", "aoti"]]
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
+    def __init__(self, path: Path, threads: int = 0, with_kernels: bool = False) -> None:
         """Open a file, to be run by a number of threads; 0 leaves the number to the engine.
+
+        With `with_kernels`, the library of `kernels_for` runs the functions of the file's domain `cadsurgery`.
 
         Raises:
             CannotConvert: the engine refuses the file.
-            CadError: the engine's package is not installed.
+            CadError: the engine's package is not installed; or see `kernels_for`.
         """
         package = import_package(self.package)
+        kernels = kernels_for(self.package) if with_kernels else ""
         try:
-            self._open(package, path, threads)
+            self._open(package, path, threads, kernels)
         except Exception as error:
             raise CannotConvert(
                 f"{self.name} does not take the file.",
@@ -58,7 +62,7 @@ class Engine:
                 next="report it with the name of the network and the version of the engine.",
             ) from error
 
-    def _open(self, package: Any, path: Path, threads: int) -> None:
+    def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
         raise NotImplementedError
 
     def _run(self, *inputs: Tensor) -> list[Tensor]:
@@ -70,10 +74,12 @@ class OnnxRuntime(Engine):
 
     name, package, format = "ONNX Runtime", "onnxruntime", "onnx"
 
-    def _open(self, package: Any, path: Path, threads: int) -> None:
+    def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
         options = package.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        if kernels:
+            options.register_custom_ops_library(kernels)
         # Otherwise the threads of one file keep spinning while another file runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -90,7 +96,7 @@ class OpenVino(Engine):
     name, package, format = "OpenVINO", "openvino", "onnx"
     precision = "f32"
 
-    def _open(self, package: Any, path: Path, threads: int) -> None:
+    def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
         self._core = _core()
         self._options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,
@@ -132,7 +138,7 @@ class Inductor(Engine):
 
     name, package, format = "AOTInductor", "torch", "aoti"
 
-    def _open(self, package: Any, path: Path, threads: int) -> None:
+    def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
         self._call = package._inductor.aoti_load_package(str(path))
 
     def _run(self, *inputs: Tensor) -> list[Tensor]:

@@ -58,6 +58,7 @@ def to_8_bits(
     calls: Sequence[tuple[Tensor, ...]],
     others: Sequence[tuple[Tensor, ...]] = (),
     step: Step = silent,
+    with_kernels: bool = False,
 ) -> Fidelity:
     """Replace a float file by its 8-bit version, in the form that is fastest in an engine.
 
@@ -67,6 +68,7 @@ def to_8_bits(
         calls: inputs for calibration, the image batch first.
         others: further inputs on which the file is run.
         step: progress callback; gets the calibration images.
+        with_kernels: both files are run with this package's kernels.
 
     Raises:
         CannotConvert: quantiser or engine refuse the network, or the file returns another level map or NaN.
@@ -85,7 +87,7 @@ def to_8_bits(
             why=describe_error(error),
             next="leave out int8; float16=True halves the file.",
         ) from error
-    float_engine, int8_engine = engine(path), engine(rounded)
+    float_engine, int8_engine = (engine(one, with_kernels=with_kernels) for one in (path, rounded))
 
     def run(*inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         found, expected = int8_engine(*inputs), float_engine(*inputs)

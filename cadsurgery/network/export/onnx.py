@@ -15,7 +15,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.networks import source_of
-from cadsurgery.elements.backends.portable import portable
+from cadsurgery.elements.backends.target import Kernels, portable
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
@@ -23,6 +23,7 @@ from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.engines import Engine, import_package
 from cadsurgery.network.export.int8 import to_8_bits
+from cadsurgery.network.export.kernels import add_functions
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
@@ -49,6 +50,7 @@ def write(
     float16: bool,
     engine: type[Engine],
     int8: Sequence[Tensor] = (),
+    with_kernels: bool = False,
     step: Step = silent,
 ) -> Written:
     """Write an ONNX file; return its comparison, and the shape of its image with None for dynamic axes. See `export`.
@@ -63,7 +65,9 @@ def write(
     example = _cut_awkwardly(net, image) if dynamic else image
     names = output_names(net(example))
     inputs: tuple[Tensor, ...] = (example, net.levels.long()) if level_map else (example,)
-    program, free = follow(graph, inputs, dynamic)
+    # In 8 bits the engine's own ungrouped products are faster; grouped ones it has for maps alone.
+    kernels = (Kernels.GROUPED if int8 else Kernels.ALL) if with_kernels else Kernels.NONE
+    program, free = follow(graph, inputs, dynamic, kernels)
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
     outputs = (*names, "levels")
     from cadsurgery.network.export.translate import TABLE
@@ -78,6 +82,7 @@ def write(
         output_names=outputs,
     )
     _tidy(model.model)
+    add_functions(model.model)
     model.model.metadata_props.update(_metadata(net, dynamic))
     _name_axes(model.model, free)
     step("writing")
@@ -90,14 +95,17 @@ def write(
     if dynamic:
         batches = [*batches[:1], *_of_other_sizes(net, image)]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
-    run = engine(path)
-    counted_batches = counted(batches, step, "comparing, batch")
-    largest = check_difference((_compare(net, run, batch, level_map) for batch in counted_batches), tolerance)
+    runs = [engine(path), engine(path, with_kernels=True)] if with_kernels else [engine(path)]
+    pairs = [(run, batch) for batch in batches for run in runs]
+    counted_pairs = counted(pairs, step, "comparing, batch")
+    largest = check_difference(
+        (_compare(net, run, batch, level_map) for run, batch in counted_pairs), tolerance
+    )
     shapes = tuple(tuple(batch.shape) for batch in batches)
     compared = Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs)
     if int8:
         calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
-        compared = replace(compared, fidelity=to_8_bits(path, engine, calls, others, step))
+        compared = replace(compared, fidelity=to_8_bits(path, engine, calls, others, step, with_kernels))
     return compared, shape
 
 
@@ -211,7 +219,7 @@ class _InSingle(Masking):
 
 
 def follow(
-    graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool
+    graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool, kernels: Kernels = Kernels.NONE
 ) -> tuple[torch.export.ExportedProgram, set[int]]:
     """Export a network as a program in portable operations; return it with the dynamic axes of the image.
 
@@ -229,7 +237,7 @@ def follow(
     for example, free in attempts:
         shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
         try:
-            with portable(), torch.no_grad(), quietly():
+            with portable(kernels), torch.no_grad(), quietly():
                 program = torch.export.export(
                     graph,
                     example,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.backends.portable import portable
+from cadsurgery.elements.backends.target import portable
 from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.model import AdaptiveModel

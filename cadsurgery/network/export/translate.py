@@ -12,8 +12,12 @@ import torch
 from onnx_ir import DataType
 from onnxscript import opset18
 from onnxscript.function_libs.torch_lib.ops.core import aten_index
+from onnxscript.values import Op, Opset
+
+from cadsurgery.network.export.kernels import BY_RANK, DOMAIN, schema
 
 op: Any = opset18
+_KERNELS = Opset(DOMAIN, 1)
 _ATEN = torch.ops.aten
 
 
@@ -53,6 +57,23 @@ def _numel(self: Any) -> Any:
     return op.Size(self)
 
 
+def _convolve_rows(
+    rows: Any,
+    table: Any,
+    sources: Any,
+    shares: Any,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    outside: float,
+    low: float,
+    high: float,
+) -> Any:
+    """Call the function for the kind of convolution; see `export.kernels`."""
+    function = Op(_KERNELS, name := BY_RANK[len(weight.shape)], schema(name))
+    return function(rows, table, sources, shares, weight, bias, residual, outside=outside, low=low, high=high)
+
+
 def _number(value: Any) -> Any:
     return op.Constant(value_int=value) if isinstance(value, int) else value
 
@@ -63,4 +84,5 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.index.Tensor: _index,
     _ATEN.remainder.Scalar: _remainder,
     _ATEN.sym_numel.default: _numel,
+    torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
 }
