@@ -37,7 +37,7 @@ def recommend(
         typer.Option(help="milliseconds for a picture: the best setting that takes no more", metavar="MS"),
     ] = None,
     runtime: Annotated[
-        str, typer.Option(help="torch, or what settings are exported to: onnx or openvino")
+        str, typer.Option(help="torch, or what settings are exported to: onnx, onnx-kernels or openvino")
     ] = "torch",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or int8")] = "float32",
     size: Annotated[Any, options.size("of the pictures; default: of the first")] = None,

@@ -115,7 +115,7 @@ def export(
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
-    engines = {name: engine for name, engine in ENGINES.items() if engine.format == "onnx"}
+    engines = {name: one for name, one in ENGINES.items() if one.format == "onnx" and not one.has_kernels}
     if check_in not in engines:
         raise UnknownName("engine of ONNX files", check_in, engines)
     batches = _to_calibrate(int8, image, dynamic)

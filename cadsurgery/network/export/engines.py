@@ -21,23 +21,23 @@ class Engine:
         name: the engine's name.
         package: the Python package of the engine.
         format: format of its files, see `cadsurgery.export`.
+        has_kernels: True if this package's kernels run in it; files are then written `with_kernels`.
     """
 
     name: ClassVar[str]
     package: ClassVar[str]
     format: ClassVar[Literal["onnx", "aoti"]]
+    has_kernels: ClassVar[bool] = False
 
-    def __init__(self, path: Path, threads: int = 0, with_kernels: bool = False) -> None:
+    def __init__(self, path: Path, threads: int = 0) -> None:
         """Open a file, to be run by a number of threads; 0 leaves the number to the engine.
-
-        With `with_kernels`, the library of `kernels_for` runs the functions of the file's domain `cadsurgery`.
 
         Raises:
             CannotConvert: the engine refuses the file.
             CadError: the engine's package is not installed; or see `kernels_for`.
         """
         package = import_package(self.package)
-        kernels = kernels_for(self.package) if with_kernels else ""
+        kernels = kernels_for(self.package) if self.has_kernels else ""
         try:
             self._open(package, path, threads, kernels)
         except Exception as error:
@@ -88,6 +88,12 @@ class OnnxRuntime(Engine):
         names = [one.name for one in self._session.get_inputs()]
         values = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
         return [torch.from_numpy(value) for value in self._session.run(None, values)]
+
+
+class OnnxRuntimeWithKernels(OnnxRuntime):
+    """An ONNX file in ONNX Runtime, with the library of `kernels_for`."""
+
+    name, has_kernels = "ONNX Runtime with kernels", True
 
 
 class OpenVino(Engine):
@@ -145,7 +151,20 @@ class Inductor(Engine):
         return [leaf for leaf in tree_leaves(self._call(*inputs)) if isinstance(leaf, Tensor)]
 
 
-ENGINES: dict[str, type[Engine]] = {"onnx": OnnxRuntime, "openvino": OpenVino, "aoti": Inductor}
+_KERNELS = "-kernels"  # ends the names of engines with this package's kernels
+ENGINES: dict[str, type[Engine]] = {
+    "onnx": OnnxRuntime,
+    f"onnx{_KERNELS}": OnnxRuntimeWithKernels,
+    "openvino": OpenVino,
+    "aoti": Inductor,
+}
+
+
+def options_for(runtime: str) -> dict[str, Any]:
+    """Return the options of `export` for files of an engine in `ENGINES`."""
+    engine = ENGINES[runtime]
+    compared_in = runtime.removesuffix(_KERNELS) if engine.format == "onnx" else "onnx"
+    return {"to": engine.format, "check_in": compared_in, "with_kernels": engine.has_kernels}
 
 
 def import_package(package: str) -> Any:

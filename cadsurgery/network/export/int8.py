@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, import_package
+from cadsurgery.network.export.kernels import DOMAIN
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.quantise import round_weight
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
@@ -58,7 +59,6 @@ def to_8_bits(
     calls: Sequence[tuple[Tensor, ...]],
     others: Sequence[tuple[Tensor, ...]] = (),
     step: Step = silent,
-    with_kernels: bool = False,
 ) -> Fidelity:
     """Replace a float file by its 8-bit version, in the form that is fastest in an engine.
 
@@ -68,7 +68,6 @@ def to_8_bits(
         calls: inputs for calibration, the image batch first.
         others: further inputs on which the file is run.
         step: progress callback; gets the calibration images.
-        with_kernels: both files are run with this package's kernels.
 
     Raises:
         CannotConvert: quantiser or engine refuse the network, or the file returns another level map or NaN.
@@ -78,7 +77,7 @@ def to_8_bits(
     try:
         with quietly():
             shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
-            outputs = quantise(path, rounded, shown, products_by_convolution=engine is OnnxRuntime)
+            outputs = quantise(path, rounded, shown, products_by_convolution=issubclass(engine, OnnxRuntime))
     except CadError:
         raise
     except Exception as error:
@@ -87,7 +86,7 @@ def to_8_bits(
             why=describe_error(error),
             next="leave out int8; float16=True halves the file.",
         ) from error
-    float_engine, int8_engine = (engine(one, with_kernels=with_kernels) for one in (path, rounded))
+    float_engine, int8_engine = engine(path), engine(rounded)
 
     def run(*inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         found, expected = int8_engine(*inputs), float_engine(*inputs)
@@ -176,6 +175,7 @@ def quantise(
             next="give the level map as an input: level_map=True.",
         )
     _separate_from_mask(model.graph, mask, chosen)
+    _keep_for_kernels(model.graph)
     weights = _round_weights(model.graph, chosen)
     common.RemoveUnusedNodesPass()(model)
     common.NameFixPass()(model)
@@ -364,6 +364,20 @@ def _separate_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:
             graph.insert_before(first, steps.nodes)
             for node, index in [(use.node, use.idx) for use in value.uses() if use.node in users - mask]:
                 node.replace_input_with(index, copy)
+
+
+def _keep_for_kernels(graph: Any) -> None:
+    """Give this package's operations constants of their own: the quantiser rounds a value for all that read it."""
+    from onnx_ir import tape
+
+    for node in graph:
+        if node.domain != DOMAIN:
+            continue
+        steps = tape.Tape(graph)
+        for place, value in enumerate(node.inputs):
+            if value.is_initializer():
+                own = steps.initializer(value.const_value, f"{value.name}.{node.name}")
+                node.replace_input_with(place, own)
 
 
 def measure(outputs: Iterable[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]) -> Fidelity:

@@ -21,7 +21,7 @@ from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
-from cadsurgery.network.export.engines import Engine, import_package
+from cadsurgery.network.export.engines import Engine, OnnxRuntimeWithKernels, import_package
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.export.kernels import add_functions
 from cadsurgery.network.export.names import output_names
@@ -95,7 +95,7 @@ def write(
     if dynamic:
         batches = [*batches[:1], *_of_other_sizes(net, image)]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
-    runs = [engine(path), engine(path, with_kernels=True)] if with_kernels else [engine(path)]
+    runs = [engine(path), *([OnnxRuntimeWithKernels(path)] if with_kernels else [])]
     pairs = [(run, batch) for batch in batches for run in runs]
     counted_pairs = counted(pairs, step, "comparing, batch")
     largest = check_difference(
@@ -105,7 +105,7 @@ def write(
     compared = Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs)
     if int8:
         calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
-        compared = replace(compared, fidelity=to_8_bits(path, engine, calls, others, step, with_kernels))
+        compared = replace(compared, fidelity=to_8_bits(path, type(runs[-1]), calls, others, step))
     return compared, shape
 
 

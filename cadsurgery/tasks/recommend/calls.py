@@ -18,7 +18,7 @@ from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import export
 from cadsurgery.network.export.dense import write_dense
-from cadsurgery.network.export.engines import ENGINES
+from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -39,7 +39,7 @@ class Calls:
         image: (1, 3, H, W), the first picture.
         options: further ones of `adaptify`.
         multiple: sides of resized pictures are multiples of this number of pixels.
-        runtime: `torch`, `onnx` or `openvino`.
+        runtime: `torch`, `onnx`, `onnx-kernels` or `openvino`.
         precision: one of `PRECISIONS`.
         calibration: pictures (1, 3, H, W) for the calibration of int8.
         folder: folder for the files of an engine.
@@ -113,7 +113,7 @@ class Calls:
         if setting.kind == "adaptive":
             net.mask = setting.mask
             batches = torch.cat(list(self.calibration)) if in_8_bits else None
-            export(net, small, path, to="onnx", check_in=self.runtime, int8=batches)
+            export(net, small, path, int8=batches, **options_for(self.runtime))
         else:
             write_dense(net, _level(net, setting), small, path, engine)
             if in_8_bits:

@@ -15,7 +15,14 @@ from cadsurgery.masks import Budget
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import export
 from cadsurgery.network.export.dense import write_dense
-from cadsurgery.network.export.engines import ENGINES, Engine, OnnxRuntime, OpenVino, OpenVinoInBfloat16
+from cadsurgery.network.export.engines import (
+    ENGINES,
+    Engine,
+    OnnxRuntime,
+    OpenVino,
+    OpenVinoInBfloat16,
+    options_for,
+)
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.files import make_folder
@@ -120,12 +127,12 @@ class InEngine:
 
     def under(self, budget: Budget) -> Call:
         """Return the call of the network under a budget; the file contains its mask and lattice."""
-        name, format = f"budget {budget.fraction!r}", self.engine.format
+        name = f"budget {budget.fraction!r}"
         path = self._path(name)
         self.net.mask = budget
-        options: dict[str, Any] = {"int8": self.image if self.setup.dtype == INT8 else None}
-        check_in = self.setup.runtime if format == "onnx" else "onnx"
-        export(self.net, self.image, path, to=format, check_in=check_in, step=self._step(name), **options)
+        batches = self.image if self.setup.dtype == INT8 else None
+        options = options_for(self.setup.runtime)
+        export(self.net, self.image, path, int8=batches, step=self._step(name), **options)
         return self.engine(path, self.setup.threads)
 
 

@@ -1,0 +1,221 @@
+"""This package's kernels in ONNX Runtime: with the library and without it a file gives what the network gives; what the
+kernels cannot compute is refused by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same, picture
+from exported import File
+from networks import randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.kernels.load import forget
+from cadsurgery.network.dense_twin import dense_twin
+from cadsurgery.network.export.dense import write_dense
+from cadsurgery.network.export.engines import OnnxRuntime
+from cadsurgery.network.export.kernels import DOMAIN
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+class Kinds(nn.Module):
+    """An ungrouped, a depthwise and two grouped convolutions behind a strided one; with residuals and activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.down = nn.Conv2d(16, 24, 3, 2, 1)
+        self.whole = nn.Conv2d(24, 24, 3, 1, 1, bias=False)
+        self.depthwise = nn.Conv2d(24, 24, 5, 1, 2, groups=24)
+        self.pairs = nn.Conv2d(24, 24, 3, 1, 2, 2, groups=12)
+        self.groups = nn.Conv2d(24, 18, 3, 1, 1, groups=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(torch.relu(self.stem(x)))
+        x = torch.relu(self.whole(x) + x)
+        x = nn.functional.relu6(self.depthwise(x))
+        x = nn.functional.hardswish(self.pairs(x)) + x
+        return self.groups(x)
+
+
+def net(mask: Any = "edges:threshold=0.9,dilation=3", **options: Any) -> cs.AdaptiveModel:
+    torch.manual_seed(0)
+    return cs.adaptify(
+        randomise(Kinds()).eval(),
+        mask,
+        output_stride=(2, 4),
+        verify_laws=False,
+        **{"fill": "linear", **options},
+    )
+
+
+class WithKernels(File):
+    """An ONNX file run by ONNX Runtime with the library of kernels."""
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.register_custom_ops_library(cs.kernels_for("onnxruntime"))
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def calls(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(str(path)).graph.node if node.domain == DOMAIN)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[cs.AdaptiveModel, Path, Any]:
+    path, model = tmp_path_factory.mktemp("kernels") / "net.onnx", net()
+    return model, path, cs.export(model, picture(2, 44, 52), path, dynamic=True, with_kernels=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["", "scalar", "sse4"])
+def test_a_file_is_the_network_with_and_without_the_library(
+    written: Any, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path, report = written
+    monkeypatch.setenv("CADSURGERY_ISA", isa)
+    assert calls(path) == {"Convolve": 2, "ConvolveDepthwise": 1, "ConvolveGroups": 2}
+    assert report.difference < 1e-4
+    runs = File(path), WithKernels(path)
+    for size in ((2, 44, 52), (1, 37, 61), (3, 20, 24)):
+        image = picture(*size)
+        with torch.no_grad():
+            expected = model(image)
+        assert 0 < model.active_fraction < 1
+        for run in runs:
+            assert_same(run(image)["output"], expected, 1e-5)
+
+
+@pytest.mark.slow
+def test_several_threads_give_the_same(written: Any) -> None:
+    _, path, _ = written
+    image, results = picture(2, 120, 160), []
+    for threads in (1, 3):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.register_custom_ops_library(cs.kernels_for())
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        results.append(session.run(["output"], {"image": image.numpy()})[0])
+    assert np.array_equal(*results)
+
+
+@pytest.mark.slow
+def test_a_file_in_8_bits_keeps_grouped_kernels(tmp_path: Path) -> None:
+    model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.onnx"
+    report = cs.export(model, picture(1, 44, 52), path, int8=picture(4, 44, 52), with_kernels=True)
+    assert calls(path) == {"ConvolveDepthwise": 1, "ConvolveGroups": 2}
+    assert report.fidelity is not None and report.fidelity.error < 0.05
+    image = picture(1, 44, 52).flip(3)
+    given, other = (run(path)(image)["output"] for run in (File, WithKernels))
+    assert_same(given, other, 1e-2)  # a sum at the edge between two steps of 8 bits may round either way
+    with torch.no_grad():
+        assert float((given - model(image)).square().mean().sqrt() / given.square().mean().sqrt()) < 0.1
+
+
+@pytest.mark.slow
+def test_without_kernels_a_file_calls_none(tmp_path: Path) -> None:
+    cs.export(net("edges | budget:fraction=0.3"), picture(1, 44, 52), tmp_path / "net.onnx")
+    assert not calls(tmp_path / "net.onnx")
+
+
+def one_call(path: Path, table: list[list[int]], groups: int = 2) -> Any:
+    """Write a file of one depthwise convolution of rows with two channels; return its inputs."""
+    from cadsurgery.network.export.kernels import add_functions
+
+    types = {"rows": 1, "table": 6, "sources": 6, "shares": 1}
+    shapes = {"rows": [3, 2], "table": [len(table), 2], "sources": [1, 2], "shares": [1, 2]}
+    weight = np.arange(2 * groups, dtype=np.float32).reshape(2, groups)
+    constants = {"weight": weight, "bias": np.ones(groups, np.float32), "residual": np.zeros(1, np.float32)}
+    node = onnx.helper.make_node(
+        *("ConvolveDepthwise", [*types, *constants], ["out"]),
+        domain=DOMAIN,
+        **{"outside": -1.0, "low": 0.0, "high": 9.0},
+    )
+    graph = onnx.helper.make_graph(
+        [node],
+        "one",
+        [onnx.helper.make_tensor_value_info(name, types[name], shapes[name]) for name in types],
+        [onnx.helper.make_tensor_value_info("out", 1, None)],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
+    import onnx_ir
+
+    model = onnx_ir.from_proto(onnx.helper.make_model(graph, opset_imports=imports, ir_version=9))
+    add_functions(model)
+    onnx_ir.save(model, path)
+    rows = np.array([[0, 1], [2, 3], [4, 5]], np.float32)
+    return {
+        "rows": rows,
+        "table": np.array(table, np.int32),
+        "sources": np.array([[0, 2]], np.int32),
+        "shares": np.array([[0.5, 0.5]], np.float32),
+    }
+
+
+def test_the_body_says_what_the_kernel_computes(tmp_path: Path) -> None:
+    path = tmp_path / "one.onnx"
+    feed = one_call(path, [[0, 1], [2, 3], [4, 4], [3, 3]])  # 3 is outside, 4 the mean of rows 0 and 2
+    expected = np.clip([[5.0, 11.0], [-1.0, 3.0], [5.0, 13.0], [-1.0, -3.0]], 0, 9)
+    for run in (File, WithKernels):
+        assert np.array_equal(run(path).session.run(None, feed)[0], expected)
+
+
+@pytest.mark.parametrize("table", [[[0, 5]], [[-1, 0]]])
+def test_a_table_that_names_rows_that_are_not_there_is_refused(
+    table: list[list[int]], tmp_path: Path
+) -> None:
+    feed = one_call(tmp_path / "one.onnx", table)
+    with pytest.raises(Exception, match="rows that do not exist"):
+        WithKernels(tmp_path / "one.onnx").session.run(None, feed)
+
+
+def test_a_weight_of_other_channels_is_refused(tmp_path: Path) -> None:
+    feed = one_call(tmp_path / "one.onnx", [[0, 1]], groups=3)
+    with pytest.raises(Exception, match="do not fit the weight"):
+        WithKernels(tmp_path / "one.onnx").session.run(None, feed)
+
+
+def test_refusals_name_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image, path = net("edges | budget:fraction=0.3"), picture(1, 44, 52), tmp_path / "net.onnx"
+    for options in ({"float16": True}, {"check_in": "openvino"}):
+        with pytest.raises(cs.InvalidInput, match="with kernels"):
+            cs.export(model, image, path, with_kernels=True, **options)  # type: ignore[arg-type]
+    with pytest.raises(cs.InvalidInput, match="with_kernels"):
+        cs.export(model, image, tmp_path / "net.pt2", with_kernels=True)
+    with pytest.raises(cs.UnknownName, match="onnxruntime"):
+        cs.kernels_for("tensorrt")
+    monkeypatch.setenv("CADSURGERY_NATIVE", "0")
+    forget()
+    with pytest.raises(cs.CadError, match="no library of compiled kernels"):
+        cs.kernels_for()
+    monkeypatch.undo()
+    forget()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_dense_file_takes_no_choice_that_was_made_for_torch(tmp_path: Path) -> None:
+    model, image = net(fill="guided"), picture(1, 44, 52)
+    dense_twin(model, 1, image)
+    write_dense(model, 1, image, tmp_path / "net.onnx", OnnxRuntime)
+    operations = {node.op_type for node in onnx.load(str(tmp_path / "net.onnx")).graph.node}
+    assert "Loop" not in operations and "Conv" in operations
+
+
+@pytest.mark.slow
+def test_openvino_keeps_the_levels_of_patches_that_the_map_does_not_fill(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    image = picture(1, 42, 50)  # 21 x 25 samples, patches of 2 x 2
+    report = cs.export(net("detail | budget:fraction=0.5"), image, tmp_path / "net.onnx", check_in="openvino")
+    assert report.difference < 1e-4
