@@ -10,6 +10,7 @@ import typer
 
 from cadsurgery.cli import options, screen
 from cadsurgery.tasks.options import Conversion
+from cadsurgery.tasks.plan_report import PlanReport
 
 commands = typer.Typer()
 
@@ -62,13 +63,18 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what a conversion would do, with the reason for every node; or show the plan stored in a converted file."""
-    from cadsurgery.tasks.convert import make_or_read_plan
-    from cadsurgery.tasks.convert_report import render_plan
+    from cadsurgery.tasks.recorded import planned
+
+    def make() -> PlanReport:
+        from cadsurgery.tasks.convert import make_or_read_plan
+        from cadsurgery.tasks.convert_report import describe_plan
+
+        return describe_plan(make_or_read_plan(model, **conversion, size=size))
 
     with screen.steps("plan") as step:
         step("planning")
-        planned = make_or_read_plan(model, **conversion, size=size)
-    screen.show(json.loads(planned.to_json()), render_plan(planned, all_nodes=all_nodes), as_json)
+        report = planned(model, {**conversion, "size": size}, make)
+    screen.show(json.loads(report.plan), report.render(all_nodes=all_nodes), as_json)
 
 
 @commands.command("mask")

@@ -154,7 +154,7 @@ def warnings_as_lines() -> Iterator[None]:
 
 def is_first_process() -> bool:
     """True for the only process, or for the first process of a launcher, which prints."""
-    from cadsurgery.support.processes import world
+    from cadsurgery.support.launcher import world
 
     return world().is_main
 

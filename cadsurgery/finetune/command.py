@@ -23,7 +23,8 @@ from cadsurgery.methods.storage import Converted
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.support.processes import own_device, world
+from cadsurgery.support.launcher import world
+from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.open import open_any, open_converted
 from cadsurgery.tasks.options import Settings

@@ -48,7 +48,7 @@ from cadsurgery.network.model import AdaptiveModel, OptimizedModel, pictures_for
 from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, first_line, import_optional
 from cadsurgery.support.files import make_folder
-from cadsurgery.support.processes import world
+from cadsurgery.support.launcher import world
 from cadsurgery.surgery.trace import evaluating
 from cadsurgery.tasks.options import Settings
 from cadsurgery.tasks.report import Plain

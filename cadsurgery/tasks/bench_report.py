@@ -16,7 +16,6 @@ from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.processor import sets_in_words
 from cadsurgery.tasks.report import (
     COLOURS,
-    Column,
     MeasuredReport,
     Report,
     Row,
@@ -27,10 +26,10 @@ from cadsurgery.tasks.report import (
     plain,
     ratio,
     strides_in_words,
-    table,
     time_columns,
 )
 from cadsurgery.tasks.slowest import SLOWER
+from cadsurgery.tasks.tables import Column, table
 
 
 class Rival(NamedTuple):

@@ -6,24 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from cadsurgery.network.macs import LayerMacs, MacReport
 from cadsurgery.support.counting import describe_not_counted
-from cadsurgery.surgery.plan import Decision, Plan
-from cadsurgery.tasks.report import (
-    Column,
-    Row,
-    RunReport,
-    macs_columns,
-    number,
-    plain,
-    ratio,
-    table,
-    time_columns,
-)
+from cadsurgery.surgery.plan import Plan
+from cadsurgery.tasks.plan_report import PlanReport, PlanRow
+from cadsurgery.tasks.report import Row, RunReport, macs_columns, number, plain, ratio, time_columns
 from cadsurgery.tasks.side import Conversion
+from cadsurgery.tasks.tables import Column, table
 
 _BUSY = 1.3  # where the median of a few rounds is so many times the best, something else takes the processor
 
@@ -91,32 +83,29 @@ class ConversionReport(RunReport):
         yield Text(f"wrote {self.file}", style="bold green")
 
 
-_STYLES = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit": "yellow", "enter": "cyan"}
-
-
-def render_plan(plan: Any, *, all_nodes: bool = False) -> RenderableType:
-    """Show the plan as a table; without `all_nodes`, dense nodes before the region are omitted. Other plans as text.
+def describe_plan(plan: Any) -> PlanReport:
+    """Return what is printed of a plan of any method.
 
     The reason why an operation of the region is exact is stated once per operation, below the table.
     """
     if not isinstance(plan, Plan):
-        return Text(str(plan))
-    columns: list[Column[Decision]] = [
-        Column("node", lambda d: d.node, False),
-        Column("operation", lambda d: d.operation, False),
-        Column("action", lambda d: Text(d.action, style=_STYLES.get(d.action, "dim")), False),
-        Column("output stride", plan.stride_text, False),
-        Column("MACs", lambda d: f"{d.macs:.2e}" if d.macs else ""),
-        Column("reason", lambda d: "" if d.action in ("adapt", "keep") else plan.reason_text(d), False),
-    ]
-    shown = [decision for decision in plan.decisions if decision.action != "dense" or all_nodes]
+        return PlanReport(plan.to_json(), str(plan))
     reasons: dict[str, str] = {}
     for decision in plan.chosen("adapt", "keep"):
         reasons.setdefault(decision.operation.partition(" ")[0], decision.reason)
-    explained = Text(
-        "\n".join(f"{operation}: {reason}" for operation, reason in reasons.items()), style="dim"
+    rows = (
+        PlanRow(
+            decision.node,
+            decision.operation,
+            decision.action,
+            plan.stride_text(decision),
+            f"{decision.macs:.2e}" if decision.macs else "",
+            "" if decision.action in ("adapt", "keep") else plan.reason_text(decision),
+        )
+        for decision in plan.decisions
     )
-    return Group(Text(plan.summary()), table(shown, columns), explained)
+    explained = "\n".join(f"{operation}: {reason}" for operation, reason in reasons.items())
+    return PlanReport(plan.to_json(), plan.summary(), tuple(rows), explained)
 
 
 def render_macs(report: Any, *, layers: bool = True) -> RenderableType:

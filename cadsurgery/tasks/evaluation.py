@@ -25,13 +25,13 @@ from cadsurgery.data.images import normalise
 from cadsurgery.masks import labelled, resolve_mask
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
-from cadsurgery.support.processes import gather, own_device, shard, world
+from cadsurgery.support.launcher import world
+from cadsurgery.support.processes import gather, own_device, shard
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.for_each import Failure, Failures, each
 from cadsurgery.tasks.open import at_strides, open_any, provenance
 from cadsurgery.tasks.report import (
     COLOURS,
-    Column,
     MeasuredReport,
     Row,
     against_macs,
@@ -39,13 +39,13 @@ from cadsurgery.tasks.report import (
     panels,
     percent,
     plain,
-    table,
 )
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.side import Comparison, Metrics, Side, time_sides
 from cadsurgery.tasks.sides import masks as of_masks
 from cadsurgery.tasks.sides import need_kind
+from cadsurgery.tasks.tables import Column, table
 
 
 def evaluate(

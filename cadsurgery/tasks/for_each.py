@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 
 from cadsurgery.support.errors import CadError
-from cadsurgery.support.processes import gather, in_order, shard, world
+from cadsurgery.support.launcher import world
+from cadsurgery.support.processes import gather, in_order, shard
 from cadsurgery.support.progress import Step, silent
 
 Item = TypeVar("Item")

@@ -18,7 +18,7 @@ def describe_installation() -> str:
     """
     ours, *others = (f"{name} {number}" for name, number in versions().items())
     at = f" (commit {commit()})" if commit() else ""
-    kernels, origin = find()
+    kernels, origin, _ = find()
     kernels_from = (
         _ORIGINS[origin] if kernels is not None else f"none: {origin}; torch's operations take their place"
     )

@@ -24,8 +24,9 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.progress import Step, counted
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
 from cadsurgery.tasks.open import example_image, is_file, open_converted
-from cadsurgery.tasks.report import Column, Report, Row, figure_picture, percent, plain, table
+from cadsurgery.tasks.report import Report, Row, figure_picture, percent, plain
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
+from cadsurgery.tasks.tables import Column, table
 
 # Returns the lattice of a mask; in a network, if masks are compared, also fields of its row: quality and cost.
 Look = Callable[[MaskProvider], tuple[Lattice, dict[str, Any]]]

@@ -27,7 +27,8 @@ from cadsurgery.network.optimized import FLOAT
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, check_name
 from cadsurgery.support.files import check_folder, is_folder, make_folder
-from cadsurgery.support.processes import own_device, world
+from cadsurgery.support.launcher import world
+from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.convert import check_precision, refuse_precision
 from cadsurgery.tasks.export import images_like

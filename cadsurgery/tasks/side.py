@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from cadsurgery.data.networks import Source
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.report import Column, Row
+from cadsurgery.tasks.report import Row
+from cadsurgery.tasks.tables import Column
 
 if TYPE_CHECKING:
     from cadsurgery.data import SegmentationData

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cadsurgery as cs
-from cadsurgery.support import processes
+from cadsurgery.support import launcher, processes
 from cadsurgery.tasks.for_each import Failures, for_each
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_process_of_several_is_refused_with_the_launcher_that_starts_all(alone: None) -> None:
     with pytest.raises(cs.InvalidInput, match="torchrun --nproc_per_node N"):
-        processes.world()
+        launcher.world()
 
 
 @pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "2"}, {"ACCELERATE_USE_CPU": "False"}], ids=str)
@@ -37,7 +37,7 @@ def test_nothing_is_refused_in_any_other_case(
         monkeypatch.delenv("MASTER_ADDR")
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert processes.world().size == int(given.get("WORLD_SIZE", 1))
+    assert launcher.world().size == int(given.get("WORLD_SIZE", 1))
 
 
 def test_the_mean_over_one_process_is_the_value() -> None:
@@ -48,12 +48,12 @@ def test_the_mean_over_one_process_is_the_value() -> None:
 
 def test_shares_are_disjoint_and_complete_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     items = list("abcdefg")
-    assert processes.shard(items) == list(enumerate(items)) and processes.world().is_main
+    assert processes.shard(items) == list(enumerate(items)) and launcher.world().is_main
     shares = []
     for rank in range(3):
         for name, value in {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, str(value))
-        assert processes.world() == (rank, 3, rank) and processes.world().is_main == (rank == 0)
+        assert launcher.world() == (rank, 3, rank) and launcher.world().is_main == (rank == 0)
         shares.append(processes.shard(items))
     assert [len(share) for share in shares] == [3, 2, 2]
     assert processes.in_order(shares) == items

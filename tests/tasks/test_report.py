@@ -17,16 +17,8 @@ from rich.text import Text
 
 import cadsurgery as cs
 from cadsurgery import viz
-from cadsurgery.tasks.report import (
-    Column,
-    Plain,
-    Report,
-    canvas,
-    check_outputs,
-    number,
-    ratio,
-    table,
-)
+from cadsurgery.tasks.report import Plain, Report, canvas, check_outputs, number, ratio
+from cadsurgery.tasks.tables import Column, table
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from cadsurgery.data.images import write_picture
 from cadsurgery.masks import resolve_mask
 from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.support.processes import own_device, world
+from cadsurgery.support.launcher import world
+from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.figures import figure_picture, matches_figure
 from cadsurgery.tasks.for_each import Failures, for_each

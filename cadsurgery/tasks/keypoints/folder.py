@@ -23,7 +23,8 @@ from cadsurgery.support.errors import (
     import_optional,
 )
 from cadsurgery.support.files import make_folder, write_whole
-from cadsurgery.support.processes import own_device, world
+from cadsurgery.support.launcher import world
+from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.provenance import versions
 from cadsurgery.tasks.for_each import Failure, Failures, for_each

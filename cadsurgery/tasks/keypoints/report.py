@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
-from cadsurgery.tasks.report import COLOURS, Column, MeasuredReport, Row, canvas, strides_in_words, table
+from cadsurgery.tasks.report import COLOURS, MeasuredReport, Row, canvas, strides_in_words
+from cadsurgery.tasks.tables import Column, table
 
 THRESHOLDS = tuple(range(1, 16))  # pixels
 CORNERS = (1, 3, 5)  # thresholds of homography accuracy, in pixels

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from cadsurgery.tasks.judging import CLASSES, LABELS, VALUES, Estimate
 from cadsurgery.tasks.recommend.settings import Setting
-from cadsurgery.tasks.report import COLOURS, Column, Plain, RunReport, canvas, percent, table
+from cadsurgery.tasks.report import COLOURS, Plain, RunReport, canvas, percent
+from cadsurgery.tasks.tables import Column, table
 
 WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative error"}
 

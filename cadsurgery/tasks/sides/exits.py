@@ -16,7 +16,7 @@ from cadsurgery.methods.anytime import AnytimeModel, anytime
 from cadsurgery.methods.anytime.model import Threshold
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.divergence import maps_of
-from cadsurgery.tasks.report import Column, Row, accuracy_columns, time_columns
+from cadsurgery.tasks.report import Row, accuracy_columns, time_columns
 from cadsurgery.tasks.side import (
     Comparison,
     Conversion,
@@ -28,6 +28,7 @@ from cadsurgery.tasks.side import (
     Timed,
     once_per_batch,
 )
+from cadsurgery.tasks.tables import Column
 
 EVERYTHING = "all computed"
 

@@ -17,7 +17,7 @@ from cadsurgery.methods.sampling import SampledModel, sample
 from cadsurgery.methods.sampling.gates import Opened
 from cadsurgery.support.divergence import maps_of, tensors_of
 from cadsurgery.support.errors import CannotConvert, InvalidInput
-from cadsurgery.tasks.report import Column, Row, accuracy_columns, macs_columns, time_columns
+from cadsurgery.tasks.report import Row, accuracy_columns, macs_columns, time_columns
 from cadsurgery.tasks.side import (
     Comparison,
     Conversion,
@@ -29,6 +29,7 @@ from cadsurgery.tasks.side import (
     Timed,
     once_per_batch,
 )
+from cadsurgery.tasks.tables import Column
 
 DENSE, GATES = "dense", "its gates"
 CLOSED, OPEN = "all closed but the grid", "all open"

@@ -14,16 +14,9 @@ from cadsurgery.data.networks import Source
 from cadsurgery.masks import MaskProvider, resolve_mask
 from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.tasks.report import (
-    Column,
-    Row,
-    accuracy_columns,
-    number,
-    percent,
-    ratio,
-    strides_in_words,
-)
+from cadsurgery.tasks.report import Row, accuracy_columns, number, percent, ratio, strides_in_words
 from cadsurgery.tasks.side import Comparison, Counts, Figures, Side
+from cadsurgery.tasks.tables import Column
 
 HIGH, LOW = "all", "none"
 

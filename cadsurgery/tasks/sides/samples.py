@@ -16,8 +16,9 @@ from cadsurgery.masks import labelled
 from cadsurgery.methods.resampling import ResampledModel, UniformSampler, resample
 from cadsurgery.support.divergence import maps_of, resize
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.tasks.report import Column, Row, accuracy_columns, macs_columns, percent, time_columns
+from cadsurgery.tasks.report import Row, accuracy_columns, macs_columns, percent, time_columns
 from cadsurgery.tasks.side import Comparison, Conversion, Counts, Figures, Kind, Request, Side, Timed
+from cadsurgery.tasks.tables import Column
 
 WHOLE = "the whole image"
 
