@@ -299,6 +299,21 @@ int cadsurgery_share_in_engine(long count, long grain, share_body body, void *wo
     return number > 1 && !SHARE(ours->within, do_part, number, 0, &all);
 }
 
+/* Put a pointer in the place of another and return that (atomic). */
+static void *swap(void **place, void *with) {
+#if defined(__aarch64__) && !defined(__APPLE__) && !defined(_WIN32)
+    /* Compilers would call a function of their runtime library here, which is not linked. */
+    void *old;
+    int failed;
+    do __asm__ volatile("ldaxr %0, [%2]\n\tstlxr %w1, %3, [%2]"
+                        : "=&r"(old), "=&r"(failed) : "r"(place), "r"(with) : "memory");
+    while (failed);
+    return old;
+#else
+    return __atomic_exchange_n(place, with, __ATOMIC_ACQ_REL);
+#endif
+}
+
 static status *convolve(void *one, context *within) {
     kernel *k = one;
     const functions api = k->api;
@@ -328,7 +343,7 @@ static status *convolve(void *one, context *within) {
     TRY(DATA_OF(made, &out));
     /* One row for what lies outside, then the halo. The memory is kept for the next call, since new pages cost more than
      * what is written to them. */
-    struct spare { size_t bytes; } *memory = __atomic_exchange_n(&k->spare, 0, __ATOMIC_ACQ_REL);
+    struct spare { size_t bytes; } *memory = swap(&k->spare, 0);
     const size_t bytes = (size_t)(halo + 1) * channels * sizeof(float);
     if (!memory || memory->bytes < bytes) {
         free(memory);
@@ -352,7 +367,7 @@ static status *convolve(void *one, context *within) {
     else
         k->forms->grouped(&from, k->weight, k->bias, 0, 0, 0, more, out, k->channels, k->low, k->high);
     ours = 0;
-    free(__atomic_exchange_n(&k->spare, memory, __ATOMIC_ACQ_REL));
+    free(swap(&k->spare, memory));
     return 0;
 }
 

@@ -108,7 +108,7 @@ def add_functions(model: Any) -> None:
             f'<domain: "{DOMAIN}", opset_import: ["" : {model.graph.opset_imports[""]}]>\n'
             f"{name} <outside, low, high> ({_INPUTS}) => (out) {{{_TAKE}{_SUMS[name]}{_FINISH}\n}}"
         )
-        function = onnx_ir.from_proto(onnx.parser.parse_function(text))
+        function = onnx_ir.serde.deserialize_function(onnx.parser.parse_function(text))
         model.functions[function.identifier()] = function
     if called:
         model.graph.opset_imports[DOMAIN] = 1
