@@ -290,9 +290,8 @@ static void do_part(void *all, size_t part) {
     p->body(begin, end < p->count ? end : p->count, p->work);
 }
 
-/* Share work among the threads of ONNX Runtime; return 0 outside of a call of it. */
-int cadsurgery_share_in_engine(long count, long grain, share_body body, void *work) {
-    if (!ours) return 0;
+/* Share work among the threads of ONNX Runtime. */
+static int share_in_call(long count, long grain, share_body body, void *work) {
     const functions api = ours->api;
     parts all = {count, grain, body, work};
     const size_t number = (count + grain - 1) / grain;
@@ -355,6 +354,7 @@ static status *convolve(void *one, context *within) {
     for (long c = 0; c < channels; c++) beyond[c] = k->outside;
     const sharing here = {api, within};
     ours = &here;
+    cadsurgery_share_by(share_in_call);
     if (halo) {
         const reading from = {in[ROWS_IN].data, 0, beyond, in[SOURCES].data, rows, halo, many, channels, channels};
         k->forms->mix(&from, in[SHARES].data, beyond + channels);
@@ -366,7 +366,7 @@ static status *convolve(void *one, context *within) {
         k->forms->product(&from, k->weight, k->bias, 0, 0, 0, more, out, k->groups, k->outputs, k->low, k->high);
     else
         k->forms->grouped(&from, k->weight, k->bias, 0, 0, 0, more, out, k->channels, k->low, k->high);
-    ours = 0;
+    cadsurgery_share_by(0);
     free(swap(&k->spare, memory));
     return 0;
 }

@@ -7,8 +7,11 @@ typedef void (*share_body)(long begin, long end, void *work);
 /* Call `body` for parts of 0..count, in parallel and in any order; each part but the last has length `grain`. */
 void cadsurgery_share(long count, long grain, share_body body, void *work);
 
-/* Likewise, among the threads of an engine; return 0, and do nothing, outside of a call of one. See onnxruntime.c. */
-int cadsurgery_share_in_engine(long count, long grain, share_body body, void *work);
+/* A way to share work; returns 0 if it did nothing. */
+typedef int share_in_engine(long count, long grain, share_body body, void *work);
+
+/* Let `cadsurgery_share` try another way first in this thread, or none (NULL). */
+void cadsurgery_share_by(share_in_engine *way);
 
 /* Return how many rows of `bytes` bytes make a part worth sharing. */
 static inline __attribute__((unused)) long rows_at_once(long bytes) {

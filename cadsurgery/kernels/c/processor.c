@@ -101,6 +101,9 @@ typedef void gomp_parallel(void (*)(void *), void *, unsigned threads, unsigned 
 
 static torch_parallel *of_torch;
 static gomp_parallel *of_openmp;
+static __thread share_in_engine *of_engine;
+
+void cadsurgery_share_by(share_in_engine *way) { of_engine = way; }
 
 /* Set the function that shares work: torch's `torch_parallel_for`, else `GOMP_parallel` of the OpenMP runtime that torch has
  * loaded. If both are NULL, the calling thread does all the work. */
@@ -146,7 +149,7 @@ static void do_parts_of_torch(int64_t begin, int64_t end, void *context) {
 
 void cadsurgery_share(long count, long grain, share_body body, void *work) {
     if (grain < 1) grain = 1;
-    if (cadsurgery_share_in_engine(count, grain, body, work)) return;
+    if (of_engine && of_engine(count, grain, body, work)) return;
     shared all = {count, grain, (count + grain - 1) / grain, 0, body, work};
     if (all.parts > 1 && of_torch) of_torch(0, all.parts, 1, do_parts_of_torch, &all);
     else if (all.parts > 1 && of_openmp) of_openmp(do_parts, &all, 0, 0);
