@@ -137,7 +137,11 @@ def print_lines(command: str, now: Current, wait: Callable[[], bool]) -> None:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Print this package's warnings as lines on standard error, also with --json; only in the first process."""
+    """Print this package's warnings as lines on standard error, each once, also with --json; only in the first process.
+
+    A command that converts a network for several pairs of output strides is warned of the same thing for each pair.
+    """
+    printed: set[str] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", CadWarning)
         others = warnings.showwarning
@@ -145,7 +149,8 @@ def warnings_as_lines() -> Iterator[None]:
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if not issubclass(category, CadWarning):
                 others(message, category, *place, **more)
-            elif is_first_process():
+            elif is_first_process() and str(message) not in printed:
+                printed.add(str(message))
                 err.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
         warnings.showwarning = show

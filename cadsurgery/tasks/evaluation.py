@@ -29,7 +29,7 @@ from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, own_device, shard
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.for_each import Failure, Failures, each
-from cadsurgery.tasks.open import at_strides, open_any, provenance
+from cadsurgery.tasks.open import Strides, at_strides, open_any, provenance
 from cadsurgery.tasks.report import (
     COLOURS,
     MeasuredReport,
@@ -53,7 +53,7 @@ def evaluate(
     data: str | SegmentationData,
     masks: Sequence[object] = (),
     *,
-    output_stride: Sequence[tuple[int, int] | None] = (),
+    output_stride: Strides = (),
     options: Mapping[str, Any] | None = None,
     weights: str = "auto",
     split: str = "test",
@@ -87,7 +87,7 @@ def evaluate(
         network: a converted network or file, a network by name or `module:function`, or a module to convert.
         data: images with or without labels, or their spec; see `open_data`.
         masks: anything `adaptify` accepts; default: the converted network's own mask, or `"edges"`.
-        output_stride: pairs (high, low); default: the converted network's, or that of `adaptify`.
+        output_stride: a pair (high, low), or several; default: the converted network's, or that of `adaptify`.
         options: further options of `adaptify`; a converted network keeps its own.
         weights: weights of a network by name; see `build_model`.
         split: split of data given by spec.

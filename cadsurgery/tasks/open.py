@@ -23,6 +23,7 @@ from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.tasks.options import Conversion
 
+Strides = tuple[int, int] | Sequence[tuple[int, int] | None]  # one pair (high, low), or several
 DEFAULT_SIZE = (512, 1024)
 _LIBRARIES = ("torchvision", "timm")
 
@@ -119,9 +120,26 @@ def check_options(network: object, options: Mapping[str, Any]) -> None:
         )
 
 
+def pairs_of(output_stride: Strides) -> list[tuple[int, int] | None]:
+    """Return the pairs of output strides that are meant: those of a list, or one that is given alone.
+
+    Raises:
+        InvalidInput: neither a pair nor a list of pairs.
+    """
+    listed = list(output_stride)
+    if len(listed) == 2 and all(isinstance(stride, int) for stride in listed):
+        return [(listed[0], listed[1])]  # type: ignore[list-item]
+    if any(pair is not None and (isinstance(pair, (int, str)) or len(pair) != 2) for pair in listed):
+        raise InvalidInput(
+            f"output_stride={output_stride!r} is neither a pair (high, low) nor a list of pairs.",
+            next="give output_stride=(8, 16), or [(8, 16), (8, 32)] to compare several.",
+        )
+    return listed  # type: ignore[return-value]
+
+
 def at_strides(
     network: str | nn.Module,
-    pairs: Sequence[tuple[int, int] | None],
+    output_stride: Strides,
     options: Mapping[str, Any],
     *,
     mask: object = "edges",
@@ -134,18 +152,18 @@ def at_strides(
 
     Args:
         network: a file, a name or `module:function`, a module, or a converted network.
-        pairs: (high, low); None for the network's own; default: the pair in the options.
+        output_stride: a pair (high, low), or several; None for the network's own; default: the pair in the options.
         options: options of `adaptify` for a network that is not converted yet.
         mask: mask of such a network.
         weights: weights of a network by name.
         trust: run code that a file names; see `cadsurgery.load`.
 
     Raises:
-        InvalidInput: other output strides for a converted network that cannot be rebuilt by name.
+        InvalidInput: no pair of output strides, or other ones for a converted network that cannot be rebuilt by name.
     """
     options = {name: value for name, value in options.items() if value is not None}
     pair = options.pop("output_stride", None)
-    pairs = pairs or ([pair] if pair is not None else [])
+    pairs = pairs_of(output_stride) or ([pair] if pair is not None else [])
     opened = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
     if not isinstance(opened, AdaptiveModel):
         opened, source = original(opened, weights)
@@ -160,7 +178,7 @@ def at_strides(
         options |= {"normalisation": opened.normalisation}
         opened = unconverted(opened)
     nets = [
-        adaptify(opened, mask, output_stride=pair, verify_laws=False, **options) for pair in pairs or (None,)
+        adaptify(opened, mask, output_stride=pair, verify_laws=False, **options) for pair in pairs or [None]
     ]
     known = [pictures_for(net) for net in nets]
     return nets, replace(source, mean=known[0].mean, std=known[0].std)

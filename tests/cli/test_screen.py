@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -226,3 +227,13 @@ def test_work_counts_its_items() -> None:
         for place, name in enumerate("ab")
     ]
     silent("nothing", 1, 2, 3)
+
+
+def test_a_warning_that_is_given_twice_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by each conversion of a network for several pairs of output strides; other ones are printed all the same."""
+    stream = shown_in(monkeypatch, terminal=False)
+    for _ in range(2):  # each command on its own
+        with screen.warnings_as_lines():
+            for text in ("no effect", "no effect", "slow", "no effect"):
+                warnings.warn(text, cs.CadWarning, stacklevel=1)
+    assert stream.getvalue().splitlines() == ["warning: no effect", "warning: slow"] * 2

@@ -231,6 +231,20 @@ def test_errors_come_before_the_work(tmp_path: Path) -> None:
         cs.evaluate("no such network", DATA, picture=tmp_path / "no" / "plot.png")
 
 
+def test_a_pair_of_output_strides_is_a_list_of_one() -> None:
+    alone = cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=(8, 16), limit=1, rounds=0)
+    listed = cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=[(8, 16)], limit=1, rounds=0)
+    assert [(row.label, row.macs, row.miou) for row in alone.rows] == [
+        (row.label, row.macs, row.miou) for row in listed.rows
+    ]
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 16), ["8,16"], [(8, 16, 32)]])
+def test_what_is_no_pair_of_output_strides_is_refused(strides: Any) -> None:
+    with pytest.raises(cs.InvalidInput, match="neither a pair"):
+        cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=strides)
+
+
 def test_other_strides_of_a_network_without_a_name_are_refused() -> None:
     net = cs.adaptify(street_segmenter(), EDGES)
     with pytest.raises(cs.InvalidInput, match="original network"):

@@ -23,7 +23,7 @@ from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Feature
 from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matching_accuracy, mutual_matches
 from cadsurgery.tasks.keypoints.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair
 from cadsurgery.tasks.keypoints.sequences import ImageSequence, Photo, open_sequences
-from cadsurgery.tasks.open import at_strides, provenance
+from cadsurgery.tasks.open import Strides, at_strides, provenance
 from cadsurgery.tasks.report import check_outputs
 from cadsurgery.tasks.side import Side, time_sides
 
@@ -34,7 +34,7 @@ def evaluate_matching(
     masks: Sequence[str] = (),
     settings: Extraction | None = None,
     *,
-    output_stride: Sequence[tuple[int, int] | None] = (),
+    output_stride: Strides = (),
     options: Mapping[str, Any] | None = None,
     weights: str = "auto",
     everything: bool = False,
@@ -77,8 +77,7 @@ def evaluate_matching(
         resolve_mask(mask or "all")
     sequences, left_out = open_sequences(str(folder), everything=everything)
     step("building and converting")
-    pairs = [pair for pair in output_stride if pair is not None]
-    nets, source = at_strides(network, pairs, options or {}, mask="all", weights=weights, trust=trust)
+    nets, source = at_strides(network, output_stride, options or {}, mask="all", weights=weights, trust=trust)
     extractors = [
         Extractor(fast, replace(settings, mask=mask), torch_device)
         for fast in [net.to(torch_device).optimize() for net in nets]
