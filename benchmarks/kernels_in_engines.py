@@ -1,4 +1,4 @@
-"""Time converted networks in ONNX Runtime with this package's kernels, beside its own operations, OpenVINO and torch.
+"""Time converted networks in engines with this package's kernels, beside the engines' own operations and torch.
 
     python -m benchmarks.kernels_in_engines resnet50 FOLDER [--rounds 5]
     python -m benchmarks.kernels_in_engines camvid FOLDER --data DATA [--rounds 9]
@@ -26,7 +26,7 @@ from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engines import ENGINES, options_for
 
-RUNTIMES = ("onnx", "onnx-kernels", "openvino")
+RUNTIMES = ("onnx", "onnx-kernels", "openvino", "openvino-kernels")
 
 
 def converted(name: str, data: Path | None) -> tuple[cs.AdaptiveModel, Tensor]:

@@ -37,7 +37,10 @@ def recommend(
         typer.Option(help="milliseconds for a picture: the best setting that takes no more", metavar="MS"),
     ] = None,
     runtime: Annotated[
-        str, typer.Option(help="torch, or what settings are exported to: onnx, onnx-kernels or openvino")
+        str,
+        typer.Option(
+            help="torch, or the engine of all settings: onnx, openvino, onnx-kernels or openvino-kernels"
+        ),
     ] = "torch",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or int8")] = "float32",
     size: Annotated[Any, options.size("of the pictures; default: of the first")] = None,

@@ -164,6 +164,7 @@ TABLE = (
     *_by_width("fill", *_FLOATS),
     Source("maps", (), ("scalar",)),
     Source("processor"),
+    Source("convolve"),
     Source("onnxruntime"),
 )
 # Never `-march=native`: other processors than the compiling one may use the library. Never `-fopenmp`: the kernels run
@@ -260,13 +261,22 @@ def find_compiler() -> list[str] | None:
 
     None on Windows: GCC misaligns vectors of 32 bytes on the stack there (GCC bug 54412).
     """
+    return _find("CC", ("cc", "gcc", "clang"))
+
+
+def find_compiler_of_cpp() -> list[str] | None:
+    """Return the C++ compiler's command: the variable CXX, else c++, g++ or clang++; as `find_compiler`."""
+    return _find("CXX", ("c++", "g++", "clang++"))
+
+
+def _find(variable: str, names: Sequence[str]) -> list[str] | None:
     if sys.platform == "win32":
         return None
     with contextlib.suppress(ValueError):  # an unclosed quotation
-        named = shlex.split(os.environ.get("CC", ""))
+        named = shlex.split(os.environ.get(variable, ""))
         if named and (found := shutil.which(named[0])):
             return [found, *named[1:]]
-    return next(([found] for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    return next(([found] for name in names if (found := shutil.which(name))), None)
 
 
 def cores() -> int:
@@ -475,11 +485,36 @@ def compile_library(
         whole, log = folder / "whole", folder / "link.log"
         if run([*compiler, *_LINK, *objects, "-o", str(whole)], log) != 0 or not whole.exists():
             raise BuildError(_compiler_message(compiler, log, "the link of all files"))
-        if sys.platform != "darwin":
-            with whole.open("ab") as file:
-                file.write(hashlib.sha256(whole.read_bytes()).digest())
+        _seal(whole)
         whole.replace(target)
     return Built(len(objects), tuple(sorted(left_out)))
+
+
+def compile_extension(command: Sequence[str], target: Path, source: Path) -> None:
+    """Compile one C++ file into a shared library that other software loads.
+
+    Args:
+        command: the compiler's command and its options.
+        target: the file to write.
+        source: the C++ file.
+
+    Raises:
+        BuildError: the compiler fails, does not end in time or cannot be started.
+    """
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".objects-") as folder:
+        whole, log = Path(folder) / "whole", Path(folder) / "log"
+        run = [command[0], str(source), *command[1:], "-o", str(whole)]
+        if _Compilers().run(run, log, COMPILER_SECONDS) != 0 or not whole.exists():
+            raise BuildError(_compiler_message(command, log, source.name))
+        _seal(whole)
+        whole.replace(target)
+
+
+def _seal(library: Path) -> None:
+    """Append the hash of its bytes to a library; see `is_whole`."""
+    if sys.platform != "darwin":
+        with library.open("ab") as file:
+            file.write(hashlib.sha256(library.read_bytes()).digest())
 
 
 def _compiler_message(compiler: Sequence[str], log: Path, what: str) -> str:

@@ -13,11 +13,11 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ from cadsurgery.support.files import cache_folders, is_private, keep_whole, only
 # Longer than a build may take: a waiting process sees the build of the other process succeed or fail.
 WAIT_SECONDS = build.BUILD_SECONDS + 30
 _LOADS = count()
+T = TypeVar("T")
 
 
 class Unusable(Exception):
@@ -129,7 +130,7 @@ def _is_stale(data: bytes) -> bool:
 
 
 def _of_cache() -> _Opened | None:
-    """Open the library in the cache folder, or in a temporary folder if the cache is unusable; compile it if missing.
+    """Open the library in the cache folder; compile it if missing.
 
     The file's name contains the sources' fingerprint and the compiler's version, but not the processor: the library
     holds all forms, and machines with different processors may share the folder.
@@ -137,27 +138,51 @@ def _of_cache() -> _Opened | None:
     compiler = build.find_compiler()
     if compiler is None:
         return _of_another_machine()
-    reasons: list[str] = []
     advice = "Give a C compiler that works (CC=gcc), or set CADSURGERY_NATIVE=0."
-    name = (
-        f"kernels-{build.fingerprint(build.SOURCES)[:16]}-{_version(compiler, advice)}{build.LIBRARY.suffix}"
-    )
+    name = f"kernels-{build.fingerprint(build.SOURCES)[:16]}-{version_of(compiler, advice)}"
+    try:
+        return keep_in_cache(
+            name + build.LIBRARY.suffix,
+            lambda target: build.build(compiler, target, sources=build.SOURCES),
+            open_private,
+        )
+    except build.BuildError as error:
+        raise Unusable(f"they could not be built: {error}", advice) from error
+    except TimeoutError as error:
+        raise Unusable(f"{error}, to build them", "Try again, or set CADSURGERY_NATIVE=0.") from error
+
+
+def keep_in_cache(
+    name: str, make: Callable[[Path], object], open_it: Callable[[Path], T | None]
+) -> tuple[T, Path]:
+    """Open a file in the cache folder, or in a temporary folder if the cache is unusable; make it if missing.
+
+    Args:
+        name: the file's name.
+        make: writes the file.
+        open_it: returns what is opened; None if the file is missing or not as it was written.
+
+    Raises:
+        Unusable: no folder can hold the file.
+        BuildError: the file could not be built.
+        TimeoutError: another process, which builds it, took too long.
+    """
+    reasons: list[str] = []
     for folder in cache_folders("kernels"):
         if _forbids_execution(folder):
             reasons.append(f"{folder} is in a file system that forbids execution (noexec)")
             continue
+        path = folder / name
         try:
-            compiled = open_private(folder / name)
-            if compiled is None:
-                _build_once(compiler, folder / name)
-                compiled = open_private(folder / name)
-            if compiled is not None:
-                return compiled, folder / name
-            reasons.append(f"{folder / name} is not as it was written")
-        except build.BuildError as error:
-            raise Unusable(f"they could not be built: {error}", advice) from error
-        except TimeoutError as error:
-            raise Unusable(f"{error}, to build them", "Try again, or set CADSURGERY_NATIVE=0.") from error
+            opened = open_it(path)
+            if opened is None:
+                _build_once(path, make, open_it)
+                opened = open_it(path)
+            if opened is not None:
+                return opened, path
+            reasons.append(f"{path} is not as it was written")
+        except (build.BuildError, TimeoutError):
+            raise
         except OSError as error:
             reasons.append(f"{folder}: {error}")
     raise Unusable(
@@ -184,7 +209,12 @@ def _of_another_machine() -> _Opened | None:
     return None
 
 
-def _version(compiler: Sequence[str], advice: str) -> str:
+def version_of(compiler: Sequence[str], advice: str) -> str:
+    """Return a hash of a compiler's version and options.
+
+    Raises:
+        Unusable: the compiler does not run.
+    """
     try:
         command = [*compiler, "--version"]
         done = subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=30)
@@ -193,7 +223,9 @@ def _version(compiler: Sequence[str], advice: str) -> str:
     return hashlib.sha256(done.stdout + " ".join(compiler[1:]).encode()).hexdigest()[:8]
 
 
-def _build_once(compiler: Sequence[str], target: Path) -> None:
+def _build_once(
+    target: Path, make: Callable[[Path], object], open_it: Callable[[Path], object | None]
+) -> None:
     """Build a library, or wait until another process has built it; other processes wait in turn.
 
     Raises:
@@ -204,13 +236,13 @@ def _build_once(compiler: Sequence[str], target: Path) -> None:
     failure = target.with_suffix(".failed")
     before = _modified(failure)
     with only_one(target.parent / "lock", WAIT_SECONDS):
-        if open_private(target) is not None:
+        if open_it(target) is not None:
             return
         if _modified(failure) != before:  # a build failed while this process waited, and would fail again
             raise build.BuildError(failure.read_text(encoding="utf-8"))
         try:
             with keep_whole(target) as folder:
-                build.build(compiler, folder / "successor", sources=build.SOURCES)
+                make(folder / "successor")
         except build.BuildError as error:
             failure.write_text(str(error), encoding="utf-8")
             raise
@@ -245,8 +277,7 @@ def open_private(path: Path) -> ctypes.CDLL | None:
 def open_library(path: Path, is_own: bool) -> ctypes.CDLL:
     """Load a library after checking that its file is complete; a truncated library would crash the process.
 
-    The last bytes of the file are the hash of the others. The checked file itself is loaded, through its descriptor,
-    even if its name is replaced meanwhile.
+    The checked file itself is loaded, through its descriptor, even if its name is replaced meanwhile.
 
     Args:
         path: the file.
@@ -255,6 +286,27 @@ def open_library(path: Path, is_own: bool) -> ctypes.CDLL:
     Raises:
         ValueError: the file is damaged, or another user could have written it.
         OSError: the file cannot be read, or the loader refuses it.
+    """
+    with _checked(path, is_own) as descriptor:
+        # A new name each time: for a known name the loader would return the library loaded before.
+        name = f"/proc/self/fd/{'./' * next(_LOADS)}{descriptor}"
+        return ctypes.CDLL(name if os.path.exists(name) else str(path))
+
+
+def intact(path: Path) -> Path | None:
+    """Return the path of a library of the cache, which an engine opens itself; None in the cases of `open_private`."""
+    try:
+        with _checked(path, is_own=True):
+            return path
+    except (FileNotFoundError, PermissionError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def _checked(path: Path, is_own: bool) -> Iterator[int]:
+    """Open a library and yield its descriptor. The last bytes of the file are the hash of the others.
+
+    Raises: see `open_library`.
     """
     # O_NONBLOCK: opening a FIFO of this name would block.
     flags = getattr(os, "O_NOFOLLOW", 0) * is_own | getattr(os, "O_NONBLOCK", 0)
@@ -269,9 +321,7 @@ def open_library(path: Path, is_own: bool) -> ctypes.CDLL:
             raise ValueError(f"{path} is not this user's alone")
         if not build.is_whole(file.read()):
             raise ValueError(f"{path} is damaged")
-        # A new name each time: for a known name the loader would return the library loaded before.
-        name = f"/proc/self/fd/{'./' * next(_LOADS)}{descriptor}"
-        return ctypes.CDLL(name if os.path.exists(name) else str(path))
+        yield descriptor
 
 
 def _threads() -> tuple[int | None, int | None]:

@@ -142,7 +142,8 @@ class Benchmark(Conversion):
     memory: bool = option(False, "also measure peak memory, each side in a process of its own")
     runtime: str = option(
         "torch",
-        "{default}, or an engine that all sides are exported to: onnx, onnx-kernels, openvino or aoti",
+        "{default}, or an engine that all sides are exported to: onnx, openvino, onnx-kernels, openvino-kernels or "
+        "aoti",
     )
     against: str = option(
         "",

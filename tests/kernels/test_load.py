@@ -362,9 +362,9 @@ def test_what_failed_while_a_process_waited_is_not_tried_again(
     names: list[str] = []
     once = library._build_once
 
-    def note(compiler: Any, target: Path) -> None:
+    def note(target: Path, *more: Any) -> None:
         names.append(target.name)
-        once(compiler, target)
+        once(target, *more)
 
     monkeypatch.setattr(library, "only_one", wait)
     monkeypatch.setattr(library, "_build_once", note)

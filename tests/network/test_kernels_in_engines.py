@@ -1,8 +1,9 @@
-"""This package's kernels in ONNX Runtime: with the library and without it a file gives what the network gives; what the
+"""This package's kernels in engines: with the library and without it a file gives what the network gives; what the
 kernels cannot compute is refused by name."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from networks import randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.kernels.build import find_compiler_of_cpp
 from cadsurgery.kernels.load import forget
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
@@ -67,6 +69,33 @@ class WithKernels(File):
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+class InOpenVino:
+    """An ONNX file run by OpenVINO with the extension of kernels."""
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        ov = pytest.importorskip("openvino")
+        self.core, self.threads = ov.Core(), threads
+        self.core.add_extension(extension_of_openvino())
+        self.model = self.core.read_model(path)
+
+    def run(self, feed: dict[str, Any]) -> list[Any]:
+        model = self.model.clone()
+        model.reshape({name: list(value.shape) for name, value in feed.items()})
+        exact = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": self.threads}
+        outputs = self.core.compile_model(model, "CPU", exact)(feed)
+        return [outputs[place].copy() for place in range(len(outputs))]
+
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
+        return {"output": torch.from_numpy(self.run({"image": image.numpy()})[0])}
+
+
+def extension_of_openvino() -> str:
+    """Return the extension; skip the test where none can be built."""
+    if sys.platform != "linux" or find_compiler_of_cpp() is None:
+        pytest.skip("no C++ compiler, or not Linux")
+    return cs.kernels_for("openvino")
+
+
 def calls(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(str(path)).graph.node if node.domain == DOMAIN)
 
@@ -86,7 +115,7 @@ def test_a_file_is_the_network_with_and_without_the_library(
     monkeypatch.setenv("CADSURGERY_ISA", isa)
     assert calls(path) == {"Convolve": 2, "ConvolveDepthwise": 1, "ConvolveGroups": 2}
     assert report.difference < 1e-4
-    runs = File(path), WithKernels(path)
+    runs = File(path), WithKernels(path), InOpenVino(path)
     for size in ((2, 44, 52), (1, 37, 61), (3, 20, 24)):
         image = picture(*size)
         with torch.no_grad():
@@ -106,7 +135,9 @@ def test_several_threads_give_the_same(written: Any) -> None:
         options.register_custom_ops_library(cs.kernels_for())
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         results.append(session.run(["output"], {"image": image.numpy()})[0])
-    assert np.array_equal(*results)
+    results += [InOpenVino(path, threads).run({"image": image.numpy()})[0] for threads in (1, 3)]
+    assert np.array_equal(*results[:2]) and np.array_equal(*results[2:])
+    assert_same(*map(torch.from_numpy, results[1:3]), 1e-5)
 
 
 @pytest.mark.slow
@@ -116,8 +147,9 @@ def test_a_file_in_8_bits_keeps_grouped_kernels(tmp_path: Path) -> None:
     assert calls(path) == {"ConvolveDepthwise": 1, "ConvolveGroups": 2}
     assert report.fidelity is not None and report.fidelity.error < 0.05
     image = picture(1, 44, 52).flip(3)
-    given, other = (run(path)(image)["output"] for run in (File, WithKernels))
-    assert_same(given, other, 1e-2)  # a sum at the edge between two steps of 8 bits may round either way
+    given, *others = (run(path)(image)["output"] for run in (File, WithKernels, InOpenVino))
+    for other in others:
+        assert_same(given, other, 1e-2)  # a sum at the edge between two steps of 8 bits may round either way
     with torch.no_grad():
         assert float((given - model(image)).square().mean().sqrt() / given.square().mean().sqrt()) < 0.1
 
@@ -178,22 +210,25 @@ def test_a_table_that_names_rows_that_are_not_there_is_refused(
     feed = one_call(tmp_path / "one.onnx", table)
     with pytest.raises(Exception, match="rows that do not exist"):
         WithKernels(tmp_path / "one.onnx").session.run(None, feed)
+    with pytest.raises(Exception, match="rows that do not exist"):
+        InOpenVino(tmp_path / "one.onnx", threads=2).run(feed)
 
 
 def test_a_weight_of_other_channels_is_refused(tmp_path: Path) -> None:
     feed = one_call(tmp_path / "one.onnx", [[0, 1]], groups=3)
     with pytest.raises(Exception, match="do not fit the weight"):
         WithKernels(tmp_path / "one.onnx").session.run(None, feed)
+    with pytest.raises(Exception, match="do not fit the weight"):
+        InOpenVino(tmp_path / "one.onnx", threads=2).run(feed)
 
 
 def test_refusals_name_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, image, path = net("edges | budget:fraction=0.3"), picture(1, 44, 52), tmp_path / "net.onnx"
-    for options in ({"float16": True}, {"check_in": "openvino"}):
-        with pytest.raises(cs.InvalidInput, match="with kernels"):
-            cs.export(model, image, path, with_kernels=True, **options)  # type: ignore[arg-type]
+    with pytest.raises(cs.InvalidInput, match="with kernels"):
+        cs.export(model, image, path, with_kernels=True, float16=True)
     with pytest.raises(cs.InvalidInput, match="with_kernels"):
         cs.export(model, image, tmp_path / "net.pt2", with_kernels=True)
-    with pytest.raises(cs.UnknownName, match="onnxruntime"):
+    with pytest.raises(cs.UnknownName, match="openvino"):
         cs.kernels_for("tensorrt")
     monkeypatch.setenv("CADSURGERY_NATIVE", "0")
     forget()
@@ -202,6 +237,37 @@ def test_refusals_name_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     forget()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_extension_that_cannot_be_built_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler; one that fails; and nothing of it stays in the cache."""
+    extension_of_openvino()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("cadsurgery.kernels.build.find_compiler_of_cpp", lambda: None)
+    with pytest.raises(cs.CadError, match=r"(?s)no kernels for OpenVINO.*no C\+\+ compiler"):
+        cs.kernels_for("openvino")
+    failing = tmp_path / "failing"
+    failing.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exec echo 1\necho "error: not today" >&2\nexit 1\n'
+    )
+    failing.chmod(0o755)
+    monkeypatch.setattr("cadsurgery.kernels.build.find_compiler_of_cpp", lambda: [str(failing)])
+    with pytest.raises(cs.CadError, match="failing says error: not today"):
+        cs.kernels_for("openvino")
+    assert not list(tmp_path.rglob("openvino-*.so"))
+
+
+@pytest.mark.slow
+def test_a_file_is_compared_in_openvino(tmp_path: Path) -> None:
+    extension_of_openvino()
+    report = cs.export(
+        net("edges | budget:fraction=0.3"),
+        picture(1, 44, 52),
+        tmp_path / "net.onnx",
+        with_kernels=True,
+        check_in="openvino",
+    )
+    assert report.difference < 1e-4 and calls(tmp_path / "net.onnx")
 
 
 @pytest.mark.slow

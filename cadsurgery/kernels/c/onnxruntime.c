@@ -2,19 +2,14 @@
  *
  * ONNX Runtime calls `RegisterCustomOps` when a session registers this library. The operations have the names of functions
  * in the file, whose bodies are standard operations; ONNX Runtime runs a body only if no operation of its name is
- * registered. Compiled once, for the architecture's baseline; it calls the widest forms that the processor has.
+ * registered.
  *
  * ONNX Runtime's C interface is a table of functions that is only ever extended at its end, so positions are stable.
  */
-#include "parallel.h"
-#include "vector.h"
+#include "convolve.h"
 
 void *malloc(size_t bytes);
 void free(void *memory);
-char *getenv(const char *name);
-unsigned long processor_features(void);
-
-READING(float);
 
 /* ---- The part of ONNX Runtime's C interface that is used. A status is NULL for success. */
 
@@ -30,7 +25,7 @@ typedef struct {
 
 /* The versions of the interface that first have `share`, and all fields of `operation`. */
 enum { VERSION = 17, VERSION_OF_OPERATION = 16 };
-enum { FLOAT = 1, INT32 = 6, FAILURE = 1, MOST_DIMENSIONS = 4 };
+enum { FLOAT = 1, INT32 = 6, FAILURE = 1 };
 
 typedef status *create_status(int code, const char *message);
 typedef status *create_domain(const char *name, void **domain);
@@ -86,191 +81,65 @@ typedef struct operation {
     const char *own_name; /* ONNX Runtime does not read beyond the fields of the operation's version */
 } operation;
 
-/* ---- Forms of the kernels, narrowest first. */
-
-typedef void product_form(const reading *, const float *, const float *, const int32_t *, const float *, const float *,
-                          const float *, float *, long, long, double, double);
-typedef void grouped_form(const reading *, const float *, const float *, const int32_t *, const float *, const float *,
-                          const float *, float *, long, double, double);
-typedef void mix_form(const reading *, const float *, float *);
-
-typedef struct {
-    const char *name;
-    unsigned long needs;
-    product_form *product;
-    grouped_form *grouped;
-    mix_form *mix;
-    const long *product_layout, *grouped_layout;
-} form;
-
-#define DECLARE(set)                                                       \
-    __attribute__((weak)) extern product_form product_float32_##set;       \
-    __attribute__((weak)) extern grouped_form grouped_float32_##set;       \
-    __attribute__((weak)) extern mix_form mix_float32_##set;               \
-    __attribute__((weak)) extern const long product_layout_float32_##set[]; \
-    __attribute__((weak)) extern const long grouped_layout_float32_##set[];
-#define FORM(set, needs)                                                                  \
-    {#set, needs, product_float32_##set, grouped_float32_##set, mix_float32_##set, \
-     product_layout_float32_##set, grouped_layout_float32_##set}
-
-DECLARE(scalar)
-#if defined(__x86_64__)
-DECLARE(sse4)
-DECLARE(avx2)
-DECLARE(avx512)
-static const form forms[] = {FORM(scalar, 0), FORM(sse4, 1ul), FORM(avx2, 3ul), FORM(avx512, 11ul)};
-#elif defined(__aarch64__)
-DECLARE(neon)
-static const form forms[] = {FORM(scalar, 0), FORM(neon, 64ul)};
-#else
-static const form forms[] = {FORM(scalar, 0)};
-#endif
-
-/* Return the widest form that the processor has and the variable CADSURGERY_ISA allows. */
-static const form *widest(void) {
-    const char *cap = getenv("CADSURGERY_ISA");
-    const unsigned long features = processor_features();
-    const form *found = forms;
-    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
-        const form *one = forms + i;
-        if ((features & one->needs) == one->needs && one->product && one->grouped && one->mix) found = one;
-        long same = 0;
-        while (cap && one->name[same] && one->name[same] == cap[same]) same++;
-        if (cap && cap[0] && !one->name[same] && !cap[same]) break;
-    }
-    return found;
-}
-
 /* ---- Convolutions. */
-
-/* Inputs of all operations. Rows (N, C), table (M, taps), halo (H, K) rows and their shares, weight, bias (O), residual
- * (M, O) or one number, which adds nothing. */
-enum { ROWS_IN, TABLE, SOURCES, SHARES, WEIGHT, BIAS, RESIDUAL, INPUTS };
 
 typedef struct {
     functions api;
-    const form *forms;
-    float outside, low, high;
-    long taps, groups, channels, outputs; /* per group */
-    int is_product;
-    float *weight, *bias; /* packed */
-    void *spare;          /* memory of an earlier call, or NULL */
+    convolution *convolution;
 } kernel;
 
-typedef struct {
-    void *data;
-    size_t rank;
-    int64_t size[MOST_DIMENSIONS];
-} tensor;
-
-static status *fail(functions api, const char *message) { return CREATE_STATUS(FAILURE, message); }
+static status *fail(functions api, const char *message) { return message ? CREATE_STATUS(FAILURE, message) : 0; }
 
 #define TRY(call)                   \
     do {                            \
         status *failed = (call);    \
         if (failed) return failed;  \
     } while (0)
-#define REFUSE_UNLESS(holds, message) \
-    do {                              \
-        if (!(holds)) return fail(api, message); \
-    } while (0)
 
 static status *read_tensor(functions api, const value *from, tensor *to) {
-    void *shape;
+    void *shape, *data;
     TRY(SHAPE_OF(from, &shape));
     status *failed = RANK_OF(shape, &to->rank);
     if (!failed && to->rank > MOST_DIMENSIONS) failed = fail(api, "cadsurgery: a tensor has too many dimensions");
     if (!failed) failed = DIMENSIONS_OF(shape, to->size, to->rank);
     RELEASE_SHAPE(shape);
-    return failed ? failed : DATA_OF(from, &to->data);
+    if (!failed) failed = DATA_OF(from, &data);
+    if (!failed) to->data = data;
+    return failed;
 }
 
-/* Pack weights (taps, groups, channels, outputs) for `product`: see product.c. */
-static void pack_product(const kernel *k, const float *from, float *to, const float *bias, float *offset) {
-    const long chunk = k->forms->product_layout[1], chunks = (k->outputs + chunk - 1) / chunk;
-    for (long group = 0; group < k->groups; group++)
-        for (long part = 0; part < chunks; part++)
-            for (long j = 0; j < chunk; j++) {
-                const long output = part * chunk + j, there = output < k->outputs;
-                offset[(group * chunks + part) * chunk + j] = there ? bias[group * k->outputs + output] : 0;
-                for (long tap = 0; tap < k->taps; tap++)
-                    for (long c = 0; c < k->channels; c++)
-                        to[(((group * chunks + part) * k->taps + tap) * k->channels + c) * chunk + j] =
-                            there ? from[((tap * k->groups + group) * k->channels + c) * k->outputs + output] : 0;
-            }
-}
-
-/* Pack weights for `grouped`: see grouped.c. */
-static void pack_grouped(const kernel *k, const float *from, float *to, const float *bias, float *offset) {
-    const long lanes = k->forms->grouped_layout[0], all = k->groups * k->outputs;
-    const long padded = (all + lanes - 1) / lanes * lanes;
-    for (long o = 0; o < padded; o++) {
-        offset[o] = o < all ? bias[o] : 0;
-        for (long tap = 0; tap < k->taps; tap++)
-            for (long c = 0; c < k->channels; c++)
-                to[(tap * k->channels + c) * padded + o] =
-                    o < all ? from[((tap * k->groups + o / k->outputs) * k->channels + c) * k->outputs + o % k->outputs] : 0;
-    }
+static status *read_constant(functions api, const void *node, size_t place, tensor *to) {
+    const value *from;
+    int is_constant = 0;
+    TRY(CONSTANT_OF(node, place, &is_constant, &from));
+    if (!is_constant) return fail(api, "cadsurgery: weight or bias of a convolution are not constant");
+    return read_tensor(api, from, to);
 }
 
 static status *create_convolution(const operation *self, functions api, const void *node, void **made) {
     (void)self;
-    kernel k = {.api = api, .forms = widest()};
-    const value *weight, *bias;
-    tensor w, b;
-    int is_constant = 0;
-    REFUSE_UNLESS(k.forms->product, "cadsurgery: the library has no kernels for this processor");
-    TRY(FLOAT_OF(node, "outside", &k.outside));
-    TRY(FLOAT_OF(node, "low", &k.low));
-    TRY(FLOAT_OF(node, "high", &k.high));
-    TRY(CONSTANT_OF(node, WEIGHT, &is_constant, &weight));
-    REFUSE_UNLESS(is_constant, "cadsurgery: the weight of a convolution is not constant");
-    TRY(CONSTANT_OF(node, BIAS, &is_constant, &bias));
-    REFUSE_UNLESS(is_constant, "cadsurgery: the bias of a convolution is not constant");
-    TRY(read_tensor(api, weight, &w));
-    TRY(read_tensor(api, bias, &b));
-    REFUSE_UNLESS(w.rank >= 2 && b.rank == 1, "cadsurgery: weight or bias of a convolution have no such dimensions");
-    /* (taps, channels) of a depthwise convolution, (taps, C, O), or (taps, groups, C, O) */
-    k.taps = w.size[0];
-    k.groups = w.rank == 3 ? 1 : w.size[1];
-    k.channels = w.rank == 2 ? 1 : w.size[w.rank - 2];
-    k.outputs = w.rank == 2 ? 1 : w.size[w.rank - 1];
-    REFUSE_UNLESS(k.taps > 0 && k.groups > 0 && k.channels > 0 && k.outputs > 0 && b.size[0] == k.groups * k.outputs,
-                  "cadsurgery: weight and bias of a convolution do not fit");
-    const long *layout = k.forms->grouped_layout;
-    const int in_vector = k.channels <= layout[1] && !(k.channels & (k.channels - 1)) && k.outputs == k.channels;
-    k.is_product = k.groups == 1 || !in_vector || k.taps > layout[2];
-    const long width = k.is_product ? k.forms->product_layout[1] : layout[0];
-    const long of_group = k.is_product ? k.outputs : k.groups * k.outputs, groups = k.is_product ? k.groups : 1;
-    const size_t padded = (size_t)groups * ((of_group + width - 1) / width * width);
-    kernel *kept = malloc(sizeof k);
-    k.weight = malloc(padded * k.taps * k.channels * sizeof(float) + 64);
-    k.bias = malloc(padded * sizeof(float) + 64);
-    if (!kept || !k.weight || !k.bias) {
-        free(kept), free(k.weight), free(k.bias);
-        return fail(api, "cadsurgery: there is no memory for the weights of a convolution");
-    }
-    (k.is_product ? pack_product : pack_grouped)(&k, w.data, k.weight, b.data, k.bias);
-    *kept = k;
-    *made = kept;
-    return 0;
+    float outside, low, high;
+    tensor weight, bias;
+    TRY(FLOAT_OF(node, "outside", &outside));
+    TRY(FLOAT_OF(node, "low", &low));
+    TRY(FLOAT_OF(node, "high", &high));
+    TRY(read_constant(api, node, WEIGHT, &weight));
+    TRY(read_constant(api, node, BIAS, &bias));
+    kernel *k = malloc(sizeof *k);
+    if (!k) return fail(api, "cadsurgery: there is no memory for a convolution");
+    k->api = api;
+    const char *reason = cadsurgery_make_convolution(outside, low, high, &weight, &bias, &k->convolution);
+    if (reason) free(k);
+    else *made = k;
+    return fail(api, reason);
 }
 
 static void destroy_convolution(void *one) {
-    kernel *k = one;
-    free(k->weight), free(k->bias), free(k->spare), free(k);
+    cadsurgery_free_convolution(((kernel *)one)->convolution);
+    free(one);
 }
 
-static int is_within(const int32_t *entries, int64_t count, int64_t end) {
-    int32_t least = 0, most = 0;
-    for (int64_t i = 0; i < count; i++) {
-        least = entries[i] < least ? entries[i] : least;
-        most = entries[i] > most ? entries[i] : most;
-    }
-    return least >= 0 && most < end;
-}
-
-/* What shares work in this thread while it is in a call of ONNX Runtime. */
+/* The call of ONNX Runtime that this thread is in. */
 typedef struct {
     functions api;
     const context *within;
@@ -298,23 +167,8 @@ static int share_in_call(long count, long grain, share_body body, void *work) {
     return number > 1 && !SHARE(ours->within, do_part, number, 0, &all);
 }
 
-/* Put a pointer in the place of another and return that (atomic). */
-static void *swap(void **place, void *with) {
-#if defined(__aarch64__) && !defined(__APPLE__) && !defined(_WIN32)
-    /* Compilers would call a function of their runtime library here, which is not linked. */
-    void *old;
-    int failed;
-    do __asm__ volatile("ldaxr %0, [%2]\n\tstlxr %w1, %3, [%2]"
-                        : "=&r"(old), "=&r"(failed) : "r"(place), "r"(with) : "memory");
-    while (failed);
-    return old;
-#else
-    return __atomic_exchange_n(place, with, __ATOMIC_ACQ_REL);
-#endif
-}
-
 static status *convolve(void *one, context *within) {
-    kernel *k = one;
+    const kernel *k = one;
     const functions api = k->api;
     tensor in[INPUTS];
     for (size_t i = 0; i < INPUTS; i++) {
@@ -322,53 +176,16 @@ static status *convolve(void *one, context *within) {
         if (i == WEIGHT || i == BIAS) continue;
         TRY(INPUT_OF(within, i, &from));
         TRY(read_tensor(api, from, in + i));
-        REFUSE_UNLESS(in[i].rank == 2 || i == RESIDUAL, "cadsurgery: an input of a convolution is not two-dimensional");
     }
-    const long rows = in[ROWS_IN].size[0], channels = in[ROWS_IN].size[1], count = in[TABLE].size[0];
-    const long halo = in[SOURCES].size[0], many = in[SOURCES].size[1], outputs = k->groups * k->outputs;
-    REFUSE_UNLESS(channels == k->groups * k->channels && in[TABLE].size[1] == k->taps,
-                  "cadsurgery: rows and table do not fit the weight of a convolution");
-    REFUSE_UNLESS(in[SHARES].size[0] == halo && in[SHARES].size[1] == many, "cadsurgery: shares do not fit the halo");
-    const int adds = in[RESIDUAL].rank == 2;
-    REFUSE_UNLESS(!adds || (in[RESIDUAL].size[0] == count && in[RESIDUAL].size[1] == outputs),
-                  "cadsurgery: the residual of a convolution has another shape than its result");
-    REFUSE_UNLESS(is_within(in[TABLE].data, count * k->taps, rows + 1 + halo) &&
-                      is_within(in[SOURCES].data, halo * many, rows),
-                  "cadsurgery: a table names rows that do not exist");
-    const int64_t size[] = {count, outputs};
+    int64_t size[2];
     value *made;
     void *out;
+    TRY(fail(api, cadsurgery_size_of_result(k->convolution, in, size)));
     TRY(OUTPUT_OF(within, 0, size, 2, &made));
     TRY(DATA_OF(made, &out));
-    /* One row for what lies outside, then the halo. The memory is kept for the next call, since new pages cost more than
-     * what is written to them. */
-    struct spare { size_t bytes; } *memory = swap(&k->spare, 0);
-    const size_t bytes = (size_t)(halo + 1) * channels * sizeof(float);
-    if (!memory || memory->bytes < bytes) {
-        free(memory);
-        memory = malloc(64 + bytes);
-        REFUSE_UNLESS(memory, "cadsurgery: there is no memory for the halo of a convolution");
-        memory->bytes = bytes;
-    }
-    float *beyond = (float *)((char *)memory + 64);
-    for (long c = 0; c < channels; c++) beyond[c] = k->outside;
     const sharing here = {api, within};
     ours = &here;
-    cadsurgery_share_by(share_in_call);
-    if (halo) {
-        const reading from = {in[ROWS_IN].data, 0, beyond, in[SOURCES].data, rows, halo, many, channels, channels};
-        k->forms->mix(&from, in[SHARES].data, beyond + channels);
-    }
-    const long of_group = k->is_product ? k->channels : channels;
-    const reading from = {in[ROWS_IN].data, beyond + channels, beyond, in[TABLE].data, rows, count, k->taps, of_group, channels};
-    const float *more = adds ? in[RESIDUAL].data : 0;
-    if (k->is_product)
-        k->forms->product(&from, k->weight, k->bias, 0, 0, 0, more, out, k->groups, k->outputs, k->low, k->high);
-    else
-        k->forms->grouped(&from, k->weight, k->bias, 0, 0, 0, more, out, k->channels, k->low, k->high);
-    cadsurgery_share_by(0);
-    free(swap(&k->spare, memory));
-    return 0;
+    return fail(api, cadsurgery_convolve(k->convolution, in, out, share_in_call));
 }
 
 /* ---- Registration. */

@@ -19,10 +19,10 @@ from cadsurgery.masks import FixedMask, MaskProvider
 from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
-from cadsurgery.network.export.engines import ENGINES
+from cadsurgery.network.export.engines import ENGINES, engines_for
 from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.network.model import AdaptiveModel, whole_program
-from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.files import check_folder, write_together
 from cadsurgery.support.progress import Step, silent
 
@@ -96,7 +96,8 @@ def export(
             are quantised to 8 bits. Operations that the level map depends on stay in float (ONNX only).
         with_kernels: convolutions of rows are functions of the domain `cadsurgery`, with standard operations as their
             bodies: where the library of `cadsurgery.kernels_for` is registered, the engine runs this package's kernels
-            in their place, which is faster. The file is compared with and without the library (ONNX only).
+            in their place, which is faster. The file is compared with and without the library; OpenVINO cannot read it
+            without (ONNX only).
         other: another batch to compare on; default: variants of `image`, e.g. upside down.
         check_in: engine in which an ONNX file is compared: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits gets
             the form that is fastest in this engine.
@@ -115,9 +116,8 @@ def export(
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
-    engines = {name: one for name, one in ENGINES.items() if one.format == "onnx" and not one.has_kernels}
-    if check_in not in engines:
-        raise UnknownName("engine of ONNX files", check_in, engines)
+    names = [name for name, one in ENGINES.items() if one.format == "onnx" and not one.has_kernels]
+    check_name("engine of ONNX files", check_in, names)
     batches = _to_calibrate(int8, image, dynamic)
     options = {
         "dynamic": dynamic,
@@ -134,14 +134,12 @@ def export(
         )
     if float16 and batches:
         raise InvalidInput("a file is of float16 or int8.", next="leave out one of them.")
-    if with_kernels and (float16 or check_in != "onnx"):
+    if with_kernels and float16:
         raise InvalidInput(
-            "a file with kernels is in float16."
-            if float16
-            else f"a file with kernels is compared in {check_in}.",
+            "a file with kernels is in float16.",
             where="with_kernels, --with-kernels",
-            why="the kernels compute in float32, and run in ONNX Runtime.",
-            next="leave out with_kernels, or the other option.",
+            why="the kernels compute in float32.",
+            next="leave out one of them.",
         )
     if kind == "aoti" and file.suffix != ".pt2":
         raise InvalidInput(
@@ -175,9 +173,8 @@ def export(
             dynamic,
             level_map,
             float16,
-            engines[check_in],
+            engines_for(check_in, with_kernels),
             batches,
-            with_kernels,
             step,
         ),
     }

@@ -22,12 +22,14 @@ class Engine:
         package: the Python package of the engine.
         format: format of its files, see `cadsurgery.export`.
         has_kernels: True if this package's kernels run in it; files are then written `with_kernels`.
+        runs_bodies: True if it runs such files without the kernels, too.
     """
 
     name: ClassVar[str]
     package: ClassVar[str]
     format: ClassVar[Literal["onnx", "aoti"]]
     has_kernels: ClassVar[bool] = False
+    runs_bodies: ClassVar[bool] = True
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         """Open a file, to be run by a number of threads; 0 leaves the number to the engine.
@@ -100,10 +102,11 @@ class OpenVino(Engine):
     """An ONNX file in OpenVINO, compiled for the shapes of its last call, in single precision."""
 
     name, package, format = "OpenVINO", "openvino", "onnx"
+    runs_bodies = False
     precision = "f32"
 
     def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
-        self._core = _core()
+        self._core = _core(kernels)
         self._options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
@@ -129,14 +132,23 @@ class OpenVinoInBfloat16(OpenVino):
     precision = "bf16"
 
 
+class OpenVinoWithKernels(OpenVino):
+    """An ONNX file in OpenVINO, with the extension of `kernels_for`."""
+
+    name, has_kernels = "OpenVINO with kernels", True
+
+
 @cache
-def _core() -> Any:
-    """Return OpenVINO's core, one for all files that is never freed.
+def _core(extension: str = "") -> Any:
+    """Return OpenVINO's core, with or without an extension, one for all files that is never freed.
 
     If two cores are freed in the order of their creation (openvino 2026.4), the thread keeps a signal stack that no
     longer exists, and the next signal (Ctrl-C, the end of a child process) kills the process.
     """
-    return import_package(OpenVino.package).Core()
+    core = import_package(OpenVino.package).Core()
+    if extension:
+        core.add_extension(extension)
+    return core
 
 
 class Inductor(Engine):
@@ -156,6 +168,7 @@ ENGINES: dict[str, type[Engine]] = {
     "onnx": OnnxRuntime,
     f"onnx{_KERNELS}": OnnxRuntimeWithKernels,
     "openvino": OpenVino,
+    f"openvino{_KERNELS}": OpenVinoWithKernels,
     "aoti": Inductor,
 }
 
@@ -165,6 +178,19 @@ def options_for(runtime: str) -> dict[str, Any]:
     engine = ENGINES[runtime]
     compared_in = runtime.removesuffix(_KERNELS) if engine.format == "onnx" else "onnx"
     return {"to": engine.format, "check_in": compared_in, "with_kernels": engine.has_kernels}
+
+
+def engines_for(name: str, with_kernels: bool) -> list[type[Engine]]:
+    """Return the engines that run a file and are compared with the network.
+
+    Args:
+        name: of an engine in `ENGINES` without kernels.
+        with_kernels: the file is written with kernels.
+    """
+    plain = [ENGINES[name]]
+    if not with_kernels:
+        return plain
+    return [*(plain if plain[0].runs_bodies else []), ENGINES[f"{name}{_KERNELS}"]]
 
 
 def import_package(package: str) -> Any:

@@ -1,15 +1,16 @@
 """This package's kernels in ONNX files: functions of the domain `cadsurgery`, with standard operations as their bodies.
 
-An engine in which the library of `kernels_for` is registered runs its kernels in place of the functions; any other
-engine runs the bodies.
+An engine in which the library of `kernels_for` is registered runs its kernels in place of the functions. Others run the
+bodies, but for OpenVINO, which does not know functions and refuses the file.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from cadsurgery.kernels.library import path_of_library
-from cadsurgery.support.errors import CadError, UnknownName
+from cadsurgery.kernels import openvino
+from cadsurgery.kernels.library import Unusable, path_of_library
+from cadsurgery.support.errors import CadError, check_name
 
 DOMAIN = "cadsurgery"
 _INPUTS = "rows, table, sources, shares, weight, bias, residual"
@@ -67,9 +68,9 @@ def schema(name: str) -> Any:
 
 
 def kernels_for(engine: str = "onnxruntime") -> str:
-    """Return the path of the library that brings this package's kernels to an engine.
+    """Return the path of the library that brings this package's kernels to an engine, on the CPU.
 
-    For files of `export(..., with_kernels=True)`, in ONNX Runtime 1.17 or newer on the CPU:
+    For files of `export(..., with_kernels=True)`, in ONNX Runtime 1.17 or newer:
 
         options = onnxruntime.SessionOptions()
         options.register_custom_ops_library(cadsurgery.kernels_for("onnxruntime"))
@@ -77,24 +78,41 @@ def kernels_for(engine: str = "onnxruntime") -> str:
 
     The library depends on nothing; a copy of it can be registered where this package is not installed.
 
+    In OpenVINO, whose extension is compiled for the installed version, once, by a C++ compiler:
+
+        core = openvino.Core()
+        core.add_extension(cadsurgery.kernels_for("openvino"))
+        model = core.read_model("net.onnx")
+
+    It loads the library for ONNX Runtime from its own folder, if a copy is there.
+
     Args:
-        engine: name of the engine's package: `onnxruntime`.
+        engine: name of the engine's package: `onnxruntime` or `openvino`.
 
     Raises:
         UnknownName: there are no kernels for this engine.
-        CadError: there is no compiled library.
+        CadError: there is no compiled library; or the extension cannot be built.
     """
-    if engine != "onnxruntime":
-        raise UnknownName("engine with kernels", engine, ("onnxruntime",))
+    check_name("engine with kernels", engine, ("onnxruntime", "openvino"))
     path = path_of_library()
     if path is None:
         raise CadError(
             "there is no library of compiled kernels.",
             where="cadsurgery.kernels_for",
             why="none came with the package, and none could be compiled; or CADSURGERY_NATIVE=0.",
-            next="install a wheel or a C compiler; without the library the file runs on the engine's own operations.",
+            next="install a wheel or a C compiler; ONNX Runtime runs the file without it, on its own operations.",
         )
-    return str(path)
+    if engine == "onnxruntime":
+        return str(path)
+    try:
+        return str(openvino.extension(path))
+    except Unusable as error:
+        raise CadError(
+            "there are no kernels for OpenVINO.",
+            where="cadsurgery.kernels_for",
+            why=f"{error}.",
+            next=error.next,
+        ) from error
 
 
 def add_functions(model: Any) -> None:

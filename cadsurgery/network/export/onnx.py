@@ -21,7 +21,7 @@ from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
-from cadsurgery.network.export.engines import Engine, OnnxRuntimeWithKernels, import_package
+from cadsurgery.network.export.engines import Engine, import_package
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.export.kernels import add_functions
 from cadsurgery.network.export.names import output_names
@@ -48,17 +48,18 @@ def write(
     dynamic: bool,
     level_map: bool,
     float16: bool,
-    engine: type[Engine],
+    engines: Sequence[type[Engine]],
     int8: Sequence[Tensor] = (),
-    with_kernels: bool = False,
     step: Step = silent,
 ) -> Written:
     """Write an ONNX file; return its comparison, and the shape of its image with None for dynamic axes. See `export`.
 
+    The file is compared in each of the engines, and calls kernels if the last of them has some.
+
     Raises:
         CannotConvert: torch or ONNX cannot follow the network or its mask, or the file's outputs differ.
     """
-    for package in ("onnx", "onnxscript", engine.package):
+    for package in ("onnx", "onnxscript", *(engine.package for engine in engines)):
         import_package(package)
     step("tracing")
     graph = Exportable(net, float16)
@@ -66,7 +67,7 @@ def write(
     names = output_names(net(example))
     inputs: tuple[Tensor, ...] = (example, net.levels.long()) if level_map else (example,)
     # In 8 bits the engine's own ungrouped products are faster; grouped ones it has for maps alone.
-    kernels = (Kernels.GROUPED if int8 else Kernels.ALL) if with_kernels else Kernels.NONE
+    kernels = (Kernels.GROUPED if int8 else Kernels.ALL) if engines[-1].has_kernels else Kernels.NONE
     program, free = follow(graph, inputs, dynamic, kernels)
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
     outputs = (*names, "levels")
@@ -95,7 +96,7 @@ def write(
     if dynamic:
         batches = [*batches[:1], *_of_other_sizes(net, image)]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
-    runs = [engine(path), *([OnnxRuntimeWithKernels(path)] if with_kernels else [])]
+    runs = [engine(path) for engine in engines]
     pairs = [(run, batch) for batch in batches for run in runs]
     counted_pairs = counted(pairs, step, "comparing, batch")
     largest = check_difference(
@@ -105,7 +106,7 @@ def write(
     compared = Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs)
     if int8:
         calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
-        compared = replace(compared, fidelity=to_8_bits(path, type(runs[-1]), calls, others, step))
+        compared = replace(compared, fidelity=to_8_bits(path, engines[-1], calls, others, step))
     return compared, shape
 
 

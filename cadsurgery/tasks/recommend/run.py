@@ -54,7 +54,7 @@ from cadsurgery.tasks.recommend.report import Recommendation, Request
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
 
-RUNTIMES = (TORCH, "onnx", "onnx-kernels", "openvino")
+RUNTIMES = (TORCH, "onnx", "onnx-kernels", "openvino", "openvino-kernels")
 FEWEST = 3  # pictures after which time may end a run
 _BEFORE_DROPPING = 5  # pictures after which a setting may be dropped
 _SURE = 2.0  # standard errors by which another setting is better
@@ -99,7 +99,8 @@ def recommend(
         keep: the least share of the quality of the network as given; the fastest setting that keeps it is
             recommended. Default: .99, unless `at_most` is given.
         at_most: milliseconds of a picture; the best setting that takes no more is recommended.
-        runtime: `torch`, or the engine that all settings are exported to, `onnx`, `onnx-kernels` or `openvino`.
+        runtime: `torch`, or the engine that all settings are exported to, `onnx`, `onnx-kernels`, `openvino`
+            or `openvino-kernels`.
         precision: `float32`, `bfloat16` or `int8`, which the pictures calibrate.
         size: (height, width) that pictures are resized to; default: the size of the first.
         limit: the first so many pictures only.

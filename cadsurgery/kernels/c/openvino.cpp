@@ -1,0 +1,164 @@
+/* Operations of OpenVINO: convolutions of rows, for files written with `with_kernels`.
+ *
+ * OpenVINO has no bodies for functions of ONNX files, so it needs this extension to read such a file. kernels/openvino.py
+ * compiles it against an installed OpenVINO and links it with the library of kernels. */
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/frontend/onnx/extension/conversion.hpp>
+#include <openvino/op/op.hpp>
+
+#if defined(WITH_TBB)
+#include <tbb/parallel_for.h>
+#endif
+
+#include "convolve.h"
+
+namespace {
+
+#if defined(WITH_TBB)
+/* Share work among the threads of OpenVINO. */
+int share(long count, long grain, share_body body, void *work) {
+    const long parts = (count + grain - 1) / grain;
+    if (parts < 2 || tbb::this_task_arena::max_concurrency() < 2) return 0;
+    tbb::parallel_for(0l, parts, [=](long part) {
+        const long begin = part * grain, end = begin + grain;
+        body(begin, end < count ? end : count, work);
+    });
+    return 1;
+}
+share_in_engine *const way = share;
+#else
+share_in_engine *const way = nullptr;
+#endif
+
+tensor as_tensor(const ov::Tensor &from) {
+    const ov::Shape shape = from.get_shape();
+    OPENVINO_ASSERT(shape.size() <= MOST_DIMENSIONS, "cadsurgery: a tensor has too many dimensions");
+    tensor to{from.data(), shape.size(), {}};
+    for (size_t i = 0; i < shape.size(); i++) to.size[i] = static_cast<int64_t>(shape[i]);
+    return to;
+}
+
+void check(const char *reason) { OPENVINO_ASSERT(!reason, reason); }
+
+/* A convolution whose weights are packed in the first call. */
+class Packed {
+public:
+    ~Packed() {
+        if (made_) cadsurgery_free_convolution(made_);
+    }
+    convolution *get(float outside, float low, float high, const tensor &weight, const tensor &bias) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        if (!made_) check(cadsurgery_make_convolution(outside, low, high, &weight, &bias, &made_));
+        return made_;
+    }
+
+private:
+    std::mutex lock_;
+    convolution *made_ = nullptr;
+};
+
+/* `Name::type` is the operation's name. */
+template <class Name>
+class Convolution : public ov::op::Op {
+public:
+    static const ov::DiscreteTypeInfo &get_type_info_static() {
+        static const ov::DiscreteTypeInfo info{Name::type, "cadsurgery"};
+        return info;
+    }
+    const ov::DiscreteTypeInfo &get_type_info() const override { return get_type_info_static(); }
+
+    Convolution() = default;
+    Convolution(const ov::OutputVector &inputs, float outside, float low, float high)
+        : Op(inputs), outside_(outside), low_(low), high_(high) {
+        constructor_validate_and_infer_types();
+    }
+
+    void validate_and_infer_types() override {
+        OPENVINO_ASSERT(get_input_size() == INPUTS, "cadsurgery: a convolution takes another number of inputs");
+        for (size_t i = 0; i < INPUTS; i++) {
+            const auto type = i == TABLE || i == SOURCES ? ov::element::i32 : ov::element::f32;
+            OPENVINO_ASSERT(get_input_element_type(i).compatible(type), "cadsurgery: input ", i, " of a convolution is of type ",
+                            get_input_element_type(i), "; it has to be ", type);
+        }
+        const auto table = get_input_partial_shape(TABLE), bias = get_input_partial_shape(BIAS);
+        set_output_type(0, ov::element::f32,
+                        {table.rank().is_static() ? table[0] : ov::Dimension::dynamic(),
+                         bias.rank().is_static() ? bias[0] : ov::Dimension::dynamic()});
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
+        return std::make_shared<Convolution>(inputs, outside_, low_, high_);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor &visitor) override {
+        visitor.on_attribute("outside", outside_);
+        visitor.on_attribute("low", low_);
+        visitor.on_attribute("high", high_);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
+        tensor in[INPUTS];
+        for (size_t i = 0; i < INPUTS; i++) in[i] = as_tensor(inputs[i]);
+        convolution *const by = packed_->get(outside_, low_, high_, in[WEIGHT], in[BIAS]);
+        int64_t size[2];
+        check(cadsurgery_size_of_result(by, in, size));
+        outputs[0].set_shape({static_cast<size_t>(size[0]), static_cast<size_t>(size[1])});
+        float *const out = outputs[0].data<float>();
+        const char *const reason = cadsurgery_convolve(by, in, out, way);
+        /* With one thread OpenVINO (2026.4) goes on after an exception: what it returns must not look like a result. */
+        if (reason) std::fill(out, out + size[0] * size[1], std::numeric_limits<float>::quiet_NaN());
+        check(reason);
+        return true;
+    }
+
+private:
+    float outside_ = 0, low_ = 0, high_ = 0;
+    std::shared_ptr<Packed> packed_ = std::make_shared<Packed>();
+};
+
+struct Plain {
+    static constexpr const char *type = "Convolve";
+};
+struct Depthwise {
+    static constexpr const char *type = "ConvolveDepthwise";
+};
+struct Groups {
+    static constexpr const char *type = "ConvolveGroups";
+};
+
+/* Add an operation: for ONNX files, and for files of OpenVINO's own format. */
+template <class Name>
+void add(std::vector<ov::Extension::Ptr> &to) {
+    using Made = Convolution<Name>;
+    to.push_back(std::make_shared<ov::OpExtension<Made>>());
+    const auto read = [](const ov::frontend::NodeContext &node) -> ov::OutputVector {
+        ov::OutputVector inputs;
+        for (size_t i = 0; i < node.get_input_size(); i++) inputs.push_back(node.get_input(static_cast<int>(i)));
+        return {std::make_shared<Made>(inputs, node.get_attribute<float>("outside"), node.get_attribute<float>("low"),
+                                       node.get_attribute<float>("high"))};
+    };
+    to.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(Name::type, "cadsurgery", read));
+}
+
+std::vector<ov::Extension::Ptr> extensions() {
+    std::vector<ov::Extension::Ptr> all;
+    add<Plain>(all);
+    add<Depthwise>(all);
+    add<Groups>(all);
+    return all;
+}
+
+}  // namespace
+
+OPENVINO_CREATE_EXTENSIONS(extensions());
