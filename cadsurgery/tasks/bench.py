@@ -59,7 +59,16 @@ from cadsurgery.tasks.options import Benchmark, Conversion
 from cadsurgery.tasks.report import Row, check_outputs
 from cadsurgery.tasks.side import Side, measure
 from cadsurgery.tasks.sides import need_kind
-from cadsurgery.tasks.sides.engines import HIGH, INT8, LOW, RIVALS, InTorch, rival_sides, runs_of
+from cadsurgery.tasks.sides.engines import (
+    HIGH,
+    INT8,
+    LOW,
+    RIVALS,
+    InTorch,
+    rival_sides,
+    runs_of,
+    smaller_sides,
+)
 from cadsurgery.tasks.slowest import explain_slowness
 
 FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
@@ -255,6 +264,7 @@ def _compare(
             )
         runs = runs_of(net, image, setup, folder / fill, step)
         twins = {} if sides else {HIGH: dense.high, LOW: dense.low}
+        own = [*(smaller_sides(net, image, setup, runs) if twins else []), *own]
         sides += [Side(key, runs.dense(key), macs) for key, macs in twins.items()]
         sides += [
             Side(_key(fill, one), runs.under(Budget(mask, one)), count.mask) for one, count in counted.items()
@@ -457,6 +467,11 @@ def _check(
             "there are no compiled kernels for int8 here.",
             why="cadsurgery --version states the reason.",
             next="measure files in onnx or openvino: runtime.",
+        )
+    if not 0 <= setup.smaller < 1:
+        raise InvalidInput(
+            f"smaller={setup.smaller:g}.",
+            next="give the scale of the smaller pictures, between 0 and 1, e.g. 0.7.",
         )
     if setup.calibration and (setup.dtype, setup.runtime) != (INT8, TORCH):
         raise InvalidInput(

@@ -150,6 +150,11 @@ class Benchmark(Conversion):
         "also time the dense networks in these engines, in every precision they have: onnxruntime,openvino",
         metavar="ENGINES",
     )
+    smaller: float = option(
+        0.0,
+        "also time dense high on pictures of this scale, e.g. 0.7, resized in the call; 0 for none",
+        min=0,
+    )
     isa: str | tuple[str, ...] = option(
         "",
         "measure with these instruction sets, e.g. avx2,avx512, each in processes of its own, in which torch, oneDNN "

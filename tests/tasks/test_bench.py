@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.elements.backends import costs
+from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.kernels import build, isa
 from cadsurgery.network.export.dense import dense_program, write_dense
 from cadsurgery.network.export.engines import Engine
@@ -507,6 +508,27 @@ def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtyp
     assert all(side.milliseconds > 0 for side in (found.networks[0].high, *found.networks[0].rows))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {"runtime": "onnx"}], ids=lambda one: str(one)
+)
+def test_dense_high_is_measured_on_smaller_pictures_too(options: dict[str, Any]) -> None:
+    if options.get("runtime"):
+        pytest.importorskip("onnxruntime")
+    if options.get("dtype") == "int8" and form_here() is None:
+        pytest.skip("no instructions for 8 bits")
+    found = bench(
+        trunk(), fractions=[0.5], fill=["linear", "nearest"], size=SIZE, rounds=1, smaller=0.5, **options
+    )
+    for network in found.networks:
+        (side,) = network.sides
+        height, width = map(int, side.label.removeprefix("dense high at ").split("x"))
+        assert side.milliseconds > 0 and height % 32 == width % 32 == 0  # the network's grid fits
+        assert abs(height - SIZE[0] / 2) <= 16 and abs(width - SIZE[1] / 2) <= 16
+        share = height * width / (SIZE[0] * SIZE[1])
+        assert side.macs / network.high.macs == pytest.approx(share, rel=0.01)
+        assert side.to_dict() in found.to_dict()["networks"][0]["sides"]
+
+
 def test_copies_in_8_bits_are_measured_and_say_what_is_in_8_bits() -> None:
     found = bench(
         trunk(), fractions=[0.5], size=SIZE, rounds=1, dtype="int8", threads=1, processor_time=True
@@ -696,6 +718,7 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"runtime": "aoti", "dtype": "int8"}, cs.InvalidInput, "dtype=int8", "in torch"),
     ({"runtime": "onnx", "memory": True}, cs.InvalidInput, "memory=True", "in torch"),
     ({"runtime": "openvino", "mask": "edges | smooth"}, cs.InvalidInput, "smooth", "level_map"),
+    ({"smaller": 1.5}, cs.InvalidInput, "smaller=1.5", "0.7"),
     ({"isa": "avx9"}, cs.UnknownName, "avx9", "scalar"),
     ({"isa": "scalar"}, cs.InvalidInput, "without a name", "module:function"),
     (

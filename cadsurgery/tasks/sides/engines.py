@@ -9,6 +9,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.masks import Budget
@@ -29,6 +31,7 @@ from cadsurgery.support.files import make_folder
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.options import Benchmark
+from cadsurgery.tasks.recommend.settings import scaled_size
 from cadsurgery.tasks.side import Side
 
 Call = Callable[[Tensor], object]
@@ -44,8 +47,8 @@ RIVALS: dict[str, dict[str, type[Engine]]] = {
 class Runs(Protocol):
     """Creates the calls that are timed."""
 
-    def dense(self, name: str) -> Call:
-        """Return the call of a dense network, `HIGH` or `LOW`."""
+    def dense(self, name: str, image: Tensor | None = None) -> Call:
+        """Return the call of a dense network, `HIGH` or `LOW`, for images of the size of `image`."""
 
     def under(self, budget: Budget) -> Call:
         """Return the call of the network under a budget."""
@@ -76,11 +79,11 @@ class InTorch:
         """Summary of the layers in int8; None for a copy in another precision."""
         return self.fast.quantisation if self.setup.dtype == INT8 else None
 
-    def dense(self, name: str) -> Call:
+    def dense(self, name: str, image: Tensor | None = None) -> Call:
         """Return the call of a dense network, `HIGH` or `LOW`."""
         if self.setup.dtype == INT8:
             return partial(self.fast, mask={HIGH: "all", LOW: "none"}[name])
-        return dense_twin(self.net, level_of(self.net, name), self.image)
+        return dense_twin(self.net, level_of(self.net, name), self.image if image is None else image)
 
     def under(self, budget: Budget) -> Call:
         """Return the call of the optimised copy under a budget."""
@@ -117,12 +120,14 @@ class InEngine:
         ending = "onnx" if self.engine.format == "onnx" else "pt2"
         return make_folder(self.folder / name) / f"net.{ending}"
 
-    def dense(self, name: str) -> Call:
+    def dense(self, name: str, image: Tensor | None = None) -> Call:
         """Return the call of a dense network, `HIGH` or `LOW`, from an ordinary ONNX or torch export."""
-        path = self._path(name)
-        write_dense(self.net, level_of(self.net, name), self.image, path, self.writer or self.engine)
+        image = self.image if image is None else image
+        words = f"{name} {'x'.join(map(str, image.shape[2:]))}"
+        path = self._path(words)
+        write_dense(self.net, level_of(self.net, name), image, path, self.writer or self.engine)
         if self.setup.dtype == INT8:
-            to_8_bits(path, self.engine, [(self.image,)], step=self._step(name))
+            to_8_bits(path, self.engine, [(image,)], step=self._step(words))
         return self.engine(path, self.setup.threads)
 
     def under(self, budget: Budget) -> Call:
@@ -134,6 +139,23 @@ class InEngine:
         options = options_for(self.setup.runtime)
         export(self.net, self.image, path, int8=batches, step=self._step(name), **options)
         return self.engine(path, self.setup.threads)
+
+
+def smaller_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, runs: Runs) -> list[Side]:
+    """Return the side of dense high on smaller pictures, which the call resizes; none without `setup.smaller`."""
+    if not setup.smaller:
+        return []
+    size = scaled_size(image.shape[2:], setup.smaller, net.plan.output_stride[1])
+
+    def shrink(image: Tensor) -> Tensor:
+        small = F.interpolate(image.float(), size, mode="bilinear", antialias=True).to(image.dtype)
+        return small.contiguous(memory_format=suggested)
+
+    is_rows = image.is_contiguous(memory_format=torch.channels_last)
+    suggested = torch.channels_last if is_rows else torch.contiguous_format
+    run = runs.dense(HIGH, shrink(image))
+    macs = net.macs(shrink(image), mask="none").high
+    return [Side(f"{HIGH} at {size[0]}x{size[1]}", lambda image: run(shrink(image)), macs)]
 
 
 def level_of(net: AdaptiveModel, name: str) -> int:
