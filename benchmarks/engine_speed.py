@@ -112,12 +112,11 @@ def write(name: str, folder: Path, data: Path | None) -> None:
             print(name, side, "int8", engine, flush=True)
             runs = engines_for(engine, with_kernels=side == WITH_KERNELS)
             started = rounded.with_name(f"started-{rounded.name}")
-            shown = dense[side][1] if side in dense else image
-            if side == WITH_KERNELS:  # fewer of them than in float32
-                onnx.write(net, image, None, started, False, False, False, runs, (image,))
-            else:
+            if side in dense:
                 shutil.copy(path, started)
-                print(to_8_bits(started, runs[-1], [(shown,)]), flush=True)
+                print(to_8_bits(started, runs[-1], [(dense[side][1],)]), flush=True)
+            else:  # in other forms than in float32
+                onnx.write(net, image, None, started, False, False, False, runs, (image,))
             started.replace(rounded)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cadsurgery.elements.backends import costs
-from cadsurgery.elements.backends.target import kernels_of_graph
+from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.elements.near import find_near
@@ -464,7 +464,7 @@ def choose(work: Work) -> Choice:
     if torch.compiler.is_compiling():
         return next(choice for choice in _choices(work) if choice.condition is None or choice.condition(work))
     gradient, is_counted = torch.is_grad_enabled() and work.gradient, _get_current_dispatch_mode() is not None
-    key = (work.case, gradient, is_counted, kernels_of_graph(), setting(), costs.pins, *BACKENDS)
+    key = (work.case, gradient, is_counted, target_of_graph(), setting(), costs.pins, *BACKENDS)
     choices = work.choices
     able = choices.get(key)
     if able is None:

@@ -8,6 +8,7 @@ one operation instead, `cadsurgery::convolve_rows`.
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from cadsurgery.elements.backends.choose import (
     Work,
     extend,
 )
-from cadsurgery.elements.backends.target import Kernels, kernels_of_graph
+from cadsurgery.elements.backends.target import target_of_graph
 
 
 class Portable(Backend):
@@ -31,7 +32,7 @@ class Portable(Backend):
 
     def applies(self, work: Work) -> bool:
         """Return True while such a graph is traced."""
-        return kernels_of_graph() is not None
+        return target_of_graph() is not None
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, ..., O)."""
@@ -39,27 +40,29 @@ class Portable(Backend):
         groups, bias = weights.groups, weights.bias
         if work.is_product:
             return weights.finish(F.linear(work.of_target, weights.weight.flatten(1), bias), work.residual)
-        kernels = kernels_of_graph()
-        if kernels is Kernels.ALL or (kernels is Kernels.GROUPED and groups > 1):
+        target = target_of_graph()
+        assert target is not None
+        outputs, inputs = weights.weight.shape[:2]
+        is_depthwise = inputs == 1 and outputs == groups
+        # Measured by kind of layer: docs/deploy.md.
+        if target.has_kernels and (is_depthwise or not target.in_8_bits):
             return _as_one_operation(work)
         reading = work.reading
         rows, table = extend(work.rows, reading, work.outside), reading.table
-        outputs, inputs = weights.weight.shape[:2]
         if groups == 1:  # taps outermost, which is the order of gathered rows
             matrix = weights.weight.flatten(2).permute(0, 2, 1).reshape(outputs, -1)
             gathered = _gather(rows, table).flatten(1)
             return weights.finish(F.linear(gathered, matrix, bias), work.residual)
-        taps = weights.weight.flatten(2).unflatten(0, (groups, -1))  # (groups, O / groups, C / groups, taps)
-        out: Tensor | None = None
-        for tap, entries in enumerate(table.unbind(1)):
-            part = rows.index_select(0, entries)
-            if inputs == 1 and outputs == groups:
-                part = part * taps[:, 0, 0, tap]
-            else:
-                part = (part.unflatten(1, (groups, 1, -1)) @ taps[..., tap].transpose(1, 2)).flatten(1)
-            out = part if out is None else out + part
-        assert out is not None
-        return weights.finish(out if bias is None else out + bias, work.residual)
+        if not is_depthwise or target.in_8_bits:
+            image = _gather(rows, table).unsqueeze(0).permute(0, 3, 1, 2)  # (1, C, N, taps)
+            sums = F.conv2d(image, weights.weight.flatten(2).unsqueeze(2), bias, groups=groups)
+            return weights.finish(sums[0, :, :, 0].t(), work.residual)
+        by_tap = weights.weight.flatten(1).unbind(1)
+        parts = (
+            rows.index_select(0, entries) * tap for entries, tap in zip(table.unbind(1), by_tap, strict=True)
+        )
+        sums = reduce(torch.add, parts)
+        return weights.finish(sums if bias is None else sums + bias, work.residual)
 
     def pool(self, work: Pooling) -> Tensor:
         """Compute rows (N, C)."""

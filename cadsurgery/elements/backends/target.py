@@ -1,34 +1,40 @@
-"""What a graph is traced for: torch, or other engines, perhaps with this package's kernels."""
+"""What a graph is traced for: torch, or other engines, perhaps with this package's kernels, or in 8 bits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from enum import Enum
+from typing import NamedTuple
 
 
-class Kernels(Enum):
-    """Which convolutions are one operation in graphs for other engines."""
+class Target(NamedTuple):
+    """What a graph for other engines is for.
 
-    NONE, GROUPED, ALL = range(3)
+    Attributes:
+        has_kernels: engines have this package's kernels, and convolutions are one operation.
+        in_8_bits: the file will be quantised, so convolutions are operations that engines have in 8 bits.
+    """
+
+    has_kernels: bool = False
+    in_8_bits: bool = False
 
 
-_KERNELS: ContextVar[Kernels | None] = ContextVar(
-    "which convolutions are one operation, while a graph for another engine is traced", default=None
+_TARGET: ContextVar[Target | None] = ContextVar(
+    "what the graph is for, while a graph for another engine is traced", default=None
 )
 
 
-def kernels_of_graph() -> Kernels | None:
-    """Return which convolutions are one operation in the graph that is traced for another engine; None for torch."""
-    return _KERNELS.get()
+def target_of_graph() -> Target | None:
+    """Return what the graph that is traced is for; None for torch."""
+    return _TARGET.get()
 
 
 @contextmanager
-def portable(kernels: Kernels = Kernels.NONE) -> Iterator[None]:
+def portable(target: Target | None = None) -> Iterator[None]:
     """Enter a context in which graphs are traced for engines other than torch."""
-    token = _KERNELS.set(kernels)
+    token = _TARGET.set(target or Target())
     try:
         yield
     finally:
-        _KERNELS.reset(token)
+        _TARGET.reset(token)

@@ -15,7 +15,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.networks import source_of
-from cadsurgery.elements.backends.target import Kernels, portable
+from cadsurgery.elements.backends.target import Target, portable
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
@@ -66,9 +66,8 @@ def write(
     example = _cut_awkwardly(net, image) if dynamic else image
     names = output_names(net(example))
     inputs: tuple[Tensor, ...] = (example, net.levels.long()) if level_map else (example,)
-    # In 8 bits the engine's own ungrouped products are faster; grouped ones it has for maps alone.
-    kernels = (Kernels.GROUPED if int8 else Kernels.ALL) if engines[-1].has_kernels else Kernels.NONE
-    program, free = follow(graph, inputs, dynamic, kernels)
+    target = Target(engines[-1].has_kernels, in_8_bits=bool(int8))
+    program, free = follow(graph, inputs, dynamic, target)
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
     outputs = (*names, "levels")
     from cadsurgery.network.export.translate import TABLE
@@ -220,7 +219,7 @@ class _InSingle(Masking):
 
 
 def follow(
-    graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool, kernels: Kernels = Kernels.NONE
+    graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool, target: Target | None = None
 ) -> tuple[torch.export.ExportedProgram, set[int]]:
     """Export a network as a program in portable operations; return it with the dynamic axes of the image.
 
@@ -238,7 +237,7 @@ def follow(
     for example, free in attempts:
         shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
         try:
-            with portable(kernels), torch.no_grad(), quietly():
+            with portable(target), torch.no_grad(), quietly():
                 program = torch.export.export(
                     graph,
                     example,
