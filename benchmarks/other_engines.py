@@ -36,7 +36,8 @@ def write(folder: Path, network: str, height: int, width: int) -> None:
     import torch
 
     import cadsurgery as cs
-    from cadsurgery.network.export.onnx import Exportable, follow
+    from cadsurgery.elements.backends.target import portable
+    from cadsurgery.network.export.onnx import Exportable
     from cadsurgery.tasks.open import example_batch, open_converted
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,15 +45,18 @@ def write(folder: Path, network: str, height: int, width: int) -> None:
     net = open_converted(network, "detail | budget:fraction=0.3").eval()
     images = [example_batch(net.source, None, (height, width), seed) for seed in (0, 1)]
     cs.export(net, images[0], folder / "static.onnx")
-    cs.export(net, images[0], folder / "static.pt2")
     cs.export(net, images[0], folder / "level_map.onnx", level_map=True)
     with torch.no_grad():
         maps = []
         for image in images:
             net(image)
             maps.append(net.levels.long())
-        program, _ = follow(Exportable(net, False), (images[0], maps[0]), dynamic=False)
-        torch.export.save(program, folder / "level_map.pt2")
+        # `cs.export` writes programs in the form that torch runs fastest, with operations that only torch has.
+        graph = Exportable(net, False).to(memory_format=torch.contiguous_format)
+        for form, inputs in (("static", (images[0],)), ("level_map", (images[0], maps[0]))):
+            with portable():
+                program = torch.export.export(graph, inputs, strict=False)
+            torch.export.save(program, folder / f"{form}.pt2")
         for number, (image, levels) in enumerate(zip(images, maps, strict=True)):
             static, given = net(image), net(images[0], mask=levels)
             np.savez(folder / f"static-{number}.npz", image=image, out=static)
@@ -84,11 +88,14 @@ def executorch(folder: Path, form: str) -> str:
     """ExecuTorch with XNNPACK, and portable kernels for what XNNPACK leaves."""
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from executorch.runtime import Runtime
 
     program = torch.export.load(folder / f"{form}.pt2")
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    # Operations that are not in Core ATen may have kernels all the same.
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+    lowered = edge.to_executorch()
     method = Runtime.get().load_program(lowered.buffer).load_method("forward")
 
     def run(inputs: Values) -> Values:
@@ -152,23 +159,25 @@ def onnx2tf(folder: Path, form: str) -> str:
     """LiteRT by way of onnx2tf, from ONNX."""
     from ai_edge_litert.interpreter import Interpreter
 
-    place = folder / f"onnx2tf-{form}"
-    shutil.rmtree(place, ignore_errors=True)
+    target = folder / f"onnx2tf-{form}"
+    shutil.rmtree(target, ignore_errors=True)
     inputs = cases(folder, form)[0][0]
     names = ("image", "level_map")[: len(inputs)]
     shapes = [f"{name}:{','.join(map(str, value.shape))}" for name, value in zip(names, inputs, strict=True)]
-    program = Path(sys.executable).with_name("onnx2tf")
-    subprocess.run([program, "-i", folder / f"{form}.onnx", "-o", place, "-ois", *shapes], check=True)
-    model = Interpreter(str(next(place.glob("*_float32.tflite"))))
+    tool = Path(sys.executable).with_name("onnx2tf")
+    subprocess.run([tool, "-i", folder / f"{form}.onnx", "-o", target, "-ois", *shapes], check=True)
+    model = Interpreter(str(next(target.glob("*_float32.tflite"))))
+    places = sorted(model.get_input_details(), key=lambda one: str(one["name"]))
+    # Images have their channels last there.
+    shaped = [value.shape if value.ndim < 4 else np.moveaxis(value, 1, 3).shape for value in inputs]
+    for place, shape in zip(places, shaped, strict=True):
+        model.resize_tensor_input(place["index"], shape)
     model.allocate_tensors()
 
     def run(inputs: Values) -> Values:
-        for place, value in zip(
-            sorted(model.get_input_details(), key=lambda one: one["name"]), inputs, strict=True
-        ):
-            if tuple(place["shape"]) != value.shape:
-                value = value.transpose(0, 2, 3, 1)
-            model.set_tensor(place["index"], value.astype(place["dtype"]))
+        for place, value in zip(places, inputs, strict=True):
+            last = value if value.ndim < 4 else np.moveaxis(value, 1, 3)
+            model.set_tensor(place["index"], np.ascontiguousarray(last, place["dtype"]))
         model.invoke()
         return [model.get_tensor(one["index"]) for one in model.get_output_details()]
 
@@ -180,7 +189,7 @@ def litert(folder: Path, form: str) -> str:
     import litert_torch
     import torch
 
-    program = torch.export.load(folder / f"{form}.pt2").module()
+    program = torch.export.load(folder / f"{form}.pt2").run_decompositions({}).module()
     inputs = tuple(torch.from_numpy(value) for value in cases(folder, form)[0][0])
     model = litert_torch.convert(program, inputs, strict_export=False)
 
