@@ -52,7 +52,9 @@ def write(folder: Path, network: str, height: int, width: int) -> None:
             net(image)
             maps.append(net.levels.long())
         # `cs.export` writes programs in the form that torch runs fastest, with operations that only torch has.
-        graph = Exportable(net, False).to(memory_format=torch.contiguous_format)
+        graph = Exportable(net, False)
+        for value in (*graph.parameters(), *graph.buffers()):
+            value.data = value.data.contiguous()
         for form, inputs in (("static", (images[0],)), ("level_map", (images[0], maps[0]))):
             with portable():
                 program = torch.export.export(graph, inputs, strict=False)
@@ -135,9 +137,11 @@ def ncnn(folder: Path, form: str) -> str:
         f"[{','.join(map(str, value.shape))}]{'i64' if value.dtype == np.int64 else 'f32'}"
         for value in inputs
     )
-    subprocess.run(
-        [Path(sys.executable).with_name("pnnx"), "net.onnx", f"inputshape={shapes}"], cwd=place, check=True
-    )
+    command = [Path(sys.executable).with_name("pnnx"), "net.onnx", f"inputshape={shapes}"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, errors="replace")
+    print(said := done.stdout + done.stderr)
+    if done.returncode:
+        raise RuntimeError(f"pnnx ends with status {done.returncode}: {said.strip().splitlines()[-1]}")
     kinds = {line.split()[0] for line in (place / "net.ncnn.param").read_text().splitlines()[2:]}
     missing = sorted(kind for kind in kinds if engine.layer_to_index(kind) < 0)
     if missing:
