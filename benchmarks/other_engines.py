@@ -54,7 +54,7 @@ def write(folder: Path, network: str, height: int, width: int) -> None:
         # `cs.export` writes programs in the form that torch runs fastest, with operations that only torch has.
         graph = Exportable(net, False)
         for value in (*graph.parameters(), *graph.buffers()):
-            value.data = value.data.contiguous()
+            value.data = value.data.clone(memory_format=torch.contiguous_format)
         for form, inputs in (("static", (images[0],)), ("level_map", (images[0], maps[0]))):
             with portable():
                 program = torch.export.export(graph, inputs, strict=False)
