@@ -702,19 +702,21 @@ def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tupl
     largest = torch.where(largest > 0, largest, 1.0)
     # Rounding keeps the order, so only the two largest and the two smallest weights have to be checked.
     pairs = torch.stack([flat.topk(min(2, flat.shape[1]), largest=end).values for end in (True, False)], 1)
+    tried = torch.arange(LARGEST_WEIGHT, LARGEST_WEIGHT // 2, -1)
+    # The same division as for the weights below, so that ties are rounded the same way.
+    ends_in_scale = pairs.double() / (largest.double() / tried.view(-1, 1)).view(len(tried), -1, 1, 1)
+    fitting = ends_in_scale.round().sum(3).abs().amax(2) <= largest_pair
     numbers = torch.empty_like(largest)
-    for rows, part, most, ends in zip(
-        *(one.split(max(1, _CACHED // flat.shape[1])) for one in (numbers, flat, largest, pairs)), strict=True
-    ):
+    count = max(1, _CACHED // flat.shape[1])
+    parts = (*(one.split(count) for one in (numbers, flat, largest)), fitting.split(count, 1))
+    for rows, part, most, fits in zip(*parts, strict=True):
         share, least = part / most.unsqueeze(1), torch.full_like(most, torch.inf)
-        for number in range(LARGEST_WEIGHT, LARGEST_WEIGHT // 2, -1):
+        for number, is_fitting in zip(tried.tolist(), fits, strict=True):
             values = share * number
             error = values.sub_(values.round()).square_().sum(1).div_(number**2)
-            # The same division as for the weights below, so that ties are rounded the same way.
-            ends_in_scale = ends.double() / (most.double() / number).view(-1, 1, 1)
-            fits = ends_in_scale.round().sum(2).abs().amax(1) <= largest_pair
-            nearer = (error < least) & fits
-            rows[nearer], least[nearer] = float(number), error[nearer]
+            nearer = (error < least).logical_and_(is_fitting)
+            rows.masked_fill_(nearer, float(number))
+            least = torch.where(nearer, error, least)
     scale = largest.double() / numbers
     whole = (flat.double() / scale.unsqueeze(1)).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
     return whole.to(torch.int8).view(weight.shape).contiguous(), scale.float()

@@ -21,6 +21,7 @@ from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
+from cadsurgery.network.export.decompose import decompose
 from cadsurgery.network.export.engines import Engine, import_package
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.export.kernels import add_functions
@@ -143,6 +144,9 @@ def translate(program: torch.export.ExportedProgram, next: str, **options: Any) 
     Raises:
         CannotConvert: torch's exporter cannot write it; `next` is the advice in the message.
     """
+    # The exporter calls this with the operations that have no translation.
+    as_in_torch = program.run_decompositions
+    program.run_decompositions = lambda table: program if decompose(program, table) else as_in_torch(table)
     with quietly():
         try:
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)

@@ -1,0 +1,157 @@
+"""Say where the time of an export goes: CPU seconds of each step, and the largest memory of the process.
+
+    python -m benchmarks.export_time NETWORK HEIGHTxWIDTH FORM [--mask MASK] [--images N] [--keep FILE] [--profile FILE]
+
+NETWORK is a name that `cadsurgery convert` takes, with random weights. FORM is static, dynamic, level_map or int8 (a
+static file, calibrated by `--images` random pictures). Seconds are CPU time of this process (`time.process_time`), so
+that other programs on the machine disturb them little; a step does not contain the steps below it that have a line of
+their own. `--profile` writes a profile for pstats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import functools
+import importlib
+import resource
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import cadsurgery as cs
+from cadsurgery.tasks.open import example_batch, open_converted
+
+FORMS: dict[str, dict[str, bool]] = {
+    "static": {},
+    "dynamic": {"dynamic": True},
+    "level_map": {"level_map": True},
+    "int8": {},
+}
+# Functions that stand for a step: module, name in it, words of the report.
+STEPS = (
+    ("cadsurgery.network.model", "AdaptiveModel.forward", "network in torch"),
+    ("cadsurgery.network.model", "AdaptiveModel.optimize", "choice of forms"),
+    ("torch.export", "export", "torch.export"),
+    ("torch.onnx._internal.exporter._fx_passes", "decompose_with_registry", "decomposition"),
+    ("torch.onnx._internal.exporter._fx_passes", "insert_type_promotion_nodes", "promotion of types"),
+    ("torch.onnx._internal.exporter._registration", "ONNXRegistry.from_torchlib", "table of translations"),
+    ("torch.onnx._internal.exporter._core", "_exported_program_to_onnx_program", "translation to ONNX"),
+    ("cadsurgery.network.export.onnx", "_tidy", "optimiser: others"),
+    ("onnxscript.optimizer", "fold_constants_ir", "optimiser: constants"),
+    ("torch.onnx", "ONNXProgram.save", "writing"),
+    ("onnx.checker", "check_model", "checker and shapes"),
+    ("cadsurgery.network.export.engines", "OnnxRuntime._open", "engine: opening"),
+    ("cadsurgery.network.export.engines", "OnnxRuntime._run", "engine: running"),
+    ("cadsurgery.network.export.int8", "quantise", "8 bits: others"),
+    ("cadsurgery.network.export.int8", "_round_weights", "8 bits: weights"),
+    ("onnxruntime.quantization.calibrate", "MinMaxCalibrater.collect_data", "8 bits: calibration"),
+    ("onnxruntime.quantization.qdq_quantizer", "QDQQuantizer.quantize_model", "8 bits: quantiser"),
+    ("onnxruntime.quantization.quantize", "load_model_with_shape_infer", "8 bits: loading and shapes"),
+)
+
+
+class Clock:
+    """CPU and wall seconds by step, without those of the steps called inside."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.wall: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self._steps = ["rest"]
+        self._cpu, self._now = time.process_time(), time.perf_counter()
+
+    @contextmanager
+    def inside(self, step: str) -> Iterator[None]:
+        """Count the time of a block for a step."""
+        self.turn()
+        self._steps.append(step)
+        self.calls[step] += 1
+        try:
+            yield
+        finally:
+            self.turn()
+            self._steps.pop()
+
+    def turn(self) -> None:
+        """Count the time since the last turn for the current step."""
+        cpu, now = time.process_time(), time.perf_counter()
+        self.seconds[self._steps[-1]] += cpu - self._cpu
+        self.wall[self._steps[-1]] += now - self._now
+        self._cpu, self._now = cpu, now
+
+    def timed(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
+        """Return a function that counts its time."""
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self.inside(step):
+                return function(*arguments, **options)
+
+        return call
+
+
+@contextmanager
+def watched(clock: Clock) -> Iterator[None]:
+    """Time the functions of `STEPS` in the block."""
+    with ExitStack() as stack:
+        for module, name, step in STEPS:
+            *owners, attribute = name.split(".")
+            owner = functools.reduce(getattr, owners, importlib.import_module(module))
+            own = vars(owner)[attribute]
+            timed: Any = clock.timed(own.__func__ if isinstance(own, classmethod) else own, step)
+            stack.enter_context(
+                mock.patch.object(
+                    owner, attribute, classmethod(timed) if isinstance(own, classmethod) else timed
+                )
+            )
+        yield
+
+
+def main() -> None:
+    """Print a line for each step, and the sums."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("network")
+    parser.add_argument("size")
+    parser.add_argument("form", choices=FORMS)
+    parser.add_argument("--mask", default="detail | budget:fraction=0.3")
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--profile", type=Path)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    net = open_converted(options.network, options.mask).eval()
+    height, width = map(int, options.size.split("x"))
+    image = example_batch(net.source, None, (height, width), 0)
+    pictures = [torch.rand_like(image) for _ in range(options.images)] if options.form == "int8" else None
+    profile, clock = cProfile.Profile(), Clock()
+    with tempfile.TemporaryDirectory() as folder, watched(clock):
+        path = options.keep or Path(folder) / "net.onnx"
+        if options.profile:
+            profile.enable()
+        report = cs.export(net, image, path, int8=pictures, **FORMS[options.form])
+        profile.disable()
+        clock.turn()
+    if options.profile:
+        profile.dump_stats(options.profile)
+    for step, seconds in clock.seconds.most_common():
+        print(f"{step:28} {clock.calls[step]:4} calls {seconds:8.1f} s CPU {clock.wall[step]:8.1f} s wall")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"{options.network} {options.size} {options.form}: {clock.seconds.total():.1f} s CPU, "
+        f"{clock.wall.total():.1f} s wall, {memory:.0f} MiB at most, {report.bytes / 2**20:.1f} MiB, "
+        f"difference {report.difference:.0e}"
+    )
+
+
+if __name__ == "__main__":
+    main()

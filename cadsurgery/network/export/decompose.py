@@ -1,0 +1,259 @@
+"""Put an exported program into the operations that have an ONNX translation, without running it again.
+
+`ExportedProgram.run_decompositions` runs the network twice more on symbolic tensors, which took more than a third of
+the time of an export. Few operations of our programs have no translation, and each of them is one or two others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import Any
+
+import torch
+from torch import fx
+
+_ATEN = torch.ops.aten
+
+
+class _Unknown(Exception):
+    """A node that this module cannot replace."""
+
+
+def decompose(program: torch.export.ExportedProgram, table: Container[Any]) -> bool:
+    """Replace the operations of a program that are in a table, and those that change a tensor in place.
+
+    Args:
+        program: the program; its graph is replaced.
+        table: operations that have to be replaced.
+
+    Returns:
+        False, and leave the program as it is, if an operation is not known here, or a tensor that is changed in place
+        is read through another view of it: torch's own decomposition is needed.
+    """
+    old = program.graph_module.graph
+    try:
+        rewriting = _Rewriting(old, table)
+        for node in old.nodes:
+            rewriting.visit(node)
+    except _Unknown:
+        return False
+    for node in old.output_node().all_input_nodes:
+        if (now := rewriting.now[node]).name != node.name:
+            program.graph_signature.replace_all_uses(node.name, now.name)
+    program.graph_module.graph = rewriting.new
+    return True
+
+
+class _Rewriting:
+    """A graph that is written anew node by node.
+
+    Attributes:
+        new: the new graph.
+        now: for each node of the old graph, the node of the new graph with its value at this point of the program.
+    """
+
+    def __init__(self, old: fx.Graph, table: Container[Any]) -> None:
+        self.new = fx.Graph(tracer_cls=old._tracer_cls)
+        self.new._codegen = old._codegen
+        self.now: dict[fx.Node, fx.Node] = {}
+        self._table = table
+        self._places = {node: place for place, node in enumerate(old.nodes)}
+        self._views: dict[fx.Node, set[fx.Node]] = {}  # nodes that may share memory, one set for all of them
+        self._same: dict[fx.Node, list[fx.Node]] = {}  # nodes that are the same tensor, changed in place
+        self._sizes: dict[Any, fx.Node] = {}  # nodes with a symbolic size
+
+    def visit(self, node: fx.Node) -> None:
+        """Write a node, or what stands for it.
+
+        Raises:
+            _Unknown: see `decompose`.
+        """
+        self._join_views(node)
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            self._visit_in_place(node)
+        elif node.op == "call_function" and (node.target in self._table or _is_composite_view(node.target)):
+            self._replace(node, node.target)
+        else:
+            self.now[node] = self.new.node_copy(node, self.now.__getitem__)
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            self._sizes.setdefault(value.node.expr, self.now[node])
+
+    def _join_views(self, node: fx.Node) -> None:
+        """Record with which nodes a node may share memory."""
+        group = {node}
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and any(result.alias_info is not None for result in schema.returns):
+            for argument, value in zip(schema.arguments, node.args, strict=False):
+                if argument.alias_info is not None and isinstance(value, fx.Node):
+                    group |= self._views[value]
+        elif (
+            node.op == "call_function" and schema is None and node.all_input_nodes
+        ):  # an item of several outputs
+            group = group.union(*(self._views[one] for one in node.all_input_nodes))
+        for one in group:
+            self._views[one] = group
+
+    def _visit_in_place(self, node: fx.Node) -> None:
+        """Replace an operation that changes its first argument, and let later nodes read the new value."""
+        changed = node.args[0]
+        name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname  # type: ignore[union-attr]
+        if not isinstance(changed, fx.Node) or not name.endswith("_"):
+            raise _Unknown
+        same = self._same.setdefault(changed, [changed])
+        here = self._places[node]
+        for one in self._views[changed] - {node}:
+            is_late = any(self._places[user] > here for user in one.users)
+            if one.op != "call_function" or (one not in same and is_late):
+                raise _Unknown
+        packet = getattr(_ATEN, name.removesuffix("_"), None)
+        target = getattr(packet, overload, None)
+        if target is None:
+            raise _Unknown
+        if target in self._table or target is _ATEN.detach.default:
+            self._replace(node, target)
+        else:
+            self.now[node] = self._call(target, self._mapped(node.args), self._mapped(node.kwargs), node)
+        same.append(node)
+        self._same[node] = same
+        for one in same:
+            self.now[one] = self.now[node]
+
+    def _replace(self, node: fx.Node, target: Any) -> None:
+        rule = _RULES.get(target)
+        if rule is None:
+            raise _Unknown
+        self.now[node] = rule(self, node)
+
+    def _mapped(self, value: Any) -> Any:
+        return fx.map_arg(value, self.now.__getitem__)
+
+    def _call(self, target: Any, args: Any, kwargs: Any, like: fx.Node, value: Any = None) -> fx.Node:
+        """Add an operation with the metadata of a node, and its value or another one."""
+        call = self.new.create_node("call_function", target, tuple(args), kwargs, like.name)
+        call.meta = dict(like.meta)
+        if value is not None:
+            call.meta["val"] = value
+        return call
+
+    def size(self, node: fx.Node, axis: int, like: fx.Node) -> int | fx.Node:
+        """Return the length of an axis of an old node: a number, or a node of the new graph."""
+        length = node.meta["val"].shape[axis]
+        if isinstance(length, int):
+            return length
+        if length.node.expr not in self._sizes:
+            call = self._call(_ATEN.sym_size.int, (self.now[node], axis), {}, like, length)
+            self._sizes[length.node.expr] = call
+        return self._sizes[length.node.expr]
+
+    def view(self, node: fx.Node) -> fx.Node:
+        """Write a flatten, unflatten or reshape as a view."""
+        source, shape = node.args[0], node.meta["val"].shape
+        assert isinstance(source, fx.Node)
+        axes = {
+            length.node.expr: axis
+            for axis, length in enumerate(source.meta["val"].shape)
+            if isinstance(length, torch.SymInt)
+        }
+        sides: list[Any] = []
+        for length in shape:
+            if isinstance(length, int):
+                sides.append(length)
+            elif length.node.expr in self._sizes:
+                sides.append(self._sizes[length.node.expr])
+            elif length.node.expr in axes:
+                sides.append(self.size(source, axes[length.node.expr], node))
+            else:
+                sides.append(-1)
+        if sides.count(-1) > 1:
+            raise _Unknown
+        # Torch copies where the values cannot be viewed; the copy is contiguous.
+        if source.meta["val"].is_contiguous() or not node.meta["val"].is_contiguous():
+            return self._call(_ATEN.view.default, (self.now[source], sides), {}, node)
+        whole = source.meta["val"].contiguous()
+        options = {"memory_format": torch.contiguous_format}
+        copy = self._call(_ATEN.clone.default, (self.now[source],), options, node, whole)
+        return self._call(_ATEN._unsafe_view.default, (copy, sides), {}, node)
+
+    def convert(self, node: fx.Node) -> fx.Node:
+        """Write a conversion to another type, or leave it out if the type is the same."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        before, after = source.meta["val"], node.meta["val"]
+        if before.device != after.device:
+            raise _Unknown
+        if before.dtype == after.dtype:
+            return self.now[source]
+        return self._call(_ATEN._to_copy.default, (self.now[source],), {"dtype": after.dtype}, node)
+
+    def keep(self, node: fx.Node) -> fx.Node:
+        """Leave out an operation that changes no value."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return self.now[source]
+
+    def subtract(self, node: fx.Node) -> fx.Node:
+        """Write a subtraction from a number as a subtraction."""
+        if len(node.args) != 2 or node.kwargs:
+            raise _Unknown
+        one, two = self._mapped(node.args)
+        return self._call(_ATEN.sub.Tensor, (two, one), {}, node)
+
+    def square(self, node: fx.Node) -> fx.Node:
+        """Write a square as a power."""
+        return self._call(_ATEN.pow.Tensor_Scalar, (*self._mapped(node.args), 2), {}, node)
+
+    def expand(self, node: fx.Node) -> fx.Node:
+        """Write an expansion to the shape of another tensor as one to its sizes."""
+        source, other = node.args
+        assert isinstance(source, fx.Node) and isinstance(other, fx.Node)
+        sides = [self.size(other, axis, node) for axis in range(other.meta["val"].dim())]
+        return self._call(_ATEN.expand.default, (self.now[source], sides), {}, node)
+
+    def fill(self, node: fx.Node) -> fx.Node:
+        """Write a number at the indices of an axis, by putting a tensor."""
+        source, axis, index, number = node.args
+        assert isinstance(source, fx.Node) and isinstance(index, fx.Node) and isinstance(axis, int)
+        into, places = source.meta["val"], index.meta["val"]
+        if into.dim() != 1 or places.dim() != 1 or not isinstance(number, int | float):
+            raise _Unknown
+        options = {"dtype": into.dtype, "layout": torch.strided, "device": into.device, "pin_memory": False}
+        one = self._call(_ATEN.scalar_tensor.default, (number,), options, node, into.new_empty(()))
+        many = self._call(
+            _ATEN.expand.default,
+            (one, [self.size(index, 0, node)]),
+            {},
+            node,
+            into.new_empty(()).expand(places.shape),
+        )
+        return self._call(_ATEN.index_put.default, (self.now[source], [self.now[index]], many), {}, node)
+
+
+def _is_composite_view(target: Any) -> bool:
+    """True for an operation that torch always decomposes: it may return its input, and is made of other operations."""
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and any(result.alias_info is not None for result in target._schema.returns)
+        and target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    )
+
+
+_RULES: dict[Any, Callable[[_Rewriting, fx.Node], fx.Node]] = {
+    **dict.fromkeys(
+        (
+            _ATEN.flatten.using_ints,
+            _ATEN.unflatten.int,
+            _ATEN.reshape.default,
+            _ATEN.reshape_as.default,
+            _ATEN.view_as.default,
+        ),
+        _Rewriting.view,
+    ),
+    **dict.fromkeys((_ATEN.to.dtype, _ATEN.to.device, _ATEN.to.dtype_layout), _Rewriting.convert),
+    **dict.fromkeys((_ATEN.detach.default, _ATEN.lift_fresh_copy.default), _Rewriting.keep),
+    _ATEN.rsub.Scalar: _Rewriting.subtract,
+    _ATEN.square.default: _Rewriting.square,
+    _ATEN.expand_as.default: _Rewriting.expand,
+    _ATEN.index_fill.int_Scalar: _Rewriting.fill,
+}
