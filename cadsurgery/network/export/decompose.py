@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 _ATEN = torch.ops.aten
 
@@ -169,10 +170,10 @@ class _Rewriting:
         if sides.count(-1) > 1:
             raise _Unknown
         # Torch copies where the values cannot be viewed; the copy is contiguous.
-        if source.meta["val"].is_contiguous() or not node.meta["val"].is_contiguous():
+        if _is_contiguous(source.meta["val"]) or not _is_contiguous(node.meta["val"]):
             return self._call(_ATEN.view.default, (self.now[source], sides), {}, node)
-        whole = source.meta["val"].contiguous()
         options = {"memory_format": torch.contiguous_format}
+        whole = source.meta["val"].clone(**options)
         copy = self._call(_ATEN.clone.default, (self.now[source],), options, node, whole)
         return self._call(_ATEN._unsafe_view.default, (copy, sides), {}, node)
 
@@ -228,6 +229,14 @@ class _Rewriting:
             into.new_empty(()).expand(places.shape),
         )
         return self._call(_ATEN.index_put.default, (self.now[source], [self.now[index]], many), {}, node)
+
+
+def _is_contiguous(value: torch.Tensor) -> bool:
+    """True if a tensor is known to be contiguous; a size that depends on data may leave that open."""
+    try:
+        return value.is_contiguous()
+    except GuardOnDataDependentSymNode:
+        return False
 
 
 def _is_composite_view(target: Any) -> bool:
