@@ -80,6 +80,20 @@ def ceil_samples(length: int, kernel: int, stride: int, padding: int, dilation: 
     return F.max_pool1d(line, kernel, stride, padding, dilation, True).shape[2]
 
 
+def bordered(samples: int, before: int, after: int, mode: str) -> Tensor:
+    """Which of `samples` stands at each place of a line with a replicated or reflected border.
+
+    A border as long as the line or longer, which torch refuses, is reflected at one end after the other.
+    """
+    places, last = torch.arange(-before, samples + after), samples - 1
+    if mode == "replicate" or not last:
+        return places.clamp(0, last)
+    while int(places.min()) < 0 or int(places.max()) > last:
+        places = places.abs()
+        places = torch.where(places > last, 2 * last - places, places)
+    return places
+
+
 @dataclass(frozen=True)
 class Feature:
     """A value of the network: a cell-constant fine map.
@@ -231,7 +245,8 @@ class Emulation:
         for y in range(min(spacing, values.shape[2])):
             for c in range(min(spacing, values.shape[3])):
                 grid = values[:, :, y::spacing, c::spacing]
-                grid = F.pad(grid, (padding[2], beside - padding[2], padding[0], below - padding[0]), mode)
+                rows = bordered(grid.shape[2], padding[0], below - padding[0], mode)
+                grid = grid[:, :, rows][..., bordered(grid.shape[3], padding[2], beside - padding[2], mode)]
                 around[:, :, y::spacing, c::spacing][:, :, : grid.shape[2], : grid.shape[3]] = grid
         return around
 

@@ -125,6 +125,12 @@ class Window(NamedTuple):
     def _output_length(self, fine: int, axis: int) -> int:
         samples = divide_up(fine, self.spacing)
         before, after = self.padding[2 * axis : 2 * axis + 2]
+        if self.mode == "reflect" and is_statically_true(most(before, after) >= samples):
+            raise InvalidInput(
+                f"a border of {most(before, after)} samples is reflected in a map of {samples}.",
+                why="the image is too small for this network: torch reflects maps longer than their border.",
+                next="use a larger image.",
+            )
         span = self.dilation[axis] * (self.kernel[axis] - 1)
         if not self.ceil_mode and before + after >= span:
             return fine  # at least ceil(samples / stride) outputs
@@ -457,7 +463,8 @@ def _axis(
     """Return the positions (N, kernel) of the taps along one axis, whether they are inside, and whether they count.
 
     The map is treated as `spacing` interleaved grids, one per phase of the anchor. Each grid is padded the way the
-    network pads its own grid, so reflected and replicated borders are correct for any size.
+    network pads its own grid, so reflected and replicated borders are correct for any size. A grid beside the network's
+    own may have a sample less; a border that is too long for it is reflected at one end after the other.
     """
     spacing, (before, after) = window.spacing, window.padding[2 * axis : 2 * axis + 2]
     phase, cell = anchor % spacing, anchor // spacing

@@ -55,9 +55,9 @@ def region_of(flow: Flow, high: int) -> Region:
         before = any(flow.grid[source] < high for source in flow.maps(node))
         if node in flow.barriers or before or _reads_outside(node, flow, high, outside):
             region.needed[node] = high
-            continue
-        uses = [_need(node, user, flow, region) for user in node.users]
-        region.needed[node] = min([use for use in uses if use], default=_floor(region, flow.spacing[node]))
+        else:
+            uses = [use for use in (_need(node, user, flow, region) for user in node.users) if use]
+            region.needed[node] = min(uses, default=_floor(region, flow.spacing[node]))
         if node not in facts.shapes:  # a split: its parts, such as halves of the channels, share its lattice
             parts = [part for part in node.users if part in region.needed]
             region.needed.update(dict.fromkeys(parts, region.needed[node]))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements, to_dense
@@ -164,19 +165,40 @@ def _all_checks(
         return _uniform_checks(model, original, adapted, plan, geometry, call)
 
 
+class FirstOfEqual(TorchDispatchMode):
+    """Take the first of all values in a pooling window that are equal up to rounding as the largest.
+
+    A map that is read inside its cells has many equal values, such as those between an anchor and the border. Rounding
+    would decide which of them is the largest, and an unpooling would put the value at that place.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        pooled = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.max_pool2d_with_indices.default or not args[0].is_floating_point():
+            return pooled
+        values, x = pooled[0], args[0]
+        largest = x.nan_to_num(0.0, 0.0, 0.0).abs().max()
+        step = (TOLERANCE.get(x.dtype, 1e-4) * largest).clamp(min=torch.finfo(x.dtype).tiny)
+        return values, func((x / step).round(), *args[1:], **(kwargs or {}))[1]
+
+
 @contextmanager
 def _in_one_order(plan: Plan) -> Iterator[None]:
-    """Use a single thread for networks with unpooling: where windows overlap, torch writes some values twice, and with
-    several threads the order of the writes varies."""
-    threads = torch.get_num_threads()
-    unpools = any("unpool" in decision.operation.lower() for decision in plan.decisions)
-    if unpools:
-        torch.set_num_threads(1)
-    try:
+    """Let no order of computation decide where networks with unpooling put values.
+
+    Where windows overlap, torch writes some values twice, and with several threads the order of the writes varies: a
+    single thread is used. Among equal values of a window the first is the largest, see `FirstOfEqual`.
+    """
+    if not any("unpool" in decision.operation.lower() for decision in plan.decisions):
         yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with FirstOfEqual():
+            yield
     finally:
-        if unpools:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
 
 
 def _uniform_checks(

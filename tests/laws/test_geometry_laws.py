@@ -477,8 +477,8 @@ def test_reflected_and_replicated_borders_are_those_of_interleaved_grids(data: s
     """The map is `spacing` grids, one per phase, each padded the way the network pads its own grid."""
     world = data.draw(worlds())
     step = data.draw(steps(world, same=True, dilated=False))
-    shortest = min(world.size) // step.window.spacing  # samples on the shortest of the grids
-    assume(shortest > max(step.window.padding))  # torch reflects only once
+    own = -(-min(world.size) // step.window.spacing)  # samples of the network's own grid
+    assume(own > max(step.window.padding))  # torch reflects only once; grids beside it may have a sample less
     mode = data.draw(st.sampled_from(["reflect", "replicate"]))
     step = Step(step.source, step.target, step.window._replace(mode=mode))
     x, feature = world.features(3, step.source)
@@ -505,6 +505,20 @@ def test_bordered_convolutions_of_an_all_low_map_are_torchs_strided_ones(
         x = functional.conv2d(x, conv.weight, conv.bias, first_window, 1)
         x = functional.conv2d(x, second.weight, second.bias, second_window, 1)
         assert_same(functional.to_dense(x, 2), second(conv(dense)), EXACT)
+
+
+def test_a_reflected_border_that_is_too_long_for_a_grid_beside_the_own_is_reflected_at_both_ends() -> None:
+    """A map of 7 fine pixels has 4 own samples, for which a border of 3 is short enough, and 3 samples beside them."""
+    lattice = Geometry((2,)).uniform(0, 1, (7, 7))
+    line = torch.arange(7, dtype=torch.float64)
+    x = functional.to_elements(line.expand(1, 1, 7, 7), lattice)
+    window = Window((1, 7), padding=(0, 0, 3, 3), mode="reflect", spacing=2)
+    weight = 10 ** torch.arange(7, dtype=torch.float64)
+    found = functional.to_dense(functional.conv2d(x, weight.view(1, 1, 1, 7), None, window, 1), 1)[0, 0, 0]
+    own = F.conv1d(F.pad(line[None, None, ::2], (3, 3), "reflect"), weight.view(1, 1, 7))
+    beside = torch.tensor([3, 5, 3, 1, 3, 5, 3, 1, 3], dtype=torch.float64)  # 1, 3, 5 with a border of 3
+    assert_same(found[::2], own.flatten(), EXACT)
+    assert_same(found[1::2], beside.unfold(0, 7, 1) @ weight, EXACT)
 
 
 @st.composite

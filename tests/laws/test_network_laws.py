@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import cadsurgery as cs
+from cadsurgery.support.errors import InvalidInput
 
 Size = tuple[int, int]
 SMALL: Size = (65, 97)
@@ -818,6 +819,22 @@ def test_published_options_are_the_published_vgg(high: int, anchor: str) -> None
     )
     expected = emulate(model, x, Emulation(levels, strides, "nearest", anchor, "drop"), high)
     assert_same(run(net, x, mask=levels), expected)
+
+
+def test_a_reflected_border_that_torch_refuses_is_refused() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1),
+        nn.Conv2d(4, 4, 3, 2, 1),
+        nn.Conv2d(4, 4, 3, 1, 3, 3, padding_mode="reflect"),
+        nn.Conv2d(4, 2, 1),
+    ).eval()
+    net = cs.adaptify(model, "none", example_input=torch.randn(1, 3, 32, 32), output_stride=(2, 4))
+    assert net(torch.randn(1, 3, 13, 13), mask="all").shape[2:] == (7, 7)
+    with pytest.raises(RuntimeError, match="Padding size"):
+        model(torch.randn(1, 3, 12, 12))
+    for mask in ("all", "none"):
+        with pytest.raises(InvalidInput, match="a border of 3 samples is reflected in a map of 3"):
+            net(torch.randn(1, 3, 12, 12), mask=mask)
 
 
 # -- engine --------------------------------------------------------------------------------------------

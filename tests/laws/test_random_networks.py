@@ -28,8 +28,9 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.support.errors import CannotConvert
 
-# 70: another way through the network, which is itself at another level.
-QUICK, TOGETHER = (1, 3, 70), 25
+# 70: another way through the network, which is itself at another level. 4532: values that are equal but for rounding
+# are pooled with their places, also where the conversion is verified.
+QUICK, TOGETHER = (1, 3, 70, 4532), 25
 ALL = int(os.environ.get("CADSURGERY_SEEDS", 2000))  # of the slow suite
 MOST_REFUSED = 4  # of those together: where what ends the region stands in front of all strides
 
@@ -169,6 +170,26 @@ class Halves(nn.Module):
 def test_parts_of_a_map_are_on_the_lattice_of_the_whole() -> None:
     net = keeps_law_1(Halves())
     assert net.plan.output_stride == (4, 8)
+
+
+class PaddedHalves(nn.Module):
+    """A map that is padded and then joined, so that it is dense where it is split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, 2, 1), conv(1, 2, 4)
+        self.rest = nn.Sequential(conv(1, 4), conv(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(F.avg_pool2d(self.stem(x), 3, 1), (1, 1, 1, 1))
+        one, other = x.chunk(2, 1)
+        return self.rest(x + torch.cat((self.conv(one), other), 1))
+
+
+def test_parts_of_a_dense_map_enter_the_region_one_by_one() -> None:
+    net = keeps_law_1(PaddedHalves(), output_stride=(2, 8))
+    assert {net.plan[part].action for part in ("getitem", "getitem_1")} == {"enter"}
+    assert net.plan["chunk"].action == "dense"
 
 
 class Grown(nn.Module):

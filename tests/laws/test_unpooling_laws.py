@@ -23,6 +23,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
+from cadsurgery.surgery.verify import FirstOfEqual
 
 # See `test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask`.
 pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
@@ -318,6 +319,21 @@ def test_it_compiles_to_one_graph() -> None:
     with torch.no_grad():
         assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x))
     assert seen.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_where_laws_are_checked_rounding_does_not_say_which_of_equal_values_is_the_largest(
+    dtype: torch.dtype,
+) -> None:
+    x, flat = torch.randn(2, CHANNELS, 8, 12, dtype=dtype), torch.randn(2, CHANNELS, 4, 6, dtype=dtype)
+    flat = flat.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    rounded = flat * (1 + torch.finfo(dtype).eps * torch.randint(-1, 2, flat.shape, dtype=dtype))
+    first, own = (F.max_pool2d(value, 2, return_indices=True) for value in (flat, x))
+    assert not torch.equal(F.max_pool2d(rounded, 2, return_indices=True)[1], first[1])
+    with FirstOfEqual():
+        assert torch.equal(F.max_pool2d(rounded, 2, return_indices=True)[1], first[1])
+        for found, expected in zip(F.max_pool2d(x, 2, return_indices=True), own, strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_a_map_that_does_not_fit_its_windows_is_refused_in_the_call() -> None:
