@@ -53,7 +53,7 @@ class Portable(Backend):
             matrix = weights.weight.flatten(2).permute(0, 2, 1).reshape(outputs, -1)
             gathered = _gather(rows, table).flatten(1)
             return weights.finish(F.linear(gathered, matrix, bias), work.residual)
-        if not is_depthwise or target.in_8_bits:
+        if not is_depthwise or (target.in_8_bits and target.has_8_bit_depthwise):
             image = _gather(rows, table).unsqueeze(0).permute(0, 3, 1, 2)  # (1, C, N, taps)
             sums = F.conv2d(image, weights.weight.flatten(2).unsqueeze(2), bias, groups=groups)
             return weights.finish(sums[0, :, :, 0].t(), work.residual)

@@ -13,11 +13,13 @@ class Target(NamedTuple):
 
     Attributes:
         has_kernels: engines have this package's kernels, and convolutions are one operation.
-        in_8_bits: the file will be quantised, so convolutions are operations that engines have in 8 bits.
+        in_8_bits: the file will be quantised.
+        has_8_bit_depthwise: the engine's depthwise convolutions in 8 bits are faster than products by tap in float32.
     """
 
     has_kernels: bool = False
     in_8_bits: bool = False
+    has_8_bit_depthwise: bool = False
 
 
 _TARGET: ContextVar[Target | None] = ContextVar(

@@ -38,7 +38,7 @@ const char *cadsurgery_make_convolution(float outside, float low, float high, co
 /* Check that inputs fit, and set the size (M, O) of the result. Weight and bias are not read. */
 const char *cadsurgery_size_of_result(const convolution *of, const tensor *in, int64_t *size);
 
-/* Compute a result whose inputs fit; `way` shares the work among the engine's threads, NULL: among torch's, if there are. */
+/* Compute a result whose inputs fit; `way` shares the work among the engine's threads. */
 const char *cadsurgery_convolve(convolution *by, const tensor *in, float *out, share_in_engine *way);
 
 void cadsurgery_free_convolution(convolution *one);

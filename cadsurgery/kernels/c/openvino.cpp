@@ -22,21 +22,20 @@
 
 namespace {
 
-#if defined(WITH_TBB)
-/* Share work among the threads of OpenVINO. */
+/* Share work among the threads of OpenVINO, if they are TBB's. */
 int share(long count, long grain, share_body body, void *work) {
+#if defined(WITH_TBB)
     const long parts = (count + grain - 1) / grain;
-    if (parts < 2 || tbb::this_task_arena::max_concurrency() < 2) return 0;
-    tbb::parallel_for(0l, parts, [=](long part) {
-        const long begin = part * grain, end = begin + grain;
-        body(begin, end < count ? end : count, work);
-    });
-    return 1;
-}
-share_in_engine *const way = share;
-#else
-share_in_engine *const way = nullptr;
+    if (parts > 1 && tbb::this_task_arena::max_concurrency() > 1) {
+        tbb::parallel_for(0l, parts, [=](long part) {
+            const long begin = part * grain, end = begin + grain;
+            body(begin, end < count ? end : count, work);
+        });
+        return 1;
+    }
 #endif
+    return 0;
+}
 
 tensor as_tensor(const ov::Tensor &from) {
     const ov::Shape shape = from.get_shape();
@@ -115,7 +114,7 @@ public:
         check(cadsurgery_size_of_result(by, in, size));
         outputs[0].set_shape({static_cast<size_t>(size[0]), static_cast<size_t>(size[1])});
         float *const out = outputs[0].data<float>();
-        const char *const reason = cadsurgery_convolve(by, in, out, way);
+        const char *const reason = cadsurgery_convolve(by, in, out, share);
         /* With one thread OpenVINO (2026.4) goes on after an exception: what it returns must not look like a result. */
         if (reason) std::fill(out, out + size[0] * size[1], std::numeric_limits<float>::quiet_NaN());
         check(reason);

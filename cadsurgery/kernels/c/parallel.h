@@ -10,7 +10,8 @@ void cadsurgery_share(long count, long grain, share_body body, void *work);
 /* A way to share work; returns 0 if it did nothing. */
 typedef int share_in_engine(long count, long grain, share_body body, void *work);
 
-/* Let `cadsurgery_share` try another way first in this thread, or none (NULL). */
+/* Let `cadsurgery_share` share by another way in this thread, which does the work alone where the way does nothing; NULL for
+ * torch's threads. */
 void cadsurgery_share_by(share_in_engine *way);
 
 /* Return how many rows of `bytes` bytes make a part worth sharing. */

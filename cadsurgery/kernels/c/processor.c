@@ -151,7 +151,8 @@ void cadsurgery_share(long count, long grain, share_body body, void *work) {
     if (grain < 1) grain = 1;
     if (of_engine && of_engine(count, grain, body, work)) return;
     shared all = {count, grain, (count + grain - 1) / grain, 0, body, work};
-    if (all.parts > 1 && of_torch) of_torch(0, all.parts, 1, do_parts_of_torch, &all);
+    if (of_engine) ; /* torch's threads would compete with the engine's */
+    else if (all.parts > 1 && of_torch) of_torch(0, all.parts, 1, do_parts_of_torch, &all);
     else if (all.parts > 1 && of_openmp) of_openmp(do_parts, &all, 0, 0);
     do_parts(&all); /* the remaining parts: all of them without threads, otherwise none */
 }

@@ -23,6 +23,7 @@ class Engine:
         format: format of its files, see `cadsurgery.export`.
         has_kernels: True if this package's kernels run in it; files are then written `with_kernels`.
         runs_bodies: True if it runs such files without the kernels, too.
+        has_8_bit_depthwise: see `cadsurgery.elements.backends.target.Target`.
     """
 
     name: ClassVar[str]
@@ -30,6 +31,7 @@ class Engine:
     format: ClassVar[Literal["onnx", "aoti"]]
     has_kernels: ClassVar[bool] = False
     runs_bodies: ClassVar[bool] = True
+    has_8_bit_depthwise: ClassVar[bool] = False
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         """Open a file, to be run by a number of threads; 0 leaves the number to the engine.
@@ -75,6 +77,9 @@ class OnnxRuntime(Engine):
     """An ONNX file in ONNX Runtime."""
 
     name, package, format = "ONNX Runtime", "onnxruntime", "onnx"
+    has_8_bit_depthwise = (
+        True  # OpenVINO subtracts zero points of gathered rows and transposes them: twice the time
+    )
 
     def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
         options = package.SessionOptions()

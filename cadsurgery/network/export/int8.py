@@ -207,11 +207,11 @@ def quantise(
 
 
 def _needed_for(output: str, graph: Any) -> set[Any]:
-    """Return the nodes that an output depends on."""
+    """Return the nodes on whose values an output depends; of what is before a `Shape` only the size counts."""
     nodes = {one.producer() for one in graph.outputs if one.name == output}
     for node in reversed(graph):
         if node in nodes:
-            nodes.update(node.predecessors())
+            nodes.update(before for before in node.predecessors() if before.op_type not in ("Shape", "Size"))
     return nodes
 
 

@@ -67,7 +67,7 @@ def write(
     example = _cut_awkwardly(net, image) if dynamic else image
     names = output_names(net(example))
     inputs: tuple[Tensor, ...] = (example, net.levels.long()) if level_map else (example,)
-    target = Target(engines[-1].has_kernels, in_8_bits=bool(int8))
+    target = Target(engines[-1].has_kernels, bool(int8), engines[-1].has_8_bit_depthwise)
     program, free = follow(graph, inputs, dynamic, target)
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
     outputs = (*names, "levels")
