@@ -1,10 +1,11 @@
 """Draw the pictures of the README and the site from committed results, each for light and for dark pages.
 
     python -m benchmarks.pictures                        # all but the hero
+    python -m benchmarks.pictures --only word            # those whose names begin with "word": the glossary's
     python -m benchmarks.pictures --hero DATA PHOTO      # measures, and writes docs/pictures/hero.json, too
 
-`concept` shows cells and taps. `quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, and
-`zoo` from the rows of the zoo.
+`word-*` are the pictures of the glossary (benchmarks/glossary_pictures.py). `concept` shows cells and taps.
+`quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, and `zoo` from the rows of the zoo.
 The hero shows a trained network (recipes/voc_deeplab) on a photo: the one committed is NASA's portrait of Eileen
 Collins (public domain), as in the wheel of scikit-image (`skimage/data/astronaut.png`).
 """
@@ -32,6 +33,7 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 import cadsurgery as cs
+from benchmarks.glossary_pictures import GREY, PHOTOS, WORDS
 from cadsurgery.data.images import normalise, read_image
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements.lattice import Lattice
@@ -46,7 +48,6 @@ from recipes.voc_deeplab import network as voc
 
 DOCS = Path(__file__).parents[1] / "docs"
 PICTURES = DOCS / "pictures"
-GREY = "#8c8c8c"
 THEMES = {"": ("white", "#1a1a1a"), "-dark": ("#131416", "#e6e6e6")}  # background and ink
 WIDTH = 9.0  # inches; a page shows it at 800 pixels
 MASK = "detail | budget:fraction=0.1"
@@ -357,11 +358,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hero", nargs=2, type=Path, metavar=("DATA", "PHOTO"))
+    parser.add_argument("--only", default="", metavar="BEGINNING", help="draw pictures whose names begin so")
     options = parser.parse_args()
     if options.hero:
         draw("hero", hero(*options.hero), "jpg")
-    for name, picture in {"concept": concept, "quality": quality, "speed": speed, "zoo": zoo}.items():
-        draw(name, picture)
+    pictures = {"concept": concept, "quality": quality, "speed": speed, "zoo": zoo, **WORDS}
+    for name, picture in pictures.items():
+        if name.startswith(options.only):
+            draw(name, picture, "jpg" if name in PHOTOS else "png")
 
 
 if __name__ == "__main__":
