@@ -7,8 +7,9 @@
 
 `word-*` are the pictures of the glossary (benchmarks/glossary_pictures.py). `concept` shows cells and taps.
 `quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, and `zoo` from the rows of the zoo.
-`masks-*` show each mask on a photo (benchmarks/mask_pictures.py). The hero shows a trained network (recipes/voc_deeplab) on a photo: the one committed is NASA's portrait of Eileen
-Collins (public domain), as in the wheel of scikit-image (`skimage/data/astronaut.png`).
+`masks-*` show each mask on a photo (benchmarks/mask_pictures.py). The hero shows a trained network
+(recipes/voc_deeplab) on one. The photo of both is NASA's portrait of Eileen Collins (public domain), as in the wheel of
+scikit-image (`skimage/data/astronaut.png`).
 """
 
 from __future__ import annotations
