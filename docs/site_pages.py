@@ -195,7 +195,8 @@ def describe_masks() -> Iterator[str]:
     height, width = counted["pixels"]
     yield (
         f"\nCosts are counted, not timed: multiply-accumulates of {counted['network']} "
-        f"with {counted['weights']} weights on a photo of {height} x {width} pixels, the mask's own included, relative to the network as given. "
+        f"with {counted['weights']} weights on a photo of {height} x {width} pixels, the mask's own included, "
+        "relative to the network as given. "
         f"Command: `python -m benchmarks.pictures --masks PHOTO`, commit {counted['commit']}, "
         "[figures](../pictures/masks.json)."
     )
