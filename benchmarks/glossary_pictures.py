@@ -163,7 +163,7 @@ def maps() -> Figure:
         f"fine map: output stride {high}",
         f"the network's own map:\noutput stride {low}, spacing {low // high}",
     )
-    figure, axes = _panels(3, 2.9, titles)
+    figure, axes = _panels(3, 2.6, titles)
     for axis, stride, colour in zip(axes, (1, high, low), (GREY, BLUE, ORANGE), strict=True):
         for at in range(side + 1):
             axis.plot([0, side], [at, at], color=GREY, linewidth=0.2)
@@ -194,7 +194,7 @@ def cells() -> Figure:
         f"lattice: {lattice.count} cells,\n{lattice.count} elements",
         f"part: {part.count} of them",
     )
-    figure, axes = _panels(3, 3.1, titles)
+    figure, axes = _panels(3, 2.75, titles)
     colours = [*LEVEL_COLOURS[:2], LOWEST_COLOUR]
     for row, column in itertools.product(range(8), repeat=2):
         level = int(lattice.levels[0, row, column])
@@ -220,7 +220,7 @@ def stages() -> Figure:
         f"stage {stage}{': the fine map' if not stage else ''}\n{one.count} elements"
         for stage, one in enumerate(shown)
     ]
-    figure, axes = _panels(3, 2.9, titles)
+    figure, axes = _panels(3, 2.6, titles)
     for axis, one in zip(axes, shown, strict=True):
         draw_cells(axis, one)
     return figure
@@ -234,7 +234,7 @@ def reading() -> Figure:
     target = (5, 5)
     figure, axes = _panels(
         3,
-        3.1,
+        2.75,
         (
             "window: 3 x 3, spacing 2",
             "kernel map: rows that\nthe nine taps read",
@@ -275,7 +275,7 @@ def fills() -> Figure:
     disc = (((y - 15.5) ** 2 + (x - 15.5) ** 2) < 110).float()[None, None]
     lattices = {fill: Geometry((4,), fill=fill).uniform(1, 1, (side, side)) for fill in get_args(Fill)}
     titles = ["the map, and the anchors\nof its cells", *(f'fill="{fill}"' for fill in lattices)]
-    figure, axes = _panels(1 + len(lattices), 2.3, titles)
+    figure, axes = _panels(1 + len(lattices), 2.1, titles)
     axes[0].imshow(disc[0, 0], cmap="gray", vmin=-0.3, vmax=1.3)
     first = next(iter(lattices.values()))
     places = [divmod(int(pixel), side) for pixel in first.anchors]
@@ -838,7 +838,7 @@ def cone() -> Figure:
         f"layer before: {parts[1].count}",
         f"two layers before: {parts[2].count}",
     )
-    figure, axes = _panels(3, 2.7, titles)
+    figure, axes = _panels(3, 2.5, titles)
     for axis, part in zip(axes, parts, strict=True):
         draw_cells(axis, lattice)
         for pixel in part.anchors.tolist():

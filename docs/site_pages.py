@@ -185,12 +185,13 @@ def describe_masks() -> Iterator[str]:
     from cadsurgery.masks.options import format_options
 
     counted = json.loads(MASK_COSTS.read_text())
-    yield "| mask | keeps high | options | cost on the photo | source |\n|---|---|---|---|---|"
+    yield "| mask | keeps high | cost on the photo | options | source |\n|---|---|---|---|---|"
     for mask in list_masks():
-        options = format_options(mask.options)
+        options = format_options(mask.options)  # each a span of its own, so that a line can end between them
         row = counted["masks"].get(mask.name)
         cost = f"{row['of_given']:.2f} with `{row['spec']}`" if row else ""
-        cells = (f"`{mask.form}`", mask.summary, f"`{options}`" if options else "", cost, mask.source)
+        spans = ", ".join(f"`{option}`" for option in options.split(",")) if options else ""
+        cells = (f"`{mask.form}`", mask.summary, cost, spans, mask.source)
         yield "| " + " | ".join(_as_cell(cell) for cell in cells) + " |"
     height, width = counted["pixels"]
     yield (
