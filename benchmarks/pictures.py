@@ -1,12 +1,15 @@
 """Draw the pictures of the README and the site from committed results, each for light and for dark pages.
 
-    python -m benchmarks.pictures                        # all but the hero
+    python -m benchmarks.pictures                        # all but the hero and the masks
+    python -m benchmarks.pictures --only word            # those whose names begin with "word": the glossary's
     python -m benchmarks.pictures --hero DATA PHOTO      # measures, and writes docs/pictures/hero.json, too
+    python -m benchmarks.pictures --masks PHOTO          # counts, and writes docs/pictures/masks.json, too
 
-`concept` shows cells and taps. `quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, and
-`zoo` from the rows of the zoo.
-The hero shows a trained network (recipes/voc_deeplab) on a photo: the one committed is NASA's portrait of Eileen
-Collins (public domain), as in the wheel of scikit-image (`skimage/data/astronaut.png`).
+`word-*` are the pictures of the glossary (benchmarks/glossary_pictures.py). `concept` shows cells and taps.
+`quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, and `zoo` from the rows of the zoo.
+`masks-*` show each mask on a photo (benchmarks/mask_pictures.py). The hero shows a trained network
+(recipes/voc_deeplab) on one. The photo of both is NASA's portrait of Eileen Collins (public domain), as in the wheel of
+scikit-image (`skimage/data/astronaut.png`).
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 import cadsurgery as cs
+from benchmarks.glossary_pictures import GREY, PHOTOS, WORDS
+from benchmarks.mask_pictures import masks
 from cadsurgery.data.images import normalise, read_image
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements.lattice import Lattice
@@ -46,7 +51,6 @@ from recipes.voc_deeplab import network as voc
 
 DOCS = Path(__file__).parents[1] / "docs"
 PICTURES = DOCS / "pictures"
-GREY = "#8c8c8c"
 THEMES = {"": ("white", "#1a1a1a"), "-dark": ("#131416", "#e6e6e6")}  # background and ink
 WIDTH = 9.0  # inches; a page shows it at 800 pixels
 MASK = "detail | budget:fraction=0.1"
@@ -314,10 +318,14 @@ def hero(data: Path, photo: Path) -> Callable[[], Figure]:
         "same": float((classes["dense"] == classes["adaptive"]).double().mean()),
         **describe_run(torch.device("cpu")),
     }
-    PICTURES.mkdir(exist_ok=True)
-    with write_whole(PICTURES / "hero.json") as temporary:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    _write("hero.json", figures)
     return partial(hero_figure, image, net.lattice, classes, figures)
+
+
+def _write(name: str, figures: Mapping[str, Any]) -> None:
+    PICTURES.mkdir(exist_ok=True)
+    with write_whole(PICTURES / name) as temporary:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def hero_figure(
@@ -357,11 +365,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hero", nargs=2, type=Path, metavar=("DATA", "PHOTO"))
+    parser.add_argument("--masks", type=Path, metavar="PHOTO")
+    parser.add_argument("--only", default="", metavar="BEGINNING", help="draw pictures whose names begin so")
     options = parser.parse_args()
     if options.hero:
         draw("hero", hero(*options.hero), "jpg")
-    for name, picture in {"concept": concept, "quality": quality, "speed": speed, "zoo": zoo}.items():
-        draw(name, picture)
+    if options.masks:
+        drawn, figures = masks(options.masks)
+        _write("masks.json", figures)
+        for name, picture in drawn.items():
+            draw(name, picture, "jpg")
+    pictures = {"concept": concept, "quality": quality, "speed": speed, "zoo": zoo, **WORDS}
+    for name, picture in pictures.items():
+        if name.startswith(options.only):
+            draw(name, picture, "jpg" if name in PHOTOS else "png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 GENERATED = DOCS / "generated"
+MASK_COSTS = DOCS / "pictures" / "masks.json"
 SINGLE_PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
@@ -177,15 +179,28 @@ def _as_cell(text: str) -> str:
 
 
 def describe_masks() -> Iterator[str]:
-    """Lines of Markdown: the table of all masks that are registered."""
+    """Lines of Markdown: the table of all masks that are registered, with the costs that `benchmarks.pictures --masks`
+    counted."""
     from cadsurgery.masks import list_masks
     from cadsurgery.masks.options import format_options
 
-    yield "| mask | keeps high | options | source |\n|---|---|---|---|"
+    counted = json.loads(MASK_COSTS.read_text())
+    yield "| mask | keeps high | cost on the photo | options | source |\n|---|---|---|---|---|"
     for mask in list_masks():
-        options = format_options(mask.options)
-        cells = (f"`{mask.form}`", mask.summary, f"`{options}`" if options else "", mask.source)
+        options = format_options(mask.options)  # each a span of its own, so that a line can end between them
+        row = counted["masks"].get(mask.name)
+        cost = f"{row['of_given']:.2f} with `{row['spec']}`" if row else ""
+        spans = ", ".join(f"`{option}`" for option in options.split(",")) if options else ""
+        cells = (f"`{mask.form}`", mask.summary, cost, spans, mask.source)
         yield "| " + " | ".join(_as_cell(cell) for cell in cells) + " |"
+    height, width = counted["pixels"]
+    yield (
+        f"\nCosts are counted, not timed: multiply-accumulates of {counted['network']} "
+        f"with {counted['weights']} weights on a photo of {height} x {width} pixels, the mask's own included, "
+        "relative to the network as given. "
+        f"Command: `python -m benchmarks.pictures --masks PHOTO`, commit {counted['commit']}, "
+        "[figures](../pictures/masks.json)."
+    )
 
 
 def describe_zoo() -> Iterator[str]:

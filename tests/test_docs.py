@@ -247,6 +247,28 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_their_figures_stand_on_
         assert all(0 < work < 1 and 0 < time < 1 for work, time in sets.values())
 
 
+def test_every_mask_has_a_picture_and_a_cost(site_pages: ModuleType) -> None:
+    from benchmarks.mask_pictures import MASKS
+
+    counted = json.loads((DOCS / "pictures" / "masks.json").read_text())["masks"]
+    page = (DOCS / "reference" / "masks.md").read_text()
+    drawn = {name: spec for group in MASKS.values() for name, spec in group.items()}
+    assert {*drawn} == {mask.name for mask in cs.list_masks()}
+    assert drawn == {name: row["spec"] for name, row in counted.items()}
+    assert all(f"../pictures/masks-{group}.jpg" in page for group in MASKS)
+    lines = [line.split(" | ")[0] for line in site_pages.describe_masks() if " with `" in line]
+    assert len(lines) == len(drawn)
+
+
+def test_every_table_of_the_glossary_has_a_picture_above_it() -> None:
+    text = (DOCS / "glossary.md").read_text().split("\n## Names that stay")[0]
+    *shown, without = text.split("\n### ")[1:]
+    assert without.startswith("Files and settings") and "no picture" in without
+    for part in shown:
+        assert part.index("](pictures/word-") < part.index("| word | means |"), part[:40]
+    assert "| word | means |" not in text.split("\n### ")[0]
+
+
 def test_every_network_of_the_zoo_is_listed_with_what_refused_it(site_pages: ModuleType) -> None:
     from cadsurgery.tasks.recorded import RECORDED, read_rows
 

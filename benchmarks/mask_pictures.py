@@ -1,0 +1,138 @@
+"""Draw the level map of each mask on one photo, and count what the network costs with it.
+
+    python -m benchmarks.pictures --masks PHOTO     # writes docs/pictures/masks.json, too
+
+The network is torchvision's fcn_resnet50 with random weights (seed 0), as in the README. Costs are its
+multiply-accumulates with the mask, the mask's own included, relative to the network as given; they are counted, not
+timed. Masks that have to be trained are drawn as they are before training. The labels of `trimap` are the person that
+OpenCV's GrabCut finds in the photo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import cadsurgery as cs
+from benchmarks.glossary_pictures import WIDTH
+from cadsurgery.data.images import normalise, read_image
+from cadsurgery.data.networks import source_of
+from cadsurgery.elements.lattice import Lattice
+from cadsurgery.support.provenance import describe_run
+from cadsurgery.tasks.figures import draw_levels
+
+NETWORK = "fcn_resnet50"
+_PERSON = (10, 5, 440, 505)  # left, top, width and height of the rectangle that GrabCut starts from
+# Each mask by its name, as it is drawn: those that rank by a budget of a fifth, others by their defaults.
+MASKS: dict[str, dict[str, str]] = {
+    "see-image": {
+        "edges": "edges | budget:fraction=0.2",
+        "gradient": "gradient | budget:fraction=0.2",
+        "saliency": "saliency | budget:fraction=0.2",
+        "keypoints": "keypoints:count=64",
+        "trimap": "trimap",
+    },
+    "see-network": {
+        "detail": "detail | budget:fraction=0.2",
+        "confidence": "confidence | budget:fraction=0.2",
+        "gain": "gain | budget:fraction=0.2",
+        "oracle": "oracle | budget:fraction=0.2",
+        "learned": "learned | budget:fraction=0.2",
+    },
+    "made-of-others": {
+        "all": "all",
+        "none": "none",
+        "random": "random:seed=0",
+        "budget": "edges | budget:fraction=0.1/0.3",
+        "union": "detail:threshold=3 + saliency:threshold=2",
+        "dilate": "detail:threshold=3 | dilate:size=5",
+        "threshold": "saliency | threshold:at=2/0.5",
+        "smooth": "detail:threshold=3 | smooth",
+    },
+}
+
+
+def masks(photo: Path) -> tuple[dict[str, Callable[[], Figure]], dict[str, Any]]:
+    """Run the network on a photo with each mask; return how to draw each group, and the figures."""
+    torch.manual_seed(0)
+    picture = read_image(photo)
+    model = cs.build_model(NETWORK, "none")
+    net = cs.adaptify(model, "edges", verify_laws=False)
+    batch = normalise(picture, source_of(model)).unsqueeze(0)
+    drawn: dict[str, Callable[[], Figure]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    with torch.inference_mode(), cs.masks.labelled(_labels(picture)):
+        for group, specs in MASKS.items():
+            lattices = {}
+            for name, spec in specs.items():
+                lattices[name], rows[name] = _measure(model, spec, batch)
+                print(spec, rows[name], flush=True)
+            drawn[f"masks-{group}"] = partial(_figure, picture, lattices, rows, net.plan.output_stride[0])
+    shared = {"network": NETWORK, "weights": "random", "pixels": list(picture.shape[1:])}
+    return drawn, {**shared, "masks": rows, **describe_run(torch.device("cpu"))}
+
+
+def _measure(model: torch.nn.Module, spec: str, batch: Tensor) -> tuple[Lattice, dict[str, Any]]:
+    net = cs.adaptify(model, spec, verify_laws=False)
+    net(batch)  # a learned mask is made on the first call
+    lattice, report = net.lattice, net.macs(batch)
+    row = {
+        "spec": spec,
+        "active_fraction": lattice.active_fraction,
+        "of_given": report.of_given,
+        "of_mask": report.of_mask / report.given if report.given else None,
+    }
+    return lattice, row
+
+
+def _labels(picture: Tensor) -> Tensor:
+    """Return the labels (1, H, W) of a photo: 1 where GrabCut finds the person."""
+    import cv2
+
+    pixels = (255 * picture.permute(1, 2, 0)).byte().numpy()
+    found = np.zeros(pixels.shape[:2], np.uint8)
+    cv2.setRNGSeed(0)
+    cv2.grabCut(pixels, found, _PERSON, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_RECT)
+    return torch.from_numpy(found % 2 == 1).long().unsqueeze(0)  # odd: certainly or probably the person
+
+
+def _figure(
+    picture: Tensor,
+    lattices: Mapping[str, Lattice],
+    rows: Mapping[str, Mapping[str, Any]],
+    output_stride: int,
+) -> Figure:
+    """Draw the photo and each level map: red is kept, grey is at the lowest level, between them are levels between."""
+    pixels = picture.permute(1, 2, 0).numpy()
+    shown: Iterator[tuple[str, np.ndarray]] = iter(
+        [
+            ("photo", pixels),
+            *(
+                (_title(rows[name]), draw_levels(pixels, lattice, output_stride))
+                for name, lattice in lattices.items()
+            ),
+        ]
+    )
+    lines = -(-(len(lattices) + 1) // 3)
+    figure = Figure(figsize=(WIDTH, lines * 2.75), layout="constrained")
+    for axis in figure.subplots(lines, 3).flat:
+        axis.axis("off")
+        title, drawn = next(shown, ("", None))
+        if drawn is not None:
+            axis.imshow(drawn)
+            axis.set_title(title, fontsize=8.5)
+    return figure
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    spec = row["spec"]
+    for sign in (" | ", " + "):
+        spec = spec.replace(sign, f"\n{sign.strip()} ", 1)
+    return f"{spec}\nactive {row['active_fraction']:.2f}, cost {row['of_given']:.2f}"
