@@ -1,6 +1,7 @@
 """Time one kind of layer in engines, in each form that a convolution of rows can take in a file.
 
-    python -m benchmarks.engine_layers FOLDER [--rounds 20] [--write docs/engine_layers.json]
+    python -m benchmarks.engine_layers FOLDER [--rounds 10] [--write docs/engine_layers.json]
+    python -m benchmarks.engine_layers --table                           # that of docs/deploy.md alone
 
 A file has four equal layers with ReLU, on a map of 64 x 128 samples of which a third of the patches (4 x 4) are fine
 and the rest one sample each; tables and shares are inputs, as they follow the image in a real file. Random weights, one
@@ -21,6 +22,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ KINDS = {
     "7x7 depthwise, 192 channels": (192, 192, 7),
     "3x3 in groups of 16, 208 channels": (208, 13, 3),
 }
+RESULTS = Path(__file__).parents[1] / "docs" / "engine_layers.json"
+PAGE, MARKS = RESULTS.with_name("deploy.md"), ("<!-- engine layers -->", "<!-- end -->")
 FORMS = ("dense", "gathered", "taps", "tiles", "kernels")
 
 
@@ -234,16 +238,45 @@ def used(path: Path, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(inputs[("x", "table", "tiles", "sources", "shares").index(name)] for name in kept)
 
 
+def write_page(found: dict[str, Any]) -> None:
+    """Put the table into docs/deploy.md: a row for each kind, engine and precision."""
+    lines = [
+        f"{found['device']}; torch {found['versions']['torch']}; {found['rounds']} rounds; commit {found['commit']}.\n",
+        f"| layer | engine | precision | {' | '.join(FORMS)} | what the work promises |",
+        "|---|---|---|" + "---|" * (len(FORMS) + 1),
+    ]
+    for kind, precision, engine in product(KINDS, ("float32", "int8"), ("onnx", "openvino")):
+        same = {"kind": kind, "engine": engine, "precision": precision}
+        rows = {row["form"]: row for row in found["rows"] if same.items() <= row.items()}
+        if rows:
+            cells = [f"{rows[form]['milliseconds']:.1f}" if form in rows else "" for form in FORMS]
+            promised = rows["dense"]["milliseconds"] * rows["dense"]["share"]
+            words = "ONNX Runtime" if engine == "onnx" else "OpenVINO"
+            lines.append(f"| {' | '.join([kind, words, precision, *cells, f'{promised:.1f}'])} |")
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    text = "\n".join(lines)
+    with write_whole(PAGE) as temporary:
+        temporary.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Measure all kinds."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument(
+        "--table", action="store_true", help="write the table from docs/engine_layers.json alone"
+    )
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--kinds", default=";".join(KINDS))
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
+    if options.table:
+        write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
+        return
     torch.set_num_threads(1)
     rows = [row for kind in options.kinds.split(";") for row in measure(kind, options.folder, options.rounds)]
     if options.write:

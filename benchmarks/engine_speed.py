@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine_speed FOLDER --write [--data DATA]               # files: minutes for each network
     python -m benchmarks.engine_speed FOLDER --time [--isa avx2] [--rounds 3]    # on a quiet machine
-    python -m benchmarks.engine_speed --table                                    # docs/engines.md
+    python -m benchmarks.engine_speed --table                                    # those of docs/deploy.md alone
 
 Networks of torchvision have random weights, `edges | budget:fraction=0.34`, output strides 8 to 32, linear fill, one
 image of 512 x 1024; `camvid` (with --data) is the trained network of recipes/camvid_mobilenetv2,
@@ -20,7 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ from cadsurgery.tasks.bench_isa import environment_of
 from cadsurgery.tasks.recommend.settings import scaled_size
 
 RESULTS = Path(__file__).parents[1] / "docs" / "engines.json"
-PAGE = RESULTS.with_suffix(".md")
+PAGE = RESULTS.with_name("deploy.md")
+MARKS = "<!-- engine speed -->", "<!-- end -->"
 NETWORKS = (
     "camvid",
     "mobilenet_v2",
@@ -175,6 +176,48 @@ def measure(name: str, precision: str, folder: Path, data: Path | None, rounds: 
 # -- the page --------------------------------------------------------------------------------------------
 
 
+NAMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+COLUMNS = (HIGH, LOW, SMALL, CONVERTED, WITH_KERNELS)
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """Return a table for each instruction set and precision."""
+    parts = []
+    for key in dict.fromkeys(key for runs in found.values() for key in runs):
+        runs = {name: found[name][key] for name in NETWORKS if key in found.get(name, {})}
+        cap, precision = key.split(", ")
+        one = next(iter(runs.values()))
+        parts.append(
+            f"**{precision}, {cap}.** {one['device']}; torch {one['versions']['torch']}; "
+            f"{' and '.join(sorted({str(run['rounds']) for run in runs.values()}))} rounds; commit {one['commit']}.\n\n"
+            "| network | work | engine | dense high | dense low | dense high at .7 | converted | with kernels | "
+            "speed-up | of the ratio |\n|---|---|---|---|---|---|---|---|---|---|\n"
+            + "".join(line for name, run in runs.items() for line in _lines(name, run))
+        )
+    return "\n".join(parts)
+
+
+def _lines(name: str, run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a row for each engine; the speed-up is that of the faster converted file."""
+    for engine, words in NAMES.items():
+        rows = {row["side"]: row for row in run["rows"] if row["engine"] == engine}
+        work, high = rows[CONVERTED]["work"], rows[HIGH]["milliseconds"]
+        best = high / min(rows[side]["milliseconds"] for side in (CONVERTED, WITH_KERNELS) if side in rows)
+        cells = [f"{rows[side]['milliseconds']:.0f} ({rows[side]['median']:.0f})" for side in COLUMNS]
+        first = (name, f"{work:.2f}") if engine == "onnx" else ("", "")
+        yield f"| {' | '.join([*first, words, *cells, f'{best:.2f}', f'{best * work:.2f}'])} |\n"
+
+
+def write_page() -> None:
+    """Put the tables into the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    with write_whole(PAGE) as temporary:
+        temporary.write_text(f"{before}{MARKS[0]}\n{tables(found)}{MARKS[1]}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Write files, time them, or print the table."""
     parser = argparse.ArgumentParser(
@@ -190,12 +233,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--table", action="store_true", help="write the tables from docs/engines.json alone")
     parser.add_argument("--one", nargs=2, metavar=("NETWORK", "PRECISION"), help="one measurement, as JSON")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one, options.folder, options.data, options.rounds)))
         return
-    for name in options.networks.split(","):
+    for name in options.networks.split(",") if options.write or options.time else ():
         if options.write:
             write(name, options.folder, options.data)
         for precision in options.precisions.split(",") if options.time else ():
@@ -210,6 +254,8 @@ def main() -> None:
             with write_whole(RESULTS) as temporary:
                 temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(name, precision, "measured", flush=True)
+    if options.time or options.table:
+        write_page()
 
 
 if __name__ == "__main__":
