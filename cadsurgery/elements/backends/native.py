@@ -379,7 +379,7 @@ def expand_depthwise(
     expand = function("expand_depthwise", ELEMENTS[dtype])
     assert expand is not None
     expand.restype = ctypes.c_long
-    if not expand(ctypes.addressof(work)):
+    if not expand(ctypes.byref(work)):
         raise MemoryError("no memory for a few lines of a map between two convolutions.")
     return out.permute(0, 3, 1, 2)
 
