@@ -314,7 +314,11 @@ def _affine_grid(theta: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
     return value.numel() * theta.shape[-1]
 
 
-@_counts("_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math_for_mps")
+@_counts(
+    "_scaled_dot_product_flash_attention_for_cpu",  # counted by torch itself from 2.15 on
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math_for_mps",
+)
 def _attention(query: Tensor, key: Tensor, value_: Tensor, *_: Any, **__: Any) -> int:
     return query.numel() * key.shape[-2] + math.prod(query.shape[:-1]) * key.shape[-2] * value_.shape[-1]
 
