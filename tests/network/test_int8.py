@@ -310,7 +310,8 @@ def test_a_halo_has_the_range_of_the_rows_it_is_joined_to(files: tuple[Path, Pat
     assert ranges["halo"] == ranges["joined"]
 
 
-def test_a_mask_that_depends_on_every_product_leaves_nothing_to_quantise(tmp_path: Path) -> None:
+def test_a_mask_that_sees_features_sees_them_in_8_bits(tmp_path: Path) -> None:
+    """The file says that its level map may differ; products that only the mask needs stay in floating point."""
     text = GRAPH.replace("Greater(edges, nought)", "Greater(out, nought)").replace(
         "int8[1, 1, 8, 8] levels", "int8[64, 5] levels"
     )
@@ -318,8 +319,18 @@ def test_a_mask_that_depends_on_every_product_leaves_nothing_to_quantise(tmp_pat
     late = [line for line in body if "= Greater" in line or "= Cast" in line]
     kept = [line for line in body if line not in late and line != "}"]
     source = write(tmp_path / "float.onnx", "\n".join([head, *kept, *late, "}"]))
+    outputs, keeps_levels = quantise(source, tmp_path / "int8.onnx", calls(images(1, 8, 8)), True)
+    assert outputs == ("out", "levels") and not keeps_levels
+    assert quantise(write(source), tmp_path / "int8.onnx", calls(images(1, 8, 8)), True)[1]
+
+
+def test_without_products_but_those_of_the_mask_there_is_nothing_to_quantise(tmp_path: Path) -> None:
+    head, name, *body = GRAPH.strip().splitlines()
+    of_mask = [line for line in body if any(f"{name} =" in line for name in ("edges", "high", "levels"))]
+    name = name.replace("[64, 5]", "[1, 3, 8, 8]")
+    text = "\n".join([head, name, "    out = Relu(image)", *of_mask, "}"])
     with pytest.raises(cs.CannotConvert, match="nothing to quantise"):
-        quantise(source, tmp_path / "int8.onnx", calls(images(1, 8, 8)), True)
+        quantise(write(tmp_path / "float.onnx", text), tmp_path / "int8.onnx", calls(images(1, 8, 8)), True)
 
 
 def test_fidelity_is_over_all_images_and_classes_are_those_of_pixels() -> None:
@@ -357,13 +368,13 @@ def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(tmp_path: Path)
 def test_a_file_in_8_bits_that_is_wrong_is_not_taken(
     broken: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(source: Path, target: Path, *arguments: Any, **options: Any) -> tuple[str, ...]:
+    def wrong(source: Path, target: Path, *arguments: Any, **options: Any) -> tuple[tuple[str, ...], bool]:
         changed = {
             "levels": {"filter": -constants()["filter"]},
             "out": {"bias": np.full(4, np.nan, np.float32)},
         }
         write(target, **changed[broken])
-        return "out", "levels"
+        return ("out", "levels"), True
 
     monkeypatch.setattr("cadsurgery.network.export.int8.quantise", wrong)
     path, image = write(tmp_path / "net.onnx"), images(1, 8, 8)

@@ -22,7 +22,7 @@ from cadsurgery.kernels.load import forget
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engines import OnnxRuntime
-from cadsurgery.network.export.kernels import DOMAIN
+from cadsurgery.network.export.kernels import DOMAIN, put_into_8_bits
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -144,7 +144,7 @@ def test_several_threads_give_the_same(written: Any) -> None:
 def test_a_file_in_8_bits_keeps_depthwise_kernels(tmp_path: Path) -> None:
     model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.onnx"
     report = cs.export(model, picture(1, 44, 52), path, int8=picture(4, 44, 52), with_kernels=True)
-    assert calls(path) == {"ConvolveDepthwise": 1}
+    assert calls(path) == {"ConvolveDepthwiseIn8Bits": 1}
     assert report.fidelity is not None and report.fidelity.error < 0.05
     image = picture(1, 44, 52).flip(3)
     given, *others = (run(path)(image)["output"] for run in (File, WithKernels, InOpenVino))
@@ -201,6 +201,96 @@ def test_the_body_says_what_the_kernel_computes(tmp_path: Path) -> None:
     expected = np.clip([[5.0, 11.0], [-1.0, 3.0], [5.0, 13.0], [-1.0, -3.0]], 0, 9)
     for run in (File, WithKernels):
         assert np.array_equal(run(path).session.run(None, feed)[0], expected)
+
+
+def quantised_call(path: Path, channels: int, taps: int, low: float) -> dict[str, Any]:
+    """Write a file of one depthwise convolution between quantised rows; return its inputs."""
+    import onnx_ir
+
+    from cadsurgery.network.export.kernels import add_functions
+
+    random = np.random.default_rng(channels)
+    rows, targets = 23, 17
+    feed = {
+        "numbers": random.integers(0, 256, (rows, channels)).astype(np.uint8),
+        "table": random.integers(0, rows + 1 + 5, (targets, taps)).astype(np.int32),
+        "sources": random.integers(0, rows, (5, 4)).astype(np.int32),
+        "shares": random.dirichlet(np.ones(4), 5).astype(np.float32),
+    }
+    constants = {
+        "weight": random.normal(size=(taps, channels)).astype(np.float32),
+        "bias": random.normal(size=channels).astype(np.float32),
+        "residual": np.zeros(1, np.float32),
+        "scale": np.float32(0.03),
+        "zero": np.uint8(90),
+        "scale_of_result": np.float32(0.05),
+        "zero_of_result": np.uint8(120),
+    }
+    make, names = onnx.helper.make_node, ("rows", "table", "sources", "shares", "weight", "bias", "residual")
+    nodes = [
+        make("DequantizeLinear", ["numbers", "scale", "zero"], ["rows"]),
+        make(
+            *("ConvolveDepthwise", names, ["values"]), domain=DOMAIN, outside=0.0, low=low, high=np.float32(4)
+        ),
+        make("QuantizeLinear", ["values", "scale_of_result", "zero_of_result"], ["out"]),
+    ]
+    types = [onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for value in feed.values()]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "one",
+        [
+            onnx.helper.make_tensor_value_info(name, kind, value.shape)
+            for (name, value), kind in zip(feed.items(), types, strict=True)
+        ],
+        [onnx.helper.make_tensor_value_info("out", onnx.TensorProto.UINT8, (targets, channels))],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
+    model = onnx_ir.from_proto(onnx.helper.make_model(graph, opset_imports=imports, ir_version=9))
+    add_functions(model)
+    onnx_ir.save(model, path)
+    return feed
+
+
+@pytest.mark.parametrize("isa", ["", "scalar", "sse4"])
+@pytest.mark.parametrize(("channels", "taps", "low"), [(2, 2, -4.0), (37, 9, 0.0), (64, 25, -np.inf)])
+def test_a_convolution_between_8_bits_is_the_one_in_floating_point(
+    channels: int, taps: int, low: float, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of the halo are rounded to 8 bits, too, so that a result may be a few steps away."""
+    monkeypatch.setenv("CADSURGERY_ISA", isa)
+    exact, path = tmp_path / "exact.onnx", tmp_path / "one.onnx"
+    feed = quantised_call(exact, channels, taps, low)
+    model = onnx.load(str(exact))
+    put_into_8_bits(model)
+    onnx.save(model, str(path))
+    assert [node.op_type for node in model.graph.node] == ["ConvolveDepthwiseIn8Bits"]
+    assert [one.name for one in model.functions] == ["ConvolveDepthwiseIn8Bits"]
+    onnx.checker.check_model(str(path), full_check=True)
+    (expected,) = File(exact).session.run(None, feed)
+    body, kernel = (run(path).session.run(None, feed)[0].astype(int) for run in (File, WithKernels))
+    assert kernel.min() < kernel.max()
+    assert np.abs(kernel - body).max() <= 1 and (kernel != body).mean() < 0.01
+    assert np.abs(kernel - expected.astype(int)).max() <= 0.03 * 0.5 / 0.05 * 4 * taps**0.5 + 1
+    if not isa:
+        assert np.array_equal(InOpenVino(path).run(feed)[0], kernel)
+
+
+def test_what_is_not_between_8_bits_stays_in_floating_point(tmp_path: Path) -> None:
+    """A result that is returned or has another reader, and rows that nothing quantised."""
+    quantised_call(tmp_path / "one.onnx", 8, 4, 0.0)
+    for change in ("returned", "another reader", "rows"):
+        model = onnx.load(str(tmp_path / "one.onnx"))
+        values = onnx.helper.make_tensor_value_info("values", 1, None)
+        if change == "returned":
+            model.graph.output.append(values)
+        elif change == "another reader":
+            model.graph.node.append(onnx.helper.make_node("Relu", ["values"], ["more"]))
+        else:
+            model.graph.node[0].op_type = "Cast"
+        before = model.SerializeToString()
+        put_into_8_bits(model)
+        assert model.SerializeToString() == before
 
 
 @pytest.mark.parametrize("table", [[[0, 5]], [[-1, 0]]])

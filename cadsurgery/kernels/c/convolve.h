@@ -25,21 +25,27 @@ typedef struct {
 /* Inputs of an operation. Rows (N, C); a table (M, taps) of numbers of rows; a halo of H rows, each a mix of K rows: their
  * numbers and shares (H, K); weight; bias (O); residual (M, O), or one number, which adds nothing. Numbers of the table count
  * the rows, then a row of the value outside, then the halo. The weight is (taps, C) of a depthwise convolution, (taps, C, O),
- * or (taps, groups, C per group, O per group). Numbers of rows are int32, the rest is float. */
+ * or (taps, groups, C per group, O per group). Numbers of rows are int32, the rest is float; in 8 bits rows and result are
+ * uint8, and there is no residual. */
 enum { ROWS_IN, TABLE, SOURCES, SHARES, WEIGHT, BIAS, RESIDUAL, INPUTS };
 
 /* A convolution with its weights packed for this processor. Several threads may call one at a time. */
 typedef struct convolution convolution;
 
-/* Make a convolution. `outside`: the value of rows that lie outside of the map; `low`, `high`: bounds of the results. */
-const char *cadsurgery_make_convolution(float outside, float low, float high, const tensor *weight, const tensor *bias,
-                                        convolution **made);
+/* A convolution's numbers: the value of rows that lie outside of the map, and bounds of the results. In 8 bits, which only
+ * depthwise convolutions take, q stands for the value (q - zero) scale; without, `scale` is 0. */
+typedef struct {
+    float outside, low, high, scale, zero, scale_of_result, zero_of_result;
+} numbers;
+
+/* Make a convolution. */
+const char *cadsurgery_make_convolution(const numbers *of, const tensor *weight, const tensor *bias, convolution **made);
 
 /* Check that inputs fit, and set the size (M, O) of the result. Weight and bias are not read. */
 const char *cadsurgery_size_of_result(const convolution *of, const tensor *in, int64_t *size);
 
 /* Compute a result whose inputs fit; `way` shares the work among the engine's threads. */
-const char *cadsurgery_convolve(convolution *by, const tensor *in, float *out, share_in_engine *way);
+const char *cadsurgery_convolve(convolution *by, const tensor *in, void *out, share_in_engine *way);
 
 void cadsurgery_free_convolution(convolution *one);
 

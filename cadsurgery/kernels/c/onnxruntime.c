@@ -25,7 +25,7 @@ typedef struct {
 
 /* The versions of the interface that first have `share`, and all fields of `operation`. */
 enum { VERSION = 17, VERSION_OF_OPERATION = 16 };
-enum { FLOAT = 1, INT32 = 6, FAILURE = 1 };
+enum { FLOAT = 1, UINT8 = 2, INT32 = 6, FAILURE = 1 };
 
 typedef status *create_status(int code, const char *message);
 typedef status *create_domain(const char *name, void **domain);
@@ -79,6 +79,7 @@ typedef struct operation {
     status *(*create_or_fail)(const struct operation *, functions, const void *node, void **kernel);
     status *(*compute_or_fail)(void *kernel, context *);
     const char *own_name; /* ONNX Runtime does not read beyond the fields of the operation's version */
+    int own_type;         /* of rows and result */
 } operation;
 
 /* ---- Convolutions. */
@@ -117,18 +118,23 @@ static status *read_constant(functions api, const void *node, size_t place, tens
 }
 
 static status *create_convolution(const operation *self, functions api, const void *node, void **made) {
-    (void)self;
-    float outside, low, high;
+    numbers of = {0};
     tensor weight, bias;
-    TRY(FLOAT_OF(node, "outside", &outside));
-    TRY(FLOAT_OF(node, "low", &low));
-    TRY(FLOAT_OF(node, "high", &high));
+    TRY(FLOAT_OF(node, "outside", &of.outside));
+    TRY(FLOAT_OF(node, "low", &of.low));
+    TRY(FLOAT_OF(node, "high", &of.high));
+    if (self->own_type == UINT8) {
+        TRY(FLOAT_OF(node, "scale", &of.scale));
+        TRY(FLOAT_OF(node, "zero", &of.zero));
+        TRY(FLOAT_OF(node, "scale_of_result", &of.scale_of_result));
+        TRY(FLOAT_OF(node, "zero_of_result", &of.zero_of_result));
+    }
     TRY(read_constant(api, node, WEIGHT, &weight));
     TRY(read_constant(api, node, BIAS, &bias));
     kernel *k = malloc(sizeof *k);
     if (!k) return fail(api, "cadsurgery: there is no memory for a convolution");
     k->api = api;
-    const char *reason = cadsurgery_make_convolution(outside, low, high, &weight, &bias, &k->convolution);
+    const char *reason = cadsurgery_make_convolution(&of, &weight, &bias, &k->convolution);
     if (reason) free(k);
     else *made = k;
     return fail(api, reason);
@@ -193,19 +199,20 @@ static status *convolve(void *one, context *within) {
 static const char *name_of(const operation *self) { return self->own_name; }
 static const char *any_provider(const operation *self) { return (void)self, (const char *)0; }
 static int type_of(const operation *self, size_t place) {
-    return (void)self, place == TABLE || place == SOURCES ? INT32 : FLOAT;
+    return place == TABLE || place == SOURCES ? INT32 : place == ROWS_IN ? self->own_type : FLOAT;
 }
-static int result_type(const operation *self, size_t place) { return (void)self, (void)place, FLOAT; }
+static int result_type(const operation *self, size_t place) { return (void)place, self->own_type; }
 static size_t input_count(const operation *self) { return (void)self, INPUTS; }
 static size_t one_output(const operation *self) { return (void)self, 1; }
 static int required(const operation *self, size_t place) { return (void)self, (void)place, 0; }
 static int one(const operation *self) { return (void)self, 1; }
 
-#define OPERATION(name)                                                                                            \
+#define OPERATION(name, type)                                                                                      \
     {VERSION_OF_OPERATION, 0, name_of, any_provider, type_of, input_count, result_type, one_output, 0, destroy_convolution,     \
-     required, required, required, one, one, one, one, create_convolution, convolve, name}
+     required, required, required, one, one, one, one, create_convolution, convolve, name, type}
 
-static const operation operations[] = {OPERATION("Convolve"), OPERATION("ConvolveDepthwise"), OPERATION("ConvolveGroups")};
+static const operation operations[] = {OPERATION("Convolve", FLOAT), OPERATION("ConvolveDepthwise", FLOAT),
+                                       OPERATION("ConvolveGroups", FLOAT), OPERATION("ConvolveDepthwiseIn8Bits", UINT8)};
 
 /* Add the operations to the options of a session; called by ONNX Runtime. */
 status *RegisterCustomOps(void *options, const interface *base) {

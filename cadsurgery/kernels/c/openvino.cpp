@@ -53,9 +53,9 @@ public:
     ~Packed() {
         if (made_) cadsurgery_free_convolution(made_);
     }
-    convolution *get(float outside, float low, float high, const tensor &weight, const tensor &bias) {
+    convolution *get(const numbers &of, const tensor &weight, const tensor &bias) {
         const std::lock_guard<std::mutex> guard(lock_);
-        if (!made_) check(cadsurgery_make_convolution(outside, low, high, &weight, &bias, &made_));
+        if (!made_) check(cadsurgery_make_convolution(&of, &weight, &bias, &made_));
         return made_;
     }
 
@@ -64,7 +64,7 @@ private:
     convolution *made_ = nullptr;
 };
 
-/* `Name::type` is the operation's name. */
+/* `Name::type` is the operation's name, `Name::in_8_bits` says if rows and result are bytes. */
 template <class Name>
 class Convolution : public ov::op::Op {
 public:
@@ -75,32 +75,37 @@ public:
     const ov::DiscreteTypeInfo &get_type_info() const override { return get_type_info_static(); }
 
     Convolution() = default;
-    Convolution(const ov::OutputVector &inputs, float outside, float low, float high)
-        : Op(inputs), outside_(outside), low_(low), high_(high) {
+    Convolution(const ov::OutputVector &inputs, const numbers &of) : Op(inputs), of_(of) {
         constructor_validate_and_infer_types();
     }
 
     void validate_and_infer_types() override {
         OPENVINO_ASSERT(get_input_size() == INPUTS, "cadsurgery: a convolution takes another number of inputs");
         for (size_t i = 0; i < INPUTS; i++) {
-            const auto type = i == TABLE || i == SOURCES ? ov::element::i32 : ov::element::f32;
+            const auto type = i == TABLE || i == SOURCES ? ov::element::i32 : i == ROWS_IN ? own_type() : ov::element::f32;
             OPENVINO_ASSERT(get_input_element_type(i).compatible(type), "cadsurgery: input ", i, " of a convolution is of type ",
                             get_input_element_type(i), "; it has to be ", type);
         }
         const auto table = get_input_partial_shape(TABLE), bias = get_input_partial_shape(BIAS);
-        set_output_type(0, ov::element::f32,
+        set_output_type(0, own_type(),
                         {table.rank().is_static() ? table[0] : ov::Dimension::dynamic(),
                          bias.rank().is_static() ? bias[0] : ov::Dimension::dynamic()});
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
-        return std::make_shared<Convolution>(inputs, outside_, low_, high_);
+        return std::make_shared<Convolution>(inputs, of_);
     }
 
     bool visit_attributes(ov::AttributeVisitor &visitor) override {
-        visitor.on_attribute("outside", outside_);
-        visitor.on_attribute("low", low_);
-        visitor.on_attribute("high", high_);
+        visitor.on_attribute("outside", of_.outside);
+        visitor.on_attribute("low", of_.low);
+        visitor.on_attribute("high", of_.high);
+        if (Name::in_8_bits) {
+            visitor.on_attribute("scale", of_.scale);
+            visitor.on_attribute("zero", of_.zero);
+            visitor.on_attribute("scale_of_result", of_.scale_of_result);
+            visitor.on_attribute("zero_of_result", of_.zero_of_result);
+        }
         return true;
     }
 
@@ -109,31 +114,42 @@ public:
     bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
         tensor in[INPUTS];
         for (size_t i = 0; i < INPUTS; i++) in[i] = as_tensor(inputs[i]);
-        convolution *const by = packed_->get(outside_, low_, high_, in[WEIGHT], in[BIAS]);
+        convolution *const by = packed_->get(of_, in[WEIGHT], in[BIAS]);
         int64_t size[2];
         check(cadsurgery_size_of_result(by, in, size));
         outputs[0].set_shape({static_cast<size_t>(size[0]), static_cast<size_t>(size[1])});
-        float *const out = outputs[0].data<float>();
-        const char *const reason = cadsurgery_convolve(by, in, out, share);
+        const char *const reason = cadsurgery_convolve(by, in, outputs[0].data(), share);
         /* With one thread OpenVINO (2026.4) goes on after an exception: what it returns must not look like a result. */
-        if (reason) std::fill(out, out + size[0] * size[1], std::numeric_limits<float>::quiet_NaN());
+        if (reason && !Name::in_8_bits) {
+            float *const out = outputs[0].data<float>();
+            std::fill(out, out + size[0] * size[1], std::numeric_limits<float>::quiet_NaN());
+        }
         check(reason);
         return true;
     }
 
 private:
-    float outside_ = 0, low_ = 0, high_ = 0;
+    static ov::element::Type own_type() { return Name::in_8_bits ? ov::element::u8 : ov::element::f32; }
+
+    numbers of_{};
     std::shared_ptr<Packed> packed_ = std::make_shared<Packed>();
 };
 
 struct Plain {
     static constexpr const char *type = "Convolve";
+    static constexpr bool in_8_bits = false;
 };
 struct Depthwise {
     static constexpr const char *type = "ConvolveDepthwise";
+    static constexpr bool in_8_bits = false;
 };
 struct Groups {
     static constexpr const char *type = "ConvolveGroups";
+    static constexpr bool in_8_bits = false;
+};
+struct DepthwiseIn8Bits {
+    static constexpr const char *type = "ConvolveDepthwiseIn8Bits";
+    static constexpr bool in_8_bits = true;
 };
 
 /* Add an operation: for ONNX files, and for files of OpenVINO's own format. */
@@ -144,8 +160,13 @@ void add(std::vector<ov::Extension::Ptr> &to) {
     const auto read = [](const ov::frontend::NodeContext &node) -> ov::OutputVector {
         ov::OutputVector inputs;
         for (size_t i = 0; i < node.get_input_size(); i++) inputs.push_back(node.get_input(static_cast<int>(i)));
-        return {std::make_shared<Made>(inputs, node.get_attribute<float>("outside"), node.get_attribute<float>("low"),
-                                       node.get_attribute<float>("high"))};
+        const auto number = [&](const char *name) { return node.get_attribute<float>(name); };
+        numbers of{number("outside"), number("low"), number("high"), 0, 0, 0, 0};
+        if (Name::in_8_bits) {
+            of.scale = number("scale"), of.zero = number("zero");
+            of.scale_of_result = number("scale_of_result"), of.zero_of_result = number("zero_of_result");
+        }
+        return {std::make_shared<Made>(inputs, of)};
     };
     to.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(Name::type, "cadsurgery", read));
 }
@@ -155,6 +176,7 @@ std::vector<ov::Extension::Ptr> extensions() {
     add<Plain>(all);
     add<Depthwise>(all);
     add<Groups>(all);
+    add<DepthwiseIn8Bits>(all);
     return all;
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, import_package
-from cadsurgery.network.export.kernels import DOMAIN
+from cadsurgery.network.export.kernels import DOMAIN, put_into_8_bits
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.quantise import round_weight
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
@@ -70,14 +70,17 @@ def to_8_bits(
         step: progress callback; gets the calibration images.
 
     Raises:
-        CannotConvert: quantiser or engine refuse the network, or the file returns another level map or NaN.
+        CannotConvert: quantiser or engine refuse the network, or the file returns NaN, or another level map though its
+            mask sees the image alone.
     """
     import_package(OnnxRuntime.package)  # it contains the quantiser
     rounded = path.with_name(f"8-bit-{path.name}")
     try:
         with quietly():
             shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
-            outputs = quantise(path, rounded, shown, products_by_convolution=issubclass(engine, OnnxRuntime))
+            outputs, keeps_levels = quantise(
+                path, rounded, shown, products_by_convolution=issubclass(engine, OnnxRuntime)
+            )
     except CadError:
         raise
     except Exception as error:
@@ -90,10 +93,11 @@ def to_8_bits(
 
     def run(*inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         found, expected = int8_engine(*inputs), float_engine(*inputs)
-        if outputs[-1] == _LEVELS and not torch.equal(found.pop(), expected.pop()):
+        has_same_levels = outputs[-1] != _LEVELS or torch.equal(found.pop(), expected.pop())
+        if keeps_levels and not has_same_levels:
             raise CannotConvert(
                 "the file in 8 bits has another level map than the float one.",
-                why="all operations of the mask stay in floating point, so it should be the same; nothing was written.",
+                why="the mask, in floating point, sees the image alone, so it should be the same; nothing was written.",
                 next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
             )
         if not all(value.isfinite().all() for value in found):
@@ -124,11 +128,12 @@ def _instruction_set() -> str:
 
 def quantise(
     source: Path, target: Path, calls: Iterable[tuple[Tensor, ...]], products_by_convolution: bool
-) -> tuple[str, ...]:
+) -> tuple[tuple[str, ...], bool]:
     """Quantise a float file: weights symmetrically per output channel, activations by the value range of each map.
 
-    All operations that the output `levels` depends on stay in floating point, so that the same patches are chosen. The
-    integer sums are exact on every processor, with or without VNNI: see `_round_weights`.
+    The operations of the mask stay in floating point, so that a mask that sees the image alone chooses the same
+    patches. The features that a mask sees are those of the network in 8 bits. The integer sums are exact on every
+    processor, with or without VNNI: see `_round_weights`.
 
     Args:
         source: an ONNX file.
@@ -138,7 +143,7 @@ def quantise(
             would transpose their inputs.
 
     Returns:
-        The names of the outputs.
+        The names of the outputs, and True if the level map stays as it is.
 
     Raises:
         CannotConvert: there is nothing to quantise.
@@ -163,7 +168,7 @@ def quantise(
     inputs, outputs = ([str(one.name) for one in ends] for ends in (model.graph.inputs, model.graph.outputs))
     feeds = (dict(zip(inputs, (value.numpy() for value in call), strict=True)) for call in calls)
     fold()
-    mask = _needed_for(_LEVELS, model.graph)
+    mask = _needed_for(_LEVELS, model.graph) - _features(model.graph)
     if products_by_convolution:
         _multiply_by_convolutions(model.graph, mask)
         fold()
@@ -174,6 +179,9 @@ def quantise(
             why="the level map, which must stay as it is, depends on every product with weights.",
             next="give the level map as an input: level_map=True.",
         )
+    keeps_levels = not any(
+        value is not None and value.producer() in chosen for node in mask for value in node.inputs
+    )
     _separate_from_mask(model.graph, mask, chosen)
     _keep_for_kernels(model.graph)
     weights = _round_weights(model.graph, chosen)
@@ -201,9 +209,9 @@ def quantise(
                 "TensorQuantOverrides": {value.name: scales for value, scales in weights.items()},
             },
         )
-    _share_scales(target, halos)
+    _finish(target, halos)
     onnx.checker.check_model(str(target), full_check=True)
-    return tuple(outputs)
+    return tuple(outputs), keeps_levels
 
 
 def _needed_for(output: str, graph: Any) -> set[Any]:
@@ -215,11 +223,27 @@ def _needed_for(output: str, graph: Any) -> set[Any]:
     return nodes
 
 
+def _features(graph: Any) -> set[Any]:
+    """Return the nodes on whose values an output depends as on numbers, not by the elements that are chosen."""
+    from onnx_ir import DataType
+
+    nodes = {one.producer() for one in graph.outputs if one.name != _LEVELS}
+    for node in reversed(graph):
+        if node in nodes:
+            nodes.update(
+                value.producer()
+                for value in node.inputs
+                if value is not None and value.dtype == DataType.FLOAT and value.producer() is not None
+            )
+    return nodes
+
+
 def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
     """Replace products of rows (N, C) with weights by convolutions of a map (1, C, 1, N), which compute the same sums.
 
     ONNX Runtime's 8-bit convolutions are 1.25 to 1.6 times as fast as its products (measured on a CPU with
-    AVX512-VNNI). It computes them with channels last, so nothing is transposed.
+    AVX512-VNNI). It computes them with channels last, so nothing is transposed. An activation that is a product's only
+    reader goes with it, so that the convolution writes the 8 bits behind the activation.
     """
     import numpy as np
     from onnx_ir import convenience, tape, tensor
@@ -240,10 +264,29 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
         kernel = weight if options.get("transB") else steps.op("Transpose", [weight], {"perm": [1, 0]})
         image = steps.op("Transpose", [steps.op("Unsqueeze", [rows, first])], {"perm": [0, 3, 1, 2]})
         product = steps.op("Conv", [image, steps.op("Unsqueeze", [kernel, last]), *bias])
+        replaced = [node]
+        uses = list(node.outputs[0].uses())
+        if (
+            len(uses) == 1
+            and _is_bound(uses[0].node)
+            and uses[0].node not in mask
+            and not node.outputs[0].is_graph_output()
+        ):
+            activation = uses[0].node
+            product = steps.op(activation.op_type, [product, *activation.inputs[1:]])
+            replaced.append(activation)
         out = steps.op("Squeeze", [steps.op("Transpose", [product], {"perm": [0, 2, 3, 1]}), first])
         for step in steps.nodes:
             step.outputs[0].dtype = rows.dtype
-        convenience.replace_nodes_and_values(graph, node, [node], steps.nodes, node.outputs, [out])
+        last_one = replaced[-1]
+        convenience.replace_nodes_and_values(graph, last_one, replaced, steps.nodes, last_one.outputs, [out])
+
+
+def _is_bound(node: Any) -> bool:
+    """True for an activation that bounds values by constants."""
+    return node.op_type == "Relu" or (
+        node.op_type == "Clip" and all(one is None or one.is_initializer() for one in node.inputs[1:])
+    )
 
 
 def _round_weights(graph: Any, chosen: list[Any]) -> dict[Any, list[dict[str, Any]]]:
@@ -319,21 +362,24 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
     return list(chosen)
 
 
-def _share_scales(file: Path, tensors: dict[str, str]) -> None:
-    """Give tensors the scale and zero point of others: halos (means of rows) get those of their concatenation.
+def _finish(file: Path, halos: dict[str, str]) -> None:
+    """Give halos (means of rows) the scale and zero point of their concatenation, and kernels their 8 bits.
 
     A halo may be all zero on the calibration images; and rows of equal scale are concatenated without requantisation.
+
+    Args:
+        file: an ONNX file.
+        halos: names of halos, and of the concatenation of each.
     """
     import onnx
 
-    if not tensors:
-        return
     model = onnx.load(file)
     rounds = {node.input[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
     exact = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    for name, other in tensors.items():
+    for name, other in halos.items():
         for node in (rounds[name], exact[rounds[name].output[0]]):
             node.input[1:] = rounds[other].input[1:]
+    put_into_8_bits(model)
     used = {name for node in model.graph.node for name in node.input}
     for one in [one for one in model.graph.initializer if one.name not in used]:
         model.graph.initializer.remove(one)
@@ -350,11 +396,14 @@ def _has_weights(node: Any) -> bool:
 
 
 def _separate_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:
-    """Copy values that both the mask and quantised nodes read, because the quantiser rounds a value for all readers."""
+    """Copy values, such as the image, that both the mask and quantised nodes read: values are rounded for all readers.
+
+    Values that quantised nodes write are not copied: the mask sees them as the network does.
+    """
     from onnx_ir import DataType, tape
 
     values = dict.fromkeys(value for node in chosen for value in node.inputs if value is not None)
-    for value in (value for value in values if value.dtype == DataType.FLOAT):
+    for value in (one for one in values if one.dtype == DataType.FLOAT and one.producer() not in chosen):
         users = {use.node for use in value.uses()}
         if users & mask:
             steps = tape.Tape()
