@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same
+from conftest import assert_same, slow
 from networks import strided
 from PIL import Image
 from rich.console import Console
@@ -509,7 +509,9 @@ def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtyp
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {"runtime": "onnx"}], ids=lambda one: str(one)
+    "options",
+    [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}, slow({"runtime": "onnx"})],
+    ids=str,
 )
 def test_dense_high_is_measured_on_smaller_pictures_too(options: dict[str, Any]) -> None:
     if options.get("runtime"):

@@ -175,6 +175,7 @@ def test_without_a_cache_folder_plans_are_made_each_time(ask: Ask, monkeypatch: 
     assert (ask(), ask()) == (1, 2)
 
 
+@pytest.mark.slow
 def test_the_second_answer_equals_the_first_and_needs_no_torch(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
 
