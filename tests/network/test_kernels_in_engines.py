@@ -276,21 +276,43 @@ def test_a_convolution_between_8_bits_is_the_one_in_floating_point(
         assert np.array_equal(InOpenVino(path).run(feed)[0], kernel)
 
 
-def test_what_is_not_between_8_bits_stays_in_floating_point(tmp_path: Path) -> None:
-    """A result that is returned or has another reader, and rows that nothing quantised."""
+@pytest.mark.parametrize("change", ["the result is returned", "the result has another reader", "exact rows"])
+def test_what_is_not_between_8_bits_stays_in_floating_point(change: str, tmp_path: Path) -> None:
     quantised_call(tmp_path / "one.onnx", 8, 4, 0.0)
-    for change in ("returned", "another reader", "rows"):
-        model = onnx.load(str(tmp_path / "one.onnx"))
-        values = onnx.helper.make_tensor_value_info("values", 1, None)
-        if change == "returned":
-            model.graph.output.append(values)
-        elif change == "another reader":
-            model.graph.node.append(onnx.helper.make_node("Relu", ["values"], ["more"]))
-        else:
-            model.graph.node[0].op_type = "Cast"
-        before = model.SerializeToString()
-        put_into_8_bits(model)
-        assert model.SerializeToString() == before
+    model = onnx.load(str(tmp_path / "one.onnx"))
+    if change == "the result is returned":
+        model.graph.output.append(onnx.helper.make_tensor_value_info("values", 1, None))
+    elif change == "the result has another reader":
+        model.graph.node.append(onnx.helper.make_node("Relu", ["values"], ["more"]))
+    else:
+        model.graph.node[0].op_type = "Cast"
+    before = model.SerializeToString()
+    put_into_8_bits(model)
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("groups of two", "depthwise"), ("residual", "no residual"), ("scale", "not positive")],
+)
+def test_what_kernels_do_not_compute_in_8_bits_is_refused(change: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "one.onnx"
+    feed = quantised_call(path, 8, 4, 0.0)
+    model = onnx.load(str(path))
+    put_into_8_bits(model)
+    constants = {one.name: one for one in model.graph.initializer}
+    if change == "groups of two":
+        constants["weight"].CopyFrom(
+            onnx.numpy_helper.from_array(np.ones((4, 4, 2, 2), np.float32), "weight")
+        )
+    elif change == "residual":
+        constants["residual"].CopyFrom(onnx.numpy_helper.from_array(np.ones((17, 8), np.float32), "residual"))
+    else:
+        (scale,) = (one for one in model.graph.node[0].attribute if one.name == "scale")
+        scale.f = -0.03
+    onnx.save(model, str(path))
+    with pytest.raises(Exception, match=message):
+        WithKernels(path).session.run(None, feed)
 
 
 @pytest.mark.parametrize("table", [[[0, 5]], [[-1, 0]]])

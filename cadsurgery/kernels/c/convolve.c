@@ -146,7 +146,8 @@ const char *cadsurgery_make_convolution(const numbers *of, const tensor *weight,
     const long *layout = k.forms->grouped_layout;
     const int in_vector = k.channels <= layout[1] && !(k.channels & (k.channels - 1)) && k.outputs == k.channels;
     k.is_product = !k.in_8_bits && (k.groups == 1 || !in_vector || k.taps > layout[2]);
-    REFUSE_UNLESS(k.is_product || (in_vector && k.taps <= layout[2]), "in 8 bits, convolutions are depthwise and of few taps");
+    REFUSE_UNLESS(!k.in_8_bits || (k.channels == 1 && in_vector && k.taps <= layout[2]),
+                  "in 8 bits, convolutions are depthwise and of few taps");
     const long width = k.is_product ? k.forms->product_layout[1] : layout[0];
     const long of_group = k.is_product ? k.outputs : k.groups * k.outputs, groups = k.is_product ? k.groups : 1;
     const size_t padded = (size_t)groups * ((of_group + width - 1) / width * width);
