@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,15 @@ from cadsurgery.tasks.judging import (
     estimate,
     median_time,
 )
-from cadsurgery.tasks.recommend.currency import LEFT, expected_loss
+from cadsurgery.tasks.recommend.currency import LEFT, error_by_pictures, expected_loss
 from cadsurgery.tasks.recommend.report import WORDS, Request, SettingRow
 from cadsurgery.tasks.recommend.settings import Candidates
 
+LOOK_EVERY = 5  # pictures after which settings are dropped
+_FASTER = 0.97  # of the time
+# Standard errors by which another setting is better beyond doubt, after so many pictures: Student's t at one in 1,000,
+# because each setting is compared with each other one again and again, and the errors of few pictures are uncertain.
+_BEYOND_DOUBT = ((20, 3.6), (10, 4.3), (LOOK_EVERY, 7.2))
 _WORTH = 0.95  # of the time of the network as given: what takes longer is no gain
 _AS_FAST = 1.03  # of the time of the fastest: a simpler setting is as fast
 _DECIDED = 1.64  # standard errors: nine in ten
@@ -35,6 +40,20 @@ class Choice:
     row: SettingRow
     reasons: tuple[str, ...]
     images_needed: int | None = None
+
+
+def is_beaten(ours: Sequence[Judgement], others: Iterable[Sequence[Judgement]], measure: str) -> bool:
+    """True if another setting is faster, and better beyond doubt.
+
+    Args:
+        ours: judgements of the setting, on `LOOK_EVERY` pictures at least.
+        others: those of other settings on the same pictures; the setting itself may be among them.
+        measure: measure of quality.
+    """
+    sure = next(errors for pictures, errors in _BEYOND_DOUBT if len(ours) >= pictures)
+    faster = (theirs for theirs in others if median_time(theirs) < _FASTER * median_time(ours))
+    compared = (estimate(theirs, ours, measure) for theirs in faster)
+    return any(one.change > sure * one.error for one in compared)
 
 
 def rows_of(
@@ -107,7 +126,7 @@ def choose(
         best = max(able, key=lambda row: row.quality.change)
         chosen = _simplest(best, able, slower=math.inf)
     else:
-        able = [row for row in complete if row is given or margin(row, given, request, measure)[0] >= 0]
+        able = [row for row in complete if row is given or keeps(row, given, request, measure)]
         fastest = min(able, key=lambda row: row.milliseconds)
         chosen = _simplest(fastest, able, slower=_AS_FAST)
         if chosen.milliseconds > _WORTH * given.milliseconds:
@@ -118,7 +137,8 @@ def choose(
     if measure == CLASSES:
         reasons.append(
             "Without labels the mIoU is an expectation: on three trained networks a loss of fidelity told the loss of "
-            f"mIoU up to {100 * LEFT:.0f} % of it. Labels decide (--labels)."
+            f"mIoU up to {100 * LEFT:.0f} % of it. So the expected loss has to stay within the bounds together with "
+            "its error. Labels decide (--labels)."
         )
     needed = None if request.keep is None else _images_needed(chosen, rows, request, measure)
     if needed is not None:
@@ -143,6 +163,16 @@ def _simplest(best: SettingRow, able: Sequence[SettingRow], slower: float) -> Se
     return min(alike, key=lambda row: (_SIMPLE.index(row.setting.kind), row.milliseconds))
 
 
+def keeps(row: SettingRow, given: SettingRow, request: Request, measure: str) -> bool:
+    """True if a setting keeps the share of the quality that is asked for.
+
+    Without labels the loss of mIoU is only expected. It has to stay within its bounds together with its standard error,
+    because more pictures do not make the prediction from fidelity more certain.
+    """
+    above, error = margin(row, given, request, measure)
+    return above >= (error if measure == CLASSES else 0)
+
+
 def margin(row: SettingRow, given: SettingRow, request: Request, measure: str) -> tuple[float, float]:
     """Return how far a setting's quality is above the share that is to be kept, and the standard error of that."""
     keep = request.keep or 0.0
@@ -164,8 +194,8 @@ def _images_needed(
         if row is given or not is_asked:
             continue
         above, error = margin(row, given, request, measure)
-        if measure == CLASSES:  # more pictures make the error of the prediction from fidelity no smaller
-            error = row.quality.error
+        if measure == CLASSES and row.fidelity is not None:
+            above, error = above - error, error_by_pictures(row.fidelity, row.quality.error)
         if math.isnan(error) or abs(above) >= _DECIDED * error:
             continue
         needed = row.quality.images * (_DECIDED * error / max(abs(above), 1e-9)) ** 2
@@ -192,7 +222,7 @@ def _why(chosen: SettingRow, rows: Sequence[SettingRow], request: Request, measu
         return told
     if chosen.setting.kind != "adaptive":
         if request.keep is not None:
-            able = [row for row in others if margin(row, given, request, measure)[0] >= 0]
+            able = [row for row in others if keeps(row, given, request, measure)]
             if able:
                 best = min(able, key=lambda row: row.milliseconds)
                 told.append(

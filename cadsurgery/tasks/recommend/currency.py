@@ -24,7 +24,15 @@ def expected_loss(fidelity: float, error: float) -> tuple[float, float]:
         fidelity: mean IoU against the classes of the network as given, 0..1.
         error: standard error of the fidelity.
     """
-    lack = 1 - fidelity
-    lost = SCALE * lack**POWER
-    slope = SCALE * POWER * lack ** (POWER - 1)
-    return lost, ((slope * error) ** 2 + min(LEFT, lost) ** 2) ** 0.5
+    lost = SCALE * (1 - fidelity) ** POWER
+    return lost, (error_by_pictures(fidelity, error) ** 2 + min(LEFT, lost) ** 2) ** 0.5
+
+
+def error_by_pictures(fidelity: float, error: float) -> float:
+    """Return the part of the standard error of an expected loss that more pictures make smaller.
+
+    Args:
+        fidelity: mean IoU against the classes of the network as given, 0..1.
+        error: standard error of the fidelity.
+    """
+    return SCALE * POWER * (1 - fidelity) ** (POWER - 1) * error

@@ -43,22 +43,17 @@ from cadsurgery.tasks.judging import (
     LABELS,
     VALUES,
     Judgement,
-    estimate,
     judge,
-    median_time,
 )
 from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
 from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
-from cadsurgery.tasks.recommend.choice import choose, rows_of
+from cadsurgery.tasks.recommend.choice import LOOK_EVERY, choose, is_beaten, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Request
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
 
 RUNTIMES = (TORCH, "onnx", "onnx-kernels", "openvino", "openvino-kernels")
 FEWEST = 3  # pictures after which time may end a run
-_BEFORE_DROPPING = 5  # pictures after which a setting may be dropped
-_SURE = 2.0  # standard errors by which another setting is better
-_FASTER = 0.97  # of the time
 _CALIBRATED_BY = 32  # pictures at most
 _MOST_WORK = 2.0  # of the network as given: what multiplies more is not tried
 
@@ -434,21 +429,11 @@ class _Run:
         """Return the settings that are not dropped: the network as given first, the others in rotating order."""
         given = self._given
         others = [name for name in runs if name != given and len(self.judged.get(name, ())) == self.done]
-        if self.done >= _BEFORE_DROPPING and self.done % _BEFORE_DROPPING == 0:
-            others = [name for name in others if not self._is_beaten(name, [given, *others])]
+        if self.done and self.done % LOOK_EVERY == 0:
+            known = {name: self.judged[name] for name in (given, *others)}
+            others = [name for name in others if not is_beaten(known[name], known.values(), self.measured_by)]
         turn = self.done % max(1, len(others))
         return [(name, runs[name]) for name in (given, *others[turn:], *others[:turn])]
-
-    def _is_beaten(self, name: str, others: Sequence[str]) -> bool:
-        """True if another setting is faster, and better beyond doubt."""
-        ours = self.judged[name]
-        faster = (
-            theirs
-            for other in others
-            if other != name and median_time(theirs := self.judged[other]) < _FASTER * median_time(ours)
-        )
-        compared = (estimate(theirs, ours, self.measured_by) for theirs in faster)
-        return any(one.change > _SURE * one.error for one in compared)
 
     def _judge(
         self, running: Sequence[tuple[str, Call]], image: Tensor, labels: Tensor | None
