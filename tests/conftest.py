@@ -105,6 +105,22 @@ def without_kernels() -> Iterator[None]:
         load.forget()
 
 
+Cap = Callable[[str], None]
+
+
+@pytest.fixture
+def cap_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cap]:
+    """A function that caps the kernels to an instruction set until the end of the test; "" is no cap."""
+
+    def cap(name: str) -> None:
+        monkeypatch.setenv(isa.VARIABLE, name)
+        load.forget()
+
+    yield cap
+    monkeypatch.undo()
+    load.forget()
+
+
 class Result(NamedTuple):
     """Exit code and what a command printed."""
 

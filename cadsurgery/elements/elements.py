@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -269,9 +269,12 @@ def common_lattice(stage: int | Lattice, *values: Elements) -> Lattice:
     """Return the lattice for the operands of an addition or concatenation: the given one, or the smallest fine size."""
     if isinstance(stage, Lattice):
         return stage
-    sizes = zip(*(value.lattice.size for value in values), strict=True)
-    height, width = (reduce(least, lengths) for lengths in sizes)
-    return values[0].lattice.at(stage, (height, width))
+    first, *others = [value.lattice for value in values]
+    height, width = first.size
+    for other in others:
+        if other.size is not first.size:
+            height, width = least(height, other.size[0]), least(width, other.size[1])
+    return first.at(stage, (height, width))
 
 
 @operation(reads="nothing", gives="other")

@@ -65,7 +65,7 @@ class Window(NamedTuple):
     @property
     def is_pointwise(self) -> bool:
         """True if the only tap is at the element itself."""
-        return self.taps == 1 and not any(self.padding) and self.finer == 1
+        return self.kernel == (1, 1) and not any(self.padding) and self.finer == 1
 
     @property
     def taps_of_phase(self) -> tuple[int, int]:
@@ -297,6 +297,8 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
 
 def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
     """Return the rows (N_target,) of `source` at the anchors that `target` still has; None if it has all of them."""
+    if source is target:
+        return None
     static = source.capacity is not None or target.capacity is not None or source.is_open
     if source == target or (not static and source.size == target.size and source.count == target.count):
         return None  # none of its cells is downsampled in between
@@ -340,9 +342,14 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     top, _, left, _ = window.padding
     down = [window.spacing * (window.dilation[0] * tap - top) for tap in range(window.kernel[0])]
     across = [window.spacing * (window.dilation[1] * tap - left) for tap in range(window.kernel[1])]
-    above, below, before, after = (most(0, step) for step in (-down[0], down[-1], -across[0], across[-1]))
+    above, below, before, after = (
+        most(0, -down[0]),
+        most(0, down[-1]),
+        most(0, -across[0]),
+        most(0, across[-1]),
+    )
     padding = (before, after, above, below)
-    has_outside = not all(is_statically_true(length == 0) for length in padding)
+    has_outside = not is_statically_true(most(most(before, after), most(above, below)) == 0)
     if source.capacity is None and target.capacity is None and maps.supports(source.levels):
         cells, sizes = (source.index, source.anchors, source.levels), (source.size, target.size)
         sides, has_halo = source.geometry.sides, _has_halo(source)

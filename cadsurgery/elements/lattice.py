@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from operator import mul
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ class Geometry:
         """True if points inside a cell are interpolated from several cells."""
         return self.fill != "nearest"
 
-    @property
+    @cached_property
     def sides(self) -> tuple[int, ...]:
         """Side of a cell of each level, R_0..R_K, in fine pixels."""
         return tuple(accumulate(self.strides, mul, initial=1))
@@ -206,17 +207,21 @@ def _cover(count: int, length: int, spacing: int) -> int:
     return count * spacing - (all_of_it * spacing - length) * is_all
 
 
-def _derive(build: Callable[[Lattice], T]) -> property:
-    """Decorate a method of a lattice as a property that is computed once."""
-    name = build.__name__
+class _derive(Generic[T]):
+    """Decorate a method of a lattice as an attribute that is computed once for all equal lattices."""
 
-    def get(self: Lattice) -> T:
-        derived = self._derived
+    def __init__(self, build: Callable[[Lattice], T]) -> None:
+        self.build, self.name, self.__doc__ = build, build.__name__, build.__doc__
+
+    def __get__(self, lattice: Lattice | None, owner: type) -> T:
+        if lattice is None:
+            return self  # type: ignore[return-value]
+        derived, name = lattice._derived, self.name
         if name not in derived:
-            derived[name] = build(self)
-        return derived[name]
-
-    return property(get, doc=build.__doc__)
+            derived[name] = self.build(lattice)
+        found: T = derived[name]
+        lattice.__dict__[name] = found  # read without a call next time
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,12 +272,12 @@ class Lattice:
             self._derived[key] = build()
         return self._derived[key]
 
-    @property
+    @cached_property
     def is_open(self) -> bool:
         """True while a graph is traced without bounds, so that the number of elements depends on the level map."""
         return self.pyramid.in_graph and self.pyramid.bounds is None
 
-    @property
+    @cached_property
     def has_known_counts(self) -> bool:
         """True if `counts` are known numbers, so that rows can be split by image; False while a graph is traced or if
         only bounds are known."""
@@ -290,6 +295,8 @@ class Lattice:
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
         """Return the lattice of the same level map after `stage`, cropped to the fine size, with all cells present."""
         size = size or self.size
+        if not self.pyramid.in_graph and self.part is None and (stage, size) == (self.stage, self.size):
+            return self
         if size is not self.size and (
             is_statically_true(size[0] > self.size[0]) or is_statically_true(size[1] > self.size[1])
         ):
@@ -306,7 +313,7 @@ class Lattice:
         """
         return self.pyramid.lattice(stage, self.most_size).at(stage, size)
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         """Options of the converted network."""
         return self.pyramid.geometry

@@ -26,12 +26,12 @@ def divide_up(length: int, step: int) -> int:
 
 def least(one: int, other: int) -> int:
     """Return the smaller size."""
-    return cast(int, torch.sym_min(one, other))
+    return min(one, other) if type(one) is type(other) is int else cast(int, torch.sym_min(one, other))
 
 
 def most(one: int, other: int) -> int:
     """Return the larger size."""
-    return cast(int, torch.sym_max(one, other))
+    return max(one, other) if type(one) is type(other) is int else cast(int, torch.sym_max(one, other))
 
 
 def is_for_any_size(shape: Iterable[int]) -> bool:

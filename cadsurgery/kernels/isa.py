@@ -36,6 +36,12 @@ def _names(features: int) -> tuple[str, ...]:
     return tuple(one.name for one in build.instruction_sets() if available.issuperset(one.needs))
 
 
+@cache
+def cap() -> str:
+    """Return the value of CADSURGERY_ISA in lower case; it is read once, and again after `load.forget`."""
+    return os.environ.get(VARIABLE, "").strip().lower()
+
+
 def allowed() -> tuple[str, ...]:
     """Return the instruction sets of `here()` that the variable CADSURGERY_ISA allows, narrowest first.
 
@@ -45,29 +51,29 @@ def allowed() -> tuple[str, ...]:
     Raises:
         InvalidInput: the variable names an unknown instruction set, or one that this processor lacks.
     """
-    return _allowed(os.environ.get(VARIABLE, "").strip().lower(), here())
+    return _allowed(cap(), here())
 
 
 @cache
-def _allowed(cap: str, available: tuple[str, ...]) -> tuple[str, ...]:
-    if not cap:
+def _allowed(name: str, available: tuple[str, ...]) -> tuple[str, ...]:
+    if not name:
         return available
     needs = {one.name: set(one.needs) for one in build.instruction_sets()}
-    if cap not in needs:
+    if name not in needs:
         raise InvalidInput(
-            f"there is no instruction set named {cap!r}.",
+            f"there is no instruction set named {name!r}.",
             where=f"the environment variable {VARIABLE}",
             why=f"the kernels are compiled for {', '.join(ISAS)}.",
             next=f"set it to one of {', '.join(available or ISAS)}, or unset it.",
         )
-    if available and cap not in available:
+    if available and name not in available:
         raise InvalidInput(
-            f"this processor does not have the instruction set {cap}.",
+            f"this processor does not have the instruction set {name}.",
             where=f"the environment variable {VARIABLE}",
             why=f"{processor().model or 'it'} has {', '.join(available)}.",
             next=f"set it to one of {', '.join(available)}, or unset it.",
         )
-    return tuple(name for name in available if needs[name] <= needs[cap])
+    return tuple(one for one in available if needs[one] <= needs[name])
 
 
 def used() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
@@ -22,6 +21,7 @@ def is_observed() -> bool:
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
+@cache
 def function(name: str, element: str = "") -> Any | None:
     """Return the form of a kernel function for the widest allowed instruction set.
 
@@ -35,16 +35,17 @@ def function(name: str, element: str = "") -> Any | None:
     Raises:
         InvalidInput: CADSURGERY_ISA names an unknown instruction set, or one that this processor lacks.
     """
-    return _form(name, element, os.environ.get(isa.VARIABLE, ""))[1]
+    return _form(name, element)[1]
 
 
+@cache
 def isa_of(name: str, element: str = "") -> str:
     """Return the instruction set of the form that `function` returns; empty if there is none.
 
     Raises:
         InvalidInput: see `function`.
     """
-    return _form(name, element, os.environ.get(isa.VARIABLE, ""))[0]
+    return _form(name, element)[0]
 
 
 def has_bf16_dot(dtype: torch.dtype) -> bool:
@@ -56,22 +57,24 @@ def has_bf16_dot(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(isa_of("depthwise", "bfloat16"))
 
 
+@cache
 def setting() -> tuple[str, int]:
     """Return a key of the chosen forms: the value of CADSURGERY_ISA, and the number of calls of `forget`."""
-    return os.environ.get(isa.VARIABLE, ""), _forgotten
+    return isa.cap(), _forgotten
 
 
 def forget() -> None:
-    """Make the next call search for the library again, after a change of CADSURGERY_NATIVE or of a file."""
+    """Make the next call search for the library and its forms again, after a change of CADSURGERY_NATIVE,
+    CADSURGERY_ISA or of a file."""
     global _forgotten
     _forgotten += 1
-    find.cache_clear()
-    _form.cache_clear()
+    for one in (find, isa.cap, function, isa_of, setting, _form):
+        one.cache_clear()
 
 
 @cache
-def _form(name: str, element: str, cap: str) -> tuple[str, Any | None]:
-    """Return the widest form for a value of CADSURGERY_ISA: the name of its instruction set, and the function."""
+def _form(name: str, element: str) -> tuple[str, Any | None]:
+    """Return the widest form that CADSURGERY_ISA allows: the name of its instruction set, and the function."""
     compiled = library()
     for one in reversed(isa.allowed()):
         symbol = "_".join(part for part in (name, element, one) if part)

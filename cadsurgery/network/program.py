@@ -129,9 +129,11 @@ class Program:
         Raises:
             InvalidInput: a module was replaced after the conversion, or has a hook that would not be called.
         """
+        names = Names(self.net)
         if not torch.compiler.is_compiling():
             self._watch()
-        return Names(self.net)
+            names.look_up_all()
+        return names
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the arguments of a call by the original's parameter names, with defaults."""
@@ -328,6 +330,12 @@ class Names:
     def __init__(self, owner: Any) -> None:
         """Take the `AdaptiveModel`."""
         self._owner = owner
+
+    def look_up_all(self) -> None:
+        """Look up all modules and tensors now, which saves a call of Python for each that the code reads."""
+        owner, found = self._owner, vars(self)
+        for values in (owner._buffers, owner._parameters, owner._modules):
+            found.update(values)
 
     def __getattr__(self, name: str) -> Any:
         owner = self._owner

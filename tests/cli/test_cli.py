@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, slow
+from conftest import ROOT, Cap, Run, slow
 from PIL import Image
 
 import cadsurgery as cs
@@ -147,8 +147,8 @@ def test_version_says_why_there_are_no_kernels(run: Run) -> None:
     assert "compiled kernels: none: CADSURGERY_NATIVE=0" in told and "kernels none (torch operations)" in told
 
 
-def test_version_refuses_a_cap_that_there_is_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CADSURGERY_ISA", "avx9")
+def test_version_refuses_a_cap_that_there_is_not(run: Run, cap_kernels: Cap) -> None:
+    cap_kernels("avx9")
     refused = run("--version")
     assert refused.code == 1 and "avx9" in refused.err and "Next" in refused.err
 

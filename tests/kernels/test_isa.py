@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Cap
 from stand_ins import needs_compiler
 
 from cadsurgery.kernels import build, isa, load
@@ -18,13 +19,15 @@ pytest_plugins = ["stand_ins"]
 NEEDS = {one.name: set(one.needs) for one in build.instruction_sets()}
 
 
-def test_the_cap_leaves_what_needs_no_more_than_it(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cap_leaves_what_needs_no_more_than_it(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, cap_kernels: Cap
+) -> None:
     monkeypatch.setattr(isa, "here", lambda: isa.ISAS)
     for cap in isa.ISAS:
-        monkeypatch.setenv("CADSURGERY_ISA", cap)
+        cap_kernels(cap)
         assert isa.allowed() == tuple(name for name in isa.ISAS if NEEDS[name] <= NEEDS[cap])
         assert isa.used() == cap
-    monkeypatch.delenv("CADSURGERY_ISA")
+    cap_kernels("")
     assert isa.allowed() == isa.ISAS
 
 
@@ -40,18 +43,20 @@ def test_the_cap_leaves_what_needs_no_more_than_it(packaged: Path, monkeypatch: 
     ],
 )
 @pytest.mark.smoke
-def test_caps_by_name(cap: str, left: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caps_by_name(
+    cap: str, left: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, cap_kernels: Cap
+) -> None:
     monkeypatch.setattr(isa, "here", lambda: isa.ISAS)
-    monkeypatch.setenv("CADSURGERY_ISA", cap)
+    cap_kernels(cap)
     assert isa.allowed() == left
 
 
 @needs_compiler
-def test_a_wider_form_than_the_cap_is_never_chosen(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wider_form_than_the_cap_is_never_chosen(packaged: Path, cap_kernels: Cap) -> None:
     """And each choice is the widest that there is a form of."""
     has = {"answer": "int8", "cells": "maps", "size": "warp"}
     for cap in (*isa.here(), ""):
-        monkeypatch.setenv("CADSURGERY_ISA", cap)
+        cap_kernels(cap)
         for name, file in has.items():
             sets = {one for row in build.TABLE if row.name == file for one in row.sets}
             for element in ("float32", "float64") if name == "size" else ("",):
@@ -72,10 +77,8 @@ def test_a_function_that_there_is_no_form_of_is_none(packaged: Path) -> None:
 
 
 @pytest.mark.parametrize("cap", ["avx3", "native", "avx2,avx512", "-"])
-def test_an_unknown_cap_is_refused_with_what_there_is(
-    cap: str, packaged: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CADSURGERY_ISA", cap)
+def test_an_unknown_cap_is_refused_with_what_there_is(cap: str, packaged: Path, cap_kernels: Cap) -> None:
+    cap_kernels(cap)
     for ask in (
         isa.allowed,
         isa.used,
@@ -90,10 +93,12 @@ def test_an_unknown_cap_is_refused_with_what_there_is(
         assert all(name in caught.value.next for name in isa.here())
 
 
-def test_a_cap_that_the_processor_lacks_is_refused_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cap_that_the_processor_lacks_is_refused_with_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, cap_kernels: Cap
+) -> None:
     monkeypatch.setattr(isa, "here", lambda: isa.ISAS[:1])
     for cap in isa.ISAS[1:]:
-        monkeypatch.setenv("CADSURGERY_ISA", cap)
+        cap_kernels(cap)
         with pytest.raises(
             InvalidInput, match=f"processor does not have the instruction set {cap}"
         ) as caught:
@@ -101,14 +106,16 @@ def test_a_cap_that_the_processor_lacks_is_refused_with_what_it_has(monkeypatch:
         assert isa.ISAS[0] in caught.value.why and isa.ISAS[0] in caught.value.next
 
 
-def test_without_a_library_there_is_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_library_there_is_none(
+    home: Path, monkeypatch: pytest.MonkeyPatch, cap_kernels: Cap
+) -> None:
     """Any known cap is met; an unknown one is refused."""
     monkeypatch.setenv("CADSURGERY_NATIVE", "0")
     for cap in ("", *isa.ISAS):
-        monkeypatch.setenv("CADSURGERY_ISA", cap)
+        cap_kernels(cap)
         assert isa.here() == isa.allowed() == () and isa.used() == ""
         assert load.function("answer") is None and "torch operations" in isa.in_words()
-    monkeypatch.setenv("CADSURGERY_ISA", "avx3")
+    cap_kernels("avx3")
     with pytest.raises(InvalidInput):
         isa.allowed()
 
@@ -177,12 +184,14 @@ def test_a_processor_is_described_by_strings() -> None:
 
 
 @needs_compiler
-def test_reports_name_what_is_used_and_the_caps(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_name_what_is_used_and_the_caps(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, cap_kernels: Cap
+) -> None:
     for name in processor.CAPS:
         monkeypatch.delenv(name, raising=False)
     torch_s = torch.backends.cpu.get_cpu_capability()
     assert isa.in_words() == f"kernels {isa.here()[-1]}, torch {torch_s}"
-    monkeypatch.setenv("CADSURGERY_ISA", "scalar")
+    cap_kernels("scalar")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert isa.in_words().startswith(
         f"kernels scalar, torch {torch_s}, capped by CADSURGERY_ISA=scalar ONEDNN_MAX_"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, picture
+from conftest import Cap, assert_same, picture
 from exported import File
 from networks import randomise
 from torch import Tensor, nn
@@ -108,11 +108,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[cs.AdaptiveModel,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["", "scalar", "sse4"])
-def test_a_file_is_the_network_with_and_without_the_library(
-    written: Any, isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_the_network_with_and_without_the_library(written: Any, isa: str, cap_kernels: Cap) -> None:
     model, path, report = written
-    monkeypatch.setenv("CADSURGERY_ISA", isa)
+    cap_kernels(isa)
     assert calls(path) == {"Convolve": 2, "ConvolveDepthwise": 1, "ConvolveGroups": 2}
     assert report.difference < 1e-4
     runs = File(path), WithKernels(path), InOpenVino(path)
@@ -255,10 +253,10 @@ def quantised_call(path: Path, channels: int, taps: int, low: float) -> dict[str
 @pytest.mark.parametrize("isa", ["", "scalar", "sse4"])
 @pytest.mark.parametrize(("channels", "taps", "low"), [(2, 2, -4.0), (37, 9, 0.0), (64, 25, -np.inf)])
 def test_a_convolution_between_8_bits_is_the_one_in_floating_point(
-    channels: int, taps: int, low: float, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    channels: int, taps: int, low: float, isa: str, tmp_path: Path, cap_kernels: Cap
 ) -> None:
     """Values of the halo are rounded to 8 bits, too, so that a result may be a few steps away."""
-    monkeypatch.setenv("CADSURGERY_ISA", isa)
+    cap_kernels(isa)
     exact, path = tmp_path / "exact.onnx", tmp_path / "one.onnx"
     feed = quantised_call(exact, channels, taps, low)
     model = onnx.load(str(exact))

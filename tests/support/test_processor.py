@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from conftest import Cap
 
 import cadsurgery as cs
 from cadsurgery.kernels import isa
@@ -68,8 +69,8 @@ def test_a_run_is_described_by_plain_fields_and_in_a_line(told: None) -> None:
     assert run["device"].endswith(f"; {isa.in_words()}; {torch.get_num_threads()} threads")
 
 
-def test_a_cap_that_is_unknown_is_refused_by_reports_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CADSURGERY_ISA", "avx9")
+def test_a_cap_that_is_unknown_is_refused_by_reports_too(cap_kernels: Cap) -> None:
+    cap_kernels("avx9")
     with pytest.raises(cs.InvalidInput, match="avx9"):
         provenance.describe_run(CPU)
 

@@ -103,7 +103,7 @@ def fastest(kind: tuple[Hashable, ...], candidates: Mapping[str, Callable[[], ob
     Raises:
         FileError: see `read`.
     """
-    chosen = (*kind, *candidates, os.environ.get(isa.VARIABLE))
+    chosen = (*kind, *candidates, isa.cap())
     if chosen not in _FASTEST:
         keys = {name: f"{', '.join(map(str, kind))}, {name}" for name in candidates}
         times: dict[str, float] = {}

@@ -22,6 +22,7 @@ from cadsurgery.elements.backends.native import (
     call,
     group_weight,
     halo_of,
+    kernel_for,
 )
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Reading, rows_of
@@ -300,7 +301,18 @@ class Integers(Backend):
             )
             levels = (None, known.scale, known.bias)
             packed = weights.by_channel()
-            call("grouped", read_rows, table, *packed, *levels, None, out, 1, known.low, known.high)
+            call(
+                kernel_for("grouped", work.rows),
+                read_rows,
+                table,
+                *packed,
+                *levels,
+                None,
+                out,
+                1,
+                known.low,
+                known.high,
+            )
             return out
         rows = work.rows if work.rows.stride(1) == 1 else work.rows.contiguous()  # rows may overlap
         halo = halo_of(rows, reading) if reading is not None else None

@@ -35,11 +35,8 @@ def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, 
     find = function("find_cells")
     assert find is not None
     find.restype = ctypes.c_long
-    before, after = (
-        [ctypes.c_void_p(one.data_ptr()) for one in some]
-        for some in ((levels, side_of), (anchors, index, counts))
-    )
-    count = find(*before, *map(ctypes.c_long, levels.shape), *after)
+    pointers = map(ctypes.c_void_p, map(Tensor.data_ptr, (levels, side_of, anchors, index, counts)))
+    count = find(next(pointers), next(pointers), *map(ctypes.c_long, levels.shape), *pointers)
     return anchors[:count].clone(), index, counts
 
 
@@ -62,17 +59,18 @@ def shift_taps(
         steps: fine pixels from an anchor to its taps, down and across.
         has_halo: interpolate points inside cells from several cells; otherwise they are read from their own cell.
     """
-    index, anchors, levels = (one.contiguous() for one in cells)
+    index, anchors, levels = map(Tensor.contiguous, cells)
     targets, side_of, (down, across) = targets.contiguous(), torch.tensor(sides), map(torch.tensor, steps)
-    pixels, count, n, taps = len(index), len(anchors), len(targets), len(down) * len(across)
+    pixels, count, n = index.numel(), anchors.numel(), targets.numel()
+    taps = down.numel() * across.numel()
     table = torch.empty(n, taps, dtype=torch.int32)
     rank = torch.zeros(pixels if has_halo else 0, dtype=torch.int32)
     most = min(pixels - count, n * taps) if has_halo else 0
     sources, mix = torch.empty(most, 4, dtype=torch.int32), torch.empty(most, 4, dtype=torch.float64)
     tensors = (index, anchors, levels, side_of, targets, down, across, table, rank, sources, mix)
-    numbers = (pixels, count, n, *sizes[0], *sizes[1], len(down), len(across), has_halo)
+    numbers = (pixels, count, n, *sizes[0], *sizes[1], down.numel(), across.numel(), has_halo)
     shift = function("shift_taps")
     assert shift is not None
     shift.restype = ctypes.c_long
-    halo = shift(ctypes.byref(_Map(*(one.data_ptr() for one in tensors), *numbers)))
+    halo = shift(ctypes.byref(_Map(*map(Tensor.data_ptr, tensors), *numbers)))
     return table, sources[:halo], mix[:halo]

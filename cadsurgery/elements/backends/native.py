@@ -153,7 +153,7 @@ class Native(Backend):
             low, high = bounds or _UNBOUNDED
             more = more.contiguous() if more is not None else None
             arguments = (*packed, *levels, more, out, *sizes, low, high)
-            _call(kernel, source, table, arguments, groups=groups)
+            call(kernel, source, table, *arguments, groups=groups)
             return out if bounds or act is None else act.apply_(out)
 
         return run
@@ -162,14 +162,14 @@ class Native(Backend):
         """Compute rows (N, C)."""
         table = work.reading.table
         out = new_memory(work.rows, table.shape[0], work.rows.shape[1])
-        call("pool", RowSource.of(work), table, out, int(work.largest))
+        call(kernel_for("pool", work.rows), RowSource.of(work), table, out, int(work.largest))
         return out
 
     def mix(self, work: Mixing) -> Tensor:
         """Compute rows (M, C)."""
         out = new_memory(work.rows, work.sources.shape[0], work.rows.shape[1])
         shares = work.shares.to(_sum_type(work.rows.dtype)).contiguous()
-        call("mix", RowSource(work.rows), work.sources.contiguous(), shares, out)
+        call(kernel_for("mix", work.rows), RowSource(work.rows), work.sources.contiguous(), shares, out)
         return out
 
     def mix_lines(self, work: MixingLines) -> Tensor:
@@ -179,7 +179,7 @@ class Native(Backend):
         sources = torch.stack((work.first, work.second), 1).int()
         shares = torch.stack((1 - work.share, work.share), 1).to(_sum_type(out.dtype))
         rows = RowSource(work.rows.reshape(lines * width, channels))
-        call("mix_lines", rows, sources, shares, lines, out, count=width)
+        call(kernel_for("mix_lines", out), rows, sources, shares, lines, out, count=width)
         return out
 
     def pick(self, work: Picking) -> Tensor:
@@ -187,7 +187,15 @@ class Native(Backend):
         table, sources = work.reading.table.reshape(-1, 1), work.reading.sources.contiguous()
         shares = work.reading.mix.to(_sum_type(work.rows.dtype)).contiguous()
         out = new_memory(work.rows, len(table), work.rows.shape[1])
-        call("gather_mixing", RowSource(work.rows), table, sources, shares, sources.shape[1], out)
+        call(
+            kernel_for("gather_mixing", work.rows),
+            RowSource(work.rows),
+            table,
+            sources,
+            shares,
+            sources.shape[1],
+            out,
+        )
         return out
 
     def fill(self, work: Filling) -> Tensor:
@@ -205,7 +213,18 @@ class Native(Backend):
         limits = bounds or _UNBOUNDED
         weights = work.weights.to(dtype).contiguous()
         call(
-            "fill", RowSource(rows), table, there, index, shares, weights, *numbers, floor, more, out, *limits
+            kernel_for("fill", rows),
+            RowSource(rows),
+            table,
+            there,
+            index,
+            shares,
+            weights,
+            *numbers,
+            floor,
+            more,
+            out,
+            *limits,
         )
         return out if bounds or act is None else act.apply_(out)
 
@@ -214,7 +233,7 @@ class Native(Backend):
         source = RowSource.of(work)
 
         def fill(entries: Tensor, out: Tensor) -> None:
-            call("gather", source, entries, out)
+            call(kernel_for("gather", work.rows), source, entries, out)
 
         return fill
 
@@ -394,7 +413,7 @@ def map_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
 
 
 def call(
-    name: str,
+    kernel: Any,
     source: RowSource,
     table: Tensor | None,
     *arguments: Any,
@@ -402,17 +421,6 @@ def call(
     groups: int = 1,
 ) -> None:
     """Call a kernel: tensors are passed as pointers, None as a null pointer. Without a table each row reads itself."""
-    _call(function(name, ELEMENTS[source.rows.dtype]), source, table, arguments, count, groups)
-
-
-def _call(
-    kernel: Any,
-    source: RowSource,
-    table: Tensor | None,
-    arguments: tuple[Any, ...],
-    count: int | None = None,
-    groups: int = 1,
-) -> None:
     rows, halo = source.rows.contiguous(), source.halo
     total, channels = rows.shape
     beyond = _row_outside(channels, rows.dtype, source.outside)
@@ -426,16 +434,21 @@ def _call(
         table.data_ptr() if table is not None else None,
         *(total if count is None else count, n, taps, channels // groups, channels),
     )
-    _set_types(kernel, arguments)
+    if kernel.argtypes is None:
+        _set_types(kernel, arguments)
     for_c = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
     kernel(ctypes.addressof(reading), *for_c)
 
 
+def kernel_for(name: str, rows: Tensor) -> Any:
+    """Return the form of a kernel for the type of rows."""
+    return function(name, ELEMENTS[rows.dtype])
+
+
 def _set_types(kernel: Any, arguments: tuple[Any, ...]) -> None:
-    """Declare the argument types of a kernel, once: a structure, then arguments of these types."""
-    if kernel.argtypes is None:
-        kinds = {int: ctypes.c_long, float: ctypes.c_double}
-        kernel.argtypes = (ctypes.c_void_p, *(kinds.get(type(one), ctypes.c_void_p) for one in arguments))
+    """Declare the argument types of a kernel: a structure, then arguments of these types."""
+    kinds = {int: ctypes.c_long, float: ctypes.c_double}
+    kernel.argtypes = (ctypes.c_void_p, *(kinds.get(type(one), ctypes.c_void_p) for one in arguments))
 
 
 @lru_cache(maxsize=64)

@@ -27,9 +27,7 @@ _TARGET: ContextVar[Target | None] = ContextVar(
 )
 
 
-def target_of_graph() -> Target | None:
-    """Return what the graph that is traced is for; None for torch."""
-    return _TARGET.get()
+target_of_graph = _TARGET.get  # what the graph that is traced is for; None for torch
 
 
 @contextmanager

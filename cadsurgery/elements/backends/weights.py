@@ -200,8 +200,10 @@ class FusedConv:
 
     def on_elements(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute `on_rows` such that the bits of a row do not depend on the number of rows."""
+        if self.packed_cache is None:
+            return self.on_rows(rows, residual)
         count, fewest = rows.shape[0], _fewest(rows)
-        if self.packed_cache is None or not fewest or not 0 < count < fewest:
+        if not 0 < count < fewest:
             return self.on_rows(rows, residual)
         more = _fill(residual, fewest) if residual is not None else None
         return self.on_rows(_fill(rows, fewest), more)[:count]
