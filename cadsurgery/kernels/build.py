@@ -165,6 +165,7 @@ TABLE = (
     Source("maps", (), ("scalar",)),
     Source("processor"),
     Source("convolve"),
+    Source("convolve_bytes"),
     Source("onnxruntime"),
 )
 # Never `-march=native`: other processors than the compiling one may use the library. Never `-fopenmp`: the kernels run

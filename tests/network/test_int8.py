@@ -105,7 +105,7 @@ def relative(one: Tensor, two: Tensor) -> float:
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     source, target = write(tmp_path / "float.onnx"), tmp_path / "int8.onnx"
-    quantise(source, target, calls(*images(4, 8, 8).split(1)), products_by_convolution=True)
+    quantise(source, target, calls(*images(4, 8, 8).split(1)), OnnxRuntime)
     return source, target
 
 
@@ -177,15 +177,15 @@ def can_saturate(whole: np.ndarray[Any, Any]) -> bool:
     return any((saturating_sum(*pair) != (pair[0] * pair[1]).sum(1)).any() for pair in worst)
 
 
-@pytest.mark.parametrize("products_by_convolution", [True, False])
+@pytest.mark.parametrize("engine", [OnnxRuntime, OpenVino])
 @pytest.mark.parametrize(
     ("text", "make", "products"), [(GRAPH, constants, 3), (CONVOLUTIONS, convolutions, 4)]
 )
 def test_no_sum_of_two_products_exceeds_16_bits(
-    text: str, make: Any, products: int, products_by_convolution: bool, tmp_path: Path
+    text: str, make: Any, products: int, engine: type[Engine], tmp_path: Path
 ) -> None:
     source, target = write(tmp_path / "float.onnx", text, **make()), tmp_path / "int8.onnx"
-    quantise(source, target, calls(*images(4, 8, 8).split(1)), products_by_convolution)
+    quantise(source, target, calls(*images(4, 8, 8).split(1)), engine)
     found = list(weights_of(target))
     assert len(found) == products
     assert sum(is_depthwise(node, whole) for node, whole in found) == (make is convolutions)
@@ -267,7 +267,7 @@ def test_a_file_is_the_same_on_processors_without_vnni(
     for text, make in ((GRAPH, constants), (CONVOLUTIONS, convolutions)):
         source = write(tmp_path / f"{make.__name__}.onnx", text, **make())
         target = source.with_name(f"{make.__name__}_8.onnx")
-        quantise(source, target, calls(*batches.split(1)), engine is OnnxRuntime)
+        quantise(source, target, calls(*batches.split(1)), engine)
         files += [source, target]
 
     def run(**environment: str) -> list[Tensor]:
@@ -319,9 +319,9 @@ def test_a_mask_that_sees_features_sees_them_in_8_bits(tmp_path: Path) -> None:
     late = [line for line in body if "= Greater" in line or "= Cast" in line]
     kept = [line for line in body if line not in late and line != "}"]
     source = write(tmp_path / "float.onnx", "\n".join([head, *kept, *late, "}"]))
-    outputs, keeps_levels = quantise(source, tmp_path / "int8.onnx", calls(images(1, 8, 8)), True)
+    outputs, keeps_levels = quantise(source, tmp_path / "int8.onnx", calls(images(1, 8, 8)), OnnxRuntime)
     assert outputs == ("out", "levels") and not keeps_levels
-    assert quantise(write(source), tmp_path / "int8.onnx", calls(images(1, 8, 8)), True)[1]
+    assert quantise(write(source), tmp_path / "int8.onnx", calls(images(1, 8, 8)), OnnxRuntime)[1]
 
 
 def test_without_products_but_those_of_the_mask_there_is_nothing_to_quantise(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_without_products_but_those_of_the_mask_there_is_nothing_to_quantise(tmp
     name = name.replace("[64, 5]", "[1, 3, 8, 8]")
     text = "\n".join([head, name, "    out = Relu(image)", *of_mask, "}"])
     with pytest.raises(cs.CannotConvert, match="nothing to quantise"):
-        quantise(write(tmp_path / "float.onnx", text), tmp_path / "int8.onnx", calls(images(1, 8, 8)), True)
+        quantise(write(tmp_path / "float.onnx", text), tmp_path / "int8.onnx", calls(images(1, 8, 8)), OnnxRuntime)
 
 
 def test_fidelity_is_over_all_images_and_classes_are_those_of_pixels() -> None:

@@ -23,6 +23,7 @@ from cadsurgery.elements.backends.choose import (
     extend,
 )
 from cadsurgery.elements.backends.target import Target, target_of_graph
+from cadsurgery.elements.sizes import is_statically_true
 
 
 class Portable(Backend):
@@ -36,16 +37,15 @@ class Portable(Backend):
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, ..., O)."""
-        weights = work.weights
+        weights, target = work.weights, target_of_graph() or Target()
         groups, bias = weights.groups, weights.bias
+        # Engines multiply rows of floats as fast as this package, and rows of bytes slower: docs/deploy.md.
+        if target.has_kernels and (not work.is_product or (target.in_8_bits and work.rows.dim() == 2)):
+            return _as_one_operation(work)
         if work.is_product:
             return weights.finish(F.linear(work.of_target, weights.weight.flatten(1), bias), work.residual)
-        target = target_of_graph() or Target()
         outputs, inputs = weights.weight.shape[:2]
         is_depthwise = inputs == 1 and outputs == groups
-        # Measured by kind of layer: docs/deploy.md.
-        if target.has_kernels and (is_depthwise or not target.in_8_bits):
-            return _as_one_operation(work)
         reading = work.reading
         rows, table = extend(work.rows, reading, work.outside), reading.table
         if groups == 1:  # taps outermost, which is the order of gathered rows
@@ -112,11 +112,16 @@ def _as_one_operation(work: Convolution) -> Tensor:
     low, high = bounds or (-math.inf, math.inf)
     rows, residual = work.rows, work.residual
     fits = residual is not None and residual.dim() == 2 and bool(residual.shape[1] == outputs)
+    sources, mix = reading.sources, reading.mix
+    if is_statically_true(
+        sources.shape[0] == 0
+    ):  # OpenVINO (2026.4) drops a dimension of constants without numbers
+        sources, mix = sources.new_zeros(1, 1), mix.new_zeros(1, 1)
     out: Tensor = torch.ops.cadsurgery.convolve_rows(
         rows,
         reading.table.int(),
-        reading.sources.int(),
-        reading.mix.to(rows),
+        sources.int(),
+        mix.to(rows),
         weight.contiguous(),
         weights.bias if weights.bias is not None else rows.new_zeros(outputs),
         residual if fits else rows.new_zeros(1),

@@ -25,23 +25,24 @@ typedef struct {
 /* Inputs of an operation. Rows (N, C); a table (M, taps) of numbers of rows; a halo of H rows, each a mix of K rows: their
  * numbers and shares (H, K); weight; bias (O); residual (M, O), or one number, which adds nothing. Numbers of the table count
  * the rows, then a row of the value outside, then the halo. The weight is (taps, C) of a depthwise convolution, (taps, C, O),
- * or (taps, groups, C per group, O per group). Numbers of rows are int32, the rest is float; in 8 bits rows and result are
- * uint8, and there is no residual. */
-enum { ROWS_IN, TABLE, SOURCES, SHARES, WEIGHT, BIAS, RESIDUAL, INPUTS };
+ * or (taps, groups, C per group, O per group). Numbers of rows are int32, the rest is float. In 8 bits rows, residual and
+ * result are uint8, the weight is int8, and the scale of its outputs (O numbers) is one more input; depthwise convolutions
+ * then take no residual. */
+enum { ROWS_IN, TABLE, SOURCES, SHARES, WEIGHT, BIAS, RESIDUAL, INPUTS, SCALES = INPUTS, INPUTS_IN_8_BITS };
 
 /* A convolution with its weights packed for this processor. Several threads may call one at a time. */
 typedef struct convolution convolution;
 
-/* A convolution's numbers: the value of rows that lie outside of the map, and bounds of the results. In 8 bits, which only
- * depthwise convolutions take, q stands for the value (q - zero) scale; without, `scale` is 0. */
+/* A convolution's numbers: the value of rows that lie outside of the map, and bounds of the results. In 8 bits q stands for
+ * the value (q - zero) scale, of rows, results and residual; without, `scale` is 0. */
 typedef struct {
-    float outside, low, high, scale, zero, scale_of_result, zero_of_result;
+    float outside, low, high, scale, zero, scale_of_result, zero_of_result, scale_of_residual, zero_of_residual;
 } numbers;
 
-/* Make a convolution. */
-const char *cadsurgery_make_convolution(const numbers *of, const tensor *weight, const tensor *bias, convolution **made);
+/* Make a convolution; `in` has its weight and bias, and in 8 bits scales. */
+const char *cadsurgery_make_convolution(const numbers *of, const tensor *in, convolution **made);
 
-/* Check that inputs fit, and set the size (M, O) of the result. Weight and bias are not read. */
+/* Check that inputs fit, and set the size (M, O) of the result. Weight, bias and scales are not read. */
 const char *cadsurgery_size_of_result(const convolution *of, const tensor *in, int64_t *size);
 
 /* Compute a result whose inputs fit; `way` shares the work among the engine's threads. */

@@ -7,6 +7,7 @@
 #define CADSURGERY_INT8_H
 
 #include "parallel.h"
+#include "requantise.h"
 #include "vector.h"
 
 #if VECTOR == 64 && defined(__AVX512VNNI__)
@@ -24,17 +25,6 @@ typedef int32_t whole __attribute__((vector_size(VECTOR)));
 typedef uint8_t narrow __attribute__((vector_size(VECTOR / 4)));
 
 READING(uint8_t);
-
-/* Requantisation of the sums: sum * scale + bias, plus more * more_scale, then activation and clamping. A result in 8 bits
- * is rounded to nearest, ties to even; low and high are then whole numbers in 0..255. */
-typedef struct {
-    const int32_t *offset; /* initial value of the sums: minus the rows' zero point times the weights */
-    const float *scale, *bias;
-    const void *more;
-    void *out;
-    long outputs, more_is_8_bits, out_is_8_bits, is_hardswish;
-    float more_scale, factor, zero, low, high;
-} result;
 
 /* Return the input row that a tap of result row `at` reads. */
 INLINE const uint8_t *row(const reading *in, long at, long tap) {

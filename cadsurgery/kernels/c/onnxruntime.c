@@ -25,7 +25,7 @@ typedef struct {
 
 /* The versions of the interface that first have `share`, and all fields of `operation`. */
 enum { VERSION = 17, VERSION_OF_OPERATION = 16 };
-enum { FLOAT = 1, UINT8 = 2, INT32 = 6, FAILURE = 1 };
+enum { FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, FAILURE = 1 };
 
 typedef status *create_status(int code, const char *message);
 typedef status *create_domain(const char *name, void **domain);
@@ -119,7 +119,7 @@ static status *read_constant(functions api, const void *node, size_t place, tens
 
 static status *create_convolution(const operation *self, functions api, const void *node, void **made) {
     numbers of = {0};
-    tensor weight, bias;
+    tensor in[INPUTS_IN_8_BITS];
     TRY(FLOAT_OF(node, "outside", &of.outside));
     TRY(FLOAT_OF(node, "low", &of.low));
     TRY(FLOAT_OF(node, "high", &of.high));
@@ -128,13 +128,16 @@ static status *create_convolution(const operation *self, functions api, const vo
         TRY(FLOAT_OF(node, "zero", &of.zero));
         TRY(FLOAT_OF(node, "scale_of_result", &of.scale_of_result));
         TRY(FLOAT_OF(node, "zero_of_result", &of.zero_of_result));
+        TRY(FLOAT_OF(node, "scale_of_residual", &of.scale_of_residual));
+        TRY(FLOAT_OF(node, "zero_of_residual", &of.zero_of_residual));
+        TRY(read_constant(api, node, SCALES, in + SCALES));
     }
-    TRY(read_constant(api, node, WEIGHT, &weight));
-    TRY(read_constant(api, node, BIAS, &bias));
+    TRY(read_constant(api, node, WEIGHT, in + WEIGHT));
+    TRY(read_constant(api, node, BIAS, in + BIAS));
     kernel *k = malloc(sizeof *k);
     if (!k) return fail(api, "cadsurgery: there is no memory for a convolution");
     k->api = api;
-    const char *reason = cadsurgery_make_convolution(&of, &weight, &bias, &k->convolution);
+    const char *reason = cadsurgery_make_convolution(&of, in, &k->convolution);
     if (reason) free(k);
     else *made = k;
     return fail(api, reason);
@@ -199,10 +202,12 @@ static status *convolve(void *one, context *within) {
 static const char *name_of(const operation *self) { return self->own_name; }
 static const char *any_provider(const operation *self) { return (void)self, (const char *)0; }
 static int type_of(const operation *self, size_t place) {
-    return place == TABLE || place == SOURCES ? INT32 : place == ROWS_IN ? self->own_type : FLOAT;
+    if (place == TABLE || place == SOURCES) return INT32;
+    if (place == WEIGHT && self->own_type == UINT8) return INT8;
+    return place == ROWS_IN || place == RESIDUAL ? self->own_type : FLOAT;
 }
 static int result_type(const operation *self, size_t place) { return (void)place, self->own_type; }
-static size_t input_count(const operation *self) { return (void)self, INPUTS; }
+static size_t input_count(const operation *self) { return self->own_type == UINT8 ? INPUTS_IN_8_BITS : INPUTS; }
 static size_t one_output(const operation *self) { return (void)self, 1; }
 static int required(const operation *self, size_t place) { return (void)self, (void)place, 0; }
 static int one(const operation *self) { return (void)self, 1; }
@@ -212,7 +217,8 @@ static int one(const operation *self) { return (void)self, 1; }
      required, required, required, one, one, one, one, create_convolution, convolve, name, type}
 
 static const operation operations[] = {OPERATION("Convolve", FLOAT), OPERATION("ConvolveDepthwise", FLOAT),
-                                       OPERATION("ConvolveGroups", FLOAT), OPERATION("ConvolveDepthwiseIn8Bits", UINT8)};
+                                       OPERATION("ConvolveGroups", FLOAT), OPERATION("ConvolveIn8Bits", UINT8),
+                                       OPERATION("ConvolveDepthwiseIn8Bits", UINT8), OPERATION("ConvolveGroupsIn8Bits", UINT8)};
 
 /* Add the operations to the options of a session; called by ONNX Runtime. */
 status *RegisterCustomOps(void *options, const interface *base) {

@@ -53,9 +53,9 @@ public:
     ~Packed() {
         if (made_) cadsurgery_free_convolution(made_);
     }
-    convolution *get(const numbers &of, const tensor &weight, const tensor &bias) {
+    convolution *get(const numbers &of, const tensor *in) {
         const std::lock_guard<std::mutex> guard(lock_);
-        if (!made_) check(cadsurgery_make_convolution(&of, &weight, &bias, &made_));
+        if (!made_) check(cadsurgery_make_convolution(&of, in, &made_));
         return made_;
     }
 
@@ -80,9 +80,9 @@ public:
     }
 
     void validate_and_infer_types() override {
-        OPENVINO_ASSERT(get_input_size() == INPUTS, "cadsurgery: a convolution takes another number of inputs");
-        for (size_t i = 0; i < INPUTS; i++) {
-            const auto type = i == TABLE || i == SOURCES ? ov::element::i32 : i == ROWS_IN ? own_type() : ov::element::f32;
+        OPENVINO_ASSERT(get_input_size() == inputs_in, "cadsurgery: a convolution takes another number of inputs");
+        for (size_t i = 0; i < inputs_in; i++) {
+            const auto type = type_of(i);
             OPENVINO_ASSERT(get_input_element_type(i).compatible(type), "cadsurgery: input ", i, " of a convolution is of type ",
                             get_input_element_type(i), "; it has to be ", type);
         }
@@ -105,6 +105,8 @@ public:
             visitor.on_attribute("zero", of_.zero);
             visitor.on_attribute("scale_of_result", of_.scale_of_result);
             visitor.on_attribute("zero_of_result", of_.zero_of_result);
+            visitor.on_attribute("scale_of_residual", of_.scale_of_residual);
+            visitor.on_attribute("zero_of_residual", of_.zero_of_residual);
         }
         return true;
     }
@@ -112,9 +114,9 @@ public:
     bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
-        tensor in[INPUTS];
-        for (size_t i = 0; i < INPUTS; i++) in[i] = as_tensor(inputs[i]);
-        convolution *const by = packed_->get(of_, in[WEIGHT], in[BIAS]);
+        tensor in[INPUTS_IN_8_BITS];
+        for (size_t i = 0; i < inputs_in; i++) in[i] = as_tensor(inputs[i]);
+        convolution *const by = packed_->get(of_, in);
         int64_t size[2];
         check(cadsurgery_size_of_result(by, in, size));
         outputs[0].set_shape({static_cast<size_t>(size[0]), static_cast<size_t>(size[1])});
@@ -129,7 +131,14 @@ public:
     }
 
 private:
+    static constexpr size_t inputs_in = Name::in_8_bits ? INPUTS_IN_8_BITS : INPUTS;
+
     static ov::element::Type own_type() { return Name::in_8_bits ? ov::element::u8 : ov::element::f32; }
+    static ov::element::Type type_of(size_t place) {
+        if (place == TABLE || place == SOURCES) return ov::element::i32;
+        if (place == WEIGHT && Name::in_8_bits) return ov::element::i8;
+        return place == ROWS_IN || place == RESIDUAL ? own_type() : ov::element::f32;
+    }
 
     numbers of_{};
     std::shared_ptr<Packed> packed_ = std::make_shared<Packed>();
@@ -147,6 +156,14 @@ struct Groups {
     static constexpr const char *type = "ConvolveGroups";
     static constexpr bool in_8_bits = false;
 };
+struct In8Bits {
+    static constexpr const char *type = "ConvolveIn8Bits";
+    static constexpr bool in_8_bits = true;
+};
+struct GroupsIn8Bits {
+    static constexpr const char *type = "ConvolveGroupsIn8Bits";
+    static constexpr bool in_8_bits = true;
+};
 struct DepthwiseIn8Bits {
     static constexpr const char *type = "ConvolveDepthwiseIn8Bits";
     static constexpr bool in_8_bits = true;
@@ -161,10 +178,11 @@ void add(std::vector<ov::Extension::Ptr> &to) {
         ov::OutputVector inputs;
         for (size_t i = 0; i < node.get_input_size(); i++) inputs.push_back(node.get_input(static_cast<int>(i)));
         const auto number = [&](const char *name) { return node.get_attribute<float>(name); };
-        numbers of{number("outside"), number("low"), number("high"), 0, 0, 0, 0};
+        numbers of{number("outside"), number("low"), number("high"), 0, 0, 0, 0, 0, 0};
         if (Name::in_8_bits) {
             of.scale = number("scale"), of.zero = number("zero");
             of.scale_of_result = number("scale_of_result"), of.zero_of_result = number("zero_of_result");
+            of.scale_of_residual = number("scale_of_residual"), of.zero_of_residual = number("zero_of_residual");
         }
         return {std::make_shared<Made>(inputs, of)};
     };
@@ -176,7 +194,9 @@ std::vector<ov::Extension::Ptr> extensions() {
     add<Plain>(all);
     add<Depthwise>(all);
     add<Groups>(all);
+    add<In8Bits>(all);
     add<DepthwiseIn8Bits>(all);
+    add<GroupsIn8Bits>(all);
     return all;
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, import_package
-from cadsurgery.network.export.kernels import DOMAIN, put_into_8_bits
+from cadsurgery.network.export.kernels import BY_RANK, DOMAIN, put_into_8_bits, quantise_rows
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.quantise import round_weight
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
@@ -78,9 +78,7 @@ def to_8_bits(
     try:
         with quietly():
             shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
-            outputs, keeps_levels = quantise(
-                path, rounded, shown, products_by_convolution=issubclass(engine, OnnxRuntime)
-            )
+            outputs, keeps_levels = quantise(path, rounded, shown, engine)
     except CadError:
         raise
     except Exception as error:
@@ -127,7 +125,7 @@ def _instruction_set() -> str:
 
 
 def quantise(
-    source: Path, target: Path, calls: Iterable[tuple[Tensor, ...]], products_by_convolution: bool
+    source: Path, target: Path, calls: Iterable[tuple[Tensor, ...]], engine: type[Engine]
 ) -> tuple[tuple[str, ...], bool]:
     """Quantise a float file: weights symmetrically per output channel, activations by the value range of each map.
 
@@ -139,8 +137,8 @@ def quantise(
         source: an ONNX file.
         target: file to write.
         calls: inputs for calibration.
-        products_by_convolution: compute products of rows by convolutions, which is fastest in ONNX Runtime; OpenVINO
-            would transpose their inputs.
+        engine: engine that the file is for. ONNX Runtime gets products of rows as convolutions, which are fastest
+            there; OpenVINO would transpose their inputs.
 
     Returns:
         The names of the outputs, and True if the level map stays as it is.
@@ -169,9 +167,11 @@ def quantise(
     feeds = (dict(zip(inputs, (value.numpy() for value in call), strict=True)) for call in calls)
     fold()
     mask = _needed_for(_LEVELS, model.graph) - _features(model.graph)
-    if products_by_convolution:
+    if issubclass(engine, OnnxRuntime):
         _multiply_by_convolutions(model.graph, mask)
         fold()
+    else:
+        _copy_maps_for_rows(model.graph, mask)
     chosen = _in_8_bits(model.graph, mask)
     if not chosen:  # the quantiser would quantise all nodes
         raise CannotConvert(
@@ -187,6 +187,7 @@ def quantise(
     weights = _round_weights(model.graph, chosen)
     common.RemoveUnusedNodesPass()(model)
     common.NameFixPass()(model)
+    quantise_rows(model.graph)
     halos = {
         value.name: node.outputs[0].name
         for node in chosen
@@ -200,7 +201,7 @@ def quantise(
             target,
             Reader(),
             nodes_to_quantize=[node.name for node in chosen],
-            op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE],
+            op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE, *BY_RANK.values()],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -282,6 +283,26 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
         convenience.replace_nodes_and_values(graph, last_one, replaced, steps.nodes, last_one.outputs, [out])
 
 
+def _copy_maps_for_rows(graph: Any, mask: set[Any]) -> None:
+    """Copy maps (B, C, H, W) that are read as rows and as maps, by a pooling of single pixels.
+
+    The rows of a map lie in OpenVINO's memory as they are needed, but it sees that only where nothing else reads the
+    map; otherwise it permutes the map, which takes ten times as long as the copy (OpenVINO 2026.4).
+    """
+    from onnx_ir import tape
+
+    for node in graph:
+        value = node.inputs[0] if node.inputs else None
+        is_to_rows = node.op_type == "Transpose" and list(node.attributes["perm"].value) == [0, 2, 3, 1]
+        if not is_to_rows or node in mask or value is None or len(list(value.uses())) < 2:
+            continue
+        steps = tape.Tape()
+        copy = steps.op("MaxPool", [value], {"kernel_shape": [1, 1]})
+        copy.dtype, copy.shape = value.dtype, value.shape
+        graph.insert_before(node, steps.nodes)
+        node.replace_input_with(0, copy)
+
+
 def _is_bound(node: Any) -> bool:
     """True for an activation that bounds values by constants."""
     return node.op_type == "Relu" or (
@@ -348,11 +369,15 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
         values = [value for value in values if not value.is_initializer()]
         # A halo is computed in floating point but concatenated in 8 bits.
         enough = any if node.op_type == "Concat" else all
-        if _has_weights(node) or (
-            node.op_type in _MOVES + _BESIDE
-            and values
-            and enough(map(is_chosen, values))
-            and all(np.isfinite(constant).all() for constant in constants)
+        if (
+            _has_weights(node)
+            or node.domain == DOMAIN
+            or (
+                node.op_type in _MOVES + _BESIDE
+                and values
+                and enough(map(is_chosen, values))
+                and all(np.isfinite(constant).all() for constant in constants)
+            )
         ):
             chosen[node] = None
     for node in reversed(nodes):

@@ -1,0 +1,62 @@
+/* A convolution for engines with its packed weights: what convolve.c and convolve_bytes.c share. */
+#ifndef CADSURGERY_PACKED_H
+#define CADSURGERY_PACKED_H
+
+#include "convolve.h"
+#include "requantise.h"
+#include "vector.h"
+
+void *malloc(size_t bytes);
+void free(void *memory);
+
+READING(float);
+
+/* In 8 bits the pointers to rows and results of the declared types point to bytes. */
+typedef void grouped_form(const reading *, const float *, const float *, const int32_t *, const float *, const float *,
+                          const float *, float *, long, double, double);
+typedef void mix_form(const reading *, const float *, float *);
+
+#define REFUSE_UNLESS(holds, message)                \
+    do {                                             \
+        if (!(holds)) return "cadsurgery: " message; \
+    } while (0)
+
+/* Weights of floats, and the kernel that takes them; the other one is NULL. */
+typedef void product_form(const reading *, const float *, const float *, const int32_t *, const float *, const float *,
+                          const float *, float *, long, long, double, double);
+typedef struct {
+    product_form *product;
+    grouped_form *grouped;
+    float *weight, *bias;
+} floats;
+
+/* Weights in 8 bits, and the kernel that takes them; the others are NULL. */
+typedef struct {
+    long (*convolve)(const reading *, const result *, const void *, long);
+    void (*depthwise)(const reading *, const result *, const int8_t *);
+    grouped_form *grouped;
+    void *weight;
+    result known; /* but for residual and result */
+} bytes;
+
+struct convolution {
+    long taps, groups, channels, outputs; /* per group */
+    int in_8_bits;
+    float outside, low, high; /* in 8 bits the numbers that stand for these values */
+    mix_form *mix;
+    floats floats;
+    bytes bytes;
+    void *spare; /* memory of an earlier call, or NULL */
+};
+
+/* Return the features that the processor has and the variable CADSURGERY_ISA allows. */
+unsigned long cadsurgery_features(void);
+
+/* Pack weights in 8 bits (taps, groups, channels, outputs) with the scale of each output. */
+const char *cadsurgery_pack_bytes(convolution *to, const numbers *of, const int8_t *weight, const float *scales,
+                                  const float *bias);
+
+/* Compute a result in 8 bits. */
+const char *cadsurgery_convolve_bytes(const convolution *by, const reading *from, const uint8_t *residual, uint8_t *out);
+
+#endif
