@@ -6,9 +6,10 @@
 
 Networks of torchvision have random weights, `edges | budget:fraction=0.34`, output strides 8 to 32, linear fill, one
 image of 512 x 1024; `camvid` (with --data) is the trained network of recipes/camvid_mobilenetv2,
-`detail | budget:fraction=0.1`, 8 to 16, guided, on an image of 360 x 480. The sides: the converted network, dense high
-and dense low, and dense high on a picture of .7 of the size. All sides of a network and a precision run in turn in each
-round, on one thread, in a process of its own. Files lie in FOLDER and are kept; int8 is calibrated by the image itself.
+`detail | budget:fraction=0.1`, 8 to 16, guided (`camvid_linear`: linear), on an image of 360 x 480. The sides: the
+converted network, dense high and dense low, and dense high on a picture of .7 of the size. All sides of a network and a
+precision run in turn in each round, on one thread, in a process of its own. Files lie in FOLDER and are kept; int8 is
+calibrated by the image itself.
 Results: docs/engines.json.
 """
 
@@ -50,6 +51,7 @@ PAGE = RESULTS.with_name("deploy.md")
 MARKS = "<!-- engine speed -->", "<!-- end -->"
 NETWORKS = (
     "camvid",
+    "camvid_linear",
     "mobilenet_v2",
     "regnet_y_400mf",
     "resnet50",
@@ -71,10 +73,11 @@ CONVERTED, WITH_KERNELS, HIGH, LOW, SMALL = (
 def converted(name: str, data: Path | None) -> tuple[cs.AdaptiveModel, Tensor]:
     """Return a converted network and its image."""
     torch.manual_seed(0)
-    if name == "camvid":
+    if name.startswith("camvid"):
         assert data is not None, "camvid needs --data"
         model, pictures = TRAINED["camvid-8"](data)
-        image, mask, strides, fill = pictures[0][0][None], "detail | budget:fraction=0.1", (8, 16), "guided"
+        image, mask, strides = pictures[0][0][None], "detail | budget:fraction=0.1", (8, 16)
+        fill = "linear" if name.endswith("linear") else "guided"
     else:
         about = {"weights_backbone": None} if "deeplab" in name else {}
         model = torchvision.models.get_model(name, weights=None, **about).eval()

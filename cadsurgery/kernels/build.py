@@ -166,6 +166,7 @@ TABLE = (
     Source("processor"),
     Source("convolve"),
     Source("convolve_bytes"),
+    Source("pick"),
     Source("onnxruntime"),
 )
 # Never `-march=native`: other processors than the compiling one may use the library. Never `-fopenmp`: the kernels run

@@ -330,7 +330,9 @@ def test_without_products_but_those_of_the_mask_there_is_nothing_to_quantise(tmp
     name = name.replace("[64, 5]", "[1, 3, 8, 8]")
     text = "\n".join([head, name, "    out = Relu(image)", *of_mask, "}"])
     with pytest.raises(cs.CannotConvert, match="nothing to quantise"):
-        quantise(write(tmp_path / "float.onnx", text), tmp_path / "int8.onnx", calls(images(1, 8, 8)), OnnxRuntime)
+        quantise(
+            write(tmp_path / "float.onnx", text), tmp_path / "int8.onnx", calls(images(1, 8, 8)), OnnxRuntime
+        )
 
 
 def test_fidelity_is_over_all_images_and_classes_are_those_of_pixels() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.kernels.build import find_compiler_of_cpp
+from cadsurgery.kernels.isa import here
 from cadsurgery.kernels.load import forget
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engines import OnnxRuntime
-from cadsurgery.network.export.kernels import DOMAIN, put_into_8_bits
+from cadsurgery.network.export.kernels import DOMAIN, function
+from cadsurgery.network.export.kernels_in_8_bits import put_into_8_bits
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -111,7 +113,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[cs.AdaptiveModel,
 def test_a_file_is_the_network_with_and_without_the_library(written: Any, isa: str, cap_kernels: Cap) -> None:
     model, path, report = written
     cap_kernels(isa)
-    assert calls(path) == {"Convolve": 2, "ConvolveDepthwise": 1, "ConvolveGroups": 2}
+    assert calls(path) == {"Convolve": 2, "ConvolveDepthwise": 1, "ConvolveGroups": 2, "Pick": 1}
     assert report.difference < 1e-4
     runs = File(path), WithKernels(path), InOpenVino(path)
     for size in ((2, 44, 52), (1, 37, 61), (3, 20, 24)):
@@ -139,17 +141,22 @@ def test_several_threads_give_the_same(written: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_in_8_bits_keeps_depthwise_kernels(tmp_path: Path) -> None:
+def test_in_a_file_in_8_bits_all_convolutions_of_rows_are_kernels(tmp_path: Path) -> None:
     model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.onnx"
     report = cs.export(model, picture(1, 44, 52), path, int8=picture(4, 44, 52), with_kernels=True)
-    assert calls(path) == {"ConvolveDepthwiseIn8Bits": 1}
+    expected = {"Convolve": 2, "ConvolveDepthwise": 1, "ConvolveGroups": 2, "Pick": 1}
+    assert calls(path) == {f"{name}In8Bits": number for name, number in expected.items()}
     assert report.fidelity is not None and report.fidelity.error < 0.05
     image = picture(1, 44, 52).flip(3)
     given, *others = (run(path)(image)["output"] for run in (File, WithKernels, InOpenVino))
-    for other in others:
-        assert_same(given, other, 1e-2)  # a sum at the edge between two steps of 8 bits may round either way
     with torch.no_grad():
-        assert float((given - model(image)).square().mean().sqrt() / given.square().mean().sqrt()) < 0.1
+        exact = model(image)
+
+    def apart(other: Tensor) -> float:
+        return float((given - other).square().mean().sqrt() / given.square().mean().sqrt())
+
+    # A sum at the edge between two steps of 8 bits may round either way.
+    assert all(apart(other) < 5e-3 for other in others) and apart(exact) < 0.1
 
 
 @pytest.mark.slow
@@ -201,35 +208,61 @@ def test_the_body_says_what_the_kernel_computes(tmp_path: Path) -> None:
         assert np.array_equal(run(path).session.run(None, feed)[0], expected)
 
 
-def quantised_call(path: Path, channels: int, taps: int, low: float) -> dict[str, Any]:
-    """Write a file of one depthwise convolution between quantised rows; return its inputs."""
+class Kind(NamedTuple):
+    """A convolution of rows: its function, the shape of its weight (taps first), and its numbers of channels."""
+
+    name: str
+    weight: tuple[int, ...]
+    inputs: int
+    outputs: int
+
+
+KINDS = {
+    "few": Kind("ConvolveDepthwise", (2, 2), 2, 2),
+    "depthwise": Kind("ConvolveDepthwise", (9, 37), 37, 37),
+    "wide": Kind("ConvolveDepthwise", (25, 200), 200, 200),
+    "most taps": Kind("ConvolveDepthwise", (70, 5), 5, 5),
+    "plain": Kind("Convolve", (9, 21, 70), 21, 70),
+    "product": Kind("Convolve", (1, 64, 33), 64, 33),
+    "pairs": Kind("ConvolveGroups", (9, 9, 2, 2), 18, 18),
+    "groups": Kind("ConvolveGroups", (4, 3, 5, 40), 15, 120),
+}
+
+
+def quantised_call(path: Path, kind: Kind, low: float = 0.0, residual: bool = False) -> dict[str, Any]:
+    """Write a file of one convolution between quantised rows; return its inputs."""
     import onnx_ir
 
     from cadsurgery.network.export.kernels import add_functions
 
-    random = np.random.default_rng(channels)
-    rows, targets = 23, 17
+    random = np.random.default_rng(kind.inputs)
+    rows, targets, taps = 23, 17, kind.weight[0]
+    weight = random.normal(size=kind.weight).astype(np.float32)
     feed = {
-        "numbers": random.integers(0, 256, (rows, channels)).astype(np.uint8),
+        "numbers": random.integers(0, 256, (rows, kind.inputs)).astype(np.uint8),
         "table": random.integers(0, rows + 1 + 5, (targets, taps)).astype(np.int32),
         "sources": random.integers(0, rows, (5, 4)).astype(np.int32),
         "shares": random.dirichlet(np.ones(4), 5).astype(np.float32),
     }
+    if residual:
+        feed["more"] = random.integers(0, 256, (targets, kind.outputs)).astype(np.uint8)
     constants = {
-        "weight": random.normal(size=(taps, channels)).astype(np.float32),
-        "bias": random.normal(size=channels).astype(np.float32),
-        "residual": np.zeros(1, np.float32),
+        "weight": weight / np.float32(weight.size / kind.outputs) ** 0.5,
+        "bias": random.normal(size=kind.outputs).astype(np.float32),
+        "none": np.zeros(1, np.float32),
         "scale": np.float32(0.03),
         "zero": np.uint8(90),
         "scale_of_result": np.float32(0.05),
         "zero_of_result": np.uint8(120),
+        "scale_of_more": np.float32(0.02),
+        "zero_of_more": np.uint8(140),
     }
-    make, names = onnx.helper.make_node, ("rows", "table", "sources", "shares", "weight", "bias", "residual")
+    make = onnx.helper.make_node
+    names = ("rows", "table", "sources", "shares", "weight", "bias", "residual" if residual else "none")
     nodes = [
         make("DequantizeLinear", ["numbers", "scale", "zero"], ["rows"]),
-        make(
-            *("ConvolveDepthwise", names, ["values"]), domain=DOMAIN, outside=0.0, low=low, high=np.float32(4)
-        ),
+        *([make("DequantizeLinear", ["more", "scale_of_more", "zero_of_more"], ["residual"])] * residual),
+        make(kind.name, names, ["values"], domain=DOMAIN, outside=0.0, low=low, high=np.float32(4)),
         make("QuantizeLinear", ["values", "scale_of_result", "zero_of_result"], ["out"]),
     ]
     types = [onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for value in feed.values()]
@@ -240,7 +273,7 @@ def quantised_call(path: Path, channels: int, taps: int, low: float) -> dict[str
             onnx.helper.make_tensor_value_info(name, kind, value.shape)
             for (name, value), kind in zip(feed.items(), types, strict=True)
         ],
-        [onnx.helper.make_tensor_value_info("out", onnx.TensorProto.UINT8, (targets, channels))],
+        [onnx.helper.make_tensor_value_info("out", onnx.TensorProto.UINT8, (targets, kind.outputs))],
         [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
@@ -250,40 +283,84 @@ def quantised_call(path: Path, channels: int, taps: int, low: float) -> dict[str
     return feed
 
 
-@pytest.mark.parametrize("isa", ["", "scalar", "sse4"])
-@pytest.mark.parametrize(("channels", "taps", "low"), [(2, 2, -4.0), (37, 9, 0.0), (64, 25, -np.inf)])
+@pytest.mark.parametrize("isa", ["", "avx2", "scalar", "sse4"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_convolution_between_8_bits_is_the_one_in_floating_point(
-    channels: int, taps: int, low: float, isa: str, tmp_path: Path, cap_kernels: Cap
+    kind: str, residual: bool, isa: str, tmp_path: Path, cap_kernels: Cap
 ) -> None:
-    """Values of the halo are rounded to 8 bits, too, so that a result may be a few steps away."""
+    """Weights, and values of the halo, are rounded to 8 bits, too, so that a result may be a few steps away."""
+    one = KINDS[kind]
+    if isa and isa not in here():
+        pytest.skip(f"no {isa} here")
+    if residual and one.name == "ConvolveDepthwise":
+        pytest.skip("depthwise kernels take no residual")
     cap_kernels(isa)
     exact, path = tmp_path / "exact.onnx", tmp_path / "one.onnx"
-    feed = quantised_call(exact, channels, taps, low)
+    feed = quantised_call(exact, one, -np.inf if kind == "wide" else -1.5, residual)
     model = onnx.load(str(exact))
     put_into_8_bits(model)
     onnx.save(model, str(path))
-    assert [node.op_type for node in model.graph.node] == ["ConvolveDepthwiseIn8Bits"]
-    assert [one.name for one in model.functions] == ["ConvolveDepthwiseIn8Bits"]
+    assert [node.op_type for node in model.graph.node] == [f"{one.name}In8Bits"]
+    assert [made.name for made in model.functions] == [f"{one.name}In8Bits"]
     onnx.checker.check_model(str(path), full_check=True)
     (expected,) = File(exact).session.run(None, feed)
     body, kernel = (run(path).session.run(None, feed)[0].astype(int) for run in (File, WithKernels))
     assert kernel.min() < kernel.max()
     assert np.abs(kernel - body).max() <= 1 and (kernel != body).mean() < 0.01
-    assert np.abs(kernel - expected.astype(int)).max() <= 0.03 * 0.5 / 0.05 * 4 * taps**0.5 + 1
+    assert np.abs(kernel - expected.astype(int)).max() <= 4
+    assert np.abs(kernel - expected.astype(int)).mean() < 0.5
     if not isa:
         assert np.array_equal(InOpenVino(path).run(feed)[0], kernel)
 
 
-@pytest.mark.parametrize("change", ["the result is returned", "the result has another reader", "exact rows"])
+def test_rows_that_are_their_own_residual_are_read_once(tmp_path: Path) -> None:
+    exact, path = tmp_path / "exact.onnx", tmp_path / "one.onnx"
+    feed = quantised_call(exact, Kind("Convolve", (3, 8, 8), 8, 8), residual=True)
+    model = onnx.load(str(exact))
+    (call,) = (node for node in model.graph.node if node.domain == DOMAIN)
+    call.input[-1] = "rows"
+    (unused,) = (node for node in model.graph.node if "residual" in node.output)
+    model.graph.node.remove(unused)
+    feed["table"] = np.tile(feed["table"], (2, 1))[:23]
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 23
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 23
+    (place,) = (at for at, one in enumerate(model.graph.input) if one.name == "more")
+    del model.graph.input[place], feed["more"]
+    onnx.save(model, str(exact))
+    put_into_8_bits(model)
+    onnx.save(model, str(path))
+    assert [node.op_type for node in model.graph.node] == ["ConvolveIn8Bits"]
+    (expected,) = File(exact).session.run(None, feed)
+    (found,) = WithKernels(path).session.run(None, feed)
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "the result is returned",
+        "the result has another reader",
+        "exact rows",
+        "an exact residual",
+        "a computed weight",
+    ],
+)
 def test_what_is_not_between_8_bits_stays_in_floating_point(change: str, tmp_path: Path) -> None:
-    quantised_call(tmp_path / "one.onnx", 8, 4, 0.0)
+    quantised_call(tmp_path / "one.onnx", KINDS["plain"], residual=change == "an exact residual")
     model = onnx.load(str(tmp_path / "one.onnx"))
     if change == "the result is returned":
         model.graph.output.append(onnx.helper.make_tensor_value_info("values", 1, None))
     elif change == "the result has another reader":
         model.graph.node.append(onnx.helper.make_node("Relu", ["values"], ["more"]))
-    else:
+    elif change == "exact rows":
         model.graph.node[0].op_type = "Cast"
+    elif change == "an exact residual":
+        model.graph.node[1].op_type = "Cast"
+    else:
+        (weight,) = (one for one in model.graph.initializer if one.name == "weight")
+        weight.name = "given"
+        model.graph.node.insert(0, onnx.helper.make_node("Relu", ["given"], ["weight"]))
     before = model.SerializeToString()
     put_into_8_bits(model)
     assert model.SerializeToString() == before
@@ -291,26 +368,67 @@ def test_what_is_not_between_8_bits_stays_in_floating_point(change: str, tmp_pat
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("groups of two", "depthwise"), ("residual", "no residual"), ("scale", "not positive")],
+    [("scales", "scales of a weight"), ("residual", "take no residual"), ("scale", "not positive")],
 )
 def test_what_kernels_do_not_compute_in_8_bits_is_refused(change: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "one.onnx"
-    feed = quantised_call(path, 8, 4, 0.0)
+    feed = quantised_call(path, KINDS["depthwise"])
     model = onnx.load(str(path))
     put_into_8_bits(model)
+    (call,) = (node for node in model.graph.node if node.domain == DOMAIN)
     constants = {one.name: one for one in model.graph.initializer}
-    if change == "groups of two":
-        constants["weight"].CopyFrom(
-            onnx.numpy_helper.from_array(np.ones((4, 4, 2, 2), np.float32), "weight")
+    if change == "scales":
+        constants[call.input[-1]].CopyFrom(
+            onnx.numpy_helper.from_array(np.ones(36, np.float32), call.input[-1])
         )
     elif change == "residual":
-        constants["residual"].CopyFrom(onnx.numpy_helper.from_array(np.ones((17, 8), np.float32), "residual"))
+        constants[call.input[-2]].CopyFrom(
+            onnx.numpy_helper.from_array(np.ones((17, 37), np.uint8), call.input[-2])
+        )
     else:
-        (scale,) = (one for one in model.graph.node[0].attribute if one.name == "scale")
+        (scale,) = (one for one in call.attribute if one.name == "scale")
         scale.f = -0.03
     onnx.save(model, str(path))
     with pytest.raises(Exception, match=message):
         WithKernels(path).session.run(None, feed)
+
+
+@pytest.mark.parametrize("isa", ["", "scalar"])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_a_pick_takes_rows_and_mixes_the_halo(dtype: Any, isa: str, tmp_path: Path, cap_kernels: Cap) -> None:
+    cap_kernels(isa)
+    random, path = np.random.default_rng(0), tmp_path / "pick.onnx"
+    rows = random.integers(0, 256, (11, 37)).astype(dtype)
+    feed = {
+        "rows": rows,
+        "table": np.array([[0], [10], [11], [12], [15], [3]], np.int32),
+        "sources": random.integers(0, 11, (4, 4)).astype(np.int32),
+        "shares": random.dirichlet(np.ones(4), 4).astype(np.float32),
+    }
+    in_8_bits = dtype == np.uint8
+    types = {name: onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in feed.items()}
+    name = "PickIn8Bits" if in_8_bits else "Pick"
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(name, list(feed), ["out"], domain=DOMAIN)],
+        "one",
+        [onnx.helper.make_tensor_value_info(one, types[one], feed[one].shape) for one in feed],
+        [onnx.helper.make_tensor_value_info("out", types["rows"], (6, 37))],
+    )
+    imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=9, functions=[function(name, 18)])
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(path))
+    halo = np.einsum("mk,mkc->mc", feed["shares"], rows[feed["sources"]].astype(np.float32))
+    every = np.concatenate([rows.astype(np.float32), np.zeros((1, 37), np.float32), halo])
+    expected = every[feed["table"][:, 0]]
+    for run in (File, WithKernels):
+        (found,) = run(path).session.run(None, feed)
+        assert found.dtype == dtype
+        assert np.abs(found.astype(np.float32) - expected).max() <= (0.501 if in_8_bits else 1e-4)
+    if not isa:
+        assert np.array_equal(InOpenVino(path).run(feed)[0], found)
+    with pytest.raises(Exception, match="rows that do not exist"):
+        WithKernels(path).session.run(None, {**feed, "sources": feed["sources"] + 8})
 
 
 @pytest.mark.parametrize("table", [[[0, 5]], [[-1, 0]]])

@@ -18,11 +18,13 @@ from cadsurgery.elements.backends.choose import (
     Backend,
     Convolution,
     Mixing,
+    Picking,
     Pooling,
     Work,
     extend,
 )
 from cadsurgery.elements.backends.target import Target, target_of_graph
+from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.sizes import is_statically_true
 
 
@@ -71,8 +73,20 @@ class Portable(Backend):
 
     def mix(self, work: Mixing) -> Tensor:
         """Compute rows (M, C)."""
+        if (target_of_graph() or Target()).has_kernels:
+            first = work.rows.shape[0] + 1  # behind the rows, and one that lies outside
+            table = torch.arange(work.sources.shape[0], dtype=torch.int32, device=work.rows.device) + first
+            return _pick(work.rows, Reading(table, work.sources, work.shares, False))
         shares = work.shares.to(work.rows).unsqueeze(1)  # a matrix product writes less than multiply and sum
         return (shares @ _gather(work.rows, work.sources)).squeeze(1)
+
+    def pick(self, work: Picking) -> Tensor:
+        """Compute rows (entries, C)."""
+        rows, reading = work.rows, work.reading
+        has_halo = not is_statically_true(reading.sources.shape[0] == 0)
+        if has_halo and (target_of_graph() or Target()).has_kernels:
+            return _pick(rows, reading)
+        return extend(rows, reading, 0.0).index_select(0, reading.table.flatten())
 
 
 def _gather(rows: Tensor, table: Tensor) -> Tensor:
@@ -86,6 +100,20 @@ _LIBRARY.define(
     "convolve_rows(Tensor rows, Tensor table, Tensor sources, Tensor shares, Tensor weight, Tensor bias, "
     "Tensor residual, float outside, float low, float high) -> Tensor"
 )
+
+_LIBRARY.define("pick_rows(Tensor rows, Tensor table, Tensor sources, Tensor shares) -> Tensor")
+
+
+@torch.library.register_fake("cadsurgery::pick_rows")
+def _picked(rows: Tensor, table: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
+    return rows.new_empty(table.shape[0], rows.shape[1])
+
+
+def _pick(rows: Tensor, reading: Reading) -> Tensor:
+    """Select rows (entries, C) by `cadsurgery::pick_rows`, which exists in exported programs alone."""
+    table = reading.table.reshape(-1, 1).int()
+    out: Tensor = torch.ops.cadsurgery.pick_rows(rows, table, reading.sources.int(), reading.mix.to(rows))
+    return out
 
 
 @torch.library.register_fake("cadsurgery::convolve_rows")

@@ -163,7 +163,7 @@ const char *cadsurgery_size_of_result(const convolution *k, const tensor *in, in
     return 0;
 }
 
-static int is_within(const int32_t *entries, int64_t count, int64_t end) {
+int cadsurgery_is_within(const int32_t *entries, int64_t count, int64_t end) {
     int32_t least = 0, most = 0;
     for (int64_t i = 0; i < count; i++) {
         least = entries[i] < least ? entries[i] : least;
@@ -190,8 +190,8 @@ static void *swap(void **place, void *with) {
 const char *cadsurgery_convolve(convolution *k, const tensor *in, void *out, share_in_engine *way) {
     const long rows = in[ROWS_IN].size[0], channels = in[ROWS_IN].size[1], count = in[TABLE].size[0];
     const long halo = in[SOURCES].size[0], many = in[SOURCES].size[1];
-    REFUSE_UNLESS(is_within(in[TABLE].data, count * k->taps, rows + 1 + halo) &&
-                      is_within(in[SOURCES].data, halo * many, rows),
+    REFUSE_UNLESS(cadsurgery_is_within(in[TABLE].data, count * k->taps, rows + 1 + halo) &&
+                      cadsurgery_is_within(in[SOURCES].data, halo * many, rows),
                   "a table names rows that do not exist");
     /* One row for what lies outside, then the halo. The memory is kept for the next call, since new pages cost more than
      * what is written to them. */

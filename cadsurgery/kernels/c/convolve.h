@@ -1,4 +1,4 @@
-/* Convolutions of rows for engines, which bring their own tensors and threads; implemented in convolve.c.
+/* Convolutions of rows for engines, which bring their own tensors and threads; implemented in convolve.c and pick.c.
  *
  * Functions that can fail return NULL, or the reason. */
 #ifndef CADSURGERY_CONVOLVE_H
@@ -49,6 +49,12 @@ const char *cadsurgery_size_of_result(const convolution *of, const tensor *in, i
 const char *cadsurgery_convolve(convolution *by, const tensor *in, void *out, share_in_engine *way);
 
 void cadsurgery_free_convolution(convolution *one);
+
+/* Pick rows by a table (M, 1), with the halo mixed as it is read: result (M, C). Of the inputs of a convolution these are the
+ * first four; the value outside is zero. Rows and result are float, or uint8 in 8 bits. */
+enum { INPUTS_OF_PICK = WEIGHT };
+const char *cadsurgery_size_of_pick(const tensor *in, int64_t *size);
+const char *cadsurgery_pick(int in_8_bits, const tensor *in, void *out, share_in_engine *way);
 
 #ifdef __cplusplus
 }

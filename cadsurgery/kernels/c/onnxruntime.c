@@ -80,13 +80,15 @@ typedef struct operation {
     status *(*compute_or_fail)(void *kernel, context *);
     const char *own_name; /* ONNX Runtime does not read beyond the fields of the operation's version */
     int own_type;         /* of rows and result */
+    size_t inputs;
 } operation;
 
-/* ---- Convolutions. */
+/* ---- Convolutions and picks. */
 
 typedef struct {
     functions api;
-    convolution *convolution;
+    convolution *convolution; /* NULL for a pick */
+    int in_8_bits;
 } kernel;
 
 static status *fail(functions api, const char *message) { return message ? CREATE_STATUS(FAILURE, message) : 0; }
@@ -136,16 +138,26 @@ static status *create_convolution(const operation *self, functions api, const vo
     TRY(read_constant(api, node, BIAS, in + BIAS));
     kernel *k = malloc(sizeof *k);
     if (!k) return fail(api, "cadsurgery: there is no memory for a convolution");
-    k->api = api;
+    *k = (kernel){.api = api};
     const char *reason = cadsurgery_make_convolution(&of, in, &k->convolution);
     if (reason) free(k);
     else *made = k;
     return fail(api, reason);
 }
 
-static void destroy_convolution(void *one) {
-    cadsurgery_free_convolution(((kernel *)one)->convolution);
-    free(one);
+static status *create_pick(const operation *self, functions api, const void *node, void **made) {
+    (void)node;
+    kernel *k = malloc(sizeof *k);
+    if (!k) return fail(api, "cadsurgery: there is no memory for a pick");
+    *k = (kernel){.api = api, .in_8_bits = self->own_type == UINT8};
+    *made = k;
+    return 0;
+}
+
+static void destroy(void *one) {
+    kernel *k = one;
+    if (k->convolution) cadsurgery_free_convolution(k->convolution);
+    free(k);
 }
 
 /* The call of ONNX Runtime that this thread is in. */
@@ -197,6 +209,26 @@ static status *convolve(void *one, context *within) {
     return fail(api, cadsurgery_convolve(k->convolution, in, out, share_in_call));
 }
 
+static status *pick(void *one, context *within) {
+    const kernel *k = one;
+    const functions api = k->api;
+    tensor in[INPUTS_OF_PICK];
+    for (size_t i = 0; i < INPUTS_OF_PICK; i++) {
+        const value *from;
+        TRY(INPUT_OF(within, i, &from));
+        TRY(read_tensor(api, from, in + i));
+    }
+    int64_t size[2];
+    value *made;
+    void *out;
+    TRY(fail(api, cadsurgery_size_of_pick(in, size)));
+    TRY(OUTPUT_OF(within, 0, size, 2, &made));
+    TRY(DATA_OF(made, &out));
+    const sharing here = {api, within};
+    ours = &here;
+    return fail(api, cadsurgery_pick(k->in_8_bits, in, out, share_in_call));
+}
+
 /* ---- Registration. */
 
 static const char *name_of(const operation *self) { return self->own_name; }
@@ -207,18 +239,22 @@ static int type_of(const operation *self, size_t place) {
     return place == ROWS_IN || place == RESIDUAL ? self->own_type : FLOAT;
 }
 static int result_type(const operation *self, size_t place) { return (void)place, self->own_type; }
-static size_t input_count(const operation *self) { return self->own_type == UINT8 ? INPUTS_IN_8_BITS : INPUTS; }
+static size_t input_count(const operation *self) { return self->inputs; }
 static size_t one_output(const operation *self) { return (void)self, 1; }
 static int required(const operation *self, size_t place) { return (void)self, (void)place, 0; }
 static int one(const operation *self) { return (void)self, 1; }
 
-#define OPERATION(name, type)                                                                                      \
-    {VERSION_OF_OPERATION, 0, name_of, any_provider, type_of, input_count, result_type, one_output, 0, destroy_convolution,     \
-     required, required, required, one, one, one, one, create_convolution, convolve, name, type}
+#define OPERATION(name, type, inputs, create, compute)                                                                         \
+    {VERSION_OF_OPERATION, 0, name_of, any_provider, type_of, input_count, result_type, one_output, 0, destroy,                \
+     required, required, required, one, one, one, one, create, compute, name, type, inputs}
+#define CONVOLUTION(name) OPERATION(name, FLOAT, INPUTS, create_convolution, convolve)
+#define IN_8_BITS(name) OPERATION(name "In8Bits", UINT8, INPUTS_IN_8_BITS, create_convolution, convolve)
 
-static const operation operations[] = {OPERATION("Convolve", FLOAT), OPERATION("ConvolveDepthwise", FLOAT),
-                                       OPERATION("ConvolveGroups", FLOAT), OPERATION("ConvolveIn8Bits", UINT8),
-                                       OPERATION("ConvolveDepthwiseIn8Bits", UINT8), OPERATION("ConvolveGroupsIn8Bits", UINT8)};
+static const operation operations[] = {
+    CONVOLUTION("Convolve"), CONVOLUTION("ConvolveDepthwise"), CONVOLUTION("ConvolveGroups"),
+    IN_8_BITS("Convolve"),   IN_8_BITS("ConvolveDepthwise"),   IN_8_BITS("ConvolveGroups"),
+    OPERATION("Pick", FLOAT, INPUTS_OF_PICK, create_pick, pick),
+    OPERATION("PickIn8Bits", UINT8, INPUTS_OF_PICK, create_pick, pick)};
 
 /* Add the operations to the options of a session; called by ONNX Runtime. */
 status *RegisterCustomOps(void *options, const interface *base) {

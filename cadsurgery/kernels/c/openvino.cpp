@@ -144,30 +144,70 @@ private:
     std::shared_ptr<Packed> packed_ = std::make_shared<Packed>();
 };
 
-struct Plain {
-    static constexpr const char *type = "Convolve";
-    static constexpr bool in_8_bits = false;
+/* Rows by a table; `Name` as above. */
+template <class Name>
+class Pick : public ov::op::Op {
+public:
+    static const ov::DiscreteTypeInfo &get_type_info_static() {
+        static const ov::DiscreteTypeInfo info{Name::type, "cadsurgery"};
+        return info;
+    }
+    const ov::DiscreteTypeInfo &get_type_info() const override { return get_type_info_static(); }
+
+    Pick() = default;
+    explicit Pick(const ov::OutputVector &inputs) : Op(inputs) { constructor_validate_and_infer_types(); }
+
+    void validate_and_infer_types() override {
+        const auto table = get_input_partial_shape(TABLE), rows = get_input_partial_shape(ROWS_IN);
+        set_output_type(0, Name::in_8_bits ? ov::element::u8 : ov::element::f32,
+                        {table.rank().is_static() ? table[0] : ov::Dimension::dynamic(),
+                         rows.rank().is_static() ? rows[1] : ov::Dimension::dynamic()});
+    }
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
+        return std::make_shared<Pick>(inputs);
+    }
+    bool visit_attributes(ov::AttributeVisitor &) override { return true; }
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
+        tensor in[INPUTS_OF_PICK];
+        for (size_t i = 0; i < INPUTS_OF_PICK; i++) in[i] = as_tensor(inputs[i]);
+        int64_t size[2];
+        check(cadsurgery_size_of_pick(in, size));
+        outputs[0].set_shape({static_cast<size_t>(size[0]), static_cast<size_t>(size[1])});
+        check(cadsurgery_pick(Name::in_8_bits, in, outputs[0].data(), share));
+        return true;
+    }
 };
-struct Depthwise {
-    static constexpr const char *type = "ConvolveDepthwise";
-    static constexpr bool in_8_bits = false;
-};
-struct Groups {
-    static constexpr const char *type = "ConvolveGroups";
-    static constexpr bool in_8_bits = false;
-};
-struct In8Bits {
-    static constexpr const char *type = "ConvolveIn8Bits";
-    static constexpr bool in_8_bits = true;
-};
-struct GroupsIn8Bits {
-    static constexpr const char *type = "ConvolveGroupsIn8Bits";
-    static constexpr bool in_8_bits = true;
-};
-struct DepthwiseIn8Bits {
-    static constexpr const char *type = "ConvolveDepthwiseIn8Bits";
-    static constexpr bool in_8_bits = true;
-};
+
+#define NAME(kind, text, bytes)                      \
+    struct kind {                                    \
+        static constexpr const char *type = text;    \
+        static constexpr bool in_8_bits = bytes;     \
+    };
+NAME(Plain, "Convolve", false)
+NAME(Depthwise, "ConvolveDepthwise", false)
+NAME(Groups, "ConvolveGroups", false)
+NAME(PlainIn8Bits, "ConvolveIn8Bits", true)
+NAME(DepthwiseIn8Bits, "ConvolveDepthwiseIn8Bits", true)
+NAME(GroupsIn8Bits, "ConvolveGroupsIn8Bits", true)
+NAME(OfFloats, "Pick", false)
+NAME(OfBytes, "PickIn8Bits", true)
+
+ov::OutputVector inputs_of(const ov::frontend::NodeContext &node) {
+    ov::OutputVector inputs;
+    for (size_t i = 0; i < node.get_input_size(); i++) inputs.push_back(node.get_input(static_cast<int>(i)));
+    return inputs;
+}
+
+template <class Name>
+void add_pick(std::vector<ov::Extension::Ptr> &to) {
+    to.push_back(std::make_shared<ov::OpExtension<Pick<Name>>>());
+    const auto read = [](const ov::frontend::NodeContext &node) -> ov::OutputVector {
+        return {std::make_shared<Pick<Name>>(inputs_of(node))};
+    };
+    to.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(Name::type, "cadsurgery", read));
+}
 
 /* Add an operation: for ONNX files, and for files of OpenVINO's own format. */
 template <class Name>
@@ -175,8 +215,6 @@ void add(std::vector<ov::Extension::Ptr> &to) {
     using Made = Convolution<Name>;
     to.push_back(std::make_shared<ov::OpExtension<Made>>());
     const auto read = [](const ov::frontend::NodeContext &node) -> ov::OutputVector {
-        ov::OutputVector inputs;
-        for (size_t i = 0; i < node.get_input_size(); i++) inputs.push_back(node.get_input(static_cast<int>(i)));
         const auto number = [&](const char *name) { return node.get_attribute<float>(name); };
         numbers of{number("outside"), number("low"), number("high"), 0, 0, 0, 0, 0, 0};
         if (Name::in_8_bits) {
@@ -184,7 +222,7 @@ void add(std::vector<ov::Extension::Ptr> &to) {
             of.scale_of_result = number("scale_of_result"), of.zero_of_result = number("zero_of_result");
             of.scale_of_residual = number("scale_of_residual"), of.zero_of_residual = number("zero_of_residual");
         }
-        return {std::make_shared<Made>(inputs, of)};
+        return {std::make_shared<Made>(inputs_of(node), of)};
     };
     to.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(Name::type, "cadsurgery", read));
 }
@@ -194,9 +232,11 @@ std::vector<ov::Extension::Ptr> extensions() {
     add<Plain>(all);
     add<Depthwise>(all);
     add<Groups>(all);
-    add<In8Bits>(all);
+    add<PlainIn8Bits>(all);
     add<DepthwiseIn8Bits>(all);
     add<GroupsIn8Bits>(all);
+    add_pick<OfFloats>(all);
+    add_pick<OfBytes>(all);
     return all;
 }
 

@@ -52,6 +52,9 @@ struct convolution {
 /* Return the features that the processor has and the variable CADSURGERY_ISA allows. */
 unsigned long cadsurgery_features(void);
 
+/* True if all entries are in 0..end - 1. */
+int cadsurgery_is_within(const int32_t *entries, int64_t count, int64_t end);
+
 /* Pack weights in 8 bits (taps, groups, channels, outputs) with the scale of each output. */
 const char *cadsurgery_pack_bytes(convolution *to, const numbers *of, const int8_t *weight, const float *scales,
                                   const float *bias);

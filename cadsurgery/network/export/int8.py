@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, import_package
-from cadsurgery.network.export.kernels import BY_RANK, DOMAIN, put_into_8_bits, quantise_rows
+from cadsurgery.network.export.kernels import DOMAIN, PICK
+from cadsurgery.network.export.kernels_in_8_bits import FUNCTIONS, put_into_8_bits, teach_quantiser
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.quantise import round_weight
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
@@ -25,7 +26,7 @@ from cadsurgery.support.progress import Step, counted, silent
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 # Operations that only move values: in 8 bits, rows are quantised before they are gathered for every tap.
-_MOVES = ("Concat", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+_MOVES = ("Concat", "Gather", PICK, "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 _BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # operations that engines fuse with a product or run in 8 bits
 _LEVELS = "levels"
 # Largest sum of two 8-bit weights for which the sum of two products with activations in 0..255 fits into 16 bits. x86
@@ -187,7 +188,7 @@ def quantise(
     weights = _round_weights(model.graph, chosen)
     common.RemoveUnusedNodesPass()(model)
     common.NameFixPass()(model)
-    quantise_rows(model.graph)
+    teach_quantiser(model.graph)
     halos = {
         value.name: node.outputs[0].name
         for node in chosen
@@ -201,7 +202,7 @@ def quantise(
             target,
             Reader(),
             nodes_to_quantize=[node.name for node in chosen],
-            op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE, *BY_RANK.values()],
+            op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE, *FUNCTIONS],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -418,6 +419,11 @@ def _has_weights(node: Any) -> bool:
         and all(value is None or value.is_initializer() for value in node.inputs[1:])
         and (node.op_type == "Conv" or len(node.inputs[1].shape) == 2)
     )
+
+
+def _is_convolution_of_rows(node: Any) -> bool:
+    """True for a convolution by this package's kernels."""
+    return node.domain == DOMAIN and node.op_type != PICK
 
 
 def _separate_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:

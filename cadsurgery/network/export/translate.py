@@ -14,7 +14,7 @@ from onnxscript import opset18
 from onnxscript.function_libs.torch_lib.ops.core import aten_einsum, aten_index
 from onnxscript.values import Op, Opset
 
-from cadsurgery.network.export.kernels import BY_RANK, DOMAIN, schema
+from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, PICK, schema
 
 op: Any = opset18
 _KERNELS = Opset(DOMAIN, 1)
@@ -81,8 +81,13 @@ def _convolve_rows(
     high: float,
 ) -> Any:
     """Call the function for the kind of convolution; see `export.kernels`."""
-    function = Op(_KERNELS, name := BY_RANK[len(weight.shape)], schema(name))
+    function = Op(_KERNELS, name := CONVOLUTIONS[len(weight.shape)], schema(name))
     return function(rows, table, sources, shares, weight, bias, residual, outside=outside, low=low, high=high)
+
+
+def _pick_rows(rows: Any, table: Any, sources: Any, shares: Any) -> Any:
+    """Call the function that picks rows; see `export.kernels`."""
+    return Op(_KERNELS, PICK, schema(PICK))(rows, table, sources, shares)
 
 
 def _number(value: Any) -> Any:
@@ -97,4 +102,5 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.remainder.Scalar: _remainder,
     _ATEN.sym_numel.default: _numel,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
+    torch.ops.cadsurgery.pick_rows.default: _pick_rows,
 }

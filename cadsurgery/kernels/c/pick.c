@@ -1,0 +1,60 @@
+/* Picking rows for engines: see convolve.h.
+ *
+ * Compiled once, for the architecture's baseline; it calls the widest form that the processor has. */
+#include "packed.h"
+
+typedef void pick_form(const reading *, const int32_t *, const float *, long, void *);
+
+typedef struct {
+    unsigned long needs;
+    pick_form *of_floats, *of_bytes;
+} form;
+
+#define DECLARE(set)                                                     \
+    __attribute__((weak)) extern pick_form gather_mixing_float32_##set;  \
+    __attribute__((weak)) extern pick_form gather_mixing_uint8_##set;
+#define FORM(set, needs) {needs, gather_mixing_float32_##set, gather_mixing_uint8_##set}
+
+DECLARE(scalar)
+#if defined(__x86_64__)
+DECLARE(avx2) DECLARE(avx512)
+static const form forms[] = {FORM(scalar, 0), FORM(avx2, 3), FORM(avx512, 11)};
+#elif defined(__aarch64__)
+DECLARE(neon)
+static const form forms[] = {FORM(scalar, 0), FORM(neon, 64)};
+#else
+static const form forms[] = {FORM(scalar, 0)};
+#endif
+
+const char *cadsurgery_size_of_pick(const tensor *in, int64_t *size) {
+    for (size_t i = 0; i < INPUTS_OF_PICK; i++) REFUSE_UNLESS(in[i].rank == 2, "an input of a pick is not two-dimensional");
+    REFUSE_UNLESS(in[TABLE].size[1] == 1, "the table of a pick has more than one column");
+    REFUSE_UNLESS(in[SHARES].size[0] == in[SOURCES].size[0] && in[SHARES].size[1] == in[SOURCES].size[1],
+                  "shares do not fit the halo");
+    size[0] = in[TABLE].size[0], size[1] = in[ROWS_IN].size[1];
+    return 0;
+}
+
+const char *cadsurgery_pick(int in_8_bits, const tensor *in, void *out, share_in_engine *way) {
+    const long rows = in[ROWS_IN].size[0], channels = in[ROWS_IN].size[1], count = in[TABLE].size[0];
+    const long halo = in[SOURCES].size[0], many = in[SOURCES].size[1];
+    const unsigned long features = cadsurgery_features();
+    pick_form *by = 0;
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
+        pick_form *const one = in_8_bits ? forms[i].of_bytes : forms[i].of_floats;
+        if ((features & forms[i].needs) == forms[i].needs && one) by = one;
+    }
+    REFUSE_UNLESS(by, "the library has no kernels for this processor");
+    REFUSE_UNLESS(cadsurgery_is_within(in[TABLE].data, count, rows + 1 + halo) &&
+                      cadsurgery_is_within(in[SOURCES].data, halo * many, rows),
+                  "a table names rows that do not exist");
+    float *beyond = malloc(channels * sizeof(float) + 64);
+    REFUSE_UNLESS(beyond, "there is no memory for a row");
+    memset(beyond, 0, channels * sizeof(float));
+    const reading from = {in[ROWS_IN].data, 0, beyond, in[TABLE].data, rows, count, 1, channels, channels};
+    cadsurgery_share_by(way);
+    by(&from, in[SOURCES].data, in[SHARES].data, many, out);
+    cadsurgery_share_by(0);
+    free(beyond);
+    return 0;
+}
