@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 from operator import mul
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -31,6 +30,22 @@ Pool = Literal["atrous", "drop"]
 Patch = Literal["quadtree", "block"]
 Statistics = Literal["area", "element"]
 T = TypeVar("T")
+
+
+class once(Generic[T]):
+    """Decorate a method as an attribute that is computed when it is first read.
+
+    Unlike `functools.cached_property` of Python 3.11 it takes no lock, which torch.compile cannot trace.
+    """
+
+    def __init__(self, build: Callable[[Any], T]) -> None:
+        self.build, self.name, self.__doc__ = build, build.__name__, build.__doc__
+
+    def __get__(self, owner: Any, kind: type) -> T:
+        if owner is None:
+            return self  # type: ignore[return-value]
+        found = owner.__dict__[self.name] = self.build(owner)
+        return found
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,7 @@ class Geometry:
         """True if points inside a cell are interpolated from several cells."""
         return self.fill != "nearest"
 
-    @cached_property
+    @once
     def sides(self) -> tuple[int, ...]:
         """Side of a cell of each level, R_0..R_K, in fine pixels."""
         return tuple(accumulate(self.strides, mul, initial=1))
@@ -272,12 +287,12 @@ class Lattice:
             self._derived[key] = build()
         return self._derived[key]
 
-    @cached_property
+    @once
     def is_open(self) -> bool:
         """True while a graph is traced without bounds, so that the number of elements depends on the level map."""
         return self.pyramid.in_graph and self.pyramid.bounds is None
 
-    @cached_property
+    @once
     def has_known_counts(self) -> bool:
         """True if `counts` are known numbers, so that rows can be split by image; False while a graph is traced or if
         only bounds are known."""
@@ -313,7 +328,7 @@ class Lattice:
         """
         return self.pyramid.lattice(stage, self.most_size).at(stage, size)
 
-    @cached_property
+    @once
     def geometry(self) -> Geometry:
         """Options of the converted network."""
         return self.pyramid.geometry

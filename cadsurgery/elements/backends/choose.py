@@ -527,7 +527,7 @@ def _fastest(kind: tuple[Hashable, ...], work: Work, backends: Sequence[Backend]
 def compute(work: Work, choice: Choice | None = None) -> Any:
     """Compute a work with the given choice, or with the chosen backend; profiles show the backend's name."""
     chosen = choice or choose(work)
-    if torch.autograd._profiler_enabled() and not work.graph:
+    if not torch.compiler.is_compiling() and torch.autograd._profiler_enabled():
         with torch.profiler.record_function(f"{work.task} ({chosen.backend.name})"):
             return chosen.run(work)
     return chosen.run(work)
