@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.network.export.engines import OnnxRuntime
+from cadsurgery.network.export.engines import OnnxRuntime, OnnxRuntimeWithKernels
 from cadsurgery.network.export.int8 import measure, to_8_bits
 from cadsurgery.support.provenance import setting
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
@@ -69,23 +69,21 @@ def pairs(data: Path, split: str, every: int) -> Any:
 def write(
     model: torch.nn.Module, mask: str, calibration: list[Tensor], folder: Path
 ) -> dict[str, tuple[OnnxRuntime, OnnxRuntime]]:
-    """Write dense and adaptive files, each in floating point and in int8."""
+    """Write dense and adaptive files, these also with kernels, each in floating point and in int8."""
     image, dense = calibration[0], [folder / "dense.onnx", folder / "dense8.onnx"]
     torch.onnx.export(model, (image,), dense[0], dynamo=True, external_data=False, verbose=False)
     shutil.copy(dense[0], dense[1])
     to_8_bits(dense[1], OnnxRuntime, [(one,) for one in calibration])
     # Masks see -1..1 unchanged, as when the figures were measured.
-    net, adaptive = (
-        cs.adaptify(model, mask, normalisation="raw"),
-        [folder / "adaptive.onnx", folder / "adaptive8.onnx"],
-    )
-    cs.export(net, image, adaptive[0])
-    cs.export(net, image, adaptive[1], int8=calibration)
+    net = cs.adaptify(model, mask, normalisation="raw")
     high, low = net.plan.output_stride
-    return {
-        f"dense, output stride {high}": tuple(map(OnnxRuntime, dense)),
-        f"{mask}, {high} to {low}": tuple(map(OnnxRuntime, adaptive)),
-    }
+    found = {f"dense, output stride {high}": (OnnxRuntime(dense[0]), OnnxRuntime(dense[1]))}
+    for engine, words in ((OnnxRuntime, ""), (OnnxRuntimeWithKernels, ", with kernels")):
+        files = [folder / f"{engine.__name__}{bits}.onnx" for bits in ("", "8")]
+        cs.export(net, image, files[0], with_kernels=engine.has_kernels)
+        cs.export(net, image, files[1], int8=calibration, with_kernels=engine.has_kernels)
+        found[f"{mask}, {high} to {low}{words}"] = (engine(files[0]), engine(files[1]))
+    return found
 
 
 def compare(exact: OnnxRuntime, rounded: OnnxRuntime, images: Any) -> tuple[Any, float, float]:
