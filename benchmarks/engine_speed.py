@@ -193,12 +193,17 @@ def tables(found: Mapping[str, Any]) -> str:
         one = next(iter(runs.values()))
         parts.append(
             f"**{precision}, {cap}.** {one['device']}; torch {one['versions']['torch']}; "
-            f"{' and '.join(sorted({str(run['rounds']) for run in runs.values()}))} rounds; commit {one['commit']}.\n\n"
+            f"{_all(runs, 'rounds')} rounds; commit {_all(runs, 'commit')}.\n\n"
             "| network | work | engine | dense high | dense low | dense high at .7 | converted | with kernels | "
             "speed-up | of the ratio |\n|---|---|---|---|---|---|---|---|---|---|\n"
             + "".join(line for name, run in runs.items() for line in _lines(name, run))
         )
     return "\n".join(parts)
+
+
+def _all(runs: Mapping[str, Any], what: str) -> str:
+    """Return the different values of several runs in words."""
+    return " and ".join(dict.fromkeys(str(run[what]) for run in runs.values()))
 
 
 def _lines(name: str, run: Mapping[str, Any]) -> Iterator[str]:
