@@ -299,7 +299,7 @@ def test_a_convolution_between_8_bits_is_the_one_in_floating_point(
     exact, path = tmp_path / "exact.onnx", tmp_path / "one.onnx"
     feed = quantised_call(exact, one, -np.inf if kind == "wide" else -1.5, residual)
     model = onnx.load(str(exact))
-    put_into_8_bits(model)
+    put_into_8_bits(model, {})
     onnx.save(model, str(path))
     assert [node.op_type for node in model.graph.node] == [f"{one.name}In8Bits"]
     assert [made.name for made in model.functions] == [f"{one.name}In8Bits"]
@@ -328,7 +328,7 @@ def test_rows_that_are_their_own_residual_are_read_once(tmp_path: Path) -> None:
     (place,) = (at for at, one in enumerate(model.graph.input) if one.name == "more")
     del model.graph.input[place], feed["more"]
     onnx.save(model, str(exact))
-    put_into_8_bits(model)
+    put_into_8_bits(model, {})
     onnx.save(model, str(path))
     assert [node.op_type for node in model.graph.node] == ["ConvolveIn8Bits"]
     (expected,) = File(exact).session.run(None, feed)
@@ -362,7 +362,7 @@ def test_what_is_not_between_8_bits_stays_in_floating_point(change: str, tmp_pat
         weight.name = "given"
         model.graph.node.insert(0, onnx.helper.make_node("Relu", ["given"], ["weight"]))
     before = model.SerializeToString()
-    put_into_8_bits(model)
+    put_into_8_bits(model, {})
     assert model.SerializeToString() == before
 
 
@@ -374,7 +374,7 @@ def test_what_kernels_do_not_compute_in_8_bits_is_refused(change: str, message: 
     path = tmp_path / "one.onnx"
     feed = quantised_call(path, KINDS["depthwise"])
     model = onnx.load(str(path))
-    put_into_8_bits(model)
+    put_into_8_bits(model, {})
     (call,) = (node for node in model.graph.node if node.domain == DOMAIN)
     constants = {one.name: one for one in model.graph.initializer}
     if change == "scales":

@@ -6,7 +6,7 @@ with the operations between them. Needs onnx, onnxscript and onnxruntime, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.kernels import isa
-from cadsurgery.network.export.engines import Engine, OnnxRuntime, import_package
+from cadsurgery.network.export.engines import Engine, OnnxRuntime, OnnxRuntimeWithKernels, import_package
 from cadsurgery.network.export.kernels import DOMAIN, PICK
 from cadsurgery.network.export.kernels_in_8_bits import FUNCTIONS, put_into_8_bits, teach_quantiser
 from cadsurgery.network.export.quiet import quietly
@@ -78,8 +78,7 @@ def to_8_bits(
     rounded = path.with_name(f"8-bit-{path.name}")
     try:
         with quietly():
-            shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
-            outputs, keeps_levels = quantise(path, rounded, shown, engine)
+            outputs, keeps_levels = quantise(path, rounded, calls, engine, step)
     except CadError:
         raise
     except Exception as error:
@@ -126,9 +125,16 @@ def _instruction_set() -> str:
 
 
 def quantise(
-    source: Path, target: Path, calls: Iterable[tuple[Tensor, ...]], engine: type[Engine]
+    source: Path,
+    target: Path,
+    calls: Sequence[tuple[Tensor, ...]],
+    engine: type[Engine],
+    step: Step = silent,
 ) -> tuple[tuple[str, ...], bool]:
     """Quantise a float file: weights symmetrically per output channel, activations by the value range of each map.
+
+    The mean error that rounded weights cause on the calibration images is corrected in the biases (Nagel et al. 2019,
+    equation 15, with measured means).
 
     The operations of the mask stay in floating point, so that a mask that sees the image alone chooses the same
     patches. The features that a mask sees are those of the network in 8 bits. The integer sums are exact on every
@@ -140,6 +146,7 @@ def quantise(
         calls: inputs for calibration.
         engine: engine that the file is for. ONNX Runtime gets products of rows as convolutions, which are fastest
             there; OpenVINO would transpose their inputs.
+        step: progress callback; gets the calibration images.
 
     Returns:
         The names of the outputs, and True if the level map stays as it is.
@@ -165,7 +172,8 @@ def quantise(
 
     model = onnx_ir.external_data.load_to_model(onnx_ir.load(source))
     inputs, outputs = ([str(one.name) for one in ends] for ends in (model.graph.inputs, model.graph.outputs))
-    feeds = (dict(zip(inputs, (value.numpy() for value in call), strict=True)) for call in calls)
+    shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
+    feeds = (dict(zip(inputs, (value.numpy() for value in call), strict=True)) for call in shown)
     fold()
     mask = _needed_for(_LEVELS, model.graph) - _features(model.graph)
     if issubclass(engine, OnnxRuntime):
@@ -185,7 +193,9 @@ def quantise(
     )
     _separate_from_mask(model.graph, mask, chosen)
     _keep_for_kernels(model.graph)
-    weights = _round_weights(model.graph, chosen)
+    common.NameFixPass()(model)
+    means = _means(model, chosen, calls, target, step)
+    weights = _round_weights(model.graph, chosen, means)
     common.RemoveUnusedNodesPass()(model)
     common.NameFixPass()(model)
     teach_quantiser(model.graph)
@@ -211,7 +221,7 @@ def quantise(
                 "TensorQuantOverrides": {value.name: scales for value, scales in weights.items()},
             },
         )
-    _finish(target, halos)
+    _finish(target, halos, means)
     onnx.checker.check_model(str(target), full_check=True)
     return tuple(outputs), keeps_levels
 
@@ -255,8 +265,7 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
             continue
         rows, weight, *bias = node.inputs
         options = {name: one.value for name, one in node.attributes.items()}
-        plain = {options.get(name, 1.0) for name in ("alpha", "beta")} == {1.0} and not options.get("transA")
-        if rows.shape is None or len(rows.shape) != 2 or not plain:
+        if rows.shape is None or len(rows.shape) != 2 or not _is_plain(options):
             continue
         steps = tape.Tape(graph)
         first, last = (
@@ -282,6 +291,11 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
             step.outputs[0].dtype = rows.dtype
         last_one = replaced[-1]
         convenience.replace_nodes_and_values(graph, last_one, replaced, steps.nodes, last_one.outputs, [out])
+
+
+def _is_plain(options: Mapping[str, Any]) -> bool:
+    """True if a product has no factors, and its rows are not transposed."""
+    return {options.get(name, 1.0) for name in ("alpha", "beta")} == {1.0} and not options.get("transA")
 
 
 def _copy_maps_for_rows(graph: Any, mask: set[Any]) -> None:
@@ -311,8 +325,56 @@ def _is_bound(node: Any) -> bool:
     )
 
 
-def _round_weights(graph: Any, chosen: list[Any]) -> dict[Any, list[dict[str, Any]]]:
-    """Round the weights of the chosen products to 8 bits, and return their scales for the quantiser.
+def _means(
+    model: Any, chosen: Sequence[Any], calls: Sequence[tuple[Tensor, ...]], target: Path, step: Step
+) -> dict[str, Tensor]:
+    """Return the mean (C,) in each channel of what the chosen products read on the calibration images, by name."""
+    import onnx
+    import onnx_ir
+    from onnx import helper
+
+    read: dict[str, list[int]] = {}
+    for node in chosen:
+        value = node.inputs[0]
+        axes = {2: [0], 4: [0, 2, 3]}.get(len(value.shape) if value.shape is not None else 0)
+        if (
+            axes
+            and (node.op_type in _PRODUCTS or _is_convolution_of_rows(node))
+            and not value.is_initializer()
+        ):
+            read[value.name] = axes
+    message = onnx_ir.to_proto(model)
+    count = len(message.graph.output)
+    for name, axes in read.items():
+        constant = onnx.numpy_helper.from_array(torch.tensor(axes).numpy(), f"{name}.axes")
+        message.graph.initializer.append(constant)
+        message.graph.node.append(
+            helper.make_node("ReduceMean", [name, constant.name], [f"{name}.mean"], keepdims=0)
+        )
+        message.graph.output.append(
+            helper.make_tensor_value_info(f"{name}.mean", onnx.TensorProto.FLOAT, None)
+        )
+    file = target.with_name(f"means-{target.name}")
+    try:
+        onnx.save(message, file)
+        has_functions = any(node.domain == DOMAIN for node in model.graph)
+        run = (OnnxRuntimeWithKernels if has_functions else OnnxRuntime)(file)
+        found = [
+            run(*inputs)[count:] for inputs in counted(calls, step, "measuring means, image", size=_images)
+        ]
+    finally:
+        file.unlink(missing_ok=True)
+    return {
+        name: torch.stack(values).double().mean(0)
+        for name, values in zip(read, zip(*found, strict=True), strict=True)
+    }
+
+
+def _round_weights(
+    graph: Any, chosen: list[Any], means: Mapping[str, Tensor]
+) -> dict[Any, list[dict[str, Any]]]:
+    """Round the weights of the chosen products to 8 bits, and return their scales for the quantiser. The mean error
+    that this causes is corrected in the biases.
 
     No two weights of an output sum to more than `LARGEST_PAIR`, so that products are exact in any order; the largest
     weight of an output is then 64 to 127. Depthwise convolutions use all 8 bits, because both engines widen their
@@ -341,6 +403,16 @@ def _round_weights(graph: Any, chosen: list[Any]) -> dict[Any, list[dict[str, An
         steps = tape.Tape(graph)
         value = steps.initializer(tensor(rounded.contiguous().numpy()), f"{weight.name}.{node.name}.rounded")
         node.replace_input_with(1, value)
+        if node.op_type != "MatMul" and _is_plain(options) and node.inputs[0].name in means:
+            error = (rows - rounded.movedim(axis, 0)).reshape(*rows.shape[:2], -1)
+            error = error.sum(2, dtype=torch.float64)  # (O, C / groups)
+            mean = means[node.inputs[0].name].view(options.get("group", 1), 1, -1)
+            shift = (error.view(len(mean), -1, error.shape[1]) * mean).sum(2).flatten()
+            bias = node.inputs[2] if len(node.inputs) > 2 else None
+            before = torch.from_numpy(bias.const_value.numpy().copy()) if bias is not None else 0
+            corrected = tensor((before + shift).float().numpy())
+            node.resize_inputs(3)
+            node.replace_input_with(2, steps.initializer(corrected, f"{value.name}.bias"))
         scales[value] = [
             {
                 "quant_type": QuantType.QInt8,
@@ -388,7 +460,7 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
     return list(chosen)
 
 
-def _finish(file: Path, halos: dict[str, str]) -> None:
+def _finish(file: Path, halos: dict[str, str], means: Mapping[str, Tensor]) -> None:
     """Give halos (means of rows) the scale and zero point of their concatenation, and kernels their 8 bits.
 
     A halo may be all zero on the calibration images; and rows of equal scale are concatenated without requantisation.
@@ -396,6 +468,7 @@ def _finish(file: Path, halos: dict[str, str]) -> None:
     Args:
         file: an ONNX file.
         halos: names of halos, and of the concatenation of each.
+        means: by name the mean of values in each channel.
     """
     import onnx
 
@@ -405,7 +478,7 @@ def _finish(file: Path, halos: dict[str, str]) -> None:
     for name, other in halos.items():
         for node in (rounds[name], exact[rounds[name].output[0]]):
             node.input[1:] = rounds[other].input[1:]
-    put_into_8_bits(model)
+    put_into_8_bits(model, means)
     used = {name for node in model.graph.node for name in node.input}
     for one in [one for one in model.graph.initializer if one.name not in used]:
         model.graph.initializer.remove(one)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, IN_8_BITS, OF_8_BITS, PICK, function
 from cadsurgery.network.quantise import round_weight
@@ -133,17 +135,26 @@ class _Ends(NamedTuple):
         message.model.graph.node.remove(self.after)
 
 
-def put_into_8_bits(model: Any) -> None:
+def put_into_8_bits(model: Any, means: Mapping[str, Tensor]) -> None:
     """Let convolutions between quantised values (an ONNX message) read and write their 8 bits themselves.
 
     The operation then takes the place of its `DequantizeLinear` and `QuantizeLinear`, and its weights are rounded to 8
     bits. All 8 are used, because the sums are exact on every processor.
+
+    Args:
+        model: it is changed.
+        means: by the name of rows their mean (C,) in each channel, by which the mean error of rounded weights is
+            corrected in the bias.
     """
     message = _Message(model)
     changed = {
         node.op_type
         for node in [one for one in model.graph.node if one.domain == DOMAIN]
-        if (_pick_in_8_bits if node.op_type == PICK else _convolve_in_8_bits)(node, message)
+        if (
+            _pick_in_8_bits(node, message)
+            if node.op_type == PICK
+            else _convolve_in_8_bits(node, message, means)
+        )
     }
     if not changed:
         return
@@ -163,7 +174,7 @@ def _pick_in_8_bits(node: Any, message: _Message) -> bool:
     return True
 
 
-def _convolve_in_8_bits(node: Any, message: _Message) -> bool:
+def _convolve_in_8_bits(node: Any, message: _Message, means: Mapping[str, Tensor]) -> bool:
     """Put a convolution into 8 bits if its rows, its residual and its result are quantised; return True if so."""
     import numpy as np
     from onnx import helper
@@ -179,11 +190,14 @@ def _convolve_in_8_bits(node: Any, message: _Message) -> bool:
     if values is None or offset is None or ends is None:
         return False
     whole, scales = _round(values)
+    mean = means.get(ends.rows.removesuffix("_DequantizeLinear_Output"))
+    if mean is not None:
+        offset = offset + _mean_error(torch.from_numpy(values - whole * scales), mean).float().numpy()
     prefix = f"{node.name or node.output[0]}.in_8_bits"
     none = np.zeros(1, np.uint8)
     inputs = [
         message.add(f"{prefix}.weight", whole),
-        bias if bias in message.constants else message.add(f"{prefix}.bias", offset),
+        message.add(f"{prefix}.bias", offset),
         message.makers[residual].input[0] if has_residual else message.add(f"{prefix}.none", none),
         message.add(f"{prefix}.scales", scales),
     ]
@@ -196,6 +210,14 @@ def _convolve_in_8_bits(node: Any, message: _Message) -> bool:
     numbers = zip(OF_8_BITS, (*ends.of_rows, *ends.of_result, *of_residual), strict=True)
     node.attribute.extend(helper.make_attribute(name, number) for name, number in numbers)
     return True
+
+
+def _mean_error(error: Tensor, mean: Tensor) -> Tensor:
+    """Return the mean (O,) of the sums that an error of the weight causes, for rows of a mean (C,)."""
+    by_input = error.double().sum(0)  # (C,), (C, O) or (groups, C, O) after the taps
+    if by_input.dim() == 1:
+        return by_input * mean
+    return (by_input * mean.view(*by_input.shape[:-1], 1)).sum(-2).flatten()
 
 
 def _round(weight: Any) -> tuple[Any, Any]:
