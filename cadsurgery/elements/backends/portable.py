@@ -73,7 +73,7 @@ class Portable(Backend):
 
     def mix(self, work: Mixing) -> Tensor:
         """Compute rows (M, C)."""
-        if (target_of_graph() or Target()).has_kernels:
+        if _has_pick(work.rows):
             first = work.rows.shape[0] + 1  # behind the rows, and one that lies outside
             table = torch.arange(work.sources.shape[0], dtype=torch.int32, device=work.rows.device) + first
             return _pick(work.rows, Reading(table, work.sources, work.shares, False))
@@ -84,7 +84,7 @@ class Portable(Backend):
         """Compute rows (entries, C)."""
         rows, reading = work.rows, work.reading
         has_halo = not is_statically_true(reading.sources.shape[0] == 0)
-        if has_halo and (target_of_graph() or Target()).has_kernels:
+        if has_halo and _has_pick(rows):
             return _pick(rows, reading)
         return extend(rows, reading, 0.0).index_select(0, reading.table.flatten())
 
@@ -107,6 +107,11 @@ _LIBRARY.define("pick_rows(Tensor rows, Tensor table, Tensor sources, Tensor sha
 @torch.library.register_fake("cadsurgery::pick_rows")
 def _picked(rows: Tensor, table: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
     return rows.new_empty(table.shape[0], rows.shape[1])
+
+
+def _has_pick(rows: Tensor) -> bool:
+    """Return True if engines have a kernel that picks these rows."""
+    return (target_of_graph() or Target()).has_kernels and rows.dtype == torch.float32
 
 
 def _pick(rows: Tensor, reading: Reading) -> Tensor:
