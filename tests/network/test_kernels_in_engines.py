@@ -314,6 +314,24 @@ def test_a_convolution_between_8_bits_is_the_one_in_floating_point(
         assert np.array_equal(InOpenVino(path).run(feed)[0], kernel)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sums"), [("depthwise", "tc,c->c"), ("plain", "tco,c->o"), ("groups", "tgco,gc->go")]
+)
+def test_the_bias_corrects_the_mean_error_of_rounded_weights(kind: str, sums: str, tmp_path: Path) -> None:
+    path, one = tmp_path / "one.onnx", KINDS[kind]
+    quantised_call(path, one)
+    model, mean = onnx.load(str(path)), torch.rand(one.inputs, dtype=torch.float64) + 3
+    before = {value.name: onnx.numpy_helper.to_array(value) for value in model.graph.initializer}
+    put_into_8_bits(model, {"rows": mean})
+    after = {value.name: onnx.numpy_helper.to_array(value) for value in model.graph.initializer}
+    (call,) = model.graph.node
+    rounded, scales = after[call.input[4]], after[call.input[7]]
+    by_group = mean.numpy().reshape(*one.weight[1 : len(one.weight) - 1] if len(one.weight) > 2 else [-1])
+    expected = before["bias"] + np.einsum(sums, before["weight"] - rounded * scales, by_group).ravel()
+    assert np.abs(after[call.input[5]] - expected).max() < 1e-5
+    assert np.abs(expected - before["bias"]).max() > 1e-3
+
+
 def test_rows_that_are_their_own_residual_are_read_once(tmp_path: Path) -> None:
     exact, path = tmp_path / "exact.onnx", tmp_path / "one.onnx"
     feed = quantised_call(exact, Kind("Convolve", (3, 8, 8), 8, 8), residual=True)
