@@ -95,6 +95,7 @@ class Geometry:
                 f"max_level={self.max_level} needs as many stages; strides are {self.strides}.",
                 next="give one positive stride per stage.",
             )
+        _ = self.sides  # now, because torch.compile would compile again for an attribute that appears
 
     @property
     def interpolates(self) -> bool:
