@@ -443,10 +443,13 @@ def test_a_pick_takes_rows_and_mixes_the_halo(dtype: Any, isa: str, tmp_path: Pa
         (found,) = run(path).session.run(None, feed)
         assert found.dtype == dtype
         assert np.abs(found.astype(np.float32) - expected).max() <= (0.501 if in_8_bits else 1e-4)
+    wrong = {**feed, "sources": feed["sources"] + 8}
+    with pytest.raises(Exception, match="rows that do not exist"):
+        WithKernels(path).session.run(None, wrong)
     if not isa:
         assert np.array_equal(InOpenVino(path).run(feed)[0], found)
-    with pytest.raises(Exception, match="rows that do not exist"):
-        WithKernels(path).session.run(None, {**feed, "sources": feed["sources"] + 8})
+        with pytest.raises(Exception, match="rows that do not exist"):
+            InOpenVino(path, threads=2).run(wrong)
 
 
 @pytest.mark.parametrize("table", [[[0, 5]], [[-1, 0]]])

@@ -59,14 +59,6 @@ static const form forms[] = {FORM(scalar, 0), FORM(neon, 64)};
 static const form forms[] = {FORM(scalar, 0)};
 #endif
 
-static const form *widest(void) {
-    const unsigned long features = cadsurgery_features();
-    const form *found = 0;
-    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
-        if ((features & forms[i].needs) == forms[i].needs && forms[i].grouped && forms[i].mix) found = forms + i;
-    return found;
-}
-
 /* Pack weights (taps, groups, channels, outputs) for `product`: see product.c. */
 static void pack_product(const convolution *k, long chunk, const float *from, float *to, const float *bias, float *offset) {
     const long chunks = (k->outputs + chunk - 1) / chunk;
@@ -96,8 +88,9 @@ static void pack_grouped(const convolution *k, long lanes, const float *from, fl
 }
 
 static const char *pack_floats(convolution *k, const float *weight, const float *bias) {
-    const form *by = widest();
-    REFUSE_UNLESS(by, "the library has no kernels for this processor");
+    const form *by = 0;
+    WIDEST(forms, grouped, by);
+    REFUSE_UNLESS(by && by->mix, "the library has no kernels for this processor");
     const long *layout = by->grouped_layout;
     const int in_vector = k->channels <= layout[1] && !(k->channels & (k->channels - 1)) && k->outputs == k->channels;
     const int is_product = k->groups == 1 || !in_vector || k->taps > layout[2];
@@ -163,13 +156,22 @@ const char *cadsurgery_size_of_result(const convolution *k, const tensor *in, in
     return 0;
 }
 
-int cadsurgery_is_within(const int32_t *entries, int64_t count, int64_t end) {
+static int is_within(const int32_t *entries, int64_t count, int64_t end) {
     int32_t least = 0, most = 0;
     for (int64_t i = 0; i < count; i++) {
         least = entries[i] < least ? entries[i] : least;
         most = entries[i] > most ? entries[i] : most;
     }
     return least >= 0 && most < end;
+}
+
+const char *cadsurgery_check_rows(const tensor *in) {
+    const tensor *table = in + TABLE, *sources = in + SOURCES;
+    const int64_t rows = in[ROWS_IN].size[0], halo = sources->size[0];
+    REFUSE_UNLESS(is_within(table->data, table->size[0] * table->size[1], rows + 1 + halo) &&
+                      is_within(sources->data, halo * sources->size[1], rows),
+                  "a table names rows that do not exist");
+    return 0;
 }
 
 /* Put a pointer in the place of another and return that (atomic). */
@@ -190,9 +192,8 @@ static void *swap(void **place, void *with) {
 const char *cadsurgery_convolve(convolution *k, const tensor *in, void *out, share_in_engine *way) {
     const long rows = in[ROWS_IN].size[0], channels = in[ROWS_IN].size[1], count = in[TABLE].size[0];
     const long halo = in[SOURCES].size[0], many = in[SOURCES].size[1];
-    REFUSE_UNLESS(cadsurgery_is_within(in[TABLE].data, count * k->taps, rows + 1 + halo) &&
-                      cadsurgery_is_within(in[SOURCES].data, halo * many, rows),
-                  "a table names rows that do not exist");
+    const char *reason = cadsurgery_check_rows(in);
+    if (reason) return reason;
     /* One row for what lies outside, then the halo. The memory is kept for the next call, since new pages cost more than
      * what is written to them. */
     struct spare { size_t bytes; } *memory = swap(&k->spare, 0);
@@ -217,7 +218,6 @@ const char *cadsurgery_convolve(convolution *k, const tensor *in, void *out, sha
     const void *more = in[RESIDUAL].rank == 2 ? in[RESIDUAL].data : 0;
     const long of_group = by->grouped || k->bytes.depthwise || k->bytes.grouped ? channels : k->channels;
     const reading from = {in[ROWS_IN].data, mixed, beyond, in[TABLE].data, rows, count, k->taps, of_group, channels};
-    const char *reason = 0;
     if (k->in_8_bits) reason = cadsurgery_convolve_bytes(k, &from, more, out);
     else if (by->product)
         by->product(&from, by->weight, by->bias, 0, 0, 0, more, out, k->groups, k->outputs, k->low, k->high);

@@ -49,10 +49,6 @@ static const form forms[] = {FORM(scalar, 0)};
 static const form_by_width by_width[] = {BY_WIDTH(scalar, 0)};
 #endif
 
-#define WIDEST(from, symbol, found)                                                                        \
-    for (size_t i = 0; i < sizeof from / sizeof *from; i++)                                                \
-        if ((features & from[i].needs) == from[i].needs && from[i].symbol) found = from + i;
-
 /* Layout of packed weights: see `int8_layout` in int8.c. */
 enum { CHUNK = 1, SIDE, BYTES_OF_WEIGHT, SHIFT, MANY, HALF, MOST_TAPS = 64 };
 
@@ -143,12 +139,11 @@ static float clamp(float value) { return value < 0 ? 0 : value > 255 ? 255 : (fl
 
 const char *cadsurgery_pack_bytes(convolution *k, const numbers *of, const int8_t *weight, const float *scales,
                                   const float *bias) {
-    const unsigned long features = cadsurgery_features();
     const form *any = 0, *of_depthwise = 0;
     const form_by_width *wide = 0;
-    WIDEST(forms, convolve, any)
-    WIDEST(forms, depthwise, of_depthwise)
-    WIDEST(by_width, grouped, wide)
+    WIDEST(forms, convolve, any);
+    WIDEST(forms, depthwise, of_depthwise);
+    WIDEST(by_width, grouped, wide);
     REFUSE_UNLESS(any && wide && wide->mix, "the library has no kernels in 8 bits for this processor");
     const int is_depthwise = k->channels == 1 && k->outputs == 1 && k->groups > 1;
     const int by_taps = is_depthwise && of_depthwise && k->taps <= MOST_TAPS;

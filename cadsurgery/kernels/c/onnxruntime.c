@@ -188,11 +188,13 @@ static int share_in_call(long count, long grain, share_body body, void *work) {
     return number > 1 && !SHARE(ours->within, do_part, number, 0, &all);
 }
 
-static status *convolve(void *one, context *within) {
+/* Compute a result; weight and bias were read when the kernel was created. */
+static status *compute(void *one, context *within) {
     const kernel *k = one;
+    convolution *const by = k->convolution;
     const functions api = k->api;
     tensor in[INPUTS];
-    for (size_t i = 0; i < INPUTS; i++) {
+    for (size_t i = 0; i < (by ? INPUTS : INPUTS_OF_PICK); i++) {
         const value *from;
         if (i == WEIGHT || i == BIAS) continue;
         TRY(INPUT_OF(within, i, &from));
@@ -201,32 +203,12 @@ static status *convolve(void *one, context *within) {
     int64_t size[2];
     value *made;
     void *out;
-    TRY(fail(api, cadsurgery_size_of_result(k->convolution, in, size)));
+    TRY(fail(api, by ? cadsurgery_size_of_result(by, in, size) : cadsurgery_size_of_pick(in, size)));
     TRY(OUTPUT_OF(within, 0, size, 2, &made));
     TRY(DATA_OF(made, &out));
     const sharing here = {api, within};
     ours = &here;
-    return fail(api, cadsurgery_convolve(k->convolution, in, out, share_in_call));
-}
-
-static status *pick(void *one, context *within) {
-    const kernel *k = one;
-    const functions api = k->api;
-    tensor in[INPUTS_OF_PICK];
-    for (size_t i = 0; i < INPUTS_OF_PICK; i++) {
-        const value *from;
-        TRY(INPUT_OF(within, i, &from));
-        TRY(read_tensor(api, from, in + i));
-    }
-    int64_t size[2];
-    value *made;
-    void *out;
-    TRY(fail(api, cadsurgery_size_of_pick(in, size)));
-    TRY(OUTPUT_OF(within, 0, size, 2, &made));
-    TRY(DATA_OF(made, &out));
-    const sharing here = {api, within};
-    ours = &here;
-    return fail(api, cadsurgery_pick(k->in_8_bits, in, out, share_in_call));
+    return fail(api, by ? cadsurgery_convolve(by, in, out, share_in_call) : cadsurgery_pick(k->in_8_bits, in, out, share_in_call));
 }
 
 /* ---- Registration. */
@@ -244,17 +226,17 @@ static size_t one_output(const operation *self) { return (void)self, 1; }
 static int required(const operation *self, size_t place) { return (void)self, (void)place, 0; }
 static int one(const operation *self) { return (void)self, 1; }
 
-#define OPERATION(name, type, inputs, create, compute)                                                                         \
+#define OPERATION(name, type, inputs, create)                                                                                  \
     {VERSION_OF_OPERATION, 0, name_of, any_provider, type_of, input_count, result_type, one_output, 0, destroy,                \
      required, required, required, one, one, one, one, create, compute, name, type, inputs}
-#define CONVOLUTION(name) OPERATION(name, FLOAT, INPUTS, create_convolution, convolve)
-#define IN_8_BITS(name) OPERATION(name "In8Bits", UINT8, INPUTS_IN_8_BITS, create_convolution, convolve)
+#define CONVOLUTION(name) OPERATION(name, FLOAT, INPUTS, create_convolution)
+#define IN_8_BITS(name) OPERATION(name "In8Bits", UINT8, INPUTS_IN_8_BITS, create_convolution)
 
 static const operation operations[] = {
     CONVOLUTION("Convolve"), CONVOLUTION("ConvolveDepthwise"), CONVOLUTION("ConvolveGroups"),
     IN_8_BITS("Convolve"),   IN_8_BITS("ConvolveDepthwise"),   IN_8_BITS("ConvolveGroups"),
-    OPERATION("Pick", FLOAT, INPUTS_OF_PICK, create_pick, pick),
-    OPERATION("PickIn8Bits", UINT8, INPUTS_OF_PICK, create_pick, pick)};
+    OPERATION("Pick", FLOAT, INPUTS_OF_PICK, create_pick),
+    OPERATION("PickIn8Bits", UINT8, INPUTS_OF_PICK, create_pick)};
 
 /* Add the operations to the options of a session; called by ONNX Runtime. */
 status *RegisterCustomOps(void *options, const interface *base) {

@@ -64,33 +64,67 @@ private:
     convolution *made_ = nullptr;
 };
 
-/* `Name::type` is the operation's name, `Name::in_8_bits` says if rows and result are bytes. */
-template <class Name>
-class Convolution : public ov::op::Op {
+/* What all operations share. `Name::type` is the operation's name, `Name::in_8_bits` says if rows and result are bytes. */
+template <class Name, size_t number_of_inputs>
+class Operation : public ov::op::Op {
 public:
     static const ov::DiscreteTypeInfo &get_type_info_static() {
         static const ov::DiscreteTypeInfo info{Name::type, "cadsurgery"};
         return info;
     }
     const ov::DiscreteTypeInfo &get_type_info() const override { return get_type_info_static(); }
+    bool has_evaluate() const override { return true; }
 
+protected:
+    using Op::Op;
+
+    /* Check the inputs, and set the result: as many rows as the table has, as wide as an axis of an input. */
+    void infer(size_t input, size_t axis) {
+        OPENVINO_ASSERT(get_input_size() == number_of_inputs, "cadsurgery: ", Name::type, " takes another number of inputs");
+        for (size_t i = 0; i < number_of_inputs; i++)
+            OPENVINO_ASSERT(get_input_element_type(i).compatible(type_of(i)), "cadsurgery: input ", i, " of ", Name::type,
+                            " is of type ", get_input_element_type(i), "; it has to be ", type_of(i));
+        set_output_type(0, own_type(), {side(TABLE, 0), side(input, axis)});
+    }
+
+    static std::vector<tensor> as_tensors(const ov::TensorVector &inputs) {
+        std::vector<tensor> in;
+        for (size_t i = 0; i < number_of_inputs; i++) in.push_back(as_tensor(inputs[i]));
+        return in;
+    }
+
+    /* With one thread OpenVINO (2026.4) goes on after an exception: what it returns must not look like a result. */
+    static bool finish(ov::Tensor &out, const char *reason) {
+        if (reason && !Name::in_8_bits)
+            std::fill_n(out.data<float>(), out.get_size(), std::numeric_limits<float>::quiet_NaN());
+        check(reason);
+        return true;
+    }
+
+private:
+    static ov::element::Type own_type() { return Name::in_8_bits ? ov::element::u8 : ov::element::f32; }
+    static ov::element::Type type_of(size_t place) {
+        if (place == TABLE || place == SOURCES) return ov::element::i32;
+        if (place == WEIGHT && Name::in_8_bits) return ov::element::i8;
+        return place == ROWS_IN || place == RESIDUAL ? own_type() : ov::element::f32;
+    }
+    ov::Dimension side(size_t input, size_t axis) const {
+        const ov::PartialShape shape = get_input_partial_shape(input);
+        return shape.rank().is_static() ? shape[axis] : ov::Dimension::dynamic();
+    }
+};
+
+template <class Name>
+class Convolution : public Operation<Name, Name::in_8_bits ? INPUTS_IN_8_BITS : INPUTS> {
+    using Base = Operation<Name, Name::in_8_bits ? INPUTS_IN_8_BITS : INPUTS>;
+
+public:
     Convolution() = default;
-    Convolution(const ov::OutputVector &inputs, const numbers &of) : Op(inputs), of_(of) {
-        constructor_validate_and_infer_types();
+    Convolution(const ov::OutputVector &inputs, const numbers &of) : Base(inputs), of_(of) {
+        this->constructor_validate_and_infer_types();
     }
 
-    void validate_and_infer_types() override {
-        OPENVINO_ASSERT(get_input_size() == inputs_in, "cadsurgery: a convolution takes another number of inputs");
-        for (size_t i = 0; i < inputs_in; i++) {
-            const auto type = type_of(i);
-            OPENVINO_ASSERT(get_input_element_type(i).compatible(type), "cadsurgery: input ", i, " of a convolution is of type ",
-                            get_input_element_type(i), "; it has to be ", type);
-        }
-        const auto table = get_input_partial_shape(TABLE), bias = get_input_partial_shape(BIAS);
-        set_output_type(0, own_type(),
-                        {table.rank().is_static() ? table[0] : ov::Dimension::dynamic(),
-                         bias.rank().is_static() ? bias[0] : ov::Dimension::dynamic()});
-    }
+    void validate_and_infer_types() override { this->infer(BIAS, 0); }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
         return std::make_shared<Convolution>(inputs, of_);
@@ -111,72 +145,43 @@ public:
         return true;
     }
 
-    bool has_evaluate() const override { return true; }
-
     bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
-        tensor in[INPUTS_IN_8_BITS];
-        for (size_t i = 0; i < inputs_in; i++) in[i] = as_tensor(inputs[i]);
-        convolution *const by = packed_->get(of_, in);
+        const std::vector<tensor> in = Base::as_tensors(inputs);
+        convolution *const by = packed_->get(of_, in.data());
         int64_t size[2];
-        check(cadsurgery_size_of_result(by, in, size));
+        check(cadsurgery_size_of_result(by, in.data(), size));
         outputs[0].set_shape({static_cast<size_t>(size[0]), static_cast<size_t>(size[1])});
-        const char *const reason = cadsurgery_convolve(by, in, outputs[0].data(), share);
-        /* With one thread OpenVINO (2026.4) goes on after an exception: what it returns must not look like a result. */
-        if (reason && !Name::in_8_bits) {
-            float *const out = outputs[0].data<float>();
-            std::fill(out, out + size[0] * size[1], std::numeric_limits<float>::quiet_NaN());
-        }
-        check(reason);
-        return true;
+        return Base::finish(outputs[0], cadsurgery_convolve(by, in.data(), outputs[0].data(), share));
     }
 
 private:
-    static constexpr size_t inputs_in = Name::in_8_bits ? INPUTS_IN_8_BITS : INPUTS;
-
-    static ov::element::Type own_type() { return Name::in_8_bits ? ov::element::u8 : ov::element::f32; }
-    static ov::element::Type type_of(size_t place) {
-        if (place == TABLE || place == SOURCES) return ov::element::i32;
-        if (place == WEIGHT && Name::in_8_bits) return ov::element::i8;
-        return place == ROWS_IN || place == RESIDUAL ? own_type() : ov::element::f32;
-    }
-
     numbers of_{};
     std::shared_ptr<Packed> packed_ = std::make_shared<Packed>();
 };
 
-/* Rows by a table; `Name` as above. */
+/* Rows by a table. */
 template <class Name>
-class Pick : public ov::op::Op {
+class Pick : public Operation<Name, INPUTS_OF_PICK> {
+    using Base = Operation<Name, INPUTS_OF_PICK>;
+
 public:
-    static const ov::DiscreteTypeInfo &get_type_info_static() {
-        static const ov::DiscreteTypeInfo info{Name::type, "cadsurgery"};
-        return info;
-    }
-    const ov::DiscreteTypeInfo &get_type_info() const override { return get_type_info_static(); }
-
     Pick() = default;
-    explicit Pick(const ov::OutputVector &inputs) : Op(inputs) { constructor_validate_and_infer_types(); }
+    explicit Pick(const ov::OutputVector &inputs) : Base(inputs) { this->constructor_validate_and_infer_types(); }
 
-    void validate_and_infer_types() override {
-        const auto table = get_input_partial_shape(TABLE), rows = get_input_partial_shape(ROWS_IN);
-        set_output_type(0, Name::in_8_bits ? ov::element::u8 : ov::element::f32,
-                        {table.rank().is_static() ? table[0] : ov::Dimension::dynamic(),
-                         rows.rank().is_static() ? rows[1] : ov::Dimension::dynamic()});
-    }
+    void validate_and_infer_types() override { this->infer(ROWS_IN, 1); }
+
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
         return std::make_shared<Pick>(inputs);
     }
+
     bool visit_attributes(ov::AttributeVisitor &) override { return true; }
-    bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
-        tensor in[INPUTS_OF_PICK];
-        for (size_t i = 0; i < INPUTS_OF_PICK; i++) in[i] = as_tensor(inputs[i]);
+        const std::vector<tensor> in = Base::as_tensors(inputs);
         int64_t size[2];
-        check(cadsurgery_size_of_pick(in, size));
+        check(cadsurgery_size_of_pick(in.data(), size));
         outputs[0].set_shape({static_cast<size_t>(size[0]), static_cast<size_t>(size[1])});
-        check(cadsurgery_pick(Name::in_8_bits, in, outputs[0].data(), share));
-        return true;
+        return Base::finish(outputs[0], cadsurgery_pick(Name::in_8_bits, in.data(), outputs[0].data(), share));
     }
 };
 

@@ -52,8 +52,16 @@ struct convolution {
 /* Return the features that the processor has and the variable CADSURGERY_ISA allows. */
 unsigned long cadsurgery_features(void);
 
-/* True if all entries are in 0..end - 1. */
-int cadsurgery_is_within(const int32_t *entries, int64_t count, int64_t end);
+/* Let `found` point to the last form of a table whose features the processor has and which has a symbol. */
+#define WIDEST(from, symbol, found)                                                                   \
+    do {                                                                                              \
+        const unsigned long features = cadsurgery_features();                                         \
+        for (size_t i = 0; i < sizeof from / sizeof *from; i++)                                       \
+            if ((features & from[i].needs) == from[i].needs && from[i].symbol) found = from + i;      \
+    } while (0)
+
+/* Check that table and sources name rows that there are. */
+const char *cadsurgery_check_rows(const tensor *in);
 
 /* Pack weights in 8 bits (taps, groups, channels, outputs) with the scale of each output. */
 const char *cadsurgery_pack_bytes(convolution *to, const numbers *of, const int8_t *weight, const float *scales,

@@ -37,23 +37,18 @@ const char *cadsurgery_size_of_pick(const tensor *in, int64_t *size) {
 
 const char *cadsurgery_pick(int in_8_bits, const tensor *in, void *out, share_in_engine *way) {
     const long rows = in[ROWS_IN].size[0], channels = in[ROWS_IN].size[1], count = in[TABLE].size[0];
-    const long halo = in[SOURCES].size[0], many = in[SOURCES].size[1];
-    const unsigned long features = cadsurgery_features();
-    pick_form *by = 0;
-    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
-        pick_form *const one = in_8_bits ? forms[i].of_bytes : forms[i].of_floats;
-        if ((features & forms[i].needs) == forms[i].needs && one) by = one;
-    }
+    const form *by = 0;
+    if (in_8_bits) WIDEST(forms, of_bytes, by);
+    else WIDEST(forms, of_floats, by);
     REFUSE_UNLESS(by, "the library has no kernels for this processor");
-    REFUSE_UNLESS(cadsurgery_is_within(in[TABLE].data, count, rows + 1 + halo) &&
-                      cadsurgery_is_within(in[SOURCES].data, halo * many, rows),
-                  "a table names rows that do not exist");
+    const char *reason = cadsurgery_check_rows(in);
+    if (reason) return reason;
     float *beyond = malloc(channels * sizeof(float) + 64);
     REFUSE_UNLESS(beyond, "there is no memory for a row");
     memset(beyond, 0, channels * sizeof(float));
     const reading from = {in[ROWS_IN].data, 0, beyond, in[TABLE].data, rows, count, 1, channels, channels};
     cadsurgery_share_by(way);
-    by(&from, in[SOURCES].data, in[SHARES].data, many, out);
+    (in_8_bits ? by->of_bytes : by->of_floats)(&from, in[SOURCES].data, in[SHARES].data, in[SOURCES].size[1], out);
     cadsurgery_share_by(0);
     free(beyond);
     return 0;
