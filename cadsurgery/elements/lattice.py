@@ -223,20 +223,17 @@ def _cover(count: int, length: int, spacing: int) -> int:
     return count * spacing - (all_of_it * spacing - length) * is_all
 
 
-class _derive(Generic[T]):
+class _derive(once[T]):
     """Decorate a method of a lattice as an attribute that is computed once for all equal lattices."""
 
-    def __init__(self, build: Callable[[Lattice], T]) -> None:
-        self.build, self.name, self.__doc__ = build, build.__name__, build.__doc__
-
-    def __get__(self, lattice: Lattice | None, owner: type) -> T:
-        if lattice is None:
+    def __get__(self, owner: Any, kind: type) -> T:
+        if owner is None:
             return self  # type: ignore[return-value]
-        derived, name = lattice._derived, self.name
-        if name not in derived:
-            derived[name] = self.build(lattice)
-        found: T = derived[name]
-        lattice.__dict__[name] = found  # read without a call next time
+        derived = owner._derived
+        if self.name not in derived:
+            derived[self.name] = self.build(owner)
+        found: T = derived[self.name]
+        owner.__dict__[self.name] = found  # read without a call next time
         return found
 
 

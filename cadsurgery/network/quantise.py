@@ -722,6 +722,18 @@ def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tupl
     return whole.to(torch.int8).view(weight.shape).contiguous(), scale.float()
 
 
+def mean_error(error: Tensor, mean: Tensor, groups: int = 1) -> Tensor:
+    """Return the mean (O,) of what an error of the weight adds to the sums of a convolution.
+
+    Args:
+        error: error of the weight, (O, C / groups, ...), taps last.
+        mean: (C,), mean of the input in each channel.
+        groups: channel groups.
+    """
+    by_input = error.double().flatten(2).sum(2) if error.dim() > 2 else error.double()
+    return (by_input.unflatten(0, (groups, -1)) * mean.view(groups, 1, -1)).sum(2).flatten()
+
+
 def _choose_grid(low: float, high: float, samples: Tensor, counts: Tensor, method: str) -> QuantParams:
     """Choose quantisation parameters from the range of values, and from samples with their counts."""
     if method == "range":

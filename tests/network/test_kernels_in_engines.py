@@ -159,6 +159,22 @@ def test_in_a_file_in_8_bits_all_convolutions_of_rows_are_kernels(tmp_path: Path
     assert all(apart(other) < 5e-3 for other in others) and apart(exact) < 0.1
 
 
+class EndsInFloat(Kinds):
+    """The region ends with an activation that is computed in floating point."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.hardswish(super().forward(x))
+
+
+@pytest.mark.slow
+def test_rows_in_floating_point_are_picked_in_floating_point(tmp_path: Path) -> None:
+    model = cs.adaptify(
+        randomise(EndsInFloat()).eval(), "edges | budget:fraction=0.3", output_stride=(2, 4), fill="linear"
+    )
+    cs.export(model, picture(1, 44, 52), tmp_path / "net.onnx", int8=picture(2, 44, 52), with_kernels=True)
+    assert calls(tmp_path / "net.onnx")["Pick"] == 1
+
+
 @pytest.mark.slow
 def test_without_kernels_a_file_calls_none(tmp_path: Path) -> None:
     cs.export(net("edges | budget:fraction=0.3"), picture(1, 44, 52), tmp_path / "net.onnx")

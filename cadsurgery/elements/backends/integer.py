@@ -300,19 +300,8 @@ class Integers(Backend):
                 RowSource(work.rows, halo_of(work.rows, reading), weights.source.zero),
             )
             levels = (None, known.scale, known.bias)
-            packed = weights.by_channel()
-            call(
-                kernel_for("grouped", work.rows),
-                read_rows,
-                table,
-                *packed,
-                *levels,
-                None,
-                out,
-                1,
-                known.low,
-                known.high,
-            )
+            arguments = (*weights.by_channel(), *levels, None, out, 1, known.low, known.high)
+            call(kernel_for("grouped", work.rows), read_rows, table, *arguments)
             return out
         rows = work.rows if work.rows.stride(1) == 1 else work.rows.contiguous()  # rows may overlap
         halo = halo_of(rows, reading) if reading is not None else None

@@ -187,15 +187,8 @@ class Native(Backend):
         table, sources = work.reading.table.reshape(-1, 1), work.reading.sources.contiguous()
         shares = work.reading.mix.to(_sum_type(work.rows.dtype)).contiguous()
         out = new_memory(work.rows, len(table), work.rows.shape[1])
-        call(
-            kernel_for("gather_mixing", work.rows),
-            RowSource(work.rows),
-            table,
-            sources,
-            shares,
-            sources.shape[1],
-            out,
-        )
+        arguments = (sources, shares, sources.shape[1], out)
+        call(kernel_for("gather_mixing", work.rows), RowSource(work.rows), table, *arguments)
         return out
 
     def fill(self, work: Filling) -> Tensor:
@@ -212,20 +205,8 @@ class Native(Backend):
         numbers = (side, height, width, work.least)
         limits = bounds or _UNBOUNDED
         weights = work.weights.to(dtype).contiguous()
-        call(
-            kernel_for("fill", rows),
-            RowSource(rows),
-            table,
-            there,
-            index,
-            shares,
-            weights,
-            *numbers,
-            floor,
-            more,
-            out,
-            *limits,
-        )
+        arguments = (there, index, shares, weights, *numbers, floor, more, out, *limits)
+        call(kernel_for("fill", rows), RowSource(rows), table, *arguments)
         return out if bounds or act is None else act.apply_(out)
 
     def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:

@@ -23,6 +23,7 @@ from cadsurgery.elements.backends.choose import (
     Work,
     extend,
 )
+from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.backends.target import Target, target_of_graph
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.sizes import is_statically_true
@@ -86,7 +87,7 @@ class Portable(Backend):
         has_halo = not is_statically_true(reading.sources.shape[0] == 0)
         if has_halo and _has_pick(rows):
             return _pick(rows, reading)
-        return extend(rows, reading, 0.0).index_select(0, reading.table.flatten())
+        return Torch().pick(work)
 
 
 def _gather(rows: Tensor, table: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from cadsurgery.network.export.engines import Engine, OnnxRuntime, OnnxRuntimeWi
 from cadsurgery.network.export.kernels import DOMAIN, PICK
 from cadsurgery.network.export.kernels_in_8_bits import FUNCTIONS, put_into_8_bits, teach_quantiser
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.quantise import round_weight
+from cadsurgery.network.quantise import mean_error, round_weight
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.support.progress import Step, counted, silent
 
@@ -197,7 +197,6 @@ def quantise(
     means = _means(model, chosen, calls, target, step)
     weights = _round_weights(model.graph, chosen, means)
     common.RemoveUnusedNodesPass()(model)
-    common.NameFixPass()(model)
     teach_quantiser(model.graph)
     halos = {
         value.name: node.outputs[0].name
@@ -404,10 +403,8 @@ def _round_weights(
         value = steps.initializer(tensor(rounded.contiguous().numpy()), f"{weight.name}.{node.name}.rounded")
         node.replace_input_with(1, value)
         if node.op_type != "MatMul" and _is_plain(options) and node.inputs[0].name in means:
-            error = (rows - rounded.movedim(axis, 0)).reshape(*rows.shape[:2], -1)
-            error = error.sum(2, dtype=torch.float64)  # (O, C / groups)
-            mean = means[node.inputs[0].name].view(options.get("group", 1), 1, -1)
-            shift = (error.view(len(mean), -1, error.shape[1]) * mean).sum(2).flatten()
+            error = rows - rounded.movedim(axis, 0)
+            shift = mean_error(error, means[node.inputs[0].name], options.get("group", 1))
             bias = node.inputs[2] if len(node.inputs) > 2 else None
             before = torch.from_numpy(bias.const_value.numpy().copy()) if bias is not None else 0
             corrected = tensor((before + shift).float().numpy())
@@ -444,7 +441,7 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
         enough = any if node.op_type == "Concat" else all
         if (
             _has_weights(node)
-            or node.domain == DOMAIN
+            or _is_convolution_of_rows(node)
             or (
                 node.op_type in _MOVES + _BESIDE
                 and values

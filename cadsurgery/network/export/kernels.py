@@ -100,9 +100,19 @@ _FINISH_8_BITS = f"""
     bounded = Clip (placed, least, most)
     rounded = Round (bounded)
     out = Cast <to = 2> (rounded)"""
-_PICK = """
+_BODY_OF_PICK = (
+    """
     number = Constant <value_float = 0.0> ()
-    numbers = Cast <to = 1> (rows)""" + _READ.format(round="", halo="halo", read="taken")
+    numbers = Cast <to = 1> (rows)"""
+    + _READ.format(round="", halo="halo", read="taken")
+    + """
+    picked = Squeeze (taken, one)"""
+)
+_FINISH_PICK = """
+    out = Identity (picked)"""
+_FINISH_PICK_8_BITS = """
+    rounded = Round (picked)
+    out = Cast <to = 2> (rounded)"""
 
 
 def function(name: str, opset: int) -> Any:
@@ -112,12 +122,7 @@ def function(name: str, opset: int) -> Any:
     kind, is_in_8_bits = name.removesuffix(IN_8_BITS), name.endswith(IN_8_BITS)
     if kind == PICK:
         inputs, numbers = _INPUTS_OF_PICK, ""
-        last = (
-            "rounded = Round (picked)\n out = Cast <to = 2> (rounded)"
-            if is_in_8_bits
-            else "out = Identity (picked)"
-        )
-        body = f"{_PICK}\n picked = Squeeze (taken, one)\n {last}"
+        body = _BODY_OF_PICK + (_FINISH_PICK_8_BITS if is_in_8_bits else _FINISH_PICK)
     elif is_in_8_bits:
         inputs, numbers = _INPUTS_IN_8_BITS, ", ".join(_NUMBERS + OF_8_BITS)
         body = _TAKE_8_BITS + _SUMS[kind] + _FINISH_8_BITS

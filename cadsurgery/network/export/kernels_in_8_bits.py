@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, IN_8_BITS, OF_8_BITS, PICK, function
-from cadsurgery.network.quantise import round_weight
+from cadsurgery.network.quantise import mean_error, round_weight
 
 FUNCTIONS = (*CONVOLUTIONS.values(), PICK)
 
@@ -189,15 +189,12 @@ def _convolve_in_8_bits(node: Any, message: _Message, means: Mapping[str, Tensor
     values, offset, ends = message.value(weight), message.value(bias), message.ends(node)
     if values is None or offset is None or ends is None:
         return False
-    whole, scales = _round(values)
-    mean = means.get(ends.rows.removesuffix("_DequantizeLinear_Output"))
-    if mean is not None:
-        offset = offset + _mean_error(torch.from_numpy(values - whole * scales), mean).float().numpy()
+    whole, scales, shift = _round(values, means.get(ends.rows.removesuffix("_DequantizeLinear_Output")))
     prefix = f"{node.name or node.output[0]}.in_8_bits"
     none = np.zeros(1, np.uint8)
     inputs = [
         message.add(f"{prefix}.weight", whole),
-        message.add(f"{prefix}.bias", offset),
+        message.add(f"{prefix}.bias", (torch.from_numpy(offset.copy()) + shift).float().numpy()),
         message.makers[residual].input[0] if has_residual else message.add(f"{prefix}.none", none),
         message.add(f"{prefix}.scales", scales),
     ]
@@ -212,23 +209,23 @@ def _convolve_in_8_bits(node: Any, message: _Message, means: Mapping[str, Tensor
     return True
 
 
-def _mean_error(error: Tensor, mean: Tensor) -> Tensor:
-    """Return the mean (O,) of the sums that an error of the weight causes, for rows of a mean (C,)."""
-    by_input = error.double().sum(0)  # (C,), (C, O) or (groups, C, O) after the taps
-    if by_input.dim() == 1:
-        return by_input * mean
-    return (by_input * mean.view(*by_input.shape[:-1], 1)).sum(-2).flatten()
+def _round(weight: Any, mean: Tensor | None) -> tuple[Any, Any, Any]:
+    """Round the weight of a function to 8 bits.
 
+    Args:
+        weight: (taps, C) of a depthwise convolution, (taps, C, O), or (taps, groups, C / groups, O / groups).
+        mean: (C,), mean of the rows in each channel; None if it is not known.
 
-def _round(weight: Any) -> tuple[Any, Any]:
-    """Round the weight of a function to 8 bits; return it with the scales of its outputs, which multiply it."""
+    Returns:
+        The rounded weight, the scales of its outputs, which multiply it, and the mean error (O,) of their sums; 0
+        without a mean.
+    """
     exact = torch.from_numpy(weight.copy())
-    # Outputs first: of (taps, C), (taps, C, O) and (taps, groups, C, O).
-    by_output = exact.movedim(-1, 0) if exact.dim() < 4 else exact.permute(1, 3, 0, 2).flatten(0, 1)
-    whole, scale = round_weight(by_output.flatten(1))
-    whole = whole.view(by_output.shape)
-    if exact.dim() == 4:
-        groups, outputs = exact.shape[1], exact.shape[3]
-        whole = whole.unflatten(0, (groups, outputs)).permute(2, 0, 3, 1)
-        return whole.to(torch.int8).contiguous().numpy(), scale.float().view(groups, 1, outputs).numpy()
-    return whole.movedim(0, -1).to(torch.int8).contiguous().numpy(), scale.float().numpy()
+    whole = {2: exact[:, :, None, None], 3: exact[:, None]}.get(exact.dim(), exact)
+    _, groups, _, outputs = whole.shape
+    by_output = whole.permute(1, 3, 2, 0).flatten(0, 1)  # (O, C / groups, taps)
+    rounded, scale = round_weight(by_output)
+    shift = 0 if mean is None else mean_error(by_output - rounded * scale.view(-1, 1, 1), mean, groups)
+    rounded = rounded.unflatten(0, (groups, outputs)).permute(3, 0, 2, 1).reshape(exact.shape)
+    scales = scale.view(groups, 1, outputs) if exact.dim() == 4 else scale
+    return rounded.contiguous().numpy(), scales.numpy(), shift
