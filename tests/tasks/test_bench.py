@@ -27,7 +27,7 @@ import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.integer import form_here
-from cadsurgery.kernels import build, isa
+from cadsurgery.kernels import build, isa, load
 from cadsurgery.network.export.dense import dense_program, write_dense
 from cadsurgery.network.export.engines import Engine
 from cadsurgery.support import memory, provenance
@@ -347,10 +347,13 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     ) -> str:
         told.append(environment)
         printed = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+            stack.callback(load.forget)
             for variable, value in environment.items():
                 patch.setenv(variable, value)
-            getattr(sys.modules[name], function)(argument)
+            load.forget()
+            with contextlib.redirect_stdout(printed):
+                getattr(sys.modules[name], function)(argument)
         return printed.getvalue().splitlines()[-1]
 
     monkeypatch.setattr(bench_isa, "run_alone", run_here)
