@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.elements.sizes import divide_up, is_statically_true, least, most
+from cadsurgery.elements.sizes import as_number, as_numbers, divide_up, is_statically_true, least, most
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -154,7 +154,7 @@ class Reading:
     Attributes:
         table: integer tensor of any shape with entries in 0..N+M; N is the padding row.
         sources: (M, 4) int32, the four elements that each halo row interpolates.
-        mix: (M, 4) float64, their weights, which sum to one.
+        mix: (M, 4) float64, their weights, which sum to one; float32 in graphs for engines with kernels.
         has_outside: True if any entry can be the padding row.
         used: how many of the halo rows, counted from the first, are read when shapes must be static; None for all.
     """
@@ -179,29 +179,20 @@ def read_rows(table: Tensor, has_outside: bool = False) -> Reading:
 
 def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
     """Return a reading of flat fine pixels `points` (int64, any shape); padding is read where `inside` is False."""
+    if inside is None and lattice.part is None and _is_found(lattice):
+        table, *halo = _find_taps(lattice, points.flatten(), lattice.size, ([0], [0]))
+        return Reading(table.view(points.shape), *halo, False)
     table = _rows_or_pixels(lattice)[points]
     has_outside = inside is not None and not (
         lattice.capacity is None and not lattice.is_open and bool(inside.all())
     )
     if has_outside:
-        table = torch.where(inside, table, _number(lattice.count, table))  # type: ignore[arg-type]
+        table = torch.where(inside, table, as_number(lattice.count, table))  # type: ignore[arg-type]
     return _with_halo(lattice, table, has_outside)
 
 
 # Placeholder for the padding row while its number is unknown. It is exact in float32, in which OpenVINO pads integers.
 _OUTSIDE = 2**30
-
-
-def _number(value: int, like: Tensor) -> Tensor:
-    """Return a size as a tensor without dimensions, with the dtype of `like`."""
-    return torch.scalar_tensor(value, dtype=like.dtype, device=like.device)
-
-
-def _numbers(values: list[int], like: Tensor) -> Tensor:
-    """Return sizes as a tensor with the dtype of `like`."""
-    if all(isinstance(value, int) for value in values):
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
-    return torch.stack([_number(value, like) for value in values])
 
 
 def _has_halo(lattice: Lattice) -> bool:
@@ -311,7 +302,7 @@ def _of_part(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
     assert source.part is not None
     whole = source.whole
     whole_map = kernel_map(whole, target, window, drop=drop)
-    outside = _number(source.count, source.index)
+    outside = as_number(source.count, source.index)
     rows = torch.where(source.part.pixels[whole.anchors], source.index[whole.anchors], outside)
     behind = torch.arange(1 + whole_map.sources.shape[0], dtype=rows.dtype, device=rows.device) + source.count
     table = torch.cat((rows, behind))[whole_map.table]
@@ -350,21 +341,34 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     )
     padding = (before, after, above, below)
     has_outside = not is_statically_true(most(most(before, after), most(above, below)) == 0)
-    if source.capacity is None and target.capacity is None and maps.supports(source.levels):
-        cells, sizes = (source.index, source.anchors, source.levels), (source.size, target.size)
-        sides, has_halo = source.geometry.sides, _has_halo(source)
-        found = maps.shift_taps(cells, sides, target.anchors, sizes, (down, across), has_halo)
-        return Reading(*found, has_outside)
+    if target.capacity is None and _is_found(source):
+        return Reading(*_find_taps(source, target.anchors, target.size, (down, across)), has_outside)
     outside = _OUTSIDE if source.is_open else source.count
     padded = F.pad(_rows_or_pixels(source).view(-1, height, width), padding, value=outside).flatten()
     image, y, x = target.coordinates
     wide = width + before + after
     place = (image * (height + above + below) + y + above) * wide + x + before
-    steps = (_numbers(down, place).unsqueeze(1) * wide + _numbers(across, place)).flatten()
+    steps = (as_numbers(down, place).unsqueeze(1) * wide + as_numbers(across, place)).flatten()
     table = padded[place.unsqueeze(1) + steps]
     if source.is_open:
-        table = torch.where(table == _OUTSIDE, _number(source.count, table), table)
+        table = torch.where(table == _OUTSIDE, as_number(source.count, table), table)
     return _with_halo(source, table, has_outside)
+
+
+def _is_found(lattice: Lattice) -> bool:
+    """Return True if taps of a lattice are found by compiled code, or by one operation of a graph."""
+    return lattice.capacity is None and maps.supports(lattice.levels)
+
+
+def _find_taps(
+    source: Lattice, targets: Tensor, size: tuple[int, int], steps: tuple[list[int], list[int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return table, sources and weights of taps so many fine pixels down and across from `targets`, which are numbers
+    of pixels in maps of a size."""
+    cells = (source.index, source.anchors, source.levels)
+    return maps.shift_taps(
+        cells, source.geometry.sides, targets, (source.size, size), steps, _has_halo(source)
+    )
 
 
 def _taps_of_phases(source: Lattice, target: Lattice, window: Window) -> Reading:

@@ -6,10 +6,11 @@ which is correct for every size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
+from torch import Tensor
 
 
 def is_statically_true(condition: bool | torch.SymBool) -> bool:
@@ -37,3 +38,15 @@ def most(one: int, other: int) -> int:
 def is_for_any_size(shape: Iterable[int]) -> bool:
     """Return True if a shape contains symbols."""
     return any(isinstance(length, torch.SymInt) for length in shape)
+
+
+def as_number(value: int, like: Tensor) -> Tensor:
+    """Return a size as a tensor without dimensions, with the dtype of `like`."""
+    return torch.scalar_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def as_numbers(values: Sequence[int], like: Tensor) -> Tensor:
+    """Return sizes as a tensor with the dtype of `like`."""
+    if all(isinstance(value, int) for value in values):
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+    return torch.stack([as_number(value, like) for value in values])

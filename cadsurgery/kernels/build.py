@@ -167,6 +167,7 @@ TABLE = (
     Source("convolve"),
     Source("convolve_bytes"),
     Source("pick"),
+    Source("cells"),
     Source("onnxruntime"),
 )
 # Never `-march=native`: other processors than the compiling one may use the library. Never `-fopenmp`: the kernels run

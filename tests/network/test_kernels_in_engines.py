@@ -17,6 +17,8 @@ from networks import randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.elements.kernel_map import read_points
+from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.kernels.build import find_compiler_of_cpp
 from cadsurgery.kernels.isa import here
 from cadsurgery.kernels.load import forget
@@ -62,6 +64,10 @@ def net(mask: Any = "edges:threshold=0.9,dilation=3", **options: Any) -> cs.Adap
     )
 
 
+CONVOLUTIONS = {"Convolve": 2, "ConvolveDepthwise": 1, "ConvolveGroups": 2, "Pick": 1}  # of a file with kernels
+OF_LATTICES = {"FindCells": 2, "ReadTaps": 5}
+
+
 class WithKernels(File):
     """An ONNX file run by ONNX Runtime with the library of kernels."""
 
@@ -98,6 +104,11 @@ def extension_of_openvino() -> str:
     return cs.kernels_for("openvino")
 
 
+def in_openvino(path: Path) -> Any:
+    """Return a function that runs a file in OpenVINO as ONNX Runtime's sessions do."""
+    return lambda _, feed: InOpenVino(path).run(feed)
+
+
 def calls(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(str(path)).graph.node if node.domain == DOMAIN)
 
@@ -113,7 +124,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[cs.AdaptiveModel,
 def test_a_file_is_the_network_with_and_without_the_library(written: Any, isa: str, cap_kernels: Cap) -> None:
     model, path, report = written
     cap_kernels(isa)
-    assert calls(path) == {"Convolve": 2, "ConvolveDepthwise": 1, "ConvolveGroups": 2, "Pick": 1}
+    assert calls(path) == {**CONVOLUTIONS, **OF_LATTICES}
     assert report.difference < 1e-4
     runs = File(path), WithKernels(path), InOpenVino(path)
     for size in ((2, 44, 52), (1, 37, 61), (3, 20, 24)):
@@ -122,6 +133,19 @@ def test_a_file_is_the_network_with_and_without_the_library(written: Any, isa: s
             expected = model(image)
         assert 0 < model.active_fraction < 1
         for run in runs:
+            assert_same(run(image)["output"], expected, 1e-5)
+
+
+@pytest.mark.slow
+def test_with_nearest_fill_taps_read_the_cell_that_they_lie_in(tmp_path: Path) -> None:
+    model, path = net(fill="nearest"), tmp_path / "net.onnx"
+    cs.export(model, picture(2, 44, 52), path, dynamic=True, with_kernels=True)
+    assert calls(path)["ReadNearTaps"] == 5 and not calls(path)["ReadTaps"]
+    for size in ((2, 44, 52), (1, 37, 61)):
+        image = picture(*size)
+        with torch.no_grad():
+            expected = model(image)
+        for run in (File(path), WithKernels(path), InOpenVino(path)):
             assert_same(run(image)["output"], expected, 1e-5)
 
 
@@ -144,8 +168,8 @@ def test_several_threads_give_the_same(written: Any) -> None:
 def test_in_a_file_in_8_bits_all_convolutions_of_rows_are_kernels(tmp_path: Path) -> None:
     model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.onnx"
     report = cs.export(model, picture(1, 44, 52), path, int8=picture(4, 44, 52), with_kernels=True)
-    expected = {"Convolve": 2, "ConvolveDepthwise": 1, "ConvolveGroups": 2, "Pick": 1}
-    assert calls(path) == {f"{name}In8Bits": number for name, number in expected.items()}
+    in_8_bits = {f"{name}In8Bits": number for name, number in CONVOLUTIONS.items()}
+    assert calls(path) == {**in_8_bits, **OF_LATTICES}
     assert report.fidelity is not None and report.fidelity.error < 0.05
     image = picture(1, 44, 52).flip(3)
     given, *others = (run(path)(image)["output"] for run in (File, WithKernels, InOpenVino))
@@ -477,6 +501,143 @@ def test_a_table_that_names_rows_that_are_not_there_is_refused(
         WithKernels(tmp_path / "one.onnx").session.run(None, feed)
     with pytest.raises(Exception, match="rows that do not exist"):
         InOpenVino(tmp_path / "one.onnx", threads=2).run(feed)
+
+
+def call_of(path: Path, name: str, feed: dict[str, Any], results: int) -> Path:
+    """Write a file that calls a function of integers; return its path."""
+    types = [onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for value in feed.values()]
+    outputs = [f"result {place}" for place in range(results)]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(name, list(feed), outputs, domain=DOMAIN)],
+        "one",
+        [
+            onnx.helper.make_tensor_value_info(one, kind, feed[one].shape)
+            for one, kind in zip(feed, types, strict=True)
+        ],
+        [
+            onnx.helper.make_tensor_value_info(
+                one, 1 if place == 2 else 6, [None] * (1 if name == "FindCells" else 2)
+            )
+            for place, one in enumerate(outputs)
+        ],
+    )
+    imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=9, functions=[function(name, 18)])
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(path))
+    return path
+
+
+def numbers(*values: Any) -> list[Any]:
+    return [np.asarray(value, np.int32) for value in values]
+
+
+def lattice_of(strides: tuple[int, ...], size: tuple[int, int], images: int) -> Lattice:
+    """Return the finest adaptive lattice of random levels, behind all stages but one."""
+    geometry = Geometry(strides, fill="linear")
+    side, random = geometry.sides[-1], torch.Generator().manual_seed(size[0])
+    patches = (images, *(-(-length // side) for length in size))
+    levels = torch.randint(0, len(geometry.sides), patches, generator=random)
+    whole = levels.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    return geometry.lattice(whole[:, : size[0], : size[1]]).at(len(strides) - 1 or 1)
+
+
+def taps_of(lattice: Lattice, down: list[int], across: list[int], next_stage: bool) -> dict[str, Any]:
+    """Return the inputs of a kernel map: around each cell of a lattice, or of the next stage, cropped."""
+    size = (lattice.size[0] - 1, lattice.size[1] - 2) if next_stage else lattice.size
+    targets = lattice.at(lattice.stage + next_stage, size).anchors
+    names = "levels", "sides", "anchors", "index", "targets", "size", "down", "across"
+    cells = lattice.levels, lattice.geometry.sides, lattice.anchors, lattice.index
+    return dict(zip(names, numbers(*cells, targets, size, down, across), strict=True))
+
+
+LATTICES = [((2, 2), (13, 10), 2), ((3,), (7, 11), 3), ((2, 2, 2), (8, 16), 1), ((2,), (1, 1), 1)]
+
+
+@pytest.mark.parametrize("lattice", LATTICES, ids=str)
+def test_cells_in_engines_are_those_of_the_lattice(lattice: Any, tmp_path: Path) -> None:
+    source = lattice_of(*lattice)
+    feed = dict(zip(("levels", "sides"), numbers(source.levels, source.geometry.sides), strict=True))
+    path = call_of(tmp_path / "cells.onnx", "FindCells", feed, 2)
+    for run in (File(path).session.run, WithKernels(path).session.run, in_openvino(path)):
+        anchors, index = run(None, feed)
+        assert np.array_equal(anchors, source.anchors) and np.array_equal(index, source.index)
+
+
+@pytest.mark.parametrize("next_stage", [False, True])
+@pytest.mark.parametrize(
+    "steps", [([-1, 0, 1], [-2, 0, 2]), ([0], [0]), ([-5, 0], [3]), ([1], [-1, 4])], ids=str
+)
+@pytest.mark.parametrize("lattice", LATTICES[:3], ids=str)
+def test_taps_in_engines_are_those_of_the_kernel_map(
+    lattice: Any, steps: Any, next_stage: bool, tmp_path: Path
+) -> None:
+    source, images = lattice_of(*lattice), lattice[2]
+    feed = taps_of(source, *steps, next_stage)
+    found = {}
+    for name, results in (("ReadTaps", 3), ("ReadNearTaps", 1)):
+        path = call_of(tmp_path / f"{name}.onnx", name, feed, results)
+        runs = (File(path).session.run, WithKernels(path).session.run, in_openvino(path))
+        found[name] = [run(None, feed) for run in runs]
+        for other in found[name][1:]:
+            assert all(map(np.array_equal, found[name][0][:2], other[:2]))
+    (height, width), (high, wide) = feed["size"].tolist(), source.size
+    image, y, x = torch.unravel_index(
+        torch.from_numpy(feed["targets"]).long().view(-1, 1), (images, height, width)
+    )
+    down, across = (torch.from_numpy(feed[name]).long() for name in ("down", "across"))
+    y, x = y + down.repeat_interleave(len(across)), x + across.repeat(len(down))
+    inside = (y >= 0) & (y < high) & (x >= 0) & (x < wide)
+    points = (image * high + y.clamp(0, high - 1)) * wide + x.clamp(0, wide - 1)
+    expected = read_points(source, points, inside)
+    table, sources, _ = found["ReadTaps"][0]
+    assert np.array_equal(table, expected.table) and np.array_equal(sources, expected.sources)
+    assert all(np.abs(one[2] - expected.mix.numpy()).max(initial=0) < 1e-7 for one in found["ReadTaps"])
+    near = torch.where(inside, source.index[points], source.count)
+    assert np.array_equal(found["ReadNearTaps"][0][0], near)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": [[[0, 3], [0, 0]]]}, "without a side"),
+        ({"levels": [[[0, -1], [0, 0]]]}, "without a side"),
+        ({"sides": [1, 2, 0]}, "without a side"),
+        ({"targets": [0, 4]}, "outside its size"),
+        ({"index": [0, 1, 2, 4]}, "do not fit its level map"),
+        ({"anchors": [0, 1, 2, 4]}, "do not fit its level map"),
+        ({"index": [0, 1, 2]}, "do not fit its level map"),
+        ({"size": [2, 2, 1]}, "not height and width"),
+        ({"down": np.zeros(0, np.int32)}, "no taps"),
+        ({"levels": [[0, 1], [0, 0]]}, "no such dimensions"),
+        ({"across": [[0]]}, "no vector"),
+    ],
+    ids=str,
+)
+def test_cells_and_taps_of_other_maps_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    names = "levels", "sides", "anchors", "index", "targets", "size", "down", "across"
+    good = numbers(np.zeros((1, 2, 2)), [1, 2, 4], range(4), range(4), range(4), (2, 2), [0], [0])
+    feed = {
+        **dict(zip(names, good, strict=True)),
+        **dict(zip(change, numbers(*change.values()), strict=True)),
+    }
+    path = tmp_path / "taps.onnx"
+    for name, results, given in (("ReadTaps", 3, feed), ("FindCells", 2, dict(list(feed.items())[:2]))):
+        if given.keys().isdisjoint(change):
+            continue
+        types = [onnx.helper.make_tensor_value_info(one, 6, value.shape) for one, value in given.items()]
+        outputs = [
+            onnx.helper.make_tensor_value_info(str(n), 1 if n == 2 else 6, None) for n in range(results)
+        ]
+        node = onnx.helper.make_node(name, list(given), [one.name for one in outputs], domain=DOMAIN)
+        imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
+        graph = onnx.helper.make_graph([node], "one", types, outputs)
+        onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=9), str(path))
+        with pytest.raises(Exception, match=message):
+            WithKernels(path).session.run(None, given)
+        if all(value.size for value in given.values()):  # OpenVINO takes an empty input for a constant
+            with pytest.raises(Exception, match=message):
+                InOpenVino(path, threads=2).run(given)
 
 
 def test_a_weight_of_other_channels_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Interface to `maps.c`: cells and kernel maps in compiled code, in one pass over pixels and two over table entries."""
+"""Interface to `maps.c`: cells and kernel maps in compiled code, in one pass over pixels and two over table entries.
+
+In graphs for engines that load this package's kernels they are operations of the graph, `cadsurgery::find_cells`,
+`read_taps` and `read_near_taps`, which exist in exported programs alone.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.backends.target import target_of_graph
+from cadsurgery.elements.sizes import as_numbers
 from cadsurgery.kernels.load import function, is_observed
 
 
@@ -22,13 +28,21 @@ class _Map(ctypes.Structure):
 
 
 def supports(levels: Tensor) -> bool:
-    """Return True if there are kernels for the map's device and torch does not trace or count operations."""
+    """Return True if there are kernels for the map's device and torch does not trace or count operations, or if it
+    traces a graph for an engine with kernels."""
+    if target := target_of_graph():
+        return target.has_kernels
     return levels.device.type == "cpu" and not is_observed() and function("find_cells") is not None
 
 
 def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Find the cells of a level map (B, H, W) int8, given the `sides` of cells of each level. Return the anchors (N,)
     int64 as pixel numbers, each pixel's row (B*H*W,) int32, and the number of cells of each image (B,) int64."""
+    if target_of_graph():
+        found: tuple[Tensor, Tensor] = torch.ops.cadsurgery.find_cells(levels.int(), as_numbers(sides, _LIKE))
+        cells = found[0].long()
+        images = torch.arange(levels.shape[0]).unsqueeze(1)
+        return cells, found[1], (cells // levels[0].numel() == images).sum(1)
     levels, side_of = levels.contiguous(), torch.tensor(sides)
     anchors, index = (torch.empty(levels.numel(), dtype=dtype) for dtype in (torch.int64, torch.int32))
     counts = torch.empty(levels.shape[0], dtype=torch.int64)
@@ -59,6 +73,8 @@ def shift_taps(
         steps: fine pixels from an anchor to its taps, down and across.
         has_halo: interpolate points inside cells from several cells; otherwise they are read from their own cell.
     """
+    if target_of_graph():
+        return _shift_in_graph(cells, sides, targets, sizes[1], steps, has_halo)
     index, anchors, levels = map(Tensor.contiguous, cells)
     targets, side_of, (down, across) = targets.contiguous(), torch.tensor(sides), map(torch.tensor, steps)
     pixels, count, n = index.numel(), anchors.numel(), targets.numel()
@@ -74,3 +90,57 @@ def shift_taps(
     shift.restype = ctypes.c_long
     halo = shift(ctypes.byref(_Map(*map(Tensor.data_ptr, tensors), *numbers)))
     return table, sources[:halo], mix[:halo]
+
+
+_LIKE = torch.empty(0, dtype=torch.int32)
+_LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
+_INPUTS = (
+    "Tensor levels, Tensor sides, Tensor anchors, Tensor index, Tensor targets, Tensor size, "
+    "Tensor down, Tensor across"
+)
+_LIBRARY.define("find_cells(Tensor levels, Tensor sides) -> (Tensor, Tensor)")
+_LIBRARY.define(f"read_taps({_INPUTS}) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"read_near_taps({_INPUTS}) -> Tensor")
+
+
+@torch.library.register_fake("cadsurgery::find_cells")
+def _cells(levels: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    return levels.new_empty(torch.library.get_ctx().new_dynamic_size()), levels.new_empty(levels.numel())
+
+
+@torch.library.register_fake("cadsurgery::read_near_taps")
+def _table(*inputs: Tensor) -> Tensor:
+    *_, targets, _, down, across = inputs
+    return targets.new_empty(targets.shape[0], down.shape[0] * across.shape[0])
+
+
+@torch.library.register_fake("cadsurgery::read_taps")
+def _table_and_halo(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    table = _table(*inputs)
+    shape = torch.library.get_ctx().new_dynamic_size(), 4
+    return table, table.new_empty(shape), table.new_empty(shape, dtype=torch.float32)
+
+
+def _shift_in_graph(
+    cells: tuple[Tensor, Tensor, Tensor],
+    sides: tuple[int, ...],
+    targets: Tensor,
+    size: tuple[int, int],
+    steps: tuple[list[int], list[int]],
+    has_halo: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call `read_taps` or `read_near_taps`; see `shift_taps`. Weights are float32."""
+    index, anchors, levels = cells
+    inputs = (
+        levels.int(),
+        as_numbers(sides, _LIKE),
+        anchors.int(),
+        index,
+        targets.int(),
+        *(as_numbers(values, _LIKE) for values in (size, *steps)),
+    )
+    if has_halo:
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.cadsurgery.read_taps(*inputs)
+        return found
+    table: Tensor = torch.ops.cadsurgery.read_near_taps(*inputs)
+    return table, torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 4)

@@ -156,7 +156,7 @@ const char *cadsurgery_size_of_result(const convolution *k, const tensor *in, in
     return 0;
 }
 
-static int is_within(const int32_t *entries, int64_t count, int64_t end) {
+int cadsurgery_is_within(const int32_t *entries, int64_t count, int64_t end) {
     int32_t least = 0, most = 0;
     for (int64_t i = 0; i < count; i++) {
         least = entries[i] < least ? entries[i] : least;
@@ -168,8 +168,8 @@ static int is_within(const int32_t *entries, int64_t count, int64_t end) {
 const char *cadsurgery_check_rows(const tensor *in) {
     const tensor *table = in + TABLE, *sources = in + SOURCES;
     const int64_t rows = in[ROWS_IN].size[0], halo = sources->size[0];
-    REFUSE_UNLESS(is_within(table->data, table->size[0] * table->size[1], rows + 1 + halo) &&
-                      is_within(sources->data, halo * sources->size[1], rows),
+    REFUSE_UNLESS(cadsurgery_is_within(table->data, table->size[0] * table->size[1], rows + 1 + halo) &&
+                      cadsurgery_is_within(sources->data, halo * sources->size[1], rows),
                   "a table names rows that do not exist");
     return 0;
 }

@@ -1,4 +1,4 @@
-/* Convolutions of rows for engines, which bring their own tensors and threads; implemented in convolve.c and pick.c.
+/* Operations for engines, which bring their own tensors and threads; implemented in convolve.c, pick.c and cells.c.
  *
  * Functions that can fail return NULL, or the reason. */
 #ifndef CADSURGERY_CONVOLVE_H
@@ -55,6 +55,27 @@ void cadsurgery_free_convolution(convolution *one);
 enum { INPUTS_OF_PICK = WEIGHT };
 const char *cadsurgery_size_of_pick(const tensor *in, int64_t *size);
 const char *cadsurgery_pick(int in_8_bits, const tensor *in, void *out, share_in_engine *way);
+
+/* What is found by operations that do not know the sizes of their results beforehand: numbers of 4 bytes, in one piece of
+ * memory that the caller frees. */
+enum { MOST_RESULTS = 3 };
+typedef struct {
+    tensor results[MOST_RESULTS];
+    size_t count;
+    void *memory;
+} found;
+typedef const char *find(const tensor *in, found *to, share_in_engine *way);
+
+/* Find the cells of a level map (B, H, W) whose levels have these sides: the numbers of their first pixels (N), and the cell
+ * of each pixel (B * H * W). All numbers are int32. */
+enum { LEVELS, SIDES, INPUTS_OF_CELLS };
+find cadsurgery_find_cells;
+
+/* Find the rows that a window reads around targets (n), which are numbers of pixels in maps of a size (height, width). It has
+ * taps so many pixels down (V) and across (H); see maps.c. Level map, sides and cells are those of the rows. Results: a table
+ * (n, V * H), and the sources and shares (M, 4) of its halo; of near taps, which read the cell that they lie in, the table. */
+enum { ANCHORS = INPUTS_OF_CELLS, INDEX, TARGETS, SIZE, DOWN, ACROSS, INPUTS_OF_TAPS };
+find cadsurgery_read_taps, cadsurgery_read_near_taps;
 
 #ifdef __cplusplus
 }

@@ -3,7 +3,7 @@
  *
  * Compiled once with -DSUFFIX(name)=... . All tensors are contiguous; pixels are numbered image by image, line by line.
  */
-#include <stdint.h>
+#include "maps.h"
 
 #include "parallel.h"
 
@@ -28,20 +28,6 @@ long SUFFIX(find_cells)(const int8_t *levels, const int64_t *sides, long batch, 
     }
     return count;
 }
-
-typedef struct {
-    const int32_t *index;   /* (batch * height * width), row of the cell that contains each pixel */
-    const int64_t *anchors; /* (count), ascending pixel numbers of the source */
-    const int8_t *levels;   /* (batch * height * width), level of that cell */
-    const int64_t *sides;   /* side of a cell, per level */
-    const int64_t *targets; /* (n), ascending pixel numbers of the target, in the target's size */
-    const int64_t *down, *across;
-    int32_t *table;   /* (n, vertical * horizontal) */
-    int32_t *rank;    /* (batch * height * width), zeros; scratch */
-    int32_t *sources; /* (most, 4), the rows that each halo row interpolates between */
-    double *mix;      /* (most, 4), their weights */
-    long pixels, count, n, height, width, target_height, target_width, vertical, horizontal, has_halo;
-} map;
 
 /* Bilinear interpolation of a pixel between its cell and the next cells to the right and below; at the border only its own. */
 static void interpolate(const map *m, long pixel, int32_t *sources, double *mix) {

@@ -1,4 +1,4 @@
-/* Operations of ONNX Runtime: convolutions of rows, for files written with `with_kernels`.
+/* Operations of ONNX Runtime: convolutions of rows and their kernel maps, for files written with `with_kernels`.
  *
  * ONNX Runtime calls `RegisterCustomOps` when a session registers this library. The operations have the names of functions
  * in the file, whose bodies are standard operations; ONNX Runtime runs a body only if no operation of its name is
@@ -10,6 +10,7 @@
 
 void *malloc(size_t bytes);
 void free(void *memory);
+void *memcpy(void *to, const void *from, size_t bytes);
 
 /* ---- The part of ONNX Runtime's C interface that is used. A status is NULL for success. */
 
@@ -79,16 +80,17 @@ typedef struct operation {
     status *(*create_or_fail)(const struct operation *, functions, const void *node, void **kernel);
     status *(*compute_or_fail)(void *kernel, context *);
     const char *own_name; /* ONNX Runtime does not read beyond the fields of the operation's version */
-    int own_type;         /* of rows and result */
-    size_t inputs;
+    int own_type;         /* of rows and result; INT32 if results are found */
+    size_t inputs, outputs;
+    find *find; /* what finds several results, or NULL */
 } operation;
 
-/* ---- Convolutions and picks. */
+/* ---- Convolutions, picks, cells and kernel maps. */
 
 typedef struct {
     functions api;
-    convolution *convolution; /* NULL for a pick */
-    int in_8_bits;
+    const operation *operation;
+    convolution *convolution; /* NULL for other operations */
 } kernel;
 
 static status *fail(functions api, const char *message) { return message ? CREATE_STATUS(FAILURE, message) : 0; }
@@ -138,18 +140,18 @@ static status *create_convolution(const operation *self, functions api, const vo
     TRY(read_constant(api, node, BIAS, in + BIAS));
     kernel *k = malloc(sizeof *k);
     if (!k) return fail(api, "cadsurgery: there is no memory for a convolution");
-    *k = (kernel){.api = api};
+    *k = (kernel){api, self, 0};
     const char *reason = cadsurgery_make_convolution(&of, in, &k->convolution);
     if (reason) free(k);
     else *made = k;
     return fail(api, reason);
 }
 
-static status *create_pick(const operation *self, functions api, const void *node, void **made) {
+static status *create_other(const operation *self, functions api, const void *node, void **made) {
     (void)node;
     kernel *k = malloc(sizeof *k);
-    if (!k) return fail(api, "cadsurgery: there is no memory for a pick");
-    *k = (kernel){.api = api, .in_8_bits = self->own_type == UINT8};
+    if (!k) return fail(api, "cadsurgery: there is no memory for an operation");
+    *k = (kernel){api, self, 0};
     *made = k;
     return 0;
 }
@@ -208,7 +210,34 @@ static status *compute(void *one, context *within) {
     TRY(DATA_OF(made, &out));
     const sharing here = {api, within};
     ours = &here;
-    return fail(api, by ? cadsurgery_convolve(by, in, out, share_in_call) : cadsurgery_pick(k->in_8_bits, in, out, share_in_call));
+    return fail(api, by ? cadsurgery_convolve(by, in, out, share_in_call) : cadsurgery_pick(k->operation->own_type == UINT8, in, out, share_in_call));
+}
+
+/* Find results whose sizes are not known before, and copy them. */
+static status *compute_found(void *one, context *within) {
+    const kernel *k = one;
+    const functions api = k->api;
+    const sharing here = {api, within};
+    tensor in[INPUTS_OF_TAPS];
+    found results = {0};
+    for (size_t i = 0; i < k->operation->inputs; i++) {
+        const value *from;
+        TRY(INPUT_OF(within, i, &from));
+        TRY(read_tensor(api, from, in + i));
+    }
+    ours = &here;
+    status *failed = fail(api, k->operation->find(in, &results, share_in_call));
+    for (size_t i = 0; i < results.count && !failed; i++) {
+        const tensor *result = results.results + i;
+        const int64_t numbers = result->size[0] * (result->rank == 2 ? result->size[1] : 1);
+        value *made;
+        void *out;
+        failed = OUTPUT_OF(within, i, result->size, result->rank, &made);
+        if (!failed) failed = DATA_OF(made, &out);
+        if (!failed) memcpy(out, result->data, numbers * sizeof(int32_t));
+    }
+    free(results.memory);
+    return failed;
 }
 
 /* ---- Registration. */
@@ -216,27 +245,39 @@ static status *compute(void *one, context *within) {
 static const char *name_of(const operation *self) { return self->own_name; }
 static const char *any_provider(const operation *self) { return (void)self, (const char *)0; }
 static int type_of(const operation *self, size_t place) {
+    if (self->find) return INT32;
     if (place == TABLE || place == SOURCES) return INT32;
     if (place == WEIGHT && self->own_type == UINT8) return INT8;
     return place == ROWS_IN || place == RESIDUAL ? self->own_type : FLOAT;
 }
-static int result_type(const operation *self, size_t place) { return (void)place, self->own_type; }
+static int result_type(const operation *self, size_t place) {
+    return place == 2 ? FLOAT : self->own_type; /* shares are the third result */
+}
 static size_t input_count(const operation *self) { return self->inputs; }
-static size_t one_output(const operation *self) { return (void)self, 1; }
+static size_t output_count(const operation *self) { return self->outputs; }
 static int required(const operation *self, size_t place) { return (void)self, (void)place, 0; }
 static int one(const operation *self) { return (void)self, 1; }
 
-#define OPERATION(name, type, inputs, create)                                                                                  \
-    {VERSION_OF_OPERATION, 0, name_of, any_provider, type_of, input_count, result_type, one_output, 0, destroy,                \
-     required, required, required, one, one, one, one, create, compute, name, type, inputs}
-#define CONVOLUTION(name) OPERATION(name, FLOAT, INPUTS, create_convolution)
-#define IN_8_BITS(name) OPERATION(name "In8Bits", UINT8, INPUTS_IN_8_BITS, create_convolution)
+#define OPERATION(name, type, inputs, outputs, create, compute, find)                                                          \
+    {VERSION_OF_OPERATION, 0, name_of, any_provider, type_of, input_count, result_type, output_count, 0, destroy,              \
+     required, required, required, one, one, one, one, create, compute, name, type, inputs, outputs, find}
+#define CONVOLUTION(name) OPERATION(name, FLOAT, INPUTS, 1, create_convolution, compute, 0)
+#define IN_8_BITS(name) OPERATION(name "In8Bits", UINT8, INPUTS_IN_8_BITS, 1, create_convolution, compute, 0)
+#define PICK(name, type) OPERATION(name, type, INPUTS_OF_PICK, 1, create_other, compute, 0)
+#define FIND(name, inputs, outputs, find) OPERATION(name, INT32, inputs, outputs, create_other, compute_found, find)
 
 static const operation operations[] = {
-    CONVOLUTION("Convolve"), CONVOLUTION("ConvolveDepthwise"), CONVOLUTION("ConvolveGroups"),
-    IN_8_BITS("Convolve"),   IN_8_BITS("ConvolveDepthwise"),   IN_8_BITS("ConvolveGroups"),
-    OPERATION("Pick", FLOAT, INPUTS_OF_PICK, create_pick),
-    OPERATION("PickIn8Bits", UINT8, INPUTS_OF_PICK, create_pick)};
+    CONVOLUTION("Convolve"),
+    CONVOLUTION("ConvolveDepthwise"),
+    CONVOLUTION("ConvolveGroups"),
+    IN_8_BITS("Convolve"),
+    IN_8_BITS("ConvolveDepthwise"),
+    IN_8_BITS("ConvolveGroups"),
+    PICK("Pick", FLOAT),
+    PICK("PickIn8Bits", UINT8),
+    FIND("FindCells", INPUTS_OF_CELLS, 2, cadsurgery_find_cells),
+    FIND("ReadTaps", INPUTS_OF_TAPS, 3, cadsurgery_read_taps),
+    FIND("ReadNearTaps", INPUTS_OF_TAPS, 1, cadsurgery_read_near_taps)};
 
 /* Add the operations to the options of a session; called by ONNX Runtime. */
 status *RegisterCustomOps(void *options, const interface *base) {

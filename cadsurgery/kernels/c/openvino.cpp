@@ -1,8 +1,10 @@
-/* Operations of OpenVINO: convolutions of rows, for files written with `with_kernels`.
+/* Operations of OpenVINO: convolutions of rows and their kernel maps, for files written with `with_kernels`.
  *
  * OpenVINO has no bodies for functions of ONNX files, so it needs this extension to read such a file. kernels/openvino.py
  * compiles it against an installed OpenVINO and links it with the library of kernels. */
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -78,19 +80,35 @@ public:
 protected:
     using Op::Op;
 
-    /* Check the inputs, and set the result: as many rows as the table has, as wide as an axis of an input. */
-    void infer(size_t input, size_t axis) {
+    void check_inputs(ov::element::Type (*type_of)(size_t place)) const {
         OPENVINO_ASSERT(get_input_size() == number_of_inputs, "cadsurgery: ", Name::type, " takes another number of inputs");
         for (size_t i = 0; i < number_of_inputs; i++)
             OPENVINO_ASSERT(get_input_element_type(i).compatible(type_of(i)), "cadsurgery: input ", i, " of ", Name::type,
                             " is of type ", get_input_element_type(i), "; it has to be ", type_of(i));
-        set_output_type(0, own_type(), {side(TABLE, 0), side(input, axis)});
+    }
+
+    ov::Dimension side(size_t input, size_t axis) const {
+        const ov::PartialShape shape = get_input_partial_shape(input);
+        return shape.rank().is_static() ? shape[axis] : ov::Dimension::dynamic();
     }
 
     static std::vector<tensor> as_tensors(const ov::TensorVector &inputs) {
         std::vector<tensor> in;
         for (size_t i = 0; i < number_of_inputs; i++) in.push_back(as_tensor(inputs[i]));
         return in;
+    }
+};
+
+/* An operation that reads rows by a table, and has one result. */
+template <class Name, size_t number_of_inputs>
+class OfRows : public Operation<Name, number_of_inputs> {
+protected:
+    using Operation<Name, number_of_inputs>::Operation;
+
+    /* Check the inputs, and set the result: as many rows as the table has, as wide as an axis of an input. */
+    void infer(size_t input, size_t axis) {
+        this->check_inputs(type_of);
+        this->set_output_type(0, own_type(), {this->side(TABLE, 0), this->side(input, axis)});
     }
 
     /* With one thread OpenVINO (2026.4) goes on after an exception: what it returns must not look like a result. */
@@ -108,15 +126,11 @@ private:
         if (place == WEIGHT && Name::in_8_bits) return ov::element::i8;
         return place == ROWS_IN || place == RESIDUAL ? own_type() : ov::element::f32;
     }
-    ov::Dimension side(size_t input, size_t axis) const {
-        const ov::PartialShape shape = get_input_partial_shape(input);
-        return shape.rank().is_static() ? shape[axis] : ov::Dimension::dynamic();
-    }
 };
 
 template <class Name>
-class Convolution : public Operation<Name, Name::in_8_bits ? INPUTS_IN_8_BITS : INPUTS> {
-    using Base = Operation<Name, Name::in_8_bits ? INPUTS_IN_8_BITS : INPUTS>;
+class Convolution : public OfRows<Name, Name::in_8_bits ? INPUTS_IN_8_BITS : INPUTS> {
+    using Base = OfRows<Name, Name::in_8_bits ? INPUTS_IN_8_BITS : INPUTS>;
 
 public:
     Convolution() = default;
@@ -161,8 +175,8 @@ private:
 
 /* Rows by a table. */
 template <class Name>
-class Pick : public Operation<Name, INPUTS_OF_PICK> {
-    using Base = Operation<Name, INPUTS_OF_PICK>;
+class Pick : public OfRows<Name, INPUTS_OF_PICK> {
+    using Base = OfRows<Name, INPUTS_OF_PICK>;
 
 public:
     Pick() = default;
@@ -185,6 +199,48 @@ public:
     }
 };
 
+/* Cells, or a kernel map: several results, whose sizes are not known before they are found. */
+template <class Name>
+class Find : public Operation<Name, Name::inputs> {
+    using Base = Operation<Name, Name::inputs>;
+
+public:
+    Find() = default;
+    explicit Find(const ov::OutputVector &inputs) : Base(inputs) { this->constructor_validate_and_infer_types(); }
+
+    void validate_and_infer_types() override {
+        this->check_inputs([](size_t) -> ov::element::Type { return ov::element::i32; });
+        const ov::Dimension any = ov::Dimension::dynamic();
+        if (Name::inputs == INPUTS_OF_CELLS) {
+            this->set_output_type(0, ov::element::i32, {any});
+            this->set_output_type(1, ov::element::i32, {any});
+            return;
+        }
+        this->set_output_type(0, ov::element::i32, {this->side(TARGETS, 0), this->side(DOWN, 0) * this->side(ACROSS, 0)});
+        if (!Name::has_halo) return;
+        this->set_output_type(1, ov::element::i32, {any, 4});
+        this->set_output_type(2, ov::element::f32, {any, 4});
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
+        return std::make_shared<Find>(inputs);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor &) override { return true; }
+
+    bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
+        found results{};
+        check(Name::find_results(Base::as_tensors(inputs).data(), &results, share));
+        const std::unique_ptr<void, decltype(&std::free)> memory(results.memory, std::free);
+        for (size_t i = 0; i < results.count; i++) {
+            const tensor &result = results.results[i];
+            outputs[i].set_shape(ov::Shape(result.size, result.size + result.rank));
+            std::memcpy(outputs[i].data(), result.data, outputs[i].get_byte_size());
+        }
+        return true;
+    }
+};
+
 #define NAME(kind, text, bytes)                      \
     struct kind {                                    \
         static constexpr const char *type = text;    \
@@ -199,22 +255,34 @@ NAME(GroupsIn8Bits, "ConvolveGroupsIn8Bits", true)
 NAME(OfFloats, "Pick", false)
 NAME(OfBytes, "PickIn8Bits", true)
 
+#define NAME_OF_FOUND(kind, text, number, halo, function)                                          \
+    struct kind {                                                                                  \
+        static constexpr const char *type = text;                                                  \
+        static constexpr size_t inputs = number;                                                   \
+        static constexpr bool has_halo = halo;                                                     \
+        static const char *find_results(const tensor *in, found *to, share_in_engine *way) {       \
+            return function(in, to, way);                                                          \
+        }                                                                                          \
+    };
+NAME_OF_FOUND(Cells, "FindCells", INPUTS_OF_CELLS, false, cadsurgery_find_cells)
+NAME_OF_FOUND(Taps, "ReadTaps", INPUTS_OF_TAPS, true, cadsurgery_read_taps)
+NAME_OF_FOUND(NearTaps, "ReadNearTaps", INPUTS_OF_TAPS, false, cadsurgery_read_near_taps)
+
 ov::OutputVector inputs_of(const ov::frontend::NodeContext &node) {
     ov::OutputVector inputs;
     for (size_t i = 0; i < node.get_input_size(); i++) inputs.push_back(node.get_input(static_cast<int>(i)));
     return inputs;
 }
 
-template <class Name>
-void add_pick(std::vector<ov::Extension::Ptr> &to) {
-    to.push_back(std::make_shared<ov::OpExtension<Pick<Name>>>());
-    const auto read = [](const ov::frontend::NodeContext &node) -> ov::OutputVector {
-        return {std::make_shared<Pick<Name>>(inputs_of(node))};
-    };
+/* Add an operation without attributes. */
+template <class Made, class Name>
+void add_plain(std::vector<ov::Extension::Ptr> &to) {
+    to.push_back(std::make_shared<ov::OpExtension<Made>>());
+    const auto read = [](const ov::frontend::NodeContext &node) { return std::make_shared<Made>(inputs_of(node))->outputs(); };
     to.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(Name::type, "cadsurgery", read));
 }
 
-/* Add an operation: for ONNX files, and for files of OpenVINO's own format. */
+/* Add a convolution: for ONNX files, and for files of OpenVINO's own format. */
 template <class Name>
 void add(std::vector<ov::Extension::Ptr> &to) {
     using Made = Convolution<Name>;
@@ -240,8 +308,11 @@ std::vector<ov::Extension::Ptr> extensions() {
     add<PlainIn8Bits>(all);
     add<DepthwiseIn8Bits>(all);
     add<GroupsIn8Bits>(all);
-    add_pick<OfFloats>(all);
-    add_pick<OfBytes>(all);
+    add_plain<Pick<OfFloats>, OfFloats>(all);
+    add_plain<Pick<OfBytes>, OfBytes>(all);
+    add_plain<Find<Cells>, Cells>(all);
+    add_plain<Find<Taps>, Taps>(all);
+    add_plain<Find<NearTaps>, NearTaps>(all);
     return all;
 }
 

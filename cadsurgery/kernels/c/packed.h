@@ -60,6 +60,9 @@ unsigned long cadsurgery_features(void);
             if ((features & from[i].needs) == from[i].needs && from[i].symbol) found = from + i;      \
     } while (0)
 
+/* Return true if numbers are in 0..end-1. */
+int cadsurgery_is_within(const int32_t *numbers, int64_t count, int64_t end);
+
 /* Check that table and sources name rows that there are. */
 const char *cadsurgery_check_rows(const tensor *in);
 

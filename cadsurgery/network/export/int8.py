@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, OnnxRuntimeWithKernels, import_package
-from cadsurgery.network.export.kernels import DOMAIN, PICK
+from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, PICK
 from cadsurgery.network.export.kernels_in_8_bits import FUNCTIONS, put_into_8_bits, teach_quantiser
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.quantise import mean_error, round_weight
@@ -220,7 +220,7 @@ def quantise(
                 "TensorQuantOverrides": {value.name: scales for value, scales in weights.items()},
             },
         )
-    _finish(target, halos, means)
+    _finish(target, halos, means, issubclass(engine, OnnxRuntime))
     onnx.checker.check_model(str(target), full_check=True)
     return tuple(outputs), keeps_levels
 
@@ -457,7 +457,7 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
     return list(chosen)
 
 
-def _finish(file: Path, halos: dict[str, str], means: Mapping[str, Tensor]) -> None:
+def _finish(file: Path, halos: dict[str, str], means: Mapping[str, Tensor], for_onnxruntime: bool) -> None:
     """Give halos (means of rows) the scale and zero point of their concatenation, and kernels their 8 bits.
 
     A halo may be all zero on the calibration images; and rows of equal scale are concatenated without requantisation.
@@ -466,6 +466,7 @@ def _finish(file: Path, halos: dict[str, str], means: Mapping[str, Tensor]) -> N
         file: an ONNX file.
         halos: names of halos, and of the concatenation of each.
         means: by name the mean of values in each channel.
+        for_onnxruntime: True if ONNX Runtime will run the file.
     """
     import onnx
 
@@ -476,10 +477,42 @@ def _finish(file: Path, halos: dict[str, str], means: Mapping[str, Tensor]) -> N
         for node in (rounds[name], exact[rounds[name].output[0]]):
             node.input[1:] = rounds[other].input[1:]
     put_into_8_bits(model, means)
+    if not for_onnxruntime:
+        _quantise_permuted_maps_once(model)
     used = {name for node in model.graph.node for name in node.input}
     for one in [one for one in model.graph.initializer if one.name not in used]:
         model.graph.initializer.remove(one)
     onnx.save(model, file)
+
+
+def _quantise_permuted_maps_once(model: Any) -> None:
+    """Remove what quantises rows again when they have become a map (B, C, H, W); scale and zero point are the same.
+
+    OpenVINO keeps channels last in memory, so that nothing has to be permuted, but it sees that only where a
+    permutation and a convolution have nothing between them (OpenVINO 2026.4).
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    returned = {one.name for one in model.graph.output}
+    for node in [one for one in model.graph.node if one.op_type == "Transpose"]:
+        before, after = makers.get(node.input[0]), readers.get(node.output[0], [])
+        is_to_map = [list(one.ints) for one in node.attribute] == [[0, 3, 1, 2]]
+        if not is_to_map or before is None or [one.op_type for one in after] != ["QuantizeLinear"]:
+            continue
+        exact = readers.get(after[0].output[0], [])
+        if [one.op_type for one in (before, *exact)] != ["DequantizeLinear"] * 2:
+            continue
+        is_equal = before.input[1:] == after[0].input[1:] == exact[0].input[1:]
+        if is_equal and exact[0].output[0] not in returned:
+            for reader in readers.get(exact[0].output[0], []):
+                places = [place for place, name in enumerate(reader.input) if name == exact[0].output[0]]
+                for place in places:
+                    reader.input[place] = node.output[0]
+            model.graph.node.remove(after[0])
+            model.graph.node.remove(exact[0])
 
 
 def _has_weights(node: Any) -> bool:
@@ -493,7 +526,7 @@ def _has_weights(node: Any) -> bool:
 
 def _is_convolution_of_rows(node: Any) -> bool:
     """True for a convolution by this package's kernels."""
-    return node.domain == DOMAIN and node.op_type != PICK
+    return node.domain == DOMAIN and node.op_type in CONVOLUTIONS.values()
 
 
 def _separate_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:
@@ -517,15 +550,15 @@ def _separate_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:
 
 
 def _keep_for_kernels(graph: Any) -> None:
-    """Give this package's operations constants of their own: the quantiser rounds a value for all that read it."""
-    from onnx_ir import tape
+    """Give this package's operations floats of their own: the quantiser rounds a value for all that read it."""
+    from onnx_ir import DataType, tape
 
     for node in graph:
         if node.domain != DOMAIN:
             continue
         steps = tape.Tape(graph)
         for place, value in enumerate(node.inputs):
-            if value.is_initializer():
+            if value.is_initializer() and value.dtype == DataType.FLOAT:
                 own = steps.initializer(value.const_value, f"{value.name}.{node.name}")
                 node.replace_input_with(place, own)
 

@@ -6,6 +6,7 @@ bodies, but for OpenVINO, which does not know functions and refuses the file.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from cadsurgery.kernels import openvino
@@ -15,12 +16,16 @@ from cadsurgery.support.errors import CadError, check_name
 DOMAIN = "cadsurgery"
 CONVOLUTIONS = {2: "ConvolveDepthwise", 3: "Convolve", 4: "ConvolveGroups"}  # by the dimensions of the weight
 PICK = "Pick"
+CELLS, TAPS, NEAR_TAPS = "FindCells", "ReadTaps", "ReadNearTaps"
 IN_8_BITS = (
     "In8Bits"  # suffix of functions whose rows, residual and result are uint8, and whose weight is int8
 )
 _INPUTS_OF_PICK = "rows, table, sources, shares"
 _INPUTS = f"{_INPUTS_OF_PICK}, weight, bias, residual"
 _INPUTS_IN_8_BITS = f"{_INPUTS_OF_PICK}, integer_weight, bias, residual, scales"
+_INPUTS_OF_CELLS = "levels, sides"
+_INPUTS_OF_TAPS = f"{_INPUTS_OF_CELLS}, anchors, index, targets, size, down, across"
+_RESULTS = {CELLS: "anchors, index", TAPS: "table, sources, shares", NEAR_TAPS: "table"}
 _NUMBERS = ("outside", "low", "high")
 OF_8_BITS = tuple(f"{part}{of}" for of in ("", "_of_result", "_of_residual") for part in ("scale", "zero"))
 
@@ -115,39 +120,220 @@ _FINISH_PICK_8_BITS = """
     out = Cast <to = 2> (rounded)"""
 
 
+# Number, height and width of the images, and the side of the cell of each pixel.
+_SHAPE = """
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    first = Constant <value_ints = [0]> ()
+    second = Constant <value_ints = [1]> ()
+    all = Constant <value_ints = [-1]> ()
+    shape = Shape (levels)
+    batch, height, width = Split <num_outputs = 3> (shape)
+    wide_sides = Cast <to = 7> (sides)
+    side_map = Gather (wide_sides, levels)"""
+_BODY_OF_CELLS = (
+    _SHAPE
+    + """
+    batch_number = Squeeze (batch, first)
+    height_number = Squeeze (height, first)
+    width_number = Squeeze (width, first)
+    images = Range (zero, batch_number, one)
+    lines = Range (zero, height_number, one)
+    columns = Range (zero, width_number, one)
+    behind = Constant <value_ints = [1, 2]> ()
+    image = Unsqueeze (images, behind)
+    y = Unsqueeze (lines, second)
+    up = Mod (y, side_map)
+    back = Mod (columns, side_map)
+    before = Mul (image, height)
+    line = Add (before, y)
+    start = Mul (line, width)
+    pixel = Add (start, columns)
+    first_line = Sub (line, up)
+    first_start = Mul (first_line, width)
+    first_column = Sub (columns, back)
+    corner = Add (first_start, first_column)
+    is_anchor = Equal (corner, pixel)
+    flat = Reshape (is_anchor, all)
+    counted = Cast <to = 7> (flat)
+    number = CumSum (counted, zero)
+    row = Sub (number, one)
+    places = NonZero (flat)
+    wide_anchors = Squeeze (places, first)
+    anchors = Cast <to = 6> (wide_anchors)
+    corners = Reshape (corner, all)
+    cells = Gather (row, corners)
+    index = Cast <to = 6> (cells)"""
+)
+# For each target and tap the pixel that is read, and the cell that it lies in.
+_BODY_OF_NEAR_TAPS = (
+    _SHAPE
+    + """
+    wide = Cast <to = 7> (targets)
+    wide_size = Cast <to = 7> (size)
+    target_height, target_width = Split <num_outputs = 2> (wide_size)
+    x = Mod (wide, target_width)
+    target_line = Div (wide, target_width)
+    y = Mod (target_line, target_height)
+    image = Div (target_line, target_height)
+    wide_down = Cast <to = 7> (down)
+    wide_across = Cast <to = 7> (across)
+    behind = Constant <value_ints = [1, 2]> ()
+    y_column = Unsqueeze (y, behind)
+    x_column = Unsqueeze (x, behind)
+    down_column = Unsqueeze (wide_down, second)
+    line = Add (y_column, down_column)
+    column = Add (x_column, wide_across)
+    line_ends = Less (line, height)
+    line_starts = GreaterOrEqual (line, zero)
+    has_line = And (line_ends, line_starts)
+    column_ends = Less (column, width)
+    column_starts = GreaterOrEqual (column, zero)
+    has_column = And (column_ends, column_starts)
+    is_inside = And (has_line, has_column)
+    image_column = Unsqueeze (image, behind)
+    before = Mul (image_column, height)
+    whole_line = Add (before, line)
+    start = Mul (whole_line, width)
+    any_pixel = Add (start, column)
+    pixel = Where (is_inside, any_pixel, zero)
+    cell = Gather (index, pixel)
+    count = Shape (anchors)
+    outside = Cast <to = 6> (count)"""
+)
+_FINISH_NEAR_TAPS = """
+    entries = Where (is_inside, cell, outside)
+    table = Flatten <axis = 1> (entries)"""
+# Pixels that are read and are no anchors, in order; each is interpolated between the four cells around it.
+_FINISH_TAPS = """
+    anchor = Gather (anchors, cell)
+    wide_anchor = Cast <to = 7> (anchor)
+    is_at_anchor = Equal (wide_anchor, pixel)
+    is_between = Not (is_at_anchor)
+    is_mixed = And (is_inside, is_between)
+    pixels = Shape (index)
+    marked = Where (is_mixed, pixel, pixels)
+    marks = Reshape (marked, all)
+    size_of_marks = Shape (marks)
+    ones = Expand (second, size_of_marks)
+    more_pixels = Add (pixels, second)
+    none = ConstantOfShape (more_pixels)
+    with_last = Cast <to = 7> (none)
+    written = ScatterElements (with_last, marks, ones)
+    wanted = Slice (written, first, pixels)
+    number = CumSum (wanted, zero)
+    rank = Add (number, count)
+    narrow_rank = Cast <to = 6> (rank)
+    mixed = Gather (narrow_rank, pixel)
+    rows = Where (is_mixed, mixed, cell)
+    entries = Where (is_inside, rows, outside)
+    table = Flatten <axis = 1> (entries)
+    places = NonZero (wanted)
+    point = Squeeze (places, first)
+    flat_sides = Reshape (side_map, all)
+    side = Gather (flat_sides, point)
+    point_x = Mod (point, width)
+    point_line = Div (point, width)
+    point_y = Mod (point_line, height)
+    first_line = Sub (point_line, point_y)
+    up = Mod (point_y, side)
+    back = Mod (point_x, side)
+    top = Sub (point_y, up)
+    left = Sub (point_x, back)
+    below = Add (top, side)
+    beside = Add (left, side)
+    last_line = Sub (height, second)
+    last_column = Sub (width, second)
+    bottom = Min (below, last_line)
+    right = Min (beside, last_column)
+    real_side = Cast <to = 11> (side)
+    real_up = Cast <to = 11> (up)
+    real_back = Cast <to = 11> (back)
+    share_down = Div (real_up, real_side)
+    share_across = Div (real_back, real_side)
+    whole = Constant <value_float = 1.0> ()
+    whole_share = Cast <to = 11> (whole)
+    rest_down = Sub (whole_share, share_down)
+    rest_across = Sub (whole_share, share_across)
+    share_0 = Mul (rest_down, rest_across)
+    share_1 = Mul (rest_down, share_across)
+    share_2 = Mul (share_down, rest_across)
+    share_3 = Mul (share_down, share_across)
+    top_line = Add (first_line, top)
+    bottom_line = Add (first_line, bottom)
+    top_start = Mul (top_line, width)
+    bottom_start = Mul (bottom_line, width)
+    corner_0 = Add (top_start, left)
+    corner_1 = Add (top_start, right)
+    corner_2 = Add (bottom_start, left)
+    corner_3 = Add (bottom_start, right)
+    column_0 = Unsqueeze (corner_0, second)
+    column_1 = Unsqueeze (corner_1, second)
+    column_2 = Unsqueeze (corner_2, second)
+    column_3 = Unsqueeze (corner_3, second)
+    of_0 = Unsqueeze (share_0, second)
+    of_1 = Unsqueeze (share_1, second)
+    of_2 = Unsqueeze (share_2, second)
+    of_3 = Unsqueeze (share_3, second)
+    corners = Concat <axis = 1> (column_0, column_1, column_2, column_3)
+    mix = Concat <axis = 1> (of_0, of_1, of_2, of_3)
+    shares = Cast <to = 1> (mix)
+    nothing = Sub (whole_share, whole_share)
+    is_read = Greater (mix, nothing)
+    read = Where (is_read, corners, column_0)
+    sources = Gather (index, read)"""
+_FOUND = {
+    CELLS: (_INPUTS_OF_CELLS, _BODY_OF_CELLS),
+    TAPS: (_INPUTS_OF_TAPS, _BODY_OF_NEAR_TAPS + _FINISH_TAPS),
+    NEAR_TAPS: (_INPUTS_OF_TAPS, _BODY_OF_NEAR_TAPS + _FINISH_NEAR_TAPS),
+}
+
+
 def function(name: str, opset: int) -> Any:
     """Return a function of the domain as an ONNX message."""
     import onnx.parser
 
     kind, is_in_8_bits = name.removesuffix(IN_8_BITS), name.endswith(IN_8_BITS)
-    if kind == PICK:
-        inputs, numbers = _INPUTS_OF_PICK, ""
-        body = _BODY_OF_PICK + (_FINISH_PICK_8_BITS if is_in_8_bits else _FINISH_PICK)
+    numbers: tuple[str, ...] = ()
+    if kind in _FOUND:
+        inputs, body = _FOUND[kind]
+    elif kind == PICK:
+        inputs, body = (
+            _INPUTS_OF_PICK,
+            _BODY_OF_PICK + (_FINISH_PICK_8_BITS if is_in_8_bits else _FINISH_PICK),
+        )
     elif is_in_8_bits:
-        inputs, numbers = _INPUTS_IN_8_BITS, ", ".join(_NUMBERS + OF_8_BITS)
+        inputs, numbers = _INPUTS_IN_8_BITS, _NUMBERS + OF_8_BITS
         body = _TAKE_8_BITS + _SUMS[kind] + _FINISH_8_BITS
     else:
-        inputs, numbers = _INPUTS, ", ".join(_NUMBERS)
+        inputs, numbers = _INPUTS, _NUMBERS
         body = _TAKE + _SUMS[kind] + _FINISH
-    attributes = f"<{numbers}>" if numbers else ""
+    attributes = f"<{', '.join(numbers)}>" if numbers else ""
     return onnx.parser.parse_function(
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{name} {attributes} ({inputs}) => (out) {{{body}\n}}"
+        f"{name} {attributes} ({inputs}) => ({_RESULTS.get(kind, 'out')}) {{{body}\n}}"
     )
 
 
 def schema(name: str) -> Any:
-    """Return the ONNX schema of a function of floats, whose table and sources of the halo are integers."""
+    """Return the ONNX schema of a function of floats, or of one that finds cells or taps."""
     from onnx.defs import OpSchema
 
-    one = OpSchema.FormalParameter
-    names, attributes = (_INPUTS_OF_PICK, ()) if name == PICK else (_INPUTS, _NUMBERS)
-    inputs = [
-        one(name, f"tensor({'int32' if name in ('table', 'sources') else 'float'})")
-        for name in names.split(", ")
-    ]
-    numbers = [OpSchema.Attribute(name, OpSchema.AttrType.FLOAT) for name in attributes]
-    return OpSchema(name, DOMAIN, 1, inputs=inputs, outputs=[one("out", "tensor(float)")], attributes=numbers)
+    def named(names: str, integers: Container[str]) -> list[Any]:
+        return [
+            OpSchema.FormalParameter(one, f"tensor({'int32' if one in integers else 'float'})")
+            for one in names.split(", ")
+        ]
+
+    if name in _FOUND:
+        names, attributes = _FOUND[name][0], ()
+        integers: Container[str] = [*names.split(", "), "table", "sources"]
+    else:
+        names, attributes = (_INPUTS_OF_PICK, ()) if name == PICK else (_INPUTS, _NUMBERS)
+        integers = ("table", "sources")
+    numbers = [OpSchema.Attribute(one, OpSchema.AttrType.FLOAT) for one in attributes]
+    inputs, outputs = named(names, integers), named(_RESULTS.get(name, "out"), integers)
+    return OpSchema(name, DOMAIN, 1, inputs=inputs, outputs=outputs, attributes=numbers)
 
 
 def kernels_for(engine: str = "onnxruntime") -> str:

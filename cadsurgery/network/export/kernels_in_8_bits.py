@@ -23,7 +23,7 @@ def teach_quantiser(graph: Any) -> None:
     residuals = {
         node.name: node.inputs[-1].name
         for node in graph
-        if node.domain == DOMAIN and node.op_type != PICK and not _is_single(node.inputs[-1])
+        if node.domain == DOMAIN and node.op_type in CONVOLUTIONS.values() and not _is_single(node.inputs[-1])
     }
 
     class Convolution(QDQOperatorBase):
@@ -95,7 +95,7 @@ class _Message:
         return name
 
     def ends(self, node: Any) -> _Ends | None:
-        """Return what quantises the rows and the result of a function; None unless that is all that is done to them."""
+        """Return what quantises the rows and the result of a node; None unless that is all that is done to them."""
         rows, result = node.input[0], node.output[0]
         after = self.readers.get(result, [])
         if len(after) != 1 or result in self.returned:
@@ -108,11 +108,14 @@ class _Message:
         """Note that a node no longer reads a value; what computes it goes with its last reader."""
         self.readers[name].remove(node)
         if not self.readers[name] and name not in self.returned and name in self.makers:
-            self.model.graph.node.remove(self.makers[name])
+            maker = self.makers.pop(name)
+            self.model.graph.node.remove(maker)
+            for before in maker.input:
+                self.readers[before].remove(maker)
 
 
 class _Ends(NamedTuple):
-    """The `DequantizeLinear` before a function and the `QuantizeLinear` after it.
+    """The `DequantizeLinear` before a node and the `QuantizeLinear` after it.
 
     Attributes:
         rows: the value between.
@@ -127,8 +130,9 @@ class _Ends(NamedTuple):
     of_result: list[float]
 
     def take(self, node: Any, message: _Message) -> None:
-        """Let the function take the place of both."""
+        """Let the node take the place of both."""
         node.input[0] = message.makers[self.rows].input[0]
+        message.readers[node.input[0]].append(node)
         message.leave(node, self.rows)
         node.output[0] = self.after.output[0]
         message.makers[node.output[0]] = node
@@ -149,7 +153,7 @@ def put_into_8_bits(model: Any, means: Mapping[str, Tensor]) -> None:
     message = _Message(model)
     changed = {
         node.op_type
-        for node in [one for one in model.graph.node if one.domain == DOMAIN]
+        for node in [one for one in model.graph.node if one.domain == DOMAIN and one.op_type in FUNCTIONS]
         if (
             _pick_in_8_bits(node, message)
             if node.op_type == PICK
@@ -158,11 +162,22 @@ def put_into_8_bits(model: Any, means: Mapping[str, Tensor]) -> None:
     }
     if not changed:
         return
+    _reshape_in_8_bits(message)
     (opset,) = (one.version for one in model.opset_import if one.domain == "")
     model.functions.extend(function(name, opset) for name in sorted(changed))
     called = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
     for one in [one for one in model.functions if one.domain == DOMAIN and one.name not in called]:
         model.functions.remove(one)
+
+
+def _reshape_in_8_bits(message: _Message) -> None:
+    """Let reshapes of quantised values that functions alone read move their 8 bits; engines would convert them twice."""
+    for node in [one for one in message.model.graph.node if one.op_type == "Reshape"]:
+        ends = message.ends(node)
+        if ends and ends.of_rows == ends.of_result:
+            readers = message.readers[ends.after.output[0]]
+            if all(one.op_type.endswith(IN_8_BITS) for one in readers):
+                ends.take(node, message)
 
 
 def _pick_in_8_bits(node: Any, message: _Message) -> bool:
@@ -199,6 +214,7 @@ def _convolve_in_8_bits(node: Any, message: _Message, means: Mapping[str, Tensor
         message.add(f"{prefix}.scales", scales),
     ]
     if has_residual:
+        message.readers[inputs[2]].append(node)
         message.leave(node, residual)
     del node.input[4:]
     node.input.extend(inputs)

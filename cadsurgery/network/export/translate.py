@@ -14,7 +14,7 @@ from onnxscript import opset18
 from onnxscript.function_libs.torch_lib.ops.core import aten_einsum, aten_index
 from onnxscript.values import Op, Opset
 
-from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, PICK, schema
+from cadsurgery.network.export.kernels import CELLS, CONVOLUTIONS, DOMAIN, NEAR_TAPS, PICK, TAPS, schema
 
 op: Any = opset18
 _KERNELS = Opset(DOMAIN, 1)
@@ -85,9 +85,9 @@ def _convolve_rows(
     return function(rows, table, sources, shares, weight, bias, residual, outside=outside, low=low, high=high)
 
 
-def _pick_rows(rows: Any, table: Any, sources: Any, shares: Any) -> Any:
-    """Call the function that picks rows; see `export.kernels`."""
-    return Op(_KERNELS, PICK, schema(PICK))(rows, table, sources, shares)
+def _call(name: str) -> Callable[..., Any]:
+    """Return a translation that calls a function without attributes; see `export.kernels`."""
+    return Op(_KERNELS, name, schema(name))
 
 
 def _number(value: Any) -> Any:
@@ -102,5 +102,8 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.remainder.Scalar: _remainder,
     _ATEN.sym_numel.default: _numel,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
-    torch.ops.cadsurgery.pick_rows.default: _pick_rows,
+    torch.ops.cadsurgery.pick_rows.default: _call(PICK),
+    torch.ops.cadsurgery.find_cells.default: _call(CELLS),
+    torch.ops.cadsurgery.read_taps.default: _call(TAPS),
+    torch.ops.cadsurgery.read_near_taps.default: _call(NEAR_TAPS),
 }

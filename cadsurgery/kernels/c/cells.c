@@ -1,0 +1,134 @@
+/* Cells of level maps, and kernel maps, for engines: see convolve.h. maps.c computes them; here their numbers are checked and
+ * converted, as engines index by int32.
+ *
+ * Compiled once, for the architecture's baseline. */
+#include "maps.h"
+#include "packed.h"
+
+__attribute__((weak)) extern long find_cells_scalar(const int8_t *, const int64_t *, long, long, long, int64_t *, int32_t *, int64_t *);
+__attribute__((weak)) extern long shift_taps_scalar(const map *);
+
+/* Let `place` point to the next `count` numbers of an area, or count their bytes if it has no memory yet. */
+typedef struct {
+    char *memory;
+    size_t used;
+} area;
+
+static void *take(area *of, int64_t count, size_t bytes) {
+    void *place = of->memory ? of->memory + of->used : 0;
+    of->used += ((size_t)count * bytes + 63) / 64 * 64;
+    return place;
+}
+
+static int are_positive(const tensor *numbers) {
+    const int32_t *values = numbers->data;
+    for (int64_t i = 0; i < numbers->size[0]; i++)
+        if (values[i] < 1) return 0;
+    return numbers->size[0] > 0;
+}
+
+/* Check a level map and the sides of its cells. */
+static const char *check_levels(const tensor *in) {
+    const tensor *levels = in + LEVELS, *sides = in + SIDES;
+    REFUSE_UNLESS(levels->rank == 3 && sides->rank == 1, "a level map or its sides have no such dimensions");
+    const int64_t pixels = levels->size[0] * levels->size[1] * levels->size[2];
+    REFUSE_UNLESS(pixels <= INT32_MAX && sides->size[0] <= 64, "a level map is too large");
+    REFUSE_UNLESS(are_positive(sides) && cadsurgery_is_within(levels->data, pixels, sides->size[0]),
+                  "a level map has a level without a side");
+    return 0;
+}
+
+static void widen(const tensor *from, int64_t count, int64_t *to) {
+    for (int64_t i = 0; i < count; i++) to[i] = ((const int32_t *)from->data)[i];
+}
+
+static int8_t *copy_levels(const tensor *from, int64_t pixels, int8_t *to) {
+    for (int64_t i = 0; i < pixels; i++) to[i] = (int8_t)((const int32_t *)from->data)[i];
+    return to;
+}
+
+static tensor vector_of(const void *data, int64_t count) { return (tensor){data, 1, {count}}; }
+static tensor table_of(const void *data, int64_t rows, int64_t columns) { return (tensor){data, 2, {rows, columns}}; }
+
+const char *cadsurgery_find_cells(const tensor *in, found *to, share_in_engine *way) {
+    (void)way;
+    const char *reason = check_levels(in);
+    if (reason) return reason;
+    const int64_t *size = in[LEVELS].size, pixels = size[0] * size[1] * size[2], many = in[SIDES].size[0];
+    int32_t *index = 0, *anchors = 0;
+    int64_t *wide = 0, *sides = 0, *counts = 0;
+    int8_t *levels = 0;
+    area all = {0};
+    for (int pass = 0; pass < 2; pass++) {
+        index = take(&all, pixels, sizeof *index), anchors = take(&all, pixels, sizeof *anchors);
+        wide = take(&all, pixels, sizeof *wide), sides = take(&all, many, sizeof *sides);
+        counts = take(&all, size[0], sizeof *counts), levels = take(&all, pixels, 1);
+        if (pass) break;
+        all = (area){malloc(all.used + 64), 0};
+        REFUSE_UNLESS(all.memory, "there is no memory for the cells of a level map");
+    }
+    widen(in + SIDES, many, sides);
+    copy_levels(in + LEVELS, pixels, levels);
+    const long cells = find_cells_scalar(levels, sides, size[0], size[1], size[2], wide, index, counts);
+    for (long i = 0; i < cells; i++) anchors[i] = (int32_t)wide[i];
+    *to = (found){{vector_of(anchors, cells), vector_of(index, pixels)}, 2, all.memory};
+    return 0;
+}
+
+/* Check what a kernel map is computed from. */
+static const char *check_map(const tensor *in) {
+    const char *reason = check_levels(in);
+    if (reason) return reason;
+    for (size_t i = ANCHORS; i < INPUTS_OF_TAPS; i++) REFUSE_UNLESS(in[i].rank == 1, "an input of a kernel map is no vector");
+    const tensor *levels = in + LEVELS;
+    const int64_t pixels = levels->size[0] * levels->size[1] * levels->size[2];
+    REFUSE_UNLESS(in[INDEX].size[0] == pixels && cadsurgery_is_within(in[INDEX].data, pixels, in[ANCHORS].size[0]) &&
+                      cadsurgery_is_within(in[ANCHORS].data, in[ANCHORS].size[0], pixels),
+                  "the cells of a kernel map do not fit its level map");
+    REFUSE_UNLESS(in[SIZE].size[0] == 2 && are_positive(in + SIZE), "the size of a kernel map is not height and width");
+    const int32_t *size = in[SIZE].data;
+    REFUSE_UNLESS(cadsurgery_is_within(in[TARGETS].data, in[TARGETS].size[0], levels->size[0] * size[0] * size[1]),
+                  "a kernel map has targets outside its size");
+    REFUSE_UNLESS(in[DOWN].size[0] > 0 && in[ACROSS].size[0] > 0, "a kernel map has no taps");
+    return 0;
+}
+
+static const char *read_taps(int has_halo, const tensor *in, found *to, share_in_engine *way) {
+    const char *reason = check_map(in);
+    if (reason) return reason;
+    const int64_t *sides = in[LEVELS].size, pixels = sides[0] * sides[1] * sides[2], count = in[ANCHORS].size[0];
+    const int64_t n = in[TARGETS].size[0], taps = in[DOWN].size[0] * in[ACROSS].size[0];
+    const int64_t between = pixels - count, most = !has_halo ? 0 : between < n * taps ? between : n * taps;
+    const int32_t *size = in[SIZE].data;
+    float *shares = 0;
+    int64_t *wide[5] = {0};
+    const int widened[5] = {ANCHORS, SIDES, TARGETS, DOWN, ACROSS};
+    map m = {0};
+    int8_t *levels = 0;
+    area all = {0};
+    for (int pass = 0; pass < 2; pass++) {
+        m.table = take(&all, n * taps, sizeof *m.table), m.sources = take(&all, most * 4, sizeof *m.sources);
+        shares = take(&all, most * 4, sizeof *shares), m.mix = take(&all, most * 4, sizeof *m.mix);
+        m.rank = take(&all, has_halo ? pixels : 0, sizeof *m.rank), levels = take(&all, pixels, 1);
+        for (int i = 0; i < 5; i++) wide[i] = take(&all, in[widened[i]].size[0], sizeof **wide);
+        if (pass) break;
+        all = (area){malloc(all.used + 64), 0};
+        REFUSE_UNLESS(all.memory, "there is no memory for a kernel map");
+    }
+    for (int i = 0; i < 5; i++) widen(in + widened[i], in[widened[i]].size[0], wide[i]);
+    copy_levels(in + LEVELS, pixels, levels);
+    if (has_halo) memset(m.rank, 0, pixels * sizeof *m.rank);
+    m.index = in[INDEX].data, m.levels = levels, m.has_halo = has_halo;
+    m.anchors = wide[0], m.sides = wide[1], m.targets = wide[2], m.down = wide[3], m.across = wide[4];
+    m.pixels = pixels, m.count = count, m.n = n, m.height = sides[1], m.width = sides[2];
+    m.target_height = size[0], m.target_width = size[1], m.vertical = in[DOWN].size[0], m.horizontal = in[ACROSS].size[0];
+    cadsurgery_share_by(way);
+    const long halo = shift_taps_scalar(&m);
+    cadsurgery_share_by(0);
+    for (long i = 0; i < 4 * halo; i++) shares[i] = (float)m.mix[i];
+    *to = (found){{table_of(m.table, n, taps), table_of(m.sources, halo, 4), table_of(shares, halo, 4)}, has_halo ? 3 : 1, all.memory};
+    return 0;
+}
+
+const char *cadsurgery_read_taps(const tensor *in, found *to, share_in_engine *way) { return read_taps(1, in, to, way); }
+const char *cadsurgery_read_near_taps(const tensor *in, found *to, share_in_engine *way) { return read_taps(0, in, to, way); }
