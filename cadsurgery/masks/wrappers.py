@@ -228,7 +228,8 @@ class Budget(MaskWrapper):
         for level, fraction in reversed(list(enumerate(self.fraction))):
             is_kept = rank < (number * fraction).round()  # as in `_counts`, but for sizes unknown to a graph
             by_rank = torch.where(is_kept, min(level, grid.max_level), by_rank).to(torch.int8)
-        return torch.empty_like(scores, dtype=torch.int8).scatter(-1, order, by_rank.expand_as(order))
+        # Every place is written. Engines have no uninitialised memory.
+        return scores.new_zeros(scores.shape, dtype=torch.int8).scatter(-1, order, by_rank.expand_as(order))
 
     def _of_patches(self, scores: Tensor, grid: FineMapSpec) -> Tensor:
         """Average scores (B, h, w) over patches: (B, ceil(h / patch), ceil(w / patch)) float64.

@@ -64,7 +64,12 @@ def net(mask: Any = "edges:threshold=0.9,dilation=3", **options: Any) -> cs.Adap
     )
 
 
-CONVOLUTIONS = {"Convolve": 2, "ConvolveDepthwise": 1, "ConvolveGroups": 2, "Pick": 1}  # of a file with kernels
+CONVOLUTIONS = {
+    "Convolve": 2,
+    "ConvolveDepthwise": 1,
+    "ConvolveGroups": 2,
+    "Pick": 1,
+}  # of a file with kernels
 OF_LATTICES = {"FindCells": 2, "ReadTaps": 5}
 
 

@@ -171,7 +171,7 @@ def put_into_8_bits(model: Any, means: Mapping[str, Tensor]) -> None:
 
 
 def _reshape_in_8_bits(message: _Message) -> None:
-    """Let reshapes of quantised values that functions alone read move their 8 bits; engines would convert them twice."""
+    """Let reshapes of quantised values that only functions read move their 8 bits; engines would convert them twice."""
     for node in [one for one in message.model.graph.node if one.op_type == "Reshape"]:
         ends = message.ends(node)
         if ends and ends.of_rows == ends.of_result:
