@@ -60,7 +60,7 @@ def _index(self: Any, indices: Any) -> Any:
 
 
 def _in_32_bits(translation: Callable[..., Any]) -> Callable[..., Any]:
-    """Compute with levels, which are int8, as int32: before version 1.32 ONNX Runtime lacks some operations of int8."""
+    """Compute with levels, which are int8, as int32: before version 1.31 ONNX Runtime lacks some operations of int8."""
 
     def translate(*args: Any) -> Any:
         is_level = [getattr(one, "dtype", None) == DataType.INT8 for one in args]
