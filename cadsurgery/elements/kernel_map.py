@@ -180,8 +180,8 @@ def read_rows(table: Tensor, has_outside: bool = False) -> Reading:
 def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
     """Return a reading of flat fine pixels `points` (int64, any shape); padding is read where `inside` is False."""
     if inside is None and lattice.part is None and _is_found(lattice):
-        table, *halo = _find_taps(lattice, points.flatten(), lattice.size, ([0], [0]))
-        return Reading(table.view(points.shape), *halo, False)
+        table, sources, mix = _find_taps(lattice, points.flatten(), lattice.size, ([0], [0]))
+        return Reading(table.view(points.shape), sources, mix, False)
     table = _rows_or_pixels(lattice)[points]
     has_outside = inside is not None and not (
         lattice.capacity is None and not lattice.is_open and bool(inside.all())

@@ -325,8 +325,9 @@ def schema(name: str) -> Any:
             for one in names.split(", ")
         ]
 
+    attributes: tuple[str, ...] = ()
     if name in _FOUND:
-        names, attributes = _FOUND[name][0], ()
+        names = _FOUND[name][0]
         integers: Container[str] = [*names.split(", "), "table", "sources"]
     else:
         names, attributes = (_INPUTS_OF_PICK, ()) if name == PICK else (_INPUTS, _NUMBERS)
