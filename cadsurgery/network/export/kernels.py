@@ -340,7 +340,7 @@ def schema(name: str) -> Any:
 def kernels_for(engine: str = "onnxruntime") -> str:
     """Return the path of the library that brings this package's kernels to an engine, on the CPU.
 
-    For files of `export(..., with_kernels=True)`, in ONNX Runtime 1.17 or newer:
+    For files of `export(..., with_kernels=True)`, in ONNX Runtime 1.20 or newer:
 
         options = onnxruntime.SessionOptions()
         options.register_custom_ops_library(cadsurgery.kernels_for("onnxruntime"))
