@@ -18,7 +18,12 @@ from torch import Tensor
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, OnnxRuntimeWithKernels, import_package
 from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, PICK
-from cadsurgery.network.export.kernels_in_8_bits import FUNCTIONS, put_into_8_bits, teach_quantiser
+from cadsurgery.network.export.kernels_in_8_bits import (
+    FUNCTIONS,
+    put_into_8_bits,
+    quantise_permuted_maps_once,
+    teach_quantiser,
+)
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.quantise import mean_error, round_weight
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
@@ -478,41 +483,11 @@ def _finish(file: Path, halos: dict[str, str], means: Mapping[str, Tensor], for_
             node.input[1:] = rounds[other].input[1:]
     put_into_8_bits(model, means)
     if not for_onnxruntime:
-        _quantise_permuted_maps_once(model)
+        quantise_permuted_maps_once(model)
     used = {name for node in model.graph.node for name in node.input}
     for one in [one for one in model.graph.initializer if one.name not in used]:
         model.graph.initializer.remove(one)
     onnx.save(model, file)
-
-
-def _quantise_permuted_maps_once(model: Any) -> None:
-    """Remove what quantises rows again when they have become a map (B, C, H, W); scale and zero point are the same.
-
-    OpenVINO keeps channels last in memory, so that nothing has to be permuted, but it sees that only where a
-    permutation and a convolution have nothing between them (OpenVINO 2026.4).
-    """
-    makers = {name: node for node in model.graph.node for name in node.output}
-    readers: dict[str, list[Any]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    returned = {one.name for one in model.graph.output}
-    for node in [one for one in model.graph.node if one.op_type == "Transpose"]:
-        before, after = makers.get(node.input[0]), readers.get(node.output[0], [])
-        is_to_map = [list(one.ints) for one in node.attribute] == [[0, 3, 1, 2]]
-        if not is_to_map or before is None or [one.op_type for one in after] != ["QuantizeLinear"]:
-            continue
-        exact = readers.get(after[0].output[0], [])
-        if [one.op_type for one in (before, *exact)] != ["DequantizeLinear"] * 2:
-            continue
-        is_equal = before.input[1:] == after[0].input[1:] == exact[0].input[1:]
-        if is_equal and exact[0].output[0] not in returned:
-            for reader in readers.get(exact[0].output[0], []):
-                places = [place for place, name in enumerate(reader.input) if name == exact[0].output[0]]
-                for place in places:
-                    reader.input[place] = node.output[0]
-            model.graph.node.remove(after[0])
-            model.graph.node.remove(exact[0])
 
 
 def _has_weights(node: Any) -> bool:

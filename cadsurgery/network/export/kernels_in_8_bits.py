@@ -170,6 +170,30 @@ def put_into_8_bits(model: Any, means: Mapping[str, Tensor]) -> None:
         model.functions.remove(one)
 
 
+def quantise_permuted_maps_once(model: Any) -> None:
+    """Remove what quantises rows again when they have become a map (B, C, H, W); scale and zero point are the same.
+
+    OpenVINO keeps channels last in memory, so that nothing has to be permuted, but it sees that only where a
+    permutation and a convolution have nothing between them (OpenVINO 2026.4).
+    """
+    message = _Message(model)
+    for node in [one for one in model.graph.node if one.op_type == "Transpose"]:
+        ends, is_to_map = message.ends(node), [list(one.ints) for one in node.attribute] == [[0, 3, 1, 2]]
+        if not ends or not is_to_map or ends.of_rows != ends.of_result:
+            continue
+        exact = message.readers.get(ends.after.output[0], [])
+        if [message.steps(one, "DequantizeLinear") for one in exact] != [ends.of_result]:
+            continue
+        again = exact[0].output[0]
+        if again not in message.returned:
+            for reader in message.readers.get(again, []):
+                for place, name in enumerate(reader.input):
+                    if name == again:
+                        reader.input[place] = node.output[0]
+            model.graph.node.remove(ends.after)
+            model.graph.node.remove(exact[0])
+
+
 def _reshape_in_8_bits(message: _Message) -> None:
     """Let reshapes of quantised values that only functions read move their 8 bits; engines would convert them twice."""
     for node in [one for one in message.model.graph.node if one.op_type == "Reshape"]:
