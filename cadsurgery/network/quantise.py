@@ -37,6 +37,7 @@ from cadsurgery.elements.backends.integer_layers import (
     max_pool_bytes,
     to_bytes,
 )
+from cadsurgery.elements.backends.onednn import convolve, multiply
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
@@ -506,11 +507,11 @@ class _Quantiser:
             else:
                 plain = layer.kernel.weights.without_activation
                 if isinstance(layer.kernel, PackedLinear):
-                    full = plain.on_rows(x.reshape(-1, x.shape[-1]))
+                    full = multiply(plain, x.reshape(-1, x.shape[-1]))
                     less = tested[node](rounded).reshape(full.shape)
                 else:
                     assert layer.kernel.window is not None
-                    full, less = plain.on_image(x, *layer.kernel.window), tested[node](rounded)
+                    full, less = convolve(plain, x, *layer.kernel.window), tested[node](rounded)
                     full, less = (one.permute(0, 2, 3, 1).flatten(0, 2) for one in (full, less))
             shift = (full - less).mean(0)
             number = counts[node] = counts.get(node, 0) + 1

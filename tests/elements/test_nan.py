@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.elements.backends import native
 from cadsurgery.elements.backends.choose import Convolution, Pooling, every_row
+from cadsurgery.elements.backends.onednn import convolve, multiply
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.kernels.load import library
 
@@ -41,10 +42,10 @@ def test_kernels_keep_nan(dtype, name, groups, count, with_residual):
         point = weight[:, :, :1, :1].contiguous()
         kernels = [FusedConv(point, bias, 1, ACTIVATIONS[name], {}, True, meets) for meets in (True, False)]
         rows, more = torch.randn(count, 64, dtype=dtype), torch.randn(count, 64, dtype=dtype)
-        found = [kernel.on_rows(rows, more if with_residual else None) for kernel in kernels]
+        found = [multiply(kernel, rows, more if with_residual else None) for kernel in kernels]
         torch.testing.assert_close(*found)
         rows[3, 5] = torch.nan
-        found[0] = kernels[0].on_rows(rows, more if with_residual else None)
+        found[0] = multiply(kernels[0], rows, more if with_residual else None)
         assert found[0][3].isnan().all()
         assert found[0].isnan().sum() == 64
     kernel = FusedConv(weight, bias, groups, ACTIVATIONS[name], {}, True, True)
@@ -60,7 +61,7 @@ def test_kernels_keep_nan(dtype, name, groups, count, with_residual):
         assert out.isnan().sum() == 64
     image, more = torch.randn(1, 64, 8, 12, dtype=dtype), torch.randn(1, 64, 8, 12, dtype=dtype)
     image[0, :, 4, 5] = torch.nan
-    out = kernel.on_image(image, (1, 1), (1, 1), (1, 1), more if with_residual else None)
+    out = convolve(kernel, image, (1, 1), (1, 1), (1, 1), more if with_residual else None)
     assert out[:, :, 3:6, 4:7].isnan().all()
     assert out.isnan().sum() == 9 * 64
 

@@ -34,6 +34,7 @@ from cadsurgery.elements.backends.choose import (
     WindowRead,
 )
 from cadsurgery.elements.backends.costs import Costs
+from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation, Factors, FusedConv
 from cadsurgery.elements.functional import Elements, conv2d
@@ -435,7 +436,7 @@ def test_a_residual_and_relu_in_bfloat16(
     weight = torch.randn(outputs, channels // groups, 3, 3)
     weights = FusedConv(weight.bfloat16(), None, groups, Activation("relu"), {}, packed)
     image, more = torch.randn(2, channels, *size).bfloat16(), torch.randn(2, outputs, *size).bfloat16()
-    found = weights.on_image(image, (1, 1), (1, 1), (1, 1), more)
+    found = convolve(weights, image, (1, 1), (1, 1), (1, 1), more)
     expected = nn.functional.conv2d(image.float(), weights.weight.float(), None, 1, 1, 1, groups) + more
     assert found.dtype == torch.bfloat16
     assert_same(found.float(), expected.relu(), 2e-2)

@@ -19,6 +19,7 @@ from cadsurgery.elements.backends.choose import (
     choose_after,
 )
 from cadsurgery.elements.backends.costs import Costs, best_time, costs
+from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import Window
@@ -140,7 +141,7 @@ class Uniform(Backend):
         assert isinstance(work.reads, WindowRead)
         more = _image_of(work.residual, work.reads.target) if work.residual is not None else None
         stride = (operation.stride, operation.stride)
-        return _rows_of(work.weights.on_image(image, stride, padding, operation.dilation, more))
+        return _rows_of(convolve(work.weights, image, stride, padding, operation.dilation, more))
 
     def spread(self, work: TransposedConvolution) -> Tensor:
         """Compute rows (N, O)."""
@@ -238,7 +239,7 @@ class WholeMap(Backend):
         _, padding, dilation = _on_samples(work.reads, 1, 1)
         image = F.pad(to_dense(Elements(work.rows, work.reads.source)), padding)
         plain = FusedConv(work.weights.weight, work.weights.bias, work.weights.groups)
-        rows = _rows_of(plain.on_image(image, (1, 1), (0, 0), dilation))
+        rows = _rows_of(convolve(plain, image, (1, 1), (0, 0), dilation))
         return work.weights.finish(rows.index_select(0, work.reads.target.anchors), work.residual)
 
 
@@ -257,7 +258,7 @@ def _measure(work: Convolution, other: Backend) -> Costs:
     window = Window((height, width), 1, (1, 1), padding, spacing=2)
     target = lattice.at(1, window.output_size(lattice.size))
     image, work_of_element = to_dense(sample), weight[0].numel() * channels
-    dense = best_time(lambda: weights.on_image(image, (1, 1), (height // 2, width // 2), (1, 1)))
+    dense = best_time(lambda: convolve(weights, image, (1, 1), (height // 2, width // 2), (1, 1)))
     on_elements = Convolution(sample.rows, weights, WindowRead(lattice, target, window))
     sparse = best_time(lambda: other.convolve(on_elements))  # type: ignore[attr-defined]
     moved = best_time(lambda: to_dense(sample))

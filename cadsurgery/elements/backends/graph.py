@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Backend, Convolution, compute
-from cadsurgery.elements.backends.weights import FusedConv, product
+from cadsurgery.elements.backends.onednn import product
+from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.kernel_map import Reading
 
 

@@ -16,6 +16,7 @@ from cadsurgery.elements.backends.native import (
     map_size,
     supports,
 )
+from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import Activation, Factors, FusedConv, Pair
 from cadsurgery.kernels.layouts import product_layout
 from cadsurgery.kernels.load import has_bf16_dot
@@ -67,7 +68,7 @@ class PackedConv(nn.Module):
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolve a dense map; `residual` is added before the activation."""
         assert self.window is not None
-        return self.weights.on_image(image, *self.window, residual)
+        return convolve(self.weights, image, *self.window, residual)
 
     def extra_repr(self) -> str:
         """Return shape, groups and activation for `print`."""

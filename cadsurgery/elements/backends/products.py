@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Backend, Convolution, Gathering, compute
+from cadsurgery.elements.backends.onednn import multiply, multiply_elements
 from cadsurgery.elements.backends.reference import block_length
 
 
@@ -33,8 +34,8 @@ class Products(Backend):
             rows, outputs = work.of_target, weights.weight.shape[0]
             more = residual.reshape(-1, outputs) if residual is not None else None
             # The bits of an element's row must not depend on the number of rows, which is fixed in dense maps only.
-            multiply = weights.on_rows if work.reads is None else weights.on_elements
-            out = multiply(rows.reshape(-1, rows.shape[-1]), more)
+            product = multiply if work.reads is None else multiply_elements
+            out = product(weights, rows.reshape(-1, rows.shape[-1]), more)
             return out.view(*rows.shape[:-1], outputs)
         reading, rows = work.reading, work.rows
         table = reading.table.to(rows.device)
@@ -48,7 +49,7 @@ class Products(Backend):
                 gathered = memory[: entries.numel()]
                 fill(entries, gathered)
                 more = residual[start : start + block] if residual is not None else None
-                out[start : start + block] = weights.on_elements(gathered.view(len(entries), -1), more)
+                out[start : start + block] = multiply_elements(weights, gathered.view(len(entries), -1), more)
         return out
 
 

@@ -29,7 +29,7 @@ from cadsurgery.elements.backends.choose import (
     extend,
 )
 from cadsurgery.elements.backends.integer import IntegerConvolution
-from cadsurgery.elements.backends.weights import product
+from cadsurgery.elements.backends.onednn import product
 from cadsurgery.elements.kernel_map import phases, read_rows
 from cadsurgery.elements.sizes import is_statically_true
 

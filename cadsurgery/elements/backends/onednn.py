@@ -1,0 +1,201 @@
+"""Products of rows and convolutions of dense maps by oneDNN, fused with residual and activation.
+
+oneDNN multiplies rows by a linear layer, whose packed weight serves any number of rows, and convolves dense maps with
+weights packed for their shape. Where oneDNN has no operation, torch computes the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.backends.choose import Convolution, compute
+from cadsurgery.elements.backends.weights import FusedConv, Pair
+from cadsurgery.kernels.load import is_observed
+
+_FUSED = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
+_POINTWISE: Any = getattr(_FUSED, "_convolution_pointwise", None)
+_LINEAR: Any = getattr(_FUSED, "_linear_pointwise", None)
+_ONEDNN = (torch.float32, torch.bfloat16)
+# Size of a block that stays in the cache until the next operation reads it.
+_BLOCK_BYTES = 1 << 20
+# A product with fewer rows, or fewer values (torch's own limit), does not use oneDNN's usual kernels and is summed in a
+# different order. From these sizes on the result of a row has the same bits for any number of rows.
+_FEWEST_ROWS, _FEWEST_VALUES = 64, 20480
+
+
+def multiply(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Compute (n, O) from gathered rows (n, taps * C), taps outermost; ungrouped.
+
+    `residual` (n, O) is added before the activation.
+    """
+    if weights.packed_cache is None or not _has_onednn(rows) or not rows.numel():
+        plain = product if weights.packed_cache is None and rows.numel() else F.linear
+        return weights.finish(plain(rows, weights.matrix(rows.dtype), weights.bias_as(rows.dtype)), residual)
+    # The packed weight of a linear layer serves any number of rows. The packed weight of a convolution serves one
+    # shape only: with another shape it is reordered in every call, which is far slower.
+    weight = weights.form(
+        ("rows", rows.dtype),
+        lambda: torch.ops.mkldnn._reorder_linear_weight(weights.matrix(rows.dtype).contiguous()),
+    )
+    bias, act = weights.bias_as(rows.dtype), weights.activation
+    if residual is None:
+        return _apply_rest(weights, _LINEAR(rows, weight, bias, *_fused(weights)))
+    residual = residual.contiguous()
+    if act is None:
+        return _LINEAR.binary(rows, residual, weight, bias, "add")
+    if act.name == "relu" and rows.shape[0] > rows.shape[1] and not weights.meets_nan:
+        # A convolution fuses both. Reordering its weight in every call is cheaper than the separate pass below.
+        point = weights.matrix(rows.dtype)[:, :, None, None]
+        out = _convolve(weights, _image(rows), point, _image(residual), ((1, 1), (0, 0), (1, 1)), 1)
+        return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
+    # The activation is applied block by block, while the sums are in the cache.
+    out = rows.new_empty(rows.shape[0], weights.weight.shape[0])
+    length = max(64, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
+    for part, more, whole in zip(rows.split(length), residual.split(length), out.split(length), strict=True):
+        whole.copy_(act.apply_(_LINEAR.binary(part, more, weight, bias, "add")))
+    return out
+
+
+def multiply_elements(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Compute `multiply` such that the bits of a row do not depend on the number of rows."""
+    if weights.packed_cache is None:
+        return multiply(weights, rows, residual)
+    count, fewest = rows.shape[0], _fewest(rows)
+    if not 0 < count < fewest:
+        return multiply(weights, rows, residual)
+    more = _fill(residual, fewest) if residual is not None else None
+    return multiply(weights, _fill(rows, fewest), more)[:count]
+
+
+def convolve(
+    weights: FusedConv,
+    image: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Compute an ordinary convolution of a dense map (B, C, H, W).
+
+    `residual` is added before the activation; it may be any tensor that broadcasts to the result.
+    """
+    if residual is not None and residual.shape != _shape(weights, image, stride, padding, dilation):
+        return weights.finish(
+            convolve(weights.without_activation, image, stride, padding, dilation), residual
+        )
+    weight, bias = weights.weight.to(image.dtype), weights.bias_as(image.dtype)
+    is_pointwise = weights.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
+    if weights.dense and is_pointwise and not torch.compiler.is_compiling():
+        return _multiply_pixels(weights, image, residual)
+    if not _has_onednn(image) or not image.numel():
+        out = F.conv2d(image, weight, bias, stride, padding, dilation, weights.groups)
+        return weights.finish(out, residual)
+    image = image.contiguous(memory_format=torch.channels_last)
+    if weights.dense:
+        shape, pack = list(image.shape), torch.ops.mkldnn._reorder_convolution_weight
+        weight = weights.form(
+            ("image", image.dtype, stride, padding, dilation, *shape),
+            lambda: pack(weight.contiguous(), padding, stride, dilation, weights.groups, shape),
+        )
+    return _convolve(weights, image, weight, residual, (stride, padding, dilation), weights.groups)
+
+
+def _multiply_pixels(weights: FusedConv, image: Tensor, residual: Tensor | None) -> Tensor:
+    """Compute a 1x1 convolution of a dense map as a product of its pixels, viewed as rows."""
+
+    def rows(values: Tensor | None) -> Any:
+        return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
+
+    out = compute(Convolution(rows(image), weights, None, residual=rows(residual)))
+    return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _convolve(
+    weights: FusedConv,
+    image: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    window: tuple[Pair, Pair, Pair],
+    groups: int,
+) -> Tensor:
+    bias, act, (stride, padding, dilation) = weights.bias_as(image.dtype), weights.activation, window
+    numbers = (padding, stride, dilation, groups)
+    if residual is None and act is None and weights.packed_cache is None:
+        return F.conv2d(image, weight, bias, *window, groups)
+    if residual is None:
+        return _apply_rest(weights, _POINTWISE(image, weight, bias, *numbers, *_fused(weights)))
+    relu = act is not None and act.name == "relu" and not weights.meets_nan
+    # Torch itself adds and clamps where oneDNN does not support the map or might read it as contiguous. Torch has
+    # no bfloat16 version of this.
+    if image.dtype == torch.bfloat16:
+        plain = groups == 1 and min(image.shape[1], weight.shape[0]) > 1
+        relu = relu and plain and image.shape[2] * image.shape[3] > 1
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    then = ("add", 1.0, "relu" if relu else None, (), "")
+    out = _POINTWISE.binary(image, residual, weight, bias, *numbers, *then)
+    return out if relu or act is None else act.apply_(out)
+
+
+def _shape(weights: FusedConv, image: Tensor, *window: Pair) -> tuple[int, ...]:
+    """Return the shape of the result for an image."""
+    axes = zip(image.shape[2:], weights.weight.shape[2:], *window, strict=True)
+    sizes = ((length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, s, p, d in axes)
+    return image.shape[0], weights.weight.shape[0], *sizes
+
+
+def _fused(weights: FusedConv) -> tuple[str, tuple[float, ...], str]:
+    """Return the activation in the format of oneDNN's fused operations."""
+    act = None if _is_apart(weights) else weights.activation
+    return (act.name, act.scalars, act.algorithm) if act is not None else ("none", (), "")
+
+
+def _is_apart(weights: FusedConv) -> bool:
+    """Return True if the activation must not be fused into a oneDNN operation."""
+    return weights.meets_nan and weights.activation is not None and weights.activation.bounds is not None
+
+
+def _apply_rest(weights: FusedConv, out: Tensor) -> Tensor:
+    """Apply the activation, if it was not fused."""
+    return weights.activation.apply_(out) if _is_apart(weights) and weights.activation is not None else out
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `rows @ weight.T + bias` for (n, K) rows and an (O, K) weight; differentiable."""
+    if rows.device.type == "cpu" and rows.dtype in _ONEDNN:
+        count, fewest = rows.shape[0], _fewest(rows)
+        if 0 < count < fewest:
+            rows = _fill(rows, fewest)
+        out = F.conv2d(_image(rows), weight[:, :, None, None], bias)
+        return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)[:count]
+    return F.linear(rows, weight, bias)
+
+
+def _fewest(rows: Tensor) -> int:
+    """Return how many rows of this length a product needs at least; 0 while torch traces or counts operations."""
+    return 0 if is_observed() else max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
+
+
+def _fill(rows: Tensor, count: int) -> Tensor:
+    """Append rows of zeros up to `count` rows."""
+    return F.pad(rows, (0, 0, 0, count - rows.shape[0]))
+
+
+def _image(rows: Tensor | None) -> Any:
+    """View rows (n, C) as a channels_last image with exactly these strides; otherwise torch would silently copy it."""
+    return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2) if rows is not None else None
+
+
+def _has_onednn(values: Tensor) -> bool:
+    """Return True if oneDNN's fused operations can be used; they have no gradients, and torch cannot count them."""
+    return (
+        _POINTWISE is not None
+        and values.device.type == "cpu"
+        and values.dtype in _ONEDNN
+        and (values.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and not is_observed()
+        and not (torch.is_grad_enabled() and values.requires_grad)
+    )
