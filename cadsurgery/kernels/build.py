@@ -157,6 +157,7 @@ TABLE = (
     Source("grouped", ("bfloat16",), ("avx512bf16",)),
     Source("expand", ("bfloat16",), ("avx512bf16",)),
     Source("int8", (), _BYTES, _EXACT),
+    Source("int8_limited", (), ("avx2",), _EXACT),
     Source("int8_depthwise", (), ("sse4", "avx2", "avxvnni", "avx512vnni"), _EXACT),
     Source("warp", ("float32", "float64"), ("scalar", "avx2", "neon"), _SOLVING),
     *_by_width("move", *ELEMENTS),

@@ -16,13 +16,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.integer import (
+    LARGEST_PAIR,
     LARGEST_WEIGHT,
     MOST_PRODUCTS,
     IntegerWeights,
@@ -686,27 +688,24 @@ def _integer_layer(
     return result
 
 
-def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tuple[Tensor, Tensor]:
+def round_weight(weight: Tensor, limited: Literal["any", "adjacent"] | None = None) -> tuple[Tensor, Tensor]:
     """Quantise a weight (O, ...) to integers in -127..127 with a scale (O,) per output channel.
 
     For each output, 64 candidate scales make its largest weight an integer of 64 to 127; the one with the smallest
     squared error is used. The gain is largest for few taps and channels; weights that were quantised to 8 bits before,
-    with any scale, are kept exactly.
+    with any scale, are kept exactly if they are within the limit.
 
     Args:
         weight: floating-point weights, outputs first.
-        largest_pair: limit for the absolute sum of any two integers of an output; at least 128, so that a largest
-            weight of 64 is always possible.
+        limited: integers of an output that together are at most `LARGEST_PAIR`, so that products of two can be added in
+            16 bits: "any" two, or two "adjacent" channels (the first with the second, the third with the fourth, ...)
+            of equal sign at the same tap. A largest weight of 64 is always possible.
     """
     flat = weight.detach().flatten(1)
     largest = flat.abs().amax(1)
     largest = torch.where(largest > 0, largest, 1.0)
-    # Rounding keeps the order, so only the two largest and the two smallest weights have to be checked.
-    pairs = torch.stack([flat.topk(min(2, flat.shape[1]), largest=end).values for end in (True, False)], 1)
     tried = torch.arange(LARGEST_WEIGHT, LARGEST_WEIGHT // 2, -1)
-    # The same division as for the weights below, so that ties are rounded the same way.
-    ends_in_scale = pairs.double() / (largest.double() / tried.view(-1, 1)).view(len(tried), -1, 1, 1)
-    fitting = ends_in_scale.round().sum(3).abs().amax(2) <= largest_pair
+    fitting = _find_fitting(weight.detach(), largest, tried, limited)
     numbers = torch.empty_like(largest)
     count = max(1, _CACHED // flat.shape[1])
     parts = (*(one.split(count) for one in (numbers, flat, largest)), fitting.split(count, 1))
@@ -721,6 +720,26 @@ def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tupl
     scale = largest.double() / numbers
     whole = (flat.double() / scale.unsqueeze(1)).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
     return whole.to(torch.int8).view(weight.shape).contiguous(), scale.float()
+
+
+def _find_fitting(weight: Tensor, largest: Tensor, tried: Tensor, limited: str | None) -> Tensor:
+    """Return which of the tried largest integers keep each output within a limit, (tried, O)."""
+    flat = weight.flatten(1)
+    if limited == "adjacent":
+        padded = F.pad(
+            weight.flatten(2) if weight.dim() > 2 else flat.unsqueeze(2), (0, 0, 0, flat.shape[1] % 2)
+        )
+        ends = torch.stack([sign * (sign * padded).clamp_min(0) for sign in (1, -1)])
+        sums = ends.unflatten(2, (-1, 2)).sum(3).abs().flatten(2).amax((0, 2))
+        # Each of the two is rounded by at most a half. Two weights of 64 fit exactly.
+        most = sums.double() / largest * tried.view(-1, 1) + 1
+        return (most <= LARGEST_PAIR) | (tried == tried[-1]).view(-1, 1)
+    # Rounding keeps the order, so only the two largest and the two smallest weights have to be checked.
+    pairs = torch.stack([flat.topk(min(2, flat.shape[1]), largest=end).values for end in (True, False)], 1)
+    # The same division as for the weights, so that ties are rounded the same way.
+    in_scale = pairs.double() / (largest.double() / tried.view(-1, 1)).view(len(tried), -1, 1, 1)
+    limit = LARGEST_PAIR if limited else 2 * LARGEST_WEIGHT
+    return in_scale.round().sum(3).abs().amax(2) <= limit
 
 
 def mean_error(error: Tensor, mean: Tensor, groups: int = 1) -> Tensor:

@@ -58,11 +58,22 @@ def bytes_of(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
+def limit(weight: Tensor) -> Tensor:
+    """Let each second channel, together with the one before it, have weights that sum to 128 at most."""
+    pairs = weight.short()[:, : weight.shape[1] // 2 * 2].unflatten(1, (-1, 2))
+    rest = 128 - pairs[:, :, 0].abs()
+    second = torch.minimum(torch.maximum(pairs[:, :, 1], -rest), rest)
+    limited = weight.clone()
+    limited[:, 1::2] = second.to(weight.dtype)
+    return limited
+
+
 def weights_of(
-    outputs: int, inputs: int, kernel: tuple[int, int], groups: int = 1, **options: Any
+    outputs: int, inputs: int, kernel: tuple[int, int], groups: int = 1, form: str = "", **options: Any
 ) -> IntegerWeights:
-    """Weights whose results are spread over a grid, and beyond its ends."""
+    """Weights whose results are spread over a grid, and beyond its ends; limited for the forms that need it."""
     weight = torch.randint(-127, 128, (outputs, inputs // groups, *kernel), dtype=torch.int8)
+    weight = limit(weight) if form.startswith("limited") else weight
     scale = torch.rand(outputs) / weight[0].numel() / 100 + 1e-4
     return IntegerWeights(
         weight,
@@ -94,7 +105,8 @@ def test_compiled_code_gives_the_bits_of_the_reference(
     count, inputs, outputs, groups, taps = SHAPES[shape]
     more, kernel = ADDED[added], {9: (3, 3), 25: (5, 5)}.get(taps, (taps, 1))
     grid = more if isinstance(more, QuantParams) else None
-    weights = weights_of(outputs, inputs, kernel, groups, activation=ACTIVATIONS[act], more=grid, out=out)
+    options: Any = {"activation": ACTIVATIONS[act], "more": grid, "out": out}
+    weights = weights_of(outputs, inputs, kernel, groups, form, **options)
     residual = torch.randn(count, outputs) if more == "float" else None
     residual = bytes_of(count, outputs) if grid is not None else residual
     work = IntegerConvolution(bytes_of(count, inputs), weights, reading_of(count, taps), residual)
@@ -107,11 +119,34 @@ def test_compiled_code_gives_the_bits_of_the_reference(
 @pytest.mark.parametrize("form", FORMS)
 def test_the_largest_sums_are_exact(form: str) -> None:
     """Where products of bytes that are added in 16 bits would saturate."""
-    weight = torch.full((16, 2048, 1, 1), -127, dtype=torch.int8)
-    weights = IntegerWeights(weight, torch.ones(16), None, 1, None, QuantParams(1.0, 255))
-    rows = torch.zeros(7, 2048, dtype=torch.uint8)
-    found = Integers().convolve_integers(IntegerConvolution(rows, weights, None), form)
-    assert torch.equal(found, torch.full((7, 16), 255.0 * 127 * 2048))
+    most = 64 if form.startswith("limited") else 127
+    weight = torch.full((16, 2048, 1, 1), -most, dtype=torch.int8)
+    for zero in (0, 255):
+        weights = IntegerWeights(weight, torch.ones(16), None, 1, None, QuantParams(1.0, zero))
+        rows = torch.full((7, 2048), 255 - zero, dtype=torch.uint8)
+        found = Integers().convolve_integers(IntegerConvolution(rows, weights, None), form)
+        assert torch.equal(found, torch.full((7, 16), (2 * zero - 255.0) * most * 2048))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("pair", [(127, 1), (64, 64), (127, -127), (1, 127)])
+def test_weights_at_the_limit_are_exact_and_beyond_it_use_another_form(
+    pair: tuple[int, int], sign: int
+) -> None:
+    """In the form that is chosen, at every place of a vector."""
+    weight = sign * torch.tensor(pair, dtype=torch.int8).repeat(4).view(1, 8, 1, 1)
+    rows, source = bytes_of(37, 8), QuantParams(1.0, 0)
+    rows[::5] = 255
+    for output in range(19):
+        whole = torch.zeros(19, 8, 1, 1, dtype=torch.int8)
+        whole[output] = weight
+        for more in (0, 1):  # one more is beyond the limit unless the signs differ
+            whole[output, 0] += more * sign if abs(whole[output, 0]) < 127 else 0
+            whole[output, 1] += more * sign if pair[0] == 127 and pair[1] > 0 else 0
+            weights = IntegerWeights(whole, torch.ones(19), None, 1, None, source)
+            assert weights.is_limited == (not more or pair[1] < 0)
+            work = IntegerConvolution(rows, weights, None)
+            assert torch.equal(Integers().convolve_integers(work), TORCH.convolve_integers(work))
 
 
 @pytest.mark.parametrize(

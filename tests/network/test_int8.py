@@ -25,7 +25,7 @@ from torchvision.utils import save_image
 import cadsurgery as cs
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, OpenVino
-from cadsurgery.network.export.int8 import LARGEST_PAIR, measure, quantise, to_8_bits
+from cadsurgery.network.export.int8 import measure, quantise, to_8_bits
 from cadsurgery.network.quantise import round_weight
 
 onnx = pytest.importorskip("onnx")
@@ -202,12 +202,28 @@ def test_weights_are_rounded_so_that_no_pair_saturates(shape: tuple[int, ...]) -
     one_sign, none = np.abs(spread), np.zeros(shape)
     for values in (spread, ties, one_sign, -one_sign, none):
         weight = torch.from_numpy(values).float()
-        whole, scale = round_weight(weight, LARGEST_PAIR)
+        whole, scale = round_weight(weight, "any")
         rows = whole.flatten(1).numpy().astype(np.int64)
         assert not can_saturate(rows)
         assert np.abs(rows).max() <= 127 and ((np.abs(rows).max(1) >= 64) | (values is none)).all()
         error = (weight - whole * scale.view(-1, *[1] * (len(shape) - 1))).abs()
         assert (error.flatten(1).amax(1) <= 0.501 * scale).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 3, 3), (64, 2), (64, 9), (16, 65, 9), (8, 3, 5, 5)])
+def test_weights_are_rounded_so_that_no_adjacent_channels_saturate(shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(2)
+    spread, ties = random.standard_normal(shape), random.integers(-255, 256, shape) / 255
+    for values in (spread, ties, np.abs(spread), -np.abs(spread), np.ones(shape), np.zeros(shape)):
+        weight = torch.from_numpy(values).float()
+        whole, scale = round_weight(weight, "adjacent")
+        rows = whole.int()[:, : shape[1] // 2 * 2].unflatten(1, (-1, 2))
+        for sign in (1, -1):
+            assert rows.numel() == 0 or (sign * rows).clamp_min(0).sum(2).max() <= 128
+        error = (weight - whole * scale.view(-1, *[1] * (len(shape) - 1))).abs()
+        assert (error.flatten(1).amax(1) <= 0.501 * scale).all()
+        if shape[1] == 1:  # no channel has a neighbour
+            assert torch.equal(whole, round_weight(weight)[0])
 
 
 def test_weights_of_all_8_bits_saturate() -> None:
@@ -482,6 +498,6 @@ def test_the_mean_error_of_rounded_weights_is_corrected(
     exact = torch.conv2d(given, weight).mean((0, 2, 3))
     (found,) = zip(*(engine(target)(one) for one in given.split(1)), strict=True)
     error = (torch.cat(found).mean((0, 2, 3)) - exact).abs()
-    whole, scale = round_weight(weight, LARGEST_PAIR)
+    whole, scale = round_weight(weight, "any")
     uncorrected = torch.conv2d(given, weight - whole * scale.view(-1, 1, 1, 1)).mean((0, 2, 3)).abs()
     assert float(error.max()) < 0.1 * float(uncorrected.max())

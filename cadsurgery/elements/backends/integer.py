@@ -2,8 +2,8 @@
 
 A value v is stored as q with v = (q - zero) scale; calibration chooses these quantisation parameters (`QuantParams`).
 Weights are quantised per output channel. Residual, activation and requantisation are applied while the sums are in
-registers. The kernels (`kernels/c/int8.c`, `int8_depthwise.c`) sum exactly on every processor; torch is their
-reference, bit for bit.
+registers. The kernels (`kernels/c/int8.c`, `int8_limited.c`, `int8_depthwise.c`) sum exactly on every processor;
+torch is their reference, bit for bit.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from cadsurgery.kernels.layouts import IntegerLayout, grouped_layout, integer_la
 from cadsurgery.kernels.load import is_observed, isa_of, library
 
 MOST_TAPS, MOST, LARGEST_WEIGHT = 64, 255, 127
+# Largest sum of two 8-bit weights for which the sum of two products with activations in 0..255 fits into 16 bits. x86
+# processors without VNNI add two neighbouring products in 16 bits, by vpmaddubsw, which saturates.
+LARGEST_PAIR = (1 << 15) // MOST
 # How many products of the largest values fit into 32-bit sums, and how many are exact in float32.
 MOST_PRODUCTS, MOST_IN_FLOAT = 2**31 // (MOST * (LARGEST_WEIGHT + 1)), 2**24 // (MOST * LARGEST_WEIGHT)
 
@@ -123,6 +126,16 @@ class IntegerWeights:
     def is_depthwise(self) -> bool:
         """True if the convolution is depthwise and its result is 8-bit."""
         return self.groups > 1 and self.weight.shape[:2] == (self.groups, 1) and self.out is not None
+
+    @property
+    def is_limited(self) -> bool:
+        """True if no two adjacent channels of equal sign sum to more than `LARGEST_PAIR`, at any tap."""
+        if "limited" not in self.packed_cache:
+            whole = self.weight.flatten(2).int()
+            first, second = whole[:, : whole.shape[1] // 2 * 2].unflatten(1, (-1, 2)).unbind(2)
+            exceeds = (first * second > 0) & ((first + second).abs() > LARGEST_PAIR)
+            self.packed_cache["limited"] = not bool(exceeds.any())
+        return bool(self.packed_cache["limited"])
 
     @property
     def constants(self) -> Finish:
@@ -277,7 +290,7 @@ class Integers(Backend):
         return is_here and work.is_inference and not is_observed()
 
     def convolve_integers(self, work: IntegerConvolution, form: str = "") -> Tensor:
-        """Compute rows (N, O) with the given instruction set, or the fastest."""
+        """Compute rows (N, O) with the given form of the compiled code, or the fastest."""
         weights, known = work.weights, work.weights.constants
         outputs, inputs = weights.weight.shape[:2]
         reading = None if work.is_product and inputs > 1 else work.reading
@@ -303,6 +316,9 @@ class Integers(Backend):
             arguments = (*weights.by_channel(), *levels, None, out, 1, known.low, known.high)
             call(kernel_for("grouped", work.rows), read_rows, table, *arguments)
             return out
+        limited = f"limited_{own_form}"
+        if not form and not by_taps and _has(f"convolve_{limited}") and weights.is_limited:
+            own_form = limited
         rows = work.rows if work.rows.stride(1) == 1 else work.rows.contiguous()  # rows may overlap
         halo = halo_of(rows, reading) if reading is not None else None
         beyond = rows.new_full((rows.shape[1],), weights.source.zero)
@@ -383,8 +399,12 @@ class _Result(ctypes.Structure):
 
 
 def forms_here() -> tuple[str, ...]:
-    """Return the instruction sets, widest first, that the 8-bit kernels can use on this processor."""
-    return tuple(name for name in reversed(isa.allowed()) if _has(f"convolve_{name}"))
+    """Return the forms of the 8-bit kernels that this processor can run, widest instruction set first.
+
+    Forms for limited weights (`IntegerWeights.is_limited`), such as "limited_avx2", precede those for any weights.
+    """
+    names = (form for name in reversed(isa.allowed()) for form in (f"limited_{name}", name))
+    return tuple(name for name in names if _has(f"convolve_{name}"))
 
 
 def form_here() -> str | None:

@@ -10,6 +10,8 @@ typedef struct {
     long (*convolve)(const reading *, const result *, const void *, long);
     void (*depthwise)(const reading *, const result *, const int8_t *); /* NULL where there is none */
     const long *layout;
+    long (*limited)(const reading *, const result *, const void *, long); /* see int8_limited.c; NULL where there is none */
+    const long *limited_layout;
 } form;
 
 typedef struct {
@@ -31,13 +33,15 @@ typedef struct {
     __attribute__((weak)) extern const long grouped_layout_uint8_##set[];
 #define FORM(set, needs) {needs, convolve_##set, 0, int8_layout_##set}
 #define WITH_DEPTHWISE(set, needs) {needs, convolve_##set, depthwise_##set, int8_layout_##set}
+#define WITH_LIMITED(set, needs) \
+    {needs, convolve_##set, depthwise_##set, int8_layout_##set, convolve_limited_##set, int8_layout_limited_##set}
 #define BY_WIDTH(set, needs) {needs, grouped_uint8_##set, mix_uint8_##set, grouped_layout_uint8_##set}
 
 DECLARE(scalar) DECLARE_BY_WIDTH(scalar)
 #if defined(__x86_64__)
 DECLARE_WITH_DEPTHWISE(sse4) DECLARE_WITH_DEPTHWISE(avx2) DECLARE_WITH_DEPTHWISE(avxvnni) DECLARE_WITH_DEPTHWISE(avx512vnni)
-DECLARE_BY_WIDTH(avx2) DECLARE_BY_WIDTH(avx512)
-static const form forms[] = {FORM(scalar, 0), WITH_DEPTHWISE(sse4, 1), WITH_DEPTHWISE(avx2, 3), WITH_DEPTHWISE(avxvnni, 7),
+DECLARE(limited_avx2) DECLARE_BY_WIDTH(avx2) DECLARE_BY_WIDTH(avx512)
+static const form forms[] = {FORM(scalar, 0), WITH_DEPTHWISE(sse4, 1), WITH_LIMITED(avx2, 3), WITH_DEPTHWISE(avxvnni, 7),
                              WITH_DEPTHWISE(avx512vnni, 27)};
 static const form_by_width by_width[] = {BY_WIDTH(scalar, 0), BY_WIDTH(avx2, 3), BY_WIDTH(avx512, 11)};
 #elif defined(__aarch64__)
@@ -67,6 +71,19 @@ typedef struct {
 static int weight_of(const packing *p, long tap, long group, long channel, long output) {
     const convolution *k = p->of;
     return p->weight[((tap * k->groups + group) * k->channels + channel) * k->outputs + output];
+}
+
+/* True if no two adjacent channels can saturate 16 bits: their weights of equal sign sum to at most 128. */
+static int is_limited(const packing *p) {
+    const convolution *k = p->of;
+    for (long tap = 0; tap < k->taps; tap++)
+        for (long group = 0; group < k->groups; group++)
+            for (long c = 0; c + 1 < k->channels; c += 2)
+                for (long output = 0; output < k->outputs; output++) {
+                    const int first = weight_of(p, tap, group, c, output), second = weight_of(p, tap, group, c + 1, output);
+                    if (first * second > 0 && (first + second > 128 || first + second < -128)) return 0;
+                }
+    return 1;
 }
 
 /* Set the constants of an output at a place: from its sum to its number in 8 bits. */
@@ -148,7 +165,10 @@ const char *cadsurgery_pack_bytes(convolution *k, const numbers *of, const int8_
     const int is_depthwise = k->channels == 1 && k->outputs == 1 && k->groups > 1;
     const int by_taps = is_depthwise && of_depthwise && k->taps <= MOST_TAPS;
     const int as_floats = is_depthwise && !by_taps && k->taps <= wide->layout[2];
-    const long *layout = by_taps ? of_depthwise->layout : any->layout, lanes = wide->layout[0];
+    packing p = {.of = k, .weight = weight, .scales = scales, .bias = bias, .numbers = of};
+    const int limited = !by_taps && !as_floats && any->limited && is_limited(&p);
+    const long *layout = by_taps ? of_depthwise->layout : limited ? any->limited_layout : any->layout;
+    const long lanes = wide->layout[0];
     long padded, size; /* of constants, and of bytes of weights */
     if (by_taps) {
         padded = (k->groups + layout[MANY] - 1) / layout[MANY] * layout[MANY];
@@ -166,11 +186,11 @@ const char *cadsurgery_pack_bytes(convolution *k, const numbers *of, const int8_
     REFUSE_UNLESS(memory, "there is no memory for the weights of a convolution");
     memset(memory, 0, size + 3 * padded * sizeof(float) + 64);
     float *constants = (float *)(memory + size);
-    const packing p = {k, weight, scales, bias, of, by_taps || as_floats ? 0 : layout[SHIFT],
-                       (int32_t *)constants, constants + padded, constants + 2 * padded};
+    p.shift = by_taps || as_floats ? 0 : layout[SHIFT];
+    p.offset = (int32_t *)constants, p.scale = constants + padded, p.shifted = constants + 2 * padded;
     if (by_taps) pack_depthwise(&p, layout, to->weight), to->depthwise = of_depthwise->depthwise;
     else if (as_floats) pack_grouped(&p, padded, to->weight), to->grouped = wide->grouped;
-    else pack_convolve(&p, layout, to->weight), to->convolve = any->convolve;
+    else pack_convolve(&p, layout, to->weight), to->convolve = limited ? any->limited : any->convolve;
     const float step = of->scale_of_result, zero = of->zero_of_result;
     k->outside = clamp(of->outside / of->scale + of->zero);
     k->low = clamp(of->low / step + zero), k->high = clamp(of->high / step + zero);

@@ -1,6 +1,12 @@
 /* Int8 convolutions: unsigned 8-bit activations times signed weights, with exact 32-bit sums. */
 #include "int8.h"
 
+#ifdef LIMITED
+#define NAME(name) SUFFIX(name##_limited)
+#else
+#define NAME(name) SUFFIX(name)
+#endif
+
 /* 24 of 32 registers hold sums, or 12 of 16. */
 #if REGISTERS == 32
 enum { COLUMNS = 4 };
@@ -30,7 +36,7 @@ enum { SHIFT = 0 };
 /* Layout of packed weights: for `convolve` rows of a tile, outputs of a chunk, adjacent channels, bytes per weight, and the
  * number subtracted from each value of a row before the multiplication; for `depthwise` the channels read at once, and the
  * largest last part that it reads from two rows at once. */
-const long SUFFIX(int8_layout)[] = {ROWS, CHUNK, SIDE, sizeof(weight), SHIFT, VECTOR, HALF};
+const long NAME(int8_layout)[] = {ROWS, CHUNK, SIDE, sizeof(weight), SHIFT, VECTOR, HALF};
 
 typedef struct {
     const reading *in;
@@ -106,7 +112,10 @@ INLINE void begin_tile(const result *r, whole sums[ROWS][COLUMNS], long first, c
 
 #ifdef QUADS
 INLINE whole add_products(whole sums, int32_t four, const int8_t *weights) {
-#if VECTOR == 64
+#if defined(LIMITED)
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(four), _mm256_loadu_si256((const __m256i *)weights));
+    return (whole)_mm256_add_epi32((__m256i)sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif VECTOR == 64
     return (whole)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(four), _mm512_loadu_si512(weights));
 #elif VECTOR == 32
     return (whole)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(four), _mm256_loadu_si256((const __m256i *)weights));
@@ -306,7 +315,7 @@ static void convolve_blocks(long from, long to, void *work) {
 /* Grouped convolution with `channels` input channels per group. weight is (groups, chunks, taps, channels / SIDE, CHUNK,
  * SIDE): SIDE channels of an output are adjacent, padded with zeros. offset, scale and bias are (groups, chunks * CHUNK).
  * Returns 0 if there is no memory for a block of widened rows, else 1. */
-long SUFFIX(convolve)(const reading *in, const result *r, const weight *weights, long groups) {
+long NAME(convolve)(const reading *in, const result *r, const weight *weights, long groups) {
     convolution c = {in, r, weights, groups, 1};
 #ifdef QUADS
     const long block = BLOCK;
@@ -317,6 +326,7 @@ long SUFFIX(convolve)(const reading *in, const result *r, const weight *weights,
     return c.is_done;
 }
 
+#ifndef LIMITED
 typedef struct {
     const void *values;
     void *out;
@@ -383,3 +393,4 @@ void SUFFIX(lines)(const uint8_t *image, uint8_t *out, long batch, long channels
     pixels p = {image, out, channels, height, width, apart, step, down, across};
     cadsurgery_share(batch * height, 16, write_lines, &p);
 }
+#endif

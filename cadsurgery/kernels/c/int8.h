@@ -1,6 +1,7 @@
 /* Vectors of 32-bit sums, their requantisation, and rows of 8-bit values.
  *
- * Sums are exact on every processor: instructions whose products saturate at 16 bits are not used. Requantisation uses
+ * Sums are exact on every processor: instructions whose products saturate at 16 bits are used only for weights with which
+ * they cannot (LIMITED, see int8_limited.c). Requantisation uses
  * single precision without contraction, with one rounding per operation, so that torch operations give the same bits.
  */
 #ifndef CADSURGERY_INT8_H
@@ -12,7 +13,7 @@
 
 #if VECTOR == 64 && defined(__AVX512VNNI__)
 #define QUADS /* four products of bytes in one instruction */
-#elif VECTOR == 32 && defined(__AVXVNNI__)
+#elif VECTOR == 32 && (defined(__AVXVNNI__) || defined(LIMITED))
 #define QUADS
 #elif defined(NEON) && defined(__ARM_FEATURE_DOTPROD)
 #define QUADS

@@ -34,9 +34,6 @@ _PRODUCTS = ("Conv", "Gemm", "MatMul")
 _MOVES = ("Concat", "Gather", PICK, "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 _BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # operations that engines fuse with a product or run in 8 bits
 _LEVELS = "levels"
-# Largest sum of two 8-bit weights for which the sum of two products with activations in 0..255 fits into 16 bits. x86
-# processors without VNNI use vpmaddubsw, which adds two neighbouring products in 16 bits and saturates.
-LARGEST_PAIR = (1 << 15) // 255
 _LARGEST = 1 << 28  # largest number of values of a folded constant
 
 
@@ -401,7 +398,7 @@ def _round_weights(
         axis = 0 if node.op_type == "Conv" or options.get("transB") else 1
         is_depthwise = node.op_type == "Conv" and exact.shape[:2] == (options.get("group", 1), 1)
         rows = exact.movedim(axis, 0)
-        whole, scale = round_weight(rows) if is_depthwise else round_weight(rows, LARGEST_PAIR)
+        whole, scale = round_weight(rows) if is_depthwise else round_weight(rows, "any")
         rounded = (whole * scale.view(-1, *[1] * (rows.dim() - 1))).movedim(0, axis)
         # A new name, because another product may share the weight and stay in floating point.
         steps = tape.Tape(graph)

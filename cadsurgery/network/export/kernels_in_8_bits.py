@@ -264,7 +264,7 @@ def _round(weight: Any, mean: Tensor | None) -> tuple[Any, Any, Any]:
     whole = {2: exact[:, :, None, None], 3: exact[:, None]}.get(exact.dim(), exact)
     _, groups, _, outputs = whole.shape
     by_output = whole.permute(1, 3, 2, 0).flatten(0, 1)  # (O, C / groups, taps)
-    rounded, scale = round_weight(by_output)
+    rounded, scale = round_weight(by_output, "adjacent")
     shift = 0 if mean is None else mean_error(by_output - rounded * scale.view(-1, 1, 1), mean, groups)
     rounded = rounded.unflatten(0, (groups, outputs)).permute(3, 0, 2, 1).reshape(exact.shape)
     scales = scale.view(groups, 1, outputs) if exact.dim() == 4 else scale
