@@ -185,14 +185,16 @@ COLUMNS = (HIGH, LOW, SMALL, CONVERTED, WITH_KERNELS)
 
 
 def tables(found: Mapping[str, Any]) -> str:
-    """Return a table for each instruction set and precision."""
+    """Return a table for each instruction set, precision and processor."""
     parts = []
-    for key in dict.fromkeys(key for runs in found.values() for key in runs):
-        runs = {name: found[name][key] for name in NETWORKS if key in found.get(name, {})}
+    every = [(key, run["device"]) for runs in found.values() for key, run in runs.items()]
+    for key, device in dict.fromkeys(every):
+        of_key = {name: found[name][key] for name in NETWORKS if key in found.get(name, {})}
+        runs = {name: run for name, run in of_key.items() if run["device"] == device}
         cap, precision = key.split(", ")
-        one = next(iter(runs.values()))
+        versions = {name: run["versions"] for name, run in runs.items()}
         parts.append(
-            f"**{precision}, {cap}.** {one['device']}; torch {one['versions']['torch']}; "
+            f"**{precision}, {cap}.** {device}; torch {_all(versions, 'torch')}; "
             f"{_all(runs, 'rounds')} rounds; commit {_all(runs, 'commit')}.\n\n"
             "| network | work | engine | dense high | dense low | dense high at .7 | converted | with kernels | "
             "speed-up | of the ratio |\n|---|---|---|---|---|---|---|---|---|---|\n"
