@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,29 @@ def test_every_mask_and_fill_is_the_network(mask: str, fill: str, tmp_path: Path
     image = picture(2, 93, 75)
     with torch.no_grad():
         assert_same(File(path)(image)["out"], model(image)["out"], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "with_kernels", "is_said"),
+    [
+        (4, False, True),
+        pytest.param(4, True, False, marks=pytest.mark.slow),
+        pytest.param(1, False, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_of_grouped_convolutions_without_kernels_warns(
+    groups: int, with_kernels: bool, is_said: bool, tmp_path: Path
+) -> None:
+    """Such a file is slower than one with kernels, and perhaps than the dense network."""
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1, groups=groups), nn.Conv2d(8, 8, 3)
+    )
+    model = cs.adaptify(layers.eval(), "edges", example_input=picture(1, 48, 64))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        cs.export(model, picture(1, 48, 64), tmp_path / "net.onnx", with_kernels=with_kernels)
+    said = [str(one.message) for one in found if "with_kernels=True" in str(one.message)]
+    assert len(said) == is_said and all("1 of 3 convolutions" in one for one in said)
 
 
 @pytest.mark.slow
