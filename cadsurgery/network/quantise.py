@@ -70,6 +70,7 @@ _BEYOND, _STEPS = 1e-4, 24  # share clipped at either end by "percentile"; range
 _FIRST = 4  # first layers in float32 for `largest_error`, doubled until the error is small enough
 _FEWEST_ROWS = 64  # with fewer rows, quantising takes longer than it saves
 _METHODS = ("mse", "percentile", "range")
+_EXACT = 1e-8  # mean squared error of integers that only single precision causes
 _CACHED = 1 << 15  # weights rounded at a time, so that they stay in the cache while all scales are tried
 Exact = dict[fx.Node, str]  # layers that stay in float32, with the reason
 _CARRIES = (functional.to_elements, functional.to_dense, functional.max_pool2d, rows_on, Elements)
@@ -201,7 +202,7 @@ class _Convolution:
     @cached_property
     def rounded(self) -> tuple[Tensor, Tensor]:
         """The weight in 8 bits and its scale, see `round_weight`."""
-        return round_weight(self.kernel.weight)
+        return round_weight(self.kernel.weight, "adjacent")
 
     @property
     def error(self) -> float:
@@ -693,13 +694,14 @@ def round_weight(weight: Tensor, limited: Literal["any", "adjacent"] | None = No
 
     For each output, 64 candidate scales make its largest weight an integer of 64 to 127; the one with the smallest
     squared error is used. The gain is largest for few taps and channels; weights that were quantised to 8 bits before,
-    with any scale, are kept exactly if they are within the limit.
+    with any scale, are kept exactly, with "any" if they are within the limit.
 
     Args:
         weight: floating-point weights, outputs first.
         limited: integers of an output that together are at most `LARGEST_PAIR`, so that products of two can be added in
             16 bits: "any" two, or two "adjacent" channels (the first with the second, the third with the fourth, ...)
-            of equal sign at the same tap. A largest weight of 64 is always possible.
+            of equal sign at the same tap; this package's kernels use 32 bits beyond it. A largest weight of 64
+            is always possible.
     """
     flat = weight.detach().flatten(1)
     largest = flat.abs().amax(1)
@@ -714,6 +716,10 @@ def round_weight(weight: Tensor, limited: Literal["any", "adjacent"] | None = No
         for number, is_fitting in zip(tried.tolist(), fits, strict=True):
             values = share * number
             error = values.sub_(values.round()).square_().sum(1).div_(number**2)
+            if limited == "adjacent":  # exact ones may exceed the limit, unless one within it is exact, too
+                is_exact = error < _EXACT * part.shape[1] / number**2
+                error = torch.where(is_exact & ~is_fitting, error.clamp_min(_EXACT / number**2), error)
+                is_fitting = is_fitting | is_exact
             nearer = (error < least).logical_and_(is_fitting)
             rows.masked_fill_(nearer, float(number))
             least = torch.where(nearer, error, least)
@@ -726,9 +732,8 @@ def _find_fitting(weight: Tensor, largest: Tensor, tried: Tensor, limited: str |
     """Return which of the tried largest integers keep each output within a limit, (tried, O)."""
     flat = weight.flatten(1)
     if limited == "adjacent":
-        padded = F.pad(
-            weight.flatten(2) if weight.dim() > 2 else flat.unsqueeze(2), (0, 0, 0, flat.shape[1] % 2)
-        )
+        by_tap = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+        padded = F.pad(by_tap, (0, 0, 0, by_tap.shape[1] % 2))
         ends = torch.stack([sign * (sign * padded).clamp_min(0) for sign in (1, -1)])
         sums = ends.unflatten(2, (-1, 2)).sum(3).abs().flatten(2).amax((0, 2))
         # Each of the two is rounded by at most a half. Two weights of 64 fit exactly.

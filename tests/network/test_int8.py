@@ -210,7 +210,7 @@ def test_weights_are_rounded_so_that_no_pair_saturates(shape: tuple[int, ...]) -
         assert (error.flatten(1).amax(1) <= 0.501 * scale).all()
 
 
-@pytest.mark.parametrize("shape", [(64, 1, 3, 3), (64, 2), (64, 9), (16, 65, 9), (8, 3, 5, 5)])
+@pytest.mark.parametrize("shape", [(64, 1, 3, 3), (64, 2), (64, 9), (16, 65, 9), (8, 3, 2, 1), (8, 3, 5, 5)])
 def test_weights_are_rounded_so_that_no_adjacent_channels_saturate(shape: tuple[int, ...]) -> None:
     random = np.random.default_rng(2)
     spread, ties = random.standard_normal(shape), random.integers(-255, 256, shape) / 255

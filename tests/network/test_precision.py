@@ -235,9 +235,10 @@ def test_weights_that_were_in_8_bits_stay_what_they_are(shape: tuple[int, ...], 
     numbers = torch.randint(-90, 91, shape) // torch.arange(1, shape[0] + 1).view(-1, 1, 1, 1)
     numbers[-1] = 0
     weight = 0.0123 * numbers.to(dtype)
-    whole, scale = quantise.round_weight(weight)
-    assert whole.dtype == torch.int8 and scale.dtype == torch.float32
-    assert_same(whole * scale.view(-1, 1, 1, 1), weight.float(), 1e-6)
+    for limited in (None, "adjacent"):
+        whole, scale = quantise.round_weight(weight, limited)
+        assert whole.dtype == torch.int8 and scale.dtype == torch.float32
+        assert_same(whole * scale.view(-1, 1, 1, 1), weight.float(), 1e-6)
 
 
 @pytest.mark.parametrize("shape", [(64, 1, 3, 3), (16, 33, 3, 3)])
