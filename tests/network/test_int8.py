@@ -218,10 +218,11 @@ def test_weights_are_rounded_so_that_no_adjacent_channels_saturate(shape: tuple[
         weight = torch.from_numpy(values).float()
         whole, scale = round_weight(weight, "adjacent")
         rows = whole.int()[:, : shape[1] // 2 * 2].unflatten(1, (-1, 2))
+        error = (weight - whole * scale.view(-1, *[1] * (len(shape) - 1))).abs().flatten(1).amax(1) / scale
+        assert (error <= 0.501).all()
         for sign in (1, -1):
-            assert rows.numel() == 0 or (sign * rows).clamp_min(0).sum(2).max() <= 128
-        error = (weight - whole * scale.view(-1, *[1] * (len(shape) - 1))).abs()
-        assert (error.flatten(1).amax(1) <= 0.501 * scale).all()
+            exceeds = (sign * rows).clamp_min(0).sum(2).flatten(1).gt(128).any(1)
+            assert (error[exceeds] < 1e-3).all()  # whole numbers before: they are kept
         if shape[1] == 1:  # no channel has a neighbour
             assert torch.equal(whole, round_weight(weight)[0])
 
