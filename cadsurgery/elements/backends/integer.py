@@ -130,12 +130,18 @@ class IntegerWeights:
     @property
     def is_limited(self) -> bool:
         """True if no two adjacent channels of equal sign sum to more than `LARGEST_PAIR`, at any tap."""
-        if "limited" not in self.packed_cache:
-            whole = self.weight.flatten(2).int()
-            first, second = whole[:, : whole.shape[1] // 2 * 2].unflatten(1, (-1, 2)).unbind(2)
-            exceeds = (first * second > 0) & ((first + second).abs() > LARGEST_PAIR)
-            self.packed_cache["limited"] = not bool(exceeds.any())
-        return bool(self.packed_cache["limited"])
+        whole = self.weight.flatten(2).int()
+        first, second = whole[:, : whole.shape[1] // 2 * 2].unflatten(1, (-1, 2)).unbind(2)
+        exceeds = (first * second > 0) & ((first + second).abs() > LARGEST_PAIR)
+        return not bool(exceeds.any())
+
+    def form_on(self, isa: str) -> str:
+        """Return the form of `int8.c` for an instruction set; for limited weights the one that needs them, if any."""
+        if ("form", isa) not in self.packed_cache:
+            limited = f"limited_{isa}"
+            is_there = _has(f"convolve_{limited}") and self.is_limited
+            self.packed_cache["form", isa] = limited if is_there else isa
+        return str(self.packed_cache["form", isa])
 
     @property
     def constants(self) -> Finish:
@@ -316,9 +322,8 @@ class Integers(Backend):
             arguments = (*weights.by_channel(), *levels, None, out, 1, known.low, known.high)
             call(kernel_for("grouped", work.rows), read_rows, table, *arguments)
             return out
-        limited = f"limited_{own_form}"
-        if not form and not by_taps and _has(f"convolve_{limited}") and weights.is_limited:
-            own_form = limited
+        if not form and not by_taps:
+            own_form = weights.form_on(own_form)
         rows = work.rows if work.rows.stride(1) == 1 else work.rows.contiguous()  # rows may overlap
         halo = halo_of(rows, reading) if reading is not None else None
         beyond = rows.new_full((rows.shape[1],), weights.source.zero)
