@@ -26,7 +26,7 @@ from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engines import OnnxRuntime
 from cadsurgery.network.export.kernels import DOMAIN, function
-from cadsurgery.network.export.kernels_in_8_bits import put_into_8_bits
+from cadsurgery.network.export.kernels_in_8_bits import put_into_8_bits, quantise_permuted_maps_once
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -375,6 +375,43 @@ def test_the_bias_corrects_the_mean_error_of_rounded_weights(kind: str, sums: st
     expected = before["bias"] + np.einsum(sums, before["weight"] - rounded * scales, by_group).ravel()
     assert np.abs(after[call.input[5]] - expected).max() < 1e-5
     assert np.abs(expected - before["bias"]).max() > 1e-3
+
+
+PERMUTED = """
+<ir_version: 10, opset_import: ["": 20]>
+permuted (uint8[1, 4, 5, 3] rows) => (float[1, 2, 4, 5] out{more})
+<float s = {{0.5}}, float t = {{{again}}}, uint8 z = {{3}}>
+{{
+    exact = DequantizeLinear(rows, s, z)
+    map = Transpose<perm = {order}>(exact)
+    rounded = QuantizeLinear(map, s, z)
+    known = DequantizeLinear(rounded, s, z)
+    other = QuantizeLinear(known, t, z)
+    last = DequantizeLinear(other, t, z)
+    out = Conv(last, weight)
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "removed"), [({}, 1), ({"more": ", float[1, 3, 4, 5] known"}, 0), ({"again": "0.25"}, 1)]
+)
+def test_nothing_quantises_a_permuted_map_again(case: dict[str, str], removed: int, tmp_path: Path) -> None:
+    """But for another scale, or for an output of the file; the outputs are the same bit for bit."""
+    text = PERMUTED.format(**{"more": "", "again": "0.5", "order": "[0, 3, 1, 2]", **case})
+    model = onnx.parser.parse_model(text)
+    weight = np.random.default_rng(1).standard_normal((2, 3, 1, 1)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "weight"))
+    feed = {"rows": np.random.default_rng(2).integers(0, 256, (1, 4, 5, 3)).astype(np.uint8)}
+    found = []
+    for name in ("before", "after"):
+        if name == "after":
+            quantise_permuted_maps_once(model)
+        onnx.save(model, str(tmp_path / f"{name}.onnx"))
+        kinds = Counter(node.op_type for node in model.graph.node)
+        found.append((kinds["QuantizeLinear"], *File(tmp_path / f"{name}.onnx").session.run(None, feed)))
+    assert found[1][0] == found[0][0] - removed
+    assert all(np.array_equal(*pair) for pair in zip(found[0][1:], found[1][1:], strict=True))
 
 
 def test_rows_that_are_their_own_residual_are_read_once(tmp_path: Path) -> None:

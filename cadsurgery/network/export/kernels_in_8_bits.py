@@ -143,7 +143,7 @@ def put_into_8_bits(model: Any, means: Mapping[str, Tensor]) -> None:
     """Let convolutions between quantised values (an ONNX message) read and write their 8 bits themselves.
 
     The operation then takes the place of its `DequantizeLinear` and `QuantizeLinear`, and its weights are rounded to 8
-    bits. All 8 are used, because the sums are exact on every processor.
+    bits. Only those of adjacent channels are limited, because the kernels' sums are exact on every processor.
 
     Args:
         model: it is changed.
