@@ -731,6 +731,8 @@ def round_weight(weight: Tensor, limited: Literal["any", "adjacent"] | None = No
 def _find_fitting(weight: Tensor, largest: Tensor, tried: Tensor, limited: str | None) -> Tensor:
     """Return which of the tried largest integers keep each output within a limit, (tried, O)."""
     flat = weight.flatten(1)
+    if limited is None:
+        return torch.ones(len(tried), len(flat), dtype=torch.bool)
     if limited == "adjacent":
         by_tap = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
         padded = F.pad(by_tap, (0, 0, 0, by_tap.shape[1] % 2))
@@ -743,8 +745,7 @@ def _find_fitting(weight: Tensor, largest: Tensor, tried: Tensor, limited: str |
     pairs = torch.stack([flat.topk(min(2, flat.shape[1]), largest=end).values for end in (True, False)], 1)
     # The same division as for the weights, so that ties are rounded the same way.
     in_scale = pairs.double() / (largest.double() / tried.view(-1, 1)).view(len(tried), -1, 1, 1)
-    limit = LARGEST_PAIR if limited else 2 * LARGEST_WEIGHT
-    return in_scale.round().sum(3).abs().amax(2) <= limit
+    return in_scale.round().sum(3).abs().amax(2) <= LARGEST_PAIR
 
 
 def mean_error(error: Tensor, mean: Tensor, groups: int = 1) -> Tensor:

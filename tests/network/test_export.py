@@ -136,8 +136,9 @@ def test_a_file_of_grouped_convolutions_without_kernels_warns(
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         cs.export(model, picture(1, 48, 64), tmp_path / "net.onnx", with_kernels=with_kernels)
-    said = [str(one.message) for one in found if "with_kernels=True" in str(one.message)]
-    assert len(said) == is_said and all("1 of 3 convolutions" in one for one in said)
+    said = [one for one in found if "with_kernels=True" in str(one.message)]
+    assert len(said) == is_said and all("1 of 3 convolutions" in str(one.message) for one in said)
+    assert all(one.filename == __file__ for one in said)  # it names the user's line
 
 
 @pytest.mark.slow

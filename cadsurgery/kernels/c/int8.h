@@ -1,8 +1,8 @@
 /* Vectors of 32-bit sums, their requantisation, and rows of 8-bit values.
  *
- * Sums are exact on every processor: instructions whose products saturate at 16 bits are used only for weights with which
- * they cannot (LIMITED, see int8_limited.c). Requantisation uses
- * single precision without contraction, with one rounding per operation, so that torch operations give the same bits.
+ * Sums are exact on every processor: an instruction that saturates at 16 bits is used only with weights for which it cannot
+ * (LIMITED, see int8_limited.c). Requantisation uses single precision without contraction, with one rounding per operation, so
+ * that torch operations give the same bits.
  */
 #ifndef CADSURGERY_INT8_H
 #define CADSURGERY_INT8_H

@@ -377,9 +377,9 @@ def _round_weights(
     """Round the weights of the chosen products to 8 bits, and return their scales for the quantiser. The mean error
     that this causes is corrected in the biases.
 
-    No two weights of an output sum to more than `LARGEST_PAIR`, so that products are exact in any order; the largest
-    weight of an output is then 64 to 127. Depthwise convolutions use all 8 bits, because both engines widen their
-    products to 32 bits (measured without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4).
+    No two weights of an output sum to more than 128 (see `round_weight`), so that products are exact in any order; the
+    largest weight of an output is then 64 to 127. Depthwise convolutions use all 8 bits, because both engines widen
+    their products to 32 bits (measured without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4).
 
     Returns:
         For each new value with rounded weights, the quantiser's options for each output.

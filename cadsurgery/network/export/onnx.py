@@ -123,11 +123,11 @@ def _warn_of_grouped_layers(net: AdaptiveModel) -> None:
     if grouped:
         warnings.warn(
             f"{grouped} of {len(kernels)} convolutions of rows in the file are depthwise or grouped, for which "
-            "engines have no fast operation: on processors such files were hardly faster than the dense network in "
-            "float32, and slower in 8 bits. Write the file with this package's kernels, with_kernels=True "
+            "engines have no fast operation: on CPUs such files were little faster than the dense network, or slower, "
+            "in float32, and slower in 8 bits. Write the file with this package's kernels, with_kernels=True "
             "(--with-kernels), or compare it with the dense network: cadsurgery bench --runtime onnx.",
             CadWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
