@@ -71,7 +71,7 @@ _FIRST = 4  # first layers in float32 for `largest_error`, doubled until the err
 _FEWEST_ROWS = 64  # with fewer rows, quantising takes longer than it saves
 _METHODS = ("mse", "percentile", "range")
 _EXACT = 1e-8  # mean squared error of integers that only single precision causes
-_CACHED = 1 << 15  # weights rounded at a time, so that they stay in the cache while all scales are tried
+_CACHED = 1 << 18  # weights rounded at a time, so that they stay in the cache while all scales are tried
 Exact = dict[fx.Node, str]  # layers that stay in float32, with the reason
 _CARRIES = (functional.to_elements, functional.to_dense, functional.max_pool2d, rows_on, Elements)
 
@@ -714,8 +714,10 @@ def round_weight(weight: Tensor, limited: Literal["any", "adjacent"] | None = No
     for rows, part, most, fits in zip(*parts, strict=True):
         share, least = part / most.unsqueeze(1), torch.full_like(most, torch.inf)
         for number, is_fitting in zip(tried.tolist(), fits, strict=True):
-            values = share * number
-            error = values.sub_(values.round()).square_().sum(1).div_(number**2)
+            # Nothing else is of use with "any"; "adjacent" keeps exact ones that do not fit.
+            places = is_fitting.nonzero().flatten() if limited == "any" else slice(None)
+            values, error = share[places] * number, torch.full_like(most, torch.inf)
+            error[places] = values.sub_(values.round()).square_().sum(1).div_(number**2)
             if limited == "adjacent":  # exact ones may exceed the limit, unless one within it is exact, too
                 is_exact = error < _EXACT * part.shape[1] / number**2
                 error = torch.where(is_exact & ~is_fitting, error.clamp_min(_EXACT / number**2), error)

@@ -117,6 +117,23 @@ def test_the_level_map_is_the_same_and_the_outputs_nearly(files: tuple[Path, Pat
         assert 0 < relative(one["out"], two["out"]) < 0.05
 
 
+def test_ranges_are_those_of_all_calibration_images(tmp_path: Path) -> None:
+    source, target, batches = write(tmp_path / "float.onnx"), tmp_path / "int8.onnx", images(3, 8, 8)
+    batches[1] *= 3
+    quantise(source, target, calls(*batches.split(1)), OnnxRuntime)
+    exact = onnx.load(source)
+    exact.graph.output.extend(one for one in exact.graph.value_info if one.type.tensor_type.elem_type == 1)
+    onnx.save(exact, every := tmp_path / "every.onnx")
+    found = [File(every)(image) for image in batches.split(1)]
+    graph = onnx.load(target).graph
+    scales = {one.name: float(onnx.numpy_helper.to_array(one).max()) for one in graph.initializer}
+    rounds = {node.input[0]: scales[node.input[1]] for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert {"joined", "product", "pooled"} <= rounds.keys()
+    for name in ("joined", "product", "pooled"):
+        values = torch.stack([one[name] for one in found])
+        assert rounds[name] == pytest.approx(float(values.max().relu() + (-values.min()).relu()) / 255, rel=1e-5)
+
+
 # Convolutions of every kind: plain, depthwise, of groups, and depthwise with two outputs for each input.
 CONVOLUTIONS = """
 <ir_version: 10, opset_import: ["": 20]>

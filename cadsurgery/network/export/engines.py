@@ -74,9 +74,14 @@ class Engine:
 
 
 class OnnxRuntime(Engine):
-    """An ONNX file in ONNX Runtime."""
+    """An ONNX file in ONNX Runtime.
+
+    Attributes:
+        frees_early: True if a value is freed after its last reader. By default ONNX Runtime may run readers late.
+    """
 
     name, package, format = "ONNX Runtime", "onnxruntime", "onnx"
+    frees_early: ClassVar[bool] = False
     has_8_bit_depthwise = (
         True  # OpenVINO subtracts zero points of gathered rows and transposes them: twice the time
     )
@@ -85,6 +90,8 @@ class OnnxRuntime(Engine):
         options = package.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        if self.frees_early:
+            options.execution_order = package.ExecutionOrder.PRIORITY_BASED
         if kernels:
             options.register_custom_ops_library(kernels)
         # Otherwise the threads of one file keep spinning while another file runs.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,14 @@ _MOVES = ("Concat", "Gather", PICK, "Reshape", "Slice", "Squeeze", "Transpose", 
 _BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # operations that engines fuse with a product or run in 8 bits
 _LEVELS = "levels"
 _LARGEST = 1 << 28  # largest number of values of a folded constant
+
+
+class _Measuring(OnnxRuntime):
+    frees_early = True  # every value is measured: the largest need gigabytes if they are kept
+
+
+class _MeasuringWithKernels(OnnxRuntimeWithKernels):
+    frees_early = True
 
 
 @dataclass(frozen=True)
@@ -156,16 +164,14 @@ def quantise(
     Raises:
         CannotConvert: there is nothing to quantise.
     """
-    import numpy as np
     import onnx
     import onnx_ir
     from onnx_ir.passes import common
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
     from onnxscript.optimizer import fold_constants
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> dict[str, Any] | None:
-            return next(feeds, None)
 
     def fold() -> None:
         fold_constants(model, input_size_limit=_LARGEST, output_size_limit=_LARGEST)
@@ -173,9 +179,7 @@ def quantise(
         common.RemoveUnusedNodesPass()(model)
 
     model = onnx_ir.external_data.load_to_model(onnx_ir.load(source))
-    inputs, outputs = ([str(one.name) for one in ends] for ends in (model.graph.inputs, model.graph.outputs))
-    shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
-    feeds = (dict(zip(inputs, (value.numpy() for value in call), strict=True)) for call in shown)
+    outputs = tuple(str(one.name) for one in model.graph.outputs)
     fold()
     mask = _needed_for(_LEVELS, model.graph) - _features(model.graph)
     if issubclass(engine, OnnxRuntime):
@@ -196,8 +200,8 @@ def quantise(
     _separate_from_mask(model.graph, mask, chosen)
     _keep_for_kernels(model.graph)
     common.NameFixPass()(model)
-    means = _means(model, chosen, calls, target, step)
-    weights = _round_weights(model.graph, chosen, means)
+    measured = _measure(model, chosen, calls, target, step)
+    weights = _round_weights(model.graph, chosen, measured.means)
     common.RemoveUnusedNodesPass()(model)
     teach_quantiser(model.graph)
     halos = {
@@ -207,24 +211,27 @@ def quantise(
         for value in node.inputs
         if not value.is_initializer() and value.producer() not in chosen
     }
-    with np.errstate(invalid="ignore"):  # the quantiser inspects values of -inf that it does not quantise
-        quantize_static(
-            onnx_ir.to_proto(model),
-            target,
-            Reader(),
-            nodes_to_quantize=[node.name for node in chosen],
-            op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE, *FUNCTIONS],
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={
-                "ForceQuantizeNoInputCheck": True,  # quantise the chosen nodes whatever their inputs
-                "TensorQuantOverrides": {value.name: scales for value, scales in weights.items()},
-            },
-        )
-    _finish(target, halos, means, issubclass(engine, OnnxRuntime))
+    quantiser = QDQQuantizer(
+        save_and_reload_model_with_shape_infer(onnx_ir.to_proto(model)),
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8,
+        tensors_range=TensorsData(CalibrationMethod.MinMax, measured.ranges),
+        nodes_to_quantize=[node.name for node in chosen],
+        nodes_to_exclude=[],
+        op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE, *FUNCTIONS],
+        extra_options={
+            "ForceQuantizeNoInputCheck": True,  # quantise the chosen nodes whatever their inputs
+            "TensorQuantOverrides": {value.name: scales for value, scales in weights.items()},
+        },
+    )
+    quantiser.quantize_model()
+    quantiser.model.topological_sort()
+    _finish(quantiser.model.model, halos, measured.means, issubclass(engine, OnnxRuntime))
+    onnx.save(quantiser.model.model, target)
     onnx.checker.check_model(str(target), full_check=True)
-    return tuple(outputs), keeps_levels
+    return outputs, keeps_levels
 
 
 def _needed_for(output: str, graph: Any) -> set[Any]:
@@ -326,49 +333,80 @@ def _is_bound(node: Any) -> bool:
     )
 
 
-def _means(
+class _Measured(NamedTuple):
+    """What values are on the calibration images.
+
+    Attributes:
+        ranges: by name, the smallest and the largest value.
+        means: by the name of what a product reads, its mean (C,) in each channel.
+    """
+
+    ranges: dict[str, tuple[Any, Any]]
+    means: dict[str, Tensor]
+
+
+def _measure(
     model: Any, chosen: Sequence[Any], calls: Sequence[tuple[Tensor, ...]], target: Path, step: Step
-) -> dict[str, Tensor]:
-    """Return the mean (C,) in each channel of what the chosen products read on the calibration images, by name."""
+) -> _Measured:
+    """Measure what the chosen nodes read and write on the calibration images."""
+    import numpy as np
     import onnx
     import onnx_ir
-    from onnx import helper
+    from onnx import TensorProto, helper, numpy_helper
 
-    read: dict[str, list[int]] = {}
-    for node in chosen:
-        value = node.inputs[0]
-        axes = {2: [0], 4: [0, 2, 3]}.get(len(value.shape) if value.shape is not None else 0)
-        if (
-            axes
-            and (node.op_type in _PRODUCTS or _is_convolution_of_rows(node))
-            and not value.is_initializer()
-        ):
-            read[value.name] = axes
+    values = dict.fromkeys(
+        value.name
+        for node in chosen
+        for value in (*node.inputs, *node.outputs)
+        if value is not None and value.dtype == onnx_ir.DataType.FLOAT and not value.is_initializer()
+    )
+    axes = {node.inputs[0].name: over for node in chosen if (over := _axes_of_rows(node))}
     message = onnx_ir.to_proto(model)
-    count = len(message.graph.output)
-    for name, axes in read.items():
-        constant = onnx.numpy_helper.from_array(torch.tensor(axes).numpy(), f"{name}.axes")
-        message.graph.initializer.append(constant)
-        message.graph.node.append(
-            helper.make_node("ReduceMean", [name, constant.name], [f"{name}.mean"], keepdims=0)
-        )
-        message.graph.output.append(
-            helper.make_tensor_value_info(f"{name}.mean", onnx.TensorProto.FLOAT, None)
-        )
-    file = target.with_name(f"means-{target.name}")
+    del message.graph.output[:]
+
+    def ask(kind: str, name: str, *constants: str) -> None:
+        # Without the dimensions, old versions of ONNX Runtime refuse values without elements.
+        node = helper.make_node(kind, [name, *constants], [f"{name}.{kind}"], keepdims=1)
+        message.graph.node.append(node)
+        message.graph.output.append(helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None))
+
+    for name in values:
+        ask("ReduceMin", name)
+        ask("ReduceMax", name)
+        if name in axes:
+            constant = numpy_helper.from_array(np.array(axes[name]), f"{name}.axes")
+            message.graph.initializer.append(constant)
+            ask("ReduceMean", name, constant.name)
+    file = target.with_name(f"measuring-{target.name}")
     try:
         onnx.save(message, file)
         has_functions = any(node.domain == DOMAIN for node in model.graph)
-        run = (OnnxRuntimeWithKernels if has_functions else OnnxRuntime)(file)
-        found = [
-            run(*inputs)[count:] for inputs in counted(calls, step, "measuring means, image", size=_images)
-        ]
+        run = (_MeasuringWithKernels if has_functions else _Measuring)(file)
+        runs = [run(*call) for call in counted(calls, step, "calibrating, image", "quantising", size=_images)]
     finally:
         file.unlink(missing_ok=True)
-    return {
-        name: torch.stack(values).double().mean(0)
-        for name, values in zip(read, zip(*found, strict=True), strict=True)
+    found = {
+        one.name: torch.stack([value.flatten() for value in of_calls])
+        for one, of_calls in zip(message.graph.output, zip(*runs, strict=True), strict=True)
     }
+    ranges, means = {}, {}
+    for name in values:
+        lowest, highest = found[f"{name}.ReduceMin"], found[f"{name}.ReduceMax"]
+        has_values = ~(lowest > highest).flatten()  # of no values they are inf and -inf
+        if not has_values.any():
+            lowest, highest, has_values = lowest.zero_(), highest.zero_(), ~has_values
+        ranges[name] = lowest[has_values].amin().numpy(), highest[has_values].amax().numpy()
+        if name in axes:
+            means[name] = found[f"{name}.ReduceMean"][has_values].double().mean(0)
+    return _Measured(ranges, means)
+
+
+def _axes_of_rows(node: Any) -> list[int] | None:
+    """Return the axes over which a mean in each channel of what a product reads is taken; None of other nodes."""
+    value = node.inputs[0]
+    if value.is_initializer() or not (node.op_type in _PRODUCTS or _is_convolution_of_rows(node)):
+        return None
+    return {2: [0], 4: [0, 2, 3]}.get(len(value.shape) if value.shape is not None else 0)
 
 
 def _round_weights(
@@ -459,20 +497,17 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
     return list(chosen)
 
 
-def _finish(file: Path, halos: dict[str, str], means: Mapping[str, Tensor], for_onnxruntime: bool) -> None:
+def _finish(model: Any, halos: dict[str, str], means: Mapping[str, Tensor], for_onnxruntime: bool) -> None:
     """Give halos (means of rows) the scale and zero point of their concatenation, and kernels their 8 bits.
 
     A halo may be all zero on the calibration images; and rows of equal scale are concatenated without requantisation.
 
     Args:
-        file: an ONNX file.
+        model: an ONNX message; it is changed.
         halos: names of halos, and of the concatenation of each.
         means: by name the mean of values in each channel.
         for_onnxruntime: True if ONNX Runtime will run the file.
     """
-    import onnx
-
-    model = onnx.load(file)
     rounds = {node.input[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
     exact = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     for name, other in halos.items():
@@ -484,7 +519,6 @@ def _finish(file: Path, halos: dict[str, str], means: Mapping[str, Tensor], for_
     used = {name for node in model.graph.node for name in node.input}
     for one in [one for one in model.graph.initializer if one.name not in used]:
         model.graph.initializer.remove(one)
-    onnx.save(model, file)
 
 
 def _has_weights(node: Any) -> bool:
