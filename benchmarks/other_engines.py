@@ -43,22 +43,21 @@ def write(folder: Path, network: str, height: int, width: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     net = open_converted(network, "detail | budget:fraction=0.3").eval()
-    images = [example_batch(net.source, None, (height, width), seed) for seed in (0, 1)]
+    images = [example_batch(net.source, None, (height, width), seed).contiguous() for seed in (0, 1)]
     cs.export(net, images[0], folder / "static.onnx")
+    cs.export(net, images[0], folder / "static.pt2", portable=True)
     cs.export(net, images[0], folder / "level_map.onnx", level_map=True)
     with torch.no_grad():
         maps = []
         for image in images:
             net(image)
             maps.append(net.levels.long())
-        # `cs.export` writes programs in the form that torch runs fastest, with operations that only torch has.
         graph = Exportable(net, False)
         for value in (*graph.parameters(), *graph.buffers()):
             value.data = value.data.clone(memory_format=torch.contiguous_format)
-        for form, inputs in (("static", (images[0],)), ("level_map", (images[0], maps[0]))):
-            with portable():
-                program = torch.export.export(graph, inputs, strict=False)
-            torch.export.save(program, folder / f"{form}.pt2")
+        with portable():
+            program = torch.export.export(graph, (images[0], maps[0]), strict=False)
+        torch.export.save(program, folder / "level_map.pt2")
         for number, (image, levels) in enumerate(zip(images, maps, strict=True)):
             static, given = net(image), net(images[0], mask=levels)
             np.savez(folder / f"static-{number}.npz", image=image, out=static)

@@ -119,6 +119,9 @@ class Exporting:
         False,
         "ONNX whose convolutions run in this package's kernels where cadsurgery.kernels_for is registered",
     )
+    portable: bool = option(
+        False, "pt2 in operations that other runtimes of torch.export's programs have, too, as ExecuTorch"
+    )
     check_in: str = option(
         "onnx", "engine that runs the ONNX file to compare it: onnx (ONNX Runtime) or openvino"
     )

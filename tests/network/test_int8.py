@@ -131,7 +131,9 @@ def test_ranges_are_those_of_all_calibration_images(tmp_path: Path) -> None:
     assert {"joined", "product", "pooled"} <= rounds.keys()
     for name in ("joined", "product", "pooled"):
         values = torch.stack([one[name] for one in found])
-        assert rounds[name] == pytest.approx(float(values.max().relu() + (-values.min()).relu()) / 255, rel=1e-5)
+        assert rounds[name] == pytest.approx(
+            float(values.max().relu() + (-values.min()).relu()) / 255, rel=1e-5
+        )
 
 
 # Convolutions of every kind: plain, depthwise, of groups, and depthwise with two outputs for each input.

@@ -68,6 +68,7 @@ def export(
     float16: bool = False,
     int8: Tensor | Iterable[Tensor] | None = None,
     with_kernels: bool = False,
+    portable: bool = False,
     other: Tensor | None = None,
     check_in: str = "onnx",
     step: Step = silent,
@@ -98,6 +99,8 @@ def export(
             bodies: where the library of `cadsurgery.kernels_for` is registered, the engine runs this package's kernels
             in their place, which is faster. The file is compared with and without the library; OpenVINO cannot read it
             without (ONNX only).
+        portable: the program has only operations that other runtimes of torch.export's programs have, too, as
+            ExecuTorch; in torch it is slower (`pt2` only).
         other: another batch to compare on; default: variants of `image`, e.g. upside down.
         check_in: engine in which an ONNX file is compared: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits gets
             the form that is fastest in this engine.
@@ -132,6 +135,12 @@ def export(
             why="it is made for images of one size, with the types of the network.",
             next='leave that out, or write an ONNX file: to="onnx".',
         )
+    if portable and kind != "pt2":
+        raise InvalidInput(
+            f"a file of format {kind} cannot be portable.",
+            why="the option is for programs of torch.export; ONNX files have standard operations anyway.",
+            next='leave that out, or write a program: to="pt2".',
+        )
     if float16 and batches:
         raise InvalidInput("a file is of float16 or int8.", next="leave out one of them.")
     if with_kernels and float16:
@@ -163,7 +172,7 @@ def export(
     check_folder(file, "path")
     net.normalise_by(image)  # the normalisation must be known before tracing
     writers: dict[str, Callable[[Path], tuple[Comparison, tuple[int | None, ...]]]] = {
-        "pt2": lambda target: programs.write_program(net, image, other, target, step),
+        "pt2": lambda target: programs.write_program(net, image, other, target, portable, step),
         "aoti": lambda target: programs.write_package(net, image, other, target, step),
         "onnx": lambda target: onnx.write(
             net,

@@ -19,15 +19,28 @@ Written = tuple[Comparison, tuple[int | None, ...]]
 
 
 def write_program(
-    net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path, step: Step = silent
+    net: AdaptiveModel,
+    image: Tensor,
+    other: Tensor | None,
+    path: Path,
+    is_portable: bool = False,
+    step: Step = silent,
 ) -> Written:
     """Write a program for torch.export.load; return its comparison and the shape of its image.
+
+    Args:
+        net: a network.
+        image: an image batch.
+        other: another batch to compare on.
+        path: file to write.
+        is_portable: True for a program in operations that other runtimes of such programs have.
+        step: progress callback.
 
     Raises:
         CannotConvert: torch.export cannot follow the network, or the program's outputs differ.
     """
     step("tracing")
-    program = follow(net, image)
+    program = _follow_portably(net, image) if is_portable else follow(net, image)
     step("writing")
     with warnings.catch_warnings():
         # torch gives this warning for channels_last weights, but stores them completely.
@@ -94,6 +107,47 @@ def follow(net: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
             why=describe_error(error),
             next="convert a network without data-dependent control flow, as in detectors.",
         ) from error
+
+
+def _follow_portably(net: AdaptiveModel, image: Tensor) -> torch.export.ExportedProgram:
+    """Export the network as a program of operations that ExecuTorch has, too, on values in the order of their shapes.
+
+    Raises:
+        CannotConvert: torch.export cannot follow the network.
+    """
+    copy = net.optimize()
+    for value in (*copy.parameters(), *copy.buffers()):
+        value.data = value.data.clone(memory_format=torch.contiguous_format)
+    with portable():
+        return follow(copy, image.contiguous()).run_decompositions(
+            {torch.ops.aten.sort.stable: _sort, torch.ops.aten.nonzero_static.default: _nonzero_static}
+        )
+
+
+def _sort(
+    values: Tensor, *, stable: bool | None = False, dim: int = -1, descending: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Sort by counting, for each value, those that are before it; of equal values the first one comes first."""
+    last = values.movedim(dim, -1)
+    place = torch.arange(last.shape[-1], device=values.device)
+    one, other = last.unsqueeze(-1), last.unsqueeze(-2)
+    is_before = (other > one if descending else other < one) | ((other == one) & (place < place.unsqueeze(1)))
+    rank = is_before.long().sum(-1)
+    order = torch.zeros_like(rank).scatter(-1, rank, place.expand_as(rank))
+    return last.gather(-1, order).movedim(-1, dim), order.movedim(-1, dim)
+
+
+def _nonzero_static(values: Tensor, *, size: int, fill_value: int = -1) -> Tensor:
+    """Find the first `size` places (size, 1) of a vector that are not 0, by sums."""
+    if values.dim() != 1:
+        return NotImplemented
+    is_one = (values != 0).long()
+    target = torch.where(is_one == 1, is_one.cumsum(0) - 1, size).clamp(
+        max=size
+    )  # the last one is for the rest
+    places = torch.arange(len(values), device=values.device)
+    found = torch.full((size + 1,), fill_value, device=values.device).scatter(0, target, places)
+    return found[:size].unsqueeze(1)
 
 
 def _compare(net: AdaptiveModel, run: object, image: Tensor, other: Tensor | None, step: Step) -> Written:
