@@ -81,7 +81,7 @@ def test_an_export_in_8_bits_counts_its_images(tmp_path: Path) -> None:
     texts = list(dict.fromkeys(text.partition(",")[0] for text in told.texts()))
     assert texts == [
         *("tracing", "translating to ONNX", "writing", "comparing"),
-        *("calibrating", "quantising", "comparing in 8 bits"),
+        *("measuring means", "calibrating", "quantising", "comparing in 8 bits"),
     ]
-    steps = ("calibrating, image", "comparing in 8 bits")
+    steps = ("measuring means, image", "calibrating, image", "comparing in 8 bits")
     assert all(told.counts(step) == [(0, 2), (1, 2)] for step in steps)

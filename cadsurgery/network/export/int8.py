@@ -6,11 +6,12 @@ with the operations between them. Needs onnx, onnxscript and onnxruntime, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,8 +201,8 @@ def quantise(
     _separate_from_mask(model.graph, mask, chosen)
     _keep_for_kernels(model.graph)
     common.NameFixPass()(model)
-    measured = _measure(model, chosen, calls, target, step)
-    weights = _round_weights(model.graph, chosen, measured.means)
+    means = _means(model, chosen, calls, target, step)
+    weights = _round_weights(model.graph, chosen, means)
     common.RemoveUnusedNodesPass()(model)
     teach_quantiser(model.graph)
     halos = {
@@ -217,7 +218,10 @@ def quantise(
         reduce_range=False,
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, measured.ranges),
+        tensors_range=TensorsData(
+            CalibrationMethod.MinMax,
+            _ranges(model, chosen, calls, target, step),  # with rounded weights
+        ),
         nodes_to_quantize=[node.name for node in chosen],
         nodes_to_exclude=[],
         op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE, *FUNCTIONS],
@@ -228,7 +232,7 @@ def quantise(
     )
     quantiser.quantize_model()
     quantiser.model.topological_sort()
-    _finish(quantiser.model.model, halos, measured.means, issubclass(engine, OnnxRuntime))
+    _finish(quantiser.model.model, halos, means, issubclass(engine, OnnxRuntime))
     onnx.save(quantiser.model.model, target)
     onnx.checker.check_model(str(target), full_check=True)
     return outputs, keeps_levels
@@ -333,72 +337,89 @@ def _is_bound(node: Any) -> bool:
     )
 
 
-class _Measured(NamedTuple):
-    """What values are on the calibration images.
-
-    Attributes:
-        ranges: by name, the smallest and the largest value.
-        means: by the name of what a product reads, its mean (C,) in each channel.
-    """
-
-    ranges: dict[str, tuple[Any, Any]]
-    means: dict[str, Tensor]
-
-
-def _measure(
+def _means(
     model: Any, chosen: Sequence[Any], calls: Sequence[tuple[Tensor, ...]], target: Path, step: Step
-) -> _Measured:
-    """Measure what the chosen nodes read and write on the calibration images."""
+) -> dict[str, Tensor]:
+    """Return the mean (C,) in each channel of what the chosen products read on the calibration images, by name."""
+    axes = {node.inputs[0].name: over for node in chosen if (over := _axes_of_rows(node))}
+    asked = [("ReduceMean", name, over) for name, over in axes.items()]
+    found = _reduce(model, asked, calls, target, partial(counted, step=step, text="measuring means, image"))
+    return {name: found["ReduceMean", name].double().mean(0) for name in axes}
+
+
+def _ranges(
+    model: Any, chosen: Sequence[Any], calls: Sequence[tuple[Tensor, ...]], target: Path, step: Step
+) -> dict[str, tuple[Any, Any]]:
+    """Return the smallest and the largest of the values that the chosen nodes read and write on the calibration
+    images, by name."""
+    from onnx_ir import DataType
+
+    names = dict.fromkeys(
+        value.name
+        for node in chosen
+        for value in (*node.inputs, *node.outputs)
+        if value is not None and value.dtype == DataType.FLOAT and not value.is_initializer()
+    )
+    asked = [(kind, name, None) for name in names for kind in ("ReduceMin", "ReduceMax")]
+    shown = partial(counted, step=step, text="calibrating, image", then="quantising")
+    found = _reduce(model, asked, calls, target, shown)
+    ranges = {}
+    for name in names:
+        least, most = found["ReduceMin", name].amin(), found["ReduceMax", name].amax()
+        if least > most:  # inf and -inf: there were no values
+            least, most = torch.zeros_like(least), torch.zeros_like(most)
+        ranges[name] = least.numpy(), most.numpy()
+    return ranges
+
+
+def _reduce(
+    model: Any,
+    asked: Sequence[tuple[str, str, list[int] | None]],
+    calls: Sequence[tuple[Tensor, ...]],
+    target: Path,
+    shown: Callable[..., Iterator[tuple[Tensor, ...]]],
+) -> dict[tuple[str, str], Tensor]:
+    """Run a float file on the calibration images and reduce its values.
+
+    Args:
+        model: the file.
+        asked: kind of reduction, name of a value, and the axes; None for all axes.
+        calls: inputs for calibration.
+        target: file beside which a temporary one is written.
+        shown: function that yields the calls and says so.
+
+    Returns:
+        By kind and name, the numbers of all calls, (calls, numbers).
+    """
     import numpy as np
     import onnx
     import onnx_ir
     from onnx import TensorProto, helper, numpy_helper
 
-    values = dict.fromkeys(
-        value.name
-        for node in chosen
-        for value in (*node.inputs, *node.outputs)
-        if value is not None and value.dtype == onnx_ir.DataType.FLOAT and not value.is_initializer()
-    )
-    axes = {node.inputs[0].name: over for node in chosen if (over := _axes_of_rows(node))}
+    if not asked:
+        return {}
     message = onnx_ir.to_proto(model)
     del message.graph.output[:]
-
-    def ask(kind: str, name: str, *constants: str) -> None:
+    for kind, name, axes in asked:
+        result, inputs = f"{name}.{kind}", [name]
+        if axes is not None:
+            inputs.append(f"{result}.axes")
+            message.graph.initializer.append(numpy_helper.from_array(np.array(axes), inputs[-1]))
         # Without the dimensions, old versions of ONNX Runtime refuse values without elements.
-        node = helper.make_node(kind, [name, *constants], [f"{name}.{kind}"], keepdims=1)
-        message.graph.node.append(node)
-        message.graph.output.append(helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None))
-
-    for name in values:
-        ask("ReduceMin", name)
-        ask("ReduceMax", name)
-        if name in axes:
-            constant = numpy_helper.from_array(np.array(axes[name]), f"{name}.axes")
-            message.graph.initializer.append(constant)
-            ask("ReduceMean", name, constant.name)
+        message.graph.node.append(helper.make_node(kind, inputs, [result], keepdims=1))
+        message.graph.output.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, None))
     file = target.with_name(f"measuring-{target.name}")
     try:
         onnx.save(message, file)
         has_functions = any(node.domain == DOMAIN for node in model.graph)
         run = (_MeasuringWithKernels if has_functions else _Measuring)(file)
-        runs = [run(*call) for call in counted(calls, step, "calibrating, image", "quantising", size=_images)]
+        runs = [[value.flatten() for value in run(*call)] for call in shown(calls, size=_images)]
     finally:
         file.unlink(missing_ok=True)
-    found = {
-        one.name: torch.stack([value.flatten() for value in of_calls])
-        for one, of_calls in zip(message.graph.output, zip(*runs, strict=True), strict=True)
+    return {
+        (kind, name): torch.stack(found)
+        for (kind, name, _), found in zip(asked, zip(*runs, strict=True), strict=True)
     }
-    ranges, means = {}, {}
-    for name in values:
-        lowest, highest = found[f"{name}.ReduceMin"], found[f"{name}.ReduceMax"]
-        has_values = ~(lowest > highest).flatten()  # of no values they are inf and -inf
-        if not has_values.any():
-            lowest, highest, has_values = lowest.zero_(), highest.zero_(), ~has_values
-        ranges[name] = lowest[has_values].amin().numpy(), highest[has_values].amax().numpy()
-        if name in axes:
-            means[name] = found[f"{name}.ReduceMean"][has_values].double().mean(0)
-    return _Measured(ranges, means)
 
 
 def _axes_of_rows(node: Any) -> list[int] | None:

@@ -141,10 +141,9 @@ def _nonzero_static(values: Tensor, *, size: int, fill_value: int = -1) -> Tenso
     """Find the first `size` places (size, 1) of a vector that are not 0, by sums."""
     if values.dim() != 1:
         return NotImplemented
-    is_one = (values != 0).long()
-    target = torch.where(is_one == 1, is_one.cumsum(0) - 1, size).clamp(
-        max=size
-    )  # the last one is for the rest
+    is_found = values != 0
+    # Place `size` is for all others; it is cut off.
+    target = torch.where(is_found, is_found.long().cumsum(0) - 1, size).clamp(max=size)
     places = torch.arange(len(values), device=values.device)
     found = torch.full((size + 1,), fill_value, device=values.device).scatter(0, target, places)
     return found[:size].unsqueeze(1)
