@@ -99,8 +99,8 @@ def export(
             bodies: where the library of `cadsurgery.kernels_for` is registered, the engine runs this package's kernels
             in their place, which is faster. The file is compared with and without the library; OpenVINO cannot read it
             without (ONNX only).
-        portable: the program has only operations that other runtimes of torch.export's programs have, too, as
-            ExecuTorch; in torch it is slower (`pt2` only).
+        portable: the program has only operations that other runtimes of torch.export's programs have, too, such
+            as ExecuTorch; in torch it is slower (`pt2` only).
         other: another batch to compare on; default: variants of `image`, e.g. upside down.
         check_in: engine in which an ONNX file is compared: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits gets
             the form that is fastest in this engine.

@@ -6,9 +6,8 @@ with the operations between them. Needs onnx, onnxscript and onnxruntime, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -343,7 +342,8 @@ def _means(
     """Return the mean (C,) in each channel of what the chosen products read on the calibration images, by name."""
     axes = {node.inputs[0].name: over for node in chosen if (over := _axes_of_rows(node))}
     asked = [("ReduceMean", name, over) for name, over in axes.items()]
-    found = _reduce(model, asked, calls, target, partial(counted, step=step, text="measuring means, image"))
+    shown = counted(calls, step, "measuring means, image", size=_images)
+    found = _reduce(model, asked, shown, target)
     return {name: found["ReduceMean", name].double().mean(0) for name in axes}
 
 
@@ -361,8 +361,8 @@ def _ranges(
         if value is not None and value.dtype == DataType.FLOAT and not value.is_initializer()
     )
     asked = [(kind, name, None) for name in names for kind in ("ReduceMin", "ReduceMax")]
-    shown = partial(counted, step=step, text="calibrating, image", then="quantising")
-    found = _reduce(model, asked, calls, target, shown)
+    shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
+    found = _reduce(model, asked, shown, target)
     ranges = {}
     for name in names:
         least, most = found["ReduceMin", name].amin(), found["ReduceMax", name].amax()
@@ -375,9 +375,8 @@ def _ranges(
 def _reduce(
     model: Any,
     asked: Sequence[tuple[str, str, list[int] | None]],
-    calls: Sequence[tuple[Tensor, ...]],
+    calls: Iterable[tuple[Tensor, ...]],
     target: Path,
-    shown: Callable[..., Iterator[tuple[Tensor, ...]]],
 ) -> dict[tuple[str, str], Tensor]:
     """Run a float file on the calibration images and reduce its values.
 
@@ -386,7 +385,6 @@ def _reduce(
         asked: kind of reduction, name of a value, and the axes; None for all axes.
         calls: inputs for calibration.
         target: file beside which a temporary one is written.
-        shown: function that yields the calls and says so.
 
     Returns:
         By kind and name, the numbers of all calls, (calls, numbers).
@@ -413,7 +411,7 @@ def _reduce(
         onnx.save(message, file)
         has_functions = any(node.domain == DOMAIN for node in model.graph)
         run = (_MeasuringWithKernels if has_functions else _Measuring)(file)
-        runs = [[value.flatten() for value in run(*call)] for call in shown(calls, size=_images)]
+        runs = [[value.flatten() for value in run(*call)] for call in calls]
     finally:
         file.unlink(missing_ok=True)
     return {
