@@ -163,11 +163,13 @@ TABLE = (
     *_by_width("move", *ELEMENTS),
     *_by_width("pool", *ELEMENTS),
     *_by_width("fill", *_FLOATS),
+    Source("interpolate", (), _VECTORS["uint8"]),
     Source("maps", (), ("scalar",)),
     Source("processor"),
     Source("convolve"),
     Source("convolve_bytes"),
     Source("pick"),
+    Source("resize"),
     Source("cells"),
     Source("onnxruntime"),
 )

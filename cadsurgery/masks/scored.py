@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.elements.backends import interpolation
+from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import first_pass_output
 from cadsurgery.masks.filters import blur, resize
@@ -87,6 +89,9 @@ def interpolation_error(features: Tensor) -> Tensor:
 
     The result (B, h, w) is at least float32; borders are replicated.
     """
+    target = target_of_graph()
+    if target and target.has_kernels:
+        return interpolation.squared_error(features.float())
     return missed(features).square().sum(1)
 
 

@@ -22,6 +22,7 @@ from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.kernels.build import find_compiler_of_cpp
 from cadsurgery.kernels.isa import here
 from cadsurgery.kernels.load import forget
+from cadsurgery.masks.scored import missed
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engines import OnnxRuntime
@@ -543,27 +544,37 @@ def test_a_table_that_names_rows_that_are_not_there_is_refused(
         InOpenVino(tmp_path / "one.onnx", threads=2).run(feed)
 
 
-def call_of(path: Path, name: str, feed: dict[str, Any], results: int) -> Path:
-    """Write a file that calls a function of integers; return its path."""
-    types = [onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for value in feed.values()]
-    outputs = [f"result {place}" for place in range(results)]
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node(name, list(feed), outputs, domain=DOMAIN)],
-        "one",
-        [
-            onnx.helper.make_tensor_value_info(one, kind, feed[one].shape)
-            for one, kind in zip(feed, types, strict=True)
-        ],
-        [
-            onnx.helper.make_tensor_value_info(
-                one, 1 if place == 2 else 6, [None] * (1 if name == "FindCells" else 2)
-            )
-            for place, one in enumerate(outputs)
-        ],
+INT, FLOAT = onnx.TensorProto.INT32, onnx.TensorProto.FLOAT
+RESULTS = {  # type and dimensions
+    "FindCells": ((INT, 1), (INT, 1)),
+    "ReadTaps": ((INT, 2), (INT, 2), (FLOAT, 2)),
+    "ReadNearTaps": ((INT, 2),),
+    "ResizeLinear": ((FLOAT, 4),),
+    "ResizeLinearAligned": ((FLOAT, 4),),
+    "InterpolationError": ((FLOAT, 3),),
+}
+
+
+def call_of(path: Path, name: str, feed: dict[str, Any], fits: bool = True) -> Path:
+    """Write a file that calls a function without attributes; return its path. A call that does not fit has no body."""
+    values = onnx.helper.make_tensor_value_info
+    inputs = [
+        values(one, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for one, value in feed.items()
+    ]
+    outputs = [
+        values(f"result {place}", kind, [None] * rank if fits else None)
+        for place, (kind, rank) in enumerate(RESULTS[name])
+    ]
+    node = onnx.helper.make_node(name, list(feed), [one.name for one in outputs], domain=DOMAIN)
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "one", inputs, outputs),
+        opset_imports=[onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)],
+        ir_version=9,
+        functions=[function(name, 18)] if fits else [],
     )
-    imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
-    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=9, functions=[function(name, 18)])
-    onnx.checker.check_model(model, full_check=True)
+    if fits:
+        onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
     return path
 
@@ -598,7 +609,7 @@ LATTICES = [((2, 2), (13, 10), 2), ((3,), (7, 11), 3), ((2, 2, 2), (8, 16), 1), 
 def test_cells_in_engines_are_those_of_the_lattice(lattice: Any, tmp_path: Path) -> None:
     source = lattice_of(*lattice)
     feed = dict(zip(("levels", "sides"), numbers(source.levels, source.geometry.sides), strict=True))
-    path = call_of(tmp_path / "cells.onnx", "FindCells", feed, 2)
+    path = call_of(tmp_path / "cells.onnx", "FindCells", feed)
     for run in (File(path).session.run, WithKernels(path).session.run, in_openvino(path)):
         anchors, index = run(None, feed)
         assert np.array_equal(anchors, source.anchors) and np.array_equal(index, source.index)
@@ -615,8 +626,8 @@ def test_taps_in_engines_are_those_of_the_kernel_map(
     source, images = lattice_of(*lattice), lattice[2]
     feed = taps_of(source, *steps, next_stage)
     found = {}
-    for name, results in (("ReadTaps", 3), ("ReadNearTaps", 1)):
-        path = call_of(tmp_path / f"{name}.onnx", name, feed, results)
+    for name in ("ReadTaps", "ReadNearTaps"):
+        path = call_of(tmp_path / f"{name}.onnx", name, feed)
         runs = (File(path).session.run, WithKernels(path).session.run, in_openvino(path))
         found[name] = [run(None, feed) for run in runs]
         for other in found[name][1:]:
@@ -661,23 +672,104 @@ def test_cells_and_taps_of_other_maps_are_refused(change: Any, message: str, tmp
         **dict(zip(names, good, strict=True)),
         **dict(zip(change, numbers(*change.values()), strict=True)),
     }
-    path = tmp_path / "taps.onnx"
-    for name, results, given in (("ReadTaps", 3, feed), ("FindCells", 2, dict(list(feed.items())[:2]))):
+    for name, given in (("ReadTaps", feed), ("FindCells", dict(list(feed.items())[:2]))):
         if given.keys().isdisjoint(change):
             continue
-        types = [onnx.helper.make_tensor_value_info(one, 6, value.shape) for one, value in given.items()]
-        outputs = [
-            onnx.helper.make_tensor_value_info(str(n), 1 if n == 2 else 6, None) for n in range(results)
-        ]
-        node = onnx.helper.make_node(name, list(given), [one.name for one in outputs], domain=DOMAIN)
-        imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN, 1)]
-        graph = onnx.helper.make_graph([node], "one", types, outputs)
-        onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=9), str(path))
+        path = call_of(tmp_path / "taps.onnx", name, given, fits=False)
         with pytest.raises(Exception, match=message):
             WithKernels(path).session.run(None, given)
         if all(value.size for value in given.values()):  # OpenVINO takes an empty input for a constant
             with pytest.raises(Exception, match=message):
                 InOpenVino(path, threads=2).run(given)
+
+
+@pytest.mark.parametrize("isa", ["", "avx2", "scalar"])
+@pytest.mark.parametrize("corners", [False, True])
+@pytest.mark.parametrize(
+    ("size", "new"),
+    [((5, 7), (40, 56)), ((9, 4), (5, 1500)), ((1, 1), (3, 2)), ((6, 1100), (1, 2201)), ((3, 3), (3, 3))],
+    ids=str,
+)
+def test_maps_are_resized_as_by_torch(
+    size: tuple[int, int],
+    new: tuple[int, int],
+    corners: bool,
+    isa: str,
+    tmp_path: Path,
+    cap_kernels: Cap,
+) -> None:
+    cap_kernels(isa)
+    maps = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.interpolate(maps, size=new, mode="bilinear", align_corners=corners).numpy()
+    feed = {"maps": maps.numpy(), "sizes": np.array([2, 3, *new], np.int32)}
+    name = "ResizeLinearAligned" if corners else "ResizeLinear"
+    path = call_of(tmp_path / "resize.onnx", name, feed)
+    for run in (File(path).session.run, WithKernels(path).session.run, in_openvino(path)):
+        assert np.abs(run(None, feed)[0] - expected).max() < 1e-5 * np.abs(maps).max() * max(*size, 10)
+
+
+@pytest.mark.parametrize("isa", ["", "avx2", "scalar"])
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (4, 7), (1, 1), (2, 1), (1, 5)], ids=str)
+def test_the_error_of_interpolation_is_that_of_the_mask(
+    size: tuple[int, int], isa: str, tmp_path: Path, cap_kernels: Cap
+) -> None:
+    cap_kernels(isa)
+    features = torch.randn(3, 21, *size, generator=torch.Generator().manual_seed(0))
+    expected = missed(features).square().sum(1).numpy()
+    feed = {"maps": features.permute(0, 2, 3, 1).contiguous().numpy()}
+    path = call_of(tmp_path / "error.onnx", "InterpolationError", feed)
+    for run in (File(path).session.run, WithKernels(path).session.run, in_openvino(path)):
+        found = run(None, feed)[0]
+        assert found.shape == expected.shape and np.abs(found - expected).max() < 1e-5 * max(
+            expected.max(), 1
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ResizeLinear", {"sizes": [1, 3, 8, 8]}, "only height and width"),
+        ("ResizeLinear", {"sizes": [2, 3, 8, 0]}, "empty or too large"),
+        ("ResizeLinearAligned", {"sizes": [2, 3, 8]}, "no four dimensions"),
+        ("ResizeLinear", {"maps": np.zeros((2, 3, 4), np.float32)}, "no four dimensions"),
+        ("InterpolationError", {"maps": np.zeros((3, 4, 5), np.float32)}, "no four dimensions"),
+    ],
+)
+def test_maps_that_cannot_be_resized_are_refused(
+    name: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    feed: dict[str, Any] = {"maps": np.zeros((2, 3, 4, 5), np.float32)}
+    if name != "InterpolationError":
+        feed["sizes"] = np.array([2, 3, 8, 8], np.int32)
+    feed.update({one: np.asarray(value, feed[one].dtype) for one, value in change.items()})
+    path = call_of(tmp_path / "maps.onnx", name, feed, fits=False)
+    with pytest.raises(Exception, match=message):
+        WithKernels(path).session.run(None, feed)
+    with pytest.raises(Exception, match=message):
+        InOpenVino(path, threads=2).run(feed)
+
+
+class Decodes(Kinds):
+    """The network with an output that is upsampled twice: where it leaves the region, and by torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = nn.functional.interpolate(super().forward(x), scale_factor=2, mode="bilinear")
+        size = tuple(x.shape[2:])
+        return nn.functional.interpolate(torch.tanh(half), size, mode="bilinear", align_corners=True)
+
+
+@pytest.mark.slow
+def test_what_masks_and_decoders_do_with_maps_are_kernels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"output_stride": (2, 4), "fill": "linear", "verify_laws": False}
+    model = cs.adaptify(randomise(Decodes()).eval(), "detail | budget:fraction=0.3", **options)
+    path, image = tmp_path / "net.onnx", picture(2, 45, 57)
+    cs.export(model, image, path, with_kernels=True, dynamic=True)
+    assert calls(path)["ResizeLinearAligned"] == calls(path)["InterpolationError"] == 1
+    for size in ((33, 64), (50, 41)):
+        other = picture(3, *size)
+        for run in (File, WithKernels, InOpenVino):
+            assert_same(run(path)(other)["output"], model(other), 1e-4)
 
 
 def test_a_weight_of_other_channels_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-/* Operations for engines, which bring their own tensors and threads; implemented in convolve.c, pick.c and cells.c.
+/* Operations for engines, which bring their own tensors and threads; implemented in convolve.c, pick.c, resize.c and
+ * cells.c.
  *
  * Functions that can fail return NULL, or the reason. */
 #ifndef CADSURGERY_CONVOLVE_H
@@ -55,6 +56,17 @@ void cadsurgery_free_convolution(convolution *one);
 enum { INPUTS_OF_PICK = WEIGHT };
 const char *cadsurgery_size_of_pick(const tensor *in, int64_t *size);
 const char *cadsurgery_pick(int in_8_bits, const tensor *in, void *out, share_in_engine *way);
+
+/* Resize maps (B, C, H, W) by bilinear interpolation between their samples, to the sizes that four int32 name: B, C,
+ * height and width. As F.interpolate in torch: aligned with align_corners=True. */
+enum { MAPS, INPUTS_OF_ERROR, SIZES = INPUTS_OF_ERROR, INPUTS_OF_RESIZE };
+const char *cadsurgery_size_of_resized(const tensor *in, int64_t *size);
+const char *cadsurgery_resize(int is_aligned, const tensor *in, void *out, share_in_engine *way);
+
+/* Compute the squared error of bilinear interpolation of maps (B, H, W, C) from every second sample, summed over channels:
+ * (B, H, W). Beyond the last of them, interpolation repeats it. */
+const char *cadsurgery_size_of_error(const tensor *in, int64_t *size);
+const char *cadsurgery_find_error(const tensor *in, void *out, share_in_engine *way);
 
 /* What is found by operations that do not know the sizes of their results beforehand: numbers of 4 bytes, in one piece of
  * memory that the caller frees. */

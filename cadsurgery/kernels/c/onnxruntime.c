@@ -1,4 +1,4 @@
-/* Operations of ONNX Runtime: convolutions of rows and their kernel maps, for files written with `with_kernels`.
+/* Operations of ONNX Runtime: convolutions of rows, their kernel maps, and interpolation, for files written with `with_kernels`.
  *
  * ONNX Runtime calls `RegisterCustomOps` when a session registers this library. The operations have the names of functions
  * in the file, whose bodies are standard operations; ONNX Runtime runs a body only if no operation of its name is
@@ -80,12 +80,18 @@ typedef struct operation {
     status *(*create_or_fail)(const struct operation *, functions, const void *node, void **kernel);
     status *(*compute_or_fail)(void *kernel, context *);
     const char *own_name; /* ONNX Runtime does not read beyond the fields of the operation's version */
-    int own_type;         /* of rows and result; INT32 if results are found */
+    const int *types;     /* of the inputs; the first is that of the results, too */
     size_t inputs, outputs;
-    find *find; /* what finds several results, or NULL */
+    find *find;     /* what finds several results, or NULL */
+    int is_aligned; /* of a resize */
 } operation;
 
-/* ---- Convolutions, picks, cells and kernel maps. */
+static const int of_floats[] = {FLOAT, INT32, INT32, FLOAT, FLOAT, FLOAT, FLOAT};
+static const int of_bytes[] = {UINT8, INT32, INT32, FLOAT, INT8, FLOAT, UINT8, FLOAT};
+static const int of_found[] = {INT32, INT32, INT32, INT32, INT32, INT32, INT32, INT32};
+static const int of_maps[] = {FLOAT, INT32};
+
+/* ---- Convolutions, picks, maps, cells and kernel maps. */
 
 typedef struct {
     functions api;
@@ -127,7 +133,7 @@ static status *create_convolution(const operation *self, functions api, const vo
     TRY(FLOAT_OF(node, "outside", &of.outside));
     TRY(FLOAT_OF(node, "low", &of.low));
     TRY(FLOAT_OF(node, "high", &of.high));
-    if (self->own_type == UINT8) {
+    if (self->types == of_bytes) {
         TRY(FLOAT_OF(node, "scale", &of.scale));
         TRY(FLOAT_OF(node, "zero", &of.zero));
         TRY(FLOAT_OF(node, "scale_of_result", &of.scale_of_result));
@@ -210,7 +216,29 @@ static status *compute(void *one, context *within) {
     TRY(DATA_OF(made, &out));
     const sharing here = {api, within};
     ours = &here;
-    return fail(api, by ? cadsurgery_convolve(by, in, out, share_in_call) : cadsurgery_pick(k->operation->own_type == UINT8, in, out, share_in_call));
+    return fail(api, by ? cadsurgery_convolve(by, in, out, share_in_call) : cadsurgery_pick(k->operation->types == of_bytes, in, out, share_in_call));
+}
+
+/* Resize maps, or find the error of their interpolation. */
+static status *compute_maps(void *one, context *within) {
+    const kernel *k = one;
+    const functions api = k->api;
+    const sharing here = {api, within};
+    const int is_resize = k->operation->inputs == INPUTS_OF_RESIZE;
+    tensor in[INPUTS_OF_RESIZE];
+    for (size_t i = 0; i < k->operation->inputs; i++) {
+        const value *from;
+        TRY(INPUT_OF(within, i, &from));
+        TRY(read_tensor(api, from, in + i));
+    }
+    int64_t size[4];
+    value *made;
+    void *out;
+    TRY(fail(api, is_resize ? cadsurgery_size_of_resized(in, size) : cadsurgery_size_of_error(in, size)));
+    TRY(OUTPUT_OF(within, 0, size, is_resize ? 4 : 3, &made));
+    TRY(DATA_OF(made, &out));
+    ours = &here;
+    return fail(api, is_resize ? cadsurgery_resize(k->operation->is_aligned, in, out, share_in_call) : cadsurgery_find_error(in, out, share_in_call));
 }
 
 /* Find results whose sizes are not known before, and copy them. */
@@ -244,27 +272,23 @@ static status *compute_found(void *one, context *within) {
 
 static const char *name_of(const operation *self) { return self->own_name; }
 static const char *any_provider(const operation *self) { return (void)self, (const char *)0; }
-static int type_of(const operation *self, size_t place) {
-    if (self->find) return INT32;
-    if (place == TABLE || place == SOURCES) return INT32;
-    if (place == WEIGHT && self->own_type == UINT8) return INT8;
-    return place == ROWS_IN || place == RESIDUAL ? self->own_type : FLOAT;
-}
+static int type_of(const operation *self, size_t place) { return self->types[place]; }
 static int result_type(const operation *self, size_t place) {
-    return place == 2 ? FLOAT : self->own_type; /* shares are the third result */
+    return place == 2 ? FLOAT : self->types[0]; /* shares are the third result */
 }
 static size_t input_count(const operation *self) { return self->inputs; }
 static size_t output_count(const operation *self) { return self->outputs; }
 static int required(const operation *self, size_t place) { return (void)self, (void)place, 0; }
 static int one(const operation *self) { return (void)self, 1; }
 
-#define OPERATION(name, type, inputs, outputs, create, compute, find)                                                          \
+#define OPERATION(name, types, inputs, outputs, create, compute, find, is_aligned)                                             \
     {VERSION_OF_OPERATION, 0, name_of, any_provider, type_of, input_count, result_type, output_count, 0, destroy,              \
-     required, required, required, one, one, one, one, create, compute, name, type, inputs, outputs, find}
-#define CONVOLUTION(name) OPERATION(name, FLOAT, INPUTS, 1, create_convolution, compute, 0)
-#define IN_8_BITS(name) OPERATION(name "In8Bits", UINT8, INPUTS_IN_8_BITS, 1, create_convolution, compute, 0)
-#define PICK(name, type) OPERATION(name, type, INPUTS_OF_PICK, 1, create_other, compute, 0)
-#define FIND(name, inputs, outputs, find) OPERATION(name, INT32, inputs, outputs, create_other, compute_found, find)
+     required, required, required, one, one, one, one, create, compute, name, types, inputs, outputs, find, is_aligned}
+#define CONVOLUTION(name) OPERATION(name, of_floats, INPUTS, 1, create_convolution, compute, 0, 0)
+#define IN_8_BITS(name) OPERATION(name "In8Bits", of_bytes, INPUTS_IN_8_BITS, 1, create_convolution, compute, 0, 0)
+#define PICK(name, types) OPERATION(name, types, INPUTS_OF_PICK, 1, create_other, compute, 0, 0)
+#define OF_MAPS(name, inputs, is_aligned) OPERATION(name, of_maps, inputs, 1, create_other, compute_maps, 0, is_aligned)
+#define FIND(name, inputs, outputs, find) OPERATION(name, of_found, inputs, outputs, create_other, compute_found, find, 0)
 
 static const operation operations[] = {
     CONVOLUTION("Convolve"),
@@ -273,8 +297,11 @@ static const operation operations[] = {
     IN_8_BITS("Convolve"),
     IN_8_BITS("ConvolveDepthwise"),
     IN_8_BITS("ConvolveGroups"),
-    PICK("Pick", FLOAT),
-    PICK("PickIn8Bits", UINT8),
+    PICK("Pick", of_floats),
+    PICK("PickIn8Bits", of_bytes),
+    OF_MAPS("ResizeLinear", INPUTS_OF_RESIZE, 0),
+    OF_MAPS("ResizeLinearAligned", INPUTS_OF_RESIZE, 1),
+    OF_MAPS("InterpolationError", INPUTS_OF_ERROR, 0),
     FIND("FindCells", INPUTS_OF_CELLS, 2, cadsurgery_find_cells),
     FIND("ReadTaps", INPUTS_OF_TAPS, 3, cadsurgery_read_taps),
     FIND("ReadNearTaps", INPUTS_OF_TAPS, 1, cadsurgery_read_near_taps)};

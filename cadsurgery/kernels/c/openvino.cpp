@@ -1,4 +1,4 @@
-/* Operations of OpenVINO: convolutions of rows and their kernel maps, for files written with `with_kernels`.
+/* Operations of OpenVINO: convolutions of rows, their kernel maps, and interpolation, for files written with `with_kernels`.
  *
  * OpenVINO has no bodies for functions of ONNX files, so it needs this extension to read such a file. kernels/openvino.py
  * compiles it against an installed OpenVINO and links it with the library of kernels. */
@@ -14,6 +14,7 @@
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/frontend/onnx/extension/conversion.hpp>
+#include <openvino/op/constant.hpp>
 #include <openvino/op/op.hpp>
 
 #if defined(WITH_TBB)
@@ -92,6 +93,14 @@ protected:
         return shape.rank().is_static() ? shape[axis] : ov::Dimension::dynamic();
     }
 
+    /* With one thread OpenVINO (2026.4) goes on after an exception: what it returns must not look like a result. */
+    static bool finish(ov::Tensor &out, const char *reason) {
+        if (reason && out.get_element_type() == ov::element::f32)
+            std::fill_n(out.data<float>(), out.get_size(), std::numeric_limits<float>::quiet_NaN());
+        check(reason);
+        return true;
+    }
+
     static std::vector<tensor> as_tensors(const ov::TensorVector &inputs) {
         std::vector<tensor> in;
         for (size_t i = 0; i < number_of_inputs; i++) in.push_back(as_tensor(inputs[i]));
@@ -109,14 +118,6 @@ protected:
     void infer(size_t input, size_t axis) {
         this->check_inputs(type_of);
         this->set_output_type(0, own_type(), {this->side(TABLE, 0), this->side(input, axis)});
-    }
-
-    /* With one thread OpenVINO (2026.4) goes on after an exception: what it returns must not look like a result. */
-    static bool finish(ov::Tensor &out, const char *reason) {
-        if (reason && !Name::in_8_bits)
-            std::fill_n(out.data<float>(), out.get_size(), std::numeric_limits<float>::quiet_NaN());
-        check(reason);
-        return true;
     }
 
 private:
@@ -241,6 +242,68 @@ public:
     }
 };
 
+/* Maps in another size. */
+template <class Name>
+class Resize : public Operation<Name, INPUTS_OF_RESIZE> {
+    using Base = Operation<Name, INPUTS_OF_RESIZE>;
+
+public:
+    Resize() = default;
+    explicit Resize(const ov::OutputVector &inputs) : Base(inputs) { this->constructor_validate_and_infer_types(); }
+
+    void validate_and_infer_types() override {
+        this->check_inputs([](size_t place) -> ov::element::Type { return place == MAPS ? ov::element::f32 : ov::element::i32; });
+        ov::PartialShape sizes = ov::PartialShape::dynamic(4);
+        if (const auto known = ov::as_type_ptr<ov::op::v0::Constant>(this->get_input_node_shared_ptr(SIZES)))
+            sizes = known->template cast_vector<int64_t>();
+        OPENVINO_ASSERT(sizes.size() == 4, "cadsurgery: maps to resize have no four dimensions");
+        this->set_output_type(0, ov::element::f32, {this->side(MAPS, 0), this->side(MAPS, 1), sizes[2], sizes[3]});
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
+        return std::make_shared<Resize>(inputs);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor &) override { return true; }
+
+    bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
+        const std::vector<tensor> in = Base::as_tensors(inputs);
+        int64_t size[4];
+        check(cadsurgery_size_of_resized(in.data(), size));
+        outputs[0].set_shape(ov::Shape(size, size + 4));
+        return Base::finish(outputs[0], cadsurgery_resize(Name::is_aligned, in.data(), outputs[0].data(), share));
+    }
+};
+
+/* The error of interpolated maps. */
+struct ByError {
+    static constexpr const char *type = "InterpolationError";
+};
+class Error : public Operation<ByError, INPUTS_OF_ERROR> {
+public:
+    Error() = default;
+    explicit Error(const ov::OutputVector &inputs) : Operation(inputs) { constructor_validate_and_infer_types(); }
+
+    void validate_and_infer_types() override {
+        check_inputs([](size_t) -> ov::element::Type { return ov::element::f32; });
+        set_output_type(0, ov::element::f32, {side(MAPS, 0), side(MAPS, 1), side(MAPS, 2)});
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
+        return std::make_shared<Error>(inputs);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor &) override { return true; }
+
+    bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
+        const std::vector<tensor> in = as_tensors(inputs);
+        int64_t size[3];
+        check(cadsurgery_size_of_error(in.data(), size));
+        outputs[0].set_shape(ov::Shape(size, size + 3));
+        return finish(outputs[0], cadsurgery_find_error(in.data(), outputs[0].data(), share));
+    }
+};
+
 #define NAME(kind, text, bytes)                      \
     struct kind {                                    \
         static constexpr const char *type = text;    \
@@ -254,6 +317,15 @@ NAME(DepthwiseIn8Bits, "ConvolveDepthwiseIn8Bits", true)
 NAME(GroupsIn8Bits, "ConvolveGroupsIn8Bits", true)
 NAME(OfFloats, "Pick", false)
 NAME(OfBytes, "PickIn8Bits", true)
+
+struct BetweenBorders {
+    static constexpr const char *type = "ResizeLinear";
+    static constexpr bool is_aligned = false;
+};
+struct BetweenCorners {
+    static constexpr const char *type = "ResizeLinearAligned";
+    static constexpr bool is_aligned = true;
+};
 
 #define NAME_OF_FOUND(kind, text, number, halo, function)                                          \
     struct kind {                                                                                  \
@@ -310,6 +382,9 @@ std::vector<ov::Extension::Ptr> extensions() {
     add<GroupsIn8Bits>(all);
     add_plain<Pick<OfFloats>, OfFloats>(all);
     add_plain<Pick<OfBytes>, OfBytes>(all);
+    add_plain<Resize<BetweenBorders>, BetweenBorders>(all);
+    add_plain<Resize<BetweenCorners>, BetweenCorners>(all);
+    add_plain<Error, ByError>(all);
     add_plain<Find<Cells>, Cells>(all);
     add_plain<Find<Taps>, Taps>(all);
     add_plain<Find<NearTaps>, NearTaps>(all);

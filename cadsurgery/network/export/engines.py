@@ -135,7 +135,7 @@ class OpenVino(Engine):
             model.reshape(dict(zip(model.inputs, shapes, strict=True)))
             self._compiled = shapes, self._core.compile_model(model, "CPU", self._options)
         outputs = self._compiled[1]([one.numpy() for one in inputs])
-        return [torch.from_numpy(outputs[index].copy()) for index in range(len(outputs))]
+        return [torch.from_numpy(outputs[index]) for index in range(len(outputs))]
 
 
 class OpenVinoInBfloat16(OpenVino):

@@ -17,6 +17,11 @@ DOMAIN = "cadsurgery"
 CONVOLUTIONS = {2: "ConvolveDepthwise", 3: "Convolve", 4: "ConvolveGroups"}  # by the dimensions of the weight
 PICK = "Pick"
 CELLS, TAPS, NEAR_TAPS = "FindCells", "ReadTaps", "ReadNearTaps"
+ERROR = "InterpolationError"
+RESIZES = {  # by the coordinates of ONNX's operation
+    "half_pixel": "ResizeLinear",
+    "align_corners": "ResizeLinearAligned",
+}
 IN_8_BITS = (
     "In8Bits"  # suffix of functions whose rows, residual and result are uint8, and whose weight is int8
 )
@@ -289,6 +294,43 @@ _FOUND = {
 }
 
 
+# Inputs and bodies of functions of maps: (B, C, H, W), and (B, H, W, C) of the error.
+_OF_MAPS = {
+    name: (
+        "maps, sizes",
+        f"""
+    wide = Cast <to = 7> (sizes)
+    out = Resize <mode = "linear", coordinate_transformation_mode = "{coordinates}"> (maps, , , wide)""",
+    )
+    for coordinates, name in RESIZES.items()
+}
+_OF_MAPS[ERROR] = (
+    "maps",
+    """
+    start = Constant <value_ints = [0, 0]> ()
+    end = Constant <value_ints = [2147483647, 2147483647]> ()
+    axes = Constant <value_ints = [2, 3]> ()
+    second = Constant <value_ints = [2, 2]> ()
+    by_channel = Transpose <perm = [0, 3, 1, 2]> (maps)
+    taken = Slice (by_channel, start, end, axes, second)
+    batch = Shape <end = 2> (taken)
+    count = Shape <start = 2> (taken)
+    twice = Mul (count, second)
+    last = Constant <value_ints = [1, 1]> ()
+    size = Sub (twice, last)
+    sizes = Concat <axis = 0> (batch, size)
+    between = Resize <mode = "linear", coordinate_transformation_mode = "align_corners"> (taken, , , sizes)
+    own = Shape <start = 2> (by_channel)
+    more = Sub (own, size)
+    pads = Concat <axis = 0> (start, start, start, more)
+    everywhere = Pad <mode = "edge"> (between, pads)
+    missed = Sub (by_channel, everywhere)
+    squares = Mul (missed, missed)
+    channels = Constant <value_ints = [1]> ()
+    out = ReduceSum <keepdims = 0> (squares, channels)""",
+)
+
+
 def function(name: str, opset: int) -> Any:
     """Return a function of the domain as an ONNX message."""
     import onnx.parser
@@ -297,6 +339,8 @@ def function(name: str, opset: int) -> Any:
     numbers: tuple[str, ...] = ()
     if kind in _FOUND:
         inputs, body = _FOUND[kind]
+    elif kind in _OF_MAPS:
+        inputs, body = _OF_MAPS[kind]
     elif kind == PICK:
         inputs, body = (
             _INPUTS_OF_PICK,
@@ -329,6 +373,8 @@ def schema(name: str) -> Any:
     if name in _FOUND:
         names = _FOUND[name][0]
         integers: Container[str] = [*names.split(", "), "table", "sources"]
+    elif name in _OF_MAPS:
+        names, integers = _OF_MAPS[name][0], ("sizes",)
     else:
         names, attributes = (_INPUTS_OF_PICK, ()) if name == PICK else (_INPUTS, _NUMBERS)
         integers = ("table", "sources")
@@ -383,6 +429,28 @@ def kernels_for(engine: str = "onnxruntime") -> str:
             why=f"{error}.",
             next=error.next,
         ) from error
+
+
+def resize_by_kernels(model: Any) -> None:
+    """Let the bilinear resizes of an ONNX model (onnx_ir) call functions.
+
+    ONNX Runtime and OpenVINO take two to four times as long for them, which counts where the rest is in 8 bits.
+    """
+    import onnx_ir
+
+    for node in list(model.graph):
+        maps, *_, sizes = [*node.inputs, None, None, None][:4]
+        of = {name: attribute.value for name, attribute in node.attributes.items()}
+        function = RESIZES.get(of.get("coordinate_transformation_mode", "half_pixel"))
+        is_linear = node.op_type == "Resize" and of.get("mode") == "linear" and not of.get("antialias")
+        is_known = maps is not None and maps.dtype == onnx_ir.DataType.FLOAT and len(maps.shape or ()) == 4
+        if is_linear and is_known and function and sizes is not None:
+            narrow = onnx_ir.node("Cast", [sizes], {"to": onnx_ir.DataType.INT32})
+            model.graph.insert_before(node, narrow)
+            node.domain, node.op_type = DOMAIN, function
+            node.attributes.clear()
+            node.resize_inputs(2)
+            node.replace_input_with(1, narrow.outputs[0])
 
 
 def add_functions(model: Any) -> None:

@@ -27,7 +27,7 @@ from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_diffe
 from cadsurgery.network.export.decompose import decompose
 from cadsurgery.network.export.engines import Engine, import_package
 from cadsurgery.network.export.int8 import to_8_bits
-from cadsurgery.network.export.kernels import add_functions
+from cadsurgery.network.export.kernels import add_functions, resize_by_kernels
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
@@ -88,6 +88,8 @@ def write(
         output_names=outputs,
     )
     _tidy(model.model)
+    if target.has_kernels:
+        resize_by_kernels(model.model)
     add_functions(model.model)
     model.model.metadata_props.update(_metadata(net, dynamic))
     _name_axes(model.model, free)

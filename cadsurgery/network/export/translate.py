@@ -20,7 +20,16 @@ from onnxscript.function_libs.torch_lib.ops.core import (
 )
 from onnxscript.values import Op, Opset
 
-from cadsurgery.network.export.kernels import CELLS, CONVOLUTIONS, DOMAIN, NEAR_TAPS, PICK, TAPS, schema
+from cadsurgery.network.export.kernels import (
+    CELLS,
+    CONVOLUTIONS,
+    DOMAIN,
+    ERROR,
+    NEAR_TAPS,
+    PICK,
+    TAPS,
+    schema,
+)
 
 op: Any = opset18
 _KERNELS = Opset(DOMAIN, 1)
@@ -130,6 +139,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.sym_numel.default: _numel,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
     torch.ops.cadsurgery.pick_rows.default: _call(PICK),
+    torch.ops.cadsurgery.interpolation_error.default: _call(ERROR),
     torch.ops.cadsurgery.find_cells.default: _call(CELLS),
     torch.ops.cadsurgery.read_taps.default: _call(TAPS),
     torch.ops.cadsurgery.read_near_taps.default: _call(NEAR_TAPS),
