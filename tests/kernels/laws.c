@@ -613,6 +613,97 @@ static void maps_law(void) {
 }
 #endif
 
+/* -- maps in another size --------------------------------------------------------------------------------------------- */
+
+#ifdef OF_interpolate
+typedef struct {
+    int32_t *first, *second;
+    float *share;
+    long length;
+} axis;
+
+typedef struct {
+    const float *maps;
+    float *out;
+    long count, height, width;
+    axis down, across;
+} resizing;
+
+typedef struct {
+    const float *maps;
+    float *out;
+    long batch, channels, height, width;
+} erring;
+
+void SUFFIX(resize)(const resizing *);
+void SUFFIX(interpolation_error)(const erring *);
+
+static const float *floats(long count) {
+    float *all = NEW(float, count);
+    for (long i = 0; i < count; i++) all[i] = (float)between(-1, 1);
+    return all;
+}
+
+static axis random_axis(long from, long length) {
+    const axis made = {NEW(int32_t, length), NEW(int32_t, length), NEW(float, length), length};
+    for (long i = 0; i < length; i++) {
+        made.first[i] = (int32_t)below(from), made.share[i] = (float)between(0, 1);
+        made.second[i] = made.first[i] + (made.first[i] < from - 1);
+    }
+    return made;
+}
+
+static double mixed(double a, double b, double share) { return a + share * (b - a); }
+
+static void resize_law(void) {
+    static const long cases[][4] = {{5, 7, 11, 29}, {1, 1, 2, 3}, {9, 40, 4, 17}, {3, 6, 5, 1100}};
+    for (long k = 0; k < COUNT(cases); k++) {
+        const long count = 3, height = cases[k][0], width = cases[k][1], high = cases[k][2], wide = cases[k][3];
+        const float *maps = floats(count * height * width);
+        float *out = NEW(float, count * high * wide);
+        const resizing all = {maps, out, count, height, width, random_axis(height, high), random_axis(width, wide)};
+        SUFFIX(resize)(&all);
+        for (long i = 0; i < count * high * wide; i++) {
+            const float *map = maps + i / wide / high * height * width;
+            const long y = i / wide % high, x = i % wide, left = all.across.first[x], right = all.across.second[x];
+            const float *top = map + all.down.first[y] * width, *bottom = map + all.down.second[y] * width;
+            const double share = all.across.share[x];
+            const double expected = mixed(mixed(top[left], top[right], share), mixed(bottom[left], bottom[right], share), all.down.share[y]);
+            check_exactly("a pixel is near", fabs(out[i] - expected) < 1e-6, 1);
+        }
+        free_all();
+    }
+    end_law(TEXT(SUFFIX(resize)));
+}
+
+/* The error of each pixel in an odd row or column, which lies between those of even rows and columns. */
+static void error_law(void) {
+    static const long cases[][3] = {{5, 7, 19}, {4, 6, 32}, {1, 1, 3}, {2, 1, 16}, {1, 4, 33}};
+    for (long k = 0; k < COUNT(cases); k++) {
+        const long batch = 2, height = cases[k][0], width = cases[k][1], channels = cases[k][2];
+        const float *maps = floats(batch * height * width * channels);
+        float *out = NEW(float, batch * height * width);
+        const erring all = {maps, out, batch, channels, height, width};
+        SUFFIX(interpolation_error)(&all);
+        for (long i = 0; i < batch * height * width; i++) {
+            const long y = i / width % height, x = i % width, first = i - y * width - x;
+            const long top = y / 2 * 2, left = x / 2 * 2, bottom = y % 2 && y + 1 < height ? y + 1 : top;
+            const long right = x % 2 && x + 1 < width ? x + 1 : left;
+            const long corners[] = {top * width + left, top * width + right, bottom * width + left, bottom * width + right};
+            double expected = 0;
+            for (long c = 0; c < channels; c++) {
+                double missed = maps[i * channels + c];
+                for (int corner = 0; corner < 4; corner++) missed -= maps[(first + corners[corner]) * channels + c] / 4.0;
+                expected += missed * missed;
+            }
+            check_exactly("an error is near", fabs(out[i] - expected) <= 1e-6 * (double)channels, 1);
+        }
+        free_all();
+    }
+    end_law(TEXT(SUFFIX(interpolation_error)));
+}
+#endif
+
 /* -- warps ----------------------------------------------------------------------------------------------------------- */
 
 #ifdef OF_warp
@@ -895,6 +986,10 @@ int main(int count, char **arguments) {
 #endif
 #ifdef OF_maps
     maps_law();
+#endif
+#ifdef OF_interpolate
+    resize_law();
+    error_law();
 #endif
 #ifdef OF_warp
     invert_law();
