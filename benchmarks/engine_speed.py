@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ from cadsurgery.tasks.recommend.settings import scaled_size
 
 RESULTS = Path(__file__).parents[1] / "docs" / "engines.json"
 PAGE = RESULTS.with_name("deploy.md")
-MARKS = "<!-- engine speed -->", "<!-- end -->"
+MARK_OF_TABLES, MARK_OF_SUMMARY, END = "<!-- engine speed -->", "<!-- engine summary -->", "<!-- end -->"
 NETWORKS = (
     "camvid",
     "camvid_linear",
@@ -181,25 +182,68 @@ def measure(name: str, precision: str, folder: Path, data: Path | None, rounds: 
 
 NAMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 COLUMNS = (HIGH, LOW, SMALL, CONVERTED, WITH_KERNELS)
+FILES = {CONVERTED: "standard operations", WITH_KERNELS: "[with kernels](#with-this-packages-kernels)"}
+
+
+def key_of(cap: str, precision: str, device: str) -> str:
+    """Return the key of a measurement: one for each instruction set, precision and processor."""
+    model = re.search(r"family \d+ model \d+", device)
+    return f"{cap}, {precision}, {model[0] if model else device}"
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """Return the table of what is realised of the ratio, for processors that were not capped."""
+    runs = {name: {k: run for k, run in of.items() if not _is_capped(run)} for name, of in found.items()}
+    processors = sorted({(key.split(", ")[0], key.split(", ")[2]) for of in runs.values() for key in of})
+    heads = [f"{NAMES[engine]}, {cap}, {model}" for cap, model in processors for engine in PLAIN]
+    lines = [f"| network | precision | file | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+    for name in [name for name in NETWORKS if name in runs]:
+        for precision in PRECISIONS:
+            for side, words in FILES.items():
+                cells = [
+                    _realised(runs[name].get(f"{cap}, {precision}, {model}"), engine, side)
+                    for cap, model in processors
+                    for engine in PLAIN
+                ]
+                if any(cells):
+                    lines.append(f"| {name} | {precision} | {words} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _is_capped(run: Mapping[str, Any]) -> bool:
+    return isa.VARIABLE in run["instruction_sets"]
+
+
+def _realised(run: Mapping[str, Any] | None, engine: str, side: str) -> str:
+    """Return the speed-up over dense high times the work, in words; empty if it was not measured."""
+    rows = {row["side"]: row for row in run["rows"] if row["engine"] == engine} if run else {}
+    if side not in rows:
+        return ""
+    speed_up = rows[HIGH]["milliseconds"] / rows[side]["milliseconds"]
+    slower = ": slower" if speed_up < 1 else ""
+    return f"{speed_up * rows[side]['work']:.2f}{slower}"
 
 
 def tables(found: Mapping[str, Any]) -> str:
-    """Return a table for each instruction set, precision and processor."""
+    """Return a table for each instruction set, processor and precision."""
     parts = []
-    every = [(key, run["device"]) for runs in found.values() for key, run in runs.items()]
-    for key, device in dict.fromkeys(every):
-        of_key = {name: found[name][key] for name in NETWORKS if key in found.get(name, {})}
-        runs = {name: run for name, run in of_key.items() if run["device"] == device}
-        cap, precision = key.split(", ")
+    for key in sorted({key for runs in found.values() for key in runs}, key=_order):
+        runs = {name: found[name][key] for name in NETWORKS if key in found.get(name, {})}
+        cap, precision, _ = key.split(", ")
         versions = {name: run["versions"] for name, run in runs.items()}
         parts.append(
-            f"**{precision}, {cap}.** {device}; torch {_all(versions, 'torch')}; "
+            f"**{precision}, {cap}.** {_all(runs, 'device')}; torch {_all(versions, 'torch')}; "
             f"{_all(runs, 'rounds')} rounds; commit {_all(runs, 'commit')}.\n\n"
             "| network | work | engine | dense high | dense low | dense high at .7 | converted | with kernels | "
             "speed-up | of the ratio |\n|---|---|---|---|---|---|---|---|---|---|\n"
             + "".join(line for name, run in runs.items() for line in _lines(name, run))
         )
     return "\n".join(parts)
+
+
+def _order(key: str) -> tuple[str, str, str]:
+    cap, precision, model = key.split(", ")
+    return cap, model, precision
 
 
 def _all(runs: Mapping[str, Any], what: str) -> str:
@@ -212,7 +256,7 @@ def _lines(name: str, run: Mapping[str, Any]) -> Iterator[str]:
 
     Caps do not bind ONNX Runtime's own operations, so that a run under one says nothing of it.
     """
-    is_capped = isa.VARIABLE in run["instruction_sets"]
+    is_capped = _is_capped(run)
     for engine, words in NAMES.items():
         if is_capped and engine == "onnx":
             continue
@@ -230,11 +274,12 @@ def _lines(name: str, run: Mapping[str, Any]) -> Iterator[str]:
 def write_page() -> None:
     """Put the tables into the page."""
     page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for mark, made in ((MARK_OF_SUMMARY, summary(found)), (MARK_OF_TABLES, tables(found))):
+        before, rest = page.split(f"{mark}\n")
+        page = f"{before}{mark}\n{made}{END}{rest.partition(END)[2]}"
     with write_whole(PAGE) as temporary:
-        temporary.write_text(f"{before}{MARKS[0]}\n{tables(found)}{MARKS[1]}{after}", encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
 
 
 def main() -> None:
@@ -269,7 +314,8 @@ def main() -> None:
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
             cap = options.isa or isa.used()
             found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-            found.setdefault(name, {})[f"{cap}, {precision}"] = json.loads(done.stdout.splitlines()[-1])
+            run = json.loads(done.stdout.splitlines()[-1])
+            found.setdefault(name, {})[key_of(cap, precision, run["device"])] = run
             with write_whole(RESULTS) as temporary:
                 temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(name, precision, "measured", flush=True)
