@@ -716,7 +716,8 @@ def test_the_error_of_interpolation_is_that_of_the_mask(
     cap_kernels(isa)
     features = torch.randn(3, 21, *size, generator=torch.Generator().manual_seed(0))
     expected = missed(features).square().sum(1).numpy()
-    feed = {"maps": features.permute(0, 2, 3, 1).contiguous().numpy()}
+    rows = features.permute(0, 2, 3, 1).reshape(-1, 21)
+    feed = {"rows": rows.numpy(), "sizes": np.array([3, *size], np.int32)}
     path = call_of(tmp_path / "error.onnx", "InterpolationError", feed)
     for run in (File(path).session.run, WithKernels(path).session.run, in_openvino(path)):
         found = run(None, feed)[0]
@@ -730,17 +731,20 @@ def test_the_error_of_interpolation_is_that_of_the_mask(
     [
         ("ResizeLinear", {"sizes": [1, 3, 8, 8]}, "only height and width"),
         ("ResizeLinear", {"sizes": [2, 3, 8, 0]}, "empty or too large"),
-        ("ResizeLinearAligned", {"sizes": [2, 3, 8]}, "no four dimensions"),
+        ("ResizeLinearAligned", {"sizes": [2, 3, 8]}, "no four dimensions|another number of sizes"),
         ("ResizeLinear", {"maps": np.zeros((2, 3, 4), np.float32)}, "no four dimensions"),
-        ("InterpolationError", {"maps": np.zeros((3, 4, 5), np.float32)}, "no four dimensions"),
+        ("InterpolationError", {"sizes": [2, 3, 4]}, "another number of rows"),
+        ("InterpolationError", {"maps": np.zeros((2, 3, 4), np.float32)}, "are no rows"),
     ],
 )
 def test_maps_that_cannot_be_resized_are_refused(
     name: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    feed: dict[str, Any] = {"maps": np.zeros((2, 3, 4, 5), np.float32)}
-    if name != "InterpolationError":
-        feed["sizes"] = np.array([2, 3, 8, 8], np.int32)
+    is_resize = name != "InterpolationError"
+    feed: dict[str, Any] = {
+        "maps": np.zeros((2, 3, 4, 5) if is_resize else (6, 4), np.float32),
+        "sizes": np.array([2, 3, 8, 8] if is_resize else [1, 2, 3], np.int32),
+    }
     feed.update({one: np.asarray(value, feed[one].dtype) for one, value in change.items()})
     path = call_of(tmp_path / "maps.onnx", name, feed, fits=False)
     with pytest.raises(Exception, match=message):
@@ -750,12 +754,17 @@ def test_maps_that_cannot_be_resized_are_refused(
 
 
 class Decodes(Kinds):
-    """The network with an output that is upsampled twice: where it leaves the region, and by torch."""
+    """The network with an output that is upsampled twice, where it leaves the region, and by torch, and convolved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(18, 5, 3, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         half = nn.functional.interpolate(super().forward(x), scale_factor=2, mode="bilinear")
         size = tuple(x.shape[2:])
-        return nn.functional.interpolate(torch.tanh(half), size, mode="bilinear", align_corners=True)
+        whole = nn.functional.interpolate(torch.tanh(half), size, mode="bilinear", align_corners=True)
+        return self.last(whole)
 
 
 @pytest.mark.slow

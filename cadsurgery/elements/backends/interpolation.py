@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
-_LIBRARY.define("interpolation_error(Tensor maps) -> Tensor")
+_LIBRARY.define("interpolation_error(Tensor rows, SymInt batch, SymInt height, SymInt width) -> Tensor")
 
 
 @torch.library.register_fake("cadsurgery::interpolation_error")
-def _error(maps: Tensor) -> Tensor:
-    return maps.new_empty(maps.shape[:3])
+def _error(rows: Tensor, batch: int, height: int, width: int) -> Tensor:
+    return rows.new_empty(batch, height, width)
 
 
 def squared_error(maps: Tensor) -> Tensor:
     """Compute the squared error of bilinear interpolation of maps (B, C, h, w) float32 from every second sample, summed
     over channels: (B, h, w)."""
-    error: Tensor = torch.ops.cadsurgery.interpolation_error(maps.permute(0, 2, 3, 1))
+    batch, _, height, width = maps.shape
+    rows = maps.permute(0, 2, 3, 1).flatten(0, 2)  # as the region's first rows, so that both are one value
+    error: Tensor = torch.ops.cadsurgery.interpolation_error(rows, batch, height, width)
     return error

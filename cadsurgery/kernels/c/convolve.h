@@ -59,12 +59,12 @@ const char *cadsurgery_pick(int in_8_bits, const tensor *in, void *out, share_in
 
 /* Resize maps (B, C, H, W) by bilinear interpolation between their samples, to the sizes that four int32 name: B, C,
  * height and width. As F.interpolate in torch: aligned with align_corners=True. */
-enum { MAPS, INPUTS_OF_ERROR, SIZES = INPUTS_OF_ERROR, INPUTS_OF_RESIZE };
+enum { MAPS, SIZES, INPUTS_OF_MAPS };
 const char *cadsurgery_size_of_resized(const tensor *in, int64_t *size);
 const char *cadsurgery_resize(int is_aligned, const tensor *in, void *out, share_in_engine *way);
 
-/* Compute the squared error of bilinear interpolation of maps (B, H, W, C) from every second sample, summed over channels:
- * (B, H, W). Beyond the last of them, interpolation repeats it. */
+/* Compute the squared error of bilinear interpolation of maps from every second sample, summed over channels: (B, H, W), which
+ * are the sizes. Their samples are rows (B H W, C). Beyond the last sample that is taken, interpolation repeats it. */
 const char *cadsurgery_size_of_error(const tensor *in, int64_t *size);
 const char *cadsurgery_find_error(const tensor *in, void *out, share_in_engine *way);
 

@@ -82,8 +82,8 @@ typedef struct operation {
     const char *own_name; /* ONNX Runtime does not read beyond the fields of the operation's version */
     const int *types;     /* of the inputs; the first is that of the results, too */
     size_t inputs, outputs;
-    find *find;     /* what finds several results, or NULL */
-    int is_aligned; /* of a resize */
+    find *find; /* what finds several results, or NULL */
+    enum { NO_RESIZE, BETWEEN_BORDERS, ALIGNED } resize;
 } operation;
 
 static const int of_floats[] = {FLOAT, INT32, INT32, FLOAT, FLOAT, FLOAT, FLOAT};
@@ -224,9 +224,9 @@ static status *compute_maps(void *one, context *within) {
     const kernel *k = one;
     const functions api = k->api;
     const sharing here = {api, within};
-    const int is_resize = k->operation->inputs == INPUTS_OF_RESIZE;
-    tensor in[INPUTS_OF_RESIZE];
-    for (size_t i = 0; i < k->operation->inputs; i++) {
+    const int is_resize = k->operation->resize != NO_RESIZE;
+    tensor in[INPUTS_OF_MAPS];
+    for (size_t i = 0; i < INPUTS_OF_MAPS; i++) {
         const value *from;
         TRY(INPUT_OF(within, i, &from));
         TRY(read_tensor(api, from, in + i));
@@ -238,7 +238,7 @@ static status *compute_maps(void *one, context *within) {
     TRY(OUTPUT_OF(within, 0, size, is_resize ? 4 : 3, &made));
     TRY(DATA_OF(made, &out));
     ours = &here;
-    return fail(api, is_resize ? cadsurgery_resize(k->operation->is_aligned, in, out, share_in_call) : cadsurgery_find_error(in, out, share_in_call));
+    return fail(api, is_resize ? cadsurgery_resize(k->operation->resize == ALIGNED, in, out, share_in_call) : cadsurgery_find_error(in, out, share_in_call));
 }
 
 /* Find results whose sizes are not known before, and copy them. */
@@ -281,13 +281,13 @@ static size_t output_count(const operation *self) { return self->outputs; }
 static int required(const operation *self, size_t place) { return (void)self, (void)place, 0; }
 static int one(const operation *self) { return (void)self, 1; }
 
-#define OPERATION(name, types, inputs, outputs, create, compute, find, is_aligned)                                             \
+#define OPERATION(name, types, inputs, outputs, create, compute, find, resize)                                                 \
     {VERSION_OF_OPERATION, 0, name_of, any_provider, type_of, input_count, result_type, output_count, 0, destroy,              \
-     required, required, required, one, one, one, one, create, compute, name, types, inputs, outputs, find, is_aligned}
+     required, required, required, one, one, one, one, create, compute, name, types, inputs, outputs, find, resize}
 #define CONVOLUTION(name) OPERATION(name, of_floats, INPUTS, 1, create_convolution, compute, 0, 0)
 #define IN_8_BITS(name) OPERATION(name "In8Bits", of_bytes, INPUTS_IN_8_BITS, 1, create_convolution, compute, 0, 0)
 #define PICK(name, types) OPERATION(name, types, INPUTS_OF_PICK, 1, create_other, compute, 0, 0)
-#define OF_MAPS(name, inputs, is_aligned) OPERATION(name, of_maps, inputs, 1, create_other, compute_maps, 0, is_aligned)
+#define OF_MAPS(name, resize) OPERATION(name, of_maps, INPUTS_OF_MAPS, 1, create_other, compute_maps, 0, resize)
 #define FIND(name, inputs, outputs, find) OPERATION(name, of_found, inputs, outputs, create_other, compute_found, find, 0)
 
 static const operation operations[] = {
@@ -299,9 +299,9 @@ static const operation operations[] = {
     IN_8_BITS("ConvolveGroups"),
     PICK("Pick", of_floats),
     PICK("PickIn8Bits", of_bytes),
-    OF_MAPS("ResizeLinear", INPUTS_OF_RESIZE, 0),
-    OF_MAPS("ResizeLinearAligned", INPUTS_OF_RESIZE, 1),
-    OF_MAPS("InterpolationError", INPUTS_OF_ERROR, 0),
+    OF_MAPS("ResizeLinear", BETWEEN_BORDERS),
+    OF_MAPS("ResizeLinearAligned", ALIGNED),
+    OF_MAPS("InterpolationError", NO_RESIZE),
     FIND("FindCells", INPUTS_OF_CELLS, 2, cadsurgery_find_cells),
     FIND("ReadTaps", INPUTS_OF_TAPS, 3, cadsurgery_read_taps),
     FIND("ReadNearTaps", INPUTS_OF_TAPS, 1, cadsurgery_read_near_taps)};

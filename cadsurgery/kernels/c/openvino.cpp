@@ -242,65 +242,37 @@ public:
     }
 };
 
-/* Maps in another size. */
+/* What is computed of maps: `dimensions` sizes are those of the result. */
 template <class Name>
-class Resize : public Operation<Name, INPUTS_OF_RESIZE> {
-    using Base = Operation<Name, INPUTS_OF_RESIZE>;
+class OfMaps : public Operation<Name, INPUTS_OF_MAPS> {
+    using Base = Operation<Name, INPUTS_OF_MAPS>;
 
 public:
-    Resize() = default;
-    explicit Resize(const ov::OutputVector &inputs) : Base(inputs) { this->constructor_validate_and_infer_types(); }
+    OfMaps() = default;
+    explicit OfMaps(const ov::OutputVector &inputs) : Base(inputs) { this->constructor_validate_and_infer_types(); }
 
     void validate_and_infer_types() override {
         this->check_inputs([](size_t place) -> ov::element::Type { return place == MAPS ? ov::element::f32 : ov::element::i32; });
-        ov::PartialShape sizes = ov::PartialShape::dynamic(4);
+        ov::PartialShape sizes = ov::PartialShape::dynamic(Name::dimensions);
         if (const auto known = ov::as_type_ptr<ov::op::v0::Constant>(this->get_input_node_shared_ptr(SIZES)))
             sizes = known->template cast_vector<int64_t>();
-        OPENVINO_ASSERT(sizes.size() == 4, "cadsurgery: maps to resize have no four dimensions");
-        this->set_output_type(0, ov::element::f32, {this->side(MAPS, 0), this->side(MAPS, 1), sizes[2], sizes[3]});
+        OPENVINO_ASSERT(sizes.size() == Name::dimensions, "cadsurgery: ", Name::type, " takes another number of sizes");
+        for (size_t i = 0; i < 2 && Name::dimensions == 4; i++) sizes[i] = this->side(MAPS, i); /* batch and channels stay */
+        this->set_output_type(0, ov::element::f32, sizes);
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
-        return std::make_shared<Resize>(inputs);
+        return std::make_shared<OfMaps>(inputs);
     }
 
     bool visit_attributes(ov::AttributeVisitor &) override { return true; }
 
     bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
         const std::vector<tensor> in = Base::as_tensors(inputs);
-        int64_t size[4];
-        check(cadsurgery_size_of_resized(in.data(), size));
-        outputs[0].set_shape(ov::Shape(size, size + 4));
-        return Base::finish(outputs[0], cadsurgery_resize(Name::is_aligned, in.data(), outputs[0].data(), share));
-    }
-};
-
-/* The error of interpolated maps. */
-struct ByError {
-    static constexpr const char *type = "InterpolationError";
-};
-class Error : public Operation<ByError, INPUTS_OF_ERROR> {
-public:
-    Error() = default;
-    explicit Error(const ov::OutputVector &inputs) : Operation(inputs) { constructor_validate_and_infer_types(); }
-
-    void validate_and_infer_types() override {
-        check_inputs([](size_t) -> ov::element::Type { return ov::element::f32; });
-        set_output_type(0, ov::element::f32, {side(MAPS, 0), side(MAPS, 1), side(MAPS, 2)});
-    }
-
-    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
-        return std::make_shared<Error>(inputs);
-    }
-
-    bool visit_attributes(ov::AttributeVisitor &) override { return true; }
-
-    bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
-        const std::vector<tensor> in = as_tensors(inputs);
-        int64_t size[3];
-        check(cadsurgery_size_of_error(in.data(), size));
-        outputs[0].set_shape(ov::Shape(size, size + 3));
-        return finish(outputs[0], cadsurgery_find_error(in.data(), outputs[0].data(), share));
+        int64_t size[Name::dimensions];
+        check(Name::size(in.data(), size));
+        outputs[0].set_shape(ov::Shape(size, size + Name::dimensions));
+        return Base::finish(outputs[0], Name::compute(in.data(), outputs[0].data()));
     }
 };
 
@@ -318,14 +290,16 @@ NAME(GroupsIn8Bits, "ConvolveGroupsIn8Bits", true)
 NAME(OfFloats, "Pick", false)
 NAME(OfBytes, "PickIn8Bits", true)
 
-struct BetweenBorders {
-    static constexpr const char *type = "ResizeLinear";
-    static constexpr bool is_aligned = false;
-};
-struct BetweenCorners {
-    static constexpr const char *type = "ResizeLinearAligned";
-    static constexpr bool is_aligned = true;
-};
+#define NAME_OF_MAPS(kind, text, number, size_function, ...)                                                \
+    struct kind {                                                                                           \
+        static constexpr const char *type = text;                                                           \
+        static constexpr size_t dimensions = number;                                                        \
+        static const char *size(const tensor *in, int64_t *to) { return size_function(in, to); }            \
+        static const char *compute(const tensor *in, void *out) { return __VA_ARGS__; }                     \
+    };
+NAME_OF_MAPS(BetweenBorders, "ResizeLinear", 4, cadsurgery_size_of_resized, cadsurgery_resize(false, in, out, share))
+NAME_OF_MAPS(BetweenCorners, "ResizeLinearAligned", 4, cadsurgery_size_of_resized, cadsurgery_resize(true, in, out, share))
+NAME_OF_MAPS(ByError, "InterpolationError", 3, cadsurgery_size_of_error, cadsurgery_find_error(in, out, share))
 
 #define NAME_OF_FOUND(kind, text, number, halo, function)                                          \
     struct kind {                                                                                  \
@@ -382,9 +356,9 @@ std::vector<ov::Extension::Ptr> extensions() {
     add<GroupsIn8Bits>(all);
     add_plain<Pick<OfFloats>, OfFloats>(all);
     add_plain<Pick<OfBytes>, OfBytes>(all);
-    add_plain<Resize<BetweenBorders>, BetweenBorders>(all);
-    add_plain<Resize<BetweenCorners>, BetweenCorners>(all);
-    add_plain<Error, ByError>(all);
+    add_plain<OfMaps<BetweenBorders>, BetweenBorders>(all);
+    add_plain<OfMaps<BetweenCorners>, BetweenCorners>(all);
+    add_plain<OfMaps<ByError>, ByError>(all);
     add_plain<Find<Cells>, Cells>(all);
     add_plain<Find<Taps>, Taps>(all);
     add_plain<Find<NearTaps>, NearTaps>(all);

@@ -75,17 +75,19 @@ const char *cadsurgery_resize(int is_aligned, const tensor *in, void *out, share
 }
 
 const char *cadsurgery_size_of_error(const tensor *in, int64_t *size) {
-    REFUSE_UNLESS(in[MAPS].rank == 4, "maps to interpolate have no four dimensions");
-    for (int i = 0; i < 3; i++) size[i] = in[MAPS].size[i];
+    REFUSE_UNLESS(in[MAPS].rank == 2 && in[SIZES].rank == 1 && in[SIZES].size[0] == 3, "maps to interpolate are no rows");
+    int64_t samples = 1;
+    for (int i = 0; i < 3; i++) samples *= size[i] = ((const int32_t *)in[SIZES].data)[i];
+    REFUSE_UNLESS(samples == in[MAPS].size[0] && size[0] >= 0 && size[1] >= 0, "maps to interpolate have another number of rows");
     return 0;
 }
 
 const char *cadsurgery_find_error(const tensor *in, void *out, share_in_engine *way) {
-    const int64_t *size = in[MAPS].size;
+    const int32_t *size = in[SIZES].data;
     const form *by = 0;
     WIDEST(forms, find_error, by);
     REFUSE_UNLESS(by, "the library has no kernels for this processor");
-    const erring all = {in[MAPS].data, out, size[0], size[3], size[1], size[2]};
+    const erring all = {in[MAPS].data, out, size[0], in[MAPS].size[1], size[1], size[2]};
     cadsurgery_share_by(way);
     by->find_error(&all);
     cadsurgery_share_by(0);

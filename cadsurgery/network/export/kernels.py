@@ -294,7 +294,7 @@ _FOUND = {
 }
 
 
-# Inputs and bodies of functions of maps: (B, C, H, W), and (B, H, W, C) of the error.
+# Inputs and bodies of functions of maps (B, C, H, W); the error is that of maps whose samples are rows.
 _OF_MAPS = {
     name: (
         "maps, sizes",
@@ -305,8 +305,12 @@ _OF_MAPS = {
     for coordinates, name in RESIZES.items()
 }
 _OF_MAPS[ERROR] = (
-    "maps",
+    "rows, sizes",
     """
+    wide = Cast <to = 7> (sizes)
+    rest = Constant <value_ints = [-1]> ()
+    shape = Concat <axis = 0> (wide, rest)
+    maps = Reshape (rows, shape)
     start = Constant <value_ints = [0, 0]> ()
     end = Constant <value_ints = [2147483647, 2147483647]> ()
     axes = Constant <value_ints = [2, 3]> ()
@@ -318,8 +322,8 @@ _OF_MAPS[ERROR] = (
     twice = Mul (count, second)
     last = Constant <value_ints = [1, 1]> ()
     size = Sub (twice, last)
-    sizes = Concat <axis = 0> (batch, size)
-    between = Resize <mode = "linear", coordinate_transformation_mode = "align_corners"> (taken, , , sizes)
+    new = Concat <axis = 0> (batch, size)
+    between = Resize <mode = "linear", coordinate_transformation_mode = "align_corners"> (taken, , , new)
     own = Shape <start = 2> (by_channel)
     more = Sub (own, size)
     pads = Concat <axis = 0> (start, start, start, more)

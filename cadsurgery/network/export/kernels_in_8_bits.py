@@ -195,12 +195,12 @@ def quantise_permuted_maps_once(model: Any) -> None:
 
 
 def _reshape_in_8_bits(message: _Message) -> None:
-    """Let reshapes of quantised values that only functions read move their 8 bits; engines would convert them twice."""
+    """Let reshapes of quantised values move their 8 bits; engines would convert them twice."""
     for node in [one for one in message.model.graph.node if one.op_type == "Reshape"]:
         ends = message.ends(node)
         if ends and ends.of_rows == ends.of_result:
             readers = message.readers[ends.after.output[0]]
-            if all(one.op_type.endswith(IN_8_BITS) for one in readers):
+            if all(one.op_type.endswith(IN_8_BITS) or one.op_type == "DequantizeLinear" for one in readers):
                 ends.take(node, message)
 
 

@@ -123,6 +123,12 @@ def _call(name: str) -> Callable[..., Any]:
     return translate
 
 
+def _interpolation_error(rows: Any, *size: Any) -> Any:
+    one = op.Constant(value_ints=[1])
+    sizes = op.Concat(*(op.Reshape(_number(length), one) for length in size), axis=0)
+    return _call(ERROR)(rows, op.Cast(sizes, to=DataType.INT32))
+
+
 def _number(value: Any) -> Any:
     return op.Constant(value_int=value) if isinstance(value, int) else value
 
@@ -139,7 +145,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.sym_numel.default: _numel,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
     torch.ops.cadsurgery.pick_rows.default: _call(PICK),
-    torch.ops.cadsurgery.interpolation_error.default: _call(ERROR),
+    torch.ops.cadsurgery.interpolation_error.default: _interpolation_error,
     torch.ops.cadsurgery.find_cells.default: _call(CELLS),
     torch.ops.cadsurgery.read_taps.default: _call(TAPS),
     torch.ops.cadsurgery.read_near_taps.default: _call(NEAR_TAPS),
