@@ -209,6 +209,25 @@ def test_a_part_of_a_lattice_is_that_of_the_reference(name: str) -> None:
     assert_close(found.double(), named("torch").convolve(exactly(work)), atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("outside", [0.0, 0.5])
+@torch.no_grad()
+def test_taps_that_are_outside_for_whole_tiles_are_what_lies_there(
+    outside: float, dtype: torch.dtype
+) -> None:
+    """A dilation of half the map and more, and more channels than a tile is multiplied by at once."""
+    case = Case("ragged", 1, (130, 70), (3, 3), 1, dtype, "relu")
+    work = work_of(case, packed=True)
+    window = Window((3, 3), 1, (5, 4), (5, 5, 4, 4), spacing=2)
+    work = replace(work, reads=replace(work.reads, window=window), outside=outside)
+    table = work.reading.table
+    assert bool((table == len(work.rows)).view(-1, 9)[:6].all(0).any())
+    expected = named("torch").convolve(exactly(work))  # type: ignore[attr-defined]
+    found = named("native").convolve(work)  # type: ignore[attr-defined]
+    tolerance = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+    assert_close(found.double(), expected, atol=tolerance, rtol=0)
+
+
 def leaves_of(work: Convolution) -> Iterator[Tensor]:
     yield from (work.rows, work.weights.weight)
     assert work.weights.bias is not None

@@ -20,6 +20,27 @@ typedef struct {
     sum low, high;
 } product;
 
+static int is_all_zero(const element *values, long count) {
+    for (long i = 0; i < count; i++)
+        if (values[i] != 0) return 0;
+    return 1;
+}
+
+/* Zero times a weight that is no finite number is no number. */
+static int are_finite(const element *values, long count) {
+#ifdef BF16
+    int others = 0;
+#pragma omp simd reduction(| : others)
+    for (long i = 0; i < count; i++) others |= (values[i] & 0x7f80) == 0x7f80;
+    return !others;
+#else
+    element total = 0;
+#pragma omp simd reduction(+ : total)
+    for (long i = 0; i < count; i++) total += 0 * values[i];
+    return total == 0;
+#endif
+}
+
 /* Compute blocks begin..end of rows, for all groups and outputs. */
 static void multiply_blocks(long begin, long end, void *work) {
     const product *p = work;
@@ -27,6 +48,7 @@ static void multiply_blocks(long begin, long end, void *work) {
     const long channels = in->channels, padded = (channels + SIDE - 1) / SIDE * SIDE, all = p->groups * p->outputs;
     const long chunks = (p->outputs + CHUNK - 1) / CHUNK;
     sum sums[BLOCK * CHUNK] __attribute__((aligned(64)));
+    const int skips = in->table && is_all_zero(in->outside, p->groups * channels);
     for (long first = begin * BLOCK; first < end * BLOCK && first < in->n; first += BLOCK) {
         const long count = in->n - first < BLOCK ? in->n - first : BLOCK;
         for (long part = 0; part < p->groups * chunks; part++) {
@@ -53,12 +75,17 @@ static void multiply_blocks(long begin, long end, void *work) {
                 for (long tap = 0; tap < in->taps; tap++) {
                     const long depth = channels - from < DEPTH ? channels - from : DEPTH;
                     const element *b = weight + (tap * padded + from) * CHUNK;
+                    int skips_tap = -1; /* not known yet */
                     for (long tile = done; tile < count; tile += ROWS) {
-                        const element *a[ROWS];
+                        const element *a[ROWS], *const outside = in->outside + shift + from;
+                        int reads = !skips;
                         for (int i = 0; i < ROWS; i++) {
                             const long at = first + (tile + i < count ? tile + i : count - 1);
                             a[i] = row_of_tap(in, at, tap) + shift + from;
+                            reads |= a[i] != outside;
                         }
+                        if (!reads && skips_tap < 0) skips_tap = are_finite(b, (depth + SIDE - 1) / SIDE * SIDE * CHUNK);
+                        if (!reads && skips_tap) continue; /* all outside, where everything is zero */
                         multiply(a, depth, b, sums + tile * CHUNK, wide);
                     }
                 }
@@ -75,7 +102,8 @@ static void multiply_blocks(long begin, long end, void *work) {
  * (groups, chunks * CHUNK). Outputs of a group are padded to whole chunks.
  *
  * Rows are processed in blocks, so that the values read by a block's taps stay in the cache beside the weights of one tap,
- * one chunk of outputs and DEPTH channels. Without a table each row reads itself, with one tap. */
+ * one chunk of outputs and DEPTH channels. A tap that is outside for all rows of a tile is skipped if zero lies there, as in
+ * layers whose dilation is half as large as the map. Without a table each row reads itself, with one tap. */
 void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
                      const sum *shift, const element *more, element *out, long groups, long outputs, double low, double high) {
     product p = {in, weight, more, bias, {levels, scale, shift}, out, groups, outputs, (sum)low, (sum)high};
