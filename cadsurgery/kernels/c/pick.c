@@ -15,16 +15,8 @@ typedef struct {
     __attribute__((weak)) extern pick_form gather_mixing_uint8_##set;
 #define FORM(set, needs) {needs, gather_mixing_float32_##set, gather_mixing_uint8_##set}
 
-DECLARE(scalar)
-#if defined(__x86_64__)
-DECLARE(avx2) DECLARE(avx512)
-static const form forms[] = {FORM(scalar, 0), FORM(avx2, 3), FORM(avx512, 11)};
-#elif defined(__aarch64__)
-DECLARE(neon)
-static const form forms[] = {FORM(scalar, 0), FORM(neon, 64)};
-#else
-static const form forms[] = {FORM(scalar, 0)};
-#endif
+BY_VECTOR(DECLARE)
+static const form forms[] = FORMS_BY_VECTOR;
 
 const char *cadsurgery_size_of_pick(const tensor *in, int64_t *size) {
     for (size_t i = 0; i < INPUTS_OF_PICK; i++) REFUSE_UNLESS(in[i].rank == 2, "an input of a pick is not two-dimensional");

@@ -16,16 +16,8 @@ typedef struct {
     __attribute__((weak)) extern void interpolation_error_##set(const erring *);
 #define FORM(set, needs) {needs, resize_##set, interpolation_error_##set}
 
-DECLARE(scalar)
-#if defined(__x86_64__)
-DECLARE(avx2) DECLARE(avx512)
-static const form forms[] = {FORM(scalar, 0), FORM(avx2, 3), FORM(avx512, 11)};
-#elif defined(__aarch64__)
-DECLARE(neon)
-static const form forms[] = {FORM(scalar, 0), FORM(neon, 64)};
-#else
-static const form forms[] = {FORM(scalar, 0)};
-#endif
+BY_VECTOR(DECLARE)
+static const form forms[] = FORMS_BY_VECTOR;
 
 const char *cadsurgery_size_of_resized(const tensor *in, int64_t *size) {
     REFUSE_UNLESS(in[MAPS].rank == 4 && in[SIZES].rank == 1 && in[SIZES].size[0] == 4, "maps to resize have no four dimensions");
