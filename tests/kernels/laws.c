@@ -6,7 +6,8 @@
  * double precision. The program prints a line per law, and its exit status is 1 if one of them does not hold.
  *
  * Every buffer ends where a page that must not be touched begins, so that reading or writing behind a row is noticed.
- * Structures are declared here as Python declares them, not taken from the kernels' headers.
+ * Structures are declared here as Python declares them, not taken from the kernels' headers, but for those that only C
+ * declares.
  */
 #define _GNU_SOURCE
 #include <math.h>
@@ -616,24 +617,7 @@ static void maps_law(void) {
 /* -- maps in another size --------------------------------------------------------------------------------------------- */
 
 #ifdef OF_interpolate
-typedef struct {
-    int32_t *first, *second;
-    float *share;
-    long length;
-} axis;
-
-typedef struct {
-    const float *maps;
-    float *out;
-    long count, height, width;
-    axis down, across;
-} resizing;
-
-typedef struct {
-    const float *maps;
-    float *out;
-    long batch, channels, height, width;
-} erring;
+#include "../../cadsurgery/kernels/c/resize.h"
 
 void SUFFIX(resize)(const resizing *);
 void SUFFIX(interpolation_error)(const erring *);

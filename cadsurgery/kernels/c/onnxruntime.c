@@ -219,6 +219,17 @@ static status *compute(void *one, context *within) {
     return fail(api, by ? cadsurgery_convolve(by, in, out, share_in_call) : cadsurgery_pick(k->operation->types == of_bytes, in, out, share_in_call));
 }
 
+/* Read all inputs of an operation. */
+static status *read_inputs(const kernel *k, const context *within, tensor *in) {
+    const functions api = k->api;
+    for (size_t i = 0; i < k->operation->inputs; i++) {
+        const value *from;
+        TRY(INPUT_OF(within, i, &from));
+        TRY(read_tensor(api, from, in + i));
+    }
+    return 0;
+}
+
 /* Resize maps, or find the error of their interpolation. */
 static status *compute_maps(void *one, context *within) {
     const kernel *k = one;
@@ -226,11 +237,7 @@ static status *compute_maps(void *one, context *within) {
     const sharing here = {api, within};
     const int is_resize = k->operation->resize != NO_RESIZE;
     tensor in[INPUTS_OF_MAPS];
-    for (size_t i = 0; i < INPUTS_OF_MAPS; i++) {
-        const value *from;
-        TRY(INPUT_OF(within, i, &from));
-        TRY(read_tensor(api, from, in + i));
-    }
+    TRY(read_inputs(k, within, in));
     int64_t size[4];
     value *made;
     void *out;
@@ -248,11 +255,7 @@ static status *compute_found(void *one, context *within) {
     const sharing here = {api, within};
     tensor in[INPUTS_OF_TAPS];
     found results = {0};
-    for (size_t i = 0; i < k->operation->inputs; i++) {
-        const value *from;
-        TRY(INPUT_OF(within, i, &from));
-        TRY(read_tensor(api, from, in + i));
-    }
+    TRY(read_inputs(k, within, in));
     ours = &here;
     status *failed = fail(api, k->operation->find(in, &results, share_in_call));
     for (size_t i = 0; i < results.count && !failed; i++) {

@@ -442,11 +442,11 @@ def resize_by_kernels(model: Any) -> None:
     """
     import onnx_ir
 
-    for node in list(model.graph):
+    for node in [one for one in model.graph if one.op_type == "Resize"]:
         maps, *_, sizes = [*node.inputs, None, None, None][:4]
         of = {name: attribute.value for name, attribute in node.attributes.items()}
         function = RESIZES.get(of.get("coordinate_transformation_mode", "half_pixel"))
-        is_linear = node.op_type == "Resize" and of.get("mode") == "linear" and not of.get("antialias")
+        is_linear = of.get("mode") == "linear" and not of.get("antialias")
         is_known = maps is not None and maps.dtype == onnx_ir.DataType.FLOAT and len(maps.shape or ()) == 4
         if is_linear and is_known and function and sizes is not None:
             narrow = onnx_ir.node("Cast", [sizes], {"to": onnx_ir.DataType.INT32})

@@ -124,6 +124,7 @@ def _call(name: str) -> Callable[..., Any]:
 
 
 def _interpolation_error(rows: Any, *size: Any) -> Any:
+    """Call the function with the size of the map, (B, h, w), as one tensor; a length is a number or a tensor."""
     one = op.Constant(value_ints=[1])
     sizes = op.Concat(*(op.Reshape(_number(length), one) for length in size), axis=0)
     return _call(ERROR)(rows, op.Cast(sizes, to=DataType.INT32))
