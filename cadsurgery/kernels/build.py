@@ -40,7 +40,7 @@ COMPILER_SECONDS = 180.0  # time limit for one file
 BUILD_SECONDS = 600.0  # time limit for all files
 
 # Bit i of `processor_features()` in processor.c stands for feature i.
-FEATURES = ("sse4", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "neon", "dotprod", "bf16")
+FEATURES = ("sse4", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "neon", "dotprod", "bf16", "amx")
 
 
 class InstructionSet(NamedTuple):
@@ -90,6 +90,12 @@ INSTRUCTION_SETS: dict[str, tuple[InstructionSet, ...]] = {
             (*_OF_V4, "avx512vnni", "avx512bf16"),
             (*_V4, "-mavx512vnni", "-mavx512bf16"),
             "vdpbf16ps %zmm0, %zmm1, %zmm2",
+        ),
+        InstructionSet(
+            "amx",
+            (*_OF_V4, "avx512vnni", "avx512bf16", "amx"),
+            (*_V4, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+            "tdpbf16ps %tmm0, %tmm1, %tmm2",
         ),
     ),
     "aarch64": (
@@ -156,6 +162,8 @@ TABLE = (
     *_by_width("grouped", *ELEMENTS),
     Source("grouped", ("bfloat16",), ("avx512bf16",)),
     Source("expand", ("bfloat16",), ("avx512bf16",)),
+    Source("product_tiles", ("bfloat16",), ("amx",)),
+    Source("int8_tiles", (), ("amx",), _EXACT),
     Source("int8", (), _BYTES, _EXACT),
     Source("int8_limited", (), ("avx2",), _EXACT),
     Source("int8_depthwise", (), ("sse4", "avx2", "avxvnni", "avx512vnni"), _EXACT),

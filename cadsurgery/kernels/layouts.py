@@ -16,11 +16,13 @@ class ProductLayout(NamedTuple):
         rows: rows of a tile.
         chunk: adjacent output channels.
         side: adjacent input channels of one output channel.
+        depth: the number whose multiples groups of adjacent channels, of all taps of a chunk, are padded to.
     """
 
     rows: int
     chunk: int
     side: int
+    depth: int
 
 
 class GroupedLayout(NamedTuple):
@@ -44,6 +46,7 @@ class IntegerLayout(NamedTuple):
         rows: rows of a tile.
         chunk: adjacent output channels.
         side: adjacent input channels of one output channel.
+        depth: see `ProductLayout`.
         bytes: bytes per weight.
         shift: number subtracted from every value of a row before the multiplication.
         many: channels that a depthwise convolution reads at once.
@@ -53,15 +56,17 @@ class IntegerLayout(NamedTuple):
     rows: int
     chunk: int
     side: int
+    depth: int
     bytes: int
     shift: int
     many: int
     half: int
 
 
-def product_layout(element: str) -> ProductLayout:
-    """Return the layout of the form of `product` that is chosen for an element type."""
-    return ProductLayout(*_numbers("product_layout", element, isa_of("product", element), 3))
+def product_layout(element: str, kernel: str = "product") -> ProductLayout:
+    """Return the layout of the form of `product` for an element type: of the one that is chosen, or of the one for the
+    instruction set of another kernel that reads the same weights."""
+    return ProductLayout(*_numbers("product_layout", element, isa_of(kernel, element), 4))
 
 
 def grouped_layout(element: str) -> GroupedLayout:
@@ -76,7 +81,7 @@ def depthwise_width(element: str) -> int:
 
 def integer_layout(isa: str) -> IntegerLayout:
     """Return the layout of a form of `int8.c`."""
-    return IntegerLayout(*_numbers("int8_layout", "", isa, 7))
+    return IntegerLayout(*_numbers("int8_layout", "", isa, 8))
 
 
 @cache

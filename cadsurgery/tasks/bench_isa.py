@@ -37,6 +37,7 @@ _CAPS = {
     "avx512": ("avx512", "AVX512_CORE", "AVX512"),
     "avx512vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
     "avx512bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
+    "amx": ("avx512", "AVX512_CORE_AMX", "AVX512"),
 }
 _ENGINES = {
     "onnx": "ONNX Runtime runs with all instruction sets of the processor: it cannot be capped.",

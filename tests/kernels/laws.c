@@ -220,7 +220,7 @@ static void check_output(const char *what, const following *f, element found, do
 }
 #endif
 
-#ifdef OF_product
+#if defined(OF_product) || defined(OF_product_tiles)
 extern const long SUFFIX(product_layout)[];
 void SUFFIX(product)(const reading *, const element *, const sum *, const int32_t *, const sum *, const sum *,
                      const element *, element *, long, long, double, double);
@@ -234,7 +234,7 @@ static void product_law(void) {
         {1, 9, 1, 1, 1, 0},   {100, 8, 48, 2, 4, WITH_CLAMP},  {99, 16, 33, 1, 1, WITH_LEVELS | WITH_CLAMP | WITH_MORE},
         {13, 1101, 35, 1, 1, WITH_MORE}, {7, 520, 6, 2, 9, 0}, {97, 31, 23, 1, 0, WITH_CLAMP},  {6, 12, 96, 1, 1, 0},
     };
-    const long chunk = SUFFIX(product_layout)[1], side = SUFFIX(product_layout)[2];
+    const long chunk = SUFFIX(product_layout)[1], side = SUFFIX(product_layout)[2], multiple = SUFFIX(product_layout)[3];
     for (long k = 0; k < COUNT(cases); k++) {
         const long n = cases[k].n, channels = cases[k].channels, outputs = cases[k].outputs, groups = cases[k].groups;
         const long taps = cases[k].taps ? cases[k].taps : 1, all = groups * outputs;
@@ -242,18 +242,19 @@ static void product_law(void) {
         if (!cases[k].taps) in.table = NULL; /* each row reads itself */
         const following f = random_following(n, all, cases[k].with);
         const long chunks = (outputs + chunk - 1) / chunk, parts = (channels + side - 1) / side;
+        const long depth = (taps * parts + multiple - 1) / multiple * multiple;
         const element *weight = elements(all * channels * taps); /* (groups * outputs, channels, taps) */
         const sum *bias = sums(all, -1, 1);
-        element *packed = NEW(element, groups * chunks * chunk * taps * parts * side);
+        element *packed = NEW(element, groups * chunks * chunk * depth * side);
         sum *offset = NEW(sum, groups * chunks * chunk);
-        memset(packed, 0, groups * chunks * chunk * taps * parts * side * sizeof(element));
+        memset(packed, 0, groups * chunks * chunk * depth * side * sizeof(element));
         memset(offset, 0, groups * chunks * chunk * sizeof(sum));
         for (long g = 0; g < groups; g++)
             for (long o = 0; o < outputs; o++) {
                 offset[g * chunks * chunk + o] = bias[g * outputs + o];
                 for (long tap = 0; tap < taps; tap++)
                     for (long c = 0; c < channels; c++)
-                        packed[((((g * chunks + o / chunk) * taps + tap) * parts + c / side) * chunk + o % chunk) * side + c % side] =
+                        packed[(((g * chunks + o / chunk) * depth + tap * parts + c / side) * chunk + o % chunk) * side + c % side] =
                             weight[((g * outputs + o) * channels + c) * taps + tap];
             }
         element *out = NEW(element, n * all);
@@ -753,7 +754,7 @@ static void invert_law(void) {
 
 /* -- 8 bits ---------------------------------------------------------------------------------------------------------- */
 
-#ifdef OF_int8
+#if defined(OF_int8) || defined(OF_int8_tiles)
 typedef struct {
     const int32_t *offset;
     const float *scale, *bias;
@@ -765,10 +766,6 @@ typedef struct {
 
 extern const long SUFFIX(int8_layout)[];
 long SUFFIX(convolve)(const reading *, const result *, const void *, long);
-void SUFFIX(quantise)(const float *, uint8_t *, long, double, double);
-void SUFFIX(dequantise)(const uint8_t *, float *, long, double, double);
-void SUFFIX(lines)(const uint8_t *, uint8_t *, long, long, long, long, long, long, long, long);
-
 /* In one rounding: the product is exact in double precision. */
 static float multiply_add(float a, float b, float c) { return (float)((double)a * b + c); }
 
@@ -787,8 +784,8 @@ static void convolve_law(void) {
         {50, 34, 33, 1, 0, MORE_BYTES},         {7, 2048, 16, 1, 0, LARGEST},
         {13, 9, 5, 2, 1, HARDSWISH},            {205, 64, 64, 1, 1, BYTES_OUT},
     };
-    const long chunk = SUFFIX(int8_layout)[1], side = SUFFIX(int8_layout)[2], bytes = SUFFIX(int8_layout)[3];
-    const long shift = SUFFIX(int8_layout)[4];
+    const long chunk = SUFFIX(int8_layout)[1], side = SUFFIX(int8_layout)[2], multiple = SUFFIX(int8_layout)[3];
+    const long bytes = SUFFIX(int8_layout)[4], shift = SUFFIX(int8_layout)[5];
     for (long k = 0; k < COUNT(cases); k++) {
         const long n = cases[k].n, channels = cases[k].channels, outputs = cases[k].outputs, groups = cases[k].groups;
         const long taps = cases[k].taps ? cases[k].taps : 1, all = groups * outputs;
@@ -797,12 +794,13 @@ static void convolve_law(void) {
         if (!cases[k].taps) in.table = NULL;
         if (with & LARGEST) memset((void *)in.rows, 0, n * channels * groups);
         const long chunks = (outputs + chunk - 1) / chunk, parts = (channels + side - 1) / side, places = groups * chunks * chunk;
+        const long depth = (taps * parts + multiple - 1) / multiple * multiple;
         int8_t *weight = NEW(int8_t, all * channels * taps);
         for (long i = 0; i < all * channels * taps; i++) weight[i] = with & LARGEST ? -127 : (int8_t)(below(255) - 127);
-        char *packed = memory(places * taps * parts * side, (size_t)bytes);
+        char *packed = memory(places * depth * side, (size_t)bytes);
         int32_t *offset = NEW(int32_t, places);
         float *scale = NEW(float, places), *bias = NEW(float, places);
-        memset(packed, 0, places * taps * parts * side * bytes), memset(offset, 0, places * sizeof(int32_t));
+        memset(packed, 0, places * depth * side * bytes), memset(offset, 0, places * sizeof(int32_t));
         memset(scale, 0, places * sizeof(float)), memset(bias, 0, places * sizeof(float));
         for (long o = 0; o < all; o++) {
             const long g = o / outputs, chunk_of = o % outputs / chunk, own = o % outputs % chunk, place = g * chunks * chunk + o % outputs;
@@ -811,7 +809,7 @@ static void convolve_law(void) {
             for (long c = 0; c < channels; c++)
                 for (long tap = 0; tap < taps; tap++) {
                     const int value = weight[(o * channels + c) * taps + tap];
-                    const long at = ((((g * chunks + chunk_of) * taps + tap) * parts + c / side) * chunk + own) * side + c % side;
+                    const long at = (((g * chunks + chunk_of) * depth + tap * parts + c / side) * chunk + own) * side + c % side;
                     if (bytes == 1) packed[at] = (char)value;
                     else ((int16_t *)packed)[at] = (int16_t)value;
                     offset[place] += (int32_t)(shift - zero) * value;
@@ -849,6 +847,12 @@ static void convolve_law(void) {
     }
     end_law(TEXT(SUFFIX(convolve)));
 }
+#endif
+
+#ifdef OF_int8
+void SUFFIX(quantise)(const float *, uint8_t *, long, double, double);
+void SUFFIX(dequantise)(const uint8_t *, float *, long, double, double);
+void SUFFIX(lines)(const uint8_t *, uint8_t *, long, long, long, long, long, long, long, long);
 
 static void quantise_law(void) {
     static const long lengths[] = {1, 7, 64, 16384 + 13};
@@ -950,7 +954,7 @@ int main(int count, char **arguments) {
         printf("the processor lacks what the form needs: it has %#lx of %#lx\n", processor_features(), needs);
         return 3;
     }
-#ifdef OF_product
+#if defined(OF_product) || defined(OF_product_tiles)
     product_law();
 #endif
 #ifdef OF_grouped
@@ -978,8 +982,10 @@ int main(int count, char **arguments) {
 #ifdef OF_warp
     invert_law();
 #endif
-#ifdef OF_int8
+#if defined(OF_int8) || defined(OF_int8_tiles)
     convolve_law();
+#endif
+#ifdef OF_int8
     quantise_law();
     lines_law();
 #endif

@@ -48,6 +48,7 @@ CHOSEN = " and ".join((OF_KERNELS, *(f"not {name}]" for name in isa.ISAS)))
 # The laws in `laws.c` of each C file of which there are forms for aarch64.
 IN_C = {
     "product": ("product",),
+    "product_tiles": ("product",),
     "grouped": ("grouped",),
     "move": ("gather", "mix", "gather_mixing", "mix_lines"),
     "pool": ("pool",),
@@ -56,6 +57,7 @@ IN_C = {
     "interpolate": ("resize", "interpolation_error"),
     "warp": ("invert",),
     "int8": ("convolve", "quantise", "lines"),
+    "int8_tiles": ("convolve",),
 }
 CROSS, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
 # Processors of the emulator: the oldest of the architecture, which lacks the dot product, and one that has everything.

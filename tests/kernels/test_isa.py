@@ -131,6 +131,7 @@ def test_the_processor_has_what_the_system_says(packaged: Path) -> None:
         **{"scalar": set(), "sse4": v2, "avx2": v3, "avxvnni": v3 | {"avx_vnni"}, "avx512": v4},
         "avx512vnni": v4 | {"avx512_vnni"},
         "avx512bf16": v4 | {"avx512_vnni", "avx512_bf16"},
+        "amx": v4 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
     }
     assert isa.here() == tuple(name for name in isa.ISAS if needed[name] <= flags)
 

@@ -23,6 +23,7 @@ from cadsurgery.elements.backends.native import (
     group_weight,
     halo_of,
     kernel_for,
+    pad_depth,
 )
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Reading, rows_of
@@ -58,8 +59,8 @@ class QuantParams(NamedTuple):
 
     def quantise(self, values: Tensor) -> Tensor:
         """Round values to the nearest q, ties to even, keeping the memory layout."""
-        factor, form = 1 / self.scale, None if is_observed() else form_here()
-        if form is None or values.dtype != torch.float32 or not _is_dense(values):
+        factor, form = 1 / self.scale, None if is_observed() else isa_of("quantise")
+        if not form or values.dtype != torch.float32 or not _is_dense(values):
             exact = values.double() * _single(factor) + self.zero
             return exact.float().round_().clamp_(0, MOST).to(torch.uint8)
         out = torch.empty_like(values, dtype=torch.uint8)
@@ -68,8 +69,8 @@ class QuantParams(NamedTuple):
 
     def dequantise(self, values: Tensor) -> Tensor:
         """Convert q to float32 values, keeping the memory layout; q may also be fractional, such as means."""
-        form = None if is_observed() else form_here()
-        if form is None or values.dtype != torch.uint8 or not _is_dense(values):
+        form = None if is_observed() else isa_of("dequantise")
+        if not form or values.dtype != torch.uint8 or not _is_dense(values):
             return values.to(torch.float32, copy=True).sub_(self.zero).mul_(_single(self.scale))
         out = torch.empty_like(values, dtype=torch.float32)
         _run("dequantise", form, values, out, values.numel(), self.scale, float(self.zero))
@@ -212,7 +213,8 @@ class IntegerWeights:
             whole = self.weight.new_zeros(self.groups, chunks * chunk, taps, side * parts, dtype=dtype)
             by_tap = self.weight.flatten(2).transpose(1, 2).unflatten(0, (self.groups, outputs))
             whole[:, :outputs, :, :channels] = by_tap
-            whole = whole.view(self.groups, chunks, chunk, taps, parts, side).permute(0, 1, 3, 4, 2, 5)
+            by_chunk = whole.view(self.groups, chunks, chunk, taps * parts, side)
+            whole = pad_depth(by_chunk, layout.depth).transpose(2, 3)
             offset, scale, bias = self.constants[:3]
             offset = offset + layout.shift * self.weight.flatten(1).sum(1, dtype=torch.int32)
             rest = (self._pad(value, chunk) for value in (offset, scale, bias))
@@ -304,9 +306,9 @@ class Integers(Backend):
         dtype = torch.float32 if weights.out is None else torch.uint8
         out = torch.empty(size[0], outputs, dtype=dtype)
         residual = work.residual.contiguous() if work.residual is not None else None
-        own_form = form or form_here() or ""
+        own_form, of_depthwise = form or form_here() or "", form or isa_of("depthwise")
         has_taps = weights.is_depthwise and residual is None and size[1] <= MOST_TAPS
-        by_taps = has_taps and _has(f"depthwise_{own_form}")
+        by_taps = has_taps and _has(f"depthwise_{of_depthwise}")
         if (
             reading is not None
             and not by_taps
@@ -327,7 +329,7 @@ class Integers(Backend):
         rows = work.rows if work.rows.stride(1) == 1 else work.rows.contiguous()  # rows may overlap
         halo = halo_of(rows, reading) if reading is not None else None
         beyond = rows.new_full((rows.shape[1],), weights.source.zero)
-        weight, offset, scale, bias = weights.by_taps(own_form) if by_taps else weights.packed(own_form)
+        weight, offset, scale, bias = weights.by_taps(of_depthwise) if by_taps else weights.packed(own_form)
         read = _Reading(
             *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
             reading.table.data_ptr() if reading is not None else None,
@@ -341,7 +343,7 @@ class Integers(Backend):
             *known[3:],
         )
         if by_taps:
-            _run("depthwise", own_form, ctypes.byref(read), ctypes.byref(result), weight)
+            _run("depthwise", of_depthwise, ctypes.byref(read), ctypes.byref(result), weight)
         elif not _run("convolve", own_form, ctypes.byref(read), ctypes.byref(result), weight, weights.groups):
             raise MemoryError("no memory for a few rows of a convolution in 8 bits.")
         return out
@@ -369,8 +371,8 @@ def can_apply(activation: Activation | None) -> bool:
 def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
     """Write an 8-bit map (B, C, H, W) of up to four channels to memory as pixels of four bytes, with padding around
     each image."""
-    form, (batch, channels, height, width) = None if is_observed() else form_here(), image.shape
-    if form is not None:
+    form, (batch, channels, height, width) = None if is_observed() else isa_of("lines"), image.shape
+    if form:
         image = image if _is_dense(image) else image.contiguous()
         apart, step = (height * width, 1) if image.is_contiguous() else (1, channels)
         _run("lines", form, image, memory, *image.shape, apart, step, *padding)

@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import (
@@ -248,10 +249,12 @@ def is_product_of_groups(weight: Tensor, groups: int) -> bool:
     return groups == 1 or not (in_vector and weight.shape[0] == group * groups)
 
 
-def product_weight(weight: Tensor, bias: Tensor | None, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Pack weight and bias of a convolution for `product`: chunks of outputs outermost, each tap contiguous; some
-    instruction sets interleave two channels."""
-    layout = product_layout(ELEMENTS[weight.dtype])
+def product_weight(
+    weight: Tensor, bias: Tensor | None, groups: int = 1, kernel: str = "product"
+) -> tuple[Tensor, Tensor]:
+    """Pack weight and bias of a convolution for `product`, or another kernel that reads the same: chunks of outputs
+    outermost, each tap contiguous; some instruction sets interleave two channels, or need whole tiles."""
+    layout = product_layout(ELEMENTS[weight.dtype], kernel)
     outputs, channels, taps = weight.shape[0] // groups, weight.shape[1], weight[0, 0].numel()
     padded = -(-outputs // layout.chunk) * layout.chunk
     kernel = weight.new_zeros(groups, padded, taps, -(-channels // layout.side) * layout.side)
@@ -260,8 +263,13 @@ def product_weight(weight: Tensor, bias: Tensor | None, groups: int = 1) -> tupl
     offset = kernel.new_zeros(groups, padded, dtype=_sum_type(weight.dtype))
     if bias is not None:
         offset[:, :outputs] = bias.detach().view(groups, outputs)
-    parts = kernel.view(groups, -1, layout.chunk, taps, kernel.shape[3] // layout.side, layout.side)
-    return parts.permute(0, 1, 3, 4, 2, 5).contiguous(), offset
+    parts = kernel.view(groups, -1, layout.chunk, taps * kernel.shape[3] // layout.side, layout.side)
+    return pad_depth(parts, layout.depth).transpose(2, 3).contiguous(), offset
+
+
+def pad_depth(parts: Tensor, multiple: int) -> Tensor:
+    """Pad the depth of packed weights (groups, chunks, chunk, depth, side) with zeros to a multiple."""
+    return F.pad(parts, (0, 0, 0, -parts.shape[3] % multiple))
 
 
 def has_grouped_form(weight: Tensor, groups: int) -> bool:
@@ -359,13 +367,14 @@ def expand_depthwise(
     out = new_memory(image, batch, lines, columns, outputs)
     more = residual.contiguous(memory_format=torch.channels_last) if residual is not None else None
     packed: list[tuple[Tensor | None, Tensor | None]] = []
-    for one, pack in ((first, product_weight), (then, pair_weight), (last, product_weight)):
+    of_points = partial(product_weight, kernel="expand_depthwise")
+    for one, pack in ((first, of_points), (then, pair_weight), (last, of_points)):
         if one is None:
             packed.append((None, None))
         else:
             make = partial(pack, one.weight.to(dtype), one.bias)
-            name = "product" if pack is product_weight else "depthwise"
-            packed.append(one.form((name, isa_of(name, ELEMENTS[dtype]), dtype), make))
+            name = "depthwise" if pack is pair_weight else "product"
+            packed.append(one.form((name, isa_of("expand_depthwise", ELEMENTS[dtype]), dtype), make))
     bounds = [
         one.activation.bounds if one is not None and one.activation is not None else None
         for one in (first, then, last)

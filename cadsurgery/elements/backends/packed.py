@@ -136,7 +136,7 @@ class FusedBottleneck(nn.Module):
         kernel = then.weight.shape[2], then.weight.shape[3]
         size = map_size((height, width), kernel, stride, padding)
         fits = residual is None or residual.shape == (image.shape[0], last.weight.shape[0], *size)
-        if size[1] < product_layout(ELEMENTS[image.dtype]).rows or not fits:
+        if size[1] < product_layout(ELEMENTS[image.dtype], "expand_depthwise").rows or not fits:
             return self._one_by_one(image, residual)
         return expand_depthwise(image, first.weights, then.weights, stride, padding, last.weights, residual)
 

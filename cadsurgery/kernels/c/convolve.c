@@ -14,7 +14,7 @@ typedef struct {
 } set;
 
 static const set sets[] = {{"scalar", 0}, {"sse4", 1}, {"avx2", 3}, {"avxvnni", 7}, {"avx512", 11}, {"avx512vnni", 27},
-                           {"avx512bf16", 59}, {"neon", 64}, {"dotprod", 192}, {"bf16", 448}};
+                           {"avx512bf16", 59}, {"amx", 571}, {"neon", 64}, {"dotprod", 192}, {"bf16", 448}};
 
 static int is_same(const char *one, const char *other) {
     while (*one && *one == *other) one++, other++;

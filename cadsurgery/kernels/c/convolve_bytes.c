@@ -40,9 +40,9 @@ typedef struct {
 DECLARE(scalar) DECLARE_BY_WIDTH(scalar)
 #if defined(__x86_64__)
 DECLARE_WITH_DEPTHWISE(sse4) DECLARE_WITH_DEPTHWISE(avx2) DECLARE_WITH_DEPTHWISE(avxvnni) DECLARE_WITH_DEPTHWISE(avx512vnni)
-DECLARE(limited_avx2) DECLARE_BY_WIDTH(avx2) DECLARE_BY_WIDTH(avx512)
+DECLARE(limited_avx2) DECLARE(amx) DECLARE_BY_WIDTH(avx2) DECLARE_BY_WIDTH(avx512)
 static const form forms[] = {FORM(scalar, 0), WITH_DEPTHWISE(sse4, 1), WITH_LIMITED(avx2, 3), WITH_DEPTHWISE(avxvnni, 7),
-                             WITH_DEPTHWISE(avx512vnni, 27)};
+                             WITH_DEPTHWISE(avx512vnni, 27), FORM(amx, 571)};
 static const form_by_width by_width[] = {BY_WIDTH(scalar, 0), BY_WIDTH(avx2, 3), BY_WIDTH(avx512, 11)};
 #elif defined(__aarch64__)
 DECLARE(neon) DECLARE(dotprod) DECLARE_BY_WIDTH(neon)
@@ -54,7 +54,7 @@ static const form_by_width by_width[] = {BY_WIDTH(scalar, 0)};
 #endif
 
 /* Layout of packed weights: see `int8_layout` in int8.c. */
-enum { CHUNK = 1, SIDE, BYTES_OF_WEIGHT, SHIFT, MANY, HALF, MOST_TAPS = 64 };
+enum { CHUNK = 1, SIDE, DEPTH, BYTES_OF_WEIGHT, SHIFT, MANY, HALF, MOST_TAPS = 64 };
 
 /* ---- Packing. The constants of an output lie in three arrays of `padded` numbers behind the weights. */
 
@@ -100,14 +100,20 @@ static void set_constants(const packing *p, long group, long output, long place)
     p->shifted[place] = (float)((p->bias[which] - more) / step + of->zero_of_result);
 }
 
-/* Weights (groups, chunks, taps, parts, chunk, side) for `convolve`. */
+/* Return how many groups of adjacent channels, of all taps, a chunk of outputs has in a layout. */
+static long depth_of(const convolution *k, const long *layout) {
+    const long depth = k->taps * ((k->channels + layout[SIDE] - 1) / layout[SIDE]);
+    return (depth + layout[DEPTH] - 1) / layout[DEPTH] * layout[DEPTH];
+}
+
+/* Weights (groups, chunks, depth, chunk, side) for `convolve`, where the depth is (taps, parts) and what pads it. */
 static void pack_convolve(const packing *p, const long *layout, void *to) {
     const convolution *k = p->of;
     const long chunk = layout[CHUNK], side = layout[SIDE], chunks = (k->outputs + chunk - 1) / chunk;
-    const long parts = (k->channels + side - 1) / side;
-    long place = 0;
+    const long parts = (k->channels + side - 1) / side, of_chunk = depth_of(k, layout) * chunk * side;
     for (long group = 0; group < k->groups; group++)
         for (long first = 0; first < chunks * chunk; first += chunk) {
+            long place = (group * chunks + first / chunk) * of_chunk;
             for (long tap = 0; tap < k->taps; tap++)
                 for (long part = 0; part < parts; part++)
                     for (long j = 0; j < chunk; j++)
@@ -178,7 +184,7 @@ const char *cadsurgery_pack_bytes(convolution *k, const numbers *of, const int8_
         size = padded * k->taps * (long)sizeof(float);
     } else {
         padded = k->groups * ((k->outputs + layout[CHUNK] - 1) / layout[CHUNK] * layout[CHUNK]);
-        size = padded * k->taps * ((k->channels + layout[SIDE] - 1) / layout[SIDE] * layout[SIDE]) * layout[BYTES_OF_WEIGHT];
+        size = padded * depth_of(k, layout) * layout[SIDE] * layout[BYTES_OF_WEIGHT];
     }
     size = (size + 63) / 64 * 64;
     bytes *to = &k->bytes;

@@ -33,10 +33,11 @@ enum { SHIFT = 128 };
 enum { SHIFT = 0 };
 #endif
 
-/* Layout of packed weights: for `convolve` rows of a tile, outputs of a chunk, adjacent channels, bytes per weight, and the
- * number subtracted from each value of a row before the multiplication; for `depthwise` the channels read at once, and the
- * largest last part that it reads from two rows at once. */
-const long NAME(int8_layout)[] = {ROWS, CHUNK, SIDE, sizeof(weight), SHIFT, VECTOR, HALF};
+/* Layout of packed weights: for `convolve` rows of a tile, outputs of a chunk, adjacent channels, the number whose multiples
+ * groups of adjacent channels of a chunk are padded to, bytes per weight, and the number subtracted from each value of a row
+ * before the multiplication; for `depthwise` the channels read at once, and the largest last part that it reads from two rows
+ * at once. */
+const long NAME(int8_layout)[] = {ROWS, CHUNK, SIDE, 1, sizeof(weight), SHIFT, VECTOR, HALF};
 
 typedef struct {
     const reading *in;
@@ -45,16 +46,6 @@ typedef struct {
     long groups;
     long is_done;
 } convolution;
-
-/* Return the requantisation of one group: `r` with pointers moved to the group's outputs. */
-INLINE result of_group(const result *r, long group, long outputs, long padded) {
-    result own = *r;
-    const long place = group * outputs;
-    own.offset += group * padded, own.scale += group * padded, own.bias += group * padded;
-    own.out = (char *)r->out + place * (r->out_is_8_bits ? 1 : sizeof(float));
-    if (r->more) own.more = (const char *)r->more + place * (r->more_is_8_bits ? 1 : sizeof(float));
-    return own;
-}
 
 #if VECTOR >= 32
 /* `finish` for CHUNK outputs of a row if all values have 8 bits. */
@@ -141,10 +132,10 @@ INLINE void multiply(const reading *in, const result *r, const int8_t *b, long s
     begin_tile(r, sums, first, wide);
     for (long tap = 0; tap < in->taps; tap++) {
         const uint8_t *a[ROWS];
-        for (int i = 0; i < ROWS; i++) a[i] = row(in, at + (i < many ? i : many - 1), tap) + shift;
+        for (int i = 0; i < ROWS; i++) a[i] = row_of_tap(in, at + (i < many ? i : many - 1), tap) + shift;
         if (!first && in->channels >= 64 && tap + 1 < in->taps) /* prefetch: hardware cannot predict the rows of elements */
             for (int i = 0; i < ROWS; i++) {
-                const uint8_t *next = row(in, at + (i < many ? i : many - 1), tap + 1) + shift;
+                const uint8_t *next = row_of_tap(in, at + (i < many ? i : many - 1), tap + 1) + shift;
                 for (long line = 0; line < in->channels; line += 64) __builtin_prefetch(next + line);
             }
         const uint8_t *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
@@ -290,7 +281,7 @@ static void convolve_blocks(long from, long to, void *work) {
             const result own = of_group(c->r, group, outputs, chunks * CHUNK);
             for (long at = begin; at < begin + (end - begin + ROWS - 1) / ROWS * ROWS; at++) /* the last row is repeated to fill the tile */
                 for (long tap = 0; tap < in->taps; tap++)
-                    widen(row(in, at < end ? at : end - 1, tap) + group * in->channels,
+                    widen(row_of_tap(in, at < end ? at : end - 1, tap) + group * in->channels,
                           panel + ((at - begin) * pairs + tap * half) * 2, in->channels);
             for (long chunk = 0; chunk < chunks; chunk++) {
                 const int16_t *b = c->weight + (group * chunks + chunk) * pairs * 2 * CHUNK;

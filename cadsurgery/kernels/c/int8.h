@@ -28,7 +28,7 @@ typedef uint8_t narrow __attribute__((vector_size(VECTOR / 4)));
 READING(uint8_t);
 
 /* Return the input row that a tap of result row `at` reads. */
-INLINE const uint8_t *row(const reading *in, long at, long tap) {
+INLINE const uint8_t *row_of_tap(const reading *in, long at, long tap) {
     if (!in->table) return in->rows + at * in->stride;
     const int32_t entry = in->table[at * in->taps + tap];
     if (entry < in->count) return in->rows + (long)entry * in->stride;
@@ -156,6 +156,16 @@ INLINE void finish(const result *r, whole sums, long at, long first, long some) 
     value = clamp(value, all(r->low), all(r->high));
     if (r->out_is_8_bits) store_bytes((uint8_t *)r->out + place, value, some);
     else store((float *)r->out + place, value, some);
+}
+
+/* Return the requantisation of one group: `r` with pointers moved to the group's outputs. */
+INLINE result of_group(const result *r, long group, long outputs, long padded) {
+    result own = *r;
+    const long place = group * outputs;
+    own.offset += group * padded, own.scale += group * padded, own.bias += group * padded;
+    own.out = (char *)r->out + place * (r->out_is_8_bits ? 1 : sizeof(float));
+    if (r->more) own.more = (const char *)r->more + place * (r->more_is_8_bits ? 1 : sizeof(float));
+    return own;
 }
 
 #endif

@@ -115,11 +115,11 @@ INLINE void find_rows(const reading *in, long first, long number, const uint8_t 
         _mm512_mask_storeu_epi64(found + i, which, _mm512_add_epi64(rows, _mm512_mul_epu32(_mm512_cvtepu32_epi64(entries), stride)));
         for (unsigned others = _mm256_mask_cmpge_epi32_mask(which, entries, count); others; others &= others - 1) {
             const long place = i + __builtin_ctz(others);
-            found[place] = row(in, 0, first + place);
+            found[place] = row_of_tap(in, 0, first + place);
         }
     }
 #else
-    for (long i = 0; i < number; i++) found[i] = row(in, 0, first + i);
+    for (long i = 0; i < number; i++) found[i] = row_of_tap(in, 0, first + i);
 #endif
 }
 

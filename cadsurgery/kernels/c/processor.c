@@ -16,7 +16,7 @@
 const char cadsurgery_sources[] = "cadsurgery_sources=" FINGERPRINT;
 
 /* In the order of FEATURES in build.py. */
-enum { SSE4, AVX2, AVXVNNI, AVX512, AVX512VNNI, AVX512BF16, NEON, DOTPROD, BF16 };
+enum { SSE4, AVX2, AVXVNNI, AVX512, AVX512VNNI, AVX512BF16, NEON, DOTPROD, BF16, AMX };
 
 #if defined(__x86_64__)
 
@@ -38,6 +38,22 @@ static uint32_t saved(void) {
 }
 
 static int has(uint32_t value, uint32_t bits) { return (value & bits) == bits; }
+
+/* Ask the operating system once for tiles, which take 8 KiB of every thread's state; it may refuse. */
+static int are_tiles_granted(void) {
+#if defined(__linux__)
+    enum { NOT_ASKED, GRANTED, REFUSED };
+    static int answer = NOT_ASKED; /* threads that ask at the same time get the same answer */
+    if (answer == NOT_ASKED) {
+        long result = 158; /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
+        __asm__ volatile("syscall" : "+a"(result) : "D"(0x1023l), "S"(18l) : "rcx", "r11", "memory");
+        answer = result == 0 ? GRANTED : REFUSED;
+    }
+    return answer == GRANTED;
+#else
+    return 0;
+#endif
+}
 
 /* Bit i is set if the processor has all features of instruction set i and the operating system saves its registers. */
 unsigned long processor_features(void) {
@@ -61,6 +77,8 @@ unsigned long processor_features(void) {
     if (!has(seven.c, 1u << 11)) return found;
     found |= 1ul << AVX512VNNI;
     if (has(more.a, 1u << 5)) found |= 1ul << AVX512BF16;
+    /* BF16, TILE, INT8; tiles and their configuration are saved. */
+    if (has(seven.d, 1u << 22 | 1u << 24 | 1u << 25) && has(saved(), 0x60000) && are_tiles_granted()) found |= 1ul << AMX;
     return found;
 }
 

@@ -7,8 +7,9 @@
 
 enum { BLOCK = 16 * ROWS, DEPTH = 512 * SIDE };
 
-/* Layout of packed weights: rows of a tile, outputs of a chunk, adjacent channels. */
-const long SUFFIX(product_layout)[] = {ROWS, CHUNK, SIDE};
+/* Layout of packed weights: rows of a tile, outputs of a chunk, adjacent channels, and the number whose multiples groups of
+ * adjacent channels of a chunk are padded to. */
+const long SUFFIX(product_layout)[] = {ROWS, CHUNK, SIDE, 1};
 
 typedef struct {
     const reading *in;

@@ -2,7 +2,7 @@
 #ifndef CADSURGERY_PRODUCT_H
 #define CADSURGERY_PRODUCT_H
 
-#include "vector.h"
+#include "finish.h"
 
 #ifdef PAIRS
 enum { SIDE = 2 }; /* adjacent input channels of one output */
@@ -120,26 +120,6 @@ static __attribute__((unused)) void multiply(const element *const *a, long chann
 #define MULTIPLY(wide) multiply_known(a, channels, b, sums, wide)
     BY_WIDTH(wide, MULTIPLY);
 #undef MULTIPLY
-}
-
-/* Operations on the sums of a row: factors of its level, a residual, clamping. Pointers refer to the first output of a
- * chunk; rows of the result, of the residual and of the factors have length `outputs`. */
-typedef struct {
-    by_level by;
-    const element *more;
-    element *out;
-    long outputs;
-    lane least, most;
-} finish;
-
-INLINE void finish_some(const finish *f, lane value, long at, long start, long some) {
-    if (f->by.levels) {
-        const long own = f->by.levels[at] * f->outputs + start;
-        value = value * load_some_sums(f->by.scale + own, some) + load_some_sums(f->by.shift + own, some);
-    }
-    const long place = at * f->outputs + start;
-    if (f->more) value += load_some(f->more + place, some);
-    store_some(f->out + place, clamp(value, f->least, f->most), some);
 }
 
 /* Rows and weights of a tile: pointers to the rows that the taps of ROWS result rows read, (taps, ROWS), and weights
