@@ -8,7 +8,6 @@ const long SUFFIX(product_layout)[] = {TILE, TILE, TOGETHER, TILE};
 
 typedef struct {
     const element *more;
-    const sum *bias;
     by_level by;
     element *out;
     sum low, high;
@@ -18,20 +17,18 @@ static void finish_unit(const tiled *work, const piece_of_work *now, const total
     const following *p = work->finish;
     const long all = work->groups * work->outputs, place = now->group * work->outputs + first, some = work->outputs - first;
     const long tall = now->many - row < SIDE_OF_UNIT ? now->many - row : SIDE_OF_UNIT;
-    const sum *bias = p->bias + now->group * work->chunks * TILE + first;
+    const int is_plain = some >= SIDE_OF_UNIT && !p->by.levels;
     finish f = {p->by, p->more, p->out + place, all, all_lanes(p->low), all_lanes(p->high)};
     if (f.more) f.more += place;
     if (f.by.levels) f.by.scale += place, f.by.shift += place;
-    lane offset[SIDE_OF_UNIT / LANES];
-    for (int j = 0; j < SIDE_OF_UNIT / LANES; j++) offset[j] = load_some_sums(bias + j * LANES, j * LANES < some ? LANES : 0);
     for (long i = 0; i < tall; i++) {
         const total *sums = unit + i / TILE * 2 * TILE * TILE + i % TILE * TILE;
         const long at = now->at + row + i;
 #pragma GCC unroll 8
-        for (int j = 0; j < SIDE_OF_UNIT / LANES; j++) {
-            const long column = j * LANES, there = at * all + column;
-            lane value = load_some_sums(sums + column / TILE * TILE * TILE + column % TILE, LANES) + offset[j];
-            if (some < SIDE_OF_UNIT || f.by.levels) {
+        for (long column = 0; column < SIDE_OF_UNIT; column += LANES) {
+            const long there = at * all + column;
+            lane value = load_some_sums(sums + column / TILE * TILE * TILE + column % TILE, LANES);
+            if (!is_plain) {
                 if (column < some) finish_some(&f, value, at, column, some - column);
                 continue;
             }
@@ -43,6 +40,6 @@ static void finish_unit(const tiled *work, const piece_of_work *now, const total
 
 void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
                      const sum *shift, const element *more, element *out, long groups, long outputs, double low, double high) {
-    const following p = {more, bias, {levels, scale, shift}, out, (sum)low, (sum)high};
-    multiply_in_tiles(in, weight, groups, outputs, &p);
+    const following p = {more, {levels, scale, shift}, out, (sum)low, (sum)high};
+    multiply_in_tiles(in, weight, groups, outputs, bias, &p);
 }

@@ -23,7 +23,6 @@ enum { TOGETHER = 4 / sizeof(value), STEP = LINE / sizeof(value) }; /* adjacent 
 #define TILES unsigned char tiles[8][TILE][LINE]
 #define BEGIN_TILES() ((void)0)
 #define END_TILES() ((void)0)
-#define ZERO_TILE(t) memset(tiles[t], 0, sizeof tiles[t])
 #define LOAD_TILE(t, from, stride) \
     for (long line = 0; line < TILE; line++) memcpy(tiles[t][line], (const char *)(from) + line * (stride), LINE)
 #define STORE_TILE(t, to, stride) \
@@ -61,7 +60,6 @@ static void multiply_plainly(unsigned char sums[TILE][LINE], unsigned char rows[
 #define TILES ((void)0)
 #define BEGIN_TILES() begin_tiles()
 #define END_TILES() _tile_release()
-#define ZERO_TILE(t) _tile_zero(t)
 #define LOAD_TILE(t, from, stride) _tile_loadd(t, from, stride)
 #define STORE_TILE(t, to, stride) _tile_stored(t, to, stride)
 #ifdef BF16
@@ -85,10 +83,10 @@ static void begin_tiles(void) {
 /* ---- A product of rows that a kernel map names with packed weights, block by block.
  *
  * The values that the taps of a row read stand one after another, each tap padded to TOGETHER values: the depth of a sum. It is
- * cut into parts of at most STEPS tiles. For a block of rows and a part, the rows are copied to tiles of a panel, which stays in
- * the second-level cache beside the sums of unfinished depth. Two by two tiles of sums, a unit, are computed at once. (Rows that
- * lie one after another could be read in place. That is slower: their stride is often a power of two, and rows of a tile then
- * share few sets of the first-level cache.) */
+ * cut into parts of at most STEPS tiles. For a block of rows and a part, the values are copied to a panel, which stays in the
+ * second-level cache beside the sums of unfinished depth. Its rows are an odd number of lines long, so that rows of a tile never
+ * share a set of the first-level cache. (Rows that lie one after another could be read in place, which is slower: their length
+ * is often a power of two.) Two by two tiles of sums, a unit, are computed at once. */
 
 enum { BLOCK = 256, STEPS = 16, ABREAST = 16 }; /* rows of a block; tiles of a part; chunks that rows are multiplied by in turn */
 enum { SIDE_OF_UNIT = 2 * TILE, UNIT = SIDE_OF_UNIT * SIDE_OF_UNIT, BYTES_OF_TILE = TILE * LINE };
@@ -97,7 +95,8 @@ typedef struct {
     const reading *in;
     const weight *weight; /* (groups, chunks, steps, TILE, TILE, TOGETHER): outputs of a group are padded to whole chunks */
     long groups, outputs; /* outputs per group */
-    long chunks, block, steps, parts, of_part;
+    long chunks, block, steps, parts, of_part, pitch; /* pitch: bytes of a row of the panel */
+    const total *start;   /* what sums start with: (groups, chunks, TILE) */
     const void *finish;
 } tiled;
 
@@ -112,10 +111,9 @@ typedef struct {
  * `first` on. */
 static void finish_unit(const tiled *work, const piece_of_work *now, const total *unit, long row, long first);
 
-/* Copy values, whose end may be the end of the memory, to lines of a tile's row, which are a tile apart; fill the last one with
- * zeros. */
-INLINE void copy_to_tiles(char *to, const char *from, long bytes) {
-    for (; bytes >= LINE; bytes -= LINE, from += LINE, to += BYTES_OF_TILE) memcpy(to, from, LINE);
+/* Copy values, whose end may be the end of the memory, to a row of the panel, followed by zeros to the end of a line. */
+INLINE void copy_lines(char *to, const char *from, long bytes) {
+    for (; bytes >= LINE; bytes -= LINE, from += LINE, to += LINE) memcpy(to, from, LINE);
     if (bytes <= 0) return;
 #if VECTOR == 64
     _mm512_storeu_si512(to, _mm512_maskz_loadu_epi8(~0ull >> (LINE - bytes), from));
@@ -125,49 +123,46 @@ INLINE void copy_to_tiles(char *to, const char *from, long bytes) {
 #endif
 }
 
-/* Copy the rows of a block to tiles (rows / TILE, steps, TILE, LINE) of the panel; the last row is repeated to fill a tile. */
+/* Copy the values that a block's rows read to rows of the panel. Zeros behind a tap are overwritten by the next one, and those
+ * behind a row by the next row. */
 static void copy_rows(const tiled *work, const piece_of_work *now, char *panel) {
     const reading *in = work->in;
     const long channels = in->channels, padded = (channels + TOGETHER - 1) / TOGETHER * TOGETHER;
     const long first = now->step * STEP, last = first + now->steps * STEP, tap_of_first = first / padded;
-    const int is_aligned = in->taps == 1 || padded % STEP == 0;
-    char flat[STEPS * LINE];
-    for (long i = 0; i < (now->many + TILE - 1) / TILE * TILE; i++) {
-        const long at = now->at + (i < now->many ? i : now->many - 1);
-        char *to = panel + i / TILE * now->steps * BYTES_OF_TILE + i % TILE * LINE;
+    for (long i = 0; i < now->many; i++, panel += work->pitch) {
+        if (!in->table) {
+            const value *from = in->rows + (now->at + i) * in->stride + now->group * channels + first;
+            copy_lines(panel, (const char *)from, ((last < channels ? last : channels) - first) * (long)sizeof(value));
+            continue;
+        }
         long k = first;
         for (long tap = tap_of_first; tap < in->taps && k < last; tap++) {
             const long begin = k - tap * padded, end = last - tap * padded < padded ? last - tap * padded : padded;
-            const long bytes = ((end < channels ? end : channels) - begin) * (long)sizeof(value);
-            const char *from = (const char *)(row_of_tap(in, at, tap) + now->group * channels + begin);
-            if (is_aligned) copy_to_tiles(to + (k - first) / STEP * BYTES_OF_TILE, from, bytes);
-            else {
-                char *piece = flat + (k - first) * sizeof(value);
-                if (bytes > 0) memcpy(piece, from, bytes);
-                for (value *rest = (value *)(piece + bytes); rest < (value *)piece + (end - begin); rest++) *rest = 0;
-            }
+            const value *from = row_of_tap(in, now->at + i, tap) + now->group * channels + begin;
+            copy_lines(panel + (k - first) * sizeof(value), (const char *)from,
+                       ((end < channels ? end : channels) - begin) * (long)sizeof(value));
             k += end - begin;
         }
-        if (!is_aligned) copy_to_tiles(to, flat, (k - first) * sizeof(value));
+        if (k < last) memset(panel + (k - first) * sizeof(value), 0, LINE);
     }
 }
 
-/* Add the products of `tall` by `wide` tiles, constants after inlining, to the sums of a unit, or set these. */
+/* Add the products of `tall` by `wide` tiles, constants after inlining, to the sums of a unit, or to what these start with. */
 #define MULTIPLY_UNIT(tall, wide)                                              \
     do {                                                                       \
-        if (adds) {                                                            \
+        if (!start) {                                                          \
             LOAD_TILE(0, unit, LINE);                                          \
             if (wide > 1) LOAD_TILE(1, unit + TILE * TILE, LINE);              \
             if (tall > 1) LOAD_TILE(2, unit + 2 * TILE * TILE, LINE);          \
             if (tall * wide > 2) LOAD_TILE(3, unit + 3 * TILE * TILE, LINE);   \
         } else {                                                               \
-            ZERO_TILE(0);                                                      \
-            if (wide > 1) ZERO_TILE(1);                                        \
-            if (tall > 1) ZERO_TILE(2);                                        \
-            if (tall * wide > 2) ZERO_TILE(3);                                 \
+            LOAD_TILE(0, start, 0);                                            \
+            if (wide > 1) LOAD_TILE(1, start + TILE, 0);                       \
+            if (tall > 1) LOAD_TILE(2, start, 0);                              \
+            if (tall * wide > 2) LOAD_TILE(3, start + TILE, 0);                \
         }                                                                      \
         for (long step = 0; step < steps; step++) {                            \
-            LOAD_TILE(4, rows + step * BYTES_OF_TILE, LINE);                   \
+            LOAD_TILE(4, rows + step * LINE, pitch);                           \
             LOAD_TILE(6, by + step * BYTES_OF_TILE, LINE);                     \
             MULTIPLY_TILES(0, 4, 6);                                           \
             if (wide > 1) {                                                    \
@@ -175,7 +170,7 @@ static void copy_rows(const tiled *work, const piece_of_work *now, char *panel) 
                 MULTIPLY_TILES(1, 4, 7);                                       \
             }                                                                  \
             if (tall > 1) {                                                    \
-                LOAD_TILE(5, rows + (steps + step) * BYTES_OF_TILE, LINE);     \
+                LOAD_TILE(5, rows + TILE * pitch + step * LINE, pitch);        \
                 MULTIPLY_TILES(2, 5, 6);                                       \
                 if (wide > 1) MULTIPLY_TILES(3, 5, 7);                         \
             }                                                                  \
@@ -186,7 +181,8 @@ static void copy_rows(const tiled *work, const piece_of_work *now, char *panel) 
         if (tall * wide > 2) STORE_TILE(3, unit + 3 * TILE * TILE, LINE);      \
     } while (0)
 
-static void multiply_unit(total *unit, const char *rows, const char *by, long next, long steps, int tall, int wide, int adds) {
+static void multiply_unit(total *unit, const total *start, const char *rows, long pitch, const char *by, long next, long steps,
+                          int tall, int wide) {
     TILES;
     if (tall > 1 && wide > 1) MULTIPLY_UNIT(2, 2);
     else if (tall > 1) MULTIPLY_UNIT(2, 1);
@@ -199,6 +195,7 @@ static void multiply_unit(total *unit, const char *rows, const char *by, long ne
 static void multiply_panel(const tiled *work, const piece_of_work *now, const char *panel, total *sums) {
     const long next = work->steps * BYTES_OF_TILE, units = work->block / SIDE_OF_UNIT;
     const char *weights = (const char *)work->weight + now->group * work->chunks * next + now->step * BYTES_OF_TILE;
+    const total *start = work->start + now->group * work->chunks * TILE;
     const int is_last = now->step + now->steps == work->steps;
     const total *before = 0;
     long row_before = 0, chunk_before = 0, which = 0;
@@ -207,8 +204,8 @@ static void multiply_panel(const tiled *work, const piece_of_work *now, const ch
             for (long chunk = first; chunk < first + ABREAST && chunk < now->last; chunk += 2) {
                 total *unit = sums + (work->parts == 1 ? which : (chunk - now->first) / 2 * units + row / SIDE_OF_UNIT) * UNIT;
                 const int tall = now->many - row > TILE ? 2 : 1, wide = now->last - chunk > 1 ? 2 : 1;
-                multiply_unit(unit, panel + row / TILE * now->steps * BYTES_OF_TILE, weights + chunk * next, next, now->steps,
-                              tall, wide, now->step > 0);
+                multiply_unit(unit, now->step ? 0 : start + chunk * TILE, panel + row * work->pitch, work->pitch,
+                              weights + chunk * next, next, now->steps, tall, wide);
                 if (!is_last) continue;
                 if (before) finish_unit(work, now, before, row_before, chunk_before * TILE);
                 before = unit, row_before = row, chunk_before = chunk, which = !which;
@@ -221,10 +218,10 @@ void free(void *memory);
 
 static void multiply_blocks(long begin, long end, void *context) {
     const tiled *work = context;
-    const long block = work->block, row = work->of_part * LINE;
+    const long block = work->block;
     const long units = work->parts > 1 ? block / SIDE_OF_UNIT * ((work->chunks + 1) / 2) : 2;
-    char spare[SIDE_OF_UNIT * STEPS * LINE + 2 * UNIT * sizeof(total)] __attribute__((aligned(64)));
-    char *const memory = malloc(block * row + units * UNIT * sizeof(total) + LINE);
+    char spare[SIDE_OF_UNIT * (STEPS | 1) * LINE + LINE + 2 * UNIT * sizeof(total)] __attribute__((aligned(64)));
+    char *const memory = malloc(block * work->pitch + units * UNIT * sizeof(total) + 2 * LINE);
     char *const panel = memory ? memory + (LINE - (uintptr_t)memory % LINE) : spare;
     /* Without memory one unit is computed at once. */
     const long tall = memory ? block : SIDE_OF_UNIT, wide = memory ? work->chunks : 2;
@@ -239,19 +236,20 @@ static void multiply_blocks(long begin, long end, void *context) {
                     now.last = work->chunks - now.first < wide ? work->chunks : now.first + wide;
                     now.steps = work->steps - now.step < work->of_part ? work->steps - now.step : work->of_part;
                     copy_rows(work, &now, panel);
-                    multiply_panel(work, &now, panel, (total *)(panel + tall * row));
+                    multiply_panel(work, &now, panel, (total *)(panel + tall * work->pitch + LINE));
                 }
     END_TILES();
     free(memory);
 }
 
-static void multiply_in_tiles(const reading *in, const weight *weight, long groups, long outputs, const void *finish) {
+static void multiply_in_tiles(const reading *in, const weight *weight, long groups, long outputs, const total *start,
+                              const void *finish) {
     const long padded = (in->channels + TOGETHER - 1) / TOGETHER * TOGETHER, steps = (in->taps * padded + STEP - 1) / STEP;
     const long parts = (steps + STEPS - 1) / STEPS, of_part = (steps + parts - 1) / parts;
     long block = in->n / 8 / SIDE_OF_UNIT * SIDE_OF_UNIT; /* at least eight, for as many threads */
     block = block < 2 * SIDE_OF_UNIT ? 2 * SIDE_OF_UNIT : block > BLOCK ? BLOCK : block;
     const tiled work = {in, weight, groups, outputs, (outputs + TILE - 1) / TILE, block, steps, (steps + of_part - 1) / of_part,
-                        of_part, finish};
+                        of_part, (of_part | 1) * LINE, start, finish};
     cadsurgery_share((in->n + block - 1) / block, 1, multiply_blocks, (void *)&work);
 }
 
