@@ -63,10 +63,9 @@ class IntegerLayout(NamedTuple):
     half: int
 
 
-def product_layout(element: str, kernel: str = "product") -> ProductLayout:
-    """Return the layout of the form of `product` for an element type: of the one that is chosen, or of the one for the
-    instruction set of another kernel that reads the same weights."""
-    return ProductLayout(*_numbers("product_layout", element, isa_of(kernel, element), 4))
+def product_layout(element: str) -> ProductLayout:
+    """Return the layout of the form of `product` that is chosen for an element type."""
+    return ProductLayout(*_numbers("product_layout", element, isa_of("product", element), 4))
 
 
 def grouped_layout(element: str) -> GroupedLayout:

@@ -249,12 +249,10 @@ def is_product_of_groups(weight: Tensor, groups: int) -> bool:
     return groups == 1 or not (in_vector and weight.shape[0] == group * groups)
 
 
-def product_weight(
-    weight: Tensor, bias: Tensor | None, groups: int = 1, kernel: str = "product"
-) -> tuple[Tensor, Tensor]:
-    """Pack weight and bias of a convolution for `product`, or another kernel that reads the same: chunks of outputs
-    outermost, each tap contiguous; some instruction sets interleave two channels, or need whole tiles."""
-    layout = product_layout(ELEMENTS[weight.dtype], kernel)
+def product_weight(weight: Tensor, bias: Tensor | None, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """Pack weight and bias of a convolution for `product`: chunks of outputs outermost, each tap contiguous; some
+    instruction sets interleave two channels, or need whole tiles."""
+    layout = product_layout(ELEMENTS[weight.dtype])
     outputs, channels, taps = weight.shape[0] // groups, weight.shape[1], weight[0, 0].numel()
     padded = -(-outputs // layout.chunk) * layout.chunk
     kernel = weight.new_zeros(groups, padded, taps, -(-channels // layout.side) * layout.side)
@@ -327,6 +325,12 @@ def is_point(weights: FusedConv) -> bool:
     return plain and weights.groups == 1 and weights.weight.shape[2:] == (1, 1) and weights.levels is None
 
 
+def has_expansion(dtype: torch.dtype) -> bool:
+    """Return True if `expand_depthwise` has a form as fast as the products: tiles are faster one after the other."""
+    name = ELEMENTS.get(dtype, "")
+    return isa_of("product", name) == isa_of("expand_depthwise", name) != ""
+
+
 def can_expand(first: FusedConv, then: FusedConv, stride: Pair, dilation: Pair) -> bool:
     """Return True if `expand_depthwise` supports a 1x1 convolution of a dense map and the depthwise one after it."""
     if library() is None:
@@ -352,8 +356,8 @@ def expand_depthwise(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Compute a 1x1 and a depthwise convolution, and optionally a last 1x1 convolution whose result a residual is added
-    to: (B, O, H', W') from (B, C, H, W). The intermediate maps stay in the cache. Requires bfloat16 and a processor
-    that `has_bf16_dot`; see `can_expand`.
+    to: (B, O, H', W') from (B, C, H, W). The intermediate maps stay in the cache. Requires a dtype for which
+    `has_expansion`; see `can_expand`.
 
     Raises:
         MemoryError: there is no memory for a few lines of the intermediate maps.
@@ -367,14 +371,13 @@ def expand_depthwise(
     out = new_memory(image, batch, lines, columns, outputs)
     more = residual.contiguous(memory_format=torch.channels_last) if residual is not None else None
     packed: list[tuple[Tensor | None, Tensor | None]] = []
-    of_points = partial(product_weight, kernel="expand_depthwise")
-    for one, pack in ((first, of_points), (then, pair_weight), (last, of_points)):
+    for one, pack in ((first, product_weight), (then, pair_weight), (last, product_weight)):
         if one is None:
             packed.append((None, None))
         else:
             make = partial(pack, one.weight.to(dtype), one.bias)
-            name = "depthwise" if pack is pair_weight else "product"
-            packed.append(one.form((name, isa_of("expand_depthwise", ELEMENTS[dtype]), dtype), make))
+            name = "product" if pack is product_weight else "depthwise"
+            packed.append(one.form((name, isa_of(name, ELEMENTS[dtype]), dtype), make))
     bounds = [
         one.activation.bounds if one is not None and one.activation is not None else None
         for one in (first, then, last)

@@ -12,6 +12,7 @@ from cadsurgery.elements.backends.native import (
     ELEMENTS,
     can_expand,
     expand_depthwise,
+    has_expansion,
     is_point,
     map_size,
     supports,
@@ -19,7 +20,6 @@ from cadsurgery.elements.backends.native import (
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import Activation, Factors, FusedConv, Pair
 from cadsurgery.kernels.layouts import product_layout
-from cadsurgery.kernels.load import has_bf16_dot
 
 
 class PackedConv(nn.Module):
@@ -128,7 +128,7 @@ class FusedBottleneck(nn.Module):
         first, then, last = self.first, self.then, self.last
         assert then.window is not None
         stride, padding, _ = then.window
-        if not supports(image) or not has_bf16_dot(image.dtype) or not image.numel():
+        if not supports(image) or not has_expansion(image.dtype) or not image.numel():
             return self._one_by_one(image, residual)
         if last is None:
             return expand_depthwise(image, first.weights, then.weights, stride, padding)
@@ -136,7 +136,7 @@ class FusedBottleneck(nn.Module):
         kernel = then.weight.shape[2], then.weight.shape[3]
         size = map_size((height, width), kernel, stride, padding)
         fits = residual is None or residual.shape == (image.shape[0], last.weight.shape[0], *size)
-        if size[1] < product_layout(ELEMENTS[image.dtype], "expand_depthwise").rows or not fits:
+        if size[1] < product_layout(ELEMENTS[image.dtype]).rows or not fits:
             return self._one_by_one(image, residual)
         return expand_depthwise(image, first.weights, then.weights, stride, padding, last.weights, residual)
 

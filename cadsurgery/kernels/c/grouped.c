@@ -134,7 +134,7 @@ void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, cons
 }
 
 #if defined(PAIRS) && VECTOR == 64
-enum { NEAR = 1152 };
+enum { NEAR = 576 };
 
 /* Channels that `depthwise` reads at once. */
 const long SUFFIX(depthwise_layout)[] = {MANY};

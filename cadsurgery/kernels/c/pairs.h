@@ -26,6 +26,7 @@ INLINE void convolve_pairs(const by_level by, const element *more, element *out,
     const __mmask32 which = whole ? ~0u : (1u << (channels - start)) - 1;
     for (long i = 0, shift = start; i < many; i++, from += next, shift += step) {
         __m512 near = _mm512_setzero_ps(), far = near;
+        if (next) for (long tap = 0; tap < taps; tap += 4) __builtin_prefetch(from[tap] + shift + MANY);
 #pragma GCC unroll 8
         for (long tap = 0; tap < taps; tap += 2) {
             const element *w = weight + tap * MANY;
