@@ -88,7 +88,8 @@ static void begin_tiles(void) {
  * share a set of the first-level cache. (Rows that lie one after another could be read in place, which is slower: their length
  * is often a power of two.) Two by two tiles of sums, a unit, are computed at once. */
 
-enum { BLOCK = 256, STEPS = 16, ABREAST = 16 }; /* rows of a block; tiles of a part; chunks that rows are multiplied by in turn */
+enum { BLOCK = 256, STEPS = 16 };           /* rows of a block; tiles of a part */
+enum { ABREAST = 16, MOST_CHUNKS = 32 }; /* chunks that rows are multiplied by in turn, and that have unfinished sums */
 enum { SIDE_OF_UNIT = 2 * TILE, UNIT = SIDE_OF_UNIT * SIDE_OF_UNIT, BYTES_OF_TILE = TILE * LINE };
 
 typedef struct {
@@ -105,6 +106,7 @@ typedef struct {
     long group, at, many; /* rows from `at` on */
     long first, last;     /* chunks of the group's outputs */
     long step, steps;     /* tiles of the depth */
+    long in_place;        /* of these rows the first that are read where they are */
 } piece_of_work;
 
 /* Store the sums of a unit (2, 2, TILE, TILE) as results of the piece's rows from `row` on and of its group's outputs from
@@ -129,7 +131,8 @@ static void copy_rows(const tiled *work, const piece_of_work *now, char *panel) 
     const reading *in = work->in;
     const long channels = in->channels, padded = (channels + TOGETHER - 1) / TOGETHER * TOGETHER;
     const long first = now->step * STEP, last = first + now->steps * STEP, tap_of_first = first / padded;
-    for (long i = 0; i < now->many; i++, panel += work->pitch) {
+    panel += now->in_place * work->pitch;
+    for (long i = now->in_place; i < now->many; i++, panel += work->pitch) {
         if (!in->table) {
             const value *from = in->rows + (now->at + i) * in->stride + now->group * channels + first;
             copy_lines(panel, (const char *)from, ((last < channels ? last : channels) - first) * (long)sizeof(value));
@@ -197,6 +200,8 @@ static void multiply_panel(const tiled *work, const piece_of_work *now, const ch
     const char *weights = (const char *)work->weight + now->group * work->chunks * next + now->step * BYTES_OF_TILE;
     const total *start = work->start + now->group * work->chunks * TILE;
     const int is_last = now->step + now->steps == work->steps;
+    const long own_pitch = work->in->stride * (long)sizeof(value);
+    const char *own_rows = (const char *)work->in->rows + now->at * own_pitch;
     const total *before = 0;
     long row_before = 0, chunk_before = 0, which = 0;
     for (long first = now->first; first < now->last; first += ABREAST)
@@ -204,8 +209,9 @@ static void multiply_panel(const tiled *work, const piece_of_work *now, const ch
             for (long chunk = first; chunk < first + ABREAST && chunk < now->last; chunk += 2) {
                 total *unit = sums + (work->parts == 1 ? which : (chunk - now->first) / 2 * units + row / SIDE_OF_UNIT) * UNIT;
                 const int tall = now->many - row > TILE ? 2 : 1, wide = now->last - chunk > 1 ? 2 : 1;
-                multiply_unit(unit, now->step ? 0 : start + chunk * TILE, panel + row * work->pitch, work->pitch,
-                              weights + chunk * next, next, now->steps, tall, wide);
+                const char *from = row < now->in_place ? own_rows + row * own_pitch : panel + row * work->pitch;
+                multiply_unit(unit, now->step ? 0 : start + chunk * TILE, from,
+                              row < now->in_place ? own_pitch : work->pitch, weights + chunk * next, next, now->steps, tall, wide);
                 if (!is_last) continue;
                 if (before) finish_unit(work, now, before, row_before, chunk_before * TILE);
                 before = unit, row_before = row, chunk_before = chunk, which = !which;
@@ -219,13 +225,15 @@ void free(void *memory);
 static void multiply_blocks(long begin, long end, void *context) {
     const tiled *work = context;
     const long block = work->block;
-    const long units = work->parts > 1 ? block / SIDE_OF_UNIT * ((work->chunks + 1) / 2) : 2;
+    const long at_once = work->parts > 1 && work->chunks > MOST_CHUNKS ? MOST_CHUNKS : work->chunks;
+    const long units = work->parts > 1 ? block / SIDE_OF_UNIT * ((at_once + 1) / 2) : 2;
     char spare[SIDE_OF_UNIT * (STEPS | 1) * LINE + LINE + 2 * UNIT * sizeof(total)] __attribute__((aligned(64)));
     char *const memory = malloc(block * work->pitch + units * UNIT * sizeof(total) + 2 * LINE);
     char *const panel = memory ? memory + (LINE - (uintptr_t)memory % LINE) : spare;
     /* Without memory one unit is computed at once. */
-    const long tall = memory ? block : SIDE_OF_UNIT, wide = memory ? work->chunks : 2;
+    const long tall = memory ? block : SIDE_OF_UNIT, wide = memory ? at_once : 2;
     const long last = end * block < work->in->n ? end * block : work->in->n;
+    const int is_contiguous = !work->in->table && work->parts == 1 && work->in->stride == work->steps * STEP;
     piece_of_work now;
     BEGIN_TILES();
     for (now.at = begin * block; now.at < last; now.at += tall)
@@ -235,6 +243,7 @@ static void multiply_blocks(long begin, long end, void *context) {
                     now.many = last - now.at < tall ? last - now.at : tall;
                     now.last = work->chunks - now.first < wide ? work->chunks : now.first + wide;
                     now.steps = work->steps - now.step < work->of_part ? work->steps - now.step : work->of_part;
+                    now.in_place = is_contiguous ? now.many / SIDE_OF_UNIT * SIDE_OF_UNIT : 0;
                     copy_rows(work, &now, panel);
                     multiply_panel(work, &now, panel, (total *)(panel + tall * work->pitch + LINE));
                 }
