@@ -12,9 +12,8 @@ the layer's weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -136,10 +135,6 @@ class Work:
         """Return a representative work of this kind, by which backends are measured."""
         raise NotImplementedError
 
-    def shortened(self, rows: int) -> Work:
-        """Return a sample with `rows` fewer rows if a backend generates code per number of rows; otherwise self."""
-        return self
-
 
 @dataclass(frozen=True, eq=False)
 class Convolution(Work):
@@ -221,7 +216,7 @@ class Convolution(Work):
         outputs, group, height, width = weights.weight.shape
         taps = 0 if self.is_product else height * width
         if weights.groups == 1:
-            return "convolve", "plain", taps, size_class(group), size_class(outputs), self.rows.dtype
+            return "convolve", "ungrouped", taps, size_class(group), size_class(outputs), self.rows.dtype
         of_group = "depthwise" if group == 1 else f"groups of {group}"
         where = tuple(f"{name} {value}" for name, value in (uniform or {}).items())
         return "convolve", of_group, taps, size_class(outputs), self.rows.dtype, *where
@@ -263,10 +258,6 @@ class Convolution(Work):
         rows = self.rows.new_ones(number, group * groups)
         reading = None if self.is_product else _sample_reading(number, weight[0, 0].numel())
         return Convolution(rows, weights, reading)
-
-    def shortened(self, rows: int) -> Convolution:
-        """Return a product with fewer rows, because the number of elements varies from image to image."""
-        return replace(self, rows=self.rows[: len(self.rows) - rows]) if self.reads is None else self
 
     @property
     def of_target(self) -> Tensor:
@@ -516,9 +507,9 @@ def _fastest(kind: tuple[Hashable, ...], work: Work, backends: Sequence[Backend]
     if not able:
         return first
     by_name = {backend.name: backend for backend in (first, *able)}
-    sample, calls = cache(work.sample), count()  # created only if something must be measured
+    sample = cache(work.sample)  # created only if something must be measured
     runs = {
-        name: lambda backend=backend: getattr(backend, work.task)(sample().shortened(next(calls)))
+        name: lambda backend=backend: getattr(backend, work.task)(sample())
         for name, backend in by_name.items()
     }
     return by_name[costs.fastest(kind, runs)]

@@ -6,6 +6,7 @@ weights packed for their shape. Where oneDNN has no operation, torch computes th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,14 +62,39 @@ def multiply(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -
 
 
 def multiply_elements(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Compute `multiply` such that the bits of a row do not depend on the number of rows."""
-    if weights.packed_cache is None:
-        return multiply(weights, rows, residual)
+    """Compute `multiply` in blocks of a few fixed numbers of rows.
+
+    oneDNN generates code for each number of rows that it meets, which takes as long as multiplying thousands of rows.
+    Here it meets the same numbers in every image, whatever the mask keeps; and the bits of a row do not depend on how
+    many rows there are.
+    """
     count, fewest = rows.shape[0], _fewest(rows)
-    if not 0 < count < fewest:
+    if weights.packed_cache is None or not count or not fewest:
         return multiply(weights, rows, residual)
-    more = _fill(residual, fewest) if residual is not None else None
-    return multiply(weights, _fill(rows, fewest), more)[:count]
+    out, start = rows.new_empty(count, weights.weight.shape[0]), 0
+    for length in _block_lengths(count, fewest):
+        part = _rows_of_block(rows, start, length)
+        more = _rows_of_block(residual, start, length) if residual is not None else None
+        whole = out[start : start + length]
+        whole.copy_(multiply(weights, part, more)[: len(whole)])
+        start += length
+    return out
+
+
+def _block_lengths(count: int, fewest: int) -> Iterator[int]:
+    """Yield numbers of rows, multiples of `fewest` by powers of eight, that together are at least `count`."""
+    for length in (64 * fewest, 8 * fewest):
+        while count >= length:
+            yield length
+            count -= length
+    for _ in range(-(-count // fewest)):
+        yield fewest
+
+
+def _rows_of_block(rows: Tensor, start: int, length: int) -> Tensor:
+    """Return rows from `start` on; after the last row zeros follow."""
+    part = rows[start : start + length]
+    return part if len(part) == length else _fill(part, length)
 
 
 def convolve(

@@ -33,8 +33,9 @@ class Products(Backend):
         if work.is_product:
             rows, outputs = work.of_target, weights.weight.shape[0]
             more = residual.reshape(-1, outputs) if residual is not None else None
-            # The bits of an element's row must not depend on the number of rows, which is fixed in dense maps only.
-            product = multiply if work.reads is None else multiply_elements
+            # The number of rows is that of every image of this size in dense maps only; elsewhere neither generated
+            # code nor the bits of a row may depend on it.
+            product = multiply if work.reads is None or work.is_recurring else multiply_elements
             out = product(weights, rows.reshape(-1, rows.shape[-1]), more)
             return out.view(*rows.shape[:-1], outputs)
         reading, rows = work.reading, work.rows
