@@ -35,9 +35,7 @@ print("end", len(kept), flush=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("name", "kernels"), [("resnet18", "1"), ("resnet18", "0"), ("mobilenet_v2", "1")]
-)
+@pytest.mark.parametrize(("name", "kernels"), [("resnet18", "1"), ("resnet18", "0"), ("mobilenet_v2", "1")])
 def test_a_film_makes_no_code(name: str, kernels: str, dtype: str) -> None:
     """From the third image on. (Without kernels grouped convolutions are torch's, for which this does not hold.)"""
     environment = {**os.environ, "CADSURGERY_NATIVE": kernels, "ONEDNN_VERBOSE": "profile_create"}

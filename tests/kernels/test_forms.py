@@ -1,7 +1,8 @@
 """The laws of the kernels for every form: those that this processor runs, and those for ARM in an emulator.
 
 The suite itself runs the forms of the widest instruction set that is allowed. Here the laws run again for each other
-one that the processor has, in a process whose kernels CADSURGERY_ISA caps. Torch does not run in the emulator: `laws.c`
+one that the processor has, in a process whose kernels CADSURGERY_ISA caps. Tiles of AMX are emulated by plain loops on
+every processor, beside vectors that it has. Torch does not run in the emulator: `laws.c`
 is a program of its own, which compares the forms for aarch64 with plain loops. It needs the Debian packages qemu-user
 and gcc-aarch64-linux-gnu:
 
@@ -75,14 +76,16 @@ def skip_unless_run_here(name: str) -> None:
         pytest.skip(f"the suite itself runs the forms of {name}")
 
 
-def run_laws(name: str, *options: str) -> None:
-    """The laws of the kernels in a process whose kernels are those of an instruction set.
+def run_laws(name: str, *options: str, library: Path | None = None) -> None:
+    """The laws of the kernels in a process whose kernels are those of an instruction set, or of another library.
 
     Raises:
         AssertionError: one of them does not hold; the message is what pytest says.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {isa.VARIABLE: name, "OMP_NUM_THREADS": "1"}
+    if library is not None:
+        environment |= {"EMULATED_TILES": str(library), "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", *LAWS, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -99,6 +102,48 @@ def test_the_laws_hold_for_the_forms_of_an_instruction_set() -> None:
 def test_all_cases_of_the_laws_hold_for_the_forms_of_every_instruction_set(name: str) -> None:
     skip_unless_run_here(name)
     run_laws(name, *MORE_LAWS, "-k", CHOSEN, "-m", "slow or not slow")
+
+
+# -- tiles of AMX, emulated ---------------------------------------------------------------------------------
+
+on_x86 = pytest.mark.skipif(build.architecture() != "x86-64", reason="AMX is of x86-64")
+needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def emulating(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The compiler's command, for a table in which amx is emulated beside an instruction set that the processor has."""
+    beside = next((one for one in build.instruction_sets() if one.name == request.param), None)
+    if beside is None or request.param not in isa.here():
+        pytest.skip(f"not run: {isa.processor().model or 'this processor'} does not have {request.param}")
+    amx = next(one for one in build.instruction_sets() if one.name == "amx")
+    narrow = [one for one in build.instruction_sets() if set(one.needs) <= set(beside.needs)]
+    sets = (*narrow, amx._replace(flags=beside.flags, example=""))
+    monkeypatch.setitem(build.INSTRUCTION_SETS, "x86-64", sets)
+    compiler = build.find_compiler()
+    assert compiler is not None
+    return [*compiler, "-DEMULATE_TILES"]
+
+
+@on_x86
+@needs_compiler
+def test_amx_laws_in_c_hold_for_emulated_tiles(emulating: list[str], tmp_path: Path) -> None:
+    found = programs(emulating, "x86-64", ["amx"], tmp_path)
+    assert {law for _, _, laws in found for law in laws} == {"product_bfloat16_amx", "convolve_amx"}
+    for form, program, laws in found:
+        (done,) = run_all([[str(program), features(form)]])
+        assert hold(done, laws), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@on_x86
+@needs_compiler
+def test_amx_laws_hold_for_emulated_tiles(emulating: list[str], tmp_path: Path) -> None:
+    """With the packing in Python, and that of files."""
+    library = tmp_path / "kernels.so"
+    build.compile_library(emulating, library)
+    library.chmod(0o600)
+    run_laws("amx", "-k", CHOSEN, "-p", "emulated_tiles", library=library)
 
 
 # -- the laws in C -----------------------------------------------------------------------------------------

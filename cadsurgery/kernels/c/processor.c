@@ -63,6 +63,9 @@ unsigned long processor_features(void) {
     const registers more = most >= 7 && seven.a >= 1 ? cpuid(7, 1) : none;
     const uint32_t extended = most_extended >= 0x80000001u ? cpuid(0x80000001u, 0).c : 0;
     unsigned long found = 0;
+#ifdef EMULATE_TILES /* every form that is compiled beside emulated tiles runs here */
+    return 1ul << SSE4 | 1ul << AVX2 | 1ul << AVX512 | 1ul << AVX512VNNI | 1ul << AVX512BF16 | 1ul << AMX;
+#endif
     /* SSE3, SSSE3, CMPXCHG16B, SSE4.1, SSE4.2, POPCNT; LAHF */
     if (!has(one.c, 1u << 0 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 23) || !has(extended, 1u)) return found;
     found |= 1ul << SSE4;
