@@ -23,7 +23,8 @@ torch.manual_seed(0)
 frames = torch.rand(8, 1, 3, 96, 128)
 for k, frame in enumerate(frames):  # first the most and the least detail, so that each backend has served
     frame[..., 16 * (8, 1, 2, 3, 4, 5, 6, 7)[k] :] = 0.5
-net = cs.adaptify(build(name, by=2), mask="edges:threshold=0.5,dilation=3", output_stride=(8, 32), example_input=frames[0])
+mask = "edges:threshold=0.5,dilation=3"
+net = cs.adaptify(build(name, by=2), mask=mask, output_stride=(8, 32), example_input=frames[0])
 fast, kept = net.optimize().to(dtype), set()
 with torch.inference_mode():
     for k, frame in enumerate(frames):

@@ -18,6 +18,7 @@ from training import Scenes
 
 import cadsurgery as cs
 from cadsurgery.data.networks import source_of
+from cadsurgery.kernels import isa
 from cadsurgery.support import files
 from cadsurgery.tasks.judging import (
     AGREEMENT,
@@ -301,6 +302,14 @@ def test_the_network_that_is_passed_stays_as_it_is(photos: Path, tmp_path: Path)
         torch.equal(value, before[name]) for name, value in model.state_dict().items()
     )
     assert all(value.is_contiguous() for value in model.parameters())
+
+
+def test_another_precision_is_advised_where_the_processor_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "used", lambda: "amx")
+    assert "--precision bfloat16" in "".join(running._on_precision("float32"))
+    assert not running._on_precision("bfloat16")
+    monkeypatch.setattr(isa, "used", lambda: "avx512bf16")
+    assert not running._on_precision("float32")
 
 
 @pytest.mark.slow

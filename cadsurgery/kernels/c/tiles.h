@@ -85,8 +85,8 @@ static void begin_tiles(void) {
  * The values that the taps of a row read stand one after another, each tap padded to TOGETHER values: the depth of a sum. It is
  * cut into parts of at most STEPS tiles. For a block of rows and a part, the values are copied to a panel, which stays in the
  * second-level cache beside the sums of unfinished depth. Its rows are an odd number of lines long, so that rows of a tile never
- * share a set of the first-level cache. (Rows that lie one after another could be read in place, which is slower: their length
- * is often a power of two.) Two by two tiles of sums, a unit, are computed at once. */
+ * share a set of the first-level cache. Only whole rows that follow one another are read in place: parts of rows are often a
+ * power of two apart, which takes longer than copying them. Two by two tiles of sums, a unit, are computed at once. */
 
 enum { BLOCK = 256, STEPS = 16 };           /* rows of a block; tiles of a part */
 enum { ABREAST = 16, MOST_CHUNKS = 32 }; /* chunks that rows are multiplied by in turn, and that have unfinished sums */

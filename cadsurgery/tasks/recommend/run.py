@@ -20,6 +20,7 @@ from cadsurgery.data.datasets import identity_table
 from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
 from cadsurgery.data.sources import KINDS
+from cadsurgery.kernels import isa
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.model import AdaptiveModel
@@ -180,7 +181,7 @@ def recommend(
         precision=precision,
         rows=rows,
         chosen=choice.row,
-        reasons=choice.reasons,
+        reasons=(*choice.reasons, *_on_precision(precision)),
         images_needed=choice.images_needed,
         end=run.end,
         refused=run.refused,
@@ -190,6 +191,16 @@ def recommend(
     )
     report.write(folder / "report.json", folder / "curve.png")
     return report
+
+
+def _on_precision(precision: str) -> tuple[str, ...]:
+    """Advise another precision where float32 is not what this processor is built for."""
+    if precision != "float32" or isa.used() != "amx":
+        return ()
+    return (
+        "This processor multiplies bfloat16 and int8 in tiles (AMX), several times as fast as float32: try "
+        "--precision bfloat16, or int8.",
+    )
 
 
 def _check_options(
