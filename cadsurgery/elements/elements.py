@@ -265,16 +265,59 @@ def own_image(every: Tensor, lattice: Lattice) -> Tensor:
 
 
 @operation(reads="nothing", gives="other")
-def common_lattice(stage: int | Lattice, *values: Elements) -> Lattice:
-    """Return the lattice for the operands of an addition or concatenation: the given one, or the smallest fine size."""
+def common_lattice(
+    stage: int | Lattice, *values: Elements, joint: tuple[int, str] | None = None
+) -> Lattice:
+    """Return the lattice for the operands of an addition or concatenation: the given one, or the smallest fine size.
+
+    Args:
+        stage: stage of the result, or its lattice.
+        values: the operands.
+        joint: see `check_joint`.
+
+    Raises:
+        InvalidInput: see `check_joint`.
+    """
     if isinstance(stage, Lattice):
         return stage
     first, *others = [value.lattice for value in values]
+    check_joint(joint, first, *others)
     height, width = first.size
     for other in others:
         if other.size is not first.size:
             height, width = least(height, other.size[0]), least(width, other.size[1])
     return first.at(stage, (height, width))
+
+
+def check_joint(joint: tuple[int, str] | None, *lattices: Lattice) -> None:
+    """Check that joined maps have equal sizes in the network itself, where rounded sizes may differ at some images.
+
+    Args:
+        joint: fine pixels between the samples of the maps, and the name of the operation that joins them; None for no
+            check. Sizes that are symbols are not checked.
+        lattices: the lattices of the maps.
+
+    Raises:
+        InvalidInput: the sizes differ: torch refuses them, or repeats the only row or column of a map.
+    """
+    first, *others = lattices
+    if joint is None or all(other.size == first.size for other in others):
+        return
+    spacing, name = joint
+    sizes = [lattice.samples(spacing) for lattice in lattices]
+    own = sizes[0]
+    for other in sizes[1:]:
+        if all(is_statically_true(a == b) for a, b in zip(own, other, strict=True)):
+            continue
+        if not all(isinstance(length, int) for length in (*own, *other)):
+            continue
+        refused = any(a != b and 1 not in (a, b) for a, b in zip(own, other, strict=True))
+        torch_does = "torch refuses that, too" if refused else "torch repeats the only row or column, which cells do not"
+        raise InvalidInput(
+            f"at this image size {name} joins maps of {own[0]}x{own[1]} and {other[0]}x{other[1]} samples.",
+            why=f"{torch_does}.",
+            next="pad or resize the image, best to a multiple of the network's lowest output stride.",
+        )
 
 
 @operation(reads="nothing", gives="other")

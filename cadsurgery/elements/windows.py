@@ -25,7 +25,7 @@ from cadsurgery.elements.backends.integer_layers import IntegerConv
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
 from cadsurgery.elements.backends.weights import FusedConv
-from cadsurgery.elements.elements import Elements, autocast, common_lattice, own_image, rows_on
+from cadsurgery.elements.elements import Elements, autocast, check_joint, common_lattice, own_image, rows_on
 from cadsurgery.elements.kernel_map import Window, divisors, kernel_map, phases, read_rows
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
@@ -114,6 +114,7 @@ def fused_conv2d(
     window: Window,
     stage: int | Lattice | None,
     size: Sequence[int] | None = None,
+    joint: tuple[int, str] | None = None,
 ) -> Elements:
     """Compute `conv2d`, add a residual and apply an activation in the same pass; without gradients.
 
@@ -124,12 +125,18 @@ def fused_conv2d(
         window: window of the operation in the network, with the spacing of its grid.
         stage: stage of the output; None for the input's.
         size: see `conv2d`.
+        joint: how the residual is joined, see `check_joint`.
+
+    Raises:
+        InvalidInput: see `check_joint`.
     """
     stage = x.lattice.stage if stage is None else stage
-    if isinstance(weights, IntegerConv):
-        return _convolve_integers(x, weights.weights, residual, *target_of(x, window, stage, size))
-    weights = weights.weights if isinstance(weights, PackedConv) else weights
     window, target = target_of(x, window, stage, size)
+    if residual is not None:
+        check_joint(joint, target, residual.lattice)
+    if isinstance(weights, IntegerConv):
+        return _convolve_integers(x, weights.weights, residual, window, target)
+    weights = weights.weights if isinstance(weights, PackedConv) else weights
     if weights.levels is not None:
         level = 0 if target.stage == 0 else target.uniform_level
         weights = weights if level is None else weights.at_level(level)

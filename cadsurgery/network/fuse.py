@@ -60,6 +60,7 @@ class _Fusion:
         activation: activation that is applied last.
         leaves: node between convolution and tail that turns elements into the fine map, if any.
         levels: scale and shift of each level, applied to the convolution of elements.
+        joint: how the residual is joined, see `check_joint`.
         floor: (O,) result where the original convolution (with bias) gives zero; None for zero.
     """
 
@@ -71,6 +72,7 @@ class _Fusion:
     activation: Activation | None = None
     leaves: fx.Node | None = None
     levels: Factors | None = None
+    joint: tuple[int, str] | None = None
     floor: Tensor | None = None
 
     @property
@@ -331,7 +333,8 @@ class Fuser:
         else:
             coarser = lattice.target is functional.common_lattice and lattice.args[0] != stage is not None
             fits = _is_elements(other) and not coarser
-        return replace(fusion, tail=following.result, residual=other) if fits else None
+        joint: Any = lattice.kwargs.get("joint") if lattice is not None else None
+        return replace(fusion, tail=following.result, residual=other, joint=joint) if fits else None
 
     def emit(self, node: fx.Node, fusion: _Fusion) -> fx.Node:
         """Add the fused node to the graph."""
@@ -364,6 +367,8 @@ class Fuser:
             tensors = [self.graph.get_attr(f"{path}.{part}") for part in ("weight", "bias")]
             options["groups"] = fusion.groups
             return self.graph.call_function(functional.conv2d, (source, *tensors), options)
+        if fusion.joint is not None:
+            options["joint"] = fusion.joint
         weights = self.graph.get_attr(path)
         read = source.args[0] if is_linear else source
         return self.graph.call_function(functional.fused_conv2d, (read, weights, fusion.residual), options)

@@ -289,7 +289,8 @@ class Rewriter:
         if len(values) == 1 and self.plan[maps[0].name].stages[1] == stage:
             lattice = self.call(getattr, values[0], "lattice")
         else:
-            lattice = self.call(functional.common_lattice, stage, *values)
+            joint = (self.plan[maps[0].name].grid, node.name) if len(values) > 1 else None
+            lattice = self.call(functional.common_lattice, stage, *values, joint=joint)
         layout = self.facts.layouts[maps[0]]
         options = () if layout == NCHW else (layout,)
 

@@ -280,10 +280,14 @@ def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
 def reduction(node: fx.Node, facts: Facts) -> Treatment:
     """Over the image: means weighed by area, sums scaled to the network's own grid. Over channels: row by row."""
     how = operation_name(node, facts).removeprefix("Tensor.").removeprefix("vector_").removeprefix("linalg_")
-    names = ("x", *(("p",) if how == "norm" else ()), "dim", "keepdim")
-    options = {"p": 2, "ord": 2, "dim": None, "keepdim": False, "correction": 1, **_arguments(node, *names)}
-    if how in ("var", "std") and isinstance(options.get("keepdim"), bool) and "unbiased" in node.kwargs:
-        options["correction"] = int(bool(node.kwargs["unbiased"]))
+    names = {"norm": ("x", "p", "dim", "keepdim"), "var": ("x", "dim", "unbiased", "keepdim")}
+    names["std"] = names["var"]
+    stated = _arguments(node, *names.get(how, ("x", "dim", "keepdim")))
+    options = {"p": 2, "ord": 2, "dim": None, "keepdim": False, "correction": 1, **stated}
+    if isinstance(options["dim"], bool):  # var(x, unbiased), over everything
+        return barrier(f"a {how} over the whole batch")
+    if "unbiased" in options:
+        options["correction"] = int(bool(options["unbiased"]))
     layout = facts.layout(node.args[0])
     dims = _dims(options["dim"], layout)
     if dims is None or (how == "norm" and (options["p"], options["ord"]) not in ((2, 2), (2.0, 2))):
@@ -912,6 +916,8 @@ def _covers_image(options: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
     """True if a pooling window is computed from the map's size and covers the whole map."""
     kernel, layout = options["kernel_size"], facts.layout(node.args[0])
     if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(options["padding"])):
+        return False
+    if options["divisor_override"] is not None:
         return False
     return _pair(facts.number(kernel)) == tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
-from cadsurgery.support.torch_operations import is_in_place, is_kind
+from cadsurgery.support.torch_operations import is_in_place, is_kind, name_of
 from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.carry import Carrier, symbols_in_python
 from cadsurgery.surgery.guards import line_of
@@ -97,6 +98,7 @@ def trace(
             next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
             "or move the data-dependent code into a function marked with torch.fx.wrap.",
         ) from error
+    _spell_plainly(model, graph)
     _open_dataclass(graph)
     _make_in_place_explicit(model, graph)
     _follow_training_flag(graph)
@@ -115,6 +117,41 @@ def _place_of(error: BaseException) -> str:
     """Return the innermost line of the user's code in an error's traceback."""
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     return next((place for frame in reversed(frames) if (place := line_of(frame))), "")
+
+
+# Names of the first argument of torch's functions.
+_FIRST = ("input", "tensors", "tensor", "x", "self")
+
+
+def _spell_plainly(model: nn.Module, graph: fx.Graph) -> None:
+    """Put the first argument of calls first where it is passed by name, and name fields of tuples by their places, so
+    that rules meet one spelling."""
+    for node in list(graph.nodes):
+        if (name := _name_of_first(model, node)) is not None:
+            kwargs = dict(node.kwargs)
+            node.args = (kwargs.pop(name),)
+            node.kwargs = kwargs
+        if node.target is getattr and isinstance(node.args[0], fx.Node):
+            source, field = node.args
+            kind = getattr(torch.return_types, name_of(source.target), None)
+            names = getattr(kind, "__match_args__", ())
+            if source.op != "call_module" and field in names:
+                node.target, node.args = operator.getitem, (source, names.index(field))
+
+
+def _name_of_first(model: nn.Module, node: fx.Node) -> str | None:
+    """Return the name by which a call of torch passes its first argument; None if it passes it by place."""
+    if node.args or not node.kwargs:
+        return None
+    if node.op == "call_module":
+        forward = type(model.get_submodule(str(node.target))).forward
+        names = list(inspect.signature(forward).parameters)[1:2]
+        return next((name for name in names if name in node.kwargs), None)
+    module = getattr(node.target, "__module__", None) or "torch"
+    if node.op != "call_function" or module.partition(".")[0] not in ("torch", "_operator"):
+        return None
+    names = list(node.kwargs)
+    return None if "condition" in names else next((name for name in _FIRST if name in names), None)
 
 
 def _open_dataclass(graph: fx.Graph) -> None:

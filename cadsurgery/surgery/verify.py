@@ -35,7 +35,7 @@ from cadsurgery.surgery.arguments import (
 )
 from cadsurgery.surgery.graphs import downstream, gives
 from cadsurgery.surgery.guards import GuardFailed
-from cadsurgery.surgery.hooks import copying
+from cadsurgery.surgery.hooks import child, copying
 from cadsurgery.surgery.plan import SMALL_EFFECT, Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
 from cadsurgery.surgery.trace import evaluating
@@ -96,8 +96,12 @@ def verify(
         checks = _all_checks(model, original, adapted, plan, geometry, call)
         if image_of(call).dtype != torch.float64 and not all(check.passed for check in checks):
             # Deep networks can amplify rounding errors beyond the tolerance; in float64 only real errors remain.
-            wide = copy.deepcopy(model, copying(model)).double()
-            checks = _all_checks(wide, original, adapted, plan, geometry, widen(call))
+            wide = _widened(model, original, adapted)
+            try:
+                checks = _all_checks(wide, original, adapted, plan, geometry, widen(call))
+            except (RuntimeError, TypeError) as error:  # what makes values of float32 itself cannot run in float64
+                if isinstance(error, CadError):
+                    raise
     except CadError:
         raise
     except Exception as error:  # foreign operations can raise any error
@@ -130,9 +134,23 @@ def measure_effect(
         effect = _difference(model, adapted, plan, geometry, call)
         if image_of(call).dtype == torch.float64 or effect >= SMALL_EFFECT:
             return effect if effect > TOLERANCE[torch.float64] else 0.0
-    wide = copy.deepcopy(model, copying(model)).double()  # a small difference may be rounding
-    effect = _difference(wide, adapted, plan, geometry, widen(call))
+    try:  # a small difference may be rounding
+        effect = _difference(_widened(model, adapted), adapted, plan, geometry, widen(call))
+    except (RuntimeError, TypeError):  # what makes values of float32 itself cannot run in float64
+        return effect if effect > TOLERANCE[torch.float32] else 0.0
     return effect if effect > TOLERANCE[torch.float64] else 0.0
+
+
+def _widened(model: nn.Module, *graphs: fx.Graph) -> nn.Module:
+    """Return a copy of a model in float64, with the tensors that graphs read from it, which may be no buffers."""
+    wide = copy.deepcopy(model, copying(model)).double()
+    for path in {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}:
+        owner, _, name = path.rpartition(".")
+        module = child(wide, owner) if owner else wide
+        value = getattr(module, name, None)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+            setattr(module, name, value.double())
+    return wide
 
 
 def _difference(

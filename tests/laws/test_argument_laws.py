@@ -1,0 +1,182 @@
+"""However an operation is spelled, the converted network computes it with the arguments that it was given.
+
+Functions, methods and modules pass arguments by place and by name; rules read them by torch's own signatures. Each call
+below stands behind three strided convolutions and is compared with torch at a size the example did not have.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+_random = torch.Generator().manual_seed(0)
+WEIGHT, OF_GROUPS = (
+    torch.randn(8, 8, 3, 3, generator=_random),
+    torch.randn(8, 2, 3, 3, generator=_random),
+)
+BIAS, SCALE = torch.randn(8, generator=_random), torch.rand(8, generator=_random) + 0.5
+BOTH = (2, 3)
+
+
+def last(y: Tensor) -> Tensor:
+    return y.permute(0, 2, 3, 1)
+
+
+def first(y: Tensor) -> Tensor:
+    return y.permute(0, 3, 1, 2)
+
+
+Calls = dict[str, Callable[[Tensor], Tensor]]
+
+# Spellings that were not read as torch reads them.
+MISREAD: Calls = {
+    "avg_pool2d of the whole map by a divisor": lambda y: F.avg_pool2d(y, y.shape[-2:], divisor_override=7),
+    "var: the third is unbiased": lambda y: torch.var(y, BOTH, False),
+    "var: the fourth is keepdim": lambda y: torch.var(y, 1, False, True),
+    "var as a method": lambda y: y.var(BOTH, False),
+    "var of everything": lambda y: y.var(False).reshape(1, 1),
+    "std": lambda y: torch.std(y, BOTH, False),
+    "std: the fourth is keepdim": lambda y: y.std(BOTH, False, True),
+    "mean of an input by name": lambda y: torch.mean(input=y, dim=BOTH),
+    "conv2d of an input by name": lambda y: F.conv2d(input=y, weight=WEIGHT, padding=1, bias=BIAS),
+    "pixel_shuffle of an input by name": lambda y: F.pixel_shuffle(input=y, upscale_factor=2),
+    "interpolate of an input by name": lambda y: F.interpolate(input=y, scale_factor=2.0, mode="bilinear"),
+    "fields of max": lambda y: torch.max(y, 1).values,
+    "indices of max": lambda y: torch.max(y, 1, True).indices.float(),
+    "fields of min as a method": lambda y: y.min(dim=1, keepdim=True).values,
+    "fields of topk": lambda y: y.topk(3, 1).values,
+    "fields of sort": lambda y: y.sort(1).indices.float(),
+    "fields of median": lambda y: y.median(1).values,
+    "weights in float32 that are no buffers": lambda y: F.conv2d(y, WEIGHT, BIAS, 1, 1),
+}
+
+SPELLINGS: Calls = {
+    "avg_pool2d": lambda y: F.avg_pool2d(y, 3, 1, 1, False, False),
+    "avg_pool2d, divisor": lambda y: F.avg_pool2d(y, 3, 1, 1, False, True, 5),
+    "avg_pool2d, names": lambda y: F.avg_pool2d(y, kernel_size=3, stride=1, padding=1, count_include_pad=False),
+    "avg_pool2d of the whole map": lambda y: F.avg_pool2d(y, y.shape[-2:]),
+    "max_pool2d": lambda y: F.max_pool2d(y, 3, 2, 1, 1, True),
+    "torch.max_pool2d": lambda y: torch.max_pool2d(y, 3, 1, 1),
+    "var": lambda y: torch.var(y, BOTH),
+    "var, names": lambda y: y.var(dim=BOTH, correction=0, keepdim=True),
+    "var of channels": lambda y: y.var(1, False),
+    "std, unbiased": lambda y: torch.std(y, dim=[2, 3], keepdim=True, unbiased=True),
+    "std of channels": lambda y: y.std(1, correction=0, keepdim=True),
+    "mean": lambda y: torch.mean(y, [-1, -2]),
+    "mean, keepdim": lambda y: y.mean(BOTH, True),
+    "mean of channels": lambda y: y.mean(1, True),
+    "sum": lambda y: y.sum(BOTH, True),
+    "amax": lambda y: torch.amax(y, dim=1, keepdim=True),
+    "amin": lambda y: torch.amin(y, BOTH, True),
+    "norm": lambda y: y.norm(2, BOTH, True),
+    "norm of channels": lambda y: torch.norm(y, dim=1, keepdim=True),
+    "vector_norm": lambda y: torch.linalg.vector_norm(y, 2, BOTH),
+    "vector_norm of channels": lambda y: torch.linalg.vector_norm(y, dim=1, keepdim=True),
+    "softmax": lambda y: F.softmax(y, 1),
+    "softmax in float64": lambda y: torch.softmax(y, 1, torch.float64).float(),
+    "softmax as a method": lambda y: y.softmax(dim=1),
+    "logsumexp": lambda y: torch.logsumexp(y, dim=1, keepdim=True),
+    "prod": lambda y: torch.prod(y, 1, True),
+    "glu": lambda y: F.glu(y, dim=1),
+    "normalize": lambda y: F.normalize(y, 1.0, 1, 0.5),
+    "normalize, names": lambda y: F.normalize(y, dim=1, p=1.0),
+    "max": lambda y: torch.max(y, 1, True)[0],
+    "max, names": lambda y: torch.max(y, dim=1, keepdim=True)[0],
+    "min of two": lambda y: torch.min(y, y * 0.5 + 0.2),
+    "split": lambda y: torch.split(y, split_size_or_sections=[2, 6], dim=1)[1],
+    "split as a method": lambda y: y.split(4, dim=1)[0],
+    "chunk": lambda y: torch.chunk(y, chunks=2, dim=1)[0],
+    "select": lambda y: torch.select(y, dim=1, index=3),
+    "narrow": lambda y: torch.narrow(y, dim=1, start=2, length=3),
+    "unbind": lambda y: torch.unbind(y, dim=1)[0],
+    "cat": lambda y: torch.cat(tensors=[y, y * 2], dim=1),
+    "concat": lambda y: torch.concat([y, y * 2], axis=1),
+    "stack": lambda y: torch.stack(tensors=(y, y * 2), dim=1).sum(1),
+    "group_norm": lambda y: F.group_norm(y, 2, SCALE.to(y), BIAS.to(y), 1e-3),
+    "group_norm, names": lambda y: F.group_norm(y, num_groups=2, eps=0.1),
+    "instance_norm": lambda y: F.instance_norm(y, None, None, SCALE.to(y), BIAS.to(y), True, 0.1, 0.01),
+    "batch_norm": lambda y: F.batch_norm(y, BIAS.to(y), SCALE.to(y), SCALE.to(y), BIAS.to(y), False, 0.1, 0.1),
+    "layer_norm": lambda y: first(F.layer_norm(last(y), (8,), SCALE.to(y), BIAS.to(y), 0.1)),
+    "layer_norm, names": lambda y: first(F.layer_norm(last(y), normalized_shape=(8,), eps=0.3)),
+    "conv2d": lambda y: F.conv2d(y, WEIGHT, BIAS, 1, 2, 2, 1),
+    "conv2d in groups": lambda y: F.conv2d(y, OF_GROUPS, None, 1, 1, 1, 4),
+    "conv2d, same": lambda y: F.conv2d(y, WEIGHT, padding="same", dilation=2),
+    "conv_transpose2d": lambda y: F.conv_transpose2d(y, WEIGHT, BIAS, 1, 1),
+    "pad": lambda y: F.conv2d(F.pad(y, (1, 1, 1, 1), "constant", 0.5), WEIGHT),
+    "pad, names": lambda y: F.conv2d(F.pad(y, pad=[1, 1, 1, 1], mode="reflect"), WEIGHT),
+    "interpolate": lambda y: F.interpolate(y, None, 2, "bilinear", True),
+    "interpolate to a size": lambda y: F.interpolate(y, (y.shape[2] * 2, y.shape[3] * 2)),
+    "adaptive_avg_pool2d": lambda y: F.adaptive_avg_pool2d(y, output_size=(2, 1)),
+    "adaptive_max_pool2d": lambda y: F.adaptive_max_pool2d(y, 1),
+    "leaky_relu": lambda y: F.leaky_relu(y - 0.5, negative_slope=0.3),
+    "clamp": lambda y: torch.clamp(y, 0.2, 0.6),
+    "elu": lambda y: F.elu(y - 0.5, 0.5),
+    "gelu": lambda y: F.gelu(y - 0.5, approximate="tanh"),
+    "hardtanh": lambda y: F.hardtanh(y - 0.5, -0.1, 0.1),
+    "threshold": lambda y: F.threshold(y, 0.5, 9.0),
+    "softplus": lambda y: F.softplus(y, 3, 0.5),
+    "add": lambda y: torch.add(y, y, alpha=3),
+    "rsub": lambda y: torch.rsub(y, 1.0),
+    "addcmul": lambda y: torch.addcmul(y, y, y, value=3),
+    "lerp": lambda y: torch.lerp(y, y * 2, 0.3),
+    "linear": lambda y: first(F.linear(last(y), WEIGHT[:, :, 0, 0].to(y), BIAS.to(y))),
+    "flatten": lambda y: torch.flatten(y, start_dim=2),
+    "permute": lambda y: torch.permute(y, dims=(0, 2, 3, 1)),
+    "cumsum": lambda y: y.cumsum(1),
+    "roll": lambda y: torch.roll(y, 1, 1),
+    "flip": lambda y: y.flip(1),
+    "where": lambda y: torch.where(y > 0.5, y, y * 0.1),
+    "masked_fill": lambda y: y.masked_fill(y > 0.5, 0.0),
+}
+
+
+class Behind(nn.Module):
+    """Three strided convolutions, then a call."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        strided = [nn.Conv2d(channels, 8, 3, 2, 1) for channels in (3, 8, 8)]
+        self.encode = nn.Sequential(strided[0], nn.ReLU(), strided[1], nn.ReLU(), strided[2], nn.Sigmoid())
+        self.call = call
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.call(self.encode(image))
+
+
+def check(call: Callable[[Tensor], Tensor]) -> None:
+    """The converted network and its optimised copy compute the call as torch does, or it is refused with a reason."""
+    torch.manual_seed(0)
+    model, other = Behind(call).eval(), torch.rand(2, 3, 56, 88)
+    options: dict[str, Any] = {"output_stride": (2, 8), "outputs": "native"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", cs.CadWarning)  # most calls leave masks little to change
+            net = cs.adaptify(model, mask="none", example_input=torch.rand(2, 3, 64, 64), **options)
+    except cs.CannotConvert as refusal:
+        assert "not exact" not in refusal.what and "does not run" not in refusal.what
+        return
+    with torch.no_grad():
+        expected = model(other)
+        for found in (net(other), net.optimize()(other)):
+            assert found.shape == expected.shape
+            assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", MISREAD)
+def test_calls_that_were_misread_are_computed_as_torch_does(name: str) -> None:
+    check(MISREAD[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_calls_are_computed_as_torch_does_however_they_are_spelled(name: str) -> None:
+    check(SPELLINGS[name])
