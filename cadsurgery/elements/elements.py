@@ -265,9 +265,7 @@ def own_image(every: Tensor, lattice: Lattice) -> Tensor:
 
 
 @operation(reads="nothing", gives="other")
-def common_lattice(
-    stage: int | Lattice, *values: Elements, joint: tuple[int, str] | None = None
-) -> Lattice:
+def common_lattice(stage: int | Lattice, *values: Elements, joint: tuple[int, str] | None = None) -> Lattice:
     """Return the lattice for the operands of an addition or concatenation: the given one, or the smallest fine size.
 
     Args:
@@ -312,7 +310,11 @@ def check_joint(joint: tuple[int, str] | None, *lattices: Lattice) -> None:
         if not all(isinstance(length, int) for length in (*own, *other)):
             continue
         refused = any(a != b and 1 not in (a, b) for a, b in zip(own, other, strict=True))
-        torch_does = "torch refuses that, too" if refused else "torch repeats the only row or column, which cells do not"
+        torch_does = (
+            "torch refuses that, too"
+            if refused
+            else "torch repeats the only row or column, which cells do not"
+        )
         raise InvalidInput(
             f"at this image size {name} joins maps of {own[0]}x{own[1]} and {other[0]}x{other[1]} samples.",
             why=f"{torch_does}.",

@@ -165,7 +165,7 @@ def count_macs(
     check_name("counting rule", rule, RULES)
     image, provider = program.image(program.bind(*args, **kwargs)), resolve_mask(mask)
     masking = _CountedMasking(program.masking(provider), image)
-    if provider.sees_features or provider.looks_ahead:
+    if provider.sees_features or provider.looks_ahead or not program.masks_an_argument:
         program.find_lattice(masking, *args, **kwargs)
 
     not_counted = masking.not_counted

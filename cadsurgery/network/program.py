@@ -210,6 +210,11 @@ class Program:
         """Return the image among the arguments of a call, which the mask reads."""
         return arguments.get(self._image) if self._image else image_of(arguments)
 
+    @property
+    def masks_an_argument(self) -> bool:
+        """True if the image that the mask reads is an argument of the call; else it is computed from arguments."""
+        return bool(self._image)
+
     # -- checking the arguments --------------------------------------------------------------------
 
     def check(self, image: Any) -> None:

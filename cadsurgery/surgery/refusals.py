@@ -75,7 +75,7 @@ def nothing_to_convert(flow: Flow) -> CannotConvert:
     if whole is not None and whole in flow.barriers:
         return CannotConvert(
             what,
-            where=_place(whole, facts),
+            where=place_of(whole, facts),
             why=_first_barrier(flow),
             next="take that off before the conversion (a hook: handle.remove()), or convert another part of the "
             "network with region=[...].",
@@ -86,7 +86,7 @@ def nothing_to_convert(flow: Flow) -> CannotConvert:
         before = "its patch embedding" if len(strided) < 2 else f"{len(strided)} strided operations"
         return CannotConvert(
             f"{what} It joins all positions of the image, as transformers do.",
-            where=_place(first, facts),
+            where=place_of(first, facts),
             why=f"it has {len(mixers)} operations such as {operation_name(first, facts)} that join all positions of "
             f"the map, which then must all have one resolution; between {before} and them no convolution works on a "
             "downsampled map.",
@@ -103,7 +103,7 @@ def nothing_to_convert(flow: Flow) -> CannotConvert:
     where = next(iter(flow.barriers), None)
     return CannotConvert(
         what,
-        where=_place(where, facts) if where else "",
+        where=place_of(where, facts) if where else "",
         why=_first_barrier(flow) if where else "nothing but pointwise operations follows its strides.",
         next=next_step,
     )
@@ -120,7 +120,7 @@ def _first_barrier(flow: Flow) -> str:
     return f"{barrier.why}; it holds {macs[node] / total:.0%} of the MACs, and all after it stays dense."
 
 
-def _place(node: fx.Node, facts: Facts) -> str:
+def place_of(node: fx.Node, facts: Facts) -> str:
     """Return module, operation and source line of a node, for messages."""
     parts = (operation_name(node, facts), source_line(node))
     return f"{facts.path(node) or node.name} ({', '.join(part for part in parts if part)})"

@@ -14,13 +14,15 @@ from torch.fx.node import map_aggregate
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
+from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_operations import asks
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, is_filled
-from cadsurgery.surgery.graphs import copy_graph, downstream
+from cadsurgery.surgery.graphs import copy_graph, downstream, upwards
 from cadsurgery.surgery.guards import check_branch, drop_dead_code, is_whole
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
+from cadsurgery.surgery.refusals import place_of
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
@@ -110,15 +112,42 @@ class Rewriter:
         return self.elements[node]
 
     def image(self) -> fx.Node:
-        """Return the node of the image."""
+        """Return the node of the image, or of the images that the network joins along the batch before the region.
+
+        Raises:
+            CannotConvert: the batch that enters the region is not made of whole images.
+        """
+        shapes, like = self.facts.shapes, self.facts.example.shape
         images = [node for node in self.facts.given if self.facts.is_image(node) and node in self.dense]
-        like = self.facts.example.shape
-        return self.dense[next((node for node in images if self.facts.shapes[node] == like), images[0])]
+        image = next((node for node in images if shapes[node] == like), images[0])
+        entering = self.entering()
+        batch = shapes[entering][self.facts.layouts[entering].index("b")]
+        if batch == shapes[image][0]:
+            return self.dense[image]
+        before = set(upwards(entering)) & self.dense.keys()
+        joined = (batch, *shapes[image][1:])
+        for node in self.facts.graph.nodes:
+            if node in before and shapes.get(node) == joined:
+                return self.dense[node]
+        grows = (
+            n for n in self.facts.graph.nodes if n in before and tuple(shapes.get(n, like))[:1] == (batch,)
+        )
+        raise CannotConvert(
+            f"{batch} maps enter the region for {shapes[image][0]} image(s), and which image each is of is not known.",
+            where=place_of(next(grows, entering), self.facts),
+            why="a mask is computed from the image, and the batch is changed where the image is no more one.",
+            next="join the images before the first operation (torch.cat([a, b])), or convert the part that sees one "
+            "batch and call it for each.",
+        )
+
+    def entering(self) -> fx.Node:
+        """Return the first map that enters the region."""
+        entering = self.plan.chosen("enter")[0].node
+        return next(node for node in self.facts.graph.nodes if node.name == entering)
 
     def fine_map(self) -> fx.Node:
         """Return the features that the mask reads: the first map that enters the region, as (B, C, h, w)."""
-        entering = self.plan.chosen("enter")[0].node
-        node = next(node for node in self.facts.graph.nodes if node.name == entering)
+        node = self.entering()
         layout = self.facts.layouts[node]
         return (
             self.dense[node] if layout == NCHW else self.call(functional.fine_map, self.dense[node], layout)

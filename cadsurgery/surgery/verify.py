@@ -99,7 +99,10 @@ def verify(
             wide = _widened(model, original, adapted)
             try:
                 checks = _all_checks(wide, original, adapted, plan, geometry, widen(call))
-            except (RuntimeError, TypeError) as error:  # what makes values of float32 itself cannot run in float64
+            except (
+                RuntimeError,
+                TypeError,
+            ) as error:  # what makes values of float32 itself cannot run in float64
                 if isinstance(error, CadError):
                     raise
     except CadError:

@@ -62,7 +62,9 @@ MISREAD: Calls = {
 SPELLINGS: Calls = {
     "avg_pool2d": lambda y: F.avg_pool2d(y, 3, 1, 1, False, False),
     "avg_pool2d, divisor": lambda y: F.avg_pool2d(y, 3, 1, 1, False, True, 5),
-    "avg_pool2d, names": lambda y: F.avg_pool2d(y, kernel_size=3, stride=1, padding=1, count_include_pad=False),
+    "avg_pool2d, names": lambda y: F.avg_pool2d(
+        y, kernel_size=3, stride=1, padding=1, count_include_pad=False
+    ),
     "avg_pool2d of the whole map": lambda y: F.avg_pool2d(y, y.shape[-2:]),
     "max_pool2d": lambda y: F.max_pool2d(y, 3, 2, 1, 1, True),
     "torch.max_pool2d": lambda y: torch.max_pool2d(y, 3, 1, 1),
@@ -104,7 +106,9 @@ SPELLINGS: Calls = {
     "group_norm": lambda y: F.group_norm(y, 2, SCALE.to(y), BIAS.to(y), 1e-3),
     "group_norm, names": lambda y: F.group_norm(y, num_groups=2, eps=0.1),
     "instance_norm": lambda y: F.instance_norm(y, None, None, SCALE.to(y), BIAS.to(y), True, 0.1, 0.01),
-    "batch_norm": lambda y: F.batch_norm(y, BIAS.to(y), SCALE.to(y), SCALE.to(y), BIAS.to(y), False, 0.1, 0.1),
+    "batch_norm": lambda y: F.batch_norm(
+        y, BIAS.to(y), SCALE.to(y), SCALE.to(y), BIAS.to(y), False, 0.1, 0.1
+    ),
     "layer_norm": lambda y: first(F.layer_norm(last(y), (8,), SCALE.to(y), BIAS.to(y), 0.1)),
     "layer_norm, names": lambda y: first(F.layer_norm(last(y), normalized_shape=(8,), eps=0.3)),
     "conv2d": lambda y: F.conv2d(y, WEIGHT, BIAS, 1, 2, 2, 1),
