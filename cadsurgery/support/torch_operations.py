@@ -183,7 +183,7 @@ _state_each("fills", "zeros ones full new_zeros new_ones new_full")
 _state_each("asks", "size numel nelement element_size")
 _state_each("asks rank", "dim ndimension stride is_contiguous")
 _ATTRIBUTES: dict[str, Kind] = {
-    **dict.fromkeys(("shape", "dtype", "device", "is_cuda", "itemsize"), "asks"),
+    **dict.fromkeys(("shape", "dtype", "device", "is_cuda", "itemsize", "nbytes"), "asks"),
     **dict.fromkeys(("ndim", "requires_grad", "layout"), "asks rank"),
 }
 

@@ -35,9 +35,20 @@ from cadsurgery.surgery.tracer import Tracer, assign
 _SELECTIONS = frozenset(
     ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nms", "batched_nms")
 )
-# Torch functions that create tensors; torch.fx does not record them, since no argument is a tensor.
+# Torch functions that create tensors, or describe types; torch.fx does not record them, since no argument is a tensor.
 _FACTORIES = (
     *("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "eye", "tensor", "as_tensor"),
+    *("finfo", "iinfo"),
+)
+
+
+# Facts of a tensor that neither pixels nor sizes decide: attributes, and methods or functions that take the tensor alone.
+_FACTS = frozenset(
+    (
+        *("is_quantized", "is_sparse", "is_sparse_csr", "is_mkldnn", "is_meta", "is_nested", "is_vulkan"),
+        *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "is_shared"),
+        *("is_pinned", "storage_offset"),
+    )
 )
 
 
@@ -63,7 +74,16 @@ class Symbol(fx.Proxy):
             raise AttributeError(name)
         if name == "is_cuda":  # derived from the device, since elements have no `is_cuda`
             return self.device.type == "cuda"
+        if name in _FACTS and isinstance(value := self.tracer.value(self), Tensor):
+            return getattr(value, name)
         return _Attribute(self, name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer for facts of a tensor at once; record all other functions."""
+        if getattr(function, "__name__", "") in _FACTS and len(args) == 1 and not kwargs:
+            return function(args[0].tracer.value(args[0]))
+        return super().__torch_function__(function, types, args, kwargs)
 
     def __setitem__(self, index: Any, part: Any) -> None:
         """Rebind this symbol to the value after the assignment."""
@@ -98,9 +118,13 @@ class _Attribute(fx.proxy.Attribute, Symbol):
 class Carrier(Tracer):
     """Traces a network on an example."""
 
-    def __init__(self, *options: Any, example: Arguments, **named: Any) -> None:
+    def __init__(
+        self, *options: Any, example: Arguments, needs_gradients: bool = False, **named: Any
+    ) -> None:
+        """Take the options of `Tracer`, the arguments of a call, and the answer to whether tensors need gradients."""
         super().__init__(*options, **named)
-        self.example = example
+        self.example, self._needs_gradients = example, needs_gradients
+        self.asks_for_gradients = ""  # the line of the network's code that asks
         self.values: dict[fx.Node, Any] = {}
         self._run_so_far = 0
         self._is_running = False
@@ -154,6 +178,9 @@ class Carrier(Tracer):
         """Return the number or truth value that Python needs, and add a guard that checks it in every later call."""
         node = symbol.node
         value = self.value(symbol)
+        if node.target is getattr and node.args[1] == "requires_grad":
+            self.asks_for_gradients = user_line()
+            return self._needs_gradients
         outcome = take(value)
         if take is len and isinstance(value, (tuple, list, dict)):
             return outcome  # the number of dimensions or parts does not change between calls

@@ -93,6 +93,16 @@ def nothing_to_convert(flow: Flow) -> CannotConvert:
             next="choose a convolutional network (cadsurgery list), or convert the convolutional part of this one: "
             "region=[...].",
         )
+    if not any(facts.is_image(node) for node in facts.given):
+        inputs = [node for node in facts.graph.nodes if node.op == "placeholder" and node.users]
+        reader = next(iter(inputs[0].users)) if inputs else None
+        return CannotConvert(
+            what + " No operation reads one of the images of the call.",
+            where=place_of(reader, facts) if reader is not None else "",
+            why="they are read as a whole, a list or a dictionary, so that it is not known which image is where.",
+            next="let the network read them one by one, e.g. torch.cat([images[0], images[1]]), or take each as an "
+            "argument of its own.",
+        )
     if not any(_downsamples(node, flow) for node in flow.grid):
         return CannotConvert(
             f"{what} It is a network without strides.",

@@ -333,8 +333,9 @@ class Rewriter:
                 resize = {} if source in back else self.arguments(how)
                 value = self.call(functional.small_map, value, self.plan[maps[0].name].grid, **resize)
             elif layout == NCHW and is_filled(source):  # the same number everywhere: one sample is enough
-                one = slice(0, 1)
-                value = self.call(operator.getitem, value, (slice(None), slice(None), one, one))
+                axes = len(self.facts.shapes[source])
+                index = (*(slice(None) for _ in range(axes - 2)), *(slice(0, 1) for _ in range(min(axes, 2))))
+                value = self.call(operator.getitem, value, index)
             return self.call(functional.rows_on, value, lattice, *options)
 
         call = treatment.rows

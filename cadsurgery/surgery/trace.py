@@ -19,6 +19,7 @@ from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.torch_operations import is_in_place, is_kind, name_of
 from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.carry import Carrier, symbols_in_python
+from cadsurgery.surgery.graphs import upstream
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.tracer import Functions, Tracer, assign
 
@@ -88,6 +89,8 @@ def trace(
             options = (is_operation, (*functions, *wrapped), declared)
             try:
                 graph = _trace(model, options, example, given=given)
+            except ByState:
+                raise
             except Exception:  # perhaps control flow that depends on buffers: retry with buffers as constants
                 graph = _trace(model, options, example, given=given, names_buffers=False)
     except Exception as error:  # tracing runs foreign code, which can raise any error
@@ -106,11 +109,63 @@ def trace(
 
 
 def _trace(model: nn.Module, options: Any, example: Arguments | None, **more: Any) -> fx.Graph:
+    with _putting_back(model) as assigned:
+        graph = _trace_once(model, options, example, **more)
+    output = next(node for node in graph.nodes if node.op == "output")
+    for node in upstream(output):
+        if node.op == "get_attr" and node.target in assigned:
+            raise ByState(
+                f"its forward assigns {node.target}, on which what it returns in the next call depends"
+            )
+    return graph
+
+
+class ByState(Exception):
+    """The network changes what its next call computes, which a graph cannot represent."""
+
+
+@contextmanager
+def _putting_back(model: nn.Module) -> Iterator[set[str]]:
+    """Give modules the parameters, buffers and attributes back that their forward assigns while it is traced; yield a
+    set, into which the names of these parameters and buffers are put at the end."""
+    held = ("_parameters", "_buffers")
+    before = [
+        (path, module, dict(vars(module)), {kind: dict(vars(module)[kind]) for kind in held})
+        for path, module in model.named_modules()
+    ]
+    assigned = set[str]()
+    try:
+        yield assigned
+    finally:
+        for path, module, attributes, tensors in before:
+            for name, value in list(vars(module).items()):
+                if name in attributes:
+                    vars(module)[name] = attributes[name]
+                elif isinstance(value, fx.Proxy):  # torch.fx keeps constants of its own in others
+                    del vars(module)[name]
+            for kind, own in tensors.items():
+                now = vars(module)[kind]
+                changed = [name for name, value in own.items() if now.get(name) is not value]
+                assigned.update(f"{path}.{name}" if path else name for name in changed)
+                now.update(own)
+
+
+def _trace_once(model: nn.Module, options: Any, example: Arguments | None, **more: Any) -> fx.Graph:
     if example is None:
         return Tracer(*options, **more).trace(model)
     more["given"] = frozenset(example)
     with symbols_in_python(model):
-        return Carrier(*options, example=example, **more).trace(model)
+        carrier = Carrier(*options, example=example, **more)
+        graph = carrier.trace(model)
+        if line := carrier.asks_for_gradients:
+            other = Carrier(*options, example=example, needs_gradients=True, **more).trace(model)
+            if str(other) != str(graph):
+                raise ByGradients(f"it computes something else where gradients are needed, at {line}")
+    return graph
+
+
+class ByGradients(Exception):
+    """The Python code branches on whether gradients are needed, which a graph cannot represent."""
 
 
 def _place_of(error: BaseException) -> str:

@@ -151,3 +151,18 @@ def test_a_batch_that_is_not_made_of_images_is_refused_with_its_line() -> None:
             Doubled().eval(), mask=MASK, output_stride=(4, 16), example_input=torch.rand(1, 3, 64, 96)
         )
     assert "test_joined_images_laws.py" in caught.value.where and "join the images" in caught.value.next
+
+
+class OfList(Pair):
+    """A pair that comes as a list, which is joined as a whole."""
+
+    def forward(self, images: list[Tensor]) -> Tensor:  # type: ignore[override]
+        of_first, of_second = self.encode(torch.cat(images)).chunk(2)
+        return self.head(of_first - of_second)
+
+
+def test_a_list_that_is_joined_as_a_whole_is_refused_with_its_line() -> None:
+    images = [half(1, False), half(1, True)]
+    with pytest.raises(cs.CannotConvert, match="No operation reads one of the images") as caught:
+        cs.adaptify(OfList().eval(), mask=MASK, output_stride=(2, 8), example_input=(images,))
+    assert "test_joined_images_laws.py" in caught.value.where and "images[0]" in caught.value.next

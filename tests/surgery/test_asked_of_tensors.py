@@ -1,0 +1,136 @@
+"""What a network's Python code asks of tensors, fills them with, and keeps of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import relative_error
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+
+class Encoded(nn.Module):
+    """Three strided convolutions, then what a function makes of the module, the image and its map."""
+
+    def __init__(self, then: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        strided = [nn.Conv2d(channels, 8, 3, 2, 1) for channels in (3, 8, 8)]
+        self.encode = nn.Sequential(strided[0], nn.ReLU(), strided[1], nn.ReLU(), strided[2], nn.Sigmoid())
+        self.head, self.then = nn.Conv2d(8, 8, 1), then
+        self.register_buffer("count", torch.ones(()))
+        self.calls = 0
+        self.last: Tensor | None = None
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.then(self, image, self.encode(image))
+
+
+def convert(model: nn.Module) -> cs.AdaptiveModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cs.CadWarning)
+        return cs.adaptify(
+            model.eval(),
+            mask="none",
+            output_stride=(2, 8),
+            outputs="native",
+            example_input=torch.rand(1, 3, 64, 64),
+        )
+
+
+def check(model: nn.Module) -> None:
+    """The converted network and its optimised copy compute what the network does, at another size."""
+    net, other = convert(model), torch.rand(2, 3, 56, 88)
+    with torch.no_grad():
+        expected = model(other)
+        for one in (net, net.optimize()):
+            assert relative_error(one(other), expected) < 1e-4
+
+
+FACTS: dict[str, Callable[[Tensor], bool]] = {
+    "is_floating_point": lambda y: y.is_floating_point(),
+    "torch.is_floating_point": lambda y: torch.is_floating_point(y),
+    "is_complex": lambda y: not y.is_complex(),
+    "torch.is_complex": lambda y: not torch.is_complex(y),
+    "is_signed": lambda y: y.is_signed(),
+    "is_conj": lambda y: not y.is_conj(),
+    "is_quantized": lambda y: not y.is_quantized,
+    "is_sparse": lambda y: not y.is_sparse,
+    "is_mkldnn": lambda y: not y.is_mkldnn,
+    "is_meta": lambda y: not y.is_meta,
+    "storage_offset": lambda y: y.storage_offset() == 0,
+    "finfo": lambda y: torch.finfo(y.dtype).max > 1,
+    "nbytes": lambda y: y.nbytes > 0,
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_facts_that_no_pixel_decides_are_answered(name: str) -> None:
+    fact = FACTS[name]
+    check(Encoded(lambda own, image, y: own.head(2 * y) if fact(y) else own.head(y)))
+
+
+FILLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "new_zeros of one": lambda y: y.new_zeros(1),
+    "new_ones of channels": lambda y: y.new_ones(8, 1, 1),
+    "new_full of one": lambda y: y.new_full((1,), 0.3),
+    "full of channels": lambda y: torch.full((8, 1, 1), 0.3),
+    "zeros of channels": lambda y: torch.zeros(8, 1, 1),
+    "a number": lambda y: torch.tensor(0.3),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_filled_tensors_of_fewer_axes_are_added_and_multiplied(name: str) -> None:
+    fill = FILLED[name]
+    check(Encoded(lambda own, image, y: own.head((y + fill(y)) * (fill(y) + 2))))
+
+
+def _count(own: Any, image: Tensor, y: Tensor) -> Tensor:
+    own.count += 1
+    own.calls += 1
+    own.last = y
+    return own.head(y)
+
+
+def test_what_forward_assigns_and_does_not_return_is_left_alone() -> None:
+    model = Encoded(_count).eval()
+    count, before = model.count, {name: value for name, value in vars(model).items() if name[0] != "_"}
+    net = convert(model)
+    assert model.count is count and count == 1
+    assert all(vars(model)[name] is value for name, value in before.items())
+    other = torch.rand(1, 3, 48, 80)
+    with torch.no_grad():
+        assert relative_error(net(other), model.head(model.encode(other))) < 1e-4
+
+
+def test_a_buffer_that_the_next_call_depends_on_is_refused() -> None:
+    def scaled(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        own.count = own.count * 0.9
+        return own.head(y) * own.count
+
+    with pytest.raises(cs.CannotConvert, match="assigns count, on which"):
+        convert(Encoded(scaled))
+
+
+@pytest.mark.parametrize("of", ["image", "map"])
+def test_a_branch_on_gradients_is_refused_where_both_ways_differ(of: str) -> None:
+    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        needs = (image if of == "image" else y).requires_grad
+        return own.head(y) if needs else own.head(2 * y)
+
+    with pytest.raises(cs.CannotConvert, match="where gradients are needed, at test_asked_of_tensors.py"):
+        convert(Encoded(branch))
+
+
+def test_a_branch_on_gradients_that_computes_the_same_is_followed() -> None:
+    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        y = y * 2 if y.requires_grad else y * 2
+        return own.head(y)
+
+    check(Encoded(branch))
