@@ -170,8 +170,8 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "usernets", raising=False)
-    monkeypatch.setattr(screen, "out", Console(width=160))
-    monkeypatch.setattr(screen, "err", Console(width=160, stderr=True))
+    monkeypatch.setattr(screen, "out", Console(width=200))
+    monkeypatch.setattr(screen, "err", Console(width=200, stderr=True))
 
     def call(*arguments: object, processes: int = 1) -> Result:
         if processes > 1:

@@ -42,7 +42,7 @@ _FACTORIES = (
 )
 
 
-# Facts of a tensor that neither pixels nor sizes decide: attributes, and methods or functions that take the tensor alone.
+# Facts of a tensor that neither pixels nor sizes decide: attributes, and methods or functions of the tensor alone.
 _FACTS = frozenset(
     (
         *("is_quantized", "is_sparse", "is_sparse_csr", "is_mkldnn", "is_meta", "is_nested", "is_vulkan"),

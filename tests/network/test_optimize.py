@@ -323,7 +323,11 @@ def test_what_is_constant_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_convolution_with_hooks_is_left_alone() -> None:
     """A hook may make its weight, as the older weight norm does."""
     model = build("resnet18", by=4)
-    model.conv1.register_forward_pre_hook(lambda module, args: module.weight.mul_(1.0))
+
+    def make_weight(module: Any, args: Any) -> None:
+        module.weight.mul_(1.0)
+
+    model.conv1.register_forward_pre_hook(make_weight)
     fast = cs.adaptify(model, MIXED, verify_laws=False).optimize()
     assert [type(m) for m in modules_of(fast)].count(nn.Conv2d) == 1
 

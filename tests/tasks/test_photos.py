@@ -235,7 +235,6 @@ def test_the_command_judges_masks_on_photos(
     photos: Path, tmp_path: Path, command_line: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of any size; a broken one costs itself and the exit code."""
-    monkeypatch.setenv("COLUMNS", "200")  # long times must not break words of the table
     told = ["eval", "networks:Segmenter", "--data", f"images:{photos}", "--output-stride", "4,16"]
     done = command_line(*told, "--mask", MASK, "--rounds", 1, "--picture", "plot.png")
     assert done.code == 0, done.err
