@@ -17,8 +17,11 @@ _forgotten = 0
 
 
 def is_observed() -> bool:
-    """True if torch counts, records or compiles the called operations; it would not see compiled kernels."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    """True if torch counts, records, compiles or transforms (`torch.func`) the called operations; it would not see
+    compiled kernels."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @cache

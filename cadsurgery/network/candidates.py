@@ -22,6 +22,8 @@ _WRAPPERS = {
 }
 # Packages of torch's quantised modules, and of those that prepare for them; dynamic ones have float inputs and outputs.
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat", "torch.ao.quantization")
+# What torchvision's quantizable networks hold before they are quantised: plain arithmetic, and modules that do nothing.
+_OF_FLOATS = ("FloatFunctional", "QuantStub", "DeQuantStub")
 _DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
 
 
@@ -82,6 +84,7 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
     ):
         return ("is an exported program", "pass the network that was exported.")
     kind, place = type(module).__name__, type(module).__module__
-    if place.startswith(_QUANTISED) and not place.startswith(_DYNAMIC) and "PackedParams" not in kind:
+    of_floats = place.startswith(_DYNAMIC) or "PackedParams" in kind or kind in _OF_FLOATS
+    if place.startswith(_QUANTISED) and not of_floats:
         return ("is quantised", "pass the network as it was before quantisation, in floating point.")
     return None

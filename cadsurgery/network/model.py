@@ -34,6 +34,7 @@ from cadsurgery.network.adapters import (
     with_adapters,
 )
 from cadsurgery.network.convert import convert_for_call
+from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.optimized import FLOAT, Precision, fuse_network, put_in_precision
 from cadsurgery.network.program import Derived, Masked, Program
@@ -101,6 +102,7 @@ class AdaptiveModel(Derived):
         Raises:
             InvalidInput: an image that is empty or holds NaN, or a mask of wrong size, type or values.
         """
+        _refuse_without_values(args)
         if mask is not None and "mask" in self._program.signature.parameters:  # an argument of the original
             kwargs["mask"], mask = mask, None
         if mask is None and self._overridden:
@@ -477,6 +479,32 @@ class AdaptiveModel(Derived):
         return clone
 
 
+def _refuse_without_values(arguments: tuple[Any, ...]) -> None:
+    """Refuse images whose values the mask cannot read.
+
+    Raises:
+        InvalidInput: an image is on the meta device, or torch.func transforms it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for value in arguments:
+        if not isinstance(value, Tensor):
+            continue
+        if value.is_meta:
+            raise InvalidInput(
+                "the image has no values: it is on the meta device.",
+                why="the mask reads them, and they decide how many elements there are.",
+                next="give an image with values; net.macs(image) and cs.plan(model) count the work of a call.",
+            )
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise InvalidInput(
+                "torch.func transforms the image of this call (grad, jvp or vmap).",
+                why="the mask reads its values, and they decide how many elements there are.",
+                next="use torch.autograd.grad for gradients by the image, and a batch instead of vmap; over weights "
+                "torch.func works: torch.func.functional_call(net, parameters, (image,)).",
+            )
+
+
 class OptimizedModel(AdaptiveModel):
     """An adaptive network for inference only; see `AdaptiveModel.optimize`. Any number of threads may call it."""
 
@@ -496,6 +524,21 @@ class OptimizedModel(AdaptiveModel):
         self._counted = (meta_copy(net),)
         self.checks, self.source, self._unit = net.checks, net.source, net._unit
         self.training = False
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a state dict of this copy, or of one that was made from the same network.
+
+        Raises:
+            InvalidInput: the state dict is that of the network before `optimize`.
+        """
+        folded = {name for name in self.state_dict() if name.startswith(f"{KERNELS}.")}
+        if folded and folded.isdisjoint(state_dict):
+            raise InvalidInput(
+                "these weights are not those of an optimised copy.",
+                why="it holds convolutions with their norms folded in, under other names.",
+                next="load them into the converted network, net.load_state_dict(...), and call net.optimize() again.",
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     @torch.compiler.disable(reason="an optimised network is not compiled: compile the one it was made from")
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import conv_norm
+import torchvision
+from conftest import relative_error
+from networks import build, conv_norm, randomise
 from torch import nn
 
 import cadsurgery as cs
@@ -154,3 +158,64 @@ def test_what_no_call_is_made_of_is_refused():
         cs.plan(model, example_input=(x[0], x[0]))
     with pytest.raises(cs.CannotConvert, match="all arguments of a call as a tuple or a dictionary"):
         cs.plan(model)
+
+
+# -- transforms of torch, devices without values, state dicts of other networks -------------------------
+
+
+TRANSFORMS: dict[str, Any] = {
+    "grad": lambda net, x: torch.func.grad(lambda image: net(image).sum())(x),
+    "jvp": lambda net, x: torch.func.jvp(net, (x,), (x,)),
+    "vmap": lambda net, x: torch.func.vmap(lambda image: net(image[None])[0])(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_images_are_refused_with_what_to_use(name: str) -> None:
+    net = cs.adaptify(build("resnet18", by=4), mask="edges", example_input=torch.rand(1, 3, 64, 64))
+    with pytest.raises(cs.InvalidInput, match=r"torch\.func transforms the image") as caught:
+        TRANSFORMS[name](net, torch.rand(2, 3, 64, 64))
+    assert "torch.autograd.grad" in caught.value.next and "functional_call" in caught.value.next
+
+
+def test_transforms_of_weights_work() -> None:
+    net, image = (
+        cs.adaptify(build("resnet18", by=4), mask="none", example_input=torch.rand(1, 3, 64, 64)),
+        torch.rand(1, 3, 64, 64),
+    )
+    weights = {name: value.detach() for name, value in net.named_parameters()}
+
+    def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(net, weights, (image,)).square().sum()
+
+    found = torch.func.grad(loss)(weights)
+    net(image).square().sum().backward()
+    for name, value in net.named_parameters():
+        if value.grad is not None:
+            torch.testing.assert_close(found[name], value.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_an_image_without_values_is_refused() -> None:
+    net = cs.adaptify(build("resnet18", by=4), mask="edges", example_input=torch.rand(1, 3, 64, 64))
+    with pytest.raises(cs.InvalidInput, match="on the meta device"):
+        net.to("meta")(torch.rand(1, 3, 64, 64, device="meta"))
+
+
+def test_weights_of_the_original_are_refused_by_an_optimised_copy() -> None:
+    model = build("resnet18", by=4)
+    fast = cs.adaptify(model, mask="none", example_input=torch.rand(1, 3, 64, 64)).optimize()
+    with pytest.raises(cs.InvalidInput, match="not those of an optimised copy") as caught:
+        fast.load_state_dict(model.state_dict())
+    assert "optimize() again" in caught.value.next
+    fast.load_state_dict(fast.state_dict())
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
+def test_quantizable_networks_in_floats_are_plain_networks(name: str) -> None:
+    """Their sums and stubs do in floats what any network does."""
+    make = getattr(torchvision.models.quantization, name)
+    model, image = randomise(make(weights=None, quantize=False)), torch.rand(2, 3, 64, 96)
+    net = cs.adaptify(model, mask="none", example_input=torch.rand(1, 3, 64, 64))
+    with torch.no_grad():
+        for one in (net, net.optimize()):
+            assert relative_error(one(image), model(image)) < 1e-4
