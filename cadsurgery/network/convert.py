@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 
-from torch import nn
+from torch import fx, nn
 
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network.program import Program
@@ -15,7 +15,7 @@ from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.guards import GuardFailed
-from cadsurgery.surgery.hooks import find_watched
+from cadsurgery.surgery.hooks import find_watched, parameter, prepare_weights
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
@@ -29,15 +29,25 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
     used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
     inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
     operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
+    graph = rewrite(flow, plan, guided=geometry.fill == "guided")
     return Program(
-        rewrite(flow, plan, guided=geometry.fill == "guided"),
+        graph,
         plan,
         geometry,
         inspect.signature(facts.model.forward),
         facts.container,
         unchanged,
-        find_watched(facts.model, operations, [str(node.target) for node in used]),
+        find_watched(facts.model, operations, [str(node.target) for node in used], _live(graph)),
     )
+
+
+def _live(graph: fx.Graph) -> set[str]:
+    """Return the names of modules that a rewritten graph calls, or passes on as modules."""
+    live = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for node in graph.nodes:
+        if node.target is prepare_weights and any(user.target is not parameter for user in node.users):
+            live.add(str(node.args[0].target))
+    return live
 
 
 def convert_for_call(

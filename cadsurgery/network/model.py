@@ -510,6 +510,7 @@ class OptimizedModel(AdaptiveModel):
 
     def __init__(self, net: AdaptiveModel, epilogues: bool, pairs: bool = True) -> None:
         """Fuse the graph of `net` and copy the modules that it still needs; see `fuse_network` for the options."""
+        net.program.check_modules()
         source = copy.deepcopy(net).eval().requires_grad_(False)
         super().__init__(*fuse_network(source, epilogues, pairs), source.mask)
         take_over(self, source)

@@ -48,7 +48,7 @@ def fuse_network(source: AdaptiveModel, epilogues: bool, pairs: bool) -> tuple[f
     root.add_module(KERNELS, kernels)
     fused = fx.GraphModule(root, graph)  # it keeps only the modules that the graph uses
     remaining = [one for one in source.program.watched if child(fused, one.path) is not None]
-    watched = tuple(Watched.of(fused, one.path, one.is_called) for one in remaining)
+    watched = tuple(Watched.of(fused, one.path, one.is_called, one.settings is not None) for one in remaining)
     return fused, replace(source.program, graph=graph, unchanged=None, watched=watched, is_fused=True)
 
 

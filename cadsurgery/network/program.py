@@ -135,6 +135,14 @@ class Program:
             names.look_up_all()
         return names
 
+    def check_modules(self) -> None:
+        """Check that the modules are those that were converted, with the same settings.
+
+        Raises:
+            InvalidInput: see `names`.
+        """
+        self._watch()
+
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the arguments of a call by the original's parameter names, with defaults."""
         return bind_all(self.signature, args, kwargs)

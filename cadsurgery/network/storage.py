@@ -61,7 +61,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
 
     Raises:
         FileError: the path cannot be written.
-        InvalidInput: the network is not converted, or an optimised copy.
+        InvalidInput: the network is not converted, an optimised copy, or was changed after its conversion.
     """
     tensors, metadata = pack(net)
     write_tensors(Path(path), tensors, {KEY: encode_with_checksum(metadata)})
@@ -86,6 +86,7 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
             next="save what cs.adaptify gave; of another network torch.save(model.state_dict(), path).",
         )
     net.check_storable()
+    net.program.check_modules()
     tensors = net.state_dict()
     for prefix, part in ((_MASK, net.mask), (_ADAPTERS, net.adapters)):
         values = part.state_dict() if part is not None else {}

@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 import operator
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
+from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -214,6 +214,8 @@ class Watched:
         hooks: number of hooks that were traced with it.
         is_replaced: true if the instance overrides its class's forward.
         is_called: true if it is an operation of the region; false for a container, which is not called.
+        settings: plain attributes that the conversion read, see `_settings`; None if calls use the module itself, and
+            follow its settings.
     """
 
     path: str
@@ -221,21 +223,26 @@ class Watched:
     hooks: int
     is_replaced: bool
     is_called: bool
+    settings: tuple[tuple[str, Any], ...] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, path: str, is_called: bool) -> Watched:
-        """Record the current state of a module."""
+    def of(cls, model: nn.Module, path: str, is_called: bool, is_read: bool = False) -> Watched:
+        """Record the current state of a module; with `is_read` also its settings."""
         module = model.get_submodule(path)
-        return cls(path, _kind(module), _foreign(module), is_replaced(module), is_called)
+        settings = _settings(module) if is_read else None
+        return cls(path, _kind(module), _foreign(module), is_replaced(module), is_called, settings)
 
 
-def find_watched(model: nn.Module, operations: Iterable[str], others: Iterable[str]) -> tuple[Watched, ...]:
+def find_watched(
+    model: nn.Module, operations: Iterable[str], others: Iterable[str], live: Collection[str] = ()
+) -> tuple[Watched, ...]:
     """Record the state of all modules that a rewritten graph relies on.
 
     Args:
         model: the network that is converted.
         operations: names of modules that run on elements.
         others: names of the other modules and tensors that the graph uses.
+        live: names of the operations that the graph calls or reads as modules, so that it follows their settings.
     """
     operations = set(operations)
     containers = {holder for path in (*operations, *others) for holder in _holders(path)}
@@ -249,7 +256,8 @@ def find_watched(model: nn.Module, operations: Iterable[str], others: Iterable[s
         *((path, False) for path in containers - operations),
         *((path, True) for path in operations | parts),
     ]
-    return tuple(Watched.of(model, path, is_called) for path, is_called in sorted(paths))
+    read = operations.difference(live)
+    return tuple(Watched.of(model, path, is_called, path in read) for path, is_called in sorted(paths))
 
 
 def _holders(path: str) -> Iterator[str]:
@@ -316,7 +324,12 @@ class Watch:
         seen = _Seen(around._modules, name, module, type(module), children, _settings(module))
         if before is not None and _own(children) != _own(before.children):
             raise _exchange(watched, "it holds other modules")
-        if before is not None and module is not before.module and seen.settings != before.settings:
+        if watched.settings is not None:
+            known = dict(seen.settings)
+            for name, value in watched.settings:
+                if known.get(name, value) != value:
+                    raise _exchange(watched, f"its {name} is {known[name]} and was {value}")
+        elif before is not None and module is not before.module and seen.settings != before.settings:
             raise _exchange(watched, "its settings are others")
         return seen
 
@@ -333,6 +346,21 @@ class _Order:
         self._counts = [len(one.children) for one in seen]
         self._states = [vars(one.module) for one in seen]
         self._hooks = [hooks for state in self._states for hooks in map(state.__getitem__, _KINDS)]
+        # Settings are compared by value. (A parameter or an attribute that is gone leaves None in its place.)
+        names = [[name for name, _ in one.settings] for one in seen]
+        self._read = [
+            (state, name)
+            for state, own in zip(self._states, names, strict=True)
+            for name in own
+            if name in state
+        ]
+        self._values = [state[name] for state, name in self._read]
+        self._absent = [
+            (state["_parameters"], name)
+            for state in self._states
+            for name, value in state["_parameters"].items()
+            if value is None
+        ]
 
     def holds(self) -> bool:
         """True if the network still has the same modules, without hooks or forwards of their own."""
@@ -342,6 +370,8 @@ class _Order:
             or list(map(type, self._modules)) != self._kinds
             or list(map(len, self._children)) != self._counts
             or any(map(operator.contains, self._states, itertools.repeat("forward")))
+            or [state.get(name) for state, name in self._read] != self._values
+            or any(parameters.get(name) is not None for parameters, name in self._absent)
         )
 
 
@@ -421,11 +451,19 @@ def _name(kind: str) -> str:
     return kind.rpartition(":")[2].rpartition(".")[2]
 
 
+_LIVE = ("training", "in_channels", "out_channels", "in_features", "out_features")
+
+
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Return the plain attributes of a module, without its training mode."""
+    """Return the plain attributes of a module as text, and which parameters it has. Its training mode is left out, and
+    so are numbers of channels, which follow from the weight."""
     plain = (bool, int, float, str, tuple, type(None))
     values = ((key, value) for key, value in vars(module).items() if isinstance(value, plain))
-    return tuple(sorted((key, repr(value)) for key, value in values if key[0] != "_" and key != "training"))
+    named = [(key, repr(value)) for key, value in values if key[0] != "_" and key not in _LIVE]
+    named += [
+        (name, "None" if value is None else "a parameter") for name, value in module._parameters.items()
+    ]
+    return tuple(sorted(named))
 
 
 def _foreign(module: nn.Module) -> int:

@@ -138,6 +138,7 @@ def test_amx_laws_in_c_hold_for_emulated_tiles(emulating: list[str], tmp_path: P
 @pytest.mark.slow
 @on_x86
 @needs_compiler
+@pytest.mark.parametrize("emulating", ["avx2"], indirect=True)
 def test_amx_laws_hold_for_emulated_tiles(emulating: list[str], tmp_path: Path) -> None:
     """With the packing in Python, and that of files."""
     library = tmp_path / "kernels.so"
