@@ -102,7 +102,7 @@ class AdaptiveModel(Derived):
         Raises:
             InvalidInput: an image that is empty or holds NaN, or a mask of wrong size, type or values.
         """
-        _refuse_without_values(args)
+        _refuse_without_values(self, args)
         if mask is not None and "mask" in self._program.signature.parameters:  # an argument of the original
             kwargs["mask"], mask = mask, None
         if mask is None and self._overridden:
@@ -479,18 +479,18 @@ class AdaptiveModel(Derived):
         return clone
 
 
-def _refuse_without_values(arguments: tuple[Any, ...]) -> None:
+def _refuse_without_values(net: nn.Module, arguments: tuple[Any, ...]) -> None:
     """Refuse images whose values the mask cannot read.
 
     Raises:
-        InvalidInput: an image is on the meta device, or torch.func transforms it.
+        InvalidInput: an image is on the meta device, as the network is, or torch.func transforms it.
     """
     if torch.compiler.is_compiling():
         return
     for value in arguments:
         if not isinstance(value, Tensor):
             continue
-        if value.is_meta:
+        if value.is_meta and all(weight.is_meta for weight in net.parameters()):
             raise InvalidInput(
                 "the image has no values: it is on the meta device.",
                 why="the mask reads them, and they decide how many elements there are.",
