@@ -234,6 +234,7 @@ static void product_law(void) {
         {1, 9, 1, 1, 1, 0},   {100, 8, 48, 2, 4, WITH_CLAMP},  {99, 16, 33, 1, 1, WITH_LEVELS | WITH_CLAMP | WITH_MORE},
         {13, 1101, 35, 1, 1, WITH_MORE}, {7, 520, 6, 2, 9, 0}, {97, 31, 23, 1, 0, WITH_CLAMP},  {6, 12, 96, 1, 1, 0},
         {69, 64, 40, 1, 0, WITH_MORE}, {35, 530, 530, 1, 1, WITH_MORE | WITH_CLAMP},
+        {69, 16, 24, 2, 0, WITH_MORE}, /* groups that together are as long as a tile */
     };
     const long chunk = SUFFIX(product_layout)[1], side = SUFFIX(product_layout)[2], multiple = SUFFIX(product_layout)[3];
     for (long k = 0; k < COUNT(cases); k++) {
@@ -785,6 +786,7 @@ static void convolve_law(void) {
         {50, 34, 33, 1, 0, MORE_BYTES},         {7, 2048, 16, 1, 0, LARGEST},
         {13, 9, 5, 2, 1, HARDSWISH},            {205, 64, 64, 1, 1, BYTES_OUT},
         {99, 128, 72, 1, 0, BYTES_OUT | MORE_BYTES}, {35, 1040, 530, 1, 1, BYTES_OUT | MORE_BYTES},
+        {69, 32, 24, 2, 0, BYTES_OUT},
     };
     const long chunk = SUFFIX(int8_layout)[1], side = SUFFIX(int8_layout)[2], multiple = SUFFIX(int8_layout)[3];
     const long bytes = SUFFIX(int8_layout)[4], shift = SUFFIX(int8_layout)[5];

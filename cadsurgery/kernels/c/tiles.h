@@ -233,7 +233,8 @@ static void multiply_blocks(long begin, long end, void *context) {
     /* Without memory one unit is computed at once. */
     const long tall = memory ? block : SIDE_OF_UNIT, wide = memory ? at_once : 2;
     const long last = end * block < work->in->n ? end * block : work->in->n;
-    const int is_contiguous = !work->in->table && work->parts == 1 && work->in->stride == work->steps * STEP;
+    const long depth = work->steps * STEP;
+    const int is_contiguous = !work->in->table && work->parts == 1 && work->in->channels == depth && work->in->stride == depth;
     piece_of_work now;
     BEGIN_TILES();
     for (now.at = begin * block; now.at < last; now.at += tall)
