@@ -8,6 +8,7 @@ the same weights in ordinary dense convolutions.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,15 +97,10 @@ def verify(
         checks = _all_checks(model, original, adapted, plan, geometry, call)
         if image_of(call).dtype != torch.float64 and not all(check.passed for check in checks):
             # Deep networks can amplify rounding errors beyond the tolerance; in float64 only real errors remain.
-            wide = _widened(model, original, adapted)
-            try:
+            # A network that makes values of float32 itself cannot run in float64.
+            with contextlib.suppress(RuntimeError, TypeError):
+                wide = _widened(model, original, adapted)
                 checks = _all_checks(wide, original, adapted, plan, geometry, widen(call))
-            except (
-                RuntimeError,
-                TypeError,
-            ) as error:  # what makes values of float32 itself cannot run in float64
-                if isinstance(error, CadError):
-                    raise
     except CadError:
         raise
     except Exception as error:  # foreign operations can raise any error
@@ -139,7 +135,7 @@ def measure_effect(
             return effect if effect > TOLERANCE[torch.float64] else 0.0
     try:  # a small difference may be rounding
         effect = _difference(_widened(model, adapted), adapted, plan, geometry, widen(call))
-    except (RuntimeError, TypeError):  # what makes values of float32 itself cannot run in float64
+    except (RuntimeError, TypeError):  # see `verify`
         return effect if effect > TOLERANCE[torch.float32] else 0.0
     return effect if effect > TOLERANCE[torch.float64] else 0.0
 
