@@ -40,8 +40,7 @@ def misfit(
             return refusal
         if weight.dim() == 4 and image.shape[1] != weight.shape[1] * groups:
             return _wrong_channels(image, weight.shape[1] * groups)
-    values = (value for value in chain(net.parameters(), net.buffers()) if value.is_floating_point())
-    first = next(values, None)
+    first = first_value(net)
     if image.shape[1] != channels:
         return _wrong_channels(image, channels)
     if read or first is None or (image.dtype == first.dtype and image.device == first.device):
@@ -51,6 +50,12 @@ def misfit(
         why=first_line(error),  # the network changes the image first; only its own error tells more
         next=f"give images like those of the conversion; it computes in {_name(first.dtype)} on {first.device}.",
     )
+
+
+def first_value(net: nn.Module) -> Tensor | None:
+    """Return the first parameter or buffer of real numbers; None of a network without any."""
+    values = chain(net.parameters(), net.buffers())  # an optimised copy holds its weights in buffers
+    return next((value for value in values if value.is_floating_point()), None)
 
 
 def wrong_type(image: Tensor, dtype: torch.dtype) -> InvalidInput | None:

@@ -35,6 +35,7 @@ from cadsurgery.network.adapters import (
 )
 from cadsurgery.network.convert import convert_for_call
 from cadsurgery.network.fuse import KERNELS
+from cadsurgery.network.inputs import first_value
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.optimized import FLOAT, Precision, fuse_network, put_in_precision
 from cadsurgery.network.program import Derived, Masked, Program
@@ -487,10 +488,11 @@ def _refuse_without_values(net: nn.Module, arguments: tuple[Any, ...]) -> None:
     """
     if torch.compiler.is_compiling():
         return
+    weight = first_value(net)
     for value in arguments:
         if not isinstance(value, Tensor):
             continue
-        if value.is_meta and all(weight.is_meta for weight in net.parameters()):
+        if value.is_meta and weight is not None and weight.is_meta:
             raise InvalidInput(
                 "the image has no values: it is on the meta device.",
                 why="the mask reads them, and they decide how many elements there are.",
