@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
+from torch import Tensor
+
 NCHW = "bchw"
 _IMAGE = "hwp"
 
@@ -97,6 +100,23 @@ def is_flat(shape: Sequence[int], layout: str) -> bool:
     return all(size == 1 for size, axis in zip(shape[::-1], layout[::-1], strict=False) if axis in _IMAGE)
 
 
+_WORDS = {"b": "batch", "c": "channels", "h": "height", "w": "width", "p": "positions"}
+
+
+def axis_word(axis: str) -> str:
+    """Return the name of an axis for messages, e.g. "the height"."""
+    return f"the {_WORDS[axis]}"
+
+
 def _words(axes: str) -> str:
-    names = {"b": "batch", "c": "channels", "h": "height", "w": "width", "p": "positions"}
-    return " and ".join(names[axis] for axis in dict.fromkeys(axes))
+    return " and ".join(_WORDS[axis] for axis in dict.fromkeys(axes))
+
+
+def shuffle_channels(rows: Tensor, groups: int) -> Tensor:
+    """Apply `torch.channel_shuffle` to rows (N, C)."""
+    return rows.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1)
+
+
+def normalise_neighbours(rows: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    """Apply `F.local_response_norm`, which is over neighbouring channels, to rows (N, C)."""
+    return F.local_response_norm(rows[:, :, None, None], size, alpha, beta, k).flatten(1)

@@ -101,6 +101,9 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
     """Read every `spacing`-th fine pixel (B, h, w, ...); see `to_dense`."""
     lattice = x.lattice
     height, width = lattice.size
+    if not x.rows.is_floating_point():  # truth values and whole numbers: those of the cell
+        cells = lattice.index.view(lattice.batch, height, width)[:, ::spacing, ::spacing]
+        return x.rows[cells.to(x.rows.device)]
 
     def build() -> Reading:
         pixels = torch.arange(lattice.batch * height * width, device=lattice.levels.device)

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 Kind = Literal[
     "value",  # each result value depends on one input value (and on constants)
     "values",  # each result value depends on the values of several tensors at the same position
+    "along",  # combines or moves values along axes that are named in the call
     "copies",  # the same values in another type, on another device or in other memory
     "converts",  # the same values in the type and on the device of another argument
     "reshapes",  # the same values in the same order, in another shape
@@ -131,7 +132,14 @@ _state("value", "sign sgn")
 _state("value", "trunc fix")
 _state("value", "clamp clip")
 _state("value", "erf")
-_state_each("value", "clamp_min clamp_max square sin cos atan asinh erfc sinc ceil floor round frac")
+_state("value", "rrelu", nn.RReLU)
+_state("value", "bitwise_not invert __invert__")
+_state("value", "zero zero_")
+_state_each("value", "logical_not isnan isinf isfinite isneginf isposinf isreal signbit angle fill")
+_state_each("value", "zeros_like ones_like full_like")
+_state_each("value", "clamp_min clamp_max square sin cos erfc sinc ceil floor round frac")
+_state("value", "atan arctan")
+_state("value", "asinh arcsinh")
 _state("value", "positive pos")
 _state_each("value", "deg2rad rad2deg nan_to_num")
 _state_each("value", "exp expm1 exp2 log log2 log10 log1p sqrt rsqrt pow reciprocal", makes_nan=True)
@@ -142,6 +150,15 @@ _state("value", "acos arccos", makes_nan=True)
 _state("value", "asin arcsin", makes_nan=True)
 _state("value", "acosh arccosh", makes_nan=True)
 _state("value", "atanh arctanh", makes_nan=True)
+_state_each(
+    "value",
+    "ndtr modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1",
+    makes_nan=True,
+)
+_state_each(
+    "value", "scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0", makes_nan=True
+)
+_state_each("value", "i0e i1e log_ndtr bessel_j0 bessel_j1 bessel_y0 bessel_y1 airy_ai", makes_nan=True)
 
 # -- the values of several tensors at one position -----------------------------------------------------
 
@@ -150,11 +167,44 @@ _state("values", "mul multiply", multiplies=True)
 _state("values", "sub subtract")
 _state("values", "div divide true_divide truediv __div__ __rdiv__ __idiv__", makes_nan=True)
 _state("values", "addcdiv", makes_nan=True)
-_state_each("values", "maximum minimum addcmul lerp where")
+_state("values", "rsub")
+_state_each("values", "maximum minimum addcmul lerp where fmax fmin hypot copysign heaviside ldexp nextafter")
+_state_each("values", "logaddexp logaddexp2 isclose masked_fill logical_and logical_or logical_xor")
+_state("values", "atan2 arctan2")
+_state("values", "eq")
+_state("values", "ne not_equal")
+_state("values", "lt less")
+_state("values", "le less_equal")
+_state("values", "gt greater")
+_state("values", "ge greater_equal")
+_state("values", "bitwise_and and_ __and__ __rand__ __iand__ iand")
+_state("values", "bitwise_or or_ __or__ __ror__ __ior__ ior")
+_state("values", "bitwise_xor xor __xor__ __rxor__ __ixor__ ixor")
+_state_each("values", "fmod remainder floor_divide floordiv mod xlogy xlog1py float_power", makes_nan=True)
+_state_each("values", "igamma igammac gammainc gammaincc polygamma zeta", makes_nan=True)
+_state_each("values", "hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l", makes_nan=True)
+_state_each("values", "legendre_polynomial_p chebyshev_polynomial_t chebyshev_polynomial_u", makes_nan=True)
+_state_each("values", "chebyshev_polynomial_v chebyshev_polynomial_w", makes_nan=True)
+_state_each("values", "shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u", makes_nan=True)
+_state_each("values", "shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w", makes_nan=True)
+
+# -- along axes that the call names --------------------------------------------------------------------
+
+_state("along", "softmax", nn.Softmax)
+_state("along", "log_softmax", nn.LogSoftmax)
+_state("along", "softmin", nn.Softmin)
+_state("along", "glu", nn.GLU)
+_state_each("along", "normalize max min logsumexp prod cosine_similarity")
+_state_each("along", "cumsum cumprod cummax cummin logcumsumexp diff roll flip nansum nanmean count_nonzero")
+_state_each("along", "all any argmax argmin sort argsort topk kthvalue median nanmedian mode")
+_state_each("along", "aminmax var_mean std_mean", makes_nan=True)
+_state_each("along", "index_select repeat_interleave gather")
 
 # -- the same values -----------------------------------------------------------------------------------
 
-_state_each("copies", "contiguous clone detach float half double bfloat16 type cpu cuda")
+_state_each("copies", "contiguous clone detach float half double bfloat16 type cpu cuda requires_grad_")
+_state_each("copies", "bool byte char short int long")
+_state("copies", "conj resolve_conj resolve_neg conj_physical real")
 _state_each("converts", "to type_as as_tensor")
 _state("reshapes", "flatten", nn.Flatten)
 _state("reshapes", "unflatten", nn.Unflatten)
@@ -163,7 +213,7 @@ _state("permutes", "permute")
 _state("permutes", "transpose swapaxes swapdims")
 _state("permutes", "movedim moveaxis")
 _state("permutes", "t")
-_state_each("splits", "split chunk tensor_split")
+_state_each("splits", "split chunk tensor_split unsafe_split unsafe_chunk")
 _state_each("selects", "unbind select narrow")
 _state("drops", "dropout", nn.Dropout, keeps_values=True)
 _state("drops", "alpha_dropout", nn.AlphaDropout, keeps_values=True)
@@ -194,10 +244,9 @@ _state("mixes", "matmul __matmul__")
 _state("mixes", "unfold", nn.Unfold)
 _state("mixes", "lstm", nn.LSTM)
 _state("mixes", "gru", nn.GRU)
-_state_each("mixes", "baddbmm einsum bmm grid_sample cumsum roll fft2 rfft2")
-_state_each("other", "fmod remainder floor_divide floordiv mod xlogy xlog1py float_power", makes_nan=True)
-_state_each("other", "igamma igammac gammainc gammaincc polygamma mvlgamma multigammaln zeta", makes_nan=True)
-_state_each("other", "var std var_mean std_mean inv inverse pinv", makes_nan=True)
+_state_each("mixes", "baddbmm einsum bmm grid_sample fft2 rfft2")
+_state_each("other", "mvlgamma multigammaln", makes_nan=True)
+_state_each("other", "var std inv inverse pinv", makes_nan=True)
 
 
 def operation_of(target: Any) -> TorchOperation | None:

@@ -47,8 +47,20 @@ _FACTS = frozenset(
     (
         *("is_quantized", "is_sparse", "is_sparse_csr", "is_mkldnn", "is_meta", "is_nested", "is_vulkan"),
         *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "is_shared"),
-        *("is_pinned", "storage_offset"),
+        *(
+            "is_pinned",
+            "storage_offset",
+            "is_distributed",
+            "retains_grad",
+            "dense_dim",
+            "sparse_dim",
+            "volatile",
+        ),
     )
+)
+# Attributes that follow from the device, of which elements have the type alone.
+_IS_ON_DEVICE = frozenset(
+    f"is_{device}" for device in ("cpu", "cuda", "mps", "xpu", "xla", "mtia", "maia", "ipu", "hpu")
 )
 
 
@@ -72,8 +84,8 @@ class Symbol(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):  # libraries probe objects for such attributes
             raise AttributeError(name)
-        if name == "is_cuda":  # derived from the device, since elements have no `is_cuda`
-            return self.device.type == "cuda"
+        if name in _IS_ON_DEVICE:
+            return self.device.type == name.removeprefix("is_")
         if name in _FACTS and isinstance(value := self.tracer.value(self), Tensor):
             return getattr(value, name)
         return _Attribute(self, name)

@@ -184,7 +184,8 @@ def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) ->
     treatment = flow.treatments[node]
     parts = node not in facts.shapes  # e.g. the parts of a split map
     layout = treatment.layout if treatment.kind != "barrier" else ""
-    layout = layout or (facts.layout(source) if parts or facts.shapes[node] == facts.shapes[source] else NCHW)
+    same = parts or facts.shapes[node] == facts.shapes.get(source)
+    layout = layout or (facts.layout(source) if same else NCHW)
     if not parts and len(facts.shapes[node]) != len(layout):
         flow.role[node] = Role.OTHER
         flow.foreign.add(node)
@@ -252,7 +253,7 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str
     if treatment.kind == "join":
         if len({flow.grid[source] for source in maps}) > 1:
             return "joins maps of different output strides"
-        if any(facts.layout(source) != layout for source in maps):
+        if any(not _are_alike(facts.layout(source), layout, treatment) for source in maps):
             return "joins maps whose axes are ordered differently"
         others = [source for source in node.all_input_nodes if source not in maps]
         if not all(_is_flat(source, layout, maps, flow, facts) for source in others):
@@ -270,6 +271,13 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str
         if flow.grid[maps[0]] % treatment.scale:
             return "makes the map finer than the image"
     return ""
+
+
+def _are_alike(first: str, second: str, treatment: Treatment) -> bool:
+    """True if a join can combine maps of two layouts; without a layout of its own it takes any channel axes."""
+    if treatment.axes:
+        return first == second
+    return first.replace("c", "") == second.replace("c", "")
 
 
 def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:

@@ -78,6 +78,8 @@ def axes_order(node: fx.Node, rank: int) -> list[int] | None:
     if name_of(node.target) == "permute":
         order = list(stated[0] if isinstance(stated[0], (tuple, list)) else stated)
         return order if all(isinstance(axis, int) for axis in order) else None
+    if name_of(node.target) in ("movedim", "moveaxis") and len(stated) == 2:
+        return _moved(rank, *stated)
     is_swap = name_of(node.target) in ("transpose", "swapaxes", "swapdims")
     if not is_swap or len(stated) != 2 or not all(isinstance(axis, int) for axis in stated):
         return None
@@ -85,6 +87,15 @@ def axes_order(node: fx.Node, rank: int) -> list[int] | None:
     first, second = stated
     order[first], order[second] = order[second], order[first]
     return order
+
+
+def _moved(rank: int, sources: Any, places: Any) -> list[int] | None:
+    """Return the order in which `torch.movedim` puts the axes; None if they are not written out."""
+    pairs = [value if isinstance(value, (tuple, list)) else (value,) for value in (sources, places)]
+    if not all(isinstance(axis, int) for axis in (*pairs[0], *pairs[1])):
+        return None
+    moved = torch.empty(tuple(range(rank))).movedim(*(tuple(axes) for axes in pairs))
+    return list(moved.shape)  # the lengths of the axes are their numbers
 
 
 class Constants:

@@ -48,18 +48,28 @@ def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> 
         CannotConvert: the network cannot be traced, or does not run on the example.
     """
 
-    def is_operation(module: nn.Module) -> bool:
-        return has_rule(module) or is_apart(module, model)
-
-    facts: Facts | None = None
-    trace_on = partial(trace, model, is_operation, ruled_functions())
-    with contextlib.suppress(CannotFollow, OtherFunction):
-        facts = observe(model, trace_on(given=frozenset(example or ())), example)
-    if facts is None:
-        facts = _read_on_example(model, example, trace_on, exactly)
+    try:
+        facts = _read(model, example, exactly)
+    except (
+        OtherFunction
+    ) as refusal:  # perhaps it asks whether torch traces it, and then computes something else
+        try:
+            facts = _read(model, example, exactly, is_tracing=False)
+        except CannotConvert:
+            raise refusal from refusal.__cause__
     if write_without_batch(facts):
         facts = observe(model, facts.graph, facts.arguments)
     return facts
+
+
+def _read(model: nn.Module, example: Arguments | None, exactly: bool, is_tracing: bool = True) -> Facts:
+    def is_operation(module: nn.Module) -> bool:
+        return has_rule(module) or is_apart(module, model)
+
+    trace_on = partial(trace, model, is_operation, ruled_functions(), is_tracing=is_tracing)
+    with contextlib.suppress(CannotFollow, OtherFunction):
+        return observe(model, trace_on(given=frozenset(example or ())), example)
+    return _read_on_example(model, example, trace_on, exactly)
 
 
 def _read_on_example(

@@ -85,7 +85,7 @@ def nothing_to_convert(flow: Flow) -> CannotConvert:
         first, strided = mixers[0], [node for node in flow.grid if _downsamples(node, flow)]
         before = "its patch embedding" if len(strided) < 2 else f"{len(strided)} strided operations"
         return CannotConvert(
-            f"{what} It joins all positions of the image, as transformers do.",
+            f"{what} It joins all positions of the image.",
             where=place_of(first, facts),
             why=f"it has {len(mixers)} operations such as {operation_name(first, facts)} that join all positions of "
             f"the map, which then must all have one resolution; between {before} and them no convolution works on a "

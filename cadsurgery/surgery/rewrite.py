@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +33,14 @@ MASKING = "masking"
 ORIGIN, WORK = "origin", "work"
 
 
-_SIZES = ("size", "dim", "ndimension", "numel", getattr)  # size queries that elements answer for their map
+_SIZES = (
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    getattr,
+)  # size queries that elements answer for their map
 
 
 @dataclass
@@ -216,7 +224,7 @@ class Rewriter:
     def shape_of(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """Add a size, dtype or device query on elements."""
         elements = self.elements[source]
-        if node.target is getattr and node.args[1] in ("dtype", "device"):
+        if node.target is getattr and node.args[1] not in ("shape", "ndim"):
             return self.call(getattr, self.call(getattr, elements, "rows"), node.args[1])
         decision = self.plan[source.name]
         options = () if decision.layout == NCHW else (decision.layout,)
@@ -224,7 +232,9 @@ class Rewriter:
         axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         if node.target == "size" and axis is not None:
             return self.call(operator.getitem, size, axis)
-        if node.target == "dim" or node.args[1:] == ("ndim",):
+        if node.target in ("numel", "nelement"):
+            return self.call(math.prod, size)
+        if node.target in ("dim", "ndimension") or node.args[1:] == ("ndim",):
             return self.call(len, size)
         return size
 

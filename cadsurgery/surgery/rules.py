@@ -19,18 +19,24 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.axes import (
     NCHW,
     channel_dims,
-    channel_sizes,
     image_dims,
     is_flat,
-    permute_axes,
-    regroup_axes,
     row_dim,
 )
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.support.torch_operations import spellings
+from cadsurgery.support.torch_operations import name_of, spellings
+from cadsurgery.surgery.channel_rules import concatenation
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.graphs import axes_order
 from cadsurgery.surgery.hooks import acts_as
+from cadsurgery.surgery.rule_arguments import (
+    arguments_of,
+    axes_of,
+    options_of,
+    pair_of,
+    pooling_options,
+    pools_with_indices,
+    redirect,
+)
 from cadsurgery.surgery.treatment import (
     Attribute,
     Call,
@@ -56,14 +62,14 @@ __all__ = ["Attribute", "Call", "Treatment", "barrier", "has_rule", "rule", "rul
 @rule(nn.Conv2d)
 def convolution(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
-    options = _options(node, facts)
+    options = options_of(node, facts)
     return _treat_window(functional.conv2d, _window(options), **_weights(options))
 
 
 @rule("timm.layers.conv2d_same:Conv2dSame")
 def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
-    options = _options(node, facts)
+    options = options_of(node, facts)
     return _treat_window(functional.conv2d, _window(options, same=True), **_weights(options))
 
 
@@ -71,9 +77,9 @@ def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
 def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """A convolution with a kernel for each image, mixed from experts; its taps are those of any convolution."""
     conv: Any = facts.module(node)
-    options = _options(node, facts)
+    options = options_of(node, facts)
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-    mixed = {"mix": _arguments(node, "x", "routing_weights")["routing_weights"], **_weights(options)}
+    mixed = {"mix": arguments_of(node, "x", "routing_weights")["routing_weights"], **_weights(options)}
     window = _window(options, same=conv.dynamic_padding)
     return _treat_window(functional.conv2d_per_image, window, **mixed, shape=shape)
 
@@ -81,7 +87,7 @@ def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
 @rule(F.conv2d, torch.conv2d)
 def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, whatever its weight is computed from."""
-    options = _arguments(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
+    options = arguments_of(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
     weight = options["weight"]
     if weight not in facts.shapes or facts.layout(weight):
         return barrier("its weight is not a tensor of known shape")
@@ -92,7 +98,7 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)
 def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions; what is outside the map is never the largest."""
-    options = _pooling(node, facts)
+    options = pooling_options(node, facts)
     if options["return_indices"]:
         if any(user.target is not operator.getitem for user in node.users):
             return barrier("its values and its indices are read as one")
@@ -102,18 +108,10 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
     return _treat_window(functional.max_pool2d, _window(options))
 
 
-def _pools_with_indices(node: Any, facts: Facts) -> bool:
-    """True if a node is a max pooling that returns values and indices."""
-    if not isinstance(node, fx.Node):
-        return False
-    by_module = node.op == "call_module" and acts_as(facts.module(node), nn.MaxPool2d)
-    return node.target is F.max_pool2d_with_indices or (by_module and _pooling(node, facts)["return_indices"])
-
-
 @rule(nn.AvgPool2d, F.avg_pool2d)
 def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions, divided as torch divides at the border."""
-    options = _pooling(node, facts)
+    options = pooling_options(node, facts)
     if _covers_image(options, node, facts):
         return _pool_image(functional.global_mean, "The mean over the image, weighed by area.", options, node)
     kwargs = {"count_include_pad": options["count_include_pad"], "divisor": options["divisor_override"]}
@@ -123,19 +121,19 @@ def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
 @rule("timm.layers.pool2d_same:MaxPool2dSame")
 def max_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions, after the padding the map's own size asks for."""
-    return _treat_window(functional.max_pool2d, _window(_pooling(node, facts), same=True))
+    return _treat_window(functional.max_pool2d, _window(pooling_options(node, facts), same=True))
 
 
 @rule("timm.layers.pool2d_same:AvgPool2dSame")
 def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions and the padding the map's own size asks for."""
-    return _treat_window(functional.avg_pool2d, _window(_pooling(node, facts), same=True))
+    return _treat_window(functional.avg_pool2d, _window(pooling_options(node, facts), same=True))
 
 
 @rule(nn.PixelUnshuffle, F.pixel_unshuffle)
 def space_to_depth(node: fx.Node, facts: Facts) -> Treatment:
     """The values under a window side by side: taps at fine positions, like a convolution's."""
-    factor = _options(node, facts, "x", "downscale_factor")["downscale_factor"]
+    factor = options_of(node, facts, "x", "downscale_factor")["downscale_factor"]
     return _treat_window(functional.pixel_unshuffle, _window({"kernel_size": factor, "stride": factor}))
 
 
@@ -149,7 +147,7 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
         mode = next((mode for kind, mode in modes.items() if isinstance(module, kind)), "zeros")
         value = getattr(module, "value", 0.0)
     else:
-        options = _arguments(node, "input", "pad", mode="constant", value=None)
+        options = arguments_of(node, "input", "pad", mode="constant", value=None)
         pads, value = options["pad"], options["value"] or 0.0
         mode = "zeros" if options["mode"] == "constant" else options["mode"]
     layout = facts.layout(node.args[0])
@@ -198,12 +196,12 @@ def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
     known = rule_of(user, facts)
     if known not in (convolution, convolution_function, max_pooling, average_pooling):
         return None
-    options = _options(user, facts, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
+    options = options_of(user, facts, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
     if known is convolution_function:
         options["kernel_size"] = tuple(facts.shapes.get(options["weight"], ())[2:])
     elif user.op != "call_module":
         return None
-    if not options["kernel_size"] or options["padding"] == "same" or any(_pair(options["padding"])):
+    if not options["kernel_size"] or options["padding"] == "same" or any(pair_of(options["padding"])):
         return None
     window = _window(options, same=True)
     return window if isinstance(window, Window) else None
@@ -247,7 +245,7 @@ def _pad_channels(
 @rule("timm.layers.padding:pad_same")
 def padding_same(node: fx.Node, facts: Facts) -> Treatment:
     """Padding that depends on the map's size; it belongs to the window that reads it."""
-    options = _arguments(node, "x", "kernel_size", "stride", dilation=(1, 1), value=0.0)
+    options = arguments_of(node, "x", "kernel_size", "stride", dilation=(1, 1), value=0.0)
     window = _window(options, same=True)
     if isinstance(window, str):
         return barrier(window)
@@ -263,8 +261,8 @@ def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
     module = facts.module(node) if node.op == "call_module" else None
     largest = acts_as(module, nn.AdaptiveMaxPool2d) or node.target is F.adaptive_max_pool2d
     why = "The maximum over the image, or over the bins it is cut into." if largest else ""
-    options = _options(node, facts, "x", "output_size", return_indices=False)
-    size = _pair(options["output_size"])
+    options = options_of(node, facts, "x", "output_size", return_indices=False)
+    size = pair_of(options["output_size"])
     if size == (1, 1):
         return Treatment("global", why, functional.global_max if largest else functional.global_mean)
     if not all(isinstance(bins, int) for bins in size):
@@ -276,21 +274,27 @@ def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin")
-@rule(torch.var, "var", torch.std, "std", torch.norm, "norm", torch.linalg.vector_norm)
+@rule(torch.var, "var", torch.std, "std", torch.norm, "norm", torch.linalg.vector_norm, torch.linalg.norm)
 def reduction(node: fx.Node, facts: Facts) -> Treatment:
     """Over the image: means weighed by area, sums scaled to the network's own grid. Over channels: row by row."""
-    how = operation_name(node, facts).removeprefix("Tensor.").removeprefix("vector_").removeprefix("linalg_")
+    how = operation_name(node, facts).removeprefix("Tensor.").removeprefix("linalg_").removeprefix("vector_")
     names = {"norm": ("x", "p", "dim", "keepdim"), "var": ("x", "dim", "unbiased", "keepdim")}
     names["std"] = names["var"]
-    stated = _arguments(node, *names.get(how, ("x", "dim", "keepdim")))
+    stated = arguments_of(node, *names.get(how, ("x", "dim", "keepdim")))
     options = {"p": 2, "ord": 2, "dim": None, "keepdim": False, "correction": 1, **stated}
     if isinstance(options["dim"], bool):  # var(x, unbiased), over everything
         return barrier(f"a {how} over the whole batch")
     if "unbiased" in options:
         options["correction"] = int(bool(options["unbiased"]))
     layout = facts.layout(node.args[0])
-    dims = _dims(options["dim"], layout)
-    if dims is None or (how == "norm" and (options["p"], options["ord"]) not in ((2, 2), (2.0, 2))):
+    dims = axes_of(options["dim"], layout)
+    is_euclidean = options["p"] in (2, "fro") and options["ord"] in (2, "fro", None)
+    spectral = (
+        node.target is torch.linalg.norm
+        and len(dims or ()) == 2
+        and 2 in (stated.get("p"), stated.get("ord"))
+    )
+    if dims is None or spectral or (how == "norm" and not is_euclidean):
         return barrier(f"a {how} over {options['dim']} that no lattice has")
     over_image = set(dims) & set(image_dims(layout))
     if not over_image:
@@ -305,7 +309,7 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.GroupNorm, F.group_norm)
 def group_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Mean and variance of each image and group, over elements weighed by area; then affine."""
-    options = _options(node, facts, "input", "num_groups", weight=None, bias=None, eps=1e-5)
+    options = options_of(node, facts, "input", "num_groups", weight=None, bias=None, eps=1e-5)
     return _pointwise_by(functional.group_norm, **_affine(options), groups=options["num_groups"])
 
 
@@ -313,7 +317,7 @@ def group_norm(node: fx.Node, facts: Facts) -> Treatment:
 def instance_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Mean and variance of each image and channel, over elements weighed by area; then affine."""
     usual: dict[str, Any] = {"running_mean": None, "running_var": None, "weight": None, "bias": None}
-    options = _options(node, facts, "input", **usual, use_input_stats=True, momentum=0.1, eps=1e-5)
+    options = options_of(node, facts, "input", **usual, use_input_stats=True, momentum=0.1, eps=1e-5)
     of_call = options["use_input_stats"] and options["running_mean"] is None
     if options.get("track_running_stats") or not of_call:
         return barrier("it has running statistics of single images")
@@ -323,7 +327,7 @@ def instance_norm(node: fx.Node, facts: Facts) -> Treatment:
 @rule("timm.layers.evo_norm:group_std")
 def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
     """The standard deviation of each image and group, over elements weighed by area, on every element."""
-    options = _arguments(node, "x", groups=32, eps=1e-5, flatten=False)
+    options = arguments_of(node, "x", groups=32, eps=1e-5, flatten=False)
     return _pointwise_by(functional.group_deviation, groups=options["groups"], eps=options["eps"])
 
 
@@ -348,7 +352,7 @@ def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
 @rule(F.batch_norm)
 def batch_norm_function(node: fx.Node, facts: Facts) -> Treatment:
     """An affine map per channel with fixed statistics."""
-    options = _arguments(node, "input", "mean", "var", weight=None, bias=None, training=False)
+    options = arguments_of(node, "input", "mean", "var", weight=None, bias=None, training=False)
     if options["training"] or facts.layout(node.args[0])[1] != "c":
         return barrier("it takes its statistics from a dense batch")
     return Treatment("pointwise")
@@ -357,7 +361,7 @@ def batch_norm_function(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.LayerNorm, F.layer_norm, nn.RMSNorm, F.rms_norm)
 def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
-    shape = _options(node, facts, "input", "normalized_shape")["normalized_shape"]
+    shape = options_of(node, facts, "input", "normalized_shape")["normalized_shape"]
     axes = facts.layout(node.args[0])[-len(shape) :]
     if set(axes) != {"c"}:
         return barrier("it normalises over positions of the image")
@@ -378,7 +382,7 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
 def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
     """Changes whole channels or whole images, wherever their elements are."""
     default = node.target is not F.feature_alpha_dropout  # its `training` defaults to False
-    options = _arguments(node, "input", p=0.5, training=default)
+    options = arguments_of(node, "input", p=0.5, training=default)
     own = {name: options[name] for name in ("p", "training")}
     return _pointwise_by(functional.drop_channels, how=operation_name(node, facts), **own)
 
@@ -389,13 +393,21 @@ def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
 @rule(*spellings("value", "copies", "drops"))
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
-    return Treatment("pointwise")
+    tensors = [source for source in node.all_input_nodes if facts.shapes.get(source)]
+    is_prelu = (
+        operation_name(node, facts) == "prelu"
+    )  # its weight is one number per channel, in rows and maps
+    alone = is_prelu or node.op == "call_module" or tensors == [node.args[0]]
+    return Treatment("pointwise") if alone else arithmetic(node, facts)
 
 
 @rule(*spellings("converts"))
 def conversion(node: fx.Node, facts: Facts) -> Treatment:
     """Another type or device for each value."""
-    return Treatment("pointwise" if facts.layout(node.args[0]) else "shape")
+    if not facts.layout(node.args[0]):
+        return Treatment("shape")
+    maps = [source for source in node.all_input_nodes if facts.layout(source)]
+    return Treatment("pointwise" if len(maps) == 1 else "join")
 
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
@@ -407,7 +419,9 @@ def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
 @rule(*spellings("values"))
 def arithmetic(node: fx.Node, facts: Facts) -> Treatment:
     """Combines the values of one cell; operands of an earlier stage are subsampled first."""
-    return Treatment("join")
+    if name_of(node.target) == "where" and len(node.args) + len(node.kwargs) == 1:
+        return barrier("it returns the places of values, whose number depends on the image")
+    return Treatment("join", first_line(arithmetic))
 
 
 @rule(nn.Linear, F.linear)
@@ -416,167 +430,6 @@ def linear(node: fx.Node, facts: Facts) -> Treatment:
     if facts.layout(node.args[0])[-1] != "c":
         return barrier("it mixes the positions of the image", Cause.POSITIONS)
     return Treatment("pointwise")
-
-
-_OVER_IMAGE = {"softmax": "softmax_over_image", "normalize": "normalize_over_image"}
-
-
-@rule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
-@rule(nn.Softmax, nn.LogSoftmax, F.normalize, torch.max, "max", torch.min, "min")
-@rule("logsumexp", torch.logsumexp, F.glu, nn.GLU, "prod", torch.prod)
-def along_channels(node: fx.Node, facts: Facts) -> Treatment:
-    """Over the channels of each element, which are the columns of its row."""
-    names = ("x", "p", "dim") if node.target is F.normalize else ("x", "dim")
-    default = {"normalize": 1, "glu": -1}.get(operation_name(node, facts))
-    options = {"dim": default, **_arguments(node, *names)}
-    module: Any = facts.module(node) if node.op == "call_module" else None
-    dim: Any = module.dim if module is not None else options["dim"]
-    layout = facts.layout(node.args[0])
-    if isinstance(dim, fx.Node) and facts.layout(dim):  # max or min of two maps
-        return Treatment("join", "combines the values of one cell")
-    functions: dict[Any, Any] = {nn.Softmax: F.softmax, nn.LogSoftmax: F.log_softmax, nn.GLU: F.glu}
-    function = next((function for kind, function in functions.items() if isinstance(module, kind)), None)
-    name = function.__name__ if function is not None else operation_name(node, facts)
-    how = name.removeprefix("Tensor.")
-    over_image = _OVER_IMAGE.get(how)
-    if isinstance(dim, int) and image_dims(layout) == (dim % len(layout),) and over_image is not None:
-        why = "over all positions, each weighed by its area"
-        return Treatment("pointwise", why, over_image, axes="", spaced=True)
-    row = row_dim(layout, dim) if isinstance(dim, int) else None
-    if row is None:
-        name = operation_name(node, facts)
-        return barrier(f"{name} over {'positions of the image' if isinstance(dim, int) else dim} mixes them")
-    if module is not None:
-        return Treatment("pointwise", rows=Call(function, (node.args[0], row)))
-    keepdim = bool(
-        options.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False)
-    )
-    reduced = len(facts.shapes.get(node, layout)) < len(layout) or (node not in facts.shapes and not keepdim)
-    after = layout[: dim % len(layout)] + layout[dim % len(layout) + 1 :] if reduced else layout
-    return Treatment("pointwise", rows=_redirect(node, names.index("dim"), row), layout=after)
-
-
-# -- axes: the same rows under another name ------------------------------------------------------------
-
-
-@rule(*spellings("reshapes"))
-def reshaping(node: fx.Node, facts: Facts) -> Treatment:
-    """Regroups channels, or flattens the image: the rows keep their order, only their shape changes."""
-    source: Any = node.args[0]
-    layout, shape, new = facts.layout(source), facts.shapes[source], facts.shapes[node]
-    after, reason = regroup_axes(layout, shape, new, facts.images[source])
-    if after is None:
-        return barrier(reason)
-    sizes = channel_sizes(after, new)
-    call = Call(None, (source,))
-    if sizes != channel_sizes(layout, shape):
-        call = Call("reshape", (source, -1, *sizes))
-    return Treatment("pointwise", rows=call, layout=after)
-
-
-@rule(*spellings("permutes"))
-def permutation(node: fx.Node, facts: Facts) -> Treatment:
-    """Orders the axes of the map: the channels of a row stay in the row."""
-    source, layout = node.args[0], facts.layout(node.args[0])
-    order = axes_order(node, len(layout))
-    if order is None:
-        return barrier("its axes are not written out")
-    after, rows = permute_axes(layout, order)
-    moved = list(rows) != sorted(rows)
-    call = Call(torch.permute, (source, rows)) if moved else Call(None, (source,))
-    return Treatment("pointwise", rows=call, layout=after)
-
-
-@rule(*spellings("splits"))
-def split(node: fx.Node, facts: Facts) -> Treatment:
-    """Parts of the channels of each element."""
-    layout = facts.layout(node.args[0])
-    options = _arguments(node, "x", "sections", dim=0)
-    if (row := row_dim(layout, options["dim"])) is None:
-        return barrier("it cuts the image or the batch into parts")
-    return Treatment("pointwise", rows=_redirect(node, 2, row))
-
-
-@rule(*spellings("selects"))
-def selection(node: fx.Node, facts: Facts) -> Treatment:
-    """Some channels of each element."""
-    layout = facts.layout(node.args[0])
-    options = _arguments(node, "x", dim=0)
-    if (row := row_dim(layout, options["dim"])) is None:
-        return barrier("it takes parts of the image or the batch")
-    dim = options["dim"] % len(layout)
-    after = layout if "narrow" in str(node.target) else layout[:dim] + layout[dim + 1 :]
-    return Treatment("pointwise", rows=_redirect(node, 1, row), layout=after)
-
-
-@rule(operator.getitem)
-def indexing(node: fx.Node, facts: Facts) -> Treatment:
-    """One of several values, some channels of each element, or a crop that moves no anchor."""
-    source, asked = node.args
-    if source not in facts.shapes:  # a part of a split, or a result of a pooling with indices
-        is_index = asked == 1 and _pools_with_indices(source, facts)
-        return Treatment("pointwise", leaves_by=functional.dense_indices if is_index else None)
-    layout = facts.layout(source)
-    index: list[Any] = list(asked) if isinstance(asked, tuple) else [asked]
-    if any(part is Ellipsis for part in index):
-        at = next(i for i, part in enumerate(index) if part is Ellipsis)
-        used = sum(part is not None for part in index) - 1
-        index[at : at + 1] = [slice(None)] * (len(layout) - used)
-    rows: list[Any] = [slice(None)]
-    after, dim, crops = "", 0, dict[str, Any]()
-    for part in index:
-        if part is None:
-            rows, after = [*rows, None], after + "c"
-            continue
-        if layout[dim] in "hw" and layout == NCHW and _is_crop(part, facts):
-            crops[layout[dim]] = part
-            after += layout[dim]
-        elif layout[dim] == "c" and isinstance(part, (int, slice)):
-            rows.append(part)
-            after += "c" if isinstance(part, slice) else ""
-        elif isinstance(part, slice) and part in (slice(None), slice(0, None), slice(None, None, 1)):
-            after += layout[dim]
-        else:
-            return barrier("it takes parts of the image or the batch")
-        dim += 1
-    if crops:
-        if rows != [slice(None), slice(None)]:
-            return barrier("it takes parts of the image and of the channels at once")
-        parts = [crops.get(axis, slice(None)) for axis in "hw"]
-        arguments = (("starts", tuple(p.start for p in parts)), ("stops", tuple(p.stop for p in parts)))
-        return Treatment("pointwise", call=functional.crop, arguments=arguments, spaced=True)
-    call = Call(operator.getitem, (source, tuple(rows)))
-    return Treatment("pointwise", rows=call, layout=after + layout[dim:])
-
-
-def _is_crop(part: Any, facts: Facts) -> bool:
-    """True if a slice takes the first rows or columns of a map, perhaps not all."""
-    if not isinstance(part, slice) or part.step not in (None, 1) or part.stop is None:
-        return False
-    start, stop = facts.number(part.start), facts.number(part.stop)
-    return start in (None, 0) and isinstance(stop, int)
-
-
-@rule(torch.cat, torch.concat, torch.concatenate)
-def concatenation(node: fx.Node, facts: Facts) -> Treatment:
-    """Channels side by side, cell by cell."""
-    options = _arguments(node, "tensors", dim=0)
-    dim, first = options.get("axis", options["dim"]), _first_map(node, facts)
-    row = row_dim(facts.layout(first), dim)
-    if row is None:
-        return barrier("it puts images or batches side by side")
-    return Treatment("join", rows=Call(torch.cat, (options["tensors"], row)))
-
-
-@rule(torch.stack)
-def stacking(node: fx.Node, facts: Facts) -> Treatment:
-    """Values of one cell along a new channel axis."""
-    options = _arguments(node, "tensors", dim=0)
-    layout = facts.layout(_first_map(node, facts))
-    dim = options["dim"] % (len(layout) + 1)
-    row = 1 + layout[:dim].count("c")
-    call = Call(torch.stack, (options["tensors"], row))
-    return Treatment("join", rows=call, layout=f"{layout[:dim]}c{layout[dim:]}")
 
 
 # -- another resolution --------------------------------------------------------------------------------
@@ -589,7 +442,7 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     source: Any = node.args[0] if node.args else node.kwargs["input"]
     usual: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
     usual |= {"recompute_scale_factor": None, "antialias": False}
-    options = _options(node, facts, "x", **usual)
+    options = options_of(node, facts, "x", **usual)
     if not facts.layout(source):
         return _resize_small(node, facts, source, options)
     if options["mode"] not in ("nearest", "nearest-exact", "bilinear") or options["antialias"]:
@@ -610,7 +463,7 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
 
 def _whole_division(options: dict[str, Any]) -> int | None:
     """Return how many times coarser the result of a resize is, if its factor is 1 / n; else None."""
-    factor, other = _pair(options["scale_factor"])
+    factor, other = pair_of(options["scale_factor"])
     fits = isinstance(factor, float) and factor == other and 0 < factor < 1 and (1 / factor).is_integer()
     return (
         round(1 / factor)
@@ -639,7 +492,7 @@ def _subsampling(mode: str, stride: int) -> Treatment:
 @rule(nn.PixelShuffle, F.pixel_shuffle)
 def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
     """An element takes the channels of its phase on the output's own grid."""
-    factor = _options(node, facts, "x", "upscale_factor")["upscale_factor"]
+    factor = options_of(node, facts, "x", "upscale_factor")["upscale_factor"]
     return Treatment("resize", call=functional.pixel_shuffle, scale=factor)
 
 
@@ -647,16 +500,16 @@ def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
 def max_unpooling(node: fx.Node, facts: Facts) -> Treatment:
     """An element takes the value of the window it lies in, if it is the tap of it that was the largest, or zero."""
     names = ("indices", "output_size") if node.op == "call_module" else ("indices", "kernel_size", "stride")
-    options = _arguments(
+    options = arguments_of(
         node, "input", *names, **({} if len(names) == 2 else {"padding": 0, "output_size": None})
     )
     indices, size = options["indices"], options.get("output_size")
     pooling: Any = indices.args[0] if indices.target is operator.getitem else None
-    if not _pools_with_indices(pooling, facts):
+    if not pools_with_indices(pooling, facts):
         return barrier("its indices are not those of a max pooling as they are")
-    window = _pooling(pooling, facts)
-    kernel, stride = _pair(window["kernel_size"]), _pair(window["stride"])
-    if kernel != stride or _pair(window["padding"]) != (0, 0) or _pair(window["dilation"]) != (1, 1):
+    window = pooling_options(pooling, facts)
+    kernel, stride = pair_of(window["kernel_size"]), pair_of(window["stride"])
+    if kernel != stride or pair_of(window["padding"]) != (0, 0) or pair_of(window["dilation"]) != (1, 1):
         return barrier("its pooling has windows that overlap, so that several values may have one place")
     if kernel[0] != kernel[1]:
         return barrier(f"its pooling has windows of {kernel[0]}x{kernel[1]}")
@@ -672,9 +525,9 @@ def max_unpooling(node: fx.Node, facts: Facts) -> Treatment:
 def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
     """An element reads the taps of its own phase on the output's own grid, at their fine positions."""
     usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-    options = _options(node, facts, "input", "weight", **usual)
+    options = options_of(node, facts, "input", "weight", **usual)
     if node.op == "call_module":
-        kernel, size = options["kernel_size"], _arguments(node, "input", output_size=None)["output_size"]
+        kernel, size = options["kernel_size"], arguments_of(node, "input", output_size=None)["output_size"]
     elif options["weight"] not in facts.shapes or facts.layout(options["weight"]):
         return barrier("its weight is not a tensor of known shape")
     else:
@@ -700,10 +553,10 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
 
 def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilation: Any) -> Window | str:
     """Return the window of a transposed convolution, an ordinary one for stride 1, or the reason why there is none."""
-    kernel, padding, more, dilation = _pair(kernel), _pair(padding), _pair(more), _pair(dilation)
-    if not all(isinstance(value, int) for value in (*kernel, *_pair(stride), *padding, *more, *dilation)):
+    kernel, padding, more, dilation = pair_of(kernel), pair_of(padding), pair_of(more), pair_of(dilation)
+    if not all(isinstance(value, int) for value in (*kernel, *pair_of(stride), *padding, *more, *dilation)):
         return "its window is computed while the network runs"
-    (stride, other), by_axis = _pair(stride), list(zip(kernel, padding, more, dilation, strict=True))
+    (stride, other), by_axis = pair_of(stride), list(zip(kernel, padding, more, dilation, strict=True))
     if stride != other:
         return f"stride {(stride, other)} differs between the axes"
     if stride == 1:
@@ -740,6 +593,9 @@ def _resize_small(node: fx.Node, facts: Facts, source: Any, options: dict[str, A
 
 
 def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:
+    maps = [other for other in node.all_input_nodes if facts.layout(other)]
+    if len(maps) == 2 and facts.shapes[source] == facts.shapes[maps[1]]:  # the size of a map like it
+        return Treatment("join", first_line(broadcast), rows=Call(None, (source,)))
     shape = tuple(facts.shapes.get(source, ()))
     if not facts.layout(source) and is_flat(shape, NCHW) and facts.is_map(node):
         return Treatment("broadcast", first_line(broadcast))
@@ -751,16 +607,18 @@ def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:
 # -- sizes, products and attention ---------------------------------------------------------------------
 
 
-@rule("size", "dim", getattr, "numel", "ndimension")
+# Attributes of a map that elements have, or know of the network's own map.
+_ATTRIBUTES = ("shape", "device", "dtype", "ndim", "layout", "itemsize")
+
+
+@rule("size", "dim", getattr, "numel", "nelement", "ndimension", "element_size")
 def shape(node: fx.Node, facts: Facts) -> Treatment:
     """Asks for the size of the map, which is the one the network itself would see."""
     if node.target is getattr and node.args[1] == "data":
         why = "The values without their history, which each element has for itself."
         return Treatment("pointwise", why, rows=Call(getattr, (node.args[0], "data")))
-    if node.target is getattr and node.args[1] not in ("shape", "device", "dtype", "ndim"):
+    if node.target is getattr and node.args[1] not in _ATTRIBUTES:
         return barrier(f"reads the attribute {node.args[1]!r} of a map")
-    if node.target == "numel":
-        return barrier("counts the values of a map")
     return Treatment("shape")
 
 
@@ -797,36 +655,9 @@ def attention(node: fx.Node, facts: Facts) -> Treatment:
 # -- helpers -------------------------------------------------------------------------------------------
 
 
-def _arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
-    """Return positional and keyword arguments by name."""
-    return {**defaults, **dict(zip((*names, *defaults), node.args, strict=False)), **node.kwargs}
-
-
-def _options(node: fx.Node, facts: Facts, *names: str, **defaults: Any) -> dict[str, Any]:
-    """Return the options of an operation by name: attributes of a module, or arguments of the equivalent function."""
-    if node.op != "call_module":
-        return _arguments(node, *names, **defaults)
-    module = facts.module(node)
-    held = {name: getattr(module, name) for name in ("weight", "bias") if hasattr(module, name)}
-    weights = {name: Attribute(f"{node.target}.{name}") for name in held if held[name] is not None}
-    return {**defaults, **vars(module), **dict.fromkeys(held), **weights}
-
-
 def _weights(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a convolution besides its window."""
     return {name: options[name] for name in ("weight", "bias", "groups")}
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    return (values[0], values[-1])
-
-
-def _dims(dim: Any, layout: str) -> tuple[int, ...] | None:
-    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-    if not dims or not all(isinstance(d, int) for d in dims):
-        return None
-    return tuple(sorted(d % len(layout) for d in dims))
 
 
 def _scale(before: Sequence[int], after: Sequence[int]) -> int:
@@ -843,27 +674,13 @@ def _scale(before: Sequence[int], after: Sequence[int]) -> int:
     return next(iter(exact or powers or fitting), int(stretched))
 
 
-def _first_map(node: fx.Node, facts: Facts) -> fx.Node:
-    return next(source for source in node.all_input_nodes if facts.layout(source))
-
-
-def _redirect(node: fx.Node, place: int, dim: Any) -> Call:
-    """Return the node's own call with another `dim`, one of the rows; `place` is its place among the arguments."""
-    args, kwargs = list(node.args), dict(node.kwargs)
-    if len(args) > place:
-        args[place] = dim
-    else:
-        kwargs["dim"] = dim
-    return Call(node.target, tuple(args), kwargs)
-
-
 def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: bool) -> Treatment:
     """Treat a reduction over channel axes only, row by row."""
     layout = facts.layout(node.args[0])
     if any(layout[dim] != "c" for dim in dims):
         return barrier("it joins the images of the batch")
     place = 2 if "norm" in operation_name(node, facts) else 1
-    call = _redirect(node, place, tuple(row_dim(layout, dim) for dim in dims))
+    call = redirect(node, place, tuple(row_dim(layout, dim) for dim in dims))
     after = layout if keepdim else "".join(axis for dim, axis in enumerate(layout) if dim not in dims)
     return Treatment("pointwise", rows=call, layout=after)
 
@@ -871,8 +688,8 @@ def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: 
 def _window(options: dict[str, Any], same: bool = False) -> Window | str:
     """Return the window of a convolution or pooling, or the reason why there is none; with `same` its padding depends
     on the map's size."""
-    kernel, stride = _pair(options["kernel_size"]), _pair(options["stride"])
-    dilation, padding = _pair(options.get("dilation", 1)), 0 if same else options.get("padding", 0)
+    kernel, stride = pair_of(options["kernel_size"]), pair_of(options["stride"])
+    dilation, padding = pair_of(options.get("dilation", 1)), 0 if same else options.get("padding", 0)
     mode = "zeros" if same else options.get("padding_mode", "zeros")
     if not all(isinstance(value, int) for value in (*kernel, *stride, *dilation)):
         return "its window is computed while the network runs"
@@ -884,7 +701,7 @@ def _window(options: dict[str, Any], same: bool = False) -> Window | str:
     if padding == "same":
         pads = (total_y // 2, total_y - total_y // 2, total_x // 2, total_x - total_x // 2)
     else:
-        vertical, horizontal = (0, 0) if padding == "valid" else _pair(padding)
+        vertical, horizontal = (0, 0) if padding == "valid" else pair_of(padding)
         pads = (vertical, vertical, horizontal, horizontal)
     ceil_mode = not same and options.get("ceil_mode", False)
     window = Window(kernel, stride[0], dilation, pads, mode, ceil_mode, same=same)
@@ -915,11 +732,11 @@ def _pool_image(call: Callable[..., Any], why: str, options: dict[str, Any], nod
 def _covers_image(options: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
     """True if a pooling window is computed from the map's size and covers the whole map."""
     kernel, layout = options["kernel_size"], facts.layout(node.args[0])
-    if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(options["padding"])):
+    if layout != NCHW or pair_of(kernel) == pair_of(facts.number(kernel)) or any(pair_of(options["padding"])):
         return False
     if options["divisor_override"] is not None:
         return False
-    return _pair(facts.number(kernel)) == tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
+    return pair_of(facts.number(kernel)) == tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
 
 
 def _unless_own_size(kernel: Any, node: fx.Node) -> Any:
@@ -949,14 +766,3 @@ def _is_length_of(source: Any, axis: int, value: Any) -> bool:
         return False
     by_call = value.op == "call_method" and value.target == "size" and value.args[0] is source
     return by_call or (value.target is operator.getitem and _is_size_of(value.args[0], source))
-
-
-def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:
-    usual: dict[str, Any] = {"stride": None, "padding": 0}
-    of_mean = {"ceil_mode": False, "count_include_pad": True, "divisor_override": None}
-    of_max = {"dilation": 1, "ceil_mode": False, "return_indices": False}
-    in_order = of_mean if node.target is F.avg_pool2d else of_max
-    options = {**of_mean, **of_max, **_options(node, facts, "input", "kernel_size", **usual, **in_order)}
-    options["return_indices"] = options["return_indices"] or node.target is F.max_pool2d_with_indices
-    options["stride"] = options["kernel_size"] if options["stride"] in (None, []) else options["stride"]
-    return options

@@ -18,6 +18,7 @@ Refusal = Callable[[fx.Node, Sequence[fx.Node]], Barrier | None]
 # An additional, coarser output map gets no adaptive stage of its own if it has less than this share of the MACs.
 MERE_TAIL = 0.05
 _FINAL = Barrier("resizes what leaves the region", Cause.END)
+_CHOICE = Barrier("its whole numbers leave the region, where they cannot be interpolated", Cause.END)
 
 
 class Settled(NamedTuple):
@@ -65,10 +66,29 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None 
         # Final resizes read the region at arbitrary points, so that the output has the original network's size.
         resizes = [node for node in flow.last if flow.at_exit(node)]
         leaving = _lone_pads(flow) | dict.fromkeys(resizes, _FINAL) | ({} if named else _mere_tails(flow))
+        leaving |= dict.fromkeys(_leaving_choices(flow), _CHOICE)
         if dilated <= by_design and leaving.keys() <= outside.keys():
             return Settled(flow, refused, by_design, coarsest)
         by_design |= dilated
         outside |= leaving
+
+
+def _leaving_choices(flow: Flow) -> list[fx.Node]:
+    """Return operations whose results are whole numbers or truth values that leave the region, such as the argmax of
+    class scores. The scores leave it instead, which can be interpolated."""
+    facts = flow.facts
+    choices = [
+        node
+        for node, role in flow.role.items()
+        if role is Role.MAP
+        and node in facts.shapes
+        and not {node} & (facts.floating | flow.barriers.keys())
+        and any(user.op == "output" or user in flow.barriers for user in node.users)
+    ]
+    # One of several results is marked by the operation that returns them all.
+    return [
+        node if node.args[0] in facts.shapes else flow.maps(node)[0] for node in choices if flow.maps(node)
+    ]
 
 
 def _lone_pads(flow: Flow) -> dict[fx.Node, Barrier]:

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
-from cadsurgery.support.torch_operations import is_in_place, is_kind, name_of
+from cadsurgery.support.torch_operations import asks, is_in_place, is_kind, name_of
 from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.carry import Carrier, symbols_in_python
 from cadsurgery.surgery.graphs import upstream
@@ -66,6 +66,7 @@ def trace(
     functions: Functions = (),
     example: Arguments | None = None,
     given: frozenset[str] = frozenset(),
+    is_tracing: bool = True,
 ) -> fx.Graph:
     """Trace `model` in evaluation mode; the graph has no data-dependent control flow.
 
@@ -78,13 +79,13 @@ def trace(
         functions: Python functions that are to be single nodes of the graph.
         example: arguments of a call; the network's Python code may then use their sizes, see `carry`.
         given: names of arguments that every call passes, whatever their default; arguments of `example` are included.
+        is_tracing: the answer of `torch.jit.is_tracing()`; if it is true, libraries skip checks of the image's size.
 
     Raises:
         CannotFollow: the forward depends on values or uses Python that torch.fx cannot follow.
     """
     try:
-        # Libraries skip checks that depend on the image size while torch's own tracing runs.
-        with evaluating(model), mock.patch.object(torch.jit, "is_tracing", lambda: True):
+        with evaluating(model), mock.patch.object(torch.jit, "is_tracing", lambda: is_tracing):
             declared, wrapped = _timm_leaves()
             options = (is_operation, (*functions, *wrapped), declared)
             try:
@@ -105,6 +106,9 @@ def trace(
     _open_dataclass(graph)
     _make_in_place_explicit(model, graph)
     _follow_training_flag(graph)
+    for node in reversed(graph.nodes):
+        if asks(node) and not node.users:  # answered while the network was traced
+            graph.erase_node(node)
     return graph
 
 

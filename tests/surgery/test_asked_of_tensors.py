@@ -66,6 +66,8 @@ FACTS: dict[str, Callable[[Tensor], bool]] = {
     "storage_offset": lambda y: y.storage_offset() == 0,
     "finfo": lambda y: torch.finfo(y.dtype).max > 1,
     "nbytes": lambda y: y.nbytes > 0,
+    "tracing": lambda y: torch.jit.is_tracing(),
+    "not tracing": lambda y: not torch.jit.is_tracing(),
 }
 
 
@@ -73,6 +75,71 @@ FACTS: dict[str, Callable[[Tensor], bool]] = {
 def test_facts_that_no_pixel_decides_are_answered(name: str) -> None:
     fact = FACTS[name]
     check(Encoded(lambda own, image, y: own.head(2 * y) if fact(y) else own.head(y)))
+
+
+# What a tensor says of its memory or its history: other tensors of equal values say something else.
+OF_MEMORY = frozenset(
+    (
+        *(
+            "data_ptr",
+            "const_data_ptr",
+            "storage",
+            "untyped_storage",
+            "storage_type",
+            "stride",
+            "dim_order",
+            "type",
+        ),
+        *(
+            "grad",
+            "grad_fn",
+            "grad_dtype",
+            "is_leaf",
+            "requires_grad",
+            "output_nr",
+            "name",
+            "get_device",
+            "nbytes",
+        ),
+    )
+)
+
+
+def say_something_else_of_other_pixels(name: str) -> bool:
+    """True if a fact of a tensor depends on its values, is no fact at all, or is one of its memory."""
+    said = []
+    for seed in (0, 1):
+        tensor = torch.rand(2, 6, 8, 12, generator=torch.Generator().manual_seed(seed))
+        try:
+            said.append(asked(tensor, name))
+        except Exception:  # of other tensors, or with arguments; torch raises any error
+            return True
+    return not isinstance(said[0], (bool, int, torch.dtype, torch.layout)) or said[0] != said[1]
+
+
+def asked(tensor: Any, name: str) -> Any:
+    return getattr(tensor, name)() if callable(getattr(torch.rand(1), name)) else getattr(tensor, name)
+
+
+@pytest.mark.slow
+def test_all_that_a_tensor_says_without_its_pixels_is_answered() -> None:
+    names = [name for name in dir(Tensor) if not name.startswith("_") and name not in OF_MEMORY]
+    facts = [name for name in names if not say_something_else_of_other_pixels(name)]
+    problems = {name: problem for name in facts if (problem := problem_with(name))}
+    assert len(facts) > 20
+    assert problems == {}
+
+
+def problem_with(name: str) -> str:
+    def then(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = own.head(y * 2 if asked(y, name) else y)
+        return result
+
+    try:
+        check(Encoded(then))
+    except (cs.CadError, AssertionError) as error:
+        return str(error)
+    return ""
 
 
 FILLED: dict[str, Callable[[Tensor], Tensor]] = {

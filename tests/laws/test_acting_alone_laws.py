@@ -1,0 +1,380 @@
+"""Whatever acts on each position of a map alone stays in the region: all that torch offers, sorted by experiment.
+
+Every function of torch, of `torch.nn.functional`, `torch.special` and `torch.linalg`, every method of a tensor and
+every module that can be called on a map is tried with several arguments. If a pixel changes the result at its own
+position only, wherever it is, then the operation must have a rule, and the converted network equals the original at its
+own level.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+Call = Callable[[Tensor], Any]
+C = 6
+MAP = torch.rand(3, C, 7, 9, generator=torch.Generator().manual_seed(0)) + 0.1
+PICKED = torch.tensor([2, 0, 1])
+# Stand for another map, for the map's truth values, and for numbers of channels.
+OTHER, MASK, CHANNELS = "another map", "truth values", "channels"
+ARGUMENTS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((), {}),
+    ((2,), {}),
+    ((), {"dim": 1}),
+    ((2, 1), {}),
+    ((0.1, 0.5), {}),
+    ((OTHER,), {}),
+    ((OTHER, OTHER), {}),
+    ((MASK, 0.0), {}),
+    (([1],), {}),
+    ((1, CHANNELS), {}),
+    (((1,), (1,)), {}),
+    ((1, 2, 1, 1), {}),
+    (((1, 2, 1, 1),), {}),
+]
+# Random, in place of storage, or not for maps at all.
+UNUSABLE = (
+    *(
+        "rand",
+        "normal",
+        "bernoulli",
+        "poisson",
+        "exponential",
+        "geometric",
+        "cauchy",
+        "log_normal",
+        "uniform",
+    ),
+    *(
+        "multinomial",
+        "dropout",
+        "alpha_dropout",
+        "feature_",
+        "gumbel",
+        "rrelu",
+        "binomial",
+        "empty",
+        "new",
+        "native_",
+    ),
+    *(
+        "save",
+        "load",
+        "set_",
+        "share",
+        "resize",
+        "apply_",
+        "map_",
+        "register",
+        "backward",
+        "record",
+        "data_ptr",
+    ),
+    *("storage", "untyped", "quantize", "dequantize", "sparse", "to_sparse", "to_mkldnn", "numpy", "tolist"),
+    *("names", "rename", "align", "refine", "has_names", "compile", "fork", "import", "seed", "manual_seed"),
+    *(
+        "cuda",
+        "xpu",
+        "mps",
+        "ipu",
+        "hpu",
+        "mtia",
+        "vulkan",
+        "dlpack",
+        "jit",
+        "typename",
+        "is_",
+        "from_",
+        "tensor",
+    ),
+    *("as_tensor", "asarray", "_", "module_load", "sym_", "get_", "hash_tensor", "resolve", "fbgemm", "put_"),
+    *("retain", "unique", "copy_"),
+)
+# Act alone with these arguments, and are left out on purpose.
+LEFT_OUT = {
+    **dict.fromkeys(("avg_pool3d", "max_pool3d", "lp_pool3d", "lp_pool2d"), "windows of other maps"),
+    **dict.fromkeys(("max_pool3d_with_indices", "to_dense", "CrossMapLRN2d"), "of other maps"),
+    **dict.fromkeys(
+        ("flipud", "fliplr", "hsplit", "msort", "gradient", "rot90"), "name axes of other tensors"
+    ),
+    **dict.fromkeys(("trapezoid", "trapz", "cumulative_trapezoid"), "integrals, of no network"),
+    **dict.fromkeys(
+        ("atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors"), "return what they are given"
+    ),
+    **dict.fromkeys(("frexp", "isin", "mvlgamma", "multigammaln"), "of no network"),
+    **dict.fromkeys(("slice_scatter", "slice_inverse", "scatter", "index"), "writes or reads at places"),
+    **dict.fromkeys(("frobenius_norm",), "not public"),
+    **dict.fromkeys(("acosh", "arccosh"), "NaN below one"),
+}
+
+
+def without_use(name: str) -> bool:
+    is_loss = "loss" in name or name in ("binary_cross_entropy_with_logits", "kl_div")
+    return name.startswith(UNUSABLE) or name.endswith("_copy") or is_loss or name.rstrip("_") in LEFT_OUT
+
+
+class Asked(nn.Module):
+    """Calls one operation between strided convolutions."""
+
+    def __init__(self, call: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.call, self.arguments, self.options = call, arguments, options
+        self.stem = nn.Sequential(nn.Conv2d(3, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), nn.Sigmoid())
+        self.other = nn.Sequential(nn.Conv2d(C, C, 1), nn.Sigmoid())
+        self.register_buffer("picked", PICKED)
+        self.head = nn.Conv2d(self.channels(MAP.clone()).shape[1], 4, 3, 2, 1)
+
+    def ask(self, y: Tensor, other: Tensor) -> Any:
+        stand_ins = {OTHER: other, MASK: other > 0.5, CHANNELS: self.picked}
+        given = [stand_ins[value] if isinstance(value, str) else value for value in self.arguments]
+        result = self.call(y, *given, **self.options)
+        return result[0] if isinstance(result, (tuple, list)) else result
+
+    def channels(self, y: Tensor) -> Tensor:
+        """The result as a map (B, C, H, W)."""
+        return self.as_map(self.ask(y, y.flip(0) * 0.7))
+
+    def as_map(self, result: Any) -> Any:
+        if result.dim() == 3:
+            result = result.unsqueeze(1)
+        if result.dim() == 5:
+            result = result.flatten(1, 2)
+        return result if result.is_complex() else result.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x) + 0.1
+        result: Tensor = self.head(self.as_map(self.ask(y, self.other(y))))
+        return result
+
+
+def acts_alone(net: Asked) -> bool:
+    """True if a pixel changes the result at its own position only, in the same way at every position."""
+    results = net.channels(MAP.clone())
+    if (
+        not bool(results.isfinite().all())
+        or results.dim() != 4
+        or results.shape[0] != 3
+        or results.shape[2:] != MAP.shape[2:]
+    ):
+        return False
+    changed = MAP.clone()
+    changed[0, :, 3, 4] = torch.tensor([0.9, 0.11, 0.35, 0.6, 0.2, 0.77])
+    differs = (net.channels(changed) != results) & ~(results != results)
+    differs[:, :, 3, 4] = False
+    moved = net.channels(MAP.roll((1, 2), (2, 3)))
+    alike = torch.allclose(moved, results.roll((1, 2), (2, 3)), 1e-4, 1e-4, equal_nan=True)
+    return not bool(differs.any()) and alike
+
+
+def nets(call: Callable[..., Any]) -> Iterator[Asked]:
+    """Yield networks around a call, with those arguments by which it acts on each position alone."""
+    for arguments, options in ARGUMENTS:
+        try:
+            net = Asked(call, arguments, options)
+            alone = acts_alone(net)
+            net(torch.rand(1, 3, 32, 32))
+        except Exception:  # arguments of another operation; torch raises any error
+            continue
+        if alone:
+            yield net.eval()
+
+
+def fault(net: Asked) -> str:
+    """Return what is wrong with a converted network, or ""."""
+    image = torch.rand(1, 3, 40, 56)
+    try:
+        adaptive = cs.adaptify(
+            net, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native", verify_laws=False
+        )
+    except cs.CadError as error:
+        return str(error)
+    ends = [decision.reason for decision in adaptive.plan.decisions if decision.action == "barrier"]
+    error = relative_error(adaptive(image), net(image)) if not ends else 0.0
+    return "; ".join(ends) if ends else f"error {error}" * (error > 1e-4)
+
+
+def method(name: str) -> Call:
+    return lambda y, *given, **options: getattr(y, name)(*given, **options)
+
+
+SPACES: dict[str, Callable[[], dict[str, Callable[..., Any]]]] = {
+    "torch": lambda: functions(torch),
+    "torch.nn.functional": lambda: functions(F),
+    "torch.special": lambda: functions(torch.special),
+    "torch.linalg": lambda: functions(torch.linalg),
+    "methods": lambda: {name: method(name) for name in dir(Tensor) if callable(getattr(Tensor, name))},
+    "modules": lambda: modules(),
+}
+
+
+def functions(space: Any) -> dict[str, Callable[..., Any]]:
+    values = {name: getattr(space, name) for name in dir(space)}
+    return {name: value for name, value in values.items() if callable(value) and not isinstance(value, type)}
+
+
+# Modules that are random in training or made for other tensors; those that end in a loss.
+OTHER_MODULES = ("Module", "Container", "Sequential", "Identity", "Lazy", "Transformer", "RNN", "LSTM", "GRU")
+
+
+def modules() -> dict[str, Callable[..., Any]]:
+    kinds = {
+        name: kind for name, kind in vars(nn).items() if inspect.isclass(kind) and issubclass(kind, nn.Module)
+    }
+    return {
+        name: built
+        for name, kind in kinds.items()
+        if not name.startswith(OTHER_MODULES)
+        and not name.endswith(("Loss", "Cell", "3d", "1d", "List", "Dict"))
+        for built in [first_that_builds(kind)]
+        if built is not None
+    }
+
+
+def first_that_builds(kind: type[nn.Module]) -> nn.Module | None:
+    for arguments in ((), (1,), (2,), (C,), (2, C), (C, C), (C, C, 1), (0.1, 0.5)):
+        try:
+            built = kind(*arguments)
+            built.eval()(MAP.clone())
+        except Exception:  # arguments of another module
+            continue
+        return built
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", SPACES)
+def test_what_acts_on_each_position_alone_stays_in_the_region(space: str) -> None:
+    faults, asked = {}, 0
+    for name, call in SPACES[space]().items():
+        if without_use(name):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated functions, and implicit axes
+            for net in nets(call):
+                asked += 1
+                if problem := fault(net):
+                    faults[f"{name}{net.arguments}{net.options}"] = problem
+    assert asked > 3
+    assert not faults
+
+
+class Encoder(nn.Module):
+    """Strided convolutions around a function of the map and another one of the same size."""
+
+    def __init__(self, change: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+        self.stem = nn.Sequential(nn.Conv2d(3, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), nn.Sigmoid())
+        self.other, self.head = nn.Conv2d(C, C, 1), nn.Conv2d(C, 4, 3, 2, 1)
+        self.register_buffer("vector", torch.rand(1, 2, 1, 1))
+        self.register_buffer("picked", PICKED)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        result: Tensor = self.head(self.change(self, y, self.other(y)))
+        return result
+
+
+def write(place: Any, value: Callable[[Any, Tensor, Tensor], Any]) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """Return a function that writes to some values of the map, as Python does: `y[place] = value`."""
+
+    def change(own: Any, y: Tensor, z: Tensor) -> Tensor:
+        y[place] = value(own, y, z)
+        return y
+
+    return change
+
+
+def into_zeros(own: Any, y: Tensor, z: Tensor) -> Tensor:
+    result = y.new_zeros(y.shape[0], C, *y.shape[2:])
+    result[:, : C // 2] = y[:, C // 2 :]
+    result[:, C // 2 :] = z[:, : C // 2]
+    return result
+
+
+def where_large(own: Any, y: Tensor, z: Tensor) -> Tensor:
+    y[y > 0.5] = 0.1
+    return y
+
+
+def in_last_axis(own: Any, y: Tensor, z: Tensor) -> Tensor:
+    by_pixel = y.permute(0, 2, 3, 1)
+    by_pixel[..., :2] = 0
+    return by_pixel.permute(0, 3, 1, 2)
+
+
+def twice_in_place(own: Any, y: Tensor, z: Tensor) -> Tensor:
+    y[:, 1:3] *= 2
+    return y
+
+
+EVERY = slice(None)
+CHANGES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "channels of another map": write((EVERY, slice(0, 2)), lambda own, y, z: z[:, 1:3]),
+    "every second channel": write((EVERY, slice(None, None, 2)), lambda own, y, z: z[:, 1::2]),
+    "a number": write((EVERY, 0), lambda own, y, z: 0.5),
+    "one channel of itself": write((EVERY, 1), lambda own, y, z: torch.tanh(y[:, 1])),
+    "a vector": write((EVERY, slice(2, 4)), lambda own, y, z: own.vector),
+    "in place": twice_in_place,
+    "into zeros": into_zeros,
+    "chosen values": where_large,
+    "the last axis": in_last_axis,
+    "channels by numbers": lambda own, y, z: y[:, [2, 0, 1, 3, 4, 5]],
+    "channels by a tensor": lambda own, y, z: torch.cat([y[:, own.picked], z[:, 3:]], 1),
+    "larger than the mean": lambda own, y, z: y * (y > y.mean((2, 3), keepdim=True)),
+    "repeated": lambda own, y, z: y.repeat(1, 2, 1, 1)[:, 1 : C + 1],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_channels_that_are_written_or_chosen_stay_in_the_region(change: str) -> None:
+    model = Encoder(CHANGES[change]).eval()
+    image = torch.rand(2, 3, 40, 56)
+    net = cs.adaptify(model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native")
+    assert not [decision for decision in net.plan.decisions if decision.action == "barrier"]
+    assert relative_error(net(image), model(image)) < 1e-4
+    assert relative_error(net.optimize()(image), model(image)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda own, y, z: y.cumsum(2), "cumsum joins positions along the height"),
+        (lambda own, y, z: y.roll(1, 3), "roll joins positions along the width"),
+        (lambda own, y, z: y.flip(2, 3), "flip joins positions along the height and the width"),
+        (lambda own, y, z: y.sort(dim=0)[0], "sort joins positions along the batch"),
+        (write((EVERY, EVERY, 0), lambda own, y, z: 0), "writes to parts of the image"),
+        (lambda own, y, z: y[:, :, ::2][:, :, :, ::2], "takes parts of the height"),
+    ],
+)
+def test_what_joins_positions_says_along_which_axes(change: Any, words: str) -> None:
+    plan = cs.plan(Encoder(change).eval(), example_input=torch.rand(3, 3, 32, 48))
+    assert words in " ".join(decision.reason for decision in plan.decisions if decision.action == "barrier")
+
+
+def test_class_numbers_leave_as_scores() -> None:
+    """Numbers of classes cannot be interpolated: the scores leave the region, and the network chooses among them."""
+    model = nn.Sequential(
+        nn.Conv2d(3, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), Choice()
+    ).eval()
+    net = cs.adaptify(model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native")
+    image = torch.rand(2, 3, 40, 56)
+    assert torch.equal(net(image), model(image))
+    assert [decision.operation for decision in net.plan.decisions if decision.action == "barrier"] == [
+        "Tensor.argmax"
+    ]
+
+
+class Choice(nn.Module):
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores.argmax(1)
