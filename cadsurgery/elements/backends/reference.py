@@ -31,7 +31,7 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.backends.integer import IntegerConvolution
 from cadsurgery.elements.backends.onednn import product
 from cadsurgery.elements.kernel_map import phases, read_rows
-from cadsurgery.elements.sizes import is_statically_true
+from cadsurgery.elements.sizes import is_for_any_size, is_statically_true
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
 # below a dense network's activations, large enough for the matrix product to run at full speed.
@@ -163,8 +163,9 @@ def block_length(table: Tensor, rows: Tensor) -> int:
 
 
 def gather_blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
-    """Yield the gathered rows of all taps, (n, taps, C), in blocks."""
-    for block in table.to(rows.device).split(block_length(table, rows)):
+    """Yield the gathered rows of all taps, (n, taps, C), in blocks; a table of unknown length is one block."""
+    table = table.to(rows.device)
+    for block in (table,) if is_for_any_size(table.shape) else table.split(block_length(table, rows)):
         yield rows.index_select(0, block.flatten()).view(*block.shape, rows.shape[1])
 
 

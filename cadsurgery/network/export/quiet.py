@@ -12,10 +12,10 @@ import torch
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Suppress logs and warnings in the block, and torch's runtime assertions on sizes in decomposed graphs; ONNX has
+    """Suppress logs and warnings in the block, since what fails is raised in our own words, and torch's runtime assertions on sizes in decomposed graphs; ONNX has
     no assertions, and creating them can take most of the time."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # of an error torch would log the whole graph
     try:
         with torch._dynamo.config.patch(do_not_emit_runtime_asserts=True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
