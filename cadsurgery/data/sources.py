@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
+from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table, number_classes
 from cadsurgery.data.images import SCENE_CLASSES, SUFFIXES, find_images, labelled_scene, read_image
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
@@ -91,7 +91,8 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
     ignore = [_number("ignore", part) for part in options["ignore"].split("/") if part]
     read = partial(_read_files, images, labels)
     table = identity_table(len(classes), ignore)
-    return SegmentationData(spec, split, classes, tuple(map(str, images)), read, table)
+    remedy = "raise classes=..., or ignore such pixels: ignore={labels}."
+    return SegmentationData(spec, split, classes, tuple(map(str, images)), read, table, remedy=remedy)
 
 
 def _class_names(text: str) -> tuple[str, ...]:
@@ -100,7 +101,7 @@ def _class_names(text: str) -> tuple[str, ...]:
         return tuple(text.split("/"))
     if not 1 <= int(text) <= IGNORED:
         raise InvalidInput(f"classes={text} is not 1..{IGNORED}.", next="give the number of classes.")
-    return tuple(f"class {index}" for index in range(int(text)))
+    return number_classes(int(text))
 
 
 def _number(option: str, text: str) -> int:

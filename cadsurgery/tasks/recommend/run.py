@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.data import SegmentationData, open_data
-from cadsurgery.data.datasets import identity_table
+from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sample_of
+from cadsurgery.data.datasets import identity_table, number_classes
 from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
 from cadsurgery.data.sources import KINDS
@@ -61,7 +61,7 @@ _MOST_WORK = 2.0  # of the network as given: what multiplies more is not tried
 
 def recommend(
     network: str | nn.Module,
-    images: str | Path | SegmentationData,
+    images: str | Path | Samples,
     *,
     labels: Path | None = None,
     keep: float | None = None,
@@ -90,7 +90,8 @@ def recommend(
     Args:
         network: a name or `module:function`, or a module; it is not changed. Of a converted network, or its file, the
             network before the conversion is taken, with the weights that it has now.
-        images: a folder of photos, the spec of data (see `open_data`), or data.
+        images: a folder of photos, the spec of data (see `open_data`), or data of your own, see
+            `cadsurgery.data.samples.Samples`.
         labels: folder with a PNG of the same name for each photo: the class number of each pixel, 255 ignored.
         keep: the least share of the quality of the network as given; the fastest setting that keeps it is
             recommended. Default: .99, unless `at_most` is given.
@@ -125,8 +126,7 @@ def recommend(
     pictures = _Pictures(data, source, size)
     first = pictures.readable(1)[0]
     classes = _output_of(model, first)
-    if labels is not None:
-        pictures.data = _with_labels(data, labels, classes)
+    pictures.data = data.with_outputs(classes) if labels is None else _with_labels(data, labels, classes)
     step("finding settings")
     options = {name: value for name, value in (options or {}).items() if value is not None}
     candidates = find_candidates(
@@ -227,9 +227,9 @@ def _check_options(
         )
 
 
-def _open(images: str | Path | SegmentationData, split: str) -> SegmentationData:
-    if isinstance(images, SegmentationData):
-        return images
+def _open(images: str | Path | Samples, split: str) -> SegmentationData:
+    if not isinstance(images, (str, Path)):
+        return as_data(images)
     text = str(images)
     kind = KINDS.get(text.partition(":")[0])
     if kind is None or files.exists(text):
@@ -292,7 +292,7 @@ class _Pictures:
 
     def read(self, at: int) -> tuple[Tensor, Tensor | None]:
         """Read a picture (1, 3, H, W) and its labels (1, H, W), if there are any, and resize both."""
-        image, labels = self.data[at]
+        image, labels = sample_of(self.data, at)
         own = (image.shape[1], image.shape[2])
         self.size = self.size or own
         if own != self.size:
@@ -323,8 +323,7 @@ def _with_labels(data: SegmentationData, folder: Path, classes: int) -> Segmenta
         path = folder / f"{Path(data.names[position]).stem}.png"
         return data.read(position)[0], read_labels(path).numpy()
 
-    names = tuple(f"class {index}" for index in range(classes))
-    return replace(data, classes=names, read=read, table=identity_table(classes))
+    return replace(data, classes=number_classes(classes), read=read, table=identity_table(classes))
 
 
 # -- measuring -----------------------------------------------------------------------------------------
