@@ -70,6 +70,7 @@ class AdaptiveModel(Derived):
         super().__init__()
         self._constants = self.adopt(model)
         self._original = (model,)  # for its attributes; in a tuple, or torch would register it
+        self._shapes = shapes_of(self)
         self.use_program(program)
         self._last = _Last()
         self._ways = dict[tuple[Any, ...], Program]()  # programs for calls that take another path
@@ -282,6 +283,12 @@ class AdaptiveModel(Derived):
     @normalisation.setter
     def normalisation(self, value: object) -> None:
         self.adaptive_part._unit = Unit(read_normalisation(value, self.plan.example_shape[1]))
+
+    @property
+    def has_other_shapes(self) -> bool:
+        """True if parameters have other shapes than at the conversion, e.g. those of a new classifier."""
+        now = shapes_of(self)
+        return any(now.get(name, shape) != shape for name, shape in self._shapes.items())
 
     def normalise_by(self, image: Tensor) -> None:
         """Estimate the normalisation of the input from an image batch, unless it is known or this is no picture."""
@@ -628,6 +635,11 @@ def images_to_calibrate(net: AdaptiveModel, images: Any) -> list[Tensor]:
         lambda image: normalise(image, pictures_for(net)),
         None if net.hosts_part else net.normalisation,
     )
+
+
+def shapes_of(net: AdaptiveModel) -> dict[str, torch.Size]:
+    """Return the shapes of the original's parameters by name."""
+    return {name: parameter.shape for name, parameter in net.named_parameters() if not net.is_own(name)}
 
 
 @dataclass
