@@ -841,12 +841,6 @@ def test_a_checkpoint_without_a_state_dict_is_refused(tmp_path: Path, content: o
         cs.build_model("resnet18", str(tmp_path / "weights.pth"))
 
 
-def test_a_pickled_network_is_not_unpickled(tmp_path: Path) -> None:
-    torch.save(trunk(), tmp_path / "weights.pth")
-    with refused(cs.FileError, "tensors only"):
-        cs.build_model("resnet18", str(tmp_path / "weights.pth"))
-
-
 # -- image files ---------------------------------------------------------------------------------------
 
 

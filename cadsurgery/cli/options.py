@@ -90,7 +90,12 @@ Network = Annotated[
         help="a converted file, hf:owner/name, a torchvision or timm name, or module:function",
     ),
 ]
-Weights = Annotated[str, typer.Option(help="auto, none, the name of pretrained weights, or a file")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="auto, none, the name of pretrained weights, or a file (FILE:ENTRY for one of its state dicts)"
+    ),
+]
 Mask = Annotated[
     str,
     typer.Option(

@@ -23,9 +23,10 @@ def recommend(
         typer.Option(help="folder of photos, or labelled data as of eval --data"),
     ],
     labels: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="folder of PNGs named as the photos: the number of the class of each pixel, 255 ignored"
+            help="folder of PNGs named as the photos: the number of the class of each pixel, 255 ignored; "
+            "folder:PATH,ignore=11 ignores more"
         ),
     ] = None,
     keep: Annotated[

@@ -32,7 +32,10 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         names: names of the items for messages; paths if they are files.
         read: function from a position to an image, a picture or a tensor as above, and its labels: a picture or array
             (H, W) of stored values, or None.
-        table: pairs of a stored label value and its class; any other stored value is out of range.
+        table: pairs of a stored label value and its class; any other stored value is out of range. None: the labels
+            are classes, but their number is not known, see `with_outputs`.
+        any_range: True if values of images outside 0..1 are meant.
+        remedy: what to do about labels out of range, for messages; `{labels}` stands for them.
     """
 
     name: str
@@ -40,7 +43,9 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     classes: tuple[str, ...]
     names: tuple[str, ...]
     read: Callable[[int], tuple[Any, Any]]
-    table: tuple[tuple[int, int], ...]
+    table: tuple[tuple[int, int], ...] | None
+    any_range: bool = False
+    remedy: str = "store 255 for such pixels, which is ignored, or leave the image out."
 
     def __post_init__(self) -> None:
         """Refuse a dataset without images."""
@@ -83,7 +88,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     @property
     def is_labelled(self) -> bool:
         """True if the images have labels."""
-        return bool(self.classes)
+        return bool(self.classes) or self.table is None
 
     def first(self, count: int | None) -> SegmentationData:
         """Return the first `count` items; None for all."""
@@ -96,7 +101,13 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
 
     def unlabelled(self) -> SegmentationData:
         """Return the images without their labels."""
-        return replace(self, classes=(), read=partial(_read_image, self.read))
+        return replace(self, classes=(), read=partial(_read_image, self.read), table=identity_table(0))
+
+    def with_outputs(self, count: int) -> SegmentationData:
+        """Return the data with as many classes as a network has outputs, if their number is not known."""
+        if self.table is not None:
+            return self
+        return replace(self, classes=number_classes(count), table=identity_table(count))
 
     def _labels(self, values: np.ndarray[Any, Any], image: Tensor, name: str) -> Tensor:
         if values.ndim != 2:
@@ -111,31 +122,18 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
                 why="each pixel needs its own label.",
                 next="resize the labels (nearest neighbour), or replace the pair.",
             )
+        if self.table is None:
+            return torch.from_numpy(values.astype(np.int64))
         known = dict(self.table)
         stored = np.unique(values)
         if strange := [int(value) for value in stored if int(value) not in known]:
             raise InvalidInput(
                 f"{name} has label {', '.join(map(str, strange[:5]))}.",
                 why=f"data {self.name} has {len(self.classes)} classes, labels 0..{len(self.classes) - 1}.",
-                next=f"raise classes=..., or ignore such pixels: ignore={'/'.join(map(str, strange[:5]))}.",
+                next=self.remedy.replace("{labels}", "/".join(map(str, strange[:5]))),
             )
         places = np.array([known[int(value)] for value in stored], dtype=np.int64)
         return torch.from_numpy(places[np.searchsorted(stored, values)])
-
-
-def is_labelled(data: Any) -> bool:
-    """True if a dataset has labels: by its attribute `is_labelled`, else if its first sample is not just an image."""
-    known = getattr(data, "is_labelled", None)
-    return bool(known) if known is not None else not isinstance(data[0], Tensor)
-
-
-def sample_of(data: Any, index: int) -> tuple[Any, Any]:
-    """Return inputs and labels (H, W) of a sample; for an image (3, H, W) without labels all pixels are ignored."""
-    sample = data[index]
-    if isinstance(sample, Tensor):
-        return sample, torch.full(sample.shape[-2:], IGNORED)
-    inputs, labels = sample
-    return inputs, labels
 
 
 # Functions of the module, because data are sent to the processes of a loader.
@@ -152,3 +150,8 @@ def identity_table(classes: int, ignore: Iterable[int] = ()) -> tuple[tuple[int,
     return tuple(
         ({value: value for value in range(classes)} | dict.fromkeys((IGNORED, *ignore), IGNORED)).items()
     )
+
+
+def number_classes(count: int) -> tuple[str, ...]:
+    """Return names for so many classes, which have none."""
+    return tuple(f"class {index}" for index in range(count))

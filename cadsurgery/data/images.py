@@ -214,10 +214,23 @@ def _split(place: str) -> tuple[str, str]:
 
 def normalise(image: Tensor, source: Source | None) -> Tensor:
     """Normalise an image (3, H, W) or batch (B, 3, H, W) in 0..1 by the mean and standard deviation of the network's
-    source, or ImageNet's."""
+    source, or ImageNet's.
+
+    Raises:
+        InvalidInput: the image has more channels than there are means.
+    """
     from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (source.mean, source.std) if source is not None else (IMAGENET_MEAN, IMAGENET_STD)
+    channels = image.shape[-3]
+    if len(mean) > 1 and channels not in (1, len(mean)):  # a grey image gets the channels of the network
+        transparent = channels == 4 and len(mean) == 3
+        raise InvalidInput(
+            f"an image has {channels} channels, and the network's pictures have {len(mean)}.",
+            next="leave out transparency: image[:3]."
+            if transparent
+            else f"give images of {len(mean)} channels.",
+        )
     shift, scale = (torch.tensor(values, device=image.device)[:, None, None] for values in (mean, std))
     return (image - shift) / scale
 

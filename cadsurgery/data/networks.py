@@ -9,29 +9,24 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cadsurgery.data.hub import offline_without_network
+from cadsurgery.data.weights import WEIGHTS, load_weights, split_entry
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
-    CadError,
     FileError,
     InvalidInput,
     UnknownName,
-    describe_error,
     first_line,
 )
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import find_function, untrusted
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # endings of weight files
 
 # Arguments of torchvision's builders that change the parameters or the forward pass. Pretrained weights may set them;
 # they are read from the built network so that it can be built again without its weights.
@@ -99,7 +94,8 @@ def build_model(
             `module:function` for a network of your own.
         weights: `"auto"` takes the library's best weights from its cache or the internet; if there are none, the
             weights stay random and the note says so. `"none"` keeps random weights. Otherwise the name of torchvision
-            weights (e.g. `"IMAGENET1K_V2"`), a timm tag, or a file (`.safetensors`, `.pth`).
+            weights (e.g. `"IMAGENET1K_V2"`), a timm tag, or a file (`.safetensors`, `.pth`, `.ckpt`), in which a state
+            dict that fits is searched; `FILE:ENTRY` names one of several, e.g. `"net.pth:model_ema"`.
         num_classes: number of outputs. If the pretrained weights are for another number, the fitting tensors are
             loaded; the others stay random, and the note names them.
         kwargs: arguments of the builder, e.g. `aux_loss=True`.
@@ -113,14 +109,14 @@ def build_model(
         library, rest = "torchvision" if name in _torchvision_names() else "timm", name
     builders = {"torchvision": _torchvision_builder, "timm": _timm_builder}
     build = builders[library](rest) if library in builders else _function_builder(library, rest)
-    path = Path(weights)
+    path, entry = split_entry(weights)
     if weights not in ("auto", "none") and (path.suffix in WEIGHTS or files.exists(path)):
         model, source = build(
             "none", kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
         )
-        _load_weights(model, path)
+        note = load_weights(model, path, entry)
         # The name instead of the path: converted networks are shared and should not reveal local folders.
-        source = replace(source, weights=path.name, note=f"weights from {path.name}")
+        source = replace(source, weights=path.name, note=note)
     else:
         model, source = _of_classes(build, weights, kwargs, num_classes)
     model.cad_source = source  # type: ignore[assignment]
@@ -448,45 +444,3 @@ def _pretrained(
             why=cause,
             next="connect to the internet, copy the file into the library's cache, or use --weights auto or none.",
         ) from error
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    state = read_state_dict(path)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise FileError(
-            f"the weights in {path} do not fit this network.",
-            why=" ".join(str(error).split())[:400],
-            next="check the name and options of the network, e.g. its number of classes.",
-        ) from error
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a `.safetensors` file or of a torch checkpoint (which must hold tensors only).
-
-    Raises:
-        FileError: the file is missing, unreadable, or not a state dict.
-    """
-    if not files.is_file(path):
-        raise files.absent(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except CadError:
-        raise
-    except Exception as error:  # each reader raises its own error types for broken files
-        raise FileError(
-            f"{path} cannot be read as weights.",
-            why=describe_error(error),
-            next="give a .safetensors file or a torch checkpoint with tensors only.",
-        ) from error
-    for key in ("state_dict", "model_state", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FileError(f"{path} holds no state dict.", next="save model.state_dict().")
-    return state

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
+from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table, number_classes
 from cadsurgery.data.images import SCENE_CLASSES, SUFFIXES, find_images, labelled_scene, read_image
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
@@ -87,20 +87,25 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
             why=f"{folder / 'labels' / unlabelled[0].stem}.png does not exist.",
             next="add the missing labels, or take these images out.",
         )
-    classes = _class_names(options["classes"])
-    ignore = [_number("ignore", part) for part in options["ignore"].split("/") if part]
+    classes = class_names(options["classes"])
     read = partial(_read_files, images, labels)
-    table = identity_table(len(classes), ignore)
-    return SegmentationData(spec, split, classes, tuple(map(str, images)), read, table)
+    table = identity_table(len(classes), ignored_labels(options["ignore"]))
+    remedy = "raise classes=..., or ignore such pixels: ignore={labels}."
+    return SegmentationData(spec, split, classes, tuple(map(str, images)), read, table, remedy=remedy)
 
 
-def _class_names(text: str) -> tuple[str, ...]:
+def class_names(text: str) -> tuple[str, ...]:
     """Return class names from their number or from names separated by slashes."""
     if not text.isdecimal():
         return tuple(text.split("/"))
     if not 1 <= int(text) <= IGNORED:
         raise InvalidInput(f"classes={text} is not 1..{IGNORED}.", next="give the number of classes.")
-    return tuple(f"class {index}" for index in range(int(text)))
+    return number_classes(int(text))
+
+
+def ignored_labels(text: str) -> list[int]:
+    """Return the label values of an option `ignore`, which slashes separate."""
+    return [_number("ignore", part) for part in text.split("/") if part]
 
 
 def _number(option: str, text: str) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cadsurgery.data.samples import Samples, check_data
 from cadsurgery.elements import functional
-from cadsurgery.finetune.batches import Samples, check_data, inputs_of
+from cadsurgery.finetune.batches import inputs_of
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
 from cadsurgery.surgery.trace import evaluating

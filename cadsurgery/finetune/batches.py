@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from cadsurgery.data.datasets import IGNORED, is_labelled, sample_of
+from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.images import normalise
+from cadsurgery.data.samples import Samples, check_form, is_labelled, place_of, sample_of
 from cadsurgery.finetune.schedule import Sampling, derive_seed
 from cadsurgery.network.model import pictures_for
-from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.tasks.options import Settings
 
@@ -23,20 +23,6 @@ Augmentation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 def ignore(count: int) -> None:
     """Ignore a number: the default of callbacks that count images or steps."""
-
-
-class Samples(Protocol):
-    """A dataset for training or validation.
-
-    An item is (image, labels): float32 (3, H, W) in 0..1, which is augmented and normalised, and int64 (H, W), 255
-    where ignored. Or it is (inputs, labels) with a tuple of tensors, which are passed to the network unchanged.
-    Without labels, an item is an image, or a pair whose labels are unused if the dataset's attribute `is_labelled`
-    is False.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -137,27 +123,24 @@ class _Positions:
             inputs, labels = sample_of(self.data, index)
             if isinstance(inputs, Tensor) and self.augment is not None:
                 inputs, labels = self.augment(inputs, labels, derive_seed(self.sampling.seed, position, 3))
-            return prepare(inputs, labels, self.source, index)
+            return prepare(inputs, labels, self.source, place_of(self.data, index))
         except CadError as error:
             return error
 
 
-def prepare(inputs: Any, labels: Any, source: Any, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
+def prepare(inputs: Any, labels: Any, source: Any, place: str) -> tuple[tuple[Tensor, ...], Tensor]:
     """Prepare a sample for the network: an image is normalised, a tuple of inputs stays unchanged.
 
     Raises:
-        InvalidInput: the sample has another form.
+        InvalidInput: the sample has another form, or its image a wrong number of channels; `place` names it.
     """
-    if isinstance(labels, Tensor) and labels.dim() == 2:
-        if isinstance(inputs, Tensor) and inputs.dim() == 3 and inputs.is_floating_point():
-            return (normalise(inputs, source),), labels
-        if isinstance(inputs, tuple) and all(isinstance(value, Tensor) for value in inputs):
-            return inputs, labels
-    raise InvalidInput(
-        f"a sample is {describe(inputs)} with labels {describe(labels)}.",
-        where=f"sample {index} of the data",
-        next="give (image (3, H, W) float in 0..1, labels (H, W)), the image alone, or (a tuple of tensors, labels).",
-    )
+    check_form(inputs, labels, place)  # an augmentation may have changed it
+    if isinstance(inputs, tuple):
+        return inputs, labels
+    try:
+        return (normalise(inputs, source),), labels
+    except InvalidInput as error:
+        raise InvalidInput(error.what, where=place, why=error.why, next=error.next) from None
 
 
 def inputs_of(net: nn.Module, data: Samples, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -166,7 +149,7 @@ def inputs_of(net: nn.Module, data: Samples, index: int) -> tuple[tuple[Tensor, 
     Raises:
         InvalidInput: as `prepare`.
     """
-    inputs, labels = prepare(*sample_of(data, index), pictures_for(net), index)
+    inputs, labels = prepare(*sample_of(data, index), pictures_for(net), place_of(data, index))
     device = next(net.parameters()).device
     return tuple(value.unsqueeze(0).to(device) for value in inputs), labels
 
@@ -193,15 +176,3 @@ def augmentation(settings: Settings) -> Augmentation:
         scale=settings.scale if settings.scale != (1.0, 1.0) else None,
     )
     return augment
-
-
-def check_data(data: Samples, what: str) -> None:
-    """Refuse an empty dataset; `what` describes the data in the message.
-
-    Raises:
-        InvalidInput: there is no sample.
-    """
-    if len(cast(Sized, data)) == 0:
-        raise InvalidInput(
-            f"the {what} data is empty.", next="check the path, the split and the endings of the files."
-        )

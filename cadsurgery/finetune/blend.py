@@ -9,7 +9,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.finetune.batches import Samples, check_data, inputs_of
+from cadsurgery.data.samples import Samples, check_data
+from cadsurgery.finetune.batches import inputs_of
 from cadsurgery.finetune.objectives import Objective, dense_high, miss, objective
 from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.masks import FineMapSpec, LearnedMask

@@ -13,7 +13,8 @@ import torch
 from rich.text import Text
 from torch import nn
 
-from cadsurgery.finetune.batches import Samples, augmentation
+from cadsurgery.data.samples import Samples
+from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.logs import Row
 from cadsurgery.finetune.loop import Outcome, fit
 from cadsurgery.masks import resolve_mask

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.datasets import is_labelled
-from cadsurgery.finetune.batches import Batch, Samples, check_data, inputs_of
+from cadsurgery.data.samples import Samples, check_data, is_labelled
+from cadsurgery.finetune.batches import Batch, inputs_of
 from cadsurgery.finetune.objectives import dense_high
 from cadsurgery.masks import labelled
 from cadsurgery.network.model import AdaptiveModel

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadsurgery.data.samples import Samples, check_data
 from cadsurgery.finetune.balance import class_weights
-from cadsurgery.finetune.batches import Samples, check_data, ignore, inputs_of
+from cadsurgery.finetune.batches import ignore, inputs_of
 from cadsurgery.masks import DetailMask, FineMapSpec, GainMask
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.filters import mean_of_patches, resize

@@ -16,9 +16,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import cadsurgery.finetune.blend  # registers its objective
 import cadsurgery.finetune.resampling  # noqa: F401  # registers two more
-from cadsurgery.data.datasets import is_labelled
 from cadsurgery.data.networks import Source
-from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
+from cadsurgery.data.samples import Samples, check_data, is_labelled
+from cadsurgery.finetune.batches import Augmentation, Batch, batches
 from cadsurgery.finetune.checkpoints import (
     Checkpoint,
     identity_of,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cadsurgery.data.samples import Samples, check_data
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import to_dense
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.refinement import PLACES, Refinement, places_of
-from cadsurgery.finetune.batches import Samples, check_data, ignore, inputs_of
+from cadsurgery.finetune.batches import ignore, inputs_of
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values

@@ -19,7 +19,7 @@ from rich.text import Text
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cadsurgery.data import SegmentationData, open_data
+from cadsurgery.data import Samples, SegmentationData, as_data, open_data
 from cadsurgery.data.sources import HELD_OUT
 from cadsurgery.finetune.adapters import ROUNDS, calibrate_adapters
 from cadsurgery.finetune.balance import class_shares, class_weights
@@ -194,7 +194,7 @@ class TuningReport(Report):
 
 def tune(
     network: str | AdaptiveModel,
-    images: str | Path | SegmentationData,
+    images: str | Path | Samples,
     *,
     output: Path,
     minutes: float = 20.0,
@@ -227,7 +227,8 @@ def tune(
 
     Args:
         network: a converted network or file, or a network by name, or `module:function`.
-        images: a folder of photos, or data of `cs.open_data`; labels do not count.
+        images: a folder of photos, or data of `cs.open_data` or of your own, see `cadsurgery.data.samples.Samples`;
+            labels do not count.
         output: folder of the run, for `net.safetensors`, `report.json` and `curve.png`.
         minutes: processor time for all fitting; comparing and evaluating take additional time.
         keep: share of the balanced fidelity to keep, in 0..1.
@@ -251,7 +252,7 @@ def tune(
             f"minutes={minutes}, keep={keep}, steps={steps}, rounds={rounds}, fractions={tuple(fractions)}.",
             next="give minutes above 0, keep in 0..1, and budgets between 0 and 1.",
         )
-    photos = images if isinstance(images, SegmentationData) else open_data(f"images:{images}", "all")
+    photos = open_data(f"images:{images}", "all") if isinstance(images, (str, Path)) else as_data(images)
     if len(photos) < _FEWEST:
         raise InvalidInput(
             f"{photos.name} has {len(photos)} photos.",

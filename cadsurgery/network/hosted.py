@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.network.macs import MacReport
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel, shapes_of
 from cadsurgery.network.optimized import Precision
 from cadsurgery.network.program import PARTS, Derived
 from cadsurgery.support.errors import CannotConvert, InvalidInput
@@ -119,6 +119,7 @@ class HostedModel(Host, AdaptiveModel):
         """Put `part` into `host` at `path`; users call `cadsurgery.adaptify` instead."""
         nn.Module.__init__(self)
         self.put(host, path, part)
+        self._shapes = shapes_of(self)
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network as the original is called; see `AdaptiveModel.forward`. Compile its part, not the whole:

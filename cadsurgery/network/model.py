@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.elements.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.masks.basic import UniformMask
@@ -33,6 +34,7 @@ from cadsurgery.network.adapters import (
     make_refinements,
     with_adapters,
 )
+from cadsurgery.network.calibration import read_calibration
 from cadsurgery.network.convert import convert_for_call
 from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.inputs import first_value
@@ -68,6 +70,7 @@ class AdaptiveModel(Derived):
         super().__init__()
         self._constants = self.adopt(model)
         self._original = (model,)  # for its attributes; in a tuple, or torch would register it
+        self._shapes = shapes_of(self)
         self.use_program(program)
         self._last = _Last()
         self._ways = dict[tuple[Any, ...], Program]()  # programs for calls that take another path
@@ -281,6 +284,12 @@ class AdaptiveModel(Derived):
     def normalisation(self, value: object) -> None:
         self.adaptive_part._unit = Unit(read_normalisation(value, self.plan.example_shape[1]))
 
+    @property
+    def has_other_shapes(self) -> bool:
+        """True if parameters have other shapes than at the conversion, e.g. those of a new classifier."""
+        now = shapes_of(self)
+        return any(now.get(name, shape) != shape for name, shape in self._shapes.items())
+
     def normalise_by(self, image: Tensor) -> None:
         """Estimate the normalisation of the input from an image batch, unless it is known or this is no picture."""
         self.adaptive_part._unit(image)
@@ -421,8 +430,9 @@ class AdaptiveModel(Derived):
             precision: `float` keeps the precision of the weights. `int8` quantises weights and activations to 8 bits
                 wherever there is a kernel and the calibration shows little error, and keeps the rest in float32; see
                 `quantisation` of the copy. Without compiled kernels a warning is given, and the copy is float.
-            calibration: for `int8`, image batches (B, C, H, W) like those of later calls, preprocessed for the
-                network; about 8 to 100 images without labels. They are run with the network's own mask.
+            calibration: for `int8`, about 8 to 100 images like those of later calls: a folder of photos, or tensors
+                preprocessed for the network, in any form that `network.calibration.read_calibration` lists. They are
+                run with the network's own mask.
             largest_error: for `int8`, the largest error of the outputs relative to their size (root mean squares over
                 the first images). The first layers, which cause most of the error, then stay in float32 (up to half of
                 all layers), which costs time. By default only layers with by far the largest error do.
@@ -438,6 +448,8 @@ class AdaptiveModel(Derived):
             CadWarning: `int8` is not available here, or the outputs differ from float by more than `largest_error`, by
                 default by more than 1 % of their size; the warning names the error and the layers that cause it.
         """
+        if calibration is not None and precision == "int8":
+            calibration = images_to_calibrate(self, calibration)
         return self._optimize(fuse, Precision(precision, calibration, largest_error, step))
 
     def _optimize(self, fuse: bool, wanted: Precision) -> AdaptiveModel:
@@ -614,6 +626,20 @@ def pictures_for(net: nn.Module) -> Source:
     if isinstance(net, AdaptiveModel) and not net.hosts_part:
         net._unit.set_once(Normalisation(source.mean, source.std, "as pictures are prepared for it"))
     return source
+
+
+def images_to_calibrate(net: AdaptiveModel, images: Any) -> list[Tensor]:
+    """Return image batches for a network from what a user gives; see `read_calibration`."""
+    return read_calibration(
+        images,
+        lambda image: normalise(image, pictures_for(net)),
+        None if net.hosts_part else net.normalisation,
+    )
+
+
+def shapes_of(net: AdaptiveModel) -> dict[str, torch.Size]:
+    """Return the shapes of the original's parameters by name."""
+    return {name: parameter.shape for name, parameter in net.named_parameters() if not net.is_own(name)}
 
 
 @dataclass

@@ -74,7 +74,7 @@ def put_in_precision(fast: AdaptiveModel, wanted: Precision) -> Quantisation | N
     if (precision == "int8") != (calibration is not None):
         raise InvalidInput(
             f"precision {precision} {'lacks images' if calibration is None else 'takes no images'} to calibrate by.",
-            next='net.optimize(precision="int8", calibration=images): image batches as the network takes them.',
+            next='net.optimize(precision="int8", calibration=images): image batches, or a folder.',
         )
     if largest_error is not None and (precision == FLOAT or not largest_error > 0):
         raise InvalidInput(

@@ -47,7 +47,7 @@ from cadsurgery.network.fuse import KERNELS, path_of
 from cadsurgery.network.macs import Counter
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.divergence import tensors_of
-from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
+from cadsurgery.support.errors import CadWarning, CannotConvert
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.torch_operations import is_in_place
 from cadsurgery.surgery.graphs import copy_graph, upwards
@@ -228,7 +228,7 @@ class _Observer(GraphInterpreter):
 
 def quantise(
     fast: AdaptiveModel,
-    calibration: Tensor | Sequence[Tensor],
+    calibration: list[Tensor],
     largest_error: float | None = None,
     step: Step = silent,
 ) -> Quantisation:
@@ -250,7 +250,7 @@ def quantise(
         CannotConvert: no layer can be quantised.
     """
     program = fast.program
-    batches = _on_converted_path(fast, _batches(calibration))
+    batches = _on_converted_path(fast, calibration)
     with torch.no_grad():
         work = _Quantiser(fast, program)
         work.observe(batches, step)
@@ -787,21 +787,6 @@ def _ends(samples: Tensor, counts: Tensor, share: float) -> tuple[float, float]:
     bounds = torch.tensor([share, 1 - share], dtype=torch.float64) * below[-1]
     least, most = torch.searchsorted(below, bounds).clamp_(max=len(samples) - 1).tolist()
     return float(ordered[least]), float(ordered[most])
-
-
-def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Return the calibration images as a list of batches.
-
-    Raises:
-        InvalidInput: there are none.
-    """
-    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    if not batches or not all(isinstance(batch, Tensor) and batch.dim() == 4 for batch in batches):
-        raise InvalidInput(
-            "there are no images to calibrate by.",
-            next="give image batches (B, C, H, W), preprocessed for the network: about 8 to 100 images.",
-        )
-    return batches
 
 
 def _on_converted_path(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.data.datasets import is_labelled, sample_of
 from cadsurgery.data.images import normalise
+from cadsurgery.data.samples import check_data, is_labelled, sample_of
 from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
 from cadsurgery.network.program import Program
 from cadsurgery.support.describe import describe
@@ -134,6 +134,7 @@ class CachedStem:
             InvalidInput: an item is no image, a crop does not fit an image or the strides, or the network has no stem.
         """
         program = _program(net)
+        check_data(data, "training")
         if min(places) < 1 or not (dtype is None or dtype.is_floating_point):
             raise InvalidInput(
                 f"places={places}, dtype={dtype}.", next="give 1 place or more each way, and a floating type."
@@ -202,11 +203,11 @@ def _digest(program: Program) -> str:
 def _mirror(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:
     """Return a sample and, if `flip`, its mirror image."""
     image, labels = sample
-    fits = isinstance(image, Tensor) and image.dim() == 3 and image.is_floating_point()
-    if not fits or not isinstance(labels, Tensor) or labels.dim() != 2:
+    if not isinstance(image, Tensor):
         raise InvalidInput(
-            f"a sample is {describe(image)} with labels {describe(labels)}.",
+            f"a sample is {describe(image)}.",
             where=f"sample {index} of the data",
+            why="the stem runs on images alone.",
             next="give (image (3, H, W) float in 0..1, labels (H, W)).",
         )
     return [(image, labels), (image.flip(-1), labels.flip(-1))][: 1 + flip]

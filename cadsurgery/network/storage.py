@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
 from cadsurgery.masks.unit import Normalisation, Unit
 from cadsurgery.network.adapters import LEVELS, REFINEMENTS, kind_of
-from cadsurgery.network.adaptify import adaptify
+from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support import files
@@ -91,21 +92,57 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for prefix, part in ((_MASK, net.mask), (_ADAPTERS, net.adapters)):
         values = part.state_dict() if part is not None else {}
         tensors |= {f"{prefix}{name}": value for name, value in values.items()}
+    # A network by name would be built with the shapes that it had at first.
+    source = None if net.has_other_shapes else net.source
     return tensors, {
         "format": FORMAT,
         "versions": versions(),
-        "source": net.source.to_dict() if net.source is not None else None,
+        "source": source.to_dict() if source is not None else None,
         "mask": net.mask.spec() if net.mask.storable else None,
         "normalisation": net.normalisation and net.normalisation.to_dict(),
-        "options": {
-            "output_stride": net.plan.output_stride,
-            "region": net.plan.region,
-            **{name: getattr(net.geometry, name) for name in _OF_GEOMETRY},
-            "outputs": net.plan.returned,
-        },
-        "plan": net.plan.to_json(),
+        "options": _options_of(net),
+        "plan": _plan_of(net).to_json(),
         "tensors": checksum(tensors),
     }
+
+
+def _options_of(net: AdaptiveModel) -> dict[str, Any]:
+    """Return the options of `adaptify` with which the network was made."""
+    return {
+        "output_stride": net.plan.output_stride,
+        "region": net.plan.region,
+        **{name: getattr(net.geometry, name) for name in _OF_GEOMETRY},
+        "outputs": net.plan.returned,
+    }
+
+
+def _plan_of(net: AdaptiveModel) -> Plan:
+    """Return the plan of what runs: made anew if modules of other shapes were put in after the conversion.
+
+    Raises:
+        InvalidInput: these modules are in the adaptive part of a network that runs its own code.
+    """
+    if not net.adaptive_part.has_other_shapes:
+        return net.plan
+    if net.hosts_part:
+        raise InvalidInput(
+            f"parameters of {net.plan.part} have other shapes than at the conversion.",
+            why="the file would hold the plan of the shapes before.",
+            next="change the network first and convert it then: cs.adaptify(model).",
+        )
+    model, present = copy_network(net._original[0]), copy.deepcopy(net)
+    for kind in ("_modules", "_parameters", "_buffers"):
+        own, now = getattr(model, kind), getattr(present, kind)
+        own.update({name: now[name] for name in own if name in now})
+    example = _example_for(net.plan, model)
+    return adaptify(model.eval(), "none", **_options_of(net), example_input=example, verify_laws=False).plan
+
+
+def _example_for(plan: Plan, model: nn.Module) -> Any:
+    """Return an example of a plan for `adaptify`, in the type of the network."""
+    if plan.call:
+        return example_of(plan.call)
+    return torch.zeros(plan.example_shape, dtype=next((p.dtype for p in model.parameters()), torch.float32))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -182,10 +219,7 @@ def unpack(
         model = build_stated(path, source, tensors)
     options = {**stated.options, "output_stride": stored.output_stride}
     with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
-        dtype = next((p.dtype for p in model.parameters()), torch.float32)
-        example: Any = torch.zeros(stored.example_shape, dtype=dtype)
-        if stored.call:
-            example = example_of(stored.call)
+        example = _example_for(stored, model)
         net = adaptify(model.eval(), mask, **options, example_input=example, verify_laws=False)
     same = net.plan == stored if stated.format > 1 else _geometry(net.plan) == _geometry(stored)
     if not same:
@@ -416,7 +450,7 @@ def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, 
     if source is None:
         raise FileError(
             f"{path} does not say how to build its network.",
-            why="the network was converted from a module, not by name.",
+            why="the network was converted from a module, not by name, or given modules of other shapes since.",
             next="pass the original architecture: cs.load(path, model=...). On the command line a file needs a name: "
             "convert the network as module:function (cadsurgery convert module:function), and read the file with "
             "--trust.",

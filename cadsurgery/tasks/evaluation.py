@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
@@ -20,8 +20,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from cadsurgery.data import SegmentationData, open_data
+from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sample_of
 from cadsurgery.data.images import normalise
+from cadsurgery.data.networks import Source
 from cadsurgery.masks import labelled, resolve_mask
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
@@ -50,7 +51,7 @@ from cadsurgery.tasks.tables import Column, table
 
 def evaluate(
     network: str | nn.Module,
-    data: str | SegmentationData,
+    data: str | Samples,
     masks: Sequence[object] = (),
     *,
     output_stride: Strides = (),
@@ -85,7 +86,8 @@ def evaluate(
 
     Args:
         network: a converted network or file, a network by name or `module:function`, or a module to convert.
-        data: images with or without labels, or their spec; see `open_data`.
+        data: images with or without labels: a spec, see `open_data`, or data of your own, see
+            `cadsurgery.data.samples.Samples`.
         masks: anything `adaptify` accepts; default: the converted network's own mask, or `"edges"`.
         output_stride: a pair (high, low), or several; default: the converted network's, or that of `adaptify`.
         options: further options of `adaptify`; a converted network keeps its own.
@@ -120,7 +122,7 @@ def evaluate(
     torch_device = own_device(device)
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
-    samples = (open_data(data, split) if isinstance(data, str) else data).first(limit)
+    samples = (open_data(data, split) if isinstance(data, str) else as_data(data)).first(limit)
     if (made := open_any(network, trust)) is not None:
         compared = _sides_of(made, samples, bool(masks or output_stride), thresholds, torch_device)
     elif thresholds:
@@ -133,6 +135,7 @@ def evaluate(
         nets, source = at_strides(network, output_stride, options or {}, weights=weights, trust=trust)
         compared = of_masks.compare(nets, source, masks, torch_device)
     compared = replace(compared, sides=[*compared.sides, *sides])
+    samples = _with_classes(samples, compared, torch_device)
     tallies, failed, first = _judge(compared, samples, batch, kind, torch_device, step)
     rows = [
         side.row(tally.values(side, samples.classes), compared.key)
@@ -181,6 +184,17 @@ def _sides_of(
     return kind.compare(copy.deepcopy(made).eval().to(device), data, thresholds)
 
 
+def _with_classes(data: SegmentationData, compared: Comparison, device: torch.device) -> SegmentationData:
+    """Return data with a known number of classes: that of the network's outputs for the first image that it takes."""
+    for index in range(len(data) if data.table is None else 0):
+        with suppress(CadError, RuntimeError), torch.inference_mode():  # reported where the image is judged
+            image, labels = sample_of(data, index)
+            batch = normalise(image[None], compared.source).to(device)
+            with labelled(labels[None].to(device)):
+                return data.with_outputs(class_scores(compared.sides[0].call(batch)).shape[1])
+    return data
+
+
 # -- running all sides ---------------------------------------------------------------------------------
 
 
@@ -223,11 +237,11 @@ def _judge(
     for positions, images, labels in _batches(data, size, failures):
         before = done + len(failures.noted)
         step(f"image {before + len(images)} of {share}", before, share)
-        images = normalise(images, compared.source).to(device).contiguous(memory_format=torch.channels_last)
         known = labels.to(device) if data.is_labelled else None
         truth, extent = known, (images.shape[2], images.shape[3])
         with torch.inference_mode(), _labelled(known):
             try:
+                images = _prepare(images, compared.source, device)
                 output = compared.sides[0].call(images)
             except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
                 for position in positions:
@@ -246,6 +260,10 @@ def _judge(
     if not merged[0].counts["images"]:
         raise CadError.from_dict(failed[0])
     return merged, failed, first
+
+
+def _prepare(images: Tensor, source: Source, device: torch.device) -> Tensor:
+    return normalise(images, source).to(device).contiguous(memory_format=torch.channels_last)
 
 
 def _labelled(labels: Tensor | None) -> AbstractContextManager[None]:
@@ -267,7 +285,7 @@ def _batches(
 
     Unusable images are recorded as failures and left out.
     """
-    items = each(range(len(data)), data.__getitem__, failures, name=data.names.__getitem__)
+    items = each(range(len(data)), partial(sample_of, data), failures, name=data.names.__getitem__)
     for _, alike in groupby(items, key=lambda item: item[1][0].shape):
         while batch := list(islice(alike, size)):
             positions, pairs = zip(*batch, strict=True)

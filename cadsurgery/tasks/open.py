@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cadsurgery.data.hub import is_address
 from cadsurgery.data.images import check_size, normalise, read_image, street_scene
-from cadsurgery.data.networks import WEIGHTS, Source, build_again, build_model, source_of
+from cadsurgery.data.networks import Source, build_again, build_model, source_of
+from cadsurgery.data.weights import WEIGHTS
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.methods.storage import load as load_any
 from cadsurgery.network.adaptify import adaptify

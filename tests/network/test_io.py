@@ -16,11 +16,13 @@ import torch
 from conftest import images
 from networks import PooledSegmenter, adapted, randomise
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 import cadsurgery as cs
 import cadsurgery.network.storage
+from cadsurgery.data.networks import Source
 from cadsurgery.masks import Budget, EdgeMask, FixedMask
+from cadsurgery.network.storage import read_metadata
 from cadsurgery.surgery.plan import Plan
 
 
@@ -120,6 +122,45 @@ def test_a_file_given_as_weights_is_remembered_by_its_name_and_not_where_it_lay(
     net = cs.load(tmp_path / "net.safetensors", trust=True)
     assert net.source.weights == "weights.pth" and net.source.note == "weights from weights.pth"
     assert str(tmp_path).encode() not in (tmp_path / "net.safetensors").read_bytes()
+
+
+class Headed(nn.Module):
+    """A network whose classifier is a module of its own."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU())
+        self.head = nn.Conv2d(8, classes, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        output: Tensor = self.head(self.body(image))
+        return output
+
+
+def test_a_new_classifier_comes_back_into_a_network_that_has_it(tmp_path: Path) -> None:
+    path, image = tmp_path / "net.safetensors", images(1, 64, 96)
+    net = cs.adaptify(Headed(19).eval(), "edges", example_input=images(1, 64, 64))
+    net.source = Source("package:headed")
+    net.head = nn.Conv2d(8, 5, 1)
+    cs.save(net, path)
+    again = cs.load(path, Headed(5))
+    assert torch.equal(again(image), net(image))
+    expected = cs.adaptify(Headed(5).eval(), "edges", example_input=images(1, 64, 64), verify_laws=False).plan
+    assert again.plan == expected
+    assert (
+        read_metadata(path)["source"] is None
+    )  # the function would build the classifier that was there at first
+    with pytest.raises(cs.FileError, match="another plan"):
+        cs.load(path, Headed(19))
+
+
+def test_channels_changed_inside_come_back(tmp_path: Path) -> None:
+    path, image = tmp_path / "net.safetensors", images(1, 64, 96)
+    net, model = cs.adaptify(Headed(3).eval(), "edges", example_input=images(1, 64, 64)), Headed(3)
+    for wider in (net, model):
+        wider.body[0], wider.body[2] = nn.Conv2d(3, 7, 3, 2, 1), nn.Conv2d(7, 8, 3, 2, 1)
+    cs.save(net, path)
+    assert torch.equal(cs.load(path, model)(image), net(image))
 
 
 def test_saving_what_was_loaded_writes_the_same_file(tmp_path: Path) -> None:

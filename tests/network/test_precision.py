@@ -204,7 +204,7 @@ def test_where_there_are_no_instructions_it_says_so_and_stays_float(monkeypatch:
         ({"precision": "int8", "calibration": []}, "no images"),
         ({"precision": "int8", "calibration": CALIBRATION, "largest_error": -0.1}, "at most"),
         ({"largest_error": 0.1}, "at most"),
-        ({"precision": "int8", "calibration": [torch.zeros(3, 65, 97)]}, "no images"),
+        ({"precision": "int8", "calibration": [torch.zeros(65, 97)]}, "no images"),
     ],
 )
 def test_what_is_asked_wrongly_is_refused(float_and_int8: Any, options: dict[str, Any], words: str) -> None:

@@ -344,9 +344,27 @@ def test_labels_in_a_folder_are_read_and_checked(photos: Path, tmp_path: Path) -
         write_png(known.byte()[None], str(labels / f"{place}.png"))
     report = run(photos, tmp_path / "run", labels=labels, limit=1)
     assert report.measure == LABELS and 0 <= report.rows[0].quality.value <= 1
-    write_png(torch.full((1, 96, 128), 99, dtype=torch.uint8), str(labels / "0.png"))
-    with pytest.raises(cs.CadError, match="has label 99"):
-        run(photos, tmp_path / "other", labels=labels, limit=1)
+
+
+def test_a_label_beyond_the_classes_is_refused_before_settings_are_found_and_its_remedy_works(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for place, (_, known) in enumerate(Scenes(3, (96, 128)).items):
+        known[:2] = 99 if place == 1 else known[:2]  # not in the first picture
+        write_png(known.byte()[None], str(labels / f"{place}.png"))
+    with monkeypatch.context() as patch, pytest.raises(cs.InvalidInput, match="has label 99") as refusal:
+        patch.setattr(running, "find_candidates", None)
+        run(photos, tmp_path / "run", labels=labels)
+    option = f"folder:{labels},ignore=99"
+    assert f"--labels {option}" in refusal.value.next
+    assert run(photos, tmp_path / "run", labels=option, limit=2).images == 2
+
+
+def test_labels_of_more_classes_than_outputs_are_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(cs.InvalidInput, match="have 7 classes and the network has 6 outputs"):
+        run(photos, tmp_path / "run", labels=f"{photos},classes=7", limit=1)
 
 
 @pytest.mark.parametrize(

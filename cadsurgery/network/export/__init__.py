@@ -21,7 +21,7 @@ from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
 from cadsurgery.network.export.engines import ENGINES, engines_for
 from cadsurgery.network.export.int8 import Fidelity
-from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.model import AdaptiveModel, images_to_calibrate, whole_program
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.files import check_folder, write_together
 from cadsurgery.support.progress import Step, silent
@@ -93,7 +93,7 @@ def export(
         dynamic: accept any height and width (ONNX only).
         level_map: replace the mask by a second input `level_map` (B, h, w), int64; implies `dynamic` (ONNX only).
         float16: weights and activations in half precision; the mask, inputs and outputs in single (ONNX only).
-        int8: image batches for calibration, like those of later calls, about 20 to 100 images: weights and activations
+        int8: images for calibration, about 20 to 100, in any form that `optimize` takes: weights and activations
             are quantised to 8 bits. Operations that the level map depends on stay in float (ONNX only).
         with_kernels: convolutions of rows are functions of the domain `cadsurgery`, with standard operations as their
             bodies: where the library of `cadsurgery.kernels_for` is registered, the engine runs this package's kernels
@@ -121,7 +121,7 @@ def export(
     kind = format_of(file, to)
     names = [name for name, one in ENGINES.items() if one.format == "onnx" and not one.has_kernels]
     check_name("engine of ONNX files", check_in, names)
-    batches = _to_calibrate(int8, image, dynamic)
+    batches = _to_calibrate(net, int8, image, dynamic)
     options = {
         "dynamic": dynamic,
         "level_map": level_map,
@@ -209,13 +209,11 @@ def _check_example(net: AdaptiveModel, image: Tensor) -> None:
         )
 
 
-def _to_calibrate(int8: Any, image: Tensor, dynamic: bool) -> list[Tensor]:
+def _to_calibrate(net: AdaptiveModel, int8: Any, image: Tensor, dynamic: bool) -> list[Tensor]:
     """Return the calibration batches; an empty list without `int8`."""
     if int8 is None:
         return []
-    batches = [int8] if isinstance(int8, Tensor) else list(int8)
-    if not batches:
-        raise InvalidInput("int8 has no images.", next="give image batches (B, C, H, W) to calibrate by.")
+    batches = images_to_calibrate(net, int8)
     for batch in batches:
         check_image(batch, "an image of int8")
         if batch.shape[1:] != image.shape[1:] and not dynamic:

@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -15,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.data import SegmentationData, open_data
-from cadsurgery.data.datasets import identity_table
+from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sample_of
+from cadsurgery.data.datasets import identity_table, number_classes
 from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
-from cadsurgery.data.sources import KINDS
+from cadsurgery.data.sources import KINDS, class_names, ignored_labels
 from cadsurgery.kernels import isa
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.network.adaptify import copy_network
@@ -30,11 +31,13 @@ from cadsurgery.support.divergence import Kind, kind_of, maps_of
 from cadsurgery.support.errors import (
     CadError,
     CadWarning,
+    FileError,
     InvalidInput,
     check_name,
     first_line,
 )
 from cadsurgery.support.files import make_folder
+from cadsurgery.support.plain import split_options
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
@@ -56,14 +59,15 @@ from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unr
 RUNTIMES = (TORCH, "onnx", "onnx-kernels", "openvino", "openvino-kernels")
 FEWEST = 3  # pictures after which time may end a run
 _CALIBRATED_BY = 32  # pictures at most
+_LOOKED_AT = 100  # pictures whose labels are checked first; later ones are reported as failed
 _MOST_WORK = 2.0  # of the network as given: what multiplies more is not tried
 
 
 def recommend(
     network: str | nn.Module,
-    images: str | Path | SegmentationData,
+    images: str | Path | Samples,
     *,
-    labels: Path | None = None,
+    labels: str | Path | None = None,
     keep: float | None = None,
     at_most: float | None = None,
     runtime: str = TORCH,
@@ -90,8 +94,11 @@ def recommend(
     Args:
         network: a name or `module:function`, or a module; it is not changed. Of a converted network, or its file, the
             network before the conversion is taken, with the weights that it has now.
-        images: a folder of photos, the spec of data (see `open_data`), or data.
-        labels: folder with a PNG of the same name for each photo: the class number of each pixel, 255 ignored.
+        images: a folder of photos, the spec of data (see `open_data`), or data of your own, see
+            `cadsurgery.data.samples.Samples`.
+        labels: folder with a PNG of the same name for each photo: the class number of each pixel, 255 ignored; or
+            `folder:PATH,ignore=11`, where further values are ignored (slashes separate several), and `classes=` is the
+            number of classes or their names, by default one for each output.
         keep: the least share of the quality of the network as given; the fastest setting that keeps it is
             recommended. Default: .99, unless `at_most` is given.
         at_most: milliseconds of a picture; the best setting that takes no more is recommended.
@@ -125,8 +132,8 @@ def recommend(
     pictures = _Pictures(data, source, size)
     first = pictures.readable(1)[0]
     classes = _output_of(model, first)
-    if labels is not None:
-        pictures.data = _with_labels(data, labels, classes)
+    pictures.data = data.with_outputs(classes) if labels is None else _with_labels(data, labels, classes)
+    _check_labels(pictures.data, step)
     step("finding settings")
     options = {name: value for name, value in (options or {}).items() if value is not None}
     candidates = find_candidates(
@@ -227,9 +234,9 @@ def _check_options(
         )
 
 
-def _open(images: str | Path | SegmentationData, split: str) -> SegmentationData:
-    if isinstance(images, SegmentationData):
-        return images
+def _open(images: str | Path | Samples, split: str) -> SegmentationData:
+    if not isinstance(images, (str, Path)):
+        return as_data(images)
     text = str(images)
     kind = KINDS.get(text.partition(":")[0])
     if kind is None or files.exists(text):
@@ -292,7 +299,7 @@ class _Pictures:
 
     def read(self, at: int) -> tuple[Tensor, Tensor | None]:
         """Read a picture (1, 3, H, W) and its labels (1, H, W), if there are any, and resize both."""
-        image, labels = self.data[at]
+        image, labels = sample_of(self.data, at)
         own = (image.shape[1], image.shape[2])
         self.size = self.size or own
         if own != self.size:
@@ -316,15 +323,44 @@ class _Pictures:
         return images
 
 
-def _with_labels(data: SegmentationData, folder: Path, classes: int) -> SegmentationData:
-    """Return photos with labels from a folder, a PNG of the same name for each photo."""
+def _with_labels(data: SegmentationData, spec: str | Path, outputs: int) -> SegmentationData:
+    """Return photos with labels from a folder, a PNG of the same name for each photo; see `recommend`.
+
+    Raises:
+        InvalidInput: an option has another form, or there are more classes than outputs.
+    """
+    text = str(spec)
+    place, _, rest = ("", "", "") if files.exists(text) else text.removeprefix("folder:").partition(",")
+    options = split_options(rest, dict.fromkeys(("classes", "ignore")), "labels")
+    folder = Path(place or text)
+    classes = class_names(options["classes"]) if "classes" in options else number_classes(outputs)
+    if len(classes) > outputs:
+        raise InvalidInput(
+            f"labels {text} have {len(classes)} classes and the network has {outputs} outputs.",
+            next=f"give classes={outputs}, or none.",
+        )
 
     def read(position: int) -> tuple[Any, Any]:
         path = folder / f"{Path(data.names[position]).stem}.png"
         return data.read(position)[0], read_labels(path).numpy()
 
-    names = tuple(f"class {index}" for index in range(classes))
-    return replace(data, classes=names, read=read, table=identity_table(classes))
+    table = identity_table(len(classes), ignored_labels(options.get("ignore", "")))
+    remedy = (
+        f"ignore such pixels: --labels folder:{folder},ignore={{labels}}, or use a network of more outputs."
+    )
+    return replace(data, classes=classes, read=read, table=table, remedy=remedy)
+
+
+def _check_labels(data: SegmentationData, step: Step) -> None:
+    """Refuse labels that do not fit, before settings are prepared; files that cannot be read are reported later.
+
+    Raises:
+        InvalidInput: labels of the first pictures, so many at most, are out of range or of another size.
+    """
+    places = range(min(len(data), _LOOKED_AT) if data.is_labelled else 0)
+    for place in counted(places, step, "checking labels, picture", name=str):
+        with suppress(FileError):
+            sample_of(data, place)
 
 
 # -- measuring -----------------------------------------------------------------------------------------

@@ -1,0 +1,181 @@
+"""Data of one's own: one protocol for training and evaluation, and errors that name the sample."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import Segmenter, seeded
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import cadsurgery as cs
+from cadsurgery.data import as_data, sample_of
+from cadsurgery.finetune import Settings, fit
+from cadsurgery.finetune import tuning as of_tuning
+from cadsurgery.finetune.tuning import tune
+from cadsurgery.tasks.judging import LABELS
+from cadsurgery.tasks.recommend import recommend
+
+SCENES = cs.open_data("scene:10,height=48,width=64")
+QUICK = Settings(steps=1, batch=2, workers=0, crop=0)
+Change = Callable[[Tensor, Tensor], Any]
+
+
+class Mine:
+    """Anything with a length and items; those from the position `at` on are changed."""
+
+    def __init__(self, change: Change = lambda *pair: pair, at: int = 0, count: int = 4) -> None:
+        self.change, self.at, self.count = change, at, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        image, labels = SCENES[index]
+        return self.change(image, labels) if index >= self.at else (image, labels)
+
+
+def network() -> nn.Module:
+    return seeded(Segmenter, torch.float32)
+
+
+def adapted() -> cs.AdaptiveModel:
+    return cs.adaptify(network(), "edges", verify_laws=False)
+
+
+def of_fit(data: Any, folder: Path) -> Any:
+    return fit(adapted(), data, QUICK, output=folder, device="cpu")
+
+
+def of_evaluate(data: Any, folder: Path) -> Any:
+    return cs.evaluate(adapted(), data, rounds=0)
+
+
+def of_recommend(data: Any, folder: Path) -> Any:
+    return recommend(network(), data, limit=3, options={"output_stride": (4, 16)}, output=folder)
+
+
+def of_tune(data: Any, folder: Path) -> Any:
+    return tune(adapted(), data, output=folder, steps=2, rounds=0)
+
+
+def normalised(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return cs.images.normalise(image, None), labels
+
+
+def in_bytes(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return 255 * image, labels
+
+
+TASKS = pytest.mark.parametrize("task", [of_fit, of_evaluate, of_recommend, of_tune])
+
+
+@TASKS
+@pytest.mark.parametrize(
+    ("change", "words"), [(normalised, "looks normalised already"), (in_bytes, r"looks like 0\.\.255")]
+)
+def test_images_outside_0_to_1_are_refused_with_what_they_look_like(
+    task: Any, change: Change, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(cs.InvalidInput, match=words) as refusal:
+        task(Mine(change, count=10), tmp_path)
+    assert "sample " in refusal.value.where
+    assert "any_range = True" in refusal.value.next
+
+
+def test_images_that_are_meant_to_be_outside_0_to_1_are_read_as_they_are() -> None:
+    data = Mine(normalised)
+    data.any_range = True  # type: ignore[attr-defined]
+    expected, _ = normalised(*SCENES[1])
+    assert torch.equal(sample_of(data, 1)[0], expected)
+    assert torch.equal(as_data(data)[1][0], expected)
+
+
+def test_overshoot_of_a_filter_is_no_other_range() -> None:
+    assert sample_of(Mine(lambda image, labels: (1.3 * image - 0.15, labels)), 0)[0].min() < 0
+
+
+# -- one protocol ----------------------------------------------------------------------------------------
+
+
+def test_data_of_ones_own_are_evaluated_as_the_same_data_opened_by_name() -> None:
+    ours, theirs = (cs.evaluate(adapted(), data, rounds=0) for data in (Mine(), SCENES.first(4)))
+    assert [row.miou for row in ours.rows] == [row.miou for row in theirs.rows]
+    assert ours.rows[0].miou is not None
+
+
+def test_images_without_labels_are_evaluated_by_fidelity() -> None:
+    report = cs.evaluate(adapted(), [image for image, _ in SCENES.first(2)], rounds=0)
+    assert report.fidelity == "classes"
+    assert report.images == 2
+
+
+def test_settings_are_recommended_on_data_of_ones_own(tmp_path: Path) -> None:
+    assert of_recommend(Mine(), tmp_path).measure == LABELS
+
+
+@pytest.mark.slow
+def test_a_network_is_tuned_on_data_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_tuning, "GAIN_STEPS", 5)
+    assert of_tune(Mine(count=10), tmp_path).photos["table"] == ("sample 0", "sample 8")
+
+
+@TASKS
+def test_a_loader_is_refused_with_what_to_give(task: Any, tmp_path: Path) -> None:
+    with pytest.raises(cs.InvalidInput, match=r"loader\.dataset"):
+        task(DataLoader(Mine()), tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_label_beyond_the_outputs_is_named_with_its_sample() -> None:
+    report = cs.evaluate(adapted(), Mine(lambda image, labels: (image, labels + 6), at=3), rounds=0)
+    assert [(row["image"], "has label 6" in row["what"]) for row in report.failed] == [("sample 3", True)]
+
+
+# -- samples that cannot be used -------------------------------------------------------------------------
+
+
+def unreadable(image: Tensor, labels: Tensor) -> Any:
+    raise OSError("image file is truncated")
+
+
+def with_nan(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    image = image.clone()
+    image[1, 5, 7] = torch.nan
+    return image, labels
+
+
+BAD: dict[str, tuple[Change, str]] = {
+    "three parts": (lambda image, labels: (image, labels, "a.png"), "a sample is a tuple of 3"),
+    "none": (lambda image, labels: None, "a sample is NoneType None"),
+    "labels are none": (lambda image, labels: (image, None), "labels NoneType None"),
+    "transparency": (
+        lambda image, labels: (torch.cat((image, image[:1])), labels),
+        "an image has 4 channels",
+    ),
+    "size of labels": (lambda image, labels: (image, labels[:-1]), "48x64 pixels and its labels have 47x64"),
+    "bytes": (lambda image, labels: ((255 * image).byte(), labels), "a sample is a uint8 tensor"),
+    "unreadable": (unreadable, "cannot be read"),
+    "nan": (with_nan, "an image holds nan in channel 1, row 5, column 7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_sample_that_cannot_be_trained_on_is_named(case: str, tmp_path: Path) -> None:
+    change, words = BAD[case]
+    data = Mine(change, at=2, count=3)
+    data.names = ["a.png", "b.png", "c.png"]  # type: ignore[attr-defined]
+    with pytest.raises(cs.CadError, match=words) as refusal:
+        fit(adapted(), data, Settings(steps=2, batch=3, workers=0, crop=0), output=tmp_path, device="cpu")
+    assert re.search(r"sample 2 of the data \(c\.png\)", str(refusal.value))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_sample_that_cannot_be_evaluated_is_reported_and_the_others_count(case: str) -> None:
+    report = cs.evaluate(adapted(), Mine(BAD[case][0], at=3), rounds=0)
+    assert report.images == 3
+    assert [row["image"] for row in report.failed] == ["sample 3"]

@@ -1,0 +1,160 @@
+"""Checkpoints as training scripts leave them: what fits is found, and nothing that a file names is executed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from networks import Segmenter, seeded
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.data.networks import Source
+
+USERS = "from networks import Segmenter, seeded\n\ndef net(): return seeded(Segmenter)\n"
+
+
+def state(seed: int = 1) -> dict[str, Tensor]:
+    return seeded(Segmenter, torch.float32, seed).state_dict()
+
+
+def prefixed(prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in state().items()}
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Builds a network with the weights of an object that torch.save writes; returns its state dict and its note."""
+    (tmp_path / "usersnet.py").write_text(
+        USERS.replace("Segmenter)", "Segmenter, __import__('torch').float32)")
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def built(content: Any, name: str = "net.pth", entry: str = "", **options: Any) -> tuple[Any, str]:
+        torch.save(content, name, **options)
+        net = cs.build_model("usersnet:net", name + entry)
+        assert isinstance(net.cad_source, Source)
+        return net.state_dict(), net.cad_source.note
+
+    return built
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    different = [name for name, value in theirs.items() if not torch.equal(ours[name], value)]
+    assert (ours.keys(), different) == (theirs.keys(), [])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "net.", "module._orig_mod.model."])
+def test_a_prefix_that_all_names_share_is_taken_off_with_a_line(build: Any, prefix: str) -> None:
+    with pytest.warns(cs.CadWarning, match=f"without the prefix '{prefix}' of all names"):
+        loaded, note = build(prefixed(prefix))
+    assert_same(loaded, state())
+    assert prefix in note
+
+
+def test_a_counter_beside_averaged_weights_is_no_weight(build: Any) -> None:
+    with pytest.warns(cs.CadWarning, match="prefix"):
+        assert_same(build({"n_averaged": torch.tensor(7), **prefixed("module.")})[0], state())
+
+
+@pytest.mark.parametrize("entry", ["state_dict", "model_state_dict", "net", "ema", "model", "run.weights"])
+def test_a_dictionary_that_fits_is_found(build: Any, entry: str) -> None:
+    content: Any = state()
+    for name in reversed(entry.split(".")):
+        content = {"optimizer": {"state": {0: {"step": torch.zeros(1)}}}, name: content, "epoch": 3}
+    loaded, note = build(content)
+    assert_same(loaded, state())
+    assert f"entry {entry}" in note
+
+
+def test_of_several_that_fit_one_is_taken_and_the_reply_says_how_to_take_the_other(build: Any) -> None:
+    content = {"model": state(1), "model_ema": state(2)}
+    with pytest.warns(cs.CadWarning, match=r"entry model; model_ema .* net\.pth:model_ema"):
+        assert_same(build(content)[0], state(1))
+    assert_same(build(content, entry=":model_ema")[0], state(2))
+
+
+def test_an_entry_that_is_not_there_is_refused_with_those_that_are(build: Any) -> None:
+    with pytest.raises(cs.UnknownName, match="model_ema"):
+        build({"model": state(1), "model_ema": state(2)}, entry=":ema")
+
+
+class Hyperparameters(dict[str, Any]):
+    """As Lightning's: a dictionary of a class of its own."""
+
+
+class Trap:
+    """Calls a function when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("trapped",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_with_hyperparameters_loads_and_runs_nothing_of_them(build: Any, zipped: bool) -> None:
+    hyperparameters = Hyperparameters(
+        folder=Path("data"), options=argparse.Namespace(lr=0.1), score=np.float64(0.7), draws=np.ones(3),
+        groups=defaultdict(dict), **({"loss": nn.CrossEntropyLoss()} if zipped else {}),
+    )  # fmt: skip
+    content = {"hyper_parameters": hyperparameters, "state_dict": prefixed("model.")}
+    with pytest.warns(cs.CadWarning, match=r"entry state_dict, without the prefix 'model\.'"):
+        loaded, _ = build(content, "last.ckpt", _use_new_zipfile_serialization=zipped)
+    assert_same(loaded, state())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_function_that_a_file_names_is_called(build: Any, tmp_path: Path, zipped: bool) -> None:
+    with suppress(cs.FileError):
+        build({"state_dict": state(), "trap": Trap()}, _use_new_zipfile_serialization=zipped)
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.parametrize(
+    ("entry", "index", "zipped"), [("", "", True), ("ema", "['ema']", True), ("", "", False)]
+)
+def test_a_pickled_network_is_refused_with_the_two_lines_that_help(
+    build: Any, entry: str, index: str, zipped: bool
+) -> None:
+    net = seeded(Segmenter, torch.float32)
+    with pytest.raises(cs.FileError, match=r"a pickled network of class networks\.Segmenter") as refusal:
+        build({entry: net} if entry else net, _use_new_zipfile_serialization=zipped)
+    lines = [line.strip() for line in refusal.value.next.splitlines()[1:]]
+    assert lines == [
+        f"model = torch.load('net.pth', weights_only=False){index}",
+        "torch.save(model.state_dict(), 'net-weights.pth')",
+    ]
+    exec("\n".join(lines), {"torch": torch})
+    loaded = cs.build_model("usersnet:net", "net-weights.pth")
+    assert_same(loaded.state_dict(), net.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_an_archive_of_torchscript_is_refused_as_such(build: Any) -> None:
+    torch.jit.script(nn.Conv2d(3, 4, 3)).save("script.pt")  # type: ignore[no-untyped-call]
+    with pytest.raises(cs.FileError, match="compiled by TorchScript") as refusal:
+        cs.build_model("usersnet:net", "script.pt")
+    assert "torch.jit.load('script.pt')" in refusal.value.next
+
+
+def test_weights_that_do_not_fit_are_refused_with_all_entries(build: Any) -> None:
+    with pytest.raises(cs.FileError, match=r"do not fit.*\n.*a, b none fits"):
+        build({"a": {"x": torch.zeros(1)}, "b": {"y": torch.zeros(1)}})
+
+
+def test_the_command_says_what_it_took(command_line: Run, build: Any) -> None:
+    torch.save({"model": prefixed("module."), "model_ema": prefixed("module.")}, "net.pth")
+    result = command_line(
+        "convert", "usersnet:net", "--weights", "net.pth", "--size", "64x64", "-o", "out.safetensors"
+    )
+    assert result.code == 0, result
+    assert "without the prefix 'module.'" in result.err + result.out
