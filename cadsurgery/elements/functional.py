@@ -35,6 +35,7 @@ from cadsurgery.elements.whole_image import (
     norm_of_batch,
     normalize_over_image,
     pool_to_bins,
+    scale_and_shift,
     softmax_over_image,
     sum_of_products,
 )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.axes import NCHW, image_dims
+from cadsurgery.elements.backends.packed import ScaleShift
 from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
@@ -63,6 +64,12 @@ def batch_norm(
         of_batch = of_batch.to(variance) if isinstance(of_batch, Tensor) else of_batch
         _update_statistics(norm, mean.detach(), variance.detach(), of_batch)
     return Elements(rows.to(x.rows.dtype), x.lattice)
+
+
+@operation(reads="element")
+def scale_and_shift(x: Elements, norm: ScaleShift) -> Elements:
+    """Apply a batch normalisation with fixed statistics and the activation behind it."""
+    return Elements(norm(x.rows, last=True), x.lattice)
 
 
 def _norm_together(

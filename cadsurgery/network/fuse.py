@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv, PackedLinear
+from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv, PackedLinear, ScaleShift
 from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
@@ -166,6 +166,9 @@ class Fuser:
         for node in list(self.graph.nodes):
             if node in self.graph.nodes:
                 self.fuse(node)
+        drop_dead_code(self.graph)
+        for node in list(self.graph.nodes):
+            self.fuse_norm(node)
         if self.meets_nan():
             for kernel in self.kernels.modules():
                 if isinstance(kernel, PackedConv):
@@ -240,6 +243,30 @@ class Fuser:
                 fused = self.graph.node_copy(leaves, lambda read: fused if read is leaves.args[0] else read)
         fused.meta.update(fusion.tail.meta)
         fusion.tail.replace_all_uses_with(fused)
+
+    def fuse_norm(self, node: fx.Node) -> None:
+        """Replace a batch norm that no convolution absorbs by factors and shifts, with the activation behind it."""
+        module = self.module(node)
+        of_elements = node.target is functional.batch_norm
+        norm: Any = self.constants.get(node.kwargs.get("norm", node.args[-1])) if of_elements else module
+        is_norm = of_elements or acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm)
+        if not is_norm or norm is None or norm.running_mean is None or _is_hooked(norm):
+            return
+        following = self.consumer(node) if self.epilogues else None
+        activation, tail = None, node
+        if following is not None and not _is_hooked(self.module(following.node)):
+            activation = activation_of(following.node, self.module(following.node))
+            tail = following.result if activation is not None else node
+        name = f"k{len(self.kernels._modules)}"
+        self.kernels.add_module(name, ScaleShift(*_factors_of(norm, norm.running_mean.dtype), activation))
+        with self.graph.inserting_before(tail):
+            if of_elements:
+                kernel = self.graph.get_attr(f"{KERNELS}.{name}")
+                fused = self.graph.call_function(functional.scale_and_shift, (node.args[0], kernel))
+            else:
+                fused = self.graph.call_module(f"{KERNELS}.{name}", (node.args[0],))
+        fused.meta.update(tail.meta)
+        tail.replace_all_uses_with(fused)
 
     def takes_in_more(self, node: fx.Node) -> bool:
         """True if a convolution can absorb more than norms and factors; torch's transposed convolutions cannot."""
@@ -499,11 +526,16 @@ def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
     """Fold in a batch norm with running statistics."""
     if not fusion.is_linear or norm.running_mean is None or norm.running_var is None:
         return None
+    return fusion.scale(tail, *_factors_of(norm))
+
+
+def _factors_of(norm: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Return the factor and the shift per channel of a batch norm with running statistics."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     scale = scale * norm.weight.detach().double() if norm.weight is not None else scale
     shift = -norm.running_mean.double() * scale
     shift = shift + norm.bias.detach().double() if norm.bias is not None else shift
-    return fusion.scale(tail, scale, shift)
+    return scale.to(dtype), shift.to(dtype)
 
 
 def _fold_convolution(module: nn.Conv2d | nn.ConvTranspose2d, fusion: _Fusion) -> nn.Module:

@@ -122,11 +122,25 @@ def _choose(readings: Sequence[Reading], asked: tuple[int, int] | None) -> tuple
         if pair in reading.possible:
             return reading, (pair[0], pair[1])
     listed = ", ".join(f"({high}, {low})" for high, low in _possible(readings))
+    dense = _strided_barriers(readings[0].settled.flow)
     raise InvalidInput(
         f"output_stride={asked} is not possible for this network.",
-        why="high and low must be strides the network has, or had before it was dilated.",
+        why="high and low must be strides the network has, or had before it was dilated"
+        + "".join(dense)
+        + ".",
         next=f"choose one of {listed}.",
     )
+
+
+def _strided_barriers(flow: Flow) -> list[str]:
+    """Return why strided operations are no adaptive stages, one clause for each."""
+    facts = flow.facts
+    return [
+        f"; {facts.path(node) or node.name} ({operation_name(node, facts)}) is no adaptive stage: {barrier.why}"
+        for node, barrier in flow.barriers.items()
+        if barrier.cause is Cause.OPERATION
+        and any(flow.grid.get(node, 0) > flow.grid[source] for source in flow.maps(node))
+    ]
 
 
 def _works(node: fx.Node, flow: Flow) -> bool:

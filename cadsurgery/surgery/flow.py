@@ -288,7 +288,8 @@ def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
     if treatment.kind == "window" and treatment.window is not None and not treatment.window.is_pointwise:
         cell, reaches = flow.cell(maps[0]), [step * grid for step in treatment.window.dilation]
         if any(reach % cell for reach in reaches):
-            return f"its taps, {min(reaches)} pixels apart, fall inside cells of {cell} pixels"
+            apart = next(reach for reach in reaches if reach % cell)
+            return f"its taps are {apart} pixels apart, which is no multiple of the cells' {cell} pixels"
     return ""
 
 
@@ -321,7 +322,7 @@ def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozense
     window = treatment.window
     if window is not None and treatment.kind == "window":
         reach = min(window.dilation) * grid
-        growth = reach // spacing if not window.is_pointwise else 1
+        growth = reach // spacing if not window.is_pointwise and reach % spacing == 0 else 1
         removed = growth > 1 and growth & (growth - 1) == 0 and node not in by_design
         if removed and (flow.coarsest is None or spacing * growth <= flow.coarsest):
             spacing *= growth

@@ -315,7 +315,7 @@ class Plan:
         own = f"{self.strides[self.identity_level]} is" if self.identity_level is not None else "neither is"
         lines = [
             f"output stride {high} where the mask says so, {low} elsewhere ({own} the network's own)",
-            f"adaptive stages: {len(self.stage_strides)}, from {' to '.join(map(str, self.strides))}; "
+            f"adaptive stages: {self.max_level}, from {' to '.join(map(str, self.strides[: self.max_level + 1]))}; "
             f"levels 0..{self.max_level}",
             f"{len(self.chosen('adapt'))} operations adapted, {len(self.chosen('keep'))} kept on elements, "
             f"{self.share('adapt', 'keep'):.0%} of the MACs in the region",

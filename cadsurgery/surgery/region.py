@@ -61,6 +61,7 @@ def region_of(flow: Flow, high: int) -> Region:
         if node not in facts.shapes:  # a split: its parts, such as halves of the channels, share its lattice
             parts = [part for part in node.users if part in region.needed]
             region.needed.update(dict.fromkeys(parts, region.needed[node]))
+    _finish_dense(inside, flow, region)
     entering = {
         source
         for node in inside
@@ -74,6 +75,18 @@ def region_of(flow: Flow, high: int) -> Region:
     if foreign or grown:
         return Region((high,), frozenset(outside), dict.fromkeys(inside, high))
     return region
+
+
+def _finish_dense(inside: list[fx.Node], flow: Flow, region: Region) -> None:
+    """Leave norms and activations behind an operation that runs dense on its dense map, where they become a part of it,
+    instead of on the elements that are read from the map."""
+    dense = {node for node in inside if node in flow.barriers}
+    for node in inside:
+        sources = flow.maps(node)
+        is_behind = len(sources) == 1 and sources[0] in dense and len(sources[0].users) == 1
+        if is_behind and flow.treatments[node].kind == "pointwise" and node not in flow.barriers:
+            region.needed[node] = region.strides[0]
+            dense.add(node)
 
 
 def _reads_outside(node: fx.Node, flow: Flow, high: int, outside: Collection[fx.Node]) -> bool:

@@ -364,7 +364,7 @@ class Dilated(nn.Module):
 def test_cells_are_no_larger_than_the_lowest_output_stride_asked_for() -> None:
     model = settled(Dilated())
     whole = cs.plan(model, (8, 32))
-    assert "fall inside cells of 32 pixels" in whole["head"].reason
+    assert "no multiple of the cells' 32 pixels" in whole["head"].reason
     assert whole.finest == 16 and "output_stride=(16, 32) does without" in whole.summary()
     net = cs.adaptify(model, "none", output_stride=(8, 16))
     assert net.plan["head"].action in ("keep", "adapt") and net.plan.finest == 8

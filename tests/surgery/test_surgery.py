@@ -104,7 +104,7 @@ def test_every_end_of_the_region_has_reason_and_cost() -> None:
     plan = cs.plan(build("fcn_resnet50", by=4))
     end = plan["classifier_0"]
     assert end.action == "barrier"
-    assert "fall inside cells" in end.reason
+    assert "no multiple of the cells'" in end.reason
     dense = sum(d.macs for d in plan.decisions if d.node.startswith("classifier"))
     assert end.cost == dense > 0
     assert plan.dense_after == pytest.approx(dense / sum(d.macs for d in plan.decisions))
@@ -224,7 +224,7 @@ def test_a_module_with_an_own_rule_is_one_operation() -> None:
 
     class Gate(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.special.bessel_j0(x)  # no rule knows this function
+            return torch.special.multigammaln(x + 9, 1)  # no rule knows this function
 
     def network() -> nn.Module:
         torch.manual_seed(0)
@@ -271,3 +271,31 @@ def test_other_threads_may_call_networks_while_one_is_traced() -> None:
     for found in model.found:
         for one, wanted in zip(found, expected, strict=True):
             assert type(one) is Tensor and torch.equal(one, wanted)
+
+
+@pytest.mark.parametrize("kind", [nn.AvgPool2d, nn.MaxPool2d])
+def test_a_pooling_that_makes_maps_larger_than_their_grid_says_why_it_is_no_stage(kind: Any) -> None:
+    """With padding and `ceil_mode`, windows of 3 give one sample more than there are pairs of samples."""
+    pooling = kind(3, 2, 1, ceil_mode=True)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), pooling, nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1)
+    )
+    with pytest.raises(cs.InvalidInput, match=r"is no adaptive stage: its padding .* makes the map grow"):
+        cs.plan(model.eval(), output_stride=(2, 8), example_input=torch.rand(1, 3, 64, 64))
+    fits = kind(3, 2, ceil_mode=True)
+    model[1] = fits
+    assert cs.plan(model, example_input=torch.rand(1, 3, 64, 64)).strides == (2, 4, 8)
+
+
+def test_barriers_and_stages_follow_the_strides_that_are_asked_for() -> None:
+    """Taps 48 and 144 pixels apart are multiples of cells of 16 pixels, not of 32."""
+    strided = [nn.Conv2d(channels, 8, 3, 2, 1) for channels in (3, 8, 8)]
+    dilated = [nn.Conv2d(8, 8, 3, 1, rate, rate) for rate in (2, 2, 4, 4, 6, 18)]
+    model = nn.Sequential(*strided, *dilated).eval()
+    usual, coarse = (
+        cs.plan(model, output_stride=pair, example_input=torch.rand(1, 3, 128, 128))
+        for pair in ((8, 32), (8, 16))
+    )
+    assert "taps are 48 pixels apart, which is no multiple of the cells' 32 pixels" in usual.summary()
+    assert not [decision for decision in coarse.decisions if decision.action == "barrier"]
+    assert "adaptive stages: 1, from 8 to 16; levels 0..1" in coarse.summary()

@@ -101,6 +101,28 @@ class PackedLinear(PackedConv):
         return compute(Convolution(rows, self.weights, None, residual=more)).view(shape)
 
 
+class ScaleShift(nn.Module):
+    """Batch normalisation with fixed statistics, as one factor and one shift per channel, and the activation behind it.
+
+    Called on a dense map (B, C, H, W); on elements `functional.scale_and_shift` uses it.
+    """
+
+    def __init__(self, scale: Tensor, shift: Tensor, activation: Activation | None = None) -> None:
+        """Take the factors (C,) and shifts (C,)."""
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.scale: Tensor
+        self.shift: Tensor
+        self.activation = activation
+
+    def forward(self, values: Tensor, last: bool = False) -> Tensor:
+        """Normalise values, whose channels are their second axis, or with `last` their last one."""
+        shape = (-1,) if last else (1, -1, 1, 1)
+        changed = torch.addcmul(self.shift.view(shape), values, self.scale.view(shape))
+        return self.activation.apply_(changed) if self.activation is not None else changed
+
+
 class FusedBottleneck(nn.Module):
     """A 1x1 convolution of a dense map, the depthwise convolution that follows, and optionally another 1x1 convolution;
     nothing else reads the maps in between. If there is a fused kernel, these maps, the largest of many networks, are

@@ -12,8 +12,9 @@ import torch
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Suppress logs and warnings in the block, since what fails is raised in our own words, and torch's runtime assertions on sizes in decomposed graphs; ONNX has
-    no assertions, and creating them can take most of the time."""
+    """Suppress logs and warnings in the block, and torch's runtime assertions on sizes in decomposed graphs.
+
+    What fails is raised in our own words. ONNX has no assertions, and creating them can take most of the time."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # of an error torch would log the whole graph
     try:
