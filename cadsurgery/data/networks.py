@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cadsurgery.data.hub import offline_without_network
-from cadsurgery.support import files
+from cadsurgery.support import files, kinds
 from cadsurgery.support.errors import (
     CadError,
     FileError,
@@ -31,7 +31,7 @@ from cadsurgery.support.provenance import find_function, untrusted
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # endings of weight files
+WEIGHTS = (".safetensors", *kinds.WEIGHTS.endings)  # endings of weight files
 
 # Arguments of torchvision's builders that change the parameters or the forward pass. Pretrained weights may set them;
 # they are read from the built network so that it can be built again without its weights.
@@ -468,6 +468,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         FileError: the file is missing, unreadable, or not a state dict.
     """
+    kinds.check_kind(path, kinds.WEIGHTS, kinds.CONVERTED)
     if not files.is_file(path):
         raise files.absent(path)
     try:

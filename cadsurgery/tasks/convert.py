@@ -188,7 +188,7 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         batch,
         sides,
         more,
-        Text.assemble(plan.summary(), (f"\nadapted: {', '.join(adapted)}", "dim")),
+        Text.assemble(plan.summary(), (f"\nadapted: {', '.join(adapted)}" if adapted else "", "dim")),
         [
             Text(f"with this mask: {counted.describe()}", style="bold"),
             Text(fraction),

@@ -277,10 +277,10 @@ REFUSED = [
     (["plan", "--model", "missing.safetensors"], "FileError", "check the path"),
     (["convert", "--model", "missing.safetensors"], "FileError", "check the path"),
     (["convert", "--model", "missing.pth"], "FileError", "check the path"),
-    (["convert", "--model", "net.safetensors"], "InvalidInput", "--weights"),
+    (["convert", "--model", "net.safetensors"], "FileError", "cadsurgery run net.safetensors"),
     (["bench", "--model", "missing.safetensors"], "FileError", "check the path"),
     (["mask", "--mask", "edgs"], "UnknownName", "edges"),
-    (["mask", "--image", "missing.png"], "FileError", "PNG"),
+    (["mask", "missing.png"], "FileError", "-m"),
     (["mask", "--mask", "edges", "--mask", "gradient"], "InvalidInput", "--compare"),
     (["mask", "--mask", "confidence | budget"], "InvalidInput", "--model"),
     (["mask", "--labels", "missing.png"], "FileError", "one class per pixel"),
@@ -804,15 +804,24 @@ def test_convert_shows_medians_and_tells_of_a_busy_machine(
     assert (f"the median is {slower:.1f} times the best time" in " ".join(shown.split())) is is_told
 
 
-@pytest.mark.parametrize("command", ["plan", "macs", "mask"])
+@pytest.mark.parametrize("command", ["plan", "macs"])
 def test_a_network_is_an_argument_or_the_option_model(run: Run, command: str) -> None:
     name, more = "usernets:segmenter", ("--size", "96x128", "--json")
     as_argument, as_option = run(command, name, *more), run(command, "--model", name, *more)
     assert as_argument.code == 0 and as_argument.json == as_option.json
     both = run(command, name, "--model", name, *more)
-    assert both.code == 2 and "two networks" in both.err
-    if command != "mask":  # which does without
-        assert run(command).code == 2 and "missing argument" in run(command).err
+    assert both.code == 2 and "two models" in both.err
+    assert run(command).code == 2 and "missing argument" in run(command).err
+
+
+def test_mask_takes_the_image_as_its_argument_or_as_an_option(run: Run, folder: Path) -> None:
+    image = folder / "first.png"
+    drawn, as_option = run("mask", image, "--json"), run("mask", "--image", image, "--json")
+    assert drawn.code == 0 and drawn.json == as_option.json and drawn.json["fine_pixels"] == 12 * 16
+    both = run("mask", image, "--image", image)
+    assert both.code == 2 and "two images" in both.err
+    in_network = run("mask", image, "-m", "usernets:segmenter", "--mask", "all", "--json").json
+    assert in_network["elements"] == 12 * 16
 
 
 def test_bench_takes_several_networks_either_way(run: Run) -> None:

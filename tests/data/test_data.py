@@ -264,7 +264,7 @@ def test_labels_of_another_size_are_refused(folder: Path) -> None:
 
 def test_colour_labels_are_refused(folder: Path) -> None:
     write(folder / "train" / "labels" / "a.png", some_image())
-    with pytest.raises(cs.InvalidInput, match="colour"):
+    with pytest.raises(cs.FileError, match=r"a\.png is a picture of mode RGB, not labels"):
         cs.open_data(spec(folder))[0]
 
 

@@ -19,7 +19,7 @@ from cadsurgery.data import SegmentationData, open_data
 from cadsurgery.data.datasets import identity_table
 from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
-from cadsurgery.data.sources import KINDS
+from cadsurgery.data.sources import KINDS, warn_of_two_values
 from cadsurgery.kernels import isa
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.network.adaptify import copy_network
@@ -35,6 +35,8 @@ from cadsurgery.support.errors import (
     first_line,
 )
 from cadsurgery.support.files import make_folder
+from cadsurgery.support.folders import visible, warn_of_left_out
+from cadsurgery.support.kinds import FOLDER, check_kind
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
@@ -318,10 +320,19 @@ class _Pictures:
 
 def _with_labels(data: SegmentationData, folder: Path, classes: int) -> SegmentationData:
     """Return photos with labels from a folder, a PNG of the same name for each photo."""
+    check_kind(folder, FOLDER)
+    paths = [folder / f"{Path(name).stem}.png" for name in data.names]
+    remedy = (
+        "--images folder:PATH,classes=2,values=0/255 reads 255 as class 1, with the photos in PATH/images and the "
+        "labels in PATH/labels"
+    )
+    warn_of_two_values([path for path in paths if path.is_file()], remedy)
+    if files.is_folder(folder):
+        others = [path.name for path in visible(folder) if path not in set(paths)]
+        warn_of_left_out(folder, {"no labels of these photos": others})
 
     def read(position: int) -> tuple[Any, Any]:
-        path = folder / f"{Path(data.names[position]).stem}.png"
-        return data.read(position)[0], read_labels(path).numpy()
+        return data.read(position)[0], read_labels(paths[position]).numpy()
 
     names = tuple(f"class {index}" for index in range(classes))
     return replace(data, classes=names, read=read, table=identity_table(classes))
