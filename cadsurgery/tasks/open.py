@@ -125,6 +125,7 @@ def check_options(network: object, options: Mapping[str, Any]) -> None:
     """
     changed = [name for name, value in options.items() if value != getattr(Conversion(), name)]
     if changed and is_file(network):
+        check_kind(str(network), CONVERTED)
         raise InvalidInput(
             f"{network} is converted already; {', '.join(changed)} cannot be changed.",
             next="leave these options out, or convert the network anew with them.",

@@ -199,7 +199,7 @@ def _refuse_ending(output: Path) -> None:
     if not is_folder(output) and (kind := kind_by_ending(output)) is not None:
         raise FileError(
             f"{output} is named like {kind.words}, and predictions are not written into one.",
-            next=f"name a folder, such as {output.stem}; or, for a clip or a folder of frames, a file that ends in "
+            next=f"name a folder: --output {output.stem}; or, for a clip or a folder of frames, a file that ends in "
             f"{', '.join(WRITTEN)}.",
         )
 

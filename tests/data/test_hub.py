@@ -360,7 +360,7 @@ def test_the_command_writes_what_other_commands_take(hub: Hub, command_line: Run
         ("run", HOME, "image.png"),
     ):
         assert command_line(*command, "--json").code == 0
-    assert command_line("convert", "--model", HOME, "--json").json["error"] == "InvalidInput"
+    assert command_line("convert", "--model", HOME, "--json").json["error"] == "FileError"
 
 
 def test_tasks_open_an_address_as_they_open_a_file(hub: Hub) -> None:
