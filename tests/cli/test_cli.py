@@ -671,6 +671,15 @@ def test_labels_are_read_as_classes_and_cut_to_size(run: Run, folder: Path) -> N
     assert told.code == 1 and "mode RGB" in told.json["what"] and "one channel" in told.json["next"]
 
 
+def test_turned_labels_are_said_to_be_turned_whatever_the_size(run: Run, folder: Path) -> None:
+    """Resizing would fit them to the image, and to the wrong places."""
+    Image.new("L", (96, 128)).save(folder / "labels.png")
+    for size in ((), ("--size", "48x64")):
+        told = run("mask", folder / "first.png", "--labels", folder / "labels.png", *size, "--json")
+        assert told.code == 1 and "96x128 pixels and its labels have 128x96" in told.json["what"]
+        assert "turned" in told.json["why"] and "--size" not in told.json["next"]
+
+
 # -- bench ---------------------------------------------------------------------------------------------
 
 
@@ -874,6 +883,14 @@ def test_convert_says_once_that_no_mask_has_an_effect(run: Run) -> None:
     told = run("convert", "--model", "usernets:unfolded", *options("--rounds", 0))
     assert told.code == 0 and told.err.count("no mask can improve") == 1
     assert told.out.count("gains nothing") == 1  # of the plan
+
+
+def test_convert_lists_adapted_operations_only_where_there_are_some(run: Run) -> None:
+    """In a network that dilates where others stride, nothing of the region changes."""
+    quick = options("--rounds", 0, "--no-verify", size=(64, 96))
+    told = run("convert", "lraspp_mobilenet_v3_large", "--weights", "none", *quick)
+    assert told.code == 0 and "0 operations adapted" in told.out and "adapted:" not in told.out
+    assert "adapted: _6, _8 " in " ".join(run("convert", "usernets:segmenter", *quick).out.split())
 
 
 def test_convert_takes_every_option(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -117,7 +117,10 @@ def recommend(
     """
     _check_options(keep, at_most, runtime, precision, minutes, limit)
     check_size(size)
-    data = _open(images, split).first(limit)
+    photos = _open(images, split)
+    data = photos.first(limit)
+    if labels is not None:
+        _check_labels(photos, labels)
     step("building the network")
     model, source = _as_given(network, weights, trust)
     typed: tuple[str, str] = ("", weights)  # network and weights, as they are typed to convert anew
@@ -320,22 +323,36 @@ class _Pictures:
 
 def _with_labels(data: SegmentationData, folder: Path, classes: int) -> SegmentationData:
     """Return photos with labels from a folder, a PNG of the same name for each photo."""
-    check_kind(folder, FOLDER)
-    paths = [folder / f"{Path(name).stem}.png" for name in data.names]
-    remedy = (
-        "--images folder:PATH,classes=2,values=0/255 reads 255 as class 1, with the photos in PATH/images and the "
-        "labels in PATH/labels"
-    )
-    warn_of_two_values([path for path in paths if path.is_file()], remedy)
-    if files.is_folder(folder):
-        others = [path.name for path in visible(folder) if path not in set(paths)]
-        warn_of_left_out(folder, {"no labels of these photos": others})
+    paths = [_labels_of(name, folder) for name in data.names]
 
     def read(position: int) -> tuple[Any, Any]:
         return data.read(position)[0], read_labels(paths[position]).numpy()
 
     names = tuple(f"class {index}" for index in range(classes))
     return replace(data, classes=names, read=read, table=identity_table(classes))
+
+
+def _labels_of(name: str, folder: Path) -> Path:
+    return folder / f"{Path(name).stem}.png"
+
+
+def _check_labels(photos: SegmentationData, folder: Path) -> None:
+    """Warn of labels that hold 0 and 255 alone, and of those that belong to none of the photos.
+
+    Raises:
+        FileError: there is no such folder.
+    """
+    check_kind(folder, FOLDER)
+    if not files.is_folder(folder):
+        raise files.absent(folder, "folder")
+    labels = {_labels_of(name, folder) for name in photos.names}
+    remedy = (
+        "--images folder:PATH,classes=2,values=0/255 reads 255 as class 1, with the photos in PATH/images and the "
+        "labels in PATH/labels"
+    )
+    warn_of_two_values(sorted(path for path in labels if files.is_file(path)), remedy)
+    others = [path.name for path in visible(folder) if path not in labels]
+    warn_of_left_out(folder, {"no labels of these photos": others})
 
 
 # -- measuring -----------------------------------------------------------------------------------------
