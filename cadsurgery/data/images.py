@@ -210,7 +210,8 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
     if not places:
         (_, refusal), *others = failures.items()
         also = ", ".join(str(path) for path, _ in others)
-        why = "; ".join(filter(None, (refusal.why, others and f"neither is there anything in {also}.")))
+        neither = f"neither is there anything in {also}." if others else ""
+        why = "; ".join(filter(None, (refusal.why, neither)))
         raise FileError(refusal.what, why=why, next=refusal.next)
     return places, [{"image": str(path), **refusal.to_dict()} for path, refusal in failures.items()]
 

@@ -52,13 +52,14 @@ KINDS = {
 }
 FEW = {words: name for name, words in reversed(KINDS.items())}  # a file of each kind
 N = "usernets:small"
+IMAGES = ("a picture", "a folder")
 QUICK = ("--size", "32x32", "--rounds", "0", "--no-verify")
 # A command and an option, and the kinds that it takes; FILE stands for the file.
 PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("convert", "FILE"): (),
     ("convert", N, "--weights", "FILE"): ("a file of weights", "a converted network"),
     ("convert", N, "--image", "FILE", *QUICK): ("a picture",),
-    ("convert", N, "--precision", "int8", "--calibration", "FILE", *QUICK): ("a picture", "a folder"),
+    ("convert", N, "--precision", "int8", "--calibration", "FILE", *QUICK): IMAGES,
     ("plan", "FILE"): ("a converted network",),
     ("mask", "FILE"): ("a picture",),
     ("mask", "-m", "FILE"): ("a converted network",),
@@ -70,29 +71,31 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("macs", "FILE"): ("a converted network",),
     ("macs", "FILE", "--dense"): ("a converted network",),
     ("macs", N, "--image", "FILE"): ("a picture",),
+    ("run", "net.safetensors", "photos", "--precision", "int8", "--calibration", "FILE", "--trust"): IMAGES,
     ("bench", "FILE"): ("a converted network",),
+    ("bench", N, "--size", "32x32", "--dtype", "int8", "--calibration", "FILE"): IMAGES,
     ("eval", "FILE", "--data", "scene:1"): ("a converted network",),
     ("eval", N, "--data", "FILE"): ("a folder",),
     ("eval", N, "--data", "folder:FILE,classes=2"): ("a folder",),
     ("eval", N, "--data", "voc:FILE"): ("a folder",),
-    ("eval", N, "--data", "images:FILE"): ("a picture", "a folder"),
+    ("eval", N, "--data", "images:FILE"): IMAGES,
     ("eval", N, "--data", "scene:1", "--weights", "FILE"): ("a file of weights", "a converted network"),
     ("export", "FILE"): ("a converted network",),
-    ("export", N, "--size", "32x32", "-o", "new.onnx", "--int8", "FILE"): ("a picture", "a folder"),
+    ("export", N, "--size", "32x32", "-o", "new.onnx", "--int8", "FILE"): IMAGES,
     ("explore", "FILE"): ("a converted network",),
     ("finetune", "FILE", "--data", "scene:1", "-o", "run"): ("a converted network",),
     ("finetune", N, "--data", "FILE", "-o", "run"): ("a folder",),
     ("finetune", N, "--data", "scene:1", "-o", "run", "--config", "FILE"): ("a JSON file",),
     ("recommend", "FILE", "--images", "photos"): ("a converted network",),
-    ("recommend", N, "--images", "FILE"): ("a picture", "a folder"),
+    ("recommend", N, "--images", "FILE"): IMAGES,
     ("recommend", N, "--images", "photos", "--labels", "FILE"): ("a folder",),
     ("tune", "FILE", "--images", "photos", "-o", "run"): ("a converted network",),
-    ("tune", N, "--images", "FILE", "-o", "run"): ("a picture", "a folder"),
+    ("tune", N, "--images", "FILE", "-o", "run"): IMAGES,
     ("keypoints extract", "FILE", "photos"): ("a converted network",),
-    ("keypoints extract", N, "FILE"): ("a picture", "a folder"),
+    ("keypoints extract", N, "FILE"): IMAGES,
     ("keypoints eval", "FILE", "--data", "images:photos"): ("a converted network",),
     ("keypoints eval", N, "--data", "FILE"): ("a folder",),
-    ("keypoints eval", N, "--data", "images:FILE"): ("a picture", "a folder"),
+    ("keypoints eval", N, "--data", "images:FILE"): IMAGES,
     ("list", "FILE", "--check", "--corpus"): ("a folder", "a Python file"),
     ("push", "FILE", "owner/name"): ("a converted network",),
 }
