@@ -669,13 +669,13 @@ def test_a_truncated_file_is_refused(saved: Path, kept: int) -> None:
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     torch.save(trunk().state_dict(), path)
-    with refused(cs.FileError, "not a readable safetensors"):
+    with refused(cs.FileError, "a file of weights, not a converted network"):
         cs.load(path, trunk())
 
 
 def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
     save_file(trunk().state_dict(), tmp_path / "weights.safetensors")
-    with refused(cs.FileError, "not written by cadsurgery", "--weights"):
+    with refused(cs.FileError, "a file of weights, not a converted network", "--weights"):
         cs.load(tmp_path / "weights.safetensors", trunk())
 
 

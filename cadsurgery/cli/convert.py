@@ -9,10 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options, screen
+from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.tasks.options import Conversion
 from cadsurgery.tasks.plan_report import PlanReport
 
 commands = typer.Typer()
+
+
+def check_converted(file: str) -> str:
+    """Refuse a file that is no converted network, also if no images are given yet."""
+    check_kind(file, CONVERTED)
+    return file
 
 
 @commands.command()
@@ -81,6 +88,12 @@ def plan(
 @options.task("cadsurgery.tasks.mask_report:draw_masks")
 def mask_command(
     *,
+    image: Annotated[
+        str,
+        options.ArgumentOrOption(
+            "image file; default: a generated street scene", is_needed=False, metavar="image", short=()
+        ),
+    ],
     masks: Annotated[
         list[str],
         typer.Option("--mask", help="as in other commands; default edges; repeatable with --compare"),
@@ -88,14 +101,17 @@ def mask_command(
     compare: Annotated[
         bool, typer.Option("--compare", help="draw several masks side by side; default: a selection")
     ] = False,
-    image: options.ImageOption = None,
     labels: Annotated[
         Path | None, typer.Option(help="PNG with a class per pixel of the image, for trimap")
     ] = None,
     size: options.Size = None,
     model: Annotated[
         str,
-        options.NetworkOrOption("network to take strides, normalisation and MACs from", is_needed=False),
+        typer.Option(
+            "--model",
+            "-m",
+            help="network to take strides, normalisation and MACs from: a name, module:function, or a converted file",
+        ),
     ] = "",
     weights: options.Weights = "auto",
     options: Annotated[
@@ -105,14 +121,14 @@ def mask_command(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Draw a mask: image, level map and lattice side by side; or several masks with quality and cost."""
+    """Draw a mask on an image: image, level map and lattice side by side; or several masks with quality and cost."""
 
 
 @commands.command()
 @options.task("cadsurgery.tasks.run:predict")
 def run(
     *,
-    file: Annotated[str, typer.Argument(help="a converted file, or hf:owner/name")],
+    file: Annotated[str, typer.Argument(callback=check_converted, help="a converted file, or hf:owner/name")],
     images: Annotated[
         list[Path], typer.Argument(help="image files, folders, clips, or the number of a camera")
     ],

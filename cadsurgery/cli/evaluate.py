@@ -23,7 +23,7 @@ def bench(
     *,
     networks: Annotated[
         list[str],
-        options.NetworkOrOption(
+        options.ArgumentOrOption(
             "torchvision or timm names, or module:function; or a file of another method (convert --method), which is "
             "measured alone",
             is_repeated=True,

@@ -17,7 +17,7 @@ _EXAMPLE = "lraspp_mobilenet_v3_large"  # a small network for segmentation
 @options.command
 def explore(
     *,
-    model: Annotated[str, options.NetworkOrOption(f"file or name of a network; default {_EXAMPLE}", False)],
+    model: Annotated[str, options.ArgumentOrOption(f"file or name of a network; default {_EXAMPLE}", False)],
     weights: options.Weights = "auto",
     device: options.Device = "cpu",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port on 127.0.0.1; 0 for a free one")] = 0,

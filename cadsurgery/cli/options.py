@@ -205,23 +205,28 @@ class OptionsFrom:
 
 
 @dataclass(frozen=True)
-class NetworkOrOption:
-    """Marks a parameter of a command that is a network: an argument or, which is the same, the option --model.
+class ArgumentOrOption:
+    """Marks a parameter of a command that is an argument or, which is the same, an option: a network, or an image.
 
     Attributes:
         help: of the argument.
-        is_needed: False if the command does without a network.
-        is_repeated: True if the parameter is a list of networks.
+        is_needed: False if the command does without it.
+        is_repeated: True if the parameter is a list.
+        metavar: name of the argument; the option is --METAVAR.
+        short: short form of the option, if there is one.
     """
 
     help: str = "torchvision or timm name, module:function, a converted file, or hf:owner/name"
     is_needed: bool = True
     is_repeated: bool = False
+    metavar: str = "model"
+    short: tuple[str, ...] = ("-m",)
 
     def parameters(self, name: str) -> Iterator[inspect.Parameter]:
         """Yield the two parameters from which typer makes the argument and the option."""
-        argument = typer.Argument(metavar="model", help=self.help, show_default=False)
-        option = typer.Option("--model", "-m", help="the same as the argument", show_default=False)
+        argument = typer.Argument(metavar=self.metavar, help=self.help, show_default=False)
+        words = (f"--{self.metavar}", *self.short)
+        option = typer.Option(*words, help="the same as the argument", show_default=False)
         kind: Any = list[str] if self.is_repeated else str
         for key, marked in ((name, argument), (f"{name}_by_option", option)):
             yield inspect.Parameter(
@@ -235,13 +240,15 @@ class NetworkOrOption:
         """Replace both values among all arguments by the one that was given."""
         argument, option = arguments.pop(name), arguments.pop(f"{name}_by_option")
         if argument and option and not self.is_repeated:
-            raise typer.BadParameter(f"{argument} and --model {option} name two networks; give one")
+            raise typer.BadParameter(
+                f"{argument} and --{self.metavar} {option} are two {self.metavar}s; give one"
+            )
         if self.is_needed and not (argument or option):
-            raise typer.BadParameter("missing argument 'model': name a network")
+            raise typer.BadParameter(f"missing argument '{self.metavar}'")
         arguments[name] = argument + option if self.is_repeated else argument or option
 
 
-Model = Annotated[str, NetworkOrOption()]
+Model = Annotated[str, ArgumentOrOption()]
 Converted = Annotated[dict[str, Any], OptionsFrom(Conversion)]
 WithExits = Annotated[dict[str, Any], OptionsFrom(Exits, about="method anytime: ")]
 Sampled = Annotated[
@@ -254,11 +261,11 @@ WithGates = Annotated[dict[str, Any], OptionsFrom(Gates, about="method sampling:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Convert a function of keyword arguments for typer: `OptionsFrom` parameters become options."""
     hints = get_type_hints(function, include_extras=True)
-    marks: dict[str, OptionsFrom | NetworkOrOption] = {}
+    marks: dict[str, OptionsFrom | ArgumentOrOption] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
         found = getattr(hints[name], "__metadata__", ())
-        mark = next((mark for mark in found if isinstance(mark, (OptionsFrom, NetworkOrOption))), None)
+        mark = next((mark for mark in found if isinstance(mark, (OptionsFrom, ArgumentOrOption))), None)
         if mark is None:
             parameters.append(parameter.replace(annotation=hints[name]))
         else:

@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
 
-from cadsurgery.support.errors import CadWarning
+from cadsurgery.support.errors import CadError, CadWarning, LeftOut
 from cadsurgery.support.progress import time_in_words
 
 if TYPE_CHECKING:
@@ -140,8 +140,10 @@ def warnings_as_lines() -> Iterator[None]:
     """Print this package's warnings as lines on standard error, each once, also with --json; only in the first process.
 
     A command that converts a network for several pairs of output strides is warned of the same thing for each pair.
+    What is left out of folders is said at the end, unless the command was refused.
     """
     printed: set[str] = set()
+    at_end: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("always", CadWarning)
         others = warnings.showwarning
@@ -151,10 +153,21 @@ def warnings_as_lines() -> Iterator[None]:
                 others(message, category, *place, **more)
             elif is_first_process() and str(message) not in printed:
                 printed.add(str(message))
-                err.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+                at_end.append(str(message)) if issubclass(category, LeftOut) else _print_warning(str(message))
 
         warnings.showwarning = show
-        yield
+        try:
+            yield
+        except CadError:
+            at_end.clear()
+            raise
+        finally:
+            for message in at_end:
+                _print_warning(message)
+
+
+def _print_warning(message: str) -> None:
+    err.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
 
 def is_first_process() -> bool:

@@ -18,8 +18,8 @@ from cadsurgery.data.images import find_images, read_image, to_tensor
 from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, InvalidInput, first_line, import_optional
 from cadsurgery.support.files import write_whole
+from cadsurgery.support.kinds import CLIP, of_another_kind
 
-CLIPS = (".mp4", ".mov", ".mkv", ".m4v", ".avi", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")
 WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}  # formats of clips that are written, by ending
 
 
@@ -40,7 +40,7 @@ class Clip:
 
 def is_clip(path: Path) -> bool:
     """True for a clip, by its ending, and for the number of a camera."""
-    return _is_camera(path) or (path.suffix.lower() in CLIPS and not files.is_folder(path))
+    return _is_camera(path) or (path.suffix.lower() in CLIP.endings and not files.is_folder(path))
 
 
 def _is_camera(path: Path) -> bool:
@@ -80,7 +80,8 @@ def open_clip(path: Path, size: tuple[int, int] | None = None, rate: float = 25.
         container = av.open(place, **options)
     except (av.FFmpegError, ValueError) as error:
         next = "check the number of the camera." if options else "convert it to MP4."
-        raise FileError(f"{place} cannot be read as a clip.", why=first_line(error), next=next) from error
+        refusal = FileError(f"{place} cannot be read as a clip.", why=first_line(error), next=next)
+        raise of_another_kind(path, CLIP) or refusal from error
     with container:
         if not container.streams.video:
             raise FileError(f"{path} holds no pictures.", next="give a clip with a video stream.")

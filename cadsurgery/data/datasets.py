@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cadsurgery.data.images import check_labels_fit
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, first_line
 
 IGNORED = 255  # the label of a pixel that counts neither in losses nor in metrics
@@ -115,13 +116,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
                 f"the labels of {name} are a colour picture, {values.shape[0]}x{values.shape[1]}x{values.shape[2]}.",
                 next="store the number of the class of each pixel in a PNG of one channel.",
             )
-        if values.shape != tuple(image.shape[1:]):
-            sizes = ["x".join(map(str, shape)) for shape in (image.shape[1:], values.shape)]
-            raise InvalidInput(
-                f"{name} has {sizes[0]} pixels and its labels have {sizes[1]}.",
-                why="each pixel needs its own label.",
-                next="resize the labels (nearest neighbour), or replace the pair.",
-            )
+        check_labels_fit(name, image.shape[1:], values.shape)
         if self.table is None:
             return torch.from_numpy(values.astype(np.int64))
         known = dict(self.table)
@@ -129,11 +124,17 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         if strange := [int(value) for value in stored if int(value) not in known]:
             raise InvalidInput(
                 f"{name} has label {', '.join(map(str, strange[:5]))}.",
-                why=f"data {self.name} has {len(self.classes)} classes, labels 0..{len(self.classes) - 1}.",
+                why=f"data {self.name} has {len(self.classes)} classes, labels {self._stored_in_words()}.",
                 next=self.remedy.replace("{labels}", "/".join(map(str, strange[:5]))),
             )
         places = np.array([known[int(value)] for value in stored], dtype=np.int64)
         return torch.from_numpy(places[np.searchsorted(stored, values)])
+
+    def _stored_in_words(self) -> str:
+        """Return the stored values of the classes: a range, or all of them."""
+        stored = [value for value, place in self.table or () if place != IGNORED]
+        is_range = stored == [*range(len(stored))]
+        return f"0..{len(stored) - 1}" if is_range else ", ".join(map(str, stored))
 
 
 # Functions of the module, because data are sent to the processes of a loader.
@@ -147,9 +148,16 @@ def _read_image(read: Callable[[int], tuple[Any, Any]], position: int) -> tuple[
 
 def identity_table(classes: int, ignore: Iterable[int] = ()) -> tuple[tuple[int, int], ...]:
     """Return the label table in which each stored value is its class; 255 and the values of `ignore` are ignored."""
-    return tuple(
-        ({value: value for value in range(classes)} | dict.fromkeys((IGNORED, *ignore), IGNORED)).items()
-    )
+    return label_table(range(classes), (IGNORED, *ignore))
+
+
+def label_table(values: Sequence[int], ignored: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Return the label table of classes that are stored as these values, in the order of the classes.
+
+    Values that are ignored, too, are ignored.
+    """
+    classes = {value: place for place, value in enumerate(values)}
+    return tuple((classes | dict.fromkeys(ignored, IGNORED)).items())
 
 
 def number_classes(count: int) -> tuple[str, ...]:

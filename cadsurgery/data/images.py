@@ -16,13 +16,17 @@ from torch import Tensor
 from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import check_folder, write_whole
+from cadsurgery.support.folders import NO_PICTURES, describe_left_out, is_hidden, warn_of_left_out
+from cadsurgery.support.kinds import PICTURE, of_another_kind
 
 if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
 
 _SIDE = 2**14
+_Parts = tuple[str, ...]  # folders of a relative path, and its last name
 MOST_PIXELS = _SIDE**2  # limit for generated and resized images: 3 GiB as float32
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = PICTURE.endings
+_OF_FIRST = ("GIF", "MPO")  # formats whose first picture is read: animations, photographs with smaller copies
 # Formats that pictures can be written in, by file name ending.
 FORMATS = {
     **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"},
@@ -33,7 +37,8 @@ FORMATS = {
 def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool = True) -> Tensor:
     """Read an image file as (3, H, W) float32 in 0..1, resized to `size` (height, width) if given.
 
-    Values are divided by the largest value of their type, 255 or 65535. Transparency is dropped.
+    Values are divided by the largest value of their type, 255 or 65535. Transparency is dropped. Of a GIF the first
+    picture is read.
 
     Args:
         path: the image file.
@@ -88,7 +93,7 @@ def _open(path: Path, what: str, next: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as file:
             count = getattr(file, "n_frames", 1)
-            if count > 1 and file.format != "MPO":  # MPO: a photograph with smaller copies
+            if count > 1 and file.format not in _OF_FIRST:
                 raise FileError(
                     f"{path} holds {count} pictures.", next="store the one you mean in a file of its own."
                 )
@@ -96,7 +101,8 @@ def _open(path: Path, what: str, next: str) -> Iterator[Image.Image]:
     except FileError:
         raise
     except Exception as error:  # decoders raise errors of any type, also for suspiciously large pictures
-        raise FileError(f"{path} cannot be read as {what}.", why=str(error), next=next) from error
+        refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
+        raise of_another_kind(path, PICTURE) or refusal from error
 
 
 def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path) -> np.ndarray[Any, Any]:
@@ -116,14 +122,14 @@ def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path) -> np.nda
 
 
 def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """Read a label file (grey or palette, 8 or 16 bits) as (H, W) int64, resized to `size` (height, width) by nearest
-    neighbour.
+    """Read a label file (grey or palette, 8 or 16 bits) as (H, W) int64, turned as `read_image` turns pictures, and
+    resized to `size` (height, width) by nearest neighbour.
 
     Raises:
         FileError: the file is missing, unreadable, or a colour picture.
     """
     with _open(path, "labels", "give a PNG of one class per pixel.") as file:
-        labels, mode = file.copy(), file.mode
+        labels, mode = ImageOps.exif_transpose(file), file.mode
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
         raise FileError(
             f"{path} is a picture of mode {mode}, not labels.",
@@ -134,11 +140,40 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     return torch.from_numpy(np.array(labels).astype(np.int64))
 
 
+def check_labels_fit(
+    name: object,
+    size: Sequence[int],
+    labels: Sequence[int],
+    next: str = "resize the labels (nearest neighbour).",
+) -> None:
+    """Refuse labels of another size than their image.
+
+    Args:
+        name: name of the image.
+        size, labels: (height, width) of the image and of its labels.
+        next: next step, unless both sizes are exchanged.
+
+    Raises:
+        InvalidInput: the sizes differ; the message says if one of both is turned.
+    """
+    if tuple(labels) == tuple(size):
+        return
+    sizes = ["x".join(map(str, shape)) for shape in (size, labels)]
+    why = "each pixel needs its own label."
+    if tuple(labels) == tuple(size)[::-1]:
+        why = "height and width are exchanged: one of both is turned by 90 degrees."
+        next = (
+            "turn the labels or the image until both show the same. Both are read as the orientation in their files "
+            "(EXIF) says: a photo taken upright often has one, and labels drawn on its stored pixels lack it."
+        )
+    raise InvalidInput(f"{name} has {sizes[0]} pixels and its labels have {sizes[1]}.", why=why, next=next)
+
+
 def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str, str]]]:
     """Find the image files among files and folders.
 
-    Folders are searched recursively, and results keep their structure. If images differ only in their ending, the
-    ending becomes part of the result's name.
+    Folders are searched recursively, without hidden files, and results keep their structure. If images differ only in
+    their ending, the ending becomes part of the result's name. Whatever else a folder holds is named in a warning.
 
     Returns:
         The path of each image's result below an output folder, by image; and one failure row for each path that does
@@ -153,8 +188,14 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
     for path in paths:
         is_folder = files.is_folder(path)
         if is_folder:
-            inside = _images_inside(str(path))
-            refusal = FileError(f"there are no images in {path}.", next=f"accepted: {', '.join(SUFFIXES)}.")
+            inside, left_out = _images_inside(str(path))
+            refusal = FileError(
+                f"there are no images in {path}.",
+                why=describe_left_out(left_out),
+                next=f"accepted: {', '.join(SUFFIXES)}.",
+            )
+            if inside:
+                warn_of_left_out(path, left_out)
         else:
             inside = [path.name] if files.exists(path) else []
             refusal = files.absent(path, "file or folder")
@@ -169,22 +210,40 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
     if not places:
         (_, refusal), *others = failures.items()
         also = ", ".join(str(path) for path, _ in others)
-        why = f"neither is there anything in {also}." if others else ""
+        neither = f"neither is there anything in {also}." if others else ""
+        why = "; ".join(filter(None, (refusal.why, neither)))
         raise FileError(refusal.what, why=why, next=refusal.next)
     return places, [{"image": str(path), **refusal.to_dict()} for path, refusal in failures.items()]
 
 
-def _images_inside(folder: str) -> list[str]:
-    """List the images in a folder and its subfolders by relative path, sorted by folder and name."""
-    found, waiting = list[tuple[str, ...]](), list[tuple[str, ...]]([()])
+def _images_inside(folder: str) -> tuple[list[str], dict[str, list[str]]]:
+    """List the images in a folder and its subfolders by relative path, sorted by folder and name; and what is left out,
+    by the reason."""
+    images, others, waiting = list[_Parts](), list[_Parts](), list[_Parts]([()])
+    links, unreadable = list[_Parts](), list[_Parts]()
     for parts in waiting:
-        with contextlib.suppress(OSError), os.scandir(os.path.join(folder, *parts)) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append((*parts, entry.name))
-                elif _split(entry.name)[1].lower() in SUFFIXES and entry.is_file():
-                    found.append((*parts, entry.name))
-    return [os.sep.join(parts) for parts in sorted(found)]
+        try:
+            with os.scandir(os.path.join(folder, *parts)) as entries:
+                shown = [entry for entry in entries if not is_hidden(entry.name)]
+        except OSError:
+            unreadable.append(parts or (".",))
+            continue
+        for entry in shown:
+            is_link = entry.is_dir() and not entry.is_dir(follow_symlinks=False)
+            is_image = _split(entry.name)[1].lower() in SUFFIXES and entry.is_file()
+            kind = links if is_link else waiting if entry.is_dir() else images if is_image else others
+            kind.append((*parts, entry.name))
+    reasons = {
+        NO_PICTURES: others,
+        "links to folders, which are not followed": links,
+        "folders that cannot be read": unreadable,
+    }
+    return _joined(images), {reason: _joined(paths) for reason, paths in reasons.items()}
+
+
+def _joined(paths: list[_Parts]) -> list[str]:
+    """Return relative paths sorted by folder and name."""
+    return [os.sep.join(parts) for parts in sorted(paths)]
 
 
 def _target(place: str, used: dict[str, int]) -> str:

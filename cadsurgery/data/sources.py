@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
-from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table, number_classes
-from cadsurgery.data.images import SCENE_CLASSES, SUFFIXES, find_images, labelled_scene, read_image
+from cadsurgery.data.datasets import (
+    IGNORED,
+    SegmentationData,
+    identity_table,
+    label_table,
+    number_classes,
+)
+from cadsurgery.data.images import (
+    SCENE_CLASSES,
+    SUFFIXES,
+    find_images,
+    labelled_scene,
+    read_image,
+    read_labels,
+)
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
+    CadError,
+    CadWarning,
     FileError,
     InvalidInput,
     UnknownName,
     first_line,
     import_optional,
 )
+from cadsurgery.support.folders import NO_PICTURES, visible, warn_of_left_out
+from cadsurgery.support.kinds import FOLDER, PICTURE, check_kind
 from cadsurgery.support.plain import split_options
 
 VOC_CLASSES = (
@@ -57,14 +75,13 @@ def missing(kind: Kind, place: str, why: str) -> FileError:
     )
 
 
+_LOOKED_AT = 32  # label files that are looked at for their values
+
 # -- a plain folder ------------------------------------------------------------------------------------
 
 
-def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -> tuple[Tensor, Image.Image]:
-    image = read_image(images[position])
-    with Image.open(labels[position]) as file:
-        file.load()
-        return image, file.copy()
+def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -> tuple[Tensor, Tensor]:
+    return read_image(images[position]), read_labels(labels[position])
 
 
 def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -78,7 +95,8 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
         if (root / "images").is_dir():
             hint = 'it has no splits: choose split "all".'
         raise missing(kind, place, f"{folder} has no folders images and labels; {hint}")
-    images = sorted(path for path in (folder / "images").iterdir() if path.suffix.lower() in SUFFIXES)
+    inside = visible(folder / "images")
+    images = [path for path in inside if path.suffix.lower() in SUFFIXES and not files.is_folder(path)]
     labels = [folder / "labels" / f"{image.stem}.png" for image in images]
     unlabelled = [image for image, label in zip(images, labels, strict=True) if not label.is_file()]
     if unlabelled:
@@ -87,11 +105,63 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
             why=f"{folder / 'labels' / unlabelled[0].stem}.png does not exist.",
             next="add the missing labels, or take these images out.",
         )
+    unused = set(visible(folder / "labels")) - set(labels)
+    left_out = {NO_PICTURES: set(inside) - set(images), "labels without an image": unused}
+    warn_of_left_out(
+        folder,
+        {
+            reason: [str(path.relative_to(folder)) for path in sorted(paths)]
+            for reason, paths in left_out.items()
+        },
+    )
     classes = class_names(options["classes"])
+    table = _table(options, len(classes))
+    if (IGNORED, IGNORED) in table and str(IGNORED) not in options["ignore"].split("/"):
+        warn_of_two_values(labels, f"folder:{place},classes=2,values=0/255 reads 255 as class 1")
     read = partial(_read_files, images, labels)
-    table = identity_table(len(classes), ignored_labels(options["ignore"]))
     remedy = "raise classes=..., or ignore such pixels: ignore={labels}."
     return SegmentationData(spec, split, classes, tuple(map(str, images)), read, table, remedy=remedy)
+
+
+def _table(options: Mapping[str, str], classes: int) -> tuple[tuple[int, int], ...]:
+    """Return the label table that the options of a folder state."""
+    ignore = ignored_labels(options["ignore"])
+    values = _numbers("values", options["values"])
+    if not values:
+        return identity_table(classes, ignore)
+    if len(values) != classes or len({*values, *ignore}) != len(values) + len({*ignore}):
+        raise InvalidInput(
+            f"values={options['values']} does not name one stored value for each of {classes} classes.",
+            why="values are those of the classes in their order; none of them can be ignored.",
+            next="write e.g. classes=2,values=0/255.",
+        )
+    return label_table(values, {*ignore, IGNORED} - {*values})
+
+
+def warn_of_two_values(labels: Sequence[Path], remedy: str) -> None:
+    """Warn of label files that hold 0 and 255 alone, as masks of objects do: 255 would be ignored.
+
+    Reading ends with the first file that has another value, and after a few files.
+
+    Args:
+        labels: the label files.
+        remedy: what reads 255 as a class, in words.
+    """
+    stored = set[int]()
+    looked_at = labels[:: max(1, len(labels) // _LOOKED_AT)][:_LOOKED_AT]
+    for path in looked_at:
+        with contextlib.suppress(CadError):  # raised again, by name, when the file is used
+            stored |= set(read_labels(path).unique().tolist())
+        if not stored <= {0, IGNORED}:
+            return
+    if stored == {0, IGNORED}:
+        warnings.warn(
+            f"the labels in {labels[0].parent} hold 0 and 255 alone ({len(looked_at)} of {len(labels)} files read).\n"
+            f"  Why: 255 means ignored, which leaves no class but 0.\n"
+            f"  Next: {remedy}; if 255 is to be ignored, say so: ignore=255.",
+            CadWarning,
+            stacklevel=3,
+        )
 
 
 def class_names(text: str) -> tuple[str, ...]:
@@ -105,7 +175,11 @@ def class_names(text: str) -> tuple[str, ...]:
 
 def ignored_labels(text: str) -> list[int]:
     """Return the label values of an option `ignore`, which slashes separate."""
-    return [_number("ignore", part) for part in text.split("/") if part]
+    return _numbers("ignore", text)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    return [_number(option, part) for part in text.split("/") if part]
 
 
 def _number(option: str, text: str) -> int:
@@ -130,7 +204,12 @@ def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
         raise missing(KINDS["images"], place, f"it has no {split}; there are the splits {', '.join(splits)}.")
     folders = [root / name for name in splits if split in (name, "all")] or [root]
     inside = [folder / "images" if files.is_folder(folder / "images") else folder for folder in folders]
-    images = list(find_images(inside)[0])
+    places, failures = find_images(inside)
+    images, left_out = list(places), {"folders without images": [failure["image"] for failure in failures]}
+    if inside != [root]:
+        beside = [path.name for path in visible(root) if path.name not in (*splits, "images", "labels")]
+        left_out[f"not in {' or '.join(splits or ['images'])}"] = beside
+    warn_of_left_out(root, left_out)
     if not splits and split in ("train", "val") and len(images) > 1:
         held_out = images[::HELD_OUT]
         images = held_out if split == "val" else sorted(set(images) - set(held_out))
@@ -213,10 +292,11 @@ def _scene(place: str, split: str, options: Mapping[str, str], spec: str) -> Seg
 KINDS = {
     "folder": Kind(
         _folder,
-        {"classes": None, "ignore": ""},
+        {"classes": None, "ignore": "", "values": ""},
         (),
         "Give a folder of images and labels of equal names.",
-        "SPLIT/images/NAME.jpg (or .png, ...)\nSPLIT/labels/NAME.png, one channel: class of each pixel\n"
+        "SPLIT/images/NAME.jpg (or .png, ...)\nSPLIT/labels/NAME.png, one channel: class of each pixel (or "
+        "values=0/255, the stored values of the classes in their order)\n"
         'or, without splits (split "all"): images/ and labels/',
     ),
     "images": Kind(
@@ -272,8 +352,9 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
     """Open data by a spec `KIND:PATH,option=value,...`: images with labels, or without.
 
     Kinds: `folder:PATH,classes=11,ignore=11` (slashes separate several ignored values, or class names in place of their
-    number), `cityscapes:PATH` (fine annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`,
-    `sbd:PATH`, `pets:PATH` (trimaps), `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels.
+    number; `classes=2,values=0/255` names the values that the classes are stored as), `cityscapes:PATH` (fine
+    annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`, `sbd:PATH`, `pets:PATH` (trimaps),
+    `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels.
     Nothing is downloaded.
 
     Args:
@@ -286,12 +367,25 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
         FileError: the data is missing, incomplete or empty; the message says where to get it and its layout.
     """
     name, _, rest = spec.partition(":")
+    if name not in KINDS and files.exists(spec):
+        check_kind(spec, FOLDER, what="a folder of data")
+        raise InvalidInput(
+            f"{spec} is a folder, and what it holds is not said.",
+            next=f"without labels: images:{spec}; with folders images and labels: folder:{spec},classes=11.",
+        )
     if name not in KINDS:
         raise UnknownName("kind of data", name, KINDS, next="write e.g. folder:PATH,classes=11,ignore=11.")
     kind = KINDS[name]
     place, _, text = rest.partition(",")
     if not place.strip():
         raise InvalidInput(f"data {spec!r} names no place.", next=f"write {name}:PATH. {kind.where}")
+    if name != "scene":
+        check_kind(
+            place.strip(),
+            FOLDER,
+            *((PICTURE,) if name == "images" else ()),
+            what=f"the folder of {name}:PATH",
+        )
     options = {**kind.options, **split_options(text, kind.options, f"data {name!r}")}
     values = {option: value for option, value in options.items() if value is not None}
     if absent := options.keys() - values.keys():

@@ -15,10 +15,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.support import files
+from cadsurgery.support import files, kinds
 from cadsurgery.support.errors import CadWarning, FileError, UnknownName, describe_error
 
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # endings of weight files
+WEIGHTS = (".safetensors", *kinds.WEIGHTS.endings)  # endings of weight files
 _DEPTH = 3  # of the dictionaries in a checkpoint that are searched
 _HEADERS = 3  # pickles before the content, in the form of torch before 1.6
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # pickles write the names of Python 2
@@ -144,6 +144,7 @@ def read_weights(path: Path) -> list[Weights]:
     Raises:
         FileError: the file is missing, unreadable, or holds no state dict.
     """
+    kinds.check_kind(path, kinds.WEIGHTS, kinds.CONVERTED, kinds.TORCHSCRIPT)
     if not files.is_file(path):
         raise files.absent(path)
     content = _read(path)

@@ -27,7 +27,7 @@ from cadsurgery.network.adapters import LEVELS, REFINEMENTS, kind_of
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support import files
+from cadsurgery.support import files, kinds
 from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
 from cadsurgery.support.files import write_whole
 from cadsurgery.support.plain import check_fields
@@ -36,7 +36,7 @@ from cadsurgery.surgery.arguments import example_of, values_of
 from cadsurgery.surgery.plan import Plan
 
 FORMAT = 3  # 1: no checksums; 2: no normalisation, masks read the input unchanged
-KEY = "cadsurgery"
+KEY = kinds.CONVERTED_KEY
 METHOD = "method"  # metadata key: name of the method, if the network was made by another one than adaptify
 AGAIN = "fetch the file again, or write it again with cs.save."
 _CHECKSUM = "sha256"  # metadata key: checksum of the other metadata, which include the tensors' checksum
@@ -348,6 +348,8 @@ def check_width(path: str | Path, width: int, tensors: Mapping[str, Tensor]) -> 
 def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Read the metadata and, with `tensors`, the tensors of a file."""
     place = fetch(str(path)) if is_address(path) else Path(path)
+    if files.is_folder(place):
+        kinds.check_kind(place, kinds.CONVERTED)
     if not files.is_file(place):
         raise files.absent(path)
     try:
@@ -357,17 +359,14 @@ def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str
             # Copied, because convolutions may round differently for the unaligned memory of a mapped file.
             values = {name: file.get_tensor(name).clone() for name in names}
     except Exception as error:  # of many types, e.g. for tensor types that torch does not have
-        raise FileError(
+        refusal = FileError(
             f"{path} is not a readable safetensors file.",
             why=f"{first_line(error)}; it may be truncated.",
             next="write it again with cs.save or cadsurgery convert.",
-        ) from error
-    if KEY not in header:
-        raise FileError(
-            f"{path} was not written by cadsurgery.",
-            why="it holds no plan.",
-            next="give its weights to cadsurgery convert --weights FILE.",
         )
+        raise kinds.of_another_kind(path, kinds.CONVERTED) or refusal from error
+    if KEY not in header:
+        raise kinds.kind_refused(path, kinds.WEIGHTS, kinds.CONVERTED.words)
     return header, values
 
 

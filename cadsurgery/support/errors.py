@@ -83,6 +83,10 @@ class CadWarning(UserWarning):
     """Warning to the user; the work goes on, and the CLI prints the warning as a line."""
 
 
+class LeftOut(CadWarning):
+    """Warning that something in a folder was left out; the CLI prints it when the command ends."""
+
+
 class TrainingStopped(CadError):
     """Training cannot go on: the loss or the weights are no longer finite numbers."""
 

@@ -31,6 +31,7 @@ from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName, check_name
 from cadsurgery.support.files import check_folder
+from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.support.progress import Step, within
 from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.surgery.plan import Plan
@@ -188,7 +189,7 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         batch,
         sides,
         more,
-        Text.assemble(plan.summary(), (f"\nadapted: {', '.join(adapted)}", "dim")),
+        Text.assemble(plan.summary(), (f"\nadapted: {', '.join(adapted)}" if adapted else "", "dim")),
         [
             Text(f"with this mask: {counted.describe()}", style="bold"),
             Text(fraction),
@@ -269,6 +270,7 @@ def make_or_read_plan(
     check_size(size)
     if is_file(model):
         if size is not None:
+            check_kind(model, CONVERTED)
             raise InvalidInput(
                 f"{model} is converted already: the size of its example cannot be changed.",
                 next="leave --size out, or give the network's name.",
@@ -304,6 +306,7 @@ def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, ru
         InvalidInput: `model` is a converted file.
     """
     if is_file(model):
+        check_kind(model, CONVERTED)
         raise InvalidInput(
             f"{model} is a converted network: --dense counts one that is not.",
             next="leave --dense out, which lists dense high and dense low too, or give the network's name.",

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from cadsurgery.data.networks import build_model, family_of
 from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, UnknownName, describe_error
+from cadsurgery.support.folders import visible
+from cadsurgery.support.kinds import PYTHON, of_another_kind
 
 Builder = Callable[[], nn.Module]
 Call = Callable[[Tensor], Any]
@@ -150,13 +152,16 @@ def find_corpus(argument: str) -> tuple[Path, str]:
 def _files(corpus: Path) -> list[Path]:
     if not files.exists(corpus):
         raise FileError(f"there is no {corpus}.", next="name a file or folder of networks.")
-    return sorted(corpus.glob("*.py")) if corpus.is_dir() else [corpus]
+    return [path for path in visible(corpus) if path.suffix == ".py"] if corpus.is_dir() else [corpus]
 
 
 def _read(file: Path) -> list[Subject]:
     """Return the networks that a file declares; the file is run once, and can import modules beside it."""
     if file.suffix != ".py":
-        raise FileError(f"{file} is not a Python file.", next="name a .py file, or a folder of .py files.")
+        refusal = FileError(
+            f"{file} is not a Python file.", next="name a .py file, or a folder of .py files."
+        )
+        raise of_another_kind(file, PYTHON) or refusal
     importlib.invalidate_caches()
     try:
         with beside(file):

@@ -14,13 +14,22 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
-from cadsurgery.data.images import check_picture, labelled_scene, normalise, read_labels, write_picture
+from cadsurgery.data.images import (
+    check_labels_fit,
+    check_picture,
+    labelled_scene,
+    normalise,
+    read_image,
+    read_labels,
+    write_picture,
+)
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks import FineMapSpec, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_metadata
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support import files
+from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.progress import Step, counted
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
 from cadsurgery.tasks.open import example_image, is_file, open_converted
@@ -139,7 +148,7 @@ def draw_masks(
     masks: Sequence[str],
     *,
     compare: bool,
-    image: Path | None,
+    image: str,
     labels: Path | None,
     size: tuple[int, int] | None,
     model: str,
@@ -161,8 +170,9 @@ def draw_masks(
             f"{len(masks)} masks for one picture.", next="add --compare to draw them side by side."
         )
     check_picture(output)
-    picture = example_image(image, size)
-    known = _labels(labels, image, size, picture)
+    path = _existing(image)
+    picture = example_image(path, size)
+    known = _labels(labels, path, size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
     stored_mask, notes = None, [_NO_NETWORK]
     if model:
@@ -195,6 +205,20 @@ def draw_masks(
     return MaskReport(tuple(rows), str(output), compare, tuple(notes))
 
 
+def _existing(image: str) -> Path | None:
+    """Return the path of an image, None for the generated scene.
+
+    Raises:
+        FileError: there is no such file.
+    """
+    if image and not files.exists(image):
+        refusal = files.absent(image, "image")
+        raise FileError(
+            refusal.what, next=f"{refusal.next} A network is named by -m: cadsurgery mask -m {image}."
+        )
+    return Path(image) if image else None
+
+
 def _labels(
     path: Path | None, image: Path | None, size: tuple[int, int] | None, picture: Tensor
 ) -> Tensor | None:
@@ -202,13 +226,16 @@ def _labels(
     height, width = picture.shape[1:]
     if path is None:
         return labelled_scene(height, width)[1].unsqueeze(0) if image is None else None
-    labels = read_labels(path, size)
-    if tuple(labels.shape) != (height, width):
-        raise InvalidInput(
-            f"the labels in {path} are {labels.shape[0]}x{labels.shape[1]}, the image is {height}x{width}.",
-            next=f"give labels of the image, or resize both: --size {height}x{width}.",
-        )
-    return labels.unsqueeze(0)
+    stored = tuple(read_labels(path).shape)
+    own: tuple[int, ...] = (height, width)
+    if image is not None and size is not None:
+        own = tuple(read_image(image).shape[1:])
+        if own != stored[::-1]:  # labels of any size are resized, unless they are turned
+            own = stored
+    if image is not None or size is None:
+        next = f"give labels of the image, or resize both: --size {height}x{width}."
+        check_labels_fit(image or "the generated scene", own, stored, next)
+    return read_labels(path, size).unsqueeze(0)
 
 
 def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: str) -> tuple[int, int, Look]:

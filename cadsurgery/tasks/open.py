@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from cadsurgery.data.hub import is_address
 from cadsurgery.data.images import check_size, normalise, read_image, street_scene
 from cadsurgery.data.networks import Source, build_again, build_model, source_of
-from cadsurgery.data.weights import WEIGHTS
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.methods.storage import load as load_any
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_method
 from cadsurgery.support import files
-from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.errors import FileError, InvalidInput, UnknownName
+from cadsurgery.support.kinds import CONVERTED, check_kind, kind_by_ending, kind_refused, of_another_kind
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.tasks.options import Conversion
 
 Strides = tuple[int, int] | Sequence[tuple[int, int] | None]  # one pair (high, low), or several
 DEFAULT_SIZE = (512, 1024)
 _LIBRARIES = ("torchvision", "timm")
+_A_NAME = "the name of a network"
 
 
 def is_file(network: object) -> bool:
@@ -61,26 +62,35 @@ def original(
         num_classes: number of classes of a torchvision or timm network; a function chooses its classes itself.
 
     Raises:
-        FileError: there is no such file.
-        InvalidInput: `network` is a file instead of a name.
+        FileError: `network` is a file or folder instead of a name, or there is no such file.
     """
     if isinstance(network, nn.Module):
         return network, source_of(network)
-    if is_address(network) or Path(network).suffix in WEIGHTS:
-        if not is_address(network) and not files.is_file(network):
-            refusal = files.absent(network)
-            raise FileError(refusal.what, next=f"{refusal.next} Or give the name of a network.")
-        raise InvalidInput(
-            f"{network} is a file, not the name of a network.",
-            why="a network to convert is given by name, with weights from a file if you like.",
-            next="give the name of its network, and --weights FILE for its weights.",
-        )
+    _refuse_file(network)
     torch.manual_seed(0)  # random weights are the same in every run
     library, _, function = network.partition(":")
-    built = build_model(
-        network, weights, num_classes=None if function and library not in _LIBRARIES else num_classes
-    )
+    try:
+        built = build_model(
+            network, weights, num_classes=None if function and library not in _LIBRARIES else num_classes
+        )
+    except UnknownName as error:
+        raise of_another_kind(network, what=_A_NAME) or error from None  # a folder
     return built, source_of(built)
+
+
+def _refuse_file(network: str) -> None:
+    """Refuse a file in place of the name of a network.
+
+    Raises:
+        FileError: it is a file, or it ends like one and there is no such file.
+    """
+    if is_address(network):
+        raise kind_refused(network, CONVERTED, _A_NAME)
+    if files.is_file(network):
+        check_kind(network, what=_A_NAME)
+    elif kind_by_ending(network) is not None or network.endswith(".safetensors"):
+        refusal = files.absent(network)
+        raise FileError(refusal.what, next=f"{refusal.next} Or give {_A_NAME}.")
 
 
 def open_converted(
@@ -115,6 +125,7 @@ def check_options(network: object, options: Mapping[str, Any]) -> None:
     """
     changed = [name for name, value in options.items() if value != getattr(Conversion(), name)]
     if changed and is_file(network):
+        check_kind(str(network), CONVERTED)
         raise InvalidInput(
             f"{network} is converted already; {', '.join(changed)} cannot be changed.",
             next="leave these options out, or convert the network anew with them.",

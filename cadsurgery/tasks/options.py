@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, check_name, first_line
+from cadsurgery.support.kinds import JSON, of_another_kind
 
 if TYPE_CHECKING:
     from cadsurgery.network.points import Align, Reach
@@ -342,11 +343,12 @@ class Settings:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise FileError(
+            refusal = FileError(
                 f"{path} cannot be read as settings.",
                 why=first_line(error),
                 next='write a JSON object such as {"steps": 1000, "lr": 0.01}.',
-            ) from error
+            )
+            raise of_another_kind(path, JSON) or refusal from error
         if not isinstance(values, dict):
             raise FileError(f"{path} holds no JSON object.", next='write e.g. {"steps": 1000}.')
         return Settings.from_dict(values)

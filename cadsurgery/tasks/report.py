@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from PIL import Image
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -116,7 +117,8 @@ class FilesReport(Report):
         """Yield a line for each failure."""
         for failure in self.failed:
             image, what = failure["image"], failure["what"]
-            yield f"[red]{'' if image in what else f'{image}: '}{what}[/red] {failure.get('why', '')}"
+            reason = " ".join(failure[part] for part in ("why", "next") if part in failure)
+            yield f"[red]{escape(what if image in what else f'{image}: {what}')}[/red] {escape(reason)}"
 
 
 def check_outputs(output: Path | None, **pictures: Path | None) -> None:

@@ -26,7 +26,8 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import FLOAT
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, check_name
-from cadsurgery.support.files import check_folder, is_folder, make_folder
+from cadsurgery.support.files import absent, check_folder, exists, is_folder, make_folder
+from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step
@@ -165,6 +166,8 @@ def _find_jobs(sources: Sequence[Path], output: Path, batch: int) -> tuple[list[
     """Return the images in batches and the clips, with their results, and failures of sources that are missing."""
     if output.suffix.lower() in WRITTEN and not is_folder(output):
         check_folder(output)
+        if missing := [path for path in sources if not (exists(path) or is_clip(path))]:
+            raise absent(missing[0], "file or folder")
         if len(sources) != 1 or not (is_clip(sources[0]) or is_folder(sources[0])):
             raise InvalidInput(
                 f"{output} is a clip, and its source is none.",
@@ -172,6 +175,7 @@ def _find_jobs(sources: Sequence[Path], output: Path, batch: int) -> tuple[list[
             )
         clips = {sources[0]: output}
     else:
+        _refuse_ending(output)
         clips = {path: output / f"{path.stem}.mp4" for path in sources if is_clip(path)}
     for path, target in clips.items():
         if list(clips.values()).count(target) > 1 or target.resolve() == path.resolve():
@@ -184,6 +188,20 @@ def _find_jobs(sources: Sequence[Path], output: Path, batch: int) -> tuple[list[
     images = iter((path, output / place) for path, place in places.items())
     batches = iter(lambda: list(islice(images, batch)), [])
     return [*batches, *([pair] for pair in clips.items())], lacking
+
+
+def _refuse_ending(output: Path) -> None:
+    """Refuse a folder that is named like a file, which the user will not expect to be a folder.
+
+    Raises:
+        FileError: predictions are not written to files of this ending.
+    """
+    if not is_folder(output) and (kind := kind_by_ending(output)) is not None:
+        raise FileError(
+            f"{output} is named like {kind.words}, and predictions are not written into one.",
+            next=f"name a folder: --output {output.stem}; or, for a clip or a folder of frames, a file that ends in "
+            f"{', '.join(WRITTEN)}.",
+        )
 
 
 def _is_clip(target: Path) -> bool:

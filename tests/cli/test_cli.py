@@ -277,10 +277,10 @@ REFUSED = [
     (["plan", "--model", "missing.safetensors"], "FileError", "check the path"),
     (["convert", "--model", "missing.safetensors"], "FileError", "check the path"),
     (["convert", "--model", "missing.pth"], "FileError", "check the path"),
-    (["convert", "--model", "net.safetensors"], "InvalidInput", "--weights"),
+    (["convert", "--model", "net.safetensors"], "FileError", "cadsurgery run net.safetensors"),
     (["bench", "--model", "missing.safetensors"], "FileError", "check the path"),
     (["mask", "--mask", "edgs"], "UnknownName", "edges"),
-    (["mask", "--image", "missing.png"], "FileError", "PNG"),
+    (["mask", "missing.png"], "FileError", "-m"),
     (["mask", "--mask", "edges", "--mask", "gradient"], "InvalidInput", "--compare"),
     (["mask", "--mask", "confidence | budget"], "InvalidInput", "--model"),
     (["mask", "--labels", "missing.png"], "FileError", "one class per pixel"),
@@ -671,6 +671,15 @@ def test_labels_are_read_as_classes_and_cut_to_size(run: Run, folder: Path) -> N
     assert told.code == 1 and "mode RGB" in told.json["what"] and "one channel" in told.json["next"]
 
 
+def test_turned_labels_are_said_to_be_turned_whatever_the_size(run: Run, folder: Path) -> None:
+    """Resizing would fit them to the image, and to the wrong places."""
+    Image.new("L", (96, 128)).save(folder / "labels.png")
+    for size in ((), ("--size", "48x64")):
+        told = run("mask", folder / "first.png", "--labels", folder / "labels.png", *size, "--json")
+        assert told.code == 1 and "96x128 pixels and its labels have 128x96" in told.json["what"]
+        assert "turned" in told.json["why"] and "--size" not in told.json["next"]
+
+
 # -- bench ---------------------------------------------------------------------------------------------
 
 
@@ -804,15 +813,24 @@ def test_convert_shows_medians_and_tells_of_a_busy_machine(
     assert (f"the median is {slower:.1f} times the best time" in " ".join(shown.split())) is is_told
 
 
-@pytest.mark.parametrize("command", ["plan", "macs", "mask"])
+@pytest.mark.parametrize("command", ["plan", "macs"])
 def test_a_network_is_an_argument_or_the_option_model(run: Run, command: str) -> None:
     name, more = "usernets:segmenter", ("--size", "96x128", "--json")
     as_argument, as_option = run(command, name, *more), run(command, "--model", name, *more)
     assert as_argument.code == 0 and as_argument.json == as_option.json
     both = run(command, name, "--model", name, *more)
-    assert both.code == 2 and "two networks" in both.err
-    if command != "mask":  # which does without
-        assert run(command).code == 2 and "missing argument" in run(command).err
+    assert both.code == 2 and "two models" in both.err
+    assert run(command).code == 2 and "missing argument" in run(command).err
+
+
+def test_mask_takes_the_image_as_its_argument_or_as_an_option(run: Run, folder: Path) -> None:
+    image = folder / "first.png"
+    drawn, as_option = run("mask", image, "--json"), run("mask", "--image", image, "--json")
+    assert drawn.code == 0 and drawn.json == as_option.json and drawn.json["fine_pixels"] == 12 * 16
+    both = run("mask", image, "--image", image)
+    assert both.code == 2 and "two images" in both.err
+    in_network = run("mask", image, "-m", "usernets:segmenter", "--mask", "all", "--json").json
+    assert in_network["elements"] == 12 * 16
 
 
 def test_bench_takes_several_networks_either_way(run: Run) -> None:
@@ -865,6 +883,14 @@ def test_convert_says_once_that_no_mask_has_an_effect(run: Run) -> None:
     told = run("convert", "--model", "usernets:unfolded", *options("--rounds", 0))
     assert told.code == 0 and told.err.count("no mask can improve") == 1
     assert told.out.count("gains nothing") == 1  # of the plan
+
+
+def test_convert_lists_adapted_operations_only_where_there_are_some(run: Run) -> None:
+    """In a network that dilates where others stride, nothing of the region changes."""
+    quick = options("--rounds", 0, "--no-verify", size=(64, 96))
+    told = run("convert", "lraspp_mobilenet_v3_large", "--weights", "none", *quick)
+    assert told.code == 0 and "0 operations adapted" in told.out and "adapted:" not in told.out
+    assert "adapted: _6, _8 " in " ".join(run("convert", "usernets:segmenter", *quick).out.split())
 
 
 def test_convert_takes_every_option(run: Run, folder: Path, tmp_path: Path) -> None:

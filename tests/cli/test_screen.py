@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+import typer
 from conftest import Run
 from rich.console import Console
 
 import cadsurgery as cs
 from cadsurgery.cli import screen
 from cadsurgery.finetune.command import training_steps
+from cadsurgery.support.folders import warn_of_left_out
 from cadsurgery.support.progress import counted, silent, time_in_words, within
 from cadsurgery.support.timing import interleaved
 
@@ -237,3 +240,17 @@ def test_a_warning_that_is_given_twice_is_printed_once(monkeypatch: pytest.Monke
             for text in ("no effect", "no effect", "slow", "no effect"):
                 warnings.warn(text, cs.CadWarning, stacklevel=1)
     assert stream.getvalue().splitlines() == ["warning: no effect", "warning: slow"] * 2
+
+
+@pytest.mark.parametrize(("end", "lines"), [(None, 2), (typer.Exit(1), 2), (cs.FileError("no"), 1)])
+def test_what_is_left_out_of_folders_is_said_at_the_end_unless_the_command_is_refused(
+    monkeypatch: pytest.MonkeyPatch, end: Exception | None, lines: int
+) -> None:
+    stream = shown_in(monkeypatch, terminal=False)
+    with contextlib.suppress(typer.Exit, cs.CadError), screen.warnings_as_lines():
+        warn_of_left_out("photos", {"no pictures": [f"{number}.txt" for number in range(7)], "links": []})
+        warnings.warn("slow", cs.CadWarning, stacklevel=1)
+        if end is not None:
+            raise end
+    left_out = "warning: left out of photos: no pictures: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 2 more."
+    assert stream.getvalue().splitlines() == ["warning: slow", left_out][:lines]

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from cadsurgery.data import IGNORED, Augment, SegmentationData
 from cadsurgery.data.images import SCENE_CLASSES, normalise
 from cadsurgery.data.networks import Source
 from cadsurgery.data.sources import KINDS
+from cadsurgery.support.errors import LeftOut
 
 SIZE = (13, 22)
 
@@ -262,9 +264,85 @@ def test_labels_of_another_size_are_refused(folder: Path) -> None:
         cs.open_data(spec(folder))[0]
 
 
+def test_labels_are_turned_as_their_pictures_and_turned_ones_are_said_to_be(folder: Path) -> None:
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    for kind, pixels in (("images", some_image()), ("labels", some_labels(4))):
+        Image.fromarray(pixels).save(folder / "train" / kind / "a.png", exif=orientation)
+    _, labels = assert_is_item(cs.open_data(spec(folder)))
+    stored = torch.from_numpy(some_labels(4).astype(np.int64)).rot90(-1)
+    assert torch.equal(labels, torch.where(stored == 3, IGNORED, stored))
+    write(folder / "train" / "labels" / "a.png", some_labels(4))
+    with pytest.raises(cs.InvalidInput, match="22x13 pixels and its labels have 13x22") as refusal:
+        cs.open_data(spec(folder))[0]
+    assert "turned by 90 degrees" in refusal.value.why and "resize" not in refusal.value.next
+
+
+def binary(folder: Path, *values: int) -> None:
+    """Labels of the split `train` hold these values alone."""
+    for name in ("a", "b"):
+        labels = np.array(values, dtype=np.uint8)[some_labels(len(values))]
+        write(folder / "train" / "labels" / f"{name}.png", labels)
+
+
+def test_labels_of_0_and_255_alone_are_said_when_opened_and_read_as_two_classes(folder: Path) -> None:
+    binary(folder, 0, 255)
+    with pytest.warns(cs.CadWarning, match="0 and 255 alone") as warned:
+        ignored = cs.open_data(spec(folder, "classes=2"))
+    assert f"folder:{folder},classes=2,values=0/255" in str(warned[0].message)
+    assert set(ignored[0][1].unique().tolist()) == {0, IGNORED}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = cs.open_data(spec(folder, "classes=2,values=0/255"))
+        cs.open_data(spec(folder, "classes=1,ignore=255"))
+    assert torch.equal(data[0][1], torch.from_numpy(some_labels(2).astype(np.int64)))
+
+
+def test_labels_of_other_values_are_opened_without_a_word(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for values in ((0, 1, 255), (0,), (255,)):
+            binary(folder, *values)
+            cs.open_data(spec(folder, "classes=2"))
+
+
+def test_classes_are_stored_as_the_values_that_are_named(folder: Path) -> None:
+    binary(folder, 7, 70, 9)
+    labels = cs.open_data(spec(folder, "classes=sky/road,values=70/7,ignore=9"))[0][1]
+    assert torch.equal(labels, torch.tensor([1, 0, IGNORED])[torch.from_numpy(some_labels(3)).long()])
+    with pytest.raises(cs.InvalidInput, match="label 9") as refusal:
+        cs.open_data(spec(folder, "classes=2,values=70/7"))[0]
+    assert "labels 70, 7" in refusal.value.why
+
+
+@pytest.mark.parametrize(
+    "options", ["classes=2,values=0", "classes=2,values=0/0", "classes=2,values=0/3,ignore=3"]
+)
+def test_values_that_do_not_name_the_classes_are_refused(folder: Path, options: str) -> None:
+    with pytest.raises(cs.InvalidInput, match="one stored value for each of 2 classes"):
+        cs.open_data(spec(folder, options))
+
+
+def test_what_a_labelled_folder_holds_besides_is_named(folder: Path) -> None:
+    for name in ("images/._a.png", "images/notes.txt", "labels/._a.png", "labels/Thumbs.db"):
+        (folder / "train" / name).touch()
+    write(folder / "train" / "labels" / "c.png", some_labels(3))
+    with pytest.warns(LeftOut) as warned:
+        assert len(cs.open_data(spec(folder))) == 2
+    assert [str(one.message) for one in warned] == [
+        f"left out of {folder / 'train'}: no pictures: images/notes.txt; labels without an image: labels/c.png."
+    ]
+
+
+def test_what_lies_beside_the_splits_of_photos_is_named(folder: Path) -> None:
+    write(folder / "c.png", some_image())
+    with pytest.warns(LeftOut, match=r"not in train or test: c\.png\.$"):
+        assert len(cs.open_data(f"images:{folder}", "all")) == 4
+
+
 def test_colour_labels_are_refused(folder: Path) -> None:
     write(folder / "train" / "labels" / "a.png", some_image())
-    with pytest.raises(cs.InvalidInput, match="colour"):
+    with pytest.raises(cs.FileError, match=r"a\.png is a picture of mode RGB, not labels"):
         cs.open_data(spec(folder))[0]
 
 

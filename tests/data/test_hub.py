@@ -309,7 +309,7 @@ def test_what_cannot_be_fetched_says_why(
 def test_another_file_of_that_name_is_refused_by_its_address(hub: Hub, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / FILE)
     put(hub, (tmp_path / FILE).read_bytes())
-    with refused(cs.FileError, f"{HOME} was not written by cadsurgery"):
+    with refused(cs.FileError, f"{HOME} is a file of weights, not a converted network"):
         cs.load(HOME)
     put(hub, b"no safetensors")
     with refused(cs.FileError, f"{HOME} is not a readable safetensors file"):
@@ -360,7 +360,7 @@ def test_the_command_writes_what_other_commands_take(hub: Hub, command_line: Run
         ("run", HOME, "image.png"),
     ):
         assert command_line(*command, "--json").code == 0
-    assert command_line("convert", "--model", HOME, "--json").json["error"] == "InvalidInput"
+    assert command_line("convert", "--model", HOME, "--json").json["error"] == "FileError"
 
 
 def test_tasks_open_an_address_as_they_open_a_file(hub: Hub) -> None:

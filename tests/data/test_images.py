@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from conftest import Run
 from PIL import Image
 
 import cadsurgery as cs
-from cadsurgery.data.images import find_images, read_image, write_picture
+from cadsurgery.data.images import find_images, read_image, read_labels, write_picture
+from cadsurgery.support.errors import LeftOut
 from cadsurgery.tasks.figures import class_picture
 
 GREY = np.random.default_rng(0).integers(0, 256, (48, 64), dtype=np.uint8)
@@ -77,23 +79,40 @@ def test_every_ordinary_kind_of_picture_is_read_in_colour(tmp_path: Path, mode: 
     assert found.shape == (3, 48, 64) and 0 <= found.min() < found.max() <= 1
 
 
+def turned(path: Path, values: np.ndarray[Any, Any]) -> Path:
+    """A file whose orientation says that the camera was held on its side."""
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    return stored(path, values, exif=orientation)
+
+
 def test_pictures_are_turned_as_viewers_show_them_unless_pixels_as_stored_are_asked_for(
     tmp_path: Path,
 ) -> None:
-    orientation = Image.Exif()
-    orientation[0x0112] = 6  # the camera was held on its side
-    path = stored(tmp_path / "phone.png", GREY, exif=orientation)
+    path = turned(tmp_path / "phone.png", GREY)
     assert read_image(path).shape == (3, 64, 48)
     assert torch.equal(read_image(path, upright=False), read_image(path).rot90(1, (1, 2)))
 
 
-@pytest.mark.parametrize("name", ["moving.gif", "moving.png", "pages.tif"])
+def test_labels_are_turned_as_their_pictures(tmp_path: Path) -> None:
+    labels = turned(tmp_path / "labels.png", GREY)
+    assert torch.equal(read_labels(labels), torch.from_numpy(GREY.astype(np.int64)).rot90(-1))
+    assert read_labels(labels, (32, 24)).shape == (32, 24)
+
+
+@pytest.mark.parametrize("name", ["moving.png", "pages.tif"])
 def test_a_file_of_several_pictures_is_refused(tmp_path: Path, name: str) -> None:
     frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
     with pytest.raises(cs.FileError, match="2 pictures") as caught:
         read_image(tmp_path / name)
     assert "file of its own" in caught.value.next
+
+
+def test_of_a_gif_the_first_picture_is_read(tmp_path: Path) -> None:
+    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert torch.equal(read_image(tmp_path / "moving.gif"), read_image(stored(tmp_path / "a.png", GREY)))
 
 
 def test_a_picture_that_is_suspiciously_large_is_refused(
@@ -137,6 +156,40 @@ def test_what_was_given_in_vain_does_not_keep_the_others_from_being_found(tmp_pa
     assert "empty" in caught.value.why
     with pytest.raises(cs.FileError, match="no images were given"):
         find_images([])
+
+
+def test_hidden_files_are_left_out_and_whatever_else_is_no_picture_is_named(tmp_path: Path) -> None:
+    for name in ("a.png", "more/b.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        stored(tmp_path / name, GREY)
+    for name in ("._a.png", ".DS_Store", "Thumbs.db", "more/._b.png", "notes.txt", "more/clip.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / ".hidden").mkdir()
+    stored(tmp_path / ".hidden" / "c.png", GREY)
+    (tmp_path / "link").symlink_to(tmp_path / "more")
+    with pytest.warns(LeftOut) as warned:
+        places, failures = find_images([tmp_path])
+    assert list(places) == [tmp_path / "a.png", tmp_path / "more" / "b.gif"] and not failures
+    (text,) = (str(warning.message) for warning in warned)
+    assert text == (
+        f"left out of {tmp_path}: no pictures: more/clip.mp4, notes.txt; "
+        "links to folders, which are not followed: link."
+    )
+
+
+def test_a_folder_of_pictures_alone_is_read_without_a_word(tmp_path: Path) -> None:
+    stored(tmp_path / "a.png", GREY)
+    (tmp_path / ".DS_Store").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(find_images([tmp_path])[0]) == [tmp_path / "a.png"]
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").touch()
+    with pytest.raises(cs.FileError, match="no images") as caught:
+        find_images([tmp_path])
+    assert "clip.mp4" in caught.value.why
 
 
 # -- writing -------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ def small(tmp_path: Path) -> Path:
 def test_a_file_or_folder_of_networks_is_read_once(small: Path) -> None:
     (one,) = read_corpus(small)
     assert one.name == f"{small.stem}:plain" and one.idioms == ("norms",) and one.about == "Three strides."
+    (small.parent / f"._{small.name}").write_bytes(b"a file of the system's")
     assert read_corpus(small.parent) == [one] and subject(one.name, small) is one
     assert read_corpus(small, "*:other") == []
     assert check_network(one)["result"] == "converts"

@@ -362,6 +362,17 @@ def test_sequences_are_found_and_those_of_the_protocol_left_out(sequences: Path)
     assert [one.name for one in find_sequences(sequences / "v_wall")[0]] == ["v_wall"]
 
 
+def test_what_is_no_sequence_is_named(sequences: Path) -> None:
+    (sequences / "notes").mkdir()
+    for name in ("v_wall/9.png", "v_wall/._1.png", ".DS_Store", "v_talent/notes.txt"):
+        (sequences / name).touch()
+    with pytest.warns(cs.CadWarning) as warned:
+        find_sequences(sequences)
+    assert [str(warning.message) for warning in warned] == [
+        f"left out of {sequences}: neither sequences nor their files: notes, v_wall/9.png."
+    ]
+
+
 def test_sequences_that_are_none_are_refused_with_the_layout(sequences: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path / "usernets"):
         with pytest.raises(cs.FileError, match="H_1_2"):

@@ -367,6 +367,21 @@ def test_labels_of_more_classes_than_outputs_are_refused(photos: Path, tmp_path:
         run(photos, tmp_path / "run", labels=f"{photos},classes=7", limit=1)
 
 
+def test_labels_of_0_and_255_alone_and_those_of_no_photo_are_said(photos: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for name in ("0", "1", "2", "strange"):
+        write_png(torch.tensor([0, 255]).byte().repeat(96, 64)[None], str(labels / f"{name}.png"))
+    data = cs.open_data(f"images:{photos}", "all")
+    with pytest.warns(cs.CadWarning) as warned:
+        running._look_into_labels(data, labels)
+    first, second = (str(warning.message) for warning in warned)
+    assert "0 and 255 alone (3 of 3 files read)" in first and "classes=2,values=0/255" in first
+    assert second == f"left out of {labels}: no labels of these photos: strange.png."
+    with pytest.raises(cs.FileError, match="no folder"):
+        running._look_into_labels(data, tmp_path / "missing")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

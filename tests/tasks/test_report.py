@@ -17,7 +17,7 @@ from rich.text import Text
 
 import cadsurgery as cs
 from cadsurgery import viz
-from cadsurgery.tasks.report import Plain, Report, canvas, check_outputs, number, ratio
+from cadsurgery.tasks.report import FilesReport, Plain, Report, canvas, check_outputs, number, ratio
 from cadsurgery.tasks.tables import Column, table
 
 
@@ -124,3 +124,11 @@ def test_files_that_cannot_be_written_are_refused_first(paths: dict[str, Path | 
 
 def test_a_ratio_needs_both_numbers() -> None:
     assert [ratio(1, 2), ratio(None, 2), ratio(1, None), ratio(1, 0)] == ["0.50", "-", "-", "-"]
+
+
+def test_a_failure_of_a_file_is_printed_with_its_reason_and_next_step() -> None:
+    """Brackets in them are no markup of the terminal."""
+    failure = cs.FileError("it cannot be read.", why="it is [cut].", next="pip install 'cadsurgery[video]'")
+    (line,) = FilesReport((), "", ({"image": "[a].mp4", **failure.to_dict()},)).apart()
+    told = "[a].mp4: it cannot be read. it is [cut]. pip install 'cadsurgery[video]'"
+    assert Text.from_markup(line).plain == told

@@ -250,6 +250,10 @@ def test_names_of_classes_are_those_of_the_weights() -> None:
         (["clip.mp4"], {"output": "clip.mp4"}, "its source"),
         (["clip.mp4", "other/clip.mov"], {}, "another clip"),
         (["missing.mp4"], {}, "no file"),
+        (["nofolder"], {"output": "out.mp4"}, "no file or folder nofolder"),
+        (["frames"], {"output": "out.gif"}, "--output out"),
+        (["frames/0.png"], {"output": "out.png"}, "--output out"),
+        (["clip.mp4"], {"output": "out.avi"}, ".mp4, .mov, .mkv"),
         (["9"], {}, "/dev/video9"),
         (["text.mp4"], {}, "cannot be read as a clip"),
         (["sound.mp4"], {}, "holds no pictures"),
@@ -281,6 +285,7 @@ def test_what_cannot_be_run_is_refused(
     for number, size in enumerate([(40, 52), (40, 53)]):
         save(street_scene(*size), tmp_path / "mixed" / f"{number}.png")
     options = {"output": "out", **options}
+    there = {*tmp_path.iterdir(), tmp_path / "out"}
     try:
         report = predict(file, [Path(one) for one in sources], Path(options.pop("output")), **options)
         told = str(report.failed)
@@ -288,7 +293,7 @@ def test_what_cannot_be_run_is_refused(
     except CadError as error:
         told = str(error)
     assert hint in told
-    assert not (tmp_path / "out.mp4").exists()
+    assert {*tmp_path.iterdir()} <= there  # neither out.mp4 nor a folder of that name
 
 
 def test_without_pyav_the_command_that_installs_it_is_named(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,8 @@ from cadsurgery.data.images import SUFFIXES, find_images, read_image
 from cadsurgery.masks.detectors import opencv
 from cadsurgery.support.errors import FileError
 from cadsurgery.support.files import is_folder
+from cadsurgery.support.folders import visible, warn_of_left_out
+from cadsurgery.support.kinds import FOLDER, check_kind
 
 # Sequences of HPatches that the published protocol leaves out because of their size (D2-Net keeps 108 of 116).
 LEFT_OUT = frozenset(
@@ -131,9 +133,10 @@ def find_sequences(folder: Path, *, everything: bool = False) -> tuple[list[Imag
     Raises:
         FileError: there is no such folder, it has no sequence, an image is missing, or a homography cannot be read.
     """
+    check_kind(folder, FOLDER)
     if not is_folder(folder):
         raise FileError(f"there is no folder {folder}.", next=_LAYOUT)
-    candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    candidates = [folder, *(path for path in visible(folder) if path.is_dir())]
     folders = {path: files for path in candidates if (files := _homographies(path))}
     if not folders:
         raise FileError(f"there are no sequences in {folder}.", next=_LAYOUT)
@@ -145,7 +148,21 @@ def find_sequences(folder: Path, *, everything: bool = False) -> tuple[list[Imag
             why=", ".join(out),
             next="keep them with --all-sequences.",
         )
+    _warn_of_unused(folder, folders, sequences)
     return sequences, out
+
+
+def _warn_of_unused(
+    folder: Path, folders: Mapping[Path, Mapping[int, Path]], sequences: Sequence[ImageSequence]
+) -> None:
+    """Warn of whatever is neither a sequence nor a file of one. Sequences that the protocol leaves out are reported."""
+    used = {folder, *folders, *(path for files in folders.values() for path in files.values())}
+    used |= {path for sequence in sequences for path in sequence.images}
+    places = {folder, *(sequence.images[0].parent for sequence in sequences)}
+    names = sorted(
+        str(path.relative_to(folder)) for place in places for path in visible(place) if path not in used
+    )
+    warn_of_left_out(folder, {"neither sequences nor their files": names})
 
 
 def _homographies(folder: Path) -> dict[int, Path]:

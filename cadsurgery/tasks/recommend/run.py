@@ -20,7 +20,7 @@ from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sampl
 from cadsurgery.data.datasets import identity_table, number_classes
 from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
-from cadsurgery.data.sources import KINDS, class_names, ignored_labels
+from cadsurgery.data.sources import KINDS, class_names, ignored_labels, warn_of_two_values
 from cadsurgery.kernels import isa
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.network.adaptify import copy_network
@@ -37,6 +37,8 @@ from cadsurgery.support.errors import (
     first_line,
 )
 from cadsurgery.support.files import make_folder
+from cadsurgery.support.folders import visible, warn_of_left_out
+from cadsurgery.support.kinds import FOLDER, check_kind
 from cadsurgery.support.plain import split_options
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.timing import now
@@ -122,7 +124,10 @@ def recommend(
     """
     _check_options(keep, at_most, runtime, precision, minutes, limit)
     check_size(size)
-    data = _open(images, split).first(limit)
+    photos = _open(images, split)
+    data = photos.first(limit)
+    if labels is not None:
+        _look_into_labels(photos, _split_labels(labels)[0])
     step("building the network")
     model, source = _as_given(network, weights, trust)
     typed: tuple[str, str] = ("", weights)  # network and weights, as they are typed to convert anew
@@ -329,20 +334,17 @@ def _with_labels(data: SegmentationData, spec: str | Path, outputs: int) -> Segm
     Raises:
         InvalidInput: an option has another form, or there are more classes than outputs.
     """
-    text = str(spec)
-    place, _, rest = ("", "", "") if files.exists(text) else text.removeprefix("folder:").partition(",")
-    options = split_options(rest, dict.fromkeys(("classes", "ignore")), "labels")
-    folder = Path(place or text)
+    folder, options = _split_labels(spec)
     classes = class_names(options["classes"]) if "classes" in options else number_classes(outputs)
     if len(classes) > outputs:
         raise InvalidInput(
-            f"labels {text} have {len(classes)} classes and the network has {outputs} outputs.",
+            f"labels {spec} have {len(classes)} classes and the network has {outputs} outputs.",
             next=f"give classes={outputs}, or none.",
         )
+    paths = [_labels_of(name, folder) for name in data.names]
 
     def read(position: int) -> tuple[Any, Any]:
-        path = folder / f"{Path(data.names[position]).stem}.png"
-        return data.read(position)[0], read_labels(path).numpy()
+        return data.read(position)[0], read_labels(paths[position]).numpy()
 
     table = identity_table(len(classes), ignored_labels(options.get("ignore", "")))
     remedy = (
@@ -361,6 +363,40 @@ def _check_labels(data: SegmentationData, step: Step) -> None:
     for place in counted(places, step, "checking labels, picture", name=str):
         with suppress(FileError):
             sample_of(data, place)
+
+
+def _split_labels(spec: str | Path) -> tuple[Path, dict[str, str]]:
+    """Return the folder and the options of labels, see `recommend`.
+
+    Raises:
+        InvalidInput: an option has another form.
+    """
+    text = str(spec)
+    place, _, rest = ("", "", "") if files.exists(text) else text.removeprefix("folder:").partition(",")
+    return Path(place or text), split_options(rest, dict.fromkeys(("classes", "ignore")), "labels")
+
+
+def _labels_of(name: str, folder: Path) -> Path:
+    return folder / f"{Path(name).stem}.png"
+
+
+def _look_into_labels(photos: SegmentationData, folder: Path) -> None:
+    """Warn of labels that hold 0 and 255 alone, and of those that belong to none of the photos.
+
+    Raises:
+        FileError: there is no such folder.
+    """
+    check_kind(folder, FOLDER)
+    if not files.is_folder(folder):
+        raise files.absent(folder, "folder")
+    labels = {_labels_of(name, folder) for name in photos.names}
+    remedy = (
+        "--images folder:PATH,classes=2,values=0/255 reads 255 as class 1, with the photos in PATH/images and the "
+        "labels in PATH/labels"
+    )
+    warn_of_two_values(sorted(path for path in labels if files.is_file(path)), remedy)
+    others = [path.name for path in visible(folder) if path not in labels]
+    warn_of_left_out(folder, {"no labels of these photos": others})
 
 
 # -- measuring -----------------------------------------------------------------------------------------
