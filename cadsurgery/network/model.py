@@ -40,7 +40,7 @@ from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.inputs import first_value
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.optimized import FLOAT, Precision, fuse_network, put_in_precision
-from cadsurgery.network.program import Derived, Masked, Program
+from cadsurgery.network.program import Derived, Masked, Program, refuse_torchscript
 from cadsurgery.network.quantise import Quantisation
 from cadsurgery.support.errors import CadWarning, InvalidInput
 from cadsurgery.support.progress import Step, silent
@@ -368,6 +368,7 @@ class AdaptiveModel(Derived):
         if last.lattice is None and last.levels is not None:
             last.lattice = self.geometry.lattice(last.levels)
         if last.lattice is None:
+            refuse_torchscript()
             raise InvalidInput("the network has not run yet.", next="call it on an image first: net(x).")
         return last.lattice
 
@@ -497,9 +498,11 @@ def _refuse_without_values(net: nn.Module, arguments: tuple[Any, ...]) -> None:
 
     Raises:
         InvalidInput: an image is on the meta device, as the network is, or torch.func transforms it.
+        CannotConvert: torch.jit traces the network.
     """
     if torch.compiler.is_compiling():
         return
+    refuse_torchscript()
     weight = first_value(net)
     for value in arguments:
         if not isinstance(value, Tensor):

@@ -19,7 +19,7 @@ from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
 from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import Watch, Watched
@@ -278,12 +278,34 @@ class Program:
         return lattice
 
 
+def refuse_torchscript() -> None:
+    """Raise an error while torch.jit traces a network.
+
+    Raises:
+        CannotConvert: it does; or it looks through the network's attributes before.
+    """
+    module_map = getattr(torch.jit._trace, "_trace_module_map", None)
+    if torch._C._get_tracing_state() is not None or module_map:
+        raise _no_torchscript()
+
+
+def _no_torchscript() -> CannotConvert:
+    return CannotConvert(
+        "torch.jit cannot trace or script a converted network.",
+        why="a trace would keep the elements of one image, and what is high differs from image to image.",
+        next="write a file: cs.export(net, image, 'net.onnx'), or 'net.pt2' for torch.export.load.",
+    )
+
+
 class Derived(nn.Module):
     """Base of all networks that are made from another one: they take over its modules, and may add tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_post_hook(_own_not_missing)
+
+    def __prepare_scriptable__(self) -> Self:
+        raise _no_torchscript()
 
     @classmethod
     def is_own(cls, name: str) -> bool:

@@ -178,6 +178,21 @@ def test_transforms_of_images_are_refused_with_what_to_use(name: str) -> None:
     assert "torch.autograd.grad" in caught.value.next and "functional_call" in caught.value.next
 
 
+@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize("compiler", ["trace", "script"])
+def test_torchscript_is_refused_with_what_to_use(compiler: str, optimised: bool) -> None:
+    """Before a first call and after it, and as a part of another module."""
+    net: nn.Module = cs.adaptify(
+        build("resnet18", by=4), mask="edges", example_input=torch.rand(1, 3, 64, 64)
+    )
+    net, image = net.optimize() if optimised else net, torch.rand(1, 3, 64, 64)
+    for part in (net, nn.Sequential(net, nn.ReLU())):
+        with pytest.raises(cs.CannotConvert, match=r"torch\.jit cannot") as caught:
+            torch.jit.trace(part, image) if compiler == "trace" else torch.jit.script(part)
+        assert "cs.export" in caught.value.next
+        net(image)
+
+
 def test_transforms_of_weights_work() -> None:
     net, image = (
         cs.adaptify(build("resnet18", by=4), mask="none", example_input=torch.rand(1, 3, 64, 64)),
