@@ -209,7 +209,7 @@ class NetworkOrOption:
         is_repeated: True if the parameter is a list of networks.
     """
 
-    help: str = "torchvision or timm name, module:function, a converted file, or hf:owner/name"
+    help: str = "torchvision or timm name, module:function, an ONNX file, a converted file, or hf:owner/name"
     is_needed: bool = True
     is_repeated: bool = False
 
