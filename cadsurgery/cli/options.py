@@ -87,7 +87,7 @@ Network = Annotated[
     str,
     typer.Argument(
         metavar="model",
-        help="a converted file, hf:owner/name, a torchvision or timm name, or module:function",
+        help="a converted file, hf:owner/name, a torchvision or timm name, module:function, or an ONNX file",
     ),
 ]
 Weights = Annotated[str, typer.Option(help="auto, none, the name of pretrained weights, or a file")]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Run
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -196,6 +197,25 @@ def test_a_network_that_computes_something_else_is_refused_with_the_figure(tmp_p
         cs.build_model(str(path))
 
 
+def test_rounding_of_a_sigmoid_near_zero_is_no_difference(tmp_path: Path) -> None:
+    """A detector that finds nothing returns values of 1e-6, which ONNX Runtime rounds by 1e-7."""
+    make = onnx.helper.make_node
+    nodes = [make("Sub", ["image", "far"], ["scores"]), make("Sigmoid", ["scores"], ["output"])]
+    path = graph_of(tmp_path / "net.onnx", nodes, weights=[tensor("far", 16.0)])
+    assert cs.build_model(str(path))(torch.zeros(1, 3, 4, 4)).max() < 1e-6
+
+
+def test_numbers_of_classes_are_compared(tmp_path: Path) -> None:
+    path = graph_of(
+        tmp_path / "net.onnx", [onnx.helper.make_node("ArgMax", ["image"], ["output"], axis=1, keepdims=0)]
+    )
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    onnx.save(model, path)
+    read, image = cs.build_model(str(path)), torch.randn(2, 3, 8, 9)
+    torch.testing.assert_close(read(image), image.argmax(1))
+
+
 def test_a_quantised_file_is_refused(written: Path, tmp_path: Path) -> None:
     from onnxruntime.quantization import quantize_dynamic
 
@@ -315,6 +335,28 @@ def test_a_file_cannot_name_an_onnx_file_in_another_folder(written: Path, tmp_pa
 def test_a_source_reveals_no_folder(written: Path) -> None:
     record = cs.build_model(str(written)).cad_source.to_dict()
     assert record["name"] == "onnx:net.onnx" and str(written.parent) not in str(record)
+
+
+def test_commands_take_the_file_as_they_take_a_name(
+    written: Path, command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets").mkdir()
+    shutil.copy(written, "nets/net.onnx")
+    assert command_line("plan", "nets/net.onnx", "--json").json["output_stride"] == [2, 8]
+    done = command_line("convert", "nets/net.onnx", "--size", "64x96", "--rounds", "0", "--no-verify")
+    assert done.code == 0 and "net-edges.safetensors holds the weights and names net.onnx" in done.out
+    assert command_line("macs", "nets/net-edges.safetensors", "--size", "64x96").code == 0
+
+
+def test_a_fixed_size_is_that_of_the_commands_example(
+    command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(network(Segmenter), Path("net.onnx"), "script", dynamic=False)
+    done = command_line("convert", "net.onnx", "--rounds", "0", "--no-verify", "--json").json
+    assert done["image"] == [1, 3, 64, 96]
+    assert cs.load("net-edges.safetensors").source.size == (64, 96)
 
 
 def test_laws_hold_and_the_optimised_copy_computes_the_same(written: Path) -> None:
