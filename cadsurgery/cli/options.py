@@ -87,7 +87,7 @@ Network = Annotated[
     str,
     typer.Argument(
         metavar="model",
-        help="a converted file, hf:owner/name, a torchvision or timm name, or module:function",
+        help="a converted file, hf:owner/name, a torchvision or timm name, module:function, or an ONNX file",
     ),
 ]
 Weights = Annotated[
@@ -216,7 +216,7 @@ class ArgumentOrOption:
         short: short form of the option, if there is one.
     """
 
-    help: str = "torchvision or timm name, module:function, a converted file, or hf:owner/name"
+    help: str = "torchvision or timm name, module:function, an ONNX file, a converted file, or hf:owner/name"
     is_needed: bool = True
     is_repeated: bool = False
     metavar: str = "model"

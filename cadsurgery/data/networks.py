@@ -1,4 +1,5 @@
-"""Build networks by name, from torchvision, timm or `module:function`, with pretrained weights if available."""
+"""Build networks by name, from torchvision, timm, `module:function` or an ONNX file, with pretrained weights if
+available."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cadsurgery.data.hub import offline_without_network
+from cadsurgery.data.onnx_files import digest, is_onnx, read_onnx
 from cadsurgery.data.weights import WEIGHTS, load_weights, split_entry
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
@@ -48,14 +51,16 @@ class Source:
     """Record of how a network was built, from which a file can build it again.
 
     Attributes:
-        name: `torchvision:NAME`, `timm:NAME` or `module:function`.
+        name: `torchvision:NAME`, `timm:NAME`, `module:function` or, without its folder, `onnx:FILE`.
         kwargs: arguments of its builder.
         weights: origin of its weights: a name, a file, or `random`.
         note: remark about the weights for the user.
         mean: mean of the expected images per channel, on a scale of 0..1.
         std: standard deviation of the expected images per channel.
+        size: height and width of the images, if the network takes no others.
         untrusted: path of the file this source was read from, if the user has not declared it trusted; then none of its
             code is run.
+        folder: folder in which an ONNX file is looked for; no file records it.
     """
 
     name: str
@@ -64,11 +69,14 @@ class Source:
     note: str = ""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    size: tuple[int, int] | None = None
     untrusted: str = field(default="", compare=False)
+    folder: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "untrusted"}
+        absent = _NOT_WRITTEN if self.size is not None else (*_NOT_WRITTEN, "size")
+        return {name: value for name, value in asdict(self).items() if name not in absent}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Source:
@@ -77,11 +85,18 @@ class Source:
         Raises:
             ValueError, TypeError: the values are not those of a source.
         """
-        hints = {name: hint for name, hint in get_type_hints(Source).items() if name != "untrusted"}
+        hints = {name: hint for name, hint in get_type_hints(Source).items() if name not in _NOT_WRITTEN}
         source = Source(**check_fields(values, hints, "the source"))
         if not all(map(math.isfinite, source.mean + source.std)) or 0 in source.std:
             raise ValueError(f"mean {source.mean} or standard deviation {source.std}")
         return source
+
+    def read_from(self, path: str | Path, trust: bool) -> Source:
+        """Return the source as it was read from a file: whether the user trusts it, and the folder it lies in."""
+        return replace(self, untrusted="" if trust else str(path), folder=str(Path(path).parent))
+
+
+_NOT_WRITTEN = ("untrusted", "folder")  # fields that no file records
 
 
 def build_model(
@@ -90,25 +105,30 @@ def build_model(
     """Build a network by name, in evaluation mode; `model.cad_source` records how it was built.
 
     Args:
-        name: a torchvision or timm name (torchvision wins if both have it; `timm:NAME` chooses), or
-            `module:function` for a network of your own.
+        name: a torchvision or timm name (torchvision wins if both have it; `timm:NAME` chooses),
+            `module:function` for a network of your own, or the path of an ONNX file.
         weights: `"auto"` takes the library's best weights from its cache or the internet; if there are none, the
             weights stay random and the note says so. `"none"` keeps random weights. Otherwise the name of torchvision
             weights (e.g. `"IMAGENET1K_V2"`), a timm tag, or a file (`.safetensors`, `.pth`, `.ckpt`), in which a state
-            dict that fits is searched; `FILE:ENTRY` names one of several, e.g. `"net.pth:model_ema"`.
+            dict that fits is searched; `FILE:ENTRY` names one of several, e.g. `"net.pth:model_ema"`. A function and an
+            ONNX file bring their own.
         num_classes: number of outputs. If the pretrained weights are for another number, the fitting tensors are
             loaded; the others stay random, and the note names them.
         kwargs: arguments of the builder, e.g. `aux_loss=True`.
 
     Raises:
         UnknownName: there is no such network, or there are no such weights.
-        FileError: the named weights or weight file are not available.
+        FileError: the named weights, weight file or ONNX file are not available.
+        CannotConvert: an ONNX file cannot be read, see `onnx_files.read_onnx`.
     """
     library, _, rest = name.partition(":")
     if not (library and rest):
         library, rest = "torchvision" if name in _torchvision_names() else "timm", name
     builders = {"torchvision": _torchvision_builder, "timm": _timm_builder}
-    build = builders[library](rest) if library in builders else _function_builder(library, rest)
+    if is_onnx(name):
+        build = _onnx_builder(Path(name.removeprefix("onnx:")))
+    else:
+        build = builders[library](rest) if library in builders else _function_builder(library, rest)
     path, entry = split_entry(weights)
     if weights not in ("auto", "none") and (path.suffix in WEIGHTS or files.exists(path)):
         model, source = build(
@@ -127,7 +147,8 @@ def build_again(source: Source, state: Mapping[str, Tensor]) -> nn.Module:
     """Build the network that a source describes, with random weights.
 
     For an untrusted file only networks of torchvision and timm are built, only with arguments that choose their shapes,
-    and only if they are not far larger than the tensors of the file.
+    and only if they are not far larger than the tensors of the file. An ONNX file is read if it lies beside that file
+    or in the current folder, and has not changed.
 
     Args:
         source: record of `build_model`.
@@ -137,6 +158,8 @@ def build_again(source: Source, state: Mapping[str, Tensor]) -> nn.Module:
         FileError: an untrusted file describes any other network.
         UnknownName: the network is not installed here.
     """
+    if is_onnx(source.name):
+        return build_model(str(_place_of_onnx(source)), "none", sha256=source.kwargs.get("sha256", ""))
     if not source.untrusted:
         return build_model(source.name, "none", **source.kwargs)
     library, colon, _ = source.name.partition(":")
@@ -149,6 +172,21 @@ def build_again(source: Source, state: Mapping[str, Tensor]) -> nn.Module:
             raise untrusted(source.untrusted, code, "the architecture: cs.load(path, model=...)")
     with _limit(4 * sum(value.numel() for value in state.values()) + _FEW, source):
         return build_model(source.name, "none", **source.kwargs)
+
+
+def _place_of_onnx(source: Source) -> Path:
+    """Return the ONNX file that a source names: in its folder, else in the current one."""
+    name = Path(source.name.removeprefix("onnx:")).name
+    places = [Path(source.folder) / name, Path(name)]
+    place = next((place for place in places if files.is_file(place)), None)
+    if place is None:
+        raise FileError(
+            f"the network's ONNX file {name:.200} is not here.",
+            why="the converted file names it and holds the weights, but not the graph.",
+            next=f"put {name:.200} beside the converted file, or pass the network: cs.load(path, "
+            'model=cs.build_model("FOLDER/FILE.onnx")).',
+        )
+    return place
 
 
 def _call(source: Source) -> str:
@@ -377,6 +415,32 @@ def _function_builder(module: str, function: str) -> Builder:
             )
         note = "weights as the function made them"
         return model, Source(f"{module}:{function}", kwargs, "own", note, *_statistics(model))
+
+    return build
+
+
+def _onnx_builder(path: Path) -> Builder:
+    def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
+        if weights not in ("auto", "none"):
+            raise FileError(
+                f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file."
+            )
+        if more := kwargs.keys() - {"sha256"}:
+            raise InvalidInput(
+                f"{path} takes no argument {', '.join(sorted(more))}.",
+                why="an ONNX file holds a network as it is, with its number of classes.",
+                next="leave it out.",
+            )
+        sha256 = digest(path)
+        if kwargs.get("sha256", sha256) != sha256:
+            raise FileError(
+                f"{path} is another ONNX file than the one the network was converted from.",
+                why="its checksum does not match.",
+                next="put that file in its place, or convert this one anew.",
+            )
+        model, name = read_onnx(path), path.name
+        source = Source(f"onnx:{name}", {"sha256": sha256}, name, f"weights of {name}", *_statistics(model))
+        return model, replace(source, size=model.size, folder=str(path.parent))
 
     return build
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -248,8 +248,8 @@ def unpack(
         plan = kind.plan_type.from_json(fields["plan"])
     check_tensors(path, fields["tensors"], tensors)
     check_example(path, plan, trust)
-    if source is not None and not trust:
-        source = replace(source, untrusted=str(path))
+    if source is not None:
+        source = source.read_from(path, trust)
     stored = Stored(fields, options, plan, source, trust)
     kind.check_stored(path, stored, tensors)
     net = kind.rebuild(path, stored, tensors, model)

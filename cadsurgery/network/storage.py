@@ -212,8 +212,8 @@ def unpack(
             next='give one: cs.load(path, mask="edges" or your function).',
         )
     source, stored = stated.source, stated.plan
-    if source is not None and not trust:
-        source = replace(source, untrusted=str(path))
+    if source is not None:
+        source = source.read_from(path, trust)
     check_example(path, stored, trust)
     if model is None:
         model = build_stated(path, source, tensors)

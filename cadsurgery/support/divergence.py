@@ -59,6 +59,18 @@ def divergence(high: Any, low: Any, kind: Kind = "auto", temperature: float = 1.
     return torch.stack(differences).mean(0).squeeze(1)
 
 
+def relative_difference(output: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of two tensors, relative to the largest expected value; it may be NaN.
+
+    Differences up to the rounding of numbers near one do not count: engines round a sigmoid by as much, whatever its
+    value, and a detector that finds nothing returns values of 1e-6.
+    """
+    limits = torch.finfo(expected.dtype)
+    differences = (output - expected).abs()
+    differences = differences.masked_fill(differences <= 2 * limits.eps, 0)
+    return float(differences.max() / expected.abs().max().clamp(min=limits.tiny))
+
+
 def kind_of(output: Any) -> Kind:
     """Guess from an output's values if it holds class scores or other values.
 

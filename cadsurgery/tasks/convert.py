@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cadsurgery.data.images import check_size
 from cadsurgery.data.networks import Source
+from cadsurgery.data.onnx_files import is_onnx
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.anytime import AnytimeMacs
@@ -81,7 +82,7 @@ def convert(
         copy_options = {"precision": precision, "calibration": calibration, "largest_error": largest_error}
         arguments, make, suffix = options, partial(_adapt, mask, copy_options), mask.partition(":")[0]
     torch_device = find_device(device)
-    output = output or Path(f"{re.sub('[:/]', '-', model)}-{suffix}.safetensors")
+    output = output or _default_output(model, suffix)
     check_folder(output)
     step(f"building {model}")
     before, source = original(model, weights)
@@ -94,6 +95,11 @@ def convert(
     timing = {"seconds": TIMING_SECONDS, "step": within(step, "measuring")}
     rows = measure(made.sides, made.batch, rounds, "name", **timing)
     notes = made.notes(rows)
+    if is_onnx(source.name):
+        notes = [
+            *notes,
+            f"{output.name} holds the weights and names {source.weights}: keep both in one folder.",
+        ]
     step(f"writing {output}")
     save(made.net, output)
     return ConversionReport(
@@ -107,6 +113,14 @@ def convert(
         notes=tuple(notes),
         **describe_run(torch_device),
     )
+
+
+def _default_output(model: str, suffix: str) -> Path:
+    """Return the file to write: named as the network, and beside its ONNX file, where it is looked for."""
+    if is_onnx(model):
+        path = Path(model.removeprefix("onnx:"))
+        return path.with_name(f"{path.stem}-{suffix}.safetensors")
+    return Path(f"{re.sub('[:/]', '-', model)}-{suffix}.safetensors")
 
 
 def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conversion:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cadsurgery.data.hub import is_address
 from cadsurgery.data.images import check_size, normalise, read_image, street_scene
 from cadsurgery.data.networks import Source, build_again, build_model, source_of
+from cadsurgery.data.onnx_files import is_onnx
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.methods.storage import load as load_any
 from cadsurgery.network.adaptify import adaptify
@@ -31,8 +32,10 @@ _A_NAME = "the name of a network"
 
 
 def is_file(network: object) -> bool:
-    """True if `network` refers to a converted file, local or on the Hub, instead of a name."""
+    """True if `network` refers to a converted file, local or on the Hub, instead of a name or an ONNX file."""
     if not isinstance(network, str):
+        return False
+    if is_onnx(network):
         return False
     return is_address(network) or network.endswith(".safetensors") or files.is_file(network)
 
@@ -57,7 +60,7 @@ def original(
     """Build a network to convert; return it and its source.
 
     Args:
-        network: a name or `module:function`, or a module, which is returned unchanged.
+        network: a name, `module:function`, an ONNX file, or a module, which is returned unchanged.
         weights: weights of a network by name; see `build_model`.
         num_classes: number of classes of a torchvision or timm network; a function chooses its classes itself.
 
@@ -79,11 +82,13 @@ def original(
 
 
 def _refuse_file(network: str) -> None:
-    """Refuse a file in place of the name of a network.
+    """Refuse a file in place of the name of a network, but for an ONNX file, which holds one.
 
     Raises:
         FileError: it is a file, or it ends like one and there is no such file.
     """
+    if is_onnx(network):
+        return
     if is_address(network):
         raise kind_refused(network, CONVERTED, _A_NAME)
     if files.is_file(network):
@@ -246,4 +251,5 @@ def example_batch(
     source: Source | None, path: Path | None = None, size: tuple[int, int] | None = None, seed: int = 0
 ) -> Tensor:
     """Return the example image, normalised for a network of this source: (1, 3, H, W)."""
+    size = size or (source.size if source is not None else None)
     return normalise(example_image(path, size, seed), source).unsqueeze(0)

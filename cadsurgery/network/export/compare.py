@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from cadsurgery.network.export.int8 import Fidelity
+from cadsurgery.support.divergence import relative_difference
 from cadsurgery.support.errors import CannotConvert
 
 # Largest allowed difference between a written file and the network, relative to the largest output.
@@ -53,7 +54,7 @@ def difference(output: Any, expected: Any) -> float:
     """Return the largest difference of two outputs, each tensor relative to its largest value; it may be NaN."""
     pairs = zip(*(tree_leaves(value) for value in (output, expected)), strict=True)
     differences = [
-        float((one - two).abs().max() / two.abs().max().clamp(min=torch.finfo(two.dtype).tiny))
+        relative_difference(one, two)
         for one, two in pairs
         if isinstance(two, Tensor) and two.is_floating_point()
     ]

@@ -304,7 +304,7 @@ def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
     part = image[:, :, :height, :width].contiguous()
     try:
         net(part)
-    except CadError:
+    except Exception:  # the network may refuse a size with any error
         return image
     return part
 
@@ -344,7 +344,7 @@ def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
             batch = batch.contiguous()
             try:
                 net(batch)
-            except CadError:
+            except Exception:  # the network may refuse a size with any error
                 continue
             yield batch
             break

@@ -1,0 +1,311 @@
+"""Read networks from ONNX files; a network is used only if it computes what ONNX Runtime does.
+
+Nothing in a file is executed. Weights in files of their own are read only where these lie beside the ONNX file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cadsurgery.data.onnx_graphs import write_plainly
+from cadsurgery.data.onnx_reference import Reference
+from cadsurgery.support import files
+from cadsurgery.support.errors import (
+    CadError,
+    CannotConvert,
+    FileError,
+    InvalidInput,
+    describe_error,
+    import_optional,
+)
+
+SUFFIX = ".onnx"
+# Sets of operators that onnx2torch is tried with: it has most operators of 17, and some in an earlier form alone.
+_OPSETS = (17, 15, 13)
+_LARGEST = 2**31  # bytes that one ONNX message can have, and values up to which constants are computed
+_INSTALL = "pip install 'cadsurgery[onnx]'"
+
+
+class OnnxNetwork(nn.Module):
+    """A network that was read from an ONNX file.
+
+    Args:
+        layers: the graph as torch operations.
+        size: height and width of its images if the file fixes them; images of other sizes are refused.
+    """
+
+    def __init__(self, layers: nn.Module, channels: int, size: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.layers, self.size = layers, size
+        if size is not None:
+            self.pretrained_cfg = {"input_size": (channels, *size), "fixed_input_size": True}
+
+    def forward(self, image: Tensor) -> Any:
+        """Compute the outputs of the ONNX graph: a tensor, or a list of them."""
+        if self.size is not None and (image.shape[2], image.shape[3]) != self.size:
+            raise InvalidInput(
+                f"this network takes images of {self.size[0]} x {self.size[1]} alone.",
+                why="its ONNX file fixes the sizes of maps inside.",
+                next="give images of this size (--size), or export the network with dynamic axes for height and width.",
+            )
+        return self.layers(image)
+
+
+def is_onnx(network: object) -> bool:
+    """True if a text names an ONNX file."""
+    return isinstance(network, str) and network.lower().endswith(SUFFIX)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of an ONNX file and of the files of its weights.
+
+    Raises:
+        FileError: see `read_onnx`.
+    """
+    model = _parse(path)
+    sums = hashlib.sha256()
+    for place in (path, *sorted({path.parent / name for name in _external_names(path, model)})):
+        sums.update(place.read_bytes())
+    return sums.hexdigest()
+
+
+def read_onnx(path: Path) -> OnnxNetwork:
+    """Read a network from an ONNX file and check it against ONNX Runtime.
+
+    Axes that the file fixes are freed where its graph computes at other sizes, too; see `Reference`.
+
+    Raises:
+        FileError: the file is missing or damaged, or its weights lie elsewhere.
+        CannotConvert: it is quantised, takes no image, has operators that cannot be read, or the network that was read
+            computes something else than ONNX Runtime.
+        CadError: a package is not installed.
+    """
+    for package in ("onnx", "onnxruntime", "onnxscript", "onnx2torch"):
+        import_optional(package, f"ONNX files are read through {package}.", _INSTALL)
+    model = _with_weights(path, _parse(path))
+    _refuse_quantised(path, model)
+    shape = _image_shape(path, model)
+    with _quietly():
+        reference = Reference(path, model, shape)
+        batch = shape[0] if isinstance(shape[0], int) else None
+        layers = _import(path, reference.model, batch)
+        network = OnnxNetwork(layers, int(shape[1]), reference.fixed_size).eval()
+        reference.check(network)
+    return network
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def _parse(path: Path) -> Any:
+    """Return the content of an ONNX file, without weights in other files."""
+    onnx = import_optional("onnx", "ONNX files are read through onnx.", _INSTALL)
+    if not files.is_file(path):
+        raise files.absent(path)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's errors for broken files differ between its versions
+        raise _damaged(path, describe_error(error)) from error
+    if not model.graph.node:
+        raise _damaged(path, "it holds no graph.")
+    return model
+
+
+def _damaged(path: Path, why: str) -> FileError:
+    return FileError(
+        f"{path} is not a readable ONNX file.", why=why, next="write it again with torch.onnx.export."
+    )
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Yield the tensors that a graph and its subgraphs hold."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
+
+
+def _external_names(path: Path, model: Any) -> set[str]:
+    """Return the names of the files beside an ONNX file that hold its weights.
+
+    Raises:
+        FileError: a file lies elsewhere, or is missing.
+    """
+    entries = (entry for tensor in _tensors(model.graph) for entry in tensor.external_data)
+    names = {entry.value for entry in entries if entry.key == "location"}
+    for name in sorted(names):
+        place = path.parent / name
+        if Path(name).name != name or place.is_symlink():
+            raise FileError(
+                f"{path} keeps weights in a file elsewhere, which was not read.",
+                where=f"{name:.200}",
+                why="a file of somebody else can name any place; weights are read from files beside it alone.",
+                next="write the network into one file: onnx.save(onnx.load(path), new_path).",
+            )
+        if not files.is_file(place):
+            raise FileError(
+                f"{path} keeps its weights in {name}, which is missing.", next="put it beside the ONNX file."
+            )
+    return names
+
+
+def _with_weights(path: Path, model: Any) -> Any:
+    """Return the content of an ONNX file with all weights."""
+    import onnx
+
+    names = _external_names(path, model)
+    if path.stat().st_size + sum((path.parent / name).stat().st_size for name in names) >= _LARGEST:
+        raise CannotConvert(
+            f"{path} has weights of 2 GB or more.",
+            why="ONNX's own tools, through which it is read, take smaller ones alone.",
+            next="load the network where it was trained: cs.adaptify(model).",
+        )
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:  # a range outside the file, no permission
+        raise _damaged(path, describe_error(error)) from error
+    return model
+
+
+def _refuse_quantised(path: Path, model: Any) -> None:
+    for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
+        kind = node.op_type
+        if (
+            "Quantize" in kind
+            or kind.startswith(("QLinear", "QGemm", "QAttention"))
+            or kind.endswith("Integer")
+        ):
+            raise CannotConvert(
+                f"{path} is quantised.",
+                where=f"{kind} {node.name}".strip(),
+                why="a conversion changes what layers read, and needs their weights in floating point.",
+                next="give the file as it was before quantisation; net.optimize(precision=...) and cs.export quantise "
+                "the converted network.",
+            )
+
+
+def _image_shape(path: Path, model: Any) -> tuple[int | str, ...]:
+    """Return the shape of the image that a graph takes; axes that are not fixed are texts.
+
+    Raises:
+        CannotConvert: it takes something else than an image in floating point, (B, C, H, W).
+    """
+    import onnx
+
+    held = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in held]
+    why = f"its inputs are {', '.join(value.name for value in inputs) or 'none'}."
+    if len(inputs) == 1:
+        given = inputs[0].type.tensor_type
+        shape = tuple(dim.dim_value or dim.dim_param for dim in given.shape.dim)
+        kind = onnx.TensorProto.DataType.Name(given.elem_type)
+        if kind == "FLOAT" and len(shape) == 4 and isinstance(shape[1], int):
+            return shape
+        sizes = ", ".join(str(size or "?") for size in shape)
+        why = f"its input {inputs[0].name} is {kind} of shape ({sizes})."
+    raise CannotConvert(
+        f"{path} takes something else than an image.",
+        why=f"{why} One image batch (B, C, H, W) in float32 is expected, with a fixed number of channels.",
+        next="export the network without what prepares its input (types, the order of axes, several inputs).",
+    )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Suppress the logs and warnings of ONNX's tools; what they warn of is measured in the end."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+# -- from ONNX to torch ----------------------------------------------------------------------------------------------
+
+
+def _import(path: Path, model: Any, batch: int | None) -> nn.Module:
+    """Return the graph of an ONNX model as torch operations."""
+    import onnx
+    from onnx2torch import convert
+
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    fewest: list[str] = []
+    for version in dict.fromkeys((opset, *_OPSETS)):
+        candidate = _simplify(model)
+        if version != opset:
+            try:
+                candidate = _simplify(onnx.version_converter.convert_version(candidate, version))
+            except Exception:  # of many types, where an operator has no form in this version
+                continue
+        missing = _missing(candidate)
+        if not missing:
+            break
+        fewest = min(fewest or missing, missing, key=len)
+    else:
+        raise CannotConvert(
+            f"{path} has operators that cannot be read.",
+            where=", ".join(fewest[:6]) + ", ..." * (len(fewest) > 6),
+            why=f"onnx2torch does not have them; the file's operators are those of opset {opset}.",
+            next="export the network in evaluation mode, torch.onnx.export(..., opset_version=17), or load it where it "
+            "was trained: cs.adaptify(model).",
+        )
+    try:
+        candidate = onnx.shape_inference.infer_shapes(candidate)
+        return write_plainly(convert(candidate, attach_onnx_mapping=True), candidate.graph, batch)
+    except CadError:
+        raise
+    except Exception as error:  # onnx2torch raises errors of many types for what it does not have
+        raise CannotConvert(
+            f"the graph of {path} cannot be read.",
+            why=f"onnx2torch: {describe_error(error)}",
+            next="export the network with torch.onnx.export, or load it where it was trained: cs.adaptify(model).",
+        ) from error
+
+
+def _simplify(model: Any) -> Any:
+    """Return an ONNX model without functions, with constants computed and written as initialisers."""
+    import onnx_ir
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+
+    graph = onnx_ir.serde.deserialize_model(model)
+    common.InlinePass()(graph)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    fold_constants(graph, input_size_limit=_LARGEST, output_size_limit=_LARGEST)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    common.RemoveUnusedNodesPass()(graph)
+    for node in graph.graph:
+        shape = (
+            node.inputs[1].const_value if node.op_type == "Reshape" and node.inputs[1] is not None else None
+        )
+        if shape is None or 0 not in shape.numpy():  # sizes of maps are not zero; then this changes nothing
+            node.attributes.pop("allowzero", None)
+    return onnx_ir.serde.serialize_model(graph)
+
+
+def _missing(model: Any) -> list[str]:
+    """Return the operators of a model that onnx2torch does not have, each with the set of operators it is from."""
+    from onnx2torch.node_converters import get_converter
+
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    missing = []
+    for kind, domain in sorted({(node.op_type, node.domain) for node in model.graph.node}):
+        version = versions.get(domain, 1)
+        try:
+            get_converter(kind, version, domain)
+        except NotImplementedError:
+            missing.append(f"{kind} ({domain or 'opset'} {version})")
+    return missing

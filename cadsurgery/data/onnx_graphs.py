@@ -1,0 +1,345 @@
+"""Write an ONNX graph as plain torch operations, from the modules that onnx2torch makes of its nodes.
+
+ONNX computes sizes with tensors: the shape of a map goes through Gather, Slice, Concat and arithmetic into Reshape or
+Resize. Here such numbers are numbers of Python, `x.size(2)` and what is computed from it, as in networks that people
+write. Constants are read while the graph is written, so that `Reshape` with a constant becomes `x.reshape(...)`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from cadsurgery.support.errors import CannotConvert
+
+_TO_THE_END = 2**31 - 1  # ends of slices from here on mean the end of the axis
+_INTEGERS = (2, 3, 4, 5, 6, 7, 12, 13)  # ONNX's codes of integer types
+_ARITHMETIC: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "Add": (operator.add, torch.add),
+    "Sub": (operator.sub, torch.sub),
+    "Mul": (operator.mul, torch.mul),
+    "Div": (operator.truediv, torch.div),
+    "Pow": (operator.pow, torch.pow),
+}
+_ROUNDINGS: dict[str, Callable[..., Any]] = {"Floor": math.floor, "Ceil": math.ceil}
+_MODES = {"nearest": "nearest", "linear": "bilinear", "cubic": "bicubic"}
+_PADDINGS = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers computed from sizes: plain ones, and proxies of numbers. ONNX holds them in a tensor.
+
+    Attributes:
+        values: the numbers.
+        is_scalar: True if the tensor has no axis.
+        is_float: True if they are floating-point numbers.
+    """
+
+    values: tuple[Any, ...]
+    is_scalar: bool = False
+    is_float: bool = False
+
+
+class Operation:
+    """A node of the ONNX graph: its type, its attributes, and the number of axes of its first input."""
+
+    def __init__(self, node: Any, ranks: Mapping[str, int]) -> None:
+        import onnx
+
+        self.type, self.name, self.outputs = str(node.op_type), str(node.name), len(node.output)
+        self.attributes = {
+            one.name: onnx.helper.get_attribute_value(one) for one in node.attribute if one.type != one.GRAPH
+        }
+        self.rank = ranks.get(node.input[0], 0) if node.input else 0
+
+    def text(self, name: str, default: str) -> str:
+        """Return an attribute that is a text."""
+        value = self.attributes.get(name, default)
+        return value.decode() if isinstance(value, bytes) else str(value)
+
+
+class Writer(fx.Tracer):
+    """Traces the modules of onnx2torch; constants keep their values, and sizes are numbers.
+
+    Args:
+        operations: the operation of each module, by the name of its first output.
+        batch: number of images of the file if it is fixed; a Reshape to it keeps the number of a call instead.
+    """
+
+    def __init__(self, operations: Mapping[str, Operation], batch: int | None) -> None:
+        super().__init__()
+        self._operations, self.batch = operations, batch
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Write one node of the ONNX graph."""
+        mapping = getattr(m, "onnx_mapping", None)
+        operation = self._operations.get(mapping.outputs[0]) if mapping is not None else None
+        write = None if operation is None else self._way_to_write(operation, args)
+        result = NotImplemented if write is None else write(self, operation, *args, **kwargs)
+        return super().call_module(m, forward, args, kwargs) if result is NotImplemented else result
+
+    def _way_to_write(self, operation: Operation, args: Any) -> Callable[..., Any] | None:
+        """Return the function that writes an operation on these arguments; None if its module is written as it is."""
+        has_map = any(isinstance(value, fx.Proxy) for value in args)
+        if operation.type == "Shape":
+            return _shape
+        if any(isinstance(value, Numbers) for value in args):
+            table = _OF_MAPS if has_map else _OF_NUMBERS
+            return table.get(operation.type, _refuse_numbers)
+        return _OF_MAPS.get(operation.type) if has_map else None
+
+    def round(self, function: Callable[..., Any], value: Any) -> Any:
+        """Round a number, or record that it is rounded."""
+        if isinstance(value, fx.Proxy):
+            return self.create_proxy("call_function", function, (value,), {})
+        return function(value)
+
+
+def write_plainly(imported: fx.GraphModule, graph: Any, batch: int | None) -> fx.GraphModule:
+    """Return the network that onnx2torch made of an ONNX graph, written as plain torch operations.
+
+    Args:
+        imported: result of `onnx2torch.convert` with `attach_onnx_mapping=True`.
+        graph: the ONNX graph, with the shapes of its values.
+        batch: see `Writer`.
+
+    Raises:
+        CannotConvert: the graph computes with sizes in a way that cannot be written as numbers.
+    """
+    values = (*graph.input, *graph.value_info, *graph.output)
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
+    operations = {node.output[0]: Operation(node, ranks) for node in graph.node}
+    written = fx.GraphModule(imported, Writer(operations, batch).trace(imported))
+    written.delete_all_unused_submodules()
+    for module in written.modules():
+        vars(module).pop("onnx_mapping", None)
+    return written.eval()
+
+
+def numbers(value: Any) -> Numbers:
+    """Return the numbers of a constant tensor."""
+    if isinstance(value, Numbers):
+        return value
+    return Numbers(tuple(value.flatten().tolist()), value.dim() == 0, value.is_floating_point())
+
+
+def _refuse_numbers(writer: Writer, operation: Operation, *_: Any, **__: Any) -> Any:
+    raise CannotConvert(
+        f"the ONNX graph computes with the sizes of its maps in {operation.type}.",
+        where=operation.name,
+        why="sizes are followed through Shape, Gather, Slice, Concat, Cast, arithmetic and rounding only.",
+        next="export the network again for a fixed size, which leaves constants in their place.",
+    )
+
+
+# -- operations on numbers -------------------------------------------------------------------------------------------
+
+
+def _shape(writer: Writer, operation: Operation, value: Any) -> Any:
+    given = operation.attributes
+    axes = range(operation.rank)[given.get("start", 0) : given.get("end")]
+    return Numbers(tuple(value.size(axis) for axis in axes))
+
+
+def _gather(writer: Writer, operation: Operation, value: Any, indices: Any) -> Any:
+    chosen = numbers(indices)
+    values = tuple(value.values[index] for index in chosen.values)
+    return Numbers(values, chosen.is_scalar, value.is_float)
+
+
+def _slice_numbers(
+    writer: Writer,
+    operation: Operation,
+    value: Any,
+    starts: Any,
+    ends: Any,
+    axes: Any = None,
+    steps: Any = None,
+) -> Any:
+    start, end = numbers(starts).values[0], numbers(ends).values[0]
+    step = numbers(steps).values[0] if steps is not None else 1
+    return Numbers(value.values[start:end:step], False, value.is_float)
+
+
+def _join(writer: Writer, operation: Operation, *parts: Any) -> Any:
+    joined = [numbers(part) for part in parts]
+    return Numbers(tuple(value for part in joined for value in part.values), False, joined[0].is_float)
+
+
+def _with_axis(writer: Writer, operation: Operation, value: Any, axes: Any = None) -> Any:
+    return Numbers(value.values, False, value.is_float)
+
+
+def _without_axis(writer: Writer, operation: Operation, value: Any, axes: Any = None) -> Any:
+    return Numbers(value.values, len(value.values) == 1, value.is_float)
+
+
+def _cast(writer: Writer, operation: Operation, value: Any) -> Any:
+    is_integer = operation.attributes["to"] in _INTEGERS
+    if not (is_integer and value.is_float):
+        return Numbers(value.values, value.is_scalar, not is_integer)
+    return Numbers(tuple(writer.round(int, number) for number in value.values), value.is_scalar)
+
+
+def _round(writer: Writer, operation: Operation, value: Any) -> Any:
+    rounded = tuple(writer.round(_ROUNDINGS[operation.type], number) for number in value.values)
+    return Numbers(rounded, value.is_scalar, value.is_float)
+
+
+def _product(writer: Writer, operation: Operation, value: Any, axes: Any = None) -> Any:
+    return Numbers((math.prod(value.values),), not operation.attributes.get("keepdims", 1), value.is_float)
+
+
+def _choose(writer: Writer, operation: Operation, condition: Any, first: Any, second: Any) -> Any:
+    if isinstance(condition, Numbers):
+        return _refuse_numbers(writer, operation)
+    one, other = numbers(first), numbers(second)
+    chosen = zip(condition.flatten().tolist(), one.values, other.values, strict=True)
+    return Numbers(tuple(this if is_first else that for is_first, this, that in chosen), False, one.is_float)
+
+
+def _compute(writer: Writer, operation: Operation, first: Any, second: Any) -> Any:
+    one, other = numbers(first), numbers(second)
+    is_float = one.is_float or other.is_float
+    compute = _ARITHMETIC[operation.type][0]
+    if operation.type == "Div" and not is_float:
+        compute = operator.floordiv  # of sizes, which are not negative
+    count = max(len(one.values), len(other.values))
+    pairs = zip(*(part.values * (count // len(part.values)) for part in (one, other)), strict=True)
+    return Numbers(tuple(compute(*pair) for pair in pairs), one.is_scalar and other.is_scalar, is_float)
+
+
+def _keep(writer: Writer, operation: Operation, value: Any) -> Any:
+    return value
+
+
+# -- operations on maps ----------------------------------------------------------------------------------------------
+
+
+def _arithmetic(writer: Writer, operation: Operation, first: Any, second: Any) -> Any:
+    """Write arithmetic with a map; constants of a single value are numbers."""
+    if "axis" in operation.attributes:  # as in ONNX's first versions
+        return NotImplemented
+    of_numbers, of_tensors = _ARITHMETIC[operation.type]
+    operands = [_as_operand(writer, operation, value) for value in (first, second)]
+    return (of_tensors if any(isinstance(value, Tensor) for value in operands) else of_numbers)(*operands)
+
+
+def _as_operand(writer: Writer, operation: Operation, value: Any) -> Any:
+    if isinstance(value, fx.Proxy) or (isinstance(value, Tensor) and value.numel() != 1):
+        return value
+    known = numbers(value)
+    return known.values[0] if len(known.values) == 1 else _refuse_numbers(writer, operation)
+
+
+def _reshape(writer: Writer, operation: Operation, value: Any, shape: Any) -> Any:
+    sizes = list(numbers(shape).values)
+    for axis, size in enumerate(sizes):
+        is_batch = axis == 0 and writer.batch is not None and size == writer.batch
+        if isinstance(size, int) and (size == 0 or is_batch):
+            sizes[axis] = value.size(axis)
+    return value.reshape(sizes)
+
+
+def _expand(writer: Writer, operation: Operation, value: Any, shape: Any) -> Any:
+    sizes = [-1 if isinstance(size, int) and size == 1 else size for size in numbers(shape).values]
+    return value.expand(sizes)
+
+
+def _resize(writer: Writer, operation: Operation, value: Any, *more: Any, **named: Any) -> Any:
+    if len(more) == 1:  # Resize of opset 10: scales alone
+        return NotImplemented
+    given = dict(zip(("roi", "scales", "sizes"), more, strict=False)) | named
+    sizes, scales = (
+        numbers(given[name]).values[2:] if given.get(name) is not None else () for name in ("sizes", "scales")
+    )
+    mode, places = (
+        operation.text("mode", "nearest"),
+        operation.text("coordinate_transformation_mode", "half_pixel"),
+    )
+    if operation.rank != 4 or mode not in _MODES or not (sizes or scales):
+        return NotImplemented
+    is_whole = bool(scales) and all(float(scale).is_integer() for scale in scales)
+    options: dict[str, Any] = {"size": sizes} if sizes else {"scale_factor": scales}
+    options["mode"] = _MODES[mode]
+    if mode != "nearest":
+        options["align_corners"] = places == "align_corners"
+    elif "half_pixel" in places and not is_whole:  # at whole factors the two are the same
+        options["mode"] = "nearest-exact"
+    return F.interpolate(value, **options)
+
+
+def _slice(
+    writer: Writer,
+    operation: Operation,
+    value: Any,
+    starts: Any,
+    ends: Any,
+    axes: Any = None,
+    steps: Any = None,
+) -> Any:
+    firsts, lasts = numbers(starts).values, numbers(ends).values
+    places = numbers(axes).values if axes is not None else range(len(firsts))
+    strides = numbers(steps).values if steps is not None else [1] * len(firsts)
+    if any(stride < 1 for stride in strides):
+        return NotImplemented
+    parts = {}
+    for axis, first, last, stride in zip(places, firsts, lasts, strides, strict=True):
+        ends_there = isinstance(last, int) and last >= _TO_THE_END
+        parts[axis % operation.rank] = slice(first, None if ends_there else last, stride)
+    return value[tuple(parts.get(axis, slice(None)) for axis in range(max(parts) + 1))]
+
+
+def _pad(writer: Writer, operation: Operation, value: Any, pads: Any, *more: Any, **named: Any) -> Any:
+    widths, mode = numbers(pads).values, operation.text("mode", "constant")
+    constant = more[0] if more else named.get("constant_value")
+    half, axes = len(widths) // 2, len(widths) // 2
+    while axes > 1 and all(
+        isinstance(width, int) and width == 0 for width in (widths[half - axes], widths[-axes])
+    ):
+        axes -= 1  # torch's widths begin with the last axis
+    torch_widths = [
+        width for axis in range(1, axes + 1) for width in (widths[half - axis], widths[len(widths) - axis])
+    ]
+    filling = numbers(constant).values[0] if constant is not None and mode == "constant" else None
+    return F.pad(value, torch_widths, _PADDINGS[mode], filling)
+
+
+def _split(writer: Writer, operation: Operation, value: Any, split: Any = None) -> Any:
+    axis, stated = operation.attributes.get("axis", 0), operation.attributes.get("split")
+    lengths = list(numbers(split).values) if split is not None else stated
+    return value.chunk(operation.outputs, axis) if lengths is None else value.split(list(lengths), axis)
+
+
+_OF_NUMBERS: dict[str, Callable[..., Any]] = {
+    "Gather": _gather,
+    "Slice": _slice_numbers,
+    "Concat": _join,
+    "Unsqueeze": _with_axis,
+    "Squeeze": _without_axis,
+    "Reshape": _with_axis,
+    "Cast": _cast,
+    "Identity": _keep,
+    "ReduceProd": _product,
+    "Where": _choose,
+    **dict.fromkeys(_ROUNDINGS, _round),
+    **dict.fromkeys(_ARITHMETIC, _compute),
+}
+_OF_MAPS: dict[str, Callable[..., Any]] = {
+    "Reshape": _reshape,
+    "Expand": _expand,
+    "Resize": _resize,
+    "Slice": _slice,
+    "Pad": _pad,
+    "Split": _split,
+    "Identity": _keep,
+    **dict.fromkeys(_ARITHMETIC, _arithmetic),
+}

@@ -1,0 +1,153 @@
+"""Compare a network read from an ONNX file with ONNX Runtime, on random images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cadsurgery.support.divergence import relative_difference
+from cadsurgery.support.errors import CadError, CannotConvert, describe_error
+
+TOLERANCE = 1e-4  # largest allowed difference from ONNX Runtime, relative to the largest output
+_SIZES = ((97, 129), (128, 160), (64, 96), (224, 320), (320, 256), (299, 299))
+
+
+class Reference:
+    """An ONNX model in ONNX Runtime, and the images on which a network is compared with it.
+
+    Where the file fixes height and width, a model without these sizes is tried: if ONNX Runtime computes it at another
+    size, and maps that it returns grow with the image, the file's size was only that of an example. Where it does not,
+    `fixed_size` is the file's. Batches of a fixed number are computed one after the other.
+    """
+
+    def __init__(self, path: Path, model: Any, shape: tuple[int | str, ...]) -> None:
+        self.path, self.batch, self.channels = path, shape[0], int(shape[1])
+        self.model, self.fixed_size = model, None
+        self._session = _session(path, model)
+        if all(isinstance(size, str) for size in shape[2:]):
+            self._calls = self._first_that_run(_SIZES)
+            return
+        size: Any = tuple(
+            size if isinstance(size, int) else _SIZES[1][axis] for axis, size in enumerate(shape[2:])
+        )
+        self._calls = self._first_that_run((size,))
+        freed = _freed(model)
+        try:
+            self._session = _session(path, freed)
+            calls = self._first_that_run((size, *((size[0] + by, size[1] + by) for by in (64, 33))))
+            if len(calls) > 1 and _grow(calls):
+                self.model, self._calls = freed, calls
+                return
+        except CadError:
+            pass
+        self.fixed_size = size
+
+    def _first_that_run(self, sizes: Any) -> list[tuple[Tensor, list[Tensor]]]:
+        """Return random images of the first two sizes that ONNX Runtime computes, and what it returns."""
+        generator, calls, refusal = torch.Generator().manual_seed(0), [], None
+        count = 2 * self.batch if isinstance(self.batch, int) else 2
+        for size in sizes:
+            image = torch.randn(count, self.channels, *size, generator=generator)
+            try:
+                calls.append((image, self._run(image)))
+            except Exception as error:  # ONNX Runtime's errors have no common type
+                refusal = refusal or error
+            if len(calls) == 2:
+                break
+        if not calls:
+            raise CannotConvert(
+                f"ONNX Runtime does not run {self.path}.",
+                why=describe_error(refusal),
+                next="write the file again with torch.onnx.export.",
+            ) from refusal
+        return calls
+
+    def _run(self, image: Tensor) -> list[Tensor]:
+        name = self._session.get_inputs()[0].name
+        parts = image.split(self.batch) if isinstance(self.batch, int) else [image]
+        outputs = [self._session.run(None, {name: part.numpy()}) for part in parts]
+        return [torch.from_numpy(np.concatenate(values)) for values in zip(*outputs, strict=True)]
+
+    def check(self, network: nn.Module) -> None:
+        """Refuse a network that computes something else.
+
+        Raises:
+            CannotConvert: it does not run, or its outputs differ.
+        """
+        for image, expected in self._calls:
+            size = " x ".join(map(str, image.shape))
+            try:
+                with torch.no_grad():
+                    outputs = network(image)
+            except Exception as error:  # of any layer
+                raise self._refusal(
+                    f"it does not run on images of {size}: {describe_error(error)}"
+                ) from error
+            outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            if [value.shape for value in outputs] != [value.shape for value in expected]:
+                shapes = [[tuple(value.shape) for value in values] for values in (outputs, expected)]
+                raise self._refusal(
+                    f"its outputs for images of {size} have shapes {shapes[0]}, not {shapes[1]}"
+                )
+            for output, right in zip(outputs, expected, strict=True):
+                if not right.is_floating_point():  # numbers of classes
+                    output, right = output.double(), right.double()
+                difference = relative_difference(output, right)
+                if not difference <= TOLERANCE:  # also NaN
+                    raise self._refusal(
+                        f"an output for images of {size} differs by {difference:.1e} of its largest value, "
+                        f"more than {TOLERANCE:.0e}"
+                    )
+
+    def _refusal(self, why: str) -> CannotConvert:
+        return CannotConvert(
+            f"the network read from {self.path} computes something else than ONNX Runtime.",
+            why=f"{why}.",
+            next="export the network in evaluation mode with torch.onnx.export, with dynamic axes for batch, height "
+            "and width; or load it where it was trained: cs.adaptify(model).",
+        )
+
+
+def _session(path: Path, model: Any) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    content = model.SerializeToString()  # from memory, so that it reads no other file
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors have no common type
+        raise CannotConvert(
+            f"ONNX Runtime cannot open {path}.",
+            why=describe_error(error),
+            next="write the file again with torch.onnx.export; onnx.checker.check_model(path) says more.",
+        ) from error
+
+
+def _freed(model: Any) -> Any:
+    """Return an ONNX model whose height and width are not fixed."""
+    free = type(model)()
+    free.CopyFrom(model)
+    held = {tensor.name for tensor in free.graph.initializer}
+    image = next(value for value in free.graph.input if value.name not in held)
+    for axis, name in ((2, "height"), (3, "width")):
+        image.type.tensor_type.shape.dim[axis].dim_param = name
+    del free.graph.value_info[:]
+    for output in free.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    return free
+
+
+def _grow(calls: list[tuple[Tensor, list[Tensor]]]) -> bool:
+    """True if the maps that a network returns grow with its image."""
+    (small, first), (large, second) = calls
+    for one, other in zip(first, second, strict=True):
+        for axis in (2, 3) if one.dim() == 4 else ():
+            factor = large.shape[axis] / small.shape[axis]
+            if abs(other.shape[axis] - one.shape[axis] * factor) > factor + 1:
+                return False
+    return True
