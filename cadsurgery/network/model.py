@@ -422,8 +422,8 @@ class AdaptiveModel(Derived):
 
         The copy is called like this network and gives the same results up to rounding, without gradients. It has the
         current weights and mask; this network is not changed. Attributes that are set on the mask later hold for the
-        copy, too, unless the mask has tensors (`MaskProvider.is_shared`). NaN in weights, and NaN from operations such as divisions, stays
-        NaN. NaN from values that overflow may be lost where a ReLU is fused.
+        copy, too, unless the mask has tensors (`MaskProvider.is_shared`). NaN in weights, and NaN from operations such
+        as divisions, stays NaN. NaN from values that overflow may be lost where a ReLU is fused.
 
         Args:
             fuse: False only folds batch norm and leaves everything else to torch; with a uniform mask this is the

@@ -31,7 +31,7 @@ from cadsurgery.support import files
 from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
 from cadsurgery.support.files import write_whole
 from cadsurgery.support.plain import check_fields
-from cadsurgery.support.provenance import import_nothing, versions
+from cadsurgery.support.provenance import import_nothing_for, versions
 from cadsurgery.surgery.arguments import example_of, values_of
 from cadsurgery.surgery.plan import Plan
 
@@ -463,7 +463,7 @@ def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, 
 def stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: bool) -> MaskProvider | None:
     """Rebuild the mask of a spec with its tensors; None if the tensor of a fixed mask is missing."""
     other = 'give another mask: cs.load(path, mask="edges")'
-    with contextlib.nullcontext() if trust else import_nothing(str(path)):
+    with contextlib.nullcontext() if trust else import_nothing_for(str(path)):
         next = f"register it first if it is one of your own, or {other}."
         with as_file_error(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
             mask = parse(spec, tensors=True)

@@ -691,7 +691,10 @@ def test_zeros_and_ones_in_uint8_are_refused_and_both_meanings_named(high: int) 
 
 
 def test_zeros_and_ones_in_uint8_are_levels_where_there_are_two() -> None:
-    model, image = cs.adaptify(strided(), output_stride=(8, 16), verify_laws=False), torch.randn(1, 3, 96, 128)
+    model, image = (
+        cs.adaptify(strided(), output_stride=(8, 16), verify_laws=False),
+        torch.randn(1, 3, 96, 128),
+    )
     levels = split_as_needed(torch.randint(0, 2, (1, 12, 16)), 1)
     model(image, mask=levels.to(torch.uint8))
     assert torch.equal(model.levels.long(), levels)

@@ -166,7 +166,9 @@ class NoisyInTraining(Boxes):
         return super().forward(image, features, grid) ^ self.training
 
 
-@pytest.mark.parametrize(("kind", "is_shared"), [(Boxes, True), (WithTensor, False), (NoisyInTraining, False)])
+@pytest.mark.parametrize(
+    ("kind", "is_shared"), [(Boxes, True), (WithTensor, False), (NoisyInTraining, False)]
+)
 def test_state_set_on_a_mask_holds_for_optimised_copies(kind: type[Boxes], is_shared: bool) -> None:
     """Copies of other kinds keep their own, and so does a copy whose mask has tensors or reads `training`."""
     net = cs.adaptify(build("resnet18", by=4).train(), kind(), verify_laws=False)
