@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Annotated
 
@@ -26,6 +27,8 @@ def explore(
     trust: options.Trust = False,
 ) -> None:
     """Show on a local page what masks do to an image: maps, predictions, cost, and the code. Ctrl-C ends it."""
+    # When the process is ended by a signal, it deletes uploaded images as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with screen.steps("explore") as step:
         from cadsurgery.tasks.explore_page import serve
 

@@ -137,14 +137,23 @@ def as_levels(levels: Tensor, max_level: int, where: str = "") -> Tensor:
     """Convert an integer map to levels (int64). In a bool map True means level 0 and False the lowest resolution.
 
     Raises:
-        InvalidInput: a level is outside 0..max_level; `where` is quoted in the message.
+        InvalidInput: a level is outside 0..max_level, or the map may as well be a yes or no: zeros and ones in uint8,
+            where there are more levels; `where` is quoted in the message.
     """
     if levels.dtype == torch.bool:
         return torch.where(levels, 0, max_level)
+    is_byte = levels.dtype == torch.uint8  # the type of masks in image files and of older comparisons
     levels = levels.long()  # not all integer types can be compared
     if torch.compiler.is_compiling():  # values are unknown while a graph is made
         return levels
     low, high = (int(bound) for bound in torch.aminmax(levels))
+    if is_byte and high <= 1 < max_level:
+        raise InvalidInput(
+            "the map has only zeros and ones in uint8, which have two meanings.",
+            where=where,
+            why="1 may mean yes, keep the high resolution, or level 1, which is coarser than level 0.",
+            next="give map.bool() if 1 marks what to keep, map.to(torch.int64) if these are levels.",
+        )
     if low < 0 or high > max_level:
         raise InvalidInput(
             f"the map has levels {low}..{high}.",

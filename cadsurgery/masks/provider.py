@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -139,6 +140,16 @@ class MaskProvider(nn.Module):
         is_known = PROVIDERS.get(self.name) is type(self) and not self.has_own_function
         return is_known and all(part.storable for part in self.parts)
 
+    @property
+    def is_shared(self) -> bool:
+        """True if optimised copies of a network use this object, so that attributes set on it hold for them, too.
+
+        Objects with tensors are copied, because a copy is moved, converted and frozen by itself; so are objects that
+        read `training`, because a copy is for inference.
+        """
+        has_tensors = any(True for _ in (*self.parameters(), *self.buffers()))
+        return not has_tensors and not any(map(_reads_training, {type(module) for module in self.modules()}))
+
     def options(self) -> dict[str, Any]:
         """Return the options of this provider by name: the arguments of its constructor."""
         return {name: getattr(self, name) for name in options_of(type(self))}
@@ -151,6 +162,12 @@ class MaskProvider(nn.Module):
     def extra_repr(self) -> str:
         """Return the options, for `print`."""
         return ", ".join(f"{name}={value}" for name, value in self.options().items())
+
+
+def _reads_training(kind: type[nn.Module]) -> bool:
+    """True if a method of a module class, other than those of torch's base class, uses an attribute `training`."""
+    own = (method for base in kind.__mro__ if base is not nn.Module for method in vars(base).values())
+    return any(isinstance(method, FunctionType) and "training" in method.__code__.co_names for method in own)
 
 
 @dataclass(frozen=True)

@@ -422,8 +422,9 @@ class AdaptiveModel(Derived):
         """Return a copy for inference: batch norm folded, residuals and activations fused, weights packed.
 
         The copy is called like this network and gives the same results up to rounding, without gradients. It has the
-        current weights; this network is not changed. NaN in weights, and NaN from operations such as divisions, stays
-        NaN. NaN from values that overflow may be lost where a ReLU is fused.
+        current weights and mask; this network is not changed. Attributes that are set on the mask later hold for the
+        copy, too, unless the mask has tensors (`MaskProvider.is_shared`). NaN in weights, and NaN from operations such
+        as divisions, stays NaN. NaN from values that overflow may be lost where a ReLU is fused.
 
         Args:
             fuse: False only folds batch norm and leaves everything else to torch; with a uniform mask this is the
@@ -522,19 +523,31 @@ def _refuse_without_values(net: nn.Module, arguments: tuple[Any, ...]) -> None:
             )
 
 
+def _inference_copy(net: AdaptiveModel) -> AdaptiveModel:
+    """Copy a network for inference; the copy has the same mask object, where that can be (`MaskProvider.is_shared`)."""
+    mask, memo = net.mask, dict[int, Any]()
+    if mask.is_shared:
+        memo[id(mask)] = mask
+    modes = [(module, module.training) for module in mask.modules()]
+    clone = copy.deepcopy(net, memo).eval().requires_grad_(False)
+    for module, is_training in modes:
+        module.training = is_training
+    return clone
+
+
 class OptimizedModel(AdaptiveModel):
     """An adaptive network for inference only; see `AdaptiveModel.optimize`. Any number of threads may call it."""
 
     def __init__(self, net: AdaptiveModel, epilogues: bool, pairs: bool = True) -> None:
         """Fuse the graph of `net` and copy the modules that it still needs; see `fuse_network` for the options."""
         net.program.check_modules()
-        source = copy.deepcopy(net).eval().requires_grad_(False)
+        source = _inference_copy(net)
         super().__init__(*fuse_network(source, epilogues, pairs), source.mask)
         take_over(self, source)
         # Calls that take another path are converted from the unfolded weights.
         self._unfused: tuple[AdaptiveModel, ...] = ()
         if any(map(is_guard, self.graph.nodes)):
-            self._unfused = (copy.deepcopy(net).eval().requires_grad_(False),)
+            self._unfused = (_inference_copy(net),)
         self._epilogues = epilogues
         self.register_load_state_dict_post_hook(_forget_other_ways)
         data = {name: value for name, value in vars(net._original[0]).items() if _is_data(name, value)}

@@ -26,12 +26,13 @@ from cadsurgery.masks.unit import Normalisation, Unit
 from cadsurgery.network.adapters import LEVELS, REFINEMENTS, kind_of
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
+from cadsurgery.network.exported_files import refuse_exported
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support import files, kinds
 from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
 from cadsurgery.support.files import write_whole
 from cadsurgery.support.plain import check_fields
-from cadsurgery.support.provenance import import_nothing, versions
+from cadsurgery.support.provenance import import_nothing_for, versions
 from cadsurgery.surgery.arguments import example_of, values_of
 from cadsurgery.surgery.plan import Plan
 
@@ -352,6 +353,8 @@ def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str
         kinds.check_kind(place, kinds.CONVERTED)
     if not files.is_file(place):
         raise files.absent(path)
+    if refusal := refuse_exported(place):
+        raise refusal
     try:
         with safe_open(place, framework="pt") as file:
             header = file.metadata() or {}
@@ -462,7 +465,7 @@ def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, 
 def stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: bool) -> MaskProvider | None:
     """Rebuild the mask of a spec with its tensors; None if the tensor of a fixed mask is missing."""
     other = 'give another mask: cs.load(path, mask="edges")'
-    with contextlib.nullcontext() if trust else import_nothing(str(path)):
+    with contextlib.nullcontext() if trust else import_nothing_for(str(path)):
         next = f"register it first if it is one of your own, or {other}."
         with as_file_error(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
             mask = parse(spec, tensors=True)

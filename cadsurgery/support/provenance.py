@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 import cadsurgery
-from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, closest, first_line
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName, closest, first_line
 from cadsurgery.support.processor import instruction_sets, processor, processor_in_words, sets_in_words
 
-_UNTRUSTED: ContextVar[str] = ContextVar("file that is not trusted", default="")
+_REFUSAL: ContextVar[Callable[[str], CadError] | None] = ContextVar("error for an import", default=None)
 
 
 def versions() -> dict[str, str]:
@@ -115,13 +115,18 @@ def function_at(name: str, where: str, example: str) -> Any:
 
 
 @contextlib.contextmanager
-def import_nothing(file: str) -> Iterator[None]:
-    """Forbid imports in this thread while an untrusted file is read: `find_function` then raises an error."""
-    token = _UNTRUSTED.set(file)
+def import_nothing(refusal: Callable[[str], CadError]) -> Iterator[None]:
+    """Forbid imports in this thread: `find_function` raises the error that `refusal` returns for the import's name."""
+    token = _REFUSAL.set(refusal)
     try:
         yield
     finally:
-        _UNTRUSTED.reset(token)
+        _REFUSAL.reset(token)
+
+
+def import_nothing_for(file: str) -> contextlib.AbstractContextManager[None]:
+    """Forbid imports in this thread while an untrusted file is read."""
+    return import_nothing(lambda code: untrusted(file, code, "another mask: cs.load(path, mask=...), --mask"))
 
 
 def untrusted(file: str, code: str, instead: str) -> FileError:
@@ -155,11 +160,10 @@ def find_function(module: str, function: str) -> Any:
 
     Raises:
         UnknownName: there is no such module, or no such name in it.
-        FileError: an untrusted file names the module.
+        CadError: the name comes from somebody else, such as the author of an untrusted file (`import_nothing`).
     """
-    if file := _UNTRUSTED.get():
-        code = f"import of {module}, for its {function}"
-        raise untrusted(file, f"{code:.400}", "another mask: cs.load(path, mask=...), --mask")
+    if refusal := _REFUSAL.get():
+        raise refusal(f"import of {module}, for its {function}"[:400])
     try:
         imported = importlib.import_module(module)
     except (ImportError, ValueError) as error:

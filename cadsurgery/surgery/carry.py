@@ -196,7 +196,7 @@ class Carrier(Tracer):
         outcome = take(value)
         if take is len and isinstance(value, (tuple, list, dict)):
             return outcome  # the number of dimensions or parts does not change between calls
-        if self._reads_values(node):
+        if not (take is len and isinstance(value, Tensor)) and self._reads_values(node):
             raise ByValues(f"it decides by values of the image at {user_line()}")
         checked: Any = node
         if take is len:

@@ -316,7 +316,9 @@ class Watch:
                 why=of_elements if watched.is_called else looked_into,
                 next="remove it (handle.remove()). A hook on the network itself is called, and so is one on an "
                 f"operation outside the region, see print(net.plan). One that {watched.path} has before cs.adaptify "
-                "is called too: the region then ends there, and what follows runs dense.",
+                "is called too: the region then ends there, and what follows runs dense. If it counts work, as hooks "
+                "of ptflops, fvcore, thop and torchinfo do, use net.macs(x), or torch's "
+                "torch.utils.flop_counter.FlopCounterMode, which needs no hooks.",
             )
         holder, _, name = watched.path.rpartition(".")
         around, children = child(self._net, holder), tuple(module._modules)

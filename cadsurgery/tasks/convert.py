@@ -45,6 +45,8 @@ from cadsurgery.tasks.sides import KINDS
 from cadsurgery.tasks.slowest import explain_slowness
 
 ADAPTIVE = "adaptive"
+_DEAR = 2.0  # times the work of the network as given: what costs more says so first
+_LISTED = 4  # other output strides in the report
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
 
@@ -156,6 +158,10 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
             CadWarning,
             stacklevel=2,
         )
+    is_dear = counted.mask > _DEAR * original_macs
+    others: list[dict[str, Any]] = []
+    if is_dear and not request.options.get("output_stride"):
+        others = _other_strides(mask, request, plan, batch, original_macs, counted.mask)
     is_high = plan.identity_level == 0
     dense = f"dense high (output stride {plan.output_stride[0]})"
     sides = [
@@ -197,6 +203,7 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         "region_of_high": counted.region_of_high,
         "checks": [{**vars(check), "passed": check.passed} for check in net.checks],
         "costs": costs.record(),
+        "other_output_strides": others,
     }
     return Conversion(
         net,
@@ -212,7 +219,42 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         ],
         f"{batch.shape[0]} image of {batch.shape[2]}x{batch.shape[3]}, mask {spec}",
         notes=notes,
+        first=_say_dear(plan, counted.mask / original_macs, others) if is_dear else "",
     )
+
+
+def _other_strides(
+    mask: str, request: Request, plan: Plan, batch: Tensor, given: int, most: int
+) -> list[dict[str, Any]]:
+    """Return the pairs of output strides that cost less than `most` with this mask, the cheapest first.
+
+    Each has its `output_stride`, its `macs`, these relative to the network as given (`of_given`), and the `option` that
+    is typed for it.
+    """
+    found = list[dict[str, Any]]()
+    for pair in plan.possible:
+        if pair == plan.output_stride or pair[0] < plan.output_stride[0]:
+            continue  # finer maps cost more
+        request.step(f"counting output strides {pair[0]} and {pair[1]}")
+        options = {**request.options, "output_stride": pair}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CadWarning)
+            net = adaptify(request.before, mask, **options, verify_laws=False).to(batch.device)
+        macs = net.macs(batch).mask
+        option = f"--output-stride {pair[0]},{pair[1]}"
+        found.append({"output_stride": pair, "macs": macs, "of_given": macs / given, "option": option})
+    return sorted((one for one in found if one["macs"] < most), key=lambda one: one["macs"])
+
+
+def _say_dear(plan: Plan, of_given: float, others: Sequence[Mapping[str, Any]]) -> str:
+    """Return the first line of a report on a conversion that costs much more than the network as given."""
+    high, low = plan.output_stride
+    cost = f"{of_given:.2f} times the work of the network as given"
+    text = f"With this mask, output strides {high} and {low} cost {cost}."
+    if not others:
+        return text
+    listed = ", ".join(f"{one['option']} ({one['of_given']:.2f} times)" for one in others[:_LISTED])
+    return f"{text} Others cost less: {listed}."
 
 
 def _notes(plan: Plan, counted: MacReport, copies: Mapping[str, AdaptiveModel]) -> list[str]:

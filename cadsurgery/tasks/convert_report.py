@@ -61,6 +61,8 @@ class ConversionReport(RunReport):
     def parts(self) -> Iterator[RenderableType]:
         """Yield the network, the plan, the sides, the results of verification, and notes that a user can act on."""
         made = self.made
+        if made.first:
+            yield Text(made.first, style="bold yellow")
         yield self.heading()
         yield made.summary
         title = made.title or f"image of {self.image[2]}x{self.image[3]}"

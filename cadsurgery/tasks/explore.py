@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from cadsurgery.data.images import normalise, read_image, street_scene
 from cadsurgery.data.networks import Source, class_names, stated_statistics
-from cadsurgery.masks import EstimatedMask, list_masks, resolve_mask
+from cadsurgery.masks import EstimatedMask, MaskProvider, list_masks, resolve_mask
 from cadsurgery.methods.storage import load
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -24,6 +25,7 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent, within
+from cadsurgery.support.provenance import import_nothing
 from cadsurgery.tasks.figures import OVERLAY, draw_lattice, draw_levels, prediction_picture
 from cadsurgery.tasks.open import is_file, open_any, original, weights_in_words
 from cadsurgery.tasks.report import Row
@@ -252,7 +254,7 @@ def explore(
     Raises:
         FileError: the image cannot be read.
         UnknownName: there is no such mask or fill.
-        InvalidInput: an impossible mask or pair of output strides.
+        InvalidInput: an impossible mask or pair of output strides, or a mask that names a function.
     """
     pair, fill = setting.output_stride or subject.strides[0], setting.fill or subject.fills[0]
     check_name("fill", fill, subject.fills)
@@ -270,7 +272,7 @@ def explore(
         raise InvalidInput(
             "a learned mask is explored as it is stored.", next=f"choose {WRITTEN!r}, or another mask."
         )
-    mask = fast.mask if is_own else resolve_mask(spec).eval().to(subject.device)
+    mask = fast.mask if is_own else _mask_of_page(spec, bool(setting.mask)).eval().to(subject.device)
     batch = normalise(picture, subject.source).unsqueeze(0)
     batch = batch.to(subject.device, memory_format=torch.channels_last)
     step("running it")
@@ -310,6 +312,26 @@ def explore(
         _command(subject, spec, pair, fill, image, size),
         output,
         lattice.levels,
+    )
+
+
+def _mask_of_page(spec: str, is_typed: bool) -> MaskProvider:
+    """Return the mask of a text. A text that was typed on the page imports nothing: who sees the page may run masks
+    on this machine, not any function.
+
+    Raises:
+        InvalidInput: a typed mask names a function.
+    """
+    with import_nothing(_refuse_import) if is_typed else contextlib.nullcontext():
+        return resolve_mask(spec)
+
+
+def _refuse_import(code: str) -> InvalidInput:
+    return InvalidInput(
+        "a mask that is typed on the page cannot name a function.",
+        where=code,
+        why="the page runs masks alone, whoever opens it.",
+        next="choose another mask, or use the function on the command line: cadsurgery mask --mask ...",
     )
 
 

@@ -5,8 +5,12 @@ It is served to this machine alone, and loads nothing from other hosts.
 
 from __future__ import annotations
 
+import atexit
 import html
 import os
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +71,7 @@ def launch(page: Any, port: int = 0, browser: bool = False) -> tuple[Any, str, s
         prevent_thread_lock=True,
         ssr_mode=False,
         footer_links=[],
-        max_file_size="64mb",
+        max_file_size="32mb",
         theme=_gradio().themes.Base(**_FONTS),
         app_kwargs={"middleware": middleware},
     )
@@ -89,13 +93,22 @@ class _Policy:
         await self.app(scope, receive, send_with_policy)
 
 
+@cache
+def uploads() -> str:
+    """Return the folder of uploaded images of this process, which is deleted when it ends."""
+    folder = tempfile.mkdtemp(prefix="cadsurgery-explore-", dir=os.environ.get("GRADIO_TEMP_DIR"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _gradio() -> Any:
-    """Import Gradio without its analytics.
+    """Import Gradio without its analytics, and with a folder of uploads of its own.
 
     Raises:
         CadError: it is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = uploads()
     return import_optional("gradio", "the page needs Gradio.", "pip install 'cadsurgery[explore]'")
 
 
@@ -122,7 +135,8 @@ def make_page(subject: Subject, rounds: int = 3) -> Any:
         try:
             found = explore(subject, Path(file) if file else samples[sample], setting, rounds, step)
         except CadError as error:
-            raise gr.Error(html.escape(str(error)).replace("\n", "<br>"), duration=None) from error
+            text = html.escape(str(error)).replace("\n", "<br>")
+            raise gr.Error(text, duration=None, print_exception=False) from error
         whole = found.rows[0].macs or found.rows[-1].macs
         table = [
             [row.side, f"{row.macs:.3e}", f"{row.macs / whole:.2f}", _milliseconds(row.milliseconds)]

@@ -185,3 +185,18 @@ def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tens
 def median_time(judged: Sequence[Judgement]) -> float:
     """Return the median over pictures of the time, in milliseconds."""
     return median(one.milliseconds for one in judged)
+
+
+def time_error(ours: Sequence[Judgement], given: Sequence[Judgement]) -> float | None:
+    """Return the standard error of the time of a setting relative to another's, on the same pictures.
+
+    Both ran on a picture one after the other, so that a change of the machine's speed affects both. The error is that
+    of the median ratio, by a bootstrap over the pictures; None for one picture.
+    """
+    count = len(ours)
+    if count < 2:
+        return None
+    pairs = zip(ours, given[:count], strict=True)
+    ratios = torch.tensor([one.milliseconds / max(other.milliseconds, 1e-9) for one, other in pairs])
+    draws = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    return float(ratios[draws].quantile(0.5, dim=1).std())

@@ -210,6 +210,7 @@ class Conversion:
         lines: text printed last.
         title: title of the table of sides; default: the size of the image.
         notes: creates notes after the sides are timed.
+        first: text printed before everything else; empty for none.
     """
 
     net: Any
@@ -220,6 +221,7 @@ class Conversion:
     lines: Sequence[Text]
     title: str = ""
     notes: Callable[[Sequence[Row]], Sequence[str]] = lambda rows: ()
+    first: str = ""
 
     def without_network(self) -> Conversion:
         """Return the part of the report alone, which keeps no network in memory."""

@@ -857,6 +857,46 @@ def test_convert_warns_of_more_work_than_the_network_as_given(run: Run) -> None:
     assert same.code == 0 and "times the work" not in same.err
 
 
+STRIDED = """
+import torch
+from torch import nn
+
+
+class Strided(nn.Sequential):
+    def forward(self, x):
+        return nn.functional.interpolate(super().forward(x), size=x.shape[2:], mode="bilinear")
+
+
+def strided():
+    torch.manual_seed(0)
+    channels = (3, 4, 4, 8, 16, 32)
+    pairs = zip(channels, channels[1:])
+    return Strided(*(nn.Conv2d(c, d, 3, 2, 1) for c, d in pairs), nn.Conv2d(32, 4, 3, 1, 1)).eval()
+"""
+
+
+def test_a_dear_conversion_says_so_first_and_what_costs_less(run: Run, tmp_path: Path) -> None:
+    """The stated costs are those of the commands that are named."""
+    (tmp_path / "dear.py").write_text(STRIDED)
+    words = ("convert", "dear:strided", "--size", "256", "--rounds", 0, "--mask", "all")
+    first, dear = run(*words).out.replace("\n", " "), run(*words, "--json").json
+    assert dear["macs_of_given"] > 2
+    assert (
+        first.startswith("With this mask, output strides ") and f"{dear['macs_of_given']:.2f} times" in first
+    )
+    others = dear["other_output_strides"]
+    assert others and [one["macs"] for one in others] == sorted(one["macs"] for one in others)
+    for one in others:
+        assert (
+            f"{one['option']} ({one['of_given']:.2f} times)" in first
+            and one["of_given"] < dear["macs_of_given"]
+        )
+    typed = run(*words, *others[0]["option"].split(), "--json").json
+    assert typed["macs_of_given"] == others[0]["of_given"]
+    cheap = run(*words[:-1], "none")
+    assert not cheap.out.startswith("With this mask")
+
+
 def test_convert_names_the_operation_that_makes_a_copy_slow(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

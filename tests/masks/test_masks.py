@@ -676,6 +676,30 @@ def test_levels_of_any_integer_type_are_the_same_map(dtype: torch.dtype) -> None
     assert torch.equal(output, model(image, mask=levels))
 
 
+@pytest.mark.parametrize("high", [0, 1])
+def test_zeros_and_ones_in_uint8_are_refused_and_both_meanings_named(high: int) -> None:
+    model, image = net(), torch.randn(2, 3, 97, 129)
+    region = torch.zeros(2, 13, 17, dtype=torch.uint8)
+    region[:, :8, :8] = high
+    with pytest.raises(cs.InvalidInput, match="two meanings") as caught:
+        model(image, mask=region)
+    assert "map.bool()" in caught.value.next and "map.to(torch.int64)" in caught.value.next
+    model(image, mask=region.bool())
+    assert torch.equal(model.levels.long(), torch.where(region.bool(), 0, 2))
+    model(image, mask=region.long())
+    assert torch.equal(model.levels.long(), split_as_needed(region.long(), 2))
+
+
+def test_zeros_and_ones_in_uint8_are_levels_where_there_are_two() -> None:
+    model, image = (
+        cs.adaptify(strided(), output_stride=(8, 16), verify_laws=False),
+        torch.randn(1, 3, 96, 128),
+    )
+    levels = split_as_needed(torch.randint(0, 2, (1, 12, 16)), 1)
+    model(image, mask=levels.to(torch.uint8))
+    assert torch.equal(model.levels.long(), levels)
+
+
 def test_true_keeps_high_and_false_goes_to_the_lowest_level() -> None:
     model, image = net(), torch.randn(2, 3, 96, 128)
     keep = torch.rand(2, 12, 16) < 0.1

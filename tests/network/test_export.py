@@ -230,12 +230,25 @@ def test_a_budget_for_any_size(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 def test_a_package_of_aotinductor_is_the_network(tmp_path: Path) -> None:
+    """Made from an example in channels_last memory, it takes images in either."""
     model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.pt2"
-    report = cs.export(model, picture(1, 72, 104), path, to="aoti")
+    example = picture(1, 72, 104).contiguous(memory_format=torch.channels_last)
+    report = cs.export(model, example, path, to="aoti")
     assert report.format == "aoti" and report.image == (1, 3, 72, 104)
-    image = picture(1, 72, 104).flip(3)
-    with torch.no_grad():
-        assert_same(torch._inductor.aoti_load_package(str(path))(image)["out"], model(image)["out"], 1e-4)
+    image, run = picture(1, 72, 104).flip(3), torch._inductor.aoti_load_package(str(path))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with torch.no_grad():
+            assert_same(run(image.contiguous(memory_format=layout))["out"], model(image)["out"], 1e-4)
+
+
+def test_a_file_is_compared_in_both_memory_layouts() -> None:
+    """Whatever the layout of the example, and of another image to compare on."""
+    image = picture(1, 72, 104)
+    for example in (image, image.contiguous(memory_format=torch.channels_last)):
+        for other in (None, example):
+            compared = more_images(example, other)
+            assert any(one.is_contiguous() for one in compared)
+            assert any(one.is_contiguous(memory_format=torch.channels_last) for one in compared)
 
 
 @pytest.mark.slow

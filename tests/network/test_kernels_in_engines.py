@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import Cap, assert_same, picture
+from conftest import Cap, Run, assert_same, picture
 from exported import File
 from networks import randomise
 from torch import Tensor, nn
@@ -787,6 +787,25 @@ def test_a_weight_of_other_channels_is_refused(tmp_path: Path) -> None:
         WithKernels(tmp_path / "one.onnx").session.run(None, feed)
     with pytest.raises(Exception, match="do not fit the weight"):
         InOpenVino(tmp_path / "one.onnx", threads=2).run(feed)
+
+
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_a_file_says_how_it_is_opened_and_is_refused_elsewhere(
+    tmp_path: Path, command_line: Run, with_kernels: bool
+) -> None:
+    """OpenVINO ends the process where such a file is read without the extension."""
+    model, image, path = net("edges | budget:fraction=0.3"), picture(1, 44, 52), tmp_path / "net.onnx"
+    cs.export(model, image, path, with_kernels=with_kernels)
+    written = onnx.load(str(path))
+    text = {one.key: one.value for one in written.metadata_props}.get("cadsurgery.kernels", "")
+    assert text == written.doc_string
+    (tmp_path / "photo.png").write_bytes(b"")
+    refusals = [command_line(*words).err for words in (("run", path, "photo.png"), ("macs", path))]
+    for told in [text, *refusals]:
+        assert ('add_extension(cadsurgery.kernels_for("openvino"))' in " ".join(told.split())) is with_kernels
+    assert all("onnxruntime.InferenceSession" in told and "cs.save" in told for told in refusals)
+    with pytest.raises(cs.FileError, match="no converted network"):
+        cs.load(path)
 
 
 def test_refusals_name_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

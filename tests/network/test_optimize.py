@@ -146,6 +146,46 @@ def test_the_network_stays_as_it_is() -> None:
     assert not fast(images(1, 65, 97).requires_grad_()).requires_grad
 
 
+class Boxes(cs.MaskProvider):
+    """Keeps what lies left of a column, which may be set before each call."""
+
+    column = 0
+
+    def forward(self, image: Tensor, features: Tensor, grid: cs.masks.FineMapSpec) -> Tensor:
+        return (torch.arange(grid.size[1]) < self.column).expand(grid.batch, *grid.size)
+
+
+class WithTensor(Boxes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(1))
+
+
+class NoisyInTraining(Boxes):
+    def forward(self, image: Tensor, features: Tensor, grid: cs.masks.FineMapSpec) -> Tensor:
+        return super().forward(image, features, grid) ^ self.training
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_shared"), [(Boxes, True), (WithTensor, False), (NoisyInTraining, False)]
+)
+def test_state_set_on_a_mask_holds_for_optimised_copies(kind: type[Boxes], is_shared: bool) -> None:
+    """Copies of other kinds keep their own, and so does a copy whose mask has tensors or reads `training`."""
+    net = cs.adaptify(build("resnet18", by=4).train(), kind(), verify_laws=False)
+    x, fast, twin = images(1, 64, 96), net.optimize(), copy.deepcopy(net)
+    net.mask.column = 4
+    fast(x)
+    assert fast.levels.eq(0).any() == is_shared
+    assert not fast.mask.training or is_shared
+    twin(x, mask=twin.mask.eval())
+    assert not twin.levels.eq(0).any()
+    again = copy.deepcopy(fast)
+    fast.mask.column = 0
+    again(x)
+    assert again.levels.eq(0).any() == is_shared
+    assert all(module.training for module in net.modules())
+
+
 def test_threads_do_not_disturb_each_other(small: cs.AdaptiveModel) -> None:
     """Different sizes and masks at once, weights packed while others run."""
     fast = small.optimize()

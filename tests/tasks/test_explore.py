@@ -215,3 +215,17 @@ def test_the_command_tells_the_address_and_ends_at_ctrl_c(
     done = command_line("explore", NAME, "--rounds", 0)
     assert done.code == 130 and "http://127.0.0.1:7860/" in done.out
     assert asked["model"] == NAME and asked["port"] == 0 and not asked["browser"]
+
+
+@pytest.mark.parametrize("mask", ["saliency:function={}:score", "edges + keypoints:detector={}:score"])
+@pytest.mark.parametrize("limit", [WRITTEN, BUDGET])
+def test_a_mask_of_the_page_imports_and_calls_nothing(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, limit: str
+) -> None:
+    (tmp_path / "of_a_stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("of_a_stranger", "os"):
+        with pytest.raises(cs.InvalidInput, match="cannot name a function") as caught:
+            explore(subject, 0, Setting(mask.format(module), limit, 0.3), rounds=0)
+        assert module in caught.value.where and "cadsurgery mask" in caught.value.next
+    assert explore(subject, 0, Setting("saliency", limit, 0.3), rounds=0).levels.numel() > 0

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +100,46 @@ def test_what_is_no_image_is_refused_in_plain_words(
     (tmp_path / name).write_text("no image")
     with pytest.raises(Exception, match=hint):
         client(address).predict(handle_file(tmp_path / name), *SHOW[1:], api_name="/show")
+
+
+def test_an_error_of_the_user_has_no_traceback(
+    address: str, photo: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from gradio_client import handle_file
+
+    for mask in ("edgs", "saliency:function=os:system"):
+        with pytest.raises(Exception, match=r"edgs|cannot name a function"):
+            client(address).predict(handle_file(photo), "street 1", mask, *SHOW[3:], api_name="/show")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_large_upload_is_refused(address: str, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+
+    (tmp_path / "large.png").write_bytes(bytes(33 * 2**20))
+    with pytest.raises(Exception, match=r"(?i)size"):
+        client(address).predict(handle_file(tmp_path / "large.png"), *SHOW[1:], api_name="/show")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_uploads_are_deleted_when_the_command_is_ended(
+    tmp_path: Path, photo: Path, number: signal.Signals
+) -> None:
+    from gradio_client import handle_file
+
+    cache, tests = tmp_path / "cache", Path(__file__).parents[1]
+    cache.mkdir()
+    command = [sys.executable, "-m", "cadsurgery.cli", "explore", "networks:segmenter", "--weights", "none"]
+    variables = {**os.environ, "GRADIO_TEMP_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tests, env=variables) as process:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if HOST in line)
+        client(line.split()[0]).predict(handle_file(photo), *SHOW[1:], api_name="/show")
+        assert [file for file in cache.rglob("*.png") if file.stat().st_size == photo.stat().st_size]
+        process.send_signal(number)
+        assert process.wait(60) == 130
+    assert list(cache.iterdir()) == []
 
 
 @pytest.mark.slow

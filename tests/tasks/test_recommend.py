@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from cadsurgery.tasks.judging import (
     Judgement,
     estimate,
     judge,
+    time_error,
 )
 from cadsurgery.tasks.recommend import Recommendation, recommend
 from cadsurgery.tasks.recommend import run as running
@@ -109,7 +111,8 @@ def row(
 ) -> SettingRow:
     quality = Estimate(0.6 + change, change, error, values.pop("images", 40))
     blank = {"same": None, "fidelity": None, "boundary": None, "loss": None}
-    return SettingRow(setting, quality, milliseconds, round(10 * milliseconds), **{**blank, **values})
+    macs = values.pop("macs", round(10 * milliseconds))
+    return SettingRow(setting, quality, milliseconds, macs, **{**blank, **values})
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,66 @@ def test_without_labels_the_expected_loss_keeps_enough_together_with_its_error()
     choice = choose([given, doubtful, safe], Request(keep=0.99), CLASSES)
     assert choice.row is safe and any("together with its error" in one for one in choice.reasons)
     assert choose([given, doubtful, safe], Request(keep=0.98), CLASSES).row is doubtful
+
+
+@pytest.mark.parametrize(
+    ("request_", "rows", "words"),
+    [
+        (Request(keep=0.99), [row(ADAPTIVE, 70, -0.003, time_error=0.3)], r"0\.70 \(±0\.30\)"),
+        (Request(at_most=80), [row(ADAPTIVE, 70, -0.003, time_error=0.3)], r"0\.70 \(±0\.30\)"),
+        (Request(keep=0.99), [row(ADAPTIVE, 110, -0.003, time_error=0.3)], r"1\.10 \(±0\.30\)"),
+        (
+            Request(keep=0.99),
+            [row(SMALL, 120, -0.1, macs=250), row(ADAPTIVE, 70, -0.003)],
+            r"1\.20 of the time .* 0\.25 of its work",
+        ),
+    ],
+)
+def test_times_that_err_or_contradict_the_work_do_not_decide(
+    request_: Request, rows: list[SettingRow], words: str
+) -> None:
+    choice = choose([row(GIVEN, 100, 0.0, 0.0), *rows], request_, LABELS)
+    assert choice.reasons[0] == "The machine is too busy to decide." and not choice.is_decided
+    assert re.search(words, choice.reasons[1]) and choice.row.setting == GIVEN
+    assert any("Stop other programs" in reason and "--output" in reason for reason in choice.reasons)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (row(ADAPTIVE, 70, -0.003, time_error=0.01), ADAPTIVE),
+        (row(ADAPTIVE, 99, -0.003, time_error=0.02), GIVEN),  # as fast, whatever the error
+        (row(ADAPTIVE, 70, -0.2, time_error=0.9), GIVEN),  # its quality decides, not its time
+    ],
+)
+def test_times_decide_where_their_error_does_not_matter(other: SettingRow, expected: Setting) -> None:
+    choice = choose([row(GIVEN, 100, 0.0, 0.0), other], Request(keep=0.99), LABELS)
+    assert choice.is_decided and choice.row.setting == expected
+
+
+def test_an_undecided_report_recommends_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter(range(10**6))
+
+    def busy(clock: object) -> float:  # the later a call, the slower the machine, and by much
+        return 1.3 ** (next(ticks) % 37)
+
+    monkeypatch.setattr(running, "now", busy)
+    report = run(photos, tmp_path / "run")
+    assert not report.is_decided and not report.to_dict()["is_decided"] and report.command == ""
+    assert report.reasons[0] == "The machine is too busy to decide."
+    assert not any(report._mark(one) == "recommended" for one in report.rows)
+
+
+def test_the_error_of_times_is_that_of_pairs() -> None:
+    """A machine that slows down for a whole round changes nothing; one that slows single calls does."""
+    speeds = [1.0, 1.0, 3.0, 1.0, 2.0, 1.0, 1.0, 4.0]
+    given = [Judgement(100 * speed) for speed in speeds]
+    assert time_error([Judgement(70 * speed) for speed in speeds], given) == pytest.approx(0, abs=1e-6)
+    alone = time_error([Judgement(70 * speed) for speed in reversed(speeds)], given)
+    assert alone is not None and alone > 0.1
+    assert time_error(given[:1], given) is None
 
 
 @pytest.mark.parametrize(("pictures", "expected"), [(5, False), (10, True)])

@@ -30,8 +30,13 @@ class Comparison:
 
 
 def more_images(image: Tensor, other: Tensor | None) -> list[Tensor]:
-    """Return variants of a batch to compare on: upside down (or `other`), mirrored with half the contrast, negated."""
-    return [image.flip(2) if other is None else other, image.flip(3) / 2, -image]
+    """Return variants of a batch to compare on: upside down (or `other`), mirrored with half the contrast, negated.
+
+    The first two are in contiguous memory, the last in channels_last: a file must take both.
+    """
+    contiguous = [image.flip(2) if other is None else other, image.flip(3) / 2]
+    channels_last = (-image).contiguous(memory_format=torch.channels_last)
+    return [*(one.contiguous() for one in contiguous), channels_last]
 
 
 def check_difference(differences: Iterable[float], tolerance: float = TOLERANCE) -> float:

@@ -27,10 +27,11 @@ from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_diffe
 from cadsurgery.network.export.decompose import decompose
 from cadsurgery.network.export.engines import Engine, import_package
 from cadsurgery.network.export.int8 import to_8_bits
-from cadsurgery.network.export.kernels import add_functions, resize_by_kernels
+from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_kernels
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
+from cadsurgery.network.exported_files import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
@@ -92,6 +93,8 @@ def write(
         resize_by_kernels(model.model)
     add_functions(model.model)
     model.model.metadata_props.update(_metadata(net, dynamic))
+    if DOMAIN in model.model.graph.opset_imports:
+        model.model.metadata_props[KERNELS_KEY] = model.model.doc_string = HOW_TO_OPEN
     _name_axes(model.model, free)
     step("writing")
     weights = (one.const_value for one in model.model.graph.initializers.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ def write_package(
 ) -> Written:
     """Write a package of AOTInductor for this machine; return its comparison and the shape of its image.
 
-    The compiled code does not check the shape of its input. The metadata hold this shape and the names of the outputs.
+    The compiled code does not check the shape of its input; the input may be contiguous or in channels_last memory. The
+    metadata hold this shape and the names of the outputs.
 
     Raises:
         CannotConvert: the network cannot be exported or compiled, or the package's outputs differ.
@@ -68,10 +70,25 @@ def write_package(
     # convolutions, with copies of the rows.
     step("tracing")
     with portable():
-        program = follow(net.optimize(), image)
+        program = follow(_TakesAnyLayout(net.optimize()), image.contiguous())
     step("compiling")
     compile_program(program, path, about)
     return _compare(net, torch._inductor.aoti_load_package(str(path)), image, other, step)
+
+
+class _TakesAnyLayout(nn.Module):
+    """Copies the image to contiguous memory first: compiled code reads its input by the strides of the example.
+
+    Inductor omits `contiguous()` of an example that is contiguous already. This pooling, which pools single values,
+    is an operation that it calls in torch, where the strides of the call count; its result is always contiguous.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor) -> Any:
+        return self.net(torch.ops.aten._adaptive_avg_pool3d(image, image.shape[1:]))
 
 
 def compile_program(

@@ -16,6 +16,7 @@ from cadsurgery.tasks.judging import (
     boundary_iou,
     estimate,
     median_time,
+    time_error,
 )
 from cadsurgery.tasks.recommend.currency import LEFT, error_by_pictures, expected_loss
 from cadsurgery.tasks.recommend.report import WORDS, Request, SettingRow
@@ -28,6 +29,10 @@ _FASTER = 0.97  # of the time
 _BEYOND_DOUBT = ((20, 3.6), (10, 4.3), (LOOK_EVERY, 7.2))
 _WORTH = 0.95  # of the time of the network as given: what takes longer is no gain
 _AS_FAST = 1.03  # of the time of the fastest: a simpler setting is as fast
+_CLEARLY_LESS_WORK = (
+    0.6  # of the network as given: the same network on so much smaller pictures cannot be slower
+)
+_TOLD = 3  # doubts in the report
 _DECIDED = 1.64  # standard errors: nine in ten
 _SIMPLE = ("given", "size", "dense", "adaptive")  # the simplest first
 _MOST_IMAGES = 10_000
@@ -35,11 +40,15 @@ _MOST_IMAGES = 10_000
 
 @dataclass(frozen=True)
 class Choice:
-    """The recommended row, the reasons, and the number of pictures that would decide; None if there is no doubt."""
+    """The recommended row, the reasons, and the number of pictures that would decide; None if there is no doubt.
+
+    Where the times do not decide (`is_decided`), the row is that of the network as given.
+    """
 
     row: SettingRow
     reasons: tuple[str, ...]
     images_needed: int | None = None
+    is_decided: bool = True
 
 
 def is_beaten(ours: Sequence[Judgement], others: Iterable[Sequence[Judgement]], measure: str) -> bool:
@@ -84,6 +93,7 @@ def rows_of(
                 quality,
                 median_time(ours),
                 macs[setting.name],
+                time_error=time_error(ours, given),
                 is_complete=len(ours) == len(given),
                 **values,
             )
@@ -131,6 +141,9 @@ def choose(
         chosen = _simplest(fastest, able, slower=_AS_FAST)
         if chosen.milliseconds > _WORTH * given.milliseconds:
             chosen = given
+    nothing_is_faster = chosen is given and request.at_most is None
+    if doubts := _doubts_about_times(able if nothing_is_faster else [chosen], rows):
+        return Choice(given, (*doubts, *_about_few(rows)), is_decided=False)
     reasons = [_headline(chosen, given), *_why(chosen, rows, request, measure)]
     if refusal is not None:
         reasons.append(f"It cannot be converted: {first_line(refusal)}")
@@ -201,6 +214,35 @@ def _images_needed(
         needed = row.quality.images * (_DECIDED * error / max(abs(above), 1e-9)) ** 2
         most = max(most, min(_MOST_IMAGES, math.ceil(needed)))
     return most or None
+
+
+def _doubts_about_times(deciding: Sequence[SettingRow], rows: Sequence[SettingRow]) -> list[str]:
+    """Return sentences on times that contradict the work, or that vary more than they differ; none if they decide.
+
+    Args:
+        deciding: the settings whose times the choice depends on.
+        rows: all settings, the network as given first.
+    """
+    given = rows[0]
+    doubts = [
+        f"{row.name} takes {row.milliseconds / given.milliseconds:.2f} of the time of the network as given, with "
+        f"{row.macs / max(1, given.macs):.2f} of its work."
+        for row in rows
+        if row.setting.kind == "size"
+        and row.macs <= _CLEARLY_LESS_WORK * given.macs
+        and row.milliseconds > _AS_FAST * given.milliseconds
+    ]
+    for row in deciding:
+        difference = abs(1 - row.milliseconds / given.milliseconds)
+        if row is not given and _DECIDED * (row.time_error or 0.0) > max(difference, 1 - _WORTH):
+            doubts.append(
+                f"{row.name} takes {row.milliseconds / given.milliseconds:.2f} (±{row.time_error:.2f}) of the time of "
+                "the network as given: the error is larger than the difference."
+            )
+    if not doubts:
+        return []
+    advice = "Stop other programs, or wait for them, and measure anew in another folder (--output), with more pictures."
+    return ["The machine is too busy to decide.", *doubts[:_TOLD], advice]
 
 
 def _headline(chosen: SettingRow, given: SettingRow) -> str:

@@ -43,6 +43,7 @@ class SettingRow(Plain):
         quality: quality by the measure of the report, with its change relative to the network as given.
         milliseconds: time of a picture, the median over pictures.
         macs: multiply-accumulates of the whole network on the first picture.
+        time_error: standard error of its time relative to that of the network as given; None for one picture.
         same: share of pixels with the class of the network as given; None for values.
         fidelity: mean IoU against the classes of the network as given; None for values.
         boundary: IoU of the outlines of classes against those of the network as given; None for values.
@@ -60,6 +61,7 @@ class SettingRow(Plain):
     fidelity: float | None
     boundary: float | None
     loss: tuple[float, float] | None
+    time_error: float | None = None
     is_complete: bool = True
     is_on_front: bool = False
 
@@ -85,12 +87,13 @@ class Recommendation(RunReport):
         request: condition on the choice.
         runtime, precision: runtime and precision of all settings.
         rows: the settings, the network as given first.
-        chosen: row of the recommended setting.
+        chosen: row of the recommended setting; the network as given if the times do not decide.
         reasons: sentences, the recommendation first.
         images_needed: number of pictures that would decide where these leave doubt; None: they do not.
         end: why measuring ended early; empty: it did not.
         refused: settings that could not be run, and why.
         folder: of the run.
+        is_decided: False if the machine was too busy for its times to decide; nothing is recommended then.
     """
 
     network: str
@@ -112,6 +115,7 @@ class Recommendation(RunReport):
     refused: Mapping[str, str]
     folder: Path
     failed: tuple[dict[str, str], ...] = ()
+    is_decided: bool = True
 
     @property
     def is_conversion(self) -> bool:
@@ -176,7 +180,7 @@ class Recommendation(RunReport):
             columns.append(Column("expected mIoU", _expected))
         columns += [
             Column("ms", lambda row: f"{row.milliseconds:.0f}"),
-            Column("of given", lambda row: f"{row.milliseconds / given.milliseconds:.2f}"),
+            Column("of given", lambda row: f"{row.milliseconds / given.milliseconds:.2f}{_time_error(row)}"),
             Column("MACs of given", lambda row: f"{row.macs / max(1, given.macs):.2f}"),
             Column("", self._mark, False),
         ]
@@ -184,7 +188,7 @@ class Recommendation(RunReport):
         return table(rows, columns, style=lambda row: "" if row.is_on_front else "dim")
 
     def _mark(self, row: SettingRow) -> str:
-        if row.name == self.chosen.name:
+        if self.is_decided and row.name == self.chosen.name:
             return "recommended"
         return "on the front" if row.is_on_front else "beaten" if row.is_complete else "beaten, dropped"
 
@@ -213,7 +217,9 @@ class Recommendation(RunReport):
         for number, row in enumerate(front if self.chosen in front else [*front, self.chosen], 1):
             corner, unit = (-4, 7), "offset points"
             axis.annotate(str(number), place(row), corner, textcoords=unit, fontsize=8, ha="right")
-            lines.append(f"{number}  {row.name}{' (recommended)' if row.name == self.chosen.name else ''}")
+            lines.append(
+                f"{number}  {row.name}{' (recommended)' if self._mark(row) == 'recommended' else ''}"
+            )
         axis.text(1.01, 0.99, "\n".join(lines), transform=axis.transAxes, fontsize=8, va="top")
         axis.set_xlabel("milliseconds for a picture")
         axis.set_ylabel(f"{WORDS[self.measure]}, %")
@@ -229,6 +235,10 @@ def _change(row: SettingRow) -> str:
         return ""
     error = "" if math.isnan(row.quality.error) else f" ±{100 * row.quality.error:.2f}"
     return f"{100 * row.quality.change:+.2f}{error}"
+
+
+def _time_error(row: SettingRow) -> str:
+    return "" if row.time_error is None or row.setting.kind == "given" else f" ±{row.time_error:.2f}"
 
 
 def _expected(row: SettingRow) -> str:

@@ -199,6 +199,7 @@ def recommend(
         refused=run.refused,
         folder=folder,
         failed=tuple(run.failed),
+        is_decided=choice.is_decided,
         **provenance(network, source, torch.device("cpu")),
     )
     report.write(folder / "report.json", folder / "curve.png")
