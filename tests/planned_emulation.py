@@ -495,10 +495,9 @@ class PlannedEmulator(fx.Interpreter):
 
     def reduced(self, name: str, function: Callable[..., Any], x: Cells, args: Any, kwargs: Any) -> Any:
         """Over the image, or over channels in each cell."""
-        given = dict(
-            zip(("p", "dim", "keepdim") if name == "norm" else ("dim", "keepdim"), args, strict=False)
-        )
-        given |= kwargs
+        names = {"norm": ("p", "dim", "keepdim"), "var": ("dim", "unbiased", "keepdim")}
+        names["std"] = names["var"]
+        given = dict(zip(names.get(name, ("dim", "keepdim")), args, strict=False)) | kwargs
         dims = given["dim"] if isinstance(given["dim"], tuple | list) else (given["dim"],)
         axes = {x.layout[dim] for dim in dims}
         if axes == {"c"}:
@@ -512,7 +511,8 @@ class PlannedEmulator(fx.Interpreter):
                 return tuple(replace(x, data=part, layout=layout) for part in made)
             return self.coarse(replace(x, data=made, layout=layout), self.here.stage)
         assert axes == {"h", "w"}
-        return self.over_image(x, name, dims, bool(given.get("keepdim")))
+        less = given.get("correction", int(given.get("unbiased", True)))
+        return self.over_image(x, name, dims, bool(given.get("keepdim")), less)
 
     def pooled(self, x: Cells, how: str, size: Any) -> Tensor:
         """Adaptive pooling: to one sample, or to bins."""
@@ -521,7 +521,7 @@ class PlannedEmulator(fx.Interpreter):
             return self.over_image(x, how, (2, 3), True)
         return self.emulation.bins(Feature(x.data, x.stage), bins, x.stride, how == "amax")
 
-    def over_image(self, x: Cells, how: str, dims: Any, keepdim: bool) -> Tensor:
+    def over_image(self, x: Cells, how: str, dims: Any, keepdim: bool, less: int = 1) -> Tensor:
         """Of each image: pixels by their weight; sums and norms as large as on the network's own grid."""
         dims = [dim % x.data.dim() for dim in dims]
         if how in ("amax", "amin"):
@@ -533,7 +533,7 @@ class PlannedEmulator(fx.Interpreter):
         samples = math.prod(n for axis, n in zip(x.layout, x.native, strict=True) if axis in "hw")
         mean = (x.data * share).sum(dims, keepdim=True)
         if how in ("var", "std"):
-            mean = ((x.data - mean).square() * share).sum(dims, keepdim=True) * samples / (samples - 1)
+            mean = ((x.data - mean).square() * share).sum(dims, keepdim=True) * samples / (samples - less)
             mean = mean.sqrt() if how == "std" else mean
         elif how == "norm":
             mean = ((x.data.square() * share).sum(dims, keepdim=True) * samples).sqrt()

@@ -1230,8 +1230,8 @@ class Mirrored(Network):
     """Joins the images and their mirror images along the batch, and takes the mean of both results."""
 
     def forward(self, image: Tensor) -> Any:
-        both = super().forward(torch.cat([image, image.flip(3)], 0))
-        return torch.utils._pytree.tree_map(lambda value: value[: len(image)] + value[len(image) :], both)
+        both, count = super().forward(torch.cat([image, image.flip(3)], 0)), image.shape[0]
+        return torch.utils._pytree.tree_map(lambda value: value[:count] + value[count:], both)
 
 
 # -- a seed -------------------------------------------------------------------------------------------------

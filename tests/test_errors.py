@@ -226,6 +226,15 @@ def test_a_window_that_does_not_fit_the_image_is_refused() -> None:
         Window((3, 3), 1, (1, 1), (0, 0, 0, 0)).output_size((2, 8))
 
 
+def test_a_map_that_does_not_divide_is_not_put_into_channels() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.PixelUnshuffle(2), torch.nn.Conv2d(16, 4, 1)
+    )
+    net = cs.adaptify(model.eval(), "none", example_input=torch.rand(1, 3, 32, 32))
+    with refused(cs.InvalidInput, "map of 17x16 samples", "multiples of 2"):
+        net(torch.rand(1, 3, 33, 32))
+
+
 # -- images --------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from cadsurgery.elements.elements import Elements, autocast, check_joint, common
 from cadsurgery.elements.kernel_map import Window, divisors, kernel_map, phases, read_rows
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
+from cadsurgery.support.errors import InvalidInput
 
 
 def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **options: Any) -> int:
@@ -252,7 +253,18 @@ def avg_pool2d(
 
 @operation(reads="window", drops=True)
 def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elements:
-    """Compute space to depth: the values under an r x r window are concatenated along the channels."""
+    """Compute space to depth: the values under an r x r window are concatenated along the channels.
+
+    Raises:
+        InvalidInput: a side of the network's own map is no multiple of r, which torch refuses, too.
+    """
+    height, width = x.lattice.samples(window.spacing)
+    if any(isinstance(length, int) and length % window.stride for length in (height, width)):
+        raise InvalidInput(
+            f"a map of {height}x{width} samples cannot be put into channels by {window.stride}x{window.stride}.",
+            why="torch refuses that, too.",
+            next=f"pad or resize the image so that both sides of the map are multiples of {window.stride}.",
+        )
     window, target = target_of(x, window, stage)
     reading = kernel_map(x.lattice, target, window, drop=drops(target, window))
     rows = extend(x.rows, reading, 0.0)

@@ -258,11 +258,13 @@ class Fuser:
             activation = activation_of(following.node, self.module(following.node))
             tail = following.result if activation is not None else node
         name = f"k{len(self.kernels._modules)}"
-        self.kernels.add_module(name, ScaleShift(*_factors_of(norm, norm.running_mean.dtype), activation))
+        kernel = ScaleShift(*_factors_of(norm, norm.running_mean.dtype), activation)
+        kernel.origin = node.name  # type: ignore[assignment]
+        self.kernels.add_module(name, kernel)
         with self.graph.inserting_before(tail):
             if of_elements:
-                kernel = self.graph.get_attr(f"{KERNELS}.{name}")
-                fused = self.graph.call_function(functional.scale_and_shift, (node.args[0], kernel))
+                held = self.graph.get_attr(f"{KERNELS}.{name}")
+                fused = self.graph.call_function(functional.scale_and_shift, (node.args[0], held))
             else:
                 fused = self.graph.call_module(f"{KERNELS}.{name}", (node.args[0],))
         fused.meta.update(tail.meta)

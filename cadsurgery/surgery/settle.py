@@ -82,6 +82,7 @@ def _leaving_choices(flow: Flow) -> list[fx.Node]:
         for node, role in flow.role.items()
         if role is Role.MAP
         and node in facts.shapes
+        and flow.treatments[node].leaves_by is None  # indices of a pooling leave as torch has them
         and not {node} & (facts.floating | flow.barriers.keys())
         and any(user.op == "output" or user in flow.barriers for user in node.users)
     ]

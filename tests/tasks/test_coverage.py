@@ -90,7 +90,7 @@ def test_a_network_of_the_zoo_keeps_the_laws(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("vit_tiny_patch16_224", "transformer"),
+        ("vit_tiny_patch16_224", "join all positions"),
         slow("mixer_s32_224", "join all positions"),
         slow("swin_t", "join all positions"),
     ],
