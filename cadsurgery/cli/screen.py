@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from cadsurgery.support.errors import CadError, CadWarning, LeftOut
-from cadsurgery.support.progress import time_in_words
+from cadsurgery.support.progress import elsewhere, time_in_words
 
 if TYPE_CHECKING:
     from cadsurgery.tasks.report import Report
@@ -104,8 +104,11 @@ def steps(command: str, *, every: float = _LINE_EVERY) -> Iterator[Current]:
 
         drawn = partial(_draw, now, Spinner("dots"))
         # Standard output is not redirected: results printed there are for another program if it is a pipe.
-        with Live(
-            console=err, get_renderable=drawn, transient=True, refresh_per_second=5, redirect_stdout=False
+        with (
+            elsewhere(),
+            Live(
+                console=err, get_renderable=drawn, transient=True, refresh_per_second=5, redirect_stdout=False
+            ),
         ):
             yield now
     else:

@@ -23,6 +23,7 @@ from cadsurgery.network.hosted import HostedModel, check_used, reach
 from cadsurgery.network.macs import count_planned
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, InvalidInput, describe_error
+from cadsurgery.support.progress import waiting
 from cadsurgery.surgery.arguments import Arguments, bind, bind_example, image_of, run_forward, take_image
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
@@ -137,29 +138,33 @@ def adaptify(
         UnknownName: an unknown mask, option or region; the message lists the closest names.
     """
     provider = resolve_mask(mask)
-    whole = copy_network(model)
-    path, facts = traceable_part(whole, example_input)
-    if path and verify_laws:
-        check_used(whole, path, facts.example)
-    chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
-    if strict:
-        _refuse_barriers(chosen)
-    geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
-    program = carry_out(chosen, flow, geometry)
-    net = AdaptiveModel(facts.model, program, provider)
-    net.source = getattr(model, "cad_source", None)
-    _set_unit(net, whole if path else model, path, normalisation, example_input is not None, facts)
-    take_over(net, facts.model)
-    if verify_laws:
-        net.checks = verify(facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments)
-        chosen = chosen.measured(
-            measure_effect(facts.model, program.graph, chosen, geometry, facts.arguments)
-        )
-        net.restate(chosen)
-        _with_work(net, facts, example_input is None)
-    if chosen.hardly_matters:
-        _report_no_effect(chosen, strict and not chosen.matters)
-    return HostedModel(whole, path, net) if path else net
+    with waiting() as step:
+        step("tracing the network")
+        whole = copy_network(model)
+        path, facts = traceable_part(whole, example_input)
+        if path and verify_laws:
+            check_used(whole, path, facts.example)
+        chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
+        if strict:
+            _refuse_barriers(chosen)
+        geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
+        program = carry_out(chosen, flow, geometry)
+        net = AdaptiveModel(facts.model, program, provider)
+        net.source = getattr(model, "cad_source", None)
+        _set_unit(net, whole if path else model, path, normalisation, example_input is not None, facts)
+        take_over(net, facts.model)
+        if verify_laws:
+            step("verifying that uniform maps give the dense networks")
+            net.checks = verify(facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments)
+            step("measuring what the mask changes")
+            chosen = chosen.measured(
+                measure_effect(facts.model, program.graph, chosen, geometry, facts.arguments)
+            )
+            net.restate(chosen)
+            _with_work(net, facts, example_input is None)
+        if chosen.hardly_matters:
+            _report_no_effect(chosen, strict and not chosen.matters)
+        return HostedModel(whole, path, net) if path else net
 
 
 def _set_unit(

@@ -43,7 +43,7 @@ from cadsurgery.network.optimized import FLOAT, Precision, fuse_network, put_in_
 from cadsurgery.network.program import Derived, Masked, Program, refuse_torchscript
 from cadsurgery.network.quantise import Quantisation
 from cadsurgery.support.errors import CadWarning, InvalidInput
-from cadsurgery.support.progress import Step, silent
+from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
 from cadsurgery.surgery.plan import Plan
@@ -450,9 +450,11 @@ class AdaptiveModel(Derived):
             CadWarning: `int8` is not available here, or the outputs differ from float by more than `largest_error`, by
                 default by more than 1 % of their size; the warning names the error and the layers that cause it.
         """
-        if calibration is not None and precision == "int8":
-            calibration = images_to_calibrate(self, calibration)
-        return self._optimize(fuse, Precision(precision, calibration, largest_error, step))
+        with waiting(step) as shown:
+            shown("optimising the network")
+            if calibration is not None and precision == "int8":
+                calibration = images_to_calibrate(self, calibration)
+            return self._optimize(fuse, Precision(precision, calibration, largest_error, shown))
 
     def _optimize(self, fuse: bool, wanted: Precision) -> AdaptiveModel:
         fast = OptimizedModel(self, fuse, pairs=wanted.name == FLOAT)

@@ -1,0 +1,79 @@
+"""Long calls in Python show a line on a terminal, and nothing elsewhere."""
+
+from __future__ import annotations
+
+import io
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import cadsurgery as cs
+from cadsurgery.support import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    stream = Terminal()
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))  # pytest replaces sys.stderr itself
+    monkeypatch.setattr(progress, "_PATIENCE", 0.05)
+    return stream
+
+
+def wait(stream: Terminal, text: str) -> None:
+    end = time.monotonic() + 10
+    while text not in stream.getvalue() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_long_call_shows_its_steps_on_one_line_that_disappears(terminal: Terminal) -> None:
+    with progress.waiting() as step:
+        step("tracing")
+        wait(terminal, "tracing")
+        step("verifying")
+    shown = terminal.getvalue()
+    assert "cadsurgery: tracing ..." in shown and "cadsurgery: verifying ..." in shown
+    assert shown.endswith("\r\x1b[K") and "\n" not in shown
+
+
+def test_a_short_call_and_one_on_a_screen_of_its_own_show_nothing(terminal: Terminal) -> None:
+    with progress.waiting() as step:
+        step("tracing")
+    with progress.elsewhere(), progress.waiting() as step:
+        step("tracing")
+        time.sleep(0.1)
+    time.sleep(0.1)
+    assert terminal.getvalue() == ""
+
+
+def test_steps_of_the_caller_are_called_instead(terminal: Terminal) -> None:
+    noted: list[str] = []
+
+    def note(
+        text: str, done: float | None = None, of: float | None = None, limit: float | None = None
+    ) -> None:
+        noted.append(text)
+
+    with progress.waiting(note) as step:
+        step("tracing")
+        time.sleep(0.1)
+    assert noted == ["tracing"] and terminal.getvalue() == ""
+
+
+def test_a_conversion_and_an_optimised_copy_say_what_they_do(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_PATIENCE", 0.0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1)).eval()
+    image = torch.rand(1, 3, 64, 64)
+    net = cs.adaptify(model, "none", example_input=image)
+    assert "verifying" in terminal.getvalue()
+    net.optimize(precision="int8", calibration=image)
+    assert "calibrat" in terminal.getvalue()
