@@ -151,10 +151,10 @@ def adaptify(
     _set_unit(net, whole if path else model, path, normalisation, example_input is not None, facts)
     take_over(net, facts.model)
     if verify_laws:
-        net.checks = verify(facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments)
-        chosen = chosen.measured(
-            measure_effect(facts.model, program.graph, chosen, geometry, facts.arguments)
-        )
+        with facts.forgetting():
+            net.checks = verify(facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments)
+            effect = measure_effect(facts.model, program.graph, chosen, geometry, facts.arguments)
+        chosen = chosen.measured(effect)
         net.restate(chosen)
         _with_work(net, facts, example_input is None)
     if chosen.hardly_matters:

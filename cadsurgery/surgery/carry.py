@@ -114,7 +114,8 @@ class Symbol(fx.Proxy):
         return str(self.tracer.value(self))
 
     def __hash__(self) -> int:
-        return id(self)
+        """Return the same number for the same computation with sizes, so that sizes may be keys of dictionaries."""
+        return hash(_as_key(self.node))
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -189,6 +190,8 @@ class Carrier(Tracer):
     def decide(self, symbol: fx.Proxy, take: Callable[[Any], Any]) -> Any:
         """Return the number or truth value that Python needs, and add a guard that checks it in every later call."""
         node = symbol.node
+        if node.target is operator.eq and len({_as_key(part) for part in node.args}) == 1:
+            return True  # the same size, as the key of a dictionary
         value = self.value(symbol)
         if node.target is getattr and node.args[1] == "requires_grad":
             self.asks_for_gradients = user_line()
@@ -251,6 +254,17 @@ class Carrier(Tracer):
             return asks(node, of_rank=True)
         sources = node.all_input_nodes
         return bool(sources) and all(self._is_of_rank(source) for source in sources)
+
+
+def _as_key(part: Any) -> Any:
+    """Return what is equal for two nodes that compute the same from sizes; the node itself for any other."""
+    if isinstance(part, (tuple, list)):
+        return tuple(map(_as_key, part))
+    if isinstance(part, slice):
+        return ("slice", _as_key((part.start, part.stop, part.step)))
+    if not isinstance(part, fx.Node) or not _gives_number(part):
+        return part
+    return (part.target, _as_key(part.args), _as_key(tuple(part.kwargs.items())))
 
 
 def _selects(node: fx.Node) -> bool:
@@ -340,7 +354,7 @@ class _NumberType(type):
 _PYTHON = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "cadsurgery"}
 
 
-def _name_spaces(model: nn.Module) -> list[dict[str, Any]]:
+def name_spaces(model: nn.Module) -> list[dict[str, Any]]:
     """Return the namespaces of the Python modules that define a network's classes, and of those they import from."""
     kinds = {base for module in model.modules() for base in type(module).__mro__}
     waiting = [
@@ -353,7 +367,7 @@ def _name_spaces(model: nn.Module) -> list[dict[str, Any]]:
         functions = [value for value in space.values() if isinstance(value, FunctionType)]
         for function in functions:
             # A decorator's wrapper has the globals of the decorator.
-            other = inspect.unwrap(function).__globals__
+            other = getattr(inspect.unwrap(function), "__globals__", space)  # built-in functions have none
             if id(other) not in spaces and str(other.get("__name__")).partition(".")[0] not in _PYTHON:
                 spaces[id(other)] = other
                 waiting.append(other)
@@ -374,7 +388,7 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
         "max": _recording(max),
         "min": _recording(min),
     }
-    spaces = _name_spaces(model)
+    spaces = name_spaces(model)
     with ExitStack() as stack:
         is_tensor = functools.partial(_is_instance, kinds=Tensor)
         factories: Any = {name: _recording(getattr(torch, name)) for name in _FACTORIES}

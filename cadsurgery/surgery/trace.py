@@ -21,6 +21,7 @@ from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.carry import Carrier, symbols_in_python
 from cadsurgery.surgery.graphs import upstream
 from cadsurgery.surgery.guards import line_of
+from cadsurgery.surgery.state import State
 from cadsurgery.surgery.tracer import Functions, Tracer, assign
 
 
@@ -113,8 +114,27 @@ def trace(
 
 
 def _trace(model: nn.Module, options: Any, example: Arguments | None, **more: Any) -> fx.Graph:
-    with _putting_back(model) as assigned:
-        graph = _trace_once(model, options, example, **more)
+    if example is None:
+        return _trace_with(Tracer(*options, **more), model)
+    more["given"] = frozenset(example)
+    with symbols_in_python(model):
+        carrier = Carrier(*options, example=example, **more)
+        graph = _trace_with(carrier, model)
+        if line := carrier.asks_for_gradients:
+            other = _trace_with(Carrier(*options, example=example, needs_gradients=True, **more), model)
+            if str(other) != str(graph):
+                raise ByGradients(f"it computes something else where gradients are needed, at {line}")
+    return graph
+
+
+def _trace_with(tracer: Tracer, model: nn.Module) -> fx.Graph:
+    """Trace a network, and put everything back that its forward replaces meanwhile."""
+    state = State(model)
+    try:
+        graph = tracer.trace(model)
+        assigned = {entry.place for entry in state.changes()}
+    finally:
+        state.restore()
     output = next(node for node in graph.nodes if node.op == "output")
     for node in upstream(output):
         if node.op == "get_attr" and node.target in assigned:
@@ -126,46 +146,6 @@ def _trace(model: nn.Module, options: Any, example: Arguments | None, **more: An
 
 class ByState(Exception):
     """The network changes what its next call computes, which a graph cannot represent."""
-
-
-@contextmanager
-def _putting_back(model: nn.Module) -> Iterator[set[str]]:
-    """Give modules the parameters, buffers and attributes back that their forward assigns while it is traced; yield a
-    set, into which the names of these parameters and buffers are put at the end."""
-    held = ("_parameters", "_buffers")
-    before = [
-        (path, module, dict(vars(module)), {kind: dict(vars(module)[kind]) for kind in held})
-        for path, module in model.named_modules()
-    ]
-    assigned = set[str]()
-    try:
-        yield assigned
-    finally:
-        for path, module, attributes, tensors in before:
-            for name, value in list(vars(module).items()):
-                if name in attributes:
-                    vars(module)[name] = attributes[name]
-                elif isinstance(value, fx.Proxy):  # torch.fx keeps constants of its own in others
-                    del vars(module)[name]
-            for kind, own in tensors.items():
-                now = vars(module)[kind]
-                changed = [name for name, value in own.items() if now.get(name) is not value]
-                assigned.update(f"{path}.{name}" if path else name for name in changed)
-                now.update(own)
-
-
-def _trace_once(model: nn.Module, options: Any, example: Arguments | None, **more: Any) -> fx.Graph:
-    if example is None:
-        return Tracer(*options, **more).trace(model)
-    more["given"] = frozenset(example)
-    with symbols_in_python(model):
-        carrier = Carrier(*options, example=example, **more)
-        graph = carrier.trace(model)
-        if line := carrier.asks_for_gradients:
-            other = Carrier(*options, example=example, needs_gradients=True, **more).trace(model)
-            if str(other) != str(graph):
-                raise ByGradients(f"it computes something else where gradients are needed, at {line}")
-    return graph
 
 
 class ByGradients(Exception):

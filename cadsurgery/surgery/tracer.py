@@ -42,8 +42,10 @@ class Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Return a proxy of an attribute; other threads get the attribute itself."""
-        if threading.get_ident() != self._thread:
+        """Return a proxy of an attribute; other threads get the attribute itself. A buffer without elements has no
+        values that a call could change."""
+        is_empty = isinstance(attr_val, Tensor) and not attr_val.numel()
+        if threading.get_ident() != self._thread or (is_empty and not isinstance(attr_val, nn.Parameter)):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
