@@ -294,11 +294,13 @@ def _is_instance(value: Any, kinds: Any) -> bool:
     return isinstance(value.tracer.value(value) if issubclass(type(value), Symbol) else value, kinds)
 
 
-def _unscripted(value: Any) -> Callable[..., Any] | None:
-    """Return the Python function of a torch.jit.ScriptFunction; None for anything else."""
-    return (
-        getattr(value, "_torchdynamo_inline", None) if isinstance(value, torch.jit.ScriptFunction) else None
-    )
+def _plain_function(value: Any) -> Callable[..., Any] | None:
+    """Return the Python function of a torch.jit.ScriptFunction, or of a function that keeps its results, which would
+    keep symbols; None for anything else."""
+    if isinstance(value, functools._lru_cache_wrapper):
+        return value.__wrapped__
+    is_script = isinstance(value, torch.jit.ScriptFunction)
+    return getattr(value, "_torchdynamo_inline", None) if is_script else None
 
 
 def _symbol_among(*values: Any) -> Symbol | None:
@@ -396,8 +398,12 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.jit, "isinstance", _is_instance))
         for space in spaces:
             free = {name: value for name, value in shadows.items() if name not in space}
-            free |= {name: unscripted for name, value in space.items() if (unscripted := _unscripted(value))}
+            free |= {name: plain for name, value in space.items() if (plain := _plain_function(value))}
             stack.enter_context(_replaced(space, free))
+        for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
+            for name, value in list(vars(kind).items()):
+                if (plain := _plain_function(value)) is not None:
+                    stack.enter_context(mock.patch.object(kind, name, plain))
         yield
 
 

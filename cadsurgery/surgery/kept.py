@@ -92,8 +92,8 @@ def _find_remade(model: nn.Module, state: State, call: Arguments) -> Kept:
     return Kept(state, tuple(remade))
 
 
-def _depends_on_earlier_calls(model: nn.Module, state: State, entry: Entry, call: Arguments) -> CannotFollow:
-    state.restore()
+def _depends_on_earlier_calls(model: nn.Module, kept: Kept, entry: Entry, call: Arguments) -> CannotFollow:
+    kept.forget()
     return CannotFollow(
         f"{type(model).__name__} keeps what its next call depends on.",
         where=_line_that_replaces(entry, partial(_run, model, call)),
@@ -164,15 +164,15 @@ def _choices(values: list[tuple[Entry, Any, Any]]) -> Iterator[tuple[Callable[[]
 
 
 def _set_to_none(entry: Entry, value: Any, other: Any) -> None:
-    entry.put(None)
+    entry.remove(value) if entry.is_new_item else entry.put(None)
 
 
 def _remove(entry: Entry, value: Any, other: Any) -> None:
-    entry.remove()
+    entry.remove(value)
 
 
 def _set_to_empty(entry: Entry, value: Any, other: Any) -> None:
-    entry.put(_emptied(value, other))
+    entry.remove(value) if entry.is_new_item else entry.put(_emptied(value, other))
 
 
 def _emptied(value: Any, other: Any) -> Any:

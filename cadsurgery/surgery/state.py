@@ -29,11 +29,13 @@ class Entry:
         container: the dictionary or list that holds it; for an attribute that of the module.
         key: its name, key or position there.
         place: its name for messages, e.g. `head.grids[1]`.
+        is_new_item: true for an item that a dictionary of the network's gained.
     """
 
     container: Any
     key: Any
     place: str
+    is_new_item: bool = False
 
     @property
     def value(self) -> Any:
@@ -46,17 +48,16 @@ class Entry:
         """Replace the value."""
         self.container[self.key] = value
 
-    def remove(self) -> None:
-        """Remove the value and, from a dictionary of the network's, all of its kind: there may be a value per size."""
-        value = self.value
-        if isinstance(self.container, dict):
-            kinds = (type(self.key), type(value))
-            is_attribute = self.place.endswith(f".{self.key}") or self.place == self.key
-            alike = [key for key, item in self.container.items() if (type(key), type(item)) == kinds]
-            for key in [self.key] if is_attribute else [self.key, *alike]:
-                self.container.pop(key, None)
-        else:
-            self.container[self.key] = None
+    def remove(self, value: Any) -> None:
+        """Remove a value that a call kept and, from a dictionary that gained it, all alike: there may be one per size."""
+        if not isinstance(self.container, dict):
+            self.put(None)
+            return
+        kinds = (type(self.key), type(value))
+        items = self.container.items() if self.is_new_item else ()
+        alike = [key for key, item in items if (type(key), type(item)) == kinds]
+        for key in (self.key, *alike):
+            self.container.pop(key, None)
 
 
 class State:
@@ -65,6 +66,7 @@ class State:
     def __init__(self, model: nn.Module) -> None:
         """Note them. Tensors are noted as objects, not by their values."""
         self._noted = [(place, held, _contents(held)) for place, held in _containers(model)]
+        self._of_modules = {id(vars(module)[part]) for module in model.modules() for part in _PARTS_OF_MODULE}
 
     def restore(self) -> None:
         """Put everything back that was replaced, added or removed, but modes of modules and torch.fx's constants."""
@@ -77,16 +79,10 @@ class State:
     def tensors(self) -> list[Entry]:
         """Return the tensors that are no parameters or buffers."""
         pairs = [(place, held) for place, held, _ in self._noted if isinstance(held, dict)]
-        own = [
-            id(tensors)
-            for _, held in pairs
-            for name in _PARTS_OF_MODULE
-            if (tensors := held.get(name)) is not None
-        ]
         return [
             Entry(held, key, _join(place, key))
             for place, held in pairs
-            if id(held) not in own
+            if id(held) not in self._of_modules
             for key, value in held.items()
             if isinstance(value, Tensor) and not _is_of_torch(key)
         ]
@@ -94,10 +90,14 @@ class State:
     def changes(self) -> list[Entry]:
         """Return what was replaced or added since, except parts that lists gained."""
         return [
-            Entry(held, key, _join(place, key))
+            Entry(held, key, _join(place, key), self._is_new_item(held, contents, key))
             for place, held, contents in self._noted
             for key in _changed(held, contents)
         ]
+
+    def _is_new_item(self, held: Any, contents: Any, key: Any) -> bool:
+        is_item = isinstance(held, dict) and "_modules" not in held and id(held) not in self._of_modules
+        return is_item and key not in contents
 
 
 @dataclass(frozen=True)
