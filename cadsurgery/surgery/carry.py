@@ -97,6 +97,11 @@ class Symbol(fx.Proxy):
             return function(args[0].tracer.value(args[0]))
         return super().__torch_function__(function, types, args, kwargs)
 
+    def type(self, dtype: Any = None, **options: Any) -> Any:
+        """Return the name of the type, or convert to a type given by name, class or dtype."""
+        given = () if dtype is None else (_dtype_of(dtype),)
+        return self.tracer.create_proxy("call_method", "type", (self, *given), options)
+
     def __setitem__(self, index: Any, part: Any) -> None:
         """Rebind this symbol to the value after the assignment."""
         self.node = self.tracer.call(assign, self, index, part).node
@@ -328,6 +333,27 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _dtype_of(kind: Any) -> Any:
+    """Return the dtype of a legacy type, such as `torch.FloatTensor` or its name; anything else as it is."""
+    if isinstance(kind, str):
+        kind = operator.attrgetter(kind.removeprefix("torch."))(torch)
+    return kind.dtype if isinstance(kind, type(torch.FloatTensor)) else kind
+
+
+def _recording_method(name: str) -> Callable[..., Any]:
+    """Wrap a method of tensors so that a call with a symbol as argument is recorded as a node."""
+    method = getattr(Tensor, name)
+
+    @functools.wraps(method)
+    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        symbol = _symbol_among(args, kwargs)
+        if symbol is None:
+            return method(tensor, *args, **kwargs)
+        return symbol.tracer.create_proxy("call_method", name, (tensor, *args), kwargs)
+
+    return call
+
+
 class _NumberType(type):
     """Metaclass of replacements of `int`, `float` and `type`: equal to these for isinstance, called with a symbol they
     return `of(symbol)`."""
@@ -396,6 +422,8 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
         factories: Any = {name: _recording(getattr(torch, name)) for name in _FACTORIES}
         stack.enter_context(mock.patch.multiple(torch, is_tensor=is_tensor, **factories))
         stack.enter_context(mock.patch.object(torch.jit, "isinstance", _is_instance))
+        for name in ("to", "type"):  # with the type of a symbol
+            stack.enter_context(mock.patch.object(Tensor, name, _recording_method(name)))
         for space in spaces:
             free = {name: value for name, value in shadows.items() if name not in space}
             free |= {name: plain for name, value in space.items() if (plain := _plain_function(value))}

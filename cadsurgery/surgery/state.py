@@ -49,7 +49,7 @@ class Entry:
         self.container[self.key] = value
 
     def remove(self, value: Any) -> None:
-        """Remove a value that a call kept and, from a dictionary that gained it, all alike: there may be one per size."""
+        """Remove a value that a call kept and, from a dictionary that gained it, all alike: it may hold several."""
         if not isinstance(self.container, dict):
             self.put(None)
             return

@@ -163,19 +163,30 @@ _FIRST = ("input", "tensors", "tensor", "x", "self")
 
 
 def _spell_plainly(model: nn.Module, graph: fx.Graph) -> None:
-    """Put the first argument of calls first where it is passed by name, and name fields of tuples by their places, so
-    that rules meet one spelling."""
+    """Put the first argument of calls first where it is passed by name, name fields of tuples by their places and types
+    by tensors that have them, so that rules meet one spelling."""
     for node in list(graph.nodes):
         if (name := _name_of_first(model, node)) is not None:
             kwargs = dict(node.kwargs)
             node.args = (kwargs.pop(name),)
             node.kwargs = kwargs
+        if node.op == "call_method" and node.target == "type" and len(node.args) == 1 and not node.kwargs:
+            _convert_like(node)
         if node.target is getattr and isinstance(node.args[0], fx.Node):
             source, field = node.args
             kind = getattr(torch.return_types, name_of(source.target), None)
             names = getattr(kind, "__match_args__", ())
             if source.op != "call_module" and field in names:
                 node.target, node.args = operator.getitem, (source, names.index(field))
+
+
+def _convert_like(name: fx.Node) -> None:
+    """Replace conversions to the type of a tensor that is named, `g.type(y.type())`, by `g.type_as(y)`."""
+    for user in list(name.users):
+        if user.op == "call_method" and user.target in ("type", "to") and user.args[1:] == (name,):
+            user.target, user.args = "type_as", (user.args[0], name.args[0])
+    if not name.users:
+        name.graph.erase_node(name)
 
 
 def _name_of_first(model: nn.Module, node: fx.Node) -> str | None:

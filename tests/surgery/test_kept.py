@@ -244,3 +244,26 @@ def test_what_depends_on_pixels_of_earlier_calls_is_refused_with_its_line(name: 
     build, words = DEPENDING[name]
     with pytest.raises(cs.CannotConvert, match=words):
         convert(build())
+
+
+def _of_type(own: Any, y: Tensor) -> Tensor:
+    own.mean = own.mean.type_as(y)
+    axes = torch.arange(y.shape[2])[:, None] + torch.arange(y.shape[3])
+    return axes.to(y) - own.mean
+
+
+def test_a_constant_that_is_assigned_in_the_type_of_the_map_is_followed() -> None:
+    model = WithGrid(_of_type, mean=torch.full((1, 1, 1, 1), 0.5)).eval()
+    check(convert(model), model)
+
+
+def test_values_of_an_earlier_trace_are_refused_with_module_and_operation() -> None:
+    last: Any = 0.0
+
+    def beside(own: Any, y: Tensor) -> Tensor:
+        nonlocal last
+        result, last = y[:, 6:] + last, y.mean()
+        return result + torch.zeros(y.shape[2], 1)
+
+    with pytest.raises(cs.CannotConvert, match="WithGrid uses the result of mean in an earlier call"):
+        convert(WithGrid(beside))
