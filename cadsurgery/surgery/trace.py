@@ -19,7 +19,6 @@ from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.torch_operations import asks, is_in_place, is_kind, name_of
 from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.carry import Carrier, symbols_in_python
-from cadsurgery.surgery.graphs import upstream
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.state import State
 from cadsurgery.surgery.tracer import Functions, Tracer, assign
@@ -91,8 +90,6 @@ def trace(
             options = (is_operation, (*functions, *wrapped), declared)
             try:
                 graph = _trace(model, options, example, given=given)
-            except ByState:
-                raise
             except Exception:  # perhaps control flow that depends on buffers: retry with buffers as constants
                 graph = _trace(model, options, example, given=given, names_buffers=False)
     except Exception as error:  # tracing runs foreign code, which can raise any error
@@ -131,21 +128,9 @@ def _trace_with(tracer: Tracer, model: nn.Module) -> fx.Graph:
     """Trace a network, and put everything back that its forward replaces meanwhile."""
     state = State(model)
     try:
-        graph = tracer.trace(model)
-        assigned = {entry.place for entry in state.changes()}
+        return tracer.trace(model)
     finally:
         state.restore()
-    output = next(node for node in graph.nodes if node.op == "output")
-    for node in upstream(output):
-        if node.op == "get_attr" and node.target in assigned:
-            raise ByState(
-                f"its forward assigns {node.target}, on which what it returns in the next call depends"
-            )
-    return graph
-
-
-class ByState(Exception):
-    """The network changes what its next call computes, which a graph cannot represent."""
 
 
 class ByGradients(Exception):
