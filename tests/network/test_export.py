@@ -366,7 +366,7 @@ class OfDictionary(nn.Module):
 @pytest.mark.parametrize("form", ["dictionary", "image"])
 def test_the_image_of_a_dictionary_is_an_input_by_its_name(form: str, tmp_path: Path) -> None:
     image, other = picture(1, 64, 96), picture(2, 64, 96).flip(3)
-    model = cs.adaptify(OfDictionary(), "edges", example_input=({"photo": image},), verify_laws=False)
+    model = cs.adaptify(OfDictionary().eval(), "edges", example_input=({"photo": image},), verify_laws=False)
     given: Any = {"photo": image} if form == "dictionary" else image
     report = cs.export(model, given, tmp_path / "net.onnx")
     run = File(tmp_path / "net.onnx")
@@ -381,7 +381,7 @@ def test_further_tensors_of_a_dictionary_are_refused_by_name(tmp_path: Path) -> 
             return {"scores": super().forward(data)["scores"] + data["bias"]}
 
     given = {"photo": picture(1, 64, 96), "bias": torch.ones(1)}
-    model = cs.adaptify(Biased(), "edges", example_input=(given,), verify_laws=False)
+    model = cs.adaptify(Biased().eval(), "edges", example_input=(given,), verify_laws=False)
     with pytest.raises(cs.InvalidInput, match="reads 'photo', 'bias' from data"):
         cs.export(model, given, tmp_path / "net.onnx")
 
