@@ -79,7 +79,8 @@ def convert_for_call(
         if own is not None and chosen.identity_level != min(own, chosen.max_level):
             raise refusal  # the same level map would mean another network
         found = carry_out(chosen, flow, program.geometry)
-        verify(facts.model, facts.graph, found.graph, chosen, program.geometry, facts.arguments)
+        with facts.forgetting():
+            verify(facts.model, facts.graph, found.graph, chosen, program.geometry, facts.arguments)
     except CadError as error:
         raise refusal from (error if error is not refusal else None)
     return found.bind_to(net)

@@ -1,4 +1,4 @@
-"""Explain why a network does not accept an image: its type, device or number of channels."""
+"""Explain why a network does not accept an image: its type, device, number of channels or size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements.backends.integer_layers import to_bytes
 from cadsurgery.elements.functional import to_elements
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import InvalidInput, first_line
+from cadsurgery.support.errors import InvalidInput, describe_error, first_line
 from cadsurgery.surgery.hooks import parameter
 from cadsurgery.surgery.rewrite import ask_mask
 
@@ -49,6 +49,25 @@ def misfit(
         f"the network does not run on {describe(image)} on {image.device}.",
         why=first_line(error),  # the network changes the image first; only its own error tells more
         next=f"give images like those of the conversion; it computes in {_name(first.dtype)} on {first.device}.",
+    )
+
+
+def wrong_size(image: Tensor, example: tuple[int, ...], low: int, error: Exception) -> InvalidInput | None:
+    """Return the error for an image of a size that the network refuses; None for the size of the conversion.
+
+    Args:
+        image: the image batch of the call.
+        example: shape of the image at conversion.
+        low: the lowest output stride.
+        error: the error that the call raised, which is the original's own.
+    """
+    if image.shape[2:] == example[2:] or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return None
+    return InvalidInput(
+        f"the network does not run on an image of {image.shape[2]} x {image.shape[3]} pixels.",
+        why=describe_error(error),
+        next=f"resize or pad the images to sizes that the original takes, such as multiples of {low}; the conversion's "
+        f"was {example[2]} x {example[3]}.",
     )
 
 

@@ -17,7 +17,7 @@ from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.network.inputs import first_types, misfit, wrong_type
+from cadsurgery.network.inputs import first_types, misfit, wrong_size, wrong_type
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
 from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order
@@ -265,6 +265,7 @@ class Program:
             if isinstance(error, CadError) and not checks_channels:
                 raise
             refusal = misfit(self.net, self.graph, image, error, channels)
+            refusal = refusal or wrong_size(image, self.plan.example_shape, self.plan.output_stride[1], error)
             if refusal is None:
                 raise
             raise refusal from error

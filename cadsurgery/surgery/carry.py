@@ -97,6 +97,11 @@ class Symbol(fx.Proxy):
             return function(args[0].tracer.value(args[0]))
         return super().__torch_function__(function, types, args, kwargs)
 
+    def type(self, dtype: Any = None, **options: Any) -> Any:
+        """Return the name of the type, or convert to a type given by name, class or dtype."""
+        given = () if dtype is None else (_dtype_of(dtype),)
+        return self.tracer.create_proxy("call_method", "type", (self, *given), options)
+
     def __setitem__(self, index: Any, part: Any) -> None:
         """Rebind this symbol to the value after the assignment."""
         self.node = self.tracer.call(assign, self, index, part).node
@@ -114,7 +119,8 @@ class Symbol(fx.Proxy):
         return str(self.tracer.value(self))
 
     def __hash__(self) -> int:
-        return id(self)
+        """Return the same number for the same computation with sizes, so that sizes may be keys of dictionaries."""
+        return hash(_as_key(self.node))
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -189,6 +195,8 @@ class Carrier(Tracer):
     def decide(self, symbol: fx.Proxy, take: Callable[[Any], Any]) -> Any:
         """Return the number or truth value that Python needs, and add a guard that checks it in every later call."""
         node = symbol.node
+        if node.target is operator.eq and len({_as_key(part) for part in node.args}) == 1:
+            return True  # the same size, as the key of a dictionary
         value = self.value(symbol)
         if node.target is getattr and node.args[1] == "requires_grad":
             self.asks_for_gradients = user_line()
@@ -253,6 +261,17 @@ class Carrier(Tracer):
         return bool(sources) and all(self._is_of_rank(source) for source in sources)
 
 
+def _as_key(part: Any) -> Any:
+    """Return what is equal for two nodes that compute the same from sizes; the node itself for any other."""
+    if isinstance(part, (tuple, list)):
+        return tuple(map(_as_key, part))
+    if isinstance(part, slice):
+        return ("slice", _as_key((part.start, part.stop, part.step)))
+    if not isinstance(part, fx.Node) or not _gives_number(part):
+        return part
+    return (part.target, _as_key(part.args), _as_key(tuple(part.kwargs.items())))
+
+
 def _selects(node: fx.Node) -> bool:
     """True if the size of a node's result depends on values."""
     name = name_of(node.target)
@@ -280,11 +299,13 @@ def _is_instance(value: Any, kinds: Any) -> bool:
     return isinstance(value.tracer.value(value) if issubclass(type(value), Symbol) else value, kinds)
 
 
-def _unscripted(value: Any) -> Callable[..., Any] | None:
-    """Return the Python function of a torch.jit.ScriptFunction; None for anything else."""
-    return (
-        getattr(value, "_torchdynamo_inline", None) if isinstance(value, torch.jit.ScriptFunction) else None
-    )
+def _plain_function(value: Any) -> Callable[..., Any] | None:
+    """Return the Python function of a torch.jit.ScriptFunction, or of a function that keeps its results, which would
+    keep symbols; None for anything else."""
+    if isinstance(value, functools._lru_cache_wrapper):
+        return value.__wrapped__
+    is_script = isinstance(value, torch.jit.ScriptFunction)
+    return getattr(value, "_torchdynamo_inline", None) if is_script else None
 
 
 def _symbol_among(*values: Any) -> Symbol | None:
@@ -308,6 +329,27 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
         if symbol is None:
             return function(*args, **kwargs)
         return symbol.tracer.call(function, *args, **kwargs)
+
+    return call
+
+
+def _dtype_of(kind: Any) -> Any:
+    """Return the dtype of a legacy type, such as `torch.FloatTensor` or its name; anything else as it is."""
+    if isinstance(kind, str):
+        kind = operator.attrgetter(kind.removeprefix("torch."))(torch)
+    return kind.dtype if isinstance(kind, type(torch.FloatTensor)) else kind
+
+
+def _recording_method(name: str) -> Callable[..., Any]:
+    """Wrap a method of tensors so that a call with a symbol as argument is recorded as a node."""
+    method = getattr(Tensor, name)
+
+    @functools.wraps(method)
+    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        symbol = _symbol_among(args, kwargs)
+        if symbol is None:
+            return method(tensor, *args, **kwargs)
+        return symbol.tracer.create_proxy("call_method", name, (tensor, *args), kwargs)
 
     return call
 
@@ -340,7 +382,7 @@ class _NumberType(type):
 _PYTHON = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "cadsurgery"}
 
 
-def _name_spaces(model: nn.Module) -> list[dict[str, Any]]:
+def name_spaces(model: nn.Module) -> list[dict[str, Any]]:
     """Return the namespaces of the Python modules that define a network's classes, and of those they import from."""
     kinds = {base for module in model.modules() for base in type(module).__mro__}
     waiting = [
@@ -353,7 +395,7 @@ def _name_spaces(model: nn.Module) -> list[dict[str, Any]]:
         functions = [value for value in space.values() if isinstance(value, FunctionType)]
         for function in functions:
             # A decorator's wrapper has the globals of the decorator.
-            other = inspect.unwrap(function).__globals__
+            other = getattr(inspect.unwrap(function), "__globals__", space)  # built-in functions have none
             if id(other) not in spaces and str(other.get("__name__")).partition(".")[0] not in _PYTHON:
                 spaces[id(other)] = other
                 waiting.append(other)
@@ -374,16 +416,22 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
         "max": _recording(max),
         "min": _recording(min),
     }
-    spaces = _name_spaces(model)
+    spaces = name_spaces(model)
     with ExitStack() as stack:
         is_tensor = functools.partial(_is_instance, kinds=Tensor)
         factories: Any = {name: _recording(getattr(torch, name)) for name in _FACTORIES}
         stack.enter_context(mock.patch.multiple(torch, is_tensor=is_tensor, **factories))
         stack.enter_context(mock.patch.object(torch.jit, "isinstance", _is_instance))
+        for name in ("to", "type"):  # with the type of a symbol
+            stack.enter_context(mock.patch.object(Tensor, name, _recording_method(name)))
         for space in spaces:
             free = {name: value for name, value in shadows.items() if name not in space}
-            free |= {name: unscripted for name, value in space.items() if (unscripted := _unscripted(value))}
+            free |= {name: plain for name, value in space.items() if (plain := _plain_function(value))}
             stack.enter_context(_replaced(space, free))
+        for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
+            for name, value in list(vars(kind).items()):
+                if (plain := _plain_function(value)) is not None:
+                    stack.enter_context(mock.patch.object(kind, name, plain))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CannotConvert, describe_error, first_line
 from cadsurgery.surgery.arguments import AnyLayout, Arguments, image_of, in_order, run_forward, take_image
+from cadsurgery.surgery.state import Kept
 from cadsurgery.surgery.trace import evaluating
 
 # Odd, non-square and small, so that a conversion does not rely on convenient sizes.
@@ -39,6 +41,7 @@ class Facts:
         pads: windows of padding operations, to be taken over by the window that reads the padded map.
         arguments: arguments of the example call, by name.
         given: the nodes that are tensors of these arguments, in order of execution.
+        kept: what the network's forward keeps for its next call; it is forgotten wherever a graph is compared with it.
     """
 
     model: nn.Module
@@ -55,6 +58,7 @@ class Facts:
     pads: dict[fx.Node, Window] = field(default_factory=dict)
     arguments: Arguments = field(default_factory=dict)
     given: list[fx.Node] = field(default_factory=list)
+    kept: Kept | None = None
 
     def layout(self, value: Any) -> str:
         """Return the axes of a map, e.g. `bchw`; "" for any other value."""
@@ -81,6 +85,10 @@ class Facts:
     def outputs(self) -> list[fx.Node]:
         """The nodes that the graph returns."""
         return next(node for node in self.graph.nodes if node.op == "output").all_input_nodes
+
+    def forgetting(self) -> AbstractContextManager[None]:
+        """Let the network forget for a block what its forward keeps for its next call."""
+        return self.kept.forgotten() if self.kept is not None else nullcontext()
 
     def is_map(self, node: fx.Node) -> bool:
         """True if a node's value has four dimensions."""

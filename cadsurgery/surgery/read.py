@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from cadsurgery.surgery.arguments import (
 from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe, same
 from cadsurgery.surgery.guards import GuardFailed, drop_dead_code, is_guard
 from cadsurgery.surgery.hooks import is_apart
+from cadsurgery.surgery.kept import Kept, find_kept
 from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.shuffles import write_without_batch
 from cadsurgery.surgery.trace import CannotFollow, evaluating, trace
@@ -47,26 +49,32 @@ def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> 
     Raises:
         CannotConvert: the network cannot be traced, or does not run on the example.
     """
-
-    try:
-        facts = _read(model, example, exactly)
-    except (
-        OtherFunction
-    ) as refusal:  # perhaps it asks whether torch traces it, and then computes something else
+    kept = find_kept(model, [example] if example is not None else default_examples(model))
+    with kept.forgotten():
         try:
-            facts = _read(model, example, exactly, is_tracing=False)
-        except CannotConvert:
-            raise refusal from refusal.__cause__
-    if write_without_batch(facts):
-        facts = observe(model, facts.graph, facts.arguments)
-    return facts
+            facts = _read(model, example, exactly, kept)
+        except (
+            OtherFunction
+        ) as refusal:  # perhaps it asks whether torch traces it, and then computes something else
+            try:
+                facts = _read(model, example, exactly, kept, is_tracing=False)
+            except CannotConvert:
+                raise refusal from refusal.__cause__
+        if write_without_batch(facts):
+            facts = observe(model, facts.graph, facts.arguments)
+    return replace(facts, kept=kept)
 
 
-def _read(model: nn.Module, example: Arguments | None, exactly: bool, is_tracing: bool = True) -> Facts:
+def _read(
+    model: nn.Module, example: Arguments | None, exactly: bool, kept: Kept, is_tracing: bool = True
+) -> Facts:
     def is_operation(module: nn.Module) -> bool:
         return has_rule(module) or is_apart(module, model)
 
-    trace_on = partial(trace, model, is_operation, ruled_functions(), is_tracing=is_tracing)
+    def trace_on(call: Arguments | None = None, given: frozenset[str] = frozenset()) -> fx.Graph:
+        kept.forget()
+        return trace(model, is_operation, ruled_functions(), call, given, is_tracing)
+
     with contextlib.suppress(CannotFollow, OtherFunction):
         return observe(model, trace_on(given=frozenset(example or ())), example)
     return _read_on_example(model, example, trace_on, exactly)

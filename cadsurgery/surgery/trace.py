@@ -19,8 +19,8 @@ from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.torch_operations import asks, is_in_place, is_kind, name_of
 from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.carry import Carrier, symbols_in_python
-from cadsurgery.surgery.graphs import upstream
 from cadsurgery.surgery.guards import line_of
+from cadsurgery.surgery.state import State
 from cadsurgery.surgery.tracer import Functions, Tracer, assign
 
 
@@ -90,8 +90,6 @@ def trace(
             options = (is_operation, (*functions, *wrapped), declared)
             try:
                 graph = _trace(model, options, example, given=given)
-            except ByState:
-                raise
             except Exception:  # perhaps control flow that depends on buffers: retry with buffers as constants
                 graph = _trace(model, options, example, given=given, names_buffers=False)
     except Exception as error:  # tracing runs foreign code, which can raise any error
@@ -113,59 +111,26 @@ def trace(
 
 
 def _trace(model: nn.Module, options: Any, example: Arguments | None, **more: Any) -> fx.Graph:
-    with _putting_back(model) as assigned:
-        graph = _trace_once(model, options, example, **more)
-    output = next(node for node in graph.nodes if node.op == "output")
-    for node in upstream(output):
-        if node.op == "get_attr" and node.target in assigned:
-            raise ByState(
-                f"its forward assigns {node.target}, on which what it returns in the next call depends"
-            )
-    return graph
-
-
-class ByState(Exception):
-    """The network changes what its next call computes, which a graph cannot represent."""
-
-
-@contextmanager
-def _putting_back(model: nn.Module) -> Iterator[set[str]]:
-    """Give modules the parameters, buffers and attributes back that their forward assigns while it is traced; yield a
-    set, into which the names of these parameters and buffers are put at the end."""
-    held = ("_parameters", "_buffers")
-    before = [
-        (path, module, dict(vars(module)), {kind: dict(vars(module)[kind]) for kind in held})
-        for path, module in model.named_modules()
-    ]
-    assigned = set[str]()
-    try:
-        yield assigned
-    finally:
-        for path, module, attributes, tensors in before:
-            for name, value in list(vars(module).items()):
-                if name in attributes:
-                    vars(module)[name] = attributes[name]
-                elif isinstance(value, fx.Proxy):  # torch.fx keeps constants of its own in others
-                    del vars(module)[name]
-            for kind, own in tensors.items():
-                now = vars(module)[kind]
-                changed = [name for name, value in own.items() if now.get(name) is not value]
-                assigned.update(f"{path}.{name}" if path else name for name in changed)
-                now.update(own)
-
-
-def _trace_once(model: nn.Module, options: Any, example: Arguments | None, **more: Any) -> fx.Graph:
     if example is None:
-        return Tracer(*options, **more).trace(model)
+        return _trace_with(Tracer(*options, **more), model)
     more["given"] = frozenset(example)
     with symbols_in_python(model):
         carrier = Carrier(*options, example=example, **more)
-        graph = carrier.trace(model)
+        graph = _trace_with(carrier, model)
         if line := carrier.asks_for_gradients:
-            other = Carrier(*options, example=example, needs_gradients=True, **more).trace(model)
+            other = _trace_with(Carrier(*options, example=example, needs_gradients=True, **more), model)
             if str(other) != str(graph):
                 raise ByGradients(f"it computes something else where gradients are needed, at {line}")
     return graph
+
+
+def _trace_with(tracer: Tracer, model: nn.Module) -> fx.Graph:
+    """Trace a network, and put everything back that its forward replaces meanwhile."""
+    state = State(model)
+    try:
+        return tracer.trace(model)
+    finally:
+        state.restore()
 
 
 class ByGradients(Exception):
@@ -183,19 +148,30 @@ _FIRST = ("input", "tensors", "tensor", "x", "self")
 
 
 def _spell_plainly(model: nn.Module, graph: fx.Graph) -> None:
-    """Put the first argument of calls first where it is passed by name, and name fields of tuples by their places, so
-    that rules meet one spelling."""
+    """Put the first argument of calls first where it is passed by name, name fields of tuples by their places and types
+    by tensors that have them, so that rules meet one spelling."""
     for node in list(graph.nodes):
         if (name := _name_of_first(model, node)) is not None:
             kwargs = dict(node.kwargs)
             node.args = (kwargs.pop(name),)
             node.kwargs = kwargs
+        if node.op == "call_method" and node.target == "type" and len(node.args) == 1 and not node.kwargs:
+            _convert_like(node)
         if node.target is getattr and isinstance(node.args[0], fx.Node):
             source, field = node.args
             kind = getattr(torch.return_types, name_of(source.target), None)
             names = getattr(kind, "__match_args__", ())
             if source.op != "call_module" and field in names:
                 node.target, node.args = operator.getitem, (source, names.index(field))
+
+
+def _convert_like(name: fx.Node) -> None:
+    """Replace conversions to the type of a tensor that is named, `g.type(y.type())`, by `g.type_as(y)`."""
+    for user in list(name.users):
+        if user.op == "call_method" and user.target in ("type", "to") and user.args[1:] == (name,):
+            user.target, user.args = "type_as", (user.args[0], name.args[0])
+    if not name.users:
+        name.graph.erase_node(name)
 
 
 def _name_of_first(model: nn.Module, node: fx.Node) -> str | None:

@@ -9,7 +9,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from cadsurgery.support.torch_operations import name_of
+
 Functions = tuple[Callable[..., Any], ...]
+
+
+class OfEarlierCall(Exception):
+    """The Python code uses a value that it kept in an earlier trace, at a place that is not put back."""
 
 
 class Tracer(fx.Tracer):
@@ -42,10 +48,19 @@ class Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Return a proxy of an attribute; other threads get the attribute itself."""
-        if threading.get_ident() != self._thread:
+        """Return a proxy of an attribute; other threads get the attribute itself. A buffer without elements has no
+        values that a call could change."""
+        is_empty = isinstance(attr_val, Tensor) and not attr_val.numel()
+        if threading.get_ident() != self._thread or (is_empty and not isinstance(attr_val, nn.Parameter)):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        """Return an argument of a node; a value that another graph computes cannot be one."""
+        if isinstance(a, fx.Proxy) and a.node.graph is not self.graph:
+            module = self.scope.module_path or type(self.root).__name__
+            raise OfEarlierCall(f"{module} uses the result of {name_of(a.node.target)} in an earlier call")
+        return super().create_arg(a)
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """Create the inputs; arguments that default to None and are not passed stay None, since a graph cannot record

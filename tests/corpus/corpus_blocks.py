@@ -9,6 +9,7 @@ IDIOMS = {
     "decisions": "Python that decides by sizes: `if`, `assert`, `isinstance`, `max`, messages with shapes",
     "sizes": "sizes taken apart, counted with and put together again: `int(x.size(2))`, `*x.shape[2:]`, `list(...)`",
     "factories": "tensors made for a size: zeros, `new_zeros`, `linspace`, `arange`",
+    "kept": "tensors that `forward` keeps for the next call, made once for each size",
     "modules": "modules made in `forward`, slices of `Sequential`, loops over lists of modules and features",
     "arguments": "arguments of `forward` with defaults, which are no tensors",
     "transposed": "transposed convolutions",

@@ -234,3 +234,28 @@ def test_quantizable_networks_in_floats_are_plain_networks(name: str) -> None:
     with torch.no_grad():
         for one in (net, net.optimize()):
             assert relative_error(one(image), model(image)) < 1e-4
+
+
+class Halved(Base):
+    """Its sums need sizes that are multiples of 8, which torch says in its own words."""
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(self.stem(x))
+        return self.head(y.view(*y.shape[:2], y.shape[2] // 2, 2, -1, 2).mean((3, 5)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+
+@pytest.mark.parametrize("is_optimized", [False, True])
+def test_sizes_that_the_original_refuses_are_refused_with_its_error(is_optimized: bool) -> None:
+    torch.manual_seed(0)
+    model = Halved().eval()
+    net: Any = cs.adaptify(model, mask="none", example_input=image(3, (64, 96)), outputs="native")
+    net = net.optimize() if is_optimized else net
+    other = image(3, (66, 98))
+    with pytest.raises(RuntimeError) as original:
+        model(other)
+    with pytest.raises(cs.InvalidInput, match="does not run on an image of 66 x 98") as caught:
+        net(other)
+    assert str(original.value) in caught.value.why

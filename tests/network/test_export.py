@@ -17,12 +17,13 @@ import pytest
 import torch
 from conftest import assert_same, images, picture, random_levels
 from exported import File, net
-from networks import randomise
+from networks import randomise, strided
 from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.network.export.compare import check_difference, difference, more_images
 from cadsurgery.network.export.names import output_names
+from cadsurgery.network.export.onnx import _cut_awkwardly, _of_other_sizes
 from cadsurgery.tasks.corpus import CHECKOUT, subject
 
 onnx = pytest.importorskip("onnx")
@@ -362,3 +363,70 @@ def test_the_command_writes_a_file(tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     said = json.loads(told.stdout)
     assert said["format"] == "onnx" and said["image"] == [None, 3, None, None] and path.is_file()
+
+
+class OfDictionary(nn.Module):
+    """Takes its image in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = strided(3, 8, outputs=3)
+
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"scores": self.body(data["photo"])}
+
+
+@pytest.mark.parametrize("form", ["dictionary", "image"])
+def test_the_image_of_a_dictionary_is_an_input_by_its_name(form: str, tmp_path: Path) -> None:
+    image, other = picture(1, 64, 96), picture(2, 64, 96).flip(3)
+    model = cs.adaptify(OfDictionary().eval(), "edges", example_input=({"photo": image},), verify_laws=False)
+    given: Any = {"photo": image} if form == "dictionary" else image
+    report = cs.export(model, given, tmp_path / "net.onnx")
+    run = File(tmp_path / "net.onnx")
+    assert report.inputs == ("photo",) and [one.name for one in run.session.get_inputs()] == ["photo"]
+    with torch.no_grad():
+        assert_same(run(other)["scores"], model({"photo": other})["scores"], 1e-4)
+
+
+def test_further_tensors_of_a_dictionary_are_refused_by_name(tmp_path: Path) -> None:
+    class Biased(OfDictionary):
+        def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"scores": super().forward(data)["scores"] + data["bias"]}
+
+    given = {"photo": picture(1, 64, 96), "bias": torch.ones(1)}
+    model = cs.adaptify(Biased().eval(), "edges", example_input=(given,), verify_laws=False)
+    with pytest.raises(cs.InvalidInput, match="reads 'photo', 'bias' from data"):
+        cs.export(model, given, tmp_path / "net.onnx")
+
+
+class OfMultiples(nn.Module):
+    """Refuses sizes that are no multiples of 16 with an error of its own, where its maps are as deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = strided(4, 8, outputs=3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        y = self.body(image)
+        height, width = image.shape[2:]
+        cells = image.view(len(image), 3, height // 16, 16, width // 16, 16)
+        return y + cells.mean((3, 5))
+
+
+def test_examples_of_any_size_are_those_that_the_network_accepts() -> None:
+    image = picture(1, 64, 96)
+    model = cs.adaptify(OfMultiples(), "edges", output_stride=(2, 16), example_input=image, verify_laws=False)
+    with torch.no_grad():
+        assert _cut_awkwardly(model, image).shape == image.shape
+        sizes = [tuple(batch.shape) for batch in _of_other_sizes(model, image)]
+    assert sizes == [(2, 3, 48, 96), (1, 3, 96, 64)]
+
+
+def test_an_example_smaller_than_a_cell_is_not_cut() -> None:
+    image = picture(1, 64, 96)
+    model = cs.adaptify(strided(6, 4), "edges", output_stride=(1, 64), example_input=image, verify_laws=False)
+    low = cs.adaptify(strided(6, 4), "edges", output_stride=(4, 64), example_input=image, verify_laws=False)
+    with torch.no_grad():
+        for one in (model, low):
+            height, width = _cut_awkwardly(one, image).shape[2:]
+            assert height == 64 and width > 64

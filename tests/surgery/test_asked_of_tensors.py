@@ -158,6 +158,36 @@ def test_filled_tensors_of_fewer_axes_are_added_and_multiplied(name: str) -> Non
     check(Encoded(lambda own, image, y: own.head((y + fill(y)) * (fill(y) + 2))))
 
 
+def _places(y: Tensor) -> Tensor:
+    axes = [torch.arange(length) for length in y.shape[-2:]]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+
+
+TYPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "type by name": lambda y: _places(y).type(y.type()),
+    "type of a constant by name": lambda y: torch.arange(2).type(y.type()).view(1, 2, 1, 1),
+    "type of a name": lambda y: _places(y).type("torch.FloatTensor"),
+    "type of a class": lambda y: _places(y).type(torch.FloatTensor),
+    "type of a dtype": lambda y: _places(y).type(y.dtype),
+    "to a dtype": lambda y: _places(y).to(y.dtype),
+    "constant to a dtype": lambda y: torch.arange(2).to(y.dtype).view(1, 2, 1, 1),
+    "constant to device and dtype": lambda y: torch.arange(2).to(y.device, y.dtype).view(1, 2, 1, 1),
+    "of the map": lambda y: y[:, :2].double().type(y.type()),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_are_those_of_this_call(name: str) -> None:
+    of_type = TYPES[name]
+    model = Encoded(lambda own, image, y: own.head(torch.cat([y[:, :6], y[:, 6:] + 0.1 * of_type(y)], 1)))
+    check(model)
+    if "of a" not in name:  # else float32 in any network
+        image = torch.rand(1, 3, 48, 80)
+        with torch.no_grad():
+            halves = convert(model).half()(image.half())
+            assert halves.dtype == torch.float16 and relative_error(halves.float(), model(image)) < 2e-2
+
+
 def _count(own: Any, image: Tensor, y: Tensor) -> Tensor:
     own.count += 1
     own.calls += 1
@@ -181,7 +211,7 @@ def test_a_buffer_that_the_next_call_depends_on_is_refused() -> None:
         own.count = own.count * 0.9
         return own.head(y) * own.count
 
-    with pytest.raises(cs.CannotConvert, match="assigns count, on which"):
+    with pytest.raises(cs.CannotConvert, match=r"own\.count \* 0\.9\n.*assigns count, on which"):
         convert(Encoded(scaled))
 
 

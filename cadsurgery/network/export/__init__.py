@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from cadsurgery.masks import FixedMask, MaskProvider
 from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
+from cadsurgery.network.export.dictionaries import open_dictionary
 from cadsurgery.network.export.engines import ENGINES, engines_for
 from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.network.model import AdaptiveModel, images_to_calibrate, whole_program
@@ -59,7 +60,7 @@ class Exported:
 
 def export(
     net: AdaptiveModel,
-    image: Tensor,
+    image: Tensor | dict[str, Any] | list[Any],
     path: str | os.PathLike[str],
     *,
     to: Format | None = None,
@@ -87,7 +88,8 @@ def export(
 
     Args:
         net: a network from `adaptify`, in evaluation mode.
-        image: an image batch (B, C, H, W) of the file's size, or with `dynamic` an example.
+        image: an image batch (B, C, H, W) of the file's size, or with `dynamic` an example. For a network that takes
+            its image in a dictionary, the dictionary or the image; the file's input has the name of its key.
         path: file to write.
         to: format; default: `onnx` for a name that ends in `.onnx`, else `pt2`.
         dynamic: accept any height and width (ONNX only).
@@ -114,7 +116,11 @@ def export(
         FileError: the file cannot be written.
         CadError: a package that the format needs is not installed.
     """
+    part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
+    whole_program(net, "cannot be exported", part)
+    net, image, name = open_dictionary(net, image)
     check_image(image)
+    assert isinstance(image, Tensor)
     if other is not None:
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
@@ -155,8 +161,6 @@ def export(
             f"a package of AOTInductor cannot be called {file.name}.",
             next="name it .pt2, as its loaders expect.",
         )
-    part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
-    whole_program(net, "cannot be exported", part)
     if net.training:
         raise InvalidInput("the network is in training mode.", next="call net.eval() first.")
     if net.quantisation is not None:
@@ -185,11 +189,14 @@ def export(
             engines_for(check_in, with_kernels),
             batches,
             step,
+            name,
         ),
     }
     with torch.no_grad(), write_together(file) as temporary:
         compared, shape = writers[kind](temporary)
         size = sum(one.stat().st_size for one in temporary.parent.iterdir())
+    if kind != "onnx":
+        compared = replace(compared, inputs=(name,))
     return Exported(str(file), kind, size, shape, **vars(compared))
 
 

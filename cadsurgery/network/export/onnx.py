@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ def write(
     engines: Sequence[type[Engine]],
     int8: Sequence[Tensor] = (),
     step: Step = silent,
+    name: str = "image",
 ) -> Written:
     """Write an ONNX file; return its comparison, and the shape of its image with None for dynamic axes. See `export`.
 
+    `name` is that of the image among the inputs.
     The file is compared in each of the engines, and calls kernels if the last of them has some.
 
     Raises:
@@ -85,7 +88,7 @@ def write(
         f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
         custom_translation_table=TABLE,
         optimize=False,
-        input_names=("image", "level_map")[: len(inputs)],
+        input_names=(name, "level_map")[: len(inputs)],
         output_names=outputs,
     )
     _tidy(model.model)
@@ -113,7 +116,7 @@ def write(
         (_compare(net, run, batch, level_map) for run, batch in counted_pairs), tolerance
     )
     shapes = tuple(tuple(batch.shape) for batch in batches)
-    compared = Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs)
+    compared = Comparison(largest, shapes, (name, "level_map")[: len(inputs)], outputs)
     if int8:
         calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
         compared = replace(compared, fidelity=to_8_bits(path, engines[-1], calls, others, step))
@@ -301,15 +304,23 @@ def _drop_assertions(graph: fx.GraphModule) -> None:
 def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
     """Crop an image so that its fine map does not fill the outermost cells, because torch decides by the example
     whether a slice takes all. Return the image itself if the network does not accept the crop."""
-    side, stride = net.geometry.sides[-1], net.plan.strides[0]
+    side, stride, deepest = net.geometry.sides[-1], net.plan.strides[0], net.plan.strides[-1]
     whole = [(divide_up(length, stride) + 1) // side * side for length in image.shape[2:]]
-    height, width = (max((samples - 1) * stride - 1, 1) for samples in whole)
+    cut = [(samples - 1) * stride - 1 for samples in whole]
+    # A map of length one would be fixed in the file, so that the deepest one keeps two samples.
+    height, width = (
+        part if part > deepest else length for part, length in zip(cut, image.shape[2:], strict=True)
+    )
     part = image[:, :, :height, :width].contiguous()
+    return part if _accepts(net, part) else image
+
+
+def _accepts(net: AdaptiveModel, image: Tensor) -> bool:
     try:
-        net(part)
-    except Exception:  # the network may refuse a size with any error
-        return image
-    return part
+        net(image)
+    except Exception:  # a network may refuse a size with any error
+        return False
+    return True
 
 
 def _compare(net: AdaptiveModel, run: Engine, image: Tensor, level_map: bool) -> float:
@@ -338,19 +349,16 @@ def _compare(net: AdaptiveModel, run: Engine, image: Tensor, level_map: bool) ->
 def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
     """Yield batches of other sizes that the network accepts: odd, transposed and larger ones, and one more image."""
     height, width = image.shape[2:]
-    low = net.plan.output_stride[1]
     more = torch.cat((image, image[:1].flip(3)))
     turned = image.transpose(2, 3)
-    odd = [(image[:, :, : height - 5, : width - 3],), (more[:, :, : height - low, :], more)]
+    steps = [step for step in (net.plan.output_stride[1], 32, 64) if step < height]
+    odd = [
+        (image[:, :, : height - 5, : width - 3],),
+        (*(more[:, :, : height - step] for step in steps), more),
+    ]
     for choices in (*odd, (turned, torch.cat((image, image), 3))):
-        for batch in choices:
-            batch = batch.contiguous()
-            try:
-                net(batch)
-            except Exception:  # the network may refuse a size with any error
-                continue
-            yield batch
-            break
+        accepted = (batch for choice in choices if _accepts(net, batch := choice.contiguous()))
+        yield from islice(accepted, 1)
 
 
 def _metadata(net: AdaptiveModel, dynamic: bool) -> dict[str, str]:
