@@ -294,7 +294,8 @@ def _no_torchscript() -> CannotConvert:
     return CannotConvert(
         "torch.jit cannot trace or script a converted network.",
         why="a trace would keep the elements of one image, and what is high differs from image to image.",
-        next="write a file: cs.export(net, image, 'net.onnx'), or 'net.pt2' for torch.export.load.",
+        next="write a file: cs.export(net, image, 'net.onnx'), or 'net.pt2' for torch.export.load; "
+        "net.macs(x) counts the work of a call, and so does torch's FlopCounterMode.",
     )
 
 

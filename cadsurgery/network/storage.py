@@ -26,7 +26,6 @@ from cadsurgery.masks.unit import Normalisation, Unit
 from cadsurgery.network.adapters import LEVELS, REFINEMENTS, kind_of
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
-from cadsurgery.network.exported_files import refuse_exported
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support import files, kinds
 from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
@@ -353,8 +352,6 @@ def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str
         kinds.check_kind(place, kinds.CONVERTED)
     if not files.is_file(place):
         raise files.absent(path)
-    if refusal := refuse_exported(place):
-        raise refusal
     try:
         with safe_open(place, framework="pt") as file:
             header = file.metadata() or {}

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from cadsurgery.support.torch_operations import is_free, is_in_place, spellings
+from cadsurgery.support.torch_operations import is_free, is_in_place, operation_of, spellings
 
 _COND = torch.ops.higher_order.cond
 
@@ -423,11 +423,25 @@ def _layer_norm(
     return torch.empty_like(x) if fits else None
 
 
+_OF_NEW_TYPES = frozenset(
+    (
+        *("logical_not", "isnan", "isinf", "isfinite", "isneginf", "isposinf", "isreal", "signbit"),
+        *("bool", "byte", "char", "short", "int", "long", "zeros_like", "ones_like", "full_like"),
+    )
+)
+
+
+def _changes_type(spelling: Any) -> bool:
+    """True if the result of a pointwise operation may have another type than its input."""
+    known = operation_of(spelling)
+    return known is not None and known.name in _OF_NEW_TYPES
+
+
 _SHORTCUTS: dict[Any, Callable[..., Tensor | None]] = {
     **{
         spelling: _in_place if is_in_place(spelling) else _pointwise
         for spelling in spellings("value")
-        if callable(spelling) and not isinstance(spelling, type)
+        if callable(spelling) and not isinstance(spelling, type) and not _changes_type(spelling)
     },
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, torch.mul, Tensor.mul, Tensor.__mul__), _sum),
     F.batch_norm: _batch_norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import re
 import shlex
 import zipfile
@@ -14,6 +15,14 @@ from cadsurgery.support import files
 from cadsurgery.support.errors import FileError
 
 CONVERTED_KEY = "cadsurgery"  # metadata key of converted networks in safetensors files
+# Key of the metadata of ONNX files with this package's kernels, and its value, which is the document's text, too.
+KERNELS_KEY = "cadsurgery.kernels"
+HOW_TO_OPEN = (
+    "This file calls functions of the domain cadsurgery. OpenVINO does not expand them, and may end the process with a "
+    'segmentation fault: call core.add_extension(cadsurgery.kernels_for("openvino")) before it reads the file. ONNX '
+    "Runtime runs the file as it is, and faster with "
+    'options.register_custom_ops_library(cadsurgery.kernels_for("onnxruntime")).'
+)
 _START = 1024  # bytes from which kinds are recognised
 
 
@@ -58,7 +67,8 @@ CONVERTED = FileKind(
 )
 EXPORTED = FileKind(
     "a program exported by torch",
-    "torch.export.load or torch._inductor.aoti_load_package runs it; here give the network that it was exported from.",
+    "torch.export.load or torch._inductor.aoti_load_package runs it; here give the file of cs.save that it was "
+    "exported from.",
     (".pt2",),
 )
 TORCHSCRIPT = FileKind(
@@ -67,7 +77,8 @@ TORCHSCRIPT = FileKind(
 )
 ONNX = FileKind(
     "an ONNX file",
-    "ONNX Runtime and OpenVINO run it; here give the network that it was exported from.",
+    "onnxruntime.InferenceSession or openvino.Core().read_model runs it; here give the file of cs.save that it was "
+    "exported from.",
     (".onnx",),
 )
 OPENVINO = FileKind(
@@ -137,7 +148,17 @@ def check_kind(path: str | Path, *expected: FileKind, what: str = "") -> None:
 def kind_refused(path: str | Path, kind: FileKind, what: str) -> FileError:
     """Return the error for a file of a kind where something else is expected, described by `what`."""
     use = kind.use.format(path=shlex.quote(str(path)))
-    return FileError(f"{path} is {kind.words}, not {what}.", next=use)
+    more = HOW_TO_OPEN if kind is ONNX and files.is_file(path) and _has_kernels(Path(path)) else ""
+    return FileError(f"{path} is {kind.words}, not {what}.", why=more, next=use)
+
+
+def _has_kernels(path: Path) -> bool:
+    """True if an ONNX file calls this package's kernels."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(KERNELS_KEY.encode()) >= 0
 
 
 # -- by content ----------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ _state("value", "trunc fix")
 _state("value", "clamp clip")
 _state("value", "erf")
 _state("value", "rrelu", nn.RReLU)
+_state_each("value", "bool byte char short int long")
 _state("value", "bitwise_not invert __invert__")
 _state("value", "zero zero_")
 _state_each("value", "logical_not isnan isinf isfinite isneginf isposinf isreal signbit angle fill")
@@ -203,8 +204,7 @@ _state_each("along", "index_select repeat_interleave gather")
 # -- the same values -----------------------------------------------------------------------------------
 
 _state_each("copies", "contiguous clone detach float half double bfloat16 type cpu cuda requires_grad_")
-_state_each("copies", "bool byte char short int long")
-_state("copies", "conj resolve_conj resolve_neg conj_physical real")
+_state("copies", "conj resolve_conj resolve_neg conj_physical")
 _state_each("converts", "to type_as as_tensor")
 _state("reshapes", "flatten", nn.Flatten)
 _state("reshapes", "unflatten", nn.Unflatten)
@@ -300,16 +300,18 @@ def is_in_place(target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
     name = name_of(target)
     if name.startswith("__"):  # `x.__iadd__(y)`, if there is also `x.__add__(y)`
         return name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
+    if getattr(target, "__module__", "") == "_operator":  # and_, or_ and not_ are only spelled so
+        return target in _IN_PLACE_OPERATORS
     if name.endswith("_") and not name.startswith("_"):
         return True
     if not callable(target):
         return False
     place = _place_of_inplace(target)
     flag = args[place] if place is not None and len(args) > place else (kwargs or {}).get("inplace")
-    return target in _IN_PLACE_OPERATORS or bool(flag)
+    return bool(flag)
 
 
-_IN_PLACE_NAMES = {f"i{name}" for name in dir(operator)} & set(dir(operator))
+_IN_PLACE_NAMES = {f"i{name.rstrip('_')}" for name in dir(operator)} & set(dir(operator))
 _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE_NAMES if name.isidentifier())
 
 

@@ -30,7 +30,7 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import FLOAT, PRECISIONS
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
-from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName, check_name
+from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, UnknownName, check_name
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.support.progress import Step, within
@@ -239,7 +239,10 @@ def _other_strides(
         options = {**request.options, "output_stride": pair}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CadWarning)
-            net = adaptify(request.before, mask, **options, verify_laws=False).to(batch.device)
+            try:
+                net = adaptify(request.before, mask, **options, verify_laws=False).to(batch.device)
+            except CannotConvert:  # no operation works between these strides
+                continue
         macs = net.macs(batch).mask
         option = f"--output-stride {pair[0]},{pair[1]}"
         found.append({"output_stride": pair, "macs": macs, "of_given": macs / given, "option": option})

@@ -237,6 +237,9 @@ def values_of(found: Any) -> list[Tensor]:
 def test_padding_changes_nothing(name: str, size: tuple[int, int], fill: Any) -> None:
     """Every operation on a lattice with loose bounds, its padding full of NaN, is that on the exact one."""
     geometry = Geometry((2, 2), fill=fill)
+    size = (
+        (12, 20) if name == "space to depth" and size[0] % 2 else size
+    )  # torch refuses sides that do not divide
     for batch, dtype in ((1, torch.float32), (2, double)):
         levels = random_levels(batch, size, (2, 2))
         pixels = batch * size[0] * size[1]

@@ -32,10 +32,10 @@ from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_k
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.exported_files import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
+from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.provenance import versions
 
