@@ -180,7 +180,7 @@ class Particular(nn.Module):
 def test_an_image_that_the_network_does_not_take_costs_itself(photos: Path) -> None:
     report = cs.evaluate(segmenter(Particular), f"images:{photos}", [MASK], batch=2, **STRIDES)
     assert report.images == 2 and [failure["image"][-5:] for failure in report.failed] == ["2.png"]
-    assert "37x70" in report.failed[0]["what"] and report.failed[0]["next"]
+    assert "37 x 70" in report.failed[0]["what"] and report.failed[0]["next"]
     for name in ("0.png", "deeper/1.png"):
         (photos / name).unlink()
     with pytest.raises(cs.InvalidInput, match="does not take an image of 37x70"):
