@@ -183,7 +183,7 @@ def test_an_image_that_the_network_does_not_take_costs_itself(photos: Path) -> N
     assert "37 x 70" in report.failed[0]["what"] and report.failed[0]["next"]
     for name in ("0.png", "deeper/1.png"):
         (photos / name).unlink()
-    with pytest.raises(cs.InvalidInput, match="does not take an image of 37x70"):
+    with pytest.raises(cs.InvalidInput, match="does not run on an image of 37 x 70"):
         cs.evaluate(segmenter(Particular), f"images:{photos}", [MASK], **STRIDES)
 
 
