@@ -258,7 +258,9 @@ class Fuser:
             activation = activation_of(following.node, self.module(following.node))
             tail = following.result if activation is not None else node
         name = f"k{len(self.kernels._modules)}"
-        kernel = ScaleShift(*_factors_of(norm, norm.running_mean.dtype), activation)
+        kernel = ScaleShift(
+            *_factors_of(norm, torch.promote_types(norm.running_mean.dtype, torch.float32)), activation
+        )
         kernel.origin = node.name  # type: ignore[assignment]
         self.kernels.add_module(name, kernel)
         with self.graph.inserting_before(tail):

@@ -108,7 +108,7 @@ class ScaleShift(nn.Module):
     """
 
     def __init__(self, scale: Tensor, shift: Tensor, activation: Activation | None = None) -> None:
-        """Take the factors (C,) and shifts (C,)."""
+        """Take the factors (C,) and shifts (C,): in float32 also for narrower types, as torch computes norms."""
         super().__init__()
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
@@ -118,8 +118,8 @@ class ScaleShift(nn.Module):
 
     def forward(self, values: Tensor, last: bool = False) -> Tensor:
         """Normalise values, whose channels are their second axis, or with `last` their last one."""
-        shape = (-1,) if last else (1, -1, 1, 1)
-        changed = torch.addcmul(self.shift.view(shape), values, self.scale.view(shape))
+        shape, wide = (-1,) if last else (1, -1, 1, 1), values.to(self.scale.dtype)
+        changed = torch.addcmul(self.shift.view(shape), wide, self.scale.view(shape)).to(values.dtype)
         return self.activation.apply_(changed) if self.activation is not None else changed
 
 
