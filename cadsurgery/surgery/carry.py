@@ -97,7 +97,12 @@ class Symbol(fx.Proxy):
             return function(args[0].tracer.value(args[0]))
         return super().__torch_function__(function, types, args, kwargs)
 
-    def type(self, dtype: Any = None, **options: Any) -> Any:
+    @property
+    def type(self) -> Any:
+        """The method `type` of a tensor; the attribute of anything else, such as a device."""
+        return self._type_of if isinstance(self.tracer.value(self), Tensor) else _Attribute(self, "type")
+
+    def _type_of(self, dtype: Any = None, **options: Any) -> Any:
         """Return the name of the type, or convert to a type given by name, class or dtype."""
         given = () if dtype is None else (_dtype_of(dtype),)
         return self.tracer.create_proxy("call_method", "type", (self, *given), options)

@@ -66,6 +66,8 @@ FACTS: dict[str, Callable[[Tensor], bool]] = {
     "storage_offset": lambda y: y.storage_offset() == 0,
     "finfo": lambda y: torch.finfo(y.dtype).max > 1,
     "nbytes": lambda y: y.nbytes > 0,
+    "device": lambda y: y.device.type == "cpu",
+    "is_cpu": lambda y: y.is_cpu,
     "tracing": lambda y: torch.jit.is_tracing(),
     "not tracing": lambda y: not torch.jit.is_tracing(),
 }
@@ -87,6 +89,7 @@ OF_MEMORY = frozenset(
             "untyped_storage",
             "storage_type",
             "stride",
+            "is_contiguous",
             "dim_order",
             "type",
         ),
