@@ -88,14 +88,16 @@ def load_weights(model: nn.Module, path: Path, entry: str = "") -> str:
     """
     own = model.state_dict().items()
     shapes = {name: value.shape for name, value in own if isinstance(value, Tensor)}
-    listed = [one.without_prefix(shapes) for one in _choose(path, read_weights(path), entry)]
-    fitting = [one for one in listed if one.fits(shapes)]
+    listed = [weights.without_prefix(shapes) for weights in _choose(path, read_weights(path), entry)]
+    fitting = [weights for weights in listed if weights.fits(shapes)]
     chosen, *others = fitting or listed
     try:
         model.load_state_dict(chosen.state)
     except RuntimeError as error:
         held = (
-            f" Of its entries {', '.join(one.entry for one in listed)} none fits." if len(listed) > 1 else ""
+            f" Of its entries {', '.join(weights.entry for weights in listed)} none fits."
+            if len(listed) > 1
+            else ""
         )
         raise FileError(
             f"the weights in {path} do not fit this network.",
@@ -111,9 +113,9 @@ def load_weights(model: nn.Module, path: Path, entry: str = "") -> str:
 def _choose(path: Path, listed: list[Weights], entry: str) -> list[Weights]:
     if not entry:
         return listed
-    chosen = [one for one in listed if one.entry == entry]
+    chosen = [weights for weights in listed if weights.entry == entry]
     if not chosen:
-        raise UnknownName(f"state dict in {path}", entry, [one.entry for one in listed])
+        raise UnknownName(f"state dict in {path}", entry, [weights.entry for weights in listed])
     return chosen
 
 
@@ -124,7 +126,7 @@ def _in_words(path: Path, chosen: Weights, others: list[Weights]) -> str:
     if chosen.prefix:
         words += f", without the prefix {chosen.prefix!r} of all names"
     if others:
-        also = " and ".join(one.entry for one in others)
+        also = " and ".join(weights.entry for weights in others)
         words += f"; {also} would fit as well: take it by {path.name}:{others[0].entry}"
     return words
 

@@ -423,18 +423,9 @@ def _layer_norm(
     return torch.empty_like(x) if fits else None
 
 
-_OF_NEW_TYPES = frozenset(
-    (
-        *("logical_not", "isnan", "isinf", "isfinite", "isneginf", "isposinf", "isreal", "signbit"),
-        *("bool", "byte", "char", "short", "int", "long", "zeros_like", "ones_like", "full_like"),
-    )
-)
-
-
 def _changes_type(spelling: Any) -> bool:
-    """True if the result of a pointwise operation may have another type than its input."""
-    known = operation_of(spelling)
-    return known is not None and known.name in _OF_NEW_TYPES
+    operation = operation_of(spelling)
+    return operation is not None and operation.changes_type
 
 
 _SHORTCUTS: dict[Any, Callable[..., Tensor | None]] = {

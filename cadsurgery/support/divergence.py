@@ -62,12 +62,13 @@ def divergence(high: Any, low: Any, kind: Kind = "auto", temperature: float = 1.
 def relative_difference(output: Tensor, expected: Tensor) -> float:
     """Return the largest difference of two tensors, relative to the largest expected value; it may be NaN.
 
-    Differences up to the rounding of numbers near one do not count: engines round a sigmoid by as much, whatever its
-    value, and a detector that finds nothing returns values of 1e-6.
+    Of probabilities, values in 0..1, differences up to the rounding of numbers near one do not count: engines round a
+    sigmoid by as much, whatever its value, and a detector that finds nothing returns values of 1e-6.
     """
     limits = torch.finfo(expected.dtype)
     differences = (output - expected).abs()
-    differences = differences.masked_fill(differences <= 2 * limits.eps, 0)
+    if bool((expected >= 0).all() and (expected <= 1).all()):
+        differences = differences.masked_fill(differences <= 2 * limits.eps, 0)
     return float(differences.max() / expected.abs().max().clamp(min=limits.tiny))
 
 

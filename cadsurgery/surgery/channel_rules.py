@@ -47,7 +47,7 @@ _OVER_IMAGE = {"softmax": "softmax_over_image", "normalize": "normalize_over_ima
 _PLACES: dict[str, tuple[int, int | None]] = {
     "normalize": (2, 1),
     "cosine_similarity": (2, 1),
-    **dict.fromkeys(("glu", "sort", "argsort", "median", "nanmedian", "mode"), (1, -1)),
+    **dict.fromkeys(("glu", "sort", "argsort", "mode"), (1, -1)),
     **dict.fromkeys(("topk", "kthvalue", "diff"), (2, -1)),
     **dict.fromkeys(("roll", "repeat_interleave"), (2, None)),
 }
@@ -80,8 +80,7 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     rows = [row_dim(layout, axis) for axis in dims]
     kind: Any = "join" if len(maps) > 1 else "pointwise"
     if node.op == "call_module":
-        function = next(_FUNCTIONS[part] for part in _FUNCTIONS if isinstance(facts.module(node), part))
-        return Treatment(kind, rows=Call(function, (node.args[0], rows[0])))
+        return Treatment(kind, rows=Call(_function_of(node, facts), (node.args[0], rows[0])))
     if how == "flip":
         return Treatment(kind, rows=Call(torch.flip, (node.args[0], rows)))
     call = redirect(node, place, tuple(rows) if isinstance(dim, (tuple, list)) else rows[0])
@@ -91,9 +90,13 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
 def _name(node: fx.Node, facts: Facts) -> str:
     """Return the name of an operation as a function of torch."""
     if node.op == "call_module":
-        module = facts.module(node)
-        return str(next(_FUNCTIONS[part] for part in _FUNCTIONS if isinstance(module, part)).__name__)
+        return str(_function_of(node, facts).__name__)
     return operation_name(node, facts).removeprefix("Tensor.").removeprefix("special_")
+
+
+def _function_of(node: fx.Node, facts: Facts) -> Any:
+    """Return the function that a module applies."""
+    return next(function for kind, function in _FUNCTIONS.items() if isinstance(facts.module(node), kind))
 
 
 def _stated_axes(node: fx.Node, facts: Facts, how: str, layout: str) -> tuple[int, Any]:

@@ -394,9 +394,8 @@ def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     tensors = [source for source in node.all_input_nodes if facts.shapes.get(source)]
-    is_prelu = (
-        operation_name(node, facts) == "prelu"
-    )  # its weight is one number per channel, in rows and maps
+    # The weight of prelu is one number per channel, of rows and of maps alike.
+    is_prelu = operation_name(node, facts) == "prelu"
     alone = is_prelu or node.op == "call_module" or tensors == [node.args[0]]
     return Treatment("pointwise") if alone else arithmetic(node, facts)
 

@@ -55,6 +55,8 @@ MISREAD: Calls = {
     "fields of min as a method": lambda y: y.min(dim=1, keepdim=True).values,
     "fields of topk": lambda y: y.topk(3, 1).values,
     "fields of sort": lambda y: y.sort(1).indices.float(),
+    "median of everything": lambda y: y - last(y).median(),
+    "nanmedian of everything": lambda y: y - last(y).nanmedian(),
     "fields of median": lambda y: y.median(1).values,
     "weights in float32 that are no buffers": lambda y: F.conv2d(y, WEIGHT, BIAS, 1, 1),
 }
