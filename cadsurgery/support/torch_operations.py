@@ -77,7 +77,7 @@ def _state(kind: Kind, names: str, *modules: type[nn.Module] | str, **facts: boo
     _NAMED.update(dict.fromkeys((name, *others), operation))
     for spelled in (name, *others):
         _SPELLINGS.update(dict.fromkeys(_functions_named(spelled), operation))
-        methods = [method for method in _methods_named(spelled) if hasattr(Tensor, method)]
+        methods = [method for method in _methods_named(spelled) if callable(getattr(Tensor, method, None))]
         _SPELLINGS.update(dict.fromkeys(methods, operation))
     _SPELLINGS.update(dict.fromkeys(modules, operation))
 
@@ -207,7 +207,7 @@ _state_each("along", "index_select repeat_interleave gather")
 # -- the same values -----------------------------------------------------------------------------------
 
 _state_each("copies", "contiguous clone detach float half double bfloat16 type cpu cuda requires_grad_")
-_state("copies", "conj resolve_conj resolve_neg conj_physical")
+_state("copies", "conj resolve_conj resolve_neg conj_physical real")
 _state_each("converts", "to type_as as_tensor")
 _state("reshapes", "flatten", nn.Flatten)
 _state("reshapes", "unflatten", nn.Unflatten)
