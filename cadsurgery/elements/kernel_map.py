@@ -207,7 +207,7 @@ def _rows_or_pixels(lattice: Lattice) -> Tensor:
     def build() -> Tensor:
         pixels = torch.arange(lattice.index.shape[0], dtype=torch.int32, device=lattice.index.device)
         at_anchor = torch.zeros_like(pixels, dtype=torch.bool)
-        at_anchor[lattice.anchors] = True
+        _mark(at_anchor, lattice.anchors)
         return torch.where(at_anchor, lattice.index, -1 - pixels)
 
     return lattice.derive("rows or pixels", build) if _has_halo(lattice) else lattice.index
@@ -225,11 +225,11 @@ def _with_halo(lattice: Lattice, table: Tensor, has_outside: bool) -> Reading:
     if lattice.capacity is None and not lattice.is_open:
         wanted = torch.zeros(pixels, dtype=torch.bool, device=table.device)
         mixed = (-1 - table[between]).long()
-        wanted[mixed] = True
+        _mark(wanted, mixed)
         table[between] = (wanted.cumsum(0, dtype=torch.int32) + lattice.count)[mixed]
         return Reading(table, *_interpolation(lattice, wanted.nonzero().squeeze(1)), has_outside)
     wanted = torch.zeros(pixels + 1, dtype=torch.bool, device=table.device)
-    wanted[torch.where(between, -1 - table, pixels).long()] = True
+    _mark(wanted, torch.where(between, -1 - table, pixels).long())
     wanted = wanted[:pixels]
     rank = wanted.cumsum(0) + lattice.count
     table = torch.where(between, rank[torch.where(between, -1 - table, 0).long()], table).to(torch.int32)
@@ -237,6 +237,14 @@ def _with_halo(lattice: Lattice, table: Tensor, has_outside: bool) -> Reading:
         return Reading(table, *_interpolation(lattice, wanted.nonzero().squeeze(1)), has_outside)
     points = torch.nonzero_static(wanted, size=pixels - lattice.capacity[0], fill_value=0).squeeze(1)
     return Reading(table, *_interpolation(lattice, points), has_outside, wanted.sum())
+
+
+def _mark(flags: Tensor, places: Tensor) -> None:
+    """Set the flags at some places (int64, any shape)."""
+    if flags.device.type == "cuda":  # where an assignment would copy the value from the CPU, and wait
+        flags.index_fill_(0, places.flatten(), True)
+    else:
+        flags[places] = True
 
 
 def _interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from the levels and is computed once, on demand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.bounds import Bounds
-from cadsurgery.elements.sizes import divide_up, is_statically_true, most
+from cadsurgery.elements.sizes import constant, divide_up, is_statically_true, most
+from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
@@ -110,7 +112,9 @@ class Geometry:
     def lattice(self, levels: Tensor, bounds: Bounds | None = None) -> Lattice:
         """Return the lattice after the last stage for any integer level map (B, H, W); see `legalise`.
 
-        With `bounds`, which must hold for the map, the number of rows does not depend on the map's values.
+        With `bounds`, which must hold for the map, the number of rows does not depend on the map's values. Without, on a
+        GPU and without gradients, the cells are counted there and the counts are read once, instead of one after the
+        other where they are needed.
         """
         if levels.dim() != 3 or levels.is_floating_point() or levels.is_complex() or 0 in levels.shape:
             raise InvalidInput(
@@ -118,14 +122,38 @@ class Geometry:
                 next="give 0 where the high output stride is kept and 1, 2, ... where it is downsampled.",
             )
         levels = as_levels(levels, self.max_level)
-        pyramid = Pyramid(legalise(levels, self), self, bounds, torch.compiler.is_compiling())
+        legal, in_graph = legalise(levels, self), torch.compiler.is_compiling()
+        if bounds is None and legal.device.type == "cuda" and not in_graph and not torch.is_grad_enabled():
+            bounds = self._count(legal)
+        pyramid = Pyramid(legal, self, bounds, in_graph)
         return pyramid.lattice(len(self.strides), (levels.shape[1], levels.shape[2]))
+
+    def _count(self, levels: Tensor) -> Bounds:
+        """Return the numbers of elements of a legal level map (B, H, W) after each stage, read in one transfer."""
+        if device_checks.is_capturing(levels.device):
+            raise InvalidInput(
+                "a CUDA graph has as many elements in every call, and this mask has not.",
+                next='keep a fixed share of the patches, mask="edges | budget:fraction=0.3".',
+            )
+        y = torch.arange(levels.shape[1], device=levels.device).unsqueeze(1)
+        x = torch.arange(levels.shape[2], device=levels.device)
+        counts, is_anchor = [], levels >= 0
+        for level, side in enumerate(self.sides):
+            is_anchor = is_anchor & ((levels < level) | ((y % side == 0) & (x % side == 0)))
+            counts.append(is_anchor.sum())
+        lowest, highest, *numbers = device_checks.read((*torch.aminmax(levels), *counts))
+        return Bounds(tuple(numbers), tuple(numbers), lowest if lowest == highest else None)
 
     def uniform(
         self, level: int, batch: int, size: tuple[int, int], device: torch.device | str = "cpu"
     ) -> Lattice:
         """Return a lattice with one level everywhere on a fine map of `size` (height, width)."""
-        return self.lattice(torch.full((batch, *size), level, dtype=torch.int8, device=device))
+        levels, bounds = torch.full((batch, *size), level, dtype=torch.int8, device=device), None
+        if levels.device.type == "cuda" and 0 <= level <= self.max_level:
+            patches = batch * math.prod(divide_up(length, self.sides[-1]) for length in size)
+            kept = tuple(patches if level <= at else 0 for at in range(self.max_level))
+            bounds = Bounds.of_patches(self, batch, size, kept)
+        return self.lattice(levels, bounds)
 
     def uniform_like(self, features: Tensor, level: int) -> Lattice:
         """Return the uniform lattice for a fine map (B, C, H, W); on the CPU if the map is a meta tensor."""
@@ -146,22 +174,28 @@ def as_levels(levels: Tensor, max_level: int, where: str = "") -> Tensor:
     levels = levels.long()  # not all integer types can be compared
     if torch.compiler.is_compiling():  # values are unknown while a graph is made
         return levels
-    low, high = (int(bound) for bound in torch.aminmax(levels))
-    if is_byte and high <= 1 < max_level:
-        raise InvalidInput(
+    low, high = torch.aminmax(levels)
+    is_wrong = (low < 0) | (high > max_level)
+    if is_byte and max_level > 1:
+        is_wrong |= high <= 1
+    device_checks.check(is_wrong, lambda: _wrong_levels(int(low), int(high), max_level, where, is_byte))
+    return levels
+
+
+def _wrong_levels(low: int, high: int, max_level: int, where: str, is_byte: bool) -> InvalidInput:
+    if is_byte and high <= 1:
+        return InvalidInput(
             "the map has only zeros and ones in uint8, which have two meanings.",
             where=where,
             why="1 may mean yes, keep the high resolution, or level 1, which is coarser than level 0.",
             next="give map.bool() if 1 marks what to keep, map.to(torch.int64) if these are levels.",
         )
-    if low < 0 or high > max_level:
-        raise InvalidInput(
-            f"the map has levels {low}..{high}.",
-            where=where,
-            why=f"levels go from 0 (keep the high resolution) to {max_level} (downsample everything).",
-            next=f"clamp them: levels.clamp(0, {max_level}).",
-        )
-    return levels
+    return InvalidInput(
+        f"the map has levels {low}..{high}.",
+        where=where,
+        why=f"levels go from 0 (keep the high resolution) to {max_level} (downsample everything).",
+        next=f"clamp them: levels.clamp(0, {max_level}).",
+    )
 
 
 def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
@@ -391,8 +425,7 @@ class Lattice:
     @_derive
     def side_map(self) -> Tensor:
         """(B, H, W) int64: side of the cell each fine pixel lies in."""
-        sides = torch.tensor(self.geometry.sides, device=self.levels.device)
-        return sides[self.levels.long()]
+        return constant(self.geometry.sides, torch.int64, self.levels.device)[self.levels.long()]
 
     @_derive
     def capacity(self) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ which is correct for every size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -45,8 +46,21 @@ def as_number(value: int, like: Tensor) -> Tensor:
     return torch.scalar_tensor(value, dtype=like.dtype, device=like.device)
 
 
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor (n,); on a GPU it is made once, because a copy from the CPU waits for the device."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _on_gpu(values, dtype, device)
+
+
+@lru_cache(1024)
+def _on_gpu(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # used outside this call's inference mode, too
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 def as_numbers(values: Sequence[int], like: Tensor) -> Tensor:
     """Return sizes as a tensor with the dtype of `like`."""
     if all(isinstance(value, int) for value in values):
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
+        return constant(tuple(values), like.dtype, like.device)
     return torch.stack([as_number(value, like) for value in values])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.elements.sizes import constant
 from cadsurgery.kernels.load import has_bf16_dot, is_observed
 from cadsurgery.masks.provider import FineMapSpec
 
@@ -18,7 +19,7 @@ def grey_of(image: Tensor) -> Tensor:
     """Return the grey image (B, H, W): published weights for 3 channels, otherwise the mean over channels."""
     if image.shape[1] != 3:
         return image.mean(1)
-    weights = torch.tensor(GREY, dtype=image.dtype, device=image.device)
+    weights = constant(GREY, image.dtype, image.device)
     if (
         image.device.type == "cpu"
         and image.stride(1) == 1

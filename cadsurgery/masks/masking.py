@@ -13,6 +13,7 @@ from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, is_exporting
 from cadsurgery.elements.sizes import is_for_any_size
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
+from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
@@ -46,8 +47,10 @@ class Masking:
         """Return the lattice for an image (B, C, H, W) whose fine map is `features`."""
         geometry, bounds, grid = self.geometry, None, self.grid(features)
         in_graph = torch.compiler.is_compiling() and not is_for_any_size(features.shape)
-        if self.static or (in_graph and (self.provider.static or not self.any_number)):
-            bounds = self._bounds(grid)  # otherwise exact numbers are known, which is faster
+        # Exact numbers are faster on the CPU; a GPU would have to be waited for.
+        is_bounded = self.static or (self.provider.static and features.device.type == "cuda")
+        if is_bounded or (in_graph and (self.provider.static or not self.any_number)):
+            bounds = self._bounds(grid)
         if not image.is_floating_point():  # differences of uint8 pictures would wrap around
             image = image.to(torch.get_default_dtype())
         with torch.no_grad():
@@ -101,15 +104,20 @@ def check_image(image: Any, name: str = "the image") -> None:
                 operator.index(length)  # one graph per size: lattices are built from Python integers
         return
     wide = torch.promote_types(image.dtype, torch.float32)  # in which the sum of an ordinary image is finite
-    if image.is_meta or image.sum(dtype=wide).isfinite():
-        return  # any NaN or infinity makes the sum non-finite; a large sum can overflow too, so check closer below
-    if not image.isfinite().all():
-        bad = int((~image.isfinite()).sum())
-        raise InvalidInput(
-            f"{name} holds {bad} NaN or infinite values.",
-            why="they would spread through every mask and layer.",
-            next="check the loading and normalisation of the image.",
-        )
+    if not image.is_meta:  # any NaN or infinity makes the sum non-finite
+        device_checks.check(~image.sum(dtype=wide).isfinite(), lambda: _not_finite(image, name))
+
+
+def _not_finite(image: Tensor, name: str) -> InvalidInput | None:
+    """Return the error for an image with NaN or infinities; None if only the sum of its values was too large."""
+    bad = int((~image.isfinite()).sum())
+    if not bad:
+        return None
+    return InvalidInput(
+        f"{name} holds {bad} NaN or infinite values.",
+        why="they would spread through every mask and layer.",
+        next="check the loading and normalisation of the image.",
+    )
 
 
 def _made_from(value: object) -> str:

@@ -14,6 +14,7 @@ from cadsurgery.elements.lattice import Geometry, as_levels
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.options import format_options, options_of
 from cadsurgery.support.describe import describe
+from cadsurgery.support.device_checks import check
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.provenance import same_place
 
@@ -276,11 +277,15 @@ def check_scores(scores: object, grid: FineMapSpec, provider: str, user: str) ->
             where=where,
             next=f"give a floating-point tensor of shape {shape}.",
         )
-    if not torch.compiler.is_compiling() and scores.isnan().any():
-        raise InvalidInput(
-            "the scores hold NaN.",
-            where=where,
-            why="NaN has no rank.",
-            next="check the image and the mask that gives the scores.",
-        )
+    if not torch.compiler.is_compiling():
+        check(scores.isnan().any(), lambda: _have_no_rank(where))
     return scores
+
+
+def _have_no_rank(where: str) -> InvalidInput:
+    return InvalidInput(
+        "the scores hold NaN.",
+        where=where,
+        why="NaN has no rank.",
+        next="check the image and the mask that gives the scores.",
+    )

@@ -24,6 +24,7 @@ from cadsurgery.masks.options import (
 )
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels, check_scores, mask_provider
 from cadsurgery.masks.spec import PIPE, join, resolve_mask
+from cadsurgery.support.device_checks import check
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -238,14 +239,17 @@ class Budget(MaskWrapper):
         scores stay equal whatever the size of their patches.
         """
         of_patches = mean_of_patches(scores.double(), grid.patch)
-        if not torch.compiler.is_compiling() and of_patches.isnan().any():
-            raise InvalidInput(
-                "the scores hold infinities of both signs in one patch.",
-                where=f"mask budget, scores of mask {self.mask.name}",
-                why="their mean is not a number and has no rank.",
-                next="check the image and the mask that gives the scores.",
-            )
+        if not torch.compiler.is_compiling():
+            check(of_patches.isnan().any(), self._has_no_rank)
         return of_patches
+
+    def _has_no_rank(self) -> InvalidInput:
+        return InvalidInput(
+            "the scores hold infinities of both signs in one patch.",
+            where=f"mask budget, scores of mask {self.mask.name}",
+            why="their mean is not a number and has no rank.",
+            next="check the image and the mask that gives the scores.",
+        )
 
 
 @mask_provider("smooth")

@@ -18,6 +18,7 @@ from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_size, wrong_type
+from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
 from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order
@@ -254,9 +255,15 @@ class Program:
                     next=f"leave {name} out, or convert with it: example_input= takes the arguments of a call.",
                 )
         image = self.image(arguments)
-        self.check(image)
         if torch.compiler.is_compiling():
+            self.check(image)
             return run(arguments)
+        with device_checks.together():
+            self.check(image)
+            return self._run_explained(run, arguments, image)
+
+    def _run_explained(self, run: Callable[[dict[str, Any]], Any], arguments: dict[str, Any], image: Any) -> Any:
+        """Apply a function to arguments; an error about an image that does not fit says so."""
         try:
             return run(arguments)
         except Exception as error:  # the network may raise any error; the cause is found afterwards

@@ -51,7 +51,7 @@ def random_table(count: int, taps: int, rows: int) -> Tensor:
 def operands(count: int, channels: int, outputs: int, taps: int, dtype: torch.dtype, groups: int = 1) -> Any:
     """Rows, weight and table; products of about unit size."""
     rows = random(2 * count + 3, channels, dtype=dtype)
-    depth = taps * (channels if groups == 1 else 1)
+    depth = taps * (channels // groups)
     weight = random(outputs, depth, dtype=dtype) / depth**0.5
     return rows, weight, random_table(count, taps, len(rows))
 
@@ -81,10 +81,9 @@ def reference(
     """Gather, multiply, finish: in float64, in the type of the rows at the end."""
     padded = torch.cat([rows, torch.zeros_like(rows[:1])]).double()
     gathered = padded[torch.where(table < 0, len(rows), table).long()]
-    if groups == 1:
-        out = gathered.flatten(1) @ weight.double().T
-    else:
-        out = torch.einsum("ntc,ct->nc", gathered, weight.double())
+    by_group = gathered.unflatten(2, (groups, -1))  # (N, taps, groups, C / groups)
+    kernel = weight.double().unflatten(0, (groups, -1)).unflatten(2, (table.shape[1], -1))
+    out = torch.einsum("ntgc,gotc->ngo", by_group, kernel).flatten(1)
     out = out if bias is None else out + bias.double()
     out = out if residual is None else out + residual.double()
     out = activation.apply_(out) if activation is not None else out
@@ -155,6 +154,53 @@ def test_depthwise(taps: int, dtype: torch.dtype) -> None:
     close(found, reference(rows, weight, table, **given, activation=ACTIVATIONS["silu"], groups=37))
 
 
+@pytest.mark.parametrize("dtype", [*gpu.DTYPES[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in gpu.DTYPES[1:])])
+@pytest.mark.parametrize(("channels", "outputs", "groups"), [(36, 36, 9), (10, 30, 5), (6, 6, 2), (5, 15, 5)])
+def test_channel_groups(channels: int, outputs: int, groups: int, dtype: torch.dtype) -> None:
+    rows, weight, table = operands(COUNT, channels, outputs, 9, dtype, groups)
+    given = {"bias": random(outputs, dtype=dtype), "residual": random(COUNT, outputs, dtype=dtype)}
+    more: Any = {**given, "activation": ACTIVATIONS["relu"], "groups": groups}
+    close(gpu.gather_conv(rows, weight, table, **more), reference(rows, weight, table, **more))
+
+
+@pytest.mark.parametrize("dtype", gpu.DTYPES)
+def test_without_a_table_each_output_reads_its_own_row(dtype: torch.dtype) -> None:
+    rows, weight, residual = random(COUNT, 37, dtype=dtype), random(21, 37, dtype=dtype), random(COUNT, 21, dtype=dtype)
+    table = torch.arange(COUNT, device=DEVICE, dtype=torch.int32).unsqueeze(1)
+    more: Any = {"residual": residual, "activation": ACTIVATIONS["relu6"]}
+    close(gpu.gather_conv(rows, weight, None, **more), reference(rows, weight, table, **more))
+
+
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_halo_rows_stand_behind_the_rows_and_the_padding(groups: int) -> None:
+    rows, weight, table = operands(COUNT, 12, 12, 9, torch.float32, groups)
+    halo = random(7, 12)
+    table = torch.where(table % 5 == 3, len(rows) + 1 + table % 7, table)
+    found = gpu.gather_conv(rows, weight, table, groups=groups, halo=halo)
+    close(found, reference(torch.cat([rows, rows[:1] * torch.nan, halo]), weight, table, groups=groups))
+
+
+@pytest.mark.parametrize("dtype", gpu.DTYPES)
+def test_blended_rows_are_weighted_sums_and_the_unused_are_not_computed(dtype: torch.dtype) -> None:
+    rows, shares = random(50, 300, dtype=dtype), torch.rand(COUNT, 4, dtype=torch.float64).to(DEVICE)
+    sources = torch.randint(50, (COUNT, 4), device=DEVICE, dtype=torch.int32)
+    expected = (rows.double()[sources.long()] * shares.unsqueeze(2)).sum(1).to(dtype)
+    close(gpu.blend(rows, sources, shares), expected)
+    used = torch.tensor(COUNT // 2, device=DEVICE)
+    close(gpu.blend(rows, sources, shares, used)[: COUNT // 2], expected[: COUNT // 2])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_finishing_rows_in_place(activation: Activation | None) -> None:
+    sums, bias, residual = random(COUNT, 21), random(21), random(COUNT, 21)
+    out = sums.double() + bias + residual
+    expected = (activation.apply_(out) if activation is not None else out).float()
+    given = sums.clone()
+    found = gpu.finish(given, bias, residual, activation)
+    assert found.data_ptr() == given.data_ptr()
+    close(found, expected)
+
+
 @pytest.mark.skipif(triton_kernels.INTERPRETED, reason="the interpreter has one precision")
 @pytest.mark.parametrize(("allowed", "tolerance"), [(False, 1e-4), (True, 1e-2)])
 def test_float32_is_multiplied_as_torch_may(
@@ -212,11 +258,11 @@ def gradients(convolution: Any, parts: dict[str, Tensor], table: Tensor, **optio
         pytest.param(
             *case, marks=() if case == ("relu", 33) else pytest.mark.slow
         )  # below groups of one, too
-        for case in product(("relu", "none", "relu6", "gelu", "leaky_relu"), (1, 33))
+        for case in product(("relu", "none", "relu6", "gelu", "leaky_relu"), (1, 3, 33))
     ],
 )
 def test_gradients_are_those_of_the_reference_and_the_same_every_time(activation: str, groups: int) -> None:
-    outputs = 70 if groups == 1 else 33
+    outputs = {1: 70, 3: 60, 33: 33}[groups]
     # More than 256 outputs: the weight's gradient is summed in several shares.
     rows, weight, table = operands(COUNT, 33, outputs, 9, torch.float32, groups)
     parts = {
@@ -270,7 +316,7 @@ def test_convolutions_on_elements_use_it(fill: Any, groups: int) -> None:
     lattice = geometry.lattice(torch.randint(0, 3, (2, 9, 11)).to(DEVICE)).at(0)
     window = Window((3, 3), 2, (1, 1), (1, 1, 1, 1))
     rows, weight = random(len(lattice), 8), random(8, 8 // groups, 3, 3)
-    assert gpu.supports(rows, weight, groups)
+    assert gpu.supports(rows, weight)
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         leaves = [value.to(dtype).requires_grad_() for value in (rows, weight)]

@@ -3,11 +3,12 @@
     out[n] = act(sum_t W_t rows[table[n, t]] + bias + residual[n])                             (*)
 
 The kernel is an implicit matrix product with one program per tile of outputs: gathered rows go straight to the
-tensor cores and never exist in memory. There are no atomic additions, so forward and backward give the same bits
-every time (for the same tile sizes, which are tuned once per shape and machine and stored on disk).
+tensor cores and never exist in memory. Halo rows stand in memory of their own, and only those that are read are
+computed. There are no atomic additions, and tiles are chosen by rule (`gpu_tiles.py`), so forward and backward give
+the same bits every time.
 
 Triton is optional. With TRITON_INTERPRET=1 set before its import the kernels run on CPU tensors, for tests.
-The first call with a shape tunes and compiles; make this call before a CUDA graph is captured.
+The first call with a shape compiles; make this call before a CUDA graph is captured.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadsurgery.elements.backends import triton_kernels
-from cadsurgery.elements.backends.choose import Backend, Convolution, WindowRead, extend
-from cadsurgery.elements.backends.weights import Activation
+from cadsurgery.elements.backends import gpu_tiles, triton_kernels
+from cadsurgery.elements.backends.choose import Backend, Convolution, Mixing, WindowRead, extend
+from cadsurgery.elements.backends.weights import Activation, FusedConv
+from cadsurgery.elements.kernel_map import Reading
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,27 +49,73 @@ class Triton(Backend):
 
     name = "triton"
 
-    def applies(self, work: Convolution) -> bool:
-        """Return True for ungrouped and depthwise convolutions on supported GPUs, except plain products of rows."""
-        if work.graph or work.is_product or not isinstance(work.reads, WindowRead):
+    def applies(self, work: Convolution | Mixing) -> bool:
+        """Return True for rows on supported GPUs; with gradients, torch multiplies and mixes rows that are no taps."""
+        if work.graph:
             return False
-        return supports(work.rows, work.weights.weight, work.weights.groups)
+        if isinstance(work, Mixing):
+            return not work.gradient and work.rows.dtype in DTYPES and available(work.rows.device)
+        if work.is_product and work.gradient:
+            return False
+        return supports(work.rows, work.weights.weight)
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, O)."""
-        assert isinstance(work.reads, WindowRead)
-        rows, weights, source, reading = work.rows, work.weights, work.reads.source, work.reading
-        derive, key = source.derive, (work.reads.target.key, work.reads.window)
+        weight = matrix_of(work.weights)
+        more = (work.weights.bias, work.residual, work.weights.activation, work.weights.groups)
+        if work.is_product:
+            rows, bias, residual, *rest = work.of_target, *more
+            flat = residual.reshape(-1, weight.shape[0]) if residual is not None else None
+            out = gather_conv(rows.reshape(-1, rows.shape[-1]), weight, None, bias, flat, *rest)
+            return out.view(*rows.shape[:-1], -1)
+        rows, reading = work.rows, work.reading
+        if work.gradient or work.outside or not isinstance(work.reads, WindowRead):
+            return self._by_table(work, weight)
+        halo = mix_used(rows, reading) if reading.sources.shape[0] else None
+        return gather_conv(rows, weight, self._signed(work, reading), *more, halo=halo)
+
+    def _by_table(self, work: Convolution, weight: Tensor) -> Tensor:
+        """Compute rows (N, O) with gradients, or with another value than zero outside the map."""
+        reading = work.reading
+        more = (work.weights.bias, work.residual, work.weights.activation, work.weights.groups)
         if reading.sources.shape[0] or work.outside:
-            rows, table = extend(rows, reading, work.outside), reading.table
-        else:  # a negative entry reads padding, which avoids a copy of the rows with a row of zeros
-            count = source.count
-            table = derive(("signed", *key), lambda: reading.table.masked_fill(reading.table == count, -1))
+            rows, table = extend(work.rows, reading, work.outside), reading.table
+        else:
+            rows, table = work.rows, self._signed(work, reading)
+        if not isinstance(work.reads, WindowRead):
+            return gather_conv(rows, weight, table, *more)
+        key = ("reversed", work.reads.target.key, work.reads.window)
         # Computed when a gradient is first needed.
-        reverse = derive(("reversed", *key), lambda: cache(lambda: reverse_map(table, rows.shape[0])))
-        weight = weights.weight.flatten(1) if weights.groups > 1 else weights.matrix(rows.dtype)
-        more = (weights.bias, work.residual, weights.activation, weights.groups)
+        reverse = work.reads.source.derive(key, lambda: cache(lambda: reverse_map(table, rows.shape[0])))
         return gather_conv(rows, weight, table, *more, reverse)
+
+    def _signed(self, work: Convolution, reading: Reading) -> Tensor:
+        """Return the table with -1 for padding, which avoids a copy of the rows with a row of zeros."""
+        count = work.rows.shape[0]
+        if not reading.has_outside:
+            return reading.table
+        if not isinstance(work.reads, WindowRead):
+            return reading.table.masked_fill(reading.table == count, -1)
+        key = ("signed", work.reads.target.key, work.reads.window, work.reads.drop)
+        return work.reads.source.derive(key, lambda: reading.table.masked_fill(reading.table == count, -1))
+
+    def mix(self, work: Mixing) -> Tensor:
+        """Compute rows (M, C)."""
+        return blend(work.rows, work.sources, work.shares)
+
+
+def mix_used(rows: Tensor, reading: Reading) -> Tensor:
+    """Return the halo rows (M, C) of a reading; those behind the last that is read are not computed."""
+    return blend(rows, reading.sources, reading.mix, reading.used)
+
+
+def matrix_of(weights: FusedConv) -> Tensor:
+    """Return the weight (O, taps * C / groups), taps outermost, which is the order of gathered values."""
+
+    def make() -> Tensor:
+        return weights.weight.permute(0, 2, 3, 1).flatten(1).contiguous()
+
+    return weights.form(("triton", weights.weight.dtype), make)
 
 
 class ReversedMap(NamedTuple):
@@ -97,10 +145,9 @@ def available(device: torch.device) -> bool:
     return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def supports(rows: Tensor, weight: Tensor, groups: int = 1) -> bool:
-    """Return True if `gather_conv` accepts these operands: one of the three dtypes, ungrouped or depthwise."""
-    grouping = groups == 1 or groups == rows.shape[1] == weight.shape[0]
-    return grouping and rows.dtype == weight.dtype and rows.dtype in DTYPES and available(rows.device)
+def supports(rows: Tensor, weight: Tensor) -> bool:
+    """Return True if `gather_conv` accepts these operands: both of one of the three dtypes, on a supported GPU."""
+    return rows.dtype == weight.dtype and rows.dtype in DTYPES and available(rows.device)
 
 
 def _name_activation(activation: Activation | None) -> tuple[str, float] | None:
@@ -141,32 +188,36 @@ def reverse_map(table: Tensor, rows: int) -> ReversedMap:
 def gather_conv(
     rows: Tensor,
     weight: Tensor,
-    table: Tensor,
+    table: Tensor | None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: Activation | None = None,
     groups: int = 1,
     reverse: Callable[[], ReversedMap] | None = None,
+    halo: Tensor | None = None,
 ) -> Tensor:
-    """Compute the convolution (*), (N, O), for operands that `supports` accepts; only the table has no gradient.
+    """Compute the convolution (*), (N, O), for operands that `supports` accepts; only table and halo have no gradient.
 
     Args:
         rows: (R, C) float32, float16 or bfloat16; sums are float32.
-        weight: (O, taps C), taps outermost; depthwise (C, taps).
-        table: (N, taps) int32 into the rows; a negative entry reads zero.
+        weight: (O, taps C / groups), taps outermost.
+        table: (N, taps) int32 into the rows; a negative entry reads zero. None: each output reads its own row alone;
+            without gradients.
         bias: (O,).
         residual: (N, O).
         activation: applied last, inside the kernel if it supports the function.
-        groups: 1, or C for a depthwise convolution.
+        groups: channel groups.
         reverse: returns the inverse of the table, cached by the caller; if None, the inverse is computed.
+        halo: (M, C), read by entries from R + 1 on; without gradients.
     """
-    channels, outputs, taps = rows.shape[1], weight.shape[0], table.shape[1]
-    if groups > 1 and not groups == channels == outputs:
-        raise ValueError(f"{groups} groups of {channels} channels are neither ungrouped nor depthwise.")
+    channels, outputs = rows.shape[1], weight.shape[0]
+    count, taps = table.shape if table is not None else (rows.shape[0], 1)
+    if channels % groups or outputs % groups:
+        raise ValueError(f"{channels} and {outputs} channels are not {groups} groups.")
     expected = {
-        "weight": (weight, (outputs, taps * (channels if groups == 1 else 1))),
+        "weight": (weight, (outputs, taps * (channels // groups))),
         "bias": (bias, (outputs,)),
-        "residual": (residual, (table.shape[0], outputs)),
+        "residual": (residual, (count, outputs)),
     }
     for label, (value, shape) in expected.items():
         if value is not None and value.shape != shape:
@@ -174,12 +225,62 @@ def gather_conv(
     fused = _name_activation(activation)
     operands = (rows, weight, bias, residual)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        assert table is not None and halo is None
         fused = fused if fused is not None and fused[0] in _INVERTIBLE else None
         name = fused[0] if fused is not None else "none"
         out = GatherConv.apply(rows, weight, bias, residual, table, name, groups, reverse)
     else:
-        out = _forward(rows, weight, table, bias, residual, *(fused or ("none", 0.0)), groups)
+        out = _forward(rows, weight, table, bias, residual, *(fused or ("none", 0.0)), groups, halo)
     return out if fused is not None or activation is None else activation.apply_(out)
+
+
+def blend(rows: Tensor, sources: Tensor, shares: Tensor, used: Tensor | None = None) -> Tensor:
+    """Compute weighted sums (M, C) of rows (R, C): `sources` (M, k) int32 and their `shares` (M, k), summed in float32.
+
+    `used` is the number of sums that are computed, counted from the first, as a tensor without dimensions; None for
+    all. The others are not initialised.
+    """
+    (count, read), channels = sources.shape, rows.shape[1]
+    out = rows.new_empty(count, channels)
+    if not count or not channels:
+        return out
+    given = _operand(rows)
+    tile = gpu_tiles.elementwise_tile(channels)
+    if triton_kernels.INTERPRETED:
+        shares = shares.float()
+    sizes = {"C": channels, "READ": read, "WIDE": _is_wide(given, out), "BLOCK_N": tile.n, "BLOCK_C": tile.c}
+    with torch.cuda.device_of(rows):
+        triton_kernels.blend[(_cdiv(count, tile.n), _cdiv(channels, tile.c))](
+            given, sources.contiguous(), shares.contiguous(), used, out, count, **sizes, num_warps=tile.warps
+        )
+    return out
+
+
+def can_finish(image: Tensor, weight: Tensor) -> bool:
+    """Return True if `finish` follows a convolution of a dense map: in inference, on a supported GPU."""
+    if torch.is_grad_enabled() and (image.requires_grad or weight.requires_grad):
+        return False
+    is_there = image.device.type != "cpu" or triton_kernels.INTERPRETED
+    return is_there and not torch.compiler.is_compiling() and supports(image, weight)
+
+
+def finish(sums: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation | None) -> Tensor:
+    """Apply bias (C,), residual (N, C) and activation to contiguous rows (N, C) in place, and return them."""
+    fused, (count, channels) = _name_activation(activation), sums.shape
+    name, slope = fused or ("none", 0.0)
+    nothing = bias is None and residual is None and name == "none"
+    if sums.numel() and not nothing:
+        tile = gpu_tiles.elementwise_tile(channels)
+        sizes = {"C": channels, "ACTIVATION": name, "SLOPE": slope, "WIDE": _is_wide(sums)}
+        with torch.cuda.device_of(sums):
+            triton_kernels.finish[(_cdiv(count, tile.n), _cdiv(channels, tile.c))](
+                *(sums, bias, residual if residual is None else residual.contiguous(), count),
+                **sizes,
+                BLOCK_N=tile.n,
+                BLOCK_C=tile.c,
+                num_warps=tile.warps,
+            )
+    return sums if fused is not None or activation is None else activation.apply_(sums)
 
 
 class GatherConv(torch.autograd.Function):
@@ -230,8 +331,8 @@ def _grad_rows(
     grad: Tensor, weight: Tensor, reverse: ReversedMap, taps: int, count: int, groups: int
 ) -> Tensor:
     """Compute the gradient of the rows (count, C): (*) over the inverse map, then extras are added to their owners."""
-    if groups == 1:
-        weight = weight.reshape(weight.shape[0], taps, -1).permute(2, 1, 0).flatten(1)
+    by_group = weight.unflatten(0, (groups, -1)).unflatten(2, (taps, -1))  # (groups, O / groups, taps, C / groups)
+    weight = by_group.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
     parts = _forward(grad, weight, reverse.table, None, None, "none", 0.0, groups)
     of_rows = parts[:count]
     if len(reverse.owners):
@@ -243,58 +344,86 @@ def _grad_rows(
 def _forward(
     rows: Tensor,
     weight: Tensor,
-    table: Tensor,
+    table: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
     slope: float,
     groups: int,
+    halo: Tensor | None = None,
 ) -> Tensor:
-    count, outputs = table.shape[0], weight.shape[0]
+    count, outputs, channels = (rows if table is None else table).shape[0], weight.shape[0], rows.shape[1]
     out = rows.new_empty(count, outputs)
     if not count:
         return out
-    rows, weight, bias, residual = map(_operand, (rows, weight, bias, residual))
-    table = table.contiguous()
-    sizes = {"C": rows.shape[1], "TAPS": table.shape[1], "ACTIVATION": activation, "SLOPE": slope}
-    arguments = (rows, weight, table, bias, residual, out, count, count.bit_length())
+    first_halo, size = rows.shape[0] + 1, rows.element_size()
+    rows, weight, bias, residual, halo = map(_operand, (rows, weight, bias, residual, halo))
+    table = table.contiguous() if table is not None else None
+    sizes = {"C": channels, "TAPS": table.shape[1] if table is not None else 1, "ACTIVATION": activation}
+    sizes |= {"SLOPE": slope, "WIDE": _is_wide(rows, out, table, halo)}
+    arguments = (rows, halo, weight, table, bias, residual, out, count, first_halo)
     with torch.cuda.device_of(rows):
-        if groups > 1:
-            triton_kernels.depthwise[
-                lambda meta: (_cdiv(count, meta["BLOCK_N"]), _cdiv(outputs, meta["BLOCK_C"]))
-            ](*arguments, **sizes)
-        else:
-            triton_kernels.product[
-                lambda meta: (_cdiv(count, meta["BLOCK_N"]) * _cdiv(outputs, meta["BLOCK_O"]),)
-            ](*arguments, C_OUT=outputs, PRECISION=_precision(), **sizes)
+        if table is not None and groups == channels == outputs:
+            tile = gpu_tiles.depthwise_tile(channels)
+            triton_kernels.depthwise[(_cdiv(count, tile.n), _cdiv(channels, tile.c))](
+                *arguments, **sizes, BLOCK_N=tile.n, BLOCK_C=tile.c, num_warps=tile.warps
+            )
+            return out
+        width, depth, precision = outputs // groups, channels // groups, _precision(rows.dtype)
+        tile = product_tile(count, width, groups, depth, size, precision == "ieee", rows.device)
+        triton_kernels.product[(_cdiv(count, tile.n) * groups * _cdiv(width, tile.o),)](
+            *arguments,
+            **sizes,
+            **{"C_OUT": outputs, "GROUPS": groups, "PRECISION": precision},
+            **{"BLOCK_N": tile.n, "BLOCK_O": tile.o, "BLOCK_C": tile.c},
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return out
+
+
+def product_tile(
+    count: int, width: int, groups: int, depth: int, size: int, is_full_precision: bool, device: torch.device
+) -> gpu_tiles.Tile:
+    """Return the tile of a product on a device, see `gpu_tiles.product_tile`."""
+    number = gpu_tiles.rounded(count)
+    return gpu_tiles.product_tile(
+        number, width, groups, depth, size, is_full_precision, gpu_tiles.device_of(device)
+    )
 
 
 def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
     """Compute the float32 gradient of the weight: each program sums a share of the outputs; the shares are added."""
     (count, taps), channels, outputs = table.shape, rows.shape[1], grad.shape[1]
+    width, depth, size = outputs // groups, channels // groups, rows.element_size()
     rows, grad, table = _operand(rows), _operand(grad), table.contiguous()
-    tiles = taps * _cdiv(channels, 64) * (_cdiv(outputs, 64) if groups == 1 else 1)
-    shares = max(1, min(_PROGRAMS // tiles, _cdiv(count, 256)))
-    depth = channels if groups == 1 else 1
     if not count:
         return rows.new_zeros(outputs, taps * depth, dtype=torch.float32)
+    is_depthwise = groups == channels == outputs
+    precision = _precision(rows.dtype)
+    if is_depthwise:
+        tile = gpu_tiles.depthwise_tile(channels)
+        tiles = taps * _cdiv(channels, tile.c)
+    else:
+        device = gpu_tiles.device_of(rows.device)
+        tile = gpu_tiles.weight_tile(width, depth, size, precision == "ieee", device)
+        tiles = taps * groups * _cdiv(width, tile.o) * _cdiv(depth, tile.c)
+    shares = max(1, min(_PROGRAMS // tiles, _cdiv(count, 256)))
     partial = rows.new_empty(shares, outputs, taps * depth, dtype=torch.float32)
-    sizes = {"C": channels, "TAPS": taps}
-    arguments = (rows, grad, table, partial, count, _cdiv(count, shares), count.bit_length())
+    sizes = {"C": channels, "TAPS": taps, "BLOCK_N": tile.n, "BLOCK_C": tile.c, "num_warps": tile.warps}
+    arguments = (rows, grad, table, partial, count, _cdiv(count, shares))
     with torch.cuda.device_of(rows):
-        if groups > 1:
-            triton_kernels.depthwise_weight[lambda meta: (taps * _cdiv(channels, meta["BLOCK_C"]), shares)](
-                *arguments, **sizes
-            )
+        if is_depthwise:
+            triton_kernels.depthwise_weight[(tiles, shares)](*arguments, **sizes)
         else:
-            triton_kernels.product_weight[
-                lambda meta: (
-                    taps * _cdiv(outputs, meta["BLOCK_O"]) * _cdiv(channels, meta["BLOCK_C"]),
-                    shares,
-                )
-            ](*arguments, C_OUT=outputs, PRECISION=_precision(), **sizes)
+            more = {"C_OUT": outputs, "GROUPS": groups, "PRECISION": precision, "BLOCK_O": tile.o}
+            triton_kernels.product_weight[(tiles, shares)](*arguments, **sizes, **more, num_stages=tile.stages)
     return partial.sum(0)
+
+
+def _is_wide(*tensors: Tensor | None) -> bool:
+    """Return True if places in a tensor exceed 32 bits."""
+    return any(x is not None and x.numel() >= 1 << 31 for x in tensors)
 
 
 def _operand(x: Any) -> Any:
@@ -309,6 +438,6 @@ def _cdiv(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def _precision() -> str:
-    """Return the precision of float32 products, following torch's setting for matrix products."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def _precision(dtype: torch.dtype) -> str:
+    """Return the precision of products, for float32 by torch's setting for matrix products."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"

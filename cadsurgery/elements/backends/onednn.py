@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Convolution, compute
+from cadsurgery.elements.backends.gpu import can_finish, finish
 from cadsurgery.elements.backends.weights import FusedConv, Pair
 from cadsurgery.kernels.load import is_observed
 
@@ -118,8 +119,10 @@ def convolve(
     if weights.dense and is_pointwise and not torch.compiler.is_compiling():
         return _multiply_pixels(weights, image, residual)
     if not _has_onednn(image) or not image.numel():
-        out = F.conv2d(image, weight, bias, stride, padding, dilation, weights.groups)
-        return weights.finish(out, residual)
+        window = (stride, padding, dilation, weights.groups)
+        if can_finish(image, weight):
+            return _finish_on_gpu(weights, F.conv2d(image, weight, None, *window), residual)
+        return weights.finish(F.conv2d(image, weight, bias, *window), residual)
     image = image.contiguous(memory_format=torch.channels_last)
     if weights.dense:
         shape, pack = list(image.shape), torch.ops.mkldnn._reorder_convolution_weight
@@ -128,6 +131,15 @@ def convolve(
             lambda: pack(weight.contiguous(), padding, stride, dilation, weights.groups, shape),
         )
     return _convolve(weights, image, weight, residual, (stride, padding, dilation), weights.groups)
+
+
+def _finish_on_gpu(weights: FusedConv, sums: Tensor, residual: Tensor | None) -> Tensor:
+    """Apply bias, residual and activation to a dense map of a GPU in one pass."""
+    sums = sums.contiguous(memory_format=torch.channels_last)
+    more = residual.permute(0, 2, 3, 1).flatten(0, 2) if residual is not None else None
+    rows = sums.permute(0, 2, 3, 1).view(-1, sums.shape[1])
+    finish(rows, weights.bias_as(sums.dtype), more, weights.activation)
+    return sums
 
 
 def _multiply_pixels(weights: FusedConv, image: Tensor, residual: Tensor | None) -> Tensor:

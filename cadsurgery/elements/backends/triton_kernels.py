@@ -1,4 +1,4 @@
-"""Triton kernels of `backends/gpu.py`, which documents the formula and the arguments.
+"""Triton kernels of `backends/gpu.py`, which documents the formula and the arguments, and chooses their tiles.
 
 Without Triton the module still imports, and its kernels are plain functions that are never called.
 Sizes of layers are compile-time constants: a network has few of them, and loops and masks simplify.
@@ -18,64 +18,29 @@ except ImportError:  # a build of torch without CUDA
 INSTALLED = triton is not None
 # Decided when the kernels are defined: TRITON_INTERPRET=1 runs them on CPU tensors, for tests.
 INTERPRETED = INSTALLED and triton.knobs.runtime.interpret
-
-
-def _tune(configs: list[tuple[dict[str, int], int, int]], depth: str = "") -> Callable[[Any], Any]:
-    """Decorate a kernel whose tiles are tuned per shape. Each config is (block sizes, warps, stages), smallest first.
-
-    `depth` names the block that a matrix product sums over.
-    """
-
-    def fitting(configs: list[Any], arguments: dict[str, Any], **sizes: Any) -> list[Any]:
-        """Drop tiles wider than the operands or larger than shared memory, which would only cost tuning time."""
-        values = {**arguments, **sizes}
-        limits = {"BLOCK_N": 1 << values["bucket"], "BLOCK_C": values["C"], "BLOCK_O": values.get("C_OUT", 0)}
-        size = values["rows"].element_size()
-
-        def fits(config: Any) -> bool:
-            blocks = config.kwargs
-            shared = size * config.num_stages * blocks.get(depth, 0)
-            shared *= sum(block for name, block in blocks.items() if name != depth)
-            return shared < 200 << 10 and all(block < 2 * limits[name] for name, block in blocks.items())
-
-        return [config for config in configs if fits(config)] or configs[:1]
-
-    def decorate(kernel: Any) -> Any:
-        if triton is None:
-            return kernel
-        usable = configs[:1] if INTERPRETED else configs
-        return triton.autotune(
-            configs=[triton.Config(blocks, num_warps=w, num_stages=s) for blocks, w, s in usable],
-            # The count changes from image to image; its power of two is enough to choose tiles.
-            key=[*("bucket", "C", "TAPS"), *(["C_OUT"] if depth else [])],
-            prune_configs_by={"early_config_prune": fitting},
-            cache_results=True,
-        )(triton.jit(kernel, do_not_specialize=["count", "bucket", "length"]))
-
-    return decorate
-
+# Numbers that differ from image to image; a kernel is not compiled again for 1 or for multiples of 16.
+_VARYING = ["count", "first_halo", "length"]
 
 _jit: Callable[[Any], Any] = triton.jit if triton is not None else lambda kernel: kernel
 
 
+def _kernel(function: Any) -> Any:
+    return triton.jit(function, do_not_specialize=_VARYING) if triton is not None else function
+
+
 @_jit
-def _finish(  # type: ignore[no-untyped-def]
-    total,
-    n,
-    o,
-    bias,
-    residual,
-    count,
-    C_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-):
-    """Apply bias, residual and activation of (*) to a tile of float32 sums, while they are in registers."""
+def _add(total, n, o, mask, bias, residual, C_OUT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add bias and residual of (*) to a tile of float32 sums."""
+    if residual is not None:
+        total += tl.load(residual + n[:, None] * C_OUT + o[None, :], mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         total += tl.load(bias + o, mask=o < C_OUT, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        mask = (n < count)[:, None] & (o < C_OUT)[None, :]
-        total += tl.load(residual + n[:, None] * C_OUT + o[None, :], mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@_jit
+def _activate(total, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Apply the activation of (*) to a tile of float32 sums, while they are in registers."""
     # Comparisons are written so that NaN stays NaN.
     if ACTIVATION == "relu":
         total = tl.where(total < 0, 0.0, total)
@@ -95,131 +60,181 @@ def _finish(  # type: ignore[no-untyped-def]
     return total
 
 
-@_tune(
-    [
-        ({"BLOCK_N": 32, "BLOCK_O": 32, "BLOCK_C": 32}, 4, 4),
-        ({"BLOCK_N": 32, "BLOCK_O": 128, "BLOCK_C": 64}, 4, 4),
-        ({"BLOCK_N": 64, "BLOCK_O": 64, "BLOCK_C": 32}, 4, 4),
-        ({"BLOCK_N": 64, "BLOCK_O": 64, "BLOCK_C": 64}, 4, 4),
-        ({"BLOCK_N": 64, "BLOCK_O": 128, "BLOCK_C": 32}, 4, 4),
-        ({"BLOCK_N": 64, "BLOCK_O": 128, "BLOCK_C": 64}, 4, 4),
-        ({"BLOCK_N": 64, "BLOCK_O": 256, "BLOCK_C": 64}, 8, 3),
-        ({"BLOCK_N": 128, "BLOCK_O": 64, "BLOCK_C": 64}, 4, 4),
-        ({"BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_C": 32}, 4, 4),
-        ({"BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_C": 64}, 4, 4),
-        ({"BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_C": 64}, 8, 5),
-        ({"BLOCK_N": 128, "BLOCK_O": 256, "BLOCK_C": 64}, 8, 3),
-        ({"BLOCK_N": 128, "BLOCK_O": 256, "BLOCK_C": 64}, 8, 4),
-    ],
-    depth="BLOCK_C",
-)
+@_jit
+def _starts(rows, halo, source, first_halo, C: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return where the rows of table entries begin: behind the elements and the padding row stand the halo rows."""
+    if WIDE:  # rows may have more than 2^31 values
+        source = source.to(tl.int64)
+    starts = rows + source * C
+    if halo is not None:
+        starts = tl.where(source >= first_halo, halo + (source - first_halo) * C, starts)
+    return starts
+
+
+@_kernel
 def product(  # type: ignore[no-untyped-def]
     rows,
+    halo,
     weight,
     table,
     bias,
     residual,
     out,
     count,
-    bucket,
+    first_halo,
     C: tl.constexpr,
     C_OUT: tl.constexpr,
     TAPS: tl.constexpr,
+    GROUPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute one (BLOCK_N, BLOCK_O) tile of (*), ungrouped."""
-    # Tiles are ordered in groups of eight along n, each group through all output channels: concurrent programs share
+    """Compute one (BLOCK_N, BLOCK_O) tile of (*) in one group. Without a table every output reads its own row."""
+    # Tiles are ordered in bands of eight along n, each band through all output channels: concurrent programs share
     # weights and gathered rows in the L2 cache. Elements are in raster order, so a tile's taps are close in memory.
-    group: tl.constexpr = 8
-    tiles_o: tl.constexpr = (C_OUT + BLOCK_O - 1) // BLOCK_O
+    band: tl.constexpr = 8
+    depth: tl.constexpr = C // GROUPS
+    width: tl.constexpr = C_OUT // GROUPS
+    tiles_of_group: tl.constexpr = (width + BLOCK_O - 1) // BLOCK_O
+    tiles_o: tl.constexpr = GROUPS * tiles_of_group
     program = tl.program_id(0)
-    first = program // (group * tiles_o) * group
-    height = tl.minimum(tl.cdiv(count, BLOCK_N) - first, group)
-    within = program % (group * tiles_o)
-    # 64-bit, because rows and outputs may have more than 2^31 values.
-    n = ((first + within % height) * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
-    o = within // height * BLOCK_O + tl.arange(0, BLOCK_O)
-    total = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
+    first = program // (band * tiles_o) * band
+    height = tl.minimum(tl.cdiv(count, BLOCK_N) - first, band)
+    within = program % (band * tiles_o)
+    n = (first + within % height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    of_group = within // height % tiles_of_group * BLOCK_O + tl.arange(0, BLOCK_O)
+    group = within // height // tiles_of_group
+    o = group * width + of_group
+    place = n.to(tl.int64) if WIDE else n
+    mask = (n < count)[:, None] & (of_group < width)[None, :]
+    # The sums begin with bias and residual: added at the end, they would take more registers than there are.
+    total = _add(tl.zeros((BLOCK_N, BLOCK_O), tl.float32), place, o, mask, bias, residual, C_OUT)
     # One loop over taps and channels rather than two nested loops, so that loads run ahead of the products across
     # taps. The table is read one step ahead: then no load waits for another load in the same step, which would take
     # stages of the compiler's pipeline. Reading it again for each block of channels costs 4 bytes from L1.
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    source = tl.load(table + n * TAPS, mask=n < count, other=-1)
+    blocks: tl.constexpr = (depth + BLOCK_C - 1) // BLOCK_C
+    # Numbers of table entries may exceed 2^31 only where those of values do, too.
+    entry = n.to(tl.int64) * TAPS if WIDE else n * TAPS
+    if table is not None:
+        source = tl.load(table + entry, mask=n < count, other=-1)
+    else:
+        source = tl.where(n < count, n, -1)
+    taps_of = weight + o[:, None] * (TAPS * depth)
     for step in range(TAPS * blocks):
         c = step % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
         # Channels are contiguous, so a gathered row consists of whole cache lines wherever it is.
-        gathered = tl.load(
-            rows + source.to(tl.int64)[:, None] * C + c[None, :],
-            mask=(source >= 0)[:, None] & (c < C)[None, :],
-            other=0.0,
-        )
-        kernel = tl.load(
-            weight + o[:, None] * (TAPS * C) + step // blocks * C + c[None, :],
-            mask=(o < C_OUT)[:, None] & (c < C)[None, :],
-            other=0.0,
-        )
+        starts = _starts(rows, halo, source, first_halo, C, WIDE) + group * depth
+        is_read = (source >= 0)[:, None]
+        is_weight = (of_group < width)[:, None]
+        if depth % BLOCK_C != 0:
+            is_read = is_read & (c < depth)[None, :]
+            is_weight = is_weight & (c < depth)[None, :]
+        gathered = tl.load(starts[:, None] + c[None, :], mask=is_read, other=0.0)
+        kernel = tl.load(taps_of + (step // blocks * depth + c)[None, :], mask=is_weight, other=0.0)
         total = tl.dot(gathered, kernel.T, total, input_precision=PRECISION)
-        following = tl.minimum((step + 1) // blocks, TAPS - 1)
-        source = tl.load(table + n * TAPS + following, mask=n < count, other=-1)
-    total = _finish(total, n, o, bias, residual, count, C_OUT, ACTIVATION, SLOPE)
-    tl.store(out + n[:, None] * C_OUT + o[None, :], total, mask=(n < count)[:, None] & (o < C_OUT)[None, :])
+        if table is not None:
+            following = tl.minimum((step + 1) // blocks, TAPS - 1)
+            source = tl.load(table + entry + following, mask=n < count, other=-1)
+    tl.store(out + place[:, None] * C_OUT + o[None, :], _activate(total, ACTIVATION, SLOPE), mask=mask)
 
 
-@_tune(
-    [
-        ({"BLOCK_N": 16, "BLOCK_C": 32}, 4, 1),
-        ({"BLOCK_N": 16, "BLOCK_C": 64}, 4, 1),
-        ({"BLOCK_N": 32, "BLOCK_C": 64}, 4, 1),
-        ({"BLOCK_N": 16, "BLOCK_C": 128}, 4, 1),
-        ({"BLOCK_N": 32, "BLOCK_C": 128}, 8, 1),
-    ]
-)
+@_kernel
 def depthwise(  # type: ignore[no-untyped-def]
     rows,
+    halo,
     weight,
     table,
     bias,
     residual,
     out,
     count,
-    bucket,
+    first_halo,
     C: tl.constexpr,
     TAPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Compute one (BLOCK_N, BLOCK_C) depthwise tile of (*). Memory-bound: plain products and many loads in flight."""
-    n = (tl.program_id(0) * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    place = n.to(tl.int64) if WIDE else n
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for tap in tl.range(TAPS, loop_unroll_factor=8):
-        source = tl.load(table + n * TAPS + tap, mask=n < count, other=-1).to(tl.int64)
+        source = tl.load(table + place * TAPS + tap, mask=n < count, other=-1)
+        starts = _starts(rows, halo, source, first_halo, C, WIDE)
         mask = (source >= 0)[:, None] & (c < C)[None, :]
-        gathered = tl.load(rows + source[:, None] * C + c[None, :], mask=mask, other=0.0)
+        gathered = tl.load(starts[:, None] + c[None, :], mask=mask, other=0.0)
         kernel = tl.load(weight + c * TAPS + tap, mask=c < C, other=0.0)
         total += gathered.to(tl.float32) * kernel.to(tl.float32)[None, :]
-    total = _finish(total, n, c, bias, residual, count, C, ACTIVATION, SLOPE)
-    tl.store(out + n[:, None] * C + c[None, :], total, mask=(n < count)[:, None] & (c < C)[None, :])
+    mask = (n < count)[:, None] & (c < C)[None, :]
+    total = _activate(_add(total, place, c, mask, bias, residual, C), ACTIVATION, SLOPE)
+    tl.store(out + place[:, None] * C + c[None, :], total, mask=mask)
 
 
-@_tune(
-    [
-        ({"BLOCK_N": 32, "BLOCK_O": 32, "BLOCK_C": 32}, 4, 3),
-        ({"BLOCK_N": 32, "BLOCK_O": 64, "BLOCK_C": 64}, 4, 4),
-        ({"BLOCK_N": 64, "BLOCK_O": 64, "BLOCK_C": 64}, 4, 4),
-        ({"BLOCK_N": 64, "BLOCK_O": 128, "BLOCK_C": 64}, 4, 4),
-        ({"BLOCK_N": 32, "BLOCK_O": 128, "BLOCK_C": 128}, 4, 4),
-        ({"BLOCK_N": 64, "BLOCK_O": 128, "BLOCK_C": 128}, 8, 4),
-    ],
-    depth="BLOCK_N",
-)
+@_kernel
+def blend(  # type: ignore[no-untyped-def]
+    rows,
+    sources,
+    shares,
+    used,
+    out,
+    count,
+    C: tl.constexpr,
+    READ: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute a (BLOCK_N, BLOCK_C) tile of weighted sums of READ rows each; only the first `used` sums, if given."""
+    if used is not None:
+        count = tl.minimum(count, tl.load(used).to(tl.int32))
+    if tl.program_id(0) * BLOCK_N < count:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask = (n < count)[:, None] & (c < C)[None, :]
+        place = n.to(tl.int64) if WIDE else n
+        total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+        for at in tl.static_range(READ):
+            source = tl.load(sources + place * READ + at, mask=n < count, other=0)
+            share = tl.load(shares + place * READ + at, mask=n < count, other=0.0).to(tl.float32)
+            starts = _starts(rows, None, source, 0, C, WIDE)
+            total += tl.load(starts[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32) * share[:, None]
+        tl.store(out + place[:, None] * C + c[None, :], total, mask=mask)
+
+
+@_kernel
+def finish(  # type: ignore[no-untyped-def]
+    sums,
+    bias,
+    residual,
+    count,
+    C: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Apply bias, residual and activation to rows in place: one pass where torch makes one for each."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (n < count)[:, None] & (c < C)[None, :]
+    place = n.to(tl.int64) if WIDE else n
+    target = sums + place[:, None] * C + c[None, :]
+    total = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    total = _add(total, place, c, mask, bias, residual, C)
+    tl.store(target, _activate(total, ACTIVATION, SLOPE), mask=mask)
+
+
+@_kernel
 def product_weight(  # type: ignore[no-untyped-def]
     rows,
     grad,
@@ -227,50 +242,47 @@ def product_weight(  # type: ignore[no-untyped-def]
     partial,
     count,
     length,
-    bucket,
     C: tl.constexpr,
     C_OUT: tl.constexpr,
     TAPS: tl.constexpr,
+    GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Compute one (BLOCK_O, BLOCK_C) tile of one tap of the weight's gradient, summed over one share of the outputs."""
-    tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    tiles_o: tl.constexpr = (C_OUT + BLOCK_O - 1) // BLOCK_O
+    depth: tl.constexpr = C // GROUPS
+    width: tl.constexpr = C_OUT // GROUPS
+    tiles_c: tl.constexpr = (depth + BLOCK_C - 1) // BLOCK_C
+    tiles_o: tl.constexpr = (width + BLOCK_O - 1) // BLOCK_O
     program, share = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = program % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    o = program // tiles_c % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    tap = program // (tiles_c * tiles_o)
+    of_group = program // tiles_c % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    group = program // (tiles_c * tiles_o) % GROUPS
+    tap = program // (tiles_c * tiles_o * GROUPS)
+    o = group * width + of_group
     end = tl.minimum((share + 1) * length, count)
     total = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     # As in `product`, the table is read one step ahead.
     n = share * length + tl.arange(0, BLOCK_N)
     source = tl.load(table + n * TAPS + tap, mask=n < end, other=-1)
     for _ in range(tl.cdiv(length, BLOCK_N)):
+        starts = _starts(rows, None, source, 0, C, True) + group * depth
         gathered = tl.load(
-            rows + source.to(tl.int64)[:, None] * C + c[None, :],
-            mask=(source >= 0)[:, None] & (c < C)[None, :],
-            other=0.0,
+            starts[:, None] + c[None, :], mask=(source >= 0)[:, None] & (c < depth)[None, :], other=0.0
         )
         above = tl.load(
-            grad + n[:, None] * C_OUT + o[None, :], mask=(n < end)[:, None] & (o < C_OUT)[None, :], other=0.0
+            grad + n[:, None] * C_OUT + o[None, :], mask=(n < end)[:, None] & (of_group < width)[None, :], other=0.0
         )
         total = tl.dot(above.T, gathered, total, input_precision=PRECISION)
         n += BLOCK_N
         source = tl.load(table + n * TAPS + tap, mask=n < end, other=-1)
-    place = partial + (share * C_OUT + o[:, None]) * (TAPS * C) + tap * C + c[None, :]
-    tl.store(place, total, mask=(o < C_OUT)[:, None] & (c < C)[None, :])
+    place = partial + (share * C_OUT + o[:, None]) * (TAPS * depth) + tap * depth + c[None, :]
+    tl.store(place, total, mask=(of_group < width)[:, None] & (c < depth)[None, :])
 
 
-@_tune(
-    [
-        ({"BLOCK_N": 16, "BLOCK_C": 32}, 4, 1),
-        ({"BLOCK_N": 32, "BLOCK_C": 64}, 4, 1),
-        ({"BLOCK_N": 32, "BLOCK_C": 128}, 8, 1),
-    ]
-)
+@_kernel
 def depthwise_weight(  # type: ignore[no-untyped-def]
     rows,
     grad,
@@ -278,7 +290,6 @@ def depthwise_weight(  # type: ignore[no-untyped-def]
     partial,
     count,
     length,
-    bucket,
     C: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
