@@ -3,19 +3,20 @@
     python benchmarks/gpu_speed.py --json gpu.jsonl
     python benchmarks/gpu_speed.py --parts kernels maps --channels 64 2048
 
-It has not run on a GPU: none was at hand. `--device cpu` with TRITON_INTERPRET=1 in the environment and small sizes
-runs every line of it without one (`tests/elements/test_gpu_kernel.py` does), and its times mean nothing then. Weights
-are random, which times do not depend on.
+`--device cpu` with TRITON_INTERPRET=1 in the environment and small sizes runs every line of it without a GPU
+(`tests/elements/test_gpu_kernel.py` does), and its times mean nothing then. Weights are random, which times do not
+depend on.
 
-Parts, in the order in which thirty minutes serve best:
-    kernels: a convolution of elements as users call it, with 1 and 9 taps, on lattices of several active fractions,
-        against cuDNN's dense one with as many outputs: rates of multiply-accumulates. Then the block sizes that
-        Triton chose for each shape.
+Parts, in the order in which few minutes serve best:
+    networks: the adaptive network under budgets, called eagerly and recorded (`cs.Bucketed`), against the network as
+        given, eagerly (channels_last, cuDNN's autotuner), as a CUDA graph, and by torch.compile with frozen weights;
+        and against its twin at the lowest output stride. Peak memory of each.
     maps: a call that makes lattice and kernel maps, and how often it waits for the device.
-    networks: the adaptive network under a budget, eagerly, compiled, and as a CUDA graph, against the dense twins
-        eagerly (channels_last, cuDNN's autotuner) and by torch.compile(mode="max-autotune"). Peak memory of each.
+    kernels: a convolution of elements as users call it, with 1 and 9 taps, on lattices of several active fractions,
+        against cuDNN's dense one with as many outputs: rates of multiply-accumulates.
     training: a step of both.
-    profile: the operations of an adaptive call that take longest.
+    profile: the operations of an adaptive call that take longest, in inference and in training.
+    tiles: every tile that fits, for the shapes of one network: what `gpu_tiles.py` has its rates from.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.elements.backends import gpu, triton_kernels
+from cadsurgery.elements.backends import gpu, gpu_tiles
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -44,7 +46,7 @@ from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
 BLOCK = 4  # side of a patch in fine pixels: R_K of the stages 8 -> 16 -> 32
-FRACTIONS = (0.1, 0.34, 0.9, 1.0)  # 1.0 is an ordinary convolution
+FRACTIONS = (0.1, 0.34, 1.0)  # 1.0 is an ordinary convolution
 REPEATS = 20  # calls of a kernel in one graph, so that launch time does not count
 Line = dict[str, Any]
 
@@ -103,7 +105,8 @@ def measure_kernels(options: argparse.Namespace) -> Iterator[Line]:
     """Yield a line per number of channels, taps, dtype and fraction."""
     device = torch.device(options.device)
     for channels in options.channels:
-        for taps, dtype in ((9, torch.bfloat16), (1, torch.bfloat16), (9, torch.float16), (9, torch.float32)):
+        for taps, dtype in product((9, 1), options.dtypes):
+            dtype = getattr(torch, dtype)
             side = round(taps**0.5)
             layer = nn.Conv2d(channels, channels, side, padding=side // 2, bias=False).to(device, dtype)
             layer = layer.to(memory_format=torch.channels_last)
@@ -140,15 +143,6 @@ def measure_kernels(options: argparse.Namespace) -> Iterator[Line]:
                     },
                     **{"tera_macs": rates["ours"], "of_cudnn": rates["ours"] / rates["cuDNN"]},
                 }
-    yield from tuned()
-
-
-def tuned() -> Iterator[Line]:
-    """Yield a line per kernel and shape: the fastest configuration here."""
-    for name in ("product", "depthwise", "product_weight", "depthwise_weight"):
-        chosen = getattr(getattr(triton_kernels, name), "cache", {})
-        for key, config in chosen.items():
-            yield {"part": "tuned", "kernel": name, "shape": str(key), "config": str(config)}
 
 
 def on_elements(x: Elements, layer: nn.Conv2d, spacing: int) -> Elements:
@@ -157,13 +151,22 @@ def on_elements(x: Elements, layer: nn.Conv2d, spacing: int) -> Elements:
     return conv2d(x, layer.weight, layer.bias, window, x.lattice)
 
 
+def as_given(options: argparse.Namespace) -> nn.Module:
+    """Build the network with random weights."""
+    return cs.build_model(options.model, weights="none").eval()
+
+
 def adaptive(options: argparse.Namespace) -> Any:
-    """Convert the network in float32 on the CPU, where conversion verifies it."""
+    """Convert the network in float32 on the CPU."""
     height, width = options.size
-    model = cs.build_model(options.model, weights="none").eval()
-    mask = f"edges | budget:fraction={options.fraction}"
     example = torch.randn(1, 3, min(height, 128), min(width, 128))
-    return cs.adaptify(model, mask, example_input=example, verify_laws=False)
+    mask = budget(options.fraction)
+    return cs.adaptify(as_given(options), mask, example_input=example, verify_laws=False)
+
+
+def budget(fraction: float) -> str:
+    """Return the mask that keeps a fraction of the patches."""
+    return f"edges | budget:fraction={fraction}"
 
 
 def pictures(options: argparse.Namespace, batch: int, dtype: torch.dtype) -> Tensor:
@@ -213,78 +216,69 @@ def measure_maps(options: argparse.Namespace) -> Iterator[Line]:
 def measure_networks(options: argparse.Namespace) -> Iterator[Line]:
     """Yield a line per batch size and side."""
     dtype = torch.bfloat16
+    given, net = on_device(as_given(options), options, dtype), adaptive(options)
+    small = torch.randn(1, 3, *(min(length, 256) for length in options.size))
+    macs = {fraction: net.macs(small, mask=budget(fraction)).mask for fraction in options.fractions}
+    macs_high = net.macs(small, mask="all").mask
+    net = on_device(net, options, dtype)
+    with torch.inference_mode():
+        fast = net.optimize()
+        recorded = cs.Bucketed(fast)
     for batch in options.batches:
-        net, x = on_device(adaptive(options), options, dtype), pictures(options, batch, dtype)
+        x = pictures(options, batch, dtype)
         with torch.inference_mode():
-            fast = net.optimize()
-            high, low = (dense_twin(net, level, x) for level in (0, net.geometry.max_level))
+            low = dense_twin(net, net.geometry.max_level, x)
             runs: dict[str, Callable[[], object]] = {
-                "dense high": partial(high, x),
-                "dense low": partial(low, x),
+                "as given": partial(given, x),
+                "as given, CUDA graph": captured(partial(given, x)) or partial(given, x),
+                "low, CUDA graph": captured(partial(low, x)) or partial(low, x),
                 "adaptive": partial(fast, x),
-                "adaptive, all high": partial(fast, x, mask="edges | budget:fraction=1.0"),
             }
-            if options.compile:
-                for name, function in (("dense high", high), ("dense low", low)):
-                    runs[f"{name}, max-autotune"] = partial(torch.compile(function, mode="max-autotune"), x)
-                runs["adaptive, compiled"] = partial(torch.compile(fast), x)
-            fast(x)
-            active = fast.active_fraction
-            error = first_tensor(fast(x, mask="all")).float() - first_tensor(high(x)).float()
-            sides, kept, memory = dict[str, Callable[[], object]](), set[str](), dict[str, float]()
+            if options.compile and batch == options.batches[0]:
+                runs["as given, compiled"] = compiled(given, x)
+            for fraction in options.fractions:
+                name, call = f"adaptive {fraction}", partial(fast, x, mask=budget(fraction))
+                runs[f"{name}, CUDA graph"] = captured(call) or call
+                runs[f"{name}, recorded"] = partial(recorded, x, mask=budget(fraction))
+            runs["edges, recorded"] = partial(recorded, x, mask="edges")
+            memory = {}
             for name, run in runs.items():
-                try:
-                    run()
-                    memory[name] = peak_of(run)
-                except Exception as failure:  # of a compiler; the other sides are still measured
-                    yield {"part": "networks", "batch": batch, "side": name, "failed": str(failure)[:300]}
-                    continue
-                sides[name] = run
-                graph = (
-                    captured(run) if "max-autotune" not in name else None
-                )  # this mode captures a graph itself
-                if graph is not None:
-                    sides[f"{name}, CUDA graph"] = graph
-                    kept.add(name)
-            best = interleaved(sides, options.rounds)
-        macs = {
-            "dense high": net.macs(x, mask="all").mask,
-            "dense low": net.macs(x, mask="none").mask,
-            "adaptive": net.macs(x).mask,
-        }
+                run()
+                memory[name] = peak_of(run)
+            best = interleaved(runs, options.rounds)
+            expected = first_tensor(dense_twin(net, 0, x)(x)).float()
+            error = first_tensor(fast(x, mask="all")).float() - expected
+            largest = float(expected.abs().max())
+        fastest = min(timing.best for name, timing in best.items() if name.startswith("as given"))
         for name, timing in best.items():
-            graph_high = best.get("dense high, CUDA graph", best["dense high"]).best
-            yield {
-                **{
-                    "part": "networks",
-                    "batch": batch,
-                    "side": name,
-                    "ms": timing.best,
-                    "median": timing.median,
-                },
-                **{"of_dense_high": timing.best / graph_high, "mib": memory.get(name.split(", CUDA")[0])},
-                **{"macs_ratio": macs["dense high"] / macs["adaptive"], "active": active},
-                "largest_difference": float(error.abs().max()),
-            }
+            line: Line = {"part": "networks", "batch": batch, "side": name, "ms": timing.best}
+            line |= {"median": timing.median, "times_faster": fastest / timing.best, "mib": memory[name]}
+            share = next((fraction for fraction in options.fractions if f"adaptive {fraction}" in name), None)
+            if share is not None:
+                ratio = macs_high / macs[share]
+                line |= {"macs_ratio": ratio, "realised": fastest / timing.best / ratio}
+            yield line
+        yield {
+            "part": "networks",
+            "batch": batch,
+            "side": "all high",
+            "error": float(error.abs().max()) / largest,
+        }
+
+
+def compiled(net: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Compile a network with frozen weights, so that norms are folded, and CUDA graphs; the first call compiles."""
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    run = torch.compile(net, mode="reduce-overhead")
+    run(x)
+    return partial(run, x)
 
 
 def measure_training(options: argparse.Namespace) -> Iterator[Line]:
     """Yield a line per side: forward, loss, backward under bfloat16 autocast."""
-    net = on_device(adaptive(options), options, torch.float32).train()
-    x = pictures(options, options.training_batch, torch.float32)
-    kind = torch.device(options.device).type
-
-    def step(mask: str | None) -> None:
-        net.zero_grad(set_to_none=True)
-        with torch.autocast(kind, torch.bfloat16):
-            out = first_tensor(net(x, mask=mask))
-        out.float().square().mean().backward()
-
-    sides = {
-        "all high": partial(step, "all"),
-        "adaptive": partial(step, None),
-        "all low": partial(step, "none"),
-    }
+    sides = training_steps(options)
     with torch.inference_mode(False), torch.enable_grad():
         for run in sides.values():
             run()
@@ -295,6 +289,28 @@ def measure_training(options: argparse.Namespace) -> Iterator[Line]:
                 times[name].append(milliseconds(run))
     for name in sides:
         yield {"part": "training", "side": name, "ms": min(times[name]), "mib": memory[name]}
+
+
+def training_steps(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """Return a step of training (forward, loss, backward, in bfloat16 by autocast) of the network as given and of the
+    adaptive one at three masks."""
+    given = on_device(as_given(options), options, torch.float32).train()
+    net = on_device(adaptive(options), options, torch.float32).train()
+    x = pictures(options, options.training_batch, torch.float32)
+    kind = torch.device(options.device).type
+
+    def step(model: nn.Module, **how: Any) -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(kind, torch.bfloat16):
+            out = first_tensor(model(x, **how))
+        out.float().square().mean().backward()
+
+    return {
+        "as given": partial(step, given),
+        "adaptive": partial(step, net),
+        "all high": partial(step, net, mask="all"),
+        "all low": partial(step, net, mask="none"),
+    }
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -310,29 +326,65 @@ def measure_profile(options: argparse.Namespace) -> Iterator[Line]:
     """Yield a line per operation, the slowest first."""
     dtype = torch.bfloat16
     fast, x = on_device(adaptive(options), options, dtype).optimize(), pictures(options, 1, dtype)
-    with torch.inference_mode():
-        fast(x)
+
+    def infer() -> None:
+        with torch.inference_mode():
+            fast(x)
+
+    runs = {"inference": infer, "training": training_steps(options)["adaptive"]}
+    by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    for what, run in runs.items():
+        run()
         synchronise()
         with torch.profiler.profile() as profile:
-            fast(x)
+            run()
             synchronise()
-    by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    found = sorted(profile.key_averages(), key=lambda event: -getattr(event, by))
-    for event in found[:25]:
-        yield {
-            "part": "profile",
-            "what": event.key[:80],
-            "calls": event.count,
-            "ms": getattr(event, by) / 1e3,
-        }
+        found = sorted(profile.key_averages(), key=lambda event: -getattr(event, by))
+        for event in found[:25]:
+            line: Line = {"part": "profile", "of": what, "what": event.key[:80], "calls": event.count}
+            yield line | {"ms": getattr(event, by) / 1e3}
+
+
+# Outputs, input and output channels, taps, and whether a residual is added: layers of DeepLabv3-ResNet101.
+SHAPES = (
+    *((16512, 1024, 256, 1, False), (16512, 256, 256, 9, False), (16512, 256, 1024, 1, True)),
+    *((12448, 2048, 512, 1, False), (12448, 512, 512, 9, False), (12448, 512, 2048, 1, True)),
+    *((12448, 2048, 256, 9, False), (131072, 64, 256, 1, True), (32768, 512, 512, 9, False)),
+)
+
+
+def measure_tiles(options: argparse.Namespace) -> Iterator[Line]:
+    """Yield a line per shape and tile."""
+    device, dtype = torch.device(options.device), torch.bfloat16
+    for count, channels, outputs, taps, has_residual in SHAPES:
+        widest = max(options.channels)
+        count, channels, outputs = min(count, options.count), min(channels, widest), min(outputs, widest)
+        rows = torch.randn(count, channels, device=device, dtype=dtype)
+        weight = torch.randn(outputs, taps * channels, device=device, dtype=dtype)
+        near = torch.arange(count, device=device).unsqueeze(1) + torch.arange(taps, device=device)
+        table = (near % count).int() if taps > 1 else None
+        residual = torch.randn(count, outputs, device=device, dtype=dtype) if has_residual else None
+        tiles = gpu_tiles.RESIDUAL_PRODUCTS if has_residual else gpu_tiles.PRODUCTS
+        for tile in tiles:
+            if tile.o > max(32, outputs) or tile.shared(2) > gpu_tiles.device_of(device).shared:
+                continue
+            with torch.inference_mode(), gpu_tiles.only(tile):
+                run = partial(gpu.gather_conv, rows, weight, table, None, residual)
+                sides = {"tile": captured(run, REPEATS) or run}
+                best = interleaved(sides, options.rounds)["tile"].best / REPEATS
+            macs = count * channels * outputs * taps
+            shape = {"outputs": count, "channels": channels, "out": outputs, "taps": taps}
+            line: Line = {"part": "tiles", **shape, "residual": has_residual, "tile": str(tuple(tile[:5]))}
+            yield line | {"ms": best, "tera_macs": macs / best / 1e9}
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
-    "kernels": measure_kernels,
-    "maps": measure_maps,
     "networks": measure_networks,
+    "maps": measure_maps,
+    "kernels": measure_kernels,
     "training": measure_training,
     "profile": measure_profile,
+    "tiles": measure_tiles,
 }
 
 
@@ -359,6 +411,8 @@ def main() -> None:
     parser.add_argument("--training-batch", type=int, default=4)
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048))
     parser.add_argument("--fraction", type=float, default=0.34)
+    parser.add_argument("--fractions", type=float, nargs="+", default=(0.1, 0.34, 1.0))
+    parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--device", default="cuda")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.axes import NCHW, channel_dims, image_dims, is_flat
+from cadsurgery.elements.axes import NCHW, channel_dims, fast_layout, image_dims, is_flat
 from cadsurgery.elements.backends.choose import Picking, compute, mix, select_rows
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice
@@ -83,7 +83,8 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | 
     if "p" in layout:
         by_pixel, present = by_pixel.flatten(1, 2), present.replace("hw", "p")
     channels = iter(channel_dims(present))
-    return by_pixel.permute([next(channels) if axis == "c" else present.index(axis) for axis in layout])
+    dense = by_pixel.permute([next(channels) if axis == "c" else present.index(axis) for axis in layout])
+    return fast_layout(dense) if layout == NCHW else dense
 
 
 def _by_pixel_of_uniform(x: Elements, spacing: int) -> Tensor | None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends import maps
+from cadsurgery.elements.backends import gpu_maps, maps
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import as_number, as_numbers, divide_up, is_statically_true, least, most
 from cadsurgery.support.errors import InvalidInput
@@ -182,6 +182,9 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
     if inside is None and lattice.part is None and _is_found(lattice):
         table, sources, mix = _find_taps(lattice, points.flatten(), lattice.size, ([0], [0]))
         return Reading(table.view(points.shape), sources, mix, False)
+    if inside is None and lattice.part is None and _is_found_on_gpu(lattice):
+        reading = _find_on_gpu(lattice, points.flatten(), lattice.size, ([0], [0]), False)
+        return replace(reading, table=reading.table.view(points.shape))
     table = _rows_or_pixels(lattice)[points]
     has_outside = inside is not None and not (
         lattice.capacity is None and not lattice.is_open and bool(inside.all())
@@ -351,6 +354,8 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     has_outside = not is_statically_true(most(most(before, after), most(above, below)) == 0)
     if target.capacity is None and _is_found(source):
         return Reading(*_find_taps(source, target.anchors, target.size, (down, across)), has_outside)
+    if _is_found_on_gpu(source):
+        return _find_on_gpu(source, target.anchors, target.size, (down, across), has_outside)
     outside = _OUTSIDE if source.is_open else source.count
     padded = F.pad(_rows_or_pixels(source).view(-1, height, width), padding, value=outside).flatten()
     image, y, x = target.coordinates
@@ -366,6 +371,30 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
 def _is_found(lattice: Lattice) -> bool:
     """Return True if taps of a lattice are found by compiled code, or by one operation of a graph."""
     return lattice.capacity is None and maps.supports(lattice.levels)
+
+
+def _is_found_on_gpu(lattice: Lattice) -> bool:
+    """Return True if taps of a lattice are found by kernels on a GPU."""
+    return lattice.capacity is not None and lattice.has_gpu_maps
+
+
+def _find_on_gpu(
+    source: Lattice,
+    targets: Tensor,
+    size: tuple[int, int],
+    steps: tuple[list[int], list[int]],
+    has_outside: bool,
+) -> Reading:
+    """Return the reading of taps so many fine pixels down and across from `targets`, see `_find_taps`."""
+    assert source.capacity is not None
+    cells = (source.index, source.anchors, source.levels)
+    halo = max(source.index.numel() - source.capacity[0], 0) if _has_halo(source) else 0
+    table, sources, mix, used = gpu_maps.shift_taps(
+        cells, source.geometry.sides, targets, (source.size, size), steps, halo
+    )
+    if used is not None and torch.is_grad_enabled():  # less to mix, forward and backward, is worth a wait
+        sources, mix, used = sources[: int(used)], mix[: int(used)], None
+    return Reading(table, sources, mix, has_outside, used)
 
 
 def _find_taps(

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends import maps
+from cadsurgery.elements.backends import gpu_maps, maps
 from cadsurgery.elements.bounds import Bounds
 from cadsurgery.elements.sizes import constant, divide_up, is_statically_true, most
+from cadsurgery.kernels.load import is_observed
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
@@ -112,9 +113,9 @@ class Geometry:
     def lattice(self, levels: Tensor, bounds: Bounds | None = None) -> Lattice:
         """Return the lattice after the last stage for any integer level map (B, H, W); see `legalise`.
 
-        With `bounds`, which must hold for the map, the number of rows does not depend on the map's values. Without, on a
-        GPU and without gradients, the cells are counted there and the counts are read once, instead of one after the
-        other where they are needed.
+        With `bounds`, which must hold for the map, the number of rows does not depend on the map's values. Without,
+        on a GPU, the cells are counted there and the counts are read once, instead of one after the other where they
+        are needed.
         """
         if levels.dim() != 3 or levels.is_floating_point() or levels.is_complex() or 0 in levels.shape:
             raise InvalidInput(
@@ -123,7 +124,7 @@ class Geometry:
             )
         levels = as_levels(levels, self.max_level)
         legal, in_graph = legalise(levels, self), torch.compiler.is_compiling()
-        if bounds is None and legal.device.type == "cuda" and not in_graph and not torch.is_grad_enabled():
+        if bounds is None and legal.device.type == "cuda" and not in_graph:
             bounds = self._count(legal)
         pyramid = Pyramid(legal, self, bounds, in_graph)
         return pyramid.lattice(len(self.strides), (levels.shape[1], levels.shape[2]))
@@ -336,6 +337,12 @@ class Lattice:
         return self.pyramid.in_graph and self.pyramid.bounds is None
 
     @once
+    def has_gpu_maps(self) -> bool:
+        """True if cells and kernel maps are found by kernels on a GPU."""
+        is_seen = self.pyramid.in_graph or is_observed()
+        return not is_seen and gpu_maps.available(self.pyramid.levels.device)
+
+    @once
     def has_known_counts(self) -> bool:
         """True if `counts` are known numbers, so that rows can be split by image; False while a graph is traced or if
         only bounds are known."""
@@ -447,6 +454,8 @@ class Lattice:
             return is_there.nonzero().squeeze(1), index, is_there.view(self.batch, -1).sum(1)
         if self.part is None and self.capacity is None and maps.supports(self.levels):
             return maps.find_cells(self.levels, self.geometry.sides)
+        if self.part is None and self.capacity is not None and self.has_gpu_maps:
+            return gpu_maps.find_cells(self.levels, self.geometry.sides, self.capacity[1])
         y = torch.arange(height, device=device).view(1, -1, 1)
         x = torch.arange(width, device=device).view(1, 1, -1)
         image = torch.arange(self.batch, device=device).view(-1, 1, 1)

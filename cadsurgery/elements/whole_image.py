@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.axes import NCHW, image_dims
+from cadsurgery.elements.backends import gpu
 from cadsurgery.elements.backends.packed import ScaleShift
 from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
 from cadsurgery.elements.lattice import Lattice
@@ -39,10 +40,8 @@ def batch_norm(
     A `SyncBatchNorm` in training uses the elements of all processes."""
     use_batch = norm.training or norm.running_mean is None or norm.running_var is None
     if not use_batch:
-        rows = F.batch_norm(
-            x.rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
-        )
-        return Elements(rows, x.lattice)
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return Elements(_rows_of(F.batch_norm(_map_of(x.rows), *statistics, False, 0.0, norm.eps)), x.lattice)
     weighted = x.lattice.geometry.statistics == "area" if weighted is None else weighted
     real, count = x.lattice.real, x.lattice.count
     of_batch: int | Tensor = count if real is None else x.lattice.counts.sum()
@@ -50,9 +49,9 @@ def batch_norm(
         rows, mean, variance, of_batch = _norm_together(x, norm, weighted, of_batch)
     elif real is None and (not weighted or x.lattice.uniform_level is not None):
         # All elements have equal weight, as in torch.
-        rows, mean, inverse = torch.native_batch_norm(
-            x.rows, norm.weight, norm.bias, None, None, True, 0.0, norm.eps
-        )
+        by_channel = (norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+        image, mean, inverse = torch.native_batch_norm(_map_of(x.rows), *by_channel)
+        rows = _rows_of(image)
         variance = inverse.detach().square().reciprocal() - norm.eps
     else:
         share = x.lattice.weights if weighted or real is None else real.double()
@@ -70,6 +69,20 @@ def batch_norm(
 def scale_and_shift(x: Elements, norm: ScaleShift) -> Elements:
     """Apply a batch normalisation with fixed statistics and the activation behind it."""
     return Elements(norm(x.rows, last=True), x.lattice)
+
+
+def _map_of(rows: Tensor) -> Tensor:
+    """View rows (N, C) on a GPU as a channels_last map (1, C, N, 1), whose norms read memory in order."""
+    if rows.device.type != "cuda" or torch.compiler.is_compiling():
+        return rows
+    return rows.reshape(1, *rows.shape, 1).transpose(1, 2)
+
+
+def _rows_of(normalised: Tensor) -> Tensor:
+    """Return rows (N, C) of a normalised map of `_map_of`, or of rows."""
+    return (
+        normalised if normalised.dim() == 2 else normalised.transpose(1, 2).reshape(-1, normalised.shape[1])
+    )
 
 
 def _norm_together(
@@ -126,7 +139,8 @@ class _WeightedNorm(torch.autograd.Function):
         scale = (variance + eps).rsqrt()
         ctx.save_for_backward(rows, share, mean, scale, weight)
         ctx.mark_non_differentiable(mean, variance)
-        return F.batch_norm(rows, mean, variance, weight, bias, False, 0.0, eps), mean, variance
+        normalised = F.batch_norm(_map_of(rows), mean, variance, weight, bias, False, 0.0, eps)
+        return _rows_of(normalised), mean, variance
 
     @staticmethod
     @once_differentiable
@@ -213,6 +227,12 @@ def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor
 def _multiply(share: Tensor, values: Tensor) -> Tensor:
     """Compute `share @ values` for (B, N) and (N, C) in the dtype of `share`. Narrower values are converted block by
     block, while they are in the cache, unless gradients are needed or a graph is traced."""
+    if (
+        gpu.supports(values, values)
+        and not (values.requires_grad or is_observed())
+        and share.dtype == torch.float32
+    ):
+        return gpu.weigh(share, values)
     if share.dtype == values.dtype or values.requires_grad or is_observed():
         return share @ values.to(share.dtype)
     total = share.new_zeros(share.shape[0], values.shape[1])

@@ -1,4 +1,4 @@
-"""Give compilers static shapes: a network is compiled once per bucket of element counts.
+"""Give compilers and CUDA graphs static shapes: a network is compiled once per bucket of element counts.
 
 With a mask that always keeps the same number of patches (`"edges | budget:fraction=0.3"`), shapes depend only on the
 image size, and `torch.compile(net)` makes one graph per image size. For any other mask, `Bucketed` rounds the numbers
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Bounds, Lattice
+from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.model import AdaptiveModel, whole_program
-from cadsurgery.network.program import runnable
+from cadsurgery.network.program import Masked, runnable
+from cadsurgery.network.recorded import Recorded
 from cadsurgery.support.errors import InvalidInput
 
 # Largest number of graphs that a bucketed network keeps.
@@ -27,8 +30,13 @@ MOST_GRAPHS = 128
 class Bucketed(nn.Module):
     """A network compiled for any mask: once per bucket of element counts instead of once per image.
 
-        fast = cs.Bucketed(net)
+        fast = cs.Bucketed(net)             # compiled by torch.compile
+        fast = cs.Bucketed(net.optimize())  # on a GPU: recorded as CUDA graphs
         y = fast(x)
+
+    An optimised copy on a GPU is not compiled but recorded; its results are overwritten by the next call, so keep
+    copies (`y.clone()`). With a mask that always keeps the same number of patches, a call is one recording, and the
+    device is waited for only to check the image.
 
     The layers before the region and the mask run first, including a first pass if the mask needs one. Then the number
     of elements after each stage is rounded up to a bucket, and the rest runs in a graph compiled for that bucket, whose
@@ -54,8 +62,22 @@ class Bucketed(nn.Module):
         if per_octave < 1:
             raise InvalidInput(f"per_octave={per_octave}.", next="use a positive number such as 4.")
         self.net, self.per_octave, self.options = net, per_octave, options
-        self._before = torch.compile(_with_own_code(runnable(program.halves.before)), **options)
+        self._before = self._compile(runnable(program.halves.before))
         self._after: dict[object, Callable[..., Any]] = {}
+        self._whole: dict[str, Recorded] = {}  # by mask
+
+    def _compile(self, run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """Return a function of the network as it is run: recorded, or compiled with options."""
+        if not self.net.is_optimized:
+            return torch.compile(_with_own_code(run), **options, **self.options)
+        if self.options:
+            raise InvalidInput(
+                f"{', '.join(self.options)} of an optimised copy.",
+                why="options are those of torch.compile, and an optimised copy is recorded, not compiled.",
+                next="leave the options out, or pass the network it was made from.",
+            )
+        names = self.net.program.names
+        return Recorded(lambda *args, **kwargs: run(names(), *args, **kwargs), self.net, MOST_GRAPHS)
 
     @property
     def buckets(self) -> int:
@@ -66,17 +88,40 @@ class Bucketed(nn.Module):
         """Run the network; see `AdaptiveModel.forward`."""
         net, program = self.net, self.net.program
         provider = net.mask if mask is None else resolve_mask(mask)
+        if net.is_optimized:
+            with torch.no_grad():
+                masked = program.check_and_run(partial(self._replay, provider), *args, **kwargs)
+            return net.finish(*masked)
         values = program.check_and_run(
             lambda arguments: self._before(program.names(), **arguments), *args, **kwargs
         )
         lattice = program.ask(program.masking(provider), values)
-        bounds, levels = self._bounds(lattice), lattice.pyramid.levels
+        levels = lattice.pyramid.levels
+        run = self._after_for(self._bounds(lattice), levels)
+        return net.finish(program.contain(run(levels, *values)), lattice)
+
+    def _after_for(self, bounds: Bounds, levels: Tensor) -> Callable[..., Any]:
+        """Return the function of level map and values that runs the network from the mask on."""
         key = (bounds, levels.shape)
         run = self._after.pop(key, None) or self._make_for(bounds)
         self._after[key] = run  # ordered by last use
         for oldest in list(self._after)[:-MOST_GRAPHS]:
             self._after.pop(oldest, None)
-        return net.finish(program.contain(run(levels, *values)), lattice)
+        return run
+
+    def _replay(self, provider: MaskProvider, arguments: dict[str, Any]) -> Masked:
+        """Run recordings of an optimised copy: one if the mask is static, else one on each side of the mask."""
+        program, masking = self.net.program, self.net.program.masking(provider)
+        if provider.static and provider.storable and not provider.looks_ahead:
+            key = "" if provider is self.net.mask else provider.spec()
+            if key not in self._whole:
+                self._whole[key] = Recorded(partial(program, masking), self.net, MOST_GRAPHS)
+            masked: Masked = self._whole[key](arguments)
+            return masked
+        values = self._before(**arguments)
+        lattice = program.ask(masking, values)
+        run = self._after_for(self._bounds(lattice), lattice.pyramid.levels)
+        return program.contain(run(lattice.pyramid.levels, *values)), lattice
 
     def _bounds(self, lattice: Lattice) -> Bounds:
         counts = [lattice.at(stage).count for stage in range(lattice.stage + 1)]
@@ -89,10 +134,11 @@ class Bucketed(nn.Module):
         program = self.net.program
         forward, geometry = runnable(program.halves.after), program.geometry
 
-        def run(levels: Tensor, *values: Any) -> Any:
-            return forward(program.names(), lambda *_: geometry.lattice(levels, bounds), *values)[0]
+        def run(names: Any, levels: Tensor, *values: Any) -> Any:
+            return forward(names, lambda *_: geometry.lattice(levels, bounds), *values)[0]
 
-        return torch.compile(_with_own_code(run), fullgraph=True, dynamic=False, **self.options)
+        run = self._compile(run, fullgraph=True, dynamic=False)
+        return run if self.net.is_optimized else partial(run, program.names())
 
 
 def bucket(count: int, per_octave: int) -> tuple[int, int]:

@@ -262,7 +262,9 @@ class Program:
             self.check(image)
             return self._run_explained(run, arguments, image)
 
-    def _run_explained(self, run: Callable[[dict[str, Any]], Any], arguments: dict[str, Any], image: Any) -> Any:
+    def _run_explained(
+        self, run: Callable[[dict[str, Any]], Any], arguments: dict[str, Any], image: Any
+    ) -> Any:
         """Apply a function to arguments; an error about an image that does not fit says so."""
         try:
             return run(arguments)

@@ -16,7 +16,7 @@ TYPES |= {"sources": "*i32", "shares": "*fp64", "used": "*i64"}
 
 
 class Compiled(NamedTuple):
-    """What a compiled program takes: registers a thread, bytes spilled a thread, bytes of shared memory; and its code."""
+    """What a program takes: registers and spilled bytes of a thread, bytes of shared memory; and its code."""
 
     registers: int
     spilled: int
@@ -30,7 +30,13 @@ class Compiled(NamedTuple):
 
 
 def compile_for(
-    name: str, capability: int, dtype: str, constants: dict[str, Any], warps: int, stages: int, absent: tuple[str, ...] = ()
+    name: str,
+    capability: int,
+    dtype: str,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    absent: tuple[str, ...] = (),
 ) -> Compiled:
     """Compile a kernel of `triton_kernels` for a compute capability such as 90, with rows of a dtype such as bf16.
 
@@ -71,8 +77,11 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([found, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [found, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     registers, stack, local = (
-        int(re.search(rf"{key}:(\d+)", done.stdout).group(1)) for key in ("REG", "STACK", "LOCAL")  # type: ignore[union-attr]
+        int(re.search(rf"{key}:(\d+)", done.stdout).group(1))
+        for key in ("REG", "STACK", "LOCAL")  # type: ignore[union-attr]
     )
     return registers, stack + local

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadsurgery.elements.backends import gpu, triton_kernels
+from cadsurgery.elements.backends import gpu, gpu_maps, triton_kernels
+from cadsurgery.elements.backends.choose import Mixing, extend, mix
 from cadsurgery.elements.backends.weights import Activation, FusedConv
-from cadsurgery.elements.functional import Elements, conv2d, fused_conv2d
-from cadsurgery.elements.kernel_map import Window
-from cadsurgery.elements.lattice import Geometry
+from cadsurgery.elements.bounds import Bounds
+from cadsurgery.elements.functional import Elements, conv2d, fused_conv2d, to_dense
+from cadsurgery.elements.kernel_map import Window, kernel_map
+from cadsurgery.elements.lattice import Geometry, Lattice
 
 DEVICE = torch.device("cpu" if triton_kernels.INTERPRETED else "cuda")
 COUNT = 37 if triton_kernels.INTERPRETED else 5000
@@ -35,6 +37,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -154,7 +161,9 @@ def test_depthwise(taps: int, dtype: torch.dtype) -> None:
     close(found, reference(rows, weight, table, **given, activation=ACTIVATIONS["silu"], groups=37))
 
 
-@pytest.mark.parametrize("dtype", [*gpu.DTYPES[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in gpu.DTYPES[1:])])
+@pytest.mark.parametrize(
+    "dtype", [*gpu.DTYPES[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in gpu.DTYPES[1:])]
+)
 @pytest.mark.parametrize(("channels", "outputs", "groups"), [(36, 36, 9), (10, 30, 5), (6, 6, 2), (5, 15, 5)])
 def test_channel_groups(channels: int, outputs: int, groups: int, dtype: torch.dtype) -> None:
     rows, weight, table = operands(COUNT, channels, outputs, 9, dtype, groups)
@@ -165,7 +174,11 @@ def test_channel_groups(channels: int, outputs: int, groups: int, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", gpu.DTYPES)
 def test_without_a_table_each_output_reads_its_own_row(dtype: torch.dtype) -> None:
-    rows, weight, residual = random(COUNT, 37, dtype=dtype), random(21, 37, dtype=dtype), random(COUNT, 21, dtype=dtype)
+    rows, weight, residual = (
+        random(COUNT, 37, dtype=dtype),
+        random(21, 37, dtype=dtype),
+        random(COUNT, 21, dtype=dtype),
+    )
     table = torch.arange(COUNT, device=DEVICE, dtype=torch.int32).unsqueeze(1)
     more: Any = {"residual": residual, "activation": ACTIVATIONS["relu6"]}
     close(gpu.gather_conv(rows, weight, None, **more), reference(rows, weight, table, **more))
@@ -176,8 +189,9 @@ def test_halo_rows_stand_behind_the_rows_and_the_padding(groups: int) -> None:
     rows, weight, table = operands(COUNT, 12, 12, 9, torch.float32, groups)
     halo = random(7, 12)
     table = torch.where(table % 5 == 3, len(rows) + 1 + table % 7, table)
-    found = gpu.gather_conv(rows, weight, table, groups=groups, halo=halo)
-    close(found, reference(torch.cat([rows, rows[:1] * torch.nan, halo]), weight, table, groups=groups))
+    table[table == 1] = len(rows)
+    found = gpu.gather_conv(rows, weight, table, groups=groups, halo=halo, outside=len(rows))
+    close(found, reference(torch.cat([rows, 0 * rows[:1], halo]), weight, table, groups=groups))
 
 
 @pytest.mark.parametrize("dtype", gpu.DTYPES)
@@ -188,6 +202,28 @@ def test_blended_rows_are_weighted_sums_and_the_unused_are_not_computed(dtype: t
     close(gpu.blend(rows, sources, shares), expected)
     used = torch.tensor(COUNT // 2, device=DEVICE)
     close(gpu.blend(rows, sources, shares, used)[: COUNT // 2], expected[: COUNT // 2])
+
+
+def test_blended_rows_have_gradients() -> None:
+    """Of a table that is read twice; row 9 is read by none, row 0 by many."""
+    rows, shares = random(50, 300), torch.rand(COUNT, 4).to(DEVICE)
+    sources = (torch.randint(50, (COUNT, 4), device=DEVICE, dtype=torch.int32) - 10).clamp(min=0)
+    sources[sources == 9] = 8
+
+    def run(mixing: Any) -> Tensor:
+        leaf = rows.clone().requires_grad_()
+        first = mixing(leaf, sources, shares)
+        return torch.autograd.grad(
+            (first * first.detach().sin()).sum() + mixing(leaf, sources, shares).sum(), leaf
+        )[0]
+
+    def plain(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
+        return (rows[sources.long()] * shares.unsqueeze(2)).sum(1)
+
+    assert gpu.Triton().applies(Mixing(rows, sources, shares))
+    found = run(mix)
+    close(found, run(plain))
+    assert not found[9].any() and torch.equal(found, run(mix))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
@@ -207,7 +243,7 @@ def test_float32_is_multiplied_as_torch_may(
     allowed: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within TF32's rounding where the user allows it, else to float32's."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
     rows, weight, table = operands(COUNT, 256, 128, 9, torch.float32)
     found, expected = gpu.gather_conv(rows, weight, table), reference(rows, weight, table)
     assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -341,3 +377,50 @@ def test_fused_convolutions_use_it(activation: Activation | None) -> None:
         return fused_conv2d(Elements(rows.to(dtype), lattice), weights, residual, window=window, stage=1).rows
 
     close(run(torch.float32), run(torch.float64).float())
+
+
+def bounded(levels: Tensor, geometry: Geometry) -> Lattice:
+    """The lattice of a level map with bounds: with rows of padding, or as on a GPU with exact numbers."""
+    lattice = geometry.lattice(levels.cpu())
+    counts = [len(lattice.at(stage)) for stage in range(len(geometry.strides) + 1)]
+    return geometry.lattice(levels, Bounds(tuple(counts), tuple(count + 3 for count in counts)))
+
+
+@pytest.mark.parametrize("fill", ["linear", "nearest"])
+@pytest.mark.parametrize(
+    ("kernel", "spacing", "dilation", "size"),
+    [((3, 3), 1, 1, (9, 11)), ((5, 3), 2, 2, (13, 8)), ((1, 1), 1, 1, (9, 11)), ((3, 1), 4, 1, (9, 10))],
+)
+def test_kernel_maps_read_what_those_of_torch_read(
+    fill: Any, kernel: tuple[int, int], spacing: int, dilation: int, size: tuple[int, int], monkeypatch: Any
+) -> None:
+    """Between lattices of two stages, cropped, with a halo of which only what is read is mixed."""
+    geometry = Geometry((2, 2), fill=fill)
+    levels = torch.randint(0, 3, (2, 9, 11)).to(DEVICE)
+    pads = (kernel[0] // 2 * dilation,) * 2 + (kernel[1] // 2 * dilation,) * 2
+    window = Window(kernel, 1, (dilation, dilation), pads, spacing=spacing)
+
+    def read() -> tuple[Tensor, Tensor, Tensor]:
+        lattice = bounded(levels, geometry)
+        height, width = (min(pair) for pair in zip(size, (9, 11), strict=True))
+        source, target = lattice.at(1, (height, width)), lattice.at(2, (height, width))
+        torch.manual_seed(0)
+        rows = random(len(source), 3)
+        reading = kernel_map(source, target, window)
+        taps = extend(rows, reading, 0.0)[reading.table.long()]
+        dense = to_dense(Elements(rows, source))
+        return taps[: int(target.counts.sum())], dense, source.index
+
+    assert bounded(levels, geometry).has_gpu_maps
+    found = read()
+    monkeypatch.setattr(gpu_maps, "available", lambda device: False)
+    for one, other in zip(found, read(), strict=True):
+        assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_weighted_sums_of_rows() -> None:
+    rows, shares = random(3 * COUNT, 40, dtype=torch.bfloat16), torch.rand(2, 3 * COUNT).to(DEVICE)
+    shares[:, 5] = 0
+    rows[5] = torch.nan  # padding, which does not count
+    expected = shares.double() @ rows.double().nan_to_num()
+    assert_close(gpu.weigh(shares, rows).double(), expected, rtol=1e-5, atol=1e-5)

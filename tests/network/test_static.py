@@ -734,3 +734,42 @@ def test_bucketed_refuses_what_it_cannot_wrap() -> None:
         cs.Bucketed(converted(build("resnet18", by=4)), backend="eager")(
             torch.full((1, 3, 64, 96), torch.nan)
         )
+
+
+def test_an_optimised_copy_is_recorded_instead_of_compiled() -> None:
+    """Without a GPU a recording calls the network on its own copies of the arguments: the same in every call."""
+    net = converted(strided(outputs=4, kernel=3), "edges")
+    optimized = net.optimize()
+    fast = cs.Bucketed(optimized, per_octave=1)
+    with torch.no_grad():
+        for mask in (
+            None,
+            "edges | budget:fraction=0.5",
+            "all",
+            patch_levels(2, (8, 12), Geometry((2, 2)), 5),
+        ):
+            for batch in (2, 1, 2):
+                x = images(batch, 64, 96)
+                given = mask[:batch] if isinstance(mask, torch.Tensor) else mask
+                assert_same(fast(x, mask=given), net(x, mask=given), 1e-4)
+                assert torch.equal(optimized.levels, net.levels)
+    with torch.inference_mode():
+        assert_same(fast(x), net(x), 1e-4)
+    with pytest.raises(cs.InvalidInput, match="is recorded, not compiled"):
+        cs.Bucketed(optimized, mode="max-autotune")
+    with pytest.raises(cs.InvalidInput, match="NaN"):
+        fast(torch.full((1, 3, 64, 96), torch.nan))
+
+
+def test_a_recording_is_made_again_for_other_weights() -> None:
+    net = converted(strided(outputs=4, kernel=3), "edges | budget:fraction=0.5")
+    optimized, x = net.optimize(), images(1, 64, 96)
+    fast = cs.Bucketed(optimized)
+    fast(x)
+    with torch.no_grad():
+        for value in net.parameters():
+            value.mul_(0.9)
+    optimized.load_state_dict(net.optimize().state_dict())
+    assert_same(fast(x), net(x).detach(), 1e-4)
+    recorded = fast._whole[""]
+    assert len(recorded) == 1

@@ -21,11 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cadsurgery.elements.backends import gpu_tiles, triton_kernels
 from cadsurgery.elements.backends.choose import Backend, Convolution, Mixing, WindowRead, extend
+from cadsurgery.elements.backends.gpu_maps import available
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.kernel_map import Reading
+from cadsurgery.kernels.load import is_observed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -40,6 +43,8 @@ _FUSED = {
 }
 # The derivatives of these follow from the output alone, so they stay fused when gradients are needed.
 _INVERTIBLE = ("none", "relu", "relu6")
+# Channels above which cuBLAS multiplies rows faster than the kernel: measured on an H100.
+_DEEP = 1024
 # Number of programs in the weight's backward: enough for any GPU, with partial sums of only about 16 MB.
 _PROGRAMS = 1024
 
@@ -51,10 +56,10 @@ class Triton(Backend):
 
     def applies(self, work: Convolution | Mixing) -> bool:
         """Return True for rows on supported GPUs; with gradients, torch multiplies and mixes rows that are no taps."""
-        if work.graph:
+        if work.graph or is_observed():
             return False
         if isinstance(work, Mixing):
-            return not work.gradient and work.rows.dtype in DTYPES and available(work.rows.device)
+            return not work.shares.requires_grad and work.rows.dtype in DTYPES and available(work.rows.device)
         if work.is_product and work.gradient:
             return False
         return supports(work.rows, work.weights.weight)
@@ -64,15 +69,27 @@ class Triton(Backend):
         weight = matrix_of(work.weights)
         more = (work.weights.bias, work.residual, work.weights.activation, work.weights.groups)
         if work.is_product:
-            rows, bias, residual, *rest = work.of_target, *more
-            flat = residual.reshape(-1, weight.shape[0]) if residual is not None else None
-            out = gather_conv(rows.reshape(-1, rows.shape[-1]), weight, None, bias, flat, *rest)
-            return out.view(*rows.shape[:-1], -1)
+            return self._multiply(work, weight)
         rows, reading = work.rows, work.reading
         if work.gradient or work.outside or not isinstance(work.reads, WindowRead):
             return self._by_table(work, weight)
         halo = mix_used(rows, reading) if reading.sources.shape[0] else None
-        return gather_conv(rows, weight, self._signed(work, reading), *more, halo=halo)
+        return gather_conv(rows, weight, reading.table, *more, halo=halo, outside=rows.shape[0])
+
+    def _multiply(self, work: Convolution, weight: Tensor) -> Tensor:
+        """Compute rows (N, ..., O) of one tap at the element itself."""
+        rows, weights = work.of_target, work.weights
+        flat, outputs = rows.reshape(-1, rows.shape[-1]), weight.shape[0]
+        residual = work.residual.reshape(-1, outputs) if work.residual is not None else None
+        is_linear = work.reads is None and not weights.dense
+        if is_linear and rows.dtype == torch.float32:  # its precision is not that of convolutions
+            out = finish(F.linear(flat, weight), weights.bias, residual, weights.activation)
+        elif residual is None and flat.shape[1] > _DEEP and rows.dtype != torch.float32:
+            out = _multiply_deep(flat, weight, weights.bias, weights.activation)
+        else:
+            more = (weights.bias, residual, weights.activation)
+            out = gather_conv(flat, weight, None, *more)
+        return out.view(*rows.shape[:-1], outputs)
 
     def _by_table(self, work: Convolution, weight: Tensor) -> Tensor:
         """Compute rows (N, O) with gradients, or with another value than zero outside the map."""
@@ -101,7 +118,19 @@ class Triton(Backend):
 
     def mix(self, work: Mixing) -> Tensor:
         """Compute rows (M, C)."""
-        return blend(work.rows, work.sources, work.shares)
+        if not work.gradient:
+            return blend(work.rows, work.sources, work.shares)
+        mixed: Tensor = _Blend.apply(work.rows, work.sources, work.shares)
+        return mixed
+
+
+def _multiply_deep(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None
+) -> Tensor:
+    """Compute rows (N, O) by cuBLAS, which is faster than the kernel where it sums over many channels."""
+    if bias is not None and activation is not None and activation.name == "relu":
+        return torch._addmm_activation(bias, rows, weight.T)
+    return finish(F.linear(rows, weight), bias, None, activation)
 
 
 def mix_used(rows: Tensor, reading: Reading) -> Tensor:
@@ -135,14 +164,6 @@ class ReversedMap(NamedTuple):
     extras: Tensor
     owners: Tensor
     offsets: Tensor
-
-
-def available(device: torch.device) -> bool:
-    """Return True if the kernels run on this device: NVIDIA from Ampere on (bfloat16, tf32, asynchronous copies)."""
-    if not triton_kernels.INSTALLED or triton_kernels.INTERPRETED:
-        return triton_kernels.INTERPRETED and device.type == "cpu"
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def supports(rows: Tensor, weight: Tensor) -> bool:
@@ -195,6 +216,7 @@ def gather_conv(
     groups: int = 1,
     reverse: Callable[[], ReversedMap] | None = None,
     halo: Tensor | None = None,
+    outside: int = -1,
 ) -> Tensor:
     """Compute the convolution (*), (N, O), for operands that `supports` accepts; only table and halo have no gradient.
 
@@ -208,7 +230,8 @@ def gather_conv(
         activation: applied last, inside the kernel if it supports the function.
         groups: channel groups.
         reverse: returns the inverse of the table, cached by the caller; if None, the inverse is computed.
-        halo: (M, C), read by entries from R + 1 on; without gradients.
+        halo: (M, C), read by entries behind `outside`; without gradients.
+        outside: an entry that reads zero, like those that are negative; without gradients.
     """
     channels, outputs = rows.shape[1], weight.shape[0]
     count, taps = table.shape if table is not None else (rows.shape[0], 1)
@@ -225,12 +248,12 @@ def gather_conv(
     fused = _name_activation(activation)
     operands = (rows, weight, bias, residual)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        assert table is not None and halo is None
+        assert table is not None and halo is None and outside < 0
         fused = fused if fused is not None and fused[0] in _INVERTIBLE else None
         name = fused[0] if fused is not None else "none"
         out = GatherConv.apply(rows, weight, bias, residual, table, name, groups, reverse)
     else:
-        out = _forward(rows, weight, table, bias, residual, *(fused or ("none", 0.0)), groups, halo)
+        out = _forward(rows, weight, table, bias, residual, *(fused or ("none", 0.0)), groups, halo, outside)
     return out if fused is not None or activation is None else activation.apply_(out)
 
 
@@ -256,15 +279,77 @@ def blend(rows: Tensor, sources: Tensor, shares: Tensor, used: Tensor | None = N
     return out
 
 
+def weigh(shares: Tensor, rows: Tensor) -> Tensor:
+    """Compute `shares @ rows`, (B, C) float32, for (B, N) weights and (N, C) rows, which are read as they are."""
+    (lines, count), channels = shares.shape, rows.shape[1]
+    tile = gpu_tiles.elementwise_tile(channels)
+    programs = max(1, min(_PROGRAMS // max(1, lines * _cdiv(channels, tile.c)), _cdiv(count, tile.n)))
+    partial = torch.empty(programs, lines, channels, dtype=torch.float32, device=rows.device)
+    if not count or not channels:
+        return partial.zero_().sum(0)
+    with torch.cuda.device_of(rows):
+        triton_kernels.weigh[(programs, _cdiv(channels, tile.c), lines)](
+            *(_operand(rows), shares.contiguous(), partial, count, _cdiv(count, programs)),
+            **{"C": channels, "BLOCK_N": tile.n, "BLOCK_C": tile.c},
+            num_warps=tile.warps,
+        )
+    return partial.sum(0)
+
+
+class _Blend(torch.autograd.Function):
+    """`blend` with a gradient of the rows, summed in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
+        """See `blend`."""
+        ctx.save_for_backward(sources, shares)
+        ctx.count = rows.shape[0]
+        return blend(rows, sources, shares)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the rows."""
+        sources, shares = ctx.saved_tensors
+        channels = grad.shape[1]
+        out = grad.new_empty(ctx.count, channels)
+        if not out.numel():
+            return out, None, None
+        readers, starts = _readers(sources, ctx.count)
+        block = min(1024, max(16, 1 << (channels - 1).bit_length()))
+        with torch.cuda.device_of(grad):
+            triton_kernels.spread_back[(ctx.count, _cdiv(channels, block))](
+                *(_operand(grad), readers, starts, shares.contiguous().float(), out),
+                **{"C": channels, "READ": sources.shape[1], "BLOCK_C": block},
+            )
+        return out, None, None
+
+
+# Of each table of sources: which entries read each row. Tables live as long as the lattices of a forward pass.
+_READERS = WeakTensorKeyDictionary()
+
+
+def _readers(sources: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the entries of `sources` (M, k) sorted by the row they read, and where each row's begin (count + 1,)."""
+    found: tuple[Tensor, Tensor] | None = _READERS.get(sources)
+    if found is None or found[1].shape[0] != count + 1:
+        rows, readers = sources.flatten().sort(stable=True)
+        every = torch.arange(count + 1, dtype=rows.dtype, device=rows.device)
+        found = _READERS[sources] = readers, torch.searchsorted(rows, every)
+    return found
+
+
 def can_finish(image: Tensor, weight: Tensor) -> bool:
     """Return True if `finish` follows a convolution of a dense map: in inference, on a supported GPU."""
     if torch.is_grad_enabled() and (image.requires_grad or weight.requires_grad):
         return False
     is_there = image.device.type != "cpu" or triton_kernels.INTERPRETED
-    return is_there and not torch.compiler.is_compiling() and supports(image, weight)
+    return is_there and not is_observed() and supports(image, weight)
 
 
-def finish(sums: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation | None) -> Tensor:
+def finish(
+    sums: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation | None
+) -> Tensor:
     """Apply bias (C,), residual (N, C) and activation to contiguous rows (N, C) in place, and return them."""
     fused, (count, channels) = _name_activation(activation), sums.shape
     name, slope = fused or ("none", 0.0)
@@ -331,7 +416,9 @@ def _grad_rows(
     grad: Tensor, weight: Tensor, reverse: ReversedMap, taps: int, count: int, groups: int
 ) -> Tensor:
     """Compute the gradient of the rows (count, C): (*) over the inverse map, then extras are added to their owners."""
-    by_group = weight.unflatten(0, (groups, -1)).unflatten(2, (taps, -1))  # (groups, O / groups, taps, C / groups)
+    by_group = weight.unflatten(0, (groups, -1)).unflatten(
+        2, (taps, -1)
+    )  # (groups, O / groups, taps, C / groups)
     weight = by_group.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
     parts = _forward(grad, weight, reverse.table, None, None, "none", 0.0, groups)
     of_rows = parts[:count]
@@ -351,17 +438,18 @@ def _forward(
     slope: float,
     groups: int,
     halo: Tensor | None = None,
+    outside: int = -1,
 ) -> Tensor:
     count, outputs, channels = (rows if table is None else table).shape[0], weight.shape[0], rows.shape[1]
     out = rows.new_empty(count, outputs)
     if not count:
         return out
-    first_halo, size = rows.shape[0] + 1, rows.element_size()
+    size = rows.element_size()
     rows, weight, bias, residual, halo = map(_operand, (rows, weight, bias, residual, halo))
     table = table.contiguous() if table is not None else None
     sizes = {"C": channels, "TAPS": table.shape[1] if table is not None else 1, "ACTIVATION": activation}
     sizes |= {"SLOPE": slope, "WIDE": _is_wide(rows, out, table, halo)}
-    arguments = (rows, halo, weight, table, bias, residual, out, count, first_halo)
+    arguments = (rows, halo, weight, table, bias, residual, out, count, outside)
     with torch.cuda.device_of(rows):
         if table is not None and groups == channels == outputs:
             tile = gpu_tiles.depthwise_tile(channels)
@@ -370,7 +458,9 @@ def _forward(
             )
             return out
         width, depth, precision = outputs // groups, channels // groups, _precision(rows.dtype)
-        tile = product_tile(count, width, groups, depth, size, precision == "ieee", rows.device)
+        kind = "full" if precision == "ieee" else "residual" if residual is not None else ""
+        device, taps = gpu_tiles.device_of(rows.device), sizes["TAPS"]
+        tile = gpu_tiles.tile_of(count, width, groups, depth, taps, size, kind, device)
         triton_kernels.product[(_cdiv(count, tile.n) * groups * _cdiv(width, tile.o),)](
             *arguments,
             **sizes,
@@ -380,16 +470,6 @@ def _forward(
             num_stages=tile.stages,
         )
     return out
-
-
-def product_tile(
-    count: int, width: int, groups: int, depth: int, size: int, is_full_precision: bool, device: torch.device
-) -> gpu_tiles.Tile:
-    """Return the tile of a product on a device, see `gpu_tiles.product_tile`."""
-    number = gpu_tiles.rounded(count)
-    return gpu_tiles.product_tile(
-        number, width, groups, depth, size, is_full_precision, gpu_tiles.device_of(device)
-    )
 
 
 def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
@@ -417,7 +497,9 @@ def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tens
             triton_kernels.depthwise_weight[(tiles, shares)](*arguments, **sizes)
         else:
             more = {"C_OUT": outputs, "GROUPS": groups, "PRECISION": precision, "BLOCK_O": tile.o}
-            triton_kernels.product_weight[(tiles, shares)](*arguments, **sizes, **more, num_stages=tile.stages)
+            triton_kernels.product_weight[(tiles, shares)](
+                *arguments, **sizes, **more, num_stages=tile.stages
+            )
     return partial.sum(0)
 
 
@@ -439,5 +521,5 @@ def _cdiv(length: int, block: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Return the precision of products, for float32 by torch's setting for matrix products."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Return the precision of products: for float32 by torch's setting for convolutions, which is TF32 by default."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"

@@ -7,13 +7,12 @@ into the shared memory of a smaller GPU is left out there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-
-# Shared memory that a program can use, in bytes, and multiprocessors, where no GPU is at hand to ask.
-_SHARED, _PROCESSORS = 99 << 10, 128
 
 
 class Tile(NamedTuple):
@@ -25,7 +24,9 @@ class Tile(NamedTuple):
         c: channels that are summed at a time or, without sums over channels, that are computed.
         warps: warps of 32 threads.
         stages: blocks in flight.
-        rate: multiply-accumulates in a multiprocessor's cycle, relative to the best tile.
+        rate: multiply-accumulates that a multiprocessor does in a microsecond, in millions.
+        rest: microseconds that 10,000 results take besides their sums, for loads and stores.
+        needs: least compute capability, times ten; older tensor cores keep more in registers, which are too few.
     """
 
     n: int
@@ -34,6 +35,8 @@ class Tile(NamedTuple):
     warps: int = 4
     stages: int = 4
     rate: float = 1.0
+    rest: float = 1.8
+    needs: int = 80
 
     def shared(self, size: int) -> int:
         """Return the bytes of shared memory that the operands take, of `size` bytes a value."""
@@ -41,38 +44,53 @@ class Tile(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What tiles depend on: the shared memory that a program can use, in bytes, and the number of multiprocessors."""
+    """What tiles depend on.
 
-    shared: int = _SHARED
-    processors: int = _PROCESSORS
+    Attributes:
+        shared: shared memory that a program can use, in bytes.
+        processors: multiprocessors.
+        capability: compute capability, times ten.
+    """
+
+    shared: int = 99 << 10
+    processors: int = 128
+    capability: int = 80
 
 
-# In half types and TF32; c is halved for values of four bytes.
+# For values of two bytes; c is halved for four.
 PRODUCTS = (
-    Tile(128, 256, 64, 8, 4, 1.0),
-    Tile(128, 256, 64, 8, 3, 0.97),
-    Tile(256, 128, 64, 8, 3, 0.95),
-    Tile(128, 128, 64, 8, 4, 0.85),
-    Tile(128, 128, 64, 4, 3, 0.85),
-    Tile(64, 256, 64, 4, 4, 0.8),
-    Tile(64, 128, 64, 4, 4, 0.7),
-    Tile(128, 64, 64, 4, 4, 0.7),
-    Tile(64, 64, 64, 4, 4, 0.5),
-    Tile(128, 32, 64, 4, 4, 0.35),
-    Tile(64, 32, 64, 4, 4, 0.3),
-    Tile(64, 16, 64, 4, 4, 0.15),
-    Tile(32, 32, 32, 4, 3, 0.15),
-)
-# Products of float32 in full precision, which tensor cores do not compute.
-FULL_PRECISION = (Tile(64, 64, 32, 4, 3, 1.0), Tile(64, 32, 32, 4, 3, 0.7), Tile(32, 32, 32, 4, 3, 0.5))
-WEIGHT_PRODUCTS = (
-    Tile(64, 128, 128, 8, 4, 1.0),
-    Tile(64, 128, 64, 4, 4, 0.8),
-    Tile(64, 64, 64, 4, 4, 0.6),
-    Tile(32, 64, 64, 4, 3, 0.5),
+    Tile(128, 256, 64, 8, 4, 2.61),
+    Tile(128, 256, 64, 8, 3, 2.53),
+    Tile(128, 128, 64, 4, 3, 2.42, needs=90),
+    Tile(128, 128, 64, 8, 3, 2.1),
+    Tile(64, 256, 64, 8, 4, 1.96),
+    Tile(64, 128, 64, 4, 4, 1.5),
+    Tile(128, 64, 64, 4, 4, 1.42),
+    Tile(64, 64, 64, 4, 4, 1.1),
+    Tile(128, 32, 64, 4, 4, 0.7),
+    Tile(64, 32, 64, 4, 4, 0.55),
+    Tile(64, 16, 64, 4, 4, 0.28),
     Tile(32, 32, 32, 4, 3, 0.25),
 )
-WEIGHT_FULL_PRECISION = (Tile(32, 64, 64, 4, 3, 1.0), Tile(32, 32, 32, 4, 3, 0.5))
+# With a residual; several programs at once hide its latency.
+RESIDUAL_PRODUCTS = (
+    Tile(128, 128, 64, 8, 3, 2.1, 1.9),
+    Tile(64, 128, 64, 4, 3, 1.5, 1.7),
+    Tile(64, 64, 64, 4, 3, 1.1, 1.7),
+    Tile(64, 32, 64, 4, 3, 0.55, 1.7),
+    Tile(64, 16, 64, 4, 3, 0.28, 1.7),
+    Tile(32, 32, 32, 4, 3, 0.25, 1.7),
+)
+# Products of float32 in full precision, which tensor cores do not compute.
+FULL_PRECISION = (Tile(64, 64, 32, 4, 3, 0.2), Tile(64, 32, 32, 4, 3, 0.15), Tile(32, 32, 32, 4, 3, 0.1))
+WEIGHT_PRODUCTS = (
+    Tile(64, 128, 128, 8, 3),
+    Tile(64, 128, 64, 4, 3),
+    Tile(64, 64, 64, 4, 3),
+    Tile(32, 64, 64, 4, 3),
+    Tile(32, 32, 32, 4, 3),
+)
+WEIGHT_FULL_PRECISION = (Tile(32, 64, 64, 4, 3), Tile(32, 32, 32, 4, 3))
 
 
 def device_of(index: torch.device) -> Device:
@@ -82,62 +100,81 @@ def device_of(index: torch.device) -> Device:
 
 @lru_cache(64)
 def _properties(index: torch.device) -> Device:
-    found = torch.cuda.get_device_properties(index)
-    return Device(int(found.shared_memory_per_block_optin), int(found.multi_processor_count))
+    found: Any = torch.cuda.get_device_properties(index)  # whose types lack some of its attributes
+    capability = 10 * found.major + found.minor
+    return Device(int(found.shared_memory_per_block_optin), int(found.multi_processor_count), capability)
+
+
+_ONLY: list[Tile] = []
+
+
+@contextmanager
+def only(tile: Tile) -> Iterator[None]:
+    """Use one tile for every product in the block, to measure it."""
+    _ONLY.append(tile)
+    try:
+        yield
+    finally:
+        _ONLY.pop()
+
+
+def tile_of(count: int, *rest: Any) -> Tile:
+    """Return the tile of a product of `count` outputs; see `product_tile` for the other arguments."""
+    return _ONLY[-1] if _ONLY else product_tile(rounded(count), *rest)
 
 
 @lru_cache(4096)
 def product_tile(
-    count: int, width: int, groups: int, depth: int, size: int, is_full_precision: bool, device: Device
+    count: int, width: int, groups: int, depth: int, taps: int, size: int, kind: str, device: Device
 ) -> Tile:
-    """Return the tile of a product of `count` outputs with `width` channels of `depth` summands per group and tap.
+    """Return the tile of a product that is estimated to be the fastest.
 
     Args:
         count: outputs, rounded up by `rounded`.
         width: output channels of a group.
         groups: channel groups.
         depth: input channels of a group.
+        taps: taps of an output.
         size: bytes of a value.
-        is_full_precision: float32 without TF32.
+        kind: "full" for float32 without TF32, "residual" if a residual is added, otherwise "".
         device: the GPU.
     """
-    tiles = FULL_PRECISION if is_full_precision else PRODUCTS
-    return min(_usable(tiles, depth, size, device), key=lambda tile: _time(tile, count, width, groups, device, size))
+    deepest = max(16, 1 << (depth - 1).bit_length())
+    tiles = {"full": FULL_PRECISION, "residual": RESIDUAL_PRODUCTS, "": PRODUCTS}[kind]
+    narrow = 2 if size == 4 and kind != "full" else 1
+    able = [
+        tile._replace(c=max(16, min(tile.c // narrow, deepest)))
+        for tile in tiles
+        if tile.needs <= device.capability
+    ]
+    able = [tile for tile in able if tile.shared(size) <= device.shared] or able[-1:]
+
+    def time(tile: Tile) -> float:
+        programs = -(-count // tile.n) * groups * -(-width // tile.o)
+        summed = taps * -(-depth // tile.c) * tile.c * narrow
+        of_result = summed / (tile.rate * 1e6) + tile.rest * 1e-4
+        at_once = 8 // tile.warps  # four warps alone do not keep a multiprocessor busy
+        waves = -(-programs // (device.processors * at_once))
+        return waves * at_once * tile.n * tile.o * of_result
+
+    return min(able, key=time)
 
 
 @lru_cache(4096)
 def weight_tile(width: int, depth: int, size: int, is_full_precision: bool, device: Device) -> Tile:
     """Return the tile of the weight's gradient: `o` x `c` of its entries, from `n` outputs at a time."""
     tiles = WEIGHT_FULL_PRECISION if is_full_precision else WEIGHT_PRODUCTS
-    able = [
-        tile if size < 4 or is_full_precision else tile._replace(n=tile.n // 2)
-        for tile in tiles
-        if (tile.o + tile.c) * tile.n * tile.stages * min(size, 2 if not is_full_precision else 4) <= device.shared
-    ]
+    narrow = 2 if size == 4 and not is_full_precision else 1
+    able = [tile._replace(n=tile.n // narrow) for tile in tiles]
+    able = [tile for tile in able if (tile.o + tile.c) * tile.n * tile.stages * size <= device.shared]
     fitting = [tile for tile in able if tile.o < 2 * width and tile.c < 2 * depth]
     return (fitting or able[-1:])[0]
 
 
 def rounded(count: int) -> int:
     """Round a number of outputs up, so that tiles, and the bits of results, do not change with every image."""
-    step = max(1, 1 << max(0, count.bit_length() - 4))
+    step = 1 << max(0, count.bit_length() - 7)
     return -(-count // step) * step
-
-
-def _usable(tiles: tuple[Tile, ...], depth: int, size: int, device: Device) -> list[Tile]:
-    deepest = max(16, 1 << (depth - 1).bit_length())
-    shaped = [
-        tile._replace(c=max(16, min(tile.c // (2 if size == 4 and tile.c > 32 else 1), deepest))) for tile in tiles
-    ]
-    return [tile for tile in shaped if tile.shared(size) <= device.shared] or shaped[-1:]
-
-
-def _time(tile: Tile, count: int, width: int, groups: int, device: Device, size: int) -> float:
-    """Estimate the time of a product: programs run in waves, as many at once as shared memory has room for."""
-    programs = -(-count // tile.n) * groups * -(-width // tile.o)
-    at_once = max(1, min(4 if tile.warps == 4 else 2, (device.shared + 1024) // (tile.shared(size) + 1024)))
-    waves = -(-programs // (device.processors * at_once))
-    return waves * at_once * tile.n * tile.o / tile.rate
 
 
 def elementwise_tile(channels: int) -> Tile:

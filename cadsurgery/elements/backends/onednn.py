@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.elements.axes import fast_layout
 from cadsurgery.elements.backends.choose import Convolution, compute
 from cadsurgery.elements.backends.gpu import can_finish, finish
 from cadsurgery.elements.backends.weights import FusedConv, Pair
@@ -149,7 +150,7 @@ def _multiply_pixels(weights: FusedConv, image: Tensor, residual: Tensor | None)
         return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
 
     out = compute(Convolution(rows(image), weights, None, residual=rows(residual)))
-    return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
+    return fast_layout(out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2))
 
 
 def _convolve(

@@ -19,7 +19,7 @@ INSTALLED = triton is not None
 # Decided when the kernels are defined: TRITON_INTERPRET=1 runs them on CPU tensors, for tests.
 INTERPRETED = INSTALLED and triton.knobs.runtime.interpret
 # Numbers that differ from image to image; a kernel is not compiled again for 1 or for multiples of 16.
-_VARYING = ["count", "first_halo", "length"]
+_VARYING = ["count", "length", "outside", "room", "first_down", "first_across", "step_down", "step_across"]
 
 _jit: Callable[[Any], Any] = triton.jit if triton is not None else lambda kernel: kernel
 
@@ -61,13 +61,35 @@ def _activate(total, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):  # type: ig
 
 
 @_jit
-def _starts(rows, halo, source, first_halo, C: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store(  # type: ignore[no-untyped-def]
+    total,
+    n,
+    of_group,
+    first,
+    count,
+    bias,
+    residual,
+    out,
+    width: tl.constexpr,
+    C_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """Finish a tile of sums for outputs n and channels `of_group` of the group that begins at `first`, and write it."""
+    o = first + of_group
+    mask = (n < count)[:, None] & (of_group < width)[None, :]
+    total = _activate(_add(total, n, o, mask, bias, residual, C_OUT), ACTIVATION, SLOPE)
+    tl.store(out + n[:, None] * C_OUT + o[None, :], total, mask=mask)
+
+
+@_jit
+def _starts(rows, halo, source, outside, C: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return where the rows of table entries begin: behind the elements and the padding row stand the halo rows."""
     if WIDE:  # rows may have more than 2^31 values
         source = source.to(tl.int64)
     starts = rows + source * C
     if halo is not None:
-        starts = tl.where(source >= first_halo, halo + (source - first_halo) * C, starts)
+        starts = tl.where(source > outside, halo + (source - outside - 1) * C, starts)
     return starts
 
 
@@ -81,7 +103,7 @@ def product(  # type: ignore[no-untyped-def]
     residual,
     out,
     count,
-    first_halo,
+    outside,
     C: tl.constexpr,
     C_OUT: tl.constexpr,
     TAPS: tl.constexpr,
@@ -111,25 +133,23 @@ def product(  # type: ignore[no-untyped-def]
     group = within // height // tiles_of_group
     o = group * width + of_group
     place = n.to(tl.int64) if WIDE else n
-    mask = (n < count)[:, None] & (of_group < width)[None, :]
-    # The sums begin with bias and residual: added at the end, they would take more registers than there are.
-    total = _add(tl.zeros((BLOCK_N, BLOCK_O), tl.float32), place, o, mask, bias, residual, C_OUT)
+    total = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     # One loop over taps and channels rather than two nested loops, so that loads run ahead of the products across
     # taps. The table is read one step ahead: then no load waits for another load in the same step, which would take
     # stages of the compiler's pipeline. Reading it again for each block of channels costs 4 bytes from L1.
     blocks: tl.constexpr = (depth + BLOCK_C - 1) // BLOCK_C
     # Numbers of table entries may exceed 2^31 only where those of values do, too.
     entry = n.to(tl.int64) * TAPS if WIDE else n * TAPS
-    if table is not None:
-        source = tl.load(table + entry, mask=n < count, other=-1)
-    else:
-        source = tl.where(n < count, n, -1)
+    is_there = n < count
+    source = (
+        tl.load(table + entry, mask=is_there, other=-1) if table is not None else tl.where(is_there, n, -1)
+    )
     taps_of = weight + o[:, None] * (TAPS * depth)
     for step in range(TAPS * blocks):
         c = step % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
         # Channels are contiguous, so a gathered row consists of whole cache lines wherever it is.
-        starts = _starts(rows, halo, source, first_halo, C, WIDE) + group * depth
-        is_read = (source >= 0)[:, None]
+        starts = _starts(rows, halo, source, outside, C, WIDE) + group * depth
+        is_read = ((source >= 0) & (source != outside))[:, None]
         is_weight = (of_group < width)[:, None]
         if depth % BLOCK_C != 0:
             is_read = is_read & (c < depth)[None, :]
@@ -140,7 +160,30 @@ def product(  # type: ignore[no-untyped-def]
         if table is not None:
             following = tl.minimum((step + 1) // blocks, TAPS - 1)
             source = tl.load(table + entry + following, mask=n < count, other=-1)
-    tl.store(out + place[:, None] * C_OUT + o[None, :], _activate(total, ACTIVATION, SLOPE), mask=mask)
+    # Tiles with a residual are finished by halves, because whole ones would take more registers than there are.
+    half: tl.constexpr = BLOCK_O // 2
+    if residual is None or half < 16:
+        _store(
+            total, place, of_group, group * width, count, bias, residual, out, width, C_OUT, ACTIVATION, SLOPE
+        )
+    else:
+        left, right = total.reshape(BLOCK_N, 2, half).permute(0, 2, 1).split()
+        at = within // height % tiles_of_group * BLOCK_O + tl.arange(0, half)
+        _store(left, place, at, group * width, count, bias, residual, out, width, C_OUT, ACTIVATION, SLOPE)
+        _store(
+            right,
+            place,
+            at + half,
+            group * width,
+            count,
+            bias,
+            residual,
+            out,
+            width,
+            C_OUT,
+            ACTIVATION,
+            SLOPE,
+        )
 
 
 @_kernel
@@ -153,7 +196,7 @@ def depthwise(  # type: ignore[no-untyped-def]
     residual,
     out,
     count,
-    first_halo,
+    outside,
     C: tl.constexpr,
     TAPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -169,8 +212,8 @@ def depthwise(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for tap in tl.range(TAPS, loop_unroll_factor=8):
         source = tl.load(table + place * TAPS + tap, mask=n < count, other=-1)
-        starts = _starts(rows, halo, source, first_halo, C, WIDE)
-        mask = (source >= 0)[:, None] & (c < C)[None, :]
+        starts = _starts(rows, halo, source, outside, C, WIDE)
+        mask = ((source >= 0) & (source != outside))[:, None] & (c < C)[None, :]
         gathered = tl.load(starts[:, None] + c[None, :], mask=mask, other=0.0)
         kernel = tl.load(weight + c * TAPS + tap, mask=c < C, other=0.0)
         total += gathered.to(tl.float32) * kernel.to(tl.float32)[None, :]
@@ -206,8 +249,32 @@ def blend(  # type: ignore[no-untyped-def]
             source = tl.load(sources + place * READ + at, mask=n < count, other=0)
             share = tl.load(shares + place * READ + at, mask=n < count, other=0.0).to(tl.float32)
             starts = _starts(rows, None, source, 0, C, WIDE)
-            total += tl.load(starts[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32) * share[:, None]
+            total += (
+                tl.load(starts[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32) * share[:, None]
+            )
         tl.store(out + place[:, None] * C + c[None, :], total, mask=mask)
+
+
+@_kernel
+def spread_back(  # type: ignore[no-untyped-def]
+    grad,
+    readers,
+    starts,
+    shares,
+    out,
+    C: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum a row's gradient over the sums of `blend` that read it: `readers` from `starts[row]` to `starts[row + 1]`."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for at in range(tl.load(starts + row), tl.load(starts + row + 1)):
+        reader = tl.load(readers + at).to(tl.int64)
+        share = tl.load(shares + reader).to(tl.float32)
+        total += tl.load(grad + reader // READ * C + c, mask=c < C, other=0.0).to(tl.float32) * share
+    tl.store(out + row * C + c, total, mask=c < C)
 
 
 @_kernel
@@ -232,6 +299,35 @@ def finish(  # type: ignore[no-untyped-def]
     total = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     total = _add(total, place, c, mask, bias, residual, C)
     tl.store(target, _activate(total, ACTIVATION, SLOPE), mask=mask)
+
+
+@_kernel
+def weigh(  # type: ignore[no-untyped-def]
+    rows,
+    shares,
+    partial,
+    count,
+    length,
+    C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute the weighted sum of a share of the rows, for BLOCK_C channels and one line of weights."""
+    share, line = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    end = tl.minimum((share + 1) * length, count)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in range(share * length, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        mask = (n < end)[:, None] & (c < C)[None, :]
+        weight = tl.load(shares + line * count + n, mask=n < end, other=0.0).to(tl.float32)
+        # Rows without weight do not count, even if they are not numbers.
+        mask = mask & (weight != 0)[:, None]
+        total += (
+            tl.load(rows + n[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32) * weight[:, None]
+        )
+    place = partial + (share * tl.num_programs(2) + line) * C + c
+    tl.store(place, tl.sum(total, 0), mask=c < C)
 
 
 @_kernel
@@ -273,7 +369,9 @@ def product_weight(  # type: ignore[no-untyped-def]
             starts[:, None] + c[None, :], mask=(source >= 0)[:, None] & (c < depth)[None, :], other=0.0
         )
         above = tl.load(
-            grad + n[:, None] * C_OUT + o[None, :], mask=(n < end)[:, None] & (of_group < width)[None, :], other=0.0
+            grad + n[:, None] * C_OUT + o[None, :],
+            mask=(n < end)[:, None] & (of_group < width)[None, :],
+            other=0.0,
         )
         total = tl.dot(above.T, gathered, total, input_precision=PRECISION)
         n += BLOCK_N
@@ -311,3 +409,132 @@ def depthwise_weight(  # type: ignore[no-untyped-def]
         total += gathered.to(tl.float32) * above.to(tl.float32)
     place = partial + (share * C + c) * TAPS + tap
     tl.store(place, tl.sum(total, 0), mask=c < C)
+
+
+@_kernel
+def find_anchors(  # type: ignore[no-untyped-def]
+    levels, sides, flags, count, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write 1 for each pixel that is the anchor of its cell, else 0, given `levels` and the `sides` of each level."""
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < count
+    side = tl.load(sides + tl.load(levels + pixel, mask=mask, other=0).to(tl.int32), mask=mask, other=1)
+    y, x = pixel // WIDTH % HEIGHT, pixel % WIDTH
+    tl.store(flags + pixel, ((y % side == 0) & (x % side == 0)).to(tl.int32), mask=mask)
+
+
+@_kernel
+def place_cells(  # type: ignore[no-untyped-def]
+    levels,
+    sides,
+    ranks,
+    anchors,
+    index,
+    count,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write each pixel's row and each row's anchor, given the number of anchors up to each pixel."""
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < count
+    side = tl.load(sides + tl.load(levels + pixel, mask=mask, other=0).to(tl.int32), mask=mask, other=1)
+    y, x = pixel // WIDTH % HEIGHT, pixel % WIDTH
+    down, across = y % side, x % side
+    row = tl.load(ranks + pixel - down * WIDTH - across, mask=mask, other=1) - 1
+    tl.store(index + pixel, row, mask=mask)
+    tl.store(anchors + row, pixel.to(tl.int64), mask=mask & (down + across == 0))
+
+
+@_kernel
+def read_taps(  # type: ignore[no-untyped-def]
+    index,
+    anchors,
+    targets,
+    table,
+    wanted,
+    count,
+    outside,
+    first_down,
+    first_across,
+    step_down,
+    step_across,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TARGET_HEIGHT: tl.constexpr,
+    TARGET_WIDTH: tl.constexpr,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the rows that taps read. A pixel between anchors gets -1 minus its number, and its flag in `wanted`."""
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = entry.to(tl.int64) if WIDE else entry
+    n, tap = entry // (DOWN * ACROSS), entry % (DOWN * ACROSS)
+    mask = n < count
+    target = tl.load(targets + n, mask=mask, other=0).to(tl.int32)
+    image = target // (TARGET_HEIGHT * TARGET_WIDTH)
+    y = target // TARGET_WIDTH % TARGET_HEIGHT + first_down + tap // ACROSS * step_down
+    x = target % TARGET_WIDTH + first_across + tap % ACROSS * step_across
+    inside = mask & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+    pixel = (image * HEIGHT + y) * WIDTH + x
+    row = tl.load(index + pixel, mask=inside, other=0)
+    if wanted is not None:
+        between = inside & (tl.load(anchors + row, mask=inside, other=0) != pixel)
+        tl.store(wanted + pixel, tl.full((BLOCK,), 1, tl.int32), mask=between)
+        row = tl.where(between, -1 - pixel, row)
+    tl.store(table + place, tl.where(inside, row, outside), mask=mask)
+
+
+@_kernel
+def read_halo(table, ranks, outside, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Replace pixels in a table (see `read_taps`) by their halo rows, given the number of wanted pixels up to each."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    place = place.to(tl.int64) if WIDE else place
+    entry = tl.load(table + place, mask=mask, other=0)
+    between = mask & (entry < 0)
+    rank = tl.load(ranks - 1 - entry, mask=between, other=0)
+    tl.store(table + place, outside + rank, mask=between)
+
+
+@_kernel
+def mix_between(  # type: ignore[no-untyped-def]
+    levels,
+    sides,
+    index,
+    wanted,
+    ranks,
+    sources,
+    shares,
+    count,
+    room,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the four rows and weights of bilinear interpolation of each wanted pixel, see `kernel_map._interpolation`.
+    Of `room` halo rows, those behind the last wanted pixel's get rows and weights of zero."""
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = (pixel < count) & (tl.load(wanted + pixel, mask=pixel < count, other=0) != 0)
+    halo = tl.load(ranks + pixel, mask=mask, other=1) - 1
+    side = tl.load(sides + tl.load(levels + pixel, mask=mask, other=0).to(tl.int32), mask=mask, other=1)
+    y, x = pixel // WIDTH % HEIGHT, pixel % WIDTH
+    down, across = y % side, x % side
+    low = tl.minimum(y - down + side, HEIGHT - 1) - (y - down)
+    right = tl.minimum(x - across + side, WIDTH - 1) - (x - across)
+    first = pixel - down * WIDTH - across
+    own = tl.load(index + first, mask=mask, other=0)
+    for at in tl.static_range(4):
+        part_down = down if at >= 2 else side - down
+        part_across = across if at % 2 == 1 else side - across
+        share = part_down.to(tl.float32) / side * (part_across.to(tl.float32) / side)
+        corner = first + (low * WIDTH if at >= 2 else 0) + (right if at % 2 == 1 else 0)
+        # A corner of weight zero is replaced by the pixel's own cell, whose weight is never zero.
+        row = tl.where(share > 0, tl.load(index + corner, mask=mask, other=0), own)
+        tl.store(sources + halo * 4 + at, row, mask=mask)
+        tl.store(shares + halo * 4 + at, share, mask=mask)
+        is_free = (pixel >= tl.load(ranks + count - 1)) & (pixel < room)
+        tl.store(sources + pixel * 4 + at, tl.zeros((BLOCK,), tl.int32), mask=is_free)
+        tl.store(shares + pixel * 4 + at, tl.zeros((BLOCK,), tl.float32), mask=is_free)

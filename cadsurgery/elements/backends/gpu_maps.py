@@ -1,0 +1,100 @@
+"""Cells and kernel maps on a GPU, in a few Triton kernels, where torch would launch seventy small ones for each map.
+
+Sizes follow from bounds on the number of elements (`bounds.py`), so that the device is not waited for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cadsurgery.elements.backends import triton_kernels
+from cadsurgery.elements.sizes import constant
+
+_BLOCK = 256
+
+
+def available(device: torch.device) -> bool:
+    """Return True if the kernels run on this device: NVIDIA from Ampere on (bfloat16, tf32, asynchronous copies)."""
+    if not triton_kernels.INSTALLED or triton_kernels.INTERPRETED:
+        return triton_kernels.INTERPRETED and device.type == "cpu"
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def find_cells(levels: Tensor, sides: tuple[int, ...], most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the cells of a level map (B, H, W) int8, of which there are at most `most`.
+
+    Returns:
+        The anchors (most,) int64 as pixel numbers, ascending, and 0 behind the last; each pixel's row (B*H*W,) int32;
+        and the number of cells of each image (B,) int64.
+    """
+    levels, count = levels.contiguous(), levels.numel()
+    side_of = constant(sides, torch.int32, levels.device)
+    flags, index = (torch.empty(count, dtype=torch.int32, device=levels.device) for _ in range(2))
+    anchors = torch.zeros(most, dtype=torch.int64, device=levels.device)
+    grid, size = (
+        (-(-count // _BLOCK),),
+        {"HEIGHT": levels.shape[1], "WIDTH": levels.shape[2], "BLOCK": _BLOCK},
+    )
+    with torch.cuda.device_of(levels):
+        triton_kernels.find_anchors[grid](levels, side_of, flags, count, **size)
+        ranks = flags.cumsum(0, dtype=torch.int32)
+        triton_kernels.place_cells[grid](levels, side_of, ranks, anchors, index, count, **size)
+    return anchors, index, flags.view(levels.shape[0], -1).sum(1)
+
+
+def shift_taps(
+    cells: tuple[Tensor, Tensor, Tensor],
+    sides: tuple[int, ...],
+    targets: Tensor,
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+    steps: tuple[list[int], list[int]],
+    halo: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute a kernel map (n, taps) int32, and its halo: sources (M, 4) int32 and their weights (M, 4) float32.
+
+    Args:
+        cells: source lattice: the row of each pixel's cell (B*H*W,) int32, the anchors (N,) int64 and the level of
+            each pixel's cell (B, H, W) int8.
+        sides: sides of cells of each level.
+        targets: anchors (n,) int64 of the target lattice.
+        sizes: fine (height, width) of the source and the target.
+        steps: fine pixels from an anchor to its taps, down and across; each rises evenly.
+        halo: M, the most pixels that can be read between anchors; 0 to read such pixels from their own cell.
+
+    Returns:
+        Table, sources and weights, and the number of halo rows that are read, a tensor without dimensions; None if
+        there is no halo.
+    """
+    index, anchors, levels = map(Tensor.contiguous, cells)
+    (down, across), device = steps, index.device
+    entries, pixels, outside = targets.numel() * len(down) * len(across), index.numel(), anchors.numel()
+    table = torch.empty(targets.numel(), len(down) * len(across), dtype=torch.int32, device=device)
+    sources, shares = (
+        torch.empty(halo, 4, dtype=torch.int32, device=device),
+        torch.empty(halo, 4, device=device),
+    )
+    wanted = torch.zeros(pixels, dtype=torch.int32, device=device) if halo else None
+    size = {"HEIGHT": sizes[0][0], "WIDTH": sizes[0][1], "BLOCK": _BLOCK}
+    wide = {"WIDE": entries >= 1 << 31}
+    along = [values[1] - values[0] if len(values) > 1 else 0 for values in (down, across)]
+    with torch.cuda.device_of(index):
+        triton_kernels.read_taps[(-(-entries // _BLOCK),)](
+            *(index, anchors, targets.contiguous(), table, wanted, targets.numel(), outside),
+            *(down[0], across[0], *along),
+            **size,
+            **{"TARGET_HEIGHT": sizes[1][0], "TARGET_WIDTH": sizes[1][1]},
+            **{"DOWN": len(down), "ACROSS": len(across), **wide},
+        )
+        if wanted is None:
+            return table, sources, shares, None
+        ranks = wanted.cumsum(0, dtype=torch.int32)
+        triton_kernels.read_halo[(-(-entries // _BLOCK),)](
+            table, ranks, outside, entries, **wide, BLOCK=_BLOCK
+        )
+        side_of = constant(sides, torch.int32, device)
+        triton_kernels.mix_between[(-(-pixels // _BLOCK),)](
+            levels, side_of, index, wanted, ranks, sources, shares, pixels, halo, **size
+        )
+    return table, sources, shares, ranks[-1]
