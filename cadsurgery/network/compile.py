@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cadsurgery.elements.lattice import Bounds, Lattice
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
-from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.model import AdaptiveModel, OptimizedModel, whole_program
 from cadsurgery.network.program import Masked, runnable
 from cadsurgery.network.recorded import Recorded
 from cadsurgery.support.errors import InvalidInput
@@ -68,7 +68,7 @@ class Bucketed(nn.Module):
 
     def _compile(self, run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """Return a function of the network as it is run: recorded, or compiled with options."""
-        if not self.net.is_optimized:
+        if not isinstance(self.net, OptimizedModel):
             return torch.compile(_with_own_code(run), **options, **self.options)
         if self.options:
             raise InvalidInput(
@@ -88,9 +88,9 @@ class Bucketed(nn.Module):
         """Run the network; see `AdaptiveModel.forward`."""
         net, program = self.net, self.net.program
         provider = net.mask if mask is None else resolve_mask(mask)
-        if net.is_optimized:
+        if isinstance(net, OptimizedModel):
             with torch.no_grad():
-                masked = program.check_and_run(partial(self._replay, provider), *args, **kwargs)
+                masked = program.check_and_run(partial(self._replay, net, provider), *args, **kwargs)
             return net.finish(*masked)
         values = program.check_and_run(
             lambda arguments: self._before(program.names(), **arguments), *args, **kwargs
@@ -109,13 +109,13 @@ class Bucketed(nn.Module):
             self._after.pop(oldest, None)
         return run
 
-    def _replay(self, provider: MaskProvider, arguments: dict[str, Any]) -> Masked:
+    def _replay(self, net: OptimizedModel, provider: MaskProvider, arguments: dict[str, Any]) -> Masked:
         """Run recordings of an optimised copy: one if the mask is static, else one on each side of the mask."""
-        program, masking = self.net.program, self.net.program.masking(provider)
+        program, masking = net.program, net.program.masking(provider)
         if provider.static and provider.storable and not provider.looks_ahead:
-            key = "" if provider is self.net.mask else provider.spec()
+            key = "" if provider is net.mask else provider.spec()
             if key not in self._whole:
-                self._whole[key] = Recorded(partial(program, masking), self.net, MOST_GRAPHS)
+                self._whole[key] = Recorded(partial(program, masking), net, MOST_GRAPHS)
             masked: Masked = self._whole[key](arguments)
             return masked
         values = self._before(**arguments)

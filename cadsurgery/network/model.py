@@ -551,6 +551,7 @@ class OptimizedModel(AdaptiveModel):
         if any(map(is_guard, self.graph.nodes)):
             self._unfused = (_inference_copy(net),)
         self._epilogues = epilogues
+        self.weights_version = object()  # another object after weights were loaded or moved
         self.register_load_state_dict_post_hook(_forget_other_ways)
         data = {name: value for name, value in vars(net._original[0]).items() if _is_data(name, value)}
         self._original = (SimpleNamespace(**data),)  # type: ignore[assignment]
@@ -607,7 +608,7 @@ class OptimizedModel(AdaptiveModel):
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModel:
         """Move or convert the modules as torch does, including the unfolded weights kept for other paths."""
-        self._ways = {}
+        self._ways, self.weights_version = {}, object()
         for source in self._unfused:
             source._apply(fn, recurse)
         super()._apply(fn, recurse)
@@ -694,7 +695,7 @@ def _drop_cached(net: nn.Module, _: Any) -> None:
 def _forget_other_ways(model: nn.Module, keys: Any) -> None:
     """Drop the unfolded weights after folded weights were loaded: other paths can no longer be converted."""
     assert isinstance(model, OptimizedModel)
-    model._unfused, model._ways = (), {}
+    model._unfused, model._ways, model.weights_version = (), {}, object()
 
 
 def _is_data(name: str, value: Any) -> bool:

@@ -4,13 +4,16 @@ twenty milliseconds of Python for a network of a hundred layers."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cadsurgery.elements.backends.packed import PackedConv
+
+if TYPE_CHECKING:
+    from cadsurgery.network.model import OptimizedModel
 
 # Calls before a recording: kernels are compiled, weights are packed, and constants are made.
 _CALLS_BEFORE = 2
@@ -23,10 +26,10 @@ class Recorded:
     arguments, as a recording would be.
     """
 
-    def __init__(self, run: Callable[..., Any], weights: nn.Module, most: int) -> None:
-        """Take the function; the module whose weights it reads, which are recorded with it: other weights make a new
+    def __init__(self, run: Callable[..., Any], net: OptimizedModel, most: int) -> None:
+        """Take the function; the network whose weights it reads, which are recorded with it: other weights make a new
         recording; and the largest number of recordings that are kept."""
-        self._run, self._weights, self._most = run, weights, most
+        self._run, self._net, self._most = run, net, most
         self._recordings: dict[tuple[Any, ...], _Recording] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,8 +41,8 @@ class Recorded:
         key = (form, *kinds)
         recording = self._recordings.pop(key, None)
         with torch.inference_mode(False), torch.no_grad():  # replays write what the recording has made
-            if recording is None or not recording.is_valid(self._weights):
-                recording = _Recording(self._run, leaves, form, self._weights)
+            if recording is None or recording.weights is not self._net.weights_version:
+                recording = _Recording(self._run, leaves, form, self._net)
             self._recordings[key] = recording  # ordered by last use
             for oldest in list(self._recordings)[: -self._most]:
                 del self._recordings[oldest]
@@ -53,7 +56,8 @@ class Recorded:
 class _Recording:
     """One recording: its own copies of the arguments, its results, and the weights that it reads."""
 
-    def __init__(self, run: Callable[..., Any], leaves: list[Any], form: Any, weights: nn.Module) -> None:
+    def __init__(self, run: Callable[..., Any], leaves: list[Any], form: Any, net: OptimizedModel) -> None:
+        self.weights = net.weights_version
         self._leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = tree_unflatten(self._leaves, form)
         self._replay: Callable[[], object] | None = None
@@ -62,15 +66,8 @@ class _Recording:
             self._result, self._replay = _record(lambda: run(*args, **kwargs))
         else:
             self._call = lambda: run(*args, **kwargs)
-        self._read = _tensors_of(weights)
-        self._packed = _packed_of(weights)
-
-    def is_valid(self, weights: nn.Module) -> bool:
-        """Return True if the weights are where they were."""
-        packed = _packed_of(weights)
-        return self._read == _tensors_of(weights) and all(
-            one is other for one, other in zip(packed, self._packed, strict=True)
-        )
+        # What a graph reads must live as long as the graph.
+        self._packed = [layer._packed for layer in net.modules() if isinstance(layer, PackedConv)]
 
     def __call__(self, leaves: list[Any]) -> Any:
         for own, given in zip(self._leaves, leaves, strict=True):
@@ -94,12 +91,3 @@ def _record(run: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
     with torch.cuda.graph(graph):
         result = run()
     return result, graph.replay
-
-
-def _tensors_of(module: nn.Module) -> tuple[int, ...]:
-    return tuple(x.data_ptr() for x in (*module.parameters(), *module.buffers()))
-
-
-def _packed_of(module: nn.Module) -> list[Any]:
-    """Return the packed weights of all layers, which must live as long as a recording."""
-    return [one._packed for one in module.modules() if isinstance(one, PackedConv)]

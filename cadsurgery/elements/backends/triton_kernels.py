@@ -249,9 +249,9 @@ def blend(  # type: ignore[no-untyped-def]
             source = tl.load(sources + place * READ + at, mask=n < count, other=0)
             share = tl.load(shares + place * READ + at, mask=n < count, other=0.0).to(tl.float32)
             starts = _starts(rows, None, source, 0, C, WIDE)
-            total += (
-                tl.load(starts[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32) * share[:, None]
-            )
+            is_read = mask & (share != 0)[:, None]
+            value = tl.load(starts[:, None] + c[None, :], mask=is_read, other=0.0).to(tl.float32)
+            total += value * share[:, None]
         tl.store(out + place[:, None] * C + c[None, :], total, mask=mask)
 
 
