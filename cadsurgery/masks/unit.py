@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
+from cadsurgery.support.device_checks import is_capturing
 from cadsurgery.support.errors import CadWarning, InvalidInput
 
 RAW = "raw"  # the user's word for masks that see the network's input unchanged
@@ -187,7 +188,7 @@ class Unit:
         """Convert an input (B, C, H, W); it is returned unchanged as long as no picture has been seen."""
         if self.normalisation is None and torch.compiler.is_compiling():
             _warn_unknown()  # an exported graph keeps the input unchanged; a compiled one is made again later
-        elif self.normalisation is None and not image.is_meta:
+        elif self.normalisation is None and not image.is_meta and not is_capturing(image.device):
             self.set_once(estimate(image))
         return image if self.normalisation is None else self.normalisation.in_unit(image)
 

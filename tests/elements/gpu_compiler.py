@@ -11,8 +11,18 @@ from typing import Any, NamedTuple
 
 from cadsurgery.elements.backends import triton_kernels
 
-TYPES = {"count": "i32", "first_halo": "i32", "length": "i32", "table": "*i32", "partial": "*fp32"}
-TYPES |= {"sources": "*i32", "shares": "*fp64", "used": "*i64"}
+# Types of arguments that are not rows, in Triton's words; integers of 32 bits otherwise.
+POINTERS = {"table": "*i32", "partial": "*fp32", "sources": "*i32", "shares": "*fp32", "used": "*i32"}
+POINTERS |= {
+    "levels": "*i8",
+    "sides": "*i32",
+    "flags": "*i32",
+    "ranks": "*i32",
+    "anchors": "*i64",
+    "index": "*i32",
+}
+POINTERS |= {"targets": "*i64", "wanted": "*i32", "readers": "*i64", "starts": "*i64"}
+ROWS = ("rows", "halo", "weight", "bias", "residual", "out", "grad", "sums")
 
 
 class Compiled(NamedTuple):
@@ -55,8 +65,9 @@ def compile_for(
     kernel = getattr(triton_kernels, name)
     names = kernel.arg_names
     given = {key: value for key, value in constants.items() if key in names} | dict.fromkeys(absent)
-    signature = {key: "constexpr" if key in given else TYPES.get(key, f"*{dtype}") for key in names}
-    aligned = [i for i, key in enumerate(names) if signature[key].startswith("*")]
+    types = {**POINTERS, "shift": "i64", **dict.fromkeys(ROWS, f"*{dtype}")}
+    signature = {key: "constexpr" if key in given else types.get(key, "i32") for key in names}
+    aligned = [i for i, key in enumerate(names) if signature[key].startswith("*") or key == "shift"]
     source = ASTSource(
         kernel,
         signature=signature,

@@ -1,4 +1,5 @@
-"""The Triton convolution: its laws in Triton's interpreter and on a GPU, its reversed map, its refusals.
+"""The Triton convolution: its laws in Triton's interpreter and on a GPU, its reversed map, its refusals, and what a
+whole network asks of a GPU.
 
 Triton decides at import whether it interprets, so the laws run in a process of their own.
 """
@@ -10,6 +11,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import strided
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from cadsurgery.elements.backends import gpu, triton_kernels
+import cadsurgery as cs
+from cadsurgery.elements import lattice, sizes, whole_image
+from cadsurgery.elements.backends import dense, gpu, gpu_maps, triton_kernels
+from cadsurgery.elements.backends.packed import PackedConv
+from cadsurgery.support import device_checks
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(not triton_kernels.INSTALLED, reason="Triton is not installed")
@@ -90,45 +101,6 @@ def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
     assert not any("failed" in line for line in found)
 
 
-@needs_triton
-@pytest.mark.skipif(triton_kernels.INTERPRETED, reason="interpreted kernels cannot be compiled")
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
-@pytest.mark.parametrize("name", ["product", "depthwise", "product_weight", "depthwise_weight"])
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(
-    name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also: products use the tensor cores, and their loads are asynchronous, with a buffer for every stage."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not set
-    kernel = getattr(triton_kernels, name)
-    config = kernel.configs[-1]
-    sizes = {"C": 256, "C_OUT": 256, "TAPS": 9, "ACTIVATION": "gelu", "SLOPE": 0.0, "PRECISION": "ieee"}
-    constants: dict[str, Any] = {**sizes, **config.kwargs}
-    types = {"count": "i32", "bucket": "i32", "length": "i32", "table": "*i32", "partial": "*fp32"}
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel.fn,
-        signature={key: "constexpr" if key in constants else types.get(key, "*bf16") for key in names},
-        constexprs={(names.index(key),): value for key, value in constants.items() if key in names},
-        attrs={
-            (index,): [["tt.divisibility", 16]]
-            for index, key in enumerate(names)
-            if types.get(key, "*")[0] == "*" and key not in constants
-        },
-    )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    if name.startswith("product"):
-        assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in compiled.asm["ptx"]
-        assert "cp.async" in compiled.asm["ptx"]
-    if name.startswith("product") and capability == 90:
-        wide, high, depth = sorted(config.kwargs.values(), reverse=True)
-        assert compiled.metadata.shared >= 2 * (wide + high) * depth * config.num_stages
-
-
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     rows, taps, count = draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(0, 9))
@@ -165,8 +137,8 @@ def test_a_reversed_map_lists_every_reader_of_a_row_once(drawn: tuple[torch.Tens
 def test_what_it_refuses() -> None:
     rows, table = torch.zeros(4, 6), torch.zeros(5, 9, dtype=torch.int32)
     weight = torch.zeros(8, 54)
-    with pytest.raises(ValueError, match="2 groups of 6 channels"):
-        gpu.gather_conv(rows, weight, table, groups=2)
+    with pytest.raises(ValueError, match="6 and 8 channels are not 4 groups"):
+        gpu.gather_conv(rows, weight, table, groups=4)
     with pytest.raises(ValueError, match=r"weight is \(8, 54\) where \(8, 48\)"):
         gpu.gather_conv(rows, weight, table[:, :8])
     with pytest.raises(ValueError, match=r"residual is \(4, 8\) where \(5, 8\)"):
@@ -176,10 +148,8 @@ def test_what_it_refuses() -> None:
 def test_what_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "available", lambda device: True)
     rows, weight = torch.zeros(4, 6), torch.zeros(6, 9)
-    assert gpu.supports(rows, weight) and gpu.supports(rows, weight, groups=6)
-    assert gpu.supports(rows.bfloat16(), weight.bfloat16())
-    assert not gpu.supports(rows, weight, groups=2)
-    assert not gpu.supports(rows, torch.zeros(12, 9), groups=6)
+    assert gpu.supports(rows, weight)
+    assert gpu.supports(rows.bfloat16(), weight.bfloat16()) and gpu.supports(rows.half(), weight.half())
     assert not gpu.supports(rows.double(), weight.double())
     assert not gpu.supports(rows, weight.half())
 
@@ -196,3 +166,74 @@ def test_without_triton_it_imports_and_is_not_available() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     ).stdout
     assert printed == "[False, False]\n"
+
+
+class _Launched:
+    """Stands in for a kernel: it is launched, and does nothing."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+class _Copies(TorchDispatchMode):
+    """Lists operations that copy from the CPU to the GPU, which wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        devices = [
+            {x.device.type for x in tree_leaves(part) if isinstance(x, torch.Tensor)}
+            for part in (args, result)
+        ]
+        if "cpu" in devices[0] and "cuda" in devices[1]:
+            self.found.append(str(function))
+        return result
+
+
+def _on_a_gpu_that_is_not_there(fast: torch.nn.Module) -> None:
+    """Replace the weights of an optimised copy by weights on a GPU that have shapes and no values."""
+    for module in fast.modules():
+        if isinstance(module, PackedConv):
+            module._packed = None
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                if value is not None:
+                    there = torch.empty_strided(
+                        value.shape, value.stride(), dtype=value.dtype, device="cuda:0"
+                    )
+                    tensors[name] = (
+                        torch.nn.Parameter(there) if isinstance(value, torch.nn.Parameter) else there
+                    )
+
+
+@pytest.mark.parametrize("mask", ["edges | budget:fraction=0.4", "all"])
+def test_a_call_under_a_budget_asks_the_gpu_for_nothing(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes on a GPU that is not there: any value that Python asks for is an error, and so is a copy from the CPU in
+    the second call. Only the checks of the image's values, which a recording leaves out, would wait."""
+    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), "edges", example_input=torch.randn(1, 3, 64, 96))
+    fast = net.optimize()
+    smooth = torch.nn.functional.avg_pool2d(torch.randn(1, 3, 64, 96), 9, 1, 4)
+    fast(smooth)  # the first picture decides about the normalisation
+    monkeypatch.setattr(gpu_maps, "available", lambda device: device.type == "cuda")
+    monkeypatch.setattr(gpu, "available", gpu_maps.available)
+    for module in (gpu, lattice, whole_image, dense):
+        monkeypatch.setattr(module, "is_observed", lambda: False)
+    for name, value in vars(triton_kernels).items():
+        if hasattr(value, "arg_names"):
+            monkeypatch.setattr(triton_kernels, name, _Launched())
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr(device_checks, "is_capturing", lambda device: True)
+    copies = _Copies()
+    with FakeTensorMode(), torch.inference_mode():
+        sizes._on_gpu.cache_clear()
+        _on_a_gpu_that_is_not_there(fast)
+        x = torch.empty(2, 3, 72, 104, device="cuda:0")
+        fast(x, mask=mask)
+        with copies:
+            out = fast(x, mask=mask)
+    sizes._on_gpu.cache_clear()
+    assert not copies.found
+    assert out.device.type == "cuda"

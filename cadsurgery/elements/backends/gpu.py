@@ -444,12 +444,23 @@ def _forward(
     out = rows.new_empty(count, outputs)
     if not count:
         return out
-    size = rows.element_size()
     rows, weight, bias, residual, halo = map(_operand, (rows, weight, bias, residual, halo))
+    size = rows.element_size()
     table = table.contiguous() if table is not None else None
+    shift = 0
+    if halo is not None:
+        shift, rest = divmod(halo.data_ptr() - rows.data_ptr(), size)
+        if rest or (
+            shift % 16 and not channels % 16
+        ):  # views that begin at odd places; the kernel copies 16 bytes
+            return _forward(
+                rows.clone(), weight, table, bias, residual, activation, slope, groups, halo.clone(), outside
+            )
+        shift -= (outside + 1) * channels
     sizes = {"C": channels, "TAPS": table.shape[1] if table is not None else 1, "ACTIVATION": activation}
+    sizes["HALO"] = halo is not None
     sizes |= {"SLOPE": slope, "WIDE": _is_wide(rows, out, table, halo)}
-    arguments = (rows, halo, weight, table, bias, residual, out, count, outside)
+    arguments = (rows, shift, weight, table, bias, residual, out, count, outside)
     with torch.cuda.device_of(rows):
         if table is not None and groups == channels == outputs:
             tile = gpu_tiles.depthwise_tile(channels)
@@ -458,7 +469,7 @@ def _forward(
             )
             return out
         width, depth, precision = outputs // groups, channels // groups, _precision(rows.dtype)
-        kind = "full" if precision == "ieee" else "residual" if residual is not None else ""
+        kind = gpu_tiles.kind_of(precision == "ieee", residual is not None)
         device, taps = gpu_tiles.device_of(rows.device), sizes["TAPS"]
         tile = gpu_tiles.tile_of(count, width, groups, depth, taps, size, kind, device)
         triton_kernels.product[(_cdiv(count, tile.n) * groups * _cdiv(width, tile.o),)](

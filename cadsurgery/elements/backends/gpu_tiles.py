@@ -82,15 +82,15 @@ RESIDUAL_PRODUCTS = (
     Tile(32, 32, 32, 4, 3, 0.25, 1.7),
 )
 # Products of float32 in full precision, which tensor cores do not compute.
-FULL_PRECISION = (Tile(64, 64, 32, 4, 3, 0.2), Tile(64, 32, 32, 4, 3, 0.15), Tile(32, 32, 32, 4, 3, 0.1))
+FULL_PRECISION = (Tile(64, 32, 32, 4, 3, 0.15), Tile(32, 32, 32, 4, 3, 0.1))
 WEIGHT_PRODUCTS = (
     Tile(64, 128, 128, 8, 3),
     Tile(64, 128, 64, 4, 3),
     Tile(64, 64, 64, 4, 3),
     Tile(32, 64, 64, 4, 3),
-    Tile(32, 32, 32, 4, 3),
+    Tile(32, 32, 32, 4, 2),
 )
-WEIGHT_FULL_PRECISION = (Tile(32, 64, 64, 4, 3), Tile(32, 32, 32, 4, 3))
+WEIGHT_FULL_PRECISION = (Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3))
 
 
 def device_of(index: torch.device) -> Device:
@@ -139,15 +139,7 @@ def product_tile(
         kind: "full" for float32 without TF32, "residual" if a residual is added, otherwise "".
         device: the GPU.
     """
-    deepest = max(16, 1 << (depth - 1).bit_length())
-    tiles = {"full": FULL_PRECISION, "residual": RESIDUAL_PRODUCTS, "": PRODUCTS}[kind]
     narrow = 2 if size == 4 and kind != "full" else 1
-    able = [
-        tile._replace(c=max(16, min(tile.c // narrow, deepest)))
-        for tile in tiles
-        if tile.needs <= device.capability
-    ]
-    able = [tile for tile in able if tile.shared(size) <= device.shared] or able[-1:]
 
     def time(tile: Tile) -> float:
         programs = -(-count // tile.n) * groups * -(-width // tile.o)
@@ -157,7 +149,25 @@ def product_tile(
         waves = -(-programs // (device.processors * at_once))
         return waves * at_once * tile.n * tile.o * of_result
 
-    return min(able, key=time)
+    return min(usable_products(depth, size, kind, device), key=time)
+
+
+def kind_of(is_full_precision: bool, has_residual: bool) -> str:
+    """Return the kind of a product, see `product_tile`."""
+    return "full" if is_full_precision else "residual" if has_residual else ""
+
+
+def usable_products(depth: int, size: int, kind: str, device: Device) -> list[Tile]:
+    """Return the tiles that fit a device, see `product_tile`; if none does, the smallest."""
+    deepest = max(16, 1 << (depth - 1).bit_length())
+    tiles = {"full": FULL_PRECISION, "residual": RESIDUAL_PRODUCTS, "": PRODUCTS}[kind]
+    narrow = 2 if size == 4 and kind != "full" else 1
+    able = [
+        tile._replace(c=max(16, min(tile.c // narrow, deepest)))
+        for tile in tiles
+        if tile.needs <= device.capability
+    ]
+    return [tile for tile in able if tile.shared(size) <= device.shared] or able[-1:]
 
 
 @lru_cache(4096)
@@ -178,12 +188,17 @@ def rounded(count: int) -> int:
 
 
 def elementwise_tile(channels: int) -> Tile:
-    """Return the tile of kernels that only move rows: about 4,096 values a program, with whole rows where they fit."""
+    """Return the tile of kernels that only move rows: up to 4,096 values a program, with whole rows where they fit."""
     c = min(256, max(16, 1 << (channels - 1).bit_length()))
-    return Tile(max(8, 4096 // c), 1, c, 4, 1)
+    return Tile(min(64, _values(channels) // c), 1, c, 4, 1)
 
 
 def depthwise_tile(channels: int) -> Tile:
     """Return the tile of depthwise convolutions."""
     c = min(64, max(16, 1 << (channels - 1).bit_length()))
-    return Tile(32 if c == 64 else 16, 1, c, 4, 1)
+    return Tile(max(1, min(16, _values(channels) // 2 // c)), 1, c, 4, 1)
+
+
+def _values(channels: int) -> int:
+    """Return how many values a program takes at once; fewer where they cannot be read eight at a time."""
+    return 4096 if channels % 8 == 0 else 1024

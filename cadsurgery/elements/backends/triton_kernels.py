@@ -25,6 +25,8 @@ _jit: Callable[[Any], Any] = triton.jit if triton is not None else lambda kernel
 
 
 def _kernel(function: Any) -> Any:
+    # Of 64 bits in every call, whatever its value: nothing is compiled again while a CUDA graph is captured.
+    function.__annotations__["shift"] = "i64"
     return triton.jit(function, do_not_specialize=_VARYING) if triton is not None else function
 
 
@@ -83,20 +85,22 @@ def _store(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _starts(rows, halo, source, outside, C: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return where the rows of table entries begin: behind the elements and the padding row stand the halo rows."""
+def _starts(rows, shift, source, outside, C: tl.constexpr, HALO: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return where the rows of table entries begin: those behind `outside` are halo rows, in memory of their own, which
+    begins `shift` values behind the place that they would have in the rows'."""
     if WIDE:  # rows may have more than 2^31 values
         source = source.to(tl.int64)
-    starts = rows + source * C
-    if halo is not None:
-        starts = tl.where(source > outside, halo + (source - outside - 1) * C, starts)
-    return starts
+    place = source * C
+    if HALO:
+        # A sum, because the compiler loses alignment, and with it asynchronous copies, where places are selected.
+        place = place + (source > outside).to(tl.int64) * shift
+    return rows + place
 
 
 @_kernel
 def product(  # type: ignore[no-untyped-def]
     rows,
-    halo,
+    shift,
     weight,
     table,
     bias,
@@ -107,6 +111,7 @@ def product(  # type: ignore[no-untyped-def]
     C: tl.constexpr,
     C_OUT: tl.constexpr,
     TAPS: tl.constexpr,
+    HALO: tl.constexpr,
     GROUPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -148,7 +153,7 @@ def product(  # type: ignore[no-untyped-def]
     for step in range(TAPS * blocks):
         c = step % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
         # Channels are contiguous, so a gathered row consists of whole cache lines wherever it is.
-        starts = _starts(rows, halo, source, outside, C, WIDE) + group * depth
+        starts = _starts(rows, shift, source, outside, C, HALO, WIDE) + group * depth
         is_read = ((source >= 0) & (source != outside))[:, None]
         is_weight = (of_group < width)[:, None]
         if depth % BLOCK_C != 0:
@@ -189,7 +194,7 @@ def product(  # type: ignore[no-untyped-def]
 @_kernel
 def depthwise(  # type: ignore[no-untyped-def]
     rows,
-    halo,
+    shift,
     weight,
     table,
     bias,
@@ -199,6 +204,7 @@ def depthwise(  # type: ignore[no-untyped-def]
     outside,
     C: tl.constexpr,
     TAPS: tl.constexpr,
+    HALO: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -212,7 +218,7 @@ def depthwise(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for tap in tl.range(TAPS, loop_unroll_factor=8):
         source = tl.load(table + place * TAPS + tap, mask=n < count, other=-1)
-        starts = _starts(rows, halo, source, outside, C, WIDE)
+        starts = _starts(rows, shift, source, outside, C, HALO, WIDE)
         mask = ((source >= 0) & (source != outside))[:, None] & (c < C)[None, :]
         gathered = tl.load(starts[:, None] + c[None, :], mask=mask, other=0.0)
         kernel = tl.load(weight + c * TAPS + tap, mask=c < C, other=0.0)
@@ -248,7 +254,7 @@ def blend(  # type: ignore[no-untyped-def]
         for at in tl.static_range(READ):
             source = tl.load(sources + place * READ + at, mask=n < count, other=0)
             share = tl.load(shares + place * READ + at, mask=n < count, other=0.0).to(tl.float32)
-            starts = _starts(rows, None, source, 0, C, WIDE)
+            starts = _starts(rows, 0, source, 0, C, False, WIDE)
             is_read = mask & (share != 0)[:, None]
             value = tl.load(starts[:, None] + c[None, :], mask=is_read, other=0.0).to(tl.float32)
             total += value * share[:, None]
@@ -364,7 +370,7 @@ def product_weight(  # type: ignore[no-untyped-def]
     n = share * length + tl.arange(0, BLOCK_N)
     source = tl.load(table + n * TAPS + tap, mask=n < end, other=-1)
     for _ in range(tl.cdiv(length, BLOCK_N)):
-        starts = _starts(rows, None, source, 0, C, True) + group * depth
+        starts = _starts(rows, 0, source, 0, C, False, True) + group * depth
         gathered = tl.load(
             starts[:, None] + c[None, :], mask=(source >= 0)[:, None] & (c < depth)[None, :], other=0.0
         )

@@ -1,0 +1,206 @@
+"""The Triton kernels compiled for GPUs that are not there: each tile that a rule may choose, on six generations.
+
+A program must fit: no registers are spilled, and no more shared memory is asked for than the GPU has. What can be
+multiplied on the tensor cores is.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from elements.gpu_compiler import Compiled, compile_for
+
+from cadsurgery.elements.backends import gpu_tiles, triton_kernels
+from cadsurgery.elements.backends.gpu_tiles import Device, Tile
+
+pytestmark = [
+    pytest.mark.skipif(not triton_kernels.INSTALLED, reason="Triton is not installed"),
+    pytest.mark.skipif(triton_kernels.INTERPRETED, reason="interpreted kernels cannot be compiled"),
+]
+# Bytes of shared memory that a program can use, by compute capability: A100, RTX 30, RTX 40, H100, B200, RTX 50
+# (CUDA C++ Programming Guide, "Compute Capabilities").
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Capabilities in the default run; the slow tests take them all.
+QUICK = (90,)
+CAPABILITIES = [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in SHARED]
+
+
+class Kind(NamedTuple):
+    """A type of rows, and how products of it are computed."""
+
+    dtype: str
+    size: int
+    precision: str = "tf32"
+
+    @property
+    def is_full(self) -> bool:
+        """True for float32 without TF32."""
+        return self.precision == "ieee"
+
+
+KINDS = (Kind("bf16", 2), Kind("fp16", 2), Kind("fp32", 4), Kind("fp32", 4, "ieee"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not set
+
+
+def device_of(capability: int) -> Device:
+    return Device(SHARED[capability], 108, capability)
+
+
+def check(compiled: Compiled, capability: int, what: object, has_product: bool = False) -> None:
+    # The assembler keeps some words of a program in local memory while it has registers to spare: no spills.
+    is_full = compiled.registers > 128
+    assert compiled.spilled == 0 or (not is_full and compiled.spilled <= 8), (
+        f"{what} spills {compiled.spilled} bytes"
+    )
+    assert compiled.shared <= SHARED[capability], f"{what} takes {compiled.shared} bytes of shared memory"
+    if has_product:
+        assert compiled.has_tensor_cores, f"{what} does not multiply on the tensor cores"
+
+
+def compile_product(
+    tile: Tile,
+    kind: Kind,
+    capability: int,
+    channels: int = 256,
+    outputs: int = 256,
+    taps: int = 9,
+    groups: int = 1,
+    residual: bool = False,
+    halo: bool = True,
+) -> Compiled:
+    constants = {"C": channels, "C_OUT": outputs, "TAPS": taps, "GROUPS": groups, "ACTIVATION": "relu"}
+    constants |= {"SLOPE": 0.0, "PRECISION": kind.precision, "WIDE": False, "HALO": halo}
+    constants |= {"BLOCK_N": tile.n, "BLOCK_O": tile.o, "BLOCK_C": tile.c}
+    absent = (
+        *(() if residual else ("residual",)),
+        *(() if taps > 1 else ("table",)),
+    )
+    return compile_for("product", capability, kind.dtype, constants, tile.warps, tile.stages, absent)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.dtype}-{kind.precision}")
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_every_tile_of_a_product_fits(kind: Kind, capability: int, residual: bool) -> None:
+    tiles = gpu_tiles.usable_products(
+        256, kind.size, gpu_tiles.kind_of(kind.is_full, residual), device_of(capability)
+    )
+    assert tiles
+    for tile in tiles if capability not in QUICK else tiles[:2]:
+        compiled = compile_product(tile, kind, capability, residual=residual, taps=1 if residual else 9)
+        check(compiled, capability, (tile, kind), has_product=not kind.is_full)
+        if not kind.is_full:
+            assert "cp.async" in compiled.ptx, "loads are asynchronous"
+
+
+# Every shape class: odd and even channels, fewer than a block and many blocks; taps of the usual windows.
+CHANNELS, TAPS = (3, 5, 33, 64, 96, 320, 2048), (1, 4, 9, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_the_tile_that_the_rule_chooses_fits(channels: int) -> None:
+    """Each shape on one GPU after the other, in one type after the other."""
+    for at, (taps, outputs) in enumerate(product(TAPS, (21, channels))):
+        capability, kind = tuple(SHARED)[at % len(SHARED)], KINDS[(at + channels) % len(KINDS)]
+        tile = gpu_tiles.product_tile(
+            12544,
+            outputs,
+            1,
+            channels,
+            taps,
+            kind.size,
+            gpu_tiles.kind_of(kind.is_full, False),
+            device_of(capability),
+        )
+        compiled = compile_product(tile, kind, capability, channels, outputs, taps, halo=taps > 1)
+        check(compiled, capability, (channels, outputs, taps, tile, kind), has_product=not kind.is_full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("channels", "outputs", "groups"), [(128, 256, 32), (36, 36, 9), (30, 90, 3), (8, 16, 8)]
+)
+def test_channel_groups_fit(channels: int, outputs: int, groups: int) -> None:
+    for capability, kind in product(SHARED, KINDS[:3]):
+        width, depth = outputs // groups, channels // groups
+        tile = gpu_tiles.product_tile(12544, width, groups, depth, 9, kind.size, "", device_of(capability))
+        compiled = compile_product(tile, kind, capability, channels, outputs, groups=groups)
+        check(compiled, capability, (channels, outputs, groups, tile), has_product=True)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_gradients_of_weights_fit(capability: int) -> None:
+    shapes = [(256, 256), (64, 64), (33, 21), (3, 16)] if capability not in QUICK else [(256, 256)]
+    for (channels, outputs), kind in product(shapes, KINDS):
+        tile = gpu_tiles.weight_tile(outputs, channels, kind.size, kind.is_full, device_of(capability))
+        constants = {"C": channels, "C_OUT": outputs, "TAPS": 9, "GROUPS": 1, "PRECISION": kind.precision}
+        constants |= {"BLOCK_N": tile.n, "BLOCK_O": tile.o, "BLOCK_C": tile.c}
+        compiled = compile_for("product_weight", capability, kind.dtype, constants, tile.warps, tile.stages)
+        check(compiled, capability, (channels, outputs, tile, kind), has_product=not kind.is_full)
+
+
+def _others(channels: int, taps: int) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
+    """Name, constants and absent arguments of the kernels that only move and add rows, or make maps."""
+    moving, depthwise = gpu_tiles.elementwise_tile(channels), gpu_tiles.depthwise_tile(channels)
+    tile = {"C": channels, "WIDE": False, "BLOCK_N": moving.n, "BLOCK_C": moving.c}
+    of_depthwise = {"C": channels, "TAPS": taps, "BLOCK_N": depthwise.n, "BLOCK_C": depthwise.c}
+    act = {"ACTIVATION": "gelu", "SLOPE": 0.0}
+    size = {"HEIGHT": 33, "WIDTH": 65, "BLOCK": 256}
+    window = {"TARGET_HEIGHT": 33, "TARGET_WIDTH": 65, "DOWN": 3, "ACROSS": taps // 3 or 1, "WIDE": False}
+    return [
+        ("depthwise", {**of_depthwise, **act, "WIDE": False, "HALO": True}, ()),
+        ("depthwise_weight", of_depthwise, ()),
+        ("blend", {**tile, "READ": 4}, ()),
+        ("blend", {**tile, "READ": 4}, ("used",)),
+        ("finish", {**tile, **act}, ()),
+        ("weigh", tile, ()),
+        (
+            "spread_back",
+            {"C": channels, "READ": 4, "BLOCK_C": min(1024, 1 << (channels - 1).bit_length())},
+            (),
+        ),
+        ("find_anchors", size, ()),
+        ("place_cells", size, ()),
+        ("read_taps", {**size, **window}, ()),
+        ("read_taps", {**size, **window}, ("wanted",)),
+        ("read_halo", {"WIDE": False, "BLOCK": 256}, ()),
+        ("mix_between", size, ()),
+    ]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_that_move_rows_and_make_maps_fit(capability: int) -> None:
+    shapes = [(3, 9), (37, 25), (256, 9), (2048, 4)] if capability not in QUICK else [(256, 9)]
+    for (channels, taps), dtype in product(shapes, ("bf16", "fp16", "fp32")):
+        if capability in QUICK and dtype != "bf16":
+            continue
+        for name, constants, absent in _others(channels, taps):
+            compiled = compile_for(name, capability, dtype, constants, 4, 1, absent)
+            check(compiled, capability, (name, channels, taps, dtype))
+
+
+def test_every_kernel_is_compiled_here() -> None:
+    compiled = {"product", "product_weight", *(name for name, *_ in _others(8, 9))}
+    jitted = {
+        name for name, value in vars(triton_kernels).items() if hasattr(value, "arg_names") and name[0] != "_"
+    }
+    assert jitted == compiled
+
+
+def test_a_small_gpu_gets_tiles_that_fit_it() -> None:
+    """And where nothing fits, the smallest."""
+    for shared, capability in ((99 << 10, 86), (48 << 10, 80), (1, 80)):
+        device = Device(shared, 80, capability)
+        tile = gpu_tiles.product_tile(4096, 512, 1, 512, 9, 2, "", device)
+        smallest = gpu_tiles.PRODUCTS[-1]
+        assert tile.shared(2) <= shared or tile[:3] == smallest[:3]
+        assert tile.needs <= capability
