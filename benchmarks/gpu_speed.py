@@ -16,6 +16,7 @@ Parts, in the order in which few minutes serve best:
         against cuDNN's dense one with as many outputs: rates of multiply-accumulates.
     training: a step of both.
     profile: the operations of an adaptive call that take longest, in inference and in training.
+    roofline: bytes, multiply-accumulates, and the least time that they take on three GPUs; needs no GPU.
     tiles: every tile that fits, for the shapes of one network: what `gpu_tiles.py` has its rates from.
 """
 
@@ -353,6 +354,37 @@ SHAPES = (
 )
 
 
+# Multiply-accumulates a second of dense bfloat16 products summed in float32, and bytes a second (vendors' data sheets).
+GPUS = {"A100": (156e12, 2.039e12), "RTX 4090": (82.6e12, 1.008e12), "H100": (494.7e12, 3.352e12)}
+
+
+def measure_roofline(options: argparse.Namespace) -> Iterator[Line]:
+    """Yield a line per kernel and shape: each value read and written once, in bfloat16."""
+    for count, channels, outputs, taps, has_residual in SHAPES:
+        values = count * channels + outputs * taps * channels + count * outputs * (2 if has_residual else 1)
+        work = {
+            "product": (2 * values + (4 * count * taps if taps > 1 else 0), count * channels * outputs * taps)
+        }
+        if taps > 1:
+            work["depthwise"] = (4 * count * channels + 4 * count * taps, count * channels * taps)
+            work["blend"] = (10 * count * channels, 4 * count * channels)
+            work["product_weight"] = (
+                2 * values + 4 * outputs * taps * channels,
+                count * channels * outputs * taps,
+            )
+        for kernel, (size, macs) in work.items():
+            least = {name: 1e3 * max(macs / rate, size / memory) for name, (rate, memory) in GPUS.items()}
+            shape = {"outputs": count, "channels": channels, "out": outputs, "taps": taps}
+            line: Line = {
+                "part": "roofline",
+                "kernel": kernel,
+                **shape,
+                "mb": size / 1e6,
+                "gmacs": macs / 1e9,
+            }
+            yield line | {f"ms on {name}": value for name, value in least.items()}
+
+
 def measure_tiles(options: argparse.Namespace) -> Iterator[Line]:
     """Yield a line per shape and tile."""
     device, dtype = torch.device(options.device), torch.bfloat16
@@ -384,6 +416,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "kernels": measure_kernels,
     "training": measure_training,
     "profile": measure_profile,
+    "roofline": measure_roofline,
     "tiles": measure_tiles,
 }
 

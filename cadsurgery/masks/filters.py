@@ -52,7 +52,7 @@ def blur(values: Tensor, sigma: float) -> Tensor:
     half = math.ceil(3 * sigma)
     places = torch.arange(-half, half + 1, dtype=torch.float64)
     bell = torch.exp(-places.square() / (2 * sigma**2))
-    weights = (bell / bell.sum()).to(values)
+    weights = constant(tuple((bell / bell.sum()).tolist()), values.dtype, values.device)
     padded = F.pad(values.unsqueeze(1), (half,) * 4, mode="replicate")
     return F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1)).squeeze(1)
 

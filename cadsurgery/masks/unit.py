@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
+from cadsurgery.elements.sizes import constant
 from cadsurgery.support.device_checks import is_capturing
 from cadsurgery.support.errors import CadWarning, InvalidInput
 
@@ -57,7 +58,9 @@ class Normalisation:
         if all(value == 1 for value in scale) and not any(shift):
             return image
         wide = image.to(torch.promote_types(image.dtype, torch.float32))
-        factors, terms = (wide.new_tensor(values).view(-1, 1, 1) for values in (scale, shift))
+        factors, terms = (
+            constant(tuple(values), wide.dtype, wide.device).view(-1, 1, 1) for values in (scale, shift)
+        )
         return (wide * factors + terms).to(image.dtype)
 
     def _to_unit(self, channels: int) -> tuple[list[float], list[float]]:

@@ -96,6 +96,7 @@ def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
         "networks",
         "training",
         "profile",
+        "roofline",
         "tiles",
     }
     assert not any("failed" in line for line in found)
@@ -209,6 +210,7 @@ def _on_a_gpu_that_is_not_there(fast: torch.nn.Module) -> None:
                     )
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("mask", ["edges | budget:fraction=0.4", "all"])
 def test_a_call_under_a_budget_asks_the_gpu_for_nothing(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes on a GPU that is not there: any value that Python asks for is an error, and so is a copy from the CPU in
