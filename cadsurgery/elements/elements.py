@@ -18,7 +18,7 @@ from cadsurgery.elements.backends.target import require_equal
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import is_statically_true, least
+from cadsurgery.elements.sizes import as_number, is_statically_true, least
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
@@ -203,9 +203,8 @@ class SmallMap:
             if self.size is None:
                 point = at / self.spacing if lattice.geometry.interpolates else at // self.spacing
             elif self.mode == "nearest":
-                numbers = torch.arange(have, dtype=torch.float32).view(1, 1, have)
-                own = F.interpolate(numbers, int(want)).flatten().long().to(at.device)
-                point = own[(at // self.spacing).long().clamp(max=want - 1)].double()
+                sample = (at // self.spacing).clamp(max=want - 1).float()  # torch rounds in float32
+                point = (sample * (as_number(have, sample) / as_number(want, sample))).floor().double()
             elif self.align_corners:
                 point = at / self.spacing * ((have - 1) / max(want - 1, 1))
             else:
@@ -236,7 +235,7 @@ def small_map(
     return SmallMap(values, spacing, size, mode, bool(align_corners), name)
 
 
-@operation(reads="image", gives="other")
+@operation(reads="nothing", gives="other")
 def one_sample(values: Tensor, lattice: Lattice, spacing: int, name: str) -> Tensor:
     """Return one sample of a tensor that holds the same number everywhere, which the operation `name` joins with maps.
 
