@@ -507,6 +507,14 @@ def quantised(prepare_only: bool = False) -> nn.Module:
     return prepared if prepare_only else quantization.convert(prepared)
 
 
+def prepared_for_training() -> nn.Module:
+    from torch.ao import quantization
+
+    model = trunk().train()
+    model.qconfig = quantization.get_default_qat_qconfig("x86")
+    return quantization.prepare_qat(model)
+
+
 def on_meta() -> nn.Module:
     with torch.device("meta"):
         return trunk()
@@ -523,7 +531,14 @@ UNSUITABLE: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["exported program", "the network that was exported"],
     ),
     "quantised": (quantised, ["quantised", "floating point"]),
-    "to be quantised": (lambda: quantised(prepare_only=True), ["quantised", "floating point"]),
+    "to be quantised": (
+        lambda: quantised(prepare_only=True),
+        ["Observer prepares a network to be quantised", "as it was before quantisation"],
+    ),
+    "to be trained for 8 bits": (
+        prepared_for_training,
+        ["prepares a network to be quantised", "as it was before quantisation"],
+    ),
     "converted": (adapted, ["AdaptiveModel is converted already", "the original"]),
     "optimised": (lambda: adapted().optimize(), ["OptimizedModel is converted already", "the original"]),
     "bucketed": (lambda: cs.Bucketed(adapted()), ["Bucketed is converted already", "the original"]),

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from cadsurgery.elements.axes import NCHW, channel_dims, fast_layout, image_dims, is_flat
 from cadsurgery.elements.backends.choose import Picking, compute, mix, select_rows
+from cadsurgery.elements.backends.target import require_equal
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import is_statically_true, least
+from cadsurgery.elements.sizes import as_number, is_statically_true, least
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
@@ -166,6 +167,7 @@ class SmallMap:
         size: samples (height, width) of the resized map; None if the map is not resized.
         mode: `nearest` or `bilinear`.
         align_corners: as in torch.
+        name: of the operation that joins it with maps of the region.
     """
 
     values: Tensor
@@ -173,11 +175,17 @@ class SmallMap:
     size: tuple[int, int] | None
     mode: str = "nearest"
     align_corners: bool = False
+    name: str = "an operation"
 
     def rows_on(self, lattice: Lattice) -> Tensor:
         """Return the map's values (N, C) on the elements of a lattice, interpolated as torch resizes. `bilinear` reads
         the centres of the cells, or their anchors with aligned corners; `nearest` reads the sample that contains the
-        cell. A map that is not resized is read at the anchors, or by `nearest` if that is the lattice's fill."""
+        cell. A map that is not resized is read at the anchors, or by `nearest` if that is the lattice's fill.
+
+        Raises:
+            InvalidInput: see `check_joint`.
+        """
+        check_samples(lattice.samples(self.spacing), self.size or self.values.shape[2:], self.name)
         key = ("small map", tuple(self.values.shape[2:]), self.spacing, self.size)
         build = partial(self._corners, lattice)
         sources, shares = lattice.derive((*key, self.mode, self.align_corners), build)
@@ -196,9 +204,8 @@ class SmallMap:
             if self.size is None:
                 point = at / self.spacing if lattice.geometry.interpolates else at // self.spacing
             elif self.mode == "nearest":
-                numbers = torch.arange(have, dtype=torch.float32).view(1, 1, have)
-                own = F.interpolate(numbers, int(want)).flatten().long().to(at.device)
-                point = own[(at // self.spacing).long().clamp(max=want - 1)].double()
+                sample = (at // self.spacing).clamp(max=want - 1).float()  # torch rounds in float32
+                point = (sample * (as_number(have, sample) / as_number(want, sample))).floor().double()
             elif self.align_corners:
                 point = at / self.spacing * ((have - 1) / max(want - 1, 1))
             else:
@@ -220,12 +227,26 @@ def small_map(
     size: Sequence[int] | int | None = None,
     mode: str = "nearest",
     align_corners: bool | None = None,
+    name: str = "an operation",
 ) -> SmallMap:
-    """Wrap a dense map and its resizing (if any), to be read by `rows_on`."""
+    """Wrap a dense map and its resizing (if any), to be read by `rows_on` where the operation `name` joins it."""
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         size = (height, width)
-    return SmallMap(values, spacing, size, mode, bool(align_corners))
+    return SmallMap(values, spacing, size, mode, bool(align_corners), name)
+
+
+@operation(reads="nothing", gives="other")
+def one_sample(values: Tensor, lattice: Lattice, spacing: int, name: str) -> Tensor:
+    """Return one sample of a tensor that holds the same number everywhere, which the operation `name` joins with maps.
+
+    Raises:
+        InvalidInput: see `check_joint`; a tensor of a single sample fits maps of any size, as in torch.
+    """
+    size = values.shape[-2:]
+    if not all(is_statically_true(length == 1) for length in size):
+        check_samples(lattice.samples(spacing), size, name)
+    return values[..., :1, :1]
 
 
 @operation(reads="element", gives="other")
@@ -296,34 +317,36 @@ def check_joint(joint: tuple[int, str] | None, *lattices: Lattice) -> None:
 
     Args:
         joint: fine pixels between the samples of the maps, and the name of the operation that joins them; None for no
-            check. Sizes that are symbols are not checked.
+            check. Sizes that are symbols are checked in each call of the graph, see `require_equal`.
         lattices: the lattices of the maps.
 
     Raises:
         InvalidInput: the sizes differ: torch refuses them, or repeats the only row or column of a map.
     """
-    first, *others = lattices
-    if joint is None or all(other.size == first.size for other in others):
+    if joint is None:
         return
     spacing, name = joint
-    sizes = [lattice.samples(spacing) for lattice in lattices]
-    own = sizes[0]
-    for other in sizes[1:]:
-        if all(is_statically_true(a == b) for a, b in zip(own, other, strict=True)):
-            continue
-        if not all(isinstance(length, int) for length in (*own, *other)):
-            continue
-        refused = any(a != b and 1 not in (a, b) for a, b in zip(own, other, strict=True))
-        torch_does = (
-            "torch refuses that, too"
-            if refused
-            else "torch repeats the only row or column, which cells do not"
-        )
-        raise InvalidInput(
-            f"at this image size {name} joins maps of {own[0]}x{own[1]} and {other[0]}x{other[1]} samples.",
-            why=f"{torch_does}.",
-            next="pad or resize the image, best to a multiple of the network's lowest output stride.",
-        )
+    first, *others = lattices
+    for other in others:
+        if other.size is not first.size:
+            check_samples(first.samples(spacing), other.samples(spacing), name)
+
+
+def check_samples(own: Sequence[int], other: Sequence[int], name: str) -> None:
+    """Check that two maps which the operation `name` joins have equal sizes; see `check_joint`."""
+    reason = f"{name} joins maps of equal sizes"
+    # Both axes, because symbols record a condition for each.
+    if all([require_equal(one, two, reason) for one, two in zip(own, other, strict=True)]):
+        return
+    refused = any(one != two and 1 not in (one, two) for one, two in zip(own, other, strict=True))
+    torch_does = (
+        "torch refuses that, too" if refused else "torch repeats the only row or column, which cells do not"
+    )
+    raise InvalidInput(
+        f"at this image size {name} joins maps of {own[0]}x{own[1]} and {other[0]}x{other[1]} samples.",
+        why=f"{torch_does}.",
+        next="pad or resize the image, best to a multiple of the network's lowest output stride.",
+    )
 
 
 @operation(reads="nothing", gives="other")

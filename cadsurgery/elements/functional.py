@@ -12,6 +12,7 @@ from cadsurgery.elements.elements import (
     common_lattice,
     fine_map,
     native_shape,
+    one_sample,
     rows_on,
     small_map,
     to_dense,

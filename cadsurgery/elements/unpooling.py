@@ -16,10 +16,12 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.choose import WindowRead, extend, select_rows
 from cadsurgery.elements.backends.reference import gather_blocks
+from cadsurgery.elements.backends.target import require_equal
 from cadsurgery.elements.elements import Elements, common_lattice
 from cadsurgery.elements.kernel_map import Window, kernel_map, phases
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
+from cadsurgery.elements.sizes import least, most
 from cadsurgery.elements.windows import drops, target_of
 from cadsurgery.support.errors import InvalidInput
 
@@ -88,9 +90,14 @@ def max_unpool2d(
     taps: Taps = indices.rows  # type: ignore[assignment]
     samples = x.lattice.samples(spacings[0])
     counts = tuple(count * scale for count in samples) if size is None else tuple(size[-2:])
-    whole = tuple(min(count * scale, most) for count, most in zip(samples, taps.samples, strict=True))
-    fits = counts[1] == taps.samples[1] and whole[0] <= counts[0] <= samples[0] * scale + scale
-    if not fits or samples != indices.lattice.samples(spacings[0]):
+    lowest, highest = least(samples[0] * scale, taps.samples[0]), samples[0] * scale + scale
+    pairs = (
+        (counts[1], taps.samples[1]),
+        (counts[0], most(lowest, least(counts[0], highest))),
+        *zip(samples, indices.lattice.samples(spacings[0]), strict=True),
+    )
+    # All of them, because symbols record a condition for each.
+    if not all([require_equal(*pair, "an unpooling and its pooling fit") for pair in pairs]):
         raise InvalidInput(
             f"unpooling {samples[0]}x{samples[1]} samples to {counts[0]}x{counts[1]} puts values elsewhere than they "
             f"were pooled from, a map of {taps.samples[0]}x{taps.samples[1]}.",

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from cadsurgery.elements.axes import NCHW, image_dims
 from cadsurgery.elements.backends import gpu
 from cadsurgery.elements.backends.packed import ScaleShift
-from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
+from cadsurgery.elements.elements import Elements, check_joint, native_shape, no_autocast, own_image, rows_on
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import divide_up
@@ -373,12 +373,18 @@ def normalize_over_image(x: Elements, spacing: int) -> Elements:
 
 
 @operation(reads="image", gives="vector", macs=None)
-def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> Tensor:
+def sum_of_products(
+    x: Elements, other: Elements, spacing: int, layout: str, name: str = "a product"
+) -> Tensor:
     """Multiply two maps along their positions: (B, ..., I, J) from rows (N, ..., I) and (N, ..., J).
 
     The sum over positions is scaled to the network's own grid; see `global_reduce`. Channel attention and attention
     pooling consist of such products.
+
+    Raises:
+        InvalidInput: see `check_joint`; `name` is that of the operation.
     """
+    check_joint((spacing, name), x.lattice, other.lattice)
     height, width = x.lattice.samples(spacing)
     share = x.lattice.weights / (x.lattice.size[0] * x.lattice.size[1]) * height * width
     weighed = without_padding(x) * share.to(x.rows).view(-1, *(1,) * (x.rows.dim() - 1))

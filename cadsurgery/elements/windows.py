@@ -24,6 +24,7 @@ from cadsurgery.elements.backends.integer import convolve as convolve_integers
 from cadsurgery.elements.backends.integer_layers import IntegerConv
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
+from cadsurgery.elements.backends.target import require_equal
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.elements import Elements, autocast, check_joint, common_lattice, own_image, rows_on
 from cadsurgery.elements.kernel_map import Window, divisors, kernel_map, phases, read_rows
@@ -259,7 +260,9 @@ def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elemen
         InvalidInput: a side of the network's own map is no multiple of r, which torch refuses, too.
     """
     height, width = x.lattice.samples(window.spacing)
-    if any(isinstance(length, int) and length % window.stride for length in (height, width)):
+    reason = f"sides of a pixel unshuffle are multiples of {window.stride}"
+    wholes = [length // window.stride * window.stride for length in (height, width)]
+    if not all([require_equal(*pair, reason) for pair in zip((height, width), wholes, strict=True)]):
         raise InvalidInput(
             f"a map of {height}x{width} samples cannot be put into channels by {window.stride}x{window.stride}.",
             why="torch refuses that, too.",

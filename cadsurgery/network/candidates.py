@@ -20,11 +20,20 @@ _WRAPPERS = {
     "AveragedModel": "module",
     "OptimizedModule": "_orig_mod",
 }
-# Packages of torch's quantised modules, and of those that prepare for them; dynamic ones have float inputs and outputs.
-_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat", "torch.ao.quantization")
+# Packages of torch's quantised modules, and of those that prepare for them.
+_QUANTISED = (
+    *("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat", "torch.ao.nn.sparse"),
+    "torch.ao.quantization",
+)
+# Packages among them that compute in floats: modules fused before quantisation; dynamic ones, whose inputs and outputs
+# are floats.
+_IN_FLOATS = (
+    "torch.ao.nn.intrinsic.modules",
+    *("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic"),
+    "torch.ao.nn.sparse.quantized.dynamic",
+)
 # What torchvision's quantizable networks hold before they are quantised: plain arithmetic, and modules that do nothing.
-_OF_FLOATS = ("FloatFunctional", "QuantStub", "DeQuantStub")
-_DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
+_OF_FLOATS = ("FloatFunctional", "FXFloatFunctional", "QuantStub", "DeQuantStub", "QuantWrapper")
 
 
 def check_network(model: object) -> nn.Module:
@@ -41,14 +50,14 @@ def check_network(model: object) -> nn.Module:
             next=f"pass {network}; cs.build_model(name) makes one by name.",
         )
     for path, module in model.named_modules():
+        where = f"module {path} of {type(model).__name__}" if path else ""
+        if what := _quantisation(module):
+            whole = "pass the network as it was before quantisation, in floating point."
+            raise CannotConvert(f"{type(module).__name__} {what}.", where=where, next=whole)
         if reason := _reason(module):
             what, next = reason
             inner = f"put the module it was made from in its place: model.{path} = ..."
-            raise CannotConvert(
-                f"{type(module).__name__} {what}.",
-                where=f"module {path} of {type(model).__name__}" if path else "",
-                next=inner if path else next,
-            )
+            raise CannotConvert(f"{type(module).__name__} {what}.", where=where, next=inner if path else next)
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(value):
             raise CannotConvert(
@@ -83,8 +92,14 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
         isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
     ):
         return ("is an exported program", "pass the network that was exported.")
-    kind, place = type(module).__name__, type(module).__module__
-    of_floats = place.startswith(_DYNAMIC) or "PackedParams" in kind or kind in _OF_FLOATS
-    if place.startswith(_QUANTISED) and not of_floats:
-        return ("is quantised", "pass the network as it was before quantisation, in floating point.")
     return None
+
+
+def _quantisation(module: nn.Module) -> str:
+    """Return what a module has to do with quantisation; "" for one that computes in floats."""
+    kind, place = type(module).__name__, type(module).__module__
+    of_floats = place.startswith(_IN_FLOATS) or "PackedParams" in kind or kind in _OF_FLOATS
+    if of_floats or not place.startswith(_QUANTISED):
+        return ""
+    prepares = place.startswith(("torch.ao.quantization", "torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat"))
+    return "prepares a network to be quantised" if prepares else "is quantised"

@@ -84,6 +84,8 @@ def _finish_dense(inside: list[fx.Node], flow: Flow, region: Region) -> None:
     for node in inside:
         sources = flow.maps(node)
         is_behind = len(sources) == 1 and sources[0] in dense and len(sources[0].users) == 1
+        if node not in flow.facts.shapes:  # a split is no map; its parts would enter one by one
+            continue
         if is_behind and flow.treatments[node].kind == "pointwise" and node not in flow.barriers:
             region.needed[node] = region.strides[0]
             dense.add(node)

@@ -324,11 +324,11 @@ class Rewriter:
         # Coarse maps that exist only as dense maps were computed outside the region; their samples are read again.
         back = {source for source in maps if source not in self.elements and self.plan[source.name].grid > 1}
         maps = [source for source in maps if source not in back]
-        values = [self.as_elements(source) for source in maps]
+        values, grid = [self.as_elements(source) for source in maps], self.plan[maps[0].name].grid
         if len(values) == 1 and self.plan[maps[0].name].stages[1] == stage:
             lattice = self.call(getattr, values[0], "lattice")
         else:
-            joint = (self.plan[maps[0].name].grid, node.name) if len(values) > 1 else None
+            joint = (grid, node.name) if len(values) > 1 else None
             lattice = self.call(functional.common_lattice, stage, *values, joint=joint)
         layout = self.facts.layouts[maps[0]]
         options = () if layout == NCHW else (layout,)
@@ -341,11 +341,9 @@ class Rewriter:
                 return value
             if source in back or (how.kind == "broadcast" and how.arguments):
                 resize = {} if source in back else self.arguments(how)
-                value = self.call(functional.small_map, value, self.plan[maps[0].name].grid, **resize)
-            elif layout == NCHW and is_filled(source):  # the same number everywhere: one sample is enough
-                axes = len(self.facts.shapes[source])
-                index = (*(slice(None) for _ in range(axes - 2)), *(slice(0, 1) for _ in range(min(axes, 2))))
-                value = self.call(operator.getitem, value, index)
+                value = self.call(functional.small_map, value, grid, **resize, name=node.name)
+            elif layout == NCHW and is_filled(source) and len(self.facts.shapes[source]) > 1:
+                value = self.call(functional.one_sample, value, lattice, grid, node.name)
             return self.call(functional.rows_on, value, lattice, *options)
 
         call = treatment.rows

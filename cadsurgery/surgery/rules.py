@@ -630,9 +630,8 @@ def matrix_product(node: fx.Node, facts: Facts) -> Treatment:
     if left and right:
         sums = left[-1] == "p" and right[-2:] == "pc" and left[-2] == "c" and left[:-2] == right[:-2]
         if sums and left[0] == "b":
-            return Treatment(
-                "global", call=functional.sum_of_products, arguments=(("other", second),), spaced=True
-            )
+            arguments = (("other", second), ("name", node.name))
+            return Treatment("global", call=functional.sum_of_products, arguments=arguments, spaced=True)
         return barrier("attention mixes all positions of the map")
     matrix, layout = (second, left) if left else (first, right)
     shape = facts.shapes.get(matrix, ())

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import relative_error
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.elements.backends.target import recorded_conditions, require_equal
+from cadsurgery.network.export.conditions import require
+from cadsurgery.network.export.onnx import follow, translate
 
 MASK = "edges:threshold=0.3,dilation=3"
 
@@ -69,6 +76,113 @@ def test_a_file_for_a_size_at_which_maps_do_not_fit_is_refused(tmp_path: object)
     )
     with pytest.raises(cs.CadError, match="joins maps"):
         cs.export(net, torch.rand(1, 3, 48, 64), f"{tmp_path}/net.onnx")
+
+
+class Rounded(nn.Module):
+    """A map whose sizes are rounded up, and another whose sizes are rounded down, joined in any way."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.up, self.join = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()), join
+        self.head = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        map = self.stem(image)
+        return self.head(self.join(self.up(map), F.max_pool2d(map, 2)))
+
+
+def _written(up: Tensor, down: Tensor) -> Tensor:
+    up = up.clone()
+    up[:, :4] = down[:, :4]
+    return up
+
+
+def _weighed(up: Tensor, down: Tensor) -> Tensor:
+    weights = torch.bmm(up.flatten(2), down.flatten(2).transpose(1, 2))
+    return up * weights.mean(2)[:, :, None, None].sigmoid()
+
+
+JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "added": lambda up, down: up + down,
+    "concatenated": lambda up, down: torch.cat([up, down], 1)[:, 4:12],
+    "chosen": lambda up, down: torch.where(up > down, up, 2 * down),
+    "written": _written,
+    "summed over positions": _weighed,
+    "computed outside the region": lambda up, down: up + down.flip(3),
+    "bins of the size of another map": lambda up, down: (
+        up + F.interpolate(F.adaptive_avg_pool2d(down, 2), size=down.shape[2:])
+    ),
+    "filled": lambda up, down: up + down.new_ones(down.shape),
+    "filled channels": lambda up, down: torch.cat([up, down.new_zeros(len(down), 2, *down.shape[2:])], 1)[
+        :, :8
+    ],
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
+def test_every_join_refuses_what_torch_refuses(name: str, optimised: bool) -> None:
+    model = Rounded(JOINS[name]).eval()
+    options = {"output_stride": (2, 8), "example_input": torch.rand(1, 3, 64, 64), "outputs": "native"}
+    net = cs.adaptify(model, mask="none", **options)
+    net = net.optimize() if optimised else net
+    fits, image = torch.rand(2, 3, 56, 88), torch.rand(1, 3, 66, 64)
+    with torch.no_grad():
+        assert relative_error(net(fits), model(fits)) < 1e-4
+        with pytest.raises(RuntimeError, match="size"):
+            model(image)
+        with pytest.raises(cs.InvalidInput):
+            net(image)
+
+
+def test_a_condition_on_sizes_fails_in_an_engine(tmp_path: Path) -> None:
+    """Where the sizes differ; also where one of them is 1, which other operations would repeat."""
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+    class Halves(nn.Module):
+        def forward(self, levels: Tensor) -> Tensor:
+            length = levels.shape[2]
+            with recorded_conditions() as conditions:
+                require_equal(length // 2, (length + 1) // 2, "halves are equal")
+                require_equal(length + 1, 1 + length, "never written")
+            assert [condition.reason for condition in conditions] == ["halves are equal"]
+            return require(levels, conditions)
+
+    from cadsurgery.network.export.translate import TABLE
+
+    program, _ = follow(Halves(), (torch.zeros(1, 1, 4, 6, dtype=torch.int8),), dynamic=True)
+    names = {"input_names": ["levels"], "output_names": ["same"]}
+    translate(program, "", custom_translation_table=TABLE, optimize=False, **names).save(tmp_path / "x.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
+    levels = torch.randint(3, (2, 1, 8, 5), dtype=torch.int8)
+    assert torch.equal(torch.from_numpy(session.run(None, {"levels": levels.numpy()})[0]), levels)
+    for length, sizes in ((7, "4 and 3"), (3, "2 and 1")):
+        with pytest.raises(Fail, match=f"halves are equal.*{sizes}"):
+            session.run(None, {"levels": levels[:, :, :length].numpy()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["added", "filled", "bins of the size of another map"])
+@pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
+def test_a_file_of_any_size_refuses_what_the_network_refuses(name: str, tmp_path: Path) -> None:
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+    net = cs.adaptify(
+        Rounded(JOINS[name]).eval(), mask="none", output_stride=(2, 8), example_input=torch.rand(1, 3, 64, 64)
+    )
+    cs.export(net, torch.rand(1, 3, 32, 32), tmp_path / "net.onnx", dynamic=True)
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    image = torch.rand(1, 3, 56, 88)
+    found = session.run(None, {"image": image.numpy()})[0]
+    assert relative_error(torch.from_numpy(found), net(image)) < 1e-4
+    for size in ((66, 64), (64, 6)):
+        with pytest.raises(Fail, match="joins maps of equal sizes"):
+            session.run(None, {"image": torch.rand(1, 3, *size).numpy()})
 
 
 # -- images joined along the batch ----------------------------------------------------------------------

@@ -107,6 +107,7 @@ EXAMPLES: dict[str, Example] = {
     "common_lattice": Example(),
     "native_shape": Example((2,)),
     "small_map": Example((2, (7, 6), "bilinear")),
+    "one_sample": Example((2, "an addition")),
     "to_elements": Example(),
     "fine_map": Example(),
 }
@@ -162,6 +163,8 @@ def _called(op: Operation, x: Elements) -> Any:
         return op.call(x, x, **options)
     if name == "small_map":
         return op.call(to_dense(x, 4), *example.arguments)
+    if name == "one_sample":
+        return op.call(torch.ones(2, C, *x.lattice.samples(2)), x.lattice, *example.arguments)
     if name == "to_elements":
         return op.call(to_dense(x, 1), x.lattice)
     if name == "fine_map":

@@ -174,6 +174,14 @@ def test_parts_of_a_map_are_on_the_lattice_of_the_whole() -> None:
     assert net.plan.output_stride == (4, 8)
 
 
+def test_a_map_that_is_split_behind_a_dense_operation_enters_as_a_whole() -> None:
+    model = Halves()
+    wraps = nn.Conv2d(8, 8, 3, padding=2, dilation=2, padding_mode="circular")
+    model.stem, model.conv = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), wraps, nn.ReLU()), conv(1, 2, 4)
+    net = keeps_law_1(model)
+    assert net.plan["stem_2"].action == "enter" and net.plan["chunk"].action == "keep"
+
+
 class PaddedHalves(nn.Module):
     """A map that is padded and then joined, so that it is dense where it is split."""
 

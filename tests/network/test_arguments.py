@@ -236,6 +236,35 @@ def test_quantizable_networks_in_floats_are_plain_networks(name: str) -> None:
             assert relative_error(one(image), model(image)) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_modules_fused_for_a_quantisation_are_plain_networks() -> None:
+    """Before they are prepared, they compute in floats."""
+    model = randomise(torchvision.models.quantization.resnet18(weights=None, quantize=False)).eval()
+    model.fuse_model()
+    model, image = torch.ao.quantization.QuantWrapper(model), torch.rand(2, 3, 64, 96)
+    net = cs.adaptify(model, mask="none", example_input=torch.rand(1, 3, 64, 64))
+    with torch.no_grad():
+        for one in (net, net.optimize()):
+            assert relative_error(one(image), model(image)) < 1e-4
+
+
+class Rounded(Base):
+    """Its values are rounded to steps, as in training for 8 bits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        steps = torch.fake_quantize_per_tensor_affine(self.body(self.stem(x)), 0.1, 3, 0, 255)
+        return self.head(steps)
+
+
+def test_values_rounded_to_steps_stay_in_the_region() -> None:
+    torch.manual_seed(0)
+    model, image = Rounded().eval(), torch.rand(2, 3, 64, 96)
+    net = cs.adaptify(model, mask="none", example_input=torch.rand(1, 3, 64, 96), outputs="native")
+    assert net.plan["fake_quantize_per_tensor_affine"].action == "keep"
+    with torch.no_grad():
+        assert relative_error(net(image), model(image)) < 1e-4
+
+
 class Halved(Base):
     """Its sums need sizes that are multiples of 8, which torch says in its own words."""
 

@@ -39,6 +39,7 @@ REST: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("clamp", "clamp_max", "clamp_min"), (0.25,)),
     **dict.fromkeys(("pow",), (2.0,)),
     "prelu": (torch.tensor([0.25]),),
+    "fake_quantize_per_tensor_affine": (0.1, 3, 0, 255),
     **dict.fromkeys(("fill", "full_like"), (0.25,)),
     **dict.fromkeys(("unsafe_split", "unsafe_chunk"), (2, 1)),
     "view": ((2, 66),),

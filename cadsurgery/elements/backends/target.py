@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import NamedTuple, cast
+
+import torch
+
+from cadsurgery.elements.sizes import is_statically_true
 
 
 class Target(NamedTuple):
@@ -38,3 +42,48 @@ def portable(target: Target | None = None) -> Iterator[None]:
         yield
     finally:
         _TARGET.reset(token)
+
+
+class Condition(NamedTuple):
+    """Two sizes that must be equal in every call of a graph for images of any size.
+
+    Attributes:
+        one: the first size.
+        other: the second size.
+        reason: what the sizes are of, in words for the message of an engine.
+    """
+
+    one: int
+    other: int
+    reason: str
+
+
+_CONDITIONS: ContextVar[list[Condition] | None] = ContextVar(
+    "conditions on sizes, while a graph for images of any size is traced", default=None
+)
+
+
+@contextmanager
+def recorded_conditions() -> Iterator[list[Condition]]:
+    """Enter a context in which conditions on symbolic sizes are recorded in the list that it gives."""
+    conditions: list[Condition] = []
+    token = _CONDITIONS.set(conditions)
+    try:
+        yield conditions
+    finally:
+        _CONDITIONS.reset(token)
+
+
+def require_equal(one: int, other: int, reason: str) -> bool:
+    """Return whether two sizes are equal; if they are symbols that need not be, record that they must be.
+
+    Without a context that records conditions, torch itself adds the condition to the graph that it traces.
+    """
+    condition = cast("bool | torch.SymBool", one == other)
+    if isinstance(condition, bool) or is_statically_true(condition):
+        return bool(condition)
+    conditions = _CONDITIONS.get()
+    if conditions is None:
+        return bool(condition)
+    conditions.append(Condition(one, other, reason))
+    return True

@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.target import Target, portable
+from cadsurgery.elements.backends.target import Target, portable, recorded_conditions
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
+from cadsurgery.network.export.conditions import require
 from cadsurgery.network.export.decompose import decompose
 from cadsurgery.network.export.engines import Engine, import_package
 from cadsurgery.network.export.int8 import to_8_bits
@@ -212,10 +213,11 @@ class Exportable(nn.Module):
             levels=levels,
         )
         run = program.run_after_first_pass if self.mask.looks_ahead and levels is None else program
-        output, lattice = run(masking, program.bind(image.half() if self.float16 else image))
+        with recorded_conditions() as conditions:
+            output, lattice = run(masking, program.bind(image.half() if self.float16 else image))
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         outputs = (leaf.to(image.dtype) if leaf.is_floating_point() else leaf for leaf in tensors)
-        return (*outputs, lattice.pyramid.levels)
+        return (*outputs, require(lattice.pyramid.levels, conditions))
 
 
 # Python functions on sizes, and torch's replacements that accept symbolic sizes.

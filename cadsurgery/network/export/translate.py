@@ -130,6 +130,16 @@ def _interpolation_error(rows: Any, *size: Any) -> Any:
     return _call(ERROR)(rows, op.Cast(sizes, to=DataType.INT32))
 
 
+def _require_equal(levels: Any, one: Any, other: Any, reason: str) -> Any:
+    """Join a row of each length, which engines refuse if they differ; the reason is the operation's name in errors."""
+    first = op.Constant(value_ints=[1])
+    sizes = (op.Concat(first, op.Reshape(_number(length), first), axis=0) for length in (one, other))
+    both = op.Concat(*(op.ConstantOfShape(size) for size in sizes), axis=0)
+    both.producer().name = reason
+    nothing = op.Cast(op.ReduceMax(both, keepdims=0), to=DataType.INT64)
+    return op.Reshape(levels, op.Add(op.Shape(levels), nothing))
+
+
 def _number(value: Any) -> Any:
     return op.Constant(value_int=value) if isinstance(value, int) else value
 
@@ -147,6 +157,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
     torch.ops.cadsurgery.pick_rows.default: _call(PICK),
     torch.ops.cadsurgery.interpolation_error.default: _interpolation_error,
+    torch.ops.cadsurgery.require_equal.default: _require_equal,
     torch.ops.cadsurgery.find_cells.default: _call(CELLS),
     torch.ops.cadsurgery.read_taps.default: _call(TAPS),
     torch.ops.cadsurgery.read_near_taps.default: _call(NEAR_TAPS),
