@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.bounds import Bounds
+from cadsurgery.elements.fresh import fresh_length
 from cadsurgery.elements.sizes import divide_up, is_statically_true, most
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
@@ -328,7 +329,15 @@ class Lattice:
                 f"a lattice of {self.size[0]}x{self.size[1]} fine pixels cannot grow to {size[0]}x{size[1]}.",
                 next="convert with a region that ends before this operation.",
             )
-        return self.pyramid.lattice(stage, size)
+        return self.pyramid.lattice(stage, self._in_symbols(size) if self.pyramid.in_graph else size)
+
+    def _in_symbols(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return a size without expressions of symbols, see `fresh_length`."""
+        height, width = (
+            fresh_length(length, own, whole)
+            for length, own, whole in zip(size, self.size, self.whole_size, strict=True)
+        )
+        return height, width
 
     def resample(self, stage: int, size: tuple[int, int]) -> Lattice:
         """Return the lattice of the same level map at any stage and any fine size up to `most_size`.

@@ -27,7 +27,12 @@ def divide_up(length: int, step: int) -> int:
 
 def least(one: int, other: int) -> int:
     """Return the smaller size."""
-    return min(one, other) if type(one) is type(other) is int else cast(int, torch.sym_min(one, other))
+    if type(one) is type(other) is int:
+        return min(one, other)
+    for smaller, larger in ((one, other), (other, one)):
+        if is_statically_true(smaller <= larger):
+            return smaller
+    return cast(int, torch.sym_min(one, other))
 
 
 def most(one: int, other: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +51,8 @@ class Masking:
             bounds = self._bounds(grid)  # otherwise exact numbers are known, which is faster
         if not image.is_floating_point():  # differences of uint8 pictures would wrap around
             image = image.to(torch.get_default_dtype())
-        with torch.no_grad():
+        # torch.export splits a program and joins it again where it switches gradients off.
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             shown = self.unit(image) if self.provider.sees_image else image
             levels = self.provider(shown, features, grid)
         return geometry.lattice(check_levels(levels, grid, self.provider.name), bounds)
