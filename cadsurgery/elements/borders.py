@@ -57,8 +57,11 @@ def pad(x: Elements, pads: Sequence[int], spacing: int, value: float | None = 0.
     Raises:
         InvalidInput: there is padding on the left or top, or the result is empty or larger than the network's maps.
     """
-    left, right, top, bottom = (int(amount) for amount in pads)
-    if left or top:
+    # In a file for any size the amounts are symbols; to ask for their values would fix those of the example.
+    left, right, top, bottom = (
+        amount if isinstance(amount, torch.SymInt) else int(amount) for amount in pads
+    )
+    if is_statically_true(left != 0) or is_statically_true(top != 0):
         raise _shifts(f"padding by {left} on the left and {top} at the top")
     height, width = x.lattice.samples(spacing)
     return _with_border(x, (height + bottom, width + right), spacing, value)

@@ -302,7 +302,7 @@ def check_joint(joint: tuple[int, str] | None, *lattices: Lattice) -> None:
         InvalidInput: the sizes differ: torch refuses them, or repeats the only row or column of a map.
     """
     first, *others = lattices
-    if joint is None or all(other.size == first.size for other in others):
+    if joint is None or all(other.size is first.size for other in others):
         return
     spacing, name = joint
     sizes = [lattice.samples(spacing) for lattice in lattices]

@@ -28,9 +28,9 @@ _SYMBOLS: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
 
 @torch.library.register_fake("cadsurgery::fresh_length")
 def _vector(length: int) -> Tensor:
-    """Return a vector with a new symbol as its length, whose value for the example torch asks for where it has to decide."""
+    """Return a vector with a new symbol as its length; where torch has to decide, it looks at the example."""
     size = torch.library.get_ctx().new_dynamic_size(min=2)
-    node = cast(torch.SymInt, size).node
+    node: Any = cast(torch.SymInt, size).node
     node.shape_env.set_real_tensor_prop_unbacked_vals(node.expr, _in_example(cast(torch.SymInt, length).node))
     return torch.empty(size)
 
@@ -61,7 +61,7 @@ def fresh_length(length: int, *limits: int) -> int:
 
 
 def _is_expression(length: int) -> bool:
-    """Return True for an expression of symbols in an export. Lengths of one are fixed in a file, and stay as they are."""
+    """Return True for an expression of symbols in an export; a length of one is fixed in a file and stays as it is."""
     if not isinstance(length, torch.SymInt) or not torch.compiler._is_exporting_flag:
         return False
     node = length.node
@@ -87,7 +87,7 @@ def drop_fresh(program: torch.export.ExportedProgram) -> None:
     """Take the operations of this module out of a program: maps and lengths stand for themselves."""
     operations, graph = torch.ops.cadsurgery, program.graph
     for node in list(graph.nodes):
-        source = node.args[0] if node.args else None
+        source: Any = node.args[0] if node.args else None
         if node.target is operations.fresh_shape.default:
             source.meta["val"] = node.meta["val"]
             program.graph_signature.replace_all_uses(node.name, source.name)

@@ -190,7 +190,7 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
 def _block_minimum(levels: Tensor, side: int) -> Tensor:
     """Compute the minimum of each aligned side x side block, repeated on every pixel of the block."""
     _, height, width = levels.shape
-    rows, columns = divide_up(height, side), divide_up(width, side)
+    rows, columns = (fresh_length(divide_up(length, side)) for length in (height, width))
     pad = (0, columns * side - width, 0, rows * side - height)
     # More than any level; OpenVINO pads integers through float32, in which the largest integer becomes the smallest.
     padded = F.pad(levels.to(torch.int32), pad, value=1 << 30)

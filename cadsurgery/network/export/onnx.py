@@ -32,8 +32,8 @@ from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_kernels
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
-from cadsurgery.network.export.promotion import promoting_without_runs
 from cadsurgery.network.export.quiet import quietly
+from cadsurgery.network.export.shortcuts import promoting_without_runs, without_proofs
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
@@ -183,7 +183,7 @@ def translate(program: torch.export.ExportedProgram, next: str, **options: Any) 
         drop_fresh(translatable)
         return translatable
 
-    program.run_decompositions = run_decompositions  # type: ignore[method-assign,assignment]
+    program.run_decompositions = run_decompositions
     with quietly(), promoting_without_runs():
         try:
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)
@@ -249,11 +249,14 @@ def _count_in_symbols(program: Program) -> Program:
 def _name_sizes(graph: fx.Graph) -> None:
     """Let what follows an operation read its map with fresh symbols for sizes."""
     for node in list(graph.nodes):
-        if node.op in ("call_module", "call_method", "call_function") and node.target not in _OF_SYMBOLS.values():
+        if (
+            node.op in ("call_module", "call_method", "call_function")
+            and node.target not in _OF_SYMBOLS.values()
+        ):
             with graph.inserting_after(node):
                 renamed = graph.call_function(fresh_map, (node,))
             renamed.meta = dict(node.meta)
-            node.replace_all_uses_with(renamed, lambda user, own=renamed: user is not own)  # type: ignore[misc]
+            node.replace_all_uses_with(renamed, lambda user, own=renamed: user is not own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +292,7 @@ def follow(
     for example, free in attempts:
         shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
         try:
-            with portable(target), torch.no_grad(), quietly():
+            with portable(target), torch.no_grad(), quietly(), without_proofs():
                 program = torch.export.export(
                     graph,
                     example,
