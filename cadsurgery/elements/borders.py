@@ -10,7 +10,7 @@ from cadsurgery.elements.backends.choose import select_rows
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import is_statically_true, least, most
+from cadsurgery.elements.sizes import is_at_most, is_statically_true, least, most
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -108,7 +108,7 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float 
     if all(is_statically_true(one == two) for one, two in zip(counts, lattice.samples(spacing), strict=True)):
         return x
     target = lattice.resample(lattice.stage, fine)
-    if all(is_statically_true(length <= before) for length, before in zip(fine, lattice.size, strict=True)):
+    if all(is_at_most(length, before) for length, before in zip(fine, lattice.size, strict=True)):
         return Elements(select_rows(x.rows, lattice, target), target)
     key = ("border", target.key, spacing)
 

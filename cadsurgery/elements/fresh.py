@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.sizes import is_statically_true
+from cadsurgery.elements.sizes import limit
 
 T = TypeVar("T")
 
@@ -43,8 +43,7 @@ def _map(map: Tensor, shape: Sequence[int]) -> Tensor:
 def fresh_length(length: int, *limits: int) -> int:
     """Return a symbol for a length that is an expression of symbols; return any other length itself.
 
-    Equal expressions have the same symbol. torch is told which of `limits` it does not exceed: those of which that is
-    known for the length, or for an earlier limit.
+    Equal expressions have the same symbol. It is known not to exceed those of `limits` that the length does not exceed.
     """
     if not _is_expression(length):
         return length
@@ -52,20 +51,20 @@ def fresh_length(length: int, *limits: int) -> int:
     symbols = _SYMBOLS.setdefault(node.shape_env, {})
     if node.expr not in symbols:
         symbols[node.expr] = symbol = torch.ops.cadsurgery.fresh_length(length).shape[0]
-        larger = [length]
-        for limit in limits:
-            if any(is_statically_true(one <= limit) for one in larger):
-                torch._check(symbol <= limit)
-                larger.append(limit)
+        limit(symbol, length, (one for one in limits if isinstance(one, torch.SymInt)))
     return symbols[node.expr]
 
 
 def _is_expression(length: int) -> bool:
     """Return True for an expression of symbols in an export; a length of one is fixed in a file and stays as it is."""
-    if not isinstance(length, torch.SymInt) or not torch.compiler._is_exporting_flag:
+    if not isinstance(length, torch.SymInt) or not _is_exporting():
         return False
     node = length.node
     return bool(node.expr.free_symbols) and not node.expr.is_Symbol and (_in_example(node) or 0) > 1
+
+
+def _is_exporting() -> bool:
+    return torch.compiler._is_exporting_flag
 
 
 def _in_example(node: Any) -> int | None:
@@ -81,6 +80,13 @@ def fresh_map(value: T) -> T:
         return value
     shape = (*value.shape[:2], *map(fresh_length, value.shape[2:]))
     return cast(T, torch.ops.cadsurgery.fresh_shape(value, shape))
+
+
+def of_size(value: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a map (B, H, W) whose size is known to be `size`, in whatever terms it was computed."""
+    if not _is_exporting() or all(isinstance(length, int) for length in value.shape[1:]):
+        return value
+    return cast(Tensor, torch.ops.cadsurgery.fresh_shape(value, (value.shape[0], *size)))
 
 
 def drop_fresh(program: torch.export.ExportedProgram) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.bounds import Bounds
-from cadsurgery.elements.fresh import fresh_length
-from cadsurgery.elements.sizes import divide_up, is_statically_true, most
+from cadsurgery.elements.fresh import fresh_length, of_size
+from cadsurgery.elements.sizes import divide_up, is_at_most, is_statically_true, most
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
@@ -197,7 +197,8 @@ def _block_minimum(levels: Tensor, side: int) -> Tensor:
     minimum = padded.reshape(-1, rows, side, columns, side).amin((2, 4), keepdim=True)
     # One axis at a time: ONNX Runtime takes ten times as long to expand two.
     in_rows = minimum.expand(-1, -1, -1, -1, side).reshape(-1, rows, 1, columns * side)
-    return in_rows.expand(-1, -1, side, -1).reshape_as(padded)[:, :height, :width]
+    whole = in_rows.expand(-1, -1, side, -1).reshape_as(padded)
+    return of_size(whole[:, :height, :width], (height, width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -392,10 +393,10 @@ class Lattice:
         """(B, H, W) int8: level of the cell each fine pixel lies in."""
         levels = self.pyramid.levels[:, : self.size[0], : self.size[1]]
         for axis, (length, whole) in enumerate(zip(self.size, self.whole_size, strict=True), 1):
-            if not is_statically_true(length <= whole):
+            if not is_at_most(length, whole):
                 pixels = torch.arange(length, device=levels.device).clamp(max=whole - 1)
                 levels = levels.index_select(axis, pixels)
-        return levels.clamp(max=self.stage)
+        return of_size(levels, self.size).clamp(max=self.stage)
 
     @_derive
     def side_map(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.fresh import of_size
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, is_exporting
 from cadsurgery.elements.sizes import is_for_any_size
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
@@ -55,7 +56,8 @@ class Masking:
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             shown = self.unit(image) if self.provider.sees_image else image
             levels = self.provider(shown, features, grid)
-        return geometry.lattice(check_levels(levels, grid, self.provider.name), bounds)
+        levels = of_size(check_levels(levels, grid, self.provider.name), grid.size)
+        return geometry.lattice(levels, bounds)
 
     def grid(self, features: Tensor) -> FineMapSpec:
         """Describe the fine map `features` (B, C, h, w) for the mask."""
