@@ -86,3 +86,13 @@ def test_a_view_that_is_read_after_a_change_is_left_to_torch() -> None:
     assert not decompose(program, {})
     assert [node.target for node in program.graph.nodes] == before
     assert torch.equal(program.module()(x), ReadsAView()(x))
+
+
+def test_an_operation_that_torch_makes_of_changes_in_place_is_left_to_torch() -> None:
+    def shift(x: Tensor, other: float) -> Tensor:
+        return x.clone().add_(other)
+
+    program = program_of(nn.Threshold(0.5, 2.0))
+    target = torch.ops.aten.threshold.default
+    assert not decompose(program, {target: lambda x, threshold, value: shift(x, value)})
+    assert target in {node.target for node in program.graph.nodes}

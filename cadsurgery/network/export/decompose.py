@@ -74,8 +74,7 @@ class _Rewriting:
             _Unknown: see `decompose`.
         """
         self._join_views(node)
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        if _changes_in_place(node.target):
             self._visit_in_place(node)
         elif node.op == "call_function" and (node.target in self._table or _is_composite_view(node.target)):
             self._replace(node, node.target)
@@ -157,7 +156,7 @@ class _Rewriting:
             elif node.op == "output":
                 outputs = fx.map_arg(node.args[0], written.__getitem__)
                 return tuple(outputs) if isinstance(outputs, list | tuple) else outputs
-            elif node.op != "call_function":
+            elif node.op != "call_function" or _changes_in_place(node.target):
                 raise _Unknown
             else:
                 written[node] = self.new.node_copy(node, written.__getitem__)
@@ -272,6 +271,11 @@ def _is_contiguous(value: torch.Tensor) -> bool:
         return value.is_contiguous()
     except GuardOnDataDependentSymNode:
         return False
+
+
+def _changes_in_place(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _is_composite_view(target: Any) -> bool:
