@@ -70,3 +70,54 @@ def _double(inputs: int, outputs: int) -> nn.Sequential:
 def resnet18_unet() -> nn.Module:
     """Build `ResNet18UNet` with 21 classes."""
     return ResNet18UNet()
+
+
+class FactorisedBlock(nn.Module):
+    """A residual block of four convolutions of 3x1 and 1x3, the second pair dilated."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, (3, 1), padding=(1, 0))
+        self.second = nn.Conv2d(width, width, (1, 3), padding=(0, 1))
+        self.third = nn.Conv2d(width, width, (3, 1), padding=(dilation, 0), dilation=(dilation, 1))
+        self.fourth = nn.Conv2d(width, width, (1, 3), padding=(0, dilation), dilation=(1, dilation))
+        self.norm, self.last_norm = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        y = F.relu(self.norm(self.second(F.relu(self.first(x)))))
+        return F.relu(x + self.last_norm(self.fourth(F.relu(self.third(y)))))
+
+
+class PooledDownsampling(nn.Module):
+    """A strided convolution beside max pooling."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs - inputs, 3, 2, 1)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to half the size."""
+        return F.relu(self.norm(torch.cat((self.conv(x), F.max_pool2d(x, 2, 2)), 1)))
+
+
+def factorised(rounds: int = 2) -> nn.Module:
+    """Build an encoder and decoder of factorised, dilated blocks, 19 classes; `rounds` of dilations 2 to 16."""
+    up = [nn.ConvTranspose2d(128, 64, 3, 2, 1, 1), nn.ConvTranspose2d(64, 16, 3, 2, 1, 1)]
+    dilated = [FactorisedBlock(128, dilation) for _ in range(rounds) for dilation in (2, 4, 8, 16)]
+    return nn.Sequential(
+        PooledDownsampling(3, 16),
+        PooledDownsampling(16, 64),
+        *(FactorisedBlock(64, 1) for _ in range(5 * rounds // 2)),
+        PooledDownsampling(64, 128),
+        *dilated,
+        *(nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU()) for layer in up),
+        FactorisedBlock(16, 1),
+        nn.ConvTranspose2d(16, 19, 2, 2),
+    )
+
+
+def factorised_twice() -> nn.Module:
+    """Build `factorised` with twice the blocks of the encoder."""
+    return factorised(4)

@@ -10,7 +10,7 @@ from cadsurgery.elements.backends.choose import select_rows
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import is_statically_true, least, most
+from cadsurgery.elements.sizes import is_at_most, is_statically_true, least, most
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -57,8 +57,11 @@ def pad(x: Elements, pads: Sequence[int], spacing: int, value: float | None = 0.
     Raises:
         InvalidInput: there is padding on the left or top, or the result is empty or larger than the network's maps.
     """
-    left, right, top, bottom = (int(amount) for amount in pads)
-    if left or top:
+    # In a file for any size the amounts are symbols; to ask for their values would fix those of the example.
+    left, right, top, bottom = (
+        amount if isinstance(amount, torch.SymInt) else int(amount) for amount in pads
+    )
+    if is_statically_true(left != 0) or is_statically_true(top != 0):
         raise _shifts(f"padding by {left} on the left and {top} at the top")
     height, width = x.lattice.samples(spacing)
     return _with_border(x, (height + bottom, width + right), spacing, value)
@@ -105,7 +108,7 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float 
     if all(is_statically_true(one == two) for one, two in zip(counts, lattice.samples(spacing), strict=True)):
         return x
     target = lattice.resample(lattice.stage, fine)
-    if all(is_statically_true(length <= before) for length, before in zip(fine, lattice.size, strict=True)):
+    if all(is_at_most(length, before) for length, before in zip(fine, lattice.size, strict=True)):
         return Elements(select_rows(x.rows, lattice, target), target)
     key = ("border", target.key, spacing)
 

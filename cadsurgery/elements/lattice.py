@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import gpu_maps, maps
 from cadsurgery.elements.bounds import Bounds
-from cadsurgery.elements.sizes import constant, divide_up, is_statically_true, most
+from cadsurgery.elements.fresh import fresh_length, of_size
+from cadsurgery.elements.sizes import constant, divide_up, is_at_most, is_statically_true, most
 from cadsurgery.kernels.load import is_observed
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
@@ -224,14 +225,15 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
 def _block_minimum(levels: Tensor, side: int) -> Tensor:
     """Compute the minimum of each aligned side x side block, repeated on every pixel of the block."""
     _, height, width = levels.shape
-    rows, columns = divide_up(height, side), divide_up(width, side)
+    rows, columns = (fresh_length(divide_up(length, side)) for length in (height, width))
     pad = (0, columns * side - width, 0, rows * side - height)
     # More than any level; OpenVINO pads integers through float32, in which the largest integer becomes the smallest.
     padded = F.pad(levels.to(torch.int32), pad, value=1 << 30)
     minimum = padded.reshape(-1, rows, side, columns, side).amin((2, 4), keepdim=True)
     # One axis at a time: ONNX Runtime takes ten times as long to expand two.
     in_rows = minimum.expand(-1, -1, -1, -1, side).reshape(-1, rows, 1, columns * side)
-    return in_rows.expand(-1, -1, side, -1).reshape_as(padded)[:, :height, :width]
+    whole = in_rows.expand(-1, -1, side, -1).reshape_as(padded)
+    return of_size(whole[:, :height, :width], (height, width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,7 +371,15 @@ class Lattice:
                 f"a lattice of {self.size[0]}x{self.size[1]} fine pixels cannot grow to {size[0]}x{size[1]}.",
                 next="convert with a region that ends before this operation.",
             )
-        return self.pyramid.lattice(stage, size)
+        return self.pyramid.lattice(stage, self._in_symbols(size) if self.pyramid.in_graph else size)
+
+    def _in_symbols(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return a size without expressions of symbols, see `fresh_length`."""
+        height, width = (
+            fresh_length(length, own, whole)
+            for length, own, whole in zip(size, self.size, self.whole_size, strict=True)
+        )
+        return height, width
 
     def resample(self, stage: int, size: tuple[int, int]) -> Lattice:
         """Return the lattice of the same level map at any stage and any fine size up to `most_size`.
@@ -424,10 +434,10 @@ class Lattice:
         """(B, H, W) int8: level of the cell each fine pixel lies in."""
         levels = self.pyramid.levels[:, : self.size[0], : self.size[1]]
         for axis, (length, whole) in enumerate(zip(self.size, self.whole_size, strict=True), 1):
-            if not is_statically_true(length <= whole):
+            if not is_at_most(length, whole):
                 pixels = torch.arange(length, device=levels.device).clamp(max=whole - 1)
                 levels = levels.index_select(axis, pixels)
-        return levels.clamp(max=self.stage)
+        return of_size(levels, self.size).clamp(max=self.stage)
 
     @_derive
     def side_map(self) -> Tensor:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._sympy.functions import Min
 
 
 def is_statically_true(condition: bool | torch.SymBool) -> bool:
@@ -21,6 +23,28 @@ def is_statically_true(condition: bool | torch.SymBool) -> bool:
     return bool(condition.node.statically_known_true(__file__, 0))
 
 
+# For each export the expressions that a symbol does not exceed.
+_LIMITS: WeakKeyDictionary[Any, dict[Any, set[Any]]] = WeakKeyDictionary()
+
+
+def is_at_most(one: int, other: int) -> bool:
+    """Return True if a size does not exceed another one, for all sizes as far as that is known."""
+    if is_statically_true(one <= other):
+        return True
+    if not isinstance(one, torch.SymInt) or not isinstance(other, torch.SymInt):
+        return False
+    limits = _LIMITS.get(one.node.shape_env, {})
+    parts = one.node.expr.args if isinstance(one.node.expr, Min) else (one.node.expr,)
+    return any(other.node.expr in {part, *limits.get(part, ())} for part in parts)
+
+
+def limit(symbol: int, length: int, limits: Iterable[int]) -> None:
+    """Record which of several sizes a new symbol for a length does not exceed."""
+    node = cast(torch.SymInt, symbol).node
+    larger = {cast(torch.SymInt, one).node.expr for one in limits if is_at_most(length, one)}
+    _LIMITS.setdefault(node.shape_env, {})[node.expr] = larger
+
+
 def divide_up(length: int, step: int) -> int:
     """Return ceil(length / step), computed without negative numbers, which some engines round towards zero."""
     return (length + step - 1) // step
@@ -28,7 +52,12 @@ def divide_up(length: int, step: int) -> int:
 
 def least(one: int, other: int) -> int:
     """Return the smaller size."""
-    return min(one, other) if type(one) is type(other) is int else cast(int, torch.sym_min(one, other))
+    if type(one) is type(other) is int:
+        return min(one, other)
+    for smaller, larger in ((one, other), (other, one)):
+        if is_at_most(smaller, larger):
+            return smaller
+    return cast(int, torch.sym_min(one, other))
 
 
 def most(one: int, other: int) -> int:

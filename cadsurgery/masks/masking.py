@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.fresh import of_size
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, is_exporting
 from cadsurgery.elements.sizes import is_for_any_size
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
@@ -53,10 +55,12 @@ class Masking:
             bounds = self._bounds(grid)
         if not image.is_floating_point():  # differences of uint8 pictures would wrap around
             image = image.to(torch.get_default_dtype())
-        with torch.no_grad():
+        # torch.export splits a program and joins it again where it switches gradients off.
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             shown = self.unit(image) if self.provider.sees_image else image
             levels = self.provider(shown, features, grid)
-        return geometry.lattice(check_levels(levels, grid, self.provider.name), bounds)
+        levels = of_size(check_levels(levels, grid, self.provider.name), grid.size)
+        return geometry.lattice(levels, bounds)
 
     def grid(self, features: Tensor) -> FineMapSpec:
         """Describe the fine map `features` (B, C, h, w) for the mask."""

@@ -1,17 +1,21 @@
 """Put an exported program into the operations that have an ONNX translation, without running it again.
 
 `ExportedProgram.run_decompositions` runs the network twice more on symbolic tensors, which took more than a third of
-the time of an export. Few operations of our programs have no translation, and each of them is one or two others.
+the time of an export. Few operations of our programs have no translation; most of them are one or two others, and the
+rest are traced alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_leaves
 
 _ATEN = torch.ops.aten
 
@@ -20,16 +24,16 @@ class _Unknown(Exception):
     """A node that this module cannot replace."""
 
 
-def decompose(program: torch.export.ExportedProgram, table: Container[Any]) -> bool:
+def decompose(program: torch.export.ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> bool:
     """Replace the operations of a program that are in a table, and those that change a tensor in place.
 
     Args:
         program: the program; its graph is replaced.
-        table: operations that have to be replaced.
+        table: operations that have to be replaced, and torch's functions for them.
 
     Returns:
-        False, and leave the program as it is, if an operation is not known here, or a tensor that is changed in place
-        is read through another view of it: torch's own decomposition is needed.
+        False, and leave the program as it is, if a tensor that is changed in place is read through another view of it,
+        or an operation cannot be traced alone: torch's own decomposition of the whole program is needed.
     """
     old = program.graph_module.graph
     try:
@@ -53,10 +57,10 @@ class _Rewriting:
         now: for each node of the old graph, the node of the new graph with its value at this point of the program.
     """
 
-    def __init__(self, old: fx.Graph, table: Container[Any]) -> None:
+    def __init__(self, old: fx.Graph, table: Mapping[Any, Callable[..., Any]]) -> None:
         self.new = fx.Graph(tracer_cls=old._tracer_cls)
         self.new._codegen = old._codegen
-        self.now: dict[fx.Node, fx.Node] = {}
+        self.now: dict[fx.Node, Any] = {}
         self._table = table
         self._places = {node: place for place, node in enumerate(old.nodes)}
         self._views: dict[fx.Node, set[fx.Node]] = {}  # nodes that may share memory, one set for all of them
@@ -70,11 +74,12 @@ class _Rewriting:
             _Unknown: see `decompose`.
         """
         self._join_views(node)
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        if _changes_in_place(node.target):
             self._visit_in_place(node)
         elif node.op == "call_function" and (node.target in self._table or _is_composite_view(node.target)):
             self._replace(node, node.target)
+        elif node.target is operator.getitem and isinstance(self.now[node.args[0]], tuple):  # type: ignore[index]
+            self.now[node] = self.now[node.args[0]][node.args[1]]  # type: ignore[index]
         else:
             self.now[node] = self.new.node_copy(node, self.now.__getitem__)
         value = node.meta.get("val")
@@ -123,9 +128,38 @@ class _Rewriting:
 
     def _replace(self, node: fx.Node, target: Any) -> None:
         rule = _RULES.get(target)
-        if rule is None:
+        self.now[node] = self._trace(node, target) if rule is None else rule(self, node)
+
+    def _trace(self, node: fx.Node, target: Any) -> Any:
+        """Write the operations that torch makes of an operation on the values of its arguments."""
+        inputs = node.all_input_nodes
+        values = [one.meta["val"] for one in inputs]
+        modes = {one.fake_mode for one in tree_leaves(values) if hasattr(one, "fake_mode")}
+        if len(modes) != 1:
             raise _Unknown
-        self.now[node] = rule(self, node)
+
+        def run(*given: Any) -> Any:
+            value_of = dict(zip(inputs, given, strict=True)).__getitem__
+            return target(*fx.map_arg(node.args, value_of), **fx.map_arg(node.kwargs, value_of))
+
+        with modes.pop():
+            traced = make_fx(run, dict(self._table), _allow_non_fake_inputs=True)(*values)
+        return self._insert(traced.graph, [self.now[one] for one in inputs])
+
+    def _insert(self, graph: fx.Graph, inputs: list[fx.Node]) -> Any:
+        """Write a graph with these nodes as its inputs; return the node or the tuple of nodes that it returns."""
+        given = iter(inputs)
+        written: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                written[node] = next(given)
+            elif node.op == "output":
+                outputs = fx.map_arg(node.args[0], written.__getitem__)
+                return tuple(outputs) if isinstance(outputs, list | tuple) else outputs
+            elif node.op != "call_function" or _changes_in_place(node.target):
+                raise _Unknown
+            else:
+                written[node] = self.new.node_copy(node, written.__getitem__)
 
     def _mapped(self, value: Any) -> Any:
         return fx.map_arg(value, self.now.__getitem__)
@@ -237,6 +271,11 @@ def _is_contiguous(value: torch.Tensor) -> bool:
         return value.is_contiguous()
     except GuardOnDataDependentSymNode:
         return False
+
+
+def _changes_in_place(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _is_composite_view(target: Any) -> bool:

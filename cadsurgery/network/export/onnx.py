@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.target import Target, portable, recorded_conditions
+from cadsurgery.elements.fresh import drop_fresh, fresh_map
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
@@ -33,6 +34,7 @@ from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_k
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
+from cadsurgery.network.export.shortcuts import promoting_without_runs, without_proofs
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
@@ -174,10 +176,16 @@ def translate(program: torch.export.ExportedProgram, next: str, **options: Any) 
     Raises:
         CannotConvert: torch's exporter cannot write it; `next` is the advice in the message.
     """
-    # The exporter calls this with the operations that have no translation.
-    as_in_torch = program.run_decompositions
-    program.run_decompositions = lambda table: program if decompose(program, table) else as_in_torch(table)
-    with quietly():
+    in_torch = program.run_decompositions
+
+    def run_decompositions(table: dict[Any, Any]) -> torch.export.ExportedProgram:
+        """The exporter calls this with the operations that have no translation."""
+        translatable = program if decompose(program, table) else in_torch(table)
+        drop_fresh(translatable)
+        return translatable
+
+    program.run_decompositions = run_decompositions
+    with quietly(), promoting_without_runs():
         try:
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:
@@ -230,13 +238,27 @@ _OF_SYMBOLS: dict[Any, Any] = {
 
 
 def _count_in_symbols(program: Program) -> Program:
-    """Return the program with a graph that accepts symbolic sizes."""
+    """Return the program with a graph that accepts symbolic sizes, and names those of each map anew."""
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in _OF_SYMBOLS:
             count = 2 if node.target in (max, min) else 1
             if len(node.args) == count and not node.kwargs:
                 node.target = _OF_SYMBOLS[node.target]
+    _name_sizes(program.graph)
     return replace(program).bind_to(program.net)
+
+
+def _name_sizes(graph: fx.Graph) -> None:
+    """Let what follows an operation read its map with fresh symbols for sizes."""
+    for node in list(graph.nodes):
+        if (
+            node.op in ("call_module", "call_method", "call_function")
+            and node.target not in _OF_SYMBOLS.values()
+        ):
+            with graph.inserting_after(node):
+                renamed = graph.call_function(fresh_map, (node,))
+            renamed.meta = dict(node.meta)
+            node.replace_all_uses_with(renamed, lambda user, own=renamed: user is not own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +294,7 @@ def follow(
     for example, free in attempts:
         shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
         try:
-            with portable(target), torch.no_grad(), quietly():
+            with portable(target), torch.no_grad(), quietly(), without_proofs():
                 program = torch.export.export(
                     graph,
                     example,

@@ -1,0 +1,45 @@
+"""Leave out what torch's exporters compute about sizes and types that a file does not need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch.fx.experimental._config as symbolic_config
+from torch import fx
+from torch.onnx._internal.fx.passes import type_promotion
+
+
+def without_proofs() -> AbstractContextManager[Any]:
+    """Decide what torch merely asks about sizes (is it contiguous, is it broadcast) by their ranges alone.
+
+    Proofs from all assertions made so far took a quarter of the time of torch.export. Before torch 2.12 they cannot be
+    left out.
+    """
+    if not hasattr(symbolic_config, "aggressive_guard_free_semantics"):
+        return nullcontext()
+    return symbolic_config.patch(aggressive_guard_free_semantics=1)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def promoting_without_runs() -> Iterator[None]:
+    """Let torch's exporter read the values of nodes whose arguments need no other type, instead of computing them.
+
+    Computing them took as long as translating the program, and longer with every size that it depends on.
+    """
+    interpreter = type_promotion._TypePromotionInterpreter
+    original = interpreter.run_node
+    interpreter.run_node = _run_node  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        interpreter.run_node = original  # type: ignore[method-assign]
+
+
+def _run_node(self: Any, n: fx.Node) -> Any:
+    with self._set_current_node(n):
+        rule = type_promotion.get_type_promotion_rule(n, self.type_promotion_table)
+        if rule is not None:
+            self._maybe_promote_node(n, rule)
+    return n.meta["val"] if "val" in n.meta else fx.Interpreter.run_node(self, n)

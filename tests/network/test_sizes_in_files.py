@@ -1,0 +1,84 @@
+"""Sizes in programs for images of any size stay short: each stage starts from symbols of its own."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from exported import File, onnx
+from networks import conv_norm, randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.network.export.onnx import Exportable, follow
+
+
+class Stages(nn.Module):
+    """Stages whose sizes are rounded down (pools) and up (convolutions), and perhaps a way back that pads to them."""
+
+    def __init__(self, stages: int, decodes: bool = False) -> None:
+        super().__init__()
+        widths = [6 + 2 * stage for stage in range(stages + 1)]
+        self.first = conv_norm(3, widths[0])
+        self.down = nn.ModuleList(
+            conv_norm(a, b, 1 + place % 2) for place, (a, b) in enumerate(pairwise(widths))
+        )
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in pairwise(widths) if decodes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [self.first(x)]
+        for place, down in enumerate(self.down):
+            maps.append(down(maps[-1] if place % 2 else F.max_pool2d(maps[-1], 2, 2)))
+        y = maps.pop()
+        for up in reversed(self.up):
+            skip, y = maps.pop(), up(y)
+            dy, dx = skip.shape[2] - y.shape[2], skip.shape[3] - y.shape[3]
+            y = skip + F.pad(y, (0, dx, 0, dy))
+        return y
+
+
+def converted(stages: int, decodes: bool = False, mask: object = "edges") -> cs.AdaptiveModel:
+    torch.manual_seed(0)
+    example = torch.rand(1, 3, 96, 128)
+    return cs.adaptify(
+        randomise(Stages(stages, decodes)), mask, verify_laws=False, example_input=example
+    ).eval()
+
+
+def longest_size(stages: int) -> int:
+    """Count the operations in the longest size of a map in a program for any size."""
+    net, image = converted(stages), torch.rand(1, 3, 125, 155)
+    with torch.no_grad():
+        program, free = follow(Exportable(net, float16=False), (image,), dynamic=True)
+    assert free == {0, 2, 3}
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    lengths = (length for value in values if isinstance(value, Tensor) for length in value.shape)
+    return max(int(sympy.count_ops(one.node.expr)) for one in lengths if isinstance(one, torch.SymInt))
+
+
+@pytest.mark.slow
+def test_sizes_do_not_grow_with_the_number_of_stages() -> None:
+    assert longest_size(5) == longest_size(3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decodes", [False, True])
+def test_sizes_that_are_equal_in_the_example_alone_differ_elsewhere(decodes: bool, tmp_path: Path) -> None:
+    """Of 64x96 all stages divide the sizes; a file of it is right where none does."""
+    net, path = converted(4, decodes), tmp_path / "net.onnx"
+    cs.export(net, torch.rand(1, 3, 64, 96), path, dynamic=True)
+    for size in ((61, 83), (75, 66), (128, 97)):
+        image = torch.rand(2, 3, *size)
+        expected = net(image)
+        torch.testing.assert_close(File(path)(image)["output"], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_nothing_that_names_sizes_anew_is_left_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    cs.export(converted(2), torch.rand(1, 3, 64, 96), path, dynamic=True)
+    assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
