@@ -22,6 +22,7 @@ from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
 from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order
+from cadsurgery.surgery.graphs import GRAPH_FILE
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.plan import Plan
@@ -421,5 +422,5 @@ def runnable(graph: fx.Graph) -> Any:
     """Compile a graph to a Python function, whose first argument is `Program.names()`."""
     code = graph.python_code("self")
     scope = dict(code.globals)
-    exec(compile(code.src, "<cadsurgery graph>", "exec"), scope)
+    exec(compile(code.src, GRAPH_FILE, "exec"), scope)
     return scope["forward"]

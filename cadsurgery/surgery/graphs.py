@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.torch_operations import name_of
 
+# The name of the file that code made from graphs seems to come from, in tracebacks.
+GRAPH_FILE = "<cadsurgery graph>"
 _CALLS = ("call_function", "call_method")  # calls that read no module
 
 
@@ -120,3 +123,13 @@ class Constants:
                     value = getattr(self._interpreter, node.op)(node.target, args, kwargs)
             self._values[node] = value.detach() if isinstance(value, Tensor) else value
         return self._values[node]
+
+
+def raised_by(error: BaseException, graph: fx.Graph) -> fx.Node | None:
+    """Return the node of a graph, compiled by `program.runnable`, in which an error was raised; None if it was none."""
+    lines, names = graph.python_code("self").src.splitlines(), {node.name: node for node in graph.nodes}
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == GRAPH_FILE and line <= len(lines):
+            found = names.get(lines[line - 1].split("=")[0].split(":")[0].strip(), found)
+    return found

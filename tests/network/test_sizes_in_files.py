@@ -10,10 +10,13 @@ import sympy
 import torch
 import torch.nn.functional as F
 from exported import File, onnx
-from networks import conv_norm, randomise
+from networks import conv_norm, randomise, strided
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.elements.backends import dense, portable, reference
+from cadsurgery.network.export import compare
+from cadsurgery.network.export import onnx as onnx_files
 from cadsurgery.network.export.onnx import Exportable, follow
 
 
@@ -82,3 +85,59 @@ def test_nothing_that_names_sizes_anew_is_left_in_a_file(tmp_path: Path) -> None
     path = tmp_path / "net.onnx"
     cs.export(converted(2), torch.rand(1, 3, 64, 96), path, dynamic=True)
     assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
+
+
+class Cancels(nn.Sequential):
+    """Sums in which large numbers cancel, so that float32 rounds to some ten thousandths."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 256, 3, 2, 1),
+            nn.Conv2d(256, 64, 1, 2),  # no border, where less would cancel
+            nn.ReLU(),
+            nn.Conv2d(64, 4, 3, 1, 1),
+        )
+        with torch.no_grad():
+            self[0].bias.fill_(500.0)
+            self[1].weight.sub_(self[1].weight.mean((1, 2, 3), keepdim=True))
+
+
+def test_a_file_may_differ_by_what_its_network_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 64, 96)
+    net = cs.adaptify(Cancels().eval(), "edges", example_input=image, verify_laws=False)
+    own = compare.rounding_of(net, [image])
+    assert own > 1e-4
+    monkeypatch.setattr(onnx_files, "TOLERANCE", 1e-12)  # less than any file differs
+    assert 1e-12 < cs.export(net, image, tmp_path / "net.onnx").difference < 4 * own
+    monkeypatch.setattr(compare, "_TIMES_ROUNDING", 1e-9)
+    with pytest.raises(cs.CannotConvert, match="whose own rounding, in float32 instead of float64, is"):
+        cs.export(net, image, tmp_path / "other.onnx")
+    assert not (tmp_path / "other.onnx").exists()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_torch_raises_names_the_operation_and_another_file(
+    dynamic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), "edges", example_input=torch.randn(1, 3, 64, 96))
+
+    def fail(*args: object, **options: object) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("Eq(u1, 0)")
+        return convolve(*args, **options)
+
+    convolve = dense.convolve
+    monkeypatch.setattr(dense, "convolve", fail)
+    monkeypatch.setattr(reference.Expression, "convolve", lambda self, work: fail())
+    monkeypatch.setattr(portable.Portable, "convolve", lambda self, work: fail())
+    with pytest.raises(cs.CannotConvert) as refusal:
+        cs.export(net, torch.randn(1, 3, 64, 96), tmp_path / "net.onnx", dynamic=dynamic)
+    error = refusal.value
+    assert "fused_conv2d, in the original" in error.where
+    assert "Eq(u1, 0)" in error.why
+    assert ("write a file for one size" in error.next) == dynamic
+    assert "level_map=True" in error.next
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import attrgetter
@@ -25,7 +26,14 @@ from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
-from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
+from cadsurgery.network.export.compare import (
+    TOLERANCE,
+    Comparison,
+    check_difference,
+    difference,
+    more_images,
+    rounding_of,
+)
 from cadsurgery.network.export.conditions import require
 from cadsurgery.network.export.decompose import decompose
 from cadsurgery.network.export.engines import Engine, import_package
@@ -41,6 +49,7 @@ from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, descr
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.provenance import versions
+from cadsurgery.surgery.graphs import raised_by
 
 # Tolerance in half precision, and number of patches per image that a mask may choose differently through rounding.
 TOLERANCE_OF_HALVES = 2e-2
@@ -94,36 +103,48 @@ def write(
         input_names=(name, "level_map")[: len(inputs)],
         output_names=outputs,
     )
-    _tidy(model.model)
-    if target.has_kernels:
-        resize_by_kernels(model.model)
-    add_functions(model.model)
-    model.model.metadata_props.update(_metadata(net, dynamic))
-    if DOMAIN in model.model.graph.opset_imports:
-        model.model.metadata_props[KERNELS_KEY] = model.model.doc_string = HOW_TO_OPEN
-    _name_axes(model.model, free)
-    step("writing")
-    weights = (one.const_value for one in model.model.graph.initializers.values())
-    model.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
-    import onnx
+    with _refused("the file cannot be finished", "report it with the name of the network."):
+        _tidy(model.model)
+        if target.has_kernels:
+            resize_by_kernels(model.model)
+        add_functions(model.model)
+        model.model.metadata_props.update(_metadata(net, dynamic))
+        if DOMAIN in model.model.graph.opset_imports:
+            model.model.metadata_props[KERNELS_KEY] = model.model.doc_string = HOW_TO_OPEN
+        _name_axes(model.model, free)
+        step("writing")
+        weights = (one.const_value for one in model.model.graph.initializers.values())
+        model.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
+        import onnx
 
-    onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(str(path), full_check=True)
     batches = more_images(image, other)
     if dynamic:
         batches = [*batches[:1], *_of_other_sizes(net, image)]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
-    runs = [engine(path) for engine in engines]
+    with _refused("an engine does not open the file", _other_files(dynamic, level_map)):
+        runs = [engine(path) for engine in engines]
     pairs = [(run, batch) for batch in batches for run in runs]
     counted_pairs = counted(pairs, step, "comparing, batch")
-    largest = check_difference(
-        (_compare(net, run, batch, level_map) for run, batch in counted_pairs), tolerance
-    )
+    differences = (_compare(net, run, batch, level_map) for run, batch in counted_pairs)
+    largest = check_difference(differences, tolerance, lambda: rounding_of(net, batches))
     shapes = tuple(tuple(batch.shape) for batch in batches)
     compared = Comparison(largest, shapes, (name, "level_map")[: len(inputs)], outputs)
     if int8:
         calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
         compared = replace(compared, fidelity=to_8_bits(path, engines[-1], calls, others, step))
     return compared, shape
+
+
+@contextmanager
+def _refused(what: str, next: str) -> Iterator[None]:
+    """Turn what other packages raise in the block into a `CannotConvert`; a full disk or missing right stays one."""
+    try:
+        yield
+    except (CadError, OSError):
+        raise
+    except Exception as error:
+        raise CannotConvert(f"{what}.", why=_cause(error), next=next) from error
 
 
 def _warn_of_grouped_layers(net: AdaptiveModel) -> None:
@@ -308,11 +329,34 @@ def follow(
             if isinstance(error, CadError):
                 raise
             refusal = refusal or error
+    assert refusal is not None
     raise CannotConvert(
         "torch.export cannot follow the network or its mask.",
-        why=describe_error(refusal) if refusal is not None else "",
-        next="write a file for one size, without dynamic=True; or with the level map as an input, level_map=True.",
+        where=_place_of(refusal, graph),
+        why=describe_error(refusal),
+        next=_other_files(dynamic, level_map=len(inputs) > 1),
     ) from refusal
+
+
+def _other_files(dynamic: bool, level_map: bool) -> str:
+    """Return the advice to write a file that torch can follow more easily than the one that was asked for."""
+    ways = []
+    if dynamic and not level_map:
+        ways.append("write a file for one size, without dynamic=True")
+    if not level_map:
+        ways.append("write an ONNX file with the level map as an input, level_map=True")
+    return "; or ".join([*ways, "run the network where this package is, net.optimize()"]) + "."
+
+
+def _place_of(error: BaseException, graph: nn.Module) -> str:
+    """Return the operation of the network, and the original's name for it, in which an error was raised."""
+    net = getattr(graph, "net", None)
+    node = raised_by(error, net.program.graph) if isinstance(net, AdaptiveModel) else None
+    if node is None:
+        return ""
+    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
+    origin = node.meta.get("origin")
+    return f"{what}, in the original {origin}" if origin else str(what)
 
 
 def _drop_assertions(graph: fx.GraphModule) -> None:
