@@ -102,26 +102,20 @@ class Bucketed(nn.Module):
 
     def _after_for(self, bounds: Bounds, levels: Tensor) -> Callable[..., Any]:
         """Return the function of level map and values that runs the network from the mask on."""
-        key = (bounds, levels.shape)
-        run = self._after.pop(key, None) or self._make_for(bounds)
-        self._after[key] = run  # ordered by last use
-        for oldest in list(self._after)[:-MOST_GRAPHS]:
-            self._after.pop(oldest, None)
-        return run
+        return _latest(self._after, (bounds, levels.shape), lambda: self._make_for(bounds))
 
     def _replay(self, net: OptimizedModel, provider: MaskProvider, arguments: dict[str, Any]) -> Masked:
         """Run recordings of an optimised copy: one if the mask is static, else one on each side of the mask."""
         program, masking = net.program, net.program.masking(provider)
         if provider.static and provider.storable and not provider.looks_ahead:
             key = "" if provider is net.mask else provider.spec()
-            if key not in self._whole:
-                self._whole[key] = Recorded(partial(program, masking), net, MOST_GRAPHS)
-            masked: Masked = self._whole[key](arguments)
+            run = partial(program, masking)
+            masked: Masked = _latest(self._whole, key, lambda: Recorded(run, net, MOST_GRAPHS))(arguments)
             return masked
         values = self._before(**arguments)
         lattice = program.ask(masking, values)
-        run = self._after_for(self._bounds(lattice), lattice.pyramid.levels)
-        return program.contain(run(lattice.pyramid.levels, *values)), lattice
+        after = self._after_for(self._bounds(lattice), lattice.pyramid.levels)
+        return program.contain(after(lattice.pyramid.levels, *values)), lattice
 
     def _bounds(self, lattice: Lattice) -> Bounds:
         counts = [lattice.at(stage).count for stage in range(lattice.stage + 1)]
@@ -139,6 +133,15 @@ class Bucketed(nn.Module):
 
         run = self._compile(run, fullgraph=True, dynamic=False)
         return run if self.net.is_optimized else partial(run, program.names())
+
+
+def _latest(made: dict[Any, Any], key: object, make: Callable[[], Any]) -> Any:
+    """Return what was made for a key, or make it; beyond `MOST_GRAPHS` the least recently used is dropped."""
+    value = made.pop(key, None)
+    made[key] = value = make() if value is None else value  # ordered by last use
+    for oldest in list(made)[:-MOST_GRAPHS]:
+        made.pop(oldest, None)
+    return value
 
 
 def bucket(count: int, per_octave: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import strided
+from networks import ManyOperations, randomise, strided
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -210,14 +210,33 @@ def _on_a_gpu_that_is_not_there(fast: torch.nn.Module) -> None:
                     )
 
 
+# Networks that may ask a GPU for values; each of the others has an operation that the ones before have not.
+ASKED_OF_TOYS: dict[str, Callable[[], torch.nn.Module]] = {
+    "strided": lambda: strided(outputs=4, kernel=3),
+    "many operations": lambda: randomise(ManyOperations()),
+}
+_LARGER = "fcn_resnet50 lraspp_mobilenet_v3_large densenet121 regnet_y_400mf convnext_tiny shufflenet_v2_x0_5 googlenet"
+ASKED = [
+    *ASKED_OF_TOYS,
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in f"{_LARGER} hrnet_w18_small ghostnet_100 skresnet18".split()
+    ),
+]
+
+
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("mask", ["edges | budget:fraction=0.4", "all"])
-def test_a_call_under_a_budget_asks_the_gpu_for_nothing(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes on a GPU that is not there: any value that Python asks for is an error, and so is a copy from the CPU in
+@pytest.mark.parametrize("name", ASKED)
+def test_a_call_under_a_budget_asks_the_gpu_for_nothing(
+    name: str, mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes on a GPU that is not there: any value that Python asks for is an error, and so are tensors on the CPU in
     the second call. Only the checks of the image's values, which a recording leaves out, would wait."""
-    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), "edges", example_input=torch.randn(1, 3, 64, 96))
-    fast = net.optimize()
-    smooth = torch.nn.functional.avg_pool2d(torch.randn(1, 3, 64, 96), 9, 1, 4)
+    make = ASKED_OF_TOYS.get(name, lambda: cs.build_model(name, weights="none"))
+    example = torch.randn(1, 3, 128, 160)
+    fast = cs.adaptify(make().eval(), "edges", example_input=example, verify_laws=False).optimize()
+    smooth = torch.nn.functional.avg_pool2d(example, 9, 1, 4)
     fast(smooth)  # the first picture decides about the normalisation
     monkeypatch.setattr(gpu_maps, "available", lambda device: device.type == "cuda")
     monkeypatch.setattr(gpu, "available", gpu_maps.available)
@@ -232,7 +251,7 @@ def test_a_call_under_a_budget_asks_the_gpu_for_nothing(mask: str, monkeypatch: 
     with FakeTensorMode(), torch.inference_mode():
         sizes._on_gpu.cache_clear()
         _on_a_gpu_that_is_not_there(fast)
-        x = torch.empty(2, 3, 72, 104, device="cuda:0")
+        x = torch.empty(2, 3, 128, 160, device="cuda:0")
         fast(x, mask=mask)
         with copies:
             out = fast(x, mask=mask)
