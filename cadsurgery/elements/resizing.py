@@ -112,7 +112,7 @@ def resize_to_dense(
         return scaling.of(to_dense(x, spacing))
     if bilinear and spacing == 1:
         return scaling.of(to_dense(x, 1, guide=guide))
-    places = scaling.places(lattice.size, spacing, x.rows.dtype)
+    places = scaling.places(lattice.size, spacing, x.rows)
     if not bilinear:
         return _nearest(x, places)
     every_pixel = lattice.geometry.fill == "linear"
@@ -125,7 +125,7 @@ def resize_to_dense(
 def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:
     """Read another fine map (B, C, H, W) at the positions that `resize_to_dense` reads with the same arguments."""
     how = Scaling(**scaling)
-    places = how.places((fine.shape[2], fine.shape[3]), spacing, fine.dtype)
+    places = how.places((fine.shape[2], fine.shape[3]), spacing, fine)
     if how.mode == "bilinear":
         return _between_samples(fine, places)
     y, x = (place.to(fine.device) for place in places)
@@ -148,54 +148,55 @@ class Scaling:
         again = self.recompute_scale_factor
         return F.interpolate(dense, self.size, self.scale_factor, self.mode, align, again)
 
-    def places(self, fine: tuple[int, int], spacing: int, dtype: torch.dtype) -> list[Tensor]:
+    def places(self, fine: tuple[int, int], spacing: int, like: Tensor) -> list[Tensor]:
         """Return, per axis, the position q of each sample on a fine map: float64, or int64 if one pixel is read.
 
         The positions come from torch itself, by resizing a map that holds the sample numbers. If one sample is read,
-        that map has the size and dtype of the values, because torch's rounding depends on both.
+        that map has the size, dtype and device of the values `like`, because torch's rounding depends on them.
         """
         counts = [divide_up(length, spacing) for length in fine]
         if self.mode == "bilinear":
-            return self._between(counts, spacing)
-        return self._single(counts, spacing, fine, dtype)
+            return self._between(counts, spacing, like.device)
+        return self._single(counts, spacing, fine, like)
 
-    def _between(self, counts: Sequence[int], spacing: int) -> list[Tensor]:
+    def _between(self, counts: Sequence[int], spacing: int, device: torch.device) -> list[Tensor]:
         places = []
         for axis, count in enumerate(counts):
             alone = replace(
                 self, size=_along(self.size, axis, 1), scale_factor=_along(self.scale_factor, axis, 1.0)
             )
             if is_for_any_size([count]):
-                own = self._formula(count, axis, torch.float64)
+                own = self._formula(count, axis, torch.float64, device)
             else:
-                own = alone.of(torch.arange(count, dtype=torch.float64).view(1, 1, count, 1)).flatten()
+                numbers = torch.arange(count, dtype=torch.float64, device=device)
+                own = alone.of(numbers.view(1, 1, count, 1)).flatten()
             place = own * spacing
             whole = place.round()  # a rounding error must not change which cell is read
             places.append(torch.where((place - whole).abs() < 1e-6, whole, place))
         return places
 
     def _single(
-        self, counts: Sequence[int], spacing: int, fine: tuple[int, int], dtype: torch.dtype
+        self, counts: Sequence[int], spacing: int, fine: tuple[int, int], like: Tensor
     ) -> list[Tensor]:
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
         if is_for_any_size(counts):
-            numbers = [self._formula(count, axis, dtype) for axis, count in enumerate(counts)]
+            numbers = [self._formula(count, axis, dtype, device) for axis, count in enumerate(counts)]
         else:
-            axes = [torch.arange(count, dtype=dtype) for count in counts]
+            axes = [torch.arange(count, dtype=dtype, device=device) for count in counts]
             of_both = self.of(torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0))[0]
             numbers = [of_both[0, :, 0], of_both[1, 0]]
         places = []
         for axis, own in enumerate(numbers):
             own = own.double()
-            exact = self._exact(counts[axis], axis, own.shape[0], torch.float64)
+            exact = self._exact(counts[axis], axis, own.shape[0], torch.float64, device)
             within = ((exact - own) * spacing + 1e-6).floor().clamp(0, spacing - 1)
             places.append((own * spacing + within).long().clamp(max=fine[axis] - 1))
         return places
 
-    def _exact(self, count: int, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+    def _exact(self, count: int, axis: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the positions of `length` output samples on an axis of `count` samples, not rounded or clamped."""
-        number = torch.arange(length, dtype=dtype)
-        before, after = (torch.scalar_tensor(value, dtype=dtype) for value in (count, length))
+        number = torch.arange(length, dtype=dtype, device=device)
+        before, after = (torch.scalar_tensor(value, dtype=dtype, device=device) for value in (count, length))
         if self.mode == "bilinear" and self.align_corners:
             return number * ((before - 1) / (after - 1).clamp(min=1))
         factor = None if self.recompute_scale_factor else _along(self.scale_factor, axis, 1.0)
@@ -204,14 +205,14 @@ class Scaling:
             return (number + 0.5) * ratio - 0.5
         return (number + (0.5 if self.mode == "nearest-exact" else 0.0)) * ratio
 
-    def _formula(self, count: int, axis: int, dtype: torch.dtype) -> Tensor:
+    def _formula(self, count: int, axis: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Compute the positions of samples along an axis with torch's formula, for a map of any size."""
         if self.size is not None:
             length = _along(self.size, axis, 1)[0]
         else:
             factor = _along(self.scale_factor, axis, 1.0)[0]
             length = count * int(factor) if factor == int(factor) else torch.sym_int(count * factor)
-        own = self._exact(count, axis, length, dtype).clamp(min=0)
+        own = self._exact(count, axis, length, dtype, device).clamp(min=0)
         return (own if self.mode == "bilinear" else own.floor()).clamp(max=count - 1)
 
 
