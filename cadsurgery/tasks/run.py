@@ -107,7 +107,7 @@ def predict(
     check_precision(precision, calibration, largest_error)
     converted = load(file, mask=mask or None, trust=trust).to(torch_device)
     kind = kind_of(converted)
-    _check_options(converted, kind, until, batch)
+    _check_options(converted, kind, until, batch, precision)
     if resume:
         _check_resume(converted, jobs, output)
     manifest, skipped = None, 0
@@ -128,7 +128,6 @@ def predict(
     source, shown = pictures_for(converted), None
     net: Any
     if kind is not None:
-        refuse_precision(precision, kind.words)
         net = converted.optimize()
     else:
         if calibration is not None:
@@ -181,11 +180,11 @@ def predict(
     return FilesReport(tuple(rows), text, tuple(failed), stopped.is_set(), skipped if resume else None)
 
 
-def _check_options(converted: nn.Module, kind: Kind | None, until: float, batch: int) -> None:
-    """Refuse a time limit or a batch that the network cannot follow.
+def _check_options(converted: nn.Module, kind: Kind | None, until: float, batch: int, precision: str) -> None:
+    """Refuse a time limit, a batch or a precision that does not fit the network.
 
     Raises:
-        InvalidInput: it has no exits, or runs images one by one.
+        InvalidInput: it has no exits, runs images one by one, or runs in float only.
     """
     if until and not (kind and kind.has_thresholds):
         raise InvalidInput(
@@ -200,6 +199,8 @@ def _check_options(converted: nn.Module, kind: Kind | None, until: float, batch:
             else "images follow each other as frames.",
             next="leave --batch out.",
         )
+    if kind is not None:
+        refuse_precision(precision, kind.words)
 
 
 def _check_resume(converted: nn.Module, jobs: Sequence[_Job], output: Path) -> None:
