@@ -143,6 +143,10 @@ def run(
     ] = "",
     mask: Annotated[str, typer.Option(help="mask, instead of the file's")] = "",
     size: Annotated[Any, options.size("resize images to this size; default: no resizing")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="go on with the folder: predictions that are there are not made again"),
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="number of images or frames that run together")] = 1,
     fps: Annotated[float, typer.Option(min=0.01, help="frames per second of a folder of frames")] = 25.0,
     device: options.Device = "cpu",
@@ -162,7 +166,8 @@ def run(
 ) -> None:
     """Run a converted file on images and clips: predictions, active fraction or exit, and the time of each.
 
-    Predictions of images are PNG files. A clip or camera gives a clip; Ctrl-C ends it with the current frame.
+    Predictions of images are PNG files, and manifest.jsonl says what happened to each image. A clip or camera gives a
+    clip; Ctrl-C ends it with the current frame.
     """
 
 

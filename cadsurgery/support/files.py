@@ -217,6 +217,19 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, which is not written anew; a process that is killed may leave a part without line break.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
 @functools.cache
 def machine() -> str:
     """Return a short hash of this processor's model and instruction sets."""

@@ -98,16 +98,21 @@ class Report(Plain):
 
 @dataclass(frozen=True)
 class FilesReport(Report):
-    """The results for several images, each as plain values, and as text; failures go to the error stream."""
+    """The results for several images, each as plain values, and as text; failures go to the error stream.
+
+    `skipped` is the number of images whose results were there; None if none may be skipped.
+    """
 
     rows: tuple[dict[str, Any], ...]
     text: str
     failed: tuple[dict[str, str], ...] = ()
     interrupted: bool = False
+    skipped: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for `--json`."""
-        return {"images": list(self.rows), "failed": list(self.failed)}
+        skipped = {} if self.skipped is None else {"skipped": self.skipped}
+        return {"images": list(self.rows), "failed": list(self.failed), **skipped}
 
     def parts(self) -> Iterable[RenderableType]:
         """Return the text."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cadsurgery.data.clips import WRITTEN, is_clip, open_clip, write_clip
 from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
@@ -25,11 +25,11 @@ from cadsurgery.methods.storage import load
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import FLOAT
 from cadsurgery.support.divergence import tensors_of
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, check_name
+from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, check_folder, exists, is_folder, make_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
-from cadsurgery.support.processes import own_device
+from cadsurgery.support.processes import gather, own_device
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.convert import check_precision, refuse_precision
 from cadsurgery.tasks.export import images_like
@@ -43,6 +43,7 @@ from cadsurgery.tasks.figures import (
     prediction_picture,
 )
 from cadsurgery.tasks.for_each import Failures, for_each
+from cadsurgery.tasks.manifest import Manifest, fingerprint
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.side import Kind
 from cadsurgery.tasks.sides import kind_of
@@ -74,6 +75,7 @@ def predict(
     view: str = "",
     batch: int = 1,
     fps: float = 25.0,
+    resume: bool = False,
 ) -> FilesReport:
     """Run a converted file on images and clips; what cannot be read is reported, and the others are processed.
 
@@ -90,8 +92,11 @@ def predict(
 
     Under a launcher each process runs its share of the images, and every process returns the rows of all.
 
+    A folder of predictions has a `Manifest`; with `resume` the predictions in it are not made again.
+
     Raises:
-        InvalidInput: the options do not fit the network, or a result would replace another or its source.
+        InvalidInput: the options do not fit the network, a result would replace another or its source, the folder holds
+            predictions and `resume` is not set, or something else made them.
         FileError: there are no images, or the output cannot be written.
     """
     check_size(size)
@@ -102,24 +107,27 @@ def predict(
     check_precision(precision, calibration, largest_error)
     converted = load(file, mask=mask or None, trust=trust).to(torch_device)
     kind = kind_of(converted)
-    if until and not (kind and kind.has_thresholds):
-        raise InvalidInput(
-            "--until needs a network with exits, and this file holds none.",
-            next="convert one with cadsurgery convert --method anytime, and train its heads.",
-        )
-    masks = [module for module in converted.modules() if isinstance(module, Smooth)]
-    if batch > 1 and (kind or masks):
-        raise InvalidInput(
-            f"--batch {batch} for a {f'network {kind.words}' if kind else 'mask with smooth'}.",
-            why="it computes another amount for each image."
-            if kind
-            else "images follow each other as frames.",
-            next="leave --batch out.",
-        )
+    _check_options(converted, kind, until, batch, precision)
+    if resume:
+        _check_resume(converted, jobs, output)
+    manifest, skipped = None, 0
+    if not _is_clip_file(output):
+        made_by = {
+            "network": fingerprint(file),
+            "mask": mask or "the file's",
+            "size": size,
+            "view": view,
+            "device": torch_device.type,
+            "precision": precision,
+            "calibration": calibration and calibration.absolute(),
+            "largest_error": largest_error,
+            "until": until,
+        }
+        manifest = Manifest(output, made_by, resume)
+        jobs, skipped = _left(jobs, manifest)
     source, shown = pictures_for(converted), None
     net: Any
     if kind is not None:
-        refuse_precision(precision, kind.words)
         net = converted.optimize()
     else:
         if calibration is not None:
@@ -129,10 +137,12 @@ def predict(
         net = converted.optimize(
             precision=precision, calibration=shown, largest_error=largest_error, step=step
         )
-    if output.suffix.lower() not in WRITTEN:
+    if manifest is not None:
         make_folder(output)
+        gather(None, torch_device)  # until every process has read the manifest
+        manifest.begin()
     run = _Run(net, kind, source, torch_device, until or math.inf, class_names(source))
-    failures = Failures("image", lacking)
+    failures = Failures("image", lacking, *([manifest.add_failure] if manifest else []))
     folders = list[Path | None]()  # of the last image; None for a clip
 
     def draw(job: _Job) -> list[dict[str, Any]]:
@@ -143,9 +153,15 @@ def predict(
         folders.append(folder)
         if stopped.is_set():
             return []
-        if folder is None:
-            return [run.draw_clip(path, target, view or OVERLAY, size, batch, fps, step, stopped)]
-        return run.draw_images(job, view or CLASSES, size, failures)
+        rows = (
+            [run.draw_clip(path, target, view or OVERLAY, size, batch, fps, step, stopped)]
+            if folder is None
+            else run.draw_images(job, view or CLASSES, size, failures)
+        )
+        for row in rows:
+            if manifest is not None and not row.get("interrupted"):
+                manifest.add(row)
+        return rows
 
     with _interruption() as stopped:
         done, failed = for_each(
@@ -153,18 +169,70 @@ def predict(
         )
     rows = [row for some in done for row in some]
     lines = [_describe(row) for row in rows]
-    names = {run.names.index(name): name for row in rows for name in row.get("classes", ())}
+    earlier = manifest.classes if manifest else set[str]()
+    names = {run.names.index(name): name for name in earlier.union(*(row.get("classes", ()) for row in rows))}
     if names and world().is_main:
         legend = output / "classes.legend.png" if is_folder(output) else output.with_suffix(".legend.png")
         write_picture(figure_picture(legend_figure(dict(sorted(names.items())))), legend)
         lines.append(f"legend: {legend}")
-    text = "\n".join([*lines, f"{len(rows)} done, {len(failed)} failed"])
-    return FilesReport(tuple(rows), text, tuple(failed), stopped.is_set())
+    also = f"{skipped} skipped, " if resume else ""
+    text = "\n".join([*lines, f"{len(rows)} done, {also}{len(failed)} failed"])
+    return FilesReport(tuple(rows), text, tuple(failed), stopped.is_set(), skipped if resume else None)
+
+
+def _check_options(converted: nn.Module, kind: Kind | None, until: float, batch: int, precision: str) -> None:
+    """Refuse a time limit, a batch or a precision that does not fit the network.
+
+    Raises:
+        InvalidInput: it has no exits, runs images one by one, or runs in float only.
+    """
+    if until and not (kind and kind.has_thresholds):
+        raise InvalidInput(
+            "--until needs a network with exits, and this file holds none.",
+            next="convert one with cadsurgery convert --method anytime, and train its heads.",
+        )
+    if batch > 1 and (kind or _has_smooth(converted)):
+        raise InvalidInput(
+            f"--batch {batch} for a {f'network {kind.words}' if kind else 'mask with smooth'}.",
+            why="it computes another amount for each image."
+            if kind
+            else "images follow each other as frames.",
+            next="leave --batch out.",
+        )
+    if kind is not None:
+        refuse_precision(precision, kind.words)
+
+
+def _check_resume(converted: nn.Module, jobs: Sequence[_Job], output: Path) -> None:
+    """Refuse to resume where a prediction depends on those before it: within a clip, or with `smooth`.
+
+    Raises:
+        InvalidInput: the output is one clip, or the mask of images has `smooth`.
+    """
+    is_smooth = _has_smooth(converted) and not all(_is_clip(target) for job in jobs for _, target in job)
+    if is_smooth or _is_clip_file(output):
+        raise InvalidInput(
+            f"--resume for {'images and a mask with smooth' if is_smooth else 'a single clip'}.",
+            why="images follow each other as frames."
+            if is_smooth
+            else "a clip is written whole or not at all.",
+            next="leave --resume out, and name another --output.",
+        )
+
+
+def _has_smooth(converted: nn.Module) -> bool:
+    return any(isinstance(module, Smooth) for module in converted.modules())
+
+
+def _left(jobs: list[_Job], manifest: Manifest) -> tuple[list[_Job], int]:
+    """Return the jobs without the sources whose predictions are in place, and the number of these sources."""
+    left = [[pair for pair in job if not manifest.is_written(*pair)] for job in jobs]
+    return [job for job in left if job], sum(map(len, jobs)) - sum(map(len, left))
 
 
 def _find_jobs(sources: Sequence[Path], output: Path, batch: int) -> tuple[list[_Job], list[dict[str, str]]]:
     """Return the images in batches and the clips, with their results, and failures of sources that are missing."""
-    if output.suffix.lower() in WRITTEN and not is_folder(output):
+    if _is_clip_file(output):
         check_folder(output)
         if missing := [path for path in sources if not (exists(path) or is_clip(path))]:
             raise absent(missing[0], "file or folder")
@@ -208,6 +276,11 @@ def _is_clip(target: Path) -> bool:
     return target.suffix.lower() in WRITTEN
 
 
+def _is_clip_file(output: Path) -> bool:
+    """True if the output is one clip, False if it is a folder of predictions."""
+    return _is_clip(output) and not is_folder(output)
+
+
 @dataclass(frozen=True)
 class _Run:
     """An optimised network, and how it is run.
@@ -244,10 +317,11 @@ class _Run:
                 returned, details = self.kind.run(self.net, images, self.until)
                 known = [details]
             else:
-                returned, levels = self.net(images), self.net.levels
-                active = (levels == 0).double().flatten(1).mean(1)
-                active = active if len(active) == len(images) else active.mean().expand(len(images))
-                known = [{"active_fraction": one} for one in active.tolist()]
+                returned, levels = self.net(images), self.net.levels.flatten(1)
+                numbers = range(self.net.geometry.max_level + 1)
+                shares = torch.stack([(levels == level).double().mean(1) for level in numbers], 1)
+                shares = shares if len(shares) == len(images) else shares.mean(0).expand(len(images), -1)
+                known = [{"active_fraction": high, "levels": [high, *low]} for high, *low in shares.tolist()]
         prediction = _first_tensor(returned)
         milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
         for scores, details in zip(prediction, known, strict=True):
@@ -259,22 +333,25 @@ class _Run:
         """Predict a batch of images, those of one size together, and write a picture of each."""
         read, rows = list[tuple[Path, Path, Tensor]](), []
         for path, target in job:
-            try:
+            with failures.noting(str(path)):
                 read.append((path, target, read_image(path, size)))
-            except CadError as error:
-                failures.note(error, str(path))
         for _, group in groupby(read, lambda one: one[2].shape):
             same = list(group)
-            results = self([picture for *_, picture in same])
-            for (path, target, picture), (classes, channels, details) in zip(same, results, strict=True):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                flat = view == CLASSES
-                drawn = (
-                    class_picture(classes, channels) if flat else prediction_picture(picture, classes, view)
-                )
-                write_picture(drawn, target)
-                shares = self._shares(self._count(classes, channels))
-                rows.append({"image": str(path), "output": str(target), **details, **shares})
+            with failures.noting(*(str(path) for path, *_ in same)):
+                results = list(self([picture for *_, picture in same]))
+                for (path, target, picture), (classes, channels, details) in zip(same, results, strict=True):
+                    with failures.noting(str(path)):
+                        make_folder(target.parent)
+                        flat = view == CLASSES
+                        drawn = (
+                            class_picture(classes, channels)
+                            if flat
+                            else prediction_picture(picture, classes, view)
+                        )
+                        write_picture(drawn, target)
+                        shares = self._shares(self._count(classes, channels))
+                        place = {"image": str(path), "output": str(target), "size": [*picture.shape[1:]]}
+                        rows.append({**place, **details, **shares})
         return rows
 
     def draw_clip(
@@ -305,6 +382,7 @@ class _Run:
                     flat = view == CLASSES
                     add(class_picture(classes) if flat else prediction_picture(frame, classes, view))
                     counts += self._count(classes, channels)
+                    details.pop("levels", None)
                     sums.update({key: value for key, value in details.items() if not isinstance(value, str)})
                 done += len(frames)
                 speed = done / (time.perf_counter() - start)

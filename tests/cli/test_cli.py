@@ -975,9 +975,10 @@ def test_run_does_the_readable_images_reports_the_others_and_exits_with_1(
         assert row["milliseconds"] > 0 and 0 <= row["active_fraction"] <= 1
     (failure,) = result.json["failed"]
     assert failure["image"].endswith("broken.png") and failure["error"] == "FileError" and failure["next"]
-    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["first.png", "second.png"]
+    written = sorted(path.name for path in (tmp_path / "predictions").iterdir())
+    assert written == ["first.png", "manifest.jsonl", "second.png"]
     assert result.code == 1
-    told = run("run", file, "--trust", folder)
+    told = run("run", file, "--trust", folder, "--output", "again")
     assert "2 done, 1 failed" in told.out and "broken.png" in told.err and told.code == 1
 
 
@@ -990,7 +991,7 @@ def test_run_does_the_images_that_are_there_and_reports_those_that_are_not(
     assert [Path(row["image"]).name for row in result.json["images"]] == ["first.png"]
     assert [row["image"] for row in result.json["failed"]] == ["missing.png", "empty"]
     assert result.code == 1 and (tmp_path / "predictions" / "first.png").is_file()
-    told = run("run", file, *given, "--trust")
+    told = run("run", file, *given, "--trust", "--output", "again")
     assert "1 done, 2 failed" in told.out and "missing.png" in told.err and told.code == 1
 
 

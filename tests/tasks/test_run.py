@@ -170,6 +170,9 @@ def test_interrupted_clips_are_whole_up_to_the_last_frame(
     assert done.code == 130 and "interrupted after 3 frames" in done.out
     assert len(frames_of(tmp_path / "out" / "first.mp4")) == 3
     assert not (tmp_path / "out" / "second.mp4").exists()
+    assert predict(file, clips, tmp_path / "out", resume=True).skipped == 0
+    assert [len(frames_of(tmp_path / "out" / clip.name)) for clip in clips] == [FRAMES, FRAMES]
+    assert predict(file, clips, tmp_path / "out", resume=True).skipped == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -180,8 +183,8 @@ def test_smooth_starts_anew_with_each_clip_and_each_folder(file: Path, folder: P
     clips = [make_clip(one, tmp_path / f"{one.name}.mp4") for one in folders]
     smooth = partial(predict, file, mask="edges:threshold=0.1 | smooth:hold=9")
     for sources in (clips, folders):
-        *street, after = smooth(sources, tmp_path / "out").rows
-        (alone,) = smooth(sources[1:], tmp_path / "alone").rows
+        *street, after = smooth(sources, tmp_path / f"out{sources[0].suffix[1:]}").rows
+        (alone,) = smooth(sources[1:], tmp_path / f"alone{sources[0].suffix[1:]}").rows
         assert after["active_fraction"] == alone["active_fraction"] < street[-1]["active_fraction"]
 
 

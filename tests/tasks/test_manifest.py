@@ -1,0 +1,264 @@
+"""The manifest of `cadsurgery run`: a run that was killed is resumed, and gives what an uninterrupted run gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Run
+from PIL import Image
+
+import cadsurgery as cs
+from cadsurgery.data.images import street_scene
+from cadsurgery.support.progress import silent
+from cadsurgery.tasks import run
+from cadsurgery.tasks.report import FilesReport
+
+COUNT = 6
+# Runs the command with a function of `cadsurgery.tasks.MODULE` that kills the process in its third call.
+KILLED = """
+import os, signal, sys
+import cadsurgery.tasks.{module} as module
+from cadsurgery.cli.main import main
+whole, calls = module.{function}, []
+def killed(*arguments):
+    calls.append(arguments)
+    if len(calls) == 3:
+        {last_words}
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*arguments)
+module.{function} = killed
+main()
+"""
+
+
+@pytest.fixture(scope="session")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted segmentation network."""
+    path = tmp_path_factory.mktemp("manifest") / "net.safetensors"
+    model = cs.build_model("networks:segmenter").eval()
+    mask = "edges | budget:fraction=0.3"
+    cs.save(cs.adaptify(model, mask, output_stride=(8, 16), normalisation="raw", verify_laws=False), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Small pictures of two sizes in two folders."""
+    for number in range(COUNT):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(path, number)
+    return tmp_path / "photos"
+
+
+def draw(path: Path, number: int) -> None:
+    pixels = 255 * street_scene(46, 61 + number % 2, number)
+    Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy()).save(path)
+
+
+def predict(file: Path, photos: Path, output: Path, **options: Any) -> FilesReport:
+    options = {"mask": "", "size": None, "device": "cpu", "step": silent, "trust": True, **options}
+    return run.predict(file, [photos], output, **options)
+
+
+def predictions(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("[!.]*.png"))}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the manifest's files, without their first lines and times."""
+    files = sorted(folder.glob("manifest*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()[1:]]
+    return sorted(({**row, "milliseconds": 0} for row in rows), key=lambda row: str(row["path"]))
+
+
+@pytest.fixture
+def whole(file: Path, photos: Path, tmp_path: Path) -> Path:
+    """The folder of an uninterrupted run."""
+    assert len(predict(file, photos, tmp_path / "whole").rows) == COUNT
+    return tmp_path / "whole"
+
+
+def test_a_row_tells_what_was_computed_for_a_picture(whole: Path, photos: Path) -> None:
+    for row in rows_of(whole):
+        number = int(Path(row["path"]).stem)
+        assert row["path"] == str(photos / row["output"]) and row["size"] == [46, 61 + number % 2]
+        assert sum(row["levels"]) == pytest.approx(1) and row["levels"][0] == row["active_fraction"]
+        assert 0.1 < row["active_fraction"] < 0.5
+    assert len(rows_of(whole)) == COUNT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "function", "last_words", "written"),
+    [
+        ("run", "write_picture", "pass", 2),
+        ("manifest", "append_line", "pass", 2),  # the first line, a row, and a prediction without a row
+        ("manifest", "append_line", "arguments[0].open('a').write(arguments[1][:40])", 2),
+    ],
+    ids=["before a prediction", "before a row", "within a row"],
+)
+def test_a_run_that_was_killed_is_resumed_and_equals_an_uninterrupted_one(
+    file: Path, photos: Path, whole: Path, module: str, function: str, last_words: str, written: int
+) -> None:
+    output = photos.parent / "out"
+    script = KILLED.format(module=module, function=function, last_words=last_words)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    arguments = ("run", str(file), str(photos), "-o", str(output), "--trust")
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(predictions(output)) == written
+    recorded = (output / "manifest.jsonl").read_text().count("\n") - 1
+    assert written - 1 <= recorded <= written  # at most the picture in flight is lost
+    resumed = predict(file, photos, output, resume=True)
+    assert len(resumed.rows) == COUNT - recorded and resumed.skipped == recorded and not resumed.failed
+    assert predictions(output) == predictions(whole) and rows_of(output) == rows_of(whole)
+
+
+@pytest.mark.parametrize("torn", [1, 40, "line break", "first line"])
+def test_a_torn_last_line_is_as_if_it_were_not_there(
+    file: Path, photos: Path, whole: Path, torn: int | str
+) -> None:
+    manifest = whole / "manifest.jsonl"
+    lines, before = manifest.read_bytes().splitlines(keepends=True), predictions(whole)
+    kept = 0 if torn == "first line" else COUNT
+    length = torn if isinstance(torn, int) else len(lines[kept]) - 1
+    manifest.write_bytes(b"".join(lines[:kept]) + lines[kept][:length])
+    resumed = predict(file, photos, whole, resume=True)
+    assert resumed.skipped == max(kept - 1, 0) and len(resumed.rows) == COUNT - resumed.skipped
+    assert len(rows_of(whole)) == COUNT and predictions(whole) == before
+    assert predict(file, photos, whole, resume=True).skipped == COUNT
+
+
+def other_network(file: Path, folder: Path) -> Path:
+    net = cs.load(file, trust=True)
+    next(net.parameters()).data.add_(0.1)
+    cs.save(net, folder / file.name)  # of the same name
+    return folder / file.name
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"mask": "all"}, r'mask: "the file\'s", now "all"'),
+        ({"size": (32, 48)}, r"size: null, now \[32, 48\]"),
+        ({"view": "side"}, r'view: "", now "side"'),
+        ({"file": other_network}, r'network: "\w+'),
+    ],
+    ids=["mask", "size", "view", "network"],
+)
+def test_predictions_of_another_run_are_refused_with_what_differs(
+    file: Path, photos: Path, whole: Path, tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    change: Callable[[Path, Path], Path] | None = options.pop("file", None)
+    before = predictions(whole), (whole / "manifest.jsonl").read_bytes()
+    with pytest.raises(cs.InvalidInput, match=f"whole holds another run(?s:.)*{told}"):
+        predict(change(file, tmp_path) if change else file, photos, whole, resume=True, **options)
+    assert (predictions(whole), (whole / "manifest.jsonl").read_bytes()) == before
+
+
+def test_pictures_that_failed_are_in_the_manifest_and_tried_again(
+    file: Path, photos: Path, tmp_path: Path, command_line: Run
+) -> None:
+    (photos / "a" / "0.png").write_bytes(b"no picture")
+    command = ("run", file, photos, "-o", "out", "--trust")
+    first = command_line(*command)
+    assert first.code == 1 and f"{COUNT - 1} done, 1 failed" in first.out
+    failed = rows_of(tmp_path / "out")[0]
+    assert failed["path"] == str(photos / "a" / "0.png") and "output" not in failed
+    assert failed["error"]["error"] == "FileError" and "cannot be read" in failed["error"]["what"]
+    again = command_line(*command, "--resume")
+    assert again.code == 1 and f"0 done, {COUNT - 1} skipped, 1 failed" in again.out
+    draw(photos / "a" / "0.png", 0)
+    mended = command_line(*command, "--resume", "--json")
+    assert mended.code == 0 and mended.json["skipped"] == COUNT - 1 and not mended.json["failed"]
+    assert [row["image"] for row in mended.json["images"]] == [str(photos / "a" / "0.png")]
+    assert predict(file, photos, tmp_path / "out", resume=True).skipped == COUNT
+
+
+def test_a_network_that_fails_on_a_batch_fails_on_each_of_its_pictures(
+    file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(output: Any) -> Any:
+        raise cs.InvalidInput("no map.", next="another network.")
+
+    monkeypatch.setattr(run, "_first_tensor", refuse)
+    assert len(predict(file, photos / "a", tmp_path / "out", batch=3).failed) == COUNT // 2
+    assert len(rows_of(tmp_path / "out")) == COUNT // 2
+
+
+def test_a_folder_with_a_manifest_is_not_overwritten_without_resume(
+    file: Path, photos: Path, whole: Path
+) -> None:
+    before = predictions(whole), (whole / "manifest.jsonl").read_bytes()
+    with pytest.raises(cs.InvalidInput, match=r"(?s)earlier run.*--resume; or .*--output"):
+        predict(file, photos, whole)
+    assert (predictions(whole), (whole / "manifest.jsonl").read_bytes()) == before
+
+
+def test_what_is_missing_or_new_is_predicted(file: Path, photos: Path, whole: Path) -> None:
+    before = predictions(whole)
+    (whole / "a" / "2.png").unlink()
+    draw(photos / "new.png", 9)
+    resumed = predict(file, photos, whole, resume=True)
+    assert {Path(row["image"]).name for row in resumed.rows} == {"2.png", "new.png"}
+    assert {**before, "new.png": (whole / "new.png").read_bytes()} == predictions(whole)
+
+
+def test_a_prediction_is_not_replaced_by_that_of_another_picture(
+    file: Path, photos: Path, whole: Path
+) -> None:
+    with pytest.raises(cs.InvalidInput, match=r"photos/a/0\.jpg would replace that of .*photos/a/0\.png"):
+        draw(photos / "a" / "0.jpg", 9)  # takes the name 0.png, because it comes first
+        predict(file, photos, whole, resume=True)
+
+
+def test_a_damaged_manifest_is_refused_with_its_line(file: Path, photos: Path, whole: Path) -> None:
+    manifest = whole / "manifest.jsonl"
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([*lines[:2], "{", *lines[2:], ""]))
+    with pytest.raises(cs.FileError, match=r"(?s)manifest\.jsonl.*line 3.*another output folder"):
+        predict(file, photos, whole, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "told"),
+    [("out.mp4", {}, "single clip"), ("out", {"mask": "edges | smooth"}, "smooth")],
+)
+def test_what_cannot_be_resumed_is_refused(
+    file: Path, photos: Path, tmp_path: Path, output: str, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(cs.InvalidInput, match=told):
+        predict(file, photos, tmp_path / output, resume=True, **options)
+    assert not (tmp_path / output).exists()
+
+
+@pytest.mark.slow
+def test_several_processes_resume_what_one_began_and_one_what_several_left(
+    file: Path, photos: Path, whole: Path, tmp_path: Path, command_line: Run
+) -> None:
+    (tmp_path / "networks.py").symlink_to(ROOT / "tests" / "networks.py")
+    out, expected = tmp_path / "out", rows_of(whole)
+    predict(file, photos, out)
+    cut(out / "manifest.jsonl", 3)
+    command = ("run", file, photos, "-o", "out", "--trust", "--json", "--resume")
+    several = command_line(*command, processes=2)
+    assert several.code == 0 and several.json["skipped"] == 2, several.err
+    assert len(several.json["images"]) == COUNT - 2 and rows_of(out) == expected
+    cut(out / "manifest.1.jsonl", 2)
+    assert predict(file, photos, out, resume=True).skipped == COUNT - 1
+    assert predictions(out) == predictions(whole) and rows_of(out) == expected
+
+
+def cut(manifest: Path, lines: int) -> None:
+    """Keep the first lines, and the beginning of the next one."""
+    first = manifest.read_text().splitlines(keepends=True)[: lines + 1]
+    manifest.write_text("".join(first)[:-20])
