@@ -50,9 +50,8 @@ def blur(values: Tensor, sigma: float) -> Tensor:
     if sigma == 0:
         return values
     half = math.ceil(3 * sigma)
-    places = torch.arange(-half, half + 1, dtype=torch.float64)
-    bell = torch.exp(-places.square() / (2 * sigma**2))
-    weights = constant(tuple((bell / bell.sum()).tolist()), values.dtype, values.device)
+    bell = [math.exp(-(place**2) / (2 * sigma**2)) for place in range(-half, half + 1)]
+    weights = constant(tuple(weight / sum(bell) for weight in bell), values.dtype, values.device)
     padded = F.pad(values.unsqueeze(1), (half,) * 4, mode="replicate")
     return F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1)).squeeze(1)
 

@@ -208,7 +208,9 @@ OPERATIONS: dict[str, Operation] = {
     "bins": lambda x, w: functional.pool_to_bins(x, (3, 2), False, 2),
     "largest of bins": lambda x, w: functional.pool_to_bins(x, (2, 2), True, 2),
     "small map": lambda x, w: Elements(
-        functional.rows_on(functional.small_map(w[: x.lattice.batch], 2, (8, 12), "bilinear"), x.lattice),
+        functional.rows_on(
+            functional.small_map(w[: x.lattice.batch], 2, x.lattice.samples(2), "bilinear"), x.lattice
+        ),
         x.lattice,
     ),
     "max": lambda x, w: functional.global_max(x),
