@@ -112,7 +112,7 @@ def resize_to_dense(
         return scaling.of(to_dense(x, spacing))
     if bilinear and spacing == 1:
         return scaling.of(to_dense(x, 1, guide=guide))
-    places = scaling.places(lattice.size, spacing, x.rows)
+    places = scaling.places(lattice.size, spacing, x.rows.dtype, lattice.levels.device)
     if not bilinear:
         return _nearest(x, places)
     every_pixel = lattice.geometry.fill == "linear"
@@ -125,7 +125,8 @@ def resize_to_dense(
 def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:
     """Read another fine map (B, C, H, W) at the positions that `resize_to_dense` reads with the same arguments."""
     how = Scaling(**scaling)
-    places = how.places((fine.shape[2], fine.shape[3]), spacing, fine)
+    device = torch.device("cpu") if fine.is_meta else fine.device
+    places = how.places((fine.shape[2], fine.shape[3]), spacing, fine.dtype, device)
     if how.mode == "bilinear":
         return _between_samples(fine, places)
     y, x = (place.to(fine.device) for place in places)
@@ -148,16 +149,18 @@ class Scaling:
         again = self.recompute_scale_factor
         return F.interpolate(dense, self.size, self.scale_factor, self.mode, align, again)
 
-    def places(self, fine: tuple[int, int], spacing: int, like: Tensor) -> list[Tensor]:
+    def places(
+        self, fine: tuple[int, int], spacing: int, dtype: torch.dtype, device: torch.device
+    ) -> list[Tensor]:
         """Return, per axis, the position q of each sample on a fine map: float64, or int64 if one pixel is read.
 
         The positions come from torch itself, by resizing a map that holds the sample numbers. If one sample is read,
-        that map has the size, dtype and device of the values `like`, because torch's rounding depends on them.
+        that map has the size, dtype and device of the values, because torch's rounding depends on them.
         """
         counts = [divide_up(length, spacing) for length in fine]
         if self.mode == "bilinear":
-            return self._between(counts, spacing, like.device)
-        return self._single(counts, spacing, fine, like)
+            return self._between(counts, spacing, device)
+        return self._single(counts, spacing, fine, dtype, device)
 
     def _between(self, counts: Sequence[int], spacing: int, device: torch.device) -> list[Tensor]:
         places = []
@@ -176,9 +179,14 @@ class Scaling:
         return places
 
     def _single(
-        self, counts: Sequence[int], spacing: int, fine: tuple[int, int], like: Tensor
+        self,
+        counts: Sequence[int],
+        spacing: int,
+        fine: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> list[Tensor]:
-        dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
+        dtype = torch.promote_types(dtype, torch.float32)
         if is_for_any_size(counts):
             numbers = [self._formula(count, axis, dtype, device) for axis, count in enumerate(counts)]
         else:
