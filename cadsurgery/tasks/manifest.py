@@ -35,9 +35,11 @@ class Manifest:
         """
         self.folder, self.classes = folder, set[str]()
         self._made_by = json.loads(json.dumps(made_by, default=str))
-        self._own = folder / (f"manifest.{world().rank}.jsonl" if world().rank else "manifest.jsonl")
+        self._own = folder / _name(world().rank)
         self._sources: dict[str, str] = {}  # by prediction
-        files = sorted(folder.glob("manifest*.jsonl"))
+        files, self._stale = sorted(folder.glob("manifest*.jsonl")), list[Path]()
+        if not resume:  # what holds no prediction is begun anew
+            self._stale, files = files, [file for file in files if b'"output":' in file.read_bytes()]
         if files and not resume:
             raise InvalidInput(
                 f"{folder} holds the predictions of an earlier run.",
@@ -87,6 +89,10 @@ class Manifest:
 
     def begin(self) -> None:
         """Write the first line of this process's file, unless it is there; no process may still read."""
+        of_others = {self.folder / _name(rank) for rank in range(world().size)} - {self._own}
+        for file in self._stale:
+            if file == self._own or (world().is_main and file not in of_others):
+                file.unlink(missing_ok=True)
         if self._own not in self._begun:
             append_line(self._own, json.dumps(self._made_by))
 
@@ -104,6 +110,10 @@ class Manifest:
 
     def _place(self, target: Path) -> str:
         return target.relative_to(self.folder).as_posix()
+
+
+def _name(rank: int) -> str:
+    return f"manifest.{rank}.jsonl" if rank else "manifest.jsonl"
 
 
 def fingerprint(file: str | Path) -> str:

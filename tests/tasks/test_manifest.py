@@ -204,6 +204,18 @@ def test_a_folder_with_a_manifest_is_not_overwritten_without_resume(
     assert (predictions(whole), (whole / "manifest.jsonl").read_bytes()) == before
 
 
+def test_a_folder_in_which_nothing_was_predicted_is_begun_anew(
+    file: Path, photos: Path, tmp_path: Path, command_line: Run
+) -> None:
+    """As after a first try with a file that is no picture."""
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    assert command_line("run", file, tmp_path / "no.png", "-o", "out", "--trust").code == 1
+    (tmp_path / "out" / "manifest.3.jsonl").write_text("{}\n")  # of more processes
+    assert command_line("run", file, photos, "-o", "out", "--trust", "--mask", "none").code == 0
+    assert len(rows_of(tmp_path / "out")) == COUNT
+    assert [path.name for path in (tmp_path / "out").glob("manifest*")] == ["manifest.jsonl"]
+
+
 def test_what_is_missing_or_new_is_predicted(file: Path, photos: Path, whole: Path) -> None:
     before = predictions(whole)
     (whole / "a" / "2.png").unlink()
