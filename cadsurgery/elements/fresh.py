@@ -1,8 +1,8 @@
 """Fresh symbols for sizes of maps, while torch.export follows a network for images of any size.
 
 After each stage the size of a map is an expression of the image's size, with one rounded division in the other. torch
-simplifies and bounds these expressions at every operation: for a network of 22 layers that took 98 % of an export of
-more than seven minutes. Here each expression is replaced by a new symbol, so that the next stage starts from a plain
+simplifies and bounds these expressions at every operation: for a network of 22 kernel maps that took 98 % of an export
+of more than seven minutes. Here each expression is replaced by a new symbol, so that the next stage starts from a plain
 one. The two operations that do so compute nothing; `drop_fresh` takes them out of the program again.
 """
 

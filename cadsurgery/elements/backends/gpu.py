@@ -59,7 +59,7 @@ class Triton(Backend):
         if work.graph or is_observed():
             return False
         if isinstance(work, Mixing):
-            return not work.shares.requires_grad and work.rows.dtype in DTYPES and available(work.rows.device)
+            return not work.shares.requires_grad and supports(work.rows, work.rows)
         if work.is_product and work.gradient:
             return False
         return supports(work.rows, work.weights.weight)
@@ -67,13 +67,15 @@ class Triton(Backend):
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, O)."""
         weight = matrix_of(work.weights)
-        more = (work.weights.bias, work.residual, work.weights.activation, work.weights.groups)
         if work.is_product:
             return self._multiply(work, weight)
-        rows, reading = work.rows, work.reading
         if work.gradient or work.outside or not isinstance(work.reads, WindowRead):
             return self._by_table(work, weight)
-        halo = mix_used(rows, reading) if reading.sources.shape[0] else None
+        rows, reading = work.rows, work.reading
+        more = (work.weights.bias, work.residual, work.weights.activation, work.weights.groups)
+        # Halo rows behind the last that is read are not computed.
+        has_halo = reading.sources.shape[0] > 0
+        halo = blend(rows, reading.sources, reading.mix, reading.used) if has_halo else None
         return gather_conv(rows, weight, reading.table, *more, halo=halo, outside=rows.shape[0])
 
     def _multiply(self, work: Convolution, weight: Tensor) -> Tensor:
@@ -131,11 +133,6 @@ def _multiply_deep(
     if bias is not None and activation is not None and activation.name == "relu":
         return torch._addmm_activation(bias, rows, weight.T)
     return finish(F.linear(rows, weight), bias, None, activation)
-
-
-def mix_used(rows: Tensor, reading: Reading) -> Tensor:
-    """Return the halo rows (M, C) of a reading; those behind the last that is read are not computed."""
-    return blend(rows, reading.sources, reading.mix, reading.used)
 
 
 def matrix_of(weights: FusedConv) -> Tensor:

@@ -55,12 +55,11 @@ def shift_taps(
     """Compute a kernel map (n, taps) int32, and its halo: sources (M, 4) int32 and their weights (M, 4) float32.
 
     Args:
-        cells: source lattice: the row of each pixel's cell (B*H*W,) int32, the anchors (N,) int64 and the level of
-            each pixel's cell (B, H, W) int8.
+        cells: as in `maps.shift_taps`, like the next four.
         sides: sides of cells of each level.
-        targets: anchors (n,) int64 of the target lattice.
-        sizes: fine (height, width) of the source and the target.
-        steps: fine pixels from an anchor to its taps, down and across; each rises evenly.
+        targets: anchors of the target lattice.
+        sizes: of the source and the target.
+        steps: fine pixels from an anchor to its taps; each axis rises evenly.
         halo: M, the most pixels that can be read between anchors; 0 to read such pixels from their own cell.
 
     Returns:

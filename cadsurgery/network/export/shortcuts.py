@@ -14,7 +14,7 @@ from torch.onnx._internal.fx.passes import type_promotion
 def without_proofs() -> AbstractContextManager[Any]:
     """Decide what torch merely asks about sizes (is it contiguous, is it broadcast) by their ranges alone.
 
-    Proofs from all assertions made so far took a quarter of the time of torch.export. Before torch 2.12 they cannot be
+    Proofs from all assertions made so far took a fifth of the time of torch.export. Before torch 2.12 they cannot be
     left out.
     """
     if not hasattr(symbolic_config, "aggressive_guard_free_semantics"):
