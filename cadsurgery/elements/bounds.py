@@ -51,16 +51,16 @@ class Bounds(NamedTuple):
         ]
         if len(set(occurring)) == 1:
             level = occurring[0]
-            sides = [geometry.sides[min(level, stage)] for stage in range(len(geometry.sides))]
+            sides = [geometry.sides[geometry.level_at(level, stage)] for stage in range(geometry.stages)]
             exact = tuple(batch * _cells(*size, side) for side in sides)
             return Bounds(exact, exact, level)
         least, most = [], []
-        for stage in range(len(geometry.sides)):
-            side = geometry.sides[min(stage, geometry.max_level)]
+        for stage in range(geometry.stages):
+            side = geometry.sides[geometry.level_at(geometry.max_level, stage)]
             few = many = batch * _cells(*size, side)
             # Patches of level i or finer are a subset of the patches of level i + 1 or finer, with more elements.
             for count, (fine, coarse) in zip(kept, pairwise(levels), strict=True):
-                sides = [geometry.sides[min(stage, level)] for level in (fine, coarse)]
+                sides = [geometry.sides[geometry.level_at(level, stage)] for level in (fine, coarse)]
                 gains = sorted((_cells(h, w, sides[0]) - _cells(h, w, sides[1]), n) for h, w, n in kinds)
                 few += _sum_of_first(gains, count)
                 many += _sum_of_first(gains[::-1], count)
@@ -75,7 +75,8 @@ class Bounds(NamedTuple):
         if stage == 0:
             return pixels, pixels
         if self.level is not None:
-            exact = lattice.batch * _cells(height, width, lattice.geometry.sides[min(self.level, stage)])
+            side = lattice.geometry.sides[lattice.geometry.level_at(self.level, stage)]
+            exact = lattice.batch * _cells(height, width, side)
             return exact, exact
         lost = lattice.batch * whole_height * whole_width - pixels
         if lost < 0:  # each pixel beyond the level map may or may not be an additional element

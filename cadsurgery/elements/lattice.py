@@ -4,6 +4,10 @@ A level map T on the fine map (H x W, one sample per high output stride) says ho
 downsampled. After stage j the lattice has the levels min(T, j). A cell of level l covers R_l x R_l fine
 pixels, and its anchor is the top-left pixel. Everything else (element order, batch offsets, areas) follows
 from the levels and is computed once, on demand.
+
+Where T is a floor (`Geometry.floors`), it is clamped from the other side: no map is computed finer than T says. The
+map on the network's own grid of R_j fine pixels has the stage j + 1 and the levels max(T, j); stage 0 is the dense map
+that the region reads, the image.
 """
 
 from __future__ import annotations
@@ -68,6 +72,8 @@ class Geometry:
             estimates the dense network's statistics, or the same for each `"element"` (as published).
         dense_shortcut: run uniform maps as ordinary dense convolutions. The results are the same;
             verification switches this off to exercise the kernel maps.
+        floors: level maps are floors: maps of the network's own grid are computed coarser where they say so, instead of
+            finer.
     """
 
     strides: tuple[int, ...]
@@ -78,6 +84,7 @@ class Geometry:
     patch: Patch = "quadtree"
     statistics: Statistics = "area"
     dense_shortcut: bool = True
+    floors: bool = False
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Geometry).items():
@@ -111,8 +118,30 @@ class Geometry:
         """Side of a cell of each level, R_0..R_K, in fine pixels."""
         return tuple(accumulate(self.strides, mul, initial=1))
 
+    @property
+    def stages(self) -> int:
+        """Number of lattices of a level map: of stages 0 to `stages` - 1."""
+        return len(self.sides) + self.floors
+
+    @property
+    def stage_of_levels(self) -> int:
+        """The stage whose lattice has the levels of the level map itself."""
+        return 1 if self.floors else len(self.strides)
+
+    def level_at(self, level: int, stage: int) -> int:
+        """Return the level that cells of a level of the level map have in the lattice of a stage."""
+        if not self.floors:
+            return min(level, stage)
+        return max(level, stage - 1) if stage else 0
+
+    def levels_at(self, levels: Tensor, stage: int) -> Tensor:
+        """Return the levels of a level map in the lattice of a stage, see `level_at`."""
+        if not self.floors:
+            return levels.clamp(max=stage)
+        return levels.clamp(min=stage - 1) if stage else torch.zeros_like(levels)
+
     def lattice(self, levels: Tensor, bounds: Bounds | None = None) -> Lattice:
-        """Return the lattice after the last stage for any integer level map (B, H, W); see `legalise`.
+        """Return the lattice of any integer level map (B, H, W), of the stage `stage_of_levels`; see `legalise`.
 
         With `bounds`, which must hold for the map, the number of rows does not depend on the map's values. Without,
         on a GPU, the cells are counted there and the counts are read once, instead of one after the other where they
@@ -128,7 +157,7 @@ class Geometry:
         if bounds is None and legal.device.type == "cuda" and not in_graph:
             bounds = self._count(legal)
         pyramid = Pyramid(legal, self, bounds, in_graph)
-        return pyramid.lattice(len(self.strides), (levels.shape[1], levels.shape[2]))
+        return pyramid.lattice(self.stage_of_levels, (levels.shape[1], levels.shape[2]))
 
     def _count(self, levels: Tensor) -> Bounds:
         """Return the numbers of elements of a legal level map (B, H, W) after each stage, read in one transfer."""
@@ -139,10 +168,10 @@ class Geometry:
             )
         y = torch.arange(levels.shape[1], device=levels.device).unsqueeze(1)
         x = torch.arange(levels.shape[2], device=levels.device)
-        counts, is_anchor = [], levels >= 0
-        for level, side in enumerate(self.sides):
-            is_anchor = is_anchor & ((levels < level) | ((y % side == 0) & (x % side == 0)))
-            counts.append(is_anchor.sum())
+        is_corner = torch.stack([(y % side == 0) & (x % side == 0) for side in self.sides])
+        counts = [
+            is_corner.gather(0, self.levels_at(levels, stage).long()).sum() for stage in range(self.stages)
+        ]
         lowest, highest, *numbers = device_checks.read((*torch.aminmax(levels), *counts))
         return Bounds(tuple(numbers), tuple(numbers), lowest if lowest == highest else None)
 
@@ -307,7 +336,7 @@ class Lattice:
 
     Attributes:
         pyramid: the level map that all stages share.
-        stage: number of adaptive stages passed; levels are capped at it.
+        stage: number of adaptive stages passed; levels are capped at it, see `Geometry.levels_at`.
         size: fine size (height, width).
         part: the cells that are present; None for all. Windows treat missing cells like positions outside the map.
         key: identifies the lattice among the lattices of its level map.
@@ -437,7 +466,7 @@ class Lattice:
             if not is_at_most(length, whole):
                 pixels = torch.arange(length, device=levels.device).clamp(max=whole - 1)
                 levels = levels.index_select(axis, pixels)
-        return of_size(levels, self.size).clamp(max=self.stage)
+        return self.geometry.levels_at(of_size(levels, self.size), self.stage)
 
     @_derive
     def side_map(self) -> Tensor:
@@ -538,7 +567,7 @@ class Lattice:
             return None
         if self.pyramid.bounds is not None:
             level = 0 if self.stage == 0 else self.pyramid.bounds.level
-            return None if level is None else min(level, self.stage)
+            return None if level is None else self.geometry.level_at(level, self.stage)
         if self.is_open:
             return None
         low, high = torch.aminmax(self.levels)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.choose import MixingLines, compute, extend, mix
 from cadsurgery.elements.elements import Elements, to_dense
-from cadsurgery.elements.kernel_map import read_points
+from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import divide_up, is_for_any_size, is_statically_true
+from cadsurgery.elements.sizes import as_number, divide_up, is_for_any_size, is_statically_true
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -60,6 +60,10 @@ def resize(
             next="pad or resize the image to a multiple of the lowest output stride.",
         )
     target = x.lattice.resample(stage, fine)
+    if x.lattice.geometry.floors:
+        corners = partial(_own_corners, x.lattice, target, spacings, before, after, mode, bool(align_corners))
+        reading, shares = x.lattice.derive(("own corners", target.key, spacings, after, mode, align_corners), corners)
+        return Elements(mix(extend(x.rows, reading, 0.0), reading.table.to(torch.int32), shares), target)
     key = ("resize", target.key, spacings, before, after, mode, align_corners)
     ratios = _ratios(before, after, spacings, bool(align_corners))
     stretched = scale == 1 and not all(
@@ -67,6 +71,38 @@ def resize(
     )
     build = partial(_between_cells, x.lattice, target, ratios, mode, bool(align_corners), stretched)
     return Elements(mix(x.rows, *x.lattice.derive(key, build)), target)
+
+
+def _own_corners(
+    source: Lattice,
+    target: Lattice,
+    spacings: tuple[int, int],
+    before: tuple[int, int],
+    after: tuple[int, ...],
+    mode: str,
+    align_corners: bool,
+) -> tuple[Reading, Tensor]:
+    """Return where each element of a resized map reads the four samples of the network's own map around it, which may
+    lie inside cells, and their weights (M, 4)."""
+    (image, *place), ends = target.coordinates, []
+    for at, have, want in zip(place, before, after, strict=True):
+        number = (at // spacings[1]).double()
+        if mode == "nearest":
+            ratio = as_number(have, number) / as_number(want, number)
+            point = (number.float() * ratio.float()).floor().double()  # torch rounds in float32
+        elif align_corners:
+            point = number * ((have - 1) / max(want - 1, 1))
+        else:
+            point = (number + 0.5) * (have / want) - 0.5
+        point = point.clamp(0, have - 1)
+        low = (point + 1e-9).floor()
+        first = low.long()
+        ends.append(((first, 1 - (point - low)), ((first + 1).clamp(max=have - 1), point - low)))
+    pixels = [
+        source.pixels(image, y * spacings[0], x * spacings[0]) for y, _ in ends[0] for x, _ in ends[1]
+    ]
+    shares = [v * h for _, v in ends[0] for _, h in ends[1]]
+    return read_points(source, torch.stack(pixels, 1)), torch.stack(shares, 1)
 
 
 @operation(reads="image", gives="dense", exit_of=resize)

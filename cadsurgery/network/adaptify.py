@@ -45,6 +45,7 @@ def plan(
     region: str | Sequence[str] = "auto",
     example_input: Example | None = None,
     outputs: Outputs = "fine",
+    coarsest: int | None = None,
 ) -> Plan:
     """Plan a conversion without carrying it out: `print(plan)` shows every node's decision and reason.
 
@@ -55,6 +56,7 @@ def plan(
         example_input: an image batch (B, C, H, W) that the network accepts, or all arguments of a call: a tuple of
             positional arguments, or a dictionary by name; default: small random images.
         outputs: see `adaptify`.
+        coarsest: see `adaptify`.
 
     Raises:
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
@@ -64,11 +66,23 @@ def plan(
     path, facts = traceable_part(whole, example_input)
     if path:
         check_used(whole, path, facts.example)
-    chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
+    _refuse_both(output_stride, coarsest)
+    chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs, coarsest=coarsest)
     with contextlib.suppress(Exception):  # a plan stands even where its work cannot be counted
-        program = carry_out(chosen, flow, Geometry(chosen.stage_strides, chosen.max_level))
+        geometry = Geometry(chosen.stage_strides, chosen.max_level, floors=chosen.floors)
+        program = carry_out(chosen, flow, geometry)
         return _with_work(AdaptiveModel(facts.model, program, "none"), facts, example_input is None).plan
     return chosen
+
+
+def _refuse_both(output_stride: object, coarsest: object) -> None:
+    if output_stride is not None and coarsest is not None:
+        raise InvalidInput(
+            f"output_stride={output_stride!r} and coarsest={coarsest!r} are two conversions.",
+            why="the first makes maps finer than those of a strided network, or coarser down to strides that it had; "
+            "the second keeps the network's own grid and makes maps coarser than it.",
+            next="give one of them.",
+        )
 
 
 def _with_work(net: AdaptiveModel, facts: Facts, is_example: bool) -> AdaptiveModel:
@@ -82,6 +96,7 @@ def adaptify(
     mask: object = "edges",
     *,
     output_stride: tuple[int, int] | None = None,
+    coarsest: int | None = None,
     region: str | Sequence[str] = "auto",
     anchor: Anchor = "corner",
     fill: Fill = "linear",
@@ -107,6 +122,8 @@ def adaptify(
             provider, a callable image -> map, or a tensor; see `list_masks`.
         output_stride: (high, low), input pixels per sample where the mask is high and elsewhere. Default:
             (native / 4, native) for a strided network, (current, undilated) for a dilated one.
+        coarsest: keep every map on the network's own grid where the mask says so, and compute none finer than so many
+            input pixels elsewhere: for pictures that are mostly empty. Instead of `output_stride`.
         region: part of the network that runs on elements. `"auto"` extends it as far as there are rules, `"backbone"`
             ends it with the backbone (as published); or a list of node or module names.
         anchor: `"corner"`, or `"center"` to reproduce the published code and its checkpoints.
@@ -144,10 +161,15 @@ def adaptify(
         path, facts = traceable_part(whole, example_input)
         if path and verify_laws:
             check_used(whole, path, facts.example)
-        chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
+        _refuse_both(output_stride, coarsest)
+        chosen, flow = make_plan(
+            facts, output_stride, _within(path, region), path, outputs, coarsest=coarsest
+        )
         if strict:
             _refuse_barriers(chosen)
-        geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
+        geometry = Geometry(
+            chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics, floors=chosen.floors
+        )
         program = carry_out(chosen, flow, geometry)
         net = AdaptiveModel(facts.model, program, provider)
         net.source = getattr(model, "cad_source", None)

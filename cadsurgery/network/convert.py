@@ -25,7 +25,8 @@ from cadsurgery.surgery.verify import verify
 def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
     """Build the program of a planned network."""
     facts = flow.facts
-    unchanged = unchanged_graph(facts, plan) if plan.part and plan.identity_level is not None else None
+    runs_own = (plan.part or plan.floors) and plan.identity_level is not None
+    unchanged = unchanged_graph(facts, plan) if runs_own else None
     used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
     inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
     operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
@@ -89,14 +90,16 @@ def convert_for_call(
 def _plan_like(plan: Plan, facts: Facts) -> tuple[Plan, Flow]:
     """Plan another path through a network with cells of the same sizes, as far as the path has them."""
     rest = (plan.region, plan.part, plan.returned)
+    if plan.floors:
+        return make_plan(facts, None, *rest, coarsest=plan.output_stride[1])
     with contextlib.suppress(InvalidInput):
         chosen, flow = make_plan(facts, plan.output_stride, *rest)
         if chosen.strides == plan.strides:
             return chosen, flow
-    high, coarsest = plan.output_stride[0], plan.output_stride[0]
+    high, up_to = plan.output_stride[0], plan.output_stride[0]
     lows = sorted(low for first, low in make_plan(facts, None, *rest)[0].possible if first == high)
     for stride, low in zip(plan.strides[1:], lows, strict=False):
         if stride != low:
             break
-        coarsest = stride
-    return make_plan(facts, (high, min(coarsest, plan.output_stride[1])), *rest, coarsest=coarsest)
+        up_to = stride
+    return make_plan(facts, (high, min(up_to, plan.output_stride[1])), *rest, up_to=up_to)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from torch import fx
 
@@ -16,8 +16,8 @@ from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan
 from cadsurgery.surgery.readings import Reading, consider, read_dilations
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line
-from cadsurgery.surgery.region import Region, readers, region_of
-from cadsurgery.surgery.settle import Refusal
+from cadsurgery.surgery.region import Region, floor_region, readers, region_of
+from cadsurgery.surgery.settle import Refusal, settle_flow
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, operation_name
 
 
@@ -27,6 +27,7 @@ def make_plan(
     region: RegionOption = "auto",
     part: str = "",
     outputs: Outputs = "fine",
+    up_to: int | None = None,
     coarsest: int | None = None,
 ) -> tuple[Plan, Flow]:
     """Decide for every node of a traced network; return the plan and the flow behind it. Nothing is changed.
@@ -39,7 +40,9 @@ def make_plan(
         part: name of the traced network in its host network, if it is a part of one. Its outputs then keep their native
             size, which the rest of the host relies on.
         outputs: size of maps that leave the region and are returned unchanged, `fine` or `native`.
-        coarsest: largest output stride in the region; None for no limit.
+        up_to: largest output stride in the region; None for no limit.
+        coarsest: where the mask does not keep the network's own grid, no map is finer than so many input pixels, and
+            `output_stride` has no meaning; None for cells between `output_stride`.
 
     Raises:
         CannotConvert: nothing can be made adaptive.
@@ -52,8 +55,10 @@ def make_plan(
         )
     returned: Outputs = "native" if part else outputs
     asked = asked_region(facts, region)
+    if up_to is not None:
+        asked = _up_to(up_to, asked, flow_forward(facts, asked))
     if coarsest is not None:
-        asked = _up_to(coarsest, asked, flow_forward(facts, asked))
+        return _plan_of_floors(facts, asked, coarsest, region, part)
     readings = read_dilations(facts, asked, named=not isinstance(region, str))
     if not any(reading.possible for reading in readings):
         raise nothing_to_convert(readings[0].settled.flow)
@@ -63,7 +68,6 @@ def make_plan(
         capped = reading.settled.up_to(low)
         if (larger := region_of(capped, high)).strides == chosen.strides:
             flow, chosen = capped, larger
-    names = region if isinstance(region, str) else tuple(region)
     decisions = _decide(flow, chosen, fine_outputs=returned == "fine")
     working = readers(flow, chosen)
     fine = any(decision.leaves in ("fine", "resized") for decision in decisions)
@@ -73,23 +77,66 @@ def make_plan(
     joins = any(_joins(node, flow) for node in working)
     leaving = [flow.grid[n] for n in chosen.needed if chosen.stage(n) and _dense_readers(n, flow, chosen)]
     finest = high if fine or joins else min(leaving, default=low)
-    shape = tuple(facts.example.shape)
     plan = Plan(
-        decisions=tuple(decisions),
         output_stride=(high, low),
         strides=chosen.strides,
         identity_level=identity,
-        region=names,
         possible=_possible(readings),
-        example_shape=shape,
-        outputs=tuple((node.name, flow.grid[node]) for node in facts.outputs if flow.role[node] is Role.MAP),
         matters=finest < low,
         finest=finest,
         returned=returned,
-        part=part,
-        call=describe_call(facts.model, facts.arguments),
         considered=consider(readings, sum(facts.macs.values())),
-        not_counted=tuple(facts.not_counted),
+        **_of_every_plan(flow, decisions, region, part),
+    )
+    return plan, flow
+
+
+def _of_every_plan(
+    flow: Flow, decisions: Sequence[Decision], region: RegionOption, part: str
+) -> dict[str, Any]:
+    """Return the fields of a plan that do not depend on what its levels mean."""
+    facts = flow.facts
+    return {
+        "decisions": tuple(decisions),
+        "region": region if isinstance(region, str) else tuple(region),
+        "example_shape": tuple(facts.example.shape),
+        "outputs": tuple(
+            (node.name, flow.grid[node]) for node in facts.outputs if flow.role[node] is Role.MAP
+        ),
+        "part": part,
+        "call": describe_call(facts.model, facts.arguments),
+        "not_counted": tuple(facts.not_counted),
+    }
+
+
+def _plan_of_floors(
+    facts: Facts, asked: Refusal, coarsest: int, region: RegionOption, part: str
+) -> tuple[Plan, Flow]:
+    """Plan a conversion in which maps become coarser than the network's own grid, see `make_plan`."""
+    if isinstance(coarsest, bool) or not isinstance(coarsest, int) or coarsest < 2:
+        raise InvalidInput(f"coarsest={coarsest!r} is no number of pixels above 1.", next="give 16 or 32.")
+    flow = settle_flow(facts, asked, not isinstance(region, str), coarsest=0, floors=True).flow
+    chosen = floor_region(flow, coarsest)
+    if chosen is None:
+        strides = sorted(set(flow.grid.values()))
+        raise InvalidInput(
+            f"coarsest={coarsest} is not possible for this network.",
+            why=f"its maps have output strides {', '.join(map(str, strides))}, and cells of {coarsest} pixels are to be "
+            "made of theirs.",
+            next=f"give a multiple of {strides[-1]} by a power of two, or one of its strides.",
+        )
+    working = readers(flow, chosen)
+    if not any(_works(node, flow) for node in working):
+        raise nothing_to_convert(flow)
+    plan = Plan(
+        output_stride=(1, coarsest),
+        strides=chosen.strides,
+        identity_level=0,
+        possible=(),
+        finest=1,
+        returned="native",
+        floors=True,
+        **_of_every_plan(flow, _decide(flow, chosen, fine_outputs=False), region, part),
     )
     return plan, flow
 
@@ -256,6 +303,8 @@ def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Regio
     treatment, high = flow.treatments[node], region.strides[0]
     if treatment.kind != "resize":
         return treatment.kind == "global"
+    if region.floors:
+        return False
     if flow.grid[node] == high:
         return True
     return flow.at_exit(node) and flow.grid[node] < high
@@ -278,7 +327,7 @@ def _resized(flow: Flow, region: Region) -> frozenset[fx.Node]:
     high = region.strides[0]
     return frozenset(
         node
-        for node in flow.last
+        for node in (() if region.floors else flow.last)
         if flow.at_exit(node)
         and all(source in region.needed and region.stage(source) > 0 for source in flow.maps(node))
         and flow.facts.layout(flow.maps(node)[0]) == NCHW

@@ -175,6 +175,8 @@ class Plan:
         returned: size of maps that leave the region and are returned unchanged, `fine` or `native`.
         part: name of the converted part, if torch.fx cannot follow the whole network; else "".
         call: shapes and types of the example's arguments as JSON, if they are more than an image; else "".
+        floors: true if maps become coarser than the network's own grid where the mask does not keep it, at most
+            `output_stride[1]` pixels, instead of finer.
         considered: interpretations of the network's dilations, the planned one first; empty if there is only one.
         not_counted: operations that may multiply but are missing from all MACs, because they have no counting rule.
     """
@@ -192,6 +194,7 @@ class Plan:
     returned: Outputs = "fine"
     part: str = ""
     call: str = ""
+    floors: bool = False
     considered: tuple[Considered, ...] = field(default=(), compare=False)
     not_counted: tuple[str, ...] = field(default=(), compare=False)
     effect: float | None = field(default=None, compare=False)
@@ -282,6 +285,7 @@ class Plan:
         """Raise a ValueError if strides, stages or names contradict each other."""
         rising = all(1 <= a < b and b % a == 0 for a, b in pairwise(self.strides))
         levels, names = range(len(self.strides)), {decision.node for decision in self.decisions}
+        stages = range(len(self.strides) + self.floors)
         if not self.strides or self.strides[0] < 1 or not rising:
             raise ValueError(f"strides {self.strides!r:.60}")
         if self.output_stride[0] != self.strides[0] or self.output_stride[1] not in self.strides:
@@ -291,7 +295,7 @@ class Plan:
         if len(self.example_shape) != 4 or min(self.example_shape) < 1:
             raise ValueError(f"an example of shape {self.example_shape!r:.60}")
         for decision in self.decisions:
-            if any(stage not in levels for stage in decision.stages) or decision.macs < 0:
+            if any(stage not in stages for stage in decision.stages) or decision.macs < 0:
                 raise ValueError(f"stages {decision.stages} or MACs {decision.macs} of {decision.node:.60}")
         for name, _ in self.outputs:
             if name not in names:
@@ -312,9 +316,8 @@ class Plan:
     def summary(self) -> str:
         """Return a summary in a few lines: the adaptive operations, and where the region ends."""
         high, low = self.output_stride
-        own = f"{self.strides[self.identity_level]} is" if self.identity_level is not None else "neither is"
         lines = [
-            f"output stride {high} where the mask says so, {low} elsewhere ({own} the network's own)",
+            self._levels_in_words(),
             f"adaptive stages: {self.max_level}, from {' to '.join(map(str, self.strides[: self.max_level + 1]))}; "
             f"levels 0..{self.max_level}",
             f"{len(self.chosen('adapt'))} operations adapted, {len(self.chosen('keep'))} kept on elements, "
@@ -363,6 +366,13 @@ class Plan:
         lines += filter(None, [describe_not_counted(self.not_counted)])
         return "\n".join(lines)
 
+    def _levels_in_words(self) -> str:
+        high, low = self.output_stride
+        if self.floors:
+            return f"every map as the network has it where the mask says so, none finer than {low} pixels elsewhere"
+        own = f"{self.strides[self.identity_level]} is" if self.identity_level is not None else "neither is"
+        return f"output stride {high} where the mask says so, {low} elsewhere ({own} the network's own)"
+
     @property
     def hardly_matters(self) -> bool:
         """True if masks change the outputs by less than `SMALL_EFFECT` of their spread, or not at all."""
@@ -390,7 +400,7 @@ class Plan:
         """Return the output strides before and after a node, for tables."""
         if decision.action not in ("adapt", "keep"):
             return decision.leaves and f"-> {decision.leaves}"
-        before, after = (self.strides[stage] for stage in decision.stages)
+        before, after = (self.strides[max(0, stage - self.floors)] for stage in decision.stages)
         return f"{before} -> {after}" if before != after else f"{after}"
 
 

@@ -23,15 +23,25 @@ class Region:
         outside: maps coarser than the high output stride that are computed dense because their inputs left the region.
             They are read as elements again where they are joined with maps of the region.
         needed: output stride of the lattice that each other map is computed on.
+        before: where level maps are floors, the dense maps that the region reads: the image and what is computed from
+            its pixels alone. Otherwise None.
     """
 
     strides: tuple[int, ...]
     outside: frozenset[fx.Node]
     needed: dict[fx.Node, int]
+    before: frozenset[fx.Node] | None = None
+
+    @property
+    def floors(self) -> bool:
+        """True if maps become coarser than the network's own grid, see `Geometry.floors`."""
+        return self.before is not None
 
     def stage(self, node: fx.Node) -> int:
-        """Return the number of adaptive stages before a map; 0 is the dense map at the high output stride."""
-        return self.strides.index(self.needed[node])
+        """Return the stage of the lattice that a map is computed on; 0 is the dense map that the region reads."""
+        if self.before is None:
+            return self.strides.index(self.needed[node])
+        return 0 if node in self.before else 1 + self.strides.index(self.needed[node])
 
 
 def region_of(flow: Flow, high: int) -> Region:
@@ -75,6 +85,39 @@ def region_of(flow: Flow, high: int) -> Region:
     if foreign or grown:
         return Region((high,), frozenset(outside), dict.fromkeys(inside, high))
     return region
+
+
+def floor_region(flow: Flow, coarsest: int) -> Region | None:
+    """Find the region in which maps may become as coarse as `coarsest` pixels: everything from the first operation with
+    weights on that no barrier cuts off. Every map of it stays on the network's own grid where it is kept. None if the
+    strides of the maps do not lead to `coarsest`.
+    """
+    facts, outside, before = flow.facts, set[fx.Node](), set[fx.Node]()
+    maps = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP]
+    for node in maps:
+        if _is_of_pixels(node, flow, before):
+            before.add(node)
+        elif node in flow.barriers or _reads_outside(node, flow, 0, outside):
+            outside.add(node)
+    inside = [node for node in maps if node not in outside]
+    strides = [1]
+    for grid in sorted({flow.grid[node] for node in inside}):
+        if grid > strides[-1] and grid % strides[-1] == 0:
+            strides.append(grid)
+    while strides[-1] < coarsest:
+        strides.append(2 * strides[-1])
+    if coarsest not in strides[1:] or any(flow.grid[node] not in strides for node in inside):
+        return None
+    needed = {node: flow.grid[node] for node in inside}
+    return Region(tuple(strides), frozenset(outside), needed, frozenset(before))
+
+
+def _is_of_pixels(node: fx.Node, flow: Flow, before: Collection[fx.Node]) -> bool:
+    """True for the image and for what is computed from each of its pixels alone, without weights."""
+    if not flow.maps(node):
+        return flow.grid[node] == 1 and node not in flow.barriers
+    alone = flow.treatments[node].kind in ("pointwise", "join") and not flow.facts.macs[node]
+    return alone and node not in flow.barriers and all(source in before for source in flow.maps(node))
 
 
 def _finish_dense(inside: list[fx.Node], flow: Flow, region: Region) -> None:

@@ -41,7 +41,9 @@ class Settled(NamedTuple):
         return flow_forward(self.flow.facts, self.refused, self.by_design, low, self.coarsest)
 
 
-def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None = None) -> Settled:
+def settle_flow(
+    facts: Facts, asked: Refusal, named: bool, coarsest: int | None = None, floors: bool = False
+) -> Settled:
     """Compute the forward flow in which removed strides can be restored and only windows of the region read padding.
 
     Args:
@@ -49,6 +51,8 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None 
         asked: function that returns why the requested region leaves out a node that reads certain maps, or None.
         named: true if the region names its operations; small tails are then kept in it.
         coarsest: the largest output stride that a dilation may stand for; None for no limit.
+        floors: true if maps may become coarser than the network's own grid. Final resizes then stay in the region, and
+            no output decides about its strides.
     """
     by_design: frozenset[fx.Node] = frozenset()
     outside: dict[fx.Node, Barrier] = {}
@@ -61,11 +65,12 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None 
 
     while True:
         flow = flow_forward(facts, refused, by_design, coarsest=coarsest)
-        highs = {flow.grid[node] for node in flow.grid}
+        highs = set() if floors else {flow.grid[node] for node in flow.grid}
         dilated = frozenset().union(*(dilated_by_design(flow, region_of(flow, high)) for high in highs))
         # Final resizes read the region at arbitrary points, so that the output has the original network's size.
-        resizes = [node for node in flow.last if flow.at_exit(node)]
-        leaving = _lone_pads(flow) | dict.fromkeys(resizes, _FINAL) | ({} if named else _mere_tails(flow))
+        resizes = [node for node in flow.last if flow.at_exit(node) and not floors]
+        tails = {} if named or floors else _mere_tails(flow)
+        leaving = _lone_pads(flow) | dict.fromkeys(resizes, _FINAL) | tails
         leaving |= dict.fromkeys(_leaving_choices(flow), _CHOICE)
         if dilated <= by_design and leaving.keys() <= outside.keys():
             return Settled(flow, refused, by_design, coarsest)

@@ -34,6 +34,7 @@ from cadsurgery.surgery.arguments import (
     run_forward,
     widen,
 )
+from cadsurgery.surgery.emulate import Emulator, can_emulate
 from cadsurgery.surgery.graphs import downstream, gives
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import child, copying
@@ -225,6 +226,8 @@ def _uniform_checks(
     image = image_of(call)
     tolerance = TOLERANCE.get(image.dtype, 1e-4)
     geometry = replace(geometry, patch="quadtree")  # patches of blocks have no intermediate levels
+    if plan.floors:
+        return _floor_checks(model, original, adapted, plan, geometry, call)
     mapped = replace(geometry, dense_shortcut=False)
     watched = _watched(adapted, plan)
     original_values = _values(model, original, plan, None, call, watched)
@@ -251,6 +254,40 @@ def _uniform_checks(
             law = "everything high, read where the network has samples, is the network as it was"
             checks.append(_compare(law, maps, {name: original_values[name] for name in maps}, tolerance))
     return checks
+
+
+def _floor_checks(
+    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+) -> list[Check]:
+    """Compare everything high with the network as it was, and every floor, alone and side by side, with its emulation
+    in dense operations (of networks that have one, see `can_emulate`)."""
+    image = image_of(call)
+    tolerance, size = TOLERANCE.get(image.dtype, 1e-4), (image.shape[2], image.shape[3])
+    mapped, watched = replace(geometry, dense_shortcut=False), _watched(adapted, plan)
+    own = _values(model, original, plan, None, call, watched)
+    ours = _values(model, adapted, plan, _uniform(mapped, 0), call, watched)
+    checks = [replace(_compare("everything high is the network as it was", ours, own, tolerance), number=1, size=size)]
+    checks += _at_another_size(model, adapted, plan, mapped, call, tolerance)
+    maps = {
+        f"everything at floor {plan.strides[level]}": torch.full((image.shape[0], *size), level)
+        for level in range(1, plan.max_level + 1)
+    }
+    maps["floors side by side"] = _side_by_side(image, geometry)
+    for name, levels in maps.items() if can_emulate(adapted) else ():
+        lattice = mapped.lattice(levels)
+        emulator = Emulator(model, original, plan, geometry, lattice.levels)
+        ours = _values(model, adapted, plan, lambda *_, lattice=lattice: lattice, call, watched, every=True)
+        expected = _collect(emulator, watched, original, plan, call, [], every=True)
+        checks.append(replace(_compare(f"{name} is its emulation", ours, expected, tolerance), size=size))
+    return checks
+
+
+def _side_by_side(image: Tensor, geometry: Geometry) -> Tensor:
+    """Return a level map (B, H, W) in which cells of all levels are neighbours."""
+    side = geometry.sides[geometry.max_level]
+    b, y, x = (torch.arange(image.shape[axis]) for axis in (0, 2, 3))
+    number = b.view(-1, 1, 1) + 2 * (y // side).view(1, -1, 1) + (x // side).view(1, 1, -1)
+    return number % 3 * geometry.max_level // 2
 
 
 def _at_another_size(
@@ -362,22 +399,36 @@ def _values(
 ) -> dict[str, Tensor]:
     """Run a graph and return the watched values on the network's own grid, and the outputs there or, with `every`, at
     all positions."""
-    values: dict[str, Tensor] = {}
-
-    class Collect(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            origin = n.name if masking is None else n.meta.get(ORIGIN)
-            if origin in watched and isinstance(value, (Elements, Tensor)):
-                dense = value
-                if isinstance(dense, Elements):
-                    dense = to_dense(dense, watched[origin].grid, watched[origin].layout)
-                values[origin] = dense.clone()  # later nodes may change it in place
-            return value
-
     first = [] if masking is None else [masking]
-    output = Collect(model, graph=graph).run(*in_order(graph, call, *first))
-    if masking is not None:
+    return _collect(fx.Interpreter(model, graph=graph), watched, graph, plan, call, first, every)
+
+
+def _collect(
+    interpreter: fx.Interpreter,
+    watched: dict[str, Decision],
+    graph: fx.Graph,
+    plan: Plan,
+    call: Arguments,
+    first: list[Masking],
+    every: bool,
+) -> dict[str, Tensor]:
+    """Run an interpreter of a graph and return the watched values and the outputs, see `_values`."""
+    values: dict[str, Tensor] = {}
+    run_node = interpreter.run_node
+
+    def collect(n: fx.Node) -> Any:
+        value = run_node(n)
+        origin = n.meta.get(ORIGIN) if first else n.name
+        if origin in watched and isinstance(value, (Elements, Tensor)):
+            dense = value
+            if isinstance(dense, Elements):
+                dense = to_dense(dense, watched[origin].grid, watched[origin].layout)
+            values[origin] = dense.clone()  # later nodes may change it in place
+        return value
+
+    interpreter.run_node = collect  # type: ignore[method-assign]
+    output = interpreter.run(*in_order(graph, call, *first))
+    if first:
         output = output[0] if every else at_own_samples(output[0], graph, plan)
     return values | _named(output)
 

@@ -1,0 +1,110 @@
+"""Emulate floors densely: the network's own graph, in which each map is interpolated inside its coarse cells.
+
+It shares nothing with the elements but the level map: after every operation of the region, values inside a cell are
+replaced by the linear interpolation, or the copy, of the values at the anchors. What the region computes at the anchors
+must be equal to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.elements.axes import NCHW
+from cadsurgery.elements.functional import resize
+from cadsurgery.elements.lattice import Geometry
+from cadsurgery.elements.operations import operation_of
+from cadsurgery.surgery.plan import Decision, Plan
+
+
+class Emulator(fx.Interpreter):
+    """Runs a network's own graph with all maps of the region on floors.
+
+    Args:
+        model: the network.
+        graph: its own graph.
+        plan: plan of a conversion with floors.
+        geometry: geometry of the conversion.
+        levels: (B, H, W) legal level map, one level per pixel of the image.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: fx.Graph, plan: Plan, geometry: Geometry, levels: Tensor
+    ) -> None:
+        """Prepare a run; see the class."""
+        super().__init__(model, graph=graph)
+        self.decisions = {decision.node: decision for decision in plan.decisions}
+        self.geometry, self.levels = geometry, levels
+        self.is_uniform = bool((levels == levels.flatten()[0]).all())
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute a node; maps of the region are interpolated, and means read cells by their area."""
+        decision = self.decisions[n.name]
+        if decision.action in ("adapt", "keep") and not decision.layout and n.op != "output":
+            return self._reduced(n)
+        value = super().run_node(n)
+        if decision.stages[1] == 0 or decision.action not in ("adapt", "keep"):
+            return value
+        if isinstance(value, tuple) and isinstance(value[0], Tensor) and not value[-1].is_floating_point():
+            return (self._fill(value[0], decision), *value[1:])  # a pooling with the places of its maxima
+        return self._fill(value, decision) if isinstance(value, Tensor) else value
+
+    def _reduced(self, n: fx.Node) -> Any:
+        """Compute a node that reduces maps to a vector per image: every cell weighs as much as it covers."""
+
+        def by_cell(source: fx.Node) -> Any:
+            value, decision = self.env[source], self.decisions[source.name]
+            if not isinstance(value, Tensor) or decision.layout != NCHW or not decision.stages[1]:
+                return value
+            if self.is_uniform:
+                step = max(1, self.geometry.sides[int(self.levels[0, 0, 0])] // decision.grid)
+                return value[:, :, ::step, ::step]
+            places, _ = self._cells(value.shape[2:], decision.grid)
+            return _at(value, *places)
+
+        args, kwargs = (fx.map_arg(part, by_cell) for part in (n.args, n.kwargs))
+        return getattr(self, n.op)(n.target, args, kwargs)
+
+    def _cells(self, size: Sequence[int], grid: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Return the anchor (y, x) of the cell that holds each sample (B, h, w) of a map, and the cell's side, in
+        samples."""
+        levels = self.levels[:, ::grid, ::grid][:, : size[0], : size[1]].long()
+        side = (torch.tensor(self.geometry.sides)[levels] // grid).clamp(min=1)
+        y, x = torch.arange(size[0]).view(1, -1, 1), torch.arange(size[1]).view(1, 1, -1)
+        return (y - y % side, x - x % side), side
+
+    def _fill(self, value: Tensor, decision: Decision) -> Tensor:
+        """Interpolate a map (B, C, h, w) inside its cells."""
+        if decision.layout != NCHW or not value.is_floating_point():
+            return value
+        (top, left), side = self._cells(value.shape[2:], decision.grid)
+        held = _at(value, top, left)  # the value of the cell that holds each sample
+        if self.geometry.fill == "nearest":
+            return held
+        height, width = value.shape[2:]
+        y, x = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
+        down, across = ((at - start) / side for at, start in ((y, top), (x, left)))
+        bottom, right = (top + side).clamp(max=height - 1), (left + side).clamp(max=width - 1)
+        filled = torch.zeros_like(held)
+        for row, of_row in ((top, 1 - down), (bottom, down)):
+            for column, of_column in ((left, 1 - across), (right, across)):
+                share = (of_row * of_column).unsqueeze(1).to(value)
+                filled += torch.where(share > 0, share * _at(held, row, column), 0)
+        return filled
+
+
+def _at(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Return the samples of a map (B, C, h, w) at places (B, h, w)."""
+    image = torch.arange(value.shape[0]).view(-1, 1, 1)
+    y, x = y.expand(value.shape[0], *y.shape[1:]), x.expand(value.shape[0], *x.shape[1:])
+    return value.permute(0, 2, 3, 1)[image, y, x].permute(0, 3, 1, 2)
+
+
+def can_emulate(adapted: fx.Graph) -> bool:
+    """True if no operation of a rewritten graph mixes the positions of a map other than by windows, resizing, and
+    reductions to a vector: their statistics weigh elements by area, dense maps do not."""
+    operations = (operation_of(node.target) for node in adapted.nodes if node.target is not resize)
+    return not any(known is not None and known.reads == "image" and known.gives == "elements" for known in operations)
