@@ -285,6 +285,11 @@ class Pyramid:
     in_graph: bool = False
     _derived: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict, repr=False)
 
+    @once
+    def has_two_levels(self) -> bool:
+        """True if all levels are 0 or the lowest."""
+        return not bool(((self.levels > 0) & (self.levels < self.geometry.max_level)).any())
+
     def lattice(self, stage: int, size: tuple[int, int], part: Part | None = None) -> Lattice:
         """Return the lattice after a stage, cut to the fine size (height, width), with all cells or a part of them."""
         key: Hashable = (stage, size, part)
@@ -330,7 +335,8 @@ class Lattice:
     """The cells of a batch after one stage. The rows of an `Elements` value are in the lattice's order.
 
     The order is raster order of the anchors, image after image, so a uniform lattice is exactly the
-    memory of a dense channels_last map and each image is an offset. Two lattices are equal if they have
+    memory of a dense channels_last map and each image is an offset. Only where `patches` are kept whole do their rows
+    come first, patch after patch. Two lattices are equal if they have
     the same level map, stage, size and cells; equal lattices share a cache of derived values.
     `Pyramid.lattice` creates lattices.
 
@@ -481,6 +487,59 @@ class Lattice:
         return bounds.of(self) if bounds is not None else None
 
     @_derive
+    def patches(self) -> Tensor | None:
+        """(n,) int64: the corners, as pixel numbers, of the cells of the coarsest level that floors keep whole. Their
+        elements come first, patch after patch, so that they are the memory of n small channels_last maps. None if rows
+        are in raster order: there are other levels, several images, or bounds."""
+        geometry, levels = self.geometry, self.pyramid.levels
+        if not geometry.floors or self.stage == 0 or self.patch_side < 2 or levels.shape[0] > 1:
+            return None
+        if self.part is not None or self.pyramid.bounds is not None or self.is_open or self.uniform_level is not None:
+            return None
+        if not self.pyramid.has_two_levels:
+            return None
+        side = geometry.sides[geometry.max_level]
+        whole = [length // side for length in self.size]
+        kept = self.levels[0, ::side, ::side][: whole[0], : whole[1]] < geometry.max_level
+        corners = kept.nonzero() * side
+        return corners[:, 0] * self.size[1] + corners[:, 1] if len(corners) else None
+
+    @property
+    def patch_side(self) -> int:
+        """Where level maps are floors: samples along the side of a cell of the coarsest level on the network's own
+        grid; 0 where that grid is coarser."""
+        return self.geometry.sides[self.geometry.max_level] // self.geometry.sides[max(0, self.stage - 1)]
+
+    def _cells_by_patch(self, corners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `_cells` in the order of `patches`: the patches, the coarse cells, and what the border cuts."""
+        (height, width), cell, many = self.size, self.geometry.sides[self.geometry.max_level], self.patch_side
+        step = cell // many
+        grid = torch.arange(many) * step
+        in_patches = (corners.view(-1, 1, 1) + grid.view(-1, 1) * width + grid).flatten()
+        is_low = self.levels[0, ::cell, ::cell] == self.geometry.max_level
+        low = is_low.nonzero() * cell
+        y, x = torch.arange(0, height, step).view(-1, 1), torch.arange(0, width, step)
+        is_cut = (y >= height // cell * cell) | (x >= width // cell * cell)
+        cut = (is_cut & ~is_low[y // cell, x // cell]).nonzero() * step
+        anchors = torch.cat((in_patches, low[:, 0] * width + low[:, 1], cut[:, 0] * width + cut[:, 1]))
+        first = torch.zeros(is_low.shape, dtype=torch.int32)
+        first[is_low] = torch.arange(len(low), dtype=torch.int32) + len(in_patches)
+        index = first.repeat_interleave(cell, 0)[:height].repeat_interleave(cell, 1)[:, :width].contiguous()
+        if len(cut):
+            own = torch.zeros(y.numel(), x.numel(), dtype=torch.int32)
+            own[cut[:, 0] // step, cut[:, 1] // step] = torch.arange(len(cut), dtype=torch.int32) + (
+                len(anchors) - len(cut)
+            )
+            own = own.repeat_interleave(step, 0)[:height].repeat_interleave(step, 1)[:, :width]
+            index = torch.where(own > 0, own, index)
+        rows = torch.arange(len(in_patches), dtype=torch.int32).view(-1, many, 1, many, 1)
+        rows = rows.expand(-1, many, step, many, step).reshape(-1, cell, cell)
+        whole = index[: height // cell * cell, : width // cell * cell]
+        by_cell = whole.unflatten(1, (-1, cell)).unflatten(0, (-1, cell)).transpose(1, 2)
+        by_cell[corners // width // cell, corners % width // cell] = rows
+        return anchors, index.flatten(), torch.tensor([len(anchors)])
+
+    @_derive
     def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors (N,) as flat pixel numbers, the row of the cell that contains each pixel (B*H*W,), and the number of
         elements of each image (B,)."""
@@ -491,6 +550,8 @@ class Lattice:
             )
             index = (is_there.cumsum(0) - 1).to(torch.int32)
             return is_there.nonzero().squeeze(1), index, is_there.view(self.batch, -1).sum(1)
+        if self.patches is not None:
+            return self._cells_by_patch(self.patches)
         if self.part is None and self.capacity is None and maps.supports(self.levels):
             return maps.find_cells(self.levels, self.geometry.sides)
         if self.part is None and self.capacity is not None and self.has_gpu_maps:
@@ -513,7 +574,7 @@ class Lattice:
 
     @property
     def anchors(self) -> Tensor:
-        """(N,) int64: flat (image, y, x) pixel number of each element's anchor, ascending; 0 for padding."""
+        """(N,) int64: flat (image, y, x) pixel number of each element's anchor; 0 for padding."""
         return self._cells[0]
 
     @property
@@ -587,7 +648,7 @@ class Lattice:
         """
         height, width = self.size
         image, y, x = self.coordinates
-        side = self.side_map.flatten()[self.anchors]
+        side = constant(self.geometry.sides, torch.int64, self.levels.device)[self.level_of_rows.long()]
         area = torch.minimum(side, height - y) * torch.minimum(side, width - x)
         flat = self.levels.flatten(1)
         uniform = flat.amin(1) == flat.amax(1)
