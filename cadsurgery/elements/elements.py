@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cadsurgery.elements.axes import NCHW, channel_dims, fast_layout, image_dims, is_flat
 from cadsurgery.elements.backends.choose import Picking, compute, mix, select_rows
+from cadsurgery.elements.backends.patches import has_pixels, to_pixels
 from cadsurgery.elements.backends.target import require_equal
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice
@@ -106,6 +107,9 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
     if not x.rows.is_floating_point():  # truth values and whole numbers: those of the cell
         cells = lattice.index.view(lattice.batch, height, width)[:, ::spacing, ::spacing]
         return x.rows[cells.to(x.rows.device)]
+
+    if x.rows.dim() == 2 and guide is None and not x.rows.requires_grad and has_pixels(lattice, spacing):
+        return to_pixels(x.rows, lattice, spacing)
 
     def build() -> Reading:
         pixels = torch.arange(lattice.batch * height * width, device=lattice.levels.device)

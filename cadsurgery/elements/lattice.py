@@ -244,11 +244,27 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
     if geometry.patch == "block":
         whole = _block_minimum(levels, geometry.sides[-1]) >= geometry.max_level
         return (whole * geometry.max_level).to(torch.int8)
+    if geometry.floors and not torch.compiler.is_compiling() and _is_by_cell(levels, geometry):
+        return levels.to(torch.int8)
     legal = torch.zeros_like(levels, dtype=torch.int8)
     for level in range(1, geometry.max_level + 1):
         fits = _block_minimum(levels, geometry.sides[level]) >= level
         legal = torch.where(fits, level, legal).to(torch.int8)
     return legal
+
+
+def _is_by_cell(levels: Tensor, geometry: Geometry) -> bool:
+    """True if each cell of the coarsest level has one level, either 0 or the coarsest, so that the map is legal."""
+    side, (height, width) = geometry.sides[geometry.max_level], levels.shape[1:]
+    small = levels.to(torch.int8)
+    cells = small[:, ::side, ::side]
+    if bool(((cells > 0) & (cells < geometry.max_level)).any()):
+        return False
+    rows = cells.repeat_interleave(side, 2)[:, :, :width]
+    return all(
+        bool((small[:, place * side : (place + 1) * side] == rows[:, place : place + 1]).all())
+        for place in range(cells.shape[1])
+    )
 
 
 def _block_minimum(levels: Tensor, side: int) -> Tensor:
@@ -494,7 +510,12 @@ class Lattice:
         geometry, levels = self.geometry, self.pyramid.levels
         if not geometry.floors or self.stage == 0 or self.patch_side < 2 or levels.shape[0] > 1:
             return None
-        if self.part is not None or self.pyramid.bounds is not None or self.is_open or self.uniform_level is not None:
+        if (
+            self.part is not None
+            or self.pyramid.bounds is not None
+            or self.is_open
+            or self.uniform_level is not None
+        ):
             return None
         if not self.pyramid.has_two_levels:
             return None
@@ -503,6 +524,11 @@ class Lattice:
         kept = self.levels[0, ::side, ::side][: whole[0], : whole[1]] < geometry.max_level
         corners = kept.nonzero() * side
         return corners[:, 0] * self.size[1] + corners[:, 1] if len(corners) else None
+
+    @property
+    def has_patches(self) -> bool:
+        """True if rows are in the order of `patches`."""
+        return self.geometry.floors and self.patches is not None
 
     @property
     def patch_side(self) -> int:

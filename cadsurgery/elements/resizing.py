@@ -61,8 +61,15 @@ def resize(
         )
     target = x.lattice.resample(stage, fine)
     if x.lattice.geometry.floors:
+        if mode == "nearest" and all(want == have * scale for want, have in zip(after, before, strict=True)):
+            same = partial(_same_sample, x.lattice, target, spacings[0])
+            return Elements(
+                x.rows.index_select(0, x.lattice.derive(("same sample", target.key), same)), target
+            )
         corners = partial(_own_corners, x.lattice, target, spacings, before, after, mode, bool(align_corners))
-        reading, shares = x.lattice.derive(("own corners", target.key, spacings, after, mode, align_corners), corners)
+        reading, shares = x.lattice.derive(
+            ("own corners", target.key, spacings, after, mode, align_corners), corners
+        )
         return Elements(mix(extend(x.rows, reading, 0.0), reading.table.to(torch.int32), shares), target)
     key = ("resize", target.key, spacings, before, after, mode, align_corners)
     ratios = _ratios(before, after, spacings, bool(align_corners))
@@ -71,6 +78,12 @@ def resize(
     )
     build = partial(_between_cells, x.lattice, target, ratios, mode, bool(align_corners), stretched)
     return Elements(mix(x.rows, *x.lattice.derive(key, build)), target)
+
+
+def _same_sample(source: Lattice, target: Lattice, spacing: int) -> Tensor:
+    """Return the row of the sample that each element of a map, repeated a whole number of times, is a copy of."""
+    image, y, x = target.coordinates
+    return source.index[source.pixels(image, y - y % spacing, x - x % spacing)]
 
 
 def _own_corners(
@@ -98,9 +111,7 @@ def _own_corners(
         low = (point + 1e-9).floor()
         first = low.long()
         ends.append(((first, 1 - (point - low)), ((first + 1).clamp(max=have - 1), point - low)))
-    pixels = [
-        source.pixels(image, y * spacings[0], x * spacings[0]) for y, _ in ends[0] for x, _ in ends[1]
-    ]
+    pixels = [source.pixels(image, y * spacings[0], x * spacings[0]) for y, _ in ends[0] for x, _ in ends[1]]
     shares = [v * h for _, v in ends[0] for _, h in ends[1]]
     return read_points(source, torch.stack(pixels, 1)), torch.stack(shares, 1)
 

@@ -168,7 +168,14 @@ def adaptify(
         if strict:
             _refuse_barriers(chosen)
         geometry = Geometry(
-            chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics, floors=chosen.floors
+            chosen.stage_strides,
+            chosen.max_level,
+            fill,
+            anchor,
+            pool,
+            patch,
+            statistics,
+            floors=chosen.floors,
         )
         program = carry_out(chosen, flow, geometry)
         net = AdaptiveModel(facts.model, program, provider)

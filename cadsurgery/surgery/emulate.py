@@ -107,4 +107,6 @@ def can_emulate(adapted: fx.Graph) -> bool:
     """True if no operation of a rewritten graph mixes the positions of a map other than by windows, resizing, and
     reductions to a vector: their statistics weigh elements by area, dense maps do not."""
     operations = (operation_of(node.target) for node in adapted.nodes if node.target is not resize)
-    return not any(known is not None and known.reads == "image" and known.gives == "elements" for known in operations)
+    return not any(
+        known is not None and known.reads == "image" and known.gives == "elements" for known in operations
+    )

@@ -266,7 +266,11 @@ def _floor_checks(
     mapped, watched = replace(geometry, dense_shortcut=False), _watched(adapted, plan)
     own = _values(model, original, plan, None, call, watched)
     ours = _values(model, adapted, plan, _uniform(mapped, 0), call, watched)
-    checks = [replace(_compare("everything high is the network as it was", ours, own, tolerance), number=1, size=size)]
+    checks = [
+        replace(
+            _compare("everything high is the network as it was", ours, own, tolerance), number=1, size=size
+        )
+    ]
     checks += _at_another_size(model, adapted, plan, mapped, call, tolerance)
     maps = {
         f"everything at floor {plan.strides[level]}": torch.full((image.shape[0], *size), level)

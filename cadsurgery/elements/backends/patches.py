@@ -9,7 +9,7 @@ the border, is computed through kernel maps.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -45,16 +45,18 @@ class Patches(Backend):
         if not isinstance(reads, WindowRead) or not work.is_inference or work.rows.dim() != 2:
             return False
         source, target, window = reads.source, reads.target, reads.window
-        plain = source.geometry.dense_shortcut and window.mode == "zeros" and not reads.drop and not work.outside
-        if target.patches is None or source.part is not None or window.is_pointwise:
+        plain = (
+            source.geometry.dense_shortcut and window.mode == "zeros" and not reads.drop and not work.outside
+        )
+        if not is_patched(source) or not is_patched(target) or target.stage == 0 or window.is_pointwise:
             return False
         if isinstance(work, TransposedConvolution):
             alone = window.kernel == (window.finer, window.finer) and not any(window.padding)
-            return plain and alone and (source.patches is not None or source.uniform_side > 0)
+            return plain and alone
         if isinstance(work, Pooling):
             has_form = work.largest and work.rows.is_floating_point() and not any(window.padding)
             return has_form and not reads.drop and source.geometry.dense_shortcut
-        return plain and (source.stage == 0 or source.patches is not None)
+        return plain and (source.stage == 0 or source.patch_side > 1)
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, O)."""
@@ -90,14 +92,20 @@ class Patches(Backend):
 
     def spread(self, work: TransposedConvolution) -> Tensor:
         """Compute rows (N, O). Without overlap each sample of the result reads one sample."""
-        source, target, window, weights = work.reads.source, work.reads.target, work.reads.window, work.weights
+        source, target, window, weights = (
+            work.reads.source,
+            work.reads.target,
+            work.reads.window,
+            work.weights,
+        )
         finer, side = window.finer, target.patch_side // window.finer
         by_input = weights.weight.unflatten(0, (weights.groups, -1)).transpose(1, 2).flatten(0, 1)
         bias = weights.bias_as(work.rows.dtype)
         read = _held(work.reads)
         image = _image(work.rows.index_select(0, read[: _in_patches(target) // finer**2]), side)
-        result = F.conv_transpose2d(image, by_input.to(image.dtype), bias, finer, groups=weights.groups)
-        rows = [result.permute(0, 2, 3, 1).reshape(-1, weights.weight.shape[0])]
+        if len(image):
+            result = F.conv_transpose2d(image, by_input.to(image.dtype), bias, finer, groups=weights.groups)
+        rows = [result.permute(0, 2, 3, 1).reshape(-1, weights.weight.shape[0])] if len(image) else []
         anchors = target.anchors[_in_patches(target) :]
         step = window.output_spacing
         places = (anchors // target.size[1] // step % finer, anchors % target.size[1] // step % finer)
@@ -114,10 +122,23 @@ class Patches(Backend):
         return weights.finish(torch.cat((*rows, tail)), work.residual)
 
 
+def is_patched(lattice: Lattice) -> bool:
+    """True if all cells of a lattice of floors are in whole patches, coarse, or cut by the border."""
+    if lattice.stage == 0 or lattice.patches is not None:
+        return lattice.geometry.floors and lattice.part is None and lattice.batch == 1
+    return lattice.geometry.floors and lattice.uniform_level == max(
+        lattice.geometry.max_level, lattice.stage - 1
+    )
+
+
+def _corners(lattice: Lattice) -> Tensor:
+    """Return the corners of the patches (n,) as pixel numbers."""
+    return lattice.patches if lattice.patches is not None else torch.empty(0, dtype=torch.long)
+
+
 def _in_patches(lattice: Lattice) -> int:
     """Return the number of rows in patches."""
-    assert lattice.patches is not None
-    return len(lattice.patches) * lattice.patch_side**2
+    return len(_corners(lattice)) * lattice.patch_side**2
 
 
 def _image(rows: Tensor, side: int) -> Tensor:
@@ -128,34 +149,105 @@ def _image(rows: Tensor, side: int) -> Tensor:
 def _images(rows: Tensor, reads: WindowRead) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of the target's rows, and the maps (n, C, h, w) from which a window computes them. All have the same
     number of patches, so that packed weights serve them all: the last ones overlap."""
-    target, reading, (height, width) = reads.target, *_with_margin(reads)
-    assert target.patches is not None
-    total, pixels = len(target.patches), target.patch_side**2
-    many = max(1, _CACHED // (height * width * rows.shape[1] * rows.element_size()))
+    target = reads.target
+    total, pixels = len(_corners(target)), target.patch_side**2
+    if not total:
+        return
+    margin = _with_margin(reads)
+    (height, width), channels = margin.size, rows.shape[1]
+    many = max(1, _CACHED // (height * width * channels * rows.element_size()))
     many = min(total, 1 << many.bit_length() - 1)
     for start in (*range(0, total - many, many), total - many):
-        part = replace(reading, table=reading.table[start : start + many])
-        image = compute(Picking(rows, part)).view(many, height, width, rows.shape[1])
-        yield slice(start * pixels, (start + many) * pixels), image.permute(0, 3, 1, 2)
+        part = replace(margin.reading, table=margin.reading.table[start : start + many])
+        edge = compute(Picking(rows, part)) if part.table.numel() else rows[:0]
+        if margin.own is None:
+            image = edge
+        else:
+            side, (top, left, bottom, right) = margin.side, margin.own
+            own = rows[start * side**2 : (start + many) * side**2].view(many, side, side, channels)
+            if part.table.numel() == 0:
+                image = own
+            else:
+                image = rows.new_empty(many, height, width, channels)
+                image[:, top:bottom, left:right] = own[:, : bottom - top, : right - left]
+                image.view(many, -1, channels)[:, margin.places] = edge.view(many, -1, channels)
+        yield (
+            slice(start * pixels, (start + many) * pixels),
+            image.reshape(many, height, width, channels).permute(0, 3, 1, 2),
+        )
 
 
-def _with_margin(reads: WindowRead) -> tuple[Reading, tuple[int, int]]:
-    """Return the reading (n, h w) of what a window reads for each patch of the target, and (h, w)."""
+@dataclass(frozen=True, eq=False)
+class _Margin:
+    """What a window reads for each patch.
+
+    Attributes:
+        size: (height, width) of the map that is read.
+        reading: of the samples around the source's own patch (n, margin), or of all (n, height width).
+        own: top, left, bottom and right of the own patch in that map; None if all samples are read one by one.
+        side: side of the own patch in samples.
+        places: (margin,) places of the samples around it.
+    """
+
+    size: tuple[int, int]
+    reading: Reading
+    own: tuple[int, int, int, int] | None = None
+    side: int = 0
+    places: Tensor | None = None
+
+
+def _with_margin(reads: WindowRead) -> _Margin:
+    """Return what a window reads for each patch of the target."""
     source, target, window = reads.source, reads.target, reads.window
     height, width = (
         (target.patch_side - 1) * window.stride + step * (taps - 1) + 1
         for taps, step in zip(window.kernel, window.dilation, strict=True)
     )
 
-    def build() -> Reading:
-        assert target.patches is not None
+    def build() -> _Margin:
+        corners, (top, left) = _corners(target), (window.padding[0], window.padding[2])
         steps = [
             [window.spacing * (at - pad) for at in range(length)]
-            for length, pad in ((height, window.padding[0]), (width, window.padding[2]))
+            for length, pad in ((height, top), (width, left))
         ]
-        return Reading(*find_taps(source, target.patches, target.size, (steps[0], steps[1])), True)
+        if source.size != target.size or source.stage == 0:
+            taps = find_taps(source, corners, target.size, (steps[0], steps[1]))
+            return _Margin((height, width), Reading(*taps, True))
+        side = source.patch_side
+        own = (top, left, min(top + side, height), min(left + side, width))
+        is_own = torch.zeros(height, width, dtype=torch.bool)
+        is_own[own[0] : own[2], own[1] : own[3]] = True
+        places = (~is_own).flatten().nonzero().squeeze(1)
+        y = corners.unsqueeze(1) // target.size[1] + window.spacing * (places // width - top)
+        x = corners.unsqueeze(1) % target.size[1] + window.spacing * (places % width - left)
+        return _Margin((height, width), _read_at(source, y, x), own, side, places)
 
-    return source.derive(("patches", target.key, window), build), (height, width)
+    return source.derive(("patches", target.key, window), build)
+
+
+def _read_at(source: Lattice, y: Tensor, x: Tensor) -> Reading:
+    """Return the reading of points (any shape) of a lattice with two levels; those outside of the map read padding."""
+    (height, width), cell = source.size, source.geometry.sides[source.geometry.max_level]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+    points = y * width + x
+    table = torch.where(inside, source.index[points], source.count)
+    is_low = source.levels.view(-1)[points] == source.geometry.max_level
+    mixed = inside & is_low & ((y % cell > 0) | (x % cell > 0))
+    if source.geometry.fill == "nearest":
+        return Reading(table.to(torch.int32), *_NO_HALO, True)
+    y, x = y[mixed], x[mixed]
+    top, left = y - y % cell, x - x % cell
+    down, across = (y - top) / cell, (x - left) / cell
+    bottom, right = (top + cell).clamp(max=height - 1), (left + cell).clamp(max=width - 1)
+    sources = [source.index[row * width + column] for row in (top, bottom) for column in (left, right)]
+    shares = [of_row * of_column for of_row in (1 - down, down) for of_column in (1 - across, across)]
+    table = table.to(torch.int32)
+    table[mixed] = torch.arange(len(y), dtype=torch.int32) + source.count + 1
+    return Reading(table, torch.stack(sources, 1), torch.stack(shares, 1).double(), True)
+
+
+_NO_HALO = (torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 4, dtype=torch.float64))
 
 
 def _reading(reads: WindowRead, rows: Tensor) -> Reading:
@@ -163,11 +255,16 @@ def _reading(reads: WindowRead, rows: Tensor) -> Reading:
     source, target, window = reads.source, reads.target, reads.window
 
     def build() -> Reading:
-        steps = [
-            [window.spacing * (step * tap - pad) for tap in range(taps)]
+        down, across = (
+            torch.tensor([window.spacing * (step * tap - pad) for tap in range(taps)])
             for taps, step, pad in zip(window.kernel, window.dilation, window.padding[::2], strict=True)
-        ]
-        return Reading(*find_taps(source, target.anchors[rows], target.size, (steps[0], steps[1])), True)
+        )
+        if source.stage == 0:
+            steps = (down.tolist(), across.tolist())
+            return Reading(*find_taps(source, target.anchors[rows], target.size, steps), True)
+        anchors = target.anchors[rows].view(-1, 1, 1)
+        y, x = anchors // target.size[1] + down.view(-1, 1), anchors % target.size[1] + across
+        return _read_at(source, *(at.flatten(1) for at in torch.broadcast_tensors(y, x)))
 
     return source.derive(("rest", target.key, window, len(rows)), build)
 
@@ -178,9 +275,8 @@ def _held(reads: WindowRead) -> Tensor:
     source, target, spacing = reads.source, reads.target, reads.window.spacing
 
     def build() -> Tensor:
-        assert target.patches is not None
         width, grid = target.size[1], torch.arange(target.patch_side // reads.window.finer) * spacing
-        corners = target.patches.view(-1, 1, 1)
+        corners = _corners(target).view(-1, 1, 1)
         y, x = corners // width + grid.view(-1, 1), corners % width + grid
         anchors = target.anchors[_in_patches(target) :]
         own_y, own_x = (at - at % spacing for at in (anchors // width, anchors % width))
@@ -201,7 +297,8 @@ class _Coarse(NamedTuple):
 def _coarse_axis(window: Window, axis: int, cell: int) -> tuple[_Coarse, set[int]]:
     """Return the weights on anchors along an axis, and the cells, counted from the own one, that hold the taps."""
     places = [
-        window.spacing * (window.dilation[axis] * tap - window.padding[2 * axis]) for tap in range(window.kernel[axis])
+        window.spacing * (window.dilation[axis] * tap - window.padding[2 * axis])
+        for tap in range(window.kernel[axis])
     ]
     first, last = min(place // cell for place in places), max(-(-place // cell) for place in places)
     shares = torch.zeros(len(places), last - first + 1)
@@ -221,7 +318,7 @@ def _others(reads: WindowRead) -> tuple[Tensor, Tensor]:
     def build() -> tuple[Tensor, Tensor]:
         start, cell = _in_patches(target), target.geometry.sides[target.geometry.max_level]
         rows = torch.arange(start, target.count)
-        if source.patches is None or source.geometry.fill != "linear":
+        if source.stage == 0 or source.geometry.fill != "linear":
             return rows[:0], rows
         low = source.levels[0, ::cell, ::cell] == source.geometry.max_level
         inner = torch.zeros_like(low)
@@ -247,7 +344,11 @@ def _between_anchors(work: Convolution, rows: Tensor) -> Tensor:
     """Convolve the map of anchors with the weights' shares and return the values at coarse cells."""
     reads, weights = work.reads, work.weights
     assert isinstance(reads, WindowRead)
-    source, target, cell = reads.source, reads.target, reads.source.geometry.sides[reads.source.geometry.max_level]
+    source, target, cell = (
+        reads.source,
+        reads.target,
+        reads.source.geometry.sides[reads.source.geometry.max_level],
+    )
     height, width = (-(-length // cell) for length in source.size)
     of_cell = source.index.view(source.size)[::cell, ::cell].flatten()
     image = work.rows.index_select(0, of_cell).view(1, height, width, -1).permute(0, 3, 1, 2)
@@ -259,9 +360,49 @@ def _between_anchors(work: Convolution, rows: Tensor) -> Tensor:
         return weights.changed(weight=folded, activation=None)
 
     folded = weights.form(("between anchors", cell, reads.window), fold)
-    padding = (-across.first, across.first + across.shares.shape[1] - 1, -down.first, down.first + down.shares.shape[1] - 1)
+    padding = (
+        -across.first,
+        across.first + across.shares.shape[1] - 1,
+        -down.first,
+        down.first + down.shares.shape[1] - 1,
+    )
     result = convolve(folded, F.pad(image, padding), (1, 1), (0, 0), (1, 1))
     anchors = target.anchors[rows]
     places = anchors // target.size[1] // cell * width + anchors % target.size[1] // cell
     values = result.permute(0, 2, 3, 1).reshape(height * width, -1).index_select(0, places)
     return weights.finish(values, work.residual[rows] if work.residual is not None else None)
+
+
+def has_pixels(lattice: Lattice, spacing: int) -> bool:
+    """True if `to_pixels` can read a lattice: no kept cell is cut by the border."""
+    geometry = lattice.geometry
+    if (
+        not geometry.floors
+        or geometry.fill != "linear"
+        or not geometry.dense_shortcut
+        or lattice.patches is None
+    ):
+        return False
+    cell = geometry.sides[geometry.max_level]
+    cells = -(-lattice.size[0] // cell) * -(-lattice.size[1] // cell)
+    is_uncut = lattice.count == _in_patches(lattice) + cells - len(lattice.patches)
+    return is_uncut and cell % spacing == 0 and spacing % (cell // lattice.patch_side) == 0
+
+
+def to_pixels(rows: Tensor, lattice: Lattice, spacing: int) -> Tensor:
+    """Read every `spacing`-th fine pixel of a lattice with linear fill, (1, h, w, C): coarse cells are interpolated as
+    one small map of their anchors, whole patches are copied."""
+    cell, side = lattice.geometry.sides[lattice.geometry.max_level], lattice.patch_side
+    (height, width), many = lattice.size, cell // spacing
+    of_cell = lattice.index.view(lattice.size)[::cell, ::cell]
+    anchors = rows.index_select(0, of_cell.flatten()).view(1, *of_cell.shape, -1).permute(0, 3, 1, 2)
+    wide = anchors.to(torch.promote_types(rows.dtype, torch.float32))
+    ends = F.pad(wide, (0, 1, 0, 1), mode="replicate")
+    size = [length * many + 1 for length in of_cell.shape]
+    every = F.interpolate(ends, size=size, mode="bilinear", align_corners=True)
+    by_pixel = every[:, :, :-1, :-1].permute(0, 2, 3, 1).to(rows.dtype).contiguous()
+    corners, step = _corners(lattice), side // many
+    patches = rows[: _in_patches(lattice)].view(-1, side, side, rows.shape[1])[:, ::step, ::step]
+    by_cell = by_pixel[0].unflatten(1, (-1, many)).unflatten(0, (-1, many)).transpose(1, 2)
+    by_cell[corners // width // cell, corners % width // cell] = patches
+    return by_pixel[:, : -(-height // spacing), : -(-width // spacing)]
