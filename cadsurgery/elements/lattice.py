@@ -255,7 +255,7 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
 
 def _is_by_cell(levels: Tensor, geometry: Geometry) -> bool:
     """True if each cell of the coarsest level has one level, either 0 or the coarsest, so that the map is legal."""
-    side, (height, width) = geometry.sides[geometry.max_level], levels.shape[1:]
+    side, width = geometry.sides[geometry.max_level], levels.shape[2]
     small = levels.to(torch.int8)
     cells = small[:, ::side, ::side]
     if bool(((cells > 0) & (cells < geometry.max_level)).any()):
@@ -566,6 +566,23 @@ class Lattice:
         return anchors, index.flatten(), torch.tensor([len(anchors)])
 
     @_derive
+    def _side_of_uniform(self) -> int:
+        """Where level maps are floors: the side of the cells if it is the same everywhere; otherwise 0."""
+        if not self.geometry.floors or self.capacity is not None or self.is_open:
+            return 0
+        return self.uniform_side
+
+    def _cells_of_uniform(self, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `_cells` of a lattice whose cells all have the same side."""
+        (height, width), (rows, columns), device = self.size, self.samples(side), self.levels.device
+        image, y, x = (torch.arange(count, device=device) for count in (self.batch, rows, columns))
+        anchors = (image.view(-1, 1, 1) * height + y.view(-1, 1) * side) * width + x * side
+        index = torch.arange(anchors.numel(), dtype=torch.int32, device=device).view(anchors.shape)
+        if side > 1:
+            index = index.repeat_interleave(side, 1)[:, :height].repeat_interleave(side, 2)[:, :, :width]
+        return anchors.flatten(), index.flatten(), torch.full_like(image, rows * columns)
+
+    @_derive
     def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors (N,) as flat pixel numbers, the row of the cell that contains each pixel (B*H*W,), and the number of
         elements of each image (B,)."""
@@ -578,6 +595,8 @@ class Lattice:
             return is_there.nonzero().squeeze(1), index, is_there.view(self.batch, -1).sum(1)
         if self.patches is not None:
             return self._cells_by_patch(self.patches)
+        if self._side_of_uniform:
+            return self._cells_of_uniform(self._side_of_uniform)
         if self.part is None and self.capacity is None and maps.supports(self.levels):
             return maps.find_cells(self.levels, self.geometry.sides)
         if self.part is None and self.capacity is not None and self.has_gpu_maps:
@@ -627,6 +646,8 @@ class Lattice:
     @property
     def count(self) -> int:
         """Number of rows: elements and, if only bounds are known, padding."""
+        if side := self._side_of_uniform:
+            return self.batch * math.prod(self.samples(side))
         return self.anchors.shape[0] if self.capacity is None else self.capacity[1]
 
     @_derive
@@ -657,6 +678,8 @@ class Lattice:
             return None if level is None else self.geometry.level_at(level, self.stage)
         if self.is_open:
             return None
+        if self.geometry.floors and self.stage == 0:
+            return 0
         low, high = torch.aminmax(self.levels)
         return int(low) if bool(low == high) else None
 

@@ -121,8 +121,8 @@ def _plan_of_floors(
         strides = sorted(set(flow.grid.values()))
         raise InvalidInput(
             f"coarsest={coarsest} is not possible for this network.",
-            why=f"its maps have output strides {', '.join(map(str, strides))}, and cells of {coarsest} pixels are to be "
-            "made of theirs.",
+            why=f"its maps have output strides {', '.join(map(str, strides))}, of which cells of {coarsest} pixels are "
+            "to be made.",
             next=f"give a multiple of {strides[-1]} by a power of two, or one of its strides.",
         )
     working = readers(flow, chosen)

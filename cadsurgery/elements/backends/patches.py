@@ -1,7 +1,7 @@
 """Windows on whole patches: where floors keep cells of the coarsest level whole, each is a small dense map.
 
-A patch is read with a margin, which may lie in other patches, in coarse cells (interpolated) or outside the map, and is
-convolved as any dense map. Coarse cells among coarse cells are convolved densely, too: as a map with a sample a cell and
+A patch is read with a margin, which may lie in other patches, in coarse cells (interpolated) or outside the map, and
+is convolved as any dense map. Coarse cells among coarse cells are convolved densely, too: as a map with a sample a cell and
 with weights in which a tap between two anchors is a share of each. What is left, at the changes of resolution and at
 the border, is computed through kernel maps.
 """
@@ -27,11 +27,15 @@ from cadsurgery.elements.backends.choose import (
 )
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import FusedConv
-from cadsurgery.elements.kernel_map import Reading, Window, find_taps
+from cadsurgery.elements.kernel_map import Reading, Window
 from cadsurgery.elements.lattice import Lattice
 
 # Bytes of the patches, with their margins, that are read and convolved at once: they stay in the cache.
-_CACHED = 1 << 20
+_CACHED = 1 << 22
+# Smaller patches are computed through kernel maps, whose products do not depend on the shape of a map.
+_SMALLEST = 8
+# With so many channels in a group the products cost more than the copy of a patch and its margin saves.
+_WIDE = 48
 
 
 class Patches(Backend):
@@ -65,11 +69,14 @@ class Patches(Backend):
         stride, dilation = reads.window.stride, reads.window.dilation
         out = work.rows.new_empty(reads.target.count, weights.weight.shape[0])
         more = work.residual
-        for rows, image in _images(work.rows, reads):
+        by_map = reads.target.patch_side < _SMALLEST or weights.weight.shape[1] >= _WIDE
+        for rows, image in () if by_map else _images(work.rows, reads):
             part = _image(more[rows], reads.target.patch_side) if more is not None else None
             result = convolve(weights, image, (stride, stride), (0, 0), dilation, part)
             out[rows] = result.permute(0, 2, 3, 1).reshape(-1, out.shape[1])
         coarse, rest = _others(reads)
+        if by_map:
+            rest = torch.cat((torch.arange(_in_patches(reads.target)), rest))
         if len(coarse):
             out[coarse] = _between_anchors(work, coarse)
         if len(rest):
@@ -205,22 +212,21 @@ def _with_margin(reads: WindowRead) -> _Margin:
     )
 
     def build() -> _Margin:
-        corners, (top, left) = _corners(target), (window.padding[0], window.padding[2])
-        steps = [
-            [window.spacing * (at - pad) for at in range(length)]
-            for length, pad in ((height, top), (width, left))
-        ]
+        (top, left), corners = window.padding[::2], _corners(target).unsqueeze(1)
+
+        def read(places: Tensor) -> Reading:
+            y = corners // target.size[1] + window.spacing * (places // width - top)
+            return _read_at(source, y, corners % target.size[1] + window.spacing * (places % width - left))
+
         if source.size != target.size or source.stage == 0:
-            taps = find_taps(source, corners, target.size, (steps[0], steps[1]))
-            return _Margin((height, width), Reading(*taps, True))
+            places = torch.arange(height * width)
+            return _Margin((height, width), read(places))
         side = source.patch_side
         own = (top, left, min(top + side, height), min(left + side, width))
         is_own = torch.zeros(height, width, dtype=torch.bool)
         is_own[own[0] : own[2], own[1] : own[3]] = True
         places = (~is_own).flatten().nonzero().squeeze(1)
-        y = corners.unsqueeze(1) // target.size[1] + window.spacing * (places // width - top)
-        x = corners.unsqueeze(1) % target.size[1] + window.spacing * (places % width - left)
-        return _Margin((height, width), _read_at(source, y, x), own, side, places)
+        return _Margin((height, width), read(places), own, side, places)
 
     return source.derive(("patches", target.key, window), build)
 
@@ -231,6 +237,8 @@ def _read_at(source: Lattice, y: Tensor, x: Tensor) -> Reading:
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
     points = y * width + x
+    if source.stage == 0:  # its rows are the pixels of a dense map
+        return Reading(torch.where(inside, points, source.count).to(torch.int32), *_NO_HALO, True)
     table = torch.where(inside, source.index[points], source.count)
     is_low = source.levels.view(-1)[points] == source.geometry.max_level
     mixed = inside & is_low & ((y % cell > 0) | (x % cell > 0))
@@ -259,9 +267,6 @@ def _reading(reads: WindowRead, rows: Tensor) -> Reading:
             torch.tensor([window.spacing * (step * tap - pad) for tap in range(taps)])
             for taps, step, pad in zip(window.kernel, window.dilation, window.padding[::2], strict=True)
         )
-        if source.stage == 0:
-            steps = (down.tolist(), across.tolist())
-            return Reading(*find_taps(source, target.anchors[rows], target.size, steps), True)
         anchors = target.anchors[rows].view(-1, 1, 1)
         y, x = anchors // target.size[1] + down.view(-1, 1), anchors % target.size[1] + across
         return _read_at(source, *(at.flatten(1) for at in torch.broadcast_tensors(y, x)))
