@@ -525,10 +525,15 @@ class Lattice:
         corners = kept.nonzero() * side
         return corners[:, 0] * self.size[1] + corners[:, 1] if len(corners) else None
 
-    @property
-    def has_patches(self) -> bool:
-        """True if rows are in the order of `patches`."""
-        return self.geometry.floors and self.patches is not None
+    @_derive
+    def is_patched(self) -> bool:
+        """True if level maps are floors, of one image, and all cells are in whole patches, coarse, cut by the border,
+        or pixels of the image."""
+        if not self.geometry.floors or self.part is not None or self.batch > 1 or self.is_open:
+            return False
+        if self.stage == 0 or self.patches is not None:
+            return True
+        return self.uniform_level == max(self.geometry.max_level, self.stage - 1)
 
     @property
     def patch_side(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.axes import NCHW
@@ -18,6 +19,10 @@ from cadsurgery.elements.functional import resize
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.surgery.plan import Decision, Plan
+
+
+class CannotEmulate(Exception):
+    """A reduction reads a map whose axes are not batch, channels, height and width."""
 
 
 class Emulator(fx.Interpreter):
@@ -45,7 +50,12 @@ class Emulator(fx.Interpreter):
         decision = self.decisions[n.name]
         if decision.action in ("adapt", "keep") and not decision.layout and n.op != "output":
             return self._reduced(n)
+        module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise CannotEmulate(n.name)
         value = super().run_node(n)
+        if n.target is F.pad or type(module).__module__ == "torch.nn.modules.padding":
+            return value  # the windows that read it apply the padding
         if decision.stages[1] == 0 or decision.action not in ("adapt", "keep"):
             return value
         if isinstance(value, tuple) and isinstance(value[0], Tensor) and not value[-1].is_floating_point():
@@ -57,8 +67,10 @@ class Emulator(fx.Interpreter):
 
         def by_cell(source: fx.Node) -> Any:
             value, decision = self.env[source], self.decisions[source.name]
-            if not isinstance(value, Tensor) or decision.layout != NCHW or not decision.stages[1]:
+            if not isinstance(value, Tensor) or not decision.layout or not decision.stages[1]:
                 return value
+            if decision.layout != NCHW:
+                raise CannotEmulate(source.name)
             if self.is_uniform:
                 step = max(1, self.geometry.sides[int(self.levels[0, 0, 0])] // decision.grid)
                 return value[:, :, ::step, ::step]
@@ -71,7 +83,10 @@ class Emulator(fx.Interpreter):
     def _cells(self, size: Sequence[int], grid: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return the anchor (y, x) of the cell that holds each sample (B, h, w) of a map, and the cell's side, in
         samples."""
-        levels = self.levels[:, ::grid, ::grid][:, : size[0], : size[1]].long()
+        levels = self.levels.long()
+        for axis, count in enumerate(size, 1):  # a map that is larger than the image continues its border
+            places = (torch.arange(count) * grid).clamp(max=levels.shape[axis] - 1)
+            levels = levels.index_select(axis, places)
         side = (torch.tensor(self.geometry.sides)[levels] // grid).clamp(min=1)
         y, x = torch.arange(size[0]).view(1, -1, 1), torch.arange(size[1]).view(1, 1, -1)
         return (y - y % side, x - x % side), side

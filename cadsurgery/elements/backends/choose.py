@@ -62,8 +62,8 @@ class WindowRead:
         source, target = self.source, self.target
         geometry, levels = source.geometry, (source.uniform_level, target.uniform_level)
         parts = (source.part is None, target.part is None, source.has_known_counts, target.has_known_counts)
-        parts += (source.has_patches, target.has_patches)
-        return self.window, self.drop, levels, parts, geometry, self.window.is_pointwise
+        floors = (source.is_patched, target.is_patched) if geometry.floors else ()
+        return self.window, self.drop, levels, parts, floors, geometry, self.window.is_pointwise
 
     @property
     def reading(self) -> Reading:

@@ -1,7 +1,7 @@
 """Windows on whole patches: where floors keep cells of the coarsest level whole, each is a small dense map.
 
 A patch is read with a margin, which may lie in other patches, in coarse cells (interpolated) or outside the map, and
-is convolved as any dense map. Coarse cells among coarse cells are convolved densely, too: as a map with a sample a cell and
+A patch is read with a margin, which may lie in other patches, in coarse cells (interpolated) or outside of the map, and
 with weights in which a tap between two anchors is a share of each. What is left, at the changes of resolution and at
 the border, is computed through kernel maps.
 """
@@ -52,7 +52,7 @@ class Patches(Backend):
         plain = (
             source.geometry.dense_shortcut and window.mode == "zeros" and not reads.drop and not work.outside
         )
-        if not is_patched(source) or not is_patched(target) or target.stage == 0 or window.is_pointwise:
+        if not source.is_patched or not target.is_patched or target.stage == 0 or window.is_pointwise:
             return False
         if isinstance(work, TransposedConvolution):
             alone = window.kernel == (window.finer, window.finer) and not any(window.padding)
@@ -127,15 +127,6 @@ class Patches(Backend):
             reading = Reading(reads, none, none.double(), False)
             tail[chosen] = compute(Convolution(others[chosen], plain, reading))
         return weights.finish(torch.cat((*rows, tail)), work.residual)
-
-
-def is_patched(lattice: Lattice) -> bool:
-    """True if all cells of a lattice of floors are in whole patches, coarse, or cut by the border."""
-    if lattice.stage == 0 or lattice.patches is not None:
-        return lattice.geometry.floors and lattice.part is None and lattice.batch == 1
-    return lattice.geometry.floors and lattice.uniform_level == max(
-        lattice.geometry.max_level, lattice.stage - 1
-    )
 
 
 def _corners(lattice: Lattice) -> Tensor:
