@@ -520,16 +520,19 @@ def _check_engine(mask: object, setup: Benchmark) -> None:
     """Refuse options that an engine does not support."""
     if setup.runtime not in ENGINES:
         raise UnknownName("runtime", setup.runtime, (TORCH, *ENGINES))
-    dtypes = ("float32", INT8) if ENGINES[setup.runtime].format == "onnx" else ("float32",)
-    plain = {"dtype": setup.dtype in dtypes, "device": setup.device == "cpu", "memory": not setup.memory}
+    plain = {
+        "dtype": setup.dtype in ("float32", INT8),
+        "device": setup.device == "cpu",
+        "memory": not setup.memory,
+    }
     if unable := [f"{name}={getattr(setup, name)}" for name, is_plain in plain.items() if not is_plain]:
         raise InvalidInput(
             f"runtime {setup.runtime} does not go with {' and '.join(unable)}.",
-            why="engines are timed on the CPU in float32, and ONNX in int8, too.",
+            why="engines are timed on the CPU, in float32 and int8.",
             next="leave that out, or measure it in torch.",
         )
     import_package(ENGINES[setup.runtime].package)
-    check_mask(Budget(mask, 0.5), ENGINES[setup.runtime].format, dynamic=False, level_map=False)
+    check_mask(Budget(mask, 0.5), "onnx", dynamic=False, level_map=False)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,6 @@ _CAPS = {
 }
 _ENGINES = {
     "onnx": "ONNX Runtime runs with all instruction sets of the processor: it cannot be capped.",
-    "aoti": "AOTInductor is capped in part: not in loops that it compiles itself.",
 }
 
 

@@ -444,7 +444,7 @@ def test_engines_that_cannot_be_capped_are_named() -> None:
         return " ".join(bench_isa.joined([("avx2", report)], Benchmark(**options)).notes)
 
     assert "ONNX Runtime" in notes(against="onnxruntime,openvino") and "ONNX Runtime" in notes(runtime="onnx")
-    assert notes() == notes(runtime="openvino") == "" and "AOTInductor" in notes(runtime="aoti")
+    assert notes() == notes(runtime="openvino") == ""
 
 
 def test_a_cap_that_this_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,7 +499,6 @@ def test_a_budget_slower_than_dense_high_is_told_with_the_operation_that_takes_i
     [
         ("onnx", "onnxruntime", "float32"),
         ("openvino", "openvino", "int8"),
-        ("aoti", "torch", "float32"),
     ],
 )
 def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtype: str) -> None:
@@ -720,7 +719,6 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"processor_time": True, "threads": 2}, cs.InvalidInput, "2 threads", "threads=1"),
     ({"against": "tensorrt"}, cs.UnknownName, "tensorrt", "openvino"),
     ({"calibration": "photos"}, cs.InvalidInput, "calibrate", "int8"),
-    ({"runtime": "aoti", "dtype": "int8"}, cs.InvalidInput, "dtype=int8", "in torch"),
     ({"runtime": "onnx", "memory": True}, cs.InvalidInput, "memory=True", "in torch"),
     ({"runtime": "openvino", "mask": "edges | smooth"}, cs.InvalidInput, "smooth", "level_map"),
     ({"smaller": 1.5}, cs.InvalidInput, "smaller=1.5", "0.7"),
