@@ -30,7 +30,7 @@ SIZE = (96, 128)
 COMMANDS = (
     *("convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "finetune", "list", "push"),
     "recommend",
-    *("keypoints extract", "keypoints eval"),
+    "keypoints extract",
 )
 NETWORKS = '''
 """Networks of a user."""
@@ -399,19 +399,6 @@ def test_list_answers_without_importing_torch_where_the_names_are_known(
 
 def test_list_of_nothing_is_empty(run: Run) -> None:
     assert run("list", "zzzz", "--json") == (0, "[]\n", "")
-
-
-@pytest.mark.slow
-def test_list_check_builds_converts_and_verifies_here_and_now(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "zoo.jsonl"
-    options = ("list", "resnet18", "--check", "--output", str(path), "--workers", "1")
-    (row,) = run(*options, "--json").json
-    assert row["result"] == "converts" and max(row["errors"].values()) < 1e-4
-    assert len(path.read_text().splitlines()) == 2
-    again = run(*options)  # it has been checked already
-    assert "converts, 8 to 32" in again.out and len(path.read_text().splitlines()) == 2
-    refused = run("list", "resnet18", "--check", "--output", str(tmp_path / "missing" / "zoo.jsonl"))
-    assert refused.code == 1 and "no folder" in refused.err
 
 
 @pytest.mark.slow

@@ -21,10 +21,10 @@ from networks import randomise, strided
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.network.export.compare import check_difference, difference, more_images
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.onnx import _cut_awkwardly, _of_other_sizes
-from cadsurgery.tasks.corpus import CHECKOUT, subject
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
