@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cadsurgery.support.defaults import DEFAULT_MASK
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cadsurgery"
 
@@ -239,6 +241,17 @@ def test_tests_stand_in_folders_of_the_rooms_under_names_of_their_own() -> None:
     folders = {path.split("/")[1] for path in TESTS if path.count("/") > 1}
     assert folders == {*ROOMS, "laws", "recipes", "zoo"}
     assert len({path.rpartition("/")[2] for path in TESTS}) == len(TESTS)
+
+
+def test_another_default_mask_is_one_line() -> None:
+    """Its name stands where it is chosen and where the mask is defined."""
+    places = {
+        path.relative_to(ROOT / "cadsurgery").as_posix()
+        for path in (ROOT / "cadsurgery").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value == DEFAULT_MASK
+    }
+    assert places == {"support/defaults.py", "masks/graded.py"}
 
 
 def test_no_test_imports_another() -> None:

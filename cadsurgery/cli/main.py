@@ -61,8 +61,9 @@ def _show_version(is_requested: bool) -> None:
 
 
 def main(app: typer.Typer | None = None) -> None:
-    """Run the command line, or that of a recipe. Errors that a user can cause are printed without a traceback, with exit code 1.
+    """Run the command line, or that of a recipe.
 
+    Errors that a user can cause are printed without a traceback, with exit code 1.
     Modules named as `module:function` are also searched for in the current folder, after all installed modules.
     """
     if not sys.flags.safe_path:

@@ -39,6 +39,7 @@ from cadsurgery.network.export import check_mask
 from cadsurgery.network.export.engines import ENGINES, import_package
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
@@ -81,7 +82,7 @@ OF_METHODS = ("size", "batch", "device", "threads", "rounds", "processor_time")
 
 def bench(
     networks: str | nn.Module | Sequence[str | nn.Module],
-    mask: object = "edges",
+    mask: object = DEFAULT_MASK,
     fractions: Sequence[float] = FRACTIONS,
     *,
     fill: Sequence[str] = ("nearest",),

@@ -274,7 +274,7 @@ def test_extraction_refuses_what_cannot_be(
 
 
 def test_a_network_without_a_map_of_descriptors_is_refused_before_any_image(
-    run: Run, folder: Path, sequences: Path, tmp_path: Path
+    run: Run, folder: Path, tmp_path: Path
 ) -> None:
     more = """
 
@@ -296,15 +296,23 @@ def two():
     return Two()
 """
     (tmp_path / "usernets.py").write_text(NETWORKS + more)
-    places = {"extract": (folder, "--output", "out"), "eval": ("--data", sequences)}
-    for command, arguments in places.items():
-        flat, two = (
-            run("keypoints", command, f"usernets:{name}", *arguments, "--output-stride", "1,4", "--json")
-            for name in ("flat", "two")
+    flat, two = (
+        run(
+            "keypoints",
+            "extract",
+            f"usernets:{name}",
+            folder,
+            "-o",
+            "out",
+            "--output-stride",
+            "1,4",
+            "--json",
         )
-        assert flat.code == two.code == 1
-        assert "no map of descriptors" in flat.json["what"] and "features" in flat.json["next"]
-        assert "2 maps" in two.json["what"] and "descriptors or more" in two.json["next"]
+        for name in ("flat", "two")
+    )
+    assert flat.code == two.code == 1
+    assert "no map of descriptors" in flat.json["what"] and "features" in flat.json["next"]
+    assert "2 maps" in two.json["what"] and "descriptors or more" in two.json["next"]
     assert not Path("out/extraction.json").exists()
     named = ("usernets:two", folder / "first.png", "--output", "out", "--output-name", "more")
     assert run("keypoints", "extract", *named, "--output-stride", "1,4").code == 0
