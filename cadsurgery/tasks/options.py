@@ -140,7 +140,6 @@ class Benchmark(Conversion):
     processor_time: bool = option(
         False, "measure processor time instead of elapsed time, for a shared machine; needs one thread"
     )
-    memory: bool = option(False, "also measure peak memory, each side in a process of its own")
     runtime: str = option(
         "torch",
         "{default}, or an engine that all sides are exported to: onnx, openvino, onnx-kernels or openvino-kernels",
@@ -154,12 +153,6 @@ class Benchmark(Conversion):
         0.0,
         "also time dense high on pictures of this scale, e.g. 0.7, resized in the call; 0 for none",
         min=0,
-    )
-    isa: str | tuple[str, ...] = option(
-        "",
-        "measure with these instruction sets, e.g. avx2,avx512, each in processes of its own, in which torch, oneDNN "
-        "and MKL are capped alike",
-        metavar="ISAS",
     )
     calibration: str = option(
         "", "folder of images that int8 is calibrated by; default: the scenes it is measured on"
