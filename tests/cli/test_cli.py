@@ -711,29 +711,20 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         "device": "cuda",
         "threads": 2,
         "rounds": 4,
-        "memory": True,
         "processor_time": True,
         "against": "openvino",
-        "isa": "avx2,avx512",
         "calibration": "photos",
         "picture": Path("b.png"),
         "output": Path("rows.jsonl"),
     }
     given = "-m a -m b --mask random --fractions 1,0.25 --size 64x32 --batch 3 --output-stride 8,16 --dtype bfloat16 "
     given += "--region layer3,layer4 --fill linear --fill nearest --patch block --device cuda --threads 2 --rounds 4 "
-    given += (
-        "--memory --processor-time --against openvino --isa avx2,avx512 --calibration photos --picture b.png "
-    )
+    given += "--processor-time --against openvino --calibration photos --picture b.png "
     given += "--output rows.jsonl --json"
     assert run("bench", *given.split()).code == 0
     assert {name: seen[name] for name in wanted} == wanted
     run("bench", "-m", "a", "--json")
-    assert (
-        seen["isa"] == ""
-        and seen["threads"] == 0
-        and seen["size"] == (512, 1024)
-        and seen["fill"] == ["nearest"]
-    )
+    assert seen["threads"] == 0 and seen["size"] == (512, 1024) and seen["fill"] == ["nearest"]
     assert tuple(seen["fractions"]) == bench.FRACTIONS
 
 
