@@ -1,9 +1,9 @@
 """Write docs/corpus.md from the rows of full checks of the corpus and of the packages.
 
-cadsurgery list --check --corpus --output tests/corpus/rows.jsonl       # continues an interrupted check
+python -m benchmarks.zoo.check --corpus --output tests/corpus/rows.jsonl       # continues an interrupted check
 pip install cadsurgery[corpus]
-cadsurgery list packages --check --corpus --output tests/corpus/packages/rows.jsonl
-python benchmarks/corpus_report.py [--corpus tests/corpus] [--docs docs]
+python -m benchmarks.zoo.check packages --corpus --output tests/corpus/packages/rows.jsonl
+python -m benchmarks.corpus_report [--corpus tests/corpus] [--docs docs]
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from zoo_report import short, table
-
-from cadsurgery.tasks.corpus import read_corpus
+from benchmarks.zoo.corpus import read_corpus
+from benchmarks.zoo_report import short, table
 from cadsurgery.tasks.recorded import read_rows
 
 Row = dict[str, Any]
@@ -136,9 +135,9 @@ amplifies rounding. A network converts *without effect* if no mask can change wh
 work is in the region; that is said by a warning, and counted as broken if it is not. The weights are random, which
 hides effects: in some untrained decoders the deepest maps reach the output only as rounding.
 
-`cadsurgery list --check --corpus --output tests/corpus/rows.jsonl`, `cadsurgery list packages --check --corpus
---output tests/corpus/packages/rows.jsonl` (with `pip install cadsurgery[corpus]`), then
-`python benchmarks/corpus_report.py`.
+`python -m benchmarks.zoo.check --corpus --output tests/corpus/rows.jsonl`, `python -m benchmarks.zoo.check packages
+--corpus --output tests/corpus/packages/rows.jsonl` (with `pip install cadsurgery[corpus]`), then
+`python -m benchmarks.corpus_report`.
 {versions}; {setting["machine"]}; commits {commits}.
 
 {counted}

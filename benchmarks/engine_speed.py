@@ -33,6 +33,7 @@ import torchvision
 from torch import Tensor
 
 import cadsurgery as cs
+from benchmarks.instruction_sets import environment_of
 from benchmarks.trained import NETWORKS as TRAINED
 from cadsurgery.data.images import street_scene
 from cadsurgery.kernels import isa
@@ -44,7 +45,6 @@ from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.bench_isa import environment_of
 from cadsurgery.tasks.recommend.settings import scaled_size
 
 RESULTS = Path(__file__).parents[1] / "docs" / "engines.json"

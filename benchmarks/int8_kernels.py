@@ -20,10 +20,11 @@ from cadsurgery.elements.backends.integer import (
     Integers,
     IntegerWeights,
     QuantParams,
-    forms_here,
+    _has,
 )
 from cadsurgery.elements.backends.integer_layers import _read_pixels
 from cadsurgery.elements.kernel_map import read_rows
+from cadsurgery.kernels import isa
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
@@ -34,6 +35,15 @@ CASES = (
     *((64, 128, 512, 2048, 1, True), (128, 256, 64, 256, 1, True)),
 )
 GRID = QuantParams(0.05, 0)
+
+
+def forms_here() -> tuple[str, ...]:
+    """Return the forms of the 8-bit kernels that this processor can run, widest instruction set first.
+
+    Forms for limited weights (`IntegerWeights.is_limited`), such as "limited_avx2", precede those for any weights.
+    """
+    names = (form for name in reversed(isa.allowed()) for form in (f"limited_{name}", name))
+    return tuple(name for name in names if _has(f"convolve_{name}"))
 
 
 def sides_of(

@@ -20,7 +20,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from cadsurgery.tasks.bench_isa import environment_of
+from benchmarks.instruction_sets import environment_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = DOCS / "quality.json", DOCS / "results.md"

@@ -2,7 +2,7 @@
 
     python benchmarks/speed_report.py
 
-A report of `cadsurgery bench --isa avx2,avx512` gets a table for each instruction set, below its name and caps.
+A report of `benchmarks.instruction_sets` gets a table for each instruction set, below its name and caps.
 
 Reads docs/bench/*.json and docs/bench/*.txt (output of the other benchmarks, with their conditions first), and
 replaces the text between `<!-- NAME -->` and `<!-- end -->` in docs/speed.md, where NAME is the name of a file.
@@ -66,7 +66,7 @@ def given(network: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, float, 
 
 def table(networks: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
     """Return one table of all networks, on images of a shape."""
-    remembers = networks[0]["dense_high"]["memory_mib"] is not None
+    remembers = networks[0]["dense_high"].get("memory_mib") is not None
     columns = [
         "network",
         "fill",

@@ -1,6 +1,6 @@
 """Write docs/zoo.md from the rows of a full check of the zoo.
 
-cadsurgery list --check --output cadsurgery/tasks/zoo.jsonl      # the full run; continues an interrupted run
+python -m benchmarks.zoo.check --output cadsurgery/tasks/zoo.jsonl      # the full run; continues an interrupted run
 python benchmarks/zoo_report.py [--rows cadsurgery/tasks/zoo.jsonl] [--docs docs]
 """
 
@@ -155,7 +155,7 @@ one by one), to 1e-4 in float32, or to 1e-9 in float64 where a deep random netwo
 ({double} networks). Families that were not part of the run are named below. A name that both libraries have is
 torchvision's. This page is generated; nothing in it is written by hand.
 
-`cadsurgery list --check --output cadsurgery/tasks/zoo.jsonl`, then `python benchmarks/zoo_report.py`.
+`python -m benchmarks.zoo.check --output cadsurgery/tasks/zoo.jsonl`, then `python benchmarks/zoo_report.py`.
 {versions}; {setting["machine"]}; commits {commits}.
 
 **{len(done)} of {len(networks)} convolutional networks convert ({len(done) / len(networks):.1%});

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import json
 import os
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.cli import main, screen
+from cadsurgery.cli import screen
 from cadsurgery.kernels import isa, load
 from cadsurgery.network.storage import checksum, encode_with_checksum
 from cadsurgery.support.processor import processor_in_words
@@ -166,18 +167,21 @@ def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
 
 @pytest.fixture
 def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `cadsurgery ARGS` in an empty folder, whose modules can be imported; here, or in several processes."""
+    """Runs `cadsurgery ARGS`, or the command line of `module`, here or in several processes.
+
+    The working folder is an empty one, whose modules can be imported.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "usernets", raising=False)
     monkeypatch.setattr(screen, "out", Console(width=200))
     monkeypatch.setattr(screen, "err", Console(width=200, stderr=True))
 
-    def call(*arguments: object, processes: int = 1) -> Result:
+    def call(*arguments: object, processes: int = 1, module: str = "cadsurgery.cli") -> Result:
         if processes > 1:
             torchrun = ("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
             done = subprocess.run(
-                [sys.executable, "-m", *torchrun, "-m", "cadsurgery.cli", *map(str, arguments)],
+                [sys.executable, "-m", *torchrun, "-m", module, *map(str, arguments)],
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, tmp_path))),
@@ -191,7 +195,7 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         capsys.readouterr()
         code: Any = 0
         try:
-            main()
+            importlib.import_module(module).main()
         except SystemExit as request:
             code = request.code or 0
         captured = capsys.readouterr()

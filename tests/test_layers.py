@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cadsurgery.support.defaults import DEFAULT_MASK
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cadsurgery"
 
@@ -237,8 +239,19 @@ TESTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rg
 def test_tests_stand_in_folders_of_the_rooms_under_names_of_their_own() -> None:
     """Files of one name would be one module to pytest."""
     folders = {path.split("/")[1] for path in TESTS if path.count("/") > 1}
-    assert folders == {*ROOMS, "laws", "recipes"}
+    assert folders == {*ROOMS, "laws", "recipes", "zoo"}
     assert len({path.rpartition("/")[2] for path in TESTS}) == len(TESTS)
+
+
+def test_another_default_mask_is_one_line() -> None:
+    """Its name stands where it is chosen and where the mask is defined."""
+    places = {
+        path.relative_to(ROOT / "cadsurgery").as_posix()
+        for path in (ROOT / "cadsurgery").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value == DEFAULT_MASK
+    }
+    assert places == {"support/defaults.py", "masks/graded.py"}
 
 
 def test_no_test_imports_another() -> None:
@@ -248,10 +261,8 @@ def test_no_test_imports_another() -> None:
 
 
 def snippets(path: str) -> list[str]:
-    """Those of a page, but for those of packages that pin a version of torch of their own, where they are absent."""
-    found = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
-    absent = [name for name in ("executorch",) if importlib.util.find_spec(name) is None]
-    return [one for one in found if not any(f"from {name}" in one for name in absent)]
+    """Return the Python code of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
 
 
 SITE = [

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options, screen
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.tasks.options import Conversion
 from cadsurgery.tasks.plan_report import PlanReport
@@ -27,7 +28,7 @@ def check_converted(file: str) -> str:
 def convert(
     *,
     model: options.Model,
-    mask: options.Mask = "edges",
+    mask: options.Mask = DEFAULT_MASK,
     weights: options.Weights = "auto",
     options: options.Converted,
     image: options.ImageOption = None,
@@ -96,7 +97,9 @@ def mask_command(
     ],
     masks: Annotated[
         list[str],
-        typer.Option("--mask", help="as in other commands; default edges; repeatable with --compare"),
+        typer.Option(
+            "--mask", help=f"as in other commands; default {DEFAULT_MASK}; repeatable with --compare"
+        ),
     ] = [],  # noqa: B006
     compare: Annotated[
         bool, typer.Option("--compare", help="draw several masks side by side; default: a selection")

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.tasks.options import Benchmark, Conversion
 
 commands = typer.Typer()
 MEASURED = (
     *("size", "batch", "output_stride", "region", "patch", "dtype", "device", "threads", "rounds"),
-    *("processor_time", "memory", "runtime", "against", "isa", "calibration"),
+    *("processor_time", "runtime", "against", "calibration"),
 )
 
 
@@ -29,7 +30,7 @@ def bench(
             is_repeated=True,
         ),
     ],
-    mask: Annotated[str, typer.Option(help="mask that ranks the patches for the budgets")] = "edges",
+    mask: Annotated[str, typer.Option(help="mask that ranks the patches for the budgets")] = DEFAULT_MASK,
     fractions: Annotated[
         str,
         typer.Option(
@@ -78,7 +79,7 @@ def eval_command(
     masks: Annotated[
         list[str],
         typer.Option(
-            "--mask", help="repeatable; default: the file's, or edges; dense high and low are added"
+            "--mask", help=f"repeatable; default: the file's, or {DEFAULT_MASK}; dense high and low are added"
         ),
     ] = [],  # noqa: B006
     output_stride: options.Strides = [],  # noqa: B006

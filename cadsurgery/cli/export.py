@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cadsurgery.cli import options, screen
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.tasks.options import Exporting
 
 commands = typer.Typer()
@@ -20,7 +21,9 @@ def export(
     model: options.Network,
     mask: Annotated[
         str,
-        typer.Option(help="default: the file's, or edges; for pt2 and aoti edges | budget:fraction=0.3"),
+        typer.Option(
+            help=f"default: the file's, or {DEFAULT_MASK}; for pt2 {DEFAULT_MASK} | budget:fraction=0.3"
+        ),
     ] = "",
     weights: options.Weights = "auto",
     conversion: options.Converted,
@@ -30,7 +33,7 @@ def export(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write a network for use without this package: a torch.export program, an AOTInductor package, or an ONNX file.
+    """Write a network for use without this package: a torch.export program or an ONNX file.
 
     The file contains mask, lattice and network. It is compared with the network on other images before it is written.
     """

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.tasks.options import Settings
 
 commands = typer.Typer()
@@ -28,7 +29,7 @@ def finetune(
     output: options.RunFolder,
     split: Annotated[str, typer.Option(help="split for training")] = "train",
     validation_split: Annotated[str, typer.Option(help="split for validation; empty for none")] = "val",
-    mask: Annotated[str, typer.Option(help="default: the file's, or edges")] = "",
+    mask: Annotated[str, typer.Option(help=f"default: the file's, or {DEFAULT_MASK}")] = "",
     weights: options.Weights = "auto",
     options: options.Converted,
     objective: Annotated[dict[str, Any], options.OptionsFrom(Settings, ("objective",), given=True)],

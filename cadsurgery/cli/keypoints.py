@@ -1,4 +1,4 @@
-"""The commands of `cadsurgery keypoints`."""
+"""The command `cadsurgery keypoints extract`."""
 
 from __future__ import annotations
 
@@ -62,41 +62,3 @@ def extract_command(
         f"{len(failures)} failed"
     )
     screen.show_report(FilesReport(tuple(rows), text, tuple(failures)), as_json)
-
-
-@commands.command("eval")
-@options.task("cadsurgery.tasks.keypoints:evaluate_matching")
-def keypoints_eval_command(
-    *,
-    network: options.Network,
-    folder: Annotated[
-        Path,
-        typer.Option(
-            "--data",
-            help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ... (HPatches), or one sequence; or "
-            "images:FOLDER, photos that are matched with views of themselves",
-        ),
-    ],
-    masks: Annotated[list[str], typer.Option("--mask", help="repeatable")] = [Extraction.mask],  # noqa: B006
-    output_stride: options.Strides = [],  # noqa: B006
-    settings: Annotated[Extraction, options.OptionsFrom(Extraction, FOUND)],
-    weights: options.Weights = "auto",
-    options: Annotated[
-        dict[str, Any], options.OptionsFrom(Conversion, ("region", "fill", "anchor", "pool", "normalisation"))
-    ],
-    everything: Annotated[
-        bool,
-        typer.Option("--all-sequences", help="include the eight HPatches sequences that the protocol omits"),
-    ] = False,
-    rounds: options.Rounds = 3,
-    output: options.Report = None,
-    picture: Annotated[Path | None, typer.Option(help="PNG: accuracy against threshold and MACs")] = None,
-    matches: Annotated[Path | None, typer.Option(help="PNG: matches of the first pair")] = None,
-    device: options.Device = "cpu",
-    trust: options.Trust = False,
-    as_json: options.Json = False,
-) -> None:
-    """Match images with known homographies: accuracy at 1 to 15 pixels, MACs and time, for several masks.
-
-    The protocol is that of HPatches as used by D2-Net. Runs under accelerate launch and torchrun.
-    """

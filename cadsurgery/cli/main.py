@@ -60,16 +60,17 @@ def _show_version(is_requested: bool) -> None:
         raise typer.Exit
 
 
-def main() -> None:
-    """Run the command line. Errors that a user can cause are printed without a traceback, with exit code 1.
+def main(app: typer.Typer | None = None) -> None:
+    """Run the command line, or that of a recipe.
 
+    Errors that a user can cause are printed without a traceback, with exit code 1.
     Modules named as `module:function` are also searched for in the current folder, after all installed modules.
     """
     if not sys.flags.safe_path:
         sys.path.append(str(Path.cwd()))
     try:
         with screen.warnings_as_lines():
-            code = make_app()(standalone_mode=False)
+            code = (app or make_app())(standalone_mode=False)
     except CadError as error:
         if "--json" in sys.argv:
             screen.print_json(error.to_dict())

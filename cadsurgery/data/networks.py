@@ -278,7 +278,7 @@ def _config(network: nn.Module) -> dict[str, Any]:
 
 
 def list_models(pattern: str = "*", library: str = "") -> list[str]:
-    """List the torchvision and timm networks for images; `coverage.recorded` tells which of them can be converted.
+    """List the torchvision and timm networks for images; `cadsurgery list` tells which of them can be converted.
 
     Args:
         pattern: shell-style, e.g. `"*resnet*"`.

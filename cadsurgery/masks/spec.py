@@ -20,6 +20,7 @@ from torch import Tensor
 from cadsurgery.masks.basic import TENSOR, FixedMask, FunctionMask
 from cadsurgery.masks.options import format_options, options_of, read_option
 from cadsurgery.masks.provider import PROVIDERS, MaskProvider
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.plain import split_options
@@ -172,7 +173,7 @@ def _named(text: str, *inner: MaskProvider) -> MaskProvider:
     )
 
 
-def _example_of_a_pipe(mask: str = "edges", wrapper: str = "budget:fraction=0.3") -> str:
+def _example_of_a_pipe(mask: str = DEFAULT_MASK, wrapper: str = "budget:fraction=0.3") -> str:
     return f'"{mask.strip()} {PIPE} {wrapper.strip()}"'
 
 

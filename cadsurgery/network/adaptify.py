@@ -22,6 +22,7 @@ from cadsurgery.network.convert import carry_out
 from cadsurgery.network.hosted import HostedModel, check_used, reach
 from cadsurgery.network.macs import count_planned
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, InvalidInput, describe_error
 from cadsurgery.support.progress import waiting
 from cadsurgery.surgery.arguments import Arguments, bind, bind_example, image_of, run_forward, take_image
@@ -93,7 +94,7 @@ def _with_work(net: AdaptiveModel, facts: Facts, is_example: bool) -> AdaptiveMo
 
 def adaptify(
     model: nn.Module,
-    mask: object = "edges",
+    mask: object = DEFAULT_MASK,
     *,
     output_stride: tuple[int, int] | None = None,
     coarsest: int | None = None,

@@ -16,14 +16,12 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from cadsurgery.support.torch_operations import is_free, is_in_place, operation_of, spellings
+from cadsurgery.support.torch_operations import is_free
 
 _COND = torch.ops.higher_order.cond
 
@@ -39,16 +37,14 @@ class MacCounter:
     def __init__(self) -> None:
         self.macs = 0
         self.not_counted: Counter[str] = Counter()
-        self._modes = (_CountingMode(self), _ShortcutMode())
+        self._mode = _CountingMode(self)
 
     def __enter__(self) -> MacCounter:
-        for mode in self._modes:
-            mode.__enter__()
+        self._mode.__enter__()
         return self
 
     def __exit__(self, *failure: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*failure)
+        self._mode.__exit__(*failure)
 
 
 def describe_not_counted(names: tuple[str, ...]) -> str:
@@ -345,96 +341,3 @@ def _encoder_layer(x: Tensor, width: int, *rest: Any, value: Any, **options: Any
 @_counts("mkldnn_rnn_layer")
 def _recurrent_layer(x: Tensor, of_input: Tensor, of_state: Tensor, *_: Any, **__: Any) -> int:
     return x.shape[0] * x.shape[1] * (of_input.numel() + of_state.numel())
-
-
-# -- shortcuts on meta tensors -------------------------------------------------------------------------
-
-
-class _ShortcutMode(TorchFunctionMode):
-    """Returns the results of uncounted operations on meta tensors from the shapes alone, without running torch.
-
-    On meta tensors torch runs norms and pointwise operations through slow Python decompositions. Anything unusual
-    (gradients, training, other types or memory layouts, parameters of a wrong size) is left to torch.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        shortcut = _SHORTCUTS.get(func)
-        if shortcut is not None and args and _is_plain(args[0]) and not torch.is_grad_enabled():
-            value = shortcut(*args, **(kwargs or {}))
-            if value is not None:
-                return value
-        return func(*args, **(kwargs or {}))
-
-
-def _is_plain(x: Any) -> bool:
-    """True for a floating-point meta tensor that is contiguous or channels_last."""
-    return type(x) is Tensor and x.is_meta and x.is_floating_point() and _layout(x) is not None
-
-
-def _layout(x: Tensor) -> torch.memory_format | None:
-    if x.is_contiguous():
-        return torch.contiguous_format
-    is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_last else None
-
-
-def _pointwise(x: Tensor, *_: Any, inplace: bool = False, **options: Any) -> Tensor | None:
-    if "out" in options or (_ and isinstance(_[-1], bool)):  # `inplace` as a positional argument
-        return None
-    if any(isinstance(value, Tensor) for value in (*_, *options.values())):  # its shape may differ
-        return None
-    return x if inplace else torch.empty_like(x)
-
-
-def _in_place(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x
-
-
-def _sum(x: Tensor, y: Any, **options: Any) -> Tensor | None:
-    alike = type(y) is Tensor and y.is_meta and y.shape == x.shape and y.dtype == x.dtype
-    return torch.empty_like(x) if alike and not options and y.stride() == x.stride() else None
-
-
-def _batch_norm(
-    x: Tensor,
-    mean: Any,
-    variance: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    parameters = [value for value in (mean, variance, weight, bias) if value is not None]
-    if training or mean is None or variance is None or x.dim() < 2:
-        return None
-    fits = all(value.is_meta and value.shape == x.shape[1:2] for value in parameters)
-    return torch.empty_like(x) if fits else None
-
-
-def _layer_norm(
-    x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> Tensor | None:
-    shape = tuple(shape)
-    fits = x.is_contiguous() and len(shape) > 0 and tuple(x.shape[-len(shape) :]) == shape
-    fits = fits and all(value is None or (value.is_meta and value.shape == shape) for value in (weight, bias))
-    return torch.empty_like(x) if fits else None
-
-
-def _changes_type(spelling: Any) -> bool:
-    operation = operation_of(spelling)
-    return operation is not None and operation.changes_type
-
-
-_SHORTCUTS: dict[Any, Callable[..., Tensor | None]] = {
-    **{
-        spelling: _in_place if is_in_place(spelling) else _pointwise
-        for spelling in spellings("value")
-        if callable(spelling) and not isinstance(spelling, type) and not _changes_type(spelling)
-    },
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, torch.mul, Tensor.mul, Tensor.__mul__), _sum),
-    F.batch_norm: _batch_norm,
-    F.layer_norm: _layer_norm,
-}

@@ -67,8 +67,7 @@ CONVERTED = FileKind(
 )
 EXPORTED = FileKind(
     "a program exported by torch",
-    "torch.export.load or torch._inductor.aoti_load_package runs it; here give the file of cs.save that it was "
-    "exported from.",
+    "torch.export.load runs it; here give the file of cs.save that it was exported from.",
     (".pt2",),
 )
 TORCHSCRIPT = FileKind(

@@ -53,7 +53,6 @@ class TorchOperation:
         multiplies: True if the result is the product of the two operands.
         makes_nan: True if moderate inputs may give NaN or infinity.
         keeps_values: True if the result equals the input in evaluation mode.
-        changes_type: True if the result may have another type than the input.
     """
 
     name: str
@@ -62,7 +61,6 @@ class TorchOperation:
     multiplies: bool = False
     makes_nan: bool = False
     keeps_values: bool = False
-    changes_type: bool = False
 
 
 _SPELLINGS: dict[object, TorchOperation] = {}
@@ -136,12 +134,12 @@ _state("value", "clamp clip")
 _state("value", "erf")
 _state("value", "rrelu", nn.RReLU)
 _state("value", "fake_quantize_per_tensor_affine")
-_state_each("value", "bool byte char short int long", changes_type=True)
+_state_each("value", "bool byte char short int long")
 _state("value", "bitwise_not invert __invert__")
 _state("value", "zero zero_")
-_state_each("value", "logical_not isnan isinf isfinite isneginf isposinf isreal signbit", changes_type=True)
+_state_each("value", "logical_not isnan isinf isfinite isneginf isposinf isreal signbit")
 _state_each("value", "angle fill")
-_state_each("value", "zeros_like ones_like full_like", changes_type=True)
+_state_each("value", "zeros_like ones_like full_like")
 _state_each("value", "clamp_min clamp_max square sin cos erfc sinc ceil floor round frac")
 _state("value", "atan arctan")
 _state("value", "asinh arcsinh")

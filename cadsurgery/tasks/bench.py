@@ -12,7 +12,6 @@ memory traffic, are allowed 1.2. A miss is a result, not an error: the report st
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
@@ -22,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +37,11 @@ from cadsurgery.network.export import check_mask
 from cadsurgery.network.export.engines import ENGINES, import_package
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import append_lines
-from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
-from cadsurgery.tasks.bench_isa import bench_capped, check_caps, joined, need_names, read_caps
 from cadsurgery.tasks.bench_report import (
     BenchReport,
     BenchSetting,
@@ -81,7 +78,7 @@ OF_METHODS = ("size", "batch", "device", "threads", "rounds", "processor_time")
 
 def bench(
     networks: str | nn.Module | Sequence[str | nn.Module],
-    mask: object = "edges",
+    mask: object = DEFAULT_MASK,
     fractions: Sequence[float] = FRACTIONS,
     *,
     fill: Sequence[str] = ("nearest",),
@@ -111,9 +108,8 @@ def bench(
         options: further options of `adaptify`, and conditions of the measurement: `size`, height and width of the
             generated street scenes, their number `batch`, `dtype` and `device`, `threads`, timing `rounds`,
             `runtime`: the
-            engine, `against`: engines whose dense networks are timed in the same run, `isa`: instruction sets, each
-            measured in processes of its own (see `bench_isa`), `calibration`: images for int8, and `memory`: whether
-            to measure the peak of each side (Linux, CPU, names only). See `Benchmark`.
+            engine, `against`: engines whose dense networks are timed in the same run, and `calibration`: images for
+            int8. See `Benchmark`.
 
     Raises:
         InvalidInput: an option is out of range or does not fit the others.
@@ -134,26 +130,14 @@ def bench(
                 append_lines(output, map(json.dumps, alone.lines()))
             alone.write(picture=picture)
             return alone
-    caps = read_caps(setup.isa)
     setup = replace(setup, threads=setup.threads or torch.get_num_threads())
     _check(listed, mask, fractions, setup, fill)
-    check_caps(caps, [*listed, *sides], mask, setup)
     check_outputs(output, picture=picture)
-    if len(listed) > 1 or caps:  # find wrong names before the first measurement
+    if len(listed) > 1:  # find wrong names before the first measurement
         for place, network in enumerate(listed):
             step(f"planning {_name(network)}", place, len(listed))
             plan(original(network, "none")[0], setup.output_stride, setup.region)
     budgets = list(dict.fromkeys(map(float, fractions)))
-    if caps:
-        arguments: dict[str, Any] = {"mask": mask, "fractions": budgets, "fill": list(fill), "trust": trust}
-        arguments["output"] = output and str(output)
-        runs = []
-        for place, (network, cap) in enumerate(product(listed, caps)):
-            step(f"measuring {_name(network)} with {cap}", place, len(listed) * len(caps))
-            runs.append((cap, bench_capped(cap, setup, networks=network, **arguments)))
-        report = joined(runs, setup)
-        report.write(picture=picture)
-        return report
     setting = _setting(mask, setup)
     done: list[NetworkBench] = []
     for network in listed:
@@ -254,7 +238,7 @@ def _compare(
     notes: list[str] = []
     for fill in dict.fromkeys(fills):
         step(f"converting {name}, fill {fill}")
-        net, image, weights = _convert(network, mask, replace(setup, fill=fill))
+        net, image, weights = convert(network, mask, replace(setup, fill=fill))
         counted = {share: net.macs(image, mask=Budget(mask, share)) for share in fractions}
         dense = counted[fractions[0]]
         if dense.high == dense.low:
@@ -283,17 +267,9 @@ def _compare(
     )
     own_rows = measured[len(measured) - len(own) :]
     rows = {row.label: row for row in measured[: len(measured) - len(own)]}
-    peaks: dict[str, float] = {}
-    for place, side in enumerate(sides if setup.memory else ()):
-        step(f"measuring the memory of {name}, {side.name}", place, len(sides))
-        fill = side.name.partition(" ")[0]
-        changed = replace(setup, fill=fill) if fill in nets else replace(setup, fill=next(iter(nets)))
-        task = {"network": name, "mask": mask, "setup": vars(changed), "key": side.name}
-        peaks[side.name] = float(run_alone(__name__, print_peak.__name__, repr(task)))
 
     def twin(key: str, active_fraction: float) -> Row:
-        values = {"active_fraction": active_fraction, "macs": rows[key].macs}
-        return replace(rows[key], values={**values, "memory_mib": peaks.get(key)})
+        return replace(rows[key], values={"active_fraction": active_fraction, "macs": rows[key].macs})
 
     high, low = twin(HIGH, 1.0), twin(LOW, 0.0)
     timed = [rows[side.name] for side in rivals]
@@ -307,10 +283,7 @@ def _compare(
             high=high,
             low=low,
             given=_given(net, counts[fill][fractions[0]], high, low),
-            rows=tuple(
-                _row(one, counts[fill][one], rows[_key(fill, one)], peaks.get(_key(fill, one)), high, low)
-                for one in fractions
-            ),
+            rows=tuple(_row(one, counts[fill][one], rows[_key(fill, one)], high, low) for one in fractions),
             notes=(
                 *_notes(net, counts[fill][fractions[0]], high, low),
                 *notes,
@@ -348,7 +321,7 @@ def _pair(row: Row) -> tuple[float, float]:
     return row.milliseconds or 0.0, row.milliseconds_median or 0.0
 
 
-def _row(fraction: float, counted: MacReport, measured: Row, peak: float | None, high: Row, low: Row) -> Row:
+def _row(fraction: float, counted: MacReport, measured: Row, high: Row, low: Row) -> Row:
     milliseconds, whole = measured.milliseconds or 0.0, high.milliseconds or 0.0
     line, speedup = law(counted.mask, high, low), whole / milliseconds
     return replace(
@@ -362,8 +335,6 @@ def _row(fraction: float, counted: MacReport, measured: Row, peak: float | None,
             "law_ratio": milliseconds / line,
             "realised": speedup / (high.macs / counted.mask),
             "speedup": speedup,
-            "memory_mib": peak,
-            "memory_ratio": peak / high.memory_mib if peak is not None and high.memory_mib else None,
         },
     )
 
@@ -384,7 +355,7 @@ def _notes(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> Itera
         yield "dense high is not slower than dense low at this size: the law says little; give a larger size."
 
 
-def _convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[AdaptiveModel, Tensor, str]:
+def convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[AdaptiveModel, Tensor, str]:
     """Convert a network without verification; return it with its images (B, 3, H, W) and a text about its weights."""
     model, _ = original(network, "none")
     options: dict[str, Any] = {option.name: getattr(setup, option.name) for option in fields(Conversion)}
@@ -486,16 +457,8 @@ def _check(
     if setup.runtime != TORCH:
         _check_engine(mask, setup)
     _check_run(setup)
-    device = find_device(setup.device)
+    find_device(setup.device)
     resolve_mask(mask)
-    if not setup.memory:
-        return
-    if not is_measurable() or device.type != "cpu":
-        raise InvalidInput(
-            "peak memory is measured on the CPU of a Linux system only.",
-            next="leave out memory, or run it there.",
-        )
-    need_names("peak memory of a network or mask without a name cannot be measured.", [*networks, mask])
 
 
 def _check_run(setup: Benchmark) -> None:
@@ -520,16 +483,18 @@ def _check_engine(mask: object, setup: Benchmark) -> None:
     """Refuse options that an engine does not support."""
     if setup.runtime not in ENGINES:
         raise UnknownName("runtime", setup.runtime, (TORCH, *ENGINES))
-    dtypes = ("float32", INT8) if ENGINES[setup.runtime].format == "onnx" else ("float32",)
-    plain = {"dtype": setup.dtype in dtypes, "device": setup.device == "cpu", "memory": not setup.memory}
+    plain = {
+        "dtype": setup.dtype in ("float32", INT8),
+        "device": setup.device == "cpu",
+    }
     if unable := [f"{name}={getattr(setup, name)}" for name, is_plain in plain.items() if not is_plain]:
         raise InvalidInput(
             f"runtime {setup.runtime} does not go with {' and '.join(unable)}.",
-            why="engines are timed on the CPU in float32, and ONNX in int8, too.",
+            why="engines are timed on the CPU, in float32 and int8.",
             next="leave that out, or measure it in torch.",
         )
     import_package(ENGINES[setup.runtime].package)
-    check_mask(Budget(mask, 0.5), ENGINES[setup.runtime].format, dynamic=False, level_map=False)
+    check_mask(Budget(mask, 0.5), "onnx", dynamic=False, level_map=False)
 
 
 @contextlib.contextmanager
@@ -541,18 +506,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def print_peak(task: str) -> None:
-    """Build one side, run it, and print by how many MiB a call raises the peak of the resident set; runs in a separate
-    process."""
-    arguments = ast.literal_eval(task)
-    setup, key = Benchmark(**arguments["setup"]), arguments["key"]
-    torch.set_num_threads(setup.threads)
-    net, image, _ = _convert(arguments["network"], arguments["mask"], setup)
-    runs = InTorch(net, image, setup)
-    run = runs.dense(key) if key in (HIGH, LOW) else runs.under(Budget(arguments["mask"], _fraction_of(key)))
-    del net, runs
-    with torch.inference_mode():
-        run(image)  # one-time memory: packed weights, measured costs, the libraries' own
-        print(peak_raised_by(lambda: run(image)))

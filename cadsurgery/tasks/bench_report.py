@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from cadsurgery.support.counting import describe_not_counted
-from cadsurgery.support.processor import sets_in_words
 from cadsurgery.tasks.report import (
     COLOURS,
     MeasuredReport,
@@ -64,13 +63,12 @@ _UNKNOWN = Given()
 class NetworkBench:
     """A network with one fill: its dense twins, its budgets, and whether time follows work.
 
-    Rows have the `macs` of a call, `memory_mib`, by which a call raises the peak of the resident set (None if not
-    measured), and the `active_fraction` of the fine map. Rows of budgets include the mask and have
+    Rows have the `macs` of a call and the `active_fraction` of the fine map. Rows of budgets include the mask and have
 
     - `fraction`: the requested share of the patches;
     - `law_milliseconds`: the straight line between the dense twins at these MACs; `law_ratio`: time over that line;
     - `realised`: how much of the saving in MACs became a saving in time: (t_high / t) / (M_high / M);
-    - `speedup`: t_high / t; `memory_ratio`: memory relative to dense high.
+    - `speedup`: t_high / t.
 
     Attributes:
         model: name of the network.
@@ -206,28 +204,21 @@ class BenchReport(Report):
     Attributes:
         setting: conditions of all measurements.
         networks: one entry per network and fill.
-        costs: costs on which backends were chosen, see `backends.costs.record`; with `caps` the costs of all runs.
-        caps: for each capped run, by the name of its cap: the instruction sets in use.
-        notes: facts that a reader needs to judge all figures.
+        costs: costs on which backends were chosen, see `backends.costs.record`.
     """
 
     setting: BenchSetting
     networks: tuple[NetworkBench, ...]
     costs: dict[str, Any] = field(default_factory=dict)
-    caps: dict[str, dict[str, str]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for `--json`."""
         networks = [network.to_dict() for network in self.networks]
-        capped = {"caps": self.caps, "notes": list(self.notes)} if self.caps else {}
-        return {**self.setting.to_dict(), **capped, "networks": networks, "costs": self.costs}
+        return {**self.setting.to_dict(), "networks": networks, "costs": self.costs}
 
     def parts(self) -> Iterator[RenderableType]:
         """Yield the conditions, then for each network its table, the verdict and notes."""
         yield Text(str(self.setting))
-        yield from (Text(f"{name}: {sets_in_words(sets)}") for name, sets in self.caps.items())
-        yield from (Text(note, style="yellow") for note in self.notes)
         for network in self.networks:
             yield _table(network)
             good = network.holds and not network.slower
@@ -337,11 +328,6 @@ def _table(network: NetworkBench) -> Table:
             "faster than high", lambda row: "" if row is high else ratio(high.milliseconds, row.milliseconds)
         ),
     ]
-    if (whole := high.memory_mib) is not None:
-        columns += [
-            Column("MiB", "memory_mib", form=".0f"),
-            Column("of high", lambda row: ratio(row.get("memory_mib"), whole)),
-        ]
     strides = strides_in_words(network.output_stride)
     title = f"{network.label}, {network.weights}, output stride {strides}, fill {network.fill}"
     return table([high, *network.rows, low, *network.sides], columns, title)

@@ -21,6 +21,7 @@ from cadsurgery.masks import EstimatedMask, MaskProvider, list_masks, resolve_ma
 from cadsurgery.methods.storage import load
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import own_device
@@ -194,7 +195,7 @@ def _open_name(name: str, weights: str, device: torch.device) -> Subject:
 
     @lru_cache(maxsize=2)
     def convert(pair: tuple[int, int], fill: Any) -> _Nets:
-        net = adaptify(model, "edges", output_stride=pair, fill=fill, verify_laws=False, **known)
+        net = adaptify(model, DEFAULT_MASK, output_stride=pair, fill=fill, verify_laws=False, **known)
         return _prepare(net.to(device))
 
     def python(mask: str, pair: tuple[int, int], fill: str) -> list[str]:
@@ -223,7 +224,7 @@ def _open_name(name: str, weights: str, device: torch.device) -> Subject:
 
     strides = dict.fromkeys((planned.output_stride, *planned.possible))
     words = f"{source.name}, {source.note}"
-    return Subject(name, words, source, device, "edges", tuple(strides), FILLS, convert, python, command)
+    return Subject(name, words, source, device, DEFAULT_MASK, tuple(strides), FILLS, convert, python, command)
 
 
 def _refuse_part(name: str, part: str) -> None:

@@ -14,12 +14,13 @@ from cadsurgery.data.networks import Source
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.export import check_mask, export, format_of
 from cadsurgery.network.model import pictures_for
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.open import example_batch, is_file, open_converted
 from cadsurgery.tasks.options import Exporting
 
-STATIC_MASK = "edges | budget:fraction=0.3"
+STATIC_MASK = f"{DEFAULT_MASK} | budget:fraction=0.3"
 
 
 def export_network(
@@ -43,7 +44,9 @@ def export_network(
     kind, is_dynamic = format_of(output, options.to or None), options.dynamic or options.level_map
     net = open_converted(model, mask, conversion, trust=trust) if is_file(model) else None
     provider = (
-        net.mask if net is not None else resolve_mask(mask or ("edges" if kind == "onnx" else STATIC_MASK))
+        net.mask
+        if net is not None
+        else resolve_mask(mask or (DEFAULT_MASK if kind == "onnx" else STATIC_MASK))
     )
     check_mask(provider, kind, is_dynamic, options.level_map)
     if net is None:

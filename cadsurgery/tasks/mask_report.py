@@ -29,6 +29,7 @@ from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support import files
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.progress import Step, counted
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
@@ -53,7 +54,7 @@ def masks_to_compare(max_level: int, has_labels: bool) -> tuple[str, ...]:
     is_graded = max_level > 1
     return (
         *("detail | budget:fraction=0.1", "detail | budget:fraction=0.2"),
-        *("edges", "edges | budget:fraction=0.2"),
+        *(DEFAULT_MASK, f"{DEFAULT_MASK} | budget:fraction=0.2"),
         *(("edges:threshold=0.95/0.1,dilation=5/15",) if is_graded else ()),
         *("gradient:threshold=0.5,dilation=7,sigma=1", "saliency"),
         *((f"trimap:width={'9/25' if is_graded else 25}",) if has_labels else ()),
@@ -186,7 +187,7 @@ def draw_masks(
         examples = masks_to_compare(max_level, known is not None) if compare else ()
         asked = [(text, resolve_mask(text)) for text in examples]
         if stored_mask is not None or not compare:
-            first = stored_mask or resolve_mask("edges")
+            first = stored_mask or resolve_mask(DEFAULT_MASK)
             asked = [(first.spec(), first), *(entry for entry in asked if entry[1].spec() != first.spec())]
     rows, lattices = [], []
     with labelled(known) if known is not None else nullcontext():

@@ -20,6 +20,7 @@ from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_method
 from cadsurgery.support import files
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName
 from cadsurgery.support.kinds import CONVERTED, check_kind, kind_by_ending, kind_refused, of_another_kind
 from cadsurgery.support.provenance import describe_run
@@ -116,7 +117,7 @@ def open_converted(
     check_options(network, options)
     if not is_file(network):
         built, _ = original(network, weights, num_classes)
-        net = adaptify(built, mask or "edges", **options, verify_laws=False)
+        net = adaptify(built, mask or DEFAULT_MASK, **options, verify_laws=False)
         pictures_for(net)
         return net
     return load(network, mask=mask or None, trust=trust)
@@ -159,7 +160,7 @@ def at_strides(
     output_stride: Strides,
     options: Mapping[str, Any],
     *,
-    mask: object = "edges",
+    mask: object = DEFAULT_MASK,
     weights: str = "auto",
     trust: bool = False,
 ) -> tuple[list[AdaptiveModel], Source]:

@@ -107,7 +107,7 @@ class Gates:
 class Exporting:
     """The kind of file that a network is exported to; see `cadsurgery.export`."""
 
-    to: str = option("", "pt2, onnx or aoti; default: onnx for a file that ends so, else pt2")
+    to: str = option("", "pt2 or onnx; default: onnx for a file that ends so, else pt2")
     dynamic: bool = option(False, "ONNX for images of any size and number, and any mask")
     level_map: bool = option(False, "ONNX with the level map as a second input, in place of the mask")
     float16: bool = option(False, "ONNX with weights and features in half precision")
@@ -119,9 +119,6 @@ class Exporting:
     with_kernels: bool = option(
         False,
         "ONNX whose convolutions run in this package's kernels where cadsurgery.kernels_for is registered",
-    )
-    portable: bool = option(
-        False, "pt2 in operations that other runtimes of torch.export's programs have, too, as ExecuTorch"
     )
     check_in: str = option(
         "onnx", "engine that runs the ONNX file to compare it: onnx (ONNX Runtime) or openvino"
@@ -143,11 +140,9 @@ class Benchmark(Conversion):
     processor_time: bool = option(
         False, "measure processor time instead of elapsed time, for a shared machine; needs one thread"
     )
-    memory: bool = option(False, "also measure peak memory, each side in a process of its own")
     runtime: str = option(
         "torch",
-        "{default}, or an engine that all sides are exported to: onnx, openvino, onnx-kernels, openvino-kernels or "
-        "aoti",
+        "{default}, or an engine that all sides are exported to: onnx, openvino, onnx-kernels or openvino-kernels",
     )
     against: str = option(
         "",
@@ -158,12 +153,6 @@ class Benchmark(Conversion):
         0.0,
         "also time dense high on pictures of this scale, e.g. 0.7, resized in the call; 0 for none",
         min=0,
-    )
-    isa: str | tuple[str, ...] = option(
-        "",
-        "measure with these instruction sets, e.g. avx2,avx512, each in processes of its own, in which torch, oneDNN "
-        "and MKL are capped alike",
-        metavar="ISAS",
     )
     calibration: str = option(
         "", "folder of images that int8 is calibrated by; default: the scenes it is measured on"

@@ -43,7 +43,7 @@ def read_rows(path: Path) -> list[Row]:
         raise FileError(
             f"{path} cannot be read as checked networks.",
             why=first_line(error),
-            next="write it with cadsurgery list --check.",
+            next="write it with python -m benchmarks.zoo.check.",
         ) from error
 
 

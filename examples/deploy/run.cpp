@@ -1,8 +1,8 @@
-// Runs a network without Python: run net.pt2 image.npy output
+// Runs a network without Python: run compiled.pt2 image.npy output
 //
-// net.pt2    what `cadsurgery export --to aoti` wrote, on this kind of machine
-// image.npy  (B, C, H, W) float32, normalised as for the network, of the shape that the file is for
-// output     each output of the network is written as output_NAME.npy
+// compiled.pt2  what compile.py wrote, on this kind of machine
+// image.npy     (B, C, H, W) float32, normalised as for the network, of the shape that the file is for
+// output        each output of the network is written as output_NAME.npy
 
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
@@ -55,7 +55,7 @@ void write_npy(const std::string& path, const at::Tensor& tensor) {
 
 int main(int count, char** arguments) {
   if (count != 4) {
-    std::cerr << "usage: run net.pt2 image.npy output\n";
+    std::cerr << "usage: run compiled.pt2 image.npy output\n";
     return 2;
   }
   try {
@@ -66,9 +66,9 @@ int main(int count, char** arguments) {
     std::string shape;
     for (int64_t size : image.sizes()) shape += (shape.empty() ? "" : "x") + std::to_string(size);
     // The compiled code does not look.
-    TORCH_CHECK(shape == about.at("cadsurgery.image"), "the network takes ", about.at("cadsurgery.image"), ", not ", shape);
+    TORCH_CHECK(shape == about.at("image"), "the network takes ", about.at("image"), ", not ", shape);
 
-    std::istringstream names(about.at("cadsurgery.outputs"));
+    std::istringstream names(about.at("outputs"));
     for (const at::Tensor& output : network.run({image})) {
       std::string name;
       std::getline(names, name, ',');

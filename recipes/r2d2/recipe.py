@@ -35,7 +35,7 @@ from cadsurgery.support.files import write_whole
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.keypoints.matching import match_errors, matching_accuracy, mutual_matches
-from cadsurgery.tasks.keypoints.sequences import ImageSequence, find_sequences
+from recipes.hpatches.sequences import ImageSequence, find_sequences
 from recipes.r2d2.network import BUILDER, FRAME, PUBLISHED
 
 WEIGHTS = Path("r2d2") / "r2d2_wasf_n16.safetensors"

@@ -11,7 +11,7 @@ import torch.utils.checkpoint as cp
 from corpus_blocks import Encoder, Residual, conv
 from torch import nn
 
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 
 
 class Inverted(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from corpus_blocks import Encoder, Residual, conv, twice
 from torch import nn
 
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 
 
 @network("transposed", "outputs")

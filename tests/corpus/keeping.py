@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from corpus_blocks import Encoder, conv
 from torch import nn
 
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 
 
 class GridHead(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from corpus_blocks import Encoder, Residual, conv
 from torch import nn
 
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 
 logger = logging.getLogger(__name__)
 

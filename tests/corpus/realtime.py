@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from corpus_blocks import Residual, conv
 from torch import Tensor, nn
 
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 
 
 @network("indices", "sizes")

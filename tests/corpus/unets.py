@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from corpus_blocks import Residual, conv, twice
 from torch import Tensor, nn
 
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 
 
 class Steps(nn.Module):

@@ -225,8 +225,6 @@ def test_more_classes_than_a_palette_has_are_written_in_16_bits(tmp_path: Path) 
         ["mask", "--size", "64x64", "--output"],
         ["bench", "--model", "no.module:here", "--picture"],
         ["eval", "no.module:here", "--data", "scene:1", "--picture"],
-        ["keypoints", "eval", "no.module:here", "--data", ".", "--picture"],
-        ["keypoints", "eval", "no.module:here", "--data", ".", "--matches"],
     ],
     ids=" ".join,
 )

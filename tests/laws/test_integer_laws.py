@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import covering, without_kernels
 from torch import Tensor
 
+from benchmarks.int8_kernels import forms_here
 from cadsurgery.elements import BACKENDS
 from cadsurgery.elements.backends import integer
 from cadsurgery.elements.backends.choose import Picking, Pooling
@@ -20,7 +21,6 @@ from cadsurgery.elements.backends.integer import (
     IntegerWeights,
     QuantParams,
     convolve,
-    forms_here,
 )
 from cadsurgery.elements.backends.integer_layers import IntegerConv, IntegerLinear, max_pool_bytes
 from cadsurgery.elements.backends.weights import Activation

@@ -21,10 +21,10 @@ from networks import randomise, strided
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.network.export.compare import check_difference, difference, more_images
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.onnx import _cut_awkwardly, _of_other_sizes
-from cadsurgery.tasks.corpus import CHECKOUT, subject
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -230,16 +230,15 @@ def test_a_budget_for_any_size(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
-def test_a_package_of_aotinductor_is_the_network(tmp_path: Path) -> None:
-    """Made from an example in channels_last memory, it takes images in either."""
-    model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.pt2"
-    example = picture(1, 72, 104).contiguous(memory_format=torch.channels_last)
-    report = cs.export(model, example, path, to="aoti")
-    assert report.format == "aoti" and report.image == (1, 3, 72, 104)
-    image, run = picture(1, 72, 104).flip(3), torch._inductor.aoti_load_package(str(path))
-    for layout in (torch.contiguous_format, torch.channels_last):
-        with torch.no_grad():
-            assert_same(run(image.contiguous(memory_format=layout))["out"], model(image)["out"], 1e-4)
+def test_torch_compiles_a_program_to_a_package(tmp_path: Path) -> None:
+    """By the lines of docs/howto/deploy.md."""
+    model, image = net("edges | budget:fraction=0.3"), picture(1, 72, 104)
+    cs.export(model, image, tmp_path / "net.pt2")
+    program, package = torch.export.load(tmp_path / "net.pt2"), str(tmp_path / "compiled.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=package)
+    with torch.no_grad():
+        output = torch._inductor.aoti_load_package(package)(image.flip(3))
+        assert_same(output["out"], model(image.flip(3))["out"], 1e-4)
 
 
 def test_a_file_is_compared_in_both_memory_layouts() -> None:
@@ -279,8 +278,6 @@ def test_refusals_name_the_way_round_and_leave_nothing(
             cs.export(net(mask), image, path, dynamic=True)
     with pytest.raises(cs.InvalidInput, match="cannot be dynamic"):
         cs.export(budget, image, tmp_path / "net.pt2", dynamic=True)
-    with pytest.raises(cs.InvalidInput, match=r"\.pt2"):
-        cs.export(budget, image, path, to="aoti")
     with pytest.raises(cs.InvalidInput, match="no format"):
         cs.export(budget, image, path, to="tflite")  # type: ignore[arg-type]
     with pytest.raises(cs.UnknownName, match="tvm"):

@@ -33,7 +33,6 @@ from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.masks import FineMapSpec
 from cadsurgery.masks.masking import Masking
 from cadsurgery.network.compile import bucket
-from cadsurgery.network.export import programs
 
 BUDGET = "edges | budget:fraction=0.34"
 double = torch.float64
@@ -573,9 +572,6 @@ def test_export_refuses_with_a_next_step_and_writes_nothing(
         cs.export(net, x, tmp_path / "no" / "net.pt2")
     with pytest.raises(cs.InvalidInput, match="image"):
         cs.export(net, x[0], path)
-    for to in ("onnx", "aoti"):
-        with pytest.raises(cs.InvalidInput, match=f"{to} cannot be portable"):
-            cs.export(net, x, path, to=to, portable=True)
     with monkeypatch.context() as patched:
         patched.setattr("cadsurgery.network.export.programs.difference", lambda *values: 0.5)
         with pytest.raises(cs.CannotConvert, match="differs from the network by"):
@@ -585,45 +581,6 @@ def test_export_refuses_with_a_next_step_and_writes_nothing(
         with pytest.raises(cs.CannotConvert, match="ZeroDivisionError"):
             cs.export(net, x, path)
     assert list(tmp_path.iterdir()) == []
-
-
-@MODELS
-def test_a_portable_program_has_operations_of_other_runtimes_alone(
-    tmp_path: Path, make: Callable[[], nn.Module]
-) -> None:
-    net, x = converted(make()), images(2, 75, 101)
-    example = (
-        images(2, 75, 101).permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
-    )  # as no runtime orders images
-    cs.export(net, example, tmp_path / "net.pt2", portable=True)
-    program = torch.export.load(tmp_path / "net.pt2")
-    with torch.no_grad():
-        assert_same(program.module()(x), net(x), 1e-5)
-    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
-    assert all(value.is_contiguous() for value in values)
-    missing = {torch.ops.aten.sort.stable, torch.ops.aten.nonzero_static.default}
-    found = {node.target for node in program.run_decompositions().graph.nodes if node.op == "call_function"}
-    # ExecuTorch has a kernel of its own for one of them, and leaves out the other.
-    known = {torch.ops.aten.unfold.default, torch.ops.aten._assert_tensor_metadata.default}
-    strange = {one for one in found - known if torch.Tag.core not in getattr(one, "tags", [torch.Tag.core])}
-    assert found.isdisjoint(missing) and not strange
-
-
-@pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("dim", [-1, 0, 1])
-def test_sorting_by_counting_is_a_stable_sort(dim: int, descending: bool) -> None:
-    for values in (torch.randint(0, 4, (5, 7, 3)).double(), torch.rand(3, 6, 2), torch.zeros(2, 1, 4)):
-        given = {"stable": True, "dim": dim, "descending": descending}
-        for one, other in zip(programs._sort(values, **given), values.sort(**given), strict=True):
-            assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("size", [0, 1, 4, 30])
-def test_places_found_by_sums_are_those_of_torch(size: int) -> None:
-    for values in (torch.rand(20) < 0.3, torch.zeros(5, dtype=torch.bool), torch.randint(-1, 2, (9,))):
-        assert torch.equal(
-            programs._nonzero_static(values, size=size), torch.nonzero_static(values, size=size)
-        )
 
 
 # -- masks that are not static -------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import io
 import json
 import os
@@ -27,15 +25,14 @@ import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.integer import form_here
-from cadsurgery.kernels import build, isa, load
+from cadsurgery.kernels import isa
 from cadsurgery.network.export.dense import dense_program, write_dense
 from cadsurgery.network.export.engines import Engine
-from cadsurgery.support import memory, provenance
+from cadsurgery.support import provenance
 from cadsurgery.support.files import append_lines
-from cadsurgery.support.processor import CAPS as CAPPED
 from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks import bench as module
-from cadsurgery.tasks import bench_isa, side
+from cadsurgery.tasks import side
 from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, NetworkBench
 from cadsurgery.tasks.options import Benchmark
@@ -111,7 +108,6 @@ def test_ratios_follow_from_times_and_macs(report: BenchReport) -> None:
             realised = (high.milliseconds / row.milliseconds) / (high.macs / row.macs)
             assert row.realised == pytest.approx(realised)
             assert 0 < row.milliseconds <= row.milliseconds_median
-            assert row.memory_mib is None and row.memory_ratio is None
         # At both ends the line is the dense network, but for what the mask itself computes.
         for row, dense in ((network.rows[0], high), (network.rows[-1], low)):
             own = (row.macs - dense.macs) / (high.macs - low.macs) * (high.milliseconds - low.milliseconds)
@@ -224,7 +220,7 @@ def test_a_report_says_what_it_was_made_with(report: BenchReport) -> None:
     assert values["dtype"] == "float32" and "CPU" in values["device"] and values["date"].endswith("+00:00")
     assert values["mask"].startswith("edges:threshold=0.2,") and values["mask"].endswith("| budget")
     assert values["processor"] == provenance.processor()._asdict()
-    assert values["instruction_sets"].keys() >= {"kernels", "torch"} and "caps" not in values
+    assert values["instruction_sets"].keys() >= {"kernels", "torch"}
     assert all(isa.in_words() in told for told in (values["device"], str(report.setting)))
     assert "random" in values["networks"][0]["weights"]
     for entry, result in zip(values["networks"], report.networks, strict=True):
@@ -332,146 +328,6 @@ def test_what_is_done_is_kept_when_a_later_network_fails(
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
 
 
-# -- instruction sets ----------------------------------------------------------------------------------
-
-CAPS = ("scalar", isa.ISAS[1] if len(isa.ISAS) > 1 else "scalar")
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """Runs with a cap are done here, and take no notice of it but for our own variable; what each is told is noted."""
-    told: list[dict[str, str]] = []
-
-    def run_here(
-        name: str, function: str, argument: str, environment: dict[str, str], task: str, next: str
-    ) -> str:
-        told.append(environment)
-        printed = io.StringIO()
-        with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-            stack.callback(load.forget)
-            for variable, value in environment.items():
-                patch.setenv(variable, value)
-            load.forget()
-            with contextlib.redirect_stdout(printed):
-                getattr(sys.modules[name], function)(argument)
-        return printed.getvalue().splitlines()[-1]
-
-    monkeypatch.setattr(bench_isa, "run_alone", run_here)
-    monkeypatch.setattr(isa, "here", lambda: isa.ISAS)
-    return told
-
-
-@pytest.mark.slow
-def test_every_cap_has_a_run_of_its_own_and_all_are_in_one_report(
-    in_this_process: list[dict[str, str]], tmp_path: Path
-) -> None:
-    files = {"output": tmp_path / "rows.jsonl", "picture": tmp_path / "bench.png"}
-    names = [f"{__name__}:trunk", f"{__name__}:Gated"]
-    told: list[str] = []
-    found = bench(
-        names,
-        "none",
-        [0.5, 0.0],
-        size=SIZE,
-        rounds=1,
-        fill=["linear"],
-        isa=CAPS,
-        step=lambda text, *count: told.append(text),
-        **files,
-    )
-    runs = [(name, cap) for name in names for cap in CAPS]
-    assert [(one.model, one.isa) for one in found.networks] == runs
-    assert [one["CADSURGERY_ISA"] for one in in_this_process] == [cap for _, cap in runs]
-    assert [step for step in told if "with" in step] == [f"measuring {name} with {cap}" for name, cap in runs]
-    values = found.to_dict()
-    assert json.loads(json.dumps(values)) == values and [entry["isa"] for entry in values["networks"]] == [
-        cap for _, cap in runs
-    ]
-    assert values["caps"].keys() == set(CAPS) and "instruction_sets" not in values
-    assert all(sets["CADSURGERY_ISA"] == cap for cap, sets in values["caps"].items())
-    assert all(
-        entry["fill"] == "linear" and entry["law"]["verdict"] and len(entry["rows"]) == 2
-        for entry in values["networks"]
-    )
-    assert "CADSURGERY" not in values["device"]
-    lines = [json.loads(line) for line in files["output"].read_text().splitlines()]
-    assert [line["isa"] for line in lines] == [cap for _, cap in runs for _ in range(2)]
-    assert all(line["instruction_sets"]["CADSURGERY_ISA"] == line["isa"] for line in lines)
-    with Image.open(files["picture"]) as picture:
-        assert picture.format == "PNG"
-    with (screen := Console(file=io.StringIO(), width=200)).capture() as shown:
-        screen.print(found.render())
-    assert all(f"{name} with {cap}," in shown.get() for name, cap in runs)
-    assert all(f"{cap}: kernels {cap}, torch " in shown.get() for cap in CAPS)
-
-
-def test_the_costs_of_all_caps_are_in_the_report(
-    in_this_process: list[dict[str, str]], tmp_path: Path
-) -> None:
-    found = bench(f"{__name__}:trunk", "none", [0.5], size=SIZE, rounds=1, isa=CAPS)
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(found.to_dict()))
-    kinds = {key: list(cost) for key, cost in costs.read(path).items()}
-    assert kinds == found.costs["kinds"] and found.costs["digest"]
-    assert all(any(f"CADSURGERY_ISA={cap}" in key for key in kinds) for cap in CAPS)
-
-
-def test_an_error_of_a_run_with_a_cap_is_raised_as_it_is(in_this_process: list[dict[str, str]]) -> None:
-    with pytest.raises(cs.InvalidInput, match="same work at both output strides") as caught:
-        bench(f"{__name__}:trunk", "none", [0.5], size=(1, 1), rounds=1, isa=CAPS[:1])
-    assert "larger size" in caught.value.next
-
-
-@pytest.mark.skipif(build.architecture() != "x86-64", reason="names of x86-64")
-def test_torch_onednn_and_mkl_are_capped_alike() -> None:
-    told = {cap: bench_isa.environment_of(cap) for cap in isa.ISAS}
-    assert all(one["CADSURGERY_ISA"] == cap and one.keys() == set(CAPPED) for cap, one in told.items())
-    assert told["avx2"]["ATEN_CPU_CAPABILITY"] == "avx2" and told["avx2"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
-    assert told["avx512vnni"]["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_VNNI"
-    assert told["scalar"]["ATEN_CPU_CAPABILITY"] == "default"
-
-
-def test_caps_are_read_from_a_list_or_a_text() -> None:
-    assert bench_isa.read_caps(" avx2, avx512,avx2,") == bench_isa.read_caps(("avx2", "avx512", "avx2"))
-    assert bench_isa.read_caps("") == bench_isa.read_caps(()) == ()
-
-
-def test_engines_that_cannot_be_capped_are_named() -> None:
-    setting = BenchSetting("edges", (1, 3, 8, 8), "float32", "CPU", 1, 1, {}, "", "today")
-    report = BenchReport(setting, (), {"kinds": {}})
-
-    def notes(**options: str) -> str:
-        return " ".join(bench_isa.joined([("avx2", report)], Benchmark(**options)).notes)
-
-    assert "ONNX Runtime" in notes(against="onnxruntime,openvino") and "ONNX Runtime" in notes(runtime="onnx")
-    assert notes() == notes(runtime="openvino") == "" and "AOTInductor" in notes(runtime="aoti")
-
-
-def test_a_cap_that_this_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isa, "here", lambda: isa.ISAS[:1])
-    lacking = isa.ISAS[-1]
-    with pytest.raises(cs.InvalidInput, match=f"does not have the instruction set {lacking}") as caught:
-        bench("resnet18", size=SIZE, isa=lacking)
-    assert isa.ISAS[0] in caught.value.why and f"isa={isa.ISAS[0]}" in caught.value.next
-
-
-def test_without_kernels_nothing_can_be_capped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isa, "here", lambda: ())
-    with pytest.raises(cs.InvalidInput, match="no compiled kernels") as caught:
-        bench("resnet18", size=SIZE, isa="scalar")
-    assert "leave isa out" in caught.value.next
-
-
-@pytest.mark.slow
-def test_a_cap_is_in_force_in_a_process_of_its_own() -> None:
-    caps = isa.here()[:2]
-    found = bench("resnet18", "none", [0.5], size=SIZE, rounds=1, threads=1, isa=caps)
-    assert [one.isa for one in found.networks] == list(caps)
-    assert [found.caps[cap]["kernels"] for cap in caps] == list(caps)
-    if build.architecture() == "x86-64":
-        assert {sets["torch"] for sets in found.caps.values()} == {"DEFAULT"}
-
-
 def test_a_budget_slower_than_dense_high_is_told_with_the_operation_that_takes_its_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -499,7 +355,6 @@ def test_a_budget_slower_than_dense_high_is_told_with_the_operation_that_takes_i
     [
         ("onnx", "onnxruntime", "float32"),
         ("openvino", "openvino", "int8"),
-        ("aoti", "torch", "float32"),
     ],
 )
 def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtype: str) -> None:
@@ -657,46 +512,6 @@ def test_bfloat16_any_batch_stride_and_patch(mask: object) -> None:
     assert report.networks[0].output_stride == (8, 16) and report.networks[0].rows[0].active_fraction == 0.5
 
 
-@pytest.mark.slow
-def test_memory_of_each_side_is_measured_alone() -> None:
-    (found,) = bench("resnet18", "none", [0.5], size=(128, 192), rounds=1, threads=1, memory=True).networks
-    assert found.high.memory_mib > found.low.memory_mib > 0
-    assert found.rows[0].memory_ratio == pytest.approx(found.rows[0].memory_mib / found.high.memory_mib)
-
-
-def test_each_side_has_the_memory_that_a_run_of_its_own_prints(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The runs are done here, where other tests leave memory that is taken again: what they print is set."""
-    memories = {"dense high": 30.0, "dense low": 10.0, "nearest 0.5": 20.0}
-
-    def printed(name: str, function: str, argument: str) -> str:
-        capsys.readouterr()
-        getattr(sys.modules[name], function)(argument)
-        assert float(capsys.readouterr().out) >= 0
-        return str(memories.pop(ast.literal_eval(argument)["key"]))
-
-    monkeypatch.setattr(module, "run_alone", printed)
-    (found,) = bench(f"{__name__}:trunk", "none", [0.5], size=SIZE, rounds=1, memory=True).networks
-    assert (found.high.memory_mib, found.low.memory_mib, found.rows[0].memory_mib) == (30, 10, 20)
-    assert found.rows[0].memory_ratio == pytest.approx(2 / 3) and not memories
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("process", ["first", "second"])
-def test_what_is_freed_is_not_in_the_peak(process: str) -> None:
-    """Only what is in use at once, however often memory was taken before, and the same in every process."""
-    peak = float(memory.run_alone("peaks", "print_peak_among_holes", "16"))
-    assert peak == pytest.approx(3 * 16, abs=3)
-
-
-def test_a_peak_is_what_one_call_adds() -> None:
-    ballast = torch.ones(2**24)  # 64 MiB; freed before, it must not hide what the call takes
-    del ballast
-    raised = memory.peak_raised_by(lambda: torch.ones(2**23))
-    assert 30 < raised < 40
-
-
 def test_a_setting_names_what_a_table_was_made_with() -> None:
     told = provenance.setting(torch.device("cpu"))
     assert told.startswith(provenance.device_in_words(torch.device("cpu")))
@@ -720,18 +535,8 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"processor_time": True, "threads": 2}, cs.InvalidInput, "2 threads", "threads=1"),
     ({"against": "tensorrt"}, cs.UnknownName, "tensorrt", "openvino"),
     ({"calibration": "photos"}, cs.InvalidInput, "calibrate", "int8"),
-    ({"runtime": "aoti", "dtype": "int8"}, cs.InvalidInput, "dtype=int8", "in torch"),
-    ({"runtime": "onnx", "memory": True}, cs.InvalidInput, "memory=True", "in torch"),
     ({"runtime": "openvino", "mask": "edges | smooth"}, cs.InvalidInput, "smooth", "level_map"),
     ({"smaller": 1.5}, cs.InvalidInput, "smaller=1.5", "0.7"),
-    ({"isa": "avx9"}, cs.UnknownName, "avx9", "scalar"),
-    ({"isa": "scalar"}, cs.InvalidInput, "without a name", "module:function"),
-    (
-        {"isa": "scalar", "networks": "resnet18", "mask": torch.zeros(1)},
-        cs.InvalidInput,
-        "without a name",
-        "edges",
-    ),
     ({"device": "abacus"}, cs.InvalidInput, "abacus", "cpu"),
     ({"mask": "edgs"}, cs.UnknownName, "edgs", "edges"),
     ({"networks": "resnt18"}, cs.UnknownName, "resnt18", "resnet18"),
@@ -743,13 +548,6 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"threads": -1}, cs.InvalidInput, "threads=-1", "at least 1"),
     ({"size": (1, 1)}, cs.InvalidInput, "same work", "larger size"),
     ({"output_stride": (3, 5)}, cs.InvalidInput, "5", "(8, 32)"),
-    ({"memory": True}, cs.InvalidInput, "without a name", "module:function"),
-    (
-        {"memory": True, "networks": "resnet18", "mask": torch.zeros(1)},
-        cs.InvalidInput,
-        "without a name",
-        "edges",
-    ),
     ({"picture": Path("no/bench.png")}, cs.FileError, "no folder", "--picture"),
     ({"output": Path("no/rows.jsonl")}, cs.FileError, "no folder", "--output"),
 ]
@@ -771,21 +569,3 @@ def test_a_missing_device_is_refused() -> None:
     with pytest.raises(cs.InvalidInput, match="no CUDA device") as caught:
         bench(trunk(), size=SIZE, device="cuda")
     assert "cpu" in caught.value.next
-
-
-def test_memory_is_refused_where_the_system_does_not_tell_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(memory, "PROCESS", tmp_path)
-    with pytest.raises(cs.InvalidInput, match="Linux") as caught:
-        bench("resnet18", size=SIZE, memory=True)
-    assert caught.value.next
-
-
-def test_a_process_that_fails_is_told_with_its_reason() -> None:
-    with pytest.raises(cs.CadError, match="process that was to measure memory") as caught:
-        memory.run_alone("ast", "literal_eval", "no literal")
-    assert "SyntaxError" in caught.value.why and "leave out memory" in caught.value.next
-    with pytest.raises(cs.CadError) as caught:
-        memory.run_alone("os", "_exit", "3")
-    assert caught.value.why

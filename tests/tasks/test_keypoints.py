@@ -1,4 +1,4 @@
-"""Keypoints of folders and matching on sequences: what is written, kept, refused and measured."""
+"""Keypoints of folders: what is written, kept and refused."""
 
 from __future__ import annotations
 
@@ -21,14 +21,10 @@ from cadsurgery.tasks.keypoints import (
     Extraction,
     Extractor,
     Features,
-    evaluate_matching,
     extract,
-    find_sequences,
     read_features,
     write_features,
 )
-from cadsurgery.tasks.keypoints.matching import warped
-from cadsurgery.tasks.keypoints.sequences import Photo
 
 NETWORKS = '''
 """Networks of a user."""
@@ -68,7 +64,6 @@ def middle(images):
     """One keypoint, in the middle."""
     return [torch.tensor([[image.shape[2] // 2, image.shape[1] // 2]]) for image in images]
 '''
-HOMOGRAPHY = torch.tensor([[0.98, -0.06, 6.0], [0.05, 1.01, -4.0], [1e-4, 5e-5, 1.0]], dtype=torch.float64)
 
 
 @pytest.fixture
@@ -92,15 +87,6 @@ def save(image: Tensor, path: Path) -> Path:
     return path
 
 
-def moved(image: Tensor, homography: Tensor) -> Tensor:
-    """The image whose pixel H p is the pixel p of the given one."""
-    _, height, width = image.shape
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    source = warped(torch.stack((x, y), -1).reshape(-1, 2), torch.linalg.inv(homography))
-    grid = 2 * source / torch.tensor([width - 1, height - 1]) - 1
-    return F.grid_sample(image[None].double(), grid.view(1, height, width, 2), align_corners=True)[0].float()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two images of different size, one below another folder, a corrupt one, one of one colour."""
@@ -109,19 +95,6 @@ def folder(tmp_path: Path) -> Path:
     save(torch.full((3, 40, 44), 0.5), tmp_path / "images" / "third.png")
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     return tmp_path / "images"
-
-
-@pytest.fixture
-def sequences(tmp_path: Path) -> Path:
-    """Two sequences of three images, of known homographies; one that the protocol leaves out."""
-    root = tmp_path / "sequences"
-    for name, seed in (("i_wall", 0), ("v_wall", 1), ("v_talent", 2)):
-        image = scene(seed=seed)
-        save(image, root / name / "1.png")
-        for number, homography in ((2, torch.eye(3, dtype=torch.float64)), (3, HOMOGRAPHY)):
-            save(moved(image, homography), root / name / f"{number}.ppm")
-            np.savetxt(root / name / f"H_1_{number}{'.txt' if number == 3 else ''}", homography.numpy())
-    return root
 
 
 EXTRACT = ("keypoints", "extract", "usernets:describer")
@@ -301,7 +274,7 @@ def test_extraction_refuses_what_cannot_be(
 
 
 def test_a_network_without_a_map_of_descriptors_is_refused_before_any_image(
-    run: Run, folder: Path, sequences: Path, tmp_path: Path
+    run: Run, folder: Path, tmp_path: Path
 ) -> None:
     more = """
 
@@ -323,23 +296,29 @@ def two():
     return Two()
 """
     (tmp_path / "usernets.py").write_text(NETWORKS + more)
-    places = {"extract": (folder, "--output", "out"), "eval": ("--data", sequences)}
-    for command, arguments in places.items():
-        flat, two = (
-            run("keypoints", command, f"usernets:{name}", *arguments, "--output-stride", "1,4", "--json")
-            for name in ("flat", "two")
+    flat, two = (
+        run(
+            "keypoints",
+            "extract",
+            f"usernets:{name}",
+            folder,
+            "-o",
+            "out",
+            "--output-stride",
+            "1,4",
+            "--json",
         )
-        assert flat.code == two.code == 1
-        assert "no map of descriptors" in flat.json["what"] and "features" in flat.json["next"]
-        assert "2 maps" in two.json["what"] and "descriptors or more" in two.json["next"]
+        for name in ("flat", "two")
+    )
+    assert flat.code == two.code == 1
+    assert "no map of descriptors" in flat.json["what"] and "features" in flat.json["next"]
+    assert "2 maps" in two.json["what"] and "descriptors or more" in two.json["next"]
     assert not Path("out/extraction.json").exists()
     named = ("usernets:two", folder / "first.png", "--output", "out", "--output-name", "more")
     assert run("keypoints", "extract", *named, "--output-stride", "1,4").code == 0
 
 
-def test_a_converted_network_is_given_other_output_strides_as_for_eval(
-    run: Run, folder: Path, tmp_path: Path
-) -> None:
+def test_a_converted_network_is_given_other_output_strides(run: Run, folder: Path, tmp_path: Path) -> None:
     cs.save(cs.adaptify(describer(), "edges", output_stride=(1, 4)), tmp_path / "net.safetensors")
     arguments = ("keypoints", "extract", "net.safetensors", "--trust", folder / "first.png", "--mask", "")
     assert run(*arguments).code == 0
@@ -347,152 +326,3 @@ def test_a_converted_network_is_given_other_output_strides_as_for_eval(
     fine, coarse = (json.loads(Path(out, "extraction.json").read_text()) for out in ("features", "coarse"))
     assert fine["made_with"]["plan"][0] == [1, 4] and coarse["made_with"]["plan"][0] == [2, 4]
     assert fine["made_with"]["model"] == coarse["made_with"]["model"]
-
-
-# -- sequences -----------------------------------------------------------------------------------------
-
-
-def test_sequences_are_found_and_those_of_the_protocol_left_out(sequences: Path) -> None:
-    found, out = find_sequences(sequences)
-    assert [one.name for one in found] == ["i_wall", "v_wall"] and out == ["v_talent"]
-    assert [one.kind for one in found] == ["illumination", "viewpoint"]
-    assert found[0].numbers == (2, 3) and torch.equal(found[0].homographies[1], HOMOGRAPHY)
-    every, nothing = find_sequences(sequences, everything=True)
-    assert len(every) == 3 and not nothing
-    assert [one.name for one in find_sequences(sequences / "v_wall")[0]] == ["v_wall"]
-
-
-def test_what_is_no_sequence_is_named(sequences: Path) -> None:
-    (sequences / "notes").mkdir()
-    for name in ("v_wall/9.png", "v_wall/._1.png", ".DS_Store", "v_talent/notes.txt"):
-        (sequences / name).touch()
-    with pytest.warns(cs.CadWarning) as warned:
-        find_sequences(sequences)
-    assert [str(warning.message) for warning in warned] == [
-        f"left out of {sequences}: neither sequences nor their files: notes, v_wall/9.png."
-    ]
-
-
-def test_sequences_that_are_none_are_refused_with_the_layout(sequences: Path, tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere", tmp_path / "usernets"):
-        with pytest.raises(cs.FileError, match="H_1_2"):
-            find_sequences(path)
-    with pytest.raises(cs.FileError, match="protocol"):
-        find_sequences(sequences / "v_talent")
-    for text in ("1 2 3", "a b", "0 0 0\n0 0 0\n0 0 0"):
-        (sequences / "i_wall" / "H_1_2").write_text(text)
-        with pytest.raises(cs.FileError, match="H_1_2"):
-            find_sequences(sequences)
-    (sequences / "i_wall" / "1.png").unlink()
-    with pytest.raises(cs.FileError, match="image 1"):
-        find_sequences(sequences)
-
-
-EVAL = ("keypoints", "eval", "usernets:describer", "--output-stride", "1,4", "--count", 100, "--rounds", 1)
-
-
-@pytest.mark.slow
-def test_matching_is_evaluated_for_several_masks_in_one_run(
-    run: Run, sequences: Path, tmp_path: Path
-) -> None:
-    masks = ("--mask", "none", "--mask", "keypoints:detector=given,dilations=9/21", "--mask", "all")
-    files = ("--output", "r.json", "--picture", "p.png", "--matches", "m.png")
-    result = run(*EVAL, "--data", sequences, "--reach", "all", *masks, *files, "--json")
-    assert result.code == 0, result
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report == result.json and report["left_out"] == ["v_talent"] and report["sequences"] == 2
-    none, some, every = report["rows"]
-    assert none["macs"] < some["macs"] < every["macs"] and none["active_fraction"] == 0
-    for row in report["rows"]:
-        assert len(row["pairs"]) == 4 and len(row["mma"]) == 15 and row["milliseconds"] > 0
-        assert all(a <= b for a, b in zip(row["mma"], row["mma"][1:], strict=False))
-        same = [pair for pair in row["pairs"] if pair["number"] == 2]
-        assert all(pair["accuracy"][0] == 1 and pair["corner_error"] < 1e-3 for pair in same)
-        halves = [row["mma_illumination"][2], row["mma_viewpoint"][2]]
-        assert sum(halves) / 2 == pytest.approx(row["mma"][2])
-    for name in ("p.png", "m.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert picture.size[0] > 500
-    told = run(*EVAL, "--data", sequences, "--all-sequences", "--output-stride", "2,4")
-    assert told.code == 0 and "3 sequences" in told.out and "1 to 4" in told.out and "2 to 4" in told.out
-
-
-def test_an_unreadable_image_costs_its_pair_and_the_exit_code(run: Run, sequences: Path) -> None:
-    (sequences / "i_wall" / "3.ppm").write_bytes(b"no image")
-    result = run(*EVAL, "--data", sequences, "--json")
-    assert result.code == 1 and len(result.json["failed"]) == 1
-    assert [len(row["pairs"]) for row in result.json["rows"]] == [3]
-    (sequences / "i_wall" / "1.png").write_bytes(b"no image")
-    result = run(*EVAL, "--data", sequences, "--json")
-    assert result.code == 1 and result.json["sequences"] == 1
-    (sequences / "v_wall" / "1.png").write_bytes(b"no image")
-    assert run(*EVAL, "--data", sequences, "--json").json["error"] == "FileError"
-
-
-def test_views_of_a_photo_show_what_their_homographies_say(folder: Path) -> None:
-    """And nothing from outside of it; the same views each time."""
-    photo, again = (Photo(str(folder / "first.png"), 3) for _ in range(2))
-    image = photo.read(0)
-    assert len(photo.homographies) == len(photo.numbers) == 3
-    for place, homography in enumerate(photo.homographies, 1):
-        view = photo.read(place)
-        assert torch.equal(view, again.read(place)) and view.shape == image.shape
-        torch.testing.assert_close(
-            view, moved(image, homography), atol=0.03, rtol=0
-        )  # OpenCV rounds to 1/32 pixel
-        corners = torch.tensor([[0, 0], [127, 0], [0, 95], [127, 95]])
-        source = warped(corners, torch.linalg.inv(homography))
-        assert (source >= -1e-3).all() and (source <= torch.tensor([127, 95]) + 1e-3).all()
-        assert (source - corners).abs().max() > 3
-
-
-def test_photos_are_matched_with_views_of_themselves(run: Run, folder: Path) -> None:
-    masks = ("--mask", "none", "--mask", "all", "--detector", "sift")
-    result = run(*EVAL, "--data", f"images:{folder}", *masks, "--json")
-    assert result.code == 1 and [failure["error"] for failure in result.json["failed"]] == ["FileError"]
-    assert result.json["sequences"] == 3
-    for row in result.json["rows"]:
-        assert len(row["pairs"]) == 9 and 0 < row["mma"][2] <= row["mma"][9] <= 1
-    with pytest.raises(cs.FileError, match="no file or folder"):
-        evaluate_matching(describer(), "images:nowhere")
-
-
-@pytest.mark.slow
-def test_two_processes_evaluate_what_one_does(run: Run, sequences: Path) -> None:
-    pytest.importorskip("accelerate")
-    arguments = (
-        "keypoints",
-        "eval",
-        "usernets:describer",
-        "--output-stride",
-        "1,4",
-        "--data",
-        sequences,
-        "--json",
-    )
-    one, two = (run(*arguments, "--rounds", 0, processes=processes).json for processes in (1, 2))
-    assert one["sequences"] == two["sequences"] == 2
-    for row, other in zip(one["rows"], two["rows"], strict=True):
-        assert row["mma"] == pytest.approx(other["mma"]) and row["macs"] == other["macs"]
-        assert [(pair["sequence"], pair["number"]) for pair in row["pairs"]] == [
-            (pair["sequence"], pair["number"]) for pair in other["pairs"]
-        ]
-
-
-def test_both_reaches_match_the_same(run: Run, sequences: Path) -> None:
-    def rows(reach: str) -> Any:
-        settings = Extraction(reach=reach, mask="keypoints:detector=given,dilations=9/21", count=60)  # type: ignore[arg-type]
-        report = evaluate_matching(describer(), sequences, [], settings, output_stride=[(1, 4)], rounds=0)
-        return report.rows[0]
-
-    every, needed = rows("all"), rows("receptive")
-    assert needed.pairs == every.pairs and needed.macs < every.macs
-
-
-def test_evaluation_refuses_what_cannot_be(run: Run, sequences: Path) -> None:
-    with pytest.raises(cs.InvalidInput, match="rounds"):
-        evaluate_matching(describer(), sequences, rounds=-1)
-    with pytest.raises(cs.FileError, match="folder"):
-        evaluate_matching(describer(), sequences, output=Path("nowhere/r.json"))
-    with pytest.raises(cs.InvalidInput, match="count"):
-        Extraction(count=0)

@@ -27,7 +27,6 @@ from cadsurgery.elements.backends.native import (
 )
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Reading, rows_of
-from cadsurgery.kernels import isa
 from cadsurgery.kernels.layouts import IntegerLayout, grouped_layout, integer_layout
 from cadsurgery.kernels.load import is_observed, isa_of, library
 
@@ -403,15 +402,6 @@ class _Result(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("outputs", "more_is_8_bits", "out_is_8_bits", "is_hardswish")),
         *((name, ctypes.c_float) for name in ("more_scale", "factor", "zero", "low", "high")),
     )
-
-
-def forms_here() -> tuple[str, ...]:
-    """Return the forms of the 8-bit kernels that this processor can run, widest instruction set first.
-
-    Forms for limited weights (`IntegerWeights.is_limited`), such as "limited_avx2", precede those for any weights.
-    """
-    names = (form for name in reversed(isa.allowed()) for form in (f"limited_{name}", name))
-    return tuple(name for name in names if _has(f"convolve_{name}"))
 
 
 def form_here() -> str | None:

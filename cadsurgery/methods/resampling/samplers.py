@@ -27,6 +27,7 @@ from cadsurgery.methods.resampling.locations import (
 from cadsurgery.methods.resampling.report import conv_macs
 from cadsurgery.methods.resampling.shifts import ShiftNet
 from cadsurgery.support.counting import MacCounter
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName
 
@@ -250,7 +251,7 @@ def resolve_sampler(
     except UnknownName as error:
         known = f"a sampler is {', '.join(sorted(SAMPLERS))}, or a mask."
         raise (
-            UnknownName("sampler", str(sampler), [*SAMPLERS, "edges"], next=known)
+            UnknownName("sampler", str(sampler), [*SAMPLERS, DEFAULT_MASK], next=known)
             if ":" not in str(sampler)
             else error
         ) from None

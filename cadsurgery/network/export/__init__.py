@@ -1,4 +1,4 @@
-"""Export networks to run without this package: programs of torch.export, packages of AOTInductor, ONNX files.
+"""Export networks to run without this package: programs of torch.export and ONNX files.
 
 In come an adaptive network and an image; out comes a file with mask, lattice and network. Before the file appears under
 its name, it is run in its engine and compared with the network.
@@ -27,7 +27,7 @@ from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.files import check_folder, write_together
 from cadsurgery.support.progress import Step, silent
 
-Format = Literal["pt2", "onnx", "aoti"]
+Format = Literal["pt2", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Exported:
 
     Attributes:
         file: path of the file.
-        format: `pt2`, `onnx` or `aoti`.
+        format: `pt2` or `onnx`.
         bytes: size of the file, including a separate file of weights.
         image: shape of the image batch; None for axes of any length.
         difference: largest difference from the network on other images, relative to the largest output; for a file in
@@ -69,7 +69,6 @@ def export(
     float16: bool = False,
     int8: Tensor | Iterable[Tensor] | None = None,
     with_kernels: bool = False,
-    portable: bool = False,
     other: Tensor | None = None,
     check_in: str = "onnx",
     step: Step = silent,
@@ -81,8 +80,6 @@ def export(
 
     - `pt2`: a program for `torch.export.load`, for images of one size and a mask that keeps a fixed number of patches,
       such as `"edges | budget:fraction=0.3"`.
-    - `aoti`: the same program, compiled by AOTInductor for this machine: `torch._inductor.aoti_load_package` in
-      Python, `AOTIModelPackageLoader` in C++.
     - `onnx`: only standard operations; any mask that depends only on the image, any batch size, optionally any image
       size. Needs `pip install 'cadsurgery[export]'`. The last output, `levels`, is the level map (B, h, w), int8.
 
@@ -101,12 +98,10 @@ def export(
             bodies: where the library of `cadsurgery.kernels_for` is registered, the engine runs this package's kernels
             in their place, which is faster. The file is compared with and without the library; OpenVINO cannot read it
             without (ONNX only).
-        portable: the program has only operations that other runtimes of torch.export's programs have, too, such
-            as ExecuTorch; in torch it is slower (`pt2` only).
         other: another batch to compare on; default: variants of `image`, e.g. upside down.
         check_in: engine in which an ONNX file is compared: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits gets
             the form that is fastest in this engine.
-        step: progress callback; gets the name of each step: tracing, translating, compiling, writing, comparing,
+        step: progress callback; gets the name of each step: tracing, translating, writing, comparing,
             calibrating and quantising. See `cadsurgery.support.progress.Step`.
 
     Raises:
@@ -125,7 +120,7 @@ def export(
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
-    names = [name for name, one in ENGINES.items() if one.format == "onnx" and not one.has_kernels]
+    names = [name for name, one in ENGINES.items() if not one.has_kernels]
     check_name("engine of ONNX files", check_in, names)
     batches = _to_calibrate(net, int8, image, dynamic)
     options = {
@@ -141,12 +136,6 @@ def export(
             why="it is made for images of one size, with the types of the network.",
             next='leave that out, or write an ONNX file: to="onnx".',
         )
-    if portable and kind != "pt2":
-        raise InvalidInput(
-            f"a file of format {kind} cannot be portable.",
-            why="the option is for programs of torch.export; ONNX files have standard operations anyway.",
-            next='leave that out, or write a program: to="pt2".',
-        )
     if float16 and batches:
         raise InvalidInput("a file is of float16 or int8.", next="leave out one of them.")
     if with_kernels and float16:
@@ -155,11 +144,6 @@ def export(
             where="with_kernels, --with-kernels",
             why="the kernels compute in float32.",
             next="leave out one of them.",
-        )
-    if kind == "aoti" and file.suffix != ".pt2":
-        raise InvalidInput(
-            f"a package of AOTInductor cannot be called {file.name}.",
-            next="name it .pt2, as its loaders expect.",
         )
     if net.training:
         raise InvalidInput("the network is in training mode.", next="call net.eval() first.")
@@ -176,8 +160,7 @@ def export(
     check_folder(file, "path")
     net.normalise_by(image)  # the normalisation must be known before tracing
     writers: dict[str, Callable[[Path], tuple[Comparison, tuple[int | None, ...]]]] = {
-        "pt2": lambda target: programs.write_program(net, image, other, target, portable, step),
-        "aoti": lambda target: programs.write_package(net, image, other, target, step),
+        "pt2": lambda target: programs.write_program(net, image, other, target, step),
         "onnx": lambda target: onnx.write(
             net,
             image,

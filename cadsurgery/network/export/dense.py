@@ -21,7 +21,7 @@ from cadsurgery.network.dense_twin import dense_twin, record
 from cadsurgery.network.export.compare import check_difference, difference
 from cadsurgery.network.export.engines import Engine
 from cadsurgery.network.export.onnx import translate
-from cadsurgery.network.export.programs import compile_program, follow
+from cadsurgery.network.export.programs import follow
 from cadsurgery.network.model import AdaptiveModel
 
 _ATEN = torch.ops.aten
@@ -40,14 +40,10 @@ def write_dense(net: AdaptiveModel, level: int, image: Tensor, path: Path, engin
         engine: engine that the file is for.
 
     Raises:
-        CannotConvert: torch cannot follow or compile the network, or the file's outputs differ.
+        CannotConvert: torch cannot follow the network, or the file's outputs differ.
         CadError: a required package is not installed.
     """
-    program = dense_program(net, level, image)
-    if engine.format == "aoti":
-        compile_program(program, path)
-    else:
-        translate(program, "measure it in torch.").save(path)
+    translate(dense_program(net, level, image), "measure it in torch.").save(path)
     expected = tree_leaves(dense_twin(net, level, image)(image))
     check_difference([difference(engine(path)(image), expected)])
 

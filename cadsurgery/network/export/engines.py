@@ -1,14 +1,13 @@
-"""Run exported files in their engines, each as a function from tensors to a list of tensors."""
+"""Run ONNX files in their engines, each as a function from tensors to a list of tensors."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from cadsurgery.network.export.kernels import kernels_for
 from cadsurgery.support.errors import CannotConvert, describe_error, import_optional
@@ -20,7 +19,6 @@ class Engine:
     Attributes:
         name: the engine's name.
         package: the Python package of the engine.
-        format: format of its files, see `cadsurgery.export`.
         has_kernels: True if this package's kernels run in it; files are then written `with_kernels`.
         runs_bodies: True if it runs such files without the kernels, too.
         has_8_bit_depthwise: see `cadsurgery.elements.backends.target.Target`.
@@ -28,7 +26,6 @@ class Engine:
 
     name: ClassVar[str]
     package: ClassVar[str]
-    format: ClassVar[Literal["onnx", "aoti"]]
     has_kernels: ClassVar[bool] = False
     runs_bodies: ClassVar[bool] = True
     has_8_bit_depthwise: ClassVar[bool] = False
@@ -80,7 +77,7 @@ class OnnxRuntime(Engine):
         frees_early: True if a value is freed after its last reader. By default ONNX Runtime may run readers late.
     """
 
-    name, package, format = "ONNX Runtime", "onnxruntime", "onnx"
+    name, package = "ONNX Runtime", "onnxruntime"
     frees_early: ClassVar[bool] = False
     has_8_bit_depthwise = (
         True  # OpenVINO subtracts zero points of gathered rows and transposes them: twice the time
@@ -113,7 +110,7 @@ class OnnxRuntimeWithKernels(OnnxRuntime):
 class OpenVino(Engine):
     """An ONNX file in OpenVINO, compiled for the shapes of its last call, in single precision."""
 
-    name, package, format = "OpenVINO", "openvino", "onnx"
+    name, package = "OpenVINO", "openvino"
     runs_bodies = False
     precision = "f32"
 
@@ -163,33 +160,22 @@ def _core(extension: str = "") -> Any:
     return core
 
 
-class Inductor(Engine):
-    """A package of AOTInductor, run on torch's threads."""
-
-    name, package, format = "AOTInductor", "torch", "aoti"
-
-    def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
-        self._call = package._inductor.aoti_load_package(str(path))
-
-    def _run(self, *inputs: Tensor) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves(self._call(*inputs)) if isinstance(leaf, Tensor)]
-
-
 _KERNELS = "-kernels"  # ends the names of engines with this package's kernels
 ENGINES: dict[str, type[Engine]] = {
     "onnx": OnnxRuntime,
     f"onnx{_KERNELS}": OnnxRuntimeWithKernels,
     "openvino": OpenVino,
     f"openvino{_KERNELS}": OpenVinoWithKernels,
-    "aoti": Inductor,
 }
 
 
 def options_for(runtime: str) -> dict[str, Any]:
     """Return the options of `export` for files of an engine in `ENGINES`."""
-    engine = ENGINES[runtime]
-    compared_in = runtime.removesuffix(_KERNELS) if engine.format == "onnx" else "onnx"
-    return {"to": engine.format, "check_in": compared_in, "with_kernels": engine.has_kernels}
+    return {
+        "to": "onnx",
+        "check_in": runtime.removesuffix(_KERNELS),
+        "with_kernels": ENGINES[runtime].has_kernels,
+    }
 
 
 def engines_for(name: str, with_kernels: bool) -> list[type[Engine]]:

@@ -22,6 +22,7 @@ from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.files import make_folder
 from cadsurgery.tasks.recommend.settings import Pair, Setting, scaled_size
 
@@ -92,7 +93,7 @@ class Calls:
         """Return the network converted for a pair of output strides; converted once."""
         if (pair, fill) not in self._nets:
             options = {**self.options, "output_stride": pair, "fill": fill}
-            net = adaptify(self.model, "edges", **options, example_input=self.image, verify_laws=False)
+            net = adaptify(self.model, DEFAULT_MASK, **options, example_input=self.image, verify_laws=False)
             pictures_for(net)
             is_cast = self.precision == "bfloat16" and self.runtime == TORCH
             self._nets[pair, fill] = net.bfloat16() if is_cast else net

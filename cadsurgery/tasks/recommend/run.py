@@ -24,6 +24,7 @@ from cadsurgery.data.sources import KINDS, class_names, ignored_labels, warn_of_
 from cadsurgery.kernels import isa
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.network.adaptify import copy_network
+from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import checksum, load
 from cadsurgery.support import files
@@ -58,7 +59,7 @@ from cadsurgery.tasks.recommend.report import Recommendation, Request
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
 
-RUNTIMES = (TORCH, "onnx", "onnx-kernels", "openvino", "openvino-kernels")
+RUNTIMES = (TORCH, *ENGINES)
 FEWEST = 3  # pictures after which time may end a run
 _CALIBRATED_BY = 32  # pictures at most
 _LOOKED_AT = 100  # pictures whose labels are checked first; later ones are reported as failed

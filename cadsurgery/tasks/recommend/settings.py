@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from cadsurgery.network.adaptify import plan
+from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.surgery.plan import Plan
 
@@ -179,7 +180,7 @@ def find_candidates(
             masks = tuple(mask for mask in masks if mask.endswith(("=0.1", "=0.2")))
         settings += [Setting("adaptive", 0, pair, mask, "guided") for mask in masks]
         if pair == pairs[0] and not few:
-            settings.append(Setting("adaptive", 0, pair, "edges", "linear"))
+            settings.append(Setting("adaptive", 0, pair, DEFAULT_MASK, "linear"))
     return Candidates(tuple(settings), own)
 
 

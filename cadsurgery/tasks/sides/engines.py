@@ -117,11 +117,10 @@ class InEngine:
 
     def _path(self, name: str) -> Path:
         self.step(f"exporting {name} to {self.engine.name}")
-        ending = "onnx" if self.engine.format == "onnx" else "pt2"
-        return make_folder(self.folder / name) / f"net.{ending}"
+        return make_folder(self.folder / name) / "net.onnx"
 
     def dense(self, name: str, image: Tensor | None = None) -> Call:
-        """Return the call of a dense network, `HIGH` or `LOW`, from an ordinary ONNX or torch export."""
+        """Return the call of a dense network, `HIGH` or `LOW`, from an ordinary ONNX export."""
         image = self.image if image is None else image
         words = f"{name} {'x'.join(map(str, image.shape[2:]))}"
         path = self._path(words)

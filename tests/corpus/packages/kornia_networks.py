@@ -6,7 +6,7 @@ import kornia
 import kornia.feature
 from torch import nn
 
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 
 
 @network(name="DISK")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from monai.networks import nets
 
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 
 
 def declare(name: str, **options) -> None:

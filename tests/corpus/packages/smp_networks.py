@@ -7,7 +7,7 @@ from itertools import product
 import segmentation_models_pytorch as smp
 from torch import nn
 
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 
 DECODERS = (
     *("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "UPerNet", "Segformer"),

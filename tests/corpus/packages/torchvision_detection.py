@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models import detection, segmentation
 
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 
 DETECTORS = (
     *("fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn", "maskrcnn_resnet50_fpn"),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from cadsurgery.support import memory
+from benchmarks import memory
 
 
-def print_peak_among_holes(mebibytes: str) -> None:
+def print_peak_among_holes(mebibytes: int) -> None:
     """MiB by which a call that frees and takes memory of growing sizes raises the peak; three pieces live at once."""
 
     def run() -> None:
         before = torch.ones(1)
         for step in range(8):
-            before = torch.ones(int(mebibytes) * 2**18 - (8 - step) * 2**16) + before[:1]
+            before = torch.ones(mebibytes * 2**18 - (8 - step) * 2**16) + before[:1]
 
     run()
     print(memory.peak_raised_by(run))

@@ -1,4 +1,4 @@
-"""The report of `cadsurgery keypoints eval`: matching accuracy, work and time of each mask."""
+"""The report of the evaluation by matching: matching accuracy, work and time of each mask."""
 
 from __future__ import annotations
 

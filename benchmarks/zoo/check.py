@@ -1,12 +1,17 @@
 """Coverage: build, convert and verify many networks, to find out which of them convert.
 
+    python -m benchmarks.zoo.check "*resnet*" --output rows.jsonl      # networks of torchvision and timm
+    python -m benchmarks.zoo.check --corpus --output rows.jsonl        # the corpus, tests/corpus
+    python -m benchmarks.zoo.check mine.py --corpus                    # networks of your own, see corpus.py
+
 Every network is checked in a separate process with limits on memory and time, and adds one JSON line to a file. A
-check that is started again continues where it stopped. The file of the last full run is part of the package, see
-`tasks/recorded.py`.
+check that is started again continues where it stopped. The file of the last full run is part of the package, which
+`cadsurgery list` reads: `cadsurgery/tasks/zoo.jsonl`.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -19,13 +24,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.zoo.corpus import beside, find_corpus, read_corpus, subject
+from benchmarks.zoo.network_check import check_network
 from cadsurgery.data.networks import family_of
 from cadsurgery.support.errors import FileError
 from cadsurgery.support.files import check_folder, check_writable, write_whole
 from cadsurgery.support.provenance import commit, device_in_words, versions
-from cadsurgery.tasks.corpus import beside, subject
-from cadsurgery.tasks.network_check import check_network
-from cadsurgery.tasks.recorded import Row
+from cadsurgery.tasks.recorded import Row, list_names, outlook, summary
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def _in_processes(names: Sequence[str], corpus: Path | None, workers: int, limit
     """Yield a row for each network as soon as it is finished; each runs in its own process."""
     context = multiprocessing.get_context("forkserver")
     files = sorted({name.partition(":")[0] for name in names}) if corpus else []
-    context.set_forkserver_preload(["cadsurgery.tasks.zoo_check", "timm", "torchvision", *files])
+    context.set_forkserver_preload(["benchmarks.zoo.check", "timm", "torchvision", *files])
     pool = ThreadPoolExecutor(workers)
     try:
         with beside(corpus) if corpus else contextlib.nullcontext():
@@ -152,3 +157,38 @@ def _work(name: str, corpus: Path | None, memory_gib: float, sender: Any) -> Non
     torch.set_num_threads(1)
     with contextlib.suppress(MemoryError):  # the parent process reports it
         sender.send(check_network(subject(name, corpus)))
+
+
+def main() -> None:
+    """Check networks, and print a line for each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "pattern", nargs="?", default="*", help="of names; with --corpus also a file or folder"
+    )
+    parser.add_argument("--library", default="", help="torchvision or timm; default both")
+    parser.add_argument("--corpus", action="store_true", help="check networks of Python files, which are run")
+    parser.add_argument("--output", type=Path, default=Path("zoo.jsonl"))
+    parser.add_argument("--workers", type=int, default=2, help="number of networks at a time")
+    parser.add_argument("--memory", type=float, default=Limits.memory_gib, help="limit for a network, in GiB")
+    parser.add_argument("--seconds", type=float, default=Limits.seconds, help="limit for a network")
+    options = parser.parse_args()
+    folder, pattern = find_corpus(options.pattern) if options.corpus else (None, options.pattern)
+    if folder is None:
+        names = list_names(pattern, options.library)
+    else:
+        names = [subject.name for subject in read_corpus(folder, pattern)]
+
+    def tell(row: Row) -> None:
+        print(f"{row['model']:40} {outlook(row)}", flush=True)
+
+    limits = Limits(options.seconds, options.memory)
+    rows = check_networks(
+        names, options.output, corpus=folder, workers=options.workers, limits=limits, on_row=tell
+    )
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.zoo.corpus import Subject
 from cadsurgery.network.adaptify import adaptify, plan, traceable_part
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import tensors_of
@@ -34,7 +35,6 @@ from cadsurgery.surgery.refusals import position_mixers
 from cadsurgery.surgery.trace import drop_cached, evaluating
 from cadsurgery.surgery.treatment import operation_name
 from cadsurgery.surgery.verify import DISCRETE, TOLERANCE, at_own_samples
-from cadsurgery.tasks.corpus import Subject
 from cadsurgery.tasks.recorded import Row
 
 # Sizes of the check: the first odd and the first even size that a network accepts. Decoders may need multiples.

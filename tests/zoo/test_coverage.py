@@ -14,11 +14,11 @@ from conftest import ROOT, images, slow
 from torch import nn
 
 import cadsurgery as cs
-from cadsurgery.tasks import corpus, network_check
-from cadsurgery.tasks.corpus import subject
-from cadsurgery.tasks.network_check import check_network, settle
+from benchmarks.zoo import corpus, network_check
+from benchmarks.zoo.check import Limits, check_networks
+from benchmarks.zoo.corpus import subject
+from benchmarks.zoo.network_check import check_network, settle
 from cadsurgery.tasks.recorded import outlook, read_rows, recorded
-from cadsurgery.tasks.zoo_check import Limits, check_networks
 
 # One network for each kind of operation the zoo has; small ones.
 SAMPLE = {
@@ -165,7 +165,7 @@ def test_rows_of_other_versions_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(cs.FileError, match="no folder"):
         check_networks(["resnet18"], tmp_path / "missing" / "zoo.jsonl")
     path.write_text("not json\nat all\n")
-    with pytest.raises(cs.FileError, match="list --check"):
+    with pytest.raises(cs.FileError, match=r"benchmarks\.zoo\.check"):
         read_rows(path)
 
 

@@ -143,8 +143,8 @@ def find_corpus(argument: str) -> tuple[Path, str]:
         raise FileError(
             f"there is no corpus {argument}." if argument not in ("", "*") else "there is no corpus here.",
             why="" if CHECKOUT.is_dir() else "the installed package comes without tests/corpus.",
-            next="name a file or folder of networks declared with cadsurgery.tasks.corpus.network: "
-            "cadsurgery list PATH --check --corpus.",
+            next="name a file or folder of networks declared with benchmarks.zoo.corpus.network: "
+            "python -m benchmarks.zoo.check PATH --corpus.",
         )
     return CHECKOUT, argument or "*"
 

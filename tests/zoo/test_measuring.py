@@ -1,0 +1,78 @@
+"""Scripts that measure `bench` further: the peak of memory, and capped instruction sets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from benchmarks import memory
+from benchmarks.instruction_sets import _LIBRARIES, environment_of, join
+from cadsurgery.kernels import build, isa
+
+pytestmark = pytest.mark.skipif(not (memory.PROCESS / "status").exists(), reason="Linux tells peaks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", ["first", "second"])
+def test_what_is_freed_is_not_in_the_peak(process: str) -> None:
+    """Only what is in use at once, however often memory was taken before, and the same in every process."""
+    peak = float(memory.run_alone("import peaks; peaks.print_peak_among_holes(16)", ""))
+    assert peak == pytest.approx(3 * 16, abs=3)
+
+
+def test_a_peak_is_what_one_call_adds() -> None:
+    ballast = torch.ones(2**24)  # 64 MiB; freed before, it must not hide what the call takes
+    del ballast
+    raised = memory.peak_raised_by(lambda: torch.ones(2**23))
+    assert 30 < raised < 40
+
+
+@pytest.mark.skipif(build.architecture() != "x86-64", reason="names of x86-64")
+def test_torch_onednn_and_mkl_are_capped_alike() -> None:
+    told = {cap: environment_of(cap) for cap in isa.ISAS}
+    assert all(
+        one["CADSURGERY_ISA"] == cap and one.keys() == {isa.VARIABLE, *_LIBRARIES}
+        for cap, one in told.items()
+    )
+    assert told["avx2"]["ATEN_CPU_CAPABILITY"] == "avx2" and told["avx2"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert told["avx512vnni"]["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_VNNI"
+    assert told["scalar"]["ATEN_CPU_CAPABILITY"] == "default"
+
+
+@pytest.mark.slow
+def test_the_memory_of_each_side_is_in_the_report(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.memory", "resnet18", "--fractions", "0.5", "--threads", "1"]
+    more = ["--size", "128", "192", "--mask", "none", "--output", str(tmp_path / "memory.json")]
+    subprocess.run([*command, *more], cwd=ROOT, check=True)
+    (network,) = json.loads((tmp_path / "memory.json").read_text())["networks"]
+    high, low, (row,) = network["dense_high"], network["dense_low"], network["rows"]
+    assert high["memory_mib"] > low["memory_mib"] > 0
+    assert row["memory_ratio"] == pytest.approx(row["memory_mib"] / high["memory_mib"])
+
+
+@pytest.mark.slow
+def test_each_instruction_set_is_in_force_in_a_process_of_its_own(tmp_path: Path) -> None:
+    caps, file = isa.here()[:2], tmp_path / "report.json"
+    options = ["-m", "resnet18", "--mask", "none", "--fractions", "0.5", "--size", "64x96", "--rounds", "1"]
+    command = [sys.executable, "-m", "benchmarks.instruction_sets", ",".join(caps), str(file), *options]
+    subprocess.run(command, cwd=ROOT, check=True)
+    report = json.loads(file.read_text())
+    assert [network["isa"] for network in report["networks"]] == list(caps)
+    assert [report["caps"][cap]["kernels"] for cap in caps] == list(caps)
+
+
+def test_costs_of_all_instruction_sets_are_in_the_report() -> None:
+    def report(cap: str) -> dict[str, object]:
+        network = {"model": "resnet18", "isa": cap}
+        sets, costs = {"kernels": cap}, {"kinds": {f"product {cap}": [1.0]}}
+        return {"date": "today", "instruction_sets": sets, "networks": [network], "costs": costs}
+
+    joined = join({cap: report(cap) for cap in ("avx2", "avx512")})
+    assert joined["costs"]["kinds"].keys() == {"product avx2", "product avx512"}
+    assert joined["caps"]["avx2"] == {"kernels": "avx2"} and len(joined["networks"]) == 2
