@@ -64,7 +64,7 @@ def plan(
     *,
     model: options.Model,
     conversion: Annotated[
-        dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "region", "outputs"))
+        dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "coarsest", "region", "outputs"))
     ],
     size: Annotated[Any, options.size("size of the example; default: small")] = None,
     all_nodes: Annotated[bool, typer.Option("--all", help="also list dense nodes before the region")] = False,

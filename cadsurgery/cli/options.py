@@ -67,7 +67,7 @@ def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None
 
 
 _READERS: dict[str, Callable[[str], Any]] = {
-    **{"pair": read_pair, "size": read_size, "names": read_names},
+    **{"pair": read_pair, "size": read_size, "names": read_names, "whole": int},
     "normalisation": read_mean_and_std,
     "threshold": read_threshold,
 }

@@ -183,7 +183,8 @@ class SmallMap:
 
     def rows_on(self, lattice: Lattice) -> Tensor:
         """Return the map's values (N, C) on the elements of a lattice, interpolated as torch resizes. `bilinear` reads
-        the centres of the cells, or their anchors with aligned corners; `nearest` reads the sample that contains the
+        the centres of the cells (of the anchor's sample, if level maps are floors), or their anchors with aligned
+        corners; `nearest` reads the sample that contains the
         cell. A map that is not resized is read at the anchors, or by `nearest` if that is the lattice's fill.
 
         Raises:
@@ -200,7 +201,9 @@ class SmallMap:
 
     def _corners(self, lattice: Lattice) -> tuple[Tensor, Tensor]:
         """Return the four samples (N, 4) that each element is interpolated from, and their weights."""
-        side = lattice.side_map.flatten()[lattice.anchors]
+        # The network's own sample at the anchor, where cells are coarser than its grid.
+        floors = lattice.geometry.floors
+        side: Any = self.spacing if floors else lattice.side_map.flatten()[lattice.anchors]
         counts = self.values.shape[2:]
         ends = []
         for at, have, want in zip(lattice.coordinates[1:], counts, self.size or counts, strict=True):

@@ -218,6 +218,8 @@ def unpack(
     if model is None:
         model = build_stated(path, source, tensors)
     options = {**stated.options, "output_stride": stored.output_stride}
+    if stored.floors:
+        options = {**options, "output_stride": None, "coarsest": stored.output_stride[1]}
     with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
         example = _example_for(stored, model)
         net = adaptify(model.eval(), mask, **options, example_input=example, verify_laws=False)

@@ -160,7 +160,7 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         )
     is_dear = counted.mask > _DEAR * original_macs
     others: list[dict[str, Any]] = []
-    if is_dear and not request.options.get("output_stride"):
+    if is_dear and not plan.floors and not request.options.get("output_stride"):
         others = _other_strides(mask, request, plan, batch, original_macs, counted.mask)
     is_high = plan.identity_level == 0
     dense = f"dense high (output stride {plan.output_stride[0]})"
@@ -314,18 +314,19 @@ def make_or_read_plan(
     region: str | list[str],
     outputs: str = "fine",
     size: tuple[int, int] | None = None,
+    coarsest: int | None = None,
 ) -> AnyPlan:
     """Return the plan of a network by name, or the plan stored in a converted file of any method.
 
     Args:
         model: name, `module:function` or file.
-        output_stride, region, outputs: see `cadsurgery.plan`.
+        output_stride, region, outputs, coarsest: see `cadsurgery.plan`.
         size: (height, width) of the example image; default: small images.
 
     Raises:
         InvalidInput: options other than the defaults are given for a file.
     """
-    check_options(model, {"output_stride": output_stride, "region": region, "outputs": outputs})
+    check_options(model, {"output_stride": output_stride, "region": region, "outputs": outputs, "coarsest": coarsest})
     check_size(size)
     if is_file(model):
         if size is not None:
@@ -337,7 +338,7 @@ def make_or_read_plan(
         return read_plan(model)
     network, source = original(model, "none")
     example = example_batch(source, None, size) if size is not None else None
-    return make_plan(network, output_stride, region, example, outputs=outputs)  # type: ignore[arg-type]
+    return make_plan(network, output_stride, region, example, outputs=outputs, coarsest=coarsest)  # type: ignore[arg-type]
 
 
 def count(

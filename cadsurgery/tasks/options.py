@@ -37,6 +37,13 @@ class Conversion:
     output_stride: tuple[int, int] | None = option(
         None, "e.g. 8,32; default: the network's own range", metavar="HIGH,LOW", read="pair"
     )
+    coarsest: int | None = option(
+        None,
+        "keep the network's own grid where the mask says so, and compute no map finer than so many pixels elsewhere, "
+        "e.g. 32; instead of an output stride",
+        metavar="PIXELS",
+        read="whole",
+    )
     region: str | list[str] = option(
         "auto", "auto, backbone, or names of modules, separated by commas", read="names"
     )

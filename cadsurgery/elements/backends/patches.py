@@ -1,9 +1,9 @@
 """Windows on whole patches: where floors keep cells of the coarsest level whole, each is a small dense map.
 
-A patch is read with a margin, which may lie in other patches, in coarse cells (interpolated) or outside the map, and
 A patch is read with a margin, which may lie in other patches, in coarse cells (interpolated) or outside of the map, and
-with weights in which a tap between two anchors is a share of each. What is left, at the changes of resolution and at
-the border, is computed through kernel maps.
+is convolved as any dense map. Coarse cells among coarse cells are convolved densely, too: as a map with a sample a cell
+and with weights in which a tap between two anchors is a share of each. What is left, at the changes of resolution and
+at the border, is computed through kernel maps.
 """
 
 from __future__ import annotations
@@ -99,12 +99,7 @@ class Patches(Backend):
 
     def spread(self, work: TransposedConvolution) -> Tensor:
         """Compute rows (N, O). Without overlap each sample of the result reads one sample."""
-        source, target, window, weights = (
-            work.reads.source,
-            work.reads.target,
-            work.reads.window,
-            work.weights,
-        )
+        target, window, weights = work.reads.target, work.reads.window, work.weights
         finer, side = window.finer, target.patch_side // window.finer
         by_input = weights.weight.unflatten(0, (weights.groups, -1)).transpose(1, 2).flatten(0, 1)
         bias = weights.bias_as(work.rows.dtype)
