@@ -326,7 +326,9 @@ def make_or_read_plan(
     Raises:
         InvalidInput: options other than the defaults are given for a file.
     """
-    check_options(model, {"output_stride": output_stride, "region": region, "outputs": outputs, "coarsest": coarsest})
+    check_options(
+        model, {"output_stride": output_stride, "region": region, "outputs": outputs, "coarsest": coarsest}
+    )
     check_size(size)
     if is_file(model):
         if size is not None:

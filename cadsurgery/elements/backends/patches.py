@@ -385,11 +385,12 @@ def to_pixels(rows: Tensor, lattice: Lattice, spacing: int) -> Tensor:
     one small map of their anchors, whole patches are copied."""
     cell, side = lattice.geometry.sides[lattice.geometry.max_level], lattice.patch_side
     (height, width), many = lattice.size, cell // spacing
-    of_cell = lattice.index.view(lattice.size)[::cell, ::cell]
-    anchors = rows.index_select(0, of_cell.flatten()).view(1, *of_cell.shape, -1).permute(0, 3, 1, 2)
-    wide = anchors.to(torch.promote_types(rows.dtype, torch.float32))
-    ends = F.pad(wide, (0, 1, 0, 1), mode="replicate")
-    size = [length * many + 1 for length in of_cell.shape]
+    # Beyond the last anchors the border is replicated, which may be kept fine.
+    y, x = (torch.cat((torch.arange(0, length, cell), torch.tensor([length - 1]))) for length in lattice.size)
+    of_ends = lattice.index.view(lattice.size)[y][:, x]
+    ends = rows.index_select(0, of_ends.flatten()).view(1, *of_ends.shape, -1).permute(0, 3, 1, 2)
+    ends = ends.to(torch.promote_types(rows.dtype, torch.float32))
+    size = [(length - 1) * many + 1 for length in of_ends.shape]
     every = F.interpolate(ends, size=size, mode="bilinear", align_corners=True)
     by_pixel = every[:, :, :-1, :-1].permute(0, 2, 3, 1).to(rows.dtype).contiguous()
     corners, step = _corners(lattice), side // many

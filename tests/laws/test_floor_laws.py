@@ -1,0 +1,210 @@
+"""Floors: where the mask does not keep the network's own grid, no map is computed finer than `coarsest` pixels.
+
+The emulation here is independent of the package: torch's interpolation of every map between its samples `floor` pixels
+apart, in an interpreter of the network's own graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cadsurgery as cs
+from cadsurgery.elements.backends.choose import BACKENDS
+from cadsurgery.elements.backends.patches import Patches
+
+
+class SmallUNet(nn.Module):
+    """Pooling, strides, a transposed convolution and a bilinear resize, with skips."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.two = nn.Conv2d(width, 2 * width, 5, 1, 2, groups=2)
+        self.four = nn.Conv2d(2 * width, 3 * width, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(3 * width, 2 * width, 2, 2)
+        self.join = nn.Conv2d(4 * width, width, 3, padding=2, dilation=2)
+        self.last = nn.Conv2d(2 * width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.one(x)
+        two = self.two(F.max_pool2d(one, 2)).relu()
+        deep = self.up(self.four(two).relu())
+        joined = self.join(torch.cat([deep, two], 1))
+        up = F.interpolate(joined, scale_factor=2, mode="bilinear", align_corners=False)
+        return self.last(torch.cat([up, one], 1))
+
+
+class Strided(nn.Module):
+    """Strided convolutions, one depthwise, and transposed convolutions with and without overlap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 5, 1, 2, groups=8)
+        self.c, self.d = nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(12, 12, 3, 1, 1)
+        self.up, self.out = nn.ConvTranspose2d(12, 6, 4, 2, 1), nn.ConvTranspose2d(6, 2, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(self.b(self.a(x).relu()))
+        y = y + self.d(y).relu()
+        return self.out(self.up(F.interpolate(F.max_pool2d(y, 2), scale_factor=2) + y))
+
+
+NETWORKS = {"unet": SmallUNet, "strided": Strided}
+
+
+def network(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(1)
+    return NETWORKS[name]().eval().to(dtype)
+
+
+class Uniform(fx.Interpreter):
+    """Replaces every map by the interpolation of its samples `floor` pixels apart."""
+
+    def __init__(self, model: nn.Module, floor: int, size: tuple[int, int]) -> None:
+        super().__init__(fx.symbolic_trace(model))
+        self.floor, self.size = floor, size
+
+    def run_node(self, n: fx.Node) -> Any:
+        y = super().run_node(n)
+        if n.op in ("placeholder", "output") or not isinstance(y, Tensor):
+            return y
+        step = self.floor * y.shape[-1] // self.size[1]  # samples between those that are kept
+        if step < 2:
+            return y
+        kept = F.pad(y[..., ::step, ::step], (0, 1, 0, 1), mode="replicate")
+        between = [(length - 1) * step + 1 for length in kept.shape[2:]]
+        filled = F.interpolate(kept, between, mode="bilinear", align_corners=True)
+        return filled[..., : y.shape[2], : y.shape[3]]
+
+
+def mixed(batch: int, size: tuple[int, int], cell: int, level: int, seed: int = 0) -> Tensor:
+    """A level map whose cells are kept or at the floor."""
+    torch.manual_seed(seed)
+    cells = torch.rand(batch, -(-size[0] // cell), -(-size[1] // cell)) < 0.5
+    levels = torch.where(cells, 0, level).repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+    return levels[:, : size[0], : size[1]]
+
+
+@pytest.mark.parametrize("size", [(64, 96), (48, 80)])
+@pytest.mark.parametrize("floor", [2, 4, 8, 16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_uniform_floor_is_its_emulation(name: str, floor: int, size: tuple[int, int]) -> None:
+    model, x = network(name), torch.rand(2, 3, *size, dtype=torch.float64)
+    net = cs.adaptify(model, "none", coarsest=16, example_input=x[:1])
+    levels = torch.full((2, *size), net.plan.strides.index(floor))
+    with torch.no_grad():
+        found, expected = net(x, mask=levels), Uniform(model, floor, size).run(x)
+    assert (found - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_everything_high_is_the_network_bit_for_bit(name: str) -> None:
+    model, x = network(name, torch.float32), torch.rand(2, 3, 72, 104)
+    net = cs.adaptify(model, "all", coarsest=16, example_input=torch.rand(1, 3, 64, 64))
+    with torch.no_grad():
+        assert torch.equal(net(x), model(x))
+
+
+@pytest.mark.parametrize("fill", ["linear", "nearest"])
+@pytest.mark.parametrize("size", [(64, 96), (72, 88)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_patches_equal_kernel_maps(
+    name: str, size: tuple[int, int], fill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = network(name), torch.rand(1, 3, *size, dtype=torch.float64)
+    net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x)
+    fast, levels = net.optimize(), mixed(1, size, 16, net.plan.max_level)
+    with torch.no_grad():
+        by_patch = net(x, mask=levels)
+        assert (fast(x, mask=levels) - by_patch).abs().max() < 1e-10
+        monkeypatch.setattr(
+            "cadsurgery.elements.backends.choose.BACKENDS",
+            [backend for backend in BACKENDS if not isinstance(backend, Patches)],
+        )
+        assert (net(x, mask=levels) - by_patch).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_batch_equals_its_images(name: str) -> None:
+    model, x = network(name), torch.rand(3, 3, 64, 80, dtype=torch.float64)
+    net = cs.adaptify(model, "none", coarsest=16, example_input=x[:1])
+    levels = mixed(3, (64, 80), 16, net.plan.max_level)
+    with torch.no_grad():
+        found = net(x, mask=levels)
+        alone = torch.cat([net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(3)])
+    assert (found - alone).abs().max() < 1e-10
+
+
+def test_levels_between_hold_too() -> None:
+    """Verification compares every floor and floors side by side; the levels of a quadtree are among them."""
+    net = cs.adaptify(network("unet"), "none", coarsest=16, example_input=torch.rand(2, 3, 52, 76).double())
+    assert [check.law for check in net.checks if not check.passed] == []
+    assert sum("floor" in check.law for check in net.checks) == net.plan.max_level + 1
+
+
+def test_gradients_are_those_of_the_emulation() -> None:
+    model, x = network("unet"), torch.rand(1, 3, 32, 48, dtype=torch.float64)
+    net = cs.adaptify(model, "none", coarsest=8, example_input=x)
+    net(x, mask="none").square().sum().backward()
+    Uniform(model, 8, (32, 48)).run(x).square().sum().backward()
+    for (name, parameter), expected in zip(net.named_parameters(), model.parameters(), strict=True):
+        assert parameter.grad is not None and expected.grad is not None, name
+        assert (parameter.grad - expected.grad).abs().max() < 1e-8 * expected.grad.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_types_round_alone(dtype: torch.dtype) -> None:
+    x = torch.rand(1, 3, 64, 64)
+    net = cs.adaptify(network("strided", torch.float32), "none", coarsest=16, example_input=x)
+    levels = mixed(1, (64, 64), 16, net.plan.max_level)
+    with torch.no_grad():
+        wide = cs.adaptify(network("strided"), "none", coarsest=16, example_input=x.double())(
+            x.double(), mask=levels
+        )
+        found = net.to(dtype)(x.to(dtype), mask=levels)
+    assert (found - wide).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_macs_are_those_executed_and_never_more_than_given(name: str) -> None:
+    model, x = network(name, torch.float32), torch.rand(1, 3, 64, 96)
+    net = cs.adaptify(model, "none", coarsest=16, example_input=x)
+    with FlopCounterMode(display=False) as given, torch.no_grad():
+        model(x)
+    counted = [net.macs(x, mask=mask).mask for mask in ("none", mixed(1, (64, 96), 16, 4), "all")]
+    assert counted[0] < counted[1] < counted[2] == given.get_total_flops() // 2
+    plain = replace(net.geometry, dense_shortcut=False).lattice(mixed(1, (64, 96), 16, 4))
+    with FlopCounterMode(display=False) as executed, torch.no_grad():
+        net.run(lambda *_: plain, x)
+    assert abs(executed.get_total_flops() / 2 / counted[1] - 1) < 0.02
+
+
+def test_a_file_brings_the_floors_back(tmp_path: Any) -> None:
+    x = torch.rand(1, 3, 64, 64)
+    net = cs.adaptify(network("unet", torch.float32), "edges", coarsest=16, example_input=x)
+    cs.save(net, tmp_path / "net.safetensors")
+    loaded = cs.load(tmp_path / "net.safetensors", model=network("unet", torch.float32))
+    assert loaded.plan == net.plan and loaded.geometry.floors
+    with torch.no_grad():
+        assert torch.equal(loaded(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"coarsest": 16, "output_stride": (1, 4)}, "two conversions"),
+        ({"coarsest": 12}, "give a multiple of 4"),
+        ({"coarsest": 1}, "no number of pixels above 1"),
+        ({"coarsest": True}, "no number of pixels above 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(cs.InvalidInput, match=words):
+        cs.adaptify(network("unet", torch.float32), "none", **options)
