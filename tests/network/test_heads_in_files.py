@@ -1,4 +1,4 @@
-"""Heads of the kinds people write behind a dilated encoder, under the default mask: optimised, and written as files.
+"""Heads of the kinds people write behind a dilated encoder, under the default mask; as files: `test_every_file`.
 
 Rates that are no multiples of the cells, sums of branches, norms apart from convolutions, means, shuffles, unpooling.
 """
@@ -6,7 +6,6 @@ Rates that are no multiples of the cells, sums of branches, norms apart from con
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -198,25 +197,3 @@ def test_lone_norms_are_as_exact_as_torchs_in_other_types(head: str, dtype: torc
 def called(net: cs.AdaptiveModel) -> list[nn.Module]:
     nodes = (node for node in net.program.graph.nodes if node.op == "call_module")
     return [net.get_submodule(str(node.target)) for node in nodes]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("head", "dynamic"),
-    [*((head, True) for head in HEADS), *((head, False) for head in [*HEADS][::5])],
-    ids=lambda value: value if isinstance(value, str) else "any size" if value else "one size",
-)
-def test_every_head_is_written_as_a_file(head: str, dynamic: bool, tmp_path: Path) -> None:
-    """The export compares the file with the network; here again, in ONNX Runtime, at a size it did not have."""
-    pytest.importorskip("onnxruntime")
-    from exported import File
-
-    net, example = (
-        cs.adaptify(network(head), example_input=torch.rand(1, 3, 64, 64)),
-        torch.rand(1, 3, 64, 64),
-    )
-    cs.export(net, example, tmp_path / "net.onnx", dynamic=dynamic)
-    image = torch.rand(1, 3, 72, 88) if dynamic else torch.rand(1, 3, 64, 64)
-    written = File(tmp_path / "net.onnx")(image)
-    assert relative_error(written["output"], net(image)) < 1e-4
-    assert torch.equal(written["levels"].long(), net.levels.long())

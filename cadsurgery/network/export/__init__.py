@@ -194,7 +194,8 @@ def export(
             name,
         ),
     }
-    with torch.no_grad(), write_together(file) as temporary:
+    advice = "report it with the name of the network; run it where this package is meanwhile, net.optimize()."
+    with torch.no_grad(), write_together(file) as temporary, onnx.refused("the file cannot be made", advice):
         compared, shape = writers[kind](temporary)
         size = sum(one.stat().st_size for one in temporary.parent.iterdir())
     if kind != "onnx":

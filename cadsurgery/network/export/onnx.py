@@ -103,7 +103,7 @@ def write(
         input_names=(name, "level_map")[: len(inputs)],
         output_names=outputs,
     )
-    with _refused("the file cannot be finished", "report it with the name of the network."):
+    with refused("the file cannot be finished", "report it with the name of the network."):
         _tidy(model.model)
         if target.has_kernels:
             resize_by_kernels(model.model)
@@ -122,7 +122,7 @@ def write(
     if dynamic:
         batches = [*batches[:1], *_of_other_sizes(net, image)]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
-    with _refused("an engine does not open the file", _other_files(dynamic, level_map)):
+    with refused("an engine does not open the file", _other_files(dynamic, level_map)):
         runs = [engine(path) for engine in engines]
     pairs = [(run, batch) for batch in batches for run in runs]
     counted_pairs = counted(pairs, step, "comparing, batch")
@@ -137,7 +137,7 @@ def write(
 
 
 @contextmanager
-def _refused(what: str, next: str) -> Iterator[None]:
+def refused(what: str, next: str) -> Iterator[None]:
     """Turn what other packages raise in the block into a `CannotConvert`; a full disk or missing right stays one."""
     try:
         yield

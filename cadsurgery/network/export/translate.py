@@ -108,6 +108,28 @@ def _pool_to_bins(self: Any, output_size: Any) -> Any:
     return op.MatMul(rows, op.MatMul(self, op.Transpose(columns, perm=[1, 0])))
 
 
+def _batch_norm(
+    self: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *rest: Any,
+) -> Any:
+    """Normalise by the statistics of the batch, or by given ones."""
+    axes = op.Constant(value_ints=[0, *range(2, len(self.shape))])
+    by_channel = op.Constant(value_ints=[-1, *(1,) * (len(self.shape) - 2)])
+    centred = op.Sub(self, op.ReduceMean(self, axes) if training else op.Reshape(mean, by_channel))
+    spread = op.ReduceMean(op.Mul(centred, centred), axes) if training else op.Reshape(variance, by_channel)
+    normalised = op.Div(centred, op.Sqrt(op.Add(spread, op.CastLike(op.Constant(value_float=eps), self))))
+    if weight is not None:
+        normalised = op.Mul(normalised, op.Reshape(weight, by_channel))
+    return normalised if bias is None else op.Add(normalised, op.Reshape(bias, by_channel))
+
+
 def _shares(image: Any, axis: int, count: Any) -> Any:
     """Return the share (bins, n) that each of n samples along an axis has in each bin."""
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
@@ -182,6 +204,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.remainder.Scalar: _remainder,
     _ATEN.sym_numel.default: _numel,
     _ATEN._adaptive_avg_pool2d.default: _pool_to_bins,
+    _ATEN.batch_norm.default: _batch_norm,
     round: _round,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
     torch.ops.cadsurgery.pick_rows.default: _call(PICK),
