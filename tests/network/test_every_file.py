@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from encoder_heads import HEADS
+from encoder_heads import network as behind_an_encoder
 from networks import build
 from random_networks import LATER, random_case
-from test_heads_in_files import HEADS
-from test_heads_in_files import network as behind_an_encoder
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
