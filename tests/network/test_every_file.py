@@ -1,7 +1,7 @@
 """Every network that converts is written as an ONNX file, of one size and of any, which gives what the network gives.
 
 The networks: heads behind an encoder, thin networks of the libraries, the corpus, and 200 random ones. All of them take
-an hour and a half; of those that are no heads, the variable CADSURGERY_FILES=8 takes each eighth. Some are written for
+an hour and a half; of those that are no heads, CADSURGERY_FILES=24 takes one of 24. Some are written for
 OpenVINO and as programs of torch.export, too.
 """
 
