@@ -4,8 +4,10 @@
 
 NETWORK is a name that `cadsurgery convert` takes, with random weights. FORM is static, dynamic, level_map or int8 (a
 static file, calibrated by `--images` random pictures). Seconds are CPU time of this process (`time.process_time`), so
-that other programs on the machine disturb them little; a step does not contain the steps below it that have a line of
-their own. `--profile` writes a profile for pstats.
+that other programs on the machine disturb them little, in one thread of torch; a step does not contain the steps below
+it that have a line of their own. `benchmarks.networks` has networks of the kinds that took longest, and the same with
+twice the blocks: context_guided, factorised and unet, each also with _twice.
+`--profile` writes a profile for pstats.
 """
 
 from __future__ import annotations
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--profile", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # waiting threads would count
     torch.manual_seed(0)
     net = open_converted(options.network, options.mask).eval()
     height, width = map(int, options.size.split("x"))

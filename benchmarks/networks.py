@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,3 +123,117 @@ def factorised(rounds: int = 2) -> nn.Module:
 def factorised_twice() -> nn.Module:
     """Build `factorised` with twice the blocks of the encoder."""
     return factorised(4)
+
+
+class Normed(nn.Sequential):
+    """A convolution that keeps its size but for the stride, norm and PReLU."""
+
+    def __init__(self, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> None:
+        conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(outputs), nn.PReLU(outputs))
+
+
+class ContextGuidedBlock(nn.Module):
+    """A depthwise convolution beside a dilated one, joined, and a gate by the mean over the image."""
+
+    def __init__(self, inputs: int, outputs: int, dilation: int, stride: int = 1) -> None:
+        super().__init__()
+        self.skips = stride == 1
+        width = outputs // 2 if self.skips else outputs
+        self.first = Normed(inputs, width, 1 if self.skips else 3, stride)
+        self.local = nn.Conv2d(width, width, 3, 1, 1, groups=width, bias=False)
+        self.around = nn.Conv2d(width, width, 3, 1, dilation, dilation, groups=width, bias=False)
+        self.norm = nn.Sequential(nn.BatchNorm2d(2 * width), nn.PReLU(2 * width))
+        self.reduce = nn.Identity() if self.skips else nn.Conv2d(2 * width, outputs, 1, bias=False)
+        squeezed = outputs // 8
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.gate = nn.Sequential(
+            nn.Linear(outputs, squeezed), nn.ReLU(), nn.Linear(squeezed, outputs), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape, or to half the size."""
+        y = self.first(x)
+        y = self.reduce(self.norm(torch.cat((self.local(y), self.around(y)), 1)))
+        images, channels = y.shape[:2]
+        y = y * self.gate(self.pool(y).view(images, channels)).view(images, channels, 1, 1)
+        return x + y if self.skips else y
+
+
+class ContextGuided(nn.Module):
+    """Context-guided blocks at strides 4 and 8, with the image pooled to each scale and joined; 19 classes."""
+
+    def __init__(self, blocks: tuple[int, int] = (3, 21)) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(Normed(3, 32, stride=2), Normed(32, 32), Normed(32, 32))
+        self.to_half, self.to_quarter = nn.AvgPool2d(3, 2, 1), nn.Sequential(*(nn.AvgPool2d(3, 2, 1),) * 2)
+        self.norms = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(width), nn.PReLU(width)) for width in (35, 131, 256)
+        )
+        self.down = nn.ModuleList((ContextGuidedBlock(35, 64, 2, 2), ContextGuidedBlock(131, 128, 4, 2)))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(ContextGuidedBlock(width, width, dilation) for _ in range(count - 1)))
+            for width, dilation, count in zip((64, 128), (2, 4), blocks, strict=True)
+        )
+        self.head = nn.Conv2d(256, 19, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 3, H, W) to (B, 19, H, W)."""
+        y = self.norms[0](torch.cat((self.stem(x), self.to_half(x)), 1))
+        first = self.down[0](y)
+        y = self.norms[1](torch.cat((self.stages[0](first), first, self.to_quarter(x)), 1))
+        first = self.down[1](y)
+        y = self.head(self.norms[2](torch.cat((first, self.stages[1](first)), 1)))
+        return F.interpolate(y, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def context_guided() -> nn.Module:
+    """Build `ContextGuided` of 3 and 21 blocks."""
+    return ContextGuided()
+
+
+def context_guided_twice() -> nn.Module:
+    """Build `ContextGuided` with twice the blocks."""
+    return ContextGuided((6, 42))
+
+
+class UNet(nn.Module):
+    """Five scales of two convolutions, max pooling, transposed convolutions, skips to whose size maps are padded."""
+
+    def __init__(self, width: int = 64, pairs: int = 1) -> None:
+        super().__init__()
+        widths = [width << scale for scale in range(5)]
+        self.first = _double(3, width)
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.MaxPool2d(2), *_pairs(a, b, pairs)) for a, b in pairwise(widths)
+        )
+        self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in pairwise(widths))
+        self.up = nn.ModuleList(nn.Sequential(*_pairs(2 * a, a, pairs)) for a in widths[:-1])
+        self.head = nn.Conv2d(width, 19, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 3, H, W) to (B, 19, H, W)."""
+        skips = [self.first(x)]
+        for stage in self.down:
+            skips.append(stage(skips[-1]))
+        y = skips.pop()
+        for grow, block in zip(reversed(self.grow), reversed(self.up), strict=True):
+            skip, y = skips.pop(), grow(y)
+            rows, columns = skip.shape[2] - y.shape[2], skip.shape[3] - y.shape[3]
+            y = F.pad(y, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+            y = block(torch.cat((skip, y), 1))
+        return self.head(y)
+
+
+def _pairs(inputs: int, outputs: int, count: int) -> list[nn.Module]:
+    return [_double(inputs if not place else outputs, outputs) for place in range(count)]
+
+
+def unet() -> nn.Module:
+    """Build `UNet` with 19 classes."""
+    return UNet()
+
+
+def unet_twice() -> nn.Module:
+    """Build `UNet` with twice the convolutions of each scale but the first."""
+    return UNet(pairs=2)

@@ -19,7 +19,7 @@ from cadsurgery.elements.axes import NCHW, image_dims
 from cadsurgery.elements.backends import gpu
 from cadsurgery.elements.backends.packed import ScaleShift
 from cadsurgery.elements.elements import Elements, check_joint, native_shape, no_autocast, own_image, rows_on
-from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.kernels.load import is_observed
@@ -47,14 +47,15 @@ def batch_norm(
     of_batch: int | Tensor = count if real is None else x.lattice.counts.sum()
     if norm.training and isinstance(norm, nn.SyncBatchNorm) and count_together(norm.process_group) > 1:
         rows, mean, variance, of_batch = _norm_together(x, norm, weighted, of_batch)
-    elif real is None and (not weighted or x.lattice.uniform_level is not None):
+    elif real is None and not is_exporting() and (not weighted or x.lattice.uniform_level is not None):
         # All elements have equal weight, as in torch.
         by_channel = (norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
         image, mean, inverse = torch.native_batch_norm(_map_of(x.rows), *by_channel)
         rows = _rows_of(image)
         variance = inverse.detach().square().reciprocal() - norm.eps
     else:
-        share = x.lattice.weights if weighted or real is None else real.double()
+        each = x.rows.new_ones(count) if real is None else real
+        share = x.lattice.weights if weighted else each.double()
         share = (share / share.sum()).to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
         values = without_padding(x).to(share.dtype)
         affine = [part.to(values) if part is not None else None for part in (norm.weight, norm.bias)]
@@ -139,6 +140,9 @@ class _WeightedNorm(torch.autograd.Function):
         scale = (variance + eps).rsqrt()
         ctx.save_for_backward(rows, share, mean, scale, weight)
         ctx.mark_non_differentiable(mean, variance)
+        if is_exporting():  # torch would ask whether there are rows at all
+            normalised = (rows - mean) * (scale if weight is None else scale * weight)
+            return normalised if bias is None else normalised + bias, mean, variance
         normalised = F.batch_norm(_map_of(rows), mean, variance, weight, bias, False, 0.0, eps)
         return _rows_of(normalised), mean, variance
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from conftest import slow
 from exported import File, onnx
 from networks import conv_norm, randomise, strided
 from torch import Tensor, nn
@@ -141,3 +143,99 @@ def test_what_torch_raises_names_the_operation_and_another_file(
     assert ("write a file for one size" in error.next) == dynamic
     assert "level_map=True" in error.next
     assert not list(tmp_path.iterdir())
+
+
+# What raises while a file is written: the owner's module, and the function's name in it.
+PHASES = {
+    "copy": ("cadsurgery.network.export.onnx", "Exportable"),
+    "export": ("torch.export", "export"),
+    "decompositions": ("cadsurgery.network.export.onnx", "decompose"),
+    "translation": ("torch.onnx._internal.exporter._core", "_translate_fx_graph"),
+    "optimisation": ("onnxscript.optimizer", "fold_constants_ir"),
+    "checking": ("onnx.checker", "check_model"),
+    "opening": ("onnxruntime", "InferenceSession"),
+    "comparison": ("cadsurgery.network.export.onnx", "difference"),
+}
+
+
+@pytest.mark.parametrize("phase", [name if name in ("copy", "export") else slow(name) for name in PHASES])
+def test_whatever_raises_is_refused_and_leaves_nothing(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was there before stays as it was."""
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"an older file")
+    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), "edges", example_input=torch.randn(1, 3, 64, 96))
+
+    def fail(*args: object, **options: object) -> object:
+        raise RuntimeError(f"no {phase} today")
+
+    module, name = PHASES[phase]
+    monkeypatch.setattr(importlib.import_module(module), name, fail)
+    with pytest.raises(cs.CannotConvert) as refusal:
+        cs.export(net, torch.randn(1, 3, 64, 96), path)
+    assert f"no {phase} today" in refusal.value.why and refusal.value.next
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("net.onnx", b"an older file")]
+
+
+@pytest.mark.slow
+def test_a_file_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), "edges", example_input=torch.randn(1, 3, 64, 96))
+
+    def save(program: object, path: str, **options: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("the writer stopped")
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", save)
+    with pytest.raises(cs.CannotConvert, match="the writer stopped"):
+        cs.export(net, torch.randn(1, 3, 64, 96), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Pair(nn.Module):
+    """Adds the mean of another image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = strided()
+
+    def forward(self, image: Tensor, other: Tensor) -> Tensor:
+        return self.layers(image) + other.mean()
+
+
+def test_a_network_that_takes_more_than_an_image_is_refused(tmp_path: Path) -> None:
+    image = torch.randn(1, 3, 64, 96)
+    net = cs.adaptify(Pair().eval(), "edges", example_input=(image, image)).eval()
+    with pytest.raises(cs.InvalidInput, match="takes image, other; a file takes the image alone"):
+        cs.export(net, image, tmp_path / "net.onnx")
+
+
+class SeveralKinds(nn.Module):
+    """What torch decides by the example's size: bins of a dense map, a line of numbers, a norm by the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.norm = strided(3, 8), nn.BatchNorm2d(8, track_running_stats=False)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.norm(self.layers(torch.cat([image, image.flip(3)], 0)))
+        dense = torch.linalg.vector_norm(x.flip(3), dim=1, keepdim=True)  # a flip ends the region
+        bins = F.adaptive_avg_pool2d(dense, (3, 5))
+        line = torch.linspace(-1, 1, x.shape[3]).view(1, 1, 1, -1)
+        return self.last(torch.cat([x, x.flip(3) + line], 1)).mean((2, 3)), bins
+
+
+@pytest.mark.slow
+def test_what_torch_decides_by_the_example_holds_at_every_size(tmp_path: Path) -> None:
+    """For images that the network joins along the batch, too."""
+    torch.manual_seed(0)
+    net = cs.adaptify(
+        SeveralKinds().eval(), "edges", example_input=torch.rand(1, 3, 64, 96), verify_laws=False
+    )
+    cs.export(net, torch.rand(1, 3, 96, 120), tmp_path / "net.onnx", dynamic=True)
+    for size in ((96, 120), (75, 101), (128, 64)):
+        image = torch.rand(2, 3, *size)
+        *outputs, levels = File(tmp_path / "net.onnx")(image).values()
+        for output, expected in zip(outputs, net(image, mask=levels.long()), strict=True):
+            torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)

@@ -6,6 +6,7 @@ its name, it is run in its engine and compared with the network.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -115,6 +116,7 @@ def export(
     whole_program(net, "cannot be exported", part)
     net, image, name = open_dictionary(net, image)
     check_image(image)
+    _check_image_alone(net)
     assert isinstance(image, Tensor)
     if other is not None:
         check_image(other, "the image to compare on")
@@ -175,12 +177,31 @@ def export(
             name,
         ),
     }
-    with torch.no_grad(), write_together(file) as temporary:
+    advice = "report it with the name of the network; run it where this package is meanwhile, net.optimize()."
+    with torch.no_grad(), write_together(file) as temporary, onnx.refused("the file cannot be made", advice):
         compared, shape = writers[kind](temporary)
         size = sum(one.stat().st_size for one in temporary.parent.iterdir())
     if kind != "onnx":
         compared = replace(compared, inputs=(name,))
     return Exported(str(file), kind, size, shape, **vars(compared))
+
+
+def _check_image_alone(net: AdaptiveModel) -> None:
+    """Refuse a network that needs more than an image.
+
+    Raises:
+        InvalidInput: it has another input without a default.
+    """
+    inputs = net.program.signature.parameters.values()
+    needed = [one.name for one in inputs if one.default is one.empty and one.kind in _PASSED_BY_PLACE]
+    if len(needed) > 1:
+        raise InvalidInput(
+            f"the network takes {', '.join(needed)}; a file takes the image alone.",
+            next="let the network take its image alone, and compute the others from it or keep them as buffers.",
+        )
+
+
+_PASSED_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _check_example(net: AdaptiveModel, image: Tensor) -> None:

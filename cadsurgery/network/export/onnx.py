@@ -42,7 +42,7 @@ from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_k
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.export.shortcuts import promoting_without_runs, without_proofs
+from cadsurgery.network.export.shortcuts import promoting_without_runs, without_assertions, without_proofs
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
@@ -103,7 +103,7 @@ def write(
         input_names=(name, "level_map")[: len(inputs)],
         output_names=outputs,
     )
-    with _refused("the file cannot be finished", "report it with the name of the network."):
+    with refused("the file cannot be finished", "report it with the name of the network."):
         _tidy(model.model)
         if target.has_kernels:
             resize_by_kernels(model.model)
@@ -122,7 +122,7 @@ def write(
     if dynamic:
         batches = [*batches[:1], *_of_other_sizes(net, image)]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
-    with _refused("an engine does not open the file", _other_files(dynamic, level_map)):
+    with refused("an engine does not open the file", _other_files(dynamic, level_map)):
         runs = [engine(path) for engine in engines]
     pairs = [(run, batch) for batch in batches for run in runs]
     counted_pairs = counted(pairs, step, "comparing, batch")
@@ -137,7 +137,7 @@ def write(
 
 
 @contextmanager
-def _refused(what: str, next: str) -> Iterator[None]:
+def refused(what: str, next: str) -> Iterator[None]:
     """Turn what other packages raise in the block into a `CannotConvert`; a full disk or missing right stays one."""
     try:
         yield
@@ -258,6 +258,14 @@ _OF_SYMBOLS: dict[Any, Any] = {
 }
 
 
+def _linspace(start: Any, end: Any, steps: int, **options: Any) -> Tensor:
+    """Compute `torch.linspace`, whose number of steps torch fixes in a program."""
+    if not isinstance(steps, torch.SymInt):
+        return torch.linspace(start, end, steps, **options)
+    places = torch.arange(steps, **{"dtype": torch.get_default_dtype(), **options})
+    return places * ((end - start) / torch.sym_max(steps - 1, 1)) + start
+
+
 def _count_in_symbols(program: Program) -> Program:
     """Return the program with a graph that accepts symbolic sizes, and names those of each map anew."""
     for node in program.graph.nodes:
@@ -265,6 +273,8 @@ def _count_in_symbols(program: Program) -> Program:
             count = 2 if node.target in (max, min) else 1
             if len(node.args) == count and not node.kwargs:
                 node.target = _OF_SYMBOLS[node.target]
+        elif node.target is torch.linspace:
+            node.target = _linspace
     _name_sizes(program.graph)
     return replace(program).bind_to(program.net)
 
@@ -292,8 +302,14 @@ class _InSingle(Masking):
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         assert self.image is not None
         if self.levels is None:
-            return super().__call__(self.image, features.to(self.image.dtype))
+            return super().__call__(self._in_single(image), features.to(self.image.dtype))
         return self.geometry.lattice(check_levels(self.levels, self.grid(features), "levels"))
+
+    def _in_single(self, image: Tensor) -> Tensor:
+        """Return the image of the mask, before it was rounded; of images that the network joins, the joined ones."""
+        assert self.image is not None
+        is_joined = image.dtype == self.image.dtype or image.shape[0] is not self.image.shape[0]
+        return image.to(self.image.dtype) if is_joined else self.image
 
 
 def follow(
@@ -315,7 +331,7 @@ def follow(
     for example, free in attempts:
         shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
         try:
-            with portable(target), torch.no_grad(), quietly(), without_proofs():
+            with portable(target), torch.no_grad(), quietly(), without_proofs(), without_assertions():
                 program = torch.export.export(
                     graph,
                     example,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
+import torch._export.utils as export_utils
 import torch.fx.experimental._config as symbolic_config
 from torch import fx
 from torch.onnx._internal.fx.passes import type_promotion
@@ -20,6 +22,14 @@ def without_proofs() -> AbstractContextManager[Any]:
     if not hasattr(symbolic_config, "aggressive_guard_free_semantics"):
         return nullcontext()
     return symbolic_config.patch(aggressive_guard_free_semantics=1)  # type: ignore[attr-defined]
+
+
+def without_assertions() -> AbstractContextManager[Any]:
+    """Let torch.export write no assertions on sizes into its program, from which they would be taken out again.
+
+    It cannot write those on quotients of sizes, and refuses the network.
+    """
+    return mock.patch.object(export_utils, "insert_deferred_runtime_asserts", lambda *_, **__: None)
 
 
 @contextmanager

@@ -93,6 +93,55 @@ def _einsum(equation: str, tensors: Any, path: Any = None) -> Any:
     return op.Reshape(grey, size)
 
 
+def _round(self: Any, digits: Any = None) -> Any:
+    """Round a quotient of sizes, halves to the even number as Python does."""
+    return op.Cast(op.Round(self), to=DataType.INT64)
+
+
+def _pool_to_bins(self: Any, output_size: Any) -> Any:
+    """Average over bins by a product along each axis: torch's decomposition decides by the example's size."""
+    lengths, bins = self.shape[2:], list(output_size)
+    if all(type(one) is int and length % one == 0 for one, length in zip(bins, lengths, strict=True)):
+        steps = [length // one for one, length in zip(bins, lengths, strict=True)]
+        return op.AveragePool(self, kernel_shape=steps, strides=steps)
+    rows, columns = (_shares(self, axis, count) for axis, count in zip((2, 3), bins, strict=True))
+    return op.MatMul(rows, op.MatMul(self, op.Transpose(columns, perm=[1, 0])))
+
+
+def _batch_norm(
+    self: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *rest: Any,
+) -> Any:
+    """Normalise by the statistics of the batch, or by given ones."""
+    axes = op.Constant(value_ints=[0, *range(2, len(self.shape))])
+    by_channel = op.Constant(value_ints=[-1, *(1,) * (len(self.shape) - 2)])
+    centred = op.Sub(self, op.ReduceMean(self, axes) if training else op.Reshape(mean, by_channel))
+    spread = op.ReduceMean(op.Mul(centred, centred), axes) if training else op.Reshape(variance, by_channel)
+    normalised = op.Div(centred, op.Sqrt(op.Add(spread, op.CastLike(op.Constant(value_float=eps), self))))
+    if weight is not None:
+        normalised = op.Mul(normalised, op.Reshape(weight, by_channel))
+    return normalised if bias is None else op.Add(normalised, op.Reshape(bias, by_channel))
+
+
+def _shares(image: Any, axis: int, count: Any) -> Any:
+    """Return the share (bins, n) that each of n samples along an axis has in each bin."""
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    length, count = op.Squeeze(op.Shape(image, start=axis, end=axis + 1)), op.Squeeze(_number(count))
+    bins, last = op.Unsqueeze(op.Range(zero, count, one), op.Constant(value_ints=[1])), op.Sub(count, one)
+    first = op.Div(op.Mul(bins, length), count)
+    end = op.Div(op.Add(op.Mul(op.Add(bins, one), length), last), count)
+    place = op.Range(zero, length, one)
+    is_inside = op.And(op.GreaterOrEqual(place, first), op.Less(place, end))
+    return op.Div(op.CastLike(is_inside, image), op.CastLike(op.Sub(end, first), image))
+
+
 def _numel(self: Any) -> Any:
     return op.Size(self)
 
@@ -154,6 +203,9 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.einsum.default: _einsum,
     _ATEN.remainder.Scalar: _remainder,
     _ATEN.sym_numel.default: _numel,
+    _ATEN._adaptive_avg_pool2d.default: _pool_to_bins,
+    _ATEN.batch_norm.default: _batch_norm,
+    round: _round,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
     torch.ops.cadsurgery.pick_rows.default: _call(PICK),
     torch.ops.cadsurgery.interpolation_error.default: _interpolation_error,

@@ -1,0 +1,182 @@
+"""Every network that converts is written as an ONNX file, of one size and of any, which gives what the network gives.
+
+The networks: heads behind an encoder, thin networks of the libraries, the corpus, and 200 random ones. All of them take
+an hour and a half; of those that are no heads, CADSURGERY_FILES=24 takes one of 24. Some are written for
+OpenVINO and as programs of torch.export, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from encoder_heads import HEADS
+from encoder_heads import network as behind_an_encoder
+from networks import build
+from random_networks import LATER, random_case
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import cadsurgery as cs
+from cadsurgery.network.export.compare import difference, rounding_of
+from cadsurgery.surgery.guards import is_guard
+from cadsurgery.tasks import network_check
+from cadsurgery.tasks.corpus import CHECKOUT, read_corpus, subject
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+EVERY, SEEDS = int(os.environ.get("CADSURGERY_FILES", 1)), 200
+STATIC = "edges | budget:fraction=0.3"
+# Sizes in the order in which they are tried, for networks that take any and for those that take multiples of a stride.
+SIZES = [
+    (75, 101),
+    (90, 64),
+    (97, 145),
+    (64, 160),
+    (96, 96),
+    (128, 96),
+    (128, 192),
+    (160, 128),
+    (192, 256),
+    (256, 192),
+]
+EXAMPLES = [(96, 128), (128, 160), (160, 192), (256, 256), (512, 512)]
+# Conversion refuses it; its bins follow the ratio of the image's sides, which no file computes.
+OTHERS = {"backbones:in_data_parallel", "backbones:RatioPyramid"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """A converted network, and an image for its file."""
+
+    net: cs.AdaptiveModel
+    image: Tensor
+
+
+def of_library(name: str, mask: str) -> Given:
+    image = torch.rand(1, 3, 96, 128)
+    net = cs.adaptify(build(name, by=8), mask, example_input=image, verify_laws=False)
+    return Given(net, image)
+
+
+def of_corpus(name: str, mask: str) -> Given:
+    entry = subject(name, CHECKOUT)
+    model = entry.build().eval()
+    example = network_check._example(entry, model)
+    network_check.settle(model, example=example)
+    net = cs.adaptify(model, mask, example_input=example, verify_laws=False)
+    first = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    sizes = EXAMPLES if entry.size is None else [entry.size]
+    images = (torch.rand(1, channels, *size) for size in sizes for channels in (3, first))
+    return Given(net, next(image for image in images if accepts(net, image)))
+
+
+def of_head(name: str, mask: str) -> Given:
+    image = torch.rand(1, 3, 64, 64)
+    net = cs.adaptify(behind_an_encoder(name), mask, example_input=image, verify_laws=False)
+    return Given(net, image)
+
+
+def of_seed(seed: int, mask: str) -> Given:
+    case = random_case(seed)
+    if case.more:
+        pytest.skip("it takes more than an image")
+    example = tree_map_only(Tensor, Tensor.float, case.given)
+    net = cs.adaptify(case.model.float(), mask, example_input=example, verify_laws=False)
+    images = (case.image.float(), example)
+    return Given(net, next(image for image in images if image is not None and accepts(net, image)))
+
+
+def accepts(net: nn.Module, image: Tensor) -> bool:
+    try:
+        net(image)
+    except cs.InvalidInput:
+        return False
+    return True
+
+
+def of_other_sizes(given: Given) -> Iterator[Tensor]:
+    """Images of three sizes that the network takes, of one image and of two."""
+    height, width = given.image.shape[2:]
+    own = [(height + dy, width + dx) for dy, dx in ((32, 0), (0, 64), (64, 32))]
+    sizes = enumerate(size for size in (*SIZES, *own) if size != (height, width))
+    images = (torch.rand(1 + place % 2, given.image.shape[1], *size) for place, size in sizes)
+    return islice((image for image in images if accepts(given.net, image)), 3)
+
+
+def compare(given: Given, outputs: list[Tensor], image: Tensor, levels: Tensor) -> None:
+    """Outputs are the network's, up to rounding, at the file's level map."""
+    expected = [x for x in tree_leaves(given.net(image, mask=levels.long())) if isinstance(x, Tensor)]
+    error = difference(outputs, expected)
+    assert error < 1e-4 or error < 4 * rounding_of(given.net, [image]), error
+
+
+def check(given: Given, run: Callable[..., list[Tensor]], image: Tensor) -> None:
+    """A file gives what the network gives, and its level map but for two patches of an image."""
+    given.net(image)
+    own, side = given.net.levels, given.net.geometry.sides[-1]
+    *outputs, levels = run(image)
+    assert int((levels != own).sum()) <= 2 * len(image) * side * side
+    compare(given, outputs, image, levels)
+
+
+def written(given: Given, path: Path, **options: Any) -> Callable[..., list[Tensor]]:
+    from exported import File
+
+    cs.export(given.net, given.image, path, **options)
+    return lambda image: [*File(path)(image).values()]
+
+
+LIBRARY = ("resnet18", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121")
+LIBRARY += ("googlenet", "squeezenet1_1", "regnet_y_400mf", "efficientnet_b0", "convnext_tiny", "mnasnet0_5")
+LIBRARY += ("deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "fcn_resnet50", "deeplabv3_resnet50")
+CORPUS = [one.name for one in read_corpus(CHECKOUT) if one.call is None and one.name not in OTHERS]
+RANDOM = [at // 2 + LATER * (at % 2) for at in range(SEEDS)]
+SAMPLED: dict[str, Callable[[str], Given]] = {
+    **{name: partial(of_library, name) for name in LIBRARY},
+    **{name: partial(of_corpus, name) for name in CORPUS},
+    **{f"seed {seed}": partial(of_seed, seed) for seed in RANDOM},
+}
+CASES = {**{head: partial(of_head, head) for head in HEADS}, **dict([*SAMPLED.items()][::EVERY])}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_a_network_is_written_as_files_of_one_size_and_of_any(name: str, tmp_path: Path) -> None:
+    """Of any size, unless its Python code takes another way at other sizes."""
+    given = CASES[name]("edges")
+    check(given, written(given, tmp_path / "fixed.onnx"), given.image.flip(3))
+    if any(map(is_guard, given.net.program.graph.nodes)):
+        return
+    run, images = written(given, tmp_path / "any.onnx", dynamic=True), [*of_other_sizes(given)]
+    assert len(images) == 3
+    for image in images:
+        check(given, run, image)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*HEADS, *SAMPLED][:: 12 * min(EVERY, 3)])
+@torch.no_grad()
+def test_some_are_written_for_openvino_and_as_programs(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from cadsurgery.network.export.engines import OpenVino
+
+    given = (SAMPLED.get(name) or partial(of_head, name))(STATIC)
+    image, path = given.image.flip(3), tmp_path / "net.onnx"
+    cs.export(given.net, given.image, path, check_in="openvino")
+    check(given, OpenVino(path), image)
+    cs.export(given.net, given.image, tmp_path / "net.pt2")
+    output = torch.export.load(tmp_path / "net.pt2").module()(image)
+    given.net(image)
+    compare(given, tree_leaves(output), image, given.net.levels)

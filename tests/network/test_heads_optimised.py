@@ -1,0 +1,41 @@
+"""Optimised copies of networks with the heads of `encoder_heads`, under the default mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative_error
+from encoder_heads import HEADS, network
+from torch import nn
+
+import cadsurgery as cs
+from cadsurgery.elements import functional
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_no_norm_is_left_in_an_optimised_copy(head: str) -> None:
+    """Norms are folded into convolutions, or are one factor and shift per channel with the activation behind them."""
+    net = cs.adaptify(network(head), example_input=torch.rand(1, 3, 64, 64))
+    copy, image = net.optimize(), torch.rand(2, 3, 80, 72)
+    assert relative_error(copy(image), net(image)) < 1e-5
+    targets = [node.target for node in copy.program.graph.nodes]
+    assert functional.batch_norm not in targets
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in called(copy))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("head", ["a norm in front", "a norm behind a join", "dense units"])
+@torch.no_grad()
+def test_lone_norms_are_as_exact_as_torchs_in_other_types(head: str, dtype: torch.dtype) -> None:
+    exact = network(head).double()
+    net = cs.adaptify(network(head), "none", example_input=torch.rand(1, 3, 64, 64), outputs="native").to(
+        dtype
+    )
+    image = torch.rand(2, 3, 80, 72, dtype=torch.float64)
+    errors = [relative_error(run(image.to(dtype)).double(), exact(image)) for run in (net.optimize(), net)]
+    assert errors[0] < max(2 * errors[1], 1e-12)
+
+
+def called(net: cs.AdaptiveModel) -> list[nn.Module]:
+    nodes = (node for node in net.program.graph.nodes if node.op == "call_module")
+    return [net.get_submodule(str(node.target)) for node in nodes]
