@@ -98,7 +98,7 @@ class Emulator(fx.Interpreter):
         (top, left), side = self._cells(value.shape[2:], decision.grid)
         held = _at(value, top, left)  # the value of the cell that holds each sample
         if self.geometry.fill == "nearest":
-            return held
+            return _in_memory_of(value, held)
         height, width = value.shape[2:]
         y, x = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
         down, across = ((at - start) / side for at, start in ((y, top), (x, left)))
@@ -108,7 +108,12 @@ class Emulator(fx.Interpreter):
             for column, of_column in ((left, 1 - across), (right, across)):
                 share = (of_row * of_column).unsqueeze(1).to(value)
                 filled += torch.where(share > 0, share * _at(held, row, column), 0)
-        return filled
+        return _in_memory_of(value, filled)
+
+
+def _in_memory_of(value: Tensor, filled: Tensor) -> Tensor:
+    """Write a map into the memory of the one that it replaces, which views of it share; a repeated map has none."""
+    return filled if 0 in value.stride() else value.copy_(filled)
 
 
 def _at(value: Tensor, y: Tensor, x: Tensor) -> Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from cadsurgery.tasks.corpus import network
 from corpus_blocks import conv
 from torch import Tensor, nn
-
-from cadsurgery.tasks.corpus import network
 
 
 def before(width: int) -> nn.Sequential:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from cadsurgery.tasks.corpus import CHECKOUT, read_corpus, subject
 from encoder_heads import HEADS
 from encoder_heads import network as behind_an_encoder
 from networks import build
@@ -28,7 +29,6 @@ import cadsurgery as cs
 from cadsurgery.network.export.compare import difference, rounding_of
 from cadsurgery.surgery.guards import is_guard
 from cadsurgery.tasks import network_check
-from cadsurgery.tasks.corpus import CHECKOUT, read_corpus, subject
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
