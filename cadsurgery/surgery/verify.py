@@ -4,6 +4,9 @@ Law 1: on the network's own grid, the adaptive network equals the original. All 
 example's size and at a size of the other parity. A map returned at the fine size is compared at the original's samples.
 Law 2: at every other uniform level, the adaptive network equals the dense network at that output stride, computed with
 the same weights in ordinary dense convolutions.
+
+Levels finer than the network's own cost many times its work: they are compared on a part of the example that is small
+enough for the time, see `fewer_pixels`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +33,7 @@ from cadsurgery.surgery.arguments import (
     AnyLayout,
     Arguments,
     change_images,
+    crop,
     image_of,
     in_order,
     run_forward,
@@ -47,6 +52,11 @@ _REPORT = "please report this with the model's name; a smaller region=[...] may 
 
 # Share of the entries of an integer output, such as class labels, that may differ: rounding decides between ties.
 DISCRETE = 0.01
+
+# Work of all comparisons at levels other than the network's own, in calls of the network on the example.
+_MOST_CALLS = 4
+
+_STEP = 32  # parts of an example leave the same rest as the example, by which networks refuse sizes
 
 Masking = Callable[[Tensor, Tensor], Lattice]
 
@@ -129,6 +139,7 @@ def measure_effect(
         model, adapted, plan, geometry, call: see `verify`, which must have passed.
     """
     effect = 0.0
+    call = fewer_pixels(model, adapted, plan, geometry, call)
     if image_of(call).dtype in (torch.float32, torch.float64):
         effect = _difference(model, adapted, plan, geometry, call)
         if image_of(call).dtype == torch.float64 or effect >= SMALL_EFFECT:
@@ -227,42 +238,111 @@ def _uniform_checks(
     geometry = replace(geometry, patch="quadtree")  # patches of blocks have no intermediate levels
     mapped = replace(geometry, dense_shortcut=False)
     watched = _watched(adapted, plan)
-    original_values = _values(model, original, plan, None, call, watched)
+    fewer = fewer_pixels(model, adapted, plan, geometry, call)
+    as_given = partial(_values, model, original, plan, None, watched=watched)
     checks = []
     but_for = f", with {', '.join(d.node for d in plan.between)} as it was" if plan.between else ""
     for level in _levels(plan, geometry, adapted):
         own = level == plan.identity_level
-        ours = _values(model, adapted, plan, _uniform(mapped, level), call, watched, every=not own)
+        at = call if own else fewer
+        ours = _values(model, adapted, plan, _uniform(mapped, level), at, watched, every=not own)
         if own:
-            law, expected = "the network as it was", original_values
+            law, expected = "the network as it was", as_given(at)
         else:
             law = f"the dense network at output stride {plan.strides[level]}{but_for}"
-            expected = _values(model, adapted, plan, _uniform(geometry, level), call, watched, every=True)
+            expected = _values(model, adapted, plan, _uniform(geometry, level), at, watched, every=True)
         check = _compare(f"everything at level {level} is {law}", ours, expected, tolerance)
-        size = (image.shape[2], image.shape[3])
+        size = (image_of(at).shape[2], image_of(at).shape[3])
         checks.append(replace(check, number=1 if own else 2, size=size))
         if own:
-            checks += _at_another_size(model, adapted, plan, mapped, call, tolerance)
+            checks += _at_another_size(model, adapted, plan, mapped, (fewer, call), tolerance)
         if level == 0 < (plan.identity_level or 0) and geometry.pool == "atrous":
             unmixed = _unmixed(adapted)
             maps = {name: value for name, value in ours.items() if name in unmixed}
             if not maps:
                 continue
             law = "everything high, read where the network has samples, is the network as it was"
-            checks.append(_compare(law, maps, {name: original_values[name] for name in maps}, tolerance))
+            given = as_given(at)
+            checks.append(_compare(law, maps, {name: given[name] for name in maps}, tolerance))
     return checks
 
 
+def fewer_pixels(
+    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+) -> Arguments:
+    """Return a call with one image and a part of its pixels, on which all levels can be compared in time.
+
+    Returns:
+        `call` itself if it is small enough, or if the network or its graph does not take the part.
+    """
+    image = image_of(call)
+    whole = (image.shape[2], image.shape[3])
+    part = _affordable(plan, (len(image), *whole))
+    masking = _uniform(replace(geometry, patch="quadtree"), plan.max_level)
+    for size in () if part == whole else (part, whole):
+        fewer = change_images(call, partial(_first, height=size[0], width=size[1]))
+        with contextlib.suppress(Exception):  # a network may refuse a size, or a single image, with any error
+            run_forward(model, fewer)
+            fx.Interpreter(model, graph=adapted).run(*in_order(adapted, fewer, masking))
+            return fewer
+    return call
+
+
+def _first(batch: Tensor, height: int, width: int) -> Tensor:
+    """Return a part of the first image of a batch."""
+    return crop(batch[:1], height, width)
+
+
+def _affordable(plan: Plan, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Return height and width of the largest part of an image that can be compared at all levels in time."""
+    batch, height, width = shape
+    levels = [level for level in range(plan.max_level + 1) if level != plan.identity_level]
+    work = sum(2 * _work_at(level, plan) for level in levels) + _work_at(0, plan)
+    if work <= _MOST_CALLS:
+        return height, width
+    least = max(_STEP, 2 * plan.output_stride[1])
+    sizes = [
+        (high, wide)
+        for high in range(height, min(height, least) - 1, -_STEP)
+        for wide in range(width, min(width, least) - 1, -_STEP)
+    ]
+    pixels = batch * height * width * _MOST_CALLS / work
+    fitting = [size for size in sizes if size[0] * size[1] <= pixels]
+    # Of equal areas the one that is nearest to a square: windows reach furthest in it.
+    return max(fitting, key=lambda size: (size[0] * size[1], min(size)), default=sizes[-1])
+
+
+def _work_at(level: int, plan: Plan) -> float:
+    """Return the multiply-accumulates with all cells at a level, relative to those of the network as given."""
+    of_level = total = 0.0
+    for decision in plan.decisions:
+        finer = 1.0
+        if decision.action in ("adapt", "keep"):
+            finer = decision.grid * plan.strides[0] / plan.strides[min(decision.stages[1], level)]
+        total += decision.macs
+        of_level += decision.macs * finer**2
+    return of_level / total if total else 0.0
+
+
 def _at_another_size(
-    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments, tolerance: float
+    model: nn.Module,
+    adapted: fx.Graph,
+    plan: Plan,
+    geometry: Geometry,
+    calls: tuple[Arguments, ...],
+    tolerance: float,
 ) -> list[Check]:
-    """Compare the outputs at the network's own level with an image one pixel smaller; no check if the network refuses
-    that size."""
-    height, width = (length - 1 for length in image_of(call).shape[2:])
-    smaller = change_images(call, lambda image: image[..., :height, :width])
-    try:
-        expected = run_forward(model, smaller)
-    except Exception:  # the network refuses this size with an error of its own
+    """Compare the outputs at the network's own level with an image one pixel smaller than that of the first of several
+    calls for which the network takes it; no check if it refuses all."""
+    for call in calls:
+        height, width = (length - 1 for length in image_of(call).shape[2:])
+        smaller = change_images(call, partial(crop, height=height, width=width))
+        try:
+            expected = run_forward(model, smaller)
+            break
+        except Exception:  # the network refuses this size with an error of its own
+            continue
+    else:
         return []
     masking = _uniform(geometry, plan.identity_level or 0)
     try:
