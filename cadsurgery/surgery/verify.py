@@ -54,7 +54,7 @@ _REPORT = "please report this with the model's name; a smaller region=[...] may 
 DISCRETE = 0.01
 
 # Work of all comparisons at levels other than the network's own, in calls of the network on the example.
-_MOST_CALLS = 4
+_MOST_CALLS = 3
 
 _STEP = 32  # parts of an example leave the same rest as the example, by which networks refuse sizes
 
@@ -88,7 +88,13 @@ class Check:
 
 
 def verify(
-    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+    model: nn.Module,
+    original: fx.Graph,
+    adapted: fx.Graph,
+    plan: Plan,
+    geometry: Geometry,
+    call: Arguments,
+    fewer: Arguments,
 ) -> tuple[Check, ...]:
     """Compare the values that leave the region, and the outputs, with the original's.
 
@@ -99,18 +105,19 @@ def verify(
         plan: the plan that was carried out.
         geometry: geometry of the adaptive network.
         call: arguments of the example.
+        fewer: arguments for the levels other than the network's own, see `fewer_pixels`.
 
     Raises:
         CannotConvert: a law does not hold; a wrong network is never returned silently.
     """
     try:
-        checks = _all_checks(model, original, adapted, plan, geometry, call)
+        checks = _all_checks(model, original, adapted, plan, geometry, call, fewer)
         if image_of(call).dtype != torch.float64 and not all(check.passed for check in checks):
             # Deep networks can amplify rounding errors beyond the tolerance; in float64 only real errors remain.
             # A network that makes values of float32 itself cannot run in float64.
             with contextlib.suppress(RuntimeError, TypeError):
                 wide = _widened(model, original, adapted)
-                checks = _all_checks(wide, original, adapted, plan, geometry, widen(call))
+                checks = _all_checks(wide, original, adapted, plan, geometry, widen(call), widen(fewer))
     except CadError:
         raise
     except Exception as error:  # foreign operations can raise any error
@@ -136,10 +143,10 @@ def measure_effect(
     """Measure how much the outputs differ between all cells high and all cells low, see `Plan.effect`.
 
     Args:
-        model, adapted, plan, geometry, call: see `verify`, which must have passed.
+        model, adapted, plan, geometry: see `verify`, which must have passed.
+        call: see `fewer_pixels`; all cells high cost many times the work of the network.
     """
     effect = 0.0
-    call = fewer_pixels(model, adapted, plan, geometry, call)
     if image_of(call).dtype in (torch.float32, torch.float64):
         effect = _difference(model, adapted, plan, geometry, call)
         if image_of(call).dtype == torch.float64 or effect >= SMALL_EFFECT:
@@ -187,10 +194,16 @@ def _difference(
 
 
 def _all_checks(
-    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+    model: nn.Module,
+    original: fx.Graph,
+    adapted: fx.Graph,
+    plan: Plan,
+    geometry: Geometry,
+    call: Arguments,
+    fewer: Arguments,
 ) -> list[Check]:
     with torch.no_grad(), evaluating(model), _no_dead_branches(model), AnyLayout(), _in_one_order(plan):
-        return _uniform_checks(model, original, adapted, plan, geometry, call)
+        return _uniform_checks(model, original, adapted, plan, geometry, call, fewer)
 
 
 class FirstOfEqual(TorchDispatchMode):
@@ -230,7 +243,13 @@ def _in_one_order(plan: Plan) -> Iterator[None]:
 
 
 def _uniform_checks(
-    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+    model: nn.Module,
+    original: fx.Graph,
+    adapted: fx.Graph,
+    plan: Plan,
+    geometry: Geometry,
+    call: Arguments,
+    fewer: Arguments,
 ) -> list[Check]:
     """Compare every uniform level, computed through kernel maps, with the dense networks."""
     image = image_of(call)
@@ -238,7 +257,6 @@ def _uniform_checks(
     geometry = replace(geometry, patch="quadtree")  # patches of blocks have no intermediate levels
     mapped = replace(geometry, dense_shortcut=False)
     watched = _watched(adapted, plan)
-    fewer = fewer_pixels(model, adapted, plan, geometry, call)
     as_given = partial(_values, model, original, plan, None, watched=watched)
     checks = []
     but_for = f", with {', '.join(d.node for d in plan.between)} as it was" if plan.between else ""
@@ -281,7 +299,8 @@ def fewer_pixels(
     masking = _uniform(replace(geometry, patch="quadtree"), plan.max_level)
     for size in () if part == whole else (part, whole):
         fewer = change_images(call, partial(_first, height=size[0], width=size[1]))
-        with contextlib.suppress(Exception):  # a network may refuse a size, or a single image, with any error
+        # A network may refuse a size, or a single image, with any error.
+        with contextlib.suppress(Exception), torch.no_grad(), evaluating(model), AnyLayout():
             run_forward(model, fewer)
             fx.Interpreter(model, graph=adapted).run(*in_order(adapted, fewer, masking))
             return fewer
