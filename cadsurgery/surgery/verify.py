@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ _REPORT = "please report this with the model's name; a smaller region=[...] may 
 DISCRETE = 0.01
 
 # Work of all comparisons at levels other than the network's own, in calls of the network on the example.
-_MOST_CALLS = 3
+_MOST_CALLS = 2
 
 _STEP = 32  # parts of an example leave the same rest as the example, by which networks refuse sizes
 
@@ -293,11 +294,13 @@ def fewer_pixels(
     Returns:
         `call` itself if it is small enough, or if the network or its graph does not take the part.
     """
-    image = image_of(call)
+    image, work = image_of(call), _work_of_levels(plan)
+    if work <= _MOST_CALLS:
+        return call
     whole = (image.shape[2], image.shape[3])
-    part = _affordable(plan, (len(image), *whole))
+    part = _part_of(whole, image[:, 0].numel() * _MOST_CALLS / work, 2 * plan.output_stride[1])
     masking = _uniform(replace(geometry, patch="quadtree"), plan.max_level)
-    for size in () if part == whole else (part, whole):
+    for size in dict.fromkeys((part, whole)):
         fewer = change_images(call, partial(_first, height=size[0], width=size[1]))
         # A network may refuse a size, or a single image, with any error.
         with contextlib.suppress(Exception), torch.no_grad(), evaluating(model), AnyLayout():
@@ -312,23 +315,19 @@ def _first(batch: Tensor, height: int, width: int) -> Tensor:
     return crop(batch[:1], height, width)
 
 
-def _affordable(plan: Plan, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Return height and width of the largest part of an image that can be compared at all levels in time."""
-    batch, height, width = shape
+def _part_of(whole: tuple[int, int], pixels: float, least: int) -> tuple[int, int]:
+    """Return height and width of the largest part of an image with at most so many pixels, which leaves the same rests
+    as the image and is no smaller than `least` along a side."""
+    heights, widths = (range(n, min(n, max(_STEP, least)) - 1, -_STEP) for n in whole)
+    fitting = [size for size in product(heights, widths) if size[0] * size[1] <= pixels]
+    # Windows reach furthest where both sides are long.
+    return max(fitting, key=lambda size: (min(size), size[0] * size[1]), default=(heights[-1], widths[-1]))
+
+
+def _work_of_levels(plan: Plan) -> float:
+    """Return the work of comparing all levels but the network's own, and of measuring their effect, in calls."""
     levels = [level for level in range(plan.max_level + 1) if level != plan.identity_level]
-    work = sum(2 * _work_at(level, plan) for level in levels) + _work_at(0, plan)
-    if work <= _MOST_CALLS:
-        return height, width
-    least = max(_STEP, 2 * plan.output_stride[1])
-    sizes = [
-        (high, wide)
-        for high in range(height, min(height, least) - 1, -_STEP)
-        for wide in range(width, min(width, least) - 1, -_STEP)
-    ]
-    pixels = batch * height * width * _MOST_CALLS / work
-    fitting = [size for size in sizes if size[0] * size[1] <= pixels]
-    # Of equal areas the one that is nearest to a square: windows reach furthest in it.
-    return max(fitting, key=lambda size: (size[0] * size[1], min(size)), default=sizes[-1])
+    return sum(2 * _work_at(level, plan) for level in levels) + _work_at(0, plan)
 
 
 def _work_at(level: int, plan: Plan) -> float:
