@@ -37,6 +37,7 @@ from cadsurgery.surgery.arguments import (
     crop,
     image_of,
     in_order,
+    part_of,
     run_forward,
     widen,
 )
@@ -298,10 +299,10 @@ def fewer_pixels(
     if work <= _MOST_CALLS:
         return call
     whole = (image.shape[2], image.shape[3])
-    part = _part_of(whole, image[:, 0].numel() * _MOST_CALLS / work, 2 * plan.output_stride[1])
+    part = _largest_part(whole, image[:, 0].numel() * _MOST_CALLS / work, 2 * plan.output_stride[1])
     masking = _uniform(replace(geometry, patch="quadtree"), plan.max_level)
     for size in dict.fromkeys((part, whole)):
-        fewer = change_images(call, partial(_first, height=size[0], width=size[1]))
+        fewer = part_of(call, *size)
         # A network may refuse a size, or a single image, with any error.
         with contextlib.suppress(Exception), torch.no_grad(), evaluating(model), AnyLayout():
             run_forward(model, fewer)
@@ -310,12 +311,7 @@ def fewer_pixels(
     return call
 
 
-def _first(batch: Tensor, height: int, width: int) -> Tensor:
-    """Return a part of the first image of a batch."""
-    return crop(batch[:1], height, width)
-
-
-def _part_of(whole: tuple[int, int], pixels: float, least: int) -> tuple[int, int]:
+def _largest_part(whole: tuple[int, int], pixels: float, least: int) -> tuple[int, int]:
     """Return height and width of the largest part of an image with at most so many pixels, which leaves the same rests
     as the image and is no smaller than `least` along a side."""
     heights, widths = (range(n, min(n, max(_STEP, least)) - 1, -_STEP) for n in whole)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cadsurgery as cs
-from cadsurgery.surgery.verify import _part_of
+from cadsurgery.surgery.verify import _largest_part
 
 
 def conv(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
@@ -200,7 +200,7 @@ def test_every_level_is_compared_on_a_part_with_the_same_rest() -> None:
 )
 def test_a_part_is_the_largest_that_fits(pixels: int, least: int, part: tuple[int, int]) -> None:
     """It leaves the same rest of 32 as the example, and has two cells of the lowest stride along each side."""
-    assert _part_of((97, 129), pixels, least) == part
+    assert _largest_part((97, 129), pixels, least) == part
 
 
 def test_a_network_in_training_mode_is_verified_without_a_trace() -> None:

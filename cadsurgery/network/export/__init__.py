@@ -19,7 +19,7 @@ from cadsurgery.masks import FixedMask, MaskProvider
 from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
-from cadsurgery.network.export.dictionaries import open_dictionary
+from cadsurgery.network.export.dictionaries import further_inputs, open_call
 from cadsurgery.network.export.engines import ENGINES, engines_for
 from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.network.model import AdaptiveModel, images_to_calibrate, whole_program
@@ -60,7 +60,7 @@ class Exported:
 
 def export(
     net: AdaptiveModel,
-    image: Tensor | dict[str, Any] | list[Any],
+    image: Tensor | dict[str, Any] | list[Any] | tuple[Any, ...],
     path: str | os.PathLike[str],
     *,
     to: Format | None = None,
@@ -89,7 +89,9 @@ def export(
     Args:
         net: a network from `adaptify`, in evaluation mode.
         image: an image batch (B, C, H, W) of the file's size, or with `dynamic` an example. For a network that takes
-            its image in a dictionary, the dictionary or the image; the file's input has the name of its key.
+            more, what it is called with: a dictionary or list, or a tuple of arguments. Each tensor in them is an input
+            of the file by name, the image first; the file is for one size and number of images then. Calibration for
+            `int8` uses the example's values of all but the image.
         path: file to write.
         to: format; default: `onnx` for a name that ends in `.onnx`, else `pt2`.
         dynamic: accept any height and width (ONNX only).
@@ -118,13 +120,20 @@ def export(
     """
     part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
     whole_program(net, "cannot be exported", part)
-    net, image, name = open_dictionary(net, image)
+    net, image, name = open_call(net, image)
     check_image(image)
     assert isinstance(image, Tensor)
     if other is not None:
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
+    rest = further_inputs(net)
+    if rest and (dynamic or float16 or portable or kind == "aoti"):
+        raise InvalidInput(
+            f"a file with the inputs {', '.join((name, *rest))} cannot be dynamic, float16, portable or aoti.",
+            why="these are for networks that take an image alone.",
+            next="leave that out.",
+        )
     names = [name for name, one in ENGINES.items() if one.format == "onnx" and not one.has_kernels]
     check_name("engine of ONNX files", check_in, names)
     batches = _to_calibrate(net, int8, image, dynamic)
@@ -196,7 +205,7 @@ def export(
         compared, shape = writers[kind](temporary)
         size = sum(one.stat().st_size for one in temporary.parent.iterdir())
     if kind != "onnx":
-        compared = replace(compared, inputs=(name,))
+        compared = replace(compared, inputs=(name, *rest))
     return Exported(str(file), kind, size, shape, **vars(compared))
 
 
