@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -112,7 +113,7 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
         return read_points(lattice, pixels.view(lattice.batch, height, width)[:, ::spacing, ::spacing])
 
     reading = lattice.derive(("to_dense", spacing), build)
-    flat = x.rows.reshape(lattice.count, -1)
+    flat = x.rows.reshape(lattice.count, math.prod(x.rows.shape[1:]))
     if guide is not None and spacing == 1 and not is_statically_true(reading.sources.shape[0] == 0):
         pixels = torch.arange(reading.table.numel(), device=reading.table.device)
         reading = guided(reading, pixels.view(reading.table.shape), lattice, guide)

@@ -430,9 +430,13 @@ def test_a_program_takes_every_tensor_of_a_dictionary(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_in_8_bits_takes_every_tensor_of_a_dictionary(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["images", "dictionaries"])
+def test_a_file_in_8_bits_takes_every_tensor_of_a_dictionary(form: str, tmp_path: Path) -> None:
     model, image = of_scaled(), picture(1, 64, 96)
-    report = cs.export(model, scaled(image, 2.0), tmp_path / "net.onnx", int8=[image, image.flip(3)])
+    batches: Any = [image, image.flip(3)]
+    if form == "dictionaries":
+        batches = [scaled(batch, 4.0) for batch in batches]
+    report = cs.export(model, scaled(image, 2.0), tmp_path / "net.onnx", int8=batches)
     run = File(tmp_path / "net.onnx")
     assert report.inputs == ("photo", "scale")
     outputs = [run(image, torch.full((1,), scale))["scores"] for scale in (2.0, 4.0)]

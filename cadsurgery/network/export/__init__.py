@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cadsurgery.masks import FixedMask, MaskProvider
 from cadsurgery.masks.masking import check_image, not_static
+from cadsurgery.network.calibration import batch_of
 from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
 from cadsurgery.network.export.dictionaries import further_inputs, open_call
@@ -67,7 +68,7 @@ def export(
     dynamic: bool = False,
     level_map: bool = False,
     float16: bool = False,
-    int8: Tensor | Iterable[Tensor] | None = None,
+    int8: Tensor | Iterable[Any] | None = None,
     with_kernels: bool = False,
     portable: bool = False,
     other: Tensor | None = None,
@@ -90,8 +91,8 @@ def export(
         net: a network from `adaptify`, in evaluation mode.
         image: an image batch (B, C, H, W) of the file's size, or with `dynamic` an example. For a network that takes
             more, what it is called with: a dictionary or list, or a tuple of arguments. Each tensor in them is an input
-            of the file by name, the image first; the file is for one size and number of images then. Calibration for
-            `int8` uses the example's values of all but the image.
+            of the file by name, the image first; the file is for one size and number of images then. Where images
+            calibrate for `int8`, all else has the example's values; where dictionaries do, each has its own.
         path: file to write.
         to: format; default: `onnx` for a name that ends in `.onnx`, else `pt2`.
         dynamic: accept any height and width (ONNX only).
@@ -225,12 +226,12 @@ def _check_example(net: AdaptiveModel, image: Tensor) -> None:
         )
 
 
-def _to_calibrate(net: AdaptiveModel, int8: Any, image: Tensor, dynamic: bool) -> list[Tensor]:
-    """Return the calibration batches; an empty list without `int8`."""
+def _to_calibrate(net: AdaptiveModel, int8: Any, image: Tensor, dynamic: bool) -> list[Any]:
+    """Return the calibration batches, or dictionaries with them; an empty list without `int8`."""
     if int8 is None:
         return []
     batches = images_to_calibrate(net, int8)
-    for batch in batches:
+    for batch in map(batch_of, batches):
         check_image(batch, "an image of int8")
         if batch.shape[1:] != image.shape[1:] and not dynamic:
             raise InvalidInput(

@@ -26,6 +26,7 @@ from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
+from cadsurgery.network.calibration import batch_of
 from cadsurgery.network.export.compare import (
     TOLERANCE,
     Comparison,
@@ -68,7 +69,7 @@ def write(
     level_map: bool,
     float16: bool,
     engines: Sequence[type[Engine]],
-    int8: Sequence[Tensor] = (),
+    int8: Sequence[Any] = (),
     step: Step = silent,
     name: str = "image",
 ) -> Written:
@@ -168,8 +169,10 @@ def _warn_of_grouped_layers(net: AdaptiveModel) -> None:
         )
 
 
-def _inputs(net: AdaptiveModel, image: Tensor, level_map: bool) -> tuple[Tensor, ...]:
-    """Return the inputs of a file for an image batch."""
+def _inputs(net: AdaptiveModel, image: Any, level_map: bool) -> tuple[Tensor, ...]:
+    """Return the inputs of a file for an image batch, or for a dictionary that holds it."""
+    if isinstance(image, dict):
+        return (batch_of(image), *(image.get(name, value) for name, value in further_inputs(net).items()))
     if not level_map:
         return (image, *further_inputs(net).values())
     net(image)
