@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -116,7 +117,7 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
         return read_points(lattice, pixels.view(lattice.batch, height, width)[:, ::spacing, ::spacing])
 
     reading = lattice.derive(("to_dense", spacing), build)
-    flat = x.rows.flatten(1) if x.rows.dim() > 1 else x.rows.unsqueeze(1)
+    flat = x.rows.reshape(x.rows.shape[0], math.prod(x.rows.shape[1:]))
     if guide is not None and spacing == 1 and not is_statically_true(reading.sources.shape[0] == 0):
         pixels = torch.arange(reading.table.numel(), device=reading.table.device)
         reading = guided(reading, pixels.view(reading.table.shape), lattice, guide)

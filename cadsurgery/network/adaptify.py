@@ -33,7 +33,7 @@ from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.trace import CannotFollow, evaluating
-from cadsurgery.surgery.verify import measure_effect, verify
+from cadsurgery.surgery.verify import fewer_pixels, measure_effect, verify
 
 _MOST_PARTS = 12  # number of parts that are tried if a network cannot be traced
 
@@ -186,11 +186,12 @@ def adaptify(
         if verify_laws:
             with facts.forgetting():
                 step("verifying that uniform maps give the dense networks")
+                fewer = fewer_pixels(facts.model, program.graph, chosen, geometry, facts.arguments)
                 net.checks = verify(
-                    facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments
+                    facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments, fewer
                 )
                 step("measuring what the mask changes")
-                effect = measure_effect(facts.model, program.graph, chosen, geometry, facts.arguments)
+                effect = measure_effect(facts.model, program.graph, chosen, geometry, fewer)
             chosen = chosen.measured(effect)
             net.restate(chosen)
             _with_work(net, facts, example_input is None)

@@ -13,11 +13,13 @@ from cadsurgery.data.images import find_images, read_image
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.arguments import image_of
 
 MOST = 100  # images of a folder, of data or of a loader, which may hold any number
 _FORMS = (
     "give about 8 to 100 images as the network takes them: a batch (B, C, H, W), a list of batches or of images "
-    "(C, H, W), or a DataLoader, also of pairs (images, labels); or a folder of photos."
+    "(C, H, W), or a DataLoader, also of pairs (images, labels); or a folder of photos. For a network that takes a "
+    "dictionary, a list of such dictionaries."
 )
 # Values of a picture, undone from its normalisation, beyond which it is none in 0..1; noise is to pass.
 _LEAST, _MOST = -3.0, 4.0
@@ -25,13 +27,13 @@ _LEAST, _MOST = -3.0, 4.0
 
 def read_calibration(
     images: Any, prepare: Callable[[Tensor], Tensor], expected: Normalisation | None
-) -> list[Tensor]:
-    """Return image batches (B, C, H, W) to calibrate by.
+) -> list[Any]:
+    """Return image batches (B, C, H, W) to calibrate by, or dictionaries that hold one.
 
     Args:
         images: a batch, or batches or images (C, H, W), alone or in pairs with labels, as the network takes them; or a
-            folder of photos or data of `open_data`, which are prepared. Of folders, data and loaders 100 images are
-            taken, evenly spread, or the first of a loader.
+            folder of photos or data of `open_data`, which are prepared; or dictionaries as the network takes them. Of
+            folders, data and loaders 100 images are taken, evenly spread, or the first of a loader.
         prepare: normalises a picture in 0..1 for the network.
         expected: normalisation of the network's input, if it is known.
 
@@ -46,21 +48,30 @@ def read_calibration(
         return [prepare(sample_of(images, at)[0]).unsqueeze(0) for at in _spread(range(len(images)))]
     if not isinstance(images, Iterable):
         raise _no_images(describe(images))
-    batches = list(_batches([images] if isinstance(images, Tensor) else images))
+    batches = list(_batches([images] if isinstance(images, (Tensor, dict)) else images))
     if not batches:
         raise _no_images("empty")
     if expected is not None:
-        _check_range(batches[0], expected)
+        _check_range(batch_of(batches[0]), expected)
     return batches
+
+
+def batch_of(call: Any) -> Tensor:
+    """Return the image batch of what a network is called with to calibrate: the batch itself, or a dictionary."""
+    batch: Tensor = image_of({"call": call})
+    return batch
 
 
 def _spread(items: Sequence[Any]) -> Sequence[Any]:
     return items[:: -(-len(items) // MOST)]
 
 
-def _batches(items: Iterable[Any]) -> Iterator[Tensor]:
+def _batches(items: Iterable[Any]) -> Iterator[Any]:
     count, is_list = 0, isinstance(items, Sequence)
     for item in items:
+        if isinstance(item, dict) and getattr(batch_of(item), "ndim", 0) == 4:
+            yield item
+            continue
         image = item[0] if isinstance(item, (tuple, list)) and item else item
         if not isinstance(image, Tensor) or image.dim() not in (3, 4) or not image.is_floating_point():
             raise _no_images(f"{type(items).__name__} of {describe(image)}")

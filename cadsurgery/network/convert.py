@@ -19,7 +19,7 @@ from cadsurgery.surgery.hooks import find_watched, parameter, prepare_weights
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
-from cadsurgery.surgery.verify import verify
+from cadsurgery.surgery.verify import fewer_pixels, verify
 
 
 def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
@@ -81,7 +81,8 @@ def convert_for_call(
             raise refusal  # the same level map would mean another network
         found = carry_out(chosen, flow, program.geometry)
         with facts.forgetting():
-            verify(facts.model, facts.graph, found.graph, chosen, program.geometry, facts.arguments)
+            fewer = fewer_pixels(facts.model, found.graph, chosen, program.geometry, facts.arguments)
+            verify(facts.model, facts.graph, found.graph, chosen, program.geometry, facts.arguments, fewer)
     except CadError as error:
         raise refusal from (error if error is not refusal else None)
     return found.bind_to(net)

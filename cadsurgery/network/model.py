@@ -42,6 +42,7 @@ from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.optimized import FLOAT, Precision, fuse_network, put_in_precision
 from cadsurgery.network.program import Derived, Masked, Program, refuse_torchscript
 from cadsurgery.network.quantise import Quantisation
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadWarning, InvalidInput
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.surgery.guards import GuardFailed, is_guard
@@ -453,7 +454,7 @@ class AdaptiveModel(Derived):
         with waiting(step) as shown:
             shown("optimising the network")
             if calibration is not None and precision == "int8":
-                calibration = images_to_calibrate(self, calibration)
+                calibration = _calls_to_calibrate(self, calibration)
             return self._optimize(fuse, Precision(precision, calibration, largest_error, shown))
 
     def _optimize(self, fuse: bool, wanted: Precision) -> AdaptiveModel:
@@ -647,13 +648,29 @@ def pictures_for(net: nn.Module) -> Source:
     return source
 
 
-def images_to_calibrate(net: AdaptiveModel, images: Any) -> list[Tensor]:
-    """Return image batches for a network from what a user gives; see `read_calibration`."""
+def images_to_calibrate(net: AdaptiveModel, images: Any) -> list[Any]:
+    """Return image batches for a network from what a user gives, or dictionaries; see `read_calibration`."""
     return read_calibration(
         images,
         lambda image: normalise(image, pictures_for(net)),
         None if net.hosts_part else net.normalisation,
     )
+
+
+def _calls_to_calibrate(net: AdaptiveModel, images: Any) -> list[Any]:
+    """Return what a network is called with to calibrate, from what a user gives.
+
+    Raises:
+        InvalidInput: see `read_calibration`; or images for a network that takes a dictionary, or the reverse.
+    """
+    calls, takes_image = images_to_calibrate(net, images), net.program.masks_an_argument
+    if any(isinstance(call, Tensor) != takes_image for call in calls):
+        reads = "an image" if takes_image else "a dictionary or list with its image"
+        raise InvalidInput(
+            f"the network takes {reads}, and is calibrated by {describe(calls[0])}.",
+            next="give what it is called with: image batches, or a list of dictionaries, [{'image': batch}, ...].",
+        )
+    return calls
 
 
 def shapes_of(net: AdaptiveModel) -> dict[str, torch.Size]:

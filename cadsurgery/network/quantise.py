@@ -43,6 +43,7 @@ from cadsurgery.elements.backends.onednn import convolve, multiply
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.network.calibration import batch_of
 from cadsurgery.network.fuse import KERNELS, path_of
 from cadsurgery.network.macs import Counter
 from cadsurgery.network.program import GraphInterpreter, Program
@@ -228,7 +229,7 @@ class _Observer(GraphInterpreter):
 
 def quantise(
     fast: AdaptiveModel,
-    calibration: list[Tensor],
+    calibration: list[Any],
     largest_error: float | None = None,
     step: Step = silent,
 ) -> Quantisation:
@@ -236,7 +237,8 @@ def quantise(
 
     Args:
         fast: a network from `optimize()`, in float32, on the CPU.
-        calibration: image batches (B, C, H, W) like those of later calls, about 8 to 100 images, preprocessed for the
+        calibration: image batches (B, C, H, W), or dictionaries that hold one, like those of later calls,
+            about 8 to 100 images, preprocessed for the
             network. They are run with the network's own mask.
         largest_error: largest allowed `Quantisation.error`; first layers are kept in float32 until it is met.
         step: progress callback; gets the calibration images, and the ways to choose scales.
@@ -297,7 +299,7 @@ def quantise(
         if largest_error is None and error > _UNSAID:
             warnings.warn(
                 f"the outputs of the copy in 8 bits differ from those in float by {100 * error:.2g} % of their size on "
-                f"the calibration images.{_largest_sources(work.find_growth(rewritten, compared[0][:1]))} "
+                f"the calibration images.{_largest_sources(work.find_growth(rewritten, _first_image(compared[0])))} "
                 f"net.optimize(..., largest_error={_UNSAID:g}) keeps the first layers in float32 until they differ by "
                 "no more; net.optimize() keeps all.",
                 CadWarning,
@@ -358,7 +360,7 @@ class _Quantiser:
 
     # -- calibration -------------------------------------------------------------------------------
 
-    def observe(self, batches: Sequence[Tensor], step: Step = silent) -> None:
+    def observe(self, batches: Sequence[Any], step: Step = silent) -> None:
         """Run the calibration images and collect statistics of all nodes that may be in 8 bits."""
 
         def look(node: fx.Node, read: Callable[[fx.Node], Any], value: Any) -> None:
@@ -378,7 +380,11 @@ class _Quantiser:
                 if more.shape != values.shape:
                     layer.why = layer.why or "its residual has another shape"
 
-        self._run(counted(batches, step, "calibrating, image", size=len), look, self.program)
+        self._run(
+            counted(batches, step, "calibrating, image", size=lambda call: len(batch_of(call))),
+            look,
+            self.program,
+        )
         for layer in self.layers.values():
             if layer.node not in self.kinds or layer.source not in self.kinds:
                 layer.why = layer.why or "its values are not rows in float32"
@@ -391,7 +397,7 @@ class _Quantiser:
                 next="leave out precision.",
             )
 
-    def _run(self, batches: Iterable[Tensor], look: Callable[..., None], program: Program) -> None:
+    def _run(self, batches: Iterable[Any], look: Callable[..., None], program: Program) -> None:
         provider = self.fast.mask
         for batch in batches:
             lattice = program.find_lattice(program.masking(provider), batch)
@@ -403,7 +409,7 @@ class _Quantiser:
 
     # -- quantisation parameters -------------------------------------------------------------------
 
-    def rewrite(self, method: str, batches: Sequence[Tensor], first: int = 0) -> Iterator[_Rewritten]:
+    def rewrite(self, method: str, batches: Sequence[Any], first: int = 0) -> Iterator[_Rewritten]:
         """Yield quantised networks with parameters chosen by a method: with all possible layers but the first ones, and
         without the layers that have by far the largest error, if there are any."""
         exact = {node: layer.why for node, layer in self.layers.items() if layer.why}
@@ -487,7 +493,7 @@ class _Quantiser:
             grids |= dict.fromkeys(group, grid)
         return grids
 
-    def _compare(self, batches: Sequence[Tensor], grids: dict[fx.Node, QuantParams], exact: Exact) -> None:
+    def _compare(self, batches: Sequence[Any], grids: dict[fx.Node, QuantParams], exact: Exact) -> None:
         """Measure the rounding error of each layer's sums: its mean per channel, and its variance around the mean."""
         tested: dict[fx.Node, IntegerConv] = {}
         for node, layer in self.layers.items():
@@ -789,7 +795,7 @@ def _ends(samples: Tensor, counts: Tensor, share: float) -> tuple[float, float]:
     return float(ordered[least]), float(ordered[most])
 
 
-def _on_converted_path(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
+def _on_converted_path(fast: AdaptiveModel, batches: list[Any]) -> list[Any]:
     """Return the batches that take the converted path through the network; other paths stay in float.
 
     Raises:
@@ -816,7 +822,12 @@ def _on_converted_path(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tenso
     return fitting
 
 
-def _outputs(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
+def _first_image(call: Any) -> Any:
+    """Return the first image of a batch; a dictionary with its batch as it is."""
+    return call[:1] if isinstance(call, Tensor) else call
+
+
+def _outputs(fast: AdaptiveModel, batch: Any) -> list[Tensor]:
     """Return a network's outputs in floating point."""
     return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
 

@@ -123,6 +123,17 @@ def crop(image: Tensor, height: int, width: int) -> Tensor:
     return image[..., :height, :width].contiguous()
 
 
+def part_of(arguments: Arguments, height: int, width: int) -> Arguments:
+    """Return a call with the upper left part of its first image, and what is given for each image for the first."""
+    batch = len(image_of(arguments))
+
+    def first(value: Tensor) -> Tensor:
+        return value[:1] if value.dim() and len(value) == batch else value
+
+    cropped = change_images(arguments, lambda image: crop(image, height, width))
+    return dict(tree_map_only(Tensor, first, cropped))
+
+
 def widen(arguments: Arguments) -> Arguments:
     """Convert the arguments to double precision."""
     return dict(tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments))

@@ -384,6 +384,16 @@ class _NumberType(type):
         return hash(cls.number)
 
 
+class _SizeType(_NumberType):
+    """Metaclass of the replacement of `torch.Size`, which would ask symbols for their numbers."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        symbol = _symbol_among(args)
+        if symbol is None:
+            return cls.number(*args, **kwargs)
+        return args[0] if args[0] is symbol else tuple(args[0])
+
+
 _PYTHON = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "cadsurgery"}
 
 
@@ -425,7 +435,8 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         is_tensor = functools.partial(_is_instance, kinds=Tensor)
         factories: Any = {name: _recording(getattr(torch, name)) for name in _FACTORIES}
-        stack.enter_context(mock.patch.multiple(torch, is_tensor=is_tensor, **factories))
+        size = _SizeType("_Size", (), {"number": torch.Size})
+        stack.enter_context(mock.patch.multiple(torch, is_tensor=is_tensor, Size=size, **factories))
         stack.enter_context(mock.patch.object(torch.jit, "isinstance", _is_instance))
         for name in ("to", "type"):  # with the type of a symbol
             stack.enter_context(mock.patch.object(Tensor, name, _recording_method(name)))

@@ -4,6 +4,9 @@ Law 1: on the network's own grid, the adaptive network equals the original. All 
 example's size and at a size of the other parity. A map returned at the fine size is compared at the original's samples.
 Law 2: at every other uniform level, the adaptive network equals the dense network at that output stride, computed with
 the same weights in ordinary dense convolutions.
+
+Levels finer than the network's own cost many times its work: they are compared on a part of the example that is small
+enough for the time, see `fewer_pixels`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,8 +34,10 @@ from cadsurgery.surgery.arguments import (
     AnyLayout,
     Arguments,
     change_images,
+    crop,
     image_of,
     in_order,
+    part_of,
     run_forward,
     widen,
 )
@@ -48,6 +55,11 @@ _REPORT = "please report this with the model's name; a smaller region=[...] may 
 
 # Share of the entries of an integer output, such as class labels, that may differ: rounding decides between ties.
 DISCRETE = 0.01
+
+# Work of all comparisons at levels other than the network's own, in calls of the network on the example.
+_MOST_CALLS = 2
+
+_STEP = 32  # parts of an example leave the same rest as the example, by which networks refuse sizes
 
 Masking = Callable[[Tensor, Tensor], Lattice]
 
@@ -79,7 +91,13 @@ class Check:
 
 
 def verify(
-    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+    model: nn.Module,
+    original: fx.Graph,
+    adapted: fx.Graph,
+    plan: Plan,
+    geometry: Geometry,
+    call: Arguments,
+    fewer: Arguments,
 ) -> tuple[Check, ...]:
     """Compare the values that leave the region, and the outputs, with the original's.
 
@@ -90,18 +108,19 @@ def verify(
         plan: the plan that was carried out.
         geometry: geometry of the adaptive network.
         call: arguments of the example.
+        fewer: arguments for the levels other than the network's own, see `fewer_pixels`.
 
     Raises:
         CannotConvert: a law does not hold; a wrong network is never returned silently.
     """
     try:
-        checks = _all_checks(model, original, adapted, plan, geometry, call)
+        checks = _all_checks(model, original, adapted, plan, geometry, call, fewer)
         if image_of(call).dtype != torch.float64 and not all(check.passed for check in checks):
             # Deep networks can amplify rounding errors beyond the tolerance; in float64 only real errors remain.
             # A network that makes values of float32 itself cannot run in float64.
             with contextlib.suppress(RuntimeError, TypeError):
                 wide = _widened(model, original, adapted)
-                checks = _all_checks(wide, original, adapted, plan, geometry, widen(call))
+                checks = _all_checks(wide, original, adapted, plan, geometry, widen(call), widen(fewer))
     except CadError:
         raise
     except Exception as error:  # foreign operations can raise any error
@@ -127,7 +146,8 @@ def measure_effect(
     """Measure how much the outputs differ between all cells high and all cells low, see `Plan.effect`.
 
     Args:
-        model, adapted, plan, geometry, call: see `verify`, which must have passed.
+        model, adapted, plan, geometry: see `verify`, which must have passed.
+        call: see `fewer_pixels`; all cells high cost many times the work of the network.
     """
     effect = 0.0
     if image_of(call).dtype in (torch.float32, torch.float64):
@@ -177,10 +197,16 @@ def _difference(
 
 
 def _all_checks(
-    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+    model: nn.Module,
+    original: fx.Graph,
+    adapted: fx.Graph,
+    plan: Plan,
+    geometry: Geometry,
+    call: Arguments,
+    fewer: Arguments,
 ) -> list[Check]:
     with torch.no_grad(), evaluating(model), _no_dead_branches(model), AnyLayout(), _in_one_order(plan):
-        return _uniform_checks(model, original, adapted, plan, geometry, call)
+        return _uniform_checks(model, original, adapted, plan, geometry, call, fewer)
 
 
 class FirstOfEqual(TorchDispatchMode):
@@ -220,47 +246,61 @@ def _in_one_order(plan: Plan) -> Iterator[None]:
 
 
 def _uniform_checks(
-    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+    model: nn.Module,
+    original: fx.Graph,
+    adapted: fx.Graph,
+    plan: Plan,
+    geometry: Geometry,
+    call: Arguments,
+    fewer: Arguments,
 ) -> list[Check]:
     """Compare every uniform level, computed through kernel maps, with the dense networks."""
     image = image_of(call)
     tolerance = TOLERANCE.get(image.dtype, 1e-4)
     geometry = replace(geometry, patch="quadtree")  # patches of blocks have no intermediate levels
     if plan.floors:
-        return _floor_checks(model, original, adapted, plan, geometry, call)
+        return _floor_checks(model, original, adapted, plan, geometry, (fewer, call))
     mapped = replace(geometry, dense_shortcut=False)
     watched = _watched(adapted, plan)
-    original_values = _values(model, original, plan, None, call, watched)
+    as_given = partial(_values, model, original, plan, None, watched=watched)
     checks = []
     but_for = f", with {', '.join(d.node for d in plan.between)} as it was" if plan.between else ""
     for level in _levels(plan, geometry, adapted):
         own = level == plan.identity_level
-        ours = _values(model, adapted, plan, _uniform(mapped, level), call, watched, every=not own)
+        at = call if own else fewer
+        ours = _values(model, adapted, plan, _uniform(mapped, level), at, watched, every=not own)
         if own:
-            law, expected = "the network as it was", original_values
+            law, expected = "the network as it was", as_given(at)
         else:
             law = f"the dense network at output stride {plan.strides[level]}{but_for}"
-            expected = _values(model, adapted, plan, _uniform(geometry, level), call, watched, every=True)
+            expected = _values(model, adapted, plan, _uniform(geometry, level), at, watched, every=True)
         check = _compare(f"everything at level {level} is {law}", ours, expected, tolerance)
-        size = (image.shape[2], image.shape[3])
+        size = (image_of(at).shape[2], image_of(at).shape[3])
         checks.append(replace(check, number=1 if own else 2, size=size))
         if own:
-            checks += _at_another_size(model, adapted, plan, mapped, call, tolerance)
+            checks += _at_another_size(model, adapted, plan, mapped, (fewer, call), tolerance)
         if level == 0 < (plan.identity_level or 0) and geometry.pool == "atrous":
             unmixed = _unmixed(adapted)
             maps = {name: value for name, value in ours.items() if name in unmixed}
             if not maps:
                 continue
             law = "everything high, read where the network has samples, is the network as it was"
-            checks.append(_compare(law, maps, {name: original_values[name] for name in maps}, tolerance))
+            given = as_given(at)
+            checks.append(_compare(law, maps, {name: given[name] for name in maps}, tolerance))
     return checks
 
 
 def _floor_checks(
-    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+    model: nn.Module,
+    original: fx.Graph,
+    adapted: fx.Graph,
+    plan: Plan,
+    geometry: Geometry,
+    calls: tuple[Arguments, Arguments],
 ) -> list[Check]:
     """Compare everything high with the network as it was, and every floor, alone and side by side, with its emulation
-    in dense operations (of networks that have one, see `can_emulate`)."""
+    in dense operations (of networks that have one, see `can_emulate`), on the first of two calls."""
+    fewer, call = calls
     image = image_of(call)
     tolerance, size = TOLERANCE.get(image.dtype, 1e-4), (image.shape[2], image.shape[3])
     mapped, watched = replace(geometry, dense_shortcut=False), _watched(adapted, plan)
@@ -271,7 +311,9 @@ def _floor_checks(
             _compare("everything high is the network as it was", ours, own, tolerance), number=1, size=size
         )
     ]
-    checks += _at_another_size(model, adapted, plan, mapped, call, tolerance)
+    checks += _at_another_size(model, adapted, plan, mapped, calls, tolerance)
+    image = image_of(fewer)
+    size = (image.shape[2], image.shape[3])
     maps = {
         f"everything at floor {plan.strides[level]}": torch.full((image.shape[0], *size), level)
         for level in range(1, plan.max_level + 1)
@@ -280,9 +322,9 @@ def _floor_checks(
     for name, levels in maps.items() if can_emulate(adapted) else ():
         lattice = mapped.lattice(levels)
         emulator = Emulator(model, original, plan, geometry, lattice.levels)
-        ours = _values(model, adapted, plan, lambda *_, lattice=lattice: lattice, call, watched, every=True)
+        ours = _values(model, adapted, plan, lambda *_, lattice=lattice: lattice, fewer, watched, every=True)
         try:
-            expected = _collect(emulator, watched, original, plan, call, [], every=True)
+            expected = _collect(emulator, watched, original, plan, fewer, [], every=True)
         except CannotEmulate:
             break
         checks.append(replace(_compare(f"{name} is its emulation", ours, expected, tolerance), size=size))
@@ -297,16 +339,78 @@ def _side_by_side(image: Tensor, geometry: Geometry) -> Tensor:
     return number % 3 * geometry.max_level // 2
 
 
+def fewer_pixels(
+    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+) -> Arguments:
+    """Return a call with one image and a part of its pixels, on which all levels can be compared in time.
+
+    Returns:
+        `call` itself if it is small enough, or if the network or its graph does not take the part.
+    """
+    image, work = image_of(call), _work_of_levels(plan)
+    if work <= _MOST_CALLS:
+        return call
+    whole = (image.shape[2], image.shape[3])
+    part = _largest_part(whole, image[:, 0].numel() * _MOST_CALLS / work, 2 * plan.output_stride[1])
+    masking = _uniform(replace(geometry, patch="quadtree"), plan.max_level)
+    for size in dict.fromkeys((part, whole)):
+        fewer = part_of(call, *size)
+        # A network may refuse a size, or a single image, with any error.
+        with contextlib.suppress(Exception), torch.no_grad(), evaluating(model), AnyLayout():
+            run_forward(model, fewer)
+            fx.Interpreter(model, graph=adapted).run(*in_order(adapted, fewer, masking))
+            return fewer
+    return call
+
+
+def _largest_part(whole: tuple[int, int], pixels: float, least: int) -> tuple[int, int]:
+    """Return height and width of the largest part of an image with at most so many pixels, which leaves the same rests
+    as the image and is no smaller than `least` along a side."""
+    heights, widths = (range(n, min(n, max(_STEP, least)) - 1, -_STEP) for n in whole)
+    fitting = [size for size in product(heights, widths) if size[0] * size[1] <= pixels]
+    # Windows reach furthest where both sides are long.
+    return max(fitting, key=lambda size: (min(size), size[0] * size[1]), default=(heights[-1], widths[-1]))
+
+
+def _work_of_levels(plan: Plan) -> float:
+    """Return the work of comparing all levels but the network's own, and of measuring their effect, in calls."""
+    levels = [level for level in range(plan.max_level + 1) if level != plan.identity_level]
+    return sum(2 * _work_at(level, plan) for level in levels) + _work_at(0, plan)
+
+
+def _work_at(level: int, plan: Plan) -> float:
+    """Return the multiply-accumulates with all cells at a level, relative to those of the network as given."""
+    of_level = total = 0.0
+    for decision in plan.decisions:
+        finer = 1.0
+        if decision.action in ("adapt", "keep"):
+            stage = decision.stages[1]
+            place = max(level, stage - 1) if plan.floors else min(stage, level)
+            finer = decision.grid * plan.strides[0] / plan.strides[place]
+        total += decision.macs
+        of_level += decision.macs * finer**2
+    return of_level / total if total else 0.0
+
+
 def _at_another_size(
-    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments, tolerance: float
+    model: nn.Module,
+    adapted: fx.Graph,
+    plan: Plan,
+    geometry: Geometry,
+    calls: tuple[Arguments, ...],
+    tolerance: float,
 ) -> list[Check]:
-    """Compare the outputs at the network's own level with an image one pixel smaller; no check if the network refuses
-    that size."""
-    height, width = (length - 1 for length in image_of(call).shape[2:])
-    smaller = change_images(call, lambda image: image[..., :height, :width])
-    try:
-        expected = run_forward(model, smaller)
-    except Exception:  # the network refuses this size with an error of its own
+    """Compare the outputs at the network's own level with an image one pixel smaller than that of the first of several
+    calls for which the network takes it; no check if it refuses all."""
+    for call in calls:
+        height, width = (length - 1 for length in image_of(call).shape[2:])
+        smaller = change_images(call, partial(crop, height=height, width=width))
+        try:
+            expected = run_forward(model, smaller)
+            break
+        except Exception:  # the network refuses this size with an error of its own
+            continue
+    else:
         return []
     masking = _uniform(geometry, plan.identity_level or 0)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from networks import Segmenter, seeded
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
@@ -88,3 +88,41 @@ def test_images_that_are_not_normalised_for_the_network_are_refused(images: Tens
         images_to_calibrate(adapted(), images)
     assert 'net.normalisation = "raw"' in refusal.value.next
     assert torch.equal(images_to_calibrate(adapted(normalisation="raw"), images)[0], images)
+
+
+class OfDictionary(nn.Module):
+    """Takes its image and a factor in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = seeded(Segmenter, torch.float32)
+
+    def forward(self, data: dict[str, Tensor]) -> Any:
+        return self.body(data["image"]) * data["scale"].view(-1, 1, 1, 1)
+
+
+def of_dictionary() -> tuple[AdaptiveModel, list[dict[str, Tensor]]]:
+    calls = [{"image": batch, "scale": torch.full((2,), 3.0)} for batch in expected().split(2)]
+    net = cs.adaptify(OfDictionary().eval(), "edges", example_input=(calls[0],), verify_laws=False)
+    return net, calls
+
+
+@pytest.mark.skipif(form_here() is None, reason="8 bits need the compiled kernels")
+def test_a_copy_in_8_bits_is_calibrated_by_dictionaries() -> None:
+    net, calls = of_dictionary()
+    fast = net.optimize(precision="int8", calibration=calls, largest_error=0.2)
+    assert fast.quantisation is not None
+    with torch.no_grad():
+        once, twice = (fast({**calls[1], "scale": torch.full((2,), scale)}) for scale in (1.0, 2.0))
+    torch.testing.assert_close(2 * once, twice)
+
+
+def test_images_alone_do_not_calibrate_a_network_of_a_dictionary() -> None:
+    net, calls = of_dictionary()
+    with pytest.raises(cs.InvalidInput, match="takes a dictionary or list with its image"):
+        net.optimize(precision="int8", calibration=[call["image"] for call in calls])
+
+
+def test_dictionaries_do_not_calibrate_a_network_of_an_image() -> None:
+    with pytest.raises(cs.InvalidInput, match=r"takes an image, and is calibrated by .*dict"):
+        adapted(normalisation="raw").optimize(precision="int8", calibration=[{"image": expected()}])

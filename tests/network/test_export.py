@@ -19,6 +19,7 @@ from conftest import assert_same, images, picture, random_levels
 from exported import File, net
 from networks import randomise, strided
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
 from benchmarks.zoo.corpus import CHECKOUT, subject
@@ -385,15 +386,87 @@ def test_the_image_of_a_dictionary_is_an_input_by_its_name(form: str, tmp_path: 
         assert_same(run(other)["scores"], model({"photo": other})["scores"], 1e-4)
 
 
-def test_further_tensors_of_a_dictionary_are_refused_by_name(tmp_path: Path) -> None:
-    class Biased(OfDictionary):
-        def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {"scores": super().forward(data)["scores"] + data["bias"]}
+class Scaled(OfDictionary):
+    """Takes more than its image from the dictionary."""
 
-    given = {"photo": picture(1, 64, 96), "bias": torch.ones(1)}
-    model = cs.adaptify(Biased().eval(), "edges", example_input=(given,), verify_laws=False)
-    with pytest.raises(cs.InvalidInput, match="reads 'photo', 'bias' from data"):
-        cs.export(model, given, tmp_path / "net.onnx")
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"scores": super().forward(data)["scores"] * data["scale"].view(-1, 1, 1, 1)}
+
+
+def scaled(image: Tensor, scale: float) -> dict[str, Tensor]:
+    return {"scale": torch.full((len(image),), scale), "photo": image}
+
+
+def of_scaled(mask: str = "edges") -> cs.AdaptiveModel:
+    torch.manual_seed(0)
+    example = (scaled(picture(1, 64, 96), 2.0),)
+    return cs.adaptify(Scaled().eval(), mask, example_input=example, verify_laws=False)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_every_tensor_of_a_dictionary_is_an_input_by_its_name(engine: str, tmp_path: Path) -> None:
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    model, image = of_scaled(), picture(1, 64, 96)
+    report = cs.export(model, scaled(image, 2.0), tmp_path / "net.onnx", check_in=engine)
+    run = File(tmp_path / "net.onnx")
+    assert report.inputs == ("photo", "scale")
+    assert [one.name for one in run.session.get_inputs()] == ["photo", "scale"]
+    other = scaled(image.flip(3), -3.0)
+    with torch.no_grad():
+        assert_same(run(other["photo"], other["scale"])["scores"], model(other)["scores"], 1e-4)
+
+
+def test_a_program_takes_every_tensor_of_a_dictionary(tmp_path: Path) -> None:
+    model, image = of_scaled("edges | budget:fraction=0.3"), picture(1, 64, 96)
+    report = cs.export(model, scaled(image, 2.0), tmp_path / "net.pt2")
+    run, other = torch.export.load(tmp_path / "net.pt2").module(), scaled(image.flip(3), -3.0)
+    assert report.inputs == ("photo", "scale")
+    with torch.no_grad():
+        assert_same(run(other["photo"], other["scale"])["scores"], model(other)["scores"], 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["images", "dictionaries"])
+def test_a_file_in_8_bits_takes_every_tensor_of_a_dictionary(form: str, tmp_path: Path) -> None:
+    model, image = of_scaled(), picture(1, 64, 96)
+    batches: Any = [image, image.flip(3)]
+    if form == "dictionaries":
+        batches = [scaled(batch, 4.0) for batch in batches]
+    report = cs.export(model, scaled(image, 2.0), tmp_path / "net.onnx", int8=batches)
+    run = File(tmp_path / "net.onnx")
+    assert report.inputs == ("photo", "scale")
+    outputs = [run(image, torch.full((1,), scale))["scores"] for scale in (2.0, 4.0)]
+    assert_same(2 * outputs[0], outputs[1], 0.05)
+
+
+def test_an_image_alone_is_too_little_for_a_dictionary_of_several(tmp_path: Path) -> None:
+    with pytest.raises(cs.InvalidInput, match="reads 'photo', 'scale' from data"):
+        cs.export(of_scaled(), picture(1, 64, 96), tmp_path / "net.onnx")
+
+
+def test_files_with_several_inputs_are_for_one_size(tmp_path: Path) -> None:
+    given = scaled(picture(1, 64, 96), 2.0)
+    with pytest.raises(cs.InvalidInput, match="inputs photo, scale cannot be dynamic"):
+        cs.export(of_scaled(), given, tmp_path / "net.onnx", dynamic=True)
+
+
+@pytest.mark.parametrize("name", ["GridDetector", "CoordinateMatcher", "KeypointsOfDictionary"])
+@pytest.mark.slow
+def test_networks_that_keep_grids_or_take_a_dictionary_are_exported(name: str, tmp_path: Path) -> None:
+    """The networks of tests/corpus/keeping.py, which take two images or a dictionary, or keep grids."""
+    torch.manual_seed(0)
+    network, image = subject(f"keeping:{name}", CHECKOUT), picture(1, 64, 96)
+    given = network.arguments(image)
+    model = network.build().eval()
+    net = cs.adaptify(model, "edges", example_input=given, outputs="native")
+    call = given if isinstance(given, tuple) else (given,)
+    for file in ("net.onnx", "net.pt2"):
+        net.mask = "edges" if file == "net.onnx" else "edges | budget:fraction=0.3"
+        report = cs.export(net, given, tmp_path / file)
+        assert report.difference < 1e-4 and len(report.inputs) == sum(
+            isinstance(leaf, Tensor) for leaf in tree_leaves(call)
+        )
 
 
 class OfMultiples(nn.Module):

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from cadsurgery.masks import FixedMask, MaskProvider
 from cadsurgery.masks.masking import check_image, not_static
+from cadsurgery.network.calibration import batch_of
 from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
-from cadsurgery.network.export.dictionaries import open_dictionary
+from cadsurgery.network.export.dictionaries import further_inputs, open_call
 from cadsurgery.network.export.engines import ENGINES, engines_for
 from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.network.model import AdaptiveModel, images_to_calibrate, whole_program
@@ -61,14 +62,14 @@ class Exported:
 
 def export(
     net: AdaptiveModel,
-    image: Tensor | dict[str, Any] | list[Any],
+    image: Tensor | dict[str, Any] | list[Any] | tuple[Any, ...],
     path: str | os.PathLike[str],
     *,
     to: Format | None = None,
     dynamic: bool = False,
     level_map: bool = False,
     float16: bool = False,
-    int8: Tensor | Iterable[Tensor] | None = None,
+    int8: Tensor | Iterable[Any] | None = None,
     with_kernels: bool = False,
     other: Tensor | None = None,
     check_in: str = "onnx",
@@ -87,7 +88,9 @@ def export(
     Args:
         net: a network from `adaptify`, in evaluation mode.
         image: an image batch (B, C, H, W) of the file's size, or with `dynamic` an example. For a network that takes
-            its image in a dictionary, the dictionary or the image; the file's input has the name of its key.
+            more, what it is called with: a dictionary or list, or a tuple of arguments. Each tensor in them is an input
+            of the file by name, the image first; the file is for one size and number of images then. Where images
+            calibrate for `int8`, all else has the example's values; where dictionaries do, each has its own.
         path: file to write.
         to: format; default: `onnx` for a name that ends in `.onnx`, else `pt2`.
         dynamic: accept any height and width (ONNX only).
@@ -114,7 +117,7 @@ def export(
     """
     part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
     whole_program(net, "cannot be exported", part)
-    net, image, name = open_dictionary(net, image)
+    net, image, name = open_call(net, image)
     check_image(image)
     _check_image_alone(net)
     assert isinstance(image, Tensor)
@@ -122,6 +125,13 @@ def export(
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
+    rest = further_inputs(net)
+    if rest and (dynamic or float16):
+        raise InvalidInput(
+            f"a file with the inputs {', '.join((name, *rest))} cannot be dynamic or float16.",
+            why="these are for networks that take an image alone.",
+            next="leave that out.",
+        )
     names = [name for name, one in ENGINES.items() if not one.has_kernels]
     check_name("engine of ONNX files", check_in, names)
     batches = _to_calibrate(net, int8, image, dynamic)
@@ -182,7 +192,7 @@ def export(
         compared, shape = writers[kind](temporary)
         size = sum(one.stat().st_size for one in temporary.parent.iterdir())
     if kind != "onnx":
-        compared = replace(compared, inputs=(name,))
+        compared = replace(compared, inputs=(name, *rest))
     return Exported(str(file), kind, size, shape, **vars(compared))
 
 
@@ -196,8 +206,8 @@ def _check_image_alone(net: AdaptiveModel) -> None:
     needed = [one.name for one in inputs if one.default is one.empty and one.kind in _PASSED_BY_PLACE]
     if len(needed) > 1:
         raise InvalidInput(
-            f"the network takes {', '.join(needed)}; a file takes the image alone.",
-            next="let the network take its image alone, and compute the others from it or keep them as buffers.",
+            f"the network takes {', '.join(needed)}, and the image alone is given.",
+            next="give all that it is called with, as an example: cs.export(net, (image, other), path).",
         )
 
 
@@ -220,12 +230,12 @@ def _check_example(net: AdaptiveModel, image: Tensor) -> None:
         )
 
 
-def _to_calibrate(net: AdaptiveModel, int8: Any, image: Tensor, dynamic: bool) -> list[Tensor]:
-    """Return the calibration batches; an empty list without `int8`."""
+def _to_calibrate(net: AdaptiveModel, int8: Any, image: Tensor, dynamic: bool) -> list[Any]:
+    """Return the calibration batches, or dictionaries with them; an empty list without `int8`."""
     if int8 is None:
         return []
     batches = images_to_calibrate(net, int8)
-    for batch in batches:
+    for batch in map(batch_of, batches):
         check_image(batch, "an image of int8")
         if batch.shape[1:] != image.shape[1:] and not dynamic:
             raise InvalidInput(

@@ -1,4 +1,8 @@
-"""Networks that read their image from a dictionary or list: files take its tensors as inputs by name."""
+"""Networks that take more than an image, or their image in a dictionary or list: files take each tensor by name.
+
+The further tensors are arguments with defaults, those of the example, so that wherever the network is compared it is
+called with an image alone.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +15,54 @@ from typing import Any
 from torch import Tensor, fx
 
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import bind_all, image_of
 from cadsurgery.surgery.graphs import copy_graph
 
+_Inputs = dict[
+    str, tuple[fx.Node, Any]
+]  # by name: the node of a graph that stands for an input, and its value
 
-def open_dictionary(net: AdaptiveModel, given: Any) -> tuple[AdaptiveModel, Any, str]:
-    """Return a network that takes as an argument what `net` reads from a dictionary or list, its image, and their name.
+
+def open_call(net: AdaptiveModel, given: Any) -> tuple[AdaptiveModel, Any, str]:
+    """Return a network that takes the image first and every other tensor by name, the image, and its name.
 
     Args:
-        net: a network; one that takes its image as an argument is returned itself.
-        given: the image, or what `net` is called with: a dictionary or list.
+        net: a network; one that takes an image alone is returned itself.
+        given: the image; or what `net` is called with: a tuple of arguments, or the only one, a dictionary or list.
 
     Raises:
-        InvalidInput: the network reads something else of it, too, or it holds no image.
+        InvalidInput: the network reads more tensors than are given, or something that is no tensor.
     """
-    holder = None if net.program.masks_an_argument else _holder_of_image(net.program.graph)
-    if holder is None:
-        return net, given, "image"
-    image = given if isinstance(given, Tensor) else image_of(bind_all(net.program.signature, (given,), {}))
+    if isinstance(given, Tensor) and net.program.masks_an_argument:
+        if not further_inputs(net):
+            return net, given, "image"
+        given = (given,)
+    holder = _holder_of_image(net.program.graph)
+    if isinstance(given, Tensor):
+        keys = _keys_of(holder) if holder is not None else []
+        if len(keys) != 1:
+            raise _lacks_tensors(holder)
+        given = {keys[0]: given}
+    arguments = bind_all(net.program.signature, given if isinstance(given, tuple) else (given,), {})
+    image = image_of(arguments)
     graph, _ = copy_graph(net.program.graph)
-    name = _take_out(graph, str(holder.target))
+    inputs, others = _take_out(graph, arguments)
+    name = next((name for name, (_, value) in inputs.items() if value is image), "")
+    if not name:
+        return net, given, "image"
     opened = copy.deepcopy(net)
-    signature = _renamed(net.program.signature, str(holder.target), name)
-    opened._program = replace(net.program, graph=graph, signature=signature).bind_to(opened)
+    opened._program = replace(net.program, graph=graph, signature=_signature(inputs, name, others)).bind_to(
+        opened
+    )
     return opened, image, name
+
+
+def further_inputs(net: AdaptiveModel) -> dict[str, Tensor]:
+    """Return the tensors of the example that a network takes beside its image, by name; see `open_call`."""
+    parameters = net.program.signature.parameters.values()
+    return {one.name: one.default for one in parameters if isinstance(one.default, Tensor)}
 
 
 def _holder_of_image(graph: fx.Graph) -> fx.Node | None:
@@ -50,29 +77,63 @@ def _key_of(reader: fx.Node) -> tuple[Any] | None:
     return (reader.args[1],) if is_read and isinstance(reader.args[1], (str, int)) else None
 
 
-def _take_out(graph: fx.Graph, holder: str) -> str:
-    """Let a graph take the only tensor that it reads from an input as this input; return the tensor's name.
+def _keys_of(holder: fx.Node) -> list[Any]:
+    """Return the names or numbers by which the tensors of a dictionary or list are read."""
+    return list(dict.fromkeys(key[0] for reader in holder.users if (key := _key_of(reader))))
+
+
+def _lacks_tensors(holder: fx.Node | None) -> InvalidInput:
+    keys = ", ".join(map(repr, _keys_of(holder))) if holder is not None else "more"
+    return InvalidInput(
+        f"the network reads {keys} from {holder.target if holder is not None else 'its arguments'}, and an image is "
+        "given.",
+        next="give what the network is called with, as an example: cs.export(net, {...}, path).",
+    )
+
+
+def _take_out(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[_Inputs, dict[str, Any]]:
+    """Let a graph take each tensor that it reads from its arguments as an input of its own; return these by name, and
+    the other arguments.
 
     Raises:
-        InvalidInput: it reads several.
+        InvalidInput: it reads something that is no tensor.
     """
-    source = next(node for node in graph.nodes if node.op == "placeholder" and node.target == holder)
-    keys = dict.fromkeys(key[0] for reader in source.users if (key := _key_of(reader)))
-    if len(keys) > 1:
+    inputs, others = dict[str, tuple[fx.Node, Any]](), dict[str, Any]()
+    for source in [node for node in graph.nodes if node.op == "placeholder" and node.target in arguments]:
+        value = arguments[str(source.target)]
+        if isinstance(value, Tensor):
+            inputs[str(source.target)] = (source, value)
+        elif isinstance(value, (dict, list, tuple)) and source.users and all(map(_key_of, source.users)):
+            for key in _keys_of(source):
+                _add_input(graph, source, key, value[key], inputs)
+            graph.erase_node(source)
+        else:
+            others[str(source.target)] = value
+    return inputs, others
+
+
+def _add_input(graph: fx.Graph, source: fx.Node, key: Any, value: Any, inputs: _Inputs) -> None:
+    """Let a graph take what it reads from a dictionary or list by a key as an input."""
+    if not isinstance(value, Tensor):
         raise InvalidInput(
-            f"the network reads {', '.join(map(repr, keys))} from {holder}; a file takes the image alone.",
-            next="let the network take its image alone, and compute the others from it or keep them as buffers.",
+            f"the network reads {key!r} from {source.target}, which is {describe(value)}; a file takes tensors.",
+            next="give it as a tensor, or let the network keep it as an attribute.",
         )
-    (key,) = keys
-    name = key if isinstance(key, str) and key.isidentifier() else "image"
-    for reader in list(source.users):
-        reader.replace_all_uses_with(source)
+    is_name = isinstance(key, str) and key.isidentifier() and key not in inputs
+    name = (
+        key if is_name else "image" if value.dim() == 4 and "image" not in inputs else f"input_{len(inputs)}"
+    )
+    with graph.inserting_before(source):
+        taken = graph.placeholder(name)
+    for reader in [reader for reader in source.users if _key_of(reader) == (key,)]:
+        reader.replace_all_uses_with(taken)
         graph.erase_node(reader)
-    source.target = source.name = name
-    return name
+    inputs[name] = (taken, value)
 
 
-def _renamed(signature: inspect.Signature, parameter: str, name: str) -> inspect.Signature:
-    """Return a signature with another name for a parameter."""
-    every = signature.parameters.values()
-    return inspect.Signature([one.replace(name=name) if one.name == parameter else one for one in every])
+def _signature(inputs: _Inputs, image: str, others: dict[str, Any]) -> inspect.Signature:
+    """Return the signature of a call by name: the image, then all else, with the values as defaults."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    defaults = {name: value for name, (_, value) in inputs.items() if name != image} | others
+    rest = [inspect.Parameter(name, kind, default=value) for name, value in defaults.items()]
+    return inspect.Signature([inspect.Parameter(image, kind), *rest])

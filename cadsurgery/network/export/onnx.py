@@ -26,6 +26,7 @@ from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
+from cadsurgery.network.calibration import batch_of
 from cadsurgery.network.export.compare import (
     TOLERANCE,
     Comparison,
@@ -36,6 +37,7 @@ from cadsurgery.network.export.compare import (
 )
 from cadsurgery.network.export.conditions import require
 from cadsurgery.network.export.decompose import decompose
+from cadsurgery.network.export.dictionaries import further_inputs
 from cadsurgery.network.export.engines import Engine, import_package
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_kernels
@@ -67,7 +69,7 @@ def write(
     level_map: bool,
     float16: bool,
     engines: Sequence[type[Engine]],
-    int8: Sequence[Tensor] = (),
+    int8: Sequence[Any] = (),
     step: Step = silent,
     name: str = "image",
 ) -> Written:
@@ -87,9 +89,13 @@ def write(
     if not engines[-1].has_kernels:
         _warn_of_grouped_layers(graph.net)
     names = output_names(net(example))
-    inputs: tuple[Tensor, ...] = (example, net.levels.long()) if level_map else (example,)
+    rest = further_inputs(net)
+    inputs: tuple[Tensor, ...] = (example, *rest.values())
+    input_names = (name, *rest)
+    if level_map:
+        inputs, input_names = (example, net.levels.long()), (name, "level_map")
     target = Target(engines[-1].has_kernels, bool(int8), engines[-1].has_8_bit_depthwise)
-    program, free = follow(graph, inputs, dynamic, target)
+    program, free = follow(graph, inputs, dynamic, target, bool(rest))
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
     outputs = (*names, "levels")
     from cadsurgery.network.export.translate import TABLE
@@ -100,7 +106,7 @@ def write(
         f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
         custom_translation_table=TABLE,
         optimize=False,
-        input_names=(name, "level_map")[: len(inputs)],
+        input_names=input_names,
         output_names=outputs,
     )
     with refused("the file cannot be finished", "report it with the name of the network."):
@@ -129,7 +135,7 @@ def write(
     differences = (_compare(net, run, batch, level_map) for run, batch in counted_pairs)
     largest = check_difference(differences, tolerance, lambda: rounding_of(net, batches))
     shapes = tuple(tuple(batch.shape) for batch in batches)
-    compared = Comparison(largest, shapes, (name, "level_map")[: len(inputs)], outputs)
+    compared = Comparison(largest, shapes, input_names, outputs)
     if int8:
         calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
         compared = replace(compared, fidelity=to_8_bits(path, engines[-1], calls, others, step))
@@ -163,10 +169,12 @@ def _warn_of_grouped_layers(net: AdaptiveModel) -> None:
         )
 
 
-def _inputs(net: AdaptiveModel, image: Tensor, level_map: bool) -> tuple[Tensor, ...]:
-    """Return the inputs of a file for an image batch."""
+def _inputs(net: AdaptiveModel, image: Any, level_map: bool) -> tuple[Tensor, ...]:
+    """Return the inputs of a file for an image batch, or for a dictionary that holds it."""
+    if isinstance(image, dict):
+        return (batch_of(image), *(image.get(name, value) for name, value in further_inputs(net).items()))
     if not level_map:
-        return (image,)
+        return (image, *further_inputs(net).values())
     net(image)
     return image, net.levels.long()
 
@@ -228,10 +236,12 @@ class Exportable(nn.Module):
         if float16:
             self.net = self.net.half()
 
-    def forward(self, image: Tensor, levels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Run the network on an image (B, C, H, W) and perhaps a level map (B, h, w), int64; return the outputs in
-        order and the level map (B, h, w), int8."""
+    def forward(self, image: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Run the network on an image (B, C, H, W), and either its further inputs or a level map (B, h, w), int64;
+        return the outputs in order and the level map (B, h, w), int8."""
         program = self.net.program
+        further = rest if further_inputs(self.net) else ()
+        levels = rest[0] if rest and not further else None
         masking = _InSingle(
             self.mask,
             program.geometry,
@@ -243,7 +253,7 @@ class Exportable(nn.Module):
         )
         run = program.run_after_first_pass if self.mask.looks_ahead and levels is None else program
         with recorded_conditions() as conditions:
-            output, lattice = run(masking, program.bind(image.half() if self.float16 else image))
+            output, lattice = run(masking, program.bind(image.half() if self.float16 else image, *further))
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         outputs = (leaf.to(image.dtype) if leaf.is_floating_point() else leaf for leaf in tensors)
         return (*outputs, require(lattice.pyramid.levels, conditions))
@@ -313,11 +323,15 @@ class _InSingle(Masking):
 
 
 def follow(
-    graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool, target: Target | None = None
+    graph: nn.Module,
+    inputs: tuple[Tensor, ...],
+    dynamic: bool,
+    target: Target | None = None,
+    is_fixed: bool = False,
 ) -> tuple[torch.export.ExportedProgram, set[int]]:
     """Export a network as a program in portable operations; return it with the dynamic axes of the image.
 
-    A file for one size accepts any number of images if torch can export that.
+    A file for one size accepts any number of images if torch can export that, and unless `is_fixed`.
 
     Raises:
         CannotConvert: torch.export cannot follow the network.
@@ -328,7 +342,7 @@ def follow(
         (inputs, {2, 3} if dynamic else set()),
     ]
     refusal: Exception | None = None
-    for example, free in attempts:
+    for example, free in attempts[is_fixed:]:
         shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
         try:
             with portable(target), torch.no_grad(), quietly(), without_proofs(), without_assertions():
@@ -350,7 +364,7 @@ def follow(
         "torch.export cannot follow the network or its mask.",
         where=_place_of(refusal, graph),
         why=describe_error(refusal),
-        next=_other_files(dynamic, level_map=len(inputs) > 1),
+        next=_other_files(dynamic, level_map=len(inputs) > 1 and not is_fixed),
     ) from refusal
 
 
@@ -415,7 +429,7 @@ def _compare(net: AdaptiveModel, run: Engine, image: Tensor, level_map: bool) ->
     """
     expected = net(image)
     levels = net.levels
-    *outputs, file_levels = run(image, levels.long()) if level_map else run(image)
+    *outputs, file_levels = run(*((image, levels.long()) if level_map else _inputs(net, image, level_map)))
     same_shape = file_levels.shape == levels.shape
     differing = int((file_levels != levels).sum()) if same_shape else levels.numel()
     side = net.geometry.sides[-1]

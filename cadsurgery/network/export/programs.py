@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
+from cadsurgery.network.export.dictionaries import further_inputs
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CannotConvert, describe_error
@@ -37,7 +38,7 @@ def write_program(
         CannotConvert: torch.export cannot follow the network, or the program's outputs differ.
     """
     step("tracing")
-    program = follow(net, image)
+    program = follow(net, image, *further_inputs(net).values())
     step("writing")
     with warnings.catch_warnings():
         # torch gives this warning for channels_last weights, but stores them completely.
@@ -47,14 +48,14 @@ def write_program(
     return _compare(net, run, image, other, step)
 
 
-def follow(net: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
+def follow(net: nn.Module, image: Tensor, *rest: Tensor) -> torch.export.ExportedProgram:
     """Export the network as a program of torch's operations.
 
     Raises:
         CannotConvert: torch.export cannot follow the network.
     """
     try:
-        return torch.export.export(net, (image,))
+        return torch.export.export(net, (image, *rest))
     except Exception as error:
         raise CannotConvert(
             "torch.export cannot follow the network.",
@@ -66,7 +67,7 @@ def follow(net: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
 def _compare(net: AdaptiveModel, run: object, image: Tensor, other: Tensor | None, step: Step) -> Written:
     others = more_images(image, other)
     largest = check_difference(
-        difference(run(one), net(one))  # type: ignore[operator]
+        difference(run(one, *further_inputs(net).values()), net(one))  # type: ignore[operator]
         for one in counted(others, step, "comparing, batch")
     )
     names = output_names(net(image))
