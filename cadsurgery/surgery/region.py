@@ -82,7 +82,7 @@ def region_of(flow: Flow, high: int) -> Region:
     # The first size is that of the fine map. Padding belongs to the window that reads it, not to a map.
     sizes = [facts.images[node] for node in facts.graph.nodes if node in entering and node not in facts.pads]
     grown = any(length > most for size in sizes for length, most in zip(size, sizes[0], strict=True))
-    if foreign or grown:
+    if foreign or grown or (sizes and any(_outgrows(node, sizes[0], flow, region) for node in inside)):
         return Region((high,), frozenset(outside), dict.fromkeys(inside, high))
     return region
 
@@ -118,6 +118,18 @@ def _is_of_pixels(node: fx.Node, flow: Flow, before: Collection[fx.Node]) -> boo
         return flow.grid[node] == 1 and node not in flow.barriers
     alone = flow.treatments[node].kind in ("pointwise", "join") and not flow.facts.macs[node]
     return alone and node not in flow.barriers and all(source in before for source in flow.maps(node))
+
+
+def _outgrows(node: fx.Node, fine: tuple[int, int], flow: Flow, region: Region) -> bool:
+    """True if a resize inside the region gives more samples than the fine map holds, as to the size of another branch,
+    whose strides round up where those of this branch round down."""
+    sources = [region.stage(source) for source in flow.maps(node) if source in region.needed]
+    if flow.treatments[node].kind != "resize" or region.stage(node) >= max(sources, default=0):
+        return False
+    spacing, side = (stride // region.strides[0] for stride in (flow.grid[node], region.strides[-1]))
+    rooms = (-(-length // side) * side for length in fine)  # whole cells
+    samples = flow.facts.images.get(node, (0, 0))
+    return any((count - 1) * spacing >= room for count, room in zip(samples, rooms, strict=True))
 
 
 def _finish_dense(inside: list[fx.Node], flow: Flow, region: Region) -> None:

@@ -274,3 +274,43 @@ def test_on_a_mixed_map_an_element_of_a_shuffle_takes_the_channels_of_its_phase(
         place = [min(o // 2 * 4 + at % 2, n - 1) for o, at, n in zip(own, (y, x_), size, strict=True)]
         values = fine[image, :, place[0], place[1]].view(2, 4)
         assert torch.equal(found.rows[row], values[:, own[0] % 2 * 2 + own[1] % 2])
+
+
+class OfTwoScales(nn.Module):
+    """A branch on the whole image, and a deeper one on a quarter of it, resized to the first (as ContextNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1) for i in range(3)))
+        self.coarse = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1) for i in range(3)))
+        self.after = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.fine(x)
+        quarter = nn.functional.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=True)
+        size = (fine.size()[2], fine.size()[3])
+        coarse = nn.functional.interpolate(
+            self.coarse(quarter), size=size, mode="bilinear", align_corners=True
+        )
+        return self.after(torch.relu(fine + coarse))
+
+
+@pytest.mark.parametrize("size", [(131, 197), (128, 192), (135, 201)])
+def test_every_pair_of_strides_converts_where_branches_round_differently(size: tuple[int, int]) -> None:
+    """At 131 x 197 the quarter has 32 x 49 pixels and leads to 16 x 25 samples; the other branch has 17 x 25."""
+    torch.manual_seed(0)
+    model, x = OfTwoScales().eval(), torch.rand(1, 3, *size)
+    pairs = cs.plan(model, example_input=x).possible
+    converted = [cs.adaptify(model, "none", output_stride=pair, example_input=x) for pair in pairs]
+    assert len(converted) > 8
+    assert all(check.passed for net in converted for check in net.checks)
+
+
+def test_a_network_of_two_scales_takes_every_size_that_it_took() -> None:
+    torch.manual_seed(0)
+    model = OfTwoScales().eval()
+    net = cs.adaptify(model, "none", example_input=torch.rand(1, 3, 131, 197), outputs="native")
+    with torch.no_grad():
+        for size in ((131, 197), (96, 160), (126, 190)):
+            x = torch.rand(1, 3, *size)
+            torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
