@@ -5,6 +5,7 @@ text, made from a function, or learned. This package does not import the package
 """
 
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask
+from cadsurgery.masks.content import ContentMask
 from cadsurgery.masks.context import keypoints_at, labelled
 from cadsurgery.masks.gain import GainMask, OracleMask
 from cadsurgery.masks.graded import EdgeMask, GradedMask, GradientMask, TrimapMask

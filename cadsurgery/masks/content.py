@@ -1,0 +1,68 @@
+"""Mask `content`: keeps what differs from a smooth background, for pictures that are mostly empty."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.sizes import divide_up
+from cadsurgery.masks.filters import blur, differences, grey_of
+from cadsurgery.masks.options import SHARE, WIDTH, between, check_options
+from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
+
+
+@mask_provider("content")
+class ContentMask(MaskProvider):
+    """Keep the cells in which the picture changes more than its own noise, and the cells around them.
+
+    A pixel has content where its grey value changes by more than `noise` times the median change of the picture: paper,
+    film grain, JPEG blocks and uneven light change everywhere, and so raise the median. A cell of the lowest resolution
+    is kept if at least `share` of its pixels have content, or one within `margin` cells of it has.
+
+    Args:
+        noise: threshold, as a multiple of the picture's median change.
+        least: smallest threshold, for pictures without noise; the standard deviation of photos is 1.
+        share: share of a cell's pixels that must have content.
+        margin: cells kept around.
+        sigma: standard deviation in pixels of the smoothing before.
+    """
+
+    image_only = True
+
+    def __init__(
+        self, noise: float = 6.0, least: float = 0.2, share: float = 0.02, margin: int = 1, sigma: float = 0.7
+    ) -> None:
+        super().__init__()
+        checked = {"noise": (noise, between(0, math.inf, "6")), "least": (least, between(0, math.inf, "0.2"))}
+        checked |= {"share": (share, SHARE), "margin": (margin, between(0, math.inf, "1"))}
+        check_options("content", **checked, sigma=(sigma, WIDTH))
+        self.noise, self.least, self.share, self.margin, self.sigma = noise, least, share, margin, sigma
+
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return a bool map (B, h, w) that is True in the kept cells."""
+        cells = self._shares(image, grid) >= max(self.share, 1e-9)
+        if self.margin:
+            side = 2 * self.margin + 1
+            cells = F.max_pool2d(cells.float(), side, 1, self.margin) > 0
+        by_row = cells.repeat_interleave(grid.side, 1)[:, : grid.size[0]]
+        return by_row.repeat_interleave(grid.side, 2)[:, :, : grid.size[1]]
+
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return the share of pixels with content of each cell, repeated on its samples."""
+        cells = self._shares(image, grid)
+        by_row = cells.repeat_interleave(grid.side, 1)[:, : grid.size[0]]
+        return by_row.repeat_interleave(grid.side, 2)[:, :, : grid.size[1]]
+
+    def _shares(self, image: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return the share of pixels with content of each cell (B, rows, columns)."""
+        right, down = differences(blur(grey_of(image).float(), self.sigma), "replicate")
+        change = right.abs().maximum(down.abs())
+        some = change[:, ::4, ::4].flatten(1)  # enough for a median
+        limit = (self.noise * some.median(1).values).clamp(min=self.least).view(-1, 1, 1)
+        side = grid.side * grid.output_stride
+        height, width = (divide_up(length, grid.side) * side for length in grid.size)
+        has = (change > limit).float()
+        has = F.pad(has, (0, width - has.shape[2], 0, height - has.shape[1]))
+        return F.avg_pool2d(has.unsqueeze(1), side).squeeze(1)
