@@ -92,7 +92,7 @@ def main() -> None:
         model, "content", coarsest=options.coarsest, normalisation=((0.5,) * 3, (0.5,) * 3), verify_laws=False
     )
     fast = net.optimize()
-    print(describe_run())
+    print(describe_run(torch.device("cpu")))
     with torch.inference_mode():
         for path in sorted(options.pages.glob("*.jpg")):
             if options.only and path.stem not in options.only:

@@ -36,6 +36,7 @@ MASKS: dict[str, dict[str, str]] = {
         "edges": "edges | budget:fraction=0.2",
         "gradient": "gradient | budget:fraction=0.2",
         "saliency": "saliency | budget:fraction=0.2",
+        "content": "content | budget:fraction=0.2",
         "keypoints": "keypoints:count=64",
         "trimap": "trimap",
     },
