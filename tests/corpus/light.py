@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from cadsurgery.tasks.corpus import network
+from benchmarks.zoo.corpus import network
 from corpus_blocks import conv
 from torch import Tensor, nn
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from cadsurgery.tasks.corpus import CHECKOUT, read_corpus, subject
+from benchmarks.zoo.corpus import CHECKOUT, read_corpus, subject
 from encoder_heads import HEADS
 from encoder_heads import network as behind_an_encoder
 from networks import build
