@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from benchmarks.zoo.corpus import network
 from corpus_blocks import conv
 from torch import Tensor, nn
+
+from benchmarks.zoo.corpus import network
 
 
 def before(width: int) -> nn.Sequential:

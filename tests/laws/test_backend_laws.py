@@ -48,6 +48,7 @@ NAMES = [
     "portable",
     "graph",
     "triton",
+    "patches",  # of floors: test_floor_laws.py
     "whole map",
     "native",
     "integers",

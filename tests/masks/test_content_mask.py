@@ -48,7 +48,9 @@ def test_a_blank_page_keeps_nothing_and_sizes_may_be_odd() -> None:
     assert map_.shape == (2, 101, 75) and not map_.any()
 
 
-@pytest.mark.parametrize("spec", ["content:share=2", "content:noise=-1", "content:margin=-1", "content:sigma=-1"])
+@pytest.mark.parametrize(
+    "spec", ["content:share=2", "content:noise=-1", "content:margin=-1", "content:sigma=-1"]
+)
 def test_impossible_options_are_refused(spec: str) -> None:
     with pytest.raises(cs.InvalidInput):
         resolve_mask(spec)

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.zoo.corpus import CHECKOUT, read_corpus, subject
 from encoder_heads import HEADS
 from encoder_heads import network as behind_an_encoder
 from networks import build
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import cadsurgery as cs
+from benchmarks.zoo.corpus import CHECKOUT, read_corpus, subject
 from cadsurgery.network.export.compare import difference, rounding_of
 from cadsurgery.surgery.guards import is_guard
 from cadsurgery.tasks import network_check

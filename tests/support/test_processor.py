@@ -10,7 +10,7 @@ from conftest import Cap
 
 import cadsurgery as cs
 from cadsurgery.kernels import isa
-from cadsurgery.support import alone, processor, provenance
+from cadsurgery.support import processor, provenance
 
 CPU = torch.device("cpu")
 
@@ -73,12 +73,3 @@ def test_a_cap_that_is_unknown_is_refused_by_reports_too(cap_kernels: Cap) -> No
     cap_kernels("avx9")
     with pytest.raises(cs.InvalidInput, match="avx9"):
         provenance.describe_run(CPU)
-
-
-def test_a_process_of_its_own_gets_the_environment_it_is_given() -> None:
-    code = "import os; print('first'); print(os.environ['CADSURGERY_ISA'])"
-    given = {"CADSURGERY_ISA": "avx2"}
-    assert alone.run_alone("builtins", "exec", code, given, task="print", next="stop.") == "avx2"
-    with pytest.raises(cs.CadError, match="a process that was to fail failed") as caught:
-        alone.run_alone("builtins", "exec", "1 / 0", {}, task="fail", next="stop.")
-    assert "ZeroDivisionError" in caught.value.why and caught.value.next == "stop."

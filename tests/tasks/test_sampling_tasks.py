@@ -204,7 +204,6 @@ def test_the_command_line_converts_trains_and_runs(command_line: Run, tmp_path: 
     judged = command_line("eval", *file, "--data", DATA, *quickly)
     assert judged.code == 0 and [row["setting"] for row in judged.json["rows"]] == ["dense", "its gates"]
     for refused, says in (
-        (("bench", "--model", "net.safetensors", "--trust", "--memory"), "without memory"),
         (("bench", "--model", "net.safetensors", "--trust", "--fractions", "2"), "0 to 1"),
         (("bench", *model, "--model", "net.safetensors", "--trust"), "run of its own"),
         (("eval", "net.safetensors", "--data", DATA, "--trust", "--mask", "edges"), "no masks"),
