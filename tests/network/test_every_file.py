@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import cadsurgery as cs
+from benchmarks.zoo import network_check
 from benchmarks.zoo.corpus import CHECKOUT, read_corpus, subject
 from cadsurgery.network.export.compare import difference, rounding_of
 from cadsurgery.surgery.guards import is_guard
-from cadsurgery.tasks import network_check
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
