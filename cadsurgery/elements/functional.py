@@ -6,6 +6,7 @@ here, because they act on `rows` directly.
 """
 
 from cadsurgery.elements.adapters import adapt, adapt_vector
+from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.borders import check_same_padding, crop, pad
 from cadsurgery.elements.elements import (
     Elements,
@@ -47,5 +48,4 @@ from cadsurgery.elements.windows import (
     fused_conv2d,
     max_pool2d,
     pixel_unshuffle,
-    transpose_weight,
 )

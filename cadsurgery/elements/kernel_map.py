@@ -25,7 +25,15 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import gpu_maps, maps
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.elements.sizes import as_number, as_numbers, divide_up, is_statically_true, least, most
+from cadsurgery.elements.sizes import (
+    as_number,
+    as_numbers,
+    constant,
+    divide_up,
+    is_statically_true,
+    least,
+    most,
+)
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -230,16 +238,16 @@ def _with_halo(lattice: Lattice, table: Tensor, has_outside: bool) -> Reading:
         mixed = (-1 - table[between]).long()
         _mark(wanted, mixed)
         table[between] = (wanted.cumsum(0, dtype=torch.int32) + lattice.count)[mixed]
-        return Reading(table, *_interpolation(lattice, wanted.nonzero().squeeze(1)), has_outside)
+        return Reading(table, *interpolation(lattice, wanted.nonzero().squeeze(1)), has_outside)
     wanted = torch.zeros(pixels + 1, dtype=torch.bool, device=table.device)
     _mark(wanted, torch.where(between, -1 - table, pixels).long())
     wanted = wanted[:pixels]
     rank = wanted.cumsum(0) + lattice.count
     table = torch.where(between, rank[torch.where(between, -1 - table, 0).long()], table).to(torch.int32)
     if lattice.capacity is None:
-        return Reading(table, *_interpolation(lattice, wanted.nonzero().squeeze(1)), has_outside)
+        return Reading(table, *interpolation(lattice, wanted.nonzero().squeeze(1)), has_outside)
     points = torch.nonzero_static(wanted, size=pixels - lattice.capacity[0], fill_value=0).squeeze(1)
-    return Reading(table, *_interpolation(lattice, points), has_outside, wanted.sum())
+    return Reading(table, *interpolation(lattice, points), has_outside, wanted.sum())
 
 
 def _mark(flags: Tensor, places: Tensor) -> None:
@@ -250,13 +258,15 @@ def _mark(flags: Tensor, places: Tensor) -> None:
         flags[places] = True
 
 
-def _interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
+def interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
     """Return elements and weights of bilinear interpolation: per axis (1 - delta/R) D(a) + (delta/R) D(a + R).
 
     D is the nearest-filled map, replicated at the border; a and R are anchor and side of the cell with the point.
     """
     height, width = lattice.size
-    side = lattice.side_map.flatten()[points]
+    side = constant(lattice.geometry.sides, torch.int64, points.device)[
+        lattice.levels.flatten()[points].long()
+    ]
     y, x = points // width % height, points % width
     first = points - y * width - x  # first pixel of the image
     top, left = y - y % side, x - x % side

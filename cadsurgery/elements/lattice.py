@@ -244,7 +244,8 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
     if geometry.patch == "block":
         whole = _block_minimum(levels, geometry.sides[-1]) >= geometry.max_level
         return (whole * geometry.max_level).to(torch.int8)
-    if geometry.floors and not torch.compiler.is_compiling() and _is_by_cell(levels, geometry):
+    is_read = levels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if geometry.floors and is_read and _is_by_cell(levels, geometry):
         return levels.to(torch.int8)
     legal = torch.zeros_like(levels, dtype=torch.int8)
     for level in range(1, geometry.max_level + 1):
@@ -510,12 +511,7 @@ class Lattice:
         geometry, levels = self.geometry, self.pyramid.levels
         if not geometry.floors or self.stage == 0 or self.patch_side < 2 or levels.shape[0] > 1:
             return None
-        if (
-            self.part is not None
-            or self.pyramid.bounds is not None
-            or self.is_open
-            or self.uniform_level is not None
-        ):
+        if self.part is not None or not self._is_counted_here or self.uniform_level is not None:
             return None
         if not self.pyramid.has_two_levels:
             return None
@@ -529,11 +525,16 @@ class Lattice:
     def is_patched(self) -> bool:
         """True if level maps are floors, of one image, and all cells are in whole patches, coarse, cut by the border,
         or pixels of the image."""
-        if not self.geometry.floors or self.part is not None or self.batch > 1 or self.is_open:
+        if not self.geometry.floors or self.part is not None or self.batch > 1 or not self._is_counted_here:
             return False
         if self.stage == 0 or self.patches is not None:
             return True
         return self.uniform_level == max(self.geometry.max_level, self.stage - 1)
+
+    @once
+    def _is_counted_here(self) -> bool:
+        """True if the map is on the CPU and its cells are counted, not bounded."""
+        return self.levels.device.type == "cpu" and self.pyramid.bounds is None and not self.is_open
 
     @property
     def patch_side(self) -> int:

@@ -98,15 +98,6 @@ def _convolve(
     return Elements(run(work(rows, weights, reads, reads.window.outside or 0.0, residual)), reads.target)
 
 
-def transpose_weight(weight: Tensor, groups: int, turned: bool = False) -> Tensor:
-    """Convert the weight (C, O / groups, kh, kw) of a transposed convolution to (O, C / groups, kh, kw), or back.
-
-    With `turned` the kernel is also rotated by 180 degrees: at stride one this gives the equivalent convolution.
-    """
-    transposed = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    return transposed.flip(2, 3) if turned else transposed
-
-
 @operation(reads="window", macs=_macs_of_weights)
 def fused_conv2d(
     x: Elements,

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -90,6 +90,18 @@ class Check:
         return self.error <= self.tolerance
 
 
+class _Case(NamedTuple):
+    """What is compared, see `verify`."""
+
+    model: nn.Module
+    original: fx.Graph
+    adapted: fx.Graph
+    plan: Plan
+    geometry: Geometry
+    call: Arguments
+    fewer: Arguments
+
+
 def verify(
     model: nn.Module,
     original: fx.Graph,
@@ -113,14 +125,15 @@ def verify(
     Raises:
         CannotConvert: a law does not hold; a wrong network is never returned silently.
     """
+    case = _Case(model, original, adapted, plan, geometry, call, fewer)
     try:
-        checks = _all_checks(model, original, adapted, plan, geometry, call, fewer)
+        checks = _all_checks(case)
         if image_of(call).dtype != torch.float64 and not all(check.passed for check in checks):
             # Deep networks can amplify rounding errors beyond the tolerance; in float64 only real errors remain.
             # A network that makes values of float32 itself cannot run in float64.
             with contextlib.suppress(RuntimeError, TypeError):
                 wide = _widened(model, original, adapted)
-                checks = _all_checks(wide, original, adapted, plan, geometry, widen(call), widen(fewer))
+                checks = _all_checks(case._replace(model=wide, call=widen(call), fewer=widen(fewer)))
     except CadError:
         raise
     except Exception as error:  # foreign operations can raise any error
@@ -196,17 +209,12 @@ def _difference(
     return max(differences)
 
 
-def _all_checks(
-    model: nn.Module,
-    original: fx.Graph,
-    adapted: fx.Graph,
-    plan: Plan,
-    geometry: Geometry,
-    call: Arguments,
-    fewer: Arguments,
-) -> list[Check]:
+def _all_checks(case: _Case) -> list[Check]:
+    # Patches of blocks have no intermediate levels.
+    case = case._replace(geometry=replace(case.geometry, patch="quadtree"))
+    model, plan = case.model, case.plan
     with torch.no_grad(), evaluating(model), _no_dead_branches(model), AnyLayout(), _in_one_order(plan):
-        return _uniform_checks(model, original, adapted, plan, geometry, call, fewer)
+        return _floor_checks(case) if plan.floors else _uniform_checks(case)
 
 
 class FirstOfEqual(TorchDispatchMode):
@@ -245,21 +253,10 @@ def _in_one_order(plan: Plan) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _uniform_checks(
-    model: nn.Module,
-    original: fx.Graph,
-    adapted: fx.Graph,
-    plan: Plan,
-    geometry: Geometry,
-    call: Arguments,
-    fewer: Arguments,
-) -> list[Check]:
+def _uniform_checks(case: _Case) -> list[Check]:
     """Compare every uniform level, computed through kernel maps, with the dense networks."""
-    image = image_of(call)
-    tolerance = TOLERANCE.get(image.dtype, 1e-4)
-    geometry = replace(geometry, patch="quadtree")  # patches of blocks have no intermediate levels
-    if plan.floors:
-        return _floor_checks(model, original, adapted, plan, geometry, (fewer, call))
+    model, original, adapted, plan, geometry, call, fewer = case
+    tolerance = TOLERANCE.get(image_of(call).dtype, 1e-4)
     mapped = replace(geometry, dense_shortcut=False)
     watched = _watched(adapted, plan)
     as_given = partial(_values, model, original, plan, None, watched=watched)
@@ -290,17 +287,10 @@ def _uniform_checks(
     return checks
 
 
-def _floor_checks(
-    model: nn.Module,
-    original: fx.Graph,
-    adapted: fx.Graph,
-    plan: Plan,
-    geometry: Geometry,
-    calls: tuple[Arguments, Arguments],
-) -> list[Check]:
+def _floor_checks(case: _Case) -> list[Check]:
     """Compare everything high with the network as it was, and every floor, alone and side by side, with its emulation
-    in dense operations (of networks that have one, see `can_emulate`), on the first of two calls."""
-    fewer, call = calls
+    in dense operations (of networks that have one, see `can_emulate`), on fewer pixels."""
+    model, original, adapted, plan, geometry, call, fewer = case
     image = image_of(call)
     tolerance, size = TOLERANCE.get(image.dtype, 1e-4), (image.shape[2], image.shape[3])
     mapped, watched = replace(geometry, dense_shortcut=False), _watched(adapted, plan)
@@ -311,7 +301,7 @@ def _floor_checks(
             _compare("everything high is the network as it was", ours, own, tolerance), number=1, size=size
         )
     ]
-    checks += _at_another_size(model, adapted, plan, mapped, calls, tolerance)
+    checks += _at_another_size(model, adapted, plan, mapped, (fewer, call), tolerance)
     image = image_of(fewer)
     size = (image.shape[2], image.shape[3])
     maps = {

@@ -304,7 +304,9 @@ TASKS = [
     (name, task)
     for name in NAMES
     for task in ("pool", "mix", "mix_lines", "pick", "fill", "gather")
-    if has(name, task) and name not in ("torch", "patches") and (name != "triton" or triton_kernels.INTERPRETED)
+    if has(name, task)
+    and name not in ("torch", "patches")
+    and (name != "triton" or triton_kernels.INTERPRETED)
 ]
 
 

@@ -56,12 +56,24 @@ class Strided(nn.Module):
         return self.out(self.up(F.interpolate(F.max_pool2d(y, 2), scale_factor=2) + y))
 
 
+class Apart(nn.Module):
+    """Windows that skip samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, 4), nn.Conv2d(8, 8, 3, 4, 1)
+        self.up, self.out = nn.ConvTranspose2d(8, 6, 4, 4), nn.ConvTranspose2d(6, 2, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.up(self.c(self.b(self.a(x).relu()).relu())))
+
+
 NETWORKS = {"unet": SmallUNet, "strided": Strided}
 
 
 def network(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(1)
-    return NETWORKS[name]().eval().to(dtype)
+    return {**NETWORKS, "apart": Apart}[name]().eval().to(dtype)
 
 
 class Uniform(fx.Interpreter):
@@ -106,21 +118,23 @@ def test_a_uniform_floor_is_its_emulation(name: str, floor: int, size: tuple[int
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_everything_high_is_the_network_bit_for_bit(name: str) -> None:
-    model, x = network(name, torch.float32), torch.rand(2, 3, 72, 104)
+    model, x = network(name, torch.float32), torch.rand(2, 3, 80, 112)
     net = cs.adaptify(model, "all", coarsest=16, example_input=torch.rand(1, 3, 64, 64))
     with torch.no_grad():
         assert torch.equal(net(x), model(x))
 
 
 @pytest.mark.parametrize("fill", ["linear", "nearest"])
-@pytest.mark.parametrize("size", [(64, 96), (72, 88)])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("size", "cell"), [((64, 96), 16), ((80, 112), 16), ((128, 192), 64), ((128, 192), 32)]
+)
+@pytest.mark.parametrize("name", [*NETWORKS, "apart"])
 def test_patches_equal_kernel_maps(
-    name: str, size: tuple[int, int], fill: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, size: tuple[int, int], cell: int, fill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = network(name), torch.rand(1, 3, *size, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x)
-    fast, levels = net.optimize(), mixed(1, size, 16, net.plan.max_level)
+    net = cs.adaptify(model, "none", coarsest=cell, fill=fill, example_input=x)
+    fast, levels = net.optimize(), mixed(1, size, cell, net.plan.max_level)
     with torch.no_grad():
         by_patch = net(x, mask=levels)
         assert (fast(x, mask=levels) - by_patch).abs().max() < 1e-10

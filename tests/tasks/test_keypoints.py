@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Run
+from photos import save_some, scene
 from PIL import Image
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.data.images import labelled_scene, normalise
+from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.tasks.keypoints import (
     Extraction,
@@ -77,24 +78,10 @@ def describer() -> nn.Module:
     return cs.build_model("usernets:describer", "none")
 
 
-def scene(height: int = 96, width: int = 128, seed: int = 0) -> Tensor:
-    return labelled_scene(height, width, seed)[0]
-
-
-def save(image: Tensor, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((255 * image.permute(1, 2, 0)).round().byte().numpy()).save(path)
-    return path
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two images of different size, one below another folder, a corrupt one, one of one colour."""
-    save(scene(), tmp_path / "images" / "first.png")
-    save(scene(97, 63, 1), tmp_path / "images" / "more" / "second.png")
-    save(torch.full((3, 40, 44), 0.5), tmp_path / "images" / "third.png")
-    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
-    return tmp_path / "images"
+    """The photos of `save_some`."""
+    return save_some(tmp_path / "images")
 
 
 EXTRACT = ("keypoints", "extract", "usernets:describer")

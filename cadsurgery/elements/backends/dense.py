@@ -20,7 +20,7 @@ from cadsurgery.elements.backends.choose import (
 )
 from cadsurgery.elements.backends.costs import Costs, best_time, costs
 from cadsurgery.elements.backends.onednn import convolve
-from cadsurgery.elements.backends.weights import FusedConv
+from cadsurgery.elements.backends.weights import FusedConv, transpose_weight
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -159,9 +159,7 @@ class Uniform(Backend):
             image = image.unflatten(3, (-1, spread.step))[..., own]
             image = image.unflatten(2, (-1, spread.step))[:, :, :, own]
             image = image.permute(0, 3, 5, 1, 2, 4).flatten(0, 2)
-        by_input = (
-            weights.weight.to(image.dtype).unflatten(0, (weights.groups, -1)).transpose(1, 2).flatten(0, 1)
-        )
+        by_input = transpose_weight(weights.weight.to(image.dtype), weights.groups)
         cut = window.padding[::2]
         least = [
             (count - 1) * window.finer - 2 * pad + kernel

@@ -26,8 +26,8 @@ from cadsurgery.elements.backends.choose import (
     compute,
 )
 from cadsurgery.elements.backends.onednn import convolve
-from cadsurgery.elements.backends.weights import FusedConv
-from cadsurgery.elements.kernel_map import Reading, Window
+from cadsurgery.elements.backends.weights import FusedConv, transpose_weight
+from cadsurgery.elements.kernel_map import Reading, Window, interpolation, read_rows
 from cadsurgery.elements.lattice import Lattice
 
 # Bytes of the patches, with their margins, that are read and convolved at once: they stay in the cache.
@@ -56,7 +56,7 @@ class Patches(Backend):
             return False
         if isinstance(work, TransposedConvolution):
             alone = window.kernel == (window.finer, window.finer) and not any(window.padding)
-            return plain and alone
+            return plain and alone and target.patch_side >= window.finer
         if isinstance(work, Pooling):
             has_form = work.largest and work.rows.is_floating_point() and not any(window.padding)
             return has_form and not reads.drop and source.geometry.dense_shortcut
@@ -81,7 +81,8 @@ class Patches(Backend):
             out[coarse] = _between_anchors(work, coarse)
         if len(rest):
             residual = more[rest] if more is not None else None
-            out[rest] = compute(replace(work, reads=_reading(reads, rest), residual=residual))
+            which = "patches and rest" if by_map else "rest"
+            out[rest] = compute(replace(work, reads=_reading(reads, rest, which), residual=residual))
         return out
 
     def pool(self, work: Pooling) -> Tensor:
@@ -94,14 +95,14 @@ class Patches(Backend):
             out[rows] = result.permute(0, 2, 3, 1).reshape(-1, out.shape[1])
         rest = torch.arange(_in_patches(reads.target), reads.target.count)
         if len(rest):
-            out[rest] = compute(replace(work, reads=_reading(reads, rest)))
+            out[rest] = compute(replace(work, reads=_reading(reads, rest, "all but patches")))
         return out
 
     def spread(self, work: TransposedConvolution) -> Tensor:
         """Compute rows (N, O). Without overlap each sample of the result reads one sample."""
         target, window, weights = work.reads.target, work.reads.window, work.weights
         finer, side = window.finer, target.patch_side // window.finer
-        by_input = weights.weight.unflatten(0, (weights.groups, -1)).transpose(1, 2).flatten(0, 1)
+        by_input = transpose_weight(weights.weight, weights.groups)
         bias = weights.bias_as(work.rows.dtype)
         read = _held(work.reads)
         image = _image(work.rows.index_select(0, read[: _in_patches(target) // finer**2]), side)
@@ -117,10 +118,7 @@ class Patches(Backend):
         for number in phase.unique().tolist():
             chosen = (phase == number).nonzero().squeeze(1)
             plain = weights.of_phase(divmod(number, finer), finer).without_activation
-            reads = torch.arange(len(chosen), dtype=torch.int32).unsqueeze(1)
-            none = torch.empty(0, 4, dtype=torch.int32)
-            reading = Reading(reads, none, none.double(), False)
-            tail[chosen] = compute(Convolution(others[chosen], plain, reading))
+            tail[chosen] = compute(Convolution(others[chosen], plain, None))
         return weights.finish(torch.cat((*rows, tail)), work.residual)
 
 
@@ -159,7 +157,7 @@ def _images(rows: Tensor, reads: WindowRead) -> Iterator[tuple[slice, Tensor]]:
             side, (top, left, bottom, right) = margin.side, margin.own
             own = rows[start * side**2 : (start + many) * side**2].view(many, side, side, channels)
             if part.table.numel() == 0:
-                image = own
+                image = own[:, : bottom - top, : right - left]
             else:
                 image = rows.new_empty(many, height, width, channels)
                 image[:, top:bottom, left:right] = own[:, : bottom - top, : right - left]
@@ -224,28 +222,19 @@ def _read_at(source: Lattice, y: Tensor, x: Tensor) -> Reading:
     y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
     points = y * width + x
     if source.stage == 0:  # its rows are the pixels of a dense map
-        return Reading(torch.where(inside, points, source.count).to(torch.int32), *_NO_HALO, True)
-    table = torch.where(inside, source.index[points], source.count)
+        return read_rows(torch.where(inside, points, source.count).to(torch.int32), True)
+    table = torch.where(inside, source.index[points], source.count).to(torch.int32)
     is_low = source.levels.view(-1)[points] == source.geometry.max_level
     mixed = inside & is_low & ((y % cell > 0) | (x % cell > 0))
-    if source.geometry.fill == "nearest":
-        return Reading(table.to(torch.int32), *_NO_HALO, True)
-    y, x = y[mixed], x[mixed]
-    top, left = y - y % cell, x - x % cell
-    down, across = (y - top) / cell, (x - left) / cell
-    bottom, right = (top + cell).clamp(max=height - 1), (left + cell).clamp(max=width - 1)
-    sources = [source.index[row * width + column] for row in (top, bottom) for column in (left, right)]
-    shares = [of_row * of_column for of_row in (1 - down, down) for of_column in (1 - across, across)]
-    table = table.to(torch.int32)
-    table[mixed] = torch.arange(len(y), dtype=torch.int32) + source.count + 1
-    return Reading(table, torch.stack(sources, 1), torch.stack(shares, 1).double(), True)
+    if not source.geometry.interpolates:
+        return read_rows(table, True)
+    sources, shares = interpolation(source, points[mixed])
+    table[mixed] = torch.arange(len(sources), dtype=torch.int32) + source.count + 1
+    return Reading(table, sources, shares, True)
 
 
-_NO_HALO = (torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 4, dtype=torch.float64))
-
-
-def _reading(reads: WindowRead, rows: Tensor) -> Reading:
-    """Return the kernel map of some rows of the target."""
+def _reading(reads: WindowRead, rows: Tensor, which: str) -> Reading:
+    """Return the kernel map of some rows of the target; `which` names the rows among those of this window."""
     source, target, window = reads.source, reads.target, reads.window
 
     def build() -> Reading:
@@ -257,7 +246,7 @@ def _reading(reads: WindowRead, rows: Tensor) -> Reading:
         y, x = anchors // target.size[1] + down.view(-1, 1), anchors % target.size[1] + across
         return _read_at(source, *(at.flatten(1) for at in torch.broadcast_tensors(y, x)))
 
-    return source.derive(("rest", target.key, window, len(rows)), build)
+    return source.derive((which, target.key, window), build)
 
 
 def _held(reads: WindowRead) -> Tensor:

@@ -191,3 +191,12 @@ class FusedConv:
                         del self.packed_cache[next(iter(self.packed_cache))]
                     self.packed_cache[key] = form
         return form
+
+
+def transpose_weight(weight: Tensor, groups: int, turned: bool = False) -> Tensor:
+    """Convert the weight (C, O / groups, kh, kw) of a transposed convolution to (O, C / groups, kh, kw), or back.
+
+    With `turned` the kernel is also rotated by 180 degrees: at stride one this gives the equivalent convolution.
+    """
+    transposed = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return transposed.flip(2, 3) if turned else transposed
