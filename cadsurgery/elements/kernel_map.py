@@ -486,10 +486,10 @@ def phases(source: Lattice, target: Lattice, window: Window) -> tuple[list[Phase
 
 
 def _pixels_of(lattice: Lattice, window: Window, first: tuple[int, int]) -> int:
-    """Count the fine pixels of an image that belong to a phase."""
+    """Count the fine pixels of an image that belong to a phase, without tensors: an exported program has none to ask."""
     counts = [
-        int((_phase(torch.arange(length), window, axis) == tap).sum())
-        for axis, (length, tap) in enumerate(zip(lattice.size, first, strict=True))
+        sum((at // window.output_spacing + before) % window.finer == tap for at in range(length))
+        for length, before, tap in zip(lattice.size, window.padding[::2], first, strict=True)
     ]
     return counts[0] * counts[1]
 

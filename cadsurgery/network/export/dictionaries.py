@@ -35,16 +35,11 @@ def open_call(net: AdaptiveModel, given: Any) -> tuple[AdaptiveModel, Any, str]:
     Raises:
         InvalidInput: the network reads more tensors than are given, or something that is no tensor.
     """
-    if isinstance(given, Tensor) and net.program.masks_an_argument:
-        if not further_inputs(net):
-            return net, given, "image"
-        given = (given,)
-    holder = _holder_of_image(net.program.graph)
     if isinstance(given, Tensor):
-        keys = _keys_of(holder) if holder is not None else []
-        if len(keys) != 1:
-            raise _lacks_tensors(holder)
-        given = {keys[0]: given}
+        holder = None if net.program.masks_an_argument else _holder_of_image(net.program.graph)
+        if holder is None and not further_inputs(net):
+            return net, given, "image"
+        given = (given,) if holder is None else _held(holder, given)
     arguments = bind_all(net.program.signature, given if isinstance(given, tuple) else (given,), {})
     image = image_of(arguments)
     graph, _ = copy_graph(net.program.graph)
@@ -82,13 +77,19 @@ def _keys_of(holder: fx.Node) -> list[Any]:
     return list(dict.fromkeys(key[0] for reader in holder.users if (key := _key_of(reader))))
 
 
-def _lacks_tensors(holder: fx.Node | None) -> InvalidInput:
-    keys = ", ".join(map(repr, _keys_of(holder))) if holder is not None else "more"
-    return InvalidInput(
-        f"the network reads {keys} from {holder.target if holder is not None else 'its arguments'}, and an image is "
-        "given.",
-        next="give what the network is called with, as an example: cs.export(net, {...}, path).",
-    )
+def _held(holder: fx.Node, image: Tensor) -> dict[Any, Tensor]:
+    """Return the dictionary in which a network takes an image.
+
+    Raises:
+        InvalidInput: the network reads more than the image from it.
+    """
+    keys = _keys_of(holder)
+    if len(keys) != 1:
+        raise InvalidInput(
+            f"the network reads {', '.join(map(repr, keys))} from {holder.target}, and an image is given.",
+            next="give what the network is called with, as an example: cs.export(net, {...}, path).",
+        )
+    return {keys[0]: image}
 
 
 def _take_out(graph: fx.Graph, arguments: dict[str, Any]) -> tuple[_Inputs, dict[str, Any]]:

@@ -343,13 +343,15 @@ def follow(
     ]
     refusal: Exception | None = None
     for example, free in attempts[is_fixed:]:
-        shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
+        of_image, of_levels = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
+        # torch counts the further inputs of a call as a single one.
+        shapes = (of_image, (of_levels,) * (len(example) - 1))[: len(example)] if free else None
         try:
             with portable(target), torch.no_grad(), quietly(), without_proofs(), without_assertions():
                 program = torch.export.export(
                     graph,
                     example,
-                    dynamic_shapes=shapes[: len(example)] if free else None,
+                    dynamic_shapes=shapes,
                     strict=False,
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )
