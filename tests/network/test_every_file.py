@@ -34,7 +34,8 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 EVERY, SEEDS = int(os.environ.get("CADSURGERY_FILES", 1)), 200
-STATIC = "edges | budget:fraction=0.3"
+# Without the neighbourhoods of `edges`, whose maxima are equal in many cells: an engine that rounds otherwise ranks them otherwise.
+STATIC = "gradient | budget:fraction=0.3"
 # Sizes in the order in which they are tried, for networks that take any and for those that take multiples of a stride.
 SIZES = [
     (75, 101),
@@ -176,6 +177,11 @@ def test_some_are_written_for_openvino_and_as_programs(name: str, tmp_path: Path
     image, path = given.image.flip(3), tmp_path / "net.onnx"
     cs.export(given.net, given.image, path, check_in="openvino")
     check(given, OpenVino(path), image)
+    plain = all(isinstance(leaf, Tensor) for leaf in tree_leaves(given.net(image)))
+    if not plain:
+        with pytest.raises(cs.CannotConvert, match="program of torch.export cannot return"):
+            cs.export(given.net, given.image, tmp_path / "net.pt2")
+        return
     cs.export(given.net, given.image, tmp_path / "net.pt2")
     output = torch.export.load(tmp_path / "net.pt2").module()(image)
     given.net(image)

@@ -343,7 +343,10 @@ def follow(
     ]
     refusal: Exception | None = None
     for example, free in attempts[is_fixed:]:
-        of_image, of_levels = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
+        of_image, of_levels = (
+            {axis: Dim.DYNAMIC for axis in free},
+            {axis - (axis > 0): Dim.AUTO for axis in free},
+        )
         # torch counts the further inputs of a call as a single one.
         shapes = (of_image, (of_levels,) * (len(example) - 1))[: len(example)] if free else None
         try:

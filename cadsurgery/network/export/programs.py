@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.dictionaries import further_inputs
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.progress import Step, counted, silent
 
@@ -38,6 +40,7 @@ def write_program(
         CannotConvert: torch.export cannot follow the network, or the program's outputs differ.
     """
     step("tracing")
+    _check_outputs(net(image))
     program = follow(net, image, *further_inputs(net).values())
     step("writing")
     with warnings.catch_warnings():
@@ -46,6 +49,23 @@ def write_program(
         torch.export.save(program, path)
     run = torch.export.load(path).module()
     return _compare(net, run, image, other, step)
+
+
+def _check_outputs(output: object) -> None:
+    """Refuse an output of a class that torch's programs cannot return.
+
+    Raises:
+        CannotConvert: it holds something that is no tensor, number, string or one of torch's containers.
+    """
+    plain = (Tensor, bool, int, float, complex, str, type(None))
+    strange = [leaf for leaf in tree_leaves(output) if not isinstance(leaf, plain)]
+    if strange:
+        raise CannotConvert(
+            f"a program of torch.export cannot return {describe(strange[0])}.",
+            why="torch does not know how to take the class apart.",
+            next="return a tuple or a dictionary of tensors, or tell torch about the class: "
+            "torch.export.register_dataclass(...).",
+        )
 
 
 def follow(net: nn.Module, image: Tensor, *rest: Tensor) -> torch.export.ExportedProgram:

@@ -18,6 +18,7 @@ from onnxscript.function_libs.torch_lib.ops.core import (
     aten_index,
     aten_where,
 )
+from onnxscript.function_libs.torch_lib.ops.nn import aten_pad
 from onnxscript.values import Op, Opset
 
 from cadsurgery.network.export.kernels import (
@@ -193,6 +194,24 @@ def _number(value: Any) -> Any:
     return op.Constant(value_int=value) if isinstance(value, int) else value
 
 
+def _pad(self: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+    """Pad; circular padding is written as slices that are joined, because OpenVINO has no `wrap`."""
+    if mode != "circular" or not all(isinstance(length, int) and length >= 0 for length in pad):
+        return aten_pad(self, pad, mode, value)
+    for place in range(0, len(pad), 2):
+        axis, zero = op.Constant(value_ints=[-1 - place // 2]), op.Constant(value_ints=[0])
+        before, after = pad[place : place + 2]
+        end = op.Constant(value_ints=[_END])
+        parts = [op.Slice(self, op.Constant(value_ints=[-before]), end, axis)] if before else []
+        parts += [self]
+        parts += [op.Slice(self, zero, op.Constant(value_ints=[after]), axis)] if after else []
+        self = op.Concat(*parts, axis=-1 - place // 2) if len(parts) > 1 else self
+    return self
+
+
+_END = (1 << 63) - 1  # of an axis, as ONNX's Slice has it
+
+
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.sort.stable: _sort,
     _ATEN.nonzero_static.default: _nonzero_static,
@@ -205,6 +224,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.sym_numel.default: _numel,
     _ATEN._adaptive_avg_pool2d.default: _pool_to_bins,
     _ATEN.batch_norm.default: _batch_norm,
+    _ATEN.pad.default: _pad,
     round: _round,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
     torch.ops.cadsurgery.pick_rows.default: _call(PICK),
