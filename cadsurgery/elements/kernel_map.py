@@ -486,7 +486,7 @@ def phases(source: Lattice, target: Lattice, window: Window) -> tuple[list[Phase
 
 
 def _pixels_of(lattice: Lattice, window: Window, first: tuple[int, int]) -> int:
-    """Count the fine pixels of an image that belong to a phase, without tensors: an exported program has none to ask."""
+    """Count the fine pixels of an image that belong to a phase; without tensors, which an export could not ask."""
     counts = [
         sum((at // window.output_spacing + before) % window.finer == tap for at in range(length))
         for length, before, tap in zip(lattice.size, window.padding[::2], first, strict=True)

@@ -34,7 +34,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 EVERY, SEEDS = int(os.environ.get("CADSURGERY_FILES", 1)), 200
-# Without the neighbourhoods of `edges`, whose maxima are equal in many cells: an engine that rounds otherwise ranks them otherwise.
+# Not `edges`: its maxima are equal in many cells, so that an engine that rounds otherwise ranks them otherwise.
 STATIC = "gradient | budget:fraction=0.3"
 # Sizes in the order in which they are tried, for networks that take any and for those that take multiples of a stride.
 SIZES = [
