@@ -49,16 +49,31 @@ class Taps:
 def max_pool2d_with_indices(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     """Compute `max_pool2d` and the taps of the maxima: elements whose rows are a pair (values, `Taps`).
 
-    The first of several equal maxima counts, as in torch.
+    The first of several equal maxima counts, as in torch. With floors those that differ by rounding are equal: beyond
+    the last anchor of a row all samples are interpolated between equal values.
     """
     window, target = target_of(x, window, stage)
     reading = WindowRead(x.lattice, target, window, drops(target, window)).reading
     rows = extend(x.rows, reading, -torch.inf if window.outside is None else window.outside)
-    largest = [block.max(1) for block in gather_blocks(rows, reading.table)]
-    taps = torch.cat([block.indices.to(torch.int16) for block in largest])
+    find = _first_of_nearly_equal if target.geometry.floors else _first
+    largest = [find(block) for block in gather_blocks(rows, reading.table)]
+    taps = torch.cat([places.to(torch.int16) for _, places in largest])
     samples = x.lattice.samples(window.spacing)
-    pair = torch.cat([block.values for block in largest]), Taps(taps, window, samples)
+    pair = torch.cat([values for values, _ in largest]), Taps(taps, window, samples)
     return Elements(pair, target)  # type: ignore[arg-type] # parts of a map, until one is taken
+
+
+def _first(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maxima (n, C) of windows (n, taps, C), and the first tap of each."""
+    values, places = block.max(1)
+    return values, places
+
+
+def _first_of_nearly_equal(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maxima (n, C) of windows (n, taps, C), and the first tap that differs from each by rounding alone."""
+    values = block.amax(1, keepdim=True)
+    least_value = values - 64 * torch.finfo(block.dtype).eps * values.abs()
+    return values.squeeze(1), (block >= least_value).int().argmax(1)
 
 
 @operation(reads="window")

@@ -22,7 +22,7 @@ from cadsurgery.surgery.plan import Decision, Plan
 
 
 class CannotEmulate(Exception):
-    """A reduction reads a map whose axes are not batch, channels, height and width."""
+    """A reduction reads a map whose axes are not batch, channels, height and width, or bins or windows of its size."""
 
 
 class Emulator(fx.Interpreter):
@@ -59,7 +59,7 @@ class Emulator(fx.Interpreter):
         if decision.stages[1] == 0 or decision.action not in ("adapt", "keep"):
             return value
         if isinstance(value, tuple) and isinstance(value[0], Tensor) and not value[-1].is_floating_point():
-            return (self._fill(value[0], decision), *value[1:])  # a pooling with the places of its maxima
+            return self._fill(value[0], decision), self._places(n)  # a pooling with the places of its maxima
         return self._fill(value, decision) if isinstance(value, Tensor) else value
 
     def _reduced(self, n: fx.Node) -> Any:
@@ -78,7 +78,26 @@ class Emulator(fx.Interpreter):
             return _at(value, *places)
 
         args, kwargs = (fx.map_arg(part, by_cell) for part in (n.args, n.kwargs))
-        return getattr(self, n.op)(n.target, args, kwargs)
+        try:
+            value = getattr(self, n.op)(n.target, args, kwargs)
+        except RuntimeError as error:  # a window of the map's size, which has fewer samples here
+            raise CannotEmulate(n.name) from error
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1:
+            raise CannotEmulate(n.name)  # bins, of which cells may cover parts
+        return value
+
+    def _places(self, n: fx.Node) -> Tensor:
+        """Return the places of a pooling's maxima. Where the border continues, samples of a cell are equal but for
+        rounding: the first of them counts."""
+        source = n.all_input_nodes[0]
+        value = self.env[source]
+        falling = torch.linspace(0, 1e-10, value.shape[2] * value.shape[3], dtype=value.dtype).view(
+            value.shape[2:]
+        )
+        self.env[source] = value - falling * value.abs().max()
+        places: Tensor = super().run_node(n)[-1]
+        self.env[source] = value
+        return places
 
     def _cells(self, size: Sequence[int], grid: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return the anchor (y, x) of the cell that holds each sample (B, h, w) of a map, and the cell's side, in
