@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.network.fuse import KERNELS, fuse, join_pairs, split_norms
-from cadsurgery.network.program import Program
+from cadsurgery.network.program import Program, ProgramNetwork
 from cadsurgery.network.quantise import Quantisation, quantise
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.surgery.hooks import Watched, child, freeze_computed_weights
 
-if TYPE_CHECKING:
-    from cadsurgery.network.model import AdaptiveModel
-
 PRECISIONS = (FLOAT := "float", "int8")
 
 
-def fuse_network(source: AdaptiveModel, epilogues: bool, pairs: bool) -> tuple[fx.GraphModule, Program]:
+def fuse_network(source: ProgramNetwork, epilogues: bool, pairs: bool) -> tuple[fx.GraphModule, Program]:
     """Fuse a network's graph; return the modules that the fused graph needs, and its program.
 
     Args:
@@ -66,7 +63,7 @@ class Precision(NamedTuple):
         return self.name != FLOAT or self.calibration is not None or self.largest_error is not None
 
 
-def put_in_precision(fast: AdaptiveModel, wanted: Precision) -> Quantisation | None:
+def put_in_precision(fast: ProgramNetwork, wanted: Precision) -> Quantisation | None:
     """Convert an optimised copy to a precision, see `AdaptiveModel.optimize`; return its quantisation, if any."""
     precision, calibration, largest_error, step = wanted
     if precision not in PRECISIONS:

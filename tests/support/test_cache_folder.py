@@ -14,7 +14,7 @@ import torch
 
 from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.costs import Costs
-from cadsurgery.support.files import cache_folder
+from cadsurgery.support.files import cache_folder, keep_whole
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="permission bits and compiled code as on Linux"
@@ -69,6 +69,17 @@ def test_a_link_is_not_used(home: Path) -> None:
     assert cache_folder() is None
 
 
+def test_a_cached_file_appears_whole_and_private(home: Path) -> None:
+    with keep_whole(home / "kept") as folder:
+        (folder / "successor").write_text("whole")
+        assert folder.parent == home and not (home / "kept").exists()
+    with pytest.raises(ZeroDivisionError), keep_whole(home / "kept") as folder:
+        (folder / "successor").write_text("half")
+        raise ZeroDivisionError
+    assert (home / "kept").read_text() == "whole" and (home / "kept").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in home.iterdir()] == ["kept"]
+
+
 def test_without_a_folder_costs_are_measured_in_each_process(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,3 +124,11 @@ def test_a_damaged_file_of_costs_is_replaced(home: Path, measured: Callable[[], 
     path.write_text(text)
     assert measured() == 2 == measured()
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_costs_that_others_can_write_are_measured_anew(home: Path, measured: Callable[[], int]) -> None:
+    measured()
+    (path,) = home.glob("cache/cadsurgery/*/costs.json")
+    path.chmod(0o666)
+    assert measured() == 2 == measured()
+    assert path.stat().st_mode & 0o777 == 0o600

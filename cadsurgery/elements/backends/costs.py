@@ -28,7 +28,7 @@ import torch
 
 from cadsurgery.kernels import isa
 from cadsurgery.support.errors import FileError, first_line
-from cadsurgery.support.files import cache_folder, write_whole
+from cadsurgery.support.files import cache_folder, is_private, keep_whole
 from cadsurgery.support.plain import read_as
 
 _FILE = "costs.json"
@@ -245,10 +245,10 @@ def best_time(run: Callable[[], object]) -> float:
 
 
 def _all_kept() -> dict[str, Any]:
-    """Return the content of the cache file; empty if it is missing or damaged."""
+    """Return the content of the cache file; empty if it is missing, damaged, or writable by other users."""
     path = _path()
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        if path is not None:
+        if path is not None and is_private(path.lstat()):
             return dict(json.loads(path.read_text()))
     return {}
 
@@ -257,10 +257,10 @@ def _measure_and_keep(key: str, measure: Callable[[], Numbers]) -> Numbers:
     with ThreadPoolExecutor(1) as alone:
         cost = alone.submit(_on_one_core, measure).result()
     path = _path()
-    with contextlib.suppress(FileError):
+    with contextlib.suppress(OSError):
         if path is not None:
-            with write_whole(path) as temporary:
-                temporary.write_text(json.dumps({**_all_kept(), key: list(cost)}, indent=1))
+            with keep_whole(path) as folder:
+                (folder / "successor").write_text(json.dumps({**_all_kept(), key: list(cost)}, indent=1))
     return cost
 
 
