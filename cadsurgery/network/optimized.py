@@ -81,8 +81,8 @@ def check_precision(precision: str, calibration: Any, largest_error: float | Non
         raise InvalidInput(
             f"precision {precision} with outputs that differ by {largest_error} at most.",
             why="it limits the error of int8 outputs, relative to their size.",
-            next="leave it out, or give a share of the outputs' size with int8: largest_error=0.05; or --precision int8 "
-            "--calibration FOLDER --largest-error 0.05.",
+            next="leave it out, or give a share of the outputs' size with int8: largest_error=0.05; or --precision "
+            "int8 --calibration FOLDER --largest-error 0.05.",
         )
 
 
