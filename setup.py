@@ -1,7 +1,6 @@
 """Compile the kernels when a wheel is built or the package is installed from source; all else is in pyproject.toml.
 
-Without a C compiler, or with CADSURGERY_NATIVE=0, the wheel is one for every platform, which compiles the kernels when
-they are first needed.
+Without a C compiler, or with CADSURGERY_NATIVE=0, the wheel is one for every platform and has no kernels.
 """
 
 from __future__ import annotations
@@ -47,16 +46,15 @@ class BuildWithKernels(build_py):
         target.unlink(missing_ok=True)
         compiler = build.find_compiler()
         if compiler is None or os.environ.get("CADSURGERY_NATIVE", "1") == "0":
-            self.say("no C compiler here, or CADSURGERY_NATIVE=0: kernels are compiled when first needed")
+            self.say("installed without compiled kernels: there is no C compiler, or CADSURGERY_NATIVE=0")
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             built = build.build(compiler, target)
         except (build.BuildError, OSError) as error:
-            self.say(f"the kernels could not be compiled, and are when first needed: {error}")
+            self.say(f"installed without kernels, which could not be compiled: {error}")
             return
-        without = f", without {', '.join(built.left_out)}" if built.left_out else ""
-        self.say(f"{built.forms} forms of the kernels compiled{without}")
+        self.say(build.describe(built))
 
     def say(self, text: str) -> None:
         """Print a line of the installation's report."""

@@ -1,6 +1,6 @@
-"""The public names, each with the module that it is in: the one list, which type checkers and `__init__.py` read."""
+"""The public names, each with the module that it is in: the one list, which type checkers and lazy_loader read."""
 
-from cadsurgery import (
+from . import (
     bench as bench,
     data as data,
     detection as detection,
@@ -19,32 +19,32 @@ from cadsurgery import (
     timing as timing,
     viz as viz,
 )
-from cadsurgery.data import Augment as Augment, SegmentationData as SegmentationData, open_data as open_data
-from cadsurgery.data.networks import build_model as build_model, list_models as list_models
-from cadsurgery.elements.functional import Elements as Elements
-from cadsurgery.elements.kernel_map import Window as Window
-from cadsurgery.elements.lattice import Geometry as Geometry, Lattice as Lattice
-from cadsurgery.elements.operations import operation as operation
-from cadsurgery.masks import (
+from .data import Augment as Augment, SegmentationData as SegmentationData, open_data as open_data
+from .data.networks import build_model as build_model, list_models as list_models
+from .elements.functional import Elements as Elements
+from .elements.kernel_map import Window as Window
+from .elements.lattice import Geometry as Geometry, Lattice as Lattice
+from .elements.operations import operation as operation
+from .masks import (
     Budget as Budget,
     MaskProvider as MaskProvider,
     MaskWrapper as MaskWrapper,
     list_masks as list_masks,
     mask_provider as mask_provider,
 )
-from cadsurgery.methods.anytime import AnytimeModel as AnytimeModel, anytime as anytime
-from cadsurgery.methods.resampling import ResampledModel as ResampledModel, resample as resample
-from cadsurgery.methods.sampling import SampledModel as SampledModel, sample as sample
-from cadsurgery.methods.storage import load as load, save as save
-from cadsurgery.network.adaptify import adaptify as adaptify, plan as plan
-from cadsurgery.network.compile import Bucketed as Bucketed
-from cadsurgery.network.export import export as export
-from cadsurgery.network.export.kernels import kernels_for as kernels_for
-from cadsurgery.network.model import AdaptiveModel as AdaptiveModel
-from cadsurgery.network.points import macs_at as macs_at, read_at as read_at
-from cadsurgery.network.publish import push_to_hub as push_to_hub
-from cadsurgery.network.stem import CachedStem as CachedStem, body_of as body_of, stem_outputs as stem_outputs
-from cadsurgery.support.errors import (
+from .methods.anytime import AnytimeModel as AnytimeModel, anytime as anytime
+from .methods.resampling import ResampledModel as ResampledModel, resample as resample
+from .methods.sampling import SampledModel as SampledModel, sample as sample
+from .methods.storage import load as load, save as save
+from .network.adaptify import adaptify as adaptify, plan as plan
+from .network.compile import Bucketed as Bucketed
+from .network.export import export as export
+from .network.export.kernels import kernels_for as kernels_for
+from .network.model import AdaptiveModel as AdaptiveModel
+from .network.points import macs_at as macs_at, read_at as read_at
+from .network.publish import push_to_hub as push_to_hub
+from .network.stem import CachedStem as CachedStem, body_of as body_of, stem_outputs as stem_outputs
+from .support.errors import (
     CadError as CadError,
     CadWarning as CadWarning,
     CannotConvert as CannotConvert,
@@ -53,10 +53,10 @@ from cadsurgery.support.errors import (
     TrainingStopped as TrainingStopped,
     UnknownName as UnknownName,
 )
-from cadsurgery.surgery.plan import Plan as Plan
-from cadsurgery.surgery.rules import Call as Call, Treatment as Treatment, rule as rule
-from cadsurgery.tasks.evaluation import EvaluationReport as EvaluationReport, evaluate as evaluate
-from cadsurgery.tasks.recommend import Recommendation as Recommendation, recommend as recommend
-from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics as SegmentationMetrics
+from .surgery.plan import Plan as Plan
+from .surgery.rules import Call as Call, Treatment as Treatment, rule as rule
+from .tasks.evaluation import EvaluationReport as EvaluationReport, evaluate as evaluate
+from .tasks.recommend import Recommendation as Recommendation, recommend as recommend
+from .tasks.segmentation.metrics import SegmentationMetrics as SegmentationMetrics
 
 __version__: str

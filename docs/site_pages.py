@@ -229,7 +229,8 @@ def describe_names() -> Iterator[str]:
     import cadsurgery
 
     groups = {title: group.split() for title, group in GROUPS.items()}
-    if others := sorted({*cadsurgery.__all__}.difference(*groups.values())):
+    names = {name for name in cadsurgery.__all__ if not inspect.ismodule(getattr(cadsurgery, name))}
+    if others := sorted(names.difference(*groups.values())):
         groups["Others"] = others
     for title, group in groups.items():
         yield f"## {title}\n"
@@ -240,11 +241,11 @@ def describe_modules() -> Iterator[str]:
     """Lines of Markdown: what the public modules define, without the names that the package itself has."""
     import cadsurgery
 
-    known = {id(getattr(cadsurgery, name)) for name in cadsurgery.__all__}
-    for name, place in cadsurgery._MODULE_OF.items():
-        if place == "cadsurgery":
-            module = getattr(cadsurgery, name)
-            defined = [one for one in _defined(module) if id(getattr(module, one)) not in known]
+    values = {name: getattr(cadsurgery, name) for name in cadsurgery.__all__}
+    top = {id(value) for value in values.values()}
+    for name, module in values.items():
+        if inspect.ismodule(module):
+            defined = [one for one in _defined(module) if id(getattr(module, one)) not in top]
             yield f"### cadsurgery.{name}\n"
             yield (module.__doc__ or "").partition("\n")[0] + "\n"
             yield from _document(f"cadsurgery.{name}", defined)
@@ -252,10 +253,7 @@ def describe_modules() -> Iterator[str]:
 
 def _defined(module: Any) -> list[str]:
     """Public functions and classes that a module, or the module that it stands for, defines."""
-    on_first_use = [name for names in getattr(module, "_PLACES", {}).values() for name in names]
-    names = (
-        getattr(module, "__all__", None) or on_first_use or [name for name in vars(module) if name[0] != "_"]
-    )
+    names = getattr(module, "__all__", None) or [name for name in vars(module) if name[0] != "_"]
     values = {name: getattr(module, name) for name in names}
     room = module.__name__
     if room.count(".") == 1 and not hasattr(module, "__path__"):  # stands for a module of a room

@@ -56,10 +56,11 @@ def executed(tree: ast.AST) -> Iterator[ast.AST]:
         yield from executed(node)
 
 
-def imports(path: str) -> set[str]:
+def imports(path: str, for_types: bool = False) -> set[str]:
     """Dotted names a file imports anywhere in its code: of modules, and `module.name` for names of them."""
     found = set()
-    for node in executed(source_of(path)):
+    tree = source_of(path)
+    for node in ast.walk(tree) if for_types else executed(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -96,20 +97,20 @@ def test_no_import_goes_up(room: str) -> None:
 
 
 MODULES = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in FILES}
-# In rooms that are being rebuilt; nothing may be added.
+# To be opened; nothing may be added.
 KNOWN_CIRCLES = {
-    frozenset(("cadsurgery.cli", "cadsurgery.cli.main")),
+    frozenset(("cadsurgery.elements.bounds", "cadsurgery.elements.lattice")),
 }
 
 
 def modules_imported(name: str) -> set[str]:
-    """Modules of the package that one imports, at its top or in a function; for types alone does not count."""
-    found = set()
-    for imported in imports(MODULES[name]):
+    """Modules of the package that a module imports, at its top, in a function, or for types alone."""
+    modules = set()
+    for imported in imports(MODULES[name], for_types=True):
         while imported and imported not in MODULES:
             imported = imported.rpartition(".")[0]
-        found.add(imported)
-    return found - {"", name, "cadsurgery"}
+        modules.add(imported)
+    return modules - {"", name, "cadsurgery"}
 
 
 def find_circles(imported: dict[str, set[str]]) -> set[frozenset[str]]:
@@ -129,6 +130,12 @@ def find_circles(imported: dict[str, set[str]]) -> set[frozenset[str]]:
 def test_no_module_is_part_of_an_import_circle() -> None:
     circles = find_circles({name: modules_imported(name) for name in MODULES})
     assert circles <= KNOWN_CIRCLES, circles - KNOWN_CIRCLES
+
+
+def test_imports_for_types_count_in_circles(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("if TYPE_CHECKING:\n    from a import b\ndef f():\n    import c\n")
+    assert imports(str(path)) == {"c"} and imports(str(path), for_types=True) == {"a.b", "c"}
 
 
 def test_the_search_for_circles_finds_them() -> None:
@@ -151,7 +158,7 @@ def test_every_public_name_can_be_had() -> None:
 
     assert sorted(cs.__all__) == sorted(dir(cs)) and len(cs.__all__) > 40
     assert all(getattr(cs, name) is not None for name in cs.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'adaptfy'"):
+    with pytest.raises(AttributeError, match="adaptfy"):
         _ = cs.adaptfy
 
 

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from cadsurgery import cli
 from cadsurgery.cli import screen
 from cadsurgery.support.errors import CadError
 
@@ -44,8 +43,9 @@ def make_app() -> typer.Typer:
     ) -> None:
         pass
 
-    names = [name for _, name, _ in pkgutil.iter_modules(cli.__path__) if name not in ("main", "__main__")]
-    modules = [importlib.import_module(f"{cli.__name__}.{name}") for name in names]
+    folders = sys.modules[str(__package__)].__path__
+    names = [name for _, name, _ in pkgutil.iter_modules(folders) if name not in ("main", "__main__")]
+    modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
     groups: list[typer.Typer] = [module.commands for module in modules if hasattr(module, "commands")]
     for group in sorted(groups, key=lambda group: isinstance(group.info.name, str)):
         app.add_typer(group)

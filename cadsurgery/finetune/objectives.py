@@ -28,7 +28,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, divergence, maps_of, resize
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
-from cadsurgery.support.provenance import same_place
+from cadsurgery.support.provenance import check_unclaimed
 from cadsurgery.surgery.trace import evaluating
 
 AUXILIARY_WEIGHT = 0.5  # as in torchvision's reference training of segmentation networks
@@ -95,12 +95,7 @@ def objective(name: str) -> Callable[[O], O]:
     """
 
     def register(kind: O) -> O:
-        known = OBJECTIVES.get(name, kind)
-        if not same_place(known, kind):
-            raise ValueError(
-                f"objective {name!r} is registered already, by {known.__module__}.{known.__qualname__}; choose another "
-                "name"
-            )
+        check_unclaimed("objective", name, kind, OBJECTIVES)
         OBJECTIVES[name] = kind
         return kind
 

@@ -1,7 +1,10 @@
 """Compile the kernels into one shared library that holds every form of every function.
 
-This file needs only the standard library, so that setup.py can load it by its path. It can also be run as a script:
+The library is compiled when the package is installed, or for a wheel. This file needs only the standard library, so
+that setup.py can load it by its path. It can also be run as a script, after a change of the C files or for another
+architecture:
 
+    python cadsurgery/kernels/build.py
     python cadsurgery/kernels/build.py kernels.so --compiler aarch64-linux-gnu-gcc --architecture aarch64
 
 A form is one C file compiled for one instruction set and, for most files, one element type. Its functions are called
@@ -13,22 +16,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 SOURCES = Path(__file__).parent / "c"
 LIBRARY = (
@@ -37,7 +37,6 @@ LIBRARY = (
     / {"darwin": "kernels.dylib", "win32": "kernels.dll"}.get(sys.platform, "kernels.so")
 )
 COMPILER_SECONDS = 180.0  # time limit for one file
-BUILD_SECONDS = 600.0  # time limit for all files
 
 # Bit i of `processor_features()` in processor.c stands for feature i.
 FEATURES = ("sse4", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "neon", "dotprod", "bf16", "amx")
@@ -192,7 +191,6 @@ _LINK = (
 )
 
 _MARK = b"cadsurgery_sources="
-_HASH = hashlib.sha256().digest_size
 
 
 class BuildError(Exception):
@@ -228,22 +226,22 @@ def instruction_sets(of: str | None = None) -> tuple[InstructionSet, ...]:
 
 def forms(sources: Path = SOURCES, of: str | None = None) -> list[Form]:
     """Return all forms of the C files in a folder, according to `TABLE`."""
-    known = {one.name: one for one in instruction_sets(of)}
-    found = []
+    sets = {row.name: row for row in instruction_sets(of)}
+    baseline = tuple(flag for flag in instruction_sets(of)[0].flags if flag != "-DSCALAR")
+    listed = []
     for row in TABLE:
         file = sources / f"{row.name}.c"
         if not file.exists():
             continue
         if not row.sets:
-            baseline = tuple(flag for flag in instruction_sets(of)[0].flags if flag != "-DSCALAR")
-            found.append(Form(file, "", (*row.flags, *baseline), None))
+            listed.append(Form(file, "", (*row.flags, *baseline), None))
         for name in row.sets:
             for element in row.elements or ("",):
-                if name in known:
+                if name in sets:
                     suffix = f"{element}_{name}" if element else name
-                    flags = (*row.flags, *known[name].flags, *ELEMENTS.get(element, ()))
-                    found.append(Form(file, suffix, flags, known[name]))
-    return found
+                    flags = (*row.flags, *sets[name].flags, *ELEMENTS.get(element, ()))
+                    listed.append(Form(file, suffix, flags, sets[name]))
+    return listed
 
 
 def fingerprint(sources: Path = SOURCES, of: str | None = None) -> str:
@@ -257,17 +255,8 @@ def fingerprint(sources: Path = SOURCES, of: str | None = None) -> str:
 
 def fingerprint_of(library: bytes) -> str:
     """Return the fingerprint stored in the bytes of a library; empty if there is none."""
-    begin = library.find(_MARK) + len(_MARK)
-    found = re.match(rb"[0-9a-f]{64}", library[begin : begin + 64]) if begin >= len(_MARK) else None
-    return found[0].decode() if found else ""
-
-
-def is_whole(library: bytes) -> bool:
-    """True if the bytes of a library end with the hash of all preceding bytes.
-
-    Libraries for macOS have no such hash, because the loader would refuse it; it checks the library's signature itself.
-    """
-    return sys.platform == "darwin" or hashlib.sha256(library[:-_HASH]).digest() == library[-_HASH:]
+    stored = re.search(re.escape(_MARK) + rb"([0-9a-f]{64})", library)
+    return stored[1].decode() if stored else ""
 
 
 def find_compiler() -> list[str] | None:
@@ -288,9 +277,9 @@ def _find(variable: str, names: Sequence[str]) -> list[str] | None:
         return None
     with contextlib.suppress(ValueError):  # an unclosed quotation
         named = shlex.split(os.environ.get(variable, ""))
-        if named and (found := shutil.which(named[0])):
-            return [found, *named[1:]]
-    return next(([found] for name in names if (found := shutil.which(name))), None)
+        if named and (path := shutil.which(named[0])):
+            return [path, *named[1:]]
+    return next(([path] for name in names if (path := shutil.which(name))), None)
 
 
 def cores() -> int:
@@ -304,204 +293,61 @@ def build(
     *,
     sources: Path = SOURCES,
     jobs: int | None = None,
-    seconds: float = BUILD_SECONDS,
+    of: str | None = None,
 ) -> Built:
-    """Compile all forms in parallel and link them into the file `target`.
-
-    A separate process runs the compilers. It ends them when this process ends, even if this process is killed.
+    """Compile all forms in parallel and link them into the file `target`, which appears complete or not at all.
 
     Args:
         compiler: the compiler's command.
         target: the file to write; object files are kept in a temporary folder beside it.
         sources: the folder of the C files.
         jobs: number of compilers that run at the same time; None: the number of cores.
-        seconds: time limit for the whole build.
+        of: the architecture to compile for; None: this machine's.
 
     Raises:
         BuildError: a compiler fails, does not end in time or cannot be started.
     """
-    if getattr(sys, "frozen", False) or not sys.executable:  # no Python interpreter can be started
-        return compile_library(compiler, target, sources=sources, jobs=jobs, seconds=seconds)
-    command = [sys.executable, "-I", "-S", os.path.abspath(__file__), str(target), "--watched"]
-    command += [
-        "--sources",
-        str(sources),
-        "--compiler",
-        json.dumps(list(compiler)),
-        "--seconds",
-        str(seconds),
-    ]
-    command += ["--jobs", str(jobs or cores())]
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # it closes when this process ends
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise BuildError(f"{sys.executable} could not be started: {error}") from error
-    with process:
-        try:
-            assert process.stdout is not None
-            lines = _read_within(process, seconds + 10).decode(errors="replace").strip().splitlines()
-        finally:
-            if process.poll() is None:
-                _end_group(process)
-    try:
-        answer: dict[str, Any] = json.loads(lines[-1])
-        if "error" in answer:
-            raise BuildError(answer["error"])
-        return Built(answer["forms"], tuple(answer["left_out"]))
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        reason = lines[-1] if lines else f"exit status {process.returncode}"
-        raise BuildError(f"the process that runs the compiler ended early: {reason}") from error
-
-
-def _read_within(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """Return the output of a process until the process closes it; the input stays open meanwhile."""
-    parts: list[bytes] = []
-
-    def read() -> None:
-        assert process.stdout is not None
-        with contextlib.suppress(OSError, ValueError):
-            parts.append(process.stdout.read())
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    reader.join(seconds)
-    if reader.is_alive():
-        _end_group(process)
-        reader.join(5)
-        raise BuildError(f"the compilers did not end within {seconds:g} seconds")
-    return b"".join(parts)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(OSError):
-        if os.name == "posix":
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-
-
-class _Compilers:
-    """The running compilers."""
-
-    def __init__(self) -> None:
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
-        self._ended = False
-
-    def run(self, command: Sequence[str], log: Path, seconds: float) -> int:
-        """Run a command and return its exit status; its output goes to the file `log`.
-
-        A file, unlike a pipe, does not keep us waiting for child processes that the command leaves behind.
-
-        Raises:
-            BuildError: the command cannot be started or does not end in time.
-        """
-        environment = {**os.environ, "LC_ALL": "C"}  # English messages, so that errors are recognised
-        try:
-            with log.open("wb") as output, self._lock:
-                if self._ended:
-                    raise BuildError("another file could not be compiled")
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-                )
-                self._running.add(process)
-        except OSError as error:
-            raise BuildError(f"{command[0]} could not be started: {error.strerror or error}") from error
-        try:
-            return process.wait(max(seconds, 0.1))
-        except subprocess.TimeoutExpired as error:
-            raise BuildError(
-                f"{command[0]} did not end within {seconds:.0f} seconds: {shlex.join(command)}"
-            ) from error
-        finally:
-            with self._lock:
-                self._running.discard(process)
-            if process.poll() is None:
-                process.kill()
-
-    def end(self) -> None:
-        """Kill the running compilers and start no others."""
-        with self._lock:
-            self._ended = True
-            for process in self._running:
-                process.kill()
-
-
-def compile_library(
-    compiler: Sequence[str],
-    target: Path,
-    *,
-    sources: Path = SOURCES,
-    jobs: int | None = None,
-    seconds: float = BUILD_SECONDS,
-    of: str | None = None,
-    compilers: _Compilers | None = None,
-) -> Built:
-    """Compile and link like `build`, but run the compilers directly; `of` may name another architecture.
-
-    Raises:
-        BuildError: a compiler fails, does not end in time or cannot be started.
-    """
-    running, end = compilers or _Compilers(), time.monotonic() + seconds
-    all_forms = forms(sources, of)
-    if not any(form.source.stem == "processor" for form in all_forms):
+    if not (sources / "processor.c").exists():
         raise BuildError(f"there are no C files in {sources}")
     define = f'-DFINGERPRINT="{fingerprint(sources, of)}"'
-    left_out: set[str] = set()
-
-    def run(command: Sequence[str], log: Path) -> int:
-        return running.run(command, log, min(COMPILER_SECONDS, end - time.monotonic()))
-
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".objects-") as name:
-        folder = Path(name)
-
-        def compile_form(form: Form) -> Path | None:
-            out = folder / f"{form.source.stem}_{form.suffix}.o"
-            log = out.with_suffix(".log")
-            macro = f"-DSUFFIX(name)=name##_{form.suffix}" if form.suffix else define
-            command = [*compiler, *_COMMON, *form.flags, macro, str(form.source), "-o", str(out)]
-            if run(command, log) == 0 and out.exists():
-                return out
-            if form.set and form.set.example and not is_known(form.set):
-                left_out.add(form.set.name)
-                return None
-            raise BuildError(_compiler_message(compiler, log, form.source.name))
-
-        known: dict[str, bool] = {}
-        probe_lock = threading.Lock()
-
-        def is_known(one: InstructionSet) -> bool:
-            with probe_lock:
-                if one.name not in known:
-                    probe = folder / f"probe_{one.name}.c"
-                    probe.write_text(f'void probe(void) {{ __asm__("{one.example}"); }}\n')
-                    command = [*compiler, "-c", *one.flags, str(probe), "-o", str(probe.with_suffix(".o"))]
-                    known[one.name] = run(command, probe.with_suffix(".log")) == 0
-                return known[one.name]
-
+        compile_form = partial(_compile_form, compiler, Path(name), define)
         with ThreadPoolExecutor(jobs or cores()) as pool:
-            tasks = [pool.submit(compile_form, form) for form in all_forms]
+            tasks = [(form, pool.submit(compile_form, form)) for form in forms(sources, of)]
             try:
-                wait(tasks, return_when=FIRST_EXCEPTION)
-                failed = [task.exception() for task in tasks if task.done() and task.exception()]
-                if failed and failed[0]:
-                    raise failed[0]
+                outputs = [(form, task.result()) for form, task in tasks]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                running.end()
                 raise
-        objects = [str(out) for task in tasks if (out := task.result())]
-        whole, log = folder / "whole", folder / "link.log"
-        if run([*compiler, *_LINK, *objects, "-o", str(whole)], log) != 0 or not whole.exists():
-            raise BuildError(_compiler_message(compiler, log, "the link of all files"))
-        _seal(whole)
-        whole.replace(target)
+        objects = [str(path) for _, path in outputs if path]
+        left_out = {form.set.name for form, path in outputs if form.set and not path}
+        _compile([*compiler, *_LINK, *objects], target, Path(name), "the link of all files")
     return Built(len(objects), tuple(sorted(left_out)))
+
+
+def _compile_form(compiler: Sequence[str], folder: Path, define: str, form: Form) -> Path | None:
+    """Compile one form and return its object file; None if the compiler does not know the instruction set."""
+    output = folder / f"{form.source.stem}_{form.suffix}.o"
+    macro = f"-DSUFFIX(name)=name##_{form.suffix}" if form.suffix else define
+    command = [*compiler, *_COMMON, *form.flags, macro, str(form.source)]
+    try:
+        return _compile(command, output, folder, form.source.name)
+    except BuildError:
+        if form.set and form.set.example and not _is_known(compiler, folder, form):
+            return None
+        raise
+
+
+def _is_known(compiler: Sequence[str], folder: Path, form: Form) -> bool:
+    """True if the compiler can assemble the example instruction of a form's instruction set."""
+    assert form.set is not None
+    probe = folder / f"probe_{form.source.stem}_{form.suffix}.c"
+    probe.write_text(f'void probe(void) {{ __asm__("{form.set.example}"); }}\n')
+    try:
+        _compile([*compiler, "-c", *form.set.flags, str(probe)], probe.with_suffix(".o"), folder, probe.name)
+    except BuildError:
+        return False
+    return True
 
 
 def compile_extension(command: Sequence[str], target: Path, source: Path) -> None:
@@ -516,92 +362,69 @@ def compile_extension(command: Sequence[str], target: Path, source: Path) -> Non
         BuildError: the compiler fails, does not end in time or cannot be started.
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".objects-") as folder:
-        whole, log = Path(folder) / "whole", Path(folder) / "log"
-        run = [command[0], str(source), *command[1:], "-o", str(whole)]
-        if _Compilers().run(run, log, COMPILER_SECONDS) != 0 or not whole.exists():
-            raise BuildError(_compiler_message(command, log, source.name))
-        _seal(whole)
-        whole.replace(target)
+        _compile([command[0], str(source), *command[1:]], target, Path(folder), source.name)
 
 
-def _seal(library: Path) -> None:
-    """Append the hash of its bytes to a library; see `is_whole`."""
-    if sys.platform != "darwin":
-        with library.open("ab") as file:
-            file.write(hashlib.sha256(library.read_bytes()).digest())
+def _compile(command: Sequence[str], target: Path, folder: Path, what: str) -> Path:
+    """Run a compiler that writes into a temporary folder, then move its output to `target`.
+
+    Raises:
+        BuildError: the compiler fails, does not end in time or cannot be started.
+    """
+    output = folder / f"new-{target.name}"
+    try:
+        done = subprocess.run(
+            [*command, "-o", str(output)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "LC_ALL": "C"},  # English messages, so that errors are recognised
+            timeout=COMPILER_SECONDS,
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} could not be started: {error.strerror or error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} did not end within {COMPILER_SECONDS:g} seconds ({what})") from error
+    if done.returncode != 0 or not output.exists():
+        raise BuildError(_compiler_message(command[0], done.stdout.decode(errors="replace"), what))
+    return output.replace(target)
 
 
-def _compiler_message(compiler: Sequence[str], log: Path, what: str) -> str:
+def _compiler_message(compiler: str, text: str, what: str) -> str:
     """Summarise a compiler's failure in one line: its first errors, or its last lines if none is marked as an error."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     marked = [line for line in lines if re.search(r"\berror\b|\bundefined\b", line, re.IGNORECASE)]
-    message = " / ".join(marked[:3] or lines[-3:])
-    name = Path(compiler[0]).name
+    message, name = " / ".join(marked[:3] or lines[-3:]), Path(compiler).name
     return f"{name} says {message} ({what})" if message else f"{name} gave no file and no reason ({what})"
 
 
-def _watch(parent: int, compilers: _Compilers) -> None:
-    """End this process and all its children as soon as its parent has ended."""
-
-    def end() -> None:
-        compilers.end()
-        if os.name == "posix":  # the group includes the processes that compilers start
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
-
-    def until_input_ends() -> None:
-        while os.read(0, 1):  # not `sys.stdin`: Python needs its lock to exit
-            pass
-        end()
-
-    def until_adopted() -> None:
-        # The input may stay open after the parent has ended: in other processes that the parent had forked.
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        end()
-
-    threading.Thread(target=until_input_ends, daemon=True).start()
-    if os.name == "posix":
-        threading.Thread(target=until_adopted, daemon=True).start()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line: compile, and print the result or the error as one line of JSON."""
+    """Run the command line: compile and print the result or the error."""
     parser = argparse.ArgumentParser(description="Compile the kernels into one shared library.")
-    parser.add_argument("target", type=Path, help="the file to write")
+    parser.add_argument(
+        "target", type=Path, nargs="?", default=LIBRARY, help="the file to write; the package's if not given"
+    )
     parser.add_argument("--compiler", default="", help="the C compiler's command; CC or cc if not given")
     parser.add_argument("--architecture", choices=sorted(INSTRUCTION_SETS), help="if not this machine's")
     parser.add_argument("--sources", type=Path, default=SOURCES, help="the folder of the C files")
-    parser.add_argument("--jobs", type=int, default=cores(), help="how many compilers run at the same time")
-    parser.add_argument("--seconds", type=float, default=BUILD_SECONDS, help="the time limit")
-    parser.add_argument("--watched", action="store_true", help="end as soon as the parent process ends")
     options = parser.parse_args(arguments)
-    compilers = _Compilers()
-    if options.watched:
-        _watch(os.getppid(), compilers)
-        command = json.loads(options.compiler)
-    else:
-        command = shlex.split(options.compiler) or find_compiler()
     try:
+        command = shlex.split(options.compiler) or find_compiler()
         if not command:
             raise BuildError("there is no C compiler on the PATH")
-        built = compile_library(
-            command,
-            options.target,
-            sources=options.sources,
-            jobs=options.jobs,
-            seconds=options.seconds,
-            of=options.architecture,
-            compilers=compilers,
-        )
-        answer: dict[str, Any] = built._asdict()
+        options.target.parent.mkdir(parents=True, exist_ok=True)
+        built = build(command, options.target, sources=options.sources, of=options.architecture)
     except (BuildError, OSError) as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer), flush=True)
-    if "error" in answer and options.watched and os.name == "posix":
-        os.killpg(0, signal.SIGKILL)  # also ends children of a killed compiler
-    return int("error" in answer)
+        print(f"the kernels could not be compiled: {error}", file=sys.stderr)
+        return 1
+    print(describe(built))
+    return 0
+
+
+def describe(built: Built) -> str:
+    """Describe the result of a build in one line."""
+    without = f", without {', '.join(built.left_out)}" if built.left_out else ""
+    return f"{built.forms} forms of the kernels compiled{without}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Build the extension by which OpenVINO reads files with this package's kernels and runs the kernels."""
+"""Build the extension by which OpenVINO reads files with this package's kernels and runs the kernels.
+
+OpenVINO's interface is C++, which differs from version to version. OpenVINO may be installed after this package, so
+the extension is compiled for the installed version when it is first asked for, and kept in the cache folder.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,26 @@ import sys
 from pathlib import Path
 
 from cadsurgery.kernels import build
-from cadsurgery.kernels.library import Unusable, intact, keep_in_cache, version_of
+from cadsurgery.support.files import cache_folder
 
 SOURCE = build.SOURCES / "openvino.cpp"
 PACKAGE = "openvino"
 # The parts of OpenVINO that are linked; the last is its library of threads, which some builds lack.
 _LINKED = ("openvino", "openvino_onnx_frontend", "tbb")
+_ADVICE = "Give a C++ compiler that works (CXX=g++), or use ONNX Runtime, which needs none."
+
+
+class Unusable(Exception):
+    """The extension cannot be used.
+
+    Args:
+        reason: the reason in one line.
+        next: advice for the user.
+    """
+
+    def __init__(self, reason: str, next: str = _ADVICE) -> None:
+        super().__init__(reason)
+        self.reason, self.next = reason, next
 
 
 def extension(kernels: Path) -> Path:
@@ -26,38 +44,46 @@ def extension(kernels: Path) -> Path:
     Raises:
         Unusable: this is not Linux, OpenVINO or a C++ compiler is missing, or the extension cannot be built or kept.
     """
-    advice = "Give a C++ compiler that works (CXX=g++), or use ONNX Runtime, which needs none."
+    command = _command(kernels)
+    folder = cache_folder()
+    if folder is None:
+        raise Unusable(
+            "the cache folder cannot be written", "Set XDG_CACHE_HOME to a folder that is yours alone."
+        )
+    path = folder / f"openvino-{_digest(command)}.so"
+    if not path.exists():
+        try:
+            build.compile_extension(command, path, SOURCE)
+        except (build.BuildError, OSError) as error:
+            raise Unusable(f"the extension could not be built: {error}") from error
+    return path
+
+
+def _command(kernels: Path) -> list[str]:
+    """Return the compiler's command with its options.
+
+    Raises:
+        Unusable: this is not Linux, or OpenVINO or a C++ compiler is missing.
+    """
     if sys.platform != "linux":
         raise Unusable(f"the extension is built on Linux only, not on {sys.platform}", "Use ONNX Runtime.")
     installed = importlib.util.find_spec(PACKAGE)
     if installed is None or not installed.origin:
         raise Unusable("OpenVINO is not installed", "Install it: pip install 'cadsurgery[export]'.")
-    folder = Path(installed.origin).parent
     compiler = build.find_compiler_of_cpp()
     if compiler is None:
-        raise Unusable("there is no C++ compiler", advice)
+        raise Unusable("there is no C++ compiler")
+    folder = Path(installed.origin).parent
     libraries = [path for name in _LINKED for path in sorted((folder / "libs").glob(f"lib{name}.so*"))[:1]]
-    options = [
-        "-std=c++17",
-        "-O2",
-        "-shared",
-        "-fPIC",
-        "-I",
-        str(build.SOURCES),
-        "-I",
-        str(folder / "include"),
-    ]
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{build.SOURCES}", f"-I{folder / 'include'}"]
     options += ["-DWITH_TBB"] if any(path.name.startswith("libtbb") for path in libraries) else []
     options += [f"-L{kernels.parent}", f"-l:{kernels.name}", f"-Wl,-rpath,$ORIGIN:{kernels.parent}"]
-    command = [*compiler, *options, *map(str, libraries)]
-    made_of = [SOURCE, build.SOURCES / "convolve.h", build.SOURCES / "parallel.h"]
-    parts = [importlib.metadata.version(PACKAGE), version_of(compiler, advice), *command]
-    mark = hashlib.sha256("\0".join(parts).encode() + b"".join(path.read_bytes() for path in made_of))
-    try:
-        return keep_in_cache(
-            f"openvino-{mark.hexdigest()[:16]}.so",
-            lambda target: build.compile_extension(command, target, SOURCE),
-            intact,
-        )[1]
-    except (build.BuildError, TimeoutError) as error:
-        raise Unusable(f"the extension could not be built: {error}", advice) from error
+    return [*compiler, *options, *map(str, libraries)]
+
+
+def _digest(command: list[str]) -> str:
+    """Return a hash of everything the extension depends on."""
+    files = [SOURCE, build.SOURCES / "convolve.h", build.SOURCES / "parallel.h"]
+    parts = [importlib.metadata.version(PACKAGE), *command]
+    content = "\0".join(parts).encode() + b"".join(path.read_bytes() for path in files)
+    return hashlib.sha256(content).hexdigest()[:16]

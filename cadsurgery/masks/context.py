@@ -34,6 +34,7 @@ class CallContext:
     masks: Mapping[nn.Module, object] = field(default_factory=dict)
 
 
+_CALL = "with cadsurgery.masks.labelled(labels): net(image)"
 _CONTEXT: ContextVar[CallContext] = ContextVar("cadsurgery", default=CallContext())  # noqa: B039 (it is frozen)
 
 
@@ -77,6 +78,29 @@ def labelled(labels: Tensor) -> AbstractContextManager[None]:
             next="give an integer tensor (batch, height, width): a class for every image pixel.",
         )
     return _within(labels=labels)
+
+
+def labels_of(image: Tensor, where: str) -> Tensor:
+    """Return the labels of the call, (B, H, W) on the image's device.
+
+    Raises:
+        InvalidInput: there are no labels, or their size differs from the image's.
+    """
+    labels, expected = call_context().labels, (image.shape[0], *image.shape[2:])
+    if labels is None:
+        raise InvalidInput(
+            f"there are no labels, which {where} looks at.",
+            where=where,
+            why="labels are not an input of the network.",
+            next=f"write {_CALL}; on the command line: --labels FILE.",
+        )
+    if tuple(labels.shape) != expected:
+        raise InvalidInput(
+            f"the labels have shape {tuple(labels.shape)}, the image batch {tuple(image.shape)}.",
+            where=where,
+            next=f"give labels of shape {expected}: {_CALL}.",
+        )
+    return labels.to(image.device)
 
 
 def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:

@@ -12,14 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cadsurgery.masks.context import call_context
+from cadsurgery.masks.context import labels_of
 from cadsurgery.masks.filters import blur, closeness, differences, grey_of, near
 from cadsurgery.masks.options import NUMBER, ODD, WIDTH, check_count, check_options, several
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
 
 IGNORED = 255  # label of pixels that belong to no class
-_CALL = "with cadsurgery.masks.labelled(labels): net(image)"
 
 
 class SteppedMask(MaskProvider):
@@ -164,22 +163,7 @@ class TrimapMask(GradedMask):
         Raises:
             InvalidInput: there are no labels, or their size differs from the image's.
         """
-        labels = call_context().labels
-        if labels is None:
-            raise InvalidInput(
-                "the trimap has no labels.",
-                where="mask trimap",
-                why="it keeps high what lies near a boundary of the labels, and these are not an input of the network.",
-                next=f"write {_CALL}; on the command line: --labels FILE.",
-            )
-        expected = (image.shape[0], *image.shape[2:])
-        if tuple(labels.shape) != expected:
-            raise InvalidInput(
-                f"the labels have shape {tuple(labels.shape)}, the image batch {tuple(image.shape)}.",
-                where="mask trimap",
-                next=f"give labels of shape {expected}: {_CALL}.",
-            )
-        return boundaries(labels.to(image.device), self.ignore).to(torch.float32)
+        return boundaries(labels_of(image, "mask trimap"), self.ignore).to(torch.float32)
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return minus the distance in samples, rounded down, to the nearest boundary: (B, h, w) float32.

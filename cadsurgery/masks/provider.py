@@ -16,7 +16,7 @@ from cadsurgery.masks.options import format_options, options_of
 from cadsurgery.support.describe import describe
 from cadsurgery.support.device_checks import check
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.support.provenance import same_place
+from cadsurgery.support.provenance import check_unclaimed
 
 
 class FineMapSpec(NamedTuple):
@@ -204,11 +204,7 @@ def mask_provider(name: str, source: str = "") -> Callable[[P], P]:
     """
 
     def register(provider: P) -> P:
-        known = PROVIDERS.get(name, provider)
-        if not same_place(known, provider):
-            raise ValueError(
-                f"mask {name!r} is registered already, by {known.__module__}.{known.__qualname__}; choose another name"
-            )
+        check_unclaimed("mask", name, provider, PROVIDERS)
         provider.name, provider.source = name, source
         PROVIDERS[name] = provider
         return provider

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +27,7 @@ from cadsurgery.elements.operations import operation_of
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
-from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
@@ -36,9 +36,6 @@ from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import Work
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
-
-if TYPE_CHECKING:
-    from cadsurgery.network.model import AdaptiveModel
 
 RULES = ("conv", "published")
 PICTURE = (512, 1024)  # size of the image on which the work of a plan is counted by default
@@ -308,13 +305,13 @@ class LayerWork:
         return dense + sum(work * lattice.resample(*place).count for place, work in self.places)
 
 
-def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | None:
+def layer_work(net: ProgramNetwork, image: Tensor) -> tuple[LayerWork, ...] | None:
     """Return per layer a function from the lattice of a run on such a batch to the MACs that `net.macs` counts.
 
     MACs are linear in the numbers of elements after each stage, so one count serves all masks. Return None if a count
     on a second lattice shows that they are not linear, or if a host changes the batch before its adaptive part.
     """
-    if net.hosts_part:
+    if net.adaptive_part is not net:
         return None
     counted = net.counted
     windows = [node.kwargs.get("window") for node in counted.graph.nodes]

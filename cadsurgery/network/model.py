@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from threading import RLock
 from types import SimpleNamespace
@@ -18,11 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source, source_of
-from cadsurgery.elements.lattice import Geometry, Lattice, is_exporting
+from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.context import call_context, masked
 from cadsurgery.masks.masking import NEEDS_STATIC
-from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, Unit, read_normalisation
 from cadsurgery.network.adapters import (
@@ -40,14 +39,13 @@ from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.inputs import first_value
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.optimized import FLOAT, Precision, fuse_network, put_in_precision
-from cadsurgery.network.program import Derived, Masked, Program, refuse_torchscript
+from cadsurgery.network.program import Masked, Program, ProgramNetwork, refuse_torchscript
 from cadsurgery.network.quantise import Quantisation
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadWarning, InvalidInput
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
-from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.trace import drop_cached
 from cadsurgery.surgery.verify import Check
 
@@ -55,7 +53,7 @@ from cadsurgery.surgery.verify import Check
 _FOLLOWING = RLock()
 
 
-class AdaptiveModel(Derived):
+class AdaptiveModel(ProgramNetwork):
     """A network with content-adaptive downsampling: same call, same output structure, same state dict as the original.
 
     Calling it with `mask=` overrides the mask for that call. After a call, `levels` and `active_fraction` describe the
@@ -63,7 +61,6 @@ class AdaptiveModel(Derived):
     """
 
     hosts_part = False  # True if the network runs its own code with one adaptive part; see `HostedModel`
-    _program: Program
     quantisation: Quantisation | None = None  # set on an optimised copy in 8 bits
 
     def __init__(self, model: nn.Module, program: Program, mask: object) -> None:
@@ -197,14 +194,6 @@ class AdaptiveModel(Derived):
         finally:
             part._program = program
 
-    def use_program(self, program: Program) -> None:
-        """Replace the network's program, bound to the modules of this network."""
-        self._program = program.bind_to(self)
-
-    def restate(self, plan: Plan) -> None:
-        """Replace the plan by one with the same decisions and more information."""
-        self.use_program(replace(self._program, plan=plan))
-
     def use_channels_last(self) -> None:
         """Convert the weights of convolutions to channels_last, the layout of elements; values and names do not change.
 
@@ -224,31 +213,6 @@ class AdaptiveModel(Derived):
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     @property
-    def adaptive_part(self) -> AdaptiveModel:
-        """The adaptive network: this network, or the part that it hosts."""
-        return self
-
-    @property
-    def program(self) -> Program:
-        """The program of the adaptive part, for tools."""
-        return self.adaptive_part._program
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of the conversion: the action at every node, and its reason."""
-        return self.program.plan
-
-    @property
-    def geometry(self) -> Geometry:
-        """The geometry by which lattices are built and read."""
-        return self.program.geometry
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The rewritten graph."""
-        return self.program.graph
-
-    @property
     def checks(self) -> tuple[Check, ...]:
         """The results of the verification at conversion; empty if it was skipped."""
         return self.adaptive_part._checks
@@ -265,15 +229,6 @@ class AdaptiveModel(Derived):
     @source.setter
     def source(self, source: Any) -> None:
         self.adaptive_part._source = source
-
-    @property
-    def mask(self) -> MaskProvider:
-        """The mask provider; accepts anything that `adaptify` takes as a mask."""
-        return self.adaptive_part._mask_provider
-
-    @mask.setter
-    def mask(self, mask: object) -> None:
-        self.adaptive_part._mask_provider = resolve_mask(mask)
 
     @property
     def normalisation(self) -> Normalisation | None:

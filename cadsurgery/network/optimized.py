@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.network.fuse import KERNELS, fuse, join_pairs, split_norms
-from cadsurgery.network.program import Program
+from cadsurgery.network.program import Program, ProgramNetwork
 from cadsurgery.network.quantise import Quantisation, quantise
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.surgery.hooks import Watched, child, freeze_computed_weights
 
-if TYPE_CHECKING:
-    from cadsurgery.network.model import AdaptiveModel
-
 PRECISIONS = (FLOAT := "float", "int8")
 
 
-def fuse_network(source: AdaptiveModel, epilogues: bool, pairs: bool) -> tuple[fx.GraphModule, Program]:
+def fuse_network(source: ProgramNetwork, epilogues: bool, pairs: bool) -> tuple[fx.GraphModule, Program]:
     """Fuse a network's graph; return the modules that the fused graph needs, and its program.
 
     Args:
@@ -66,22 +63,33 @@ class Precision(NamedTuple):
         return self.name != FLOAT or self.calibration is not None or self.largest_error is not None
 
 
-def put_in_precision(fast: AdaptiveModel, wanted: Precision) -> Quantisation | None:
-    """Convert an optimised copy to a precision, see `AdaptiveModel.optimize`; return its quantisation, if any."""
-    precision, calibration, largest_error, step = wanted
+def check_precision(precision: str, calibration: Any, largest_error: float | None = None) -> None:
+    """Refuse a precision that `optimize` cannot reach with such options.
+
+    Raises:
+        UnknownName: there is no such precision.
+        InvalidInput: int8 without images to calibrate by, images without int8, or an invalid largest error.
+    """
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
-    if (precision == "int8") != (calibration is not None):
+    if (precision == FLOAT) != (calibration is None):
         raise InvalidInput(
-            f"precision {precision} {'lacks images' if calibration is None else 'takes no images'} to calibrate by.",
-            next='net.optimize(precision="int8", calibration=images): image batches, or a folder.',
+            f"precision {precision} {'lacks' if calibration is None else 'takes no'} images to calibrate by.",
+            next='give both: precision="int8", calibration=images; or --precision int8 --calibration FOLDER.',
         )
     if largest_error is not None and (precision == FLOAT or not largest_error > 0):
         raise InvalidInput(
             f"precision {precision} with outputs that differ by {largest_error} at most.",
-            why="copies in float differ by rounding alone, those in 8 bits always.",
-            next="leave largest_error out, or give int8 a share of the outputs' size: 0.05.",
+            why="it limits the error of int8 outputs, relative to their size.",
+            next="leave it out, or give a share of the outputs' size with int8: largest_error=0.05; or --precision "
+            "int8 --calibration FOLDER --largest-error 0.05.",
         )
+
+
+def put_in_precision(fast: ProgramNetwork, wanted: Precision) -> Quantisation | None:
+    """Convert an optimised copy to a precision, see `AdaptiveModel.optimize`; return its quantisation, if any."""
+    precision, calibration, largest_error, step = wanted
+    check_precision(precision, calibration, largest_error)
     if precision == FLOAT:
         return None
     if form_here() is None:

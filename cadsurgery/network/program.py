@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.inputs import first_types, misfit, wrong_size, wrong_type
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
@@ -358,6 +359,61 @@ class Derived(nn.Module):
                 why="its weights are folded and no longer the original's.",
                 next="save the network it was made from, and call optimize() after loading.",
             )
+
+
+class ProgramNetwork(Derived):
+    """A network that runs a program by a mask: what fusing, counting and quantising need to know of it."""
+
+    _program: Program
+    _mask_provider: MaskProvider
+    _constants: dict[str, Tensor]
+
+    @property
+    def adaptive_part(self) -> Self:
+        """The adaptive network: this network, or the part that it hosts."""
+        return self
+
+    def use_program(self, program: Program) -> None:
+        """Replace the network's program, bound to the modules of this network."""
+        self._program = program.bind_to(self)
+
+    def restate(self, plan: Plan) -> None:
+        """Replace the plan by one with the same decisions and more information."""
+        self.use_program(replace(self._program, plan=plan))
+
+    @property
+    def program(self) -> Program:
+        """The program of the adaptive part, for tools."""
+        return self.adaptive_part._program
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the conversion: the action at every node, and its reason."""
+        return self.program.plan
+
+    @property
+    def geometry(self) -> Geometry:
+        """The geometry by which lattices are built and read."""
+        return self.program.geometry
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The rewritten graph."""
+        return self.program.graph
+
+    @property
+    def mask(self) -> MaskProvider:
+        """The mask provider; accepts anything that `adaptify` takes as a mask."""
+        return self.adaptive_part._mask_provider
+
+    @mask.setter
+    def mask(self, mask: object) -> None:
+        self.adaptive_part._mask_provider = resolve_mask(mask)
+
+    @property
+    def counted(self) -> Program:
+        """The program of a copy on meta tensors, on which operations are counted."""
+        raise NotImplementedError
 
 
 def _own_not_missing(net: Any, keys: Any) -> None:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.calibration import batch_of
 from cadsurgery.network.fuse import KERNELS, path_of
 from cadsurgery.network.macs import Counter
-from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert
 from cadsurgery.support.progress import Step, counted, silent
@@ -54,9 +54,6 @@ from cadsurgery.support.torch_operations import is_in_place
 from cadsurgery.surgery.graphs import copy_graph, upwards
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import child
-
-if TYPE_CHECKING:
-    from cadsurgery.network.model import AdaptiveModel
 
 _COMPARED = 2  # batches on which layers and outputs are compared
 _SAMPLES = 65536  # values sampled from each map of a batch to choose quantisation parameters
@@ -228,7 +225,7 @@ class _Observer(GraphInterpreter):
 
 
 def quantise(
-    fast: AdaptiveModel,
+    fast: ProgramNetwork,
     calibration: list[Any],
     largest_error: float | None = None,
     step: Step = silent,
@@ -311,7 +308,7 @@ def quantise(
 class _Quantiser:
     """Facts about a network that is to be quantised."""
 
-    def __init__(self, fast: AdaptiveModel, program: Program) -> None:
+    def __init__(self, fast: ProgramNetwork, program: Program) -> None:
         self.fast, self.program = fast, program
         self.kernels: Any = getattr(fast, KERNELS)
         found = (self._layer(node) for node in program.graph.nodes)
@@ -644,7 +641,7 @@ class _Rewritten:
         for user in readers:
             user.replace_input_with(here, changed)
 
-    def apply(self, fast: AdaptiveModel) -> None:
+    def apply(self, fast: ProgramNetwork) -> None:
         """Install the quantised graph and kernels in a network."""
         kernels: Any = getattr(fast, KERNELS)
         for name, kernel in self.kernels.items():
@@ -795,7 +792,7 @@ def _ends(samples: Tensor, counts: Tensor, share: float) -> tuple[float, float]:
     return float(ordered[least]), float(ordered[most])
 
 
-def _on_converted_path(fast: AdaptiveModel, batches: list[Any]) -> list[Any]:
+def _on_converted_path(fast: ProgramNetwork, batches: list[Any]) -> list[Any]:
     """Return the batches that take the converted path through the network; other paths stay in float.
 
     Raises:
@@ -827,7 +824,7 @@ def _first_image(call: Any) -> Any:
     return call[:1] if isinstance(call, Tensor) else call
 
 
-def _outputs(fast: AdaptiveModel, batch: Any) -> list[Tensor]:
+def _outputs(fast: ProgramNetwork, batch: Any) -> list[Tensor]:
     """Return a network's outputs in floating point."""
     return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
 

@@ -11,15 +11,12 @@ import platform
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+
+import platformdirs
 
 from cadsurgery.support.errors import FileError, closest
-
-_MAKING = ".making-"  # prefix of temporary folders in the cache in which a file is being made
-_SECONDS_TO_LOCK = 1.0  # time allowed between creating such a folder and locking it
 
 
 @contextlib.contextmanager
@@ -242,25 +239,16 @@ def machine() -> str:
 
 
 def cache_folder() -> Path | None:
-    """Return this machine's folder for cached files: in the user's cache folder, else a temporary folder of this user;
-    None if neither can be written.
+    """Return this machine's folder in the user's cache folder; None if it cannot be written.
 
     A folder that another user owns or can write to is not used, because code from the cache is run.
     """
-    return next(cache_folders(machine()), None)
-
-
-def cache_folders(name: str) -> Iterator[Path]:
-    """Yield the usable cache folders of a name: the one in the user's cache folder, then the temporary one.
-
-    Each belongs to this user, is writable, and cannot be written by anybody else.
-    """
-    for base in (_user_cache, _user_temporary):
-        with contextlib.suppress(OSError, RuntimeError):  # no home folder, no temporary folder, no permission
-            folder = base(name)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if is_private(folder.lstat()) and os.access(folder, os.W_OK):
-                yield folder
+    with contextlib.suppress(OSError, RuntimeError):  # no home folder, no permission
+        folder = platformdirs.user_cache_path("cadsurgery") / machine()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if is_private(folder.lstat()) and os.access(folder, os.W_OK):
+            return folder
+    return None
 
 
 def is_private(status: os.stat_result) -> bool:
@@ -269,72 +257,12 @@ def is_private(status: os.stat_result) -> bool:
     return mine and not stat.S_ISLNK(status.st_mode) and not (status.st_mode & 0o022 and os.name == "posix")
 
 
-def _user_cache(name: str) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    return (base if base.is_absolute() else Path.home() / ".cache") / "cadsurgery" / name
-
-
-def _user_temporary(name: str) -> Path:
-    user = os.geteuid() if hasattr(os, "geteuid") else 0
-    return Path(tempfile.gettempdir()) / f"cadsurgery-{user}-{name}"
-
-
 @contextlib.contextmanager
 def keep_whole(path: Path) -> Iterator[Path]:
-    """Yield a private temporary folder beside a cached file; the block writes the new version there as `successor`.
-
-    When the block succeeds, `successor` is synced to disk and then replaces the file, so that a crash leaves no partial
-    file. Folders left by killed processes are removed first: a process holds a lock on its folder, and the lock ends
-    with the process.
-    """
-    for other in path.parent.glob(f"{_MAKING}*"):
-        _remove_if_left(other)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_MAKING) as name:
-        folder = Path(name)
-        with (folder / "lock").open("w") as lock:
-            _lock(lock)
-            yield folder
-            with (folder / "successor").open("rb+") as file:
-                os.fsync(file.fileno())
-            (folder / "successor").chmod(0o600)
-            (folder / "successor").replace(path)
-
-
-def _remove_if_left(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        if time.time() - folder.lstat().st_mtime > _SECONDS_TO_LOCK:
-            with (folder / "lock").open("a") as lock:
-                if _lock(lock):
-                    shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def only_one(path: Path, seconds: float) -> Iterator[None]:
-    """Let one process at a time into the blocks of a lock file; the others wait.
-
-    The lock ends with the block or the process. On a file system without locks every process enters.
-
-    Raises:
-        TimeoutError: another process held the lock for all of `seconds`.
-        OSError: the lock file cannot be written.
-    """
-    end = time.monotonic() + seconds
-    with path.open("a") as file:
-        while _lock(file) is False:
-            if time.monotonic() > end:
-                raise TimeoutError(f"another process kept {path} locked for {seconds:g} seconds")
-            time.sleep(0.1)
-        yield
-
-
-def _lock(file: IO[str]) -> bool | None:
-    """Lock a file until it is closed; False if another process holds the lock, None if there are no locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except (ImportError, OSError):
-        return None
-    return True
+    """Yield a private temporary folder beside a cached file; the block writes the new version there as `successor`,
+    which replaces the file if the block succeeds."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as name:
+        successor = Path(name) / "successor"
+        yield successor.parent
+        successor.chmod(0o600)
+        successor.replace(path)

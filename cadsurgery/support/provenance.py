@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -153,6 +153,18 @@ def same_place(one: Any, other: Any) -> bool:
     ]
     named = bool(places[0][1]) and "<lambda>" not in places[0][1]
     return one is other or (named and places[0] == places[1])
+
+
+def check_unclaimed(what: str, name: str, thing: Any, claimed: Mapping[str, Any]) -> None:
+    """Refuse a name in a table of registered things that another thing has; the same code may be run twice.
+
+    Raises:
+        ValueError: another class or function has this name.
+    """
+    other = claimed.get(name, thing)
+    if not same_place(other, thing):
+        place = f"{other.__module__}.{other.__qualname__}"
+        raise ValueError(f"{what} {name!r} is registered already, by {place}; choose another name")
 
 
 def find_function(module: str, function: str) -> Any:

@@ -27,10 +27,10 @@ from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, count_network, dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
-from cadsurgery.network.optimized import FLOAT, PRECISIONS
+from cadsurgery.network.optimized import FLOAT, check_precision
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
-from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, UnknownName, check_name
+from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, check_name
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.support.progress import Step, within
@@ -283,28 +283,6 @@ def refuse_precision(precision: str, network: str) -> None:
             f"--precision {precision} for a network {network}.",
             why="networks made by methods run in the precision of their weights.",
             next="leave it out.",
-        )
-
-
-def check_precision(precision: str, calibration: Path | None, largest_error: float | None = None) -> None:
-    """Refuse options that `optimize` would refuse, before anything is built.
-
-    Raises:
-        UnknownName: there is no such precision.
-        InvalidInput: int8 without calibration images, calibration images without int8, or an invalid largest error.
-    """
-    if precision not in PRECISIONS:
-        raise UnknownName("precision", precision, PRECISIONS)
-    if (precision == FLOAT) != (calibration is None):
-        raise InvalidInput(
-            f"precision {precision} {'lacks' if calibration is None else 'needs no'} images to calibrate by.",
-            next="give both: --precision int8 --calibration FOLDER.",
-        )
-    if largest_error is not None and (precision == FLOAT or not largest_error > 0):
-        raise InvalidInput(
-            f"--largest-error {largest_error} with precision {precision}.",
-            why="it limits the error of int8 outputs, relative to their size.",
-            next="--precision int8 --calibration FOLDER --largest-error 0.05.",
         )
 
 

@@ -1,4 +1,4 @@
-"""`cadsurgery --version`: versions, processor, instruction sets, and the origin of the compiled kernels."""
+"""`cadsurgery --version`: versions, processor, instruction sets, and the state of the compiled kernels."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from cadsurgery.kernels import isa
 from cadsurgery.kernels.library import find
 from cadsurgery.support.processor import processor_in_words
 from cadsurgery.support.provenance import commit, versions
-
-_ORIGINS = {"package": "in the package", "cache": "compiled on this machine, in the user's cache folder"}
 
 
 def describe_installation() -> str:
@@ -18,17 +16,15 @@ def describe_installation() -> str:
     """
     ours, *others = (f"{name} {number}" for name, number in versions().items())
     at = f" (commit {commit()})" if commit() else ""
-    kernels, origin, _ = find()
-    kernels_from = (
-        _ORIGINS[origin] if kernels is not None else f"none: {origin}; torch's operations take their place"
-    )
-    available = f"; the processor has {', '.join(isa.here())}" if kernels is not None else ""
+    kernels = find()
+    state = f"none: {kernels.reason}; torch's operations take their place"
+    available = f"; the processor has {', '.join(isa.here())}" if kernels.library is not None else ""
     return "\n".join(
         (
             f"{ours}{at}",
             ", ".join(others),
             f"processor: {processor_in_words()}",
             f"instruction sets: {isa.in_words()}{available}",
-            f"compiled kernels: {kernels_from}",
+            f"compiled kernels: {state if kernels.library is None else 'in the package'}",
         )
     )

@@ -9,21 +9,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from rich.text import Text
 from torch import Tensor, nn
 
+from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import Source
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.report import Row
 from cadsurgery.tasks.tables import Column
-
-if TYPE_CHECKING:
-    from cadsurgery.data import SegmentationData
-    from cadsurgery.tasks.evaluation import EvaluationReport
 
 Measured = TypeVar("Measured", bound=Row)
 Counts = Mapping[str, float]
@@ -155,7 +152,7 @@ class Comparison:
     Attributes:
         source: source of the network, for which images are normalised.
         sides: in the order of the rows.
-        columns: columns of the report's table.
+        columns: returns the columns of the report's table, see `EvaluationReport`.
         key: field of a row that has the side's name.
         accuracy: fields of the rows that are drawn against work, with their descriptions; the first as dots, the
             second as triangles.
@@ -167,7 +164,7 @@ class Comparison:
 
     source: Source
     sides: Sequence[Side]
-    columns: Callable[[EvaluationReport], Iterable[Column[Row]]]
+    columns: Callable[[Any], Iterable[Column[Row]]]
     key: str
     accuracy: Mapping[str, str] = field(default_factory=lambda: {"miou": "mean IoU"})
     images_in_words: str = ""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,17 +50,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("there is no C compiler")
     folder = tmp_path_factory.mktemp("built")
     build.build(COMPILER, folder / "kernels.so", sources=write_stand_ins(folder / "c"))
-    (folder / "kernels.so").chmod(0o600)
     return folder / "kernels.so"
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A process that has loaded nothing: stand-ins as sources, no library in the package, empty cache folders."""
-    for name in ("cache", "tmp", "package"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    """A process that has loaded nothing: stand-ins as sources, no library in the package."""
+    (tmp_path / "package").mkdir()
     for name in ("CADSURGERY_NATIVE", "CADSURGERY_ISA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(build, "SOURCES", write_stand_ins(tmp_path / "c"))
@@ -77,19 +71,3 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def packaged(home: Path, built: Path) -> Path:
     """The library inside the package."""
     return Path(shutil.copy(built, build.LIBRARY))
-
-
-@pytest.fixture
-def calls(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file with a line for each call of the compiler."""
-    assert COMPILER is not None
-    log = home / "calls"
-    log.touch()
-    monkeypatch.setenv("CC", str(script(home / "cc", f'echo "$@" >> {log}\nexec {COMPILER[0]} "$@"')))
-    return log
-
-
-@pytest.fixture
-def no_compiler(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", os.devnull)
-    monkeypatch.delenv("CC", raising=False)

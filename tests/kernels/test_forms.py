@@ -142,7 +142,7 @@ def test_amx_laws_in_c_hold_for_emulated_tiles(emulating: list[str], tmp_path: P
 def test_amx_laws_hold_for_emulated_tiles(emulating: list[str], tmp_path: Path) -> None:
     """With the packing in Python, and that of files."""
     library = tmp_path / "kernels.so"
-    build.compile_library(emulating, library)
+    build.build(emulating, library)
     library.chmod(0o600)
     run_laws("amx", "-k", CHOSEN, "-p", "emulated_tiles", library=library)
 

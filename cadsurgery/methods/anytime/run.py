@@ -9,24 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Convolution, WindowRead, compute
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.methods.anytime.heads import resize_like
+from cadsurgery.methods.anytime.program import AnytimeProgram
 from cadsurgery.methods.positions import Places, Sites, Size
 from cadsurgery.methods.program import Step, Work, as_column, as_map, as_rows, call, weights_of
 from cadsurgery.methods.report import TAPS
 from cadsurgery.support.divergence import resize
 from cadsurgery.surgery.hooks import child
-
-if TYPE_CHECKING:
-    from cadsurgery.methods.anytime.model import AnytimeModel
 
 Needs = Mapping[str, Places | None]  # positions at which the value of a step is needed; None for everywhere
 
@@ -43,19 +41,21 @@ class Run:
     """The state of one call.
 
     Attributes:
-        net: the network.
+        net: the network, which has the modules.
+        program: its program.
+        is_normalised: True to fill gaps with a normalised Gaussian.
         arguments: arguments of the call, by name.
         work: shapes and MACs of the call; None in training, where whole maps are computed and filled.
         macs: for each segment that ran, its multiply-accumulates and the reference code's count.
     """
 
-    net: AnytimeModel
+    net: nn.Module
+    program: AnytimeProgram
+    is_normalised: bool
     arguments: dict[str, Any]
     work: Work | None
 
     def __post_init__(self) -> None:
-        self.program = self.net.program
-        self.is_normalised = self.net.grid > 0  # gaps are filled with a normalised Gaussian
         self.env: dict[str, Value] = {}
         self._computed: dict[str, Places] = {}  # positions at which convolutions are computed
         self.macs: list[tuple[int, int]] = []

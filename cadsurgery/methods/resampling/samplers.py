@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks import FineMapSpec, FixedMask, MaskProvider, Normalisation, resolve_mask
-from cadsurgery.masks.context import call_context
+from cadsurgery.masks.context import labels_of
 from cadsurgery.masks.provider import check_scores
 from cadsurgery.masks.unit import Unit
 from cadsurgery.methods.resampling.locations import (
@@ -110,20 +110,7 @@ class LabelSampler(Sampler):
         Raises:
             InvalidInput: there are no labels, or their size differs from the image's.
         """
-        labels = call_context().labels
-        if labels is None:
-            raise InvalidInput(
-                "there are no labels to sample by.",
-                where='sampler "labels"',
-                next="call within cadsurgery.masks.labelled(labels), or choose another sampler.",
-            )
-        if tuple(labels.shape) != (image.shape[0], *image.shape[2:]):
-            raise InvalidInput(
-                f"the labels have shape {tuple(labels.shape)}.",
-                where='sampler "labels"',
-                next=f"give one for every image pixel: {(image.shape[0], *image.shape[2:])}.",
-            )
-        return self.options.locations_of(labels.to(image.device))
+        return self.options.locations_of(labels_of(image, 'sampler "labels"'))
 
 
 class MaskSampler(Sampler):

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.data.networks import source_of
 from cadsurgery.methods.converted import ConvertedModel, GraphModel, register
 from cadsurgery.methods.sampling.branches import Branch, find_branches
-from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate
+from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate, hard_shares, shares, uniform
 from cadsurgery.methods.sampling.program import Block, Gated, SampledProgram, gather, reconstruct
 from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
 from cadsurgery.methods.sampling.run import Run
@@ -195,7 +195,8 @@ class SampledModel(GraphModel):
         Raises:
             InvalidInput: the first argument is not an image batch.
         """
-        run = Run(self, self.bind(args, kwargs), self._is_dense)
+        arguments = self.bind(args, kwargs)
+        run = Run(self, self.program, self.gates, self._decide, arguments, self._is_dense)
         output = run()
         if self._is_dense:
             return output
@@ -206,6 +207,14 @@ class SampledModel(GraphModel):
                     gate.temperature *= self.decay
         self._last = run
         return output
+
+    def _decide(self, number: int, score: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean probability of a gate, and the share of each position that counts as computed."""
+        score = score if self.score_override is None else self.score_override(number, score)
+        noise = uniform((self.seed, self.step, number), score) if self.training or self.noise else None
+        temperature = self.gates[number].temperature.clone() if self.training else self.temperature
+        share = shares(score, temperature, noise, self.grid)
+        return score.sigmoid().mean(), share if self.training else hard_shares(share)
 
     def dense(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network with everything computed, without evaluating the gates.

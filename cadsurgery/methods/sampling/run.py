@@ -8,10 +8,11 @@ is computed, and each position is weighted by its share.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Convolution, compute
 from cadsurgery.elements.backends.packed import PackedConv
@@ -21,12 +22,9 @@ from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.methods.positions import Maps, Places
 from cadsurgery.methods.program import Step, as_column, as_map, as_rows, by_position, call, weights_of
-from cadsurgery.methods.sampling.gates import hard_shares, scores, shares, uniform
-from cadsurgery.methods.sampling.program import reconstruct
+from cadsurgery.methods.sampling.gates import Gate, scores
+from cadsurgery.methods.sampling.program import SampledProgram, reconstruct
 from cadsurgery.surgery.hooks import child
-
-if TYPE_CHECKING:
-    from cadsurgery.methods.sampling.model import SampledModel
 
 # From this share of open positions the whole map is computed and filled in place. There both ways took equally long in
 # MobileNetV2 (`python benchmarks/sampling.py --choice`); in ResNet-50 computing open positions was a little faster.
@@ -56,19 +54,24 @@ class Run:
     """The values of one call.
 
     Attributes:
-        net: the network, with the settings of its gates.
+        net: the network, which has the modules.
+        program: its program.
+        gates: its gates.
+        decide: returns the mean probability of a gate, and its shares (B, h, w), by its number and score (B, h, w).
         arguments: arguments of the call, by name.
         is_dense: True to compute everything without evaluating the gates.
         shares: share (B, h, w) of each gate.
         open: mean probability of each gate.
     """
 
-    net: SampledModel
+    net: nn.Module
+    program: SampledProgram
+    gates: Sequence[Gate]
+    decide: Callable[[int, Tensor], tuple[Tensor, Tensor]]
     arguments: dict[str, Any]
     is_dense: bool = False
 
     def __post_init__(self) -> None:
-        self.program, self.gates = self.net.program, self.net.gates
         self.env: dict[str, Any] = {}
         self.shares: dict[int, Tensor] = {}
         self.open: dict[int, Tensor] = {}
@@ -89,17 +92,11 @@ class Run:
         return self.program.contain(output)
 
     def _ask(self, numbers: tuple[int, ...], x: Tensor) -> None:
-        net, is_noisy = self.net, self.net.training or self.net.noise
         gates = [self.gates[number] for number in numbers]
         strides = [self.program.gates[number].stride for number in numbers]
-        for number, gate, score in zip(numbers, gates, scores(x, gates, strides), strict=True):
-            score = score if net.score_override is None else net.score_override(number, score)
-            noise = uniform((net.seed, net.step, number), score) if is_noisy else None
-            temperature = gate.temperature.clone() if net.training else net.temperature
-            share = shares(score, temperature, noise, net.grid)
-            self.open[number] = score.sigmoid().mean()
-            self.shares[number] = share if net.training else hard_shares(share)
-            if not net.training and self._is_settled(number):
+        for number, score in zip(numbers, scores(x, gates, strides), strict=True):
+            self.open[number], self.shares[number] = self.decide(number, score)
+            if not self.net.training and self._is_settled(number):
                 self._choose(number, self.shares[number] > 0)
 
     def _choose(self, number: int, is_open: Tensor) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Container
 from typing import Any
 
 from cadsurgery.kernels import openvino
-from cadsurgery.kernels.library import Unusable, path_of_library
+from cadsurgery.kernels.library import find
+from cadsurgery.kernels.openvino import Unusable
 from cadsurgery.support.errors import CadError, check_name
 
 DOMAIN = "cadsurgery"
@@ -414,13 +415,13 @@ def kernels_for(engine: str = "onnxruntime") -> str:
         CadError: there is no compiled library; or the extension cannot be built.
     """
     check_name("engine with kernels", engine, ("onnxruntime", "openvino"))
-    path = path_of_library()
+    path = find().path
     if path is None:
         raise CadError(
             "there is no library of compiled kernels.",
             where="cadsurgery.kernels_for",
-            why="none came with the package, and none could be compiled; or CADSURGERY_NATIVE=0.",
-            next="install a wheel or a C compiler; ONNX Runtime runs the file without it, on its own operations.",
+            why=f"{find().reason}.",
+            next="install a wheel, or from source with a C compiler; ONNX Runtime runs the file without it, too.",
         )
     if engine == "onnxruntime":
         return str(path)
