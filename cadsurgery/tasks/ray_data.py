@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -85,7 +85,9 @@ class Predict:
         errors = [None if picture.error is None else str(picture.error) for picture in pictures]
         return {
             **{name: values for name, values in batch.items() if name != column},
-            "prediction": _objects(None if picture.error else self._form_of(picture) for picture in pictures),
+            "prediction": _objects(
+                [None if picture.error else self._form_of(picture) for picture in pictures]
+            ),
             "active_fraction": np.array([np.nan if share is None else share for share in shares]),
             "error": _objects(errors),
         }
@@ -107,8 +109,8 @@ class Predict:
 
 
 def _as_image(value: Any) -> Image.Image:
-    values = np.asarray(value) if value is not None else np.empty(0)
-    if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3:
+    values: Any = np.asarray(value)
+    if values.dtype != np.uint8 or values.shape[2:] != (3,):
         raise InvalidInput(
             f"a picture is an array {values.shape} of {values.dtype}.",
             next="give bytes of a file, or (H, W, 3) uint8.",
@@ -116,12 +118,10 @@ def _as_image(value: Any) -> Image.Image:
     return Image.fromarray(values)
 
 
-def _objects(values: Iterable[Any]) -> Any:
+def _objects(values: Sequence[Any]) -> Any:
     """Return values of any kind and size as a column."""
-    listed = list(values)
-    column = np.empty(len(listed), object)
-    column[:] = listed if all(value is None or isinstance(value, (bytes, str)) for value in listed) else None
-    for place, value in enumerate(listed):
+    column: Any = np.empty(len(values), object)
+    for place, value in enumerate(values):
         column[place] = value
     return column
 
@@ -175,8 +175,7 @@ def predict_over_ray(
         fn_constructor_args=(settings,),
         batch_size=None,
         concurrency=(1, most),
-        num_cpus=0 if is_gpu else 1,
-        num_gpus=1 if is_gpu else 0,
+        **{"num_gpus" if is_gpu else "num_cpus": 1},
     )
     for row in rows.iter_rows():
         yield row["position"], json.loads(row["row"])

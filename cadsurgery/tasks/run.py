@@ -84,9 +84,9 @@ def predict(
     known, rows have the share of each class, and a legend is written.
 
     Of many images rows and failures are in the manifest, and the first 1000 in the report. Images may also be named in
-    a list, `@FILE`, or `-` for standard input, and images and `output` may be in object storage. `workers` processes with
-    one thread each share the images; None for one each core, or one on a GPU. With `ray`, the address of a cluster or
-    `local`, actors of Ray do, see `cadsurgery.ray`. Under a launcher each process runs its share of the images, and
+    a list, `@FILE`, or `-` for standard input, and images and `output` may be in object storage. `workers` processes
+    with one thread each share the images; None for one each core, or one on a GPU. With `ray`, the address of a cluster
+    or `local`, actors of Ray do, see `cadsurgery.ray`. Under a launcher each process runs its share of the images, and
     every process returns the same report.
 
     A folder of predictions has a `Manifest`; with `resume` the predictions in it are not made again.
