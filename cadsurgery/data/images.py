@@ -61,11 +61,12 @@ def read_image(
     check_size(size)
     if content is None and stores.is_remote(path):
         content = stores.read_bytes(str(path))
-    with _open(Path(path), "an image", "give a PNG or JPEG.", content) as file:
+    shown = Path(path) if content is None else stores.without_options(str(path))
+    with _open(shown, "an image", "give a PNG or JPEG.", content) as file:
         image = ImageOps.exif_transpose(file) if upright else file
         wide = image.mode == "F" or image.mode.startswith("I")
         # PIL's conversion would clip values of more than 8 bits to 255.
-        image = Image.fromarray(_grey(np.array(image), file, Path(path))) if wide else image.convert("RGB")
+        image = Image.fromarray(_grey(np.array(image), file, shown)) if wide else image.convert("RGB")
     return to_tensor(image, size)
 
 
@@ -96,7 +97,7 @@ def check_size(size: tuple[int, int] | None) -> None:
 
 
 @contextlib.contextmanager
-def _open(path: Path, what: str, next: str, content: bytes | None = None) -> Iterator[Image.Image]:
+def _open(path: Path | str, what: str, next: str, content: bytes | None = None) -> Iterator[Image.Image]:
     """Open a file with a single picture; errors in the block become a `FileError` that names the file."""
     if content is None and not files.exists(path):
         refusal = files.absent(path)
@@ -116,7 +117,7 @@ def _open(path: Path, what: str, next: str, content: bytes | None = None) -> Ite
         raise (of_another_kind(path, PICTURE) if content is None else None) or refusal from error
 
 
-def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path) -> np.ndarray[Any, Any]:
+def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path | str) -> np.ndarray[Any, Any]:
     """Scale a grey picture of more than 8 bits to (H, W) float32 in 0..1."""
     largest = 1.0
     if file.mode.startswith("I;") or file.format in ("PNG", "PPM"):  # formats without 32-bit values

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from cadsurgery.data import stores
 from cadsurgery.data.images import encode_png, read_image, to_tensor
 from cadsurgery.network.optimized import FLOAT
-from cadsurgery.support.errors import InvalidInput, check_name, import_optional
+from cadsurgery.support.errors import FileError, InvalidInput, check_name, import_optional
 from cadsurgery.support.pipeline import ahead
 from cadsurgery.tasks.predictor import Item, Picture, Row, Settings
+from cadsurgery.tasks.report import FilesReport
 
 __all__ = ["Predict"]
 _IN_A_BLOCK = 64  # pictures that an actor gets at a time, and that are predicted again if its machine is lost
+_LISTED = 1000  # failures that a report has
 _Batch = Mapping[str, Any]  # columns by name
 
 
@@ -161,8 +166,6 @@ def predict_over_ray(
     ray = _connect(address)
     import pyarrow
 
-    is_gpu = settings.device.startswith("cuda")
-    most = workers or max(1, int(ray.cluster_resources().get("GPU" if is_gpu else "CPU", 1)))
     blocks = []
     while block := list(islice(items, _IN_A_BLOCK)):
         blocks.append(
@@ -174,11 +177,53 @@ def predict_over_ray(
         _Work,
         fn_constructor_args=(settings,),
         batch_size=None,
-        concurrency=(1, most),
-        **{"num_gpus" if is_gpu else "num_cpus": 1},
+        **_actors(ray, settings, workers),
     )
     for row in rows.iter_rows():
         yield row["position"], json.loads(row["row"])
+
+
+def predict_tables(
+    sources: Sequence[str], output: str, settings: Settings, address: str, workers: int | None, resume: bool
+) -> FilesReport:
+    """Predict the pictures in Parquet files as `Predict` does, and write its columns as Parquet into a folder.
+
+    Raises:
+        InvalidInput: the folder is not empty, or is to be resumed.
+        CadError: Ray is not installed.
+    """
+    if resume:
+        raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
+    ray = _connect(address)
+    with suppress(FileError, FileNotFoundError):
+        if next(stores.list_files(_address(output), bool), None):
+            raise InvalidInput(f"{output} is not empty.", next="choose another --output.")
+    names = ("mask", "size", "device", "view", "batch", "trust")
+    tables = ray.data.read_parquet([*sources])
+    tables.map_batches(
+        Predict,
+        fn_constructor_args=(settings.file,),
+        fn_constructor_kwargs={name: getattr(settings, name) for name in names},
+        batch_size=_IN_A_BLOCK,
+        **_actors(ray, settings, workers),
+    ).write_parquet(output)
+    written = ray.data.read_parquet(output, columns=["error"])
+    errors = [row["error"] for row in written.iter_rows()]
+    failed = [error for error in errors if error is not None]
+    counts = len(errors) - len(failed), len(failed)
+    listed = [{"image": output, "error": "CadError", "what": error} for error in failed[:_LISTED]]
+    return FilesReport((), f"{counts[0]} done, {counts[1]} failed: {output}", tuple(listed), counts=counts)
+
+
+def _address(path: str) -> str:
+    return path if stores.is_remote(path) else Path(path).absolute().as_uri()
+
+
+def _actors(ray: Any, settings: Settings, workers: int | None) -> dict[str, Any]:
+    """Return what a dataset is told about its actors: as many as there are cores, or GPUs."""
+    kind = "GPU" if settings.device.startswith("cuda") else "CPU"
+    most = workers or max(1, int(ray.cluster_resources().get(kind, 1)))
+    return {"concurrency": (1, most), f"num_{kind.lower()}s": 1}
 
 
 def _connect(address: str) -> Any:

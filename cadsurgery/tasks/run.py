@@ -99,10 +99,14 @@ def predict(
     check_size(size)
     if view:
         check_name("view", view, VIEWS)
-    sources, own = _Sources([*map(str, images)], str(output)), own_device(device)
     check_precision(precision, calibration, largest_error)
     how = (str(file), mask, size, view, device, precision, calibration, largest_error, until, batch, trust)
     settings = Settings(*how)
+    if ray and all(_name(str(path)).endswith(".parquet") for path in images):
+        from cadsurgery.tasks.ray_data import predict_tables
+
+        return predict_tables([*map(str, images)], str(output), settings, ray, workers, resume)
+    sources, own = _Sources([*map(str, images)], str(output)), own_device(device)
     converted = settings.load()
     kind = kind_of(converted)
     _check_options(converted, kind, until, batch, precision)
@@ -110,6 +114,12 @@ def predict(
         _check_resume(converted, sources)
     manifest = None if sources.is_one_clip else Manifest(sources.output, settings.identity(), resume)
     number = sources.count(manifest)
+    if ray and (sources.clips or _has_smooth(converted) or world().size > 1):
+        raise InvalidInput(
+            "--ray with clips, a mask with smooth, or torchrun.",
+            why="Ray shares pictures that stand alone among processes of its own.",
+            next="leave --ray out.",
+        )
     if not ray:
         workers = _count_workers(workers, own, number, sources, converted)
     predictor = None if ray or (workers or 1) > 1 else Predictor(converted, settings, step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -344,3 +347,32 @@ def test_an_address_that_cannot_be_reached_is_refused(file: Path, tmp_path: Path
     pytest.importorskip("pyarrow.fs", reason="pyarrow is not installed: pip install 'cadsurgery[scale]'")
     with pytest.raises(cs.FileError, match=r"nowhere://bucket/photos cannot be listed"):
         predict(file, ["nowhere://bucket/photos?key=secret"], tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_table_of_pictures_becomes_a_table_of_predictions(
+    file: Path, different: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'cadsurgery[scale]'")
+    from pyarrow import parquet, table
+
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    names = ["0.png", "1.png", f"{DAMAGED}.png"]
+    files = [(different / name).read_bytes() for name in names]
+    parquet.write_table(table({"bytes": files, "name": names}), tmp_path / "photos.parquet")
+    run_again = functools.partial(predict, file, [tmp_path / "photos.parquet"], tmp_path / "out", ray="local")
+    try:
+        report = run_again(workers=1)
+        with pytest.raises(cs.InvalidInput, match="out is not empty"):
+            run_again()
+    finally:
+        ray.shutdown()
+    assert report.counts == (2, 1)
+    rows = parquet.read_table(tmp_path / "out").to_pylist()
+    for row in rows:
+        assert row["prediction"] == expected.get(row["name"]) and (row["error"] is None) == (
+            row["name"] in expected
+        )
+    assert sorted(row["name"] for row in rows) == sorted(names)
+    with pytest.raises(cs.InvalidInput, match="--resume for Parquet"):
+        run_again(resume=True)
