@@ -47,7 +47,6 @@ _COMPUTED = {
 }
 _LISTED = 1000  # images whose rows a report has, and failures; all of them are in the manifest
 _FOR_A_PROCESS = 8  # images from which on another process is started unless --workers says how many
-_Answers = Iterator[tuple[int, Row]]  # positions and rows
 
 
 def predict(
@@ -128,35 +127,36 @@ def predict(
         manifest.begin()
     outcome = _Outcome(manifest)
     with _interruption() as stopped, manifest or nullcontext():
-        left = takewhile(lambda item: not stopped.is_set(), sources.share(manifest, outcome))
-        answers: _Answers
-        if ray:
-            from cadsurgery.tasks.ray_data import predict_over_ray
-
-            answers = predict_over_ray(left, settings, ray, workers)
-        elif predictor is None:
-            answers = predict_in_processes(left, settings, workers or 1)
-        else:
-            answers = predictor.rows(left)
+        left = takewhile(lambda item: not stopped.is_set(), sources.share(outcome))
+        answers = _predict_images(left, settings, predictor, workers, ray)
         step(f"image 1 of {number or '?'}", 0, number)
         for position, row in answers:
             outcome.add(position, row)
             finished = min((outcome.done + outcome.failed) * world().size, number or sys.maxsize)
             step(f"image {finished} of {number or '?'} ({Path(row['image']).name})", finished, number)
-        for _, clip in share(sources.clips if predictor else ()):
-            if stopped.is_set():
-                break
-            if manifest is not None and manifest.is_written(clip.source, clip.target):
-                outcome.skipped += 1
-            elif predictor is not None:
+        for _, clip in share(sources.clips):
+            if predictor is not None and not stopped.is_set() and not outcome.skips(clip):
                 outcome.add(clip.position, _predict_clip(predictor, clip, fps, step, stopped))
         if world().is_main:
             for position, (path, refusal) in enumerate(sources.failures.items(), -len(sources.failures)):
                 outcome.add(position, {"image": path, **refusal.to_dict()})
     outcome = _Outcome.merge(gather(outcome.apart_from_manifest(), own))
-    if not (outcome.done or outcome.skipped or sources.clips) and sources.failures and number is None:
+    if number is None and not (outcome.done or outcome.skipped or outcome.failed > len(sources.failures)):
         raise no_images(sources.failures)
     return _report(outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume)
+
+
+def _predict_images(
+    items: Iterator[Item], settings: Settings, predictor: Predictor | None, workers: int | None, ray: str
+) -> Iterator[tuple[int, Row]]:
+    """Yield position and row of each image: by Ray, by several processes, or here."""
+    if ray:
+        from cadsurgery.tasks.ray_data import predict_over_ray
+
+        return predict_over_ray(items, settings, ray, workers)
+    if predictor is None:
+        return predict_in_processes(items, settings, workers or 1)
+    return predictor.rows(items)
 
 
 def _predict_clip(predictor: Predictor, clip: Item, fps: float, step: Step, stopped: threading.Event) -> Row:
@@ -212,6 +212,12 @@ class _Outcome:
         self.classes |= row.get("classes", {}).keys()
         if self.manifest is not None and not row.get("interrupted"):
             self.manifest.add(row)
+
+    def skips(self, item: Item) -> bool:
+        """True if a prediction is in place, which is counted."""
+        is_there = self.manifest is not None and self.manifest.is_written(item.source, item.target)
+        self.skipped += is_there
+        return is_there
 
     def apart_from_manifest(self) -> _Outcome:
         """Return a copy that can be sent to other processes; it has the classes of earlier runs."""
@@ -350,12 +356,10 @@ class _Sources:
         for position, (image, place) in enumerate(stream_images(streamed, self.failures, self.output)):
             yield Item(position, image, stores.join(self.output, place))
 
-    def share(self, manifest: Manifest | None, outcome: _Outcome) -> Iterator[Item]:
+    def share(self, outcome: _Outcome) -> Iterator[Item]:
         """Yield the images of this process whose predictions are missing; count the others."""
         for _, item in share(self.images() if self.stills else ()):
-            if manifest is not None and manifest.is_written(item.source, item.target):
-                outcome.skipped += 1
-            else:
+            if not outcome.skips(item):
                 yield item
 
     @property

@@ -200,6 +200,15 @@ def test_a_list_without_pictures_is_refused(file: Path, tmp_path: Path, text: st
         predict(file, [f"@{tmp_path / 'list.txt'}"], tmp_path / "out")
 
 
+def test_standard_input_without_pictures_is_refused(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text, told in (("", "no images were given"), ("missing.png", "no file or folder missing.png")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        with pytest.raises(cs.FileError, match=told):
+            predict(file, ["-"], tmp_path / "out")
+
+
 def test_predictions_within_the_folder_of_pictures_are_no_pictures(
     file: Path, different: Path, tmp_path: Path
 ) -> None:
