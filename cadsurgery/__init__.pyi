@@ -15,6 +15,7 @@ from . import (
     masks as masks,
     matching as matching,
     metrics as metrics,
+    ray as ray,
     resampling as resampling,
     timing as timing,
     viz as viz,

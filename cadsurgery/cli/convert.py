@@ -133,11 +133,15 @@ def run(
     *,
     file: Annotated[str, typer.Argument(callback=check_converted, help="a converted file, or hf:owner/name")],
     images: Annotated[
-        list[Path], typer.Argument(help="image files, folders, clips, or the number of a camera")
+        list[str],
+        typer.Argument(
+            help="image files, folders, addresses such as s3://bucket/photos, clips, the number of a camera, or lists "
+            "of these: @FILE, or - for standard input; with --ray also Parquet"
+        ),
     ],
-    output: Annotated[Path, options.output("folder for the predictions; a clip for one source")] = Path(
-        "predictions"
-    ),
+    output: Annotated[
+        str, options.output("folder or address for the predictions; a clip for one source")
+    ] = "predictions",
     view: Annotated[
         str,
         typer.Option(
@@ -150,6 +154,20 @@ def run(
         bool,
         typer.Option("--resume", help="go on with the folder: predictions that are there are not made again"),
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="processes with one thread each; default: the cores, fewer for few images, and 1 on a GPU",
+        ),
+    ] = None,
+    ray: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="share the images by Ray: local, auto (the cluster that runs here) or HOST:PORT",
+        ),
+    ] = "",
     batch: Annotated[int, typer.Option(min=1, help="number of images or frames that run together")] = 1,
     fps: Annotated[float, typer.Option(min=0.01, help="frames per second of a folder of frames")] = 25.0,
     device: options.Device = "cpu",

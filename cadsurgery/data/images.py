@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
+from cadsurgery.data import stores
 from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import check_folder, write_whole
@@ -34,27 +36,37 @@ FORMATS = {
 }
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool = True) -> Tensor:
+def read_image(
+    path: Path | str,
+    size: tuple[int, int] | None = None,
+    *,
+    upright: bool = True,
+    content: bytes | None = None,
+) -> Tensor:
     """Read an image file as (3, H, W) float32 in 0..1, resized to `size` (height, width) if given.
 
     Values are divided by the largest value of their type, 255 or 65535. Transparency is dropped. Of a GIF the first
     picture is read.
 
     Args:
-        path: the image file.
+        path: the image file, or its address in object storage.
         size: target size, or None to keep the size.
         upright: rotate the image by its EXIF orientation, as viewers show it; False keeps it as stored.
+        content: content of the file, if it was read before.
 
     Raises:
         FileError: the file is missing, unreadable or empty, holds several pictures, or has values of unknown range.
         InvalidInput: the size has no pixels, or too many.
     """
     check_size(size)
-    with _open(path, "an image", "give a PNG or JPEG.") as file:
+    if content is None and stores.is_remote(path):
+        content = stores.read_bytes(str(path))
+    shown = Path(path) if content is None else stores.without_options(str(path))
+    with _open(shown, "an image", "give a PNG or JPEG.", content) as file:
         image = ImageOps.exif_transpose(file) if upright else file
         wide = image.mode == "F" or image.mode.startswith("I")
         # PIL's conversion would clip values of more than 8 bits to 255.
-        image = Image.fromarray(_grey(np.array(image), file, path)) if wide else image.convert("RGB")
+        image = Image.fromarray(_grey(np.array(image), file, shown)) if wide else image.convert("RGB")
     return to_tensor(image, size)
 
 
@@ -85,13 +97,13 @@ def check_size(size: tuple[int, int] | None) -> None:
 
 
 @contextlib.contextmanager
-def _open(path: Path, what: str, next: str) -> Iterator[Image.Image]:
+def _open(path: Path | str, what: str, next: str, content: bytes | None = None) -> Iterator[Image.Image]:
     """Open a file with a single picture; errors in the block become a `FileError` that names the file."""
-    if not files.exists(path):
+    if content is None and not files.exists(path):
         refusal = files.absent(path)
         raise FileError(refusal.what, next=f"{refusal.next} Then {next}")
     try:
-        with Image.open(path) as file:
+        with Image.open(path if content is None else io.BytesIO(content)) as file:
             count = getattr(file, "n_frames", 1)
             if count > 1 and file.format not in _OF_FIRST:
                 raise FileError(
@@ -102,10 +114,10 @@ def _open(path: Path, what: str, next: str) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # decoders raise errors of any type, also for suspiciously large pictures
         refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
-        raise of_another_kind(path, PICTURE) or refusal from error
+        raise (of_another_kind(path, PICTURE) if content is None else None) or refusal from error
 
 
-def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path) -> np.ndarray[Any, Any]:
+def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path | str) -> np.ndarray[Any, Any]:
     """Scale a grey picture of more than 8 bits to (H, W) float32 in 0..1."""
     largest = 1.0
     if file.mode.startswith("I;") or file.format in ("PNG", "PPM"):  # formats without 32-bit values
@@ -182,68 +194,105 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
     Raises:
         FileError: no image was found at all.
     """
-    places: dict[Path, Path] = {}
-    failures: dict[Path, FileError] = {}
-    used: dict[str, int] = {}
-    for path in paths:
-        is_folder = files.is_folder(path)
-        if is_folder:
-            inside, left_out = _images_inside(str(path))
-            refusal = FileError(
-                f"there are no images in {path}.",
-                why=describe_left_out(left_out),
-                next=f"accepted: {', '.join(SUFFIXES)}.",
-            )
-            if inside:
-                warn_of_left_out(path, left_out)
-        else:
-            inside = [path.name] if files.exists(path) else []
-            refusal = files.absent(path, "file or folder")
-        if not inside:
-            failures[path] = refusal
-        for place in inside:
-            image = path / place if is_folder else path
-            if image not in places:
-                places[image] = Path(_target(place, used))
-    if not places and not failures:
-        raise FileError("no images were given.", next="name files or folders.")
+    failures: dict[str, FileError] = {}
+    places = dict(stream_images([(str(path), path.name) for path in paths], failures))
     if not places:
-        (_, refusal), *others = failures.items()
-        also = ", ".join(str(path) for path, _ in others)
-        neither = f"neither is there anything in {also}." if others else ""
-        why = "; ".join(filter(None, (refusal.why, neither)))
-        raise FileError(refusal.what, why=why, next=refusal.next)
-    return places, [{"image": str(path), **refusal.to_dict()} for path, refusal in failures.items()]
+        raise no_images(failures)
+    rows = [{"image": path, **refusal.to_dict()} for path, refusal in failures.items()]
+    return {Path(image): Path(place) for image, place in places.items()}, rows
 
 
-def _images_inside(folder: str) -> tuple[list[str], dict[str, list[str]]]:
-    """List the images in a folder and its subfolders by relative path, sorted by folder and name; and what is left out,
-    by the reason."""
-    images, others, waiting = list[_Parts](), list[_Parts](), list[_Parts]([()])
-    links, unreadable = list[_Parts](), list[_Parts]()
-    for parts in waiting:
+def stream_images(
+    sources: Iterable[tuple[str, str]], failures: dict[str, FileError], apart: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Yield the images among files, folders and addresses as `find_images` finds them, each with its result's path.
+
+    Of a single folder no more is kept in memory than the names in one subfolder.
+
+    Args:
+        sources: each with the path that its result has below an output folder if it is an image.
+        failures: gets the error of each source that does not exist, and of each folder without images.
+        apart: a folder that is not searched: that of the results.
+    """
+    alone = isinstance(sources, Sequence) and len(sources) == 1
+    shared, seen = dict[str, int](), set[str]()
+    for path, name in sources:
         try:
-            with os.scandir(os.path.join(folder, *parts)) as entries:
-                shown = [entry for entry in entries if not is_hidden(entry.name)]
-        except OSError:
-            unreadable.append(parts or (".",))
-            continue
-        for entry in shown:
-            is_link = entry.is_dir() and not entry.is_dir(follow_symlinks=False)
-            is_image = _split(entry.name)[1].lower() in SUFFIXES and entry.is_file()
-            kind = links if is_link else waiting if entry.is_dir() else images if is_image else others
-            kind.append((*parts, entry.name))
-    reasons = {
-        NO_PICTURES: others,
-        "links to folders, which are not followed": links,
-        "folders that cannot be read": unreadable,
-    }
-    return _joined(images), {reason: _joined(paths) for reason, paths in reasons.items()}
+            for image, place, used in _images_of(path, name, apart):
+                if image not in seen:
+                    yield image, _target(place, used if alone else shared)
+                    seen.update(() if alone else [image])
+        except FileError as refusal:
+            failures[path] = refusal
 
 
-def _joined(paths: list[_Parts]) -> list[str]:
-    """Return relative paths sorted by folder and name."""
-    return [os.sep.join(parts) for parts in sorted(paths)]
+def no_images(failures: Mapping[str, FileError]) -> FileError:
+    """Return the error for sources without any image."""
+    if not failures:
+        return FileError("no images were given.", next="name files or folders.")
+    (_, refusal), *others = failures.items()
+    neither = f"neither is there anything in {', '.join(path for path, _ in others)}." if others else ""
+    return FileError(refusal.what, why="; ".join(filter(None, (refusal.why, neither))), next=refusal.next)
+
+
+def _images_of(path: str, name: str, apart: str) -> Iterator[tuple[str, str, dict[str, int]]]:
+    """Yield the images of a source, each with its relative path and the names that are used in its folder."""
+    left_out: dict[str, list[str]] = {NO_PICTURES: [], _LINKS: [], _UNREADABLE: []}
+    if not (stores.is_remote(path) or files.is_folder(path)):
+        if not files.exists(path):
+            raise files.absent(path, "file or folder")
+        yield path, name, {}
+        return
+    inside = (
+        stores.list_files(path, _is_image)
+        if stores.is_remote(path)
+        else _images_inside(path, os.path.abspath(apart), left_out)
+    )
+    is_empty = True
+    for place, used in inside:
+        is_empty = False
+        yield stores.join(path, place), place, used
+    if is_empty:
+        raise FileError(
+            f"there are no images in {stores.without_options(path)}.",
+            why=describe_left_out(left_out),
+            next=f"accepted: {', '.join(SUFFIXES)}.",
+        )
+    warn_of_left_out(path, left_out)
+
+
+_LINKS, _UNREADABLE = "links to folders, which are not followed", "folders that cannot be read"
+
+
+def _images_inside(
+    folder: str, apart: str, left_out: dict[str, list[str]], parts: _Parts = ()
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield the images in a folder and its subfolders by relative path, sorted by folder and name, each with the names
+    that are used in its folder; note what is left out, by the reason."""
+    used: dict[str, int] = {}
+    try:
+        with os.scandir(os.path.join(folder, *parts)) as entries:
+            shown = sorted(
+                (entry for entry in entries if not is_hidden(entry.name)), key=lambda one: one.name
+            )
+    except OSError:
+        left_out[_UNREADABLE].append(os.sep.join(parts) or ".")
+        return
+    for entry in shown:
+        place = os.sep.join((*parts, entry.name))
+        if entry.is_dir() and not entry.is_dir(follow_symlinks=False):
+            left_out[_LINKS].append(place)
+        elif entry.is_dir():
+            if os.path.abspath(entry.path) != apart:
+                yield from _images_inside(folder, apart, left_out, (*parts, entry.name))
+        elif _is_image(entry.name) and entry.is_file():
+            yield place, used
+        else:
+            left_out[NO_PICTURES].append(place)
+
+
+def _is_image(name: str) -> bool:
+    return _split(name)[1].lower() in SUFFIXES and not is_hidden(os.path.basename(name))
 
 
 def _target(place: str, used: dict[str, int]) -> str:
@@ -370,17 +419,27 @@ def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple
     return torch.from_numpy(pixels).permute(2, 0, 1).float(), labels
 
 
-def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture atomically, in the format of the path's ending.
+def write_picture(picture: Image.Image, path: Path | str) -> None:
+    """Write a picture atomically, in the format of the path's ending; the path may be an address in object storage.
 
     Raises:
         FileError: the path cannot be written, or its ending belongs to no known format.
     """
-    kind = _format(path)
+    kind = _format(Path(stores.without_options(str(path))))
     if kind != "PNG":  # only PNG keeps our palettes and transparency
         picture = picture.convert("RGB")
-    with write_whole(path) as temporary:
+    if stores.is_remote(path):
+        stores.write_bytes(str(path), encode_png(picture))
+        return
+    with write_whole(Path(path)) as temporary:
         picture.save(temporary, kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """Return a picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def check_picture(path: Path, option: str = "--output") -> None:

@@ -29,8 +29,8 @@ from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.support.provenance import import_nothing
 from cadsurgery.tasks.figures import OVERLAY, draw_lattice, draw_levels, prediction_picture
 from cadsurgery.tasks.open import is_file, open_any, original, weights_in_words
+from cadsurgery.tasks.predictor import classes_of
 from cadsurgery.tasks.report import Row
-from cadsurgery.tasks.run import classes_of
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.side import Side, measure
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cadsurgery.data import stores
 from cadsurgery.data.hub import fetch, is_address
-from cadsurgery.support.errors import InvalidInput
-from cadsurgery.support.files import append_line, exists
+from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.files import append_line, exists, make_folder
 from cadsurgery.support.launcher import world
 from cadsurgery.tasks.run_folder import Identity, check_same_run, unreadable
+
+_BETWEEN_UPLOADS = 60.0  # seconds, of a manifest in object storage
 
 
 class Manifest:
@@ -26,14 +32,16 @@ class Manifest:
         classes: names of the classes in the predictions that were there when the run began.
     """
 
-    def __init__(self, folder: Path, made_by: Identity, resume: bool) -> None:
+    def __init__(self, output: Path | str, made_by: Identity, resume: bool) -> None:
         """Read the rows of earlier runs into a folder; the first process removes what a killed process wrote in part.
 
         Raises:
             InvalidInput: there are rows and `resume` is not set, or something else made the predictions.
             FileError: a file of the manifest is damaged.
         """
-        self.folder, self.classes = folder, set[str]()
+        self._output, self._uploaded, self.classes = str(output), 0.0, set[str]()
+        self._is_remote = stores.is_remote(output)
+        folder = self.folder = self._download() if self._is_remote else Path(output)
         self._made_by = json.loads(json.dumps(made_by, default=str))
         self._own = folder / _name(world().rank)
         self._sources: dict[str, str] = {}  # by prediction
@@ -70,25 +78,26 @@ class Manifest:
             self._sources[row["output"]] = row["path"]
             self.classes |= row.get("classes", {}).keys()
 
-    def is_written(self, source: Path, target: Path) -> bool:
-        """True if the prediction of a picture is in place.
+    def is_written(self, source: str, target: str) -> bool:
+        """True if the prediction of a picture is in place; in object storage, if a row says so.
 
         Raises:
             InvalidInput: the prediction of another picture is in its place.
         """
         written = self._sources.get(self._place(target))
-        if written is None or not exists(target):
+        if written is None or not (self._is_remote or exists(target)):
             return False
-        if written != os.path.abspath(source):
+        if written != _whole(stores.without_options(source)):
             raise InvalidInput(
                 f"the prediction of {source} would replace that of {written}.",
-                where=str(target),
+                where=target,
                 next="choose another --output.",
             )
         return True
 
     def begin(self) -> None:
         """Write the first line of this process's file, unless it is there; no process may still read."""
+        make_folder(self.folder)
         of_others = {self.folder / _name(rank) for rank in range(world().size)} - {self._own}
         for file in self._stale:
             if file == self._own or (world().is_main and file not in of_others):
@@ -97,19 +106,42 @@ class Manifest:
             append_line(self._own, json.dumps(self._made_by))
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append the row of a prediction that is in place."""
-        self._append({**row, "output": self._place(Path(row["output"]))})
+        """Append the row of a prediction that is in place, or of a picture that failed, with the reason."""
+        row = dict(row)
+        path = _whole(row.pop("image"))
+        rest = {**row, "output": self._place(row["output"])} if "output" in row else {"error": row}
+        append_line(self._own, json.dumps({"path": path, **rest}))
+        if self._is_remote and time.monotonic() - self._uploaded > _BETWEEN_UPLOADS:
+            self._upload()
 
-    def add_failure(self, failure: Mapping[str, str]) -> None:
-        """Append the row of a picture that failed, with the reason."""
-        reason = dict(failure)
-        self._append({"image": reason.pop("image"), "error": reason})
+    def __enter__(self) -> Manifest:
+        return self
 
-    def _append(self, row: dict[str, Any]) -> None:
-        append_line(self._own, json.dumps({"path": os.path.abspath(row.pop("image")), **row}))
+    def __exit__(self, *error: object) -> None:
+        if self._is_remote:
+            self._upload()
 
-    def _place(self, target: Path) -> str:
-        return target.relative_to(self.folder).as_posix()
+    def _place(self, target: str) -> str:
+        folder = stores.without_options(stores.join(self._output, "")).rstrip("/")
+        return stores.without_options(target).removeprefix(folder).lstrip("/")
+
+    def _download(self) -> Path:
+        """Return a temporary folder with the manifest's files in object storage."""
+        self._temporary = tempfile.TemporaryDirectory()
+        with suppress(FileError):  # there is no such folder yet
+            for place, _ in stores.list_files(self._output, lambda name: name.endswith(".jsonl")):
+                if place.startswith("manifest"):
+                    content = stores.read_bytes(stores.join(self._output, place))
+                    (Path(self._temporary.name) / place).write_bytes(content)
+        return Path(self._temporary.name)
+
+    def _upload(self) -> None:
+        stores.write_bytes(stores.join(self._output, self._own.name), self._own.read_bytes())
+        self._uploaded = time.monotonic()
+
+
+def _whole(path: str) -> str:
+    return path if stores.is_remote(path) else os.path.abspath(path)
 
 
 def _name(rank: int) -> str:

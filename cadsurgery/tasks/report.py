@@ -100,7 +100,8 @@ class Report(Plain):
 class FilesReport(Report):
     """The results for several images, each as plain values, and as text; failures go to the error stream.
 
-    `skipped` is the number of images whose results were there; None if none may be skipped.
+    `skipped` is the number of images whose results were there; None if none may be skipped. `counts` are the numbers of
+    images that were done and that failed, if there may be more than rows and failures.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -108,11 +109,13 @@ class FilesReport(Report):
     failed: tuple[dict[str, str], ...] = ()
     interrupted: bool = False
     skipped: int | None = None
+    counts: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for `--json`."""
         skipped = {} if self.skipped is None else {"skipped": self.skipped}
-        return {"images": list(self.rows), "failed": list(self.failed), **skipped}
+        counts = dict(zip(("count_done", "count_failed"), self.counts or (), strict=False))
+        return {"images": list(self.rows), "failed": list(self.failed), **skipped, **counts}
 
     def parts(self) -> Iterable[RenderableType]:
         """Return the text."""

@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import math
+import os
 import signal
+import sys
 import threading
-import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby, islice
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cadsurgery.data.clips import WRITTEN, is_clip, open_clip, write_clip
-from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
-from cadsurgery.data.networks import Source, class_names
+from cadsurgery.data import stores
+from cadsurgery.data.clips import WRITTEN, is_clip
+from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
+from cadsurgery.data.networks import class_names
 from cadsurgery.masks.wrappers import Smooth
-from cadsurgery.methods.storage import load
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import FLOAT
-from cadsurgery.support.divergence import tensors_of
-from cadsurgery.support.errors import FileError, InvalidInput, check_name
-from cadsurgery.support.files import absent, check_folder, exists, is_folder, make_folder
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, check_name
+from cadsurgery.support.files import absent, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
-from cadsurgery.support.processes import gather, own_device
+from cadsurgery.support.processes import gather, in_order, own_device, share
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.convert import check_precision, refuse_precision
-from cadsurgery.tasks.export import images_like
-from cadsurgery.tasks.figures import (
-    CLASSES,
-    OVERLAY,
-    VIEWS,
-    class_picture,
-    figure_picture,
-    legend_figure,
-    prediction_picture,
-)
-from cadsurgery.tasks.for_each import Failures, for_each
-from cadsurgery.tasks.manifest import Manifest, fingerprint
+from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
+from cadsurgery.tasks.manifest import Manifest
+from cadsurgery.tasks.predictor import Item, Predictor, Row, Settings
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.side import Kind
 from cadsurgery.tasks.sides import kind_of
+from cadsurgery.tasks.workers import predict_in_processes
 
 # Fields of a row that state how much was computed, and their text.
 _COMPUTED = {
@@ -55,14 +45,14 @@ _COMPUTED = {
     "density": "density {:.3f}",
     "sampled": "sampled at {}",
 }
-# A source and its result: images of one batch, or one clip.
-_Job = list[tuple[Path, Path]]
+_LISTED = 1000  # images whose rows a report has, and failures; all of them are in the manifest
+_FOR_A_PROCESS = 8  # images from which on another process is started unless --workers says how many
 
 
 def predict(
     file: str | Path,
-    images: Sequence[Path],
-    output: Path,
+    images: Sequence[Path | str],
+    output: Path | str,
     mask: str,
     size: tuple[int, int] | None,
     device: str,
@@ -76,6 +66,8 @@ def predict(
     batch: int = 1,
     fps: float = 25.0,
     resume: bool = False,
+    workers: int | None = 1,
+    ray: str = "",
 ) -> FilesReport:
     """Run a converted file on images and clips; what cannot be read is reported, and the others are processed.
 
@@ -90,7 +82,11 @@ def predict(
     `view` is one of `VIEWS`, by default `classes` for images and `overlay` for clips. If the names of the classes are
     known, rows have the share of each class, and a legend is written.
 
-    Under a launcher each process runs its share of the images, and every process returns the rows of all.
+    Of many images rows and failures are in the manifest, and the first 1000 in the report. Images may also be named in
+    a list, `@FILE`, or `-` for standard input, and images and `output` may be in object storage. `workers` processes
+    with one thread each share the images; None for one each core, or one on a GPU. With `ray`, the address of a cluster
+    or `local`, actors of Ray do, see `cadsurgery.ray`. Under a launcher each process runs its share of the images, and
+    every process returns the same report.
 
     A folder of predictions has a `Manifest`; with `resume` the predictions in it are not made again.
 
@@ -102,82 +98,173 @@ def predict(
     check_size(size)
     if view:
         check_name("view", view, VIEWS)
-    torch_device = own_device(device)
-    jobs, lacking = _find_jobs(images, output, batch)
     check_precision(precision, calibration, largest_error)
-    converted = load(file, mask=mask or None, trust=trust).to(torch_device)
+    how = (str(file), mask, size, view, device, precision, calibration, largest_error, until, batch, trust)
+    settings = Settings(*how)
+    if ray and all(_name(str(path)).endswith(".parquet") for path in images):
+        from cadsurgery.tasks.ray_data import predict_tables
+
+        return predict_tables([*map(str, images)], str(output), settings, ray, workers, resume)
+    sources, own = _Sources([*map(str, images)], str(output)), own_device(device)
+    converted = settings.load()
     kind = kind_of(converted)
     _check_options(converted, kind, until, batch, precision)
     if resume:
-        _check_resume(converted, jobs, output)
-    manifest, skipped = None, 0
-    if not _is_clip_file(output):
-        made_by = {
-            "network": fingerprint(file),
-            "mask": mask or "the file's",
-            "size": size,
-            "view": view,
-            "device": torch_device.type,
-            "precision": precision,
-            "calibration": calibration and calibration.absolute(),
-            "largest_error": largest_error,
-            "until": until,
-        }
-        manifest = Manifest(output, made_by, resume)
-        jobs, skipped = _left(jobs, manifest)
-    source, shown = pictures_for(converted), None
-    net: Any
-    if kind is not None:
-        net = converted.optimize()
-    else:
-        if calibration is not None:
-            step("reading the calibration images")
-            shown = images_like(_first_image(calibration, size), source, calibration)
-        assert isinstance(converted, AdaptiveModel)
-        net = converted.optimize(
-            precision=precision, calibration=shown, largest_error=largest_error, step=step
+        _check_resume(converted, sources)
+    manifest = None if sources.is_one_clip else Manifest(sources.output, settings.identity(), resume)
+    number = sources.count(manifest)
+    if ray and (sources.clips or _has_smooth(converted) or world().size > 1):
+        raise InvalidInput(
+            "--ray with clips, a mask with smooth, or torchrun.",
+            why="Ray shares pictures that stand alone among processes of its own.",
+            next="leave --ray out.",
         )
+    if not ray:
+        workers = _count_workers(workers, own, number, sources, converted)
+    predictor = None if ray or (workers or 1) > 1 else Predictor(converted, settings, step)
     if manifest is not None:
-        make_folder(output)
-        gather(None, torch_device)  # until every process has read the manifest
+        gather(None, own)  # until every process has read the manifest
         manifest.begin()
-    run = _Run(net, kind, source, torch_device, until or math.inf, class_names(source))
-    failures = Failures("image", lacking, *([manifest.add_failure] if manifest else []))
-    folders = list[Path | None]()  # of the last image; None for a clip
+    outcome = _Outcome(manifest)
+    with _interruption() as stopped, manifest or nullcontext():
+        left = takewhile(lambda item: not stopped.is_set(), sources.share(outcome))
+        answers = _predict_images(left, settings, predictor, workers, ray)
+        step(f"image 1 of {number or '?'}", 0, number)
+        for position, row in answers:
+            outcome.add(position, row)
+            finished = min((outcome.done + outcome.failed) * world().size, number or sys.maxsize)
+            step(f"image {finished} of {number or '?'} ({Path(row['image']).name})", finished, number)
+        for _, clip in share(sources.clips):
+            if predictor is not None and not stopped.is_set() and not outcome.skips(clip):
+                outcome.add(clip.position, _predict_clip(predictor, clip, fps, step, stopped))
+        if world().is_main:
+            for position, (path, refusal) in enumerate(sources.failures.items(), -len(sources.failures)):
+                outcome.add(position, {"image": path, **refusal.to_dict()})
+    outcome = _Outcome.merge(gather(outcome.apart_from_manifest(), own))
+    if number is None and not (outcome.done or outcome.skipped or outcome.failed > len(sources.failures)):
+        raise no_images(sources.failures)
+    return _report(outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume)
 
-    def draw(job: _Job) -> list[dict[str, Any]]:
-        (path, target), *_ = job
-        folder = None if _is_clip(target) else path.parent
-        if folder is None or folders[-1:] != [folder]:
-            run.start_anew()
-        folders.append(folder)
-        if stopped.is_set():
-            return []
-        rows = (
-            [run.draw_clip(path, target, view or OVERLAY, size, batch, fps, step, stopped)]
-            if folder is None
-            else run.draw_images(job, view or CLASSES, size, failures)
-        )
-        for row in rows:
-            if manifest is not None and not row.get("interrupted"):
-                manifest.add(row)
-        return rows
 
-    with _interruption() as stopped:
-        done, failed = for_each(
-            jobs, draw, failures, torch_device, name=lambda job: str(job[0][0]), size=len, step=step
-        )
-    rows = [row for some in done for row in some]
+def _predict_images(
+    items: Iterator[Item], settings: Settings, predictor: Predictor | None, workers: int | None, ray: str
+) -> Iterator[tuple[int, Row]]:
+    """Yield position and row of each image: by Ray, by several processes, or here."""
+    if ray:
+        from cadsurgery.tasks.ray_data import predict_over_ray
+
+        return predict_over_ray(items, settings, ray, workers)
+    if predictor is None:
+        return predict_in_processes(items, settings, workers or 1)
+    return predictor.rows(items)
+
+
+def _predict_clip(predictor: Predictor, clip: Item, fps: float, step: Step, stopped: threading.Event) -> Row:
+    predictor.start_anew()
+    try:
+        return predictor.draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
+    except CadError as error:
+        return {"image": clip.source, **error.to_dict()}
+
+
+def _report(
+    outcome: _Outcome, sources: _Sources, names: Sequence[str], is_interrupted: bool, resume: bool
+) -> FilesReport:
+    """Return the report, and write the legend of the classes."""
+    rows, failures = in_order([outcome.rows]), in_order([outcome.failures])
     lines = [_describe(row) for row in rows]
-    earlier = manifest.classes if manifest else set[str]()
-    names = {run.names.index(name): name for name in earlier.union(*(row.get("classes", ()) for row in rows))}
-    if names and world().is_main:
-        legend = output / "classes.legend.png" if is_folder(output) else output.with_suffix(".legend.png")
-        write_picture(figure_picture(legend_figure(dict(sorted(names.items())))), legend)
-        lines.append(f"legend: {legend}")
-    also = f"{skipped} skipped, " if resume else ""
-    text = "\n".join([*lines, f"{len(rows)} done, {also}{len(failed)} failed"])
-    return FilesReport(tuple(rows), text, tuple(failed), stopped.is_set(), skipped if resume else None)
+    if outcome.done > len(rows):
+        lines.append(
+            f"... and {outcome.done - len(rows)} more: {stores.join(sources.output, 'manifest.jsonl')}"
+        )
+    if shown := {names.index(name): name for name in outcome.classes}:
+        legend = sources.legend
+        if world().is_main:
+            write_picture(figure_picture(legend_figure(dict(sorted(shown.items())))), legend)
+        lines.append(f"legend: {stores.without_options(legend)}")
+    also = f"{outcome.skipped} skipped, " if resume else ""
+    text = "\n".join([*lines, f"{outcome.done} done, {also}{outcome.failed} failed"])
+    skipped = outcome.skipped if resume else None
+    return FilesReport(
+        tuple(rows), text, tuple(failures), is_interrupted, skipped, (outcome.done, outcome.failed)
+    )
+
+
+@dataclass
+class _Outcome:
+    """What became of the images: numbers, the first rows and failures with their positions, and the classes seen."""
+
+    manifest: Manifest | None = None
+    done: int = 0
+    failed: int = 0
+    skipped: int = 0
+    rows: list[tuple[int, Row]] = field(default_factory=list)
+    failures: list[tuple[int, Row]] = field(default_factory=list)
+    classes: set[str] = field(default_factory=set)
+
+    def add(self, position: int, row: Row) -> None:
+        """Count a row, and put it into the manifest."""
+        is_done = "output" in row
+        self.done, self.failed = self.done + is_done, self.failed + (not is_done)
+        listed = self.rows if is_done else self.failures
+        if len(listed) < _LISTED:
+            listed.append((position, row))
+        self.classes |= row.get("classes", {}).keys()
+        if self.manifest is not None and not row.get("interrupted"):
+            self.manifest.add(row)
+
+    def skips(self, item: Item) -> bool:
+        """True if a prediction is in place, which is counted."""
+        is_there = self.manifest is not None and self.manifest.is_written(item.source, item.target)
+        self.skipped += is_there
+        return is_there
+
+    def apart_from_manifest(self) -> _Outcome:
+        """Return a copy that can be sent to other processes; it has the classes of earlier runs."""
+        earlier = self.manifest.classes if self.manifest else set()
+        return replace(self, manifest=None, classes=self.classes | earlier)
+
+    @staticmethod
+    def merge(parts: Sequence[_Outcome]) -> _Outcome:
+        """Return the outcome of all processes."""
+        whole = _Outcome()
+        for name in ("done", "failed", "skipped"):
+            setattr(whole, name, sum(getattr(part, name) for part in parts))
+        for name in ("rows", "failures"):
+            joined = sorted(
+                (pair for part in parts for pair in getattr(part, name)), key=lambda pair: pair[0]
+            )
+            setattr(whole, name, joined[:_LISTED])
+        whole.classes = set().union(*(part.classes for part in parts))
+        return whole
+
+
+def _count_workers(
+    workers: int | None, device: torch.device, images: int | None, sources: _Sources, converted: nn.Module
+) -> int:
+    """Return the number of processes; None stands for the number of cores, or 1 on a GPU, and fewer for few images.
+
+    Raises:
+        InvalidInput: there are clips, the mask has `smooth`, or a launcher started processes.
+    """
+    reasons = {
+        "clips": bool(sources.clips),
+        "a mask with smooth": _has_smooth(converted),
+        "torchrun": world().size > 1,
+    }
+    needs_one = [reason for reason, holds in reasons.items() if holds]
+    if workers is not None and workers > 1 and needs_one:
+        raise InvalidInput(
+            f"--workers {workers} for {needs_one[0]}.",
+            why="its processes are the workers."
+            if "torchrun" in needs_one
+            else "images follow each other as frames.",
+            next="leave --workers out.",
+        )
+    if workers is not None or needs_one or device.type != "cpu":
+        return workers or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, cores if images is None else images // _FOR_A_PROCESS))
 
 
 def _check_options(converted: nn.Module, kind: Kind | None, until: float, batch: int, precision: str) -> None:
@@ -203,14 +290,14 @@ def _check_options(converted: nn.Module, kind: Kind | None, until: float, batch:
         refuse_precision(precision, kind.words)
 
 
-def _check_resume(converted: nn.Module, jobs: Sequence[_Job], output: Path) -> None:
+def _check_resume(converted: nn.Module, sources: _Sources) -> None:
     """Refuse to resume where a prediction depends on those before it: within a clip, or with `smooth`.
 
     Raises:
         InvalidInput: the output is one clip, or the mask of images has `smooth`.
     """
-    is_smooth = _has_smooth(converted) and not all(_is_clip(target) for job in jobs for _, target in job)
-    if is_smooth or _is_clip_file(output):
+    is_smooth = _has_smooth(converted) and bool(sources.stills)
+    if is_smooth or sources.is_one_clip:
         raise InvalidInput(
             f"--resume for {'images and a mask with smooth' if is_smooth else 'a single clip'}.",
             why="images follow each other as frames."
@@ -224,14 +311,94 @@ def _has_smooth(converted: nn.Module) -> bool:
     return any(isinstance(module, Smooth) for module in converted.modules())
 
 
-def _left(jobs: list[_Job], manifest: Manifest) -> tuple[list[_Job], int]:
-    """Return the jobs without the sources whose predictions are in place, and the number of these sources."""
-    left = [[pair for pair in job if not manifest.is_written(*pair)] for job in jobs]
-    return [job for job in left if job], sum(map(len, jobs)) - sum(map(len, left))
+class _Sources:
+    """The images and clips of a run, and where their predictions go.
+
+    Attributes:
+        output: folder of the predictions, or the one clip.
+        is_one_clip: True if the output is a clip.
+        clips: the clips; positions follow those of all images.
+        stills: files, folders, addresses and lists of images.
+        failures: errors of sources that hold no images, as far as they were searched.
+    """
+
+    def __init__(self, sources: Sequence[str], output: str) -> None:
+        """Refuse clips that do not fit the output."""
+        self.output, self.is_one_clip = output, _is_clip_file(Path(output))
+        self.failures: dict[str, FileError] = {}
+        clips = _find_clips([*map(Path, sources)], Path(output))
+        self.clips = [Item(sys.maxsize, str(path), str(target)) for path, target in clips.items()]
+        self.stills = [source for source in sources if Path(source) not in clips]
+
+    def count(self, manifest: Manifest | None) -> int | None:
+        """Return the number of images and clips; None for images on standard input.
+
+        Raises:
+            FileError: there are no images, or the list of them cannot be read.
+            InvalidInput: see `Manifest.is_written`.
+        """
+        if "-" in self.stills:
+            return None
+        number, items = 0, self.images() if self.stills else iter(self.clips)
+        for item in items:
+            number += 1
+            if manifest is not None:
+                manifest.is_written(item.source, item.target)  # refuses before any work
+        if not number:
+            raise no_images(self.failures)
+        return number + (len(self.clips) if self.stills else 0)
+
+    def images(self) -> Iterator[Item]:
+        """Yield all images in order."""
+        is_listed = any(source == "-" or source.startswith("@") for source in self.stills)
+        given = [(source, _name(source)) for source in self.stills]
+        streamed: Iterable[tuple[str, str]] = _listed(self.stills) if is_listed else given
+        for position, (image, place) in enumerate(stream_images(streamed, self.failures, self.output)):
+            yield Item(position, image, stores.join(self.output, place))
+
+    def share(self, outcome: _Outcome) -> Iterator[Item]:
+        """Yield the images of this process whose predictions are missing; count the others."""
+        for _, item in share(self.images() if self.stills else ()):
+            if not outcome.skips(item):
+                yield item
+
+    @property
+    def legend(self) -> str:
+        """File of the legend of the classes."""
+        if self.is_one_clip:
+            return str(Path(self.output).with_suffix(".legend.png"))
+        return stores.join(self.output, "classes.legend.png")
 
 
-def _find_jobs(sources: Sequence[Path], output: Path, batch: int) -> tuple[list[_Job], list[dict[str, str]]]:
-    """Return the images in batches and the clips, with their results, and failures of sources that are missing."""
+def _listed(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield sources and those that lists name, one a line; an image in a list keeps its folders.
+
+    Raises:
+        FileError: a list cannot be read.
+    """
+    for source in sources:
+        if source != "-" and not source.startswith("@"):
+            yield source, _name(source)
+            continue
+        try:
+            with nullcontext(sys.stdin) if source == "-" else open(source[1:], encoding="utf-8") as lines:
+                for line in filter(None, map(str.strip, lines)):
+                    parts = Path(stores.without_options(line)).parts
+                    yield line, os.path.join(*(part for part in parts if part not in (os.sep, "..")))
+        except (OSError, ValueError) as error:
+            raise FileError(
+                f"the list {source} cannot be read.",
+                why=str(error),
+                next="give a text file with a path in each line.",
+            ) from error
+
+
+def _name(source: str) -> str:
+    return Path(stores.without_options(source)).name
+
+
+def _find_clips(sources: Sequence[Path], output: Path) -> dict[Path, Path]:
+    """Return the clips among the sources, each with its result."""
     if _is_clip_file(output):
         check_folder(output)
         if missing := [path for path in sources if not (exists(path) or is_clip(path))]:
@@ -251,11 +418,7 @@ def _find_jobs(sources: Sequence[Path], output: Path, batch: int) -> tuple[list[
                 f"{target} would replace {'its source' if len(clips) == 1 else 'another clip'}.",
                 next="choose another --output, or run the clips one by one.",
             )
-    stills = [path for path in sources if path not in clips]
-    places, lacking = find_images(stills) if stills or not clips else ({}, [])
-    images = iter((path, output / place) for path, place in places.items())
-    batches = iter(lambda: list(islice(images, batch)), [])
-    return [*batches, *([pair] for pair in clips.items())], lacking
+    return clips
 
 
 def _refuse_ending(output: Path) -> None:
@@ -279,132 +442,6 @@ def _is_clip(target: Path) -> bool:
 def _is_clip_file(output: Path) -> bool:
     """True if the output is one clip, False if it is a folder of predictions."""
     return _is_clip(output) and not is_folder(output)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """An optimised network, and how it is run.
-
-    Attributes:
-        net: the network.
-        kind: its kind, if a method made it.
-        source: its source, for which images are normalised.
-        device: its device.
-        until: time limit in milliseconds of a network with exits.
-        names: names of its classes; empty if unknown.
-    """
-
-    net: Any
-    kind: Kind | None
-    source: Source
-    device: torch.device
-    until: float
-    names: tuple[str, ...]
-
-    def start_anew(self) -> None:
-        """Forget the frames that `smooth` masks have seen."""
-        for module in self.net.modules():
-            if isinstance(module, Smooth):
-                module.reset()
-
-    def __call__(self, pictures: Sequence[Tensor]) -> Iterator[tuple[Tensor, int, dict[str, Any]]]:
-        """Run pictures of one size as a batch; yield the classes of each, the number of channels, and fields of its
-        row."""
-        images = normalise(torch.stack(list(pictures)), self.source).to(self.device)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            if self.kind is not None:
-                returned, details = self.kind.run(self.net, images, self.until)
-                known = [details]
-            else:
-                returned, levels = self.net(images), self.net.levels.flatten(1)
-                numbers = range(self.net.geometry.max_level + 1)
-                shares = torch.stack([(levels == level).double().mean(1) for level in numbers], 1)
-                shares = shares if len(shares) == len(images) else shares.mean(0).expand(len(images), -1)
-                known = [{"active_fraction": high, "levels": [high, *low]} for high, *low in shares.tolist()]
-        prediction = _first_tensor(returned)
-        milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
-        for scores, details in zip(prediction, known, strict=True):
-            yield classes_of(scores), scores.shape[0], {**details, "milliseconds": milliseconds}
-
-    def draw_images(
-        self, job: _Job, view: str, size: tuple[int, int] | None, failures: Failures
-    ) -> list[dict[str, Any]]:
-        """Predict a batch of images, those of one size together, and write a picture of each."""
-        read, rows = list[tuple[Path, Path, Tensor]](), []
-        for path, target in job:
-            with failures.noting(str(path)):
-                read.append((path, target, read_image(path, size)))
-        for _, group in groupby(read, lambda one: one[2].shape):
-            same = list(group)
-            with failures.noting(*(str(path) for path, *_ in same)):
-                results = list(self([picture for *_, picture in same]))
-                for (path, target, picture), (classes, channels, details) in zip(same, results, strict=True):
-                    with failures.noting(str(path)):
-                        make_folder(target.parent)
-                        flat = view == CLASSES
-                        drawn = (
-                            class_picture(classes, channels)
-                            if flat
-                            else prediction_picture(picture, classes, view)
-                        )
-                        write_picture(drawn, target)
-                        shares = self._shares(self._count(classes, channels))
-                        place = {"image": str(path), "output": str(target), "size": [*picture.shape[1:]]}
-                        rows.append({**place, **details, **shares})
-        return rows
-
-    def draw_clip(
-        self,
-        path: Path,
-        target: Path,
-        view: str,
-        size: tuple[int, int] | None,
-        batch: int,
-        fps: float,
-        step: Step,
-        stopped: threading.Event,
-    ) -> dict[str, Any]:
-        """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set."""
-        done, sums, counts, start = 0, Counter[str](), Counter[int](), time.perf_counter()
-        first: torch.Size | None = None
-        with open_clip(path, size, fps) as clip, write_clip(target, clip.rate) as add:
-            while frames := list(islice(clip.frames, 0 if stopped.is_set() else batch)):
-                for number, frame in enumerate(frames, done + 1):
-                    first = first or frame.shape
-                    if frame.shape != first:
-                        raise FileError(
-                            f"frame {number} of {path} is {frame.shape[1]}x{frame.shape[2]}, the first one is "
-                            f"{first[1]}x{first[2]}.",
-                            next="resize them: --size HxW.",
-                        )
-                for frame, (classes, channels, details) in zip(frames, self(frames), strict=True):
-                    flat = view == CLASSES
-                    add(class_picture(classes) if flat else prediction_picture(frame, classes, view))
-                    counts += self._count(classes, channels)
-                    details.pop("levels", None)
-                    sums.update({key: value for key, value in details.items() if not isinstance(value, str)})
-                done += len(frames)
-                speed = done / (time.perf_counter() - start)
-                of = f" of {clip.count}" if clip.count else ""
-                step(f"{path.name}, frame {done}{of}, {speed:.1f} frames/s", done, clip.count)
-            if not done:
-                raise FileError(f"{path} holds no frames.", next="give a clip with pictures.")
-        means = {key: sums[key] / done if key in sums else value for key, value in details.items()}
-        ended = {"frames": done, "frames_per_second": speed, "interrupted": stopped.is_set()}
-        return {"image": str(path), "output": str(target), **means, **ended, **self._shares(counts)}
-
-    def _count(self, classes: Tensor, channels: int) -> Counter[int]:
-        """Count the pixels of each class; nothing if the classes have no names."""
-        if channels != len(self.names):
-            return Counter()
-        return Counter(dict(enumerate(classes.flatten().long().bincount().tolist())))
-
-    def _shares(self, counts: Counter[int]) -> dict[str, dict[str, float]]:
-        """Return the share of each class that occurs, by name, as a field of a row."""
-        whole = counts.total()
-        shares = {self.names[index]: count / whole for index, count in sorted(counts.items()) if count}
-        return {"classes": shares} if shares else {}
 
 
 @contextmanager
@@ -434,29 +471,3 @@ def _describe(row: dict[str, Any]) -> str:
         ended = "interrupted after " if row["interrupted"] else ""
         text = f"{ended}{row['frames']} frames, {row['frames_per_second']:.1f} frames/s, {text} each"
     return f"{row['image']}: {text} -> {row['output']}"
-
-
-def _first_image(folder: Path, size: tuple[int, int] | None) -> Tensor:
-    """Return the first image of a folder as a batch of one."""
-    found, _ = find_images([folder])
-    return read_image(next(iter(found)), size).unsqueeze(0)
-
-
-def _first_tensor(output: Any) -> Tensor:
-    tensors = tensors_of(output)
-    if not tensors or tensors[0].dim() != 4:
-        shape = tuple(tensors[0].shape) if tensors else ()
-        raise InvalidInput(
-            f"the network's output {shape} is not a map, so there is nothing to draw.",
-            next="use cs.load in Python for classifiers, or convert a segmentation network.",
-        )
-    return tensors[0]
-
-
-def classes_of(scores: Tensor) -> Tensor:
-    """Return class numbers (H, W): the channel with the highest score; for one channel its value in 256 steps."""
-    scores = scores.float()
-    if scores.shape[0] > 1:
-        return scores.argmax(0)
-    low, high = scores.aminmax()
-    return ((scores[0] - low) / (high - low).clamp(min=1e-12) * 255).round()

@@ -22,7 +22,7 @@ from cadsurgery.data.images import read_image, street_scene
 from cadsurgery.data.networks import Source, class_names
 from cadsurgery.support.errors import CadError
 from cadsurgery.support.progress import silent
-from cadsurgery.tasks import run
+from cadsurgery.tasks import predictor, run
 from cadsurgery.tasks.figures import prediction_picture
 from cadsurgery.tasks.report import FilesReport
 
@@ -81,7 +81,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Ten
         found.append((image, classes, view))
         return prediction_picture(image, classes, view)
 
-    monkeypatch.setattr(run, "prediction_picture", draw)
+    monkeypatch.setattr(predictor, "prediction_picture", draw)
     return found
 
 
@@ -137,7 +137,7 @@ def test_frames_are_read_one_batch_at_a_time(
 
             yield Clip(frames(), clip.count, clip.rate)
 
-    monkeypatch.setattr(run, "open_clip", open_counted)
+    monkeypatch.setattr(predictor, "open_clip", open_counted)
     predict(file, [folder], tmp_path / "out.mp4", batch=batch)
     assert max(ahead) == batch - 1 and len(ahead) == FRAMES
 
@@ -156,7 +156,7 @@ def test_interrupted_clips_are_whole_up_to_the_last_frame(
     file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: Any
 ) -> None:
     clips = [make_clip(folder, tmp_path / f"{name}.mp4") for name in ("first", "second")]
-    draw = run.prediction_picture
+    draw = predictor.prediction_picture
     calls = []
 
     def interrupt(*arguments: Any) -> Image.Image:
@@ -165,7 +165,7 @@ def test_interrupted_clips_are_whole_up_to_the_last_frame(
             signal.raise_signal(signal.SIGINT)
         return draw(*arguments)
 
-    monkeypatch.setattr(run, "prediction_picture", interrupt)
+    monkeypatch.setattr(predictor, "prediction_picture", interrupt)
     done = command_line("run", file, *clips, "-o", tmp_path / "out", "--trust")
     assert done.code == 130 and "interrupted after 3 frames" in done.out
     assert len(frames_of(tmp_path / "out" / "first.mp4")) == 3
@@ -226,14 +226,16 @@ def test_classes_with_names_have_shares_and_a_legend(
 ) -> None:
     channels = cs.load(file, trust=True)(torch.rand(1, 3, 64, 64)).shape[1]
     names = tuple(f"class {number}" for number in range(channels))
-    monkeypatch.setattr(run, "class_names", lambda source: names)
+    for module in (predictor, run):
+        monkeypatch.setattr(module, "class_names", lambda source: names)
     rows = predict(file, [folder], tmp_path / "out").rows
     for row in rows:
         classes = np.array(Image.open(row["output"]))
         shares = {names[index]: float((classes == index).mean()) for index in np.unique(classes)}
         assert row["classes"] == pytest.approx(shares)
     assert Image.open(tmp_path / "out" / "classes.legend.png").size[1] > 20
-    monkeypatch.setattr(run, "class_names", lambda source: ())
+    for module in (predictor, run):
+        monkeypatch.setattr(module, "class_names", lambda source: ())
     assert "classes" not in predict(file, [folder], tmp_path / "none").rows[0]
     assert not (tmp_path / "none" / "classes.legend.png").exists()
 

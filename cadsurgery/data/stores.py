@@ -1,0 +1,96 @@
+"""Files in object storage, by any address that pyarrow's file systems read, e.g. `s3://bucket/photos`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from cadsurgery.support.errors import FileError, first_line, import_optional
+
+
+def is_remote(path: object) -> bool:
+    """True for an address with a scheme, such as `s3://bucket/photos`."""
+    return "://" in str(path)
+
+
+def join(folder: str, place: str) -> str:
+    """Return the path or address of a file in a folder; options of the file system, behind `?`, stay at the end."""
+    if not is_remote(folder):
+        return str(Path(folder) / place)
+    base, mark, options = folder.partition("?")
+    return f"{base.rstrip('/')}/{place}{mark}{options}"
+
+
+def without_options(address: str) -> str:
+    """Return an address without the options of the file system, which may hold keys."""
+    return address.partition("?")[0] if is_remote(address) else address
+
+
+def read_bytes(address: str) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    with _reaching(address, "read") as (files, path), files.open_input_stream(path) as file:
+        return bytes(file.read())
+
+
+def write_bytes(address: str, content: bytes) -> None:
+    """Write a file, which appears whole or not at all, as object stores do.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    with _reaching(address, "written") as (files, path):
+        files.create_dir(path.rpartition("/")[0], recursive=True)
+        with files.open_output_stream(path) as file:
+            file.write(content)
+
+
+def list_files(address: str, is_shown: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield the paths of files below a folder, relative to it and sorted by folder and name. Each
+    comes with the names that are used in the folder: none yet.
+
+    Raises:
+        FileError: it cannot be listed, or there is no such folder.
+    """
+    used: dict[str, int] = {}
+    with _reaching(address, "listed") as (files, path):
+        selector = import_arrow().FileSelector(path, recursive=True)
+        found = [info.path for info in files.get_file_info(selector) if info.is_file]
+    places = (name.removeprefix(path).lstrip("/") for name in found if is_shown(name))
+    yield from ((place, used) for place in sorted(places, key=lambda place: place.split("/")))
+
+
+def import_arrow() -> Any:
+    """Return the module `pyarrow.fs`."""
+    what = "object storage is read and written by pyarrow, which is not installed."
+    return import_optional("pyarrow.fs", what, "pip install 'cadsurgery[scale]'")
+
+
+@functools.cache
+def _file_system(root: str) -> tuple[Any, str]:
+    """Return the file system of a root, and the path of the root in it."""
+    files, path = import_arrow().FileSystem.from_uri(root)
+    return files, path.rstrip("/")
+
+
+@contextmanager
+def _reaching(address: str, done: str) -> Iterator[tuple[Any, str]]:
+    """Yield the file system of a file and its path there; errors in the block become a `FileError`."""
+    import_arrow()
+    try:
+        parts = urlsplit(address, allow_fragments=False)
+        files, base = _file_system(urlunsplit((parts.scheme, parts.netloc, "/", parts.query, "")))
+        yield files, f"{base}/{parts.path.strip('/')}"
+    except (OSError, ValueError) as error:
+        raise FileError(
+            f"{without_options(address)} cannot be {done}.",
+            why=first_line(error),
+            next="check the address and the credentials, see pyarrow.fs.FileSystem.from_uri.",
+        ) from error

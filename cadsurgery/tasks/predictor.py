@@ -1,0 +1,304 @@
+"""Open a converted file once and predict images with it: for one process, for several, and for Ray."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cadsurgery.data.clips import open_clip, write_clip
+from cadsurgery.data.images import find_images, normalise, read_image, write_picture
+from cadsurgery.data.networks import class_names
+from cadsurgery.data.stores import is_remote, without_options
+from cadsurgery.masks.wrappers import Smooth
+from cadsurgery.methods.storage import load
+from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.optimized import FLOAT
+from cadsurgery.support.divergence import tensors_of
+from cadsurgery.support.errors import CadError, FileError, InvalidInput
+from cadsurgery.support.files import make_folder
+from cadsurgery.support.pipeline import ahead
+from cadsurgery.support.processes import own_device
+from cadsurgery.support.progress import Step, silent
+from cadsurgery.tasks.evaluation import refuse_images
+from cadsurgery.tasks.export import images_like
+from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
+from cadsurgery.tasks.manifest import fingerprint
+from cadsurgery.tasks.sides import kind_of
+
+Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
+
+
+class Item(NamedTuple):
+    """An image, its position among all, and the path or address of its prediction."""
+
+    position: int
+    source: str
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What predictions are made by, see `cadsurgery.tasks.run.predict`; it can be sent to other processes."""
+
+    file: str
+    mask: str = ""
+    size: tuple[int, int] | None = None
+    view: str = ""
+    device: str = "cpu"
+    precision: str = FLOAT
+    calibration: Path | None = None
+    largest_error: float | None = None
+    until: float = 0.0
+    batch: int = 1
+    trust: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a manifest states: all that predictions depend on."""
+        return {
+            "network": fingerprint(self.file),
+            "mask": self.mask or "the file's",
+            "size": self.size,
+            "view": self.view,
+            "device": own_device(self.device).type,
+            "precision": self.precision,
+            "calibration": self.calibration and self.calibration.absolute(),
+            "largest_error": self.largest_error,
+            "until": self.until,
+        }
+
+    def load(self) -> nn.Module:
+        """Open the file on the device of this process."""
+        return load(self.file, mask=self.mask or None, trust=self.trust).to(own_device(self.device))
+
+    def with_one_thread(self) -> Predictor:
+        """Open the file for this process alone, one of many on a machine."""
+        torch.set_num_threads(1)
+        return Predictor(self.load(), self)
+
+
+@dataclass
+class Picture:
+    """An image on its way: its pixels once it is read, then its prediction, or the error that ended it.
+
+    Attributes:
+        classes: class numbers (H, W).
+        channels: number of channels of the network's output.
+        details: fields of its row.
+    """
+
+    item: Item
+    pixels: Tensor | None = None
+    error: CadError | None = None
+    classes: Tensor = field(default_factory=lambda: torch.empty(0))
+    channels: int = 0
+    details: Row = field(default_factory=dict)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note an error of the block, and go on behind the block."""
+        try:
+            yield
+        except CadError as error:
+            self.error = error
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """Shape of its pixels; None if it could not be read."""
+        return None if self.pixels is None else self.pixels.shape
+
+
+class Predictor:
+    """An optimised network, and how it is run.
+
+    Attributes:
+        net: the network.
+        kind: its kind, if a method made it.
+        source: its source, for which images are normalised.
+        names: names of its classes; empty if unknown.
+    """
+
+    def __init__(self, converted: nn.Module, settings: Settings, step: Step = silent) -> None:
+        """Optimise a network that `settings` opened; `int8` is calibrated on images."""
+        self.settings, self.device = settings, own_device(settings.device)
+        self.kind, self.source = kind_of(converted), pictures_for(converted)
+        self.names, self._folder = class_names(self.source), ""
+        self.net: Any
+        if self.kind is not None:
+            self.net = converted.optimize()  # type: ignore[operator]
+            return
+        shown = None
+        if settings.calibration is not None:
+            step("reading the calibration images")
+            first = next(iter(find_images([settings.calibration])[0]))
+            shown = images_like(read_image(first, settings.size)[None], self.source, settings.calibration)
+        assert isinstance(converted, AdaptiveModel)
+        self.net = converted.optimize(
+            precision=settings.precision,
+            calibration=shown,
+            largest_error=settings.largest_error,
+            step=step,
+        )
+
+    def start_anew(self) -> None:
+        """Forget the frames that `smooth` masks have seen."""
+        for module in self.net.modules():
+            if isinstance(module, Smooth):
+                module.reset()
+
+    def __call__(self, pictures: Tensor) -> Iterator[tuple[Tensor, int, dict[str, Any]]]:
+        """Run pictures of one size as a batch; yield the classes of each, the number of channels, and fields of its
+        row."""
+        images = normalise(pictures, self.source).to(self.device)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            if self.kind is not None:
+                returned, details = self.kind.run(self.net, images, self.settings.until or math.inf)
+                known = [details]
+            else:
+                returned, levels = self.net(images), self.net.levels.flatten(1)
+                numbers = range(self.net.geometry.max_level + 1)
+                shares = torch.stack([(levels == level).double().mean(1) for level in numbers], 1)
+                shares = shares if len(shares) == len(images) else shares.mean(0).expand(len(images), -1)
+                known = [{"active_fraction": high, "levels": [high, *low]} for high, *low in shares.tolist()]
+        prediction = _first_tensor(returned)
+        milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
+        for scores, details in zip(prediction, known, strict=True):
+            yield classes_of(scores), scores.shape[0], {**details, "milliseconds": milliseconds}
+
+    def rows(self, items: Iterable[Item]) -> Iterator[tuple[int, Row]]:
+        """Predict images and write the predictions; yield the position and row of each, in order.
+
+        The next images are read and the last predictions are written while one is computed.
+        """
+        return ahead(self.predict(ahead(items, self._read)), self._write)
+
+    def predict(self, pictures: Iterable[Picture]) -> Iterator[Picture]:
+        """Predict images that were read; those of one size that follow each other run together, up to `batch`."""
+        for shape, alike in groupby(pictures, key=lambda picture: picture.shape):
+            while together := list(islice(alike, self.settings.batch)):
+                if shape is not None:
+                    self._predict_together(together)
+                yield from together
+
+    def _predict_together(self, pictures: Sequence[Picture]) -> None:
+        folder = pictures[0].item.source.rpartition("/")[0]
+        if folder != self._folder:
+            self.start_anew()
+            self._folder = folder
+        pixels = torch.stack([picture.pixels for picture in pictures if picture.pixels is not None])
+        try:
+            for picture, result in zip(pictures, list(self(pixels)), strict=True):
+                picture.classes, picture.channels, picture.details = result
+        except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
+            for picture in pictures:
+                picture.error = refuse_images(error, pixels)
+
+    def _read(self, item: Item) -> Picture:
+        picture = Picture(item)
+        with picture.noting():
+            picture.pixels = read_image(item.source, self.settings.size)
+        return picture
+
+    def _write(self, picture: Picture) -> tuple[int, Row]:
+        position, source, target = picture.item
+        row: Row = {"image": without_options(source)}
+        with picture.noting():
+            if picture.error is None and picture.pixels is not None:
+                if not is_remote(target):
+                    make_folder(Path(target).parent)
+                write_picture(self.draw(picture), target)
+                place = {"output": without_options(target), "size": [*picture.pixels.shape[1:]]}
+                shares = self._shares(self._count(picture.classes, picture.channels))
+                return position, {**row, **place, **picture.details, **shares}
+        assert picture.error is not None
+        return position, {**row, **picture.error.to_dict()}
+
+    def draw(self, picture: Picture) -> Any:
+        """Draw the prediction of an image."""
+        view = self.settings.view or CLASSES
+        if view == CLASSES or picture.pixels is None:
+            return class_picture(picture.classes, picture.channels)
+        return prediction_picture(picture.pixels, picture.classes, view)
+
+    def draw_clip(
+        self,
+        path: Path,
+        target: Path,
+        fps: float,
+        step: Step,
+        stopped: threading.Event,
+    ) -> dict[str, Any]:
+        """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set."""
+        view = self.settings.view or OVERLAY
+        done, sums, counts, start = 0, Counter[str](), Counter[int](), time.perf_counter()
+        first: torch.Size | None = None
+        with open_clip(path, self.settings.size, fps) as clip, write_clip(target, clip.rate) as add:
+            while frames := list(islice(clip.frames, 0 if stopped.is_set() else self.settings.batch)):
+                for number, frame in enumerate(frames, done + 1):
+                    first = first or frame.shape
+                    if frame.shape != first:
+                        raise FileError(
+                            f"frame {number} of {path} is {frame.shape[1]}x{frame.shape[2]}, the first one is "
+                            f"{first[1]}x{first[2]}.",
+                            next="resize them: --size HxW.",
+                        )
+                for frame, (classes, channels, details) in zip(
+                    frames, self(torch.stack(frames)), strict=True
+                ):
+                    flat = view == CLASSES
+                    add(class_picture(classes) if flat else prediction_picture(frame, classes, view))
+                    counts += self._count(classes, channels)
+                    details.pop("levels", None)
+                    sums.update({key: value for key, value in details.items() if not isinstance(value, str)})
+                done += len(frames)
+                speed = done / (time.perf_counter() - start)
+                of = f" of {clip.count}" if clip.count else ""
+                step(f"{path.name}, frame {done}{of}, {speed:.1f} frames/s", done, clip.count)
+            if not done:
+                raise FileError(f"{path} holds no frames.", next="give a clip with pictures.")
+        means = {key: sums[key] / done if key in sums else value for key, value in details.items()}
+        ended = {"frames": done, "frames_per_second": speed, "interrupted": stopped.is_set()}
+        return {"image": str(path), "output": str(target), **means, **ended, **self._shares(counts)}
+
+    def _count(self, classes: Tensor, channels: int) -> Counter[int]:
+        """Count the pixels of each class; nothing if the classes have no names."""
+        if channels != len(self.names):
+            return Counter()
+        return Counter(dict(enumerate(classes.flatten().long().bincount().tolist())))
+
+    def _shares(self, counts: Counter[int]) -> dict[str, dict[str, float]]:
+        """Return the share of each class that occurs, by name, as a field of a row."""
+        whole = counts.total()
+        shares = {self.names[index]: count / whole for index, count in sorted(counts.items()) if count}
+        return {"classes": shares} if shares else {}
+
+
+def _first_tensor(output: Any) -> Tensor:
+    tensors = tensors_of(output)
+    if not tensors or tensors[0].dim() != 4:
+        shape = tuple(tensors[0].shape) if tensors else ()
+        raise InvalidInput(
+            f"the network's output {shape} is not a map, so there is nothing to draw.",
+            next="use cs.load in Python for classifiers, or convert a segmentation network.",
+        )
+    return tensors[0]
+
+
+def classes_of(scores: Tensor) -> Tensor:
+    """Return class numbers (H, W): the channel with the highest score; for one channel its value in 256 steps."""
+    scores = scores.float()
+    if scores.shape[0] > 1:
+        return scores.argmax(0)
+    low, high = scores.aminmax()
+    return ((scores[0] - low) / (high - low).clamp(min=1e-12) * 255).round()

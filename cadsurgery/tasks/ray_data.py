@@ -1,0 +1,243 @@
+"""Predict pictures by Ray Data on one machine or many: a class for `map_batches`, and `cadsurgery run --ray`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cadsurgery.data import stores
+from cadsurgery.data.images import encode_png, read_image, to_tensor
+from cadsurgery.network.optimized import FLOAT
+from cadsurgery.support.errors import FileError, InvalidInput, check_name, import_optional
+from cadsurgery.support.pipeline import ahead
+from cadsurgery.tasks.predictor import Item, Picture, Row, Settings
+from cadsurgery.tasks.report import FilesReport
+
+__all__ = ["Predict"]
+_IN_A_BLOCK = 64  # pictures that an actor gets at a time, and that are predicted again if its machine is lost
+_LISTED = 1000  # failures that a report has
+_Batch = Mapping[str, Any]  # columns by name
+
+
+class Predict:
+    """Predict the pictures in a column of a dataset: a class for `ray.data.Dataset.map_batches`.
+
+    Each actor opens the converted file once and uses one thread; on a GPU give `num_gpus=1` and `device="cuda"`.
+
+    The column `bytes` holds picture files, as `ray.data.read_binary_files` reads them, or the column `image` arrays
+    (H, W, 3) uint8, as `ray.data.read_images` does. It is replaced by `prediction`, a PNG file of the classes or an
+    array (H, W); `active_fraction`, missing for networks of other methods; and `error`. A picture that failed has an
+    error and no prediction. Other columns stay.
+
+        pictures = ray.data.read_parquet("pictures").map_batches(
+            cadsurgery.ray.Predict, fn_constructor_args=("net.safetensors",), batch_size=32, concurrency=4
+        )
+    """
+
+    def __init__(
+        self,
+        file: str,
+        *,
+        column: str = "",
+        prediction: str = "png",
+        mask: str = "",
+        size: tuple[int, int] | None = None,
+        device: str = "cpu",
+        view: str = "",
+        batch: int = 1,
+        trust: bool = False,
+    ) -> None:
+        """Open a converted file.
+
+        Args:
+            file: the converted file, or its address on the Hub; each machine must be able to read it.
+            column: column of the pictures; default: `bytes` or else `image`.
+            prediction: "png", or "array" of class numbers.
+            mask, size, device, view, batch, trust: as in `cadsurgery run`.
+
+        Raises:
+            InvalidInput: there is no such form of a prediction.
+            CadError: the file cannot be opened.
+        """
+        check_name("form of predictions", prediction, ("png", "array"))
+        self._column, self._form = column, prediction
+        settings = Settings(file, mask, size, view, device, FLOAT, None, None, 0.0, batch, trust)
+        self._predictor = settings.with_one_thread()
+
+    def __call__(self, batch: _Batch) -> dict[str, Any]:
+        """Return the columns of a batch, with predictions in place of the pictures.
+
+        Raises:
+            InvalidInput: the batch has no column of pictures.
+        """
+        column = self._column or ("bytes" if "bytes" in batch else "image")
+        if column not in batch:
+            raise InvalidInput(
+                f"there is no column {column} among {', '.join(batch)}.",
+                next="name that of the pictures: column=...",
+            )
+        numbered = enumerate(batch[column])
+        pictures = list(self._predictor.predict(ahead(numbered, self._read)))
+        shares = [picture.details.get("active_fraction") for picture in pictures]
+        errors = [None if picture.error is None else str(picture.error) for picture in pictures]
+        return {
+            **{name: values for name, values in batch.items() if name != column},
+            "prediction": _objects(
+                [None if picture.error else self._form_of(picture) for picture in pictures]
+            ),
+            "active_fraction": np.array([np.nan if share is None else share for share in shares]),
+            "error": _objects(errors),
+        }
+
+    def _read(self, numbered: tuple[int, Any]) -> Picture:
+        picture = Picture(Item(numbered[0], f"picture {numbered[0]}"))
+        size = self._predictor.settings.size
+        with picture.noting():
+            if isinstance(numbered[1], bytes):
+                picture.pixels = read_image(picture.item.source, size, content=numbered[1])
+            else:
+                picture.pixels = to_tensor(_as_image(numbered[1]), size)
+        return picture
+
+    def _form_of(self, picture: Picture) -> Any:
+        if self._form == "array":
+            return picture.classes.to("cpu", torch.int32).numpy()
+        return encode_png(self._predictor.draw(picture))
+
+
+def _as_image(value: Any) -> Image.Image:
+    values: Any = np.asarray(value)
+    if values.dtype != np.uint8 or values.shape[2:] != (3,):
+        raise InvalidInput(
+            f"a picture is an array {values.shape} of {values.dtype}.",
+            next="give bytes of a file, or (H, W, 3) uint8.",
+        )
+    return Image.fromarray(values)
+
+
+def _objects(values: Sequence[Any]) -> Any:
+    """Return values of any kind and size as a column."""
+    column: Any = np.empty(len(values), object)
+    for place, value in enumerate(values):
+        column[place] = value
+    return column
+
+
+class _Work:
+    """An actor of `predict_over_ray`: reads pictures, writes predictions, and returns rows."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._predictor = settings.with_one_thread()
+
+    def __call__(self, batch: _Batch) -> dict[str, list[Any]]:
+        items = [Item(int(position), *paths) for position, *paths in zip(*batch.values(), strict=True)]
+        answers = list(self._predictor.rows(items))
+        return {
+            "position": [position for position, _ in answers],
+            "row": [json.dumps(row) for _, row in answers],
+        }
+
+
+def predict_over_ray(
+    items: Iterator[Item], settings: Settings, address: str, workers: int | None
+) -> Iterator[tuple[int, Row]]:
+    """Yield position and row of each picture as it is finished; actors of Ray write the predictions.
+
+    Each machine must be able to read the converted file and the pictures and to write the predictions at their paths.
+    What a machine had not finished when it was lost is done by others.
+
+    Args:
+        items: the pictures.
+        settings: what predictions are made by.
+        address: `local`, `auto`, or that of a cluster.
+        workers: number of actors; None for one each core, or each GPU.
+
+    Raises:
+        CadError: Ray is not installed.
+    """
+    ray = _connect(address)
+    import pyarrow
+
+    blocks = []
+    while block := list(islice(items, _IN_A_BLOCK)):
+        blocks.append(
+            pyarrow.table(dict(zip(Item._fields, map(list, zip(*block, strict=True)), strict=True)))
+        )
+    if not blocks:
+        return
+    rows = ray.data.from_arrow(blocks).map_batches(
+        _Work,
+        fn_constructor_args=(settings,),
+        batch_size=None,
+        **_actors(ray, settings, workers),
+    )
+    for row in rows.iter_rows():
+        yield row["position"], json.loads(row["row"])
+
+
+def predict_tables(
+    sources: Sequence[str], output: str, settings: Settings, address: str, workers: int | None, resume: bool
+) -> FilesReport:
+    """Predict the pictures in Parquet files as `Predict` does, and write its columns as Parquet into a folder.
+
+    Raises:
+        InvalidInput: the folder is not empty, or is to be resumed.
+        CadError: Ray is not installed.
+    """
+    if resume:
+        raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
+    ray = _connect(address)
+    with suppress(FileError, FileNotFoundError):
+        if next(stores.list_files(_address(output), bool), None):
+            raise InvalidInput(f"{output} is not empty.", next="choose another --output.")
+    names = ("mask", "size", "device", "view", "batch", "trust")
+    tables = ray.data.read_parquet([*sources])
+    tables.map_batches(
+        Predict,
+        fn_constructor_args=(settings.file,),
+        fn_constructor_kwargs={name: getattr(settings, name) for name in names},
+        batch_size=_IN_A_BLOCK,
+        **_actors(ray, settings, workers),
+    ).write_parquet(output)
+    written = ray.data.read_parquet(output, columns=["error"])
+    errors = [row["error"] for row in written.iter_rows()]
+    failed = [error for error in errors if error is not None]
+    counts = len(errors) - len(failed), len(failed)
+    listed = [{"image": output, "error": "CadError", "what": error} for error in failed[:_LISTED]]
+    return FilesReport((), f"{counts[0]} done, {counts[1]} failed: {output}", tuple(listed), counts=counts)
+
+
+def _address(path: str) -> str:
+    return path if stores.is_remote(path) else Path(path).absolute().as_uri()
+
+
+def _actors(ray: Any, settings: Settings, workers: int | None) -> dict[str, Any]:
+    """Return what a dataset is told about its actors: as many as there are cores, or GPUs."""
+    kind = "GPU" if settings.device.startswith("cuda") else "CPU"
+    most = workers or max(1, int(ray.cluster_resources().get(kind, 1)))
+    return {"concurrency": (1, most), f"num_{kind.lower()}s": 1}
+
+
+def _connect(address: str) -> Any:
+    ray = import_optional(
+        "ray", "--ray needs Ray, which is not installed.", "pip install 'cadsurgery[scale]'"
+    )
+    import_optional("ray.data", "--ray needs Ray Data.", "pip install 'cadsurgery[scale]'")
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InvalidInput(
+                f"there is no cluster of Ray at {address}.",
+                why=str(error).splitlines()[0],
+                next="start one: ray start --head; or use this machine: --ray local.",
+            ) from error
+    return ray
