@@ -10,7 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, product
 from operator import mul
@@ -68,9 +69,31 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def pytest_sessionfinish() -> None:
-    """At the end all of it goes, as ever."""
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m smoke` imports only the files that have such a test."""
+    if config.option.markexpr != "smoke" or not collection_path.name.startswith("test_"):
+        return None
+    return "mark.smoke" not in collection_path.read_text(encoding="utf-8") or None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
+    """At the end all of it goes, as ever; the last line is `in_words`."""
     gc.unfreeze()
+    result = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(in_words(reporter.stats))
+    return result
+
+
+def in_words(stats: Mapping[str, Sequence[Any]]) -> str:
+    """How many tests failed, passed and were skipped, and why they were: reports by outcome."""
+    kinds = ("failed", "error", "passed", "skipped")
+    counts = ", ".join(f"{len(stats[kind]):,} {kind}" for kind in kinds if stats.get(kind))
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in stats.get("skipped", ()))
+    why = "; ".join(f"{count} since {reason}" for reason, count in reasons.most_common())
+    return f"{counts or 'no tests'}{': ' if why else ''}{why}"
 
 
 @pytest.fixture(autouse=True)

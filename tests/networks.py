@@ -5,8 +5,10 @@ A network whose one peculiarity is what a test is about stands beside that test.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,43 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import SCENE_CLASSES, street_scene
+
+# -- networks that are made once -----------------------------------------------------------------------
+
+Make = TypeVar("Make", bound=Callable[..., Any])
+_PLAIN = (str, int, float, type(None), type, torch.dtype)
+_LARGEST = 16 << 20  # bytes of a network that is kept
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
+
+
+def made_once(make: Make) -> Make:
+    """What `make` builds, made once in a process for the same plain arguments and random numbers.
+
+    Each call gets a copy, and random numbers go on as if it had been made: a test sees no difference but in time.
+    """
+    kept: dict[Any, tuple[nn.Module, Tensor]] = {}
+
+    @wraps(make)
+    def copy_of(*args: Any, **options: Any) -> Any:
+        given = (*args, *((name, value) for name, value in options.items()))
+        if not _is_plain(given):
+            return make(*args, **options)
+        key = (given, torch.get_rng_state().numpy().tobytes())
+        if key not in kept:
+            made = make(*args, **options)
+            if sum(value.nbytes for value in made.state_dict().values()) > _LARGEST:
+                return made
+            kept[key] = copy.deepcopy(made), torch.get_rng_state()
+            return made
+        made, state = kept[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(made)
+
+    return cast(Make, copy_of)
+
 
 # -- random weights ------------------------------------------------------------------------------------
 
@@ -30,6 +69,7 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@made_once
 def build(name: str, dtype: torch.dtype = torch.float32, *, by: int = 1, **options: Any) -> nn.Module:
     """A torchvision network with random weights and a `by`-th of its channels; nothing is downloaded."""
     if torchvision.models.get_model_builder(name).__module__.startswith("torchvision.models.segmentation"):
@@ -164,6 +204,7 @@ def strided(
     return nn.Sequential(*layers).eval()
 
 
+@made_once
 def adapted_strided(mask: object = "edges", **options: Any) -> cs.AdaptiveModel:
     """Converted from output stride 32, for what a mask gives."""
     return cs.adaptify(strided(), mask, verify_laws=False, **options)
@@ -311,6 +352,7 @@ class PooledSegmenter(nn.Module):
         return {"out": F.interpolate(scores, size=x.shape[-2:], mode="bilinear", align_corners=False)}
 
 
+@made_once
 def adapted(mask: object = "edges:threshold=0.9,dilation=3", **options: Any) -> cs.AdaptiveModel:
     """A converted `PooledSegmenter`, for files and the Hub."""
     return cs.adaptify(randomise(PooledSegmenter()), mask, verify_laws=False, **options)

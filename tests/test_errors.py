@@ -14,7 +14,7 @@ from urllib.error import URLError
 import pytest
 import torch
 from conftest import assert_same, covering, rewritten
-from networks import build, strided
+from networks import build, made_once, strided
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ def trunk(channels: int = 4, classes: int = 2) -> nn.Module:
     return strided(channels=channels, outputs=classes)
 
 
+@made_once
 def adapted(mask: object = "none", **options: Any) -> cs.AdaptiveModel:
     return cs.adaptify(trunk(), mask, verify_laws=False, **options)
 

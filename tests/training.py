@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from networks import ResidualSegmenter, Segmenter, seeded
+from networks import ResidualSegmenter, Segmenter, made_once, seeded
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -43,6 +43,7 @@ def flip(image: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return (image.flip(-1), labels.flip(-1)) if seed % 2 else (image, labels)
 
 
+@made_once
 def adaptive(mask: object = "edges:threshold=0.2,dilation=3") -> cs.AdaptiveModel:
     torch.manual_seed(0)
     example = torch.zeros(1, 3, *SIZE)
@@ -55,11 +56,13 @@ def batch() -> tuple[tuple[Tensor, ...], Tensor]:
     return (torch.stack(images),), torch.stack(labels)
 
 
+@made_once
 def with_exits(threshold: float = 0.2) -> cs.AnytimeModel:
     torch.manual_seed(0)
     return cs.anytime(Segmenter().eval(), ["backbone.1", "backbone.2"], threshold=threshold, hidden=4)
 
 
+@made_once
 def with_sampler(sampler: object = "learned", **options: Any) -> cs.ResampledModel:
     torch.manual_seed(0)
     return cs.resample(Segmenter().eval(), sampler, 32, targets=TARGETS, **options)
@@ -70,5 +73,6 @@ def residual_segmenter() -> nn.Module:
     return seeded(ResidualSegmenter, torch.float32)
 
 
+@made_once
 def with_gates() -> cs.SampledModel:
     return cs.sample(residual_segmenter())

@@ -1046,6 +1046,7 @@ def test_a_truncated_file_is_refused_by_every_command_that_reads_one(
 # -- export --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_export_writes_a_program_that_gives_what_the_network_gives(run: Run, tmp_path: Path) -> None:
     """By name; figures as JSON."""
     result = run("export", "usernets:segmenter", "--size", "96x128", "--json")

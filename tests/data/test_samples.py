@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Segmenter, seeded
+from networks import Segmenter, made_once, seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -44,6 +44,7 @@ def network() -> nn.Module:
     return seeded(Segmenter, torch.float32)
 
 
+@made_once
 def adapted() -> cs.AdaptiveModel:
     return cs.adaptify(network(), "edges", verify_laws=False)
 

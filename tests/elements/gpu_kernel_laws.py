@@ -345,7 +345,7 @@ def test_the_caller_keeps_the_reversed_map() -> None:
 
 
 @pytest.mark.parametrize("fill", [pytest.param("nearest", marks=pytest.mark.slow), "linear"])
-@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_convolutions_on_elements_use_it(fill: Any, groups: int) -> None:
     """A stage and a plain convolution on a mixed lattice, with gradients, against float64 without the kernel."""
     geometry = Geometry((2, 2), fill=fill)

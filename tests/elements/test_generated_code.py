@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, covering, slow
 
 # A film under a threshold, with another number of elements in every image. Prints a line before each image.
 FILM = """
@@ -35,10 +35,14 @@ print("end", len(kept), flush=True)
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("name", "kernels"), [("resnet18", "1"), ("resnet18", "0"), ("mobilenet_v2", "1")])
-def test_a_film_makes_no_code(name: str, kernels: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    covering([("resnet18", "1"), ("mobilenet_v2", "1"), slow(("resnet18", "0"))], ["float32", "bfloat16"]),
+    ids=str,
+)
+def test_a_film_makes_no_code(case: tuple[str, str], dtype: str) -> None:
     """From the third image on. (Without kernels grouped convolutions are torch's, for which this does not hold.)"""
+    name, kernels = case
     environment = {**os.environ, "CADSURGERY_NATIVE": kernels, "ONEDNN_VERBOSE": "profile_create"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, "-c", FILM, name, dtype]

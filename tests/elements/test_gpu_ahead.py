@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from conftest import covering
 from elements.gpu_compiler import Compiled, compile_for
 
 from cadsurgery.elements.backends import gpu_tiles, triton_kernels
@@ -87,8 +88,7 @@ def compile_product(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.dtype}-{kind.precision}")
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize(("kind", "residual"), covering(KINDS, [False, True]))
 def test_every_tile_of_a_product_fits(kind: Kind, capability: int, residual: bool) -> None:
     tiles = gpu_tiles.usable_products(
         256, kind.size, gpu_tiles.kind_of(kind.is_full, residual), device_of(capability)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels
-from networks import randomise
+from networks import made_once, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -70,6 +70,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 TYPES = (torch.float32, torch.float64)
 
 
+@made_once
 def convert(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
     model = randomise(NETWORKS[name]()).to(dtype)
     strides = (4, 8) if name == "resized from the fine size" else (2, 8)

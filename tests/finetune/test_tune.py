@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import Run, images
+from networks import made_once
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -200,6 +201,7 @@ class Tiny(nn.Module):
         return x.mean((2, 3)) if self.kind == "vectors" else x
 
 
+@made_once
 def adaptive(kind: str = "classes") -> cs.AdaptiveModel:
     return cs.adaptify(Tiny(kind).eval(), "edges", output_stride=(2, 4), verify_laws=False)
 

@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, slow
 
 from cadsurgery.kernels import build, isa
 
@@ -91,12 +91,6 @@ def run_laws(name: str, *options: str, library: Path | None = None) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def test_the_laws_hold_for_the_forms_of_an_instruction_set() -> None:
-    """One of them; the slow part has all."""
-    skip_unless_run_here("sse4")
-    run_laws("sse4", "-k", CHOSEN)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", isa.ISAS)
 def test_all_cases_of_the_laws_hold_for_the_forms_of_every_instruction_set(name: str) -> None:
@@ -110,7 +104,7 @@ on_x86 = pytest.mark.skipif(build.architecture() != "x86-64", reason="AMX is of 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
+@pytest.fixture(params=[slow("scalar"), "avx2", slow("avx512")])
 def emulating(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The compiler's command, for a table in which amx is emulated beside an instruction set that the processor has."""
     beside = next((one for one in build.instruction_sets() if one.name == request.param), None)

@@ -12,16 +12,16 @@ import pytest
 import torch
 import torchvision
 from conftest import assert_same, slow
-from networks import randomise
+from networks import build, randomise
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import cadsurgery as cs
 
 DETECTORS = [
-    *("ssdlite320_mobilenet_v3_large", slow("fasterrcnn_resnet50_fpn")),
+    *("retinanet", slow("ssdlite320_mobilenet_v3_large"), slow("fasterrcnn_resnet50_fpn")),
     *(slow("retinanet_resnet50_fpn"), slow("fcos_resnet50_fpn"), slow("maskrcnn_resnet50_fpn")),
     *(slow("keypointrcnn_resnet50_fpn"), slow("ssd300_vgg16")),
 ]
@@ -29,18 +29,23 @@ DETECTORS = [
 
 def detector(name: str) -> nn.Module:
     """With random weights, for small images, and thresholds that let detections through."""
+    if name == "retinanet":
+        return retinanet()
     options: dict[str, Any] = {} if "ssd" in name else {"min_size": 128, "max_size": 192}
     options["box_score_thresh" if "rcnn" in name else "score_thresh"] = 0.0
     return randomise(torchvision.models.get_model(name, weights=None, weights_backbone=None, **options))
 
 
 def retinanet() -> nn.Module:
-    """On ResNet-18 and for few classes, for what holds for any detector."""
-    levels = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
-    backbone = resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, **levels
+    """On a narrow ResNet-18 and for few classes, for what holds for any detector."""
+    backbone = BackboneWithFPN(
+        build("resnet18", by=8),
+        {f"layer{number}": str(number) for number in (2, 3, 4)},
+        [16, 32, 64],
+        32,
+        LastLevelP6P7(32, 32),
     )
-    return randomise(RetinaNet(backbone, num_classes=5, min_size=128, max_size=192, score_thresh=0.0))
+    return randomise(RetinaNet(backbone, num_classes=5, min_size=64, max_size=96, score_thresh=0.0))
 
 
 def pictures() -> list[Tensor]:

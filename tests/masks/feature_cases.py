@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from conftest import images
-from networks import SureSegmenter
+from networks import SureSegmenter, made_once
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -20,6 +20,7 @@ def trunk(classes: int = 5) -> nn.Module:
     return SureSegmenter(classes).eval()
 
 
+@made_once
 def converted(mask: object = "none", model: nn.Module | None = None, **options: Any) -> cs.AdaptiveModel:
     """Strides 4 to 16, two levels below the high one."""
     options = {"output_stride": (4, 16), "example_input": images(1, *SIZE), "verify_laws": False, **options}

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import made_once
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -41,6 +42,7 @@ def grid_of(size: Size, batch: int = 2, stride: int = 1, low: int = 3) -> FineMa
     return FineMapSpec(batch, (-(-size[0] // stride), -(-size[1] // stride)), stride, low, 2**low, 2**low)
 
 
+@made_once
 def net(mask: object = "none", **options: Any) -> cs.AdaptiveModel:
     """Output stride 8 by three pools, all of them adaptive."""
     layers: list[nn.Module] = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run, assert_same
-from networks import strided
+from networks import made_once, strided
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -79,6 +79,7 @@ def scenes(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.stack([street_scene(96, 150, seed) for seed in (0, 1)]).to(dtype)
 
 
+@made_once
 def adapted(name: str, mask: object = "edges", **options: Any) -> cs.AdaptiveModel:
     return cs.adaptify(Folded(*CONVENTIONS[name]), mask, verify_laws=False, **options)
 

@@ -16,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, slow
 from decisions import decide
-from networks import Chain, Classifier, InvertedBottleneck, build, conv_norm, randomise, seeded, thin
+from networks import (
+    Chain,
+    Classifier,
+    InvertedBottleneck,
+    build,
+    conv_norm,
+    made_once,
+    randomise,
+    seeded,
+    thin,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,6 +87,7 @@ def network(name: str = "chain", dtype: torch.dtype = torch.float64, seed: int =
     return seeded(NETWORKS[name][0], dtype, seed)
 
 
+@made_once
 def anytime(name: str = "chain", dtype: torch.dtype = torch.float64, **options: Any) -> cs.AnytimeModel:
     torch.manual_seed(1)
     net = cs.anytime(network(name, dtype), **{"threshold": 0.9, **options})

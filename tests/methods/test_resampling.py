@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TOLERANCE, assert_same, covering, images, slow
-from networks import Chain, Classifier, build, randomise
+from networks import Chain, Classifier, build, made_once, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -465,6 +465,7 @@ class Several(Chain):
         return {"out": y, "more": [y[:, :2, ::2, ::2], y.mean((2, 3))], "note": "text"}
 
 
+@made_once
 def resampled(sampler: object = "uniform", size: Any = 32, model: type[Chain] = Chain, **options: Any) -> Any:
     net = cs.resample(randomise(model()).eval(), sampler, size, **options)
     if isinstance(net.sampler, resampling.LearnedSampler):

@@ -259,7 +259,7 @@ def test_gates_are_open_at_first_and_the_sparse_loss_says_so() -> None:
     assert float(net.sparse_loss().detach()) == pytest.approx(0.952574, abs=1e-6)
     for gate in net.gates:
         assert not gate.weight.any()
-        assert float(gate.bias) == 3
+        assert gate.bias.item() == 3
         assert float(gate.width) == 3
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import ManyOperations, randomise
+from networks import ManyOperations, made_once, randomise
 from torch import Tensor
 
 import cadsurgery as cs
@@ -18,6 +18,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 NOT_OF_INT8 = {"Where", "Min", "Max"}
 
 
+@made_once
 def net(mask: Any = "edges", **options: Any) -> cs.AdaptiveModel:
     torch.manual_seed(0)
     return cs.adaptify(randomise(ManyOperations()).eval(), mask, verify_laws=False, **options)

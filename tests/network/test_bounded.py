@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, images, random_levels
-from networks import randomise
+from networks import made_once, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -44,6 +44,7 @@ class Network(nn.Module):
         return self.last(x * x.mean((2, 3), keepdim=True).sigmoid())
 
 
+@made_once
 def adapted(mask: object = "edges") -> cs.AdaptiveModel:
     example = images(1, 64, 96)
     return cs.adaptify(randomise(Network()), mask, example_input=example, verify_laws=False)

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torchvision
 from conftest import images, relative_error, slow
-from networks import Segmenter, build, randomise
+from networks import Segmenter, Undecided, build, randomise, strided
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from training import SIZE, Scenes, adaptive
@@ -230,16 +229,15 @@ def test_what_cannot_be_cached_is_refused(data: Any, options: dict[str, Any], wo
         cs.CachedStem(adaptive(), data, **options)
 
 
-def detector() -> cs.AdaptiveModel:
-    model = torchvision.models.get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None)
-    return cs.adaptify(model, "none", verify_laws=False)
+def host() -> cs.AdaptiveModel:
+    return cs.adaptify(Undecided(strided()), "none", verify_laws=False)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (Segmenter, "adaptive as a whole"),
-        (detector, "adaptive as a whole"),
+        (host, "adaptive as a whole"),
         (lambda: adaptive().eval().optimize(), "optimised"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Segmenter, seeded
+from networks import Segmenter, made_once, seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
@@ -19,6 +19,7 @@ from cadsurgery.network.model import AdaptiveModel, images_to_calibrate
 SCENES = cs.open_data("scene:4,height=48,width=64")
 
 
+@made_once
 def adapted(**options: Any) -> AdaptiveModel:
     options = {"normalisation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), **options}
     return cs.adaptify(seeded(Segmenter, torch.float32), "edges", verify_laws=False, **options)

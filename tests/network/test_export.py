@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, images, picture, random_levels
+from conftest import assert_same, images, picture, random_levels, slow
 from exported import File, net
 from networks import randomise, strided
 from torch import Tensor, nn
@@ -267,6 +267,7 @@ def test_half_precision_halves_the_file(tmp_path: Path) -> None:
     assert sizes[1] < sizes[0] / 2
 
 
+@pytest.mark.filterwarnings("ignore:.*convolutions of rows in the file are depthwise or grouped")
 def test_refusals_name_the_way_round_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,7 +375,7 @@ class OfDictionary(nn.Module):
         return {"scores": self.body(data["photo"])}
 
 
-@pytest.mark.parametrize("form", ["dictionary", "image"])
+@pytest.mark.parametrize("form", ["dictionary", slow("image")])
 def test_the_image_of_a_dictionary_is_an_input_by_its_name(form: str, tmp_path: Path) -> None:
     image, other = picture(1, 64, 96), picture(2, 64, 96).flip(3)
     model = cs.adaptify(OfDictionary().eval(), "edges", example_input=({"photo": image},), verify_laws=False)
@@ -403,7 +404,7 @@ def of_scaled(mask: str = "edges") -> cs.AdaptiveModel:
     return cs.adaptify(Scaled().eval(), mask, example_input=example, verify_laws=False)
 
 
-@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+@pytest.mark.parametrize("engine", ["onnx", slow("openvino")])
 def test_every_tensor_of_a_dictionary_is_an_input_by_its_name(engine: str, tmp_path: Path) -> None:
     if engine == "openvino":
         pytest.importorskip("openvino")
@@ -417,6 +418,7 @@ def test_every_tensor_of_a_dictionary_is_an_input_by_its_name(engine: str, tmp_p
         assert_same(run(other["photo"], other["scale"])["scores"], model(other)["scores"], 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:the network is compiled before it has seen a picture")
 def test_a_program_takes_every_tensor_of_a_dictionary(tmp_path: Path) -> None:
     model, image = of_scaled("edges | budget:fraction=0.3"), picture(1, 64, 96)
     report = cs.export(model, scaled(image, 2.0), tmp_path / "net.pt2")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run, images, rewritten
-from networks import randomise, strided
+from networks import made_once, randomise, strided
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -50,6 +50,7 @@ def corner_points(image: Tensor) -> list[Tensor]:
     return [torch.zeros(1, 2) for _ in image]
 
 
+@made_once
 def adapted(mask: object = "edges:threshold=0.9,dilation=3") -> cs.AdaptiveModel:
     torch.manual_seed(0)
     return cs.adaptify(trunk(), mask, verify_laws=False, example_input=torch.zeros(1, 3, 32, 32))

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import Cap, Run, assert_same, picture
+from conftest import Cap, Run, assert_same, picture, slow
 from exported import File
-from networks import randomise
+from networks import made_once, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -54,6 +54,7 @@ class Kinds(nn.Module):
         return self.groups(x)
 
 
+@made_once
 def net(mask: Any = "edges:threshold=0.9,dilation=3", **options: Any) -> cs.AdaptiveModel:
     torch.manual_seed(0)
     return cs.adaptify(
@@ -789,7 +790,8 @@ def test_a_weight_of_other_channels_is_refused(tmp_path: Path) -> None:
         InOpenVino(tmp_path / "one.onnx", threads=2).run(feed)
 
 
-@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize("with_kernels", [True, slow(False)])
+@pytest.mark.filterwarnings("ignore:.*convolutions of rows in the file are depthwise or grouped")
 def test_a_file_says_how_it_is_opened_and_is_refused_elsewhere(
     tmp_path: Path, command_line: Run, with_kernels: bool
 ) -> None:

@@ -12,9 +12,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from conftest import images, relative_error, slow
-from networks import Segmenter, build, randomise, thin
+from networks import Segmenter, Undecided, build, randomise, strided, thin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from training import SIZE, Scenes, adaptive
@@ -355,8 +354,7 @@ def test_what_cannot_be_blended_is_refused(
 
 
 def test_a_network_that_only_hosts_an_adaptive_part_is_refused() -> None:
-    model = torchvision.models.get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None)
-    net = cs.adaptify(model, "none", verify_laws=False)
+    net = cs.adaptify(Undecided(strided()), "none", verify_laws=False)
     with pytest.raises(cs.InvalidInput, match="adaptive as a whole"):
         Blend(net)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import made_once
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -41,6 +42,7 @@ class Host(nn.Module):
         return found["eighth"] if bool(x.sum() > 0) else found["eighth"].clone()
 
 
+@made_once
 def adapted(model: nn.Module | None = None) -> cs.AdaptiveModel:
     torch.manual_seed(0)
     return cs.adaptify((model or Backbone()).eval(), "edges", example_input=torch.randn(1, 3, 64, 64))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_same, images, random_levels, slow
-from networks import randomise
+from networks import made_once, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -33,6 +33,7 @@ def image(batch: int, height: int, width: int) -> Tensor:
     return padded(images(batch, height, width, torch.float64))
 
 
+@made_once
 def converted(mask: object = "all", **options: object) -> cs.AdaptiveModel:
     return cs.adaptify(network(STRIDES), mask, output_stride=(1, 4), region=REGION, **options)  # type: ignore[arg-type]
 
@@ -77,7 +78,7 @@ def test_padding_adds_zeros_on_the_right_and_at_the_bottom(size: tuple[int, int]
 # -- converted: the last convolution -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fill", ["linear", "nearest", "guided"])
+@pytest.mark.parametrize("fill", ["linear", slow("nearest"), slow("guided")])
 def test_everything_high_is_the_published_network(fill: str) -> None:
     x = image(2, 50, 90)
     assert_same(converted(fill=fill)(x), network()(x))

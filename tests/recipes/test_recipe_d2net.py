@@ -21,6 +21,7 @@ from conftest import assert_same, covering, relative_error, slow
 from emulation import Emulation, emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import made_once
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -56,6 +57,7 @@ def trunk(dtype: torch.dtype = torch.float32, output_stride: int = 8, seed: int 
     return net.to(dtype)
 
 
+@made_once
 def adapted(high: int, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
     """A trunk with the published options."""
     example = torch.zeros(1, 3, 16, 16, dtype=dtype)
@@ -258,6 +260,7 @@ def test_a_released_state_is_loaded_and_written_back_bit_for_bit() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:weights from")
 def test_every_way_to_load_a_released_file_gives_the_same(tmp_path: Path) -> None:
     """By the recipe, strictly into a trunk, by name, into a converted network, from each kind of file."""
     state, x, net = released(), images(1, (16, 24)), trunk()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, random_levels
+from networks import made_once
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ def image(batch: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
     return images(batch, *size, torch.float64)
 
 
+@made_once
 def converted(mask: str, **options: object) -> cs.AdaptiveModel:
     return cs.adaptify(network(), mask, example_input=image(1), **options)  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import covering, relative_error
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -83,8 +83,7 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("is_called_before", [False, True])
+@pytest.mark.parametrize(("name", "is_called_before"), covering([*CHANGES], [False, True]))
 @torch.no_grad()
 def test_a_change_is_followed_or_refused(name: str, is_called_before: bool, tmp_path: Path) -> None:
     """In the network itself, in its optimised copy, in its file."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import covering, relative_error
 from torch import Tensor, fx, nn
 
 import cadsurgery as cs
@@ -162,8 +162,7 @@ def check(net: nn.Module, model: nn.Module, dtype: torch.dtype = torch.float32) 
             assert relative_error(net(image.to(dtype)).float(), model(image)) < limit
 
 
-@pytest.mark.parametrize("is_called", [False, True], ids=["new", "called"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "is_called"), covering([*WAYS], [False, True]))
 def test_what_is_kept_is_computed_in_each_call(way: str, is_called: bool, tmp_path: Path) -> None:
     model = WAYS[way]().eval()
     if is_called:
@@ -190,8 +189,7 @@ def all_held(model: nn.Module) -> Any:
     return [walk(vars(module)) for module in model.modules()]
 
 
-@pytest.mark.parametrize("is_called", [False, True], ids=["new", "called"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "is_called"), covering([*WAYS], [False, True]))
 def test_the_network_given_is_what_it_was(way: str, is_called: bool) -> None:
     model = WAYS[way]().eval()
     if is_called:

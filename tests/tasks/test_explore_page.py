@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from PIL import Image
 from cadsurgery.data.images import street_scene
 from cadsurgery.support.errors import CadError
 from cadsurgery.support.progress import silent
-
-pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'cadsurgery[explore]'")
-
 from cadsurgery.tasks.explore import open_subject
 from cadsurgery.tasks.explore_page import HOST, launch, make_page, serve
+
+pytestmark = pytest.mark.skipif(
+    find_spec("gradio") is None, reason="Gradio is not installed: pip install 'cadsurgery[explore]'"
+)
+
 
 SHOW = ("a photo.png", "street 1", "edges", "threshold", 0.2, 0.3, "8 to 16", "linear")
 

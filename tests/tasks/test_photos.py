@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TESTS, Run
-from networks import Segmenter
+from networks import Segmenter, made_once
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ def segmenter(kind: type[nn.Module] = Segmenter) -> nn.Module:
     return model.eval()
 
 
+@made_once
 def converted(mask: str = MASK, kind: type[nn.Module] = Segmenter) -> cs.AdaptiveModel:
     return cs.adaptify(segmenter(kind), mask, output_stride=(4, 16), verify_laws=False)
 

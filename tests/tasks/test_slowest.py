@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TESTS
+from conftest import ROOT, TESTS, slow
 from networks import NamedParts
 from torch import Tensor
 
@@ -52,7 +52,9 @@ class Sleepy(Torch):
         return super().convolve(work)
 
 
-@pytest.mark.parametrize(("channels", "layer"), [((4, 8), "body.0"), ((8, 8), "body.3"), ((8, 5), "head")])
+@pytest.mark.parametrize(
+    ("channels", "layer"), [slow((4, 8), "body.0"), ((8, 8), "body.3"), slow((8, 5), "head")]
+)
 def test_the_slow_layer_is_named_with_its_operation(
     fast: AdaptiveModel, monkeypatch: pytest.MonkeyPatch, channels: tuple[int, int], layer: str
 ) -> None:
