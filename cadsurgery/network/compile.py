@@ -54,11 +54,18 @@ class Bucketed(nn.Module):
             options: options of torch.compile, such as `mode` or `backend`.
 
         Raises:
-            InvalidInput: the network is not converted or only hosts a converted part, or `per_octave` is below 1.
+            InvalidInput: the network is not converted or only hosts a converted part, it has floors, or `per_octave`
+                is below 1.
         """
         super().__init__()
         part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
         program = whole_program(net, "cannot be bucketed", part)
+        if net.geometry.floors:
+            raise InvalidInput(
+                "a network with floors cannot be bucketed.",
+                why="its kept cells are small dense maps, as many as the mask keeps: it is no graph of static shapes.",
+                next="run net.optimize() itself, which is for CPUs; on a GPU keep the network as given.",
+            )
         if per_octave < 1:
             raise InvalidInput(f"per_octave={per_octave}.", next="use a positive number such as 4.")
         self.net, self.per_octave, self.options = net, per_octave, options

@@ -210,6 +210,22 @@ def test_a_file_brings_the_floors_back(tmp_path: Any) -> None:
         assert torch.equal(loaded(x), net(x))
 
 
+@pytest.mark.slow
+def test_a_file_for_engines_gives_what_the_network_gives(tmp_path: Any) -> None:
+    """An export compares its file with the network, at other sizes too."""
+    pytest.importorskip("onnxruntime")
+    x = torch.rand(1, 3, 64, 96)
+    net = cs.adaptify(network("unet", torch.float32), "edges", coarsest=16, example_input=x)
+    report = cs.export(net, x, tmp_path / "net.onnx", dynamic=True)
+    assert report.difference < 1e-4 and len({shape[2:] for shape in report.compared}) > 1
+
+
+def test_it_cannot_be_bucketed() -> None:
+    net = cs.adaptify(network("unet", torch.float32), "edges", coarsest=16, verify_laws=False)
+    with pytest.raises(cs.InvalidInput, match="with floors cannot be bucketed"):
+        cs.Bucketed(net)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
