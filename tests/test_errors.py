@@ -13,7 +13,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import assert_same, covering, rewritten
+from conftest import assert_same, covering, rewritten, slow
 from networks import build, made_once, strided
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -478,7 +478,7 @@ def test_an_operation_without_a_rule_never_runs_on_elements(position: int, name:
     assert_same(output[:, :, ::step, ::step], expected)
 
 
-@pytest.mark.parametrize("names", [["layer4"], ["layer3", "layer4"], ["layer3.0", "layer3.1"]])
+@pytest.mark.parametrize("names", [["layer4"], slow(["layer3", "layer4"]), slow(["layer3.0", "layer3.1"])])
 def test_a_region_by_names_has_the_networks_own_strides_and_nothing_else(names: list[str]) -> None:
     model = build("resnet18")
     found, whole = cs.plan(model, region=names), cs.plan(model)

@@ -71,6 +71,8 @@ class State:
     def restore(self) -> None:
         """Put everything back that was replaced, added or removed, but modes of modules and torch.fx's constants."""
         for _, held, contents in self._noted:
+            if not _differs(held, contents):  # most of them: a call changes few attributes
+                continue
             if isinstance(contents, dict):
                 contents = contents | {key: value for key, value in held.items() if _is_of_torch(key)}
             if _differs(held, contents):
@@ -181,10 +183,12 @@ def _contents(held: Any) -> Any:
 
 
 def _differs(held: Any, contents: Any) -> bool:
-    now = _contents(held)
-    if isinstance(now, dict):
-        now, contents = ([part for pair in parts.items() for part in pair] for parts in (now, contents))
-    return len(now) != len(contents) or any(a is not b for a, b in zip(now, contents, strict=True))
+    if len(held) != len(contents):
+        return True
+    if not isinstance(held, dict):
+        return any(a is not b for a, b in zip(held, contents, strict=True))
+    pairs = zip(held.items(), contents.items(), strict=True)
+    return any(a is not b or value is not other for (a, value), (b, other) in pairs)
 
 
 def _refill(held: Any, contents: Any) -> None:

@@ -903,6 +903,7 @@ def test_convert_says_once_that_no_mask_has_an_effect(run: Run) -> None:
     assert told.out.count("gains nothing") == 1  # of the plan
 
 
+@pytest.mark.slow
 def test_convert_lists_adapted_operations_only_where_there_are_some(run: Run) -> None:
     """In a network that dilates where others stride, nothing of the region changes."""
     quick = options("--rounds", 0, "--no-verify", size=(64, 96))

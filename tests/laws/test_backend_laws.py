@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ def named(name: str) -> Backend:
     return next(backend for backend in BACKENDS if backend.name == name)
 
 
+@cache
 def lattice(kind: str, fill: str = "linear") -> Lattice:
     """Two images of 13 x 10 fine pixels after one of two stages."""
     geometry = Geometry((2, 2), fill=fill)  # type: ignore[arg-type]

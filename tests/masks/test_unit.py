@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, assert_same
+from conftest import Run, assert_same, covering
 from networks import made_once, strided
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -93,8 +93,7 @@ def levels(net: cs.AdaptiveModel, image: Tensor, **options: Any) -> Tensor:
 # -- the law -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("mask", OF_IMAGES)
+@pytest.mark.parametrize(("name", "mask"), covering([*OTHERS], [*OF_IMAGES]))
 def test_the_same_picture_has_the_same_level_map_on_every_network(mask: str, name: str) -> None:
     """In float64 rounding decides nothing here."""
     first = adapted("imagenet", mask, normalisation=IMAGENET)

@@ -231,8 +231,7 @@ def test_rows_where_they_are_needed_are_those_of_whole_maps(
                 assert near.double().mean() > 0.98
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("name", "dtype"), covering([*NETWORKS], TYPES))
 def test_with_threshold_one_it_is_the_plain_network_with_exits(name: str, dtype: torch.dtype) -> None:
     net, x = anytime(name, dtype, threshold=1.0), images(2, 61, 83, dtype)
     model = network(name, dtype)

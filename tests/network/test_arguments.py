@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import relative_error
+from conftest import covering, relative_error
 from networks import build, conv_norm, randomise
 from torch import nn
 
@@ -178,8 +178,7 @@ def test_transforms_of_images_are_refused_with_what_to_use(name: str) -> None:
     assert "torch.autograd.grad" in caught.value.next and "functional_call" in caught.value.next
 
 
-@pytest.mark.parametrize("optimised", [False, True])
-@pytest.mark.parametrize("compiler", ["trace", "script"])
+@pytest.mark.parametrize(("compiler", "optimised"), covering(["trace", "script"], [False, True]))
 def test_torchscript_is_refused_with_what_to_use(compiler: str, optimised: bool) -> None:
     """Before a first call and after it, and as a part of another module."""
     net: nn.Module = cs.adaptify(

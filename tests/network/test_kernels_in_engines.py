@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import Cap, Run, assert_same, picture, slow
+from conftest import Cap, Run, assert_same, covering, picture, slow
 from exported import File
 from networks import made_once, randomise
 from torch import Tensor, nn
@@ -330,9 +330,9 @@ def quantised_call(path: Path, kind: Kind, low: float = 0.0, residual: bool = Fa
     return feed
 
 
-@pytest.mark.parametrize("isa", ["", "avx2", "scalar", "sse4"])
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "residual", "isa"), covering([*KINDS], [False, True], ["", "avx2", "scalar", "sse4"])
+)
 def test_a_convolution_between_8_bits_is_the_one_in_floating_point(
     kind: str, residual: bool, isa: str, tmp_path: Path, cap_kernels: Cap
 ) -> None:

@@ -279,6 +279,7 @@ def deeplab(output_stride: tuple[int, int]) -> cs.AdaptiveModel:
     )
 
 
+@pytest.mark.slow
 def test_resnet101_costs_what_is_published_for_its_convolutions() -> None:
     trunk = nn.Sequential(*list(of_zeros(torchvision.models.resnet101).children())[:-2]).eval()
     report = cs.adaptify(trunk, "all", example_input=images(1, 64, 64), verify_laws=False).macs(LARGE)
@@ -292,6 +293,7 @@ def test_resnet101_costs_what_is_published_for_its_convolutions() -> None:
     [slow((8, 16), 4.31252e11, 9.27418e11), ((8, 32), 3.56978e11, 8.90281e11)],
     ids=str,
 )
+@pytest.mark.slow
 def test_the_published_rule_gives_the_published_totals(
     output_stride: tuple[int, int], low: float, half: float
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,8 +65,9 @@ def test_an_improvement_is_larger_than_its_error(change: float, error: float, im
 
 def test_an_improvement_on_few_pictures_must_be_larger() -> None:
     """As by Student's t, within some hundredths."""
+    stats = pytest.importorskip("scipy.stats")
     for count in (2, 3, 7, 30, 1000):
-        quantile = scipy.stats.t.ppf(scipy.stats.norm.cdf(1), count - 1) * math.sqrt(count / (count - 1))
+        quantile = stats.t.ppf(stats.norm.cdf(1), count - 1) * math.sqrt(count / (count - 1))
         assert not Estimate(0.5, 0.95 * quantile, 1.0, count).is_improvement
         assert Estimate(0.5, 1.05 * quantile, 1.0, count).is_improvement
 

@@ -343,6 +343,7 @@ def test_an_interrupted_run_reports_and_goes_on(
         run(photos, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_before_it_goes_on_reports_what_it_had(
     photos: Path, tmp_path: Path
 ) -> None:
@@ -357,6 +358,7 @@ def test_a_run_that_is_interrupted_before_it_goes_on_reports_what_it_had(
     assert again.end == "interrupted" and [one.macs for one in again.rows] == [one.macs for one in whole.rows]
 
 
+@pytest.mark.slow
 def test_the_network_that_is_passed_stays_as_it_is(photos: Path, tmp_path: Path) -> None:
     model = seeded(Segmenter, torch.float32).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -385,6 +387,7 @@ def test_settings_are_measured_in_an_engine_and_in_other_precisions(
     assert report.rows[0].macs > 0 and not report.refused
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_a_broken_photo_is_left_out(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,6 +511,7 @@ def test_a_converted_file_is_judged_as_the_network_before_the_conversion(
     assert again.code == 0, again.err
 
 
+@pytest.mark.slow
 def test_adapters_of_a_converted_network_are_left_out_with_a_warning(photos: Path, tmp_path: Path) -> None:
     model = segmenter()
     net = cs.adaptify(model, "edges", output_stride=(8, 16), example_input=torch.rand(1, 3, 64, 96))
