@@ -63,6 +63,14 @@ def pytest_report_header() -> str:
     return f"processor: {processor_in_words() or 'unknown'}; {isa.in_words()}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let warnings be errors in the tests that everybody runs: the slow ones write files of, and compile, networks for
+    which the package warns on purpose."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
 def pytest_collection_finish() -> None:
     """What is there now stays; only what tests make is searched for garbage."""
     gc.freeze()
