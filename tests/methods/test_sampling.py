@@ -260,7 +260,7 @@ def test_gates_are_open_at_first_and_the_sparse_loss_says_so() -> None:
     for gate in net.gates:
         assert not gate.weight.any()
         assert gate.bias.item() == 3
-        assert float(gate.width) == 3
+        assert gate.width.item() == 3
 
 
 def test_the_temperature_falls_in_training_alone() -> None:
