@@ -74,6 +74,7 @@ def check_difference(
     )
 
 
+@torch.no_grad()
 def rounding_of(net: AdaptiveModel, images: Iterable[Tensor]) -> float:
     """Return the largest difference of a network's outputs from those in float64, at the same level maps; NaN if it
     cannot run in float64."""
