@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -272,6 +273,14 @@ def segmenter() -> nn.Module:
     """A `Segmenter` with the same weights whenever it is called, for networks by `module:function`."""
     torch.manual_seed(0)
     return Segmenter()
+
+
+def saved_segmenter(path: Path) -> Path:
+    """Write a converted `segmenter`, and return its file."""
+    model = cs.build_model("networks:segmenter").eval()
+    net = cs.adaptify(model, "edges", output_stride=(8, 16), normalisation="raw", verify_laws=False)
+    cs.save(net, path)
+    return path
 
 
 class ResidualSegmenter(nn.Module):

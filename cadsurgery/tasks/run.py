@@ -20,6 +20,7 @@ from cadsurgery.data import stores
 from cadsurgery.data.clips import WRITTEN, is_clip
 from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
 from cadsurgery.data.networks import class_names
+from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import FLOAT
@@ -263,8 +264,7 @@ def _count_workers(
         )
     if workers is not None or needs_one or device.type != "cpu":
         return workers or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, cores if images is None else images // _FOR_A_PROCESS))
+    return max(1, cores() if images is None else min(cores(), images // _FOR_A_PROCESS))
 
 
 def _check_options(converted: nn.Module, kind: Kind | None, until: float, batch: int, precision: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT
+from networks import saved_segmenter
 from PIL import Image
 
 import cadsurgery as cs
@@ -44,10 +45,7 @@ ENVIRONMENT = {
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small converted segmentation network."""
     path = tmp_path_factory.mktemp("many") / "net.safetensors"
-    model = cs.build_model("networks:segmenter").eval()
-    net = cs.adaptify(model, "edges", output_stride=(8, 16), normalisation="raw", verify_laws=False)
-    cs.save(net, path)
-    return path
+    return saved_segmenter(path)
 
 
 @pytest.fixture(scope="session")

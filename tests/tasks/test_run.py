@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import saved_segmenter
 from PIL import Image
 
 import cadsurgery as cs
@@ -34,10 +35,7 @@ FRAMES = 5
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted segmentation network."""
     path = tmp_path_factory.mktemp("run") / "net.safetensors"
-    model = cs.build_model("networks:segmenter").eval()
-    net = cs.adaptify(model, "edges", output_stride=(8, 16), normalisation="raw", verify_laws=False)
-    cs.save(net, path)
-    return path
+    return saved_segmenter(path)
 
 
 @pytest.fixture

@@ -40,7 +40,8 @@ def write_program(
         CannotConvert: torch.export cannot follow the network, or the program's outputs differ.
     """
     step("tracing")
-    _check_outputs(net(image))
+    output = net(image)
+    _check_outputs(output)
     program = follow(net, image, *further_inputs(net).values())
     step("writing")
     with warnings.catch_warnings():
@@ -48,7 +49,13 @@ def write_program(
         warnings.filterwarnings("ignore", "No complete tensor found")
         torch.export.save(program, path)
     run = torch.export.load(path).module()
-    return _compare(net, run, image, other, step)
+    others = more_images(image, other)
+    largest = check_difference(
+        difference(run(one, *further_inputs(net).values()), net(one))
+        for one in counted(others, step, "comparing, batch")
+    )
+    compared = tuple(tuple(one.shape) for one in others)
+    return Comparison(largest, compared, ("image",), output_names(output)), tuple(image.shape)
 
 
 def _check_outputs(output: object) -> None:
@@ -82,15 +89,3 @@ def follow(net: nn.Module, image: Tensor, *rest: Tensor) -> torch.export.Exporte
             why=describe_error(error),
             next="convert a network without data-dependent control flow, as in detectors.",
         ) from error
-
-
-def _compare(net: AdaptiveModel, run: object, image: Tensor, other: Tensor | None, step: Step) -> Written:
-    others = more_images(image, other)
-    largest = check_difference(
-        difference(run(one, *further_inputs(net).values()), net(one))  # type: ignore[operator]
-        for one in counted(others, step, "comparing, batch")
-    )
-    names = output_names(net(image))
-    return Comparison(largest, tuple(tuple(one.shape) for one in others), ("image",), names), tuple(
-        image.shape
-    )
