@@ -35,7 +35,7 @@ class Predict:
     The column `bytes` holds picture files, as `ray.data.read_binary_files` reads them, or the column `image` arrays
     (H, W, 3) uint8, as `ray.data.read_images` does. It is replaced by `prediction`, a PNG file of the classes or an
     array (H, W); `active_fraction`, missing for networks of other methods; and `error`. A picture that failed has an
-    error and no prediction. Other columns stay.
+    error and no prediction. Other columns stay::
 
         pictures = ray.data.read_parquet("pictures").map_batches(
             cadsurgery.ray.Predict, fn_constructor_args=("net.safetensors",), batch_size=32, concurrency=4
