@@ -187,8 +187,8 @@ def read_rows(table: Tensor, has_outside: bool = False) -> Reading:
 
 def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
     """Return a reading of flat fine pixels `points` (int64, any shape); padding is read where `inside` is False."""
-    if inside is None and lattice.part is None and _is_found(lattice):
-        table, sources, mix = _find_taps(lattice, points.flatten(), lattice.size, ([0], [0]))
+    if inside is None and lattice.part is None and is_found(lattice):
+        table, sources, mix = find_taps(lattice, points.flatten(), lattice.size, ([0], [0]))
         return Reading(table.view(points.shape), sources, mix, False)
     if inside is None and lattice.part is None and _is_found_on_gpu(lattice):
         reading = _find_on_gpu(lattice, points.flatten(), lattice.size, ([0], [0]), False)
@@ -362,8 +362,8 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     )
     padding = (before, after, above, below)
     has_outside = not is_statically_true(most(most(before, after), most(above, below)) == 0)
-    if target.capacity is None and _is_found(source):
-        return Reading(*_find_taps(source, target.anchors, target.size, (down, across)), has_outside)
+    if target.capacity is None and is_found(source):
+        return Reading(*find_taps(source, target.anchors, target.size, (down, across)), has_outside)
     if _is_found_on_gpu(source):
         return _find_on_gpu(source, target.anchors, target.size, (down, across), has_outside)
     outside = _OUTSIDE if source.is_open else source.count
@@ -378,7 +378,7 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     return _with_halo(source, table, has_outside)
 
 
-def _is_found(lattice: Lattice) -> bool:
+def is_found(lattice: Lattice) -> bool:
     """Return True if taps of a lattice are found by compiled code, or by one operation of a graph."""
     return lattice.capacity is None and maps.supports(lattice.levels)
 
@@ -395,7 +395,7 @@ def _find_on_gpu(
     steps: tuple[list[int], list[int]],
     has_outside: bool,
 ) -> Reading:
-    """Return the reading of taps so many fine pixels down and across from `targets`, see `_find_taps`."""
+    """Return the reading of taps so many fine pixels down and across from `targets`, see `find_taps`."""
     assert source.capacity is not None
     cells = (source.index, source.anchors, source.levels)
     halo = max(source.index.numel() - source.capacity[0], 0) if _has_halo(source) else 0
@@ -407,7 +407,7 @@ def _find_on_gpu(
     return Reading(table, sources, mix, has_outside, used)
 
 
-def _find_taps(
+def find_taps(
     source: Lattice, targets: Tensor, size: tuple[int, int], steps: tuple[list[int], list[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return table, sources and weights of taps so many fine pixels down and across from `targets`, which are numbers

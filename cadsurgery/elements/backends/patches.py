@@ -27,7 +27,7 @@ from cadsurgery.elements.backends.choose import (
 )
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import FusedConv, transpose_weight
-from cadsurgery.elements.kernel_map import Reading, Window, interpolation, read_rows
+from cadsurgery.elements.kernel_map import Reading, Window, find_taps, interpolation, is_found, read_rows
 from cadsurgery.elements.lattice import Lattice
 
 # Bytes of the patches, with their margins, that are read and convolved at once: they stay in the cache.
@@ -36,6 +36,8 @@ _CACHED = 1 << 22
 _SMALLEST = 8
 # With so many channels in a group the products cost more than the copy of a patch and its margin saves.
 _WIDE = 48
+# Fewer coarse cells than this share of the rows are not worth a product of their own.
+_FEW = 0.1
 
 
 class Patches(Backend):
@@ -64,25 +66,32 @@ class Patches(Backend):
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, O)."""
-        reads, weights = work.reads, work.weights
+        reads, channels = work.reads, work.weights.weight.shape[1]
         assert isinstance(reads, WindowRead)
-        stride, dilation = reads.window.stride, reads.window.dilation
-        out = work.rows.new_empty(reads.target.count, weights.weight.shape[0])
-        more = work.residual
-        by_map = reads.target.patch_side < _SMALLEST or weights.weight.shape[1] >= _WIDE
-        for rows, image in () if by_map else _images(work.rows, reads):
-            part = _image(more[rows], reads.target.patch_side) if more is not None else None
-            result = convolve(weights, image, (stride, stride), (0, 0), dilation, part)
-            out[rows] = result.permute(0, 2, 3, 1).reshape(-1, out.shape[1])
+        by_map = reads.target.patch_side < _SMALLEST or channels >= _WIDE
         coarse, rest = _others(reads)
         if by_map:
-            rest = torch.cat((torch.arange(_in_patches(reads.target)), rest))
+            if len(coarse) < _FEW * reads.target.count:
+                return compute(replace(work, reads=_reading(reads, None, "all")))
+            return self._by_map(work, coarse, rest)
+        out = work.rows.new_empty(reads.target.count, work.weights.weight.shape[0])
+        for rows, image in _images(work.rows, reads):
+            out[rows] = _convolve_image(work, image, rows)
         if len(coarse):
             out[coarse] = _between_anchors(work, coarse)
         if len(rest):
-            residual = more[rest] if more is not None else None
-            which = "patches and rest" if by_map else "rest"
-            out[rest] = compute(replace(work, reads=_reading(reads, rest, which), residual=residual))
+            out[rest] = _through_map(work, rest, "rest")
+        return out
+
+    def _by_map(self, work: Convolution, coarse: Tensor, rest: Tensor) -> Tensor:
+        """Compute patches through kernel maps, too."""
+        reads = work.reads
+        assert isinstance(reads, WindowRead)
+        inside = _in_patches(reads.target)
+        others = _through_map(work, torch.cat((torch.arange(inside), rest)), "patches and rest")
+        out = others.new_empty(reads.target.count, others.shape[1])
+        out[:inside], out[rest] = others[:inside], others[inside:]
+        out[coarse] = _between_anchors(work, coarse)
         return out
 
     def pool(self, work: Pooling) -> Tensor:
@@ -233,20 +242,47 @@ def _read_at(source: Lattice, y: Tensor, x: Tensor) -> Reading:
     return Reading(table, sources, shares, True)
 
 
-def _reading(reads: WindowRead, rows: Tensor, which: str) -> Reading:
-    """Return the kernel map of some rows of the target; `which` names the rows among those of this window."""
+def _reading(reads: WindowRead, rows: Tensor | None, which: str) -> Reading:
+    """Return the kernel map of some rows of the target, or of all; `which` names the rows among those of this window."""
     source, target, window = reads.source, reads.target, reads.window
 
     def build() -> Reading:
-        down, across = (
-            torch.tensor([window.spacing * (step * tap - pad) for tap in range(taps)])
-            for taps, step, pad in zip(window.kernel, window.dilation, window.padding[::2], strict=True)
-        )
-        anchors = target.anchors[rows].view(-1, 1, 1)
+        anchors = target.anchors if rows is None else target.anchors[rows]
+        steps = _steps(window)
+        if source.stage and is_found(source):
+            return Reading(*find_taps(source, anchors, target.size, steps), True)
+        down, across = map(torch.tensor, steps)
+        anchors = anchors.view(-1, 1, 1)
         y, x = anchors // target.size[1] + down.view(-1, 1), anchors % target.size[1] + across
         return _read_at(source, *(at.flatten(1) for at in torch.broadcast_tensors(y, x)))
 
     return source.derive((which, target.key, window), build)
+
+
+def _steps(window: Window) -> tuple[list[int], list[int]]:
+    """Return how many fine pixels down and across from an element its taps are."""
+    down, across = (
+        [window.spacing * (step * tap - pad) for tap in range(taps)]
+        for taps, step, pad in zip(window.kernel, window.dilation, window.padding[::2], strict=True)
+    )
+    return down, across
+
+
+def _through_map(work: Convolution, rows: Tensor, which: str) -> Tensor:
+    """Convolve some rows of the target through their kernel map."""
+    assert isinstance(work.reads, WindowRead)
+    residual = work.residual[rows] if work.residual is not None else None
+    return compute(replace(work, reads=_reading(work.reads, rows, which), residual=residual))
+
+
+def _convolve_image(work: Convolution, image: Tensor, rows: slice) -> Tensor:
+    """Convolve patches with their margins; return rows."""
+    reads, weights, more = work.reads, work.weights, work.residual
+    assert isinstance(reads, WindowRead)
+    stride, dilation = reads.window.stride, reads.window.dilation
+    part = _image(more[rows], reads.target.patch_side) if more is not None else None
+    result = convolve(weights, image, (stride, stride), (0, 0), dilation, part)
+    return result.permute(0, 2, 3, 1).reshape(-1, weights.weight.shape[0])
 
 
 def _held(reads: WindowRead) -> Tensor:
@@ -321,36 +357,36 @@ def _others(reads: WindowRead) -> tuple[Tensor, Tensor]:
 
 
 def _between_anchors(work: Convolution, rows: Tensor) -> Tensor:
-    """Convolve the map of anchors with the weights' shares and return the values at coarse cells."""
+    """Convolve anchors of coarse cells among coarse cells with the weights' shares."""
     reads, weights = work.reads, work.weights
     assert isinstance(reads, WindowRead)
-    source, target, cell = (
-        reads.source,
-        reads.target,
-        reads.source.geometry.sides[reads.source.geometry.max_level],
-    )
-    height, width = (-(-length // cell) for length in source.size)
-    of_cell = source.index.view(source.size)[::cell, ::cell].flatten()
-    image = work.rows.index_select(0, of_cell).view(1, height, width, -1).permute(0, 3, 1, 2)
+    cell = reads.source.geometry.sides[reads.source.geometry.max_level]
     (down, _), (across, _) = (_coarse_axis(reads.window, axis, cell) for axis in (0, 1))
 
     def fold() -> FusedConv:
         shares = (down.shares.to(weights.weight), across.shares.to(weights.weight))
-        folded = torch.einsum("ochw,hy,wx->ocyx", weights.weight, *shares).contiguous()
-        return weights.changed(weight=folded, activation=None)
+        return weights.changed(weight=torch.einsum("ochw,hy,wx->ocyx", weights.weight, *shares).contiguous())
 
-    folded = weights.form(("between anchors", cell, reads.window), fold)
-    padding = (
-        -across.first,
-        across.first + across.shares.shape[1] - 1,
-        -down.first,
-        down.first + down.shares.shape[1] - 1,
+    folded = replace(
+        weights.form(("between anchors", cell, reads.window), fold), activation=weights.activation
     )
-    result = convolve(folded, F.pad(image, padding), (1, 1), (0, 0), (1, 1))
-    anchors = target.anchors[rows]
-    places = anchors // target.size[1] // cell * width + anchors % target.size[1] // cell
-    values = result.permute(0, 2, 3, 1).reshape(height * width, -1).index_select(0, places)
-    return weights.finish(values, work.residual[rows] if work.residual is not None else None)
+    residual = work.residual[rows] if work.residual is not None else None
+    reading = _anchors_read(reads, rows, down, across)
+    return compute(Convolution(work.rows, folded, reading, work.outside, residual))
+
+
+def _anchors_read(reads: WindowRead, rows: Tensor, down: _Coarse, across: _Coarse) -> Reading:
+    """Return the anchors that coarse cells among coarse cells read."""
+    source, target = reads.source, reads.target
+
+    def build() -> Reading:
+        cell, width = source.geometry.sides[source.geometry.max_level], source.size[1]
+        y, x = (cell * (way.first + torch.arange(way.shares.shape[1])) for way in (down, across))
+        anchors = target.anchors[rows]
+        points = anchors // target.size[1] * width + anchors % target.size[1]
+        return read_rows(source.index[points.unsqueeze(1) + (y.unsqueeze(1) * width + x).flatten()])
+
+    return source.derive(("between anchors", target.key, reads.window), build)
 
 
 def has_pixels(lattice: Lattice, spacing: int) -> bool:
