@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from cadsurgery.elements.backends.choose import (
     compute,
 )
 from cadsurgery.elements.backends.onednn import convolve
-from cadsurgery.elements.backends.weights import FusedConv, transpose_weight
+from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.kernel_map import Reading, Window, find_taps, interpolation, is_found, read_rows
 from cadsurgery.elements.lattice import Lattice
 
@@ -36,8 +35,6 @@ _CACHED = 1 << 22
 _SMALLEST = 8
 # With so many channels in a group the products cost more than the copy of a patch and its margin saves.
 _WIDE = 48
-# Fewer coarse cells than this share of the rows are not worth a product of their own.
-_FEW = 0.1
 
 
 class Patches(Backend):
@@ -66,32 +63,17 @@ class Patches(Backend):
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, O)."""
-        reads, channels = work.reads, work.weights.weight.shape[1]
+        reads = work.reads
         assert isinstance(reads, WindowRead)
-        by_map = reads.target.patch_side < _SMALLEST or channels >= _WIDE
-        coarse, rest = _others(reads)
-        if by_map:
-            if len(coarse) < _FEW * reads.target.count:
-                return compute(replace(work, reads=_reading(reads, None, "all")))
-            return self._by_map(work, coarse, rest)
+        if reads.target.patch_side < _SMALLEST or work.weights.weight.shape[1] >= _WIDE:
+            return compute(replace(work, reads=_reading(reads)))
         out = work.rows.new_empty(reads.target.count, work.weights.weight.shape[0])
         for rows, image in _images(work.rows, reads):
             out[rows] = _convolve_image(work, image, rows)
-        if len(coarse):
-            out[coarse] = _between_anchors(work, coarse)
-        if len(rest):
-            out[rest] = _through_map(work, rest, "rest")
-        return out
-
-    def _by_map(self, work: Convolution, coarse: Tensor, rest: Tensor) -> Tensor:
-        """Compute patches through kernel maps, too."""
-        reads = work.reads
-        assert isinstance(reads, WindowRead)
-        inside = _in_patches(reads.target)
-        others = _through_map(work, torch.cat((torch.arange(inside), rest)), "patches and rest")
-        out = others.new_empty(reads.target.count, others.shape[1])
-        out[:inside], out[rest] = others[:inside], others[inside:]
-        out[coarse] = _between_anchors(work, coarse)
+        others = slice(_in_patches(reads.target), None)
+        if len(out[others]):
+            residual = work.residual[others] if work.residual is not None else None
+            out[others] = compute(replace(work, reads=_reading(reads, others), residual=residual))
         return out
 
     def pool(self, work: Pooling) -> Tensor:
@@ -102,9 +84,9 @@ class Patches(Backend):
         for rows, image in _images(work.rows, reads):
             result = F.max_pool2d(image, window.kernel, window.stride, 0, window.dilation)
             out[rows] = result.permute(0, 2, 3, 1).reshape(-1, out.shape[1])
-        rest = torch.arange(_in_patches(reads.target), reads.target.count)
-        if len(rest):
-            out[rest] = compute(replace(work, reads=_reading(reads, rest, "all but patches")))
+        others = slice(_in_patches(reads.target), None)
+        if len(out[others]):
+            out[others] = compute(replace(work, reads=_reading(reads, others)))
         return out
 
     def spread(self, work: TransposedConvolution) -> Tensor:
@@ -242,12 +224,12 @@ def _read_at(source: Lattice, y: Tensor, x: Tensor) -> Reading:
     return Reading(table, sources, shares, True)
 
 
-def _reading(reads: WindowRead, rows: Tensor | None, which: str) -> Reading:
-    """Return the kernel map of some rows of the target, or of all; `which` names the rows among those of this window."""
+def _reading(reads: WindowRead, rows: slice = slice(None)) -> Reading:
+    """Return the kernel map of some rows of the target."""
     source, target, window = reads.source, reads.target, reads.window
 
     def build() -> Reading:
-        anchors = target.anchors if rows is None else target.anchors[rows]
+        anchors = target.anchors[rows]
         steps = _steps(window)
         if source.stage and is_found(source):
             return Reading(*find_taps(source, anchors, target.size, steps), True)
@@ -256,7 +238,7 @@ def _reading(reads: WindowRead, rows: Tensor | None, which: str) -> Reading:
         y, x = anchors // target.size[1] + down.view(-1, 1), anchors % target.size[1] + across
         return _read_at(source, *(at.flatten(1) for at in torch.broadcast_tensors(y, x)))
 
-    return source.derive((which, target.key, window), build)
+    return source.derive(("kernel map of rows", rows.start, target.key, window), build)
 
 
 def _steps(window: Window) -> tuple[list[int], list[int]]:
@@ -266,13 +248,6 @@ def _steps(window: Window) -> tuple[list[int], list[int]]:
         for taps, step, pad in zip(window.kernel, window.dilation, window.padding[::2], strict=True)
     )
     return down, across
-
-
-def _through_map(work: Convolution, rows: Tensor, which: str) -> Tensor:
-    """Convolve some rows of the target through their kernel map."""
-    assert isinstance(work.reads, WindowRead)
-    residual = work.residual[rows] if work.residual is not None else None
-    return compute(replace(work, reads=_reading(work.reads, rows, which), residual=residual))
 
 
 def _convolve_image(work: Convolution, image: Tensor, rows: slice) -> Tensor:
@@ -300,93 +275,6 @@ def _held(reads: WindowRead) -> Tensor:
         return source.index[torch.cat((of_patches, source.pixels(torch.zeros_like(own_y), own_y, own_x)))]
 
     return source.derive(("held", target.key, reads.window), build)
-
-
-class _Coarse(NamedTuple):
-    """Weights on anchors of an axis: which anchors, counted in cells from the own one, and the share (taps, anchors)
-    that each tap reads of each."""
-
-    first: int
-    shares: Tensor
-
-
-def _coarse_axis(window: Window, axis: int, cell: int) -> tuple[_Coarse, set[int]]:
-    """Return the weights on anchors along an axis, and the cells, counted from the own one, that hold the taps."""
-    places = [
-        window.spacing * (window.dilation[axis] * tap - window.padding[2 * axis])
-        for tap in range(window.kernel[axis])
-    ]
-    first, last = min(place // cell for place in places), max(-(-place // cell) for place in places)
-    shares = torch.zeros(len(places), last - first + 1)
-    for tap, place in enumerate(places):
-        at, share = place // cell - first, place % cell / cell
-        shares[tap, at] += 1 - share
-        if share:
-            shares[tap, at + 1] += share
-    return _Coarse(first, shares), {place // cell for place in places}
-
-
-def _others(reads: WindowRead) -> tuple[Tensor, Tensor]:
-    """Return the target's rows outside of patches: those of coarse cells whose taps lie in coarse cells alone, with all
-    anchors that they read, and the rest."""
-    source, target, window = reads.source, reads.target, reads.window
-
-    def build() -> tuple[Tensor, Tensor]:
-        start, cell = _in_patches(target), target.geometry.sides[target.geometry.max_level]
-        rows = torch.arange(start, target.count)
-        if source.stage == 0 or source.geometry.fill != "linear":
-            return rows[:0], rows
-        low = source.levels[0, ::cell, ::cell] == source.geometry.max_level
-        inner = torch.zeros_like(low)
-        (down, held_y), (across, held_x) = (_coarse_axis(window, axis, cell) for axis in (0, 1))
-        spans = [(way.first, way.first + way.shares.shape[1] - 1) for way in (down, across)]
-        (top, bottom), (left, right) = ((max(0, -first), max(0, last)) for first, last in spans)
-        height, width = low.shape
-        if top + bottom < height and left + right < width:
-            part = torch.ones_like(low[top : height - bottom, left : width - right])
-            for dy in held_y:
-                for dx in held_x:
-                    part &= low[top + dy : height - bottom + dy, left + dx : width - right + dx]
-            inner[top : height - bottom, left : width - right] = part
-        anchors = target.anchors[start:]
-        y, x = anchors // target.size[1], anchors % target.size[1]
-        is_inner = (y % cell == 0) & (x % cell == 0) & inner[y // cell, x // cell]
-        return rows[is_inner], rows[~is_inner]
-
-    return source.derive(("coarse and rest", target.key, window), build)
-
-
-def _between_anchors(work: Convolution, rows: Tensor) -> Tensor:
-    """Convolve anchors of coarse cells among coarse cells with the weights' shares."""
-    reads, weights = work.reads, work.weights
-    assert isinstance(reads, WindowRead)
-    cell = reads.source.geometry.sides[reads.source.geometry.max_level]
-    (down, _), (across, _) = (_coarse_axis(reads.window, axis, cell) for axis in (0, 1))
-
-    def fold() -> FusedConv:
-        shares = (down.shares.to(weights.weight), across.shares.to(weights.weight))
-        return weights.changed(weight=torch.einsum("ochw,hy,wx->ocyx", weights.weight, *shares).contiguous())
-
-    folded = replace(
-        weights.form(("between anchors", cell, reads.window), fold), activation=weights.activation
-    )
-    residual = work.residual[rows] if work.residual is not None else None
-    reading = _anchors_read(reads, rows, down, across)
-    return compute(Convolution(work.rows, folded, reading, work.outside, residual))
-
-
-def _anchors_read(reads: WindowRead, rows: Tensor, down: _Coarse, across: _Coarse) -> Reading:
-    """Return the anchors that coarse cells among coarse cells read."""
-    source, target = reads.source, reads.target
-
-    def build() -> Reading:
-        cell, width = source.geometry.sides[source.geometry.max_level], source.size[1]
-        y, x = (cell * (way.first + torch.arange(way.shares.shape[1])) for way in (down, across))
-        anchors = target.anchors[rows]
-        points = anchors // target.size[1] * width + anchors % target.size[1]
-        return read_rows(source.index[points.unsqueeze(1) + (y.unsqueeze(1) * width + x).flatten()])
-
-    return source.derive(("between anchors", target.key, reads.window), build)
 
 
 def has_pixels(lattice: Lattice, spacing: int) -> bool:
