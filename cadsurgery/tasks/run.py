@@ -32,7 +32,7 @@ from cadsurgery.support.processes import gather, in_order, own_device, share
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.convert import check_precision, refuse_precision
 from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
-from cadsurgery.tasks.manifest import Manifest
+from cadsurgery.tasks.manifest import Predictions
 from cadsurgery.tasks.predictor import Item, Predictor, Row, Settings
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.side import Kind
@@ -89,7 +89,7 @@ def predict(
     or `local`, actors of Ray do, see `cadsurgery.ray`. Under a launcher each process runs its share of the images, and
     every process returns the same report.
 
-    A folder of predictions has a `Manifest`; with `resume` the predictions in it are not made again.
+    A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again.
 
     Raises:
         InvalidInput: the options do not fit the network, a result would replace another or its source, the folder holds
@@ -112,7 +112,7 @@ def predict(
     _check_options(converted, kind, until, batch, precision)
     if resume:
         _check_resume(converted, sources)
-    manifest = None if sources.is_one_clip else Manifest(sources.output, settings.identity(), resume)
+    manifest = None if sources.is_one_clip else Predictions(sources.output, settings.identity(), resume)
     number = sources.count(manifest)
     if ray and (sources.clips or _has_smooth(converted) or world().size > 1):
         raise InvalidInput(
@@ -195,7 +195,7 @@ def _report(
 class _Outcome:
     """What became of the images: numbers, the first rows and failures with their positions, and the classes seen."""
 
-    manifest: Manifest | None = None
+    manifest: Predictions | None = None
     done: int = 0
     failed: int = 0
     skipped: int = 0
@@ -212,7 +212,7 @@ class _Outcome:
             listed.append((position, row))
         self.classes |= row.get("classes", {}).keys()
         if self.manifest is not None and not row.get("interrupted"):
-            self.manifest.add(row)
+            self.manifest.add_prediction(row)
 
     def skips(self, item: Item) -> bool:
         """True if a prediction is in place, which is counted."""
@@ -330,12 +330,12 @@ class _Sources:
         self.clips = [Item(sys.maxsize, str(path), str(target)) for path, target in clips.items()]
         self.stills = [source for source in sources if Path(source) not in clips]
 
-    def count(self, manifest: Manifest | None) -> int | None:
+    def count(self, manifest: Predictions | None) -> int | None:
         """Return the number of images and clips; None for images on standard input.
 
         Raises:
             FileError: there are no images, or the list of them cannot be read.
-            InvalidInput: see `Manifest.is_written`.
+            InvalidInput: see `Predictions.is_written`.
         """
         if "-" in self.stills:
             return None
