@@ -137,8 +137,12 @@ def evaluate(
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
     samples = (open_data(data, split) if isinstance(data, str) else as_data(data)).first(limit)
+    opened: nn.Module
     if (made := open_any(network, trust)) is not None:
-        compared = _sides_of(made, samples, bool(masks or output_stride), thresholds, torch_device)
+        opened, compared = (
+            made,
+            _sides_of(made, samples, bool(masks or output_stride), thresholds, torch_device),
+        )
     elif thresholds:
         raise InvalidInput(
             "thresholds belong to networks with exits, and this network has none.",
@@ -147,12 +151,12 @@ def evaluate(
     else:
         step("building and converting")
         nets, source = at_strides(network, output_stride, options or {}, weights=weights, trust=trust)
-        compared = of_masks.compare(nets, source, masks, torch_device)
+        opened, compared = nets[0], of_masks.compare(nets, source, masks, torch_device)
     compared = replace(compared, sides=[*compared.sides, *sides])
     samples = _with_classes(samples, compared, torch_device)
     judge = _Judge(compared, samples, kind, torch_device)
     if output is not None and resume:
-        made_by = _identity(network, compared, samples, weights, options, batch, kind, torch_device)
+        made_by = _identity(network, opened, compared, samples, options, batch, kind, torch_device)
         judge.resume(Manifest(output.with_suffix(".manifest"), made_by, judge.take))
     failed = judge.run(batch, step)
     tallies, first = judge.gather(failed)
@@ -316,12 +320,11 @@ class _Judge:
         for places, images, labels in _batches(data, size, failures):
             before = done + len(failures.noted)
             step(f"image {before + len(images)} of {share}", before, share)
-            try:
-                parts = self._judge(images, labels)
-            except _Refused as refused:
+            parts = self._judge(images, labels)
+            if isinstance(parts, CadError):
                 for place in places:
                     failures.at(place, data.names[place])
-                    failures.note(refused.error)
+                    failures.note(parts)
                 continue
             positions = [left[place] for place in places]
             if self._manifest is not None:
@@ -332,12 +335,8 @@ class _Judge:
             done += len(images)
         return failures.gather(self._device)
 
-    def _judge(self, images: Tensor, labels: Tensor) -> list[Tally]:
-        """Return what all sides get on a batch.
-
-        Raises:
-            _Refused: the network does not take the images.
-        """
+    def _judge(self, images: Tensor, labels: Tensor) -> list[Tally] | CadError:
+        """Return what all sides get on a batch, or the error if the network does not take its images."""
         known = labels.to(self._device) if self._data.is_labelled else None
         truth, extent, parts = known, (images.shape[2], images.shape[3]), self._start()
         with torch.inference_mode(), _labelled(known):
@@ -345,7 +344,7 @@ class _Judge:
                 images = _prepare(images, self._compared.source, self._device)
                 output = self._compared.sides[0].call(images)
             except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
-                raise _Refused(refuse_images(error, images)) from error
+                return refuse_images(error, images)
             for place, (side, part) in enumerate(zip(self._compared.sides, parts, strict=True)):
                 output = side.call(images) if place else output
                 truth = output if known is None and side.is_target else truth
@@ -359,7 +358,10 @@ class _Judge:
         Raises:
             CadError: no image could be used.
         """
-        merged = [_merge(parts) for parts in zip(*gather(self.tallies, self._device), strict=True)]
+        merged, *others = gather(self.tallies, self._device)
+        for tallies in others:
+            for whole, part in zip(merged, tallies, strict=True):
+                whole.merge(part)
         firsts = gather(min(self.done, default=len(self._data)), self._device)
         if not merged[0].counts["images"]:
             raise CadError.from_dict(failed[0])
@@ -368,32 +370,22 @@ class _Judge:
         return merged, (_prepare(image[None], self._compared.source, self._device), known)
 
 
-class _Refused(Exception):
-    """Images on which the network does not run, which are reported."""
-
-    def __init__(self, error: CadError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 def _identity(
     network: str | nn.Module,
+    opened: nn.Module,
     compared: Comparison,
     data: SegmentationData,
-    weights: str,
     options: Mapping[str, Any] | None,
     batch: int,
     kind: Kind,
     device: torch.device,
 ) -> Identity:
-    """Return what a manifest states: all that figures depend on, apart from the code of the user's networks."""
-    if isinstance(network, nn.Module):
-        made_of = {"network": type(network).__name__, "weights": checksum(network.state_dict())}
-    else:
-        made_of = {"network": fingerprint(network) if is_file(network) else network, "weights": weights}
+    """Return what a manifest states: all that figures depend on, apart from the code of networks by name."""
+    name = network if isinstance(network, str) else type(network).__name__
     names = hashlib.sha256(json.dumps(data.names).encode()).hexdigest()
     return {
-        **made_of,
+        "network": fingerprint(name) if is_file(network) else name,
+        "weights": checksum(opened.state_dict()),
         "options": options or {},
         "sides": {
             str(place): {"side": side.name, **side.about} for place, side in enumerate(compared.sides, 1)
@@ -412,13 +404,6 @@ def _prepare(images: Tensor, source: Source, device: torch.device) -> Tensor:
 
 def _labelled(labels: Tensor | None) -> AbstractContextManager[None]:
     return nullcontext() if labels is None else labelled(labels)
-
-
-def _merge(parts: Sequence[Tally]) -> Tally:
-    whole = copy.deepcopy(parts[0])
-    for part in parts[1:]:
-        whole.merge(part)
-    return whole
 
 
 def _batches(

@@ -138,6 +138,7 @@ class Predictions(Manifest):
 
     def _files(self) -> tuple[list[Path], list[Path]]:
         files, stale = super()._files()
+        self._is_new = not files
         if self._resume:
             return files, stale
         if any(b'"output":' in file.read_bytes() for file in files):
@@ -157,18 +158,20 @@ class Predictions(Manifest):
         """True if the prediction of a picture is in place; in object storage, if a row says so.
 
         Raises:
-            InvalidInput: the prediction of another picture is in its place.
+            InvalidInput: the picture, the prediction of another one, or a file that no run has written is in its place.
         """
-        written = self._sources.get(self._place(target))
-        if written is None or not (self._is_remote or exists(target)):
-            return False
-        if written != _whole(stores.without_options(source)):
+        written, whole = self._sources.get(self._place(target)), _whole(stores.without_options(source))
+        is_there = written is not None if self._is_remote else exists(target)
+        replaced = f"that of {written}" if is_there and written not in (None, whole) else ""
+        if _whole(stores.without_options(target)) == whole or (is_there and self._is_new):
+            replaced = "a file that no run has written"
+        if replaced:
             raise InvalidInput(
-                f"the prediction of {source} would replace that of {written}.",
+                f"the prediction of {source} would replace {replaced}.",
                 where=target,
                 next="choose another --output.",
             )
-        return True
+        return is_there and written is not None
 
     def add_prediction(self, row: Row) -> None:
         """Append the row of a prediction that is in place, or of a picture that failed."""
