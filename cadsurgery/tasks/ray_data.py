@@ -34,7 +34,10 @@ class Predict:
     error and no prediction. Other columns stay::
 
         pictures = ray.data.read_parquet("pictures").map_batches(
-            cadsurgery.ray.Predict, fn_constructor_args=("net.safetensors",), batch_size=32, concurrency=4
+            cadsurgery.ray.Predict,
+            fn_constructor_args=("net.safetensors",),
+            batch_size=32,
+            compute=ray.data.ActorPoolStrategy(size=4),
         )
     """
 
@@ -198,7 +201,7 @@ def _actors(ray: Any, settings: Settings, workers: int | None) -> dict[str, Any]
     """Return what a dataset is told about its actors: as many as there are cores, or GPUs."""
     kind = "GPU" if settings.device.startswith("cuda") else "CPU"
     most = workers or max(1, int(ray.cluster_resources().get(kind, 1)))
-    return {"concurrency": (1, most), f"num_{kind.lower()}s": 1}
+    return {"compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most), f"num_{kind.lower()}s": 1}
 
 
 def _connect(address: str) -> Any:
