@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -24,13 +26,15 @@ from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sampl
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
 from cadsurgery.masks import labelled, resolve_mask
+from cadsurgery.network.storage import checksum
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, own_device, shard
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.for_each import Failure, Failures, each
-from cadsurgery.tasks.open import Strides, at_strides, open_any, provenance
+from cadsurgery.tasks.manifest import Manifest, fingerprint
+from cadsurgery.tasks.open import Strides, at_strides, is_file, open_any, provenance
 from cadsurgery.tasks.report import (
     COLOURS,
     MeasuredReport,
@@ -41,9 +45,10 @@ from cadsurgery.tasks.report import (
     percent,
     plain,
 )
+from cadsurgery.tasks.run_folder import Identity
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
-from cadsurgery.tasks.side import Comparison, Metrics, Side, time_sides
+from cadsurgery.tasks.side import Comparison, Metrics, Side, StoredMetrics, time_sides
 from cadsurgery.tasks.sides import masks as of_masks
 from cadsurgery.tasks.sides import need_kind
 from cadsurgery.tasks.tables import Column, table
@@ -67,6 +72,7 @@ def evaluate(
     picture: Path | None = None,
     thresholds: Sequence[float | Sequence[float]] = (),
     sides: Sequence[Side] = (),
+    resume: bool = False,
     step: Step = silent,
     trust: bool = False,
 ) -> EvaluationReport:
@@ -104,12 +110,14 @@ def evaluate(
         thresholds: confidence thresholds for a network with exits; each is one number, or one for each exit but the
             last; default: its own.
         sides: sides of the user, see `cadsurgery.tasks.side.Side`; they get the same images as the network.
+        resume: keep the sums of each batch in a `Manifest` beside `output`, and go on with what it holds.
         step: progress callback.
         trust: run code that a converted file names; see `cadsurgery.load`.
 
     Raises:
         InvalidInput: the network does not return a map of scores, or has another number of classes than the data;
-            without labels, it returns no maps, or a mask needs labels; an option is out of range.
+            without labels, it returns no maps, or a mask needs labels; an option is out of range; the manifest is that
+            of another evaluation.
         CadError: no image could be used (the error of the first one); or a name, file or option is refused.
     """
     if (limit is not None and limit < 1) or batch < 1 or rounds < 0:
@@ -119,12 +127,22 @@ def evaluate(
         )
     check_name("kind of output", kind, KINDS)
     check_outputs(output, picture=picture)
+    if resume and output is None:
+        raise InvalidInput(
+            "--resume without --output.",
+            why="what was done is kept beside the report.",
+            next="name the report: --output results.json.",
+        )
     torch_device = own_device(device)
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
     samples = (open_data(data, split) if isinstance(data, str) else as_data(data)).first(limit)
+    opened: nn.Module
     if (made := open_any(network, trust)) is not None:
-        compared = _sides_of(made, samples, bool(masks or output_stride), thresholds, torch_device)
+        opened, compared = (
+            made,
+            _sides_of(made, samples, bool(masks or output_stride), thresholds, torch_device),
+        )
     elif thresholds:
         raise InvalidInput(
             "thresholds belong to networks with exits, and this network has none.",
@@ -133,15 +151,20 @@ def evaluate(
     else:
         step("building and converting")
         nets, source = at_strides(network, output_stride, options or {}, weights=weights, trust=trust)
-        compared = of_masks.compare(nets, source, masks, torch_device)
+        opened, compared = nets[0], of_masks.compare(nets, source, masks, torch_device)
     compared = replace(compared, sides=[*compared.sides, *sides])
     samples = _with_classes(samples, compared, torch_device)
-    tallies, failed, first = _judge(compared, samples, batch, kind, torch_device, step)
+    judge = _Judge(compared, samples, kind, torch_device)
+    if output is not None and resume:
+        made_by = _identity(network, opened, compared, samples, options, batch, kind, torch_device)
+        judge.resume(Manifest(output.with_suffix(".manifest"), made_by, judge.take))
+    failed = judge.run(batch, step)
+    tallies, first = judge.gather(failed)
     rows = [
         side.row(tally.values(side, samples.classes), compared.key)
         for side, tally in zip(compared.sides, tallies, strict=True)
     ]
-    if rounds and first is not None and world().is_main:
+    if rounds and world().is_main:
         with _labelled(first[1]):
             rows = time_sides(compared.sides, rows, first[0], rounds, step=within(step, "measuring"))
     fidelity = [tally.metrics.kind for tally in tallies if isinstance(tally.metrics, FidelityMetrics)]
@@ -151,7 +174,7 @@ def evaluate(
         fidelity=fidelity[0] if fidelity else None,
         images=int(tallies[0].counts["images"]),
         batch=batch,
-        image=tuple(first[0].shape[1:]) if first is not None else (),
+        image=tuple(first[0].shape[1:]),
         rounds=rounds,
         processes=world().size,
         normalisation=compared.normalisation,
@@ -205,6 +228,22 @@ class Tally:
     metrics: Metrics
     counts: Counter[str] = field(default_factory=Counter)
 
+    def merge(self, other: Tally) -> None:
+        """Add the sums of another tally."""
+        self.metrics.merge(other.metrics)
+        self.counts.update(other.counts)
+
+    def row(self) -> dict[str, Any]:
+        """Return the sums as plain values, for a manifest."""
+        assert isinstance(self.metrics, StoredMetrics)
+        return {"counts": self.counts, "sums": self.metrics.sums()}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add the sums that `row` returned."""
+        assert isinstance(self.metrics, StoredMetrics)
+        self.metrics.add_sums(row["sums"])
+        self.counts.update(row["counts"])
+
     def values(self, side: Side, classes: Sequence[str]) -> dict[str, Any]:
         """Return the fields of the side's row."""
         figures = self.metrics.compute()
@@ -215,51 +254,148 @@ class Tally:
         return {name: value for name, value in fields.items() if name != "pixels"}
 
 
-def _judge(
-    compared: Comparison,
-    data: SegmentationData,
-    size: int,
-    kind: Kind,
-    device: torch.device,
-    step: Step,
-) -> tuple[list[Tally], list[Failure], tuple[Tensor, Tensor | None] | None]:
-    """Return the tallies of all sides over all processes, the failures, and the first image of this process, with its
-    labels if there are any."""
-    usual = (
-        partial(Accuracy, len(data.classes), data.name)
-        if data.is_labelled
-        else partial(FidelityMetrics, kind)
-    )
-    tallies = [Tally((side.metrics or usual)()) for side in compared.sides]
-    failures, done, first = Failures("image"), 0, None
-    share = len(shard(data.names))
-    step(f"image 1 of {share}", 0, share)
-    for positions, images, labels in _batches(data, size, failures):
-        before = done + len(failures.noted)
-        step(f"image {before + len(images)} of {share}", before, share)
-        known = labels.to(device) if data.is_labelled else None
-        truth, extent = known, (images.shape[2], images.shape[3])
+class _Judge:
+    """Runs all sides on images.
+
+    Attributes:
+        tallies: sums of each side over this process's images; in the first process also over those of earlier runs.
+        done: positions of the images that need not be judged: those of this process and of earlier runs.
+    """
+
+    def __init__(
+        self, compared: Comparison, data: SegmentationData, kind: Kind, device: torch.device
+    ) -> None:
+        self._compared, self._data, self._kind, self._device = compared, data, kind, device
+        self._manifest: Manifest | None = None
+        self.tallies, self.done = self._start(), set[int]()
+
+    def _start(self) -> list[Tally]:
+        """Return a tally without images for each side."""
+        usual: Callable[[], Metrics] = partial(FidelityMetrics, self._kind)
+        if self._data.is_labelled:
+            usual = partial(Accuracy, len(self._data.classes), self._data.name)
+        return [Tally((side.metrics or usual)()) for side in self._compared.sides]
+
+    def resume(self, manifest: Manifest) -> None:
+        """Write a row for each batch from now on, once every process has read the rows of earlier runs.
+
+        Raises:
+            InvalidInput: metrics of the user cannot be stored.
+        """
+        for side, tally in zip(self._compared.sides, self.tallies, strict=True):
+            if not isinstance(tally.metrics, StoredMetrics):
+                raise InvalidInput(
+                    f"--resume with the metrics {type(tally.metrics).__name__} of side {side.name}.",
+                    next="give them the methods `sums` and `add_sums`, see StoredMetrics; or leave resume out.",
+                )
+        gather(None, self._device)
+        manifest.begin()
+        self._manifest = manifest
+
+    def take(self, row: Mapping[str, Any]) -> None:
+        """Add a batch by its row in the manifest. Images that failed are tried again."""
+        if "sides" not in row:
+            return
+        parts = self._start()
+        for part, stored in zip(parts, row["sides"], strict=True):
+            part.add(stored)
+        self._add(row["positions"], parts if world().is_main else [])
+
+    def _add(self, positions: Sequence[int], parts: Sequence[Tally]) -> None:
+        self.done.update(positions)
+        for whole, part in zip(self.tallies, parts, strict=False):
+            whole.merge(part)
+            if isinstance(whole.metrics, FidelityMetrics):
+                self._kind = whole.metrics.kind  # decided by the first output
+
+    def run(self, size: int, step: Step) -> list[Failure]:
+        """Judge this process's share of the images that are left; return the failures of all processes."""
+        left = [position for position in range(len(self._data)) if position not in self.done]
+        record = self._manifest.add_failure if self._manifest else lambda failure: None
+        failures, done, share = Failures("image", record=record), 0, len(shard(left))
+        if not left:
+            return []
+        step(f"image 1 of {share}", 0, share)
+        data = self._data.at(left)
+        for places, images, labels in _batches(data, size, failures):
+            before = done + len(failures.noted)
+            step(f"image {before + len(images)} of {share}", before, share)
+            parts = self._judge(images, labels)
+            if isinstance(parts, CadError):
+                for place in places:
+                    failures.at(place, data.names[place])
+                    failures.note(parts)
+                continue
+            positions = [left[place] for place in places]
+            if self._manifest is not None:
+                names = [data.names[place] for place in places]
+                sides = [part.row() for part in parts]
+                self._manifest.add({"paths": names, "positions": positions, "sides": sides})
+            self._add(positions, parts)
+            done += len(images)
+        return failures.gather(self._device)
+
+    def _judge(self, images: Tensor, labels: Tensor) -> list[Tally] | CadError:
+        """Return what all sides get on a batch, or the error if the network does not take its images."""
+        known = labels.to(self._device) if self._data.is_labelled else None
+        truth, extent, parts = known, (images.shape[2], images.shape[3]), self._start()
         with torch.inference_mode(), _labelled(known):
             try:
-                images = _prepare(images, compared.source, device)
-                output = compared.sides[0].call(images)
+                images = _prepare(images, self._compared.source, self._device)
+                output = self._compared.sides[0].call(images)
             except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
-                for position in positions:
-                    failures.at(position, data.names[position])
-                    failures.note(refuse_images(error, images))
-                continue
-            for place, (side, tally) in enumerate(zip(compared.sides, tallies, strict=True)):
+                return refuse_images(error, images)
+            for place, (side, part) in enumerate(zip(self._compared.sides, parts, strict=True)):
                 output = side.call(images) if place else output
                 truth = output if known is None and side.is_target else truth
-                tally.metrics.update(output, truth, extent)
-                tally.counts.update({"images": len(images), **side.count(images)})
-        first = first or (images[:1], None if known is None else known[:1])
-        done += len(images)
-    merged = [_merge(parts) for parts in zip(*gather(tallies, device), strict=True)]
-    failed = failures.gather(device)
-    if not merged[0].counts["images"]:
-        raise CadError.from_dict(failed[0])
-    return merged, failed, first
+                part.metrics.update(output, truth, extent)
+                part.counts.update({"images": len(images), **side.count(images)})
+        return parts
+
+    def gather(self, failed: Sequence[Failure]) -> tuple[list[Tally], tuple[Tensor, Tensor | None]]:
+        """Return the tallies of all sides over all processes, and the first image with its labels, if it has any.
+
+        Raises:
+            CadError: no image could be used.
+        """
+        merged, *others = gather(self.tallies, self._device)
+        for tallies in others:
+            for whole, part in zip(merged, tallies, strict=True):
+                whole.merge(part)
+        firsts = gather(min(self.done, default=len(self._data)), self._device)
+        if not merged[0].counts["images"]:
+            raise CadError.from_dict(failed[0])
+        image, labels = sample_of(self._data, min(firsts))
+        known = labels[None].to(self._device) if self._data.is_labelled else None
+        return merged, (_prepare(image[None], self._compared.source, self._device), known)
+
+
+def _identity(
+    network: str | nn.Module,
+    opened: nn.Module,
+    compared: Comparison,
+    data: SegmentationData,
+    options: Mapping[str, Any] | None,
+    batch: int,
+    kind: Kind,
+    device: torch.device,
+) -> Identity:
+    """Return what a manifest states: all that figures depend on, apart from the code of networks by name."""
+    name = network if isinstance(network, str) else type(network).__name__
+    names = hashlib.sha256(json.dumps(data.names).encode()).hexdigest()
+    return {
+        "network": fingerprint(name) if is_file(network) else name,
+        "weights": checksum(opened.state_dict()),
+        "options": options or {},
+        "sides": {
+            str(place): {"side": side.name, **side.about} for place, side in enumerate(compared.sides, 1)
+        },
+        "data": {"name": data.name, "split": data.split, "images": len(data), "names": names},
+        "classes": data.classes,
+        "batch": batch,
+        "kind": kind,
+        "device": device.type,
+    }
 
 
 def _prepare(images: Tensor, source: Source, device: torch.device) -> Tensor:
@@ -268,14 +404,6 @@ def _prepare(images: Tensor, source: Source, device: torch.device) -> Tensor:
 
 def _labelled(labels: Tensor | None) -> AbstractContextManager[None]:
     return nullcontext() if labels is None else labelled(labels)
-
-
-def _merge(parts: Sequence[Tally]) -> Tally:
-    whole = copy.deepcopy(parts[0])
-    for part in parts[1:]:
-        whole.metrics.merge(part.metrics)
-        whole.counts.update(part.counts)
-    return whole
 
 
 def _batches(
@@ -323,6 +451,14 @@ class Accuracy:
     def merge(self, other: Accuracy) -> None:
         """Add the sums of another object."""
         self.metrics.merge(other.metrics)
+
+    def sums(self) -> dict[str, Any]:
+        """Return the sums of `SegmentationMetrics`."""
+        return self.metrics.sums()
+
+    def add_sums(self, sums: Mapping[str, Any]) -> None:
+        """Add what `sums` returned."""
+        self.metrics.add_sums(sums)
 
     def compute(self) -> dict[str, Any]:
         """Return the figures of `SegmentationMetrics`."""

@@ -1,4 +1,4 @@
-"""The manifest of `cadsurgery run`: what happened to each picture, so that a run that was ended can go on."""
+"""Manifests of `cadsurgery run` and `eval`: what happened to each picture, so that work that was ended can go on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cadsurgery.data import stores
 from cadsurgery.data.hub import fetch, is_address
@@ -19,42 +19,40 @@ from cadsurgery.support.files import append_line, exists, make_folder
 from cadsurgery.support.launcher import world
 from cadsurgery.tasks.run_folder import Identity, check_same_run, unreadable
 
+Row = dict[str, Any]
 _BETWEEN_UPLOADS = 60.0  # seconds, of a manifest in object storage
 
 
 class Manifest:
-    """The rows of a folder of predictions, as JSON Lines: one for each picture that was written, or that failed.
+    """Rows of work on many pictures, as JSON Lines, so that what was ended can go on.
 
     Each process appends to a file of its own, and all files are read together. The first line of each states what made
-    the predictions. A row follows its prediction, so that a killed run leaves no row without a prediction.
-
-    Attributes:
-        classes: names of the classes in the predictions that were there when the run began.
+    the rows. A row follows its result, so that a killed process leaves no row without a result.
     """
 
-    def __init__(self, output: Path | str, made_by: Identity, resume: bool) -> None:
+    def __init__(self, output: Path | str, made_by: Identity, take: Callable[[Row], None]) -> None:
         """Read the rows of earlier runs into a folder; the first process removes what a killed process wrote in part.
 
+        Args:
+            output: the folder, which may be in object storage.
+            made_by: what makes the rows.
+            take: gets each row.
+
         Raises:
-            InvalidInput: there are rows and `resume` is not set, or something else made the predictions.
+            InvalidInput: something else made the rows.
             FileError: a file of the manifest is damaged.
         """
-        self._output, self._uploaded, self.classes = str(output), 0.0, set[str]()
+        self._output, self._uploaded, self._take = str(output), 0.0, take
         self._is_remote = stores.is_remote(output)
-        folder = self.folder = self._download() if self._is_remote else Path(output)
+        self.folder = self._download() if self._is_remote else Path(output)
         self._made_by = json.loads(json.dumps(made_by, default=str))
-        self._own = folder / _name(world().rank)
-        self._sources: dict[str, str] = {}  # by prediction
-        files, self._stale = sorted(folder.glob("manifest*.jsonl")), list[Path]()
-        if not resume:  # what holds no prediction is begun anew
-            self._stale, files = files, [file for file in files if b'"output":' in file.read_bytes()]
-        if files and not resume:
-            raise InvalidInput(
-                f"{folder} holds the predictions of an earlier run.",
-                why="they would be overwritten.",
-                next="write only what is missing: --resume; or choose another folder: --output.",
-            )
+        self._own = self.folder / _name(world().rank)
+        files, self._stale = self._files()
         self._begun = [file for file in files if self._read(file)]
+
+    def _files(self) -> tuple[list[Path], list[Path]]:
+        """Return the files to go on with, and those to remove."""
+        return sorted(self.folder.glob("manifest*.jsonl")), []
 
     def _read(self, file: Path) -> int:
         """Read a file up to its last whole line; return the number of bytes up to there."""
@@ -63,37 +61,19 @@ class Manifest:
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.endswith(b"\n"):
-                        self._take(json.loads(line), number)
+                        self._take_line(json.loads(line), number)
                         whole += len(line)
             if world().is_main and file.stat().st_size > whole:
                 os.truncate(file, whole)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise unreadable(file, ValueError(f"line {number}: {error}")) from error
         return whole
 
-    def _take(self, row: dict[str, Any], number: int) -> None:
+    def _take_line(self, row: Row, number: int) -> None:
         if number == 1:
-            check_same_run(row, self._made_by, self.folder, "all predictions in a folder are made alike.")
-        elif "output" in row:
-            self._sources[row["output"]] = row["path"]
-            self.classes |= row.get("classes", {}).keys()
-
-    def is_written(self, source: str, target: str) -> bool:
-        """True if the prediction of a picture is in place; in object storage, if a row says so.
-
-        Raises:
-            InvalidInput: the prediction of another picture is in its place.
-        """
-        written = self._sources.get(self._place(target))
-        if written is None or not (self._is_remote or exists(target)):
-            return False
-        if written != _whole(stores.without_options(source)):
-            raise InvalidInput(
-                f"the prediction of {source} would replace that of {written}.",
-                where=target,
-                next="choose another --output.",
-            )
-        return True
+            check_same_run(row, self._made_by, self.folder, "all rows of a manifest are made alike.")
+        else:
+            self._take(row)
 
     def begin(self) -> None:
         """Write the first line of this process's file, unless it is there; no process may still read."""
@@ -105,25 +85,23 @@ class Manifest:
         if self._own not in self._begun:
             append_line(self._own, json.dumps(self._made_by))
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append the row of a prediction that is in place, or of a picture that failed, with the reason."""
-        row = dict(row)
-        path = _whole(row.pop("image"))
-        rest = {**row, "output": self._place(row["output"])} if "output" in row else {"error": row}
-        append_line(self._own, json.dumps({"path": path, **rest}))
+    def add(self, row: Row) -> None:
+        """Append a row, whose result is in place."""
+        append_line(self._own, json.dumps(row))
         if self._is_remote and time.monotonic() - self._uploaded > _BETWEEN_UPLOADS:
             self._upload()
 
-    def __enter__(self) -> Manifest:
+    def add_failure(self, failure: Mapping[str, Any]) -> None:
+        """Append the row of a picture that failed, with the reason."""
+        reason = dict(failure)
+        self.add({"path": reason.pop("image"), "error": reason})
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._is_remote:
             self._upload()
-
-    def _place(self, target: str) -> str:
-        folder = stores.without_options(stores.join(self._output, "")).rstrip("/")
-        return stores.without_options(target).removeprefix(folder).lstrip("/")
 
     def _download(self) -> Path:
         """Return a temporary folder with the manifest's files in object storage."""
@@ -138,6 +116,74 @@ class Manifest:
     def _upload(self) -> None:
         stores.write_bytes(stores.join(self._output, self._own.name), self._own.read_bytes())
         self._uploaded = time.monotonic()
+
+
+class Predictions(Manifest):
+    """The manifest of a folder of predictions: a row for each picture that was written, or that failed.
+
+    Attributes:
+        classes: names of the classes in the predictions that were there when the run began.
+    """
+
+    def __init__(self, output: Path | str, made_by: Identity, resume: bool) -> None:
+        """Read the rows of earlier runs.
+
+        Raises:
+            InvalidInput: there are predictions and `resume` is not set; or see `Manifest`.
+            FileError: see `Manifest`.
+        """
+        self._resume, self.classes = resume, set[str]()
+        self._sources: dict[str, str] = {}  # by prediction
+        super().__init__(output, made_by, self._note)
+
+    def _files(self) -> tuple[list[Path], list[Path]]:
+        files, stale = super()._files()
+        self._is_new = not files
+        if self._resume:
+            return files, stale
+        if any(b'"output":' in file.read_bytes() for file in files):
+            raise InvalidInput(
+                f"{self.folder} holds the predictions of an earlier run.",
+                why="they would be overwritten.",
+                next="write only what is missing: --resume; or choose another folder: --output.",
+            )
+        return [], files  # what holds no prediction is begun anew
+
+    def _note(self, row: Row) -> None:
+        if "output" in row:
+            self._sources[row["output"]] = row["path"]
+            self.classes |= row.get("classes", {}).keys()
+
+    def is_written(self, source: str, target: str) -> bool:
+        """True if the prediction of a picture is in place; in object storage, if a row says so.
+
+        Raises:
+            InvalidInput: the picture, the prediction of another one, or a file that no run has written is in its place.
+        """
+        written, whole = self._sources.get(self._place(target)), _whole(stores.without_options(source))
+        is_there = written is not None if self._is_remote else exists(target)
+        replaced = f"that of {written}" if is_there and written not in (None, whole) else ""
+        if _whole(stores.without_options(target)) == whole or (is_there and self._is_new):
+            replaced = "a file that no run has written"
+        if replaced:
+            raise InvalidInput(
+                f"the prediction of {source} would replace {replaced}.",
+                where=target,
+                next="choose another --output.",
+            )
+        return is_there and written is not None
+
+    def add_prediction(self, row: Row) -> None:
+        """Append the row of a prediction that is in place, or of a picture that failed."""
+        row = {**row, "image": _whole(row["image"])}
+        if "output" not in row:
+            self.add_failure(row)
+        else:
+            self.add({"path": row.pop("image"), **row, "output": self._place(row["output"])})
+
+    def _place(self, target: str) -> str:
+        folder = stores.without_options(stores.join(self._output, "")).rstrip("/")
+        return stores.without_options(target).removeprefix(folder).lstrip("/")
 
 
 def _whole(path: str) -> str:

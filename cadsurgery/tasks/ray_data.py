@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from cadsurgery.data import stores
 from cadsurgery.data.images import encode_png, read_image, to_tensor
-from cadsurgery.network.optimized import FLOAT
-from cadsurgery.support.errors import FileError, InvalidInput, check_name, import_optional
+from cadsurgery.support.errors import InvalidInput, check_name, import_optional
 from cadsurgery.support.pipeline import ahead
 from cadsurgery.tasks.predictor import Item, Picture, Row, Settings
 from cadsurgery.tasks.report import FilesReport
@@ -38,30 +34,21 @@ class Predict:
     error and no prediction. Other columns stay::
 
         pictures = ray.data.read_parquet("pictures").map_batches(
-            cadsurgery.ray.Predict, fn_constructor_args=("net.safetensors",), batch_size=32, concurrency=4
+            cadsurgery.ray.Predict,
+            fn_constructor_args=("net.safetensors",),
+            batch_size=32,
+            compute=ray.data.ActorPoolStrategy(size=4),
         )
     """
 
-    def __init__(
-        self,
-        file: str,
-        *,
-        column: str = "",
-        prediction: str = "png",
-        mask: str = "",
-        size: tuple[int, int] | None = None,
-        device: str = "cpu",
-        view: str = "",
-        batch: int = 1,
-        trust: bool = False,
-    ) -> None:
+    def __init__(self, file: str, *, column: str = "", prediction: str = "png", **options: Any) -> None:
         """Open a converted file.
 
         Args:
             file: the converted file, or its address on the Hub; each machine must be able to read it.
             column: column of the pictures; default: `bytes` or else `image`.
             prediction: "png", or "array" of class numbers.
-            mask, size, device, view, batch, trust: as in `cadsurgery run`.
+            options: `mask`, `size`, `device`, `view`, `batch`, `trust` and others of `cadsurgery run`, see `Settings`.
 
         Raises:
             InvalidInput: there is no such form of a prediction.
@@ -69,8 +56,7 @@ class Predict:
         """
         check_name("form of predictions", prediction, ("png", "array"))
         self._column, self._form = column, prediction
-        settings = Settings(file, mask, size, view, device, FLOAT, None, None, 0.0, batch, trust)
-        self._predictor = settings.with_one_thread()
+        self._predictor = Settings(file, **options).with_one_thread()
 
     def __call__(self, batch: _Batch) -> dict[str, Any]:
         """Return the columns of a batch, with predictions in place of the pictures.
@@ -184,29 +170,25 @@ def predict_over_ray(
 
 
 def predict_tables(
-    sources: Sequence[str], output: str, settings: Settings, address: str, workers: int | None, resume: bool
+    sources: Sequence[str], output: str, settings: Settings, address: str, workers: int | None
 ) -> FilesReport:
     """Predict the pictures in Parquet files as `Predict` does, and write its columns as Parquet into a folder.
 
     Raises:
-        InvalidInput: the folder is not empty, or is to be resumed.
+        InvalidInput: the folder exists.
         CadError: Ray is not installed.
     """
-    if resume:
-        raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
     ray = _connect(address)
-    with suppress(FileError, FileNotFoundError):
-        if next(stores.list_files(_address(output), bool), None):
-            raise InvalidInput(f"{output} is not empty.", next="choose another --output.")
-    names = ("mask", "size", "device", "view", "batch", "trust")
-    tables = ray.data.read_parquet([*sources])
-    tables.map_batches(
+    predicted = ray.data.read_parquet([*sources]).map_batches(
         Predict,
-        fn_constructor_args=(settings.file,),
-        fn_constructor_kwargs={name: getattr(settings, name) for name in names},
+        fn_constructor_kwargs=vars(settings),
         batch_size=_IN_A_BLOCK,
         **_actors(ray, settings, workers),
-    ).write_parquet(output)
+    )
+    try:
+        predicted.write_parquet(output, mode=ray.data.SaveMode.ERROR)
+    except ValueError as error:
+        raise InvalidInput(f"{output} is there already.", next="choose another --output.") from error
     written = ray.data.read_parquet(output, columns=["error"])
     errors = [row["error"] for row in written.iter_rows()]
     failed = [error for error in errors if error is not None]
@@ -215,15 +197,11 @@ def predict_tables(
     return FilesReport((), f"{counts[0]} done, {counts[1]} failed: {output}", tuple(listed), counts=counts)
 
 
-def _address(path: str) -> str:
-    return path if stores.is_remote(path) else Path(path).absolute().as_uri()
-
-
 def _actors(ray: Any, settings: Settings, workers: int | None) -> dict[str, Any]:
     """Return what a dataset is told about its actors: as many as there are cores, or GPUs."""
     kind = "GPU" if settings.device.startswith("cuda") else "CPU"
     most = workers or max(1, int(ray.cluster_resources().get(kind, 1)))
-    return {"concurrency": (1, most), f"num_{kind.lower()}s": 1}
+    return {"compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most), f"num_{kind.lower()}s": 1}
 
 
 def _connect(address: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from cadsurgery.support.errors import CadError, FileError, InvalidInput, check_n
 from cadsurgery.support.files import absent, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
-from cadsurgery.support.processes import gather, in_order, own_device, share
+from cadsurgery.support.processes import gather, own_device, share
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.convert import check_precision, refuse_precision
 from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
-from cadsurgery.tasks.manifest import Manifest
+from cadsurgery.tasks.manifest import Predictions
 from cadsurgery.tasks.predictor import Item, Predictor, Row, Settings
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.side import Kind
@@ -47,6 +48,8 @@ _COMPUTED = {
     "sampled": "sampled at {}",
 }
 _LISTED = 1000  # images whose rows a report has, and failures; all of them are in the manifest
+# Why images are predicted one after the other, by one process.
+_FOLLOW = "images follow each other as frames."
 _FOR_A_PROCESS = 8  # images from which on another process is started unless --workers says how many
 
 
@@ -89,7 +92,7 @@ def predict(
     or `local`, actors of Ray do, see `cadsurgery.ray`. Under a launcher each process runs its share of the images, and
     every process returns the same report.
 
-    A folder of predictions has a `Manifest`; with `resume` the predictions in it are not made again.
+    A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again.
 
     Raises:
         InvalidInput: the options do not fit the network, a result would replace another or its source, the folder holds
@@ -105,23 +108,18 @@ def predict(
     if ray and all(_name(str(path)).endswith(".parquet") for path in images):
         from cadsurgery.tasks.ray_data import predict_tables
 
-        return predict_tables([*map(str, images)], str(output), settings, ray, workers, resume)
+        if resume:
+            raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
+        return predict_tables([*map(str, images)], str(output), settings, ray, workers)
     sources, own = _Sources([*map(str, images)], str(output)), own_device(device)
     converted = settings.load()
     kind = kind_of(converted)
     _check_options(converted, kind, until, batch, precision)
     if resume:
         _check_resume(converted, sources)
-    manifest = None if sources.is_one_clip else Manifest(sources.output, settings.identity(), resume)
+    manifest = None if sources.is_one_clip else Predictions(sources.output, settings.identity(), resume)
     number = sources.count(manifest)
-    if ray and (sources.clips or _has_smooth(converted) or world().size > 1):
-        raise InvalidInput(
-            "--ray with clips, a mask with smooth, or torchrun.",
-            why="Ray shares pictures that stand alone among processes of its own.",
-            next="leave --ray out.",
-        )
-    if not ray:
-        workers = _count_workers(workers, own, number, sources, converted)
+    workers = _count_workers(workers, ray, own, number, sources, converted)
     predictor = None if ray or (workers or 1) > 1 else Predictor(converted, settings, step)
     if manifest is not None:
         gather(None, own)  # until every process has read the manifest
@@ -172,7 +170,7 @@ def _report(
     outcome: _Outcome, sources: _Sources, names: Sequence[str], is_interrupted: bool, resume: bool
 ) -> FilesReport:
     """Return the report, and write the legend of the classes."""
-    rows, failures = in_order([outcome.rows]), in_order([outcome.failures])
+    rows, failures = ([row for _, row in pairs] for pairs in (outcome.rows, outcome.failures))
     lines = [_describe(row) for row in rows]
     if outcome.done > len(rows):
         lines.append(
@@ -195,7 +193,7 @@ def _report(
 class _Outcome:
     """What became of the images: numbers, the first rows and failures with their positions, and the classes seen."""
 
-    manifest: Manifest | None = None
+    manifest: Predictions | None = None
     done: int = 0
     failed: int = 0
     skipped: int = 0
@@ -212,7 +210,7 @@ class _Outcome:
             listed.append((position, row))
         self.classes |= row.get("classes", {}).keys()
         if self.manifest is not None and not row.get("interrupted"):
-            self.manifest.add(row)
+            self.manifest.add_prediction(row)
 
     def skips(self, item: Item) -> bool:
         """True if a prediction is in place, which is counted."""
@@ -232,38 +230,43 @@ class _Outcome:
         for name in ("done", "failed", "skipped"):
             setattr(whole, name, sum(getattr(part, name) for part in parts))
         for name in ("rows", "failures"):
-            joined = sorted(
-                (pair for part in parts for pair in getattr(part, name)), key=lambda pair: pair[0]
-            )
-            setattr(whole, name, joined[:_LISTED])
+            pairs = (pair for part in parts for pair in getattr(part, name))
+            setattr(whole, name, sorted(pairs, key=itemgetter(0))[:_LISTED])
         whole.classes = set().union(*(part.classes for part in parts))
         return whole
 
 
 def _count_workers(
-    workers: int | None, device: torch.device, images: int | None, sources: _Sources, converted: nn.Module
-) -> int:
+    workers: int | None,
+    ray: str,
+    device: torch.device,
+    images: int | None,
+    sources: _Sources,
+    converted: nn.Module,
+) -> int | None:
     """Return the number of processes; None stands for the number of cores, or 1 on a GPU, and fewer for few images.
+    Ray chooses for itself.
 
     Raises:
         InvalidInput: there are clips, the mask has `smooth`, or a launcher started processes.
     """
-    reasons = {
+    needs_one = {
         "clips": bool(sources.clips),
         "a mask with smooth": _has_smooth(converted),
         "torchrun": world().size > 1,
     }
-    needs_one = [reason for reason, holds in reasons.items() if holds]
-    if workers is not None and workers > 1 and needs_one:
+    reason = next((reason for reason, holds in needs_one.items() if holds), "")
+    if reason and (ray or (workers or 1) > 1):
+        option = "--ray" if ray else f"--workers {workers}"
         raise InvalidInput(
-            f"--workers {workers} for {needs_one[0]}.",
-            why="its processes are the workers."
-            if "torchrun" in needs_one
-            else "images follow each other as frames.",
-            next="leave --workers out.",
+            f"{option} for {reason}.",
+            why="its processes are the workers." if reason == "torchrun" else _FOLLOW,
+            next=f"leave {option.split()[0]} out.",
         )
-    if workers is not None or needs_one or device.type != "cpu":
-        return workers or 1
+    if ray or workers is not None:
+        return workers
+    if reason or device.type != "cpu":
+        return 1
     return max(1, cores() if images is None else min(cores(), images // _FOR_A_PROCESS))
 
 
@@ -281,9 +284,7 @@ def _check_options(converted: nn.Module, kind: Kind | None, until: float, batch:
     if batch > 1 and (kind or _has_smooth(converted)):
         raise InvalidInput(
             f"--batch {batch} for a {f'network {kind.words}' if kind else 'mask with smooth'}.",
-            why="it computes another amount for each image."
-            if kind
-            else "images follow each other as frames.",
+            why="it computes another amount for each image." if kind else _FOLLOW,
             next="leave --batch out.",
         )
     if kind is not None:
@@ -300,9 +301,7 @@ def _check_resume(converted: nn.Module, sources: _Sources) -> None:
     if is_smooth or sources.is_one_clip:
         raise InvalidInput(
             f"--resume for {'images and a mask with smooth' if is_smooth else 'a single clip'}.",
-            why="images follow each other as frames."
-            if is_smooth
-            else "a clip is written whole or not at all.",
+            why=_FOLLOW if is_smooth else "a clip is written whole or not at all.",
             next="leave --resume out, and name another --output.",
         )
 
@@ -323,19 +322,30 @@ class _Sources:
     """
 
     def __init__(self, sources: Sequence[str], output: str) -> None:
-        """Refuse clips that do not fit the output."""
+        """Refuse clips that do not fit the output, and a folder that predictions would be written among its pictures.
+
+        Raises:
+            InvalidInput: see above.
+        """
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
         clips = _find_clips([*map(Path, sources)], Path(output))
         self.clips = [Item(sys.maxsize, str(path), str(target)) for path, target in clips.items()]
         self.stills = [source for source in sources if Path(source) not in clips]
+        places = [os.path.realpath(stores.without_options(path)) for path in (output, *self.stills)]
+        if places[0] in places[1:]:
+            raise InvalidInput(
+                f"predictions would be written among the pictures in {stores.without_options(output)}.",
+                why="they would replace pictures, and be taken for pictures when the run goes on.",
+                next=f"choose another folder: --output {stores.without_options(stores.join(output, 'predictions'))}.",
+            )
 
-    def count(self, manifest: Manifest | None) -> int | None:
+    def count(self, manifest: Predictions | None) -> int | None:
         """Return the number of images and clips; None for images on standard input.
 
         Raises:
             FileError: there are no images, or the list of them cannot be read.
-            InvalidInput: see `Manifest.is_written`.
+            InvalidInput: see `Predictions.is_written`.
         """
         if "-" in self.stills:
             return None

@@ -61,6 +61,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def draw(path: Path, number: int) -> None:
+    path.parent.mkdir(exist_ok=True)
     pixels = 255 * street_scene(46, 61 + number % 2, number)
     Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy()).save(path)
 
@@ -234,6 +235,30 @@ def test_a_prediction_is_not_replaced_by_that_of_another_picture(
     with pytest.raises(cs.InvalidInput, match=r"photos/a/0\.jpg would replace that of .*photos/a/0\.png"):
         draw(photos / "a" / "0.jpg", 9)  # takes the name 0.png, because it comes first
         predict(file, photos, whole, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("sources", "output", "told"),
+    [
+        (["."], ".", r"among the pictures in .*photos\.(?s:.)*--output .*photos/predictions"),
+        (["../photos/"], ".", "among the pictures"),
+        (["a/0.png", "b/1.png"], "a", r"a/0\.png would replace a file that no run has written"),
+        (["../photos"], "a", r"would replace a file that no run has written"),
+        (["a/0.jpg"], "a", r"a/0\.jpg would replace a file that no run has written"),
+    ],
+)
+def test_pictures_are_not_replaced_by_predictions(
+    file: Path, photos: Path, sources: list[str], output: str, told: str
+) -> None:
+    draw(photos / "a" / "0.jpg", 9)
+    draw(photos / "a" / "b" / "1.png", 9)
+    before = {path: path.read_bytes() for path in photos.parent.rglob("*.*g")}
+    with pytest.raises(cs.InvalidInput, match=told):
+        run.predict(
+            *(file, [str(photos / source) for source in sources], photos / output, "", None, "cpu", silent),
+            trust=True,
+        )
+    assert {path: path.read_bytes() for path in photos.parent.rglob("*.*[gl]")} == before
 
 
 def test_a_damaged_manifest_is_refused_with_its_line(file: Path, photos: Path, whole: Path) -> None:

@@ -261,6 +261,8 @@ def test_workers_are_refused_where_pictures_follow_each_other(
 ) -> None:
     with pytest.raises(cs.InvalidInput, match=f"--workers 2 for {told}"):
         predict(file, [different], tmp_path / "out", workers=2, **options)
+    with pytest.raises(cs.InvalidInput, match=f"--ray for {told}"):
+        predict(file, [different], tmp_path / "out", ray="local", **options)
 
 
 # -- Ray and object storage ----------------------------------------------------------------------------
@@ -370,7 +372,7 @@ def test_a_table_of_pictures_becomes_a_table_of_predictions(
     run_again = functools.partial(predict, file, [tmp_path / "photos.parquet"], tmp_path / "out", ray="local")
     try:
         report = run_again(workers=1)
-        with pytest.raises(cs.InvalidInput, match="out is not empty"):
+        with pytest.raises(cs.InvalidInput, match="out is there already"):
             run_again()
     finally:
         ray.shutdown()
