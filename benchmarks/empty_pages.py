@@ -107,9 +107,11 @@ def main() -> None:
                 "tiles": tiles(model, image, given),
                 "text": lambda image=image, text=text: fast(image, mask=text),
                 "content": lambda image=image: fast(image, mask="content"),
+                "preview": lambda image=image: fast(image, mask="preview"),
             }
             times = interleaved(runs, options.rounds)
-            work = {"text": net.macs(image, mask=text), "content": net.macs(image, mask="content")}
+            masks = {"text": text, "content": "content", "preview": "preview"}
+            work = {name: net.macs(image, mask=mask) for name, mask in masks.items()}
             for name, run in runs.items():
                 share = f"{work[name].of_given:5.2f}" if name in work else "     "
                 best = times[name].best

@@ -11,6 +11,7 @@ from cadsurgery.masks.gain import GainMask, OracleMask
 from cadsurgery.masks.graded import EdgeMask, GradedMask, GradientMask, TrimapMask
 from cadsurgery.masks.keypoints import KeypointMask
 from cadsurgery.masks.learned import EstimatedMask, LearnedMask
+from cadsurgery.masks.preview import PreviewMask
 from cadsurgery.masks.provider import FineMapSpec, Grid, MaskProvider, list_masks, mask_provider
 from cadsurgery.masks.scored import ConfidenceMask, DetailMask, SaliencyMask
 from cadsurgery.masks.spec import resolve_mask

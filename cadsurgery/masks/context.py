@@ -25,12 +25,14 @@ class CallContext:
         labels: (B, H, W) integers, one per image pixel; see `labelled`.
         points: for each image (n, 2) x and y in image pixels; see `keypoints_at`.
         first_passes: outputs of the network with everything kept at one level, by level.
+        preview: output of the network as given on a smaller picture; None if no mask asked for it.
         masks: masks that replace the network's own during a call, by network; see `AdaptiveModel.masked`.
     """
 
     labels: Tensor | None = None
     points: Sequence[Tensor] | None = None
     first_passes: Mapping[int, Any] = field(default_factory=dict)
+    preview: Any = None
     masks: Mapping[nn.Module, object] = field(default_factory=dict)
 
 
@@ -116,9 +118,10 @@ def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
     return _within(points=points)
 
 
-def first_passes(outputs: Mapping[int, Any]) -> AbstractContextManager[None]:
-    """Provide the network's outputs at single levels, by level, to masks inside the `with` block."""
-    return _within(first_passes=outputs)
+def first_passes(outputs: Mapping[int, Any], preview: Any = None) -> AbstractContextManager[None]:
+    """Provide the network's outputs at single levels, by level, and on a smaller picture, to masks inside the `with`
+    block."""
+    return _within(first_passes=outputs, preview=preview)
 
 
 def first_pass_outputs(where: str) -> dict[int, Any]:
@@ -129,12 +132,7 @@ def first_pass_outputs(where: str) -> dict[int, Any]:
     """
     outputs = call_context().first_passes
     if not outputs:
-        raise InvalidInput(
-            "there was no first pass of a network to look at.",
-            where=where,
-            why="the mask looks at the network's own output, so it works inside an adaptive network only.",
-            next="call the network with this mask: net(image, mask=...).",
-        )
+        raise _no_network("there was no first pass of a network to look at.", where)
     return dict(sorted(outputs.items()))
 
 
@@ -145,6 +143,28 @@ def first_pass_output(where: str) -> Any:
         InvalidInput: there was no first pass.
     """
     return [*first_pass_outputs(where).values()][-1]
+
+
+def preview_output(where: str) -> Any:
+    """Return the output of the network on a smaller picture.
+
+    Raises:
+        InvalidInput: the network was not run on one.
+    """
+    output = call_context().preview
+    if output is None:
+        raise _no_network("there was no preview of a network to look at.", where)
+    return output
+
+
+def _no_network(problem: str, where: str) -> InvalidInput:
+    """Return the error for a mask that looks at the network's output where there is none."""
+    return InvalidInput(
+        problem,
+        where=where,
+        why="the mask looks at the network's own output, so it works inside an adaptive network only.",
+        next="call the network with this mask: net(image, mask=...).",
+    )
 
 
 @contextmanager

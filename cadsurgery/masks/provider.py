@@ -121,14 +121,20 @@ class MaskProvider(nn.Module):
         return frozenset().union(*(part.first_passes(lowest) for part in self.parts))
 
     @property
+    def preview_scale(self) -> float | None:
+        """Side of the smaller picture on which the mask, or one of its parts, looks at the network's output, as a share
+        of the picture's; None if none does. If several do, the largest."""
+        return max((part.preview_scale for part in self.parts if part.preview_scale), default=None)
+
+    @property
     def sees_image(self) -> bool:
         """True if the mask, or one of its parts, uses the picture."""
         return not self.ignores_image or any(part.sees_image for part in self.parts)
 
     @property
     def looks_ahead(self) -> bool:
-        """True if the mask needs a first pass of the network."""
-        return bool(self.first_passes(1))
+        """True if the mask needs a first pass of the network, or a preview."""
+        return bool(self.first_passes(1)) or self.preview_scale is not None
 
     @property
     def dependence(self) -> str:

@@ -167,10 +167,10 @@ def count_macs(
 
     not_counted = masking.not_counted
 
-    def count(chosen: Any) -> dict[str, int]:
+    def count(chosen: Any, *smaller: Any) -> dict[str, int]:
         counter = Counter(counted, rule)
         with torch.no_grad(), counter.counter:
-            program.check_and_run(partial(counter.count, chosen), *args, **kwargs)
+            program.check_and_run(partial(counter.count, chosen), *(smaller or args), **kwargs)
         not_counted.update(counter.not_counted)
         return counter.counts
 
@@ -196,6 +196,9 @@ def count_macs(
     given = sum(by_level[own].values()) if own is not None else _given_macs(counted, args, kwargs, rule)
     after = {node.meta[WORK][0] for node in counted.halves.after.nodes if WORK in node.meta}
     ahead = sum(work for level in passes for name, work in by_level[level].items() if name in after)
+    if scale := provider.preview_scale:
+        smaller = program.smaller(scale, image)
+        ahead += sum(count(program.uniform(lowest if own is None else own), smaller).values())
     for name, work in zip(MASK_LAYERS, (masking.macs, ahead), strict=True):
         if work:
             layers.append(LayerMacs(name, provider.name, work, 0, 0, 0, in_region=True))

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.functional import common_lattice
@@ -194,14 +195,39 @@ class Program:
             provider: the mask; if it needs no first pass, nothing is run.
             values: results of the first half; they are not changed.
         """
-        levels = provider.first_passes(self.geometry.max_level)
-        if not levels:
+        if not provider.looks_ahead:
             yield
             return
+        levels, scale = provider.first_passes(self.geometry.max_level), provider.preview_scale
         with torch.no_grad(), evaluating(self.net):
             outputs = {level: self.at_level(level, values) for level in levels}
-        with first_passes(outputs):
+            preview = self.preview(scale, values[self.halves.image]) if scale else None
+        with first_passes(outputs, preview):
             yield
+
+    def preview(self, scale: float, image: Tensor) -> Any:
+        """Run the network as given, or with everything low if that is not among its levels, on a smaller picture."""
+        if len(self.signature.parameters) > 1 or not self.masks_an_argument:
+            raise InvalidInput(
+                "the network cannot be run on a smaller picture.",
+                where="mask preview",
+                why="it takes more than a picture, or computes from its arguments the picture that masks see.",
+                next="choose a mask that looks at the picture, e.g. content or edges.",
+            )
+        arguments = self.bind(self.smaller(scale, image))
+        own = self.plan.identity_level
+        if own is not None and self.unchanged is not None:
+            return self.run_original(own, arguments)[0]
+        return self(self.uniform(self.geometry.max_level), arguments)[0]
+
+    def smaller(self, scale: float, image: Tensor) -> Tensor:
+        """Return a smaller picture, with sides of whole cells of the lowest resolution."""
+        cell = self.plan.strides[0] * self.geometry.sides[self.geometry.max_level]
+        size = [max(1, round(length * scale / cell)) * cell for length in image.shape[2:]]
+        dtype = image.dtype if image.is_floating_point() else torch.get_default_dtype()
+        wide = image.to(torch.promote_types(dtype, torch.float32))
+        small = F.interpolate(wide, size, mode="bilinear", align_corners=False, antialias=True)
+        return small.to(dtype).contiguous(memory_format=torch.channels_last)
 
     def at_level(self, level: int, values: tuple[Any, ...]) -> Any:
         """Run the second half with all cells at a level; the first half's results are not changed."""

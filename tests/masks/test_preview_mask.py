@@ -1,0 +1,164 @@
+"""Mask `preview`: the network on a smaller picture says where something is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.masks import FineMapSpec, PreviewMask, resolve_mask
+
+
+class Spots(nn.Module):
+    """Strided convolutions with positive weights, and a map of the picture's size, high where the picture is bright."""
+
+    def __init__(self, answer: str = "map") -> None:
+        super().__init__()
+        self.answer = answer
+        self.down = nn.ModuleList(nn.Conv2d(i, o, 3, 2, 1) for i, o in ((3, 4), (4, 4), (4, 4)))
+        for conv in self.down:
+            nn.init.constant_(conv.weight, 0.1)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor) -> Any:
+        y = x
+        for conv in self.down:
+            y = conv(y).relu()
+        if self.answer == "class":
+            return y.mean((2, 3))
+        y = F.interpolate(y, size=x.shape[2:], mode="bilinear", align_corners=False)
+        return {"out": y, "deep": y[:, :1]} if self.answer == "dictionary" else y
+
+
+def spotted(height: int, width: int, *places: tuple[int, int]) -> Tensor:
+    """Return a dark picture with a bright square in the middle of some cells of 32 pixels."""
+    image = torch.zeros(1, 3, height, width)
+    for row, column in places:
+        image[..., 32 * row + 8 : 32 * row + 24, 32 * column + 8 : 32 * column + 24] = 4
+    return image
+
+
+def converted(answer: str = "map", mask: str = "preview") -> Any:
+    model = Spots(answer).eval()
+    return cs.adaptify(
+        model, mask, coarsest=32, example_input=torch.rand(1, 3, 128, 128), normalisation="raw"
+    )
+
+
+def kept(net: Any) -> Tensor:
+    kept: Tensor = net.levels[0, ::32, ::32] == 0
+    return kept
+
+
+@pytest.mark.parametrize("answer", ["map", "dictionary"])
+@pytest.mark.parametrize(("height", "width"), [(256, 320), (230, 301)])
+def test_cells_with_a_response_are_kept(answer: str, height: int, width: int) -> None:
+    net = converted(answer, "preview:threshold=0.6,margin=0,scale=0.5")
+    expected = torch.zeros(-(-height // 32), -(-width // 32), dtype=torch.bool)
+    expected[2, 3] = expected[5, 7] = True
+    with torch.no_grad():
+        net(spotted(height, width, (2, 3), (5, 7)))
+        assert torch.equal(kept(net), expected)
+        net.optimize()(spotted(height, width, (2, 3), (5, 7)))
+    assert torch.equal(kept(net), expected)
+
+
+def test_a_margin_keeps_the_cells_around() -> None:
+    net = converted(mask="preview:threshold=0.6,scale=0.5")
+    net(spotted(256, 256, (4, 4)))
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[3:6, 3:6] = True
+    assert torch.equal(kept(net), expected)
+
+
+def test_each_image_of_a_batch_has_responses_of_its_own() -> None:
+    net = converted(mask="preview:threshold=0.6,margin=0,scale=0.5")
+    faint = spotted(256, 256, (1, 6)) / 8
+    net(torch.cat((spotted(256, 256, (4, 4)), faint)))
+    assert (net.levels[:, ::32, ::32] == 0).nonzero().tolist() == [[0, 4, 4], [1, 1, 6]]
+
+
+def test_what_is_less_than_the_least_is_no_response() -> None:
+    net = converted(mask="preview:least=1e6")
+    net(spotted(256, 256, (4, 4)))
+    assert net.active_fraction == 0
+
+
+def test_a_budget_ranks_by_the_response() -> None:
+    net = converted(mask="preview:margin=0,scale=0.5 | budget:fraction=0.03125")
+    net(spotted(256, 256, (4, 4), (1, 6)))
+    assert kept(net).nonzero().tolist() == [[1, 6], [4, 4]]
+
+
+def test_the_output_is_that_of_the_same_map_given_by_hand() -> None:
+    net, image = converted(), spotted(192, 256, (2, 3))
+    answer = net(image)
+    assert 0 < net.active_fraction < 1
+    assert torch.equal(answer, net(image, mask=net.levels))
+
+
+def test_a_conversion_to_a_finer_stride_previews_the_network_as_given() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)).eval()
+    net = cs.adaptify(
+        model, "preview:threshold=0.5,margin=0,scale=0.5", output_stride=(2, 8), normalisation="raw"
+    )
+    net(spotted(128, 128, (1, 2)))
+    assert 0 < net.active_fraction < 0.3
+
+
+def test_its_work_is_counted() -> None:
+    """Law 7: the preview takes the multiply-accumulates of the network as given on the smaller picture."""
+    net, image = converted(mask="preview:scale=0.5"), spotted(256, 256, (4, 4))
+    layer = next(layer for layer in net.macs(image).layers if layer.layer == "(first pass)")
+    assert layer.mask == net.macs(torch.zeros(1, 3, 128, 128), mask="all").given
+
+
+@pytest.mark.parametrize(
+    "spec", ["preview:scale=0", "preview:scale=2", "preview:margin=-1", "preview:least=-1"]
+)
+def test_impossible_options_are_refused(spec: str) -> None:
+    with pytest.raises(cs.InvalidInput):
+        resolve_mask(spec)
+
+
+def test_a_network_without_a_map_is_refused() -> None:
+    net = converted("class")
+    with pytest.raises(cs.InvalidInput, match="gives no map"):
+        net(spotted(128, 128))
+
+
+def test_a_network_of_several_inputs_is_refused() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spots = Spots()
+
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            return self.spots(x) + y
+
+    image, more = torch.rand(1, 3, 128, 128), torch.rand(1, 1, 128, 128)
+    net = cs.adaptify(Two().eval(), "preview", coarsest=32, example_input=(image, more), normalisation="raw")
+    with pytest.raises(cs.InvalidInput, match="smaller picture"):
+        net(image, more)
+
+
+def test_outside_of_a_network_there_is_no_preview() -> None:
+    image = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(cs.InvalidInput, match="no preview"):
+        PreviewMask()(image, image, FineMapSpec(1, (64, 64), 1, 5, 32, 32))
+
+
+def test_a_file_cannot_hold_it(tmp_path: Any) -> None:
+    with pytest.raises(cs.InvalidInput, match="level_map"):
+        cs.export(converted(), torch.rand(1, 3, 128, 128), tmp_path / "net.onnx")
+
+
+def test_it_is_saved_and_loaded(tmp_path: Any) -> None:
+    net, image = converted(), spotted(192, 256, (2, 3))
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", model=Spots().eval())
+    assert torch.equal(again(image), net(image)) and 0 < again.active_fraction < 1
