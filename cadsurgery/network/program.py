@@ -218,7 +218,7 @@ class Program:
         own = self.plan.identity_level
         if own is not None and self.unchanged is not None:
             return self.run_original(own, arguments)[0]
-        return self(self.uniform(self.geometry.max_level), arguments)[0]
+        return self(self.uniform(self.geometry.max_level if own is None else own), arguments)[0]
 
     def smaller(self, scale: float, image: Tensor) -> Tensor:
         """Return a smaller picture, with sides of whole cells of the lowest resolution."""

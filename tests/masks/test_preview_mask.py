@@ -88,6 +88,18 @@ def test_what_is_less_than_the_least_is_no_response() -> None:
     assert net.active_fraction == 0
 
 
+def test_optimised_copies_look_at_the_network_as_given() -> None:
+    """Lines of one pixel are invisible with everything at the floor, whose samples are 32 pixels apart."""
+    net, image = converted(mask="preview:scale=1,threshold=0.5,margin=0"), torch.zeros(1, 3, 128, 128)
+    image[..., 70:78, 40:60] = 4
+    net(image)
+    expected = kept(net)
+    assert expected.sum() == 1
+    fast = net.optimize()
+    fast(image)
+    assert torch.equal(kept(fast), expected)
+
+
 def test_a_budget_ranks_by_the_response() -> None:
     net = converted(mask="preview:margin=0,scale=0.5 | budget:fraction=0.03125")
     net(spotted(256, 256, (4, 4), (1, 6)))
