@@ -17,9 +17,8 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ from cadsurgery.tasks.bench_report import (
     Given,
     MethodBench,
     NetworkBench,
-    Rival,
     macs_notes,
 )
 from cadsurgery.tasks.open import example_batch, open_any, original, provenance
@@ -66,7 +64,6 @@ from cadsurgery.tasks.sides.engines import (
     runs_of,
     smaller_sides,
 )
-from cadsurgery.tasks.slowest import explain_slowness
 
 FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -257,22 +254,20 @@ def _compare(
             notes.append(f"dense high and low are the copy in 8 bits with one level: {quantised}")
         nets[fill], counts[fill] = net, counted
     first = next(iter(nets.values()))
-    rivals = rival_sides(first, image.float().contiguous(), setup, folder, step)
+    others = [*rival_sides(first, image.float().contiguous(), setup, folder, step), *own]
     measured = measure(
-        [*sides, *rivals, *own],
+        [*sides, *others],
         image,
         setup.rounds,
         is_processor_time=setup.processor_time,
         step=within(step, f"measuring {name}"),
     )
-    own_rows = measured[len(measured) - len(own) :]
-    rows = {row.label: row for row in measured[: len(measured) - len(own)]}
+    rows = {row.label: row for row in measured[: len(sides)]}
 
     def twin(key: str, active_fraction: float) -> Row:
         return replace(rows[key], values={"active_fraction": active_fraction, "macs": rows[key].macs})
 
     high, low = twin(HIGH, 1.0), twin(LOW, 0.0)
-    timed = [rows[side.name] for side in rivals]
     return [
         NetworkBench(
             model=name,
@@ -287,38 +282,12 @@ def _compare(
             notes=(
                 *_notes(net, counts[fill][fractions[0]], high, low),
                 *notes,
-                *_explain(fill, {side.name: side for side in sides}, image, rows),
             ),
-            rivals=tuple(
-                Rival(at_high.engine, at_high.dtype, _pair(at_high), _pair(at_low))
-                for at_high, at_low in zip(timed[::2], timed[1::2], strict=True)
-            ),
-            sides=tuple(own_rows),
+            sides=tuple(measured[len(sides) :]),
             isa=os.environ.get(isa.VARIABLE, "").strip().lower(),
         )
         for fill, net in nets.items()
     ]
-
-
-def _explain(fill: str, sides: Mapping[str, Side], image: Tensor, rows: Mapping[str, Row]) -> list[str]:
-    """Name the operation that takes most time in the slowest budget, if that budget is slower than dense high.
-
-    Files in engines are skipped, because their operations cannot be observed.
-    """
-    keys = [key for key in sides if key.startswith(f"{fill} ")]
-    key = max(keys, key=lambda key: rows[key].milliseconds or 0.0)
-    net = getattr(sides[key].call, "func", None)  # the copy or engine file inside the partial call
-    if not isinstance(net, AdaptiveModel):
-        return []
-    name, high = f"fraction {_fraction_of(key):g}", {HIGH: rows[HIGH].milliseconds or 0.0}
-    sentence = explain_slowness(
-        name, rows[key].milliseconds or 0.0, high, net, partial(sides[key].call, image)
-    )
-    return [sentence] if sentence else []
-
-
-def _pair(row: Row) -> tuple[float, float]:
-    return row.milliseconds or 0.0, row.milliseconds_median or 0.0
 
 
 def _row(fraction: float, counted: MacReport, measured: Row, high: Row, low: Row) -> Row:
@@ -377,10 +346,6 @@ def _scenes(source: Source, setup: Benchmark) -> Tensor:
 
 def _key(fill: str, fraction: float) -> str:
     return f"{fill} {fraction!r}"
-
-
-def _fraction_of(key: str) -> float:
-    return float(key.rpartition(" ")[2])
 
 
 def band(net: AdaptiveModel) -> float:

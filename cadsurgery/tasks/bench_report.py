@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from rich.text import Text
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.tasks.report import (
     COLOURS,
+    SLOWER,
     MeasuredReport,
     Report,
     Row,
@@ -27,21 +28,7 @@ from cadsurgery.tasks.report import (
     strides_in_words,
     time_columns,
 )
-from cadsurgery.tasks.slowest import SLOWER
 from cadsurgery.tasks.tables import Column, table
-
-
-class Rival(NamedTuple):
-    """The dense networks in another engine: its name, the dtype, and (best, median) milliseconds at both output
-    strides.
-
-    `high` and `low` are the high and the low output stride.
-    """
-
-    engine: str
-    dtype: str
-    high: tuple[float, float]
-    low: tuple[float, float]
 
 
 class Given(NamedTuple):
@@ -80,8 +67,7 @@ class NetworkBench:
         given: work and time of the network as given.
         rows: one row per budget.
         notes: facts that a reader needs to judge the figures.
-        rivals: the dense networks in other engines.
-        sides: sides of the user.
+        sides: the dense networks in other engines and on smaller pictures, and sides of the user.
         isa: instruction set to which CADSURGERY_ISA capped the run; "" for no cap.
     """
 
@@ -94,7 +80,6 @@ class NetworkBench:
     low: Row
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
-    rivals: tuple[Rival, ...] = ()
     sides: tuple[Row, ...] = ()
     isa: str = ""
     given: Given = _UNKNOWN
@@ -141,7 +126,6 @@ class NetworkBench:
                 "slower_than_high": [row.fraction for row in self.slower],
                 "verdict": self.verdict(),
             },
-            "against": [plain(rival._asdict()) for rival in self.rivals],
             **({"sides": plain(self.sides)} if self.sides else {}),
             "notes": list(self.notes),
         }
@@ -223,8 +207,6 @@ class BenchReport(Report):
             yield _table(network)
             good = network.holds and not network.slower
             yield Text(network.verdict(), style="green" if good else "bold red")
-            if network.rivals:
-                yield _table_of_rivals(network)
             yield from (Text(note, style="yellow") for note in network.notes)
 
     def figure(self) -> Figure:
@@ -311,7 +293,7 @@ def macs_notes(part: str, not_counted: tuple[str, ...]) -> Iterator[str]:
 
 
 def _table(network: NetworkBench) -> Table:
-    """Create the table of a network: twins, budgets and sides of the user; "of law" is time over the line."""
+    """Create the table of a network: twins, budgets and further sides; "of law" is time over the line."""
     high, low, given = network.high, network.low, network.given
     columns: list[Column[Row]] = [
         Column("side", lambda row: f"{row.label}{' (as given)' if row.label == given.twin else ''}", False),
@@ -331,27 +313,6 @@ def _table(network: NetworkBench) -> Table:
     strides = strides_in_words(network.output_stride)
     title = f"{network.label}, {network.weights}, output stride {strides}, fill {network.fill}"
     return table([high, *network.rows, low, *network.sides], columns, title)
-
-
-def _table_of_rivals(network: NetworkBench) -> Table:
-    """Create the table of dense networks in other engines, with each budget relative to the network as given there, or
-    to dense high if the network as given is neither of the two."""
-    is_low, is_known = network.given.twin == network.low.label, bool(network.given.twin)
-
-    def share(row: Row) -> Callable[[Rival], str]:
-        return lambda rival: ratio(row.milliseconds, (rival.low if is_low else rival.high)[0])
-
-    columns: list[Column[Rival]] = [
-        Column("dense in", lambda rival: f"{rival.engine}, {rival.dtype}", False),
-        Column("high ms", lambda rival: f"{rival.high[0]:.1f}"),
-        Column("median", lambda rival: f"{rival.high[1]:.1f}"),
-        Column("low ms", lambda rival: f"{rival.low[0]:.1f}"),
-        *(
-            Column(f"budget {row.fraction:g} of {'given' if is_known else 'high'}", share(row))
-            for row in network.rows
-        ),
-    ]
-    return table(list(network.rivals), columns, f"{network.label}, dense in other engines")
 
 
 def _draw(axis: Any, network: NetworkBench) -> None:

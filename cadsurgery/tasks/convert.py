@@ -39,10 +39,9 @@ from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport
 from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
-from cadsurgery.tasks.report import Row
+from cadsurgery.tasks.report import SLOWER, Row
 from cadsurgery.tasks.side import Conversion, Request, Side, measure
 from cadsurgery.tasks.sides import KINDS
-from cadsurgery.tasks.slowest import explain_slowness
 
 ADAPTIVE = "adaptive"
 _DEAR = 2.0  # times the work of the network as given: what costs more says so first
@@ -176,13 +175,14 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         high, converted = rows[not is_high].milliseconds, rows[-1 - len(copies)].milliseconds
         if high is None or converted is None:
             return messages
-        step("looking for what is slow")
-        others = {"dense high": high, "the converted network": converted}
+        limits = {"dense high": high, "the converted network": converted}
         slow = [
-            explain_slowness(name, row.milliseconds or 0.0, others, copy, partial(copy, batch))
-            for (name, copy), row in zip(copies.items(), rows[-len(copies) :], strict=True)
+            f"{name} is slower than {other}: {times / limit:.2f} times as long."
+            for name, row in zip(copies, rows[-len(copies) :], strict=True)
+            for other, limit in limits.items()
+            if (times := row.milliseconds or 0.0) > SLOWER * limit
         ]
-        return [*messages, *filter(None, slow)]
+        return [*messages, *slow]
 
     adapted = [decision.node for decision in plan.chosen("adapt")]
     spec, seen = net.mask.spec(), str(net.normalisation or "the input as it comes, until a picture has come")

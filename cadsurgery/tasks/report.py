@@ -29,6 +29,7 @@ from cadsurgery.tasks.tables import Column
 
 # Distinct to readers who are colour-blind (Okabe and Ito), on light and on dark pages.
 COLOURS = ("#d55e00", "#2b8cbe", "#009e73", "#cc79a7", "#e69f00")  # of lines and points in figures
+SLOWER = 1.03  # a side counts as slower than another from this ratio of times on
 
 
 def plain(value: Any) -> Any:

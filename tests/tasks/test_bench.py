@@ -328,24 +328,6 @@ def test_what_is_done_is_kept_when_a_later_network_fails(
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_budget_slower_than_dense_high_is_told_with_the_operation_that_takes_its_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    times = {"dense high": 8.0, "dense low": 4.0, "nearest 0.5": 12.0, "nearest 0.0": 5.0}
-
-    def measured(sides: dict[str, Callable[[], object]], rounds: int, **_: Any) -> dict[str, Timing]:
-        return {key: Timing(times[key], times[key]) for key in sides}
-
-    monkeypatch.setattr(side, "interleaved", measured)
-    (found,) = bench(trunk(), "none", [0.5, 0.0], size=SIZE).networks
-    (note,) = [note for note in found.notes if "slower" in note]
-    assert note.startswith("fraction 0.5 is slower than dense high (1.50 times as long): ")
-    assert "of the time is in " in note
-    times["nearest 0.5"] = 7.0
-    (found,) = bench(trunk(), "none", [0.5, 0.0], size=SIZE).networks
-    assert not any("slower" in note for note in found.notes)
-
-
 # -- engines -------------------------------------------------------------------------------------------
 
 
@@ -407,13 +389,15 @@ def test_without_instructions_for_8_bits_they_are_not_measured(monkeypatch: pyte
 def test_the_dense_networks_are_timed_in_other_engines_too() -> None:
     pytest.importorskip("onnxruntime")
     found = bench(trunk(), fractions=[0.5], size=SIZE, rounds=1, against="onnxruntime")
-    rivals = found.networks[0].rivals
-    assert [rival.dtype for rival in rivals] == ["float32", "int8"]
-    assert all(min(*rival.high, *rival.low) > 0 for rival in rivals)
-    assert [rival["dtype"] for rival in found.to_dict()["networks"][0]["against"]] == ["float32", "int8"]
+    (network,), (entry,) = found.networks, found.to_dict()["networks"]
+    named = [(side["engine"], side["dtype"], side["dense"]) for side in entry["sides"]]
+    twins = ("dense high", "dense low")
+    assert named == [("ONNX Runtime", dtype, twin) for dtype in ("float32", "int8") for twin in twins]
+    assert all(side.milliseconds > 0 for side in network.sides)
+    assert [side.macs for side in network.sides] == [network.high.macs, network.low.macs] * 2
     with (screen := Console(file=io.StringIO(), width=200)).capture() as shown:
         screen.print(*found.parts())
-    assert "ONNX Runtime, int8" in shown.get()
+    assert "dense low, ONNX Runtime, int8" in shown.get()
 
 
 @pytest.mark.parametrize("level", [0, 2])

@@ -174,12 +174,14 @@ def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Pat
     if not setup.against:
         return []
     net, sides = copy.deepcopy(net).float(), []
+    counted = net.macs(image, mask="none")
+    macs = {HIGH: counted.high, LOW: counted.low}
     for package in setup.against.split(","):
         for dtype, engine in RIVALS[package].items():
             engine_setup, place = replace(setup, dtype=dtype), folder / package / dtype
             files = InEngine(net, image, engine, engine_setup, place, step, RIVALS[package]["float32"])
-            for name in (HIGH, LOW):
+            for name, count in macs.items():
                 run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
                 call = partial(lambda run, _: run(image), run)  # a file takes the image in float32
-                sides.append(Side(f"{engine.name} {dtype} {name}", call, about=about))
+                sides.append(Side(f"{name}, {engine.name}, {dtype}", call, count, about=about))
     return sides
