@@ -59,6 +59,7 @@ from cadsurgery.tasks.sides.engines import (
     INT8,
     LOW,
     RIVALS,
+    TORCH,
     InTorch,
     rival_sides,
     runs_of,
@@ -68,7 +69,6 @@ from cadsurgery.tasks.sides.engines import (
 FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
-TORCH = "torch"  # the runtime that needs no files
 # Options of `bench` for a network made by a method.
 OF_METHODS = ("size", "batch", "device", "threads", "rounds", "processor_time")
 

@@ -713,13 +713,14 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         "rounds": 4,
         "processor_time": True,
         "against": "openvino",
+        "smaller": 0.7,
         "calibration": "photos",
         "picture": Path("b.png"),
         "output": Path("rows.jsonl"),
     }
     given = "-m a -m b --mask random --fractions 1,0.25 --size 64x32 --batch 3 --output-stride 8,16 --dtype bfloat16 "
     given += "--region layer3,layer4 --fill linear --fill nearest --patch block --device cuda --threads 2 --rounds 4 "
-    given += "--processor-time --against openvino --calibration photos --picture b.png "
+    given += "--processor-time --against openvino --smaller 0.7 --calibration photos --picture b.png "
     given += "--output rows.jsonl --json"
     assert run("bench", *given.split()).code == 0
     assert {name: seen[name] for name in wanted} == wanted

@@ -35,7 +35,6 @@ from cadsurgery.tasks import bench as module
 from cadsurgery.tasks import side
 from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, NetworkBench
-from cadsurgery.tasks.options import Benchmark
 from cadsurgery.tasks.report import Row
 from cadsurgery.tasks.sides.engines import InTorch
 
@@ -141,7 +140,7 @@ def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyP
 def test_the_twins_are_uniform_and_stop_at_the_low_output_stride() -> None:
     net = cs.adaptify(trunk(), output_stride=(8, 16), verify_laws=False)
     image = torch.randn(2, 3, *SIZE)
-    runs, budget = InTorch(net, image, Benchmark()), cs.Budget("edges", 0.5)
+    runs, budget = InTorch(net, image), cs.Budget("edges", 0.5)
     sides = [
         (runs.dense("dense high"), "all"),
         (runs.dense("dense low"), "none"),

@@ -53,11 +53,12 @@ from cadsurgery.tasks.judging import (
     judge,
 )
 from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
-from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
+from cadsurgery.tasks.recommend.calls import PRECISIONS, Call, Calls
 from cadsurgery.tasks.recommend.choice import LOOK_EVERY, choose, is_beaten, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Request
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
+from cadsurgery.tasks.sides.engines import TORCH
 
 RUNTIMES = (TORCH, *ENGINES)
 FEWEST = 3  # pictures after which time may end a run
