@@ -296,18 +296,6 @@ def list_models(pattern: str = "*", library: str = "") -> list[str]:
     return sorted({name for key in chosen for name in fnmatch.filter(names[key], pattern)})
 
 
-def family_of(name: str) -> str:
-    """Return the library and module that define a network, e.g. `torchvision.resnet`."""
-    import timm
-    import torchvision
-
-    if name in _torchvision_names():
-        module = torchvision.models.get_model_builder(name).__module__
-    else:
-        module = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else name
-    return f"{module.partition('.')[0]}.{module.rpartition('.')[2]}"
-
-
 def _torchvision_names() -> list[str]:
     import torchvision
 

@@ -131,15 +131,6 @@ def _in_words(path: Path, chosen: Weights, others: list[Weights]) -> str:
     return words
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the first state dict in a `.safetensors` file or a torch checkpoint, with names as they are.
-
-    Raises:
-        FileError: the file is missing, unreadable, or holds no state dict.
-    """
-    return dict(read_weights(path)[0].state)
-
-
 def read_weights(path: Path) -> list[Weights]:
     """Read all state dicts of a `.safetensors` file or a torch checkpoint, in their order.
 

@@ -40,7 +40,6 @@ class Judgement:
         same: share of pixels with the class that the network as given predicts; 0 for values.
         error: mean squared difference from the network as given, relative to its mean square; 0 for class scores.
         fidelity: (3, C) pixels of each class in both predictions, in either, and in that of the network as given.
-        boundary: (2, C) pixels near the outlines of each class in both predictions, and in either.
         labels: (3, C), as `fidelity`, against the labels; empty without labels.
     """
 
@@ -48,7 +47,6 @@ class Judgement:
     same: float = 0.0
     error: float = 0.0
     fidelity: tuple[tuple[int, ...], ...] = ()
-    boundary: tuple[tuple[int, ...], ...] = ()
     labels: tuple[tuple[int, ...], ...] = ()
 
 
@@ -71,12 +69,10 @@ def judge(
         return Judgement(milliseconds, error=float(divergence([target], found, "values").mean()))
     ours, theirs = (_classes(one, size) for one in (output, given))
     count = maps_of(given)[0].shape[1]
-    of_given = _compare(ours, theirs, count, NO_CLASS)
     return Judgement(
         milliseconds,
         same=float((ours == theirs).double().mean()),
-        fidelity=_areas(of_given),
-        boundary=tuple(tuple(of_given.counts()[name].tolist()) for name in ("common", "either")),
+        fidelity=_areas(_compare(ours, theirs, count, NO_CLASS)),
         labels=_areas(_compare(ours, labels, count)) if labels is not None else (),
     )
 
@@ -106,9 +102,7 @@ def pool(judged: Sequence[Judgement]) -> Judgement:
     def mean(name: str) -> float:
         return sum(getattr(one, name) for one in judged) / len(judged)
 
-    return Judgement(
-        mean("milliseconds"), mean("same"), mean("error"), add("fidelity"), add("boundary"), add("labels")
-    )
+    return Judgement(mean("milliseconds"), mean("same"), mean("error"), add("fidelity"), add("labels"))
 
 
 @dataclass(frozen=True)
@@ -159,13 +153,6 @@ def estimate(ours: Sequence[Judgement], given: Sequence[Judgement], measure: str
     changes = values - base
     error = float(changes[1:].std()) if count > 1 else float("nan")
     return Estimate(float(values[0]), float(changes[0]), error, count)
-
-
-def boundary_iou(judged: Sequence[Judgement]) -> float | None:
-    """Return the mean over classes of the IoU of outlines with the network as given; None for values."""
-    common, either = torch.tensor([one.boundary for one in judged], dtype=torch.float64).sum(0)
-    known = either > 0
-    return float((common[known] / either[known]).mean()) if bool(known.any()) else None
 
 
 def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tensor:

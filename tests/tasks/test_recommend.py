@@ -111,7 +111,7 @@ def row(
     setting: Setting, milliseconds: float, change: float, error: float = 0.001, **values: Any
 ) -> SettingRow:
     quality = Estimate(0.6 + change, change, error, values.pop("images", 40))
-    blank = {"same": None, "fidelity": None, "boundary": None, "loss": None}
+    blank = {"same": None, "fidelity": None, "loss": None}
     macs = values.pop("macs", round(10 * milliseconds))
     return SettingRow(setting, quality, milliseconds, macs, **{**blank, **values})
 

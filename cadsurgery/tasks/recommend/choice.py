@@ -13,7 +13,6 @@ from cadsurgery.tasks.judging import (
     FEW,
     VALUES,
     Judgement,
-    boundary_iou,
     estimate,
     median_time,
     time_error,
@@ -78,11 +77,11 @@ def rows_of(
         ours = judged.get(setting.name)
         if not ours or setting.name not in macs:
             continue
-        values: dict[str, Any] = dict.fromkeys(("same", "fidelity", "boundary", "loss"))
+        values: dict[str, Any] = dict.fromkeys(("same", "fidelity", "loss"))
         if measure != VALUES:
             fidelity = estimate(ours, given, CLASSES)
             same = sum(one.same for one in ours) / len(ours)
-            values = {"same": same, "fidelity": fidelity.value, "boundary": boundary_iou(ours)}
+            values = {"same": same, "fidelity": fidelity.value}
             values["loss"] = expected_loss(fidelity.value, 0.0 if len(ours) < 2 else fidelity.error)
         quality = estimate(ours, given, measure)
         if rows:  # of settings that were dropped, whose first pictures may be easier than the others
