@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -31,21 +31,6 @@ from cadsurgery.tasks.report import (
 from cadsurgery.tasks.tables import Column, table
 
 
-class Given(NamedTuple):
-    """The network as given.
-
-    `macs` is None if they could not be counted. `milliseconds` is the time of the dense network that it is, `twin`:
-    `dense high`, `dense low`, or empty if it is neither of them and was not timed.
-    """
-
-    macs: int | None = None
-    milliseconds: float | None = None
-    twin: str = ""
-
-
-_UNKNOWN = Given()
-
-
 @dataclass(frozen=True)
 class NetworkBench:
     """A network with one fill: its dense twins, its budgets, and whether time follows work.
@@ -64,11 +49,11 @@ class NetworkBench:
         output_stride: (high, low).
         band: multiple of the line that the law allows.
         high, low: the dense twins, i.e. networks with one level everywhere.
-        given: work and time of the network as given.
+        given_macs: MACs of the network as given; None if they could not be counted.
+        twin: label of the dense network that is the network as given; empty if neither is.
         rows: one row per budget.
         notes: facts that a reader needs to judge the figures.
         sides: the dense networks in other engines and on smaller pictures, and sides of the user.
-        isa: instruction set to which CADSURGERY_ISA capped the run; "" for no cap.
     """
 
     model: str
@@ -81,13 +66,13 @@ class NetworkBench:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     sides: tuple[Row, ...] = ()
-    isa: str = ""
-    given: Given = _UNKNOWN
+    given_macs: int | None = None
+    twin: str = ""
 
     @property
-    def label(self) -> str:
-        """The name of the network, and the instruction set to which the run was capped."""
-        return f"{self.model} with {self.isa}" if self.isa else self.model
+    def given_milliseconds(self) -> float | None:
+        """Time of the network as given; None if it is neither of the dense networks, and was not timed."""
+        return {row.label: row.milliseconds for row in (self.high, self.low)}.get(self.twin)
 
     @property
     def worst(self) -> Row:
@@ -135,10 +120,8 @@ class NetworkBench:
         return [{**self._head(), **row.to_dict()} for row in self.rows]
 
     def _head(self) -> dict[str, Any]:
-        values = {
-            name: getattr(self, name) for name in ("model", "isa", "weights", "fill", "output_stride", "band")
-        }
-        given = self.given._asdict()
+        values = {name: getattr(self, name) for name in ("model", "weights", "fill", "output_stride", "band")}
+        given = {"macs": self.given_macs, "milliseconds": self.given_milliseconds, "twin": self.twin}
         return plain({**values, "given": given, "dense_high": self.high, "dense_low": self.low})
 
 
@@ -294,14 +277,14 @@ def macs_notes(part: str, not_counted: tuple[str, ...]) -> Iterator[str]:
 
 def _table(network: NetworkBench) -> Table:
     """Create the table of a network: twins, budgets and further sides; "of law" is time over the line."""
-    high, low, given = network.high, network.low, network.given
+    high, low = network.high, network.low
     columns: list[Column[Row]] = [
-        Column("side", lambda row: f"{row.label}{' (as given)' if row.label == given.twin else ''}", False),
+        Column("side", lambda row: f"{row.label}{' (as given)' if row.label == network.twin else ''}", False),
         Column("active", "active_fraction", form=".3f"),
         Column("MACs", "macs", form=".3e"),
-        Column("of given", lambda row: ratio(row.get("macs"), given.macs)),
+        Column("of given", lambda row: ratio(row.get("macs"), network.given_macs)),
         Column("ms", "milliseconds", form=".1f"),
-        Column("of given", lambda row: ratio(row.milliseconds, given.milliseconds)),
+        Column("of given", lambda row: ratio(row.milliseconds, network.given_milliseconds)),
         Column("median", "milliseconds_median", form=".1f"),
         Column("law ms", "law_milliseconds", form=".1f"),
         Column("of law", "law_ratio", form=".3f"),
@@ -311,7 +294,7 @@ def _table(network: NetworkBench) -> Table:
         ),
     ]
     strides = strides_in_words(network.output_stride)
-    title = f"{network.label}, {network.weights}, output stride {strides}, fill {network.fill}"
+    title = f"{network.model}, {network.weights}, output stride {strides}, fill {network.fill}"
     return table([high, *network.rows, low, *network.sides], columns, title)
 
 
@@ -338,6 +321,6 @@ def _draw(axis: Any, network: NetworkBench) -> None:
     axis.set_xlabel("active fraction")
     axis.set_ylabel("ms")
     axis.set_title(
-        f"{network.label}, {network.fill}: time {'follows work' if network.holds else 'MISSED the law'}"
+        f"{network.model}, {network.fill}: time {'follows work' if network.holds else 'MISSED the law'}"
     )
     axis.legend(loc="lower right", fontsize=8)
