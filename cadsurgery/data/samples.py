@@ -119,14 +119,14 @@ def check_form(inputs: Any, labels: Any, place: str) -> None:
         )
 
 
-def as_data(samples: Samples, what: str = "given") -> SegmentationData:
+def as_data(samples: Samples) -> SegmentationData:
     """Return data of one's own as `SegmentationData`; without names of classes, labels are checked once their number is
     known, see `SegmentationData.with_outputs`.
 
     Raises:
         InvalidInput: see `check_data`; or the first image cannot be in 0..1.
     """
-    check_data(samples, what)
+    check_data(samples, "given")
     if refusal := _refuse_first(samples):
         raise refusal
     if isinstance(samples, SegmentationData):

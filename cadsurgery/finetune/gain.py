@@ -60,7 +60,6 @@ def fit_gain(
     minutes: float = 5.0,
     seed: int = 0,
     balance: float = 0.0,
-    on_image: Callable[[int], None] = ignore,
     on_step: Callable[[int], None] = ignore,
 ) -> GainFit:
     """Fit the gain mask of a network, in place, to images without labels; nothing else in the network changes.
@@ -75,7 +74,6 @@ def fit_gain(
         seed: seed of the initial weights and of the order of images.
         balance: for class scores, the power of `cadsurgery.finetune.balance`: 0 weights losses at all pixels equally,
             1 all classes that the dense network predicts, as mean IoU does.
-        on_image: called with the number of images measured so far.
         on_step: called with the number of training steps so far.
 
     Raises:
@@ -100,7 +98,6 @@ def fit_gain(
             break
         inputs, _ = inputs_of(net, images, index)
         seen.append(_measure(fast, mask, inputs))
-        on_image(len(seen))
     seen = _balance(seen, balance)
     held_out, fitted = seen[::_HELD_OUT], [one for at, one in enumerate(seen) if at % _HELD_OUT]
     with torch.inference_mode(False), torch.enable_grad():

@@ -23,19 +23,16 @@ _LINES = ((0.75, 0.9, 1.0), (0.05, 0.15, 0.7))  # on what is dark, and on what i
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
 
 
-def mask_figure(
-    image: Tensor, lattice: Lattice, output_stride: int, item: int = 0, title: str = ""
-) -> Figure:
+def mask_figure(image: Tensor, lattice: Lattice, output_stride: int, title: str = "") -> Figure:
     """Draw the image, the level map and the lattice side by side.
 
     Args:
         image: (3, H, W) in 0..1.
-        lattice: lattice of the last stage, as `net.lattice`.
+        lattice: lattice of the last stage, as `net.lattice`; its first image is drawn.
         output_stride: high output stride: image pixels per fine pixel.
-        item: index of the image in the lattice's batch.
         title: title of the figure.
     """
-    levels = lattice.levels[item].cpu().numpy()
+    levels = lattice.levels[0].cpu().numpy()
     height, width = image.shape[1:]
     count = lattice.geometry.max_level + 1
     figure = canvas(15, 0.6 + 5 * height / width)
@@ -49,7 +46,7 @@ def mask_figure(
     bar = figure.colorbar(shown, ax=axes[1], ticks=range(count), fraction=0.025)
     sides = lattice.geometry.sides
     bar.ax.set_yticklabels([f"{level}: stride {output_stride * sides[level]}" for level in range(count)])
-    axes[2].imshow(draw_lattice(pixels, lattice, output_stride, item))
+    axes[2].imshow(draw_lattice(pixels, lattice, output_stride))
     axes[2].set_title("lattice: one element per cell")
     for axis in axes:
         axis.set(xticks=[], yticks=[])
@@ -71,9 +68,9 @@ def _on_pixels(values: Tensor, pixels: np.ndarray, output_stride: int) -> np.nda
     return values.cpu().numpy()[np.ix_(rows, columns)]
 
 
-def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int, item: int = 0) -> np.ndarray:
+def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int) -> np.ndarray:
     """Draw the borders of the cells on an image (H, W, 3): dark on what is bright, bright on what is dark."""
-    cell = output_stride * _on_pixels(lattice.side_map[item], pixels, output_stride)
+    cell = output_stride * _on_pixels(lattice.side_map[0], pixels, output_stride)
     y, x = np.indices(cell.shape)
     border = (y % cell == 0) | (x % cell == 0)
     drawn = pixels.copy()

@@ -338,10 +338,10 @@ def panels(
     return figure, list(axes[:count])
 
 
-def figure_picture(figure: Figure, dpi: int = 90) -> Image.Image:
+def figure_picture(figure: Figure) -> Image.Image:
     """Render a figure as an image."""
     buffer = io.BytesIO()
     figure.draw_without_rendering()  # the layout measures titles only once the pictures are placed
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="png", dpi=90)
     buffer.seek(0)
     return Image.open(buffer)

@@ -56,7 +56,7 @@ def interpolate_back(
     size, samples = check_size(output_size, "output_size"), (scores.shape[2], scores.shape[3])
     check_locations(locations, scores.shape[0])
     if method == "inverse":
-        around = _places(locations.detach(), samples, size).flip(0).to(scores.device)
+        around = invert_warp(locations.detach(), samples, size).flip(0).to(scores.device)
         per_sample = around.new_tensor([2 / (samples[1] - 1), 2 / (samples[0] - 1)])
         around = around.mul_(per_sample.view(2, 1, 1, 1)).sub_(1).to(scores.dtype)
         return F.grid_sample(scores, around.permute(1, 2, 3, 0), align_corners=True, padding_mode="border")
@@ -128,9 +128,8 @@ def _inside(
 # -- inverse of the warp, our method ---------------------------------------------------------------------
 
 
-def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Invert the warp: find for each pixel of the image its fractional row and column among the samples, (B, H, W,
-    2).
+def invert_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Invert the warp: find for each pixel of the image its fractional row and column among the samples, (2, B, H, W).
 
     Between locations the warp is bilinear, and its inverse in a cell is the root of a quadratic at which the cell is
     not turned over. A grid whose sides lie on the image's, however folded, has such a root for every pixel, because
@@ -141,17 +140,7 @@ def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, i
         locations: (B, n, m, 2), as for `interpolate_back`.
         samples: numbers of sampled rows and columns.
         size: (height, width) of the image.
-
-    Raises:
-        InvalidInput: the locations are invalid, or a size is less than 2.
     """
-    check_locations(locations, len(locations) if isinstance(locations, Tensor) and locations.dim() else 1)
-    found = _places(locations.detach(), check_size(samples, "samples"), check_size(size))
-    return found.permute(1, 2, 3, 0)
-
-
-def _places(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Compute (2, B, H, W) for `inverse_warp`, by compiled code or by torch."""
     if samples[0] < locations.shape[1] or samples[1] < locations.shape[2]:
         locations = upsample(locations, samples).to(locations)  # locations between samples have no effect
     exact = torch.promote_types(locations.dtype, torch.float32)
