@@ -200,8 +200,8 @@ class OptionsFrom:
         """Replace the values of the fields among all arguments by that of the parameter, annotated with `hint`."""
         values = {field.name: arguments.pop(option) for option, field in self.fields().items()}
         values = {key: value for key, value in values.items() if value is not None or not self.given}
-        one = self.kind(**values) if hint.__origin__ is self.kind else values
-        arguments |= values if self.apart else {name: one}
+        value = self.kind(**values) if hint.__origin__ is self.kind else values
+        arguments |= values if self.apart else {name: value}
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def source_of(network: nn.Module) -> Source:
     note = "weights as they were given"
     source = Source(type(network).__name__, {}, "own", note, *_statistics(network))
     sources = (getattr(network, name, None) for name in ("source", "cad_source"))
-    source = next((one for one in sources if isinstance(one, Source)), source)
+    source = next((recorded for recorded in sources if isinstance(recorded, Source)), source)
     known: Any = getattr(network, "normalisation", None)
     mean, is_part = getattr(known, "mean", None), getattr(network, "hosts_part", False)
     if mean and isinstance(mean, tuple) and not is_part:  # for a part these are statistics of its own input
@@ -251,7 +251,9 @@ def class_names(source: Source) -> tuple[str, ...]:
     library, _, name = source.name.partition(":")
     known = library == "torchvision" and name in torchvision.models.list_models()
     weights: Any = torchvision.models.get_model_weights(name) if known else ()
-    return next((tuple(one.meta.get("categories", ())) for one in weights if one.name == source.weights), ())
+    return next(
+        (tuple(entry.meta.get("categories", ())) for entry in weights if entry.name == source.weights), ()
+    )
 
 
 def stated_statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], str] | None:

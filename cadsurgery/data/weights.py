@@ -55,7 +55,7 @@ class Weights:
             replace(self, state={name[len(prefix) :]: value for name, value in state.items()}, prefix=prefix)
             for prefix in prefixes
         )
-        return max((self, *others), key=lambda one: one._matching(shapes))
+        return max((self, *others), key=lambda weights: weights._matching(shapes))
 
 
 def _shared_prefixes(names: Iterable[str]) -> Iterator[str]:

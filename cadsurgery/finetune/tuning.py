@@ -453,7 +453,7 @@ class _Run:
         known = self.decisions
         if name not in known:
             known[name] = compare()
-            self._note(decisions={name: one.to_dict() for name, one in known.items()})
+            self._note(decisions={name: decision.to_dict() for name, decision in known.items()})
         return known[name]
 
     def _better(self, name: str, net: AdaptiveModel, candidate: AdaptiveModel) -> AdaptiveModel:
@@ -489,7 +489,9 @@ class _Run:
 
     def _compare(self, before: list[list[Judgement]], after: list[list[Judgement]]) -> Estimate:
         """Estimate the change of the measure over all masks."""
-        old, new = ([pool(one) for one in zip(*judged, strict=True)] for judged in (before, after))
+        old, new = (
+            [pool(judgements) for judgements in zip(*judged, strict=True)] for judged in (before, after)
+        )
         return estimate(new, old, self.measure)
 
     # -- photos and progress ---------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def convert_for_call(
     net, plan = program.net, program.plan
     for kind in ("_parameters", "_buffers"):  # the network may have been moved
         vars(model)[kind].update({name: vars(net)[kind][name] for name in vars(model)[kind]})
-    defaults = {name: one.default for name, one in program.signature.parameters.items()}
+    defaults = {name: parameter.default for name, parameter in program.signature.parameters.items()}
     call = {name: value for name, value in arguments.items() if value is not defaults[name]}
     try:
         facts = read(model, call, exactly=True)

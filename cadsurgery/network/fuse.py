@@ -511,7 +511,7 @@ def _is_hooked(module: nn.Module | None) -> bool:
 def leaves_values(module: nn.Module | None) -> bool:
     """True if a module is the identity in evaluation mode."""
     known = (torch_operations.operation_of(kind) for kind in act_alike(type(module)))
-    return any(one is not None and one.keeps_values for one in known)
+    return any(operation is not None and operation.keeps_values for operation in known)
 
 
 def activation_of(operation: fx.Node, module: nn.Module | None) -> Activation | None:
@@ -571,6 +571,6 @@ def path_of(net: nn.Module, written: fx.Graph, node: fx.Node) -> str:
         if read.op in ("call_module", "get_attr") and str(read.target).startswith(f"{KERNELS}."):
             kernel: Any = child(net, str(read.target))
             origin = getattr(getattr(kernel, "first", kernel), "origin", "")
-            notes = next((one.meta.get(WORK) for one in written.nodes if one.name == origin), notes)
+            notes = next((node.meta.get(WORK) for node in written.nodes if node.name == origin), notes)
     name, path = notes or (node.name, "")
     return path or name

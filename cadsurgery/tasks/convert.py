@@ -246,7 +246,7 @@ def _other_strides(
         macs = net.macs(batch).mask
         option = f"--output-stride {pair[0]},{pair[1]}"
         found.append({"output_stride": pair, "macs": macs, "of_given": macs / given, "option": option})
-    return sorted((one for one in found if one["macs"] < most), key=lambda one: one["macs"])
+    return sorted((pair for pair in found if pair["macs"] < most), key=lambda pair: pair["macs"])
 
 
 def _say_dear(plan: Plan, of_given: float, others: Sequence[Mapping[str, Any]]) -> str:
@@ -256,7 +256,7 @@ def _say_dear(plan: Plan, of_given: float, others: Sequence[Mapping[str, Any]]) 
     text = f"With this mask, output strides {high} and {low} cost {cost}."
     if not others:
         return text
-    listed = ", ".join(f"{one['option']} ({one['of_given']:.2f} times)" for one in others[:_LISTED])
+    listed = ", ".join(f"{pair['option']} ({pair['of_given']:.2f} times)" for pair in others[:_LISTED])
     return f"{text} Others cost less: {listed}."
 
 

@@ -296,12 +296,14 @@ def explore(
         step=within(step, "measuring"),
     )
     pixels, stride = picture.permute(1, 2, 0).numpy(), net.plan.strides[0]
-    prediction, high_prediction = (_overlay(picture, one) for one in (output, reference))
+    prediction, high_prediction = (
+        _overlay(picture, output_of_side) for output_of_side in (output, reference)
+    )
     lines = [subject.words, f"active fraction {lattice.active_fraction:.3f}, {lattice.count} elements"]
     lines += filter(None, [_quality(output, reference, (picture.shape[1], picture.shape[2]))])
     if prediction is None:
         answers = {"with the mask": output, "everything high": reference}
-        lines += filter(None, [_answer(name, one, subject.source) for name, one in answers.items()])
+        lines += filter(None, [_answer(name, answer, subject.source) for name, answer in answers.items()])
     return Explored(
         _picture(draw_levels(pixels, lattice, stride)),
         _picture(draw_lattice(pixels, lattice, stride)),

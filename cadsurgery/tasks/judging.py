@@ -67,7 +67,7 @@ def judge(
         target = maps_of(given)[0]
         found = [resize(maps_of(output)[0], target.shape[2:])]
         return Judgement(milliseconds, error=float(divergence([target], found, "values").mean()))
-    ours, theirs = (_classes(one, size) for one in (output, given))
+    ours, theirs = (_classes(scores, size) for scores in (output, given))
     count = maps_of(given)[0].shape[1]
     return Judgement(
         milliseconds,
@@ -96,11 +96,11 @@ def pool(judged: Sequence[Judgement]) -> Judgement:
     """Return the judgement of one picture under several settings together: counts are added, the rest is averaged."""
 
     def add(name: str) -> tuple[tuple[int, ...], ...]:
-        counts = torch.tensor([getattr(one, name) for one in judged])
+        counts = torch.tensor([getattr(judgement, name) for judgement in judged])
         return tuple(tuple(row) for row in counts.sum(0).tolist())
 
     def mean(name: str) -> float:
-        return sum(getattr(one, name) for one in judged) / len(judged)
+        return sum(getattr(judgement, name) for judgement in judged) / len(judged)
 
     return Judgement(mean("milliseconds"), mean("same"), mean("error"), add("fidelity"), add("labels"))
 
@@ -158,11 +158,13 @@ def estimate(ours: Sequence[Judgement], given: Sequence[Judgement], measure: str
 def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tensor:
     """Return the quality (k,) for k weightings (k, n) of the pictures."""
     if measure == VALUES:
-        errors = torch.tensor([one.error for one in judged], dtype=torch.float64)
+        errors = torch.tensor([judgement.error for judgement in judged], dtype=torch.float64)
         return 1 - ((weights @ errors) / weights.sum(1)).sqrt()
     if measure == AGREEMENT:
-        return (weights @ torch.tensor([one.same for one in judged], dtype=torch.float64)) / weights.sum(1)
-    pixels = [one.labels if measure == LABELS else one.fidelity for one in judged]
+        return (
+            weights @ torch.tensor([judgement.same for judgement in judged], dtype=torch.float64)
+        ) / weights.sum(1)
+    pixels = [judgement.labels if measure == LABELS else judgement.fidelity for judgement in judged]
     counts = torch.tensor(pixels, dtype=torch.float64)
     hits, either, truth = (weights @ counts.flatten(1)).view(len(weights), 3, -1).unbind(1)
     # Against labels a class that they lack counts if it is predicted, as usual.
@@ -171,7 +173,7 @@ def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tens
 
 def median_time(judged: Sequence[Judgement]) -> float:
     """Return the median over pictures of the time, in milliseconds."""
-    return median(one.milliseconds for one in judged)
+    return median(judgement.milliseconds for judgement in judged)
 
 
 def time_error(ours: Sequence[Judgement], given: Sequence[Judgement]) -> float | None:

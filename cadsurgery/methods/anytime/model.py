@@ -115,7 +115,7 @@ def anytime(
     weight = next(whole.parameters())
     whole.add_module(HEADS, heads.to(weight.device, weight.dtype).train(whole.training))
     signature = inspect.signature(whole.forward)
-    defaults = {name: one.default for name, one in signature.parameters.items()}
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
     work = work_of(cut(graph, {}, signature).steps, meta_copy(whole), {**defaults, **facts.arguments})
     spatial, apart = _find_spatial(facts, logits, work)
     if fill in _WIDTHS:
@@ -198,7 +198,7 @@ def _find_spatial(
             continue
         kind = seen.kind(node)
         # A map of another size can be read at chosen positions only if it has one value per image.
-        read = [other for one in node.all_input_nodes if (other := work.size(one.name)) is not None]
+        read = [other for source in node.all_input_nodes if (other := work.size(source.name)) is not None]
         if kind.kind != "point" or (size in read and {*read} <= {size, (1, 1)}):
             kinds[node.name] = kind
         if node.op == "call_module" and isinstance(facts.module(node), nn.Conv2d) and kind.kind != "conv":

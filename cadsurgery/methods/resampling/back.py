@@ -194,8 +194,8 @@ def _invert(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 Point = Sequence[float]
 
 
-def _minus(one: Point, other: Point) -> Point:
-    return one[0] - other[0], one[1] - other[1]
+def _minus(point: Point, other: Point) -> Point:
+    return point[0] - other[0], point[1] - other[1]
 
 
 def _solve(y: Tensor, x: Tensor, b: Point, c: Point, d: Point) -> tuple[Tensor, Tensor]:

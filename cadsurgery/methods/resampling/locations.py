@@ -133,8 +133,8 @@ def smooth(wanted: Tensor, smoothness: float) -> Tensor:
 def _laplacian(grid: int, dtype: torch.dtype) -> Tensor:
     """Return the graph Laplacian (n², n²) of a grid whose neighbours above, below and beside are connected."""
     step = torch.eye(grid, dtype=dtype).diff(dim=0)
-    chain, one = step.T @ step, torch.eye(grid, dtype=dtype)
-    return torch.kron(chain, one) + torch.kron(one, chain)
+    chain, identity = step.T @ step, torch.eye(grid, dtype=dtype)
+    return torch.kron(chain, identity) + torch.kron(identity, chain)
 
 
 def normalise(locations: Tensor) -> Tensor:

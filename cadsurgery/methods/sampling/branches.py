@@ -94,9 +94,10 @@ def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list
     gated = {place.node for branch in joined.values() for place in branch.places}
     ended = (
         replace(
-            one, places=tuple(replace(place, end=_end(place.tail, gated, spatial)) for place in one.places)
+            candidate,
+            places=tuple(replace(place, end=_end(place.tail, gated, spatial)) for place in candidate.places),
         )
-        for one in joined.values()
+        for candidate in joined.values()
     )
     return sorted(ended, key=lambda branch: order[branch.places[0].node])
 
@@ -137,11 +138,11 @@ def _residual_branches(spatial: Spatial) -> list[Branch]:
             continue
         if facts.shapes[ends[0]] != facts.shapes[ends[1]]:
             continue
-        one, other = (_chain(end, facts) for end in ends)
-        fork = next((value for value in one if value in other), None)
+        first, second = (_chain(end, facts) for end in ends)
+        fork = next((value for value in first if value in second), None)
         if fork is None or facts.layout(fork) != CHANNELS_FIRST:  # gates read (B, C, H, W)
             continue
-        sides = [list(reversed(side[: side.index(fork)])) for side in (one, other)]
+        sides = [list(reversed(side[: side.index(fork)])) for side in (first, second)]
         side = max(sides, key=lambda nodes: sum(facts.macs.get(value, 0) for value in nodes))
         if taken.isdisjoint(side) and (branch := _branch(node, fork, side, spatial)):
             branches.append(branch)
@@ -160,11 +161,11 @@ def _chain(node: fx.Node, facts: Facts) -> list[fx.Node]:
 def _maps(node: fx.Node, facts: Facts) -> list[fx.Node]:
     """Return the inputs of a node that are maps with several positions."""
 
-    def is_spatial(one: fx.Node) -> bool:
-        shape = facts.shapes.get(one, ())
-        return len(shape) == 4 and one.op != "get_attr" and sum(length == 1 for length in shape[1:]) < 2
+    def is_spatial(source: fx.Node) -> bool:
+        shape = facts.shapes.get(source, ())
+        return len(shape) == 4 and source.op != "get_attr" and sum(length == 1 for length in shape[1:]) < 2
 
-    return [one for one in node.all_input_nodes if is_spatial(one)]
+    return [source for source in node.all_input_nodes if is_spatial(source)]
 
 
 def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) -> Branch | None:
@@ -173,7 +174,9 @@ def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) 
     for node in side:
         walk.step(node)
     # A last pointwise layer needs no gate: it commutes with filling and follows the gate before it.
-    places = [one for one in walk.places if one.node is not walk.weighted[-1] or not one.window.is_pointwise]
+    places = [
+        place for place in walk.places if place.node is not walk.weighted[-1] or not place.window.is_pointwise
+    ]
     if not places:
         return None
     name = spatial.facts.path(end) or end.name
@@ -204,7 +207,7 @@ class _Walk:
             if not self.lost:
                 self.places.append(Place(node, Window((1, 1)), self.stride, node, is_linear=True))
         elif kind not in ("point", "permute"):
-            before, after = (tuple(facts.shapes.get(one, ())) for one in (*_maps(node, facts)[:1], node))
+            before, after = (tuple(facts.shapes.get(value, ())) for value in (*_maps(node, facts)[:1], node))
             self.lost = self.lost or (
                 f"{node.name} before it changes the grid of the map." if before != after else ""
             )
@@ -261,12 +264,14 @@ def _end(tail: fx.Node, gated: set[fx.Node], spatial: Spatial) -> tuple[fx.Node,
             break
         end.append(user)
         node = user
-    modules = (facts.module(one) for one in end if one.op == "call_module")
-    return tuple(end) if any(isinstance(one, (nn.Conv2d, nn.Linear)) for one in modules) else ()
+    modules = (facts.module(step) for step in end if step.op == "call_module")
+    return tuple(end) if any(isinstance(module, (nn.Conv2d, nn.Linear)) for module in modules) else ()
 
 
 def _follows(node: fx.Node, source: fx.Node, spatial: Spatial) -> bool:
     """Return True if an operation is pointwise in evaluation mode and otherwise reads only parameters."""
     # A factor per image or a second map is not a parameter.
-    others = [one for one in node.all_input_nodes if one is not source]
-    return spatial.kind(node).kind in ("point", "permute") and all(one.op == "get_attr" for one in others)
+    others = [constant for constant in node.all_input_nodes if constant is not source]
+    return spatial.kind(node).kind in ("point", "permute") and all(
+        constant.op == "get_attr" for constant in others
+    )

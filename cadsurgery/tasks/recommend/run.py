@@ -433,7 +433,10 @@ class _Run:
         try:
             known = values["identity"]
             self.judged = {
-                name: [Judgement(**{key: _tuples(value) for key, value in one.items()}) for one in some]
+                name: [
+                    Judgement(**{key: _tuples(value) for key, value in judgement.items()})
+                    for judgement in some
+                ]
                 for name, some in values["judged"].items()
             }
             self.failed, self.kind = list(values["failed"]), values["kind"]
@@ -490,7 +493,7 @@ class _Run:
         runs: dict[str, Call] = {}
         image = self.calls.image
         settings = self.candidates.settings
-        for setting in counted(settings, self.step, "preparing setting", name=lambda one: one.name):
+        for setting in counted(settings, self.step, "preparing setting", name=lambda setting: setting.name):
             try:
                 macs = self.macs[setting.name] = self.calls.macs(setting)
                 of_given = macs / max(1, self.macs[self._given])
@@ -543,7 +546,7 @@ class _Run:
             "kind": self.kind,
             "failed": self.failed,
             "macs": self.macs,
-            "judged": {name: [asdict(one) for one in some] for name, some in self.judged.items()},
+            "judged": {name: [asdict(judgement) for judgement in some] for name, some in self.judged.items()},
         }
         write_json(self._path, values, indent=None)
 

@@ -61,12 +61,12 @@ def _sides(net: AnytimeModel, threshold: Any) -> Iterator[Side]:
             next(steps)
 
     words = in_words(threshold)
-    for exit, one in enumerate(net.plan.exits):
+    for exit, exit_plan in enumerate(net.plan.exits):
         yield Side(
             f"exit {exit + 1}",
             partial(predict, exit),
             partial(count, exit),
-            about={"threshold": threshold, "exit": exit + 1, "name": one.name, "setting": words},
+            about={"threshold": threshold, "exit": exit + 1, "name": exit_plan.name, "setting": words},
             timed=partial(run_until, exit),
             summary=_work,
             anchor=threshold is None,
