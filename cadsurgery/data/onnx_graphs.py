@@ -238,8 +238,8 @@ def _arithmetic(writer: Writer, operation: Operation, first: Any, second: Any) -
 def _as_operand(writer: Writer, operation: Operation, value: Any) -> Any:
     if isinstance(value, fx.Proxy) or (isinstance(value, Tensor) and value.numel() != 1):
         return value
-    known = numbers(value)
-    return known.values[0] if len(known.values) == 1 else _refuse_numbers(writer, operation)
+    constant = numbers(value)
+    return constant.values[0] if len(constant.values) == 1 else _refuse_numbers(writer, operation)
 
 
 def _reshape(writer: Writer, operation: Operation, value: Any, shape: Any) -> Any:

@@ -220,9 +220,9 @@ def _fit(mask: GainMask, seen: list[_Measured], seed: int, on_step: Callable[[in
 
 def _captured(seen: list[_Measured], ranks: list[Tensor]) -> float:
     """Return the share of the losses at the lowest level that lies in the best-ranked patches of each image."""
-    found = total = 0.0
+    captured = total = 0.0
     for image, scores in zip(seen, ranks, strict=True):
         losses = image.losses[0, -1].flatten()
         best = scores.flatten().topk(round(BUDGET * losses.numel())).indices
-        found, total = found + float(losses[best].sum()), total + float(losses.sum())
-    return found / total if total else 1.0
+        captured, total = captured + float(losses[best].sum()), total + float(losses.sum())
+    return captured / total if total else 1.0

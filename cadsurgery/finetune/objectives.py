@@ -115,9 +115,9 @@ def make_objective(name: str, net: nn.Module, options: Mapping[str, Any]) -> Obj
         InvalidInput: an option's value, or the network, does not fit.
     """
     check_name("objective", name, OBJECTIVES)
-    known = list(inspect.signature(OBJECTIVES[name]).parameters)[1:]
+    names = list(inspect.signature(OBJECTIVES[name]).parameters)[1:]
     for option in options:
-        check_name(f"option of objective {name!r}", option, known)
+        check_name(f"option of objective {name!r}", option, names)
     return OBJECTIVES[name](net, **options)
 
 

@@ -292,15 +292,15 @@ def tune(
     chosen = min(enough, key=lambda row: row.macs) if enough else max(rows, key=_quality)
     net.mask = masks.get(chosen.mask, LOW)
     save(net, folder / NETWORK)
-    known = run.read()
+    noted = run.read()
     report = TuningReport(
         measure=run.measure,
         photos={"fitted": fitted.names, "deciding": deciding.names, "table": table.names},
-        calibrated=known["calibrated"],
-        steps=known["steps"],
+        calibrated=noted["calibrated"],
+        steps=noted["steps"],
         decisions=run.decisions,
-        refinement=RefinementFit(**known["refinement"]) if "refinement" in known else None,
-        gain=GainFit(**known["gain"]),
+        refinement=RefinementFit(**noted["refinement"]) if "refinement" in noted else None,
+        gain=GainFit(**noted["gain"]),
         share=keep,
         chosen=chosen.mask,
         is_kept=bool(enough),
@@ -450,11 +450,11 @@ class _Run:
 
     def _decide(self, name: str, compare: Callable[[], Estimate]) -> Estimate:
         """Return the effect of a part, also from an earlier call."""
-        known = self.decisions
-        if name not in known:
-            known[name] = compare()
-            self._note(decisions={name: decision.to_dict() for name, decision in known.items()})
-        return known[name]
+        decisions = self.decisions
+        if name not in decisions:
+            decisions[name] = compare()
+            self._note(decisions={name: decision.to_dict() for name, decision in decisions.items()})
+        return decisions[name]
 
     def _better(self, name: str, net: AdaptiveModel, candidate: AdaptiveModel) -> AdaptiveModel:
         """Return the network with another part if that is an improvement, otherwise the network as it is."""

@@ -79,13 +79,13 @@ def convert_for_call(
         own = plan.identity_level
         if own is not None and chosen.identity_level != min(own, chosen.max_level):
             raise refusal  # the same level map would mean another network
-        found = carry_out(chosen, flow, program.geometry)
+        carried = carry_out(chosen, flow, program.geometry)
         with facts.forgetting():
-            fewer = fewer_pixels(facts.model, found.graph, chosen, program.geometry, facts.arguments)
-            verify(facts.model, facts.graph, found.graph, chosen, program.geometry, facts.arguments, fewer)
+            fewer = fewer_pixels(facts.model, carried.graph, chosen, program.geometry, facts.arguments)
+            verify(facts.model, facts.graph, carried.graph, chosen, program.geometry, facts.arguments, fewer)
     except CadError as error:
         raise refusal from (error if error is not refusal else None)
-    return found.bind_to(net)
+    return carried.bind_to(net)
 
 
 def _plan_like(plan: Plan, facts: Facts) -> tuple[Plan, Flow]:

@@ -100,10 +100,10 @@ def _state(kind: Kind, names: str, *modules: type[nn.Module] | str, **facts: boo
 
 def _functions_named(name: str) -> list[Any]:
     """Return the functions of a name, including in-place variants."""
-    found = [getattr(space, spelled, None) for space in _SPACES for spelled in (name, f"{name}_")]
-    found += [getattr(operator, f"i{name}", None)] if hasattr(operator, name) else []
-    found += [getattr(Tensor, spelled, None) for spelled in _methods_named(name)]
-    return [function for function in found if callable(function)]
+    candidates = [getattr(space, spelled, None) for space in _SPACES for spelled in (name, f"{name}_")]
+    candidates += [getattr(operator, f"i{name}", None)] if hasattr(operator, name) else []
+    candidates += [getattr(Tensor, spelled, None) for spelled in _methods_named(name)]
+    return [function for function in candidates if callable(function)]
 
 
 def _methods_named(name: str) -> tuple[str, ...]:
@@ -216,8 +216,8 @@ def is_free(name: str) -> bool:
 
 def is_kind(target: Any, *kinds: Kind) -> bool:
     """True if an operation is in the table with one of these kinds."""
-    known = operation_of(target)
-    return known is not None and known.kind in kinds
+    operation = operation_of(target)
+    return operation is not None and operation.kind in kinds
 
 
 def operations() -> Mapping[object, TorchOperation]:
@@ -227,7 +227,7 @@ def operations() -> Mapping[object, TorchOperation]:
 
 def spellings(*kinds: Kind) -> tuple[object, ...]:
     """Return all spellings of the operations of these kinds, as arguments for `@rule`."""
-    return tuple(spelling for spelling, known in _SPELLINGS.items() if known.kind in kinds)
+    return tuple(spelling for spelling, operation in _SPELLINGS.items() if operation.kind in kinds)
 
 
 def name_of(target: Any) -> str:
@@ -274,9 +274,9 @@ def _place_of_inplace(function: Any) -> int | None:
 
 def may_make_nan(target: Any) -> bool:
     """True if a call may give NaN or infinity for moderate inputs, or comes from a library unknown here."""
-    known = operation_of(target)
-    if known is not None:
-        return known.makes_nan
+    operation = operation_of(target)
+    if operation is not None:
+        return operation.makes_nan
     origin = str(getattr(target, "__module__", "") or "")
     is_known = isinstance(target, (str, BuiltinFunctionType)) or origin.startswith(
         ("torch", "_operator", "cadsurgery", "math", "builtins")
@@ -288,6 +288,6 @@ def asks(node: fx.Node, *, of_rank: bool = False) -> bool:
     """True if a node reads a size, type or device but no values; with `of_rank` only properties that do not depend on
     the image count."""
     kind = _ATTRIBUTES.get(str(node.args[1])) if node.target is getattr else None
-    if node.op == "call_method" and (known := operation_of(node.target)) is not None:
-        kind = known.kind
+    if node.op == "call_method" and (operation := operation_of(node.target)) is not None:
+        kind = operation.kind
     return kind == "asks rank" or (not of_rank and (kind == "asks" or node.target is len))

@@ -231,7 +231,7 @@ def _other_strides(
     Each has its `output_stride`, its `macs`, these relative to the network as given (`of_given`), and the `option` that
     is typed for it.
     """
-    found = list[dict[str, Any]]()
+    cheaper = list[dict[str, Any]]()
     for pair in plan.possible:
         if pair == plan.output_stride or pair[0] < plan.output_stride[0]:
             continue  # finer maps cost more
@@ -245,8 +245,8 @@ def _other_strides(
                 continue
         macs = net.macs(batch).mask
         option = f"--output-stride {pair[0]},{pair[1]}"
-        found.append({"output_stride": pair, "macs": macs, "of_given": macs / given, "option": option})
-    return sorted((pair for pair in found if pair["macs"] < most), key=lambda pair: pair["macs"])
+        cheaper.append({"output_stride": pair, "macs": macs, "of_given": macs / given, "option": option})
+    return sorted((pair for pair in cheaper if pair["macs"] < most), key=lambda pair: pair["macs"])
 
 
 def _say_dear(plan: Plan, of_given: float, others: Sequence[Mapping[str, Any]]) -> str:

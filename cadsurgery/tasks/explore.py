@@ -191,15 +191,15 @@ def _open_name(name: str, weights: str, device: torch.device) -> Subject:
     planned = plan(model)
     _refuse_part(name, planned.part)
     # Otherwise masks would estimate from an image how it is normalised.
-    known: dict[str, Any] = {} if stated_statistics(model) else {"normalisation": (source.mean, source.std)}
+    stated: dict[str, Any] = {} if stated_statistics(model) else {"normalisation": (source.mean, source.std)}
 
     @lru_cache(maxsize=2)
     def convert(pair: tuple[int, int], fill: Any) -> _Nets:
-        net = adaptify(model, DEFAULT_MASK, output_stride=pair, fill=fill, verify_laws=False, **known)
+        net = adaptify(model, DEFAULT_MASK, output_stride=pair, fill=fill, verify_laws=False, **stated)
         return _prepare(net.to(device))
 
     def python(mask: str, pair: tuple[int, int], fill: str) -> list[str]:
-        options = {"output_stride": pair, "fill": fill, **known, "verify_laws": False}
+        options = {"output_stride": pair, "fill": fill, **stated, "verify_laws": False}
         words = ", ".join(f"{key}={value!r}" for key, value in options.items())
         return [
             *(["torch.manual_seed(0)"] if source.weights in ("random", "own") else []),
@@ -214,9 +214,9 @@ def _open_name(name: str, weights: str, device: torch.device) -> Subject:
             "--output-stride": f"{pair[0]},{pair[1]}",
             "--fill": fill,
         }
-        if known:
+        if stated:
             options["--normalisation"] = "/".join(
-                ",".join(map(str, values)) for values in known["normalisation"]
+                ",".join(map(str, values)) for values in stated["normalisation"]
             )
         if image:
             options["--image"] = image
@@ -380,9 +380,9 @@ def _answer(name: str, output: Any, source: Source) -> str:
         return ""
     best = scores[0].float().softmax(0).topk(min(_SHOWN, scores.shape[1]))
     names: Mapping[int, str] = dict(enumerate(class_names(source)))
-    found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    best_classes = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     return f"{name}: " + ", ".join(
-        f"{names.get(place, f'class {place}')} {share:.0%}" for share, place in found
+        f"{names.get(place, f'class {place}')} {share:.0%}" for share, place in best_classes
     )
 
 

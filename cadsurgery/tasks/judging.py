@@ -65,8 +65,8 @@ def judge(
     """
     if kind == "values":
         target = maps_of(given)[0]
-        found = [resize(maps_of(output)[0], target.shape[2:])]
-        return Judgement(milliseconds, error=float(divergence([target], found, "values").mean()))
+        maps = [resize(maps_of(output)[0], target.shape[2:])]
+        return Judgement(milliseconds, error=float(divergence([target], maps, "values").mean()))
     ours, theirs = (_classes(scores, size) for scores in (output, given))
     count = maps_of(given)[0].shape[1]
     return Judgement(

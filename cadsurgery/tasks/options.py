@@ -322,9 +322,9 @@ class Settings:
 
     def changed(self, values: dict[str, Any]) -> Settings:
         """Return a copy with changed values; raises as `from_dict`."""
-        known = [setting.name for setting in fields(Settings)]
+        names = [setting.name for setting in fields(Settings)]
         for name in values:
-            check_name("setting", name, known)
+            check_name("setting", name, names)
         changes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return replace(self, **changes)
 

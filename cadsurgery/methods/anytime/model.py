@@ -110,8 +110,8 @@ def anytime(
         )
     outlet = find_outlet(facts)
     number = _count_classes(facts, outlet, classes)
-    found = find_exits(facts, outlet, exits)
-    heads, graph, logits = _add_heads(facts, outlet, found, head, number, hidden)
+    chosen = find_exits(facts, outlet, exits)
+    heads, graph, logits = _add_heads(facts, outlet, chosen, head, number, hidden)
     weight = next(whole.parameters())
     whole.add_module(HEADS, heads.to(weight.device, weight.dtype).train(whole.training))
     signature = inspect.signature(whole.forward)
@@ -124,7 +124,7 @@ def anytime(
                 module: Any = whole.get_submodule(str(node.target))
                 module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(_WIDTHS[fill])))
     options = {
-        "exits": [exit.name for exit in found],
+        "exits": [exit.name for exit in chosen],
         "head": head,
         "classes": number,
         "hidden": hidden,
@@ -132,7 +132,7 @@ def anytime(
     }
     program = cut(graph, spatial, signature)
     net = AnytimeModel(whole, program, options, confidence=confidence, threshold=threshold)
-    net.plan, net.source = _make_plan(net, found, work, apart, facts.example), source_of(model)
+    net.plan, net.source = _make_plan(net, chosen, work, apart, facts.example), source_of(model)
     return net
 
 

@@ -69,8 +69,8 @@ def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list
         InvalidInput: a module has no residual branches, or a convolution cannot be computed at chosen positions.
     """
     facts = spatial.facts
-    chosen = found = _residual_branches(spatial)
-    if where == "auto" and not found:
+    chosen = branches = _residual_branches(spatial)
+    if where == "auto" and not branches:
         raise CannotConvert(
             f"{type(facts.model).__name__} has no residual branches.",
             why="a gate chooses positions of what is added to a map, and no map is added to one it is made from.",
@@ -83,12 +83,12 @@ def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list
             raise InvalidInput(
                 f"where={where!r} names nothing, or something twice.", next='use where="auto".'
             )
-        chosen = [branch for name in names for branch in _named(name, spatial, found)]
+        chosen = [branch for name in names for branch in _named(name, spatial, branches)]
     order = {node: number for number, node in enumerate(facts.graph.nodes)}
     joined = dict[tuple[str, str], Branch]()
     for branch in chosen:
-        known = joined.get((branch.source.name, branch.name), replace(branch, places=()))
-        places = {place.node: place for place in (*known.places, *branch.places)}
+        before = joined.get((branch.source.name, branch.name), replace(branch, places=()))
+        places = {place.node: place for place in (*before.places, *branch.places)}
         in_order = tuple(sorted(places.values(), key=lambda place: order[place.node]))
         joined[branch.source.name, branch.name] = replace(branch, places=in_order)
     gated = {place.node for branch in joined.values() for place in branch.places}
@@ -102,15 +102,15 @@ def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list
     return sorted(ended, key=lambda branch: order[branch.places[0].node])
 
 
-def _named(name: str, spatial: Spatial, found: Iterable[Branch]) -> list[Branch]:
+def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Branch]:
     facts = spatial.facts
-    known = {path for path, _ in facts.model.named_modules() if path}
-    if name not in known:
-        raise UnknownName("module", name, known)
-    if within := [branch for branch in found if f"{branch.name}.".startswith(f"{name}.")]:
+    modules = {path for path, _ in facts.model.named_modules() if path}
+    if name not in modules:
+        raise UnknownName("module", name, modules)
+    if within := [branch for branch in branches if f"{branch.name}.".startswith(f"{name}.")]:
         return within
     nodes = [node for node in facts.graph.nodes if node.op == "call_module" and node.target == name]
-    for branch in found:
+    for branch in branches:
         if places := tuple(place for place in branch.places if place.node in nodes):
             return [replace(branch, places=places)]
     why = "it is neither a convolution nor a module with residual branches."
@@ -133,8 +133,8 @@ def _named(name: str, spatial: Spatial, found: Iterable[Branch]) -> list[Branch]
 def _residual_branches(spatial: Spatial) -> list[Branch]:
     facts, branches, taken = spatial.facts, list[Branch](), set[fx.Node]()
     for node in facts.graph.nodes:
-        ends, known = _maps(node, facts), operation_of(node.target)
-        if known is None or not known.adds or node.kwargs or len(ends) != 2 or len(node.args) != 2:
+        ends, operation = _maps(node, facts), operation_of(node.target)
+        if operation is None or not operation.adds or node.kwargs or len(ends) != 2 or len(node.args) != 2:
             continue
         if facts.shapes[ends[0]] != facts.shapes[ends[1]]:
             continue
@@ -258,8 +258,8 @@ def _end(tail: fx.Node, gated: set[fx.Node], spatial: Spatial) -> tuple[fx.Node,
         kind, window = spatial.kind(user)
         is_point = window is not None and window.is_pointwise and window.stride == 1
         is_affine = isinstance(module, nn.Linear) or type(module) is nn.BatchNorm2d or leaves_values(module)
-        known = operation_of(user.target)
-        is_affine = is_affine or kind == "permute" or (known is not None and known.multiplies)
+        operation = operation_of(user.target)
+        is_affine = is_affine or kind == "permute" or (operation is not None and operation.multiplies)
         if not (kind == "conv" and is_point) and not (is_affine and _follows(user, node, spatial)):
             break
         end.append(user)

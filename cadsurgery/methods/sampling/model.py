@@ -294,8 +294,8 @@ class SampledModel(GraphModel):
 
     def optimize(self) -> SampledModel:
         """Return an inference copy: batch norm folded, residuals and activations fused, weights packed."""
-        fused, known = self.fused(GATES), self.program
-        parts = (known.gates, known.blocks, known.permutes, known.signature, known.container)
+        fused, program = self.fused(GATES), self.program
+        parts = (program.gates, program.blocks, program.permutes, program.signature, program.container)
         net = self.inference_copy(fused, gather(fused.graph, *parts, fused.origins))
         net.step = self.step
         return net

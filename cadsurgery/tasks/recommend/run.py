@@ -324,8 +324,8 @@ class _Pictures:
             CadError: there are none.
         """
         failures = Failures("image")
-        found = each(range(len(self.data)), self.read, failures, name=self.data.names.__getitem__)
-        images = [image for _, (image, _) in islice(found, count)]
+        read = each(range(len(self.data)), self.read, failures, name=self.data.names.__getitem__)
+        images = [image for _, (image, _) in islice(read, count)]
         if not images:
             raise CadError.from_dict(failures.noted[0][1])
         return images
@@ -431,7 +431,7 @@ class _Run:
         if not (values := read_json(self._path)):
             return
         try:
-            known = values["identity"]
+            identity = values["identity"]
             self.judged = {
                 name: [
                     Judgement(**{key: _tuples(value) for key, value in judgement.items()})
@@ -443,7 +443,7 @@ class _Run:
             self.macs = {str(name): int(macs) for name, macs in values["macs"].items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise unreadable(self._path, error) from error
-        check_same_run(known, self.identity, self.folder)
+        check_same_run(identity, self.identity, self.folder)
 
     @property
     def _path(self) -> Path:
@@ -519,8 +519,9 @@ class _Run:
         given = self._given
         others = [name for name in runs if name != given and len(self.judged.get(name, ())) == self.done]
         if self.done and self.done % LOOK_EVERY == 0:
-            known = {name: self.judged[name] for name in (given, *others)}
-            others = [name for name in others if not is_beaten(known[name], known.values(), self.measured_by)]
+            judged = {name: self.judged[name] for name in (given, *others)}
+            measure = self.measured_by
+            others = [name for name in others if not is_beaten(judged[name], judged.values(), measure)]
         turn = self.done % max(1, len(others))
         return [(name, runs[name]) for name in (given, *others[turn:], *others[:turn])]
 
@@ -528,7 +529,7 @@ class _Run:
         self, running: Sequence[tuple[str, Call]], image: Tensor, labels: Tensor | None
     ) -> dict[str, Judgement]:
         """Judge all settings on one picture."""
-        found: dict[str, Judgement] = {}
+        judged: dict[str, Judgement] = {}
         given: Any = None
         size = (image.shape[2], image.shape[3])
         with torch.inference_mode():
@@ -537,8 +538,8 @@ class _Run:
                 output = call(image)
                 taken = 1e3 * (now(time.perf_counter) - start)
                 given = output if given is None else given
-                found[name] = judge(taken, output, given, labels, size, self.kind)
-        return found
+                judged[name] = judge(taken, output, given, labels, size, self.kind)
+        return judged
 
     def _write(self) -> None:
         values = {

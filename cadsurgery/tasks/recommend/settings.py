@@ -141,12 +141,12 @@ def find_candidates(
     asked = options.get("output_stride")
     region = options.get("region") or "auto"
     try:
-        found = plan(model, asked, region, image)
+        own_plan = plan(model, asked, region, image)
     except CannotConvert as error:
         sizes = _sizes(image, _SMALLER + (_LARGER if has_labels else ()), 32)
         return Candidates((Setting("given"), *(Setting("size", scale=s) for s in sizes)), refusal=error)
-    own = found.strides[found.identity_level] if found.identity_level is not None else 0
-    pairs = [asked] if asked else _pairs(found, own, has_labels)
+    own = own_plan.strides[own_plan.identity_level] if own_plan.identity_level is not None else 0
+    pairs = [asked] if asked else _pairs(own_plan, own, has_labels)
     if few:
         pairs = pairs[:1]
     own_pair = next((pair for pair in pairs if own in pair), None)
@@ -175,12 +175,12 @@ def find_candidates(
     return Candidates(tuple(settings))
 
 
-def _pairs(found: Plan, own: int, has_labels: bool) -> list[Pair]:
+def _pairs(own_plan: Plan, own: int, has_labels: bool) -> list[Pair]:
     """Return pairs of output strides that make maps coarser and, with labels, finer; else the pair of the plan."""
     coarser = [(own, own * step) for step in (2, 4)]
     finer = [(own // step, own) for step in (2, 4) if own % step == 0]
-    known = [pair for pair in (*coarser, *(finer if has_labels else ())) if pair in found.possible]
-    return known or [found.output_stride]
+    possible = [pair for pair in (*coarser, *(finer if has_labels else ())) if pair in own_plan.possible]
+    return possible or [own_plan.output_stride]
 
 
 def _sizes(image: Tensor, scales: Sequence[float], multiple: int) -> list[float]:

@@ -150,8 +150,8 @@ def _difference(before: nn.Module, net: AnytimeModel, batch: Tensor) -> float | 
     if len(net.heads) == len(net.plan.exits):
         return None
     with torch.inference_mode():
-        expected, found = maps_of(before(batch))[0], net(batch, threshold=net.everything)[-1]
-    return float((found - expected).abs().max() / expected.abs().max())
+        expected, output = maps_of(before(batch))[0], net(batch, threshold=net.everything)[-1]
+    return float((output - expected).abs().max() / expected.abs().max())
 
 
 def run(net: AnytimeModel, batch: Tensor, milliseconds: float) -> tuple[Tensor, dict[str, Any]]:
