@@ -529,8 +529,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) 
     """Compute the mean cross entropy over labelled pixels, optionally weighted by class; 0 without labelled pixels.
 
     Logits (B, C, h, w) are resized to the labels (B, H, W). With several processes, each divides its sum by the mean
-    number
-    of labelled pixels per process: so the mean of the losses, and of the gradients, is that over all labelled pixels.
+    number of labelled pixels per process: so the mean of the losses, and of the gradients, is that over all labelled
+    pixels.
     """
     logits = resize(logits.float(), labels.shape[-2:])
     total = F.cross_entropy(logits, labels, weight, ignore_index=IGNORED, reduction="sum")

@@ -100,11 +100,10 @@ def bench(
         sides: sides of the user, timed in the same rounds on the same images; see `cadsurgery.tasks.side.Side`.
         trust: run code that a file names; see `cadsurgery.load`.
         step: progress callback.
-        options: further options of `adaptify`, and conditions of the measurement: `size`, height and width of the
-            generated street scenes, their number `batch`, `dtype` and `device`, `threads`, timing `rounds`,
-            `runtime`: the
-            engine, `against`: engines whose dense networks are timed in the same run, and `calibration`: images for
-            int8. See `Benchmark`.
+        options: further options of `adaptify`, and conditions of the measurement, see `Benchmark`: `size` (height and
+            width) and number (`batch`) of the generated street scenes, `dtype`, `device`, `threads`, timing `rounds`,
+            the engine (`runtime`), engines whose dense networks are timed in the same run (`against`), the scale of
+            smaller pictures (`smaller`), and images for int8 (`calibration`).
 
     Raises:
         InvalidInput: an option is out of range or does not fit the others.

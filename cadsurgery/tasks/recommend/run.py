@@ -150,17 +150,6 @@ def recommend(
         has_labels=pictures.data.is_labelled,
         few=runtime != TORCH or precision == "int8",
     )
-    listed = [setting.to_dict() for setting in candidates.settings]
-    identity = {
-        "network": source.name,
-        "weights": checksum(dict(model.state_dict())),
-        "images": list(data.names),
-        "labels": str(labels or ""),
-        "size": list(first.shape[2:]),
-        "settings": json.loads(json.dumps(listed)),
-        "runtime": runtime,
-        "precision": precision,
-    }
     calls = Calls(
         model,
         first,
@@ -171,6 +160,7 @@ def recommend(
         pictures.readable(_CALIBRATED_BY) if precision == "int8" else [],
         folder,
     )
+    identity = _identity_of(calls, candidates, source, data, labels)
     run = _Run(candidates, calls, pictures, folder, identity, step)
     try:
         run.measure(minutes)
@@ -179,33 +169,58 @@ def recommend(
             raise
         run.end = "interrupted"
     request = Request(keep if keep is not None or at_most is not None else 0.99, at_most)
-    rows = rows_of(candidates, run.judged, run.macs, run.measured_by)
-    choice = choose(rows, request, run.measured_by, candidates.refusal)
-    report = Recommendation(
-        network=typed[0],
-        options=({"weights": typed[1]} if typed[1] != "auto" else {}) | dict(calls.options),
-        data=data.name,
+    described = {"network": typed[0], **provenance(network, source, torch.device("cpu"))}
+    report = _report_on(run, request, {} if typed[1] == "auto" else {"weights": typed[1]}, described)
+    report.write(folder / "report.json", folder / "curve.png")
+    return report
+
+
+def _identity_of(
+    calls: Calls, candidates: Candidates, source: Source, data: SegmentationData, labels: str | Path | None
+) -> Identity:
+    """Return what must be the same when the run is continued."""
+    listed = [setting.to_dict() for setting in candidates.settings]
+    return {
+        "network": source.name,
+        "weights": checksum(dict(calls.model.state_dict())),
+        "images": list(data.names),
+        "labels": str(labels or ""),
+        "size": list(calls.image.shape[2:]),
+        "settings": json.loads(json.dumps(listed)),
+        "runtime": calls.runtime,
+        "precision": calls.precision,
+    }
+
+
+def _report_on(
+    run: _Run, request: Request, weights: Mapping[str, str], described: Mapping[str, Any]
+) -> Recommendation:
+    """Choose among the measured settings; `weights` are as the user gave them, `described` is the provenance."""
+    calls, pictures, measure = run.calls, run.pictures, run.measured_by
+    rows = rows_of(run.candidates, run.judged, run.macs, measure)
+    choice = choose(rows, request, measure, run.candidates.refusal)
+    return Recommendation(
+        options={**weights, **calls.options},
+        data=pictures.data.name,
         images=run.done,
-        of_images=len(data),
-        image=tuple(first.shape[1:]),
+        of_images=len(pictures.data),
+        image=tuple(calls.image.shape[1:]),
         resized=pictures.is_resized,
-        measure=run.measured_by,
+        measure=measure,
         request=request,
-        runtime=runtime,
-        precision=precision,
+        runtime=calls.runtime,
+        precision=calls.precision,
         rows=rows,
         chosen=choice.row,
-        reasons=(*choice.reasons, *_on_precision(precision)),
+        reasons=(*choice.reasons, *_on_precision(calls.precision)),
         images_needed=choice.images_needed,
         end=run.end,
         refused=run.refused,
-        folder=folder,
+        folder=run.folder,
         failed=tuple(run.failed),
         is_decided=choice.is_decided,
-        **provenance(network, source, torch.device("cpu")),
+        **described,
     )
-    report.write(folder / "report.json", folder / "curve.png")
-    return report
 
 
 def _on_precision(precision: str) -> tuple[str, ...]:
