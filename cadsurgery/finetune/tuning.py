@@ -246,19 +246,8 @@ def tune(
             resolution, or the folder contains another run.
         CadError: an error of the network, the photos or the folder.
     """
-    in_range = minutes > 0 and 0 < keep <= 1 and steps >= 0 and rounds >= 0
-    if not in_range or not fractions or not all(0 < fraction < 1 for fraction in fractions):
-        raise InvalidInput(
-            f"minutes={minutes}, keep={keep}, steps={steps}, rounds={rounds}, fractions={tuple(fractions)}.",
-            next="give minutes above 0, keep in 0..1, and budgets between 0 and 1.",
-        )
-    photos = open_data(f"images:{images}", "all") if isinstance(images, (str, Path)) else as_data(images)
-    if len(photos) < _FEWEST:
-        raise InvalidInput(
-            f"{photos.name} has {len(photos)} photos.",
-            why=f"every {HELD_OUT}th is held out for the evaluation.",
-            next=f"give {_FEWEST} or more.",
-        )
+    _check_numbers(minutes, keep, steps, rounds, fractions)
+    photos = _open(images)
     fitted, deciding, table = _divide(photos)
     folder = make_folder(output)
     step("building and converting")
@@ -309,6 +298,27 @@ def tune(
     )
     report.write(folder / "report.json", folder / "curve.png")
     return report
+
+
+def _check_numbers(minutes: float, keep: float, steps: int, rounds: int, fractions: Sequence[float]) -> None:
+    in_range = minutes > 0 and 0 < keep <= 1 and steps >= 0 and rounds >= 0
+    if not in_range or not fractions or not all(0 < fraction < 1 for fraction in fractions):
+        raise InvalidInput(
+            f"minutes={minutes}, keep={keep}, steps={steps}, rounds={rounds}, fractions={tuple(fractions)}.",
+            next="give minutes above 0, keep in 0..1, and budgets between 0 and 1.",
+        )
+
+
+def _open(images: str | Path | Samples) -> SegmentationData:
+    """Open the photos; there must be enough to hold some out."""
+    photos = open_data(f"images:{images}", "all") if isinstance(images, (str, Path)) else as_data(images)
+    if len(photos) < _FEWEST:
+        raise InvalidInput(
+            f"{photos.name} has {len(photos)} photos.",
+            why=f"every {HELD_OUT}th is held out for the evaluation.",
+            next=f"give {_FEWEST} or more.",
+        )
+    return photos
 
 
 @dataclass(frozen=True)
