@@ -15,7 +15,7 @@ from cadsurgery.data.networks import source_of
 from cadsurgery.methods.anytime import AnytimeModel, anytime
 from cadsurgery.methods.anytime.model import Threshold
 from cadsurgery.network.macs import dense_macs
-from cadsurgery.support.divergence import maps_of
+from cadsurgery.support.divergence import maps_of, relative_difference
 from cadsurgery.tasks.report import Row, accuracy_columns, time_columns
 from cadsurgery.tasks.side import (
     Comparison,
@@ -151,7 +151,7 @@ def _difference(before: nn.Module, net: AnytimeModel, batch: Tensor) -> float | 
         return None
     with torch.inference_mode():
         expected, output = maps_of(before(batch))[0], net(batch, threshold=net.everything)[-1]
-    return float((output - expected).abs().max() / expected.abs().max())
+    return relative_difference(output, expected)
 
 
 def run(net: AnytimeModel, batch: Tensor, milliseconds: float) -> tuple[Tensor, dict[str, Any]]:

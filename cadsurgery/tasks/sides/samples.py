@@ -14,7 +14,7 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.masks import labelled
 from cadsurgery.methods.resampling import ResampledModel, UniformSampler, resample
-from cadsurgery.support.divergence import maps_of, resize
+from cadsurgery.support.divergence import maps_of, relative_difference, resize
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.report import Row, accuracy_columns, macs_columns, percent, time_columns
 from cadsurgery.tasks.side import Comparison, Conversion, Counts, Figures, Kind, Request, Side, Timed
@@ -108,7 +108,7 @@ def convert(request: Request) -> Conversion:
         with torch.inference_mode():
             output, expected = (maps_of(network(batch))[0] for network in (same, before))
             expected = resize(expected, batch.shape[2:])
-        error = float((output - expected).abs().max() / expected.abs().max())
+        error = relative_difference(output, expected)
     nothing = torch.zeros(batch.shape[0], *batch.shape[2:], dtype=torch.int64, device=batch.device)
     with labelled(nothing):  # for a sampler that needs labels
         counted = net.macs(batch)
