@@ -45,7 +45,7 @@ from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.recommend.settings import scaled_size
+from cadsurgery.tasks.sides.engines import scaled_size
 
 RESULTS = Path(__file__).parents[1] / "docs" / "engines.json"
 PAGE = RESULTS.with_name("deploy.md")

@@ -58,7 +58,7 @@ def join(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Combine the reports of all instruction sets."""
     first = next(iter(reports.values()))
     caps = {cap: report["instruction_sets"] for cap, report in reports.items()}
-    networks = [network for report in reports.values() for network in report["networks"]]
+    networks = [{**network, "isa": cap} for cap, report in reports.items() for network in report["networks"]]
     # Keys of costs contain the instruction set, so they do not collide.
     kinds = {key: cost for report in reports.values() for key, cost in report["costs"]["kinds"].items()}
     common = {key: value for key, value in first.items() if key != "instruction_sets"}

@@ -1,6 +1,6 @@
 """The time of an optimised network by kind of layer, against the fastest matrix product on this machine.
 
-    python benchmarks/layer_profile.py [--model resnet50 ...] [--size 256x512] [--fraction 0.34] [--int8] [--threads 1]
+    python -m benchmarks.layer_profile [--model resnet50 ...] [--size 256x512] [--fraction 0.34] [--int8] [--threads 1]
 
 The rate of a kind is the MACs on the mask's elements divided by the time of its layers, which includes the norm,
 activation, residual or requantisation of a layer. The fastest product is torch.mm of 1024 x 1024 matrices.
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import cadsurgery as cs
+from benchmarks.slowest import layer_times
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.support.provenance import describe_run
-from cadsurgery.tasks.slowest import layer_times
 
 MODELS = ("resnet50", "deeplabv3_resnet101", "mobilenet_v2", "convnext_tiny")
 

@@ -26,9 +26,10 @@ import torch
 
 from cadsurgery.masks import Budget
 from cadsurgery.support.defaults import DEFAULT_MASK
+from cadsurgery.support.progress import silent
 from cadsurgery.tasks.bench import bench, convert
 from cadsurgery.tasks.options import Benchmark
-from cadsurgery.tasks.sides.engines import HIGH, LOW, InTorch
+from cadsurgery.tasks.sides.engines import HIGH, LOW, runs_of
 
 PROCESS = Path("/proc/self")
 # Allocations from this many bytes on are mapped by glibc and returned to the system when freed. Its default threshold
@@ -79,7 +80,7 @@ def print_peak(task: str) -> None:
     setup, share = Benchmark(**arguments["setup"]), arguments["fraction"]
     torch.set_num_threads(setup.threads)
     net, image, _ = convert(arguments["network"], arguments["mask"], setup)
-    runs = InTorch(net, image, setup)
+    runs = runs_of(net, image, setup, Path(), silent)
     run = runs.dense(share) if isinstance(share, str) else runs.under(Budget(arguments["mask"], share))
     del net, runs
     with torch.inference_mode():

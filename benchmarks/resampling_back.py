@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadsurgery.methods.resampling.back import _triangulate
+from cadsurgery.methods.resampling.back import _triangulate, invert_warp
 from cadsurgery.methods.resampling.locations import upsample
 from cadsurgery.resampling import (
     PUBLISHED_SMOOTHNESS,
     boundaries,
     interpolate_back,
-    inverse_warp,
     target_locations,
 )
 from cadsurgery.support.provenance import describe_run
@@ -94,7 +93,7 @@ def main() -> None:
             "triangulation": partial(interpolate_back, scores, locations, size),
             "inverse": partial(interpolate_back, scores, locations, size, "inverse"),
             "of triangulation: places": partial(by_triangles, locations, samples, size),
-            "of inverse: places": partial(inverse_warp, locations, (samples, samples), size),
+            "of inverse: places": partial(invert_warp, locations, (samples, samples), size),
         }
         try:
             import scipy.interpolate  # noqa: F401

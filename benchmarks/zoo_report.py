@@ -13,7 +13,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from cadsurgery.data.networks import family_of, list_models
+from benchmarks.zoo.corpus import family_of
+from cadsurgery.data.networks import list_models
 from cadsurgery.tasks.recorded import RECORDED, read_rows
 
 Row = dict[str, Any]

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,27 +39,10 @@ def source_of(path: str) -> ast.Module:
     return ast.parse((ROOT / path).read_text())
 
 
-def is_for_types_only(node: ast.AST) -> bool:
-    """Whether a statement is `if TYPE_CHECKING:`."""
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-def executed(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes, nested ones too, but those behind `if TYPE_CHECKING:`."""
-    for node in ast.iter_child_nodes(tree):
-        if is_for_types_only(node):
-            for other in node.orelse:  # type: ignore[attr-defined]
-                yield from executed(other)
-            continue
-        yield node
-        yield from executed(node)
-
-
-def imports(path: str, for_types: bool = False) -> set[str]:
-    """Dotted names a file imports anywhere in its code: of modules, and `module.name` for names of them."""
+def imports(path: str) -> set[str]:
+    """Dotted names a file imports at its top, in a function or for types alone: `module`, or `module.name`."""
     found = set()
-    tree = source_of(path)
-    for node in ast.walk(tree) if for_types else executed(tree):
+    for node in ast.walk(source_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -97,16 +79,12 @@ def test_no_import_goes_up(room: str) -> None:
 
 
 MODULES = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in FILES}
-# To be opened; nothing may be added.
-KNOWN_CIRCLES = {
-    frozenset(("cadsurgery.elements.bounds", "cadsurgery.elements.lattice")),
-}
 
 
 def modules_imported(name: str) -> set[str]:
     """Modules of the package that a module imports, at its top, in a function, or for types alone."""
     modules = set()
-    for imported in imports(MODULES[name], for_types=True):
+    for imported in imports(MODULES[name]):
         while imported and imported not in MODULES:
             imported = imported.rpartition(".")[0]
         modules.add(imported)
@@ -128,14 +106,13 @@ def find_circles(imported: dict[str, set[str]]) -> set[frozenset[str]]:
 
 
 def test_no_module_is_part_of_an_import_circle() -> None:
-    circles = find_circles({name: modules_imported(name) for name in MODULES})
-    assert circles <= KNOWN_CIRCLES, circles - KNOWN_CIRCLES
+    assert find_circles({name: modules_imported(name) for name in MODULES}) == set()
 
 
-def test_imports_for_types_count_in_circles(tmp_path: Path) -> None:
+def test_imports_in_functions_and_for_types_count(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text("if TYPE_CHECKING:\n    from a import b\ndef f():\n    import c\n")
-    assert imports(str(path)) == {"c"} and imports(str(path), for_types=True) == {"a.b", "c"}
+    assert imports(str(path)) == {"a.b", "c"}
 
 
 def test_the_search_for_circles_finds_them() -> None:
@@ -147,7 +124,7 @@ def test_the_package_itself_imports_nothing_on_its_own() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     eager = [
         node
-        for node in executed(tree)
+        for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom) and "cadsurgery" in ast.unparse(node)
     ]
     assert eager == []

@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.zoo.corpus import beside, find_corpus, read_corpus, subject
+from benchmarks.zoo.corpus import beside, family_of, find_corpus, read_corpus, subject
 from benchmarks.zoo.network_check import check_network
-from cadsurgery.data.networks import family_of
 from cadsurgery.support.errors import FileError
 from cadsurgery.support.files import check_folder, check_writable, write_whole
 from cadsurgery.support.provenance import commit, device_in_words, versions

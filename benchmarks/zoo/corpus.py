@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cadsurgery.data.networks import build_model, family_of
+from cadsurgery.data.networks import build_model
 from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, UnknownName, describe_error
 from cadsurgery.support.folders import visible
@@ -194,3 +194,15 @@ def beside(corpus: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(folder)
+
+
+def family_of(name: str) -> str:
+    """Return the library and module that define a network, e.g. `torchvision.resnet`."""
+    import timm
+    import torchvision
+
+    if name in torchvision.models.list_models():
+        module = torchvision.models.get_model_builder(name).__module__
+    else:
+        module = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else name
+    return f"{module.partition('.')[0]}.{module.rpartition('.')[2]}"

@@ -34,9 +34,9 @@ def list_command(
         return
     from cadsurgery.tasks.recorded import list_names, outlook, recorded, summary
 
-    known = recorded()
+    checked = recorded()
     rows = [
-        known.get(name, {"model": name, "result": "not checked"}) for name in list_names(pattern, library)
+        checked.get(name, {"model": name, "result": "not checked"}) for name in list_names(pattern, library)
     ]
     if as_json:
         screen.print_json(rows)

@@ -173,8 +173,8 @@ class OptionsFrom:
 
     def fields(self) -> dict[str, Field[Any]]:
         """Return the fields, by the names of their options."""
-        known = {field.name: field for field in fields(self.kind)}
-        chosen = [known[name] for name in self.names or known]
+        by_name = {field.name: field for field in fields(self.kind)}
+        chosen = [by_name[name] for name in self.names or by_name]
         return {field.metadata.get("name", field.name): field for field in chosen}
 
     def parameters(self, name: str) -> Iterator[inspect.Parameter]:
@@ -200,8 +200,8 @@ class OptionsFrom:
         """Replace the values of the fields among all arguments by that of the parameter, annotated with `hint`."""
         values = {field.name: arguments.pop(option) for option, field in self.fields().items()}
         values = {key: value for key, value in values.items() if value is not None or not self.given}
-        one = self.kind(**values) if hint.__origin__ is self.kind else values
-        arguments |= values if self.apart else {name: one}
+        value = self.kind(**values) if hint.__origin__ is self.kind else values
+        arguments |= values if self.apart else {name: value}
 
 
 @dataclass(frozen=True)
@@ -264,8 +264,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     marks: dict[str, OptionsFrom | ArgumentOrOption] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
-        found = getattr(hints[name], "__metadata__", ())
-        mark = next((mark for mark in found if isinstance(mark, (OptionsFrom, ArgumentOrOption))), None)
+        annotations = getattr(hints[name], "__metadata__", ())
+        mark = next((mark for mark in annotations if isinstance(mark, (OptionsFrom, ArgumentOrOption))), None)
         if mark is None:
             parameters.append(parameter.replace(annotation=hints[name]))
         else:

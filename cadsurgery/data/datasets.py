@@ -119,15 +119,15 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         check_labels_fit(name, image.shape[1:], values.shape)
         if self.table is None:
             return torch.from_numpy(values.astype(np.int64))
-        known = dict(self.table)
+        class_of = dict(self.table)
         stored = np.unique(values)
-        if strange := [int(value) for value in stored if int(value) not in known]:
+        if strange := [int(value) for value in stored if int(value) not in class_of]:
             raise InvalidInput(
                 f"{name} has label {', '.join(map(str, strange[:5]))}.",
                 why=f"data {self.name} has {len(self.classes)} classes, labels {self._stored_in_words()}.",
                 next=self.remedy.replace("{labels}", "/".join(map(str, strange[:5]))),
             )
-        places = np.array([known[int(value)] for value in stored], dtype=np.int64)
+        places = np.array([class_of[int(value)] for value in stored], dtype=np.int64)
         return torch.from_numpy(places[np.searchsorted(stored, values)])
 
     def _stored_in_words(self) -> str:

@@ -124,7 +124,7 @@ def _reason(error: Exception, address: Address) -> tuple[str, str]:
 
     page = f"{constants.ENDPOINT}/{address.repository}"
     absent = f"{constants.ENDPOINT} is not reached from here, and the file is not in the cache"
-    known: dict[Any, tuple[str, str]] = {  # subclasses before their base classes
+    reasons: dict[Any, tuple[str, str]] = {  # subclasses before their base classes
         errors.GatedRepoError: (
             "its owner decides who may read it.",
             f"ask for it on {page}, then {_SIGN_IN}.",
@@ -146,7 +146,7 @@ def _reason(error: Exception, address: Address) -> tuple[str, str]:
             "name a repository that was written by cs.push_to_hub or cadsurgery push.",
         ),
     }
-    for kinds, reason in known.items():
+    for kinds, reason in reasons.items():
         if isinstance(error, kinds):
             return reason
     answer = getattr(getattr(error, "response", None), "status_code", None)

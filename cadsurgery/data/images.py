@@ -273,7 +273,7 @@ def _images_inside(
     try:
         with os.scandir(os.path.join(folder, *parts)) as entries:
             shown = sorted(
-                (entry for entry in entries if not is_hidden(entry.name)), key=lambda one: one.name
+                (entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name
             )
     except OSError:
         left_out[_UNREADABLE].append(os.sep.join(parts) or ".")

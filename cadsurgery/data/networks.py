@@ -236,11 +236,11 @@ def source_of(network: nn.Module) -> Source:
     note = "weights as they were given"
     source = Source(type(network).__name__, {}, "own", note, *_statistics(network))
     sources = (getattr(network, name, None) for name in ("source", "cad_source"))
-    source = next((one for one in sources if isinstance(one, Source)), source)
-    known: Any = getattr(network, "normalisation", None)
-    mean, is_part = getattr(known, "mean", None), getattr(network, "hosts_part", False)
+    source = next((recorded for recorded in sources if isinstance(recorded, Source)), source)
+    normalisation: Any = getattr(network, "normalisation", None)
+    mean, is_part = getattr(normalisation, "mean", None), getattr(network, "hosts_part", False)
     if mean and isinstance(mean, tuple) and not is_part:  # for a part these are statistics of its own input
-        return replace(source, mean=mean, std=known.std)
+        return replace(source, mean=mean, std=normalisation.std)
     return source
 
 
@@ -249,9 +249,11 @@ def class_names(source: Source) -> tuple[str, ...]:
     import torchvision
 
     library, _, name = source.name.partition(":")
-    known = library == "torchvision" and name in torchvision.models.list_models()
-    weights: Any = torchvision.models.get_model_weights(name) if known else ()
-    return next((tuple(one.meta.get("categories", ())) for one in weights if one.name == source.weights), ())
+    is_listed = library == "torchvision" and name in torchvision.models.list_models()
+    weights: Any = torchvision.models.get_model_weights(name) if is_listed else ()
+    return next(
+        (tuple(entry.meta.get("categories", ())) for entry in weights if entry.name == source.weights), ()
+    )
 
 
 def stated_statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], str] | None:
@@ -296,18 +298,6 @@ def list_models(pattern: str = "*", library: str = "") -> list[str]:
     return sorted({name for key in chosen for name in fnmatch.filter(names[key], pattern)})
 
 
-def family_of(name: str) -> str:
-    """Return the library and module that define a network, e.g. `torchvision.resnet`."""
-    import timm
-    import torchvision
-
-    if name in _torchvision_names():
-        module = torchvision.models.get_model_builder(name).__module__
-    else:
-        module = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else name
-    return f"{module.partition('.')[0]}.{module.rpartition('.')[2]}"
-
-
 def _torchvision_names() -> list[str]:
     import torchvision
 
@@ -328,11 +318,11 @@ def _torchvision_builder(name: str) -> Builder:
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
         all_weights: Any = () if weights == "none" else torchvision.models.get_model_weights(name)
-        known = {entry.name: entry for entry in all_weights}
-        entry: Any = known.get(weights) or getattr(all_weights, "DEFAULT", None)
+        by_name = {entry.name: entry for entry in all_weights}
+        entry: Any = by_name.get(weights) or getattr(all_weights, "DEFAULT", None)
         what = f"{name} {entry.name}" if entry is not None else None
         model, note = _pretrained(
-            "torchvision", name, weights, list(known), what, lambda: builder(weights=entry, **kwargs)
+            "torchvision", name, weights, list(by_name), what, lambda: builder(weights=entry, **kwargs)
         )
         if model is None:
             model, entry = builder(weights=None, **no_backbone, **kwargs), None
@@ -374,19 +364,19 @@ def _timm_builder(name: str) -> Builder:
         raise UnknownName(
             "network", name, {*_torchvision_names(), *timm.list_models()}, next="cadsurgery list PATTERN"
         )
-    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{plain}.*")]
-    if tag and tag not in known:
-        raise UnknownName(f"weights of {plain}", tag, known)
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{plain}.*")]
+    if tag and tag not in tags:
+        raise UnknownName(f"weights of {plain}", tag, tags)
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
         full = name if weights == "auto" else f"{plain}.{weights}"
-        what = full if known or timm.is_model_pretrained(plain) else None
+        what = full if tags or timm.is_model_pretrained(plain) else None
 
         def create() -> nn.Module:
             with offline_without_network():
                 return timm.create_model(full, pretrained=True, **kwargs)
 
-        model, note = _pretrained("timm", plain, weights, known, what, create)
+        model, note = _pretrained("timm", plain, weights, tags, what, create)
         weights = "random"
         if model is None:
             model = timm.create_model(plain, pretrained=False, **kwargs)
@@ -487,14 +477,14 @@ def _of_classes(
 
 
 def _pretrained(
-    library: str, name: str, weights: str, known: list[str], what: str | None, build: Callable[[], nn.Module]
+    library: str, name: str, weights: str, names: list[str], what: str | None, build: Callable[[], nn.Module]
 ) -> tuple[nn.Module | None, str]:
     """Build a network with pretrained weights, named `what` (None: there are none); return None and the reason if it
     must keep random weights."""
     if weights == "none":
         return None, "weights are random (asked for)"
-    if weights not in ("auto", *known):
-        raise UnknownName(f"weights of {name}", weights, [*known, "auto", "none"])
+    if weights not in ("auto", *names):
+        raise UnknownName(f"weights of {name}", weights, [*names, "auto", "none"])
     if what is None:
         return None, f"weights are RANDOM: {library} has none for this network"
     try:

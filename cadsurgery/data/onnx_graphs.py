@@ -56,7 +56,9 @@ class Operation:
 
         self.type, self.name, self.outputs = str(node.op_type), str(node.name), len(node.output)
         self.attributes = {
-            one.name: onnx.helper.get_attribute_value(one) for one in node.attribute if one.type != one.GRAPH
+            stated.name: onnx.helper.get_attribute_value(stated)
+            for stated in node.attribute
+            if stated.type != stated.GRAPH
         }
         self.rank = ranks.get(node.input[0], 0) if node.input else 0
 
@@ -201,20 +203,20 @@ def _product(writer: Writer, operation: Operation, value: Any, axes: Any = None)
 def _choose(writer: Writer, operation: Operation, condition: Any, first: Any, second: Any) -> Any:
     if isinstance(condition, Numbers):
         return _refuse_numbers(writer, operation)
-    one, other = numbers(first), numbers(second)
-    chosen = zip(condition.flatten().tolist(), one.values, other.values, strict=True)
-    return Numbers(tuple(this if is_first else that for is_first, this, that in chosen), False, one.is_float)
+    left, right = numbers(first), numbers(second)
+    chosen = zip(condition.flatten().tolist(), left.values, right.values, strict=True)
+    return Numbers(tuple(this if is_first else that for is_first, this, that in chosen), False, left.is_float)
 
 
 def _compute(writer: Writer, operation: Operation, first: Any, second: Any) -> Any:
-    one, other = numbers(first), numbers(second)
-    is_float = one.is_float or other.is_float
+    left, right = numbers(first), numbers(second)
+    is_float = left.is_float or right.is_float
     compute = _ARITHMETIC[operation.type][0]
     if operation.type == "Div" and not is_float:
         compute = operator.floordiv  # of sizes, which are not negative
-    count = max(len(one.values), len(other.values))
-    pairs = zip(*(part.values * (count // len(part.values)) for part in (one, other)), strict=True)
-    return Numbers(tuple(compute(*pair) for pair in pairs), one.is_scalar and other.is_scalar, is_float)
+    count = max(len(left.values), len(right.values))
+    pairs = zip(*(part.values * (count // len(part.values)) for part in (left, right)), strict=True)
+    return Numbers(tuple(compute(*pair) for pair in pairs), left.is_scalar and right.is_scalar, is_float)
 
 
 def _keep(writer: Writer, operation: Operation, value: Any) -> Any:
@@ -236,8 +238,8 @@ def _arithmetic(writer: Writer, operation: Operation, first: Any, second: Any) -
 def _as_operand(writer: Writer, operation: Operation, value: Any) -> Any:
     if isinstance(value, fx.Proxy) or (isinstance(value, Tensor) and value.numel() != 1):
         return value
-    known = numbers(value)
-    return known.values[0] if len(known.values) == 1 else _refuse_numbers(writer, operation)
+    constant = numbers(value)
+    return constant.values[0] if len(constant.values) == 1 else _refuse_numbers(writer, operation)
 
 
 def _reshape(writer: Writer, operation: Operation, value: Any, shape: Any) -> Any:

@@ -145,9 +145,9 @@ def _freed(model: Any) -> Any:
 def _grow(calls: list[tuple[Tensor, list[Tensor]]]) -> bool:
     """True if the maps that a network returns grow with its image."""
     (small, first), (large, second) = calls
-    for one, other in zip(first, second, strict=True):
-        for axis in (2, 3) if one.dim() == 4 else ():
+    for small_map, other in zip(first, second, strict=True):
+        for axis in (2, 3) if small_map.dim() == 4 else ():
             factor = large.shape[axis] / small.shape[axis]
-            if abs(other.shape[axis] - one.shape[axis] * factor) > factor + 1:
+            if abs(other.shape[axis] - small_map.shape[axis] * factor) > factor + 1:
                 return False
     return True

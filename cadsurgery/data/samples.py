@@ -72,8 +72,8 @@ def _refuse_first(data: Any) -> InvalidInput | None:
 
 def is_labelled(data: Any) -> bool:
     """True if a dataset has labels: by its attribute `is_labelled`, else if its first sample is not just an image."""
-    known = getattr(data, "is_labelled", None)
-    return bool(known) if known is not None else not isinstance(_item_of(data, 0), Tensor)
+    stated = getattr(data, "is_labelled", None)
+    return bool(stated) if stated is not None else not isinstance(_item_of(data, 0), Tensor)
 
 
 def sample_of(data: Any, index: int) -> tuple[Any, Any]:
@@ -119,14 +119,14 @@ def check_form(inputs: Any, labels: Any, place: str) -> None:
         )
 
 
-def as_data(samples: Samples, what: str = "given") -> SegmentationData:
+def as_data(samples: Samples) -> SegmentationData:
     """Return data of one's own as `SegmentationData`; without names of classes, labels are checked once their number is
     known, see `SegmentationData.with_outputs`.
 
     Raises:
         InvalidInput: see `check_data`; or the first image cannot be in 0..1.
     """
-    check_data(samples, what)
+    check_data(samples, "given")
     if refusal := _refuse_first(samples):
         raise refusal
     if isinstance(samples, SegmentationData):
@@ -147,8 +147,8 @@ def as_data(samples: Samples, what: str = "given") -> SegmentationData:
 def place_of(data: Any, index: int) -> str:
     """Return the words that name a sample: its position and, where the data has names, its name."""
     names = _texts(getattr(data, "names", ()))
-    known = f" ({names[index]})" if -len(names) <= index < len(names) else ""
-    return f"sample {index} of the data{known}"
+    name = f" ({names[index]})" if -len(names) <= index < len(names) else ""
+    return f"sample {index} of the data{name}"
 
 
 def _texts(values: Any) -> tuple[str, ...]:

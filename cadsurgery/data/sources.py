@@ -264,8 +264,8 @@ def _sbd(place: str, split: str, options: Mapping[str, str], spec: str) -> Segme
 def _pets(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     from torchvision.datasets import OxfordIIITPet
 
-    known = "trainval" if split == "train" else split
-    make = partial(OxfordIIITPet, place, known, target_types="segmentation", download=False)
+    folder = "trainval" if split == "train" else split
+    make = partial(OxfordIIITPet, place, folder, target_types="segmentation", download=False)
     return _torchvision(make, ("pet", "background", "border"), {1: 0, 2: 1, 3: 2}, spec, split)
 
 

@@ -55,7 +55,7 @@ class Weights:
             replace(self, state={name[len(prefix) :]: value for name, value in state.items()}, prefix=prefix)
             for prefix in prefixes
         )
-        return max((self, *others), key=lambda one: one._matching(shapes))
+        return max((self, *others), key=lambda weights: weights._matching(shapes))
 
 
 def _shared_prefixes(names: Iterable[str]) -> Iterator[str]:
@@ -129,15 +129,6 @@ def _in_words(path: Path, chosen: Weights, others: list[Weights]) -> str:
         also = " and ".join(weights.entry for weights in others)
         words += f"; {also} would fit as well: take it by {path.name}:{others[0].entry}"
     return words
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the first state dict in a `.safetensors` file or a torch checkpoint, with names as they are.
-
-    Raises:
-        FileError: the file is missing, unreadable, or holds no state dict.
-    """
-    return dict(read_weights(path)[0].state)
 
 
 def read_weights(path: Path) -> list[Weights]:

@@ -58,7 +58,7 @@ def pixel_weights(target: Any, weights: Sequence[float]) -> Tensor:
     """
     maps = maps_of(target)
     if len(maps) > 1 or maps[0].shape[1] != len(weights):
-        shapes = ", ".join(str(tuple(one.shape)) for one in maps)
+        shapes = ", ".join(str(tuple(scores.shape)) for scores in maps)
         raise InvalidInput(
             f"there are {len(weights)} class_weights for outputs of {shapes}.",
             why="only class scores, a single map (B, C, H, W), can be weighted by class.",

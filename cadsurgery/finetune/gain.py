@@ -60,7 +60,6 @@ def fit_gain(
     minutes: float = 5.0,
     seed: int = 0,
     balance: float = 0.0,
-    on_image: Callable[[int], None] = ignore,
     on_step: Callable[[int], None] = ignore,
 ) -> GainFit:
     """Fit the gain mask of a network, in place, to images without labels; nothing else in the network changes.
@@ -75,7 +74,6 @@ def fit_gain(
         seed: seed of the initial weights and of the order of images.
         balance: for class scores, the power of `cadsurgery.finetune.balance`: 0 weights losses at all pixels equally,
             1 all classes that the dense network predicts, as mean IoU does.
-        on_image: called with the number of images measured so far.
         on_step: called with the number of training steps so far.
 
     Raises:
@@ -100,21 +98,20 @@ def fit_gain(
             break
         inputs, _ = inputs_of(net, images, index)
         seen.append(_measure(fast, mask, inputs))
-        on_image(len(seen))
     seen = _balance(seen, balance)
-    held_out, fitted = seen[::_HELD_OUT], [one for at, one in enumerate(seen) if at % _HELD_OUT]
+    held_out, fitted = seen[::_HELD_OUT], [image for at, image in enumerate(seen) if at % _HELD_OUT]
     with torch.inference_mode(False), torch.enable_grad():
         _fit(mask, fitted, seed, on_step)
     with torch.no_grad():
-        expected = [mask.expect(one.described) for one in seen]
-        smooth = [mask.smooth(losses, one.grid) for losses, one in zip(expected, seen, strict=True)]
+        expected = [mask.expect(image.described) for image in seen]
+        smooth = [mask.smooth(losses, image.grid) for losses, image in zip(expected, seen, strict=True)]
         # A patch is kept high if it loses too much at every lower level.
-        least = torch.cat([one.amin(1).flatten() for one in smooth]).double()
+        least = torch.cat([losses.amin(1).flatten() for losses in smooth]).double()
         tolerances = {f"{share:g}": float(least.quantile(1 - share)) for share in SHARES}
         captured = {
             "gain": _captured(held_out, [losses[:, -1] for losses in expected[::_HELD_OUT]]),
-            "detail": _captured(held_out, [one.detail for one in held_out]),
-            "oracle": _captured(held_out, [one.losses[:, -1] for one in held_out]),
+            "detail": _captured(held_out, [image.detail for image in held_out]),
+            "oracle": _captured(held_out, [image.losses[:, -1] for image in held_out]),
         }
     return GainFit(len(seen), len(held_out), time.process_time() - begin, captured, tolerances)
 
@@ -176,29 +173,29 @@ def _split_by_class(outputs: dict[int, Any], losses: Tensor, grid: FineMapSpec) 
 
 def _balance(seen: list[_Measured], power: float) -> list[_Measured]:
     """Weight losses by class; the mean stays the same if losses do not depend on the class."""
-    shares = torch.stack([one.shares for one in seen]).mean(0)
+    shares = torch.stack([image.shares for image in seen]).mean(0)
     weights = class_weights(shares, power)
     return [
-        replace(one, losses=torch.einsum("c,clhw->lhw", weights.to(one.by_class), one.by_class)[None])
-        for one in seen
+        replace(image, losses=torch.einsum("c,clhw->lhw", weights.to(image.by_class), image.by_class)[None])
+        for image in seen
     ]
 
 
 def _fit(mask: GainMask, seen: list[_Measured], seed: int, on_step: Callable[[int], None]) -> None:
     """Regress the logarithms of the losses from new weights; the standardisation is folded into the first layer."""
-    described = torch.cat([one.described.flatten(2) for one in seen], 2)
+    described = torch.cat([image.described.flatten(2) for image in seen], 2)
     centre, spread = described.mean((0, 2))[:, None, None], described.std((0, 2))[:, None, None]
     spread = spread.clamp(min=1e-3 * float(spread.mean()) + torch.finfo(spread.dtype).tiny)
-    losses = torch.cat([one.losses.flatten(2) for one in seen], 2)
+    losses = torch.cat([image.losses.flatten(2) for image in seen], 2)
     floor = (_FLOOR * losses.mean((0, 2))[:, None, None]).clamp(min=torch.finfo(losses.dtype).tiny)
-    inputs = [(one.described - centre) / spread for one in seen]
-    targets = [(one.losses + floor).log() for one in seen]
+    inputs = [(image.described - centre) / spread for image in seen]
+    targets = [(image.losses + floor).log() for image in seen]
     mask.restart(seed)
     first, *_, last = (layer for layer in mask.estimator if isinstance(layer, nn.Conv2d))
     assert last.bias is not None and first.bias is not None
     dtype = first.weight.dtype
     with torch.no_grad():
-        last.bias.copy_(torch.cat([one.flatten(2) for one in targets], 2).mean((0, 2)))
+        last.bias.copy_(torch.cat([logs.flatten(2) for logs in targets], 2).mean((0, 2)))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(mask.estimator.parameters(), _RATE, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=STEPS)
@@ -223,9 +220,9 @@ def _fit(mask: GainMask, seen: list[_Measured], seed: int, on_step: Callable[[in
 
 def _captured(seen: list[_Measured], ranks: list[Tensor]) -> float:
     """Return the share of the losses at the lowest level that lies in the best-ranked patches of each image."""
-    found = total = 0.0
-    for one, scores in zip(seen, ranks, strict=True):
-        losses = one.losses[0, -1].flatten()
+    captured = total = 0.0
+    for image, scores in zip(seen, ranks, strict=True):
+        losses = image.losses[0, -1].flatten()
         best = scores.flatten().topk(round(BUDGET * losses.numel())).indices
-        found, total = found + float(losses[best].sum()), total + float(losses.sum())
-    return found / total if total else 1.0
+        captured, total = captured + float(losses[best].sum()), total + float(losses.sum())
+    return captured / total if total else 1.0

@@ -115,9 +115,9 @@ def make_objective(name: str, net: nn.Module, options: Mapping[str, Any]) -> Obj
         InvalidInput: an option's value, or the network, does not fit.
     """
     check_name("objective", name, OBJECTIVES)
-    known = list(inspect.signature(OBJECTIVES[name]).parameters)[1:]
+    names = list(inspect.signature(OBJECTIVES[name]).parameters)[1:]
     for option in options:
-        check_name(f"option of objective {name!r}", option, known)
+        check_name(f"option of objective {name!r}", option, names)
     return OBJECTIVES[name](net, **options)
 
 
@@ -529,8 +529,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) 
     """Compute the mean cross entropy over labelled pixels, optionally weighted by class; 0 without labelled pixels.
 
     Logits (B, C, h, w) are resized to the labels (B, H, W). With several processes, each divides its sum by the mean
-    number
-    of labelled pixels per process: so the mean of the losses, and of the gradients, is that over all labelled pixels.
+    number of labelled pixels per process: so the mean of the losses, and of the gradients, is that over all labelled
+    pixels.
     """
     logits = resize(logits.float(), labels.shape[-2:])
     total = F.cross_entropy(logits, labels, weight, ignore_index=IGNORED, reduction="sum")

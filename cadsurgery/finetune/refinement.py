@@ -61,7 +61,6 @@ def fit_refinement(
     minutes: float = 5.0,
     steps: int = STEPS,
     seed: int = 0,
-    on_image: Callable[[int], None] = ignore,
     on_step: Callable[[int], None] = ignore,
 ) -> RefinementFit:
     """Fit the refinements of a network, in place, to images without labels; nothing else in the network changes.
@@ -78,7 +77,6 @@ def fit_refinement(
             determined by the seed.
         steps: training steps of four images each.
         seed: seed of everything random.
-        on_image: called with the number of images seen so far, each a second time if it is mirrored.
         on_step: called with the number of training steps so far.
 
     Raises:
@@ -107,7 +105,6 @@ def fit_refinement(
         batch = [value.flip(-1) if is_mirrored else value for value in inputs]
         seen.append(_run_image(fast, batch, generator))
         size += seen[-1].bytes
-        on_image(len(seen))
     # Mirrored images follow in the same order, so they are held out together with the originals.
     is_held_out = [at % len(images) % _HELD_OUT == 0 for at in range(len(seen))]
     held_out = [image for image, out in zip(seen, is_held_out, strict=True) if out]

@@ -246,19 +246,8 @@ def tune(
             resolution, or the folder contains another run.
         CadError: an error of the network, the photos or the folder.
     """
-    in_range = minutes > 0 and 0 < keep <= 1 and steps >= 0 and rounds >= 0
-    if not in_range or not fractions or not all(0 < fraction < 1 for fraction in fractions):
-        raise InvalidInput(
-            f"minutes={minutes}, keep={keep}, steps={steps}, rounds={rounds}, fractions={tuple(fractions)}.",
-            next="give minutes above 0, keep in 0..1, and budgets between 0 and 1.",
-        )
-    photos = open_data(f"images:{images}", "all") if isinstance(images, (str, Path)) else as_data(images)
-    if len(photos) < _FEWEST:
-        raise InvalidInput(
-            f"{photos.name} has {len(photos)} photos.",
-            why=f"every {HELD_OUT}th is held out for the evaluation.",
-            next=f"give {_FEWEST} or more.",
-        )
+    _check_numbers(minutes, keep, steps, rounds, fractions)
+    photos = _open(images)
     fitted, deciding, table = _divide(photos)
     folder = make_folder(output)
     step("building and converting")
@@ -292,15 +281,15 @@ def tune(
     chosen = min(enough, key=lambda row: row.macs) if enough else max(rows, key=_quality)
     net.mask = masks.get(chosen.mask, LOW)
     save(net, folder / NETWORK)
-    known = run.read()
+    noted = run.read()
     report = TuningReport(
         measure=run.measure,
         photos={"fitted": fitted.names, "deciding": deciding.names, "table": table.names},
-        calibrated=known["calibrated"],
-        steps=known["steps"],
+        calibrated=noted["calibrated"],
+        steps=noted["steps"],
         decisions=run.decisions,
-        refinement=RefinementFit(**known["refinement"]) if "refinement" in known else None,
-        gain=GainFit(**known["gain"]),
+        refinement=RefinementFit(**noted["refinement"]) if "refinement" in noted else None,
+        gain=GainFit(**noted["gain"]),
         share=keep,
         chosen=chosen.mask,
         is_kept=bool(enough),
@@ -309,6 +298,27 @@ def tune(
     )
     report.write(folder / "report.json", folder / "curve.png")
     return report
+
+
+def _check_numbers(minutes: float, keep: float, steps: int, rounds: int, fractions: Sequence[float]) -> None:
+    in_range = minutes > 0 and 0 < keep <= 1 and steps >= 0 and rounds >= 0
+    if not in_range or not fractions or not all(0 < fraction < 1 for fraction in fractions):
+        raise InvalidInput(
+            f"minutes={minutes}, keep={keep}, steps={steps}, rounds={rounds}, fractions={tuple(fractions)}.",
+            next="give minutes above 0, keep in 0..1, and budgets between 0 and 1.",
+        )
+
+
+def _open(images: str | Path | Samples) -> SegmentationData:
+    """Open the photos; there must be enough to hold some out."""
+    photos = open_data(f"images:{images}", "all") if isinstance(images, (str, Path)) else as_data(images)
+    if len(photos) < _FEWEST:
+        raise InvalidInput(
+            f"{photos.name} has {len(photos)} photos.",
+            why=f"every {HELD_OUT}th is held out for the evaluation.",
+            next=f"give {_FEWEST} or more.",
+        )
+    return photos
 
 
 @dataclass(frozen=True)
@@ -450,11 +460,11 @@ class _Run:
 
     def _decide(self, name: str, compare: Callable[[], Estimate]) -> Estimate:
         """Return the effect of a part, also from an earlier call."""
-        known = self.decisions
-        if name not in known:
-            known[name] = compare()
-            self._note(decisions={name: one.to_dict() for name, one in known.items()})
-        return known[name]
+        decisions = self.decisions
+        if name not in decisions:
+            decisions[name] = compare()
+            self._note(decisions={name: decision.to_dict() for name, decision in decisions.items()})
+        return decisions[name]
 
     def _better(self, name: str, net: AdaptiveModel, candidate: AdaptiveModel) -> AdaptiveModel:
         """Return the network with another part if that is an improvement, otherwise the network as it is."""
@@ -489,7 +499,9 @@ class _Run:
 
     def _compare(self, before: list[list[Judgement]], after: list[list[Judgement]]) -> Estimate:
         """Estimate the change of the measure over all masks."""
-        old, new = ([pool(one) for one in zip(*judged, strict=True)] for judged in (before, after))
+        old, new = (
+            [pool(judgements) for judgements in zip(*judged, strict=True)] for judged in (before, after)
+        )
         return estimate(new, old, self.measure)
 
     # -- photos and progress ---------------------------------------------------------------------------

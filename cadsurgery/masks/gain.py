@@ -131,11 +131,11 @@ class GainMask(EstimatedMask, LossMask):
 
     def assemble(self, convolutions: list[nn.Conv2d], device: torch.device) -> nn.Sequential:
         """Build the estimator; the second 3x3 convolution is dilated, and the last one starts at zero."""
-        one, two, three, last = convolutions
+        first, two, three, last = convolutions
         three.dilation = three.padding = (2, 2)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-        return nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), three, nn.ReLU(), last)
+        return nn.Sequential(first, nn.ReLU(), two, nn.ReLU(), three, nn.ReLU(), last)
 
     def losses(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Predict the losses from the features."""

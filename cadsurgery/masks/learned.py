@@ -272,12 +272,12 @@ class LearnedMask(EstimatedMask):
 
     def assemble(self, convolutions: list[nn.Conv2d], device: torch.device) -> nn.Sequential:
         """Build the estimator; its initial bias keeps about the target share. `nn.Identity` marks the max-pooling."""
-        one, two, three, last = convolutions
+        first, two, three, last = convolutions
         share = min(max(self.fraction, 0.01), 0.99)
         start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (last.out_channels - 1)])
         last.bias = nn.Parameter(start)
         self._register_statistics(last.out_channels, device)
-        return nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), nn.Identity(), three, nn.ReLU(), last)
+        return nn.Sequential(first, nn.ReLU(), two, nn.ReLU(), nn.Identity(), three, nn.ReLU(), last)
 
     def _register_statistics(self, levels: int, device: torch.device | None = None) -> None:
         """Register running statistics that leave the scores unchanged."""

@@ -179,7 +179,7 @@ def _example_of_a_pipe(mask: str = DEFAULT_MASK, wrapper: str = "budget:fraction
 
 def _options(name: str, text: str) -> dict[str, Any]:
     """Parse the options that follow the name of a mask."""
-    known = options_of(PROVIDERS[name])
-    example = f"e.g. {name}:{format_options(known)}" if known else f"mask {name!r} takes no options."
-    texts = split_options(text.partition(":")[2], known, f"mask {name!r}", next=example)
-    return {option: read_option(name, option, value, known[option]) for option, value in texts.items()}
+    defaults = options_of(PROVIDERS[name])
+    example = f"e.g. {name}:{format_options(defaults)}" if defaults else f"mask {name!r} takes no options."
+    texts = split_options(text.partition(":")[2], defaults, f"mask {name!r}", next=example)
+    return {option: read_option(name, option, value, defaults[option]) for option, value in texts.items()}

@@ -176,12 +176,12 @@ class Sites(Maps):
 
         return self._once(("computed", size, id(needed)), build, needed)
 
-    def union(self, one: Places, other: Places) -> Places:
+    def union(self, places: Places, other: Places) -> Places:
         """Return the positions in either set."""
-        if one is other:
-            return one
-        key = ("union", *sorted((id(one), id(other))))
-        return self._places(key, lambda: one.mask | other.mask, one, other)
+        if places is other:
+            return places
+        key = ("union", *sorted((id(places), id(other))))
+        return self._places(key, lambda: places.mask | other.mask, places, other)
 
     def read_by_window(self, places: Places, window: Window, size: Size) -> Places:
         """Return the positions of maps of a size that a window reads for these positions of its output."""
@@ -215,7 +215,11 @@ class Sites(Maps):
 
         def find() -> Places:
             mask = build()
-            same = (one for one in sources if one.size == mask.shape[1:] and torch.equal(one.mask, mask))
+            same = (
+                source
+                for source in sources
+                if source.size == mask.shape[1:] and torch.equal(source.mask, mask)
+            )
             return next(same, None) or Places(mask)
 
         return self._once(key, find, *sources)

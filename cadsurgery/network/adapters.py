@@ -56,8 +56,8 @@ def make_refinements(program: Program, hidden: int) -> nn.ModuleDict:
     """Create a refinement, initially without effect, for each map of a program that can have one."""
     like = next(program.net.parameters())
     refinements = {
-        name: Refinement(found.features, found.channels, hidden, like)
-        for name, found in _refined(program).items()
+        name: Refinement(refined.features, refined.channels, hidden, like)
+        for name, refined in _refined(program).items()
     }
     return nn.ModuleDict(refinements)
 
@@ -166,8 +166,8 @@ class _Shapes(Counter):
 
     def is_like(self, node: fx.Node, features: Tensor) -> bool:
         """True if a node returns a map of the same size as the features."""
-        found = self.maps.get(node)
-        return found is not None and found.shape[2:] == features.shape[2:] and len(found) == len(features)
+        own = self.maps.get(node)
+        return own is not None and own.shape[2:] == features.shape[2:] and len(own) == len(features)
 
 
 def _named(program: Program) -> dict[str, _Place]:

@@ -205,20 +205,20 @@ def _set_unit(
 ) -> None:
     """Set the normalisation of a network's input: from the argument, a statement, or an estimate on the example."""
     channels = net.plan.example_shape[1]
-    known: Normalisation | None = None
+    stated_unit: Normalisation | None = None
     if normalisation is not None:
-        known = read_normalisation(normalisation, channels)
+        stated_unit = read_normalisation(normalisation, channels)
     elif path:  # the host normalises the input of the part, as torchvision's detectors do
         transform = getattr(model, "transform", None)
         parts = [getattr(transform, name, None) for name in ("image_mean", "image_std")]
         if all(isinstance(part, (list, tuple)) for part in parts):
             mean, std = (tuple(part or ()) for part in parts)
-            known = Normalisation(mean, std, "stated by its transform")
+            stated_unit = Normalisation(mean, std, "stated by its transform")
     elif stated := stated_statistics(model):
-        known = Normalisation(*stated)
+        stated_unit = Normalisation(*stated)
     elif has_example:
-        known = estimate(image_of(facts.arguments))
-    net._unit.set_once(known)
+        stated_unit = estimate(image_of(facts.arguments))
+    net._unit.set_once(stated_unit)
 
 
 def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str, Facts]:

@@ -69,7 +69,7 @@ def convert_for_call(
     net, plan = program.net, program.plan
     for kind in ("_parameters", "_buffers"):  # the network may have been moved
         vars(model)[kind].update({name: vars(net)[kind][name] for name in vars(model)[kind]})
-    defaults = {name: one.default for name, one in program.signature.parameters.items()}
+    defaults = {name: parameter.default for name, parameter in program.signature.parameters.items()}
     call = {name: value for name, value in arguments.items() if value is not defaults[name]}
     try:
         facts = read(model, call, exactly=True)
@@ -79,13 +79,13 @@ def convert_for_call(
         own = plan.identity_level
         if own is not None and chosen.identity_level != min(own, chosen.max_level):
             raise refusal  # the same level map would mean another network
-        found = carry_out(chosen, flow, program.geometry)
+        carried = carry_out(chosen, flow, program.geometry)
         with facts.forgetting():
-            fewer = fewer_pixels(facts.model, found.graph, chosen, program.geometry, facts.arguments)
-            verify(facts.model, facts.graph, found.graph, chosen, program.geometry, facts.arguments, fewer)
+            fewer = fewer_pixels(facts.model, carried.graph, chosen, program.geometry, facts.arguments)
+            verify(facts.model, facts.graph, carried.graph, chosen, program.geometry, facts.arguments, fewer)
     except CadError as error:
         raise refusal from (error if error is not refusal else None)
-    return found.bind_to(net)
+    return carried.bind_to(net)
 
 
 def _plan_like(plan: Plan, facts: Facts) -> tuple[Plan, Flow]:

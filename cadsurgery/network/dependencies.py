@@ -140,8 +140,8 @@ class Cone:
         """Mark these positions of a node's elements as needed."""
         own = self._places[node.name][1]
         pixels = _move(pixels, size, own, self._whole.batch)
-        known = self._needed.get(node)
-        self._needed[node] = pixels if known is None else known | pixels
+        needed = self._needed.get(node)
+        self._needed[node] = pixels if needed is None else needed | pixels
 
     def _lattice(self, node: fx.Node) -> Lattice:
         return self._whole.resample(*self._places[node.name])

@@ -282,8 +282,8 @@ class Fuser:
         if node.target is functional.conv2d:
             weight, bias = self.constants.get(node.args[1]), self.constants.get(node.args[2])
             groups: Any = node.kwargs.get("groups", 1)
-            known = isinstance(weight, Tensor) and (bias is not None or node.args[2] is None)
-            return _Fusion(node, weight, bias, groups) if known else None
+            is_constant = isinstance(weight, Tensor) and (bias is not None or node.args[2] is None)
+            return _Fusion(node, weight, bias, groups) if is_constant else None
         if _is_hooked(module):
             return None
         if acts_as(module, nn.Conv2d) and module.padding_mode == "zeros" and module.padding != "same":
@@ -323,12 +323,12 @@ class Fuser:
             return None
         if acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm) and following.lattice is None:
             return _fold_norm(fusion, operation, module)
-        known = torch_operations.operation_of(operation.target if module is None else module)
-        if known is not None and known.multiplies and fusion.is_linear:
+        stated = torch_operations.operation_of(operation.target if module is None else module)
+        if stated is not None and stated.multiplies and fusion.is_linear:
             return self.with_factor(fusion, following)
         if fusion.activation is not None or not self.takes_in_more(node):
             return None
-        if known is not None and known.adds and fusion.residual is None and fusion.leaves is None:
+        if stated is not None and stated.adds and fusion.residual is None and fusion.leaves is None:
             return self.with_residual(node, fusion, following)
         activation = activation_of(operation, module)
         only = operation.args[:1] == (following.value,) and len(operation.all_input_nodes) == 1
@@ -481,8 +481,8 @@ def _find_numbers(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that are computed only from sizes."""
 
     def asks(node: fx.Node) -> bool:
-        known = operation_of(node.target)
-        return torch_operations.asks(node) or (known is not None and known.reads == "nothing")
+        stated = operation_of(node.target)
+        return torch_operations.asks(node) or (stated is not None and stated.reads == "nothing")
 
     return downstream(graph.nodes, asks, only=True)
 
@@ -510,8 +510,8 @@ def _is_hooked(module: nn.Module | None) -> bool:
 
 def leaves_values(module: nn.Module | None) -> bool:
     """True if a module is the identity in evaluation mode."""
-    known = (torch_operations.operation_of(kind) for kind in act_alike(type(module)))
-    return any(one is not None and one.keeps_values for one in known)
+    alike = (torch_operations.operation_of(kind) for kind in act_alike(type(module)))
+    return any(operation is not None and operation.keeps_values for operation in alike)
 
 
 def activation_of(operation: fx.Node, module: nn.Module | None) -> Activation | None:
@@ -571,6 +571,6 @@ def path_of(net: nn.Module, written: fx.Graph, node: fx.Node) -> str:
         if read.op in ("call_module", "get_attr") and str(read.target).startswith(f"{KERNELS}."):
             kernel: Any = child(net, str(read.target))
             origin = getattr(getattr(kernel, "first", kernel), "origin", "")
-            notes = next((one.meta.get(WORK) for one in written.nodes if one.name == origin), notes)
+            notes = next((node.meta.get(WORK) for node in written.nodes if node.name == origin), notes)
     name, path = notes or (node.name, "")
     return path or name

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.images import normalise
@@ -182,17 +182,6 @@ class AdaptiveModel(ProgramNetwork):
         part = self.adaptive_part
         part._overridden = True
         return masked(part, mask)
-
-    @contextmanager
-    def interpreted_by(self, make: Callable[[Program, fx.Graph], fx.Interpreter]) -> Iterator[None]:
-        """Run calls in the block node by node with interpreters from `make`; see `Program.interpreted_by`."""
-        part = self.adaptive_part
-        program = part._program
-        part._program = program.interpreted_by(make)
-        try:
-            yield
-        finally:
-            part._program = program
 
     def use_channels_last(self) -> None:
         """Convert the weights of convolutions to channels_last, the layout of elements; values and names do not change.

@@ -44,8 +44,10 @@ def fuse_network(source: ProgramNetwork, epilogues: bool, pairs: bool) -> tuple[
         join_pairs(graph, kernels)
     root.add_module(KERNELS, kernels)
     fused = fx.GraphModule(root, graph)  # it keeps only the modules that the graph uses
-    remaining = [one for one in source.program.watched if child(fused, one.path) is not None]
-    watched = tuple(Watched.of(fused, one.path, one.is_called, one.settings is not None) for one in remaining)
+    remaining = [module for module in source.program.watched if child(fused, module.path) is not None]
+    watched = tuple(
+        Watched.of(fused, module.path, module.is_called, module.settings is not None) for module in remaining
+    )
     return fused, replace(source.program, graph=graph, unchanged=None, watched=watched, is_fused=True)
 
 

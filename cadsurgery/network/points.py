@@ -304,8 +304,8 @@ def _select_output(value: Any, output: str | int | None) -> Any:
     if output is None and len(several) == 1:
         return next(iter(several.values()))
     if not isinstance(output, (str, int)) or output not in several:
-        known = [str(name) for name in several]
-        raise UnknownName("output", str(output), known, next=f"say which with output=: {', '.join(known)}.")
+        names = [str(name) for name in several]
+        raise UnknownName("output", str(output), names, next=f"say which with output=: {', '.join(names)}.")
     return several[output]
 
 

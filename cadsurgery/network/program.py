@@ -86,7 +86,7 @@ class Program:
     def _var_keyword(self) -> tuple[str, ...]:
         """The name of the original's parameter `**kwargs`, if it has one."""
         every = self.signature.parameters.values()
-        return tuple(one.name for one in every if one.kind is one.VAR_KEYWORD)
+        return tuple(parameter.name for parameter in every if parameter.kind is parameter.VAR_KEYWORD)
 
     def bind_to(self, net: Any) -> Program:
         """Return the program bound to the modules of another network; the generated code is shared."""

@@ -195,8 +195,8 @@ def _is_listed(source: Source) -> bool:
 
 def _images(net: AdaptiveModel) -> str:
     """Describe the input that the network expects."""
-    known = net.normalisation
-    if net.source is None and not (known and known.mean):
+    normalisation = net.normalisation
+    if net.source is None and not (normalisation and normalisation.mean):
         return "an image batch as its architecture expects it"
     source = source_of(net)
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (source.mean, source.std))

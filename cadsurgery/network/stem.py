@@ -164,7 +164,7 @@ class CachedStem:
     @property
     def bytes(self) -> int:
         """The memory of the cache in bytes, labels included."""
-        return sum(value.nbytes for one in self._outputs for value in (*one.values, one.labels))
+        return sum(value.nbytes for sample in self._outputs for value in (*sample.values, sample.labels))
 
     def __len__(self) -> int:
         return len(self._outputs) * self._places[0] * self._places[1]

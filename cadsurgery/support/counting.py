@@ -148,7 +148,7 @@ def _is_tagged(kind: Any) -> bool:
     """True if torch tags the operation as pointwise or a reduction, or if it is a view."""
     overloads = [getattr(kind, overload) for overload in kind.overloads()] if kind is not None else []
     free = {torch.Tag.pointwise, torch.Tag.reduction}
-    return any(free & set(one.tags) or one.is_view for one in overloads)
+    return any(free & set(overload.tags) or overload.is_view for overload in overloads)
 
 
 # Prefixes and suffixes with which torch names variants of an operation and its gradient.

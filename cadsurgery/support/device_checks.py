@@ -67,11 +67,11 @@ def read(numbers: tuple[Tensor, ...]) -> tuple[int, ...]:
     asked = [*(is_wrong for is_wrong, _ in checks), *numbers]
     if not asked:
         return ()
-    found = torch.stack([value.reshape(()).long() for value in asked]).tolist()
-    for (_, error), is_wrong in zip(checks, found, strict=False):
+    results = torch.stack([value.reshape(()).long() for value in asked]).tolist()
+    for (_, error), is_wrong in zip(checks, results, strict=False):
         if is_wrong:
             _raise(error)
-    return tuple(found[len(checks) :])
+    return tuple(results[len(checks) :])
 
 
 def _pending() -> list[_Check] | None:

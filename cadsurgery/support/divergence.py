@@ -41,14 +41,14 @@ def divergence(high: Any, low: Any, kind: Kind = "auto", temperature: float = 1.
     kind = kind_of(high) if kind == "auto" else kind
     check_name("kind of output", kind, KINDS)
     high_maps, low_maps = maps_of(high), maps_of(low)
-    if [one.shape[:2] for one in high_maps] != [one.shape[:2] for one in low_maps]:
-        shapes = [", ".join(str(tuple(one.shape)) for one in maps) for maps in (high_maps, low_maps)]
+    if [scores.shape[:2] for scores in high_maps] != [scores.shape[:2] for scores in low_maps]:
+        shapes = [", ".join(str(tuple(scores.shape)) for scores in maps) for maps in (high_maps, low_maps)]
         raise InvalidInput(
             f"outputs of {shapes[0]} are compared with {shapes[1]}.",
             why="the number of maps, the batch sizes and the channels must be the same.",
             next="compare outputs of one network for one batch.",
         )
-    size = max((one.shape[2:] for one in high_maps), key=lambda size: size[0] * size[1])
+    size = max((scores.shape[2:] for scores in high_maps), key=lambda size: size[0] * size[1])
     differences = []
     for exact, approximate in zip(high_maps, low_maps, strict=True):
         target, values = exact.detach(), resize(approximate, exact.shape[2:])
@@ -110,7 +110,7 @@ def maps_of(output: Any) -> list[Tensor]:
             next="wrap the network so that it returns them.",
         )
     shaped = {2: lambda x: x[..., None, None], 3: lambda x: x.unsqueeze(1), 4: lambda x: x}
-    return [shaped[one.dim()](one) for one in maps]
+    return [shaped[value.dim()](value) for value in maps]
 
 
 def class_scores(
@@ -160,7 +160,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
     def as_lists(value: Any) -> Any:
         if is_dataclass(value) and not isinstance(value, (type, Mapping)):
-            return [as_lists(getattr(value, one.name)) for one in fields(value)]
+            return [as_lists(getattr(value, entry.name)) for entry in fields(value)]
         if isinstance(value, Mapping):
             return [as_lists(part) for part in value.values()]
         return [as_lists(part) for part in value] if isinstance(value, (list, tuple)) else value
@@ -184,8 +184,8 @@ def _relative_square(high: Tensor, low: Tensor) -> Tensor:
 def _kullback_leibler(high: Tensor, low: Tensor, temperature: float) -> Tensor:
     """Compute KL(high || low) in nats, (B, h, w); the inputs are class scores or probabilities."""
     if _is_distribution(high):
-        high, low = (one.clamp_min(torch.finfo(one.dtype).tiny).log() for one in (high, low))
-    target, ours = ((one / temperature).log_softmax(1) for one in (high, low))
+        high, low = (scores.clamp_min(torch.finfo(scores.dtype).tiny).log() for scores in (high, low))
+    target, ours = ((scores / temperature).log_softmax(1) for scores in (high, low))
     return F.kl_div(ours, target, reduction="none", log_target=True).sum(1)
 
 

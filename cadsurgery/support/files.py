@@ -55,10 +55,10 @@ def write_together(path: Path) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=_temporary(path)) as folder:
             yield Path(folder) / path.name
-            made = sorted(Path(folder).iterdir(), key=lambda one: one.name == path.name)
-            targets = [check_writable(path.parent / one.name) for one in made]
-            for one, target in zip(made, targets, strict=True):
-                shutil.move(one, target)  # a link may point to another file system
+            made = sorted(Path(folder).iterdir(), key=lambda entry: entry.name == path.name)
+            targets = [check_writable(path.parent / entry.name) for entry in made]
+            for entry, target in zip(made, targets, strict=True):
+                shutil.move(entry, target)  # a link may point to another file system
     except OSError as error:
         raise _unwritable(path, error) from error
 

@@ -106,7 +106,7 @@ def _family(fields: dict[str, str]) -> str:
 
 def _caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> str:
     """List the first core's data and unified caches by level."""
-    found = []
+    caches = []
     for index in sorted(folder.glob("index[0-9]*")):
         with contextlib.suppress(OSError, ValueError):
             level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
@@ -114,8 +114,8 @@ def _caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> str:
                 units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
                 scale = units.get(size[-1:], 1)
                 bytes_ = int(size[:-1] if size[-1:] in units else size) * scale
-                found.append(f"L{level}{'d' if kind == 'Data' else ''} {_size(bytes_)}")
-    return ", ".join(found)
+                caches.append(f"L{level}{'d' if kind == 'Data' else ''} {_size(bytes_)}")
+    return ", ".join(caches)
 
 
 def _size(count: int) -> str:

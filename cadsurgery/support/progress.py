@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +52,7 @@ def elsewhere() -> Iterator[None]:
 
 @contextmanager
 def waiting(step: Step = silent) -> Iterator[Step]:
-    """Yield a progress callback; on a terminal, steps are shown on one line from the second second on, until the end.
+    """Yield a progress callback; on a terminal, steps that take seconds are shown beside a spinner until the end.
 
     Args:
         step: a callback of the caller, which is yielded as it is, unless it is `silent`.
@@ -61,51 +60,25 @@ def waiting(step: Step = silent) -> Iterator[Step]:
     if step is not silent or _shown_elsewhere or not sys.stderr.isatty():
         yield step
         return
-    line = _Line()
-    timer = threading.Timer(_PATIENCE, line.appear)
+    from rich.console import Console
+    from rich.markup import escape
+
+    status = Console(file=sys.stderr).status("")
+
+    def show(
+        text: str, done: float | None = None, of: float | None = None, limit: float | None = None
+    ) -> None:
+        status.update(f"cadsurgery: {escape(text)} ...")
+
+    timer = threading.Timer(_PATIENCE, status.start)
     timer.daemon = True
     timer.start()
     try:
-        yield line
+        yield show
     finally:
         timer.cancel()
-        line.vanish()
-
-
-class _Line:
-    """The current step, as the last line of standard error."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._text, self._is_shown, self._is_over = "", False, False
-
-    def __call__(
-        self, text: str, done: float | None = None, of: float | None = None, limit: float | None = None
-    ) -> None:
-        with self._lock:
-            self._text = text
-            if self._is_shown:
-                self._write(text)
-
-    def appear(self) -> None:
-        """Show the line, unless the work is over."""
-        with self._lock:
-            if not self._is_over:
-                self._is_shown = True
-                self._write(self._text)
-
-    def vanish(self) -> None:
-        """Remove the line."""
-        with self._lock:
-            self._is_over = True
-            if self._is_shown:
-                self._write("")
-
-    @staticmethod
-    def _write(text: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write(f"\r\x1b[K{f'cadsurgery: {text} ...'[:width] if text else ''}")
-        sys.stderr.flush()
+        timer.join()  # it may be starting the status
+        status.stop()
 
 
 def within(step: Step, heading: str) -> Step:

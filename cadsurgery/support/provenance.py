@@ -184,8 +184,8 @@ def find_function(module: str, function: str) -> Any:
             "module", module, closest(module, known), next=f"it cannot be imported: {error}."
         ) from error
     if not hasattr(imported, function):
-        public = {name: one for name, one in vars(imported).items() if callable(one) and name[0] != "_"}
-        defined = [n for n, one in public.items() if getattr(one, "__module__", "") == imported.__name__]
+        public = {name: value for name, value in vars(imported).items() if callable(value) and name[0] != "_"}
+        defined = [n for n, value in public.items() if getattr(value, "__module__", "") == imported.__name__]
         known = defined or [*public]  # without functions of its own, suggest those it imports
         listed = ", ".join(known[:12]) + ", ..." * (len(known) > 12)
         hint = f"it has {listed}." if known else "it has no functions."

@@ -68,24 +68,42 @@ _NAMED: dict[str, TorchOperation] = {}
 _SPACES: tuple[Any, ...] = (F, torch, torch.linalg, torch.special, torch.fft, operator)
 
 
+# Modules of torch by the name of their operation, e.g. nn.LeakyReLU of leaky_relu; nn.CosineSimilarity has a rule of
+# its own, because its axis is in the module.
+_MODULES = {
+    name.lower(): kind
+    for name, kind in vars(nn).items()
+    if isinstance(kind, type) and kind is not nn.CosineSimilarity
+}
+
+
 def _state(kind: Kind, names: str, *modules: type[nn.Module] | str, **facts: bool) -> None:
-    """Register one operation under its name, its aliases (separated by spaces) and its module classes."""
-    name, *others = names.split()
-    operation = TorchOperation(name, kind, **facts)
-    _NAMED.update(dict.fromkeys((name, *others), operation))
-    for spelled in (name, *others):
-        _SPELLINGS.update(dict.fromkeys(_functions_named(spelled), operation))
-        methods = [method for method in _methods_named(spelled) if callable(getattr(Tensor, method, None))]
-        _SPELLINGS.update(dict.fromkeys(methods, operation))
-    _SPELLINGS.update(dict.fromkeys(modules, operation))
+    """Register operations that have the same properties.
+
+    Args:
+        kind: their kind.
+        names: their names, separated by spaces; aliases follow a name after `=`.
+        modules: module classes that are named otherwise than the operation, or `module:class` of another library.
+        facts: further properties, see `TorchOperation`.
+    """
+    for entry in names.split():
+        name, *others = entry.split("=")
+        operation = TorchOperation(name, kind, **facts)
+        _NAMED.update(dict.fromkeys((name, *others), operation))
+        for spelled in (name, *others):
+            _SPELLINGS.update(dict.fromkeys(_functions_named(spelled), operation))
+            methods = [way for way in _methods_named(spelled) if callable(getattr(Tensor, way, None))]
+            _SPELLINGS.update(dict.fromkeys(methods, operation))
+        own = _MODULES.get(name.replace("_", ""))
+        _SPELLINGS.update(dict.fromkeys((*([own] if own is not None else []), *modules), operation))
 
 
 def _functions_named(name: str) -> list[Any]:
     """Return the functions of a name, including in-place variants."""
-    found = [getattr(space, spelled, None) for space in _SPACES for spelled in (name, f"{name}_")]
-    found += [getattr(operator, f"i{name}", None)] if hasattr(operator, name) else []
-    found += [getattr(Tensor, spelled, None) for spelled in _methods_named(name)]
-    return [function for function in found if callable(function)]
+    candidates = [getattr(space, spelled, None) for space in _SPACES for spelled in (name, f"{name}_")]
+    candidates += [getattr(operator, f"i{name}", None)] if hasattr(operator, name) else []
+    candidates += [getattr(Tensor, spelled, None) for spelled in _methods_named(name)]
+    return [function for function in candidates if callable(function)]
 
 
 def _methods_named(name: str) -> tuple[str, ...]:
@@ -94,135 +112,67 @@ def _methods_named(name: str) -> tuple[str, ...]:
     return (name, f"{name}_", *operators)
 
 
-def _state_each(kind: Kind, names: str, **facts: bool) -> None:
-    """Register several operations (names separated by spaces) with the same properties."""
-    for name in names.split():
-        _state(kind, name, **facts)
-
-
 # -- one value at a time -------------------------------------------------------------------------------
 
-_state("value", "identity", nn.Identity, keeps_values=True)
-_state("value", "relu", nn.ReLU)
-_state("value", "relu6", nn.ReLU6)
-_state("value", "leaky_relu", nn.LeakyReLU)
-_state("value", "prelu", nn.PReLU)
-_state("value", "elu", nn.ELU)
-_state("value", "celu", nn.CELU)
-_state("value", "selu", nn.SELU)
-_state("value", "gelu", nn.GELU)
-_state("value", "silu", nn.SiLU, "timm.layers.activations_me:SwishMe")
-_state("value", "mish", nn.Mish, "timm.layers.activations_me:MishMe")
-_state("value", "hardswish", nn.Hardswish, "timm.layers.activations_me:HardSwishMe")
-_state("value", "hardsigmoid", nn.Hardsigmoid, "timm.layers.activations_me:HardSigmoidMe")
+_state("value", "identity", keeps_values=True)
+_state("value", "relu relu6 leaky_relu prelu elu celu selu gelu rrelu hardtanh sigmoid=expit logsigmoid tanh")
+_state("value", "softplus softsign hardshrink softshrink tanhshrink threshold")
+_state("value", "silu", "timm.layers.activations_me:SwishMe")
+_state("value", "mish", "timm.layers.activations_me:MishMe")
+_state("value", "hardswish", "timm.layers.activations_me:HardSwishMe")
+_state("value", "hardsigmoid", "timm.layers.activations_me:HardSigmoidMe")
 _state("value", "hardmish", "timm.layers.activations_me:HardMishMe")
-_state("value", "hardtanh", nn.Hardtanh)
-_state("value", "sigmoid expit", nn.Sigmoid)
-_state("value", "logsigmoid", nn.LogSigmoid)
-_state("value", "tanh", nn.Tanh)
-_state("value", "softplus", nn.Softplus)
-_state("value", "softsign", nn.Softsign)
-_state("value", "hardshrink", nn.Hardshrink)
-_state("value", "softshrink", nn.Softshrink)
-_state("value", "tanhshrink", nn.Tanhshrink)
-_state("value", "threshold", nn.Threshold)
-_state("value", "abs absolute fabs")
-_state("value", "neg negative")
-_state("value", "sign sgn")
-_state("value", "trunc fix")
-_state("value", "clamp clip")
-_state("value", "erf")
-_state("value", "rrelu", nn.RReLU)
-_state("value", "fake_quantize_per_tensor_affine")
-_state_each("value", "bool byte char short int long")
-_state("value", "bitwise_not invert __invert__")
-_state("value", "zero zero_")
-_state_each("value", "logical_not isnan isinf isfinite isneginf isposinf isreal signbit")
-_state_each("value", "angle fill")
-_state_each("value", "zeros_like ones_like full_like")
-_state_each("value", "clamp_min clamp_max square sin cos erfc sinc ceil floor round frac")
-_state("value", "atan arctan")
-_state("value", "asinh arcsinh")
-_state("value", "positive pos")
-_state_each("value", "deg2rad rad2deg nan_to_num")
-_state_each("value", "exp expm1 exp2 log log2 log10 log1p sqrt rsqrt pow reciprocal", makes_nan=True)
-_state_each("value", "tan sinh cosh erfinv logit erfcx entr ndtri i0 i1", makes_nan=True)
-_state("value", "lgamma gammaln", makes_nan=True)
-_state("value", "digamma psi", makes_nan=True)
-_state("value", "acos arccos", makes_nan=True)
-_state("value", "asin arcsin", makes_nan=True)
-_state("value", "acosh arccosh", makes_nan=True)
-_state("value", "atanh arctanh", makes_nan=True)
-_state_each(
-    "value",
-    "ndtr modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1",
-    makes_nan=True,
-)
-_state_each(
-    "value", "scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0", makes_nan=True
-)
-_state_each("value", "i0e i1e log_ndtr bessel_j0 bessel_j1 bessel_y0 bessel_y1 airy_ai", makes_nan=True)
+_state("value", "abs=absolute=fabs neg=negative sign=sgn trunc=fix clamp=clip clamp_min clamp_max square")
+_state("value", "sin cos atan=arctan asinh=arcsinh erf erfc sinc ceil floor round frac positive=pos")
+_state("value", "fake_quantize_per_tensor_affine bool byte char short int long bitwise_not=invert=__invert__")
+_state("value", "logical_not isnan isinf isfinite isneginf isposinf isreal signbit angle fill zero=zero_")
+_state("value", "zeros_like ones_like full_like deg2rad rad2deg nan_to_num")
+_state("value", "exp expm1 exp2 log log2 log10 log1p sqrt rsqrt pow reciprocal", makes_nan=True)
+_state("value", "tan sinh cosh acos=arccos asin=arcsin acosh=arccosh atanh=arctanh", makes_nan=True)
+_state("value", "erfinv logit erfcx entr ndtri i0 i1 lgamma=gammaln digamma=psi", makes_nan=True)
+_state("value", "ndtr log_ndtr i0e i1e bessel_j0 bessel_j1 bessel_y0 bessel_y1 airy_ai", makes_nan=True)
+_state("value", "modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1", makes_nan=True)
+_state("value", "scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0", makes_nan=True)
 
 # -- the values of several tensors at one position -----------------------------------------------------
 
 _state("values", "add", adds=True)
-_state("values", "mul multiply", multiplies=True)
-_state("values", "sub subtract")
-_state("values", "div divide true_divide truediv __div__ __rdiv__ __idiv__", makes_nan=True)
-_state("values", "addcdiv", makes_nan=True)
-_state("values", "rsub")
-_state_each("values", "maximum minimum addcmul lerp where fmax fmin hypot copysign heaviside ldexp nextafter")
-_state_each("values", "logaddexp logaddexp2 isclose masked_fill logical_and logical_or logical_xor")
-_state("values", "atan2 arctan2")
-_state("values", "eq")
-_state("values", "ne not_equal")
-_state("values", "lt less")
-_state("values", "le less_equal")
-_state("values", "gt greater")
-_state("values", "ge greater_equal")
-_state("values", "bitwise_and and_ __and__ __rand__ __iand__ iand")
-_state("values", "bitwise_or or_ __or__ __ror__ __ior__ ior")
-_state("values", "bitwise_xor xor __xor__ __rxor__ __ixor__ ixor")
-_state_each("values", "fmod remainder floor_divide floordiv mod xlogy xlog1py float_power", makes_nan=True)
-_state_each("values", "igamma igammac gammainc gammaincc polygamma zeta", makes_nan=True)
-_state_each("values", "hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l", makes_nan=True)
-_state_each("values", "legendre_polynomial_p chebyshev_polynomial_t chebyshev_polynomial_u", makes_nan=True)
-_state_each("values", "chebyshev_polynomial_v chebyshev_polynomial_w", makes_nan=True)
-_state_each("values", "shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u", makes_nan=True)
-_state_each("values", "shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w", makes_nan=True)
+_state("values", "mul=multiply", multiplies=True)
+_state("values", "sub=subtract rsub")
+_state("values", "div=divide=true_divide=truediv=__div__=__rdiv__=__idiv__ addcdiv", makes_nan=True)
+_state("values", "maximum minimum addcmul lerp where fmax fmin hypot copysign heaviside ldexp nextafter")
+_state("values", "logaddexp logaddexp2 isclose masked_fill logical_and logical_or logical_xor atan2=arctan2")
+_state("values", "eq ne=not_equal lt=less le=less_equal gt=greater ge=greater_equal")
+_state("values", "bitwise_and=and_=__and__=__rand__=__iand__=iand")
+_state("values", "bitwise_or=or_=__or__=__ror__=__ior__=ior")
+_state("values", "bitwise_xor=xor=__xor__=__rxor__=__ixor__=ixor")
+_state("values", "fmod remainder floor_divide floordiv mod xlogy xlog1py float_power", makes_nan=True)
+_state("values", "igamma igammac gammainc gammaincc polygamma zeta", makes_nan=True)
+_state("values", "hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l", makes_nan=True)
+_state("values", "legendre_polynomial_p chebyshev_polynomial_t chebyshev_polynomial_u", makes_nan=True)
+_state("values", "chebyshev_polynomial_v chebyshev_polynomial_w", makes_nan=True)
+_state("values", "shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u", makes_nan=True)
+_state("values", "shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w", makes_nan=True)
 
 # -- along axes that the call names --------------------------------------------------------------------
 
-_state("along", "softmax", nn.Softmax)
-_state("along", "log_softmax", nn.LogSoftmax)
-_state("along", "softmin", nn.Softmin)
-_state("along", "glu", nn.GLU)
-_state_each("along", "normalize max min logsumexp prod cosine_similarity")
-_state_each("along", "cumsum cumprod cummax cummin logcumsumexp diff roll flip nansum nanmean count_nonzero")
-_state_each("along", "all any argmax argmin sort argsort topk kthvalue median nanmedian mode")
-_state_each("along", "aminmax var_mean std_mean", makes_nan=True)
-_state_each("along", "index_select repeat_interleave gather")
+_state("along", "softmax log_softmax softmin glu normalize max min logsumexp prod cosine_similarity")
+_state("along", "cumsum cumprod cummax cummin logcumsumexp diff roll flip nansum nanmean count_nonzero")
+_state("along", "all any argmax argmin sort argsort topk kthvalue median nanmedian mode")
+_state("along", "aminmax var_mean std_mean", makes_nan=True)
+_state("along", "index_select repeat_interleave gather")
 
 # -- the same values -----------------------------------------------------------------------------------
 
-_state_each("copies", "contiguous clone detach float half double bfloat16 type cpu cuda requires_grad_")
-_state("copies", "conj resolve_conj resolve_neg conj_physical real")
-_state_each("converts", "to type_as as_tensor")
-_state("reshapes", "flatten", nn.Flatten)
-_state("reshapes", "unflatten", nn.Unflatten)
-_state_each("reshapes", "view reshape squeeze unsqueeze reshape_as view_as")
-_state("permutes", "permute")
-_state("permutes", "transpose swapaxes swapdims")
-_state("permutes", "movedim moveaxis")
-_state("permutes", "t")
-_state_each("splits", "split chunk tensor_split unsafe_split unsafe_chunk")
-_state_each("selects", "unbind select narrow")
-_state("drops", "dropout", nn.Dropout, keeps_values=True)
-_state("drops", "alpha_dropout", nn.AlphaDropout, keeps_values=True)
-_state("drops channels", "dropout1d", nn.Dropout1d, keeps_values=True)
-_state("drops channels", "dropout2d", nn.Dropout2d, keeps_values=True)
-_state("drops channels", "dropout3d", nn.Dropout3d, keeps_values=True)
-_state("drops channels", "feature_alpha_dropout", nn.FeatureAlphaDropout, keeps_values=True)
+_state("copies", "contiguous clone detach float half double bfloat16 type cpu cuda requires_grad_")
+_state("copies", "conj=resolve_conj=resolve_neg=conj_physical=real")
+_state("converts", "to type_as as_tensor")
+_state("reshapes", "flatten unflatten view reshape squeeze unsqueeze reshape_as view_as")
+_state("permutes", "permute transpose=swapaxes=swapdims movedim=moveaxis t")
+_state("splits", "split chunk tensor_split unsafe_split unsafe_chunk")
+_state("selects", "unbind select narrow")
+_state("drops", "dropout alpha_dropout", keeps_values=True)
+_state("drops channels", "dropout1d dropout2d dropout3d feature_alpha_dropout", keeps_values=True)
 _state(
     *("drops channels", "drop_path", "timm.layers.drop:DropPath"),
     "torchvision.ops.stochastic_depth:StochasticDepth",
@@ -231,9 +181,9 @@ _state(
 
 # -- no values of the input ----------------------------------------------------------------------------
 
-_state_each("fills", "zeros ones full new_zeros new_ones new_full")
-_state_each("asks", "size numel nelement element_size")
-_state_each("asks rank", "dim ndimension stride is_contiguous")
+_state("fills", "zeros ones full new_zeros new_ones new_full")
+_state("asks", "size numel nelement element_size")
+_state("asks rank", "dim ndimension stride is_contiguous")
 _ATTRIBUTES: dict[str, Kind] = {
     **dict.fromkeys(("shape", "dtype", "device", "is_cuda", "itemsize", "nbytes"), "asks"),
     **dict.fromkeys(("ndim", "requires_grad", "layout"), "asks rank"),
@@ -242,13 +192,8 @@ _ATTRIBUTES: dict[str, Kind] = {
 # -- more than one position ----------------------------------------------------------------------------
 
 _state("mixes", "scaled_dot_product_attention", nn.MultiheadAttention)
-_state("mixes", "matmul __matmul__")
-_state("mixes", "unfold", nn.Unfold)
-_state("mixes", "lstm", nn.LSTM)
-_state("mixes", "gru", nn.GRU)
-_state_each("mixes", "baddbmm einsum bmm grid_sample fft2 rfft2")
-_state_each("other", "mvlgamma multigammaln", makes_nan=True)
-_state_each("other", "var std inv inverse pinv", makes_nan=True)
+_state("mixes", "matmul=__matmul__ unfold lstm gru baddbmm einsum bmm grid_sample fft2 rfft2")
+_state("other", "mvlgamma multigammaln var std inv inverse pinv", makes_nan=True)
 
 
 def operation_of(target: Any) -> TorchOperation | None:
@@ -271,8 +216,8 @@ def is_free(name: str) -> bool:
 
 def is_kind(target: Any, *kinds: Kind) -> bool:
     """True if an operation is in the table with one of these kinds."""
-    known = operation_of(target)
-    return known is not None and known.kind in kinds
+    operation = operation_of(target)
+    return operation is not None and operation.kind in kinds
 
 
 def operations() -> Mapping[object, TorchOperation]:
@@ -282,7 +227,7 @@ def operations() -> Mapping[object, TorchOperation]:
 
 def spellings(*kinds: Kind) -> tuple[object, ...]:
     """Return all spellings of the operations of these kinds, as arguments for `@rule`."""
-    return tuple(spelling for spelling, known in _SPELLINGS.items() if known.kind in kinds)
+    return tuple(spelling for spelling, operation in _SPELLINGS.items() if operation.kind in kinds)
 
 
 def name_of(target: Any) -> str:
@@ -329,9 +274,9 @@ def _place_of_inplace(function: Any) -> int | None:
 
 def may_make_nan(target: Any) -> bool:
     """True if a call may give NaN or infinity for moderate inputs, or comes from a library unknown here."""
-    known = operation_of(target)
-    if known is not None:
-        return known.makes_nan
+    operation = operation_of(target)
+    if operation is not None:
+        return operation.makes_nan
     origin = str(getattr(target, "__module__", "") or "")
     is_known = isinstance(target, (str, BuiltinFunctionType)) or origin.startswith(
         ("torch", "_operator", "cadsurgery", "math", "builtins")
@@ -343,6 +288,6 @@ def asks(node: fx.Node, *, of_rank: bool = False) -> bool:
     """True if a node reads a size, type or device but no values; with `of_rank` only properties that do not depend on
     the image count."""
     kind = _ATTRIBUTES.get(str(node.args[1])) if node.target is getattr else None
-    if node.op == "call_method" and (known := operation_of(node.target)) is not None:
-        kind = known.kind
+    if node.op == "call_method" and (operation := operation_of(node.target)) is not None:
+        kind = operation.kind
     return kind == "asks rank" or (not of_rank and (kind == "asks" or node.target is len))

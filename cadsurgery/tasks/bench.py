@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,6 @@ from torch import Tensor, nn
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.integer import form_here
-from cadsurgery.kernels import isa
 from cadsurgery.masks import Budget, labelled, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.export import check_mask
@@ -45,10 +42,8 @@ from cadsurgery.support.provenance import describe_run, device_in_words, find_de
 from cadsurgery.tasks.bench_report import (
     BenchReport,
     BenchSetting,
-    Given,
     MethodBench,
     NetworkBench,
-    Rival,
     macs_notes,
 )
 from cadsurgery.tasks.open import example_batch, open_any, original, provenance
@@ -61,17 +56,17 @@ from cadsurgery.tasks.sides.engines import (
     INT8,
     LOW,
     RIVALS,
+    TORCH,
     InTorch,
+    Runs,
     rival_sides,
     runs_of,
     smaller_sides,
 )
-from cadsurgery.tasks.slowest import explain_slowness
 
 FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
-TORCH = "torch"  # the runtime that needs no files
 # Options of `bench` for a network made by a method.
 OF_METHODS = ("size", "batch", "device", "threads", "rounds", "processor_time")
 
@@ -105,11 +100,10 @@ def bench(
         sides: sides of the user, timed in the same rounds on the same images; see `cadsurgery.tasks.side.Side`.
         trust: run code that a file names; see `cadsurgery.load`.
         step: progress callback.
-        options: further options of `adaptify`, and conditions of the measurement: `size`, height and width of the
-            generated street scenes, their number `batch`, `dtype` and `device`, `threads`, timing `rounds`,
-            `runtime`: the
-            engine, `against`: engines whose dense networks are timed in the same run, and `calibration`: images for
-            int8. See `Benchmark`.
+        options: further options of `adaptify`, and conditions of the measurement, see `Benchmark`: `size` (height and
+            width) and number (`batch`) of the generated street scenes, `dtype`, `device`, `threads`, timing `rounds`,
+            the engine (`runtime`), engines whose dense networks are timed in the same run (`against`), the scale of
+            smaller pictures (`smaller`), and images for int8 (`calibration`).
 
     Raises:
         InvalidInput: an option is out of range or does not fit the others.
@@ -217,6 +211,65 @@ def _check_alone(listed: Sequence[object], setup: Benchmark) -> None:
 # -- a network under budgets ---------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Filled:
+    """A network with one fill: its images, a text about its weights, its work by budget, and its calls."""
+
+    fill: str
+    net: AdaptiveModel
+    image: Tensor
+    weights: str
+    counts: dict[float, MacReport]
+    runs: Runs
+
+    @property
+    def dense(self) -> MacReport:
+        """Counts of which those of the dense networks are used, the same under every budget."""
+        return next(iter(self.counts.values()))
+
+    def twins(self) -> list[Side]:
+        """Return the dense networks."""
+        work = {HIGH: self.dense.high, LOW: self.dense.low}
+        return [Side(name, self.runs.dense(name), macs) for name, macs in work.items()]
+
+    def budgets(self, mask: object) -> list[Side]:
+        """Return a side for each budget of the patches that a mask ranks."""
+        return [
+            Side(f"{self.fill} {share!r}", self.runs.under(Budget(mask, share)), count.mask)
+            for share, count in self.counts.items()
+        ]
+
+    def result(
+        self, model: str, high: Row, low: Row, rows: Sequence[Row], sides: Sequence[Row]
+    ) -> NetworkBench:
+        """Return what was measured: the dense networks, the budgets in their order, and further sides."""
+        plan = self.net.plan
+        own: dict[int | None, str] = {0: HIGH, plan.max_level: LOW}
+        measured = zip(self.counts.items(), rows, strict=True)
+        return NetworkBench(
+            model=model,
+            weights=self.weights,
+            fill=self.fill,
+            output_stride=plan.output_stride,
+            band=band(self.net),
+            high=high,
+            low=low,
+            given_macs=self.dense.given,
+            twin=own.get(plan.identity_level, ""),
+            rows=tuple(_row(share, counted, row, high, low) for (share, counted), row in measured),
+            notes=tuple(self._notes(high, low)),
+            sides=tuple(sides),
+        )
+
+    def _notes(self, high: Row, low: Row) -> Iterator[str]:
+        """Yield facts that a reader needs to judge the figures."""
+        yield from macs_notes(self.net.plan.part, self.dense.not_counted)
+        if (high.milliseconds or 0.0) <= (low.milliseconds or 0.0):
+            yield "dense high is not slower than dense low at this size: the law says little; give a larger size."
+        if isinstance(self.runs, InTorch) and (quantised := self.runs.quantisation):
+            yield f"dense high and low are the copy in 8 bits with one level: {quantised}"
+
+
 def _compare(
     network: str | nn.Module,
     mask: object,
@@ -229,96 +282,59 @@ def _compare(
 ) -> list[NetworkBench]:
     """Measure a network with every fill in one interleaved run; `folder` is for the files of an engine.
 
-    A map with one level everywhere needs no filling, so the dense twins of the first fill serve all fills.
+    A map with one level everywhere needs no filling, so the dense networks of the first fill serve all fills.
     """
     name = _name(network)
-    nets: dict[str, AdaptiveModel] = {}
-    counts: dict[str, dict[float, MacReport]] = {}  # by fill and fraction
-    sides: list[Side] = []
-    notes: list[str] = []
-    for fill in dict.fromkeys(fills):
-        step(f"converting {name}, fill {fill}")
-        net, image, weights = convert(network, mask, replace(setup, fill=fill))
-        counted = {share: net.macs(image, mask=Budget(mask, share)) for share in fractions}
-        dense = counted[fractions[0]]
-        if dense.high == dense.low:
-            raise InvalidInput(
-                f"{name} does the same work at both output strides on {setup.size[0]}x{setup.size[1]} pixels.",
-                next="give a larger size.",
-            )
-        runs = runs_of(net, image, setup, folder / fill, step)
-        twins = {} if sides else {HIGH: dense.high, LOW: dense.low}
-        own = [*(smaller_sides(net, image, setup, runs) if twins else []), *own]
-        sides += [Side(key, runs.dense(key), macs) for key, macs in twins.items()]
-        sides += [
-            Side(_key(fill, one), runs.under(Budget(mask, one)), count.mask) for one, count in counted.items()
-        ]
-        if twins and isinstance(runs, InTorch) and (quantised := runs.quantisation):
-            notes.append(f"dense high and low are the copy in 8 bits with one level: {quantised}")
-        nets[fill], counts[fill] = net, counted
-    first = next(iter(nets.values()))
-    rivals = rival_sides(first, image.float().contiguous(), setup, folder, step)
-    measured = measure(
-        [*sides, *rivals, *own],
-        image,
+    filled = [
+        _convert(network, mask, fractions, replace(setup, fill=fill), folder / fill, step)
+        for fill in dict.fromkeys(fills)
+    ]
+    first = filled[0]
+    twins = first.twins()
+    budgets = [side for entry in filled for side in entry.budgets(mask)]
+    others = [
+        *rival_sides(first.net, first.image.float().contiguous(), setup, folder, step),
+        *smaller_sides(first.net, first.image, setup, first.runs),
+        *own,
+    ]
+    high, low, *rows = measure(
+        [*twins, *budgets, *others],
+        first.image,
         setup.rounds,
         is_processor_time=setup.processor_time,
         step=within(step, f"measuring {name}"),
     )
-    own_rows = measured[len(measured) - len(own) :]
-    rows = {row.label: row for row in measured[: len(measured) - len(own)]}
-
-    def twin(key: str, active_fraction: float) -> Row:
-        return replace(rows[key], values={"active_fraction": active_fraction, "macs": rows[key].macs})
-
-    high, low = twin(HIGH, 1.0), twin(LOW, 0.0)
-    timed = [rows[side.name] for side in rivals]
+    high, low = (
+        replace(row, values={"active_fraction": share, "macs": row.macs})
+        for row, share in ((high, 1.0), (low, 0.0))
+    )
+    count, sides = len(fractions), rows[len(budgets) :]
     return [
-        NetworkBench(
-            model=name,
-            weights=weights,
-            fill=fill,
-            output_stride=net.plan.output_stride,
-            band=band(net),
-            high=high,
-            low=low,
-            given=_given(net, counts[fill][fractions[0]], high, low),
-            rows=tuple(_row(one, counts[fill][one], rows[_key(fill, one)], high, low) for one in fractions),
-            notes=(
-                *_notes(net, counts[fill][fractions[0]], high, low),
-                *notes,
-                *_explain(fill, {side.name: side for side in sides}, image, rows),
-            ),
-            rivals=tuple(
-                Rival(at_high.engine, at_high.dtype, _pair(at_high), _pair(at_low))
-                for at_high, at_low in zip(timed[::2], timed[1::2], strict=True)
-            ),
-            sides=tuple(own_rows),
-            isa=os.environ.get(isa.VARIABLE, "").strip().lower(),
-        )
-        for fill, net in nets.items()
+        entry.result(name, high, low, rows[place * count : (place + 1) * count], sides)
+        for place, entry in enumerate(filled)
     ]
 
 
-def _explain(fill: str, sides: Mapping[str, Side], image: Tensor, rows: Mapping[str, Row]) -> list[str]:
-    """Name the operation that takes most time in the slowest budget, if that budget is slower than dense high.
-
-    Files in engines are skipped, because their operations cannot be observed.
-    """
-    keys = [key for key in sides if key.startswith(f"{fill} ")]
-    key = max(keys, key=lambda key: rows[key].milliseconds or 0.0)
-    net = getattr(sides[key].call, "func", None)  # the copy or engine file inside the partial call
-    if not isinstance(net, AdaptiveModel):
-        return []
-    name, high = f"fraction {_fraction_of(key):g}", {HIGH: rows[HIGH].milliseconds or 0.0}
-    sentence = explain_slowness(
-        name, rows[key].milliseconds or 0.0, high, net, partial(sides[key].call, image)
-    )
-    return [sentence] if sentence else []
-
-
-def _pair(row: Row) -> tuple[float, float]:
-    return row.milliseconds or 0.0, row.milliseconds_median or 0.0
+def _convert(
+    network: str | nn.Module,
+    mask: object,
+    fractions: Sequence[float],
+    setup: Benchmark,
+    folder: Path,
+    step: Step,
+) -> _Filled:
+    """Convert a network with the fill of the setup, and count its work under each budget."""
+    step(f"converting {_name(network)}, fill {setup.fill}")
+    net, image, weights = convert(network, mask, setup)
+    counts = {share: net.macs(image, mask=Budget(mask, share)) for share in fractions}
+    runs = runs_of(net, image, setup, folder, step)
+    filled = _Filled(setup.fill, net, image, weights, counts, runs)
+    if filled.dense.high == filled.dense.low:
+        raise InvalidInput(
+            f"{_name(network)} does the same work at both output strides on {setup.size[0]}x{setup.size[1]} pixels.",
+            next="give a larger size.",
+        )
+    return filled
 
 
 def _row(fraction: float, counted: MacReport, measured: Row, high: Row, low: Row) -> Row:
@@ -339,22 +355,6 @@ def _row(fraction: float, counted: MacReport, measured: Row, high: Row, low: Row
     )
 
 
-def _given(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> Given:
-    """Return work and time of the network as given; its time is that of the dense twin at its own output stride."""
-    own = net.plan.identity_level
-    for twin, level in ((high, 0), (low, net.plan.max_level)):
-        if level == own:
-            return Given(counted.given, twin.milliseconds, twin.label)
-    return Given(counted.given)
-
-
-def _notes(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> Iterator[str]:
-    """Yield facts that a reader needs to judge the figures."""
-    yield from macs_notes(net.plan.part, counted.not_counted)
-    if (high.milliseconds or 0.0) <= (low.milliseconds or 0.0):
-        yield "dense high is not slower than dense low at this size: the law says little; give a larger size."
-
-
 def convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[AdaptiveModel, Tensor, str]:
     """Convert a network without verification; return it with its images (B, 3, H, W) and a text about its weights."""
     model, _ = original(network, "none")
@@ -373,14 +373,6 @@ def convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[A
 def _scenes(source: Source, setup: Benchmark) -> Tensor:
     """Return the images (B, 3, H, W) of the measurement."""
     return torch.cat([example_batch(source, None, setup.size, seed) for seed in range(setup.batch)])
-
-
-def _key(fill: str, fraction: float) -> str:
-    return f"{fill} {fraction!r}"
-
-
-def _fraction_of(key: str) -> float:
-    return float(key.rpartition(" ")[2])
 
 
 def band(net: AdaptiveModel) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,6 +15,7 @@ from rich.text import Text
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.tasks.report import (
     COLOURS,
+    SLOWER,
     MeasuredReport,
     Report,
     Row,
@@ -27,36 +28,7 @@ from cadsurgery.tasks.report import (
     strides_in_words,
     time_columns,
 )
-from cadsurgery.tasks.slowest import SLOWER
 from cadsurgery.tasks.tables import Column, table
-
-
-class Rival(NamedTuple):
-    """The dense networks in another engine: its name, the dtype, and (best, median) milliseconds at both output
-    strides.
-
-    `high` and `low` are the high and the low output stride.
-    """
-
-    engine: str
-    dtype: str
-    high: tuple[float, float]
-    low: tuple[float, float]
-
-
-class Given(NamedTuple):
-    """The network as given.
-
-    `macs` is None if they could not be counted. `milliseconds` is the time of the dense network that it is, `twin`:
-    `dense high`, `dense low`, or empty if it is neither of them and was not timed.
-    """
-
-    macs: int | None = None
-    milliseconds: float | None = None
-    twin: str = ""
-
-
-_UNKNOWN = Given()
 
 
 @dataclass(frozen=True)
@@ -77,12 +49,11 @@ class NetworkBench:
         output_stride: (high, low).
         band: multiple of the line that the law allows.
         high, low: the dense twins, i.e. networks with one level everywhere.
-        given: work and time of the network as given.
+        given_macs: MACs of the network as given; None if they could not be counted.
+        twin: label of the dense network that is the network as given; empty if neither is.
         rows: one row per budget.
         notes: facts that a reader needs to judge the figures.
-        rivals: the dense networks in other engines.
-        sides: sides of the user.
-        isa: instruction set to which CADSURGERY_ISA capped the run; "" for no cap.
+        sides: the dense networks in other engines and on smaller pictures, and sides of the user.
     """
 
     model: str
@@ -94,15 +65,14 @@ class NetworkBench:
     low: Row
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
-    rivals: tuple[Rival, ...] = ()
     sides: tuple[Row, ...] = ()
-    isa: str = ""
-    given: Given = _UNKNOWN
+    given_macs: int | None = None
+    twin: str = ""
 
     @property
-    def label(self) -> str:
-        """The name of the network, and the instruction set to which the run was capped."""
-        return f"{self.model} with {self.isa}" if self.isa else self.model
+    def given_milliseconds(self) -> float | None:
+        """Time of the network as given; None if it is neither of the dense networks, and was not timed."""
+        return {row.label: row.milliseconds for row in (self.high, self.low)}.get(self.twin)
 
     @property
     def worst(self) -> Row:
@@ -141,7 +111,6 @@ class NetworkBench:
                 "slower_than_high": [row.fraction for row in self.slower],
                 "verdict": self.verdict(),
             },
-            "against": [plain(rival._asdict()) for rival in self.rivals],
             **({"sides": plain(self.sides)} if self.sides else {}),
             "notes": list(self.notes),
         }
@@ -151,10 +120,8 @@ class NetworkBench:
         return [{**self._head(), **row.to_dict()} for row in self.rows]
 
     def _head(self) -> dict[str, Any]:
-        values = {
-            name: getattr(self, name) for name in ("model", "isa", "weights", "fill", "output_stride", "band")
-        }
-        given = self.given._asdict()
+        values = {name: getattr(self, name) for name in ("model", "weights", "fill", "output_stride", "band")}
+        given = {"macs": self.given_macs, "milliseconds": self.given_milliseconds, "twin": self.twin}
         return plain({**values, "given": given, "dense_high": self.high, "dense_low": self.low})
 
 
@@ -223,8 +190,6 @@ class BenchReport(Report):
             yield _table(network)
             good = network.holds and not network.slower
             yield Text(network.verdict(), style="green" if good else "bold red")
-            if network.rivals:
-                yield _table_of_rivals(network)
             yield from (Text(note, style="yellow") for note in network.notes)
 
     def figure(self) -> Figure:
@@ -311,15 +276,15 @@ def macs_notes(part: str, not_counted: tuple[str, ...]) -> Iterator[str]:
 
 
 def _table(network: NetworkBench) -> Table:
-    """Create the table of a network: twins, budgets and sides of the user; "of law" is time over the line."""
-    high, low, given = network.high, network.low, network.given
+    """Create the table of a network: twins, budgets and further sides; "of law" is time over the line."""
+    high, low = network.high, network.low
     columns: list[Column[Row]] = [
-        Column("side", lambda row: f"{row.label}{' (as given)' if row.label == given.twin else ''}", False),
+        Column("side", lambda row: f"{row.label}{' (as given)' if row.label == network.twin else ''}", False),
         Column("active", "active_fraction", form=".3f"),
         Column("MACs", "macs", form=".3e"),
-        Column("of given", lambda row: ratio(row.get("macs"), given.macs)),
+        Column("of given", lambda row: ratio(row.get("macs"), network.given_macs)),
         Column("ms", "milliseconds", form=".1f"),
-        Column("of given", lambda row: ratio(row.milliseconds, given.milliseconds)),
+        Column("of given", lambda row: ratio(row.milliseconds, network.given_milliseconds)),
         Column("median", "milliseconds_median", form=".1f"),
         Column("law ms", "law_milliseconds", form=".1f"),
         Column("of law", "law_ratio", form=".3f"),
@@ -329,29 +294,8 @@ def _table(network: NetworkBench) -> Table:
         ),
     ]
     strides = strides_in_words(network.output_stride)
-    title = f"{network.label}, {network.weights}, output stride {strides}, fill {network.fill}"
+    title = f"{network.model}, {network.weights}, output stride {strides}, fill {network.fill}"
     return table([high, *network.rows, low, *network.sides], columns, title)
-
-
-def _table_of_rivals(network: NetworkBench) -> Table:
-    """Create the table of dense networks in other engines, with each budget relative to the network as given there, or
-    to dense high if the network as given is neither of the two."""
-    is_low, is_known = network.given.twin == network.low.label, bool(network.given.twin)
-
-    def share(row: Row) -> Callable[[Rival], str]:
-        return lambda rival: ratio(row.milliseconds, (rival.low if is_low else rival.high)[0])
-
-    columns: list[Column[Rival]] = [
-        Column("dense in", lambda rival: f"{rival.engine}, {rival.dtype}", False),
-        Column("high ms", lambda rival: f"{rival.high[0]:.1f}"),
-        Column("median", lambda rival: f"{rival.high[1]:.1f}"),
-        Column("low ms", lambda rival: f"{rival.low[0]:.1f}"),
-        *(
-            Column(f"budget {row.fraction:g} of {'given' if is_known else 'high'}", share(row))
-            for row in network.rows
-        ),
-    ]
-    return table(list(network.rivals), columns, f"{network.label}, dense in other engines")
 
 
 def _draw(axis: Any, network: NetworkBench) -> None:
@@ -377,6 +321,6 @@ def _draw(axis: Any, network: NetworkBench) -> None:
     axis.set_xlabel("active fraction")
     axis.set_ylabel("ms")
     axis.set_title(
-        f"{network.label}, {network.fill}: time {'follows work' if network.holds else 'MISSED the law'}"
+        f"{network.model}, {network.fill}: time {'follows work' if network.holds else 'MISSED the law'}"
     )
     axis.legend(loc="lower right", fontsize=8)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,10 +40,9 @@ from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport
 from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
-from cadsurgery.tasks.report import Row
+from cadsurgery.tasks.report import SLOWER, Row
 from cadsurgery.tasks.side import Conversion, Request, Side, measure
 from cadsurgery.tasks.sides import KINDS
-from cadsurgery.tasks.slowest import explain_slowness
 
 ADAPTIVE = "adaptive"
 _DEAR = 2.0  # times the work of the network as given: what costs more says so first
@@ -148,16 +148,7 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         pictures = images_like(batch, pictures_for(net), copy_options["calibration"])
         quantised = net.optimize(**{**copy_options, "calibration": pictures}, step=step)
         copies[f"net.optimize(), {precision}"] = quantised
-    if counted.mask > original_macs:
-        warnings.warn(
-            f"the converted network does {counted.mask / original_macs:.1f} times the work of the network as given: "
-            f"{counted.mask:.3e} multiply-accumulates instead of {original_macs:.3e}.\n"
-            f"  Why: its maps are as fine as output stride {plan.output_stride[0]} where the mask says so, finer than "
-            "those of the network as given.\n"
-            "  Next: convert it for quality, not for speed; cadsurgery recommend measures if that pays.",
-            CadWarning,
-            stacklevel=2,
-        )
+    _warn_of_more_work(plan, counted.mask, original_macs)
     is_dear = counted.mask > _DEAR * original_macs
     others: list[dict[str, Any]] = []
     if is_dear and not plan.floors and not request.options.get("output_stride"):
@@ -171,19 +162,6 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         *(Side(f"converted, {name}", copy, counted.mask) for name, copy in copies.items()),
     ]
 
-    def notes(rows: Sequence[Row]) -> list[str]:
-        messages = _notes(plan, counted, copies)
-        high, converted = rows[not is_high].milliseconds, rows[-1 - len(copies)].milliseconds
-        if high is None or converted is None:
-            return messages
-        step("looking for what is slow")
-        others = {"dense high": high, "the converted network": converted}
-        slow = [
-            explain_slowness(name, row.milliseconds or 0.0, others, copy, partial(copy, batch))
-            for (name, copy), row in zip(copies.items(), rows[-len(copies) :], strict=True)
-        ]
-        return [*messages, *filter(None, slow)]
-
     adapted = [decision.node for decision in plan.chosen("adapt")]
     spec, seen = net.mask.spec(), str(net.normalisation or "the input as it comes, until a picture has come")
     fraction = f"active fraction {counted.active_fraction:.3f} (share of the fine map kept high)"
@@ -191,25 +169,17 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         Text(f"verified: {check.law} (error {check.error:.1e}, allowed {check.tolerance:.0e})", style="green")
         for check in net.checks
     ]
-    more = {
-        "mask": spec,
-        "normalisation": seen,
-        "active_fraction": counted.active_fraction,
-        "output_stride": plan.output_stride,
-        "region_ends": [f"{decision.node}: {decision.reason}" for decision in plan.region_end],
-        "adapted": adapted,
-        "share_of_macs_in_region": plan.share("adapt", "keep"),
-        "macs_of_given": counted.of_given,
-        "region_of_high": counted.region_of_high,
-        "checks": [{**vars(check), "passed": check.passed} for check in net.checks],
-        "costs": costs.record(),
-        "other_output_strides": others,
-    }
     return Conversion(
         net,
         batch,
         sides,
-        more,
+        {
+            "mask": spec,
+            "normalisation": seen,
+            "adapted": adapted,
+            "other_output_strides": others,
+            **_facts(net, counted),
+        },
         Text.assemble(plan.summary(), (f"\nadapted: {', '.join(adapted)}" if adapted else "", "dim")),
         [
             Text(f"with this mask: {counted.describe()}", style="bold"),
@@ -218,9 +188,53 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
             *(checks or [Text("not verified", style="yellow")]),
         ],
         f"{batch.shape[0]} image of {batch.shape[2]}x{batch.shape[3]}, mask {spec}",
-        notes=notes,
+        notes=lambda rows: [*_notes(plan, counted, copies), *_slow_copies(copies, rows, rows[not is_high])],
         first=_say_dear(plan, counted.mask / original_macs, others) if is_dear else "",
     )
+
+
+def _warn_of_more_work(plan: Plan, macs: int, given: int) -> None:
+    """Warn of a conversion that multiplies more than the network as given."""
+    if macs > given:
+        warnings.warn(
+            f"the converted network does {macs / given:.1f} times the work of the network as given: "
+            f"{macs:.3e} multiply-accumulates instead of {given:.3e}.\n"
+            f"  Why: its maps are as fine as output stride {plan.output_stride[0]} where the mask says so, finer than "
+            "those of the network as given.\n"
+            "  Next: convert it for quality, not for speed; cadsurgery recommend measures if that pays.",
+            CadWarning,
+            stacklevel=3,
+        )
+
+
+def _slow_copies(copies: Mapping[str, AdaptiveModel], rows: Sequence[Row], high: Row) -> Iterator[str]:
+    """Yield a sentence for each optimised copy that is slower than dense high, or than the converted network.
+
+    Args:
+        copies: the copies by name, which are the last rows.
+        rows: the rows of all sides; the converted network comes before its copies.
+        high: the row of dense high.
+    """
+    limits = {"dense high": high, "the converted network": rows[-1 - len(copies)]}
+    for name, row in zip(copies, rows[-len(copies) :], strict=True):
+        for other, limit in limits.items():
+            ratio = (row.milliseconds or 0.0) / (limit.milliseconds or math.inf)
+            if ratio > SLOWER:
+                yield f"{name} is slower than {other}: {ratio:.2f} times as long."
+
+
+def _facts(net: AdaptiveModel, counted: MacReport) -> dict[str, Any]:
+    """Return fields of the report that follow from the converted network and its work."""
+    return {
+        "active_fraction": counted.active_fraction,
+        "output_stride": net.plan.output_stride,
+        "region_ends": [f"{decision.node}: {decision.reason}" for decision in net.plan.region_end],
+        "share_of_macs_in_region": net.plan.share("adapt", "keep"),
+        "macs_of_given": counted.of_given,
+        "region_of_high": counted.region_of_high,
+        "checks": [{**vars(check), "passed": check.passed} for check in net.checks],
+        "costs": costs.record(),
+    }
 
 
 def _other_strides(
@@ -231,7 +245,7 @@ def _other_strides(
     Each has its `output_stride`, its `macs`, these relative to the network as given (`of_given`), and the `option` that
     is typed for it.
     """
-    found = list[dict[str, Any]]()
+    cheaper = list[dict[str, Any]]()
     for pair in plan.possible:
         if pair == plan.output_stride or pair[0] < plan.output_stride[0]:
             continue  # finer maps cost more
@@ -245,8 +259,8 @@ def _other_strides(
                 continue
         macs = net.macs(batch).mask
         option = f"--output-stride {pair[0]},{pair[1]}"
-        found.append({"output_stride": pair, "macs": macs, "of_given": macs / given, "option": option})
-    return sorted((one for one in found if one["macs"] < most), key=lambda one: one["macs"])
+        cheaper.append({"output_stride": pair, "macs": macs, "of_given": macs / given, "option": option})
+    return sorted((pair for pair in cheaper if pair["macs"] < most), key=lambda pair: pair["macs"])
 
 
 def _say_dear(plan: Plan, of_given: float, others: Sequence[Mapping[str, Any]]) -> str:
@@ -256,7 +270,7 @@ def _say_dear(plan: Plan, of_given: float, others: Sequence[Mapping[str, Any]]) 
     text = f"With this mask, output strides {high} and {low} cost {cost}."
     if not others:
         return text
-    listed = ", ".join(f"{one['option']} ({one['of_given']:.2f} times)" for one in others[:_LISTED])
+    listed = ", ".join(f"{pair['option']} ({pair['of_given']:.2f} times)" for pair in others[:_LISTED])
     return f"{text} Others cost less: {listed}."
 
 

@@ -191,15 +191,15 @@ def _open_name(name: str, weights: str, device: torch.device) -> Subject:
     planned = plan(model)
     _refuse_part(name, planned.part)
     # Otherwise masks would estimate from an image how it is normalised.
-    known: dict[str, Any] = {} if stated_statistics(model) else {"normalisation": (source.mean, source.std)}
+    stated: dict[str, Any] = {} if stated_statistics(model) else {"normalisation": (source.mean, source.std)}
 
     @lru_cache(maxsize=2)
     def convert(pair: tuple[int, int], fill: Any) -> _Nets:
-        net = adaptify(model, DEFAULT_MASK, output_stride=pair, fill=fill, verify_laws=False, **known)
+        net = adaptify(model, DEFAULT_MASK, output_stride=pair, fill=fill, verify_laws=False, **stated)
         return _prepare(net.to(device))
 
     def python(mask: str, pair: tuple[int, int], fill: str) -> list[str]:
-        options = {"output_stride": pair, "fill": fill, **known, "verify_laws": False}
+        options = {"output_stride": pair, "fill": fill, **stated, "verify_laws": False}
         words = ", ".join(f"{key}={value!r}" for key, value in options.items())
         return [
             *(["torch.manual_seed(0)"] if source.weights in ("random", "own") else []),
@@ -214,9 +214,9 @@ def _open_name(name: str, weights: str, device: torch.device) -> Subject:
             "--output-stride": f"{pair[0]},{pair[1]}",
             "--fill": fill,
         }
-        if known:
+        if stated:
             options["--normalisation"] = "/".join(
-                ",".join(map(str, values)) for values in known["normalisation"]
+                ",".join(map(str, values)) for values in stated["normalisation"]
             )
         if image:
             options["--image"] = image
@@ -296,12 +296,14 @@ def explore(
         step=within(step, "measuring"),
     )
     pixels, stride = picture.permute(1, 2, 0).numpy(), net.plan.strides[0]
-    prediction, high_prediction = (_overlay(picture, one) for one in (output, reference))
+    prediction, high_prediction = (
+        _overlay(picture, output_of_side) for output_of_side in (output, reference)
+    )
     lines = [subject.words, f"active fraction {lattice.active_fraction:.3f}, {lattice.count} elements"]
     lines += filter(None, [_quality(output, reference, (picture.shape[1], picture.shape[2]))])
     if prediction is None:
         answers = {"with the mask": output, "everything high": reference}
-        lines += filter(None, [_answer(name, one, subject.source) for name, one in answers.items()])
+        lines += filter(None, [_answer(name, answer, subject.source) for name, answer in answers.items()])
     return Explored(
         _picture(draw_levels(pixels, lattice, stride)),
         _picture(draw_lattice(pixels, lattice, stride)),
@@ -378,9 +380,9 @@ def _answer(name: str, output: Any, source: Source) -> str:
         return ""
     best = scores[0].float().softmax(0).topk(min(_SHOWN, scores.shape[1]))
     names: Mapping[int, str] = dict(enumerate(class_names(source)))
-    found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    best_classes = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     return f"{name}: " + ", ".join(
-        f"{names.get(place, f'class {place}')} {share:.0%}" for share, place in found
+        f"{names.get(place, f'class {place}')} {share:.0%}" for share, place in best_classes
     )
 
 

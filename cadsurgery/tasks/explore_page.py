@@ -133,25 +133,25 @@ def make_page(subject: Subject, rounds: int = 3) -> Any:
         mask = "" if mask == subject.mask else mask
         setting = Setting(mask, limit, value, pairs[pair], fill)
         try:
-            found = explore(subject, Path(file) if file else samples[sample], setting, rounds, step)
+            result = explore(subject, Path(file) if file else samples[sample], setting, rounds, step)
         except CadError as error:
             text = html.escape(str(error)).replace("\n", "<br>")
             raise gr.Error(text, duration=None, print_exception=False) from error
-        whole = found.rows[0].macs or found.rows[-1].macs
+        whole = result.rows[0].macs or result.rows[-1].macs
         table = [
             [row.side, f"{row.macs:.3e}", f"{row.macs / whole:.2f}", _milliseconds(row.milliseconds)]
-            for row in found.rows
+            for row in result.rows
         ]
-        is_map = found.prediction is not None
-        both = gr.ImageSlider((found.prediction, found.dense) if is_map else None, visible=is_map)
+        is_map = result.prediction is not None
+        both = gr.ImageSlider((result.prediction, result.dense) if is_map else None, visible=is_map)
         return [
             both,
-            found.level_map,
-            found.lattice,
-            "\n".join(found.lines),
+            result.level_map,
+            result.lattice,
+            "\n".join(result.lines),
             table,
-            found.python,
-            found.command,
+            result.python,
+            result.command,
         ]
 
     def limit_to(mask: str, limit: str) -> list[Any]:

@@ -75,6 +75,6 @@ def images_like(example: Tensor, source: Source | None, folder: Path) -> list[Te
     Raises:
         FileError: there are no images, or an image cannot be read.
     """
-    found, _ = find_images([folder])
+    paths, _ = find_images([folder])
     size = (example.shape[2], example.shape[3])
-    return [normalise(read_image(path, size), source).unsqueeze(0) for path in found]
+    return [normalise(read_image(path, size), source).unsqueeze(0) for path in paths]

@@ -6,7 +6,6 @@ import colorsys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.tasks.report import Report, canvas, panels
+from cadsurgery.tasks.report import canvas, panels
 from cadsurgery.tasks.report import figure_picture as figure_picture
 
 VIEWS = CLASSES, OVERLAY, SIDE = "classes", "overlay", "side"  # of predictions
@@ -24,19 +23,16 @@ _LINES = ((0.75, 0.9, 1.0), (0.05, 0.15, 0.7))  # on what is dark, and on what i
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
 
 
-def mask_figure(
-    image: Tensor, lattice: Lattice, output_stride: int, item: int = 0, title: str = ""
-) -> Figure:
+def mask_figure(image: Tensor, lattice: Lattice, output_stride: int, title: str = "") -> Figure:
     """Draw the image, the level map and the lattice side by side.
 
     Args:
         image: (3, H, W) in 0..1.
-        lattice: lattice of the last stage, as `net.lattice`.
+        lattice: lattice of the last stage, as `net.lattice`; its first image is drawn.
         output_stride: high output stride: image pixels per fine pixel.
-        item: index of the image in the lattice's batch.
         title: title of the figure.
     """
-    levels = lattice.levels[item].cpu().numpy()
+    levels = lattice.levels[0].cpu().numpy()
     height, width = image.shape[1:]
     count = lattice.geometry.max_level + 1
     figure = canvas(15, 0.6 + 5 * height / width)
@@ -50,7 +46,7 @@ def mask_figure(
     bar = figure.colorbar(shown, ax=axes[1], ticks=range(count), fraction=0.025)
     sides = lattice.geometry.sides
     bar.ax.set_yticklabels([f"{level}: stride {output_stride * sides[level]}" for level in range(count)])
-    axes[2].imshow(draw_lattice(pixels, lattice, output_stride, item))
+    axes[2].imshow(draw_lattice(pixels, lattice, output_stride))
     axes[2].set_title("lattice: one element per cell")
     for axis in axes:
         axis.set(xticks=[], yticks=[])
@@ -72,9 +68,9 @@ def _on_pixels(values: Tensor, pixels: np.ndarray, output_stride: int) -> np.nda
     return values.cpu().numpy()[np.ix_(rows, columns)]
 
 
-def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int, item: int = 0) -> np.ndarray:
+def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int) -> np.ndarray:
     """Draw the borders of the cells on an image (H, W, 3): dark on what is bright, bright on what is dark."""
-    cell = output_stride * _on_pixels(lattice.side_map[item], pixels, output_stride)
+    cell = output_stride * _on_pixels(lattice.side_map[0], pixels, output_stride)
     y, x = np.indices(cell.shape)
     border = (y % cell == 0) | (x % cell == 0)
     drawn = pixels.copy()
@@ -132,39 +128,6 @@ def _level_colours(max_level: int) -> tuple[str, ...]:
     return (*LEVEL_COLOURS[:max_level], LOWEST_COLOUR)
 
 
-def matches_figure(
-    first: Tensor, second: Tensor, matches: Sequence[tuple[str, Tensor, Tensor, Tensor]], limit: float = 3.0
-) -> Figure:
-    """Draw matches between two images, one panel per setting: correct matches green, wrong ones red.
-
-    Args:
-        first: (3, H, W) in 0..1.
-        second: the other image, of any size.
-        matches: for each setting its name, points (k, 2) in the first and in the second image, and errors (k,) in
-            pixels.
-        limit: largest error, in pixels, of a correct match.
-    """
-    height = max(first.shape[1], second.shape[1])
-    width, gap = first.shape[2] + second.shape[2], first.shape[2]
-    both = np.ones((height, width, 3), dtype=np.float32)
-    for image, left in ((first, 0), (second, gap)):
-        pixels = _pixels(image)
-        both[: pixels.shape[0], left : left + pixels.shape[1]] = pixels
-    figure, axes = panels(len(matches), min(len(matches), 2), 7.5, 7.5 * height / width + 0.4)
-    for axis, (name, here, there, errors) in zip(axes, matches, strict=True):
-        axis.imshow(0.5 + 0.5 * both)
-        right = (errors <= limit).cpu().numpy()
-        for chosen, colour, over in ((~right, "#d7301f", 2), (right, "#238b45", 3)):
-            ends = np.stack([here.cpu().numpy()[chosen], there.cpu().numpy()[chosen] + [gap, 0]], 1)
-            axis.add_collection(
-                LineCollection(list(ends), colors=colour, linewidths=0.5, alpha=0.7, zorder=over)
-            )
-            axis.plot(*ends.reshape(-1, 2).T, ".", color=colour, markersize=2, zorder=over)
-        axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
-        axis.set_title(f"{name}: {right.sum()} of {len(right)} matches within {limit:g} pixels", fontsize=9)
-    return figure
-
-
 def class_picture(prediction: Tensor, count: int = 256) -> Image.Image:
     """Convert a class map (H, W) to a palette PNG: the value is the class, and each class has another hue.
 
@@ -209,11 +172,3 @@ def legend_figure(names: Mapping[int, str]) -> Figure:
     figure = canvas(3, 0.3 + 0.25 * len(handles))
     figure.legend(handles=handles, loc="center", frameon=False)
     return figure
-
-
-def bench_figure(report: Report) -> Figure:
-    """Return the figure of a report; one of three earlier names of this function."""
-    return report.figure()
-
-
-evaluation_figure = matching_figure = bench_figure

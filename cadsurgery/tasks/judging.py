@@ -40,7 +40,6 @@ class Judgement:
         same: share of pixels with the class that the network as given predicts; 0 for values.
         error: mean squared difference from the network as given, relative to its mean square; 0 for class scores.
         fidelity: (3, C) pixels of each class in both predictions, in either, and in that of the network as given.
-        boundary: (2, C) pixels near the outlines of each class in both predictions, and in either.
         labels: (3, C), as `fidelity`, against the labels; empty without labels.
     """
 
@@ -48,7 +47,6 @@ class Judgement:
     same: float = 0.0
     error: float = 0.0
     fidelity: tuple[tuple[int, ...], ...] = ()
-    boundary: tuple[tuple[int, ...], ...] = ()
     labels: tuple[tuple[int, ...], ...] = ()
 
 
@@ -67,16 +65,14 @@ def judge(
     """
     if kind == "values":
         target = maps_of(given)[0]
-        found = [resize(maps_of(output)[0], target.shape[2:])]
-        return Judgement(milliseconds, error=float(divergence([target], found, "values").mean()))
-    ours, theirs = (_classes(one, size) for one in (output, given))
+        maps = [resize(maps_of(output)[0], target.shape[2:])]
+        return Judgement(milliseconds, error=float(divergence([target], maps, "values").mean()))
+    ours, theirs = (_classes(scores, size) for scores in (output, given))
     count = maps_of(given)[0].shape[1]
-    of_given = _compare(ours, theirs, count, NO_CLASS)
     return Judgement(
         milliseconds,
         same=float((ours == theirs).double().mean()),
-        fidelity=_areas(of_given),
-        boundary=tuple(tuple(of_given.counts()[name].tolist()) for name in ("common", "either")),
+        fidelity=_areas(_compare(ours, theirs, count, NO_CLASS)),
         labels=_areas(_compare(ours, labels, count)) if labels is not None else (),
     )
 
@@ -100,15 +96,13 @@ def pool(judged: Sequence[Judgement]) -> Judgement:
     """Return the judgement of one picture under several settings together: counts are added, the rest is averaged."""
 
     def add(name: str) -> tuple[tuple[int, ...], ...]:
-        counts = torch.tensor([getattr(one, name) for one in judged])
+        counts = torch.tensor([getattr(judgement, name) for judgement in judged])
         return tuple(tuple(row) for row in counts.sum(0).tolist())
 
     def mean(name: str) -> float:
-        return sum(getattr(one, name) for one in judged) / len(judged)
+        return sum(getattr(judgement, name) for judgement in judged) / len(judged)
 
-    return Judgement(
-        mean("milliseconds"), mean("same"), mean("error"), add("fidelity"), add("boundary"), add("labels")
-    )
+    return Judgement(mean("milliseconds"), mean("same"), mean("error"), add("fidelity"), add("labels"))
 
 
 @dataclass(frozen=True)
@@ -161,21 +155,16 @@ def estimate(ours: Sequence[Judgement], given: Sequence[Judgement], measure: str
     return Estimate(float(values[0]), float(changes[0]), error, count)
 
 
-def boundary_iou(judged: Sequence[Judgement]) -> float | None:
-    """Return the mean over classes of the IoU of outlines with the network as given; None for values."""
-    common, either = torch.tensor([one.boundary for one in judged], dtype=torch.float64).sum(0)
-    known = either > 0
-    return float((common[known] / either[known]).mean()) if bool(known.any()) else None
-
-
 def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tensor:
     """Return the quality (k,) for k weightings (k, n) of the pictures."""
     if measure == VALUES:
-        errors = torch.tensor([one.error for one in judged], dtype=torch.float64)
+        errors = torch.tensor([judgement.error for judgement in judged], dtype=torch.float64)
         return 1 - ((weights @ errors) / weights.sum(1)).sqrt()
     if measure == AGREEMENT:
-        return (weights @ torch.tensor([one.same for one in judged], dtype=torch.float64)) / weights.sum(1)
-    pixels = [one.labels if measure == LABELS else one.fidelity for one in judged]
+        return (
+            weights @ torch.tensor([judgement.same for judgement in judged], dtype=torch.float64)
+        ) / weights.sum(1)
+    pixels = [judgement.labels if measure == LABELS else judgement.fidelity for judgement in judged]
     counts = torch.tensor(pixels, dtype=torch.float64)
     hits, either, truth = (weights @ counts.flatten(1)).view(len(weights), 3, -1).unbind(1)
     # Against labels a class that they lack counts if it is predicted, as usual.
@@ -184,7 +173,7 @@ def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tens
 
 def median_time(judged: Sequence[Judgement]) -> float:
     """Return the median over pictures of the time, in milliseconds."""
-    return median(one.milliseconds for one in judged)
+    return median(judgement.milliseconds for judgement in judged)
 
 
 def time_error(ours: Sequence[Judgement], given: Sequence[Judgement]) -> float | None:

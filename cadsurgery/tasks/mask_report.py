@@ -76,9 +76,9 @@ def _row(asked: str, mask: str, lattice: Lattice, more: Mapping[str, Any]) -> Ro
 def _title(row: Row, width: int = 52) -> str:
     """Return a short title: the mask, its quality if known, its active fraction and its cost."""
     lines = [textwrap.fill(row.label, width, break_on_hyphens=False)]
-    known = {name: row.get(name) for name in QUALITIES if row.get(name) is not None}
-    if known:
-        lines.append(", ".join(f"{QUALITIES[name]} {100 * value:.1f} %" for name, value in known.items()))
+    qualities = {name: row.get(name) for name in QUALITIES if row.get(name) is not None}
+    if qualities:
+        lines.append(", ".join(f"{QUALITIES[name]} {100 * value:.1f} %" for name, value in qualities.items()))
     cost = f"active {row.active_fraction:.2f}"
     if row.get("of_given") is not None:
         cost = f"MACs {row.of_given:.2f} of the network as given, {cost}"
@@ -128,9 +128,9 @@ class MaskReport(Report):
             elements = f"{row.elements} elements for {row.fine_pixels} fine pixels"
             yield Text(f"active fraction {row.active_fraction:.3f}, {elements}; wrote {self.file}")
             return
-        known = [name for name in QUALITIES if row.get(name) is not None]
+        measured = [name for name in QUALITIES if row.get(name) is not None]
         columns: list[Column[Row]] = [Column("mask", lambda row: Text(row.label), False)]
-        columns += [Column(QUALITIES[name], name, form=percent) for name in known]
+        columns += [Column(QUALITIES[name], name, form=percent) for name in measured]
         if row.get("macs"):
             columns.append(Column("MACs", lambda row: f"{row.macs['mask']:.3e}"))
             columns.append(Column("of given", "of_given", form=".2f"))
@@ -173,7 +173,7 @@ def draw_masks(
     check_picture(output)
     path = _existing(image)
     picture = example_image(path, size)
-    known = _labels(labels, path, size, picture)
+    truth = _labels(labels, path, size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
     stored_mask, notes = None, [_NO_NETWORK]
     if model:
@@ -184,13 +184,13 @@ def draw_masks(
     else:
         stride, max_level, look = _look_bare(picture, **options)
     if not asked:
-        examples = masks_to_compare(max_level, known is not None) if compare else ()
+        examples = masks_to_compare(max_level, truth is not None) if compare else ()
         asked = [(text, resolve_mask(text)) for text in examples]
         if stored_mask is not None or not compare:
             first = stored_mask or resolve_mask(DEFAULT_MASK)
             asked = [(first.spec(), first), *(entry for entry in asked if entry[1].spec() != first.spec())]
     rows, lattices = [], []
-    with labelled(known) if known is not None else nullcontext():
+    with labelled(truth) if truth is not None else nullcontext():
         for text, mask in counted(asked, step, "mask", "drawing", name=lambda entry: entry[0]):
             # The mask of a file comes with its learned weights.
             provider = stored_mask if stored_mask is not None and stored_mask.spec() == mask.spec() else mask

@@ -198,8 +198,8 @@ def at_strides(
     nets = [
         adaptify(opened, mask, output_stride=pair, verify_laws=False, **options) for pair in pairs or [None]
     ]
-    known = [pictures_for(net) for net in nets]
-    return nets, replace(source, mean=known[0].mean, std=known[0].std)
+    sources = [pictures_for(net) for net in nets]
+    return nets, replace(source, mean=sources[0].mean, std=sources[0].std)
 
 
 def unconverted(net: AdaptiveModel) -> nn.Module:

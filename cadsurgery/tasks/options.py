@@ -9,13 +9,16 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, check_name, first_line
 from cadsurgery.support.kinds import JSON, of_another_kind
 
 if TYPE_CHECKING:
     from cadsurgery.network.points import Align, Reach
+
+
+D = TypeVar("D", bound=Any)
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -30,6 +33,14 @@ def option(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help.replace("{default}", str(default)), **more})
 
 
+def documented(kind: type[D]) -> type[D]:
+    """Add the help of each field to the docstring of a dataclass, so that it is said once."""
+    lines = (f"    {entry.name}: {entry.metadata['help']}" for entry in fields(kind))
+    kind.__doc__ = "\n".join((f"{kind.__doc__}\n\nAttributes:", *lines))
+    return kind
+
+
+@documented
 @dataclass(frozen=True)
 class Conversion:
     """How a network is converted; see `cadsurgery.adaptify`."""
@@ -64,6 +75,7 @@ class Conversion:
     )
 
 
+@documented
 @dataclass(frozen=True)
 class Exits:
     """How exits are added to a network; see `cadsurgery.anytime`."""
@@ -84,6 +96,7 @@ class Exits:
     gaps: str = option("gaussian", "what fills skipped positions: {default}, interpolated or zeros")
 
 
+@documented
 @dataclass(frozen=True)
 class Sampling:
     """How the input of a network is sampled; see `cadsurgery.resample`."""
@@ -97,6 +110,7 @@ class Sampling:
     )
 
 
+@documented
 @dataclass(frozen=True)
 class Gates:
     """How gates are added to a network; see `cadsurgery.sample`."""
@@ -110,6 +124,7 @@ class Gates:
     noise: bool = option(False, "gates draw noise in evaluation, as published")
 
 
+@documented
 @dataclass(frozen=True)
 class Exporting:
     """The kind of file that a network is exported to; see `cadsurgery.export`."""
@@ -132,6 +147,7 @@ class Exporting:
     )
 
 
+@documented
 @dataclass(frozen=True)
 class Benchmark(Conversion):
     """How networks are converted, and the conditions of a benchmark; see `cadsurgery.bench.bench`."""
@@ -225,80 +241,57 @@ CHOICES = {
 FREE = ("save_every", "validate_every", "log", "workers")
 
 
+@documented
 @dataclass(frozen=True)
 class Settings:
-    """How a network is trained; the defaults are published (Hesse et al., CVPRW 2023, supplementary B).
+    """How a network is trained; the defaults are published (Hesse et al., CVPRW 2023, supplementary B)."""
 
-    Attributes:
-        steps: optimiser steps; the learning rate falls to its floor over all of them.
-        batch: images per process and forward pass.
-        accumulate: forward passes per step, whose gradients are averaged.
-        lr: initial learning rate of the classifier.
-        backbone_factor: factor of `lr` for the backbone.
-        mask_factor: factor of `lr` for the parameters of the mask.
-        power: exponent of the polynomial schedule lr (1 - step / steps)^power.
-        lr_floor: smallest learning rate of any group.
-        optimizer: `sgd` or `adamw`.
-        momentum: momentum of SGD.
-        weight_decay: weight decay of all trained parameters.
-        clip: maximum norm of the gradient; 0 for no clipping.
-        crop: side of the training crops in pixels; 0 for whole images.
-        flip: mirror half of the images.
-        jitter: strength of brightness, contrast and saturation jitter.
-        scale: range of random scaling; (1, 1) for none.
-        precision: `no` (float32), `fp16` or `bf16` autocast.
-        batch_norm: `train`, or `frozen`: running statistics are used and not updated, affine parameters are trained.
-        freeze: `stem` freezes everything before the adaptive region.
-        train: `all`; or `adapters`: only level adapters, which are created if missing, while everything else stays in
-            evaluation mode, so that outputs at full resolution do not change; or `exits`: the heads of a network
-            with exits and the widths of its Gaussians; or `gates`: the gates of a network with gates.
-        ema: decay per step of an average of the weights, which is then validated and saved; 0 for no average.
-        seed: seed of everything random.
-        objective: name of the objective, see `list_objectives`; empty for `mixed`, or `divergence` without labels;
-            for a network with exits `anytime`, with gates `sparse`, with a sampled input `sampled`.
-        objective_options: options of the objective by name.
-        save_every: steps between checkpoints.
-        validate_every: steps between validations.
-        log: `csv` or `tensorboard`.
-        workers: number of processes per training process that load images; 0 to load in the training process.
-    """
-
-    steps: int = option(30_000, "optimiser steps; default {default}")
-    batch: int = option(8, "images per process and pass; default {default}")
-    accumulate: int = option(1, "passes per step; default {default}")
-    lr: float = option(0.1, "learning rate of the classifier; default {default}")
-    backbone_factor: float = 0.1
-    mask_factor: float = 0.01
-    power: float = 0.9
-    lr_floor: float = 1e-6
+    steps: int = option(
+        30_000, "optimiser steps, over which the learning rate falls to its floor; default {default}"
+    )
+    batch: int = option(8, "images per process and forward pass; default {default}")
+    accumulate: int = option(1, "passes per step, whose gradients are averaged; default {default}")
+    lr: float = option(0.1, "initial learning rate of the classifier; default {default}")
+    backbone_factor: float = option(0.1, "factor of lr for the backbone")
+    mask_factor: float = option(0.01, "factor of lr for the parameters of the mask")
+    power: float = option(0.9, "exponent of the polynomial schedule lr (1 - step / steps)^power")
+    lr_floor: float = option(1e-6, "smallest learning rate of any group")
     optimizer: str = option("sgd", "{default} (default) or adamw")
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    momentum: float = option(0.9, "momentum of SGD")
+    weight_decay: float = option(1e-4, "weight decay of all trained parameters")
     clip: float = option(0.0, "maximum norm of the gradient; default none")
-    crop: int = option(768, "side of the crops; default {default}, 0 for whole images")
-    flip: bool = True
-    jitter: float = 0.5
-    scale: tuple[float, float] = (1.0, 1.0)
-    precision: str = option("no", "{default} (default), fp16 or bf16")
-    batch_norm: str = option("train", "{default} (default) or frozen")
+    crop: int = option(768, "side of the training crops in pixels; default {default}, 0 for whole images")
+    flip: bool = option(True, "mirror half of the images")
+    jitter: float = option(0.5, "strength of brightness, contrast and saturation jitter")
+    scale: tuple[float, float] = option((1.0, 1.0), "range of random scaling; (1, 1) for none")
+    precision: str = option("no", "{default} (default: float32), fp16 or bf16 autocast")
+    batch_norm: str = option(
+        "train",
+        "{default} (default); or frozen: running statistics are used and not updated, the rest is trained",
+    )
     freeze: str = option("", "stem: layers before the adaptive region are not trained")
     train: str = option(
         "all",
-        "{default} (default); adapters: level adapters alone; exits: their heads alone; or gates: gates alone",
+        "{default} (default); or alone: adapters, the level adapters, while outputs at full resolution stay; exits, "
+        "their heads and the widths of their Gaussians; or gates",
     )
-    ema: float = option(0.0, "decay of an average of the weights")
+    ema: float = option(
+        0.0, "decay per step of an average of the weights, which is validated and saved; 0 for none"
+    )
     seed: int = option(0, "seed of everything random; default {default}")
     objective: str = option(
         "",
         "mixed (default), divergence (default without labels), any-budget, blend for a learned mask, anytime "
         "(default of networks with exits), sparse (default of networks with gates), sampled (default of networks with "
-        "a sampled input), or locations, for a learned sampler; their options are below",
+        "a sampled input), or locations, for a learned sampler; docs/reference/objectives.md has their options",
     )
-    objective_options: dict[str, Any] = field(default_factory=dict)
+    objective_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the objective by name"}
+    )
     save_every: int = option(500, "steps between checkpoints; default {default}")
     validate_every: int = option(1000, "steps between validations; default {default}")
     log: str = option("csv", "{default} (default) or tensorboard")
-    workers: int = option(4, "processes that load images; default {default}")
+    workers: int = option(4, "processes that load images, 0 for none; default {default}")
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -322,9 +315,9 @@ class Settings:
 
     def changed(self, values: dict[str, Any]) -> Settings:
         """Return a copy with changed values; raises as `from_dict`."""
-        known = [setting.name for setting in fields(Settings)]
+        names = [setting.name for setting in fields(Settings)]
         for name in values:
-            check_name("setting", name, known)
+            check_name("setting", name, names)
         changes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return replace(self, **changes)
 

@@ -84,7 +84,7 @@ def list_names(pattern: str = "*", library: str = "") -> list[str]:
         raise UnknownName("library", library, LIBRARIES)
     names = _names()
     chosen = [library] if library else LIBRARIES
-    return sorted({name for one in chosen for name in fnmatch.filter(names[one], pattern)})
+    return sorted({name for library in chosen for name in fnmatch.filter(names[library], pattern)})
 
 
 def planned(model: str, options: Mapping[str, Any], make: Callable[[], PlanReport]) -> PlanReport:
@@ -110,7 +110,7 @@ def planned(model: str, options: Mapping[str, Any], make: Callable[[], PlanRepor
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with write_whole(path) as temporary:
             temporary.write_text(json.dumps({"depends": depends, **asdict(report)}), encoding="utf-8")
-        for old in sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime)[:-_MOST_PLANS]:
+        for old in sorted(path.parent.glob("*.json"), key=lambda plan: plan.stat().st_mtime)[:-_MOST_PLANS]:
             old.unlink()
     return report
 
@@ -120,7 +120,9 @@ def _is_listed(model: str) -> bool:
     library, colon, name = model.rpartition(":")
     if is_file(model) or (colon and library not in LIBRARIES):
         return False
-    return any(name in names for one, names in _names().items() if library in ("", one))
+    return any(
+        name in names for name_of_library, names in _names().items() if library in ("", name_of_library)
+    )
 
 
 def _depends(model: str, options: Mapping[str, Any]) -> str:
@@ -166,7 +168,7 @@ def _names() -> dict[str, list[str]]:
     if names is None:
         from cadsurgery.data.networks import list_models
 
-        names = {one: list_models(library=one) for one in LIBRARIES}
+        names = {name: list_models(library=name) for name in LIBRARIES}
         _keep_names(names)
     return names
 

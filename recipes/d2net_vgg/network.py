@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
 import cadsurgery as cs
-from cadsurgery.data.weights import read_state_dict
+from cadsurgery.data.weights import read_weights
 
 BUILDER = "recipes.d2net_vgg.network:trunk"
 CHANNELS: tuple[Any, ...] = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512)
@@ -80,7 +80,7 @@ def load_released(net: nn.Module, source: str | Path | Mapping[str, Tensor]) -> 
         FileError: the file is missing or unreadable; tensors are missing, unknown, in another order or of another
             shape.
     """
-    state = dict(source) if isinstance(source, Mapping) else read_state_dict(Path(source))
+    state = dict(source) if isinstance(source, Mapping) else read_weights(Path(source))[0].state
     net.load_state_dict(from_released(state, net.state_dict()))
 
 

@@ -17,10 +17,9 @@ from torch.testing import assert_close
 from cadsurgery.elements.backends import gpu, gpu_maps, triton_kernels
 from cadsurgery.elements.backends.choose import Mixing, extend, mix
 from cadsurgery.elements.backends.weights import Activation, FusedConv
-from cadsurgery.elements.bounds import Bounds
 from cadsurgery.elements.functional import Elements, conv2d, fused_conv2d, to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map
-from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 
 DEVICE = torch.device("cpu" if triton_kernels.INTERPRETED else "cuda")
 COUNT = 37 if triton_kernels.INTERPRETED else 5000

@@ -21,13 +21,13 @@ import cadsurgery as cs
 from cadsurgery import resampling
 from cadsurgery.elements.backends import warp
 from cadsurgery.masks import MaskProvider, labelled
+from cadsurgery.methods.resampling.back import invert_warp
 from cadsurgery.methods.resampling.locations import normalise, upsample
 from cadsurgery.methods.resampling.shifts import ShiftNet
 from cadsurgery.resampling import (
     PUBLISHED_SMOOTHNESS,
     boundaries,
     interpolate_back,
-    inverse_warp,
     sample,
     target_locations,
     uniform_locations,
@@ -354,7 +354,7 @@ def test_both_ways_agree_the_more_the_finer_the_samples_are() -> None:
 def test_the_inverse_of_the_warp_is_its_inverse(fold: float, samples: tuple[int, int]) -> None:
     size = (61, 83)
     places = locations(3, fold=fold)
-    found = inverse_warp(places, samples, size)
+    found = invert_warp(places, samples, size).permute(1, 2, 3, 0)
     points = points_of(places, samples, size).permute(0, 3, 1, 2)
     around = 2 * found.flip(-1) / torch.tensor([samples[1] - 1, samples[0] - 1]) - 1
     there = F.grid_sample(points, around, align_corners=True)
@@ -382,9 +382,9 @@ def test_compiled_code_inverts_as_torch_does(
     places = locations(3, fold=fold, dtype=dtype)
     if not warp.supports(places):
         pytest.skip("there is no compiler here")
-    compiled = inverse_warp(places, samples, size)
+    compiled = invert_warp(places, samples, size).permute(1, 2, 3, 0)
     monkeypatch.setattr(warp, "supports", lambda points: False)
-    by_torch = inverse_warp(places, samples, size)
+    by_torch = invert_warp(places, samples, size).permute(1, 2, 3, 0)
     differs = ((compiled - by_torch).abs() > (2e-3 if dtype == torch.float32 else 1e-8)).any(-1)
     # Next to where a fold ends rounding decides what is found.
     assert differs.double().mean() <= (0.01 if fold else 0)
@@ -715,9 +715,7 @@ IMAGE, PLACES, SCORES = (
         (lambda: interpolate_back(SCORES.long(), PLACES, 8), cs.InvalidInput, "floating-point scores"),
         (lambda: interpolate_back(SCORES, PLACES, 1), cs.InvalidInput, "output_size=1"),
         (lambda: interpolate_back(SCORES, PLACES, 8, "cubic"), cs.UnknownName, "inverse"),  # type: ignore[arg-type]
-        (lambda: inverse_warp(PLACES[0], (8, 8), (9, 9)), cs.InvalidInput, "row and column in 0..1"),
-        (lambda: inverse_warp(PLACES, (8, 1), (9, 9)), cs.InvalidInput, "samples="),
-        (lambda: inverse_warp(PLACES, (8, 8), (9, 1)), cs.InvalidInput, "size="),
+        (lambda: interpolate_back(SCORES, PLACES[0], 9), cs.InvalidInput, "row and column in 0..1"),
         (lambda: resampled(size=1), cs.InvalidInput, "size=1"),
         (lambda: resampled(grid=1), cs.InvalidInput, "grid=1"),
         (lambda: resampled(smoothness=-1), cs.InvalidInput, "smoothness"),

@@ -27,7 +27,6 @@ from cadsurgery.masks import resolve_mask
 from cadsurgery.network.macs import layer_work
 from cadsurgery.tasks import evaluation
 from cadsurgery.tasks.evaluation import EvaluationReport
-from cadsurgery.tasks.figures import evaluation_figure
 from cadsurgery.tasks.open import weights_in_words
 from cadsurgery.tasks.side import Side
 
@@ -503,7 +502,7 @@ def test_two_processes_predict_what_one_predicts(run: Run, folder: Path, tmp_pat
 
 
 def test_the_plot_joins_the_dense_networks_and_names_every_point(report: EvaluationReport) -> None:
-    figure = evaluation_figure(report)
+    figure = report.figure()
     axes = figure.axes[0]
     line = axes.lines[0]
     xs = list(line.get_xdata())
@@ -538,7 +537,7 @@ def test_masks_are_labelled_as_typed_in_table_and_picture() -> None:
     console.print(report.render())
     table = console.export_text()
     assert "edges " in table and "threshold=" not in table and "none (as given)" in table
-    named = {text.get_text() for axis in evaluation_figure(report).axes for text in axis.texts}
+    named = {text.get_text() for axis in report.figure().axes for text in axis.texts}
     assert {f"{mask} 8->32" for mask in typed} <= named and not any("threshold" in name for name in named)
 
 

@@ -37,7 +37,8 @@ from cadsurgery.tasks.recommend import run as running
 from cadsurgery.tasks.recommend.choice import choose, is_beaten
 from cadsurgery.tasks.recommend.currency import expected_loss
 from cadsurgery.tasks.recommend.report import Request, SettingRow
-from cadsurgery.tasks.recommend.settings import Setting, find_candidates, scaled_size
+from cadsurgery.tasks.recommend.settings import Setting, find_candidates
+from cadsurgery.tasks.sides.engines import scaled_size
 
 
 def scores(labels: Tensor, classes: int) -> Tensor:
@@ -110,7 +111,7 @@ def row(
     setting: Setting, milliseconds: float, change: float, error: float = 0.001, **values: Any
 ) -> SettingRow:
     quality = Estimate(0.6 + change, change, error, values.pop("images", 40))
-    blank = {"same": None, "fidelity": None, "boundary": None, "loss": None}
+    blank = {"same": None, "fidelity": None, "loss": None}
     macs = values.pop("macs", round(10 * milliseconds))
     return SettingRow(setting, quality, milliseconds, macs, **{**blank, **values})
 
@@ -260,7 +261,7 @@ def test_finer_maps_and_larger_pictures_are_tried_with_labels_alone() -> None:
     without, with_labels = (
         find_candidates(model, image, {"output_stride": (8, 16)}, has_labels=known) for known in (False, True)
     )
-    assert without.settings[0].kind == "given" and without.own_stride == 16
+    assert (without.settings[0].kind, without.settings[0].stride) == ("given", 16)
     assert not any(setting.scale > 1 for setting in without.settings)
     assert set(without.settings) <= set(with_labels.settings)
     flat = find_candidates(torch.nn.Conv2d(3, 4, 3), image, {}, has_labels=False)

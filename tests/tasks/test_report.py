@@ -16,7 +16,6 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 import cadsurgery as cs
-from cadsurgery import viz
 from cadsurgery.tasks.report import FilesReport, Plain, Report, canvas, check_outputs, number, ratio
 from cadsurgery.tasks.tables import Column, table
 
@@ -100,11 +99,6 @@ def test_a_new_report_is_plain_values_in_a_file_and_a_picture(tmp_path: Path) ->
         assert picture.size == (180, 90)
     REPORT.write()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.png"]
-
-
-@pytest.mark.parametrize("name", ["bench_figure", "evaluation_figure", "matching_figure"])
-def test_figures_keep_the_names_that_users_know(name: str) -> None:
-    assert isinstance(getattr(viz, name)(REPORT), Figure)
 
 
 @pytest.mark.parametrize(

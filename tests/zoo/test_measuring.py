@@ -69,7 +69,7 @@ def test_each_instruction_set_is_in_force_in_a_process_of_its_own(tmp_path: Path
 
 def test_costs_of_all_instruction_sets_are_in_the_report() -> None:
     def report(cap: str) -> dict[str, object]:
-        network = {"model": "resnet18", "isa": cap}
+        network = {"model": "resnet18"}
         sets, costs = {"kernels": cap}, {"kinds": {f"product {cap}": [1.0]}}
         return {"date": "today", "instruction_sets": sets, "networks": [network], "costs": costs}
 

@@ -106,14 +106,14 @@ def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list
     before = upstream(*outlet.ends)
     order = {node: place for place, node in enumerate(facts.graph.nodes)}
     if asked == "auto":
-        found = _stages(facts, outlet, before)
+        listed = _stages(facts, outlet, before)
     else:
         names = [asked] if isinstance(asked, str) else list(asked)
         if not names or len(set(names)) < len(names):
             raise InvalidInput(f"exits={asked!r} names no exits, or one twice.", next='use exits="auto".')
-        found = [_named(name, facts, outlet, before) for name in names]
-    found.sort(key=lambda exit: max(order[node] for node in exit.branches))
-    return found
+        listed = [_named(name, facts, outlet, before) for name in names]
+    listed.sort(key=lambda exit: max(order[node] for node in exit.branches))
+    return listed
 
 
 def _named(name: str, facts: Facts, outlet: Outlet, before: set[fx.Node]) -> Exit:
@@ -181,7 +181,7 @@ def _stages(facts: Facts, outlet: Outlet, before: set[fx.Node]) -> list[Exit]:
     total = sum(facts.macs.get(node, 0) for node in before)
     groups = [name for name in children if _is_group(facts.model.get_submodule(name))]
     last = groups[-1] if groups else ""
-    found: list[Exit] = []
+    listed: list[Exit] = []
     passed = 0
     for place, (name, following) in enumerate(pairwise(children)):
         maps = [node for node in _outputs(name, facts, outlet) if node in before]
@@ -194,15 +194,15 @@ def _stages(facts: Facts, outlet: Outlet, before: set[fx.Node]) -> list[Exit]:
         done = sum(facts.macs.get(node, 0) for node in upstream(*maps))
         enough = min(done - passed, left) >= _LEAST_WORK * total
         if ends and enough and _FIRST_AREA * finest <= image:
-            found.append(Exit(name, by_resolution(maps, facts)))
+            listed.append(Exit(name, by_resolution(maps, facts)))
             passed = done
-    if not found:
+    if not listed:
         raise CannotConvert(
             f"no stages were found in {type(facts.model).__name__}.",
             why="none of its parts is a group of blocks, or halves the map, before its head.",
             next="name the exits: exits=[...] takes names of modules or nodes.",
         )
-    return found
+    return listed
 
 
 def _work_of_children(root: str, facts: Facts, before: set[fx.Node]) -> dict[str, int]:

@@ -110,12 +110,12 @@ def anytime(
         )
     outlet = find_outlet(facts)
     number = _count_classes(facts, outlet, classes)
-    found = find_exits(facts, outlet, exits)
-    heads, graph, logits = _add_heads(facts, outlet, found, head, number, hidden)
+    chosen = find_exits(facts, outlet, exits)
+    heads, graph, logits = _add_heads(facts, outlet, chosen, head, number, hidden)
     weight = next(whole.parameters())
     whole.add_module(HEADS, heads.to(weight.device, weight.dtype).train(whole.training))
     signature = inspect.signature(whole.forward)
-    defaults = {name: one.default for name, one in signature.parameters.items()}
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
     work = work_of(cut(graph, {}, signature).steps, meta_copy(whole), {**defaults, **facts.arguments})
     spatial, apart = _find_spatial(facts, logits, work)
     if fill in _WIDTHS:
@@ -124,7 +124,7 @@ def anytime(
                 module: Any = whole.get_submodule(str(node.target))
                 module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(_WIDTHS[fill])))
     options = {
-        "exits": [exit.name for exit in found],
+        "exits": [exit.name for exit in chosen],
         "head": head,
         "classes": number,
         "hidden": hidden,
@@ -132,7 +132,7 @@ def anytime(
     }
     program = cut(graph, spatial, signature)
     net = AnytimeModel(whole, program, options, confidence=confidence, threshold=threshold)
-    net.plan, net.source = _make_plan(net, found, work, apart, facts.example), source_of(model)
+    net.plan, net.source = _make_plan(net, chosen, work, apart, facts.example), source_of(model)
     return net
 
 
@@ -198,7 +198,7 @@ def _find_spatial(
             continue
         kind = seen.kind(node)
         # A map of another size can be read at chosen positions only if it has one value per image.
-        read = [other for one in node.all_input_nodes if (other := work.size(one.name)) is not None]
+        read = [other for source in node.all_input_nodes if (other := work.size(source.name)) is not None]
         if kind.kind != "point" or (size in read and {*read} <= {size, (1, 1)}):
             kinds[node.name] = kind
         if node.op == "call_module" and isinstance(facts.module(node), nn.Conv2d) and kind.kind != "conv":

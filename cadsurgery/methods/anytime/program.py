@@ -45,12 +45,14 @@ def cut(
     output: Any = next(node for node in graph.nodes if node.op == "output").args[0]
     *logits, final = output
     behind = _between(graph, logits[-1], final)
-    sizes = [one for node in behind for one in node.all_input_nodes if one not in (*behind, logits[-1])]
-    known, every = set[fx.Node](), list[list[fx.Node]]()
+    sizes = [
+        source for node in behind for source in node.all_input_nodes if source not in (*behind, logits[-1])
+    ]
+    computed, every = set[fx.Node](), list[list[fx.Node]]()
     for number, exit in enumerate(logits):
-        needed = upstream(exit, *(sizes if number == 0 else ())) - known
+        needed = upstream(exit, *(sizes if number == 0 else ())) - computed
         every.append([node for node in graph.nodes if node in needed])
-        known |= needed
+        computed |= needed
     resizes = {node.name: SpatialKind("resize") for node in graph.nodes if node.target is resize_like}
     steps = steps_of([node for nodes in every for node in nodes], {*logits, *sizes}, {**spatial, **resizes})
     return AnytimeProgram(

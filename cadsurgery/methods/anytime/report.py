@@ -52,7 +52,7 @@ class AnytimePlan(MethodPlan):
     def __str__(self) -> str:
         total, lines = sum(exit.macs for exit in self.exits), list[str]()
         for number, exit in enumerate(self.exits, 1):
-            passed = sum(one.macs for one in self.exits[:number])
+            passed = sum(exit.macs for exit in self.exits[:number])
             where = f"{exit.chosen} convolutions where it is not confident yet"
             lines.append(
                 f"  {number} {exit.name}: {passed:.3e} ({passed / total:.0%} of all), {exit.channels} channels of "

@@ -117,11 +117,11 @@ class Run:
         def add(name: str, places: Places | None) -> None:
             if name in work.numbers:
                 return
-            known = needs.get(name, places)
-            if places is None or known is None or work.size(name) is None:
+            needed = needs.get(name, places)
+            if places is None or needed is None or work.size(name) is None:
                 needs[name] = None
             else:
-                needs[name] = sites.union(known, places)
+                needs[name] = sites.union(needed, places)
 
         logits = [(place, name, _size(work, name)) for place, name in enumerate(self.program.logits)]
         grid = logits[0][2]
@@ -164,8 +164,8 @@ class Run:
             count, every = self._computed[step.name].count, batch * height * width
             work = work * count // every
             published = work + channels * TAPS * (every - count) * count // every
-        known = self.macs[-1]
-        self.macs[-1] = (known[0] + work, known[1] + published)
+        counted = self.macs[-1]
+        self.macs[-1] = (counted[0] + work, counted[1] + published)
 
     # -- running a step ----------------------------------------------------------------------------
 

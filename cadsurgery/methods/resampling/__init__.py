@@ -1,6 +1,6 @@
 """Non-uniform sampling of the input (Marin et al., ICCV 2019): more pixels where boundaries of classes matter."""
 
-from cadsurgery.methods.resampling.back import interpolate_back, inverse_warp
+from cadsurgery.methods.resampling.back import interpolate_back
 from cadsurgery.methods.resampling.locations import (
     PUBLISHED_SMOOTHNESS,
     boundaries,

@@ -56,7 +56,7 @@ def interpolate_back(
     size, samples = check_size(output_size, "output_size"), (scores.shape[2], scores.shape[3])
     check_locations(locations, scores.shape[0])
     if method == "inverse":
-        around = _places(locations.detach(), samples, size).flip(0).to(scores.device)
+        around = invert_warp(locations.detach(), samples, size).flip(0).to(scores.device)
         per_sample = around.new_tensor([2 / (samples[1] - 1), 2 / (samples[0] - 1)])
         around = around.mul_(per_sample.view(2, 1, 1, 1)).sub_(1).to(scores.dtype)
         return F.grid_sample(scores, around.permute(1, 2, 3, 0), align_corners=True, padding_mode="border")
@@ -80,15 +80,15 @@ def _triangulate(points: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]
     best = torch.full((size[0] * size[1],), -math.inf, dtype=torch.float64)
     chosen = torch.zeros(len(best), 3, dtype=torch.int64)
     weights = torch.zeros(len(best), 3, dtype=torch.float64)
-    for triangles, pixels, found in _inside(points, corners, size):
-        least = found.amin(-1)  # of several triangles, take the one a pixel lies deepest in
+    for triangles, pixels, inside in _inside(points, corners, size):
+        least = inside.amin(-1)  # of several triangles, take the one a pixel lies deepest in
         deepest = best.scatter_reduce(0, pixels, least, "amax")
         is_deepest = (least == deepest[pixels]).nonzero().squeeze(1)
         winner = torch.full_like(best, -1, dtype=torch.int64)
         winner.scatter_reduce_(0, pixels[is_deepest], is_deepest, "amax")  # one of several equals
         winner = winner[winner >= 0]
         pixels, best = pixels[winner], deepest
-        chosen[pixels], weights[pixels] = corners[triangles[winner]], found[winner]
+        chosen[pixels], weights[pixels] = corners[triangles[winner]], inside[winner]
     weights = weights.clamp(min=0)
     return chosen, weights / weights.sum(-1, keepdim=True)
 
@@ -120,17 +120,16 @@ def _inside(
         step, fall = across[triangles], down[triangles]
         u = (away[:, 0] * fall[:, 1] - away[:, 1] * fall[:, 0]) / area[triangles]
         v = (step[:, 0] * away[:, 1] - step[:, 1] * away[:, 0]) / area[triangles]
-        found = torch.stack((1 - u - v, u, v), -1)
-        is_near = found.amin(-1) > -1e-3
-        yield triangles[is_near], (rows * size[1] + columns)[is_near], found[is_near]
+        corner_weights = torch.stack((1 - u - v, u, v), -1)
+        is_near = corner_weights.amin(-1) > -1e-3
+        yield triangles[is_near], (rows * size[1] + columns)[is_near], corner_weights[is_near]
 
 
 # -- inverse of the warp, our method ---------------------------------------------------------------------
 
 
-def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Invert the warp: find for each pixel of the image its fractional row and column among the samples, (B, H, W,
-    2).
+def invert_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Invert the warp: find for each pixel of the image its fractional row and column among the samples, (2, B, H, W).
 
     Between locations the warp is bilinear, and its inverse in a cell is the root of a quadratic at which the cell is
     not turned over. A grid whose sides lie on the image's, however folded, has such a root for every pixel, because
@@ -141,17 +140,7 @@ def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, i
         locations: (B, n, m, 2), as for `interpolate_back`.
         samples: numbers of sampled rows and columns.
         size: (height, width) of the image.
-
-    Raises:
-        InvalidInput: the locations are invalid, or a size is less than 2.
     """
-    check_locations(locations, len(locations) if isinstance(locations, Tensor) and locations.dim() else 1)
-    found = _places(locations.detach(), check_size(samples, "samples"), check_size(size))
-    return found.permute(1, 2, 3, 0)
-
-
-def _places(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Compute (2, B, H, W) for `inverse_warp`, by compiled code or by torch."""
     if samples[0] < locations.shape[1] or samples[1] < locations.shape[2]:
         locations = upsample(locations, samples).to(locations)  # locations between samples have no effect
     exact = torch.promote_types(locations.dtype, torch.float32)
@@ -165,9 +154,9 @@ def _places(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) 
         return warp.invert(grid, points, bent, size, enough)
     rows = torch.arange(size[0], dtype=exact, device=grid.device).unsqueeze(1)
     columns = torch.arange(size[1], dtype=exact, device=grid.device)
-    found = torch.stack([_invert(image_grid, rows, columns) for image_grid in grid], 1)
+    coarse = torch.stack([_invert(image_grid, rows, columns) for image_grid in grid], 1)
     per_cell = [(number - 1) / count for number, count in zip(samples, cells, strict=True)]
-    return _polish(found * found.new_tensor(per_cell).view(2, 1, 1, 1), points, bent, enough)
+    return _polish(coarse * coarse.new_tensor(per_cell).view(2, 1, 1, 1), points, bent, enough)
 
 
 def _bent(steps: int, cells: int, device: torch.device) -> Tensor:
@@ -180,7 +169,7 @@ def _invert(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return (2, H, W): fractional row and column of each pixel in a grid (n, m, 2) of points in pixels."""
     size = (len(rows), len(columns))
     best = grid.new_full(size, math.inf)  # distance from the centre of the cell
-    found = grid.new_zeros(2, *size)
+    inverse = grid.new_zeros(2, *size)
     corners = torch.stack((grid[:-1, :-1], grid[1:, :-1], grid[:-1, 1:], grid[1:, 1:]), 2)
     low = (corners.amin(2) - 1e-3).ceil().long().clamp(min=0).tolist()
     high = (corners.amax(2) + 1e-3).floor().long().tolist()
@@ -196,17 +185,17 @@ def _invert(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
             closest = best[box]
             better = far < closest  # False for NaN
             torch.where(better, far, closest, out=closest)
-            for coordinate, value in ((found[0][box], u.add_(i)), (found[1][box], v.add_(j))):
+            for coordinate, value in ((inverse[0][box], u.add_(i)), (inverse[1][box], v.add_(j))):
                 torch.where(better, value, coordinate, out=coordinate)
     last = grid.new_tensor([grid.shape[0] - 1, grid.shape[1] - 1]).view(2, 1, 1)
-    return found.clamp_(min=0).minimum(last)
+    return inverse.clamp_(min=0).minimum(last)
 
 
 Point = Sequence[float]
 
 
-def _minus(one: Point, other: Point) -> Point:
-    return one[0] - other[0], one[1] - other[1]
+def _minus(point: Point, other: Point) -> Point:
+    return point[0] - other[0], point[1] - other[1]
 
 
 def _solve(y: Tensor, x: Tensor, b: Point, c: Point, d: Point) -> tuple[Tensor, Tensor]:
@@ -232,18 +221,18 @@ def _solve(y: Tensor, x: Tensor, b: Point, c: Point, d: Point) -> tuple[Tensor, 
     return along / (down * down + across * across), v
 
 
-def _polish(found: Tensor, points: Tensor, bent: tuple[Tensor, ...], enough: float) -> Tensor:
+def _polish(inverse: Tensor, points: Tensor, bent: tuple[Tensor, ...], enough: float) -> Tensor:
     """Refine positions (2, B, H, W) among points (B, h, w, 2) of samples next to a location, by Newton's method."""
-    (height, width), samples = found.shape[2:], points.shape[1:3]
-    is_bent = found.new_zeros(found.shape[1:], dtype=torch.bool)
-    for coordinate, kinks in zip(found, bent, strict=True):
+    (height, width), samples = inverse.shape[2:], points.shape[1:3]
+    is_bent = inverse.new_zeros(inverse.shape[1:], dtype=torch.bool)
+    for coordinate, kinks in zip(inverse, bent, strict=True):
         is_bent |= kinks.bool()[coordinate.int().clamp_(max=len(kinks) - 1)]
     places = is_bent.flatten().nonzero().squeeze(1)
-    pixels = torch.stack((places // width % height, places % width)).to(found)
+    pixels = torch.stack((places // width % height, places % width)).to(inverse)
     image = places // (height * width) * samples[0]
-    last = found.new_tensor([[samples[0] - 1], [samples[1] - 1]])
-    points, found = points.flatten(0, 2), found.flatten(1)
-    place, missed = found[:, places], pixels.new_full((len(places),), math.inf)
+    last = inverse.new_tensor([[samples[0] - 1], [samples[1] - 1]])
+    points, inverse = points.flatten(0, 2), inverse.flatten(1)
+    place, missed = inverse[:, places], pixels.new_full((len(places),), math.inf)
     for _ in range(_POLISHING):
         if not len(places):
             break
@@ -255,7 +244,7 @@ def _polish(found: Tensor, points: Tensor, bent: tuple[Tensor, ...], enough: flo
         left = pixels - (a + u * b + v * c + u * v * d)
         error = left.abs().amax(0)
         is_better = error < missed
-        found[:, places[is_better]] = place[:, is_better]
+        inverse[:, places[is_better]] = place[:, is_better]
         missed = error.minimum(missed)
         go_on = error > enough
         down, across, left = ((b + v * d)[:, go_on], (c + u * d)[:, go_on], left[:, go_on])
@@ -264,4 +253,4 @@ def _polish(found: Tensor, points: Tensor, bent: tuple[Tensor, ...], enough: flo
         step = torch.where(area == 0, 0, step / area).clamp(-1, 1)
         place = (place[:, go_on] + step).clamp(min=0).minimum(last)
         places, image, missed, pixels = places[go_on], image[go_on], missed[go_on], pixels[:, go_on]
-    return found.view(2, -1, height, width)
+    return inverse.view(2, -1, height, width)

@@ -119,22 +119,22 @@ def smooth(wanted: Tensor, smoothness: float) -> Tensor:
     system = own * torch.eye(grid * grid, dtype=wanted.dtype) + (1 - own) * _laplacian(grid, wanted.dtype)
     fixed = torch.zeros(grid, grid, dtype=torch.bool)
     fixed[0] = fixed[-1] = True
-    found = torch.empty_like(wanted)
+    smoothed = torch.empty_like(wanted)
     for axis, is_fixed in enumerate((fixed, fixed.T)):
         border, free = (region.flatten().to(wanted.device) for region in (is_fixed, ~is_fixed))
         values = normalise(wanted)[..., axis].flatten(1).T.clone()  # includes the fixed sides
         matrix = system.to(wanted.device)
         right = own * wanted[..., axis].flatten(1).T[free] - matrix[free][:, border] @ values[border]
         values[free] = torch.cholesky_solve(right, torch.linalg.cholesky(matrix[free][:, free]))
-        found[..., axis] = values.T.view_as(found[..., axis])
-    return found
+        smoothed[..., axis] = values.T.view_as(smoothed[..., axis])
+    return smoothed
 
 
 def _laplacian(grid: int, dtype: torch.dtype) -> Tensor:
     """Return the graph Laplacian (n², n²) of a grid whose neighbours above, below and beside are connected."""
     step = torch.eye(grid, dtype=dtype).diff(dim=0)
-    chain, one = step.T @ step, torch.eye(grid, dtype=dtype)
-    return torch.kron(chain, one) + torch.kron(one, chain)
+    chain, identity = step.T @ step, torch.eye(grid, dtype=dtype)
+    return torch.kron(chain, identity) + torch.kron(identity, chain)
 
 
 def normalise(locations: Tensor) -> Tensor:

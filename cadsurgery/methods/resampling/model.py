@@ -102,10 +102,10 @@ def resample(
     network = _copy(model)
     image = _example(network, (height, width)) if example_input is None else example_input
     check_image(image, "example_input")
-    known = network.normalisation if isinstance(network, AdaptiveModel) else None
+    unit = network.normalisation if isinstance(network, AdaptiveModel) else None
     stated = stated_statistics(network)
-    known = known or (Normalisation(*stated) if stated else None)
-    made = resolve_sampler(sampler, options, image.shape[1], known)
+    unit = unit or (Normalisation(*stated) if stated else None)
+    made = resolve_sampler(sampler, options, image.shape[1], unit)
     weight = next(network.parameters(), torch.empty(0))
     net = ResampledModel(network, made.to(weight.device), (height, width), mode, back)
     net.train(model.training)
@@ -388,7 +388,7 @@ class ResampledModel(ConvertedModel):
         fields, inside = stored.fields, stored.fields["inside"]
         with storage.as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
             unit = fields["normalisation"]
-            known = Normalisation(tuple(unit["mean"]), tuple(unit["std"]), unit["origin"]) if unit else None
+            stated = Normalisation(tuple(unit["mean"]), tuple(unit["std"]), unit["origin"]) if unit else None
             if inside not in ("network", _ADAPTIVE, *METHODS):
                 raise ValueError(f"a network of a method {inside!r:.60}")
         own = {name[len(_OWN) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_OWN)}
@@ -410,7 +410,7 @@ class ResampledModel(ConvertedModel):
         if inside == "network":
             converted.fill(path, net.network, tensors)
         if isinstance(net.sampler, MaskSampler):
-            net.sampler.unit.set_once(known)
+            net.sampler.unit.set_once(stated)
         return net
 
 

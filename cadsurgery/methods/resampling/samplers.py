@@ -236,9 +236,9 @@ def resolve_sampler(
     try:
         mask = resolve_mask(sampler)
     except UnknownName as error:
-        known = f"a sampler is {', '.join(sorted(SAMPLERS))}, or a mask."
+        hint = f"a sampler is {', '.join(sorted(SAMPLERS))}, or a mask."
         raise (
-            UnknownName("sampler", str(sampler), [*SAMPLERS, DEFAULT_MASK], next=known)
+            UnknownName("sampler", str(sampler), [*SAMPLERS, DEFAULT_MASK], next=hint)
             if ":" not in str(sampler)
             else error
         ) from None

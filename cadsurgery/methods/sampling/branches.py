@@ -69,8 +69,8 @@ def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list
         InvalidInput: a module has no residual branches, or a convolution cannot be computed at chosen positions.
     """
     facts = spatial.facts
-    chosen = found = _residual_branches(spatial)
-    if where == "auto" and not found:
+    chosen = branches = _residual_branches(spatial)
+    if where == "auto" and not branches:
         raise CannotConvert(
             f"{type(facts.model).__name__} has no residual branches.",
             why="a gate chooses positions of what is added to a map, and no map is added to one it is made from.",
@@ -83,33 +83,34 @@ def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list
             raise InvalidInput(
                 f"where={where!r} names nothing, or something twice.", next='use where="auto".'
             )
-        chosen = [branch for name in names for branch in _named(name, spatial, found)]
+        chosen = [branch for name in names for branch in _named(name, spatial, branches)]
     order = {node: number for number, node in enumerate(facts.graph.nodes)}
     joined = dict[tuple[str, str], Branch]()
     for branch in chosen:
-        known = joined.get((branch.source.name, branch.name), replace(branch, places=()))
-        places = {place.node: place for place in (*known.places, *branch.places)}
+        before = joined.get((branch.source.name, branch.name), replace(branch, places=()))
+        places = {place.node: place for place in (*before.places, *branch.places)}
         in_order = tuple(sorted(places.values(), key=lambda place: order[place.node]))
         joined[branch.source.name, branch.name] = replace(branch, places=in_order)
     gated = {place.node for branch in joined.values() for place in branch.places}
     ended = (
         replace(
-            one, places=tuple(replace(place, end=_end(place.tail, gated, spatial)) for place in one.places)
+            candidate,
+            places=tuple(replace(place, end=_end(place.tail, gated, spatial)) for place in candidate.places),
         )
-        for one in joined.values()
+        for candidate in joined.values()
     )
     return sorted(ended, key=lambda branch: order[branch.places[0].node])
 
 
-def _named(name: str, spatial: Spatial, found: Iterable[Branch]) -> list[Branch]:
+def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Branch]:
     facts = spatial.facts
-    known = {path for path, _ in facts.model.named_modules() if path}
-    if name not in known:
-        raise UnknownName("module", name, known)
-    if within := [branch for branch in found if f"{branch.name}.".startswith(f"{name}.")]:
+    modules = {path for path, _ in facts.model.named_modules() if path}
+    if name not in modules:
+        raise UnknownName("module", name, modules)
+    if within := [branch for branch in branches if f"{branch.name}.".startswith(f"{name}.")]:
         return within
     nodes = [node for node in facts.graph.nodes if node.op == "call_module" and node.target == name]
-    for branch in found:
+    for branch in branches:
         if places := tuple(place for place in branch.places if place.node in nodes):
             return [replace(branch, places=places)]
     why = "it is neither a convolution nor a module with residual branches."
@@ -132,16 +133,16 @@ def _named(name: str, spatial: Spatial, found: Iterable[Branch]) -> list[Branch]
 def _residual_branches(spatial: Spatial) -> list[Branch]:
     facts, branches, taken = spatial.facts, list[Branch](), set[fx.Node]()
     for node in facts.graph.nodes:
-        ends, known = _maps(node, facts), operation_of(node.target)
-        if known is None or not known.adds or node.kwargs or len(ends) != 2 or len(node.args) != 2:
+        ends, operation = _maps(node, facts), operation_of(node.target)
+        if operation is None or not operation.adds or node.kwargs or len(ends) != 2 or len(node.args) != 2:
             continue
         if facts.shapes[ends[0]] != facts.shapes[ends[1]]:
             continue
-        one, other = (_chain(end, facts) for end in ends)
-        fork = next((value for value in one if value in other), None)
+        first, second = (_chain(end, facts) for end in ends)
+        fork = next((value for value in first if value in second), None)
         if fork is None or facts.layout(fork) != CHANNELS_FIRST:  # gates read (B, C, H, W)
             continue
-        sides = [list(reversed(side[: side.index(fork)])) for side in (one, other)]
+        sides = [list(reversed(side[: side.index(fork)])) for side in (first, second)]
         side = max(sides, key=lambda nodes: sum(facts.macs.get(value, 0) for value in nodes))
         if taken.isdisjoint(side) and (branch := _branch(node, fork, side, spatial)):
             branches.append(branch)
@@ -160,11 +161,11 @@ def _chain(node: fx.Node, facts: Facts) -> list[fx.Node]:
 def _maps(node: fx.Node, facts: Facts) -> list[fx.Node]:
     """Return the inputs of a node that are maps with several positions."""
 
-    def is_spatial(one: fx.Node) -> bool:
-        shape = facts.shapes.get(one, ())
-        return len(shape) == 4 and one.op != "get_attr" and sum(length == 1 for length in shape[1:]) < 2
+    def is_spatial(source: fx.Node) -> bool:
+        shape = facts.shapes.get(source, ())
+        return len(shape) == 4 and source.op != "get_attr" and sum(length == 1 for length in shape[1:]) < 2
 
-    return [one for one in node.all_input_nodes if is_spatial(one)]
+    return [source for source in node.all_input_nodes if is_spatial(source)]
 
 
 def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) -> Branch | None:
@@ -173,7 +174,9 @@ def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) 
     for node in side:
         walk.step(node)
     # A last pointwise layer needs no gate: it commutes with filling and follows the gate before it.
-    places = [one for one in walk.places if one.node is not walk.weighted[-1] or not one.window.is_pointwise]
+    places = [
+        place for place in walk.places if place.node is not walk.weighted[-1] or not place.window.is_pointwise
+    ]
     if not places:
         return None
     name = spatial.facts.path(end) or end.name
@@ -204,7 +207,7 @@ class _Walk:
             if not self.lost:
                 self.places.append(Place(node, Window((1, 1)), self.stride, node, is_linear=True))
         elif kind not in ("point", "permute"):
-            before, after = (tuple(facts.shapes.get(one, ())) for one in (*_maps(node, facts)[:1], node))
+            before, after = (tuple(facts.shapes.get(value, ())) for value in (*_maps(node, facts)[:1], node))
             self.lost = self.lost or (
                 f"{node.name} before it changes the grid of the map." if before != after else ""
             )
@@ -255,18 +258,20 @@ def _end(tail: fx.Node, gated: set[fx.Node], spatial: Spatial) -> tuple[fx.Node,
         kind, window = spatial.kind(user)
         is_point = window is not None and window.is_pointwise and window.stride == 1
         is_affine = isinstance(module, nn.Linear) or type(module) is nn.BatchNorm2d or leaves_values(module)
-        known = operation_of(user.target)
-        is_affine = is_affine or kind == "permute" or (known is not None and known.multiplies)
+        operation = operation_of(user.target)
+        is_affine = is_affine or kind == "permute" or (operation is not None and operation.multiplies)
         if not (kind == "conv" and is_point) and not (is_affine and _follows(user, node, spatial)):
             break
         end.append(user)
         node = user
-    modules = (facts.module(one) for one in end if one.op == "call_module")
-    return tuple(end) if any(isinstance(one, (nn.Conv2d, nn.Linear)) for one in modules) else ()
+    modules = (facts.module(step) for step in end if step.op == "call_module")
+    return tuple(end) if any(isinstance(module, (nn.Conv2d, nn.Linear)) for module in modules) else ()
 
 
 def _follows(node: fx.Node, source: fx.Node, spatial: Spatial) -> bool:
     """Return True if an operation is pointwise in evaluation mode and otherwise reads only parameters."""
     # A factor per image or a second map is not a parameter.
-    others = [one for one in node.all_input_nodes if one is not source]
-    return spatial.kind(node).kind in ("point", "permute") and all(one.op == "get_attr" for one in others)
+    others = [constant for constant in node.all_input_nodes if constant is not source]
+    return spatial.kind(node).kind in ("point", "permute") and all(
+        constant.op == "get_attr" for constant in others
+    )

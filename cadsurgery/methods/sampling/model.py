@@ -93,7 +93,7 @@ def _add_gates(facts: Facts, branches: Sequence[Branch], permutes: frozenset[str
                 node = graph.call_function(reconstruct, (place.tail, source), {"gate": len(gates)})
             place.tail.replace_all_uses_with(node, partial(operator.is_not, node))
             filled[place.tail] = node
-            path, end = str(place.node.target), tuple(one.name for one in place.end)
+            path, end = str(place.node.target), tuple(step.name for step in place.end)
             gated.append(Gated(place.node.name, path, place.window, place.stride, end, place.is_linear))
             gates.append(Gate(facts.shapes[branch.source][1], like))
     graph.lint()
@@ -103,7 +103,7 @@ def _add_gates(facts: Facts, branches: Sequence[Branch], permutes: frozenset[str
 
 
 def _make_plan(net: SampledModel, branches: Sequence[Branch], facts: Facts, path: str) -> SamplingPlan:
-    defaults = {name: one.default for name, one in net.program.signature.parameters.items()}
+    defaults = {name: parameter.default for name, parameter in net.program.signature.parameters.items()}
     macs = net._count({**defaults, **facts.arguments}, "conv", dict.fromkeys(range(len(net.gates)), 1.0))
     rows, planned = iter(macs), []
     for branch in branches:
@@ -294,8 +294,8 @@ class SampledModel(GraphModel):
 
     def optimize(self) -> SampledModel:
         """Return an inference copy: batch norm folded, residuals and activations fused, weights packed."""
-        fused, known = self.fused(GATES), self.program
-        parts = (known.gates, known.blocks, known.permutes, known.signature, known.container)
+        fused, program = self.fused(GATES), self.program
+        parts = (program.gates, program.blocks, program.permutes, program.signature, program.container)
         net = self.inference_copy(fused, gather(fused.graph, *parts, fused.origins))
         net.step = self.step
         return net

@@ -74,7 +74,9 @@ class Chain(NamedTuple):
 
     def is_channels_last(self, step: Step) -> bool:
         """Return True if the result of a step is channels-last."""
-        permuted = [one.spatial.kind == "permute" for one in self.steps[: self.steps.index(step) + 1]]
+        permuted = [
+            step_before.spatial.kind == "permute" for step_before in self.steps[: self.steps.index(step) + 1]
+        ]
         return self.is_linear != bool(sum(permuted) % 2)
 
 
@@ -133,11 +135,11 @@ def gather(
         while node not in before:
             before.insert(0, node)
             if names[node] != gates[number].conv:
-                node = next(one for one in node.all_input_nodes if one.op != "get_attr")
+                node = next(source for source in node.all_input_nodes if source.op != "get_attr")
         while len(last.users) == 1 and names[user := next(iter(last.users))] in gates[number].end:
             end.append(user)
             last = user
-        parts = (tuple(steps[one] for one in some) for some in (before, end))
+        parts = (tuple(steps[node] for node in some) for some in (before, end))
         chains[number] = Chain(next(parts), steps[fill], next(parts), gates[number].is_linear)
         readers[source.name] = tuple(sorted((*readers.get(source.name, ()), number)))
     every = sorted(chains.items())

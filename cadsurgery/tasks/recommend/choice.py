@@ -13,7 +13,6 @@ from cadsurgery.tasks.judging import (
     FEW,
     VALUES,
     Judgement,
-    boundary_iou,
     estimate,
     median_time,
     time_error,
@@ -62,7 +61,7 @@ def is_beaten(ours: Sequence[Judgement], others: Iterable[Sequence[Judgement]], 
     sure = next(errors for pictures, errors in _BEYOND_DOUBT if len(ours) >= pictures)
     faster = (theirs for theirs in others if median_time(theirs) < _FASTER * median_time(ours))
     compared = (estimate(theirs, ours, measure) for theirs in faster)
-    return any(one.change > sure * one.error for one in compared)
+    return any(gain.change > sure * gain.error for gain in compared)
 
 
 def rows_of(
@@ -78,11 +77,11 @@ def rows_of(
         ours = judged.get(setting.name)
         if not ours or setting.name not in macs:
             continue
-        values: dict[str, Any] = dict.fromkeys(("same", "fidelity", "boundary", "loss"))
+        values: dict[str, Any] = dict.fromkeys(("same", "fidelity", "loss"))
         if measure != VALUES:
             fidelity = estimate(ours, given, CLASSES)
-            same = sum(one.same for one in ours) / len(ours)
-            values = {"same": same, "fidelity": fidelity.value, "boundary": boundary_iou(ours)}
+            same = sum(judgement.same for judgement in ours) / len(ours)
+            values = {"same": same, "fidelity": fidelity.value}
             values["loss"] = expected_loss(fidelity.value, 0.0 if len(ours) < 2 else fidelity.error)
         quality = estimate(ours, given, measure)
         if rows:  # of settings that were dropped, whose first pictures may be easier than the others
@@ -165,7 +164,9 @@ def _simplest(best: SettingRow, able: Sequence[SettingRow], slower: float) -> Se
     """Return the simplest setting that is as good as the best one within the error, and as fast up to a factor."""
 
     def is_as_good(row: SettingRow) -> bool:
-        error = max(0.0 if math.isnan(one.quality.error) else one.quality.error for one in (row, best))
+        error = max(
+            0.0 if math.isnan(setting.quality.error) else setting.quality.error for setting in (row, best)
+        )
         return row.quality.change >= best.quality.change - error
 
     alike = [

@@ -46,7 +46,6 @@ class SettingRow(Plain):
         time_error: standard error of its time relative to that of the network as given; None for one picture.
         same: share of pixels with the class of the network as given; None for values.
         fidelity: mean IoU against the classes of the network as given; None for values.
-        boundary: IoU of the outlines of classes against those of the network as given; None for values.
         loss: share of the mIoU of the network as given that fidelity lets expect to be lost, and its error; None for
             values.
         is_complete: False if it was dropped: another setting is faster and better beyond doubt.
@@ -59,7 +58,6 @@ class SettingRow(Plain):
     macs: int
     same: float | None
     fidelity: float | None
-    boundary: float | None
     loss: tuple[float, float] | None
     time_error: float | None = None
     is_complete: bool = True

@@ -53,11 +53,12 @@ from cadsurgery.tasks.judging import (
     judge,
 )
 from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
-from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
+from cadsurgery.tasks.recommend.calls import PRECISIONS, Call, Calls
 from cadsurgery.tasks.recommend.choice import LOOK_EVERY, choose, is_beaten, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Request
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
+from cadsurgery.tasks.sides.engines import TORCH
 
 RUNTIMES = (TORCH, *ENGINES)
 FEWEST = 3  # pictures after which time may end a run
@@ -149,17 +150,6 @@ def recommend(
         has_labels=pictures.data.is_labelled,
         few=runtime != TORCH or precision == "int8",
     )
-    listed = [setting.to_dict() for setting in candidates.settings]
-    identity = {
-        "network": source.name,
-        "weights": checksum(dict(model.state_dict())),
-        "images": list(data.names),
-        "labels": str(labels or ""),
-        "size": list(first.shape[2:]),
-        "settings": json.loads(json.dumps(listed)),
-        "runtime": runtime,
-        "precision": precision,
-    }
     calls = Calls(
         model,
         first,
@@ -170,6 +160,7 @@ def recommend(
         pictures.readable(_CALIBRATED_BY) if precision == "int8" else [],
         folder,
     )
+    identity = _identity_of(calls, candidates, source, data, labels)
     run = _Run(candidates, calls, pictures, folder, identity, step)
     try:
         run.measure(minutes)
@@ -178,33 +169,58 @@ def recommend(
             raise
         run.end = "interrupted"
     request = Request(keep if keep is not None or at_most is not None else 0.99, at_most)
-    rows = rows_of(candidates, run.judged, run.macs, run.measured_by)
-    choice = choose(rows, request, run.measured_by, candidates.refusal)
-    report = Recommendation(
-        network=typed[0],
-        options=({"weights": typed[1]} if typed[1] != "auto" else {}) | dict(calls.options),
-        data=data.name,
+    described = {"network": typed[0], **provenance(network, source, torch.device("cpu"))}
+    report = _report_on(run, request, {} if typed[1] == "auto" else {"weights": typed[1]}, described)
+    report.write(folder / "report.json", folder / "curve.png")
+    return report
+
+
+def _identity_of(
+    calls: Calls, candidates: Candidates, source: Source, data: SegmentationData, labels: str | Path | None
+) -> Identity:
+    """Return what must be the same when the run is continued."""
+    listed = [setting.to_dict() for setting in candidates.settings]
+    return {
+        "network": source.name,
+        "weights": checksum(dict(calls.model.state_dict())),
+        "images": list(data.names),
+        "labels": str(labels or ""),
+        "size": list(calls.image.shape[2:]),
+        "settings": json.loads(json.dumps(listed)),
+        "runtime": calls.runtime,
+        "precision": calls.precision,
+    }
+
+
+def _report_on(
+    run: _Run, request: Request, weights: Mapping[str, str], described: Mapping[str, Any]
+) -> Recommendation:
+    """Choose among the measured settings; `weights` are as the user gave them, `described` is the provenance."""
+    calls, pictures, measure = run.calls, run.pictures, run.measured_by
+    rows = rows_of(run.candidates, run.judged, run.macs, measure)
+    choice = choose(rows, request, measure, run.candidates.refusal)
+    return Recommendation(
+        options={**weights, **calls.options},
+        data=pictures.data.name,
         images=run.done,
-        of_images=len(data),
-        image=tuple(first.shape[1:]),
+        of_images=len(pictures.data),
+        image=tuple(calls.image.shape[1:]),
         resized=pictures.is_resized,
-        measure=run.measured_by,
+        measure=measure,
         request=request,
-        runtime=runtime,
-        precision=precision,
+        runtime=calls.runtime,
+        precision=calls.precision,
         rows=rows,
         chosen=choice.row,
-        reasons=(*choice.reasons, *_on_precision(precision)),
+        reasons=(*choice.reasons, *_on_precision(calls.precision)),
         images_needed=choice.images_needed,
         end=run.end,
         refused=run.refused,
-        folder=folder,
+        folder=run.folder,
         failed=tuple(run.failed),
         is_decided=choice.is_decided,
-        **provenance(network, source, torch.device("cpu")),
+        **described,
     )
-    report.write(folder / "report.json", folder / "curve.png")
-    return report
 
 
 def _on_precision(precision: str) -> tuple[str, ...]:
@@ -323,8 +339,8 @@ class _Pictures:
             CadError: there are none.
         """
         failures = Failures("image")
-        found = each(range(len(self.data)), self.read, failures, name=self.data.names.__getitem__)
-        images = [image for _, (image, _) in islice(found, count)]
+        read = each(range(len(self.data)), self.read, failures, name=self.data.names.__getitem__)
+        images = [image for _, (image, _) in islice(read, count)]
         if not images:
             raise CadError.from_dict(failures.noted[0][1])
         return images
@@ -430,16 +446,19 @@ class _Run:
         if not (values := read_json(self._path)):
             return
         try:
-            known = values["identity"]
+            identity = values["identity"]
             self.judged = {
-                name: [Judgement(**{key: _tuples(value) for key, value in one.items()}) for one in some]
+                name: [
+                    Judgement(**{key: _tuples(value) for key, value in judgement.items()})
+                    for judgement in some
+                ]
                 for name, some in values["judged"].items()
             }
             self.failed, self.kind = list(values["failed"]), values["kind"]
             self.macs = {str(name): int(macs) for name, macs in values["macs"].items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise unreadable(self._path, error) from error
-        check_same_run(known, self.identity, self.folder)
+        check_same_run(identity, self.identity, self.folder)
 
     @property
     def _path(self) -> Path:
@@ -489,7 +508,7 @@ class _Run:
         runs: dict[str, Call] = {}
         image = self.calls.image
         settings = self.candidates.settings
-        for setting in counted(settings, self.step, "preparing setting", name=lambda one: one.name):
+        for setting in counted(settings, self.step, "preparing setting", name=lambda setting: setting.name):
             try:
                 macs = self.macs[setting.name] = self.calls.macs(setting)
                 of_given = macs / max(1, self.macs[self._given])
@@ -515,8 +534,9 @@ class _Run:
         given = self._given
         others = [name for name in runs if name != given and len(self.judged.get(name, ())) == self.done]
         if self.done and self.done % LOOK_EVERY == 0:
-            known = {name: self.judged[name] for name in (given, *others)}
-            others = [name for name in others if not is_beaten(known[name], known.values(), self.measured_by)]
+            judged = {name: self.judged[name] for name in (given, *others)}
+            measure = self.measured_by
+            others = [name for name in others if not is_beaten(judged[name], judged.values(), measure)]
         turn = self.done % max(1, len(others))
         return [(name, runs[name]) for name in (given, *others[turn:], *others[:turn])]
 
@@ -524,7 +544,7 @@ class _Run:
         self, running: Sequence[tuple[str, Call]], image: Tensor, labels: Tensor | None
     ) -> dict[str, Judgement]:
         """Judge all settings on one picture."""
-        found: dict[str, Judgement] = {}
+        judged: dict[str, Judgement] = {}
         given: Any = None
         size = (image.shape[2], image.shape[3])
         with torch.inference_mode():
@@ -533,8 +553,8 @@ class _Run:
                 output = call(image)
                 taken = 1e3 * (now(time.perf_counter) - start)
                 given = output if given is None else given
-                found[name] = judge(taken, output, given, labels, size, self.kind)
-        return found
+                judged[name] = judge(taken, output, given, labels, size, self.kind)
+        return judged
 
     def _write(self) -> None:
         values = {
@@ -542,7 +562,7 @@ class _Run:
             "kind": self.kind,
             "failed": self.failed,
             "macs": self.macs,
-            "judged": {name: [asdict(one) for one in some] for name, some in self.judged.items()},
+            "judged": {name: [asdict(judgement) for judgement in some] for name, some in self.judged.items()},
         }
         write_json(self._path, values, indent=None)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -112,18 +111,10 @@ def _typed(value: Any) -> str:
     return "/".join(",".join(map(str, part)) if isinstance(part, Sequence) else str(part) for part in value)
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The settings worth trying.
-
-    Attributes:
-        settings: the network as given first.
-        own_stride: output stride of the network as given; 0 if unknown.
-        refusal: why the network cannot be converted; None if it can.
-    """
+class Candidates(NamedTuple):
+    """The settings worth trying, the network as given first, and why it cannot be converted; None if it can."""
 
     settings: tuple[Setting, ...]
-    own_stride: int = 0
     refusal: CannotConvert | None = None
 
 
@@ -150,12 +141,12 @@ def find_candidates(
     asked = options.get("output_stride")
     region = options.get("region") or "auto"
     try:
-        found = plan(model, asked, region, image)
+        own_plan = plan(model, asked, region, image)
     except CannotConvert as error:
         sizes = _sizes(image, _SMALLER + (_LARGER if has_labels else ()), 32)
         return Candidates((Setting("given"), *(Setting("size", scale=s) for s in sizes)), refusal=error)
-    own = found.strides[found.identity_level] if found.identity_level is not None else 0
-    pairs = [asked] if asked else _pairs(found, own, has_labels)
+    own = own_plan.strides[own_plan.identity_level] if own_plan.identity_level is not None else 0
+    pairs = [asked] if asked else _pairs(own_plan, own, has_labels)
     if few:
         pairs = pairs[:1]
     own_pair = next((pair for pair in pairs if own in pair), None)
@@ -181,26 +172,18 @@ def find_candidates(
         settings += [Setting("adaptive", 0, pair, mask, "guided") for mask in masks]
         if pair == pairs[0] and not few:
             settings.append(Setting("adaptive", 0, pair, DEFAULT_MASK, "linear"))
-    return Candidates(tuple(settings), own)
+    return Candidates(tuple(settings))
 
 
-def _pairs(found: Plan, own: int, has_labels: bool) -> list[Pair]:
+def _pairs(own_plan: Plan, own: int, has_labels: bool) -> list[Pair]:
     """Return pairs of output strides that make maps coarser and, with labels, finer; else the pair of the plan."""
     coarser = [(own, own * step) for step in (2, 4)]
     finer = [(own // step, own) for step in (2, 4) if own % step == 0]
-    known = [pair for pair in (*coarser, *(finer if has_labels else ())) if pair in found.possible]
-    return known or [found.output_stride]
+    possible = [pair for pair in (*coarser, *(finer if has_labels else ())) if pair in own_plan.possible]
+    return possible or [own_plan.output_stride]
 
 
 def _sizes(image: Tensor, scales: Sequence[float], multiple: int) -> list[float]:
     """Return the scales at which both sides are large enough for the network's grid."""
     sides = image.shape[2:]
     return [scale for scale in scales if all(side * scale >= max(_LEAST_SIDE, multiple) for side in sides)]
-
-
-def scaled_size(size: Sequence[int], scale: float, multiple: int) -> tuple[int, int]:
-    """Return the size of resized pictures, in multiples of the coarsest stride, to which the network's grid fits."""
-    if scale == 1:
-        return size[0], size[1]
-    sides = [max(multiple, multiple * math.floor(side * scale / multiple + 0.5)) for side in size]
-    return sides[0], sides[1]

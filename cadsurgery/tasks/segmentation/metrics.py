@@ -200,5 +200,5 @@ def _shares(parts: Tensor, wholes: Tensor) -> list[float | None]:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None

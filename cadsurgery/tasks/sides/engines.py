@@ -1,11 +1,13 @@
-"""The sides of `bench`: dense networks and budgets, as copies in torch or as files in another engine."""
+"""Calls of dense networks and of networks under masks, as copies in torch or as files in another engine."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.masks import Budget
+from cadsurgery.masks import MaskProvider
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import export
 from cadsurgery.network.export.dense import write_dense
@@ -31,12 +33,12 @@ from cadsurgery.support.files import make_folder
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.options import Benchmark
-from cadsurgery.tasks.recommend.settings import scaled_size
 from cadsurgery.tasks.side import Side
 
 Call = Callable[[Tensor], object]
 HIGH, LOW = "dense high", "dense low"
 INT8 = "int8"
+TORCH = "torch"  # the runtime that needs no files
 # Engines in which the dense networks are timed too, by package and dtype; all files are first written in float32.
 RIVALS: dict[str, dict[str, type[Engine]]] = {
     "onnxruntime": {"float32": OnnxRuntime, INT8: OnnxRuntime},
@@ -45,99 +47,129 @@ RIVALS: dict[str, dict[str, type[Engine]]] = {
 
 
 class Runs(Protocol):
-    """Creates the calls that are timed."""
+    """Creates the calls of a converted network."""
+
+    @property
+    def net(self) -> AdaptiveModel:
+        """The converted network."""
 
     def dense(self, name: str, image: Tensor | None = None) -> Call:
         """Return the call of a dense network, `HIGH` or `LOW`, for images of the size of `image`."""
 
-    def under(self, budget: Budget) -> Call:
-        """Return the call of the network under a budget."""
+    def under(self, mask: MaskProvider) -> Call:
+        """Return the call of the network under a mask."""
 
 
 @dataclass(frozen=True)
 class InTorch:
-    """Copies in torch. In int8, the dense networks are the same copy with one level everywhere."""
+    """Copies in torch. In int8, the dense networks are the same copy with one level everywhere.
+
+    Attributes:
+        net: the converted network, in its precision unless that is int8.
+        image: example of the images.
+        dtype: precision of the copies.
+        calibration: images that int8 is calibrated by.
+        step: progress callback.
+    """
 
     net: AdaptiveModel
     image: Tensor
-    setup: Benchmark
+    dtype: str = "float32"
+    calibration: Sequence[Tensor] = ()
     step: Step = silent
 
     @cached_property
     def fast(self) -> AdaptiveModel:
-        """The copy that is timed under budgets."""
-        if self.setup.dtype != INT8:
+        """The copy that runs under masks."""
+        if self.dtype != INT8:
             return self.net.optimize()
-        folder = self.setup.calibration
-        images = (
-            images_like(self.image, pictures_for(self.net), Path(folder)) if folder else self.image.split(1)
-        )
-        return self.net.optimize(precision=INT8, calibration=list(images), step=self.step)
+        return self.net.optimize(precision=INT8, calibration=list(self.calibration), step=self.step)
 
     @property
     def quantisation(self) -> Any:
         """Summary of the layers in int8; None for a copy in another precision."""
-        return self.fast.quantisation if self.setup.dtype == INT8 else None
+        return self.fast.quantisation if self.dtype == INT8 else None
 
     def dense(self, name: str, image: Tensor | None = None) -> Call:
         """Return the call of a dense network, `HIGH` or `LOW`."""
-        if self.setup.dtype == INT8:
+        if self.dtype == INT8:
             return partial(self.fast, mask={HIGH: "all", LOW: "none"}[name])
         return dense_twin(self.net, level_of(self.net, name), self.image if image is None else image)
 
-    def under(self, budget: Budget) -> Call:
-        """Return the call of the optimised copy under a budget."""
-        return partial(self.fast, mask=budget)
+    def under(self, mask: MaskProvider) -> Call:
+        """Return the call of the optimised copy under a mask."""
+        return partial(self.fast, mask=mask)
 
 
 @dataclass(frozen=True)
 class InEngine:
-    """Files in an engine; each is compared with the network before it is timed.
+    """Files in an engine; each is compared with the network before it is used.
 
     Attributes:
         net: network to export.
-        image: example of the export; int8 files are calibrated on it.
+        image: example of the export.
         engine: engine that runs the files.
-        setup: dtype and number of threads.
         folder: folder for the files.
-        step: progress callback.
+        dtype: precision of the files.
+        calibration: images that int8 is calibrated by.
+        threads: number of threads of the engine.
+        options: options of `export` for files with a mask.
         writer: engine in which a file is compared, if not in `engine`.
+        step: progress callback.
     """
 
     net: AdaptiveModel
     image: Tensor
     engine: type[Engine]
-    setup: Benchmark
     folder: Path
-    step: Step
+    dtype: str = "float32"
+    calibration: Sequence[Tensor] = ()
+    threads: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
     writer: type[Engine] | None = None
+    step: Step = silent
+    _numbers: Iterator[int] = field(default_factory=count)
 
-    def _step(self, name: str) -> Step:
-        return within(self.step, f"exporting {name} to {self.engine.name}")
-
-    def _path(self, name: str) -> Path:
-        self.step(f"exporting {name} to {self.engine.name}")
-        return make_folder(self.folder / name) / "net.onnx"
+    def _begin(self, name: str) -> tuple[Path, Step]:
+        """Return the path of the next file, and the progress callback of its export."""
+        words = f"exporting {name} to {self.engine.name}"
+        self.step(words)
+        return make_folder(self.folder / str(next(self._numbers))) / "net.onnx", within(self.step, words)
 
     def dense(self, name: str, image: Tensor | None = None) -> Call:
         """Return the call of a dense network, `HIGH` or `LOW`, from an ordinary ONNX export."""
         image = self.image if image is None else image
-        words = f"{name} {'x'.join(map(str, image.shape[2:]))}"
-        path = self._path(words)
+        path, step = self._begin(f"{name} {'x'.join(map(str, image.shape[2:]))}")
         write_dense(self.net, level_of(self.net, name), image, path, self.writer or self.engine)
-        if self.setup.dtype == INT8:
-            to_8_bits(path, self.engine, [(image,)], step=self._step(words))
-        return self.engine(path, self.setup.threads)
+        if self.dtype == INT8:
+            pictures = [(resized(picture, image.shape[2:]),) for picture in self.calibration]
+            to_8_bits(path, self.engine, pictures, step=step)
+        return self.engine(path, self.threads)
 
-    def under(self, budget: Budget) -> Call:
-        """Return the call of the network under a budget; the file contains its mask and lattice."""
-        name = f"budget {budget.fraction!r}"
-        path = self._path(name)
-        self.net.mask = budget
-        batches = self.image if self.setup.dtype == INT8 else None
-        options = options_for(self.setup.runtime)
-        export(self.net, self.image, path, int8=batches, step=self._step(name), **options)
-        return self.engine(path, self.setup.threads)
+    def under(self, mask: MaskProvider) -> Call:
+        """Return the call of the network under a mask; the file contains the mask and its lattice."""
+        path, step = self._begin(f"mask {mask.spec()}")
+        self.net.mask = mask
+        batches = torch.cat(list(self.calibration)) if self.dtype == INT8 else None
+        export(self.net, self.image, path, int8=batches, step=step, **self.options)
+        return self.engine(path, self.threads)
+
+
+def resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Return images (B, 3, H, W) of a size, in the memory layout that they have."""
+    if tuple(image.shape[2:]) == tuple(size):
+        return image
+    is_rows = image.is_contiguous(memory_format=torch.channels_last)
+    small = F.interpolate(image.float(), tuple(size), mode="bilinear", antialias=True).to(image.dtype)
+    return small.contiguous(memory_format=torch.channels_last if is_rows else torch.contiguous_format)
+
+
+def scaled_size(size: Sequence[int], scale: float, multiple: int) -> tuple[int, int]:
+    """Return the size of resized pictures, in multiples of the coarsest stride, to which the network's grid fits."""
+    if scale == 1:
+        return size[0], size[1]
+    sides = [max(multiple, multiple * math.floor(side * scale / multiple + 0.5)) for side in size]
+    return sides[0], sides[1]
 
 
 def smaller_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, runs: Runs) -> list[Side]:
@@ -145,16 +177,9 @@ def smaller_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, runs: Run
     if not setup.smaller:
         return []
     size = scaled_size(image.shape[2:], setup.smaller, net.plan.output_stride[1])
-
-    def shrink(image: Tensor) -> Tensor:
-        small = F.interpolate(image.float(), size, mode="bilinear", antialias=True).to(image.dtype)
-        return small.contiguous(memory_format=suggested)
-
-    is_rows = image.is_contiguous(memory_format=torch.channels_last)
-    suggested = torch.channels_last if is_rows else torch.contiguous_format
-    run = runs.dense(HIGH, shrink(image))
-    macs = net.macs(shrink(image), mask="none").high
-    return [Side(f"{HIGH} at {size[0]}x{size[1]}", lambda image: run(shrink(image)), macs)]
+    run = runs.dense(HIGH, resized(image, size))
+    macs = net.macs(resized(image, size), mask="none").high
+    return [Side(f"{HIGH} at {size[0]}x{size[1]}", lambda image: run(resized(image, size)), macs)]
 
 
 def level_of(net: AdaptiveModel, name: str) -> int:
@@ -164,9 +189,15 @@ def level_of(net: AdaptiveModel, name: str) -> int:
 
 def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> Runs:
     """Return the maker of a network's calls, in torch or in the requested engine."""
-    if setup.runtime not in ENGINES:
-        return InTorch(net, image, setup, step)
-    return InEngine(net, image, ENGINES[setup.runtime], setup, folder, step)
+    if (runtime := setup.runtime) in ENGINES:
+        engine, options = ENGINES[runtime], options_for(runtime)
+        return InEngine(
+            net, image, engine, folder, setup.dtype, [image], setup.threads, options=options, step=step
+        )
+    pictures = image.split(1)
+    if setup.calibration:
+        pictures = images_like(image, pictures_for(net), Path(setup.calibration))
+    return InTorch(net, image, setup.dtype, pictures, step)
 
 
 def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> list[Side]:
@@ -174,12 +205,16 @@ def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Pat
     if not setup.against:
         return []
     net, sides = copy.deepcopy(net).float(), []
+    counted = net.macs(image, mask="none")
+    macs = {HIGH: counted.high, LOW: counted.low}
     for package in setup.against.split(","):
         for dtype, engine in RIVALS[package].items():
-            engine_setup, place = replace(setup, dtype=dtype), folder / package / dtype
-            files = InEngine(net, image, engine, engine_setup, place, step, RIVALS[package]["float32"])
-            for name in (HIGH, LOW):
+            place, writer = folder / package / dtype, RIVALS[package]["float32"]
+            files = InEngine(
+                net, image, engine, place, dtype, [image], setup.threads, writer=writer, step=step
+            )
+            for name, number in macs.items():
                 run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
                 call = partial(lambda run, _: run(image), run)  # a file takes the image in float32
-                sides.append(Side(f"{engine.name} {dtype} {name}", call, about=about))
+                sides.append(Side(f"{name}, {engine.name}, {dtype}", call, number, about=about))
     return sides

@@ -15,7 +15,7 @@ from cadsurgery.data.networks import source_of
 from cadsurgery.methods.anytime import AnytimeModel, anytime
 from cadsurgery.methods.anytime.model import Threshold
 from cadsurgery.network.macs import dense_macs
-from cadsurgery.support.divergence import maps_of
+from cadsurgery.support.divergence import maps_of, relative_difference
 from cadsurgery.tasks.report import Row, accuracy_columns, time_columns
 from cadsurgery.tasks.side import (
     Comparison,
@@ -61,12 +61,12 @@ def _sides(net: AnytimeModel, threshold: Any) -> Iterator[Side]:
             next(steps)
 
     words = in_words(threshold)
-    for exit, one in enumerate(net.plan.exits):
+    for exit, exit_plan in enumerate(net.plan.exits):
         yield Side(
             f"exit {exit + 1}",
             partial(predict, exit),
             partial(count, exit),
-            about={"threshold": threshold, "exit": exit + 1, "name": one.name, "setting": words},
+            about={"threshold": threshold, "exit": exit + 1, "name": exit_plan.name, "setting": words},
             timed=partial(run_until, exit),
             summary=_work,
             anchor=threshold is None,
@@ -150,8 +150,8 @@ def _difference(before: nn.Module, net: AnytimeModel, batch: Tensor) -> float | 
     if len(net.heads) == len(net.plan.exits):
         return None
     with torch.inference_mode():
-        expected, found = maps_of(before(batch))[0], net(batch, threshold=net.everything)[-1]
-    return float((found - expected).abs().max() / expected.abs().max())
+        expected, output = maps_of(before(batch))[0], net(batch, threshold=net.everything)[-1]
+    return relative_difference(output, expected)
 
 
 def run(net: AnytimeModel, batch: Tensor, milliseconds: float) -> tuple[Tensor, dict[str, Any]]:

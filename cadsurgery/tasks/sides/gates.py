@@ -153,8 +153,8 @@ def convert(request: Request) -> Conversion:
 
 def _check_open(before: nn.Module, net: SampledModel, batch: Tensor) -> None:
     with torch.inference_mode():
-        found, expected = tensors_of(net(batch)), tensors_of(before(batch))
-    same = len(found) == len(expected) and all(map(torch.equal, found, expected))
+        output, expected = tensors_of(net(batch)), tensors_of(before(batch))
+    same = len(output) == len(expected) and all(map(torch.equal, output, expected))
     if not same:
         raise CannotConvert(
             "with all gates open the network is not the original.",

@@ -14,7 +14,7 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.masks import labelled
 from cadsurgery.methods.resampling import ResampledModel, UniformSampler, resample
-from cadsurgery.support.divergence import maps_of, resize
+from cadsurgery.support.divergence import maps_of, relative_difference, resize
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.report import Row, accuracy_columns, macs_columns, percent, time_columns
 from cadsurgery.tasks.side import Comparison, Conversion, Counts, Figures, Kind, Request, Side, Timed
@@ -41,16 +41,16 @@ def compare(net: ResampledModel, data: SegmentationData, thresholds: Sequence[An
     targets = [place for place in chosen if place < len(data.classes)]
 
     def work(counts: Counts, figures: Figures) -> dict[str, Any]:
-        known = [value for place in targets if (value := figures["iou"][place]) is not None]
+        of_targets = [value for place in targets if (value := figures["iou"][place]) is not None]
         of_images = {name: counts[name] / counts["images"] for name in ("macs", "macs_of_sampler")}
-        return {**of_images, "of_targets": sum(known) / len(known) if known else None}
+        return {**of_images, "of_targets": sum(of_targets) / len(of_targets) if of_targets else None}
 
     def side(name: str, counted: ResampledModel, run: nn.Module) -> Side:
         def count(images: Tensor) -> Counts:
-            found = counted.macs(images)
+            macs = counted.macs(images)
             if name == WHOLE:
-                return {"macs": found.original, "macs_of_sampler": 0}
-            return {"macs": found.total, "macs_of_sampler": found.sampler}
+                return {"macs": macs.original, "macs_of_sampler": 0}
+            return {"macs": macs.total, "macs_of_sampler": macs.sampler}
 
         return Side(name, lambda x: maps_of(run(x))[-1], count, summary=work, anchor=name == WHOLE)
 
@@ -106,9 +106,9 @@ def convert(request: Request) -> Conversion:
         request.step("verifying")
         same = resample(before, "uniform", (batch.shape[2], batch.shape[3]), example_input=batch)
         with torch.inference_mode():
-            found, expected = (maps_of(network(batch))[0] for network in (same, before))
+            output, expected = (maps_of(network(batch))[0] for network in (same, before))
             expected = resize(expected, batch.shape[2:])
-        error = float((found - expected).abs().max() / expected.abs().max())
+        error = relative_difference(output, expected)
     nothing = torch.zeros(batch.shape[0], *batch.shape[2:], dtype=torch.int64, device=batch.device)
     with labelled(nothing):  # for a sampler that needs labels
         counted = net.macs(batch)

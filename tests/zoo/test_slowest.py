@@ -1,4 +1,4 @@
-"""The operation that takes the time of a call: found by measuring, told by its name, sought only where it is slow."""
+"""The operation that takes the time of a call: found by measuring, told by its name."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from networks import NamedParts
 from torch import Tensor
 
 import cadsurgery as cs
+from benchmarks import slowest as module
+from benchmarks.slowest import Slowest, find_slowest, interpreted_by
 from cadsurgery.elements.backends import choose
 from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.kernels import isa
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter
-from cadsurgery.tasks import slowest as module
-from cadsurgery.tasks.slowest import SLOWER, Slowest, explain_slowness, find_slowest
 
 IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
@@ -90,26 +90,10 @@ def test_compiled_kernels_are_named_with_their_instruction_set(monkeypatch: pyte
     assert module._operation_of([Event("pool (native)", 1)]) == "pool (native)"
 
 
-def test_nothing_is_run_where_nothing_is_slower(fast: AdaptiveModel) -> None:
-    def never() -> None:
-        raise AssertionError
-
-    assert explain_slowness("a copy", 10.0, {"dense high": 10.0, "original": 99.0}, fast, never) == ""
-    assert explain_slowness("a copy", 10.0 * SLOWER, {"dense high": 10.0}, fast, never) == ""
-
-
-def test_a_sentence_names_the_slower_sides_alone(fast: AdaptiveModel) -> None:
-    told = explain_slowness(
-        "a copy", 15.0, {"dense high": 10.0, "original": 99.0}, fast, partial(fast, IMAGE)
-    )
-    assert told.startswith("a copy is slower than dense high (1.50 times as long): ")
-    assert "of the time is in " in told and "original" not in told
-
-
 @pytest.mark.parametrize("mask", ["edges", "all", "none", "edges | budget:fraction=0.3"])
 def test_node_by_node_it_gives_the_same_and_is_left_as_it_was(fast: AdaptiveModel, mask: str) -> None:
     program, expected = fast.program, fast(IMAGE, mask=mask)
-    with fast.interpreted_by(GraphInterpreter):
+    with interpreted_by(fast, GraphInterpreter):
         assert fast.program is not program
         assert torch.equal(fast(IMAGE, mask=mask), expected)
     assert fast.program is program
@@ -119,7 +103,7 @@ def test_a_mask_that_looks_ahead_is_run_node_by_node_too() -> None:
     net = cs.adaptify(NamedParts().eval(), "confidence", output_stride=(4, 16), verify_laws=False).optimize()
     assert net.mask.looks_ahead
     expected = net(IMAGE)
-    with net.interpreted_by(GraphInterpreter):
+    with interpreted_by(net, GraphInterpreter):
         assert torch.equal(net(IMAGE), expected)
     assert find_slowest(net, partial(net, IMAGE)).layer
 

@@ -1,15 +1,16 @@
-"""Find the operation that makes a copy slower than it should be, by measurement.
+"""The operation that takes the largest share of the time of an optimised network, found by measuring.
 
-Reports name no cause that was not measured. A copy is profiled only if it turned out to be slow.
+python -m benchmarks.slowest resnet50 --mask "edges | budget:fraction=0.34" --size 512x1024
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from torch import fx
 from torch.profiler import ProfilerActivity, profile
 
+import cadsurgery as cs
+from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.kernels import isa
 from cadsurgery.network.fuse import path_of
 from cadsurgery.network.model import AdaptiveModel
@@ -25,7 +28,6 @@ from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.timing import now
 from cadsurgery.surgery.rewrite import ask_mask
 
-SLOWER = 1.03  # a side counts as slower than another from this ratio of times on
 _ROUNDS = 3
 # Profiler events of `choose.compute`: a task and the backend that runs it. Then the backends of compiled kernels.
 _TASK = re.compile(r"(\w+) \(([\w ]+)\)")
@@ -50,33 +52,6 @@ class Slowest:
         return f"{self.share:.0%} of the time is in {', '.join(filter(None, (self.layer, self.operation)))}"
 
 
-def explain_slowness(
-    name: str,
-    milliseconds: float,
-    others: Mapping[str, float],
-    net: AdaptiveModel,
-    call: Callable[[], object],
-) -> str:
-    """Explain in a sentence how much slower a side is than others, and which operation takes its time.
-
-    Args:
-        name: name of the side.
-        milliseconds: its time.
-        others: times in milliseconds, by name, of the sides that it should not be slower than.
-        net: the network that the side calls.
-        call: runs the side once.
-
-    Returns:
-        The sentence; empty, without running anything, if the side is not slower than any of the others.
-    """
-    slower = [
-        f"{other} ({milliseconds / other_milliseconds:.2f} times as long)"
-        for other, other_milliseconds in others.items()
-        if milliseconds > SLOWER * other_milliseconds
-    ]
-    return f"{name} is slower than {' and '.join(slower)}: {find_slowest(net, call)}." if slower else ""
-
-
 def find_slowest(net: AdaptiveModel, call: Callable[[], object]) -> Slowest:
     """Find the operation that takes the largest share of a call's time, in the best of several rounds.
 
@@ -87,7 +62,7 @@ def find_slowest(net: AdaptiveModel, call: Callable[[], object]) -> Slowest:
     total, taken = _node_times(net, call, _ROUNDS)
     node = max(taken, key=taken.__getitem__)
     seen: list[Any] = []
-    with torch.inference_mode(), net.interpreted_by(partial(_Profiled, node, seen)):
+    with torch.inference_mode(), interpreted_by(net, partial(_Profiled, node, seen)):
         call()
     return Slowest(_layer_of(net, node), _operation_of(seen), taken[node] / total)
 
@@ -117,11 +92,23 @@ def _node_times(
     with torch.inference_mode():
         for _ in range(rounds):
             taken: dict[fx.Node, float] = {}
-            with net.interpreted_by(partial(_Timed, taken)):
+            with interpreted_by(net, partial(_Timed, taken)):
                 start = now(time.perf_counter)
                 call()
                 best = min(best, (now(time.perf_counter) - start, taken), key=lambda pair: pair[0])
     return best
+
+
+@contextlib.contextmanager
+def interpreted_by(net: AdaptiveModel, make: Callable[[Program, fx.Graph], fx.Interpreter]) -> Iterator[None]:
+    """Run calls in the block node by node with interpreters from `make`; see `Program.interpreted_by`."""
+    part = net.adaptive_part
+    program = part.program
+    part._program = program.interpreted_by(make)
+    try:
+        yield
+    finally:
+        part._program = program
 
 
 class _Timed(GraphInterpreter):
@@ -188,3 +175,23 @@ def _layer_of(net: AdaptiveModel, node: fx.Node) -> str:
         return "the mask and its lattice"
     part = net.adaptive_part
     return path_of(part, part.counted.graph, node)
+
+
+def main() -> None:
+    """Print the operation that takes the largest share of a call's time."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("network")
+    parser.add_argument("--mask", default="edges")
+    parser.add_argument("--size", default="512x1024")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = cs.build_model(options.network, "none")
+    height, width = map(int, options.size.split("x"))
+    image = normalise(street_scene(height, width), model.cad_source)[None]
+    net = cs.adaptify(model, options.mask, verify_laws=False).optimize()
+    print(find_slowest(net, partial(net, image)))
+
+
+if __name__ == "__main__":
+    main()
