@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.masks.filters import blur, differences, grey_of
-from cadsurgery.masks.options import SHARE, WIDTH, between, check_options
+from cadsurgery.masks.filters import differences, grey_of
+from cadsurgery.masks.options import SHARE, between, check_options
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 
 
@@ -26,19 +26,16 @@ class ContentMask(MaskProvider):
         least: smallest threshold, for pictures without noise; the standard deviation of photos is 1.
         share: share of a cell's pixels that must have content.
         margin: cells kept around.
-        sigma: standard deviation in pixels of the smoothing before.
     """
 
     image_only = True
 
-    def __init__(
-        self, noise: float = 6.0, least: float = 0.2, share: float = 0.02, margin: int = 1, sigma: float = 0.7
-    ) -> None:
+    def __init__(self, noise: float = 4.0, least: float = 0.2, share: float = 0.1, margin: int = 1) -> None:
         super().__init__()
-        checked = {"noise": (noise, between(0, math.inf, "6")), "least": (least, between(0, math.inf, "0.2"))}
+        checked = {"noise": (noise, between(0, math.inf, "4")), "least": (least, between(0, math.inf, "0.2"))}
         checked |= {"share": (share, SHARE), "margin": (margin, between(0, math.inf, "1"))}
-        check_options("content", **checked, sigma=(sigma, WIDTH))
-        self.noise, self.least, self.share, self.margin, self.sigma = noise, least, share, margin, sigma
+        check_options("content", **checked)
+        self.noise, self.least, self.share, self.margin = noise, least, share, margin
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return a bool map (B, h, w) that is True in the kept cells."""
@@ -57,7 +54,9 @@ class ContentMask(MaskProvider):
 
     def _shares(self, image: Tensor, grid: FineMapSpec) -> Tensor:
         """Return the share of pixels with content of each cell (B, rows, columns)."""
-        right, down = differences(blur(grey_of(image).float(), self.sigma), "replicate")
+        framed = F.pad(grey_of(image).float().unsqueeze(1), (1, 1, 1, 1), mode="replicate")
+        smooth = F.avg_pool2d(F.avg_pool2d(framed, 2, 1), 2, 1).squeeze(1)  # a quarter, a half, a quarter
+        right, down = differences(smooth, "replicate")
         change = right.abs().maximum(down.abs())
         some = change[:, ::4, ::4].flatten(1)  # enough for a median
         limit = (self.noise * some.median(1).values).clamp(min=self.least).view(-1, 1, 1)

@@ -49,7 +49,7 @@ def test_a_blank_page_keeps_nothing_and_sizes_may_be_odd() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["content:share=2", "content:noise=-1", "content:margin=-1", "content:sigma=-1"]
+    "spec", ["content:share=2", "content:noise=-1", "content:margin=-1", "content:least=-1"]
 )
 def test_impossible_options_are_refused(spec: str) -> None:
     with pytest.raises(cs.InvalidInput):
