@@ -28,10 +28,11 @@ ACTIVATIONS = {
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 
 
-@TYPES
-@pytest.mark.parametrize("groups", [1, 4, 64])
 @pytest.mark.parametrize(
-    ("name", "count", "with_residual"), covering([*ACTIVATIONS], [30, 300], [False, True])
+    ("dtype", "groups", "name", "count", "with_residual"),
+    covering(
+        [torch.float32, torch.float64, torch.bfloat16], [1, 4, 64], [*ACTIVATIONS], [30, 300], [False, True]
+    ),
 )
 def test_kernels_keep_nan(dtype, name, groups, count, with_residual):
     """In rows, maps and tables; elsewhere the values are those of a kernel that knows nothing of NaN."""

@@ -206,12 +206,6 @@ def test_rows_in_floating_point_are_picked_in_floating_point(tmp_path: Path) -> 
     assert calls(tmp_path / "net.onnx")["Pick"] == 1
 
 
-@pytest.mark.slow
-def test_without_kernels_a_file_calls_none(tmp_path: Path) -> None:
-    cs.export(net("edges | budget:fraction=0.3"), picture(1, 44, 52), tmp_path / "net.onnx")
-    assert not calls(tmp_path / "net.onnx")
-
-
 def one_call(path: Path, table: list[list[int]], groups: int = 2) -> Any:
     """Write a file of one depthwise convolution of rows with two channels; return its inputs."""
     from cadsurgery.network.export.kernels import add_functions
@@ -799,6 +793,7 @@ def test_a_file_says_how_it_is_opened_and_is_refused_elsewhere(
     model, image, path = net("edges | budget:fraction=0.3"), picture(1, 44, 52), tmp_path / "net.onnx"
     cs.export(model, image, path, with_kernels=with_kernels)
     written = onnx.load(str(path))
+    assert bool(calls(path)) is with_kernels
     text = {one.key: one.value for one in written.metadata_props}.get("cadsurgery.kernels", "")
     assert text == written.doc_string
     (tmp_path / "photo.png").write_bytes(b"")
