@@ -167,7 +167,9 @@ load.library().cadsurgery_share(
     ctypes.c_long(10), ctypes.c_long(3), Body(lambda begin, end, _: parts.append((begin, end))), None
 )
 assert sorted(parts) == [(0, 3), (3, 6), (6, 9), (9, 10)], parts
-assert load.function("cells")() == 42
+cells = load.function("cells")
+cells.restype = ctypes.c_int
+assert cells() == 42
 """
 
 
