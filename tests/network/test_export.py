@@ -330,7 +330,8 @@ class OfDictionary(nn.Module):
         return {"scores": self.body(data["photo"])}
 
 
-@pytest.mark.parametrize("form", ["dictionary", slow("image")])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["dictionary", "image"])
 def test_the_image_of_a_dictionary_is_an_input_by_its_name(form: str, tmp_path: Path) -> None:
     image, other = picture(1, 64, 96), picture(2, 64, 96).flip(3)
     model = cs.adaptify(OfDictionary().eval(), "edges", example_input=({"photo": image},), verify_laws=False)

@@ -212,7 +212,8 @@ def test_the_readme_says_what_the_run_found() -> None:
     assert f"{converted} of {len(hybrids)} checked networks that also have attention" in text
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("shufflenet_v2_x0_5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
+@pytest.mark.slow
 def test_the_recorded_rows_are_what_a_check_finds(name: str) -> None:
     ours, theirs = check_network(subject(name)), recorded()[name]
     same = ("result", "kind", "output_stride", "strides", "identity_level", "share_in_region", "dense")
