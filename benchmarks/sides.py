@@ -1,4 +1,4 @@
-"""Time of a few sides, interleaved in one run; the best round counts, since other processes can only add time.
+"""Time of a few sides, interleaved in one run (of one thread: processor time); the best round counts.
 
     python -m benchmarks.sides dense [--fractions 1 0.5 0.34 0.1 0]   # an optimised copy beside dense networks
     python -m benchmarks.sides training [--batch 2] [--fractions 0.3] # a training step beside dense networks
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -167,18 +168,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     print(setting(torch.device(options.device)))
-    height, width = options.size
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    shape = "" if make is pages else ", {} x {}x{}".format(options.batch, *options.size)
     for title, sides in make(options):
-        times = interleaved(sides, options.rounds, warmup=2)
+        times = interleaved(sides, options.rounds, warmup=2, clock=clock)
         if options.json:
-            print(json.dumps({"title": title, "ms": {name: time.best for name, time in times.items()}}))
+            print(json.dumps({"title": title, "ms": {name: side.best for name, side in times.items()}}))
             continue
         first = next(iter(sides))
-        print(f"{title}, {options.batch} x {height}x{width}, float32")
-        for name, time in times.items():
-            ratio, typical = times[first].best / time.best, times[first].median / time.median
+        print(f"{title}{shape}, float32")
+        for name, side in times.items():
+            ratio, typical = times[first].best / side.best, times[first].median / side.median
             print(
-                f"{name:28} {time.best:8.1f} ms   {ratio:5.2f}x {first} (medians {typical:.2f}x)", flush=True
+                f"{name:28} {side.best:8.1f} ms   {ratio:5.2f}x {first} (medians {typical:.2f}x)", flush=True
             )
 
 
