@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, product
+from itertools import accumulate, combinations, product
 from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,25 +175,41 @@ def slow(*values: Any) -> ParameterSet:
 
 
 def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
-    """All combinations of parameters; the default suite runs so few that each value is in one, the others are slow.
+    """Combinations of parameters that have each pair of values once: a fault of two that meet is found.
 
-    Values that are marked themselves, as `pytest.param`, keep their marks and are in none of the few.
+    The default suite runs so few that each value is in one, the others are slow. Values that are marked themselves, as
+    `pytest.param`, keep their marks and are in none of the few.
     """
-    plain = [[value for value in axis if not isinstance(value, ParameterSet)] for axis in axes]
-    few = {tuple(k % len(values) for values in plain) for k in range(max(map(len, plain)))}
+    marks = [[value.marks if isinstance(value, ParameterSet) else () for value in axis] for axis in axes]
+    values = [
+        [value.values[0] if isinstance(value, ParameterSet) else value for value in axis] for axis in axes
+    ]
+    plain = [[place for place, mark in enumerate(axis) if not mark] for axis in marks]
+    few = [tuple(axis[k % len(axis)] for axis in plain) for k in range(max(map(len, plain)))]
     cases = []
-    for values in product(*axes):
-        marked = [value for value in values if isinstance(value, ParameterSet)]
-        given = [value.values[0] if isinstance(value, ParameterSet) else value for value in values]
-        places = () if marked else tuple(own.index(value) for own, value in zip(plain, given, strict=True))
-        marks = [mark for value in marked for mark in value.marks]
-        marks = marks if places in few else [*marks, pytest.mark.slow]
+    for places in sorted(_with_each_pair(few, [range(len(axis)) for axis in axes])):
+        given = [axis[place] for axis, place in zip(values, places, strict=True)]
+        own = [mark for axis, place in zip(marks, places, strict=True) for mark in axis[place]]
         cases.append(
             pytest.param(
-                *given, marks=marks, id="-".join(getattr(value, "__name__", str(value)) for value in given)
+                *given,
+                marks=own if places in few else [*own, pytest.mark.slow],
+                id="-".join(getattr(value, "__name__", str(value)) for value in given),
             )
         )
     return cases
+
+
+def _with_each_pair(few: Sequence[tuple[int, ...]], axes: Sequence[range]) -> set[tuple[int, ...]]:
+    """The few, and of all combinations always the one that has most pairs which are in none yet."""
+    pairs = {places: set(combinations(enumerate(places), 2)) for places in product(*axes)}
+    taken = set(few)
+    left = set().union(*pairs.values()).difference(*(pairs[places] for places in few))
+    while left:
+        best = max(pairs, key=lambda places: len(pairs[places] & left))
+        taken.add(best)
+        left -= pairs[best]
+    return taken
 
 
 @pytest.fixture

@@ -593,10 +593,12 @@ def test_what_is_no_network_is_refused(convert: Callable[..., object], model: ob
         convert(model)
 
 
-@pytest.mark.parametrize("pair", [(3, 5), (32, 8), (8, 8), (8, 64), (8, 16, 32), 8, "8,32"])
-@pytest.mark.parametrize("convert", [cs.adaptify, cs.plan])
+@pytest.mark.parametrize(
+    ("pair", "convert"),
+    covering([(3, 5), (32, 8), (8, 8), (8, 64), (8, 16, 32), 8, "8,32"], [cs.adaptify, cs.plan]),
+)
 def test_an_impossible_output_stride_is_refused_with_the_possible_ones(
-    convert: Callable[..., object], pair: object
+    pair: object, convert: Callable[..., object]
 ) -> None:
     with refused(cs.InvalidInput, "output_stride", "(8, 32)", "(16, 32)", "(4, 8)") as found:
         convert(trunk(), output_stride=pair)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from alone import run_alone
 
 from cadsurgery.support.defaults import DEFAULT_MASK
 
@@ -263,8 +263,5 @@ def test_the_python_of_the_documents_runs_as_printed(tmp_path: Path, path: str) 
     """All snippets one after another, as a reader would type them, in an empty folder."""
     assert snippets(path)
     (tmp_path / "snippets.py").write_text("\n".join(snippets(path)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "snippets.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, told = run_alone(tmp_path / "snippets.py", tmp_path)
+    assert code == 0, told[-2000:]

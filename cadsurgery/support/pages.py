@@ -2,7 +2,7 @@
 
 The C library maps allocations of 32 MiB and more anew each time and unmaps them when they are freed (mallopt(3)), so
 such tensors pay for page faults in every call. Adding two maps into 32 MiB of new memory takes five times as long as
-into memory that is already mapped (`python benchmarks/large_pages.py`).
+into memory that is already mapped (`python -m benchmarks.sides pages`).
 """
 
 from __future__ import annotations

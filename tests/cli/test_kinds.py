@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from conftest import Run, slow
+from conftest import Run
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -157,18 +157,17 @@ def refused(result: Any) -> dict[str, str]:
     return result.json if "error" in result.json else result.json["failed"][0]
 
 
-@pytest.mark.parametrize("turn", [0, slow(1), slow(2)])
 @pytest.mark.parametrize("place", PLACES, ids=" ".join)
 def test_a_command_says_what_a_file_of_another_kind_is_and_where_it_belongs(
-    run: Run, place: tuple[str, ...], turn: int, monkeypatch: pytest.MonkeyPatch
+    run: Run, place: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default a third of the kinds at each place, others at the next."""
+    """A third of the kinds at each place, others at the next."""
     monkeypatch.setattr(
         explore_page, "_gradio", lambda: None
     )  # which serves the page once the network is open
     uses = {name: kind_of_file(name).use.format(path=name) for name in FEW.values()}  # type: ignore[union-attr]
     for number, (words, name) in enumerate(FEW.items(), [*PLACES].index(place)):
-        if words not in PLACES[place] and number % 3 == turn:
+        if words not in PLACES[place] and number % 3 == 0:
             command, *arguments = (part.replace("FILE", name) for part in place)
             as_json = () if command == "explore" else ("--json",)
             result = run(*command.split(), *arguments, *as_json)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run
+from conftest import Run, covering
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -375,10 +375,11 @@ def test_it_is_exported_again(written: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v3_small", "fcn_resnet50", "deeplabv3_mobilenet_v3_large"]
+    ("name", "dynamic", "exporter"),
+    covering(
+        ["resnet18", "mobilenet_v3_small", "deeplabv3_mobilenet_v3_large"], [True, False], list(EXPORTERS)
+    ),
 )
 def test_networks_of_torchvision_convert_from_their_files(
     name: str, dynamic: bool, exporter: str, tmp_path: Path

@@ -44,8 +44,7 @@ needs_gpu = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("interpreted", "which"),
     [
-        pytest.param("1", "not slow", id="interpreter"),
-        pytest.param("1", "slow", id="interpreter, the others", marks=pytest.mark.slow),
+        pytest.param("1", "slow or not slow", id="interpreter", marks=pytest.mark.slow),
         pytest.param("0", "", id="GPU", marks=needs_gpu),
     ],
 )

@@ -115,12 +115,12 @@ SHAPES = (
     (2, (8, 8), (3, 3), 2),
     (2, (8, 6), (3, 3), 1),
 )
+KINDS = ("uniform", "ragged")
+# Every kind of lattice, shape and type, each with another finish: two of these four values meet in some case.
 CASES = [
-    Case(kind, *shape, dtype, finish)
-    for kind, shape, dtype, finish in itertools.product(("uniform", "ragged"), SHAPES, TYPES, FINISHES)
+    Case(kind, *shape, dtype, [*FINISHES][at % len(FINISHES)])
+    for at, (kind, shape, dtype) in enumerate(itertools.product(KINDS, SHAPES, TYPES))
 ]
-# By default every kind of lattice, shape and type, each with another finish; `CASES` begins with the finishes of one.
-FEW = {case for at, case in enumerate(CASES) if at % 4 == at // 4 % 4}
 
 
 def values(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -175,11 +175,7 @@ def cases(name: str) -> list[Any]:
     """Cases of a backend; Triton's only where it interprets."""
     if name == "triton" and not triton_kernels.INTERPRETED:
         return []
-    return [
-        pytest.param(name, case, id=f"{name}-{case}", marks=() if case in FEW else pytest.mark.slow)
-        for case in CASES
-        if takes(name, case)
-    ]
+    return [pytest.param(name, case, id=f"{name}-{case}") for case in CASES if takes(name, case)]
 
 
 @pytest.mark.parametrize(("name", "case"), [case for name in NAMES for case in cases(name)])
@@ -251,7 +247,7 @@ def gradients(backend: Backend, work: Convolution) -> list[Tensor]:
 def trained(name: str) -> list[Any]:
     if name == "triton" and not triton_kernels.INTERPRETED:
         return []
-    plain = [case for case in CASES if case.finish == "plain" and case.dtype == torch.float32]
+    plain = [Case(kind, *shape, torch.float32, "plain") for kind in KINDS for shape in SHAPES]
     works = [(case, with_gradients(work_of(case, packed=False))) for case in plain]
     backend = named(name)
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from conftest import covering, relative_error
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -121,8 +121,7 @@ JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", JOINS)
-@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize(("name", "optimised"), covering([*JOINS], [False, True]))
 @pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
 def test_every_join_refuses_what_torch_refuses(name: str, optimised: bool) -> None:
     model = Rounded(JOINS[name]).eval()

@@ -32,26 +32,16 @@ from cadsurgery.support.errors import InvalidInput
 
 Size = tuple[int, int]
 SMALL: Size = (65, 97)
-BASIC = ("resnet18", "resnet34")
-# Other numbers of the same blocks.
-ALIKE = ("resnet34", "wide_resnet50_2", "resnet101", "resnet152")
 SAMPLE = pytest.mark.parametrize("name", ["resnet18", slow("resnet50")])
-KINDS = ("resnet18", slow("resnet50"), "resnext50_32x4d")
-RESNETS = (*KINDS, *map(slow, ALIKE))
+RESNETS = ("resnet18", slow("resnet50"), "resnext50_32x4d")
 PAIRS = [(4, 32), (8, 32), (8, 16), (16, 32)]
 TWO = ("linear", "nearest")
 THREE = (*TWO, "guided")  # guided: what leaves at the fine size
 ALL_FILLS = pytest.mark.parametrize("fill", THREE)
 double = torch.float64
-BY = 4  # the networks of this file have one of so many channels; in the slow part they have all
-
-
-@pytest.fixture(params=[4, pytest.param(1, marks=pytest.mark.slow)], ids=["thin", "wide"], autouse=True)
-def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The laws are of geometry: a quarter of the channels shows them, at a sixteenth of the work."""
-    if request.param > 1 and request.node.get_closest_marker("slow"):
-        pytest.skip("the slow part has it at its full width")
-    monkeypatch.setitem(globals(), "BY", request.param)
+# The networks of this file have one of so many channels: laws are of geometry, which a quarter of the channels shows
+# at a sixteenth of the work.
+BY = 4
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -81,7 +71,7 @@ def dilated(name: str, model: nn.Module, high: int, native: int = 32) -> nn.Modu
     before a removed stride keeps its dilation, what follows doubles it.
     """
     replaced = [stride > high for stride in (8, 16, 32)]
-    if name not in BASIC:
+    if name != "resnet18":
         twin = build(name, replace_stride_with_dilation=replaced)
         twin.load_state_dict(model.state_dict())
         return twin.to(next(model.parameters()).dtype)
@@ -181,6 +171,21 @@ def test_timm_networks_are_the_original_when_all_low(name: str) -> None:
     """Law 1 for deep stems, average-pool shortcuts and squeeze-excite."""
     model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
     assert_same(run(convert(model, "none"), x), run(model, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_networks_of_full_width_keep_laws_1_to_3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, where kernels work in tiles of channels that thin networks do not fill."""
+    monkeypatch.setitem(globals(), "BY", 1)
+    model, x, levels = build(name), images(2, *SMALL), levels_for(SMALL, (8, 32))
+    net = convert(with_features(model))
+    assert_same(every(run(net, x, mask="none"), 4), run(with_features(model), x))
+    assert_same(run(net, x, mask="all"), run(with_features(dilated(name, model, 8)), x))
+    exact = emulate(with_features(copy.deepcopy(model).double()), x.double(), Emulation(levels, (2, 2)), 8)
+    for form in (net, net.optimize()):
+        for key, value in run(form, x, mask=levels).items():
+            assert_same(value, exact[key].float())
 
 
 def test_default_call_verifies_and_keeps_law_1() -> None:
@@ -518,7 +523,7 @@ def test_other_strides_of_a_dilated_network_are_the_emulation(output_stride: Siz
 # -- 5: batches, sizes, precision, layout --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*map(slow, KINDS[::2]), "seresnet18", "deeplabv3_resnet50"])
+@pytest.mark.parametrize("name", [*map(slow, RESNETS[::2]), "seresnet18", "deeplabv3_resnet50"])
 def test_a_batch_is_its_images_one_by_one(name: str) -> None:
     """Law 5: two images with different level maps, one of them uniform in the second call."""
     size = (97, 129)
@@ -547,20 +552,9 @@ def test_a_network_converted_on_one_size_runs_on_others(name: str, size: Size) -
     assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2)), 8))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RESNETS)
-def test_large_odd_images_keep_laws_1_and_2(name: str) -> None:
-    """Laws 1 and 2 at 193 x 257."""
-    model, x = build(name), images(2, 193, 257)
-    net = convert(with_features(model))
-    assert_same(every(run(net, x, mask="none"), 4), run(with_features(model), x))
-    assert_same(run(net, x, mask="all"), run(with_features(dilated(name, model, 8)), x))
-
-
-@pytest.mark.parametrize("name", ["resnet18", slow("resnext50_32x4d")])
-def test_autocast_trains_in_lower_precision(name: str) -> None:
+def test_autocast_trains_in_lower_precision() -> None:
     """Under torch.autocast outputs and gradients are those of float32 up to bfloat16 rounding."""
-    net = cs.adaptify(build(name), "random:fraction=0.4,seed=0", verify_laws=False)
+    net = cs.adaptify(build("resnet18"), "random:fraction=0.4,seed=0", verify_laws=False)
     x = images(2, 65, 97)
     exact = torch.autograd.grad(net(x).square().mean(), net.conv1.weight)[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -570,10 +564,9 @@ def test_autocast_trains_in_lower_precision(name: str) -> None:
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.98
 
 
-@pytest.mark.parametrize("name", ["resnet18", slow("resnext50_32x4d")])
-def test_memory_layout_is_irrelevant(name: str) -> None:
+def test_memory_layout_is_irrelevant() -> None:
     """Law 5: channels_last images and weights, or not."""
-    model, x = build(name), images(2, *SMALL)
+    model, x = build("resnet18"), images(2, *SMALL)
     levels = levels_for(SMALL, (8, 32))
     expected = run(convert(model), x, mask=levels)
     for mask, reference in ((levels, expected), ("none", run(model, x))):
@@ -602,11 +595,10 @@ def test_lower_precision_is_close(name: str) -> None:
 # -- 6: weights and gradients --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resnet18", slow("resnext50_32x4d"), slow("deeplabv3_resnet50")])
-def test_state_dict_keys_and_values_stay_and_the_argument_is_not_touched(name: str) -> None:
+def test_state_dict_keys_and_values_stay_and_the_argument_is_not_touched() -> None:
     """Law 6: original checkpoints load strictly; the model handed in keeps weights, modes and behaviour."""
-    model, x = build(name), images(2, *SMALL)
-    model.layer1[0].bn1.train() if name != "deeplabv3_resnet50" else model.backbone.layer1[0].bn1.train()
+    model, x = build("resnet18"), images(2, *SMALL)
+    model.layer1[0].bn1.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modes = {key: module.training for key, module in model.named_modules()}
     written = str(model)
@@ -616,12 +608,12 @@ def test_state_dict_keys_and_values_stay_and_the_argument_is_not_touched(name: s
     for state in (model.state_dict(), net.state_dict()):
         assert list(state) == list(before)
         assert all(torch.equal(value, before[key]) for key, value in state.items())
-    trained = build(name).train()
+    trained = build("resnet18").train()
     before = {key: value.clone() for key, value in trained.state_dict().items()}
     state = cs.adaptify(trained, "none", example_input=images(2, *SMALL)).state_dict()
     assert all(torch.equal(value, before[key]) for key, value in state.items()), "running statistics too"
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    other = build(name)
+    other = build("resnet18")
     net.load_state_dict(other.state_dict(), strict=True)
     other.load_state_dict(net.state_dict(), strict=True)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (
@@ -678,7 +670,7 @@ def test_adaptify_keeps_the_mode(name: str, training: bool) -> None:
     assert net.training == training and net.layer4[0].bn1.training == training
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", RESNETS)
 def test_gradients_of_an_all_low_network_are_the_originals(name: str) -> None:
     """Law 6: of a loss on the logits, for every parameter and the image."""
     model = build(name, double)
@@ -730,22 +722,17 @@ def executed_macs(model: nn.Module, x: Tensor, **kwargs: Any) -> int:
     return counter.get_total_flops() // 2
 
 
-def layer4_of(name: str) -> nn.Module:
-    """A ResNet without its classifier: global means multiply too, which are bookkeeping here."""
-    return create_feature_extractor(build(name), ["layer4"])
-
-
-@pytest.mark.parametrize(("name", "output_stride"), covering(KINDS[:2], [(4, 32), *map(slow, PAIRS[1:])]))
-def test_counted_macs_are_executed_macs(name: str, output_stride: Size) -> None:
+@pytest.mark.parametrize("output_stride", [PAIRS[0], *map(slow, PAIRS[1:])])
+def test_counted_macs_are_executed_macs(output_stride: Size) -> None:
     """Law 7: totals for a mixed mask, everything high and everything low; high and low are the twins'."""
-    model, x = build(name), images(2, *SMALL)
+    model, x = build("resnet18"), images(2, *SMALL)
     net = convert(create_feature_extractor(model, ["layer4"]), output_stride=output_stride)
     levels = levels_for(SMALL, output_stride)
     report = net.macs(x, mask=levels)
     assert report.mask == executed_macs(net, x, mask=levels)
     assert report.mask == executed_macs(net.optimize(), x, mask=levels)
-    high = create_feature_extractor(dilated(name, model, output_stride[0]), ["layer4"])
-    low = create_feature_extractor(dilated(name, model, output_stride[1]), ["layer4"])
+    high = create_feature_extractor(dilated("resnet18", model, output_stride[0]), ["layer4"])
+    low = create_feature_extractor(dilated("resnet18", model, output_stride[1]), ["layer4"])
     assert report.high == executed_macs(net, x, mask="all") == executed_macs(high, x)
     assert report.low == executed_macs(net, x, mask="none") == executed_macs(low, x)
     assert sum(layer.mask for layer in report.layers) == report.mask
@@ -760,26 +747,6 @@ def test_everything_high_costs_what_the_dilated_original_costs(name: str) -> Non
     report = convert(model).macs(x, mask=levels_for(SMALL, (8, 32)))
     assert report.high == executed_macs(model, x)
     assert report.low < report.mask < report.high
-
-
-@pytest.mark.parametrize("name", [slow("resnet18"), slow("resnet50"), "vgg11"])
-def test_macs_grow_with_the_resolution_kept(name: str) -> None:
-    """Law 7: raising levels anywhere never costs more; the ends of the chain are high and low."""
-    if name != "vgg11":
-        net, x, grid = convert(layer4_of(name)), images(2, *SMALL), ceil_div(SMALL, 8)
-    else:
-        net, x, grid = convert(vgg_trunk(name), output_stride=(2, 8)), images(2, 48, 64, double), (24, 32)
-    levels = torch.zeros(2, *grid, dtype=torch.long)
-    counts = [net.macs(x, mask=levels).mask]
-    for level, side in ((1, 2), (2, 4)):
-        for chance in (0.3, 0.6, 1.0):
-            raised = torch.rand(2, -(-grid[0] // side), -(-grid[1] // side)) < chance
-            raised = raised.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, : grid[0], : grid[1]]
-            levels = torch.where(raised, level, levels)
-            counts.append(net.macs(x, mask=levels).mask)
-    report = net.macs(x, mask=levels)
-    assert counts == sorted(counts, reverse=True) and len(set(counts)) > 4
-    assert (counts[0], counts[-1]) == (report.high, report.low)
 
 
 # -- 8: the published method ---------------------------------------------------------------------------

@@ -127,22 +127,13 @@ def test_a_network_with_other_arguments_is_the_original_at_its_own_level(case, t
     with torch.no_grad():
         for run in (loaded, net.optimize()):
             torch.testing.assert_close(call(run, given), call(model, given), rtol=1e-4, atol=1e-5)
+    high, low = (call(net.macs, given, mask=mask).mask for mask in ("all", "none"))
+    assert high > low and net.levels.shape[0] == 2
+    assert cs.plan(model, example_input=arguments((64, 96))).output_stride == net.plan.output_stride
 
 
 def kind_of(case: str):
     return CASES[case][0]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_masks_and_counts_are_those_of_its_image(case):
-    model, arguments = make(case)
-    net = cs.adaptify(model, mask="edges", example_input=arguments((97, 129)))
-    given = arguments((64, 96))
-    with torch.no_grad():
-        call(net, given)
-    high, low = (call(net.macs, given, mask=mask).mask for mask in ("all", "none"))
-    assert high > low and net.levels.shape[0] == 2
-    assert cs.plan(model, example_input=given).output_stride == net.plan.output_stride
 
 
 def test_what_no_call_is_made_of_is_refused():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, images, random_levels
+from conftest import ROOT, images, random_levels, slow
 from networks import made_once, randomise
 from torch import Tensor, nn
 
@@ -60,7 +60,7 @@ def live_tensors() -> int:
     return sum(issubclass(type(value), Tensor) for value in gc.get_objects())
 
 
-@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize("optimised", [slow(False), True])
 @torch.no_grad()
 def test_calls_leave_no_tensors_whatever_their_sizes_and_masks(optimised: bool) -> None:
     net = adapted().optimize() if optimised else adapted()

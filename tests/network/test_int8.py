@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, images, picture
+from conftest import TESTS, images, picture, slow
 from exported import File, net
 from torch import Tensor
 from torchvision.utils import save_image
@@ -291,8 +291,8 @@ def hiding(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("hidden", ["vnni", "avx512"])
-@pytest.mark.parametrize("engine", [OnnxRuntime, OpenVino])
+@pytest.mark.parametrize("hidden", ["vnni", slow("avx512")])
+@pytest.mark.parametrize("engine", [OnnxRuntime, slow(OpenVino)])
 def test_a_file_is_the_same_on_processors_without_vnni(
     engine: type[Engine], hidden: str, hiding: Path, tmp_path: Path
 ) -> None:

@@ -206,12 +206,6 @@ def test_rows_in_floating_point_are_picked_in_floating_point(tmp_path: Path) -> 
     assert calls(tmp_path / "net.onnx")["Pick"] == 1
 
 
-@pytest.mark.slow
-def test_without_kernels_a_file_calls_none(tmp_path: Path) -> None:
-    cs.export(net("edges | budget:fraction=0.3"), picture(1, 44, 52), tmp_path / "net.onnx")
-    assert not calls(tmp_path / "net.onnx")
-
-
 def one_call(path: Path, table: list[list[int]], groups: int = 2) -> Any:
     """Write a file of one depthwise convolution of rows with two channels; return its inputs."""
     from cadsurgery.network.export.kernels import add_functions
@@ -616,11 +610,14 @@ def test_cells_in_engines_are_those_of_the_lattice(lattice: Any, tmp_path: Path)
         assert np.array_equal(anchors, source.anchors) and np.array_equal(index, source.index)
 
 
-@pytest.mark.parametrize("next_stage", [False, True])
 @pytest.mark.parametrize(
-    "steps", [([-1, 0, 1], [-2, 0, 2]), ([0], [0]), ([-5, 0], [3]), ([1], [-1, 4])], ids=str
+    ("lattice", "steps", "next_stage"),
+    covering(
+        LATTICES[:3],
+        [([-1, 0, 1], [-2, 0, 2]), ([0], [0]), ([-5, 0], [3]), ([1], [-1, 4])],
+        [False, True],
+    ),
 )
-@pytest.mark.parametrize("lattice", LATTICES[:3], ids=str)
 def test_taps_in_engines_are_those_of_the_kernel_map(
     lattice: Any, steps: Any, next_stage: bool, tmp_path: Path
 ) -> None:
@@ -684,22 +681,26 @@ def test_cells_and_taps_of_other_maps_are_refused(change: Any, message: str, tmp
                 InOpenVino(path, threads=2).run(given)
 
 
-@pytest.mark.parametrize("isa", ["", "avx2", "scalar"])
-@pytest.mark.parametrize("corners", [False, True])
 @pytest.mark.parametrize(
-    ("size", "new"),
-    [((5, 7), (40, 56)), ((9, 4), (5, 1500)), ((1, 1), (3, 2)), ((6, 1100), (1, 2201)), ((3, 3), (3, 3))],
-    ids=str,
+    ("sizes", "corners", "isa"),
+    covering(
+        [
+            *(((5, 7), (40, 56)), ((9, 4), (5, 1500)), ((1, 1), (3, 2)), ((6, 1100), (1, 2201))),
+            ((3, 3), (3, 3)),
+        ],
+        [False, True],
+        ["", "avx2", "scalar"],
+    ),
 )
 def test_maps_are_resized_as_by_torch(
-    size: tuple[int, int],
-    new: tuple[int, int],
+    sizes: tuple[tuple[int, int], tuple[int, int]],
     corners: bool,
     isa: str,
     tmp_path: Path,
     cap_kernels: Cap,
 ) -> None:
     cap_kernels(isa)
+    size, new = sizes
     maps = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     expected = nn.functional.interpolate(maps, size=new, mode="bilinear", align_corners=corners).numpy()
     feed = {"maps": maps.numpy(), "sizes": np.array([2, 3, *new], np.int32)}
@@ -709,8 +710,9 @@ def test_maps_are_resized_as_by_torch(
         assert np.abs(run(None, feed)[0] - expected).max() < 1e-5 * np.abs(maps).max() * max(*size, 10)
 
 
-@pytest.mark.parametrize("isa", ["", "avx2", "scalar"])
-@pytest.mark.parametrize("size", [(6, 8), (5, 7), (4, 7), (1, 1), (2, 1), (1, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "isa"), covering([(6, 8), (5, 7), (4, 7), (1, 1), (2, 1), (1, 5)], ["", "avx2", "scalar"])
+)
 def test_the_error_of_interpolation_is_that_of_the_mask(
     size: tuple[int, int], isa: str, tmp_path: Path, cap_kernels: Cap
 ) -> None:
@@ -799,6 +801,7 @@ def test_a_file_says_how_it_is_opened_and_is_refused_elsewhere(
     model, image, path = net("edges | budget:fraction=0.3"), picture(1, 44, 52), tmp_path / "net.onnx"
     cs.export(model, image, path, with_kernels=with_kernels)
     written = onnx.load(str(path))
+    assert bool(calls(path)) is with_kernels
     text = {one.key: one.value for one in written.metadata_props}.get("cadsurgery.kernels", "")
     assert text == written.doc_string
     (tmp_path / "photo.png").write_bytes(b"")

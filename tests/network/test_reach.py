@@ -35,7 +35,7 @@ Size = tuple[int, int]
 SIZE: Size = (65, 97)
 FILLS = ("linear", "nearest", "guided")
 # Random sets of points for each network; few by default.
-SEEDS = (*range(3), *map(slow, range(3, 25)))
+SEEDS = (*range(3), *map(slow, range(3, 6)))
 REACHES = pytest.mark.parametrize("reach", ["all", "receptive"])
 PUBLISHED = {"anchor": "center", "fill": "nearest", "pool": "drop", "patch": "block"}
 
@@ -472,7 +472,7 @@ def test_only_what_is_needed_gives_the_same_bits(name: str, seed: int) -> None:
         pytest.param(16, 16, nn.ReLU(), torch.float64, 1, id="float64"),
     ],
 )
-@pytest.mark.parametrize("seed", [seed if seed == 2 else slow(seed) for seed in range(25)])
+@pytest.mark.parametrize("seed", [slow(0), slow(1), 2, slow(3)])
 @torch.no_grad()
 def test_the_bits_do_not_depend_on_how_many_rows_there_are(
     channels: int, outputs: int, activation: nn.Module, dtype: torch.dtype, threads: int, seed: int

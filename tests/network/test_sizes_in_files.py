@@ -104,6 +104,7 @@ class Cancels(nn.Sequential):
             self[1].weight.sub_(self[1].weight.mean((1, 2, 3), keepdim=True))
 
 
+@pytest.mark.slow
 def test_a_file_may_differ_by_what_its_network_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +121,7 @@ def test_a_file_may_differ_by_what_its_network_rounds(
     assert not (tmp_path / "other.onnx").exists()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [slow(False), True])
 def test_what_torch_raises_names_the_operation_and_another_file(
     dynamic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from networks import build, randomise, strided
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.modules.module import register_module_forward_hook
-from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
 
@@ -327,16 +325,6 @@ def normed_trunk() -> nn.Module:
     return randomise(nn.Sequential(*layers, BasicBlock(4, 4)))
 
 
-# A network that compiles in a second, and one of torchvision.
-MODELS = pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(normed_trunk, id="trunk"),
-        pytest.param(partial(build, "resnet18", by=4), id="resnet18", marks=pytest.mark.slow),
-    ],
-)
-
-
 def network(name: str) -> nn.Module:
     """Trunk and logits of a network."""
     model = build(name, by=4)
@@ -360,10 +348,9 @@ def test_networks_with_bounds_are_those_without_whatever_the_padding_holds(name:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf"])
-def test_one_graph_serves_every_image_of_a_size(name: str) -> None:
+def test_one_graph_serves_every_image_of_a_size() -> None:
     """fullgraph: no break; one graph for four images; levels and active fraction of each call are known."""
-    net, seen = converted(network(name)), graphs("aot_eager")
+    net, seen = converted(network("resnet18")), graphs("aot_eager")
     fast = torch.compile(net, backend=seen, fullgraph=True)
     maps = []
     for _ in range(4):
@@ -393,10 +380,9 @@ def test_another_size_is_another_graph_and_other_weights_are_the_same() -> None:
 
 
 @pytest.mark.slow
-@MODELS
-@pytest.mark.parametrize("mask", ["all", slow("none")])
-def test_uniform_masks_compile_to_the_dense_networks(mask: str, make: Callable[[], nn.Module]) -> None:
-    net, seen, x = converted(make(), mask), graphs(), images(1, 65, 97)
+@pytest.mark.parametrize("mask", ["all", "none"])
+def test_uniform_masks_compile_to_the_dense_networks(mask: str) -> None:
+    net, seen, x = converted(normed_trunk(), mask), graphs(), images(1, 65, 97)
     with torch.no_grad():
         assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x), 1e-5)
     names = [str(node.target) for graph in seen.graphs for node in graph.graph.nodes]
@@ -404,19 +390,17 @@ def test_uniform_masks_compile_to_the_dense_networks(mask: str, make: Callable[[
 
 
 @pytest.mark.slow
-@MODELS
-def test_a_mask_of_a_call_is_compiled_too(make: Callable[[], nn.Module]) -> None:
-    net, x, mask = converted(make(), "edges"), images(1, 64, 96), cs.Budget("edges", 0.5)
+def test_a_mask_of_a_call_is_compiled_too() -> None:
+    net, x, mask = converted(normed_trunk(), "edges"), images(1, 64, 96), cs.Budget("edges", 0.5)
     fast = torch.compile(lambda image: net(image, mask=mask), backend="eager", fullgraph=True)
     with torch.no_grad():
         assert_same(fast(x), net(x, mask=mask), 1e-5)
 
 
 @pytest.mark.slow
-@MODELS
-def test_compiled_training_is_eager_training(make: Callable[[], nn.Module]) -> None:
+def test_compiled_training_is_eager_training() -> None:
     """Outputs, gradients and running statistics, on sizes with padding."""
-    net = converted(make().double()).train()
+    net = converted(normed_trunk().double()).train()
     twin, x = copy.deepcopy(net), images(2, 72, 104, double)
     found, expected = torch.compile(net, backend="aot_eager", fullgraph=True)(x), twin(x)
     assert_same(found, expected, 1e-9)
@@ -453,21 +437,17 @@ def test_operations_on_a_whole_image_are_compiled() -> None:
     assert seen.frame_count == 1
 
 
-# Between them they have every operation of `cadsurgery.functional` that networks of the zoo need in the region.
-SAMPLE = (
-    *("timm:efficientnet_b0", "resnet50_gn", "hrnet_w18_small", "efficientnet_cc_b0_4e", "resnest14d"),
-    *("dla46_c", "gcresnext26ts", "swiftformer_xs", "test_efficientnet_evos", "convnextv2_atto"),
-    "lraspp_mobilenet_v3_large",
-)
-OF_WHOLE_PATCHES = ("hrnet_w18_small", "dla46_c")  # they take no other images
+# What `test_operations_on_a_whole_image_are_compiled` lacks: kernels mixed per image, attention over the image, split
+# attention, norms of groups by their deviation. On elements each operation is in `OPERATIONS`.
+SAMPLE = ("efficientnet_cc_b0_4e", "gcresnext26ts", "resnest14d", "test_efficientnet_evos")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_sample_of_the_zoo_is_compiled(name: str) -> None:
-    """One graph, which gives what the network gives in eager mode; with padding where the network allows it."""
+    """One graph, which gives what the network gives in eager mode, with padding."""
     net = converted(randomise(cs.build_model(name, "none")))
-    x, seen = images(2, *((64, 96) if name in OF_WHOLE_PATCHES else (72, 104))), graphs("aot_eager")
+    x, seen = images(2, 72, 104), graphs("aot_eager")
     with torch.no_grad():
         found, expected = torch.compile(net, backend=seen, fullgraph=True)(x), net(x)
     assert seen.frame_count == 1
@@ -527,10 +507,9 @@ torch.save(program(torch.load(sys.argv[2])), sys.argv[3])
 
 
 @pytest.mark.slow
-@MODELS
-def test_an_exported_program_runs_without_the_package(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+def test_an_exported_program_runs_without_the_package(tmp_path: Path) -> None:
     """On another image than it was made from; its operations are torch's own."""
-    net, x = converted(make()), images(2, 72, 104)
+    net, x = converted(normed_trunk()), images(2, 72, 104)
     report = cs.export(net, images(2, 72, 104), tmp_path / "net.pt2")
     assert report.difference < 1e-5 and report.bytes == (tmp_path / "net.pt2").stat().st_size
     torch.save(x, tmp_path / "x.pt")
@@ -615,15 +594,9 @@ class Host(nn.Module):
         return [{"scores": one.flatten()} for one in scores]
 
 
-def retinanet() -> nn.Module:
-    options = {"weights_backbone": None, "min_size": 64, "max_size": 96}
-    return get_model("retinanet_resnet50_fpn", weights=None, **options)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [Host, retinanet])
-def test_a_detector_runs_uncompiled_and_its_part_compiled(make: Callable[[], nn.Module]) -> None:
-    net = cs.adaptify(make().eval(), BUDGET, verify_laws=False)
+def test_a_detector_runs_uncompiled_and_its_part_compiled() -> None:
+    net = cs.adaptify(Host().eval(), BUDGET, verify_laws=False)
     x, seen = [images(1, 64, 96)[0]], graphs()
     with torch.no_grad():
         expected = net(x)[0]
@@ -662,7 +635,7 @@ def test_more_buckets_than_the_compilers_limit_are_all_compiled() -> None:
     net, seen, x = converted(strided(outputs=4, kernel=3), "none"), graphs(), images(1, 64, 96)
     fast = cs.Bucketed(net, per_octave=64, backend=seen)
     with torch.no_grad():
-        for kept in range(7):
+        for kept in range(5):
             for levels in (
                 random_levels(1, (8, 12), (2, 2)),
                 patch_levels(1, (8, 12), Geometry((2, 2)), kept),

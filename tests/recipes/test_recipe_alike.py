@@ -102,6 +102,7 @@ def test_pixels_kept_high_and_first_pixels_of_cells_are_those_of_the_published_n
         assert_same(value.movedim(1, -1)[exact], expected[name].movedim(1, -1)[exact])
 
 
+@pytest.mark.slow
 def test_only_the_last_convolution_is_counted_as_adaptive() -> None:
     net, x = converted(), image(1, 64, 96)
     costs = [recipe.cost(net, {"": x[0]}, mask) for mask in ("all", "none")]

@@ -232,6 +232,7 @@ def test_an_edge_checkpoint_gives_what_the_published_rule_gives(top: int) -> Non
     assert relative_error(other, expected) > 0.01, "the map matters"
 
 
+@pytest.mark.slow
 def test_a_learned_checkpoint_gives_what_the_coarse_path_gives() -> None:
     """Maps uniform on 2 x 2 fine pixels, as the estimator makes them; the fine path is not used."""
     state, x = tensors_of("learned-0.5"), images(2, *SIZE, torch.float64)

@@ -73,6 +73,7 @@ def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:
     assert {name: tuple(theirs[name].shape) for name in shapes} == shapes
 
 
+@pytest.mark.slow
 def test_a_resnet101_has_as_many_names_as_published_and_they_load(deep: cs.SampledModel) -> None:
     names = recipe.published_names(deep)
     assert len(names) == len(deep.state_dict()) == 888
