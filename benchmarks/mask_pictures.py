@@ -46,6 +46,7 @@ MASKS: dict[str, dict[str, str]] = {
         "gain": "gain | budget:fraction=0.2",
         "oracle": "oracle | budget:fraction=0.2",
         "learned": "learned | budget:fraction=0.2",
+        "preview": "preview | budget:fraction=0.2",
     },
     "made-of-others": {
         "all": "all",

@@ -23,7 +23,7 @@ class PreviewMask(ScoredMask):
     """Keep the cells in which the network responds on a smaller picture, and the cells around them.
 
     The network as given runs on the picture at `scale` of its sides, which takes about the square of it in
-    multiply-accumulates (.06 of them for a quarter). A response is how far a value of its output maps is from the
+    multiply-accumulates (.14 of them for .375). A response is how far a value of its output maps is from the
     median of its channel, as a share of the farthest in the picture.
 
     Args:
@@ -40,12 +40,12 @@ class PreviewMask(ScoredMask):
     def __init__(
         self,
         threshold: float | tuple[float, ...] = (0.1,),
-        scale: float = 0.25,
+        scale: float = 0.375,
         margin: int = 1,
         least: float = 0.0,
     ) -> None:
         super().__init__(threshold)
-        checked = {"scale": (scale, between(0.01, 1, "0.25")), "margin": (margin, between(0, math.inf, "1"))}
+        checked = {"scale": (scale, between(0.01, 1, "0.375")), "margin": (margin, between(0, math.inf, "1"))}
         check_options("preview", **checked, least=(least, between(0, math.inf, "0.05")))
         self.scale, self.margin, self.least = scale, margin, least
 

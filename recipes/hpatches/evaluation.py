@@ -17,13 +17,14 @@ from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent, within
+from cadsurgery.tasks.figures import figure_picture, matches_figure
 from cadsurgery.tasks.for_each import Failures, for_each
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, Seen
 from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matching_accuracy, mutual_matches
 from cadsurgery.tasks.open import Strides, at_strides, provenance
-from cadsurgery.tasks.report import check_outputs, figure_picture
+from cadsurgery.tasks.report import check_outputs
 from cadsurgery.tasks.side import Side, time_sides
-from recipes.hpatches.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair, matches_figure
+from recipes.hpatches.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair
 from recipes.hpatches.sequences import ImageSequence, Photo, open_sequences
 
 
