@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, resnet18, vgg16
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.segmentation.fcn import FCNHead
 
 
@@ -237,3 +239,21 @@ def unet() -> nn.Module:
 def unet_twice() -> nn.Module:
     """Build `UNet` with twice the convolutions of each scale but the first."""
     return UNet(pairs=2)
+
+
+def resnet50_pyramid() -> nn.Module:
+    """Build ResNet-50 with a feature pyramid of 256 channels, as torchvision's detectors have it."""
+    return resnet_fpn_backbone(backbone_name="resnet50", weights=None)
+
+
+def resnet34_unet() -> nn.Module:
+    """Build the U-Net on ResNet-34 of segmentation_models_pytorch, which has to be installed."""
+    import segmentation_models_pytorch
+
+    network: nn.Module = segmentation_models_pytorch.Unet("resnet34", encoder_weights=None)
+    return network
+
+
+def hrnet_w18() -> nn.Module:
+    """Build timm's HRNet-W18 up to its maps."""
+    return timm.create_model("hrnet_w18", features_only=True, pretrained=False)
