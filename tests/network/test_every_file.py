@@ -146,7 +146,9 @@ SAMPLED: dict[str, Callable[[str], Given]] = {
     **{name: partial(of_corpus, name) for name in CORPUS},
     **{f"seed {seed}": partial(of_seed, seed) for seed in RANDOM},
 }
-CASES = {head: partial(of_head, head) for head in [*HEADS][:: min(EVERY, 3)]} | dict([*SAMPLED.items()][::EVERY])
+CASES = {head: partial(of_head, head) for head in [*HEADS][:: min(EVERY, 3)]} | dict(
+    [*SAMPLED.items()][::EVERY]
+)
 
 
 @pytest.mark.slow

@@ -105,6 +105,7 @@ GIVEN = Setting("given", 8, (8, 16))
 SMALL = Setting("size", 8, (8, 16), scale=0.5)
 DENSE = Setting("dense", 16, (8, 16))
 ADAPTIVE = Setting("adaptive", 0, (8, 16), "detail | budget:fraction=0.1", "guided")
+ON_OWN_GRID = Setting("adaptive", mask="content", coarsest=32)
 
 
 def row(
@@ -243,8 +244,10 @@ def test_doubt_is_told_with_the_pictures_that_would_end_it() -> None:
 def test_settings_are_said_as_typed_and_their_code_compiles() -> None:
     assert ADAPTIVE.name == "detail | budget:fraction=0.1, 8 to 16, guided"
     assert '--mask "detail | budget:fraction=0.1" --fill guided' in ADAPTIVE.command("net")
-    settings = (GIVEN, SMALL, DENSE, replace(DENSE, scale=1.25), ADAPTIVE)
-    assert len({setting.name for setting in settings}) == 5
+    assert ON_OWN_GRID.name == "content, coarsest 32"
+    assert ON_OWN_GRID.command("net") == 'cadsurgery convert net --coarsest 32 --mask "content"'
+    settings = (GIVEN, SMALL, DENSE, replace(DENSE, scale=1.25), ADAPTIVE, ON_OWN_GRID)
+    assert len({setting.name for setting in settings}) == 6
     for setting in settings:
         for precision in ("float32", "bfloat16", "int8"):
             compile("\n".join(setting.lines(precision)), "lines", "exec")
@@ -268,6 +271,17 @@ def test_finer_maps_and_larger_pictures_are_tried_with_labels_alone() -> None:
     assert flat.refusal is not None and {one.kind for one in flat.settings} == {"given", "size"}
 
 
+def test_floors_are_tried_on_the_networks_own_grid_unless_a_pair_is_asked_for() -> None:
+    model, image = seeded(Segmenter, torch.float32), torch.rand(1, 3, 128, 160)
+    floors = {
+        (one.mask, one.coarsest) for one in find_candidates(model, image, {}, has_labels=False).settings
+    }
+    assert {("content", 32), ("preview", 32)} <= floors
+    for options, few in (({"output_stride": (8, 16)}, False), ({}, True)):
+        settings = find_candidates(model, image, options, has_labels=False, few=few).settings
+        assert not any(one.coarsest for one in settings)
+
+
 # -- a run ---------------------------------------------------------------------------------------------
 
 
@@ -288,6 +302,22 @@ def run(photos: Path | str, folder: Path, network: nn.Module | None = None, **op
         output=folder,
         **options,
     )
+
+
+def test_on_pages_that_are_mostly_empty_floors_do_less_work(tmp_path: Path) -> None:
+    folder, page = tmp_path / "pages", torch.full((3, 128, 160), 230, dtype=torch.uint8)
+    folder.mkdir()
+    page[:, 40:56:4, 40:60] = 20
+    for place in range(3):
+        write_png(page.roll(8 * place, 2), str(folder / f"{place}.png"))
+    network = seeded(Segmenter, torch.float32)
+    report = recommend(network, folder, output=tmp_path / "run")
+    row = next(one for one in report.rows if one.setting.name == "content, coarsest 32")
+    assert row.macs is not None and report.rows[0].macs is not None and row.macs < 0.8 * report.rows[0].macs
+    x = torch.rand(1, 3, 128, 160)
+    scope = {"model": network, "x": x}
+    exec("\n".join(row.setting.lines()), scope)
+    assert scope["y"].shape == network(x).shape
 
 
 def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, tmp_path: Path) -> None:

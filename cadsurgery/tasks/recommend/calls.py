@@ -17,7 +17,7 @@ from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
-from cadsurgery.tasks.recommend.settings import Pair, Setting
+from cadsurgery.tasks.recommend.settings import Setting
 from cadsurgery.tasks.sides.engines import (
     HIGH,
     INT8,
@@ -57,7 +57,7 @@ class Calls:
     precision: str
     calibration: Sequence[Tensor]
     folder: Path
-    _runs: dict[tuple[Pair, str], Runs] = field(default_factory=dict)
+    _runs: dict[str, Runs] = field(default_factory=dict)
 
     def scale(self, setting: Setting, image: Tensor) -> Tensor:
         """Resize a picture (1, 3, H, W) for a setting, in the precision of the network."""
@@ -71,31 +71,38 @@ class Calls:
 
     def make(self, setting: Setting) -> Call:
         """Return the call of a setting, which takes a picture as it is and scales it first."""
-        run: Any = self.model
-        if setting.pair is not None and setting.kind == "adaptive":
-            run = self.runs(setting.pair, setting.fill).under(resolve_mask(setting.mask))
-        elif setting.pair is not None:
-            name = HIGH if setting.stride == setting.pair[0] else LOW
-            run = self.runs(setting.pair, setting.fill).dense(name, self.scale(setting, self.image))
+        if not setting.is_converted:
+            return partial(self._run, setting, self.model)
+        if setting.kind == "adaptive":
+            run = self.runs(setting).under(resolve_mask(setting.mask))
+        else:
+            name = HIGH if setting.pair and setting.stride == setting.pair[0] else LOW
+            run = self.runs(setting).dense(name, self.scale(setting, self.image))
         return partial(self._run, setting, run)
 
     def _run(self, setting: Setting, run: Call, image: Tensor) -> Any:
         output = run(self.scale(setting, image))
-        return output[0] if setting.pair is not None and self.runtime != TORCH else output
+        return output[0] if setting.is_converted and self.runtime != TORCH else output
 
-    def runs(self, pair: Pair, fill: str) -> Runs:
-        """Return the maker of calls of the network converted for a pair of output strides, which is converted once."""
-        if (pair, fill) not in self._runs:
-            options = {**self.options, "output_stride": pair, "fill": fill}
+    def runs(self, setting: Setting) -> Runs:
+        """Return the maker of calls of the network of a setting, which is converted once for each pair and fill, or
+        floor."""
+        name = (
+            f"floor-{setting.coarsest}"
+            if setting.pair is None
+            else "{}-{}-{}".format(*setting.pair, setting.fill)
+        )
+        if name not in self._runs:
+            options = {**self.options, **setting.conversion}
             net = adaptify(self.model, DEFAULT_MASK, **options, example_input=self.image, verify_laws=False)
             pictures_for(net)
-            self._runs[pair, fill] = self._runs_of(net.bfloat16() if self._is_cast else net, pair, fill)
-        return self._runs[pair, fill]
+            self._runs[name] = self._runs_of(net.bfloat16() if self._is_cast else net, name)
+        return self._runs[name]
 
-    def _runs_of(self, net: AdaptiveModel, pair: Pair, fill: str) -> Runs:
+    def _runs_of(self, net: AdaptiveModel, name: str) -> Runs:
         if self.runtime == TORCH:
             return InTorch(net, self.image, self.precision, self.calibration)
-        folder, options = self.folder / "files" / f"{pair[0]}-{pair[1]}-{fill}", options_for(self.runtime)
+        folder, options = self.folder / "files" / name, options_for(self.runtime)
         threads, engine = torch.get_num_threads(), ENGINES[self.runtime]
         return InEngine(
             net, self.image, engine, folder, self.precision, self.calibration, threads, options=options
@@ -103,13 +110,13 @@ class Calls:
 
     def macs(self, setting: Setting) -> int:
         """Count the multiply-accumulates of the whole network on the first picture."""
-        if setting.pair is None or setting.kind in ("given", "size"):
+        if not setting.is_converted or setting.kind in ("given", "size"):
             return dense_macs(
                 self.model,
                 resized(self.image, scaled_size(self.image.shape[2:], setting.scale, self.multiple)),
             )
-        net, small = self.runs(setting.pair, setting.fill).net, self.scale(setting, self.image)
+        net, small = self.runs(setting).net, self.scale(setting, self.image)
         if setting.kind == "adaptive":
             return net.macs(small, mask=setting.mask).mask
         report = net.macs(small, mask="none")
-        return report.high if setting.stride == setting.pair[0] else report.low
+        return report.high if setting.pair and setting.stride == setting.pair[0] else report.low

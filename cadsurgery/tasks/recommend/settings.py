@@ -17,6 +17,8 @@ Pair = tuple[int, int]
 # Shares of the patches that `detail` keeps high; "none" is everything low, whose halo the fill still reads.
 _MASKS = ("none", *(f"detail | budget:fraction={share:g}" for share in (0.05, 0.1, 0.2, 0.35)))
 _MASKS_AT_FOUR = ("none", "detail | budget:fraction=0.1", "detail | budget:fraction=0.25")
+# Masks and floors of conversions on the network's own grid, for pictures that are mostly empty.
+_FLOOR, _MASKS_OF_FLOORS = 32, ("content", "preview")
 _SMALLER, _LARGER = (0.5, 0.625, 0.75, 0.875), (1.25, 1.5)
 _LEAST_SIDE = 32  # pixels of a scaled picture
 
@@ -34,6 +36,7 @@ class Setting:
         mask: mask of the conversion, as typed.
         fill: interpolation inside cells, as of `adaptify`.
         scale: factor by which pictures are resized.
+        coarsest: floor of a conversion on the network's own grid, in input pixels; 0 for others.
     """
 
     kind: Literal["given", "size", "dense", "adaptive"]
@@ -42,6 +45,19 @@ class Setting:
     mask: str = ""
     fill: str = "linear"
     scale: float = 1.0
+    coarsest: int = 0
+
+    @property
+    def is_converted(self) -> bool:
+        """True if a converted network, or one end of a conversion, runs."""
+        return self.pair is not None or self.coarsest > 0
+
+    @property
+    def conversion(self) -> dict[str, Any]:
+        """The options of `adaptify` that make the network of this setting."""
+        return (
+            {"coarsest": self.coarsest} if self.coarsest else {"output_stride": self.pair, "fill": self.fill}
+        )
 
     @property
     def name(self) -> str:
@@ -51,6 +67,8 @@ class Setting:
             return f"as given{f', output stride {self.stride}' if self.stride else ''}{pictures}"
         if self.kind == "dense":
             return f"dense, output stride {self.stride}{pictures}"
+        if self.coarsest:
+            return f"{self.mask}, coarsest {self.coarsest}"
         assert self.pair is not None
         return f"{self.mask}, {self.pair[0]} to {self.pair[1]}, {self.fill}"
 
@@ -70,9 +88,11 @@ class Setting:
             network: as the user typed it.
             options: `weights` and options of `adaptify` that the user gave, by name.
         """
-        if self.kind in ("given", "size") or self.pair is None:
+        if self.kind in ("given", "size") or not self.is_converted:
             return ""
         more = "".join(f" --{name} {_typed(value)}" for name, value in options.items())
+        if self.pair is None:
+            return f'cadsurgery convert {network}{more} --coarsest {self.coarsest} --mask "{self.mask}"'
         return (
             f"cadsurgery convert {network}{more} --output-stride {self.pair[0]},{self.pair[1]} "
             f'--mask "{self.typed_mask}" --fill {self.fill}'
@@ -83,13 +103,13 @@ class Setting:
         lines = ["import torch.nn.functional as F"] if self.scale != 1 else []
         call = "model"
         if self.kind in ("dense", "adaptive"):
-            more = "".join(f", {name}={value!r}" for name, value in options.items() if name != "weights")
+            given = {name: value for name, value in options.items() if name != "weights"}
+            more = "".join(f", {name}={value!r}" for name, value in {**self.conversion, **given}.items())
             copy = 'precision="int8", calibration=pictures' if precision == "int8" else ""
             cast = ".bfloat16()" if precision == "bfloat16" else ""
             lines += [
                 "import cadsurgery as cs",
-                f'net = cs.adaptify(model, mask="{self.typed_mask}", output_stride={self.pair}, '
-                f'fill="{self.fill}"{more})',
+                f'net = cs.adaptify(model, mask="{self.typed_mask}"{more})',
                 f"fast = net.eval(){cast}.optimize({copy})",
             ]
             call = "fast"
@@ -144,7 +164,9 @@ def find_candidates(
         own_plan = plan(model, asked, region, image)
     except CannotConvert as error:
         sizes = _sizes(image, _SMALLER + (_LARGER if has_labels else ()), 32)
-        return Candidates((Setting("given"), *(Setting("size", scale=s) for s in sizes)), refusal=error)
+        on_own_grid = [] if few or asked else _with_floors(model, region, image)
+        without = (Setting("given"), *(Setting("size", scale=s) for s in sizes), *on_own_grid)
+        return Candidates(without, refusal=None if on_own_grid else error)
     own = own_plan.strides[own_plan.identity_level] if own_plan.identity_level is not None else 0
     pairs = [asked] if asked else _pairs(own_plan, own, has_labels)
     if few:
@@ -172,7 +194,17 @@ def find_candidates(
         settings += [Setting("adaptive", 0, pair, mask, "guided") for mask in masks]
         if pair == pairs[0] and not few:
             settings.append(Setting("adaptive", 0, pair, DEFAULT_MASK, "linear"))
+    settings += [] if few or asked else _with_floors(model, region, image)
     return Candidates(tuple(settings))
+
+
+def _with_floors(model: nn.Module, region: str, image: Tensor) -> list[Setting]:
+    """Return conversions on the network's own grid, which save where nothing is in the picture; none if impossible."""
+    try:
+        plan(model, None, region, image, coarsest=_FLOOR)
+    except CannotConvert:
+        return []
+    return [Setting("adaptive", mask=mask, coarsest=_FLOOR) for mask in _MASKS_OF_FLOORS]
 
 
 def _pairs(own_plan: Plan, own: int, has_labels: bool) -> list[Pair]:
