@@ -86,6 +86,15 @@ class Window(NamedTuple):
         return not any(taps % self.finer for taps in self.kernel)
 
     @property
+    def offsets(self) -> tuple[list[int], list[int]]:
+        """Fine pixels down and across from an element to its taps."""
+        down, across = (
+            [self.spacing * (step * tap - pad) for tap in range(taps)]
+            for taps, step, pad in zip(self.kernel, self.dilation, self.padding[::2], strict=True)
+        )
+        return down, across
+
+    @property
     def output_spacing(self) -> int:
         """Fine pixels between the samples of the output's own grid."""
         return self.spacing * self.stride // self.finer
@@ -351,9 +360,7 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     computes the same table entry by entry.
     """
     height, width = source.size
-    top, _, left, _ = window.padding
-    down = [window.spacing * (window.dilation[0] * tap - top) for tap in range(window.kernel[0])]
-    across = [window.spacing * (window.dilation[1] * tap - left) for tap in range(window.kernel[1])]
+    down, across = window.offsets
     above, below, before, after = (
         most(0, -down[0]),
         most(0, down[-1]),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.masks.filters import differences, grey_of
+from cadsurgery.masks.filters import differences, grey_of, on_samples
 from cadsurgery.masks.options import SHARE, between, check_options
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 
@@ -43,14 +43,11 @@ class ContentMask(MaskProvider):
         if self.margin:
             side = 2 * self.margin + 1
             cells = F.max_pool2d(cells.float(), side, 1, self.margin) > 0
-        by_row = cells.repeat_interleave(grid.side, 1)[:, : grid.size[0]]
-        return by_row.repeat_interleave(grid.side, 2)[:, :, : grid.size[1]]
+        return on_samples(cells, grid.side, grid.size)
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return the share of pixels with content of each cell, repeated on its samples."""
-        cells = self._shares(image, grid)
-        by_row = cells.repeat_interleave(grid.side, 1)[:, : grid.size[0]]
-        return by_row.repeat_interleave(grid.side, 2)[:, :, : grid.size[1]]
+        return on_samples(self._shares(image, grid), grid.side, grid.size)
 
     def _shares(self, image: Tensor, grid: FineMapSpec) -> Tensor:
         """Return the share of pixels with content of each cell (B, rows, columns)."""

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.context import preview_output
+from cadsurgery.masks.filters import on_samples
 from cadsurgery.masks.options import between, check_options
 from cadsurgery.masks.provider import FineMapSpec, mask_provider
 from cadsurgery.masks.scored import ScoredMask
@@ -64,8 +65,7 @@ class PreviewMask(ScoredMask):
         cells = torch.stack([_by_cell(_response(each, self.least), grid) for each in maps]).amax(0)
         if self.margin:
             cells = F.max_pool2d(cells, 2 * self.margin + 1, 1, self.margin)
-        by_row = cells.repeat_interleave(grid.side, 1)[:, : grid.size[0]]
-        return by_row.repeat_interleave(grid.side, 2)[:, :, : grid.size[1]]
+        return on_samples(cells, grid.side, grid.size)
 
 
 def _maps_of(output: Any, batch: int) -> list[Tensor]:

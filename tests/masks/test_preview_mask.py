@@ -89,7 +89,7 @@ def test_what_is_less_than_the_least_is_no_response() -> None:
 
 
 def test_optimised_copies_look_at_the_network_as_given() -> None:
-    """Lines of one pixel are invisible with everything at the floor, whose samples are 32 pixels apart."""
+    """What lies between the samples of the floor, 32 pixels apart, shows only on the network's own grid."""
     net, image = converted(mask="preview:scale=1,threshold=0.5,margin=0"), torch.zeros(1, 3, 128, 128)
     image[..., 70:78, 40:60] = 4
     net(image)

@@ -1,9 +1,8 @@
 """Windows on whole patches: where floors keep cells of the coarsest level whole, each is a small dense map.
 
 A patch is read with a margin, which may lie in other patches, in coarse cells (interpolated) or outside of the map, and
-is convolved as any dense map. Coarse cells among coarse cells are convolved densely, too: as a map with a sample a cell
-and with weights in which a tap between two anchors is a share of each. What is left, at the changes of resolution and
-at the border, is computed through kernel maps.
+is convolved as any dense map; coarse cells are computed through kernel maps. So is all of a convolution of many
+channels, whose products cost more than the copies of patches save.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from cadsurgery.elements.backends.choose import (
 )
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import transpose_weight
-from cadsurgery.elements.kernel_map import Reading, Window, find_taps, interpolation, is_found, read_rows
+from cadsurgery.elements.kernel_map import Reading, find_taps, interpolation, is_found, read_rows
 from cadsurgery.elements.lattice import Lattice
 
 # Bytes of the patches, with their margins, that are read and convolved at once: they stay in the cache.
@@ -230,24 +229,14 @@ def _reading(reads: WindowRead, rows: slice = slice(None)) -> Reading:
 
     def build() -> Reading:
         anchors = target.anchors[rows]
-        steps = _steps(window)
         if source.stage and is_found(source):
-            return Reading(*find_taps(source, anchors, target.size, steps), True)
-        down, across = map(torch.tensor, steps)
+            return Reading(*find_taps(source, anchors, target.size, window.offsets), True)
+        down, across = map(torch.tensor, window.offsets)
         anchors = anchors.view(-1, 1, 1)
         y, x = anchors // target.size[1] + down.view(-1, 1), anchors % target.size[1] + across
         return _read_at(source, *(at.flatten(1) for at in torch.broadcast_tensors(y, x)))
 
     return source.derive(("kernel map of rows", rows.start, target.key, window), build)
-
-
-def _steps(window: Window) -> tuple[list[int], list[int]]:
-    """Return how many fine pixels down and across from an element its taps are."""
-    down, across = (
-        [window.spacing * (step * tap - pad) for tap in range(taps)]
-        for taps, step, pad in zip(window.kernel, window.dilation, window.padding[::2], strict=True)
-    )
-    return down, across
 
 
 def _convolve_image(work: Convolution, image: Tensor, rows: slice) -> Tensor:

@@ -160,11 +160,11 @@ def find_candidates(
     """
     asked = options.get("output_stride")
     region = options.get("region") or "auto"
+    on_own_grid = [] if few or asked else _with_floors(model, region, image)
     try:
         own_plan = plan(model, asked, region, image)
     except CannotConvert as error:
         sizes = _sizes(image, _SMALLER + (_LARGER if has_labels else ()), 32)
-        on_own_grid = [] if few or asked else _with_floors(model, region, image)
         without = (Setting("given"), *(Setting("size", scale=s) for s in sizes), *on_own_grid)
         return Candidates(without, refusal=None if on_own_grid else error)
     own = own_plan.strides[own_plan.identity_level] if own_plan.identity_level is not None else 0
@@ -194,8 +194,7 @@ def find_candidates(
         settings += [Setting("adaptive", 0, pair, mask, "guided") for mask in masks]
         if pair == pairs[0] and not few:
             settings.append(Setting("adaptive", 0, pair, DEFAULT_MASK, "linear"))
-    settings += [] if few or asked else _with_floors(model, region, image)
-    return Candidates(tuple(settings))
+    return Candidates((*settings, *on_own_grid))
 
 
 def _with_floors(model: nn.Module, region: str, image: Tensor) -> list[Setting]:
