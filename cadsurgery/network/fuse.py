@@ -1,7 +1,8 @@
 """Fold and fuse a rewritten graph for inference: convolutions absorb the operations that follow them.
 
-Batch norm and constant factors are folded into the weight. A residual and an activation are applied to the result while
-it is in the cache. Every step is exact in evaluation mode. Operations that match no pattern are not changed.
+Batch norm and constant factors and shifts are folded into the weight. A residual and an activation, also one that is
+written out, are applied to the result while it is in the cache. Every step is exact in evaluation mode. Operations that
+match no pattern are not changed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv, Pac
 from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.network.idioms import Affine, affine_of, name_activations, step_of
 from cadsurgery.support import torch_operations
 from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user
 from cadsurgery.surgery.guards import drop_dead_code
@@ -142,6 +144,8 @@ class Fuser:
         self.kernels = nn.Module()
         self.constants = Constants(fx.Interpreter(model, graph=graph))
         self.numbers = _find_numbers(graph)
+        first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.dtype = torch.promote_types(first, torch.float32)  # torch computes norms no narrower
 
     def meets_nan(self) -> bool:
         """True if values may be NaN for a finite image; values that overflow are not considered."""
@@ -162,13 +166,16 @@ class Fuser:
         """Remove operations that change nothing, then fuse every convolution and linear layer."""
         for node in list(self.graph.nodes):
             self.drop_identity(node)
+        if self.epilogues:
+            name_activations(self.graph, self.module)
         drop_dead_code(self.graph)
         for node in list(self.graph.nodes):
             if node in self.graph.nodes:
                 self.fuse(node)
         drop_dead_code(self.graph)
         for node in list(self.graph.nodes):
-            self.fuse_norm(node)
+            if node in self.graph.nodes:
+                self.fuse_factors(node)
         if self.meets_nan():
             for kernel in self.kernels.modules():
                 if isinstance(kernel, PackedConv):
@@ -232,10 +239,10 @@ class Fuser:
         start = self.start(node)
         if start is None:
             return
-        fusion = start
+        fusion = self.take_in_factors(node, start)
         while (longer := self.extend(node, fusion)) is not None:
             fusion = longer
-        if fusion.tail is node and not self.takes_in_more(node):
+        if fusion.tail is node and fusion is start and not self.takes_in_more(node):
             return
         with self.graph.inserting_before(fusion.tail):
             fused = self.emit(node, fusion)
@@ -244,31 +251,33 @@ class Fuser:
         fused.meta.update(fusion.tail.meta)
         fusion.tail.replace_all_uses_with(fused)
 
-    def fuse_norm(self, node: fx.Node) -> None:
-        """Replace a batch norm that no convolution absorbs by factors and shifts, with the activation behind it."""
-        module = self.module(node)
-        of_elements = node.target is functional.batch_norm
-        norm: Any = self.constants.get(node.kwargs.get("norm", node.args[-1])) if of_elements else module
-        is_norm = of_elements or acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm)
-        if not is_norm or norm is None or norm.running_mean is None or _is_hooked(norm):
+    def fuse_factors(self, value: fx.Node) -> None:
+        """Replace a batch norm that no convolution absorbs, or several factors and shifts one after the other, by one
+        factor and one shift, with the activation behind them."""
+        affine, source = self.affine(value) or (None, None)
+        if affine is None or source is None or not value.users:
             return
-        following = self.consumer(node) if self.epilogues else None
-        activation, tail = None, node
-        if following is not None and not _is_hooked(self.module(following.node)):
+        tail, count, activation = value, 1, None
+        while (following := self.consumer(tail)) is not None:
+            more, before = self.affine(following.result) or (None, None)
+            if more is None or before is not tail or {affine.axis, more.axis} == {-1, -3}:
+                break
+            affine, tail, count = affine.then(more), following.result, count + 1
+        if following is not None and self.epilogues and not _is_hooked(self.module(following.node)):
             activation = activation_of(following.node, self.module(following.node))
-            tail = following.result if activation is not None else node
+            tail = following.result if activation is not None else tail
+        if count == 1 and affine_of(step_of(value), self.constants) is not None:
+            return
         name = f"k{len(self.kernels._modules)}"
-        kernel = ScaleShift(
-            *_factors_of(norm, torch.promote_types(norm.running_mean.dtype, torch.float32)), activation
-        )
-        kernel.origin = node.name  # type: ignore[assignment]
+        kernel = ScaleShift(affine.factor.to(self.dtype), affine.shift.to(self.dtype), activation)
+        kernel.origin = value.name  # type: ignore[assignment]
         self.kernels.add_module(name, kernel)
         with self.graph.inserting_before(tail):
-            if of_elements:
+            if _is_elements(tail):
                 held = self.graph.get_attr(f"{KERNELS}.{name}")
-                fused = self.graph.call_function(functional.scale_and_shift, (node.args[0], held))
+                fused = self.graph.call_function(functional.scale_and_shift, (source, held))
             else:
-                fused = self.graph.call_module(f"{KERNELS}.{name}", (node.args[0],))
+                fused = self.graph.call_module(f"{KERNELS}.{name}", (source, affine.axis == -1))
         fused.meta.update(tail.meta)
         tail.replace_all_uses_with(fused)
 
@@ -310,7 +319,8 @@ class Fuser:
         """Return the fusion with the next operation absorbed; None if that is impossible."""
         user = only_user(fusion.tail)
         if user is not None and user.target is functional.batch_norm:
-            return _fold_norm(fusion, user, self.constants.get(user.kwargs.get("norm", user.args[-1])))
+            affine, _ = self.affine(user) or (None, None)
+            return fusion.scale(user, *affine[:2]) if affine is not None and fusion.is_linear else None
         if user is not None and user.target is functional.adapt:
             return self.with_levels(node, fusion, user)
         if user is not None and _is_fine_map_of(user, node):
@@ -321,11 +331,9 @@ class Fuser:
         operation, module = following.node, self.module(following.node)
         if _is_hooked(module):
             return None
-        if acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm) and following.lattice is None:
-            return _fold_norm(fusion, operation, module)
         stated = torch_operations.operation_of(operation.target if module is None else module)
-        if stated is not None and stated.multiplies and fusion.is_linear:
-            return self.with_factor(fusion, following)
+        if fusion.is_linear and (longer := self.with_factor(fusion, following)) is not None:
+            return longer
         if fusion.activation is not None or not self.takes_in_more(node):
             return None
         if stated is not None and stated.adds and fusion.residual is None and fusion.leaves is None:
@@ -337,17 +345,65 @@ class Fuser:
         return replace(fusion, tail=following.result, activation=activation)
 
     def with_factor(self, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
-        """Fold in a constant factor per channel, such as layer scale."""
-        factor = self.constants.get(following.other)
+        """Fold in constant factors and shifts, such as layer scale."""
+        affine, source = self.affine(following.result) or (None, None)
         channels = fusion.weight.shape[0]
+        if affine is None or source is not fusion.tail or not affine.fits(channels):
+            return None
         # On a dense map, a factor without its other axes would not tell which axis is the channels'.
-        shapes = [(channels,), (channels, 1, 1), (1, channels, 1, 1), (1, 1, 1, channels)]
-        if not isinstance(factor, Tensor) or tuple(factor.shape) not in shapes:
-            return None
         of_linear = acts_as(self.module(fusion.tail), nn.Linear)
-        if following.lattice is None and (factor.dim() == 1 or factor.shape[-1] == channels) != of_linear:
+        if following.lattice is None and affine.axis not in (None, -1 if of_linear else -3):
             return None
-        return fusion.scale(following.result, factor.flatten())
+        return fusion.scale(following.result, affine.factor.expand(channels), affine.shift.expand(channels))
+
+    def take_in_factors(self, node: fx.Node, fusion: _Fusion) -> _Fusion:
+        """Fold constant factors and shifts of what a 1x1 convolution reads, and nothing else, into its weight."""
+        weight, groups = fusion.weight, fusion.groups
+        channels = weight.shape[1] * groups
+        while self.is_point(node, weight):
+            value: Any = node.args[0]
+            affine, source = self.affine(value) or (None, None)
+            if affine is None or source is None or len(value.users) != 1:
+                break
+            if affine.axis == -1 or not affine.fits(channels):
+                break
+            factor, shift = (
+                part.expand(channels).view(groups, 1, -1).expand(-1, len(weight) // groups, -1).flatten(0, 1)
+                for part in (affine.factor, affine.shift)
+            )
+            wide = weight.double()
+            more = (wide.flatten(1) * shift).sum(1)
+            bias = more if fusion.bias is None else fusion.bias.double() + more
+            weight = (wide * factor.view(*wide.shape)).to(weight)
+            fusion = replace(fusion, weight=weight, bias=bias.to(weight))
+            node.replace_input_with(value, source)
+            drop_dead_code(self.graph)
+        return fusion
+
+    def is_point(self, node: fx.Node, weight: Tensor) -> bool:
+        """True if a node is a 1x1 convolution that reads no padding."""
+        if tuple(weight.shape[2:]) != (1, 1) or len(node.users) == 0:
+            return False
+        if node.target is functional.conv2d:
+            window: Any = node.kwargs.get("window", _POINT)
+            return window.finer == 1 and not any(window.padding)
+        module: Any = self.module(node)
+        return acts_as(module, nn.Conv2d) and not any(module.padding)
+
+    def affine(self, value: fx.Node) -> tuple[Affine, fx.Node] | None:
+        """Return factor and shift if a value (elements or a dense map) is another one with norm, constant factor or
+        shift, and that other one."""
+        step = step_of(value)
+        module, norm = self.module(step.operation), None
+        if value.target is functional.batch_norm:
+            norm = self.constants.get(value.kwargs.get("norm", value.args[-1]))
+        elif acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm):
+            norm = module
+        if norm is None:
+            return affine_of(step, self.constants) if module is None else None
+        source: Any = step.operands[0]
+        is_fixed = norm.running_mean is not None and norm.running_var is not None and not _is_hooked(norm)
+        return (Affine(*_factors_of(norm), -3), source) if is_fixed else None
 
     def with_levels(self, node: fx.Node, fusion: _Fusion, user: fx.Node) -> _Fusion | None:
         """Absorb scale and shift by level; for a transposed convolution they are left to torch."""
@@ -526,20 +582,13 @@ def activation_of(operation: fx.Node, module: nn.Module | None) -> Activation | 
     return entry(options) if callable(entry) else entry
 
 
-def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
-    """Fold in a batch norm with running statistics."""
-    if not fusion.is_linear or norm.running_mean is None or norm.running_var is None:
-        return None
-    return fusion.scale(tail, *_factors_of(norm))
-
-
-def _factors_of(norm: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def _factors_of(norm: Any) -> tuple[Tensor, Tensor]:
     """Return the factor and the shift per channel of a batch norm with running statistics."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     scale = scale * norm.weight.detach().double() if norm.weight is not None else scale
     shift = -norm.running_mean.double() * scale
     shift = shift + norm.bias.detach().double() if norm.bias is not None else shift
-    return scale.to(dtype), shift.to(dtype)
+    return scale, shift
 
 
 def _fold_convolution(module: nn.Conv2d | nn.ConvTranspose2d, fusion: _Fusion) -> nn.Module:

@@ -1,0 +1,226 @@
+"""Operations in a graph that say the same in more than one way: factors and shifts, and activations written out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from cadsurgery.elements import functional
+from cadsurgery.elements.operations import operation_of as operation_of_elements
+from cadsurgery.support.torch_operations import is_in_place, name_of, operation_of
+from cadsurgery.surgery.graphs import Constants
+
+ModuleOf = Callable[[Any], nn.Module | None]
+
+
+class Affine(NamedTuple):
+    """x -> factor x + shift, in float64.
+
+    Attributes:
+        factor, shift: (C,), or (1,) for all channels.
+        axis: axis of the channels in a dense map, -1 or -3; None if both are one number.
+    """
+
+    factor: Tensor
+    shift: Tensor
+    axis: int | None = None
+
+    def fits(self, channels: int) -> bool:
+        """True if the factor and the shift are for so many channels, or for any number."""
+        return {self.factor.numel(), self.shift.numel()} <= {1, channels}
+
+    def then(self, later: Affine) -> Affine:
+        """Return this one followed by a later one."""
+        shift = self.shift * later.factor + later.shift
+        return Affine(self.factor * later.factor, shift, later.axis if self.axis is None else self.axis)
+
+
+class Step(NamedTuple):
+    """How a value, elements or a dense map, is computed.
+
+    Attributes:
+        operation: the node that computes it, of elements their rows.
+        operands: values and numbers that it reads; parameters where it reads no value.
+    """
+
+    operation: fx.Node
+    operands: tuple[Any, ...]
+
+
+def step_of(value: fx.Node) -> Step:
+    """Return how a value is computed, with elements in place of their rows."""
+    if value.target is not functional.Elements:
+        return Step(value, value.args)
+    operation, lattice = value.args
+    assert isinstance(operation, fx.Node)
+
+    def read(operand: Any) -> Any:
+        is_read = isinstance(operand, fx.Node) and operand.target is functional.rows_on
+        return operand.args[0] if is_read and operand.args[1] is lattice else operand
+
+    return Step(operation, tuple(map(read, operation.args)))
+
+
+def affine_of(step: Step, constants: Constants) -> tuple[Affine, fx.Node] | None:
+    """Return factor and shift if an operation multiplies a value by constants or adds them, and that value."""
+    stated = operation_of(step.operation.target) if step.operation.op != "call_module" else None
+    if stated is None or step.operation.kwargs or len(step.operands) != 2:
+        return None
+    first, second = (_constant(operand, constants) for operand in step.operands)
+    if (first is None) == (second is None):
+        return None
+    number, value = (first, step.operands[1]) if second is None else (second, step.operands[0])
+    assert number is not None
+    if not isinstance(value, fx.Node) or (second is None and is_in_place(step.operation.target)):
+        return None
+    (constant, axis), name = number, name_of(step.operation.target)
+    one, zero = constant.new_ones(1), constant.new_zeros(1)
+    if stated.multiplies:
+        return Affine(constant, zero, axis), value
+    if stated.adds:
+        return Affine(one, constant, axis), value
+    if name in ("sub", "subtract"):
+        return (Affine(one, -constant, axis) if first is None else Affine(-one, constant, axis)), value
+    if name in ("div", "divide", "true_divide", "truediv") and first is None and constant.all():
+        return Affine(1 / constant, zero, axis), value
+    return None
+
+
+def _constant(operand: Any, constants: Constants) -> tuple[Tensor, int | None] | None:
+    """Return a finite constant for each channel (C,), or (1,) for all, and the axis of the channels."""
+    if isinstance(operand, fx.Node):
+        held = constants.get(operand)
+    elif isinstance(operand, (int, float)) and not isinstance(operand, bool):
+        held = torch.tensor([operand], dtype=torch.float64)
+    else:
+        return None
+    if not isinstance(held, Tensor) or not held.dtype.is_floating_point or not held.isfinite().all():
+        return None
+    count, shape = held.numel(), tuple(held.shape)
+    axis = -1 if shape in ((count,), (1, 1, 1, count)) else -3 if shape[-3:] == (count, 1, 1) else None
+    if count > 1 and (axis is None or len(shape) > 4):
+        return None
+    return held.flatten().double(), axis if count > 1 else None
+
+
+# -- activations ---------------------------------------------------------------------------------------
+
+
+def name_activations(graph: fx.Graph, module: ModuleOf) -> None:
+    """Replace x sigmoid(x) and x clamp(x + 3, 0, 6) / 6 by torch's functions, so that they can be fused."""
+    for value in list(graph.nodes):
+        if value.op == "output" or not (named := _named(value, module)):
+            continue
+        function, source = named
+        with graph.inserting_before(value):
+            if value.target is functional.Elements:
+                lattice = graph.call_function(getattr, (source, "lattice"))
+                rows = graph.call_function(functional.rows_on, (source, lattice))
+                acted = graph.call_function(function, (rows,))
+                acted.meta.update(value.args[0].meta)
+                result = graph.call_function(functional.Elements, (acted, lattice))
+            else:
+                result = graph.call_function(function, (source,))
+        result.meta.update(value.meta)
+        value.replace_all_uses_with(result)
+
+
+def _named(value: fx.Node, module: ModuleOf) -> tuple[Callable[[Tensor], Tensor], fx.Node] | None:
+    """Return the activation that a value is, and what it is applied to."""
+    factor, inner = _without_factors(value)
+    for source, gate in _pairs(inner):
+        share, gate = _without_factors(gate)
+        name = _name(gate, module)
+        if name in _GATED and math.isclose(factor * share, 1.0) and step_of(gate).operands[0] is source:
+            function = _GATED[name]
+        elif math.isclose(factor * share * 6, 1.0, rel_tol=1e-6) and _is_shifted_clamp(gate, source, module):
+            function = F.hardswish
+        else:
+            continue
+        if value.target is not functional.Elements or _stage(source) == _stage(value) is not None:
+            return function, source
+    return None
+
+
+_GATED: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": F.silu, "hardsigmoid": F.hardswish}
+
+
+def _pairs(value: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield the factors of a product of two values, in both orders."""
+    operation, operands = step_of(value)
+    stated = operation_of(operation.target) if operation.op != "call_module" else None
+    is_product = stated is not None and stated.multiplies and not operation.kwargs
+    if is_product and len(operands) == 2 and all(isinstance(operand, fx.Node) for operand in operands):
+        yield operands
+        if not is_in_place(operation.target):
+            yield operands[::-1]
+
+
+def _without_factors(value: fx.Node) -> tuple[float, fx.Node]:
+    """Return the number by which a value is multiplied, and the value without it."""
+    factor, step = 1.0, step_of(value)
+    while (number := _factor(step)) is not None:
+        factor, value = factor * number, next(part for part in step.operands if isinstance(part, fx.Node))
+        step = step_of(value)
+    return factor, value
+
+
+def _factor(step: Step) -> float | None:
+    """Return the number by which an operation multiplies its only value; None for any other operation."""
+    stated = operation_of(step.operation.target) if step.operation.op != "call_module" else None
+    if stated is None or step.operation.kwargs or len(step.operands) != 2:
+        return None
+    numbers = [part for part in step.operands if isinstance(part, (int, float))]
+    if len(numbers) != 1 or not all(isinstance(part, (int, float, fx.Node)) for part in step.operands):
+        return None
+    if stated.multiplies:
+        return float(numbers[0])
+    is_divided = name_of(step.operation.target) in ("div", "truediv") and step.operands[1] is numbers[0]
+    return 1 / numbers[0] if is_divided and numbers[0] else None
+
+
+def _name(value: fx.Node, module: ModuleOf) -> str | None:
+    """Return the name of the operation that computes a value from one other value."""
+    operation, operands = step_of(value)
+    stated = operation_of(module(operation) if operation.op == "call_module" else operation.target)
+    return stated.name if stated is not None and operands and isinstance(operands[0], fx.Node) else None
+
+
+def _is_shifted_clamp(value: fx.Node, source: fx.Node, module: ModuleOf) -> bool:
+    """True if a value is clamp(source + 3, 0, 6)."""
+    step, name = step_of(value), _name(value, module)
+    called: Any = module(step.operation)
+    if name == "hardtanh" or name == "clamp":
+        bounds = (*step.operands[1:], *step.operation.kwargs.values())
+        bounds = (called.min_val, called.max_val) if called is not None else bounds
+        is_clamp = bounds == (0, 6)
+    else:
+        is_clamp = name == "relu6"
+    if not is_clamp:
+        return False
+    operation, operands = step_of(step.operands[0])
+    stated = operation_of(operation.target) if operation.op != "call_module" else None
+    is_sum = stated is not None and stated.adds and not operation.kwargs and not is_in_place(operation.target)
+    return is_sum and operands in ((source, 3), (3, source))
+
+
+def _stage(value: fx.Node) -> int | None:
+    """Return the stage of elements; None if operations on single values do not lead back to one that states it."""
+    while "stage" not in value.kwargs:
+        stated = operation_of_elements(value.target)
+        lattice: Any = value.args[1] if value.target is functional.Elements else None
+        if lattice is not None and lattice.target is functional.common_lattice:
+            return lattice.args[0] if isinstance(lattice.args[0], int) else None
+        if lattice is not None and lattice.target is getattr:
+            value = lattice.args[0]
+        elif stated is not None and stated.reads == "element" and isinstance(value.args[0], fx.Node):
+            value = value.args[0]
+        else:
+            return None
+    stage = value.kwargs["stage"]
+    return stage if isinstance(stage, int) else None
