@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cadsurgery.elements.axes import NCHW, channel_dims, fast_layout, image_dims, is_flat
 from cadsurgery.elements.backends.choose import Picking, compute, mix, select_rows
-from cadsurgery.elements.backends.patches import has_pixels, to_pixels
+from cadsurgery.elements.backends.floors import has_pixels, to_pixels
 from cadsurgery.elements.backends.target import require_equal
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice
@@ -109,7 +109,7 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
         cells = lattice.index.view(lattice.batch, height, width)[:, ::spacing, ::spacing]
         return x.rows[cells.to(x.rows.device)]
 
-    if x.rows.dim() == 2 and guide is None and not x.rows.requires_grad and has_pixels(lattice, spacing):
+    if guide is None and has_pixels(x.rows, lattice, spacing):
         return to_pixels(x.rows, lattice, spacing)
 
     def build() -> Reading:

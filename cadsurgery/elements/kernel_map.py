@@ -419,9 +419,15 @@ def find_taps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return table, sources and weights of taps so many fine pixels down and across from `targets`, which are numbers
     of pixels in maps of a size."""
-    cells = (source.index, source.anchors, source.levels)
+    # Rows that are pixels need no table, and their anchors are not read.
+    rows, anchors = (None, targets) if source.has_all_pixels else (source.index, source.anchors)
     return maps.shift_taps(
-        cells, source.geometry.sides, targets, (source.size, size), steps, _has_halo(source)
+        (rows, anchors, source.levels),
+        source.geometry.sides,
+        targets,
+        (source.size, size),
+        steps,
+        _has_halo(source),
     )
 
 

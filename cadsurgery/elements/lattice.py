@@ -440,9 +440,8 @@ class Lattice:
     """The cells of a batch after one stage. The rows of an `Elements` value are in the lattice's order.
 
     The order is raster order of the anchors, image after image, so a uniform lattice is exactly the
-    memory of a dense channels_last map and each image is an offset. Only where `patches` are kept whole do their rows
-    come first, patch after patch. Two lattices are equal if they have
-    the same level map, stage, size and cells; equal lattices share a cache of derived values.
+    memory of a dense channels_last map and each image is an offset. Two lattices are equal if they have the same level
+    map, stage, size and cells; equal lattices share a cache of derived values.
     `Pyramid.lattice` creates lattices.
 
     Attributes:
@@ -591,73 +590,16 @@ class Lattice:
         bounds = self.pyramid.bounds
         return bounds.of(self) if bounds is not None else None
 
-    @_derive
-    def patches(self) -> Tensor | None:
-        """(n,) int64: the corners, as pixel numbers, of the cells of the coarsest level that floors keep whole. Their
-        elements come first, patch after patch, so that they are the memory of n small channels_last maps. None if rows
-        are in raster order: there are other levels, several images, or bounds."""
-        geometry, levels = self.geometry, self.pyramid.levels
-        if not geometry.floors or self.stage == 0 or self.patch_side < 2 or levels.shape[0] > 1:
-            return None
-        if self.part is not None or not self._is_counted_here or self.uniform_level is not None:
-            return None
-        if not self.pyramid.has_two_levels:
-            return None
-        side = geometry.sides[geometry.max_level]
-        whole = [length // side for length in self.size]
-        kept = self.levels[0, ::side, ::side][: whole[0], : whole[1]] < geometry.max_level
-        corners = kept.nonzero() * side
-        return corners[:, 0] * self.size[1] + corners[:, 1] if len(corners) else None
-
-    @_derive
-    def is_patched(self) -> bool:
-        """True if level maps are floors, of one image, and all cells are in whole patches, coarse, cut by the border,
-        or pixels of the image."""
-        if not self.geometry.floors or self.part is not None or self.batch > 1 or not self._is_counted_here:
-            return False
-        if self.stage == 0 or self.patches is not None:
-            return True
-        return self.uniform_level == max(self.geometry.max_level, self.stage - 1)
+    @property
+    def has_all_pixels(self) -> bool:
+        """True if rows are the pixels of maps on the CPU, before the first stage of floors, outside of graphs."""
+        is_dense = self.geometry.floors and self.stage == 0 and self.part is None
+        return is_dense and self.is_counted_here and not is_exporting()
 
     @once
-    def _is_counted_here(self) -> bool:
+    def is_counted_here(self) -> bool:
         """True if the map is on the CPU and its cells are counted, not bounded."""
         return self.levels.device.type == "cpu" and self.pyramid.bounds is None and not self.is_open
-
-    @property
-    def patch_side(self) -> int:
-        """Where level maps are floors: samples along the side of a cell of the coarsest level on the network's own
-        grid; 0 where that grid is coarser."""
-        return self.geometry.sides[self.geometry.max_level] // self.geometry.sides[max(0, self.stage - 1)]
-
-    def _cells_by_patch(self, corners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `_cells` in the order of `patches`: the patches, the coarse cells, and what the border cuts."""
-        (height, width), cell, many = self.size, self.geometry.sides[self.geometry.max_level], self.patch_side
-        step = cell // many
-        grid = torch.arange(many) * step
-        in_patches = (corners.view(-1, 1, 1) + grid.view(-1, 1) * width + grid).flatten()
-        is_low = self.levels[0, ::cell, ::cell] == self.geometry.max_level
-        low = is_low.nonzero() * cell
-        y, x = torch.arange(0, height, step).view(-1, 1), torch.arange(0, width, step)
-        is_cut = (y >= height // cell * cell) | (x >= width // cell * cell)
-        cut = (is_cut & ~is_low[y // cell, x // cell]).nonzero() * step
-        anchors = torch.cat((in_patches, low[:, 0] * width + low[:, 1], cut[:, 0] * width + cut[:, 1]))
-        first = torch.zeros(is_low.shape, dtype=torch.int32)
-        first[is_low] = torch.arange(len(low), dtype=torch.int32) + len(in_patches)
-        index = first.repeat_interleave(cell, 0)[:height].repeat_interleave(cell, 1)[:, :width].contiguous()
-        if len(cut):
-            own = torch.zeros(y.numel(), x.numel(), dtype=torch.int32)
-            own[cut[:, 0] // step, cut[:, 1] // step] = torch.arange(len(cut), dtype=torch.int32) + (
-                len(anchors) - len(cut)
-            )
-            own = own.repeat_interleave(step, 0)[:height].repeat_interleave(step, 1)[:, :width]
-            index = torch.where(own > 0, own, index)
-        rows = torch.arange(len(in_patches), dtype=torch.int32).view(-1, many, 1, many, 1)
-        rows = rows.expand(-1, many, step, many, step).reshape(-1, cell, cell)
-        whole = index[: height // cell * cell, : width // cell * cell]
-        by_cell = whole.unflatten(1, (-1, cell)).unflatten(0, (-1, cell)).transpose(1, 2)
-        by_cell[corners // width // cell, corners % width // cell] = rows
-        return anchors, index.flatten(), torch.tensor([len(anchors)])
 
     @_derive
     def _side_of_uniform(self) -> int:
@@ -687,8 +629,6 @@ class Lattice:
             )
             index = (is_there.cumsum(0) - 1).to(torch.int32)
             return is_there.nonzero().squeeze(1), index, is_there.view(self.batch, -1).sum(1)
-        if self.patches is not None:
-            return self._cells_by_patch(self.patches)
         if self._side_of_uniform:
             return self._cells_of_uniform(self._side_of_uniform)
         if self.part is None and self.capacity is None and maps.supports(self.levels):

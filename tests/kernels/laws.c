@@ -535,7 +535,9 @@ typedef struct {
     const int64_t *anchors;
     const int8_t *levels;
     const int64_t *sides, *targets, *down, *across;
-    int32_t *table, *rank, *sources;
+    int32_t *table, *rank;
+    int8_t *lines;
+    int32_t *sources;
     double *mix;
     long pixels, count, n, height, width, target_height, target_width, vertical, horizontal, has_halo;
 } map;
@@ -576,8 +578,8 @@ static void maps_law(void) {
         memcpy(down, steps, sizeof steps), memcpy(across, steps, sizeof steps);
         int32_t *table = NEW(int32_t, count * TAPS), *rank = NEW(int32_t, PIXELS), *sources = NEW(int32_t, 4 * PIXELS);
         double *mix = NEW(double, 4 * PIXELS);
-        memset(rank, 0, PIXELS * sizeof(int32_t));
-        const map m = {index, anchors, levels, sides, targets, down, across, table, rank, sources, mix, PIXELS, count, count,
+        int8_t *lines = NEW(int8_t, BATCH * HEIGHT);
+        const map m = {index, anchors, levels, sides, targets, down, across, table, rank, lines, sources, mix, PIXELS, count, count,
                        HEIGHT, WIDTH, HEIGHT, WIDTH, 3, 3, has_halo};
         const long halo = SUFFIX(shift_taps)(&m);
         static long reads[PIXELS], entry_of[PIXELS]; /* of a pixel that is read inside a cell, and its entry */

@@ -49,7 +49,7 @@ NAMES = [
     "portable",
     "graph",
     "triton",
-    "patches",  # of floors: test_floor_laws.py
+    "without overlap",  # of floors: test_floor_laws.py
     "whole map",
     "native",
     "integers",
@@ -303,7 +303,7 @@ TASKS = [
     for name in NAMES
     for task in ("pool", "mix", "mix_lines", "pick", "fill", "gather")
     if has(name, task)
-    and name not in ("torch", "patches")
+    and name not in ("torch", "without overlap")
     and (name != "triton" or triton_kernels.INTERPRETED)
 ]
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
 from cadsurgery.elements.backends.choose import BACKENDS
-from cadsurgery.elements.backends.patches import Patches
+from cadsurgery.elements.backends.floors import WithoutOverlap
 
 
 class SmallUNet(nn.Module):
@@ -129,20 +129,20 @@ def test_everything_high_is_the_network_bit_for_bit(name: str) -> None:
     ("size", "cell"), [((64, 96), 16), ((80, 112), 16), ((128, 192), 64), ((128, 192), 32)]
 )
 @pytest.mark.parametrize("name", [*NETWORKS, "apart"])
-def test_patches_equal_kernel_maps(
+def test_transposed_convolutions_without_overlap_are_those_with_kernel_maps(
     name: str, size: tuple[int, int], cell: int, fill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = network(name), torch.rand(1, 3, *size, dtype=torch.float64)
     net = cs.adaptify(model, "none", coarsest=cell, fill=fill, example_input=x)
     fast, levels = net.optimize(), mixed(1, size, cell, net.plan.max_level)
     with torch.no_grad():
-        by_patch = net(x, mask=levels)
-        assert (fast(x, mask=levels) - by_patch).abs().max() < 1e-10
+        as_product = net(x, mask=levels)
+        assert (fast(x, mask=levels) - as_product).abs().max() < 1e-10
         monkeypatch.setattr(
             "cadsurgery.elements.backends.choose.BACKENDS",
-            [backend for backend in BACKENDS if not isinstance(backend, Patches)],
+            [backend for backend in BACKENDS if not isinstance(backend, WithoutOverlap)],
         )
-        assert (net(x, mask=levels) - by_patch).abs().max() < 1e-10
+        assert (net(x, mask=levels) - as_product).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", NETWORKS)

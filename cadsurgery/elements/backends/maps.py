@@ -20,7 +20,7 @@ class _Map(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("index", "anchors", "levels", "sides")),
         *((name, ctypes.c_void_p) for name in ("targets", "down", "across")),
-        *((name, ctypes.c_void_p) for name in ("table", "rank", "sources", "mix")),
+        *((name, ctypes.c_void_p) for name in ("table", "rank", "lines", "sources", "mix")),
         *((name, ctypes.c_long) for name in ("pixels", "count", "n", "height", "width")),
         *((name, ctypes.c_long) for name in ("target_height", "target_width", "vertical", "horizontal")),
         ("has_halo", ctypes.c_long),
@@ -55,7 +55,7 @@ def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, 
 
 
 def shift_taps(
-    cells: tuple[Tensor, Tensor, Tensor],
+    cells: tuple[Tensor | None, Tensor, Tensor],
     sides: tuple[int, ...],
     targets: Tensor,
     sizes: tuple[tuple[int, int], tuple[int, int]],
@@ -65,8 +65,8 @@ def shift_taps(
     """Compute a kernel map (n, taps) int32, and its halo: sources (M, 4) int32 and their weights (M, 4) float64.
 
     Args:
-        cells: source lattice: the row of each pixel's cell (B*H*W,) int32, the anchors (N,) int64 and the level of
-            each pixel's cell (B, H, W) int8.
+        cells: source lattice: the row of each pixel's cell (B*H*W,) int32, None if it is the pixel's number; the
+            anchors (N,) int64, not read without a halo; and the level of each pixel's cell (B, H, W) int8.
         sides: sides of cells of each level.
         targets: anchors (n,) int64 of the target lattice.
         sizes: fine (height, width) of the source and the target.
@@ -74,21 +74,25 @@ def shift_taps(
         has_halo: interpolate points inside cells from several cells; otherwise they are read from their own cell.
     """
     if target_of_graph():
-        return _shift_in_graph(cells, sides, targets, sizes[1], steps, has_halo)
-    index, anchors, levels = map(Tensor.contiguous, cells)
+        assert cells[0] is not None
+        return _shift_in_graph((cells[0], *cells[1:]), sides, targets, sizes[1], steps, has_halo)
+    index, (anchors, levels) = cells[0], map(Tensor.contiguous, cells[1:])
     targets, side_of, (down, across) = targets.contiguous(), torch.tensor(sides), map(torch.tensor, steps)
-    pixels, count, n = index.numel(), anchors.numel(), targets.numel()
+    pixels, n = levels.numel(), targets.numel()
+    count = pixels if index is None else anchors.numel()
     taps = down.numel() * across.numel()
     table = torch.empty(n, taps, dtype=torch.int32)
-    rank = torch.zeros(pixels if has_halo else 0, dtype=torch.int32)
+    rank = torch.empty(pixels if has_halo else 0, dtype=torch.int32)
+    lines = torch.empty(levels.shape[0] * levels.shape[1], dtype=torch.int8)
     most = min(pixels - count, n * taps) if has_halo else 0
     sources, mix = torch.empty(most, 4, dtype=torch.int32), torch.empty(most, 4, dtype=torch.float64)
-    tensors = (index, anchors, levels, side_of, targets, down, across, table, rank, sources, mix)
+    tensors = (anchors, levels, side_of, targets, down, across, table, rank, lines, sources, mix)
     numbers = (pixels, count, n, *sizes[0], *sizes[1], down.numel(), across.numel(), has_halo)
     shift = function("shift_taps")
     assert shift is not None
     shift.restype = ctypes.c_long
-    halo = shift(ctypes.byref(_Map(*map(Tensor.data_ptr, tensors), *numbers)))
+    rows = index.contiguous().data_ptr() if index is not None else None
+    halo = shift(ctypes.byref(_Map(rows, *map(Tensor.data_ptr, tensors), *numbers)))
     return table, sources[:halo], mix[:halo]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from cadsurgery.elements.backends.choose import BACKENDS
 from cadsurgery.elements.backends.dense import Uniform, WholeMap
+from cadsurgery.elements.backends.floors import WithoutOverlap
 from cadsurgery.elements.backends.gpu import Triton
 from cadsurgery.elements.backends.graph import GraphOperation
 from cadsurgery.elements.backends.integer import Integers
 from cadsurgery.elements.backends.native import Native
-from cadsurgery.elements.backends.patches import Patches
 from cadsurgery.elements.backends.portable import Portable
 from cadsurgery.elements.backends.products import Products
 from cadsurgery.elements.backends.reference import Expression, Torch
@@ -18,7 +18,7 @@ BACKENDS[:] = [
     Portable(),  # graphs for engines other than torch
     GraphOperation(),  # graphs compiled for the CPU: one custom operation, which uses this table again when it runs
     Triton(),  # GPUs, gathering and multiplying in one kernel
-    Patches(),  # cells that floors keep whole, as small dense maps
+    WithoutOverlap(),  # transposed convolutions without overlap under floors, as one product
     WholeMap(),  # the whole map, if it is cheaper by the costs measured on this machine
     Native(),  # compiled C that reads rows in place
     Integers(),  # compiled C for rows in 8 bits

@@ -110,6 +110,7 @@ static const char *read_taps(int has_halo, const tensor *in, found *to, share_in
         m.table = take(&all, n * taps, sizeof *m.table), m.sources = take(&all, most * 4, sizeof *m.sources);
         shares = take(&all, most * 4, sizeof *shares), m.mix = take(&all, most * 4, sizeof *m.mix);
         m.rank = take(&all, has_halo ? pixels : 0, sizeof *m.rank), levels = take(&all, pixels, 1);
+        m.lines = take(&all, sides[0] * sides[1], 1);
         for (int i = 0; i < 5; i++) wide[i] = take(&all, in[widened[i]].size[0], sizeof **wide);
         if (pass) break;
         all = (area){malloc(all.used + 64), 0};
@@ -117,7 +118,6 @@ static const char *read_taps(int has_halo, const tensor *in, found *to, share_in
     }
     for (int i = 0; i < 5; i++) widen(in + widened[i], in[widened[i]].size[0], wide[i]);
     copy_levels(in + LEVELS, pixels, levels);
-    if (has_halo) memset(m.rank, 0, pixels * sizeof *m.rank);
     m.index = in[INDEX].data, m.levels = levels, m.has_halo = has_halo;
     m.anchors = wide[0], m.sides = wide[1], m.targets = wide[2], m.down = wide[3], m.across = wide[4];
     m.pixels = pixels, m.count = count, m.n = n, m.height = sides[1], m.width = sides[2];

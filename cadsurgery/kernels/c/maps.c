@@ -5,26 +5,32 @@
  */
 #include "maps.h"
 
+#include <string.h>
+
 #include "parallel.h"
 
 /* Return the number of cells; write their anchors (ascending), the row of each pixel's cell to index (pixels) and the number
- * of cells per image to counts. */
+ * of cells per image to counts. Along a line, all pixels of a cell follow from its first. */
 long SUFFIX(find_cells)(const int8_t *levels, const int64_t *sides, long batch, long height, long width,
                         int64_t *anchors, int32_t *index, int64_t *counts) {
-    long pixel = 0, count = 0;
-    for (long image = 0; image < batch; image++) {
-        counts[image] = -count;
-        for (long y = 0; y < height; y++)
-            for (long x = 0; x < width; x++, pixel++) {
-                long side = sides[levels[pixel]], up = y % side, back = x % side;
-                if (up || back) {
-                    index[pixel] = index[pixel - up * width - back];
-                } else {
-                    anchors[count] = pixel;
-                    index[pixel] = count++;
-                }
+    long count = 0;
+    for (long line = 0; line < batch * height; line++) {
+        const long y = line % height, first = line * width, image = line / height;
+        const int8_t *level = levels + first;
+        int32_t *own = index + first;
+        if (y == 0) counts[image] = 0;
+        for (long x = 0; x < width;) {
+            const long side = sides[level[x]], end = x + side < width ? x + side : width;
+            if (y % side) {
+                memcpy(own + x, own + x - width, (end - x) * sizeof *own);
+            } else {
+                anchors[count] = first + x;
+                counts[image]++;
+                for (long i = x; i < end; i++) own[i] = (int32_t)count;
+                count++;
             }
-        counts[image] += count;
+            x = end;
+        }
     }
     return count;
 }
@@ -60,7 +66,7 @@ static void read_taps(long begin, long end, void *work) {
                     continue;
                 }
                 long pixel = (image * m->height + row) * m->width + column;
-                int32_t cell = m->index[pixel];
+                int32_t cell = m->index ? m->index[pixel] : (int32_t)pixel;
                 if (m->has_halo && m->anchors[cell] != pixel) {
                     cell = -1 - pixel; /* until its row is known */
                     __atomic_store_n(m->rank + pixel, 1, __ATOMIC_RELAXED);
@@ -76,17 +82,41 @@ static void name_halo(long begin, long end, void *work) {
         if (m->table[i] < 0) m->table[i] = m->rank[-1 - m->table[i]];
 }
 
+/* Mark the lines in which targets have taps. */
+static void mark_lines(long begin, long end, void *work) {
+    const map *m = work;
+    for (long e = begin; e < end; e++) {
+        long line = m->targets[e] / m->target_width, y = line % m->target_height, first = line / m->target_height * m->height;
+        for (long v = 0; v < m->vertical; v++) {
+            long row = y + m->down[v];
+            if (row >= 0 && row < m->height) __atomic_store_n(m->lines + first + row, 1, __ATOMIC_RELAXED);
+        }
+    }
+}
+
+static void clear_lines(long begin, long end, void *work) {
+    const map *m = work;
+    for (long line = begin; line < end; line++)
+        if (m->lines[line]) memset(m->rank + line * m->width, 0, m->width * sizeof *m->rank);
+}
+
 /* Fill the kernel map and return the number of halo rows: one for every pixel that is read and is no anchor, in order. */
 long SUFFIX(shift_taps)(const map *m) {
-    const long taps = m->vertical * m->horizontal;
+    const long taps = m->vertical * m->horizontal, lines = m->pixels / m->width;
+    if (m->has_halo) {
+        memset(m->lines, 0, lines);
+        cadsurgery_share(m->n, 65536, mark_lines, (void *)m);
+        cadsurgery_share(lines, 64, clear_lines, (void *)m);
+    }
     cadsurgery_share(m->n, 65536 / taps + 1, read_taps, (void *)m);
     if (!m->has_halo) return 0;
     long halo = 0;
-    for (long pixel = 0; pixel < m->pixels; pixel++)
-        if (m->rank[pixel]) {
-            interpolate(m, pixel, m->sources + 4 * halo, m->mix + 4 * halo);
-            m->rank[pixel] = m->count + ++halo;
-        }
+    for (long line = 0; line < lines; line++)
+        for (long pixel = line * m->width; m->lines[line] && pixel < (line + 1) * m->width; pixel++)
+            if (m->rank[pixel]) {
+                interpolate(m, pixel, m->sources + 4 * halo, m->mix + 4 * halo);
+                m->rank[pixel] = m->count + ++halo;
+            }
     cadsurgery_share(m->n * taps, 65536, name_halo, (void *)m);
     return halo;
 }

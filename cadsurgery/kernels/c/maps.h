@@ -5,14 +5,15 @@
 #include <stdint.h>
 
 typedef struct {
-    const int32_t *index;   /* (batch * height * width), row of the cell that contains each pixel */
+    const int32_t *index;   /* (batch * height * width), row of the cell that contains each pixel; NULL if that is the pixel */
     const int64_t *anchors; /* (count), ascending pixel numbers of the source */
     const int8_t *levels;   /* (batch * height * width), level of that cell */
     const int64_t *sides;   /* side of a cell, per level */
     const int64_t *targets; /* (n), pixel numbers of the target, in the target's size */
     const int64_t *down, *across;
     int32_t *table;   /* (n, vertical * horizontal) */
-    int32_t *rank;    /* (batch * height * width), zeros; scratch */
+    int32_t *rank;    /* (batch * height * width); scratch */
+    int8_t *lines;    /* (batch * height); scratch */
     int32_t *sources; /* (most, 4), the rows that each halo row interpolates between */
     double *mix;      /* (most, 4), their weights */
     long pixels, count, n, height, width, target_height, target_width, vertical, horizontal, has_halo;

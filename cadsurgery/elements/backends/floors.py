@@ -1,0 +1,133 @@
+"""What floors make simpler: transposed convolutions without overlap, and fine maps of two levels.
+
+A transposed convolution without overlap computes each sample from one sample of its input: all phases are one product.
+In a fine map coarse cells are interpolated as one small map of their anchors, and finer cells are put on top.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.backends.choose import (
+    Backend,
+    Convolution,
+    Pooling,
+    TransposedConvolution,
+    WindowRead,
+    compute,
+)
+from cadsurgery.elements.backends.weights import FusedConv
+from cadsurgery.elements.lattice import Lattice
+
+
+class WithoutOverlap(Backend):
+    """Transposed convolutions without overlap in inference."""
+
+    name = "without overlap"
+
+    def applies(self, work: Convolution | TransposedConvolution | Pooling) -> bool:
+        """Return True if every sample of the result reads one sample."""
+        reads = work.reads
+        if not isinstance(work, TransposedConvolution) or not isinstance(reads, WindowRead):
+            return False
+        source, target, window = reads.source, reads.target, reads.window
+        if not work.is_inference or work.rows.dim() != 2 or reads.drop or not source.geometry.floors:
+            return False
+        is_apart = window.kernel == (window.finer, window.finer) and not any(window.padding)
+        fits = source.part is None and target.part is None and source.size == target.size
+        return is_apart and fits and source.is_counted_here and target.is_counted_here
+
+    def spread(self, work: TransposedConvolution) -> Tensor:
+        """Compute rows (N, O)."""
+        source, target, finer = work.reads.source, work.reads.target, work.reads.window.finer
+        spacing, channels = work.reads.window.output_spacing, work.weights.weight.shape[0]
+        if target.uniform_side >= finer * spacing:  # all rows are of the first phase
+            sums = compute(
+                Convolution(work.rows, work.weights.of_phase((0, 0), finer).without_activation, None)
+            )
+            return work.weights.finish(sums.index_select(0, _sources(source, target)), work.residual)
+        sums = compute(Convolution(work.rows, _all_phases(work.weights, finer), None))
+        if work.weights.groups > 1:
+            sums = sums.view(-1, channels, finer**2).transpose(1, 2)
+        sums = sums.reshape(-1, channels)
+
+        def build() -> Tensor:
+            y, x = (torch.arange(length, dtype=torch.int32) // spacing % finer for length in source.size)
+            phase = (y * finer).unsqueeze(1) + x
+            of_pixels = torch.add(phase, source.index.view(-1, *source.size), alpha=finer**2)
+            return of_pixels.flatten().index_select(0, target.anchors)
+
+        read = target.derive(("phase of one sample", source.key, finer, spacing), build)
+        return work.weights.finish(sums.index_select(0, read), work.residual)
+
+
+def _sources(source: Lattice, target: Lattice) -> Tensor:
+    """Return the row of the source that holds each element of the target."""
+    return source.index.index_select(0, target.anchors)
+
+
+def _all_phases(weights: FusedConv, finer: int) -> FusedConv:
+    """Return a 1x1 convolution to all phases of each sample: phase after phase, or in groups channel after channel."""
+
+    def make() -> FusedConv:
+        order = (2, 3, 0, 1) if weights.groups == 1 else (0, 2, 3, 1)
+        kernel, bias = (
+            weights.weight.permute(order).flatten(0, 2)[:, :, None, None].contiguous(),
+            weights.bias,
+        )
+        if bias is not None:
+            bias = bias.repeat(finer**2) if weights.groups == 1 else bias.repeat_interleave(finer**2)
+        return weights.changed(weight=kernel, bias=bias, activation=None)
+
+    return weights.form("all phases", make)
+
+
+def has_pixels(rows: Tensor, lattice: Lattice, spacing: int) -> bool:
+    """True if `to_pixels` can read rows of a lattice: cells are of the coarsest level or of the network's own grid."""
+    geometry = lattice.geometry
+    if rows.dim() != 2 or rows.requires_grad or rows.device != lattice.levels.device:
+        return False
+    if not geometry.floors or geometry.fill != "linear" or not geometry.dense_shortcut:
+        return False
+    if lattice.part is not None or lattice.stage == 0 or not lattice.is_counted_here:
+        return False
+    cell, own = geometry.sides[geometry.max_level], geometry.sides[lattice.stage - 1]
+    is_uniform = lattice.uniform_side == max(cell, own)
+    return (is_uniform or lattice.pyramid.has_two_levels) and cell % spacing == 0 and spacing % own == 0
+
+
+def to_pixels(rows: Tensor, lattice: Lattice, spacing: int) -> Tensor:
+    """Read every `spacing`-th fine pixel (B, h, w, C) of a lattice with linear fill."""
+    coarsest = lattice.geometry.max_level
+    cell, (height, width) = lattice.geometry.sides[coarsest], lattice.size
+    # Beyond the last anchors the border is replicated, which may be kept fine.
+    y, x = (torch.cat((torch.arange(0, length, cell), torch.tensor([length - 1]))) for length in lattice.size)
+    of_ends = lattice.index.view(-1, height, width)[:, y][:, :, x]
+    ends = rows.index_select(0, of_ends.flatten()).view(*of_ends.shape, -1).permute(0, 3, 1, 2)
+    ends = ends.to(torch.promote_types(rows.dtype, torch.float32))
+    size = [(length - 1) * (cell // spacing) + 1 for length in of_ends.shape[1:]]
+    every = F.interpolate(ends, size=size, mode="bilinear", align_corners=True)
+    lines, columns = -(-height // spacing), -(-width // spacing)
+    pixels = every[:, :, :lines, :columns].permute(0, 2, 3, 1).to(rows.dtype).contiguous()
+    if lattice.uniform_level == coarsest:
+        return pixels
+
+    def build() -> tuple[Tensor, Tensor]:
+        is_read = lattice.level_of_rows < coarsest
+        y, x = (torch.arange(length, dtype=torch.int32) for length in lattice.size)
+        if spacing > lattice.geometry.sides[lattice.stage - 1]:
+            on_grid = (y % spacing == 0).unsqueeze(1) & (x % spacing == 0)
+            is_read &= on_grid.repeat(lattice.batch, 1, 1).flatten().index_select(0, lattice.anchors)
+        fine = is_read.nonzero().squeeze(1)
+        anchors = lattice.anchors.index_select(0, fine)
+        if spacing == 1:
+            return fine, anchors
+        image = torch.arange(lattice.batch, dtype=torch.int32).view(-1, 1, 1)
+        numbers = (image * lines + (y // spacing).unsqueeze(1)) * columns + x // spacing
+        return fine, numbers.flatten().index_select(0, anchors).long()
+
+    fine, places = lattice.derive(("fine pixels", spacing), build)
+    pixels.view(-1, rows.shape[1]).index_copy_(0, places, rows.index_select(0, fine))
+    return pixels
