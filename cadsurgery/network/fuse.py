@@ -139,9 +139,9 @@ class _Consumer(NamedTuple):
 class Fuser:
     """Fuses the convolutions of one graph; `graph` is changed, `kernels` is filled."""
 
-    def __init__(self, graph: fx.Graph, model: nn.Module, epilogues: bool) -> None:
+    def __init__(self, graph: fx.Graph, model: nn.Module, epilogues: bool, kernels: nn.Module) -> None:
         self.graph, self.model, self.epilogues = graph, model, epilogues
-        self.kernels = nn.Module()
+        self.kernels = kernels
         self.constants = Constants(fx.Interpreter(model, graph=graph))
         self.numbers = _find_numbers(graph)
         first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -443,6 +443,7 @@ class Fuser:
             kernel = PackedConv(*parts, (module.stride, padding, module.dilation))
         kernel.origin = node.name  # type: ignore[assignment]
         kernel.register_buffer("floor", fusion.floor, persistent=False)
+        self.share_weight(kernel)
         self.kernels.add_module(name, kernel)
         if not on_elements:
             more = (fusion.residual,) if fusion.residual is not None else ()
@@ -460,16 +461,27 @@ class Fuser:
         read = source.args[0] if is_linear else source
         return self.graph.call_function(functional.fused_conv2d, (read, weights, fusion.residual), options)
 
+    def share_weight(self, kernel: Any) -> None:
+        """Give a kernel the equal weight of an earlier one, as two graphs of one network have it."""
+        for other in self.kernels.children():
+            if isinstance(other, PackedConv) and _are_equal(other.weight, kernel.weight):
+                kernel.weight = other.weight
+                return
 
-def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.Graph, nn.Module]:
-    """Return a graph with fused convolutions, and the module `KERNELS` that holds them; the arguments do not change.
+
+def fuse(
+    graph: fx.Graph, model: nn.Module, epilogues: bool = True, kernels: nn.Module | None = None
+) -> tuple[fx.Graph, nn.Module]:
+    """Return a graph with fused convolutions, and the module `KERNELS` that holds them; the graph does not change.
 
     Args:
         graph: rewritten graph of a network in evaluation mode.
         model: the network with the modules and parameters of the graph.
         epilogues: True also fuses residuals and activations and packs weights; False only folds batch norm and factors.
+        kernels: the module of another graph of the same network, which gets this one's kernels as well; equal weights
+            are shared.
     """
-    fuser = Fuser(copy_graph(graph)[0], model, epilogues)
+    fuser = Fuser(copy_graph(graph)[0], model, epilogues, kernels if kernels is not None else nn.Module())
     fuser.run()
     return fuser.graph, fuser.kernels
 
@@ -600,6 +612,13 @@ def _fold_convolution(module: nn.Conv2d | nn.ConvTranspose2d, fusion: _Fusion) -
     bias = nn.Parameter(fusion.bias, False) if fusion.bias is not None else None
     folded._parameters = {"weight": nn.Parameter(weight, False), "bias": bias}
     return folded
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """True if tensors are equal; most that differ do so in their first value."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return bool(first.flatten()[0] == second.flatten()[0]) and torch.equal(first, second)
 
 
 def _detach(value: Tensor | None) -> Tensor | None:

@@ -191,14 +191,17 @@ def _name(value: fx.Node, module: ModuleOf) -> str | None:
     return stated.name if stated is not None and operands and isinstance(operands[0], fx.Node) else None
 
 
+_BOUNDS = ("min", "min_val", "max", "max_val")
+
+
 def _is_shifted_clamp(value: fx.Node, source: fx.Node, module: ModuleOf) -> bool:
     """True if a value is clamp(source + 3, 0, 6)."""
     step, name = step_of(value), _name(value, module)
     called: Any = module(step.operation)
     if name == "hardtanh" or name == "clamp":
-        bounds = (*step.operands[1:], *step.operation.kwargs.values())
-        bounds = (called.min_val, called.max_val) if called is not None else bounds
-        is_clamp = bounds == (0, 6)
+        stated = step.operation.kwargs
+        bounds = (*step.operands[1:], *(stated[part] for part in _BOUNDS if part in stated))[:2]
+        is_clamp = ((called.min_val, called.max_val) if called is not None else bounds) == (0, 6)
     else:
         is_clamp = name == "relu6"
     if not is_clamp:

@@ -26,7 +26,8 @@ def fuse_network(source: ProgramNetwork, epilogues: bool, pairs: bool) -> tuple[
     Args:
         source: a copy of the network in evaluation mode, which is changed and cannot be used afterwards.
         epilogues: see `fuse`.
-        pairs: True also fuses inverted bottlenecks, see `join_pairs`.
+        pairs: True also fuses inverted bottlenecks, see `join_pairs`, and the network's own graph, which floors run
+            where everything is high.
     """
     graph = source.program.graph
     used = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
@@ -39,16 +40,33 @@ def fuse_network(source: ProgramNetwork, epilogues: bool, pairs: bool) -> tuple[
         vars(root)[kind].update(vars(source)[kind])
     for name in source._constants.keys() - source._parameters.keys():
         root.register_buffer(name, getattr(source.program.names(), name))
+    own = source.program.unchanged if pairs and source.program.plan.floors else None
     graph, kernels = fuse(split_norms(graph, root)[0], root, epilogues)
-    if pairs:
-        join_pairs(graph, kernels)
+    if own is not None:
+        own, _ = fuse(split_norms(own, root)[0], root, epilogues, kernels)
+    graphs = [part for part in (graph, own) if part is not None]
+    for part in graphs if pairs else ():
+        join_pairs(part, kernels)
     root.add_module(KERNELS, kernels)
-    fused = fx.GraphModule(root, graph)  # it keeps only the modules that the graph uses
+    fused = fx.GraphModule(root, _reading(graphs))  # it keeps only the modules that the graphs use
+    fused.graph = graph
     remaining = [module for module in source.program.watched if child(fused, module.path) is not None]
     watched = tuple(
         Watched.of(fused, module.path, module.is_called, module.settings is not None) for module in remaining
     )
-    return fused, replace(source.program, graph=graph, unchanged=None, watched=watched, is_fused=True)
+    return fused, replace(source.program, graph=graph, unchanged=own, watched=watched, is_fused=True)
+
+
+def _reading(graphs: list[fx.Graph]) -> fx.Graph:
+    """Return a graph that only reads the modules and parameters that graphs read."""
+    reading = fx.Graph()
+    for node in (node for graph in graphs for node in graph.nodes):
+        if node.op == "call_module":
+            reading.call_module(str(node.target))
+        elif node.op == "get_attr":
+            reading.get_attr(str(node.target))
+    reading.output(None)
+    return reading
 
 
 class Precision(NamedTuple):
