@@ -199,8 +199,8 @@ def _is_shifted_clamp(value: fx.Node, source: fx.Node, module: ModuleOf) -> bool
     step, name = step_of(value), _name(value, module)
     called: Any = module(step.operation)
     if name == "hardtanh" or name == "clamp":
-        stated = step.operation.kwargs
-        bounds = (*step.operands[1:], *(stated[part] for part in _BOUNDS if part in stated))[:2]
+        named = step.operation.kwargs
+        bounds = (*step.operands[1:], *(named[part] for part in _BOUNDS if part in named))[:2]
         is_clamp = ((called.min_val, called.max_val) if called is not None else bounds) == (0, 6)
     else:
         is_clamp = name == "relu6"
