@@ -62,8 +62,7 @@ class WindowRead:
         source, target = self.source, self.target
         geometry, levels = source.geometry, (source.uniform_level, target.uniform_level)
         parts = (source.part is None, target.part is None, source.has_known_counts, target.has_known_counts)
-        floors = (source.size == target.size, source.is_counted_here) if geometry.floors else ()
-        return self.window, self.drop, levels, parts, floors, geometry, self.window.is_pointwise
+        return self.window, self.drop, levels, parts, geometry, self.window.is_pointwise
 
     @property
     def reading(self) -> Reading:

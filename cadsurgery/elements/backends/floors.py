@@ -6,6 +6,8 @@ In a fine map coarse cells are interpolated as one small map of their anchors, a
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,7 @@ from cadsurgery.elements.backends.choose import (
 )
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.sizes import is_statically_true
 
 
 class WithoutOverlap(Backend):
@@ -33,11 +36,11 @@ class WithoutOverlap(Backend):
         if not isinstance(work, TransposedConvolution) or not isinstance(reads, WindowRead):
             return False
         source, target, window = reads.source, reads.target, reads.window
-        if not work.is_inference or work.rows.dim() != 2 or reads.drop or not source.geometry.floors:
+        if work.gradient or work.graph == "compiled" or work.rows.dim() != 2:
             return False
         is_apart = window.kernel == (window.finer, window.finer) and not any(window.padding)
-        fits = source.part is None and target.part is None and source.size == target.size
-        return is_apart and fits and source.is_counted_here and target.is_counted_here
+        is_whole = source.part is None and target.part is None and source.capacity is None
+        return is_apart and is_whole and source.geometry.floors and not reads.drop
 
     def spread(self, work: TransposedConvolution) -> Tensor:
         """Compute rows (N, O)."""
@@ -47,25 +50,28 @@ class WithoutOverlap(Backend):
             sums = compute(
                 Convolution(work.rows, work.weights.of_phase((0, 0), finer).without_activation, None)
             )
-            return work.weights.finish(sums.index_select(0, _sources(source, target)), work.residual)
+            return work.weights.finish(sums.index_select(0, _read(source, target)), work.residual)
         sums = compute(Convolution(work.rows, _all_phases(work.weights, finer), None))
         if work.weights.groups > 1:
             sums = sums.view(-1, channels, finer**2).transpose(1, 2)
-        sums = sums.reshape(-1, channels)
-
-        def build() -> Tensor:
-            y, x = (torch.arange(length, dtype=torch.int32) // spacing % finer for length in source.size)
-            phase = (y * finer).unsqueeze(1) + x
-            of_pixels = torch.add(phase, source.index.view(-1, *source.size), alpha=finer**2)
-            return of_pixels.flatten().index_select(0, target.anchors)
-
-        read = target.derive(("phase of one sample", source.key, finer, spacing), build)
-        return work.weights.finish(sums.index_select(0, read), work.residual)
+        read = target.derive(
+            ("one sample", source.key, finer, spacing), partial(_read, source, target, finer, spacing)
+        )
+        return work.weights.finish(sums.reshape(-1, channels).index_select(0, read), work.residual)
 
 
-def _sources(source: Lattice, target: Lattice) -> Tensor:
-    """Return the row of the source that holds each element of the target."""
-    return source.index.index_select(0, target.anchors)
+def _read(source: Lattice, target: Lattice, finer: int = 1, spacing: int = 1) -> Tensor:
+    """Return the row of the source that holds each element of the target, times the phases, plus the phase."""
+    index, device = source.index.view(-1, *source.size), source.index.device
+    for axis, (own, length) in enumerate(zip(source.size, target.size, strict=True), 1):
+        if not is_statically_true(
+            own == length
+        ):  # the last samples of a map may cover less than the next map
+            index = index.index_select(axis, torch.arange(length, device=device).clamp(max=own - 1))
+    if finer > 1:
+        y, x = (torch.arange(n, dtype=torch.int32, device=device) // spacing % finer for n in target.size)
+        index = index * finer**2 + (y * finer).unsqueeze(1) + x
+    return index.flatten().index_select(0, target.anchors)
 
 
 def _all_phases(weights: FusedConv, finer: int) -> FusedConv:

@@ -15,10 +15,10 @@ from cadsurgery.elements.backends.reference import Expression, Torch
 
 BACKENDS[:] = [
     Uniform(),  # uniform lattices, as an ordinary operation on a dense map
+    WithoutOverlap(),  # transposed convolutions without overlap under floors, as one product
     Portable(),  # graphs for engines other than torch
     GraphOperation(),  # graphs compiled for the CPU: one custom operation, which uses this table again when it runs
     Triton(),  # GPUs, gathering and multiplying in one kernel
-    WithoutOverlap(),  # transposed convolutions without overlap under floors, as one product
     WholeMap(),  # the whole map, if it is cheaper by the costs measured on this machine
     Native(),  # compiled C that reads rows in place
     Integers(),  # compiled C for rows in 8 bits
