@@ -443,7 +443,8 @@ class Fuser:
             kernel = PackedConv(*parts, (module.stride, padding, module.dilation))
         kernel.origin = node.name  # type: ignore[assignment]
         kernel.register_buffer("floor", fusion.floor, persistent=False)
-        self.share_weight(kernel)
+        if isinstance(kernel, PackedConv):
+            self.share_weight(kernel)
         self.kernels.add_module(name, kernel)
         if not on_elements:
             more = (fusion.residual,) if fusion.residual is not None else ()
@@ -461,7 +462,7 @@ class Fuser:
         read = source.args[0] if is_linear else source
         return self.graph.call_function(functional.fused_conv2d, (read, weights, fusion.residual), options)
 
-    def share_weight(self, kernel: Any) -> None:
+    def share_weight(self, kernel: PackedConv) -> None:
         """Give a kernel the equal weight of an earlier one, as two graphs of one network have it."""
         for other in self.kernels.children():
             if isinstance(other, PackedConv) and _are_equal(other.weight, kernel.weight):
