@@ -43,7 +43,7 @@ from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_k
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.export.shortcuts import promoting_without_runs, without_assertions, without_proofs
+from cadsurgery.network.export.shortcuts import following_quickly, promoting_without_runs
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
@@ -351,7 +351,7 @@ def follow(
         # torch counts the further inputs of a call as a single one.
         shapes = (of_image, (of_levels,) * (len(example) - 1))[: len(example)] if free else None
         try:
-            with portable(target), torch.no_grad(), quietly(), without_proofs(), without_assertions():
+            with portable(target), torch.no_grad(), quietly(), following_quickly():
                 program = torch.export.export(
                     graph,
                     example,
