@@ -43,7 +43,7 @@ from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_k
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.export.shortcuts import following_quickly, promoting_without_runs
+from cadsurgery.network.export.shortcuts import following_quickly, promoting_without_runs, without_collections
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
@@ -215,7 +215,7 @@ def translate(program: torch.export.ExportedProgram, next: str, **options: Any) 
         return translatable
 
     program.run_decompositions = run_decompositions
-    with quietly(), promoting_without_runs():
+    with quietly(), promoting_without_runs(), without_collections():
         try:
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:

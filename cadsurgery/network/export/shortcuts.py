@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -18,7 +19,7 @@ from torch.onnx._internal.fx.passes import type_promotion
 @contextmanager
 def following_quickly() -> Iterator[None]:
     """Let torch.export leave out all that a file does not need."""
-    with _without_proofs(), _without_assertions(), _without_records():
+    with _without_proofs(), _without_assertions(), _without_records(), without_collections():
         yield
 
 
@@ -53,6 +54,18 @@ def _without_records() -> Iterator[None]:
         _use_lazy_graph_module(True),
     ):
         yield
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Search for no unreachable objects: a graph consists of millions that are reachable, all looked at each time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
