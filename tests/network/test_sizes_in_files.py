@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
@@ -14,6 +16,7 @@ from conftest import slow
 from exported import File, onnx
 from networks import conv_norm, randomise, strided
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
 import cadsurgery as cs
 from cadsurgery.elements.backends import dense, portable, reference
@@ -240,3 +243,51 @@ def test_what_torch_decides_by_the_example_holds_at_every_size(tmp_path: Path) -
         *outputs, levels = File(tmp_path / "net.onnx")(image).values()
         for output, expected in zip(outputs, net(image, mask=levels.long()), strict=True):
             torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+
+
+class Blocks(nn.Module):
+    """Residual blocks of factorised and dilated convolutions behind two strides."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(conv_norm(3, 8, 2), conv_norm(8, 8, 2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, (3, 1), padding=(2, 0), dilation=(2, 1)), conv_norm(8, 8))
+            for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = F.relu(x + block(x))
+        return x
+
+
+def work_for(blocks: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count what torch does while it follows a network: operations, symbols, and decisions about sizes."""
+    counts: Counter[str] = Counter()
+    decide = ShapeEnv._evaluate_expr
+
+    def count(self: ShapeEnv, *args: Any, **options: Any) -> Any:
+        counts["decisions"] += 1
+        return decide(self, *args, **options)
+
+    monkeypatch.setattr(ShapeEnv, "_evaluate_expr", count)
+    image = torch.rand(1, 3, 61, 93)
+    net = cs.adaptify(randomise(Blocks(blocks)), "edges", example_input=image, verify_laws=False).eval()
+    with torch.no_grad():
+        program, _ = follow(Exportable(net, float16=False), (image,), dynamic=True)
+    monkeypatch.undo()
+    values = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    symbols = {symbol for x in values for length in x.shape for symbol in free_symbols(length)}
+    return counts + Counter(operations=len(program.graph.nodes), symbols=len(symbols))
+
+
+@pytest.mark.slow
+def test_each_block_of_a_network_adds_as_much_work_as_the_one_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So twice the blocks take at most twice the time."""
+    few, more, most = (work_for(blocks, monkeypatch) for blocks in (2, 3, 4))
+    assert few["operations"] < more["operations"] and few["symbols"] > 2
+    assert {name: more[name] - few[name] for name in more} == {name: most[name] - more[name] for name in more}
