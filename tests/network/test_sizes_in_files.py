@@ -167,19 +167,74 @@ def test_whatever_raises_is_refused_and_leaves_nothing(
     phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that was there before stays as it was."""
-    path = tmp_path / "net.onnx"
+    refuse_because_of(PHASES[phase], "net.onnx", tmp_path, monkeypatch)
+
+
+PHASES_OF_PROGRAMS = {
+    "export": ("torch.export", "export"),
+    "saving": ("torch.export", "save"),
+    "loading": ("torch.export", "load"),
+    "comparison": ("cadsurgery.network.export.programs", "difference"),
+}
+
+
+@pytest.mark.parametrize("phase", [name if name == "export" else slow(name) for name in PHASES_OF_PROGRAMS])
+def test_whatever_raises_while_a_program_is_written_is_refused_and_leaves_nothing(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_because_of(PHASES_OF_PROGRAMS[phase], "net.pt2", tmp_path, monkeypatch)
+
+
+PHASES_IN_8_BITS = {
+    "ranges": ("cadsurgery.network.export.int8", "_reduce"),
+    "quantiser": ("onnxruntime.quantization.qdq_quantizer", "QDQQuantizer"),
+    "comparison": ("cadsurgery.network.export.int8", "measure"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES_IN_8_BITS)
+def test_whatever_raises_while_a_file_is_put_into_8_bits_is_refused_and_leaves_nothing(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.rand(2, 3, 64, 96)
+    refuse_because_of(PHASES_IN_8_BITS[phase], "net.onnx", tmp_path, monkeypatch, int8=images)
+
+
+def refuse_because_of(
+    raising: tuple[str, str], file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
+    """Export where a function of a module raises; a file that was there before stays as it was."""
+    path, mask = folder / file, "edges | budget:fraction=0.3"
     path.write_bytes(b"an older file")
-    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), "edges", example_input=torch.randn(1, 3, 64, 96))
+    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), mask, example_input=torch.randn(1, 3, 64, 96))
 
     def fail(*args: object, **options: object) -> object:
-        raise RuntimeError(f"no {phase} today")
+        raise RuntimeError("not today")
 
-    module, name = PHASES[phase]
-    monkeypatch.setattr(importlib.import_module(module), name, fail)
+    monkeypatch.setattr(importlib.import_module(raising[0]), raising[1], fail)
     with pytest.raises(cs.CannotConvert) as refusal:
-        cs.export(net, torch.randn(1, 3, 64, 96), path)
-    assert f"no {phase} today" in refusal.value.why and refusal.value.next
-    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("net.onnx", b"an older file")]
+        cs.export(net, torch.randn(1, 3, 64, 96), path, **options)
+    assert "not today" in refusal.value.why and refusal.value.next
+    assert [(one.name, one.read_bytes()) for one in folder.iterdir()] == [(file, b"an older file")]
+
+
+class Bessel(nn.Module):
+    """An operation that ONNX does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j1(x)
+
+
+@pytest.mark.parametrize("dynamic", [slow(False), True])
+def test_an_operation_without_onnx_is_named_with_its_module(dynamic: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(strided(outputs=4, kernel=3), Bessel(), nn.Conv2d(4, 4, 1)).eval()
+    net = cs.adaptify(model, "edges", example_input=torch.rand(1, 3, 64, 96), verify_laws=False)
+    with pytest.raises(cs.CannotConvert, match="No ONNX function found") as refusal:
+        cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / "net.onnx", dynamic=dynamic)
+    assert refusal.value.where.startswith("special_bessel_j1 (test_sizes_in_files.py:")
+    assert refusal.value.where.endswith(", in the original 1")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

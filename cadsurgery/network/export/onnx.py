@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,14 +44,20 @@ from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_k
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.export.shortcuts import following_quickly, promoting_without_runs, without_collections
+from cadsurgery.network.export.shortcuts import (
+    LINE,
+    following_quickly,
+    promoting_without_runs,
+    without_collections,
+)
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.provenance import versions
-from cadsurgery.surgery.graphs import raised_by
+from cadsurgery.surgery.graphs import module_of, raised_by, written_at
+from cadsurgery.surgery.refusals import source_line
 
 # Tolerance in half precision, and number of patches per image that a mask may choose differently through rounding.
 TOLERANCE_OF_HALVES = 2e-2
@@ -105,6 +112,7 @@ def write(
     model = translate(
         program,
         f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
+        graph,
         custom_translation_table=TABLE,
         optimize=False,
         input_names=input_names,
@@ -200,16 +208,19 @@ def _tidy(model: Any) -> None:
         tidy(model)
 
 
-def translate(program: torch.export.ExportedProgram, next: str, **options: Any) -> Any:
-    """Translate a program to ONNX.
+def translate(
+    program: torch.export.ExportedProgram, next: str, graph: nn.Module | None = None, **options: Any
+) -> Any:
+    """Translate a program, of `graph`, to ONNX.
 
     Raises:
         CannotConvert: torch's exporter cannot write it; `next` is the advice in the message.
     """
-    in_torch = program.run_decompositions
+    in_torch, translatable = program.run_decompositions, program
 
     def run_decompositions(table: dict[Any, Any]) -> torch.export.ExportedProgram:
         """The exporter calls this with the operations that have no translation."""
+        nonlocal translatable
         translatable = program if decompose(program, table) else in_torch(table)
         drop_fresh(translatable)
         return translatable
@@ -220,7 +231,10 @@ def translate(program: torch.export.ExportedProgram, next: str, **options: Any) 
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:
             raise CannotConvert(
-                "torch's exporter has no ONNX for the network or its mask.", why=_cause(error), next=next
+                "torch's exporter has no ONNX for the network or its mask.",
+                where=_place_of_translation(error, translatable.graph, graph),
+                why=_cause(error),
+                next=next,
             ) from error
 
 
@@ -387,12 +401,30 @@ def _other_files(dynamic: bool, level_map: bool) -> str:
 def _place_of(error: BaseException, graph: nn.Module) -> str:
     """Return the operation of the network, and the original's name for it, in which an error was raised."""
     net = getattr(graph, "net", None)
-    node = raised_by(error, net.program.graph) if isinstance(net, AdaptiveModel) else None
+    return _words_for(raised_by(error, net.program.graph)) if isinstance(net, AdaptiveModel) else ""
+
+
+def _place_of_translation(error: BaseException, translated: fx.Graph, graph: nn.Module | None) -> str:
+    """Return the operation of the network, and the original's name for it, that torch's exporter could not translate:
+    its error tells the name of a node that was traced there."""
+    net, name = (
+        getattr(graph, "net", None),
+        re.search(r"translating node %(\w+)", str(error.__cause__ or error)),
+    )
+    node = next((node for node in translated.nodes if name and node.name == name[1]), None)
+    line = node.meta.get(LINE) if node is not None else None
+    if line is None or not isinstance(net, AdaptiveModel):
+        return ""
+    return _words_for(written_at(line, net.program.graph))
+
+
+def _words_for(node: fx.Node | None) -> str:
+    """Return the name of a node's operation, and the original's name for it or for its module, with the line."""
     if node is None:
         return ""
     what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
-    origin = node.meta.get("origin")
-    return f"{what}, in the original {origin}" if origin else str(what)
+    origin, line = node.meta.get("origin") or module_of(node), source_line(node)
+    return f"{what}{f' ({line})' * bool(line)}{f', in the original {origin}' * bool(origin)}"
 
 
 def _drop_assertions(graph: fx.GraphModule) -> None:

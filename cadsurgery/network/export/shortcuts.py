@@ -15,6 +15,10 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental import proxy_tensor
 from torch.onnx._internal.fx.passes import type_promotion
 
+from cadsurgery.surgery.graphs import line_that_runs
+
+LINE = "cadsurgery_line"  # of the network's graph, in the metadata of a node that was traced there
+
 
 @contextmanager
 def following_quickly() -> Iterator[None]:
@@ -44,12 +48,21 @@ def _without_assertions() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _without_records() -> Iterator[None]:
-    """Let torch.export record no lines of Python and no memory formats, and write no Python code of its graphs.
+    """Let torch.export record no stacks and no memory formats, and write no Python code of its graphs; of the stack of
+    each operation only the line of the network's graph is noted, for errors.
 
-    Nobody reads them in a program that becomes an ONNX file; they took a third of the time of torch.export.
+    Nobody reads the rest in a program that becomes an ONNX file; it took a third of the time of torch.export.
     """
+    create_node = proxy_tensor.PythonKeyTracer.create_node
+
+    def create_with_line(self: Any, *arguments: Any, **options: Any) -> fx.Node:
+        node = create_node(self, *arguments, **options)
+        node.meta[LINE] = line_that_runs()
+        return node
+
     with (
         mock.patch.object(fx.config, "do_not_emit_stack_traces", True, create=True),
+        mock.patch.object(proxy_tensor.PythonKeyTracer, "create_node", create_with_line),
         mock.patch.object(proxy_tensor, "_extract_tensor_metadata", lambda _: None, create=True),
         _use_lazy_graph_module(True),
     ):
