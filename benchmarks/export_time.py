@@ -1,13 +1,15 @@
 """Say where the time of an export goes: CPU seconds of each step, and the largest memory of the process.
 
     python -m benchmarks.export_time NETWORK HEIGHTxWIDTH FORM [--mask MASK] [--images N] [--keep FILE] [--profile FILE]
+        [--twice]
 
 NETWORK is a name that `cadsurgery convert` takes, with random weights. FORM is static, dynamic, level_map or int8 (a
 static file, calibrated by `--images` random pictures). Seconds are CPU time of this process (`time.process_time`), so
 that other programs on the machine disturb them little, in one thread of torch; a step does not contain the steps below
 it that have a line of their own. `benchmarks.networks` has networks of the kinds that took longest, and the same with
 twice the blocks: context_guided, factorised and unet, each also with _twice.
-`--profile` writes a profile for pstats.
+`--twice` exports the network of that name with _twice, too, and prints how many times as long that takes; twice the
+blocks should take at most 2.3 times the time. `--profile` writes a profile for pstats.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ def watched(clock: Clock) -> Iterator[None]:
 
 
 def main() -> None:
-    """Print a line for each step, and the sums."""
+    """Export a network, and perhaps the one with twice its blocks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -129,10 +131,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--profile", type=Path)
+    parser.add_argument("--twice", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)  # waiting threads would count
+    seconds = export_and_report(options.network, options)
+    if options.twice:
+        ratio = export_and_report(f"{options.network}_twice", options) / seconds
+        print(f"twice the blocks take {ratio:.2f} times the time")
+
+
+def export_and_report(name: str, options: argparse.Namespace) -> float:
+    """Export a network, print a line for each step, and return the CPU seconds of all."""
     torch.manual_seed(0)
-    net = open_converted(options.network, options.mask).eval()
+    net = open_converted(name, options.mask).eval()
     height, width = map(int, options.size.split("x"))
     image = example_batch(net.source, None, (height, width), 0)
     pictures = [torch.rand_like(image) for _ in range(options.images)] if options.form == "int8" else None
@@ -150,10 +161,11 @@ def main() -> None:
         print(f"{step:28} {clock.calls[step]:4} calls {seconds:8.1f} s CPU {clock.wall[step]:8.1f} s wall")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"{options.network} {options.size} {options.form}: {clock.seconds.total():.1f} s CPU, "
+        f"{name} {options.size} {options.form}: {clock.seconds.total():.1f} s CPU, "
         f"{clock.wall.total():.1f} s wall, {memory:.0f} MiB at most, {report.bytes / 2**20:.1f} MiB, "
         f"difference {report.difference:.0e}"
     )
+    return clock.seconds.total()
 
 
 if __name__ == "__main__":

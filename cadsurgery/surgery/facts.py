@@ -15,6 +15,7 @@ from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CannotConvert, describe_error, first_line
 from cadsurgery.surgery.arguments import AnyLayout, Arguments, image_of, in_order, run_forward, take_image
+from cadsurgery.surgery.graphs import module_of
 from cadsurgery.surgery.state import Kept
 from cadsurgery.surgery.trace import evaluating
 
@@ -76,10 +77,7 @@ class Facts:
 
     def path(self, node: fx.Node) -> str:
         """Return the qualified name of the module that a node belongs to."""
-        if node.op == "call_module":
-            return str(node.target)
-        stack = node.meta.get("nn_module_stack") or {}
-        return next((str(path) for path, _ in reversed(stack.values())), "") if stack else ""
+        return str(node.target) if node.op == "call_module" else module_of(node)
 
     @property
     def outputs(self) -> list[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
@@ -127,9 +128,30 @@ class Constants:
 
 def raised_by(error: BaseException, graph: fx.Graph) -> fx.Node | None:
     """Return the node of a graph, compiled by `program.runnable`, in which an error was raised; None if it was none."""
+    lines = [
+        line
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == GRAPH_FILE
+    ]
+    nodes = [node for line in lines if (node := written_at(line, graph)) is not None]
+    return nodes[-1] if nodes else None
+
+
+def written_at(line: int, graph: fx.Graph) -> fx.Node | None:
+    """Return the node whose Python code stands on a line, counted from 1, of the code of a graph."""
     lines, names = graph.python_code("self").src.splitlines(), {node.name: node for node in graph.nodes}
-    found = None
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename == GRAPH_FILE and line <= len(lines):
-            found = names.get(lines[line - 1].split("=")[0].split(":")[0].strip(), found)
-    return found
+    return names.get(lines[line - 1].split("=")[0].split(":")[0].strip()) if line <= len(lines) else None
+
+
+def line_that_runs() -> int | None:
+    """Return the line of a graph's code, compiled by `program.runnable`, that is running; None if none is."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename != GRAPH_FILE:
+        frame = frame.f_back
+    return frame.f_lineno if frame is not None else None
+
+
+def module_of(node: fx.Node) -> str:
+    """Return the qualified name of the module in whose forward a node was traced; empty for the network itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(stack.values())), "") if stack else ""

@@ -445,9 +445,20 @@ def test_examples_of_any_size_are_those_that_the_network_accepts() -> None:
     image = picture(1, 64, 96)
     model = cs.adaptify(OfMultiples(), "edges", output_stride=(2, 16), example_input=image, verify_laws=False)
     with torch.no_grad():
-        assert _cut_awkwardly(model, image).shape == image.shape
-        sizes = [tuple(batch.shape) for batch in _of_other_sizes(model, image)]
+        assert _cut_awkwardly(model, image).image.shape == image.shape
+        sizes = [tuple(answer.image.shape) for answer in _of_other_sizes(model, image)]
     assert sizes == [(2, 3, 48, 96), (1, 3, 96, 64)]
+
+
+def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes() -> None:
+    """One side is longer than the example's."""
+    image = picture(1, 300, 520)
+    model = cs.adaptify(strided(4, 8, outputs=3), "edges", output_stride=(2, 8), example_input=image, verify_laws=False)
+    with torch.no_grad():
+        answers = [*_of_other_sizes(model, image)]
+        assert all(torch.equal(answer.output, model(answer.image)) for answer in answers)
+    sizes = [tuple(answer.image.shape) for answer in answers]
+    assert sizes == [(1, 3, 123, 253), (2, 3, 120, 256), (1, 3, 520, 128)]
 
 
 def test_an_example_smaller_than_a_cell_is_not_cut() -> None:
@@ -456,5 +467,5 @@ def test_an_example_smaller_than_a_cell_is_not_cut() -> None:
     low = cs.adaptify(strided(6, 4), "edges", output_stride=(4, 64), example_input=image, verify_laws=False)
     with torch.no_grad():
         for one in (model, low):
-            height, width = _cut_awkwardly(one, image).shape[2:]
+            height, width = _cut_awkwardly(one, image).image.shape[2:]
             assert height == 64 and width > 64

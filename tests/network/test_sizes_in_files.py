@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
@@ -14,6 +16,7 @@ from conftest import slow
 from exported import File, onnx
 from networks import conv_norm, randomise, strided
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
 import cadsurgery as cs
 from cadsurgery.elements.backends import dense, portable, reference
@@ -164,19 +167,74 @@ def test_whatever_raises_is_refused_and_leaves_nothing(
     phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that was there before stays as it was."""
-    path = tmp_path / "net.onnx"
+    refuse_because_of(PHASES[phase], "net.onnx", tmp_path, monkeypatch)
+
+
+PHASES_OF_PROGRAMS = {
+    "export": ("torch.export", "export"),
+    "saving": ("torch.export", "save"),
+    "loading": ("torch.export", "load"),
+    "comparison": ("cadsurgery.network.export.programs", "difference"),
+}
+
+
+@pytest.mark.parametrize("phase", [name if name == "export" else slow(name) for name in PHASES_OF_PROGRAMS])
+def test_whatever_raises_while_a_program_is_written_is_refused_and_leaves_nothing(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_because_of(PHASES_OF_PROGRAMS[phase], "net.pt2", tmp_path, monkeypatch)
+
+
+PHASES_IN_8_BITS = {
+    "ranges": ("cadsurgery.network.export.int8", "_reduce"),
+    "quantiser": ("onnxruntime.quantization.qdq_quantizer", "QDQQuantizer"),
+    "comparison": ("cadsurgery.network.export.int8", "measure"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES_IN_8_BITS)
+def test_whatever_raises_while_a_file_is_put_into_8_bits_is_refused_and_leaves_nothing(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.rand(2, 3, 64, 96)
+    refuse_because_of(PHASES_IN_8_BITS[phase], "net.onnx", tmp_path, monkeypatch, int8=images)
+
+
+def refuse_because_of(
+    raising: tuple[str, str], file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
+    """Export where a function of a module raises; a file that was there before stays as it was."""
+    path, mask = folder / file, "edges | budget:fraction=0.3"
     path.write_bytes(b"an older file")
-    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), "edges", example_input=torch.randn(1, 3, 64, 96))
+    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), mask, example_input=torch.randn(1, 3, 64, 96))
 
     def fail(*args: object, **options: object) -> object:
-        raise RuntimeError(f"no {phase} today")
+        raise RuntimeError("not today")
 
-    module, name = PHASES[phase]
-    monkeypatch.setattr(importlib.import_module(module), name, fail)
+    monkeypatch.setattr(importlib.import_module(raising[0]), raising[1], fail)
     with pytest.raises(cs.CannotConvert) as refusal:
-        cs.export(net, torch.randn(1, 3, 64, 96), path)
-    assert f"no {phase} today" in refusal.value.why and refusal.value.next
-    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("net.onnx", b"an older file")]
+        cs.export(net, torch.randn(1, 3, 64, 96), path, **options)
+    assert "not today" in refusal.value.why and refusal.value.next
+    assert [(one.name, one.read_bytes()) for one in folder.iterdir()] == [(file, b"an older file")]
+
+
+class Bessel(nn.Module):
+    """An operation that ONNX does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j1(x)
+
+
+@pytest.mark.parametrize("dynamic", [slow(False), True])
+def test_an_operation_without_onnx_is_named_with_its_module(dynamic: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(strided(outputs=4, kernel=3), Bessel(), nn.Conv2d(4, 4, 1)).eval()
+    net = cs.adaptify(model, "edges", example_input=torch.rand(1, 3, 64, 96), verify_laws=False)
+    with pytest.raises(cs.CannotConvert, match="No ONNX function found") as refusal:
+        cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / "net.onnx", dynamic=dynamic)
+    assert refusal.value.where.startswith("special_bessel_j1 (test_sizes_in_files.py:")
+    assert refusal.value.where.endswith(", in the original 1")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -240,3 +298,51 @@ def test_what_torch_decides_by_the_example_holds_at_every_size(tmp_path: Path) -
         *outputs, levels = File(tmp_path / "net.onnx")(image).values()
         for output, expected in zip(outputs, net(image, mask=levels.long()), strict=True):
             torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+
+
+class Blocks(nn.Module):
+    """Residual blocks of factorised and dilated convolutions behind two strides."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(conv_norm(3, 8, 2), conv_norm(8, 8, 2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, (3, 1), padding=(2, 0), dilation=(2, 1)), conv_norm(8, 8))
+            for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = F.relu(x + block(x))
+        return x
+
+
+def work_for(blocks: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count what torch does while it follows a network: operations, symbols, and decisions about sizes."""
+    counts: Counter[str] = Counter()
+    decide = ShapeEnv._evaluate_expr
+
+    def count(self: ShapeEnv, *args: Any, **options: Any) -> Any:
+        counts["decisions"] += 1
+        return decide(self, *args, **options)
+
+    monkeypatch.setattr(ShapeEnv, "_evaluate_expr", count)
+    image = torch.rand(1, 3, 61, 93)
+    net = cs.adaptify(randomise(Blocks(blocks)), "edges", example_input=image, verify_laws=False).eval()
+    with torch.no_grad():
+        program, _ = follow(Exportable(net, float16=False), (image,), dynamic=True)
+    monkeypatch.undo()
+    values = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    symbols = {symbol for x in values for length in x.shape for symbol in free_symbols(length)}
+    return counts + Counter(operations=len(program.graph.nodes), symbols=len(symbols))
+
+
+@pytest.mark.slow
+def test_each_block_of_a_network_adds_as_much_work_as_the_one_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So twice the blocks take at most twice the time."""
+    few, more, most = (work_for(blocks, monkeypatch) for blocks in (2, 3, 4))
+    assert few["operations"] < more["operations"] and few["symbols"] > 2
+    assert {name: more[name] - few[name] for name in more} == {name: most[name] - more[name] for name in more}

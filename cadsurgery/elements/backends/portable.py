@@ -1,8 +1,9 @@
 """Graphs for engines other than torch: gathers and products of rows in the few operations that every engine has.
 
 Torch's own choices are slow in other engines: convolutions used as products of rows on the CPU need transpositions
-before and after, and `embedding_bag` is a loop in ONNX. For engines that load this package's kernels, a convolution is
-one operation instead, `cadsurgery::convolve_rows`.
+before and after, and `embedding_bag` is a loop in ONNX. What is done for each convolution is one operation of the
+traced graph, because torch takes milliseconds to trace one; `export.translate` writes it as standard operations. For
+engines that load this package's kernels, the convolution as a whole is one, `cadsurgery::convolve_rows`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Portable(Backend):
     name = "portable"
 
     def applies(self, work: Work) -> bool:
-        """Return True while such a graph is traced."""
-        return target_of_graph() is not None
+        """Return True while such a graph is traced, without gradients."""
+        return target_of_graph() is not None and not work.gradient
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, ..., O)."""
@@ -51,19 +52,14 @@ class Portable(Backend):
         is_depthwise = inputs == 1 and outputs == groups
         reading = work.reading
         rows, table = extend(work.rows, reading, work.outside), reading.table
-        if groups == 1:  # taps outermost, which is the order of gathered rows
-            matrix = weights.weight.flatten(2).permute(0, 2, 1).reshape(outputs, -1)
-            gathered = _gather(rows, table).flatten(1)
-            return weights.finish(F.linear(gathered, matrix, bias), work.residual)
+        if groups == 1:
+            sums = torch.ops.cadsurgery.product_of_taps(rows, table, weights.weight.flatten(2), bias)
+            return weights.finish(sums, work.residual)
         if not is_depthwise or (target.in_8_bits and target.has_8_bit_depthwise):
             image = _gather(rows, table).unsqueeze(0).permute(0, 3, 1, 2)  # (1, C, N, taps)
             sums = F.conv2d(image, weights.weight.flatten(2).unsqueeze(2), bias, groups=groups)
             return weights.finish(sums[0, :, :, 0].t(), work.residual)
-        by_tap = weights.weight.flatten(1).unbind(1)
-        parts = (
-            rows.index_select(0, entries) * tap for entries, tap in zip(table.unbind(1), by_tap, strict=True)
-        )
-        sums = reduce(torch.add, parts)
+        sums = torch.ops.cadsurgery.sum_of_taps(rows, table, weights.weight.flatten(1))
         return weights.finish(sums if bias is None else sums + bias, work.residual)
 
     def pool(self, work: Pooling) -> Tensor:
@@ -78,8 +74,8 @@ class Portable(Backend):
             first = work.rows.shape[0] + 1  # behind the rows, and one that lies outside
             table = torch.arange(work.sources.shape[0], dtype=torch.int32, device=work.rows.device) + first
             return _pick(work.rows, Reading(table, work.sources, work.shares, False))
-        shares = work.shares.to(work.rows).unsqueeze(1)  # a matrix product writes less than multiply and sum
-        return (shares @ _gather(work.rows, work.sources)).squeeze(1)
+        out: Tensor = torch.ops.cadsurgery.mix_rows(work.rows, work.sources, work.shares)
+        return out
 
     def pick(self, work: Picking) -> Tensor:
         """Compute rows (entries, C)."""
@@ -96,6 +92,42 @@ def _gather(rows: Tensor, table: Tensor) -> Tensor:
 
 
 _LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
+
+_LIBRARY.define("product_of_taps(Tensor rows, Tensor table, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define("sum_of_taps(Tensor rows, Tensor table, Tensor weight) -> Tensor")
+_LIBRARY.define("mix_rows(Tensor rows, Tensor sources, Tensor shares) -> Tensor")
+
+
+def _product_of_taps(rows: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply gathered rows by weights (O, C, taps), with the taps outermost, which is the order of gathered rows."""
+    return F.linear(_gather(rows, table).flatten(1), weight.permute(0, 2, 1).flatten(1), bias)
+
+
+def _sum_of_taps(rows: Tensor, table: Tensor, weight: Tensor) -> Tensor:
+    """Sum gathered rows, each multiplied by the weights (C, taps) of its tap."""
+    entries = zip(table.unbind(1), weight.unbind(1), strict=True)
+    return reduce(torch.add, (rows.index_select(0, places) * tap for places, tap in entries))
+
+
+def _mix_rows(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
+    """Average gathered rows; a matrix product writes less than multiply and sum."""
+    return (shares.to(rows).unsqueeze(1) @ _gather(rows, sources)).squeeze(1)
+
+
+for _operation in (_product_of_taps, _sum_of_taps, _mix_rows):
+    _LIBRARY.impl(_operation.__name__[1:], _operation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("cadsurgery::product_of_taps")
+def _products(rows: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(table.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("cadsurgery::sum_of_taps")
+@torch.library.register_fake("cadsurgery::mix_rows")
+def _rows_of_table(rows: Tensor, table: Tensor, weight: Tensor) -> Tensor:
+    return rows.new_empty(table.shape[0], rows.shape[1])
+
 
 _LIBRARY.define(
     "convolve_rows(Tensor rows, Tensor table, Tensor sources, Tensor shares, Tensor weight, Tensor bias, "

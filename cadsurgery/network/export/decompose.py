@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
+from cadsurgery.network.export.shortcuts import LINE
+
 _ATEN = torch.ops.aten
 
 
@@ -144,10 +146,11 @@ class _Rewriting:
 
         with modes.pop():
             traced = make_fx(run, dict(self._table), _allow_non_fake_inputs=True)(*values)
-        return self._insert(traced.graph, [self.now[one] for one in inputs])
+        return self._insert(traced.graph, [self.now[one] for one in inputs], node)
 
-    def _insert(self, graph: fx.Graph, inputs: list[fx.Node]) -> Any:
-        """Write a graph with these nodes as its inputs; return the node or the tuple of nodes that it returns."""
+    def _insert(self, graph: fx.Graph, inputs: list[fx.Node], whole: fx.Node) -> Any:
+        """Write a graph with these nodes as its inputs in place of an old node; return the node or the tuple of nodes
+        that it returns."""
         given = iter(inputs)
         written: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
@@ -160,6 +163,7 @@ class _Rewriting:
                 raise _Unknown
             else:
                 written[node] = self.new.node_copy(node, written.__getitem__)
+                written[node].meta[LINE] = whole.meta.get(LINE)
 
     def _mapped(self, value: Any) -> Any:
         return fx.map_arg(value, self.now.__getitem__)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -44,20 +44,28 @@ from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_k
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.export.shortcuts import promoting_without_runs, without_assertions, without_proofs
+from cadsurgery.network.export.shortcuts import (
+    LINE,
+    following_quickly,
+    promoting_without_runs,
+    without_collections,
+)
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.provenance import versions
-from cadsurgery.surgery.graphs import raised_by
+from cadsurgery.surgery.graphs import module_of, raised_by, written_at
+from cadsurgery.surgery.refusals import source_line
 
 # Tolerance in half precision, and number of patches per image that a mask may choose differently through rounding.
 TOLERANCE_OF_HALVES = 2e-2
 PATCHES_BY_ROUNDING = 2
 # More bytes of weights than this go into a separate file; protobuf's limit is twice as large.
 _LARGEST_FILE = 1 << 30
+# Images of other sizes that a file is compared on keep about so many samples of the deepest map along the shorter side.
+_UNITS = 4
 
 
 def write(
@@ -85,15 +93,15 @@ def write(
         import_package(package)
     step("tracing")
     graph = Exportable(net, float16)
-    example = _cut_awkwardly(net, image) if dynamic else image
+    answer = _cut_awkwardly(net, image) if dynamic else _ask(net, image)
+    example, names = answer.image, output_names(answer.output)
     if not engines[-1].has_kernels:
         _warn_of_grouped_layers(graph.net)
-    names = output_names(net(example))
     rest = further_inputs(net)
     inputs: tuple[Tensor, ...] = (example, *rest.values())
     input_names = (name, *rest)
     if level_map:
-        inputs, input_names = (example, net.levels.long()), (name, "level_map")
+        inputs, input_names = (example, answer.levels.long()), (name, "level_map")
     target = Target(engines[-1].has_kernels, bool(int8), engines[-1].has_8_bit_depthwise)
     program, free = follow(graph, inputs, dynamic, target, bool(rest))
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
@@ -104,6 +112,7 @@ def write(
     model = translate(
         program,
         f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
+        graph,
         custom_translation_table=TABLE,
         optimize=False,
         input_names=input_names,
@@ -124,15 +133,15 @@ def write(
         import onnx
 
         onnx.checker.check_model(str(path), full_check=True)
-    batches = more_images(image, other)
-    if dynamic:
-        batches = [*batches[:1], *_of_other_sizes(net, image)]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
     with refused("an engine does not open the file", _other_files(dynamic, level_map)):
         runs = [engine(path) for engine in engines]
-    pairs = [(run, batch) for batch in batches for run in runs]
+    step("comparing")
+    answers = _answers(net, image, other, dynamic)
+    batches = [answer.image for answer in answers]
+    pairs = [(run, answer) for answer in answers for run in runs]
     counted_pairs = counted(pairs, step, "comparing, batch")
-    differences = (_compare(net, run, batch, level_map) for run, batch in counted_pairs)
+    differences = (_compare(net, run, answer, level_map) for run, answer in counted_pairs)
     largest = check_difference(differences, tolerance, lambda: rounding_of(net, batches))
     shapes = tuple(tuple(batch.shape) for batch in batches)
     compared = Comparison(largest, shapes, input_names, outputs)
@@ -199,27 +208,33 @@ def _tidy(model: Any) -> None:
         tidy(model)
 
 
-def translate(program: torch.export.ExportedProgram, next: str, **options: Any) -> Any:
-    """Translate a program to ONNX.
+def translate(
+    program: torch.export.ExportedProgram, next: str, graph: nn.Module | None = None, **options: Any
+) -> Any:
+    """Translate a program, of `graph`, to ONNX.
 
     Raises:
         CannotConvert: torch's exporter cannot write it; `next` is the advice in the message.
     """
-    in_torch = program.run_decompositions
+    in_torch, translatable = program.run_decompositions, program
 
     def run_decompositions(table: dict[Any, Any]) -> torch.export.ExportedProgram:
         """The exporter calls this with the operations that have no translation."""
+        nonlocal translatable
         translatable = program if decompose(program, table) else in_torch(table)
         drop_fresh(translatable)
         return translatable
 
     program.run_decompositions = run_decompositions
-    with quietly(), promoting_without_runs():
+    with quietly(), promoting_without_runs(), without_collections():
         try:
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:
             raise CannotConvert(
-                "torch's exporter has no ONNX for the network or its mask.", why=_cause(error), next=next
+                "torch's exporter has no ONNX for the network or its mask.",
+                where=_place_of_translation(error, translatable.graph, graph),
+                why=_cause(error),
+                next=next,
             ) from error
 
 
@@ -350,7 +365,7 @@ def follow(
         # torch counts the further inputs of a call as a single one.
         shapes = (of_image, (of_levels,) * (len(example) - 1))[: len(example)] if free else None
         try:
-            with portable(target), torch.no_grad(), quietly(), without_proofs(), without_assertions():
+            with portable(target), torch.no_grad(), quietly(), following_quickly():
                 program = torch.export.export(
                     graph,
                     example,
@@ -386,12 +401,30 @@ def _other_files(dynamic: bool, level_map: bool) -> str:
 def _place_of(error: BaseException, graph: nn.Module) -> str:
     """Return the operation of the network, and the original's name for it, in which an error was raised."""
     net = getattr(graph, "net", None)
-    node = raised_by(error, net.program.graph) if isinstance(net, AdaptiveModel) else None
+    return _words_for(raised_by(error, net.program.graph)) if isinstance(net, AdaptiveModel) else ""
+
+
+def _place_of_translation(error: BaseException, translated: fx.Graph, graph: nn.Module | None) -> str:
+    """Return the operation of the network, and the original's name for it, that torch's exporter could not translate:
+    its error tells the name of a node that was traced there."""
+    net, name = (
+        getattr(graph, "net", None),
+        re.search(r"translating node %(\w+)", str(error.__cause__ or error)),
+    )
+    node = next((node for node in translated.nodes if name and node.name == name[1]), None)
+    line = node.meta.get(LINE) if node is not None else None
+    if line is None or not isinstance(net, AdaptiveModel):
+        return ""
+    return _words_for(written_at(line, net.program.graph))
+
+
+def _words_for(node: fx.Node | None) -> str:
+    """Return the name of a node's operation, and the original's name for it or for its module, with the line."""
     if node is None:
         return ""
     what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
-    origin = node.meta.get("origin")
-    return f"{what}, in the original {origin}" if origin else str(what)
+    origin, line = node.meta.get("origin") or module_of(node), source_line(node)
+    return f"{what}{f' ({line})' * bool(line)}{f', in the original {origin}' * bool(origin)}"
 
 
 def _drop_assertions(graph: fx.GraphModule) -> None:
@@ -404,9 +437,32 @@ def _drop_assertions(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Answer:
+    """What the network gives for a batch of images: output and level map."""
+
+    image: Tensor
+    output: Any
+    levels: Tensor
+
+
+def _ask(net: AdaptiveModel, image: Tensor) -> _Answer:
+    return _Answer(image, net(image), net.levels)
+
+
+def _ask_first(net: AdaptiveModel, images: Iterable[Tensor]) -> _Answer | None:
+    """Return the answer to the first batch whose size the network accepts; None if it accepts none."""
+    for image in images:
+        try:
+            return _ask(net, image.contiguous())
+        except Exception:  # a network may refuse a size with any error
+            continue
+    return None
+
+
+def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> _Answer:
     """Crop an image so that its fine map does not fill the outermost cells, because torch decides by the example
-    whether a slice takes all. Return the image itself if the network does not accept the crop."""
+    whether a slice takes all. Take the image itself if the network does not accept the crop."""
     side, stride, deepest = net.geometry.sides[-1], net.plan.strides[0], net.plan.strides[-1]
     whole = [(divide_up(length, stride) + 1) // side * side for length in image.shape[2:]]
     cut = [(samples - 1) * stride - 1 for samples in whole]
@@ -414,27 +470,26 @@ def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
     height, width = (
         part if part > deepest else length for part, length in zip(cut, image.shape[2:], strict=True)
     )
-    part = image[:, :, :height, :width].contiguous()
-    return part if _accepts(net, part) else image
+    return _ask_first(net, [image[:, :, :height, :width]]) or _ask(net, image)
 
 
-def _accepts(net: AdaptiveModel, image: Tensor) -> bool:
-    try:
-        net(image)
-    except Exception:  # a network may refuse a size with any error
-        return False
-    return True
+def _answers(net: AdaptiveModel, image: Tensor, other: Tensor | None, dynamic: bool) -> list[_Answer]:
+    """Return the batches that a file is compared on, with what the network gives for them."""
+    batches = more_images(image, other)
+    if not dynamic:
+        return [_ask(net, batch) for batch in batches]
+    return [_ask(net, batches[0]), *_of_other_sizes(net, image)]
 
 
-def _compare(net: AdaptiveModel, run: Engine, image: Tensor, level_map: bool) -> float:
+def _compare(net: AdaptiveModel, run: Engine, answer: _Answer, level_map: bool) -> float:
     """Return the largest difference on a batch; if rounding changed a few patches of the mask, at the file's level map.
 
     Raises:
         CannotConvert: the masks differ in more than a few patches, or the file does not run.
     """
-    expected = net(image)
-    levels = net.levels
-    *outputs, file_levels = run(*((image, levels.long()) if level_map else _inputs(net, image, level_map)))
+    image, expected, levels = answer.image, answer.output, answer.levels
+    rest = (levels.long(),) if level_map else further_inputs(net).values()
+    *outputs, file_levels = run(image, *rest)
     same_shape = file_levels.shape == levels.shape
     differing = int((file_levels != levels).sum()) if same_shape else levels.numel()
     side = net.geometry.sides[-1]
@@ -449,19 +504,33 @@ def _compare(net: AdaptiveModel, run: Engine, image: Tensor, level_map: bool) ->
     return difference(outputs, [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)])
 
 
-def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
-    """Yield batches of other sizes that the network accepts: odd, transposed and larger ones, and one more image."""
-    height, width = image.shape[2:]
-    more = torch.cat((image, image[:1].flip(3)))
-    turned = image.transpose(2, 3)
-    steps = [step for step in (net.plan.output_stride[1], 32, 64) if step < height]
-    odd = [
-        (image[:, :, : height - 5, : width - 3],),
-        (*(more[:, :, : height - step] for step in steps), more),
-    ]
-    for choices in (*odd, (turned, torch.cat((image, image), 3))):
-        accepted = (batch for choice in choices if _accepts(net, batch := choice.contiguous()))
-        yield from islice(accepted, 1)
+def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[_Answer]:
+    """Yield the answers to batches of other sizes that the network accepts: odd ones, two images, and long ones."""
+    small = _thinned(net, image)
+    turned, height = image.transpose(2, 3), small.shape[2]
+    odd = [small[:, :, : height - 5, : small.shape[3] - 3]]
+    long = [turned[:, :, :, :height], turned, torch.cat((image, image), 3)]
+    for choices in (odd, [*_of_two(net, small), *_of_two(net, image)], long):
+        if answer := _ask_first(net, choices):
+            yield answer
+
+
+def _of_two(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
+    """Yield batches with one more image, lower by steps that networks accept, or as high."""
+    more, height = torch.cat((image, image[:1].flip(3))), image.shape[2]
+    steps = (step for step in (net.plan.output_stride[1], 32, 64) if step < height)
+    yield from (more[:, :, : height - step] for step in steps)
+    yield more
+
+
+def _thinned(net: AdaptiveModel, image: Tensor) -> Tensor:
+    """Leave out rows and columns of a large image: the sizes of a file are compared in a fraction of the time."""
+    unit = max(32, net.plan.strides[-1])  # networks that refuse other sizes accept its multiples
+    step = min(image.shape[2:]) // (_UNITS * unit)
+    if step < 2:
+        return image
+    height, width = (length // step // unit * unit for length in image.shape[2:])
+    return image[:, :, ::step, ::step][:, :, :height, :width]
 
 
 def _metadata(net: AdaptiveModel, dynamic: bool) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,10 +11,23 @@ from unittest import mock
 import torch._export.utils as export_utils
 import torch.fx.experimental._config as symbolic_config
 from torch import fx
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental import proxy_tensor
 from torch.onnx._internal.fx.passes import type_promotion
 
+from cadsurgery.surgery.graphs import line_that_runs
 
-def without_proofs() -> AbstractContextManager[Any]:
+LINE = "cadsurgery_line"  # of the network's graph, in the metadata of a node that was traced there
+
+
+@contextmanager
+def following_quickly() -> Iterator[None]:
+    """Let torch.export leave out all that a file does not need."""
+    with _without_proofs(), _without_assertions(), _without_records(), without_collections():
+        yield
+
+
+def _without_proofs() -> AbstractContextManager[Any]:
     """Decide what torch merely asks about sizes (is it contiguous, is it broadcast) by their ranges alone.
 
     Proofs from all assertions made so far took a fifth of the time of torch.export. Before torch 2.12 they cannot be
@@ -24,12 +38,47 @@ def without_proofs() -> AbstractContextManager[Any]:
     return symbolic_config.patch(aggressive_guard_free_semantics=1)  # type: ignore[attr-defined]
 
 
-def without_assertions() -> AbstractContextManager[Any]:
+def _without_assertions() -> AbstractContextManager[Any]:
     """Let torch.export write no assertions on sizes into its program, from which they would be taken out again.
 
     It cannot write those on quotients of sizes, and refuses the network.
     """
     return mock.patch.object(export_utils, "insert_deferred_runtime_asserts", lambda *_, **__: None)
+
+
+@contextmanager
+def _without_records() -> Iterator[None]:
+    """Let torch.export record no stacks and no memory formats, and write no Python code of its graphs; of the stack of
+    each operation only the line of the network's graph is noted, for errors.
+
+    Nobody reads the rest in a program that becomes an ONNX file; it took a third of the time of torch.export.
+    """
+    create_node = proxy_tensor.PythonKeyTracer.create_node
+
+    def create_with_line(self: Any, *arguments: Any, **options: Any) -> fx.Node:
+        node = create_node(self, *arguments, **options)
+        node.meta[LINE] = line_that_runs()
+        return node
+
+    with (
+        mock.patch.object(fx.config, "do_not_emit_stack_traces", True, create=True),
+        mock.patch.object(proxy_tensor.PythonKeyTracer, "create_node", create_with_line),
+        mock.patch.object(proxy_tensor, "_extract_tensor_metadata", lambda _: None, create=True),
+        _use_lazy_graph_module(True),
+    ):
+        yield
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Search for no unreachable objects: a graph consists of millions that are reachable, all looked at each time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

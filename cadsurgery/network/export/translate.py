@@ -6,6 +6,7 @@ Needs onnxscript; this module is imported only when an ONNX file is written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -67,6 +68,36 @@ def _index(self: Any, indices: Any) -> Any:
     if len(tensors) == 1 and tensors[0][1].dtype != DataType.BOOL:
         return op.Gather(self, tensors[0][1], axis=tensors[0][0])
     return aten_index(self, indices)
+
+
+def _index_select(self: Any, axis: int, index: Any) -> Any:
+    """Gather by integers of any width, without the conversion to 64 bits."""
+    return op.Gather(self, index, axis=axis)
+
+
+def _product_of_taps(rows: Any, table: Any, weight: Any, bias: Any) -> Any:
+    outputs, channels, taps = weight.shape
+    gathered = op.Reshape(op.Gather(rows, table), op.Constant(value_ints=[-1, taps * channels]))
+    by_tap = op.Transpose(weight, perm=[0, 2, 1])
+    matrix = op.Reshape(by_tap, op.Constant(value_ints=[outputs, taps * channels]))
+    return op.Gemm(gathered, matrix, bias, transB=1)
+
+
+def _sum_of_taps(rows: Any, table: Any, weight: Any) -> Any:
+    places = (op.Constant(value_int=tap) for tap in range(weight.shape[1]))
+    return reduce(
+        op.Add,
+        (
+            op.Mul(op.Gather(rows, op.Gather(table, tap, axis=1)), op.Gather(weight, tap, axis=1))
+            for tap in places
+        ),
+    )
+
+
+def _mix_rows(rows: Any, sources: Any, shares: Any) -> Any:
+    second = op.Constant(value_ints=[1])
+    shares = op.Unsqueeze(op.CastLike(shares, rows), second)
+    return op.Squeeze(op.MatMul(shares, op.Gather(rows, sources)), second)
 
 
 def _in_32_bits(translation: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,6 +247,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.sort.stable: _sort,
     _ATEN.nonzero_static.default: _nonzero_static,
     _ATEN.index.Tensor: _index,
+    _ATEN.index_select.default: _index_select,
     _ATEN.where.self: _in_32_bits(aten_where),
     _ATEN.clamp.default: _in_32_bits(aten_clamp),
     _ATEN.clamp.Tensor: _in_32_bits(aten_clamp_tensor),
@@ -226,6 +258,9 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.batch_norm.default: _batch_norm,
     _ATEN.pad.default: _pad,
     round: _round,
+    torch.ops.cadsurgery.product_of_taps.default: _product_of_taps,
+    torch.ops.cadsurgery.sum_of_taps.default: _sum_of_taps,
+    torch.ops.cadsurgery.mix_rows.default: _mix_rows,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
     torch.ops.cadsurgery.pick_rows.default: _call(PICK),
     torch.ops.cadsurgery.interpolation_error.default: _interpolation_error,
