@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED
-from cadsurgery.support.divergence import Kind, divergence, maps_of, resize
+from cadsurgery.support.divergence import Kind, divergence, kind_of, maps_of, resize
 from cadsurgery.tasks.report import Plain
 from cadsurgery.tasks.segmentation.fidelity import NO_CLASS, balanced_fidelity
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
@@ -29,6 +29,7 @@ from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 LABELS, CLASSES, AGREEMENT, VALUES = "miou", "fidelity", "agreement", "accuracy"
 FEW = 10  # pictures below which no small difference can be told
 _RESAMPLES = 1000
+_SURE = 0.1  # a probability is decided within so much of 0 or 1; so is a map, if all but so many of its places are
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def judge(
         maps = [resize(maps_of(output)[0], target.shape[2:])]
         return Judgement(milliseconds, error=float(divergence([target], maps, "values").mean()))
     ours, theirs = (_classes(scores, size) for scores in (output, given))
-    count = maps_of(given)[0].shape[1]
+    count = max(2, maps_of(given)[0].shape[1]) if labels is None else maps_of(given)[0].shape[1]
     return Judgement(
         milliseconds,
         same=float((ours == theirs).double().mean()),
@@ -77,9 +78,28 @@ def judge(
     )
 
 
+def kind_to_judge(output: Any) -> Kind:
+    """Return the kind of an output; a single map of probabilities, such as a text detector's, has two classes.
+
+    Such a map is near 0 or 1 in nearly all places, and near both in some; depth and disparity are not.
+    """
+    maps = maps_of(output)
+    if len(maps) == 1 and maps[0].shape[1] == 1 and _is_decided(maps[0]):
+        return "classes"
+    return kind_of(output)
+
+
+def _is_decided(values: Tensor) -> bool:
+    if values.min() < 0 or values.max() > 1:
+        return False
+    absent, present = ((values < _SURE).float().mean(), (values > 1 - _SURE).float().mean())
+    return bool(absent > 0 and present > 0 and absent + present > 1 - _SURE)
+
+
 def _classes(output: Any, size: tuple[int, int]) -> Tensor:
     scores = maps_of(output)[0]
-    return (scores if scores.shape[2:].numel() == 1 else resize(scores, size)).argmax(1)
+    scores = scores if scores.shape[2:].numel() == 1 else resize(scores, size)
+    return (scores[:, 0] > 0.5).long() if scores.shape[1] == 1 else scores.argmax(1)
 
 
 def _compare(ours: Tensor, theirs: Tensor, classes: int, ignored: int = IGNORED) -> SegmentationMetrics:

@@ -28,7 +28,7 @@ from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import checksum, load
 from cadsurgery.support import files
-from cadsurgery.support.divergence import Kind, kind_of, maps_of
+from cadsurgery.support.divergence import Kind, maps_of
 from cadsurgery.support.errors import (
     CadError,
     CadWarning,
@@ -51,6 +51,7 @@ from cadsurgery.tasks.judging import (
     VALUES,
     Judgement,
     judge,
+    kind_to_judge,
 )
 from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
 from cadsurgery.tasks.recommend.calls import PRECISIONS, Call, Calls
@@ -525,7 +526,7 @@ class _Run:
                 continue
             if setting.kind == "given" and self.kind == "auto":
                 # Labels are compared with classes, also of scores that have no negative value.
-                self.kind = "classes" if self.pictures.data.is_labelled else kind_of(output)
+                self.kind = "classes" if self.pictures.data.is_labelled else kind_to_judge(output)
             runs[setting.name] = call
         return runs
 
