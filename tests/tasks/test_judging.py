@@ -12,6 +12,7 @@ from torch import Tensor
 from cadsurgery.tasks.judging import (
     AGREEMENT,
     CLASSES,
+    FOUND,
     VALUES,
     Estimate,
     Judgement,
@@ -102,13 +103,13 @@ def test_pictures_of_one_class_agree_or_not() -> None:
 
 
 def test_a_map_of_probabilities_is_judged_by_what_it_finds() -> None:
-    """Half of what is found is missed: IoU .5 there and 62 / 64 elsewhere."""
+    """Half of what is found is missed: IoU 2 / 4 there and 60 / 62 elsewhere."""
     given = torch.full((1, 1, 8, 8), 0.01)
     given[..., :2, :2] = 0.97
     half = given.where(torch.arange(8) != 1, 0.3)
-    assert kind_to_judge(given) == "classes"
-    judged = [judge(0.0, values, given, None, (8, 8), "classes") for values in (half, given)]
-    assert estimate(judged[:1], judged[1:], CLASSES).value == pytest.approx((2 / 4 + 60 / 62) / 2)
+    assert kind_to_judge(given) == "found"
+    judged = [judge(0.0, values, given, None, (8, 8), "found") for values in (half, given)]
+    assert estimate(judged[:1], judged[1:], FOUND).value == pytest.approx((2 / 4 + 60 / 62) / 2)
 
 
 @pytest.mark.parametrize(

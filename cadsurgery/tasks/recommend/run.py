@@ -28,7 +28,7 @@ from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import checksum, load
 from cadsurgery.support import files
-from cadsurgery.support.divergence import Kind, maps_of
+from cadsurgery.support.divergence import maps_of
 from cadsurgery.support.errors import (
     CadError,
     CadWarning,
@@ -47,8 +47,10 @@ from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.for_each import Failures, each
 from cadsurgery.tasks.judging import (
     CLASSES,
+    FOUND,
     LABELS,
     VALUES,
+    JudgedKind,
     Judgement,
     judge,
     kind_to_judge,
@@ -440,7 +442,7 @@ class _Run:
     refused: dict[str, str] = field(default_factory=dict)
     failed: list[dict[str, str]] = field(default_factory=list)
     end: str = ""
-    kind: Kind = "auto"
+    kind: JudgedKind = "auto"
 
     def __post_init__(self) -> None:
         """Continue the run that the folder holds."""
@@ -479,7 +481,7 @@ class _Run:
         """The measure of quality."""
         if self.pictures.data.is_labelled:
             return LABELS
-        return VALUES if self.kind == "values" else CLASSES
+        return {"values": VALUES, "found": FOUND}.get(self.kind, CLASSES)
 
     def measure(self, minutes: float) -> None:
         """Run all settings on the pictures, one after the other."""
