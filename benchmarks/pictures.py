@@ -4,12 +4,14 @@
     python -m benchmarks.pictures --only word            # those whose names begin with "word": the glossary's
     python -m benchmarks.pictures --hero DATA PHOTO      # measures, and writes docs/pictures/hero.json, too
     python -m benchmarks.pictures --masks PHOTO          # counts, and writes docs/pictures/masks.json, too
+    python -m benchmarks.pictures --empty DETECTOR.onnx page.png cell.png
 
 `word-*` are the pictures of the glossary (benchmarks/glossary_pictures.py). `concept` shows cells and taps.
 `quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, and `zoo` from the rows of the zoo.
 `masks-*` show each mask on a photo (benchmarks/mask_pictures.py). The hero shows a trained network
 (recipes/voc_deeplab) on one. The photo of both is NASA's portrait of Eileen Collins (public domain), as in the wheel of
-scikit-image (`skimage/data/astronaut.png`).
+scikit-image (`skimage/data/astronaut.png`). The pictures of `masks-empty` are from there, too: `page.png` is under
+scikit-image's licence (BSD-3-Clause), `cell.png` is CC0. The detector is that of benchmarks/empty_pages.py.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from torch import Tensor
 
 import cadsurgery as cs
 from benchmarks.glossary_pictures import GREY, PHOTOS, WORDS
-from benchmarks.mask_pictures import masks
+from benchmarks.mask_pictures import empty, masks
 from cadsurgery.data.images import normalise, read_image
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements.lattice import Lattice
@@ -366,6 +368,7 @@ def main() -> None:
     )
     parser.add_argument("--hero", nargs=2, type=Path, metavar=("DATA", "PHOTO"))
     parser.add_argument("--masks", type=Path, metavar="PHOTO")
+    parser.add_argument("--empty", nargs="+", type=Path, metavar=("DETECTOR", "PICTURE"))
     parser.add_argument("--only", default="", metavar="BEGINNING", help="draw pictures whose names begin so")
     options = parser.parse_args()
     if options.hero:
@@ -375,6 +378,8 @@ def main() -> None:
         _write("masks.json", figures)
         for name, picture in drawn.items():
             draw(name, picture, "jpg")
+    if options.empty:
+        draw("masks-empty", empty(options.empty[0], options.empty[1:]), "jpg")
     pictures = {"concept": concept, "quality": quality, "speed": speed, "zoo": zoo, **WORDS}
     for name, picture in pictures.items():
         if name.startswith(options.only):

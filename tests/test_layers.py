@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -243,6 +245,9 @@ def test_no_test_imports_another() -> None:
     assert len(found) > 90 and not any(found.values()), found
 
 
+PAGES = Path(os.environ.get("CADSURGERY_DATA", "none")) / "text_detection"
+
+
 def snippets(path: str) -> list[str]:
     """Return the Python code of a page."""
     return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
@@ -265,3 +270,16 @@ def test_the_python_of_the_documents_runs_as_printed(tmp_path: Path, path: str) 
     (tmp_path / "snippets.py").write_text("\n".join(snippets(path)))
     code, told = run_alone(tmp_path / "snippets.py", tmp_path)
     assert code == 0, told[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PAGES.is_dir(), reason="CADSURGERY_DATA names no folder with text_detection")
+def test_the_tutorial_on_pages_runs_on_a_trained_detector(tmp_path: Path) -> None:
+    """Without the stand-in; most of the page is left out, and the text is the same."""
+    shutil.copy(PAGES / "ch_PP-OCRv4_det_infer.onnx", tmp_path / "det.onnx")
+    shutil.copy(PAGES / "pages" / "ferns_4.jpg", tmp_path / "page.png")
+    code = snippets("docs/tutorials/empty-pages.md")[1:]
+    code += ["assert (levels == 0).mean() < 0.3 and both.sum() / either.sum() > 0.94"]
+    (tmp_path / "snippets.py").write_text("\n".join(code))
+    status, told = run_alone(tmp_path / "snippets.py", tmp_path)
+    assert status == 0, told[-2000:]

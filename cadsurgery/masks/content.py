@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.filters import differences, grey_of, on_samples
 from cadsurgery.masks.options import SHARE, between, check_options
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
+
+_SAMPLES = 64  # along each side, for the median of a picture
 
 
 @mask_provider("content")
@@ -55,10 +58,21 @@ class ContentMask(MaskProvider):
         smooth = F.avg_pool2d(F.avg_pool2d(framed, 2, 1), 2, 1).squeeze(1)  # a quarter, a half, a quarter
         right, down = differences(smooth, "replicate")
         change = right.abs().maximum(down.abs())
-        some = change[:, ::4, ::4].flatten(1)  # enough for a median
-        limit = (self.noise * some.median(1).values).clamp(min=self.least).view(-1, 1, 1)
+        limit = (self.noise * median_of_samples(change)).clamp(min=self.least).view(-1, 1, 1)
         side = grid.side * grid.output_stride
         height, width = (divide_up(length, grid.side) * side for length in grid.size)
         has = (change > limit).float()
         has = F.pad(has, (0, width - has.shape[2], 0, height - has.shape[1]))
         return F.avg_pool2d(has.unsqueeze(1), side).squeeze(1)
+
+
+def median_of_samples(values: Tensor) -> Tensor:
+    """Return the median of each map (B, H, W), estimated from a regular grid of its values.
+
+    Their number is fixed: ONNX has no median, but can sort a fixed number of values of an image of any size.
+    """
+    height, width = values.shape[1:]
+    places = torch.arange(_SAMPLES, device=values.device)
+    samples = values[:, places * height // _SAMPLES][:, :, places * width // _SAMPLES]
+    half = _SAMPLES * _SAMPLES // 2
+    return samples.flatten(1).topk(half, 1, largest=False).values.amax(1)

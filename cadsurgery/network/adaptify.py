@@ -20,7 +20,7 @@ from cadsurgery.masks.unit import Normalisation, estimate, read_normalisation
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.convert import carry_out
 from cadsurgery.network.hosted import HostedModel, check_used, reach
-from cadsurgery.network.macs import count_planned
+from cadsurgery.network.macs import PICTURE, count_planned
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, InvalidInput, describe_error
@@ -28,13 +28,16 @@ from cadsurgery.support.progress import waiting
 from cadsurgery.surgery.arguments import Arguments, bind, bind_example, image_of, run_forward, take_image
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
+from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.hooks import copying, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
+from cadsurgery.surgery.prospect import FLOOR, floors_prospect
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.trace import CannotFollow, evaluating
 from cadsurgery.surgery.verify import fewer_pixels, measure_effect, verify
 
+_LITTLE_SAVED = 0.9  # floors that leave more of the MACs than this are not named in errors
 _MOST_PARTS = 12  # number of parts that are tried if a network cannot be traced
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -68,12 +71,12 @@ def plan(
     if path:
         check_used(whole, path, facts.example)
     _refuse_both(output_stride, coarsest)
-    chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs, coarsest=coarsest)
+    chosen, flow = _plan_or_name_floors(facts, output_stride, _within(path, region), path, outputs, coarsest)
     with contextlib.suppress(Exception):  # a plan stands even where its work cannot be counted
         geometry = Geometry(chosen.stage_strides, chosen.max_level, floors=chosen.floors)
         program = carry_out(chosen, flow, geometry)
-        return _with_work(AdaptiveModel(facts.model, program, "none"), facts, example_input is None).plan
-    return chosen
+        chosen = _with_work(AdaptiveModel(facts.model, program, "none"), facts, example_input is None).plan
+    return _with_prospect(chosen, facts)
 
 
 def _refuse_both(output_stride: object, coarsest: object) -> None:
@@ -84,6 +87,39 @@ def _refuse_both(output_stride: object, coarsest: object) -> None:
             "the second keeps the network's own grid and makes maps coarser than it.",
             next="give one of them.",
         )
+
+
+def _plan_or_name_floors(
+    facts: Facts,
+    output_stride: tuple[int, int] | None,
+    region: str | Sequence[str],
+    part: str,
+    outputs: Outputs,
+    coarsest: int | None,
+) -> tuple[Plan, Flow]:
+    """Make the plan. Where nothing can be made finer and floors would save work, the error names them."""
+    try:
+        return make_plan(facts, output_stride, region, part, outputs, coarsest=coarsest)
+    except CannotConvert as refusal:
+        prospect = None
+        with contextlib.suppress(CadError):
+            if coarsest is None and make_plan(facts, None, region, part, outputs, coarsest=FLOOR):
+                prospect = floors_prospect(facts, region, PICTURE)
+        if prospect is None or prospect.nothing_kept > _LITTLE_SAVED:
+            raise
+        parts = {name: getattr(refusal, name) for name in ("where", "why")}
+        next_step = f"{prospect.describe()}. Otherwise {refusal.next}"
+        raise CannotConvert(refusal.what, **parts, next=next_step) from refusal
+
+
+def _with_prospect(plan: Plan, facts: Facts) -> Plan:
+    """Complete a plan with what floors would save instead."""
+    if plan.floors:
+        return plan
+    size = plan.work.shape[2:] if plan.work is not None else PICTURE
+    with contextlib.suppress(Exception):  # an estimate; the plan stands without it
+        return replace(plan, prospect=floors_prospect(facts, plan.region, size))
+    return plan
 
 
 def _with_work(net: AdaptiveModel, facts: Facts, is_example: bool) -> AdaptiveModel:
@@ -163,8 +199,8 @@ def adaptify(
         if path and verify_laws:
             check_used(whole, path, facts.example)
         _refuse_both(output_stride, coarsest)
-        chosen, flow = make_plan(
-            facts, output_stride, _within(path, region), path, outputs, coarsest=coarsest
+        chosen, flow = _plan_or_name_floors(
+            facts, output_stride, _within(path, region), path, outputs, coarsest
         )
         if strict:
             _refuse_barriers(chosen)
@@ -196,6 +232,7 @@ def adaptify(
             net.restate(chosen)
             _with_work(net, facts, example_input is None)
         if chosen.hardly_matters:
+            chosen = _with_prospect(chosen, facts)
             _report_no_effect(chosen, strict and not chosen.matters)
         return HostedModel(whole, path, net) if path else net
 
@@ -346,6 +383,8 @@ def _report_no_effect(plan: Plan, strict: bool) -> None:
         step = (
             f"{step} Weights that are not trained can hide an effect: convert with trained ones to be sure."
         )
+    if plan.prospect is not None:
+        step = f"{step} And {plan.prospect.describe()}."
     refusal = CannotConvert(what, where=ends, why=why, next=step)
     if strict:
         raise refusal

@@ -125,6 +125,24 @@ class Work:
         """True if the conversion makes maps finer than those of the network as given."""
         return self.high > self.given
 
+    @property
+    def _on(self) -> str:
+        return f"(MACs on {'x'.join(map(str, self.shape))})"
+
+    def describe_floors(self, low: int, part: str = "") -> str:
+        """Return the work of a conversion with floors relative to the network as given, in words.
+
+        Args:
+            low: the floor.
+            part: name of the converted part; empty for the whole network.
+        """
+        share = self.low / max(1, self.given)
+        return (
+            f"everything at the floor of {low} pixels takes {share:.2f} of the MACs of {_given(part)}, "
+            f"{third_kept(share):.2f} where a third is kept; everything high takes "
+            f"{_times(self.high, self.given)} {self._on}"
+        )
+
     def describe(self, high: int, part: str = "") -> str:
         """Return the work relative to the network as given, in words.
 
@@ -132,8 +150,7 @@ class Work:
             high: the high output stride.
             part: name of the converted part; empty for the whole network.
         """
-        on = f"(MACs on {'x'.join(map(str, self.shape))})"
-        given = f"the {part} as given" if part else "the network as given"
+        on, given = self._on, _given(part)
         if self.is_finer:
             return (
                 f"this makes maps finer: the same network at output stride {high} everywhere does "
@@ -144,6 +161,36 @@ class Work:
             f"everything high does {_times(self.high, self.given)} and everything low {_times(self.low, self.given)} "
             f"times the work of {given} {on}"
         )
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """Estimated work of a network with floors, as shares of the network as given.
+
+    Attributes:
+        coarsest: the floor, in input pixels.
+        nothing_kept: with everything at the floor.
+    """
+
+    coarsest: int
+    nothing_kept: float
+
+    def describe(self) -> str:
+        """Return the estimate in words."""
+        return (
+            f"for pictures that are mostly empty: coarsest={self.coarsest} takes about "
+            f"{third_kept(self.nothing_kept):.2f} of the MACs of the network as given where a third is kept, "
+            f"{self.nothing_kept:.2f} where nothing is"
+        )
+
+
+def _given(part: str) -> str:
+    return f"the {part} as given" if part else "the network as given"
+
+
+def third_kept(nothing_kept: float) -> float:
+    """Return the share of MACs with a third of the picture kept, where everything kept takes 1."""
+    return (1 + 2 * nothing_kept) / 3
 
 
 def _times(macs: int, given: int) -> str:
@@ -179,6 +226,8 @@ class Plan:
             `output_stride[1]` pixels, instead of finer.
         considered: interpretations of the network's dilations, the planned one first; empty if there is only one.
         not_counted: operations that may multiply but are missing from all MACs, because they have no counting rule.
+        prospect: what floors would save instead; None in plans of floors, where floors would save nothing, and where it
+            was not estimated.
     """
 
     decisions: tuple[Decision, ...]
@@ -199,6 +248,7 @@ class Plan:
     not_counted: tuple[str, ...] = field(default=(), compare=False)
     effect: float | None = field(default=None, compare=False)
     work: Work | None = field(default=None, compare=False)
+    prospect: Prospect | None = field(default=None, compare=False)
 
     def measured(self, effect: float | None) -> Plan:
         """Return the plan with a measured effect, see `effect`."""
@@ -324,7 +374,12 @@ class Plan:
             f"{self.share('adapt', 'keep'):.0%} of the MACs in the region",
         ]
         if self.work is not None:
-            lines.insert(1, self.work.describe(high, self.part))
+            text = (
+                self.work.describe_floors(low, self.part)
+                if self.floors
+                else self.work.describe(high, self.part)
+            )
+            lines.insert(1, text)
         ends: dict[str, list[str]] = {}
         for decision in self.region_end:
             ends.setdefault(decision.reason, []).append(decision.node)
@@ -363,6 +418,7 @@ class Plan:
             lines.insert(0, f"converted: {self.part}, inside a network that torch.fx cannot follow whole")
         if self.dense_after > 0:
             lines.append(f"{self.dense_after:.0%} of the MACs run dense after the region")
+        lines += [self.prospect.describe()] if self.prospect is not None else []
         lines += filter(None, [describe_not_counted(self.not_counted)])
         return "\n".join(lines)
 

@@ -1,10 +1,11 @@
 """The quality of settings, picture by picture, so that the difference between two settings has an error.
 
-Quality is one of four measures, all 0..1:
+Quality is one of five measures, all 0..1:
 
 - `miou`: mean IoU against labels;
 - `fidelity`: mean IoU against the classes that the network as given predicts, see
   `cadsurgery.tasks.segmentation.fidelity.balanced_fidelity`;
+- `found`: the same for a map of probabilities, such as a text detector's, with the two classes absent and present;
 - `agreement`: share of pixels, or of whole pictures, with the class that the network as given predicts;
 - `accuracy` of values such as depth: 1 minus the relative error against the output of the network as given.
 """
@@ -15,20 +16,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED
-from cadsurgery.support.divergence import Kind, divergence, maps_of, resize
+from cadsurgery.support.divergence import divergence, kind_of, maps_of, resize
 from cadsurgery.tasks.report import Plain
 from cadsurgery.tasks.segmentation.fidelity import NO_CLASS, balanced_fidelity
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
-LABELS, CLASSES, AGREEMENT, VALUES = "miou", "fidelity", "agreement", "accuracy"
+LABELS, CLASSES, FOUND, AGREEMENT, VALUES = "miou", "fidelity", "found", "agreement", "accuracy"
+JudgedKind = Literal["auto", "classes", "found", "values"]
 FEW = 10  # pictures below which no small difference can be told
 _RESAMPLES = 1000
+_SURE = 0.1  # a probability is decided within so much of 0 or 1; so is a map, if all but so many of its places are
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,12 @@ class Judgement:
 
 
 def judge(
-    milliseconds: float, output: Any, given: Any, labels: Tensor | None, size: tuple[int, int], kind: Kind
+    milliseconds: float,
+    output: Any,
+    given: Any,
+    labels: Tensor | None,
+    size: tuple[int, int],
+    kind: JudgedKind,
 ) -> Judgement:
     """Compare the output of a setting for one picture with the network as given and with labels.
 
@@ -61,14 +69,15 @@ def judge(
         given: output of the network as given.
         labels: (1, H, W), or None.
         size: (height, width) of the picture, at which classes are compared.
-        kind: of the outputs, `classes` or `values`.
+        kind: of the outputs, `classes`, `values`, or `found` for probabilities of one class.
     """
     if kind == "values":
         target = maps_of(given)[0]
         maps = [resize(maps_of(output)[0], target.shape[2:])]
         return Judgement(milliseconds, error=float(divergence([target], maps, "values").mean()))
-    ours, theirs = (_classes(scores, size) for scores in (output, given))
-    count = maps_of(given)[0].shape[1]
+    read = _found if kind == "found" else _classes
+    ours, theirs = (read(scores, size) for scores in (output, given))
+    count = 2 if kind == "found" else maps_of(given)[0].shape[1]
     return Judgement(
         milliseconds,
         same=float((ours == theirs).double().mean()),
@@ -77,9 +86,35 @@ def judge(
     )
 
 
+def kind_to_judge(output: Any) -> JudgedKind:
+    """Return the kind of an output: `found` for a single map of probabilities, else that of `kind_of`.
+
+    Probabilities are near 0 or 1 in nearly all places, and near both in some; depth and disparity are not.
+    """
+    maps = maps_of(output)
+    if len(maps) == 1 and maps[0].shape[1] == 1 and _is_decided(maps[0]):
+        return "found"
+    return kind_of(output)
+
+
+def _is_decided(values: Tensor) -> bool:
+    if values.min() < 0 or values.max() > 1:
+        return False
+    absent, present = ((values < _SURE).float().mean(), (values > 1 - _SURE).float().mean())
+    return bool(absent > 0 and present > 0 and absent + present > 1 - _SURE)
+
+
 def _classes(output: Any, size: tuple[int, int]) -> Tensor:
+    return _at_size(output, size).argmax(1)
+
+
+def _found(output: Any, size: tuple[int, int]) -> Tensor:
+    return (_at_size(output, size)[:, 0] > 0.5).long()
+
+
+def _at_size(output: Any, size: tuple[int, int]) -> Tensor:
     scores = maps_of(output)[0]
-    return (scores if scores.shape[2:].numel() == 1 else resize(scores, size)).argmax(1)
+    return scores if scores.shape[2:].numel() == 1 else resize(scores, size)
 
 
 def _compare(ours: Tensor, theirs: Tensor, classes: int, ignored: int = IGNORED) -> SegmentationMetrics:

@@ -68,28 +68,46 @@ class Apart(nn.Module):
         return self.out(self.up(self.c(self.b(self.a(x).relu()).relu())))
 
 
+class AnySize(nn.Module):
+    """Takes pictures of odd sizes: its resizes are to the size of another map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 8, 3, 2, 1)
+        self.c, self.d = nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(16, 2, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.b(self.a(x).relu()).relu()
+        up = F.interpolate(self.c(fine).relu(), fine.shape[2:], mode="bilinear", align_corners=False)
+        return F.interpolate(self.d(torch.cat([up, fine], 1)), x.shape[2:], mode="bilinear")
+
+
 NETWORKS = {"unet": SmallUNet, "strided": Strided}
+FILLS = ["linear", "nearest", "guided"]
 
 
 def network(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(1)
-    return {**NETWORKS, "apart": Apart}[name]().eval().to(dtype)
+    return {**NETWORKS, "apart": Apart, "any size": AnySize}[name]().eval().to(dtype)
 
 
 class Uniform(fx.Interpreter):
-    """Replaces every map by the interpolation of its samples `floor` pixels apart."""
+    """Replaces every map by the interpolation of its samples `floor` pixels apart, or by the sample before."""
 
-    def __init__(self, model: nn.Module, floor: int, size: tuple[int, int]) -> None:
+    def __init__(self, model: nn.Module, floor: int, size: tuple[int, int], fill: str = "linear") -> None:
         super().__init__(fx.symbolic_trace(model))
-        self.floor, self.size = floor, size
+        self.floor, self.size, self.fill = floor, size, fill
 
     def run_node(self, n: fx.Node) -> Any:
         y = super().run_node(n)
         if n.op in ("placeholder", "output") or not isinstance(y, Tensor):
             return y
-        step = self.floor * y.shape[-1] // self.size[1]  # samples between those that are kept
+        step = self.floor // round(self.size[1] / y.shape[-1])  # samples between those that are kept
         if step < 2:
             return y
+        if self.fill == "nearest":
+            repeated = y[..., ::step, ::step].repeat_interleave(step, 2).repeat_interleave(step, 3)
+            return repeated[..., : y.shape[2], : y.shape[3]]
         kept = F.pad(y[..., ::step, ::step], (0, 1, 0, 1), mode="replicate")
         between = [(length - 1) * step + 1 for length in kept.shape[2:]]
         filled = F.interpolate(kept, between, mode="bilinear", align_corners=True)
@@ -145,15 +163,46 @@ def test_transposed_convolutions_without_overlap_are_those_with_kernel_maps(
         assert (net(x, mask=levels) - as_product).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_batch_equals_its_images(name: str) -> None:
-    model, x = network(name), torch.rand(3, 3, 64, 80, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=16, example_input=x[:1])
-    levels = mixed(3, (64, 80), 16, net.plan.max_level)
+@pytest.mark.parametrize("fill", ["linear", "nearest"])
+@pytest.mark.parametrize("floor", [2, 4, 16])
+def test_a_uniform_floor_is_its_emulation_at_odd_sizes(floor: int, fill: Any) -> None:
+    model, x = network("any size"), torch.rand(3, 3, 61, 83, dtype=torch.float64)
+    net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x[:1], verify_laws=False)
+    levels = torch.full((3, 61, 83), net.plan.strides.index(floor))
     with torch.no_grad():
-        found = net(x, mask=levels)
-        alone = torch.cat([net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(3)])
-    assert (found - alone).abs().max() < 1e-10
+        output = net(x, mask=levels)
+        assert (output - Uniform(model, floor, (61, 83), fill).run(x)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize(
+    ("name", "size"), [("unet", (52, 76)), ("strided", (64, 80)), ("any size", (61, 83))]
+)
+def test_a_batch_equals_its_images(name: str, size: tuple[int, int], batch: int, fill: Any) -> None:
+    """Outputs and gradients, where each image has a mask of its own."""
+    model, x = network(name), torch.rand(batch, 3, *size, dtype=torch.float64)
+    net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x[:1], verify_laws=False)
+    levels = mixed(batch, size, 16, net.plan.max_level)
+    output = net(x, mask=levels)
+    alone = torch.cat([net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(batch)])
+    assert (output - alone).abs().max() < 1e-10
+    gradients, expected = (
+        torch.autograd.grad(y.square().sum(), [*net.parameters()]) for y in (output, alone)
+    )
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert (gradient - other).abs().max() < 1e-9 * other.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_batch_in_bfloat16_differs_by_rounding_alone(fill: Any) -> None:
+    x, size = torch.rand(2, 3, 61, 83), (61, 83)
+    net = cs.adaptify(network("any size", torch.float32), "none", coarsest=16, fill=fill, verify_laws=False)
+    levels = mixed(2, size, 16, net.plan.max_level)
+    with torch.no_grad():
+        wide = net(x, mask=levels)
+        narrow = net.bfloat16()(x.bfloat16(), mask=levels)
+    assert narrow.dtype == torch.bfloat16 and (narrow - wide).abs().max() < 5e-2
 
 
 def test_levels_between_hold_too() -> None:

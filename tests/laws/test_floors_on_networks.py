@@ -22,6 +22,7 @@ SIZES = {
     "realtime:ERFNetLike": (96, 128),
     "realtime:ESPNetLike": (96, 128),
     "scenes:FCNSums": (96, 128),
+    "scenes:FCN8s": (96, 128),
     "heads:PoseBaseline": (96, 128),
     "heads:StackedHourglass": (128, 128),
     "heads:TextSpotter": (96, 128),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from networks import strided
 from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.masks import FineMapSpec, resolve_mask
+from cadsurgery.masks.content import median_of_samples
 
 CELL = 32
 
@@ -54,3 +58,34 @@ def test_a_blank_page_keeps_nothing_and_sizes_may_be_odd() -> None:
 def test_impossible_options_are_refused(spec: str) -> None:
     with pytest.raises(cs.InvalidInput):
         resolve_mask(spec)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (64, 64), (101, 75), (480, 641)])
+def test_samples_on_a_grid_have_the_median_of_each_picture(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    values = torch.rand(2, *size) * torch.tensor([1.0, 5.0]).view(2, 1, 1)
+    expected = values.flatten(1).quantile(0.5, 1)
+    assert ((median_of_samples(values) - expected).abs() < expected * max(0.05, 2 / min(size))).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "dynamic"), [("onnx", False), ("onnx", True), ("openvino", True)])
+def test_it_is_written_for_engines_at_one_size_and_at_any(engine: str, dynamic: bool, tmp_path: Path) -> None:
+    """The level map, too, is that of torch, at sizes that the example did not have."""
+    pytest.importorskip({"onnx": "onnxruntime"}.get(engine, engine))
+    from cadsurgery.network.export.engines import ENGINES
+
+    net = cs.adaptify(strided(3, outputs=2), "content:margin=0", coarsest=CELL, verify_laws=False)
+    cs.export(net, page(0.05), tmp_path / "net.onnx", dynamic=dynamic, check_in=engine)
+    run = ENGINES[engine](tmp_path / "net.onnx")
+    pictures = [
+        page(0.05).flip(3),
+        page(0.2)[..., :101, :75].repeat(2, 1, 1, 1),
+        page(0.1).repeat(1, 1, 2, 3),
+    ]
+    for picture in pictures if dynamic else pictures[:1]:
+        with torch.no_grad():
+            expected = net(picture)
+        output, levels = run(picture)
+        assert torch.equal(levels, net.levels) and 0 < net.active_fraction < 1
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)

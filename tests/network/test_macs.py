@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
 
 import cadsurgery as cs
+from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.network.macs import dense_macs
+from cadsurgery.surgery.plan import third_kept
 
 
 def convolutions(*layers: tuple[int, int, int], width: int = 8, **options: Any) -> nn.Sequential:
@@ -387,6 +389,65 @@ def test_a_plan_that_makes_no_map_finer_says_what_both_ends_cost() -> None:
     assert plan.work is not None and not plan.work.is_finer and plan.work.shape == (1, 3, 96, 160)
     assert f"everything high does 1.00 and everything low {share:.2f} times the work" in plan.summary()
     assert "finer" not in plan.summary()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("scenes:FeaturePyramid", None),
+        ("unets:unet_transposed", (97, 161)),
+        slow("unets:unet_transposed", None),
+        slow("realtime:LinkNet", None),
+        slow("realtime:LinkNet", (96, 160)),
+    ],
+)
+def test_a_plan_says_what_floors_would_save(name: str, size: tuple[int, int] | None) -> None:
+    """The estimate is the MACs of the conversion with floors, in which only a part of LinkNet's decoder is dense."""
+    model = subject(name, CHECKOUT).build().eval()
+    example = {"example_input": images(1, *size)} if size else {}
+    plan, floors = cs.plan(model, **example), cs.plan(model, coarsest=32, **example)
+    assert floors.work is not None and floors.prospect is None and plan.prospect is not None
+    low = floors.work.low / floors.work.given
+    assert plan.prospect.coarsest == 32 and abs(plan.prospect.nothing_kept - low) < 0.005
+    words = f"{low + (1 - low) / 3:.2f} of the MACs of the network as given where a third is kept, {low:.2f} where"
+    assert "coarsest=32 takes about" in plan.summary() and words in plan.summary()
+    assert type(plan).from_json(plan.to_json()).prospect == plan.prospect
+
+
+def test_a_plan_of_floors_says_what_everything_at_the_floor_costs() -> None:
+    """LinkNet's last transposed convolution and what follows it are dense."""
+    model, image = subject("realtime:LinkNet", CHECKOUT).build().eval(), images(1, 96, 128)
+    net = cs.adaptify(model, "none", coarsest=32, example_input=image, verify_laws=False)
+    share = executed(net, image) / executed(model, image)
+    summary = cs.plan(model, coarsest=32, example_input=image).summary()
+    assert f"everything at the floor of 32 pixels takes {share:.2f} of the MACs" in summary
+    assert f"{share + (1 - share) / 3:.2f} where a third is kept; everything high takes 1.00" in summary
+    assert f"{net.plan.share('adapt', 'keep'):.0%} of the MACs in the region" in summary
+
+
+def test_a_third_kept_takes_what_the_plan_says() -> None:
+    model, image = subject("scenes:FeaturePyramid", CHECKOUT).build().eval(), images(1, 192, 192)
+    net = cs.adaptify(model, "none", coarsest=32, example_input=image, verify_laws=False)
+    kept = torch.zeros(1, 192, 192, dtype=torch.bool)
+    kept[:, :64] = True
+    expected = third_kept(executed(net, image) / executed(model, image))
+    assert abs(executed(net, image, mask=kept) / executed(model, image) - expected) < 0.01
+
+
+@pytest.mark.parametrize("convert", [cs.plan, cs.adaptify])
+def test_what_cannot_be_made_finer_is_told_of_floors(convert: Any) -> None:
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 3, 3, 1, 1)).eval()
+    with pytest.raises(cs.CannotConvert, match="network without strides") as caught:
+        convert(convolutions)
+    assert "coarsest=32 takes about 0.33 of the MACs" in caught.value.next
+    with pytest.raises(cs.CannotConvert) as caught:
+        convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()).eval())
+    assert "coarsest" not in caught.value.next
+
+
+def test_a_conversion_without_effect_names_floors() -> None:
+    with pytest.warns(cs.CadWarning, match="coarsest=32 takes about"):
+        cs.adaptify(subject("heads:PoseBaseline", CHECKOUT).build().eval())
 
 
 def test_the_work_of_a_plan_is_stored_and_may_be_missing() -> None:

@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.tasks.judging import AGREEMENT, CLASSES, VALUES, Estimate, Judgement, estimate, judge, pool
+from cadsurgery.tasks.judging import (
+    AGREEMENT,
+    CLASSES,
+    FOUND,
+    VALUES,
+    Estimate,
+    Judgement,
+    estimate,
+    judge,
+    kind_to_judge,
+    pool,
+)
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 
 SIZE = (23, 31)
@@ -89,3 +100,27 @@ def test_pictures_of_one_class_agree_or_not() -> None:
     given = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 1.0]])
     judged = [judge(0.0, one[None], given[0][None], None, SIZE, "classes") for one in given]
     assert estimate(judged, judged, AGREEMENT).value == 0.5
+
+
+def test_a_map_of_probabilities_is_judged_by_what_it_finds() -> None:
+    """Half of what is found is missed: IoU 2 / 4 there and 60 / 62 elsewhere."""
+    given = torch.full((1, 1, 8, 8), 0.01)
+    given[..., :2, :2] = 0.97
+    half = given.where(torch.arange(8) != 1, 0.3)
+    assert kind_to_judge(given) == "found"
+    judged = [judge(0.0, values, given, None, (8, 8), "found") for values in (half, given)]
+    assert estimate(judged[:1], judged[1:], FOUND).value == pytest.approx((2 / 4 + 60 / 62) / 2)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.linspace(0, 1, 64).view(1, 1, 8, 8),  # depth
+        torch.linspace(0, 0.09, 64).view(1, 1, 8, 8),  # disparity, small everywhere
+        10 * torch.eye(8)[None, None],  # beyond 1
+        torch.eye(8).expand(1, 2, 8, 8),  # of two channels
+    ],
+    ids=["depth", "disparity", "beyond 1", "two channels"],
+)
+def test_other_maps_without_negative_values_are_no_probabilities(values: Tensor) -> None:
+    assert kind_to_judge(values) == "values"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, slow
 from networks import Segmenter, seeded, segmenter
 from torch import Tensor, nn
 from torchvision.io import write_png
@@ -24,6 +24,7 @@ from cadsurgery.support import files
 from cadsurgery.tasks.judging import (
     AGREEMENT,
     CLASSES,
+    FOUND,
     LABELS,
     VALUES,
     Estimate,
@@ -318,6 +319,49 @@ def test_on_pages_that_are_mostly_empty_floors_do_less_work(tmp_path: Path) -> N
     scope = {"model": network, "x": x}
     exec("\n".join(row.setting.lines()), scope)
     assert scope["y"].shape == network(x).shape
+
+
+def finder_of_dark() -> nn.Sequential:
+    """A detector whose weights are set by hand: nearly 1 where four pixels are dark, else nearly 0."""
+    down = [nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU()]
+    up = [nn.ConvTranspose2d(16, 16, 2, 2), nn.ReLU(), nn.ConvTranspose2d(16, 1, 2, 2), nn.Sigmoid()]
+    net = nn.Sequential(*down, *up).eval()
+    numbers = zip((-1 / 27, 1 / 144, 1 / 16, 20 / 16), (2.4, 0.0, 0.0, -30.0), strict=True)
+    for layer, (weight, bias) in zip(net[::2], numbers, strict=True):
+        nn.init.constant_(layer.weight, weight)
+        nn.init.constant_(layer.bias, bias)
+    return net
+
+
+@pytest.mark.parametrize(("squares", "names_floors"), [(1, True), slow(40, False)])
+def test_floors_are_named_on_pages_that_are_mostly_empty_and_on_no_others(
+    squares: int, names_floors: bool, tmp_path: Path
+) -> None:
+    """Where time follows the work; squares are in the middle of cells."""
+    torch.manual_seed(0)
+    for place in range(2):
+        page = torch.full((3, 192, 256), 230, dtype=torch.uint8)
+        for cell in torch.randperm(48)[:squares].tolist():
+            top, left = 32 * (cell // 8) + 4, 32 * (cell % 8) + 4
+            page[:, top : top + 24, left : left + 24] = 20
+        write_png(page, str(tmp_path / f"{place}.png"))
+    report = recommend(finder_of_dark(), tmp_path, output=tmp_path / "run")
+    assert report.measure == FOUND
+    rows = [replace(row, milliseconds=float(row.macs or 0), time_error=0.0) for row in report.rows]
+    choice = choose(rows, Request(keep=0.95), report.measure)
+    assert (choice.row.setting.coarsest == 32) == names_floors
+    assert names_floors or choice.row.setting.kind == "given"
+
+
+def test_a_loss_of_fidelity_under_floors_is_expected_to_be_one_of_miou() -> None:
+    """ESPNet loses .13 ± .03 of its mIoU on CamVid where floors under `content` leave a fidelity of .78; another
+    stride, of which so much fidelity is expected to cost .013, would keep .98."""
+    given = row(GIVEN, 100, 0.0, 0.0, fidelity=1.0, loss=(0.0, 0.0))
+    for setting, keeps_enough in ((DENSE, True), (ON_OWN_GRID, False)):
+        loss = expected_loss(0.78, 0.001, has_floor=setting.coarsest > 0)
+        fast = row(setting, 50, -0.22, 0.001, fidelity=0.78, loss=loss)
+        choice = choose([given, fast], Request(keep=0.97), CLASSES)
+        assert (choice.row is fast) == keeps_enough
 
 
 def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from cadsurgery.support.errors import CadError, first_line
 from cadsurgery.tasks.judging import (
     CLASSES,
     FEW,
+    FOUND,
     VALUES,
     Judgement,
     estimate,
@@ -81,8 +82,10 @@ def rows_of(
         if measure != VALUES:
             fidelity = estimate(ours, given, CLASSES)
             same = sum(judgement.same for judgement in ours) / len(ours)
-            values = {"same": same, "fidelity": fidelity.value}
-            values["loss"] = expected_loss(fidelity.value, 0.0 if len(ours) < 2 else fidelity.error)
+            values |= {"same": same, "fidelity": fidelity.value}
+            if measure != FOUND:
+                error = 0.0 if len(ours) < 2 else fidelity.error
+                values["loss"] = expected_loss(fidelity.value, error, has_floor=setting.coarsest > 0)
         quality = estimate(ours, given, measure)
         if rows:  # of settings that were dropped, whose first pictures may be easier than the others
             quality = replace(quality, value=rows[0].quality.value + quality.change)
@@ -209,7 +212,9 @@ def _images_needed(
             continue
         above, error = margin(row, given, request, measure)
         if measure == CLASSES and row.fidelity is not None:
-            above, error = above - error, error_by_pictures(row.fidelity, row.quality.error)
+            has_floor = row.setting.coarsest > 0
+            above -= error
+            error = error_by_pictures(row.fidelity, row.quality.error, has_floor=has_floor)
         if math.isnan(error) or abs(above) >= _DECIDED * error:
             continue
         needed = row.quality.images * (_DECIDED * error / max(abs(above), 1e-9)) ** 2

@@ -13,12 +13,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cadsurgery.tasks.judging import CLASSES, LABELS, VALUES, Estimate
+from cadsurgery.tasks.judging import CLASSES, FOUND, LABELS, VALUES, Estimate
 from cadsurgery.tasks.recommend.settings import Setting
 from cadsurgery.tasks.report import COLOURS, Plain, RunReport, canvas, percent
 from cadsurgery.tasks.tables import Column, table
 
-WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative error"}
+WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative error", FOUND: "IoU by class"}
 
 
 @dataclass(frozen=True)

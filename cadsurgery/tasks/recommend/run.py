@@ -28,7 +28,7 @@ from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import checksum, load
 from cadsurgery.support import files
-from cadsurgery.support.divergence import Kind, kind_of, maps_of
+from cadsurgery.support.divergence import maps_of
 from cadsurgery.support.errors import (
     CadError,
     CadWarning,
@@ -47,10 +47,13 @@ from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.for_each import Failures, each
 from cadsurgery.tasks.judging import (
     CLASSES,
+    FOUND,
     LABELS,
     VALUES,
+    JudgedKind,
     Judgement,
     judge,
+    kind_to_judge,
 )
 from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
 from cadsurgery.tasks.recommend.calls import PRECISIONS, Call, Calls
@@ -439,7 +442,7 @@ class _Run:
     refused: dict[str, str] = field(default_factory=dict)
     failed: list[dict[str, str]] = field(default_factory=list)
     end: str = ""
-    kind: Kind = "auto"
+    kind: JudgedKind = "auto"
 
     def __post_init__(self) -> None:
         """Continue the run that the folder holds."""
@@ -478,7 +481,7 @@ class _Run:
         """The measure of quality."""
         if self.pictures.data.is_labelled:
             return LABELS
-        return VALUES if self.kind == "values" else CLASSES
+        return {"values": VALUES, "found": FOUND}.get(self.kind, CLASSES)
 
     def measure(self, minutes: float) -> None:
         """Run all settings on the pictures, one after the other."""
@@ -525,7 +528,7 @@ class _Run:
                 continue
             if setting.kind == "given" and self.kind == "auto":
                 # Labels are compared with classes, also of scores that have no negative value.
-                self.kind = "classes" if self.pictures.data.is_labelled else kind_of(output)
+                self.kind = "classes" if self.pictures.data.is_labelled else kind_to_judge(output)
             runs[setting.name] = call
         return runs
 

@@ -12,13 +12,14 @@ from cadsurgery.network.adaptify import plan
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.prospect import FLOOR
 
 Pair = tuple[int, int]
 # Shares of the patches that `detail` keeps high; "none" is everything low, whose halo the fill still reads.
 _MASKS = ("none", *(f"detail | budget:fraction={share:g}" for share in (0.05, 0.1, 0.2, 0.35)))
 _MASKS_AT_FOUR = ("none", "detail | budget:fraction=0.1", "detail | budget:fraction=0.25")
-# Masks and floors of conversions on the network's own grid, for pictures that are mostly empty.
-_FLOOR, _MASKS_OF_FLOORS = 32, ("content", "preview")
+# Masks of conversions on the network's own grid, for pictures that are mostly empty.
+_MASKS_OF_FLOORS = ("content", "preview")
 _SMALLER, _LARGER = (0.5, 0.625, 0.75, 0.875), (1.25, 1.5)
 _LEAST_SIDE = 32  # pixels of a scaled picture
 
@@ -200,10 +201,10 @@ def find_candidates(
 def _with_floors(model: nn.Module, region: str, image: Tensor) -> list[Setting]:
     """Return conversions on the network's own grid, which save where nothing is in the picture; none if impossible."""
     try:
-        plan(model, None, region, image, coarsest=_FLOOR)
+        plan(model, None, region, image, coarsest=FLOOR)
     except CannotConvert:
         return []
-    return [Setting("adaptive", mask=mask, coarsest=_FLOOR) for mask in _MASKS_OF_FLOORS]
+    return [Setting("adaptive", mask=mask, coarsest=FLOOR) for mask in _MASKS_OF_FLOORS]
 
 
 def _pairs(own_plan: Plan, own: int, has_labels: bool) -> list[Pair]:
