@@ -75,7 +75,8 @@ def measure(name: str, cell: int, image: Tensor, rounds: int, kind: str) -> None
     print(f"{name}, floor {cell}, {kind}: as given {times['given']:.1f} ms")
     for key, (share, mask) in masks.items():
         line = times["none"] + share * (times["given"] - times["none"])
-        work, ratio = net.macs(image, mask=mask).of_given, times[key] / times["given"]
+        counted = net.macs(image.to(next(net.parameters()).dtype), mask=mask)
+        work, ratio = counted.of_given, times[key] / times["given"]
         print(f"  {key:9} MACs {work:5.2f}  {times[key]:8.1f} ms", end="")
         print(f", {ratio:.2f} of given, {times[key] / line:.2f} of the line", flush=True)
 
