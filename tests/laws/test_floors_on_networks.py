@@ -22,7 +22,6 @@ SIZES = {
     "realtime:ERFNetLike": (96, 128),
     "realtime:ESPNetLike": (96, 128),
     "scenes:FCNSums": (96, 128),
-    "scenes:FCN8s": (96, 128),
     "heads:PoseBaseline": (96, 128),
     "heads:StackedHourglass": (128, 128),
     "heads:TextSpotter": (96, 128),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, slow
+from conftest import Run
 from networks import Segmenter, seeded, segmenter
 from torch import Tensor, nn
 from torchvision.io import write_png
@@ -333,7 +333,8 @@ def finder_of_dark() -> nn.Sequential:
     return net
 
 
-@pytest.mark.parametrize(("squares", "names_floors"), [(1, True), slow(40, False)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("squares", "names_floors"), [(1, True), (40, False)])
 def test_floors_are_named_on_pages_that_are_mostly_empty_and_on_no_others(
     squares: int, names_floors: bool, tmp_path: Path
 ) -> None:
