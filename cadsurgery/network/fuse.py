@@ -139,9 +139,11 @@ class _Consumer(NamedTuple):
 class Fuser:
     """Fuses the convolutions of one graph; `graph` is changed, `kernels` is filled."""
 
-    def __init__(self, graph: fx.Graph, model: nn.Module, epilogues: bool, kernels: nn.Module) -> None:
+    def __init__(
+        self, graph: fx.Graph, model: nn.Module, epilogues: bool, kernels: nn.Module | None = None
+    ) -> None:
         self.graph, self.model, self.epilogues = graph, model, epilogues
-        self.kernels = kernels
+        self.kernels = kernels if kernels is not None else nn.Module()
         self.constants = Constants(fx.Interpreter(model, graph=graph))
         self.numbers = _find_numbers(graph)
         first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -482,7 +484,7 @@ def fuse(
         kernels: the module of another graph of the same network, which gets this one's kernels as well; equal weights
             are shared.
     """
-    fuser = Fuser(copy_graph(graph)[0], model, epilogues, kernels if kernels is not None else nn.Module())
+    fuser = Fuser(copy_graph(graph)[0], model, epilogues, kernels)
     fuser.run()
     return fuser.graph, fuser.kernels
 
