@@ -37,6 +37,7 @@ from cadsurgery.tasks.manifest import fingerprint
 from cadsurgery.tasks.sides import kind_of
 
 Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
+_BATCHES = 8  # in a block
 
 
 class Item(NamedTuple):
@@ -49,7 +50,12 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What predictions are made by, see `cadsurgery.tasks.run.predict`; it can be sent to other processes."""
+    """What predictions are made by; it can be sent to other processes.
+
+    `int8` is calibrated on the images of the folder `calibration`, resized to `size` or to the size of the first of
+    them. If `until` is not 0, a network with exits stops after this many milliseconds, see `AnytimeModel.until`. `view`
+    is one of `VIEWS`, by default `classes` for images and `overlay` for clips.
+    """
 
     file: str
     mask: str = ""
@@ -65,21 +71,22 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """Return what a manifest states: all that predictions depend on."""
-        return {
+        others = {
             "network": fingerprint(self.file),
             "mask": self.mask or "the file's",
-            "size": self.size,
-            "view": self.view,
             "device": own_device(self.device).type,
-            "precision": self.precision,
             "calibration": self.calibration and self.calibration.absolute(),
-            "largest_error": self.largest_error,
-            "until": self.until,
         }
+        names = ("size", "view", "precision", "largest_error", "until")
+        return others | {name: getattr(self, name) for name in names}
 
     def load(self) -> nn.Module:
         """Open the file on the device of this process."""
         return load(self.file, mask=self.mask or None, trust=self.trust).to(own_device(self.device))
+
+    def in_blocks(self, items: Iterator[Item]) -> Iterator[list[Item]]:
+        """Yield images in the lists that one of several processes gets at a time, and does again if one is lost."""
+        return iter(lambda: list(islice(items, _BATCHES * self.batch)), [])
 
     def with_one_thread(self) -> Predictor:
         """Open the file for this process alone, one of many on a machine."""
@@ -231,13 +238,16 @@ class Predictor:
             return class_picture(picture.classes, picture.channels)
         return prediction_picture(picture.pixels, picture.classes, view)
 
+    def clip_row(self, clip: Item, fps: float, step: Step, stopped: threading.Event) -> tuple[int, Row]:
+        """Return the position and row of a clip, see `draw_clip`."""
+        self.start_anew()
+        try:
+            return clip.position, self.draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
+        except CadError as error:
+            return clip.position, {"image": clip.source, **error.to_dict()}
+
     def draw_clip(
-        self,
-        path: Path,
-        target: Path,
-        fps: float,
-        step: Step,
-        stopped: threading.Event,
+        self, path: Path, target: Path, fps: float, step: Step, stopped: threading.Event
     ) -> dict[str, Any]:
         """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set."""
         view = self.settings.view or OVERLAY

@@ -66,8 +66,7 @@ def frames_of(path: Path) -> list[torch.Tensor]:
 
 
 def predict(file: Path, images: list[Path], output: Path, **options: Any) -> FilesReport:
-    options = {"mask": "", "size": None, "device": "cpu", "step": silent, "trust": True, **options}
-    return run.predict(file, images, output, **options)
+    return run.predict(file, images, output, **{"step": silent, "trust": True, **options})
 
 
 @pytest.fixture
