@@ -18,6 +18,7 @@ from cadsurgery.tasks.predictor import Item, Picture, Row, Settings
 from cadsurgery.tasks.report import FilesReport
 
 __all__ = ["Predict"]
+_BATCHES = 32  # in a block: Ray takes tens of milliseconds for each, and actors wait for the last one
 _LISTED = 1000  # failures that a report has
 _Batch = Mapping[str, Any]  # columns by name
 
@@ -72,7 +73,7 @@ class Predict:
         pictures = list(self._predictor.predict(ahead(enumerate(batch[column]), self._read)))
         return {
             **{name: values for name, values in batch.items() if name != column},
-            "prediction": [None if picture.error else self._form_of(picture) for picture in pictures],
+            "prediction": [self._form_of(picture) for picture in pictures],
             "active_fraction": [picture.details.get("active_fraction", math.nan) for picture in pictures],
             "error": [picture.error and str(picture.error) for picture in pictures],
         }
@@ -87,9 +88,11 @@ class Predict:
         return picture
 
     def _form_of(self, picture: Picture) -> Any:
+        if picture.error is not None or picture.pixels is None:
+            return None
         if self._form == "array":
             return picture.classes.to("cpu", torch.int32).numpy()
-        return encode_png(self._predictor.draw(picture))
+        return encode_png(self._predictor.draw(picture.pixels, picture.classes, picture.channels))
 
 
 def _as_image(value: Any) -> Image.Image:
@@ -135,7 +138,7 @@ def predict_over_ray(
 
     blocks = [
         pyarrow.table([*map(list, zip(*block, strict=True))], Item._fields)
-        for block in settings.in_blocks(items)
+        for block in settings.in_blocks(items, _BATCHES)
     ]
     if blocks:
         actors = _actors(ray, settings, workers)
@@ -174,7 +177,10 @@ def _actors(ray: Any, settings: Settings, workers: int | None) -> dict[str, Any]
     """Return what a dataset is told about its actors: as many as there are cores, or GPUs."""
     kind = "GPU" if settings.device.startswith("cuda") else "CPU"
     most = workers or max(1, int(ray.cluster_resources().get(kind, 1)))
-    return {"compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most), f"num_{kind.lower()}s": 1}
+    return {
+        "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
+        f"num_{kind.lower()}s": 1,
+    }
 
 
 def _connect(address: str) -> Any:

@@ -10,6 +10,8 @@ from multiprocessing import connection, get_context
 from cadsurgery.support.errors import CadError
 from cadsurgery.tasks.predictor import Item, Row, Settings
 
+_BATCHES = 8  # that a process gets at a time
+
 
 def predict_in_processes(items: Iterator[Item], settings: Settings, count: int) -> Iterator[tuple[int, Row]]:
     """Yield position and row of each image; `count` processes write the predictions.
@@ -19,7 +21,7 @@ def predict_in_processes(items: Iterator[Item], settings: Settings, count: int) 
     Raises:
         CadError: a process dies before it has opened the network.
     """
-    blocks, alone = settings.in_blocks(items), list[Item]()
+    blocks, alone = settings.in_blocks(items, _BATCHES), list[Item]()
     workers = [_Worker(settings) for _ in range(count)]
     try:
         while True:
@@ -83,16 +85,14 @@ class _Worker:
         self.process.join()
         code = self.process.exitcode or 0
         end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if not self._is_open:
-            raise CadError(
-                f"a worker was ended by {end} before it had opened the network.",
-                next="give fewer --workers: each holds a copy of the network.",
-            )
-        return CadError(
-            f"the process that predicted it was ended by {end}.",
-            why="memory may not suffice for it, or a library crashed.",
-            next="give it --size, or fewer --workers; --resume tries it again.",
+        error = CadError(
+            f"the process was ended by {end} {'at this image' if self._is_open else 'as it opened the network'}.",
+            why="memory may not suffice: each process holds a copy of the network; or a library crashed.",
+            next="give fewer --workers, or a --size; --resume tries again.",
         )
+        if not self._is_open:
+            raise error
+        return error
 
     def end(self) -> None:
         self.pipe.close()
