@@ -166,7 +166,7 @@ def predict_tables(
         predicted.write_parquet(output, mode=ray.data.SaveMode.ERROR)
     except ValueError as error:
         raise InvalidInput(f"{output} is there already.", next="choose another --output.") from error
-    errors = [row["error"] for row in ray.data.read_parquet(output, columns=["error"]).iter_rows()]
+    errors = [row["error"] for row in ray.data.read_parquet(output).select_columns(["error"]).iter_rows()]
     failed = [error for error in errors if error is not None]
     counts = len(errors) - len(failed), len(failed)
     listed = [{"image": output, "error": "CadError", "what": error} for error in failed[:_LISTED]]
@@ -184,11 +184,8 @@ def _actors(ray: Any, settings: Settings, workers: int | None) -> dict[str, Any]
 
 
 def _connect(address: str) -> Any:
-    import_optional(
-        "ray.data", "--ray needs Ray Data, which is not installed.", "pip install 'cadsurgery[scale]'"
-    )
-    import ray
-
+    what, remedy = "--ray needs Ray Data, which is not installed.", "pip install 'cadsurgery[scale]'"
+    ray, _ = (import_optional(module, what, remedy) for module in ("ray", "ray.data"))
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False)
