@@ -243,11 +243,12 @@ def _images_of(path: str, name: str, apart: str) -> Iterator[tuple[str, str, dic
             raise files.absent(path, "file or folder")
         yield path, name, {}
         return
-    inside = (
-        stores.list_files(path, _is_image)
-        if stores.is_remote(path)
-        else _images_inside(path, os.path.abspath(apart), left_out)
-    )
+    inside: Iterable[tuple[str, dict[str, int]]]
+    if stores.is_remote(path):
+        used: dict[str, int] = {}
+        inside = ((place, used) for place in stores.list_files(path) if _is_image(place))
+    else:
+        inside = _images_inside(path, os.path.abspath(apart), left_out)
     is_empty = True
     for place, used in inside:
         is_empty = False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -52,38 +53,32 @@ def write_bytes(address: str, content: bytes) -> None:
             file.write(content)
 
 
-def list_files(address: str, is_shown: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, int]]]:
-    """Yield the paths of files below a folder, relative to it and sorted by folder and name. Each
-    comes with the names that are used in the folder: none yet.
+def list_files(address: str) -> list[str]:
+    """Return the paths of files below a folder, relative to it and sorted by folder and name.
 
     Raises:
         FileError: it cannot be listed, or there is no such folder.
     """
-    used: dict[str, int] = {}
     with _reaching(address, "listed") as (files, path):
-        selector = import_arrow().FileSelector(path, recursive=True)
-        found = [info.path for info in files.get_file_info(selector) if info.is_file]
-    places = (name.removeprefix(path).lstrip("/") for name in found if is_shown(name))
-    yield from ((place, used) for place in sorted(places, key=lambda place: place.split("/")))
-
-
-def import_arrow() -> Any:
-    """Return the module `pyarrow.fs`."""
-    what = "object storage is read and written by pyarrow, which is not installed."
-    return import_optional("pyarrow.fs", what, "pip install 'cadsurgery[scale]'")
+        selector = import_module("pyarrow.fs").FileSelector(path, recursive=True)
+        places = [info.path for info in files.get_file_info(selector) if info.is_file]
+    return sorted(
+        (place.removeprefix(path).lstrip("/") for place in places), key=lambda place: place.split("/")
+    )
 
 
 @functools.cache
 def _file_system(root: str) -> tuple[Any, str]:
     """Return the file system of a root, and the path of the root in it."""
-    files, path = import_arrow().FileSystem.from_uri(root)
+    what = "object storage is read and written by pyarrow, which is not installed."
+    arrow = import_optional("pyarrow.fs", what, "pip install 'cadsurgery[scale]'")
+    files, path = arrow.FileSystem.from_uri(root)
     return files, path.rstrip("/")
 
 
 @contextmanager
 def _reaching(address: str, done: str) -> Iterator[tuple[Any, str]]:
     """Yield the file system of a file and its path there; errors in the block become a `FileError`."""
-    import_arrow()
     try:
         parts = urlsplit(address, allow_fragments=False)
         files, base = _file_system(urlunsplit((parts.scheme, parts.netloc, "/", parts.query, "")))

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
@@ -107,8 +108,8 @@ class Manifest:
         """Return a temporary folder with the manifest's files in object storage."""
         self._temporary = tempfile.TemporaryDirectory()
         with suppress(FileError):  # there is no such folder yet
-            for place, _ in stores.list_files(self._output, lambda name: name.endswith(".jsonl")):
-                if place.startswith("manifest"):
+            for place in stores.list_files(self._output):
+                if fnmatch(place, "manifest*.jsonl"):
                     content = stores.read_bytes(stores.join(self._output, place))
                     (Path(self._temporary.name) / place).write_bytes(content)
         return Path(self._temporary.name)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cadsurgery.data.clips import open_clip, write_clip
@@ -49,7 +50,12 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What predictions are made by, see `cadsurgery.tasks.run.predict`; it can be sent to other processes."""
+    """What predictions are made by; it can be sent to other processes.
+
+    `int8` is calibrated on the images of the folder `calibration`, resized to `size` or to the size of the first of
+    them. If `until` is not 0, a network with exits stops after this many milliseconds, see `AnytimeModel.until`. `view`
+    is one of `VIEWS`, by default `classes` for images and `overlay` for clips.
+    """
 
     file: str
     mask: str = ""
@@ -65,21 +71,22 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """Return what a manifest states: all that predictions depend on."""
-        return {
+        others = {
             "network": fingerprint(self.file),
             "mask": self.mask or "the file's",
-            "size": self.size,
-            "view": self.view,
             "device": own_device(self.device).type,
-            "precision": self.precision,
             "calibration": self.calibration and self.calibration.absolute(),
-            "largest_error": self.largest_error,
-            "until": self.until,
         }
+        names = ("size", "view", "precision", "largest_error", "until")
+        return others | {name: getattr(self, name) for name in names}
 
     def load(self) -> nn.Module:
         """Open the file on the device of this process."""
         return load(self.file, mask=self.mask or None, trust=self.trust).to(own_device(self.device))
+
+    def in_blocks(self, items: Iterator[Item], batches: int) -> Iterator[list[Item]]:
+        """Yield images in lists of whole batches; a process gets one at a time, and it is done again if that dies."""
+        return iter(lambda: list(islice(items, batches * self.batch)), [])
 
     def with_one_thread(self) -> Predictor:
         """Open the file for this process alone, one of many on a machine."""
@@ -217,30 +224,32 @@ class Predictor:
             if picture.error is None and picture.pixels is not None:
                 if not is_remote(target):
                     make_folder(Path(target).parent)
-                write_picture(self.draw(picture), target)
+                write_picture(self.draw(picture.pixels, picture.classes, picture.channels), target)
                 place = {"output": without_options(target), "size": [*picture.pixels.shape[1:]]}
                 shares = self._shares(self._count(picture.classes, picture.channels))
                 return position, {**row, **place, **picture.details, **shares}
         assert picture.error is not None
         return position, {**row, **picture.error.to_dict()}
 
-    def draw(self, picture: Picture) -> Any:
-        """Draw the prediction of an image."""
-        view = self.settings.view or CLASSES
-        if view == CLASSES or picture.pixels is None:
-            return class_picture(picture.classes, picture.channels)
-        return prediction_picture(picture.pixels, picture.classes, view)
+    def draw(self, pixels: Tensor, classes: Tensor, channels: int = 256, usual: str = CLASSES) -> Image.Image:
+        """Draw the prediction of an image or a frame."""
+        view = self.settings.view or usual
+        return (
+            class_picture(classes, channels) if view == CLASSES else prediction_picture(pixels, classes, view)
+        )
+
+    def clip_row(self, clip: Item, fps: float, step: Step, stopped: threading.Event) -> tuple[int, Row]:
+        """Return the position and row of a clip, see `draw_clip`."""
+        self.start_anew()
+        try:
+            return clip.position, self.draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
+        except CadError as error:
+            return clip.position, {"image": clip.source, **error.to_dict()}
 
     def draw_clip(
-        self,
-        path: Path,
-        target: Path,
-        fps: float,
-        step: Step,
-        stopped: threading.Event,
+        self, path: Path, target: Path, fps: float, step: Step, stopped: threading.Event
     ) -> dict[str, Any]:
         """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set."""
-        view = self.settings.view or OVERLAY
         done, sums, counts, start = 0, Counter[str](), Counter[int](), time.perf_counter()
         first: torch.Size | None = None
         with open_clip(path, self.settings.size, fps) as clip, write_clip(target, clip.rate) as add:
@@ -256,8 +265,7 @@ class Predictor:
                 for frame, (classes, channels, details) in zip(
                     frames, self(torch.stack(frames)), strict=True
                 ):
-                    flat = view == CLASSES
-                    add(class_picture(classes) if flat else prediction_picture(frame, classes, view))
+                    add(self.draw(frame, classes, usual=OVERLAY))
                     counts += self._count(classes, channels)
                     details.pop("levels", None)
                     sums.update({key: value for key, value in details.items() if not isinstance(value, str)})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from cadsurgery.tasks.predictor import Item, Picture, Row, Settings
 from cadsurgery.tasks.report import FilesReport
 
 __all__ = ["Predict"]
-_IN_A_BLOCK = 64  # pictures that an actor gets at a time, and that are predicted again if its machine is lost
+_BATCHES = 32  # in a block: Ray takes tens of milliseconds for each, and actors wait for the last one
 _LISTED = 1000  # failures that a report has
 _Batch = Mapping[str, Any]  # columns by name
 
@@ -70,22 +70,16 @@ class Predict:
                 f"there is no column {column} among {', '.join(batch)}.",
                 next="name that of the pictures: column=...",
             )
-        numbered = enumerate(batch[column])
-        pictures = list(self._predictor.predict(ahead(numbered, self._read)))
-        shares = [picture.details.get("active_fraction") for picture in pictures]
-        errors = [None if picture.error is None else str(picture.error) for picture in pictures]
+        pictures = list(self._predictor.predict(ahead(enumerate(batch[column]), self._read)))
         return {
             **{name: values for name, values in batch.items() if name != column},
-            "prediction": _objects(
-                [None if picture.error else self._form_of(picture) for picture in pictures]
-            ),
-            "active_fraction": np.array([np.nan if share is None else share for share in shares]),
-            "error": _objects(errors),
+            "prediction": [self._form_of(picture) for picture in pictures],
+            "active_fraction": [picture.details.get("active_fraction", math.nan) for picture in pictures],
+            "error": [picture.error and str(picture.error) for picture in pictures],
         }
 
     def _read(self, numbered: tuple[int, Any]) -> Picture:
-        picture = Picture(Item(numbered[0], f"picture {numbered[0]}"))
-        size = self._predictor.settings.size
+        picture, size = Picture(Item(numbered[0], "the picture")), self._predictor.settings.size
         with picture.noting():
             if isinstance(numbered[1], bytes):
                 picture.pixels = read_image(picture.item.source, size, content=numbered[1])
@@ -94,9 +88,11 @@ class Predict:
         return picture
 
     def _form_of(self, picture: Picture) -> Any:
+        if picture.error is not None or picture.pixels is None:
+            return None
         if self._form == "array":
             return picture.classes.to("cpu", torch.int32).numpy()
-        return encode_png(self._predictor.draw(picture))
+        return encode_png(self._predictor.draw(picture.pixels, picture.classes, picture.channels))
 
 
 def _as_image(value: Any) -> Image.Image:
@@ -109,27 +105,15 @@ def _as_image(value: Any) -> Image.Image:
     return Image.fromarray(values)
 
 
-def _objects(values: Sequence[Any]) -> Any:
-    """Return values of any kind and size as a column."""
-    column: Any = np.empty(len(values), object)
-    for place, value in enumerate(values):
-        column[place] = value
-    return column
-
-
 class _Work:
-    """An actor of `predict_over_ray`: reads pictures, writes predictions, and returns rows."""
+    """An actor of `predict_over_ray`: takes the columns of items, and gives their rows as JSON."""
 
     def __init__(self, settings: Settings) -> None:
         self._predictor = settings.with_one_thread()
 
-    def __call__(self, batch: _Batch) -> dict[str, list[Any]]:
-        items = [Item(int(position), *paths) for position, *paths in zip(*batch.values(), strict=True)]
-        answers = list(self._predictor.rows(items))
-        return {
-            "position": [position for position, _ in answers],
-            "row": [json.dumps(row) for _, row in answers],
-        }
+    def __call__(self, batch: _Batch) -> dict[str, list[str]]:
+        items = map(Item, *(batch[name].tolist() for name in Item._fields))
+        return {"answer": [json.dumps(answer) for answer in self._predictor.rows(items)]}
 
 
 def predict_over_ray(
@@ -152,21 +136,17 @@ def predict_over_ray(
     ray = _connect(address)
     import pyarrow
 
-    blocks = []
-    while block := list(islice(items, _IN_A_BLOCK)):
-        blocks.append(
-            pyarrow.table(dict(zip(Item._fields, map(list, zip(*block, strict=True)), strict=True)))
+    blocks = [
+        pyarrow.table([*map(list, zip(*block, strict=True))], Item._fields)
+        for block in settings.in_blocks(items, _BATCHES)
+    ]
+    if blocks:
+        actors = _actors(ray, settings, workers)
+        rows = ray.data.from_arrow(blocks).map_batches(
+            _Work, fn_constructor_args=(settings,), batch_size=None, **actors
         )
-    if not blocks:
-        return
-    rows = ray.data.from_arrow(blocks).map_batches(
-        _Work,
-        fn_constructor_args=(settings,),
-        batch_size=None,
-        **_actors(ray, settings, workers),
-    )
-    for row in rows.iter_rows():
-        yield row["position"], json.loads(row["row"])
+        for row in rows.iter_rows():
+            yield json.loads(row["answer"])
 
 
 def predict_tables(
@@ -180,17 +160,13 @@ def predict_tables(
     """
     ray = _connect(address)
     predicted = ray.data.read_parquet([*sources]).map_batches(
-        Predict,
-        fn_constructor_kwargs=vars(settings),
-        batch_size=_IN_A_BLOCK,
-        **_actors(ray, settings, workers),
+        Predict, fn_constructor_kwargs=vars(settings), batch_size=64, **_actors(ray, settings, workers)
     )
     try:
         predicted.write_parquet(output, mode=ray.data.SaveMode.ERROR)
     except ValueError as error:
         raise InvalidInput(f"{output} is there already.", next="choose another --output.") from error
-    written = ray.data.read_parquet(output, columns=["error"])
-    errors = [row["error"] for row in written.iter_rows()]
+    errors = [row["error"] for row in ray.data.read_parquet(output).select_columns(["error"]).iter_rows()]
     failed = [error for error in errors if error is not None]
     counts = len(errors) - len(failed), len(failed)
     listed = [{"image": output, "error": "CadError", "what": error} for error in failed[:_LISTED]]
@@ -201,14 +177,15 @@ def _actors(ray: Any, settings: Settings, workers: int | None) -> dict[str, Any]
     """Return what a dataset is told about its actors: as many as there are cores, or GPUs."""
     kind = "GPU" if settings.device.startswith("cuda") else "CPU"
     most = workers or max(1, int(ray.cluster_resources().get(kind, 1)))
-    return {"compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most), f"num_{kind.lower()}s": 1}
+    return {
+        "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
+        f"num_{kind.lower()}s": 1,
+    }
 
 
 def _connect(address: str) -> Any:
-    ray = import_optional(
-        "ray", "--ray needs Ray, which is not installed.", "pip install 'cadsurgery[scale]'"
-    )
-    import_optional("ray.data", "--ray needs Ray Data.", "pip install 'cadsurgery[scale]'")
+    what, remedy = "--ray needs Ray Data, which is not installed.", "pip install 'cadsurgery[scale]'"
+    ray, _ = (import_optional(module, what, remedy) for module in ("ray", "ray.data"))
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False)

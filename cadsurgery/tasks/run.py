@@ -8,8 +8,8 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from dataclasses import dataclass, field
+from itertools import chain, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from cadsurgery.data.networks import class_names
 from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
-from cadsurgery.network.optimized import FLOAT
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, check_name
+from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
@@ -36,7 +35,6 @@ from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.manifest import Predictions
 from cadsurgery.tasks.predictor import Item, Predictor, Row, Settings
 from cadsurgery.tasks.report import FilesReport
-from cadsurgery.tasks.side import Kind
 from cadsurgery.tasks.sides import kind_of
 from cadsurgery.tasks.workers import predict_in_processes
 
@@ -57,34 +55,22 @@ def predict(
     file: str | Path,
     images: Sequence[Path | str],
     output: Path | str,
-    mask: str,
-    size: tuple[int, int] | None,
-    device: str,
+    *,
     step: Step,
-    trust: bool = False,
-    precision: str = FLOAT,
-    calibration: Path | None = None,
-    largest_error: float | None = None,
-    until: float = 0.0,
-    view: str = "",
-    batch: int = 1,
     fps: float = 25.0,
     resume: bool = False,
     workers: int | None = 1,
     ray: str = "",
+    **options: Any,
 ) -> FilesReport:
     """Run a converted file on images and clips; what cannot be read is reported, and the others are processed.
-
-    `int8` is calibrated on the images of the folder `calibration`, resized to `size` or to the size of the first of
-    them. If `until` is not 0, a network with exits stops after this many milliseconds, see `AnytimeModel.until`.
 
     A clip is a file or the number of a camera; if `output` is a clip, the only source may be a folder of frames, of
     which `fps` are shown per second. Frames are read, predicted and written one `batch` at a time. At Ctrl-C the clip
     ends with its last frame, the rest is left out, and the report says so. A `smooth` mask starts anew with each clip
     and with each folder of images.
 
-    `view` is one of `VIEWS`, by default `classes` for images and `overlay` for clips. If the names of the classes are
-    known, rows have the share of each class, and a legend is written.
+    If the names of the classes are known, rows have the share of each class, and a legend is written.
 
     Of many images rows and failures are in the manifest, and the first 1000 in the report. Images may also be named in
     a list, `@FILE`, or `-` for standard input, and images and `output` may be in object storage. `workers` processes
@@ -93,77 +79,64 @@ def predict(
     every process returns the same report.
 
     A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again.
+    Further `options` are those of `Settings`.
 
     Raises:
         InvalidInput: the options do not fit the network, a result would replace another or its source, the folder holds
             predictions and `resume` is not set, or something else made them.
         FileError: there are no images, or the output cannot be written.
     """
-    check_size(size)
-    if view:
-        check_name("view", view, VIEWS)
-    check_precision(precision, calibration, largest_error)
-    how = (str(file), mask, size, view, device, precision, calibration, largest_error, until, batch, trust)
-    settings = Settings(*how)
+    settings = Settings(str(file), **options)
+    check_size(settings.size)
+    if settings.view:
+        check_name("view", settings.view, VIEWS)
+    check_precision(settings.precision, settings.calibration, settings.largest_error)
     if ray and all(_name(str(path)).endswith(".parquet") for path in images):
         from cadsurgery.tasks.ray_data import predict_tables
 
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
         return predict_tables([*map(str, images)], str(output), settings, ray, workers)
-    sources, own = _Sources([*map(str, images)], str(output)), own_device(device)
+    sources, own = _Sources([*map(str, images)], str(output)), own_device(settings.device)
     converted = settings.load()
-    kind = kind_of(converted)
-    _check_options(converted, kind, until, batch, precision)
+    _check_options(converted, settings)
     if resume:
         _check_resume(converted, sources)
     manifest = None if sources.is_one_clip else Predictions(sources.output, settings.identity(), resume)
-    number = sources.count(manifest)
-    workers = _count_workers(workers, ray, own, number, sources, converted)
+    number, outcome = sources.count(manifest), _Outcome()
+    workers = _count_workers(workers, ray, own, number, _follow(converted, sources))
     predictor = None if ray or (workers or 1) > 1 else Predictor(converted, settings, step)
     if manifest is not None:
         gather(None, own)  # until every process has read the manifest
         manifest.begin()
-    outcome = _Outcome(manifest)
     with _interruption() as stopped, manifest or nullcontext():
-        left = takewhile(lambda item: not stopped.is_set(), sources.share(outcome))
-        answers = _predict_images(left, settings, predictor, workers, ray)
+
+        def left(items: Iterable[Item]) -> Iterator[Item]:
+            missing = (item for _, item in share(items) if not outcome.skips(item, manifest))
+            return takewhile(lambda item: not stopped.is_set(), missing)
+
+        stills = left(sources.images() if sources.stills else ())
+        if ray:
+            from cadsurgery.tasks.ray_data import predict_over_ray
+
+            answers = predict_over_ray(stills, settings, ray, workers)
+        elif predictor is None:
+            answers = predict_in_processes(stills, settings, workers or 1)
+        else:
+            clips = (predictor.clip_row(clip, fps, step, stopped) for clip in left(sources.clips))
+            answers = chain(predictor.rows(stills), clips)
         step(f"image 1 of {number or '?'}", 0, number)
-        for position, row in answers:
+        for position, row in chain(answers, sources.refusals()):
             outcome.add(position, row)
+            if manifest is not None and not row.get("interrupted"):
+                manifest.add_prediction(row)
             finished = min((outcome.done + outcome.failed) * world().size, number or sys.maxsize)
             step(f"image {finished} of {number or '?'} ({Path(row['image']).name})", finished, number)
-        for _, clip in share(sources.clips):
-            if predictor is not None and not stopped.is_set() and not outcome.skips(clip):
-                outcome.add(clip.position, _predict_clip(predictor, clip, fps, step, stopped))
-        if world().is_main:
-            for position, (path, refusal) in enumerate(sources.failures.items(), -len(sources.failures)):
-                outcome.add(position, {"image": path, **refusal.to_dict()})
-    outcome = _Outcome.merge(gather(outcome.apart_from_manifest(), own))
+    outcome = _Outcome.merge(gather(outcome, own))
     if number is None and not (outcome.done or outcome.skipped or outcome.failed > len(sources.failures)):
         raise no_images(sources.failures)
+    outcome.classes |= manifest.classes if manifest else set()
     return _report(outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume)
-
-
-def _predict_images(
-    items: Iterator[Item], settings: Settings, predictor: Predictor | None, workers: int | None, ray: str
-) -> Iterator[tuple[int, Row]]:
-    """Yield position and row of each image: by Ray, by several processes, or here."""
-    if ray:
-        from cadsurgery.tasks.ray_data import predict_over_ray
-
-        return predict_over_ray(items, settings, ray, workers)
-    if predictor is None:
-        return predict_in_processes(items, settings, workers or 1)
-    return predictor.rows(items)
-
-
-def _predict_clip(predictor: Predictor, clip: Item, fps: float, step: Step, stopped: threading.Event) -> Row:
-    predictor.start_anew()
-    try:
-        return predictor.draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
-    except CadError as error:
-        return {"image": clip.source, **error.to_dict()}
 
 
 def _report(
@@ -173,27 +146,24 @@ def _report(
     rows, failures = ([row for _, row in pairs] for pairs in (outcome.rows, outcome.failures))
     lines = [_describe(row) for row in rows]
     if outcome.done > len(rows):
-        lines.append(
-            f"... and {outcome.done - len(rows)} more: {stores.join(sources.output, 'manifest.jsonl')}"
-        )
+        manifest = stores.join(sources.output, "manifest.jsonl")
+        lines.append(f"... and {outcome.done - len(rows)} more: {manifest}")
     if shown := {names.index(name): name for name in outcome.classes}:
         legend = sources.legend
         if world().is_main:
             write_picture(figure_picture(legend_figure(dict(sorted(shown.items())))), legend)
         lines.append(f"legend: {stores.without_options(legend)}")
-    also = f"{outcome.skipped} skipped, " if resume else ""
-    text = "\n".join([*lines, f"{outcome.done} done, {also}{outcome.failed} failed"])
     skipped = outcome.skipped if resume else None
-    return FilesReport(
-        tuple(rows), text, tuple(failures), is_interrupted, skipped, (outcome.done, outcome.failed)
-    )
+    also = f"{skipped} skipped, " if resume else ""
+    text = "\n".join([*lines, f"{outcome.done} done, {also}{outcome.failed} failed"])
+    counts = outcome.done, outcome.failed
+    return FilesReport(tuple(rows), text, tuple(failures), is_interrupted, skipped, counts)
 
 
 @dataclass
 class _Outcome:
     """What became of the images: numbers, the first rows and failures with their positions, and the classes seen."""
 
-    manifest: Predictions | None = None
     done: int = 0
     failed: int = 0
     skipped: int = 0
@@ -202,60 +172,50 @@ class _Outcome:
     classes: set[str] = field(default_factory=set)
 
     def add(self, position: int, row: Row) -> None:
-        """Count a row, and put it into the manifest."""
+        """Count a row."""
         is_done = "output" in row
         self.done, self.failed = self.done + is_done, self.failed + (not is_done)
         listed = self.rows if is_done else self.failures
         if len(listed) < _LISTED:
             listed.append((position, row))
         self.classes |= row.get("classes", {}).keys()
-        if self.manifest is not None and not row.get("interrupted"):
-            self.manifest.add_prediction(row)
 
-    def skips(self, item: Item) -> bool:
+    def skips(self, item: Item, manifest: Predictions | None) -> bool:
         """True if a prediction is in place, which is counted."""
-        is_there = self.manifest is not None and self.manifest.is_written(item.source, item.target)
+        is_there = manifest is not None and manifest.is_written(item.source, item.target)
         self.skipped += is_there
         return is_there
-
-    def apart_from_manifest(self) -> _Outcome:
-        """Return a copy that can be sent to other processes; it has the classes of earlier runs."""
-        earlier = self.manifest.classes if self.manifest else set()
-        return replace(self, manifest=None, classes=self.classes | earlier)
 
     @staticmethod
     def merge(parts: Sequence[_Outcome]) -> _Outcome:
         """Return the outcome of all processes."""
         whole = _Outcome()
-        for name in ("done", "failed", "skipped"):
-            setattr(whole, name, sum(getattr(part, name) for part in parts))
-        for name in ("rows", "failures"):
-            pairs = (pair for part in parts for pair in getattr(part, name))
-            setattr(whole, name, sorted(pairs, key=itemgetter(0))[:_LISTED])
-        whole.classes = set().union(*(part.classes for part in parts))
+        for part in parts:
+            whole.done, whole.failed = whole.done + part.done, whole.failed + part.failed
+            whole.skipped, whole.classes = whole.skipped + part.skipped, whole.classes | part.classes
+            whole.rows, whole.failures = whole.rows + part.rows, whole.failures + part.failures
+        for pairs in (whole.rows, whole.failures):
+            pairs.sort(key=itemgetter(0))
+            del pairs[_LISTED:]
         return whole
 
 
+def _follow(converted: nn.Module, sources: _Sources) -> str:
+    """Return the reason why images are predicted by the processes that are here; empty if others can be started."""
+    if world().size > 1:
+        return "torchrun"
+    return "clips" if sources.clips else "a mask with smooth" if _has_smooth(converted) else ""
+
+
 def _count_workers(
-    workers: int | None,
-    ray: str,
-    device: torch.device,
-    images: int | None,
-    sources: _Sources,
-    converted: nn.Module,
+    workers: int | None, ray: str, device: torch.device, images: int | None, reason: str
 ) -> int | None:
-    """Return the number of processes; None stands for the number of cores, or 1 on a GPU, and fewer for few images.
-    Ray chooses for itself.
+    """Return the number of processes; by default that of the cores, or 1 on a GPU, and fewer for few images. Ray
+    chooses for itself.
 
     Raises:
-        InvalidInput: there are clips, the mask has `smooth`, or a launcher started processes.
+        InvalidInput: there is a reason against other processes.
     """
-    needs_one = {
-        "clips": bool(sources.clips),
-        "a mask with smooth": _has_smooth(converted),
-        "torchrun": world().size > 1,
-    }
-    reason = next((reason for reason, holds in needs_one.items() if holds), "")
     if reason and (ray or (workers or 1) > 1):
         option = "--ray" if ray else f"--workers {workers}"
         raise InvalidInput(
@@ -270,13 +230,14 @@ def _count_workers(
     return max(1, cores() if images is None else min(cores(), images // _FOR_A_PROCESS))
 
 
-def _check_options(converted: nn.Module, kind: Kind | None, until: float, batch: int, precision: str) -> None:
+def _check_options(converted: nn.Module, settings: Settings) -> None:
     """Refuse a time limit, a batch or a precision that does not fit the network.
 
     Raises:
         InvalidInput: it has no exits, runs images one by one, or runs in float only.
     """
-    if until and not (kind and kind.has_thresholds):
+    kind, batch = kind_of(converted), settings.batch
+    if settings.until and not (kind and kind.has_thresholds):
         raise InvalidInput(
             "--until needs a network with exits, and this file holds none.",
             next="convert one with cadsurgery convert --method anytime, and train its heads.",
@@ -288,7 +249,7 @@ def _check_options(converted: nn.Module, kind: Kind | None, until: float, batch:
             next="leave --batch out.",
         )
     if kind is not None:
-        refuse_precision(precision, kind.words)
+        refuse_precision(settings.precision, kind.words)
 
 
 def _check_resume(converted: nn.Module, sources: _Sources) -> None:
@@ -366,11 +327,10 @@ class _Sources:
         for position, (image, place) in enumerate(stream_images(streamed, self.failures, self.output)):
             yield Item(position, image, stores.join(self.output, place))
 
-    def share(self, outcome: _Outcome) -> Iterator[Item]:
-        """Yield the images of this process whose predictions are missing; count the others."""
-        for _, item in share(self.images() if self.stills else ()):
-            if not outcome.skips(item):
-                yield item
+    def refusals(self) -> Iterator[tuple[int, Row]]:
+        """Yield the rows of sources that hold no images, before all others, once in all processes."""
+        for position, (path, refusal) in enumerate(self.failures.items() if world().is_main else ()):
+            yield position - len(self.failures), {"image": path, **refusal.to_dict()}
 
     @property
     def legend(self) -> str:

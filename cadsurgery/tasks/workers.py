@@ -3,53 +3,51 @@
 from __future__ import annotations
 
 import signal
-from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import connection, get_context
 
 from cadsurgery.support.errors import CadError
-from cadsurgery.support.pipeline import DEPTH
 from cadsurgery.tasks.predictor import Item, Row, Settings
 
-_Answer = tuple[int, Row] | Exception | None  # None: the network is open
+_BATCHES = 8  # that a process gets at a time
 
 
 def predict_in_processes(items: Iterator[Item], settings: Settings, count: int) -> Iterator[tuple[int, Row]]:
-    """Yield position and row of each image as it is finished; `count` processes write the predictions.
+    """Yield position and row of each image; `count` processes write the predictions.
 
     If a process dies, its images are tried again, each alone. An image that ends a process again is reported as failed.
 
     Raises:
         CadError: a process dies before it has opened the network.
     """
-    suspects, workers = deque[Item](), [_Worker(settings) for _ in range(count)]
+    blocks, alone = settings.in_blocks(items, _BATCHES), list[Item]()
+    workers = [_Worker(settings) for _ in range(count)]
     try:
         while True:
             for worker in workers:
-                worker.feed(items, suspects)
-            busy = {worker.pipe: worker for worker in workers if worker.items or not worker.is_open}
-            if not any(worker.items for worker in workers):
+                if not worker.items:
+                    worker.send([alone.pop()] if alone else next(blocks, []))
+            busy = {worker.pipe: worker for worker in workers if worker.items}
+            if not busy:
                 return
-            for pipe in connection.wait(list(busy)):
+            for pipe in connection.wait(busy):
                 worker = busy[pipe]  # type: ignore[index]
                 try:
-                    answer: _Answer = worker.pipe.recv()
+                    yield from worker.receive()
                 except (EOFError, OSError):
-                    yield from worker.give_up(suspects)
                     workers[workers.index(worker)] = _Worker(settings)
-                else:
-                    yield from worker.take(answer)
+                    error = worker.describe_end()
+                    alone += worker.items if len(worker.items) > 1 else []
+                    for item in worker.items if len(worker.items) == 1 else ():
+                        yield item.position, {"image": item.source, **error.to_dict()}
     finally:
         for worker in workers:
             worker.end()
 
 
 class _Worker:
-    """A process with its pipe, and the images that it was sent and has not answered.
-
-    More images are sent than wait between reading and writing, so that the process never runs out of them.
-    """
+    """A process with its pipe, and the images that it was sent and has not answered."""
 
     def __init__(self, settings: Settings) -> None:
         context = get_context("spawn")
@@ -57,86 +55,62 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(settings, other), daemon=True)
         self.process.start()
         other.close()  # so that the end of the process ends the pipe
-        self.items, self.is_open, self._is_trial = dict[int, Item](), False, False
-        self._most = 2 * (2 * DEPTH + settings.batch)
+        self.items, self._is_open = list[Item](), False
 
-    def feed(self, items: Iterator[Item], suspects: deque[Item]) -> None:
-        """Send as many images as the process can have, or one that was sent to a process that died."""
-        if suspects and not self.items:
-            self._send(suspects.popleft())
-            self._is_trial = True
-        while not self._is_trial and len(self.items) < self._most and (item := next(items, None)):
-            self._send(item)
-        if self.items and (self._is_trial or len(self.items) < self._most):
-            self._tell(None)  # nothing follows for now: what waits is finished
-
-    def _send(self, item: Item) -> None:
-        self.items[item.position] = item
-        self._tell(item)
-
-    def _tell(self, message: Item | None) -> None:
+    def send(self, items: list[Item]) -> None:
+        self.items = items
         with suppress(OSError):  # a dead process is noticed where its answer is read
-            self.pipe.send(message)
+            if items:
+                self.pipe.send(items)
 
-    def take(self, answer: _Answer) -> Iterator[tuple[int, Row]]:
-        """Yield the row of an answer, if it has one.
+    def receive(self) -> list[tuple[int, Row]]:
+        """Return the rows of its images; none when it has opened the network.
 
         Raises:
+            EOFError, OSError: the process died.
             Exception: the process met an error that is none of an image.
         """
+        answer: list[tuple[int, Row]] | Exception = self.pipe.recv()
         if isinstance(answer, Exception):
             raise answer
-        self.is_open = True
-        if answer is not None:
-            del self.items[answer[0]]
-            self._is_trial = False
-            yield answer
+        self._is_open, self.items = True, self.items if not answer else []
+        return answer
 
-    def give_up(self, suspects: deque[Item]) -> Iterator[tuple[int, Row]]:
-        """Pass the images of a process that died on to others; yield the row of an image that it was sent alone."""
+    def describe_end(self) -> CadError:
+        """Return the error for an image that ended the process.
+
+        Raises:
+            CadError: it had not opened the network.
+        """
         self.process.join()
+        code = self.process.exitcode or 0
+        end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         error = CadError(
-            f"the process that predicted it was ended by {_describe_end(self.process.exitcode)}.",
-            why="memory may not suffice for it, or a library crashed.",
-            next="give it --size, or fewer --workers; --resume tries it again.",
+            f"the process was ended by {end} {'at this image' if self._is_open else 'as it opened the network'}.",
+            why="memory may not suffice: each process holds a copy of the network; or a library crashed.",
+            next="give fewer --workers, or a --size; --resume tries again.",
         )
-        if not self.is_open:
-            raise CadError(
-                f"a worker was ended by {_describe_end(self.process.exitcode)} before it had opened the network.",
-                next="give fewer --workers: each holds a copy of the network.",
-            )
-        if self._is_trial:
-            yield from (
-                (item.position, {"image": item.source, **error.to_dict()}) for item in self.items.values()
-            )
-        else:
-            suspects.extend(self.items.values())
+        if not self._is_open:
+            raise error
+        return error
 
     def end(self) -> None:
-        """End the process, which finishes what it has."""
         self.pipe.close()
         if self.items:  # after an error
             self.process.terminate()
         self.process.join()
 
 
-def _describe_end(code: int | None) -> str:
-    with suppress(ValueError):
-        return signal.Signals(-(code or 0)).name
-    return f"exit code {code}"
-
-
 def _serve(settings: Settings, pipe: connection.Connection) -> None:
-    """Predict images from a pipe until it is closed; at `None` finish those that wait."""
+    """Predict images from a pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which then sends no more
-    with suppress(EOFError, OSError):  # the first process ended
-        try:
-            predictor = settings.with_one_thread()
-            pipe.send(None)
-            while True:
-                for answer in predictor.rows(iter(pipe.recv, None)):
-                    pipe.send(answer)
-        except (EOFError, OSError):
-            raise
-        except Exception as error:
-            pipe.send(error)
+    answer = list[tuple[int, Row]]()
+    try:
+        predictor = settings.with_one_thread()
+        while True:
+            pipe.send(answer)
+            answer = list(predictor.rows(pipe.recv()))
+    except (EOFError, ConnectionError):
+        pass  # the first process ended
+    except Exception as error:
+        pipe.send(error)

@@ -34,10 +34,10 @@ def network(norm: str) -> nn.Module:
     return nn.Sequential(*blocks, nn.Conv2d(6, 2, 3, padding=1)).double()
 
 
-@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
-    ("shape", "training", "dtype"),
+    ("norm", "shape", "training", "dtype"),
     covering(
+        [*NORMS],
         [(2, 3, 33, 41), (1, 3, 33, 41), (1, 3, 19, 50), (1, 3, 32, 48)],
         [False, True],
         [torch.float64, torch.float32],
@@ -65,8 +65,7 @@ def test_gradients_are_those_of_the_original(norm, training, shape, dtype):
         )
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("mask", ["all", "none", "random:seed=0"])
+@pytest.mark.parametrize(("norm", "mask"), covering([*NORMS], ["all", "none", "random:seed=0"]))
 def test_gradients_are_finite_differences(norm, mask):
     example = torch.randn(1, 3, 65, 97, dtype=torch.float64)
     net = cs.adaptify(network(norm).eval(), mask, example_input=example)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import covering
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -122,9 +123,7 @@ def mixed(batch: int, size: tuple[int, int], cell: int, level: int, seed: int = 
     return levels[:, : size[0], : size[1]]
 
 
-@pytest.mark.parametrize("size", [(64, 96), (48, 80)])
-@pytest.mark.parametrize("floor", [2, 4, 8, 16])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "floor", "size"), covering(NETWORKS, [2, 4, 8, 16], [(64, 96), (48, 80)]))
 def test_a_uniform_floor_is_its_emulation(name: str, floor: int, size: tuple[int, int]) -> None:
     model, x = network(name), torch.rand(2, 3, *size, dtype=torch.float64)
     net = cs.adaptify(model, "none", coarsest=16, example_input=x[:1])
@@ -142,14 +141,18 @@ def test_everything_high_is_the_network_bit_for_bit(name: str) -> None:
         assert torch.equal(net(x), model(x))
 
 
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
 @pytest.mark.parametrize(
-    ("size", "cell"), [((64, 96), 16), ((80, 112), 16), ((128, 192), 64), ((128, 192), 32)]
+    ("name", "shape", "fill"),
+    covering(
+        [*NETWORKS, "apart"],
+        [((64, 96), 16), ((80, 112), 16), ((128, 192), 64), ((128, 192), 32)],
+        ["linear", "nearest"],
+    ),
 )
-@pytest.mark.parametrize("name", [*NETWORKS, "apart"])
 def test_transposed_convolutions_without_overlap_are_those_with_kernel_maps(
-    name: str, size: tuple[int, int], cell: int, fill: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, shape: tuple[tuple[int, int], int], fill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    size, cell = shape
     model, x = network(name), torch.rand(1, 3, *size, dtype=torch.float64)
     net = cs.adaptify(model, "none", coarsest=cell, fill=fill, example_input=x)
     fast, levels = net.optimize(), mixed(1, size, cell, net.plan.max_level)

@@ -30,7 +30,7 @@ SIZES = {
     "unets:unet_transposed": (96, 128),
     "pictures:ShuffledRestoration": (96, 128),
 }
-QUICK = {"realtime:SegNet", "realtime:LinkNet", "heads:PoseBaseline"}
+QUICK = {"realtime:SegNet", "heads:PoseBaseline"}
 
 
 def maps(output: object) -> list[Tensor]:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, random_levels
+from conftest import assert_same, covering, random_levels
 from emulation import Emulation, Feature, fill_cells, pixels
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -750,9 +750,7 @@ def small_world(fill: str) -> World:
 FILLS = pytest.mark.parametrize("fill", ["linear", "nearest"])
 
 
-@FILLS
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("fill", "groups", "stage"), covering(["linear", "nearest"], [1, 2], [1, 2]))
 def test_convolution_gradients_are_finite_differences(fill: str, groups: int, stage: int) -> None:
     """Law 6 for rows, weight and bias, in a stage and in a plain operation after it."""
     world = small_world(fill)

@@ -51,9 +51,10 @@ class TwoWays(nn.Module):
         return self.head(self.twice(map) + self.once(map))
 
 
-@pytest.mark.parametrize("mask", ["none", "all", MASK])
-@pytest.mark.parametrize("size", [(48, 64), (72, 72)], ids=["torch repeats a row", "torch refuses"])
-@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize(
+    ("mask", "size", "optimised"),
+    covering(["none", "all", MASK], [(48, 64), (72, 72)], [False, True]),  # torch repeats a row, or refuses
+)
 @pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
 def test_maps_of_unequal_sizes_are_not_joined(mask: str, size: tuple[int, int], optimised: bool) -> None:
     options = {"output_stride": (8, 32), "example_input": torch.rand(1, 3, 64, 64), "outputs": "native"}

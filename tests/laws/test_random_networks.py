@@ -30,7 +30,7 @@ from cadsurgery.support.errors import CannotConvert
 
 # 70: another way through the network, which is itself at another level. 4532: values that are equal but for rounding
 # are pooled with their places, also where the conversion is verified.
-QUICK, TOGETHER = (1, 3, 70, 4532), 25
+QUICK, TOGETHER = (3, 70, 4532), 25
 ALL = int(os.environ.get("CADSURGERY_SEEDS", 2000))  # of the slow suite
 MOST_REFUSED = 4  # of those together: where what ends the region stands in front of all strides
 

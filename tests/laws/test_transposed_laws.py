@@ -436,8 +436,7 @@ class Sized(nn.Module):
         return self.last(torch.cat([up, skip], 1))
 
 
-@pytest.mark.parametrize("shape", [(2, 0), (3, 1)], ids=str)
-@pytest.mark.parametrize("size", [(48, 64), (53, 58), (61, 75)], ids=str)
+@pytest.mark.parametrize(("shape", "size"), covering([(2, 0), (3, 1)], [(48, 64), (53, 58), (61, 75)]))
 def test_a_size_that_is_asked_for_in_the_call_is_the_networks(
     shape: tuple[int, int], size: tuple[int, int]
 ) -> None:

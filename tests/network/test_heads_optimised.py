@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative_error, slow
+from conftest import covering, relative_error, slow
 from encoder_heads import HEADS, network
 from torch import nn
 
@@ -23,8 +23,10 @@ def test_no_norm_is_left_in_an_optimised_copy(head: str) -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in called(copy))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("head", ["a norm in front", "a norm behind a join", "dense units"])
+@pytest.mark.parametrize(
+    ("head", "dtype"),
+    covering(["a norm in front", "a norm behind a join", "dense units"], [torch.bfloat16, torch.float64]),
+)
 @torch.no_grad()
 def test_lone_norms_are_as_exact_as_torchs_in_other_types(head: str, dtype: torch.dtype) -> None:
     exact = network(head).double()

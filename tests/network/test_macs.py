@@ -19,7 +19,7 @@ from torchvision.models import get_model
 
 import cadsurgery as cs
 from benchmarks.zoo.corpus import CHECKOUT, subject
-from cadsurgery.network.macs import dense_macs
+from cadsurgery.network.macs import count_network, dense_macs
 from cadsurgery.surgery.plan import third_kept
 
 
@@ -247,6 +247,14 @@ def test_macs_are_affine_in_the_share_of_active_blocks(name: str, rule: str, cou
     report = net.macs(image, mask=mask, rule=rule)
     assert report.active_fraction == count / whole
     assert report.mask * whole == count * report.high + (whole - count) * report.low
+
+
+def test_the_published_rule_counts_dense_modules_by_their_outputs_and_pools_by_their_inputs() -> None:
+    """Conv 3x3 with bias, batch norm, ReLU and a pool, at 8x8 samples: by hand."""
+    conv, x = nn.Conv2d(3, 4, 3, padding=1), images(1, 8, 8)
+    model = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    expected = 64 * (27 * 4 + 4) + 2 * 64 * 4 + 64 * 4 + 64 * 4
+    assert count_network(model, x, rule="published").macs == expected
 
 
 def test_the_published_rule_counts_a_strided_convolution_before_its_subsampling() -> None:

@@ -300,3 +300,22 @@ def test_barriers_and_stages_follow_the_strides_that_are_asked_for() -> None:
     assert "taps are 48 pixels apart, which is no multiple of the cells' 32 pixels" in usual.summary()
     assert not [decision for decision in coarse.decisions if decision.action == "barrier"]
     assert "adaptive stages: 1, from 8 to 16; levels 0..1" in coarse.summary()
+
+
+class AsksForItsTracer(nn.Module):
+    """Calls another convolution, for five channels, while torch.fx traces without an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+        self.wide = nn.Conv2d(5, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        return self.wide(first) if isinstance(first, torch.fx.Proxy) else self.second(first)
+
+
+def test_where_a_graph_does_not_run_the_network_is_traced_on_an_example() -> None:
+    model, x = AsksForItsTracer().eval(), images(1, 64, 96)
+    net = cs.adaptify(model, "none", outputs="native")
+    assert_same(net(x), model(x))

@@ -67,8 +67,7 @@ def draw(path: Path, number: int) -> None:
 
 
 def predict(file: Path, photos: Path, output: Path, **options: Any) -> FilesReport:
-    options = {"mask": "", "size": None, "device": "cpu", "step": silent, "trust": True, **options}
-    return run.predict(file, [photos], output, **options)
+    return run.predict(file, [photos], output, **{"step": silent, "trust": True, **options})
 
 
 def predictions(folder: Path) -> dict[str, bytes]:
@@ -254,10 +253,8 @@ def test_pictures_are_not_replaced_by_predictions(
     draw(photos / "a" / "b" / "1.png", 9)
     before = {path: path.read_bytes() for path in photos.parent.rglob("*.*g")}
     with pytest.raises(cs.InvalidInput, match=told):
-        run.predict(
-            *(file, [str(photos / source) for source in sources], photos / output, "", None, "cpu", silent),
-            trust=True,
-        )
+        names = [str(photos / source) for source in sources]
+        run.predict(file, names, photos / output, step=silent, trust=True)
     assert {path: path.read_bytes() for path in photos.parent.rglob("*.*[gl]")} == before
 
 

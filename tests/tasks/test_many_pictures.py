@@ -69,8 +69,7 @@ def expected(file: Path, different: Path) -> dict[str, bytes]:
 
 
 def predict(file: Path, images: list[Any], output: Any, **options: Any) -> FilesReport:
-    options = {"mask": "", "size": None, "device": "cpu", "step": silent, "trust": True, **options}
-    return run.predict(file, images, output, **options)
+    return run.predict(file, images, output, **{"step": silent, "trust": True, **options})
 
 
 @pytest.fixture

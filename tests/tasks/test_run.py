@@ -22,6 +22,7 @@ from cadsurgery.data.clips import Clip, open_clip, write_clip
 from cadsurgery.data.images import read_image, street_scene
 from cadsurgery.data.networks import Source, class_names
 from cadsurgery.support.errors import CadError
+from cadsurgery.support.launcher import World
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import predictor, run
 from cadsurgery.tasks.figures import prediction_picture
@@ -66,8 +67,7 @@ def frames_of(path: Path) -> list[torch.Tensor]:
 
 
 def predict(file: Path, images: list[Path], output: Path, **options: Any) -> FilesReport:
-    options = {"mask": "", "size": None, "device": "cpu", "step": silent, "trust": True, **options}
-    return run.predict(file, images, output, **options)
+    return run.predict(file, images, output, **{"step": silent, "trust": True, **options})
 
 
 @pytest.fixture
@@ -305,3 +305,15 @@ def test_without_pyav_the_command_that_installs_it_is_named(
     monkeypatch.setitem(sys.modules, "av", None)
     (failure,) = predict(file, [folder], tmp_path / "out.mp4").failed
     assert failure["next"] == "pip install 'cadsurgery[video]'"
+
+
+def test_progress_is_that_of_all_processes(
+    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two tells twice what it has done, and no more than all."""
+    told = list[Any]()
+    monkeypatch.setattr(run, "world", lambda: World(0, 2, 0))  # this one gets all images nevertheless
+    predict(file, [folder], tmp_path / "out", step=lambda *step: told.append(step))
+    assert [step[1:] for step in told[-FRAMES:]] == [
+        (min(2 * n, FRAMES), FRAMES) for n in range(1, FRAMES + 1)
+    ]
