@@ -453,7 +453,9 @@ def test_examples_of_any_size_are_those_that_the_network_accepts() -> None:
 def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes() -> None:
     """One side is longer than the example's."""
     image = picture(1, 300, 520)
-    model = cs.adaptify(strided(4, 8, outputs=3), "edges", output_stride=(2, 8), example_input=image, verify_laws=False)
+    model = cs.adaptify(
+        strided(4, 8, outputs=3), "edges", output_stride=(2, 8), example_input=image, verify_laws=False
+    )
     with torch.no_grad():
         answers = [*_of_other_sizes(model, image)]
         assert all(torch.equal(answer.output, model(answer.image)) for answer in answers)
