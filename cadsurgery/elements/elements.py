@@ -106,7 +106,7 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
     lattice = x.lattice
     height, width = lattice.size
     if not x.rows.is_floating_point():  # truth values and whole numbers: those of the cell
-        cells = lattice.index.view(lattice.batch, height, width)[:, ::spacing, ::spacing]
+        cells = lattice.index.view(lattice.batch, height, width)[..., ::spacing, ::spacing]
         return x.rows[cells.to(x.rows.device)]
 
     if guide is None and has_pixels(x.rows, lattice, spacing):
@@ -114,7 +114,7 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
 
     def build() -> Reading:
         pixels = torch.arange(lattice.batch * height * width, device=lattice.levels.device)
-        return read_points(lattice, pixels.view(lattice.batch, height, width)[:, ::spacing, ::spacing])
+        return read_points(lattice, pixels.view(lattice.batch, height, width)[..., ::spacing, ::spacing])
 
     reading = lattice.derive(("to_dense", spacing), build)
     flat = x.rows.reshape(x.rows.shape[0], math.prod(x.rows.shape[1:]))
@@ -139,7 +139,7 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
     """
     height, width = lattice.size
     rounding = torch.finfo(guide.dtype).eps
-    guide = guide[:, :, :height, :width]
+    guide = guide[..., :height, :width]
     beyond = (0, width - guide.shape[3], 0, height - guide.shape[2])
     if not all(
         is_statically_true(length == 0) for length in beyond

@@ -257,10 +257,10 @@ def _is_by_cell(levels: Tensor, geometry: Geometry) -> bool:
     """True if each cell of the coarsest level has one level, either 0 or the coarsest, so that the map is legal."""
     side, width = geometry.sides[geometry.max_level], levels.shape[2]
     small = levels.to(torch.int8)
-    cells = small[:, ::side, ::side]
+    cells = small[..., ::side, ::side]
     if bool(((cells > 0) & (cells < geometry.max_level)).any()):
         return False
-    rows = cells.repeat_interleave(side, 2)[:, :, :width]
+    rows = cells.repeat_interleave(side, 2)[..., :width]
     return all(
         bool((small[:, place * side : (place + 1) * side] == rows[:, place : place + 1]).all())
         for place in range(cells.shape[1])
@@ -278,7 +278,7 @@ def _block_minimum(levels: Tensor, side: int) -> Tensor:
     # One axis at a time: ONNX Runtime takes ten times as long to expand two.
     in_rows = minimum.expand(-1, -1, -1, -1, side).reshape(-1, rows, 1, columns * side)
     whole = in_rows.expand(-1, -1, side, -1).reshape_as(padded)
-    return of_size(whole[:, :height, :width], (height, width))
+    return of_size(whole[..., :height, :width], (height, width))
 
 
 class Bounds(NamedTuple):
@@ -571,7 +571,7 @@ class Lattice:
     @_derive
     def levels(self) -> Tensor:
         """(B, H, W) int8: level of the cell each fine pixel lies in."""
-        levels = self.pyramid.levels[:, : self.size[0], : self.size[1]]
+        levels = self.pyramid.levels[..., : self.size[0], : self.size[1]]
         for axis, (length, whole) in enumerate(zip(self.size, self.whole_size, strict=True), 1):
             if not is_at_most(length, whole):
                 pixels = torch.arange(length, device=levels.device).clamp(max=whole - 1)
@@ -615,7 +615,7 @@ class Lattice:
         anchors = (image.view(-1, 1, 1) * height + y.view(-1, 1) * side) * width + x * side
         index = torch.arange(anchors.numel(), dtype=torch.int32, device=device).view(anchors.shape)
         if side > 1:
-            index = index.repeat_interleave(side, 1)[:, :height].repeat_interleave(side, 2)[:, :, :width]
+            index = index.repeat_interleave(side, 1)[:, :height].repeat_interleave(side, 2)[..., :width]
         return anchors.flatten(), index.flatten(), torch.full_like(image, rows * columns)
 
     @_derive

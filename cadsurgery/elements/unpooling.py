@@ -143,7 +143,7 @@ def dense_indices(indices: Elements, spacing: int) -> Tensor:
     """
     taps: Taps = indices.rows  # type: ignore[assignment]
     lattice, window, (height, width) = indices.lattice, taps.window, taps.samples
-    cells = lattice.index.view(lattice.batch, *lattice.size)[:, ::spacing, ::spacing]
+    cells = lattice.index.view(lattice.batch, *lattice.size)[..., ::spacing, ::spacing]
     numbers = taps.rows.index_select(0, cells.flatten().to(taps.rows.device)).long()
     numbers = numbers.view(*cells.shape, -1).permute(0, 3, 1, 2)
     places = []

@@ -40,8 +40,8 @@ def differences(grey: Tensor, outside: str) -> tuple[Tensor, Tensor]:
         outside: padding mode: `"constant"` for zeros, as published, or `"replicate"`.
     """
     padded = F.pad(grey.unsqueeze(1), (1, 1, 1, 1), mode=outside).squeeze(1)
-    right = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
-    down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
+    right = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
+    down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
     return right, down
 
 
@@ -82,7 +82,7 @@ def near(values: Tensor, side: int, grid: FineMapSpec) -> Tensor:
     if any(missing):
         padded = F.pad(sampled.unsqueeze(1), (0, missing[0], 0, missing[1]), mode="replicate")
         sampled = padded.squeeze(1)
-    return sampled[:, :height, :width]
+    return sampled[..., :height, :width]
 
 
 def resize(values: Tensor, size: tuple[int, int]) -> Tensor:

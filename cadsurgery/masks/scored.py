@@ -102,7 +102,7 @@ def missed(features: Tensor) -> Tensor:
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     height, width = features.shape[2:]
-    every_second = features[:, :, ::2, ::2]
+    every_second = features[..., ::2, ::2]
     rows, columns = every_second.shape[2:]
     size = (2 * rows - 1, 2 * columns - 1)
     between = F.interpolate(every_second, size=size, mode="bilinear", align_corners=True)

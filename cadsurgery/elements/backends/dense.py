@@ -168,11 +168,11 @@ class Uniform(Backend):
         more = [max(want - have, 0) for want, have in zip(spread.wanted, least, strict=True)]
         out = F.conv_transpose2d(
             image, by_input, weights.bias_as(image.dtype), window.finer, cut, more, weights.groups
-        )[:, :, : spread.wanted[0], : spread.wanted[1]]
+        )[..., : spread.wanted[0], : spread.wanted[1]]
         if shifts > 1:
             out = out.unflatten(0, (-1, shifts, shifts)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
             height, width = work.reads.target.samples(work.reads.target.uniform_side)
-            out = out[:, :, :height, :width]
+            out = out[..., :height, :width]
         return weights.finish(_rows_of(out), work.residual)
 
     def pool(self, work: Pooling) -> Tensor:

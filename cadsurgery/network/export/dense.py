@@ -43,7 +43,10 @@ def write_dense(net: AdaptiveModel, level: int, image: Tensor, path: Path, engin
         CannotConvert: torch cannot follow the network, or the file's outputs differ.
         CadError: a required package is not installed.
     """
-    translate(dense_program(net, level, image), "measure it in torch.").save(path)
+    from cadsurgery.network.export.translate import OWN
+
+    program = dense_program(net, level, image)
+    translate(program, "measure it in torch.", custom_translation_table=OWN).save(path)
     expected = tree_leaves(dense_twin(net, level, image)(image))
     check_difference([difference(engine(path)(image), expected)])
 

@@ -269,3 +269,8 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.cadsurgery.read_taps.default: _call(TAPS),
     torch.ops.cadsurgery.read_near_taps.default: _call(NEAR_TAPS),
 }
+
+# Those of this package's own operations; an ordinary export of a dense network has torch's translations of all others.
+OWN = {
+    operation: by for operation, by in TABLE.items() if getattr(operation, "namespace", "") == "cadsurgery"
+}
