@@ -461,8 +461,13 @@ def _ask_first(net: AdaptiveModel, images: Iterable[Tensor]) -> _Answer | None:
 
 
 def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> _Answer:
-    """Crop an image so that its fine map does not fill the outermost cells, because torch decides by the example
-    whether a slice takes all. Take the image itself if the network does not accept the crop."""
+    """Crop an image, small if possible, so that its fine map does not fill the outermost cells, because torch decides
+    by the example whether a slice takes all. Take the image itself if the network does not accept the crops."""
+    crops = (_crop_awkwardly(net, whole) for whole in (_thinned(net, image), image))
+    return _ask_first(net, crops) or _ask(net, image)
+
+
+def _crop_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
     side, stride, deepest = net.geometry.sides[-1], net.plan.strides[0], net.plan.strides[-1]
     whole = [(divide_up(length, stride) + 1) // side * side for length in image.shape[2:]]
     cut = [(samples - 1) * stride - 1 for samples in whole]
@@ -470,7 +475,7 @@ def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> _Answer:
     height, width = (
         part if part > deepest else length for part, length in zip(cut, image.shape[2:], strict=True)
     )
-    return _ask_first(net, [image[:, :, :height, :width]]) or _ask(net, image)
+    return image[:, :, :height, :width]
 
 
 def _answers(net: AdaptiveModel, image: Tensor, other: Tensor | None, dynamic: bool) -> list[_Answer]:
