@@ -135,7 +135,7 @@ def write(
         onnx.checker.check_model(str(path), full_check=True)
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
     with refused("an engine does not open the file", _other_files(dynamic, level_map)):
-        runs = [engine(path) for engine in engines]
+        runs = [engine(path, torch.get_num_threads()) for engine in engines]
     step("comparing")
     answers = _answers(net, image, other, dynamic)
     batches = [answer.image for answer in answers]
