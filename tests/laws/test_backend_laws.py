@@ -46,10 +46,10 @@ from cadsurgery.elements.lattice import Geometry, Lattice, Part
 ROOT = Path(__file__).parents[2]
 NAMES = [
     "uniform",
+    "without overlap",  # of floors: test_floor_laws.py
     "portable",
     "graph",
     "triton",
-    "without overlap",  # of floors: test_floor_laws.py
     "whole map",
     "native",
     "integers",
