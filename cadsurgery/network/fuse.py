@@ -403,10 +403,9 @@ class Fuser:
             norm = module
         if norm is None:
             written = affine_of(step, self.constants) if module is None else None
-            is_coarser = value.target is functional.Elements and not (
-                written is not None and _is_own_lattice(value.args[1], written[1])
-            )
-            return None if is_coarser else written
+            if written is None or value.target is not functional.Elements:
+                return written
+            return written if _is_own_lattice(value.args[1], written[1]) else None
         source: Any = step.operands[0]
         is_fixed = norm.running_mean is not None and norm.running_var is not None and not _is_hooked(norm)
         return (Affine(*_factors_of(norm), -3), source) if is_fixed else None

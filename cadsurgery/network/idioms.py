@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.operations import operation_of as operation_of_elements
-from cadsurgery.support.torch_operations import is_in_place, name_of, operation_of
+from cadsurgery.support.torch_operations import TorchOperation, is_in_place, name_of, operation_of
 from cadsurgery.surgery.graphs import Constants
 
 ModuleOf = Callable[[Any], nn.Module | None]
@@ -51,6 +51,14 @@ class Step(NamedTuple):
     operation: fx.Node
     operands: tuple[Any, ...]
 
+    @property
+    def named(self) -> TorchOperation | None:
+        """The operation in the table of torch's operations if it is a plain call of two operands; otherwise None."""
+        is_plain = (
+            self.operation.op != "call_module" and not self.operation.kwargs and len(self.operands) == 2
+        )
+        return operation_of(self.operation.target) if is_plain else None
+
 
 def step_of(value: fx.Node) -> Step:
     """Return how a value is computed, with elements in place of their rows."""
@@ -68,8 +76,8 @@ def step_of(value: fx.Node) -> Step:
 
 def affine_of(step: Step, constants: Constants) -> tuple[Affine, fx.Node] | None:
     """Return factor and shift if an operation multiplies a value by constants or adds them, and that value."""
-    stated = operation_of(step.operation.target) if step.operation.op != "call_module" else None
-    if stated is None or step.operation.kwargs or len(step.operands) != 2:
+    stated = step.named
+    if stated is None:
         return None
     first, second = (_constant(operand, constants) for operand in step.operands)
     if (first is None) == (second is None):
@@ -152,13 +160,13 @@ _GATED: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": F.silu, "hardsigmoid
 
 def _pairs(value: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield the factors of a product of two values, in both orders."""
-    operation, operands = step_of(value)
-    stated = operation_of(operation.target) if operation.op != "call_module" else None
-    is_product = stated is not None and stated.multiplies and not operation.kwargs
-    if is_product and len(operands) == 2 and all(isinstance(operand, fx.Node) for operand in operands):
-        yield operands
-        if not is_in_place(operation.target):
-            yield operands[::-1]
+    step = step_of(value)
+    is_product = step.named is not None and step.named.multiplies
+    if is_product and all(isinstance(operand, fx.Node) for operand in step.operands):
+        first, second = step.operands
+        yield first, second
+        if not is_in_place(step.operation.target):
+            yield second, first
 
 
 def _without_factors(value: fx.Node) -> tuple[float, fx.Node]:
@@ -172,8 +180,8 @@ def _without_factors(value: fx.Node) -> tuple[float, fx.Node]:
 
 def _factor(step: Step) -> float | None:
     """Return the number by which an operation multiplies its only value; None for any other operation."""
-    stated = operation_of(step.operation.target) if step.operation.op != "call_module" else None
-    if stated is None or step.operation.kwargs or len(step.operands) != 2:
+    stated = step.named
+    if stated is None:
         return None
     numbers = [part for part in step.operands if isinstance(part, (int, float))]
     if len(numbers) != 1 or not all(isinstance(part, (int, float, fx.Node)) for part in step.operands):
@@ -206,10 +214,9 @@ def _is_shifted_clamp(value: fx.Node, source: fx.Node, module: ModuleOf) -> bool
         is_clamp = name == "relu6"
     if not is_clamp:
         return False
-    operation, operands = step_of(step.operands[0])
-    stated = operation_of(operation.target) if operation.op != "call_module" else None
-    is_sum = stated is not None and stated.adds and not operation.kwargs and not is_in_place(operation.target)
-    return is_sum and operands in ((source, 3), (3, source))
+    shifted = step_of(step.operands[0])
+    is_sum = shifted.named is not None and shifted.named.adds and not is_in_place(shifted.operation.target)
+    return is_sum and shifted.operands in ((source, 3), (3, source))
 
 
 def _stage(value: fx.Node) -> int | None:

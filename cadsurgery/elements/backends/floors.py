@@ -64,9 +64,7 @@ def _read(source: Lattice, target: Lattice, finer: int = 1, spacing: int = 1) ->
     """Return the row of the source that holds each element of the target, times the phases, plus the phase."""
     index, device = source.index.view(-1, *source.size), source.index.device
     for axis, (own, length) in enumerate(zip(source.size, target.size, strict=True), 1):
-        if not is_statically_true(
-            own == length
-        ):  # the last samples of a map may cover less than the next map
+        if not is_statically_true(own == length):  # a map may end before the next one
             index = index.index_select(axis, torch.arange(length, device=device).clamp(max=own - 1))
     if finer > 1:
         y, x = (torch.arange(n, dtype=torch.int32, device=device) // spacing % finer for n in target.size)
@@ -79,10 +77,8 @@ def _all_phases(weights: FusedConv, finer: int) -> FusedConv:
 
     def make() -> FusedConv:
         order = (2, 3, 0, 1) if weights.groups == 1 else (0, 2, 3, 1)
-        kernel, bias = (
-            weights.weight.permute(order).flatten(0, 2)[:, :, None, None].contiguous(),
-            weights.bias,
-        )
+        kernel = weights.weight.permute(order).flatten(0, 2)[:, :, None, None].contiguous()
+        bias = weights.bias
         if bias is not None:
             bias = bias.repeat(finer**2) if weights.groups == 1 else bias.repeat_interleave(finer**2)
         return weights.changed(weight=kernel, bias=bias, activation=None)
