@@ -536,7 +536,7 @@ typedef struct {
     const int8_t *levels;
     const int64_t *sides, *targets, *down, *across;
     int32_t *table, *rank;
-    int8_t *lines;
+    int32_t *lines;
     int32_t *sources;
     double *mix;
     long pixels, count, n, height, width, target_height, target_width, vertical, horizontal, has_halo;
@@ -578,7 +578,7 @@ static void maps_law(void) {
         memcpy(down, steps, sizeof steps), memcpy(across, steps, sizeof steps);
         int32_t *table = NEW(int32_t, count * TAPS), *rank = NEW(int32_t, PIXELS), *sources = NEW(int32_t, 4 * PIXELS);
         double *mix = NEW(double, 4 * PIXELS);
-        int8_t *lines = NEW(int8_t, BATCH * HEIGHT);
+        int32_t *lines = NEW(int32_t, BATCH * HEIGHT);
         const map m = {index, anchors, levels, sides, targets, down, across, table, rank, lines, sources, mix, PIXELS, count, count,
                        HEIGHT, WIDTH, HEIGHT, WIDTH, 3, 3, has_halo};
         const long halo = SUFFIX(shift_taps)(&m);

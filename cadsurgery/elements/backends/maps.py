@@ -83,7 +83,7 @@ def shift_taps(
     taps = down.numel() * across.numel()
     table = torch.empty(n, taps, dtype=torch.int32)
     rank = torch.empty(pixels if has_halo else 0, dtype=torch.int32)
-    lines = torch.empty(levels.shape[0] * levels.shape[1], dtype=torch.int8)
+    lines = torch.empty(levels.shape[0] * levels.shape[1], dtype=torch.int32)
     most = min(pixels - count, n * taps) if has_halo else 0
     sources, mix = torch.empty(most, 4, dtype=torch.int32), torch.empty(most, 4, dtype=torch.float64)
     tensors = (anchors, levels, side_of, targets, down, across, table, rank, lines, sources, mix)

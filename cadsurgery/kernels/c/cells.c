@@ -110,7 +110,7 @@ static const char *read_taps(int has_halo, const tensor *in, found *to, share_in
         m.table = take(&all, n * taps, sizeof *m.table), m.sources = take(&all, most * 4, sizeof *m.sources);
         shares = take(&all, most * 4, sizeof *shares), m.mix = take(&all, most * 4, sizeof *m.mix);
         m.rank = take(&all, has_halo ? pixels : 0, sizeof *m.rank), levels = take(&all, pixels, 1);
-        m.lines = take(&all, sides[0] * sides[1], 1);
+        m.lines = take(&all, sides[0] * sides[1], sizeof *m.lines);
         for (int i = 0; i < 5; i++) wide[i] = take(&all, in[widened[i]].size[0], sizeof **wide);
         if (pass) break;
         all = (area){malloc(all.used + 64), 0};

@@ -100,23 +100,49 @@ static void clear_lines(long begin, long end, void *work) {
         if (m->lines[line]) memset(m->rank + line * m->width, 0, m->width * sizeof *m->rank);
 }
 
+/* Count the halo rows of each line. */
+static void count_lines(long begin, long end, void *work) {
+    const map *m = work;
+    for (long line = begin; line < end; line++) {
+        if (!m->lines[line]) continue;
+        const int32_t *rank = m->rank + line * m->width;
+        int32_t count = 0;
+        for (long x = 0; x < m->width; x++) count += rank[x];
+        m->lines[line] = count;
+    }
+}
+
+/* Interpolate the halo rows of each line, whose first row is `lines`; untouched lines have -1. */
+static void fill_lines(long begin, long end, void *work) {
+    const map *m = work;
+    for (long line = begin; line < end; line++) {
+        long halo = m->lines[line];
+        for (long pixel = line * m->width; halo >= 0 && pixel < (line + 1) * m->width; pixel++)
+            if (m->rank[pixel]) {
+                interpolate(m, pixel, m->sources + 4 * halo, m->mix + 4 * halo);
+                m->rank[pixel] = m->count + ++halo;
+            }
+    }
+}
+
 /* Fill the kernel map and return the number of halo rows: one for every pixel that is read and is no anchor, in order. */
 long SUFFIX(shift_taps)(const map *m) {
     const long taps = m->vertical * m->horizontal, lines = m->pixels / m->width;
     if (m->has_halo) {
-        memset(m->lines, 0, lines);
+        memset(m->lines, 0, lines * sizeof *m->lines);
         cadsurgery_share(m->n, 65536, mark_lines, (void *)m);
         cadsurgery_share(lines, 64, clear_lines, (void *)m);
     }
     cadsurgery_share(m->n, 65536 / taps + 1, read_taps, (void *)m);
     if (!m->has_halo) return 0;
+    cadsurgery_share(lines, 64, count_lines, (void *)m);
     long halo = 0;
-    for (long line = 0; line < lines; line++)
-        for (long pixel = line * m->width; m->lines[line] && pixel < (line + 1) * m->width; pixel++)
-            if (m->rank[pixel]) {
-                interpolate(m, pixel, m->sources + 4 * halo, m->mix + 4 * halo);
-                m->rank[pixel] = m->count + ++halo;
-            }
+    for (long line = 0; line < lines; line++) {
+        const int32_t own = m->lines[line];
+        m->lines[line] = own ? (int32_t)halo : -1;
+        halo += own;
+    }
+    cadsurgery_share(lines, 16, fill_lines, (void *)m);
     cadsurgery_share(m->n * taps, 65536, name_halo, (void *)m);
     return halo;
 }

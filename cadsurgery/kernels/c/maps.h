@@ -13,7 +13,7 @@ typedef struct {
     const int64_t *down, *across;
     int32_t *table;   /* (n, vertical * horizontal) */
     int32_t *rank;    /* (batch * height * width); scratch */
-    int8_t *lines;    /* (batch * height); scratch */
+    int32_t *lines;   /* (batch * height); scratch */
     int32_t *sources; /* (most, 4), the rows that each halo row interpolates between */
     double *mix;      /* (most, 4), their weights */
     long pixels, count, n, height, width, target_height, target_width, vertical, horizontal, has_halo;
