@@ -395,6 +395,8 @@ class Fuser:
     def affine(self, value: fx.Node) -> tuple[Affine, fx.Node] | None:
         """Return factor and shift if a value (elements or a dense map) is another one with norm, constant factor or
         shift, and that other one."""
+        if value in self.numbers:
+            return None
         step = step_of(value)
         module, norm = self.module(step.operation), None
         if value.target is functional.batch_norm:

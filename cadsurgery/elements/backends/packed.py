@@ -104,11 +104,12 @@ class PackedLinear(PackedConv):
 class ScaleShift(nn.Module):
     """Batch normalisation with fixed statistics, as one factor and one shift per channel, and the activation behind it.
 
-    Called on a dense map (B, C, H, W); on elements `functional.scale_and_shift` uses it.
+    Called on a dense map (B, C, H, W), or where one number serves all channels on any tensor; on elements
+    `functional.scale_and_shift` uses it.
     """
 
     def __init__(self, scale: Tensor, shift: Tensor, activation: Activation | None = None) -> None:
-        """Take the factors (C,) and shifts (C,): in float32 also for narrower types, as torch computes norms."""
+        """Take the factors and shifts, (C,) or (1,): in float32 also for narrower types, as torch computes norms."""
         super().__init__()
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
@@ -117,8 +118,9 @@ class ScaleShift(nn.Module):
         self.activation = activation
 
     def forward(self, values: Tensor, last: bool = False) -> Tensor:
-        """Normalise values, whose channels are their second axis, or with `last` their last one."""
-        shape, wide = (-1,) if last else (1, -1, 1, 1), values.to(self.scale.dtype)
+        """Normalise values, whose channels are their third axis from the end, or with `last` their last one."""
+        is_number = self.scale.numel() == self.shift.numel() == 1
+        shape, wide = (-1,) if last or is_number else (-1, 1, 1), values.to(self.scale.dtype)
         changed = torch.addcmul(self.shift.view(shape), wide, self.scale.view(shape)).to(values.dtype)
         return self.activation.apply_(changed) if self.activation is not None else changed
 
