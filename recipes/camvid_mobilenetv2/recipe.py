@@ -269,7 +269,7 @@ def main() -> None:
                     GROUPS[name],
                     file,
                     found,
-                    lambda text, n=name: status.update(f"{n}: {text}"),
+                    lambda text, *_, n=name: status.update(f"{n}: {text}"),
                 )
                 rows[f"{name} {network}"] = [{"network": network, **row} for row in told]
                 write(options.output, rows, times, found)

@@ -13,30 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulation import fill_cells, read
+from networks import DilatedWithHead
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
-
-
-class Dilated(nn.Module):
-    """Output stride 4 with two strides removed, and a head of a plain 3x3, a rate that fits no cell, a pooling, a mean
-    over the image, and a last 3x3."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
-        self.first, self.two = nn.Conv2d(8, 12, 3, 1, 1), nn.Conv2d(12, 12, 3, 1, 2, 2)
-        self.again, self.four = nn.Conv2d(12, 12, 3, 1, 2, 2), nn.Conv2d(12, 12, 3, 1, 4, 4)
-        self.plain, self.rate = nn.Conv2d(12, 6, 3, 1, 1), nn.Conv2d(12, 6, 3, 1, 3, 3, groups=2)
-        self.pool, self.last = nn.MaxPool2d(3, 1, 1), nn.Conv2d(24, 5, 3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.two(self.first(self.stem(x)).relu()).relu()
-        y = self.four(self.again(y).relu()).relu()
-        joined = torch.cat([self.plain(y).relu(), self.rate(y).relu(), self.pool(y)], 1)
-        joined = joined * torch.sigmoid(F.adaptive_avg_pool2d(y, 1).mean(1, keepdim=True))
-        return F.interpolate(self.last(joined), size=x.shape[2:], mode="bilinear", align_corners=False)
 
 
 class Emulated(fx.Interpreter):
@@ -48,7 +29,9 @@ class Emulated(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.cap = {"first": 1, "again": 2}.get(n.name, self.cap)
-        if n.target is F.adaptive_avg_pool2d:  # every cell weighs as much as it covers; alike cells weigh the same
+        if (
+            n.target is F.adaptive_avg_pool2d
+        ):  # every cell weighs as much as it covers; alike cells weigh the same
             value: Any = self.env[n.all_input_nodes[0]]
             step = int(self.side[0, 0, 0]) if self.levels.unique().numel() == 1 else 1
             return fill_cells(value, self.side)[..., ::step, ::step].mean((2, 3), keepdim=True)
@@ -65,9 +48,9 @@ class Emulated(fx.Interpreter):
 SIZE = (61, 83)  # 16 x 21 samples at output stride 4
 
 
-def network(dtype: torch.dtype = torch.float64) -> Dilated:
+def network(dtype: torch.dtype = torch.float64) -> DilatedWithHead:
     torch.manual_seed(2)
-    return Dilated().eval().to(dtype)
+    return DilatedWithHead().eval().to(dtype)
 
 
 def level_map(kind: int | str, batch: int = 2) -> Tensor:

@@ -199,7 +199,9 @@ def find_candidates(
         if few:
             masks = tuple(mask for mask in masks if mask.endswith(("=0.1", "=0.2")))
         settings += [Setting("adaptive", 0, pair, mask, "guided") for mask in masks]
-        if has_heads and pair[0] == own and not few:  # less work, and less quality at a high cost than more kept high
+        if (
+            has_heads and pair[0] == own and not few
+        ):  # less work, and less quality at a high cost than more kept high
             through = (mask for mask in masks if mask == "none" or mask.endswith("=0.1"))
             settings += [Setting("adaptive", 0, pair, mask, "guided", region="heads") for mask in through]
         if pair == pairs[0] and not few:
