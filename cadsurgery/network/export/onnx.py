@@ -50,6 +50,7 @@ from cadsurgery.network.export.shortcuts import (
     promoting_without_runs,
     without_collections,
 )
+from cadsurgery.network.export.tidy import tidy
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
@@ -119,7 +120,7 @@ def write(
         output_names=outputs,
     )
     with refused("the file cannot be finished", "report it with the name of the network."):
-        _tidy(model.model)
+        tidy(model.model, target.has_kernels)
         if target.has_kernels:
             resize_by_kernels(model.model)
         add_functions(model.model)
@@ -186,26 +187,6 @@ def _inputs(net: AdaptiveModel, image: Any, level_map: bool) -> tuple[Tensor, ..
         return (image, *further_inputs(net).values())
     net(image)
     return image, net.levels.long()
-
-
-def _tidy(model: Any) -> None:
-    """Fold constants, and remove duplicate and unused parts. The exporter's own optimiser is not used: it takes ten
-    times as long, minutes for a large graph, and engines optimise the file anyway when they open it."""
-    import onnx_ir.passes.common as passes
-    from onnxscript.optimizer import fold_constants_ir
-
-    passes.InlinePass()(model)
-    fold_constants_ir(model, onnx_shape_inference=True)
-    for tidy in (
-        passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedFunctionsPass(),
-        passes.RemoveUnusedOpsetsPass(),
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.DeduplicateInitializersPass(),
-        passes.CommonSubexpressionEliminationPass(),
-        passes.NameFixPass(),
-    ):
-        tidy(model)
 
 
 def translate(
