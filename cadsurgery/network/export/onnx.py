@@ -521,11 +521,14 @@ def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[_Answer]:
 
 
 def _of_two(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
-    """Yield batches with one more image, higher than this one: by another stride of the network, or by multiples of 32
-    and 64, which more networks accept."""
+    """Yield narrow batches with one more image, higher than this one: by another stride of the network, or by multiples
+    of 32 and 64, which more networks accept."""
     height, width = image.shape[2:]
     more = _one_more(image.transpose(2, 3) if width > height else torch.cat((image, image), 2))
-    longest = more.shape[2]
+    deepest = net.plan.strides[-1]
+    unit = max(32, deepest)
+    half = more.shape[3] // 2 // unit * unit
+    more, longest = more[..., :half] if half > deepest else more, more.shape[2]
     steps = (step for step in (net.plan.output_stride[1], 32, 64) if step < longest - height)
     yield from (more[:, :, : longest - step] for step in steps)
     yield more
