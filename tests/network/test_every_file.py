@@ -28,6 +28,7 @@ import cadsurgery as cs
 from benchmarks.zoo import network_check
 from benchmarks.zoo.corpus import CHECKOUT, read_corpus, subject
 from cadsurgery.network.export.compare import difference, rounding_of
+from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.surgery.guards import is_guard
 
 pytest.importorskip("onnxruntime")
@@ -92,6 +93,8 @@ def of_seed(seed: int, mask: str) -> Given:
         pytest.skip("it takes more than an image")
     example = tree_map_only(Tensor, Tensor.float, case.given)
     net = cs.adaptify(case.model.float(), mask, example_input=example, verify_laws=False)
+    if any(map(is_guard, net.program.graph.nodes)):  # its files are for the path of the conversion
+        net = cs.adaptify(case.model, mask, example_input=case.image.float(), verify_laws=False)
     images = (case.image.float(), example)
     return Given(net, next(image for image in images if image is not None and accepts(net, image)))
 
@@ -129,11 +132,22 @@ def check(given: Given, run: Callable[..., list[Tensor]], image: Tensor) -> None
     compare(given, outputs, image, levels)
 
 
-def written(given: Given, path: Path, **options: Any) -> Callable[..., list[Tensor]]:
+def written(given: Given, path: Path, engine: str, **options: Any) -> Callable[..., list[Tensor]]:
     from exported import File
 
-    cs.export(given.net, given.image, path, **options)
-    return lambda image: [*File(path)(image).values()]
+    cs.export(given.net, given.image, path, check_in=engine, **options)
+    return ENGINES[engine](path) if engine != "onnx" else lambda image: [*File(path)(image).values()]
+
+
+def check_files(given: Given, folder: Path, engine: str) -> None:
+    """Write a file of one size and one of any, unless Python code takes another way at other sizes; check both."""
+    check(given, written(given, folder / "fixed.onnx", engine), given.image.flip(3))
+    if any(map(is_guard, given.net.program.graph.nodes)):
+        return
+    run, images = written(given, folder / "any.onnx", engine, dynamic=True), [*of_other_sizes(given)]
+    assert len(images) == 3
+    for image in images:
+        check(given, run, image)
 
 
 LIBRARY = ("resnet18", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121")
@@ -156,15 +170,7 @@ CASES = {head: partial(of_head, head) for head in [*HEADS][:: min(EVERY, 3)]} | 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_a_network_is_written_as_files_of_one_size_and_of_any(name: str, tmp_path: Path) -> None:
-    """Of any size, unless its Python code takes another way at other sizes."""
-    given = CASES[name]("edges")
-    check(given, written(given, tmp_path / "fixed.onnx"), given.image.flip(3))
-    if any(map(is_guard, given.net.program.graph.nodes)):
-        return
-    run, images = written(given, tmp_path / "any.onnx", dynamic=True), [*of_other_sizes(given)]
-    assert len(images) == 3
-    for image in images:
-        check(given, run, image)
+    check_files(CASES[name]("edges"), tmp_path, "onnx")
 
 
 @pytest.mark.slow
@@ -173,12 +179,9 @@ def test_a_network_is_written_as_files_of_one_size_and_of_any(name: str, tmp_pat
 @torch.no_grad()
 def test_some_are_written_for_openvino_and_as_programs(name: str, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    from cadsurgery.network.export.engines import OpenVino
-
     given = (SAMPLED.get(name) or partial(of_head, name))(STATIC)
-    image, path = given.image.flip(3), tmp_path / "net.onnx"
-    cs.export(given.net, given.image, path, check_in="openvino")
-    check(given, OpenVino(path), image)
+    check_files(given, tmp_path, "openvino")
+    image = given.image.flip(3)
     plain = all(isinstance(leaf, Tensor) for leaf in tree_leaves(given.net(image)))
     if not plain:
         with pytest.raises(cs.CannotConvert, match="cannot return"):

@@ -48,6 +48,7 @@ from cadsurgery.network.export.shortcuts import (
     LINE,
     following_quickly,
     promoting_without_runs,
+    reading_signatures_once,
     without_collections,
 )
 from cadsurgery.network.export.tidy import tidy
@@ -104,36 +105,37 @@ def write(
     if level_map:
         inputs, input_names = (example, answer.levels.long()), (name, "level_map")
     target = Target(engines[-1].has_kernels, bool(int8), engines[-1].has_8_bit_depthwise)
-    program, free = follow(graph, inputs, dynamic, target, bool(rest))
-    shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
-    outputs = (*names, "levels")
     from cadsurgery.network.export.translate import TABLE
 
-    step("translating to ONNX")
-    model = translate(
-        program,
-        f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
-        graph,
-        custom_translation_table=TABLE,
-        optimize=False,
-        input_names=input_names,
-        output_names=outputs,
-    )
-    with refused("the file cannot be finished", "report it with the name of the network."):
-        tidy(model.model, target.has_kernels)
-        if target.has_kernels:
-            resize_by_kernels(model.model)
-        add_functions(model.model)
-        model.model.metadata_props.update(_metadata(net, dynamic))
-        if DOMAIN in model.model.graph.opset_imports:
-            model.model.metadata_props[KERNELS_KEY] = model.model.doc_string = HOW_TO_OPEN
-        _name_axes(model.model, free)
-        step("writing")
-        weights = (one.const_value for one in model.model.graph.initializers.values())
-        model.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
-        import onnx
+    with without_collections(), reading_signatures_once():
+        program, free = follow(graph, inputs, dynamic, target, bool(rest))
+        shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
+        outputs = (*names, "levels")
+        step("translating to ONNX")
+        model = translate(
+            program,
+            f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
+            graph,
+            custom_translation_table=TABLE,
+            optimize=False,
+            input_names=input_names,
+            output_names=outputs,
+        )
+        with refused("the file cannot be finished", "report it with the name of the network."):
+            tidy(model.model, target.has_kernels)
+            if target.has_kernels:
+                resize_by_kernels(model.model)
+            add_functions(model.model)
+            model.model.metadata_props.update(_metadata(net, dynamic))
+            if DOMAIN in model.model.graph.opset_imports:
+                model.model.metadata_props[KERNELS_KEY] = model.model.doc_string = HOW_TO_OPEN
+            _name_axes(model.model, free)
+            step("writing")
+            weights = (one.const_value for one in model.model.graph.initializers.values())
+            model.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
+            import onnx
 
-        onnx.checker.check_model(str(path), full_check=True)
+            onnx.checker.check_model(str(path), full_check=True)
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
     with refused("an engine does not open the file", _other_files(dynamic, level_map)):
         runs = [engine(path, torch.get_num_threads()) for engine in engines]
@@ -207,7 +209,7 @@ def translate(
         return translatable
 
     program.run_decompositions = run_decompositions
-    with quietly(), promoting_without_runs(), without_collections():
+    with quietly(), promoting_without_runs():
         try:
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:
@@ -491,22 +493,30 @@ def _compare(net: AdaptiveModel, run: Engine, answer: _Answer, level_map: bool) 
 
 
 def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[_Answer]:
-    """Yield the answers to batches of other sizes that the network accepts: odd ones, two images, and long ones."""
+    """Yield the answers to batches of other sizes that the network accepts: an odd one, and two long images."""
     small = _thinned(net, image)
-    turned, height = image.transpose(2, 3), small.shape[2]
-    odd = [small[:, :, : height - 5, : small.shape[3] - 3]]
-    long = [turned[:, :, :, :height], turned, torch.cat((image, image), 3)]
-    for choices in (odd, [*_of_two(net, small), *_of_two(net, image)], long):
+    odd = [small[:, :, : small.shape[2] - 5, : small.shape[3] - 3]]
+    for choices in (odd, [*_of_two(net, small), *_of_two(net, image), _one_more(image)]):
         if answer := _ask_first(net, choices):
             yield answer
 
 
 def _of_two(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
-    """Yield batches with one more image, lower by steps that networks accept, or as high."""
-    more, height = torch.cat((image, image[:1].flip(3))), image.shape[2]
-    steps = (step for step in (net.plan.output_stride[1], 32, 64) if step < height)
-    yield from (more[:, :, : height - step] for step in steps)
+    """Yield narrow batches with one more image, higher than this one: by another stride of the network, or by multiples
+    of 32 and 64, which more networks accept."""
+    height, width = image.shape[2:]
+    more = _one_more(image.transpose(2, 3) if width > height else torch.cat((image, image), 2))
+    deepest = net.plan.strides[-1]
+    unit = max(32, deepest)
+    half = more.shape[3] // 2 // unit * unit
+    more, longest = more[..., :half] if half > deepest else more, more.shape[2]
+    steps = (step for step in (net.plan.output_stride[1], 32, 64) if step < longest - height)
+    yield from (more[:, :, : longest - step] for step in steps)
     yield more
+
+
+def _one_more(image: Tensor) -> Tensor:
+    return torch.cat((image, image[:1].flip(3)))
 
 
 def _thinned(net: AdaptiveModel, image: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import typing
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -23,7 +25,7 @@ LINE = "cadsurgery_line"  # of the network's graph, in the metadata of a node th
 @contextmanager
 def following_quickly() -> Iterator[None]:
     """Let torch.export leave out all that a file does not need."""
-    with _without_proofs(), _without_assertions(), _without_records(), without_collections():
+    with _without_proofs(), _without_assertions(), _without_records():
         yield
 
 
@@ -102,3 +104,27 @@ def _run_node(self: Any, n: fx.Node) -> Any:
         if rule is not None:
             self._maybe_promote_node(n, rule)
     return n.meta["val"] if "val" in n.meta else fx.Interpreter.run_node(self, n)
+
+
+@contextmanager
+def reading_signatures_once() -> Iterator[None]:
+    """Let torch's exporter keep what it reads from the tables of ONNX, and Python what the exporter's protocols demand.
+
+    Both were read again for each operation, which took a tenth of the time of an export.
+    """
+    from onnx_ir.schemas import OpSignature
+
+    read, kept = OpSignature.from_op_schema, dict[tuple[Any, ...], Any]()
+
+    def read_once(schema: Any) -> Any:
+        key = schema.domain, schema.name, schema.since_version
+        if key not in kept:
+            kept[key] = read(schema)
+        return kept[key]
+
+    demanded = cache(typing._get_protocol_attrs)  # type: ignore[attr-defined]
+    with (
+        mock.patch.object(OpSignature, "from_op_schema", read_once),
+        mock.patch.object(typing, "_get_protocol_attrs", demanded),
+    ):
+        yield

@@ -84,14 +84,13 @@ def _product_of_taps(rows: Any, table: Any, weight: Any, bias: Any) -> Any:
 
 
 def _sum_of_taps(rows: Any, table: Any, weight: Any) -> Any:
-    places = (op.Constant(value_int=tap) for tap in range(weight.shape[1]))
-    return reduce(
-        op.Add,
-        (
-            op.Mul(op.Gather(rows, op.Gather(table, tap, axis=1)), op.Gather(weight, tap, axis=1))
-            for tap in places
-        ),
+    columns = table.meta.setdefault("columns", [])  # of all layers that read by this table
+    if not columns:
+        columns += [op.Gather(table, tap, axis=1) for tap in range(weight.shape[1])]
+    products = (
+        op.Mul(op.Gather(rows, column), op.Gather(weight, tap, axis=1)) for tap, column in enumerate(columns)
     )
+    return reduce(op.Add, products)
 
 
 def _mix_rows(rows: Any, sources: Any, shares: Any) -> Any:
