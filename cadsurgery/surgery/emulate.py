@@ -7,7 +7,7 @@ must be equal to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,16 @@ from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.functional import resize
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.support.torch_operations import name_of
 from cadsurgery.surgery.plan import Decision, Plan
+
+# Reductions whose result depends on the number of samples, which is that of the network's own grid at every level.
+_BY_NUMBER = ("sum", "norm", "vector_norm", "std", "var", "std_mean", "var_mean")
 
 
 class CannotEmulate(Exception):
-    """A reduction reads a map whose axes are not batch, channels, height and width, or bins or windows of its size."""
+    """A reduction reads a map whose axes are not batch, channels, height and width, or bins or windows of its size, or
+    its result depends on the number of samples."""
 
 
 class Emulator(fx.Interpreter):
@@ -34,16 +39,23 @@ class Emulator(fx.Interpreter):
         plan: plan of a conversion whose finest cells are those of the network's own grid.
         geometry: geometry of the conversion.
         levels: (B, H, W) legal level map, one level per pixel of the fine map.
+        sizes: height and width in fine pixels of maps whose mean is taken, by name: the last sample may cover less than
+            others, as where a finer map was cropped.
     """
 
     def __init__(
-        self, model: nn.Module, graph: fx.Graph, plan: Plan, geometry: Geometry, levels: Tensor
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        plan: Plan,
+        geometry: Geometry,
+        levels: Tensor,
+        sizes: Mapping[str, tuple[int, int]],
     ) -> None:
         """Prepare a run; see the class."""
         super().__init__(model, graph=graph)
         self.decisions = {decision.node: decision for decision in plan.decisions}
-        self.geometry, self.levels = geometry, levels
-        self.is_uniform = bool((levels == levels.flatten()[0]).all())
+        self.geometry, self.levels, self.sizes = geometry, levels, sizes
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute a node; maps of the region are interpolated, and means read cells by their area."""
@@ -64,6 +76,11 @@ class Emulator(fx.Interpreter):
 
     def _reduced(self, n: fx.Node) -> Any:
         """Compute a node that reduces maps to a vector per image: every cell weighs as much as it covers."""
+        if name_of(n.target) in _BY_NUMBER:
+            raise CannotEmulate(n.name)
+
+        called = self.module.get_submodule(str(n.target)) if n.op == "call_module" else n.target
+        is_largest = "max" in name_of(type(called) if isinstance(called, nn.Module) else called).lower()
 
         def by_cell(source: fx.Node) -> Any:
             value, decision = self.env[source], self.decisions[source.name]
@@ -71,12 +88,17 @@ class Emulator(fx.Interpreter):
                 return value
             if decision.layout != NCHW:
                 raise CannotEmulate(source.name)
-            if self.is_uniform:
-                level = self.geometry.level_at(int(self.levels[0, 0, 0]), decision.stages[1])
-                step = max(1, self.geometry.sides[level] // decision.grid)
+            levels = self.geometry.levels_at(self.levels.long(), decision.stages[1]).flatten(1)
+            if (levels == levels[0, 0]).all():
+                step = max(1, self.geometry.sides[int(levels[0, 0])] // decision.grid)
                 return value[:, :, ::step, ::step]
+            if (
+                levels.amin(1) == levels.amax(1)
+            ).any():  # in such an image alone cells weigh the same, cropped or not
+                raise CannotEmulate(source.name)
             places, _ = self._cells(value.shape[2:], decision)
-            return _at(value, *places)
+            at_anchors = _at(value, *places)
+            return at_anchors if is_largest else at_anchors * self._shares(source, value.shape[2:]).to(value)
 
         args, kwargs = (fx.map_arg(part, by_cell) for part in (n.args, n.kwargs))
         try:
@@ -86,6 +108,18 @@ class Emulator(fx.Interpreter):
         if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1:
             raise CannotEmulate(n.name)  # bins, of which cells may cover parts
         return value
+
+    def _shares(self, source: fx.Node, size: Sequence[int]) -> Tensor:
+        """Return what each sample (h, w) of a map covers of it, relative to the mean of all."""
+        if source.name not in self.sizes:
+            raise CannotEmulate(source.name)
+        grid = self.decisions[source.name].grid
+        down, across = (
+            (length - torch.arange(count) * grid).clamp(max=grid).double()
+            for count, length in zip(size, self.sizes[source.name], strict=True)
+        )
+        areas = down.unsqueeze(1) * across
+        return areas / areas.mean()
 
     def _places(self, n: fx.Node) -> Tensor:
         """Return the places of a pooling's maxima. Where the border continues, samples of a cell are equal but for

@@ -316,8 +316,10 @@ def _emulated_checks(case: _Case) -> list[Check]:
     maps[f"{name_of_levels} side by side"] = _side_by_side(fine, geometry)
     for name, levels in maps.items() if can_emulate(adapted, geometry) else ():
         lattice = mapped.lattice(levels)
-        emulator = Emulator(model, original, plan, geometry, lattice.levels)
-        ours = _values(model, adapted, plan, lambda *_, lattice=lattice: lattice, fewer, watched, every=True)
+        sizes: dict[str, tuple[int, int]] = {}
+        masking: Any = lambda *_, lattice=lattice: lattice  # noqa: E731
+        ours = _values(model, adapted, plan, masking, fewer, watched, every=True, sizes=sizes)
+        emulator = Emulator(model, original, plan, geometry, lattice.levels, sizes)
         try:
             expected = _collect(emulator, watched, original, plan, fewer, [], every=True)
         except CannotEmulate:
@@ -502,11 +504,12 @@ def _values(
     call: Arguments,
     watched: dict[str, Decision],
     every: bool = False,
+    sizes: dict[str, tuple[int, int]] | None = None,
 ) -> dict[str, Tensor]:
     """Run a graph and return the watched values on the network's own grid, and the outputs there or, with `every`, at
-    all positions."""
+    all positions; note the sizes of watched elements in fine pixels."""
     first = [] if masking is None else [masking]
-    return _collect(fx.Interpreter(model, graph=graph), watched, graph, plan, call, first, every)
+    return _collect(fx.Interpreter(model, graph=graph), watched, graph, plan, call, first, every, sizes)
 
 
 def _collect(
@@ -517,6 +520,7 @@ def _collect(
     call: Arguments,
     first: list[Masking],
     every: bool,
+    sizes: dict[str, tuple[int, int]] | None = None,
 ) -> dict[str, Tensor]:
     """Run an interpreter of a graph and return the watched values and the outputs, see `_values`."""
     values: dict[str, Tensor] = {}
@@ -528,6 +532,8 @@ def _collect(
         if origin in watched and isinstance(value, (Elements, Tensor)):
             dense = value
             if isinstance(dense, Elements):
+                if sizes is not None:
+                    sizes[origin] = dense.lattice.size
                 dense = to_dense(dense, watched[origin].grid, watched[origin].layout)
             values[origin] = dense.clone()  # later nodes may change it in place
         return value

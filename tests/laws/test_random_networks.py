@@ -31,6 +31,8 @@ from cadsurgery.support.errors import CannotConvert
 # 70: another way through the network, which is itself at another level. 4532: values that are equal but for rounding
 # are pooled with their places, also where the conversion is verified.
 QUICK, TOGETHER = (3, 70, 4532), 25
+# 69, 117: means over maps that end within a cell, and deviations, whose result depends on the number of samples.
+UNDER_FLOORS = (69, 117)
 ALL = int(os.environ.get("CADSURGERY_SEEDS", 2000))  # of the slow suite
 MOST_REFUSED = 4  # of those together: where what ends the region stands in front of all strides
 
@@ -87,6 +89,22 @@ def test_a_random_network_is_its_emulation(seeds: list[int], tmp_path: Path) -> 
     """Few of them are refused, though some hold operations that end the region."""
     failed = check_all(seeds, Path(os.environ.get("CADSURGERY_FAILURES") or tmp_path))
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize(
+    "seeds", [*([seed] for seed in UNDER_FLOORS), *map(slow, groups()[: -(-ALL // TOGETHER)])], ids=span
+)
+def test_a_random_network_under_floors_is_its_emulation(seeds: list[int]) -> None:
+    """Conversions compare everything high with the network, and each floor and floors side by side with an emulation."""
+    for seed in seeds:
+        case = random_case(seed)
+        example = (case.example, *case.more_of_example) if case.more_of_example else case.example
+        try:
+            net = cs.adaptify(case.model, "none", coarsest=32, example_input=example)
+        except CannotConvert as refusal:
+            assert "nothing that can be made adaptive" in refusal.what, f"seed {seed}: {refusal}"
+            continue
+        assert net.checks and all(check.passed for check in net.checks), seed
 
 
 def test_a_seed_that_fails_is_written_as_a_program_that_runs_it_again(
