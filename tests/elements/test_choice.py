@@ -142,3 +142,23 @@ def test_a_sample_is_of_the_kind_that_it_stands_for() -> None:
         outputs = sample.weights.weight.shape[0]
         assert choose.size_class(outputs) == choose.size_class(one.weights.weight.shape[0])
         assert Torch().convolve(sample).shape == (len(sample.rows), outputs)
+
+
+class OfFewChannels(Timed):
+    """A backend with a condition on the single work."""
+
+    def is_measured(self, work: Any) -> bool:
+        return False
+
+    def condition(self, work: Any) -> Any:
+        return lambda one: one.rows.shape[1] < 30
+
+
+@torch.no_grad()
+def test_a_backend_with_a_condition_serves_the_works_that_meet_it(
+    table: list[Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of them comes first, since both are of one case."""
+    monkeypatch.setattr(choose, "BACKENDS", [OfFewChannels("few", 0.0), Last()])
+    for channels in (20, 31, 20):
+        assert choose.choose(work(channels)).backend.name == ("few" if channels < 30 else "torch")

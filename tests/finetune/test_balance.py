@@ -9,7 +9,7 @@ from torch import nn
 
 import cadsurgery as cs
 from cadsurgery.finetune.balance import RARE, class_shares, class_weights, pixel_weights
-from cadsurgery.finetune.objectives import AnyBudget, miss
+from cadsurgery.finetune.objectives import AnyBudget, Divergence, miss
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.support.divergence import divergence
 
@@ -52,6 +52,17 @@ def test_the_divergence_is_weighted_only_if_asked_for() -> None:
     assert torch.equal(plain, apart.mean()) and torch.equal(plain, same)
     only, _ = miss(output, None, target, kind="classes", class_weights=(0.0, 0.0, 2.0))
     assert float(only) == pytest.approx(2 * float(apart[classes == 2].sum()) / classes.numel())
+
+
+@pytest.mark.parametrize("supervision", [0.0, 2.0])
+def test_both_parts_of_an_objective_count_as_asked_for(supervision: float) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, 2, 1)).eval()
+    net = cs.adaptify(model, "random", verify_laws=False)
+    objective = Divergence(net, weight=3.0, supervision=supervision)
+    labels = torch.randint(4, (2, 40, 56)) if supervision else None
+    found = objective((images(2, 40, 56),), labels, Draw(0, 0, (0, 1)))
+    expected = 3 * found["divergence"] + supervision * found.get("entropy", 0)
+    torch.testing.assert_close(found["loss"], expected)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:

@@ -124,6 +124,13 @@ def test_a_file_may_differ_by_what_its_network_rounds(
     assert not (tmp_path / "other.onnx").exists()
 
 
+def test_of_several_differences_the_largest_decides() -> None:
+    assert compare.check_difference([0.0, 1e-6, 1e-7]) == pytest.approx(1e-6)
+    for largest in (1.0, float("nan")):
+        with pytest.raises(cs.CannotConvert, match="the written file differs"):
+            compare.check_difference([0.0, largest, 1e-7])
+
+
 @pytest.mark.parametrize("dynamic", [slow(False), True])
 def test_what_torch_raises_names_the_operation_and_another_file(
     dynamic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

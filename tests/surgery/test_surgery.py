@@ -16,6 +16,7 @@ from networks import build
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.surgery.trace import trace
 
 
 class Awkward(nn.Module):
@@ -118,6 +119,33 @@ def test_the_end_of_a_region_names_module_operation_and_source_line() -> None:
     assert re.fullmatch(r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)", end.place)
     with pytest.raises(cs.CannotConvert, match=r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)"):
         cs.adaptify(build("fcn_resnet50", by=4), strict=True)
+
+
+class Outer(nn.Module):
+    """Its part calls a function: three of its own lines lead to a ReLU, and some of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), Inner())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Inner(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return rectified(x)
+
+
+def rectified(x: Tensor) -> Tensor:
+    return torch.relu(x)
+
+
+def test_a_node_has_the_lines_of_the_network_that_lead_to_it_in_the_order_of_their_calls() -> None:
+    (relu,) = [node for node in trace(Outer()).nodes if node.target is torch.relu]
+    lines = [line.strip() for line in relu.stack_trace.splitlines()]
+    assert lines[1::2] == ["return self.layers(x)", "return rectified(x)", "return torch.relu(x)"]
+    assert all(f'"{__file__}"' in line for line in lines[::2])
 
 
 class Pyramid(nn.Module):
