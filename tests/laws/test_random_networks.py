@@ -95,7 +95,7 @@ def test_a_random_network_is_its_emulation(seeds: list[int], tmp_path: Path) -> 
     "seeds", [*([seed] for seed in UNDER_FLOORS), *map(slow, groups()[: -(-ALL // TOGETHER)])], ids=span
 )
 def test_a_random_network_under_floors_is_its_emulation(seeds: list[int]) -> None:
-    """Conversions compare everything high with the network, and each floor and floors side by side with an emulation."""
+    """Conversions compare everything high with the network, and each floor and all side by side with an emulation."""
     for seed in seeds:
         case = random_case(seed)
         example = (case.example, *case.more_of_example) if case.more_of_example else case.example
