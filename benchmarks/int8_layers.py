@@ -20,7 +20,7 @@ import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements.backends.integer_layers import IntegerConv
-from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv
+from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.elements import Elements
 from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.model import AdaptiveModel
@@ -62,8 +62,6 @@ def kind_of(net: AdaptiveModel, node: fx.Node) -> tuple[str, IntegerConv | Packe
         if tuple(window) != (1, 1):
             return "several taps", kernel
         return ("1x1 to float32" if kernel.weights.out is None else "1x1 to bytes"), kernel
-    if isinstance(kernel, FusedBottleneck):
-        return "dense, several at once", None
     if isinstance(kernel, PackedConv) and net.quantisation is None:
         kind = "depthwise, grouped" if kernel.groups > 1 else "x".join(map(str, kernel.weight.shape[2:]))
         return ("rows, " if kernel.window is None else "dense, ") + kind, kernel

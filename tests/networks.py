@@ -255,6 +255,26 @@ class Classifier(Chain):
 # -- segmentation networks -----------------------------------------------------------------------------
 
 
+class DilatedWithHead(nn.Module):
+    """Output stride 4 with two strides removed, and a head of a plain 3x3, a rate that fits no cell, a pooling, a mean
+    over the image, and a last 3x3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+        self.first, self.two = nn.Conv2d(8, 12, 3, 1, 1), nn.Conv2d(12, 12, 3, 1, 2, 2)
+        self.again, self.four = nn.Conv2d(12, 12, 3, 1, 2, 2), nn.Conv2d(12, 12, 3, 1, 4, 4)
+        self.plain, self.rate = nn.Conv2d(12, 6, 3, 1, 1), nn.Conv2d(12, 6, 3, 1, 3, 3, groups=2)
+        self.pool, self.last = nn.MaxPool2d(3, 1, 1), nn.Conv2d(24, 5, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(self.first(self.stem(x)).relu()).relu()
+        y = self.four(self.again(y).relu()).relu()
+        joined = torch.cat([self.plain(y).relu(), self.rate(y).relu(), self.pool(y)], 1)
+        joined = joined * torch.sigmoid(F.adaptive_avg_pool2d(y, 1).mean(1, keepdim=True))
+        return F.interpolate(self.last(joined), size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
 class Segmenter(nn.Module):
     """Output stride 16 by four stages; with dropout, so that random numbers matter in training."""
 

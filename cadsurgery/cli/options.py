@@ -54,8 +54,8 @@ def read_threshold(text: str | float) -> float | tuple[float, ...]:
 
 
 def read_names(region: str) -> str | list[str]:
-    """Parse a region: auto, backbone, or names separated by commas."""
-    return region if region in ("auto", "backbone") else [name.strip() for name in region.split(",")]
+    """Parse a region: auto, heads, backbone, or names separated by commas."""
+    return region if region in ("auto", "heads", "backbone") else [name.strip() for name in region.split(",")]
 
 
 def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None:

@@ -160,7 +160,6 @@ TABLE = (
     Source("product", ("bfloat16",), ("avx512bf16", "bf16")),
     *_by_width("grouped", *ELEMENTS),
     Source("grouped", ("bfloat16",), ("avx512bf16",)),
-    Source("expand", ("bfloat16",), ("avx512bf16",)),
     Source("product_tiles", ("bfloat16",), ("amx",)),
     Source("int8_tiles", (), ("amx",), _EXACT),
     Source("int8", (), _BYTES, _EXACT),

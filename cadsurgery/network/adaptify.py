@@ -161,8 +161,9 @@ def adaptify(
             (native / 4, native) for a strided network, (current, undilated) for a dilated one.
         coarsest: keep every map on the network's own grid where the mask says so, and compute none finer than so many
             input pixels elsewhere: for pictures that are mostly empty. Instead of `output_stride`.
-        region: part of the network that runs on elements. `"auto"` extends it as far as there are rules, `"backbone"`
-            ends it with the backbone (as published); or a list of node or module names.
+        region: part of the network that runs on elements. `"auto"` extends it as far as there are rules and the taps
+            of windows fall on cells, `"heads"` also through windows of a dilated network whose taps are closer
+            together, `"backbone"` ends it with the backbone (as published); or a list of node or module names.
         anchor: `"corner"`, or `"center"` to reproduce the published code and its checkpoints.
         fill: interpolation inside a cell: `"linear"`, `"nearest"` (as published), or `"guided"`: linear, but where a
             map leaves the region a pixel takes more from neighbours whose input features are similar to its own.

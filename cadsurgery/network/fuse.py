@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv, PackedLinear, ScaleShift
+from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, ScaleShift
 from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
@@ -492,37 +492,6 @@ def fuse(
     fuser = Fuser(copy_graph(graph)[0], model, epilogues, kernels)
     fuser.run()
     return fuser.graph, fuser.kernels
-
-
-def join_pairs(graph: fx.Graph, kernels: nn.Module) -> None:
-    """Replace inverted bottlenecks on dense maps by one node, in place: a 1x1 convolution, a depthwise convolution and,
-    if there is one, another 1x1 convolution, each the only reader of the one before."""
-    for node in list(graph.nodes):
-        before: Any = node.args[0] if node.args else None
-        earlier, kernel = _packed(before, kernels), _packed(node, kernels)
-        if earlier is None or not isinstance(kernel, PackedConv) or len(before.users) != 1:
-            continue
-        joined: FusedBottleneck | None = None
-        if isinstance(earlier, FusedBottleneck):
-            if earlier.joins_last(kernel):
-                joined = FusedBottleneck(earlier.first, earlier.then, kernel)
-        elif len(before.args) == len(node.args) == 1 and FusedBottleneck.joins(earlier, kernel):
-            joined = FusedBottleneck(earlier, kernel)
-        if joined is not None:
-            kernels.add_module(str(node.target).partition(".")[2], joined)
-            delattr(kernels, before.target.partition(".")[2])
-            node.args = (before.args[0], *node.args[1:])
-            graph.erase_node(before)
-
-
-def _packed(node: Any, kernels: nn.Module) -> PackedConv | FusedBottleneck | None:
-    """Return the fused convolution or bottleneck that a node calls, or None."""
-    if not isinstance(node, fx.Node) or node.op != "call_module":
-        return None
-    first, _, name = str(node.target).partition(".")
-    kernel = getattr(kernels, name, None) if first == KERNELS else None
-    is_conv = isinstance(kernel, PackedConv | FusedBottleneck) and not isinstance(kernel, PackedLinear)
-    return kernel if is_conv else None
 
 
 def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, str]]:

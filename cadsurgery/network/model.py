@@ -402,7 +402,7 @@ class AdaptiveModel(ProgramNetwork):
             return self._optimize(fuse, Precision(precision, calibration, largest_error, shown))
 
     def _optimize(self, fuse: bool, wanted: Precision) -> AdaptiveModel:
-        fast = OptimizedModel(self, fuse, pairs=wanted.name == FLOAT)
+        fast = OptimizedModel(self, fuse, with_own=wanted.name == FLOAT)
         fast.quantisation = put_in_precision(fast, wanted)
         return fast
 
@@ -485,11 +485,11 @@ def _inference_copy(net: AdaptiveModel) -> AdaptiveModel:
 class OptimizedModel(AdaptiveModel):
     """An adaptive network for inference only; see `AdaptiveModel.optimize`. Any number of threads may call it."""
 
-    def __init__(self, net: AdaptiveModel, epilogues: bool, pairs: bool = True) -> None:
+    def __init__(self, net: AdaptiveModel, epilogues: bool, with_own: bool = True) -> None:
         """Fuse the graph of `net` and copy the modules that it still needs; see `fuse_network` for the options."""
         net.program.check_modules()
         source = _inference_copy(net)
-        super().__init__(*fuse_network(source, epilogues, pairs), source.mask)
+        super().__init__(*fuse_network(source, epilogues, with_own), source.mask)
         take_over(self, source)
         # Calls that take another path are converted from the unfolded weights.
         self._unfused: tuple[AdaptiveModel, ...] = ()

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from cadsurgery.elements.backends.integer import form_here
-from cadsurgery.network.fuse import KERNELS, fuse, join_pairs, split_norms
+from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.program import Program, ProgramNetwork
 from cadsurgery.network.quantise import Quantisation, quantise
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
@@ -20,14 +20,13 @@ from cadsurgery.surgery.hooks import Watched, child, freeze_computed_weights
 PRECISIONS = (FLOAT := "float", "int8")
 
 
-def fuse_network(source: ProgramNetwork, epilogues: bool, pairs: bool) -> tuple[fx.GraphModule, Program]:
+def fuse_network(source: ProgramNetwork, epilogues: bool, with_own: bool) -> tuple[fx.GraphModule, Program]:
     """Fuse a network's graph; return the modules that the fused graph needs, and its program.
 
     Args:
         source: a copy of the network in evaluation mode, which is changed and cannot be used afterwards.
         epilogues: see `fuse`.
-        pairs: True also fuses inverted bottlenecks, see `join_pairs`, and the network's own graph, which floors run
-            where everything is high.
+        with_own: True also fuses the network's own graph, which floors run where everything is high.
     """
     graph = source.program.graph
     used = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
@@ -40,13 +39,11 @@ def fuse_network(source: ProgramNetwork, epilogues: bool, pairs: bool) -> tuple[
         vars(root)[kind].update(vars(source)[kind])
     for name in source._constants.keys() - source._parameters.keys():
         root.register_buffer(name, getattr(source.program.names(), name))
-    own = source.program.unchanged if pairs and source.program.plan.floors else None
+    own = source.program.unchanged if with_own and source.program.plan.floors else None
     graph, kernels = fuse(split_norms(graph, root)[0], root, epilogues)
     if own is not None:
         own, _ = fuse(split_norms(own, root)[0], root, epilogues, kernels)
     graphs = [part for part in (graph, own) if part is not None]
-    for part in graphs if pairs else ():
-        join_pairs(part, kernels)
     root.add_module(KERNELS, kernels)
     fused = fx.GraphModule(root, _reading(graphs))  # it keeps only the modules that the graphs use
     fused.graph = graph

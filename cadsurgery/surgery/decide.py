@@ -11,7 +11,7 @@ from cadsurgery.elements.axes import NCHW
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import describe_call
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow, Role, flow_forward
+from cadsurgery.surgery.flow import Flow, Role, flow_forward, why_inside_cells
 from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan
 from cadsurgery.surgery.readings import Reading, consider, read_dilations
@@ -36,7 +36,7 @@ def make_plan(
         facts: facts about the traced network.
         output_stride: (high, low); by default (native / 4, native) for a strided network and
             (current, undilated) for a dilated one.
-        region: `"auto"`, `"backbone"`, or names of nodes or modules.
+        region: `"auto"`, `"heads"`, `"backbone"`, or names of nodes or modules.
         part: name of the traced network in its host network, if it is a part of one. Its outputs then keep their native
             size, which the rest of the host relies on.
         outputs: size of maps that leave the region and are returned unchanged, `fine` or `native`.
@@ -64,8 +64,9 @@ def make_plan(
         raise nothing_to_convert(readings[0].settled.flow)
     reading, (high, low) = _choose(readings, output_stride)
     flow, chosen = reading.settled.flow, reading.regions[high]
-    if low < chosen.strides[-1]:  # with smaller cells more operations may stay in the region
-        capped = reading.settled.up_to(low)
+    through_heads = region == "heads"
+    if through_heads or low < chosen.strides[-1]:  # with smaller cells more operations may stay in the region
+        capped = reading.settled.up_to(low, through_heads)
         if (larger := region_of(capped, high)).strides == chosen.strides:
             flow, chosen = capped, larger
     decisions = _decide(flow, chosen, fine_outputs=returned == "fine")
@@ -74,6 +75,8 @@ def make_plan(
     if not fine and not any(_works(node, flow) for node in working):
         raise nothing_to_convert(flow)
     identity = _identity_level(flow, chosen, chosen.strides.index(low))
+    if identity != 0 and any(decision.inside_cells for decision in decisions):
+        raise _heads_need_own_grid(flow, chosen, low)
     joins = any(_joins(node, flow) for node in working)
     leaving = [flow.grid[n] for n in chosen.needed if chosen.stage(n) and _dense_readers(n, flow, chosen)]
     finest = high if fine or joins else min(leaving, default=low)
@@ -139,6 +142,17 @@ def _plan_of_floors(
         **_of_every_plan(flow, _decide(flow, chosen, fine_outputs=False), region, part),
     )
     return plan, flow
+
+
+def _heads_need_own_grid(flow: Flow, region: Region, low: int) -> InvalidInput:
+    """Return the error for heads read inside cells of a map that is finer than the network's own."""
+    own = max(flow.grid[node] for node in region.needed if region.stage(node))
+    return InvalidInput(
+        f'region="heads" is not possible with the high output stride {region.strides[0]}.',
+        why=f"maps of the region have output stride {own} in the network; where taps fall inside cells, its own grid "
+        "must be the finest.",
+        next=f'give output_stride=({own}, {low}), or region="auto".',
+    )
 
 
 def _up_to(coarsest: int, asked: Refusal, flow: Flow) -> Refusal:
@@ -234,7 +248,11 @@ def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
     def judge(node: fx.Node) -> tuple[Action, str]:
         if node in on_elements:
             before, behind = _stages(node, flow, region)
-            return "adapt" if treatments[node].window and behind > before else "keep", treatments[node].why
+            action: Action = "adapt" if treatments[node].window and behind > before else "keep"
+            is_inside = node in flow.inside_cells
+            return action, why_inside_cells(node, flow.maps(node), flow) if is_inside else treatments[
+                node
+            ].why
         if node in resized:
             return "exit", f"reads {read[node][0].name} at any point, on the grid the network resizes"
         if node in ends:
@@ -243,6 +261,8 @@ def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
             reason = barrier.why if barrier is not None else _why_it_ends(node, flow, region)
             leaving = ", ".join(source.name for source in read[node])
             reason = f"{reason}; {leaving} leaves at {sizes[read[node][0]]} size"
+            if barrier is not None and barrier.cause is Cause.CELLS and treatments[node].kind == "window":
+                reason += '; region="heads" goes on through it'
             return "exit" if natural else "barrier", reason
         if node in region.needed and any(user in staged for user in node.users):
             return "enter", "one element per sample of this map"
@@ -279,6 +299,7 @@ def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
                 cost=sum(facts.macs[later] for later in and_after(node, without=on_elements))
                 if node in ends
                 else 0,
+                inside_cells=node in on_elements and node in flow.inside_cells,
             )
         )
     return decisions

@@ -1,4 +1,4 @@
-"""Emulate floors densely: the network's own graph, in which each map is interpolated inside its coarse cells.
+"""Emulate cells densely: the network's own graph, in which each map is interpolated inside its coarse cells.
 
 It shares nothing with the elements but the level map: after every operation of the region, values inside a cell are
 replaced by the linear interpolation, or the copy, of the values at the anchors. What the region computes at the anchors
@@ -26,14 +26,14 @@ class CannotEmulate(Exception):
 
 
 class Emulator(fx.Interpreter):
-    """Runs a network's own graph with all maps of the region on floors.
+    """Runs a network's own graph with all maps of the region in cells that are no finer than its own grid.
 
     Args:
         model: the network.
         graph: its own graph.
-        plan: plan of a conversion with floors.
+        plan: plan of a conversion whose finest cells are those of the network's own grid.
         geometry: geometry of the conversion.
-        levels: (B, H, W) legal level map, one level per pixel of the image.
+        levels: (B, H, W) legal level map, one level per pixel of the fine map.
     """
 
     def __init__(
@@ -72,9 +72,10 @@ class Emulator(fx.Interpreter):
             if decision.layout != NCHW:
                 raise CannotEmulate(source.name)
             if self.is_uniform:
-                step = max(1, self.geometry.sides[int(self.levels[0, 0, 0])] // decision.grid)
+                level = self.geometry.level_at(int(self.levels[0, 0, 0]), decision.stages[1])
+                step = max(1, self.geometry.sides[level] // decision.grid)
                 return value[:, :, ::step, ::step]
-            places, _ = self._cells(value.shape[2:], decision.grid)
+            places, _ = self._cells(value.shape[2:], decision)
             return _at(value, *places)
 
         args, kwargs = (fx.map_arg(part, by_cell) for part in (n.args, n.kwargs))
@@ -99,14 +100,15 @@ class Emulator(fx.Interpreter):
         self.env[source] = value
         return places
 
-    def _cells(self, size: Sequence[int], grid: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def _cells(self, size: Sequence[int], decision: Decision) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return the anchor (y, x) of the cell that holds each sample (B, h, w) of a map, and the cell's side, in
         samples."""
         levels = self.levels.long()
         for axis, count in enumerate(size, 1):  # a map that is larger than the image continues its border
-            places = (torch.arange(count) * grid).clamp(max=levels.shape[axis] - 1)
+            places = (torch.arange(count) * decision.grid).clamp(max=levels.shape[axis] - 1)
             levels = levels.index_select(axis, places)
-        side = (torch.tensor(self.geometry.sides)[levels] // grid).clamp(min=1)
+        levels = self.geometry.levels_at(levels, decision.stages[1])
+        side = (torch.tensor(self.geometry.sides)[levels] // decision.grid).clamp(min=1)
         y, x = torch.arange(size[0]).view(1, -1, 1), torch.arange(size[1]).view(1, 1, -1)
         return (y - y % side, x - x % side), side
 
@@ -114,7 +116,7 @@ class Emulator(fx.Interpreter):
         """Interpolate a map (B, C, h, w) inside its cells."""
         if decision.layout != NCHW or not value.is_floating_point():
             return value
-        (top, left), side = self._cells(value.shape[2:], decision.grid)
+        (top, left), side = self._cells(value.shape[2:], decision)
         held = _at(value, top, left)  # the value of the cell that holds each sample
         if self.geometry.fill == "nearest":
             return _in_memory_of(value, held)
@@ -142,9 +144,12 @@ def _at(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return value.permute(0, 2, 3, 1)[image, y, x].permute(0, 3, 1, 2)
 
 
-def can_emulate(adapted: fx.Graph) -> bool:
-    """True if no operation of a rewritten graph mixes the positions of a map other than by windows, resizing, and
-    reductions to a vector: their statistics weigh elements by area, dense maps do not."""
+def can_emulate(adapted: fx.Graph, geometry: Geometry) -> bool:
+    """True if values between anchors depend on those at the anchors alone, and no operation of a rewritten graph mixes
+    the positions of a map other than by windows, resizing, and reductions to a vector: their statistics weigh elements
+    by area, dense maps do not."""
+    if geometry.fill == "guided" or geometry.anchor == "center":
+        return False
     operations = (operation_of(node.target) for node in adapted.nodes if node.target is not resize)
     return not any(
         known is not None and known.reads == "image" and known.gives == "elements" for known in operations

@@ -46,6 +46,8 @@ class Flow:
         grown: nodes where a removed stride was found, with the spacing after them.
         most: the requested low output stride, once it is known.
         coarsest: the largest spacing that a dilation may stand for; None for no limit.
+        through_heads: true if windows whose taps fall inside cells do not end the region.
+        inside_cells: such windows.
     """
 
     facts: Facts
@@ -58,6 +60,8 @@ class Flow:
     foreign: set[fx.Node] = field(default_factory=set)
     most: int | None = None
     coarsest: int | None = None
+    through_heads: bool = False
+    inside_cells: set[fx.Node] = field(default_factory=set)
 
     def cell(self, node: fx.Node) -> int:
         """Return the side in pixels of a map's largest cell: its spacing, at most the requested low output stride."""
@@ -105,6 +109,7 @@ def flow_forward(
     by_design: frozenset[fx.Node] = frozenset(),
     most: int | None = None,
     coarsest: int | None = None,
+    through_heads: bool = False,
 ) -> Flow:
     """Compute roles, grids and spacings from the input on.
 
@@ -115,9 +120,10 @@ def flow_forward(
         most: the requested low output stride; by default the network's lowest.
         coarsest: the largest spacing in pixels that a dilation may stand for: with 0 all dilations count as the
             network's design, with None none of them.
+        through_heads: see `Flow`.
     """
     facts = replace(facts, layouts={}, images={}, pads={})
-    flow = Flow(facts, most=most, coarsest=coarsest)
+    flow = Flow(facts, most=most, coarsest=coarsest, through_heads=through_heads)
     for node in facts.graph.nodes:
         if node.op == "placeholder" or node in facts.given:
             is_image = facts.is_image(node)
@@ -237,8 +243,13 @@ def _barrier(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> Ba
         return Barrier(treatment.why, treatment.cause)
     if misfit := _misfit(node, maps, flow, facts):
         return Barrier(misfit)
-    finer = _reads_inside_cells(node, maps, flow)
-    return Barrier(finer, Cause.CELLS) if finer else None
+    if treatment.kind == "resize" and flow.spacing[maps[0]] != flow.grid[maps[0]]:
+        return Barrier("changes the resolution of a dilated map", Cause.CELLS)
+    inside = why_inside_cells(node, maps, flow)
+    if inside and flow.through_heads:
+        flow.inside_cells.add(node)
+        return None
+    return Barrier(inside, Cause.CELLS) if inside else None
 
 
 def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str:
@@ -280,13 +291,11 @@ def _are_alike(first: str, second: str, treatment: Treatment) -> bool:
     return first.replace("c", "") == second.replace("c", "")
 
 
-def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
-    """Return why a node needs its map at a finer grid than its cells, or ""."""
-    treatment, grid = flow.treatments[node], flow.grid[maps[0]]
-    if treatment.kind == "resize" and flow.spacing[maps[0]] != grid:
-        return "changes the resolution of a dilated map"
+def why_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
+    """Return why a window reads points inside the cells of its map, or ""."""
+    treatment = flow.treatments[node]
     if treatment.kind == "window" and treatment.window is not None and not treatment.window.is_pointwise:
-        cell, reaches = flow.cell(maps[0]), [step * grid for step in treatment.window.dilation]
+        cell, reaches = flow.cell(maps[0]), [step * flow.grid[maps[0]] for step in treatment.window.dilation]
         if any(reach % cell for reach in reaches):
             apart = next(reach for reach in reaches if reach % cell)
             return f"its taps are {apart} pixels apart, which is no multiple of the cells' {cell} pixels"

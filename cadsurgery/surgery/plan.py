@@ -50,6 +50,7 @@ class Decision:
         again: for a node that runs dense between two parts of the region, the operation that reads its samples as
             elements again; at every level they keep their own output stride. Else "".
         source: where the region ends, the line of the network's own code, e.g. `resnet.py:148`.
+        inside_cells: true if its taps are closer together than the cells that it reads.
     """
 
     node: str
@@ -68,6 +69,7 @@ class Decision:
     after: bool = False
     again: str = ""
     source: str = field(default="", compare=False)
+    inside_cells: bool = False
 
     @property
     def place(self) -> str:
@@ -300,6 +302,11 @@ class Plan:
     def region_end(self) -> list[Decision]:
         """The decisions at which the region ends."""
         return self.chosen("exit", "barrier")
+
+    @property
+    def reads_inside_cells(self) -> bool:
+        """True if the region goes on through windows whose taps are closer together than the cells."""
+        return any(decision.inside_cells for decision in self.decisions)
 
     @property
     def between(self) -> list[Decision]:

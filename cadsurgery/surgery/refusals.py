@@ -28,7 +28,7 @@ def asked_region(facts: Facts, region: RegionOption) -> Refusal:
         UnknownName: no such region, node or module.
         InvalidInput: `region` has the wrong type.
     """
-    if region == "auto":
+    if region in ("auto", "heads"):
         return lambda node, maps: None
     modules = dict(facts.model.named_modules())
     if region == "backbone":
@@ -42,11 +42,13 @@ def asked_region(facts: Facts, region: RegionOption) -> Refusal:
             )
         region = backbones[:1]
     elif isinstance(region, str):
-        raise UnknownName("region", region, ["auto", "backbone"], next="or a list of node or module names.")
+        raise UnknownName(
+            "region", region, ["auto", "heads", "backbone"], next="or a list of node or module names."
+        )
     if not isinstance(region, (list, tuple)) or not all(isinstance(name, str) for name in region):
         raise InvalidInput(
             f"region={region!r} is not a region.",
-            next='give "auto", "backbone" or a list of node or module names.',
+            next='give "auto", "heads", "backbone" or a list of node or module names.',
         )
     names = tuple(region)
     known = {node.name for node in facts.graph.nodes} | set(modules)

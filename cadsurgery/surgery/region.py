@@ -166,7 +166,7 @@ def _need(node: fx.Node, user: fx.Node, flow: Flow, region: Region) -> int:
     if window is None or treatment.kind == "pad":
         return region.needed[user]
     need = _floor(region, region.needed[user] // window.stride)
-    if not window.is_pointwise:
+    if not window.is_pointwise and user not in flow.inside_cells:
         need = _floor(region, need, *(step * flow.grid[node] for step in window.steps))
     return need
 

@@ -36,9 +36,11 @@ class Settled(NamedTuple):
     by_design: frozenset[fx.Node]
     coarsest: int | None
 
-    def up_to(self, low: int) -> Flow:
-        """Return the flow for cells of at most `low` pixels, where more operations may stay in the region."""
-        return flow_forward(self.flow.facts, self.refused, self.by_design, low, self.coarsest)
+    def up_to(self, low: int, through_heads: bool = False) -> Flow:
+        """Return the flow for cells of at most `low` pixels, where more operations may stay in the region, also windows
+        whose taps fall inside the cells if it goes `through_heads`."""
+        facts = self.flow.facts
+        return flow_forward(facts, self.refused, self.by_design, low, self.coarsest, through_heads)
 
 
 def settle_flow(

@@ -214,7 +214,8 @@ def _all_checks(case: _Case) -> list[Check]:
     case = case._replace(geometry=replace(case.geometry, patch="quadtree"))
     model, plan = case.model, case.plan
     with torch.no_grad(), evaluating(model), _no_dead_branches(model), AnyLayout(), _in_one_order(plan):
-        return _floor_checks(case) if plan.floors else _uniform_checks(case)
+        is_emulated = plan.floors or (plan.reads_inside_cells and can_emulate(case.adapted, case.geometry))
+        return _emulated_checks(case) if is_emulated else _uniform_checks(case)
 
 
 class FirstOfEqual(TorchDispatchMode):
@@ -287,9 +288,9 @@ def _uniform_checks(case: _Case) -> list[Check]:
     return checks
 
 
-def _floor_checks(case: _Case) -> list[Check]:
-    """Compare everything high with the network as it was, and every floor, alone and side by side, with its emulation
-    in dense operations (of networks that have one, see `can_emulate`), on fewer pixels."""
+def _emulated_checks(case: _Case) -> list[Check]:
+    """Compare everything high with the network as it was, and every other level, alone and side by side, with its
+    emulation in dense operations (of networks that have one, see `can_emulate`), on fewer pixels."""
     model, original, adapted, plan, geometry, call, fewer = case
     image = image_of(call)
     tolerance, size = TOLERANCE.get(image.dtype, 1e-4), (image.shape[2], image.shape[3])
@@ -302,14 +303,18 @@ def _floor_checks(case: _Case) -> list[Check]:
         )
     ]
     checks += _at_another_size(model, adapted, plan, mapped, (fewer, call), tolerance)
-    image = image_of(fewer)
+    image, high = image_of(fewer), plan.strides[0]
     size = (image.shape[2], image.shape[3])
+    fine = (image.shape[0], *(-(-length // high) for length in size))
+    name_of_level, name_of_levels = (
+        ("floor", "floors") if plan.floors else ("output stride", "output strides")
+    )
     maps = {
-        f"everything at floor {plan.strides[level]}": torch.full((image.shape[0], *size), level)
+        f"everything at {name_of_level} {plan.strides[level]}": torch.full(fine, level)
         for level in range(1, plan.max_level + 1)
     }
-    maps["floors side by side"] = _side_by_side(image, geometry)
-    for name, levels in maps.items() if can_emulate(adapted) else ():
+    maps[f"{name_of_levels} side by side"] = _side_by_side(fine, geometry)
+    for name, levels in maps.items() if can_emulate(adapted, geometry) else ():
         lattice = mapped.lattice(levels)
         emulator = Emulator(model, original, plan, geometry, lattice.levels)
         ours = _values(model, adapted, plan, lambda *_, lattice=lattice: lattice, fewer, watched, every=True)
@@ -321,10 +326,10 @@ def _floor_checks(case: _Case) -> list[Check]:
     return checks
 
 
-def _side_by_side(image: Tensor, geometry: Geometry) -> Tensor:
-    """Return a level map (B, H, W) in which cells of all levels are neighbours."""
+def _side_by_side(size: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """Return a level map of a size (B, H, W) in which cells of all levels are neighbours."""
     side = geometry.sides[geometry.max_level]
-    b, y, x = (torch.arange(image.shape[axis]) for axis in (0, 2, 3))
+    b, y, x = map(torch.arange, size)
     number = b.view(-1, 1, 1) + 2 * (y // side).view(1, -1, 1) + (x // side).view(1, 1, -1)
     return number % 3 * geometry.max_level // 2
 

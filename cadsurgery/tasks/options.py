@@ -56,7 +56,10 @@ class Conversion:
         read="whole",
     )
     region: str | list[str] = option(
-        "auto", "auto, backbone, or names of modules, separated by commas", read="names"
+        "auto",
+        "auto, heads (also through heads whose taps fall inside cells), backbone, or names of modules, separated by "
+        "commas",
+        read="names",
     )
     fill: str = option("linear", "how points inside a cell are read: linear, nearest or guided")
     patch: str = option("quadtree", "shape of areas kept high: quadtree or block")

@@ -35,6 +35,7 @@ BUDGET = 0.13  # share of the patches, at output strides 8 and 16: .355 of the r
 SHARES = ("active_fraction", "macs_of_high", "region_of_high")
 PUBLISHED: dict[str, Any] = {"fill": "nearest", "patch": "block"}
 GUIDED: dict[str, Any] = {"fill": "guided"}
+HEADS = {**GUIDED, "region": "heads"}
 # Masks see -1..1 unchanged, as when the figures were measured: an edge of .35 is one of about .78 in the masks' unit.
 RAW: dict[str, Any] = {"normalisation": "raw"}
 UNIT: dict[str, Any] = {"normalisation": (0.5, 0.5)}
@@ -74,6 +75,8 @@ GROUPS = {
         {**budgets("detail", 0.05, 0.1, BUDGET), **budgets("edges", BUDGET), **budgets("trimap", BUDGET)},
     ),
     "guided 8-32": Group((8, 32), GUIDED, {"confidence": "confidence | budget:fraction=0.08/0.45"}),
+    "heads 8-16": Group((8, 16), HEADS, budgets("detail", 0.05, 0.1, BUDGET)),
+    "heads 8-32": Group((8, 32), HEADS, budgets("detail", 0.1)),
     "dense, fine-tuned": Group((8, 16), GUIDED, {}, "dense"),
     "detail, fine-tuned": Group((8, 16), GUIDED, budgets("detail", BUDGET), "detail"),
     "any-budget, with labels": Group((8, 16), GUIDED, budgets("detail", BUDGET, 0.25, 0.5), "any-budget"),
@@ -266,7 +269,7 @@ def main() -> None:
                     GROUPS[name],
                     file,
                     found,
-                    lambda text, n=name: status.update(f"{n}: {text}"),
+                    lambda text, *_, n=name: status.update(f"{n}: {text}"),
                 )
                 rows[f"{name} {network}"] = [{"network": network, **row} for row in told]
                 write(options.output, rows, times, found)

@@ -7,7 +7,6 @@ import json
 import pickle
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from cadsurgery.elements.backends.choose import (
 )
 from cadsurgery.elements.backends.costs import Costs
 from cadsurgery.elements.backends.onednn import convolve
-from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv, PackedLinear
+from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation, Factors, FusedConv
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Reading, Window
@@ -99,8 +98,7 @@ def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> 
     assert len(convolutional) <= after_linear
     fused = [n for n in fast.graph.nodes if n.target is functional.fused_conv2d]
     dense = [m for m in modules_of(fast) if isinstance(m, PackedConv) and not isinstance(m, PackedLinear)]
-    joined = [2 + (m.last is not None) for m in modules_of(fast) if isinstance(m, FusedBottleneck)]
-    assert len(fused) + len(dense) + sum(joined) == NETWORKS[name]
+    assert len(fused) + len(dense) == NETWORKS[name]
     assert not any(n.target in (functional.conv2d, functional.batch_norm) for n in fast.graph.nodes)
 
 
@@ -620,88 +618,6 @@ def test_compiled_convolutions_scale_by_level(dtype: torch.dtype, group: int, ch
             expected = factors.apply(expected, lattice)
         tolerance = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 5e-2}[dtype]
         assert_same(found.double(), expected.clamp(0, 6), tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize(
-    ("channels", "outputs", "size", "window"),
-    [
-        (5, 7, (9, 11), ((3, 3), 1, (1, 1))),
-        (16, 96, (33, 70), ((3, 3), 2, (1, 1))),
-        (17, 72, (40, 5), ((5, 4), 2, (2, 0))),
-        (4, 130, (67, 3), ((3, 3), 1, (0, 0))),
-        slow(3, 800, (6, 1100), ((2, 2), 2, (0, 0))),
-    ],
-)
-@torch.no_grad()
-def test_pairs_of_convolutions_are_one_after_the_other(
-    dtype: torch.dtype,
-    compiled: bool,
-    channels: int,
-    outputs: int,
-    size: tuple[int, int],
-    window: tuple[tuple[int, int], int, tuple[int, int]],
-) -> None:
-    """Two images; odd channels, more of them than are computed at once, windows that reach beyond the map or do not."""
-    kernel, stride, padding = window
-    first = nn.Conv2d(channels, outputs, 1).to(dtype)
-    then = nn.Conv2d(outputs, outputs, kernel, stride, padding, groups=outputs).to(dtype)
-    last = nn.Conv2d(outputs, 70, 1).to(dtype)
-    parts = [
-        PackedConv(one.weight, one.bias, one.groups, act, (one.stride, one.padding, (1, 1)))
-        for one, act in ((first, CLAMP), (then, CLAMP), (last, None))
-    ]
-    pair = FusedBottleneck(*parts[:2])
-    assert FusedBottleneck.joins(*parts[:2]) and pair.joins_last(parts[2])
-    image = torch.randn(2, channels, *size).to(dtype)
-    middle = first.double()(image.double()).clamp(0, 6).to(dtype).double()
-    expected = then.double()(middle).clamp(0, 6)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    with nullcontext() if compiled else without_kernels():
-        found = pair(image)
-        assert found.dtype == dtype and found.shape == expected.shape
-        assert_same(found.double(), expected, tolerance)
-        expected = last.double()(expected.to(dtype).double())
-        more = torch.randn(expected.shape).to(dtype)
-        assert_same(FusedBottleneck(*parts)(image).double(), expected, tolerance)
-        assert_same(FusedBottleneck(*parts)(image, more).double(), expected + more.double(), tolerance)
-        by_channel = more[:1, :, :1, :1]
-        assert_same(
-            FusedBottleneck(*parts)(image, by_channel).double(), expected + by_channel.double(), tolerance
-        )
-
-
-@pytest.mark.parametrize(
-    ("first", "then", "joins"),
-    [
-        ({}, {}, True),
-        ({"kernel_size": 3, "padding": 1}, {}, False),
-        ({"stride": 2}, {}, False),
-        ({}, {"dilation": 2, "padding": 2}, False),
-        ({}, {"groups": 4}, False),
-        ({"act": nn.SiLU()}, {}, False),
-        ({"act": nn.ReLU()}, {"act": nn.Identity()}, True),
-    ],
-)
-@torch.no_grad()
-def test_pairs_are_joined_where_there_is_a_form_for_them(first: dict, then: dict, joins: bool) -> None:
-    """And what is computed is the same."""
-    one, two = {"kernel_size": 1, **first}, {"kernel_size": 3, "padding": 1, "groups": 8, **then}
-    acts = [options.pop("act", nn.ReLU6()) for options in (one, two)]
-    stem = nn.Sequential(nn.Conv2d(3, 8, **one), acts[0], nn.Conv2d(8, 8, **two), acts[1])
-    body = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
-    high = 4 if "stride" in first else 2
-    net = cs.adaptify(
-        nn.Sequential(stem, body).eval(), MIXED, output_stride=(high, 2 * high), verify_laws=False
-    )
-    fast = net.optimize()
-    pairs = [module for module in fast.modules() if isinstance(module, FusedBottleneck)]
-    assert bool(pairs) == joins
-    image = images(1, 65, 97)
-    assert_same(fast(image), net(image), 1e-4)
-    half = net.to(torch.bfloat16)
-    assert_same(half.optimize()(image.bfloat16()).float(), net.float()(image), 5e-2)
 
 
 # -- the cost model ------------------------------------------------------------------------------------

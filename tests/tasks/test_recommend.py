@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
-from networks import Segmenter, seeded, segmenter
+from networks import DilatedWithHead, Segmenter, seeded, segmenter
 from torch import Tensor, nn
 from torchvision.io import write_png
 from training import Scenes
@@ -282,6 +282,19 @@ def test_floors_are_tried_on_the_networks_own_grid_unless_a_pair_is_asked_for() 
     for options, few in (({"output_stride": (8, 16)}, False), ({}, True)):
         settings = find_candidates(model, image, options, has_labels=False, few=few).settings
         assert not any(one.coarsest for one in settings)
+
+
+def test_heads_whose_taps_fall_inside_cells_are_tried() -> None:
+    model, image = DilatedWithHead().eval(), torch.rand(1, 3, 96, 128)
+    settings = find_candidates(model, image, {}, has_labels=False).settings
+    through = [setting for setting in settings if setting.region == "heads"]
+    assert {setting.mask for setting in through} == {"none", "detail | budget:fraction=0.1"}
+    for setting in through:
+        assert "--region heads" in setting.command("net.py:build") and "region heads" in setting.name
+        assert "region='heads'" in "\n".join(setting.lines())
+    for other, options in ((model, {"region": "auto"}), (seeded(Segmenter, torch.float32), {})):
+        settings = find_candidates(other, image, options, has_labels=False).settings
+        assert not any(setting.region for setting in settings)
 
 
 # -- a run ---------------------------------------------------------------------------------------------

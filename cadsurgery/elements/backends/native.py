@@ -32,11 +32,11 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.kernels.layouts import depthwise_width, grouped_layout, product_layout
-from cadsurgery.kernels.load import function, has_bf16_dot, is_observed, isa_of, library
+from cadsurgery.kernels.load import function, has_bf16_dot, is_observed, isa_of
 from cadsurgery.support.pages import new_memory
 
 if TYPE_CHECKING:
-    from cadsurgery.elements.backends.weights import FusedConv, Pair
+    pass
 
 # The dtypes that kernels are compiled for.
 ELEMENTS = {
@@ -306,103 +306,6 @@ def pair_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         offset[:channels] = bias.detach()
     quarters = kernel.view(chunks, 4, 2, many // 8, pairs, 2)
     return quarters.permute(0, 4, 2, 1, 3, 5).contiguous(), offset
-
-
-class _Expansion(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("image", "weight", "then", "last")),
-        *((name, ctypes.c_void_p) for name in ("bias", "then_bias", "last_bias", "more", "out")),
-        *((name, ctypes.c_long) for name in ("batch", "height", "width", "channels", "middle", "outputs")),
-        *((name, ctypes.c_long) for name in ("lines", "columns", "tall", "wide", "stride", "top", "left")),
-        *((name, ctypes.c_double) for name in ("low", "high", "then_low", "then_high")),
-        *((name, ctypes.c_double) for name in ("last_low", "last_high")),
-    )
-
-
-def is_point(weights: FusedConv) -> bool:
-    """Return True if `expand_depthwise` supports a 1x1 convolution."""
-    plain = weights.activation is None or weights.activation.bounds is not None
-    return plain and weights.groups == 1 and weights.weight.shape[2:] == (1, 1) and weights.levels is None
-
-
-def has_expansion(dtype: torch.dtype) -> bool:
-    """Return True if `expand_depthwise` has a form as fast as the products: tiles are faster one after the other."""
-    name = ELEMENTS.get(dtype, "")
-    return isa_of("product", name) == isa_of("expand_depthwise", name) != ""
-
-
-def can_expand(first: FusedConv, then: FusedConv, stride: Pair, dilation: Pair) -> bool:
-    """Return True if `expand_depthwise` supports a 1x1 convolution of a dense map and the depthwise one after it."""
-    if library() is None:
-        return False
-    outputs, group = then.weight.shape[:2]
-    is_depthwise = then.groups == outputs == first.weight.shape[0] and group == 1 and then.levels is None
-    is_plain = then.activation is None or then.activation.bounds is not None
-    fits = (
-        then.weight[0, 0].numel() <= grouped_layout("bfloat16").taps
-        and stride[0] == stride[1]
-        and dilation == (1, 1)
-    )
-    return is_point(first) and is_depthwise and is_plain and fits
-
-
-def expand_depthwise(
-    image: Tensor,
-    first: FusedConv,
-    then: FusedConv,
-    stride: Pair,
-    padding: Pair,
-    last: FusedConv | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Compute a 1x1 and a depthwise convolution, and optionally a last 1x1 convolution whose result a residual is added
-    to: (B, O, H', W') from (B, C, H, W). The intermediate maps stay in the cache. Requires a dtype for which
-    `has_expansion`; see `can_expand`.
-
-    Raises:
-        MemoryError: there is no memory for a few lines of the intermediate maps.
-    """
-    image, dtype = image.contiguous(memory_format=torch.channels_last), image.dtype
-    kernel = tall, wide = then.weight.shape[2], then.weight.shape[3]
-    batch, channels, height, width = image.shape
-    lines, columns = map_size((height, width), kernel, stride, padding)
-    middle = then.weight.shape[0]
-    outputs = middle if last is None else last.weight.shape[0]
-    out = new_memory(image, batch, lines, columns, outputs)
-    more = residual.contiguous(memory_format=torch.channels_last) if residual is not None else None
-    packed: list[tuple[Tensor | None, Tensor | None]] = []
-    for one, pack in ((first, product_weight), (then, pair_weight), (last, product_weight)):
-        if one is None:
-            packed.append((None, None))
-        else:
-            make = partial(pack, one.weight.to(dtype), one.bias)
-            name = "product" if pack is product_weight else "depthwise"
-            packed.append(one.form((name, isa_of(name, ELEMENTS[dtype]), dtype), make))
-    bounds = [
-        one.activation.bounds if one is not None and one.activation is not None else None
-        for one in (first, then, last)
-    ]
-    weights, biases = zip(*packed, strict=True)
-    work = _Expansion(
-        *(value.data_ptr() if value is not None else None for value in (image, *weights, *biases, more, out)),
-        *(batch, height, width, channels, middle, outputs, lines, columns, tall, wide, stride[0], *padding),
-        *(end for pair in bounds for end in pair or (-math.inf, math.inf)),
-    )
-    expand = function("expand_depthwise", ELEMENTS[dtype])
-    assert expand is not None
-    expand.restype = ctypes.c_long
-    if not expand(ctypes.byref(work)):
-        raise MemoryError("no memory for a few lines of a map between two convolutions.")
-    return out.permute(0, 3, 1, 2)
-
-
-def map_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
-    """Return the output height and width of a window without dilation."""
-    lines, columns = (
-        (length + 2 * pad - side) // step + 1
-        for length, side, step, pad in zip(size, kernel, stride, padding, strict=True)
-    )
-    return lines, columns
 
 
 def call(

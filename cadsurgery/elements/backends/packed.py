@@ -8,18 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Convolution, compute
-from cadsurgery.elements.backends.native import (
-    ELEMENTS,
-    can_expand,
-    expand_depthwise,
-    has_expansion,
-    is_point,
-    map_size,
-    supports,
-)
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import Activation, Factors, FusedConv, Pair
-from cadsurgery.kernels.layouts import product_layout
 
 
 class PackedConv(nn.Module):
@@ -123,51 +113,3 @@ class ScaleShift(nn.Module):
         shape, wide = (-1,) if last or is_number else (-1, 1, 1), values.to(self.scale.dtype)
         changed = torch.addcmul(self.shift.view(shape), wide, self.scale.view(shape)).to(values.dtype)
         return self.activation.apply_(changed) if self.activation is not None else changed
-
-
-class FusedBottleneck(nn.Module):
-    """A 1x1 convolution of a dense map, the depthwise convolution that follows, and optionally another 1x1 convolution;
-    nothing else reads the maps in between. If there is a fused kernel, these maps, the largest of many networks, are
-    never in memory as a whole."""
-
-    def __init__(self, first: PackedConv, then: PackedConv, last: PackedConv | None = None) -> None:
-        """Take the convolutions, which must have windows for dense maps."""
-        super().__init__()
-        self.first, self.then, self.last = first, then, last
-
-    @staticmethod
-    def joins(first: PackedConv, then: PackedConv) -> bool:
-        """Return True if there may be a fused kernel for the two convolutions."""
-        if not _is_point(first) or then.window is None:
-            return False
-        stride, _, dilation = then.window
-        return can_expand(first.weights, then.weights, stride, dilation)
-
-    def joins_last(self, last: PackedConv) -> bool:
-        """Return True if there may be a fused kernel that includes this last convolution, too."""
-        return self.last is None and _is_point(last) and is_point(last.weights)
-
-    def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Compute (B, O, H', W') from (B, C, H, W); a residual is added to the result of the last convolution."""
-        first, then, last = self.first, self.then, self.last
-        assert then.window is not None
-        stride, padding, _ = then.window
-        if not supports(image) or not has_expansion(image.dtype) or not image.numel():
-            return self._one_by_one(image, residual)
-        if last is None:
-            return expand_depthwise(image, first.weights, then.weights, stride, padding)
-        height, width = image.shape[2:]
-        kernel = then.weight.shape[2], then.weight.shape[3]
-        size = map_size((height, width), kernel, stride, padding)
-        fits = residual is None or residual.shape == (image.shape[0], last.weight.shape[0], *size)
-        if size[1] < product_layout(ELEMENTS[image.dtype]).rows or not fits:
-            return self._one_by_one(image, residual)
-        return expand_depthwise(image, first.weights, then.weights, stride, padding, last.weights, residual)
-
-    def _one_by_one(self, image: Tensor, residual: Tensor | None) -> Tensor:
-        found: Tensor = self.then(self.first(image))
-        return found if self.last is None else self.last(found, residual)
-
-
-def _is_point(kernel: PackedConv) -> bool:
-    return kernel.window is not None and kernel.window[:2] == ((1, 1), (0, 0))

@@ -161,8 +161,8 @@ static void convolve_near(long from_block, long to_block, void *work) {
         for (long start = 0; start < channels; start += MANY) {
             const element *w = d->weight + start / MANY * step;
 #define PAIRS_OF(taps, whole, plain)                                                                                    \
-    convolve_pairs(d->by, d->more, d->out, d->least, d->most, d->bias, w, from, begin, many, channels, channels, start, \
-                   taps, taps, 0, whole, plain)
+    convolve_pairs(d->by, d->more, d->out, d->least, d->most, d->bias, w, from, begin, many, channels, start, taps, \
+                   whole, plain)
             const int whole = channels - start >= MANY;
             if (whole && taps == 9 && plain) PAIRS_OF(9, 1, 1);
             else if (whole && taps == 9) PAIRS_OF(9, 1, 0);

@@ -12,26 +12,24 @@ INLINE __m512i load_many(const element *from, __mmask32 which, const int whole) 
 }
 
 /* Convolve up to MANY channels from `start` on (no further than `channels`) of `many` elements from `first` on. `from`
- * points to the rows that the taps of the first element read. The rows of the next element are `next` pointers further or,
- * if `next` is 0, `step` values further. `taps`, `next`, `whole` (all MANY channels exist) and `plain` (only clamping
- * follows) may be constants after inlining. One vector of sums holds the first half of each quarter of the channels, the
- * other the second half. */
+ * points to the rows that the taps of the first element read; those of the next element follow. `taps`, `whole` (all MANY
+ * channels exist) and `plain` (only clamping follows) may be constants after inlining. One vector of sums holds the first
+ * half of each quarter of the channels, the other the second half. */
 INLINE void convolve_pairs(const by_level by, const element *more, element *out, const lane least, const lane most,
                            const sum *bias, const element *weight, const element *const *from, long first, long many,
-                           long channels, long pitch, long start, const long taps, const long next, const long step,
-                           const int whole, const int plain) {
+                           long channels, long start, const long taps, const int whole, const int plain) {
     const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
     const lane offset[2] = {load_some_sums(bias + start, LANES), load_some_sums(bias + start + LANES, LANES)};
     const __mmask32 which = whole ? ~0u : (1u << (channels - start)) - 1;
-    for (long i = 0, shift = start; i < many; i++, from += next, shift += step) {
+    for (long i = 0; i < many; i++, from += taps) {
         __m512 near = _mm512_setzero_ps(), far = near;
-        if (next) for (long tap = 0; tap < taps; tap += 4) __builtin_prefetch(from[tap] + shift + MANY);
+        for (long tap = 0; tap < taps; tap += 4) __builtin_prefetch(from[tap] + start + MANY);
 #pragma GCC unroll 8
         for (long tap = 0; tap < taps; tap += 2) {
             const element *w = weight + tap * MANY;
-            __m512i a = load_many(from[tap] + shift, which, whole), b = _mm512_setzero_si512();
-            if (tap + 1 < taps) b = load_many(from[tap + 1] + shift, which, whole);
+            __m512i a = load_many(from[tap] + start, which, whole), b = _mm512_setzero_si512();
+            if (tap + 1 < taps) b = load_many(from[tap + 1] + start, which, whole);
             near = _mm512_dpbf16_ps(near, (__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_loadu_si512(w));
             far = _mm512_dpbf16_ps(far, (__m512bh)_mm512_unpackhi_epi16(a, b), (__m512bh)_mm512_loadu_si512(w + MANY));
         }
@@ -50,7 +48,7 @@ INLINE void convolve_pairs(const by_level by, const element *more, element *out,
             value[v] = clamp(value[v], least, most);
         }
         __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)value[1], (__m512)value[0]);
-        element *to = out + (first + i) * pitch + start;
+        element *to = out + (first + i) * channels + start;
         if (whole) _mm512_storeu_si512(to, both);
         else _mm512_mask_storeu_epi16(to, which, both);
     }

@@ -1,0 +1,78 @@
+"""Files are made smaller and faster without a change of what they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cadsurgery as cs
+from cadsurgery.kernels.library import find
+
+onnx, ir = pytest.importorskip("onnx"), pytest.importorskip("onnx_ir")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from cadsurgery.network.export.kernels import add_functions  # noqa: E402
+from cadsurgery.network.export.tidy import tidy  # noqa: E402
+
+_HEAD = '<ir_version: 10, opset_import: ["" : 20]> graph'
+_INPUTS = "(float[N,4] rows, int64[M] first, int64[K] then, bool[M,1] kept)"
+_STEPS = {
+    "twice": "a = Gather<axis = 0>(rows, first) out = Gather<axis = 0>(a, then)",
+    "thrice": "a = Gather<axis = 0>(rows, first) b = Gather<axis = 0>(a, first) out = Gather<axis = 0>(b, then)",
+    "behind zeros": "a = Gather<axis = 0>(rows, first) n = Constant<value_float = 0.0>() "
+    "b = Where(kept, a, n) out = Gather<axis = 0>(b, then)",
+    "behind ones": "a = Gather<axis = 0>(rows, first) n = Constant<value_float = 1.0>() "
+    "b = Where(kept, a, n) out = Gather<axis = 0>(b, then)",
+}
+_OTHERS = {
+    "read elsewhere": "a = Gather<axis = 0>(rows, first) b = Gather<axis = 0>(a, then) "
+    "c = ReduceSum(a) out = Add(b, c)",
+    "of another axis": "a = Gather<axis = 1>(rows, first) out = Gather<axis = 0>(a, then)",
+    "other rows for each": "a = Gather<axis = 0>(rows, first) b = Where(kept, a, a) out = Gather<axis = 0>(b, then)",
+}
+
+
+def feed() -> dict[str, Any]:
+    draw = np.random.default_rng(0)
+    numbers = {"first": draw.integers(0, 4, 9), "then": draw.integers(0, 9, 7)}
+    return {"rows": draw.random((9, 4), np.float32), "kept": draw.random((9, 1)) < 0.5, **numbers}
+
+
+def run(model: Any) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # of inputs that nothing reads
+    if any(function.name == "Pick" for function in model.functions):
+        options.register_custom_ops_library(cs.kernels_for("onnxruntime"))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return session.run(None, {one.name: feed()[one.name] for one in session.get_inputs()})[0]
+
+
+def reads_of_rows(model: Any) -> list[str]:
+    """The operations that read rows of floats."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    floats = {name for name, kind in values.items() if kind == onnx.TensorProto.FLOAT}
+    return [
+        node.op_type for node in graph.node if node.op_type in ("Gather", "Pick") and node.input[0] in floats
+    ]
+
+
+WITHOUT = pytest.mark.skipif(find().library is None, reason="there are no kernels")
+
+
+@pytest.mark.parametrize("has_kernels", [False, pytest.param(True, marks=WITHOUT)])
+@pytest.mark.parametrize("name", [*_STEPS, *_OTHERS])
+def test_rows_that_are_read_again_are_read_once(name: str, has_kernels: bool) -> None:
+    text = f"{_HEAD} {_INPUTS} => (float[K,P] out) {{ {(_STEPS | _OTHERS)[name]} }}"
+    model = onnx.parser.parse_model(text)
+    tidied = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    tidy(tidied, has_kernels)
+    if has_kernels:
+        add_functions(tidied)
+    written = ir.to_proto(tidied)
+    assert np.array_equal(run(written), run(model))
+    picks = has_kernels and name == "behind zeros"
+    once = ["Pick"] if picks else ["Gather"]
+    assert reads_of_rows(written) == (once if name in _STEPS else ["Gather", "Gather"])
