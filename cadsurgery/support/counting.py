@@ -21,6 +21,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from cadsurgery.support import meta_tensors
 from cadsurgery.support.torch_operations import is_free
 
 _COND = torch.ops.higher_order.cond
@@ -79,7 +80,7 @@ class _CountingMode(TorchDispatchMode):
                 value = func.decompose(*args, **kwargs)
             if value is not NotImplemented:
                 return value
-        value = func(*args, **kwargs)
+        value = meta_tensors.call(func, args, kwargs)
         count = rule(args, kwargs, value) if rule is not None else None
         if count is not None:
             self.counter.macs += count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -196,8 +197,9 @@ def scale(values: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 1.0
 
 
-def default_examples(model: nn.Module) -> list[Arguments]:
-    """Return calls with small random image batches (2, C, H, W) of several sizes, to be tried in order.
+def default_examples(model: nn.Module) -> Iterator[Arguments]:
+    """Return calls with small random image batches (2, C, H, W) of several sizes, to be tried in order: each is drawn
+    when it is asked for, and most networks take the first.
 
     Raises:
         CannotConvert: the network has no Conv2d.
@@ -219,4 +221,4 @@ def default_examples(model: nn.Module) -> list[Arguments]:
         for count in channels
         for size in sizes
     )
-    return [take_image(model, image) for image in images]
+    return (take_image(model, image) for image in images)

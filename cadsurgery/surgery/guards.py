@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -99,6 +99,19 @@ def user_line() -> str:
 def is_of_library(file: str) -> bool:
     """True if a source file belongs to torch, this package or Python itself."""
     return file.startswith(_LIBRARIES) or file.startswith("<frozen")
+
+
+def stack_of(frame: FrameType | None, until: CodeType) -> str:
+    """Return the lines that lead to a frame from a call of the code `until`, as a traceback prints them, without those
+    of torch and this package."""
+    lines: list[str] = []
+    while frame is not None and frame.f_code is not until:
+        name, number = frame.f_code.co_filename, frame.f_lineno
+        if not is_of_library(name) and name != "<string>":
+            text = linecache.getline(name, number, frame.f_globals).strip()
+            lines.append(f'  File "{name}", line {number}, in {frame.f_code.co_name}\n    {text}\n')
+        frame = frame.f_back
+    return "".join(reversed(lines)).strip()
 
 
 def line_of(frame: FrameType) -> str:

@@ -11,7 +11,7 @@ without them a call gives the same outputs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice, product
 from types import FrameType
@@ -31,7 +31,7 @@ from cadsurgery.surgery.trace import CannotFollow, evaluating
 _MOST_CHOICES = 12
 
 
-def find_kept(model: nn.Module, calls: Sequence[Arguments]) -> Kept:
+def find_kept(model: nn.Module, calls: Iterable[Arguments]) -> Kept:
     """Find what a network's forward keeps, by calls with images of two sizes.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from cadsurgery.support.torch_operations import name_of
+from cadsurgery.surgery.guards import stack_of
 
 Functions = tuple[Callable[..., Any], ...]
 
@@ -32,7 +34,7 @@ class Tracer(fx.Tracer):
         super().__init__(autowrap_functions=functions)
         self._is_operation, self._functions, self._declared = is_operation, functions, declared
         self._given = given
-        self.record_stack_traces = True
+        self.record_stack_traces = False  # see `create_node`
         # Values computed from buffers, as in norms with frozen statistics, are computed in every call, not once here.
         self.proxy_buffer_attributes = names_buffers
 
@@ -40,6 +42,16 @@ class Tracer(fx.Tracer):
         """Trace in this thread only, because torch patches `nn.Module` for all threads while it traces."""
         self._thread = threading.get_ident()
         return super().trace(*args, **kwargs)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Create a node with the lines of the network that it comes from.
+
+        Torch's own record reads the source of every frame of the process, which takes most of the time of a trace.
+        """
+        node = super().create_node(*args, **kwargs)
+        if lines := stack_of(sys._getframe(1), until=Tracer.trace.__code__):
+            node.stack_trace = lines
+        return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record a call; modules that other threads call meanwhile run normally."""

@@ -47,7 +47,7 @@ def test_a_plain_encoder_decoder_is_itself_at_any_size(kind, example):
         *encoder, *(part for _ in range(4) for part in up(after)), nn.Conv2d(8, 2, 1)
     ).eval()
     image = torch.randn(1, 3, *example) if example else None
-    net = cs.adaptify(model, mask="none", example_input=image)
+    net = cs.adaptify(model, mask="none", example_input=image, verify_laws=False)
     assert net.plan.output_stride[1] == 16
     for size in ((97, 129), (101, 94), (128, 160)):
         x = torch.randn(2, 3, *size)
@@ -79,7 +79,7 @@ def test_a_map_padded_to_its_skip_stays_in_the_region(mode: str) -> None:
     model = PaddedToSkip(mode).double().eval()
     model.second[0] = nn.Conv2d(8, 8, 2, 2).double()  # which leaves a row out where their number is odd
     example = torch.randn(2, 3, 67, 99, dtype=torch.float64)
-    net = cs.adaptify(model, "none", example_input=example, output_stride=(2, 8))
+    net = cs.adaptify(model, "none", example_input=example, output_stride=(2, 8), verify_laws=False)
     assert net.plan["pad"].action == net.plan["join_0"].action == "keep"
     for size in ((67, 99), (83, 113), (96, 99), (64, 96)):
         x = torch.randn(2, 3, *size, dtype=torch.float64)

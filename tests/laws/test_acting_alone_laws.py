@@ -340,7 +340,9 @@ CHANGES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 def test_channels_that_are_written_or_chosen_stay_in_the_region(change: str) -> None:
     model = Encoder(CHANGES[change]).eval()
     image = torch.rand(2, 3, 40, 56)
-    net = cs.adaptify(model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native")
+    net = cs.adaptify(
+        model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native", verify_laws=False
+    )
     assert not [decision for decision in net.plan.decisions if decision.action == "barrier"]
     assert relative_error(net(image), model(image)) < 1e-4
     assert relative_error(net.optimize()(image), model(image)) < 1e-4
@@ -367,7 +369,9 @@ def test_class_numbers_leave_as_scores() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), Choice()
     ).eval()
-    net = cs.adaptify(model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native")
+    net = cs.adaptify(
+        model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native", verify_laws=False
+    )
     image = torch.rand(2, 3, 40, 56)
     assert torch.equal(net(image), model(image))
     assert [decision.operation for decision in net.plan.decisions if decision.action == "barrier"] == [

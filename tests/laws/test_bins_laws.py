@@ -172,7 +172,7 @@ def test_what_follows_from_the_size_of_the_map_ends_the_region(pool: nn.Module) 
 
     torch.manual_seed(0)
     model, x = Net().eval(), images(2, 48, 64)
-    net = cs.adaptify(model, "none", example_input=x)
+    net = cs.adaptify(model, "none", example_input=x, verify_laws=False)
     reason = net.plan["pool"].reason
     assert net.plan["pool"].action == "barrier" and ("size of the map" in reason or "indices" in reason)
     with torch.no_grad():

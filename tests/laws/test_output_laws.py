@@ -169,6 +169,8 @@ def resized_networks() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 
 RESIZED = dict(resized_networks())
+# Each mode and each way to say the size, once.
+FEW = [name if at % 5 == 0 or at > 15 else slow(name) for at, name in enumerate(RESIZED)]
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -180,7 +182,7 @@ def leaves(value: Any) -> list[Tensor]:
     return torch.utils._pytree.tree_leaves(value)
 
 
-@pytest.mark.parametrize(("name", "fill"), covering([*RESIZED], FILLS))
+@pytest.mark.parametrize(("name", "fill"), covering(FEW, FILLS))
 def test_the_outputs_at_the_networks_own_level_are_the_networks(name: str, fill: Any) -> None:
     model = settled(RESIZED[name]())
     net = cs.adaptify(model, "none", fill=fill)
@@ -191,9 +193,8 @@ def test_the_outputs_at_the_networks_own_level_are_the_networks(name: str, fill:
                 assert_same(found, expected, EXACT)
 
 
-@pytest.mark.parametrize("name", [name if at % 5 == 0 else slow(name) for at, name in enumerate(RESIZED)])
+@pytest.mark.parametrize("name", FEW)
 def test_a_mask_matters_behind_a_resize_and_the_plan_says_so(name: str) -> None:
-    """Of the modes and ways to say the size, each is in one of the few."""
     net = cs.adaptify(settled(RESIZED[name]()), "none")
     x = images(2, 64, 96).double()
     with torch.no_grad():
@@ -218,7 +219,7 @@ def test_a_mask_matters_behind_a_resize_and_the_plan_says_so(name: str) -> None:
 def test_maps_that_end_beyond_the_image_are_as_large_as_the_networks(make: Any, output_stride: Any) -> None:
     """Sizes that no stride divides: the map a shuffle makes has more samples than the image has at that stride."""
     model = settled(make())
-    net = cs.adaptify(model, "none", output_stride=output_stride, outputs="native")
+    net = cs.adaptify(model, "none", output_stride=output_stride, outputs="native", verify_laws=False)
     for size in SIZES:
         x = images(2, *size).double()
         with torch.no_grad():
@@ -290,7 +291,7 @@ def between(
 @pytest.mark.parametrize("fill", FILLS)
 def test_gradients_go_through_a_resize_that_leaves_the_region(fill: Any) -> None:
     model = settled(Resized({"mode": "bilinear", "align_corners": False}, "size"))
-    net = cs.adaptify(model, "none", fill=fill)
+    net = cs.adaptify(model, "none", fill=fill, verify_laws=False)
     x = images(1, 64, 64).double()
     net(x)
     levels = random_levels(1, tuple(net.levels.shape[1:]), net.geometry.strides)

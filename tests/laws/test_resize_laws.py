@@ -85,7 +85,9 @@ class Halving(nn.Module):
 def test_a_resize_to_a_whole_part_is_a_stride(mode: str, factor: float) -> None:
     """Where torch reads samples, or the middle between two; a fourth, bilinear, is neither and stays dense."""
     model = randomise(Halving(mode, factor)).double()
-    net = cs.adaptify(model, "none", outputs="native", example_input=images(2, 57, 70, double))
+    net = cs.adaptify(
+        model, "none", outputs="native", example_input=images(2, 57, 70, double), verify_laws=False
+    )
     adapted = net.plan["interpolate"].action == "adapt"
     assert adapted == ((mode, factor) != ("bilinear", 0.25))
     for size in ((57, 70), (58, 71), (64, 95)):
@@ -195,7 +197,7 @@ def test_a_decoder_is_the_original_at_none_and_stays_in_the_region(mode: str, by
     model = randomise(Decoder(mode, by_size)).double()
     size = (83, 61) if by_size else (96, 64)
     x = images(2, *size, double)
-    net = cs.adaptify(model, "none", output_stride=(4, 16), example_input=x)
+    net = cs.adaptify(model, "none", output_stride=(4, 16), example_input=x, verify_laws=False)
     assert {net.plan[name].action for name in ("interpolate", "interpolate_1")} == {"keep"}
     with torch.no_grad():
         assert_same(net(x), model(x), EXACT)
@@ -309,7 +311,9 @@ def test_every_pair_of_strides_converts_where_branches_round_differently(size: t
 def test_a_network_of_two_scales_takes_every_size_that_it_took() -> None:
     torch.manual_seed(0)
     model = OfTwoScales().eval()
-    net = cs.adaptify(model, "none", example_input=torch.rand(1, 3, 131, 197), outputs="native")
+    net = cs.adaptify(
+        model, "none", example_input=torch.rand(1, 3, 131, 197), outputs="native", verify_laws=False
+    )
     with torch.no_grad():
         for size in ((131, 197), (96, 160), (126, 190)):
             x = torch.rand(1, 3, *size)

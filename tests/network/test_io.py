@@ -156,7 +156,8 @@ def test_a_new_classifier_comes_back_into_a_network_that_has_it(tmp_path: Path) 
 
 def test_channels_changed_inside_come_back(tmp_path: Path) -> None:
     path, image = tmp_path / "net.safetensors", images(1, 64, 96)
-    net, model = cs.adaptify(Headed(3).eval(), "edges", example_input=images(1, 64, 64)), Headed(3)
+    net = cs.adaptify(Headed(3).eval(), "edges", example_input=images(1, 64, 64), verify_laws=False)
+    model = Headed(3)
     for wider in (net, model):
         wider.body[0], wider.body[2] = nn.Conv2d(3, 7, 3, 2, 1), nn.Conv2d(7, 8, 3, 2, 1)
     cs.save(net, path)

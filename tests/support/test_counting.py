@@ -335,9 +335,20 @@ def test_shapes_that_are_answered_at_once_are_those_that_torch_gives(name: str, 
     with torch.no_grad():
         expected = SHORT[name](x)
         with MacCounter():
+            SHORT[name](x)
             found = SHORT[name](x)
     assert found.is_meta and (found is x) == (expected is x)
     assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+def test_what_is_remembered_of_a_type_is_not_that_of_another_default() -> None:
+    x, types = torch.ones(2, dtype=torch.int64, device="meta"), []
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        with MacCounter():
+            types.append(torch.sigmoid(x).dtype)
+    torch.set_default_dtype(torch.float32)
+    assert types == [torch.float32, torch.float64]
 
 
 def test_values_and_gradients_are_torchs_while_it_counts() -> None:

@@ -59,15 +59,13 @@ REST: dict[str, tuple[Any, ...]] = {
 }
 
 
-def calls_of(*kinds: Any) -> list[Any]:
-    """Each function and method of these kinds, with its name."""
-    found = [
-        one
-        for one in spellings(*kinds)
-        if not isinstance(one, type) and "layers" not in str(one) and "ops." not in str(one)
-    ]
-    named = ((one, str(getattr(one, "__qualname__", one))) for one in found)  # the same in every process
-    return [pytest.param(one, id=f"{operation_of(one).name}-{name}") for one, name in named]
+def every_operation(*kinds: str) -> pytest.MarkDecorator:
+    """Each operation of these kinds, by the functions and methods that spell it."""
+    found: dict[str, list[Any]] = {}
+    for one in spellings(*kinds):
+        if not isinstance(one, type) and "layers" not in str(one) and "ops." not in str(one):
+            found.setdefault(operation_of(one).name, []).append(one)
+    return pytest.mark.parametrize("spelled", [pytest.param(calls, id=name) for name, calls in found.items()])
 
 
 def run(spelling: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,10 +85,14 @@ def tensors(value: Any) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("spelling", calls_of("value", "values"))
-def test_a_pointwise_operation_computes_each_value_alone(spelling: Any) -> None:
+@every_operation("value", "values")
+def test_a_pointwise_operation_computes_each_value_alone(spelled: list[Any]) -> None:
     """f(x) in another order is f of x in that order, and in place exactly where the table says so."""
-    name = operation_of(spelling).name
+    for spelling in spelled:
+        assert_pointwise(spelling, operation_of(spelling).name)
+
+
+def assert_pointwise(spelling: Any, name: str) -> None:
     x, order = torch.linspace(0.1, 0.9, 12), torch.randperm(12)
     others = (torch.linspace(1, 2, 12), torch.linspace(0.2, 0.3, 12))
     if name.startswith("bitwise"):
@@ -112,22 +114,23 @@ def test_a_pointwise_operation_computes_each_value_alone(spelling: Any) -> None:
     assert name in ("where", "polygamma") or str(spelling).startswith("__r"), f"{spelling} was not tried"
 
 
-@pytest.mark.parametrize("kind", [*spellings("value")])
-def test_modules_of_pointwise_operations(kind: Any) -> None:
-    if not isinstance(kind, type):
-        return
-    module = kind(0.5, 0.25) if kind is nn.Threshold else kind()
-    x, order = torch.randn(12), torch.randperm(12)
-    module.eval()
-    torch.testing.assert_close(module(x[order]), module(x)[order])
+def test_modules_of_pointwise_operations() -> None:
+    kinds = [kind for kind in spellings("value") if isinstance(kind, type)]
+    assert nn.ReLU in kinds
+    for kind in kinds:
+        module = kind(0.5, 0.25) if kind is nn.Threshold else kind()
+        x, order = torch.randn(12), torch.randperm(12)
+        module.eval()
+        torch.testing.assert_close(module(x[order]), module(x)[order])
 
 
-@pytest.mark.parametrize(
-    "spelling", [one for one in operations() if operation_of(one).adds or operation_of(one).multiplies]
-)
-def test_sums_and_products_are_such(spelling: Any) -> None:
-    known, (a, b) = operation_of(spelling), torch.randn(2, 5)
-    torch.testing.assert_close(run(spelling, a.clone(), b), a + b if known.adds else a * b)
+def test_sums_and_products_are_such() -> None:
+    stated = {spelling: operation_of(spelling) for spelling in operations()}
+    assert stated[torch.add].adds and stated[torch.mul].multiplies
+    for spelling, known in stated.items():
+        if known.adds or known.multiplies:
+            a, b = torch.randn(2, 5)
+            torch.testing.assert_close(run(spelling, a.clone(), b), a + b if known.adds else a * b)
 
 
 def every_function() -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
@@ -177,11 +180,13 @@ def test_what_makes_nan_of_moderate_numbers_is_stated() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "spelling", calls_of("copies", "converts", "reshapes", "permutes", "splits", "selects")
-)
-def test_what_only_moves_values_makes_none(spelling: Any) -> None:
-    name = operation_of(spelling).name
+@every_operation("copies", "converts", "reshapes", "permutes", "splits", "selects")
+def test_what_only_moves_values_makes_none(spelled: list[Any]) -> None:
+    for spelling in spelled:
+        assert_moves(spelling, operation_of(spelling).name)
+
+
+def assert_moves(spelling: Any, name: str) -> None:
     x = torch.randn(2, 6, 11, 1).float()
     other = torch.zeros(132) if name.endswith("_as") else None
     value = run(spelling, x.clone(), *((other,) if other is not None else REST.get(name, ())))
@@ -196,18 +201,22 @@ def test_what_only_moves_values_makes_none(spelling: Any) -> None:
         assert rounded is None or not Counter(rounded.flatten().tolist()) - known
 
 
-@pytest.mark.parametrize("spelling", calls_of("drops", "drops channels"))
-def test_dropout_keeps_values_in_evaluation(spelling: Any) -> None:
-    x = torch.randn(2, 3, 4, *((4,) if operation_of(spelling).name != "dropout1d" else ()))
-    value = run(spelling, x.clone(), 0.5, False)
-    assert operation_of(spelling).keeps_values and torch.equal(value, x)
+@every_operation("drops", "drops channels")
+def test_dropout_keeps_values_in_evaluation(spelled: list[Any]) -> None:
+    for spelling in spelled:
+        x = torch.randn(2, 3, 4, *((4,) if operation_of(spelling).name != "dropout1d" else ()))
+        value = run(spelling, x.clone(), 0.5, False)
+        assert operation_of(spelling).keeps_values and torch.equal(value, x)
 
 
-@pytest.mark.parametrize(
-    "spelling", calls_of("value", "values", "copies", "converts", "reshapes", "permutes", "splits", "selects")
-)
-def test_what_is_stated_multiplies_and_accumulates_nothing(spelling: Any) -> None:
+@every_operation("value", "values", "copies", "converts", "reshapes", "permutes", "splits", "selects")
+def test_what_is_stated_multiplies_and_accumulates_nothing(spelled: list[Any]) -> None:
     """The count is torch's own, and no operation of the table is left out of it for want of a rule."""
+    for spelling in spelled:
+        assert_counts_nothing(spelling)
+
+
+def assert_counts_nothing(spelling: Any) -> None:
     x = torch.rand(2, 6, 11, 1) * 0.5 + 0.2
     args = (x.clone(), *REST.get(operation_of(spelling).name, ()))
     with FlopCounterMode(display=False) as flops, torch.no_grad():

@@ -46,7 +46,9 @@ class CropLike(nn.Module):
 
 def converted() -> tuple[nn.Module, cs.AdaptiveModel]:
     model = randomise(CropLike()).eval()
-    return model, cs.adaptify(model, "none", outputs="native", example_input=images(1, 64, 96))
+    return model, cs.adaptify(
+        model, "none", outputs="native", example_input=images(1, 64, 96), verify_laws=False
+    )
 
 
 EVEN, ODD = (64, 96), (69, 84)
@@ -137,7 +139,7 @@ def test_work_is_counted_on_the_way_that_is_taken() -> None:
     """As a network counts it that was converted there; by the copy as by the network."""
     model, net = converted()
     x = images(2, *ODD)
-    there = cs.adaptify(model, "none", outputs="native", example_input=x[:1])
+    there = cs.adaptify(model, "none", outputs="native", example_input=x[:1], verify_laws=False)
     for one in (net, net.optimize()):
         ours, theirs = one.macs(x, mask="edges"), there.macs(x, mask="edges")
         assert (ours.mask, ours.high, ours.low) == (theirs.mask, theirs.high, theirs.low)

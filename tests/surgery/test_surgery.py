@@ -52,7 +52,7 @@ def awkward() -> Awkward:
 def test_awkward_python_is_followed_exactly() -> None:
     """In-place changes, a module called twice, children named like properties, constants, nested outputs."""
     model, x = awkward(), images(2, 45, 71)
-    net = cs.adaptify(model, "none", output_stride=(2, 4))
+    net = cs.adaptify(model, "none", output_stride=(2, 4), verify_laws=False)
     (found, nested), (expected, expected_nested) = net(x), model(x)
     assert_same(found[..., ::2, ::2], expected, 1e-4)
     assert_same(nested["deep"][0][..., ::2, ::2], expected_nested["deep"][0], 1e-4)
@@ -93,7 +93,7 @@ def test_functional_dropout_follows_the_mode_of_the_network(by_name: bool) -> No
             y = self.body(x)
             return F.dropout(y, 0.5, training=self.training) if by_name else F.dropout(y, 0.5, self.training)
 
-    net, x = cs.adaptify(Dropping().eval(), "all"), images(1, 16, 24)
+    net, x = cs.adaptify(Dropping().eval(), "all", verify_laws=False), images(1, 16, 24)
     assert torch.equal(net(x), net(x))
     net.train()
     assert not torch.equal(net(x), net(x))
@@ -317,5 +317,5 @@ class AsksForItsTracer(nn.Module):
 
 def test_where_a_graph_does_not_run_the_network_is_traced_on_an_example() -> None:
     model, x = AsksForItsTracer().eval(), images(1, 64, 96)
-    net = cs.adaptify(model, "none", outputs="native")
+    net = cs.adaptify(model, "none", outputs="native", verify_laws=False)
     assert_same(net(x), model(x))

@@ -386,7 +386,7 @@ def test_a_network_of_ones_own_says_what_images_it_expects(
     """By `pretrained_cfg`, as a module, converted, optimised, and built by name."""
     (tmp_path / "ownnets.py").write_text("from networks import street_segmenter\n")
     monkeypatch.syspath_prepend(tmp_path)
-    net = cs.adaptify(street_segmenter(), EDGES)
+    net = cs.adaptify(street_segmenter(), EDGES, verify_laws=False)
     for network in (street_segmenter(), net, net.optimize(), cs.build_model("ownnets:street_segmenter")):
         assert source_of(network).mean == (0.5, 0.4, 0.3) and source_of(network).std == (0.2, 0.3, 0.4)
     assert source_of(nn.Conv2d(3, 3, 1)).mean == Source("").mean
@@ -439,7 +439,9 @@ def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:
     """And a broken image gives exit code 1."""
-    net = cs.adaptify(cs.build_model("usernets:segmenter"), EDGES, output_stride=(8, 32), fill="nearest")
+    net = cs.adaptify(
+        cs.build_model("usernets:segmenter"), EDGES, output_stride=(8, 32), fill="nearest", verify_laws=False
+    )
     cs.save(net, tmp_path / "net.safetensors")
     data = ["--data", f"folder:{folder},classes=6", "--rounds", 0, "--json"]
     done = run("eval", "net.safetensors", "--trust", *data)
