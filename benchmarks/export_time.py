@@ -48,7 +48,7 @@ STEPS = (
     ("torch.onnx._internal.exporter._fx_passes", "insert_type_promotion_nodes", "promotion of types"),
     ("torch.onnx._internal.exporter._registration", "ONNXRegistry.from_torchlib", "table of translations"),
     ("torch.onnx._internal.exporter._core", "_exported_program_to_onnx_program", "translation to ONNX"),
-    ("cadsurgery.network.export.onnx", "_tidy", "optimiser: others"),
+    ("cadsurgery.network.export.onnx", "tidy", "optimiser: others"),
     ("onnxscript.optimizer", "fold_constants_ir", "optimiser: constants"),
     ("torch.onnx", "ONNXProgram.save", "writing"),
     ("onnx.checker", "check_model", "checker and shapes"),

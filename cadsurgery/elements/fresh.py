@@ -90,7 +90,8 @@ def of_size(value: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def drop_fresh(program: torch.export.ExportedProgram) -> None:
-    """Take the operations of this module out of a program: maps and lengths stand for themselves."""
+    """Take the operations of this module out of a program's graph: maps and lengths stand for themselves. The exporter,
+    which goes on with the graph, writes its code."""
     operations, graph = torch.ops.cadsurgery, program.graph
     for node in list(graph.nodes):
         source: Any = node.args[0] if node.args else None
@@ -101,4 +102,3 @@ def drop_fresh(program: torch.export.ExportedProgram) -> None:
         elif getattr(source, "target", None) is operations.fresh_length.default:
             node.replace_all_uses_with(source.args[0])
     graph.eliminate_dead_code()
-    program.graph_module.recompile()

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends import gpu_maps, maps
+from cadsurgery.elements.backends.target import quotients
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import (
     as_number,
@@ -276,7 +277,7 @@ def interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
     side = constant(lattice.geometry.sides, torch.int64, points.device)[
         lattice.levels.flatten()[points].long()
     ]
-    y, x = points // width % height, points % width
+    y, x = quotients(points, width) % height, points % width
     first = points - y * width - x  # first pixel of the image
     top, left = y - y % side, x - x % side
     bottom, right = (top + side).clamp(max=height - 1), (left + side).clamp(max=width - 1)
@@ -538,7 +539,7 @@ def _axis(
     own may have a sample less; a border that is too long for it is reflected at one end after the other.
     """
     spacing, (before, after) = window.spacing, window.padding[2 * axis : 2 * axis + 2]
-    phase, cell = anchor % spacing, anchor // spacing
+    phase, cell = anchor % spacing, quotients(anchor, spacing)
     samples = ((length - phase + spacing - 1) // spacing).unsqueeze(1)
     taps = torch.arange(window.kernel[axis], device=anchor.device)
     sample = cell.unsqueeze(1) + taps * window.dilation[axis] - before

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends import gpu_maps, maps
+from cadsurgery.elements.backends.target import quotients
 from cadsurgery.elements.fresh import fresh_length, of_size
 from cadsurgery.elements.sizes import constant, divide_up, is_at_most, is_statically_true, most
 from cadsurgery.kernels.load import is_observed
@@ -698,8 +699,8 @@ class Lattice:
     @_derive
     def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
         """Image, y and x (each (N,) int64) of each element's anchor."""
-        height, width = self.size
-        return self.anchors // (height * width), self.anchors // width % height, self.anchors % width
+        (height, width), at = self.size, self.anchors
+        return quotients(at, height * width), quotients(at, width) % height, at % width
 
     @_derive
     def uniform_level(self) -> int | None:

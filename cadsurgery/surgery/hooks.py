@@ -113,9 +113,8 @@ def copying(model: nn.Module) -> dict[int, Any]:
     Computed weights, which torch refuses to copy, are detached. Foreign hooks are shared, because their owners read
     their records. Objects that cannot be copied, such as locks, open files and Python modules, are shared as well.
     """
-    memo: dict[int, Any] = {}
+    memo = {id(value): value for value in _find_uncopyable(*map(vars, model.modules()))}
     for module in model.modules():
-        memo |= {id(value): value for value in _find_uncopyable(vars(module))}
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()

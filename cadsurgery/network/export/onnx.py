@@ -122,20 +122,9 @@ def write(
             output_names=outputs,
         )
         with refused("the file cannot be finished", "report it with the name of the network."):
-            tidy(model.model, target.has_kernels)
-            if target.has_kernels:
-                resize_by_kernels(model.model)
-            add_functions(model.model)
-            model.model.metadata_props.update(_metadata(net, dynamic))
-            if DOMAIN in model.model.graph.opset_imports:
-                model.model.metadata_props[KERNELS_KEY] = model.model.doc_string = HOW_TO_OPEN
-            _name_axes(model.model, free)
+            _finish(model.model, target.has_kernels, _metadata(net, dynamic), free)
             step("writing")
-            weights = (one.const_value for one in model.model.graph.initializers.values())
-            model.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
-            import onnx
-
-            onnx.checker.check_model(str(path), full_check=True)
+            _save(model, path)
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
     with refused("an engine does not open the file", _other_files(dynamic, level_map)):
         runs = [engine(path, torch.get_num_threads()) for engine in engines]
@@ -152,6 +141,26 @@ def write(
         calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
         compared = replace(compared, fidelity=to_8_bits(path, engines[-1], calls, others, step))
     return compared, shape
+
+
+def _finish(model: Any, has_kernels: bool, metadata: dict[str, str], free: set[int]) -> None:
+    """Make a translated graph smaller and faster, and add functions, metadata and names."""
+    tidy(model, has_kernels)
+    if has_kernels:
+        resize_by_kernels(model)
+    add_functions(model)
+    model.metadata_props.update(metadata)
+    if DOMAIN in model.graph.opset_imports:
+        model.metadata_props[KERNELS_KEY] = model.doc_string = HOW_TO_OPEN
+    _name_axes(model, free)
+
+
+def _save(model: Any, path: Path) -> None:
+    import onnx
+
+    weights = (one.const_value for one in model.model.graph.initializers.values())
+    model.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 @contextmanager
@@ -209,7 +218,7 @@ def translate(
         return translatable
 
     program.run_decompositions = run_decompositions
-    with quietly(), promoting_without_runs():
+    with quietly(), promoting_without_runs(), reading_signatures_once(), without_collections():
         try:
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:

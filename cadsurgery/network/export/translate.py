@@ -220,6 +220,10 @@ def _require_equal(levels: Any, one: Any, other: Any, reason: str) -> Any:
     return op.Reshape(levels, op.Add(op.Shape(levels), nothing))
 
 
+def _quotients(numbers: Any, by: Any) -> Any:
+    return op.Div(numbers, op.CastLike(_number(by), numbers))
+
+
 def _number(value: Any) -> Any:
     return op.Constant(value_int=value) if isinstance(value, int) else value
 
@@ -261,6 +265,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.cadsurgery.sum_of_taps.default: _sum_of_taps,
     torch.ops.cadsurgery.mix_rows.default: _mix_rows,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
+    torch.ops.cadsurgery.quotients.default: _quotients,
     torch.ops.cadsurgery.pick_rows.default: _call(PICK),
     torch.ops.cadsurgery.interpolation_error.default: _interpolation_error,
     torch.ops.cadsurgery.require_equal.default: _require_equal,
