@@ -106,9 +106,9 @@ def write(
     program, free = follow(graph, inputs, dynamic, target, bool(rest))
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
     outputs = (*names, "levels")
+    step("translating to ONNX")
     from cadsurgery.network.export.translate import TABLE
 
-    step("translating to ONNX")
     model = translate(
         program,
         f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
@@ -119,20 +119,9 @@ def write(
         output_names=outputs,
     )
     with refused("the file cannot be finished", "report it with the name of the network."):
-        _tidy(model.model)
-        if target.has_kernels:
-            resize_by_kernels(model.model)
-        add_functions(model.model)
-        model.model.metadata_props.update(_metadata(net, dynamic))
-        if DOMAIN in model.model.graph.opset_imports:
-            model.model.metadata_props[KERNELS_KEY] = model.model.doc_string = HOW_TO_OPEN
-        _name_axes(model.model, free)
+        _finish(model.model, free, _metadata(net, dynamic), target.has_kernels)
         step("writing")
-        weights = (one.const_value for one in model.model.graph.initializers.values())
-        model.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
-        import onnx
-
-        onnx.checker.check_model(str(path), full_check=True)
+        _save(model, path)
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
     with refused("an engine does not open the file", _other_files(dynamic, level_map)):
         runs = [engine(path, torch.get_num_threads()) for engine in engines]
@@ -149,6 +138,27 @@ def write(
         calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
         compared = replace(compared, fidelity=to_8_bits(path, engines[-1], calls, others, step))
     return compared, shape
+
+
+def _finish(model: Any, free: set[int], metadata: dict[str, str], has_kernels: bool) -> None:
+    """Tidy a translated model (onnx_ir), and add its functions, metadata and names of dynamic axes."""
+    _tidy(model)
+    if has_kernels:
+        resize_by_kernels(model)
+    add_functions(model)
+    model.metadata_props.update(metadata)
+    if DOMAIN in model.graph.opset_imports:
+        model.metadata_props[KERNELS_KEY] = model.doc_string = HOW_TO_OPEN
+    _name_axes(model, free)
+
+
+def _save(program: Any, path: Path) -> None:
+    """Write a translated program, large weights beside it, and check the file."""
+    import onnx
+
+    weights = (one.const_value for one in program.model.graph.initializers.values())
+    program.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 @contextmanager
@@ -174,7 +184,7 @@ def _warn_of_grouped_layers(net: AdaptiveModel) -> None:
             "in float32, and slower in 8 bits. Write the file with this package's kernels, with_kernels=True "
             "(--with-kernels), or compare it with the dense network: cadsurgery bench --runtime onnx.",
             CadWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
