@@ -226,83 +226,104 @@ def _identity_level(flow: Flow, region: Region, max_level: int) -> int | None:
 
 
 def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
-    facts, treatments = flow.facts, flow.treatments
-    resized = _resized(flow, region)
-    sizes = _leaving_sizes(flow, region, resized, fine_outputs)
-    staged = {node for node in region.needed if region.stage(node) > 0}
-    staged |= {pad for pad in facts.pads if any(user in staged for user in pad.users)}
-    read = {node: [source for source in flow.maps(node) if source in staged] for node in facts.graph.nodes}
-    on_elements = {
-        node for node, sources in read.items() if node in staged or _reads_last(node, sources, flow, region)
-    }
-    size_readers = {node for node in read if _only_asks(node, flow)}
-    ends = {node for node, sources in read.items() if sources} - on_elements - size_readers
-    after = set().union(*map(and_after, ends)) - ends - on_elements
+    """Return a decision for each node, in order."""
+    decide = _Deciding(flow, region, fine_outputs)
+    return [decide(node) for node in flow.facts.graph.nodes]
 
-    again = {
-        node: next(user for user in node.users if user in staged)
-        for node in region.outside
-        if not staged.isdisjoint(node.users)
-    }
 
-    def judge(node: fx.Node) -> tuple[Action, str]:
-        if node in on_elements:
-            before, behind = _stages(node, flow, region)
-            action: Action = "adapt" if treatments[node].window and behind > before else "keep"
-            is_inside = node in flow.inside_cells
-            return action, why_inside_cells(node, flow.maps(node), flow) if is_inside else treatments[
-                node
-            ].why
-        if node in resized:
-            return "exit", f"reads {read[node][0].name} at any point, on the grid the network resizes"
-        if node in ends:
-            natural = node.op == "output" or treatments[node].kind == "resize"
-            barrier = flow.barriers.get(node)
-            reason = barrier.why if barrier is not None else _why_it_ends(node, flow, region)
-            leaving = ", ".join(source.name for source in read[node])
-            reason = f"{reason}; {leaving} leaves at {sizes[read[node][0]]} size"
-            if barrier is not None and barrier.cause is Cause.CELLS and treatments[node].kind == "window":
+class _Deciding:
+    """Decides for one node after another.
+
+    Attributes:
+        resized: final resizes that read elements.
+        sizes: size of each map that leaves the region.
+        read: for each node the values of the region that it reads.
+        on_elements: nodes that run on elements.
+        ends: nodes that read the region's values dense.
+        after: nodes that depend on those.
+        again: nodes that are read by the region but are not part of it, each with a reader.
+    """
+
+    def __init__(self, flow: Flow, region: Region, fine_outputs: bool) -> None:
+        facts = flow.facts
+        self.flow, self.region = flow, region
+        self.resized = _resized(flow, region)
+        self.sizes = _leaving_sizes(flow, region, self.resized, fine_outputs)
+        staged = {node for node in region.needed if region.stage(node) > 0}
+        staged |= {pad for pad in facts.pads if any(user in staged for user in pad.users)}
+        self.staged = staged
+        self.read = {
+            node: [source for source in flow.maps(node) if source in staged] for node in facts.graph.nodes
+        }
+        self.on_elements = {
+            node
+            for node, sources in self.read.items()
+            if node in staged or _reads_last(node, sources, flow, region)
+        }
+        size_readers = {node for node in self.read if _only_asks(node, flow)}
+        self.ends = {node for node, sources in self.read.items() if sources} - self.on_elements - size_readers
+        self.after = set().union(*map(and_after, self.ends)) - self.ends - self.on_elements
+        self.again = {
+            node: next(user for user in node.users if user in staged)
+            for node in region.outside
+            if not staged.isdisjoint(node.users)
+        }
+
+    def __call__(self, node: fx.Node) -> Decision:
+        """Return the decision for a node."""
+        flow, facts, treatment = self.flow, self.flow.facts, self.flow.treatments[node]
+        high, is_end = self.region.strides[0], node in self.ends
+        action, reason = self._judge(node)
+        window = treatment.window if node in self.on_elements and treatment.kind != "pad" else None
+        if window is not None:
+            window = window._replace(spacing=max(1, flow.grid[flow.maps(node)[0]] // high))
+        leaves = self.sizes.get(self.read[node][0] if is_end else node, "")
+        later = and_after(node, without=self.on_elements) if is_end else ()
+        return Decision(
+            node=node.name,
+            path=facts.path(node),
+            operation=_describe(node, facts, treatment),
+            action=action,
+            reason=reason,
+            stages=_stages(node, flow, self.region) if node in self.on_elements else (0, 0),
+            window=window,
+            grid=max(1, flow.grid.get(node, 1) // high),
+            leaves="resized" if node in self.resized else leaves,
+            layout=facts.layout(node),
+            source=source_line(node) if is_end else "",
+            after=action == "dense" and node in self.after,
+            again=self.again[node].name if node in self.again else "",
+            macs=facts.macs[node],
+            shape=tuple(facts.shapes.get(node, ())),
+            cost=sum(facts.macs[one] for one in later),
+            inside_cells=node in self.on_elements and node in flow.inside_cells,
+        )
+
+    def _judge(self, node: fx.Node) -> tuple[Action, str]:
+        """Return what is done with a node, and why."""
+        treatment, barrier = self.flow.treatments[node], self.flow.barriers.get(node)
+        if node in self.on_elements:
+            before, behind = _stages(node, self.flow, self.region)
+            action: Action = "adapt" if treatment.window and behind > before else "keep"
+            is_inside = node in self.flow.inside_cells
+            return action, why_inside_cells(
+                node, self.flow.maps(node), self.flow
+            ) if is_inside else treatment.why
+        if node in self.resized:
+            return "exit", f"reads {self.read[node][0].name} at any point, on the grid the network resizes"
+        if node in self.ends:
+            natural = node.op == "output" or treatment.kind == "resize"
+            reason = barrier.why if barrier is not None else _why_it_ends(node, self.flow, self.region)
+            leaving = ", ".join(source.name for source in self.read[node])
+            reason = f"{reason}; {leaving} leaves at {self.sizes[self.read[node][0]]} size"
+            if barrier is not None and barrier.cause is Cause.CELLS and treatment.kind == "window":
                 reason += '; region="heads" goes on through it'
             return "exit" if natural else "barrier", reason
-        if node in region.needed and any(user in staged for user in node.users):
+        if node in self.region.needed and any(user in self.staged for user in node.users):
             return "enter", "one element per sample of this map"
-        if node in region.outside and (node in again or node not in after):
-            barrier = flow.barriers.get(node)
+        if node in self.region.outside and (node in self.again or node not in self.after):
             return "dense", barrier.why if barrier is not None else "reads what is outside the region"
-        return "dense", "after the region" if node in after else ""
-
-    decisions = []
-    for node in facts.graph.nodes:
-        action, reason = judge(node)
-        window = treatments[node].window if node in on_elements and treatments[node].kind != "pad" else None
-        if window is not None:
-            window = window._replace(spacing=max(1, flow.grid[flow.maps(node)[0]] // region.strides[0]))
-        decisions.append(
-            Decision(
-                node=node.name,
-                path=facts.path(node),
-                operation=_describe(node, facts, treatments[node]),
-                action=action,
-                reason=reason,
-                stages=_stages(node, flow, region) if node in on_elements else (0, 0),
-                window=window,
-                grid=max(1, flow.grid.get(node, 1) // region.strides[0]),
-                leaves="resized"
-                if node in resized
-                else sizes.get(read[node][0] if node in ends else node, ""),
-                layout=facts.layout(node),
-                source=source_line(node) if node in ends else "",
-                after=action == "dense" and node in after,
-                again=again[node].name if node in again else "",
-                macs=facts.macs[node],
-                shape=tuple(facts.shapes.get(node, ())),
-                cost=sum(facts.macs[later] for later in and_after(node, without=on_elements))
-                if node in ends
-                else 0,
-                inside_cells=node in on_elements and node in flow.inside_cells,
-            )
-        )
-    return decisions
+        return "dense", "after the region" if node in self.after else ""
 
 
 def _why_it_ends(node: fx.Node, flow: Flow, region: Region) -> str:

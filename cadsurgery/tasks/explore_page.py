@@ -10,6 +10,7 @@ import html
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,85 @@ def _gradio() -> Any:
 def make_page(subject: Subject, rounds: int = 3) -> Any:
     """Return the page of a network, a `gradio.Blocks`; one computation runs at a time."""
     gr = _gradio()
-    thresholds, buttons = masks_with_threshold(), ["download", "fullscreen"]  # without sharing on other hosts
+    thresholds = masks_with_threshold()
     pairs = {f"{high} to {low}": (high, low) for high, low in subject.strides}
     samples = {f"street {seed + 1}": seed for seed in SAMPLES}
-    progress = gr.Progress()
+
+    def limit_to(mask: str, limit: str) -> list[Any]:
+        usual = thresholds.get(mask, 1.0)
+        return [
+            gr.Slider(maximum=4 * usual, value=usual, visible=limit == THRESHOLD),
+            gr.Slider(visible=limit == BUDGET),
+        ]
+
+    with gr.Blocks(title="cadsurgery explore", delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"# What does a mask do?\n{html.escape(subject.words)}")
+        with gr.Row():
+            inputs, button = _add_inputs(subject, [*thresholds], [*pairs], [*samples])
+            outputs = _add_outputs()
+        file, sample, mask, limit, threshold, budget, pair, fill = inputs
+        changes = [threshold.release, budget.release, sample.input, fill.input, pair.input, file.upload]
+        gr.on(
+            [button.click, *changes],
+            _shows(subject, rounds, pairs, samples),
+            inputs,
+            outputs,
+            trigger_mode="always_last",
+            concurrency_limit=1,
+            api_name="show",
+        )
+        gr.on(
+            [mask.change, limit.change], limit_to, [mask, limit], [threshold, budget], show_progress="hidden"
+        )
+    return page
+
+
+def _add_inputs(
+    subject: Subject, masks: list[str], pairs: list[str], samples: list[str]
+) -> tuple[list[Any], Any]:
+    """Add the column of settings to a page; return its fields and its button."""
+    gr, masks = _gradio(), list(dict.fromkeys((subject.mask, *masks)))
+    with gr.Column(scale=1, min_width=280):
+        fields = [
+            gr.File(label="your image", file_types=list(SUFFIXES), type="filepath", height=120),
+            gr.Radio(samples, value=samples[0], label="without an image of yours: a sample"),
+            gr.Dropdown(masks, value=masks[0], label="mask", allow_custom_value=True),
+            gr.Radio(list(LIMITS), value=BUDGET, label="limit of the mask"),
+            gr.Slider(0, 4, 1, step=0.01, label="threshold", visible=False),
+            gr.Slider(0, 1, 0.3, step=0.01, label="budget: share of the patches kept high"),
+            gr.Dropdown(pairs, value=pairs[0], label="output stride, high to low"),
+            gr.Radio(list(subject.fills), value=subject.fills[0], label="fill"),
+        ]
+        return fields, gr.Button("Show", variant="primary")
+
+
+def _add_outputs() -> list[Any]:
+    """Add the column of results to a page; return its fields."""
+    gr, buttons = _gradio(), ["download", "fullscreen"]  # without sharing on other hosts
+    with gr.Column(scale=3):
+        both = gr.ImageSlider(label="prediction with the mask | everything high", format="png")
+        with gr.Row():
+            level_map = gr.Image(label="level map: red is kept high", format="png", buttons=buttons)
+            lattice = gr.Image(label="lattice: one element per cell", format="png", buttons=buttons)
+        words = gr.Textbox(label="results", lines=4)
+        table = gr.Dataframe(headers=["whole network", "MACs", "of the first", "ms"], label="cost")
+        with gr.Tab("copy as Python"):
+            python = gr.Code(language="python", label="Python", interactive=False)
+        with gr.Tab("copy as command"):
+            command = gr.Code(language="shell", label="command", interactive=False)
+    return [both, level_map, lattice, words, table, python, command]
+
+
+def _shows(
+    subject: Subject, rounds: int, pairs: dict[str, tuple[int, int]], samples: dict[str, int]
+) -> Callable[..., list[Any]]:
+    """Return the function from the settings of a page, as its fields name them, to its results."""
+    gr = _gradio()
+    default = gr.Progress()
 
     def show(
         file: str | None, sample: str, mask: str, limit: str, threshold: float, budget: float, pair: str, fill: str,
-        progress: Any = progress,
+        progress: Any = default,
     ) -> list[Any]:  # fmt: skip
         def step(
             text: str, done: float | None = None, of: float | None = None, limit: float | None = None
@@ -130,8 +202,7 @@ def make_page(subject: Subject, rounds: int = 3) -> Any:
             progress(done / of if done is not None and of else None, desc=text)
 
         value = {THRESHOLD: threshold, BUDGET: budget}.get(limit, 0.0)
-        mask = "" if mask == subject.mask else mask
-        setting = Setting(mask, limit, value, pairs[pair], fill)
+        setting = Setting("" if mask == subject.mask else mask, limit, value, pairs[pair], fill)
         try:
             result = explore(subject, Path(file) if file else samples[sample], setting, rounds, step)
         except CadError as error:
@@ -144,71 +215,10 @@ def make_page(subject: Subject, rounds: int = 3) -> Any:
         ]
         is_map = result.prediction is not None
         both = gr.ImageSlider((result.prediction, result.dense) if is_map else None, visible=is_map)
-        return [
-            both,
-            result.level_map,
-            result.lattice,
-            "\n".join(result.lines),
-            table,
-            result.python,
-            result.command,
-        ]
+        pictures = [both, result.level_map, result.lattice]
+        return [*pictures, "\n".join(result.lines), table, result.python, result.command]
 
-    def limit_to(mask: str, limit: str) -> list[Any]:
-        usual = thresholds.get(mask, 1.0)
-        return [
-            gr.Slider(maximum=4 * usual, value=usual, visible=limit == THRESHOLD),
-            gr.Slider(visible=limit == BUDGET),
-        ]
-
-    with gr.Blocks(title="cadsurgery explore", delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f"# What does a mask do?\n{html.escape(subject.words)}")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=280):
-                file = gr.File(label="your image", file_types=list(SUFFIXES), type="filepath", height=120)
-                sample = gr.Radio(
-                    list(samples), value="street 1", label="without an image of yours: a sample"
-                )
-                masks = list(dict.fromkeys((subject.mask, *thresholds)))
-                mask = gr.Dropdown(masks, value=masks[0], label="mask", allow_custom_value=True)
-                limit = gr.Radio(list(LIMITS), value=BUDGET, label="limit of the mask")
-                threshold = gr.Slider(0, 4, 1, step=0.01, label="threshold", visible=False)
-                budget = gr.Slider(0, 1, 0.3, step=0.01, label="budget: share of the patches kept high")
-                pair = gr.Dropdown(list(pairs), value=next(iter(pairs)), label="output stride, high to low")
-                fill = gr.Radio(list(subject.fills), value=subject.fills[0], label="fill")
-                button = gr.Button("Show", variant="primary")
-            with gr.Column(scale=3):
-                both = gr.ImageSlider(label="prediction with the mask | everything high", format="png")
-                with gr.Row():
-                    level_map = gr.Image(label="level map: red is kept high", format="png", buttons=buttons)
-                    lattice = gr.Image(label="lattice: one element per cell", format="png", buttons=buttons)
-                words = gr.Textbox(label="results", lines=4)
-                table = gr.Dataframe(headers=["whole network", "MACs", "of the first", "ms"], label="cost")
-                with gr.Tab("copy as Python"):
-                    python = gr.Code(language="python", label="Python", interactive=False)
-                with gr.Tab("copy as command"):
-                    command = gr.Code(language="shell", label="command", interactive=False)
-        gr.on(
-            [
-                button.click,
-                threshold.release,
-                budget.release,
-                sample.input,
-                fill.input,
-                pair.input,
-                file.upload,
-            ],
-            show,
-            [file, sample, mask, limit, threshold, budget, pair, fill],
-            [both, level_map, lattice, words, table, python, command],
-            trigger_mode="always_last",
-            concurrency_limit=1,
-            api_name="show",
-        )
-        gr.on(
-            [mask.change, limit.change], limit_to, [mask, limit], [threshold, budget], show_progress="hidden"
-        )
-    return page
+    return show
 
 
 def _milliseconds(value: float | None) -> str:

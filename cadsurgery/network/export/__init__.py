@@ -125,15 +125,7 @@ def export(
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
-    rest = further_inputs(net)
-    if rest and (dynamic or float16):
-        raise InvalidInput(
-            f"a file with the inputs {', '.join((name, *rest))} cannot be dynamic or float16.",
-            why="these are for networks that take an image alone.",
-            next="leave that out.",
-        )
-    names = [name for name, one in ENGINES.items() if not one.has_kernels]
-    check_name("engine of ONNX files", check_in, names)
+    check_name("engine of ONNX files", check_in, [key for key, one in ENGINES.items() if not one.has_kernels])
     batches = _to_calibrate(net, int8, image, dynamic)
     options = {
         "dynamic": dynamic,
@@ -142,15 +134,47 @@ def export(
         "int8": bool(batches),
         "with_kernels": with_kernels,
     }
+    _check_options(net, kind, name, options)
+    check_mask(net.mask, kind, dynamic, level_map)
+    if dynamic:
+        _check_example(net, image)
+    check_folder(file, "path")
+    net.normalise_by(image)  # the normalisation must be known before tracing
+    advice = "report it with the name of the network; run it where this package is meanwhile, net.optimize()."
+    with torch.no_grad(), write_together(file) as temporary, onnx.refused("the file cannot be made", advice):
+        if kind == "onnx":
+            engines = engines_for(check_in, with_kernels)
+            how = (dynamic, level_map, float16, engines, batches, step, name)
+            compared, shape = onnx.write(net, image, other, temporary, *how)
+        else:
+            compared, shape = programs.write_program(net, image, other, temporary, step)
+            compared = replace(compared, inputs=(name, *further_inputs(net)))
+        size = sum(one.stat().st_size for one in temporary.parent.iterdir())
+    return Exported(str(file), kind, size, shape, **vars(compared))
+
+
+def _check_options(net: AdaptiveModel, kind: str, name: str, options: dict[str, bool]) -> None:
+    """Refuse options that do not go together, with a format, or with a network whose image has this name.
+
+    Raises:
+        InvalidInput: see `export`.
+    """
+    inputs = (name, *further_inputs(net))
+    if len(inputs) > 1 and (options["dynamic"] or options["float16"]):
+        raise InvalidInput(
+            f"a file with the inputs {', '.join(inputs)} cannot be dynamic or float16.",
+            why="these are for networks that take an image alone.",
+            next="leave that out.",
+        )
     if kind != "onnx" and (unknown := [name for name, value in options.items() if value]):
         raise InvalidInput(
             f"a file of format {kind} cannot be {' or '.join(unknown)}.",
             why="it is made for images of one size, with the types of the network.",
             next='leave that out, or write an ONNX file: to="onnx".',
         )
-    if float16 and batches:
+    if options["float16"] and options["int8"]:
         raise InvalidInput("a file is of float16 or int8.", next="leave out one of them.")
-    if with_kernels and float16:
+    if options["float16"] and options["with_kernels"]:
         raise InvalidInput(
             "a file with kernels is in float16.",
             where="with_kernels, --with-kernels",
@@ -166,34 +190,6 @@ def export(
             next="export the network it was made from, and let the file be in 8 bits: "
             'cs.export(net, image, "net.onnx", int8=images), cadsurgery export ... --int8 FOLDER.',
         )
-    check_mask(net.mask, kind, dynamic, level_map)
-    if dynamic:
-        _check_example(net, image)
-    check_folder(file, "path")
-    net.normalise_by(image)  # the normalisation must be known before tracing
-    writers: dict[str, Callable[[Path], tuple[Comparison, tuple[int | None, ...]]]] = {
-        "pt2": lambda target: programs.write_program(net, image, other, target, step),
-        "onnx": lambda target: onnx.write(
-            net,
-            image,
-            other,
-            target,
-            dynamic,
-            level_map,
-            float16,
-            engines_for(check_in, with_kernels),
-            batches,
-            step,
-            name,
-        ),
-    }
-    advice = "report it with the name of the network; run it where this package is meanwhile, net.optimize()."
-    with torch.no_grad(), write_together(file) as temporary, onnx.refused("the file cannot be made", advice):
-        compared, shape = writers[kind](temporary)
-        size = sum(one.stat().st_size for one in temporary.parent.iterdir())
-    if kind != "onnx":
-        compared = replace(compared, inputs=(name, *rest))
-    return Exported(str(file), kind, size, shape, **vars(compared))
 
 
 def _check_image_alone(net: AdaptiveModel) -> None:

@@ -167,10 +167,42 @@ def quantise(
     import onnx
     import onnx_ir
     from onnx_ir.passes import common
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
+
+    model = onnx_ir.external_data.load_to_model(onnx_ir.load(source))
+    outputs = tuple(str(one.name) for one in model.graph.outputs)
+    chosen, mask = _choose_nodes(model, engine)
+    keeps_levels = not any(
+        value is not None and value.producer() in chosen for node in mask for value in node.inputs
+    )
+    _separate_from_mask(model.graph, mask, chosen)
+    _keep_for_kernels(model.graph)
+    common.NameFixPass()(model)
+    means = _means(model, chosen, calls, target, step)
+    weights = _round_weights(model.graph, chosen, means)
+    common.RemoveUnusedNodesPass()(model)
+    halos = {
+        value.name: node.outputs[0].name
+        for node in chosen
+        if node.op_type == "Concat"
+        for value in node.inputs
+        if not value.is_initializer() and value.producer() not in chosen
+    }
+    ranges = _ranges(model, chosen, calls, target, step)  # with rounded weights
+    message = _insert_steps(model, chosen, weights, ranges)
+    _finish(message, halos, means, issubclass(engine, OnnxRuntime))
+    onnx.save(message, target)
+    onnx.checker.check_model(str(target), full_check=True)
+    return outputs, keeps_levels
+
+
+def _choose_nodes(model: Any, engine: type[Engine]) -> tuple[list[Any], set[Any]]:
+    """Bring a file (onnx_ir) into the form that an engine multiplies fastest; return the nodes to quantise, and those
+    of the mask, which stay in floating point.
+
+    Raises:
+        CannotConvert: there is nothing to quantise.
+    """
+    from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
 
     def fold() -> None:
@@ -178,8 +210,6 @@ def quantise(
         common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
         common.RemoveUnusedNodesPass()(model)
 
-    model = onnx_ir.external_data.load_to_model(onnx_ir.load(source))
-    outputs = tuple(str(one.name) for one in model.graph.outputs)
     fold()
     mask = _needed_for(_LEVELS, model.graph) - _features(model.graph)
     if issubclass(engine, OnnxRuntime):
@@ -194,33 +224,37 @@ def quantise(
             why="the level map, which must stay as it is, depends on every product with weights.",
             next="give the level map as an input: level_map=True.",
         )
-    keeps_levels = not any(
-        value is not None and value.producer() in chosen for node in mask for value in node.inputs
-    )
-    _separate_from_mask(model.graph, mask, chosen)
-    _keep_for_kernels(model.graph)
-    common.NameFixPass()(model)
-    means = _means(model, chosen, calls, target, step)
-    weights = _round_weights(model.graph, chosen, means)
-    common.RemoveUnusedNodesPass()(model)
+    return chosen, mask
+
+
+def _insert_steps(
+    model: Any,
+    chosen: Sequence[Any],
+    weights: Mapping[Any, list[dict[str, Any]]],
+    ranges: dict[str, tuple[Any, Any]],
+) -> Any:
+    """Let ONNX Runtime's quantiser round the values of the chosen nodes; return an ONNX message.
+
+    Args:
+        model: the file (onnx_ir).
+        chosen: nodes whose inputs and outputs are rounded.
+        weights: the quantiser's options for each output of a rounded weight.
+        ranges: by name the smallest and the largest of the values.
+    """
+    import onnx_ir
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
+
     teach_quantiser(model.graph)
-    halos = {
-        value.name: node.outputs[0].name
-        for node in chosen
-        if node.op_type == "Concat"
-        for value in node.inputs
-        if not value.is_initializer() and value.producer() not in chosen
-    }
     quantiser = QDQQuantizer(
         save_and_reload_model_with_shape_infer(onnx_ir.to_proto(model)),
         per_channel=True,
         reduce_range=False,
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(
-            CalibrationMethod.MinMax,
-            _ranges(model, chosen, calls, target, step),  # with rounded weights
-        ),
+        tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
         nodes_to_quantize=[node.name for node in chosen],
         nodes_to_exclude=[],
         op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE, *FUNCTIONS],
@@ -231,10 +265,7 @@ def quantise(
     )
     quantiser.quantize_model()
     quantiser.model.topological_sort()
-    _finish(quantiser.model.model, halos, means, issubclass(engine, OnnxRuntime))
-    onnx.save(quantiser.model.model, target)
-    onnx.checker.check_model(str(target), full_check=True)
-    return outputs, keeps_levels
+    return quantiser.model.model
 
 
 def _needed_for(output: str, graph: Any) -> set[Any]:

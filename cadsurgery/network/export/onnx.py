@@ -186,7 +186,7 @@ def _warn_of_grouped_layers(net: AdaptiveModel) -> None:
             "in float32, and slower in 8 bits. Write the file with this package's kernels, with_kernels=True "
             "(--with-kernels), or compare it with the dense network: cadsurgery bench --runtime onnx.",
             CadWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
