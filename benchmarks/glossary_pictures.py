@@ -359,8 +359,8 @@ def computing() -> Figure:
         ((0.75, "operation:\nconv2d", 1.2, GREY), (2.75, "work: rows, taps, type,\nactivation", 1.9, GREY)),
     )
     for y, text, colour in (
-        (0.35, "compiled C: takes it, fastest", ORANGE),
-        (0.85, "oneDNN: takes it, slower here", GREY),
+        (0.35, "compiled C: takes it, serves", ORANGE),
+        (0.85, "oneDNN: would take it", GREY),
         (1.35, "Triton: no, not on a CPU", GREY),
         (1.85, "torch, the reference: takes all", GREY),
     ):
@@ -371,7 +371,7 @@ def computing() -> Figure:
         axis,
         5.6,
         2.25,
-        "backends, in the order of their table;\ntimes measured once are the costs",
+        "backends, in the order of their table;\nthe first that can serves",
         fontsize=8,
     )
     weights = torch.arange(24).view(4, 6)

@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cadsurgery.elements.backends.costs import as_record
 from cadsurgery.kernels import isa
 from cadsurgery.support.processor import processor_in_words
 
@@ -59,15 +58,12 @@ def join(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     first = next(iter(reports.values()))
     caps = {cap: report["instruction_sets"] for cap, report in reports.items()}
     networks = [{**network, "isa": cap} for cap, report in reports.items() for network in report["networks"]]
-    # Keys of costs contain the instruction set, so they do not collide.
-    kinds = {key: cost for report in reports.values() for key, cost in report["costs"]["kinds"].items()}
     common = {key: value for key, value in first.items() if key != "instruction_sets"}
     return {
         **common,
         "device": processor_in_words(),
         "caps": caps,
         "networks": networks,
-        "costs": as_record(kinds),
     }
 
 

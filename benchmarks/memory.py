@@ -84,7 +84,7 @@ def print_peak(task: str) -> None:
     run = runs.dense(share) if isinstance(share, str) else runs.under(Budget(arguments["mask"], share))
     del net, runs
     with torch.inference_mode():
-        run(image)  # one-time memory: packed weights, measured costs, the libraries' own
+        run(image)  # one-time memory: packed weights, the libraries' own
         print(peak_raised_by(lambda: run(image)))
 
 

@@ -255,14 +255,3 @@ def is_private(status: os.stat_result) -> bool:
     """True if a file or folder is no link, belongs to this user and cannot be written by anybody else."""
     mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
     return mine and not stat.S_ISLNK(status.st_mode) and not (status.st_mode & 0o022 and os.name == "posix")
-
-
-@contextlib.contextmanager
-def keep_whole(path: Path) -> Iterator[Path]:
-    """Yield a private temporary folder beside a cached file; the block writes the new version there as `successor`,
-    which replaces the file if the block succeeds."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as name:
-        successor = Path(name) / "successor"
-        yield successor.parent
-        successor.chmod(0o600)
-        successor.replace(path)

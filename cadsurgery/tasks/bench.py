@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import Source, source_of
-from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.masks import Budget, labelled, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
@@ -138,11 +137,10 @@ def bench(
         with _threads(setup.threads), tempfile.TemporaryDirectory() as folder:
             entries = _compare(network, mask, budgets, setup, fill, sides, step, Path(folder))
         if output is not None:
-            provenance = {**setting.to_dict(), "costs": costs.record()["digest"]}
-            rows = [{**provenance, **row} for entry in entries for row in entry.lines()]
+            rows = [{**setting.to_dict(), **row} for entry in entries for row in entry.lines()]
             append_lines(output, map(json.dumps, rows))
         done += entries
-    report = BenchReport(setting, tuple(done), costs.record())
+    report = BenchReport(setting, tuple(done))
     report.write(picture=picture)
     return report
 

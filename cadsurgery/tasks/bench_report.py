@@ -171,17 +171,15 @@ class BenchReport(Report):
     Attributes:
         setting: conditions of all measurements.
         networks: one entry per network and fill.
-        costs: costs on which backends were chosen, see `backends.costs.record`.
     """
 
     setting: BenchSetting
     networks: tuple[NetworkBench, ...]
-    costs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for `--json`."""
         networks = [network.to_dict() for network in self.networks]
-        return {**self.setting.to_dict(), "networks": networks, "costs": self.costs}
+        return {**self.setting.to_dict(), "networks": networks}
 
     def parts(self) -> Iterator[RenderableType]:
         """Yield the conditions, then for each network its table, the verdict and notes."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from cadsurgery.data.images import check_size
 from cadsurgery.data.networks import Source
 from cadsurgery.data.onnx_files import is_onnx
-from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.anytime import AnytimeMacs
 from cadsurgery.methods.resampling import ResampledMacs
@@ -233,7 +232,6 @@ def _facts(net: AdaptiveModel, counted: MacReport) -> dict[str, Any]:
         "macs_of_given": counted.of_given,
         "region_of_high": counted.region_of_high,
         "checks": [{**vars(check), "passed": check.passed} for check in net.checks],
-        "costs": costs.record(),
     }
 
 

@@ -25,8 +25,8 @@ class ConversionReport(RunReport):
     """The report of `cadsurgery convert`, for any method.
 
     Rows of sides have their `name` and the `macs` of a call. For an adaptive network, further fields are the `mask`,
-    the `normalisation` that the mask assumes, the `active_fraction`, results of the plan, the `checks` of laws
-    (empty if not verified), and `costs`, on which backends of convolutions were chosen (see `backends.costs.record`).
+    the `normalisation` that the mask assumes, the `active_fraction`, results of the plan, and the `checks` of laws
+    (empty if not verified).
 
     For other methods they are `not_counted`, operations without a counting rule, and for exits `threshold` and `error`,
     the relative error of the last exit with everything computed; for gates `is_verified`; for a sampled input `error`,

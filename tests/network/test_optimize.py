@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +21,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends import choose, costs, dense, native
+from cadsurgery.elements.backends import choose, dense, native
 from cadsurgery.elements.backends.choose import (
     Convolution,
     Gathering,
@@ -641,8 +639,8 @@ def test_on_the_whole_map_a_convolution_is_the_same(
         torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {}
     )
     results = []
-    for found in (Costs(0.0, 1.0, 0.0), Costs(1.0, 0.0, 1.0)):
-        monkeypatch.setattr(dense, "costs", lambda key, measure, found=found: found)
+    for found in (Costs(0.0, 0.0), None):
+        monkeypatch.setattr(dense, "costs_of", lambda *work, found=found: found)
         out = functional.fused_conv2d(x, weights, window=shape, stage=stage)
         more = Elements(torch.ones_like(out.rows), out.lattice)
         results.append(functional.fused_conv2d(x, weights, more, window=shape, stage=stage).rows)
@@ -650,12 +648,8 @@ def test_on_the_whole_map_a_convolution_is_the_same(
 
 
 @torch.no_grad()
-def test_nothing_is_measured_while_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that measures is not observed, so its costs would be those of other code."""
-
-    def refuse(key: str, measure: Any) -> Costs:
-        raise AssertionError(f"measured: {key}")
-
+def test_counted_work_is_that_of_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the whole map would be cheaper: MACs are those that the plan states."""
     lattice = Geometry((2,)).lattice(1 - torch.eye(8, dtype=torch.int64)[None, ::2]).at(1)
     x, window = (
         Elements(torch.randn(len(lattice), 6), lattice),
@@ -663,141 +657,19 @@ def test_nothing_is_measured_while_torch_counts(monkeypatch: pytest.MonkeyPatch)
     )
     weights = FusedConv(torch.randn(4, 6, 3, 3), None, 1, None, {})
     expected = functional.fused_conv2d(x, weights, window=window, stage=1).rows
-    monkeypatch.setattr(dense, "costs", refuse)
+    monkeypatch.setattr(dense, "costs_of", lambda *work: Costs(0.0, 0.0))
     with FlopCounterMode(display=False) as counter:
         found = functional.fused_conv2d(x, weights, window=window, stage=1).rows
     assert counter.get_total_flops() == 2 * len(lattice) * weights.weight.numel()
     assert_same(found, expected, 1e-5)
 
 
-@needs_compiler
-@pytest.mark.parametrize(
-    ("outputs", "groups"),
-    [(64, 1), (20, 1), (6, 6), (12, 6)],
-    ids=["product", "narrow", "depthwise", "wider"],
-)
-@torch.no_grad()
-def test_costs_are_those_of_the_code_that_runs(
-    outputs: int, groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lattice = Geometry((2,)).lattice(1 - torch.eye(8, dtype=torch.int64)[None, ::2]).at(1)
-    x, window = (
-        Elements(torch.randn(len(lattice), 6), lattice),
-        Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
-    )
-    weights = FusedConv(torch.randn(outputs, 6 // groups, 3, 3), None, groups, None, {})
-    calls, convolve = [], native.Native.convolve
-    monkeypatch.setattr(
-        native.Native, "convolve", lambda self, work: calls.append(work) or convolve(self, work)
-    )
-    monkeypatch.setattr(dense, "costs", lambda key, measure: measure())
-    work = Convolution(x.rows, weights, WindowRead(lattice, lattice, window))
-    whole_map = next(one for one in choose.BACKENDS if one.name == "whole map")
-    whole_map.condition(work)
-    measured = len(calls)
-    choose.choose_after(work, whole_map).backend.convolve(work)
-    assert bool(measured) == (len(calls) > measured) == (outputs != 12)
-
-
-def test_costs_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(costs, "_KNOWN", {})
-    threads, asked = torch.get_num_threads(), []
-
-    def measure() -> Costs:
-        asked.append(torch.get_num_threads())
-        return Costs(1.0, 2.0, 3.0)
-
-    assert costs.costs("a", measure) == costs.costs("a", measure) == (1.0, 2.0, 3.0)
-    monkeypatch.setattr(costs, "_KNOWN", {})  # another process
-    assert costs.costs("a", measure) == (1.0, 2.0, 3.0) and asked == [1]
-    (path,) = tmp_path.glob("cadsurgery/*/costs.json")
-    path.write_text("not JSON")
-    monkeypatch.setattr(costs, "_KNOWN", {})
-    assert costs.costs("a", measure) == (1.0, 2.0, 3.0) and asked == [1, 1]
-    assert "1.0" in path.read_text()
-    assert torch.get_num_threads() == threads
-
-
-@pytest.fixture
-def as_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A process that knows no costs and has a cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("CADSURGERY_COSTS", raising=False)
-    monkeypatch.setattr(costs, "_KNOWN", {})
-    monkeypatch.setattr(costs, "_PINNED", None)
-    monkeypatch.setattr(costs, "_OF_FILE", {})
-    return tmp_path
-
-
-def never() -> Costs:
-    raise AssertionError("measured")
-
-
-@pytest.mark.parametrize("form", ["report", "record", "cache"])
-def test_costs_that_one_run_recorded_decide_in_another(
-    form: str, as_new: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever this machine would measure; a kind that is not among them is computed on elements."""
-    costs.costs("a", lambda: Costs(1.0, 2.0, 3.0))
-    recorded, file = costs.record(), as_new / "costs.json"
-    if form == "cache":
-        (file,) = as_new.glob("cadsurgery/*/costs.json")
-    else:
-        file.write_text(json.dumps({"model": "x", "costs": recorded} if form == "report" else recorded))
-    monkeypatch.setattr(costs, "_KNOWN", {})
-    monkeypatch.setenv("CADSURGERY_COSTS", str(file))
-    assert costs.costs("a", never) == (1.0, 2.0, 3.0) and costs.record() == recorded
-    assert not costs.costs("b", never).prefer_dense(100, 100, 1, (0, 0))
-    assert costs.record()["digest"] != recorded["digest"]
-
-
-def test_costs_are_pinned_by_an_argument_and_let_go(as_new: Path) -> None:
-    file = as_new / "costs.json"
-    file.write_text(json.dumps({f"a, torch {torch.__version__}": [3, 2, 1]}))
-    for source in (file, str(file), costs.read(file)):
-        costs.pin(source)
-        assert costs.costs("a", never) == (3.0, 2.0, 1.0)
-    costs.pin(None)
-    assert costs.record()["kinds"] == {}
-    assert costs.costs("a", lambda: Costs(1.0, 1.0, 1.0)) == (1.0, 1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        (None, "No such file"),
-        ("{", "Expecting"),
-        ("[" * 100_000, "recursion"),
-        ("[1, 2]", "no object"),
-        ('{"costs": {"kinds": 3}}', "no object"),
-        ('{"a": [1, 2]}', "'a' has neither one nor three numbers"),
-        ('{"a": [1, 2, 3], "c": [1], "b": [1, 2, NaN]}', "'b' has neither one nor three numbers"),
-        ('{"a": [1, -2, 3]}', "'a' has neither one nor three numbers"),
-    ],
-    ids=lambda text: str(text)[:12],
-)
-def test_costs_that_cannot_be_pinned_are_refused(
-    text: str | None, why: str, as_new: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = as_new / "costs.json"
-    if text is not None:
-        file.write_text(text)
-    monkeypatch.setenv("CADSURGERY_COSTS", str(file))
-    for ask in (lambda: costs.pin(file), lambda: costs.costs("a", never)):
-        with pytest.raises(cs.FileError) as caught:
-            ask()
-        assert why in caught.value.why and str(file) in caught.value.where
-        assert "unset CADSURGERY_COSTS" in caught.value.next
-    assert costs.record()["kinds"] == {}
-
-
 def test_the_cheaper_way_is_preferred() -> None:
     """Few elements favour the sparse way, dear ones the whole map, moved values neither."""
-    found = Costs(dense=1.0, sparse=3.0, moved=0.0)
+    found = Costs(dense=1 / 3, moved=0.0)
     assert not found.prefer_dense(100, 30, 100, (8, 8))
     assert found.prefer_dense(100, 40, 100, (8, 8))
-    assert not found._replace(moved=10.0).prefer_dense(100, 40, 100, (8, 8))
+    assert not found._replace(moved=3.0).prefer_dense(100, 40, 100, (8, 8))
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
-from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.dense import dense_program, write_dense
@@ -225,17 +224,6 @@ def test_a_report_says_what_it_was_made_with(report: BenchReport) -> None:
         assert entry["rows"] == [row.to_dict() for row in result.rows]
         assert entry["law"]["holds"] is result.holds and entry["law"]["verdict"] == result.verdict()
         assert entry["law"]["worst_ratio"] == max(row["law_ratio"] for row in entry["rows"])
-
-
-def test_the_costs_that_decided_are_in_it_and_can_be_pinned(
-    report: BenchReport, folder: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "report.json"
-    file.write_text(json.dumps(report.to_dict()))
-    kinds = costs.read(file)
-    assert kinds and {key: list(cost) for key, cost in kinds.items()} == report.costs["kinds"]
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    assert {row["costs"] for row in rows} == {report.costs["digest"]}
 
 
 def test_the_commit_is_told_only_in_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""Choose the backend of each work: the first in the table that applies or, if several measured backends apply, the
-fastest on this machine.
+"""Choose the backend of each work: the first in the table that applies.
 
 A work is a value that describes a computation: the operands, where they are read, and the requested result. A backend
 has one method for each task that it supports, and a method that says if it applies to a work. The table (`table.py`)
@@ -11,34 +10,23 @@ the layer's weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.elements.near import find_near
 from cadsurgery.elements.sizes import is_statically_true
-from cadsurgery.kernels.load import is_observed, setting
+from cadsurgery.kernels.load import setting
 
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Activation, FusedConv
-
-
-_SAMPLE_WORK = 1 << 23  # multiply-accumulates of a sample work, by which backends are measured
-_SAMPLE_CELLS = 48  # height and width of a sample that is a map
-
-
-def size_class(size: int, least: int = 16, most: int = 512) -> int:
-    """Round a size up to a power of two within bounds; sizes of one class share their measurements."""
-    return max(least, min(most, 1 << max(0, size - 1).bit_length()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,15 +61,6 @@ class WindowRead:
                 return every_row(self.target.count, self.target.levels.device)
             return read_rows(rows.unsqueeze(1))
         return kernel_map(self.source, self.target, self.window, drop=self.drop)
-
-    def smaller(self, cells: int) -> WindowRead:
-        """Return the same window on small uniform maps of `cells` x `cells` cells."""
-        side, level = self.source.uniform_side, self.source.uniform_level
-        assert level is not None
-        size = (cells * side, cells * side)
-        source = self.source.geometry.uniform(level, 1, size).at(self.source.stage)
-        target = source.at(self.target.stage, self.window.output_size(size))
-        return WindowRead(source, target, self.window, self.drop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,18 +101,6 @@ class Work:
     def choices(self) -> dict[Hashable, tuple[Choice, ...]]:
         """The dictionary in which the choice is stored."""
         return _CHOICES
-
-    @property
-    def kind(self) -> tuple[Hashable, ...] | None:
-        """Everything the time of a backend depends on, in classes; None if backends are not measured for this work.
-
-        Mixing and pooling are not measured, so that a row has the same bits in whichever work it is read.
-        """
-        return None
-
-    def sample(self) -> Work:
-        """Return a representative work of this kind, by which backends are measured."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,63 +168,6 @@ class Convolution(Work):
     def choices(self) -> dict[Hashable, tuple[Choice, ...]]:
         """The choices of the layer if it stores them, otherwise the global ones."""
         return _CHOICES if self.weights.packed_cache is None else self.weights.choices
-
-    @property
-    def kind(self) -> tuple[Hashable, ...] | None:
-        """Groups, taps, channels and dtype if packed weights are kept, that is, in optimised inference; otherwise None.
-        Rows of dense maps are not measured, because there may be a single row."""
-        weights, uniform = self.weights, self._of_uniform
-        if (
-            weights.packed_cache is None
-            or self.reads is None
-            or (uniform and weights.groups == 1 and not self.is_product)
-        ):
-            return None  # on uniform maps no backend beats the dense convolution, unless it is grouped or pointwise
-        outputs, group, height, width = weights.weight.shape
-        taps = 0 if self.is_product else height * width
-        if weights.groups == 1:
-            return "convolve", "ungrouped", taps, size_class(group), size_class(outputs), self.rows.dtype
-        of_group = "depthwise" if group == 1 else f"groups of {group}"
-        where = tuple(f"{name} {value}" for name, value in (uniform or {}).items())
-        return "convolve", of_group, taps, size_class(outputs), self.rows.dtype, *where
-
-    @property
-    def _of_uniform(self) -> dict[str, object] | None:
-        """Kernel, tap distances and cell sides in fine pixels if both lattices are uniform; otherwise None."""
-        if not isinstance(self.reads, WindowRead):
-            return None
-        source, target, window = self.reads.source, self.reads.target, self.reads.window
-        if source.uniform_level is None or target.uniform_level is None:
-            return None
-        steps = tuple(step * window.spacing for step in window.dilation)
-        return {
-            "kernel": window.kernel,
-            "steps": steps,
-            "cells": source.uniform_side,
-            "to": target.uniform_side,
-        }
-
-    def sample(self) -> Convolution:
-        """Return a convolution of plain rows or of a small uniform map, with the largest channel count of the class."""
-        weight = self.weights.weight
-        outputs, group, groups = size_class(weight.shape[0]), weight.shape[1], 1
-        if self.weights.groups == 1:
-            group = size_class(group)
-        else:
-            groups = max(1, outputs // group)
-            outputs = groups * group
-        kernel = weight.new_ones(outputs, group, *weight.shape[2:])
-        weights = self.weights.changed(
-            weight=kernel, bias=weight.new_zeros(outputs), groups=groups, levels=None
-        )
-        if self.weights.groups > 1 and self._of_uniform is not None:
-            assert isinstance(self.reads, WindowRead)
-            reads = self.reads.smaller(_SAMPLE_CELLS)
-            return Convolution(self.rows.new_ones(reads.source.count, group * groups), weights, reads)
-        number = max(512, min(4096, _SAMPLE_WORK // kernel.numel()))
-        rows = self.rows.new_ones(number, group * groups)
-        reading = None if self.is_product else _sample_reading(number, weight[0, 0].numel())
-        return Convolution(rows, weights, reading)
 
     @property
     def of_target(self) -> Tensor:
@@ -417,10 +327,6 @@ class Backend:
         """
         raise NotImplementedError
 
-    def is_measured(self, work: Any) -> bool:
-        """Return True if the backend is used for this work only if it is the fastest of the measured backends."""
-        return False
-
     def condition(self, work: Any) -> Callable[[Any], bool] | None:
         """Return an additional condition on a single work of this case, such as a minimum size; or None."""
         return None
@@ -448,14 +354,11 @@ _MOST_CHOICES = 1024
 
 
 def choose(work: Work) -> Choice:
-    """Return the first choice for a work: the first backend that applies and whose condition holds.
-
-    If that backend is measured and other measured backends apply, the fastest for this kind of work is returned.
-    """
+    """Return the first choice for a work: the first backend that applies and whose condition holds."""
     if torch.compiler.is_compiling():
         return next(choice for choice in _choices(work) if choice.condition is None or choice.condition(work))
     gradient, is_counted = torch.is_grad_enabled() and work.gradient, _get_current_dispatch_mode() is not None
-    key = (work.case, gradient, is_counted, target_of_graph(), setting(), costs.pins, *BACKENDS)
+    key = (work.case, gradient, is_counted, target_of_graph(), setting(), *BACKENDS)
     choices = work.choices
     able = choices.get(key)
     if able is None:
@@ -478,41 +381,13 @@ def _choices(work: Work, after: Backend | None = None) -> tuple[Choice, ...]:
     """Return the backends that apply to works of a case, up to the first without a condition."""
     found: list[Choice] = []
     first = 0 if after is None else BACKENDS.index(after) + 1
-    for at, backend in enumerate(BACKENDS[first:], first):
-        if not _can(backend, work):
+    for backend in BACKENDS[first:]:
+        if not hasattr(backend, work.task) or not backend.applies(work):
             continue
-        kind = _kind_to_measure(work) if backend.is_measured(work) else None
-        chosen = backend if kind is None else _fastest(kind, work, [backend, *BACKENDS[at + 1 :]])
-        found.append(Choice(chosen, chosen.prepare(work), chosen.condition(work)))
+        found.append(Choice(backend, backend.prepare(work), backend.condition(work)))
         if found[-1].condition is None:
             break
     return tuple(found)
-
-
-def _can(backend: Backend, work: Work) -> bool:
-    return hasattr(backend, work.task) and backend.applies(work)
-
-
-def _kind_to_measure(work: Work) -> tuple[Hashable, ...] | None:
-    """Return the kind of a work if its backends are measured (inference on the CPU); otherwise None."""
-    if work.rows.device.type != "cpu" or not work.is_inference or is_observed():
-        return None
-    return work.kind
-
-
-def _fastest(kind: tuple[Hashable, ...], work: Work, backends: Sequence[Backend]) -> Backend:
-    """Return the fastest measured backend that supports a work; the first in the list is known to."""
-    first, *others = backends
-    able = [backend for backend in others if backend.is_measured(work) and _can(backend, work)]
-    if not able:
-        return first
-    by_name = {backend.name: backend for backend in (first, *able)}
-    sample = cache(work.sample)  # created only if something must be measured
-    runs = {
-        name: lambda backend=backend: getattr(backend, work.task)(sample())
-        for name, backend in by_name.items()
-    }
-    return by_name[costs.fastest(kind, runs)]
 
 
 def compute(work: Work, choice: Choice | None = None) -> Any:
@@ -543,12 +418,6 @@ def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
     if not no_halo:
         parts.append(mix(rows, reading.sources, reading.mix))
     return torch.cat(parts)
-
-
-def _sample_reading(count: int, taps: int) -> Reading:
-    """Return a reading in which each row reads the rows after it, like pixels of a line."""
-    first = torch.arange(count, dtype=torch.int32).unsqueeze(1)
-    return read_rows(((first + torch.arange(taps, dtype=torch.int32)) % count).contiguous())
 
 
 def every_row(count: int, device: torch.device) -> Reading:

@@ -15,15 +15,13 @@ from cadsurgery.elements.backends.choose import (
     Pooling,
     TransposedConvolution,
     WindowRead,
-    Work,
-    choose_after,
 )
-from cadsurgery.elements.backends.costs import Costs, best_time, costs
+from cadsurgery.elements.backends.costs import Costs, costs_of, kind_of, largest_dense_dilation
+from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import FusedConv, transpose_weight
 from cadsurgery.elements.elements import Elements, to_dense
-from cadsurgery.elements.kernel_map import Window
-from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.kernels.load import is_observed
 
 
@@ -113,9 +111,17 @@ def _rows_of(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
 
 
+def _has_faster_kernel(work: Convolution, operation: _Dense) -> bool:
+    """Return True if a kernel for elements is preferred to a grouped convolution of a dense map."""
+    weights = work.weights
+    if weights.groups == 1 or weights.packed_cache is None or not Native().applies(work):
+        return False
+    return max(operation.dilation) > largest_dense_dilation(kind_of(weights, work.rows.dtype))
+
+
 class Uniform(Backend):
     """Operations on uniform lattices, whose rows are the memory of a dense map. In inference products of rows are left
-    to backends whose packed weights serve any number of rows."""
+    to backends whose packed weights serve any number of rows, and grouped convolutions to kernels that are faster."""
 
     name = "uniform"
 
@@ -128,12 +134,10 @@ class Uniform(Backend):
         if isinstance(work, Pooling):
             has_form = work.largest and work.rows.dtype != torch.uint8
             return has_form and _dense(work.reads) is not None
-        has_packed = work.is_product and work.is_inference and not is_observed()
-        return not has_packed and _dense(work.reads) is not None
-
-    def is_measured(self, work: Work) -> bool:
-        """Return True for grouped convolutions, because dilated ones are slow in some engines."""
-        return isinstance(work, Convolution) and work.weights.groups > 1
+        operation = _dense(work.reads)
+        if operation is None or not work.is_inference or is_observed():
+            return operation is not None
+        return not (work.is_product or _has_faster_kernel(work, operation))
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, O)."""
@@ -200,8 +204,7 @@ class Uniform(Backend):
 class WholeMap(Backend):
     """A convolution by its definition: convert to a dense fine map, convolve it, and keep the values at the anchors.
 
-    Used in optimised inference, where packed weights are kept, but not while torch traces or counts operations: the
-    measurement runs in another thread and would measure different code.
+    Used in optimised inference, where packed weights are kept, but not while torch traces or counts operations.
     """
 
     name = "whole map"
@@ -213,21 +216,23 @@ class WholeMap(Backend):
             return False
         if not isinstance(reads, WindowRead) or work.rows.device.type != "cpu" or work.outside:
             return False
-        return not (reads.source.part or reads.target.part) and _has_whole_map(reads)
+        is_whole = not (reads.source.part or reads.target.part) and _has_whole_map(reads)
+        return is_whole and self._costs(work) is not None
+
+    def _costs(self, work: Convolution) -> Costs | None:
+        return costs_of(kind_of(work.weights, work.rows.dtype), Native().applies(work))
 
     def condition(self, work: Convolution) -> Callable[[Convolution], bool]:
-        """Return a test that the whole map is cheaper than the next backend, by costs measured on this machine."""
+        """Return a test that the whole map is cheaper than the next backend, by the table of costs."""
         outputs, group, height, width = work.weights.weight.shape
         groups, work_of_element = work.weights.groups, outputs * group * height * width
-        kind = "plain" if groups == 1 else "depthwise" if group == 1 else f"groups of {group}"
-        other = choose_after(work, self).backend
-        key = f"{kind}, {height * width} taps, {work.rows.dtype}, {other.name}"
-        measured = costs(key, lambda: _measure(work, other))
+        costs = self._costs(work)
+        assert costs is not None
 
         def is_cheaper(work: Convolution) -> bool:
             target = work.reads.target  # type: ignore[union-attr]
             pixels = target.batch * target.size[0] * target.size[1]
-            return measured.prefer_dense(work_of_element, target.count, pixels, (group * groups, outputs))
+            return costs.prefer_dense(work_of_element, target.count, pixels, (group * groups, outputs))
 
         return is_cheaper
 
@@ -239,28 +244,3 @@ class WholeMap(Backend):
         plain = FusedConv(work.weights.weight, work.weights.bias, work.weights.groups)
         rows = _rows_of(convolve(plain, image, (1, 1), (0, 0), dilation))
         return work.weights.finish(rows.index_select(0, work.reads.target.anchors), work.residual)
-
-
-def _measure(work: Convolution, other: Backend) -> Costs:
-    """Measure the costs of this kind of convolution, with 128 channels on a fixed ragged lattice. On elements it uses
-    the backend of this work, even if another backend would be chosen for 128 channels."""
-    _, group, height, width = work.weights.weight.shape
-    channels = 128 if work.weights.groups == 1 else max(1, 128 // group) * group
-    inner = channels if work.weights.groups == 1 else group
-    weight = work.weights.weight.new_ones(channels, inner, height, width)
-    weights = FusedConv(weight, None, channels // inner, packed_cache={})
-    blocks = torch.arange(16 * 32).view(1, 16, 32) % 2
-    lattice = Geometry((2,)).lattice(blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)).at(1)
-    sample = Elements(work.rows.new_ones(lattice.count, channels), lattice)
-    padding = (height // 2, height // 2, width // 2, width // 2)
-    window = Window((height, width), 1, (1, 1), padding, spacing=2)
-    target = lattice.at(1, window.output_size(lattice.size))
-    image, work_of_element = to_dense(sample), weight[0].numel() * channels
-    dense = best_time(lambda: convolve(weights, image, (1, 1), (height // 2, width // 2), (1, 1)))
-    on_elements = Convolution(sample.rows, weights, WindowRead(lattice, target, window))
-    sparse = best_time(lambda: other.convolve(on_elements))  # type: ignore[attr-defined]
-    moved = best_time(lambda: to_dense(sample))
-    pixels = image.shape[2] * image.shape[3]
-    return Costs(
-        dense / (pixels * work_of_element), sparse / (target.count * work_of_element), moved / image.numel()
-    )

@@ -23,10 +23,6 @@ class Products(Backend):
         """Return True for one tap at the element itself and, in inference, for any ungrouped convolution."""
         return work.is_product or (work.is_inference and work.weights.groups == 1)
 
-    def is_measured(self, work: Convolution) -> bool:
-        """Return True: kernels that read rows in place, without gathering, may be faster."""
-        return True
-
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, ..., O)."""
         weights, residual = work.weights, work.residual

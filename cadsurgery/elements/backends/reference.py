@@ -47,10 +47,6 @@ class Torch(Backend):
         """Return True: this backend supports every work."""
         return True
 
-    def is_measured(self, work: Work) -> bool:
-        """Return True except for ungrouped convolutions, for which `Products` uses torch's operations."""
-        return not isinstance(work, Convolution) or work.weights.groups > 1
-
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""
         rows, weight, table = _operands(work)
