@@ -94,7 +94,7 @@ OF_UNIFORM_MAPS: tuple[tuple[Kind, int], ...] = (
     (Kind(_F32, "avx2", 1, 1), 0),
     (Kind(_F32, "sse4", 1, 4), 1),
     (Kind(_F32, "avx512", 16, 4), _ALWAYS),
-    (Kind(_F32, "avx512", 8, 4), 1),
+    (Kind(_F32, "avx512", 8, 4), 0),
     (Kind(_F32, "avx512", 2, 1), 0),
     (Kind(_F32, "avx2", 8, 4), _ALWAYS),
     (Kind(_BF16, "amx", 1, 25), 1),
