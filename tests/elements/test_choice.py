@@ -73,7 +73,7 @@ AMX = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
         (Kind(torch.float32, "", 4, 9), AMX, 0),
         (Kind(torch.float32, "", 8, 9), AMX[:2], costs._ALWAYS),
         (Kind(torch.float32, "", 32, 9), AMX, costs._ALWAYS),
-        (Kind(torch.bfloat16, "", 8, 9), AMX, 1),
+        (Kind(torch.bfloat16, "", 8, 9), AMX, costs._ALWAYS),
         (Kind(torch.bfloat16, "", 8, 9), AMX[:4], 0),
         (Kind(torch.float32, "", 32, 9), ("scalar", "neon"), 0),
     ],

@@ -98,8 +98,7 @@ OF_UNIFORM_MAPS: tuple[tuple[Kind, int], ...] = (
     (Kind(_F32, "avx512", 2, 1), 0),
     (Kind(_F32, "avx2", 8, 4), _ALWAYS),
     (Kind(_BF16, "amx", 1, 25), 1),
-    (Kind(_BF16, "amx", 16, 4), _ALWAYS),
-    (Kind(_BF16, "amx", 8, 4), 1),
+    (Kind(_BF16, "amx", 8, 4), _ALWAYS),
 )
 
 
