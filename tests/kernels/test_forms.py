@@ -39,9 +39,6 @@ LAWS = (
     "tests/network/test_optimize.py::test_mixing_where_it_is_read_is_mixing_before",
     "tests/methods/test_resampling.py::test_compiled_code_inverts_as_torch_does",
 )
-MORE_LAWS = (
-    "tests/network/test_optimize.py::test_pairs_of_convolutions_are_one_after_the_other",
-)  # of the slow part
 OF_KERNELS = "(native or integers or not test_backend_laws)"
 # The suite itself runs the laws of 8 bits for each form; here they run for the form that is chosen.
 CHOSEN = " and ".join((OF_KERNELS, *(f"not {name}]" for name in isa.ISAS)))
@@ -95,7 +92,7 @@ def run_laws(name: str, *options: str, library: Path | None = None) -> None:
 @pytest.mark.parametrize("name", isa.ISAS)
 def test_all_cases_of_the_laws_hold_for_the_forms_of_every_instruction_set(name: str) -> None:
     skip_unless_run_here(name)
-    run_laws(name, *MORE_LAWS, "-k", CHOSEN, "-m", "slow or not slow")
+    run_laws(name, "-k", CHOSEN, "-m", "slow or not slow")
 
 
 # -- tiles of AMX, emulated ---------------------------------------------------------------------------------
