@@ -131,11 +131,20 @@ def test_of_several_differences_the_largest_decides() -> None:
             compare.check_difference([0.0, largest, 1e-7])
 
 
-@pytest.mark.parametrize("dynamic", [slow(False), True])
+FILES = [("net.onnx", {"dynamic": True}), slow("net.onnx", {}), slow("net.pt2", {})]
+ADVICE = {
+    "dynamic": "write a file for one size",
+    "net.onnx": "level_map=True",
+    "net.pt2": "to='onnx'",
+}
+
+
+@pytest.mark.parametrize(("file", "options"), FILES)
 def test_what_torch_raises_names_the_operation_and_another_file(
-    dynamic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), "edges", example_input=torch.randn(1, 3, 64, 96))
+    mask = "edges | budget:fraction=0.3"
+    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), mask, example_input=torch.randn(1, 3, 64, 96))
 
     def fail(*args: object, **options: object) -> Tensor:
         if torch.compiler.is_compiling():
@@ -147,13 +156,37 @@ def test_what_torch_raises_names_the_operation_and_another_file(
     monkeypatch.setattr(reference.Expression, "convolve", lambda self, work: fail())
     monkeypatch.setattr(portable.Portable, "convolve", lambda self, work: fail())
     with pytest.raises(cs.CannotConvert) as refusal:
-        cs.export(net, torch.randn(1, 3, 64, 96), tmp_path / "net.onnx", dynamic=dynamic)
+        cs.export(net, torch.randn(1, 3, 64, 96), tmp_path / file, **options)
     error = refusal.value
-    assert "fused_conv2d, in the original" in error.where
+    assert ("fused_conv2d, in the original" if file == "net.onnx" else "conv2d") in error.where
     assert "Eq(u1, 0)" in error.why
-    assert ("write a file for one size" in error.next) == dynamic
-    assert "level_map=True" in error.next
+    assert {name for name, words in ADVICE.items() if words in error.next} == {file, *options}
     assert not list(tmp_path.iterdir())
+
+
+class Chosen(nn.Module):
+    """How many parts there are depends on the values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.masked_select(x, x > x.mean()).split(7)[0].mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "options"), [case if isinstance(case, tuple) else case.values for case in FILES]
+)
+def test_a_number_that_depends_on_values_is_refused_at_its_operation_and_nothing_is_printed(
+    file: str, options: dict[str, bool], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch raises GuardOnDataDependentSymNode, and prints the graph so far."""
+    model = nn.Sequential(strided(outputs=4, kernel=3), Chosen(), nn.Conv2d(4, 4, 1)).eval()
+    mask = "edges | budget:fraction=0.3"
+    net = cs.adaptify(model, mask, example_input=torch.rand(1, 3, 64, 96), verify_laws=False)
+    capfd.readouterr()
+    with pytest.raises(cs.CannotConvert, match="data-dependent") as refusal:
+        cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / file, **options)
+    assert refusal.value.where.startswith("split (test_sizes_in_files.py:") and refusal.value.next
+    assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
 
 
 # What raises while a file is written: the owner's module, and the function's name in it.
@@ -256,6 +289,34 @@ def test_a_file_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(cs.CannotConvert, match="the writer stopped"):
         cs.export(net, torch.randn(1, 3, 64, 96), tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["net.onnx", "net.pt2"])
+def test_a_full_disk_is_said_and_leaves_nothing(file: str, tmp_path: Path) -> None:
+    """Files cannot grow beyond some bytes, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    net, limit = converted(1, mask="edges | budget:fraction=0.3"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
+    try:
+        with pytest.raises(cs.FileError, match=r"cannot be written[\s\S]*File too large"):
+            cs.export(net, torch.rand(1, 3, 96, 128), tmp_path / file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"folder.{suffix}").mkdir()
+    (tmp_path / f"mine.{suffix}").write_bytes(b"mine")
+    (tmp_path / f"mine.{suffix}").chmod(0o444)
+    net, steps = converted(1, mask="edges | budget:fraction=0.3"), list[str]()
+    for name in ("no/net", "mine", "folder"):
+        with pytest.raises(cs.FileError, match=name.split("/")[0]):
+            path = tmp_path / f"{name}.{suffix}"
+            cs.export(net, torch.rand(1, 3, 96, 128), path, step=lambda text, *more: steps.append(text))
+    assert not steps and len(list(tmp_path.iterdir())) == 2
 
 
 class Pair(nn.Module):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -44,8 +42,8 @@ from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_k
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
+from cadsurgery.network.export.refusals import cause_of, place_of, place_of_translation, refused
 from cadsurgery.network.export.shortcuts import (
-    LINE,
     following_quickly,
     promoting_without_runs,
     reading_signatures_once,
@@ -58,8 +56,6 @@ from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, descr
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.provenance import versions
-from cadsurgery.surgery.graphs import module_of, raised_by, written_at
-from cadsurgery.surgery.refusals import source_line
 
 # Tolerance in half precision, and number of patches per image that a mask may choose differently through rounding.
 TOLERANCE_OF_HALVES = 2e-2
@@ -163,17 +159,6 @@ def _save(model: Any, path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-@contextmanager
-def refused(what: str, next: str) -> Iterator[None]:
-    """Turn what other packages raise in the block into a `CannotConvert`; a full disk or missing right stays one."""
-    try:
-        yield
-    except (CadError, OSError):
-        raise
-    except Exception as error:
-        raise CannotConvert(f"{what}.", why=_cause(error), next=next) from error
-
-
 def _warn_of_grouped_layers(net: AdaptiveModel) -> None:
     """Warn if an optimised network convolves rows in groups; engines have no fast operation for that."""
     read = functional.fused_conv2d
@@ -224,8 +209,8 @@ def translate(
         except Exception as error:
             raise CannotConvert(
                 "torch's exporter has no ONNX for the network or its mask.",
-                where=_place_of_translation(error, translatable.graph, graph),
-                why=_cause(error),
+                where=place_of_translation(error, translatable.graph, getattr(graph, "net", None)),
+                why=cause_of(error),
                 next=next,
             ) from error
 
@@ -374,7 +359,7 @@ def follow(
     assert refusal is not None
     raise CannotConvert(
         "torch.export cannot follow the network or its mask.",
-        where=_place_of(refusal, graph),
+        where=place_of(refusal, getattr(graph, "net", None)),
         why=describe_error(refusal),
         next=_other_files(dynamic, level_map=len(inputs) > 1 and not is_fixed),
     ) from refusal
@@ -388,35 +373,6 @@ def _other_files(dynamic: bool, level_map: bool) -> str:
     if not level_map:
         ways.append("write an ONNX file with the level map as an input, level_map=True")
     return "; or ".join([*ways, "run the network where this package is, net.optimize()"]) + "."
-
-
-def _place_of(error: BaseException, graph: nn.Module) -> str:
-    """Return the operation of the network, and the original's name for it, in which an error was raised."""
-    net = getattr(graph, "net", None)
-    return _words_for(raised_by(error, net.program.graph)) if isinstance(net, AdaptiveModel) else ""
-
-
-def _place_of_translation(error: BaseException, translated: fx.Graph, graph: nn.Module | None) -> str:
-    """Return the operation of the network, and the original's name for it, that torch's exporter could not translate:
-    its error tells the name of a node that was traced there."""
-    net, name = (
-        getattr(graph, "net", None),
-        re.search(r"translating node %(\w+)", str(error.__cause__ or error)),
-    )
-    node = next((node for node in translated.nodes if name and node.name == name[1]), None)
-    line = node.meta.get(LINE) if node is not None else None
-    if line is None or not isinstance(net, AdaptiveModel):
-        return ""
-    return _words_for(written_at(line, net.program.graph))
-
-
-def _words_for(node: fx.Node | None) -> str:
-    """Return the name of a node's operation, and the original's name for it or for its module, with the line."""
-    if node is None:
-        return ""
-    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
-    origin, line = node.meta.get("origin") or module_of(node), source_line(node)
-    return f"{what}{f' ({line})' * bool(line)}{f', in the original {origin}' * bool(origin)}"
 
 
 def _drop_assertions(graph: fx.GraphModule) -> None:
@@ -559,13 +515,6 @@ def _name_axes(model: Any, free: set[int]) -> None:
     image.shape = onnx_ir.Shape(
         [names[axis] if axis in free else length for axis, length in enumerate(image.shape)]
     )
-
-
-def _cause(error: BaseException) -> str:
-    """Describe the innermost cause of an exporter's error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return describe_error(error)
 
 
 def _way_round(net: AdaptiveModel, level_map: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.dictionaries import further_inputs
 from cadsurgery.network.export.names import output_names
+from cadsurgery.network.export.quiet import without_graphs_of_errors
+from cadsurgery.network.export.refusals import place_of
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, describe_error
@@ -47,7 +50,8 @@ def write_program(
     with warnings.catch_warnings():
         # torch gives this warning for channels_last weights, but stores them completely.
         warnings.filterwarnings("ignore", "No complete tensor found")
-        torch.export.save(program, path)
+        torch.export.save(program, content := io.BytesIO())
+    path.write_bytes(content.getbuffer())  # torch's own writer ends the process where a disk is full
     run = torch.export.load(path).module()
     others = more_images(image, other)
     largest = check_difference(
@@ -82,10 +86,12 @@ def follow(net: nn.Module, image: Tensor, *rest: Tensor) -> torch.export.Exporte
         CannotConvert: torch.export cannot follow the network.
     """
     try:
-        return torch.export.export(net, (image, *rest))
+        with without_graphs_of_errors():
+            return torch.export.export(net, (image, *rest))
     except Exception as error:
         raise CannotConvert(
             "torch.export cannot follow the network.",
+            where=place_of(error, net),
             why=describe_error(error),
-            next="convert a network without data-dependent control flow, as in detectors.",
+            next="write an ONNX file, to='onnx'; or run the network where this package is, net.optimize().",
         ) from error
