@@ -42,6 +42,7 @@ def export(
     with screen.steps("export") as step:
         exported = export_network(model, weights, mask, conversion, size, output, kind, step, trust)
     shape = "x".join("any" if length is None else str(length) for length in exported["image"])
+    shape += f" (multiples of {exported['multiple']})" * (exported["multiple"] > 1)
     text = (
         f"wrote {exported['file']} ({exported['format']}): {exported['bytes'] / 1e6:.1f} MB, images {shape}, mask "
         f"{exported['mask']}; largest difference on {len(exported['compared'])} other batches "

@@ -56,11 +56,12 @@ def fresh_length(length: int, *limits: int) -> int:
 
 
 def _is_expression(length: int) -> bool:
-    """Return True for an expression of symbols in an export; a length of one is fixed in a file and stays as it is."""
+    """Return True for an expression in an export that is more than a multiple of a symbol; a length of one is fixed in
+    a file and stays as it is."""
     if not isinstance(length, torch.SymInt) or not _is_exporting():
         return False
-    node = length.node
-    return bool(node.expr.free_symbols) and not node.expr.is_Symbol and (_in_example(node) or 0) > 1
+    expression = length.node.expr.as_coeff_Mul()[1]
+    return bool(expression.free_symbols) and not expression.is_Symbol and (_in_example(length.node) or 0) > 1
 
 
 def _is_exporting() -> bool:
@@ -87,6 +88,13 @@ def of_size(value: Tensor, size: Sequence[int]) -> Tensor:
     if not _is_exporting() or all(isinstance(length, int) for length in value.shape[1:]):
         return value
     return cast(Tensor, torch.ops.cadsurgery.fresh_shape(value, (value.shape[0], *size)))
+
+
+def in_multiples(image: Tensor, multiple: int) -> Tensor:
+    """Return images (B, C, H, W) whose sides are known to be multiples of a number: then the sizes of all maps are
+    multiples of two symbols, and those that must be equal are known to be."""
+    sides = (multiple * fresh_length(length // multiple) for length in image.shape[2:])
+    return cast(Tensor, torch.ops.cadsurgery.fresh_shape(image, (*image.shape[:2], *sides)))
 
 
 def drop_fresh(program: torch.export.ExportedProgram) -> None:

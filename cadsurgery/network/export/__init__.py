@@ -47,6 +47,7 @@ class Exported:
         compared: shapes of the batches of the comparison.
         inputs: names of the inputs.
         outputs: names of the outputs.
+        multiple: sides of images are multiples of this number of pixels; 1 for any, and for a file for one size.
         fidelity: for a file in 8 bits, its agreement with the float file; else None.
     """
 
@@ -58,6 +59,7 @@ class Exported:
     compared: tuple[tuple[int, ...], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    multiple: int = 1
     fidelity: Fidelity | None = None
 
 
@@ -94,7 +96,7 @@ def export(
             calibrate for `int8`, all else has the example's values; where dictionaries do, each has its own.
         path: file to write.
         to: format; default: `onnx` for a name that ends in `.onnx`, else `pt2`.
-        dynamic: accept any height and width (ONNX only).
+        dynamic: accept any height and width; if the network does not, all multiples of `Exported.multiple` (ONNX only).
         level_map: replace the mask by a second input `level_map` (B, h, w), int64; implies `dynamic` (ONNX only).
         float16: weights and activations in half precision; the mask, inputs and outputs in single (ONNX only).
         int8: images for calibration, about 20 to 100, in any form that `optimize` takes: weights and activations

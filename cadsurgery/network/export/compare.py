@@ -33,6 +33,7 @@ class Comparison:
     compared: tuple[tuple[int, ...], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    multiple: int = 1
     fidelity: Fidelity | None = None
 
 

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.target import Target, portable, recorded_conditions
-from cadsurgery.elements.fresh import drop_fresh, fresh_map
+from cadsurgery.elements.backends.target import Target, portable, recorded_conditions, require_equal
+from cadsurgery.elements.fresh import drop_fresh, fresh_map, in_multiples, of_size
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
@@ -90,8 +90,9 @@ def write(
     for package in ("onnx", "onnxscript", *(engine.package for engine in engines)):
         import_package(package)
     step("tracing")
-    graph = Exportable(net, float16)
-    answer = _cut_awkwardly(net, image) if dynamic else _ask(net, image)
+    multiple = find_multiple(net, image) if dynamic else 1
+    graph = Exportable(net, float16, multiple)
+    answer = _cut_awkwardly(net, image, multiple) if dynamic else _ask(net, image)
     example, names = answer.image, output_names(answer.output)
     if not engines[-1].has_kernels:
         _warn_of_grouped_layers(graph.net)
@@ -118,7 +119,7 @@ def write(
             output_names=outputs,
         )
         with refused("the file cannot be finished", "report it with the name of the network."):
-            _finish(model.model, target.has_kernels, _metadata(net, dynamic), free)
+            _finish(model.model, target.has_kernels, _metadata(net, dynamic, multiple), free)
             step("writing")
             _save(model, path)
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
@@ -132,7 +133,7 @@ def write(
     differences = (_compare(net, run, answer, level_map) for run, answer in counted_pairs)
     largest = check_difference(differences, tolerance, lambda: rounding_of(net, batches))
     shapes = tuple(tuple(batch.shape) for batch in batches)
-    compared = Comparison(largest, shapes, input_names, outputs)
+    compared = Comparison(largest, shapes, input_names, outputs, multiple)
     if int8:
         calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
         compared = replace(compared, fidelity=to_8_bits(path, engines[-1], calls, others, step))
@@ -218,13 +219,13 @@ def translate(
 class Exportable(nn.Module):
     """A network as a function of tensors: from the image, or image and level map, to the outputs and the level map."""
 
-    def __init__(self, net: AdaptiveModel, float16: bool) -> None:
-        """Copy a network and fold its batch norms."""
+    def __init__(self, net: AdaptiveModel, float16: bool, multiple: int = 1) -> None:
+        """Copy a network and fold its batch norms; images have sides that are multiples of a number."""
         super().__init__()
         self.net = net.optimize()
         self.net._program = _count_in_symbols(self.net.program)
         self.mask = copy.deepcopy(net.mask)
-        self.float16 = float16
+        self.float16, self.multiple = float16, multiple
         if float16:
             self.net = self.net.half()
 
@@ -234,6 +235,12 @@ class Exportable(nn.Module):
         program = self.net.program
         further = rest if further_inputs(self.net) else ()
         levels = rest[0] if rest and not further else None
+        given = image
+        if self.multiple > 1:
+            image = in_multiples(image, self.multiple)
+            if levels is not None:
+                stride = program.plan.strides[0]
+                levels = of_size(levels, [divide_up(length, stride) for length in image.shape[2:]])
         masking = _InSingle(
             self.mask,
             program.geometry,
@@ -245,6 +252,8 @@ class Exportable(nn.Module):
         )
         run = program.run_after_first_pass if self.mask.looks_ahead and levels is None else program
         with recorded_conditions() as conditions:
+            for length, known in zip(given.shape[2:], image.shape[2:], strict=True):
+                require_equal(length, known, f"sides of images are multiples of {self.multiple}")
             output, lattice = run(masking, program.bind(image.half() if self.float16 else image, *further))
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         outputs = (leaf.to(image.dtype) if leaf.is_floating_point() else leaf for leaf in tensors)
@@ -408,10 +417,38 @@ def _ask_first(net: AdaptiveModel, images: Iterable[Tensor]) -> _Answer | None:
     return None
 
 
-def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> _Answer:
+def find_multiple(net: AdaptiveModel, image: Tensor) -> int:
+    """Return the number of whose multiples the sides of a network's images must be, 1 if it accepts all sizes: the
+    smallest power of two that it accepts beyond, and short of, a multiple of all its strides."""
+    multiple = 1
+    while 2 * multiple <= min(image.shape[2:]):
+        if all(_is_accepted(net, image, change) for change in (multiple, -multiple)):
+            return multiple
+        multiple *= 2
+    return 1
+
+
+def _is_accepted(net: AdaptiveModel, image: Tensor, change: int) -> bool:
+    crops = (_cut_to_multiples(net, whole, change) for whole in (_thinned(net, image), image))
+    return _ask_first(net, crops) is not None
+
+
+def _cut_to_multiples(net: AdaptiveModel, image: Tensor, change: int) -> Tensor:
+    """Crop an image to a multiple of all strides of a network and so many pixels more: halved again and again, rounded
+    up or down, each length is odd until the change is one."""
+    unit = max(32, net.plan.strides[-1])
+    height, width = (max(0, length - change) // unit * unit + change for length in image.shape[2:])
+    return image[:, :, : max(0, height), : max(0, width)]
+
+
+def _cut_awkwardly(net: AdaptiveModel, image: Tensor, multiple: int = 1) -> _Answer:
     """Crop an image, small if possible, so that its fine map does not fill the outermost cells, because torch decides
-    by the example whether a slice takes all. Take the image itself if the network does not accept the crops."""
-    crops = (_crop_awkwardly(net, whole) for whole in (_thinned(net, image), image))
+    by the example whether a slice takes all. Take an image of multiples, or itself, if the network accepts no crop."""
+    wholes = (_thinned(net, image), image)
+    if multiple == 1:
+        crops = (_crop_awkwardly(net, whole) for whole in wholes)
+    else:
+        crops = (_cut_to_multiples(net, whole, -multiple) for whole in wholes)
     return _ask_first(net, crops) or _ask(net, image)
 
 
@@ -494,13 +531,14 @@ def _thinned(net: AdaptiveModel, image: Tensor) -> Tensor:
     return image[:, :, ::step, ::step][:, :, :height, :width]
 
 
-def _metadata(net: AdaptiveModel, dynamic: bool) -> dict[str, str]:
+def _metadata(net: AdaptiveModel, dynamic: bool, multiple: int) -> dict[str, str]:
     """Return the metadata of a file, including mean and standard deviation for images in 0..1."""
     source = source_of(net)
+    options = {"fill": net.geometry.fill, "dynamic": dynamic, "multiple": multiple}
     return {
         "cadsurgery.mask": net.mask.spec(),
         "cadsurgery.plan": net.plan.to_json(),
-        "cadsurgery.options": json.dumps({"fill": net.geometry.fill, "dynamic": dynamic}),
+        "cadsurgery.options": json.dumps(options),
         "cadsurgery.images": json.dumps({"mean": source.mean, "std": source.std}),
         "cadsurgery.versions": json.dumps(versions()),
     }
