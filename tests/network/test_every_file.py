@@ -81,6 +81,10 @@ def of_zoo(name: str, mask: str) -> Given:
 
 def of_call(net: cs.AdaptiveModel, arguments: Any) -> Given:
     """A network that takes more than an image, with each of its tensors as an argument."""
+    if isinstance(arguments, dict):  # keywords
+        bound = net.program.signature.bind(**arguments)
+        bound.apply_defaults()
+        arguments = bound.args
     opened, image, _ = open_call(net, arguments)
     return Given(opened, image, tuple(further_inputs(opened).values()))
 
@@ -137,7 +141,8 @@ def of_other_sizes(given: Given, is_of_one: bool) -> Iterator[Tensor]:
 
 def compare(given: Given, outputs: list[Tensor], image: Tensor, levels: Tensor) -> None:
     """Outputs are the network's, up to rounding, at the file's level map."""
-    result = given.net(image, *given.more, mask=levels.long())
+    with given.net.masked(levels.long()):  # an argument may have the name `mask`
+        result = given.net(image, *given.more)
     error = difference(outputs, [x for x in tree_leaves(result) if isinstance(x, Tensor)])
     assert error < 1e-4 or (not given.more and error < 4 * rounding_of(given.net, [image])), error
 

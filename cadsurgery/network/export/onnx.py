@@ -126,7 +126,7 @@ def write(
     with refused("an engine does not open the file", _other_files(dynamic, level_map)):
         runs = [engine(path, torch.get_num_threads()) for engine in engines]
     step("comparing")
-    answers = _answers(net, image, other, dynamic)
+    answers = _answers(net, image, other, dynamic, None if 0 in free else len(image))
     batches = [answer.image for answer in answers]
     pairs = [(run, answer) for answer in answers for run in runs]
     counted_pairs = counted(pairs, step, "comparing, batch")
@@ -463,12 +463,15 @@ def _crop_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
     return image[:, :, :height, :width]
 
 
-def _answers(net: AdaptiveModel, image: Tensor, other: Tensor | None, dynamic: bool) -> list[_Answer]:
-    """Return the batches that a file is compared on, with what the network gives for them."""
+def _answers(
+    net: AdaptiveModel, image: Tensor, other: Tensor | None, dynamic: bool, number: int | None
+) -> list[_Answer]:
+    """Return the batches that a file is compared on, with what the network gives for them; `number` is that of the
+    images of a file that takes no other."""
     batches = more_images(image, other)
     if not dynamic:
         return [_ask(net, batch) for batch in batches]
-    return [_ask(net, batches[0]), *_of_other_sizes(net, image)]
+    return [_ask(net, batches[0]), *_of_other_sizes(net, image, number)]
 
 
 def _compare(net: AdaptiveModel, run: Engine, answer: _Answer, level_map: bool) -> float:
@@ -494,12 +497,13 @@ def _compare(net: AdaptiveModel, run: Engine, answer: _Answer, level_map: bool) 
     return difference(outputs, [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)])
 
 
-def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[_Answer]:
-    """Yield the answers to batches of other sizes that the network accepts: an odd one, and two long images."""
+def _of_other_sizes(net: AdaptiveModel, image: Tensor, number: int | None = None) -> Iterator[_Answer]:
+    """Yield the answers to batches of other sizes that the network accepts: an odd one, and one of one image more than
+    the example has, or of `number`, and long."""
     small = _thinned(net, image)
     odd = [small[:, :, : small.shape[2] - 5, : small.shape[3] - 3]]
     for choices in (odd, [*_of_two(net, small), *_of_two(net, image), _one_more(image)]):
-        if answer := _ask_first(net, choices):
+        if answer := _ask_first(net, (choice[:number] for choice in choices)):
             yield answer
 
 
