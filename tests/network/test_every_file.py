@@ -228,9 +228,14 @@ def test_a_network_is_written_as_files_of_one_size_and_of_any(name: str, tmp_pat
     check_files(CASES[name]("edges"), tmp_path, "onnx")
 
 
+# Their parameters' `.data` ends torch.export of the network as given, too.
+NOT_FOLLOWED = ("pythonic:ChangesInPlace",)
+
+
+# No random networks: in noise many patches are alike but for rounding, and a budget may choose others.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*HEADS, *SAMPLED][:: 12 * min(EVERY, 3)])
+@pytest.mark.parametrize("name", [*HEADS, *LIBRARY, *ZOO, *CORPUS][:: 9 * min(EVERY, 3)])
 @torch.no_grad()
 def test_some_are_written_for_openvino_and_as_programs(name: str, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
@@ -239,8 +244,8 @@ def test_some_are_written_for_openvino_and_as_programs(name: str, tmp_path: Path
     image = given.image.flip(3)
     inputs = (given.image, *given.more) if given.more else given.image
     plain = all(isinstance(leaf, Tensor) for leaf in tree_leaves(given.net(image, *given.more)))
-    if not plain:
-        with pytest.raises(cs.CannotConvert, match="cannot return"):
+    if not plain or name in NOT_FOLLOWED:
+        with pytest.raises(cs.CannotConvert, match="cannot return" if not plain else "cannot follow"):
             cs.export(given.net, inputs, tmp_path / "net.pt2")
         return
     cs.export(given.net, inputs, tmp_path / "net.pt2")

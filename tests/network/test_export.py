@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_same, images, picture, random_levels, slow
 from exported import File, net
 from networks import randomise, saved_segmenter, strided
@@ -23,6 +24,7 @@ import cadsurgery as cs
 from benchmarks import export_matrix
 from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.network.export.compare import check_difference, difference, more_images
+from cadsurgery.network.export.engines import engines_for
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.onnx import _cut_awkwardly, _of_other_sizes
 
@@ -448,6 +450,58 @@ def test_examples_of_any_size_are_those_that_the_network_accepts() -> None:
         assert _cut_awkwardly(model, image).image.shape == image.shape
         sizes = [tuple(answer.image.shape) for answer in _of_other_sizes(model, image)]
     assert sizes == [(2, 3, 80, 32)]
+
+
+class Joined(nn.Module):
+    """A pyramid whose maps are added where they have the same size: sides of images are multiples of 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(
+            nn.Conv2d(before, 4, 3, stride=2, padding=1, bias=False) for before in (3, 4, 4)
+        )
+        self.up = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, image: Tensor) -> Tensor:
+        maps = [image]
+        for layer in self.down:
+            maps.append(layer(maps[-1]).relu())
+        y = self.up[0](maps[3])
+        for layer, beside in zip(self.up[1:], maps[2:0:-1], strict=True):
+            y = layer(beside + F.interpolate(y, scale_factor=2.0))
+        return y
+
+
+@pytest.mark.parametrize("level_map", [False, True])
+def test_files_for_multiples_derive_each_lattice_once_and_refuse_other_sizes(
+    level_map: bool, tmp_path: Path
+) -> None:
+    """Maps that are joined have one size for all images, so files have the lattices of one way through the strides."""
+    net = cs.adaptify(
+        Joined().eval(), "edges", coarsest=8, example_input=picture(1, 64, 96), verify_laws=False
+    )
+    report = cs.export(
+        net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True, level_map=level_map, with_kernels=True
+    )
+    assert report.multiple == 8
+    nodes = onnx.load(tmp_path / "net.onnx").graph.node
+    assert sum(node.op_type == "FindCells" for node in nodes) <= net.geometry.stages
+    run = engines_for("onnx", with_kernels=True)[0](tmp_path / "net.onnx", 1)
+    for height, width in ((40, 72), (16, 24), (128, 64)):
+        image = picture(2, height, width)
+        expected = net(image)
+        found, levels = run(image, *((net.levels.long(),) if level_map else ()))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(levels, net.levels)
+    image = picture(1, 60, 96)
+    rest = (torch.zeros(1, *net.levels.shape[1:]).long(),) if level_map else ()
+    with pytest.raises(cs.CannotConvert, match="does not run the file"):
+        run(image, *rest)
+
+
+def test_a_network_that_accepts_all_sizes_is_written_for_all(tmp_path: Path) -> None:
+    net = cs.adaptify(strided(3, 4).eval(), "edges", output_stride=(2, 8), example_input=picture(1, 64, 96))
+    assert cs.export(net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True).multiple == 1
 
 
 def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes() -> None:

@@ -90,7 +90,11 @@ def write(
     for package in ("onnx", "onnxscript", *(engine.package for engine in engines)):
         import_package(package)
     step("tracing")
-    multiple = find_multiple(net, image) if dynamic else 1
+    multiple = (
+        find_multiple(net, [image, *([] if other is None else [other]), *map(batch_of, int8)])
+        if dynamic
+        else 1
+    )
     graph = Exportable(net, float16, multiple)
     answer = _cut_awkwardly(net, image, multiple) if dynamic else _ask(net, image)
     example, names = answer.image, output_names(answer.output)
@@ -126,7 +130,7 @@ def write(
     with refused("an engine does not open the file", _other_files(dynamic, level_map)):
         runs = [engine(path, torch.get_num_threads()) for engine in engines]
     step("comparing")
-    answers = _answers(net, image, other, dynamic, None if 0 in free else len(image))
+    answers = _answers(net, image, other, dynamic, None if 0 in free else len(image), multiple)
     batches = [answer.image for answer in answers]
     pairs = [(run, answer) for answer in answers for run in runs]
     counted_pairs = counted(pairs, step, "comparing, batch")
@@ -417,12 +421,14 @@ def _ask_first(net: AdaptiveModel, images: Iterable[Tensor]) -> _Answer | None:
     return None
 
 
-def find_multiple(net: AdaptiveModel, image: Tensor) -> int:
+def find_multiple(net: AdaptiveModel, images: Sequence[Tensor]) -> int:
     """Return the number of whose multiples the sides of a network's images must be, 1 if it accepts all sizes: the
-    smallest power of two that it accepts beyond, and short of, a multiple of all its strides."""
+    smallest power of two that it accepts beyond, and short of, a multiple of all its strides. Those of the images that
+    are given are multiples, too."""
+    sides = [length for image in images for length in image.shape[2:]]
     multiple = 1
-    while 2 * multiple <= min(image.shape[2:]):
-        if all(_is_accepted(net, image, change) for change in (multiple, -multiple)):
+    while not any(length % multiple or length < 2 * multiple for length in sides):
+        if all(_is_accepted(net, images[0], change) for change in (multiple, -multiple)):
             return multiple
         multiple *= 2
     return 1
@@ -464,14 +470,14 @@ def _crop_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
 
 
 def _answers(
-    net: AdaptiveModel, image: Tensor, other: Tensor | None, dynamic: bool, number: int | None
+    net: AdaptiveModel, image: Tensor, other: Tensor | None, dynamic: bool, number: int | None, multiple: int
 ) -> list[_Answer]:
     """Return the batches that a file is compared on, with what the network gives for them; `number` is that of the
-    images of a file that takes no other."""
+    images of a file that takes no other, and their sides are multiples of `multiple`."""
     batches = more_images(image, other)
     if not dynamic:
         return [_ask(net, batch) for batch in batches]
-    return [_ask(net, batches[0]), *_of_other_sizes(net, image, number)]
+    return [_ask(net, batches[0]), *_of_other_sizes(net, image, number, multiple)]
 
 
 def _compare(net: AdaptiveModel, run: Engine, answer: _Answer, level_map: bool) -> float:
@@ -497,13 +503,18 @@ def _compare(net: AdaptiveModel, run: Engine, answer: _Answer, level_map: bool) 
     return difference(outputs, [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)])
 
 
-def _of_other_sizes(net: AdaptiveModel, image: Tensor, number: int | None = None) -> Iterator[_Answer]:
-    """Yield the answers to batches of other sizes that the network accepts: an odd one, and one of one image more than
-    the example has, or of `number`, and long."""
+def _of_other_sizes(
+    net: AdaptiveModel, image: Tensor, number: int | None = None, multiple: int = 1
+) -> Iterator[_Answer]:
+    """Yield the answers to batches of other sizes, multiples of a number, that the network accepts: an odd one, and one
+    of one image more than the example has, or of `number`, and long."""
     small = _thinned(net, image)
-    odd = [small[:, :, : small.shape[2] - 5, : small.shape[3] - 3]]
-    for choices in (odd, [*_of_two(net, small), *_of_two(net, image), _one_more(image)]):
-        if answer := _ask_first(net, (choice[:number] for choice in choices)):
+    odd = small[:, :, : small.shape[2] - 5, : small.shape[3] - 3]
+    if multiple > 1:
+        odd = _cut_to_multiples(net, small, multiple)
+    for choices in ([odd], [*_of_two(net, small), *_of_two(net, image), _one_more(image)]):
+        fitting = (one for one in choices if not any(length % multiple for length in one.shape[2:]))
+        if answer := _ask_first(net, (choice[:number] for choice in fitting)):
             yield answer
 
 
