@@ -220,6 +220,11 @@ def _require_equal(levels: Any, one: Any, other: Any, reason: str) -> Any:
     return op.Reshape(levels, op.Add(op.Shape(levels), nothing))
 
 
+def _same(values: Any, *_: Any) -> Any:
+    """Dropout of channels in evaluation, for which torch's exporter has no translation."""
+    return op.Identity(values)
+
+
 def _quotients(numbers: Any, by: Any) -> Any:
     return op.Div(numbers, op.CastLike(_number(by), numbers))
 
@@ -265,6 +270,8 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.cadsurgery.sum_of_taps.default: _sum_of_taps,
     torch.ops.cadsurgery.mix_rows.default: _mix_rows,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
+    _ATEN.feature_dropout.default: _same,
+    _ATEN.feature_alpha_dropout.default: _same,
     torch.ops.cadsurgery.quotients.default: _quotients,
     torch.ops.cadsurgery.pick_rows.default: _call(PICK),
     torch.ops.cadsurgery.interpolation_error.default: _interpolation_error,
