@@ -88,7 +88,9 @@ class Emulator(fx.Interpreter):
                 return value
             if decision.layout != NCHW:
                 raise CannotEmulate(source.name)
-            levels = self.geometry.levels_at(self.levels.long(), decision.stages[1]).flatten(1)
+            height, width = self.sizes.get(source.name, self.levels.shape[1:])  # of a map that was cropped
+            cut = self.levels[:, :height, :width].long()
+            levels = self.geometry.levels_at(cut, decision.stages[1]).flatten(1)
             if (levels == levels[0, 0]).all():
                 step = max(1, self.geometry.sides[int(levels[0, 0])] // decision.grid)
                 return value[:, :, ::step, ::step]
