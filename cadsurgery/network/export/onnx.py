@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.target import Target, portable, recorded_conditions, require_equal
+from cadsurgery.elements.backends.target import Condition, Target, portable, recorded_conditions
 from cadsurgery.elements.fresh import drop_fresh, fresh_map, in_multiples, of_size
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
@@ -239,8 +239,10 @@ class Exportable(nn.Module):
         program = self.net.program
         further = rest if further_inputs(self.net) else ()
         levels = rest[0] if rest and not further else None
-        given = image
         if self.multiple > 1:
+            reason = f"sides of images are multiples of {self.multiple}"
+            sides = zip(image.shape[2:], in_multiples(image, self.multiple).shape[2:], strict=True)
+            image = require(image, [Condition(length, known, reason) for length, known in sides])
             image = in_multiples(image, self.multiple)
             if levels is not None:
                 stride = program.plan.strides[0]
@@ -256,8 +258,6 @@ class Exportable(nn.Module):
         )
         run = program.run_after_first_pass if self.mask.looks_ahead and levels is None else program
         with recorded_conditions() as conditions:
-            for length, known in zip(given.shape[2:], image.shape[2:], strict=True):
-                require_equal(length, known, f"sides of images are multiples of {self.multiple}")
             output, lattice = run(masking, program.bind(image.half() if self.float16 else image, *further))
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         outputs = (leaf.to(image.dtype) if leaf.is_floating_point() else leaf for leaf in tensors)
