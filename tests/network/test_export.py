@@ -504,6 +504,28 @@ def test_a_network_that_accepts_all_sizes_is_written_for_all(tmp_path: Path) -> 
     assert cs.export(net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True).multiple == 1
 
 
+def test_an_image_that_a_network_accepts_by_chance_has_a_file(tmp_path: Path) -> None:
+    """95 is halved to 48, 24 and 12: maps are joined, although 95 is no multiple of 8."""
+    image = picture(1, 95, 64)
+    net = cs.adaptify(Joined().eval(), "edges", coarsest=8, example_input=image, verify_laws=False)
+    report = cs.export(net, image, tmp_path / "net.onnx", dynamic=True)
+    assert report.multiple == 1 and report.compared[0] == (1, 3, 95, 64)
+
+
+class Dropped(nn.Module):
+    """Dropout of channels behind the region."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout2d(F.interpolate(x, size=(64, 96)), 0.5, self.training)
+
+
+def test_dropout_of_channels_is_written(tmp_path: Path) -> None:
+    model = nn.Sequential(strided(3, 4), Dropped(), nn.Conv2d(4, 2, 1)).eval()
+    image = picture(1, 64, 96)
+    net = cs.adaptify(model, "edges", output_stride=(2, 8), example_input=image, verify_laws=False)
+    assert cs.export(net, image, tmp_path / "net.onnx").difference < 1e-4
+
+
 def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes() -> None:
     """One side is longer than the traced example's."""
     image = picture(1, 300, 520)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from cadsurgery.elements.backends import dense, portable, reference
 from cadsurgery.network.export import compare
 from cadsurgery.network.export import onnx as onnx_files
 from cadsurgery.network.export.onnx import Exportable, follow
+from cadsurgery.network.export.quiet import quietly
 
 
 class Stages(nn.Module):
@@ -187,6 +189,13 @@ def test_a_number_that_depends_on_values_is_refused_at_its_operation_and_nothing
         cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / file, **options)
     assert refusal.value.where.startswith("split (test_sizes_in_files.py:") and refusal.value.next
     assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
+
+
+def test_what_others_print_while_torch_is_silent_is_seen_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Progress bars are drawn on stderr while a network is traced."""
+    with quietly():
+        print("tracing", file=sys.stderr)
+        assert capfd.readouterr().err == "tracing\n"
 
 
 # What raises while a file is written: the owner's module, and the function's name in it.

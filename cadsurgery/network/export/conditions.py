@@ -13,17 +13,17 @@ from torch import Tensor
 from cadsurgery.elements.backends.target import Condition
 
 _LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
-_LIBRARY.define("require_equal(Tensor levels, SymInt one, SymInt other, str reason) -> Tensor")
+_LIBRARY.define("require_equal(Tensor map, SymInt one, SymInt other, str reason) -> Tensor")
 
 
 @torch.library.register_fake("cadsurgery::require_equal")
-def _same(levels: Tensor, one: int, other: int, reason: str) -> Tensor:
-    return torch.empty_like(levels)
+def _same(map: Tensor, one: int, other: int, reason: str) -> Tensor:
+    return torch.empty_like(map)
 
 
-def require(levels: Tensor, conditions: Iterable[Condition]) -> Tensor:
-    """Return a level map that engines compute only where all conditions hold."""
+def require(map: Tensor, conditions: Iterable[Condition]) -> Tensor:
+    """Return a map, such as the image or the level map, that engines compute only where all conditions hold."""
     different = {str(condition): condition for condition in conditions}  # symbols have no hash
     for one, other, reason in different.values():
-        levels = torch.ops.cadsurgery.require_equal(levels, one, other, reason)
-    return levels
+        map = torch.ops.cadsurgery.require_equal(map, one, other, reason)
+    return map

@@ -90,11 +90,8 @@ def write(
     for package in ("onnx", "onnxscript", *(engine.package for engine in engines)):
         import_package(package)
     step("tracing")
-    multiple = (
-        find_multiple(net, [image, *([] if other is None else [other]), *map(batch_of, int8)])
-        if dynamic
-        else 1
-    )
+    seen = [image, *map(batch_of, int8)] if other is None else [image, other, *map(batch_of, int8)]
+    multiple = find_multiple(net, seen) if dynamic else 1
     graph = Exportable(net, float16, multiple)
     answer = _cut_awkwardly(net, image, multiple) if dynamic else _ask(net, image)
     example, names = answer.image, output_names(answer.output)
@@ -240,10 +237,10 @@ class Exportable(nn.Module):
         further = rest if further_inputs(self.net) else ()
         levels = rest[0] if rest and not further else None
         if self.multiple > 1:
+            given, image = image, in_multiples(image, self.multiple)
             reason = f"sides of images are multiples of {self.multiple}"
-            sides = zip(image.shape[2:], in_multiples(image, self.multiple).shape[2:], strict=True)
+            sides = zip(given.shape[2:], image.shape[2:], strict=True)
             image = require(image, [Condition(length, known, reason) for length, known in sides])
-            image = in_multiples(image, self.multiple)
             if levels is not None:
                 stride = program.plan.strides[0]
                 levels = of_size(levels, [divide_up(length, stride) for length in image.shape[2:]])

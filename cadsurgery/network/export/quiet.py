@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
+import torch.export._trace
+import torch.fx.graph_module
 
 
 @contextmanager
@@ -28,14 +29,15 @@ def quietly() -> Iterator[None]:
 
 @contextmanager
 def without_graphs_of_errors() -> Iterator[None]:
-    """Suppress the graph of thousands of lines that torch.export logs, and prints to stderr, where it raises.
+    """Suppress the graph of thousands of lines that torch logs, and prints to stderr, where torch.export raises.
 
-    What else is printed there in the block appears behind it."""
+    Only the two modules that print it are silent: a progress bar on stderr is drawn meanwhile."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()) as printed:
+        with ExitStack() as silent:
+            for module in (torch.fx.graph_module, torch.export._trace):
+                silent.enter_context(mock.patch.object(module, "print", lambda *_, **__: None, create=True))
             yield
-        sys.stderr.write(printed.getvalue())
     finally:
         logging.disable(before)

@@ -220,8 +220,8 @@ def _require_equal(levels: Any, one: Any, other: Any, reason: str) -> Any:
     return op.Reshape(levels, op.Add(op.Shape(levels), nothing))
 
 
-def _same(values: Any, *_: Any) -> Any:
-    """Dropout of channels in evaluation, for which torch's exporter has no translation."""
+def _dropout_of_channels(values: Any, *_: Any) -> Any:
+    """Dropout in evaluation, which torch's exporter cannot translate; networks in which it is on do not convert."""
     return op.Identity(values)
 
 
@@ -270,8 +270,8 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.cadsurgery.sum_of_taps.default: _sum_of_taps,
     torch.ops.cadsurgery.mix_rows.default: _mix_rows,
     torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
-    _ATEN.feature_dropout.default: _same,
-    _ATEN.feature_alpha_dropout.default: _same,
+    _ATEN.feature_dropout.default: _dropout_of_channels,
+    _ATEN.feature_alpha_dropout.default: _dropout_of_channels,
     torch.ops.cadsurgery.quotients.default: _quotients,
     torch.ops.cadsurgery.pick_rows.default: _call(PICK),
     torch.ops.cadsurgery.interpolation_error.default: _interpolation_error,
