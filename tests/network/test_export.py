@@ -65,7 +65,11 @@ def test_a_file_says_what_it_was_made_of(dynamic: Any) -> None:
     assert said["cadsurgery.mask"] == model.mask.spec()
     assert cs.Plan.from_json(said["cadsurgery.plan"]) == model.plan
     assert torch.__version__.startswith(json.loads(said["cadsurgery.versions"])["torch"])
-    assert json.loads(said["cadsurgery.options"]) == {"fill": "linear", "dynamic": True}
+    assert json.loads(said["cadsurgery.options"]) == {
+        "fill": "linear",
+        "dynamic": True,
+        "multiple": 1,
+    }
 
 
 @pytest.mark.slow
