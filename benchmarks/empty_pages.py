@@ -4,8 +4,9 @@
 
 Quality is the intersection over union of the text map (above .3) with that of the network as given; nothing is
 labelled. Every side runs in torch, in channels_last memory, with batch norm folded where it can be; all are called in
-turn, and the best time of the rounds counts. `text` keeps the cells with text, grown by one: what a perfect mask would
-keep. Tiles have 256 pixels and a margin of 64; those without text are skipped.
+turn, and the best time of the rounds counts. `compiled` is the network after `torch.compile`, once for each size of
+pages; `all` is this package's fast copy with everything kept; `text` keeps the cells with text, grown by one: what a
+perfect mask would keep. Tiles have 256 pixels and a margin of 64; those without text are skipped.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main() -> None:
         model, "content", coarsest=options.coarsest, normalisation=((0.5,) * 3, (0.5,) * 3), verify_laws=False
     )
     fast = net.optimize()
+    compiled = torch.compile(model, dynamic=False)
     print(describe_run(torch.device("cpu")))
     with torch.inference_mode():
         for path in sorted(options.pages.glob("*.jpg")):
@@ -102,6 +104,8 @@ def main() -> None:
             text = kept_text(given, options.coarsest)
             runs = {
                 "as given": lambda image=image: model(image),
+                "compiled": lambda image=image: compiled(image),
+                "all": lambda image=image: fast(image, mask="all"),
                 "picture at .75": smaller(model, image, 0.75),
                 "picture at .5": smaller(model, image, 0.5),
                 "tiles": tiles(model, image, given),

@@ -141,6 +141,14 @@ Cap = Callable[[str], None]
 
 
 @pytest.fixture
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `recommend` run what it would compile by torch.compile, which takes many seconds a network, as it is."""
+    from cadsurgery.tasks.recommend.calls import Calls
+
+    monkeypatch.setattr(Calls, "_compiled", lambda calls, _: calls._given)
+
+
+@pytest.fixture
 def cap_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cap]:
     """A function that caps the kernels to an instruction set until the end of the test; "" is no cap."""
 

@@ -116,6 +116,7 @@ def test_images_without_labels_are_evaluated_by_fidelity() -> None:
     assert report.images == 2
 
 
+@pytest.mark.usefixtures("not_compiled")
 def test_settings_are_recommended_on_data_of_ones_own(tmp_path: Path) -> None:
     assert of_recommend(Mine(), tmp_path).measure == LABELS
 

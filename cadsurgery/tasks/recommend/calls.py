@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.masks import resolve_mask
-from cadsurgery.network.adaptify import adaptify
+from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
+from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.tasks.recommend.settings import Setting
 from cadsurgery.tasks.sides.engines import (
     HIGH,
@@ -69,16 +70,36 @@ class Calls:
     def _is_cast(self) -> bool:
         return self.precision == "bfloat16" and self.runtime == TORCH
 
+    @cached_property
+    def _given(self) -> nn.Module:
+        return copy_network(self.model).bfloat16() if self._is_cast else self.model
+
     def make(self, setting: Setting) -> Call:
-        """Return the call of a setting, which takes a picture as it is and scales it first."""
+        """Return the call of a setting, which takes a picture as it is and scales it first.
+
+        Raises:
+            CannotConvert: torch does not compile the network.
+        """
+        if setting.kind == "compiled":
+            return partial(self._run, setting, self._compiled(setting))
         if not setting.is_converted:
-            return partial(self._run, setting, self.model)
+            return partial(self._run, setting, self._given)
         if setting.kind == "adaptive":
             run = self.runs(setting).under(resolve_mask(setting.mask))
         else:
             name = HIGH if setting.pair and setting.stride == setting.pair[0] else LOW
             run = self.runs(setting).dense(name, self.scale(setting, self.image))
         return partial(self._run, setting, run)
+
+    def _compiled(self, setting: Setting) -> Call:
+        """Return the network as given after `torch.compile`, which the first call compiles for its size."""
+        compiled = torch.compile(self._given, dynamic=False)
+        try:
+            with torch.inference_mode():
+                compiled(self.scale(setting, self.image))
+        except Exception as error:  # what torch cannot compile, or has no compiler for
+            raise CannotConvert(f"torch.compile: {describe_error(error)}") from error
+        return compiled
 
     def _run(self, setting: Setting, run: Call, image: Tensor) -> Any:
         output = run(self.scale(setting, image))
@@ -110,7 +131,7 @@ class Calls:
 
     def macs(self, setting: Setting) -> int:
         """Count the multiply-accumulates of the whole network on the first picture."""
-        if not setting.is_converted or setting.kind in ("given", "size"):
+        if not setting.is_converted or setting.kind in ("given", "compiled", "size"):
             return dense_macs(
                 self.model,
                 resized(self.image, scaled_size(self.image.shape[2:], setting.scale, self.multiple)),

@@ -34,7 +34,7 @@ _CLEARLY_LESS_WORK = (
 )
 _TOLD = 3  # doubts in the report
 _DECIDED = 1.64  # standard errors: nine in ten
-_SIMPLE = ("given", "size", "dense", "adaptive")  # the simplest first
+_SIMPLE = ("given", "compiled", "size", "dense", "adaptive")  # the simplest first
 _MOST_IMAGES = 10_000
 
 
@@ -230,7 +230,7 @@ def _doubts_about_times(deciding: Sequence[SettingRow], rows: Sequence[SettingRo
         rows: all settings, the network as given first.
     """
     given = rows[0]
-    doubts = [
+    disturbed = [
         f"{row.name} takes {row.milliseconds / given.milliseconds:.2f} of the time of the network as given, with "
         f"{row.macs / max(1, given.macs):.2f} of its work."
         for row in rows
@@ -238,17 +238,19 @@ def _doubts_about_times(deciding: Sequence[SettingRow], rows: Sequence[SettingRo
         and row.macs <= _CLEARLY_LESS_WORK * given.macs
         and row.milliseconds > _AS_FAST * given.milliseconds
     ]
+    uncertain: list[str] = []
     for row in deciding:
         difference = abs(1 - row.milliseconds / given.milliseconds)
         if row is not given and _DECIDED * (row.time_error or 0.0) > max(difference, 1 - _WORTH):
-            doubts.append(
+            uncertain.append(
                 f"{row.name} takes {row.milliseconds / given.milliseconds:.2f} (±{row.time_error:.2f}) of the time of "
                 "the network as given: the error is larger than the difference."
             )
-    if not doubts:
+    if not disturbed and not uncertain:
         return []
+    told = "The machine is too busy to decide." if disturbed else "The times of these pictures do not decide."
     advice = "Stop other programs, or wait for them, and measure anew in another folder (--output), with more pictures."
-    return ["The machine is too busy to decide.", *doubts[:_TOLD], advice]
+    return [told, *[*disturbed, *uncertain][:_TOLD], advice]
 
 
 def _headline(chosen: SettingRow, given: SettingRow) -> str:
@@ -257,6 +259,8 @@ def _headline(chosen: SettingRow, given: SettingRow) -> str:
         return f"Convert it: {chosen.name}. It takes {time} and {chosen.macs / max(1, given.macs):.2f} of its MACs."
     if chosen is given:
         return "Do not convert this network: use it as given."
+    if chosen.setting.kind == "compiled":
+        return f"Do not convert this network: use it by torch.compile, at {time}."
     return f"Do not convert this network: use it {chosen.name.removeprefix('as given, ')} instead, at {time}."
 
 
@@ -290,7 +294,7 @@ def _why(chosen: SettingRow, rows: Sequence[SettingRow], request: Request, measu
                 "times its work."
             )
     else:
-        rivals = [row for row in rows if row.setting.kind in ("size", "dense")]
+        rivals = [row for row in rows if row.setting.kind in ("compiled", "size", "dense")]
         able = [row for row in rivals if row.milliseconds <= 1.1 * chosen.milliseconds]
         if able:
             rival = max(able, key=lambda row: row.quality.change)

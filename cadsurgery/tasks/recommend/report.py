@@ -196,6 +196,7 @@ class Recommendation(RunReport):
         axis = figure.subplots()
         kinds = {
             "given": ("as given", "#222222", "s"),
+            "compiled": ("as given, by torch.compile", COLOURS[2], "s"),
             "size": ("pictures of another size", COLOURS[4], "o"),
             "dense": ("dense, other output stride", COLOURS[1], "o"),
             "adaptive": ("converted", COLOURS[0], "o"),

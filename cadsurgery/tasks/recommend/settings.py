@@ -30,8 +30,9 @@ class Setting:
     """A way to run a network.
 
     Attributes:
-        kind: `given` is the network as the user passed it, `size` the same on resized pictures, `dense` the network at
-            another output stride everywhere, on resized pictures or not, and `adaptive` a conversion.
+        kind: `given` is the network as the user passed it, `compiled` the same after `torch.compile`, `size` the same
+            on resized pictures, `dense` the network at another output stride everywhere, on resized pictures or not,
+            and `adaptive` a conversion.
         stride: output stride of a dense network, or of the network as given; 0 if unknown.
         pair: output strides (high, low) of the conversion. Dense networks, and the network as given, are the ends of a
             conversion; None if the network cannot be converted.
@@ -42,7 +43,7 @@ class Setting:
         region: `heads` if the conversion goes on through heads whose taps fall inside cells; "" for the usual one.
     """
 
-    kind: Literal["given", "size", "dense", "adaptive"]
+    kind: Literal["given", "compiled", "size", "dense", "adaptive"]
     stride: int = 0
     pair: Pair | None = None
     mask: str = ""
@@ -68,6 +69,8 @@ class Setting:
     def name(self) -> str:
         """The setting in words, with masks as typed."""
         pictures = f", pictures {self.scale:g} times as large" if self.scale != 1 else ""
+        if self.kind == "compiled":
+            return "as given, by torch.compile"
         if self.kind in ("given", "size"):
             return f"as given{f', output stride {self.stride}' if self.stride else ''}{pictures}"
         if self.kind == "dense":
@@ -94,7 +97,7 @@ class Setting:
             network: as the user typed it.
             options: `weights` and options of `adaptify` that the user gave, by name.
         """
-        if self.kind in ("given", "size") or not self.is_converted:
+        if self.kind in ("given", "compiled", "size") or not self.is_converted:
             return ""
         more = "".join(f" --{name} {_typed(value)}" for name, value in options.items())
         if self.pair is None:
@@ -118,6 +121,11 @@ class Setting:
                 f'net = cs.adaptify(model, mask="{self.typed_mask}"{more})',
                 f"fast = net.eval(){cast}.optimize({copy})",
             ]
+            call = "fast"
+        elif self.kind == "compiled":
+            lines.append(
+                "fast = torch.compile(model, dynamic=False)  # the first call of each size takes longer"
+            )
             call = "fast"
         if self.scale == 1:
             return [*lines, f"y = {call}(x)"]
@@ -162,7 +170,7 @@ def find_candidates(
         image: (1, 3, H, W), normalised for the network.
         options: `region` and `output_stride` of `adaptify`, if the user gave them.
         has_labels: True if quality is measured against labels.
-        few: True to try few settings, because export or calibration of each takes long.
+        few: True to try few settings, because export or calibration of each takes long, and none by `torch.compile`.
     """
     asked = options.get("output_stride")
     region = options.get("region") or "auto"
@@ -171,7 +179,8 @@ def find_candidates(
         own_plan = plan(model, asked, region, image)
     except CannotConvert as error:
         sizes = _sizes(image, _SMALLER + (_LARGER if has_labels else ()), 32)
-        without = (Setting("given"), *(Setting("size", scale=s) for s in sizes), *on_own_grid)
+        as_given = [Setting("given")] if few else [Setting("given"), Setting("compiled")]
+        without = (*as_given, *(Setting("size", scale=s) for s in sizes), *on_own_grid)
         return Candidates(without, refusal=None if on_own_grid else error)
     own = own_plan.strides[own_plan.identity_level] if own_plan.identity_level is not None else 0
     pairs = [asked] if asked else _pairs(own_plan, own, has_labels)
@@ -179,7 +188,7 @@ def find_candidates(
         pairs = pairs[:1]
     own_pair = next((pair for pair in pairs if own in pair), None)
     given = Setting("given", own if own_pair else 0, own_pair)
-    settings = [given]
+    settings = [given] if few else [given, Setting("compiled", given.stride, own_pair)]
     has_heads = not options.get("region") and _ends_inside_cells(model, own_plan, image)
     multiple = max((own, *(low for _, low in pairs)))
     sizes = _sizes(image, (0.5, 0.75) if few else _SMALLER, multiple)
