@@ -25,6 +25,7 @@ from cadsurgery.network.export.dictionaries import further_inputs, open_call
 from cadsurgery.network.export.engines import ENGINES, engines_for
 from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.network.export.refusals import refused
+from cadsurgery.network.export.shortcuts import without_collections
 from cadsurgery.network.model import AdaptiveModel, images_to_calibrate, whole_program
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.files import check_folder, write_together
@@ -145,7 +146,12 @@ def export(
     net.normalise_by(image)  # the normalisation must be known before tracing
     advice = "report it with the name of the network; run it where this package is meanwhile, net.optimize()."
     what = "the file cannot be made"
-    with torch.no_grad(), write_together(file) as temporary, refused(what, advice, net):
+    with (
+        torch.no_grad(),
+        without_collections(),
+        write_together(file) as temporary,
+        refused(what, advice, net),
+    ):
         if kind == "onnx":
             engines = engines_for(check_in, with_kernels)
             how = (dynamic, level_map, float16, engines, batches, step, name)

@@ -47,7 +47,6 @@ from cadsurgery.network.export.shortcuts import (
     following_quickly,
     promoting_without_runs,
     reading_signatures_once,
-    without_collections,
 )
 from cadsurgery.network.export.tidy import tidy
 from cadsurgery.network.model import AdaptiveModel
@@ -105,7 +104,7 @@ def write(
     target = Target(engines[-1].has_kernels, bool(int8), engines[-1].has_8_bit_depthwise)
     from cadsurgery.network.export.translate import TABLE
 
-    with without_collections(), reading_signatures_once():
+    with reading_signatures_once():
         program, free = follow(graph, inputs, dynamic, target, bool(rest))
         shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
         outputs = (*names, "levels")
@@ -205,7 +204,7 @@ def translate(
         return translatable
 
     program.run_decompositions = run_decompositions
-    with quietly(), promoting_without_runs(), reading_signatures_once(), without_collections():
+    with quietly(), promoting_without_runs(), reading_signatures_once():
         try:
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:
