@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import cadsurgery as cs
 from benchmarks.zoo import network_check
 from benchmarks.zoo.corpus import CHECKOUT, read_corpus, subject
+from cadsurgery.network.export import Exported
 from cadsurgery.network.export.compare import difference, rounding_of
 from cadsurgery.network.export.dictionaries import further_inputs, open_call
 from cadsurgery.network.export.engines import ENGINES
@@ -129,12 +130,13 @@ def accepts(net: nn.Module, image: Tensor) -> bool:
     return True
 
 
-def of_other_sizes(given: Given, is_of_one: bool) -> Iterator[Tensor]:
-    """Images of three sizes that the network takes, of one image and of two unless the file is for one."""
+def of_other_sizes(given: Given, report: Exported) -> Iterator[Tensor]:
+    """Images of three sizes that the network and its file take, of one image and of two unless the file is for one."""
     height, width = given.image.shape[2:]
     own = [(height + dy, width + dx) for dy, dx in ((32, 0), (0, 64), (64, 32))]
-    sizes = enumerate(size for size in (*SIZES, *own) if size != (height, width))
-    numbers = (1, 1 if is_of_one else 2)
+    others = (size for size in (*SIZES, *own) if size != (height, width))
+    sizes = enumerate(size for size in others if not any(side % report.multiple for side in size))
+    numbers = (1, 1 if report.image[0] == 1 else 2)
     images = (torch.rand(numbers[place % 2], given.image.shape[1], *size) for place, size in sizes)
     return islice((image for image in images if accepts(given.net, image)), 3)
 
@@ -158,14 +160,14 @@ def check(given: Given, run: Callable[..., list[Tensor]], image: Tensor) -> None
 
 def written(
     given: Given, path: Path, engine: str, **options: Any
-) -> tuple[Callable[..., list[Tensor]], bool]:
-    """Write a file; return what runs it, and whether it is for one image at a time."""
+) -> tuple[Callable[..., list[Tensor]], Exported]:
+    """Write a file; return what runs it, and the report."""
     from exported import File
 
     inputs = (given.image, *given.more) if given.more else given.image
     report = cs.export(given.net, inputs, path, check_in=engine, **options)
     run = ENGINES[engine](path) if engine != "onnx" else lambda *given: [*File(path)(*given).values()]
-    return run, report.image[0] == 1
+    return run, report
 
 
 def check_files(given: Given, folder: Path, engine: str) -> None:
@@ -181,8 +183,8 @@ def check_files(given: Given, folder: Path, engine: str) -> None:
         return
     if any(map(is_guard, given.net.program.graph.nodes)):
         return
-    run, is_of_one = written(given, folder / "any.onnx", engine, dynamic=True)
-    images = [*of_other_sizes(given, is_of_one)]
+    run, report = written(given, folder / "any.onnx", engine, dynamic=True)
+    images = [*of_other_sizes(given, report)]
     assert len(images) == 3
     for image in images:
         check(given, run, image)
