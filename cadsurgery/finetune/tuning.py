@@ -7,7 +7,7 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -265,20 +265,10 @@ def tune(
     net = run.calibrate(net)
     net = run.train(net, minutes, steps, settings)
     net = run.refine(net, minutes, steps or STEPS, seed)
-    rankings: dict[str, Any] = {"detail": "detail"}
-    if (ranking := run.rank(net, minutes, seed)) is not None:
-        rankings["gain"] = ranking
-    masks = {
-        f"{name} | budget:fraction={fraction:g}": Budget(rankings[name], fraction)
-        for name, fraction in itertools.product(rankings, fractions)
-    }
+    masks = _masks(run.rank(net, minutes, seed), fractions)
     evaluation = evaluate(net, table, list(masks.values()), rounds=rounds, step=step, trust=trust)
-    names = iter(masks)  # without default options
-    named = tuple(row if row.anchor else _renamed(row, next(names)) for row in evaluation.rows)
-    evaluation = replace(evaluation, rows=named)
-    rows = [row for row in named if not row.anchor or row.mask == LOW]
-    enough = [row for row in rows if _quality(row) >= keep]
-    chosen = min(enough, key=lambda row: row.macs) if enough else max(rows, key=_quality)
+    evaluation = _named(evaluation, masks)
+    chosen, is_kept = _choose(evaluation, keep)
     net.mask = masks.get(chosen.mask, LOW)
     save(net, folder / NETWORK)
     noted = run.read()
@@ -292,12 +282,39 @@ def tune(
         gain=GainFit(**noted["gain"]),
         share=keep,
         chosen=chosen.mask,
-        is_kept=bool(enough),
+        is_kept=is_kept,
         network=folder / NETWORK,
         evaluation=evaluation,
     )
     report.write(folder / "report.json", folder / "curve.png")
     return report
+
+
+def _masks(ranking: nn.Module | None, fractions: Sequence[float]) -> dict[str, Budget]:
+    """Return budgets of `detail` and, if it is kept, of the fitted ranking, by name."""
+    rankings: dict[str, Any] = {"detail": "detail"}
+    if ranking is not None:
+        rankings["gain"] = ranking
+    return {
+        f"{name} | budget:fraction={fraction:g}": Budget(rankings[name], fraction)
+        for name, fraction in itertools.product(rankings, fractions)
+    }
+
+
+def _named(evaluation: EvaluationReport, masks: Iterable[str]) -> EvaluationReport:
+    """Return the report with the masks' names without default options."""
+    names = iter(masks)
+    return replace(
+        evaluation,
+        rows=tuple(row if row.anchor else _renamed(row, next(names)) for row in evaluation.rows),
+    )
+
+
+def _choose(evaluation: EvaluationReport, keep: float) -> tuple[Row, bool]:
+    """Return the row with the least work that keeps enough, or else the best, and True if it keeps enough."""
+    rows = [row for row in evaluation.rows if not row.anchor or row.mask == LOW]
+    enough = [row for row in rows if _quality(row) >= keep]
+    return (min(enough, key=lambda row: row.macs) if enough else max(rows, key=_quality)), bool(enough)
 
 
 def _check_numbers(minutes: float, keep: float, steps: int, rounds: int, fractions: Sequence[float]) -> None:

@@ -170,6 +170,15 @@ def load(
     return unpack(path, check_metadata(path, header), tensors, model, mask=mask, trust=trust)
 
 
+def _warn_of_format_1(path: str | Path) -> None:
+    warnings.warn(
+        f"{path} was written without checksums (format 1): damage to it would not be noticed. "
+        "Write it again: cs.save(cs.load(path), path).",
+        CadWarning,
+        stacklevel=4,
+    )
+
+
 def unpack(
     path: str | Path,
     values: dict[str, Any],
@@ -194,12 +203,7 @@ def unpack(
     if stated.format > 1:
         check_tensors(path, stated.tensors, tensors)
     else:
-        warnings.warn(
-            f"{path} was written without checksums (format 1): damage to it would not be noticed. "
-            "Write it again: cs.save(cs.load(path), path).",
-            CadWarning,
-            stacklevel=3,
-        )
+        _warn_of_format_1(path)
     mask_tensors, adapter_tensors = (
         {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         for prefix in (_MASK, _ADAPTERS)

@@ -120,29 +120,15 @@ def evaluate(
             of another evaluation.
         CadError: no image could be used (the error of the first one); or a name, file or option is refused.
     """
-    if (limit is not None and limit < 1) or batch < 1 or rounds < 0:
-        raise InvalidInput(
-            f"limit={limit}, batch={batch}, rounds={rounds} leave nothing to do.",
-            next="give at least 1 image, 1 image a call and 0 rounds.",
-        )
-    check_name("kind of output", kind, KINDS)
-    check_outputs(output, picture=picture)
-    if resume and output is None:
-        raise InvalidInput(
-            "--resume without --output.",
-            why="what was done is kept beside the report.",
-            next="name the report: --output results.json.",
-        )
+    _check_options(limit, batch, rounds, kind, output, picture, resume)
     torch_device = own_device(device)
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
     samples = (open_data(data, split) if isinstance(data, str) else as_data(data)).first(limit)
     opened: nn.Module
     if (made := open_any(network, trust)) is not None:
-        opened, compared = (
-            made,
-            _sides_of(made, samples, bool(masks or output_stride), thresholds, torch_device),
-        )
+        opened = made
+        compared = _sides_of(made, samples, bool(masks or output_stride), thresholds, torch_device)
     elif thresholds:
         raise InvalidInput(
             "thresholds belong to networks with exits, and this network has none.",
@@ -160,13 +146,7 @@ def evaluate(
         judge.resume(Manifest(output.with_suffix(".manifest"), made_by, judge.take))
     failed = judge.run(batch, step)
     tallies, first = judge.gather(failed)
-    rows = [
-        side.row(tally.values(side, samples.classes), compared.key)
-        for side, tally in zip(compared.sides, tallies, strict=True)
-    ]
-    if rounds and world().is_main:
-        with _labelled(first[1]):
-            rows = time_sides(compared.sides, rows, first[0], rounds, step=within(step, "measuring"))
+    rows = _rows(compared, tallies, samples.classes, first, rounds, step)
     fidelity = [tally.metrics.kind for tally in tallies if isinstance(tally.metrics, FidelityMetrics)]
     report = EvaluationReport(
         data=samples.name,
@@ -178,7 +158,7 @@ def evaluate(
         rounds=rounds,
         processes=world().size,
         normalisation=compared.normalisation,
-        rows=tuple(rows),
+        rows=rows,
         failed=tuple(failed),
         compared=replace(compared, sides=()),  # a report keeps no networks
         **provenance(network, compared.source, torch_device),
@@ -186,6 +166,49 @@ def evaluate(
     if world().is_main:
         report.write(output, picture)
     return report
+
+
+def _check_options(
+    limit: int | None,
+    batch: int,
+    rounds: int,
+    kind: str,
+    output: Path | None,
+    picture: Path | None,
+    resume: bool,
+) -> None:
+    if (limit is not None and limit < 1) or batch < 1 or rounds < 0:
+        raise InvalidInput(
+            f"limit={limit}, batch={batch}, rounds={rounds} leave nothing to do.",
+            next="give at least 1 image, 1 image a call and 0 rounds.",
+        )
+    check_name("kind of output", kind, KINDS)
+    check_outputs(output, picture=picture)
+    if resume and output is None:
+        raise InvalidInput(
+            "--resume without --output.",
+            why="what was done is kept beside the report.",
+            next="name the report: --output results.json.",
+        )
+
+
+def _rows(
+    compared: Comparison,
+    tallies: Sequence[Tally],
+    classes: Sequence[str],
+    first: tuple[Tensor, Tensor | None],
+    rounds: int,
+    step: Step,
+) -> tuple[Row, ...]:
+    """Return the rows of all sides; the first process times them on the first image with its labels, if any."""
+    rows = [
+        side.row(tally.values(side, classes), compared.key)
+        for side, tally in zip(compared.sides, tallies, strict=True)
+    ]
+    if rounds and world().is_main:
+        with _labelled(first[1]):
+            rows = time_sides(compared.sides, rows, first[0], rounds, step=within(step, "measuring"))
+    return tuple(rows)
 
 
 def _sides_of(
