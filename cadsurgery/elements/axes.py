@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -117,9 +118,27 @@ def shuffle_channels(rows: Tensor, groups: int) -> Tensor:
     return rows.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1)
 
 
+def roll_channels(rows: Tensor, shifts: int | Sequence[int], dims: int | Sequence[int]) -> Tensor:
+    """Apply `torch.roll` to axes of rows that are no number of rows.
+
+    In pieces: `torch.roll` asks whether there are values at all, which an exported program cannot know of rows.
+    """
+    shifts, dims = ((value,) if isinstance(value, int) else value for value in (shifts, dims))
+    for shift, dim in zip(shifts, dims, strict=True):
+        if by := shift % rows.shape[dim]:
+            kept = rows.shape[dim] - by
+            rows = torch.cat((rows.narrow(dim, kept, by), rows.narrow(dim, 0, kept)), dim)
+    return rows
+
+
 def normalise_neighbours(rows: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    """Apply `F.local_response_norm`, which is over neighbouring channels, to rows (N, C)."""
-    return F.local_response_norm(rows[:, :, None, None], size, alpha, beta, k).flatten(1)
+    """Apply `F.local_response_norm`, which is over neighbouring channels, to rows (N, C).
+
+    Written out: it asks whether there are values at all, which an exported program cannot know of rows.
+    """
+    squares = F.pad(rows.square()[:, None, :, None], (0, 0, size // 2, (size - 1) // 2))
+    mean = F.avg_pool2d(squares, (size, 1), stride=1)[:, 0, :, 0]
+    return rows / (mean * alpha + k) ** beta
 
 
 def fast_layout(image: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ which only a dense map has. See `surgery/rules.py` for how rules are written.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from cadsurgery.elements.axes import (
     normalise_neighbours,
     permute_axes,
     regroup_axes,
+    roll_channels,
     row_dim,
     shuffle_channels,
 )
@@ -84,6 +86,8 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     if how == "flip":
         return Treatment(kind, rows=Call(torch.flip, (node.args[0], rows)))
     call = redirect(node, place, tuple(rows) if isinstance(dim, (tuple, list)) else rows[0])
+    if how == "roll":
+        call = replace(call, target=roll_channels)
     return Treatment(kind, rows=call, layout=_after(node, facts, layout, dims))
 
 

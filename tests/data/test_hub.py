@@ -347,6 +347,7 @@ def test_without_the_client_the_command_that_installs_it_is_named(monkeypatch: p
 # -- the command line ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_other_commands_take(hub: Hub, command_line: Run, tmp_path: Path) -> None:
     model = cs.build_model("timm:resnet10t", "none", features_only=True, out_indices=[2])
     cs.save(cs.adaptify(model, "edges", verify_laws=False), tmp_path / "net.safetensors")

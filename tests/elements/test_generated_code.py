@@ -35,6 +35,7 @@ print("end", len(kept), flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "dtype"),
     covering(

@@ -347,6 +347,7 @@ def test_from_forty_photos_on_others_decide_than_those_of_the_table(
     assert "they cannot tell improvements below" in text
 
 
+@pytest.mark.slow
 def test_progress_is_reported_for_each_photo_and_step(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def emulating(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return [*compiler, "-DEMULATE_TILES"]
 
 
+@pytest.mark.slow
 @on_x86
 @needs_compiler
 def test_amx_laws_in_c_hold_for_emulated_tiles(emulating: list[str], tmp_path: Path) -> None:

@@ -325,6 +325,7 @@ class Unpooled(nn.Module):
         return self.last(self.unpool(F.relu(self.convs[1](y)), at_first, output_size=first.shape[2:]))
 
 
+@pytest.mark.slow
 def test_values_that_are_written_twice_do_not_depend_on_threads() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

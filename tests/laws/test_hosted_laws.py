@@ -91,6 +91,7 @@ def features(net: cs.AdaptiveModel, mask: object) -> list[Tensor]:
         return list(net.get_submodule("backbone")(x, mask=mask).values())
 
 
+@pytest.mark.slow
 def test_the_mask_reaches_the_finest_level_of_the_pyramid(hosted: cs.AdaptiveModel) -> None:
     low, high = features(hosted, "none"), features(hosted, "all")
     assert [value.shape for value in low] == [value.shape for value in high]

@@ -80,6 +80,7 @@ def levels_at(scores: Tensor, thresholds: tuple[float, ...], lowest: int) -> Ten
 # -- what all keep -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @FEW_MASKS
 @torch.no_grad()
 def test_a_batch_is_its_images_and_every_way_to_run_it_agrees(mask: str, tmp_path: Path) -> None:

@@ -328,6 +328,7 @@ def quantised_call(path: Path, kind: Kind, low: float = 0.0, residual: bool = Fa
     return feed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "residual", "isa"), covering([*KINDS], [False, True], ["", "avx2", "scalar", "sse4"])
 )
@@ -796,6 +797,7 @@ def test_a_weight_of_other_channels_is_refused(tmp_path: Path) -> None:
         InOpenVino(tmp_path / "one.onnx", threads=2).run(feed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_kernels", [True, slow(False)])
 @pytest.mark.filterwarnings("ignore:.*convolutions of rows in the file are depthwise or grouped")
 def test_a_file_says_how_it_is_opened_and_is_refused_elsewhere(

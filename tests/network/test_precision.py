@@ -146,6 +146,7 @@ def test_a_layer_that_rounding_hurts_most_stays_in_float() -> None:
     assert relative_error(fast(x), net(x)) < 0.05
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_depthwise_convolution_that_nothing_in_bytes_reads_stays_in_float(
     monkeypatch: pytest.MonkeyPatch,

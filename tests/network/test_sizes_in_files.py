@@ -275,6 +275,7 @@ class Bessel(nn.Module):
         return torch.special.bessel_j1(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [slow(False), True])
 def test_an_operation_without_onnx_is_named_with_its_module(dynamic: bool, tmp_path: Path) -> None:
     model = nn.Sequential(strided(outputs=4, kernel=3), Bessel(), nn.Conv2d(4, 4, 1)).eval()

@@ -285,6 +285,7 @@ def test_names_of_the_whole_network_are_distinct_in_every_layout(layout: Layout)
     assert len({layout.name(name) for name in names}) == len(names) > 500
 
 
+@pytest.mark.slow
 def test_a_file_is_recognised_by_its_name_and_read_without_running_it(tmp_path: Path) -> None:
     run = RUNS["edges-8-16-0.15"]
     state = tensors_of(EDGES)

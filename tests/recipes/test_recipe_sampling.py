@@ -114,6 +114,7 @@ def test_an_unknown_backbone_is_refused() -> None:
         recipe.backbone("resnet18")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_it_detects_and_trains_inside_torchvisions_detector() -> None:
     body = recipe.backbone("resnet50", noise=True)
     kept = {"rpn_pre_nms_top_n_train": 40, "rpn_post_nms_top_n_train": 20}
@@ -161,6 +162,7 @@ def test_gates_of_a_classifier_are_trained_alone_and_run_with_noise(
     assert all(float(gate.temperature) == pytest.approx(classifiers.FINAL) for gate in net.gates)
 
 
+@pytest.mark.slow
 def test_at_random_as_many_positions_are_open_but_others(small: torch.nn.Module) -> None:
     net = cs.sample(small, noise=True, grid=0)
     for number, gate in enumerate(net.gates):

@@ -82,6 +82,7 @@ def report(folder: Path) -> BenchReport:
 # -- the figures ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_macs_and_active_fractions_are_those_of_the_network_under_a_budget(report: BenchReport) -> None:
     model = cs.build_model("resnet18", "none")
     scenes = [normalise(street_scene(*SIZE, seed), model.cad_source) for seed in range(2)]

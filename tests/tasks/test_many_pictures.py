@@ -172,6 +172,7 @@ def test_ray_does_every_picture_once_though_a_machine_is_lost(
 # -- sources -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pictures_are_named_by_a_list_or_on_standard_input(
     file: Path, different: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

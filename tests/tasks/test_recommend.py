@@ -360,6 +360,7 @@ def test_few_pictures_are_timed_several_times_and_the_best_time_counts(
     assert first == pytest.approx(1e3 * (asked[1] - asked[0]))
 
 
+@pytest.mark.slow
 def test_the_users_normalisation_is_that_of_the_pictures(tmp_path: Path) -> None:
     folder, page = tmp_path / "pages", torch.full((3, 128, 160), 255, dtype=torch.uint8)
     folder.mkdir()
@@ -475,6 +476,7 @@ def test_labels_are_compared_with_classes_whatever_the_sign_of_the_scores(tmp_pa
     assert report.measure == LABELS and all(row.fidelity is not None for row in report.rows)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_reports_and_goes_on(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

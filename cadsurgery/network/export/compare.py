@@ -67,7 +67,7 @@ def check_difference(
     own = rounding()
     if own < _LARGEST_ROUNDING and largest < _TIMES_ROUNDING * own:
         return largest
-    of_rounding = f", whose own rounding, in float32 instead of float64, is {own:.1e}" if own else ""
+    of_rounding = f", whose own rounding, in float32 instead of float64, is {own:.1e}" if own > 0 else ""
     raise CannotConvert(
         f"the written file differs from the network by {largest:.1e}.",
         why=f"more than {tolerance:.0e} of the largest output{of_rounding}, on another image; nothing was written.",

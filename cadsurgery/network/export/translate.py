@@ -19,7 +19,7 @@ from onnxscript.function_libs.torch_lib.ops.core import (
     aten_index,
     aten_where,
 )
-from onnxscript.function_libs.torch_lib.ops.nn import aten_pad
+from onnxscript.function_libs.torch_lib.ops.nn import aten_avg_pool2d, aten_pad
 from onnxscript.values import Op, Opset
 
 from cadsurgery.network.export.kernels import (
@@ -60,6 +60,24 @@ def _nonzero_static(self: Any, size: Any, fill_value: int = -1) -> Any:
 def _remainder(self: Any, other: Any) -> Any:
     """Compute the remainder of integers by an image size, which is a tensor."""
     return op.Mod(self, op.CastLike(_number(other), self))
+
+
+def _avg_pool2d(
+    self: Any,
+    kernel_size: Any,
+    stride: Any = (),
+    padding: Any = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    """Average, or sum and divide by a number of the user's, which torch's own translation leaves out."""
+    options = (kernel_size, stride, padding, ceil_mode, count_include_pad or divisor_override is not None)
+    mean = aten_avg_pool2d(self, *options)
+    if divisor_override is None:
+        return mean
+    height, width = kernel_size if len(kernel_size) == 2 else (*kernel_size, *kernel_size)
+    return op.Mul(mean, op.CastLike(op.Constant(value_float=height * width / divisor_override), mean))
 
 
 def _index(self: Any, indices: Any) -> Any:
@@ -264,6 +282,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.sym_numel.default: _numel,
     _ATEN._adaptive_avg_pool2d.default: _pool_to_bins,
     _ATEN.batch_norm.default: _batch_norm,
+    _ATEN.avg_pool2d.default: _avg_pool2d,
     _ATEN.pad.default: _pad,
     round: _round,
     torch.ops.cadsurgery.product_of_taps.default: _product_of_taps,
