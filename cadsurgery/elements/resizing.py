@@ -352,16 +352,22 @@ def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int
 
 
 def _ratios(
-    before: Sequence[int], after: Sequence[int], spacings: tuple[float, float], align_corners: bool
-) -> tuple[float, ...]:
-    """Return, per axis, the scale error between grids of `before` and `after` samples; 1 if the sizes divide evenly."""
+    before: Sequence[int], after: Sequence[int], spacings: tuple[int, int], align_corners: bool
+) -> list[tuple[int, int]]:
+    """Return, per axis, the scale error between grids of `before` and `after` samples as a fraction, numerator and
+    denominator; 1 if the sizes divide evenly."""
     if align_corners:  # the outermost samples coincide
         before, after = [have - 1 for have in before], [max(want - 1, 1) for want in after]
-    return tuple(have * spacings[0] / (want * spacings[1]) for have, want in zip(before, after, strict=True))
+    return [(have * spacings[0], want * spacings[1]) for have, want in zip(before, after, strict=True)]
 
 
 def _between_cells(
-    source: Lattice, target: Lattice, ratios: Sequence[float], mode: str, align_corners: bool, stretched: bool
+    source: Lattice,
+    target: Lattice,
+    ratios: Sequence[tuple[int, int]],
+    mode: str,
+    align_corners: bool,
+    stretched: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the four elements of `source` (M, 4), and their weights, that each element of a finer lattice
     interpolates. Elements in cells of equal size copy their value unless `stretched`."""
@@ -371,8 +377,11 @@ def _between_cells(
     cell = source.side_map.flatten()[source.pixels(image, *place)]
     same = (cell == side) & (not stretched)
     ends = []
-    for fine, length, ratio in zip(place, source.size, ratios, strict=True):
+    for fine, length, (above, below) in zip(place, source.size, ratios, strict=True):
         at = fine.double()
+        # Engines divide sizes in single precision, and one less of the last bits is another neighbour.
+        whole = isinstance(above, int) and isinstance(below, int)
+        ratio: Any = above / below if whole else as_number(above, at) / as_number(below, at)
         if mode == "nearest":
             point = (at * ratio / cell).floor() * cell
         else:

@@ -555,6 +555,31 @@ def test_what_torch_cannot_follow_or_translates_otherwise_is_written(
     torch.testing.assert_close(next(iter(found.values())), expected, rtol=1e-4, atol=1e-5)
 
 
+class Stretched(nn.Module):
+    """A map is halved without padding, and resized to the size before: 24 samples to 50, of which the 25th reads the
+    12th, or by a little less the 11th."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2)
+        self.rest, self.last = nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 2, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.last(self.rest(x + F.interpolate(self.down(x), size=x.shape[-2:])))
+
+
+@pytest.mark.slow
+def test_a_resize_between_samples_reads_the_networks_own_in_files_of_any_size(tmp_path: Path) -> None:
+    net = cs.adaptify(randomise(Stretched()).eval(), "none", output_stride=(2, 4), verify_laws=False)
+    cs.export(net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True)
+    run = File(tmp_path / "net.onnx")
+    for width in range(60, 130):
+        image = picture(1, 68, width)
+        found, expected = next(iter(run(image).values())), net(image)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes() -> None:
     """One side is longer than the traced example's."""
     image = picture(1, 300, 520)
