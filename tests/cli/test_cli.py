@@ -1023,6 +1023,7 @@ def test_run_does_not_write_two_images_of_one_name_into_one_file(
     assert len(outputs) == 3 and len(set(outputs)) == 3 and all(Path(path).is_file() for path in outputs)
 
 
+@pytest.mark.slow
 def test_run_refuses_a_network_without_maps_image_by_image(run: Run, folder: Path, tmp_path: Path) -> None:
     net = cs.adaptify(cs.build_model("resnet18", "none"), "none", verify_laws=False)
     cs.save(net, tmp_path / "classifier.safetensors")
@@ -1044,6 +1045,7 @@ def test_a_truncated_file_is_refused_by_every_command_that_reads_one(
 # -- export --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_export_writes_a_program_that_gives_what_the_network_gives(run: Run, tmp_path: Path) -> None:
     """By name; figures as JSON."""

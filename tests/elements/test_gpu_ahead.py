@@ -87,6 +87,7 @@ def compile_product(
     return compile_for("product", capability, kind.dtype, constants, tile.warps, tile.stages, absent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "residual", "capability"), covering(KINDS, [False, True], CAPABILITIES))
 def test_every_tile_of_a_product_fits(kind: Kind, capability: int, residual: bool) -> None:
     tiles = gpu_tiles.usable_products(
@@ -136,6 +137,7 @@ def test_channel_groups_fit(channels: int, outputs: int, groups: int) -> None:
         check(compiled, capability, (channels, outputs, groups, tile), has_product=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_gradients_of_weights_fit(capability: int) -> None:
     shapes = [(256, 256), (33, 21)] if capability not in QUICK else [(256, 256)]
@@ -176,6 +178,7 @@ def _others(channels: int, taps: int) -> list[tuple[str, dict[str, Any], tuple[s
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_that_move_rows_and_make_maps_fit(capability: int) -> None:
     shapes = [(3, 25, "fp16"), (2048, 4, "fp32")] if capability not in QUICK else [(256, 9, "bf16")]

@@ -154,6 +154,7 @@ def test_what_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gpu.supports(rows, weight.half())
 
 
+@pytest.mark.slow
 def test_without_triton_it_imports_and_is_not_available() -> None:
     code = (
         "import sys, torch\n"

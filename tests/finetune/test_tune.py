@@ -310,6 +310,7 @@ def test_what_helps_is_kept(
     assert all(torch.equal(value, clean[name]) for name, value in back.adapters.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "error", "is_kept"), [(0.3, 0.1, True), (0.2, 0.1, False)])
 def test_a_part_is_kept_if_it_improves_by_more_than_its_error(
     change: float, error: float, is_kept: bool, folder: Path, tmp_path: Path, fits: Fits, monkeypatch: Any
@@ -376,6 +377,7 @@ def test_progress_is_reported_for_each_photo_and_step(
         assert re.fullmatch(rf"{what}, (photo|step) 1 of \d+", told[0][0]) and told[0][1] == 0, told
 
 
+@pytest.mark.slow
 def test_a_finished_run_fits_and_decides_nothing_again(
     folder: Path, tmp_path: Path, fits: Fits, monkeypatch: pytest.MonkeyPatch
 ) -> None:

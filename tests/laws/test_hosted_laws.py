@@ -64,6 +64,7 @@ def assert_same_detections(found: list[dict[str, Tensor]], expected: list[dict[s
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_converts_in_one_call_and_detects_the_same_at_none(name: str) -> None:
     """Law 1: at the network's own resolution it is the original, detection for detection."""

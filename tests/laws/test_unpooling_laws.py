@@ -336,6 +336,7 @@ def test_where_laws_are_checked_rounding_does_not_say_which_of_equal_values_is_t
             assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_map_that_does_not_fit_its_windows_is_refused_in_the_call() -> None:
     """torch numbers the places of the map that was pooled: in a map of another width they are others."""
     model = settled_network(function=False, sized=False)

@@ -154,6 +154,7 @@ def test_it_finds_more_of_what_is_lost_than_detail(fitted: tuple[cs.AdaptiveMode
     assert fit.to_dict()["captured"] == fit.captured
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_tolerance_keeps_about_the_share_it_is_told_for(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
     net, fit = fitted

@@ -60,6 +60,7 @@ def live_tensors() -> int:
     return sum(issubclass(type(value), Tensor) for value in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimised", [slow(False), True])
 @torch.no_grad()
 def test_calls_leave_no_tensors_whatever_their_sizes_and_masks(optimised: bool) -> None:

@@ -385,6 +385,7 @@ def test_every_tensor_of_a_dictionary_is_an_input_by_its_name(engine: str, tmp_p
         assert_same(run(other["photo"], other["scale"])["scores"], model(other)["scores"], 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the network is compiled before it has seen a picture")
 def test_a_program_takes_every_tensor_of_a_dictionary(tmp_path: Path) -> None:
     model, image = of_scaled("edges | budget:fraction=0.3"), picture(1, 64, 96)

@@ -342,6 +342,7 @@ def test_a_file_of_format_2_is_held_against_its_whole_plan(saved: Path) -> None:
         cs.load(rewritten(saved, change), trunk())
 
 
+@pytest.mark.slow
 def test_the_command_line_says_in_a_line_that_a_file_has_no_checksum(
     command_line: Run, tmp_path: Path
 ) -> None:

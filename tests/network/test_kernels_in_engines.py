@@ -492,6 +492,7 @@ def test_what_kernels_do_not_compute_in_8_bits_is_refused(change: str, message: 
         WithKernels(path).session.run(None, feed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["", "scalar"])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 def test_a_pick_takes_rows_and_mixes_the_halo(dtype: Any, isa: str, tmp_path: Path, cap_kernels: Cap) -> None:

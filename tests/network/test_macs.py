@@ -422,6 +422,7 @@ def test_a_plan_says_what_floors_would_save(name: str, size: tuple[int, int] | N
     assert type(plan).from_json(plan.to_json()).prospect == plan.prospect
 
 
+@pytest.mark.slow
 def test_a_plan_of_floors_says_what_everything_at_the_floor_costs() -> None:
     """LinkNet's last transposed convolution and what follows it are dense."""
     model, image = subject("realtime:LinkNet", CHECKOUT).build().eval(), images(1, 96, 128)

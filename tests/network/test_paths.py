@@ -250,6 +250,7 @@ def test_the_published_share_is_that_of_another_sample() -> None:
     assert sampled[0] != sampled[1]
 
 
+@pytest.mark.slow
 def test_balanced_scores_hold_the_share_while_they_are_trained_and_later() -> None:
     """Two levels of four: what is not at level 0 counts by its elements. The share moves in steps of one cell."""
     net, inputs = adaptive(LEARNED).eval(), labelled()[0]

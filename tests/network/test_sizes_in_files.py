@@ -141,6 +141,7 @@ ADVICE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "options"), FILES)
 def test_what_torch_raises_names_the_operation_and_another_file(
     file: str, options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

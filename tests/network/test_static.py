@@ -644,6 +644,7 @@ def test_more_buckets_than_the_compilers_limit_are_all_compiled() -> None:
     assert seen.frame_count == 1 + fast.buckets > 9
 
 
+@pytest.mark.slow
 def test_bucketed_takes_sizes_and_the_original_call() -> None:
     net = converted(
         create_feature_extractor(strided(outputs=4, kernel=3), {"4": "map", "10": "logits"}), "edges"

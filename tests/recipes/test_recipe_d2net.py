@@ -259,6 +259,7 @@ def test_a_released_state_is_loaded_and_written_back_bit_for_bit() -> None:
     assert torch.equal(other(x), net(x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:weights from")
 def test_every_way_to_load_a_released_file_gives_the_same(tmp_path: Path) -> None:

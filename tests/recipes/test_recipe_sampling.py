@@ -82,6 +82,7 @@ def test_a_resnet101_has_as_many_names_as_published_and_they_load(deep: cs.Sampl
     assert all(torch.equal(loaded[ours], state[theirs]) for ours, theirs in names.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [slow(False), True])
 def test_a_published_file_loads_strictly(net: cs.SampledModel, nested: bool) -> None:
     other, x = recipe.backbone("resnet50"), images(1, 64, 96)

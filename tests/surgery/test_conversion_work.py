@@ -178,6 +178,7 @@ def test_a_plan_costs_at_most_six_calls_of_the_network(build: type[nn.Module]) -
     assert of_plan <= 6 * of_call
 
 
+@pytest.mark.slow
 def test_every_level_is_compared_on_a_part_with_the_same_rest() -> None:
     """The network's own level is compared on the whole example, the others on a part that leaves the same rests."""
     net = cs.adaptify(Nested().eval(), "none")

@@ -169,6 +169,7 @@ def test_a_mere_tail_has_a_stage_of_its_own_only_where_a_region_names_it() -> No
     assert named.plan.output_stride == (8, 32) and named.plan["tail"].action != "barrier"
 
 
+@pytest.mark.slow
 def test_where_everything_leaves_at_native_size_the_plan_says_that_a_mask_cannot_matter() -> None:
     trunk = build("vgg11", by=4).features  # whose pooling to bins brings finer values to the rest
     plan = cs.plan(nn.Sequential(trunk, nn.Flatten(), nn.Linear(128 * 3 * 4, 10)))

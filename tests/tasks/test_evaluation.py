@@ -569,6 +569,7 @@ def test_everything_low_is_called_dense_only_where_it_is(stride: int, fill: str,
     assert report.rows[-1].is_given is (stride == 16) and report.rows[0].is_given is (stride == 8)
 
 
+@pytest.mark.slow
 def test_costs_of_an_evaluation_are_relative_to_the_network_given() -> None:
     """Counted by torch; also where the network as given is none of the rows."""
     model, data = street_segmenter(), cs.open_data("scene:2,height=48,width=80", "test")

@@ -232,6 +232,7 @@ def test_a_mask_that_asks_for_labels_is_refused(photos: Path) -> None:
         cs.evaluate(segmenter(), f"images:{photos}", kind="clases")
 
 
+@pytest.mark.slow
 def test_the_command_judges_masks_on_photos(
     photos: Path, tmp_path: Path, command_line: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,6 +198,7 @@ def test_times_decide_where_their_error_does_not_matter(other: SettingRow, expec
     assert choice.is_decided and choice.row.setting == expected
 
 
+@pytest.mark.slow
 def test_an_undecided_report_recommends_nothing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +343,7 @@ def test_on_pages_that_are_mostly_empty_floors_do_less_work(tmp_path: Path) -> N
     assert scope["y"].shape == network(x).shape
 
 
+@pytest.mark.slow
 def test_few_pictures_are_timed_several_times_and_the_best_time_counts(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,6 +457,7 @@ def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, 
     assert (tmp_path / "run" / "curve.png").is_file()
 
 
+@pytest.mark.slow
 def test_data_with_named_splits_is_its_val_part_unless_another_is_named(tmp_path: Path) -> None:
     spec: Any = "scene:2,height=64,width=96"
     for split, named in (("all", "scene 1000000"), ("test", "scene 2000000")):
@@ -471,6 +474,7 @@ class Clipped(Segmenter):
         return super().forward(x).relu()
 
 
+@pytest.mark.slow
 def test_labels_are_compared_with_classes_whatever_the_sign_of_the_scores(tmp_path: Path) -> None:
     report = run("scene:2,height=64,width=96", tmp_path / "run", seeded(Clipped, torch.float32), limit=1)
     assert report.measure == LABELS and all(row.fidelity is not None for row in report.rows)
@@ -557,6 +561,7 @@ def test_a_full_disk_is_an_error_and_a_broken_photo_is_left_out(
         run(photos, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_labels_in_a_folder_are_read_and_checked(photos: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels"
     labels.mkdir()
@@ -566,6 +571,7 @@ def test_labels_in_a_folder_are_read_and_checked(photos: Path, tmp_path: Path) -
     assert report.measure == LABELS and 0 <= report.rows[0].quality.value <= 1
 
 
+@pytest.mark.slow
 def test_a_label_beyond_the_classes_is_refused_before_settings_are_found_and_its_remedy_works(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

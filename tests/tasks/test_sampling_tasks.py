@@ -181,6 +181,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_command_line_converts_trains_and_runs(command_line: Run, tmp_path: Path) -> None:
     model = ("--model", "training:residual_segmenter")
     told = ("--size", "48x64", "--rounds", "1", "--json", "--output", "net.safetensors")

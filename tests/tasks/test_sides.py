@@ -99,6 +99,7 @@ def test_a_side_of_ones_own_is_evaluated_and_timed_beside_the_others(tmp_path: P
         assert min(drawn.size) > 300
 
 
+@pytest.mark.slow
 def test_a_report_keeps_no_network_in_memory() -> None:
     model = street_segmenter()
     side = at_scale(model, 1.0)
