@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.sizes import constant
+from cadsurgery.elements.sizes import constant, most
 from cadsurgery.kernels.load import has_bf16_dot, is_observed
 from cadsurgery.masks.provider import FineMapSpec
 
@@ -78,7 +78,7 @@ def near(values: Tensor, side: int, grid: FineMapSpec) -> Tensor:
     """
     sampled = window_maximum(values, side, grid.output_stride)
     height, width = grid.size
-    missing = (max(0, width - sampled.shape[2]), max(0, height - sampled.shape[1]))
+    missing = (most(0, width - sampled.shape[2]), most(0, height - sampled.shape[1]))
     if any(missing):
         padded = F.pad(sampled.unsqueeze(1), (0, missing[0], 0, missing[1]), mode="replicate")
         sampled = padded.squeeze(1)

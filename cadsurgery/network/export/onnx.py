@@ -445,13 +445,24 @@ def _cut_to_multiples(net: AdaptiveModel, image: Tensor, change: int) -> Tensor:
 
 def _cut_awkwardly(net: AdaptiveModel, image: Tensor, multiple: int = 1) -> _Answer:
     """Crop an image, small if possible, so that its fine map does not fill the outermost cells, because torch decides
-    by the example whether a slice takes all. Take an image of multiples, or itself, if the network accepts no crop."""
+    by the example whether a slice takes all; and so that a network that pads some images pads this one. Take an image
+    of multiples, or itself, if the network accepts no crop."""
     wholes = (_thinned(net, image), image)
     if multiple == 1:
         crops = (_crop_awkwardly(net, whole) for whole in wholes)
     else:
         crops = (_cut_to_multiples(net, whole, -multiple) for whole in wholes)
-    return _ask_first(net, crops) or _ask(net, image)
+    answer = _ask_first(net, crops) or _ask(net, image)
+    if multiple == 1 and not _is_padded(net, answer):
+        shorter = _ask_first(net, [answer.image[:, :, :-1, :-1]])
+        return shorter if shorter is not None and _is_padded(net, shorter) else answer
+    return answer
+
+
+def _is_padded(net: AdaptiveModel, answer: _Answer) -> bool:
+    """True if the fine map has more samples than the image has at its stride."""
+    sides = zip(answer.levels.shape[1:], answer.image.shape[2:], strict=True)
+    return any(samples > divide_up(length, net.plan.strides[0]) for samples, length in sides)
 
 
 def _crop_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
