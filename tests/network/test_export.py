@@ -581,6 +581,30 @@ def test_a_resize_between_samples_reads_the_networks_own_in_files_of_any_size(tm
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+class GatedInFront(nn.Module):
+    """In front of the region channels are weighted by windows of the map's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rest = nn.Conv2d(3, 4, 3, 2, 1), strided(3, 4, inputs=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        gate = F.avg_pool2d(x, (x.size(2), x.size(3))) + F.max_pool2d(x, x.shape[2:], x.shape[2:])
+        return self.rest(x * gate.sigmoid())
+
+
+@pytest.mark.slow
+def test_windows_of_the_maps_size_are_so_in_files_of_any_size(tmp_path: Path) -> None:
+    net = cs.adaptify(randomise(GatedInFront()).eval(), "edges", output_stride=(4, 16), verify_laws=False)
+    cs.export(net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True)
+    run = File(tmp_path / "net.onnx")
+    for size in ((64, 96), (75, 101), (128, 160)):
+        image = picture(2, *size)
+        found, expected = next(iter(run(image).values())), net(image)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes() -> None:
     """One side is longer than the traced example's."""
     image = picture(1, 300, 520)

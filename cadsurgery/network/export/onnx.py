@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
@@ -21,7 +22,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.backends.target import Condition, Target, portable, recorded_conditions
 from cadsurgery.elements.fresh import drop_fresh, fresh_map, in_multiples, of_size
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.elements.sizes import divide_up
+from cadsurgery.elements.sizes import divide_up, is_for_any_size, is_statically_true
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.calibration import batch_of
@@ -277,6 +278,33 @@ def _linspace(start: Any, end: Any, steps: int, **options: Any) -> Tensor:
     return places * ((end - start) / torch.sym_max(steps - 1, 1)) + start
 
 
+def _of_whole_map(pool: Callable[..., Any], reduce: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return a pooling that is a mean or maximum where the window is the map, whose size torch fixes in a program."""
+
+    def run(x: Tensor, kernel_size: Any, *rest: Any, **options: Any) -> Any:
+        sides = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
+        others = {name: value for name, value in options.items() if name not in ("stride", *_WITHOUT_EFFECT)}
+        is_plain = len(rest) <= 1 and not any(others.values())
+        if is_plain and is_for_any_size(sides):
+            pairs = zip(sides, x.shape[-2:], strict=True)
+            if all(is_statically_true(side == length) for side, length in pairs):
+                return reduce(x, (-2, -1), keepdim=True)
+        return pool(x, kernel_size, *rest, **options)
+
+    return run
+
+
+# Of a pooling whose window is the map.
+_WITHOUT_EFFECT = ("ceil_mode", "count_include_pad", "dilation")
+# Functions that torch writes for one size, and what accepts symbolic sizes.
+_OF_ANY_SIZE: dict[Any, Callable[..., Any]] = {
+    torch.linspace: _linspace,
+    F.avg_pool2d: _of_whole_map(F.avg_pool2d, torch.mean),
+    F.max_pool2d: _of_whole_map(F.max_pool2d, torch.amax),
+    torch.max_pool2d: _of_whole_map(torch.max_pool2d, torch.amax),
+}
+
+
 def _count_in_symbols(program: Program) -> Program:
     """Return the program with a graph that accepts symbolic sizes, and names those of each map anew."""
     for node in program.graph.nodes:
@@ -284,8 +312,8 @@ def _count_in_symbols(program: Program) -> Program:
             count = 2 if node.target in (max, min) else 1
             if len(node.args) == count and not node.kwargs:
                 node.target = _OF_SYMBOLS[node.target]
-        elif node.target is torch.linspace:
-            node.target = _linspace
+        elif node.op == "call_function":
+            node.target = _OF_ANY_SIZE.get(node.target, node.target)
     _name_sizes(program.graph)
     return replace(program).bind_to(program.net)
 
