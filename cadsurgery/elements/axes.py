@@ -119,9 +119,10 @@ def shuffle_channels(rows: Tensor, groups: int) -> Tensor:
 
 
 def roll_channels(rows: Tensor, shifts: int | Sequence[int], dims: int | Sequence[int]) -> Tensor:
-    """Apply `torch.roll` to axes of rows that are no number of rows.
+    """Apply `torch.roll` to the channel axes of rows (N, *channels).
 
-    In pieces: `torch.roll` asks whether there are values at all, which an exported program cannot know of rows.
+    Slices are joined, because `torch.roll` tests whether the tensor is empty, and torch.export cannot know that of
+    rows: their number depends on the mask.
     """
     shifts, dims = ((value,) if isinstance(value, int) else value for value in (shifts, dims))
     for shift, dim in zip(shifts, dims, strict=True):
@@ -134,7 +135,7 @@ def roll_channels(rows: Tensor, shifts: int | Sequence[int], dims: int | Sequenc
 def normalise_neighbours(rows: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     """Apply `F.local_response_norm`, which is over neighbouring channels, to rows (N, C).
 
-    Written out: it asks whether there are values at all, which an exported program cannot know of rows.
+    Written out, because that function tests whether the tensor is empty; see `roll_channels`.
     """
     squares = F.pad(rows.square()[:, None, :, None], (0, 0, size // 2, (size - 1) // 2))
     mean = F.avg_pool2d(squares, (size, 1), stride=1)[:, 0, :, 0]

@@ -379,7 +379,8 @@ def _between_cells(
     ends = []
     for fine, length, (above, below) in zip(place, source.size, ratios, strict=True):
         at = fine.double()
-        # Engines divide sizes in single precision, and one less of the last bits is another neighbour.
+        # Sizes that are symbols are divided as tensors: engines divide plain sizes in float32, and a point that is
+        # rounded down below a whole number reads the neighbouring sample.
         whole = isinstance(above, int) and isinstance(below, int)
         ratio: Any = above / below if whole else as_number(above, at) / as_number(below, at)
         if mode == "nearest":

@@ -203,8 +203,8 @@ ZOO += ("nf_resnet26", "regnetz_b16_evos", "res2net50_26w_4s", "resnest14d", "re
 CORPUS = [one.name for one in read_corpus(CHECKOUT) if one.name not in OTHERS]
 # A value of this one is so near its threshold that the engine rounds it to the other side.
 AT_A_JUMP = LATER + 46
-RANDOM = [at // 2 + LATER * (at % 2) for at in range(SEEDS + 2)]
-RANDOM = [seed for seed in RANDOM if seed != AT_A_JUMP][:SEEDS]
+_SEEDS = (at // 2 + LATER * (at % 2) for at in range(SEEDS + 1))
+RANDOM = [seed for seed in _SEEDS if seed != AT_A_JUMP]
 SAMPLED: dict[str, Callable[[str], Given]] = {
     **{name: partial(of_library, name) for name in LIBRARY},
     **{name: partial(of_zoo, name) for name in ZOO},

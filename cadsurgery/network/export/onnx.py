@@ -279,7 +279,8 @@ def _linspace(start: Any, end: Any, steps: int, **options: Any) -> Tensor:
 
 
 def _of_whole_map(pool: Callable[..., Any], reduce: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Return a pooling that is a mean or maximum where the window is the map, whose size torch fixes in a program."""
+    """Return a pooling that is a mean or maximum where its window is the whole map: torch.export fixes the size of a
+    window in the program."""
 
     def run(x: Tensor, kernel_size: Any, *rest: Any, **options: Any) -> Any:
         sides = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
@@ -294,9 +295,9 @@ def _of_whole_map(pool: Callable[..., Any], reduce: Callable[..., Tensor]) -> Ca
     return run
 
 
-# Of a pooling whose window is the map.
+# Options of a pooling that change nothing where its window is the whole map.
 _WITHOUT_EFFECT = ("ceil_mode", "count_include_pad", "dilation")
-# Functions that torch writes for one size, and what accepts symbolic sizes.
+# Functions whose sizes torch.export fixes, and replacements that accept symbolic sizes.
 _OF_ANY_SIZE: dict[Any, Callable[..., Any]] = {
     torch.linspace: _linspace,
     F.avg_pool2d: _of_whole_map(F.avg_pool2d, torch.mean),

@@ -91,7 +91,7 @@ class Recommendation(RunReport):
         end: why measuring ended early; empty: it did not.
         refused: settings that could not be run, and why.
         folder: of the run.
-        is_decided: False if the machine was too busy for its times to decide; nothing is recommended then.
+        is_decided: False if the times do not decide; nothing is recommended then.
     """
 
     network: str

@@ -301,7 +301,7 @@ def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.M
 
 
 def _normalised_by(source: Source, normalisation: object) -> Source:
-    """Return the source with the mean and standard deviation that the user gave, if he gave any."""
+    """Return the source with the mean and deviation of the option `normalisation`; as it is for None or raw."""
     if normalisation is None:
         return source
     read = read_normalisation(normalisation, len(source.mean))
