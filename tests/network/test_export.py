@@ -24,7 +24,7 @@ import cadsurgery as cs
 from benchmarks import export_matrix
 from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.network.export.compare import check_difference, difference, more_images
-from cadsurgery.network.export.engines import engines_for
+from cadsurgery.network.export.engines import ENGINES, engines_for
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.onnx import _cut_awkwardly, _of_other_sizes
 
@@ -410,6 +410,21 @@ def test_a_file_in_8_bits_takes_every_tensor_of_a_dictionary(form: str, tmp_path
     assert_same(2 * outputs[0], outputs[1], 0.05)
 
 
+class OfPlaces(OfDictionary):
+    """Gives a dictionary whose keys are tuples."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {("scores", 0): self.body(x)}
+
+
+def test_a_program_refuses_keys_that_torchs_files_do_not_keep(tmp_path: Path) -> None:
+    mask = "edges | budget:fraction=0.3"
+    net = cs.adaptify(OfPlaces().eval(), mask, output_stride=(2, 8), verify_laws=False)
+    with pytest.raises(cs.CannotConvert, match=r"cannot return .* the key \('scores', 0\)"):
+        cs.export(net, picture(1, 64, 96), tmp_path / "net.pt2")
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_image_alone_is_too_little_for_a_dictionary_of_several(tmp_path: Path) -> None:
     with pytest.raises(cs.InvalidInput, match="reads 'photo', 'scale' from data"):
         cs.export(of_scaled(), picture(1, 64, 96), tmp_path / "net.onnx")
@@ -603,6 +618,31 @@ def test_windows_of_the_maps_size_are_so_in_files_of_any_size(tmp_path: Path) ->
         image = picture(2, *size)
         found, expected = next(iter(run(image).values())), net(image)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class RoundedUp(nn.Module):
+    """Sizes and positions rounded up by way of negative numbers, as in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps, self.pool = strided(3, 4, outputs=2), nn.AdaptiveAvgPool2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.maps(x)
+        maps = maps + F.interpolate(self.pool(maps), size=maps.shape[2:], mode="bilinear")
+        maps = F.interpolate(maps, size=[-(-side // 3) for side in x.shape[2:]])
+        return maps - (-torch.arange(maps.shape[3]) // 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_quotients_of_negative_numbers_are_rounded_down(engine: str, tmp_path: Path) -> None:
+    net = cs.adaptify(randomise(RoundedUp()).eval(), "edges", output_stride=(2, 8), verify_laws=False)
+    cs.export(net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True, check_in=engine)
+    run = ENGINES[engine](tmp_path / "net.onnx")
+    for size in ((64, 96), (75, 101), (128, 160)):
+        image = picture(2, *size)
+        torch.testing.assert_close(run(image)[0], net(image), rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes() -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import SymInt, Tensor, fx, nn
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
@@ -165,7 +165,7 @@ def _warn_of_grouped_layers(net: AdaptiveModel) -> None:
     """Warn if an optimised network convolves rows in groups; engines have no fast operation for that."""
     read = functional.fused_conv2d
     kernels = [node.args[1].target for node in net.program.graph.nodes if node.target is read]
-    grouped = sum(attrgetter(name)(net).groups > 1 for name in kernels)
+    grouped = sum(operator.attrgetter(name)(net).groups > 1 for name in kernels)
     if grouped:
         warnings.warn(
             f"{grouped} of {len(kernels)} convolutions of rows in the file are depthwise or grouped, for which "
@@ -389,6 +389,7 @@ def follow(
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )
             _drop_assertions(program.graph_module)
+            _round_quotients_down(program.graph_module)
             return program, free
         except Exception as error:
             if isinstance(error, CadError):
@@ -420,6 +421,23 @@ def _drop_assertions(graph: fx.GraphModule) -> None:
         if node.op == "call_function" and getattr(node.target, "__name__", "").startswith("_assert_"):
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _round_quotients_down(graph: fx.GraphModule) -> None:
+    """Make quotients of sizes that may be negative, as in `-(-height // 2)`, exact divisions: ONNX rounds towards zero
+    where Python rounds down, and OpenVINO sometimes one and sometimes the other."""
+    for node in graph.graph.find_nodes(op="call_function", target=operator.floordiv):
+        size, by = node.args
+        value = size.meta.get("val") if isinstance(size, fx.Node) else size
+        if not isinstance(value, SymInt) or value.node.shape_env.bound_sympy(value.node.expr).lower >= 0:
+            continue
+        with graph.graph.inserting_before(node):
+            rest = graph.graph.call_function(operator.mod, (size, by))
+            exact = graph.graph.call_function(operator.sub, (size, rest))
+        rest.meta["val"] = value % (by.meta["val"] if isinstance(by, fx.Node) else by)
+        exact.meta["val"] = value - rest.meta["val"]
+        node.args = (exact, by)
     graph.recompile()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.dictionaries import further_inputs
@@ -63,13 +63,23 @@ def write_program(
 
 
 def _check_outputs(output: object) -> None:
-    """Refuse an output of a class that torch's programs cannot return.
+    """Refuse an output of a class, or a dictionary with keys, that torch's programs cannot return.
 
     Raises:
-        CannotConvert: it holds something that is no tensor, number, string or one of torch's containers.
+        CannotConvert: it holds something that is no tensor, number, string or one of torch's containers, or a
+            dictionary whose keys a file of torch does not keep, such as tuples.
     """
     plain = (Tensor, bool, int, float, complex, str, type(None))
-    strange = [leaf for leaf in tree_leaves(output) if not isinstance(leaf, plain)]
+    leaves = tree_flatten_with_path(output)[0]
+    keys = [step.key for path, _ in leaves for step in path if isinstance(step, MappingKey)]
+    unkept = [key for key in keys if not isinstance(key, (bool, int, float, str))]
+    if unkept:
+        raise CannotConvert(
+            f"a program of torch.export cannot return a dictionary with the key {unkept[0]!r}.",
+            why="torch's files keep keys that are strings or numbers alone.",
+            next="return a dictionary with strings as keys, or a tuple.",
+        )
+    strange = [leaf for _, leaf in leaves if not isinstance(leaf, plain)]
     if strange:
         raise CannotConvert(
             f"a program of torch.export cannot return {describe(strange[0])}.",

@@ -62,6 +62,15 @@ def _remainder(self: Any, other: Any) -> Any:
     return op.Mod(self, op.CastLike(_number(other), self))
 
 
+def _floor_divide(self: Any, other: Any) -> Any:
+    """Divide, rounding down; integers exactly, because OpenVINO rounds some quotients of negative numbers down that
+    ONNX rounds towards zero."""
+    if self.dtype.is_floating_point():
+        return op.Floor(op.Div(self, other))
+    by = op.CastLike(_number(other), self)
+    return op.Div(op.Sub(self, op.Mod(self, by)), by)
+
+
 def _avg_pool2d(
     self: Any,
     kernel_size: Any,
@@ -279,6 +288,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.clamp.Tensor: _in_32_bits(aten_clamp_tensor),
     _ATEN.einsum.default: _einsum,
     _ATEN.remainder.Scalar: _remainder,
+    _ATEN.floor_divide.default: _floor_divide,
     _ATEN.sym_numel.default: _numel,
     _ATEN._adaptive_avg_pool2d.default: _pool_to_bins,
     _ATEN.batch_norm.default: _batch_norm,
