@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.fresh import of_size
@@ -36,6 +38,8 @@ class Masking:
         static: give lattices bounds instead of exact numbers of elements; always the case in a compiled graph.
         any_number: in a graph, let the number of elements of a mask that is not static depend on its level map.
         unit: converts the image to the unit of masks.
+        around: input pixels by which the fine map is longer than the image, which is in its middle, by large
+            paddings in front.
     """
 
     provider: MaskProvider
@@ -44,6 +48,7 @@ class Masking:
     static: bool = False
     any_number: bool = False
     unit: Unit = field(default_factory=lambda: Unit(AS_IT_COMES))
+    around: int = 0
 
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """Return the lattice for an image (B, C, H, W) whose fine map is `features`."""
@@ -58,8 +63,12 @@ class Masking:
         # torch.export splits a program and joins it again where it switches gradients off.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             shown = self.unit(image) if self.provider.sees_image else image
-            levels = self.provider(shown, features, grid)
-        levels = of_size(check_levels(levels, grid, self.provider.name), grid.size)
+            part, before = self._of_image(grid)
+            levels = check_levels(self.provider(shown, features, part), part, self.provider.name)
+            if before:
+                around = [(before, self._beyond - before)] * 2
+                levels = F.pad(levels, [*chain(*around)], value=grid.max_level)
+        levels = of_size(levels, grid.size)
         return geometry.lattice(levels, bounds)
 
     def grid(self, features: Tensor) -> FineMapSpec:
@@ -67,8 +76,22 @@ class Masking:
         size = (features.shape[2], features.shape[3])
         return FineMapSpec.of(self.geometry, features.shape[0], size, self.output_stride)
 
+    @property
+    def _beyond(self) -> int:
+        """Samples of the fine map beyond the image, in front and behind together."""
+        return self.around // self.output_stride
+
+    def _of_image(self, grid: FineMapSpec) -> tuple[FineMapSpec, int]:
+        """Return the part of the fine map that the image covers, whole cells, and the samples in front of it: the
+        padding around is kept low. A mask that reads features, or is no matter of the image, is for the whole map."""
+        before = (self._beyond // 2 + grid.patch // 2) // grid.patch * grid.patch
+        if not before or not self.provider.sees_image or self.provider.sees_features:
+            return grid, 0
+        height, width = grid.size
+        return grid._replace(size=(height - self._beyond, width - self._beyond)), before
+
     def _bounds(self, grid: FineMapSpec) -> Bounds:
-        patches = self.provider.kept_patches(grid) if self.provider.static else None
+        patches = self.provider.kept_patches(self._of_image(grid)[0]) if self.provider.static else None
         if patches is None:
             raise not_static(self.provider, "a compiled or exported network has fixed shapes.")
         return Bounds.of_patches(self.geometry, grid.batch, grid.size, patches)

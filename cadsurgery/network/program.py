@@ -157,7 +157,8 @@ class Program:
 
     def masking(self, provider: MaskProvider) -> Masking:
         """Return the masking of a mask provider, which computes its lattices."""
-        return Masking(provider, self.geometry, self.plan.strides[0], unit=self.net._unit)
+        plan = self.plan
+        return Masking(provider, self.geometry, plan.strides[0], unit=self.net._unit, around=plan.around)
 
     # -- running on the arguments of a call by name, without checks --------------------------------
 

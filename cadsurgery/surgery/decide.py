@@ -109,7 +109,29 @@ def _of_every_plan(
         "part": part,
         "call": describe_call(facts.model, facts.arguments),
         "not_counted": tuple(facts.not_counted),
+        "around": _around(flow, decisions),
     }
+
+
+def _around(flow: Flow, decisions: Sequence[Decision]) -> int:
+    """Return the pixels by which paddings in front make the first map of the region longer than the image."""
+    first = next(one.node for one in decisions if one.action == "enter")
+    node = next(node for node in flow.facts.graph.nodes if node.name == first)
+    spacing, size = flow.grid[node], flow.facts.images.get(node, ())
+    more = [spacing * length - side for length, side in zip(size, flow.facts.example.shape[2:], strict=False)]
+    if not more or min(more) <= 2 * spacing or max(more) - min(more) >= spacing:
+        return 0
+    while flow.maps(node):
+        if not _is_of_windows(node, flow):  # a resize, whose map has the image from edge to edge
+            return 0
+        node = flow.maps(node)[0]
+    return min(more) // spacing * spacing
+
+
+def _is_of_windows(node: fx.Node, flow: Flow) -> bool:
+    """True for an operation whose map is longer than the one that it reads by its padding alone."""
+    kind = flow.treatments[node].kind
+    return kind in ("window", "pointwise", "pad", "join") or (kind == "barrier" and flow.facts.macs[node] > 0)
 
 
 def _plan_of_floors(

@@ -228,6 +228,7 @@ class Plan:
             `output_stride[1]` pixels, instead of finer.
         considered: interpretations of the network's dilations, the planned one first; empty if there is only one.
         not_counted: operations that may multiply but are missing from all MACs, because they have no counting rule.
+        around: input pixels by which paddings make the fine map longer than the image, which is in its middle.
         prospect: what floors would save instead; None in plans of floors, where floors would save nothing, and where it
             was not estimated.
     """
@@ -251,6 +252,7 @@ class Plan:
     effect: float | None = field(default=None, compare=False)
     work: Work | None = field(default=None, compare=False)
     prospect: Prospect | None = field(default=None, compare=False)
+    around: int = 0
 
     def measured(self, effect: float | None) -> Plan:
         """Return the plan with a measured effect, see `effect`."""

@@ -95,7 +95,7 @@ def floor_region(flow: Flow, coarsest: int) -> Region | None:
     facts, outside, before = flow.facts, set[fx.Node](), set[fx.Node]()
     maps = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP]
     for node in maps:
-        if _is_of_pixels(node, flow, before):
+        if _is_of_pixels(node, flow, before) or _grows(node, flow, before):
             before.add(node)
         elif node in flow.barriers or _reads_outside(node, flow, 0, outside):
             outside.add(node)
@@ -118,6 +118,18 @@ def _is_of_pixels(node: fx.Node, flow: Flow, before: Collection[fx.Node]) -> boo
         return flow.grid[node] == 1 and node not in flow.barriers
     alone = flow.treatments[node].kind in ("pointwise", "join") and not flow.facts.macs[node]
     return alone and node not in flow.barriers and all(source in before for source in flow.maps(node))
+
+
+def _grows(node: fx.Node, flow: Flow, before: Collection[fx.Node]) -> bool:
+    """True for a barrier in front, such as a convolution that pads the image by so much that its map grows: its map is
+    computed whole, and the region begins behind it."""
+    sources = flow.maps(node)
+    return (
+        bool(sources)
+        and node in flow.barriers
+        and flow.grid[node] == 1
+        and all(one in before for one in sources)
+    )
 
 
 def _outgrows(node: fx.Node, fine: tuple[int, int], flow: Flow, region: Region) -> bool:

@@ -303,29 +303,36 @@ def _emulated_checks(case: _Case) -> list[Check]:
         )
     ]
     checks += _at_another_size(model, adapted, plan, mapped, (fewer, call), tolerance)
-    image, high = image_of(fewer), plan.strides[0]
+    image = image_of(fewer)
     size = (image.shape[2], image.shape[3])
-    fine = (image.shape[0], *(-(-length // high) for length in size))
     name_of_level, name_of_levels = (
         ("floor", "floors") if plan.floors else ("output stride", "output strides")
     )
-    maps = {
-        f"everything at {name_of_level} {plan.strides[level]}": torch.full(fine, level)
+    maps: dict[str, Callable[..., Tensor]] = {
+        f"everything at {name_of_level} {plan.strides[level]}": partial(torch.full, fill_value=level)
         for level in range(1, plan.max_level + 1)
     }
-    maps[f"{name_of_levels} side by side"] = _side_by_side(fine, geometry)
+    maps[f"{name_of_levels} side by side"] = partial(_side_by_side, geometry=geometry)
     for name, levels in maps.items() if can_emulate(adapted, geometry) else ():
-        lattice = mapped.lattice(levels)
+        lattices: list[Lattice] = []
+        masking = partial(_of_fine_map, geometry=mapped, levels=levels, made=lattices)
         sizes: dict[str, tuple[int, int]] = {}
-        masking: Any = lambda *_, lattice=lattice: lattice  # noqa: E731
         ours = _values(model, adapted, plan, masking, fewer, watched, every=True, sizes=sizes)
-        emulator = Emulator(model, original, plan, geometry, lattice.levels, sizes)
+        emulator = Emulator(model, original, plan, geometry, lattices[-1].levels, sizes)
         try:
             expected = _collect(emulator, watched, original, plan, fewer, [], every=True)
         except CannotEmulate:
             break
         checks.append(replace(_compare(f"{name} is its emulation", ours, expected, tolerance), size=size))
     return checks
+
+
+def _of_fine_map(
+    image: Any, features: Tensor, geometry: Geometry, levels: Callable[..., Tensor], made: list[Lattice]
+) -> Lattice:
+    """Return the lattice of a level map of the fine map's size, and note it in `made`."""
+    made.append(geometry.lattice(levels((features.shape[0], *features.shape[2:]))))
+    return made[-1]
 
 
 def _side_by_side(size: tuple[int, ...], geometry: Geometry) -> Tensor:

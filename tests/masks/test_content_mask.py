@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from networks import strided
-from torch import Tensor
+from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.masks import FineMapSpec, resolve_mask
@@ -50,6 +51,22 @@ def test_a_blank_page_keeps_nothing_and_sizes_may_be_odd() -> None:
     blank = torch.full((2, 3, 101, 75), 0.5)
     map_ = resolve_mask("content")(blank, blank, grid((101, 75), 2))
     assert map_.shape == (2, 101, 75) and not map_.any()
+
+
+@pytest.mark.parametrize(
+    "options", [{"coarsest": 32}, {"output_stride": (1, 32)}, {"output_stride": (4, 32)}]
+)
+def test_cells_are_kept_where_the_map_has_the_image(options: dict[str, Any]) -> None:
+    """A padding of 100 in front puts the image in the middle of the map, up to half a cell; what is around is low."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=100), nn.ReLU(), strided(5, inputs=4)).eval()
+    image = page(0.05)
+    net = cs.adaptify(model, "content:margin=0", example_input=image, verify_laws=False, **options)
+    net(image)
+    side = CELL // options.get("output_stride", (1,))[0]
+    assert net.levels.shape[1:] == tuple(-(-(length + 198) * side // CELL) for length in (128, 160))
+    expected = torch.zeros_like(net.levels[0, ::side, ::side], dtype=torch.bool)
+    expected[1 + 96 // CELL, 1 + 96 // CELL] = True
+    assert torch.equal(net.levels[0, ::side, ::side] == 0, expected)
 
 
 @pytest.mark.parametrize(

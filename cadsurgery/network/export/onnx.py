@@ -243,16 +243,11 @@ class Exportable(nn.Module):
             image = require(image, [Condition(length, known, reason) for length, known in sides])
             if levels is not None:
                 stride = program.plan.strides[0]
-                levels = of_size(levels, [divide_up(length, stride) for length in image.shape[2:]])
-        masking = _InSingle(
-            self.mask,
-            program.geometry,
-            program.plan.strides[0],
-            any_number=True,
-            unit=self.net._unit,
-            image=image,
-            levels=levels,
-        )
+                levels = of_size(
+                    levels, [divide_up(length + program.plan.around, stride) for length in image.shape[2:]]
+                )
+        masking = program.masking(self.mask)
+        masking = _InSingle(**vars(masking) | {"any_number": True, "image": image, "levels": levels})
         run = program.run_after_first_pass if self.mask.looks_ahead and levels is None else program
         with recorded_conditions() as conditions:
             output, lattice = run(masking, program.bind(image.half() if self.float16 else image, *further))
@@ -429,16 +424,26 @@ def _round_quotients_down(graph: fx.GraphModule) -> None:
     where Python rounds down, and OpenVINO sometimes one and sometimes the other."""
     for node in graph.graph.find_nodes(op="call_function", target=operator.floordiv):
         size, by = node.args
-        value = size.meta.get("val") if isinstance(size, fx.Node) else size
-        if not isinstance(value, SymInt) or value.node.shape_env.bound_sympy(value.node.expr).lower >= 0:
+        if not _may_be_negative(_value_of(size)):
             continue
         with graph.graph.inserting_before(node):
             rest = graph.graph.call_function(operator.mod, (size, by))
             exact = graph.graph.call_function(operator.sub, (size, rest))
-        rest.meta["val"] = value % (by.meta["val"] if isinstance(by, fx.Node) else by)
-        exact.meta["val"] = value - rest.meta["val"]
+        rest.meta["val"] = _value_of(size) % _value_of(by)
+        exact.meta["val"] = _value_of(size) - rest.meta["val"]
         node.args = (exact, by)
     graph.recompile()
+
+
+def _value_of(size: Any) -> Any:
+    return size.meta["val"] if isinstance(size, fx.Node) else size
+
+
+def _may_be_negative(size: Any) -> bool:
+    if not isinstance(size, SymInt):
+        return bool(size < 0)
+    shapes: Any = size.node.shape_env
+    return bool(shapes.bound_sympy(size.node.expr).lower < 0)
 
 
 @dataclass(frozen=True)
