@@ -51,7 +51,7 @@ def fresh_length(length: int, *limits: int) -> int:
     symbols = _SYMBOLS.setdefault(node.shape_env, {})
     if node.expr not in symbols:
         symbols[node.expr] = symbol = torch.ops.cadsurgery.fresh_length(length).shape[0]
-        limit(symbol, length, (one for one in limits if isinstance(one, torch.SymInt)))
+        limit(symbol, length, (longest for longest in limits if isinstance(longest, torch.SymInt)))
     return symbols[node.expr]
 
 

@@ -41,7 +41,7 @@ def is_at_most(one: int, other: int) -> bool:
 def limit(symbol: int, length: int, limits: Iterable[int]) -> None:
     """Record which of several sizes a new symbol for a length does not exceed."""
     node = cast(torch.SymInt, symbol).node
-    larger = {cast(torch.SymInt, one).node.expr for one in limits if is_at_most(length, one)}
+    larger = {cast(torch.SymInt, longest).node.expr for longest in limits if is_at_most(length, longest)}
     _LIMITS.setdefault(node.shape_env, {})[node.expr] = larger
 
 

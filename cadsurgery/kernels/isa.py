@@ -22,7 +22,7 @@ from cadsurgery.support.processor import (
 __all__ = ["ISAS", "VARIABLE", "Processor", "allowed", "here", "in_words", "processor", "used"]
 
 VARIABLE = "CADSURGERY_ISA"
-ISAS: tuple[str, ...] = tuple(one.name for one in build.instruction_sets())
+ISAS: tuple[str, ...] = tuple(isa.name for isa in build.instruction_sets())
 
 
 def here() -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def here() -> tuple[str, ...]:
 
 def _names(features: int) -> tuple[str, ...]:
     available = {name for bit, name in enumerate(build.FEATURES) if features >> bit & 1}
-    return tuple(one.name for one in build.instruction_sets() if available.issuperset(one.needs))
+    return tuple(isa.name for isa in build.instruction_sets() if available.issuperset(isa.needs))
 
 
 @cache
@@ -58,7 +58,7 @@ def allowed() -> tuple[str, ...]:
 def _allowed(name: str, available: tuple[str, ...]) -> tuple[str, ...]:
     if not name:
         return available
-    needs = {one.name: set(one.needs) for one in build.instruction_sets()}
+    needs = {isa.name: set(isa.needs) for isa in build.instruction_sets()}
     if name not in needs:
         raise InvalidInput(
             f"there is no instruction set named {name!r}.",
@@ -73,7 +73,7 @@ def _allowed(name: str, available: tuple[str, ...]) -> tuple[str, ...]:
             why=f"{processor().model or 'it'} has {', '.join(available)}.",
             next=f"set it to one of {', '.join(available)}, or unset it.",
         )
-    return tuple(one for one in available if needs[one] <= needs[name])
+    return tuple(isa for isa in available if needs[isa] <= needs[name])
 
 
 def used() -> str:

@@ -71,8 +71,8 @@ def forget() -> None:
     CADSURGERY_ISA or of a file."""
     global _forgotten
     _forgotten += 1
-    for one in (find, isa.cap, function, isa_of, setting, _form):
-        one.cache_clear()
+    for cached in (find, isa.cap, function, isa_of, setting, _form):
+        cached.cache_clear()
 
 
 @cache

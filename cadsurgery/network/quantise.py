@@ -518,7 +518,7 @@ class _Quantiser:
                 else:
                     assert layer.kernel.window is not None
                     full, less = convolve(plain, x, *layer.kernel.window), tested[node](rounded)
-                    full, less = (one.permute(0, 2, 3, 1).flatten(0, 2) for one in (full, less))
+                    full, less = (rows.permute(0, 2, 3, 1).flatten(0, 2) for rows in (full, less))
             shift = (full - less).mean(0)
             number = counts[node] = counts.get(node, 0) + 1
             layer.shift = layer.shift + (shift - layer.shift) / number
@@ -558,7 +558,9 @@ class _Quantiser:
                 return
             values = rewritten.grids[own].dequantise(values) if values.dtype == torch.uint8 else values
             error = _difference([[values]], [[expected]])
-            before = max((found[one] for one in upwards(own, until=found) if one in found), default=0.0)
+            before = max(
+                (found[earlier] for earlier in upwards(own, until=found) if earlier in found), default=0.0
+            )
             found[own] = error
             growth.append(Growth(path_of(self.fast, self.fast.counted.graph, own), before, error))
 
@@ -658,8 +660,8 @@ def _values_of(value: Any) -> Tensor | None:
 
 def _largest_sources(growth: Sequence[Growth]) -> str:
     """Return a sentence that names the layers which add most of the error."""
-    most = [one for one in growth[:_NAMED] if one.amount > _PART * growth[0].amount]
-    places = (f"{one.path} (from {100 * one.before:.2g} to {100 * one.behind:.2g} %)" for one in most)
+    most = [layer for layer in growth[:_NAMED] if layer.amount > _PART * growth[0].amount]
+    places = (f"{layer.path} (from {100 * layer.before:.2g} to {100 * layer.behind:.2g} %)" for layer in most)
     return f" Most of it comes in at {', '.join(places)}." if most else ""
 
 

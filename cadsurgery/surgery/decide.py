@@ -115,7 +115,7 @@ def _of_every_plan(
 
 def _around(flow: Flow, decisions: Sequence[Decision]) -> int:
     """Return the pixels by which paddings in front make the first map of the region longer than the image."""
-    first = next(one.node for one in decisions if one.action == "enter")
+    first = next(decision.node for decision in decisions if decision.action == "enter")
     node = next(node for node in flow.facts.graph.nodes if node.name == first)
     spacing, size = flow.grid[node], flow.facts.images.get(node, ())
     more = [spacing * length - side for length, side in zip(size, flow.facts.example.shape[2:], strict=False)]
@@ -317,7 +317,7 @@ class _Deciding:
             again=self.again[node].name if node in self.again else "",
             macs=facts.macs[node],
             shape=tuple(facts.shapes.get(node, ())),
-            cost=sum(facts.macs[one] for one in later),
+            cost=sum(facts.macs[follower] for follower in later),
             inside_cells=node in self.on_elements and node in flow.inside_cells,
         )
 

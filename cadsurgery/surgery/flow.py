@@ -314,9 +314,10 @@ def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, fact
 
 def is_filled(node: fx.Node) -> bool:
     """True if a tensor holds the same number everywhere, such as zeros concatenated to a map as new channels."""
-    writes = (one for one in node.users if one.args and one.args[0] is node and one.op != "call_module")
+    writes = (user for user in node.users if user.args and user.args[0] is node and user.op != "call_module")
     changed = any(
-        one.target is operator.setitem or is_in_place(one.target, one.args, one.kwargs) for one in writes
+        write.target is operator.setitem or is_in_place(write.target, write.args, write.kwargs)
+        for write in writes
     )
     if changed or node.op not in ("call_function", "call_method"):
         return False

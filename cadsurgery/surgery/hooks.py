@@ -339,16 +339,16 @@ class _Order:
     """Modules that passed the check, arranged so that a repeated check takes a few calls of compiled code."""
 
     def __init__(self, seen: tuple[_Seen, ...]) -> None:
-        self._siblings = [one.siblings for one in seen]
-        self._names = [one.name for one in seen]
-        self._modules = [one.module for one in seen]
-        self._kinds = [one.kind for one in seen]
-        self._children = [one.module._modules for one in seen]
-        self._counts = [len(one.children) for one in seen]
-        self._states = [vars(one.module) for one in seen]
+        self._siblings = [place.siblings for place in seen]
+        self._names = [place.name for place in seen]
+        self._modules = [place.module for place in seen]
+        self._kinds = [place.kind for place in seen]
+        self._children = [place.module._modules for place in seen]
+        self._counts = [len(place.children) for place in seen]
+        self._states = [vars(place.module) for place in seen]
         self._hooks = [hooks for state in self._states for hooks in map(state.__getitem__, _KINDS)]
         # Settings are compared by value. (A parameter or an attribute that is gone leaves None in its place.)
-        names = [[name for name, _ in one.settings] for one in seen]
+        names = [[name for name, _ in place.settings] for place in seen]
         self._read = [
             (state, name)
             for state, own in zip(self._states, names, strict=True)

@@ -422,7 +422,7 @@ class Plan:
                 f"what leaves the region does so at output stride {self.finest}: keeping more than that costs work and "
                 f"gains nothing; output_stride=({self.finest}, {low}) does without"
             )
-        lines += [f"considered: {one.describe()}" for one in self._extremes()]
+        lines += [f"considered: {reading.describe()}" for reading in self._extremes()]
         if self.part:
             lines.insert(0, f"converted: {self.part}, inside a network that torch.fx cannot follow whole")
         if self.dense_after > 0:

@@ -128,7 +128,7 @@ def _grows(node: fx.Node, flow: Flow, before: Collection[fx.Node]) -> bool:
         bool(sources)
         and node in flow.barriers
         and flow.grid[node] == 1
-        and all(one in before for one in sources)
+        and all(source in before for source in sources)
     )
 
 

@@ -194,7 +194,7 @@ def _open_dataclass(graph: fx.Graph) -> None:
     output = next(node for node in graph.nodes if node.op == "output")
     call = output.args[0]
     if isinstance(call, fx.Node) and isinstance(call.target, type) and is_dataclass(call.target):
-        names = [one.name for one in fields(call.target) if one.init]
+        names = [field.name for field in fields(call.target) if field.init]
         output.update_arg(0, {**dict(zip(names, call.args, strict=False)), **call.kwargs})
         graph.erase_node(call)
 
@@ -226,7 +226,7 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
 def _is_view(node: fx.Node) -> bool:
     """True if a node is a view of a tensor, made by indexing with several numbers and slices."""
     index = node.args[1] if node.target is operator.getitem else None
-    return isinstance(index, tuple) and all(isinstance(one, (int, slice, type(...))) for one in index)
+    return isinstance(index, tuple) and all(isinstance(part, (int, slice, type(...))) for part in index)
 
 
 def _follow_training_flag(graph: fx.Graph) -> None:

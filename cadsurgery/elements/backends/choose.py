@@ -279,7 +279,7 @@ class Filling(Work):
     def case(self) -> tuple[Hashable, ...]:
         """Facts about the lattices: whether every position is a cell, and whether their number is known."""
         lattices = (self.source, self.target)
-        kinds = tuple((one.geometry.strides == (), one.has_known_counts) for one in lattices)
+        kinds = tuple((lattice.geometry.strides == (), lattice.has_known_counts) for lattice in lattices)
         return self.task, self.rows.dtype, self.rows.device.type, kinds
 
     @property

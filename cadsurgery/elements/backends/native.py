@@ -220,7 +220,7 @@ class Native(Backend):
 
 def _of_one_resolution(*lattices: Lattice) -> bool:
     """Return True if every position of the lattices is a cell and the number of cells is known."""
-    return all(not one.geometry.strides and one.has_known_counts for one in lattices)
+    return all(not lattice.geometry.strides and lattice.has_known_counts for lattice in lattices)
 
 
 class _Reading(ctypes.Structure):
@@ -330,7 +330,7 @@ def call(
     )
     if kernel.argtypes is None:
         _set_types(kernel, arguments)
-    for_c = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
+    for_c = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
     kernel(ctypes.addressof(reading), *for_c)
 
 
@@ -342,7 +342,10 @@ def kernel_for(name: str, rows: Tensor) -> Any:
 def _set_types(kernel: Any, arguments: tuple[Any, ...]) -> None:
     """Declare the argument types of a kernel: a structure, then arguments of these types."""
     kinds = {int: ctypes.c_long, float: ctypes.c_double}
-    kernel.argtypes = (ctypes.c_void_p, *(kinds.get(type(one), ctypes.c_void_p) for one in arguments))
+    kernel.argtypes = (
+        ctypes.c_void_p,
+        *(kinds.get(type(argument), ctypes.c_void_p) for argument in arguments),
+    )
 
 
 @lru_cache(maxsize=64)

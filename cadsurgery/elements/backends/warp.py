@@ -47,7 +47,7 @@ def invert(
     boxes = torch.cat((low, high), -1).int()
     grid, samples = grid.contiguous(), samples.contiguous()
     found = grid.new_empty(2, batch, *size)
-    pointers = (one.data_ptr() for one in (grid, samples, boxes, *bent, found))
+    pointers = (tensor.data_ptr() for tensor in (grid, samples, boxes, *bent, found))
     work = _Warp(*pointers, batch, n, m, h, w, *size)
     kernel = function("invert", _ELEMENTS[grid.dtype])
     assert kernel is not None

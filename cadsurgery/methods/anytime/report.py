@@ -118,6 +118,9 @@ class AnytimeMacs(MethodMacs):
 
     def lines(self) -> list[str]:
         """Return the mean, then one line per exit."""
-        shares = [f"{one.macs:.4e}, {one.macs / one.dense:.3f} of {one.dense:.4e}" for one in self.exits]
+        shares = [
+            f"{exit_plan.macs:.4e}, {exit_plan.macs / exit_plan.dense:.3f} of {exit_plan.dense:.4e}"
+            for exit_plan in self.exits
+        ]
         rows = [f"  {exit.exit}: {share}" for exit, share in zip(self.exits, shares, strict=True)]
         return [f", up to each exit; mean {self.mean:.4e}", *rows]

@@ -209,7 +209,9 @@ def _check_image_alone(net: AdaptiveModel) -> None:
         InvalidInput: it has another input without a default.
     """
     inputs = net.program.signature.parameters.values()
-    needed = [one.name for one in inputs if one.default is one.empty and one.kind in _PASSED_BY_PLACE]
+    needed = [
+        value.name for value in inputs if value.default is value.empty and value.kind in _PASSED_BY_PLACE
+    ]
     if len(needed) > 1:
         raise InvalidInput(
             f"the network takes {', '.join(needed)}, and the image alone is given.",

@@ -44,7 +44,7 @@ def more_images(image: Tensor, other: Tensor | None) -> list[Tensor]:
     """
     contiguous = [image.flip(2) if other is None else other, image.flip(3) / 2]
     channels_last = (-image).contiguous(memory_format=torch.channels_last)
-    return [*(one.contiguous() for one in contiguous), channels_last]
+    return [*(batch.contiguous() for batch in contiguous), channels_last]
 
 
 def check_difference(

@@ -99,9 +99,9 @@ class _Rewriting:
         elif (
             node.op == "call_function" and schema is None and node.all_input_nodes
         ):  # an item of several outputs
-            group = group.union(*(self._views[one] for one in node.all_input_nodes))
-        for one in group:
-            self._views[one] = group
+            group = group.union(*(self._views[source] for source in node.all_input_nodes))
+        for member in group:
+            self._views[member] = group
 
     def _visit_in_place(self, node: fx.Node) -> None:
         """Replace an operation that changes its first argument, and let later nodes read the new value."""
@@ -135,8 +135,8 @@ class _Rewriting:
     def _trace(self, node: fx.Node, target: Any) -> Any:
         """Write the operations that torch makes of an operation on the values of its arguments."""
         inputs = node.all_input_nodes
-        values = [one.meta["val"] for one in inputs]
-        modes = {one.fake_mode for one in tree_leaves(values) if hasattr(one, "fake_mode")}
+        values = [value.meta["val"] for value in inputs]
+        modes = {leaf.fake_mode for leaf in tree_leaves(values) if hasattr(leaf, "fake_mode")}
         if len(modes) != 1:
             raise _Unknown
 
@@ -146,7 +146,7 @@ class _Rewriting:
 
         with modes.pop():
             traced = make_fx(run, dict(self._table), _allow_non_fake_inputs=True)(*values)
-        return self._insert(traced.graph, [self.now[one] for one in inputs], node)
+        return self._insert(traced.graph, [self.now[value] for value in inputs], node)
 
     def _insert(self, graph: fx.Graph, inputs: list[fx.Node], whole: fx.Node) -> Any:
         """Write a graph with these nodes as its inputs in place of an old node; return the node or the tuple of nodes

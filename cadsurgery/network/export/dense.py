@@ -106,7 +106,7 @@ class _Maps:
     def visit(self, node: fx.Node) -> None:
         """Record the map with the values of a node, or replace the node by an operation on maps."""
         first, target = node.all_input_nodes[0], node.target
-        if all(one in self.constants for one in node.all_input_nodes):
+        if all(source in self.constants for source in node.all_input_nodes):
             arguments, keywords = _exchange(node, self.constants)
             self.constants[node] = target(*arguments, **keywords)  # type: ignore[operator]
         elif target is _ATEN.permute.default and node.args[1] == _LAST:
@@ -138,16 +138,16 @@ class _Maps:
     def _visit_pointwise(self, node: fx.Node) -> None:
         """Replace a pointwise operation on rows of maps, scalars, and vectors with one value per channel."""
         shape, wide = _shape(node), {}
-        rows = [one for one in node.all_input_nodes if one in self.of and _shape(one) == shape]
-        for one in node.all_input_nodes:
-            vector = one.args[0] if one.target is _ATEN.expand.default else one
-            if one in rows:
-                wide[one] = self.of[one]
+        rows = [source for source in node.all_input_nodes if source in self.of and _shape(source) == shape]
+        for source in node.all_input_nodes:
+            vector = source.args[0] if source.target is _ATEN.expand.default else source
+            if source in rows:
+                wide[source] = self.of[source]
             elif _shape(vector) in (shape[-1:], (1, *shape[-1:])):
-                wide[one] = self.graph.call_function(_ATEN.view.default, (vector, [-1, 1, 1]))
-            elif _shape(one) not in ((), (1,)):
+                wide[source] = self.graph.call_function(_ATEN.view.default, (vector, [-1, 1, 1]))
+            elif _shape(source) not in ((), (1,)):
                 return
-        if len({_shape(wide[one]) for one in rows}) == 1:
+        if len({_shape(wide[source]) for source in rows}) == 1:
             self.of[node] = self._call(node, wide, _shape(wide[rows[0]]))
 
     def _visit_joint(self, node: fx.Node) -> None:

@@ -57,7 +57,9 @@ def open_call(net: AdaptiveModel, given: Any) -> tuple[AdaptiveModel, Any, str]:
 def further_inputs(net: AdaptiveModel) -> dict[str, Tensor]:
     """Return the tensors of the example that a network takes beside its image, by name; see `open_call`."""
     parameters = net.program.signature.parameters.values()
-    return {one.name: one.default for one in parameters if isinstance(one.default, Tensor)}
+    return {
+        parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, Tensor)
+    }
 
 
 def _holder_of_image(graph: fx.Graph) -> fx.Node | None:

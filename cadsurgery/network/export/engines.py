@@ -58,7 +58,7 @@ class Engine:
             return self._run(*inputs)
         except Exception as error:
             raise CannotConvert(
-                f"{self.name} does not run the file on {', '.join(str(tuple(one.shape)) for one in inputs)}.",
+                f"{self.name} does not run the file on {', '.join(str(tuple(value.shape)) for value in inputs)}.",
                 why=describe_error(error),
                 next="report it with the name of the network and the version of the engine.",
             ) from error
@@ -96,7 +96,7 @@ class OnnxRuntime(Engine):
         self._session = package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def _run(self, *inputs: Tensor) -> list[Tensor]:
-        names = [one.name for one in self._session.get_inputs()]
+        names = [given.name for given in self._session.get_inputs()]
         values = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
         return [torch.from_numpy(value) for value in self._session.run(None, values)]
 
@@ -126,12 +126,12 @@ class OpenVino(Engine):
         self._compiled: tuple[list[list[int]], Any] = [], None
 
     def _run(self, *inputs: Tensor) -> list[Tensor]:
-        shapes = [list(one.shape) for one in inputs]
+        shapes = [list(value.shape) for value in inputs]
         if shapes != self._compiled[0]:
             model = self._model.clone()
             model.reshape(dict(zip(model.inputs, shapes, strict=True)))
             self._compiled = shapes, self._core.compile_model(model, "CPU", self._options)
-        outputs = self._compiled[1]([one.numpy() for one in inputs])
+        outputs = self._compiled[1]([value.numpy() for value in inputs])
         return [torch.from_numpy(outputs[index]) for index in range(len(outputs))]
 
 

@@ -169,7 +169,7 @@ def quantise(
     from onnx_ir.passes import common
 
     model = onnx_ir.external_data.load_to_model(onnx_ir.load(source))
-    outputs = tuple(str(one.name) for one in model.graph.outputs)
+    outputs = tuple(str(output.name) for output in model.graph.outputs)
     chosen, mask = _choose_nodes(model, engine)
     keeps_levels = not any(
         value is not None and value.producer() in chosen for node in mask for value in node.inputs
@@ -270,7 +270,7 @@ def _insert_steps(
 
 def _needed_for(output: str, graph: Any) -> set[Any]:
     """Return the nodes on whose values an output depends; of what is before a `Shape` only the size counts."""
-    nodes = {one.producer() for one in graph.outputs if one.name == output}
+    nodes = {result.producer() for result in graph.outputs if result.name == output}
     for node in reversed(graph):
         if node in nodes:
             nodes.update(before for before in node.predecessors() if before.op_type not in ("Shape", "Size"))
@@ -281,7 +281,7 @@ def _features(graph: Any) -> set[Any]:
     """Return the nodes on whose values an output depends as on numbers, not by the elements that are chosen."""
     from onnx_ir import DataType
 
-    nodes = {one.producer() for one in graph.outputs if one.name != _LEVELS}
+    nodes = {result.producer() for result in graph.outputs if result.name != _LEVELS}
     for node in reversed(graph):
         if node in nodes:
             nodes.update(
@@ -363,7 +363,7 @@ def _copy_maps_for_rows(graph: Any, mask: set[Any]) -> None:
 def _is_bound(node: Any) -> bool:
     """True for an activation that bounds values by constants."""
     return node.op_type == "Relu" or (
-        node.op_type == "Clip" and all(one is None or one.is_initializer() for one in node.inputs[1:])
+        node.op_type == "Clip" and all(limit is None or limit.is_initializer() for limit in node.inputs[1:])
     )
 
 
@@ -567,8 +567,8 @@ def _finish(model: Any, halos: dict[str, str], means: Mapping[str, Tensor], for_
     if not for_onnxruntime:
         quantise_permuted_maps_once(model)
     used = {name for node in model.graph.node for name in node.input}
-    for one in [one for one in model.graph.initializer if one.name not in used]:
-        model.graph.initializer.remove(one)
+    for weight in [weight for weight in model.graph.initializer if weight.name not in used]:
+        model.graph.initializer.remove(weight)
 
 
 def _has_weights(node: Any) -> bool:

@@ -383,7 +383,7 @@ def schema(name: str) -> Any:
     else:
         names, attributes = (_INPUTS_OF_PICK, ()) if name == PICK else (_INPUTS, _NUMBERS)
         integers = ("table", "sources")
-    numbers = [OpSchema.Attribute(one, OpSchema.AttrType.FLOAT) for one in attributes]
+    numbers = [OpSchema.Attribute(attribute, OpSchema.AttrType.FLOAT) for attribute in attributes]
     inputs, outputs = named(names, integers), named(_RESULTS.get(name, "out"), integers)
     return OpSchema(name, DOMAIN, 1, inputs=inputs, outputs=outputs, attributes=numbers)
 
@@ -443,7 +443,7 @@ def resize_by_kernels(model: Any) -> None:
     """
     import onnx_ir
 
-    for node in [one for one in model.graph if one.op_type == "Resize"]:
+    for node in [operation for operation in model.graph if operation.op_type == "Resize"]:
         maps, *_, sizes = [*node.inputs, None, None, None][:4]
         of = {name: attribute.value for name, attribute in node.attributes.items()}
         function = RESIZES.get(of.get("coordinate_transformation_mode", "half_pixel"))

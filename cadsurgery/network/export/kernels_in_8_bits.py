@@ -52,13 +52,13 @@ class _Message:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.constants = {one.name: one for one in model.graph.initializer}
+        self.constants = {weight.name: weight for weight in model.graph.initializer}
         self.makers: dict[str, Any] = {name: node for node in model.graph.node for name in node.output}
         self.readers: dict[str, list[Any]] = {}
         for node in model.graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
-        self.returned = {one.name for one in model.graph.output}
+        self.returned = {output.name for output in model.graph.output}
 
     def value(self, name: str) -> Any:
         """Return the value of a constant, or zeros of a constant shape; None of other values."""
@@ -153,7 +153,7 @@ def put_into_8_bits(model: Any, means: Mapping[str, Tensor]) -> None:
     message = _Message(model)
     changed = {
         node.op_type
-        for node in [one for one in model.graph.node if one.domain == DOMAIN and one.op_type in FUNCTIONS]
+        for node in [call for call in model.graph.node if call.domain == DOMAIN and call.op_type in FUNCTIONS]
         if (
             _pick_in_8_bits(node, message)
             if node.op_type == PICK
@@ -178,11 +178,14 @@ def quantise_permuted_maps_once(model: Any) -> None:
     """
     message = _Message(model)
     for node in [one for one in model.graph.node if one.op_type == "Transpose"]:
-        ends, is_to_map = message.ends(node), [list(one.ints) for one in node.attribute] == [[0, 3, 1, 2]]
+        ends, is_to_map = (
+            message.ends(node),
+            [list(attribute.ints) for attribute in node.attribute] == [[0, 3, 1, 2]],
+        )
         if not ends or not is_to_map or ends.of_rows != ends.of_result:
             continue
         exact = message.readers.get(ends.after.output[0], [])
-        if [message.steps(one, "DequantizeLinear") for one in exact] != [ends.of_result]:
+        if [message.steps(neighbour, "DequantizeLinear") for neighbour in exact] != [ends.of_result]:
             continue
         again = exact[0].output[0]
         if again not in message.returned:
@@ -196,11 +199,14 @@ def quantise_permuted_maps_once(model: Any) -> None:
 
 def _reshape_in_8_bits(message: _Message) -> None:
     """Let reshapes of quantised values move their 8 bits; engines would convert them twice."""
-    for node in [one for one in message.model.graph.node if one.op_type == "Reshape"]:
+    for node in [reshape for reshape in message.model.graph.node if reshape.op_type == "Reshape"]:
         ends = message.ends(node)
         if ends and ends.of_rows == ends.of_result:
             readers = message.readers[ends.after.output[0]]
-            if all(one.op_type.endswith(IN_8_BITS) or one.op_type == "DequantizeLinear" for one in readers):
+            if all(
+                reader.op_type.endswith(IN_8_BITS) or reader.op_type == "DequantizeLinear"
+                for reader in readers
+            ):
                 ends.take(node, message)
 
 

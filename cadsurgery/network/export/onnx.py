@@ -156,8 +156,8 @@ def _finish(model: Any, has_kernels: bool, metadata: dict[str, str], free: set[i
 def _save(model: Any, path: Path) -> None:
     import onnx
 
-    weights = (one.const_value for one in model.model.graph.initializers.values())
-    model.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
+    weights = (weight.const_value for weight in model.model.graph.initializers.values())
+    model.save(path, external_data=sum(weight.nbytes for weight in weights) > _LARGEST_FILE)
     onnx.checker.check_model(str(path), full_check=True)
 
 

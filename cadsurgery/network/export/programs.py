@@ -55,10 +55,10 @@ def write_program(
     run = torch.export.load(path).module()
     others = more_images(image, other)
     largest = check_difference(
-        difference(run(one, *further_inputs(net).values()), net(one))
-        for one in counted(others, step, "comparing, batch")
+        difference(run(batch, *further_inputs(net).values()), net(batch))
+        for batch in counted(others, step, "comparing, batch")
     )
-    compared = tuple(tuple(one.shape) for one in others)
+    compared = tuple(tuple(batch.shape) for batch in others)
     return Comparison(largest, compared, ("image",), output_names(output)), tuple(image.shape)
 
 

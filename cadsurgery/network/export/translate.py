@@ -130,7 +130,7 @@ def _in_32_bits(translation: Callable[..., Any]) -> Callable[..., Any]:
     """Compute with levels, which are int8, as int32: before version 1.31 ONNX Runtime lacks some operations of int8."""
 
     def translate(*args: Any) -> Any:
-        is_level = [getattr(one, "dtype", None) == DataType.INT8 for one in args]
+        is_level = [getattr(argument, "dtype", None) == DataType.INT8 for argument in args]
         if not any(is_level):
             return translation(*args)
         pairs = zip(args, is_level, strict=True)
