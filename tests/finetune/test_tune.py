@@ -40,18 +40,8 @@ def tiny() -> nn.Module:
     nn.init.normal_(head.weight, std=10.0)  # that classes differ from pixel to pixel
     return nn.Sequential(*layers, head).eval()
 """
-ARGUMENTS = (
-    "tune",
-    "usernets:tiny",
-    "--images",
-    "photos",
-    "--steps",
-    "2",
-    "--minutes",  # more than it takes: what is fitted depends on no clock
-    "5",
-    "--rounds",
-    "1",
-)
+# More minutes than it takes: what is fitted depends on no clock.
+ARGUMENTS = ("tune", "usernets:tiny", "--images", "photos", "--steps", 2, "--minutes", 5, "--rounds", 1)
 
 
 @pytest.fixture
@@ -136,13 +126,12 @@ def test_what_no_budget_keeps_is_said(run: Run) -> None:
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    net = cs.adaptify(Small().eval(), "edges", verify_laws=False)
     with pytest.raises(cs.InvalidInput, match=message):
-        tune(net, tmp_path, output=tmp_path / "run", **options)
+        tune(adaptive(), tmp_path, output=tmp_path / "run", **options)
 
 
 def test_few_photos_and_broken_folders_are_refused(tmp_path: Path) -> None:
-    net = cs.adaptify(Small().eval(), "edges", verify_laws=False)
+    net = adaptive()
     (tmp_path / "photos").mkdir()
     save_image(street_scene(64, 80), tmp_path / "photos" / "0.png")
     with pytest.raises(cs.InvalidInput, match="every 8th is held out"):
@@ -157,25 +146,6 @@ def test_few_photos_and_broken_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "calibrated.safetensors").write_bytes(b"no file")
     with pytest.raises(cs.FileError, match="does not fit the network"):
         tune(net, tmp_path / "photos", output=tmp_path / "other")
-
-
-class Small(nn.Module):
-    """A strided convolution in the region."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down, self.head = (
-            nn.Conv2d(3, 6, 3, 2, 1),
-            nn.Conv2d(6, 8, 3, 2, 1),
-            nn.Conv2d(8, 4, 1),
-        )
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.down(self.stem(image)))
-
-
-def test_tuning_is_a_function_of_the_package() -> None:
-    assert cs.finetune.tune is tune
 
 
 # -- no worse than not tuning --------------------------------------------------------------------------
