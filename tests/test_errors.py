@@ -220,8 +220,12 @@ def test_a_call_that_cannot_be_is_refused(name: str) -> None:
 # -- masks ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(12, 17), (17, 13), (3, 13, 17), (97, 129), (1, 1, 13, 17), (), (0, 17)])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    covering(
+        [(12, 17), (17, 13), (3, 13, 17), (97, 129), (1, 1, 13, 17), (), (0, 17)], [torch.bool, torch.int64]
+    ),
+)
 def test_a_mask_of_wrong_size_is_refused_with_the_right_one(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:

@@ -254,8 +254,10 @@ def test_what_interpolation_misses_is_the_definition(
     assert (found[:, ::2, ::2] == 0).all()
 
 
-@pytest.mark.parametrize("size", [(17, 25), (1, 30), (30, 1), (1, 1), (16, 8)])
-@pytest.mark.parametrize("thresholds", [(1.5,), (2.0, 0.7), (0.0,)])
+@pytest.mark.parametrize(
+    ("size", "thresholds"),
+    covering([(17, 25), (1, 30), (30, 1), (1, 1), (16, 8)], [(1.5,), (2.0, 0.7), (0.0,)]),
+)
 def test_detail_is_levels_of_the_relative_error(size: tuple[int, int], thresholds: tuple[float, ...]) -> None:
     features, grid = torch.randn(2, 3, *size, dtype=torch.float64), grid_of(size)
     error = missed(features)

@@ -158,9 +158,10 @@ def test_other_numbers_of_channels_are_averaged(channels: int) -> None:
         assert torch.allclose(mask.strength(image), mask.strength(mean))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("text", ["gradient:sigma=1", "edges", "gradient:threshold=2,dilation=1"])
+@pytest.mark.parametrize(
+    ("text", "size", "dtype"),
+    covering(["gradient:sigma=1", "edges", "gradient:threshold=2,dilation=1"], SIZES, DTYPES),
+)
 def test_scores_reach_the_threshold_where_the_level_is_zero(
     text: str, size: tuple[int, int], dtype: torch.dtype
 ) -> None:

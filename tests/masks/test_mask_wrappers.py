@@ -265,9 +265,10 @@ def test_smooth_is_not_static_and_says_so(text: str, tmp_path: Path) -> None:
 # -- budgets of several levels -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", MAPS)
-@pytest.mark.parametrize("fractions", [(0.1, 0.3), (0.0, 0.5), (0.25, 0.25), (0.34, 1.0), (1.0, 1.0)])
-@pytest.mark.parametrize("per_batch", [False, True])
+@pytest.mark.parametrize(
+    ("size", "fractions", "per_batch"),
+    covering(MAPS, [(0.1, 0.3), (0.0, 0.5), (0.25, 0.25), (0.34, 1.0), (1.0, 1.0)], [False, True]),
+)
 def test_a_budget_of_fractions_keeps_nested_shares(
     size: tuple[int, int], fractions: tuple[float, float], per_batch: bool
 ) -> None:
@@ -317,8 +318,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("text", "dtype"), covering(TEXTS, DTYPES))
 def test_a_batch_equals_its_images_one_by_one(text: str, dtype: torch.dtype) -> None:
     """A dull image among them too: each is looked at by itself."""
     image, labels = torch.randn(3, 3, 65, 97).to(dtype), torch.randint(0, 2, (3, 13, 97))
@@ -335,8 +335,7 @@ def test_a_batch_equals_its_images_one_by_one(text: str, dtype: torch.dtype) -> 
         assert torch.equal(alone[0], together[position])
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("size", [(96, 128), (97, 129)])
+@pytest.mark.parametrize(("text", "size"), covering(TEXTS, [(96, 128), (97, 129)]))
 def test_a_budget_behind_any_wrapper_keeps_its_share(text: str, size: tuple[int, int]) -> None:
     model = net(f"{text} | budget:fraction=0.25")
     with labelled(torch.randint(0, 2, (2, *size))):

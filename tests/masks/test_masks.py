@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import adapted_strided as net
@@ -84,14 +85,14 @@ def split_as_needed(levels: Tensor, low: int) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("threshold", [0.15, 0.35, 0.95])
 @pytest.mark.parametrize(
-    ("output_stride", "patch"), [((8, 32), 4), ((16, 32), 2), ((8, 16), 4)], ids=["8-32", "16-32", "8-16"]
+    ("size", "threshold", "strides"),
+    covering(SIZES, [0.15, 0.35, 0.95], [((8, 32), 4), ((16, 32), 2), ((8, 16), 4)]),
 )
 def test_edges_are_exactly_the_published_ones(
-    size: tuple[int, int], threshold: float, output_stride: tuple[int, int], patch: int
+    size: tuple[int, int], threshold: float, strides: tuple[tuple[int, int], int]
 ) -> None:
+    output_stride, patch = strides
     model = net(f"edges:threshold={threshold},dilation=11", output_stride=output_stride, patch="block")
     low = model.plan.max_level
     image = scenes(3, size)
@@ -307,9 +308,7 @@ FRACTIONS = [0.0, 0.01, 0.25, 0.34, 0.5, 0.99, 1.0]
 MAPS = [(16, 24), (13, 17), (3, 29), (1, 1), (4, 5)]
 
 
-@pytest.mark.parametrize("size", MAPS)
-@pytest.mark.parametrize("fraction", FRACTIONS)
-@pytest.mark.parametrize("patch", [1, 4])
+@pytest.mark.parametrize(("size", "fraction", "patch"), covering(MAPS, FRACTIONS, [1, 4]))
 def test_a_budget_keeps_exactly_its_fraction_of_each_images_patches(
     size: tuple[int, int], fraction: float, patch: int
 ) -> None:
@@ -318,8 +317,7 @@ def test_a_budget_keeps_exactly_its_fraction_of_each_images_patches(
     assert found.flatten(1).sum(1).tolist() == [round(fraction * found[0].numel())] * 3
 
 
-@pytest.mark.parametrize("size", MAPS)
-@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize(("size", "fraction"), covering(MAPS, FRACTIONS))
 def test_a_budget_per_batch_keeps_exactly_its_fraction_of_all_patches(
     size: tuple[int, int], fraction: float
 ) -> None:

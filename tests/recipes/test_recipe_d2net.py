@@ -491,15 +491,15 @@ def test_what_is_flat_is_not_found() -> None:
     assert not heads.detect(torch.full((1, 2, 9, 9), 3.0))[..., 1:-1, 1:-1].any()
 
 
-@pytest.mark.parametrize(("ratio", "found"), [(1.0, True), (4.9, True), (5.1, False), (100.0, False)])
-@pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize("sheared", [False, True])
-def test_an_edge_is_not_found(ratio: float, found: bool, across: bool, sheared: bool) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "across", "sheared"), covering([1.0, 4.9, 5.1, 100.0], [False, True], [False, True])
+)
+def test_an_edge_is_not_found(ratio: float, across: bool, sheared: bool) -> None:
     """The ratio of the larger to the smaller curvature is at most five, in whatever direction."""
     curved: tuple[float, float, float] = (1.0, ratio, 0.0) if across else (ratio, 1.0, 0.0)
     if sheared:  # turned by 45 degrees, or by 135
         curved = ((1 + ratio) / 2, (1 + ratio) / 2, (ratio - 1) / 2 * (1 if across else -1))
-    assert detected(hill((5, 6), curved)) == ([[0, 5, 6]] if found else [])
+    assert detected(hill((5, 6), curved)) == ([[0, 5, 6]] if ratio < 5 else [])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import Run, images, slow
+from conftest import Run, covering, images, slow
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 from torchvision.ops import DeformConv2d, ps_roi_align, roi_align
@@ -304,8 +304,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize(("name", "layout"), covering([*SHORT], [*LAYOUTS]))
 def test_shapes_that_are_answered_at_once_are_those_that_torch_gives(name: str, layout: str) -> None:
     x = torch.empty(3, 4, 5, 14 if layout == "part" else 7, device="meta")[:, :, :, :]
     x = LAYOUTS[layout](x)
