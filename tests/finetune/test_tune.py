@@ -24,30 +24,13 @@ from cadsurgery.finetune.refinement import RefinementFit
 from cadsurgery.finetune.tuning import TuningReport, tune
 from cadsurgery.masks import resolve_mask
 
-SOURCE = """
-import torch
-from torch import nn
-
-def tiny() -> nn.Module:
-    torch.manual_seed(0)
-    widths = (3, 8, 12, 12)
-    layers = [
-        layer
-        for before, after, stride in zip(widths, widths[1:], (2, 2, 1))
-        for layer in (nn.Conv2d(before, after, 3, stride, 1), nn.ReLU())
-    ]
-    head = nn.Conv2d(12, 4, 1, bias=False)
-    nn.init.normal_(head.weight, std=10.0)  # that classes differ from pixel to pixel
-    return nn.Sequential(*layers, head).eval()
-"""
 # More minutes than it takes: what is fitted depends on no clock.
-ARGUMENTS = ("tune", "usernets:tiny", "--images", "photos", "--steps", 2, "--minutes", 5, "--rounds", 1)
+ARGUMENTS = ("tune", f"{__name__}:Tiny", "--images", "photos", "--steps", 2, "--minutes", 5, "--rounds", 1)
 
 
 @pytest.fixture
 def run(command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(module_of_gain, "STEPS", 50)  # no law here is about how well it is fitted
-    (tmp_path / "usernets.py").write_text(SOURCE)
     (tmp_path / "photos").mkdir()
     for place in range(10):
         picture = street_scene(64 + place % 2, 80, seed=place)
@@ -72,9 +55,7 @@ def test_one_command_gives_a_network_that_keeps_what_was_asked_for(run: Run, tmp
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
     image = images(1, 64, 80)
-    from usernets import tiny  # type: ignore[import-not-found]
-
-    original = cs.adaptify(tiny(), "all", verify_laws=False)
+    original = cs.adaptify(Tiny().eval(), "all", verify_laws=False)
     assert torch.equal(net(image, mask="all"), original(image))
 
 
