@@ -308,6 +308,7 @@ def run(photos: Path | str, folder: Path, network: nn.Module | None = None, **op
     )
 
 
+@pytest.mark.slow
 def test_on_pages_that_are_mostly_empty_floors_do_less_work(tmp_path: Path) -> None:
     folder, page = tmp_path / "pages", torch.full((3, 128, 160), 230, dtype=torch.uint8)
     folder.mkdir()
