@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run
+from conftest import TESTS, Run
 from photos import describer, save, save_some, scene
 from PIL import Image
 from torch import Tensor
@@ -169,6 +170,7 @@ def test_photos_are_matched_with_views_of_themselves(run: Run, folder: Path) -> 
 @pytest.mark.slow
 def test_two_processes_evaluate_what_one_does(run: Run, sequences: Path) -> None:
     pytest.importorskip("accelerate")
+    shutil.copy(TESTS / "photos.py", "photos.py")
     arguments = (
         "photos:describer",
         "--output-stride",
