@@ -9,7 +9,7 @@ and images are generated, so nothing but the package is needed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import matplotlib
@@ -59,9 +59,7 @@ def _panels(count: int, height: float, titles: Sequence[str], widths: Sequence[f
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False, width_ratios=widths or None)[0]
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=9)
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        _plain(axis, title)
     return figure, axes
 
 
@@ -89,11 +87,22 @@ def draw_cells(axis: Axes, lattice: Lattice, rows: bool = False) -> list[tuple[i
     return anchors
 
 
-def _diagram(height: float) -> tuple[Figure, Axes]:
-    """Make a figure whose data units are inches, with the origin at the top left."""
-    figure = Figure(figsize=(WIDTH, height))
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(0, WIDTH), ylim=(height, 0))
+def _plain(axis: Axes, title: str = "", size: float = 9) -> None:
+    axis.set_title(title, fontsize=size)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def _diagram(
+    height: float, whole: float | None = None, bottom: float = 0.0, share: float = 1.0
+) -> tuple[Figure, Axes]:
+    """Make a figure whose data units are inches, with the origin at the top left.
+
+    The diagram may be a part of it: above `bottom` of a figure of a height, and on a share of the width.
+    """
+    figure = Figure(figsize=(WIDTH, whole or height))
+    axis = figure.add_axes((0, bottom, share, 1 - bottom))
+    axis.set(xlim=(0, share * WIDTH), ylim=(height, 0))
     axis.axis("off")
     return figure, axis
 
@@ -127,10 +136,15 @@ def _note(axis: Axes, x: float, y: float, text: str, colour: str | None = None, 
     axis.text(x, y, text, color=colour or _ink(), **look)
 
 
-def _chain(axis: Axes, y: float, boxes: Iterable[tuple[float, str, float, str]], height: float = 0.5) -> None:
-    """Draw boxes (centre, text, width, colour) in a line, with arrows between them."""
+def _small(axis: Axes, x: float, y: float, text: str, colour: str | None = None, **options: Any) -> None:
+    _note(axis, x, y, text, colour, **{"fontsize": 8, **options})
+
+
+def _chain(axis: Axes, y: float, *boxes: tuple[Any, ...], height: float = 0.5) -> None:
+    """Draw boxes (centre, text, width, and a colour other than grey) in a line, with arrows between them."""
     end = None
-    for x, text, width, colour in boxes:
+    for x, text, width, *colours in boxes:
+        colour = colours[0] if colours else GREY
         if end is not None:
             _arrow(axis, (end, y), (x - width / 2, y))
         _box(axis, x, y, text, width, height, colour)
@@ -264,7 +278,7 @@ def reading() -> Figure:
             y, x = anchors[source]
             axes[2].plot([x + 0.5, column + 0.5], [y + 0.5, row + 0.5], color=BLUE, linewidth=1.2)
             axes[2].plot(x + 0.5, y + 0.5, "o", color=BLUE, markersize=6)
-            _note(axes[2], x + (-0.6 if x < column else 1.4), y + 0.5, f"{share:g}"[1:], fontsize=8)
+            _small(axes[2], x + (-0.6 if x < column else 1.4), y + 0.5, f"{share:g}"[1:])
     return figure
 
 
@@ -298,19 +312,17 @@ def adapters() -> Figure:
     ):
         _arrow(axis, (1.48, 0.75), (2.1, y))
         _box(axis, 3.55, y, text, 2.9, 0.34, colour)
-    _note(axis, 6.0, 0.75, "level adapter:\none scale and one shift\nper channel and level", fontsize=8)
+    _small(axis, 6.0, 0.75, "level adapter:\none scale and one shift\nper channel and level")
     _chain(
         axis,
         2.05,
-        (
-            (0.85, "entering\nfeatures", 1.25, GREY),
-            (2.6, "small network", 1.4, GREEN),
-            (4.3, "+", 0.4, GREEN),
-            (5.9, "fine map, corrected near\nwhat is downsampled", 2.0, GREY),
-        ),
+        (0.85, "entering\nfeatures", 1.25),
+        (2.6, "small network", 1.4, GREEN),
+        (4.3, "+", 0.4, GREEN),
+        (5.9, "fine map, corrected near\nwhat is downsampled", 2.0),
     )
     _arrow(axis, (4.3, 1.6), (4.3, 1.8))
-    _note(axis, 4.3, 1.5, "fine map behind the region", fontsize=8)
+    _small(axis, 4.3, 1.5, "fine map behind the region")
     _note(axis, 2.6, 2.42, "refinement", GREEN)
     return figure
 
@@ -336,14 +348,8 @@ def layouts() -> Figure:
             axis.add_patch(
                 Rectangle((left, y), 0.33, 0.34, facecolor=f"{palette[number]}60", edgecolor=palette[number])
             )
-            _note(axis, left + 0.165, y + 0.17, f"c{one}", fontsize=8)
-    _note(
-        axis,
-        3.5,
-        1.9,
-        "each colour is a position; c0 and c1 are its channels, in the order of memory",
-        fontsize=8,
-    )
+            _small(axis, left + 0.165, y + 0.17, f"c{one}")
+    _small(axis, 3.5, 1.9, "each colour is a position; c0 and c1 are its channels, in the order of memory")
     return figure
 
 
@@ -353,11 +359,7 @@ def layouts() -> Figure:
 def computing() -> Figure:
     """Draw how an operation finds the backend that computes it."""
     figure, axis = _diagram(2.7)
-    _chain(
-        axis,
-        0.45,
-        ((0.75, "operation:\nconv2d", 1.2, GREY), (2.75, "work: rows, taps, type,\nactivation", 1.9, GREY)),
-    )
+    _chain(axis, 0.45, (0.75, "operation:\nconv2d", 1.2), (2.75, "work: rows, taps, type,\nactivation", 1.9))
     for y, text, colour in (
         (0.35, "compiled C: takes it, serves", ORANGE),
         (0.85, "oneDNN: would take it", GREY),
@@ -367,13 +369,7 @@ def computing() -> Figure:
         _box(axis, 5.6, y, text, 2.4, 0.38, colour)
         if colour == ORANGE:
             _arrow(axis, (3.7, 0.45), (4.4, y))
-    _note(
-        axis,
-        5.6,
-        2.25,
-        "backends, in the order of their table;\nthe first that can serves",
-        fontsize=8,
-    )
+    _small(axis, 5.6, 2.25, "backends, in the order of their table;\nthe first that can serves")
     weights = torch.arange(24).view(4, 6)
     for left, title, shown in (
         (0.3, "weights", weights),
@@ -403,7 +399,7 @@ def eight_bits() -> Figure:
         at = scale * (number - zero)
         axis.axvline(at, color=GREY, linewidth=0.7)
         if number % 30 == 0 or number == 255:
-            _note(axis, at, top * 2.2, str(number), fontsize=8)
+            _small(axis, at, top * 2.2, str(number))
     axis.axvline(0, color=ORANGE, linewidth=1.5)
     axis.set_ylim(top=top * 5)
     axis.minorticks_off()
@@ -448,9 +444,7 @@ def masking() -> Figure:
     axes[2].imshow(lattice.levels[0].numpy(), cmap=ListedColormap([LEVEL_COLOURS[0], LOWEST_COLOUR]))
     axes[3].imshow(draw_lattice(pixels, lattice, _STRIDE))
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=9)
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        _plain(axis, title)
     figure.suptitle(f'the mask with the spec "{spec}": a quarter of the patches stays high', fontsize=9)
     return figure
 
@@ -492,7 +486,7 @@ def budgets() -> Figure:
     for axis, (spec, found), colour in zip(axes, counts.items(), (GREY, ORANGE), strict=True):
         axis.bar(range(1, 7), found, color=f"{colour}90", width=0.6)
         for place, count in enumerate(found, 1):
-            _note(axis, place, count + 12, str(count), fontsize=8)
+            _small(axis, place, count + 12, str(count))
         axis.set(ylim=(0, max(max(one) for one in counts.values()) * 1.18))
         axis.set_xlabel(f"six images, {spec}", fontsize=8.5)
     return figure
@@ -504,12 +498,10 @@ def passes() -> Figure:
     _chain(
         axis,
         1.95,
-        (
-            (0.55, "image", 0.8, GREY),
-            (1.95, "stem", 0.8, GREY),
-            (3.75, "region,\nby the lattice", 1.3, ORANGE),
-            (5.9, "result", 0.9, GREY),
-        ),
+        (0.55, "image", 0.8),
+        (1.95, "stem", 0.8),
+        (3.75, "region,\nby the lattice", 1.3, ORANGE),
+        (5.9, "result", 0.9),
     )
     _box(axis, 3.75, 1.1, "mask", 0.9, 0.36, ORANGE)
     _arrow(axis, (3.75, 1.28), (3.75, 1.7))
@@ -533,31 +525,24 @@ def _fcn_plan() -> Plan:
 def surgery() -> Figure:
     """Draw the passes of a conversion, and the decisions of a real plan, node by node."""
     plan = _fcn_plan()
-    figure = Figure(figsize=(WIDTH, 4.3))
-    axis = figure.add_axes((0, 0.56, 1, 0.44))
-    axis.set(xlim=(0, WIDTH), ylim=(1.9, 0))
-    axis.axis("off")
+    figure, axis = _diagram(1.9, 4.3, 0.56)
     _chain(
         axis,
         0.45,
-        (
-            (0.75, "facts:\nshapes, MACs", 1.2, GREY),
-            (2.45, "rules: one per\noperation", 1.3, GREY),
-            (4.15, "flow: grid and\nspacing", 1.3, GREY),
-            (5.95, "plan: a decision\nper node", 1.4, ORANGE),
-        ),
+        (0.75, "facts:\nshapes, MACs", 1.2),
+        (2.45, "rules: one per\noperation", 1.3),
+        (4.15, "flow: grid and\nspacing", 1.3),
+        (5.95, "plan: a decision\nper node", 1.4, ORANGE),
     )
     _chain(
         axis,
         1.45,
-        (
-            (2.45, "treatment: how it\nruns on elements", 1.6, GREEN),
-            (4.35, "rewritten graph", 1.3, GREY),
-            (6.05, "laws verified", 1.2, ORANGE),
-        ),
+        (2.45, "treatment: how it\nruns on elements", 1.6, GREEN),
+        (4.35, "rewritten graph", 1.3),
+        (6.05, "laws verified", 1.2, ORANGE),
     )
     _arrow(axis, (2.45, 0.7), (2.45, 1.2))
-    _note(axis, 2.55, 0.95, "returns", ha="left", fontsize=8)
+    _small(axis, 2.55, 0.95, "returns", ha="left")
     _arrow(axis, (5.95, 0.7), (4.75, 1.2))
     below = figure.add_axes((0.11, 0.17, 0.87, 0.36))
     groups: dict[str, tuple[str, list[int]]] = {
@@ -622,19 +607,14 @@ def _positions(density: float, side: int = 14) -> Tensor:
 
 def exits() -> Figure:
     """Draw segments and exits of an anytime network, and the positions that each exit leaves to the next."""
-    figure = Figure(figsize=(WIDTH, 3.3))
-    axis = figure.add_axes((0, 0.5, 1, 0.5))
-    axis.set(xlim=(0, WIDTH), ylim=(1.65, 0))
-    axis.axis("off")
+    figure, axis = _diagram(1.65, 3.3, 0.5)
     _chain(
         axis,
         1.15,
-        (
-            (0.5, "image", 0.75, GREY),
-            (2.0, "segment 1", 1.2, ORANGE),
-            (3.95, "segment 2", 1.2, BLUE),
-            (5.9, "segment 3", 1.2, GREEN),
-        ),
+        (0.5, "image", 0.75),
+        (2.0, "segment 1", 1.2, ORANGE),
+        (3.95, "segment 2", 1.2, BLUE),
+        (5.9, "segment 3", 1.2, GREEN),
     )
     for number, (x, colour) in enumerate(((2.0, ORANGE), (3.95, BLUE), (5.9, GREEN)), 1):
         _box(axis, x, 0.35, f"exit {number}", 0.8, 0.36, colour)
@@ -731,19 +711,14 @@ def gates() -> Figure:
     score = Opened(0.35)(3, torch.zeros(1, side, side))
     soft = shares(score, 1.0, None, grid)[0]
     density = float((hard_shares(soft) > 0).float().mean())
-    figure = Figure(figsize=(WIDTH, 2.5))
-    axis = figure.add_axes((0, 0, 0.66, 1))
-    axis.set(xlim=(0, 0.66 * WIDTH), ylim=(2.5, 0))
-    axis.axis("off")
+    figure, axis = _diagram(2.5, share=0.66)
     _chain(
         axis,
         1.75,
-        (
-            (0.45, "fork", 0.6, GREY),
-            (1.75, "gated\nconvolution", 1.05, ORANGE),
-            (3.0, "ReLU", 0.6, ORANGE),
-            (4.1, "+", 0.4, GREY),
-        ),
+        (0.45, "fork", 0.6),
+        (1.75, "gated\nconvolution", 1.05, ORANGE),
+        (3.0, "ReLU", 0.6, ORANGE),
+        (4.1, "+", 0.4),
     )
     _box(axis, 1.75, 0.95, "gate", 0.7, 0.34, BLUE)
     _arrow(axis, (0.5, 1.5), (1.4, 0.98), -0.2)
@@ -759,8 +734,8 @@ def gates() -> Figure:
         )
     )
     axis.add_patch(Rectangle((1.15, 1.4), 2.25, 0.7, facecolor="none", edgecolor=ORANGE, linestyle=":"))
-    _note(axis, 2.27, 2.28, "segment: runs at the open positions", ORANGE, fontsize=8)
-    _note(axis, 2.3, 0.2, "branch: from the fork to the addition", fontsize=8)
+    _small(axis, 2.27, 2.28, "segment: runs at the open positions", ORANGE)
+    _small(axis, 2.3, 0.2, "branch: from the fork to the addition")
     small = figure.add_axes((0.7, 0.16, 0.27, 0.7))
     small.imshow((opened | prior).numpy(), cmap=ListedColormap([f"{GREY}40", ORANGE]))
     rows, columns = prior.nonzero().unbind(1)
@@ -779,13 +754,13 @@ def programs() -> Figure:
     figure, axis = _diagram(3.35)
     _note(axis, 0.15, 0.2, "program: the whole graph of a converted network", ha="left", fontsize=8.5)
     boxes = (
-        (0.55, "image", 0.8, GREY),
+        (0.55, "image", 0.8),
         (2.0, "stem", 1.0, BLUE),
         (3.6, "region", 1.3, ORANGE),
         (5.2, "dense\nafter it", 0.9, ORANGE),
-        (6.4, "result", 0.8, GREY),
+        (6.4, "result", 0.8),
     )
-    _chain(axis, 0.75, boxes)
+    _chain(axis, 0.75, *boxes)
     axis.plot([2.75, 2.75], [0.35, 1.2], color=_ink(), linestyle=":")
     _note(axis, 1.9, 1.2, "first half", BLUE, fontsize=8.5)
     _note(axis, 4.3, 1.2, "second half", ORANGE, fontsize=8.5)
@@ -801,12 +776,10 @@ def programs() -> Figure:
     _chain(
         axis,
         2.1,
-        (
-            (0.55, "image", 0.8, GREY),
-            (3.2, "the same layers, dense, output stride 8", 3.4, GREY),
-            (6.4, "result", 0.8, GREY),
-        ),
-        0.36,
+        (0.55, "image", 0.8),
+        (3.2, "the same layers, dense, output stride 8", 3.4),
+        (6.4, "result", 0.8),
+        height=0.36,
     )
     _note(
         axis,
@@ -818,7 +791,7 @@ def programs() -> Figure:
     )
     _box(axis, 3.5, 3.0, "", 5.2, 0.56)
     _chain(
-        axis, 3.0, ((2.2, "converted backbone", 1.7, ORANGE), (4.8, "proposals, boxes, ...", 1.8, GREY)), 0.34
+        axis, 3.0, (2.2, "converted backbone", 1.7, ORANGE), (4.8, "proposals, boxes, ...", 1.8), height=0.34
     )
     return figure
 

@@ -1,6 +1,7 @@
 """The time of an optimised network by kind of layer, against the fastest matrix product on this machine.
 
-    python -m benchmarks.layer_profile [--model resnet50 ...] [--size 256x512] [--fraction 0.34] [--int8] [--threads 1]
+    python -m benchmarks.layer_profile [--model resnet50 ...] [--size 256x512] [--fraction 0.34] [--precision int8]
+        [--threads 1] [--layers 12]
 
 The rate of a kind is the MACs on the mask's elements divided by the time of its layers, which includes the norm,
 activation, residual or requantisation of a layer. The fastest product is torch.mm of 1024 x 1024 matrices.
@@ -48,13 +49,17 @@ def kind_of(module: nn.Module | None, layer: str) -> str:
 
 
 @torch.inference_mode()
-def profile(name: str, size: tuple[int, int], fraction: float, int8: bool) -> None:
-    """Print the table of one network."""
+def profile(name: str, size: tuple[int, int], fraction: float, precision: str, slowest: int) -> None:
+    """Print the table of one network by kind of layer, and its slowest layers."""
     model = cs.build_model(name, "none")
     image = normalise(street_scene(*size), model.cad_source)[None]
     mask = f"edges:threshold=0.35,dilation=11 | budget:fraction={fraction}"
     net = cs.adaptify(model, mask, output_stride=(8, 32), verify_laws=False)
-    fast = net.optimize(precision="int8", calibration=[image]) if int8 else net.optimize()
+    if precision == "int8":
+        fast = net.optimize(precision="int8", calibration=[image])
+    else:
+        dtype = getattr(torch, precision)
+        fast, image = net.to(dtype).optimize(), image.to(dtype)
     for _ in range(3):
         fast(image)
     total, layers = layer_times(fast, lambda: fast(image), rounds=8)
@@ -70,12 +75,13 @@ def profile(name: str, size: tuple[int, int], fraction: float, int8: bool) -> No
         kind = kind_of(modules.get(layer), layer)
         seconds[kind] += taken
         work[kind] += macs.get(layer, 0)
-    precision = "int8" if int8 else "float32"
     print(f"\n{name} in {precision}, {size[0]}x{size[1]}, fraction {fraction}: {total * 1e3:.1f} ms")
     print("| kind of layer | ms | of all | GMAC/s |\n|---|---|---|---|")
     for kind, taken in sorted(seconds.items(), key=lambda pair: -pair[1]):
         rate = f"{work[kind] / taken / 1e9:.1f}" if work[kind] else ""
         print(f"| {kind} | {taken * 1e3:.1f} | {taken / total:.0%} | {rate} |")
+    for layer, taken in sorted(layers.items(), key=lambda pair: -pair[1])[:slowest]:
+        print(f"{layer}: {kind_of(modules.get(layer), layer)}, {taken * 1e3:.2f} ms")
 
 
 def main() -> None:
@@ -84,7 +90,8 @@ def main() -> None:
     parser.add_argument("--model", action="append")
     parser.add_argument("--size", default="256x512")
     parser.add_argument("--fraction", type=float, default=0.34)
-    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "int8"))
+    parser.add_argument("--layers", type=int, default=0, help="number of slowest layers to list")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -93,7 +100,7 @@ def main() -> None:
     print(describe_run(torch.device("cpu")))
     print(f"fastest product of matrices: {fastest_product():.1f} GMAC/s with {args.threads} thread(s)")
     for name in args.model or MODELS:
-        profile(name, (height, width), args.fraction, args.int8)
+        profile(name, (height, width), args.fraction, args.precision, args.layers)
 
 
 if __name__ == "__main__":

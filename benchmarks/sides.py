@@ -5,10 +5,13 @@
     python -m benchmarks.sides compiled [--fractions 0.34]            # eager, with static shapes, torch.compile
     python -m benchmarks.sides adapters [--fractions 0.34]            # an optimised copy with and without adapters
     python -m benchmarks.sides pages                                  # large results in fresh memory and large pages
+    python -m benchmarks.sides exits [--fractions 0.5 0.3]            # exits that leave so much beside everything
+    python -m benchmarks.sides gates [--fractions 0.5 0.3]            # open gates, computed either way, beside none
 
 Random weights, on which times do not depend, float32, channels_last: the backbone of ResNet-50, in evaluation with its
-norms folded; `adapters` takes three networks. A benchmark is a function that gives sides by their names: the first is
-what the others are compared with.
+norms folded; `adapters` takes three networks, `exits` an FCN and `gates` the classifier. What exits leave and gates
+open lies in areas; confidence and scores are computed as usual, which is part of the time. A benchmark is a function
+that gives sides by their names: the first is what the others are compared with.
 """
 
 from __future__ import annotations
@@ -20,14 +23,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torchvision.models import resnet50
 
 import cadsurgery as cs
 from cadsurgery.masks.masking import Masking
+from cadsurgery.methods.sampling import run
+from cadsurgery.methods.sampling.gates import Opened
 from cadsurgery.support.pages import new_memory
 from cadsurgery.support.provenance import setting
 from cadsurgery.support.timing import interleaved
@@ -139,6 +146,49 @@ def pages(options: Options) -> Iterator[tuple[str, Sides]]:
     )
 
 
+def exits(options: Options) -> Iterator[tuple[str, Sides]]:
+    """A network whose exits leave a share of the positions undecided, and the same with everything computed."""
+    net = cs.anytime(cs.build_model("fcn_resnet50", "none").eval()).optimize()
+    x, undecided_mask = example_batch(None, size=tuple(options.size)), net.undecided_mask
+    field = F.interpolate(torch.rand(1, 1, 16, 32), options.size, mode="bicubic", align_corners=True)
+
+    def at(share: float) -> cs.AnytimeModel:
+        def leave(logits: Tensor, *args: Any) -> Tensor:
+            undecided_mask(logits, *args)
+            values = F.interpolate(field, logits.shape[2:])[:, 0]
+            return values > values.quantile(1 - share)
+
+        net.undecided_mask = leave  # type: ignore[method-assign]
+        return net
+
+    sides: Sides = {"everything computed": lambda: at(1.0).logits(x, threshold=1.0)}
+    for share in options.fractions:
+        counted = at(share).macs(x, threshold=0.5)[-1]
+        name = f"{share:g} left: {counted.macs / counted.dense:.2f} of MACs"
+        sides[name] = lambda share=share: at(share).logits(x, threshold=0.5)  # type: ignore[misc]
+    yield "fcn_resnet50 with exits", sides
+
+
+def gates(options: Options) -> Iterator[tuple[str, Sides]]:
+    """A network without gates, and open at shares of the positions: filling whole maps, or computing positions."""
+    net = cs.sample(cs.build_model("resnet50", "none").eval()).optimize()
+    x = example_batch(None, size=tuple(options.size))
+
+    def at(share: float, whole_from: float) -> None:
+        net.score_override = Opened(share)
+        with mock.patch.object(run, "WHOLE_FROM", whole_from):
+            net(x)
+
+    sides: Sides = {"without gates": partial(net.dense, x)}
+    for share in (0.0, *options.fractions, 1.0):
+        net.score_override = Opened(share)
+        counted = net.macs(x)
+        for way, whole_from in (("whole maps", 0.0), ("positions", 2.0)):
+            name = f"{share:g} open, {way}: {counted.total / counted.dense:.2f} of MACs"
+            sides[name] = partial(at, share, whole_from)
+    yield "ResNet-50 with gates", sides
+
+
 # Each with its height and width, shares of the picture kept high, and number of images.
 BENCHMARKS: dict[str, tuple[Callable[[Options], Iterator[tuple[str, Sides]]], dict[str, Any]]] = {
     "dense": (dense, {"size": (512, 1024), "fractions": (1.0, 0.5, 0.34, 0.1, 0.0)}),
@@ -146,6 +196,8 @@ BENCHMARKS: dict[str, tuple[Callable[[Options], Iterator[tuple[str, Sides]]], di
     "compiled": (compiled, {}),
     "adapters": (adapters, {"size": (512, 1024)}),
     "pages": (pages, {}),
+    "exits": (exits, {"size": (512, 1024), "fractions": (0.7, 0.5, 0.3, 0.1), "threads": 1}),
+    "gates": (gates, {"size": (512, 1024), "fractions": (0.5, 0.3), "threads": 1}),
 }
 
 

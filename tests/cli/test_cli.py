@@ -42,10 +42,10 @@ from torch import nn
 def segmenter():
     """Ten classes at output stride 32."""
     torch.manual_seed(0)
-    layers = []
-    for depth in range(5):
-        layers += [nn.Conv2d(4 if depth else 3, 4, 3, 2, 1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(4, 10, 1))
+    layers, channels = [], (3, 4, 4, 8, 16, 32)
+    for pair in zip(channels, channels[1:]):
+        layers += [nn.Conv2d(*pair, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(32, 10, 1))
 
 
 def grey():
@@ -59,13 +59,6 @@ def unfolded():
 
 def of_classes(count):
     return segmenter()
-
-
-LAYER = 3
-
-
-def flat():
-    return nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1))
 '''
 
 
@@ -270,13 +263,9 @@ def test_wrong_usage_exits_with_2_and_says_how(run: Run, arguments: list[str]) -
 
 REFUSED = [
     (["plan", "--model", "resnt18"], "UnknownName", "resnet18"),
-    (["plan", "--model", "usernets:segmentr"], "UnknownName", "segmenter"),
-    (["plan", "--model", "usernets:flat"], "CannotConvert", "downsamples"),
     (["plan", "--model", "usernets:segmenter", "--output-stride", "3,5"], "InvalidInput", "(8, 32)"),
-    (["plan", "--model", "usernets:segmenter", "--region", "bacbone"], "UnknownName", "backbone"),
     (["plan", "--model", "missing.safetensors"], "FileError", "check the path"),
     (["convert", "--model", "missing.safetensors"], "FileError", "check the path"),
-    (["convert", "--model", "missing.pth"], "FileError", "check the path"),
     (["convert", "--model", "net.safetensors"], "FileError", "cadsurgery run net.safetensors"),
     (["bench", "--model", "missing.safetensors"], "FileError", "check the path"),
     (["mask", "--mask", "edgs"], "UnknownName", "edges"),
@@ -286,13 +275,8 @@ REFUSED = [
     (["mask", "--labels", "missing.png"], "FileError", "one class per pixel"),
     (["mask", "--image", "images/first.png", "--mask", "trimap"], "InvalidInput", "--labels"),
     (["mask", "--size", "0x128"], "InvalidInput", "positive"),
-    (["mask", "--size", "96x128", "--output-stride", "8,24"], "InvalidInput", "8,32"),
-    (["mask", "--size", "96x128", "--patch", "hexagon"], "InvalidInput", "quadtree"),
     (["mask", "--size", "96x128", "--output", "no/mask.png"], "FileError", "create it"),
-    (["macs", "--model", "usernets:segmenter", "--rule", "flops"], "UnknownName", "published"),
     (["macs", "--model", "usernets:segmenter", "--size=-5x10"], "InvalidInput", "positive"),
-    (["list", "--library", "tensorflow"], "UnknownName", "torchvision"),
-    (["run", "missing.safetensors", "."], "FileError", "path"),
     (["run", "net.safetensors", "missing"], "FileError", "path"),
     (["run", "net.safetensors", "missing.png", "absent"], "FileError", "path"),
     (["run", "net.safetensors", "images/first.png", "--size", "0x9"], "InvalidInput", "positive"),
@@ -300,29 +284,19 @@ REFUSED = [
     (["run", "net.safetensors", "images", "--device", "meta"], "InvalidInput", "cpu"),
     (["run", "net.safetensors", "images", "--device", "hpu"], "InvalidInput", "cpu"),
     (["plan", "--model", "usernets:of_classes"], "InvalidInput", "default values"),
-    (["plan", "--model", "usernets:LAYER"], "InvalidInput", "torch.nn.Module"),
     (["macs", "--model", "usernets:grey", "--size", "64x64"], "InvalidInput", "image.mean"),
     (["macs", "--model", "usernets:grey", "--size", "64x64", "--dense"], "InvalidInput", "image batch"),
-    (["run", "net.safetensors", "images", "--mask", "edgs"], "UnknownName", "edges"),
     (["run", "net.safetensors", "images", "--output", "usernets.py", "--trust"], "FileError", "--output"),
-    (["convert", "--model", "usernets:segmenter", "--mask", "edgs"], "UnknownName", "edges"),
-    (["convert", "--model", "usernets:segmenter", "--fill", "cubic"], "InvalidInput", "linear"),
     (["convert", "--model", "usernets:segmenter", "--output", "no/net.safetensors"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--weights", "missing.pth"], "FileError", "path"),
-    (["convert", "--model", "usernets:segmenter", "--region", "backbone"], "CannotConvert", "auto"),
     (["export", "usernets:segmenter", "--mask", "edges"], "InvalidInput", 'mask="edges:'),
     (["export", "usernets:segmenter", "--mask", "edges"], "InvalidInput", "| budget:fraction=0.3"),
     (["export", "usernets:segmenter", "--mask", "confidence | budget"], "InvalidInput", "--level-map"),
     (["export", "usernets:segmenter", "--output", "no/net.pt2"], "FileError", "--output"),
     (["export", "missing.safetensors"], "FileError", "path"),
-    (["bench", "--model", "resnt18"], "UnknownName", "resnet18"),
-    (["bench", "--model", "usernets:segmenter", "--fractions", "0.5,2"], "InvalidInput", "0 to 1"),
     (["bench", "--model", "usernets:segmenter", "--fractions", ","], "InvalidInput", "0 to 1"),
-    (["bench", "--model", "usernets:segmenter", "--dtype", "float16x"], "UnknownName", "float32"),
-    (["bench", "--model", "usernets:segmenter", "--device", "abacus"], "InvalidInput", "cpu"),
     (["bench", "--model", "usernets:segmenter", "--picture", "no/b.png"], "FileError", "--picture"),
     (["bench", "--model", "usernets:grey", "--size", "64x64"], "InvalidInput", "image.mean"),
-    (["bench", "--model", "usernets:segmenter", "--size", "1x1"], "InvalidInput", "larger size"),
 ]
 
 
@@ -352,13 +326,7 @@ def test_list_finds_networks_by_pattern_and_says_whether_they_convert(run: Run) 
     assert [line.split()[0] for line in lines[:-1]] == names
     assert lines[-1].startswith(f"{len(names)} networks: ")
     of_torchvision = run("list", "resnet*", "--library", "torchvision", "--json").json
-    assert [row["model"] for row in of_torchvision] == [
-        "resnet101",
-        "resnet152",
-        "resnet18",
-        "resnet34",
-        "resnet50",
-    ]
+    assert [row["model"] for row in of_torchvision] == [f"resnet{n}" for n in (101, 152, 18, 34, 50)]
     row = next(row for row in rows if row["model"] == "resnet18")
     assert row["result"] == "converts" and row["output_stride"] == [8, 32] and row["dense"] == []
     assert "converts, 8 to 32" in next(line for line in lines if line.startswith("resnet18 "))
@@ -431,14 +399,6 @@ def test_plan_is_the_plan_as_json(run: Run) -> None:
     result = run("plan", "--model", "usernets:segmenter", "--json")
     found = Plan.from_json(result.out)
     assert result.code == 0 and found == cs.plan(cs.build_model("usernets:segmenter"))
-    assert result.json.keys() >= {
-        "decisions",
-        "output_stride",
-        "strides",
-        "identity_level",
-        "region",
-        "possible",
-    }
 
 
 def test_plan_shows_the_region_and_with_all_every_node(run: Run) -> None:
@@ -511,12 +471,6 @@ def test_a_mask_behind_a_pipe_is_read_by_every_command(run: Run) -> None:
     assert refused.code == 1 and '"edges | budget:fraction=0.25"' in refused.json["next"]
 
 
-def test_macs_total_leaves_out_the_layers(run: Run) -> None:
-    whole = run("macs", "--model", "usernets:segmenter", *options())
-    short = run("macs", "--model", "usernets:segmenter", *options("--total"))
-    assert "_8" in whole.out and "_8" not in short.out and "total" in short.out
-
-
 # -- mask ----------------------------------------------------------------------------------------------
 
 
@@ -565,18 +519,6 @@ def test_compared_masks_stand_side_by_side_with_what_they_cost(run: Run, tmp_pat
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [slow("usernets:segmenter"), "net.safetensors"])
-def test_compared_masks_of_a_network_tell_its_macs(run: Run, file: Path, model: str) -> None:
-    network = ("--model", model, "--trust")
-    rows = run("mask", *options(*network, *COMPARED), "--json").json["masks"]
-    counted = run("macs", *network, *options("--mask", COMPARED[3]), "--json").json
-    assert rows[1]["macs"].items() >= counted["macs"].items()
-    assert rows[1]["active_fraction"] == counted["active_fraction"]
-    assert rows[1]["of_high"] == counted["macs"]["mask"] / counted["macs"]["high"]
-    assert rows[2]["of_high"] == 1 and "MACs" in run("mask", *options(*network, *COMPARED)).out
-
-
 LOOKING = ("confidence | budget:fraction=0.25", "learned:channels=8/6/4", "detail")
 
 
@@ -590,8 +532,9 @@ def test_masks_that_look_at_a_network_count_what_they_look_at(run: Run, file: Pa
         counted = run("macs", *network, *options("--mask", mask), "--json").json
         assert row["macs"].items() >= counted["macs"].items()
         assert row["active_fraction"] == counted["active_fraction"]
+        assert row["of_high"] == counted["macs"]["mask"] / counted["macs"]["high"]
     assert rows[0]["active_fraction"] == 0.25
-    assert run("mask", *options(*network, "--mask", LOOKING[0])).code == 0
+    assert "MACs" in run("mask", *options(*network, *given, "--compare")).out
 
 
 @pytest.mark.slow
@@ -607,17 +550,6 @@ def test_a_file_shows_its_own_mask_with_what_it_has_learned(run: Run, tmp_path: 
     assert run(*arguments, "--mask", "learned:channels=8/6/4,seed=1").json["active_fraction"] < 1
     rows = run(*arguments, "--compare").json["masks"]
     assert rows[0]["mask"].startswith("learned") and rows[0]["active_fraction"] == 1 and len(rows) > 4
-
-
-@pytest.mark.parametrize("command", ["convert", "bench"])
-def test_the_fill_may_be_guided(run: Run, command: str, tmp_path: Path) -> None:
-    quick = ("--fractions", "1,0.5,0", "--rounds", "1") if command == "bench" else ()
-    result = run(command, *options("--model", "usernets:segmenter", "--fill", "guided", *quick), "--json")
-    assert result.code == 0, result.err
-    if command == "convert":
-        assert cs.load(next(tmp_path.glob("*.safetensors")), trust=True).geometry.fill == "guided"
-    if command == "bench":
-        assert [entry["fill"] for entry in result.json["networks"]] == ["guided"]
 
 
 def test_a_comparison_chooses_masks_to_compare_and_labels_bring_the_oracle(run: Run, folder: Path) -> None:
@@ -639,14 +571,8 @@ def test_labels_are_read_as_classes_and_cut_to_size(run: Run, folder: Path) -> N
     classes = Image.new("L", (128, 96))
     classes.paste(7, (64, 0, 128, 96))
     classes.save(folder / "labels.png")
-    arguments = (
-        "--image",
-        folder / "first.png",
-        "--labels",
-        folder / "labels.png",
-        "--mask",
-        "trimap:width=3",
-    )
+    labels = ("--labels", folder / "labels.png", "--mask", "trimap:width=3")
+    arguments = ("--image", folder / "first.png", *labels)
     found = run("mask", *arguments, "--output-stride", "1,2", "--json").json
     assert found["active_fraction"] == 4 / 128  # the boundary's two columns and one on each side
     assert run("mask", *arguments, *options(size=(48, 64)), "--json").code == 0
@@ -731,35 +657,14 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
 # -- convert and run -----------------------------------------------------------------------------------
 
-KEYS = {
-    "model",
-    "weights",
-    "random_weights",
-    "mask",
-    "output_stride",
-    "region_ends",
-    "adapted",
-    "share_of_macs_in_region",
-    "active_fraction",
-    "image",
-    "sides",
-    "checks",
-    "device",
-    "file",
-    "notes",
-    "processor",
-    "instruction_sets",
-    "versions",
-}
-
 
 def test_convert_reports_verifies_and_writes_a_file(run: Run, tmp_path: Path) -> None:
     arguments = options(
         "--model", "resnet18", "--weights", "none", "--rounds", 1, "--output", "r.safetensors"
     )
     result = run("convert", *arguments, "--json")
-    assert result.code == 0 and result.json.keys() >= KEYS
     report = result.json
+    assert result.code == 0 and report.keys() >= {"processor", "versions", "notes", "device"}
     assert report["model"] == "torchvision:resnet18" and report["random_weights"] is True
     assert report["output_stride"] == [8, 32] and report["image"] == [1, 3, *SIZE]
     assert report["adapted"][0] == "layer3_0_conv1" and 0 < report["share_of_macs_in_region"] < 1
@@ -820,45 +725,18 @@ def test_bench_takes_several_networks_either_way(run: Run) -> None:
 
 
 def test_plan_is_made_on_an_example_of_a_size(run: Run, file: Path) -> None:
-    assert run("plan", "usernets:segmenter", "--size", "256x320", "--json").json["example_shape"][2:] == [
-        256,
-        320,
-    ]
+    made = run("plan", "usernets:segmenter", "--size", "256x320", "--json").json
+    assert made["example_shape"][2:] == [256, 320]
     stored = run("plan", file, "--size", "256")
     assert stored.code == 1 and "cannot be changed" in stored.err
 
 
-def test_convert_warns_of_more_work_than_the_network_as_given(run: Run) -> None:
-    dearer = run("convert", "--model", "usernets:segmenter", "--size", "256", "--rounds", 0, "--mask", "all")
-    assert dearer.code == 0 and "times the work of the network as given" in dearer.err
-    assert "1x3x256x256" in run("macs", "--model", "usernets:segmenter", "--size", "256", "--dense").out
-    same = run("convert", "--model", "usernets:segmenter", "--size", "256", "--rounds", 0, "--mask", "none")
-    assert same.code == 0 and "times the work" not in same.err
-
-
-STRIDED = """
-import torch
-from torch import nn
-
-
-class Strided(nn.Sequential):
-    def forward(self, x):
-        return nn.functional.interpolate(super().forward(x), size=x.shape[2:], mode="bilinear")
-
-
-def strided():
-    torch.manual_seed(0)
-    channels = (3, 4, 4, 8, 16, 32)
-    pairs = zip(channels, channels[1:])
-    return Strided(*(nn.Conv2d(c, d, 3, 2, 1) for c, d in pairs), nn.Conv2d(32, 4, 3, 1, 1)).eval()
-"""
-
-
-def test_a_dear_conversion_says_so_first_and_what_costs_less(run: Run, tmp_path: Path) -> None:
+def test_a_dear_conversion_says_so_first_and_what_costs_less(run: Run) -> None:
     """The stated costs are those of the commands that are named."""
-    (tmp_path / "dear.py").write_text(STRIDED)
-    words = ("convert", "dear:strided", "--size", "256", "--rounds", 0, "--mask", "all")
-    first, dear = run(*words).out.replace("\n", " "), run(*words, "--json").json
+    words = ("convert", "usernets:segmenter", "--size", "256", "--rounds", 0, "--mask", "all")
+    told, dear = run(*words), run(*words, "--json").json
+    first = told.out.replace("\n", " ")
+    assert told.code == 0 and "times the work of the network as given" in told.err
     assert dear["macs_of_given"] > 2
     assert (
         first.startswith("With this mask, output strides ") and f"{dear['macs_of_given']:.2f} times" in first
@@ -873,7 +751,7 @@ def test_a_dear_conversion_says_so_first_and_what_costs_less(run: Run, tmp_path:
     typed = run(*words, *others[0]["option"].split(), "--json").json
     assert typed["macs_of_given"] == others[0]["of_given"]
     cheap = run(*words[:-1], "none")
-    assert not cheap.out.startswith("With this mask")
+    assert not cheap.out.startswith("With this mask") and "times the work" not in cheap.err
 
 
 def test_convert_says_which_networks_a_copy_is_slower_than(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -933,13 +811,8 @@ def test_convert_takes_every_option(run: Run, folder: Path, tmp_path: Path) -> N
     assert all(side["milliseconds"] is None for side in report["sides"])
     net = cs.load(tmp_path / "net.safetensors", trust=True)
     assert net.plan.output_stride == (4, 16) and net.mask.spec() == given["mask"]
-    geometry = net.geometry
-    assert (geometry.fill, geometry.patch, geometry.anchor, geometry.pool) == (
-        "nearest",
-        "block",
-        "center",
-        "drop",
-    )
+    for name in ("fill", "patch", "anchor", "pool"):
+        assert getattr(net.geometry, name) == given[name]
 
 
 def test_run_does_the_readable_images_reports_the_others_and_exits_with_1(
@@ -1062,17 +935,8 @@ def test_export_writes_a_program_that_gives_what_the_network_gives(run: Run, tmp
 @pytest.mark.slow
 def test_export_takes_a_converted_file_and_another_mask(run: Run, file: Path, tmp_path: Path) -> None:
     """Figures in words."""
-    told = run(
-        "export",
-        file,
-        "--trust",
-        "--mask",
-        "edges | budget:fraction=0.5",
-        "--size",
-        "96x128",
-        "-o",
-        "other.pt2",
-    )
+    mask = ("--mask", "edges | budget:fraction=0.5")
+    told = run("export", file, "--trust", *mask, "--size", "96x128", "-o", "other.pt2")
     assert told.code == 0 and "wrote other.pt2" in told.out and "largest difference" in told.out
     assert (tmp_path / "other.pt2").exists()
 

@@ -21,12 +21,6 @@ from cadsurgery.finetune.tuning import _FEWEST
 from cadsurgery.support.kinds import kind_of_file
 from cadsurgery.tasks import explore_page
 
-NETWORKS = """
-from torch import nn
-
-def small():
-    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 5, 1))
-"""
 CLIP = b"\0\0\0\x18ftypisom\0\0\2\0isomiso2"  # the start of an MP4 file
 ONNX = b"\x08\x08\x12\x07pytorch\x1a\x052.0.0"  # version of the format, and the producer
 # Names of files, and of their kinds in words; some endings say something else, and some say nothing.
@@ -51,7 +45,7 @@ KINDS = {
     "usernets.py": "a Python file",
 }
 FEW = {words: name for name, words in reversed(KINDS.items())}  # a file of each kind
-N = "usernets:small"
+N = "networks:strided"
 FILE_OF_ONNX = "an ONNX file"
 IMAGES = ("a picture", "a folder")
 QUICK = ("--size", "32x32", "--rounds", "0", "--no-verify")
@@ -125,7 +119,7 @@ def _files() -> dict[str, bytes]:
 @pytest.fixture
 def run(tmp_path: Path, command_line: Run) -> Run:
     """Runs a command in a folder with a file of each kind."""
-    (tmp_path / "usernets.py").write_text(NETWORKS)
+    (tmp_path / "usernets.py").write_text("")
     for name, content in _files().items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "photos").mkdir()

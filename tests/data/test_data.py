@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 import types
@@ -108,14 +107,6 @@ def test_data_can_be_sent_to_workers_and_cut_short(folder: Path) -> None:
         data[2]
 
 
-def test_the_measurement_data_fits() -> None:
-    root = Path(os.environ.get("CADSURGERY_DATA", "/work/shared/data")) / "camvid"
-    if not root.is_dir():
-        pytest.skip(f"no {root}; set CADSURGERY_DATA")
-    data = cs.open_data(f"folder:{root},classes=11,ignore=11", "test")
-    assert len(data) == 233 and assert_is_item(data)[1].shape == (360, 480)
-
-
 # -- torchvision ---------------------------------------------------------------------------------------
 
 
@@ -146,23 +137,23 @@ def test_voc_keeps_its_void_ignored(tmp_path: Path) -> None:
     assert torch.equal(assert_is_item(data)[1], torch.from_numpy(labels.astype(np.int64)))
 
 
-def test_sbd_reads_its_matlab_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = some_labels(21)
+@pytest.fixture
+def scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that reads the labels of any Matlab file."""
+    answer = {"GTcls": [{"Segmentation": [some_labels(21)]}]}
     reader = types.ModuleType("scipy.io")
-    answer = {"GTcls": [{"Segmentation": [stored]}]}
-    reader.loadmat = lambda path: answer  # type: ignore[attr-defined]
-    package = types.ModuleType("scipy")
-    package.io = reader  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "scipy", package)
+    vars(reader).update(loadmat=lambda path: answer)
+    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
     monkeypatch.setitem(sys.modules, "scipy.io", reader)
+
+
+@pytest.mark.usefixtures("scipy")
+def test_sbd_reads_its_matlab_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "img" / "x.jpg", some_image())
     (tmp_path / "cls").mkdir()
     (tmp_path / "train.txt").write_text("x\n")
     data = cs.open_data(f"sbd:{tmp_path}", "train")
-    assert torch.equal(assert_is_item(data)[1], torch.from_numpy(stored.astype(np.int64)))
-
-
-def test_sbd_without_scipy_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.equal(assert_is_item(data)[1], torch.from_numpy(some_labels(21).astype(np.int64)))
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(cs.CadError, match="pip install scipy"):
         cs.open_data(f"sbd:{tmp_path}")
@@ -181,14 +172,9 @@ def test_pets_have_three_classes(tmp_path: Path) -> None:
         assert torch.equal(labels, torch.from_numpy(some_labels(3).astype(np.int64)))
 
 
+@pytest.mark.usefixtures("scipy")
 @pytest.mark.parametrize("kind", ["cityscapes", "voc", "sbd", "pets", "folder"])
-def test_missing_data_says_where_to_get_it_and_what_is_expected(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
-    reader = types.ModuleType("scipy.io")
-    reader.loadmat = None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "scipy.io", reader)
+def test_missing_data_says_where_to_get_it_and_what_is_expected(kind: str, tmp_path: Path) -> None:
     given = f"{kind}:{tmp_path}/no" + (",classes=3" if kind == "folder" else "")
     with pytest.raises(cs.FileError) as refusal:
         cs.open_data(given, "train")

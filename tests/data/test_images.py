@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, covering
 from PIL import Image
 
 import cadsurgery as cs
-from cadsurgery.data.images import find_images, read_image, read_labels, write_picture
+from cadsurgery.data.images import find_images, read_image, write_picture
 from cadsurgery.support.errors import LeftOut
 from cadsurgery.tasks.figures import class_picture
 
@@ -92,12 +92,6 @@ def test_pictures_are_turned_as_viewers_show_them_unless_pixels_as_stored_are_as
     path = turned(tmp_path / "phone.png", GREY)
     assert read_image(path).shape == (3, 64, 48)
     assert torch.equal(read_image(path, upright=False), read_image(path).rot90(1, (1, 2)))
-
-
-def test_labels_are_turned_as_their_pictures(tmp_path: Path) -> None:
-    labels = turned(tmp_path / "labels.png", GREY)
-    assert torch.equal(read_labels(labels), torch.from_numpy(GREY.astype(np.int64)).rot90(-1))
-    assert read_labels(labels, (32, 24)).shape == (32, 24)
 
 
 @pytest.mark.parametrize("name", ["moving.png", "pages.tif"])
@@ -195,9 +189,12 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
 # -- writing -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
 @pytest.mark.parametrize(
-    "name", ["a.png", "a.PNG", "a.jpg", "a.jpeg", "a.webp", "a.bmp", "a.tif", "a.tiff", "a.pdf"]
+    ("name", "mode"),
+    covering(
+        ["a.png", "a.PNG", "a.jpg", "a.jpeg", "a.webp", "a.bmp", "a.tif", "a.tiff", "a.pdf"],
+        ["RGB", "RGBA", "P", "L"],
+    ),
 )
 def test_a_picture_is_written_in_the_format_of_its_name(tmp_path: Path, name: str, mode: str) -> None:
     path = tmp_path / name
@@ -235,13 +232,6 @@ def test_a_name_that_is_no_pictures_is_refused_before_any_work(
     assert result.code == 1 and result.json["error"] == "FileError"
     assert name in result.json["what"] and ".png" in result.json["next"]
     assert not (tmp_path / name).exists()
-
-
-@pytest.mark.parametrize("kind", ["jpg", "pdf"])
-def test_a_mask_is_drawn_in_the_format_asked_for(command_line: Run, tmp_path: Path, kind: str) -> None:
-    assert command_line("mask", "--size", "64x64", "--output", f"mask.{kind}").code == 0
-    start = {"jpg": b"\xff\xd8\xff", "pdf": b"%PDF-"}[kind]
-    assert (tmp_path / f"mask.{kind}").read_bytes().startswith(start)
 
 
 @pytest.mark.parametrize(

@@ -24,40 +24,13 @@ from cadsurgery.finetune.refinement import RefinementFit
 from cadsurgery.finetune.tuning import TuningReport, tune
 from cadsurgery.masks import resolve_mask
 
-SOURCE = """
-import torch
-from torch import nn
-
-def tiny() -> nn.Module:
-    torch.manual_seed(0)
-    widths = (3, 8, 12, 12)
-    layers = [
-        layer
-        for before, after, stride in zip(widths, widths[1:], (2, 2, 1))
-        for layer in (nn.Conv2d(before, after, 3, stride, 1), nn.ReLU())
-    ]
-    head = nn.Conv2d(12, 4, 1, bias=False)
-    nn.init.normal_(head.weight, std=10.0)  # that classes differ from pixel to pixel
-    return nn.Sequential(*layers, head).eval()
-"""
-ARGUMENTS = (
-    "tune",
-    "usernets:tiny",
-    "--images",
-    "photos",
-    "--steps",
-    "2",
-    "--minutes",  # more than it takes: what is fitted depends on no clock
-    "5",
-    "--rounds",
-    "1",
-)
+# More minutes than it takes: what is fitted depends on no clock.
+ARGUMENTS = ("tune", f"{__name__}:Tiny", "--images", "photos", "--steps", 2, "--minutes", 5, "--rounds", 1)
 
 
 @pytest.fixture
 def run(command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(module_of_gain, "STEPS", 50)  # no law here is about how well it is fitted
-    (tmp_path / "usernets.py").write_text(SOURCE)
     (tmp_path / "photos").mkdir()
     for place in range(10):
         picture = street_scene(64 + place % 2, 80, seed=place)
@@ -82,9 +55,7 @@ def test_one_command_gives_a_network_that_keeps_what_was_asked_for(run: Run, tmp
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
     image = images(1, 64, 80)
-    from usernets import tiny  # type: ignore[import-not-found]
-
-    original = cs.adaptify(tiny(), "all", verify_laws=False)
+    original = cs.adaptify(Tiny().eval(), "all", verify_laws=False)
     assert torch.equal(net(image, mask="all"), original(image))
 
 
@@ -136,13 +107,12 @@ def test_what_no_budget_keeps_is_said(run: Run) -> None:
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    net = cs.adaptify(Small().eval(), "edges", verify_laws=False)
     with pytest.raises(cs.InvalidInput, match=message):
-        tune(net, tmp_path, output=tmp_path / "run", **options)
+        tune(adaptive(), tmp_path, output=tmp_path / "run", **options)
 
 
 def test_few_photos_and_broken_folders_are_refused(tmp_path: Path) -> None:
-    net = cs.adaptify(Small().eval(), "edges", verify_laws=False)
+    net = adaptive()
     (tmp_path / "photos").mkdir()
     save_image(street_scene(64, 80), tmp_path / "photos" / "0.png")
     with pytest.raises(cs.InvalidInput, match="every 8th is held out"):
@@ -157,25 +127,6 @@ def test_few_photos_and_broken_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "calibrated.safetensors").write_bytes(b"no file")
     with pytest.raises(cs.FileError, match="does not fit the network"):
         tune(net, tmp_path / "photos", output=tmp_path / "other")
-
-
-class Small(nn.Module):
-    """A strided convolution in the region."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down, self.head = (
-            nn.Conv2d(3, 6, 3, 2, 1),
-            nn.Conv2d(6, 8, 3, 2, 1),
-            nn.Conv2d(8, 4, 1),
-        )
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.down(self.stem(image)))
-
-
-def test_tuning_is_a_function_of_the_package() -> None:
-    assert cs.finetune.tune is tune
 
 
 # -- no worse than not tuning --------------------------------------------------------------------------

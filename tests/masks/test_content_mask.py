@@ -69,14 +69,6 @@ def test_cells_are_kept_where_the_map_has_the_image(options: dict[str, Any]) -> 
     assert torch.equal(net.levels[0, ::side, ::side] == 0, expected)
 
 
-@pytest.mark.parametrize(
-    "spec", ["content:share=2", "content:noise=-1", "content:margin=-1", "content:least=-1"]
-)
-def test_impossible_options_are_refused(spec: str) -> None:
-    with pytest.raises(cs.InvalidInput):
-        resolve_mask(spec)
-
-
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (64, 64), (101, 75), (480, 641)])
 def test_samples_on_a_grid_have_the_median_of_each_picture(size: tuple[int, int]) -> None:
     torch.manual_seed(0)

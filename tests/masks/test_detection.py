@@ -68,13 +68,6 @@ def test_a_blank_picture_has_no_keypoints(size: tuple[int, int], value: int) -> 
     assert points.dtype == responses.dtype == np.float32
 
 
-def test_a_blob_is_found_where_it_is() -> None:
-    y, x = np.mgrid[:64, :80]
-    blob = 200 * np.exp(-((x - 50) ** 2 + (y - 21) ** 2) / (2 * 4.0**2))
-    points, _ = sift(blob.astype(np.uint8), 1)
-    assert points.tolist() == [[50.0, 21.0]]
-
-
 def test_without_opencv_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(cs.CadError, match="OpenCV") as caught:
@@ -134,12 +127,6 @@ def test_peaks_of_any_type_are_those_of_float32(dtype: torch.dtype) -> None:
     for found, wanted in zip(peaks(scores.to(dtype), 9), peaks(scores.float(), 9), strict=True):
         assert torch.equal(found[0], wanted[0]) and found[1].dtype == dtype
         assert torch.equal(found[1].float(), wanted[1])
-
-
-def test_no_two_peaks_of_different_values_are_near() -> None:
-    ((points, _),) = peaks(torch.randperm(40 * 50).view(1, 40, 50).float(), 10**6, radius=3)
-    apart = (points[:, None] - points[None]).abs().amax(2) + 99 * torch.eye(len(points))
-    assert apart.min() > 3
 
 
 # -- what is taken as points ---------------------------------------------------------------------------
@@ -245,15 +232,12 @@ def test_what_is_neither_points_nor_scores_is_refused(found: Any, what: str) -> 
 
 @pytest.mark.parametrize(
     "part",
-    [torch.zeros(2), torch.zeros(3, 3), torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.complex64), 5.0],
+    [
+        *(torch.zeros(2), torch.zeros(3, 3), torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.complex64)),
+        *(5.0, "b", None),
+    ],
 )
 def test_points_of_another_shape_are_refused(part: Any) -> None:
     with pytest.raises(cs.InvalidInput) as caught:
         points_of([torch.zeros(1, 2), part], IMAGE, 5, "")
     assert caught.value.where == "image 1" and "(n, 2)" in caught.value.next
-
-
-@pytest.mark.parametrize("found", ["ab", [torch.zeros(1, 2), "b"], [torch.zeros(1, 2), None]])
-def test_what_is_no_tensor_at_all_is_refused(found: Any) -> None:
-    with pytest.raises(cs.InvalidInput):
-        points_of(found, IMAGE, 5, "")

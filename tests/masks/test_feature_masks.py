@@ -193,22 +193,6 @@ def test_a_mask_tells_what_it_looks_at(mask: str, seen: bool, ahead: bool) -> No
     assert (provider.sees_features, provider.looks_ahead) == (seen, ahead)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_they_are_read_back_from_what_they_say(mask: str) -> None:
-    provider = resolve_mask(mask)
-    assert resolve_mask(provider.spec()).spec() == provider.spec() and provider.storable
-
-
-def test_their_lines_in_the_list() -> None:
-    lines = {info.name: info for info in cs.list_masks()}
-    assert lines["detail"].options == {"threshold": (1.5,), "sigma": 2.0}
-    assert "interpolation" in lines["detail"].summary and "ours" in lines["detail"].source
-    assert lines["confidence"].options == {"threshold": (0.5,), "measure": "margin", "sigma": 1.0}
-    assert "unsure" in lines["confidence"].summary and "ICLR" in lines["confidence"].source
-    assert lines["learned"].options["channels"] == (128, 64, 64) and "CVPRW 2023" in lines["learned"].source
-    assert all(lines[name].form == name for name in ("detail", "confidence", "learned"))
-
-
 # -- work ----------------------------------------------------------------------------------------------
 
 
@@ -270,8 +254,10 @@ def test_what_interpolation_misses_is_the_definition(
     assert (found[:, ::2, ::2] == 0).all()
 
 
-@pytest.mark.parametrize("size", [(17, 25), (1, 30), (30, 1), (1, 1), (16, 8)])
-@pytest.mark.parametrize("thresholds", [(1.5,), (2.0, 0.7), (0.0,)])
+@pytest.mark.parametrize(
+    ("size", "thresholds"),
+    covering([(17, 25), (1, 30), (30, 1), (1, 1), (16, 8)], [(1.5,), (2.0, 0.7), (0.0,)]),
+)
 def test_detail_is_levels_of_the_relative_error(size: tuple[int, int], thresholds: tuple[float, ...]) -> None:
     features, grid = torch.randn(2, 3, *size, dtype=torch.float64), grid_of(size)
     error = missed(features)
@@ -398,11 +384,6 @@ def test_a_network_without_class_scores_is_refused(build_net: Any, message: str)
     with pytest.raises(cs.InvalidInput, match=message) as refused:
         net(images(2, *SIZE))
     assert "detail or edges" in str(refused.value)
-
-
-def test_outside_a_network_there_is_nothing_to_be_sure_of() -> None:
-    with pytest.raises(cs.InvalidInput, match="no first pass"):
-        ConfidenceMask()(NOTHING, NOTHING, grid_of((5, 7)))
 
 
 # -- learned -------------------------------------------------------------------------------------------
@@ -576,33 +557,3 @@ def test_another_network_needs_another_mask() -> None:
             match=f"(?s)made for 6 channels and 3 levels.*{channels} channels.*{low + 1} levels",
         ):
             mask.logits(torch.zeros(1, channels, 5, 5), grid_of((5, 5), 1, low))
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: LearnedMask(fraction=1.1),
-        lambda: LearnedMask(fraction=math.nan),
-        lambda: LearnedMask(temperature=0),
-        lambda: LearnedMask(temperature=math.nan),
-        lambda: LearnedMask(channels=(8, 8)),
-        lambda: LearnedMask(channels=(8, 0, 8)),
-        lambda: LearnedMask(seed=-1),
-        lambda: DetailMask(sigma=-1),
-        lambda: DetailMask(sigma=math.inf),
-        lambda: DetailMask((1.0, 2.0)),
-        lambda: ConfidenceMask(math.nan),
-        lambda: ConfidenceMask(sigma=math.nan),
-        lambda: ConfidenceMask(measure="variance"),
-    ],
-)
-def test_impossible_options_are_refused(make: Any) -> None:
-    with pytest.raises(cs.CadError) as refused:
-        make()
-    assert refused.value.next
-
-
-@pytest.mark.parametrize("mask", ["detail:threshold=3/2/1", "confidence:threshold=0.9/0.5/0.1"])
-def test_more_thresholds_than_levels_are_refused(mask: str) -> None:
-    with pytest.raises(cs.InvalidInput, match="3 thresholds for 2 levels"):
-        converted(mask)(images(1, *SIZE))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from cadsurgery.finetune import fit_gain, gain
 from cadsurgery.finetune.gain import GainFit
 from cadsurgery.masks import GainMask, OracleMask
 from cadsurgery.masks.context import first_passes
-from cadsurgery.network.macs import MASK_LAYERS
 from cadsurgery.support.divergence import divergence
 
 PATCH = 4  # samples; an image of SIZE has 17 x 25
@@ -75,11 +73,6 @@ def test_all_its_passes_are_counted() -> None:
     assert low == sum(layer.mask for layer in passes[2] if layer.layer in inside)
     both = net.macs(x, mask="oracle:sigma=0 + confidence:sigma=0 | budget:fraction=0.2").of_mask
     assert both == ahead, "a pass that two masks look at is one"
-
-
-def test_the_oracle_works_inside_a_network_alone() -> None:
-    with pytest.raises(cs.InvalidInput, match="no first pass"):
-        OracleMask()(NOTHING, NOTHING, grid_of((5, 7)))
 
 
 # -- gain ----------------------------------------------------------------------------------------------
@@ -212,21 +205,6 @@ def test_the_network_stays_and_the_same_seed_gives_the_same(monkeypatch: pytest.
 
 
 @torch.no_grad()
-def test_what_it_has_learned_is_stored_beside_the_network(
-    fitted: tuple[cs.AdaptiveModel, GainFit], tmp_path: Path
-) -> None:
-    net, x = fitted[0], images(2, *SIZE)
-    cs.save(net, tmp_path / "net.safetensors")
-    back = cs.load(tmp_path / "net.safetensors", half_blind())
-    for ours in (net, back, net.optimize(), copy.deepcopy(net)):
-        assert_same(ours(x), net(x), 1e-4)
-        assert torch.equal(ours.levels, net.levels)
-    report = net.macs(x)
-    assert 0 < report.of_mask < 0.5 * report.high
-    assert [layer.layer for layer in report.layers if layer.layer in MASK_LAYERS] == ["(mask)"]
-
-
-@torch.no_grad()
 def test_rare_classes_count_more_if_balanced() -> None:
     """Without, losses are the oracle's; with it, a class of half the pixels counts twice as much, the mean weight 1."""
     net = converted("gain").optimize()
@@ -263,18 +241,5 @@ def test_what_cannot_be_fitted_is_refused(
 ) -> None:
     with pytest.raises(cs.InvalidInput, match=message):
         fit_gain(make(), photos, minutes=minutes)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: GainMask(tolerance=float("nan")),
-        lambda: GainMask(channels=(8, 8)),
-        lambda: OracleMask(tolerance=float("nan")),
-        lambda: OracleMask(sigma=-1),
-        lambda: fit_gain(converted("gain"), Photos(2), balance=2.0),
-    ],
-)
-def test_impossible_options_are_refused(make: Any) -> None:
     with pytest.raises(cs.InvalidInput):
-        make()
+        fit_gain(converted("gain"), Photos(2), balance=2.0)

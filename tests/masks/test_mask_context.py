@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +104,23 @@ def test_a_mask_inside_others_sees_what_is_given(
     with given():
         net(image, mask=form.replace("{}", mask))
     assert 0 < net.active_fraction < 1
+
+
+@pytest.mark.parametrize(("mask", "given"), givers_of_masks())
+def test_what_is_given_is_not_in_the_graph_of_a_compiled_network(
+    mask: str, given: Callable[[], AbstractContextManager[None]], tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    net, image = adapted_strided(f"{mask} | budget"), torch.randn(1, 3, 96, 128)
+    compiled, kept = torch.compile(net, backend="eager"), []
+    with torch.no_grad():
+        for context in (given(), ExitStack()):
+            with labelled(torch.ones(1, 96, 128).long()), keypoints_at([torch.tensor([[3.0, 9.0]])]), context:
+                assert torch.allclose(compiled(image), net(image), atol=1e-5)
+                kept.append(net.levels.clone())
+    assert not torch.equal(*kept)
+    with pytest.raises(cs.InvalidInput, match=r"depends on (labels|keypoints)"), given():
+        cs.export(net, image, tmp_path / "net.pt2")
 
 
 def test_a_mask_inside_others_sees_the_first_pass() -> None:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.masks import FineMapSpec, PreviewMask, resolve_mask
 
 
 class Spots(nn.Module):
@@ -138,14 +137,6 @@ def test_its_work_is_counted() -> None:
     assert layer.mask == net.macs(torch.zeros(1, 3, 128, 128), mask="all").given
 
 
-@pytest.mark.parametrize(
-    "spec", ["preview:scale=0", "preview:scale=2", "preview:margin=-1", "preview:least=-1"]
-)
-def test_impossible_options_are_refused(spec: str) -> None:
-    with pytest.raises(cs.InvalidInput):
-        resolve_mask(spec)
-
-
 def test_a_network_without_a_map_is_refused() -> None:
     net = converted("class")
     with pytest.raises(cs.InvalidInput, match="gives no map"):
@@ -165,12 +156,6 @@ def test_a_network_of_several_inputs_is_refused() -> None:
     net = cs.adaptify(Two().eval(), "preview", coarsest=32, example_input=(image, more), normalisation="raw")
     with pytest.raises(cs.InvalidInput, match="smaller picture"):
         net(image, more)
-
-
-def test_outside_of_a_network_there_is_no_preview() -> None:
-    image = torch.zeros(1, 3, 64, 64)
-    with pytest.raises(cs.InvalidInput, match="no preview"):
-        PreviewMask()(image, image, FineMapSpec(1, (64, 64), 1, 5, 32, 32))
 
 
 def test_a_file_cannot_hold_it(tmp_path: Any) -> None:

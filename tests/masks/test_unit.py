@@ -414,20 +414,8 @@ def test_what_is_no_normalisation_is_refused(given: Any, what: str) -> None:
 # -- the command line ----------------------------------------------------------------------------------
 
 
-NETWORK = """
-from torch import nn
-
-def trunk():
-    layers = []
-    for depth in range(5):
-        layers += [nn.Conv2d(4 if depth else 3, 4, 3, 2, 1), nn.ReLU()]
-    return nn.Sequential(*layers)
-"""
-
-
 def test_the_command_takes_it_and_says_what_masks_see(command_line: Run, tmp_path: Path) -> None:
-    (tmp_path / "usernets.py").write_text(NETWORK)
-    words = ("convert", "--model", "usernets:trunk", "--size", "64x96", "--rounds", "0", "--no-verify")
+    words = ("convert", "--model", "networks:strided", "--size", "64x96", "--rounds", "0", "--no-verify")
     words += ("--output", str(tmp_path / "net.safetensors"), "--json")
     wanted = {
         "": "as pictures are prepared",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,16 +254,6 @@ def test_where_all_are_confident_nothing_more_is_computed(name: str) -> None:
     assert len({exit.macs for exit in net.macs(x)}) == 1
 
 
-def test_what_is_confident_stays_as_it_is() -> None:
-    net, x = anytime("parallel"), images(2, 61, 83, torch.float64)
-    with torch.no_grad():
-        found = net.logits(x)
-    for before, after in pairwise(found):
-        sure = ~net.undecided_mask(before)
-        assert torch.equal(after.permute(0, 2, 3, 1)[sure], before.permute(0, 2, 3, 1)[sure])
-        assert (~net.undecided_mask(after))[sure].all()
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_batch_equals_its_images_and_sizes_may_change(name: str) -> None:
     net = anytime(name)
@@ -420,46 +408,6 @@ def test_an_optimised_copy_gives_the_same(name: str, fill: str) -> None:
     assert fast.macs(x).exits == net.macs(x).exits
     with pytest.raises(cs.InvalidInput, match="cannot be trained"):
         fast.train()
-
-
-@pytest.mark.parametrize("duplicate", [slow(copy.deepcopy), lambda net: pickle.loads(pickle.dumps(net))])
-def test_a_copy_is_the_same_network_and_shares_nothing(duplicate: Any) -> None:
-    net, x = anytime(), images(1, 48, 64, torch.float64)
-    expected, clone = net(x), duplicate(net)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
-    assert all(torch.equal(one, other) for one, other in zip(clone(x), expected, strict=True))
-
-
-@pytest.mark.parametrize("threshold", [(0.9, 0.8)])
-def test_a_saved_network_is_the_same_after_loading(threshold: Any, tmp_path: Path) -> None:
-    net, x = (
-        anytime("parallel", torch.float32, hidden=6, head="plain", threshold=threshold),
-        images(1, 48, 64),
-    )
-    cs.save(net, tmp_path / "net.safetensors")
-    with pytest.raises(cs.FileError, match="does not say how to build"):
-        cs.load(tmp_path / "net.safetensors")
-    again: Any = cs.load(tmp_path / "net.safetensors", network("parallel", torch.float32, seed=5))
-    assert again.plan == net.plan and again.threshold == net.threshold
-    assert all(torch.equal(one, other) for one, other in zip(again(x), net(x), strict=True))
-    with pytest.raises(cs.FileError, match="another plan"):
-        cs.load(tmp_path / "net.safetensors", network("chain", torch.float32))
-    with pytest.raises(cs.InvalidInput, match="without masks"):
-        cs.load(tmp_path / "net.safetensors", network("parallel"), mask="edges")
-    with pytest.raises(cs.InvalidInput, match="optimised"):
-        cs.save(net.optimize(), tmp_path / "fast.safetensors")
-
-
-@pytest.mark.slow
-def test_a_network_by_name_is_built_again_from_its_file(tmp_path: Path) -> None:
-    model = cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4)
-    net = cs.anytime(model, threshold=0.3)
-    cs.save(net, tmp_path / "net.safetensors")
-    again, x = cs.load(tmp_path / "net.safetensors"), images(1, 64, 96)
-    with torch.no_grad():
-        assert all(torch.equal(one, other) for one, other in zip(again(x), net(x), strict=True))
 
 
 @pytest.mark.slow

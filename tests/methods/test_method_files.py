@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, images, slow
+from decisions import half_open
+from networks import Segmenter
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from training import SIZE, batch, residual_segmenter, with_exits
 
 import cadsurgery as cs
+from cadsurgery.masks import labelled
 from cadsurgery.methods.storage import read_plan
 
 MADE: dict[str, tuple[str, Callable[[nn.Module], Any], str]] = {
@@ -78,3 +85,78 @@ def test_export_and_push_say_what_to_do_instead(made: tuple[Any, Path, str], com
     assert refused.code == 1 and "cadsurgery run" in refused.err
     refused = command_line("push", str(made[1]), "owner/name", "--license", "mit", "--trust")
     assert refused.code == 1 and "hf upload" in refused.err
+
+
+# -- files and copies ----------------------------------------------------------------------------------
+
+
+def with_gates() -> cs.SampledModel:
+    where = ["backbone.2", "backbone.1.one.0"]
+    net = half_open(cs.sample(residual_segmenter().float(), where, grid=5, temperature=0.1, noise=True))
+    net.seed = 3
+    return net
+
+
+def sampled(sampler: object, inside: Callable[[nn.Module], nn.Module] = copy.copy, **options: Any) -> Any:
+    torch.manual_seed(0)
+    net = cs.resample(inside(Segmenter().eval()), sampler, (32, 40), **options)
+    with torch.no_grad():
+        for parameter in net.sampler.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return net.eval()
+
+
+def adaptive(model: nn.Module) -> nn.Module:
+    return cs.adaptify(model, "detail", verify_laws=False)
+
+
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "exits": lambda: with_exits((0.2, 0.3)),
+    "gates": with_gates,
+    "sampled around edges": lambda: sampled("edges:threshold=0.2", share=0.1, back="triangulation"),
+    "sampled as learned": lambda: sampled("learned", grid=5, smoothness=0.5, targets=(1, 2)),
+    "sampled at labels": lambda: sampled("labels", targets=None, ignore=None, mode="bilinear"),
+    "sampled before masks": lambda: sampled("uniform", adaptive),
+    "sampled before exits": lambda: sampled("uniform", lambda model: cs.anytime(model, ["backbone.1"])),
+}
+QUICK = ("exits", "gates", "sampled around edges")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NETWORKS])
+@torch.no_grad()
+def test_files_and_copies_give_the_network_again_and_share_nothing(name: str, tmp_path: Path) -> None:
+    net, file = NETWORKS[name](), tmp_path / "net.safetensors"
+    x, labels = images(2, *SIZE), batch()[1]
+    original = residual_segmenter().float() if name == "gates" else Segmenter()
+    cs.save(net, file)
+    copies = [cs.load(file, original.eval()), copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    with pytest.raises(cs.FileError, match="does not say how to build"):
+        cs.load(file)
+    with pytest.raises(cs.InvalidInput, match="without masks"):
+        cs.load(file, original, mask="edges")
+    with pytest.raises(cs.CadError):
+        cs.load(file, nn.Conv2d(3, 4, 3, 2, 1))
+    fast = net.optimize()
+    with pytest.raises(cs.InvalidInput, match="optimised"):
+        cs.save(fast, tmp_path / "fast.safetensors")
+    with labelled(labels):
+        expected, of_fast = tree_leaves(net(x)), tree_leaves(fast(x))
+        for parameter in net.parameters():
+            parameter.zero_()
+        for again in copies:
+            assert again.plan == net.plan and again.options == net.options and again.source == net.source
+            assert all(torch.equal(*pair) for pair in zip(tree_leaves(again(x)), expected, strict=True))
+        for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert all(torch.equal(*pair) for pair in zip(tree_leaves(again(x)), of_fast, strict=True))
+
+
+@pytest.mark.slow
+def test_networks_by_name_are_built_again_from_their_files(tmp_path: Path) -> None:
+    x = images(1, 64, 96)
+    model = cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4)
+    for net in (cs.anytime(model, threshold=0.3), cs.resample(model, "detail", 64).eval()):
+        cs.save(net, tmp_path / "net.safetensors")
+        again = cs.load(tmp_path / "net.safetensors")
+        with torch.no_grad():
+            pairs = zip(tree_leaves(again(x)), tree_leaves(net(x)), strict=True)
+            assert all(torch.equal(*pair) for pair in pairs)

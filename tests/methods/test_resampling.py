@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,22 +83,6 @@ def test_a_boundary_pixel_has_a_neighbour_of_another_label(targets: Any, ignore:
     assert torch.equal(boundaries(labels[0], targets, ignore), found[0])
 
 
-def test_two_regions_mark_both_sides_and_with_a_single_target_its_own() -> None:
-    labels = torch.full((9, 12), 11)
-    labels[:, 6:] = 5
-    both = boundaries(labels, None, None)
-    assert both[:, 5:7].all() and both.sum() == 18
-    one = boundaries(labels)
-    assert one[:, 5].all() and one.sum() == 9
-
-
-def test_ignored_pixels_are_not_marked_but_their_neighbours_are() -> None:
-    labels = torch.full((7, 7), 12)
-    labels[3, 3] = 255
-    found = boundaries(labels)
-    assert not found[3, 3] and found.sum() == 4
-
-
 # -- target locations ----------------------------------------------------------------------------------
 
 
@@ -121,41 +104,12 @@ def energy(found: Tensor, wanted: Tensor, smoothness: float) -> Tensor:
     return (found - wanted).square().sum() + smoothness * pairs
 
 
-@pytest.mark.parametrize("smoothness", SMOOTHNESS)
-@pytest.mark.parametrize("grid", [3, 5, 8])
-def test_the_solver_agrees_with_dense_least_squares(smoothness: float, grid: int) -> None:
-    boundary = boundaries(scene(61, 83)[0])
-    wanted, found = nearest(boundary, grid), target_locations(boundary, grid, smoothness)
-    for axis in range(2):
-        fixed = {}
-        rows, right = [], []
-        for i in range(grid):
-            for j in range(grid):
-                place = (i, j)[axis]
-                if place in (0, grid - 1):
-                    fixed[i * grid + j] = float(place > 0)
-        unit = np.eye(grid * grid)
-        for k in range(grid * grid):
-            rows.append(unit[k])
-            right.append(float(wanted[k // grid, k % grid, axis]))
-            for step in ([1] if k % grid < grid - 1 else []) + ([grid] if k // grid < grid - 1 else []):
-                rows.append(math.sqrt(smoothness) * (unit[k] - unit[k + step]))
-                right.append(0.0)
-        system, values = np.array(rows), np.array(right)
-        for k, value in fixed.items():
-            values = values - system[:, k] * value
-        free = [k for k in range(grid * grid) if k not in fixed]
-        solved = np.linalg.lstsq(system[:, free], values, rcond=None)[0]
-        expected = np.zeros(grid * grid)
-        expected[free], expected[list(fixed)] = solved, list(fixed.values())
-        assert np.abs(expected - found[..., axis].flatten().numpy()).max() < 1e-6
-
-
-@pytest.mark.parametrize("smoothness", [0.01, *SMOOTHNESS, 100.0])
-def test_the_gradient_of_the_energy_vanishes_on_what_is_free(smoothness: float) -> None:
+@pytest.mark.parametrize(("smoothness", "grid"), covering([0.01, *SMOOTHNESS, 100.0], [3, 5, 8]))
+def test_the_gradient_of_the_energy_vanishes_on_what_is_free(smoothness: float, grid: int) -> None:
+    """The energy is convex: with the sides where they are, these are the locations that minimise it."""
     boundary = boundaries(scene(61, 83)[1])
-    found = target_locations(boundary, 8, smoothness).requires_grad_()
-    energy(found, nearest(boundary, 8), smoothness).backward()
+    found = target_locations(boundary, grid, smoothness).requires_grad_()
+    energy(found, nearest(boundary, grid), smoothness).backward()
     assert found.grad is not None
     assert found.grad[1:-1, :, 0].abs().max() < 1e-10 and found.grad[:, 1:-1, 1].abs().max() < 1e-10
 
@@ -179,19 +133,6 @@ def test_smoothness_leads_from_the_boundary_to_the_uniform_grid() -> None:
     assert (target_locations(boundary, 8, math.inf) - uniform).abs().max() < 1e-12
     for little in (0.0, 1e-9):
         assert (target_locations(boundary, 8, little) - wanted)[1:-1, 1:-1].abs().max() < 1e-8
-
-
-@pytest.mark.parametrize("smoothness", [0.0, *SMOOTHNESS, 1e3])
-def test_a_boundary_at_the_uniform_places_gives_them(smoothness: float) -> None:
-    boundary = torch.zeros(29, 43, dtype=torch.bool)
-    boundary[::4, ::6] = True
-    assert (target_locations(boundary, 8, smoothness) - uniform_locations(8)).abs().max() < 1e-12
-
-
-def test_transposed_labels_give_transposed_locations() -> None:
-    labels = torch.cat((scene(40, 40, 1), scene(40, 40, 2)))
-    found, other = (target_locations(boundaries(one)) for one in (labels, labels.transpose(1, 2)))
-    assert_same(other, found.transpose(1, 2).flip(-1), 1e-12)
 
 
 def test_without_a_boundary_the_grid_is_uniform_to_the_last_bit() -> None:
@@ -337,17 +278,6 @@ def test_the_published_way_is_scattered_linear_interpolation() -> None:
         # Points in a cell of the uniform kind have two triangulations, and either is right.
         differs = ((found[one] - expected).abs() > 1e-9).any(0).double().mean()
         assert not expected.isnan().any() and differs < 0.02
-
-
-def test_both_ways_agree_the_more_the_finer_the_samples_are() -> None:
-    size, places = (97, 131), locations()
-    apart = []
-    for number in (15, 29, 57):
-        points = points_of(places, (number, number), size)
-        scores = torch.sin(points[..., 0] / 16) + torch.cos(points[..., 1] / 20)
-        one, other = (interpolate_back(scores.unsqueeze(1), places, size, method) for method in METHODS)
-        apart.append(float((one - other).abs().max()))
-    assert apart[1] < apart[0] / 2.5 and apart[2] < apart[1] / 2.5 and apart[2] < 0.02
 
 
 @pytest.mark.parametrize(("fold", "samples"), [(0.0, (33, 40)), (0.3, (15, 29)), (1.0, (15, 29))], ids=str)
@@ -626,58 +556,11 @@ def test_an_inference_copy_gives_the_same(sampler: str) -> None:
 # -- files ---------------------------------------------------------------------------------------------
 
 
-MADE: dict[str, Callable[[nn.Module], Any]] = {
-    "learned": lambda model: cs.resample(model, "learned", (32, 40), grid=5, smoothness=0.5, targets=(1, 2)),
-    "mask": lambda model: cs.resample(model, "edges:threshold=0.2", 32, share=0.1, back="triangulation"),
-    "labels": lambda model: cs.resample(model, "labels", 32, targets=None, ignore=None, mode="bilinear"),
-    "adaptive": lambda model: cs.resample(cs.adaptify(model, "detail", verify_laws=False), "uniform", 64),
-    "exits": lambda model: cs.resample(cs.anytime(model, ["stage2"]), "learned", 64),
-}
-
-
-@pytest.mark.parametrize("kind", ["mask", slow("learned"), slow("adaptive"), slow("labels"), slow("exits")])
-def test_a_saved_network_is_the_same_after_loading(kind: str, tmp_path: Path) -> None:
-    net, x = MADE[kind](randomise(Chain()).eval()), images(2, 61, 83)
-    with torch.no_grad():
-        for parameter in net.sampler.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
-    file = tmp_path / "net.safetensors"
-    labels = scene(61, 83)
-    with torch.no_grad(), labelled(labels):
-        expected = net.eval()(x)
-    cs.save(net, file)
-    again = cs.load(file, Chain().eval())
-    with torch.no_grad(), labelled(labels):
-        found = again(x)
-    pairs = zip(*(one if isinstance(one, tuple) else (one,) for one in (found, expected)), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
-    assert again.sampler.options == net.sampler.options and again.plan.size == net.plan.size  # type: ignore[union-attr]
-    with pytest.raises(cs.CadError):
-        cs.load(file, Classifier().eval())
-
-
-@pytest.mark.slow
-def test_a_network_by_name_is_built_again_from_its_file(tmp_path: Path) -> None:
-    model = cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4)
-    net, x = cs.resample(model, "detail", 64).eval(), images(1, 64, 96)
-    cs.save(net, tmp_path / "net.safetensors")
-    again = cs.load(tmp_path / "net.safetensors")
-    with torch.no_grad():
-        assert torch.equal(again(x)["out"], net(x)["out"])
-
-
 def test_what_no_file_can_hold_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "net.safetensors"
     with pytest.raises(cs.InvalidInput, match="cannot be stored"):
         cs.save(resampled(Spot()), file)
-    with pytest.raises(cs.InvalidInput, match="optimised"):
-        cs.save(resampled().optimize(), file)
-    cs.save(resampled(), file)
-    with pytest.raises(cs.InvalidInput, match="without masks"):
-        cs.load(file, Chain(), mask="edges")
-    with pytest.raises(cs.FileError, match="does not say how to build"):
-        cs.load(file)
-    assert not [path for path in tmp_path.iterdir() if path != file]
+    assert not [*tmp_path.iterdir()]
 
 
 # -- what is refused -----------------------------------------------------------------------------------

@@ -115,12 +115,6 @@ def test_only_the_last_convolution_is_counted_as_adaptive() -> None:
 # -- converted: the pools ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strides", [slow((8, 32)), (2, 32), slow((1, 32))])
-def test_without_further_strides_everything_low_is_the_published_network(strides: tuple[int, int]) -> None:
-    x, net = image(2, 64, 70), network()
-    assert_same(cs.adaptify(net, "none", output_stride=strides)(x), net(x))
-
-
 # -- measuring -----------------------------------------------------------------------------------------
 
 

@@ -309,20 +309,6 @@ def test_a_score_pickled_by_an_old_numpy_is_read(tmp_path: Path) -> None:
     assert load_published(old, "os8").net is not None
 
 
-@pytest.mark.slow
-def test_edge_maps_of_a_published_run_are_in_whole_blocks_of_its_levels() -> None:
-    state, x = tensors_of(EDGES), torch.zeros(2, 3, *SIZE)
-    x[0, :, 17, 50] = x[1, :, 60:, 90] = 5.0
-    for name, top in (("edges-8-16-0.95", 1), ("edges-8-32-0.95", 2)):
-        net = load_published(state, name).net
-        with torch.no_grad():
-            net(x)
-        levels = net.levels
-        assert set(levels.unique().tolist()) == {0, top}
-        blocks = levels.unfold(1, 4, 4).unfold(2, 4, 4).flatten(3)
-        assert (blocks == blocks[..., :1]).all()
-
-
 def published_estimator(state: State) -> nn.Module:
     """The layers of a file, as its tensors say."""
     layers = nn.Sequential(

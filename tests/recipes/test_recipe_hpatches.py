@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run
-from photos import save, save_some, scene
+from conftest import TESTS, Run
+from photos import describer, save, save_some, scene
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.tasks.keypoints import Extraction
@@ -22,33 +23,12 @@ from cadsurgery.tasks.keypoints.matching import warped
 from recipes.hpatches.evaluation import evaluate_matching
 from recipes.hpatches.sequences import Photo, find_sequences
 
-NETWORK = '''
-"""A network of a user."""
-
-import torch
-from torch import nn
-
-
-def describer():
-    """Eight channels at output stride 4."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3, 1, 1),
-    )
-'''
 HOMOGRAPHY = torch.tensor([[0.98, -0.06, 6.0], [0.05, 1.01, -4.0], [1e-4, 5e-5, 1.0]], dtype=torch.float64)
 
 
 @pytest.fixture
-def run(tmp_path: Path, command_line: Run) -> Run:
-    """Runs the recipe in a folder with a module `usernets`."""
-    (tmp_path / "usernets.py").write_text(NETWORK)
+def run(command_line: Run) -> Run:
     return partial(command_line, module="recipes.hpatches.match")
-
-
-def describer() -> nn.Module:
-    return cs.build_model("usernets:describer", "none")
 
 
 @pytest.fixture
@@ -118,7 +98,7 @@ def test_sequences_that_are_none_are_refused_with_the_layout(sequences: Path, tm
         find_sequences(sequences)
 
 
-EVAL = ("usernets:describer", "--output-stride", "1,4", "--count", 100, "--rounds", 1)
+EVAL = ("photos:describer", "--output-stride", "1,4", "--count", 100, "--rounds", 1)
 
 
 @pytest.mark.slow
@@ -190,8 +170,9 @@ def test_photos_are_matched_with_views_of_themselves(run: Run, folder: Path) -> 
 @pytest.mark.slow
 def test_two_processes_evaluate_what_one_does(run: Run, sequences: Path) -> None:
     pytest.importorskip("accelerate")
+    shutil.copy(TESTS / "photos.py", "photos.py")
     arguments = (
-        "usernets:describer",
+        "photos:describer",
         "--output-stride",
         "1,4",
         "--data",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels
+from conftest import assert_same, images
 from networks import made_once
 from PIL import Image
 from safetensors.torch import save_file
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.data.images import read_image
 from cadsurgery.network.macs import dense_macs
-from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor
 from recipes.r2d2 import recipe
 from recipes.r2d2.network import BUILDER, FRAME, LAYERS, PUBLISHED, R2D2, r2d2
 
@@ -127,18 +126,6 @@ def test_only_aligned_padding_lets_all_strides_be_put_back() -> None:
 # -- converted -----------------------------------------------------------------------------------------
 
 
-def test_everything_high_is_the_network_and_everything_low_is_it_at_every_eighth_pixel() -> None:
-    """Laws 1 and 2; `adaptify` itself compares them at another size, too."""
-    x, net = image(), converted("all")
-    expected = network()(x)
-    assert_same(net(x), expected)
-    found = net(x, mask="none")
-    assert_same(
-        {name: value[..., ::8, ::8] for name, value in found.items()},
-        {name: value[..., ::8, ::8] for name, value in expected.items()},
-    )
-
-
 def test_a_strided_network_with_the_same_weights_is_everything_low() -> None:
     """Low is an ordinary network: three strides of 2, and kernels without the dilation that stood for them."""
     net, x = network(), image(1, (64, 80))
@@ -157,25 +144,6 @@ def test_a_strided_network_with_the_same_weights_is_everything_low() -> None:
             features = next(ops)(features)
     found = converted("none")(x)["descriptors"]
     assert_same(found[..., ::8, ::8], F.normalize(features))
-
-
-def test_images_of_a_batch_do_not_interact_and_work_grows_with_the_map() -> None:
-    x, net = image(), converted("all")
-    levels = random_levels(2, SIZE, (2, 2, 2))
-    both = net(x, mask=levels)
-    for place in range(2):
-        alone = net(x[place : place + 1], mask=levels[place : place + 1])
-        assert_same({name: value[place : place + 1] for name, value in both.items()}, alone)
-    shares = [net.macs(x, mask=mask).mask / net.macs(x).high for mask in ("none", levels, "all")]
-    assert shares[0] < 0.12 < shares[1] < shares[2] == 1
-
-
-def test_the_command_finds_keypoints_by_the_networks_own_scores() -> None:
-    net = cs.adaptify(network().float(), "all", output_stride=(1, 8), verify_laws=False)
-    settings = Extraction("own", 8, "keypoints:detector=own,count=5,dilations=9/17", output="descriptors")
-    found = Extractor(net, settings)(torch.rand(3, *SIZE))
-    assert len(found.keypoints) == 8 and found.descriptors.shape == (8, 16)
-    assert 0 < net.active_fraction < 1
 
 
 # -- keypoints -----------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import Run, images
+from conftest import Run, covering, images, slow
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 from torchvision.ops import DeformConv2d, ps_roi_align, roi_align
@@ -226,25 +225,8 @@ def test_reports_of_macs_name_what_they_leave_out() -> None:
     assert net.macs(image, rule="published").not_counted == ()
 
 
-CODE = """
-import torch
-from torch import nn
-
-class Spectral(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1))
-        self.head = nn.Conv2d(4, 2, 1)
-
-    def forward(self, x):
-        x = self.stem(x)
-        return self.head(torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[2:]))
-"""
-
-
-def test_the_command_line_names_what_counts_leave_out(command_line: Run, tmp_path: Path) -> None:
-    (tmp_path / "usernets.py").write_text(CODE, encoding="utf-8")
-    name, size = ("--model", "usernets:Spectral"), ("--size", "64x96")
+def test_the_command_line_names_what_counts_leave_out(command_line: Run) -> None:
+    name, size = ("--model", f"{__name__}:Spectral"), ("--size", "64x96")
     for more in ((), ("--dense",)):
         assert LEFT_OUT in " ".join(command_line("macs", *name, *size, *more).out.split())
         values = command_line("macs", *name, *size, *more, "--json").json
@@ -278,13 +260,8 @@ def test_plans_that_differ_in_their_counts_alone_are_equal() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet18",
-        pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
-        pytest.param("lraspp_mobilenet_v3_large", marks=pytest.mark.slow),
-        pytest.param("swin_t", marks=pytest.mark.slow),
-        pytest.param("timm:vit_tiny_patch16_224", marks=pytest.mark.slow),
-        pytest.param("timm:convnext_atto", marks=pytest.mark.slow),
-        pytest.param("timm:hrnet_w18_small", marks=pytest.mark.slow),
+        *("resnet18", slow("mobilenet_v3_small"), slow("lraspp_mobilenet_v3_large"), slow("swin_t")),
+        *(slow("timm:vit_tiny_patch16_224"), slow("timm:convnext_atto"), slow("timm:hrnet_w18_small")),
     ],
 )
 def test_networks_cost_what_torch_counts_where_it_has_rules(name: str) -> None:
@@ -327,8 +304,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize(("name", "layout"), covering([*SHORT], [*LAYOUTS]))
 def test_shapes_that_are_answered_at_once_are_those_that_torch_gives(name: str, layout: str) -> None:
     x = torch.empty(3, 4, 5, 14 if layout == "part" else 7, device="meta")[:, :, :, :]
     x = LAYOUTS[layout](x)

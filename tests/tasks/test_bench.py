@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import sys
@@ -14,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, slow
+from conftest import assert_same, printed, slow
 from networks import strided
 from PIL import Image
-from rich.console import Console
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -237,19 +235,9 @@ def test_the_commit_is_told_only_in_a_checkout(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_table_shows_every_side_and_the_verdict(report: BenchReport) -> None:
-    console = Console(width=160, file=io.StringIO())
-    console.print(report.render())
-    text = console.file.getvalue()
-    for words in (
-        "dense high",
-        "dense low",
-        "budget 0.5",
-        "of law",
-        "realised",
-        "faster than high",
-        "2 images of 64x96",
-    ):
-        assert words in text
+    text = printed(report)
+    sides = ("dense high", "dense low", "budget 0.5", "faster than high", "2 images of 64x96")
+    assert all(words in text for words in (*sides, "of law", "realised"))
     verdicts = re.findall(r"time (?:follows work|does not follow work \(MISSED\)):", text)
     assert len(verdicts) == 2 and "of high" not in text
 
@@ -273,16 +261,7 @@ def test_rows_are_appended_as_lines_that_stand_alone(report: BenchReport, folder
     lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * len(FRACTIONS)
     for line in lines:
-        assert line.keys() >= {
-            "model",
-            "fill",
-            "date",
-            "versions",
-            "dense_high",
-            "law_ratio",
-            "fraction",
-            "band",
-        }
+        assert line.keys() >= {"model", "fill", "date", "versions", "dense_high", "fraction", "band"}
     assert [line["law_ratio"] for line in lines] == [r.law_ratio for n in report.networks for r in n.rows]
 
 
@@ -381,9 +360,7 @@ def test_the_dense_networks_are_timed_in_other_engines_too() -> None:
     assert named == [("ONNX Runtime", dtype, twin) for dtype in ("float32", "int8") for twin in twins]
     assert all(side.milliseconds > 0 for side in network.sides)
     assert [side.macs for side in network.sides] == [network.high.macs, network.low.macs] * 2
-    with (screen := Console(file=io.StringIO(), width=200)).capture() as shown:
-        screen.print(*found.parts())
-    assert "dense low, ONNX Runtime, int8" in shown.get()
+    assert "dense low, ONNX Runtime, int8" in printed(found)
 
 
 @pytest.mark.parametrize("level", [0, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run
-from photos import save_some, scene
+from conftest import TESTS, Run
+from photos import Both, describer, save_some, scene
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
@@ -27,56 +28,6 @@ from cadsurgery.tasks.keypoints import (
     write_features,
 )
 
-NETWORKS = '''
-"""Networks of a user."""
-
-import torch
-from torch import nn
-
-
-def describer():
-    """Eight channels at output stride 4."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3, 1, 1),
-    )
-
-
-class Both(nn.Module):
-    """A score map and descriptors at the image's size."""
-
-    def __init__(self):
-        super().__init__()
-        self.trunk = describer()
-        self.head = nn.Conv2d(8, 9, 1)
-
-    def forward(self, x):
-        out = self.head(nn.functional.interpolate(self.trunk(x), scale_factor=4.0, mode="bilinear", align_corners=True))
-        return {"scores": out[:, :1].sigmoid(), "descriptors": out[:, 1:]}
-
-
-def both():
-    torch.manual_seed(0)
-    return Both()
-
-
-def middle(images):
-    """One keypoint, in the middle."""
-    return [torch.tensor([[image.shape[2] // 2, image.shape[1] // 2]]) for image in images]
-'''
-
-
-@pytest.fixture
-def run(tmp_path: Path, command_line: Run) -> Run:
-    """Runs `cadsurgery ARGS` in a folder with a module `usernets`."""
-    (tmp_path / "usernets.py").write_text(NETWORKS)
-    return command_line
-
-
-def describer() -> nn.Module:
-    return cs.build_model("usernets:describer", "none")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -84,17 +35,19 @@ def folder(tmp_path: Path) -> Path:
     return save_some(tmp_path / "images")
 
 
-EXTRACT = ("keypoints", "extract", "usernets:describer")
+EXTRACT = ("keypoints", "extract", "photos:describer")
 
 
-def test_features_of_a_folder_are_written_and_a_corrupt_image_is_reported(run: Run, folder: Path) -> None:
+def test_features_of_a_folder_are_written_and_a_corrupt_image_is_reported(
+    command_line: Run, folder: Path
+) -> None:
     with Image.open(
         folder / "first.png"
     ) as image:  # held on its side; keypoints are in pixels as they are stored
         turned = image.getexif()
         turned[0x0112] = 6
         image.save(folder / "first.png", exif=turned)
-    result = run(*EXTRACT, folder, "missing.png", "--output", "out", "--count", 50, "--json")
+    result = command_line(*EXTRACT, folder, "missing.png", "--output", "out", "--count", 50, "--json")
     assert result.code == 1
     assert [Path(failure["image"]).name for failure in result.json["failed"]] == ["missing.png", "broken.png"]
     rows = {Path(row["image"]).name: row for row in result.json["images"]}
@@ -109,14 +62,14 @@ def test_features_of_a_folder_are_written_and_a_corrupt_image_is_reported(run: R
             with Image.open(row["image"]) as image:
                 assert tuple(file["image_size"]) == image.size
     assert 0 < rows["first.png"]["keypoints"] <= 50
-    told = run(*EXTRACT, folder, "--output", "out", "--count", 50)
+    told = command_line(*EXTRACT, folder, "--output", "out", "--count", 50)
     assert (
         told.code == 1 and "3 there already" in told.out and "1 failed" in told.out and "broken" in told.err
     )
 
 
 def test_an_interrupted_extraction_goes_on_and_keeps_what_is_there(
-    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command_line: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, failed = extract(describer(), [folder], tmp_path / "whole", options={"output_stride": (1, 4)})
     calls = []
@@ -144,11 +97,12 @@ def test_an_interrupted_extraction_goes_on_and_keeps_what_is_there(
 
 
 @pytest.mark.slow
-def test_two_processes_extract_what_one_does(run: Run, folder: Path) -> None:
+def test_two_processes_extract_what_one_does(command_line: Run, folder: Path) -> None:
     pytest.importorskip("accelerate")
+    shutil.copy(TESTS / "photos.py", "photos.py")
     found = {}
     for processes, output in ((1, "one"), (2, "two")):
-        result = run(*EXTRACT, folder, "--output", output, "--json", processes=processes)
+        result = command_line(*EXTRACT, folder, "--output", output, "--json", processes=processes)
         assert result.code != 0 and len(result.json["failed"]) == 1, result.err
         found[output] = [
             (row["image"], row["keypoints"], read_features(Path(row["output"])).descriptors)
@@ -160,18 +114,20 @@ def test_two_processes_extract_what_one_does(run: Run, folder: Path) -> None:
         torch.testing.assert_close(descriptors, other[2])
 
 
-def test_a_folder_of_features_made_otherwise_is_refused(run: Run, folder: Path) -> None:
-    assert run(*EXTRACT, folder / "first.png", "--output", "out").code == 0
-    refused = run(*EXTRACT, folder / "first.png", "--output", "out", "--count", 3, "--json")
+def test_a_folder_of_features_made_otherwise_is_refused(command_line: Run, folder: Path) -> None:
+    assert command_line(*EXTRACT, folder / "first.png", "--output", "out").code == 0
+    refused = command_line(*EXTRACT, folder / "first.png", "--output", "out", "--count", 3, "--json")
     assert refused.code == 1 and "count: 512, now 3" in refused.json["where"] and refused.json["next"]
     Path("out/extraction.json").write_text("{")
-    assert run(*EXTRACT, folder / "first.png", "--output", "out", "--json").json["error"] == "FileError"
+    assert (
+        command_line(*EXTRACT, folder / "first.png", "--output", "out", "--json").json["error"] == "FileError"
+    )
 
 
-def test_a_truncated_file_of_features_is_reported(run: Run, folder: Path) -> None:
-    assert run(*EXTRACT, folder / "first.png", "--output", "out").code == 0
+def test_a_truncated_file_of_features_is_reported(command_line: Run, folder: Path) -> None:
+    assert command_line(*EXTRACT, folder / "first.png", "--output", "out").code == 0
     Path("out/first.npz").write_bytes(b"PK")
-    result = run(*EXTRACT, folder / "first.png", "--output", "out", "--json")
+    result = command_line(*EXTRACT, folder / "first.png", "--output", "out", "--json")
     assert result.code == 1 and "first.npz" in result.json["failed"][0]["what"]
 
 
@@ -187,16 +143,16 @@ def test_features_survive_their_file(form: str, tmp_path: Path) -> None:
     assert found.size == (48, 64)
 
 
-def test_hdf5_is_laid_out_as_hloc_reads_it(run: Run, folder: Path) -> None:
+def test_hdf5_is_laid_out_as_hloc_reads_it(command_line: Run, folder: Path) -> None:
     import h5py
 
-    assert run(*EXTRACT, folder / "first.png", "--form", "h5", "--output", "out").code == 0
+    assert command_line(*EXTRACT, folder / "first.png", "--form", "h5", "--output", "out").code == 0
     with h5py.File("out/first.h5") as file:
         group = file["first.png"]
         assert group["descriptors"].shape == (8, len(group["keypoints"]))
 
 
-def test_descriptors_are_those_of_the_network_at_the_keypoints(run: Run) -> None:
+def test_descriptors_are_those_of_the_network_at_the_keypoints(command_line: Run) -> None:
     """In every way they can be found, and mapped back to the pixels of the file."""
     image = scene()
     net = cs.adaptify(describer(), "edges", output_stride=(1, 4), verify_laws=False).eval()
@@ -224,13 +180,20 @@ def cs_keypoints(points: Tensor) -> Any:
     return keypoints_at([points.double()])
 
 
-def test_a_network_with_its_own_score_map_detects_and_describes(run: Run, folder: Path) -> None:
-    arguments = ("keypoints", "extract", "usernets:both", folder / "first.png", "--output-stride", "1,4")
-    own = run(*arguments, "--detector", "own", "--mask", "edges", "--output", "own", "--count", 40, "--json")
+def middle(images: Tensor) -> list[Tensor]:
+    """One keypoint, in the middle."""
+    return [torch.tensor([[image.shape[2] // 2, image.shape[1] // 2]]) for image in images]
+
+
+def test_a_network_with_its_own_score_map_detects_and_describes(command_line: Run, folder: Path) -> None:
+    arguments = ("keypoints", "extract", "photos:Both", folder / "first.png", "--output-stride", "1,4")
+    own = command_line(
+        *arguments, "--detector", "own", "--mask", "edges", "--output", "own", "--count", 40, "--json"
+    )
     assert own.code == 0 and own.json["images"][0]["keypoints"] == 40
     features = read_features(Path("own/first.npz"))
     assert bool((features.scores.diff() <= 0).all()) and features.keypoints.min() >= 5
-    given = run(*arguments, "--detector", "usernets:middle", "--output", "given", "--json")
+    given = command_line(*arguments, "--detector", f"{__name__}:middle", "--output", "given", "--json")
     middle = read_features(Path("given/first.npz"))
     assert given.code == 0 and middle.keypoints.tolist() == [[64, 48]] and middle.descriptors.shape == (1, 8)
 
@@ -239,7 +202,7 @@ def test_a_network_with_its_own_score_map_detects_and_describes(run: Run, folder
     ("arguments", "said"),
     [
         (("--detector", "surf"), "sift"),
-        (("--detector", "usernets:none"), "usernets"),
+        (("--detector", "photos:none"), "photos"),
         (("--detector", "own", "--mask", "all"), "score map"),
         (("--form", "txt"), "npz"),
         (("--reach", "far"), "receptive"),
@@ -251,68 +214,53 @@ def test_a_network_with_its_own_score_map_detects_and_describes(run: Run, folder
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_extraction_refuses_what_cannot_be(
-    run: Run, folder: Path, arguments: tuple[str, ...], said: str
+    command_line: Run, folder: Path, arguments: tuple[str, ...], said: str
 ) -> None:
-    result = run(*EXTRACT, folder / "first.png", "--output", "out", *arguments, "--json")
+    result = command_line(*EXTRACT, folder / "first.png", "--output", "out", *arguments, "--json")
     assert result.code == 1
     error = result.json["failed"][0] if "failed" in result.json else result.json
     assert said in json.dumps(error)
     assert not list(Path().glob("out/*.npz"))
 
 
-def test_a_network_without_a_map_of_descriptors_is_refused_before_any_image(
-    run: Run, folder: Path, tmp_path: Path
-) -> None:
-    more = """
+class Flat(Both):
+    """Descriptors without places."""
 
-class Flat(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x).mean((2, 3))
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.trunk(x).mean((2, 3))
 
 
 class Two(Both):
-    def forward(self, x):
+    """Two maps of descriptors."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {**super().forward(x), "more": self.trunk(x)}
 
 
-def flat():
-    return Flat(*describer())
-
-
-def two():
-    return Two()
-"""
-    (tmp_path / "usernets.py").write_text(NETWORKS + more)
+def test_a_network_without_a_map_of_descriptors_is_refused_before_any_image(
+    command_line: Run, folder: Path
+) -> None:
+    more = ("--output", "out", "--output-stride", "1,4")
     flat, two = (
-        run(
-            "keypoints",
-            "extract",
-            f"usernets:{name}",
-            folder,
-            "-o",
-            "out",
-            "--output-stride",
-            "1,4",
-            "--json",
-        )
-        for name in ("flat", "two")
+        command_line("keypoints", "extract", f"{__name__}:{name}", folder, *more, "--json")
+        for name in ("Flat", "Two")
     )
     assert flat.code == two.code == 1
     assert "no map of descriptors" in flat.json["what"] and "features" in flat.json["next"]
     assert "2 maps" in two.json["what"] and "descriptors or more" in two.json["next"]
     assert not Path("out/extraction.json").exists()
-    named = ("usernets:two", folder / "first.png", "--output", "out", "--output-name", "more")
-    assert run("keypoints", "extract", *named, "--output-stride", "1,4").code == 0
+    named = (f"{__name__}:Two", folder / "first.png", *more, "--output-name", "more")
+    assert command_line("keypoints", "extract", *named).code == 0
 
 
-def test_a_converted_network_is_given_other_output_strides(run: Run, folder: Path, tmp_path: Path) -> None:
-    cs.save(
-        cs.adaptify(describer(), "edges", output_stride=(1, 4), verify_laws=False),
-        tmp_path / "net.safetensors",
-    )
+def test_a_converted_network_is_given_other_output_strides(
+    command_line: Run, folder: Path, tmp_path: Path
+) -> None:
+    net = cs.build_model("photos:describer", "none")
+    cs.save(cs.adaptify(net, "edges", output_stride=(1, 4), verify_laws=False), tmp_path / "net.safetensors")
     arguments = ("keypoints", "extract", "net.safetensors", "--trust", folder / "first.png", "--mask", "")
-    assert run(*arguments).code == 0
-    assert run(*arguments, "--output-stride", "2,4", "-o", "coarse").code == 0
+    assert command_line(*arguments).code == 0
+    assert command_line(*arguments, "--output-stride", "2,4", "-o", "coarse").code == 0
     fine, coarse = (json.loads(Path(out, "extraction.json").read_text()) for out in ("features", "coarse"))
     assert fine["made_with"]["plan"][0] == [1, 4] and coarse["made_with"]["plan"][0] == [2, 4]
     assert fine["made_with"]["model"] == coarse["made_with"]["model"]

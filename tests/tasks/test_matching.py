@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -78,49 +77,6 @@ def test_a_match_is_the_nearest_of_its_nearest(seed: int, sizes: tuple[int, int]
     assert found.tolist() == wanted
 
 
-@QUICK
-@given(seed=st.integers(0, 999), sizes=st.tuples(st.integers(1, 30), st.integers(1, 30)))
-def test_matching_is_symmetric_and_each_row_is_matched_once(seed: int, sizes: tuple[int, int]) -> None:
-    torch.manual_seed(seed)
-    first, second = (torch.randn(size, 8) for size in sizes)
-    found, back = mutual_matches(first, second), mutual_matches(second, first)
-    assert sorted(map(tuple, found.flip(1).tolist())) == list(map(tuple, back.tolist()))
-    assert all(len(side.unique()) == len(found) for side in found.unbind(1))
-    assert 1 <= len(found) <= min(sizes)
-
-
-@QUICK
-@given(seed=st.integers(0, 999))
-def test_the_order_of_rows_does_not_matter(seed: int) -> None:
-    torch.manual_seed(seed)
-    first, second, order = torch.randn(15, 8), torch.randn(12, 8), torch.randperm(12)
-    found = mutual_matches(first, second[order])
-    found[:, 1] = order[found[:, 1]]
-    assert torch.equal(found, mutual_matches(first, second))
-
-
-def test_normalised_rows_are_matched_by_their_distance() -> None:
-    first, second = F.normalize(torch.randn(40, 6).double()), F.normalize(torch.randn(30, 6).double())
-    apart = torch.cdist(first, second)
-    nearest, back = apart.argmin(1), apart.argmin(0)
-    wanted = [[i, int(j)] for i, j in enumerate(nearest) if int(back[j]) == i]
-    assert mutual_matches(first, second).tolist() == wanted
-
-
-def test_raw_rows_are_matched_by_their_inner_product() -> None:
-    """As published: a long row is like everything."""
-    first = torch.tensor([[1.0, 0.0]])
-    second = torch.tensor([[1.0, 0.0], [9.0, 9.0]])
-    assert mutual_matches(first, second).tolist() == [[0, 1]]
-    assert mutual_matches(F.normalize(first), F.normalize(second)).tolist() == [[0, 0]]
-
-
-@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
-def test_nothing_is_matched_with_nothing(sizes: tuple[int, int]) -> None:
-    found = mutual_matches(torch.randn(sizes[0], 4), torch.randn(sizes[1], 4))
-    assert found.shape == (0, 2) and found.dtype == torch.int64
-
-
 @pytest.mark.parametrize(
     ("first", "second"), [((3, 4), (3, 5)), ((0, 4), (2, 5)), ((4,), (3, 4)), ((1, 3, 4), (3, 4))]
 )
@@ -179,14 +135,6 @@ def test_an_error_of_exactly_the_threshold_is_right() -> None:
     assert matching_accuracy(errors, [0, 2.9, 3, 3.2, 1e9]) == [0.25, 0.25, 0.5, 0.75, 0.75]
 
 
-@QUICK
-@given(seed=st.integers(0, 999))
-def test_accuracy_rises_with_the_threshold(seed: int) -> None:
-    torch.manual_seed(seed)
-    found = matching_accuracy(20 * torch.rand(30, dtype=torch.float64), THRESHOLDS)
-    assert all(0 <= fewer <= more <= 1 for fewer, more in pairwise(found))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 def test_points_of_any_type_have_the_same_errors(dtype: torch.dtype) -> None:
     first = torch.tensor([[3, 4], [100, 50]])
@@ -207,16 +155,6 @@ def test_points_are_moved_as_opencv_moves_them(seed: int) -> None:
     assert found.dtype == torch.float64 and np.allclose(found.numpy(), wanted)
 
 
-@QUICK
-@given(seed=st.integers(0, 999), other=st.integers(0, 999), scale=st.sampled_from([-3.0, 0.1, 7.0]))
-def test_moving_is_a_group_and_scale_means_nothing(seed: int, other: int, scale: float) -> None:
-    points, one, two = spread(20, seed), homography(seed), homography(other)
-    assert torch.equal(warped(points, IDENTITY), points)
-    assert torch.allclose(warped(warped(points, one), two), warped(points, two @ one))
-    assert torch.allclose(warped(warped(points, one), one.inverse()), points)
-    assert torch.allclose(warped(points, scale * one), warped(points, one))
-
-
 def test_what_is_moved_to_infinity_is_never_right() -> None:
     """The line x = 4 goes to infinity."""
     truth = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-0.25, 0, 1]], dtype=torch.float64)
@@ -224,14 +162,8 @@ def test_what_is_moved_to_infinity_is_never_right() -> None:
     found = warped(points, truth)
     assert not found[0].isfinite().any() and found[1].tolist() == [0.0, 0.0]
     errors = match_errors(points, points, each(3), truth)
+    assert errors.tolist() == [INF, 0.0, INF]
     assert matching_accuracy(errors, [1e9]) == [pytest.approx(1 / 3)]
-    assert not errors.isnan().any()
-
-
-def test_an_infinite_error_is_infinite() -> None:
-    truth = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-0.25, 0, 1]], dtype=torch.float64)
-    points = torch.tensor([[4.0, 2.0], [4.0, 0.0]])
-    assert match_errors(points, points, each(2), truth).tolist() == [INF, INF]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TESTS, Run
+from conftest import Run
 from networks import Segmenter, made_once
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from training import SIZE, Scenes, adaptive, flip
+from training import SIZE, Scenes, adaptive
 
 import cadsurgery as cs
 from cadsurgery.data import IGNORED, SegmentationData
@@ -108,13 +106,6 @@ def test_folders_named_as_splits_are_splits_and_labels_beside_images_are_left_al
     assert names["all"] == names["train"] + names["val"]
     with pytest.raises(cs.FileError, match="splits train, val"):
         cs.open_data(f"images:{tmp_path}", "test")
-
-
-def test_a_folder_without_photos_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(cs.FileError, match="no images"):
-        cs.open_data(f"images:{tmp_path}")
-    with pytest.raises(cs.FileError, match="no file or folder"):
-        cs.open_data(f"images:{tmp_path / 'nothing'}")
 
 
 # -- fidelity ------------------------------------------------------------------------------------------
@@ -248,16 +239,6 @@ def test_the_command_judges_masks_on_photos(
     assert found["fidelity"] == "values" and found["rows"][2]["relative_error"] > 0
 
 
-@pytest.mark.slow
-def test_two_processes_find_what_one_finds(photos: Path, tmp_path: Path, command_line: Run) -> None:
-    shutil.copy(TESTS / "networks.py", tmp_path)
-    told = ["eval", "networks:Segmenter", "--data", f"images:{photos}", "--output-stride", "4,16"]
-    one, two = (
-        json.loads(command_line(*told, "--rounds", 0, "--json", processes=count).out) for count in (1, 2)
-    )
-    assert two["processes"] == 2 and two["rows"] == one["rows"] and two["images"] == one["images"] == 3
-
-
 # -- training ------------------------------------------------------------------------------------------
 
 
@@ -336,23 +317,6 @@ def test_a_network_that_stays_as_it_is_at_full_resolution_is_its_own_teacher(
     assert outcome.after["divergence"] < outcome.before["divergence"]
     assert torch.equal(net(image, mask="all"), before) == (train == "adapters")
     assert [made is None for made in copies] == ([True, True] if train == "adapters" else [False])
-
-
-def test_a_run_on_photos_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(row: Any) -> None:
-        if row["step"] == 4:
-            raise Stop
-
-    arguments: dict[str, Any] = {"validation": Alone(), "augment": flip, "device": "cpu"}
-    fit(adaptive(), Alone(), QUICK, output=tmp_path / "whole", **arguments)
-    with pytest.raises(Stop):
-        fit(adaptive(), Alone(), QUICK, output=tmp_path / "parted", on_step=stop, **arguments)
-    assert fit(adaptive(), Alone(), QUICK, output=tmp_path / "parted", **arguments).resumed == 3
-    whole, parted = (load_file(tmp_path / name / "net.safetensors") for name in ("whole", "parted"))
-    assert all(torch.equal(value, parted[name]) for name, value in whole.items())
 
 
 def test_maps_that_are_no_classes_are_trained_by_their_relative_error(tmp_path: Path) -> None:

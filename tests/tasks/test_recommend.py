@@ -26,7 +26,6 @@ from cadsurgery.tasks.judging import (
     CLASSES,
     FOUND,
     LABELS,
-    VALUES,
     Estimate,
     Judgement,
     estimate,
@@ -82,26 +81,6 @@ def test_quality_is_the_mean_iou_of_all_pictures_and_its_error_falls_with_their_
     same = estimate(base, base, CLASSES)
     assert (same.value, same.change, same.error) == (1.0, 0.0, 0.0)
     assert math.isnan(estimate(ours[:1], base[:1], LABELS).error)
-
-
-def test_fidelity_counts_a_rare_class_as_much_as_others() -> None:
-    given = torch.zeros(1, 40, 40, dtype=torch.int64)
-    given[:, :2, :2] = 1
-    without_rare = judge(1.0, scores(torch.zeros_like(given), 3), scores(given, 3), None, (40, 40), "classes")
-    own = judge(1.0, scores(given, 3), scores(given, 3), None, (40, 40), "classes")
-    assert without_rare.same > 0.99
-    assert estimate([without_rare], [own], CLASSES).value == pytest.approx(0.5, abs=0.01)
-    # A few pixels of a class that the network as given does not predict weigh as pixels, not as a class.
-    with_new = given.clone()
-    with_new[:, -1, -1] = 2
-    judged = judge(1.0, scores(with_new, 3), scores(given, 3), None, (40, 40), "classes")
-    assert estimate([judged], [own], CLASSES).value > 0.99
-
-
-def test_values_are_judged_by_their_relative_error() -> None:
-    given = torch.rand(1, 1, 9, 11) + 1
-    judged = [judge(1.0, factor * given, given, None, (9, 11), "values") for factor in (0.9, 1.0)]
-    assert estimate(judged[:1], judged[1:], VALUES).value == pytest.approx(0.9, abs=1e-6)
 
 
 # -- the choice ----------------------------------------------------------------------------------------
@@ -329,6 +308,7 @@ def run(photos: Path | str, folder: Path, network: nn.Module | None = None, **op
     )
 
 
+@pytest.mark.slow
 def test_on_pages_that_are_mostly_empty_floors_do_less_work(tmp_path: Path) -> None:
     folder, page = tmp_path / "pages", torch.full((3, 128, 160), 230, dtype=torch.uint8)
     folder.mkdir()

@@ -133,17 +133,8 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     assert made.code == 0, made.err
     assert made.json["error"] < 1e-5 and len(made.json["sides"]) == 3
     quick = ("--steps", "1", "--batch", "2", "--crop", "0", "--workers", "0", "--device", "cpu")
-    training = (
-        "--data",
-        DATA,
-        "--output",
-        "run",
-        "--objective",
-        "locations",
-        "--validation-split",
-        "",
-        "--trust",
-    )
+    training = ("--data", DATA, "--output", "run", "--objective", "locations", "--validation-split", "")
+    training += ("--trust",)
     trained = command_line("finetune", "net.safetensors", *training, *quick, "--json")
     assert trained.code == 0, trained.err
     told = command_line("eval", "run/net.safetensors", "--data", DATA, "--rounds", "0", "--trust", "--json")

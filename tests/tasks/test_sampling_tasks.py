@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from conftest import Run, printed
 from networks import ResidualSegmenter
 from PIL import Image
-from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from training import residual_segmenter, with_gates
+from training import DATA, Scenes, batch, with_exits, with_gates, with_sampler
+from training import QUICK as ONE_STEP
 
 import cadsurgery as cs
 from cadsurgery.data.images import write_picture
@@ -30,49 +30,14 @@ from cadsurgery.tasks.bench_report import MethodBench
 from cadsurgery.tasks.evaluation import evaluate
 from cadsurgery.tasks.open import example_batch
 
-QUICK: dict[str, Any] = {
-    **{"steps": 3, "batch": 2, "crop": 0, "jitter": 0.0, "flip": False, "workers": 0, "validate_every": 2},
-    **{"lr": 0.01, "save_every": 1, "optimizer": "adamw"},
-}
+QUICK: dict[str, Any] = {**ONE_STEP, "steps": 3, "optimizer": "adamw"}
 DRAW = Draw(3, 2, (0, 1))
-CLASSES = 6
-DATA = "scene:2,height=48,width=64"
 
 
-def exits() -> cs.AnytimeModel:
-    return cs.anytime(residual_segmenter(), exits=["backbone.1", "backbone.2"], classes=CLASSES)
+class Unlabelled(Scenes):
+    """Images alone count."""
 
-
-def exits_with_thresholds() -> cs.AnytimeModel:
-    return cs.anytime(
-        residual_segmenter(), exits=["backbone.1", "backbone.2"], classes=CLASSES, threshold=(0.9, 0.8)
-    )
-
-
-def sampler() -> cs.ResampledModel:
-    return cs.resample(residual_segmenter(), "uniform", (24, 32))
-
-
-class Pictures:
-    """Random images, with labels or without."""
-
-    name = "random"
-
-    def __init__(self, is_labelled: bool) -> None:
-        self.is_labelled = is_labelled
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int, /) -> tuple[tuple[Tensor], Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        image = torch.rand(3, 33, 45, generator=generator)
-        return (image,), torch.randint(0, CLASSES, (33, 45), generator=generator)
-
-
-def batch() -> tuple[tuple[Tensor, ...], Tensor]:
-    pairs = [Pictures(True)[place] for place in range(2)]
-    return (torch.stack([one[0] for one, _ in pairs]),), torch.stack([labels for _, labels in pairs])
+    is_labelled = False
 
 
 def test_the_loss_is_that_of_the_labels_and_how_open_gates_are() -> None:
@@ -135,19 +100,19 @@ def test_what_has_no_gates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(cs.InvalidInput, match="has no gates"):
         make_objective("sparse", ResidualSegmenter(), {})
     with pytest.raises(cs.InvalidInput, match="network with gates"):
-        fit(ResidualSegmenter(), Pictures(True), Settings(**QUICK, train="gates"), output=tmp_path)
+        fit(ResidualSegmenter(), Scenes(), Settings(**QUICK, train="gates"), output=tmp_path)
     with pytest.raises(cs.InvalidInput, match="optimised"):
-        fit(with_gates().optimize(), Pictures(True), Settings(**QUICK), output=tmp_path)
+        fit(with_gates().optimize(), Scenes(), Settings(**QUICK), output=tmp_path)
 
 
-@pytest.mark.parametrize("is_labelled", [True, False])
+@pytest.mark.parametrize("data", [Scenes, Unlabelled])
 @pytest.mark.parametrize("train", ["gates", "all"])
 def test_training_moves_what_it_should_and_writes_a_network(
-    train: str, is_labelled: bool, tmp_path: Path
+    train: str, data: type[Scenes], tmp_path: Path
 ) -> None:
     net = with_gates()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    outcome = fit(net, Pictures(is_labelled), Settings(**QUICK, train=train), output=tmp_path)
+    outcome = fit(net, data(), Settings(**QUICK, train=train), output=tmp_path)
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     own = {name for name in before if name.startswith("sampling_gates.")}
     assert own <= moved
@@ -162,7 +127,7 @@ def test_training_moves_what_it_should_and_writes_a_network(
 def test_a_run_that_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole, parts = with_gates(), with_gates()
     settings = Settings(**QUICK, train="gates", objective_options={"start": 0.5, "decay": 0.9})
-    fit(whole, Pictures(False), settings, output=tmp_path / "whole")
+    fit(whole, Unlabelled(), settings, output=tmp_path / "whole")
     assert all(float(gate.temperature) == pytest.approx(0.5 * 0.9**3) for gate in whole.gates)
 
     class Stopped(Exception):
@@ -173,8 +138,8 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
             raise Stopped
 
     with pytest.raises(Stopped):
-        fit(parts, Pictures(False), settings, output=tmp_path / "parts", on_step=stop)
-    fit(parts, Pictures(False), settings, output=tmp_path / "parts")
+        fit(parts, Unlabelled(), settings, output=tmp_path / "parts", on_step=stop)
+    fit(parts, Unlabelled(), settings, output=tmp_path / "parts")
     assert all(
         torch.equal(a, b)
         for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True)
@@ -233,10 +198,11 @@ def test_bench_measures_gates_between_all_closed_and_all_open(command_line: Run,
     report = bench(net, fractions=(0.5,), picture=tmp_path / "bench.png", output=tmp_path / "rows", **told)
     assert isinstance(report, MethodBench)
     dense, own, closed, half, whole = report.rows
+    images = torch.cat([example_batch(None, None, (33, 45), seed) for seed in range(2)])
     assert closed.macs < half.macs < whole.macs and closed.macs < own.macs < whole.macs
     assert whole.macs > dense.macs  # by the gates
     assert closed.line == closed.milliseconds and whole.line == whole.milliseconds and dense.line is None
-    assert own.macs == net.optimize().macs(normalise_scenes()).total
+    assert own.macs == net.optimize().macs(images).total
     lines = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [line["side"] for line in lines] == [row.side for row in report.rows]
     assert (tmp_path / "bench.png").stat().st_size > 0
@@ -247,12 +213,10 @@ def test_bench_measures_gates_between_all_closed_and_all_open(command_line: Run,
         bench(file, **told)
 
 
-def normalise_scenes() -> Tensor:
-    return torch.cat([example_batch(None, None, (33, 45), seed) for seed in range(2)])
-
-
-@pytest.mark.parametrize("make_other", [exits, exits_with_thresholds, sampler])
-def test_bench_measures_what_other_methods_made(make_other: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make_other", [with_exits, lambda: with_exits((0.9, 0.8)), lambda: with_sampler("uniform")]
+)
+def test_bench_measures_what_other_methods_made(make_other: Any) -> None:
     report = bench(make_other(), size=(33, 45), rounds=1, threads=1)
     assert isinstance(report, MethodBench) and len(report.rows) == 2
     first, last = report.rows

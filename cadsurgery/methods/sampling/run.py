@@ -27,7 +27,7 @@ from cadsurgery.methods.sampling.program import SampledProgram, reconstruct
 from cadsurgery.surgery.hooks import child
 
 # From this share of open positions the whole map is computed and filled in place. There both ways took equally long in
-# MobileNetV2 (`python benchmarks/sampling.py --choice`); in ResNet-50 computing open positions was a little faster.
+# MobileNetV2 (`python -m benchmarks.sides gates`); in ResNet-50 computing open positions was a little faster.
 WHOLE_FROM = 0.95
 
 
