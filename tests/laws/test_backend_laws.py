@@ -45,17 +45,8 @@ from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
-    "uniform",
-    "without overlap",  # of floors: test_floor_laws.py
-    "portable",
-    "graph",
-    "triton",
-    "whole map",
-    "native",
-    "integers",
-    "products",
-    "expression",
-    "torch",
+    *("uniform", "without overlap", "portable", "graph", "triton", "whole map", "native"),
+    *("integers", "products", "expression", "torch"),
 ]
 OF_GRAPHS = ("portable", "graph", "expression")  # which apply while a graph is made
 TYPES = (torch.float32, torch.float64, torch.bfloat16)

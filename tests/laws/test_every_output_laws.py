@@ -211,38 +211,6 @@ def test_every_output_at_every_level_is_the_network_dilated_by_hand(seed: int) -
             assert_same(ours[:, :, ::here, ::here], theirs.data[:, :, ::there, ::there], 1e-9)
 
 
-class TwoOutputs(nn.Module):
-    """The second output reads again, downsampled, what the first one reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.d, self.p = nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 1)
-        self.r = nn.Conv2d(8, 8, (5, 1), padding=(2, 0), padding_mode="replicate")
-        self.e = nn.Conv2d(8, 8, 3, padding=1)
-
-    def run(self, u: Any, by: Any, add: Any) -> tuple[Any, Any]:
-        v = by.window(u, self.b)
-        w = add(by.like(by.window(v, self.p), u), by.window(u, self.r))
-        return by.window(w, self.e), add(by.window(w, self.d), v)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.run(self.a(x), Straight(), torch.add)
-
-
-@torch.no_grad()
-def test_a_second_output_does_not_make_the_first_another() -> None:
-    model, x = TwoOutputs().double().eval(), images(2, 96, 64).double()
-    net = cs.adaptify(model, "all", output_stride=(4, 8), fill="nearest")
-    assert not net.plan.between
-
-    def add(one: Map, other: Map) -> Map:
-        return Map(one.data + other.data, one.own, one.at)
-
-    for ours, theirs in zip(net(x), model.run(Map(model.a(x), 4, 4), ByHand(4), add), strict=True):
-        assert_same(ours, theirs.data, 1e-9)
-
-
 class Opaque(nn.Module):
     """An operation without a rule between two parts of a region."""
 

@@ -123,13 +123,24 @@ def mixed(batch: int, size: tuple[int, int], cell: int, level: int, seed: int = 
     return levels[:, : size[0], : size[1]]
 
 
-@pytest.mark.parametrize(("name", "floor", "size"), covering(NETWORKS, [2, 4, 8, 16], [(64, 96), (48, 80)]))
-def test_a_uniform_floor_is_its_emulation(name: str, floor: int, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("network_and_size", "floor", "fill"),
+    covering(
+        [("unet", (64, 96)), ("strided", (48, 80)), ("any size", (61, 83))],
+        [2, 4, 8, 16],
+        ["linear", "nearest"],
+    ),
+    ids=str,
+)
+def test_a_uniform_floor_is_its_emulation(
+    network_and_size: tuple[str, tuple[int, int]], floor: int, fill: Any
+) -> None:
+    name, size = network_and_size
     model, x = network(name), torch.rand(2, 3, *size, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=16, example_input=x[:1], verify_laws=False)
+    net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x[:1], verify_laws=False)
     levels = torch.full((2, *size), net.plan.strides.index(floor))
     with torch.no_grad():
-        found, expected = net(x, mask=levels), Uniform(model, floor, size).run(x)
+        found, expected = net(x, mask=levels), Uniform(model, floor, size, fill).run(x)
     assert (found - expected).abs().max() < 1e-10
 
 
@@ -164,17 +175,6 @@ def test_transposed_convolutions_without_overlap_are_those_with_kernel_maps(
             [backend for backend in BACKENDS if not isinstance(backend, WithoutOverlap)],
         )
         assert (net(x, mask=levels) - as_product).abs().max() < 1e-10
-
-
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
-@pytest.mark.parametrize("floor", [2, 4, 16])
-def test_a_uniform_floor_is_its_emulation_at_odd_sizes(floor: int, fill: Any) -> None:
-    model, x = network("any size"), torch.rand(3, 3, 61, 83, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x[:1], verify_laws=False)
-    levels = torch.full((3, 61, 83), net.plan.strides.index(floor))
-    with torch.no_grad():
-        output = net(x, mask=levels)
-        assert (output - Uniform(model, floor, (61, 83), fill).run(x)).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("fill", FILLS)
@@ -223,21 +223,6 @@ def test_gradients_are_those_of_the_emulation() -> None:
     for (name, parameter), expected in zip(net.named_parameters(), model.parameters(), strict=True):
         assert parameter.grad is not None and expected.grad is not None, name
         assert (parameter.grad - expected.grad).abs().max() < 1e-8 * expected.grad.abs().max().clamp(min=1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_types_round_alone(dtype: torch.dtype) -> None:
-    x = torch.rand(1, 3, 64, 64)
-    net = cs.adaptify(
-        network("strided", torch.float32), "none", coarsest=16, example_input=x, verify_laws=False
-    )
-    levels = mixed(1, (64, 64), 16, net.plan.max_level)
-    with torch.no_grad():
-        wide = cs.adaptify(
-            network("strided"), "none", coarsest=16, example_input=x.double(), verify_laws=False
-        )(x.double(), mask=levels)
-        found = net.to(dtype)(x.to(dtype), mask=levels)
-    assert (found - wide).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -2,8 +2,9 @@
 
 Law 1: at its own resolution the network is the original. Law 2: the other extreme is the other dense twin.
 Law 3: any level map equals the brute-force emulation of `emulation.py`. Law 5: a batch is its images one by
-one, at any size and precision. Law 6: weights, names and gradients stay. Law 7: counted MACs are executed
-MACs. Law 8: anchor="center", pool="drop", patch="block", fill="nearest" is the published method.
+one, at any size and precision. Law 6: weights, names and gradients stay. Law 7, that counted MACs are executed
+MACs: `network/test_macs.py`. Law 8: anchor="center", pool="drop", patch="block", fill="nearest" is the published
+method.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from conftest import assert_same, covering, images, pointwise_rule, random_level
 from emulation import Emulation, Feature, NetworkEmulator, emulate
 from networks import randomise, thin
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import cadsurgery as cs
@@ -64,15 +64,16 @@ def with_features(model: nn.Module) -> nn.Module:
     return create_feature_extractor(model, {"layer4": "map", "fc": "logits"}).train(model.training)
 
 
-def dilated(name: str, model: nn.Module, high: int, native: int = 32) -> nn.Module:
+def dilated(name: str, model: nn.Module, high: int) -> nn.Module:
     """The dense twin: the ResNet with the strides after output stride `high` replaced by dilation.
 
-    torchvision builds it for bottleneck blocks; with basic blocks it is done here: what reads the map
+    timm builds it, and torchvision for bottleneck blocks; with basic blocks it is done here: what reads the map
     before a removed stride keeps its dilation, what follows doubles it.
     """
     replaced = [stride > high for stride in (8, 16, 32)]
     if name != "resnet18":
-        twin = build(name, replace_stride_with_dilation=replaced)
+        options = {"output_stride": high} if "timm" in name else {"replace_stride_with_dilation": replaced}
+        twin = build(name, **options)
         twin.load_state_dict(model.state_dict())
         return twin.to(next(model.parameters()).dtype)
     twin, rate = copy.deepcopy(model), 1
@@ -125,22 +126,16 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 # -- 1: identity ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "dtype"), covering(RESNETS, (torch.float32, torch.float64)))
-def test_all_low_strided_network_is_the_original(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "output_stride"),
+    covering(RESNETS, (torch.float32, torch.float64), [(8, 32), (4, 32), (16, 32), (2, 32)]),
+)
+def test_all_low_strided_network_is_the_original(name: str, dtype: torch.dtype, output_stride: Size) -> None:
     """Law 1, strided: mask="none" gives the original's logits, and its map at the native positions."""
     model, x = with_features(build(name, dtype)), images(2, *SMALL, dtype)
-    net = convert(model, "none")
-    assert_same(every(run(net, x), 4), run(model, x))
-    assert net.active_fraction == 0
-
-
-@pytest.mark.parametrize("output_stride", [(4, 32), (16, 32), (2, 32)], ids=str)
-@pytest.mark.smoke
-def test_all_low_is_the_original_whatever_the_high_stride(output_stride: Size) -> None:
-    """Law 1 for other choices of the high output stride."""
-    model, x = with_features(build("resnet18", double)), images(2, *SMALL, double)
     net = convert(model, "none", output_stride=output_stride)
     assert_same(every(run(net, x), output_stride[1] // output_stride[0]), run(model, x))
+    assert net.active_fraction == 0
 
 
 @pytest.mark.parametrize(
@@ -155,22 +150,7 @@ def test_all_high_dilated_network_is_the_original(name: str, region: str) -> Non
     assert net.active_fraction == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["fcn_resnet101", "deeplabv3_resnet101"])
-def test_deep_dilated_networks_are_the_original_when_all_high(name: str) -> None:
-    """Law 1 for the deeper segmentation networks, auxiliary classifier included."""
-    model, x = build(name, aux_loss=True), images(2, 97, 129)
-    assert_same(dict(run(convert(model, "all"), x)), dict(run(model, x)))
-
-
-TIMM = ("resnet10t", slow("resnet18"), "resnet26d", "seresnet18", slow("seresnet50"))
-
-
-@pytest.mark.parametrize("name", TIMM)
-def test_timm_networks_are_the_original_when_all_low(name: str) -> None:
-    """Law 1 for deep stems, average-pool shortcuts and squeeze-excite."""
-    model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
-    assert_same(run(convert(model, "none"), x), run(model, x))
+TIMM = ("timm/resnet10t", slow("timm/resnet18"), "timm/resnet26d", "timm/seresnet18", slow("timm/seresnet50"))
 
 
 @pytest.mark.slow
@@ -188,42 +168,19 @@ def test_networks_of_full_width_keep_laws_1_to_3(name: str, monkeypatch: pytest.
             assert_same(value, exact[key].float())
 
 
-def test_default_call_verifies_and_keeps_law_1() -> None:
-    """`adaptify(model)` with every default is exact too; its own checks passed."""
-    model, x = build("resnet18"), images(2, 97, 129)
-    net = cs.adaptify(model, "none")
-    assert net.checks and all(check.passed for check in net.checks)
-    assert_same(run(net, x), run(model, x))
-
-
 # -- 2: the other extreme ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RESNETS)
-def test_all_high_strided_network_is_the_dilated_twin(name: str) -> None:
-    """Law 2, strided: mask="all" gives the network dilated to output stride 8, logits included."""
-    model, x = build(name), images(2, *SMALL)
-    net = convert(with_features(model), "all")
-    assert_same(run(net, x), run(with_features(dilated(name, model, 8)), x))
-
-
 @pytest.mark.parametrize(
-    ("name", "output_stride"), covering(["resnet18", slow("resnet50")], [*PAIRS[:2], *map(slow, PAIRS[2:])])
+    ("name", "output_stride"), covering([*RESNETS, "timm/seresnet18"], [(8, 32), slow((4, 32)), (8, 16)])
 )
-def test_all_high_is_the_twin_at_the_high_stride_asked_for(name: str, output_stride: Size) -> None:
-    """Law 2 for every pair of output strides."""
+def test_extremes_are_the_twins_at_the_strides_asked_for(name: str, output_stride: Size) -> None:
+    """Law 2: everything high and everything low are the network dilated to these strides, logits included."""
     model, x = build(name), images(2, *SMALL)
-    twin = dilated(name, model, output_stride[0])
-    net = convert(with_features(model), "all", output_stride=output_stride)
-    assert_same(run(net, x), run(with_features(twin), x))
-
-
-@SAMPLE
-def test_lowest_level_above_the_native_stride_is_the_twin_at_that_stride(name: str) -> None:
-    """(8, 16): all-low is the network dilated to 16; layer4 only dilates."""
-    model, x = build(name), images(2, *SMALL)
-    net = convert(with_features(model), "none", output_stride=(8, 16))
-    assert_same(every(run(net, x), 2), run(with_features(dilated(name, model, 16)), x))
+    net = convert(with_features(model), output_stride=output_stride)
+    for mask, stride in zip(("all", "none"), output_stride, strict=True):
+        found = every(run(net, x, mask=mask), stride // output_stride[0])
+        assert_same(found, run(with_features(dilated(name, model, stride)), x))
 
 
 def strided_backbone(model: nn.Module) -> nn.Module:
@@ -235,34 +192,12 @@ def strided_backbone(model: nn.Module) -> nn.Module:
     return create_feature_extractor(resnet, {"layer4": "out"})
 
 
+@pytest.mark.smoke
 def test_all_low_dilated_backbone_is_the_undilated_twin() -> None:
     """Law 2, dilated: mask="none" on DeepLab's backbone is the strided ResNet at the native positions."""
     model, x = build("deeplabv3_resnet50", aux_loss=False), images(2, *SMALL)
     net = convert(model.backbone, "none")
     assert_same(dict(every(run(net, x), 4)), run(strided_backbone(model), x))
-
-
-@pytest.mark.parametrize("name", ["resnet18", slow("resnet50"), "deeplabv3_resnet50"])
-def test_both_extremes_agree_at_the_lowest_lattice(name: str) -> None:
-    """Law 2: at multiples of R_K all-high and all-low have the same features."""
-    if name.startswith("deeplab"):
-        model = build(name, double, aux_loss=False).backbone
-    else:
-        model = create_feature_extractor(build(name, double), {"layer4": "out"})
-    net, x = convert(model), images(2, *SMALL, double)
-    high, low = run(net, x, mask="all")["out"], run(net, x, mask="none")["out"]
-    assert high.shape == low.shape
-    assert_same(every(low, 4), every(high, 4))
-    assert relative_error(low, high) > 0.01, "they differ elsewhere"
-
-
-@pytest.mark.parametrize("name", [slow("resnet18"), "seresnet18", slow("seresnet50")])
-def test_timm_networks_are_their_dilated_twins_when_all_high(name: str) -> None:
-    """Law 2 against timm's own output_stride=8, squeeze-excite included."""
-    model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
-    twin = build(f"timm/{name}", double, output_stride=8)
-    twin.load_state_dict(model.state_dict())
-    assert_same(run(convert(model, "all"), x), run(twin, x))
 
 
 def vgg_trunk(name: str, low: int = 8) -> nn.Sequential:
@@ -316,22 +251,14 @@ def test_any_level_map_on_resnet18_is_the_emulation(output_stride: Size, fill: s
     assert torch.equal(net.levels.long(), levels)
 
 
-@pytest.mark.parametrize(("name", "fill"), covering(RESNETS[1:], ["nearest", slow("linear")]))
+@pytest.mark.parametrize(("name", "fill"), covering([*RESNETS[1:], *TIMM], TWO))
 def test_any_level_map_on_other_resnets_is_the_emulation(name: str, fill: str) -> None:
-    """Law 3 for deeper, grouped and wider networks."""
-    model, x = with_features(build(name, double)), images(2, *SMALL, double)
-    levels = levels_for(SMALL, (8, 32))
-    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8)
-    assert_same(run(convert(model, fill=fill), x, mask=levels), expected)
-
-
-@pytest.mark.parametrize(("name", "fill"), covering(TIMM, TWO))
-def test_any_level_map_on_timm_networks_is_the_emulation(name: str, fill: str) -> None:
-    """Law 3 with average-pool shortcuts (ceil_mode, padding not counted) and squeeze-excite."""
-    model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
-    levels = levels_for(SMALL, (8, 32))
-    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8)
-    assert_same(run(convert(model, fill=fill), x, mask=levels), expected)
+    """Law 3 for deeper, grouped and wider networks, average-pool shortcuts (ceil_mode, padding not counted) and
+    squeeze-excite; law 1, too."""
+    model, x = build(name, double), images(2, *SMALL, double)
+    net, levels = convert(model, fill=fill), levels_for(SMALL, (8, 32))
+    assert_same(run(net, x, mask="none"), run(model, x))
+    assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2), fill), 8))
 
 
 @pytest.mark.parametrize(("name", "high", "fill"), covering(VGGS, [1, 2, 4], TWO))
@@ -433,35 +360,6 @@ def test_other_families_keep_laws_1_and_3(name: str) -> None:
     assert_same(run(net, x, mask="none"), run(model, x))
     levels = random_levels(2, (net.levels.shape[1], net.levels.shape[2]), (2, 2))
     assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2)), 8))
-
-
-@ALL_FILLS
-def test_a_dilated_chain_is_the_strided_one_seen_from_the_other_side(fill: str) -> None:
-    """Laws 1 to 3 where dilation grows twice: the convolution before each growth absorbs the stride."""
-    dense = randomise(
-        nn.Sequential(
-            nn.Conv2d(3, 6, 3, 2, 1),
-            nn.Conv2d(6, 8, 3, 1, 1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, 1, 2, dilation=2, groups=2),
-            nn.Conv2d(8, 8, 1),
-            nn.ReLU(),
-            nn.Conv2d(8, 4, 3, 1, 4, dilation=4),
-        )
-    ).double()
-    strided = copy.deepcopy(dense)
-    for index, stride in ((1, 2), (4, 2), (7, 1)):
-        strided[index].stride, strided[index].dilation = (stride, stride), (1, 1)
-        strided[index].padding = (1, 1)
-    x = images(2, 45, 71, double)
-    net = convert(dense, "all", size=(45, 71), fill=fill)
-    assert net.plan.output_stride == (2, 8)
-    assert_same(run(net, x), run(dense, x))
-    assert_same(every(run(net, x, mask="none"), 4), run(strided, x))
-    levels = random_levels(2, (23, 36), (2, 2))
-    expected = emulate(strided, x, Emulation(levels, (2, 2), fill), 2, guide_of(net, fill))
-    assert_same(run(net, x, mask=levels), expected)
 
 
 @ALL_FILLS
@@ -709,44 +607,6 @@ def test_training_mode_of_an_all_low_network_is_the_originals(name: str) -> None
     for key, value in net.named_buffers():
         if "running" in key:
             assert_same(value, running[key])
-
-
-# -- 7: MACs -------------------------------------------------------------------------------------------
-
-
-def executed_macs(model: nn.Module, x: Tensor, **kwargs: Any) -> int:
-    """Multiply-accumulates that torch sees when the network runs."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        run(model, x, **kwargs)
-    return counter.get_total_flops() // 2
-
-
-@pytest.mark.parametrize("output_stride", [PAIRS[0], *map(slow, PAIRS[1:])])
-def test_counted_macs_are_executed_macs(output_stride: Size) -> None:
-    """Law 7: totals for a mixed mask, everything high and everything low; high and low are the twins'."""
-    model, x = build("resnet18"), images(2, *SMALL)
-    net = convert(create_feature_extractor(model, ["layer4"]), output_stride=output_stride)
-    levels = levels_for(SMALL, output_stride)
-    report = net.macs(x, mask=levels)
-    assert report.mask == executed_macs(net, x, mask=levels)
-    assert report.mask == executed_macs(net.optimize(), x, mask=levels)
-    high = create_feature_extractor(dilated("resnet18", model, output_stride[0]), ["layer4"])
-    low = create_feature_extractor(dilated("resnet18", model, output_stride[1]), ["layer4"])
-    assert report.high == executed_macs(net, x, mask="all") == executed_macs(high, x)
-    assert report.low == executed_macs(net, x, mask="none") == executed_macs(low, x)
-    assert sum(layer.mask for layer in report.layers) == report.mask
-    fraction = float((levels == 0).double().mean())
-    assert report.active_fraction == pytest.approx(fraction)
-
-
-@pytest.mark.parametrize("name", ["deeplabv3_resnet50", slow("fcn_resnet50")])
-def test_everything_high_costs_what_the_dilated_original_costs(name: str) -> None:
-    """Law 7 for a dilated network, head included."""
-    model, x = build(name, aux_loss=False), images(2, *SMALL)
-    report = convert(model).macs(x, mask=levels_for(SMALL, (8, 32)))
-    assert report.high == executed_macs(model, x)
-    assert report.low < report.mask < report.high
 
 
 # -- 8: the published method ---------------------------------------------------------------------------

@@ -80,62 +80,6 @@ class TwoHeads(Encoder):
         return {"out": out, "aux": aux, "classes": out.argmax(1)}
 
 
-class Context(nn.Module):
-    """After CGNet: a local and a dilated branch joined, a global gate, the image injected after average pools."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = block(3, 6, 2), block(9, 8, 2)
-        self.local = nn.Conv2d(8, 4, 3, 1, 1, groups=4, bias=False)
-        self.around = nn.Conv2d(8, 4, 3, 1, 2, 2, groups=4, bias=False)
-        self.norm, self.gate = nn.BatchNorm2d(8), nn.Sequential(nn.Linear(8, 8), nn.Sigmoid())
-        self.deeper, self.head = block(11, 8, 2), nn.Conv2d(8, 3, 1)
-        self.pool = nn.AvgPool2d(3, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        half = self.pool(x)
-        y = self.down(torch.cat([self.stem(x), half], 1))
-        y = F.relu(self.norm(torch.cat([self.local(y), self.around(y)], 1)))
-        y = y * self.gate(y.mean((2, 3)))[:, :, None, None]
-        y = self.head(self.deeper(torch.cat([y, self.pool(half)], 1)))
-        return F.interpolate(y, size=x.size()[2:], mode="bilinear", align_corners=False)
-
-
-class Asymmetric(nn.Module):
-    """After DABNet: 3x1 and 1x3 kernels, a dilated depthwise branch, a strided one beside a max-pool."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.strided = block(3, 6, 2), nn.Conv2d(6, 4, 3, 2, 1)
-        self.rows, self.columns = nn.Conv2d(10, 10, (3, 1), 1, (1, 0)), nn.Conv2d(10, 10, (1, 3), 1, (0, 1))
-        self.wide = nn.Conv2d(10, 10, (3, 1), 1, (2, 0), (2, 1), groups=10)
-        self.last, self.head = block(10, 8, 2), nn.Conv2d(8, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.stem(x)
-        y = torch.cat([self.strided(y), F.max_pool2d(y, 2, 2, ceil_mode=True)], 1)
-        y = y + F.relu(self.columns(self.rows(y)) + self.wide(y))
-        return F.interpolate(self.head(self.last(y)), x.shape[2:], mode="bilinear", align_corners=True)
-
-
-class Pyramid(nn.Module):
-    """After CFPNet: hierarchical sums of branches with growing dilation, on a map that is strided afterwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = block(3, 6, 2), block(6, 8, 2)
-        self.branches = nn.ModuleList(nn.Conv2d(8, 4, 3, 1, rate, rate) for rate in (1, 2, 4))
-        self.join, self.last, self.head = nn.Conv2d(12, 8, 1), block(8, 8, 2), nn.Conv2d(8, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.down(self.stem(x))
-        parts = [branch(y) for branch in self.branches]
-        parts[1] += parts[0]
-        parts[2] = parts[2] + parts[1]
-        y = self.head(self.last(y + self.join(torch.cat(parts, 1))))
-        return F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=False)
-
-
 class Shuffled(nn.Module):
     """A decoder of pixel shuffles behind an encoder; further windows see the map beyond the image's border."""
 
@@ -165,7 +109,7 @@ def resized_networks() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
         how = {"mode": mode} if align is None else {"mode": mode, "align_corners": align}
         for by in ("size", "32", "12.7", "recomputed"):
             yield f"{mode}-{align}-{by}", partial(Resized, how, by)
-    yield from ((kind.__name__, kind) for kind in (Module, TwoHeads, Context, Asymmetric, Pyramid))
+    yield from ((kind.__name__, kind) for kind in (Module, TwoHeads))
 
 
 RESIZED = dict(resized_networks())

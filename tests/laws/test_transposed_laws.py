@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
-from cadsurgery.elements.kernel_map import Window, kernel_map, phases
+from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network.macs import dense_macs, layer_work
 
@@ -155,26 +155,6 @@ def test_every_uniform_level_is_torchs_on_each_of_the_interleaved_grids(
             assert_same(here, own[:, :, : here.shape[2], : here.shape[3]], EXACT)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 0, 0), (3, 2, 1, 1)], ids=str)
-def test_every_element_is_of_one_phase_and_reads_all_taps_of_it(shape: tuple[int, int, int, int]) -> None:
-    """The kernel map both ways: the taps that torch sends to a sample are those that it reads, and no others."""
-    x, window = entering((12, 12), 2, (2, 2)), Spread(shape).window(4)
-    target = x.lattice.resample(1, x.lattice.holding(window.finer_samples((12, 12)), 2))
-    every, place = phases(x.lattice, target, window)
-    assert sorted(torch.cat([phase.rows for phase in every]).tolist()) == list(range(len(target)))
-    assert torch.equal(torch.cat([phase.rows for phase in every])[place], torch.arange(len(target)))
-    reading = kernel_map(x.lattice, target, window)
-    _, y, c = target.coordinates
-    kernel, stride, padding, _ = shape
-    for row in range(len(target)):
-        sent = set()
-        for i, j in itertools.product(range(3), repeat=2):
-            taps = int(y[row]) // 2 - stride * i + padding, int(c[row]) // 2 - stride * j + padding
-            if all(0 <= tap < kernel for tap in taps):
-                sent.add(int(target.coordinates[0][row]) * 9 + 3 * i + j)
-        assert {entry for entry in reading.table[row].tolist() if entry < len(x.lattice)} == sent
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("uniform", [True, False])
 def test_in_any_type(dtype: torch.dtype, uniform: bool) -> None:
@@ -200,27 +180,6 @@ def test_gradients_are_finite_differences(shape: tuple[int, int, int, int], unif
 
     operands = [value.clone().requires_grad_() for value in (x.rows, spread.weight, spread.bias)]
     assert torch.autograd.gradcheck(run, operands, fast_mode=True)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_macs_are_those_that_run_and_on_the_own_grid_those_that_torch_counts(
-    shape: tuple[int, int, int, int],
-) -> None:
-    strides, size = (2, 2) if shape[1] == 2 else (4,), (16, 24)
-    spread = Spread(shape)
-    for levels in (random_levels(2, size, strides), len(strides)):
-        x = entering(size, levels, strides)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            found = spread.on(x, len(strides) - 1, 4)
-        weight = functional.transpose_weight(spread.weight, 1)
-        window = spread.window(4)
-        counted = cs.elements.operations.operation_of(functional.conv2d)
-        assert counted is not None and counted.macs is not None
-        macs = counted.macs(found, x, weight, spread.bias, window=window, stage=len(strides) - 1)
-        assert macs == counter.get_total_flops() // 2
-    with FlopCounterMode(display=False) as counter:
-        spread.dense(functional.to_dense(x, 4))
-    assert macs == counter.get_total_flops() // 2
 
 
 # -- networks ------------------------------------------------------------------------------------------------

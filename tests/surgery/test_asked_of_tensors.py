@@ -80,32 +80,11 @@ def test_facts_that_no_pixel_decides_are_answered(name: str) -> None:
 
 
 # What a tensor says of its memory or its history: other tensors of equal values say something else.
-OF_MEMORY = frozenset(
-    (
-        *(
-            "data_ptr",
-            "const_data_ptr",
-            "storage",
-            "untyped_storage",
-            "storage_type",
-            "stride",
-            "is_contiguous",
-            "dim_order",
-            "type",
-        ),
-        *(
-            "grad",
-            "grad_fn",
-            "grad_dtype",
-            "is_leaf",
-            "requires_grad",
-            "output_nr",
-            "name",
-            "get_device",
-            "nbytes",
-        ),
-    )
-)
+OF_MEMORY = {
+    *("data_ptr", "const_data_ptr", "storage", "untyped_storage", "storage_type", "stride", "dim_order"),
+    *("is_contiguous", "type", "grad", "grad_fn", "grad_dtype", "is_leaf", "requires_grad", "output_nr"),
+    *("name", "get_device", "nbytes"),
+}
 
 
 def say_something_else_of_other_pixels(name: str) -> bool:
