@@ -297,12 +297,12 @@ TASKS = [
 
 def other_works(task: str, dtype: torch.dtype) -> list[Work]:
     source = lattice("ragged")
-    rows = values(len(source), 5, seed=0, dtype=dtype)
+    rows = values(len(source), 21, seed=0, dtype=dtype)
     window = Window((3, 3), 1, (1, 1), (1, 1, 1, 1), spacing=2)
     reading = kernel_map(source, source, window)
     if task == "pool":
         even = lattice("uniform")
-        uniform = values(len(even), 5, seed=0, dtype=dtype)
+        uniform = values(len(even), 21, seed=0, dtype=dtype)
         return [
             Pooling(some, WindowRead(one, one.at(2), window._replace(stride=2)), outside, outside < 0)
             for some, one in ((rows, source), (uniform, even))

@@ -62,15 +62,6 @@ def test_a_saved_network_comes_back_bit_for_bit(tmp_path: Path, options: dict[st
     assert torch.equal(again.levels, net.levels)
 
 
-def test_parameters_and_buffers_come_back_bit_for_bit(tmp_path: Path) -> None:
-    net = adapted()
-    cs.save(net, tmp_path / "net.safetensors")
-    found, expected = cs.load(tmp_path / "net.safetensors", segmenter()).state_dict(), net.state_dict()
-    assert list(found) == list(expected)
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions_come_back_into_a_network_of_that_precision(
     tmp_path: Path, dtype: torch.dtype
@@ -258,13 +249,6 @@ def test_safetensors_itself_reads_the_file(tmp_path: Path) -> None:
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in state.items())
 
 
-def test_metadata_is_read_without_the_tensors(tmp_path: Path) -> None:
-    net = adapted(patch="block")
-    cs.save(net, tmp_path / "net.safetensors")
-    found = cadsurgery.network.storage.read_metadata(tmp_path / "net.safetensors")
-    assert found["options"]["patch"] == "block" and Plan.from_json(found["plan"]) == net.plan
-
-
 @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()], ids=["OSError", "interrupt"])
 @pytest.mark.parametrize("existing", [True, False])
 def test_a_write_that_fails_leaves_the_folder_as_it_was(
@@ -283,14 +267,6 @@ def test_a_write_that_fails_leaves_the_folder_as_it_was(
     with pytest.raises(cs.FileError if isinstance(failure, OSError) else KeyboardInterrupt):
         cs.save(adapted("all"), path)
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
-
-
-def test_saving_again_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "net.safetensors"
-    cs.save(adapted("none"), path)
-    cs.save(adapted("all"), str(path))
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    assert cs.load(str(path), segmenter()).mask.spec() == "all"
 
 
 def test_a_file_name_alone_means_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,22 +305,6 @@ def test_a_plan_of_a_dilated_network_goes_through_json() -> None:
 
 
 # -- weights in and out --------------------------------------------------------------------------------
-
-
-def test_weights_of_the_converted_network_load_into_the_original_architecture(tmp_path: Path) -> None:
-    net, original = adapted("none"), segmenter()
-    torch.save(net.state_dict(), tmp_path / "weights.pth")
-    original.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True))
-    image = images(2, 96, 128)
-    assert torch.equal(original.backbone(image), net.get_submodule("backbone")(image))
-
-
-def test_weights_of_the_original_load_into_the_converted_network() -> None:
-    original, net = segmenter(), adapted("none")
-    net.load_state_dict(original.state_dict())
-    assert list(net.state_dict()) == list(original.state_dict())
-    fresh, image = cs.adaptify(original, "none", verify_laws=False), images(2, 97, 129)
-    assert torch.equal(net(image)["out"], fresh(image)["out"])
 
 
 def test_weights_trained_in_the_converted_network_load_into_the_original_architecture() -> None:

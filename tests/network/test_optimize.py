@@ -24,10 +24,6 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.backends import choose, dense, native
 from cadsurgery.elements.backends.choose import (
     Convolution,
-    Gathering,
-    Mixing,
-    Picking,
-    Pooling,
     WindowRead,
 )
 from cadsurgery.elements.backends.costs import Costs
@@ -487,71 +483,43 @@ def test_a_residual_and_relu_in_bfloat16(
 needs_compiler = pytest.mark.skipif(library() is None, reason="no C compiler here")
 
 
-def read(dtype: torch.dtype, channels: int, taps: int) -> tuple[Tensor, Reading, Tensor]:
-    """Rows, a table into them, what is outside and a halo, and all of those in one tensor."""
+def read(dtype: torch.dtype, channels: int, taps: int) -> tuple[Tensor, Reading]:
+    """Rows, and a table into them, what is outside and a halo."""
     rows = torch.randn(40, channels).to(dtype)
     sources, shares = torch.randint(40, (7, 4), dtype=torch.int32), torch.rand(7, 4, dtype=torch.float64)
-    reading = Reading(torch.randint(0, 48, (37, taps), dtype=torch.int32), sources, shares, True)
-    return rows, reading, choose.extend(rows, reading, -0.5)
+    return rows, Reading(torch.randint(0, 48, (37, taps), dtype=torch.int32), sources, shares, True)
 
 
 CLAMP = Activation("hardtanh", (0.0, 6.0))
 
 
+SHAPES = [  # channels, outputs, groups
+    *((5, 5, 5), (32, 32, 32), (77, 77, 77), (6, 6, 3), (36, 36, 9), (104, 104, 13), (48, 48, 3)),
+    *((5, 64, 1), (70, 120, 1), (33, 56, 1), (40, 17, 1), (9, 1, 1), (8, 48, 1), (8, 80, 1), (8, 96, 1)),
+    (1101, 70, 1),
+]
+
+
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("group", "channels"), [(1, 5), (1, 32), (1, 77), (2, 6), (4, 36), (8, 104), (16, 48)]
+    ("dtype", "shape", "taps"),
+    covering([torch.float32, torch.float64, torch.bfloat16], SHAPES, [1, 9, 49]),
+    ids=str,
 )
-@pytest.mark.parametrize("taps", [1, 9, 49])
 @torch.no_grad()
-def test_compiled_grouped_convolution(dtype: torch.dtype, group: int, channels: int, taps: int) -> None:
-    rows, reading, whole = read(dtype, channels, taps)
-    weight, bias = torch.randn(channels, group, 1, taps).to(dtype), torch.randn(channels).to(dtype)
-    assert native.has_grouped_form(weight, channels // group)
-    more = torch.randn(37, channels).to(dtype)
-    weights = FusedConv(weight, bias, channels // group, CLAMP)
-    found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
-    gathered = whole.double()[reading.table.long()].view(37, taps, channels // group, group)
-    by_group = weight.double().view(channels // group, group, group, taps)
-    expected = torch.einsum("ntgi,goit->ngo", gathered, by_group).flatten(1) + bias.double() + more.double()
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
-    assert_same(found.double(), expected.clamp(0, 6), tolerance)
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("channels", [3, 16, 50])
-@torch.no_grad()
-def test_compiled_gathering_and_pooling(dtype: torch.dtype, channels: int) -> None:
-    rows, reading, _ = read(dtype, channels, 4)
-    rows[3, 0] = float("nan")
-    whole, compiled = choose.extend(rows, reading, -0.5), native.Native()
-    out = rows.new_empty(37 * 4, channels)
-    compiled.gather(Gathering(rows, reading, -0.5))(reading.table, out)
-    gathered = whole[reading.table.long()]
-    assert torch.equal(out.view(37, 4, channels).nan_to_num(9.0), gathered.nan_to_num(9.0))
-    largest, total = (compiled.pool(Pooling(rows, reading, -0.5, which)) for which in (True, False))
-    assert torch.equal(largest.nan_to_num(9.0), gathered.amax(1).nan_to_num(9.0))
-    sums = gathered.double().nan_to_num(0.0).sum(1)
-    finite = ~gathered.isnan().any(1)
-    assert_same(total.double()[finite], sums[finite], 1e-2 if dtype == torch.bfloat16 else 1e-5)
-    assert bool(total[~finite].isnan().all())
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("channels", [3, 16, 50])
-@torch.no_grad()
-def test_mixing_where_it_is_read_is_mixing_before(dtype: torch.dtype, channels: int) -> None:
-    rows = torch.randn(20, channels).to(dtype)
-    sources, shares = torch.randint(20, (11, 4), dtype=torch.int32), torch.rand(11, 4, dtype=torch.float64)
-    shares[2, 1:] = 0
-    table = torch.cat([torch.randint(20, (9,)), 21 + torch.randperm(11)])[torch.randperm(20)].to(torch.int32)
-    compiled = native.Native()
-    out = compiled.pick(Picking(rows, Reading(table, sources, shares, False)))
-    halo = compiled.mix(Mixing(rows, sources, shares))
-    assert torch.equal(out, torch.cat([rows, rows[:1], halo])[table.long()])
+def test_compiled_convolutions(dtype: torch.dtype, shape: tuple[int, int, int], taps: int) -> None:
+    channels, outputs, groups = shape
+    rows, reading = read(dtype, channels, taps)
+    weight, bias = torch.randn(outputs, channels // groups, 1, taps).to(dtype), torch.randn(outputs).to(dtype)
+    assert groups == 1 or native.has_grouped_form(weight, groups)
+    work = Convolution(
+        rows, FusedConv(weight, bias, groups, CLAMP), reading, -0.5, torch.randn(37, outputs).to(dtype)
+    )
+    exact = replace(work.weights, weight=weight.double(), bias=bias.double(), packed_cache=None)
+    exactly = replace(work, rows=rows.double(), weights=exact, residual=work.residual.double())
+    expected = choose.BACKENDS[-1].convolve(exactly)  # type: ignore[attr-defined]
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype] * channels**0.5
+    assert_same(native.Native().convolve(work).double(), expected, tolerance)
 
 
 @pytest.mark.parametrize("name", [slow("mobilenet_v2"), "vgg11_bn"])
@@ -564,29 +532,6 @@ def test_without_a_compiler_the_results_are_the_same(name: str) -> None:
         assert_same(net(x), expected, 1e-4)
         assert_same(net.optimize()(x), expected, 1e-4)
         assert_same(fast(x), expected, 1e-4)
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("channels", "outputs"),
-    [(5, 64), (70, 120), (33, 56), (40, 17), (9, 1), (8, 48), (8, 80), (8, 96), (1101, 70)],
-)
-@pytest.mark.parametrize("taps", [1, 9])
-def test_compiled_products(dtype: torch.dtype, channels: int, outputs: int, taps: int) -> None:
-    rows, reading, whole = read(dtype, channels, taps)
-    weight, bias = torch.randn(outputs, channels, 1, taps).to(dtype), torch.randn(outputs).to(dtype)
-    more = torch.randn(37, outputs).to(dtype)
-    weights = FusedConv(weight, bias, 1, CLAMP)
-    found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
-    gathered = whole.double()[reading.table.long()]
-    expected = torch.einsum("ntc,oct->no", gathered, weight.double()[:, :, 0])
-    expected = (expected + bias.double() + more.double()).clamp(0, 6)
-    assert_same(
-        found.double(),
-        expected,
-        {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype] * channels**0.5,
-    )
 
 
 @needs_compiler
@@ -619,32 +564,6 @@ def test_compiled_convolutions_scale_by_level(dtype: torch.dtype, group: int, ch
 
 
 # -- the cost model ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fill", ["nearest", "linear"])
-@pytest.mark.parametrize("groups", [1, 6])
-@pytest.mark.parametrize(
-    ("window", "stage"), [((3, 1, 1), 1), ((3, 2, 1), 2), ((4, 1, 1), 1), ((3, 1, 0), 1)]
-)
-@torch.no_grad()
-def test_on_the_whole_map_a_convolution_is_the_same(
-    fill: Any, groups: int, window: tuple[int, int, int], stage: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Odd sizes, stages, even kernels, no padding; a residual and an activation."""
-    side, stride, padding = window
-    shape = Window((side, side), stride, (1, 1), (padding,) * 4, spacing=2)
-    lattice = Geometry((2, 2), fill=fill).lattice(torch.randint(0, 3, (2, 13, 15))).at(1)
-    x = Elements(torch.randn(len(lattice), 6), lattice)
-    weights = FusedConv(
-        torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {}
-    )
-    results = []
-    for found in (Costs(0.0, 0.0), None):
-        monkeypatch.setattr(dense, "costs_of", lambda *work, found=found: found)
-        out = functional.fused_conv2d(x, weights, window=shape, stage=stage)
-        more = Elements(torch.ones_like(out.rows), out.lattice)
-        results.append(functional.fused_conv2d(x, weights, more, window=shape, stage=stage).rows)
-    assert_same(results[0], results[1], 1e-4)
 
 
 @torch.no_grad()
