@@ -36,30 +36,6 @@ class SegNet(nn.Module):
         return self.out(x)
 
 
-@network("indices", "modules")
-class SegNetModules(nn.Module):
-    """The same with modules and sizes that fit, where no `output_size` is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv(3, 8, 3, 2)
-        self.encoders = nn.ModuleList([conv(8, 16), conv(16, 32)])
-        self.decoders = nn.ModuleList([conv(32, 16), conv(16, 8)])
-        self.pool = nn.MaxPool2d(2, 2, return_indices=True)
-        self.unpool = nn.MaxUnpool2d(2, 2)
-        self.out = nn.Conv2d(8, 3, 1)
-
-    def forward(self, x):
-        size, indices = x.shape[2:], []
-        x = self.stem(x)
-        for encoder in self.encoders:
-            x, index = self.pool(encoder(x))
-            indices.append(index)
-        for decoder, index in zip(self.decoders, reversed(indices)):
-            x = decoder(self.unpool(x, index))
-        return F.interpolate(self.out(x), size=size, mode="bilinear", align_corners=True)
-
-
 class Initial(nn.Module):
     """Half of the channels convolved, half pooled."""
 
@@ -386,57 +362,6 @@ class DDRNetLike(nn.Module):
         return self.head(high + context)
 
 
-class PixelAttention(nn.Module):
-    """How much two maps agree decides how much of each is taken."""
-
-    def __init__(self, x: int, y: int, inner: int) -> None:
-        super().__init__()
-        self.f_x = nn.Sequential(nn.Conv2d(x, inner, 1, bias=False), nn.BatchNorm2d(inner))
-        self.f_y = nn.Sequential(nn.Conv2d(y, inner, 1, bias=False), nn.BatchNorm2d(inner))
-
-    def forward(self, x, y):
-        input_size = x.size()
-        y_q = F.interpolate(
-            self.f_y(y), size=[input_size[2], input_size[3]], mode="bilinear", align_corners=False
-        )
-        sim = torch.sigmoid(torch.sum(self.f_x(x) * y_q, dim=1).unsqueeze(1))
-        y = F.interpolate(y, size=[input_size[2], input_size[3]], mode="bilinear", align_corners=False)
-        return (1 - sim) * x + sim * y
-
-
-@network("gates", "resizing", "outputs")
-class PIDNetLike(nn.Module):
-    """Three paths, gated by agreement; another output while training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.augment = True
-        self.stem = nn.Sequential(conv(3, 8, 3, 2), conv(8, 12, 3, 2), Residual(12, 12), Residual(12, 12, 2))
-        self.i1, self.i2 = Residual(12, 16, 2), Residual(16, 12, 2)
-        self.p1, self.p2 = Residual(12, 12), Residual(12, 12)
-        self.d1, self.d2 = Residual(12, 12), Residual(12, 12)
-        self.compress, self.pag = nn.Conv2d(16, 12, 1, bias=False), PixelAttention(12, 12, 8)
-        self.diff = nn.Conv2d(16, 12, 3, padding=1, bias=False)
-        self.seghead_p, self.seghead_d = nn.Conv2d(12, 4, 1), nn.Conv2d(12, 1, 1)
-        self.final = nn.Sequential(conv(12, 12), nn.Conv2d(12, 4, 1))
-
-    def forward(self, x):
-        x = self.stem(x)
-        p, d, i = self.p1(x), self.d1(x), self.i1(x)
-        size = [p.shape[-2], p.shape[-1]]
-        p = self.pag(p, self.compress(i))
-        d = d + F.interpolate(self.diff(i), size=size, mode="bilinear", align_corners=False)
-        if self.augment:
-            temp_p = p
-        p, d, i = self.p2(p), self.d2(d), self.i2(i)
-        edge = torch.sigmoid(d)
-        i = F.interpolate(i, size=size, mode="bilinear", align_corners=False)
-        out = self.final(edge * p + (1 - edge) * i)
-        if self.augment:
-            return [self.seghead_p(temp_p), out, self.seghead_d(d)]
-        return out
-
-
 class Refine(nn.Module):
     """Attention by the mean over the image."""
 
@@ -483,67 +408,6 @@ class BiSeNetLike(nn.Module):
         feat = torch.mul(feat, atten) + feat
         maps = [head(m) for head, m in zip(self.heads, (feat, up16, up32))]
         return tuple(F.interpolate(m, (H, W), mode="bilinear", align_corners=True) for m in maps)
-
-
-@network("gates", "resizing")
-class BilateralLike(nn.Module):
-    """Detail and semantics guide each other: depthwise, pooled, gated by sigmoids at two scales (as BiSeNetV2)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.detail = nn.Sequential(conv(3, 8, 3, 2), conv(8, 8), conv(8, 12, 3, 2), conv(12, 16, 3, 2))
-        self.stem, self.left = conv(3, 8, 3, 2), nn.Sequential(conv(8, 4, 1), conv(4, 8, 3, 2))
-        self.right, self.join = nn.MaxPool2d(3, 2, 1), conv(16, 8)
-        self.down8, self.down16, self.down32 = Residual(8, 12, 2), Residual(12, 16, 2), Residual(16, 16, 2)
-        self.bn, self.context, self.last = nn.BatchNorm2d(16), conv(16, 16, 1), conv(16, 16)
-        self.left1 = nn.Sequential(
-            nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1)
-        )
-        self.left2 = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.AvgPool2d(3, 2, 1))
-        self.right1, self.right2 = nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 16, 1)
-        self.head = nn.Sequential(conv(16, 16), nn.Dropout(0.1), nn.Conv2d(16, 4 * 4, 1), nn.PixelShuffle(2))
-
-    def forward(self, x):
-        detail = self.detail(x)
-        s = self.stem(x)
-        s = self.join(torch.cat([self.left(s), self.right(s)], 1))
-        s = self.down32(self.down16(self.down8(s)))
-        s = self.last(self.context(self.bn(torch.mean(s, dim=(2, 3), keepdim=True))) + s)
-        left1, left2 = self.left1(detail), self.left2(detail)
-        right1 = F.interpolate(self.right1(s), size=left1.shape[2:], mode="bilinear")
-        right2 = self.right2(s)
-        y = left1 * torch.sigmoid(right1)
-        z = F.interpolate(left2 * torch.sigmoid(right2), size=y.shape[2:], mode="bilinear")
-        return self.head(y + z)
-
-
-@network("resizing", "outputs", "sizes")
-class ICNetLike(nn.Module):
-    """The image at three scales, cascaded; sizes counted in the call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sub1 = nn.Sequential(conv(3, 8, 3, 2), conv(8, 8, 3, 2), conv(8, 12, 3, 2))
-        self.sub2 = nn.Sequential(conv(3, 8, 3, 2), conv(8, 12, 3, 2), Residual(12, 16, 2))
-        self.sub4 = nn.Sequential(
-            Residual(16, 16, 2), Residual(16, 24, dilation=2), Residual(24, 24, dilation=4)
-        )
-        self.low, self.high = conv(24, 12, 3, 1, 2), conv(16, 12, 1)
-        self.last = nn.Conv2d(12, 4, 1)
-
-    def forward(self, x):
-        h, w = x.size(2), x.size(3)
-        fine = self.sub1(x)
-        x2 = F.interpolate(x, size=((h + 1) // 2, (w + 1) // 2), mode="bilinear", align_corners=True)
-        middle = self.sub2(x2)
-        coarse = self.low(self.sub4(middle))
-        middle = self.high(middle)
-        y = F.relu(
-            F.interpolate(coarse, size=middle.size()[2:], mode="bilinear", align_corners=True) + middle
-        )
-        y = F.relu(F.interpolate(y, size=fine.size()[2:], mode="bilinear", align_corners=True) + fine)
-        y = self.last(y)
-        return F.interpolate(y, scale_factor=4, mode="bilinear", align_corners=True), y
 
 
 @network("bins", "resizing")
