@@ -74,66 +74,6 @@ class StackedHourglass(nn.Module):
         return torch.stack(combined_hm_preds, 1)
 
 
-@network("shapes", "outputs", "sizes")
-class KeypointCells(nn.Module):
-    """As SuperPoint: 65 scores per 8x8 cell become a heat map by reshaping; unit descriptors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = nn.MaxPool2d(2, 2)
-        self.conv1, self.conv2, self.conv3, self.conv4 = twice(1, 8), twice(8, 8), twice(8, 16), twice(16, 16)
-        self.detector = nn.Sequential(conv(16, 24), nn.Conv2d(24, 65, 1))
-        self.descriptor = nn.Sequential(conv(16, 24), nn.Conv2d(24, 32, 1))
-
-    def forward(self, x):
-        x = x.mean(1, keepdim=True)
-        x = self.conv4(self.pool(self.conv3(self.pool(self.conv2(self.pool(self.conv1(x)))))))
-        scores = torch.softmax(self.detector(x), 1)[:, :-1]
-        b, _, h, w = scores.shape
-        scores = scores.permute(0, 2, 3, 1).reshape(b, h, w, 8, 8)
-        scores = scores.permute(0, 1, 3, 2, 4).reshape(b, h * 8, w * 8)
-        return scores, F.normalize(self.descriptor(x), p=2, dim=1)
-
-
-def make_layers(cfg: list, inputs: int = 3, dilation: bool = False) -> nn.Sequential:
-    """Convolutions by widths, "M" for pooling."""
-    d_rate = 2 if dilation else 1
-    layers: list[nn.Module] = []
-    for v in cfg:
-        if v == "M":
-            layers += [nn.MaxPool2d(kernel_size=2, stride=2)]
-        else:
-            layers += [nn.Conv2d(inputs, v, 3, padding=d_rate, dilation=d_rate), nn.ReLU(inplace=True)]
-            inputs = v
-    return nn.Sequential(*layers)
-
-
-@network("bins", "gates", "sizes")
-class CrowdContext(nn.Module):
-    """Contrast of means of 1, 2, 3, 6 bins with the map itself, as weights (as CAN)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frontend = make_layers([8, "M", 16, "M", 32, "M", 32, 32])
-        self.scales = nn.ModuleList(
-            [
-                nn.Sequential(nn.AdaptiveAvgPool2d((n, n)), nn.Conv2d(32, 32, 1, bias=False))
-                for n in (1, 2, 3, 6)
-            ]
-        )
-        self.weight_net, self.bottleneck = nn.Conv2d(32, 32, 1), nn.Conv2d(64, 32, 1)
-        self.backend, self.out = make_layers([32, 16], inputs=32, dilation=True), nn.Conv2d(16, 1, 1)
-
-    def forward(self, x):
-        feats = self.frontend(x)
-        h, w = feats.size(2), feats.size(3)
-        multi = [F.upsample(input=stage(feats), size=(h, w), mode="bilinear") for stage in self.scales]
-        weights = [torch.sigmoid(self.weight_net(feats - m)) for m in multi]
-        total = weights[0] + weights[1] + weights[2] + weights[3]
-        overall = sum(m * w for m, w in zip(multi, weights)) / total
-        return self.out(self.backend(F.relu(self.bottleneck(torch.cat([overall, feats], 1)))))
-
-
 @network("outputs", "pads", "modules")
 class DepthDisparities(nn.Module):
     """Monocular depth: nearest upsampling, reflected borders, sigmoids of four scales in a dictionary."""

@@ -308,60 +308,6 @@ class ESPNetLike(nn.Module):
         return self.up(torch.cat([z, y], 1))
 
 
-@network("norms", "resizing", "dilation")
-class DDRNetLike(nn.Module):
-    """Two paths that exchange maps, pooling over large windows, a subclass of BatchNorm2d."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-        class BatchNorm(nn.BatchNorm2d):
-            """With another momentum."""
-
-            def __init__(self, width: int) -> None:
-                super().__init__(width, momentum=0.01)
-
-        def bn_relu_conv(a, b, k=1):
-            return nn.Sequential(
-                BatchNorm(a), nn.ReLU(inplace=True), nn.Conv2d(a, b, k, padding=k // 2, bias=False)
-            )
-
-        self.stem = nn.Sequential(conv(3, 8, 3, 2), conv(8, 12, 3, 2), Residual(12, 12), Residual(12, 12, 2))
-        self.low1, self.low2 = Residual(12, 16, 2), Residual(16, 24, 2)
-        self.high1, self.high2 = Residual(12, 12), Residual(12, 12)
-        self.compress1, self.compress2 = bn_relu_conv(16, 12), bn_relu_conv(24, 12)
-        self.down = nn.Sequential(nn.Conv2d(12, 16, 3, 2, 1, bias=False), BatchNorm(16))
-        self.scale0 = bn_relu_conv(24, 8)
-        self.scale1 = nn.Sequential(nn.AvgPool2d(5, stride=2, padding=2), bn_relu_conv(24, 8))
-        self.scale2 = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), bn_relu_conv(24, 8))
-        self.process1, self.process2 = bn_relu_conv(8, 8, 3), bn_relu_conv(8, 8, 3)
-        self.compression = bn_relu_conv(24, 12)
-        self.head = nn.Sequential(bn_relu_conv(12, 12, 3), bn_relu_conv(12, 4))
-
-    def forward(self, x):
-        width_output, height_output = x.shape[-1] // 8, x.shape[-2] // 8
-        x = self.stem(x)
-        low = self.low1(F.relu(x))
-        high = self.high1(F.relu(x))
-        height_output, width_output = high.shape[-2], high.shape[-1]
-        low = low + self.down(F.relu(high))
-        high = high + F.interpolate(self.compress1(low), size=[height_output, width_output], mode="bilinear")
-        low = self.low2(F.relu(low))
-        high = self.high2(F.relu(high))
-        high = high + F.interpolate(self.compress2(low), size=[height_output, width_output], mode="bilinear")
-        width, height = low.shape[-1], low.shape[-2]
-        parts = [self.scale0(low)]
-        parts.append(
-            self.process1(F.interpolate(self.scale1(low), size=[height, width], mode="bilinear") + parts[0])
-        )
-        parts.append(
-            self.process2(F.interpolate(self.scale2(low), size=[height, width], mode="bilinear") + parts[1])
-        )
-        context = self.compression(torch.cat(parts, 1))
-        context = F.interpolate(context, size=[height_output, width_output], mode="bilinear")
-        return self.head(high + context)
-
-
 class Refine(nn.Module):
     """Attention by the mean over the image."""
 

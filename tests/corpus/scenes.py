@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from corpus_blocks import Encoder, Residual, conv
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.zoo.corpus import network
 
@@ -118,48 +118,6 @@ class FeaturePyramid(nn.Module):
         for step, level in zip(self.seg, p):
             y = y + F.interpolate(step(level), size=p[0].shape[2:], mode="bilinear", align_corners=False)
         return F.interpolate(self.head(y), size=x.shape[2:], mode="bilinear", align_corners=False)
-
-
-class ChainedPooling(nn.Module):
-    """5x5 maxima at stride 1, convolved and added, twice."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.maxpool = nn.MaxPool2d(5, stride=1, padding=2)
-        self.conv1, self.conv2 = (
-            nn.Conv2d(width, width, 1, bias=False),
-            nn.Conv2d(width, width, 1, bias=False),
-        )
-
-    def forward(self, x):
-        top = x
-        for step in (self.conv1, self.conv2):
-            top = step(self.maxpool(top))
-            x = top + x
-        return x
-
-
-@network("resizing", "dropout")
-class RefineNetLike(nn.Module):
-    """Chained pooling; coarse to fine with align_corners."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder()
-        self.reduce = nn.ModuleList([nn.Conv2d(c, 16, 1, bias=False) for c in Encoder.widths])
-        self.chain = nn.ModuleList([ChainedPooling(16) for _ in Encoder.widths])
-        self.adapt = nn.ModuleList([nn.Conv2d(16, 16, 1, bias=False) for _ in range(3)])
-        self.clf = nn.Conv2d(16, 4, 3, padding=1)
-
-    def forward(self, x):
-        l1, l2, l3, l4 = [F.dropout(f, 0.2, self.training) for f in self.encoder(x)]
-        y = self.chain[3](F.relu(self.reduce[3](l4)))
-        y = nn.Upsample(size=l3.size()[2:], mode="bilinear", align_corners=True)(self.adapt[2](y))
-        y = self.chain[2](F.relu(self.reduce[2](l3) + y))
-        y = nn.Upsample(size=l2.size()[2:], mode="bilinear", align_corners=True)(self.adapt[1](y))
-        y = self.chain[1](F.relu(self.reduce[1](l2) + y))
-        y = nn.Upsample(size=l1.size()[2:], mode="bilinear", align_corners=True)(self.adapt[0](y))
-        return self.clf(self.chain[0](F.relu(self.reduce[0](l1) + y)))
 
 
 def vgg(*widths: int, first: int = 1) -> list[nn.Sequential]:
@@ -281,57 +239,6 @@ class HRNetLike(nn.Module):
         x1 = F.interpolate(x[1], size=(x0_h, x0_w), mode="bilinear", align_corners=True)
         x2 = F.interpolate(x[2], size=(x0_h, x0_w), mode="bilinear", align_corners=True)
         return self.last(torch.cat([x[0], x1, x2], 1))
-
-
-class Separable(nn.Module):
-    """Depthwise and pointwise, with padding by `F.pad` as TensorFlow's "same"."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, inputs, 3, stride, 0, dilation, groups=inputs, bias=False)
-        self.bn, self.pointwise = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 1, bias=False)
-
-    def forward(self, x):
-        x = fixed_padding(x, self.conv1.kernel_size[0], dilation=self.conv1.dilation[0])
-        return self.pointwise(self.bn(self.conv1(x)))
-
-
-def fixed_padding(inputs: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """As many zeros as the kernel needs, half of them before."""
-    kernel_size_effective = kernel_size + (kernel_size - 1) * (dilation - 1)
-    pad_total = kernel_size_effective - 1
-    pad_beg = pad_total // 2
-    return F.pad(inputs, (pad_beg, pad_total - pad_beg, pad_beg, pad_total - pad_beg))
-
-
-@network("pads", "dilation")
-class XceptionLike(nn.Module):
-    """`fixed_padding` before every separable convolution; the last ones dilated where a stride was taken out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            conv(3, 8, 3, 2), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        )
-        self.entry1, self.skip1 = self.block(8, 16, 2), nn.Conv2d(8, 16, 1, stride=2, bias=False)
-        self.entry2, self.skip2 = self.block(16, 32, 2), nn.Conv2d(16, 32, 1, stride=2, bias=False)
-        self.middle = nn.ModuleList([self.block(32, 32) for _ in range(3)])
-        self.exit = nn.Sequential(self.block(32, 64, dilation=2), self.block(64, 96, dilation=2))
-        self.out = nn.Conv2d(96, 4, 1)
-
-    @staticmethod
-    def block(a: int, b: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
-        """Two of them."""
-        first, second = Separable(a, b, 1, dilation), Separable(b, b, stride, dilation)
-        return nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
-
-    def forward(self, x):
-        y = self.stem(x)
-        y = self.entry1(y) + self.skip1(y)
-        y = self.entry2(y) + self.skip2(y)
-        for block in self.middle:
-            y = block(y) + y
-        return F.interpolate(self.out(self.exit(y)), x.size()[2:], mode="bilinear", align_corners=True)
 
 
 @network("resizing", "dilation")
