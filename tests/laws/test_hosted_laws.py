@@ -135,13 +135,6 @@ def test_it_trains_copies_pickles_and_is_saved_like_any_other(
     assert_same_detections(run(loaded, images, mask="none"), expected)
 
 
-@pytest.mark.slow
-def test_plan_alone_says_which_part_it_is_of() -> None:
-    plan = cs.plan(retinanet())
-    assert plan.part == "backbone"
-    assert "converted: backbone" in str(plan)
-
-
 class Untraceable(nn.Module):
     """Its forward depends on values; its backbone is too small to run on any example, or is fine."""
 

@@ -221,30 +221,6 @@ def test_parts_of_a_dense_map_enter_the_region_one_by_one() -> None:
     assert net.plan["chunk"].action == "dense"
 
 
-class Grown(nn.Module):
-    """Two branches, one of which makes the map larger before it is downsampled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.plain, self.grow, self.down = (
-            nn.Conv2d(3, 8, 3, 2, 1),
-            conv(2),
-            conv(padding=2),
-            conv(2),
-        )
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.relu(self.stem(x))
-        return F.relu(self.plain(x)), F.relu(self.down(self.grow(x)))
-
-
-def test_a_map_larger_than_the_fine_map_does_not_enter_the_region() -> None:
-    plan = cs.plan(Grown().eval(), example_input=torch.randn(1, 3, 48, 64))
-    assert plan.possible and all(high != 2 for high, _ in plan.possible)
-    net = cs.adaptify(Grown().eval(), "none", example_input=torch.randn(1, 3, 48, 64))
-    assert "makes the map grow" in str(net.plan)
-
-
 class LonePad(nn.Module):
     """A padded convolution whose taps fall inside cells: neither it nor its padding is in the region."""
 

@@ -95,20 +95,6 @@ def test_a_resize_to_a_whole_part_is_a_stride(mode: str, factor: float) -> None:
         assert_same(net(x), model(x), EXACT)
 
 
-@MODES
-@pytest.mark.parametrize("scale", [2, 4])
-def test_beyond_the_high_output_stride_it_is_interpolate(scale: int, mode: str, align_corners: bool) -> None:
-    lattice = Geometry((2,)).uniform(1, 2, (12, 18))
-    coarse = torch.randn(2, 3, 6, 9, dtype=double)
-    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
-    size = (6 * scale, 9 * scale)
-    how: dict[str, Any] = {"mode": mode, "align_corners": align_corners}
-    found = functional.resize_to_dense(x, 2, scale_factor=scale, **how)
-    assert_same(found, interpolate(coarse, size, mode, align_corners), EXACT)
-    sized = functional.resize_to_dense(x, 2, size=(23, 35), **how)
-    assert_same(sized, interpolate(coarse, (23, 35), mode, align_corners), EXACT)
-
-
 def mixed(levels: Tensor) -> tuple[Lattice, Elements]:
     lattice = Geometry((2, 2)).lattice(levels)
     return lattice, Elements(torch.randn(len(lattice), 3, dtype=double), lattice)
@@ -139,26 +125,6 @@ def test_on_a_mixed_map_each_element_is_read_by_its_own_cell(mode: str) -> None:
                 (1 - across) * value(v + 1, h) + across * value(v + 1, h + 1)
             )
         assert torch.allclose(found.rows[row], expected, rtol=0, atol=1e-9), (image, y, x_)
-
-
-@pytest.mark.parametrize("factor", [2, 4])
-def test_depth_to_space_is_pixel_shuffle_on_the_own_grid(factor: int) -> None:
-    lattice = Geometry((2, 2)).uniform(2, 2, (16, 20))
-    coarse = torch.randn(2, 3 * factor**2, 4, 5, dtype=double)
-    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
-    found = functional.pixel_shuffle(x, 2 - factor // 2, (4, 4 // factor), factor)
-    assert_same(functional.to_dense(found, 4 // factor), F.pixel_shuffle(coarse, factor), EXACT)
-
-
-@MODES
-def test_a_map_may_end_beyond_the_image(mode: str, align_corners: bool) -> None:
-    """Nine samples strided to five, doubled: ten, as in the network."""
-    lattice = Geometry((2,)).uniform(1, 1, (9, 9))
-    coarse = torch.randn(1, 2, 5, 5, dtype=double)
-    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
-    found = functional.resize(x, 0, (2, 1), 2, None, mode, align_corners)
-    assert found.lattice.size == (10, 10)
-    assert_same(functional.to_dense(found), interpolate(coarse, (10, 10), mode, align_corners), EXACT)
 
 
 def test_a_map_larger_than_its_outermost_cells_is_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import covering, relative_error
+from conftest import covering, relative_error, slow
 from networks import build, conv_norm, randomise
 from torch import nn
 
@@ -219,23 +219,19 @@ def test_weights_of_the_original_are_refused_by_an_optimised_copy() -> None:
     fast.load_state_dict(fast.state_dict())
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
-def test_quantizable_networks_in_floats_are_plain_networks(name: str) -> None:
-    """Their sums and stubs do in floats what any network does."""
-    make = getattr(torchvision.models.quantization, name)
-    model, image = randomise(make(weights=None, quantize=False)), torch.rand(2, 3, 64, 96)
-    net = cs.adaptify(model, mask="none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
-    with torch.no_grad():
-        for one in (net, net.optimize()):
-            assert relative_error(one(image), model(image)) < 1e-4
-
-
+@pytest.mark.parametrize(
+    ("name", "fused"), [("resnet18", True), slow("resnet18", False), slow("mobilenet_v2", False)]
+)
 @pytest.mark.filterwarnings("ignore")
-def test_modules_fused_for_a_quantisation_are_plain_networks() -> None:
-    """Before they are prepared, they compute in floats."""
-    model = randomise(torchvision.models.quantization.resnet18(weights=None, quantize=False)).eval()
-    model.fuse_model()
-    model, image = torch.ao.quantization.QuantWrapper(model), torch.rand(2, 3, 64, 96)
+def test_quantizable_networks_in_floats_are_plain_networks(name: str, fused: bool) -> None:
+    """Their sums and stubs do in floats what any network does, before they are prepared and where modules are fused."""
+    model: Any = randomise(
+        getattr(torchvision.models.quantization, name)(weights=None, quantize=False)
+    ).eval()
+    if fused:
+        model.fuse_model()
+        model = torch.ao.quantization.QuantWrapper(model)
+    image = torch.rand(2, 3, 64, 96)
     net = cs.adaptify(model, mask="none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
     with torch.no_grad():
         for one in (net, net.optimize()):

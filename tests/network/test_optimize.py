@@ -208,22 +208,6 @@ def test_loaded_weights_are_used(small: cs.AdaptiveModel, assign: bool) -> None:
     assert_same(other(x), expected, 1e-5)
 
 
-def test_it_counts_as_the_network_does(small: cs.AdaptiveModel) -> None:
-    x = images(2, 65, 97)
-    fast = small.optimize()
-    assert fast.macs(x).to_dict() == small.macs(x).to_dict()
-    fast.mask = "all"
-    assert fast.macs(x).mask == small.macs(x).high
-
-
-def test_data_of_the_original_is_there() -> None:
-    model = build("resnet18", by=4)
-    model.num_classes = 1000
-    fast = cs.adaptify(model, verify_laws=False).optimize()
-    assert fast.num_classes == 1000
-    assert fast.plan.output_stride == (8, 32)
-
-
 def test_what_cannot_be_done_says_what_can(small: cs.AdaptiveModel, tmp_path: Any) -> None:
     fast = small.optimize()
     with pytest.raises(cs.InvalidInput, match="train the network it was made from"):

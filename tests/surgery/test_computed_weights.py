@@ -129,17 +129,12 @@ def test_copies_optimised_networks_and_counts_have_the_computed_weights(how):
     for fuse in (True, False):
         torch.testing.assert_close(low(net.optimize(fuse), x()), expected)
     torch.testing.assert_close(low(copy.deepcopy(net), x()), expected)
+    if how in HOOKS:  # torch does not pickle parametrised modules
+        torch.testing.assert_close(low(pickle.loads(pickle.dumps(net)), x()), expected)
     assert (
         net.macs(x()).high >= cs.adaptify(network(), verify_laws=False).macs(x()).high
     )  # computing may take products
     torch.testing.assert_close(low(net, x()), expected)
-
-
-@pytest.mark.parametrize("how", HOOKS)
-def test_a_pickled_network_computes_its_weights(how):
-    net = cs.adaptify(network(how), verify_laws=False)
-    expected = low(net, x())
-    torch.testing.assert_close(low(pickle.loads(pickle.dumps(net)), x()), expected)
 
 
 @SOME
@@ -192,22 +187,6 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def test_pruning_and_training_go_on_after_the_conversion():
-    net = cs.adaptify(network(), verify_laws=False)
-    step = torch.optim.SGD(net.parameters(), 0.1)
-    low(net, x()).square().sum().backward()
-    prune.ln_structured(net.head, "weight", 0.5, n=2, dim=0)
-    step = torch.optim.SGD(net.parameters(), 1e-3)
-    losses = []
-    for _ in range(3):
-        step.zero_grad()
-        loss = low(net, x()).square().mean()
-        loss.backward()
-        step.step()
-        losses.append(float(loss.detach()))
-    assert losses[2] < losses[1] < losses[0]
 
 
 # -- hooks ---------------------------------------------------------------------------------------------
