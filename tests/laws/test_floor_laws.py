@@ -177,13 +177,16 @@ def test_transposed_convolutions_without_overlap_are_those_with_kernel_maps(
         assert (net(x, mask=levels) - as_product).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("batch", [2, 3])
 @pytest.mark.parametrize(
-    ("name", "size"), [("unet", (52, 76)), ("strided", (64, 80)), ("any size", (61, 83))]
+    ("network_and_size", "batch", "fill"),
+    covering([("unet", (52, 76)), ("strided", (64, 80)), ("any size", (61, 83))], [2, 3], FILLS),
+    ids=str,
 )
-def test_a_batch_equals_its_images(name: str, size: tuple[int, int], batch: int, fill: Any) -> None:
+def test_a_batch_equals_its_images(
+    network_and_size: tuple[str, tuple[int, int]], batch: int, fill: Any
+) -> None:
     """Outputs and gradients, where each image has a mask of its own."""
+    name, size = network_and_size
     model, x = network(name), torch.rand(batch, 3, *size, dtype=torch.float64)
     net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x[:1], verify_laws=False)
     levels = mixed(batch, size, 16, net.plan.max_level)
@@ -237,18 +240,6 @@ def test_macs_are_those_executed_and_never_more_than_given(name: str) -> None:
     with FlopCounterMode(display=False) as executed, torch.no_grad():
         net.run(lambda *_: plain, x)
     assert abs(executed.get_total_flops() / 2 / counted[1] - 1) < 0.02
-
-
-def test_a_file_brings_the_floors_back(tmp_path: Any) -> None:
-    x = torch.rand(1, 3, 64, 64)
-    net = cs.adaptify(
-        network("unet", torch.float32), "edges", coarsest=16, example_input=x, verify_laws=False
-    )
-    cs.save(net, tmp_path / "net.safetensors")
-    loaded = cs.load(tmp_path / "net.safetensors", model=network("unet", torch.float32))
-    assert loaded.plan == net.plan and loaded.geometry.floors
-    with torch.no_grad():
-        assert torch.equal(loaded(x), net(x))
 
 
 @pytest.mark.slow

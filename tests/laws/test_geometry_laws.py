@@ -586,30 +586,6 @@ def test_the_mean_of_many_elements_is_summed_in_single_precision(dtype: torch.dt
     assert_same(found.double(), expected.to(dtype).double(), 8 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("groups", [1, 2, 8])
-@pytest.mark.parametrize("level", [None, 0, 1])
-def test_memory_layout_of_image_and_weight_is_irrelevant(
-    dtype: torch.dtype, groups: int, level: int | None
-) -> None:
-    """Law 5: channels_last or not, the numbers are the same; mixed and uniform maps."""
-    geometry = Geometry((2,))
-    levels = random_levels(2, (13, 18), (2,)) if level is None else torch.full((2, 13, 18), level)
-    lattice = geometry.lattice(levels)
-    dense, weight = torch.randn(2, 8, 13, 18).to(dtype), torch.randn(16, 8 // groups, 3, 3).to(dtype)
-    window = Window((3, 3), 2, padding=(1, 1, 1, 1))
-
-    def run(dense: Tensor, weight: Tensor) -> Tensor:
-        x = functional.conv2d(functional.to_elements(dense, lattice), weight, None, window, 1, groups)
-        return functional.to_dense(x).double()
-
-    last = torch.channels_last
-    expected = run(dense, weight)
-    for image in (dense, dense.contiguous(memory_format=last)):
-        for kernel in (weight, weight.contiguous(memory_format=last)):
-            assert_same(run(image, kernel), expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
-
-
 # -- gradients -----------------------------------------------------------------------------------------
 
 

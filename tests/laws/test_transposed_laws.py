@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels
-from emulation import Emulation, Feature
 from random_laws import compare
 from random_networks import Case, Draw, settled
 from torch import Tensor, nn
@@ -30,155 +28,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
 
 EXACT = 1e-9
 double = torch.float64
-INNER, OUTER = 4, 6
-# kernel, stride, padding, output_padding
-SHAPES = [
-    (2, 2, 0, 0),
-    (3, 2, 1, 1),
-    (3, 2, 1, 0),
-    (4, 2, 1, 0),
-    (5, 2, 2, 1),
-    (4, 4, 0, 0),
-    (8, 4, 2, 0),
-    (4, 2, 2, 1),
-]
 
 
-class Spread:
-    """A transposed convolution by its numbers, on maps and on elements."""
-
-    def __init__(
-        self, shape: tuple[int, int, int, int], groups: int = 1, dtype: torch.dtype = double
-    ) -> None:
-        self.kernel, self.stride, self.padding, self.more = shape
-        self.groups = groups
-        generator = torch.Generator().manual_seed(sum(shape))
-        self.weight = torch.randn(
-            INNER, OUTER // groups, self.kernel, self.kernel, dtype=double, generator=generator
-        )
-        self.weight, self.bias = self.weight.to(dtype), torch.arange(OUTER).to(dtype)
-
-    def dense(self, x: Tensor) -> Tensor:
-        return F.conv_transpose2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.more, self.groups
-        )
-
-    def window(self, spacing: int) -> Window:
-        after = self.padding - self.more
-        pads = (self.padding, after, self.padding, after)
-        return Window((self.kernel, self.kernel), padding=pads, spacing=spacing, finer=self.stride)
-
-    def on(self, x: Elements, stage: int, spacing: int) -> Elements:
-        weight = functional.transpose_weight(self.weight, self.groups)
-        return functional.conv2d(x, weight, self.bias, self.window(spacing), stage, self.groups)
-
-    def emulated(self, levels: Tensor, x: Elements, stage: int, spacing: int) -> Tensor:
-        geometry = x.lattice.geometry
-        emulation = Emulation(levels, geometry.strides, geometry.fill)
-        nearest = Elements(x.rows, x.lattice.pyramid.lattice(x.lattice.stage, x.lattice.size))
-        index = nearest.lattice.index.view(len(levels), *x.lattice.size).long()
-        feature = Feature(x.rows[index].permute(0, 3, 1, 2), x.lattice.stage)
-        pads = (self.padding, self.padding), (self.more, self.more)
-        out = emulation.transposed(
-            feature,
-            self.weight,
-            self.bias,
-            stage=stage,
-            stride=self.stride,
-            padding=pads[0],
-            more=pads[1],
-            spacing=spacing,
-            groups=self.groups,
-        )
-        return out.data
-
-
-def entering(
-    size: tuple[int, int], levels: Tensor | int, strides: tuple[int, ...], **options: Any
-) -> Elements:
-    geometry = Geometry(strides, **options)
-    lattice = geometry.uniform(levels, 2, size) if isinstance(levels, int) else geometry.lattice(levels)
-    return Elements(torch.randn(len(lattice), INNER, dtype=double), lattice)
-
-
-@pytest.mark.parametrize(
-    ("shape", "size", "groups", "shortcut"),
-    covering(SHAPES, [(16, 24), (13, 22), (9, 7)], [1, 2], [True, False]),
-    ids=str,
-)
-def test_on_the_networks_own_grid_it_is_torchs(
-    shape: tuple[int, int, int, int], size: tuple[int, int], groups: int, shortcut: bool
-) -> None:
-    """Law 1, of the size torch gives, through kernel maps and as a dense map."""
-    strides = (2, 2) if shape[1] == 2 else (4,)
-    x, spread = entering(size, len(strides), strides, dense_shortcut=shortcut), Spread(shape, groups)
-    coarse = functional.to_dense(x, 4)
-    found = spread.on(x, len(strides) - 1, 4)
-    assert_same(functional.to_dense(found, 4 // shape[1]), spread.dense(coarse), EXACT)
-
-
-@pytest.mark.parametrize(
-    ("shape", "size", "groups", "fill"),
-    covering(SHAPES, [(16, 24), (13, 22), (9, 7)], [1, 2], ["linear", "nearest"]),
-    ids=str,
-)
-def test_on_a_mixed_map_it_is_its_definition(
-    shape: tuple[int, int, int, int], size: tuple[int, int], groups: int, fill: Any
-) -> None:
-    strides = (2, 2) if shape[1] == 2 else (4,)
-    levels = random_levels(2, size, strides)
-    x, spread = entering(size, levels, strides, fill=fill), Spread(shape, groups)
-    found = spread.on(x, len(strides) - 1, 4)
-    expected = spread.emulated(levels, x, len(strides) - 1, 4)
-    height, width = found.lattice.size
-    assert tuple(expected.shape[2:]) == (height, width)
-    image, y, c = found.lattice.coordinates
-    assert_same(found.rows, expected.permute(0, 2, 3, 1)[image, y, c], EXACT)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("level", [0, 1])
-def test_every_uniform_level_is_torchs_on_each_of_the_interleaved_grids(
-    shape: tuple[int, int, int, int], level: int
-) -> None:
-    """Law 2: where nothing was downsampled the image is seen at every shift, by the network on its own grid."""
-    size, spacing = (16, 24), 4
-    step = spacing // shape[1]
-    stage = step // 2
-    for shortcut in (True, False):
-        x, spread = entering(size, level, (2, 2), dense_shortcut=shortcut), Spread(shape)
-        fine, found = functional.to_dense(x), functional.to_dense(spread.on(x, stage, spacing))
-        side = 2 ** min(level, stage)
-        for top, left in itertools.product(range(0, step, side), repeat=2):
-            own = spread.dense(fine[:, :, top::spacing, left::spacing])
-            here = found[:, :, top::step, left::step]
-            assert_same(here, own[:, :, : here.shape[2], : here.shape[3]], EXACT)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", [2, 3])
 @pytest.mark.parametrize("uniform", [True, False])
-def test_in_any_type(dtype: torch.dtype, uniform: bool) -> None:
-    levels = torch.full((2, 12, 16), 1) if uniform else random_levels(2, (12, 16), (2,))
-    x, spread = entering((12, 16), levels, (2,)), Spread((4, 2, 1, 0), dtype=dtype)
-    with torch.no_grad():
-        found = spread.on(Elements(x.rows.to(dtype), x.lattice), 0, 2)
-    expected = Spread((4, 2, 1, 0)).on(x, 0, 2)
-    assert found.rows.dtype == dtype
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
-    assert_same(found.rows.double(), expected.rows, tolerance)
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 0, 0), (3, 2, 1, 1)], ids=str)
-@pytest.mark.parametrize("uniform", [True, False])
-def test_gradients_are_finite_differences(shape: tuple[int, int, int, int], uniform: bool) -> None:
+def test_gradients_are_finite_differences(kernel: int, uniform: bool) -> None:
     levels = torch.full((1, 7, 6), 1) if uniform else random_levels(1, (7, 6), (2,))
-    x, spread = entering((7, 6), levels, (2,)), Spread(shape, 2)
+    lattice, pad = Geometry((2,)).lattice(levels).at(1), kernel - 2
+    window = Window((kernel, kernel), padding=(pad, 0, pad, 0), spacing=2, finer=2)
 
     def run(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        spread.weight, spread.bias = weight, bias
-        return spread.on(Elements(rows, x.lattice), 0, 2).rows
+        weight = functional.transpose_weight(weight, 2)
+        return functional.conv2d(Elements(rows, lattice), weight, bias, window, 0, 2).rows
 
-    operands = [value.clone().requires_grad_() for value in (x.rows, spread.weight, spread.bias)]
+    shapes = (len(lattice), 4), (4, 3, kernel, kernel), (6,)
+    operands = [torch.randn(shape, dtype=double, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(run, operands, fast_mode=True)
 
 
@@ -275,6 +139,11 @@ UNJOINED: dict[str, Callable[[], list[nn.Module]]] = {
     "2/2": lambda: [nn.ConvTranspose2d(8, 8, 2, 2), nn.ConvTranspose2d(8, 8, 2, 2)],
     "3/2": lambda: [nn.ConvTranspose2d(8, 8, 3, 2, 1), nn.ConvTranspose2d(8, 8, 3, 2, 1, 1)],
     "4/4": lambda: [nn.ConvTranspose2d(8, 8, 4, 4)],
+    "3/2, shorter": lambda: [nn.ConvTranspose2d(8, 8, 3, 2, 1)],
+    "4/2, in groups": lambda: [nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=2)],
+    "4/2, padded more": lambda: [nn.ConvTranspose2d(8, 8, 4, 2, 2, 1)],
+    "5/2": lambda: [nn.ConvTranspose2d(8, 8, 5, 2, 2, 1)],
+    "8/4": lambda: [nn.ConvTranspose2d(8, 8, 8, 4, 2)],
     "stride one": lambda: [nn.ConvTranspose2d(8, 8, 3, 1, 1, groups=2), nn.ConvTranspose2d(8, 8, 5, 1, 3)],
 }
 

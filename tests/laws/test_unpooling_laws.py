@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels
-from emulation import Emulation, Feature
 from networks import conv_norm
 from random_laws import compare
 from random_networks import Case, Draw, settled
@@ -83,51 +82,6 @@ def test_on_the_networks_own_grid_it_is_torchs(how: Any, size: tuple[int, int], 
 
 
 @pytest.mark.parametrize(
-    ("how", "size", "fill"), covering(SIDES, [(16, 24), (13, 22), (9, 7)], ["linear", "nearest"]), ids=str
-)
-def test_on_a_mixed_map_it_is_its_definition(how: Any, size: tuple[int, int], fill: Any) -> None:
-    side, strides, before, after = how
-    spacing = strides[0] if before else 1
-    levels = random_levels(2, size, strides)
-    x = entering(size, levels, strides, before, fill=fill)
-    emulation = Emulation(levels, strides, fill)
-    cells = x.lattice.pyramid.lattice(before, size).index.view(2, *size).long()
-    feature = Feature(x.rows[cells].permute(0, 3, 1, 2), before)
-    shape = {"kernel": (side, side), "stride": side}
-    largest = emulation.max_pool(feature, **shape, stage=after, spacing=spacing, ceil_mode=True)  # type: ignore[arg-type]
-    taps = emulation.max_pool_taps(
-        feature,
-        **shape,
-        dilation=(1, 1),
-        padding=(0, 0, 0, 0),
-        spacing=spacing,  # type: ignore[arg-type]
-    )
-    height, width = largest.size
-    taps = emulation.cut(taps[:, :, :height, :width], feature, after, (height, width)).data
-    expected = emulation.unpool(
-        Feature(largest.data + 1, after),
-        taps,
-        stage=before,
-        side=side,
-        samples=x.lattice.samples(spacing),
-        spacing=spacing * side,
-    ).data
-    found = there_and_back(x, side, spacing, after)
-    assert found.lattice.size == tuple(expected.shape[2:])
-    image, y, c = found.lattice.coordinates
-    assert_same(found.rows, expected.permute(0, 2, 3, 1)[image, y, c], EXACT)
-
-
-@pytest.mark.parametrize("level", [0, 1])
-def test_every_uniform_level_is_torchs_on_each_of_the_interleaved_grids(level: int) -> None:
-    """Law 2: where nothing was downsampled the image is seen at every shift, by the network on its own grid."""
-    x = entering((16, 24), level, (2, 2), 1)
-    fine, found = functional.to_dense(x), functional.to_dense(there_and_back(x, 2, 2, 2))
-    for top, left in itertools.product(range(0, 2, 2**level), repeat=2):
-        assert_same(found[:, :, top::2, left::2], dense_there_and_back(fine[:, :, top::2, left::2], 2), EXACT)
-
-
-@pytest.mark.parametrize(
     ("pool", "size"),
     covering([nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True)], [(16, 24), (13, 22)]),
     ids=str,
@@ -145,15 +99,6 @@ def test_indices_that_leave_the_region_are_torchs_numbers(pool: nn.MaxPool2d, si
         return_indices=True,
     )
     assert torch.equal(functional.dense_indices(indices, 2), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_in_any_type(dtype: torch.dtype) -> None:
-    x = entering((12, 16), random_levels(2, (12, 16), (2,)), (2,), 0)
-    x = Elements(x.rows.to(dtype).double(), x.lattice)
-    found = there_and_back(Elements(x.rows.to(dtype), x.lattice), 2, 1, 1)
-    assert found.rows.dtype == dtype
-    assert_same(found.rows.double(), there_and_back(x, 2, 1, 1).rows, 1e-2)
 
 
 def test_gradients_are_finite_differences() -> None:

@@ -296,13 +296,6 @@ def test_the_published_rule_gives_the_published_totals(
     assert report.high == pytest.approx(1.42358e12, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_a_share_of_0293_in_blocks_lands_at_the_published_6_7e11() -> None:
-    report = deeplab((8, 32)).macs(LARGE, mask=blocks(round(0.293 * 2048), (128, 256)), rule="published")
-    assert report.active_fraction == pytest.approx(0.293, abs=3e-4)
-    assert report.mask == pytest.approx(6.7e11, rel=5e-3)
-
-
 # -- of the network as given ---------------------------------------------------------------------------
 
 
@@ -401,18 +394,6 @@ def test_a_plan_says_what_floors_would_save(name: str, size: tuple[int, int] | N
     words = f"{low + (1 - low) / 3:.2f} of the MACs of the network as given where a third is kept, {low:.2f} where"
     assert "coarsest=32 takes about" in plan.summary() and words in plan.summary()
     assert type(plan).from_json(plan.to_json()).prospect == plan.prospect
-
-
-@pytest.mark.slow
-def test_a_plan_of_floors_says_what_everything_at_the_floor_costs() -> None:
-    """LinkNet's last transposed convolution and what follows it are dense."""
-    model, image = subject("realtime:LinkNet", CHECKOUT).build().eval(), images(1, 96, 128)
-    net = cs.adaptify(model, "none", coarsest=32, example_input=image, verify_laws=False)
-    share = executed(net, image) / executed(model, image)
-    summary = cs.plan(model, coarsest=32, example_input=image).summary()
-    assert f"everything at the floor of 32 pixels takes {share:.2f} of the MACs" in summary
-    assert f"{share + (1 - share) / 3:.2f} where a third is kept; everything high takes 1.00" in summary
-    assert f"{net.plan.share('adapt', 'keep'):.0%} of the MACs in the region" in summary
 
 
 def test_a_third_kept_takes_what_the_plan_says() -> None:

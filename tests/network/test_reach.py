@@ -359,21 +359,6 @@ def test_bfloat16_rows_are_those_of_the_dense_output(name: str) -> None:
     assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, 2e-2)
 
 
-@REACHES
-@torch.no_grad()
-def test_every_pixel_has_the_row_of_its_sample(reach: Any) -> None:
-    """All pixels of an odd image: each sample repeated by its stride, the border cut."""
-    net, size = converted("residual"), (21, 30)
-    x = images(1, *size)
-    levels = levels_of(net, x)
-    y, column = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
-    every = torch.stack((column.flatten(), y.flatten()), 1)
-    dense = net(x, mask=levels)
-    wanted = dense.repeat_interleave(2, 2).repeat_interleave(2, 3)[0, :, : size[0], : size[1]]
-    rows = cs.read_at(net, x, [every], mask=levels, reach=reach)
-    assert_rows(rows, [wanted.flatten(1).T], limit(reach))
-
-
 @pytest.mark.parametrize(
     ("name", "size"),
     [

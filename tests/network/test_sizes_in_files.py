@@ -201,72 +201,45 @@ def test_what_others_print_while_torch_is_silent_is_seen_at_once(capfd: pytest.C
 
 # What raises while a file is written: the owner's module, and the function's name in it.
 PHASES = {
-    "copy": ("cadsurgery.network.export.onnx", "Exportable"),
-    "export": ("torch.export", "export"),
-    "decompositions": ("cadsurgery.network.export.onnx", "decompose"),
-    "translation": ("torch.onnx._internal.exporter._core", "_translate_fx_graph"),
-    "optimisation": ("onnxscript.optimizer", "fold_constants_ir"),
-    "checking": ("onnx.checker", "check_model"),
-    "opening": ("onnxruntime", "InferenceSession"),
-    "comparison": ("cadsurgery.network.export.onnx", "difference"),
+    ("net.onnx", "copy"): ("cadsurgery.network.export.onnx", "Exportable"),
+    ("net.onnx", "export"): ("torch.export", "export"),
+    ("net.onnx", "decompositions"): ("cadsurgery.network.export.onnx", "decompose"),
+    ("net.onnx", "translation"): ("torch.onnx._internal.exporter._core", "_translate_fx_graph"),
+    ("net.onnx", "optimisation"): ("onnxscript.optimizer", "fold_constants_ir"),
+    ("net.onnx", "checking"): ("onnx.checker", "check_model"),
+    ("net.onnx", "opening"): ("onnxruntime", "InferenceSession"),
+    ("net.onnx", "comparison"): ("cadsurgery.network.export.onnx", "difference"),
+    ("net.onnx", "ranges of 8 bits"): ("cadsurgery.network.export.int8", "_reduce"),
+    ("net.onnx", "quantiser of 8 bits"): ("onnxruntime.quantization.qdq_quantizer", "QDQQuantizer"),
+    ("net.onnx", "comparison of 8 bits"): ("cadsurgery.network.export.int8", "measure"),
+    ("net.pt2", "export"): ("torch.export", "export"),
+    ("net.pt2", "saving"): ("torch.export", "save"),
+    ("net.pt2", "loading"): ("torch.export", "load"),
+    ("net.pt2", "comparison"): ("cadsurgery.network.export.programs", "difference"),
 }
 
 
-@pytest.mark.parametrize("phase", [name if name in ("copy", "export") else slow(name) for name in PHASES])
+@pytest.mark.parametrize(
+    ("file", "phase"), [case if case[1] in ("copy", "export") else slow(*case) for case in PHASES]
+)
 def test_whatever_raises_is_refused_and_leaves_nothing(
-    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that was there before stays as it was."""
-    refuse_because_of(PHASES[phase], "net.onnx", tmp_path, monkeypatch)
-
-
-PHASES_OF_PROGRAMS = {
-    "export": ("torch.export", "export"),
-    "saving": ("torch.export", "save"),
-    "loading": ("torch.export", "load"),
-    "comparison": ("cadsurgery.network.export.programs", "difference"),
-}
-
-
-@pytest.mark.parametrize("phase", [name if name == "export" else slow(name) for name in PHASES_OF_PROGRAMS])
-def test_whatever_raises_while_a_program_is_written_is_refused_and_leaves_nothing(
-    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refuse_because_of(PHASES_OF_PROGRAMS[phase], "net.pt2", tmp_path, monkeypatch)
-
-
-PHASES_IN_8_BITS = {
-    "ranges": ("cadsurgery.network.export.int8", "_reduce"),
-    "quantiser": ("onnxruntime.quantization.qdq_quantizer", "QDQQuantizer"),
-    "comparison": ("cadsurgery.network.export.int8", "measure"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES_IN_8_BITS)
-def test_whatever_raises_while_a_file_is_put_into_8_bits_is_refused_and_leaves_nothing(
-    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = torch.rand(2, 3, 64, 96)
-    refuse_because_of(PHASES_IN_8_BITS[phase], "net.onnx", tmp_path, monkeypatch, int8=images)
-
-
-def refuse_because_of(
-    raising: tuple[str, str], file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
-) -> None:
-    """Export where a function of a module raises; a file that was there before stays as it was."""
-    path, mask = folder / file, "edges | budget:fraction=0.3"
+    path, mask = tmp_path / file, "edges | budget:fraction=0.3"
     path.write_bytes(b"an older file")
     net = cs.adaptify(strided(outputs=4, kernel=3).eval(), mask, example_input=torch.randn(1, 3, 64, 96))
 
     def fail(*args: object, **options: object) -> object:
         raise RuntimeError("not today")
 
-    monkeypatch.setattr(importlib.import_module(raising[0]), raising[1], fail)
+    module, name = PHASES[file, phase]
+    monkeypatch.setattr(importlib.import_module(module), name, fail)
+    options = {"int8": torch.rand(2, 3, 64, 96)} if phase.endswith("8 bits") else {}
     with pytest.raises(cs.CannotConvert) as refusal:
         cs.export(net, torch.randn(1, 3, 64, 96), path, **options)
     assert "not today" in refusal.value.why and refusal.value.next
-    assert [(one.name, one.read_bytes()) for one in folder.iterdir()] == [(file, b"an older file")]
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [(file, b"an older file")]
 
 
 class Bessel(nn.Module):
