@@ -376,21 +376,6 @@ def test_a_guide_that_does_not_vary_leaves_the_linear_fill(
     assert_same(functional.to_dense(x, guide=noise * flat.detach()), expected, 1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_guided_reading_in_lower_precision_is_the_same_up_to_rounding(dtype: torch.dtype) -> None:
-    lattice = Geometry((2, 2), fill="guided").lattice(random_levels(2, (13, 18), (2, 2)))
-    dense, guide = torch.randn(2, 8, 13, 18).to(dtype), torch.randn(2, 3, 13, 18).to(dtype)
-
-    def run(kind: torch.dtype) -> Tensor:
-        x = functional.to_elements(dense.to(kind), lattice)
-        x = Elements(functional.rows_on(x, lattice), lattice)
-        return functional.to_dense(x, guide=guide.to(kind))
-
-    found = run(dtype)
-    assert found.dtype == dtype
-    assert_same(found.double(), run(torch.float64), 10 * torch.finfo(dtype).eps + 1e-6)
-
-
 def test_the_gradients_of_guided_reading_are_finite_differences() -> None:
     """Law 6, for the rows and the guide."""
     world = small_world("guided")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch.nn.functional as F
 from conftest import assert_same, images, random_levels, slow
 from networks import conv_norm, randomise
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
 
 import cadsurgery as cs
+from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -137,74 +136,6 @@ def test_a_map_larger_than_its_outermost_cells_is_refused() -> None:
 # -- decoders and pyramids ---------------------------------------------------------------------------------
 
 
-class Decoder(nn.Module):
-    """An encoder to output stride 16 and a decoder back to 2 with skip connections."""
-
-    def __init__(self, mode: str, by_size: bool) -> None:
-        super().__init__()
-        self.down = nn.ModuleList([block(3, 8, 2), block(8, 8, 2), block(8, 8, 2), block(8, 8, 2)])
-        self.up = nn.ModuleList([block(16, 8), block(16, 8), block(16, 8)])
-        self.mode, self.by_size = mode, by_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = []
-        for down in self.down:
-            x = down(x)
-            maps.append(x)
-        for up, skip in zip(self.up, maps[-2::-1], strict=True):
-            size: Any = {"size": skip.shape[-2:]} if self.by_size else {"scale_factor": 2}
-            x = up(torch.cat([F.interpolate(x, mode=self.mode, **size), skip], dim=1))
-        return x
-
-
-@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
-@pytest.mark.parametrize("by_size", [False, True])
-def test_a_decoder_is_the_original_at_none_and_stays_in_the_region(mode: str, by_size: bool) -> None:
-    model = randomise(Decoder(mode, by_size)).double()
-    size = (83, 61) if by_size else (96, 64)
-    x = images(2, *size, double)
-    net = cs.adaptify(model, "none", output_stride=(4, 16), example_input=x, verify_laws=False)
-    assert {net.plan[name].action for name in ("interpolate", "interpolate_1")} == {"keep"}
-    with torch.no_grad():
-        assert_same(net(x), model(x), EXACT)
-        fine = net.levels.shape[1:]
-        net(x, mask=random_levels(2, (fine[0], fine[1]), (2, 2)))
-        assert not torch.allclose(net(x, mask="all"), model(x))  # what the mask decides reaches the output
-
-
-class Pyramid(nn.Module):
-    """torchvision's feature pyramid on a small backbone; returns a dictionary of maps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.ModuleList([block(3, 8, 4), block(8, 8, 2), block(8, 16, 2), block(16, 32, 2)])
-        self.fpn = FeaturePyramidNetwork([8, 16, 32], 8)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        maps = []
-        for body in self.body:
-            x = body(x)
-            maps.append(x)
-        return self.fpn(OrderedDict((str(i), value) for i, value in enumerate(maps[1:])))
-
-
-def test_a_pyramid_leaves_fine_and_its_finest_level_gains() -> None:
-    """Each returned map stands where the plan says; at the network's own positions everything is the original."""
-    model, x = randomise(Pyramid()).double(), images(2, 97, 129, double)
-    net = cs.adaptify(model, "none", output_stride=(8, 32), example_input=x)
-    with torch.no_grad():
-        found, expected = net(x), model(x)
-        other = net(x, mask="all")
-    standing = {name: (own, stride) for name, own, stride, _ in net.plan.standing()}
-    assert sorted(standing.values()) == [(8, 8), (16, 8), (32, 8)]
-    for (key, value), own in zip(expected.items(), (8, 16, 32), strict=True):
-        step = own // 8
-        assert_same(found[key][..., ::step, ::step], value, EXACT)
-    assert_same(found["0"], expected["0"], EXACT)
-    assert not torch.allclose(other["0"], expected["0"])
-    assert "at output stride 8" in str(net.plan)
-
-
 @pytest.mark.parametrize(
     "name", ["resnet18", "mobilenetv2_050", slow("convnext_atto"), slow("hrnet_w18_small")]
 )
@@ -244,30 +175,11 @@ def test_on_a_mixed_map_an_element_of_a_shuffle_takes_the_channels_of_its_phase(
         assert torch.equal(found.rows[row], values[:, own[0] % 2 * 2 + own[1] % 2])
 
 
-class OfTwoScales(nn.Module):
-    """A branch on the whole image, and a deeper one on a quarter of it, resized to the first (as ContextNet)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fine = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1) for i in range(3)))
-        self.coarse = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1) for i in range(3)))
-        self.after = nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        fine = self.fine(x)
-        quarter = nn.functional.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=True)
-        size = (fine.size()[2], fine.size()[3])
-        coarse = nn.functional.interpolate(
-            self.coarse(quarter), size=size, mode="bilinear", align_corners=True
-        )
-        return self.after(torch.relu(fine + coarse))
-
-
 @pytest.mark.parametrize("size", [(131, 197), slow((128, 192)), slow((135, 201))])
 def test_every_pair_of_strides_converts_where_branches_round_differently(size: tuple[int, int]) -> None:
     """At 131 x 197 the quarter has 32 x 49 pixels and leads to 16 x 25 samples; the other branch has 17 x 25."""
     torch.manual_seed(0)
-    model, x = OfTwoScales().eval(), torch.rand(1, 3, *size)
+    model, x = subject("light:ContextNetLike", CHECKOUT).build().eval(), torch.rand(1, 3, *size)
     pairs = cs.plan(model, example_input=x).possible
     converted = [cs.adaptify(model, "none", output_stride=pair, example_input=x) for pair in pairs]
     assert len(converted) > 8
@@ -276,7 +188,7 @@ def test_every_pair_of_strides_converts_where_branches_round_differently(size: t
 
 def test_a_network_of_two_scales_takes_every_size_that_it_took() -> None:
     torch.manual_seed(0)
-    model = OfTwoScales().eval()
+    model = subject("light:ContextNetLike", CHECKOUT).build().eval()
     net = cs.adaptify(
         model, "none", example_input=torch.rand(1, 3, 131, 197), outputs="native", verify_laws=False
     )

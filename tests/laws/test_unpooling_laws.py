@@ -178,39 +178,6 @@ def test_a_decoder_of_unpoolings_is_its_emulation(function: bool, sized: bool, j
     assert net.plan.output_stride[0] > 1 or {d.action for d in unpoolings} == {"keep"}
 
 
-class Shortcut(nn.Module):
-    """As in ENet: what is pooled gets zeros for new channels, and is unpooled beside a transposed convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.pool = conv_norm(3, 4, 2), nn.MaxPool2d(2, stride=2, return_indices=True)
-        self.down = nn.ModuleList([nn.Conv2d(a, b, 2, 2) for a, b in ((4, 6), (6, 8))])
-        self.narrow = nn.ModuleList([nn.Conv2d(a, b, 1) for a, b in ((8, 6), (6, 4))])
-        self.up = nn.ModuleList([nn.ConvTranspose2d(a, b, 2, 2) for a, b in ((8, 6), (6, 4))])
-        self.unpool, self.last = nn.MaxUnpool2d(2), nn.Conv2d(4, 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, passed = self.stem(x), []
-        for down in self.down:
-            main, indices = self.pool(x)
-            passed.append((indices, x.size()))
-            beside = down(x)
-            n, wide, h, w = beside.size()
-            zeros = x.new_zeros(n, wide - main.size(1), h, w)
-            x = torch.relu(torch.cat((main, zeros), 1) + beside)
-        for narrow, up, (indices, size) in zip(self.narrow, self.up, passed[::-1], strict=True):
-            x = torch.relu(self.unpool(narrow(x), indices, output_size=size) + up(x, output_size=size))
-        return self.last(x)
-
-
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_shortcut_with_zeros_for_new_channels_is_its_emulation(seed: int) -> None:
-    torch.manual_seed(0)
-    model = settled(Shortcut().double(), images(2, 48, 64, double), Draw(0))
-    net = compare(Case(model, images(2, 53, 58, double), images(1, 40, 56, double), True), Draw(seed))
-    assert not net.plan.chosen("barrier")
-
-
 def test_indices_leave_with_the_values_where_the_region_ends_between() -> None:
     """What is unpooled behind it is unpooled as the network does it, on its own grid."""
     model = settled_network(function=False, sized=True, barrier=True)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from training import SIZE, Scenes, adaptive
 
 import cadsurgery as cs
+from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.data.images import normalise
 from cadsurgery.finetune import Blend, Draw, Objective, Settings, calibrate, fit
 from cadsurgery.finetune.groups import freeze_unused, make_groups
@@ -63,26 +64,6 @@ class Branches(nn.Module):
         return {"dense": dense, "low": low}
 
 
-class Decoder(nn.Module):
-    """A pyramid of two lateral connections that resizes on elements; works in place; a list of maps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.ModuleList(nn.Conv2d(4 if at else 3, 4, 3, 2, 1) for at in range(4))
-        self.lateral = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for down in self.down:
-            x = F.elu(down(x))
-            maps.append(x)
-        found = [maps[-1]]
-        for lateral, skip in zip(self.lateral, maps[-2::-1], strict=True):
-            upper = F.interpolate(found[-1], size=skip.shape[-2:], mode="bilinear")
-            found.append((upper + lateral(skip)).relu_())
-        return found
-
-
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "basic blocks": (lambda: build("resnet18", by=4), {}),
     "bottlenecks, two levels": (lambda: build("resnet50", by=4), {"output_stride": (8, 16)}),
@@ -92,7 +73,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "channels last": (lambda: randomise(timm.create_model("convnext_atto", num_classes=5)), {}),
     "several maps": (lambda: randomise(timm.create_model("regnety_002", features_only=True)), {}),
     "branches": (lambda: randomise(Branches()), {"output_stride": (2, 8)}),
-    "decoder": (lambda: randomise(Decoder()), {"output_stride": (2, 8)}),
+    "decoder": (lambda: randomise(subject("scenes:FeaturePyramid", CHECKOUT).build()), {}),
 }
 
 
