@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, random_levels
-from emulation import Emulation, Feature, fill_cells, pixels
+from emulation import Emulation, Feature, pixels
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath
@@ -311,21 +311,6 @@ def test_compiled_cells_and_kernel_maps_are_those_of_torch(data: st.DataObject) 
 
 
 # -- reading -------------------------------------------------------------------------------------------
-
-
-@QUICK
-@given(worlds(), st.integers(0, 3))
-def test_dense_to_elements_to_dense_is_the_identity_on_level_0(world: World, stage: int) -> None:
-    """... for both fills; and everywhere for a map that is constant on cells, with fill="nearest"."""
-    stage = min(stage, len(world.geometry.strides))
-    dense = torch.randn(world.lattice.batch, 3, *world.size, dtype=torch.float64)
-    x, _ = world.enter(dense, stage)
-    level_0 = (world.emulation.side(stage, world.size) == 1)[:, None].expand_as(dense)
-    assert torch.equal(functional.to_dense(x)[level_0], dense[level_0])
-    if world.geometry.fill == "nearest":
-        constant = fill_cells(dense, world.emulation.side(stage, world.size))
-        again, _ = world.enter(constant, stage)
-        assert torch.equal(functional.to_dense(again), constant)
 
 
 @QUICK

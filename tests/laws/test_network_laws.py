@@ -440,16 +440,6 @@ def test_a_batch_is_its_images_one_by_one(name: str) -> None:
                 assert_same(together[image : image + 1], alone)
 
 
-@pytest.mark.parametrize("size", [(97, 129), (64, 100), slow((193, 257))], ids=str)
-@SAMPLE
-def test_a_network_converted_on_one_size_runs_on_others(name: str, size: Size) -> None:
-    """Law 5 with laws 1 to 3 at sizes that were not the example's."""
-    model, x = with_features(build(name, double)), images(2, *size, double)
-    net, levels = convert(model), levels_for(size, (8, 32))
-    assert_same(every(run(net, x, mask="none"), 4), run(model, x))
-    assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2)), 8))
-
-
 def test_autocast_trains_in_lower_precision() -> None:
     """Under torch.autocast outputs and gradients are those of float32 up to bfloat16 rounding."""
     net = cs.adaptify(build("resnet18"), "random:fraction=0.4,seed=0", verify_laws=False)
@@ -662,28 +652,3 @@ def test_a_reflected_border_that_torch_refuses_is_refused() -> None:
     for mask in ("all", "none"):
         with pytest.raises(InvalidInput, match="a border of 3 samples is reflected in a map of 3"):
             net(torch.randn(1, 3, 12, 12), mask=mask)
-
-
-# -- engine --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["resnet18", slow("resnext50_32x4d"), "deeplabv3_resnet50", "vgg11"])
-def test_dense_shortcut_changes_nothing(name: str) -> None:
-    """Uniform maps run as dense convolutions or by kernel maps, with the same result."""
-    model = vgg_trunk(name) if name == "vgg11" else build(name, double)
-    x = images(2, 33, 49, double)
-    net = convert(model, size=(33, 49), **({"output_stride": (2, 8)} if name == "vgg11" else {}))
-    mapped = replace(net.geometry, dense_shortcut=False)
-    fine = (16, 24) if name == "vgg11" else (5, 7)
-    mixed = random_levels(2, fine, (2, 2))
-    for levels in (*(torch.full((2, *fine), level) for level in range(3)), mixed):
-
-        def masking(image: Tensor, features: Tensor, levels: Tensor = levels) -> Any:
-            return mapped.lattice(levels)
-
-        with torch.no_grad():
-            found = net.run(masking, x)
-        expected = run(net, x, mask=levels)
-        if isinstance(expected, OrderedDict):
-            found, expected = dict(found), dict(expected)
-        assert_same(found, expected)

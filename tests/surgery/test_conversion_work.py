@@ -21,23 +21,6 @@ def conv(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Se
     return nn.Sequential(window, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-class Attended(nn.Module):
-    """A dilated encoder and attention between positions (as DANet)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(conv(3, 8, 2), conv(8, 16, 2), conv(16, 16, 2))
-        self.deep = nn.Sequential(*(conv(16, 16, dilation=d) for d in (2, 2, 2, 4, 4, 4)))
-        self.query, self.value, self.head = nn.Conv2d(16, 4, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.deep(self.stem(x))
-        query = self.query(y).flatten(2)
-        weights = torch.softmax(query.transpose(1, 2) @ query, -1)
-        y = y + (self.value(y).flatten(2) @ weights).view_as(y)
-        return F.interpolate(self.head(y), x.shape[2:], mode="bilinear")
-
-
 class ResidualStream(nn.Module):
     """A stream of full resolution, to which coarser maps are added (as FRRN)."""
 
@@ -110,7 +93,7 @@ def work(run: Callable[[], Any]) -> tuple[int, Any]:
 
 
 Nested = subject("unets:NestedSalience", CHECKOUT).build  # a U of small Us
-NETWORKS = (Attended, ResidualStream, Nested, Edges)
+NETWORKS = (ResidualStream, Nested, Edges)
 # What decides by sizes is also run at seven other sizes, to find out which decisions matter.
 MOST_CALLS = {Edges: 11}
 

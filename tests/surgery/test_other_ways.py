@@ -160,10 +160,6 @@ def test_loaded_weights_leave_one_way() -> None:
 # -- pyramids whose pooling follows from the size of the map ------------------------------------------
 
 
-def by_windows(x: Tensor, bins: int) -> Tensor:
-    return F.avg_pool2d(x, kernel_size=(x.size(2) // bins, x.size(3) // bins))
-
-
 def by_one_side(x: Tensor, bins: int) -> Tensor:
     """All of the map where it is a square, and else not."""
     return F.avg_pool2d(x, int(x.size(2) / bins), int(x.size(2) / bins))
@@ -197,7 +193,6 @@ class Pyramid(nn.Module):
 @pytest.mark.parametrize(
     ("pool", "example"),
     [
-        slow(by_windows, (96, 96)),
         (by_one_side, (96, 96)),
         slow(by_one_side, (97, 97)),
         slow(by_bins, (96, 96)),
