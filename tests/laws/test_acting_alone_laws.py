@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from networks import Encoded
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -222,21 +223,13 @@ def test_what_acts_on_each_position_alone_stays_in_the_region(space: str) -> Non
     assert not faults
 
 
-class Encoder(nn.Module):
-    """Strided convolutions around a function of the map and another one of the same size."""
-
-    def __init__(self, change: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.change = change
-        self.stem = nn.Sequential(nn.Conv2d(3, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), nn.Sigmoid())
-        self.other, self.head = nn.Conv2d(C, C, 1), nn.Conv2d(C, 4, 3, 2, 1)
-        self.register_buffer("vector", torch.rand(1, 2, 1, 1))
-        self.register_buffer("picked", PICKED)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.stem(x)
-        result: Tensor = self.head(self.change(self, y, self.other(y)))
-        return result
+def changing(change: Callable[[Any, Tensor, Tensor], Tensor]) -> nn.Module:
+    """A network with a function of its map and another one of the same size."""
+    kept = {"vector": nn.Buffer(torch.rand(1, 2, 1, 1)), "picked": nn.Buffer(PICKED)}
+    other = nn.Conv2d(C, C, 1)
+    return Encoded(
+        lambda own, image, y: own.head(change(own, y, own.other(y))), C, other=other, **kept
+    ).eval()
 
 
 def write(place: Any, value: Callable[[Any, Tensor, Tensor], Any]) -> Callable[[Any, Tensor, Tensor], Tensor]:
@@ -292,7 +285,7 @@ CHANGES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_channels_that_are_written_or_chosen_stay_in_the_region(change: str) -> None:
-    model = Encoder(CHANGES[change]).eval()
+    model = changing(CHANGES[change])
     image = torch.rand(2, 3, 40, 56)
     net = cs.adaptify(
         model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native", verify_laws=False
@@ -314,7 +307,7 @@ def test_channels_that_are_written_or_chosen_stay_in_the_region(change: str) -> 
     ],
 )
 def test_what_joins_positions_says_along_which_axes(change: Any, words: str) -> None:
-    plan = cs.plan(Encoder(change).eval(), example_input=torch.rand(3, 3, 32, 48))
+    plan = cs.plan(changing(change), example_input=torch.rand(3, 3, 32, 48))
     assert words in " ".join(decision.reason for decision in plan.decisions if decision.action == "barrier")
 
 

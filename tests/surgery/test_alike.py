@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Encoded
 from torch import nn
 
 import cadsurgery as cs
@@ -172,17 +173,9 @@ def test_the_statistics_of_a_sync_batch_norm_are_those_of_all_processes(tmp_path
         torch.testing.assert_close(half[2:], (norm.running_mean, norm.running_var))
 
 
-class Dropping(nn.Module):
+def dropping(drop) -> nn.Module:
     """Functional dropout, with its flag."""
-
-    def __init__(self, drop) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.third, self.drop = nn.Conv2d(8, 8, 3, 1, 1), drop
-
-    def forward(self, x):
-        x = self.second(self.first(x))
-        return self.third(self.drop(x, p=0.4, training=self.training))
+    return Encoded(lambda own, image, y: own.head(drop(y, p=0.4, training=own.training))).eval()
 
 
 @pytest.mark.parametrize("drop", [F.dropout2d, F.dropout3d, F.feature_alpha_dropout])
@@ -190,9 +183,9 @@ class Dropping(nn.Module):
 def test_functional_dropout_of_channels_is_torchs(drop):
     """Where everything is low and the random numbers are the same, so is what is dropped."""
     torch.manual_seed(0)
-    model, x = Dropping(drop).eval(), torch.randn(2, 3, 65, 90)
+    model, x = dropping(drop), torch.randn(2, 3, 65, 90)
     net = cs.adaptify(model, mask="none", example_input=x, outputs="native", verify_laws=False)
-    assert net.plan["third"].action == "keep"
+    assert net.plan["head"].action == "keep"
     torch.testing.assert_close(net(x), model(x))
     assert not any("drop" in node.name for node in net.optimize().graph.nodes)
     torch.manual_seed(1)
@@ -203,20 +196,10 @@ def test_functional_dropout_of_channels_is_torchs(drop):
 
 
 def test_alpha_dropout_changes_values_in_training_alone():
-    model, x = Dropping(F.alpha_dropout).eval(), torch.randn(1, 3, 64, 96)
+    model, x = dropping(F.alpha_dropout), torch.randn(1, 3, 64, 96)
     net = cs.adaptify(model, mask="none", example_input=x, outputs="native", verify_laws=False)
     torch.testing.assert_close(net(x), model(x))
     assert (net.train()(x) - model(x)).abs().max() > 0.01
-
-
-class Detached(nn.Module):
-    def __init__(self, take) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.third, self.take = nn.Conv2d(8, 4, 3), take
-
-    def forward(self, x):
-        return self.third(self.take(self.second(self.first(x))))
 
 
 @pytest.mark.parametrize(
@@ -225,13 +208,13 @@ class Detached(nn.Module):
     ids=["data", "detach", "clone"],
 )
 def test_values_without_history_stay_in_the_region(take):
-    model, x = Detached(take).eval(), torch.randn(1, 3, 66, 97)
+    model, x = Encoded(lambda own, image, y: own.head(take(y))).eval(), torch.randn(1, 3, 66, 97)
     net = cs.adaptify(model, mask="all", example_input=x, verify_laws=False)
-    assert net.plan["third"].action == "keep"
+    assert net.plan["head"].action == "keep"
     needs = net(x).requires_grad
     net(x).sum().backward()
     model(x).sum().backward()
-    assert needs and (net.get_submodule("first").weight.grad is None) == (model.first.weight.grad is None)
+    assert needs and (net.encode[0].weight.grad is None) == (model.encode[0].weight.grad is None)
 
 
 def holding(value: object) -> nn.Module:
