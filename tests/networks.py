@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -244,6 +244,10 @@ class Encoded(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.then(self, image, self.encode(image))
+
+
+# Converted without the comparison of laws, which takes most of the time of a conversion.
+unverified = partial(cs.adaptify, verify_laws=False)
 
 
 def converted_quietly(model: nn.Module, **options: Any) -> cs.AdaptiveModel:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
-from networks import Encoded
+from networks import Encoded, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -148,9 +148,7 @@ def fault(net: Asked) -> str:
     """Return what is wrong with a converted network, or ""."""
     image = torch.rand(1, 3, 40, 56)
     try:
-        adaptive = cs.adaptify(
-            net, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native", verify_laws=False
-        )
+        adaptive = unverified(net, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native")
     except cs.CadError as error:
         return str(error)
     ends = [decision.reason for decision in adaptive.plan.decisions if decision.action == "barrier"]
@@ -287,9 +285,7 @@ CHANGES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 def test_channels_that_are_written_or_chosen_stay_in_the_region(change: str) -> None:
     model = changing(CHANGES[change])
     image = torch.rand(2, 3, 40, 56)
-    net = cs.adaptify(
-        model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native", verify_laws=False
-    )
+    net = unverified(model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native")
     assert not [decision for decision in net.plan.decisions if decision.action == "barrier"]
     assert relative_error(net(image), model(image)) < 1e-4
     assert relative_error(net.optimize()(image), model(image)) < 1e-4
@@ -316,9 +312,7 @@ def test_class_numbers_leave_as_scores() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), Choice()
     ).eval()
-    net = cs.adaptify(
-        model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native", verify_laws=False
-    )
+    net = unverified(model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native")
     image = torch.rand(2, 3, 40, 56)
     assert torch.equal(net(image), model(image))
     assert [decision.operation for decision in net.plan.decisions if decision.action == "barrier"] == [

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import covering
+from networks import unverified
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,7 +138,7 @@ def test_a_uniform_floor_is_its_emulation(
 ) -> None:
     name, size = network_and_size
     model, x = network(name), torch.rand(2, 3, *size, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x[:1], verify_laws=False)
+    net = unverified(model, "none", coarsest=16, fill=fill, example_input=x[:1])
     levels = torch.full((2, *size), net.plan.strides.index(floor))
     with torch.no_grad():
         found, expected = net(x, mask=levels), Uniform(model, floor, size, fill).run(x)
@@ -147,7 +148,7 @@ def test_a_uniform_floor_is_its_emulation(
 @pytest.mark.parametrize("name", NETWORKS)
 def test_everything_high_is_the_network_bit_for_bit(name: str) -> None:
     model, x = network(name, torch.float32), torch.rand(2, 3, 80, 112)
-    net = cs.adaptify(model, "all", coarsest=16, example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
+    net = unverified(model, "all", coarsest=16, example_input=torch.rand(1, 3, 64, 64))
     with torch.no_grad():
         assert torch.equal(net(x), model(x))
 
@@ -165,7 +166,7 @@ def test_transposed_convolutions_without_overlap_are_those_with_kernel_maps(
 ) -> None:
     size, cell = shape
     model, x = network(name), torch.rand(1, 3, *size, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=cell, fill=fill, example_input=x, verify_laws=False)
+    net = unverified(model, "none", coarsest=cell, fill=fill, example_input=x)
     fast, levels = net.optimize(), mixed(1, size, cell, net.plan.max_level)
     with torch.no_grad():
         as_product = net(x, mask=levels)
@@ -188,7 +189,7 @@ def test_a_batch_equals_its_images(
     """Outputs and gradients, where each image has a mask of its own."""
     name, size = network_and_size
     model, x = network(name), torch.rand(batch, 3, *size, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x[:1], verify_laws=False)
+    net = unverified(model, "none", coarsest=16, fill=fill, example_input=x[:1])
     levels = mixed(batch, size, 16, net.plan.max_level)
     output = net(x, mask=levels)
     alone = torch.cat([net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(batch)])
@@ -203,7 +204,7 @@ def test_a_batch_equals_its_images(
 @pytest.mark.parametrize("fill", FILLS)
 def test_a_batch_in_bfloat16_differs_by_rounding_alone(fill: Any) -> None:
     x, size = torch.rand(2, 3, 61, 83), (61, 83)
-    net = cs.adaptify(network("any size", torch.float32), "none", coarsest=16, fill=fill, verify_laws=False)
+    net = unverified(network("any size", torch.float32), "none", coarsest=16, fill=fill)
     levels = mixed(2, size, 16, net.plan.max_level)
     with torch.no_grad():
         wide = net(x, mask=levels)
@@ -231,7 +232,7 @@ def test_gradients_are_those_of_the_emulation() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_macs_are_those_executed_and_never_more_than_given(name: str) -> None:
     model, x = network(name, torch.float32), torch.rand(1, 3, 64, 96)
-    net = cs.adaptify(model, "none", coarsest=16, example_input=x, verify_laws=False)
+    net = unverified(model, "none", coarsest=16, example_input=x)
     with FlopCounterMode(display=False) as given, torch.no_grad():
         model(x)
     counted = [net.macs(x, mask=mask).mask for mask in ("none", mixed(1, (64, 96), 16, 4), "all")]
@@ -253,7 +254,7 @@ def test_a_file_for_engines_gives_what_the_network_gives(tmp_path: Any) -> None:
 
 
 def test_it_cannot_be_bucketed() -> None:
-    net = cs.adaptify(network("unet", torch.float32), "edges", coarsest=16, verify_laws=False)
+    net = unverified(network("unet", torch.float32), "edges", coarsest=16)
     with pytest.raises(cs.InvalidInput, match="with floors cannot be bucketed"):
         cs.Bucketed(net)
 

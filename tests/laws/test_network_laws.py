@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, pointwise_rule, random_levels, relative_error, slow
 from emulation import Emulation, Feature, NetworkEmulator, emulate
-from networks import randomise, thin
+from networks import randomise, thin, unverified
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -56,7 +56,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.M
 def convert(model: nn.Module, mask: Any = "none", size: Size = SMALL, **options: Any) -> cs.AdaptiveModel:
     """`adaptify` on a small example; its own verification is off, since these tests are another."""
     example = images(1, *size, next(model.parameters()).dtype)
-    return cs.adaptify(model, mask, example_input=example, verify_laws=False, **options)
+    return unverified(model, mask, example_input=example, **options)
 
 
 def with_features(model: nn.Module) -> nn.Module:
@@ -442,7 +442,7 @@ def test_a_batch_is_its_images_one_by_one(name: str) -> None:
 
 def test_autocast_trains_in_lower_precision() -> None:
     """Under torch.autocast outputs and gradients are those of float32 up to bfloat16 rounding."""
-    net = cs.adaptify(build("resnet18"), "random:fraction=0.4,seed=0", verify_laws=False)
+    net = unverified(build("resnet18"), "random:fraction=0.4,seed=0")
     x = images(2, 65, 97)
     exact = torch.autograd.grad(net(x).square().mean(), net.conv1.weight)[0]
     with torch.autocast("cpu", torch.bfloat16):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels, slow
-from networks import conv_norm, randomise
+from networks import conv_norm, randomise, unverified
 from random_laws import compare
 from random_networks import Case, Draw
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ def test_a_mask_matters_behind_a_resize_and_the_plan_says_so(name: str) -> None:
 def test_maps_that_end_beyond_the_image_are_as_large_as_the_networks(make: Any, output_stride: Any) -> None:
     """Sizes that no stride divides: the map a shuffle makes has more samples than the image has at that stride."""
     model = settled(make())
-    net = cs.adaptify(model, "none", output_stride=output_stride, outputs="native", verify_laws=False)
+    net = unverified(model, "none", output_stride=output_stride, outputs="native")
     for size in SIZES:
         x = images(2, *size).double()
         with torch.no_grad():
@@ -170,7 +170,7 @@ def test_maps_that_end_beyond_the_image_are_as_large_as_the_networks(make: Any, 
 @pytest.mark.parametrize("fill", FILLS)
 def test_gradients_go_through_a_resize_that_leaves_the_region(fill: Any) -> None:
     model = settled(Resized({"mode": "bilinear", "align_corners": False}, "size"))
-    net = cs.adaptify(model, "none", fill=fill, verify_laws=False)
+    net = unverified(model, "none", fill=fill)
     x = images(1, 64, 64).double()
     net(x)
     levels = random_levels(1, tuple(net.levels.shape[1:]), net.geometry.strides)

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, random_levels, slow
-from networks import conv_norm, randomise
+from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -84,9 +84,7 @@ class Halving(nn.Module):
 def test_a_resize_to_a_whole_part_is_a_stride(mode: str, factor: float) -> None:
     """Where torch reads samples, or the middle between two; a fourth, bilinear, is neither and stays dense."""
     model = randomise(Halving(mode, factor)).double()
-    net = cs.adaptify(
-        model, "none", outputs="native", example_input=images(2, 57, 70, double), verify_laws=False
-    )
+    net = unverified(model, "none", outputs="native", example_input=images(2, 57, 70, double))
     adapted = net.plan["interpolate"].action == "adapt"
     assert adapted == ((mode, factor) != ("bilinear", 0.25))
     for size in ((57, 70), (58, 71), (64, 95)):
@@ -189,9 +187,7 @@ def test_every_pair_of_strides_converts_where_branches_round_differently(size: t
 def test_a_network_of_two_scales_takes_every_size_that_it_took() -> None:
     torch.manual_seed(0)
     model = subject("light:ContextNetLike", CHECKOUT).build().eval()
-    net = cs.adaptify(
-        model, "none", example_input=torch.rand(1, 3, 131, 197), outputs="native", verify_laws=False
-    )
+    net = unverified(model, "none", example_input=torch.rand(1, 3, 131, 197), outputs="native")
     with torch.no_grad():
         for size in ((131, 197), (96, 160), (126, 190)):
             x = torch.rand(1, 3, *size)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels
+from networks import unverified
 from random_laws import compare
 from random_networks import Case, Draw, settled
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def test_its_sizes_are_the_networks_at_any_size_of_the_image(name: str, size: tu
 def test_what_follows_is_part_of_it_in_the_inference_copy() -> None:
     """Batch norm and, in the region, ReLU."""
     model, x = unjoined("2/2")
-    net = cs.adaptify(model, "random", output_stride=(2, 8), example_input=x, verify_laws=False)
+    net = unverified(model, "random", output_stride=(2, 8), example_input=x)
     fast = net.optimize()
     targets = [node.target for node in fast.graph.nodes]
     assert functional.batch_norm not in targets and functional.conv2d not in targets
@@ -138,9 +139,7 @@ def test_it_compiles_to_one_graph(name: str) -> None:
     torch.manual_seed(0)
     stem = [nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)]
     model, x = nn.Sequential(*stem, *UNJOINED[name]()[:1]).eval(), images(2, 45, 62)
-    net = cs.adaptify(
-        model, cs.Budget("edges", 0.4), output_stride=(2, 8), example_input=x, verify_laws=False
-    )
+    net = unverified(model, cs.Budget("edges", 0.4), output_stride=(2, 8), example_input=x)
     seen = CompileCounterWithBackend("eager")
     with torch.no_grad():
         assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x))
@@ -163,7 +162,7 @@ def test_it_trains_as_its_emulation_would() -> None:
 def test_macs_of_a_network_are_those_that_run_and_those_of_torch(name: str) -> None:
     torch.manual_seed(0)
     model, x = Unjoined(*UNJOINED[name]()).eval(), images(2, 48, 64)
-    net = cs.adaptify(model, "none", output_stride=(2, 8), example_input=x, verify_laws=False)
+    net = unverified(model, "none", output_stride=(2, 8), example_input=x)
     levels = random_levels(2, (24, 32), (2, 2))
     report = net.macs(x, mask=levels)
     assert report.low == dense_macs(model, x)
@@ -188,7 +187,7 @@ REFUSED = {
 def test_what_has_no_phases_or_grows_ends_the_region_with_a_reason(reason: str) -> None:
     torch.manual_seed(0)
     model = Unjoined(nn.ConvTranspose2d(8, 8, *REFUSED[reason])).eval()
-    net, x = cs.adaptify(model, "none", example_input=images(1, 48, 64), verify_laws=False), images(2, 48, 64)
+    net, x = unverified(model, "none", example_input=images(1, 48, 64)), images(2, 48, 64)
     assert reason in net.plan["up_0"].reason and net.plan["up_0"].action == "barrier"
     with torch.no_grad():
         assert_same(net(x), model(x))
@@ -247,9 +246,7 @@ def test_an_activation_behind_a_dense_one_of_a_class_that_acts_alike_stays_in_th
     torch.manual_seed(0)
     trunk = [layer for inner in (3, 8, 8) for layer in (nn.Conv2d(inner, 8, 3, 2, 1), nn.ReLU())]
     dense = [nn.Softmax(2), Up(8, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 2, 1)]
-    net = cs.adaptify(
-        nn.Sequential(*trunk, *dense).eval(), "none", example_input=images(1, 32, 48), verify_laws=False
-    )
+    net = unverified(nn.Sequential(*trunk, *dense).eval(), "none", example_input=images(1, 32, 48))
     x = images(2, 40, 56)
     with torch.no_grad():
         assert_same(net.optimize()(x), net(x))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import covering, relative_error, slow
-from networks import build, conv_norm, randomise
+from networks import build, conv_norm, randomise, unverified
 from torch import nn
 
 import cadsurgery as cs
@@ -112,9 +112,7 @@ def make(case: str):
 @pytest.mark.filterwarnings("ignore:no mask can improve")
 def test_a_network_with_other_arguments_is_the_original_at_its_own_level(case, tmp_path):
     model, arguments = make(case)
-    net = cs.adaptify(
-        model, mask="none", example_input=arguments((97, 129)), outputs="native", verify_laws=False
-    )
+    net = unverified(model, mask="none", example_input=arguments((97, 129)), outputs="native")
     assert net.plan.share("adapt", "keep") > 0.3
     with torch.no_grad():
         for size in ((97, 129), (130, 71)):
@@ -187,9 +185,7 @@ def test_torchscript_is_refused_with_what_to_use(compiler: str, optimised: bool)
 
 def test_transforms_of_weights_work() -> None:
     net, image = (
-        cs.adaptify(
-            build("resnet18", by=4), mask="none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False
-        ),
+        unverified(build("resnet18", by=4), mask="none", example_input=torch.rand(1, 3, 64, 64)),
         torch.rand(1, 3, 64, 64),
     )
     weights = {name: value.detach() for name, value in net.named_parameters()}
@@ -232,7 +228,7 @@ def test_quantizable_networks_in_floats_are_plain_networks(name: str, fused: boo
         model.fuse_model()
         model = torch.ao.quantization.QuantWrapper(model)
     image = torch.rand(2, 3, 64, 96)
-    net = cs.adaptify(model, mask="none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
+    net = unverified(model, mask="none", example_input=torch.rand(1, 3, 64, 64))
     with torch.no_grad():
         for one in (net, net.optimize()):
             assert relative_error(one(image), model(image)) < 1e-4
@@ -249,9 +245,7 @@ class Rounded(Base):
 def test_values_rounded_to_steps_stay_in_the_region() -> None:
     torch.manual_seed(0)
     model, image = Rounded().eval(), torch.rand(2, 3, 64, 96)
-    net = cs.adaptify(
-        model, mask="none", example_input=torch.rand(1, 3, 64, 96), outputs="native", verify_laws=False
-    )
+    net = unverified(model, mask="none", example_input=torch.rand(1, 3, 64, 96), outputs="native")
     assert net.plan["fake_quantize_per_tensor_affine"].action == "keep"
     with torch.no_grad():
         assert relative_error(net(image), model(image)) < 1e-4

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, picture, random_levels, slow
 from exported import File, assert_same_file, net
-from networks import randomise, saved_segmenter, strided
+from networks import randomise, saved_segmenter, strided, unverified
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -56,11 +56,7 @@ def test_a_file_says_what_it_was_made_of(dynamic: Any) -> None:
     assert said["cadsurgery.mask"] == model.mask.spec()
     assert cs.Plan.from_json(said["cadsurgery.plan"]) == model.plan
     assert torch.__version__.startswith(json.loads(said["cadsurgery.versions"])["torch"])
-    assert json.loads(said["cadsurgery.options"]) == {
-        "fill": "linear",
-        "dynamic": True,
-        "multiple": 1,
-    }
+    assert json.loads(said["cadsurgery.options"]) == {"fill": "linear", "dynamic": True, "multiple": 1}
 
 
 @pytest.mark.slow
@@ -170,7 +166,7 @@ def test_the_level_map_is_an_input(tmp_path: Path) -> None:
 def test_sizes_that_a_network_computes_itself_and_bins_are_for_any_size(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, path = (
-        cs.adaptify(randomise(subject("scenes:PSPNetLike", CHECKOUT).build()).eval(), verify_laws=False),
+        unverified(randomise(subject("scenes:PSPNetLike", CHECKOUT).build()).eval()),
         tmp_path / "net.onnx",
     )
     assert cs.export(model, picture(2, 96, 128), path, dynamic=True).image == (None, 3, None, None)
@@ -332,7 +328,7 @@ def scaled(image: Tensor, scale: float) -> dict[str, Tensor]:
 def of_scaled(mask: str = "edges") -> cs.AdaptiveModel:
     torch.manual_seed(0)
     example = (scaled(picture(1, 64, 96), 2.0),)
-    return cs.adaptify(Scaled().eval(), mask, example_input=example, verify_laws=False)
+    return unverified(Scaled().eval(), mask, example_input=example)
 
 
 @pytest.mark.slow
@@ -349,7 +345,7 @@ def test_every_tensor_of_a_dictionary_is_an_input_by_its_name(
         engine = "openvino"
     image = picture(1, 64, 96)
     call = {**given, "photo": image}
-    model = cs.adaptify(make().eval(), mask, example_input=(call,), verify_laws=False)
+    model = unverified(make().eval(), mask, example_input=(call,))
     report = cs.export(model, call if given else image, path, check_in=engine)
     run = File(path) if path.suffix == ".onnx" else torch.export.load(path).module()
     assert report.inputs == ("photo", *given)
@@ -415,7 +411,7 @@ class OfMultiples(nn.Module):
 
 def test_examples_of_any_size_are_those_that_the_network_accepts() -> None:
     image = picture(1, 64, 96)
-    model = cs.adaptify(OfMultiples(), "edges", output_stride=(2, 16), example_input=image, verify_laws=False)
+    model = unverified(OfMultiples(), "edges", output_stride=(2, 16), example_input=image)
     with torch.no_grad():
         assert _cut_awkwardly(model, image).image.shape == image.shape
         sizes = [tuple(answer.image.shape) for answer in _of_other_sizes(model, image)]
@@ -448,9 +444,7 @@ def test_files_for_multiples_derive_each_lattice_once_and_refuse_other_sizes(
     level_map: bool, tmp_path: Path
 ) -> None:
     """Maps that are joined have one size for all images, so files have the lattices of one way through the strides."""
-    net = cs.adaptify(
-        Joined().eval(), "edges", coarsest=8, example_input=picture(1, 64, 96), verify_laws=False
-    )
+    net = unverified(Joined().eval(), "edges", coarsest=8, example_input=picture(1, 64, 96))
     report = cs.export(
         net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True, level_map=level_map, with_kernels=True
     )
@@ -474,7 +468,7 @@ def test_files_for_multiples_derive_each_lattice_once_and_refuse_other_sizes(
 def test_an_image_that_a_network_accepts_by_chance_has_a_file(tmp_path: Path) -> None:
     """95 is halved to 48, 24 and 12: maps are joined, although 95 is no multiple of 8."""
     image = picture(1, 95, 64)
-    net = cs.adaptify(Joined().eval(), "edges", coarsest=8, example_input=image, verify_laws=False)
+    net = unverified(Joined().eval(), "edges", coarsest=8, example_input=image)
     report = cs.export(net, image, tmp_path / "net.onnx", dynamic=True)
     assert report.multiple == 1 and report.compared[0] == (1, 3, 95, 64)
 
@@ -506,7 +500,7 @@ def test_what_torch_cannot_follow_or_translates_otherwise_is_written(
     know dropout of channels, and leaves out the divisor of a pooling."""
     model = nn.Sequential(strided(3, 4), kind(), nn.Conv2d(4, 2, 1)).eval()
     image = picture(1, 64, 96)
-    net = cs.adaptify(model, "edges", output_stride=(2, 8), example_input=image, verify_laws=False)
+    net = unverified(model, "edges", output_stride=(2, 8), example_input=image)
     report = cs.export(net, image, tmp_path / "net.onnx", dynamic=dynamic)
     assert report.difference < 1e-4
     assert_same_file(tmp_path / "net.onnx", net, image.flip(3))
@@ -528,7 +522,7 @@ class Stretched(nn.Module):
 
 @pytest.mark.slow
 def test_a_resize_between_samples_reads_the_networks_own_in_files_of_any_size(tmp_path: Path) -> None:
-    net = cs.adaptify(randomise(Stretched()).eval(), "none", output_stride=(2, 4), verify_laws=False)
+    net = unverified(randomise(Stretched()).eval(), "none", output_stride=(2, 4))
     cs.export(net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True)
     assert_same_file(tmp_path / "net.onnx", net, *(picture(1, 68, width) for width in range(60, 130)))
 
@@ -548,7 +542,7 @@ class GatedInFront(nn.Module):
 
 @pytest.mark.slow
 def test_windows_of_the_maps_size_are_so_in_files_of_any_size(tmp_path: Path) -> None:
-    net = cs.adaptify(randomise(GatedInFront()).eval(), "edges", output_stride=(4, 16), verify_laws=False)
+    net = unverified(randomise(GatedInFront()).eval(), "edges", output_stride=(4, 16))
     cs.export(net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True)
     sizes = ((64, 96), (75, 101), (128, 160))
     assert_same_file(tmp_path / "net.onnx", net, *(picture(2, *size) for size in sizes), tolerance=1e-5)
@@ -557,9 +551,7 @@ def test_windows_of_the_maps_size_are_so_in_files_of_any_size(tmp_path: Path) ->
 def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes() -> None:
     """One side is longer than the traced example's."""
     image = picture(1, 300, 520)
-    model = cs.adaptify(
-        strided(4, 8, outputs=3), "edges", output_stride=(2, 8), example_input=image, verify_laws=False
-    )
+    model = unverified(strided(4, 8, outputs=3), "edges", output_stride=(2, 8), example_input=image)
     with torch.no_grad():
         answers = [*_of_other_sizes(model, image)]
         assert all(torch.equal(answer.output, model(answer.image)) for answer in answers)
@@ -569,8 +561,8 @@ def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes(
 
 def test_an_example_smaller_than_a_cell_is_not_cut() -> None:
     image = picture(1, 64, 96)
-    model = cs.adaptify(strided(6, 4), "edges", output_stride=(1, 64), example_input=image, verify_laws=False)
-    low = cs.adaptify(strided(6, 4), "edges", output_stride=(4, 64), example_input=image, verify_laws=False)
+    model = unverified(strided(6, 4), "edges", output_stride=(1, 64), example_input=image)
+    low = unverified(strided(6, 4), "edges", output_stride=(4, 64), example_input=image)
     with torch.no_grad():
         for one in (model, low):
             height, width = _cut_awkwardly(one, image).image.shape[2:]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import images
-from networks import PooledSegmenter, adapted, randomise
+from networks import PooledSegmenter, adapted, randomise, unverified
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -70,7 +70,7 @@ def test_a_saved_network_comes_back_bit_for_bit(tmp_path: Path, options: dict[st
 def test_other_precisions_come_back_into_a_network_of_that_precision(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    net = cs.adaptify(segmenter().to(dtype), "none", verify_laws=False)
+    net = unverified(segmenter().to(dtype), "none")
     cs.save(net, tmp_path / "net.safetensors")
     again, image = cs.load(tmp_path / "net.safetensors", segmenter().to(dtype)), images(1, 65, 97, dtype)
     assert again(image)["out"].dtype == dtype
@@ -80,7 +80,7 @@ def test_other_precisions_come_back_into_a_network_of_that_precision(
 @pytest.mark.smoke
 def test_a_network_built_by_name_comes_back_without_the_model(tmp_path: Path) -> None:
     model = randomise(cs.build_model("resnet18", "none", num_classes=7))
-    net, image = cs.adaptify(model, "edges", output_stride=(16, 32), verify_laws=False), images(2, 65, 97)
+    net, image = unverified(model, "edges", output_stride=(16, 32)), images(2, 65, 97)
     cs.save(net, tmp_path / "net.safetensors")
     again = cs.load(tmp_path / "net.safetensors")
     assert again.source == net.source and again.source.name == "torchvision:resnet18"
@@ -91,7 +91,7 @@ def test_a_network_built_by_name_comes_back_without_the_model(tmp_path: Path) ->
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_network_built_by_name_comes_back_in_its_precision(tmp_path: Path, dtype: torch.dtype) -> None:
-    net = cs.adaptify(cs.build_model("test_io:segmenter", "none").to(dtype), "none", verify_laws=False)
+    net = unverified(cs.build_model("test_io:segmenter", "none").to(dtype), "none")
     cs.save(net, tmp_path / "net.safetensors")
     again = cs.load(tmp_path / "net.safetensors", trust=True)
     for name, value in net.state_dict().items():
@@ -101,7 +101,7 @@ def test_a_network_built_by_name_comes_back_in_its_precision(tmp_path: Path, dty
 
 @pytest.mark.parametrize("name", ["test_io:segmenter", "timm:test_resnet"])
 def test_own_functions_and_timm_names_build_again(tmp_path: Path, name: str) -> None:
-    net = cs.adaptify(randomise(cs.build_model(name, "none")), "none", verify_laws=False)
+    net = unverified(randomise(cs.build_model(name, "none")), "none")
     cs.save(net, tmp_path / "net.safetensors")
     again = cs.load(tmp_path / "net.safetensors", trust=name.startswith("test_io"))
     image = images(1, 97, 129)
@@ -113,7 +113,7 @@ def test_own_functions_and_timm_names_build_again(tmp_path: Path, name: str) -> 
 def test_a_file_given_as_weights_is_remembered_by_its_name_and_not_where_it_lay(tmp_path: Path) -> None:
     torch.save(segmenter().state_dict(), tmp_path / "weights.pth")
     model = cs.build_model("test_io:segmenter", str(tmp_path / "weights.pth"))
-    cs.save(cs.adaptify(model, "none", verify_laws=False), tmp_path / "net.safetensors")
+    cs.save(unverified(model, "none"), tmp_path / "net.safetensors")
     net = cs.load(tmp_path / "net.safetensors", trust=True)
     assert net.source.weights == "weights.pth" and net.source.note == "weights from weights.pth"
     assert str(tmp_path).encode() not in (tmp_path / "net.safetensors").read_bytes()
@@ -140,7 +140,7 @@ def test_a_new_classifier_comes_back_into_a_network_that_has_it(tmp_path: Path) 
     cs.save(net, path)
     again = cs.load(path, Headed(5))
     assert torch.equal(again(image), net(image))
-    expected = cs.adaptify(Headed(5).eval(), "edges", example_input=images(1, 64, 64), verify_laws=False).plan
+    expected = unverified(Headed(5).eval(), "edges", example_input=images(1, 64, 64)).plan
     assert again.plan == expected
     assert (
         read_metadata(path)["source"] is None
@@ -151,7 +151,7 @@ def test_a_new_classifier_comes_back_into_a_network_that_has_it(tmp_path: Path) 
 
 def test_channels_changed_inside_come_back(tmp_path: Path) -> None:
     path, image = tmp_path / "net.safetensors", images(1, 64, 96)
-    net = cs.adaptify(Headed(3).eval(), "edges", example_input=images(1, 64, 64), verify_laws=False)
+    net = unverified(Headed(3).eval(), "edges", example_input=images(1, 64, 64))
     model = Headed(3)
     for wider in (net, model):
         wider.body[0], wider.body[2] = nn.Conv2d(3, 7, 3, 2, 1), nn.Conv2d(7, 8, 3, 2, 1)
@@ -161,7 +161,7 @@ def test_channels_changed_inside_come_back(tmp_path: Path) -> None:
 
 def test_saving_what_was_loaded_writes_the_same_file(tmp_path: Path) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    cs.save(cs.adaptify(cs.build_model("test_io:segmenter", "none"), verify_laws=False), first)
+    cs.save(unverified(cs.build_model("test_io:segmenter", "none")), first)
     cs.save(cs.load(first, trust=True), second)
     assert first.read_bytes() == second.read_bytes()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Cap, Run, assert_same, covering, picture, slow
 from exported import File
-from networks import made_once, randomise
+from networks import made_once, randomise, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -57,13 +57,7 @@ class Kinds(nn.Module):
 @made_once
 def net(mask: Any = "edges:threshold=0.9,dilation=3", **options: Any) -> cs.AdaptiveModel:
     torch.manual_seed(0)
-    return cs.adaptify(
-        randomise(Kinds()).eval(),
-        mask,
-        output_stride=(2, 4),
-        verify_laws=False,
-        **{"fill": "linear", **options},
-    )
+    return unverified(randomise(Kinds()).eval(), mask, output_stride=(2, 4), **{"fill": "linear", **options})
 
 
 CONVOLUTIONS = {
@@ -212,12 +206,8 @@ class EndsInFloat(Kinds):
 
 @pytest.mark.slow
 def test_rows_in_floating_point_are_picked_in_floating_point(tmp_path: Path) -> None:
-    model = cs.adaptify(
-        randomise(EndsInFloat()).eval(),
-        "edges | budget:fraction=0.3",
-        output_stride=(2, 4),
-        fill="linear",
-        verify_laws=False,
+    model = unverified(
+        randomise(EndsInFloat()).eval(), "edges | budget:fraction=0.3", output_stride=(2, 4), fill="linear"
     )
     cs.export(model, picture(1, 44, 52), tmp_path / "net.onnx", int8=picture(2, 44, 52), with_kernels=True)
     assert calls(tmp_path / "net.onnx")["Pick"] == 1
@@ -604,9 +594,7 @@ def test_cells_in_engines_are_those_of_the_lattice(lattice: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("lattice", "steps", "next_stage"),
     covering(
-        LATTICES[:3],
-        [([-1, 0, 1], [-2, 0, 2]), ([0], [0]), ([-5, 0], [3]), ([1], [-1, 4])],
-        [False, True],
+        LATTICES[:3], [([-1, 0, 1], [-2, 0, 2]), ([0], [0]), ([-5, 0], [3]), ([1], [-1, 4])], [False, True]
     ),
 )
 def test_taps_in_engines_are_those_of_the_kernel_map(
@@ -680,11 +668,7 @@ def test_cells_and_taps_of_other_maps_are_refused(change: Any, message: str, tmp
     ),
 )
 def test_maps_are_resized_as_by_torch(
-    sizes: tuple[tuple[int, int], tuple[int, int]],
-    corners: bool,
-    isa: str,
-    tmp_path: Path,
-    cap_kernels: Cap,
+    sizes: tuple[tuple[int, int], tuple[int, int]], corners: bool, isa: str, tmp_path: Path, cap_kernels: Cap
 ) -> None:
     cap_kernels(isa)
     size, new = sizes

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import assert_same, covering, images, relative_error, slow, without_kernels
-from networks import build, randomise
+from networks import build, randomise, unverified
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,10 +22,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends import choose, dense, native
-from cadsurgery.elements.backends.choose import (
-    Convolution,
-    WindowRead,
-)
+from cadsurgery.elements.backends.choose import Convolution, WindowRead
 from cadsurgery.elements.backends.costs import Costs
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
@@ -67,14 +64,14 @@ def modules_of(net: cs.AdaptiveModel) -> list[nn.Module]:
 
 @pytest.fixture(scope="module")
 def small() -> cs.AdaptiveModel:
-    return cs.adaptify(build("resnet18", by=4), MIXED, verify_laws=False)
+    return unverified(build("resnet18", by=4), MIXED)
 
 
 @pytest.mark.parametrize(("name", "fill"), covering(QUICK, ["nearest", "linear", "guided"]))
 @torch.no_grad()
 def test_it_gives_what_the_network_gives(name: str, fill: Any) -> None:
     by = 1 if name in ("convnext_tiny", "shufflenet_v2_x1_0") else 4  # layer norms, 58 channels
-    net, x = cs.adaptify(build(name, by=by), MIXED, fill=fill, verify_laws=False), images(2, 65, 97)
+    net, x = unverified(build(name, by=by), MIXED, fill=fill), images(2, 65, 97)
     fast = net.optimize()
     for mask in (None, "all", "none"):
         for found, expected in zip(leaves(fast(x, mask=mask)), leaves(net(x, mask=mask)), strict=True):
@@ -85,7 +82,7 @@ def test_it_gives_what_the_network_gives(name: str, fill: Any) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11_bn"])
 def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> None:
-    fast = cs.adaptify(build(name, by=4), verify_laws=False).optimize()
+    fast = unverified(build(name, by=4)).optimize()
     left = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Conv2d, nn.Dropout)
     convolutional = [m for m in modules_of(fast) if isinstance(m, left)]
     after_linear = 2 if name == "vgg11_bn" else 0  # dropped or fused as well
@@ -100,7 +97,7 @@ def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> 
 @torch.no_grad()
 def test_bfloat16_is_within_its_rounding(name: str) -> None:
     """Fused steps round less often: the error against float32 is at most that of the network as it is."""
-    net, x = cs.adaptify(build(name, by=4), MIXED, verify_laws=False), images(2, 65, 97)
+    net, x = unverified(build(name, by=4), MIXED), images(2, 65, 97)
     exact = net(x)
     half, levels = copy.deepcopy(net).bfloat16(), net.levels
     plain = (half(x.bfloat16(), mask=levels).float() - exact).norm()
@@ -129,7 +126,7 @@ def test_autocast_is_followed(small: cs.AdaptiveModel) -> None:
 
 def test_the_network_stays_as_it_is() -> None:
     """In training mode it is left training; its values and gradients are its own."""
-    net = cs.adaptify(build("resnet18", by=4).train(), MIXED, verify_laws=False)
+    net = unverified(build("resnet18", by=4).train(), MIXED)
     before = copy.deepcopy(net.state_dict())
     fast = net.optimize()
     assert net.training and not fast.training
@@ -163,7 +160,7 @@ class NoisyInTraining(Boxes):
 )
 def test_state_set_on_a_mask_holds_for_optimised_copies(kind: type[Boxes], is_shared: bool) -> None:
     """Copies of other kinds keep their own, and so does a copy whose mask has tensors or reads `training`."""
-    net = cs.adaptify(build("resnet18", by=4).train(), kind(), verify_laws=False)
+    net = unverified(build("resnet18", by=4).train(), kind())
     x, fast, twin = images(1, 64, 96), net.optimize(), copy.deepcopy(net)
     net.mask.column = 4
     fast(x)
@@ -201,7 +198,7 @@ def test_it_copies_and_pickles(small: cs.AdaptiveModel) -> None:
 def test_loaded_weights_are_used(small: cs.AdaptiveModel, assign: bool) -> None:
     """Also after a call has packed those before them."""
     x, fast = images(1, 65, 97), small.optimize()
-    other = cs.adaptify(build("resnet18", by=4), MIXED, verify_laws=False).optimize()
+    other = unverified(build("resnet18", by=4), MIXED).optimize()
     expected, before = fast(x), other(x)
     other.load_state_dict(copy.deepcopy(fast.state_dict()), assign=assign)
     assert not torch.equal(before, expected)
@@ -222,7 +219,7 @@ def test_what_cannot_be_done_says_what_can(small: cs.AdaptiveModel, tmp_path: An
 def test_a_hosted_part_is_optimised() -> None:
     torch.manual_seed(0)
     detector = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5).eval()
-    net = cs.adaptify(detector, MIXED, verify_laws=False)
+    net = unverified(detector, MIXED)
     fast = net.optimize()
     assert isinstance(fast, type(net)) and isinstance(fast.part, OptimizedModel)  # type: ignore[attr-defined]
     x = images(1, 320, 320)
@@ -242,7 +239,7 @@ def small_map(net: Any, x: Tensor) -> tuple[int, int]:
 @torch.no_grad()
 def test_dense_twins_are_the_network_at_a_uniform_level(name: str, level: int) -> None:
     """And nothing but operations of torch."""
-    net, x = cs.adaptify(build(name, by=4), verify_laws=False), images(2, 65, 97)
+    net, x = unverified(build(name, by=4)), images(2, 65, 97)
     twin = dense_twin(net, level, x)
     assert_same(twin(x), net(x, mask="all" if level == 0 else "none"), 1e-4)
     other = x.flip(3)
@@ -284,7 +281,7 @@ def test_what_only_looks_like_a_pattern_is_left(fill: Any) -> None:
     model = _Odd().eval()
     randomise(nn.ModuleList([model.norm]))
     model.free.running_var.uniform_(0.5, 1.5)
-    net, x = cs.adaptify(model, MIXED, fill=fill, verify_laws=False), images(2, 65, 97)
+    net, x = unverified(model, MIXED, fill=fill), images(2, 65, 97)
     for fast in (net.optimize(), net.optimize(fuse=False)):
         for mask in (None, "all", "none"):
             assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
@@ -325,7 +322,7 @@ class _Counted(TorchFunctionMode):
 @torch.no_grad()
 def test_what_is_constant_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And found without walking every way to it, of which there may be exponentially many."""
-    net, x = cs.adaptify(_Deep().eval(), MIXED, verify_laws=False), images(2, 65, 97)
+    net, x = unverified(_Deep().eval(), MIXED), images(2, 65, 97)
     asked, get = [], fuse.Constants.get
     monkeypatch.setattr(fuse.Constants, "get", lambda self, node: asked.append(node) or get(self, node))
     with _Counted(torch.exp) as counted:
@@ -344,7 +341,7 @@ def test_a_convolution_with_hooks_is_left_alone() -> None:
         module.weight.mul_(1.0)
 
     model.conv1.register_forward_pre_hook(make_weight)
-    fast = cs.adaptify(model, MIXED, verify_laws=False).optimize()
+    fast = unverified(model, MIXED).optimize()
     assert [type(m) for m in modules_of(fast)].count(nn.Conv2d) == 1
 
 
@@ -356,7 +353,7 @@ def test_what_has_hooks_is_neither_dropped_nor_taken_in(name: str, fuse_all: boo
     parts |= {"down": nn.Conv2d(8, 8, 3, 2, 1), "act": nn.ReLU(), "last": nn.Conv2d(8, 8, 3, 2, 1)}
     model = nn.Sequential(OrderedDict(parts)).eval()
     model.get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out + 1)
-    net, x = cs.adaptify(model, MIXED, verify_laws=False), images(2, 65, 97)
+    net, x = unverified(model, MIXED), images(2, 65, 97)
     assert_same(net.optimize(fuse_all)(x), net(x), 1e-4)
 
 
@@ -398,7 +395,7 @@ class _Broadcast(nn.Module):
 @torch.no_grad()
 def test_a_residual_of_other_channels_is_broadcast(side: int, outputs: int, groups: int) -> None:
     """Never read as if it had the product's: its memory is smaller."""
-    net = cs.adaptify(_Broadcast(side, outputs, groups).eval(), MIXED, verify_laws=False)
+    net = unverified(_Broadcast(side, outputs, groups).eval(), MIXED)
     fast, x = net.optimize(), images(2, 65, 97)
     for mask in (None, "all", "none"):
         assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
@@ -509,7 +506,7 @@ def test_compiled_convolutions(dtype: torch.dtype, shape: tuple[int, int, int], 
 @pytest.mark.parametrize("name", [slow("mobilenet_v2"), "vgg11_bn"])
 @torch.no_grad()
 def test_without_a_compiler_the_results_are_the_same(name: str) -> None:
-    net, x = cs.adaptify(build(name, by=4), MIXED, verify_laws=False), images(1, 65, 97)
+    net, x = unverified(build(name, by=4), MIXED), images(1, 65, 97)
     fast = net.optimize()
     expected = fast(x)
     with without_kernels():
@@ -580,9 +577,7 @@ def test_the_cheaper_way_is_preferred() -> None:
 @torch.no_grad()
 def test_norms_that_hold_their_activation_are_folded(name: str) -> None:
     """Before the region and in it, with what they apply."""
-    net = cs.adaptify(
-        randomise(timm.create_model(name)), "random:fraction=0.4,seed=3,block=3", verify_laws=False
-    )
+    net = unverified(randomise(timm.create_model(name)), "random:fraction=0.4,seed=3,block=3")
     fast, x = net.double().optimize(), images(2, 65, 97, torch.float64)
     targets = {str(node.target) for node in fast.program.graph.nodes if node.op == "call_module"}
     acts = {
@@ -598,7 +593,7 @@ def test_norms_that_hold_their_activation_are_folded(name: str) -> None:
 
 def test_a_hooked_norm_is_not_taken_apart() -> None:
     model, seen = timm.create_model("mobilenetv2_050").eval(), list[int]()
-    net = cs.adaptify(model, "all", verify_laws=False)
+    net = unverified(model, "all")
     net.get_submodule("bn1").register_forward_hook(lambda *_: seen.append(1))
     fast = net.optimize()
     seen.clear()

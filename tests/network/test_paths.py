@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import images, relative_error, slow
-from networks import Segmenter, Undecided, build, randomise, strided, thin
+from networks import Segmenter, Undecided, build, randomise, strided, thin, unverified
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from training import SIZE, Scenes, adaptive
@@ -31,7 +31,7 @@ double = torch.float64
 
 
 def convert(model: nn.Module, x: Tensor, mask: object = "none", **options: Any) -> cs.AdaptiveModel:
-    return cs.adaptify(model, mask, example_input=x[:1], verify_laws=False, **options)
+    return unverified(model, mask, example_input=x[:1], **options)
 
 
 def everywhere(level: int) -> Callable[[Tensor, FineMapSpec], Tensor]:
@@ -336,7 +336,7 @@ def test_what_cannot_be_blended_is_refused(
 
 
 def test_a_network_that_only_hosts_an_adaptive_part_is_refused() -> None:
-    net = cs.adaptify(Undecided(strided()), "none", verify_laws=False)
+    net = unverified(Undecided(strided()), "none")
     with pytest.raises(cs.InvalidInput, match="adaptive as a whole"):
         Blend(net)
 

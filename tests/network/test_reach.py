@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels, slow
-from networks import Undecided, randomise
+from networks import Undecided, randomise, unverified
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -237,7 +237,7 @@ def size_of(name: str) -> Size:
 def convert(model: nn.Module, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
     example = torch.zeros(1, 3, 64, 96, dtype=dtype)
     options = {"output_stride": (2, 8), "mask": "none", "example_input": example, **options}
-    return cs.adaptify(randomise(model).to(dtype), verify_laws=False, **options)
+    return unverified(randomise(model).to(dtype), **options)
 
 
 def converted(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
@@ -535,10 +535,7 @@ def test_a_pool_that_drops_reads_nothing_but_what_it_passes_on(pool: str, rows: 
     assert_rows(cs.read_at(net, x, points, mask="all", reach="receptive"), rows_of(dense, points, 1), 1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "residual" else slow(name) for name in BUILDERS],
-)
+@pytest.mark.parametrize("name", [name if name == "residual" else slow(name) for name in BUILDERS])
 def test_nothing_is_computed_twice_or_in_vain(name: str) -> None:
     """Never more than everything; less for few points unless all of an image is looked at; more points, more work."""
     net, size = converted(name), size_of(name)
@@ -864,7 +861,7 @@ def test_an_output_that_is_made_behind_the_region_is_refused(read: Callable[...,
 def test_a_network_that_hosts_an_adaptive_part_is_refused_and_its_part_is_read(
     read: Callable[..., Any],
 ) -> None:
-    net: Any = cs.adaptify(Undecided(residual()).eval(), "none", output_stride=(2, 8), verify_laws=False)
+    net: Any = unverified(Undecided(residual()).eval(), "none", output_stride=(2, 8))
     x, points = images(1, *SIZE), points_in(SIZE, 2)
     with pytest.raises(cs.InvalidInput, match="HostedModel cannot be read at points"):
         read(net, x, points)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import slow
 from exported import File, onnx
-from networks import conv_norm, randomise, strided
+from networks import conv_norm, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
@@ -54,9 +54,7 @@ class Stages(nn.Module):
 def converted(stages: int, decodes: bool = False, mask: object = "edges") -> cs.AdaptiveModel:
     torch.manual_seed(0)
     example = torch.rand(1, 3, 96, 128)
-    return cs.adaptify(
-        randomise(Stages(stages, decodes)), mask, verify_laws=False, example_input=example
-    ).eval()
+    return unverified(randomise(Stages(stages, decodes)), mask, example_input=example).eval()
 
 
 def longest_size(stages: int) -> int:
@@ -115,7 +113,7 @@ def test_a_file_may_differ_by_what_its_network_rounds(
 ) -> None:
     torch.manual_seed(0)
     image = torch.randn(1, 3, 64, 96)
-    net = cs.adaptify(Cancels().eval(), "edges", example_input=image, verify_laws=False)
+    net = unverified(Cancels().eval(), "edges", example_input=image)
     own = compare.rounding_of(net, [image])
     assert own > 1e-4
     monkeypatch.setattr(onnx_files, "TOLERANCE", 1e-12)  # less than any file differs
@@ -134,11 +132,7 @@ def test_of_several_differences_the_largest_decides() -> None:
 
 
 FILES = [("net.onnx", {"dynamic": True}), slow("net.onnx", {}), slow("net.pt2", {})]
-ADVICE = {
-    "dynamic": "write a file for one size",
-    "net.onnx": "level_map=True",
-    "net.pt2": "to='onnx'",
-}
+ADVICE = {"dynamic": "write a file for one size", "net.onnx": "level_map=True", "net.pt2": "to='onnx'"}
 
 
 @pytest.mark.slow
@@ -184,7 +178,7 @@ def test_a_number_that_depends_on_values_is_refused_at_its_operation_and_nothing
     """torch raises GuardOnDataDependentSymNode, and prints the graph so far."""
     model = nn.Sequential(strided(outputs=4, kernel=3), Chosen(), nn.Conv2d(4, 4, 1)).eval()
     mask = "edges | budget:fraction=0.3"
-    net = cs.adaptify(model, mask, example_input=torch.rand(1, 3, 64, 96), verify_laws=False)
+    net = unverified(model, mask, example_input=torch.rand(1, 3, 64, 96))
     capfd.readouterr()
     with pytest.raises(cs.CannotConvert, match="data-dependent") as refusal:
         cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / file, **options)
@@ -253,7 +247,7 @@ class Bessel(nn.Module):
 @pytest.mark.parametrize("dynamic", [slow(False), True])
 def test_an_operation_without_onnx_is_named_with_its_module(dynamic: bool, tmp_path: Path) -> None:
     model = nn.Sequential(strided(outputs=4, kernel=3), Bessel(), nn.Conv2d(4, 4, 1)).eval()
-    net = cs.adaptify(model, "edges", example_input=torch.rand(1, 3, 64, 96), verify_laws=False)
+    net = unverified(model, "edges", example_input=torch.rand(1, 3, 64, 96))
     with pytest.raises(cs.CannotConvert, match="No ONNX function found") as refusal:
         cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / "net.onnx", dynamic=dynamic)
     assert refusal.value.where.startswith("special_bessel_j1 (test_sizes_in_files.py:")
@@ -341,9 +335,7 @@ class SeveralKinds(nn.Module):
 def test_what_torch_decides_by_the_example_holds_at_every_size(tmp_path: Path) -> None:
     """For images that the network joins along the batch, too."""
     torch.manual_seed(0)
-    net = cs.adaptify(
-        SeveralKinds().eval(), "edges", example_input=torch.rand(1, 3, 64, 96), verify_laws=False
-    )
+    net = unverified(SeveralKinds().eval(), "edges", example_input=torch.rand(1, 3, 64, 96))
     cs.export(net, torch.rand(1, 3, 96, 120), tmp_path / "net.onnx", dynamic=True)
     for size in ((96, 120), (75, 101), (128, 64)):
         image = torch.rand(2, 3, *size)
@@ -381,7 +373,7 @@ def work_for(blocks: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(ShapeEnv, "_evaluate_expr", count)
     image = torch.rand(1, 3, 61, 93)
-    net = cs.adaptify(randomise(Blocks(blocks)), "edges", example_input=image, verify_laws=False).eval()
+    net = unverified(randomise(Blocks(blocks)), "edges", example_input=image).eval()
     with torch.no_grad():
         program, _ = follow(Exportable(net, float16=False), (image,), dynamic=True)
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same, covering, images, random_levels, relative_error, slow
-from networks import build, randomise, strided
+from networks import build, randomise, strided, unverified
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.modules.module import register_module_forward_hook
@@ -58,7 +58,7 @@ def graphs(backend: str = "eager") -> CompileCounterWithBackend:
 
 def converted(model: nn.Module, mask: Any = BUDGET, **options: Any) -> cs.AdaptiveModel:
     example = images(1, 64, 96, next(model.parameters()).dtype)
-    return cs.adaptify(model, mask, example_input=example, verify_laws=False, **options)
+    return unverified(model, mask, example_input=example, **options)
 
 
 # -- bounds --------------------------------------------------------------------------------------------
@@ -574,7 +574,7 @@ class Host(nn.Module):
 
 @pytest.mark.slow
 def test_a_detector_runs_uncompiled_and_its_part_compiled() -> None:
-    net = cs.adaptify(Host().eval(), BUDGET, verify_laws=False)
+    net = unverified(Host().eval(), BUDGET)
     x, seen = [images(1, 64, 96)[0]], graphs()
     with torch.no_grad():
         expected = net(x)[0]
