@@ -18,10 +18,7 @@ from torch import Tensor
 import cadsurgery as cs
 
 _random = torch.Generator().manual_seed(0)
-WEIGHT, OF_GROUPS = (
-    torch.randn(8, 8, 3, 3, generator=_random),
-    torch.randn(8, 2, 3, 3, generator=_random),
-)
+WEIGHT, OF_GROUPS = (torch.randn(8, 8, 3, 3, generator=_random), torch.randn(8, 2, 3, 3, generator=_random))
 BIAS, SCALE = torch.randn(8, generator=_random), torch.rand(8, generator=_random) + 0.5
 BOTH = (2, 3)
 

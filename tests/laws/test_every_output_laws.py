@@ -238,29 +238,6 @@ def test_what_stays_dense_between_two_parts_of_a_region_is_said() -> None:
 # -- whether a mask has an effect ------------------------------------------------------------------------
 
 
-def stage(before: int, after: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(before, after, 3, 1, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2, 2, ceil_mode=True)
-    )
-
-
-class Cropped(nn.Module):
-    """After FCN-8s: scores of three stages joined by transposed convolutions and crops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 40), nn.ReLU(), nn.MaxPool2d(2, 2, ceil_mode=True))
-        self.second, self.third, self.fourth = stage(8, 8), stage(8, 8), stage(8, 8)
-        self.scores, self.of_third = nn.Conv2d(8, 4, 3), nn.Conv2d(8, 4, 1)
-        self.up, self.last = nn.ConvTranspose2d(4, 4, 4, 2), nn.ConvTranspose2d(4, 4, 16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        third = self.third(self.second(self.first(x)))
-        y = self.up(self.scores(self.fourth(third)))
-        skip = self.of_third(third)[:, :, 2 : 2 + y.size(2), 2 : 2 + y.size(3)]
-        return self.last(y + skip)[:, :, 31 : 31 + x.size(2), 31 : 31 + x.size(3)].contiguous()
-
-
 class Faint(nn.Module):
     """A resize brings finer values to the output, scaled to next to nothing beside what there is anyway."""
 
@@ -312,15 +289,6 @@ def effect(net: cs.AdaptiveModel, x: Tensor) -> float:
     with torch.no_grad():
         high, low = net(x, mask="all"), net(x, mask="none")
     return float((high - low).square().mean().sqrt() / high.std(correction=0))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_decoder_that_no_mask_reaches_says_so(dtype: torch.dtype) -> None:
-    model, example = Cropped().to(dtype).eval(), images(1, 48, 64, dtype)
-    with pytest.warns(cs.CadWarning, match="no mask can improve what this network returns"):
-        net = cs.adaptify(model, "none", example_input=example)
-    assert not net.plan.matters and net.plan.effect == 0 and "gains nothing" in net.plan.summary()
-    assert effect(net, images(2, 64, 96, dtype)) < (1e-9 if dtype == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

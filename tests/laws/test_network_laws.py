@@ -274,46 +274,28 @@ def test_any_level_map_on_vgg_is_the_emulation(name: str, high: int, fill: str) 
 
 PLAIN: dict[str, list[nn.Module]] = {
     "even kernels without padding": [
-        nn.Conv2d(3, 6, 4, 2, 1),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 4, 2, 1),
-        nn.Conv2d(8, 8, 2),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 2, 2),
-        nn.Conv2d(8, 8, 3, 1, 1),
+        *(nn.Conv2d(3, 6, 4, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 4, 2, 1), nn.Conv2d(8, 8, 2), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 3, 1, 1)),
     ],
     "grouped, depthwise and 5 x 3": [
-        nn.Conv2d(3, 8, 3, 2, 1),
-        nn.Conv2d(8, 8, 3, 2, 1, groups=8),
-        nn.Conv2d(8, 16, 1),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, (5, 3), 2, (2, 1), groups=4),
-        nn.BatchNorm2d(16),
+        *(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.Conv2d(8, 16, 1), nn.ReLU()),
+        *(nn.Conv2d(16, 16, (5, 3), 2, (2, 1), groups=4), nn.BatchNorm2d(16)),
         nn.Conv2d(16, 8, 3, 1, 1, groups=2),
     ],
     "pools of all kinds": [
-        nn.Conv2d(3, 8, 3, 1, 1),
-        nn.MaxPool2d(3, 2, 1),
-        nn.Conv2d(8, 8, 3, 1, 1),
-        nn.AvgPool2d(3, 2, 1),
-        nn.MaxPool2d(3, 1, 1),
-        nn.BatchNorm2d(8),
+        *(nn.Conv2d(3, 8, 3, 1, 1), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.AvgPool2d(3, 2, 1)),
+        *(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(8)),
         nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
-        nn.Conv2d(8, 8, 3, 1, 1),
-        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+        *(nn.Conv2d(8, 8, 3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
     ],
     "reflected and replicated borders": [
         nn.Conv2d(3, 8, 3, 2, 1, padding_mode="reflect"),
-        nn.Conv2d(8, 8, 3, 2, 1, padding_mode="replicate"),
-        nn.ReLU(),
+        *(nn.Conv2d(8, 8, 3, 2, 1, padding_mode="replicate"), nn.ReLU()),
         nn.Conv2d(8, 8, 5, 2, 2, padding_mode="reflect"),
         nn.Conv2d(8, 8, 3, 1, 1, padding_mode="replicate"),
     ],
     "a stage of stride 4": [
-        nn.Conv2d(3, 6, 3, 2, 1),
-        nn.Conv2d(6, 8, 3, 1, 1),
-        nn.Conv2d(8, 8, 4, 4),
-        nn.ReLU(),
+        *(nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 1, 1), nn.Conv2d(8, 8, 4, 4), nn.ReLU()),
         nn.Conv2d(8, 8, 3, 1, 1),
     ],
 }
@@ -566,8 +548,7 @@ def test_gradients_of_an_all_low_network_are_the_originals(name: str) -> None:
     target = torch.randn(2, 1000, dtype=double)
     expected = torch.autograd.grad(F.mse_loss(model(x), target), [x, *model.parameters()])
     found = torch.autograd.grad(F.mse_loss(net(x), target), [x, *net.parameters()])
-    for one, other in zip(found, expected, strict=True):
-        assert_same(one, other, 1e-8)
+    assert_same(found, expected, 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -583,8 +564,7 @@ def test_gradients_of_any_level_map_are_the_emulations(name: str, fill: str) -> 
     expected_grads = torch.autograd.grad((expected * weights).sum(), [x, *model.parameters()])
     found = net(x, mask=levels)["out"]
     found_grads = torch.autograd.grad((found * weights).sum(), [x, *net.parameters()])
-    for one, other in zip(found_grads, expected_grads, strict=True):
-        assert_same(one, other, 1e-8)
+    assert_same(found_grads, expected_grads, 1e-8)
 
 
 @SAMPLE

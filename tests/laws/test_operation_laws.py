@@ -330,11 +330,7 @@ def test_kept_cells_pass_where_an_operation_says_that_it_drops(op: Operation) ->
     assert all(rows == {here[at]} for at, rows in seen) == op.drops  # type: ignore[index]
 
 
-@pytest.mark.parametrize(
-    "op",
-    COUNTED,
-    ids=name_of,
-)
+@pytest.mark.parametrize("op", COUNTED, ids=name_of)
 def test_the_count_of_macs_is_what_runs(op: Operation) -> None:
     x = elements()
     x = Elements(x.rows.detach(), x.lattice)

@@ -459,8 +459,7 @@ def test_signals_are_handled_after_files_were_open_in_openvino(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mask", "options"),
-    [("edges | budget:fraction=0.3", {}), ("edges | smooth", {"level_map": True})],
+    ("mask", "options"), [("edges | budget:fraction=0.3", {}), ("edges | smooth", {"level_map": True})]
 )
 def test_an_exported_network_in_8_bits(mask: str, options: dict[str, Any], tmp_path: Path) -> None:
     model, path = net(mask), tmp_path / "net.onnx"
