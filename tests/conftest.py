@@ -342,11 +342,13 @@ def pointwise_rule(kind: type[nn.Module]) -> Iterator[None]:
 
 
 def assert_same(found: Any, expected: Any, tolerance: float | None = None) -> None:
-    """Two tensors, or dictionaries of them, are equal up to rounding of their type."""
+    """Two tensors, or dictionaries, lists and tuples of them, are equal up to rounding of their type."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert_same(found[key], value, tolerance)
+        found, expected = [found[key] for key in expected], [*expected.values()]
+    if isinstance(expected, list | tuple):
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other, tolerance)
         return
     assert found.shape == expected.shape, f"{tuple(found.shape)} against {tuple(expected.shape)}"
     assert found.dtype == expected.dtype

@@ -599,7 +599,7 @@ class Emulation:
             spacing: between own samples.
             samples: of the output.
             scales: own samples per sample of the output, if they are given and not that of the sizes.
-            mode: `nearest` or `bilinear`.
+            mode: `nearest`, `nearest-exact` or `bilinear`.
             align_corners: as in torch.
             guide: of a guided fill.
         """
@@ -607,9 +607,10 @@ class Emulation:
         for axis, (length, wanted) in enumerate(zip(x.size, samples, strict=True)):
             own, p = -(-length // spacing), torch.arange(wanted, dtype=torch.float64)
             scale = own / wanted if scales is None else scales[axis]
-            if mode == "nearest":
-                index = (p * scale + 1e-9).floor().clamp(max=own - 1)
-                within = (spacing * (p * scale - index) + 1e-6).floor().clamp(0, spacing - 1)
+            if mode != "bilinear":
+                at = (p + 0.5 * (mode == "nearest-exact")) * scale
+                index = (at + 1e-9).floor().clamp(max=own - 1)
+                within = (spacing * (at - index) + 1e-6).floor().clamp(0, spacing - 1)
                 places.append((spacing * index + within).long().clamp(max=length - 1))
                 continue
             at = p * ((own - 1) / max(wanted - 1, 1)) if align_corners else (p + 0.5) * scale - 0.5
@@ -618,7 +619,7 @@ class Emulation:
             places.append(torch.where((at - whole).abs() < 1e-6, whole, at))
         shape = (len(x.data), *samples)
         y, c = places[0][None, :, None].expand(shape), places[1][None, None, :].expand(shape)
-        if mode == "nearest":
+        if mode != "bilinear":
             return pick(x.data, y, c)
         side = self.side(self.stage_of(x), x.size)
         apart = pick(side[:, None], y.long(), c.long())[:, 0].clamp(max=spacing)

@@ -6,8 +6,9 @@ A network whose one peculiarity is what a test is about stands beside that test.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -222,6 +223,39 @@ class NamedParts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(self.stem(x)))
+
+
+class Encoded(nn.Module):
+    """Three strided convolutions, and what a function makes of the network, the image and its map.
+
+    Args:
+        then: the function.
+        channels: of the map, and of what a 1x1 convolution `head` gives.
+        kept: what the network holds besides, by name.
+    """
+
+    def __init__(self, then: Callable[[Any, Tensor, Tensor], Tensor], channels: int = 8, **kept: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encode, self.then = nn.Sequential(*strided(3, channels)[:-1], nn.Sigmoid()), then
+        self.head = nn.Conv2d(channels, channels, 1)
+        for name, value in kept.items():
+            setattr(self, name, value)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.then(self, image, self.encode(image))
+
+
+# Converted without the comparison of laws, which takes most of the time of a conversion.
+unverified = partial(cs.adaptify, verify_laws=False)
+
+
+def converted_quietly(model: nn.Module, **options: Any) -> cs.AdaptiveModel:
+    """Converted to return maps at the network's own size; that masks change little is not the point."""
+    options = {"output_stride": (2, 8), "example_input": torch.rand(1, 3, 64, 64), **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cs.CadWarning)
+        return cs.adaptify(model.eval(), mask="none", outputs="native", **options)
 
 
 # -- networks with stages, for exits and sampled inputs ------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -58,41 +57,6 @@ class IndexedFeatures(nn.Module):
             x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=True)
             x = step(torch.cat([x, skip], dim=1))
         return F.interpolate(self.out(x), size=size, mode="bilinear", align_corners=True)
-
-
-class Getter(nn.ModuleDict):
-    """Runs its modules by name and returns what some of them gave (as torchvision's IntermediateLayerGetter)."""
-
-    def __init__(self, model: nn.Module, return_layers: dict[str, str]) -> None:
-        super().__init__(OrderedDict(model.named_children()))
-        self.return_layers = return_layers
-
-    def forward(self, x):
-        out = OrderedDict()
-        for name, module in self.items():
-            x = module(x)
-            if name in self.return_layers:
-                out[self.return_layers[name]] = x
-        return out
-
-
-@network("modules", "outputs", "resizing")
-class NamedFeatures(nn.Module):
-    """Features by name; every output of a dictionary is resized in a loop over its items."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = Getter(Encoder(), {"layer2": "aux", "layer4": "out"})
-        self.heads = nn.ModuleDict(
-            {"aux": nn.Conv2d(16, 3, 1), "out": nn.Sequential(conv(64, 16), nn.Conv2d(16, 3, 1))}
-        )
-
-    def forward(self, x):
-        features = self.backbone(x)
-        result = OrderedDict()
-        for name, head in self.heads.items():
-            result[name] = F.interpolate(head(features[name]), size=x.shape[-2:], mode="bilinear")
-        return result
 
 
 class Saved:

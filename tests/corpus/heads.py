@@ -13,35 +13,6 @@ from torch import nn
 from benchmarks.zoo.corpus import network
 
 
-@network("transposed", "outputs")
-class CenterNetLike(nn.Module):
-    """Three transposed 4/2; heads by name, their outputs in a dictionary in a list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder()
-        layers: list[nn.Module] = []
-        for a, b in ((64, 32), (32, 24), (24, 16)):
-            layers += [
-                nn.ConvTranspose2d(a, b, 4, 2, 1, output_padding=0, bias=False),
-                nn.BatchNorm2d(b),
-                nn.ReLU(),
-            ]
-        self.deconv_layers = nn.Sequential(*layers)
-        self.heads = {"hm": 3, "wh": 2, "reg": 2}
-        for head, classes in self.heads.items():
-            self.__setattr__(
-                head, nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, classes, 1))
-            )
-
-    def forward(self, x):
-        x = self.deconv_layers(self.encoder(x)[-1])
-        ret = {}
-        for head in self.heads:
-            ret[head] = self.__getattr__(head)(x)
-        return [ret]
-
-
 @network("transposed", "norms")
 class PoseBaseline(nn.Module):
     """The simple baseline of pose estimation: an encoder, transposed 4/2, heatmaps; batch norms with a momentum."""
@@ -103,127 +74,6 @@ class StackedHourglass(nn.Module):
         return torch.stack(combined_hm_preds, 1)
 
 
-@network("outputs", "modules")
-class PartAffinity(nn.Module):
-    """Stages that read the features and the maps of the stage before; 7x7 convolutions (as OpenPose)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        pool = nn.MaxPool2d(2, 2)
-        self.features = nn.Sequential(
-            twice(3, 8), pool, twice(8, 16), pool, twice(16, 32), pool, conv(32, 32)
-        )
-        self.paf1, self.heat1 = self.head(32, 3, 4), self.head(32, 3, 3)
-        self.paf2, self.heat2 = self.head(39, 7, 4), self.head(39, 7, 3)
-
-    @staticmethod
-    def head(inputs: int, kernel: int, outputs: int) -> nn.Sequential:
-        """One branch of a stage."""
-        return nn.Sequential(conv(inputs, 16, kernel), nn.Conv2d(16, outputs, 1))
-
-    def forward(self, x):
-        out1 = self.features(x)
-        paf, heat = self.paf1(out1), self.heat1(out1)
-        out2 = torch.cat([paf, heat, out1], 1)
-        return (self.paf2(out2), self.heat2(out2)), [paf, heat]
-
-
-@network("shapes", "outputs", "sizes")
-class KeypointCells(nn.Module):
-    """As SuperPoint: 65 scores per 8x8 cell become a heat map by reshaping; unit descriptors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = nn.MaxPool2d(2, 2)
-        self.conv1, self.conv2, self.conv3, self.conv4 = twice(1, 8), twice(8, 8), twice(8, 16), twice(16, 16)
-        self.detector = nn.Sequential(conv(16, 24), nn.Conv2d(24, 65, 1))
-        self.descriptor = nn.Sequential(conv(16, 24), nn.Conv2d(24, 32, 1))
-
-    def forward(self, x):
-        x = x.mean(1, keepdim=True)
-        x = self.conv4(self.pool(self.conv3(self.pool(self.conv2(self.pool(self.conv1(x)))))))
-        scores = torch.softmax(self.detector(x), 1)[:, :-1]
-        b, _, h, w = scores.shape
-        scores = scores.permute(0, 2, 3, 1).reshape(b, h, w, 8, 8)
-        scores = scores.permute(0, 1, 3, 2, 4).reshape(b, h * 8, w * 8)
-        return scores, F.normalize(self.descriptor(x), p=2, dim=1)
-
-
-@network("dilation")
-class CrowdDilated(nn.Module):
-    """Counting (as CSRNet): a VGG to stride 8, a backend of dilation 2, density times a constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frontend = make_layers([8, 8, "M", 16, 16, "M", 32, 32, "M", 48, 48])
-        self.backend = make_layers([48, 48, 32, 12], inputs=48, dilation=True)
-        self.output_layer = nn.Conv2d(12, 1, kernel_size=1)
-
-    def forward(self, x):
-        return F.interpolate(self.output_layer(self.backend(self.frontend(x))), scale_factor=8) * 0.1
-
-
-def make_layers(cfg: list, inputs: int = 3, dilation: bool = False) -> nn.Sequential:
-    """Convolutions by widths, "M" for pooling."""
-    d_rate = 2 if dilation else 1
-    layers: list[nn.Module] = []
-    for v in cfg:
-        if v == "M":
-            layers += [nn.MaxPool2d(kernel_size=2, stride=2)]
-        else:
-            layers += [nn.Conv2d(inputs, v, 3, padding=d_rate, dilation=d_rate), nn.ReLU(inplace=True)]
-            inputs = v
-    return nn.Sequential(*layers)
-
-
-@network("resizing")
-class CrowdColumns(nn.Module):
-    """Counting with three columns of kernels 9, 7, 5 (as MCNN)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch1, self.branch2, self.branch3 = (self.column(k) for k in (9, 7, 5))
-        self.fuse = nn.Sequential(nn.Conv2d(24, 1, 1, padding=0))
-
-    @staticmethod
-    def column(k: int) -> nn.Sequential:
-        """One width of view."""
-        small = dict(kernel_size=k - 2, padding=(k - 2) // 2)
-        return nn.Sequential(
-            nn.Conv2d(3, 8, k, padding=k // 2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, **small), nn.ReLU(),
-            nn.MaxPool2d(2), nn.Conv2d(12, 8, **small), nn.ReLU(),
-        )  # fmt: skip
-
-    def forward(self, im_data):
-        return self.fuse(torch.cat((self.branch1(im_data), self.branch2(im_data), self.branch3(im_data)), 1))
-
-
-@network("bins", "gates", "sizes")
-class CrowdContext(nn.Module):
-    """Contrast of means of 1, 2, 3, 6 bins with the map itself, as weights (as CAN)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frontend = make_layers([8, "M", 16, "M", 32, "M", 32, 32])
-        self.scales = nn.ModuleList(
-            [
-                nn.Sequential(nn.AdaptiveAvgPool2d((n, n)), nn.Conv2d(32, 32, 1, bias=False))
-                for n in (1, 2, 3, 6)
-            ]
-        )
-        self.weight_net, self.bottleneck = nn.Conv2d(32, 32, 1), nn.Conv2d(64, 32, 1)
-        self.backend, self.out = make_layers([32, 16], inputs=32, dilation=True), nn.Conv2d(16, 1, 1)
-
-    def forward(self, x):
-        feats = self.frontend(x)
-        h, w = feats.size(2), feats.size(3)
-        multi = [F.upsample(input=stage(feats), size=(h, w), mode="bilinear") for stage in self.scales]
-        weights = [torch.sigmoid(self.weight_net(feats - m)) for m in multi]
-        total = weights[0] + weights[1] + weights[2] + weights[3]
-        overall = sum(m * w for m, w in zip(multi, weights)) / total
-        return self.out(self.backend(F.relu(self.bottleneck(torch.cat([overall, feats], 1)))))
-
-
 @network("outputs", "pads", "modules")
 class DepthDisparities(nn.Module):
     """Monocular depth: nearest upsampling, reflected borders, sigmoids of four scales in a dictionary."""
@@ -260,39 +110,6 @@ class DepthDisparities(nn.Module):
         return self.outputs
 
 
-@network("modules", "resizing")
-class FastDepthLike(nn.Module):
-    """A depthwise encoder numbered by name; nearest doubling, skips added where they fit."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 8, 16, 32, 64)
-        for i, (a, b) in enumerate(zip(widths, widths[1:])):
-            setattr(
-                self,
-                f"conv{i}",
-                nn.Sequential(conv(a, b, 3, 2), nn.Conv2d(b, b, 3, 1, 1, groups=b), nn.ReLU6()),
-            )
-        for i, (a, b) in enumerate(((64, 32), (32, 16), (16, 8), (8, 8))):
-            setattr(
-                self, f"decode_conv{i}", nn.Sequential(nn.Conv2d(a, a, 5, padding=2, groups=a), conv(a, b, 1))
-            )
-        self.last = nn.Conv2d(8, 1, 1)
-
-    def forward(self, x):
-        skips = []
-        for i in range(4):
-            layer = getattr(self, f"conv{i}")
-            x = layer(x)
-            skips.append(x)
-        for i in range(4):
-            x = getattr(self, f"decode_conv{i}")(x)
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-            if i < 3:
-                x = x + skips[2 - i]
-        return self.last(x)
-
-
 @network("resizing", "data", "arguments")
 class DepthBins(nn.Module):
     """Bilinear up-projections; depth as the expectation over bins that are a buffer; `scale` with a default."""
@@ -313,30 +130,6 @@ class DepthBins(nn.Module):
         y = self.join(self.up1, self.join(self.up2, self.join(self.up3, c4, c3), c2), c1)
         depth = torch.sum(torch.softmax(self.prob(y), dim=1) * self.centers, dim=1, keepdim=True)
         return F.interpolate(depth, scale_factor=scale, mode="bilinear", align_corners=False)
-
-
-@network("outputs", "pads")
-class HolisticEdges(nn.Module):
-    """Edges (as HED): side outputs of each depth, resized, cropped, fused; sigmoids of all in a list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = nn.MaxPool2d(2, stride=2, ceil_mode=True)
-        self.steps = nn.ModuleList([twice(3, 8), twice(8, 16), twice(16, 32), twice(32, 64)])
-        self.sides = nn.ModuleList([nn.Conv2d(c, 1, 1) for c in (8, 16, 32, 64)])
-        self.fuse = nn.Conv2d(4, 1, 1)
-
-    def forward(self, x):
-        img_H, img_W = x.shape[2], x.shape[3]
-        sides = []
-        for i, (step, side) in enumerate(zip(self.steps, self.sides)):
-            x = step(x if i == 0 else self.pool(x))
-            y = side(x)
-            if i > 0:
-                y = F.interpolate(y, scale_factor=2**i, mode="bilinear", align_corners=False)
-            sides.append(y[:, :, :img_H, :img_W])
-        results = [*sides, self.fuse(torch.cat(sides, 1))]
-        return [torch.sigmoid(r) for r in results]
 
 
 Prediction = namedtuple("Prediction", ["shrink", "threshold", "binary"])
@@ -428,31 +221,6 @@ class OneStage(nn.Module):
             bs, _, ny, nx = y.shape
             z.append(y.view(bs, 3, 7, ny, nx).permute(0, 1, 3, 4, 2).contiguous())
         return z
-
-
-@network("gates", "outputs", "resizing")
-class Reverse(nn.Module):
-    """Salient objects by reverse attention: what a coarse prediction left out is looked at again (as PraNet)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder()
-        self.coarse = nn.Sequential(conv(64, 16), nn.Conv2d(16, 1, 1))
-        self.ra = nn.ModuleList(
-            [nn.Sequential(conv(c, 12), nn.Conv2d(12, 1, 3, padding=1)) for c in (8, 16, 32)]
-        )
-
-    def forward(self, x):
-        size = x.shape[2:]
-        c2, c3, c4, c5 = self.encoder(x)
-        s = self.coarse(c5)
-        maps = [F.interpolate(s, size=size, mode="bilinear")]
-        for feature, step in ((c4, self.ra[2]), (c3, self.ra[1]), (c2, self.ra[0])):
-            crop = F.interpolate(s, size=feature.shape[2:], mode="bilinear")
-            attention = -1 * torch.sigmoid(crop) + 1
-            s = step(attention.expand(-1, feature.shape[1], -1, -1).mul(feature)) + crop
-            maps.append(F.interpolate(s, size=size, mode="bilinear"))
-        return tuple(maps)
 
 
 @network("indices", "inputs", call=lambda x: (x, x[:, :1].sigmoid()))

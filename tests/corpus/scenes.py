@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from corpus_blocks import Encoder, Residual, conv, twice
-from torch import Tensor, nn
+from corpus_blocks import Encoder, Residual, conv
+from torch import nn
 
 from benchmarks.zoo.corpus import network
 
@@ -44,33 +44,6 @@ class PSPNetLike(nn.Module):
         return F.interpolate(x, size=(h, w), mode="bilinear", align_corners=True)
 
 
-@network("bins", "modules", "resizing")
-class UPerNetLike(nn.Module):
-    """Pyramid pooling on top of a feature pyramid; everything resized to the finest map and joined."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.ppm = Encoder(), PyramidPooling(64, 16)
-        self.bottleneck = conv(128, 16)
-        self.lateral = nn.ModuleList([conv(c, 16, 1) for c in (8, 16, 32)])
-        self.smooth = nn.ModuleList([conv(16, 16) for _ in range(3)])
-        self.fusion, self.out = conv(64, 16), nn.Conv2d(16, 4, 1)
-
-    def forward(self, x):
-        features = self.encoder(x)
-        laterals = [layer(f) for layer, f in zip(self.lateral, features)]
-        laterals.append(self.bottleneck(self.ppm(features[-1])))
-        used = len(laterals)
-        for i in range(used - 1, 0, -1):
-            shape = laterals[i - 1].shape[2:]
-            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=shape, mode="bilinear")
-        outs = [self.smooth[i](laterals[i]) for i in range(used - 1)]
-        outs.append(laterals[-1])
-        for i in range(used - 1, 0, -1):
-            outs[i] = F.interpolate(outs[i], size=outs[0].shape[2:], mode="bilinear", align_corners=False)
-        return F.interpolate(self.out(self.fusion(torch.cat(outs, 1))), scale_factor=4, mode="bilinear")
-
-
 class ASPP(nn.Module):
     """Dilations 3, 6, 9 and the mean over the image, side by side."""
 
@@ -88,28 +61,9 @@ class ASPP(nn.Module):
         return self.project(torch.cat(res, dim=1))
 
 
-@network("resizing", "gates")
-class DeepLabPlusLike(nn.Module):
-    """ASPP at output stride 32, joined with a low-level map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone, self.aspp = Encoder(), ASPP(64, 32)
-        self.project, self.classifier = conv(8, 8, 1), nn.Sequential(conv(40, 16), nn.Conv2d(16, 4, 1))
-
-    def forward(self, x):
-        input_shape = x.shape[-2:]
-        features = self.backbone(x)
-        low_level_feature = self.project(features[0])
-        y = self.aspp(features[-1])
-        y = F.interpolate(y, size=low_level_feature.shape[2:], mode="bilinear", align_corners=False)
-        y = self.classifier(torch.cat([low_level_feature, y], dim=1))
-        return F.interpolate(y, size=input_shape, mode="bilinear", align_corners=False)
-
-
 @network("dilation", "arguments", "decisions")
 class DeepLabPlusAtrous(nn.Module):
-    """The same at output stride 16 by dilation; `forward(x, return_features=False, size=None)`."""
+    """ASPP at output stride 16, and a low-level map; `forward(x, return_features=False, size=None)`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,28 +98,6 @@ class HybridDilated(nn.Module):
         return F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=False)
 
 
-@network("dilation", "modules")
-class DenseASPP(nn.Module):
-    """Dilated convolutions in a row, each reading all before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(
-            conv(3, 8, 3, 2), conv(8, 12, 3, 2), Residual(12, 16, 2), Residual(16, 16)
-        )
-        for i, d in enumerate((3, 6, 12, 18)):
-            self.add_module(f"ASPP_{d}", nn.Sequential(conv(16 + 8 * i, 8, 1), conv(8, 8, 3, 1, d)))
-        self.classify = nn.Sequential(
-            nn.Dropout2d(0.1), nn.Conv2d(48, 4, 1), nn.Upsample(scale_factor=8, mode="bilinear")
-        )
-
-    def forward(self, x):
-        feature = self.encoder(x)
-        for d in (3, 6, 12, 18):
-            feature = torch.cat((getattr(self, f"ASPP_{d}")(feature), feature), dim=1)
-        return self.classify(feature)
-
-
 @network("resizing", "modules")
 class FeaturePyramid(nn.Module):
     """Top-down sums by nearest upsampling, each level brought to stride 4 and added."""
@@ -186,48 +118,6 @@ class FeaturePyramid(nn.Module):
         for step, level in zip(self.seg, p):
             y = y + F.interpolate(step(level), size=p[0].shape[2:], mode="bilinear", align_corners=False)
         return F.interpolate(self.head(y), size=x.shape[2:], mode="bilinear", align_corners=False)
-
-
-class ChainedPooling(nn.Module):
-    """5x5 maxima at stride 1, convolved and added, twice."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.maxpool = nn.MaxPool2d(5, stride=1, padding=2)
-        self.conv1, self.conv2 = (
-            nn.Conv2d(width, width, 1, bias=False),
-            nn.Conv2d(width, width, 1, bias=False),
-        )
-
-    def forward(self, x):
-        top = x
-        for step in (self.conv1, self.conv2):
-            top = step(self.maxpool(top))
-            x = top + x
-        return x
-
-
-@network("resizing", "dropout")
-class RefineNetLike(nn.Module):
-    """Chained pooling; coarse to fine with align_corners."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder()
-        self.reduce = nn.ModuleList([nn.Conv2d(c, 16, 1, bias=False) for c in Encoder.widths])
-        self.chain = nn.ModuleList([ChainedPooling(16) for _ in Encoder.widths])
-        self.adapt = nn.ModuleList([nn.Conv2d(16, 16, 1, bias=False) for _ in range(3)])
-        self.clf = nn.Conv2d(16, 4, 3, padding=1)
-
-    def forward(self, x):
-        l1, l2, l3, l4 = [F.dropout(f, 0.2, self.training) for f in self.encoder(x)]
-        y = self.chain[3](F.relu(self.reduce[3](l4)))
-        y = nn.Upsample(size=l3.size()[2:], mode="bilinear", align_corners=True)(self.adapt[2](y))
-        y = self.chain[2](F.relu(self.reduce[2](l3) + y))
-        y = nn.Upsample(size=l2.size()[2:], mode="bilinear", align_corners=True)(self.adapt[1](y))
-        y = self.chain[1](F.relu(self.reduce[1](l2) + y))
-        y = nn.Upsample(size=l1.size()[2:], mode="bilinear", align_corners=True)(self.adapt[0](y))
-        return self.clf(self.chain[0](F.relu(self.reduce[0](l1) + y)))
 
 
 def vgg(*widths: int, first: int = 1) -> list[nn.Sequential]:
@@ -267,24 +157,6 @@ class FCN8s(nn.Module):
         c = self.score3(pool3 * 0.0001)
         h = self.upscore8(h + c[:, :, 9 : 9 + h.size()[2], 9 : 9 + h.size()[3]])
         return h[:, :, 31 : 31 + x.size()[2], 31 : 31 + x.size()[3]].contiguous()
-
-
-@network("transposed", "pads")
-class FCN32s(nn.Module):
-    """Full convolution and one transposed 64/32, cropped in the middle."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(*vgg(8, 16, 32, 48, 48))
-        self.score = nn.Sequential(
-            nn.Conv2d(48, 64, 3, padding=1), nn.ReLU(), nn.Dropout2d(), nn.Conv2d(64, 4, 1)
-        )
-        self.upscore = nn.ConvTranspose2d(4, 4, 64, stride=32, bias=False)
-
-    def forward(self, x):
-        y = self.upscore(self.score(self.features(x)))
-        top, left = (y.shape[2] - x.shape[2]) // 2, (y.shape[3] - x.shape[3]) // 2
-        return y[:, :, top : top + x.shape[2], left : left + x.shape[3]]
 
 
 @network("transposed")
@@ -367,142 +239,6 @@ class HRNetLike(nn.Module):
         x1 = F.interpolate(x[1], size=(x0_h, x0_w), mode="bilinear", align_corners=True)
         x2 = F.interpolate(x[2], size=(x0_h, x0_w), mode="bilinear", align_corners=True)
         return self.last(torch.cat([x[0], x1, x2], 1))
-
-
-class Separable(nn.Module):
-    """Depthwise and pointwise, with padding by `F.pad` as TensorFlow's "same"."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, inputs, 3, stride, 0, dilation, groups=inputs, bias=False)
-        self.bn, self.pointwise = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 1, bias=False)
-
-    def forward(self, x):
-        x = fixed_padding(x, self.conv1.kernel_size[0], dilation=self.conv1.dilation[0])
-        return self.pointwise(self.bn(self.conv1(x)))
-
-
-def fixed_padding(inputs: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """As many zeros as the kernel needs, half of them before."""
-    kernel_size_effective = kernel_size + (kernel_size - 1) * (dilation - 1)
-    pad_total = kernel_size_effective - 1
-    pad_beg = pad_total // 2
-    return F.pad(inputs, (pad_beg, pad_total - pad_beg, pad_beg, pad_total - pad_beg))
-
-
-@network("pads", "dilation")
-class XceptionLike(nn.Module):
-    """`fixed_padding` before every separable convolution; the last ones dilated where a stride was taken out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            conv(3, 8, 3, 2), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        )
-        self.entry1, self.skip1 = self.block(8, 16, 2), nn.Conv2d(8, 16, 1, stride=2, bias=False)
-        self.entry2, self.skip2 = self.block(16, 32, 2), nn.Conv2d(16, 32, 1, stride=2, bias=False)
-        self.middle = nn.ModuleList([self.block(32, 32) for _ in range(3)])
-        self.exit = nn.Sequential(self.block(32, 64, dilation=2), self.block(64, 96, dilation=2))
-        self.out = nn.Conv2d(96, 4, 1)
-
-    @staticmethod
-    def block(a: int, b: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
-        """Two of them."""
-        first, second = Separable(a, b, 1, dilation), Separable(b, b, stride, dilation)
-        return nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
-
-    def forward(self, x):
-        y = self.stem(x)
-        y = self.entry1(y) + self.skip1(y)
-        y = self.entry2(y) + self.skip2(y)
-        for block in self.middle:
-            y = block(y) + y
-        return F.interpolate(self.out(self.exit(y)), x.size()[2:], mode="bilinear", align_corners=True)
-
-
-@network("pads", "resizing")
-class ParseNetLike(nn.Module):
-    """Global context: the mean by a window of the map's size, normalised, brought back and put beside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.reduce = Encoder(), conv(64, 16, 1)
-        self.out = nn.Conv2d(32, 4, 1)
-
-    def forward(self, x):
-        f = self.reduce(self.encoder(x)[-1])
-        g = F.avg_pool2d(f, kernel_size=(f.size(2), f.size(3)))
-        g = F.normalize(g, p=2, dim=1).expand(-1, -1, f.size(2), f.size(3))
-        y = self.out(torch.cat([F.normalize(f, p=2, dim=1), g], 1))
-        return F.interpolate(y, size=x.shape[2:], mode="nearest")
-
-
-@network("gates", "resizing", "sizes")
-class GatedPyramid(nn.Module):
-    """Coarse means gate finer maps on the way up (as PAN); a pyramid of strided convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.mid = Encoder(), conv(64, 16, 1)
-        self.down1, self.down2 = conv(64, 8, 7, 2), conv(8, 8, 5, 2)
-        self.conv1, self.conv2 = conv(8, 16, 7), conv(8, 16, 5)
-        self.branch = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(64, 16, 1))
-        self.low = nn.ModuleList([conv(c, 16) for c in (8, 16, 32)])
-        self.gate = nn.ModuleList([conv(16, 16, 1) for _ in range(3)])
-        self.out = nn.Conv2d(16, 4, 1)
-
-    def forward(self, x):
-        c2, c3, c4, c5 = self.encoder(x)
-        h, w = c5.shape[2], c5.shape[3]
-        d1 = self.down1(c5)
-        y = F.interpolate(self.conv2(self.down2(d1)), size=d1.shape[2:], mode="bilinear") + self.conv1(d1)
-        y = F.interpolate(y, size=(h, w), mode="bilinear") * self.mid(c5)
-        y = y + F.interpolate(self.branch(c5), size=(h, w), mode="bilinear")
-        for low, gate, f in zip(self.low[::-1], self.gate, (c4, c3, c2)):
-            weight = torch.sigmoid(gate(y.mean(dim=[2, 3], keepdim=True)))
-            y = low(f) * weight + F.interpolate(y, size=f.shape[2:], mode="bilinear", align_corners=True)
-        return F.interpolate(self.out(y), scale_factor=4, mode="bilinear", align_corners=True)
-
-
-class LargeKernel(nn.Module):
-    """7x1 and 1x7, and the other way round, added."""
-
-    def __init__(self, inputs: int, outputs: int, k: int = 7) -> None:
-        super().__init__()
-        p = k // 2
-        self.l1, self.l2 = (
-            nn.Conv2d(inputs, outputs, (k, 1), padding=(p, 0)),
-            nn.Conv2d(outputs, outputs, (1, k), padding=(0, p)),
-        )
-        self.r1, self.r2 = (
-            nn.Conv2d(inputs, outputs, (1, k), padding=(0, p)),
-            nn.Conv2d(outputs, outputs, (k, 1), padding=(p, 0)),
-        )
-
-    def forward(self, x):
-        return self.l2(self.l1(x)) + self.r2(self.r1(x))
-
-
-@network("transposed", "resizing", "decisions")
-class LargeKernelNet(nn.Module):
-    """Large separable kernels at each scale, boundary refinement; transposed up, or resized if it does not fit."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder()
-        self.gcn = nn.ModuleList([LargeKernel(c, 8) for c in Encoder.widths])
-        self.refine = nn.ModuleList([twice(8, 8) for _ in Encoder.widths])
-        self.deconv = nn.ModuleList([nn.ConvTranspose2d(8, 8, 3, 2, 1, 1) for _ in range(3)])
-        self.out = nn.Conv2d(8, 4, 1)
-
-    def forward(self, x):
-        maps = [r(g(f)) for r, g, f in zip(self.refine, self.gcn, self.encoder(x))]
-        y = maps[-1]
-        for deconv, skip in zip(self.deconv, maps[-2::-1]):
-            y = deconv(y)
-            y = y if y.shape == skip.shape else F.interpolate(y, skip.shape[2:], mode="bilinear")
-            y = y + skip
-        return F.interpolate(self.out(y), x.size()[2:], mode="bilinear")
 
 
 @network("resizing", "dilation")

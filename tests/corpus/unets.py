@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from corpus_blocks import Residual, conv, twice
+from corpus_blocks import conv, twice
 from torch import Tensor, nn
 
 from benchmarks.zoo.corpus import network
@@ -80,28 +80,6 @@ def unet_bilinear() -> nn.Module:
     return PaddedUNet(bilinear=True)
 
 
-@network("transposed", "pads", "sizes")
-class UNetCropsSkip(nn.Module):
-    """ConvTranspose2d of kernel 4, stride 2; the skip is cropped to what comes up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Steps()
-        self.up3 = nn.ConvTranspose2d(64, 32, 4, 2, 1)
-        self.dec3 = twice(64, 32)
-        self.up2 = nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1, bias=False)
-        self.dec2 = twice(32, 16)
-        self.out = nn.Conv2d(16, 4, 1)
-
-    def forward(self, x):
-        _, x2, x3, x4 = self.encoder(x)
-        y = self.up3(x4)
-        y = self.dec3(torch.cat((y, x3[:, :, : y.size(2), : y.size(3)]), 1))
-        y = self.up2(y)
-        h, w = y.shape[2:]
-        return self.out(self.dec2(torch.cat((y, x2[:, :, :h, :w]), 1)))
-
-
 @network("transposed", "pads", "modules")
 class UNetStrided(nn.Module):
     """Strided convolutions down; ConvTranspose2d 3/2 with output padding up, cropped to the skip; loops over lists."""
@@ -159,145 +137,6 @@ class UNetUnpadded(nn.Module):
         return self.dec1(torch.cat([up, center_crop(e1, up.shape[2:])], 1))
 
 
-@network("decisions", "resizing", "sizes")
-class UNetIfSizesDiffer(nn.Module):
-    """`if` the sizes differ, resize; sizes as a list and as integers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Steps()
-        self.dec3, self.dec2, self.dec1 = twice(96, 32), twice(48, 16), twice(24, 8)
-        self.out = nn.Conv2d(8, 2, 1)
-
-    def join(self, x, skip):
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-        if x.shape[2] != skip.shape[2] or x.shape[3] != skip.shape[3]:
-            x = F.interpolate(x, size=list(skip.shape[-2:]), mode="nearest")
-        return torch.cat([x, skip], dim=1)
-
-    def forward(self, x):
-        assert x.dim() == 4, f"an image batch, not {x.shape}"
-        e1, e2, e3, e4 = self.encoder(x)
-        y = self.dec3(self.join(e4, e3))
-        y = self.dec2(self.join(y, e2))
-        y = self.dec1(self.join(y, e1))
-        return F.interpolate(
-            self.out(y), (int(x.size(2)), int(x.size(3))), mode="bilinear", align_corners=False
-        )
-
-
-@network("modules", "resizing")
-class ResUNet(nn.Module):
-    """Residual steps; `nn.Upsample` is made in `forward` for the size of the skip."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv(3, 8)
-        self.enc1, self.enc2, self.enc3 = Residual(8, 16, 2), Residual(16, 32, 2), Residual(32, 64, 2)
-        self.dec2, self.dec1, self.dec0 = Residual(96, 32), Residual(48, 16), Residual(24, 8)
-        self.out = nn.Conv2d(8, 1, 1)
-
-    def forward(self, x):
-        x0 = self.stem(x)
-        x1 = self.enc1(x0)
-        x2 = self.enc2(x1)
-        x3 = self.enc3(x2)
-        up = nn.Upsample(size=x2.size()[2:], mode="bilinear", align_corners=True)(x3)
-        y = self.dec2(torch.cat([up, x2], 1))
-        y = self.dec1(torch.cat([nn.Upsample(size=x1.size()[2:], mode="bilinear")(y), x1], 1))
-        y = self.dec0(torch.cat([nn.UpsamplingBilinear2d(size=x0.size()[2:])(y), x0], 1))
-        return torch.sigmoid(self.out(y))
-
-
-class Gate(nn.Module):
-    """A skip times what a coarser map finds of interest in it."""
-
-    def __init__(self, skip: int, gating: int, inner: int) -> None:
-        super().__init__()
-        self.theta = nn.Conv2d(skip, inner, 2, 2, bias=False)
-        self.phi = nn.Conv2d(gating, inner, 1)
-        self.psi = nn.Conv2d(inner, 1, 1)
-
-    def forward(self, x: Tensor, g: Tensor) -> Tensor:
-        theta = self.theta(x)
-        g = F.interpolate(self.phi(g), size=theta.size()[2:], mode="bilinear")
-        alpha = torch.sigmoid(self.psi(F.relu(theta + g, inplace=True)))
-        return F.interpolate(alpha, size=x.size()[2:], mode="bilinear") * x
-
-
-@network("gates", "resizing", "transposed")
-class AttentionUNet(nn.Module):
-    """Attention gates on the skips."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Steps()
-        self.gate3, self.gate2 = Gate(32, 64, 16), Gate(16, 32, 8)
-        self.up3, self.up2 = nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)
-        self.dec3, self.dec2 = twice(64, 32), twice(32, 16)
-        self.out = nn.Conv2d(16, 3, 1)
-
-    def forward(self, x):
-        size = x.shape[-2:]
-        _, x2, x3, x4 = self.encoder(x)
-        up = self.up3(x4)
-        y = self.dec3(torch.cat([up, self.gate3(x3, x4)[:, :, : up.shape[2], : up.shape[3]]], 1))
-        up = self.up2(y)
-        y = self.dec2(torch.cat([up, self.gate2(x2, y)[:, :, : up.shape[2], : up.shape[3]]], 1))
-        return F.interpolate(self.out(y), size=size, mode="bilinear", align_corners=False)
-
-
-@network("modules", "resizing", "outputs")
-class NestedUNet(nn.Module):
-    """Every step is joined with those beside and below it; with supervision of each of the first row."""
-
-    def __init__(self, deep_supervision: bool = True) -> None:
-        super().__init__()
-        a, b, c = 8, 16, 32
-        self.deep_supervision = deep_supervision
-        self.pool, self.up = nn.MaxPool2d(2, 2, ceil_mode=True), nn.Upsample(scale_factor=2, mode="bilinear")
-        self.conv0_0, self.conv1_0, self.conv2_0 = twice(3, a), twice(a, b), twice(b, c)
-        self.conv0_1, self.conv1_1 = twice(a + b, a), twice(b + c, b)
-        self.conv0_2 = twice(2 * a + b, a)
-        self.final1, self.final2 = nn.Conv2d(a, 2, 1), nn.Conv2d(a, 2, 1)
-
-    def fit(self, x, like):
-        return self.up(x)[:, :, : like.size(2), : like.size(3)]
-
-    def forward(self, x):
-        x0_0 = self.conv0_0(x)
-        x1_0 = self.conv1_0(self.pool(x0_0))
-        x0_1 = self.conv0_1(torch.cat([x0_0, self.fit(x1_0, x0_0)], 1))
-        x2_0 = self.conv2_0(self.pool(x1_0))
-        x1_1 = self.conv1_1(torch.cat([x1_0, self.fit(x2_0, x1_0)], 1))
-        x0_2 = self.conv0_2(torch.cat([x0_0, x0_1, self.fit(x1_1, x0_0)], 1))
-        if self.deep_supervision:
-            return [self.final1(x0_1), self.final2(x0_2)]
-        return self.final2(x0_2)
-
-
-@network("resizing", "modules")
-class UNetAllScales(nn.Module):
-    """Every step of the decoder reads every scale: pooled, as it is, or upsampled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Steps()
-        self.to3 = nn.ModuleList([conv(c, 8) for c in Steps.widths])
-        self.to2 = nn.ModuleList([conv(c, 8) for c in (8, 16, 32, 64)])
-        self.fuse3, self.fuse2 = conv(32, 32), conv(32, 16)
-        self.out = nn.Conv2d(16, 3, 3, padding=1)
-
-    def forward(self, x):
-        e1, e2, e3, e4 = self.encoder(x)
-        maps = [F.max_pool2d(e1, 4, 4), F.max_pool2d(e2, 2, 2), e3, F.interpolate(e4, size=e3.shape[2:])]
-        d3 = self.fuse3(torch.cat([step(m) for step, m in zip(self.to3, maps)], 1))
-        size = e2.shape[2:]
-        maps = [F.max_pool2d(e1, 2, 2), e2, F.interpolate(d3, size=size), F.interpolate(e4, size=size)]
-        d2 = self.fuse2(torch.cat([step(m) for step, m in zip(self.to2, maps)], 1))
-        return F.interpolate(self.out(d2), size=x.shape[2:], mode="bilinear")
-
-
 @network("pads", "decisions", "transposed", "sizes")
 class UNetPadsToMultiple(nn.Module):
     """The image is padded to a multiple of the stride, what comes out is cropped to it again."""
@@ -321,32 +160,6 @@ class UNetPadsToMultiple(nn.Module):
         y = self.dec2(torch.cat([self.up2(y), x2], 1))
         y = self.dec1(torch.cat([self.up1(y), x1], 1))
         return self.out(y)[:, :, :h, :w]
-
-
-@network("pads", "resizing", "sizes")
-class UNetReflectsToMultiple(nn.Module):
-    """As before by a remainder, with reflection, and nearest upsampling."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Steps()
-        self.dec3, self.dec2, self.dec1 = twice(96, 32), twice(48, 16), twice(24, 8)
-        self.up = nn.Upsample(scale_factor=2)
-        self.out = nn.Conv2d(8, 1, 1)
-
-    def check_image_size(self, x):
-        _, _, h, w = x.size()
-        pad_h = (8 - h % 8) % 8
-        pad_w = (8 - w % 8) % 8
-        return F.pad(x, (0, pad_w, 0, pad_h), "reflect")
-
-    def forward(self, img):
-        b, c, h, w = img.shape
-        x1, x2, x3, x4 = self.encoder(self.check_image_size(img))
-        y = self.dec3(torch.cat([self.up(x4), x3], 1))
-        y = self.dec2(torch.cat([self.up(y), x2], 1))
-        y = self.dec1(torch.cat([self.up(y), x1], 1))
-        return self.out(y)[..., :h, :w] + img.mean(1, keepdim=True)
 
 
 def upsample_like(src: Tensor, tar: Tensor) -> Tensor:
@@ -427,70 +240,6 @@ class NestedSalience(nn.Module):
         return torch.sigmoid(d0), torch.sigmoid(d1), torch.sigmoid(d2), torch.sigmoid(d3)
 
 
-class Recurrent(nn.Module):
-    """One convolution applied several times to itself and its input."""
-
-    def __init__(self, width: int, t: int = 2) -> None:
-        super().__init__()
-        self.t, self.conv = t, conv(width, width)
-
-    def forward(self, x):
-        for i in range(self.t):
-            if i == 0:
-                x1 = self.conv(x)
-            x1 = self.conv(x + x1)
-        return x1
-
-
-@network("resizing", "modules")
-class RecurrentUNet(nn.Module):
-    """Shared weights, called several times; Upsample(2) and a convolution up, at sizes that fit."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enc1 = nn.Sequential(nn.Conv2d(3, 8, 1), Recurrent(8))
-        self.enc2 = nn.Sequential(nn.Conv2d(8, 16, 1), Recurrent(16))
-        self.enc3 = nn.Sequential(nn.Conv2d(16, 32, 1), Recurrent(32))
-        self.pool = nn.MaxPool2d(2)
-        self.up2 = nn.Sequential(nn.Upsample(scale_factor=2), conv(32, 16))
-        self.up1 = nn.Sequential(nn.Upsample(scale_factor=2), conv(16, 8))
-        self.dec2 = nn.Sequential(nn.Conv2d(32, 16, 1), Recurrent(16))
-        self.dec1 = nn.Sequential(nn.Conv2d(16, 8, 1), Recurrent(8))
-        self.out = nn.Conv2d(8, 1, 1)
-
-    def forward(self, x):
-        e1 = self.enc1(x)
-        e2 = self.enc2(self.pool(e1))
-        d2 = self.up2(self.enc3(self.pool(e2)))
-        d2 = self.dec2(torch.cat((e2, d2), dim=1))
-        d1 = self.dec1(torch.cat((e1, self.up1(d2)), dim=1))
-        return self.out(d1)
-
-
-@network("modules", "transposed")
-class SlicedEncoderUNet(nn.Module):
-    """The encoder is slices of the layers of a VGG; `output_size` of the transposed convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for a, b in ((3, 8), (8, 16), (16, 32)):
-            layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2, 2)]
-        self.features = nn.Sequential(*layers, nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(inplace=True))
-        self.up3, self.up2 = nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)
-        self.dec3, self.dec2 = conv(64, 32), conv(32, 16)
-        self.out = nn.Conv2d(16, 2, 1)
-
-    def forward(self, x):
-        x1 = self.features[:2](x)
-        x2 = self.features[2:5](x1)
-        x3 = self.features[5:8](x2)
-        x4 = self.features[8:](x3)
-        y = self.dec3(torch.cat([self.up3(x4, output_size=x3.size()), x3], 1))
-        y = self.dec2(torch.cat([self.up2(y, output_size=x2.size()[2:]), x2], 1))
-        return self.out(y)
-
-
 @network("norms", "transposed", "outputs", "modules")
 class InstanceNormUNet(nn.Module):
     """Instance norms and leaky ReLU, strided, a list of outputs from the finest to the coarsest (as nnU-Net)."""
@@ -553,36 +302,3 @@ class DropoutUNet(nn.Module):
         y = self.dec3(self.up3(x4) + self.excite(x3))
         y = F.dropout(self.dec2(self.up2(y) + x2), p=0.1, training=self.training)
         return self.out(F.dropout2d(self.dec1(self.up1(y) + x1), training=self.training))
-
-
-class OptionalSkipUp(nn.Module):
-    """A step up that may come without a skip; where the skip is larger by one, the last row is repeated."""
-
-    def __init__(self, inputs: int, skip: int, outputs: int) -> None:
-        super().__init__()
-        self.up, self.conv = nn.ConvTranspose2d(inputs, inputs, 2, 2), twice(inputs + skip, outputs)
-
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        x = self.up(x)
-        if skip is not None and torch.jit.isinstance(skip, torch.Tensor):
-            pad = [0, 0, 0, 0]
-            for i in range(2):
-                if skip.shape[-i - 1] != x.shape[-i - 1]:
-                    pad[2 * i + 1] = 1
-            x = torch.cat([skip, F.pad(x, pad, "replicate")], dim=1)
-        return self.conv(x)
-
-
-@network("transposed", "pads", "decisions")
-class OptionalSkipUNet(nn.Module):
-    """Steps with a skip that may be None, asked for by `torch.jit.isinstance`; a list of pads filled in a loop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.encoder = conv(3, 3, 3, 2), Steps()
-        self.up3, self.up2 = OptionalSkipUp(64, 32, 32), OptionalSkipUp(32, 16, 16)
-        self.up1, self.up0, self.out = OptionalSkipUp(16, 8, 8), OptionalSkipUp(8, 0, 8), nn.Conv2d(8, 3, 1)
-
-    def forward(self, x):
-        x1, x2, x3, x4 = self.encoder(self.stem(x))
-        return self.out(self.up0(self.up1(self.up2(self.up3(x4, x3), x2), x1)))

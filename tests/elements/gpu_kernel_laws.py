@@ -96,11 +96,7 @@ def reference(
     return out.to(rows.dtype)
 
 
-ACTED = [
-    None,
-    Activation("hardtanh", (0.0, 3.0)),
-    pytest.param(Activation("relu"), marks=pytest.mark.slow),
-]
+ACTED = [None, Activation("hardtanh", (0.0, 3.0)), pytest.param(Activation("relu"), marks=pytest.mark.slow)]
 
 
 def close(found: Tensor, expected: Tensor) -> None:

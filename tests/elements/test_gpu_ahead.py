@@ -80,10 +80,7 @@ def compile_product(
     constants = {"C": channels, "C_OUT": outputs, "TAPS": taps, "GROUPS": groups, "ACTIVATION": "relu"}
     constants |= {"SLOPE": 0.0, "PRECISION": kind.precision, "WIDE": False, "HALO": halo}
     constants |= {"BLOCK_N": tile.n, "BLOCK_O": tile.o, "BLOCK_C": tile.c}
-    absent = (
-        *(() if residual else ("residual",)),
-        *(() if taps > 1 else ("table",)),
-    )
+    absent = (*(() if residual else ("residual",)), *(() if taps > 1 else ("table",)))
     return compile_for("product", capability, kind.dtype, constants, tile.warps, tile.stages, absent)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import covering
+from networks import unverified
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
@@ -68,7 +69,7 @@ def test_gradients_are_those_of_the_original(norm, training, shape, dtype):
 @pytest.mark.parametrize(("norm", "mask"), covering([*NORMS], ["all", "none", "random:seed=0"]))
 def test_gradients_are_finite_differences(norm, mask):
     example = torch.randn(1, 3, 65, 97, dtype=torch.float64)
-    net = cs.adaptify(network(norm).eval(), mask, example_input=example, verify_laws=False)
+    net = unverified(network(norm).eval(), mask, example_input=example)
     given = torch.randn(1, 3, 19, 13, dtype=torch.float64).requires_grad_()
     assert gradcheck(net, (given,), fast_mode=True)
 
@@ -80,9 +81,7 @@ def test_a_part_that_is_called_as_a_whole_has_the_gradients_of_the_original():
     )
     model.append(nn.Conv2d(3, 2, 1)).double()
     model[-2].register_forward_hook(lambda *_: None)  # so that tracing does not look into it
-    net = cs.adaptify(
-        model, "none", example_input=torch.randn(1, 3, 97, 129, dtype=torch.float64), verify_laws=False
-    )
+    net = unverified(model, "none", example_input=torch.randn(1, 3, 97, 129, dtype=torch.float64))
     found = []
     for run in (model, net):
         given = torch.randn(1, 3, 129, 99, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import covering, slow
+from networks import unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -110,7 +111,7 @@ class Share(nn.Module):
 
 
 def found(model: nn.Module, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
-    net = cs.adaptify(model.eval().to(dtype), mask, verify_laws=False)
+    net = unverified(model.eval().to(dtype), mask)
     x = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         return net.optimize()(x).isnan(), net(x).isnan()
@@ -153,6 +154,6 @@ def test_nan_that_a_network_makes_is_kept(dtype, act):
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", slow("convnext_tiny")])
 def test_an_ordinary_network_loses_no_fused_activation(name):
     """What makes no NaN keeps oneDNN's clamps, its dense stem included: they are faster."""
-    net = cs.adaptify(cs.build_model(name, "none"), "edges", verify_laws=False).optimize()
+    net = unverified(cs.build_model(name, "none"), "edges").optimize()
     kernels = [module for module in net.modules() if hasattr(module, "meets_nan")]
     assert kernels and not any(kernel.meets_nan for kernel in kernels)

@@ -32,11 +32,9 @@ LAWS = (
     "tests/laws/test_backend_laws.py::test_every_other_task_is_that_of_the_reference",
     "tests/laws/test_integer_laws.py",
     "tests/laws/test_geometry_laws.py::test_compiled_cells_and_kernel_maps_are_those_of_torch",
-    "tests/network/test_optimize.py::test_compiled_grouped_convolution",
-    "tests/network/test_optimize.py::test_compiled_gathering_and_pooling",
-    "tests/network/test_optimize.py::test_compiled_products",
+    "tests/network/test_optimize.py::test_compiled_convolutions",
     "tests/network/test_optimize.py::test_compiled_convolutions_scale_by_level",
-    "tests/network/test_optimize.py::test_mixing_where_it_is_read_is_mixing_before",
+    "tests/elements/test_choice.py::test_rows_are_mixed_alike_wherever_they_are_read",
     "tests/methods/test_resampling.py::test_compiled_code_inverts_as_torch_does",
 )
 OF_KERNELS = "(native or integers or not test_backend_laws)"

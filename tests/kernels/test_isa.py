@@ -168,10 +168,7 @@ def test_caches_are_those_that_hold_data_in_readable_sizes(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("said", "family"),
     [
-        (
-            {"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "1"},
-            "AuthenticAMD family 25 model 1",
-        ),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "1"}, "AuthenticAMD family 25 model 1"),
         ({"CPU implementer": "0x41", "CPU part": "0xd0c"}, "implementer 0x41 part 0xd0c"),
         ({}, ""),
     ],

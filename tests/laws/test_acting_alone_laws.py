@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from networks import Encoded, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -44,61 +45,15 @@ ARGUMENTS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
 ]
 # Random, in place of storage, or not for maps at all.
 UNUSABLE = (
-    *(
-        "rand",
-        "normal",
-        "bernoulli",
-        "poisson",
-        "exponential",
-        "geometric",
-        "cauchy",
-        "log_normal",
-        "uniform",
-    ),
-    *(
-        "multinomial",
-        "dropout",
-        "alpha_dropout",
-        "feature_",
-        "gumbel",
-        "rrelu",
-        "binomial",
-        "empty",
-        "new",
-        "native_",
-    ),
-    *(
-        "save",
-        "load",
-        "set_",
-        "share",
-        "resize",
-        "apply_",
-        "map_",
-        "register",
-        "backward",
-        "record",
-        "data_ptr",
-    ),
-    *("storage", "untyped", "quantize", "dequantize", "sparse", "to_sparse", "to_mkldnn", "numpy", "tolist"),
-    *("names", "rename", "align", "refine", "has_names", "compile", "fork", "import", "seed", "manual_seed"),
-    *(
-        "cuda",
-        "xpu",
-        "mps",
-        "ipu",
-        "hpu",
-        "mtia",
-        "vulkan",
-        "dlpack",
-        "jit",
-        "typename",
-        "is_",
-        "from_",
-        "tensor",
-    ),
-    *("as_tensor", "asarray", "_", "module_load", "sym_", "get_", "hash_tensor", "resolve", "fbgemm", "put_"),
-    *("retain", "unique", "copy_"),
+    *("rand", "normal", "bernoulli", "poisson", "exponential", "geometric", "cauchy"),
+    *("log_normal", "uniform", "multinomial", "dropout", "alpha_dropout", "feature_", "gumbel"),
+    *("rrelu", "binomial", "empty", "new", "native_", "save", "load", "set_", "share", "resize"),
+    *("apply_", "map_", "register", "backward", "record", "data_ptr", "storage", "untyped"),
+    *("quantize", "dequantize", "sparse", "to_sparse", "to_mkldnn", "numpy", "tolist", "names"),
+    *("rename", "align", "refine", "has_names", "compile", "fork", "import", "seed"),
+    *("manual_seed", "cuda", "xpu", "mps", "ipu", "hpu", "mtia", "vulkan", "dlpack", "jit"),
+    *("typename", "is_", "from_", "tensor", "as_tensor", "asarray", "_", "module_load", "sym_"),
+    *("get_", "hash_tensor", "resolve", "fbgemm", "put_", "retain", "unique", "copy_"),
 )
 # Act alone with these arguments, and are left out on purpose.
 LEFT_OUT = {
@@ -193,9 +148,7 @@ def fault(net: Asked) -> str:
     """Return what is wrong with a converted network, or ""."""
     image = torch.rand(1, 3, 40, 56)
     try:
-        adaptive = cs.adaptify(
-            net, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native", verify_laws=False
-        )
+        adaptive = unverified(net, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native")
     except cs.CadError as error:
         return str(error)
     ends = [decision.reason for decision in adaptive.plan.decisions if decision.action == "barrier"]
@@ -268,21 +221,13 @@ def test_what_acts_on_each_position_alone_stays_in_the_region(space: str) -> Non
     assert not faults
 
 
-class Encoder(nn.Module):
-    """Strided convolutions around a function of the map and another one of the same size."""
-
-    def __init__(self, change: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.change = change
-        self.stem = nn.Sequential(nn.Conv2d(3, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), nn.Sigmoid())
-        self.other, self.head = nn.Conv2d(C, C, 1), nn.Conv2d(C, 4, 3, 2, 1)
-        self.register_buffer("vector", torch.rand(1, 2, 1, 1))
-        self.register_buffer("picked", PICKED)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.stem(x)
-        result: Tensor = self.head(self.change(self, y, self.other(y)))
-        return result
+def changing(change: Callable[[Any, Tensor, Tensor], Tensor]) -> nn.Module:
+    """A network with a function of its map and another one of the same size."""
+    kept = {"vector": nn.Buffer(torch.rand(1, 2, 1, 1)), "picked": nn.Buffer(PICKED)}
+    other = nn.Conv2d(C, C, 1)
+    return Encoded(
+        lambda own, image, y: own.head(change(own, y, own.other(y))), C, other=other, **kept
+    ).eval()
 
 
 def write(place: Any, value: Callable[[Any, Tensor, Tensor], Any]) -> Callable[[Any, Tensor, Tensor], Tensor]:
@@ -338,11 +283,9 @@ CHANGES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_channels_that_are_written_or_chosen_stay_in_the_region(change: str) -> None:
-    model = Encoder(CHANGES[change]).eval()
+    model = changing(CHANGES[change])
     image = torch.rand(2, 3, 40, 56)
-    net = cs.adaptify(
-        model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native", verify_laws=False
-    )
+    net = unverified(model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native")
     assert not [decision for decision in net.plan.decisions if decision.action == "barrier"]
     assert relative_error(net(image), model(image)) < 1e-4
     assert relative_error(net.optimize()(image), model(image)) < 1e-4
@@ -360,7 +303,7 @@ def test_channels_that_are_written_or_chosen_stay_in_the_region(change: str) -> 
     ],
 )
 def test_what_joins_positions_says_along_which_axes(change: Any, words: str) -> None:
-    plan = cs.plan(Encoder(change).eval(), example_input=torch.rand(3, 3, 32, 48))
+    plan = cs.plan(changing(change), example_input=torch.rand(3, 3, 32, 48))
     assert words in " ".join(decision.reason for decision in plan.decisions if decision.action == "barrier")
 
 
@@ -369,9 +312,7 @@ def test_class_numbers_leave_as_scores() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1), Choice()
     ).eval()
-    net = cs.adaptify(
-        model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native", verify_laws=False
-    )
+    net = unverified(model, "none", example_input=torch.rand(1, 3, 32, 48), outputs="native")
     image = torch.rand(2, 3, 40, 56)
     assert torch.equal(net(image), model(image))
     assert [decision.operation for decision in net.plan.decisions if decision.action == "barrier"] == [

@@ -45,17 +45,8 @@ from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
-    "uniform",
-    "without overlap",  # of floors: test_floor_laws.py
-    "portable",
-    "graph",
-    "triton",
-    "whole map",
-    "native",
-    "integers",
-    "products",
-    "expression",
-    "torch",
+    *("uniform", "without overlap", "portable", "graph", "triton", "whole map", "native"),
+    *("integers", "products", "expression", "torch"),
 ]
 OF_GRAPHS = ("portable", "graph", "expression")  # which apply while a graph is made
 TYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -306,12 +297,12 @@ TASKS = [
 
 def other_works(task: str, dtype: torch.dtype) -> list[Work]:
     source = lattice("ragged")
-    rows = values(len(source), 5, seed=0, dtype=dtype)
+    rows = values(len(source), 21, seed=0, dtype=dtype)
     window = Window((3, 3), 1, (1, 1), (1, 1, 1, 1), spacing=2)
     reading = kernel_map(source, source, window)
     if task == "pool":
         even = lattice("uniform")
-        uniform = values(len(even), 5, seed=0, dtype=dtype)
+        uniform = values(len(even), 21, seed=0, dtype=dtype)
         return [
             Pooling(some, WindowRead(one, one.at(2), window._replace(stride=2)), outside, outside < 0)
             for some, one in ((rows, source), (uniform, even))

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels
-from emulation import Emulation, Feature
 from random_laws import compare
 from random_networks import Case, Draw, settled
 from torch import Tensor, nn
@@ -38,18 +37,6 @@ def test_on_the_networks_own_grid_it_is_torchs(
     assert_same(functional.pool_to_bins(x, bins, largest, 4), pool(functional.to_dense(x, 4), bins), EXACT)
 
 
-@pytest.mark.parametrize(("size", "bins", "largest"), covering(SIZES, BINS, [False, True]), ids=str)
-def test_on_a_mixed_map_each_pixel_of_a_bin_counts_once(
-    size: tuple[int, int], bins: tuple[int, int], largest: bool
-) -> None:
-    levels = random_levels(2, size, (2, 2))
-    x = entering(levels)
-    index = x.lattice.index.view(2, *size).long()
-    feature = Feature(x.rows[index].permute(0, 3, 1, 2), 2)
-    expected = Emulation(levels, (2, 2)).bins(feature, bins, 4, largest)
-    assert_same(functional.pool_to_bins(x, bins, largest, 4), expected, EXACT)
-
-
 def test_one_bin_is_the_mean_of_the_image() -> None:
     for levels in (random_levels(2, (13, 22), (2, 2)), torch.full((2, 13, 22), 1)):
         x = entering(levels)
@@ -58,22 +45,6 @@ def test_one_bin_is_the_mean_of_the_image() -> None:
 
 
 HOW = [("bilinear", False), ("bilinear", True), ("nearest", None)]
-
-
-@pytest.mark.parametrize(("size", "how"), covering(SIZES, HOW), ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_small_map_on_the_networks_own_grid_is_resized_as_torch_does(
-    size: tuple[int, int], how: tuple[str, Any], batch: int
-) -> None:
-    """Law 1; a small map may be the same for all images."""
-    mode, align_corners = how
-    lattice = Geometry((2, 2)).uniform(2, 2, size)
-    own = tuple(-(-length // 4) for length in size)
-    small = torch.randn(batch, 3, 3, 2, dtype=double)
-    value = functional.small_map(small, 4, own, mode, align_corners)
-    found = functional.to_dense(Elements(functional.rows_on(value, lattice), lattice), 4)
-    expected = F.interpolate(small, own, mode=mode, align_corners=align_corners).expand(2, -1, -1, -1)
-    assert_same(found, expected, EXACT)
 
 
 class PooledPyramid(nn.Module):

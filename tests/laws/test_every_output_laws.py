@@ -211,38 +211,6 @@ def test_every_output_at_every_level_is_the_network_dilated_by_hand(seed: int) -
             assert_same(ours[:, :, ::here, ::here], theirs.data[:, :, ::there, ::there], 1e-9)
 
 
-class TwoOutputs(nn.Module):
-    """The second output reads again, downsampled, what the first one reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.d, self.p = nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 1)
-        self.r = nn.Conv2d(8, 8, (5, 1), padding=(2, 0), padding_mode="replicate")
-        self.e = nn.Conv2d(8, 8, 3, padding=1)
-
-    def run(self, u: Any, by: Any, add: Any) -> tuple[Any, Any]:
-        v = by.window(u, self.b)
-        w = add(by.like(by.window(v, self.p), u), by.window(u, self.r))
-        return by.window(w, self.e), add(by.window(w, self.d), v)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.run(self.a(x), Straight(), torch.add)
-
-
-@torch.no_grad()
-def test_a_second_output_does_not_make_the_first_another() -> None:
-    model, x = TwoOutputs().double().eval(), images(2, 96, 64).double()
-    net = cs.adaptify(model, "all", output_stride=(4, 8), fill="nearest")
-    assert not net.plan.between
-
-    def add(one: Map, other: Map) -> Map:
-        return Map(one.data + other.data, one.own, one.at)
-
-    for ours, theirs in zip(net(x), model.run(Map(model.a(x), 4, 4), ByHand(4), add), strict=True):
-        assert_same(ours, theirs.data, 1e-9)
-
-
 class Opaque(nn.Module):
     """An operation without a rule between two parts of a region."""
 
@@ -268,29 +236,6 @@ def test_what_stays_dense_between_two_parts_of_a_region_is_said() -> None:
 
 
 # -- whether a mask has an effect ------------------------------------------------------------------------
-
-
-def stage(before: int, after: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(before, after, 3, 1, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2, 2, ceil_mode=True)
-    )
-
-
-class Cropped(nn.Module):
-    """After FCN-8s: scores of three stages joined by transposed convolutions and crops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 40), nn.ReLU(), nn.MaxPool2d(2, 2, ceil_mode=True))
-        self.second, self.third, self.fourth = stage(8, 8), stage(8, 8), stage(8, 8)
-        self.scores, self.of_third = nn.Conv2d(8, 4, 3), nn.Conv2d(8, 4, 1)
-        self.up, self.last = nn.ConvTranspose2d(4, 4, 4, 2), nn.ConvTranspose2d(4, 4, 16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        third = self.third(self.second(self.first(x)))
-        y = self.up(self.scores(self.fourth(third)))
-        skip = self.of_third(third)[:, :, 2 : 2 + y.size(2), 2 : 2 + y.size(3)]
-        return self.last(y + skip)[:, :, 31 : 31 + x.size(2), 31 : 31 + x.size(3)].contiguous()
 
 
 class Faint(nn.Module):
@@ -344,15 +289,6 @@ def effect(net: cs.AdaptiveModel, x: Tensor) -> float:
     with torch.no_grad():
         high, low = net(x, mask="all"), net(x, mask="none")
     return float((high - low).square().mean().sqrt() / high.std(correction=0))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_decoder_that_no_mask_reaches_says_so(dtype: torch.dtype) -> None:
-    model, example = Cropped().to(dtype).eval(), images(1, 48, 64, dtype)
-    with pytest.warns(cs.CadWarning, match="no mask can improve what this network returns"):
-        net = cs.adaptify(model, "none", example_input=example)
-    assert not net.plan.matters and net.plan.effect == 0 and "gains nothing" in net.plan.summary()
-    assert effect(net, images(2, 64, 96, dtype)) < (1e-9 if dtype == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import covering
+from networks import unverified
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,20 +124,31 @@ def mixed(batch: int, size: tuple[int, int], cell: int, level: int, seed: int = 
     return levels[:, : size[0], : size[1]]
 
 
-@pytest.mark.parametrize(("name", "floor", "size"), covering(NETWORKS, [2, 4, 8, 16], [(64, 96), (48, 80)]))
-def test_a_uniform_floor_is_its_emulation(name: str, floor: int, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("network_and_size", "floor", "fill"),
+    covering(
+        [("unet", (64, 96)), ("strided", (48, 80)), ("any size", (61, 83))],
+        [2, 4, 8, 16],
+        ["linear", "nearest"],
+    ),
+    ids=str,
+)
+def test_a_uniform_floor_is_its_emulation(
+    network_and_size: tuple[str, tuple[int, int]], floor: int, fill: Any
+) -> None:
+    name, size = network_and_size
     model, x = network(name), torch.rand(2, 3, *size, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=16, example_input=x[:1], verify_laws=False)
+    net = unverified(model, "none", coarsest=16, fill=fill, example_input=x[:1])
     levels = torch.full((2, *size), net.plan.strides.index(floor))
     with torch.no_grad():
-        found, expected = net(x, mask=levels), Uniform(model, floor, size).run(x)
+        found, expected = net(x, mask=levels), Uniform(model, floor, size, fill).run(x)
     assert (found - expected).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_everything_high_is_the_network_bit_for_bit(name: str) -> None:
     model, x = network(name, torch.float32), torch.rand(2, 3, 80, 112)
-    net = cs.adaptify(model, "all", coarsest=16, example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
+    net = unverified(model, "all", coarsest=16, example_input=torch.rand(1, 3, 64, 64))
     with torch.no_grad():
         assert torch.equal(net(x), model(x))
 
@@ -154,7 +166,7 @@ def test_transposed_convolutions_without_overlap_are_those_with_kernel_maps(
 ) -> None:
     size, cell = shape
     model, x = network(name), torch.rand(1, 3, *size, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=cell, fill=fill, example_input=x, verify_laws=False)
+    net = unverified(model, "none", coarsest=cell, fill=fill, example_input=x)
     fast, levels = net.optimize(), mixed(1, size, cell, net.plan.max_level)
     with torch.no_grad():
         as_product = net(x, mask=levels)
@@ -166,26 +178,18 @@ def test_transposed_convolutions_without_overlap_are_those_with_kernel_maps(
         assert (net(x, mask=levels) - as_product).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
-@pytest.mark.parametrize("floor", [2, 4, 16])
-def test_a_uniform_floor_is_its_emulation_at_odd_sizes(floor: int, fill: Any) -> None:
-    model, x = network("any size"), torch.rand(3, 3, 61, 83, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x[:1], verify_laws=False)
-    levels = torch.full((3, 61, 83), net.plan.strides.index(floor))
-    with torch.no_grad():
-        output = net(x, mask=levels)
-        assert (output - Uniform(model, floor, (61, 83), fill).run(x)).abs().max() < 1e-10
-
-
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("batch", [2, 3])
 @pytest.mark.parametrize(
-    ("name", "size"), [("unet", (52, 76)), ("strided", (64, 80)), ("any size", (61, 83))]
+    ("network_and_size", "batch", "fill"),
+    covering([("unet", (52, 76)), ("strided", (64, 80)), ("any size", (61, 83))], [2, 3], FILLS),
+    ids=str,
 )
-def test_a_batch_equals_its_images(name: str, size: tuple[int, int], batch: int, fill: Any) -> None:
+def test_a_batch_equals_its_images(
+    network_and_size: tuple[str, tuple[int, int]], batch: int, fill: Any
+) -> None:
     """Outputs and gradients, where each image has a mask of its own."""
+    name, size = network_and_size
     model, x = network(name), torch.rand(batch, 3, *size, dtype=torch.float64)
-    net = cs.adaptify(model, "none", coarsest=16, fill=fill, example_input=x[:1], verify_laws=False)
+    net = unverified(model, "none", coarsest=16, fill=fill, example_input=x[:1])
     levels = mixed(batch, size, 16, net.plan.max_level)
     output = net(x, mask=levels)
     alone = torch.cat([net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(batch)])
@@ -200,7 +204,7 @@ def test_a_batch_equals_its_images(name: str, size: tuple[int, int], batch: int,
 @pytest.mark.parametrize("fill", FILLS)
 def test_a_batch_in_bfloat16_differs_by_rounding_alone(fill: Any) -> None:
     x, size = torch.rand(2, 3, 61, 83), (61, 83)
-    net = cs.adaptify(network("any size", torch.float32), "none", coarsest=16, fill=fill, verify_laws=False)
+    net = unverified(network("any size", torch.float32), "none", coarsest=16, fill=fill)
     levels = mixed(2, size, 16, net.plan.max_level)
     with torch.no_grad():
         wide = net(x, mask=levels)
@@ -225,25 +229,10 @@ def test_gradients_are_those_of_the_emulation() -> None:
         assert (parameter.grad - expected.grad).abs().max() < 1e-8 * expected.grad.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_types_round_alone(dtype: torch.dtype) -> None:
-    x = torch.rand(1, 3, 64, 64)
-    net = cs.adaptify(
-        network("strided", torch.float32), "none", coarsest=16, example_input=x, verify_laws=False
-    )
-    levels = mixed(1, (64, 64), 16, net.plan.max_level)
-    with torch.no_grad():
-        wide = cs.adaptify(
-            network("strided"), "none", coarsest=16, example_input=x.double(), verify_laws=False
-        )(x.double(), mask=levels)
-        found = net.to(dtype)(x.to(dtype), mask=levels)
-    assert (found - wide).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_macs_are_those_executed_and_never_more_than_given(name: str) -> None:
     model, x = network(name, torch.float32), torch.rand(1, 3, 64, 96)
-    net = cs.adaptify(model, "none", coarsest=16, example_input=x, verify_laws=False)
+    net = unverified(model, "none", coarsest=16, example_input=x)
     with FlopCounterMode(display=False) as given, torch.no_grad():
         model(x)
     counted = [net.macs(x, mask=mask).mask for mask in ("none", mixed(1, (64, 96), 16, 4), "all")]
@@ -252,18 +241,6 @@ def test_macs_are_those_executed_and_never_more_than_given(name: str) -> None:
     with FlopCounterMode(display=False) as executed, torch.no_grad():
         net.run(lambda *_: plain, x)
     assert abs(executed.get_total_flops() / 2 / counted[1] - 1) < 0.02
-
-
-def test_a_file_brings_the_floors_back(tmp_path: Any) -> None:
-    x = torch.rand(1, 3, 64, 64)
-    net = cs.adaptify(
-        network("unet", torch.float32), "edges", coarsest=16, example_input=x, verify_laws=False
-    )
-    cs.save(net, tmp_path / "net.safetensors")
-    loaded = cs.load(tmp_path / "net.safetensors", model=network("unet", torch.float32))
-    assert loaded.plan == net.plan and loaded.geometry.floors
-    with torch.no_grad():
-        assert torch.equal(loaded(x), net(x))
 
 
 @pytest.mark.slow
@@ -277,7 +254,7 @@ def test_a_file_for_engines_gives_what_the_network_gives(tmp_path: Any) -> None:
 
 
 def test_it_cannot_be_bucketed() -> None:
-    net = cs.adaptify(network("unet", torch.float32), "edges", coarsest=16, verify_laws=False)
+    net = unverified(network("unet", torch.float32), "edges", coarsest=16)
     with pytest.raises(cs.InvalidInput, match="with floors cannot be bucketed"):
         cs.Bucketed(net)
 

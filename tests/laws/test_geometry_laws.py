@@ -17,8 +17,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, random_levels
-from emulation import Emulation, Feature, fill_cells, pixels
+from conftest import assert_same, random_levels
+from emulation import Emulation, Feature, pixels
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath
@@ -310,44 +310,7 @@ def test_compiled_cells_and_kernel_maps_are_those_of_torch(data: st.DataObject) 
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
-@QUICK
-@given(worlds(), st.integers(0, 3))
-def test_row_order_is_irrelevant(world: World, stage: int) -> None:
-    """Transposing images, level maps and kernel reorders all rows, and only transposes the result."""
-    stage = min(stage, len(world.geometry.strides))
-    x, _ = world.features(3, 0)
-    dense = functional.to_dense(x)
-    weight = torch.randn(4, 3, 3, 2, dtype=torch.float64)
-    window = Window((3, 2), padding=(1, 1, 0, 1))
-    turned_window = Window((2, 3), padding=(0, 1, 1, 1))
-    turned = world.geometry.lattice(world.lattice.levels.transpose(1, 2).long())
-    there = functional.conv2d(x, weight, None, window, stage)
-    back = functional.conv2d(
-        functional.to_elements(dense.transpose(2, 3), turned),
-        weight.transpose(2, 3),
-        None,
-        turned_window,
-        stage,
-    )
-    assert_same(functional.to_dense(back).transpose(2, 3), functional.to_dense(there), EXACT)
-
-
 # -- reading -------------------------------------------------------------------------------------------
-
-
-@QUICK
-@given(worlds(), st.integers(0, 3))
-def test_dense_to_elements_to_dense_is_the_identity_on_level_0(world: World, stage: int) -> None:
-    """... for both fills; and everywhere for a map that is constant on cells, with fill="nearest"."""
-    stage = min(stage, len(world.geometry.strides))
-    dense = torch.randn(world.lattice.batch, 3, *world.size, dtype=torch.float64)
-    x, _ = world.enter(dense, stage)
-    level_0 = (world.emulation.side(stage, world.size) == 1)[:, None].expand_as(dense)
-    assert torch.equal(functional.to_dense(x)[level_0], dense[level_0])
-    if world.geometry.fill == "nearest":
-        constant = fill_cells(dense, world.emulation.side(stage, world.size))
-        again, _ = world.enter(constant, stage)
-        assert torch.equal(functional.to_dense(again), constant)
 
 
 @QUICK
@@ -396,21 +359,6 @@ def test_a_guide_that_does_not_vary_leaves_the_linear_fill(
         assert torch.autograd.grad(found.square().sum(), flat)[0].isfinite().all()
     noise = 1 + torch.finfo(dtype).eps * torch.randn(flat.shape, dtype=dtype)
     assert_same(functional.to_dense(x, guide=noise * flat.detach()), expected, 1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_guided_reading_in_lower_precision_is_the_same_up_to_rounding(dtype: torch.dtype) -> None:
-    lattice = Geometry((2, 2), fill="guided").lattice(random_levels(2, (13, 18), (2, 2)))
-    dense, guide = torch.randn(2, 8, 13, 18).to(dtype), torch.randn(2, 3, 13, 18).to(dtype)
-
-    def run(kind: torch.dtype) -> Tensor:
-        x = functional.to_elements(dense.to(kind), lattice)
-        x = Elements(functional.rows_on(x, lattice), lattice)
-        return functional.to_dense(x, guide=guide.to(kind))
-
-    found = run(dtype)
-    assert found.dtype == dtype
-    assert_same(found.double(), run(torch.float64), 10 * torch.finfo(dtype).eps + 1e-6)
 
 
 def test_the_gradients_of_guided_reading_are_finite_differences() -> None:
@@ -485,26 +433,6 @@ def test_reflected_and_replicated_borders_are_those_of_interleaved_grids(data: s
     weight = torch.randn(4, 3, *step.window.kernel, dtype=torch.float64)
     found = functional.conv2d(x, weight, None, step.window, step.target)
     world.check(found, emulate_conv(world, feature, weight, None, step))
-
-
-@pytest.mark.parametrize("mode", ["reflect", "replicate"])
-@pytest.mark.parametrize("size", [(16, 24), (13, 17)])
-def test_bordered_convolutions_of_an_all_low_map_are_torchs_strided_ones(
-    mode: str, size: tuple[int, int]
-) -> None:
-    """Law 1 for padding_mode: at the lowest level the element at each native position is the original's."""
-    torch.manual_seed(1)
-    conv = nn.Conv2d(3, 4, 5, stride=2, padding=2, padding_mode=mode).double()
-    second = nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode).double()
-    dense = torch.randn(2, 3, *size, dtype=torch.float64)
-    lattice = Geometry((2,)).uniform(1, 2, size)
-    x = functional.to_elements(dense, lattice)
-    first_window = Window((5, 5), 2, padding=(2, 2, 2, 2), mode=mode)
-    second_window = Window((3, 3), padding=(1, 1, 1, 1), mode=mode, spacing=2)
-    with torch.no_grad():
-        x = functional.conv2d(x, conv.weight, conv.bias, first_window, 1)
-        x = functional.conv2d(x, second.weight, second.bias, second_window, 1)
-        assert_same(functional.to_dense(x, 2), second(conv(dense)), EXACT)
 
 
 def test_a_reflected_border_that_is_too_long_for_a_grid_beside_the_own_is_reflected_at_both_ends() -> None:
@@ -584,23 +512,6 @@ def test_average_pooling_is_the_emulation(
     )
 
 
-@pytest.mark.parametrize("size", [(16, 24), (15, 21)])
-@pytest.mark.parametrize("ceil_mode", [False, True])
-@pytest.mark.parametrize("include_pad", [False, True])
-def test_pooling_of_an_all_low_map_is_torchs(
-    size: tuple[int, int], ceil_mode: bool, include_pad: bool
-) -> None:
-    """Law 1 for pooling: 3 x 3 with stride 2 and padding 1, ceil_mode or not, at the native positions."""
-    dense = torch.randn(2, 3, *size, dtype=torch.float64)
-    x = functional.to_elements(dense, Geometry((2,)).uniform(1, 2, size))
-    pads = (0, 0, 0, 0) if ceil_mode else (1, 1, 1, 1)
-    window = Window((3, 3), 2, (1, 1), pads, "zeros", ceil_mode)
-    expected = F.max_pool2d(dense, 3, 2, pads[0], 1, ceil_mode)
-    assert_same(functional.to_dense(functional.max_pool2d(x, window, 1), 2), expected, EXACT)
-    expected = F.avg_pool2d(dense, 3, 2, pads[0], ceil_mode, include_pad)
-    assert_same(functional.to_dense(functional.avg_pool2d(x, window, 1, include_pad), 2), expected, EXACT)
-
-
 @QUICK
 @given(worlds(), st.integers(0, 3), st.booleans())
 def test_batch_norm_statistics_run_over_all_elements(world: World, stage: int, weighted: bool) -> None:
@@ -620,19 +531,6 @@ def test_batch_norm_statistics_run_over_all_elements(world: World, stage: int, w
     norm.eval()
     rows = functional.batch_norm(x, norm).rows
     assert_same(rows, norm(x.rows[:, :, None, None])[:, :, 0, 0], EXACT)
-
-
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_batch_norm_of_a_uniform_map_is_torchs_on_that_grid(level: int) -> None:
-    """Training statistics of a uniform map are those of the dense network at that stride, odd sizes too."""
-    dense = torch.randn(2, 3, 13, 18, dtype=torch.float64)
-    lattice = Geometry((2, 2)).uniform(level, 2, (13, 18)).at(2)
-    x = Elements(functional.rows_on(functional.to_elements(dense, lattice), lattice), lattice)
-    ours, theirs = nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
-    expected = theirs(dense[:, :, :: 2**level, :: 2**level])
-    assert_same(functional.to_dense(functional.batch_norm(x, ours), 2**level), expected, EXACT)
-    assert_same(ours.running_mean, theirs.running_mean, EXACT)
-    assert_same(ours.running_var, theirs.running_var, EXACT)
 
 
 @QUICK
@@ -658,83 +556,6 @@ def test_the_mean_of_many_elements_is_summed_in_single_precision(dtype: torch.dt
     assert_same(found.double(), expected.to(dtype).double(), 8 * torch.finfo(dtype).eps)
 
 
-@QUICK
-@given(st.data())
-def test_a_batch_is_its_images_one_by_one(data: st.DataObject) -> None:
-    """Law 5 for every operation: no value of one image depends on another's."""
-    world = data.draw(worlds())
-    step = data.draw(steps(world))
-    dense = torch.randn(world.lattice.batch, 4, *world.size, dtype=torch.float64)
-    weight = torch.randn(4, 4, *step.window.kernel, dtype=torch.float64)
-
-    def run(part: Tensor, lattice: Lattice) -> list[Tensor]:
-        source = lattice.at(step.source)
-        x = Elements(functional.rows_on(functional.to_elements(part, lattice), source), source)
-        conv = functional.conv2d(x, weight, None, step.window, step.target)
-        pool = functional.max_pool2d(x, step.window, step.target)
-        mean = functional.avg_pool2d(x, step.window, step.target)
-        maps = [functional.to_dense(value) for value in (x, conv, pool, mean)]
-        return [*maps, functional.global_mean(conv), functional.global_max(conv)]
-
-    together = run(dense, world.lattice)
-    for image in range(world.lattice.batch):
-        alone = world.geometry.lattice(world.lattice.levels[image : image + 1].long())
-        for found, expected in zip(together, run(dense[image : image + 1], alone), strict=True):
-            mine = found[image : image + 1]
-            assert torch.equal(mine.isfinite(), expected.isfinite()), "windows wholly outside included"
-            assert_same(mine.nan_to_num(0, 0, 0), expected.nan_to_num(0, 0, 0), EXACT)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("fill", ["linear", "nearest", "guided"])
-@pytest.mark.parametrize("groups", [1, 4])
-def test_lower_precision_is_the_same_up_to_its_rounding(
-    dtype: torch.dtype, tolerance: float, fill: str, groups: int
-) -> None:
-    """float32 and bfloat16 give the float64 result of the same (rounded) numbers up to their own rounding."""
-    levels = random_levels(2, (13, 18), (2, 2))
-    lattice = Geometry((2, 2), fill=fill).lattice(levels)
-    dense = torch.randn(2, 8, 13, 18).to(dtype)
-    weight, bias = torch.randn(8, 8 // groups, 3, 3).to(dtype), torch.randn(8).to(dtype)
-    same = (1, 1, 1, 1)
-
-    def run(kind: torch.dtype) -> Tensor:
-        x = functional.to_elements(dense.to(kind), lattice)
-        x = functional.conv2d(x, weight.to(kind), bias.to(kind), Window((3, 3), 2, padding=same), 1, groups)
-        x = functional.max_pool2d(x, Window((3, 3), 2, padding=same, spacing=2), 2)
-        x = functional.avg_pool2d(x, Window((3, 3), padding=same, spacing=4), 2)
-        x = functional.batch_norm(x, nn.BatchNorm2d(8).to(kind).train())
-        return torch.cat([functional.to_dense(x).flatten(), functional.global_mean(x).flatten()])
-
-    found = run(dtype)
-    assert found.dtype == dtype
-    assert_same(found.double(), run(torch.float64), tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("groups", [1, 2, 8])
-@pytest.mark.parametrize("level", [None, 0, 1])
-def test_memory_layout_of_image_and_weight_is_irrelevant(
-    dtype: torch.dtype, groups: int, level: int | None
-) -> None:
-    """Law 5: channels_last or not, the numbers are the same; mixed and uniform maps."""
-    geometry = Geometry((2,))
-    levels = random_levels(2, (13, 18), (2,)) if level is None else torch.full((2, 13, 18), level)
-    lattice = geometry.lattice(levels)
-    dense, weight = torch.randn(2, 8, 13, 18).to(dtype), torch.randn(16, 8 // groups, 3, 3).to(dtype)
-    window = Window((3, 3), 2, padding=(1, 1, 1, 1))
-
-    def run(dense: Tensor, weight: Tensor) -> Tensor:
-        x = functional.conv2d(functional.to_elements(dense, lattice), weight, None, window, 1, groups)
-        return functional.to_dense(x).double()
-
-    last = torch.channels_last
-    expected = run(dense, weight)
-    for image in (dense, dense.contiguous(memory_format=last)):
-        for kernel in (weight, weight.contiguous(memory_format=last)):
-            assert_same(run(image, kernel), expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
-
-
 # -- gradients -----------------------------------------------------------------------------------------
 
 
@@ -748,21 +569,6 @@ def small_world(fill: str) -> World:
 
 
 FILLS = pytest.mark.parametrize("fill", ["linear", "nearest"])
-
-
-@pytest.mark.parametrize(("fill", "groups", "stage"), covering(["linear", "nearest"], [1, 2], [1, 2]))
-def test_convolution_gradients_are_finite_differences(fill: str, groups: int, stage: int) -> None:
-    """Law 6 for rows, weight and bias, in a stage and in a plain operation after it."""
-    world = small_world(fill)
-    x, _ = world.features(2, 1)
-    window = Window((3, 2), stage, padding=(1, 1, 0, 1), spacing=2)
-    weight = torch.randn(4, 2 // groups, 3, 2, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
-
-    def conv(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return functional.conv2d(Elements(rows, x.lattice), weight, bias, window, stage, groups).rows
-
-    assert torch.autograd.gradcheck(conv, (x.rows.detach().requires_grad_(), weight, bias))
 
 
 @FILLS

@@ -92,17 +92,9 @@ def features(net: cs.AdaptiveModel, mask: object) -> list[Tensor]:
         return list(net.get_submodule("backbone")(x, mask=mask).values())
 
 
-@pytest.mark.slow
-def test_the_mask_reaches_the_finest_level_of_the_pyramid(hosted: cs.AdaptiveModel) -> None:
-    low, high = features(hosted, "none"), features(hosted, "all")
-    assert [value.shape for value in low] == [value.shape for value in high]
-    assert not torch.allclose(low[0], high[0])
-
-
 def test_uniform_maps_through_the_engine_are_the_graph_as_it_is(hosted: cs.AdaptiveModel) -> None:
     lowest = torch.full((2, 12, 16), hosted.plan.max_level)
-    for ours, theirs in zip(features(hosted, lowest), features(hosted, "none"), strict=True):
-        assert_same(ours, theirs, 1e-4)
+    assert_same(features(hosted, lowest), features(hosted, "none"), 1e-4)
 
 
 def test_a_mask_for_one_call_and_what_the_call_tells(hosted: cs.AdaptiveModel) -> None:
@@ -133,13 +125,6 @@ def test_it_trains_copies_pickles_and_is_saved_like_any_other(
     loaded = cs.load(tmp_path / "net.safetensors", model=retinanet())
     assert loaded.plan == hosted.plan
     assert_same_detections(run(loaded, images, mask="none"), expected)
-
-
-@pytest.mark.slow
-def test_plan_alone_says_which_part_it_is_of() -> None:
-    plan = cs.plan(retinanet())
-    assert plan.part == "backbone"
-    assert "converted: backbone" in str(plan)
 
 
 class Untraceable(nn.Module):

@@ -164,13 +164,7 @@ def test_weights_at_the_limit_are_exact_and_beyond_it_use_another_form(
 )
 @pytest.mark.parametrize("is_compiled", [True, False])
 def test_dense_maps_are_convolved_as_torch_does(
-    channels: int,
-    groups: int,
-    kernel: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    is_compiled: bool,
+    channels: int, groups: int, kernel: Any, stride: Any, padding: Any, dilation: Any, is_compiled: bool
 ) -> None:
     weights = weights_of(12, channels, kernel, groups)
     image = bytes_of(2, channels, 13, 11)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import covering, relative_error
+from networks import unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -228,12 +229,8 @@ class Doubled(nn.Module):
 @pytest.mark.parametrize("optimised", [False, True])
 def test_each_image_of_a_pair_gets_its_own_map(batch: int, optimised: bool) -> None:
     left, right = half(batch, False), half(batch, True)
-    net = cs.adaptify(
-        Pair().eval(), mask=MASK, output_stride=(2, 8), example_input=(left, right), verify_laws=False
-    )
-    single = cs.adaptify(
-        encoder().eval(), mask=MASK, output_stride=(2, 8), example_input=left, verify_laws=False
-    )
+    net = unverified(Pair().eval(), mask=MASK, output_stride=(2, 8), example_input=(left, right))
+    single = unverified(encoder().eval(), mask=MASK, output_stride=(2, 8), example_input=left)
     net = net.optimize() if optimised else net
     with torch.no_grad():
         there, levels = net(left, right), net.levels
@@ -252,9 +249,7 @@ def test_each_image_of_a_pair_gets_its_own_map(batch: int, optimised: bool) -> N
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_mirror_image_gets_a_mirrored_map(batch: int) -> None:
     image = half(batch, True)
-    net = cs.adaptify(
-        Flipped().eval(), mask=MASK, output_stride=(2, 8), example_input=image, verify_laws=False
-    )
+    net = unverified(Flipped().eval(), mask=MASK, output_stride=(2, 8), example_input=image)
     with torch.no_grad():
         net(image)
     assert net.levels.shape[0] == 2 * batch

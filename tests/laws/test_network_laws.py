@@ -2,8 +2,9 @@
 
 Law 1: at its own resolution the network is the original. Law 2: the other extreme is the other dense twin.
 Law 3: any level map equals the brute-force emulation of `emulation.py`. Law 5: a batch is its images one by
-one, at any size and precision. Law 6: weights, names and gradients stay. Law 7: counted MACs are executed
-MACs. Law 8: anchor="center", pool="drop", patch="block", fill="nearest" is the published method.
+one, at any size and precision. Law 6: weights, names and gradients stay. Law 7, that counted MACs are executed
+MACs: `network/test_macs.py`. Law 8: anchor="center", pool="drop", patch="block", fill="nearest" is the published
+method.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, pointwise_rule, random_levels, relative_error, slow
 from emulation import Emulation, Feature, NetworkEmulator, emulate
-from networks import randomise, thin
+from networks import randomise, thin, unverified
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import cadsurgery as cs
@@ -56,7 +56,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.M
 def convert(model: nn.Module, mask: Any = "none", size: Size = SMALL, **options: Any) -> cs.AdaptiveModel:
     """`adaptify` on a small example; its own verification is off, since these tests are another."""
     example = images(1, *size, next(model.parameters()).dtype)
-    return cs.adaptify(model, mask, example_input=example, verify_laws=False, **options)
+    return unverified(model, mask, example_input=example, **options)
 
 
 def with_features(model: nn.Module) -> nn.Module:
@@ -64,15 +64,16 @@ def with_features(model: nn.Module) -> nn.Module:
     return create_feature_extractor(model, {"layer4": "map", "fc": "logits"}).train(model.training)
 
 
-def dilated(name: str, model: nn.Module, high: int, native: int = 32) -> nn.Module:
+def dilated(name: str, model: nn.Module, high: int) -> nn.Module:
     """The dense twin: the ResNet with the strides after output stride `high` replaced by dilation.
 
-    torchvision builds it for bottleneck blocks; with basic blocks it is done here: what reads the map
+    timm builds it, and torchvision for bottleneck blocks; with basic blocks it is done here: what reads the map
     before a removed stride keeps its dilation, what follows doubles it.
     """
     replaced = [stride > high for stride in (8, 16, 32)]
     if name != "resnet18":
-        twin = build(name, replace_stride_with_dilation=replaced)
+        options = {"output_stride": high} if "timm" in name else {"replace_stride_with_dilation": replaced}
+        twin = build(name, **options)
         twin.load_state_dict(model.state_dict())
         return twin.to(next(model.parameters()).dtype)
     twin, rate = copy.deepcopy(model), 1
@@ -125,22 +126,16 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 # -- 1: identity ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "dtype"), covering(RESNETS, (torch.float32, torch.float64)))
-def test_all_low_strided_network_is_the_original(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "output_stride"),
+    covering(RESNETS, (torch.float32, torch.float64), [(8, 32), (4, 32), (16, 32), (2, 32)]),
+)
+def test_all_low_strided_network_is_the_original(name: str, dtype: torch.dtype, output_stride: Size) -> None:
     """Law 1, strided: mask="none" gives the original's logits, and its map at the native positions."""
     model, x = with_features(build(name, dtype)), images(2, *SMALL, dtype)
-    net = convert(model, "none")
-    assert_same(every(run(net, x), 4), run(model, x))
-    assert net.active_fraction == 0
-
-
-@pytest.mark.parametrize("output_stride", [(4, 32), (16, 32), (2, 32)], ids=str)
-@pytest.mark.smoke
-def test_all_low_is_the_original_whatever_the_high_stride(output_stride: Size) -> None:
-    """Law 1 for other choices of the high output stride."""
-    model, x = with_features(build("resnet18", double)), images(2, *SMALL, double)
     net = convert(model, "none", output_stride=output_stride)
     assert_same(every(run(net, x), output_stride[1] // output_stride[0]), run(model, x))
+    assert net.active_fraction == 0
 
 
 @pytest.mark.parametrize(
@@ -155,22 +150,7 @@ def test_all_high_dilated_network_is_the_original(name: str, region: str) -> Non
     assert net.active_fraction == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["fcn_resnet101", "deeplabv3_resnet101"])
-def test_deep_dilated_networks_are_the_original_when_all_high(name: str) -> None:
-    """Law 1 for the deeper segmentation networks, auxiliary classifier included."""
-    model, x = build(name, aux_loss=True), images(2, 97, 129)
-    assert_same(dict(run(convert(model, "all"), x)), dict(run(model, x)))
-
-
-TIMM = ("resnet10t", slow("resnet18"), "resnet26d", "seresnet18", slow("seresnet50"))
-
-
-@pytest.mark.parametrize("name", TIMM)
-def test_timm_networks_are_the_original_when_all_low(name: str) -> None:
-    """Law 1 for deep stems, average-pool shortcuts and squeeze-excite."""
-    model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
-    assert_same(run(convert(model, "none"), x), run(model, x))
+TIMM = ("timm/resnet10t", slow("timm/resnet18"), "timm/resnet26d", "timm/seresnet18", slow("timm/seresnet50"))
 
 
 @pytest.mark.slow
@@ -188,42 +168,19 @@ def test_networks_of_full_width_keep_laws_1_to_3(name: str, monkeypatch: pytest.
             assert_same(value, exact[key].float())
 
 
-def test_default_call_verifies_and_keeps_law_1() -> None:
-    """`adaptify(model)` with every default is exact too; its own checks passed."""
-    model, x = build("resnet18"), images(2, 97, 129)
-    net = cs.adaptify(model, "none")
-    assert net.checks and all(check.passed for check in net.checks)
-    assert_same(run(net, x), run(model, x))
-
-
 # -- 2: the other extreme ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RESNETS)
-def test_all_high_strided_network_is_the_dilated_twin(name: str) -> None:
-    """Law 2, strided: mask="all" gives the network dilated to output stride 8, logits included."""
-    model, x = build(name), images(2, *SMALL)
-    net = convert(with_features(model), "all")
-    assert_same(run(net, x), run(with_features(dilated(name, model, 8)), x))
-
-
 @pytest.mark.parametrize(
-    ("name", "output_stride"), covering(["resnet18", slow("resnet50")], [*PAIRS[:2], *map(slow, PAIRS[2:])])
+    ("name", "output_stride"), covering([*RESNETS, "timm/seresnet18"], [(8, 32), slow((4, 32)), (8, 16)])
 )
-def test_all_high_is_the_twin_at_the_high_stride_asked_for(name: str, output_stride: Size) -> None:
-    """Law 2 for every pair of output strides."""
+def test_extremes_are_the_twins_at_the_strides_asked_for(name: str, output_stride: Size) -> None:
+    """Law 2: everything high and everything low are the network dilated to these strides, logits included."""
     model, x = build(name), images(2, *SMALL)
-    twin = dilated(name, model, output_stride[0])
-    net = convert(with_features(model), "all", output_stride=output_stride)
-    assert_same(run(net, x), run(with_features(twin), x))
-
-
-@SAMPLE
-def test_lowest_level_above_the_native_stride_is_the_twin_at_that_stride(name: str) -> None:
-    """(8, 16): all-low is the network dilated to 16; layer4 only dilates."""
-    model, x = build(name), images(2, *SMALL)
-    net = convert(with_features(model), "none", output_stride=(8, 16))
-    assert_same(every(run(net, x), 2), run(with_features(dilated(name, model, 16)), x))
+    net = convert(with_features(model), output_stride=output_stride)
+    for mask, stride in zip(("all", "none"), output_stride, strict=True):
+        found = every(run(net, x, mask=mask), stride // output_stride[0])
+        assert_same(found, run(with_features(dilated(name, model, stride)), x))
 
 
 def strided_backbone(model: nn.Module) -> nn.Module:
@@ -235,34 +192,12 @@ def strided_backbone(model: nn.Module) -> nn.Module:
     return create_feature_extractor(resnet, {"layer4": "out"})
 
 
+@pytest.mark.smoke
 def test_all_low_dilated_backbone_is_the_undilated_twin() -> None:
     """Law 2, dilated: mask="none" on DeepLab's backbone is the strided ResNet at the native positions."""
     model, x = build("deeplabv3_resnet50", aux_loss=False), images(2, *SMALL)
     net = convert(model.backbone, "none")
     assert_same(dict(every(run(net, x), 4)), run(strided_backbone(model), x))
-
-
-@pytest.mark.parametrize("name", ["resnet18", slow("resnet50"), "deeplabv3_resnet50"])
-def test_both_extremes_agree_at_the_lowest_lattice(name: str) -> None:
-    """Law 2: at multiples of R_K all-high and all-low have the same features."""
-    if name.startswith("deeplab"):
-        model = build(name, double, aux_loss=False).backbone
-    else:
-        model = create_feature_extractor(build(name, double), {"layer4": "out"})
-    net, x = convert(model), images(2, *SMALL, double)
-    high, low = run(net, x, mask="all")["out"], run(net, x, mask="none")["out"]
-    assert high.shape == low.shape
-    assert_same(every(low, 4), every(high, 4))
-    assert relative_error(low, high) > 0.01, "they differ elsewhere"
-
-
-@pytest.mark.parametrize("name", [slow("resnet18"), "seresnet18", slow("seresnet50")])
-def test_timm_networks_are_their_dilated_twins_when_all_high(name: str) -> None:
-    """Law 2 against timm's own output_stride=8, squeeze-excite included."""
-    model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
-    twin = build(f"timm/{name}", double, output_stride=8)
-    twin.load_state_dict(model.state_dict())
-    assert_same(run(convert(model, "all"), x), run(twin, x))
 
 
 def vgg_trunk(name: str, low: int = 8) -> nn.Sequential:
@@ -316,22 +251,14 @@ def test_any_level_map_on_resnet18_is_the_emulation(output_stride: Size, fill: s
     assert torch.equal(net.levels.long(), levels)
 
 
-@pytest.mark.parametrize(("name", "fill"), covering(RESNETS[1:], ["nearest", slow("linear")]))
+@pytest.mark.parametrize(("name", "fill"), covering([*RESNETS[1:], *TIMM], TWO))
 def test_any_level_map_on_other_resnets_is_the_emulation(name: str, fill: str) -> None:
-    """Law 3 for deeper, grouped and wider networks."""
-    model, x = with_features(build(name, double)), images(2, *SMALL, double)
-    levels = levels_for(SMALL, (8, 32))
-    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8)
-    assert_same(run(convert(model, fill=fill), x, mask=levels), expected)
-
-
-@pytest.mark.parametrize(("name", "fill"), covering(TIMM, TWO))
-def test_any_level_map_on_timm_networks_is_the_emulation(name: str, fill: str) -> None:
-    """Law 3 with average-pool shortcuts (ceil_mode, padding not counted) and squeeze-excite."""
-    model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
-    levels = levels_for(SMALL, (8, 32))
-    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8)
-    assert_same(run(convert(model, fill=fill), x, mask=levels), expected)
+    """Law 3 for deeper, grouped and wider networks, average-pool shortcuts (ceil_mode, padding not counted) and
+    squeeze-excite; law 1, too."""
+    model, x = build(name, double), images(2, *SMALL, double)
+    net, levels = convert(model, fill=fill), levels_for(SMALL, (8, 32))
+    assert_same(run(net, x, mask="none"), run(model, x))
+    assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2), fill), 8))
 
 
 @pytest.mark.parametrize(("name", "high", "fill"), covering(VGGS, [1, 2, 4], TWO))
@@ -347,46 +274,28 @@ def test_any_level_map_on_vgg_is_the_emulation(name: str, high: int, fill: str) 
 
 PLAIN: dict[str, list[nn.Module]] = {
     "even kernels without padding": [
-        nn.Conv2d(3, 6, 4, 2, 1),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 4, 2, 1),
-        nn.Conv2d(8, 8, 2),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 2, 2),
-        nn.Conv2d(8, 8, 3, 1, 1),
+        *(nn.Conv2d(3, 6, 4, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 4, 2, 1), nn.Conv2d(8, 8, 2), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 3, 1, 1)),
     ],
     "grouped, depthwise and 5 x 3": [
-        nn.Conv2d(3, 8, 3, 2, 1),
-        nn.Conv2d(8, 8, 3, 2, 1, groups=8),
-        nn.Conv2d(8, 16, 1),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, (5, 3), 2, (2, 1), groups=4),
-        nn.BatchNorm2d(16),
+        *(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.Conv2d(8, 16, 1), nn.ReLU()),
+        *(nn.Conv2d(16, 16, (5, 3), 2, (2, 1), groups=4), nn.BatchNorm2d(16)),
         nn.Conv2d(16, 8, 3, 1, 1, groups=2),
     ],
     "pools of all kinds": [
-        nn.Conv2d(3, 8, 3, 1, 1),
-        nn.MaxPool2d(3, 2, 1),
-        nn.Conv2d(8, 8, 3, 1, 1),
-        nn.AvgPool2d(3, 2, 1),
-        nn.MaxPool2d(3, 1, 1),
-        nn.BatchNorm2d(8),
+        *(nn.Conv2d(3, 8, 3, 1, 1), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.AvgPool2d(3, 2, 1)),
+        *(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(8)),
         nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
-        nn.Conv2d(8, 8, 3, 1, 1),
-        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+        *(nn.Conv2d(8, 8, 3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
     ],
     "reflected and replicated borders": [
         nn.Conv2d(3, 8, 3, 2, 1, padding_mode="reflect"),
-        nn.Conv2d(8, 8, 3, 2, 1, padding_mode="replicate"),
-        nn.ReLU(),
+        *(nn.Conv2d(8, 8, 3, 2, 1, padding_mode="replicate"), nn.ReLU()),
         nn.Conv2d(8, 8, 5, 2, 2, padding_mode="reflect"),
         nn.Conv2d(8, 8, 3, 1, 1, padding_mode="replicate"),
     ],
     "a stage of stride 4": [
-        nn.Conv2d(3, 6, 3, 2, 1),
-        nn.Conv2d(6, 8, 3, 1, 1),
-        nn.Conv2d(8, 8, 4, 4),
-        nn.ReLU(),
+        *(nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 1, 1), nn.Conv2d(8, 8, 4, 4), nn.ReLU()),
         nn.Conv2d(8, 8, 3, 1, 1),
     ],
 }
@@ -433,35 +342,6 @@ def test_other_families_keep_laws_1_and_3(name: str) -> None:
     assert_same(run(net, x, mask="none"), run(model, x))
     levels = random_levels(2, (net.levels.shape[1], net.levels.shape[2]), (2, 2))
     assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2)), 8))
-
-
-@ALL_FILLS
-def test_a_dilated_chain_is_the_strided_one_seen_from_the_other_side(fill: str) -> None:
-    """Laws 1 to 3 where dilation grows twice: the convolution before each growth absorbs the stride."""
-    dense = randomise(
-        nn.Sequential(
-            nn.Conv2d(3, 6, 3, 2, 1),
-            nn.Conv2d(6, 8, 3, 1, 1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, 1, 2, dilation=2, groups=2),
-            nn.Conv2d(8, 8, 1),
-            nn.ReLU(),
-            nn.Conv2d(8, 4, 3, 1, 4, dilation=4),
-        )
-    ).double()
-    strided = copy.deepcopy(dense)
-    for index, stride in ((1, 2), (4, 2), (7, 1)):
-        strided[index].stride, strided[index].dilation = (stride, stride), (1, 1)
-        strided[index].padding = (1, 1)
-    x = images(2, 45, 71, double)
-    net = convert(dense, "all", size=(45, 71), fill=fill)
-    assert net.plan.output_stride == (2, 8)
-    assert_same(run(net, x), run(dense, x))
-    assert_same(every(run(net, x, mask="none"), 4), run(strided, x))
-    levels = random_levels(2, (23, 36), (2, 2))
-    expected = emulate(strided, x, Emulation(levels, (2, 2), fill), 2, guide_of(net, fill))
-    assert_same(run(net, x, mask=levels), expected)
 
 
 @ALL_FILLS
@@ -542,19 +422,9 @@ def test_a_batch_is_its_images_one_by_one(name: str) -> None:
                 assert_same(together[image : image + 1], alone)
 
 
-@pytest.mark.parametrize("size", [(97, 129), (64, 100), slow((193, 257))], ids=str)
-@SAMPLE
-def test_a_network_converted_on_one_size_runs_on_others(name: str, size: Size) -> None:
-    """Law 5 with laws 1 to 3 at sizes that were not the example's."""
-    model, x = with_features(build(name, double)), images(2, *size, double)
-    net, levels = convert(model), levels_for(size, (8, 32))
-    assert_same(every(run(net, x, mask="none"), 4), run(model, x))
-    assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2)), 8))
-
-
 def test_autocast_trains_in_lower_precision() -> None:
     """Under torch.autocast outputs and gradients are those of float32 up to bfloat16 rounding."""
-    net = cs.adaptify(build("resnet18"), "random:fraction=0.4,seed=0", verify_laws=False)
+    net = unverified(build("resnet18"), "random:fraction=0.4,seed=0")
     x = images(2, 65, 97)
     exact = torch.autograd.grad(net(x).square().mean(), net.conv1.weight)[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -678,8 +548,7 @@ def test_gradients_of_an_all_low_network_are_the_originals(name: str) -> None:
     target = torch.randn(2, 1000, dtype=double)
     expected = torch.autograd.grad(F.mse_loss(model(x), target), [x, *model.parameters()])
     found = torch.autograd.grad(F.mse_loss(net(x), target), [x, *net.parameters()])
-    for one, other in zip(found, expected, strict=True):
-        assert_same(one, other, 1e-8)
+    assert_same(found, expected, 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -695,8 +564,7 @@ def test_gradients_of_any_level_map_are_the_emulations(name: str, fill: str) -> 
     expected_grads = torch.autograd.grad((expected * weights).sum(), [x, *model.parameters()])
     found = net(x, mask=levels)["out"]
     found_grads = torch.autograd.grad((found * weights).sum(), [x, *net.parameters()])
-    for one, other in zip(found_grads, expected_grads, strict=True):
-        assert_same(one, other, 1e-8)
+    assert_same(found_grads, expected_grads, 1e-8)
 
 
 @SAMPLE
@@ -709,44 +577,6 @@ def test_training_mode_of_an_all_low_network_is_the_originals(name: str) -> None
     for key, value in net.named_buffers():
         if "running" in key:
             assert_same(value, running[key])
-
-
-# -- 7: MACs -------------------------------------------------------------------------------------------
-
-
-def executed_macs(model: nn.Module, x: Tensor, **kwargs: Any) -> int:
-    """Multiply-accumulates that torch sees when the network runs."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        run(model, x, **kwargs)
-    return counter.get_total_flops() // 2
-
-
-@pytest.mark.parametrize("output_stride", [PAIRS[0], *map(slow, PAIRS[1:])])
-def test_counted_macs_are_executed_macs(output_stride: Size) -> None:
-    """Law 7: totals for a mixed mask, everything high and everything low; high and low are the twins'."""
-    model, x = build("resnet18"), images(2, *SMALL)
-    net = convert(create_feature_extractor(model, ["layer4"]), output_stride=output_stride)
-    levels = levels_for(SMALL, output_stride)
-    report = net.macs(x, mask=levels)
-    assert report.mask == executed_macs(net, x, mask=levels)
-    assert report.mask == executed_macs(net.optimize(), x, mask=levels)
-    high = create_feature_extractor(dilated("resnet18", model, output_stride[0]), ["layer4"])
-    low = create_feature_extractor(dilated("resnet18", model, output_stride[1]), ["layer4"])
-    assert report.high == executed_macs(net, x, mask="all") == executed_macs(high, x)
-    assert report.low == executed_macs(net, x, mask="none") == executed_macs(low, x)
-    assert sum(layer.mask for layer in report.layers) == report.mask
-    fraction = float((levels == 0).double().mean())
-    assert report.active_fraction == pytest.approx(fraction)
-
-
-@pytest.mark.parametrize("name", ["deeplabv3_resnet50", slow("fcn_resnet50")])
-def test_everything_high_costs_what_the_dilated_original_costs(name: str) -> None:
-    """Law 7 for a dilated network, head included."""
-    model, x = build(name, aux_loss=False), images(2, *SMALL)
-    report = convert(model).macs(x, mask=levels_for(SMALL, (8, 32)))
-    assert report.high == executed_macs(model, x)
-    assert report.low < report.mask < report.high
 
 
 # -- 8: the published method ---------------------------------------------------------------------------
@@ -802,28 +632,3 @@ def test_a_reflected_border_that_torch_refuses_is_refused() -> None:
     for mask in ("all", "none"):
         with pytest.raises(InvalidInput, match="a border of 3 samples is reflected in a map of 3"):
             net(torch.randn(1, 3, 12, 12), mask=mask)
-
-
-# -- engine --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["resnet18", slow("resnext50_32x4d"), "deeplabv3_resnet50", "vgg11"])
-def test_dense_shortcut_changes_nothing(name: str) -> None:
-    """Uniform maps run as dense convolutions or by kernel maps, with the same result."""
-    model = vgg_trunk(name) if name == "vgg11" else build(name, double)
-    x = images(2, 33, 49, double)
-    net = convert(model, size=(33, 49), **({"output_stride": (2, 8)} if name == "vgg11" else {}))
-    mapped = replace(net.geometry, dense_shortcut=False)
-    fine = (16, 24) if name == "vgg11" else (5, 7)
-    mixed = random_levels(2, fine, (2, 2))
-    for levels in (*(torch.full((2, *fine), level) for level in range(3)), mixed):
-
-        def masking(image: Tensor, features: Tensor, levels: Tensor = levels) -> Any:
-            return mapped.lattice(levels)
-
-        with torch.no_grad():
-            found = net.run(masking, x)
-        expected = run(net, x, mask=levels)
-        if isinstance(expected, OrderedDict):
-            found, expected = dict(found), dict(expected)
-        assert_same(found, expected)

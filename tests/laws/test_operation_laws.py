@@ -24,7 +24,7 @@ from cadsurgery.elements.adapters import LevelAdapter
 from cadsurgery.elements.backends.packed import ScaleShift
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.elements import Elements
-from cadsurgery.elements.functional import common_lattice, to_dense, to_elements
+from cadsurgery.elements.functional import to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.elements.operations import Operation, operation_of, operations
@@ -330,11 +330,7 @@ def test_kept_cells_pass_where_an_operation_says_that_it_drops(op: Operation) ->
     assert all(rows == {here[at]} for at, rows in seen) == op.drops  # type: ignore[index]
 
 
-@pytest.mark.parametrize(
-    "op",
-    COUNTED,
-    ids=name_of,
-)
+@pytest.mark.parametrize("op", COUNTED, ids=name_of)
 def test_the_count_of_macs_is_what_runs(op: Operation) -> None:
     x = elements()
     x = Elements(x.rows.detach(), x.lattice)
@@ -433,9 +429,3 @@ def test_an_operation_of_a_users_own_has_the_standing_of_ours(own_operation: Any
         levels = adapted.program.masking(adapted.mask)(image, torch.empty(2, 8, 25, 33)).levels
         assert_same(adapted.optimize()(image, mask=levels), adapted(image, mask=levels))
     assert adapted.macs(image, mask="all").mask == adapted.macs(image).high
-
-
-def test_common_lattice_is_the_stage_asked_for() -> None:
-    x = elements()
-    assert common_lattice(2, x) == x.lattice.at(2)
-    assert to_elements(to_dense(x), x.lattice.at(0)).lattice.stage == 0

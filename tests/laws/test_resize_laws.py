@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -12,11 +11,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, random_levels, slow
-from networks import conv_norm, randomise
+from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
 
 import cadsurgery as cs
+from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -85,28 +84,12 @@ class Halving(nn.Module):
 def test_a_resize_to_a_whole_part_is_a_stride(mode: str, factor: float) -> None:
     """Where torch reads samples, or the middle between two; a fourth, bilinear, is neither and stays dense."""
     model = randomise(Halving(mode, factor)).double()
-    net = cs.adaptify(
-        model, "none", outputs="native", example_input=images(2, 57, 70, double), verify_laws=False
-    )
+    net = unverified(model, "none", outputs="native", example_input=images(2, 57, 70, double))
     adapted = net.plan["interpolate"].action == "adapt"
     assert adapted == ((mode, factor) != ("bilinear", 0.25))
     for size in ((57, 70), (58, 71), (64, 95)):
         x = images(2, *size, double)
         assert_same(net(x), model(x), EXACT)
-
-
-@MODES
-@pytest.mark.parametrize("scale", [2, 4])
-def test_beyond_the_high_output_stride_it_is_interpolate(scale: int, mode: str, align_corners: bool) -> None:
-    lattice = Geometry((2,)).uniform(1, 2, (12, 18))
-    coarse = torch.randn(2, 3, 6, 9, dtype=double)
-    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
-    size = (6 * scale, 9 * scale)
-    how: dict[str, Any] = {"mode": mode, "align_corners": align_corners}
-    found = functional.resize_to_dense(x, 2, scale_factor=scale, **how)
-    assert_same(found, interpolate(coarse, size, mode, align_corners), EXACT)
-    sized = functional.resize_to_dense(x, 2, size=(23, 35), **how)
-    assert_same(sized, interpolate(coarse, (23, 35), mode, align_corners), EXACT)
 
 
 def mixed(levels: Tensor) -> tuple[Lattice, Elements]:
@@ -141,26 +124,6 @@ def test_on_a_mixed_map_each_element_is_read_by_its_own_cell(mode: str) -> None:
         assert torch.allclose(found.rows[row], expected, rtol=0, atol=1e-9), (image, y, x_)
 
 
-@pytest.mark.parametrize("factor", [2, 4])
-def test_depth_to_space_is_pixel_shuffle_on_the_own_grid(factor: int) -> None:
-    lattice = Geometry((2, 2)).uniform(2, 2, (16, 20))
-    coarse = torch.randn(2, 3 * factor**2, 4, 5, dtype=double)
-    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
-    found = functional.pixel_shuffle(x, 2 - factor // 2, (4, 4 // factor), factor)
-    assert_same(functional.to_dense(found, 4 // factor), F.pixel_shuffle(coarse, factor), EXACT)
-
-
-@MODES
-def test_a_map_may_end_beyond_the_image(mode: str, align_corners: bool) -> None:
-    """Nine samples strided to five, doubled: ten, as in the network."""
-    lattice = Geometry((2,)).uniform(1, 1, (9, 9))
-    coarse = torch.randn(1, 2, 5, 5, dtype=double)
-    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
-    found = functional.resize(x, 0, (2, 1), 2, None, mode, align_corners)
-    assert found.lattice.size == (10, 10)
-    assert_same(functional.to_dense(found), interpolate(coarse, (10, 10), mode, align_corners), EXACT)
-
-
 def test_a_map_larger_than_its_outermost_cells_is_refused() -> None:
     lattice = Geometry((2,)).uniform(1, 1, (9, 9))
     x = Elements(torch.randn(len(lattice), 2), lattice)
@@ -169,74 +132,6 @@ def test_a_map_larger_than_its_outermost_cells_is_refused() -> None:
 
 
 # -- decoders and pyramids ---------------------------------------------------------------------------------
-
-
-class Decoder(nn.Module):
-    """An encoder to output stride 16 and a decoder back to 2 with skip connections."""
-
-    def __init__(self, mode: str, by_size: bool) -> None:
-        super().__init__()
-        self.down = nn.ModuleList([block(3, 8, 2), block(8, 8, 2), block(8, 8, 2), block(8, 8, 2)])
-        self.up = nn.ModuleList([block(16, 8), block(16, 8), block(16, 8)])
-        self.mode, self.by_size = mode, by_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = []
-        for down in self.down:
-            x = down(x)
-            maps.append(x)
-        for up, skip in zip(self.up, maps[-2::-1], strict=True):
-            size: Any = {"size": skip.shape[-2:]} if self.by_size else {"scale_factor": 2}
-            x = up(torch.cat([F.interpolate(x, mode=self.mode, **size), skip], dim=1))
-        return x
-
-
-@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
-@pytest.mark.parametrize("by_size", [False, True])
-def test_a_decoder_is_the_original_at_none_and_stays_in_the_region(mode: str, by_size: bool) -> None:
-    model = randomise(Decoder(mode, by_size)).double()
-    size = (83, 61) if by_size else (96, 64)
-    x = images(2, *size, double)
-    net = cs.adaptify(model, "none", output_stride=(4, 16), example_input=x, verify_laws=False)
-    assert {net.plan[name].action for name in ("interpolate", "interpolate_1")} == {"keep"}
-    with torch.no_grad():
-        assert_same(net(x), model(x), EXACT)
-        fine = net.levels.shape[1:]
-        net(x, mask=random_levels(2, (fine[0], fine[1]), (2, 2)))
-        assert not torch.allclose(net(x, mask="all"), model(x))  # what the mask decides reaches the output
-
-
-class Pyramid(nn.Module):
-    """torchvision's feature pyramid on a small backbone; returns a dictionary of maps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.ModuleList([block(3, 8, 4), block(8, 8, 2), block(8, 16, 2), block(16, 32, 2)])
-        self.fpn = FeaturePyramidNetwork([8, 16, 32], 8)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        maps = []
-        for body in self.body:
-            x = body(x)
-            maps.append(x)
-        return self.fpn(OrderedDict((str(i), value) for i, value in enumerate(maps[1:])))
-
-
-def test_a_pyramid_leaves_fine_and_its_finest_level_gains() -> None:
-    """Each returned map stands where the plan says; at the network's own positions everything is the original."""
-    model, x = randomise(Pyramid()).double(), images(2, 97, 129, double)
-    net = cs.adaptify(model, "none", output_stride=(8, 32), example_input=x)
-    with torch.no_grad():
-        found, expected = net(x), model(x)
-        other = net(x, mask="all")
-    standing = {name: (own, stride) for name, own, stride, _ in net.plan.standing()}
-    assert sorted(standing.values()) == [(8, 8), (16, 8), (32, 8)]
-    for (key, value), own in zip(expected.items(), (8, 16, 32), strict=True):
-        step = own // 8
-        assert_same(found[key][..., ::step, ::step], value, EXACT)
-    assert_same(found["0"], expected["0"], EXACT)
-    assert not torch.allclose(other["0"], expected["0"])
-    assert "at output stride 8" in str(net.plan)
 
 
 @pytest.mark.parametrize(
@@ -278,30 +173,11 @@ def test_on_a_mixed_map_an_element_of_a_shuffle_takes_the_channels_of_its_phase(
         assert torch.equal(found.rows[row], values[:, own[0] % 2 * 2 + own[1] % 2])
 
 
-class OfTwoScales(nn.Module):
-    """A branch on the whole image, and a deeper one on a quarter of it, resized to the first (as ContextNet)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fine = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1) for i in range(3)))
-        self.coarse = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1) for i in range(3)))
-        self.after = nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        fine = self.fine(x)
-        quarter = nn.functional.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=True)
-        size = (fine.size()[2], fine.size()[3])
-        coarse = nn.functional.interpolate(
-            self.coarse(quarter), size=size, mode="bilinear", align_corners=True
-        )
-        return self.after(torch.relu(fine + coarse))
-
-
 @pytest.mark.parametrize("size", [(131, 197), slow((128, 192)), slow((135, 201))])
 def test_every_pair_of_strides_converts_where_branches_round_differently(size: tuple[int, int]) -> None:
     """At 131 x 197 the quarter has 32 x 49 pixels and leads to 16 x 25 samples; the other branch has 17 x 25."""
     torch.manual_seed(0)
-    model, x = OfTwoScales().eval(), torch.rand(1, 3, *size)
+    model, x = subject("light:ContextNetLike", CHECKOUT).build().eval(), torch.rand(1, 3, *size)
     pairs = cs.plan(model, example_input=x).possible
     converted = [cs.adaptify(model, "none", output_stride=pair, example_input=x) for pair in pairs]
     assert len(converted) > 8
@@ -310,10 +186,8 @@ def test_every_pair_of_strides_converts_where_branches_round_differently(size: t
 
 def test_a_network_of_two_scales_takes_every_size_that_it_took() -> None:
     torch.manual_seed(0)
-    model = OfTwoScales().eval()
-    net = cs.adaptify(
-        model, "none", example_input=torch.rand(1, 3, 131, 197), outputs="native", verify_laws=False
-    )
+    model = subject("light:ContextNetLike", CHECKOUT).build().eval()
+    net = unverified(model, "none", example_input=torch.rand(1, 3, 131, 197), outputs="native")
     with torch.no_grad():
         for size in ((131, 197), (96, 160), (126, 190)):
             x = torch.rand(1, 3, *size)

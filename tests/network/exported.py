@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_same
 from networks import ManyOperations, made_once, randomise
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
 
@@ -41,3 +43,15 @@ class File:
         feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
         outputs = [one.name for one in self.session.get_outputs()]
         return dict(zip(outputs, map(torch.from_numpy, self.session.run(outputs, feed)), strict=True))
+
+
+def assert_same_file(path: Path, net: cs.AdaptiveModel, *images: Tensor, tolerance: float = 1e-4) -> None:
+    """A file gives what the network gives, and its level map, which keeps a part of an image."""
+    run = File(path)
+    for image in images:
+        with torch.no_grad():
+            expected = tree_leaves(net(image))
+        *outputs, levels = run(image).values()
+        for found, value in zip(outputs, expected, strict=True):
+            assert_same(found, value, tolerance)
+        assert torch.equal(levels, net.levels)

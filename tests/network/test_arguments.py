@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import covering, relative_error
-from networks import build, conv_norm, randomise
+from conftest import covering, relative_error, slow
+from networks import build, conv_norm, randomise, unverified
 from torch import nn
 
 import cadsurgery as cs
@@ -112,9 +112,7 @@ def make(case: str):
 @pytest.mark.filterwarnings("ignore:no mask can improve")
 def test_a_network_with_other_arguments_is_the_original_at_its_own_level(case, tmp_path):
     model, arguments = make(case)
-    net = cs.adaptify(
-        model, mask="none", example_input=arguments((97, 129)), outputs="native", verify_laws=False
-    )
+    net = unverified(model, mask="none", example_input=arguments((97, 129)), outputs="native")
     assert net.plan.share("adapt", "keep") > 0.3
     with torch.no_grad():
         for size in ((97, 129), (130, 71)):
@@ -187,9 +185,7 @@ def test_torchscript_is_refused_with_what_to_use(compiler: str, optimised: bool)
 
 def test_transforms_of_weights_work() -> None:
     net, image = (
-        cs.adaptify(
-            build("resnet18", by=4), mask="none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False
-        ),
+        unverified(build("resnet18", by=4), mask="none", example_input=torch.rand(1, 3, 64, 64)),
         torch.rand(1, 3, 64, 64),
     )
     weights = {name: value.detach() for name, value in net.named_parameters()}
@@ -219,24 +215,20 @@ def test_weights_of_the_original_are_refused_by_an_optimised_copy() -> None:
     fast.load_state_dict(fast.state_dict())
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
-def test_quantizable_networks_in_floats_are_plain_networks(name: str) -> None:
-    """Their sums and stubs do in floats what any network does."""
-    make = getattr(torchvision.models.quantization, name)
-    model, image = randomise(make(weights=None, quantize=False)), torch.rand(2, 3, 64, 96)
-    net = cs.adaptify(model, mask="none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
-    with torch.no_grad():
-        for one in (net, net.optimize()):
-            assert relative_error(one(image), model(image)) < 1e-4
-
-
+@pytest.mark.parametrize(
+    ("name", "fused"), [("resnet18", True), slow("resnet18", False), slow("mobilenet_v2", False)]
+)
 @pytest.mark.filterwarnings("ignore")
-def test_modules_fused_for_a_quantisation_are_plain_networks() -> None:
-    """Before they are prepared, they compute in floats."""
-    model = randomise(torchvision.models.quantization.resnet18(weights=None, quantize=False)).eval()
-    model.fuse_model()
-    model, image = torch.ao.quantization.QuantWrapper(model), torch.rand(2, 3, 64, 96)
-    net = cs.adaptify(model, mask="none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
+def test_quantizable_networks_in_floats_are_plain_networks(name: str, fused: bool) -> None:
+    """Their sums and stubs do in floats what any network does, before they are prepared and where modules are fused."""
+    model: Any = randomise(
+        getattr(torchvision.models.quantization, name)(weights=None, quantize=False)
+    ).eval()
+    if fused:
+        model.fuse_model()
+        model = torch.ao.quantization.QuantWrapper(model)
+    image = torch.rand(2, 3, 64, 96)
+    net = unverified(model, mask="none", example_input=torch.rand(1, 3, 64, 64))
     with torch.no_grad():
         for one in (net, net.optimize()):
             assert relative_error(one(image), model(image)) < 1e-4
@@ -253,9 +245,7 @@ class Rounded(Base):
 def test_values_rounded_to_steps_stay_in_the_region() -> None:
     torch.manual_seed(0)
     model, image = Rounded().eval(), torch.rand(2, 3, 64, 96)
-    net = cs.adaptify(
-        model, mask="none", example_input=torch.rand(1, 3, 64, 96), outputs="native", verify_laws=False
-    )
+    net = unverified(model, mask="none", example_input=torch.rand(1, 3, 64, 96), outputs="native")
     assert net.plan["fake_quantize_per_tensor_affine"].action == "keep"
     with torch.no_grad():
         assert relative_error(net(image), model(image)) < 1e-4

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import images, relative_error, slow
-from networks import Segmenter, Undecided, build, randomise, strided
+from networks import Segmenter, Undecided, build, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from training import SIZE, Scenes, adaptive
@@ -56,7 +56,7 @@ def test_the_body_of_the_stems_outputs_is_the_network(name: str) -> None:
     """Bit for bit, under any mask, as often as one likes; its levels and its optimised copy too."""
     make, mask, options = NETWORKS[name]
     x = images(2, 65, 97)
-    net = cs.adaptify(make().eval(), mask, example_input=x[:1], verify_laws=False, **options)
+    net = unverified(make().eval(), mask, example_input=x[:1], **options)
     body, values = cs.body_of(net), cs.stem_outputs(net, x)
     kept = [value.clone() for value in values]
     with torch.no_grad():
@@ -183,13 +183,7 @@ def test_half_the_memory_is_close_and_has_the_networks_type() -> None:
 
 def test_items_are_not_changed_by_what_is_trained_on_them() -> None:
     torch.manual_seed(0)
-    net = cs.adaptify(
-        Inplace().eval(),
-        "all",
-        output_stride=(2, 8),
-        example_input=torch.zeros(1, 3, *SIZE),
-        verify_laws=False,
-    )
+    net = unverified(Inplace().eval(), "all", output_stride=(2, 8), example_input=torch.zeros(1, 3, *SIZE))
     cached, body = cs.CachedStem(net, Scenes(1)), cs.body_of(net)
     before = [value.clone() for value in cached[0][0]]
     body(*(value.unsqueeze(0) for value in cached[0][0]))
@@ -230,7 +224,7 @@ def test_what_cannot_be_cached_is_refused(data: Any, options: dict[str, Any], wo
 
 
 def host() -> cs.AdaptiveModel:
-    return cs.adaptify(Undecided(strided()), "none", verify_laws=False)
+    return unverified(Undecided(strided()), "none")
 
 
 @pytest.mark.parametrize(

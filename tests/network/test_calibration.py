@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Segmenter, made_once, seeded
+from networks import Segmenter, made_once, seeded, unverified
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
@@ -22,7 +22,7 @@ SCENES = cs.open_data("scene:4,height=48,width=64")
 @made_once
 def adapted(**options: Any) -> AdaptiveModel:
     options = {"normalisation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), **options}
-    return cs.adaptify(seeded(Segmenter, torch.float32), "edges", verify_laws=False, **options)
+    return unverified(seeded(Segmenter, torch.float32), "edges", **options)
 
 
 def expected() -> Tensor:
@@ -104,7 +104,7 @@ class OfDictionary(nn.Module):
 
 def of_dictionary() -> tuple[AdaptiveModel, list[dict[str, Tensor]]]:
     calls = [{"image": batch, "scale": torch.full((2,), 3.0)} for batch in expected().split(2)]
-    net = cs.adaptify(OfDictionary().eval(), "edges", example_input=(calls[0],), verify_laws=False)
+    net = unverified(OfDictionary().eval(), "edges", example_input=(calls[0],))
     return net, calls
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, picture, random_levels, slow
-from exported import File, net
-from networks import randomise, saved_segmenter, strided
+from exported import File, assert_same_file, net
+from networks import randomise, saved_segmenter, strided, unverified
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -32,8 +32,6 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-MASKS = ["edges:threshold=0.35/0.1,dilation=11/21", "detail"]  # `dynamic` is of edges, linear
-
 
 @pytest.fixture(scope="module")
 def dynamic(tmp_path_factory: pytest.TempPathFactory) -> tuple[cs.AdaptiveModel, Path, Any]:
@@ -45,14 +43,7 @@ def dynamic(tmp_path_factory: pytest.TempPathFactory) -> tuple[cs.AdaptiveModel,
 @pytest.mark.slow
 def test_a_dynamic_file_takes_any_size_and_batch(dynamic: Any) -> None:
     model, path, report = dynamic
-    run = File(path)
-    for batch, height, width in ((1, 96, 128), (3, 75, 101), (2, 64, 160)):
-        image = picture(batch, height, width)
-        with torch.no_grad():
-            expected = model(image)
-        given = run(image)
-        assert_same(given["out"], expected["out"], 1e-4)
-        assert torch.equal(given["levels"], model.levels) and 0 < model.active_fraction < 1
+    assert_same_file(path, model, *(picture(*size) for size in ((1, 96, 128), (3, 75, 101), (2, 64, 160))))
     assert report.image == (None, 3, None, None) and report.outputs == ("out", "levels")
     assert report.difference < 1e-4 and report.bytes == path.stat().st_size
     assert len({shape[2:] for shape in report.compared}) > 2
@@ -65,11 +56,7 @@ def test_a_file_says_what_it_was_made_of(dynamic: Any) -> None:
     assert said["cadsurgery.mask"] == model.mask.spec()
     assert cs.Plan.from_json(said["cadsurgery.plan"]) == model.plan
     assert torch.__version__.startswith(json.loads(said["cadsurgery.versions"])["torch"])
-    assert json.loads(said["cadsurgery.options"]) == {
-        "fill": "linear",
-        "dynamic": True,
-        "multiple": 1,
-    }
+    assert json.loads(said["cadsurgery.options"]) == {"fill": "linear", "dynamic": True, "multiple": 1}
 
 
 @pytest.mark.slow
@@ -110,19 +97,31 @@ def test_large_weights_get_a_file_of_their_own(tmp_path: Path, monkeypatch: pyte
     assert report.image == (None, 3, 72, 104) and report.format == "onnx"
     sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     assert set(sizes) == {"net.onnx", "net.onnx.data"} and report.bytes == sum(sizes.values())
-    image = picture(3, 72, 104).flip(2) * 0.7
-    with torch.no_grad():
-        assert_same(File(path)(image)["out"], model(image)["out"], 1e-4)
+    assert_same_file(path, model, picture(3, 72, 104).flip(2) * 0.7)
+
+
+def fixed_levels() -> Tensor:
+    torch.manual_seed(0)
+    return random_levels(1, (36, 52), (2, 2))[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mask", "fill"), zip(MASKS, ["guided", "nearest"], strict=True))
-def test_every_mask_and_fill_is_the_network(mask: str, fill: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mask", "fill", "dynamic"),
+    [
+        ("edges:threshold=0.35/0.1,dilation=11/21", "guided", True),  # `dynamic` is of edges, linear
+        ("detail", "nearest", True),
+        ("edges | budget:fraction=0.1/0.3", "linear", True),
+        (fixed_levels(), "linear", False),
+    ],
+    ids=["guided", "nearest", "a budget", "a fixed map"],
+)
+def test_every_mask_and_fill_is_the_network(mask: Any, fill: str, dynamic: bool, tmp_path: Path) -> None:
     model, path = net(mask, fill=fill), tmp_path / "net.onnx"
-    cs.export(model, picture(1, 96, 128), path, dynamic=True)
-    image = picture(2, 93, 75)
-    with torch.no_grad():
-        assert_same(File(path)(image)["out"], model(image)["out"], 1e-4)
+    report = cs.export(model, picture(1, 72, 104), path, dynamic=dynamic)
+    assert report.image == ((None, 3, None, None) if dynamic else (None, 3, 72, 104))
+    sizes = ((2, 93, 75), (1, 64, 160)) if dynamic else ((3, 72, 104),)
+    assert_same_file(path, model, *(picture(*size).flip(2) * 0.7 for size in sizes))
 
 
 @pytest.mark.parametrize(
@@ -164,29 +163,14 @@ def test_the_level_map_is_an_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_static_file_of_a_fixed_map(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, path = net(random_levels(1, (36, 52), (2, 2))[0]), tmp_path / "net.onnx"
-    assert cs.export(model, picture(1, 72, 104), path).image == (None, 3, 72, 104)
-    image = picture(3, 72, 104).flip(2) * 0.7
-    with torch.no_grad():
-        output = File(path)(image)
-        assert_same(output["out"], model(image)["out"], 1e-4)
-    assert torch.equal(output["levels"], model.levels) and 0 < model.active_fraction < 1
-
-
-@pytest.mark.slow
 def test_sizes_that_a_network_computes_itself_and_bins_are_for_any_size(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, path = (
-        cs.adaptify(randomise(subject("scenes:PSPNetLike", CHECKOUT).build()).eval(), verify_laws=False),
+        unverified(randomise(subject("scenes:PSPNetLike", CHECKOUT).build()).eval()),
         tmp_path / "net.onnx",
     )
     assert cs.export(model, picture(2, 96, 128), path, dynamic=True).image == (None, 3, None, None)
-    image = picture(3, 75, 101)
-    with torch.no_grad():
-        assert_same(File(path)(image)["output"], model(image), 1e-4)
-    assert 0 < model.active_fraction < 1
+    assert_same_file(path, model, picture(3, 75, 101))
 
 
 @pytest.mark.slow
@@ -196,18 +180,6 @@ def test_a_cell_of_the_matrix_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # which would last
     row = export_matrix.export((name, "learned", "linear", "static"))
     assert row["result"] == "agrees" and row["difference"] < 1e-4 and 0 < row["active_fraction"] < 1
-
-
-@pytest.mark.slow
-def test_a_budget_for_any_size(tmp_path: Path) -> None:
-    model, path = net("edges | budget:fraction=0.1/0.3"), tmp_path / "net.onnx"
-    cs.export(model, picture(1, 96, 128), path, dynamic=True)
-    for batch, height, width in ((2, 75, 101), (1, 64, 160)):
-        image = picture(batch, height, width)
-        with torch.no_grad():
-            output = File(path)(image)
-            assert_same(output["out"], model(image)["out"], 1e-4)
-        assert torch.equal(output["levels"], model.levels)
 
 
 def test_a_file_is_compared_in_both_memory_layouts() -> None:
@@ -342,17 +314,6 @@ class OfDictionary(nn.Module):
         return {"scores": self.body(data["photo"])}
 
 
-@pytest.mark.slow
-def test_an_image_alone_is_the_only_tensor_of_a_dictionary(tmp_path: Path) -> None:
-    image, other = picture(1, 64, 96), picture(2, 64, 96).flip(3)
-    model = cs.adaptify(OfDictionary().eval(), "edges", example_input=({"photo": image},), verify_laws=False)
-    report = cs.export(model, image, tmp_path / "net.onnx")
-    run = File(tmp_path / "net.onnx")
-    assert report.inputs == ("photo",) and [one.name for one in run.session.get_inputs()] == ["photo"]
-    with torch.no_grad():
-        assert_same(run(other)["scores"], model({"photo": other})["scores"], 1e-4)
-
-
 class Scaled(OfDictionary):
     """Takes more than its image from the dictionary."""
 
@@ -367,33 +328,32 @@ def scaled(image: Tensor, scale: float) -> dict[str, Tensor]:
 def of_scaled(mask: str = "edges") -> cs.AdaptiveModel:
     torch.manual_seed(0)
     example = (scaled(picture(1, 64, 96), 2.0),)
-    return cs.adaptify(Scaled().eval(), mask, example_input=example, verify_laws=False)
+    return unverified(Scaled().eval(), mask, example_input=example)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["onnx", slow("openvino")])
-def test_every_tensor_of_a_dictionary_is_an_input_by_its_name(engine: str, tmp_path: Path) -> None:
-    if engine == "openvino":
-        pytest.importorskip("openvino")
-    model, image = of_scaled(), picture(1, 64, 96)
-    report = cs.export(model, scaled(image, 2.0), tmp_path / "net.onnx", check_in=engine)
-    run = File(tmp_path / "net.onnx")
-    assert report.inputs == ("photo", "scale")
-    assert [one.name for one in run.session.get_inputs()] == ["photo", "scale"]
-    other = scaled(image.flip(3), -3.0)
-    with torch.no_grad():
-        assert_same(run(other["photo"], other["scale"])["scores"], model(other)["scores"], 1e-4)
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize(("make", "given"), [(OfDictionary, {}), (Scaled, {"scale": torch.full((1,), 2.0)})])
+@pytest.mark.parametrize("file", ["net.onnx", slow("openvino.onnx"), "net.pt2"])
 @pytest.mark.filterwarnings("ignore:the network is compiled before it has seen a picture")
-def test_a_program_takes_every_tensor_of_a_dictionary(tmp_path: Path) -> None:
-    model, image = of_scaled("edges | budget:fraction=0.3"), picture(1, 64, 96)
-    report = cs.export(model, scaled(image, 2.0), tmp_path / "net.pt2")
-    run, other = torch.export.load(tmp_path / "net.pt2").module(), scaled(image.flip(3), -3.0)
-    assert report.inputs == ("photo", "scale")
+def test_every_tensor_of_a_dictionary_is_an_input_by_its_name(
+    make: type[nn.Module], given: dict[str, Tensor], file: str, tmp_path: Path
+) -> None:
+    """An image alone is the only tensor of a dictionary."""
+    engine, path, mask = "onnx", tmp_path / file, "edges | budget:fraction=0.3"
+    if file == "openvino.onnx":
+        pytest.importorskip("openvino")
+        engine = "openvino"
+    image = picture(1, 64, 96)
+    call = {**given, "photo": image}
+    model = unverified(make().eval(), mask, example_input=(call,))
+    report = cs.export(model, call if given else image, path, check_in=engine)
+    run = File(path) if path.suffix == ".onnx" else torch.export.load(path).module()
+    assert report.inputs == ("photo", *given)
+    other = {**{name: -1.5 * value for name, value in given.items()}, "photo": image.flip(3)}
     with torch.no_grad():
-        assert_same(run(other["photo"], other["scale"])["scores"], model(other)["scores"], 1e-4)
+        assert_same(
+            run(other["photo"], *[other[name] for name in given])["scores"], model(other)["scores"], 1e-4
+        )
 
 
 @pytest.mark.slow
@@ -466,7 +426,7 @@ class OfMultiples(nn.Module):
 
 def test_examples_of_any_size_are_those_that_the_network_accepts() -> None:
     image = picture(1, 64, 96)
-    model = cs.adaptify(OfMultiples(), "edges", output_stride=(2, 16), example_input=image, verify_laws=False)
+    model = unverified(OfMultiples(), "edges", output_stride=(2, 16), example_input=image)
     with torch.no_grad():
         assert _cut_awkwardly(model, image).image.shape == image.shape
         sizes = [tuple(answer.image.shape) for answer in _of_other_sizes(model, image)]
@@ -499,9 +459,7 @@ def test_files_for_multiples_derive_each_lattice_once_and_refuse_other_sizes(
     level_map: bool, tmp_path: Path
 ) -> None:
     """Maps that are joined have one size for all images, so files have the lattices of one way through the strides."""
-    net = cs.adaptify(
-        Joined().eval(), "edges", coarsest=8, example_input=picture(1, 64, 96), verify_laws=False
-    )
+    net = unverified(Joined().eval(), "edges", coarsest=8, example_input=picture(1, 64, 96))
     report = cs.export(
         net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True, level_map=level_map, with_kernels=True
     )
@@ -522,16 +480,10 @@ def test_files_for_multiples_derive_each_lattice_once_and_refuse_other_sizes(
 
 
 @pytest.mark.slow
-def test_a_network_that_accepts_all_sizes_is_written_for_all(tmp_path: Path) -> None:
-    net = cs.adaptify(strided(3, 4).eval(), "edges", output_stride=(2, 8), example_input=picture(1, 64, 96))
-    assert cs.export(net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True).multiple == 1
-
-
-@pytest.mark.slow
 def test_an_image_that_a_network_accepts_by_chance_has_a_file(tmp_path: Path) -> None:
     """95 is halved to 48, 24 and 12: maps are joined, although 95 is no multiple of 8."""
     image = picture(1, 95, 64)
-    net = cs.adaptify(Joined().eval(), "edges", coarsest=8, example_input=image, verify_laws=False)
+    net = unverified(Joined().eval(), "edges", coarsest=8, example_input=image)
     report = cs.export(net, image, tmp_path / "net.onnx", dynamic=True)
     assert report.multiple == 1 and report.compared[0] == (1, 3, 95, 64)
 
@@ -563,12 +515,10 @@ def test_what_torch_cannot_follow_or_translates_otherwise_is_written(
     know dropout of channels, and leaves out the divisor of a pooling."""
     model = nn.Sequential(strided(3, 4), kind(), nn.Conv2d(4, 2, 1)).eval()
     image = picture(1, 64, 96)
-    net = cs.adaptify(model, "edges", output_stride=(2, 8), example_input=image, verify_laws=False)
+    net = unverified(model, "edges", output_stride=(2, 8), example_input=image)
     report = cs.export(net, image, tmp_path / "net.onnx", dynamic=dynamic)
     assert report.difference < 1e-4
-    expected = net(image.flip(3))
-    found = File(tmp_path / "net.onnx")(image.flip(3))
-    torch.testing.assert_close(next(iter(found.values())), expected, rtol=1e-4, atol=1e-5)
+    assert_same_file(tmp_path / "net.onnx", net, image.flip(3))
 
 
 class Stretched(nn.Module):
@@ -587,13 +537,9 @@ class Stretched(nn.Module):
 
 @pytest.mark.slow
 def test_a_resize_between_samples_reads_the_networks_own_in_files_of_any_size(tmp_path: Path) -> None:
-    net = cs.adaptify(randomise(Stretched()).eval(), "none", output_stride=(2, 4), verify_laws=False)
+    net = unverified(randomise(Stretched()).eval(), "none", output_stride=(2, 4))
     cs.export(net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True)
-    run = File(tmp_path / "net.onnx")
-    for width in range(60, 130):
-        image = picture(1, 68, width)
-        found, expected = next(iter(run(image).values())), net(image)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_same_file(tmp_path / "net.onnx", net, *(picture(1, 68, width) for width in range(60, 130)))
 
 
 class GatedInFront(nn.Module):
@@ -611,13 +557,10 @@ class GatedInFront(nn.Module):
 
 @pytest.mark.slow
 def test_windows_of_the_maps_size_are_so_in_files_of_any_size(tmp_path: Path) -> None:
-    net = cs.adaptify(randomise(GatedInFront()).eval(), "edges", output_stride=(4, 16), verify_laws=False)
+    net = unverified(randomise(GatedInFront()).eval(), "edges", output_stride=(4, 16))
     cs.export(net, picture(1, 64, 96), tmp_path / "net.onnx", dynamic=True)
-    run = File(tmp_path / "net.onnx")
-    for size in ((64, 96), (75, 101), (128, 160)):
-        image = picture(2, *size)
-        found, expected = next(iter(run(image).values())), net(image)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    sizes = ((64, 96), (75, 101), (128, 160))
+    assert_same_file(tmp_path / "net.onnx", net, *(picture(2, *size) for size in sizes), tolerance=1e-5)
 
 
 class RoundedUp(nn.Module):
@@ -648,9 +591,7 @@ def test_quotients_of_negative_numbers_are_rounded_down(engine: str, tmp_path: P
 def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes() -> None:
     """One side is longer than the traced example's."""
     image = picture(1, 300, 520)
-    model = cs.adaptify(
-        strided(4, 8, outputs=3), "edges", output_stride=(2, 8), example_input=image, verify_laws=False
-    )
+    model = unverified(strided(4, 8, outputs=3), "edges", output_stride=(2, 8), example_input=image)
     with torch.no_grad():
         answers = [*_of_other_sizes(model, image)]
         assert all(torch.equal(answer.output, model(answer.image)) for answer in answers)
@@ -660,8 +601,8 @@ def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes(
 
 def test_an_example_smaller_than_a_cell_is_not_cut() -> None:
     image = picture(1, 64, 96)
-    model = cs.adaptify(strided(6, 4), "edges", output_stride=(1, 64), example_input=image, verify_laws=False)
-    low = cs.adaptify(strided(6, 4), "edges", output_stride=(4, 64), example_input=image, verify_laws=False)
+    model = unverified(strided(6, 4), "edges", output_stride=(1, 64), example_input=image)
+    low = unverified(strided(6, 4), "edges", output_stride=(4, 64), example_input=image)
     with torch.no_grad():
         for one in (model, low):
             height, width = _cut_awkwardly(one, image).image.shape[2:]

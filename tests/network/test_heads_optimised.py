@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import covering, relative_error, slow
 from encoder_heads import HEADS, network
+from networks import unverified
 from torch import nn
 
 import cadsurgery as cs
@@ -15,7 +16,7 @@ from cadsurgery.elements import functional
 @pytest.mark.parametrize("head", [slow(head) if at % 3 else head for at, head in enumerate(HEADS)])
 def test_no_norm_is_left_in_an_optimised_copy(head: str) -> None:
     """Norms are folded into convolutions, or are one factor and shift per channel with the activation behind them."""
-    net = cs.adaptify(network(head), example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
+    net = unverified(network(head), example_input=torch.rand(1, 3, 64, 64))
     copy, image = net.optimize(), torch.rand(2, 3, 80, 72)
     assert relative_error(copy(image), net(image)) < 1e-5
     targets = [node.target for node in copy.program.graph.nodes]
@@ -30,9 +31,9 @@ def test_no_norm_is_left_in_an_optimised_copy(head: str) -> None:
 @torch.no_grad()
 def test_lone_norms_are_as_exact_as_torchs_in_other_types(head: str, dtype: torch.dtype) -> None:
     exact = network(head).double()
-    net = cs.adaptify(
-        network(head), "none", example_input=torch.rand(1, 3, 64, 64), outputs="native", verify_laws=False
-    ).to(dtype)
+    net = unverified(network(head), "none", example_input=torch.rand(1, 3, 64, 64), outputs="native").to(
+        dtype
+    )
     image = torch.rand(2, 3, 80, 72, dtype=torch.float64)
     errors = [relative_error(run(image.to(dtype)).double(), exact(image)) for run in (net.optimize(), net)]
     assert errors[0] < max(2 * errors[1], 1e-12)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -65,7 +66,7 @@ def optimised(step: Step) -> tuple[cs.AdaptiveModel, cs.AdaptiveModel, Tensor, T
     model, image = Between(step).double().eval(), torch.rand(2, 3, 36, 50, dtype=torch.float64)
     model.norm.running_mean.normal_(), model.norm.running_var.uniform_(0.5, 2)
     levels = torch.randint(0, 3, (2, 9, 13)).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :36, :50]
-    net = cs.adaptify(model, "none", coarsest=4, example_input=image, verify_laws=False)
+    net = unverified(model, "none", coarsest=4, example_input=image)
     return net, net.optimize(), image, levels
 
 
@@ -128,9 +129,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("kind", [Counted, Tokens])
 def test_numbers_and_tokens_stay_what_they_are(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    net = cs.adaptify(
-        kind().double().eval(), "edges", example_input=torch.rand(1, 3, 64, 96).double(), verify_laws=False
-    )
+    net = unverified(kind().double().eval(), "edges", example_input=torch.rand(1, 3, 64, 96).double())
     fast, image = net.optimize(), torch.rand(2, 3, 48, 80, dtype=torch.float64)
     with torch.no_grad():
         expected = net(image)

@@ -247,14 +247,6 @@ def test_weights_are_rounded_so_that_no_adjacent_channels_saturate(shape: tuple[
             assert torch.equal(whole, round_weight(weight)[0])
 
 
-def test_weights_of_all_8_bits_saturate() -> None:
-    """The form of these files before, and why: the largest weight of every output was 127."""
-    weight = torch.from_numpy(convolutions()["grouped"])
-    whole = (weight / weight.abs().amax((1, 2, 3), keepdim=True) * 127).round()
-    assert can_saturate(whole.flatten(1).numpy().astype(np.int64))
-    assert can_saturate(round_weight(weight)[0].flatten(1).numpy().astype(np.int64))
-
-
 RUN = """
 import sys
 import numpy as np
@@ -467,8 +459,7 @@ def test_signals_are_handled_after_files_were_open_in_openvino(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mask", "options"),
-    [("edges | budget:fraction=0.3", {}), ("edges | smooth", {"level_map": True})],
+    ("mask", "options"), [("edges | budget:fraction=0.3", {}), ("edges | smooth", {"level_map": True})]
 )
 def test_an_exported_network_in_8_bits(mask: str, options: dict[str, Any], tmp_path: Path) -> None:
     model, path = net(mask), tmp_path / "net.onnx"

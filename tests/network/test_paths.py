@@ -13,12 +13,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import images, relative_error, slow
-from networks import Segmenter, Undecided, build, randomise, strided, thin
+from networks import Segmenter, Undecided, build, randomise, strided, thin, unverified
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from training import SIZE, Scenes, adaptive
 
 import cadsurgery as cs
+from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.data.images import normalise
 from cadsurgery.finetune import Blend, Draw, Objective, Settings, calibrate, fit
 from cadsurgery.finetune.groups import freeze_unused, make_groups
@@ -30,7 +31,7 @@ double = torch.float64
 
 
 def convert(model: nn.Module, x: Tensor, mask: object = "none", **options: Any) -> cs.AdaptiveModel:
-    return cs.adaptify(model, mask, example_input=x[:1], verify_laws=False, **options)
+    return unverified(model, mask, example_input=x[:1], **options)
 
 
 def everywhere(level: int) -> Callable[[Tensor, FineMapSpec], Tensor]:
@@ -63,26 +64,6 @@ class Branches(nn.Module):
         return {"dense": dense, "low": low}
 
 
-class Decoder(nn.Module):
-    """A pyramid of two lateral connections that resizes on elements; works in place; a list of maps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.ModuleList(nn.Conv2d(4 if at else 3, 4, 3, 2, 1) for at in range(4))
-        self.lateral = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for down in self.down:
-            x = F.elu(down(x))
-            maps.append(x)
-        found = [maps[-1]]
-        for lateral, skip in zip(self.lateral, maps[-2::-1], strict=True):
-            upper = F.interpolate(found[-1], size=skip.shape[-2:], mode="bilinear")
-            found.append((upper + lateral(skip)).relu_())
-        return found
-
-
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "basic blocks": (lambda: build("resnet18", by=4), {}),
     "bottlenecks, two levels": (lambda: build("resnet50", by=4), {"output_stride": (8, 16)}),
@@ -92,7 +73,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "channels last": (lambda: randomise(timm.create_model("convnext_atto", num_classes=5)), {}),
     "several maps": (lambda: randomise(timm.create_model("regnety_002", features_only=True)), {}),
     "branches": (lambda: randomise(Branches()), {"output_stride": (2, 8)}),
-    "decoder": (lambda: randomise(Decoder()), {"output_stride": (2, 8)}),
+    "decoder": (lambda: randomise(subject("scenes:FeaturePyramid", CHECKOUT).build()), {}),
 }
 
 
@@ -355,7 +336,7 @@ def test_what_cannot_be_blended_is_refused(
 
 
 def test_a_network_that_only_hosts_an_adaptive_part_is_refused() -> None:
-    net = cs.adaptify(Undecided(strided()), "none", verify_laws=False)
+    net = unverified(Undecided(strided()), "none")
     with pytest.raises(cs.InvalidInput, match="adaptive as a whole"):
         Blend(net)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, relative_error, slow
-from networks import Undecided, build, strided
+from networks import Undecided, build, strided, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -29,7 +29,7 @@ CALIBRATION = [images(2, 65, 97), images(1, 64, 96)]
 
 @pytest.fixture(scope="module")
 def float_and_int8() -> tuple[AdaptiveModel, AdaptiveModel]:
-    net = cs.adaptify(build("resnet18", by=4), MIXED, verify_laws=False)
+    net = unverified(build("resnet18", by=4), MIXED)
     return net, net.optimize(precision="int8", calibration=CALIBRATION)
 
 
@@ -38,7 +38,7 @@ def float_and_int8() -> tuple[AdaptiveModel, AdaptiveModel]:
 )
 @torch.no_grad()
 def test_it_gives_nearly_what_the_network_gives(name: str) -> None:
-    net = cs.adaptify(build(name, by=1 if name == "convnext_tiny" else 4), MIXED, verify_laws=False)
+    net = unverified(build(name, by=1 if name == "convnext_tiny" else 4), MIXED)
     fast, x = net.optimize(precision="int8", calibration=CALIBRATION), images(2, 65, 97)
     assert fast.quantisation is not None
     in_8_bits = [layer for layer in fast.quantisation.layers if not layer.why]
@@ -110,7 +110,7 @@ class Averaged(nn.Module):
 
 @torch.no_grad()
 def test_a_map_whose_mean_is_all_that_is_read_is_in_8_bits() -> None:
-    net = cs.adaptify(Averaged().eval(), MIXED, verify_laws=False)
+    net = unverified(Averaged().eval(), MIXED)
     fast = net.optimize(precision="int8", calibration=CALIBRATION)
     grids = {tuple(k.weight.shape): k.weights.out for k in fast.modules() if isinstance(k, IntegerConv)}
     assert grids[40, 24, 1, 1] is not None and grids[24, 24, 3, 3] is None
@@ -138,7 +138,7 @@ class Outlier(nn.Module):
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:the outputs of the copy in 8 bits differ")
 def test_a_layer_that_rounding_hurts_most_stays_in_float() -> None:
-    net = cs.adaptify(Outlier().eval(), "all", verify_laws=False)
+    net = unverified(Outlier().eval(), "all")
     fast, x = net.optimize(precision="int8", calibration=CALIBRATION), images(1, 64, 96)
     assert fast.quantisation is not None
     exact = [layer for layer in fast.quantisation.layers if layer.why]
@@ -152,7 +152,7 @@ def test_a_depthwise_convolution_that_nothing_in_bytes_reads_stays_in_float(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """There is a kernel of bytes to bytes alone; another would be slower than float by far."""
-    net = cs.adaptify(build("mobilenet_v2", by=4), MIXED, verify_laws=False)
+    net = unverified(build("mobilenet_v2", by=4), MIXED)
     kept, rewrite = list[Any](), quantise._Quantiser.rewrite
 
     def behind_depthwise(work: Any, exact: Any) -> set[Any]:
@@ -179,7 +179,7 @@ def test_a_depthwise_convolution_that_nothing_in_bytes_reads_stays_in_float(
 
 @torch.no_grad()
 def test_points_are_read_as_everything_is_computed(float_and_int8: Any) -> None:
-    net = cs.adaptify(FullyConvolutional().eval(), MIXED, verify_laws=False)
+    net = unverified(FullyConvolutional().eval(), MIXED)
     fast, x = net.optimize(precision="int8", calibration=CALIBRATION), images(1, 65, 97)
     points = [torch.tensor([[3.0, 5.0], [90.0, 60.0], [31.5, 47.5]])]
     receptive, everything = (cs.read_at(fast, x, points, reach=reach)[0] for reach in ("receptive", "all"))
@@ -187,7 +187,7 @@ def test_points_are_read_as_everything_is_computed(float_and_int8: Any) -> None:
 
 
 def test_where_there_are_no_instructions_it_says_so_and_stays_float(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = cs.adaptify(build("resnet18", by=4), MIXED, verify_laws=False)
+    net = unverified(build("resnet18", by=4), MIXED)
     monkeypatch.setattr(optimized, "form_here", lambda: None)
     with pytest.warns(CadWarning, match="no compiled kernels"):
         fast = net.optimize(precision="int8", calibration=CALIBRATION)
@@ -264,7 +264,7 @@ def test_first_layers_stay_in_float_until_outputs_differ_by_as_little_as_wanted(
     layers[0].weight[0] *= 50  # a channel that hardly counts, and alone makes the grid of its map coarse
     layers[1].weight[:, 0] *= 1e-3
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU()))).eval()
-    net, x = cs.adaptify(model, MIXED, verify_laws=False), images(1, 65, 97)
+    net, x = unverified(model, MIXED), images(1, 65, 97)
     known: dict[str, Any] = {"precision": "int8", "calibration": CALIBRATION}
     with pytest.warns(CadWarning, match=r"comes in at 16 \(from "):
         fast = net.optimize(**known)
@@ -287,7 +287,7 @@ def test_an_error_that_cannot_be_met_is_said(float_and_int8: Any) -> None:
 def test_of_a_host_its_part_is_to_be_converted() -> None:
     model = Undecided(strided()).eval()
     with pytest.raises(cs.CadError, match="hosts"):
-        cs.adaptify(model, "all", verify_laws=False).optimize(precision="int8", calibration=CALIBRATION)
+        unverified(model, "all").optimize(precision="int8", calibration=CALIBRATION)
 
 
 @torch.no_grad()
@@ -303,7 +303,7 @@ def test_rows_that_are_read_alone_are_values() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.other(self.one(x).square()).abs()
 
-    net, x = cs.adaptify(Squared().eval(), MIXED, verify_laws=False), images(2, 65, 97)
+    net, x = unverified(Squared().eval(), MIXED), images(2, 65, 97)
     fast = net.optimize(precision="int8", calibration=CALIBRATION)
     assert relative_error(fast(x), net(x)) < 0.25
 
@@ -328,7 +328,7 @@ def unpools(shift: float = 0.0) -> AdaptiveModel:
     model = Unpools().eval()
     with torch.no_grad():
         model.last.bias.fill_(shift)
-    return cs.adaptify(model, MIXED, verify_laws=False)
+    return unverified(model, MIXED)
 
 
 def test_a_copy_in_8_bits_that_cannot_be_good_says_by_how_much_and_where_it_comes_in() -> None:

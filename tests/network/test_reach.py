@@ -12,13 +12,14 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels, slow
-from networks import Undecided, randomise
+from networks import Undecided, randomise, unverified
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -42,7 +43,7 @@ PUBLISHED = {"anchor": "center", "fill": "nearest", "pool": "drop", "patch": "bl
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """See `test_the_bits_do_not_depend_on_how_many_rows_there_are`."""
+    """Rows have the same bits however many there are with one thread alone, as `read_at` says."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +53,7 @@ def one_thread() -> Iterator[None]:
 # -- networks ------------------------------------------------------------------------------------------
 
 
-# Sixteen channels throughout, and no SiLU: see `test_the_bits_do_not_depend_on_how_many_rows_there_are`.
+# Sixteen channels throughout, whole vectors, and no SiLU: others differ by rounding, as `read_at` says.
 
 
 def plain() -> nn.Module:
@@ -236,7 +237,7 @@ def size_of(name: str) -> Size:
 def convert(model: nn.Module, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
     example = torch.zeros(1, 3, 64, 96, dtype=dtype)
     options = {"output_stride": (2, 8), "mask": "none", "example_input": example, **options}
-    return cs.adaptify(randomise(model).to(dtype), verify_laws=False, **options)
+    return unverified(randomise(model).to(dtype), **options)
 
 
 def converted(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
@@ -358,21 +359,6 @@ def test_bfloat16_rows_are_those_of_the_dense_output(name: str) -> None:
     assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, 2e-2)
 
 
-@REACHES
-@torch.no_grad()
-def test_every_pixel_has_the_row_of_its_sample(reach: Any) -> None:
-    """All pixels of an odd image: each sample repeated by its stride, the border cut."""
-    net, size = converted("residual"), (21, 30)
-    x = images(1, *size)
-    levels = levels_of(net, x)
-    y, column = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
-    every = torch.stack((column.flatten(), y.flatten()), 1)
-    dense = net(x, mask=levels)
-    wanted = dense.repeat_interleave(2, 2).repeat_interleave(2, 3)[0, :, : size[0], : size[1]]
-    rows = cs.read_at(net, x, [every], mask=levels, reach=reach)
-    assert_rows(rows, [wanted.flatten(1).T], limit(reach))
-
-
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -401,17 +387,6 @@ def test_corners_are_aligned_as_published(name: str, size: Size, reach: Any) -> 
 
 
 @REACHES
-@torch.no_grad()
-def test_the_same_point_twice_has_the_same_row_twice_in_the_order_given(reach: Any) -> None:
-    net, x = converted("residual", fill="guided"), images(1, *SIZE)
-    (points,), levels = points_in(SIZE, 5), levels_of(net, x)
-    read = partial(cs.read_at, net, x, mask=levels, reach=reach)
-    (rows,) = read([points])
-    (again,) = read([torch.cat((points.flip(0), points))])
-    assert torch.equal(again, torch.cat((rows.flip(0), rows)))
-
-
-@REACHES
 @pytest.mark.parametrize("name", ["residual", "squeezed"])
 @torch.no_grad()
 def test_a_batch_equals_its_images_one_by_one(name: str, reach: Any) -> None:
@@ -423,14 +398,19 @@ def test_a_batch_equals_its_images_one_by_one(name: str, reach: Any) -> None:
         assert_rows(one, together[i : i + 1], 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 @torch.no_grad()
-def test_points_of_any_type_are_read(dtype: torch.dtype) -> None:
-    net, x, points = converted("residual"), images(2, *SIZE), points_in(SIZE, 4, 2)
-    whole = [part.floor().clamp(min=0) for part in points]
-    expected = cs.read_at(net, x, whole)
-    assert_rows(cs.read_at(net, x, [part.to(dtype) for part in whole]), expected)
-    assert_rows(cs.read_at(net, x, tuple(part.numpy() for part in whole)), expected)  # type: ignore[arg-type]
+def test_points_in_any_form_are_read_in_the_order_given() -> None:
+    """Of several types, as arrays, of all images in one tensor, and a point twice."""
+    net, x, points = converted("residual", fill="guided"), images(2, *SIZE), points_in(SIZE, 5, 5)
+    whole, levels = [part.floor().clamp(min=0) for part in points], levels_of(net, x)
+    expected = cs.read_at(net, x, whole, mask=levels)
+    forms: list[Any] = [[part.float() for part in whole], [part.long() for part in whole], torch.stack(whole)]
+    for form in (*forms, tuple(part.numpy() for part in whole)):
+        assert_rows(cs.read_at(net, x, form, mask=levels), expected)
+    twice = [torch.cat((part.flip(0), part)) for part in whole]
+    for reach in ("all", "receptive"):
+        again = cs.read_at(net, x, twice, mask=levels, reach=reach)
+        assert_rows(again, [torch.cat((rows.flip(0), rows)) for rows in expected], limit(reach))
 
 
 @torch.no_grad()
@@ -462,46 +442,6 @@ def test_only_what_is_needed_gives_the_same_bits(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "outputs", "activation", "dtype", "threads"),
-    [
-        pytest.param(24, 32, nn.ReLU(), torch.float32, 2, id="two threads"),
-        pytest.param(24, 32, nn.ReLU(), torch.float32, 1, id="one thread"),
-        pytest.param(6, 4, nn.ReLU(), torch.float32, 1, id="few channels"),  # MKL's last rows
-        pytest.param(16, 1, nn.ReLU(), torch.float32, 1, id="one channel"),
-        pytest.param(16, 16, nn.SiLU(), torch.float32, 1, id="SiLU"),  # not whole vectors: its last values
-        pytest.param(16, 16, nn.ReLU(), torch.float64, 1, id="float64"),
-    ],
-)
-@pytest.mark.parametrize("seed", [slow(0), slow(1), 2, slow(3)])
-@torch.no_grad()
-def test_the_bits_do_not_depend_on_how_many_rows_there_are(
-    channels: int, outputs: int, activation: nn.Module, dtype: torch.dtype, threads: int, seed: int
-) -> None:
-    """As `read_at` says; otherwise, as it says too, they are the same to rounding."""
-    torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    exact = channels >= 16 and outputs >= 16 and dtype == torch.float32 and isinstance(activation, nn.ReLU)
-    layers = [nn.Conv2d(3, channels, 3, 2, 1), nn.Conv2d(channels, channels, 3, 2, 1), activation]
-    net = convert(nn.Sequential(*layers, nn.Conv2d(channels, outputs, 3, 2, 1)), dtype)
-    torch.manual_seed(seed)
-    x, points = images(1, *SIZE, dtype), points_in(SIZE, 3 + seed)
-    points[0][0] = torch.tensor([SIZE[1] - 1, SIZE[0] - 1])  # the last row
-    levels = levels_of(net, x)
-    few, many = (cs.read_at(net, x, points, mask=levels, reach=reach) for reach in ("receptive", "all"))
-    assert_rows(few, many, limit("receptive") if exact else 1e-5)
-
-
-@pytest.mark.parametrize(("name", "mask"), covering([*BUILDERS], ["all", "none", "level 1"]))
-@torch.no_grad()
-def test_only_what_is_needed_of_a_uniform_map_gives_the_same_to_rounding(name: str, mask: str) -> None:
-    net, size = converted(name), size_of(name)
-    x, points = images(2, *size), points_in(size, 4, 3)
-    chosen = torch.full_like(levels_of(net, x), 1) if mask == "level 1" else mask
-    expected = cs.read_at(net, x, points, mask=chosen)
-    assert_rows(cs.read_at(net, x, points, mask=chosen, reach="receptive"), expected, 1e-5)
-
-
-@pytest.mark.parametrize(
     ("name", "fill"), covering([name if name in FEW else slow(name) for name in BUILDERS], FILLS)
 )
 @torch.no_grad()
@@ -528,27 +468,17 @@ def test_what_lies_beyond_the_reach_of_the_points_does_not_matter(name: str, fil
     assert torch.equal(read(x)[0], read(changed)[0]) == (name == "residual")
 
 
-@pytest.mark.parametrize("counts", [(0,), (0, 0)])
+@pytest.mark.parametrize("name", ["plain", "residual", "depthwise", "squeezed", "pools", "channels last"])
 @torch.no_grad()
-def test_a_batch_without_points_computes_nothing(counts: tuple[int, ...]) -> None:
-    """Only convolutions with several taps here."""
-    net, x = converted("plain"), images(len(counts), *SIZE)
-    points, levels = points_in(SIZE, *counts), levels_of(net, x)
-    for reach in ("all", "receptive"):
-        rows = cs.read_at(net, x, points, mask=levels, reach=reach)
-        assert [tuple(part.shape) for part in rows] == [(0, 16)] * len(counts)
-    found = cs.macs_at(net, x, points, mask=levels)
-    assert found.elements[1] == 0 and found.receptive == stem_macs(net, x)
-
-
-@pytest.mark.parametrize("name", ["residual", "depthwise", "squeezed", "pools", "channels last"])
-@pytest.mark.parametrize("optimised", [False, True])
-@torch.no_grad()
-def test_a_batch_without_points_has_no_rows(name: str, optimised: bool) -> None:
+def test_a_batch_without_points_has_no_rows_and_computes_nothing(name: str) -> None:
+    """But the first convolution, and what looks at the whole image."""
     net, x = converted(name), images(2, *SIZE)
-    chosen = net.optimize() if optimised else net
-    rows = cs.read_at(chosen, x, points_in(SIZE, 0, 0), mask=levels_of(net, x), reach="receptive")
-    assert [part.shape[0] for part in rows] == [0, 0]
+    points, levels = points_in(SIZE, 0, 0), levels_of(net, x)
+    for form, reach in product((net, net.optimize()), ("all", "receptive")):
+        rows = cs.read_at(form, x, points, mask=levels, reach=reach)
+        assert [tuple(part.shape) for part in rows] == [(0, net(x).shape[1])] * 2
+    found = cs.macs_at(net, x, points, mask=levels)
+    assert name != "plain" or (found.elements[1] == 0 and found.receptive == stem_macs(net, x))
 
 
 # -- work ----------------------------------------------------------------------------------------------
@@ -605,10 +535,7 @@ def test_a_pool_that_drops_reads_nothing_but_what_it_passes_on(pool: str, rows: 
     assert_rows(cs.read_at(net, x, points, mask="all", reach="receptive"), rows_of(dense, points, 1), 1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "residual" else slow(name) for name in BUILDERS],
-)
+@pytest.mark.parametrize("name", [name if name == "residual" else slow(name) for name in BUILDERS])
 def test_nothing_is_computed_twice_or_in_vain(name: str) -> None:
     """Never more than everything; less for few points unless all of an image is looked at; more points, more work."""
     net, size = converted(name), size_of(name)
@@ -625,18 +552,6 @@ def test_nothing_is_computed_twice_or_in_vain(name: str) -> None:
         assert before.elements[1] <= found.elements[1] <= found.elements[0]
         before = found
     assert first.receptive < before.receptive
-
-
-@torch.no_grad()
-def test_the_work_of_two_sets_is_at_most_that_of_both() -> None:
-    net, x = converted("residual"), images(1, *SIZE)
-    levels = levels_of(net, x)
-    (points,) = points_in(SIZE, 8)
-    stem = stem_macs(net, x)
-    one, two, both = (
-        cs.macs_at(net, x, [part], mask=levels).receptive - stem for part in (points[:4], points[4:], points)
-    )
-    assert max(one, two) <= both <= one + two
 
 
 def test_all_pixels_need_everything() -> None:
@@ -687,18 +602,13 @@ def test_gradients_are_those_of_the_dense_output_at_the_points(name: str, fill: 
     assert any(float(part.abs().max()) > 0 for part in gradients[0][1:])
 
 
-def test_only_what_is_needed_has_no_gradient() -> None:
+def test_only_the_whole_of_a_network_that_can_be_trained_has_a_gradient() -> None:
     net, x, points = converted("residual"), images(1, *SIZE).requires_grad_(), points_in(SIZE, 3)
     assert cs.read_at(net, x, points)[0].requires_grad
     assert not cs.read_at(net, x, points, reach="receptive")[0].requires_grad
+    assert not cs.read_at(net.optimize(), x, points)[0].requires_grad
     with torch.no_grad():
         assert not cs.read_at(net, x, points)[0].requires_grad
-
-
-def test_an_optimised_network_has_no_gradient() -> None:
-    net, x, points = converted("residual").optimize(), images(1, *SIZE).requires_grad_(), points_in(SIZE, 3)
-    assert not net(x).requires_grad
-    assert not cs.read_at(net, x, points)[0].requires_grad
 
 
 def test_a_network_in_training_is_read_whole() -> None:
@@ -898,12 +808,6 @@ def test_points_that_are_none_are_refused(read: Callable[..., Any], points: Any,
     assert caught.value.next
 
 
-def test_points_of_all_images_in_one_tensor_are_those_of_each() -> None:
-    """Seven points of two images."""
-    net, x, points = converted("residual"), images(2, *SIZE), points_in(SIZE, 7, 7)
-    assert_rows(cs.read_at(net, x, torch.stack(points)), cs.read_at(net, x, points))  # type: ignore[arg-type]
-
-
 @READ
 @pytest.mark.parametrize(
     ("option", "value", "word"),
@@ -913,21 +817,16 @@ def test_points_of_all_images_in_one_tensor_are_those_of_each() -> None:
         ("output", "map", "leave output out"),
         ("output", 1, "leave output out"),
         ("mask", "edgs", "edges"),
+        ("reach", "some", "all, receptive"),
     ],
 )
 def test_an_unknown_choice_is_refused_with_the_choices(
     read: Callable[..., Any], option: str, value: Any, word: str
 ) -> None:
+    read = cs.read_at if option == "reach" else read
     with pytest.raises(cs.UnknownName) as caught:
         read(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), **{option: value})
     assert word in caught.value.next
-
-
-@pytest.mark.parametrize("value", ["receptiv", "some"])
-def test_an_unknown_reach_is_refused_with_the_choices(value: Any) -> None:
-    with pytest.raises(cs.UnknownName) as caught:
-        cs.read_at(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), reach=value)
-    assert "receptive" in caught.value.next and "all" in caught.value.next
 
 
 @READ
@@ -962,7 +861,7 @@ def test_an_output_that_is_made_behind_the_region_is_refused(read: Callable[...,
 def test_a_network_that_hosts_an_adaptive_part_is_refused_and_its_part_is_read(
     read: Callable[..., Any],
 ) -> None:
-    net: Any = cs.adaptify(Undecided(residual()).eval(), "none", output_stride=(2, 8), verify_laws=False)
+    net: Any = unverified(Undecided(residual()).eval(), "none", output_stride=(2, 8))
     x, points = images(1, *SIZE), points_in(SIZE, 2)
     with pytest.raises(cs.InvalidInput, match="HostedModel cannot be read at points"):
         read(net, x, points)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import slow
 from exported import File, onnx
-from networks import conv_norm, randomise, strided
+from networks import conv_norm, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
@@ -54,9 +54,7 @@ class Stages(nn.Module):
 def converted(stages: int, decodes: bool = False, mask: object = "edges") -> cs.AdaptiveModel:
     torch.manual_seed(0)
     example = torch.rand(1, 3, 96, 128)
-    return cs.adaptify(
-        randomise(Stages(stages, decodes)), mask, verify_laws=False, example_input=example
-    ).eval()
+    return unverified(randomise(Stages(stages, decodes)), mask, example_input=example).eval()
 
 
 def longest_size(stages: int) -> int:
@@ -115,7 +113,7 @@ def test_a_file_may_differ_by_what_its_network_rounds(
 ) -> None:
     torch.manual_seed(0)
     image = torch.randn(1, 3, 64, 96)
-    net = cs.adaptify(Cancels().eval(), "edges", example_input=image, verify_laws=False)
+    net = unverified(Cancels().eval(), "edges", example_input=image)
     own = compare.rounding_of(net, [image])
     assert own > 1e-4
     monkeypatch.setattr(onnx_files, "TOLERANCE", 1e-12)  # less than any file differs
@@ -134,11 +132,7 @@ def test_of_several_differences_the_largest_decides() -> None:
 
 
 FILES = [("net.onnx", {"dynamic": True}), slow("net.onnx", {}), slow("net.pt2", {})]
-ADVICE = {
-    "dynamic": "write a file for one size",
-    "net.onnx": "level_map=True",
-    "net.pt2": "to='onnx'",
-}
+ADVICE = {"dynamic": "write a file for one size", "net.onnx": "level_map=True", "net.pt2": "to='onnx'"}
 
 
 @pytest.mark.slow
@@ -184,7 +178,7 @@ def test_a_number_that_depends_on_values_is_refused_at_its_operation_and_nothing
     """torch raises GuardOnDataDependentSymNode, and prints the graph so far."""
     model = nn.Sequential(strided(outputs=4, kernel=3), Chosen(), nn.Conv2d(4, 4, 1)).eval()
     mask = "edges | budget:fraction=0.3"
-    net = cs.adaptify(model, mask, example_input=torch.rand(1, 3, 64, 96), verify_laws=False)
+    net = unverified(model, mask, example_input=torch.rand(1, 3, 64, 96))
     capfd.readouterr()
     with pytest.raises(cs.CannotConvert, match="data-dependent") as refusal:
         cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / file, **options)
@@ -201,72 +195,45 @@ def test_what_others_print_while_torch_is_silent_is_seen_at_once(capfd: pytest.C
 
 # What raises while a file is written: the owner's module, and the function's name in it.
 PHASES = {
-    "copy": ("cadsurgery.network.export.onnx", "Exportable"),
-    "export": ("torch.export", "export"),
-    "decompositions": ("cadsurgery.network.export.onnx", "decompose"),
-    "translation": ("torch.onnx._internal.exporter._core", "_translate_fx_graph"),
-    "optimisation": ("onnxscript.optimizer", "fold_constants_ir"),
-    "checking": ("onnx.checker", "check_model"),
-    "opening": ("onnxruntime", "InferenceSession"),
-    "comparison": ("cadsurgery.network.export.onnx", "difference"),
+    ("net.onnx", "copy"): ("cadsurgery.network.export.onnx", "Exportable"),
+    ("net.onnx", "export"): ("torch.export", "export"),
+    ("net.onnx", "decompositions"): ("cadsurgery.network.export.onnx", "decompose"),
+    ("net.onnx", "translation"): ("torch.onnx._internal.exporter._core", "_translate_fx_graph"),
+    ("net.onnx", "optimisation"): ("onnxscript.optimizer", "fold_constants_ir"),
+    ("net.onnx", "checking"): ("onnx.checker", "check_model"),
+    ("net.onnx", "opening"): ("onnxruntime", "InferenceSession"),
+    ("net.onnx", "comparison"): ("cadsurgery.network.export.onnx", "difference"),
+    ("net.onnx", "ranges of 8 bits"): ("cadsurgery.network.export.int8", "_reduce"),
+    ("net.onnx", "quantiser of 8 bits"): ("onnxruntime.quantization.qdq_quantizer", "QDQQuantizer"),
+    ("net.onnx", "comparison of 8 bits"): ("cadsurgery.network.export.int8", "measure"),
+    ("net.pt2", "export"): ("torch.export", "export"),
+    ("net.pt2", "saving"): ("torch.export", "save"),
+    ("net.pt2", "loading"): ("torch.export", "load"),
+    ("net.pt2", "comparison"): ("cadsurgery.network.export.programs", "difference"),
 }
 
 
-@pytest.mark.parametrize("phase", [name if name in ("copy", "export") else slow(name) for name in PHASES])
+@pytest.mark.parametrize(
+    ("file", "phase"), [case if case[1] in ("copy", "export") else slow(*case) for case in PHASES]
+)
 def test_whatever_raises_is_refused_and_leaves_nothing(
-    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that was there before stays as it was."""
-    refuse_because_of(PHASES[phase], "net.onnx", tmp_path, monkeypatch)
-
-
-PHASES_OF_PROGRAMS = {
-    "export": ("torch.export", "export"),
-    "saving": ("torch.export", "save"),
-    "loading": ("torch.export", "load"),
-    "comparison": ("cadsurgery.network.export.programs", "difference"),
-}
-
-
-@pytest.mark.parametrize("phase", [name if name == "export" else slow(name) for name in PHASES_OF_PROGRAMS])
-def test_whatever_raises_while_a_program_is_written_is_refused_and_leaves_nothing(
-    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refuse_because_of(PHASES_OF_PROGRAMS[phase], "net.pt2", tmp_path, monkeypatch)
-
-
-PHASES_IN_8_BITS = {
-    "ranges": ("cadsurgery.network.export.int8", "_reduce"),
-    "quantiser": ("onnxruntime.quantization.qdq_quantizer", "QDQQuantizer"),
-    "comparison": ("cadsurgery.network.export.int8", "measure"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES_IN_8_BITS)
-def test_whatever_raises_while_a_file_is_put_into_8_bits_is_refused_and_leaves_nothing(
-    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = torch.rand(2, 3, 64, 96)
-    refuse_because_of(PHASES_IN_8_BITS[phase], "net.onnx", tmp_path, monkeypatch, int8=images)
-
-
-def refuse_because_of(
-    raising: tuple[str, str], file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
-) -> None:
-    """Export where a function of a module raises; a file that was there before stays as it was."""
-    path, mask = folder / file, "edges | budget:fraction=0.3"
+    path, mask = tmp_path / file, "edges | budget:fraction=0.3"
     path.write_bytes(b"an older file")
     net = cs.adaptify(strided(outputs=4, kernel=3).eval(), mask, example_input=torch.randn(1, 3, 64, 96))
 
     def fail(*args: object, **options: object) -> object:
         raise RuntimeError("not today")
 
-    monkeypatch.setattr(importlib.import_module(raising[0]), raising[1], fail)
+    module, name = PHASES[file, phase]
+    monkeypatch.setattr(importlib.import_module(module), name, fail)
+    options = {"int8": torch.rand(2, 3, 64, 96)} if phase.endswith("8 bits") else {}
     with pytest.raises(cs.CannotConvert) as refusal:
         cs.export(net, torch.randn(1, 3, 64, 96), path, **options)
     assert "not today" in refusal.value.why and refusal.value.next
-    assert [(one.name, one.read_bytes()) for one in folder.iterdir()] == [(file, b"an older file")]
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [(file, b"an older file")]
 
 
 class Bessel(nn.Module):
@@ -280,7 +247,7 @@ class Bessel(nn.Module):
 @pytest.mark.parametrize("dynamic", [slow(False), True])
 def test_an_operation_without_onnx_is_named_with_its_module(dynamic: bool, tmp_path: Path) -> None:
     model = nn.Sequential(strided(outputs=4, kernel=3), Bessel(), nn.Conv2d(4, 4, 1)).eval()
-    net = cs.adaptify(model, "edges", example_input=torch.rand(1, 3, 64, 96), verify_laws=False)
+    net = unverified(model, "edges", example_input=torch.rand(1, 3, 64, 96))
     with pytest.raises(cs.CannotConvert, match="No ONNX function found") as refusal:
         cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / "net.onnx", dynamic=dynamic)
     assert refusal.value.where.startswith("special_bessel_j1 (test_sizes_in_files.py:")
@@ -368,9 +335,7 @@ class SeveralKinds(nn.Module):
 def test_what_torch_decides_by_the_example_holds_at_every_size(tmp_path: Path) -> None:
     """For images that the network joins along the batch, too."""
     torch.manual_seed(0)
-    net = cs.adaptify(
-        SeveralKinds().eval(), "edges", example_input=torch.rand(1, 3, 64, 96), verify_laws=False
-    )
+    net = unverified(SeveralKinds().eval(), "edges", example_input=torch.rand(1, 3, 64, 96))
     cs.export(net, torch.rand(1, 3, 96, 120), tmp_path / "net.onnx", dynamic=True)
     for size in ((96, 120), (75, 101), (128, 64)):
         image = torch.rand(2, 3, *size)
@@ -408,7 +373,7 @@ def work_for(blocks: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(ShapeEnv, "_evaluate_expr", count)
     image = torch.rand(1, 3, 61, 93)
-    net = cs.adaptify(randomise(Blocks(blocks)), "edges", example_input=image, verify_laws=False).eval()
+    net = unverified(randomise(Blocks(blocks)), "edges", example_input=image).eval()
     with torch.no_grad():
         program, _ = follow(Exportable(net, float16=False), (image,), dynamic=True)
     monkeypatch.undo()

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Encoded, unverified
 from torch import nn
 
 import cadsurgery as cs
@@ -78,7 +79,7 @@ def test_a_subclass_that_does_the_same_is_treated_as_its_parent(name):
     assert [d.action for d in ours.decisions] == [d.action for d in plan.decisions]
     assert [d.reason for d in ours.decisions] == [d.reason for d in plan.decisions]
     model = network(named(*arguments))
-    net = cs.adaptify(model, mask="none", example_input=x, verify_laws=False)
+    net = unverified(model, mask="none", example_input=x)
     spacing = net.plan.outputs[0][1] // net.plan.strides[0]
     with torch.no_grad():
         for run in (net, net.optimize()):
@@ -96,9 +97,7 @@ def test_which_of_two_poolings_a_subclass_is_does_not_depend_on_its_name():
     for kind in (Largest, MaxOut):
         model = nn.Sequential(*network(nn.Conv2d(8, 8, 3, 2, 1)), kind(1)).eval()
         with torch.no_grad():
-            torch.testing.assert_close(
-                cs.adaptify(model, mask="none", example_input=x, verify_laws=False)(x), model(x)
-            )
+            torch.testing.assert_close(unverified(model, mask="none", example_input=x)(x), model(x))
 
 
 @pytest.mark.parametrize("kind", [Shifted, Scaled])
@@ -106,7 +105,7 @@ def test_a_subclass_that_does_something_else_has_no_rule_of_its_parents(kind):
     assert act_alike(kind) == (kind,)
     model = network(kind(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1))
     x = torch.randn(2, 3, 66, 97)
-    net = cs.adaptify(model, mask="none", example_input=x, outputs="native", verify_laws=False)
+    net = unverified(model, mask="none", example_input=x, outputs="native")
     with torch.no_grad():
         torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
 
@@ -127,10 +126,7 @@ def test_a_norm_by_another_name_is_trained_as_batch_norm_is(kind):
     plain[2] = nn.BatchNorm2d(8, plain[2].eps, plain[2].momentum)
     renamed = copy.deepcopy(plain)
     renamed[2] = kind(8)
-    nets = [
-        cs.adaptify(model, mask="random", example_input=x, verify_laws=False).train()
-        for model in (plain, renamed)
-    ]
+    nets = [unverified(model, mask="random", example_input=x).train() for model in (plain, renamed)]
     outputs = [net(x, mask=torch.eye(32, 48).bool().expand(2, -1, -1)) for net in nets]
     torch.testing.assert_close(*outputs)
     torch.testing.assert_close(*(net.get_submodule("2").running_var for net in nets))
@@ -139,9 +135,7 @@ def test_a_norm_by_another_name_is_trained_as_batch_norm_is(kind):
 def _train_a_half(rank: int, path: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}.met", rank=rank, world_size=2)
     model, x, mask = torch.load(path, weights_only=False)
-    net = cs.adaptify(
-        nn.SyncBatchNorm.convert_sync_batchnorm(model), mask="all", example_input=x, verify_laws=False
-    ).train()
+    net = unverified(nn.SyncBatchNorm.convert_sync_batchnorm(model), mask="all", example_input=x).train()
     mine = slice(rank, rank + 1)
     y = net(x[mine], mask=mask[mine])
     y.square().sum().backward()
@@ -157,7 +151,7 @@ def test_the_statistics_of_a_sync_batch_norm_are_those_of_all_processes(tmp_path
     """Two processes with an image each are one process with both: outputs, statistics, the sum of gradients."""
     model = network(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1)).double()
     x = torch.randn(2, 3, 64, 96).double()
-    net = cs.adaptify(copy.deepcopy(model), mask="all", example_input=x, verify_laws=False)
+    net = unverified(copy.deepcopy(model), mask="all", example_input=x)
     net(x)
     mask = torch.randint(0, net.plan.max_level + 1, net.levels.shape)
     torch.save((model, x, mask), tmp_path / "all")
@@ -172,17 +166,9 @@ def test_the_statistics_of_a_sync_batch_norm_are_those_of_all_processes(tmp_path
         torch.testing.assert_close(half[2:], (norm.running_mean, norm.running_var))
 
 
-class Dropping(nn.Module):
+def dropping(drop) -> nn.Module:
     """Functional dropout, with its flag."""
-
-    def __init__(self, drop) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.third, self.drop = nn.Conv2d(8, 8, 3, 1, 1), drop
-
-    def forward(self, x):
-        x = self.second(self.first(x))
-        return self.third(self.drop(x, p=0.4, training=self.training))
+    return Encoded(lambda own, image, y: own.head(drop(y, p=0.4, training=own.training))).eval()
 
 
 @pytest.mark.parametrize("drop", [F.dropout2d, F.dropout3d, F.feature_alpha_dropout])
@@ -190,9 +176,9 @@ class Dropping(nn.Module):
 def test_functional_dropout_of_channels_is_torchs(drop):
     """Where everything is low and the random numbers are the same, so is what is dropped."""
     torch.manual_seed(0)
-    model, x = Dropping(drop).eval(), torch.randn(2, 3, 65, 90)
-    net = cs.adaptify(model, mask="none", example_input=x, outputs="native", verify_laws=False)
-    assert net.plan["third"].action == "keep"
+    model, x = dropping(drop), torch.randn(2, 3, 65, 90)
+    net = unverified(model, mask="none", example_input=x, outputs="native")
+    assert net.plan["head"].action == "keep"
     torch.testing.assert_close(net(x), model(x))
     assert not any("drop" in node.name for node in net.optimize().graph.nodes)
     torch.manual_seed(1)
@@ -203,20 +189,10 @@ def test_functional_dropout_of_channels_is_torchs(drop):
 
 
 def test_alpha_dropout_changes_values_in_training_alone():
-    model, x = Dropping(F.alpha_dropout).eval(), torch.randn(1, 3, 64, 96)
-    net = cs.adaptify(model, mask="none", example_input=x, outputs="native", verify_laws=False)
+    model, x = dropping(F.alpha_dropout), torch.randn(1, 3, 64, 96)
+    net = unverified(model, mask="none", example_input=x, outputs="native")
     torch.testing.assert_close(net(x), model(x))
     assert (net.train()(x) - model(x)).abs().max() > 0.01
-
-
-class Detached(nn.Module):
-    def __init__(self, take) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.third, self.take = nn.Conv2d(8, 4, 3), take
-
-    def forward(self, x):
-        return self.third(self.take(self.second(self.first(x))))
 
 
 @pytest.mark.parametrize(
@@ -225,13 +201,13 @@ class Detached(nn.Module):
     ids=["data", "detach", "clone"],
 )
 def test_values_without_history_stay_in_the_region(take):
-    model, x = Detached(take).eval(), torch.randn(1, 3, 66, 97)
-    net = cs.adaptify(model, mask="all", example_input=x, verify_laws=False)
-    assert net.plan["third"].action == "keep"
+    model, x = Encoded(lambda own, image, y: own.head(take(y))).eval(), torch.randn(1, 3, 66, 97)
+    net = unverified(model, mask="all", example_input=x)
+    assert net.plan["head"].action == "keep"
     needs = net(x).requires_grad
     net(x).sum().backward()
     model(x).sum().backward()
-    assert needs and (net.get_submodule("first").weight.grad is None) == (model.first.weight.grad is None)
+    assert needs and (net.encode[0].weight.grad is None) == (model.encode[0].weight.grad is None)
 
 
 def holding(value: object) -> nn.Module:
@@ -250,7 +226,7 @@ def test_what_cannot_be_copied_is_shared(tmp_path):
         "images": (i for i in range(3)),
     }
     x = torch.randn(1, 3, 64, 96)
-    net = cs.adaptify(holding(held), mask="none", example_input=x, verify_laws=False)
+    net = unverified(holding(held), mask="none", example_input=x)
     copied = copy.deepcopy(net)
     copied.optimize()
     for one in (net, copied):

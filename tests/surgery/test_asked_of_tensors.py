@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from conftest import relative_error
+from networks import Encoded, converted_quietly
 from torch import Tensor, nn
 
 import cadsurgery as cs
 
 
-class Encoded(nn.Module):
-    """Three strided convolutions, then what a function makes of the module, the image and its map."""
-
-    def __init__(self, then: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        strided = [nn.Conv2d(channels, 8, 3, 2, 1) for channels in (3, 8, 8)]
-        self.encode = nn.Sequential(strided[0], nn.ReLU(), strided[1], nn.ReLU(), strided[2], nn.Sigmoid())
-        self.head, self.then = nn.Conv2d(8, 8, 1), then
-        self.register_buffer("count", torch.ones(()))
-        self.calls = 0
-        self.last: Tensor | None = None
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.then(self, image, self.encode(image))
-
-
-def convert(model: nn.Module) -> cs.AdaptiveModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", cs.CadWarning)
-        return cs.adaptify(
-            model.eval(),
-            mask="none",
-            output_stride=(2, 8),
-            outputs="native",
-            example_input=torch.rand(1, 3, 64, 64),
-        )
-
-
 def check(model: nn.Module) -> None:
     """The converted network and its optimised copy compute what the network does, at another size."""
-    net, other = convert(model), torch.rand(2, 3, 56, 88)
+    net, other = converted_quietly(model), torch.rand(2, 3, 56, 88)
     with torch.no_grad():
         expected = model(other)
         for one in (net, net.optimize()):
@@ -80,32 +51,11 @@ def test_facts_that_no_pixel_decides_are_answered(name: str) -> None:
 
 
 # What a tensor says of its memory or its history: other tensors of equal values say something else.
-OF_MEMORY = frozenset(
-    (
-        *(
-            "data_ptr",
-            "const_data_ptr",
-            "storage",
-            "untyped_storage",
-            "storage_type",
-            "stride",
-            "is_contiguous",
-            "dim_order",
-            "type",
-        ),
-        *(
-            "grad",
-            "grad_fn",
-            "grad_dtype",
-            "is_leaf",
-            "requires_grad",
-            "output_nr",
-            "name",
-            "get_device",
-            "nbytes",
-        ),
-    )
-)
+OF_MEMORY = {
+    *("data_ptr", "const_data_ptr", "storage", "untyped_storage", "storage_type", "stride", "dim_order"),
+    *("is_contiguous", "type", "grad", "grad_fn", "grad_dtype", "is_leaf", "requires_grad", "output_nr"),
+    *("name", "get_device", "nbytes"),
+}
 
 
 def say_something_else_of_other_pixels(name: str) -> bool:
@@ -187,7 +137,7 @@ def test_types_are_those_of_this_call(name: str) -> None:
     if "of a" not in name:  # else float32 in any network
         image = torch.rand(1, 3, 48, 80)
         with torch.no_grad():
-            halves = convert(model).half()(image.half())
+            halves = converted_quietly(model).half()(image.half())
             assert halves.dtype == torch.float16 and relative_error(halves.float(), model(image)) < 2e-2
 
 
@@ -199,9 +149,9 @@ def _count(own: Any, image: Tensor, y: Tensor) -> Tensor:
 
 
 def test_what_forward_assigns_and_does_not_return_is_left_alone() -> None:
-    model = Encoded(_count).eval()
+    model = Encoded(_count, count=nn.Buffer(torch.ones(())), calls=0, last=None).eval()
     count, before = model.count, {name: value for name, value in vars(model).items() if name[0] != "_"}
-    net = convert(model)
+    net = converted_quietly(model)
     assert model.count is count and count == 1
     assert all(vars(model)[name] is value for name, value in before.items())
     other = torch.rand(1, 3, 48, 80)
@@ -215,7 +165,7 @@ def test_a_buffer_that_the_next_call_depends_on_is_refused() -> None:
         return own.head(y) * own.count
 
     with pytest.raises(cs.CannotConvert, match=r"own\.count \* 0\.9\n.*assigns count, on which"):
-        convert(Encoded(scaled))
+        converted_quietly(Encoded(scaled, count=nn.Buffer(torch.ones(()))))
 
 
 @pytest.mark.parametrize("of", ["image", "map"])
@@ -225,7 +175,7 @@ def test_a_branch_on_gradients_is_refused_where_both_ways_differ(of: str) -> Non
         return own.head(y) if needs else own.head(2 * y)
 
     with pytest.raises(cs.CannotConvert, match=r"where gradients are needed, at test_asked_of_tensors\.py"):
-        convert(Encoded(branch))
+        converted_quietly(Encoded(branch))
 
 
 def test_a_branch_on_gradients_that_computes_the_same_is_followed() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels, slow
-from networks import conv_norm, randomise
+from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -128,7 +128,7 @@ def built(name: str) -> nn.Module:
 )
 def test_one_graph_serves_every_size(name: str, size: tuple[int, int]) -> None:
     """Other images than the example, other weights, several images, and the decoder in the region."""
-    net = cs.adaptify(built(name), "none", verify_laws=False)
+    net = unverified(built(name), "none")
     assert net.plan.share("adapt", "keep") > 0.25
     torch.manual_seed(7)
     model = built(name)
@@ -143,7 +143,7 @@ def test_one_graph_serves_every_size(name: str, size: tuple[int, int]) -> None:
     [name if name in ("int", "pads to a multiple", "coordinates") else slow(name) for name in NETWORKS],
 )
 def test_a_batch_is_its_images_on_any_map(name: str) -> None:
-    net = cs.adaptify(built(name), "none", verify_laws=False)
+    net = unverified(built(name), "none")
     x = images(2, 45, 54)
     net(x)
     levels = random_levels(2, tuple(net.levels.shape[1:]), net.plan.stage_strides)
@@ -155,7 +155,7 @@ def test_a_batch_is_its_images_on_any_map(name: str) -> None:
 def test_a_call_that_goes_another_way_gets_a_graph_of_its_own() -> None:
     """With the network's modules, made once for each kind of call, by copies too."""
     model = randomise(Large()).eval()
-    net = cs.adaptify(model, "none", outputs="native", verify_laws=False)
+    net = unverified(model, "none", outputs="native")
     small, large = images(1, 100, 80), images(2, 260, 80)
     for same in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         for x in (small, large, small, large):
@@ -234,7 +234,7 @@ def test_decisions_by_values_are_refused_with_their_line(
 
 def test_arguments_that_python_decides_by_lead_another_way() -> None:
     model, x = randomise(IntegerSizes()).eval(), images(1, 64, 64)
-    net = cs.adaptify(model, "none", outputs="native", verify_laws=False)
+    net = unverified(model, "none", outputs="native")
     for only_encode in (False, True, False):
         assert_same(net(x, only_encode=only_encode), model(x, only_encode=only_encode), EXACT)
 
@@ -261,7 +261,7 @@ def test_what_moves_a_map_ends_the_region_or_is_refused() -> None:
             return F.pad(x[:, :, 1:, 1:], (x.size(3) - x.size(3) + 1, 0, 1, 0))
 
     model = randomise(Moved()).eval()
-    net = cs.adaptify(model, "none", verify_laws=False)
+    net = unverified(model, "none")
     assert {"getitem", "pad"} & {
         decision.node.rpartition("_")[0] or decision.node for decision in net.plan.region_end
     }

@@ -51,7 +51,6 @@ def exchanges(name: str, make: Callable[[], nn.Module]) -> Callable[[nn.Module],
 
 CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "dilation of a new convolution": exchanges("dilated", lambda: nn.Conv2d(8, 8, 3, padding=1, bias=False)),
-    "bias of a new convolution": exchanges("dilated", lambda: nn.Conv2d(8, 8, 3, 1, 2, dilation=2)),
     "padding mode of a new convolution": exchanges(
         "dilated", lambda: nn.Conv2d(8, 8, 3, 1, 2, dilation=2, bias=False, padding_mode="reflect")
     ),
@@ -62,21 +61,13 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "the same settings": exchanges("dilated", lambda: nn.Conv2d(8, 8, 3, 1, 2, dilation=2, bias=False)),
     "more classes": exchanges("head", lambda: nn.Conv2d(8, 7, 1)),
     "no bias": sets("head", "bias", None),
-    "dilation": sets("dilated", "dilation", (1, 1)),
     "padding": sets("dilated", "padding", (1, 1)),
     "stride": sets("second", "stride", (1, 1)),
     "padding mode": sets("dilated", "padding_mode", "reflect"),
-    "kernel of a mean": sets("mean", "kernel_size", 5),
-    "what a mean counts": sets("mean", "count_include_pad", False),
     "a new mean": exchanges("mean", lambda: nn.AvgPool2d(5, 1, 2)),
-    "dilation of a maximum": sets("largest", "dilation", 2),
-    "groups of a norm": sets("norm", "num_groups", 4),
-    "epsilon of a norm": sets("norm", "eps", 0.5),
     "epsilon of a batch norm": sets("block.1", "eps", 0.5),
-    "slope": sets("leaky", "negative_slope", 0.5),
     "a new slope": exchanges("leaky", lambda: nn.LeakyReLU(0.9)),
     "factor of a resize": sets("larger", "scale_factor", 4.0),
-    "mode of a resize": sets("larger", "mode", "nearest"),
     "a block of other modules": exchanges(
         "block", lambda: nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
     ),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import covering, slow
+from networks import unverified
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
@@ -100,7 +101,7 @@ def x() -> Tensor:
 @pytest.mark.parametrize(("how", "training"), covering(WAYS, [False, True]))
 def test_computed_weights_are_those_of_the_call_and_have_the_gradients_of_the_original(how, training):
     model = network(how).train(training)
-    net = cs.adaptify(model, verify_laws=False)
+    net = unverified(model)
     other = network(how, seed=1)
     for each in (model, net):
         each.load_state_dict(other.state_dict())
@@ -122,29 +123,22 @@ def test_computed_weights_are_those_of_the_call_and_have_the_gradients_of_the_or
 @SOME
 def test_copies_optimised_networks_and_counts_have_the_computed_weights(how):
     model, other = network(how), network(how, seed=1)
-    net = cs.adaptify(model, verify_laws=False)
+    net = unverified(model)
     low(net, x()).sum().backward()  # weights with a history
     net.load_state_dict(other.state_dict())
     expected = other(x())
     for fuse in (True, False):
         torch.testing.assert_close(low(net.optimize(fuse), x()), expected)
     torch.testing.assert_close(low(copy.deepcopy(net), x()), expected)
-    assert (
-        net.macs(x()).high >= cs.adaptify(network(), verify_laws=False).macs(x()).high
-    )  # computing may take products
+    if how in HOOKS:  # torch does not pickle parametrised modules
+        torch.testing.assert_close(low(pickle.loads(pickle.dumps(net)), x()), expected)
+    assert net.macs(x()).high >= unverified(network()).macs(x()).high  # computing may take products
     torch.testing.assert_close(low(net, x()), expected)
-
-
-@pytest.mark.parametrize("how", HOOKS)
-def test_a_pickled_network_computes_its_weights(how):
-    net = cs.adaptify(network(how), verify_laws=False)
-    expected = low(net, x())
-    torch.testing.assert_close(low(pickle.loads(pickle.dumps(net)), x()), expected)
 
 
 @SOME
 def test_a_file_holds_what_weights_are_computed_from(how, tmp_path):
-    net = cs.adaptify(network(how, seed=1), verify_laws=False)
+    net = unverified(network(how, seed=1))
     cs.save(net, tmp_path / "net.safetensors")
     loaded = cs.load(tmp_path / "net.safetensors", network(how))
     torch.testing.assert_close(low(loaded, x()), network(how, seed=1)(x()))
@@ -154,12 +148,12 @@ def test_a_file_holds_what_weights_are_computed_from(how, tmp_path):
 def test_a_network_that_has_run_with_gradients_can_be_converted(how):
     model = network(how)
     model(x()).sum().backward()
-    torch.testing.assert_close(low(cs.adaptify(model, verify_laws=False), x()), model(x()))
+    torch.testing.assert_close(low(unverified(model), x()), model(x()))
 
 
 @SOME
 def test_weights_may_be_made_computed_after_the_conversion(how):
-    net, model = cs.adaptify(network(), verify_laws=False), network(how)
+    net, model = unverified(network()), network(how)
     low(net, x())
     torch.manual_seed(0)
     for place in PLACES:
@@ -178,7 +172,7 @@ def test_a_pruned_norm_and_linear_layer_of_the_region_are_those_of_the_call():
         return model
 
     model = pruned()
-    net = cs.adaptify(model, verify_laws=False)
+    net = unverified(model)
     model.load_state_dict(state := pruned().state_dict())
     net.load_state_dict(state)
     torch.testing.assert_close(low(net, x()), model(x()))
@@ -192,22 +186,6 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def test_pruning_and_training_go_on_after_the_conversion():
-    net = cs.adaptify(network(), verify_laws=False)
-    step = torch.optim.SGD(net.parameters(), 0.1)
-    low(net, x()).square().sum().backward()
-    prune.ln_structured(net.head, "weight", 0.5, n=2, dim=0)
-    step = torch.optim.SGD(net.parameters(), 1e-3)
-    losses = []
-    for _ in range(3):
-        step.zero_grad()
-        loss = low(net, x()).square().mean()
-        loss.backward()
-        step.step()
-        losses.append(float(loss.detach()))
-    assert losses[2] < losses[1] < losses[0]
 
 
 # -- hooks ---------------------------------------------------------------------------------------------
@@ -227,7 +205,7 @@ class Noted:
 def test_a_hook_there_before_the_conversion_is_called_with_maps_and_ends_the_region(place):
     model, noted = network(), Noted()
     model.get_submodule(place).register_forward_hook(noted.note)
-    net = cs.adaptify(model, "none", verify_laws=False)
+    net = unverified(model, "none")
     reasons = [decision.reason for decision in net.plan.chosen("barrier")]
     assert any("it has a forward hook, which is called with maps" in reason for reason in reasons)
     noted.shapes.clear()
@@ -240,7 +218,7 @@ def test_a_hook_there_before_the_conversion_may_change_values(place):
     model = network()
     model.get_submodule(place).register_forward_hook(lambda module, inputs, output: 2 * output)
     model.get_submodule(place).register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
-    net = cs.adaptify(model, "none", verify_laws=False)
+    net = unverified(model, "none")
     torch.testing.assert_close(net(x()), model(x()))
     torch.testing.assert_close(net.optimize()(x()), model(x()))
 
@@ -280,7 +258,7 @@ def test_a_hook_that_would_never_be_called_is_refused(place, register):
 
 
 def test_hooks_on_dense_operations_are_called():
-    net, noted = cs.adaptify(network(), "none", verify_laws=False), Noted()
+    net, noted = unverified(network(), "none"), Noted()
     net.blocks[0].act.register_forward_hook(noted.note)
     net(x())
     assert noted.shapes == [(2, 8, 33, 49)]
@@ -291,7 +269,7 @@ def test_hooks_on_the_network_itself_are_called(before):
     model, noted = network(), Noted()
     if before:
         model.register_forward_hook(noted.note)
-    net = cs.adaptify(model, "none", verify_laws=False)
+    net = unverified(model, "none")
     if not before:
         net.register_forward_hook(noted.note)
     noted.shapes.clear()
@@ -304,7 +282,7 @@ def test_hooks_on_the_network_itself_may_change_what_it_is_given_and_gives():
     model = network()
     model.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
     model.register_forward_hook(lambda module, inputs, output: output + 1)
-    net = cs.adaptify(model, verify_laws=False)
+    net = unverified(model)
     torch.testing.assert_close(low(net, x()), model(x()))
     torch.testing.assert_close(low(net.optimize(), x()), model(x()))
 
@@ -350,16 +328,6 @@ class LoRA(nn.Module):
         return self.conv(x) + self.up(self.down(x))
 
 
-def test_an_adapter_put_in_before_the_conversion_is_converted():
-    model = network()
-    model.blocks[2].conv = LoRA(model.blocks[2].conv)
-    net = cs.adaptify(model, verify_laws=False)
-    assert not any("hook" in decision.reason for decision in net.plan.chosen("barrier"))
-    torch.testing.assert_close(low(net, x()), model(x()))
-    low(net, x()).sum().backward()
-    assert net.blocks[2].conv.down.weight.grad.abs().sum() > 0
-
-
 def test_an_adapter_put_in_after_the_conversion_is_refused():
     net = cs.adaptify(network(), "none")
     conv = net.blocks[2].conv
@@ -370,17 +338,6 @@ def test_an_adapter_put_in_after_the_conversion_is_refused():
         net(x())
     net.blocks[2].conv = conv
     net(x())
-
-
-def test_a_module_of_the_same_class_and_settings_is_followed():
-    net, other = cs.adaptify(network(), "none", verify_laws=False), network(seed=1)
-    net(x())
-    net.blocks[2] = other.blocks[2]
-    net.head = other.head
-    expected = network()
-    expected.blocks[2], expected.head = other.blocks[2], other.head
-    torch.testing.assert_close(low(net, x()), expected(x()))
-    torch.testing.assert_close(low(net.optimize(), x()), expected(x()))
 
 
 EXCHANGES: dict[str, How] = {
@@ -408,17 +365,9 @@ def test_a_forward_exchanged_before_the_conversion_ends_the_region():
     model = network()
     conv = model.blocks[3].conv
     conv.forward = lambda x: 3 * nn.Conv2d.forward(conv, x)
-    net = cs.adaptify(model, "none", verify_laws=False)
+    net = unverified(model, "none")
     assert any("its forward was exchanged" in decision.reason for decision in net.plan.chosen("barrier"))
     torch.testing.assert_close(net(x()), model(x()))
-
-
-def test_settings_that_are_read_in_each_call_may_change():
-    net, model = cs.adaptify(network(), verify_laws=False), network()
-    low(net, x())
-    for each in (net, model):
-        each.blocks[2].norm.eps = 0.1
-    torch.testing.assert_close(low(net, x()), model(x()))
 
 
 # -- buffers that a network computes with ------------------------------------------------------------------
@@ -452,7 +401,7 @@ def test_buffers_are_read_in_every_call(norm: Callable[[int], nn.Module]) -> Non
     """After a checkpoint is loaded, in the inference copy and in a copy of another type; they are counted on shapes."""
     net, other = frozen(0, norm), frozen(1, norm)
     x = torch.randn(2, 3, 65, 97, dtype=torch.float64)
-    adapted = cs.adaptify(net, "random", outputs="native", example_input=x, verify_laws=False)
+    adapted = unverified(net, "random", outputs="native", example_input=x)
     torch.testing.assert_close(adapted(x, mask="none"), net(x))
     adapted.load_state_dict(other.state_dict())
     torch.testing.assert_close(adapted(x, mask="none"), other(x))
@@ -468,7 +417,7 @@ def test_tools_that_count_by_hooks_are_told_what_counts(
 ) -> None:
     """ptflops prints the error and returns None; the others raise it, torchinfo as the cause of its own."""
     pytest.importorskip(tool)
-    net, images = cs.adaptify(network(), "all", verify_laws=False), x()
+    net, images = unverified(network(), "all"), x()
     told = ""
     try:
         if tool == "ptflops":

@@ -12,29 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cadsurgery as cs
+from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.surgery.verify import _largest_part
 
 
 def conv(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     window = nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
     return nn.Sequential(window, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-class Attended(nn.Module):
-    """A dilated encoder and attention between positions (as DANet)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(conv(3, 8, 2), conv(8, 16, 2), conv(16, 16, 2))
-        self.deep = nn.Sequential(*(conv(16, 16, dilation=d) for d in (2, 2, 2, 4, 4, 4)))
-        self.query, self.value, self.head = nn.Conv2d(16, 4, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.deep(self.stem(x))
-        query = self.query(y).flatten(2)
-        weights = torch.softmax(query.transpose(1, 2) @ query, -1)
-        y = y + (self.value(y).flatten(2) @ weights).view_as(y)
-        return F.interpolate(self.head(y), x.shape[2:], mode="bilinear")
 
 
 class ResidualStream(nn.Module):
@@ -59,50 +43,6 @@ class ResidualStream(nn.Module):
             size = torch.Size([s * new for s in y.shape[-2:]])
             stream = stream + F.interpolate(back(y), size=size, mode="nearest")
         return self.head(stream)
-
-
-class Nested(nn.Module):
-    """A U of small Us (as U-2-Net)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.ModuleList(Inner(3 if i == 0 else 8) for i in range(3))
-        self.outer = nn.ModuleList(Inner(16) for _ in range(2))
-        self.sides = nn.ModuleList(nn.Conv2d(8, 1, 3, padding=1) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps: list[Tensor] = []
-        for inner in self.inner:
-            maps.append(inner(F.max_pool2d(maps[-1], 2, 2, ceil_mode=True) if maps else x))
-        outputs = [maps.pop()]
-        for outer in self.outer:
-            skip = maps.pop()
-            up = F.interpolate(outputs[-1], size=skip.shape[2:], mode="bilinear")
-            outputs.append(outer(torch.cat([up, skip], 1)))
-        sides = [side(y) for side, y in zip(self.sides, outputs, strict=True)]
-        return torch.cat([F.interpolate(y, x.shape[2:], mode="bilinear") for y in sides], 1).sigmoid()
-
-
-class Inner(nn.Module):
-    """A small U with a dilated bottom."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.first, self.last = conv(inputs, 8), conv(16, 8)
-        self.down = nn.ModuleList(conv(8, 8) for _ in range(3))
-        self.up = nn.ModuleList(conv(16, 8) for _ in range(2))
-        self.bottom = conv(8, 8, dilation=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = first = self.first(x)
-        maps: list[Tensor] = []
-        for down in self.down:
-            maps.append(down(F.max_pool2d(y, 2, 2, ceil_mode=True) if maps else y))
-            y = maps[-1]
-        y = self.last(torch.cat([self.bottom(y), y], 1))
-        for up, skip in zip(self.up, reversed(maps[:-1]), strict=True):
-            y = up(torch.cat([F.interpolate(y, size=skip.shape[2:], mode="bilinear"), skip], 1))
-        return y + first
 
 
 class Edges(nn.Module):
@@ -152,7 +92,8 @@ def work(run: Callable[[], Any]) -> tuple[int, Any]:
     return macs.total, result
 
 
-NETWORKS = (Attended, ResidualStream, Nested, Edges)
+Nested = subject("unets:NestedSalience", CHECKOUT).build  # a U of small Us
+NETWORKS = (ResidualStream, Nested, Edges)
 # What decides by sizes is also run at seven other sizes, to find out which decisions matter.
 MOST_CALLS = {Edges: 11}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import covering, relative_error
+from networks import Encoded, converted_quietly
 from torch import Tensor, fx, nn
 
 import cadsurgery as cs
@@ -20,21 +20,13 @@ EXAMPLE = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 OF_CODE: dict[str, Tensor] = {}  # what a network keeps beside itself
 
 
-class WithGrid(nn.Module):
-    """Three strided convolutions, to whose map a grid is added that a function makes or finds again."""
+def with_grid(grid_of: Callable[[Any, Tensor], Tensor], **kept: Any) -> nn.Module:
+    """A network to whose map a grid is added that a function makes or finds again."""
 
-    def __init__(self, grid_of: Callable[[Any, Tensor], Tensor], **kept: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        strided = [nn.Conv2d(channels, 8, 3, 2, 1) for channels in (3, 8, 8)]
-        self.encode = nn.Sequential(strided[0], nn.ReLU(), strided[1], nn.ReLU(), strided[2], nn.ReLU())
-        self.head, self.grid_of, self.store = nn.Conv2d(8, 4, 1), grid_of, Store()
-        for name, value in kept.items():
-            setattr(self, name, value)
+    def then(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        return own.head(torch.cat([y[:, :6], y[:, 6:] + grid_of(own, y)], 1))
 
-    def forward(self, image: Tensor) -> Tensor:
-        y = self.encode(image)
-        return self.head(torch.cat([y[:, :6], y[:, 6:] + self.grid_of(self, y)], 1))
+    return Encoded(then, store=Store(), **kept)
 
 
 class Store(nn.Module):
@@ -133,25 +125,18 @@ def by_function(own: Any, y: Tensor) -> Tensor:
 
 
 WAYS: dict[str, Callable[[], nn.Module]] = {
-    "as attribute": lambda: WithGrid(as_attribute, grid=None),
-    "as new attribute": lambda: WithGrid(as_new_attribute),
-    "as attribute that grows": lambda: WithGrid(as_attribute_that_grows, grid=None),
-    "beside its size": lambda: WithGrid(beside_its_size, grid=torch.empty(0), size=None),
-    "in list": lambda: WithGrid(in_list),
-    "as buffer": lambda: WithGrid(as_buffer),
-    "as new buffer": lambda: WithGrid(as_new_buffer),
-    "under sizes": lambda: WithGrid(under_sizes, grids={}),
-    "under shape": lambda: WithGrid(under_shape, grids={}),
-    "under text": lambda: WithGrid(under_text),
-    "by function": lambda: WithGrid(by_function),
+    "as attribute": lambda: with_grid(as_attribute, grid=None),
+    "as new attribute": lambda: with_grid(as_new_attribute),
+    "as attribute that grows": lambda: with_grid(as_attribute_that_grows, grid=None),
+    "beside its size": lambda: with_grid(beside_its_size, grid=torch.empty(0), size=None),
+    "in list": lambda: with_grid(in_list),
+    "as buffer": lambda: with_grid(as_buffer),
+    "as new buffer": lambda: with_grid(as_new_buffer),
+    "under sizes": lambda: with_grid(under_sizes, grids={}),
+    "under shape": lambda: with_grid(under_shape, grids={}),
+    "under text": lambda: with_grid(under_text),
+    "by function": lambda: with_grid(by_function),
 }
-
-
-def convert(model: nn.Module, **options: Any) -> cs.AdaptiveModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", cs.CadWarning)
-        options = {"output_stride": (2, 8), "outputs": "native", "example_input": EXAMPLE, **options}
-        return cs.adaptify(model.eval(), mask="none", **options)
 
 
 def check(net: nn.Module, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
@@ -167,7 +152,7 @@ def test_what_is_kept_is_computed_in_each_call(way: str, is_called: bool, tmp_pa
     model = WAYS[way]().eval()
     if is_called:
         model(EXAMPLE)
-    original, net = copy.deepcopy(model), convert(model)
+    original, net = copy.deepcopy(model), converted_quietly(model)
     cs.save(net, tmp_path / "net.safetensors")
     for same in (net, copy.deepcopy(net), net.optimize(), cs.load(tmp_path / "net.safetensors", WAYS[way]())):
         check(same, original)
@@ -195,7 +180,7 @@ def test_the_network_given_is_what_it_was(way: str, is_called: bool) -> None:
     if is_called:
         model(EXAMPLE)
     held = all_held(model)
-    convert(model)
+    converted_quietly(model)
     cs.plan(model, example_input=EXAMPLE)
     assert all_held(model) == held
     assert not [part for pair in OF_CODE.items() for part in pair if isinstance(part, fx.Proxy)]
@@ -209,10 +194,10 @@ def _keep_and_raise(own: Any, y: Tensor) -> Tensor:
 
 
 def test_the_network_given_is_what_it_was_when_it_is_refused() -> None:
-    model = WithGrid(_keep_and_raise, grid=None, grids=[None], by_name={"last": None}).eval()
+    model = with_grid(_keep_and_raise, grid=None, grids=[None], by_name={"last": None}).eval()
     held = all_held(model)
     with pytest.raises(cs.CannotConvert, match="decides by values"):
-        convert(model)
+        converted_quietly(model)
     assert all_held(model) == held
     assert not isinstance(OF_CODE.pop("last", None), fx.Proxy)
 
@@ -229,9 +214,9 @@ def _running(own: Any, y: Tensor) -> Tensor:
 
 
 DEPENDING = {
-    "first": (lambda: WithGrid(_first, grid=None), r"own\.grid = y\.mean.*\n.*assigns grid, on which"),
+    "first": (lambda: with_grid(_first, grid=None), r"own\.grid = y\.mean.*\n.*assigns grid, on which"),
     "running": (
-        lambda: WithGrid(_running, grids=[0.0]),
+        lambda: with_grid(_running, grids=[0.0]),
         r"own\.grids\[0\] = .*\n.*assigns grids\[0\], on which",
     ),
 }
@@ -241,7 +226,7 @@ DEPENDING = {
 def test_what_depends_on_pixels_of_earlier_calls_is_refused_with_its_line(name: str) -> None:
     build, words = DEPENDING[name]
     with pytest.raises(cs.CannotConvert, match=words):
-        convert(build())
+        converted_quietly(build())
 
 
 def _of_type(own: Any, y: Tensor) -> Tensor:
@@ -251,8 +236,8 @@ def _of_type(own: Any, y: Tensor) -> Tensor:
 
 
 def test_a_constant_that_is_assigned_in_the_type_of_the_map_is_followed() -> None:
-    model = WithGrid(_of_type, mean=torch.full((1, 1, 1, 1), 0.5)).eval()
-    check(convert(model), model)
+    model = with_grid(_of_type, mean=torch.full((1, 1, 1, 1), 0.5)).eval()
+    check(converted_quietly(model), model)
 
 
 def test_values_of_an_earlier_trace_are_refused_with_module_and_operation() -> None:
@@ -263,5 +248,5 @@ def test_values_of_an_earlier_trace_are_refused_with_module_and_operation() -> N
         result, last = y[:, 6:] + last, y.mean()
         return result + torch.zeros(y.shape[2], 1)
 
-    with pytest.raises(cs.CannotConvert, match="WithGrid uses the result of mean in an earlier call"):
-        convert(WithGrid(beside))
+    with pytest.raises(cs.CannotConvert, match="Encoded uses the result of mean in an earlier call"):
+        converted_quietly(with_grid(beside))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, random_levels, slow
-from networks import conv_norm, randomise
+from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -46,9 +46,7 @@ class CropLike(nn.Module):
 
 def converted() -> tuple[nn.Module, cs.AdaptiveModel]:
     model = randomise(CropLike()).eval()
-    return model, cs.adaptify(
-        model, "none", outputs="native", example_input=images(1, 64, 96), verify_laws=False
-    )
+    return model, unverified(model, "none", outputs="native", example_input=images(1, 64, 96))
 
 
 EVEN, ODD = (64, 96), (69, 84)
@@ -139,7 +137,7 @@ def test_work_is_counted_on_the_way_that_is_taken() -> None:
     """As a network counts it that was converted there; by the copy as by the network."""
     model, net = converted()
     x = images(2, *ODD)
-    there = cs.adaptify(model, "none", outputs="native", example_input=x[:1], verify_laws=False)
+    there = unverified(model, "none", outputs="native", example_input=x[:1])
     for one in (net, net.optimize()):
         ours, theirs = one.macs(x, mask="edges"), there.macs(x, mask="edges")
         assert (ours.mask, ours.high, ours.low) == (theirs.mask, theirs.high, theirs.low)
@@ -158,10 +156,6 @@ def test_loaded_weights_leave_one_way() -> None:
 
 
 # -- pyramids whose pooling follows from the size of the map ------------------------------------------
-
-
-def by_windows(x: Tensor, bins: int) -> Tensor:
-    return F.avg_pool2d(x, kernel_size=(x.size(2) // bins, x.size(3) // bins))
 
 
 def by_one_side(x: Tensor, bins: int) -> Tensor:
@@ -197,7 +191,6 @@ class Pyramid(nn.Module):
 @pytest.mark.parametrize(
     ("pool", "example"),
     [
-        slow(by_windows, (96, 96)),
         (by_one_side, (96, 96)),
         slow(by_one_side, (97, 97)),
         slow(by_bins, (96, 96)),
@@ -211,7 +204,7 @@ def test_a_pyramid_runs_at_sizes_other_than_that_of_its_conversion(
 ) -> None:
     """From a square, and from a size of which no window fits; at both, and at others."""
     model = randomise(Pyramid(pool)).eval()
-    net = cs.adaptify(model, "none", outputs="native", example_input=images(1, *example), verify_laws=False)
+    net = unverified(model, "none", outputs="native", example_input=images(1, *example))
     for size in ((96, 96), (97, 97), (90, 131)):
         x = images(2, *size)
         assert_same(net(x), model(x), EXACT)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, random_levels
-from networks import conv_norm, randomise
+from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -151,7 +151,7 @@ NETWORKS = {
 @torch.no_grad()
 def test_it_converts_and_is_the_network(name: str) -> None:
     """With other weights than those of the conversion, at other sizes and batches; copies and pickles of it too."""
-    net = cs.adaptify(randomise(NETWORKS[name]()).eval(), "none", outputs="native", verify_laws=False)
+    net = unverified(randomise(NETWORKS[name]()).eval(), "none", outputs="native")
     assert net.plan.share("adapt", "keep") > 0.1
     torch.manual_seed(1)
     model = randomise(NETWORKS[name]()).eval()
@@ -170,9 +170,7 @@ def test_it_converts_and_is_the_network(name: str) -> None:
 def test_a_shuffle_that_takes_the_batch_with_it_is_in_the_region(network: type[Shuffle], batch: int) -> None:
     """Whatever batch it is converted on; in mixed resolution a batch is its images."""
     model = randomise(network()).eval()
-    net = cs.adaptify(
-        model, "none", output_stride=(2, 8), example_input=images(batch, 64, 80), verify_laws=False
-    )
+    net = unverified(model, "none", output_stride=(2, 8), example_input=images(batch, 64, 80))
     assert not any(decision.reason for decision in net.plan.chosen("barrier"))
     x = images(2, 66, 71)
     net(x)
@@ -195,7 +193,7 @@ def test_further_arguments_are_none_or_refused() -> None:
 
 def test_assigned_weights_have_the_gradients_of_the_original() -> None:
     model = randomise(PixelDifferences()).double().eval()
-    net = cs.adaptify(copy.deepcopy(model), "none", outputs="native", verify_laws=False)
+    net = unverified(copy.deepcopy(model), "none", outputs="native")
     x = images(2, 64, 70, torch.float64)
     for each in (model, net):
         each(x).square().sum().backward()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images
-from networks import build
+from networks import build, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -53,7 +53,7 @@ def awkward() -> Awkward:
 def test_awkward_python_is_followed_exactly() -> None:
     """In-place changes, a module called twice, children named like properties, constants, nested outputs."""
     model, x = awkward(), images(2, 45, 71)
-    net = cs.adaptify(model, "none", output_stride=(2, 4), verify_laws=False)
+    net = unverified(model, "none", output_stride=(2, 4))
     (found, nested), (expected, expected_nested) = net(x), model(x)
     assert_same(found[..., ::2, ::2], expected, 1e-4)
     assert_same(nested["deep"][0][..., ::2, ::2], expected_nested["deep"][0], 1e-4)
@@ -73,7 +73,7 @@ def test_arguments_go_through_by_position_and_by_name() -> None:
 def test_an_ordered_dict_stays_one() -> None:
     """torch.fx turns it into a plain dictionary; the network's users may rely on it."""
     model = build("fcn_resnet50", aux_loss=True, by=4)
-    net = cs.adaptify(model, "all", verify_laws=False)
+    net = unverified(model, "all")
     x = images(1, 65, 97)
     found, expected = net(x), model(x)
     assert type(found) is OrderedDict
@@ -94,7 +94,7 @@ def test_functional_dropout_follows_the_mode_of_the_network(by_name: bool) -> No
             y = self.body(x)
             return F.dropout(y, 0.5, training=self.training) if by_name else F.dropout(y, 0.5, self.training)
 
-    net, x = cs.adaptify(Dropping().eval(), "all", verify_laws=False), images(1, 16, 24)
+    net, x = unverified(Dropping().eval(), "all"), images(1, 16, 24)
     assert torch.equal(net(x), net(x))
     net.train()
     assert not torch.equal(net(x), net(x))
@@ -179,7 +179,7 @@ def test_where_everything_leaves_at_native_size_the_plan_says_that_a_mask_cannot
 
 
 def test_data_of_the_original_can_be_read_but_its_methods_would_run_it_as_it_was() -> None:
-    net = cs.adaptify(build("mobilenet_v2", by=4), "none", verify_laws=False)
+    net = unverified(build("mobilenet_v2", by=4), "none")
     assert net.last_channel == 1280
     with pytest.raises(AttributeError):
         net._forward_impl(images(1, 64, 64))
@@ -296,7 +296,7 @@ class CallsMeanwhile(nn.Module):
 def test_other_threads_may_call_networks_while_one_is_traced() -> None:
     model = CallsMeanwhile().eval()
     expected = [model.call(module) for module in model.others]
-    cs.adaptify(model, "none", output_stride=(2, 4), verify_laws=False)
+    unverified(model, "none", output_stride=(2, 4))
     assert model.found.qsize()
     while model.found.qsize():
         for one, wanted in zip(model.found.get(), expected, strict=True):
@@ -346,5 +346,5 @@ class AsksForItsTracer(nn.Module):
 
 def test_where_a_graph_does_not_run_the_network_is_traced_on_an_example() -> None:
     model, x = AsksForItsTracer().eval(), images(1, 64, 96)
-    net = cs.adaptify(model, "none", outputs="native", verify_laws=False)
+    net = unverified(model, "none", outputs="native")
     assert_same(net(x), model(x))
