@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class Case:
         per_image: whether the images of a batch do not depend on each other.
         more: what it is called with besides, for each image of the batch.
         more_of_example: the same of the example.
+        joined: whether the network joins its images and others along the batch, so that there are maps for both.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Case:
     per_image: bool
     more: tuple[Tensor, ...] = ()
     more_of_example: tuple[Tensor, ...] = ()
+    joined: bool = False
 
     @property
     def given(self) -> Any:
@@ -1026,17 +1028,134 @@ class Fitted(nn.Module):
         return [y, (maps[-1], y.mean((2, 3)))]
 
 
+class ShuffledMean(nn.Module):
+    """A pixel shuffle, and a mean over the image behind it: as a vector, as a gate, of bins, or beside a map."""
+
+    def __init__(self, style: Style, widths: list[int]) -> None:
+        super().__init__()
+        factor = style.draw.choice([2, 2, 4])
+        self.wide, self.shuffle = (
+            nn.Conv2d(widths[-1], 8 * factor * factor, 3, padding=1),
+            nn.PixelShuffle(factor),
+        )
+        self.conv = unit(style, 8, 8)
+        self.how = style.draw.choice(["mean", "pool", "gate", "bins", "sum", "std", "largest", "both"])
+
+    def forward(self, maps: list[Tensor], image: Tensor) -> Any:
+        y = self.conv(self.shuffle(self.wide(maps[-1])))
+        if self.how == "gate":
+            return y * torch.sigmoid(y.mean((2, 3), keepdim=True))
+        if self.how == "both":
+            return y, F.adaptive_avg_pool2d(y, 1).flatten(1)
+        return {
+            "mean": lambda: torch.mean(y, [-1, -2]),
+            "pool": lambda: F.adaptive_avg_pool2d(y, 1),
+            "bins": lambda: F.adaptive_avg_pool2d(y, (2, 3)),
+            "sum": lambda: torch.sum(y, (2, 3), True) / 100,
+            "std": lambda: torch.std(y, (2, 3), False),
+            "largest": lambda: y.amax((2, 3)),
+        }[self.how]()
+
+
+class Positional(nn.Module):
+    """Calls whose arguments are passed by place."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = keeping(style, channels, channels)
+        self.how = style.draw.sample(sorted(self.CALLS), 3)
+
+    CALLS: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {
+        "avg_pool2d": lambda y: F.avg_pool2d(y, 3, 1, 1, False, False),
+        "avg_pool2d by a divisor": lambda y: F.avg_pool2d(y, 3, 1, 1, False, True, 7),
+        "max_pool2d": lambda y: F.max_pool2d(y, 3, 1, 1, 1, False),
+        "var": lambda y: y + torch.var(y, 1, False, True),
+        "var of the image": lambda y: y * torch.sigmoid(torch.var(y, (2, 3), False, True)),
+        "norm": lambda y: y / (1 + torch.norm(y, 2, 1, True)),
+        "normalize": lambda y: y + F.normalize(y, 1.0, 1, 0.1),
+        "cumsum": lambda y: torch.cumsum(y, 1) / 4,
+        "roll": lambda y: torch.roll(y, 1, 1),
+        "topk": lambda y: y + torch.topk(y, 1, 1)[0],
+        "where": lambda y: torch.where(y > 0.1, y, y * 0.2),
+        "masked_fill": lambda y: y.masked_fill(y < -1, -1.0),
+        "addcmul": lambda y: torch.addcmul(y, y, y, value=0.1),
+        "clamp": lambda y: torch.clamp(y, -2, 2),
+        "narrow": lambda y: torch.cat((y.narrow(1, 1, y.size(1) - 1), y[:, :1]), 1),
+        "repeat": lambda y: y + y[:, :1].repeat(1, y.shape[1], 1, 1),
+    }
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.how:
+            x = self.CALLS[name](x)
+        return self.conv(x)
+
+
+class Written(nn.Module):
+    """Writes to channels of its map, or into zeros."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = keeping(style, channels, channels)
+        self.how = style.draw.choice(["half", "one", "zeros", "last", "chosen"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, half = self.conv(x), x.shape[1] // 2
+        if self.how == "half":
+            y[:, :half] = x[:, half : 2 * half]
+        elif self.how == "one":
+            y[:, 0] = torch.tanh(y[:, 1])
+        elif self.how == "zeros":
+            y = y.new_zeros(y.shape)
+            y[:, 1:] = x[:, 1:] * 0.5
+        elif self.how == "last":
+            y = y.permute(0, 2, 3, 1)
+            y[..., -1] = 0.25
+            y = y.permute(0, 3, 1, 2)
+        else:
+            y[y > 1] = 1.0
+        return y + x
+
+
+class Uneven(nn.Module):
+    """A sum or a concatenation of two ways to halve a map, whose sizes differ where they round differently."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(channels, channels, 3, 2, 1), nn.MaxPool2d(2)
+        self.join = nn.Conv2d(2 * channels, channels, 1)
+        self.up = nn.Upsample(scale_factor=2, mode=style.draw.choice(["nearest", "bilinear"]))
+        self.how = style.draw.choice(["sum", "cat", "max"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.conv(x), self.pool(x)
+        if self.how == "sum":
+            y = first + second
+        elif self.how == "max":
+            y = torch.maximum(first, second)
+        else:
+            y = self.join(torch.cat([first, second], 1))
+        return x + self.up(y)
+
+
 ENDINGS: list[Any] = [Resized, Resized, TwoResized, Skips, AllStages]
 HEADS: list[Any] = [Plain, Plain, Several, Several, Classify, TopDown, TopDown, Transposed, *ENDINGS]
 HEADS += [Grown, SubPixels, Fitted]
 
 
+# What seeds from here on draw most of the time, as well.
+LATER = 10_000
+LATER_BLOCKS: list[Any] = [Positional, Written, Uneven, Positional, Written, *BLOCKS[:8]]
+
+
 class Network(nn.Module):
-    def __init__(self, draw: Draw) -> None:
+    def __init__(self, draw: Draw, later: bool = False) -> None:
         super().__init__()
         style = Style.of(draw)
+        style.exact |= later
         widths = draw.choice([[8, 12, 16], [12, 16, 24], [16, 16, 16], [8, 16, 24, 32]])
         kind = draw.choice([*HEADS, Doubled, Doubled] if style.exact else HEADS)
+        blocks_of_all = LATER_BLOCKS if later else BLOCKS
+        kind = ShuffledMean if later and draw.chance(0.4) else kind
         stages, dilation = [], 1
         self.stem, own = self._stem(style, widths[0])
         for c_in, c_out in pairwise(widths):
@@ -1050,14 +1169,16 @@ class Network(nn.Module):
                 own *= 2
                 first = nn.Sequential(halving(style, c_in, c_out), style.norm_of(c_out), style.activation())
             kinds = [
-                Strange if draw.chance(0.03) else draw.choice(BLOCKS) for _ in range(draw.choice([1, 1, 2]))
+                Strange if draw.chance(0.03) else draw.choice(blocks_of_all)
+                for _ in range(draw.choice([1, 1, 2]))
             ]
             own_dilation = [draw.choices([dilation, 1, 2 * dilation, 3], [20, 1, 1, 1])[0] for _ in kinds]
             blocks = [block(style, c_out, d) for block, d in zip(kinds, own_dilation, strict=True)]
             stages.append(nn.Sequential(first, *blocks))
         self.stages = nn.ModuleList(stages)
         self.head = kind(style, widths)
-        self.low, self.step = own * dilation, own if style.exact else 1
+        uneven = any(isinstance(module, Uneven) for module in self.modules())
+        self.low, self.step = own * dilation, (2 * own if uneven else own) if style.exact else 1
 
     @staticmethod
     def _stem(style: Style, width: int) -> tuple[nn.Module, int]:
@@ -1085,8 +1206,8 @@ class Network(nn.Module):
 class Conditioned(Network):
     """Takes another input besides: a second image, a map of one channel, or a vector for each image."""
 
-    def __init__(self, draw: Draw) -> None:
-        super().__init__(draw)
+    def __init__(self, draw: Draw, later: bool = False) -> None:
+        super().__init__(draw, later)
         self.kind, self.join = draw.choice(["image", "map", "vector"]), nn.Conv2d(3, 3, 1)
         if self.kind == "image":
             self.other: nn.Module = nn.Conv2d(3, 3, 3, padding=1)
@@ -1103,6 +1224,14 @@ class Conditioned(Network):
         if self.kind == "vector":
             more = more[:, :, None, None]
         return super().forward(self.join(image) + more)
+
+
+class Mirrored(Network):
+    """Joins the images and their mirror images along the batch, and takes the mean of both results."""
+
+    def forward(self, image: Tensor) -> Any:
+        both, count = super().forward(torch.cat([image, image.flip(3)], 0)), image.shape[0]
+        return torch.utils._pytree.tree_map(lambda value: value[:count] + value[count:], both)
 
 
 # -- a seed -------------------------------------------------------------------------------------------------
@@ -1133,7 +1262,9 @@ def random_case(seed: int) -> Case:
     """The network, images and example of a seed."""
     draw = Draw(seed)
     torch.manual_seed(seed)
-    model = (Conditioned if draw.chance(0.15) else Network)(draw).double()
+    later = seed >= LATER
+    kind = Conditioned if draw.chance(0.15) else Mirrored if later and draw.chance(0.15) else Network
+    model = kind(draw, later).double()
     least, step = 3 * model.low + 10, model.step
 
     def length() -> int:
@@ -1152,4 +1283,5 @@ def random_case(seed: int) -> Case:
         isinstance(module, nn.BatchNorm2d) and module.running_mean is None for module in model.modules()
     )
     own = step == 1 and draw.chance(0.1) and not more
-    return Case(model, image, None if own else example, per_image, more, more_of_example)
+    joined = isinstance(model, Mirrored)
+    return Case(model, image, None if own else example, per_image, more, more_of_example, joined)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TESTS, assert_same, slow
 from random_laws import compare
-from random_networks import Draw, random_case
+from random_networks import LATER, Draw, random_case
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -39,8 +39,10 @@ MOST_REFUSED = 4  # of those together: where what ends the region stands in fron
 
 
 def groups() -> list[list[int]]:
-    """The seeds of the slow suite, so many in a test."""
-    return [list(range(first, min(first + TOGETHER, ALL))) for first in range(0, ALL, TOGETHER)]
+    """The seeds of the slow suite, so many in a test; as many later ones, see `random_networks`."""
+    firsts = range(0, ALL, TOGETHER)
+    early = [list(range(first, min(first + TOGETHER, ALL))) for first in firsts]
+    return [*early, *([LATER + seed for seed in seeds] for seeds in early)]
 
 
 def span(seeds: list[int]) -> str:
@@ -90,7 +92,9 @@ def test_a_random_network_is_its_emulation(seeds: list[int], tmp_path: Path) -> 
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("seeds", [*([seed] for seed in UNDER_FLOORS), *map(slow, groups())], ids=span)
+@pytest.mark.parametrize(
+    "seeds", [*([seed] for seed in UNDER_FLOORS), *map(slow, groups()[: -(-ALL // TOGETHER)])], ids=span
+)
 def test_a_random_network_under_floors_is_its_emulation(seeds: list[int]) -> None:
     """Conversions compare everything high with the network, and each floor and all side by side with an emulation."""
     for seed in seeds:
