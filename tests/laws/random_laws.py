@@ -77,7 +77,7 @@ def compare(case: Case, draw: Draw) -> cs.AdaptiveModel:
         else:
             same(found, expected)
 
-        if case.per_image:
+        if case.per_image and not case.joined:
             for image in range(len(x)):
                 one = [value[image : image + 1] for value in (x, *more)]
                 same(net(*one, mask=levels[image : image + 1]), of_image(found, image))

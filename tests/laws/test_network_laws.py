@@ -172,7 +172,8 @@ def test_networks_of_full_width_keep_laws_1_to_3(name: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("name", "output_stride"), covering([*RESNETS, "timm/seresnet18"], [(8, 32), slow((4, 32)), (8, 16)])
+    ("name", "output_stride"),
+    [*covering(RESNETS, [(8, 32), slow((4, 32)), (8, 16)]), ("timm/seresnet18", (8, 32))],
 )
 def test_extremes_are_the_twins_at_the_strides_asked_for(name: str, output_stride: Size) -> None:
     """Law 2: everything high and everything low are the network dilated to these strides, logits included."""
