@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from itertools import chain, takewhile
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,15 @@ def predict(
     Of many images rows and failures are in the manifest, and the first 1000 in the report. Images may also be named in
     a list, `@FILE`, or `-` for standard input, and images and `output` may be in object storage. `workers` processes
     with one thread each share the images; None for one each core, or one on a GPU. With `ray`, the address of a cluster
-    or `local`, actors of Ray do, see `cadsurgery.ray`. Under a launcher each process runs its share of the images, and
+    or `local`, processes of Ray do. Under a launcher each process runs its share of the images, and
     every process returns the same report.
 
     A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again.
     Further `options` are those of `Settings`.
 
     Raises:
-        InvalidInput: the options do not fit the network, a result would replace another or its source, the folder holds
-            predictions and `resume` is not set, or something else made them.
+        InvalidInput: the options do not fit the network, a result would replace another file, the folder holds a
+            manifest and `resume` is not set, or something else made them.
         FileError: there are no images, or the output cannot be written.
     """
     settings = Settings(str(file), **options)
@@ -117,8 +117,13 @@ def predict(
     with _interruption() as stopped, manifest or nullcontext():
 
         def left(items: Iterable[Item]) -> Iterator[Item]:
-            missing = (item for _, item in share(items) if not outcome.skips(item, manifest))
-            return takewhile(lambda item: not stopped.is_set(), missing)
+            for _, item in share(items):
+                if stopped.is_set():
+                    return
+                if manifest is not None and manifest.is_written(item.source, item.target):
+                    outcome.counts["skipped"] += 1
+                else:
+                    yield item
 
         stills = left(sources.images() if sources.stills else ())
         if predictor is None:
@@ -179,12 +184,6 @@ class _Outcome:
         if self.counts[became] <= _LISTED:
             self.listed.append((position, became, row))
         self.classes |= row.get("classes", {}).keys()
-
-    def skips(self, item: Item, manifest: Predictions | None) -> bool:
-        """True if a prediction is in place, which is counted."""
-        is_there = manifest is not None and manifest.is_written(item.source, item.target)
-        self.counts["skipped"] += is_there
-        return is_there
 
     def merge(self, other: _Outcome) -> _Outcome:
         """Return the outcome of the processes of both."""

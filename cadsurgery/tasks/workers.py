@@ -63,7 +63,8 @@ def _share(
             with suppress(BrokenExecutor):  # which just broke
                 for block in islice(blocks, 0 if lost else count - len(running)):
                     lost.append(block)
-                    running[submit(block)] = lost.pop()
+                    future = submit(block)
+                    running[future] = lost.pop()
             if not running:
                 return lost
             for future in wait(running, return_when=FIRST_COMPLETED).done:
