@@ -44,20 +44,19 @@ def list_files(address: str) -> list[str]:
         FileError: it cannot be listed, or there is no such folder.
     """
     with _reaching(address, "listed") as (files, path):
-        selector = _arrow().FileSelector(path, recursive=True)
+        from pyarrow.fs import FileSelector
+
+        selector = FileSelector(path, recursive=True)
         places = [info.path for info in files.get_file_info(selector) if info.is_file]
     return sorted((place.removeprefix(f"{path}/") for place in places), key=lambda place: place.split("/"))
-
-
-def _arrow() -> Any:
-    what = "object storage is read and written by pyarrow, which is not installed."
-    return import_optional("pyarrow.fs", what, "pip install 'cadsurgery[scale]'")
 
 
 @functools.cache
 def _file_system(root: str) -> tuple[Any, str]:
     """Return the file system of a root, and the path of the root in it."""
-    files, path = _arrow().FileSystem.from_uri(root)
+    what = "object storage is read and written by pyarrow, which is not installed."
+    arrow = import_optional("pyarrow.fs", what, "pip install 'cadsurgery[scale]'")
+    files, path = arrow.FileSystem.from_uri(root)
     return files, path.rstrip("/")
 
 

@@ -21,6 +21,7 @@ from cadsurgery.support.launcher import world
 from cadsurgery.tasks.run_folder import Identity, check_same_run, unreadable
 
 Row = dict[str, Any]
+_ALIKE = "all rows of a manifest are made alike."
 _BETWEEN_UPLOADS = 60.0  # seconds, of a manifest in object storage
 
 
@@ -61,19 +62,17 @@ class Manifest:
         try:
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
-                    if line.endswith(b"\n"):
-                        self._take_line(json.loads(line), number)
-                        whole += len(line)
+                    if not line.endswith(b"\n"):
+                        break
+                    if number > 1:
+                        self._take(json.loads(line))
+                    else:
+                        check_same_run(json.loads(line), self._made_by, Path(self._output), _ALIKE)
+                    whole += len(line)
             if world().is_main:
                 os.truncate(file, whole)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise unreadable(file, ValueError(f"line {number}: {error}")) from error
-
-    def _take_line(self, row: Row, number: int) -> None:
-        if number == 1:
-            check_same_run(row, self._made_by, Path(self._output), "all rows of a manifest are made alike.")
-        else:
-            self._take(row)
 
     def begin(self) -> None:
         """Write the first line of this process's file, unless it is there; no process may still read."""
