@@ -6,17 +6,21 @@ Every run is a command of its own, and its time is that of a run of many picture
 starting processes and opening the network do not count. The sides take turns. Random weights, float32, on the CPU.
 
 resident: the largest resident set of the command's first process in MiB, as its kernel records it (Linux).
+A run begins when all processes of the run before have ended. Ray's processes get the priority of all others, which Ray
+lowers, so that whatever else the machine does takes the same from each side.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,10 +35,11 @@ from cadsurgery.support.provenance import setting
 SIDES = {
     "one worker": ("--workers", "1"),
     "two workers": ("--workers", "2"),
-    "Ray, two actors": ("--ray", "local", "--workers", "2"),
+    "Ray, two processes": ("--ray", "local", "--workers", "2"),
     "one worker, batches of 4": ("--workers", "1", "--batch", "4"),
 }
 DIFFERENT = 50  # pictures; the others are links to them
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux
 
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
@@ -53,7 +58,7 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
 def run(file: Path, pictures: Path, output: Path, options: tuple[str, ...]) -> tuple[float, float]:
     """Run the command; return its seconds, and the largest resident set of its first process in MiB."""
     command = ("run", file, pictures, "-o", output, *options)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "cadsurgery.cli", *map(str, command)],
@@ -61,9 +66,13 @@ def run(file: Path, pictures: Path, output: Path, options: tuple[str, ...]) -> t
         stdout=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    with suppress(ChildProcessError):  # processes of Ray end seconds after the command
+        while os.wait():
+            pass
     if status:
         raise SystemExit(f"cadsurgery {' '.join(map(str, command))} failed")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    return seconds, usage.ru_maxrss / 1024
 
 
 def measure(file: Path, folder: Path, count: int, size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
@@ -97,6 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("many_pictures.json"))
     options = parser.parse_args()
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # processes that outlive a command become children of this one
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "net.safetensors"
         torch.manual_seed(0)

@@ -61,12 +61,11 @@ def read_image(
     check_size(size)
     if content is None and stores.is_remote(path):
         content = stores.read_bytes(str(path))
-    shown = Path(path) if content is None else stores.without_options(str(path))
-    with _open(shown, "an image", "give a PNG or JPEG.", content) as file:
+    with _open(path, "an image", "give a PNG or JPEG.", content) as file:
         image = ImageOps.exif_transpose(file) if upright else file
         wide = image.mode == "F" or image.mode.startswith("I")
         # PIL's conversion would clip values of more than 8 bits to 255.
-        image = Image.fromarray(_grey(np.array(image), file, shown)) if wide else image.convert("RGB")
+        image = Image.fromarray(_grey(np.array(image), file, path)) if wide else image.convert("RGB")
     return to_tensor(image, size)
 
 
@@ -114,7 +113,7 @@ def _open(path: Path | str, what: str, next: str, content: bytes | None = None) 
         raise
     except Exception as error:  # decoders raise errors of any type, also for suspiciously large pictures
         refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
-        raise (of_another_kind(path, PICTURE) if content is None else None) or refusal from error
+        raise of_another_kind(path, PICTURE) or refusal from error
 
 
 def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path | str) -> np.ndarray[Any, Any]:
@@ -252,10 +251,10 @@ def _images_of(path: str, name: str, apart: str) -> Iterator[tuple[str, str, dic
     is_empty = True
     for place, used in inside:
         is_empty = False
-        yield stores.join(path, place), place, used
+        yield os.path.join(path, place), place, used
     if is_empty:
         raise FileError(
-            f"there are no images in {stores.without_options(path)}.",
+            f"there are no images in {path}.",
             why=describe_left_out(left_out),
             next=f"accepted: {', '.join(SUFFIXES)}.",
         )
@@ -426,7 +425,7 @@ def write_picture(picture: Image.Image, path: Path | str) -> None:
     Raises:
         FileError: the path cannot be written, or its ending belongs to no known format.
     """
-    kind = _format(Path(stores.without_options(str(path))))
+    kind = _format(Path(path))
     if kind != "PNG":  # only PNG keeps our palettes and transparency
         picture = picture.convert("RGB")
     if stores.is_remote(path):

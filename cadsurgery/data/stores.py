@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from cadsurgery.support.errors import FileError, first_line, import_optional
 
@@ -16,19 +13,6 @@ from cadsurgery.support.errors import FileError, first_line, import_optional
 def is_remote(path: object) -> bool:
     """True for an address with a scheme, such as `s3://bucket/photos`."""
     return "://" in str(path)
-
-
-def join(folder: str, place: str) -> str:
-    """Return the path or address of a file in a folder; options of the file system, behind `?`, stay at the end."""
-    if not is_remote(folder):
-        return str(Path(folder) / place)
-    base, mark, options = folder.partition("?")
-    return f"{base.rstrip('/')}/{place}{mark}{options}"
-
-
-def without_options(address: str) -> str:
-    """Return an address without the options of the file system, which may hold keys."""
-    return address.partition("?")[0] if is_remote(address) else address
 
 
 def read_bytes(address: str) -> bytes:
@@ -60,11 +44,11 @@ def list_files(address: str) -> list[str]:
         FileError: it cannot be listed, or there is no such folder.
     """
     with _reaching(address, "listed") as (files, path):
-        selector = import_module("pyarrow.fs").FileSelector(path, recursive=True)
+        from pyarrow.fs import FileSelector
+
+        selector = FileSelector(path, recursive=True)
         places = [info.path for info in files.get_file_info(selector) if info.is_file]
-    return sorted(
-        (place.removeprefix(path).lstrip("/") for place in places), key=lambda place: place.split("/")
-    )
+    return sorted((place.removeprefix(f"{path}/") for place in places), key=lambda place: place.split("/"))
 
 
 @functools.cache
@@ -79,13 +63,14 @@ def _file_system(root: str) -> tuple[Any, str]:
 @contextmanager
 def _reaching(address: str, done: str) -> Iterator[tuple[Any, str]]:
     """Yield the file system of a file and its path there; errors in the block become a `FileError`."""
+    scheme, _, place = address.partition("://")
+    host, _, path = place.partition("/")
     try:
-        parts = urlsplit(address, allow_fragments=False)
-        files, base = _file_system(urlunsplit((parts.scheme, parts.netloc, "/", parts.query, "")))
-        yield files, f"{base}/{parts.path.strip('/')}"
+        files, base = _file_system(f"{scheme}://{host}/")
+        yield files, f"{base}/{path.strip('/')}"
     except (OSError, ValueError) as error:
         raise FileError(
-            f"{without_options(address)} cannot be {done}.",
+            f"{address} cannot be {done}.",
             why=first_line(error),
             next="check the address and the credentials, see pyarrow.fs.FileSystem.from_uri.",
         ) from error

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import hashlib
+import io
 import json
+import pickle
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -28,7 +32,7 @@ from cadsurgery.data.networks import Source
 from cadsurgery.masks import labelled, resolve_mask
 from cadsurgery.network.storage import checksum
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
-from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
+from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error, first_line
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, own_device, shard
 from cadsurgery.support.progress import Step, silent, within
@@ -48,7 +52,7 @@ from cadsurgery.tasks.report import (
 from cadsurgery.tasks.run_folder import Identity
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
-from cadsurgery.tasks.side import Comparison, Metrics, Side, StoredMetrics, time_sides
+from cadsurgery.tasks.side import Comparison, Metrics, Side, time_sides
 from cadsurgery.tasks.sides import masks as of_masks
 from cadsurgery.tasks.sides import need_kind
 from cadsurgery.tasks.tables import Column, table
@@ -142,7 +146,14 @@ def evaluate(
     samples = _with_classes(samples, compared, torch_device)
     judge = _Judge(compared, samples, kind, torch_device)
     if output is not None and resume:
-        made_by = _identity(network, opened, compared, samples, options, batch, kind, torch_device)
+        name = network if isinstance(network, str) else type(network).__name__
+        made_by = {
+            "network": fingerprint(name) if is_file(network) else name,
+            "weights": checksum(opened.state_dict()),
+            "options": options or {},
+            "batch": batch,
+            **judge.identity(),
+        }
         judge.resume(Manifest(output.with_suffix(".manifest"), made_by, judge.take))
     failed = judge.run(batch, step)
     tallies, first = judge.gather(failed)
@@ -256,17 +267,6 @@ class Tally:
         self.metrics.merge(other.metrics)
         self.counts.update(other.counts)
 
-    def row(self) -> dict[str, Any]:
-        """Return the sums as plain values, for a manifest."""
-        assert isinstance(self.metrics, StoredMetrics)
-        return {"counts": self.counts, "sums": self.metrics.sums()}
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Add the sums that `row` returned."""
-        assert isinstance(self.metrics, StoredMetrics)
-        self.metrics.add_sums(row["sums"])
-        self.counts.update(row["counts"])
-
     def values(self, side: Side, classes: Sequence[str]) -> dict[str, Any]:
         """Return the fields of the side's row."""
         figures = self.metrics.compute()
@@ -275,6 +275,13 @@ class Tally:
             names = classes or [f"class {place}" for place in range(len(shares))]
             fields["iou"] = dict(zip(names, shares, strict=True))
         return {name: value for name, value in fields.items() if name != "pixels"}
+
+
+def _pack(tallies: Sequence[Tally]) -> str:
+    """Return tallies as text, for a manifest."""
+    content = io.BytesIO()
+    torch.save(tallies, content)
+    return base64.b64encode(zlib.compress(content.getvalue())).decode()
 
 
 class _Judge:
@@ -299,6 +306,17 @@ class _Judge:
             usual = partial(Accuracy, len(self._data.classes), self._data.name)
         return [Tally((side.metrics or usual)()) for side in self._compared.sides]
 
+    def identity(self) -> Identity:
+        """Return what a manifest states: what is judged, and on what."""
+        names = hashlib.sha256(json.dumps(self._data.names).encode()).hexdigest()
+        data = {"name": self._data.name, "split": self._data.split, "images": len(self._data), "names": names}
+        sides = {
+            str(place): {"side": side.name, **side.about}
+            for place, side in enumerate(self._compared.sides, 1)
+        }
+        fixed = {"classes": self._data.classes, "kind": self._kind, "device": self._device.type}
+        return {"sides": sides, "data": data, **fixed}
+
     def resume(self, manifest: Manifest) -> None:
         """Write a row for each batch from now on, once every process has read the rows of earlier runs.
 
@@ -306,22 +324,30 @@ class _Judge:
             InvalidInput: metrics of the user cannot be stored.
         """
         for side, tally in zip(self._compared.sides, self.tallies, strict=True):
-            if not isinstance(tally.metrics, StoredMetrics):
+            try:
+                self._unpack(_pack([tally]))
+            except (pickle.PickleError, AttributeError, TypeError) as error:
                 raise InvalidInput(
                     f"--resume with the metrics {type(tally.metrics).__name__} of side {side.name}.",
-                    next="give them the methods `sums` and `add_sums`, see StoredMetrics; or leave resume out.",
-                )
+                    why=first_line(error),
+                    next="give a class of a module, with plain values and tensors; or leave resume out.",
+                ) from error
         gather(None, self._device)
         manifest.begin()
         self._manifest = manifest
+
+    def _unpack(self, text: str) -> list[Tally]:
+        """Return the tallies in a text of `_pack`, which may hold the classes of these metrics and no others."""
+        known = (Tally, Accuracy, SegmentationMetrics, FidelityMetrics)
+        with torch.serialization.safe_globals([*known, *(type(tally.metrics) for tally in self._start())]):
+            content = zlib.decompress(base64.b64decode(text))
+            return torch.load(io.BytesIO(content), weights_only=True)
 
     def take(self, row: Mapping[str, Any]) -> None:
         """Add a batch by its row in the manifest. Images that failed are tried again."""
         if "sides" not in row:
             return
-        parts = self._start()
-        for part, stored in zip(parts, row["sides"], strict=True):
-            part.add(stored)
+        parts = self._unpack(row["sides"])
         self._add(row["positions"], parts if world().is_main else [])
 
     def _add(self, positions: Sequence[int], parts: Sequence[Tally]) -> None:
@@ -334,8 +360,7 @@ class _Judge:
     def run(self, size: int, step: Step) -> list[Failure]:
         """Judge this process's share of the images that are left; return the failures of all processes."""
         left = [position for position in range(len(self._data)) if position not in self.done]
-        record = self._manifest.add_failure if self._manifest else lambda failure: None
-        failures, done, share = Failures("image", record=record), 0, len(shard(left))
+        failures, done, share = Failures("image"), 0, len(shard(left))
         if not left:
             return []
         step(f"image 1 of {share}", 0, share)
@@ -352,10 +377,12 @@ class _Judge:
             positions = [left[place] for place in places]
             if self._manifest is not None:
                 names = [data.names[place] for place in places]
-                sides = [part.row() for part in parts]
-                self._manifest.add({"paths": names, "positions": positions, "sides": sides})
+                self._manifest.add({"paths": names, "positions": positions, "sides": _pack(parts)})
             self._add(positions, parts)
             done += len(images)
+        if self._manifest is not None:
+            for _, failure in failures.noted:
+                self._manifest.add_failure(failure)
         return failures.gather(self._device)
 
     def _judge(self, images: Tensor, labels: Tensor) -> list[Tally] | CadError:
@@ -391,34 +418,6 @@ class _Judge:
         image, labels = sample_of(self._data, min(firsts))
         known = labels[None].to(self._device) if self._data.is_labelled else None
         return merged, (_prepare(image[None], self._compared.source, self._device), known)
-
-
-def _identity(
-    network: str | nn.Module,
-    opened: nn.Module,
-    compared: Comparison,
-    data: SegmentationData,
-    options: Mapping[str, Any] | None,
-    batch: int,
-    kind: Kind,
-    device: torch.device,
-) -> Identity:
-    """Return what a manifest states: all that figures depend on, apart from the code of networks by name."""
-    name = network if isinstance(network, str) else type(network).__name__
-    names = hashlib.sha256(json.dumps(data.names).encode()).hexdigest()
-    return {
-        "network": fingerprint(name) if is_file(network) else name,
-        "weights": checksum(opened.state_dict()),
-        "options": options or {},
-        "sides": {
-            str(place): {"side": side.name, **side.about} for place, side in enumerate(compared.sides, 1)
-        },
-        "data": {"name": data.name, "split": data.split, "images": len(data), "names": names},
-        "classes": data.classes,
-        "batch": batch,
-        "kind": kind,
-        "device": device.type,
-    }
 
 
 def _prepare(images: Tensor, source: Source, device: torch.device) -> Tensor:
@@ -474,14 +473,6 @@ class Accuracy:
     def merge(self, other: Accuracy) -> None:
         """Add the sums of another object."""
         self.metrics.merge(other.metrics)
-
-    def sums(self) -> dict[str, Any]:
-        """Return the sums of `SegmentationMetrics`."""
-        return self.metrics.sums()
-
-    def add_sums(self, sums: Mapping[str, Any]) -> None:
-        """Add what `sums` returned."""
-        self.metrics.add_sums(sums)
 
     def compute(self) -> dict[str, Any]:
         """Return the figures of `SegmentationMetrics`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
@@ -28,18 +27,10 @@ class Failures:
         noted: position of each failed item among all items, and its failure.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        before: Sequence[Failure] = (),
-        record: Callable[[Failure], None] = lambda failure: None,
-    ) -> None:
-        """Start with failures known before any work, which only the first process reports; call `record` with each
-        failure, these included."""
-        self.kind, self._item, self._record = kind, (-1, ""), record
-        self.noted: list[tuple[int, Failure]] = []
-        for failure in before if world().is_main else ():
-            self._add(failure)
+    def __init__(self, kind: str, before: Sequence[Failure] = ()) -> None:
+        """Start with failures known before any work; only the first process reports these."""
+        self.kind, self._item = kind, (-1, "")
+        self.noted: list[tuple[int, Failure]] = [(-1, failure) for failure in before if world().is_main]
 
     def at(self, position: int, name: str) -> None:
         """Set the item to which later failures belong."""
@@ -47,20 +38,8 @@ class Failures:
 
     def note(self, error: CadError, name: str = "") -> None:
         """Add a failure of the current item, or of a part of it with a name of its own."""
-        self._add({self.kind: name or self._item[1], **error.to_dict()})
-
-    def _add(self, failure: Failure) -> None:
-        self.noted.append((self._item[0], failure))
-        self._record(failure)
-
-    @contextmanager
-    def noting(self, *names: str) -> Iterator[None]:
-        """Note an error of the block for each of these parts of the current item, and go on behind the block."""
-        try:
-            yield
-        except CadError as error:
-            for name in names:
-                self.note(error, name)
+        position, known = self._item
+        self.noted.append((position, {self.kind: name or known, **error.to_dict()}))
 
     def gather(self, device: torch.device) -> list[Failure]:
         """Return the failures of all processes, in the order of the items; every process must call this."""

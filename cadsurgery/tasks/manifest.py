@@ -21,6 +21,7 @@ from cadsurgery.support.launcher import world
 from cadsurgery.tasks.run_folder import Identity, check_same_run, unreadable
 
 Row = dict[str, Any]
+_ALIKE = "all rows of a manifest are made alike."
 _BETWEEN_UPLOADS = 60.0  # seconds, of a manifest in object storage
 
 
@@ -31,66 +32,59 @@ class Manifest:
     the rows. A row follows its result, so that a killed process leaves no row without a result.
     """
 
-    def __init__(self, output: Path | str, made_by: Identity, take: Callable[[Row], None]) -> None:
-        """Read the rows of earlier runs into a folder; the first process removes what a killed process wrote in part.
-
-        Args:
-            output: the folder, which may be in object storage.
-            made_by: what makes the rows.
-            take: gets each row.
+    def __init__(
+        self, output: Path | str, made_by: Identity, take: Callable[[Row], None], resume: bool = True
+    ) -> None:
+        """Read the rows of earlier runs into a folder, which may be in object storage, and give each to `take`.
 
         Raises:
-            InvalidInput: something else made the rows.
+            InvalidInput: something else made the rows, or there are some and `resume` is not set.
             FileError: a file of the manifest is damaged.
         """
-        self._output, self._uploaded, self._take = str(output), 0.0, take
-        self._is_remote = stores.is_remote(output)
-        self.folder = self._download() if self._is_remote else Path(output)
+        self._output, self._take, self._uploaded = str(output), take, time.monotonic()
         self._made_by = json.loads(json.dumps(made_by, default=str))
-        self._own = self.folder / _name(world().rank)
-        files, self._stale = self._files()
-        self._begun = [file for file in files if self._read(file)]
+        self._folder = self._download() if stores.is_remote(output) else Path(output)
+        self._own = self._folder / (f"manifest.{world().rank}.jsonl" if world().rank else "manifest.jsonl")
+        files = sorted(self._folder.glob("manifest*.jsonl"))
+        self.is_new = not files
+        if files and not resume:
+            raise InvalidInput(
+                f"{output} holds the manifest of an earlier run.",
+                why="its predictions would be overwritten.",
+                next="write only what is missing: --resume; or choose another folder: --output.",
+            )
+        for file in files:
+            self._read(file)
 
-    def _files(self) -> tuple[list[Path], list[Path]]:
-        """Return the files to go on with, and those to remove."""
-        return sorted(self.folder.glob("manifest*.jsonl")), []
-
-    def _read(self, file: Path) -> int:
-        """Read a file up to its last whole line; return the number of bytes up to there."""
+    def _read(self, file: Path) -> None:
+        """Read whole lines; the first process removes a line that a killed process wrote in part."""
         whole, number = 0, 0
         try:
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
-                    if line.endswith(b"\n"):
-                        self._take_line(json.loads(line), number)
-                        whole += len(line)
-            if world().is_main and file.stat().st_size > whole:
+                    if not line.endswith(b"\n"):
+                        break
+                    if number > 1:
+                        self._take(json.loads(line))
+                    else:
+                        check_same_run(json.loads(line), self._made_by, Path(self._output), _ALIKE)
+                    whole += len(line)
+            if world().is_main:
                 os.truncate(file, whole)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise unreadable(file, ValueError(f"line {number}: {error}")) from error
-        return whole
-
-    def _take_line(self, row: Row, number: int) -> None:
-        if number == 1:
-            check_same_run(row, self._made_by, self.folder, "all rows of a manifest are made alike.")
-        else:
-            self._take(row)
 
     def begin(self) -> None:
         """Write the first line of this process's file, unless it is there; no process may still read."""
-        make_folder(self.folder)
-        of_others = {self.folder / _name(rank) for rank in range(world().size)} - {self._own}
-        for file in self._stale:
-            if file == self._own or (world().is_main and file not in of_others):
-                file.unlink(missing_ok=True)
-        if self._own not in self._begun:
+        make_folder(self._folder)
+        if not self._own.exists() or not self._own.stat().st_size:
             append_line(self._own, json.dumps(self._made_by))
 
     def add(self, row: Row) -> None:
         """Append a row, whose result is in place."""
         append_line(self._own, json.dumps(row))
-        if self._is_remote and time.monotonic() - self._uploaded > _BETWEEN_UPLOADS:
-            self._upload()
+        if time.monotonic() - self._uploaded > _BETWEEN_UPLOADS:
+            self.__exit__()
 
     def add_failure(self, failure: Mapping[str, Any]) -> None:
         """Append the row of a picture that failed, with the reason."""
@@ -101,8 +95,10 @@ class Manifest:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._is_remote:
-            self._upload()
+        """Upload the rows into object storage."""
+        if stores.is_remote(self._output):
+            stores.write_bytes(f"{self._output}/{self._own.name}", self._own.read_bytes())
+        self._uploaded = time.monotonic()
 
     def _download(self) -> Path:
         """Return a temporary folder with the manifest's files in object storage."""
@@ -110,13 +106,9 @@ class Manifest:
         with suppress(FileError):  # there is no such folder yet
             for place in stores.list_files(self._output):
                 if fnmatch(place, "manifest*.jsonl"):
-                    content = stores.read_bytes(stores.join(self._output, place))
+                    content = stores.read_bytes(f"{self._output}/{place}")
                     (Path(self._temporary.name) / place).write_bytes(content)
         return Path(self._temporary.name)
-
-    def _upload(self) -> None:
-        stores.write_bytes(stores.join(self._output, self._own.name), self._own.read_bytes())
-        self._uploaded = time.monotonic()
 
 
 class Predictions(Manifest):
@@ -126,29 +118,11 @@ class Predictions(Manifest):
         classes: names of the classes in the predictions that were there when the run began.
     """
 
-    def __init__(self, output: Path | str, made_by: Identity, resume: bool) -> None:
-        """Read the rows of earlier runs.
-
-        Raises:
-            InvalidInput: there are predictions and `resume` is not set; or see `Manifest`.
-            FileError: see `Manifest`.
-        """
-        self._resume, self.classes = resume, set[str]()
+    def __init__(self, output: str, made_by: Identity, resume: bool) -> None:
+        """Read the rows of earlier runs, see `Manifest`."""
+        self.classes = set[str]()
         self._sources: dict[str, str] = {}  # by prediction
-        super().__init__(output, made_by, self._note)
-
-    def _files(self) -> tuple[list[Path], list[Path]]:
-        files, stale = super()._files()
-        self._is_new = not files
-        if self._resume:
-            return files, stale
-        if any(b'"output":' in file.read_bytes() for file in files):
-            raise InvalidInput(
-                f"{self.folder} holds the predictions of an earlier run.",
-                why="they would be overwritten.",
-                next="write only what is missing: --resume; or choose another folder: --output.",
-            )
-        return [], files  # what holds no prediction is begun anew
+        super().__init__(output, made_by, self._note, resume)
 
     def _note(self, row: Row) -> None:
         if "output" in row:
@@ -159,20 +133,17 @@ class Predictions(Manifest):
         """True if the prediction of a picture is in place; in object storage, if a row says so.
 
         Raises:
-            InvalidInput: the picture, the prediction of another one, or a file that no run has written is in its place.
+            InvalidInput: a file that no run has written would be replaced.
         """
-        written, whole = self._sources.get(self._place(target)), _whole(stores.without_options(source))
-        is_there = written is not None if self._is_remote else exists(target)
-        replaced = f"that of {written}" if is_there and written not in (None, whole) else ""
-        if _whole(stores.without_options(target)) == whole or (is_there and self._is_new):
-            replaced = "a file that no run has written"
-        if replaced:
+        is_there = exists(target)
+        if is_there and self.is_new:
             raise InvalidInput(
-                f"the prediction of {source} would replace {replaced}.",
+                f"the prediction of {source} would replace a file that no run has written.",
                 where=target,
                 next="choose another --output.",
             )
-        return is_there and written is not None
+        is_noted = self._sources.get(self._place(target)) == _whole(source)
+        return is_noted and (is_there or stores.is_remote(target))
 
     def add_prediction(self, row: Row) -> None:
         """Append the row of a prediction that is in place, or of a picture that failed."""
@@ -183,16 +154,11 @@ class Predictions(Manifest):
             self.add({"path": row.pop("image"), **row, "output": self._place(row["output"])})
 
     def _place(self, target: str) -> str:
-        folder = stores.without_options(stores.join(self._output, "")).rstrip("/")
-        return stores.without_options(target).removeprefix(folder).lstrip("/")
+        return target.removeprefix(self._output.rstrip("/")).lstrip("/")
 
 
 def _whole(path: str) -> str:
     return path if stores.is_remote(path) else os.path.abspath(path)
-
-
-def _name(rank: int) -> str:
-    return f"manifest.{rank}.jsonl" if rank else "manifest.jsonl"
 
 
 def fingerprint(file: str | Path) -> str:

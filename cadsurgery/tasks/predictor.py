@@ -6,9 +6,9 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cadsurgery.data.clips import open_clip, write_clip
 from cadsurgery.data.images import find_images, normalise, read_image, write_picture
 from cadsurgery.data.networks import class_names
-from cadsurgery.data.stores import is_remote, without_options
+from cadsurgery.data.stores import is_remote
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.storage import load
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -41,11 +41,12 @@ Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a 
 
 
 class Item(NamedTuple):
-    """An image, its position among all, and the path or address of its prediction."""
+    """An image, its position among all, the path or address of its prediction, and its content if that was read."""
 
     position: int
     source: str
     target: str = ""
+    content: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,14 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """Return what a manifest states: all that predictions depend on."""
-        others = {
-            "network": fingerprint(self.file),
-            "mask": self.mask or "the file's",
-            "device": own_device(self.device).type,
-            "calibration": self.calibration and self.calibration.absolute(),
-        }
-        names = ("size", "view", "precision", "largest_error", "until")
-        return others | {name: getattr(self, name) for name in names}
+        names = ("size", "view", "precision", "calibration", "largest_error", "until")
+        made_by = {"network": fingerprint(self.file), "mask": self.mask or "the file's"}
+        made_by |= {name: getattr(self, name) for name in names}
+        return {**made_by, "device": own_device(self.device).type}
 
     def load(self) -> nn.Module:
         """Open the file on the device of this process."""
         return load(self.file, mask=self.mask or None, trust=self.trust).to(own_device(self.device))
-
-    def in_blocks(self, items: Iterator[Item], batches: int) -> Iterator[list[Item]]:
-        """Yield images in lists of whole batches; a process gets one at a time, and it is done again if that dies."""
-        return iter(lambda: list(islice(items, batches * self.batch)), [])
 
     def with_one_thread(self) -> Predictor:
         """Open the file for this process alone, one of many on a machine."""
@@ -94,35 +87,22 @@ class Settings:
         return Predictor(self.load(), self)
 
 
-@dataclass
-class Picture:
-    """An image on its way: its pixels once it is read, then its prediction, or the error that ended it.
-
-    Attributes:
-        classes: class numbers (H, W).
-        channels: number of channels of the network's output.
-        details: fields of its row.
-    """
+class Picture(NamedTuple):
+    """An image on its way: its pixels, or the error that ended it; and class numbers (H, W), channels of the network's
+    output and fields of its row."""
 
     item: Item
     pixels: Tensor | None = None
     error: CadError | None = None
-    classes: Tensor = field(default_factory=lambda: torch.empty(0))
-    channels: int = 0
-    details: Row = field(default_factory=dict)
+    result: tuple[Tensor, int, Row] | None = None
 
-    @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Note an error of the block, and go on behind the block."""
-        try:
-            yield
-        except CadError as error:
-            self.error = error
 
-    @property
-    def shape(self) -> torch.Size | None:
-        """Shape of its pixels; None if it could not be read."""
-        return None if self.pixels is None else self.pixels.shape
+def _write(drawn: Image.Image, target: str) -> Row:
+    """Write a prediction; return fields of its row."""
+    if not is_remote(target):
+        make_folder(Path(target).parent)
+    write_picture(drawn, target)
+    return {"output": target}
 
 
 class Predictor:
@@ -163,7 +143,7 @@ class Predictor:
             if isinstance(module, Smooth):
                 module.reset()
 
-    def __call__(self, pictures: Tensor) -> Iterator[tuple[Tensor, int, dict[str, Any]]]:
+    def __call__(self, pictures: Tensor) -> Iterator[tuple[Tensor, int, Row]]:
         """Run pictures of one size as a batch; yield the classes of each, the number of channels, and fields of its
         row."""
         images = normalise(pictures, self.source).to(self.device)
@@ -183,53 +163,51 @@ class Predictor:
         for scores, details in zip(prediction, known, strict=True):
             yield classes_of(scores), scores.shape[0], {**details, "milliseconds": milliseconds}
 
-    def rows(self, items: Iterable[Item]) -> Iterator[tuple[int, Row]]:
-        """Predict images and write the predictions; yield the position and row of each, in order.
+    def rows(
+        self, items: Iterable[Item], put: Callable[[Image.Image, str], Row] = _write
+    ) -> Iterator[tuple[int, Row]]:
+        """Predict images and `put` each prediction to its target; yield the position and row of each, in order.
 
-        The next images are read and the last predictions are written while one is computed.
+        The next images are read and the last predictions are put while one is computed. Images of one size that follow
+        each other run together, up to `batch`.
         """
-        return ahead(self.predict(ahead(items, self._read)), self._write)
+        return ahead(self._predict(ahead(items, self._read)), partial(self._finish, put))
 
-    def predict(self, pictures: Iterable[Picture]) -> Iterator[Picture]:
-        """Predict images that were read; those of one size that follow each other run together, up to `batch`."""
-        for shape, alike in groupby(pictures, key=lambda picture: picture.shape):
+    def _read(self, item: Item) -> Picture:
+        try:
+            return Picture(item, read_image(item.source, self.settings.size, content=item.content))
+        except CadError as error:
+            return Picture(item, error=error)
+
+    def _predict(self, pictures: Iterable[Picture]) -> Iterator[Picture]:
+        for shape, alike in groupby(pictures, lambda picture: getattr(picture.pixels, "shape", None)):
             while together := list(islice(alike, self.settings.batch)):
-                if shape is not None:
-                    self._predict_together(together)
-                yield from together
+                yield from self._predict_together(together) if shape else together
 
-    def _predict_together(self, pictures: Sequence[Picture]) -> None:
+    def _predict_together(self, pictures: list[Picture]) -> Iterator[Picture]:
         folder = pictures[0].item.source.rpartition("/")[0]
         if folder != self._folder:
             self.start_anew()
             self._folder = folder
         pixels = torch.stack([picture.pixels for picture in pictures if picture.pixels is not None])
         try:
-            for picture, result in zip(pictures, list(self(pixels)), strict=True):
-                picture.classes, picture.channels, picture.details = result
+            results = list(self(pixels))
         except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
-            for picture in pictures:
-                picture.error = refuse_images(error, pixels)
+            refusal = refuse_images(error, pixels)
+            return iter([picture._replace(error=refusal) for picture in pictures])
+        return (picture._replace(result=result) for picture, result in zip(pictures, results, strict=True))
 
-    def _read(self, item: Item) -> Picture:
-        picture = Picture(item)
-        with picture.noting():
-            picture.pixels = read_image(item.source, self.settings.size)
-        return picture
-
-    def _write(self, picture: Picture) -> tuple[int, Row]:
-        position, source, target = picture.item
-        row: Row = {"image": without_options(source)}
-        with picture.noting():
-            if picture.error is None and picture.pixels is not None:
-                if not is_remote(target):
-                    make_folder(Path(target).parent)
-                write_picture(self.draw(picture.pixels, picture.classes, picture.channels), target)
-                place = {"output": without_options(target), "size": [*picture.pixels.shape[1:]]}
-                shares = self._shares(self._count(picture.classes, picture.channels))
-                return position, {**row, **place, **picture.details, **shares}
-        assert picture.error is not None
-        return position, {**row, **picture.error.to_dict()}
+    def _finish(self, put: Callable[[Image.Image, str], Row], picture: Picture) -> tuple[int, Row]:
+        item, pixels, error, result = picture
+        row: Row = {"image": item.source}
+        if pixels is not None and result is not None:
+            try:
+                row |= put(self.draw(pixels, *result[:2]), item.target)
+                shares = self._shares(self._count(*result[:2]))
+                row |= {"size": [*pixels.shape[1:]], **result[2], **shares}
+            except CadError as refusal:
+                error = refusal
+        return item.position, row | (error.to_dict() if error else {})
 
     def draw(self, pixels: Tensor, classes: Tensor, channels: int = 256, usual: str = CLASSES) -> Image.Image:
         """Draw the prediction of an image or a frame."""

@@ -1,26 +1,25 @@
-"""Predict pictures by Ray Data on one machine or many: a class for `map_batches`, and `cadsurgery run --ray`."""
+"""Predict pictures by Ray on one machine or many: a class for `map_batches` of Ray Data, and `cadsurgery run --ray`."""
 
 from __future__ import annotations
 
-import json
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from cadsurgery.data.images import encode_png, read_image, to_tensor
-from cadsurgery.support.errors import InvalidInput, check_name, import_optional
-from cadsurgery.support.pipeline import ahead
-from cadsurgery.tasks.predictor import Item, Picture, Row, Settings
+from cadsurgery.data.images import encode_png
+from cadsurgery.support.errors import CadError, InvalidInput, check_name, first_line, import_optional
+from cadsurgery.tasks.predictor import Item, Row, Settings
 from cadsurgery.tasks.report import FilesReport
+from cadsurgery.tasks.workers import Block, Rows, Submit, predict_block
 
 __all__ = ["Predict"]
-_BATCHES = 32  # in a block: Ray takes tens of milliseconds for each, and actors wait for the last one
 _LISTED = 1000  # failures that a report has
-_Batch = Mapping[str, Any]  # columns by name
 
 
 class Predict:
@@ -41,12 +40,11 @@ class Predict:
         )
     """
 
-    def __init__(self, file: str, *, column: str = "", prediction: str = "png", **options: Any) -> None:
+    def __init__(self, file: str, *, prediction: str = "png", **options: Any) -> None:
         """Open a converted file.
 
         Args:
             file: the converted file, or its address on the Hub; each machine must be able to read it.
-            column: column of the pictures; default: `bytes` or else `image`.
             prediction: "png", or "array" of class numbers.
             options: `mask`, `size`, `device`, `view`, `batch`, `trust` and others of `cadsurgery run`, see `Settings`.
 
@@ -55,98 +53,63 @@ class Predict:
             CadError: the file cannot be opened.
         """
         check_name("form of predictions", prediction, ("png", "array"))
-        self._column, self._form = column, prediction
+        self._form = encode_png if prediction == "png" else np.asarray
         self._predictor = Settings(file, **options).with_one_thread()
 
-    def __call__(self, batch: _Batch) -> dict[str, Any]:
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns of a batch, with predictions in place of the pictures.
 
         Raises:
             InvalidInput: the batch has no column of pictures.
         """
-        column = self._column or ("bytes" if "bytes" in batch else "image")
+        column = "bytes" if "bytes" in batch else "image"
         if column not in batch:
             raise InvalidInput(
-                f"there is no column {column} among {', '.join(batch)}.",
-                next="name that of the pictures: column=...",
+                f"there is no column bytes or image among {', '.join(batch)}.",
+                next="rename that of the pictures: rename_columns.",
             )
-        pictures = list(self._predictor.predict(ahead(enumerate(batch[column]), self._read)))
+        items = [Item(0, "the picture", "", _content(value)) for value in batch[column]]
+        rows = [row for _, row in self._predictor.rows(items, self._put)]
         return {
             **{name: values for name, values in batch.items() if name != column},
-            "prediction": [self._form_of(picture) for picture in pictures],
-            "active_fraction": [picture.details.get("active_fraction", math.nan) for picture in pictures],
-            "error": [picture.error and str(picture.error) for picture in pictures],
+            "prediction": [row.get("prediction") for row in rows],
+            "active_fraction": [row.get("active_fraction", math.nan) for row in rows],
+            "error": [str(CadError.from_dict(row)) if "error" in row else None for row in rows],
         }
 
-    def _read(self, numbered: tuple[int, Any]) -> Picture:
-        picture, size = Picture(Item(numbered[0], "the picture")), self._predictor.settings.size
-        with picture.noting():
-            if isinstance(numbered[1], bytes):
-                picture.pixels = read_image(picture.item.source, size, content=numbered[1])
-            else:
-                picture.pixels = to_tensor(_as_image(numbered[1]), size)
-        return picture
-
-    def _form_of(self, picture: Picture) -> Any:
-        if picture.error is not None or picture.pixels is None:
-            return None
-        if self._form == "array":
-            return picture.classes.to("cpu", torch.int32).numpy()
-        return encode_png(self._predictor.draw(picture.pixels, picture.classes, picture.channels))
+    def _put(self, drawn: Image.Image, target: str) -> Row:
+        return {"prediction": self._form(drawn)}
 
 
-def _as_image(value: Any) -> Image.Image:
-    values: Any = np.asarray(value)
-    if values.dtype != np.uint8 or values.shape[2:] != (3,):
-        raise InvalidInput(
-            f"a picture is an array {values.shape} of {values.dtype}.",
-            next="give bytes of a file, or (H, W, 3) uint8.",
-        )
-    return Image.fromarray(values)
+def _content(value: Any) -> bytes:
+    """Return a picture as a file; an array of another kind becomes none that can be read."""
+    if isinstance(value, bytes):
+        return value
+    buffer, values = io.BytesIO(), np.asarray(value)
+    if values.dtype == np.uint8 and values.shape[2:] == (3,):
+        Image.fromarray(values).save(buffer, "PPM")
+    return buffer.getvalue()
 
 
-class _Work:
-    """An actor of `predict_over_ray`: takes the columns of items, and gives their rows as JSON."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._predictor = settings.with_one_thread()
-
-    def __call__(self, batch: _Batch) -> dict[str, list[str]]:
-        items = map(Item, *(batch[name].tolist() for name in Item._fields))
-        return {"answer": [json.dumps(answer) for answer in self._predictor.rows(items)]}
-
-
-def predict_over_ray(
-    items: Iterator[Item], settings: Settings, address: str, workers: int | None
-) -> Iterator[tuple[int, Row]]:
-    """Yield position and row of each picture as it is finished; actors of Ray write the predictions.
+@contextmanager
+def tasks(address: str, settings: Settings, count: int) -> Iterator[Submit]:
+    """Start processes of Ray, each of which opens the file once; what a lost machine had in work is done by others.
 
     Each machine must be able to read the converted file and the pictures and to write the predictions at their paths.
-    What a machine had not finished when it was lost is done by others.
-
-    Args:
-        items: the pictures.
-        settings: what predictions are made by.
-        address: `local`, `auto`, or that of a cluster.
-        workers: number of actors; None for one each core, or each GPU.
-
-    Raises:
-        CadError: Ray is not installed.
     """
-    ray = _connect(address)
-    import pyarrow
+    ray = connect(address)
+    lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+    task = ray.remote(**_resources(settings), max_calls=0)(predict_block)
 
-    blocks = [
-        pyarrow.table([*map(list, zip(*block, strict=True))], Item._fields)
-        for block in settings.in_blocks(items, _BATCHES)
-    ]
-    if blocks:
-        actors = _actors(ray, settings, workers)
-        rows = ray.data.from_arrow(blocks).map_batches(
-            _Work, fn_constructor_args=(settings,), batch_size=None, **actors
-        )
-        for row in rows.iter_rows():
-            yield json.loads(row["answer"])
+    def call(block: Block) -> Rows:
+        try:
+            rows: Rows = ray.get(task.remote(settings, block))
+            return rows
+        except lost as error:
+            raise BrokenExecutor(first_line(error)) from error
+
+    with ThreadPoolExecutor(count) as threads:
+        yield lambda block: threads.submit(call, block)
 
 
 def predict_tables(
@@ -158,9 +121,11 @@ def predict_tables(
         InvalidInput: the folder exists.
         CadError: Ray is not installed.
     """
-    ray = _connect(address)
+    ray = connect(address)
+    most = workers or count_processes(address, settings)
+    actors = ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most)
     predicted = ray.data.read_parquet([*sources]).map_batches(
-        Predict, fn_constructor_kwargs=vars(settings), batch_size=64, **_actors(ray, settings, workers)
+        Predict, fn_constructor_kwargs=vars(settings), batch_size=64, compute=actors, **_resources(settings)
     )
     try:
         predicted.write_parquet(output, mode=ray.data.SaveMode.ERROR)
@@ -173,17 +138,22 @@ def predict_tables(
     return FilesReport((), f"{counts[0]} done, {counts[1]} failed: {output}", tuple(listed), counts=counts)
 
 
-def _actors(ray: Any, settings: Settings, workers: int | None) -> dict[str, Any]:
-    """Return what a dataset is told about its actors: as many as there are cores, or GPUs."""
+def _resources(settings: Settings) -> dict[str, int]:
+    return {"num_gpus": 1} if settings.device.startswith("cuda") else {"num_cpus": 1}
+
+
+def count_processes(address: str, settings: Settings) -> int:
+    """Return the number of cores of a cluster, or that of its GPUs."""
     kind = "GPU" if settings.device.startswith("cuda") else "CPU"
-    most = workers or max(1, int(ray.cluster_resources().get(kind, 1)))
-    return {
-        "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
-        f"num_{kind.lower()}s": 1,
-    }
+    return max(1, int(connect(address).cluster_resources().get(kind, 1)))
 
 
-def _connect(address: str) -> Any:
+def connect(address: str) -> Any:
+    """Return the module `ray`, connected to a cluster: `local`, `auto`, or an address.
+
+    Raises:
+        CadError: Ray is not installed, or there is no such cluster.
+    """
     what, remedy = "--ray needs Ray Data, which is not installed.", "pip install 'cadsurgery[scale]'"
     ray, _ = (import_optional(module, what, remedy) for module in ("ray", "ray.data"))
     if not ray.is_initialized():
@@ -192,7 +162,7 @@ def _connect(address: str) -> Any:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InvalidInput(
                 f"there is no cluster of Ray at {address}.",
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 next="start one: ray start --head; or use this machine: --ray local.",
             ) from error
     return ray

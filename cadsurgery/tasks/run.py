@@ -6,18 +6,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain, takewhile
+from functools import partial, reduce
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from cadsurgery.data import stores
 from cadsurgery.data.clips import WRITTEN, is_clip
 from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
 from cadsurgery.data.networks import class_names
@@ -30,13 +30,14 @@ from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, own_device, share
 from cadsurgery.support.progress import Step
+from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.convert import check_precision, refuse_precision
 from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.manifest import Predictions
 from cadsurgery.tasks.predictor import Item, Predictor, Row, Settings
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.sides import kind_of
-from cadsurgery.tasks.workers import predict_in_processes
+from cadsurgery.tasks.workers import predict_in_processes, processes
 
 # Fields of a row that state how much was computed, and their text.
 _COMPUTED = {
@@ -75,15 +76,15 @@ def predict(
     Of many images rows and failures are in the manifest, and the first 1000 in the report. Images may also be named in
     a list, `@FILE`, or `-` for standard input, and images and `output` may be in object storage. `workers` processes
     with one thread each share the images; None for one each core, or one on a GPU. With `ray`, the address of a cluster
-    or `local`, actors of Ray do, see `cadsurgery.ray`. Under a launcher each process runs its share of the images, and
+    or `local`, processes of Ray do. Under a launcher each process runs its share of the images, and
     every process returns the same report.
 
     A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again.
     Further `options` are those of `Settings`.
 
     Raises:
-        InvalidInput: the options do not fit the network, a result would replace another or its source, the folder holds
-            predictions and `resume` is not set, or something else made them.
+        InvalidInput: the options do not fit the network, a result would replace another file, the folder holds a
+            manifest and `resume` is not set, or something else made them.
         FileError: there are no images, or the output cannot be written.
     """
     settings = Settings(str(file), **options)
@@ -91,49 +92,54 @@ def predict(
     if settings.view:
         check_name("view", settings.view, VIEWS)
     check_precision(settings.precision, settings.calibration, settings.largest_error)
-    if ray and all(_name(str(path)).endswith(".parquet") for path in images):
-        from cadsurgery.tasks.ray_data import predict_tables
-
+    if ray and all(str(path).endswith(".parquet") for path in images):
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
-        return predict_tables([*map(str, images)], str(output), settings, ray, workers)
+        return ray_data.predict_tables([*map(str, images)], str(output), settings, ray, workers)
     sources, own = _Sources([*map(str, images)], str(output)), own_device(settings.device)
     converted = settings.load()
     _check_options(converted, settings)
-    if resume:
-        _check_resume(converted, sources)
+    is_shared = _check_sharing(
+        converted, sources, {"--ray": bool(ray), "--workers": (workers or 1) > 1, "--resume": resume}
+    )
     manifest = None if sources.is_one_clip else Predictions(sources.output, settings.identity(), resume)
     number, outcome = sources.count(manifest), _Outcome()
-    workers = _count_workers(workers, ray, own, number, _follow(converted, sources))
-    predictor = None if ray or (workers or 1) > 1 else Predictor(converted, settings, step)
+    pool = partial(ray_data.tasks, ray) if ray else processes
+    if workers is None and ray:
+        workers = ray_data.count_processes(ray, settings)
+    if workers is None:
+        workers = 1 if not is_shared or own.type != "cpu" else cores()
+        workers = max(1, min(workers, (number or sys.maxsize) // _FOR_A_PROCESS))
+    predictor = None if ray or workers > 1 else Predictor(converted, settings, step)
     if manifest is not None:
         gather(None, own)  # until every process has read the manifest
         manifest.begin()
     with _interruption() as stopped, manifest or nullcontext():
 
         def left(items: Iterable[Item]) -> Iterator[Item]:
-            missing = (item for _, item in share(items) if not outcome.skips(item, manifest))
-            return takewhile(lambda item: not stopped.is_set(), missing)
+            for _, item in share(items):
+                if stopped.is_set():
+                    return
+                if manifest is not None and manifest.is_written(item.source, item.target):
+                    outcome.counts["skipped"] += 1
+                else:
+                    yield item
 
         stills = left(sources.images() if sources.stills else ())
-        if ray:
-            from cadsurgery.tasks.ray_data import predict_over_ray
-
-            answers = predict_over_ray(stills, settings, ray, workers)
-        elif predictor is None:
-            answers = predict_in_processes(stills, settings, workers or 1)
+        if predictor is None:
+            answers = predict_in_processes(stills, settings, workers, pool)
         else:
             clips = (predictor.clip_row(clip, fps, step, stopped) for clip in left(sources.clips))
             answers = chain(predictor.rows(stills), clips)
         step(f"image 1 of {number or '?'}", 0, number)
-        for position, row in chain(answers, sources.refusals()):
+        for count, (position, row) in enumerate(chain(answers, sources.refusals()), 1):
             outcome.add(position, row)
             if manifest is not None and not row.get("interrupted"):
                 manifest.add_prediction(row)
-            finished = min((outcome.done + outcome.failed) * world().size, number or sys.maxsize)
+            finished = min(count * world().size, number or sys.maxsize)
             step(f"image {finished} of {number or '?'} ({Path(row['image']).name})", finished, number)
-    outcome = _Outcome.merge(gather(outcome, own))
-    if number is None and not (outcome.done or outcome.skipped or outcome.failed > len(sources.failures)):
+    outcome = reduce(_Outcome.merge, gather(outcome, own))
+    if number is None and outcome.counts.total() <= len(sources.failures):
         raise no_images(sources.failures)
     outcome.classes |= manifest.classes if manifest else set()
     return _report(outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume)
@@ -143,91 +149,74 @@ def _report(
     outcome: _Outcome, sources: _Sources, names: Sequence[str], is_interrupted: bool, resume: bool
 ) -> FilesReport:
     """Return the report, and write the legend of the classes."""
-    rows, failures = ([row for _, row in pairs] for pairs in (outcome.rows, outcome.failures))
+    rows, failures = outcome.rows("done"), outcome.rows("failed")
+    done, failed, skipped = (outcome.counts[became] for became in ("done", "failed", "skipped"))
     lines = [_describe(row) for row in rows]
-    if outcome.done > len(rows):
-        manifest = stores.join(sources.output, "manifest.jsonl")
-        lines.append(f"... and {outcome.done - len(rows)} more: {manifest}")
+    if done > len(rows):
+        lines.append(f"... and {done - len(rows)} more: {sources.output}/manifest.jsonl")
     if shown := {names.index(name): name for name in outcome.classes}:
-        legend = sources.legend
         if world().is_main:
-            write_picture(figure_picture(legend_figure(dict(sorted(shown.items())))), legend)
-        lines.append(f"legend: {stores.without_options(legend)}")
-    skipped = outcome.skipped if resume else None
+            write_picture(figure_picture(legend_figure(dict(sorted(shown.items())))), sources.legend)
+        lines.append(f"legend: {sources.legend}")
     also = f"{skipped} skipped, " if resume else ""
-    text = "\n".join([*lines, f"{outcome.done} done, {also}{outcome.failed} failed"])
-    counts = outcome.done, outcome.failed
-    return FilesReport(tuple(rows), text, tuple(failures), is_interrupted, skipped, counts)
+    text = "\n".join([*lines, f"{done} done, {also}{failed} failed"])
+    return FilesReport(rows, text, failures, is_interrupted, skipped if resume else None, (done, failed))
 
 
 @dataclass
 class _Outcome:
-    """What became of the images: numbers, the first rows and failures with their positions, and the classes seen."""
+    """What became of the images.
 
-    done: int = 0
-    failed: int = 0
-    skipped: int = 0
-    rows: list[tuple[int, Row]] = field(default_factory=list)
-    failures: list[tuple[int, Row]] = field(default_factory=list)
+    Attributes:
+        counts: numbers of those `done`, `failed` and `skipped`.
+        listed: position, what became of it, and row of the first of them.
+        classes: names of the classes seen.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    listed: list[tuple[int, str, Row]] = field(default_factory=list)
     classes: set[str] = field(default_factory=set)
 
     def add(self, position: int, row: Row) -> None:
         """Count a row."""
-        is_done = "output" in row
-        self.done, self.failed = self.done + is_done, self.failed + (not is_done)
-        listed = self.rows if is_done else self.failures
-        if len(listed) < _LISTED:
-            listed.append((position, row))
+        became = "done" if "output" in row else "failed"
+        self.counts[became] += 1
+        if self.counts[became] <= _LISTED:
+            self.listed.append((position, became, row))
         self.classes |= row.get("classes", {}).keys()
 
-    def skips(self, item: Item, manifest: Predictions | None) -> bool:
-        """True if a prediction is in place, which is counted."""
-        is_there = manifest is not None and manifest.is_written(item.source, item.target)
-        self.skipped += is_there
-        return is_there
+    def merge(self, other: _Outcome) -> _Outcome:
+        """Return the outcome of the processes of both."""
+        return _Outcome(self.counts + other.counts, self.listed + other.listed, self.classes | other.classes)
 
-    @staticmethod
-    def merge(parts: Sequence[_Outcome]) -> _Outcome:
-        """Return the outcome of all processes."""
-        whole = _Outcome()
-        for part in parts:
-            whole.done, whole.failed = whole.done + part.done, whole.failed + part.failed
-            whole.skipped, whole.classes = whole.skipped + part.skipped, whole.classes | part.classes
-            whole.rows, whole.failures = whole.rows + part.rows, whole.failures + part.failures
-        for pairs in (whole.rows, whole.failures):
-            pairs.sort(key=itemgetter(0))
-            del pairs[_LISTED:]
-        return whole
+    def rows(self, became: str) -> tuple[Row, ...]:
+        """Return the first rows of those that became so, in order."""
+        listed = sorted(self.listed, key=itemgetter(0))
+        return tuple(row for _, how, row in listed if how == became)[:_LISTED]
 
 
-def _follow(converted: nn.Module, sources: _Sources) -> str:
-    """Return the reason why images are predicted by the processes that are here; empty if others can be started."""
-    if world().size > 1:
-        return "torchrun"
-    return "clips" if sources.clips else "a mask with smooth" if _has_smooth(converted) else ""
-
-
-def _count_workers(
-    workers: int | None, ray: str, device: torch.device, images: int | None, reason: str
-) -> int | None:
-    """Return the number of processes; by default that of the cores, or 1 on a GPU, and fewer for few images. Ray
-    chooses for itself.
+def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str, bool]) -> bool:
+    """Refuse options that do not fit the sources; return whether other processes can be started.
 
     Raises:
-        InvalidInput: there is a reason against other processes.
+        InvalidInput: see above.
     """
-    if reason and (ray or (workers or 1) > 1):
-        option = "--ray" if ray else f"--workers {workers}"
-        raise InvalidInput(
-            f"{option} for {reason}.",
-            why="its processes are the workers." if reason == "torchrun" else _FOLLOW,
-            next=f"leave {option.split()[0]} out.",
-        )
-    if ray or workers is not None:
-        return workers
-    if reason or device.type != "cpu":
-        return 1
-    return max(1, cores() if images is None else min(cores(), images // _FOR_A_PROCESS))
+    sharing = {"--ray", "--workers"}
+    reasons = {
+        "a mask with smooth": (bool(sources.stills) and _has_smooth(converted), {*sharing, "--resume"}),
+        "clips": (bool(sources.clips), sharing),
+        "a single clip": (sources.is_one_clip, {"--resume"}),
+        "torchrun": (world().size > 1, sharing),
+    }
+    against = {reason: options for reason, (holds, options) in reasons.items() if holds}
+    for reason, options in against.items():
+        for option in options & {option for option, is_wanted in wanted.items() if is_wanted}:
+            raise InvalidInput(
+                f"{option} for {reason}.",
+                why="its processes are the workers." if reason == "torchrun" else _FOLLOW,
+                next=f"leave {option} out.",
+            )
+    return not any(options & sharing for options in against.values())
 
 
 def _check_options(converted: nn.Module, settings: Settings) -> None:
@@ -250,21 +239,6 @@ def _check_options(converted: nn.Module, settings: Settings) -> None:
         )
     if kind is not None:
         refuse_precision(settings.precision, kind.words)
-
-
-def _check_resume(converted: nn.Module, sources: _Sources) -> None:
-    """Refuse to resume where a prediction depends on those before it: within a clip, or with `smooth`.
-
-    Raises:
-        InvalidInput: the output is one clip, or the mask of images has `smooth`.
-    """
-    is_smooth = _has_smooth(converted) and bool(sources.stills)
-    if is_smooth or sources.is_one_clip:
-        raise InvalidInput(
-            f"--resume for {'images and a mask with smooth' if is_smooth else 'a single clip'}.",
-            why=_FOLLOW if is_smooth else "a clip is written whole or not at all.",
-            next="leave --resume out, and name another --output.",
-        )
 
 
 def _has_smooth(converted: nn.Module) -> bool:
@@ -293,12 +267,11 @@ class _Sources:
         clips = _find_clips([*map(Path, sources)], Path(output))
         self.clips = [Item(sys.maxsize, str(path), str(target)) for path, target in clips.items()]
         self.stills = [source for source in sources if Path(source) not in clips]
-        places = [os.path.realpath(stores.without_options(path)) for path in (output, *self.stills)]
-        if places[0] in places[1:]:
+        if os.path.realpath(output) in map(os.path.realpath, self.stills):
             raise InvalidInput(
-                f"predictions would be written among the pictures in {stores.without_options(output)}.",
+                f"predictions would be written among the pictures in {output}.",
                 why="they would replace pictures, and be taken for pictures when the run goes on.",
-                next=f"choose another folder: --output {stores.without_options(stores.join(output, 'predictions'))}.",
+                next=f"choose another folder: --output {os.path.join(output, 'predictions')}.",
             )
 
     def count(self, manifest: Predictions | None) -> int | None:
@@ -322,10 +295,10 @@ class _Sources:
     def images(self) -> Iterator[Item]:
         """Yield all images in order."""
         is_listed = any(source == "-" or source.startswith("@") for source in self.stills)
-        given = [(source, _name(source)) for source in self.stills]
+        given = [(source, Path(source).name) for source in self.stills]
         streamed: Iterable[tuple[str, str]] = _listed(self.stills) if is_listed else given
         for position, (image, place) in enumerate(stream_images(streamed, self.failures, self.output)):
-            yield Item(position, image, stores.join(self.output, place))
+            yield Item(position, image, os.path.join(self.output, place))
 
     def refusals(self) -> Iterator[tuple[int, Row]]:
         """Yield the rows of sources that hold no images, before all others, once in all processes."""
@@ -337,7 +310,7 @@ class _Sources:
         """File of the legend of the classes."""
         if self.is_one_clip:
             return str(Path(self.output).with_suffix(".legend.png"))
-        return stores.join(self.output, "classes.legend.png")
+        return os.path.join(self.output, "classes.legend.png")
 
 
 def _listed(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -348,23 +321,19 @@ def _listed(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
     """
     for source in sources:
         if source != "-" and not source.startswith("@"):
-            yield source, _name(source)
+            yield source, Path(source).name
             continue
         try:
             with nullcontext(sys.stdin) if source == "-" else open(source[1:], encoding="utf-8") as lines:
                 for line in filter(None, map(str.strip, lines)):
-                    parts = Path(stores.without_options(line)).parts
-                    yield line, os.path.join(*(part for part in parts if part not in (os.sep, "..")))
+                    parts = line.rpartition("://")[2].split(os.sep)
+                    yield line, os.path.join(*(part for part in parts if part not in ("", ".", "..")))
         except (OSError, ValueError) as error:
             raise FileError(
                 f"the list {source} cannot be read.",
                 why=str(error),
                 next="give a text file with a path in each line.",
             ) from error
-
-
-def _name(source: str) -> str:
-    return Path(stores.without_options(source)).name
 
 
 def _find_clips(sources: Sequence[Path], output: Path) -> dict[Path, Path]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from rich.text import Text
@@ -38,17 +38,6 @@ class Metrics(Protocol):
 
     def compute(self) -> dict[str, Any]:
         """Return the figures so far, by field of a row; `iou` is a list with one entry per class."""
-
-
-@runtime_checkable
-class StoredMetrics(Metrics, Protocol):
-    """Metrics whose sums can be stored, so that an evaluation that was ended can go on."""
-
-    def sums(self) -> Any:
-        """Return the sums so far as plain values, for JSON."""
-
-    def add_sums(self, sums: Any) -> None:
-        """Add what `sums` returned."""
 
 
 def mean_work(counts: Counts, figures: Figures) -> dict[str, Any]:

@@ -1,116 +1,97 @@
-"""Predict images in several processes of this machine, each with one thread; one that dies is replaced."""
+"""Share images among processes, of this machine or of Ray; what a process leaves when it ends is tried again, alone."""
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import suppress
-from multiprocessing import connection, get_context
+import threading
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import islice
+from multiprocessing import get_context, parent_process
 
 from cadsurgery.support.errors import CadError
-from cadsurgery.tasks.predictor import Item, Row, Settings
+from cadsurgery.tasks.predictor import Item, Predictor, Row, Settings
 
-_BATCHES = 8  # that a process gets at a time
+_BATCHES = 16  # that a process gets at a time
+_WHY = "memory may not suffice: each process holds a copy of the network; or a library crashed."
+_NEXT = "give fewer --workers, or a --size; --resume tries again."
+Block = list[Item]
+Rows = list[tuple[int, Row]]
+Submit = Callable[[Block], Future[Rows]]  # lets a process call `predict_block`
+Pool = Callable[[Settings, int], AbstractContextManager[Submit]]  # starts so many processes
 
 
-def predict_in_processes(items: Iterator[Item], settings: Settings, count: int) -> Iterator[tuple[int, Row]]:
+@contextmanager
+def processes(settings: Settings, count: int) -> Iterator[Submit]:
+    """Start processes of this machine."""
+    with ProcessPoolExecutor(count, get_context("spawn"), _begin) as pool:
+        yield lambda block: pool.submit(predict_block, settings, block)
+
+
+def predict_in_processes(
+    items: Iterator[Item], settings: Settings, count: int, pool: Pool = processes
+) -> Iterator[tuple[int, Row]]:
     """Yield position and row of each image; `count` processes write the predictions.
 
-    If a process dies, its images are tried again, each alone. An image that ends a process again is reported as failed.
+    If a process ends, the images in flight are tried again, one by one. An image that ends a process again is reported
+    as failed.
 
     Raises:
-        CadError: a process dies before it has opened the network.
+        CadError: no process can open the network.
     """
-    blocks, alone = settings.in_blocks(items, _BATCHES), list[Item]()
-    workers = [_Worker(settings) for _ in range(count)]
-    try:
+    blocks = iter(lambda: list(islice(items, _BATCHES * settings.batch)), [])
+    while lost := (yield from _share(blocks, settings, count, pool)):
+        alone = ([item] for block in lost for item in block)
+        while fatal := (yield from _share(alone, settings, 1, pool)):
+            error = CadError("the process was ended at this image.", why=_WHY, next=_NEXT)
+            yield fatal[0][0].position, {"image": fatal[0][0].source, **error.to_dict()}
+
+
+def _share(
+    blocks: Iterator[Block], settings: Settings, count: int, pool: Pool
+) -> Generator[tuple[int, Row], None, list[Block]]:
+    """Yield the rows of blocks until a process ends; return the blocks that were in flight then."""
+    running, lost = dict[Future[Rows], Block](), list[Block]()
+    with pool(settings, count) as submit:
+        opened = [submit([]) for _ in range(count)]
+        if any(isinstance(future.exception(), BrokenExecutor) for future in opened):
+            raise CadError("the process was ended as it opened the network.", why=_WHY, next=_NEXT)
         while True:
-            for worker in workers:
-                if not worker.items:
-                    worker.send([alone.pop()] if alone else next(blocks, []))
-            busy = {worker.pipe: worker for worker in workers if worker.items}
-            if not busy:
-                return
-            for pipe in connection.wait(busy):
-                worker = busy[pipe]  # type: ignore[index]
+            with suppress(BrokenExecutor):  # which just broke
+                for block in islice(blocks, 0 if lost else count - len(running)):
+                    lost.append(block)
+                    future = submit(block)
+                    running[future] = lost.pop()
+            if not running:
+                return lost
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                block = running.pop(future)
                 try:
-                    yield from worker.receive()
-                except (EOFError, OSError):
-                    workers[workers.index(worker)] = _Worker(settings)
-                    error = worker.describe_end()
-                    alone += worker.items if len(worker.items) > 1 else []
-                    for item in worker.items if len(worker.items) == 1 else ():
-                        yield item.position, {"image": item.source, **error.to_dict()}
-    finally:
-        for worker in workers:
-            worker.end()
+                    yield from future.result()
+                except BrokenExecutor:
+                    lost.append(block)
 
 
-class _Worker:
-    """A process with its pipe, and the images that it was sent and has not answered."""
-
-    def __init__(self, settings: Settings) -> None:
-        context = get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(settings, other), daemon=True)
-        self.process.start()
-        other.close()  # so that the end of the process ends the pipe
-        self.items, self._is_open = list[Item](), False
-
-    def send(self, items: list[Item]) -> None:
-        self.items = items
-        with suppress(OSError):  # a dead process is noticed where its answer is read
-            if items:
-                self.pipe.send(items)
-
-    def receive(self) -> list[tuple[int, Row]]:
-        """Return the rows of its images; none when it has opened the network.
-
-        Raises:
-            EOFError, OSError: the process died.
-            Exception: the process met an error that is none of an image.
-        """
-        answer: list[tuple[int, Row]] | Exception = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        self._is_open, self.items = True, self.items if not answer else []
-        return answer
-
-    def describe_end(self) -> CadError:
-        """Return the error for an image that ended the process.
-
-        Raises:
-            CadError: it had not opened the network.
-        """
-        self.process.join()
-        code = self.process.exitcode or 0
-        end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        error = CadError(
-            f"the process was ended by {end} {'at this image' if self._is_open else 'as it opened the network'}.",
-            why="memory may not suffice: each process holds a copy of the network; or a library crashed.",
-            next="give fewer --workers, or a --size; --resume tries again.",
-        )
-        if not self._is_open:
-            raise error
-        return error
-
-    def end(self) -> None:
-        self.pipe.close()
-        if self.items:  # after an error
-            self.process.terminate()
-        self.process.join()
+def predict_block(settings: Settings, block: Block) -> Rows:
+    """Return position and row of each image; the process opens the network once."""
+    return list(_predictor(settings).rows(block))
 
 
-def _serve(settings: Settings, pipe: connection.Connection) -> None:
-    """Predict images from a pipe until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which then sends no more
-    answer = list[tuple[int, Row]]()
-    try:
-        predictor = settings.with_one_thread()
-        while True:
-            pipe.send(answer)
-            answer = list(predictor.rows(pipe.recv()))
-    except (EOFError, ConnectionError):
-        pass  # the first process ended
-    except Exception as error:
-        pipe.send(error)
+@functools.cache
+def _predictor(settings: Settings) -> Predictor:
+    return settings.with_one_thread()
+
+
+def _begin() -> None:
+    """Leave Ctrl-C to the first process, which then sends no more; end when that process ends, however."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)

@@ -364,6 +364,9 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
 class Own:
     """Metrics that cannot be stored."""
 
+    def __init__(self) -> None:
+        self.name = lambda: "own"
+
     def update(self, output: Any, truth: Any, size: tuple[int, int]) -> None: ...
 
     def merge(self, other: Any) -> None: ...

@@ -204,7 +204,7 @@ def test_standard_input_without_pictures_is_refused(
     for text, told in (("", "no images were given"), ("missing.png", "no file or folder missing.png")):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         with pytest.raises(cs.FileError, match=told):
-            predict(file, ["-"], tmp_path / "out")
+            predict(file, ["-"], tmp_path / told)
 
 
 def test_predictions_within_the_folder_of_pictures_are_no_pictures(
@@ -244,7 +244,7 @@ def test_a_picture_that_ends_its_process_is_a_failure_and_its_neighbours_are_don
     items = (Item(at, str(different / f"{at}.png"), str(tmp_path / f"{at}.png")) for at in range(8))
     answers = dict(predict_in_processes(items, Fatal(str(file), trust=True), 1))
     assert {at for at, row in answers.items() if "output" not in row} == {2}
-    assert "SIGKILL" in answers[2]["what"] and len(answers) == 8
+    assert "ended at this image" in answers[2]["what"] and len(answers) == 8
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_workers_that_cannot_open_the_network_end_the_run(tmp_path: Path) -> Non
 def test_workers_are_refused_where_pictures_follow_each_other(
     file: Path, different: Path, tmp_path: Path, options: dict[str, Any], told: str
 ) -> None:
-    with pytest.raises(cs.InvalidInput, match=f"--workers 2 for {told}"):
+    with pytest.raises(cs.InvalidInput, match=f"--workers for {told}"):
         predict(file, [different], tmp_path / "out", workers=2, **options)
     with pytest.raises(cs.InvalidInput, match=f"--ray for {told}"):
         predict(file, [different], tmp_path / "out", ray="local", **options)
@@ -292,8 +292,8 @@ def test_columns_of_bytes_and_of_arrays_are_predicted_as_run_does(
 def test_what_is_no_picture_of_a_column_is_an_error_of_its_row(file: Path) -> None:
     predict_batch = cs.ray.Predict(str(file), trust=True)
     found = predict_batch({"image": np.zeros((2, 8, 8), np.uint8)})
-    assert all("(H, W, 3) uint8" in error for error in found["error"])
-    with pytest.raises(cs.InvalidInput, match="no column image among other"):
+    assert all("cannot be read" in error for error in found["error"])
+    with pytest.raises(cs.InvalidInput, match="no column bytes or image among other"):
         predict_batch({"other": np.zeros(2)})
     with pytest.raises(cs.CadError, match="form of predictions"):
         cs.ray.Predict(str(file), prediction="jpg", trust=True)
@@ -312,18 +312,18 @@ def bucket(different: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a bucket in a server of moto, with the pictures."""
     server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'cadsurgery[dev]'")
     fs = pytest.importorskip("pyarrow.fs", reason="pyarrow is not installed: pip install 'cadsurgery[scale]'")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
     running = server.ThreadedMotoServer(port=0)
     running.start()
     host, port = running.get_host_and_port()
-    options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    files, path = fs.FileSystem.from_uri(f"s3://cadsurgery-{port}/?{options}")
+    access = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+    for name, value in {**access, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+        monkeypatch.setenv(name, value)
+    files, path = fs.FileSystem.from_uri(f"s3://cadsurgery-{port}/?allow_bucket_creation=true")
     files.create_dir(path)
     for number in (0, 1, 2, DAMAGED):
         with files.open_output_stream(f"{path}/photos/a/{number}.png") as stream:
             stream.write((different / f"{number}.png").read_bytes())
-    yield f"s3://{path}/{{}}?{options}"
+    yield f"s3://{path}"
     running.stop()
 
 
@@ -339,12 +339,12 @@ def test_pictures_are_read_from_object_storage_and_predictions_written_there(
     if "ray" in options:
         ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'cadsurgery[scale]'")
         monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
-    photos, output = bucket.format("photos"), bucket.format("out")
+    photos, output = f"{bucket}/photos", f"{bucket}/out"
     report = predict(file, [photos], output, **options)
-    assert report.counts == (3, 1) and "endpoint" not in json.dumps(report.to_dict())
+    assert report.counts == (3, 1)
     for number in range(3):
-        assert stores.read_bytes(bucket.format(f"out/a/{number}.png")) == expected[f"{number}.png"]
-    rows = stores.read_bytes(bucket.format("out/manifest.jsonl")).decode().splitlines()[1:]
+        assert stores.read_bytes(f"{bucket}/out/a/{number}.png") == expected[f"{number}.png"]
+    rows = stores.read_bytes(f"{bucket}/out/manifest.jsonl").decode().splitlines()[1:]
     assert sorted(json.loads(row).get("output", "") for row in rows) == ["", "a/0.png", "a/1.png", "a/2.png"]
     again = predict(file, [photos], output, resume=True, **options)
     assert again.skipped == 3 and len(again.failed) == 1
@@ -355,7 +355,7 @@ def test_pictures_are_read_from_object_storage_and_predictions_written_there(
 def test_an_address_that_cannot_be_reached_is_refused(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow.fs", reason="pyarrow is not installed: pip install 'cadsurgery[scale]'")
     with pytest.raises(cs.FileError, match=r"nowhere://bucket/photos cannot be listed"):
-        predict(file, ["nowhere://bucket/photos?key=secret"], tmp_path / "out")
+        predict(file, ["nowhere://bucket/photos"], tmp_path / "out")
 
 
 @pytest.mark.slow

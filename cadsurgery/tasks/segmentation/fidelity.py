@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -107,30 +106,6 @@ class FidelityMetrics:
             self.agreement = other.agreement
         elif other.agreement is not None:
             self.agreement.merge(other.agreement)
-
-    def sums(self) -> dict[str, Any]:
-        """Return the kind and the sums so far as plain values."""
-        agreement = self.agreement and {"classes": self.agreement.classes, "sums": self.agreement.sums()}
-        return {
-            "kind": self.kind,
-            "divergence": self._apart,
-            "same": self._same,
-            "pixels": self._pixels,
-            "agreement": agreement,
-        }
-
-    def add_sums(self, sums: Mapping[str, Any]) -> None:
-        """Add what `sums` returned.
-
-        Raises:
-            InvalidInput: see `merge`.
-        """
-        other = FidelityMetrics(sums["kind"])
-        other._apart, other._same, other._pixels = sums["divergence"], sums["same"], sums["pixels"]
-        if (agreement := sums["agreement"]) is not None:
-            other.agreement = SegmentationMetrics(agreement["classes"], ignored=NO_CLASS)
-            other.agreement.add_sums(agreement["sums"])
-        self.merge(other)
 
     def compute(self) -> dict[str, Any]:
         """Return the figures so far; None where nothing was counted.

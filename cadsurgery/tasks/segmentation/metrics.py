@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,20 +87,6 @@ class SegmentationMetrics:
             )
         for name, value in other._sums.items():
             self._add(name, value)
-
-    def sums(self) -> dict[str, tuple[list[int], list[int]]]:
-        """Return the sums so far as plain values: of each of `counts` the places, row by row, and values that are not
-        0."""
-        tables = {name: table.flatten() for name, table in self._sums.items()}
-        places = {name: table.nonzero().flatten() for name, table in tables.items()}
-        return {name: (places[name].tolist(), table[places[name]].tolist()) for name, table in tables.items()}
-
-    def add_sums(self, sums: Mapping[str, Sequence[Sequence[int]]]) -> None:
-        """Add what `sums` returned."""
-        for name, (places, values) in sums.items():
-            table = torch.zeros_like(self._sums[name])
-            table.view(-1)[torch.tensor(places, dtype=torch.int64)] = torch.tensor(values, dtype=torch.int64)
-            self._add(name, table)
 
     def counts(self) -> dict[str, Tensor]:
         """The sums so far: `all`, a confusion matrix whose rows are labels; `band`, that of the trimap; `common` and
