@@ -38,22 +38,23 @@ class Manifest:
         """Read the rows of earlier runs into a folder, which may be in object storage, and give each to `take`.
 
         Raises:
-            InvalidInput: something else made the rows, or there are some and `resume` is not set.
+            InvalidInput: something else made the rows, or there are predictions and `resume` is not set; what holds
+                none is begun anew.
             FileError: a file of the manifest is damaged.
         """
         self._output, self._take, self._uploaded = str(output), take, time.monotonic()
         self._made_by = json.loads(json.dumps(made_by, default=str))
         self._folder = self._download() if stores.is_remote(output) else Path(output)
-        self._own = self._folder / (f"manifest.{world().rank}.jsonl" if world().rank else "manifest.jsonl")
+        self._own = self._folder / _name(world().rank)
         files = sorted(self._folder.glob("manifest*.jsonl"))
-        self.is_new = not files
-        if files and not resume:
+        self.is_new, self._stale = not files, [] if resume else files
+        if any(b'"output":' in file.read_bytes() for file in self._stale):
             raise InvalidInput(
-                f"{output} holds the manifest of an earlier run.",
-                why="its predictions would be overwritten.",
+                f"{output} holds the predictions of an earlier run.",
+                why="they would be overwritten.",
                 next="write only what is missing: --resume; or choose another folder: --output.",
             )
-        for file in files:
+        for file in files if resume else ():
             self._read(file)
 
     def _read(self, file: Path) -> None:
@@ -77,6 +78,10 @@ class Manifest:
     def begin(self) -> None:
         """Write the first line of this process's file, unless it is there; no process may still read."""
         make_folder(self._folder)
+        of_others = {self._folder / _name(rank) for rank in range(world().size)} - {self._own}
+        for file in self._stale:
+            if file == self._own or (world().is_main and file not in of_others):
+                file.unlink(missing_ok=True)
         if not self._own.exists() or not self._own.stat().st_size:
             append_line(self._own, json.dumps(self._made_by))
 
@@ -133,17 +138,20 @@ class Predictions(Manifest):
         """True if the prediction of a picture is in place; in object storage, if a row says so.
 
         Raises:
-            InvalidInput: a file that no run has written would be replaced.
+            InvalidInput: the prediction of another picture, or a file that no run has written, would be replaced.
         """
-        is_there = exists(target)
-        if is_there and self.is_new:
+        written = self._sources.get(self._place(target))
+        is_there = exists(target) or (written is not None and stores.is_remote(target))
+        replaced = "a file that no run has written" if self.is_new else ""
+        if written not in (None, _whole(source)):
+            replaced = f"that of {written}"
+        if is_there and replaced:
             raise InvalidInput(
-                f"the prediction of {source} would replace a file that no run has written.",
+                f"the prediction of {source} would replace {replaced}.",
                 where=target,
                 next="choose another --output.",
             )
-        is_noted = self._sources.get(self._place(target)) == _whole(source)
-        return is_noted and (is_there or stores.is_remote(target))
+        return is_there and written is not None
 
     def add_prediction(self, row: Row) -> None:
         """Append the row of a prediction that is in place, or of a picture that failed."""
@@ -155,6 +163,10 @@ class Predictions(Manifest):
 
     def _place(self, target: str) -> str:
         return target.removeprefix(self._output.rstrip("/")).lstrip("/")
+
+
+def _name(rank: int) -> str:
+    return f"manifest.{rank}.jsonl" if rank else "manifest.jsonl"
 
 
 def _whole(path: str) -> str:

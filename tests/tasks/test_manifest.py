@@ -207,6 +207,18 @@ def test_a_folder_with_a_manifest_is_not_overwritten_without_resume(
     assert (predictions(whole), (whole / "manifest.jsonl").read_bytes()) == before
 
 
+def test_a_folder_in_which_nothing_was_predicted_is_begun_anew(
+    file: Path, photos: Path, tmp_path: Path, command_line: Run
+) -> None:
+    """As after a first try with a file that is no picture."""
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    assert command_line("run", file, tmp_path / "no.png", "-o", "out", "--trust").code == 1
+    (tmp_path / "out" / "manifest.3.jsonl").write_text("{}\n")  # of more processes
+    assert command_line("run", file, photos, "-o", "out", "--trust", "--mask", "none").code == 0
+    assert len(rows_of(tmp_path / "out")) == COUNT
+    assert [path.name for path in (tmp_path / "out").glob("manifest*")] == ["manifest.jsonl"]
+
+
 def test_what_is_missing_or_new_is_predicted(file: Path, photos: Path, whole: Path) -> None:
     before = predictions(whole)
     (whole / "a" / "2.png").unlink()
@@ -216,15 +228,12 @@ def test_what_is_missing_or_new_is_predicted(file: Path, photos: Path, whole: Pa
     assert {**before, "new.png": (whole / "new.png").read_bytes()} == predictions(whole)
 
 
-def test_a_prediction_whose_name_another_picture_takes_is_made_again(
+def test_a_prediction_is_not_replaced_by_that_of_another_picture(
     file: Path, photos: Path, whole: Path
 ) -> None:
-    draw(photos / "a" / "0.jpg", 9)  # takes the name 0.png, because it comes first
-    resumed = predict(file, photos, whole, resume=True)
-    assert resumed.skipped == COUNT - 1
-    predict(file, photos, photos.parent / "anew")
-    assert predictions(whole) == predictions(photos.parent / "anew")
-    assert predict(file, photos, whole, resume=True).skipped == COUNT + 1
+    with pytest.raises(cs.InvalidInput, match=r"photos/a/0\.jpg would replace that of .*photos/a/0\.png"):
+        draw(photos / "a" / "0.jpg", 9)  # takes the name 0.png, because it comes first
+        predict(file, photos, whole, resume=True)
 
 
 @pytest.mark.parametrize(
