@@ -256,14 +256,12 @@ def snippets(path: str) -> list[str]:
 SITE = [
     path.relative_to(ROOT).as_posix()
     for path in sorted(ROOT.glob("docs/**/*.md"))
-    if "```python" in path.read_text() and "generated" not in path.parts and path.name != "extending.md"
+    if "```python" in path.read_text() and "generated" not in path.parts
 ]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("README.md", *SITE)), "docs/extending.md"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["README.md", *SITE])
 def test_the_python_of_the_documents_runs_as_printed(tmp_path: Path, path: str) -> None:
     """All snippets one after another, as a reader would type them, in an empty folder."""
     assert snippets(path)

@@ -641,6 +641,7 @@ def test_a_label_without_an_output_is_refused_with_its_place(
     assert "sample 3 of the data, row 11, column 13" in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_ignored_labels_are_no_error(tmp_path: Path) -> None:
     assert train(adaptive(), tmp_path, data=Wrong(with_label(255))).steps == QUICK.steps
 

@@ -32,7 +32,7 @@ SIZES = {
     "unets:unet_transposed": (96, 128),
     "pictures:ShuffledRestoration": (96, 128),
 }
-QUICK = {"realtime:SegNet", "heads:PoseBaseline"}
+QUICK = {"heads:PoseBaseline"}
 
 
 def maps(output: object) -> list[Tensor]:

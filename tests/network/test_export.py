@@ -128,10 +128,11 @@ def test_every_mask_and_fill_is_the_network(mask: Any, fill: str, dynamic: bool,
     ("groups", "with_kernels", "is_said"),
     [
         (4, False, True),
-        pytest.param(4, True, False, marks=pytest.mark.slow),
-        pytest.param(1, False, False, marks=pytest.mark.slow),
+        (4, True, False),
+        (1, False, False),
     ],
 )
+@pytest.mark.slow
 def test_a_file_of_grouped_convolutions_without_kernels_warns(
     groups: int, with_kernels: bool, is_said: bool, tmp_path: Path
 ) -> None:

@@ -99,7 +99,7 @@ MOST_CALLS = {Edges: 11}
 
 
 @pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
-@pytest.mark.parametrize("build", NETWORKS)
+@pytest.mark.parametrize("build", [ResidualStream, pytest.param(Nested, marks=pytest.mark.slow), Edges])
 def test_a_conversion_costs_about_ten_calls_of_the_network(build: type[nn.Module]) -> None:
     """Everything high costs up to fifty times the work of these networks; the laws are compared all the same."""
     torch.manual_seed(0)
