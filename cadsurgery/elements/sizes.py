@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils._sympy.functions import Min
+
+
+Number = TypeVar("Number", int, Tensor)
 
 
 def is_statically_true(condition: bool | torch.SymBool) -> bool:
@@ -45,8 +48,8 @@ def limit(symbol: int, length: int, limits: Iterable[int]) -> None:
     _LIMITS.setdefault(node.shape_env, {})[node.expr] = larger
 
 
-def divide_up(length: int, step: int) -> int:
-    """Return ceil(length / step), computed without negative numbers, which some engines round towards zero."""
+def divide_up(length: Number, step: int) -> Number:
+    """Return ceil(length / step), computed without negative numbers, which engines round one way or the other."""
     return (length + step - 1) // step
 
 

@@ -297,8 +297,7 @@ def _shares_of_bins(lattice: Lattice, size: tuple[int, int], spacing: int) -> Te
     for at, length, bins in zip(place, lattice.size, size, strict=True):
         samples, numbers = divide_up(length, spacing), torch.arange(bins, device=at.device)
         first = numbers * samples // bins * spacing
-        # Rounded up without negative numbers, whose quotients OpenVINO rounds down where ONNX says towards zero.
-        last = ((numbers + 1) * samples + bins - 1) // bins * spacing
+        last = divide_up((numbers + 1) * samples, bins) * spacing
         end = torch.where(whole, at + side, (at + side).clamp(max=length)).unsqueeze(1)
         along.append((torch.minimum(end, last) - torch.maximum(at.unsqueeze(1), first)).clamp(min=0))
     shares = (along[0].unsqueeze(2) * along[1].unsqueeze(1)).flatten(1).double()

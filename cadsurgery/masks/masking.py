@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -66,8 +65,7 @@ class Masking:
             part, before = self._of_image(grid)
             levels = check_levels(self.provider(shown, features, part), part, self.provider.name)
             if before:
-                around = [(before, self._beyond - before)] * 2
-                levels = F.pad(levels, [*chain(*around)], value=grid.max_level)
+                levels = F.pad(levels, [before, self._beyond - before] * 2, value=grid.max_level)
         levels = of_size(levels, grid.size)
         return geometry.lattice(levels, bounds)
 
