@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils._sympy.functions import Min
 
-
 Number = TypeVar("Number", int, Tensor)
 
 
