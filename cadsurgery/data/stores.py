@@ -65,6 +65,13 @@ def _reaching(address: str, done: str) -> Iterator[tuple[Any, str]]:
     """Yield the file system of a file and its path there; errors in the block become a `FileError`."""
     scheme, _, place = address.partition("://")
     host, _, path = place.partition("/")
+    plain, _, options = place.partition("?")
+    if "=" in options:
+        raise FileError(
+            f"{scheme}://{plain} is followed by options.",
+            why="options behind ? are not read, and an address is printed and stored as it is given.",
+            next="set them in the environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY.",
+        )
     try:
         files, base = _file_system(f"{scheme}://{host}/")
         yield files, f"{base}/{path.strip('/')}"

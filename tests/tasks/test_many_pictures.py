@@ -358,6 +358,17 @@ def test_an_address_that_cannot_be_reached_is_refused(file: Path, tmp_path: Path
         predict(file, ["nowhere://bucket/photos"], tmp_path / "out")
 
 
+@pytest.mark.parametrize("as_source", [True, False])
+def test_an_address_with_options_is_refused_without_repeating_them(
+    file: Path, different: Path, as_source: bool
+) -> None:
+    address = "s3://bucket/photos?secret_key=hidden"
+    images, output = ([address], "out") if as_source else ([different], address)
+    with pytest.raises(cs.FileError, match="AWS_ENDPOINT_URL") as refusal:
+        predict(file, images, output)
+    assert "hidden" not in str(refusal.value)
+
+
 @pytest.mark.slow
 def test_a_table_of_pictures_becomes_a_table_of_predictions(
     file: Path, different: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
