@@ -9,12 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from alone import run_alone
 
-from cadsurgery.support.defaults import DEFAULT_MASK
+from cadsurgery.support.defaults import DEFAULT_MASK, ENGINES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cadsurgery"
@@ -228,15 +229,25 @@ def test_tests_stand_in_folders_of_the_rooms_under_names_of_their_own() -> None:
     assert len({path.rpartition("/")[2] for path in TESTS}) == len(TESTS)
 
 
-def test_another_default_mask_is_one_line() -> None:
-    """Its name stands where it is chosen and where the mask is defined."""
-    places = {
+def places_of(texts: Iterable[str]) -> set[str]:
+    """The files of the package that have one of these texts as a constant."""
+    return {
         path.relative_to(ROOT / "cadsurgery").as_posix()
         for path in (ROOT / "cadsurgery").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and node.value == DEFAULT_MASK
+        if isinstance(node, ast.Constant) and node.value in texts
     }
-    assert places == {"support/defaults.py", "masks/graded.py"}
+
+
+def test_another_default_mask_is_one_line() -> None:
+    """Its name stands where it is chosen and where the mask is defined."""
+    assert places_of([DEFAULT_MASK]) == {"support/defaults.py", "masks/graded.py"}
+
+
+def test_another_engine_is_a_file_and_a_row() -> None:
+    """Names and classes of engines stand in their table alone."""
+    own_names = {name for name in ENGINES if "-" in name} | set(ENGINES.values())
+    assert places_of(own_names) == {"support/defaults.py"}
 
 
 def test_no_test_imports_another() -> None:

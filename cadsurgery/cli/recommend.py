@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options
+from cadsurgery.support.defaults import ENGINES
 from cadsurgery.tasks.options import Conversion
 
 commands = typer.Typer()
@@ -39,9 +40,7 @@ def recommend(
     ] = None,
     runtime: Annotated[
         str,
-        typer.Option(
-            help="torch, or the engine of all settings: onnx, openvino, onnx-kernels or openvino-kernels"
-        ),
+        typer.Option(help=f"torch, or the engine of all settings: {', '.join(ENGINES)}"),
     ] = "torch",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or int8")] = "float32",
     size: Annotated[Any, options.size("of the pictures; default: of the first")] = None,

@@ -30,7 +30,8 @@ from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.masks import Budget, labelled, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.export import check_mask
-from cadsurgery.network.export.engines import ENGINES, import_package
+from cadsurgery.network.export.engine import import_package
+from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
@@ -427,7 +428,7 @@ def _check(
         raise InvalidInput(
             "there are no compiled kernels for int8 here.",
             why="cadsurgery --version states the reason.",
-            next="measure files in onnx or openvino: runtime.",
+            next=f"measure files in another runtime: {', '.join(ENGINES)}.",
         )
     if not 0 <= setup.smaller < 1:
         raise InvalidInput(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cadsurgery.support.defaults import ENGINES
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, check_name, first_line
 from cadsurgery.support.kinds import JSON, of_another_kind
 
@@ -146,7 +147,8 @@ class Exporting:
         "ONNX whose convolutions run in this package's kernels where cadsurgery.kernels_for is registered",
     )
     check_in: str = option(
-        "onnx", "engine that runs the ONNX file to compare it: onnx (ONNX Runtime) or openvino"
+        "onnx",
+        f"engine that runs the ONNX file to compare it: {', '.join(name for name in ENGINES if '-' not in name)}",
     )
 
 
@@ -168,7 +170,7 @@ class Benchmark(Conversion):
     )
     runtime: str = option(
         "torch",
-        "{default}, or an engine that all sides are exported to: onnx, openvino, onnx-kernels or openvino-kernels",
+        f"{{default}}, or an engine that all sides are exported to: {', '.join(ENGINES)}",
     )
     against: str = option(
         "",

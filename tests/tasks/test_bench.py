@@ -23,7 +23,7 @@ from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.dense import dense_program, write_dense
-from cadsurgery.network.export.engines import Engine
+from cadsurgery.network.export.engine import Engine
 from cadsurgery.support import provenance
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.timing import Timing, interleaved

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from cadsurgery.elements.backends.target import portable
 from cadsurgery.network.dense_twin import dense_twin, record
 from cadsurgery.network.export.compare import check_difference, difference
-from cadsurgery.network.export.engines import Engine
+from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.onnx import translate
 from cadsurgery.network.export.programs import follow
 from cadsurgery.network.model import AdaptiveModel

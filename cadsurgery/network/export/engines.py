@@ -1,73 +1,17 @@
-"""Run ONNX files in their engines, each as a function from tensors to a list of tensors."""
+"""The engines of ONNX files; `cadsurgery.support.defaults.ENGINES` lists them."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from cadsurgery.network.export.kernels import kernels_for
-from cadsurgery.support.errors import CannotConvert, describe_error, import_optional
-
-
-class Engine:
-    """A file opened in an engine, on the CPU.
-
-    Attributes:
-        name: the engine's name.
-        package: the Python package of the engine.
-        has_kernels: True if this package's kernels run in it; files are then written `with_kernels`.
-        runs_bodies: True if it runs such files without the kernels, too.
-        has_8_bit_depthwise: see `cadsurgery.elements.backends.target.Target`.
-    """
-
-    name: ClassVar[str]
-    package: ClassVar[str]
-    has_kernels: ClassVar[bool] = False
-    runs_bodies: ClassVar[bool] = True
-    has_8_bit_depthwise: ClassVar[bool] = False
-
-    def __init__(self, path: Path, threads: int = 0) -> None:
-        """Open a file, to be run by a number of threads; 0 leaves the number to the engine.
-
-        Raises:
-            CannotConvert: the engine refuses the file.
-            CadError: the engine's package is not installed; or see `kernels_for`.
-        """
-        package = import_package(self.package)
-        kernels = kernels_for(self.package) if self.has_kernels else ""
-        try:
-            self._open(package, path, threads, kernels)
-        except Exception as error:
-            raise CannotConvert(
-                f"{self.name} does not take the file.",
-                why=describe_error(error),
-                next="report it with the name of the network and the version of the engine.",
-            ) from error
-
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Run the file and return its outputs in order.
-
-        Raises:
-            CannotConvert: the file does not run on these inputs.
-        """
-        try:
-            return self._run(*inputs)
-        except Exception as error:
-            raise CannotConvert(
-                f"{self.name} does not run the file on {', '.join(str(tuple(value.shape)) for value in inputs)}.",
-                why=describe_error(error),
-                next="report it with the name of the network and the version of the engine.",
-            ) from error
-
-    def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
-        raise NotImplementedError
-
-    def _run(self, *inputs: Tensor) -> list[Tensor]:
-        raise NotImplementedError
+from cadsurgery.network.export.engine import Engine, import_package
+from cadsurgery.support import defaults
 
 
 class OnnxRuntime(Engine):
@@ -108,16 +52,16 @@ class OnnxRuntimeWithKernels(OnnxRuntime):
 
 
 class OpenVino(Engine):
-    """An ONNX file in OpenVINO, compiled for the shapes of its last call, in single precision."""
+    """An ONNX file in OpenVINO, compiled for the shapes of its last call."""
 
     name, package = "OpenVINO", "openvino"
     runs_bodies = False
-    precision = "f32"
+    has_bfloat16 = True
 
     def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
         self._core = _core(kernels)
         self._options: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": self.precision,
+            "INFERENCE_PRECISION_HINT": "bf16" if self._in_bfloat16 else "f32",
             "PERFORMANCE_HINT": "LATENCY",
         }
         if threads:
@@ -133,12 +77,6 @@ class OpenVino(Engine):
             self._compiled = shapes, self._core.compile_model(model, "CPU", self._options)
         outputs = self._compiled[1]([value.numpy() for value in inputs])
         return [torch.from_numpy(outputs[index]) for index in range(len(outputs))]
-
-
-class OpenVinoInBfloat16(OpenVino):
-    """An ONNX file in OpenVINO, in bfloat16 if the processor supports it."""
-
-    precision = "bf16"
 
 
 class OpenVinoWithKernels(OpenVino):
@@ -161,12 +99,7 @@ def _core(extension: str = "") -> Any:
 
 
 _KERNELS = "-kernels"  # ends the names of engines with this package's kernels
-ENGINES: dict[str, type[Engine]] = {
-    "onnx": OnnxRuntime,
-    f"onnx{_KERNELS}": OnnxRuntimeWithKernels,
-    "openvino": OpenVino,
-    f"openvino{_KERNELS}": OpenVinoWithKernels,
-}
+ENGINES: dict[str, type[Engine]] = {name: resolve_name(place) for name, place in defaults.ENGINES.items()}
 
 
 def options_for(runtime: str) -> dict[str, Any]:
@@ -189,14 +122,3 @@ def engines_for(name: str, with_kernels: bool) -> list[type[Engine]]:
     if not with_kernels:
         return plain
     return [*(plain if plain[0].runs_bodies else []), ENGINES[f"{name}{_KERNELS}"]]
-
-
-def import_package(package: str) -> Any:
-    """Import a package of the extra `export`.
-
-    Raises:
-        CadError: the package is not installed.
-    """
-    return import_optional(
-        package, f"a file for this engine needs {package}.", "pip install 'cadsurgery[export]'"
-    )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cadsurgery.kernels import isa
-from cadsurgery.network.export.engines import Engine, OnnxRuntime, OnnxRuntimeWithKernels, import_package
+from cadsurgery.network.export.engine import Engine, import_package
+from cadsurgery.network.export.engines import OnnxRuntime, OnnxRuntimeWithKernels
 from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, PICK
 from cadsurgery.network.export.kernels_in_8_bits import (
     FUNCTIONS,

@@ -37,7 +37,7 @@ from cadsurgery.network.export.compare import (
 from cadsurgery.network.export.conditions import require
 from cadsurgery.network.export.decompose import decompose
 from cadsurgery.network.export.dictionaries import further_inputs
-from cadsurgery.network.export.engines import Engine, import_package
+from cadsurgery.network.export.engine import Engine, import_package
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_kernels
 from cadsurgery.network.export.names import output_names

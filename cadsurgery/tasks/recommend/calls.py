@@ -44,7 +44,7 @@ class Calls:
         image: (1, 3, H, W), the first picture.
         options: further ones of `adaptify`.
         multiple: sides of resized pictures are multiples of this number of pixels.
-        runtime: `torch`, `onnx`, `onnx-kernels`, `openvino` or `openvino-kernels`.
+        runtime: `torch`, or an engine.
         precision: one of `PRECISIONS`.
         calibration: pictures (1, 3, H, W) for the calibration of int8.
         folder: folder for the files of an engine.

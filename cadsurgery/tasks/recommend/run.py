@@ -113,8 +113,8 @@ def recommend(
         keep: the least share of the quality of the network as given; the fastest setting that keeps it is
             recommended. Default: .99, unless `at_most` is given.
         at_most: milliseconds of a picture; the best setting that takes no more is recommended.
-        runtime: `torch`, or the engine that all settings are exported to, `onnx`, `onnx-kernels`, `openvino`
-            or `openvino-kernels`.
+        runtime: `torch`, or the engine that all settings are exported to, a name of
+            `cadsurgery.support.defaults.ENGINES`.
         precision: `float32`, `bfloat16` or `int8`, which the pictures calibrate.
         size: (height, width) that pictures are resized to; default: the size of the first.
         limit: the first so many pictures only.

@@ -19,14 +19,8 @@ from cadsurgery.masks import MaskProvider
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import export
 from cadsurgery.network.export.dense import write_dense
-from cadsurgery.network.export.engines import (
-    ENGINES,
-    Engine,
-    OnnxRuntime,
-    OpenVino,
-    OpenVinoInBfloat16,
-    options_for,
-)
+from cadsurgery.network.export.engine import Engine
+from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.files import make_folder
@@ -39,11 +33,8 @@ Call = Callable[[Tensor], object]
 HIGH, LOW = "dense high", "dense low"
 INT8 = "int8"
 TORCH = "torch"  # the runtime that needs no files
-# Engines in which the dense networks are timed too, by package and dtype; all files are first written in float32.
-RIVALS: dict[str, dict[str, type[Engine]]] = {
-    "onnxruntime": {"float32": OnnxRuntime, INT8: OnnxRuntime},
-    "openvino": {"float32": OpenVino, "bfloat16": OpenVinoInBfloat16, INT8: OpenVino},
-}
+# Engines in which the dense networks are timed too, by package; all files are first written in float32.
+RIVALS = {engine.package: engine for engine in ENGINES.values() if not engine.has_kernels}
 
 
 class Runs(Protocol):
@@ -114,7 +105,6 @@ class InEngine:
         calibration: images that int8 is calibrated by.
         threads: number of threads of the engine.
         options: options of `export` for files with a mask.
-        writer: engine in which a file is compared, if not in `engine`.
         step: progress callback.
     """
 
@@ -126,7 +116,6 @@ class InEngine:
     calibration: Sequence[Tensor] = ()
     threads: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
-    writer: type[Engine] | None = None
     step: Step = silent
     _numbers: Iterator[int] = field(default_factory=count)
 
@@ -140,11 +129,11 @@ class InEngine:
         """Return the call of a dense network, `HIGH` or `LOW`, from an ordinary ONNX export."""
         image = self.image if image is None else image
         path, step = self._begin(f"{name} {'x'.join(map(str, image.shape[2:]))}")
-        write_dense(self.net, level_of(self.net, name), image, path, self.writer or self.engine)
+        write_dense(self.net, level_of(self.net, name), image, path, self.engine)
         if self.dtype == INT8:
             pictures = [(resized(picture, image.shape[2:]),) for picture in self.calibration]
             to_8_bits(path, self.engine, pictures, step=step)
-        return self.engine(path, self.threads)
+        return self.engine(path, self.threads, self.dtype == "bfloat16")
 
     def under(self, mask: MaskProvider) -> Call:
         """Return the call of the network under a mask; the file contains the mask and its lattice."""
@@ -208,11 +197,10 @@ def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Pat
     counted = net.macs(image, mask="none")
     macs = {HIGH: counted.high, LOW: counted.low}
     for package in setup.against.split(","):
-        for dtype, engine in RIVALS[package].items():
-            place, writer = folder / package / dtype, RIVALS[package]["float32"]
-            files = InEngine(
-                net, image, engine, place, dtype, [image], setup.threads, writer=writer, step=step
-            )
+        engine = RIVALS[package]
+        for dtype in ("float32", "bfloat16", INT8) if engine.has_bfloat16 else ("float32", INT8):
+            place = folder / package / dtype
+            files = InEngine(net, image, engine, place, dtype, [image], setup.threads, step=step)
             for name, number in macs.items():
                 run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
                 call = partial(lambda run, _: run(image), run)  # a file takes the image in float32

@@ -1,0 +1,87 @@
+"""What runs a file is an `Engine`: a function from tensors to a list of tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from cadsurgery.network.export.kernels import kernels_for
+from cadsurgery.support.errors import CannotConvert, describe_error, import_optional
+
+
+class Engine:
+    """A file opened in an engine, on the CPU.
+
+    Attributes:
+        name: the engine's name.
+        package: the Python package of the engine.
+        has_kernels: True if this package's kernels run in it; files are then written `with_kernels`.
+        runs_bodies: True if it runs such files without the kernels, too.
+        has_8_bit_depthwise: see `cadsurgery.elements.backends.target.Target`.
+        has_bfloat16: True if it can run a file in bfloat16.
+    """
+
+    name: ClassVar[str]
+    package: ClassVar[str]
+    has_kernels: ClassVar[bool] = False
+    runs_bodies: ClassVar[bool] = True
+    has_8_bit_depthwise: ClassVar[bool] = False
+    has_bfloat16: ClassVar[bool] = False
+
+    def __init__(self, path: Path, threads: int = 0, in_bfloat16: bool = False) -> None:
+        """Open a file, to be run by a number of threads; 0 leaves the number to the engine.
+
+        Args:
+            path: file in single precision.
+            threads: number of threads.
+            in_bfloat16: multiply in bfloat16; for engines with `has_bfloat16`.
+
+        Raises:
+            CannotConvert: the engine refuses the file.
+            CadError: the engine's package is not installed; or see `kernels_for`.
+        """
+        package = import_package(self.package)
+        kernels = kernels_for(self.package) if self.has_kernels else ""
+        self._in_bfloat16 = in_bfloat16
+        try:
+            self._open(package, path, threads, kernels)
+        except Exception as error:
+            raise CannotConvert(
+                f"{self.name} does not take the file.",
+                why=describe_error(error),
+                next="report it with the name of the network and the version of the engine.",
+            ) from error
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Run the file and return its outputs in order.
+
+        Raises:
+            CannotConvert: the file does not run on these inputs.
+        """
+        try:
+            return self._run(*inputs)
+        except Exception as error:
+            raise CannotConvert(
+                f"{self.name} does not run the file on {', '.join(str(tuple(value.shape)) for value in inputs)}.",
+                why=describe_error(error),
+                next="report it with the name of the network and the version of the engine.",
+            ) from error
+
+    def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
+        raise NotImplementedError
+
+    def _run(self, *inputs: Tensor) -> list[Tensor]:
+        raise NotImplementedError
+
+
+def import_package(package: str) -> Any:
+    """Import a package of the extra `export`.
+
+    Raises:
+        CadError: the package is not installed.
+    """
+    return import_optional(
+        package, f"a file for this engine needs {package}.", "pip install 'cadsurgery[export]'"
+    )
