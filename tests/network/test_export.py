@@ -24,7 +24,7 @@ import cadsurgery as cs
 from benchmarks import export_matrix
 from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.network.export.compare import check_difference, difference, more_images
-from cadsurgery.network.export.engines import ENGINES, engines_for
+from cadsurgery.network.export.engines import ENGINES, OnnxRuntime, engines_for
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.onnx import _cut_awkwardly, _of_other_sizes
 
@@ -234,6 +234,14 @@ def test_refusals_name_the_way_round_and_leave_nothing(
         with pytest.raises(cs.CannotConvert, match="ZeroDivisionError"):
             cs.export(budget, image, path)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_without_kernels_is_refused_files_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine of the user needs no twin with kernels."""
+    monkeypatch.setitem(ENGINES, "mine", OnnxRuntime)
+    assert engines_for("mine", with_kernels=False) == [OnnxRuntime]
+    with pytest.raises(cs.UnknownName, match="with kernels named 'mine'"):
+        engines_for("mine", with_kernels=True)
 
 
 def test_a_copy_in_8_bits_is_refused_and_names_the_network_it_was_made_from(tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ from cadsurgery.network.calibration import batch_of
 from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
 from cadsurgery.network.export.dictionaries import further_inputs, open_call
-from cadsurgery.network.export.engines import ENGINES, engines_for
+from cadsurgery.network.export.engines import engines_for
 from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.network.export.refusals import refused
 from cadsurgery.network.export.shortcuts import without_collections
 from cadsurgery.network.model import AdaptiveModel, images_to_calibrate, whole_program
-from cadsurgery.support.errors import InvalidInput, check_name
+from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.files import check_folder, write_together
 from cadsurgery.support.progress import Step, silent
 
@@ -129,7 +129,7 @@ def export(
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
-    check_name("engine of ONNX files", check_in, [key for key, one in ENGINES.items() if not one.has_kernels])
+    engines = engines_for(check_in, with_kernels)
     batches = _to_calibrate(net, int8, image, dynamic)
     options = {
         "dynamic": dynamic,
@@ -153,7 +153,6 @@ def export(
         refused(what, advice, net),
     ):
         if kind == "onnx":
-            engines = engines_for(check_in, with_kernels)
             how = (dynamic, level_map, float16, engines, batches, step, name)
             compared, shape = onnx.write(net, image, other, temporary, *how)
         else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cadsurgery.network.export.engine import Engine, import_package
 from cadsurgery.support import defaults
+from cadsurgery.support.errors import check_name
 
 
 class OnnxRuntime(Engine):
@@ -117,7 +118,13 @@ def engines_for(name: str, with_kernels: bool) -> list[type[Engine]]:
     Args:
         name: of an engine in `ENGINES` without kernels.
         with_kernels: the file is written with kernels.
+
+    Raises:
+        UnknownName: there is no such engine, or none with kernels.
     """
+    able = [key for key in ENGINES if not with_kernels or f"{key}{_KERNELS}" in ENGINES]
+    able = [key for key in able if not ENGINES[key].has_kernels]
+    check_name("engine with kernels" if with_kernels else "engine of ONNX files", name, able)
     plain = [ENGINES[name]]
     if not with_kernels:
         return plain
