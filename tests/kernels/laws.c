@@ -764,7 +764,7 @@ typedef struct {
     const float *scale, *bias;
     const void *more;
     void *out;
-    long outputs, more_is_8_bits, out_is_8_bits, is_hardswish;
+    long outputs, more_is_8_bits, out_is_8_bits, activation;
     float more_scale, factor, zero, low, high;
 } result;
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,6 +37,13 @@ MOST_TAPS, MOST, LARGEST_WEIGHT = 64, 255, 127
 LARGEST_PAIR = (1 << 15) // MOST
 # How many products of the largest values fit into 32-bit sums, and how many are exact in float32.
 MOST_PRODUCTS, MOST_IN_FLOAT = 2**31 // (MOST * (LARGEST_WEIGHT + 1)), 2**24 // (MOST * LARGEST_WEIGHT)
+
+
+# Activations besides clamps that the kernels apply to sums in registers, as they compute them, in the order of their
+# numbers in `kernels/c/int8.h`.
+FUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "hardswish": lambda values: values * (values + 3).clamp(0, 6) * _single(1 / 6),
+}
 
 
 class QuantParams(NamedTuple):
@@ -123,6 +131,12 @@ class IntegerWeights:
         return can_apply(self.activation)
 
     @property
+    def number_of_activation(self) -> int:
+        """Number of the activation in the kernels; 0 for none or a clamp."""
+        is_clamp = self.activation is None or self.activation.bounds is not None
+        return 0 if is_clamp else 1 + list(FUSED).index(self.activation.name)  # type: ignore[union-attr]
+
+    @property
     def is_depthwise(self) -> bool:
         """True if the convolution is depthwise and its result is 8-bit."""
         return self.groups > 1 and self.weight.shape[:2] == (self.groups, 1) and self.out is not None
@@ -195,7 +209,7 @@ class IntegerWeights:
         if residual is not None:
             value = _multiply_add(residual.float(), known.more, value)
         if self.activation is not None and self.activation.bounds is None:
-            value = value * (value + 3).clamp(0, 6) * _single(1 / 6)
+            value = FUSED[self.activation.name](value)
             value = _multiply_add(value, known.factor, known.zero)
         value = value.clamp_(known.low, known.high)
         return value if self.out is None else value.round_().to(torch.uint8)
@@ -338,7 +352,7 @@ class Integers(Backend):
         result = _Result(
             *(offset.data_ptr(), scale.data_ptr(), bias.data_ptr(), more, out.data_ptr(), outputs),
             *(weights.more is not None, weights.out is not None),
-            weights.activation is not None and weights.activation.bounds is None,
+            weights.number_of_activation,
             *known[3:],
         )
         if by_taps:
@@ -364,7 +378,7 @@ def _interleave(values: Tensor, layout: IntegerLayout) -> Tensor:
 
 def can_apply(activation: Activation | None) -> bool:
     """Return True if backends can apply an activation to sums while they are in registers."""
-    return activation is None or activation.bounds is not None or activation.name == "hardswish"
+    return activation is None or activation.bounds is not None or activation.name in FUSED
 
 
 def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
@@ -399,7 +413,7 @@ class _Reading(ctypes.Structure):
 class _Result(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("offset", "scale", "bias", "more", "out")),
-        *((name, ctypes.c_long) for name in ("outputs", "more_is_8_bits", "out_is_8_bits", "is_hardswish")),
+        *((name, ctypes.c_long) for name in ("outputs", "more_is_8_bits", "out_is_8_bits", "activation")),
         *((name, ctypes.c_float) for name in ("more_scale", "factor", "zero", "low", "high")),
     )
 

@@ -77,7 +77,7 @@ INLINE void finish_chunk(const result *r, const whole *sums, long at, long first
 /* Requantise and store the sums of up to ROWS rows. */
 INLINE void finish_tile(const result *r, whole sums[ROWS][COLUMNS], long at, long many, long first, long last, const int wide) {
 #if VECTOR >= 32
-    if (wide == COLUMNS && last - first >= CHUNK && r->out_is_8_bits && !r->is_hardswish && (!r->more || r->more_is_8_bits)) {
+    if (wide == COLUMNS && last - first >= CHUNK && r->out_is_8_bits && !r->activation && (!r->more || r->more_is_8_bits)) {
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++)
             if (i < many) {

@@ -137,9 +137,12 @@ INLINE void store_bytes(uint8_t *to, lane value, long some) {
 #endif
 #endif
 
-/* Hardswish, the only activation besides clamping, then the quantisation parameters of the result. */
-INLINE lane hardswish(const result *r, lane value) {
-    value = value * clamp(value + 3.0f, all(0), all(6)) * (1.0f / 6.0f);
+/* Activations besides clamping, numbered as `FUSED` in integer.py; then the quantisation parameters of the result. */
+enum { HARDSWISH = 1 };
+INLINE lane activate(const result *r, lane value) {
+    switch (r->activation) {
+        case HARDSWISH: value = value * clamp(value + 3.0f, all(0), all(6)) * (1.0f / 6.0f); break;
+    }
     return multiply_add(value, all(r->factor), all(r->zero));
 }
 
@@ -152,7 +155,7 @@ INLINE void finish(const result *r, whole sums, long at, long first, long some) 
                                             : load((const float *)r->more + place, some);
         value = multiply_add(more, all(r->more_scale), value);
     }
-    if (r->is_hardswish) value = hardswish(r, value);
+    if (r->activation) value = activate(r, value);
     value = clamp(value, all(r->low), all(r->high));
     if (r->out_is_8_bits) store_bytes((uint8_t *)r->out + place, value, some);
     else store((float *)r->out + place, value, some);

@@ -162,7 +162,7 @@ INLINE void convolve_channels(const result *r, const int8_t *weight, const uint8
 #pragma GCC unroll 4
         for (int k = 0; k < 4; k++) {
             lane value = multiply_add((lane)OP(cvtepi32_ps)(sums[k]), scale[k], bias[k]);
-            if (r->is_hardswish) value = hardswish(r, value);
+            if (r->activation) value = activate(r, value);
             sums[k] = (bytes)to_whole(clamp(value, low, high));
         }
         const bytes packed = OP(packus_epi16)(OP(packs_epi32)(sums[0], sums[1]), OP(packs_epi32)(sums[2], sums[3]));

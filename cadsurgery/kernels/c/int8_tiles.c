@@ -48,7 +48,7 @@ static void finish_unit(const tiled *work, const piece_of_work *now, const total
     const result r = of_group(work->finish, now->group, work->outputs, work->chunks * TILE);
     const long some = work->outputs - first, tall = now->many - row < SIDE_OF_UNIT ? now->many - row : SIDE_OF_UNIT;
 #if VECTOR == 64
-    if (r.out_is_8_bits && !r.is_hardswish && (!r.more || r.more_is_8_bits)) {
+    if (r.out_is_8_bits && !r.activation && (!r.more || r.more_is_8_bits)) {
         const long at = now->at + row;
         if (some > TILE && r.more) finish_bytes(&r, unit, at, tall, first, some, 2, 1);
         else if (some > TILE) finish_bytes(&r, unit, at, tall, first, some, 2, 0);

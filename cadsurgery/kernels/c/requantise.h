@@ -10,7 +10,7 @@ typedef struct {
     const float *scale, *bias;
     const void *more;
     void *out;
-    long outputs, more_is_8_bits, out_is_8_bits, is_hardswish;
+    long outputs, more_is_8_bits, out_is_8_bits, activation; /* activation: 0 for clamping alone, else see `activate` */
     float more_scale, factor, zero, low, high;
 } result;
 
