@@ -40,7 +40,7 @@ GRID = QuantParams(0.05, 0)
 def forms_here() -> tuple[str, ...]:
     """Return the forms of the 8-bit kernels that this processor can run, widest instruction set first.
 
-    Forms for limited weights (`IntegerWeights.is_limited`), such as "limited_avx2", precede those for any weights.
+    Forms for limited weights (`int8_limited.c`), such as "limited_avx2", precede those for any weights.
     """
     names = (form for name in reversed(isa.allowed()) for form in (f"limited_{name}", name))
     return tuple(name for name in names if _has(f"convolve_{name}"))

@@ -41,6 +41,12 @@ typedef struct {
     long count, n, taps, channels, stride;
 } reading;
 
+typedef struct {
+    const void *data;
+    long groups, outputs, channels, taps, next_group, next_output, next_channel, next_tap;
+} unpacked;
+typedef long pack(const unpacked *, const void *const *, char *, long *);
+
 /* -- buffers, numbers, comparisons ---------------------------------------------------------------------------------- */
 
 static struct {
@@ -71,6 +77,26 @@ static void free_all(void) {
         buffer_count--;
         munmap(buffers[buffer_count].begin, buffers[buffer_count].bytes);
     }
+}
+
+typedef struct {
+    void *weights, *constants; /* NULL if the form does not take such weights */
+    long bytes_of_constants;
+} packed;
+
+/* Pack weights (groups * outputs, channels, taps) and constants of each output, each in memory of its own. */
+HELPER packed pack_by(pack *by, const void *weights, long groups, long outputs, long channels, long taps,
+                      const void *const *constants) {
+    const unpacked from = {weights, groups, outputs, channels, taps, outputs * channels * taps, channels * taps, taps, 1};
+    long bytes;
+    const long first = by(&from, constants, NULL, &bytes);
+    if (first < 0) return (packed){NULL, NULL, 0};
+    char *all = memory(bytes, 1);
+    memset(all, 0, (size_t)bytes);
+    by(&from, constants, all, &bytes);
+    packed to = {memory(first, 1), memory(bytes - first, 1), bytes - first};
+    memcpy(to.weights, all, (size_t)first), memcpy(to.constants, all + first, (size_t)to.bytes_of_constants);
+    return to;
 }
 
 static uint64_t state = 88172645463325252ull;
@@ -221,7 +247,7 @@ static void check_output(const char *what, const following *f, element found, do
 #endif
 
 #if defined(OF_product) || defined(OF_product_tiles)
-extern const long SUFFIX(product_layout)[];
+pack SUFFIX(pack_product);
 void SUFFIX(product)(const reading *, const element *, const sum *, const int32_t *, const sum *, const sum *,
                      const element *, element *, long, long, double, double);
 
@@ -236,31 +262,17 @@ static void product_law(void) {
         {69, 64, 40, 1, 0, WITH_MORE}, {35, 530, 530, 1, 1, WITH_MORE | WITH_CLAMP},
         {69, 16, 24, 2, 0, WITH_MORE}, /* groups that together are as long as a tile */
     };
-    const long chunk = SUFFIX(product_layout)[1], side = SUFFIX(product_layout)[2], multiple = SUFFIX(product_layout)[3];
     for (long k = 0; k < COUNT(cases); k++) {
         const long n = cases[k].n, channels = cases[k].channels, outputs = cases[k].outputs, groups = cases[k].groups;
         const long taps = cases[k].taps ? cases[k].taps : 1, all = groups * outputs;
         reading in = random_reading(cases[k].taps ? 40 : n, cases[k].taps ? 7 : 0, n, taps, channels, channels * groups);
         if (!cases[k].taps) in.table = NULL; /* each row reads itself */
         const following f = random_following(n, all, cases[k].with);
-        const long chunks = (outputs + chunk - 1) / chunk, parts = (channels + side - 1) / side;
-        const long depth = (taps * parts + multiple - 1) / multiple * multiple;
         const element *weight = elements(all * channels * taps); /* (groups * outputs, channels, taps) */
         const sum *bias = sums(all, -1, 1);
-        element *packed = NEW(element, groups * chunks * chunk * depth * side);
-        sum *offset = NEW(sum, groups * chunks * chunk);
-        memset(packed, 0, groups * chunks * chunk * depth * side * sizeof(element));
-        memset(offset, 0, groups * chunks * chunk * sizeof(sum));
-        for (long g = 0; g < groups; g++)
-            for (long o = 0; o < outputs; o++) {
-                offset[g * chunks * chunk + o] = bias[g * outputs + o];
-                for (long tap = 0; tap < taps; tap++)
-                    for (long c = 0; c < channels; c++)
-                        packed[(((g * chunks + o / chunk) * depth + tap * parts + c / side) * chunk + o % chunk) * side + c % side] =
-                            weight[((g * outputs + o) * channels + c) * taps + tap];
-            }
+        const packed p = pack_by(SUFFIX(pack_product), weight, groups, outputs, channels, taps, (const void *[]){bias});
         element *out = NEW(element, n * all);
-        SUFFIX(product)(&in, packed, offset, f.levels, f.scale, f.shift, f.more, out, groups, outputs, f.low, f.high);
+        SUFFIX(product)(&in, p.weights, p.constants, f.levels, f.scale, f.shift, f.more, out, groups, outputs, f.low, f.high);
         for (long i = 0; i < n; i++)
             for (long o = 0; o < all; o++) {
                 double total = bias[o], terms = fabs(bias[o]);
@@ -279,7 +291,7 @@ static void product_law(void) {
 #endif
 
 #ifdef OF_grouped
-extern const long SUFFIX(grouped_layout)[];
+pack SUFFIX(pack_grouped);
 void SUFFIX(grouped)(const reading *, const sum *, const sum *, const int32_t *, const sum *, const sum *, const element *,
                      element *, long, double, double);
 
@@ -292,25 +304,30 @@ static void grouped_law(void) {
         {1, 23, 9, WITH_SCALE},            {2, 6, 9, WITH_MORE},    {2, 34, 1, WITH_LEVELS | WITH_CLAMP},
         {4, 36, 9, WITH_MORE},             {8, 104, 4, WITH_SCALE | WITH_MORE},
     };
-    const long lanes = SUFFIX(grouped_layout)[0], most_group = SUFFIX(grouped_layout)[1], n = 37;
+    const long n = 37;
     for (long k = 0; k < COUNT(cases); k++) {
         const long group = cases[k].group, channels = cases[k].channels, taps = cases[k].taps;
-        if (group > most_group) continue;
         const reading in = random_reading(40, 7, n, taps, channels, channels);
         const following f = random_following(n, channels, cases[k].with);
-        const long padded = (channels + lanes - 1) / lanes * lanes;
-        sum *weight = NEW(sum, taps * group * padded), *bias = NEW(sum, padded);
-        for (long i = 0; i < taps * group * padded; i++) weight[i] = i % padded < channels ? (sum)between(-1, 1) : 0;
-        for (long i = 0; i < padded; i++) bias[i] = i < channels ? (sum)between(-1, 1) : 0;
+#ifdef BYTES
+        int8_t *weight = NEW(int8_t, taps * group * channels);
+        for (long i = 0; i < taps * group * channels; i++) weight[i] = (int8_t)(below(255) - 127);
+#define WEIGHT(value) (value)
+#else
+        const element *weight = elements(taps * group * channels); /* (channels, group, taps) */
+#define WEIGHT(value) value_of(value)
+#endif
+        const sum *bias = sums(channels, -1, 1);
+        const packed p = pack_by(SUFFIX(pack_grouped), weight, channels / group, group, group, taps, (const void *[]){bias});
+        if (!p.weights) continue; /* wider than a vector */
         element *out = NEW(element, n * channels);
-        SUFFIX(grouped)(&in, weight, bias, f.levels, f.scale, f.shift, f.more, out, group, f.low, f.high);
+        SUFFIX(grouped)(&in, p.weights, p.constants, f.levels, f.scale, f.shift, f.more, out, group, f.low, f.high);
         for (long i = 0; i < n; i++)
             for (long o = 0; o < channels; o++) {
                 double total = bias[o], terms = fabs(bias[o]);
                 for (long tap = 0; tap < taps; tap++)
                     for (long c = 0; c < group; c++) {
-                        const double term =
-                            read_value(&in, i, tap, o / group * group + c) * weight[(tap * group + c) * padded + o];
+                        const double term = read_value(&in, i, tap, o / group * group + c) * WEIGHT(weight[(o * group + c) * taps + tap]);
                         total += term, terms += fabs(term);
                     }
                 check_output("grouped", &f, out[i * channels + o], total, terms, i, o, channels);
@@ -768,7 +785,7 @@ typedef struct {
     float more_scale, factor, zero, low, high;
 } result;
 
-extern const long SUFFIX(int8_layout)[];
+pack SUFFIX(pack_convolve);
 long SUFFIX(convolve)(const reading *, const result *, const void *, long);
 /* In one rounding: the product is exact in double precision. */
 static float multiply_add(float a, float b, float c) { return (float)((double)a * b + c); }
@@ -790,8 +807,6 @@ static void convolve_law(void) {
         {99, 128, 72, 1, 0, BYTES_OUT | MORE_BYTES}, {35, 1040, 530, 1, 1, BYTES_OUT | MORE_BYTES},
         {69, 32, 24, 2, 0, BYTES_OUT},
     };
-    const long chunk = SUFFIX(int8_layout)[1], side = SUFFIX(int8_layout)[2], multiple = SUFFIX(int8_layout)[3];
-    const long bytes = SUFFIX(int8_layout)[4], shift = SUFFIX(int8_layout)[5];
     for (long k = 0; k < COUNT(cases); k++) {
         const long n = cases[k].n, channels = cases[k].channels, outputs = cases[k].outputs, groups = cases[k].groups;
         const long taps = cases[k].taps ? cases[k].taps : 1, all = groups * outputs;
@@ -799,29 +814,20 @@ static void convolve_law(void) {
         reading in = random_reading(cases[k].taps ? 40 : n, cases[k].taps ? 7 : 0, n, taps, channels, channels * groups);
         if (!cases[k].taps) in.table = NULL;
         if (with & LARGEST) memset((void *)in.rows, 0, n * channels * groups);
-        const long chunks = (outputs + chunk - 1) / chunk, parts = (channels + side - 1) / side, places = groups * chunks * chunk;
-        const long depth = (taps * parts + multiple - 1) / multiple * multiple;
         int8_t *weight = NEW(int8_t, all * channels * taps);
         for (long i = 0; i < all * channels * taps; i++) weight[i] = with & LARGEST ? -127 : (int8_t)(below(255) - 127);
-        char *packed = memory(places * depth * side, (size_t)bytes);
-        int32_t *offset = NEW(int32_t, places);
-        float *scale = NEW(float, places), *bias = NEW(float, places);
-        memset(packed, 0, places * depth * side * bytes), memset(offset, 0, places * sizeof(int32_t));
-        memset(scale, 0, places * sizeof(float)), memset(bias, 0, places * sizeof(float));
+        int32_t *offset = NEW(int32_t, all);
+        float *scale = NEW(float, all), *bias = NEW(float, all);
         for (long o = 0; o < all; o++) {
-            const long g = o / outputs, chunk_of = o % outputs / chunk, own = o % outputs % chunk, place = g * chunks * chunk + o % outputs;
-            scale[place] = with & LARGEST ? 1 : (float)between(.2, 1.5) / (float)(channels * taps) / (with & BYTES_OUT ? 10 : 100);
-            bias[place] = with & LARGEST ? 0 : (float)(between(-1, 1) + (with & BYTES_OUT ? 100 : 0));
-            for (long c = 0; c < channels; c++)
-                for (long tap = 0; tap < taps; tap++) {
-                    const int value = weight[(o * channels + c) * taps + tap];
-                    const long at = (((g * chunks + chunk_of) * depth + tap * parts + c / side) * chunk + own) * side + c % side;
-                    if (bytes == 1) packed[at] = (char)value;
-                    else ((int16_t *)packed)[at] = (int16_t)value;
-                    offset[place] += (int32_t)(shift - zero) * value;
-                }
+            scale[o] = with & LARGEST ? 1 : (float)between(.2, 1.5) / (float)(channels * taps) / (with & BYTES_OUT ? 10 : 100);
+            bias[o] = with & LARGEST ? 0 : (float)(between(-1, 1) + (with & BYTES_OUT ? 100 : 0));
+            offset[o] = 0;
+            for (long i = 0; i < channels * taps; i++) offset[o] -= zero * weight[o * channels * taps + i];
         }
-        result r = {offset, scale, bias, NULL, NULL, all, (with & MORE_BYTES) != 0, (with & BYTES_OUT) != 0,
+        const packed p =
+            pack_by(SUFFIX(pack_convolve), weight, groups, outputs, channels, taps, (const void *[]){offset, scale, bias});
+        const long array = p.bytes_of_constants / 3;
+        result r = {(int32_t *)p.constants, (float *)(p.constants + array), (float *)(p.constants + 2 * array), NULL, NULL, all, (with & MORE_BYTES) != 0, (with & BYTES_OUT) != 0,
                     (with & HARDSWISH) != 0, .37f, 1, 0, -INFINITY, INFINITY};
         if (with & HARDSWISH) r.factor = 1.7f, r.zero = 3;
         if (with & BYTES_OUT) r.low = 12, r.high = 250;
@@ -832,15 +838,14 @@ static void convolve_law(void) {
             r.more = more;
         }
         r.out = with & BYTES_OUT ? (void *)NEW(uint8_t, n * all) : (void *)NEW(float, n * all);
-        check_exactly("there is memory", (double)SUFFIX(convolve)(&in, &r, packed, groups), 1);
+        check_exactly("there is memory", (double)SUFFIX(convolve)(&in, &r, p.weights, groups), 1);
         for (long i = 0; i < n; i++)
             for (long o = 0; o < all; o++) {
-                const long place = o / outputs * chunks * chunk + o % outputs;
                 long total = 0;
                 for (long tap = 0; tap < taps; tap++)
                     for (long c = 0; c < channels; c++)
                         total += ((long)read_value(&in, i, tap, o / outputs * channels + c) - zero) * weight[(o * channels + c) * taps + tap];
-                float value = multiply_add((float)(int32_t)total, scale[place], bias[place]);
+                float value = multiply_add((float)(int32_t)total, scale[o], bias[o]);
                 if (with & MORE_BYTES) value = multiply_add(((const uint8_t *)r.more)[i * all + o], r.more_scale, value);
                 if (with & MORE) value = multiply_add(((const float *)r.more)[i * all + o], r.more_scale, value);
                 if (with & HARDSWISH)

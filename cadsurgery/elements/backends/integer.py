@@ -21,22 +21,21 @@ from cadsurgery.elements.backends.choose import Backend, WindowRead, Work, compu
 from cadsurgery.elements.backends.native import (
     RowSource,
     call,
-    group_weight,
     halo_of,
     kernel_for,
-    pad_depth,
 )
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Reading, rows_of
-from cadsurgery.kernels.layouts import IntegerLayout, grouped_layout, integer_layout
 from cadsurgery.kernels.load import is_observed, isa_of, library
+from cadsurgery.kernels.packing import pack, takes
 
-MOST_TAPS, MOST, LARGEST_WEIGHT = 64, 255, 127
+MOST, LARGEST_WEIGHT = 255, 127
 # Largest sum of two 8-bit weights for which the sum of two products with activations in 0..255 fits into 16 bits. x86
 # processors without VNNI add two neighbouring products in 16 bits, by vpmaddubsw, which saturates.
 LARGEST_PAIR = (1 << 15) // MOST
-# How many products of the largest values fit into 32-bit sums, and how many are exact in float32.
-MOST_PRODUCTS, MOST_IN_FLOAT = 2**31 // (MOST * (LARGEST_WEIGHT + 1)), 2**24 // (MOST * LARGEST_WEIGHT)
+MOST_PRODUCTS = 2**31 // (
+    MOST * (LARGEST_WEIGHT + 1)
+)  # how many products of the largest values fit into 32-bit sums
 
 
 # Activations besides clamps that the kernels apply to sums in registers, as they compute them, in the order of their
@@ -71,7 +70,7 @@ class QuantParams(NamedTuple):
             exact = values.double() * _single(factor) + self.zero
             return exact.float().round_().clamp_(0, MOST).to(torch.uint8)
         out = torch.empty_like(values, dtype=torch.uint8)
-        _run("quantise", form, values, out, values.numel(), factor, float(self.zero))
+        _run(f"quantise_{form}", values, out, values.numel(), factor, float(self.zero))
         return out
 
     def dequantise(self, values: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ class QuantParams(NamedTuple):
         if not form or values.dtype != torch.uint8 or not _is_dense(values):
             return values.to(torch.float32, copy=True).sub_(self.zero).mul_(_single(self.scale))
         out = torch.empty_like(values, dtype=torch.float32)
-        _run("dequantise", form, values, out, values.numel(), self.scale, float(self.zero))
+        _run(f"dequantise_{form}", values, out, values.numel(), self.scale, float(self.zero))
         return out
 
 
@@ -141,21 +140,20 @@ class IntegerWeights:
         """True if the convolution is depthwise and its result is 8-bit."""
         return self.groups > 1 and self.weight.shape[:2] == (self.groups, 1) and self.out is not None
 
-    @property
-    def is_limited(self) -> bool:
-        """True if no two adjacent channels of equal sign sum to more than `LARGEST_PAIR`, at any tap."""
-        whole = self.weight.flatten(2).int()
-        first, second = whole[:, : whole.shape[1] // 2 * 2].unflatten(1, (-1, 2)).unbind(2)
-        exceeds = (first * second > 0) & ((first + second).abs() > LARGEST_PAIR)
-        return not bool(exceeds.any())
-
     def form_on(self, isa: str) -> str:
-        """Return the form of `int8.c` for an instruction set; for limited weights the one that needs them, if any."""
+        """Return the form of `convolve` for an instruction set: the one for limited weights (`int8_limited.c`), if it
+        takes these."""
         if ("form", isa) not in self.packed_cache:
             limited = f"limited_{isa}"
-            is_there = _has(f"convolve_{limited}") and self.is_limited
-            self.packed_cache["form", isa] = limited if is_there else isa
+            is_taken = _has(f"convolve_{limited}") and self.fits(f"convolve_{limited}")
+            self.packed_cache["form", isa] = limited if is_taken else isa
         return str(self.packed_cache["form", isa])
+
+    def fits(self, form: str) -> bool:
+        """Return True if a form of a kernel takes the weight."""
+        if ("fits", form) not in self.packed_cache:
+            self.packed_cache["fits", form] = takes(form, self.weight, self.groups)
+        return bool(self.packed_cache["fits", form])
 
     @property
     def constants(self) -> Finish:
@@ -214,54 +212,14 @@ class IntegerWeights:
         value = value.clamp_(known.low, known.high)
         return value if self.out is None else value.round_().to(torch.uint8)
 
-    def packed(self, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pack weight, offset, scale and bias for an instruction set of `int8.c`: each group is padded to whole chunks
-        of outputs, and the channels of an output are contiguous."""
+    def packed(self, form: str) -> tuple[Tensor, ...]:
+        """Return the memory of the weight and its constants, packed by a form of a kernel that takes it."""
         if ("packed", form) not in self.packed_cache:
-            layout = integer_layout(form)
-            chunk, side = layout.chunk, layout.side
-            outputs, channels = self.weight.shape[0] // self.groups, self.weight.shape[1]
-            parts, chunks, taps = -(-channels // side), -(-outputs // chunk), self.weight[0, 0].numel()
-            dtype = {1: torch.int8, 2: torch.int16}[layout.bytes]
-            whole = self.weight.new_zeros(self.groups, chunks * chunk, taps, side * parts, dtype=dtype)
-            by_tap = self.weight.flatten(2).transpose(1, 2).unflatten(0, (self.groups, outputs))
-            whole[:, :outputs, :, :channels] = by_tap
-            by_chunk = whole.view(self.groups, chunks, chunk, taps * parts, side)
-            whole = pad_depth(by_chunk, layout.depth).transpose(2, 3)
             offset, scale, bias = self.constants[:3]
-            offset = offset + layout.shift * self.weight.flatten(1).sum(1, dtype=torch.int32)
-            rest = (self._pad(value, chunk) for value in (offset, scale, bias))
-            self.packed_cache["packed", form] = (whole.contiguous(), *rest)
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.packed_cache["packed", form]
-        return found
-
-    def _pad(self, values: Tensor, chunk: int) -> Tensor:
-        outputs = self.weight.shape[0] // self.groups
-        padded = values.new_zeros(self.groups, -(-outputs // chunk) * chunk)
-        padded[:, :outputs] = values.view(self.groups, outputs)
-        return padded
-
-    def by_channel(self) -> tuple[Tensor, Tensor]:
-        """Pack weight and offset of a depthwise convolution for `grouped.c`: integers stored as float32."""
-        if "by channel" not in self.packed_cache:
-            self.packed_cache["by channel"] = group_weight(self.weight.float(), self.constants.offset.float())
-        parts: tuple[Tensor, Tensor] = self.packed_cache["by channel"]
-        return parts
-
-    def by_taps(self, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pack weight, offset, scale and bias of a depthwise convolution for an instruction set of `int8_depthwise.c`:
-        four taps are contiguous for each channel of a vector, in the processor's interleaved order ((16 channels, 4, 4)
-        as (4, 16 channels, 4))."""
-        if ("by taps", form) not in self.packed_cache:
-            layout, taps = integer_layout(form), self.weight[0].numel()
-            padded = self.weight.new_zeros(len(self.weight), -(-taps // 4) * 4)
-            padded[:, :taps] = self.weight.flatten(1)
-            rest = [value.unsqueeze(1) for value in self.constants[:3]]
-            self.packed_cache["by taps", form] = tuple(
-                _interleave(value, layout) for value in (padded, *rest)
-            )
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.packed_cache["by taps", form]
-        return found
+            constants = (offset.float(),) if form.startswith("grouped") else (offset, scale, bias)
+            self.packed_cache["packed", form] = pack(form, self.weight, self.groups, *constants)
+        memory: tuple[Tensor, ...] = self.packed_cache["packed", form]
+        return memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,34 +277,23 @@ class Integers(Backend):
         dtype = torch.float32 if weights.out is None else torch.uint8
         out = torch.empty(size[0], outputs, dtype=dtype)
         residual = work.residual.contiguous() if work.residual is not None else None
-        own_form, of_depthwise = form or form_here() or "", form or isa_of("depthwise")
-        has_taps = weights.is_depthwise and residual is None and size[1] <= MOST_TAPS
-        by_taps = has_taps and _has(f"depthwise_{of_depthwise}")
-        if (
-            reading is not None
-            and not by_taps
-            and not form
-            and _is_exact_in_float(weights)
-            and residual is None
-        ):
-            table, read_rows = (
-                reading.table,
-                RowSource(work.rows, halo_of(work.rows, reading), weights.source.zero),
-            )
-            levels = (None, known.scale, known.bias)
-            arguments = (*weights.by_channel(), *levels, None, out, 1, known.low, known.high)
-            call(kernel_for("grouped", work.rows), read_rows, table, *arguments)
+        name = self._form(work, form)
+        memory = weights.packed(name)
+        if name.startswith("grouped"):
+            assert reading is not None
+            source = RowSource(work.rows, halo_of(work.rows, reading), weights.source.zero)
+            arguments = (*memory, None, known.scale, known.bias, None, out, 1, known.low, known.high)
+            call(kernel_for("grouped", work.rows), source, reading.table, *arguments)
             return out
-        if not form and not by_taps:
-            own_form = weights.form_on(own_form)
+        is_depthwise = name.startswith("depthwise")
         rows = work.rows if work.rows.stride(1) == 1 else work.rows.contiguous()  # rows may overlap
         halo = halo_of(rows, reading) if reading is not None else None
         beyond = rows.new_full((rows.shape[1],), weights.source.zero)
-        weight, offset, scale, bias = weights.by_taps(of_depthwise) if by_taps else weights.packed(own_form)
+        weight, offset, scale, bias = memory
         read = _Reading(
             *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
             reading.table.data_ptr() if reading is not None else None,
-            *(rows.shape[0], *size, outputs if by_taps else inputs, rows.stride(0)),
+            *(rows.shape[0], *size, outputs if is_depthwise else inputs, rows.stride(0)),
         )
         more = residual.data_ptr() if residual is not None else None
         result = _Result(
@@ -355,25 +302,24 @@ class Integers(Backend):
             weights.number_of_activation,
             *known[3:],
         )
-        if by_taps:
-            _run("depthwise", of_depthwise, ctypes.byref(read), ctypes.byref(result), weight)
-        elif not _run("convolve", own_form, ctypes.byref(read), ctypes.byref(result), weight, weights.groups):
+        groups = () if is_depthwise else (weights.groups,)
+        done = _run(name, ctypes.byref(read), ctypes.byref(result), weight, *groups)
+        if not is_depthwise and not done:
             raise MemoryError("no memory for a few rows of a convolution in 8 bits.")
         return out
 
-
-def _interleave(values: Tensor, layout: IntegerLayout) -> Tensor:
-    """Reorder values (channels, taps or 1) to vectors of channels in the order of `int8_depthwise.c`. A last part of
-    at most half a vector is stored twice, because two rows are read at once."""
-    many, half = layout.many, layout.half
-    channels, last = len(values), values[len(values) // many * many :]
-    padded = values.new_zeros(-(-channels // many) * many, values.shape[1])
-    padded[:channels] = values
-    if 0 < len(last) <= half:
-        padded[-half:][: len(last)] = last
-    at_once = min(4, values.shape[1])
-    parts = padded.view(-1, many // 16, 4, 4, values.shape[1] // at_once, at_once)
-    return parts.permute(0, 4, 2, 1, 3, 5).contiguous()
+    @staticmethod
+    def _form(work: IntegerConvolution, isa: str) -> str:
+        """Return the form of the kernel that computes a work, of an instruction set or the fastest."""
+        weights = work.weights
+        if weights.is_depthwise and work.residual is None:
+            depthwise = f"depthwise_{isa or isa_of('depthwise')}"
+            if _has(depthwise) and weights.fits(depthwise):
+                return depthwise
+            grouped = f"grouped_uint8_{isa_of('grouped', 'uint8')}"
+            if not isa and weights.number_of_activation == 0 and weights.fits(grouped):
+                return grouped
+        return f"convolve_{isa or weights.form_on(form_here() or '')}"
 
 
 def can_apply(activation: Activation | None) -> bool:
@@ -388,19 +334,11 @@ def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
     if form:
         image = image if _is_dense(image) else image.contiguous()
         apart, step = (height * width, 1) if image.is_contiguous() else (1, channels)
-        _run("lines", form, image, memory, *image.shape, apart, step, *padding)
+        _run(f"lines_{form}", image, memory, *image.shape, apart, step, *padding)
         return
     size = batch, height + 2 * padding[0], width + 2 * padding[1], 4
     inner = memory[: math.prod(size)].view(size)[:, padding[0] :, padding[1] :]
     inner[:, :height, :width, :channels] = image.permute(0, 2, 3, 1)
-
-
-def _is_exact_in_float(weights: IntegerWeights) -> bool:
-    """Return True if `grouped.c` can compute a depthwise convolution, with sums that are exact in float32."""
-    few = weights.weight[0].numel() <= min(MOST_IN_FLOAT, grouped_layout("uint8").taps)
-    return (
-        weights.is_depthwise and few and (weights.activation is None or weights.activation.bounds is not None)
-    )
 
 
 class _Reading(ctypes.Structure):
@@ -428,9 +366,9 @@ def _has(symbol: str) -> bool:
     return compiled is not None and hasattr(compiled, symbol)
 
 
-def _run(name: str, form: str | None, *arguments: Any) -> int:
-    """Call an 8-bit kernel for an instruction set and return its result, if it has one."""
-    kernel = getattr(library(), f"{name}_{form}")
+def _run(form: str, *arguments: Any) -> int:
+    """Call a form of an 8-bit kernel and return its result, if it has one."""
+    kernel = getattr(library(), form)
     kernel.restype = ctypes.c_long
     return int(kernel(*map(_for_c, arguments)))
 

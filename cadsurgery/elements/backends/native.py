@@ -8,11 +8,10 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import (
@@ -29,14 +28,12 @@ from cadsurgery.elements.backends.choose import (
     mix,
     outside_of,
 )
+from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.kernels.layouts import depthwise_width, grouped_layout, product_layout
 from cadsurgery.kernels.load import function, has_bf16_dot, is_observed, isa_of
+from cadsurgery.kernels.packing import pack, takes
 from cadsurgery.support.pages import new_memory
-
-if TYPE_CHECKING:
-    pass
 
 # The dtypes that kernels are compiled for.
 ELEMENTS = {
@@ -119,17 +116,20 @@ class Native(Backend):
         shift depend on the level, if there are any."""
         weights, dtype, is_product = work.weights, work.rows.dtype, work.is_product
         outputs, size = weights.weight.shape[:2]
-        pack: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
         sizes: tuple[int, ...]
         groups = 1
-        if is_product_of_groups(weights.weight, weights.groups):
+        if not _takes_grouped(weights.weight, weights.groups):
             groups = weights.groups
-            name, pack, sizes = "product", partial(product_weight, groups=groups), (groups, outputs // groups)
+            name, sizes = "product", (groups, outputs // groups)
         elif size == 1 and has_bf16_dot(dtype):
-            name, pack, sizes = "depthwise", pair_weight, ()
+            name, sizes = "depthwise", ()
         else:
-            name, pack, sizes = "grouped", group_weight, (size,)
-        kernel, key = function(name, ELEMENTS[dtype]), (name, isa_of(name, ELEMENTS[dtype]), dtype)
+            name, sizes = "grouped", (size,)
+        kernel, form = function(name, ELEMENTS[dtype]), _form(name, dtype)
+
+        def packed(weights: FusedConv) -> tuple[Tensor, ...]:
+            bias = weights.bias.to(_sum_type(dtype)) if weights.bias is not None else None
+            return pack(form, weights.weight.to(dtype), weights.groups, bias)
 
         def run(work: Convolution) -> Tensor:
             weights, more = work.weights, work.residual
@@ -141,17 +141,17 @@ class Native(Backend):
                 reading = work.reading
                 source, table = RowSource(work.rows, halo_of(work.rows, reading), work.outside), reading.table
                 out = new_memory(work.rows, len(table), outputs)
-            packed = weights.form(key, lambda: pack(weights.weight.to(dtype), weights.bias))
+            memory = weights.form(form, lambda: packed(weights))
             levels: tuple[Tensor | None, ...] = (None, None, None)
             if weights.levels is not None:
                 assert isinstance(work.reads, WindowRead)
-                factors = (value.to(packed[1].dtype).contiguous() for value in weights.levels)
+                factors = (value.to(_sum_type(dtype)).contiguous() for value in weights.levels)
                 levels = (work.reads.target.level_of_rows, *factors)
             act = weights.activation
             bounds = act.bounds if act is not None else None
             low, high = bounds or _UNBOUNDED
             more = more.contiguous() if more is not None else None
-            arguments = (*packed, *levels, more, out, *sizes, low, high)
+            arguments = (*memory, *levels, more, out, *sizes, low, high)
             call(kernel, source, table, *arguments, groups=groups)
             return out if bounds or act is None else act.apply_(out)
 
@@ -240,70 +240,24 @@ def supports(rows: Tensor) -> bool:
     )
 
 
-def is_product_of_groups(weight: Tensor, groups: int) -> bool:
-    """Return True if `product` rather than `grouped` computes a kernel (O, C / groups, kh, kw): for large groups."""
-    group = weight.shape[1]
-    in_vector = group <= grouped_layout(ELEMENTS[weight.dtype]).most_group and group & (group - 1) == 0
-    return groups == 1 or not (in_vector and weight.shape[0] == group * groups)
-
-
-def product_weight(weight: Tensor, bias: Tensor | None, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Pack weight and bias of a convolution for `product`: chunks of outputs outermost, each tap contiguous; some
-    instruction sets interleave two channels, or need whole tiles."""
-    layout = product_layout(ELEMENTS[weight.dtype])
-    outputs, channels, taps = weight.shape[0] // groups, weight.shape[1], weight[0, 0].numel()
-    padded = -(-outputs // layout.chunk) * layout.chunk
-    kernel = weight.new_zeros(groups, padded, taps, -(-channels // layout.side) * layout.side)
-    by_tap = weight.detach().flatten(2).transpose(1, 2)
-    kernel[:, :outputs, :, :channels] = by_tap.unflatten(0, (groups, outputs))
-    offset = kernel.new_zeros(groups, padded, dtype=_sum_type(weight.dtype))
-    if bias is not None:
-        offset[:, :outputs] = bias.detach().view(groups, outputs)
-    parts = kernel.view(groups, -1, layout.chunk, taps * kernel.shape[3] // layout.side, layout.side)
-    return pad_depth(parts, layout.depth).transpose(2, 3).contiguous(), offset
-
-
-def pad_depth(parts: Tensor, multiple: int) -> Tensor:
-    """Pad the depth of packed weights (groups, chunks, chunk, depth, side) with zeros to a multiple."""
-    return F.pad(parts, (0, 0, 0, -parts.shape[3] % multiple))
-
-
 def has_grouped_form(weight: Tensor, groups: int) -> bool:
     """Return True if there is a kernel for a grouped convolution (O, C / groups, kh, kw)."""
-    out, group, height, width = weight.shape
-    if weight.dtype not in ELEMENTS:
+    out, group, *taps = weight.shape
+    if weight.dtype not in ELEMENTS or 0 in taps:
         return False
-    if is_product_of_groups(weight, groups):
-        return min(group, out // groups) >= _LEAST_GROUP and bool(isa_of("product", ELEMENTS[weight.dtype]))
-    return 0 < height * width <= grouped_layout(ELEMENTS[weight.dtype]).taps
+    if _takes_grouped(weight, groups):
+        return True
+    return min(group, out // groups) >= _LEAST_GROUP and bool(isa_of("product", ELEMENTS[weight.dtype]))
 
 
-def group_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pack weight and bias of a grouped convolution for `grouped`: taps outermost, channels padded."""
-    out, group = weight.shape[:2]
-    dtype = _sum_type(weight.dtype)
-    lanes = grouped_layout(ELEMENTS[weight.dtype]).lanes
-    padded = -(-out // lanes) * lanes
-    kernel = weight.new_zeros(weight[0, 0].numel(), group, padded, dtype=dtype)
-    kernel[:, :, :out] = weight.detach().flatten(2).permute(2, 1, 0)
-    offset = kernel.new_zeros(padded)
-    if bias is not None:
-        offset[:out] = bias.detach()
-    return kernel, offset
+def _takes_grouped(weight: Tensor, groups: int) -> bool:
+    """Return True if `grouped` rather than `product` computes a convolution (O, C / groups, kh, kw): small groups."""
+    return groups > 1 and takes(_form("grouped", weight.dtype), weight, groups)
 
 
-def pair_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pack weight and bias of a depthwise convolution for `depthwise`: two taps interleaved, channels padded."""
-    channels, taps = weight.shape[0], weight[0, 0].numel()
-    many = depthwise_width(ELEMENTS[weight.dtype])
-    chunks, pairs = -(-channels // many), -(-taps // 2)
-    kernel = weight.new_zeros(chunks * many, 2 * pairs)
-    kernel[:channels, :taps] = weight.detach().flatten(1)
-    offset = kernel.new_zeros(chunks * many, dtype=_sum_type(weight.dtype))
-    if bias is not None:
-        offset[:channels] = bias.detach()
-    quarters = kernel.view(chunks, 4, 2, many // 8, pairs, 2)
-    return quarters.permute(0, 4, 2, 1, 3, 5).contiguous(), offset
+def _form(name: str, dtype: torch.dtype) -> str:
+    """Return the name of the form of a kernel that is chosen for a type."""
+    return "_".join((name, ELEMENTS[dtype], isa_of(name, ELEMENTS[dtype])))
 
 
 def call(

@@ -35,18 +35,17 @@ typedef struct {
     product_form *product;
     grouped_form *grouped;
     mix_form *mix;
-    const long *product_layout, *grouped_layout;
+    pack *pack_product, *pack_grouped;
 } form;
 
 #define DECLARE(set)                                                  \
     __attribute__((weak)) extern product_form product_float32_##set;  \
     __attribute__((weak)) extern grouped_form grouped_float32_##set;  \
     __attribute__((weak)) extern mix_form mix_float32_##set;          \
-    __attribute__((weak)) extern const long product_layout_float32_##set[]; \
-    __attribute__((weak)) extern const long grouped_layout_float32_##set[];
+    __attribute__((weak)) extern pack pack_product_float32_##set, pack_grouped_float32_##set;
 #define FORM(set, needs)                                                     \
     {needs, product_float32_##set, grouped_float32_##set, mix_float32_##set, \
-     product_layout_float32_##set, grouped_layout_float32_##set}
+     pack_product_float32_##set, pack_grouped_float32_##set}
 
 DECLARE(scalar)
 #if defined(__x86_64__)
@@ -59,51 +58,24 @@ static const form forms[] = {FORM(scalar, 0), FORM(neon, 64)};
 static const form forms[] = {FORM(scalar, 0)};
 #endif
 
-/* Pack weights (taps, groups, channels, outputs) for `product`: see product.c. */
-static void pack_product(const convolution *k, long chunk, const float *from, float *to, const float *bias, float *offset) {
-    const long chunks = (k->outputs + chunk - 1) / chunk;
-    for (long group = 0; group < k->groups; group++)
-        for (long part = 0; part < chunks; part++)
-            for (long j = 0; j < chunk; j++) {
-                const long output = part * chunk + j, there = output < k->outputs;
-                offset[(group * chunks + part) * chunk + j] = there ? bias[group * k->outputs + output] : 0;
-                for (long tap = 0; tap < k->taps; tap++)
-                    for (long c = 0; c < k->channels; c++)
-                        to[(((group * chunks + part) * k->taps + tap) * k->channels + c) * chunk + j] =
-                            there ? from[((tap * k->groups + group) * k->channels + c) * k->outputs + output] : 0;
-            }
+char *cadsurgery_pack(pack *by, const unpacked *from, const void *const *constants, long *place, long *bytes) {
+    *place = by ? by(from, constants, 0, bytes) : -1;
+    char *memory = *place < 0 ? 0 : calloc(1, *bytes + 64);
+    if (memory) by(from, constants, memory, bytes);
+    return memory;
 }
 
-/* Pack weights for `grouped`: see grouped.c. */
-static void pack_grouped(const convolution *k, long lanes, const float *from, float *to, const float *bias, float *offset) {
-    const long all = k->groups * k->outputs;
-    const long padded = (all + lanes - 1) / lanes * lanes;
-    for (long o = 0; o < padded; o++) {
-        offset[o] = o < all ? bias[o] : 0;
-        for (long tap = 0; tap < k->taps; tap++)
-            for (long c = 0; c < k->channels; c++)
-                to[(tap * k->channels + c) * padded + o] =
-                    o < all ? from[((tap * k->groups + o / k->outputs) * k->channels + c) * k->outputs + o % k->outputs] : 0;
-    }
-}
-
-static const char *pack_floats(convolution *k, const float *weight, const float *bias) {
+static const char *pack_floats(convolution *k, const unpacked *from, const float *bias) {
     const form *by = 0;
     WIDEST(forms, grouped, by);
     REFUSE_UNLESS(by && by->mix, "the library has no kernels for this processor");
-    const long *layout = by->grouped_layout;
-    const int in_vector = k->channels <= layout[1] && !(k->channels & (k->channels - 1)) && k->outputs == k->channels;
-    const int is_product = k->groups == 1 || !in_vector || k->taps > layout[2];
-    const long width = is_product ? by->product_layout[1] : layout[0];
-    const long of_group = is_product ? k->outputs : k->groups * k->outputs, groups = is_product ? k->groups : 1;
-    const size_t padded = (size_t)groups * ((of_group + width - 1) / width * width);
-    floats *to = &k->floats;
-    to->weight = malloc(padded * k->taps * k->channels * sizeof(float) + 64);
-    to->bias = malloc(padded * sizeof(float) + 64);
-    REFUSE_UNLESS(to->weight && to->bias, "there is no memory for the weights of a convolution");
-    (is_product ? pack_product : pack_grouped)(k, width, weight, to->weight, bias, to->bias);
-    if (is_product) to->product = by->product;
-    else to->grouped = by->grouped;
+    const void *constants[] = {bias};
+    long place, bytes;
+    char *memory = cadsurgery_pack(by->pack_grouped, from, constants, &place, &bytes);
+    if (place >= 0) k->floats.grouped = by->grouped;
+    else memory = cadsurgery_pack(by->pack_product, from, constants, &place, &bytes), k->floats.product = by->product;
+    REFUSE_UNLESS(memory, "there is no memory for the weights of a convolution");
+    k->floats.weight = (float *)memory, k->floats.bias = (float *)(memory + place);
     k->mix = by->mix;
     return 0;
 }
@@ -130,8 +102,10 @@ const char *cadsurgery_make_convolution(const numbers *of, const tensor *in, con
     }
     convolution *kept = malloc(sizeof k);
     REFUSE_UNLESS(kept, "there is no memory for a convolution");
-    const char *reason = in_8_bits ? cadsurgery_pack_bytes(&k, of, w.data, in[SCALES].data, b.data)
-                                   : pack_floats(&k, w.data, b.data);
+    const long of_channel = k.outputs, of_group = k.channels * of_channel;
+    const unpacked from = {w.data, k.groups, k.outputs, k.channels, k.taps, of_group, 1, of_channel, k.groups * of_group};
+    const char *reason = in_8_bits ? cadsurgery_pack_bytes(&k, of, &from, in[SCALES].data, b.data)
+                                   : pack_floats(&k, &from, b.data);
     *kept = k;
     if (reason) cadsurgery_free_convolution(kept);
     else *made = kept;
@@ -139,7 +113,7 @@ const char *cadsurgery_make_convolution(const numbers *of, const tensor *in, con
 }
 
 void cadsurgery_free_convolution(convolution *k) {
-    free(k->floats.weight), free(k->floats.bias), free(k->bytes.weight), free(k->spare), free(k);
+    free(k->floats.weight), free(k->bytes.weight), free(k->bytes.constants), free(k->spare), free(k);
 }
 
 const char *cadsurgery_size_of_result(const convolution *k, const tensor *in, int64_t *size) {

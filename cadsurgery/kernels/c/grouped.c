@@ -2,10 +2,38 @@
 #include "pairs.h"
 #include "parallel.h"
 
-enum { TILE = 4, MOST_GROUP = VECTOR / 8 };
+#include "pack.h"
 
-/* Lanes of a vector, largest number of channels per group, largest number of taps. */
-const long SUFFIX(grouped_layout)[] = {LANES, MOST_GROUP, TAPS};
+#ifdef BYTES
+typedef int8_t given;
+enum { TILE = 4, MOST_GROUP = 1 }; /* sums of larger groups may not be exact */
+#else
+typedef element given;
+enum { TILE = 4, MOST_GROUP = VECTOR / 8 };
+#endif
+
+INLINE sum in_sums(given value) {
+#ifdef BF16
+    const uint32_t bits = (uint32_t)value << 16;
+    sum wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+#else
+    return value;
+#endif
+}
+
+long SUFFIX(pack_grouped)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
+    const long group = from->channels, all = from->groups * group, padded = rounded_up(all, LANES), taps = from->taps;
+    if (from->groups == 1 || from->outputs != group || group > MOST_GROUP || group & (group - 1) || taps > TAPS || taps < 1) return -1;
+    for (long place = 0; to && place < taps * group * padded; place++) {
+        const long output = place % padded, input = place / padded % group, tap = place / padded / group;
+        if (output >= all) continue;
+        ((sum *)to)[place] = in_sums(((const given *)from->data)[index_of(from, output / group, output % group, input, tap)]);
+    }
+    const unpacked flat = {.groups = 1, .outputs = all};
+    return pack_constants(&flat, constants, 1, sizeof(sum), padded, taps * group * padded * (long)sizeof(sum), to, bytes);
+}
 
 typedef struct {
     const reading *in;
@@ -108,6 +136,7 @@ INLINE void convolve_tiles(const grouped *g, long begin, long end, const long gr
 #define TILES_OF(group)                                                                  \
     static void tiles_of_##group(long begin, long end, void *work) { convolve_tiles(work, begin, end, group); }
 TILES_OF(1)
+#ifndef BYTES
 TILES_OF(2)
 #if VECTOR > 16
 TILES_OF(4)
@@ -115,19 +144,23 @@ TILES_OF(4)
 #if VECTOR > 32
 TILES_OF(8)
 #endif
+#endif
 
-/* Convolution in groups of `group` input and output channels (a power of two up to VECTOR / 8; `product` handles larger
+/* Convolution in groups of `group` input and output channels (a power of two up to MOST_GROUP; `product` handles larger
  * groups), clamped to low..high. out is (n, channels); `more`, if given, is added before clamping. taps <= TAPS. Scale and
  * shift: see `by_level`. */
 void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const int32_t *levels, const sum *scale,
                      const sum *shift, const element *more, element *out, long group, double low, double high) {
     grouped g = {in, weight, bias, {levels, scale, shift}, more, out, (sum)low, (sum)high};
-    share_body body = group == 1 ? tiles_of_1 : tiles_of_2;
+    share_body body = tiles_of_1;
+#ifndef BYTES
+    if (group == 2) body = tiles_of_2;
 #if VECTOR > 16
     if (group == 4) body = tiles_of_4;
 #endif
 #if VECTOR > 32
     if (group == 8) body = tiles_of_8;
+#endif
 #endif
     const long tiles = (in->n + TILE - 1) / TILE;
     cadsurgery_share(tiles, rows_at_once(TILE * in->taps * in->channels * sizeof(element)), body, &g);
@@ -136,8 +169,18 @@ void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, cons
 #if defined(PAIRS) && VECTOR == 64
 enum { NEAR = 576 };
 
-/* Channels that `depthwise` reads at once. */
-const long SUFFIX(depthwise_layout)[] = {MANY};
+long SUFFIX(pack_depthwise)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
+    const long channels = from->groups, padded = rounded_up(channels, MANY), span = rounded_up(from->taps, 2);
+    if (from->outputs != 1 || from->channels != 1) return -1;
+    for (long channel = 0; to && channel < channels; channel++) {
+        const long part = channel % MANY / (MANY / 8), lane = part % 2 * 4 * (MANY / 8) + part / 2 * (MANY / 8) + channel % (MANY / 8);
+        for (long tap = 0; tap < from->taps; tap++)
+            ((element *)to)[channel / MANY * MANY * span + (tap / 2 * MANY + lane) * 2 + tap % 2] =
+                ((const element *)from->data)[index_of(from, channel, 0, 0, tap)];
+    }
+    const unpacked flat = {.groups = 1, .outputs = channels};
+    return pack_constants(&flat, constants, 1, sizeof(sum), padded, padded * span * (long)sizeof(element), to, bytes);
+}
 
 typedef struct {
     const reading *in;

@@ -22,22 +22,47 @@ typedef int16_t weight;
 #endif
 enum { ROWS = 6, CHUNK = COLUMNS * LANES, BLOCK = 32 * ROWS };
 
-#if VECTOR >= 32
-enum { HALF = VECTOR / 2 };
-#else
-enum { HALF = 0 };
-#endif
 #ifdef SIGNED
 enum { SHIFT = 128 };
 #else
 enum { SHIFT = 0 };
 #endif
 
-/* Layout of packed weights: for `convolve` rows of a tile, outputs of a chunk, adjacent channels, the number whose multiples
- * groups of adjacent channels of a chunk are padded to, bytes per weight, and the number subtracted from each value of a row
- * before the multiplication; for `depthwise` the channels read at once, and the largest last part that it reads from two rows
- * at once. */
-const long NAME(int8_layout)[] = {ROWS, CHUNK, SIDE, 1, sizeof(weight), SHIFT, VECTOR, HALF};
+#define GIVEN int8_t
+#define PACKED weight
+#include "pack.h"
+
+#ifdef LIMITED
+/* True if no two adjacent channels can saturate 16 bits: their weights of equal sign sum to at most 128. */
+static int is_limited(const unpacked *w) {
+    const int8_t *weights = w->data;
+    for (long group = 0; group < w->groups; group++)
+        for (long output = 0; output < w->outputs; output++)
+            for (long c = 0; c + 1 < w->channels; c += 2)
+                for (long tap = 0; tap < w->taps; tap++) {
+                    const int first = weights[index_of(w, group, output, c, tap)];
+                    const int second = weights[index_of(w, group, output, c + 1, tap)];
+                    if (first * second > 0 && (first + second > 128 || first + second < -128)) return 0;
+                }
+    return 1;
+}
+#endif
+
+long NAME(pack_convolve)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
+#ifdef LIMITED
+    if (!is_limited(from)) return -1;
+#endif
+    const long first = pack_chunks(from, CHUNK, SIDE, 1, constants, CONSTANTS, sizeof(float), to, bytes);
+#ifdef SIGNED
+    int32_t *offset = (int32_t *)(to + first);
+    for (long group = 0; to && group < from->groups; group++, offset += rounded_up(from->outputs, CHUNK))
+        for (long output = 0; output < from->outputs; output++)
+            for (long c = 0; c < from->channels; c++)
+                for (long tap = 0; tap < from->taps; tap++)
+                    offset[output] += SHIFT * ((const int8_t *)from->data)[index_of(from, group, output, c, tap)];
+#endif
+    return first;
+}
 
 typedef struct {
     const reading *in;

@@ -3,6 +3,8 @@
 
 #if defined(SSE4) || (VECTOR >= 32)
 
+#include "pack.h"
+
 enum { MOST_TAPS = 64, MANY = VECTOR, HALF = VECTOR >= 32 ? VECTOR / 2 : 0, TOGETHER = 16 };
 
 #if VECTOR == 64
@@ -197,6 +199,25 @@ static void convolve_rows(long begin, long end, void *work) {
             else CHANNELS(0, 0, 0);
         }
     }
+}
+
+long SUFFIX(pack_depthwise)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
+    const long channels = from->groups, padded = rounded_up(channels, MANY), span = rounded_up(from->taps, 4);
+    if (channels == 1 || from->outputs != 1 || from->channels != 1 || from->taps > MOST_TAPS) return -1;
+    const long first = pack_constants(from, constants, 0, 0, 0, padded * span, to, bytes), array = padded * (long)sizeof(float);
+    *bytes += CONSTANTS * array;
+    for (long place = 0; to && place < padded; place++) {
+        const long start = place / MANY * MANY, lane = place % MANY; /* (4, MANY / 16, 4) as (part, m, x) */
+        long channel = lane % (MANY / 4) / 4 * 16 + lane / (MANY / 4) * 4 + lane % 4;
+        if (channels - start <= HALF && channel >= MANY - HALF) channel -= MANY - HALF;
+        if (start + channel >= channels) continue;
+        for (long tap = 0; tap < from->taps; tap++)
+            to[start * span + (tap / 4 * MANY + lane) * 4 + tap % 4] =
+                ((const char *)from->data)[index_of(from, start + channel, 0, 0, tap)];
+        for (long i = 0; i < CONSTANTS; i++)
+            memcpy(to + first + i * array + place * 4, (const char *)constants[i] + (start + channel) * 4, 4);
+    }
+    return first;
 }
 
 /* Int8 depthwise convolution with up to MOST_TAPS taps. weight is (chunks, taps / 4, 4, MANY / 16, 4, 4) in the parts of

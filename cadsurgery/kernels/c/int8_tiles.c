@@ -2,8 +2,13 @@
 #include "int8.h"
 #include "tiles.h"
 
-/* Layout of packed weights: see `int8_layout` in int8.c. */
-const long SUFFIX(int8_layout)[] = {TILE, TILE, TOGETHER, TILE, sizeof(weight), 0, 0, 0};
+#define GIVEN int8_t
+#define PACKED weight
+#include "pack.h"
+
+long SUFFIX(pack_convolve)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
+    return pack_chunks(from, TILE, TOGETHER, TILE, constants, CONSTANTS, sizeof(float), to, bytes);
+}
 
 #if VECTOR == 64
 /* `finish` for two rows, or one, and up to SIDE_OF_UNIT outputs, where all values have 8 bits: results and

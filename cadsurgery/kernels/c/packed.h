@@ -6,7 +6,10 @@
 #include "requantise.h"
 #include "vector.h"
 
+#include "pack.h"
+
 void *malloc(size_t bytes);
+void *calloc(size_t count, size_t bytes);
 void free(void *memory);
 
 READING(float);
@@ -36,7 +39,8 @@ typedef struct {
     void (*depthwise)(const reading *, const result *, const int8_t *);
     grouped_form *grouped;
     void *weight;
-    result known; /* but for residual and result */
+    float *constants; /* of each output: offset, scale, bias, and the offset as a float */
+    result known;     /* but for residual and result */
 } bytes;
 
 struct convolution {
@@ -78,8 +82,12 @@ int cadsurgery_is_within(const int32_t *numbers, int64_t count, int64_t end);
 /* Check that table and sources name rows that there are. */
 const char *cadsurgery_check_rows(const tensor *in);
 
-/* Pack weights in 8 bits (taps, groups, channels, outputs) with the scale of each output. */
-const char *cadsurgery_pack_bytes(convolution *to, const numbers *of, const int8_t *weight, const float *scales,
+/* Return new memory with packed weights and constants, see pack.h; NULL if there is no memory, or no such function, or its
+ * kernel does not take these weights: the place is then negative. */
+char *cadsurgery_pack(pack *by, const unpacked *from, const void *const *constants, long *place, long *bytes);
+
+/* Pack weights in 8 bits with the scale of each output. */
+const char *cadsurgery_pack_bytes(convolution *to, const numbers *of, const unpacked *from, const float *scales,
                                   const float *bias);
 
 /* Compute a result in 8 bits. */

@@ -5,11 +5,15 @@
 #include "parallel.h"
 #include "product.h"
 
+#define GIVEN element
+#define PACKED element
+#include "pack.h"
+
 enum { BLOCK = 16 * ROWS, DEPTH = 512 * SIDE };
 
-/* Layout of packed weights: rows of a tile, outputs of a chunk, adjacent channels, and the number whose multiples groups of
- * adjacent channels of a chunk are padded to. */
-const long SUFFIX(product_layout)[] = {ROWS, CHUNK, SIDE, 1};
+long SUFFIX(pack_product)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
+    return pack_chunks(from, CHUNK, SIDE, 1, constants, 1, sizeof(sum), to, bytes);
+}
 
 typedef struct {
     const reading *in;

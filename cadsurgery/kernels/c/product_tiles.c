@@ -3,8 +3,13 @@
 #include "parallel.h"
 #include "tiles.h"
 
-/* Layout of packed weights: see `product_layout` in product.c. */
-const long SUFFIX(product_layout)[] = {TILE, TILE, TOGETHER, TILE};
+#define GIVEN element
+#define PACKED weight
+#include "pack.h"
+
+long SUFFIX(pack_product)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
+    return pack_chunks(from, TILE, TOGETHER, TILE, constants, 1, sizeof(sum), to, bytes);
+}
 
 typedef struct {
     const element *more;

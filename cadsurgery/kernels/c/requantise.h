@@ -14,4 +14,6 @@ typedef struct {
     float more_scale, factor, zero, low, high;
 } result;
 
+enum { CONSTANTS = 3 }; /* arrays of constants of each output: offset, scale and bias */
+
 #endif
