@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Backend, WindowRead, Work, compute, every_row
 from cadsurgery.elements.backends.native import (
+    ReadingInC,
     RowSource,
     call,
     halo_of,
@@ -290,7 +291,7 @@ class Integers(Backend):
         halo = halo_of(rows, reading) if reading is not None else None
         beyond = rows.new_full((rows.shape[1],), weights.source.zero)
         weight, offset, scale, bias = memory
-        read = _Reading(
+        read = ReadingInC(
             *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
             reading.table.data_ptr() if reading is not None else None,
             *(rows.shape[0], *size, outputs if is_depthwise else inputs, rows.stride(0)),
@@ -339,13 +340,6 @@ def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
     size = batch, height + 2 * padding[0], width + 2 * padding[1], 4
     inner = memory[: math.prod(size)].view(size)[:, padding[0] :, padding[1] :]
     inner[:, :height, :width, :channels] = image.permute(0, 2, 3, 1)
-
-
-class _Reading(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("rows", "halo", "outside", "table")),
-        *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels", "stride")),
-    )
 
 
 class _Result(ctypes.Structure):

@@ -223,7 +223,9 @@ def _of_one_resolution(*lattices: Lattice) -> bool:
     return all(not lattice.geometry.strides and lattice.has_known_counts for lattice in lattices)
 
 
-class _Reading(ctypes.Structure):
+class ReadingInC(ctypes.Structure):
+    """The structure `reading` of the kernels."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "halo", "outside", "table")),
         *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels", "stride")),
@@ -275,7 +277,7 @@ def call(
     if table is not None:
         assert table.dim() == 2 and table.is_contiguous() and table.dtype == torch.int32
     n, taps = (total, 1) if table is None else table.shape
-    reading = _Reading(
+    reading = ReadingInC(
         rows.data_ptr(),
         halo.data_ptr() if halo is not None else None,
         beyond.data_ptr(),
