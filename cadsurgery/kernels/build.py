@@ -125,7 +125,7 @@ class Source(NamedTuple):
     """A row of the build table: a C file and its forms, one for each element type and instruction set.
 
     Without element types there is one form per instruction set. Without instruction sets the file is compiled once, for
-    every processor.
+    every processor, with the table of instruction sets: `SETS`, and for each the features that it needs, `NEEDS_avx2`.
     """
 
     name: str
@@ -233,7 +233,7 @@ def forms(sources: Path = SOURCES, of: str | None = None) -> list[Form]:
         if not file.exists():
             continue
         if not row.sets:
-            listed.append(Form(file, "", (*row.flags, *baseline), None))
+            listed.append(Form(file, "", (*row.flags, *baseline, *_table_of_sets(of)), None))
         for name in row.sets:
             for element in row.elements or ("",):
                 if name in sets:
@@ -241,6 +241,13 @@ def forms(sources: Path = SOURCES, of: str | None = None) -> list[Form]:
                     flags = (*row.flags, *sets[name].flags, *ELEMENTS.get(element, ()))
                     listed.append(Form(file, suffix, flags, sets[name]))
     return listed
+
+
+def _table_of_sets(of: str | None) -> tuple[str, ...]:
+    """Return flags that give C files the table of instruction sets, with the features that each needs as bits."""
+    needs = {row.name: sum(1 << FEATURES.index(name) for name in row.needs) for row in instruction_sets(of)}
+    table = ",".join(f'{{"{name}",{bits}}}' for name, bits in needs.items())
+    return (f"-DSETS={table}", *(f"-DNEEDS_{name}={bits}" for name, bits in needs.items()))
 
 
 def fingerprint(sources: Path = SOURCES, of: str | None = None) -> str:

@@ -6,15 +6,14 @@
 char *getenv(const char *name);
 unsigned long processor_features(void);
 
-/* ---- Instruction sets, by the features that they need: see kernels/build.py. */
+/* ---- Instruction sets, by the features that they need. */
 
 typedef struct {
     const char *name;
     unsigned long needs;
 } set;
 
-static const set sets[] = {{"scalar", 0}, {"sse4", 1}, {"avx2", 3}, {"avxvnni", 7}, {"avx512", 11}, {"avx512vnni", 27},
-                           {"avx512bf16", 59}, {"amx", 571}, {"neon", 64}, {"dotprod", 192}, {"bf16", 448}};
+static const set sets[] = {SETS};
 
 static int is_same(const char *one, const char *other) {
     while (*one && *one == *other) one++, other++;
@@ -43,19 +42,19 @@ typedef struct {
     __attribute__((weak)) extern grouped_form grouped_float32_##set;  \
     __attribute__((weak)) extern mix_form mix_float32_##set;          \
     __attribute__((weak)) extern pack pack_product_float32_##set, pack_grouped_float32_##set;
-#define FORM(set, needs)                                                     \
-    {needs, product_float32_##set, grouped_float32_##set, mix_float32_##set, \
+#define FORM(set)                                                                   \
+    {NEEDS_##set, product_float32_##set, grouped_float32_##set, mix_float32_##set, \
      pack_product_float32_##set, pack_grouped_float32_##set}
 
 DECLARE(scalar)
 #if defined(__x86_64__)
 DECLARE(sse4) DECLARE(avx2) DECLARE(avx512)
-static const form forms[] = {FORM(scalar, 0), FORM(sse4, 1), FORM(avx2, 3), FORM(avx512, 11)};
+static const form forms[] = {FORM(scalar), FORM(sse4), FORM(avx2), FORM(avx512)};
 #elif defined(__aarch64__)
 DECLARE(neon)
-static const form forms[] = {FORM(scalar, 0), FORM(neon, 64)};
+static const form forms[] = {FORM(scalar), FORM(neon)};
 #else
-static const form forms[] = {FORM(scalar, 0)};
+static const form forms[] = {FORM(scalar)};
 #endif
 
 char *cadsurgery_pack(pack *by, const unpacked *from, const void *const *constants, long *place, long *bytes) {

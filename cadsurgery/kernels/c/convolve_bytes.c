@@ -36,27 +36,27 @@ typedef struct {
     __attribute__((weak)) extern grouped_form grouped_uint8_##set; \
     __attribute__((weak)) extern mix_form mix_uint8_##set;         \
     __attribute__((weak)) extern pack pack_grouped_uint8_##set;
-#define FORM(set, needs) {needs, convolve_##set, pack_convolve_##set}
-#define WITH_DEPTHWISE(set, needs) {needs, convolve_##set, pack_convolve_##set, depthwise_##set, pack_depthwise_##set}
-#define WITH_LIMITED(set, needs)                                                                   \
-    {needs, convolve_##set, pack_convolve_##set, depthwise_##set, pack_depthwise_##set, convolve_limited_##set, \
+#define FORM(set) {NEEDS_##set, convolve_##set, pack_convolve_##set}
+#define WITH_DEPTHWISE(set) {NEEDS_##set, convolve_##set, pack_convolve_##set, depthwise_##set, pack_depthwise_##set}
+#define WITH_LIMITED(set)                                                                   \
+    {NEEDS_##set, convolve_##set, pack_convolve_##set, depthwise_##set, pack_depthwise_##set, convolve_limited_##set, \
      pack_convolve_limited_##set}
-#define BY_WIDTH(set, needs) {needs, grouped_uint8_##set, mix_uint8_##set, pack_grouped_uint8_##set}
+#define BY_WIDTH(set) {NEEDS_##set, grouped_uint8_##set, mix_uint8_##set, pack_grouped_uint8_##set}
 
 DECLARE(scalar) DECLARE_BY_WIDTH(scalar)
 #if defined(__x86_64__)
 DECLARE_WITH_DEPTHWISE(sse4) DECLARE_WITH_DEPTHWISE(avx2) DECLARE_WITH_DEPTHWISE(avxvnni) DECLARE_WITH_DEPTHWISE(avx512vnni)
 DECLARE(limited_avx2) DECLARE(amx) DECLARE_BY_WIDTH(avx2) DECLARE_BY_WIDTH(avx512)
-static const form forms[] = {FORM(scalar, 0), WITH_DEPTHWISE(sse4, 1), WITH_LIMITED(avx2, 3), WITH_DEPTHWISE(avxvnni, 7),
-                             WITH_DEPTHWISE(avx512vnni, 27), FORM(amx, 571)};
-static const form_by_width by_width[] = {BY_WIDTH(scalar, 0), BY_WIDTH(avx2, 3), BY_WIDTH(avx512, 11)};
+static const form forms[] = {FORM(scalar), WITH_DEPTHWISE(sse4), WITH_LIMITED(avx2), WITH_DEPTHWISE(avxvnni),
+                             WITH_DEPTHWISE(avx512vnni), FORM(amx)};
+static const form_by_width by_width[] = {BY_WIDTH(scalar), BY_WIDTH(avx2), BY_WIDTH(avx512)};
 #elif defined(__aarch64__)
 DECLARE(neon) DECLARE(dotprod) DECLARE_BY_WIDTH(neon)
-static const form forms[] = {FORM(scalar, 0), FORM(neon, 64), FORM(dotprod, 192)};
-static const form_by_width by_width[] = {BY_WIDTH(scalar, 0), BY_WIDTH(neon, 64)};
+static const form forms[] = {FORM(scalar), FORM(neon), FORM(dotprod)};
+static const form_by_width by_width[] = {BY_WIDTH(scalar), BY_WIDTH(neon)};
 #else
-static const form forms[] = {FORM(scalar, 0)};
-static const form_by_width by_width[] = {BY_WIDTH(scalar, 0)};
+static const form forms[] = {FORM(scalar)};
+static const form_by_width by_width[] = {BY_WIDTH(scalar)};
 #endif
 
 /* Set the constants of each output, from its sum to its number in 8 bits, one array after the other. */

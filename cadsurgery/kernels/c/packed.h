@@ -64,16 +64,16 @@ unsigned long cadsurgery_features(void);
             if ((features & from[i].needs) == from[i].needs && from[i].symbol) found = from + i;      \
     } while (0)
 
-/* The forms of a file with one for each width of vectors, by the macros DECLARE(set) and FORM(set, needs). */
+/* The forms of a file with one for each width of vectors, by the macros DECLARE(set) and FORM(set). */
 #if defined(__x86_64__)
 #define BY_VECTOR(declare) declare(scalar) declare(avx2) declare(avx512)
-#define FORMS_BY_VECTOR {FORM(scalar, 0), FORM(avx2, 3), FORM(avx512, 11)}
+#define FORMS_BY_VECTOR {FORM(scalar), FORM(avx2), FORM(avx512)}
 #elif defined(__aarch64__)
 #define BY_VECTOR(declare) declare(scalar) declare(neon)
-#define FORMS_BY_VECTOR {FORM(scalar, 0), FORM(neon, 64)}
+#define FORMS_BY_VECTOR {FORM(scalar), FORM(neon)}
 #else
 #define BY_VECTOR(declare) declare(scalar)
-#define FORMS_BY_VECTOR {FORM(scalar, 0)}
+#define FORMS_BY_VECTOR {FORM(scalar)}
 #endif
 
 /* Return true if numbers are in 0..end-1. */

@@ -13,7 +13,7 @@ typedef struct {
 #define DECLARE(set)                                                     \
     __attribute__((weak)) extern pick_form gather_mixing_float32_##set;  \
     __attribute__((weak)) extern pick_form gather_mixing_uint8_##set;
-#define FORM(set, needs) {needs, gather_mixing_float32_##set, gather_mixing_uint8_##set}
+#define FORM(set) {NEEDS_##set, gather_mixing_float32_##set, gather_mixing_uint8_##set}
 
 BY_VECTOR(DECLARE)
 static const form forms[] = FORMS_BY_VECTOR;

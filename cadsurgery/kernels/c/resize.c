@@ -14,7 +14,7 @@ typedef struct {
 #define DECLARE(set)                                                   \
     __attribute__((weak)) extern void resize_##set(const resizing *);  \
     __attribute__((weak)) extern void interpolation_error_##set(const erring *);
-#define FORM(set, needs) {needs, resize_##set, interpolation_error_##set}
+#define FORM(set) {NEEDS_##set, resize_##set, interpolation_error_##set}
 
 BY_VECTOR(DECLARE)
 static const form forms[] = FORMS_BY_VECTOR;
