@@ -4,6 +4,9 @@ In come an image and the feature map that enters the adaptive region; out comes 
 text, made from a function, or learned. This package does not import the packages that build networks.
 """
 
+import importlib
+import pkgutil
+
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask
 from cadsurgery.masks.content import ContentMask
 from cadsurgery.masks.context import keypoints_at, labelled
@@ -17,3 +20,6 @@ from cadsurgery.masks.scored import ConfidenceMask, DetailMask, SaliencyMask
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.masks.wrappers import Budget, Dilate, MaskWrapper, Smooth, Threshold, Union
+
+for _module in pkgutil.iter_modules(__path__):  # masks get their names where they are defined
+    importlib.import_module(f"{__name__}.{_module.name}")
