@@ -221,6 +221,32 @@ def unpack(
     check_example(path, stored, trust)
     if model is None:
         model = build_stated(path, source, tensors)
+    net = _convert_again(path, model, mask, stated)
+    net.adaptive_part.restate(replace(net.plan.measured(stored.effect), work=stored.work))
+    check_types(path, tensors, net.state_dict())
+    with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
+        net.load_state_dict(tensors, assign=True)  # keeps the stored types, e.g. bfloat16
+    if adapter_tensors:
+        with as_file_error(f"the adapters in {path} do not fit the model.", OTHER_MODEL):
+            adapters = _add_adapters(net, adapter_tensors)
+            check_types(path, adapter_tensors, adapters.state_dict())
+            adapters.load_state_dict(adapter_tensors, assign=True)
+    net.adaptive_part.use_channels_last()
+    net.source = source
+    if stated.normalisation is not None:
+        net.adaptive_part._unit = Unit(stated.normalisation)
+    return net
+
+
+def _convert_again(
+    path: str | Path, model: nn.Module, mask: MaskProvider, stated: FileMetadata
+) -> AdaptiveModel:
+    """Convert a model as a file says.
+
+    Raises:
+        FileError: the model has another plan than the file.
+    """
+    stored = stated.plan
     options = {**stated.options, "output_stride": stored.output_stride}
     if stored.floors:
         options = {**options, "output_stride": None, "coarsest": stored.output_stride[1]}
@@ -235,19 +261,6 @@ def unpack(
             why=f"it was written with {_list(stated.versions)}; here are {_list(versions())}.",
             next="pass the model it was converted from, or convert again.",
         )
-    net.adaptive_part.restate(replace(net.plan.measured(stored.effect), work=stored.work))
-    check_types(path, tensors, net.state_dict())
-    with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
-        net.load_state_dict(tensors, assign=True)  # keeps the stored types, e.g. bfloat16
-    if adapter_tensors:
-        with as_file_error(f"the adapters in {path} do not fit the model.", OTHER_MODEL):
-            adapters = _add_adapters(net, adapter_tensors)
-            check_types(path, adapter_tensors, adapters.state_dict())
-            adapters.load_state_dict(adapter_tensors, assign=True)
-    net.adaptive_part.use_channels_last()
-    net.source = source
-    if stated.normalisation is not None:
-        net.adaptive_part._unit = Unit(stated.normalisation)
     return net
 
 

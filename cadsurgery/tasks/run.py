@@ -105,11 +105,10 @@ def predict(
     manifest = None if sources.is_one_clip else Predictions(sources.output, settings.identity(), resume)
     number, outcome = sources.count(manifest), _Outcome()
     pool = partial(ray_data.tasks, ray) if ray else processes
-    if workers is None and ray:
-        workers = ray_data.count_processes(ray, settings)
     if workers is None:
-        workers = 1 if not is_shared or own.type != "cpu" else cores()
-        workers = max(1, min(workers, (number or sys.maxsize) // _FOR_A_PROCESS))
+        usual = cores() if is_shared and own.type == "cpu" else 1
+        usual = max(1, min(usual, (number or sys.maxsize) // _FOR_A_PROCESS))
+        workers = ray_data.count_processes(ray, settings) if ray else usual
     predictor = None if ray or workers > 1 else Predictor(converted, settings, step)
     if manifest is not None:
         gather(None, own)  # until every process has read the manifest
@@ -131,18 +130,29 @@ def predict(
         else:
             clips = (predictor.clip_row(clip, fps, step, stopped) for clip in left(sources.clips))
             answers = chain(predictor.rows(stills), clips)
-        step(f"image 1 of {number or '?'}", 0, number)
-        for count, (position, row) in enumerate(chain(answers, sources.refusals()), 1):
-            outcome.add(position, row)
-            if manifest is not None and not row.get("interrupted"):
-                manifest.add_prediction(row)
-            finished = min(count * world().size, number or sys.maxsize)
-            step(f"image {finished} of {number or '?'} ({Path(row['image']).name})", finished, number)
+        _take_in(chain(answers, sources.refusals()), outcome, manifest, number, step)
     outcome = reduce(_Outcome.merge, gather(outcome, own))
     if number is None and outcome.counts.total() <= len(sources.failures):
         raise no_images(sources.failures)
     outcome.classes |= manifest.classes if manifest else set()
     return _report(outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume)
+
+
+def _take_in(
+    answers: Iterable[tuple[Any, Row]],
+    outcome: _Outcome,
+    manifest: Predictions | None,
+    number: int | None,
+    step: Step,
+) -> None:
+    """Note the rows of predictions, in the manifest too, and show how many of so many images are done."""
+    step(f"image 1 of {number or '?'}", 0, number)
+    for count, (position, row) in enumerate(answers, 1):
+        outcome.add(position, row)
+        if manifest is not None and not row.get("interrupted"):
+            manifest.add_prediction(row)
+        finished = min(count * world().size, number or sys.maxsize)
+        step(f"image {finished} of {number or '?'} ({Path(row['image']).name})", finished, number)
 
 
 def _report(
