@@ -163,10 +163,10 @@ def _slice_numbers(
     value: Any,
     starts: Any,
     ends: Any,
-    axes: Any = None,
-    steps: Any = None,
+    *axes_and_steps: Any,
 ) -> Any:
     start, end = numbers(starts).values[0], numbers(ends).values[0]
+    steps = axes_and_steps[1] if len(axes_and_steps) > 1 else None
     step = numbers(steps).values[0] if steps is not None else 1
     return Numbers(value.values[start:end:step], False, value.is_float)
 

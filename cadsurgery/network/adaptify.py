@@ -26,12 +26,11 @@ from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, InvalidInput, describe_error
 from cadsurgery.support.progress import Step, waiting
 from cadsurgery.surgery.arguments import Arguments, bind, bind_example, image_of, run_forward, take_image
-from cadsurgery.surgery.decide import make_plan
+from cadsurgery.surgery.decide import FLOOR, floors_prospect, make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
 from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.hooks import copying, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
-from cadsurgery.surgery.prospect import FLOOR, floors_prospect
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.trace import CannotFollow, evaluating

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -28,8 +28,8 @@ from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support import files, kinds
-from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
-from cadsurgery.support.files import write_whole
+from cadsurgery.support.errors import CadWarning, FileError, InvalidInput, first_line
+from cadsurgery.support.files import as_file_error, write_whole
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import import_nothing_for, versions
 from cadsurgery.surgery.arguments import example_of, values_of
@@ -441,22 +441,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def as_file_error(what: str, next: str, where: str = "") -> Iterator[None]:
-    """Turn every error in the block into a `FileError`, for code that builds something from a file's content."""
-    try:
-        yield
-    except FileError:
-        raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        if isinstance(error, CadError):
-            why = f"{error.what} {error.why}"
-        elif isinstance(error, (ValueError, RuntimeError)):
-            why = str(error)
-        raise FileError(what, where=where, why=" ".join(why.split())[:400], next=next) from error
 
 
 def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -25,7 +25,7 @@ from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
-from cadsurgery.support.files import absent, check_folder, exists, is_folder
+from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, own_device, share
@@ -333,17 +333,14 @@ def _listed(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
         if source != "-" and not source.startswith("@"):
             yield source, Path(source).name
             continue
-        try:
-            with nullcontext(sys.stdin) if source == "-" else open(source[1:], encoding="utf-8") as lines:
-                for line in filter(None, map(str.strip, lines)):
-                    parts = line.rpartition("://")[2].split(os.sep)
-                    yield line, os.path.join(*(part for part in parts if part not in ("", ".", "..")))
-        except (OSError, ValueError) as error:
-            raise FileError(
-                f"the list {source} cannot be read.",
-                why=str(error),
-                next="give a text file with a path in each line.",
-            ) from error
+        next = "give a text file with a path in each line."
+        with (
+            as_file_error(f"the list {source} cannot be read.", next),
+            nullcontext(sys.stdin) if source == "-" else open(source[1:], encoding="utf-8") as lines,
+        ):
+            for line in filter(None, map(str.strip, lines)):
+                parts = line.rpartition("://")[2].split(os.sep)
+                yield line, os.path.join(*(part for part in parts if part not in ("", ".", "..")))
 
 
 def _find_clips(sources: Sequence[Path], output: Path) -> dict[Path, Path]:
