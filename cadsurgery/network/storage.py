@@ -234,7 +234,7 @@ def unpack(
     net.adaptive_part.use_channels_last()
     net.source = source
     if stated.normalisation is not None:
-        net.adaptive_part._unit = Unit(stated.normalisation)
+        net._unit = Unit(stated.normalisation)
     return net
 
 
