@@ -99,7 +99,7 @@ def _starts(rows, shift, source, outside, C: tl.constexpr, HALO: tl.constexpr, W
 
 @_jit
 def _tile(count, BLOCK_N: tl.constexpr, TILES_O: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the outputs of this program's tile, and its number along channels, of which there are TILES_O.
+    """Return the numbers of this program's tile along outputs and along channels, of which there are TILES_O.
 
     Tiles are ordered in bands of eight along outputs, each band through all channels: concurrent programs share weights
     and gathered rows in the L2 cache. Elements are in raster order, so a tile's taps are close in memory.
@@ -109,7 +109,7 @@ def _tile(count, BLOCK_N: tl.constexpr, TILES_O: tl.constexpr):  # type: ignore[
     first = program // (band * TILES_O) * band
     height = tl.minimum(tl.cdiv(count, BLOCK_N) - first, band)
     within = program % (band * TILES_O)
-    return (first + within % height) * BLOCK_N + tl.arange(0, BLOCK_N), within // height
+    return first + within % height, within // height
 
 
 @_kernel
@@ -140,7 +140,8 @@ def product(  # type: ignore[no-untyped-def]
     depth: tl.constexpr = C // GROUPS
     width: tl.constexpr = C_OUT // GROUPS
     tiles_of_group: tl.constexpr = (width + BLOCK_O - 1) // BLOCK_O
-    n, tile_o = _tile(count, BLOCK_N, GROUPS * tiles_of_group)
+    tile_n, tile_o = _tile(count, BLOCK_N, GROUPS * tiles_of_group)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     begin, group = tile_o % tiles_of_group * BLOCK_O, tile_o // tiles_of_group
     of_group = begin + tl.arange(0, BLOCK_O)
     place = n.to(tl.int64) if WIDE else n
@@ -167,8 +168,9 @@ def product(  # type: ignore[no-untyped-def]
         kernel = tl.load(taps_of + (step // blocks * depth + c)[None, :], mask=is_weight, other=0.0)
         total = tl.dot(gathered, kernel.T, total, input_precision=PRECISION)
         if table is not None:
-            following = tl.minimum((step + 1) // blocks, TAPS - 1)
-            source = tl.load(table + entry + following, mask=n < count, other=-1)
+            source = tl.load(
+                table + entry + tl.minimum((step + 1) // blocks, TAPS - 1), mask=n < count, other=-1
+            )
     first = group * width
     # Tiles with a residual are finished by halves, because whole ones would take more registers than there are.
     half: tl.constexpr = BLOCK_O // 2
