@@ -196,7 +196,7 @@ class SampledModel(GraphModel):
             InvalidInput: the first argument is not an image batch.
         """
         arguments = self.bind(args, kwargs)
-        run = Run(self, self.program, self.gates, self._decide, arguments, self._is_dense)
+        run = Run(self, arguments, self.program, self.gates, self._decide, self._is_dense)
         output = run()
         if self._is_dense:
             return output
