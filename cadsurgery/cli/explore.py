@@ -32,16 +32,8 @@ def explore(
     with screen.steps("explore") as step:
         from cadsurgery.tasks.explore_page import serve
 
-        address = serve(
-            model=model or _EXAMPLE,
-            weights=weights,
-            device=device,
-            trust=trust,
-            port=port,
-            rounds=rounds,
-            browser=browser,
-            step=step,
-        )
+        subject = (model or _EXAMPLE, weights, device, trust)
+        address = serve(*subject, port=port, rounds=rounds, browser=browser, step=step)
     screen.out.print(f"{address} (this machine only; Ctrl-C ends it)")
     while True:
         time.sleep(3600)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,17 +157,8 @@ def _gather(writer: Writer, operation: Operation, value: Any, indices: Any) -> A
     return Numbers(values, chosen.is_scalar, value.is_float)
 
 
-def _slice_numbers(
-    writer: Writer,
-    operation: Operation,
-    value: Any,
-    starts: Any,
-    ends: Any,
-    axes: Any = None,
-    steps: Any = None,
-) -> Any:
-    start, end = numbers(starts).values[0], numbers(ends).values[0]
-    step = numbers(steps).values[0] if steps is not None else 1
+def _slice_numbers(writer: Writer, operation: Operation, value: Any, *bounds: Any) -> Any:
+    start, end, _, step = (values[0] for values in _bounds(*bounds))
     return Numbers(value.values[start:end:step], False, value.is_float)
 
 
@@ -279,18 +270,15 @@ def _resize(writer: Writer, operation: Operation, value: Any, *more: Any, **name
     return F.interpolate(value, **options)
 
 
-def _slice(
-    writer: Writer,
-    operation: Operation,
-    value: Any,
-    starts: Any,
-    ends: Any,
-    axes: Any = None,
-    steps: Any = None,
-) -> Any:
+def _bounds(starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> tuple[Sequence[Any], ...]:
+    """Return starts, ends, axes and steps of a slice."""
     firsts, lasts = numbers(starts).values, numbers(ends).values
     places = numbers(axes).values if axes is not None else range(len(firsts))
-    strides = numbers(steps).values if steps is not None else [1] * len(firsts)
+    return firsts, lasts, places, numbers(steps).values if steps is not None else [1] * len(firsts)
+
+
+def _slice(writer: Writer, operation: Operation, value: Any, *bounds: Any) -> Any:
+    firsts, lasts, places, strides = _bounds(*bounds)
     if any(stride < 1 for stride in strides):
         return NotImplemented
     parts = {}

@@ -146,3 +146,27 @@ def fast_layout(image: Tensor) -> Tensor:
     """Return a dense map in the memory layout in which torch reads it faster: on a GPU, channels_last takes three
     times as long to resize where the number of channels is no multiple of eight."""
     return image.contiguous() if image.device.type == "cuda" and image.shape[1] % 8 else image
+
+
+# -- maps as rows of all positions -----------------------------------------------------------------------
+
+
+def by_position(value: Tensor, channels_last: bool = False) -> Tensor:
+    """View a map (B, C, H, W), or (B, H, W, C) if it is channels-last, as (B, H, W, C)."""
+    return value if channels_last else value.permute(0, 2, 3, 1)
+
+
+def as_rows(value: Tensor, channels_last: bool = False) -> Tensor:
+    """Convert a map to rows (B*H*W, C); a view if the memory layout allows."""
+    return by_position(value, channels_last).flatten(0, 2)
+
+
+def as_map(rows: Tensor, batch: int, size: tuple[int, int], channels_last: bool = False) -> Tensor:
+    """Convert the rows of all positions to a map."""
+    value = rows.reshape(batch, *size, rows.shape[1])
+    return value if channels_last else value.permute(0, 3, 1, 2)
+
+
+def as_column(rows: Tensor, channels_last: bool = False) -> Tensor:
+    """View rows (N, C) as a map of one column, for operations that act on each position alone."""
+    return as_map(rows, 1, (rows.shape[0], 1), channels_last)

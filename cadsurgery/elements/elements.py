@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.axes import NCHW, channel_dims, fast_layout, image_dims, is_flat
+from cadsurgery.elements.axes import NCHW, as_rows, channel_dims, fast_layout, image_dims, is_flat
 from cadsurgery.elements.backends.choose import Picking, compute, mix, select_rows
 from cadsurgery.elements.backends.floors import has_pixels, to_pixels
 from cadsurgery.elements.backends.target import require_equal
@@ -145,7 +145,7 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
         is_statically_true(length == 0) for length in beyond
     ):  # an upsampled map may extend beyond the image, where the border of the guide is replicated
         guide = F.pad(guide, beyond, mode="replicate")
-    rows = guide.permute(0, 2, 3, 1).flatten(0, 2)
+    rows = as_rows(guide)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     halo = reading.sources.shape[0]
     place = (reading.table.flatten() - lattice.count).clamp(min=0).long()  # 0: no halo row
@@ -198,7 +198,7 @@ class SmallMap:
         if self.values.shape[0] > 1:
             image = lattice.coordinates[0].unsqueeze(1) * self.values[0, 0].numel()
             sources = sources + image.to(sources)
-        return mix(self.values.permute(0, 2, 3, 1).flatten(0, 2).contiguous(), sources, shares)
+        return mix(as_rows(self.values).contiguous(), sources, shares)
 
     def _corners(self, lattice: Lattice) -> tuple[Tensor, Tensor]:
         """Return the four samples (N, 4) that each element is interpolated from, and their weights."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.elements.axes import as_map, as_rows
 from cadsurgery.elements.backends.choose import Filling, compute
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.elements import Elements
@@ -65,10 +66,10 @@ def gaussian_fill(
     is_soft = not is_hard and (mask.requires_grad or source.count == whole.count)
     if is_soft and normalised and floor is None:  # every position has a share, as in the training of gates
         return _fill_by_convolution(x, mask.unsqueeze(1).to(x), _gaussian(width, normalised, x))
-    rows = x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, source.anchors)
+    rows = as_rows(x).index_select(0, source.anchors)
     shares = None if is_hard else mask.flatten()[source.anchors]
     filled = fill_gaps(Elements(rows, source), whole, width, normalised, floor, shares).rows
-    return filled.view(*mask.shape, -1).permute(0, 3, 1, 2)
+    return as_map(filled, mask.shape[0], (mask.shape[1], mask.shape[2]))
 
 
 def _fill_by_convolution(x: Tensor, shares: Tensor, weights: Tensor) -> Tensor:

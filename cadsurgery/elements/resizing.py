@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.elements.axes import as_rows
 from cadsurgery.elements.backends.choose import MixingLines, compute, extend, mix
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import Reading, read_points
@@ -323,7 +324,7 @@ def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], sp
     image = torch.arange(batch, device=device).view(-1, 1, 1) * height
     points = [(image + y) * width + x for y, _ in ends[0] for x, _ in ends[1]]
     weights = [v * h for _, v in ends[0] for _, h in ends[1]]
-    rows = dense.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+    rows = as_rows(dense).contiguous()
     values = mix(rows, torch.stack(points, 3).flatten(0, 2).int(), torch.stack(weights, 3).flatten(0, 2))
     return values.view(*step.shape, -1).permute(0, 3, 1, 2)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.by_level import convolve_by_level
 from cadsurgery.elements.backends.choose import (
     Convolution,
     Pooling,
     TransposedConvolution,
     WindowRead,
+    choose,
     compute,
     extend,
 )
@@ -22,6 +23,7 @@ from cadsurgery.elements.backends.dense import spread_of
 from cadsurgery.elements.backends.integer import IntegerConvolution, IntegerWeights
 from cadsurgery.elements.backends.integer import convolve as convolve_integers
 from cadsurgery.elements.backends.integer_layers import IntegerConv
+from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
 from cadsurgery.elements.backends.target import require_equal
@@ -94,8 +96,22 @@ def _convolve(
     rows: Tensor, weights: FusedConv, reads: WindowRead, residual: Tensor | None = None
 ) -> Elements:
     work = TransposedConvolution if reads.window.finer > 1 else Convolution
-    run = compute if weights.levels is None else convolve_by_level
+    run = compute if weights.levels is None else _convolve_by_level
     return Elements(run(work(rows, weights, reads, reads.window.outside or 0.0, residual)), reads.target)
+
+
+def _convolve_by_level(work: Convolution) -> Tensor:
+    """Compute rows (N, ..., O): sums by the chosen backend, then the factors of the levels, residual and activation.
+
+    The compiled kernels apply all of this while the sums are in registers, at almost no cost.
+    """
+    weights, reads = work.weights, work.reads
+    assert weights.levels is not None and isinstance(reads, WindowRead)
+    sums = replace(work, weights=replace(weights, levels=None, activation=None), residual=None)
+    choice = choose(sums)
+    does_the_rest = isinstance(choice.backend, Native)
+    rows: Tensor = compute(work if does_the_rest else sums, choice)
+    return rows if does_the_rest else weights.finish(weights.levels.apply(rows, reads.target), work.residual)
 
 
 @operation(reads="window", macs=_macs_of_weights)

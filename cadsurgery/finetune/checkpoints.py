@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from cadsurgery.methods.anytime import AnytimeModel
@@ -19,7 +19,8 @@ from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.storage import Converted
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import write_tensors
-from cadsurgery.support.errors import FileError, TrainingStopped, describe_error
+from cadsurgery.support.errors import FileError, TrainingStopped
+from cadsurgery.support.files import as_file_error
 from cadsurgery.support.provenance import versions
 from cadsurgery.tasks.options import FREE, Settings
 from cadsurgery.tasks.run_folder import Identity
@@ -84,7 +85,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         FileError: the file is missing, truncated or foreign.
     """
-    try:
+    what = f"{path} is not a readable checkpoint of a training run."
+    with as_file_error(what, "start again in another output folder."):
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[_KEY])
             names = list(file.keys())
@@ -93,12 +95,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError("it was written by a later version")
         metadata.pop("versions")
         return Checkpoint(tensors=tensors, **metadata)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise FileError(
-            f"{path} is not a readable checkpoint of a training run.",
-            why=describe_error(error),
-            next="start again in another output folder.",
-        ) from error
 
 
 def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, processes: int) -> Identity:

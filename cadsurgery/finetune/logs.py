@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from cadsurgery.support.errors import FileError, import_optional
-from cadsurgery.support.files import write_whole
+from cadsurgery.support.errors import import_optional
+from cadsurgery.support.files import as_file_error, write_whole
 
 INSTALL = "pip install 'cadsurgery[train]'"
 Row = dict[str, float | None]  # None: not measured in this step
@@ -34,17 +34,13 @@ class CsvLog:
     def __init__(self, path: Path, step: int) -> None:
         """Keep the rows up to a step, and append after them."""
         self.path = path
-        try:
+        with as_file_error(f"{path} cannot be continued.", "choose another output folder."):
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
             whole = [line for line in lines if line.endswith("\n")]  # a killed process may leave half a row
             rows = whole[:1] + [row for row in whole[1:] if int(row.partition(",")[0]) <= step]
             with write_whole(path) as temporary:
                 temporary.write_text("".join(rows), encoding="utf-8")
             self._file = path.open("a", newline="", encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise FileError(
-                f"{path} cannot be continued.", why=str(error), next="choose another output folder."
-            ) from error
         self._columns = next(csv.reader(rows[:1]), None)
 
     def write(self, row: Row) -> None:

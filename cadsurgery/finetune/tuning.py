@@ -36,8 +36,8 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.network.storage import checksum, write_tensors
 from cadsurgery.support.divergence import Kind, kind_of, maps_of
-from cadsurgery.support.errors import FileError, InvalidInput, first_line
-from cadsurgery.support.files import make_folder
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.files import as_file_error, make_folder
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.evaluation import EvaluationReport, evaluate
 from cadsurgery.tasks.judging import (
@@ -374,14 +374,8 @@ class _Run:
             self._note(**work())
             write_tensors(path, part.state_dict())
             return
-        try:
+        with as_file_error(f"{path} does not fit the network.", "choose another output folder."):
             part.load_state_dict(load_file(path))
-        except Exception as error:
-            raise FileError(
-                f"{path} does not fit the network.",
-                why=first_line(error),
-                next="choose another output folder.",
-            ) from error
 
     # -- stages ----------------------------------------------------------------------------------------
 

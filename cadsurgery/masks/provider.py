@@ -280,14 +280,12 @@ def check_scores(scores: object, grid: FineMapSpec, provider: str, user: str) ->
             next=f"give a floating-point tensor of shape {shape}.",
         )
     if not torch.compiler.is_compiling():
-        check(scores.isnan().any(), lambda: _have_no_rank(where))
+        check(scores.isnan().any(), lambda: no_rank("the scores hold NaN.", where, "NaN has no rank."))
     return scores
 
 
-def _have_no_rank(where: str) -> InvalidInput:
+def no_rank(what: str, where: str, why: str) -> InvalidInput:
+    """Return the error for scores that cannot be ranked."""
     return InvalidInput(
-        "the scores hold NaN.",
-        where=where,
-        why="NaN has no rank.",
-        next="check the image and the mask that gives the scores.",
+        what, where=where, why=why, next="check the image and the mask that gives the scores."
     )

@@ -22,7 +22,14 @@ from cadsurgery.masks.options import (
     format_option,
     several,
 )
-from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels, check_scores, mask_provider
+from cadsurgery.masks.provider import (
+    FineMapSpec,
+    MaskProvider,
+    check_levels,
+    check_scores,
+    mask_provider,
+    no_rank,
+)
 from cadsurgery.masks.spec import PIPE, join, resolve_mask
 from cadsurgery.support.device_checks import check
 from cadsurgery.support.errors import InvalidInput
@@ -244,12 +251,9 @@ class Budget(MaskWrapper):
         return of_patches
 
     def _has_no_rank(self) -> InvalidInput:
-        return InvalidInput(
-            "the scores hold infinities of both signs in one patch.",
-            where=f"mask budget, scores of mask {self.mask.name}",
-            why="their mean is not a number and has no rank.",
-            next="check the image and the mask that gives the scores.",
-        )
+        what = "the scores hold infinities of both signs in one patch."
+        where = f"mask budget, scores of mask {self.mask.name}"
+        return no_rank(what, where, "their mean is not a number and has no rank.")
 
 
 @mask_provider("smooth")

@@ -32,7 +32,6 @@ from cadsurgery.network.storage import (
     FORMAT,
     METHOD,
     OTHER_MODEL,
-    as_file_error,
     build_stated,
     check_example,
     check_tensors,
@@ -40,6 +39,7 @@ from cadsurgery.network.storage import (
     checksum,
 )
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
+from cadsurgery.support.files import as_file_error
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import versions
 from cadsurgery.surgery.arguments import image_of

@@ -1,4 +1,4 @@
-"""Programs: a graph as a sequence of steps that methods run one by one, and maps as rows of positions.
+"""Programs: a graph as a sequence of steps that methods run one by one.
 
 Steps are plain values instead of torch.fx nodes, so copies of a network can share them.
 """
@@ -133,27 +133,32 @@ class Program:
         self.__dict__.update(state, graph=unpack_graph(state["graph"]))
 
 
-def call(net: nn.Module, step: Step, value_of: Callable[[str], Any], arguments: Mapping[str, Any]) -> Any:
-    """Run a step as the graph does.
+@dataclass(eq=False)
+class Call:
+    """A call of a network, which runs step by step.
 
-    Args:
-        net: network whose modules and parameters the step names.
-        step: the step.
-        value_of: returns the value of a step by its name.
-        arguments: arguments of the network's call, by name.
+    Attributes:
+        net: network whose modules and parameters the steps name.
+        arguments: arguments of the call, by name.
     """
-    if step.op == "placeholder":
-        return arguments[step.target]
-    if step.op == "get_attr":
-        return attribute(net, step.target)
-    args, kwargs = step.bind(value_of)
-    if step.op == "call_module":
-        module = child(net, step.target)
-        assert module is not None
-        return module(*args, **kwargs)
-    if step.op == "call_method":
-        return getattr(args[0], step.target)(*args[1:], **kwargs)
-    return step.target(*args, **kwargs)
+
+    net: nn.Module
+    arguments: dict[str, Any]
+
+    def compute(self, step: Step, value_of: Callable[[str], Any]) -> Any:
+        """Run a step as the graph does, with the values that `value_of` returns for the names of other steps."""
+        if step.op == "placeholder":
+            return self.arguments[step.target]
+        if step.op == "get_attr":
+            return attribute(self.net, step.target)
+        args, kwargs = step.bind(value_of)
+        if step.op == "call_module":
+            module = child(self.net, step.target)
+            assert module is not None
+            return module(*args, **kwargs)
+        if step.op == "call_method":
+            return getattr(args[0], step.target)(*args[1:], **kwargs)
+        return step.target(*args, **kwargs)
 
 
 def attribute(net: nn.Module, path: str) -> Any:
@@ -200,11 +205,11 @@ def work_of(steps: Iterable[Step], meta_copy: nn.Module, arguments: Mapping[str,
         dict[str, Any](),
         dict[str, Any](),
     )
-    arguments = tree_map(to_meta, arguments)
+    call = Call(meta_copy, tree_map(to_meta, arguments))
     with torch.no_grad(), MacCounter() as counter:
         for step in steps:
             before = counter.macs
-            env[step.name] = value = to_meta(call(meta_copy, step, env.__getitem__, arguments))
+            env[step.name] = value = to_meta(call.compute(step, env.__getitem__))
             macs[step.name] = counter.macs - before
             if isinstance(value, Tensor):
                 shapes[step.name] = tuple(value.shape)
@@ -219,30 +224,6 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_number, value))
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-# -- maps as rows of positions ---------------------------------------------------------------------------
-
-
-def by_position(value: Tensor, channels_last: bool = False) -> Tensor:
-    """View a map as (B, H, W, C)."""
-    return value if channels_last else value.permute(0, 2, 3, 1)
-
-
-def as_rows(value: Tensor, channels_last: bool = False) -> Tensor:
-    """Convert a map to rows (B*H*W, C); a view if the memory layout allows."""
-    return by_position(value, channels_last).flatten(0, 2)
-
-
-def as_map(rows: Tensor, batch: int, size: tuple[int, int], channels_last: bool = False) -> Tensor:
-    """Convert the rows of all positions to a map."""
-    value = rows.reshape(batch, *size, rows.shape[1])
-    return value if channels_last else value.permute(0, 3, 1, 2)
-
-
-def as_column(rows: Tensor, channels_last: bool = False) -> Tensor:
-    """View rows (N, C) as a map of one column, for operations that act on each position alone."""
-    return as_map(rows, 1, (rows.shape[0], 1), channels_last)
 
 
 def weights_of(module: Any) -> FusedConv:

@@ -24,18 +24,17 @@ from cadsurgery.network.macs import PICTURE, count_planned
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, InvalidInput, describe_error
-from cadsurgery.support.progress import waiting
+from cadsurgery.support.progress import Step, waiting
 from cadsurgery.surgery.arguments import Arguments, bind, bind_example, image_of, run_forward, take_image
-from cadsurgery.surgery.decide import make_plan
+from cadsurgery.surgery.decide import FLOOR, floors_prospect, make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
 from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.hooks import copying, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
-from cadsurgery.surgery.prospect import FLOOR, floors_prospect
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.trace import CannotFollow, evaluating
-from cadsurgery.surgery.verify import fewer_pixels, measure_effect, verify
+from cadsurgery.surgery.verify import Case, measure_effect, verify
 
 _LITTLE_SAVED = 0.9  # floors that leave more of the MACs than this are not named in errors
 _MOST_PARTS = 12  # number of parts that are tried if a network cannot be traced
@@ -221,21 +220,23 @@ def adaptify(
         _set_unit(net, whole if path else model, path, normalisation, example_input is not None, facts)
         take_over(net, facts.model)
         if verify_laws:
-            with facts.forgetting():
-                step("verifying that uniform maps give the dense networks")
-                fewer = fewer_pixels(facts.model, program.graph, chosen, geometry, facts.arguments)
-                net.checks = verify(
-                    facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments, fewer
-                )
-                step("measuring what the mask changes")
-                effect = measure_effect(facts.model, program.graph, chosen, geometry, fewer)
-            chosen = chosen.measured(effect)
-            net.restate(chosen)
+            chosen = _verify_and_measure(net, facts, step)
             _with_work(net, facts, example_input is None)
         if chosen.hardly_matters:
             chosen = _with_prospect(chosen, facts)
             _report_no_effect(chosen, strict and not chosen.matters)
         return HostedModel(whole, path, net) if path else net
+
+
+def _verify_and_measure(net: AdaptiveModel, facts: Facts, step: Step) -> Plan:
+    """Verify the laws and measure what masks change; return the plan with that."""
+    with facts.forgetting():
+        case = Case.of(facts, net.program.graph, net.plan, net.geometry)
+        step("verifying that uniform maps give the dense networks")
+        net.checks = verify(case)
+        step("measuring what the mask changes")
+        net.restate(net.plan.measured(measure_effect(case)))
+    return net.plan
 
 
 def _set_unit(

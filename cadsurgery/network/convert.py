@@ -19,7 +19,7 @@ from cadsurgery.surgery.hooks import find_watched, parameter, prepare_weights
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
-from cadsurgery.surgery.verify import fewer_pixels, verify
+from cadsurgery.surgery.verify import Case, verify
 
 
 def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
@@ -81,8 +81,7 @@ def convert_for_call(
             raise refusal  # the same level map would mean another network
         carried = carry_out(chosen, flow, program.geometry)
         with facts.forgetting():
-            fewer = fewer_pixels(facts.model, carried.graph, chosen, program.geometry, facts.arguments)
-            verify(facts.model, facts.graph, carried.graph, chosen, program.geometry, facts.arguments, fewer)
+            verify(Case.of(facts, carried.graph, chosen, program.geometry))
     except CadError as error:
         raise refusal from (error if error is not refusal else None)
     return carried.bind_to(net)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,23 @@ def check_used(host: nn.Module, path: str, example: Tensor) -> None:
 
 
 class Host(Derived):
-    """Base of networks that run their own code around one converted part; their state dict is the original's."""
+    """Base of networks that run their own code around one converted part; their state dict is the original's.
+
+    Attributes:
+        of_part: names of attributes of the part that are read and set on the hosting network as well.
+    """
 
     hosts_part = True
+    of_part: ClassVar[tuple[str, ...]] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name) if name in self.of_part else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.of_part:
+            setattr(self.part, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def put(self, host: nn.Module, path: str, part: nn.Module) -> None:
         """Put `part` into `host` at `path`, and share the modules of `host`."""
@@ -114,6 +128,8 @@ class HostedModel(Host, AdaptiveModel):
     It is called like the original and has the same state dict. Plan, levels, active fraction and MACs are those of the
     part. The mask reads the input of the part, e.g. after a detector's resizing and normalisation.
     """
+
+    of_part = ("_program", "_mask_provider", "_unit", "checks", "source")
 
     def __init__(self, host: nn.Module, path: str, part: AdaptiveModel) -> None:
         """Put `part` into `host` at `path`; users call `cadsurgery.adaptify` instead."""

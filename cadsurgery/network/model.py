@@ -57,7 +57,11 @@ class AdaptiveModel(ProgramNetwork):
     """A network with content-adaptive downsampling: same call, same output structure, same state dict as the original.
 
     Calling it with `mask=` overrides the mask for that call. After a call, `levels` and `active_fraction` describe the
-    cells that were kept high. `checks` holds the results of the verification at conversion.
+    cells that were kept high.
+
+    Attributes:
+        checks: results of the verification at conversion; empty if it was skipped.
+        source: the source of the network if it was built by name; `save` records it.
     """
 
     hosts_part = False  # True if the network runs its own code with one adaptive part; see `HostedModel`
@@ -73,8 +77,8 @@ class AdaptiveModel(ProgramNetwork):
         self._last = _Last()
         self._ways = dict[tuple[Any, ...], Program]()  # programs for calls that take another path
         self._overridden = False  # True once `masked` was used: torch before 2.15 cannot compile the look-up
-        self._checks: tuple[Check, ...] = ()
-        self._source: Any = None
+        self.checks: tuple[Check, ...] = ()
+        self.source: Any = None
         self._mask_provider = resolve_mask(mask)
         self._unit: Unit = model._unit if isinstance(model, AdaptiveModel) else Unit()
         self.register_state_dict_post_hook(_without_own)
@@ -202,32 +206,14 @@ class AdaptiveModel(ProgramNetwork):
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     @property
-    def checks(self) -> tuple[Check, ...]:
-        """The results of the verification at conversion; empty if it was skipped."""
-        return self.adaptive_part._checks
-
-    @checks.setter
-    def checks(self, checks: tuple[Check, ...]) -> None:
-        self.adaptive_part._checks = checks
-
-    @property
-    def source(self) -> Any:
-        """The source of the network if it was built by name; `save` records it."""
-        return self.adaptive_part._source
-
-    @source.setter
-    def source(self, source: Any) -> None:
-        self.adaptive_part._source = source
-
-    @property
     def normalisation(self) -> Normalisation | None:
         """The normalisation of its input as masks assume it, and its origin; None before the first picture. Accepts
         what `adaptify` takes."""
-        return self.adaptive_part._unit.normalisation
+        return self._unit.normalisation
 
     @normalisation.setter
     def normalisation(self, value: object) -> None:
-        self.adaptive_part._unit = Unit(read_normalisation(value, self.plan.example_shape[1]))
+        self._unit = Unit(read_normalisation(value, self.plan.example_shape[1]))
 
     @property
     def has_other_shapes(self) -> bool:
@@ -237,7 +223,7 @@ class AdaptiveModel(ProgramNetwork):
 
     def normalise_by(self, image: Tensor) -> None:
         """Estimate the normalisation of the input from an image batch, unless it is known or this is no picture."""
-        self.adaptive_part._unit(image)
+        self._unit(image)
 
     @property
     def adapters(self) -> nn.ModuleDict | None:

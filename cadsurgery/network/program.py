@@ -411,7 +411,7 @@ class ProgramNetwork(Derived):
     @property
     def program(self) -> Program:
         """The program of the adaptive part, for tools."""
-        return self.adaptive_part._program
+        return self._program
 
     @property
     def plan(self) -> Plan:
@@ -431,11 +431,11 @@ class ProgramNetwork(Derived):
     @property
     def mask(self) -> MaskProvider:
         """The mask provider; accepts anything that `adaptify` takes as a mask."""
-        return self.adaptive_part._mask_provider
+        return self._mask_provider
 
     @mask.setter
     def mask(self, mask: object) -> None:
-        self.adaptive_part._mask_provider = resolve_mask(mask)
+        self._mask_provider = resolve_mask(mask)
 
     @property
     def counted(self) -> Program:

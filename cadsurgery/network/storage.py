@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -28,8 +28,8 @@ from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support import files, kinds
-from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
-from cadsurgery.support.files import write_whole
+from cadsurgery.support.errors import CadWarning, FileError, InvalidInput, first_line
+from cadsurgery.support.files import as_file_error, write_whole
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import import_nothing_for, versions
 from cadsurgery.surgery.arguments import example_of, values_of
@@ -221,6 +221,32 @@ def unpack(
     check_example(path, stored, trust)
     if model is None:
         model = build_stated(path, source, tensors)
+    net = _convert_again(path, model, mask, stated)
+    net.adaptive_part.restate(replace(net.plan.measured(stored.effect), work=stored.work))
+    check_types(path, tensors, net.state_dict())
+    with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
+        net.load_state_dict(tensors, assign=True)  # keeps the stored types, e.g. bfloat16
+    if adapter_tensors:
+        with as_file_error(f"the adapters in {path} do not fit the model.", OTHER_MODEL):
+            adapters = _add_adapters(net, adapter_tensors)
+            check_types(path, adapter_tensors, adapters.state_dict())
+            adapters.load_state_dict(adapter_tensors, assign=True)
+    net.adaptive_part.use_channels_last()
+    net.source = source
+    if stated.normalisation is not None:
+        net._unit = Unit(stated.normalisation)
+    return net
+
+
+def _convert_again(
+    path: str | Path, model: nn.Module, mask: MaskProvider, stated: FileMetadata
+) -> AdaptiveModel:
+    """Convert a model as a file says.
+
+    Raises:
+        FileError: the model has another plan than the file.
+    """
+    stored = stated.plan
     options = {**stated.options, "output_stride": stored.output_stride}
     if stored.floors:
         options = {**options, "output_stride": None, "coarsest": stored.output_stride[1]}
@@ -235,19 +261,6 @@ def unpack(
             why=f"it was written with {_list(stated.versions)}; here are {_list(versions())}.",
             next="pass the model it was converted from, or convert again.",
         )
-    net.adaptive_part.restate(replace(net.plan.measured(stored.effect), work=stored.work))
-    check_types(path, tensors, net.state_dict())
-    with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
-        net.load_state_dict(tensors, assign=True)  # keeps the stored types, e.g. bfloat16
-    if adapter_tensors:
-        with as_file_error(f"the adapters in {path} do not fit the model.", OTHER_MODEL):
-            adapters = _add_adapters(net, adapter_tensors)
-            check_types(path, adapter_tensors, adapters.state_dict())
-            adapters.load_state_dict(adapter_tensors, assign=True)
-    net.adaptive_part.use_channels_last()
-    net.source = source
-    if stated.normalisation is not None:
-        net.adaptive_part._unit = Unit(stated.normalisation)
     return net
 
 
@@ -428,22 +441,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def as_file_error(what: str, next: str, where: str = "") -> Iterator[None]:
-    """Turn every error in the block into a `FileError`, for code that builds something from a file's content."""
-    try:
-        yield
-    except FileError:
-        raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        if isinstance(error, CadError):
-            why = f"{error.what} {error.why}"
-        elif isinstance(error, (ValueError, RuntimeError)):
-            why = str(error)
-        raise FileError(what, where=where, why=" ".join(why.split())[:400], next=next) from error
 
 
 def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:

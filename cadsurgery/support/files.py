@@ -16,7 +16,7 @@ from pathlib import Path
 
 import platformdirs
 
-from cadsurgery.support.errors import FileError, closest
+from cadsurgery.support.errors import CadError, FileError, closest
 
 
 @contextlib.contextmanager
@@ -186,13 +186,25 @@ def make_folder(path: Path | str) -> Path:
         FileError: the folder cannot be created.
     """
     folder = Path(path)
-    try:
+    with as_file_error(f"{folder} cannot be created.", "choose another --output."):
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a NUL byte
-        raise FileError(
-            f"{folder} cannot be created.", why=str(error), next="choose another --output."
-        ) from error
     return folder
+
+
+@contextlib.contextmanager
+def as_file_error(what: str, next: str, where: str = "") -> Iterator[None]:
+    """Turn every error in the block into a `FileError`, for code that builds something from a file's content."""
+    try:
+        yield
+    except FileError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, CadError):
+            why = f"{error.what} {error.why}"
+        elif isinstance(error, (OSError, ValueError, RuntimeError)):
+            why = str(error)
+        raise FileError(what, where=where, why=" ".join(why.split())[:400], next=next) from error
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
@@ -202,12 +214,8 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
         FileError: the file cannot be read as text, or cannot be written, see `check_writable`.
     """
     check_writable(path)
-    try:
+    with as_file_error(f"{path} cannot be read.", "choose another file to append to."):
         before = path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, ValueError) as error:
-        raise FileError(
-            f"{path} cannot be read.", why=str(error), next="choose another file to append to."
-        ) from error
     with write_whole(path) as temporary:
         separator = "" if before.endswith("\n") or not before else "\n"
         text = before + separator + "".join(f"{line}\n" for line in lines)

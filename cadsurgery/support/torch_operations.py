@@ -122,17 +122,24 @@ _state("value", "mish", "timm.layers.activations_me:MishMe")
 _state("value", "hardswish", "timm.layers.activations_me:HardSwishMe")
 _state("value", "hardsigmoid", "timm.layers.activations_me:HardSigmoidMe")
 _state("value", "hardmish", "timm.layers.activations_me:HardMishMe")
-_state("value", "abs=absolute=fabs neg=negative sign=sgn trunc=fix clamp=clip clamp_min clamp_max square")
-_state("value", "sin cos atan=arctan asinh=arcsinh erf erfc sinc ceil floor round frac positive=pos")
-_state("value", "fake_quantize_per_tensor_affine bool byte char short int long bitwise_not=invert=__invert__")
-_state("value", "logical_not isnan isinf isfinite isneginf isposinf isreal signbit angle fill zero=zero_")
-_state("value", "zeros_like ones_like full_like deg2rad rad2deg nan_to_num")
-_state("value", "exp expm1 exp2 log log2 log10 log1p sqrt rsqrt pow reciprocal", makes_nan=True)
-_state("value", "tan sinh cosh acos=arccos asin=arcsin acosh=arccosh atanh=arctanh", makes_nan=True)
-_state("value", "erfinv logit erfcx entr ndtri i0 i1 lgamma=gammaln digamma=psi", makes_nan=True)
-_state("value", "ndtr log_ndtr i0e i1e bessel_j0 bessel_j1 bessel_y0 bessel_y1 airy_ai", makes_nan=True)
-_state("value", "modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1", makes_nan=True)
-_state("value", "scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0", makes_nan=True)
+_state(
+    "value",
+    "abs=absolute=fabs neg=negative sign=sgn trunc=fix clamp=clip clamp_min clamp_max square "
+    "sin cos atan=arctan asinh=arcsinh erf erfc sinc ceil floor round frac positive=pos "
+    "fake_quantize_per_tensor_affine bool byte char short int long bitwise_not=invert=__invert__ "
+    "logical_not isnan isinf isfinite isneginf isposinf isreal signbit angle fill zero=zero_ "
+    "zeros_like ones_like full_like deg2rad rad2deg nan_to_num",
+)
+_state(
+    "value",
+    "exp expm1 exp2 log log2 log10 log1p sqrt rsqrt pow reciprocal "
+    "tan sinh cosh acos=arccos asin=arcsin acosh=arccosh atanh=arctanh "
+    "erfinv logit erfcx entr ndtri i0 i1 lgamma=gammaln digamma=psi "
+    "ndtr log_ndtr i0e i1e bessel_j0 bessel_j1 bessel_y0 bessel_y1 airy_ai "
+    "modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1 "
+    "scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0",
+    makes_nan=True,
+)
 
 # -- the values of several tensors at one position -----------------------------------------------------
 
@@ -140,19 +147,26 @@ _state("values", "add", adds=True)
 _state("values", "mul=multiply", multiplies=True)
 _state("values", "sub=subtract rsub")
 _state("values", "div=divide=true_divide=truediv=__div__=__rdiv__=__idiv__ addcdiv", makes_nan=True)
-_state("values", "maximum minimum addcmul lerp where fmax fmin hypot copysign heaviside ldexp nextafter")
-_state("values", "logaddexp logaddexp2 isclose masked_fill logical_and logical_or logical_xor atan2=arctan2")
-_state("values", "eq ne=not_equal lt=less le=less_equal gt=greater ge=greater_equal")
-_state("values", "bitwise_and=and_=__and__=__rand__=__iand__=iand")
-_state("values", "bitwise_or=or_=__or__=__ror__=__ior__=ior")
-_state("values", "bitwise_xor=xor=__xor__=__rxor__=__ixor__=ixor")
-_state("values", "fmod remainder floor_divide floordiv mod xlogy xlog1py float_power", makes_nan=True)
-_state("values", "igamma igammac gammainc gammaincc polygamma zeta", makes_nan=True)
-_state("values", "hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l", makes_nan=True)
-_state("values", "legendre_polynomial_p chebyshev_polynomial_t chebyshev_polynomial_u", makes_nan=True)
-_state("values", "chebyshev_polynomial_v chebyshev_polynomial_w", makes_nan=True)
-_state("values", "shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u", makes_nan=True)
-_state("values", "shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w", makes_nan=True)
+_state(
+    "values",
+    "maximum minimum addcmul lerp where fmax fmin hypot copysign heaviside ldexp nextafter "
+    "logaddexp logaddexp2 isclose masked_fill logical_and logical_or logical_xor atan2=arctan2 "
+    "eq ne=not_equal lt=less le=less_equal gt=greater ge=greater_equal "
+    "bitwise_and=and_=__and__=__rand__=__iand__=iand "
+    "bitwise_or=or_=__or__=__ror__=__ior__=ior "
+    "bitwise_xor=xor=__xor__=__rxor__=__ixor__=ixor",
+)
+_state(
+    "values",
+    "fmod remainder floor_divide floordiv mod xlogy xlog1py float_power "
+    "igamma igammac gammainc gammaincc polygamma zeta "
+    "hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l "
+    "legendre_polynomial_p chebyshev_polynomial_t chebyshev_polynomial_u "
+    "chebyshev_polynomial_v chebyshev_polynomial_w "
+    "shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u "
+    "shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w",
+    makes_nan=True,
+)
 
 # -- along axes that the call names --------------------------------------------------------------------
 

@@ -47,15 +47,8 @@ _FACTS = frozenset(
     (
         *("is_quantized", "is_sparse", "is_sparse_csr", "is_mkldnn", "is_meta", "is_nested", "is_vulkan"),
         *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "is_shared"),
-        *(
-            "is_pinned",
-            "storage_offset",
-            "is_distributed",
-            "retains_grad",
-            "dense_dim",
-            "sparse_dim",
-            "volatile",
-        ),
+        *("is_pinned", "is_distributed", "storage_offset", "retains_grad"),
+        *("dense_dim", "sparse_dim", "volatile"),
     )
 )
 # Attributes that follow from the device, of which elements have the type alone.

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
 from torch import fx
 
 from cadsurgery.elements.axes import NCHW
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import describe_call
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Role, flow_forward, why_inside_cells
 from cadsurgery.surgery.graphs import and_after
-from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan
+from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan, Prospect
 from cadsurgery.surgery.readings import Reading, consider, read_dilations
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line
 from cadsurgery.surgery.region import Region, floor_region, readers, region_of
 from cadsurgery.surgery.settle import Refusal, settle_flow
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, operation_name
+
+FLOOR = 32  # the floor that plans and `recommend` speak of, in input pixels
 
 
 def make_plan(
@@ -442,3 +446,47 @@ def _describe(node: fx.Node, facts: Facts, treatment: Treatment) -> str:
     stride = f"/{max(window.stride, window.finer)}" if max(window.stride, window.finer) > 1 else ""
     dilation = f" dilated {window.dilation[0]}" if window.dilation != (1, 1) else ""
     return f"{name} {window.kernel[0]}x{window.kernel[1]}{stride}{dilation}"
+
+
+# -- what floors would save ----------------------------------------------------------------------------
+
+
+def floors_prospect(
+    facts: Facts, region: RegionOption, size: Sequence[int], coarsest: int = FLOOR
+) -> Prospect | None:
+    """Estimate the share of MACs that a network takes with everything at a floor.
+
+    Args:
+        facts: facts about the traced network.
+        region: see `make_plan`.
+        size: height and width of the image to estimate for.
+        coarsest: the floor.
+
+    Returns:
+        None if the network's strides do not lead to this floor, or no multiplication would be saved.
+    """
+    asked = asked_region(facts, region)
+    flow = settle_flow(facts, asked, not isinstance(region, str), coarsest=0, floors=True).flow
+    chosen = floor_region(flow, coarsest)
+    if chosen is None:
+        return None
+    macs = sum(_macs_at(node, flow, size) for node in facts.graph.nodes)
+    low = sum(_macs_at(node, flow, size, _floor_of(node, chosen, coarsest)) for node in facts.graph.nodes)
+    return Prospect(coarsest, low / macs) if low < macs else None
+
+
+def _floor_of(node: fx.Node, region: Region, coarsest: int) -> int:
+    """Return the floor of a node: 1 outside the region."""
+    return coarsest if node in region.needed and region.stage(node) else 1
+
+
+def _macs_at(node: fx.Node, flow: Flow, size: Sequence[int], floor: int = 1) -> float:
+    """Return a node's multiply-accumulates on one image; of a map they are proportional to its positions."""
+    macs = flow.facts.macs[node] / len(flow.facts.example)
+    if not macs or flow.role[node] is not Role.MAP:
+        return macs
+    own, grid = flow.facts.images[node], flow.grid[node]
+    is_example = tuple(size) == tuple(flow.facts.example.shape[2:])
+    sides = own if is_example else [divide_up(length, grid) for length in size]
+    step = max(1, floor // grid)
+    return macs * math.prod(divide_up(side, step) for side in sides) / math.prod(own)

@@ -397,21 +397,13 @@ def own_class(module: nn.Module) -> type:
 # Attributes that a class may override without changing what a call computes.
 _HARMLESS = frozenset(
     (
-        *(
-            "__init__",
-            "__module__",
-            "__qualname__",
-            "__doc__",
-            "__annotations__",
-            "__constants__",
-            "__repr__",
-        ),
+        *("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__constants__"),
         *("__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__", "__parameters__"),
         *("__annotations_cache__", "__abstractmethods__", "_abc_impl", "__orig_bases__", "__dict__"),
         *("__weakref__", "__hash__", "__eq__", "_version", "extra_repr", "_get_name", "reset_parameters"),
         *("reset_running_stats", "_check_input_dim", "train", "eval", "_load_from_state_dict"),
         *("_save_to_state_dict", "state_dict", "load_state_dict"),
-        *("__setstate__", "__getstate__", "__deepcopy__"),
+        *("__setstate__", "__getstate__", "__deepcopy__", "__repr__"),
     )
 )
 _ALIKE: WeakKeyDictionary[type, tuple[type, ...]] = WeakKeyDictionary()

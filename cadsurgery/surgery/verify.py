@@ -6,7 +6,7 @@ Law 2: at every other uniform level, the adaptive network equals the dense netwo
 the same weights in ordinary dense convolutions.
 
 Levels finer than the network's own cost many times its work: they are compared on a part of the example that is small
-enough for the time, see `fewer_pixels`.
+enough for the time, see `Case.fewer`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,6 +42,7 @@ from cadsurgery.surgery.arguments import (
     widen,
 )
 from cadsurgery.surgery.emulate import CannotEmulate, Emulator, can_emulate
+from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.graphs import downstream, gives
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import child, copying
@@ -90,8 +91,19 @@ class Check:
         return self.error <= self.tolerance
 
 
-class _Case(NamedTuple):
-    """What is compared, see `verify`."""
+@dataclass(frozen=True)
+class Case:
+    """A converted network, and the example on which it is verified.
+
+    Attributes:
+        model: the network whose parameters both graphs use.
+        original: graph of the network.
+        adapted: the rewritten graph.
+        plan: the plan that was carried out.
+        geometry: geometry of the adaptive network; patches of blocks have no intermediate levels, quadtrees have.
+        call: arguments of the example.
+        fewer: arguments for the levels other than the network's own: one image and a part of its pixels.
+    """
 
     model: nn.Module
     original: fx.Graph
@@ -101,39 +113,61 @@ class _Case(NamedTuple):
     call: Arguments
     fewer: Arguments
 
+    @classmethod
+    def of(cls, facts: Facts, adapted: fx.Graph, plan: Plan, geometry: Geometry) -> Case:
+        """Return the case of a conversion, on the example that the network was observed on."""
+        call, geometry = facts.arguments, replace(geometry, patch="quadtree")
+        case = cls(facts.model, facts.graph, adapted, plan, geometry, call, call)
+        return replace(case, fewer=_fewer_pixels(case))
 
-def verify(
-    model: nn.Module,
-    original: fx.Graph,
-    adapted: fx.Graph,
-    plan: Plan,
-    geometry: Geometry,
-    call: Arguments,
-    fewer: Arguments,
-) -> tuple[Check, ...]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the image."""
+        return image_of(self.call).dtype
+
+    @property
+    def tolerance(self) -> float:
+        """The largest allowed error."""
+        return TOLERANCE.get(self.dtype, 1e-4)
+
+    def wide(self) -> Case:
+        """Return the case in float64, with the tensors that the graphs read from the model, which may be no buffers."""
+        wide = copy.deepcopy(self.model, copying(self.model)).double()
+        nodes = (*self.original.nodes, *self.adapted.nodes)
+        for path in {str(node.target) for node in nodes if node.op == "get_attr"}:
+            owner, _, name = path.rpartition(".")
+            module = child(wide, owner) if owner else wide
+            value = getattr(module, name, None)
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+                setattr(module, name, value.double())
+        return replace(self, model=wide, call=widen(self.call), fewer=widen(self.fewer))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Prepare the model for comparisons, for a block."""
+        dead, order = _no_dead_branches(self.model), _in_one_order(self.plan)
+        with torch.no_grad(), evaluating(self.model), dead, AnyLayout(), order:
+            yield
+
+    def run(self, level: int, call: Arguments) -> Any:
+        """Return the outputs of the adaptive network with all cells at a level."""
+        values = in_order(self.adapted, call, _uniform(self.geometry, level))
+        return fx.Interpreter(self.model, graph=self.adapted).run(*values)[0]
+
+
+def verify(case: Case) -> tuple[Check, ...]:
     """Compare the values that leave the region, and the outputs, with the original's.
-
-    Args:
-        model: the network whose parameters both graphs use.
-        original: graph of the network.
-        adapted: the rewritten graph.
-        plan: the plan that was carried out.
-        geometry: geometry of the adaptive network.
-        call: arguments of the example.
-        fewer: arguments for the levels other than the network's own, see `fewer_pixels`.
 
     Raises:
         CannotConvert: a law does not hold; a wrong network is never returned silently.
     """
-    case = _Case(model, original, adapted, plan, geometry, call, fewer)
     try:
         checks = _all_checks(case)
-        if image_of(call).dtype != torch.float64 and not all(check.passed for check in checks):
+        if case.dtype != torch.float64 and not all(check.passed for check in checks):
             # Deep networks can amplify rounding errors beyond the tolerance; in float64 only real errors remain.
             # A network that makes values of float32 itself cannot run in float64.
             with contextlib.suppress(RuntimeError, TypeError):
-                wide = _widened(model, original, adapted)
-                checks = _all_checks(case._replace(model=wide, call=widen(call), fewer=widen(fewer)))
+                checks = _all_checks(case.wide())
     except CadError:
         raise
     except Exception as error:  # foreign operations can raise any error
@@ -153,48 +187,23 @@ def verify(
     return tuple(checks)
 
 
-def measure_effect(
-    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
-) -> float:
-    """Measure how much the outputs differ between all cells high and all cells low, see `Plan.effect`.
-
-    Args:
-        model, adapted, plan, geometry: see `verify`, which must have passed.
-        call: see `fewer_pixels`; all cells high cost many times the work of the network.
-    """
-    effect = 0.0
-    if image_of(call).dtype in (torch.float32, torch.float64):
-        effect = _difference(model, adapted, plan, geometry, call)
-        if image_of(call).dtype == torch.float64 or effect >= SMALL_EFFECT:
-            return effect if effect > TOLERANCE[torch.float64] else 0.0
-    try:  # a small difference may be rounding
-        effect = _difference(_widened(model, adapted), adapted, plan, geometry, widen(call))
-    except (RuntimeError, TypeError):  # see `verify`
-        return effect if effect > TOLERANCE[torch.float32] else 0.0
-    return effect if effect > TOLERANCE[torch.float64] else 0.0
+def measure_effect(case: Case) -> float:
+    """Measure how much the outputs differ between all cells high and all cells low, see `Plan.effect`; the case must
+    have passed `verify`. All cells high cost many times the work of the network: it is done on fewer pixels."""
+    effect, limit = 0.0, TOLERANCE[torch.float64]
+    if case.dtype in (torch.float32, torch.float64):
+        effect = _difference(case)
+    if case.dtype != torch.float64 and effect < SMALL_EFFECT:
+        try:  # a small difference may be rounding
+            effect = _difference(case.wide())
+        except (RuntimeError, TypeError):  # see `verify`
+            limit = TOLERANCE[torch.float32]
+    return effect if effect > limit else 0.0
 
 
-def _widened(model: nn.Module, *graphs: fx.Graph) -> nn.Module:
-    """Return a copy of a model in float64, with the tensors that graphs read from it, which may be no buffers."""
-    wide = copy.deepcopy(model, copying(model)).double()
-    for path in {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}:
-        owner, _, name = path.rpartition(".")
-        module = child(wide, owner) if owner else wide
-        value = getattr(module, name, None)
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-            setattr(module, name, value.double())
-    return wide
-
-
-def _difference(
-    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
-) -> float:
-    def outputs(level: int) -> dict[str, Tensor]:
-        masking = _uniform(replace(geometry, patch="quadtree"), level)
-        return _named(fx.Interpreter(model, graph=adapted).run(*in_order(adapted, call, masking))[0])
-
-    with torch.no_grad(), evaluating(model), _no_dead_branches(model), AnyLayout(), _in_one_order(plan):
-        high, low = outputs(0), outputs(plan.max_level)
+def _difference(case: Case) -> float:
+    with case.running():
+        high, low = (_named(case.run(level, case.fewer)) for level in (0, case.plan.max_level))
     differences = [0.0]
     for name, value in high.items():
         if value.shape != low[name].shape:
@@ -209,13 +218,10 @@ def _difference(
     return max(differences)
 
 
-def _all_checks(case: _Case) -> list[Check]:
-    # Patches of blocks have no intermediate levels.
-    case = case._replace(geometry=replace(case.geometry, patch="quadtree"))
-    model, plan = case.model, case.plan
-    with torch.no_grad(), evaluating(model), _no_dead_branches(model), AnyLayout(), _in_one_order(plan):
-        is_emulated = plan.floors or (plan.reads_inside_cells and can_emulate(case.adapted, case.geometry))
-        return _emulated_checks(case) if is_emulated else _uniform_checks(case)
+def _all_checks(case: Case) -> list[Check]:
+    inside = case.plan.reads_inside_cells and can_emulate(case.adapted, case.geometry)
+    with case.running():
+        return _emulated_checks(case) if case.plan.floors or inside else _uniform_checks(case)
 
 
 class FirstOfEqual(TorchDispatchMode):
@@ -254,77 +260,72 @@ def _in_one_order(plan: Plan) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _uniform_checks(case: _Case) -> list[Check]:
+def _uniform_checks(case: Case) -> list[Check]:
     """Compare every uniform level, computed through kernel maps, with the dense networks."""
-    model, original, adapted, plan, geometry, call, fewer = case
-    tolerance = TOLERANCE.get(image_of(call).dtype, 1e-4)
-    mapped = replace(geometry, dense_shortcut=False)
-    watched = _watched(adapted, plan)
-    as_given = partial(_values, model, original, plan, None, watched=watched)
-    checks = []
+    plan, geometry, tolerance = case.plan, case.geometry, case.tolerance
+    mapped, watched, checks = (
+        replace(geometry, dense_shortcut=False),
+        _watched(case.adapted, plan),
+        list[Check](),
+    )
     but_for = f", with {', '.join(d.node for d in plan.between)} as it was" if plan.between else ""
-    for level in _levels(plan, geometry, adapted):
+    for level in _levels(plan, geometry, case.adapted):
         own = level == plan.identity_level
-        at = call if own else fewer
-        ours = _values(model, adapted, plan, _uniform(mapped, level), at, watched, every=not own)
+        at = case.call if own else case.fewer
+        ours = _values(case, _uniform(mapped, level), at, watched, every=not own)
         if own:
-            law, expected = "the network as it was", as_given(at)
+            law, expected = "the network as it was", _values(case, None, at, watched)
         else:
             law = f"the dense network at output stride {plan.strides[level]}{but_for}"
-            expected = _values(model, adapted, plan, _uniform(geometry, level), at, watched, every=True)
+            expected = _values(case, _uniform(geometry, level), at, watched, every=True)
         check = _compare(f"everything at level {level} is {law}", ours, expected, tolerance)
-        size = (image_of(at).shape[2], image_of(at).shape[3])
-        checks.append(replace(check, number=1 if own else 2, size=size))
+        checks.append(replace(check, number=1 if own else 2, size=_size_of(at)))
         if own:
-            checks += _at_another_size(model, adapted, plan, mapped, (fewer, call), tolerance)
+            checks += _at_another_size(case, mapped)
         if level == 0 < (plan.identity_level or 0) and geometry.pool == "atrous":
-            unmixed = _unmixed(adapted)
+            unmixed = _unmixed(case.adapted)
             maps = {name: value for name, value in ours.items() if name in unmixed}
             if not maps:
                 continue
             law = "everything high, read where the network has samples, is the network as it was"
-            given = as_given(at)
+            given = _values(case, None, at, watched)
             checks.append(_compare(law, maps, {name: given[name] for name in maps}, tolerance))
     return checks
 
 
-def _emulated_checks(case: _Case) -> list[Check]:
+def _emulated_checks(case: Case) -> list[Check]:
     """Compare everything high with the network as it was, and every other level, alone and side by side, with its
     emulation in dense operations (of networks that have one, see `can_emulate`), on fewer pixels."""
-    model, original, adapted, plan, geometry, call, fewer = case
-    image = image_of(call)
-    tolerance, size = TOLERANCE.get(image.dtype, 1e-4), (image.shape[2], image.shape[3])
-    mapped, watched = replace(geometry, dense_shortcut=False), _watched(adapted, plan)
-    own = _values(model, original, plan, None, call, watched)
-    ours = _values(model, adapted, plan, _uniform(mapped, 0), call, watched)
-    checks = [
-        replace(
-            _compare("everything high is the network as it was", ours, own, tolerance), number=1, size=size
-        )
-    ]
-    checks += _at_another_size(model, adapted, plan, mapped, (fewer, call), tolerance)
-    image = image_of(fewer)
-    size = (image.shape[2], image.shape[3])
-    name_of_level, name_of_levels = (
-        ("floor", "floors") if plan.floors else ("output stride", "output strides")
-    )
+    plan, geometry, tolerance = case.plan, case.geometry, case.tolerance
+    mapped, watched = replace(geometry, dense_shortcut=False), _watched(case.adapted, plan)
+    own = _values(case, None, case.call, watched)
+    ours = _values(case, _uniform(mapped, 0), case.call, watched)
+    check = _compare("everything high is the network as it was", ours, own, tolerance)
+    checks = [replace(check, number=1, size=_size_of(case.call)), *_at_another_size(case, mapped)]
+    of_level = "floor" if plan.floors else "output stride"
     maps: dict[str, Callable[..., Tensor]] = {
-        f"everything at {name_of_level} {plan.strides[level]}": partial(torch.full, fill_value=level)
+        f"everything at {of_level} {plan.strides[level]}": partial(torch.full, fill_value=level)
         for level in range(1, plan.max_level + 1)
     }
-    maps[f"{name_of_levels} side by side"] = partial(_side_by_side, geometry=geometry)
-    for name, levels in maps.items() if can_emulate(adapted, geometry) else ():
+    maps[f"{of_level}s side by side"] = partial(_side_by_side, geometry=geometry)
+    for name, levels in maps.items() if can_emulate(case.adapted, geometry) else ():
         lattices: list[Lattice] = []
         masking = partial(_of_fine_map, geometry=mapped, levels=levels, made=lattices)
         sizes: dict[str, tuple[int, int]] = {}
-        ours = _values(model, adapted, plan, masking, fewer, watched, every=True, sizes=sizes)
-        emulator = Emulator(model, original, plan, geometry, lattices[-1].levels, sizes)
+        ours = _values(case, masking, case.fewer, watched, every=True, sizes=sizes)
+        emulator = Emulator(case.model, case.original, plan, geometry, lattices[-1].levels, sizes)
         try:
-            expected = _collect(emulator, watched, original, plan, fewer, [], every=True)
+            expected = _values(case, None, case.fewer, watched, interpreter=emulator)
         except CannotEmulate:
             break
-        checks.append(replace(_compare(f"{name} is its emulation", ours, expected, tolerance), size=size))
+        check = _compare(f"{name} is its emulation", ours, expected, tolerance)
+        checks.append(replace(check, size=_size_of(case.fewer)))
     return checks
+
+
+def _size_of(call: Arguments) -> tuple[int, int]:
+    image = image_of(call)
+    return image.shape[2], image.shape[3]
 
 
 def _of_fine_map(
@@ -343,28 +344,22 @@ def _side_by_side(size: tuple[int, ...], geometry: Geometry) -> Tensor:
     return number % 3 * geometry.max_level // 2
 
 
-def fewer_pixels(
-    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
-) -> Arguments:
-    """Return a call with one image and a part of its pixels, on which all levels can be compared in time.
-
-    Returns:
-        `call` itself if it is small enough, or if the network or its graph does not take the part.
-    """
-    image, work = image_of(call), _work_of_levels(plan)
+def _fewer_pixels(case: Case) -> Arguments:
+    """Return the example with one image and a part of its pixels, on which all levels can be compared in time; the
+    example itself if it is small enough, or if the network or its graph does not take the part."""
+    image, work = image_of(case.call), _work_of_levels(case.plan)
     if work <= _MOST_CALLS:
-        return call
-    whole = (image.shape[2], image.shape[3])
-    part = _largest_part(whole, image[:, 0].numel() * _MOST_CALLS / work, 2 * plan.output_stride[1])
-    masking = _uniform(replace(geometry, patch="quadtree"), plan.max_level)
+        return case.call
+    whole, least = _size_of(case.call), 2 * case.plan.output_stride[1]
+    part = _largest_part(whole, image[:, 0].numel() * _MOST_CALLS / work, least)
     for size in dict.fromkeys((part, whole)):
-        fewer = part_of(call, *size)
+        fewer = part_of(case.call, *size)
         # A network may refuse a size, or a single image, with any error.
-        with contextlib.suppress(Exception), torch.no_grad(), evaluating(model), AnyLayout():
-            run_forward(model, fewer)
-            fx.Interpreter(model, graph=adapted).run(*in_order(adapted, fewer, masking))
+        with contextlib.suppress(Exception), torch.no_grad(), evaluating(case.model), AnyLayout():
+            run_forward(case.model, fewer)
+            case.run(case.plan.max_level, fewer)
             return fewer
-    return call
+    return case.call
 
 
 def _largest_part(whole: tuple[int, int], pixels: float, least: int) -> tuple[int, int]:
@@ -396,34 +391,26 @@ def _work_at(level: int, plan: Plan) -> float:
     return of_level / total if total else 0.0
 
 
-def _at_another_size(
-    model: nn.Module,
-    adapted: fx.Graph,
-    plan: Plan,
-    geometry: Geometry,
-    calls: tuple[Arguments, ...],
-    tolerance: float,
-) -> list[Check]:
-    """Compare the outputs at the network's own level with an image one pixel smaller than that of the first of several
-    calls for which the network takes it; no check if it refuses all."""
-    for call in calls:
+def _at_another_size(case: Case, geometry: Geometry) -> list[Check]:
+    """Compare the outputs at the network's own level with an image one pixel smaller than that of the first of the
+    two calls for which the network takes it; no check if it refuses both."""
+    for call in (case.fewer, case.call):
         height, width = (length - 1 for length in image_of(call).shape[2:])
         smaller = change_images(call, partial(crop, height=height, width=width))
         try:
-            expected = run_forward(model, smaller)
+            expected = run_forward(case.model, smaller)
             break
         except Exception:  # the network refuses this size with an error of its own
             continue
     else:
         return []
-    masking = _uniform(geometry, plan.identity_level or 0)
     try:
-        ours, _ = fx.Interpreter(model, graph=adapted).run(*in_order(adapted, smaller, masking))
+        ours = replace(case, geometry=geometry).run(case.plan.identity_level or 0, smaller)
     except GuardFailed:  # a call with such an image reports this to the user
         return []
     law = "the outputs at another size are the network's as it was"
-    check = _compare(law, _named(at_own_samples(ours, adapted, plan)), _named(expected), tolerance)
-    return [replace(check, number=1, size=(height, width))]
+    read = _named(at_own_samples(ours, case.adapted, case.plan))
+    return [replace(_compare(law, read, _named(expected), case.tolerance), number=1, size=(height, width))]
 
 
 def _named(outputs: Any) -> dict[str, Tensor]:
@@ -504,32 +491,19 @@ def _uniform(geometry: Geometry, level: int) -> Masking:
 
 
 def _values(
-    model: nn.Module,
-    graph: fx.Graph,
-    plan: Plan,
+    case: Case,
     masking: Masking | None,
     call: Arguments,
     watched: dict[str, Decision],
     every: bool = False,
     sizes: dict[str, tuple[int, int]] | None = None,
+    interpreter: fx.Interpreter | None = None,
 ) -> dict[str, Tensor]:
-    """Run a graph and return the watched values on the network's own grid, and the outputs there or, with `every`, at
-    all positions; note the sizes of watched elements in fine pixels."""
-    first = [] if masking is None else [masking]
-    return _collect(fx.Interpreter(model, graph=graph), watched, graph, plan, call, first, every, sizes)
-
-
-def _collect(
-    interpreter: fx.Interpreter,
-    watched: dict[str, Decision],
-    graph: fx.Graph,
-    plan: Plan,
-    call: Arguments,
-    first: list[Masking],
-    every: bool,
-    sizes: dict[str, tuple[int, int]] | None = None,
-) -> dict[str, Tensor]:
-    """Run an interpreter of a graph and return the watched values and the outputs, see `_values`."""
+    """Run the adaptive network, or without a masking the network itself, and return the watched values on the network's
+    own grid, and the outputs there or, with `every`, at all positions; note the sizes of watched elements in fine
+    pixels. Another interpreter may run the graph."""
+    graph, first = (case.original, []) if masking is None else (case.adapted, [masking])
+    interpreter = interpreter or fx.Interpreter(case.model, graph=graph)
     values: dict[str, Tensor] = {}
     run_node = interpreter.run_node
 
@@ -548,7 +522,7 @@ def _collect(
     interpreter.run_node = collect  # type: ignore[method-assign]
     output = interpreter.run(*in_order(graph, call, *first))
     if first:
-        output = output[0] if every else at_own_samples(output[0], graph, plan)
+        output = output[0] if every else at_own_samples(output[0], case.adapted, case.plan)
     return values | _named(output)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.support.progress import Step, within
 from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.verify import Check
 from cadsurgery.tasks.convert_report import ConversionReport
 from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
@@ -73,15 +74,16 @@ def convert(
     """Build, convert, verify, measure and save a network; see `cadsurgery convert --help`."""
     methods = {kind.method: kind for kind in KINDS}
     check_name("method", method, (ADAPTIVE, *methods))
+    make: Callable[[Request], Conversion]
     if kind := methods.get(method):
         refuse_precision(precision, kind.words)
         make, suffix = kind.convert, method
-        arguments = {"anytime": exits, "sampling": gates, "resampling": sampling}[method] or {}
+        options = dict({"anytime": exits, "sampling": gates, "resampling": sampling}[method] or {})
     else:
         resolve_mask(mask)  # a typo should not wait for the network to be built
         check_precision(precision, calibration, largest_error)
         copy_options = {"precision": precision, "calibration": calibration, "largest_error": largest_error}
-        arguments, make, suffix = options, partial(_adapt, mask, copy_options), mask.partition(":")[0]
+        make, suffix = partial(_adapt, mask, copy_options), mask.partition(":")[0]
     torch_device = find_device(device)
     output = output or _default_output(model, suffix)
     check_folder(output)
@@ -92,15 +94,11 @@ def convert(
         return example_batch(source, image, size).to(torch_device)
 
     torch.manual_seed(0)  # new parameters of a method are the same in every run
-    made = make(Request(before.to(torch_device), source, example, arguments, verify_laws, step))
+    made = make(Request(before.to(torch_device), source, example, options, verify_laws, step))
     timing = {"seconds": TIMING_SECONDS, "step": within(step, "measuring")}
     rows = measure(made.sides, made.batch, rounds, "name", **timing)
-    notes = made.notes(rows)
-    if is_onnx(source.name):
-        notes = [
-            *notes,
-            f"{output.name} holds the weights and names {source.weights}: keep both in one folder.",
-        ]
+    beside = f"{output.name} holds the weights and names {source.weights}: keep both in one folder."
+    notes = [*made.notes(rows), *[beside] * is_onnx(source.name)]
     step(f"writing {output}")
     save(made.net, output)
     return ConversionReport(
@@ -163,11 +161,6 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
 
     adapted = [decision.node for decision in plan.chosen("adapt")]
     spec, seen = net.mask.spec(), str(net.normalisation or "the input as it comes, until a picture has come")
-    fraction = f"active fraction {counted.active_fraction:.3f} (share of the fine map kept high)"
-    checks = [
-        Text(f"verified: {check.law} (error {check.error:.1e}, allowed {check.tolerance:.0e})", style="green")
-        for check in net.checks
-    ]
     return Conversion(
         net,
         batch,
@@ -182,14 +175,20 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         Text.assemble(plan.summary(), (f"\nadapted: {', '.join(adapted)}" if adapted else "", "dim")),
         [
             Text(f"with this mask: {counted.describe()}", style="bold"),
-            Text(fraction),
+            Text(f"active fraction {counted.active_fraction:.3f} (share of the fine map kept high)"),
             Text(f"masks see {seen}", style="dim"),
-            *(checks or [Text("not verified", style="yellow")]),
+            *_verified(net.checks),
         ],
         f"{batch.shape[0]} image of {batch.shape[2]}x{batch.shape[3]}, mask {spec}",
         notes=lambda rows: [*_notes(plan, counted, copies), *_slow_copies(copies, rows, rows[not is_high])],
         first=_say_dear(plan, counted.mask / original_macs, others) if is_dear else "",
     )
+
+
+def _verified(checks: Sequence[Check]) -> list[Text]:
+    lines = (f"{check.law} (error {check.error:.1e}, allowed {check.tolerance:.0e})" for check in checks)
+    green = [Text(f"verified: {line}", style="green") for line in lines]
+    return green or [Text("not verified", style="yellow")]
 
 
 def _warn_of_more_work(plan: Plan, macs: int, given: int) -> None:

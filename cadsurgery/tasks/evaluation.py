@@ -129,16 +129,11 @@ def evaluate(
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
     samples = (open_data(data, split) if isinstance(data, str) else as_data(data)).first(limit)
-    opened: nn.Module
-    if (made := open_any(network, trust)) is not None:
-        opened = made
-        compared = _sides_of(made, samples, bool(masks or output_stride), thresholds, torch_device)
-    elif thresholds:
-        raise InvalidInput(
-            "thresholds belong to networks with exits, and this network has none.",
-            next="convert it with cs.anytime.",
-        )
+    opened: nn.Module | None = open_any(network, trust)
+    if opened is not None:
+        compared = _sides_of(opened, samples, bool(masks or output_stride), thresholds, torch_device)
     else:
+        _refuse_thresholds(thresholds)
         step("building and converting")
         nets, source = at_strides(network, output_stride, options or {}, weights=weights, trust=trust)
         opened, compared = nets[0], of_masks.compare(nets, source, masks, torch_device)
@@ -156,27 +151,39 @@ def evaluate(
         }
         judge.resume(Manifest(output.with_suffix(".manifest"), made_by, judge.take))
     failed = judge.run(batch, step)
-    tallies, first = judge.gather(failed)
-    rows = _rows(compared, tallies, samples.classes, first, rounds, step)
-    fidelity = [tally.metrics.kind for tally in tallies if isinstance(tally.metrics, FidelityMetrics)]
-    report = EvaluationReport(
-        data=samples.name,
-        split=samples.split,
-        fidelity=fidelity[0] if fidelity else None,
-        images=int(tallies[0].counts["images"]),
-        batch=batch,
-        image=tuple(first[0].shape[1:]),
-        rounds=rounds,
-        processes=world().size,
-        normalisation=compared.normalisation,
-        rows=rows,
-        failed=tuple(failed),
-        compared=replace(compared, sides=()),  # a report keeps no networks
-        **provenance(network, compared.source, torch_device),
-    )
+    measured = _measured(judge, failed, rounds, step)
+    report = EvaluationReport(batch=batch, **measured, **provenance(network, compared.source, torch_device))
     if world().is_main:
         report.write(output, picture)
     return report
+
+
+def _refuse_thresholds(thresholds: Sequence[Any]) -> None:
+    if thresholds:
+        raise InvalidInput(
+            "thresholds belong to networks with exits, and this network has none.",
+            next="convert it with cs.anytime.",
+        )
+
+
+def _measured(judge: _Judge, failed: Sequence[Failure], rounds: int, step: Step) -> dict[str, Any]:
+    """Return the fields of a report that come from the run of all sides, of all processes together."""
+    compared, samples = judge.compared, judge.data
+    tallies, first = judge.gather(failed)
+    fidelity = [tally.metrics.kind for tally in tallies if isinstance(tally.metrics, FidelityMetrics)]
+    return {
+        "data": samples.name,
+        "split": samples.split,
+        "fidelity": fidelity[0] if fidelity else None,
+        "images": int(tallies[0].counts["images"]),
+        "image": tuple(first[0].shape[1:]),
+        "rounds": rounds,
+        "processes": world().size,
+        "normalisation": compared.normalisation,
+        "rows": _rows(compared, tallies, samples.classes, first, rounds, step),
+        "failed": tuple(failed),
+        "compared": replace(compared, sides=()),  # a report keeps no networks
+    }
 
 
 def _check_options(
@@ -295,26 +302,25 @@ class _Judge:
     def __init__(
         self, compared: Comparison, data: SegmentationData, kind: Kind, device: torch.device
     ) -> None:
-        self._compared, self._data, self._kind, self._device = compared, data, kind, device
+        self.compared, self.data, self._kind, self._device = compared, data, kind, device
         self._manifest: Manifest | None = None
         self.tallies, self.done = self._start(), set[int]()
 
     def _start(self) -> list[Tally]:
         """Return a tally without images for each side."""
         usual: Callable[[], Metrics] = partial(FidelityMetrics, self._kind)
-        if self._data.is_labelled:
-            usual = partial(Accuracy, len(self._data.classes), self._data.name)
-        return [Tally((side.metrics or usual)()) for side in self._compared.sides]
+        if self.data.is_labelled:
+            usual = partial(Accuracy, len(self.data.classes), self.data.name)
+        return [Tally((side.metrics or usual)()) for side in self.compared.sides]
 
     def identity(self) -> Identity:
         """Return what a manifest states: what is judged, and on what."""
-        names = hashlib.sha256(json.dumps(self._data.names).encode()).hexdigest()
-        data = {"name": self._data.name, "split": self._data.split, "images": len(self._data), "names": names}
+        names = hashlib.sha256(json.dumps(self.data.names).encode()).hexdigest()
+        data = {"name": self.data.name, "split": self.data.split, "images": len(self.data), "names": names}
         sides = {
-            str(place): {"side": side.name, **side.about}
-            for place, side in enumerate(self._compared.sides, 1)
+            str(place): {"side": side.name, **side.about} for place, side in enumerate(self.compared.sides, 1)
         }
-        fixed = {"classes": self._data.classes, "kind": self._kind, "device": self._device.type}
+        fixed = {"classes": self.data.classes, "kind": self._kind, "device": self._device.type}
         return {"sides": sides, "data": data, **fixed}
 
     def resume(self, manifest: Manifest) -> None:
@@ -323,7 +329,7 @@ class _Judge:
         Raises:
             InvalidInput: metrics of the user cannot be stored.
         """
-        for side, tally in zip(self._compared.sides, self.tallies, strict=True):
+        for side, tally in zip(self.compared.sides, self.tallies, strict=True):
             try:
                 self._unpack(_pack([tally]))
             except (pickle.PickleError, AttributeError, TypeError) as error:
@@ -359,12 +365,12 @@ class _Judge:
 
     def run(self, size: int, step: Step) -> list[Failure]:
         """Judge this process's share of the images that are left; return the failures of all processes."""
-        left = [position for position in range(len(self._data)) if position not in self.done]
+        left = [position for position in range(len(self.data)) if position not in self.done]
         failures, done, share = Failures("image"), 0, len(shard(left))
         if not left:
             return []
         step(f"image 1 of {share}", 0, share)
-        data = self._data.at(left)
+        data = self.data.at(left)
         for places, images, labels in _batches(data, size, failures):
             before = done + len(failures.noted)
             step(f"image {before + len(images)} of {share}", before, share)
@@ -387,15 +393,15 @@ class _Judge:
 
     def _judge(self, images: Tensor, labels: Tensor) -> list[Tally] | CadError:
         """Return what all sides get on a batch, or the error if the network does not take its images."""
-        known = labels.to(self._device) if self._data.is_labelled else None
+        known = labels.to(self._device) if self.data.is_labelled else None
         truth, extent, parts = known, (images.shape[2], images.shape[3]), self._start()
         with torch.inference_mode(), _labelled(known):
             try:
-                images = _prepare(images, self._compared.source, self._device)
-                output = self._compared.sides[0].call(images)
+                images = _prepare(images, self.compared.source, self._device)
+                output = self.compared.sides[0].call(images)
             except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
                 return refuse_images(error, images)
-            for place, (side, part) in enumerate(zip(self._compared.sides, parts, strict=True)):
+            for place, (side, part) in enumerate(zip(self.compared.sides, parts, strict=True)):
                 output = side.call(images) if place else output
                 truth = output if known is None and side.is_target else truth
                 part.metrics.update(output, truth, extent)
@@ -412,12 +418,12 @@ class _Judge:
         for tallies in others:
             for whole, part in zip(merged, tallies, strict=True):
                 whole.merge(part)
-        firsts = gather(min(self.done, default=len(self._data)), self._device)
+        firsts = gather(min(self.done, default=len(self.data)), self._device)
         if not merged[0].counts["images"]:
             raise CadError.from_dict(failed[0])
-        image, labels = sample_of(self._data, min(firsts))
-        known = labels[None].to(self._device) if self._data.is_labelled else None
-        return merged, (_prepare(image[None], self._compared.source, self._device), known)
+        image, labels = sample_of(self.data, min(firsts))
+        known = labels[None].to(self._device) if self.data.is_labelled else None
+        return merged, (_prepare(image[None], self.compared.source, self._device), known)
 
 
 def _prepare(images: Tensor, source: Source, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from cadsurgery.data.networks import Source, class_names, stated_statistics
 from cadsurgery.masks import EstimatedMask, MaskProvider, list_masks, resolve_mask
 from cadsurgery.methods.storage import load
 from cadsurgery.network.adaptify import adaptify, plan
+from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.divergence import tensors_of
@@ -240,6 +241,15 @@ def _prepare(net: AdaptiveModel) -> _Nets:
     return _Nets(net, net.optimize(), net.optimize(fuse=False))
 
 
+def _uniform_sides(net: AdaptiveModel, dense: AdaptiveModel, counted: MacReport) -> list[Side]:
+    """Return the network as given, if its levels have it, and everything high."""
+    uniform = {0: "all", net.plan.max_level: "none"}
+    given = uniform.get(-1 if net.plan.identity_level is None else net.plan.identity_level)
+    high = "as given, everything high" if given == "all" else "everything high"
+    as_given = Side("as given", partial(dense, mask="none"), counted.given or 0)
+    return [as_given] * (given == "none") + [Side(high, partial(dense, mask="all"), counted.high)]
+
+
 def explore(
     subject: Subject, image: Path | int, setting: Setting, rounds: int = 3, step: Step = silent
 ) -> Explored:
@@ -280,21 +290,8 @@ def explore(
     with torch.inference_mode():
         output, lattice, reference = fast(batch, mask=mask), fast.lattice, dense(batch, mask="all")
     counted = net.macs(batch, mask=mask)
-    uniform = {0: "all", net.plan.max_level: "none"}
-    given = uniform.get(-1 if net.plan.identity_level is None else net.plan.identity_level)
-    sides = {"as given": ("none", counted.given or 0)} if given == "none" else {}
-    high = "as given, everything high" if given == "all" else "everything high"
-    sides[high] = ("all", counted.high)
-    rows = measure(
-        [
-            *(Side(name, partial(dense, mask=level), macs) for name, (level, macs) in sides.items()),
-            Side(spec, partial(fast, mask=mask), counted.mask),
-        ],
-        batch,
-        rounds,
-        seconds=_SECONDS,
-        step=within(step, "measuring"),
-    )
+    sides = [*_uniform_sides(net, dense, counted), Side(spec, partial(fast, mask=mask), counted.mask)]
+    rows = measure(sides, batch, rounds, seconds=_SECONDS, step=within(step, "measuring"))
     pixels, stride = picture.permute(1, 2, 0).numpy(), net.plan.strides[0]
     prediction, high_prediction = (
         _overlay(picture, output_of_side) for output_of_side in (output, reference)

@@ -37,7 +37,7 @@ _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
 def serve(
-    *, model: str, weights: str, device: str, trust: bool, port: int, rounds: int, browser: bool, step: Step
+    model: str, weights: str, device: str, trust: bool, *, port: int, rounds: int, browser: bool, step: Step
 ) -> str:
     """Open a network and serve its page in a thread of its own; return the address.
 

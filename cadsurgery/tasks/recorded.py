@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cadsurgery.support.errors import FileError, UnknownName, first_line
-from cadsurgery.support.files import cache_folder, is_file, write_whole
+from cadsurgery.support.errors import FileError, UnknownName
+from cadsurgery.support.files import as_file_error, cache_folder, is_file, write_whole
 from cadsurgery.support.plain import read_as
 from cadsurgery.tasks.plan_report import PlanReport
 
@@ -36,15 +36,13 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         FileError: the file cannot be read.
     """
-    try:
+    what, next = (
+        f"{path} cannot be read as checked networks.",
+        "write it with python -m benchmarks.zoo.check.",
+    )
+    with as_file_error(what, next):
         lines = path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines[1:]]
-    except (OSError, ValueError) as error:
-        raise FileError(
-            f"{path} cannot be read as checked networks.",
-            why=first_line(error),
-            next="write it with python -m benchmarks.zoo.check.",
-        ) from error
 
 
 def recorded() -> dict[str, Row]:

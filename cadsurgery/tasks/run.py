@@ -25,7 +25,7 @@ from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
-from cadsurgery.support.files import absent, check_folder, exists, is_folder
+from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, own_device, share
@@ -105,11 +105,10 @@ def predict(
     manifest = None if sources.is_one_clip else Predictions(sources.output, settings.identity(), resume)
     number, outcome = sources.count(manifest), _Outcome()
     pool = partial(ray_data.tasks, ray) if ray else processes
-    if workers is None and ray:
-        workers = ray_data.count_processes(ray, settings)
     if workers is None:
-        workers = 1 if not is_shared or own.type != "cpu" else cores()
-        workers = max(1, min(workers, (number or sys.maxsize) // _FOR_A_PROCESS))
+        usual = cores() if is_shared and own.type == "cpu" else 1
+        usual = max(1, min(usual, (number or sys.maxsize) // _FOR_A_PROCESS))
+        workers = ray_data.count_processes(ray, settings) if ray else usual
     predictor = None if ray or workers > 1 else Predictor(converted, settings, step)
     if manifest is not None:
         gather(None, own)  # until every process has read the manifest
@@ -131,18 +130,29 @@ def predict(
         else:
             clips = (predictor.clip_row(clip, fps, step, stopped) for clip in left(sources.clips))
             answers = chain(predictor.rows(stills), clips)
-        step(f"image 1 of {number or '?'}", 0, number)
-        for count, (position, row) in enumerate(chain(answers, sources.refusals()), 1):
-            outcome.add(position, row)
-            if manifest is not None and not row.get("interrupted"):
-                manifest.add_prediction(row)
-            finished = min(count * world().size, number or sys.maxsize)
-            step(f"image {finished} of {number or '?'} ({Path(row['image']).name})", finished, number)
+        _take_in(chain(answers, sources.refusals()), outcome, manifest, number, step)
     outcome = reduce(_Outcome.merge, gather(outcome, own))
     if number is None and outcome.counts.total() <= len(sources.failures):
         raise no_images(sources.failures)
     outcome.classes |= manifest.classes if manifest else set()
     return _report(outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume)
+
+
+def _take_in(
+    answers: Iterable[tuple[Any, Row]],
+    outcome: _Outcome,
+    manifest: Predictions | None,
+    number: int | None,
+    step: Step,
+) -> None:
+    """Note the rows of predictions, in the manifest too, and show how many of so many images are done."""
+    step(f"image 1 of {number or '?'}", 0, number)
+    for count, (position, row) in enumerate(answers, 1):
+        outcome.add(position, row)
+        if manifest is not None and not row.get("interrupted"):
+            manifest.add_prediction(row)
+        finished = min(count * world().size, number or sys.maxsize)
+        step(f"image {finished} of {number or '?'} ({Path(row['image']).name})", finished, number)
 
 
 def _report(
@@ -323,17 +333,14 @@ def _listed(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
         if source != "-" and not source.startswith("@"):
             yield source, Path(source).name
             continue
-        try:
-            with nullcontext(sys.stdin) if source == "-" else open(source[1:], encoding="utf-8") as lines:
-                for line in filter(None, map(str.strip, lines)):
-                    parts = line.rpartition("://")[2].split(os.sep)
-                    yield line, os.path.join(*(part for part in parts if part not in ("", ".", "..")))
-        except (OSError, ValueError) as error:
-            raise FileError(
-                f"the list {source} cannot be read.",
-                why=str(error),
-                next="give a text file with a path in each line.",
-            ) from error
+        next = "give a text file with a path in each line."
+        with (
+            as_file_error(f"the list {source} cannot be read.", next),
+            nullcontext(sys.stdin) if source == "-" else open(source[1:], encoding="utf-8") as lines,
+        ):
+            for line in filter(None, map(str.strip, lines)):
+                parts = line.rpartition("://")[2].split(os.sep)
+                yield line, os.path.join(*(part for part in parts if part not in ("", ".", "..")))
 
 
 def _find_clips(sources: Sequence[Path], output: Path) -> dict[Path, Path]:

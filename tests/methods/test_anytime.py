@@ -443,7 +443,7 @@ def test_a_residual_network_with_a_head_of_torchvision() -> None:
 
 def whole_of(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
     (name,) = net.program.signature.parameters
-    return list(net._logits(Run(net, net.program, net.grid > 0, {name: x}, None), None))
+    return list(net._logits(Run(net, {name: x}, net.program, net.grid > 0, None), None))
 
 
 @pytest.mark.slow

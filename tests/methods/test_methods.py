@@ -23,9 +23,10 @@ from torchvision.models.resnet import BasicBlock
 
 import cadsurgery as cs
 from cadsurgery.data.networks import source_of
+from cadsurgery.elements.axes import as_column, as_map, as_rows
 from cadsurgery.methods.anytime import AnytimePlan
 from cadsurgery.methods.converted import METHODS, GraphModel, register
-from cadsurgery.methods.program import Program, as_column, as_map, as_rows, call, steps_of
+from cadsurgery.methods.program import Call, Program, steps_of
 from cadsurgery.methods.report import MethodMacs, MethodPlan
 from cadsurgery.methods.resampling import ResampledPlan
 from cadsurgery.methods.sampling import SamplingPlan
@@ -98,9 +99,9 @@ class ThinnedModel(GraphModel):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The original's map with elements repeated."""
         env: dict[str, Any] = {}
-        arguments = self.bind(args, kwargs)
+        call = Call(self, self.bind(args, kwargs))
         for step in self.program.steps:
-            env[step.name] = call(self, step, env.__getitem__, arguments)
+            env[step.name] = call.compute(step, env.__getitem__)
             for name in step.frees:
                 del env[name]
         (y,) = env.values()

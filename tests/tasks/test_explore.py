@@ -208,9 +208,12 @@ def test_the_command_tells_the_address_and_ends_at_ctrl_c(
         raise KeyboardInterrupt
 
     asked = dict[str, Any]()
-    monkeypatch.setattr(
-        explore_page, "serve", lambda **options: asked.update(options) or "http://127.0.0.1:7860/"
-    )
+
+    def serve(model: str, *subject: Any, **options: Any) -> str:
+        asked.update(options, model=model)
+        return "http://127.0.0.1:7860/"
+
+    monkeypatch.setattr(explore_page, "serve", serve)
     monkeypatch.setattr("time.sleep", interrupt)
     done = command_line("explore", NAME, "--rounds", 0)
     assert done.code == 130 and "http://127.0.0.1:7860/" in done.out

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.elements.axes import as_map, as_rows
 from cadsurgery.elements.backends.choose import (
     Backend,
     Convolution,
@@ -103,12 +104,7 @@ def _has_whole_map(reads: WindowRead) -> bool:
 
 def _image_of(rows: Tensor, lattice: Lattice) -> Tensor:
     """View rows on a uniform lattice as a dense channels_last map."""
-    return rows.view(lattice.batch, *lattice.samples(lattice.uniform_side), -1).permute(0, 3, 1, 2)
-
-
-def _rows_of(image: Tensor) -> Tensor:
-    """Return a dense map as rows of a uniform lattice."""
-    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+    return as_map(rows, lattice.batch, lattice.samples(lattice.uniform_side))
 
 
 def _has_faster_kernel(work: Convolution, operation: _Dense) -> bool:
@@ -145,7 +141,7 @@ class Uniform(Backend):
         assert isinstance(work.reads, WindowRead)
         more = _image_of(work.residual, work.reads.target) if work.residual is not None else None
         stride = (operation.stride, operation.stride)
-        return _rows_of(convolve(work.weights, image, stride, padding, operation.dilation, more))
+        return as_rows(convolve(work.weights, image, stride, padding, operation.dilation, more))
 
     def spread(self, work: TransposedConvolution) -> Tensor:
         """Compute rows (N, O)."""
@@ -177,14 +173,14 @@ class Uniform(Backend):
             out = out.unflatten(0, (-1, shifts, shifts)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
             height, width = work.reads.target.samples(work.reads.target.uniform_side)
             out = out[..., :height, :width]
-        return weights.finish(_rows_of(out), work.residual)
+        return weights.finish(as_rows(out), work.residual)
 
     def pool(self, work: Pooling) -> Tensor:
         """Compute the maximum, rows (N, C)."""
         image, operation, padding = self._pad(work, -torch.inf)
         assert isinstance(work.reads, WindowRead)
         kernel = work.reads.window.kernel
-        return _rows_of(F.max_pool2d(image, kernel, operation.stride, padding, operation.dilation))
+        return as_rows(F.max_pool2d(image, kernel, operation.stride, padding, operation.dilation))
 
     def _pad(self, work: Convolution | Pooling, filled: float) -> tuple[Tensor, _Dense, tuple[int, int]]:
         """Return the map, the operation and the operation's own padding. The map is padded here instead if the value
@@ -242,5 +238,5 @@ class WholeMap(Backend):
         _, padding, dilation = _on_samples(work.reads, 1, 1)
         image = F.pad(to_dense(Elements(work.rows, work.reads.source)), padding)
         plain = FusedConv(work.weights.weight, work.weights.bias, work.weights.groups)
-        rows = _rows_of(convolve(plain, image, (1, 1), (0, 0), dilation))
+        rows = as_rows(convolve(plain, image, (1, 1), (0, 0), dilation))
         return work.weights.finish(rows.index_select(0, work.reads.target.anchors), work.residual)

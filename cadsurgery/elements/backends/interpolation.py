@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.axes import as_rows
+
 _LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
 _LIBRARY.define("interpolation_error(Tensor rows, SymInt batch, SymInt height, SymInt width) -> Tensor")
 
@@ -18,6 +20,6 @@ def squared_error(maps: Tensor) -> Tensor:
     """Compute the squared error of bilinear interpolation of maps (B, C, h, w) float32 from every second sample, summed
     over channels: (B, h, w)."""
     batch, _, height, width = maps.shape
-    rows = maps.permute(0, 2, 3, 1).flatten(0, 2)  # as the region's first rows, so that both are one value
+    rows = as_rows(maps)  # as the region's first rows, so that both are one value
     error: Tensor = torch.ops.cadsurgery.interpolation_error(rows, batch, height, width)
     return error

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.axes import fast_layout
+from cadsurgery.elements.axes import as_column, as_map, as_rows, fast_layout
 from cadsurgery.elements.backends.choose import Convolution, compute
 from cadsurgery.elements.backends.gpu import can_finish, finish
 from cadsurgery.elements.backends.weights import FusedConv, Pair
@@ -54,7 +54,7 @@ def multiply(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -
         # A convolution fuses both. Reordering its weight in every call is cheaper than the separate pass below.
         point = weights.matrix(rows.dtype)[:, :, None, None]
         out = _convolve(weights, _image(rows), point, _image(residual), ((1, 1), (0, 0), (1, 1)), 1)
-        return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
+        return as_rows(out)
     # The activation is applied block by block, while the sums are in the cache.
     out = rows.new_empty(rows.shape[0], weights.weight.shape[0])
     length = max(64, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
@@ -137,7 +137,7 @@ def convolve(
 def _finish_on_gpu(weights: FusedConv, sums: Tensor, residual: Tensor | None) -> Tensor:
     """Apply bias, residual and activation to a dense map of a GPU in one pass."""
     sums = sums.contiguous(memory_format=torch.channels_last)
-    more = residual.permute(0, 2, 3, 1).flatten(0, 2) if residual is not None else None
+    more = as_rows(residual) if residual is not None else None
     rows = sums.permute(0, 2, 3, 1).view(-1, sums.shape[1])
     finish(rows, weights.bias_as(sums.dtype), more, weights.activation)
     return sums
@@ -145,12 +145,9 @@ def _finish_on_gpu(weights: FusedConv, sums: Tensor, residual: Tensor | None) ->
 
 def _multiply_pixels(weights: FusedConv, image: Tensor, residual: Tensor | None) -> Tensor:
     """Compute a 1x1 convolution of a dense map as a product of its pixels, viewed as rows."""
-
-    def rows(values: Tensor | None) -> Any:
-        return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
-
-    out = compute(Convolution(rows(image), weights, None, residual=rows(residual)))
-    return fast_layout(out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2))
+    more = as_rows(residual) if residual is not None else None
+    out = compute(Convolution(as_rows(image), weights, None, residual=more))
+    return fast_layout(as_map(out, image.shape[0], (image.shape[2], image.shape[3])))
 
 
 def _convolve(
@@ -209,7 +206,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if 0 < count < fewest:
             rows = _fill(rows, fewest)
         out = F.conv2d(_image(rows), weight[:, :, None, None], bias)
-        return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)[:count]
+        return as_rows(out)[:count]
     return F.linear(rows, weight, bias)
 
 
@@ -225,7 +222,7 @@ def _fill(rows: Tensor, count: int) -> Tensor:
 
 def _image(rows: Tensor | None) -> Any:
     """View rows (n, C) as a channels_last image with exactly these strides; otherwise torch would silently copy it."""
-    return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2) if rows is not None else None
+    return as_column(rows) if rows is not None else None
 
 
 def _has_onednn(values: Tensor) -> bool:

@@ -97,6 +97,22 @@ def _starts(rows, shift, source, outside, C: tl.constexpr, HALO: tl.constexpr, W
     return rows + place
 
 
+@_jit
+def _tile(count, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the numbers of this program's tile along outputs and among the TILES along channels of a group; the group.
+
+    Tiles are ordered in bands of eight along outputs, each band through all channels: concurrent programs share weights
+    and gathered rows in the L2 cache. Elements are in raster order, so a tile's taps are close in memory.
+    """
+    band: tl.constexpr = 8
+    tiles_o: tl.constexpr = GROUPS * TILES
+    program = tl.program_id(0)
+    first = program // (band * tiles_o) * band
+    height = tl.minimum(tl.cdiv(count, BLOCK_N) - first, band)
+    within = program % (band * tiles_o)
+    return first + within % height, within // height % TILES, within // height // TILES
+
+
 @_kernel
 def product(  # type: ignore[no-untyped-def]
     rows,
@@ -122,34 +138,24 @@ def product(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr,
 ):
     """Compute one (BLOCK_N, BLOCK_O) tile of (*) in one group. Without a table every output reads its own row."""
-    # Tiles are ordered in bands of eight along n, each band through all output channels: concurrent programs share
-    # weights and gathered rows in the L2 cache. Elements are in raster order, so a tile's taps are close in memory.
-    band: tl.constexpr = 8
     depth: tl.constexpr = C // GROUPS
     width: tl.constexpr = C_OUT // GROUPS
     tiles_of_group: tl.constexpr = (width + BLOCK_O - 1) // BLOCK_O
-    tiles_o: tl.constexpr = GROUPS * tiles_of_group
-    program = tl.program_id(0)
-    first = program // (band * tiles_o) * band
-    height = tl.minimum(tl.cdiv(count, BLOCK_N) - first, band)
-    within = program % (band * tiles_o)
-    n = (first + within % height) * BLOCK_N + tl.arange(0, BLOCK_N)
-    of_group = within // height % tiles_of_group * BLOCK_O + tl.arange(0, BLOCK_O)
-    group = within // height // tiles_of_group
-    o = group * width + of_group
+    tile_n, tile_o, group = _tile(count, BLOCK_N, GROUPS, tiles_of_group)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    of_group = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     place = n.to(tl.int64) if WIDE else n
     total = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     # One loop over taps and channels rather than two nested loops, so that loads run ahead of the products across
     # taps. The table is read one step ahead: then no load waits for another load in the same step, which would take
     # stages of the compiler's pipeline. Reading it again for each block of channels costs 4 bytes from L1.
     blocks: tl.constexpr = (depth + BLOCK_C - 1) // BLOCK_C
-    # Numbers of table entries may exceed 2^31 only where those of values do, too.
-    entry = n.to(tl.int64) * TAPS if WIDE else n * TAPS
-    is_there = n < count
-    source = (
-        tl.load(table + entry, mask=is_there, other=-1) if table is not None else tl.where(is_there, n, -1)
-    )
-    taps_of = weight + o[:, None] * (TAPS * depth)
+    # Numbers of table entries exceed 2^31 only where those of values do, too.
+    source = tl.where(n < count, n, -1)
+    if table is not None:
+        row_of_table = table + place * TAPS
+        source = tl.load(row_of_table, mask=n < count, other=-1)
+    taps_of = weight + (group * width + of_group)[:, None] * (TAPS * depth)
     for step in range(TAPS * blocks):
         c = step % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
         # Channels are contiguous, so a gathered row consists of whole cache lines wherever it is.
@@ -164,31 +170,17 @@ def product(  # type: ignore[no-untyped-def]
         total = tl.dot(gathered, kernel.T, total, input_precision=PRECISION)
         if table is not None:
             following = tl.minimum((step + 1) // blocks, TAPS - 1)
-            source = tl.load(table + entry + following, mask=n < count, other=-1)
+            source = tl.load(row_of_table + following, mask=n < count, other=-1)
+    first = group * width
     # Tiles with a residual are finished by halves, because whole ones would take more registers than there are.
     half: tl.constexpr = BLOCK_O // 2
     if residual is None or half < 16:
-        _store(
-            total, place, of_group, group * width, count, bias, residual, out, width, C_OUT, ACTIVATION, SLOPE
-        )
+        _store(total, place, of_group, first, count, bias, residual, out, width, C_OUT, ACTIVATION, SLOPE)
     else:
         left, right = total.reshape(BLOCK_N, 2, half).permute(0, 2, 1).split()
-        at = within // height % tiles_of_group * BLOCK_O + tl.arange(0, half)
-        _store(left, place, at, group * width, count, bias, residual, out, width, C_OUT, ACTIVATION, SLOPE)
-        _store(
-            right,
-            place,
-            at + half,
-            group * width,
-            count,
-            bias,
-            residual,
-            out,
-            width,
-            C_OUT,
-            ACTIVATION,
-            SLOPE,
-        )
+        at = tile_o * BLOCK_O + tl.arange(0, half)
+        _store(left, place, at, first, count, bias, residual, out, width, C_OUT, ACTIVATION, SLOPE)
+        _store(right, place, at + half, first, count, bias, residual, out, width, C_OUT, ACTIVATION, SLOPE)
 
 
 @_kernel

@@ -475,7 +475,7 @@ class AnytimeModel(GraphModel):
         arguments = self.bind(args, kwargs, rule)
         training = self.training if is_training is None else is_training
         work = None if training else self.work(arguments)
-        return Run(self, self.program, self.grid > 0, arguments, work)
+        return Run(self, arguments, self.program, self.grid > 0, work)
 
     @property
     def grid(self) -> int:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cadsurgery.elements.axes import as_column, as_map, as_rows
 from cadsurgery.elements.backends.choose import Convolution, WindowRead, compute
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
@@ -21,7 +22,7 @@ from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.methods.anytime.heads import resize_like
 from cadsurgery.methods.anytime.program import AnytimeProgram
 from cadsurgery.methods.positions import Places, Sites, Size
-from cadsurgery.methods.program import Step, Work, as_column, as_map, as_rows, call, weights_of
+from cadsurgery.methods.program import Call, Step, Work, weights_of
 from cadsurgery.methods.report import TAPS
 from cadsurgery.support.divergence import resize
 from cadsurgery.surgery.hooks import child
@@ -37,22 +38,18 @@ class Value(NamedTuple):
 
 
 @dataclass(eq=False)
-class Run:
+class Run(Call):
     """The state of one call.
 
     Attributes:
-        net: the network, which has the modules.
-        program: its program.
+        program: the network's program.
         is_normalised: True to fill gaps with a normalised Gaussian.
-        arguments: arguments of the call, by name.
         work: shapes and MACs of the call; None in training, where whole maps are computed and filled.
         macs: for each segment that ran, its multiply-accumulates and the reference code's count.
     """
 
-    net: nn.Module
     program: AnytimeProgram
     is_normalised: bool
-    arguments: dict[str, Any]
     work: Work | None
 
     def __post_init__(self) -> None:
@@ -87,7 +84,7 @@ class Run:
             return logits if name == last else env[name] if name in env else self.env[name].value
 
         for step in self.program.tail:
-            env[step.name] = call(self.net, step, value_of, self.arguments)
+            env[step.name] = self.compute(step, value_of)
         return value_of(self.program.final)
 
     def logits(self, number: int, sites: Sites | None, before: Tensor | None) -> Tensor:
@@ -174,17 +171,17 @@ class Run:
             return Value(self.work.numbers[step.name])
         kind = step.spatial.kind
         if needs is None or sites is None:
-            y = call(self.net, step, lambda name: self.env[name].value, self.arguments)
+            y = self.compute(step, lambda name: self.env[name].value)
             return Value(y if kind != "conv" or sites is None else self._fill_whole(step, y, sites))
         places = needs.get(step.name)
         if kind == "conv":
             return self._convolve(step, sites, places)
         if kind == "point" and places is not None:
-            value = call(self.net, step, lambda name: self._column(name, places), self.arguments)
+            value = self.compute(step, lambda name: self._column(name, places))
             return Value(as_rows(value), places)
         if step.target is resize_like and self.work is not None:
             return Value(resize(self._dense(step.reads[0]), _size(self.work, step.name)))
-        return Value(call(self.net, step, self._dense, self.arguments))
+        return Value(self.compute(step, self._dense))
 
     def _fill_whole(self, step: Step, y: Tensor, sites: Sites) -> Tensor:
         """Fill all but the computed positions of a whole map, in training."""

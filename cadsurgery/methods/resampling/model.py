@@ -46,6 +46,7 @@ from cadsurgery.network.macs import count_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import resize
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, check_name, first_line
+from cadsurgery.support.files import as_file_error
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.trace import evaluating
 
@@ -386,7 +387,7 @@ class ResampledModel(ConvertedModel):
     ) -> Self:
         """Build the network of a file, whatever method made the inner network; see `ConvertedModel.rebuild`."""
         fields, inside = stored.fields, stored.fields["inside"]
-        with storage.as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
+        with as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
             unit = fields["normalisation"]
             stated = Normalisation(tuple(unit["mean"]), tuple(unit["std"]), unit["origin"]) if unit else None
             if inside not in ("network", _ADAPTIVE, *METHODS):
@@ -402,7 +403,7 @@ class ResampledModel(ConvertedModel):
         if sampler not in SAMPLERS:
             mask_tensors = {name.removeprefix("mask."): value for name, value in own.items()}
             sampler = storage.stored_mask(path, fields["sampler"], mask_tensors, stored.trust)
-        with storage.as_file_error(f"{path} does not fit this model.", storage.OTHER_MODEL):
+        with as_file_error(f"{path} does not fit this model.", storage.OTHER_MODEL):
             net = cls._convert_again(network, stored, sampler=sampler)
         converted.check_plan(path, net.plan, stored.plan)
         net.plan = stored.plan  # its MACs were counted with the stored mask's parameters

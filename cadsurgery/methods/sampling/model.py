@@ -196,7 +196,7 @@ class SampledModel(GraphModel):
             InvalidInput: the first argument is not an image batch.
         """
         arguments = self.bind(args, kwargs)
-        run = Run(self, self.program, self.gates, self._decide, arguments, self._is_dense)
+        run = Run(self, arguments, self.program, self.gates, self._decide, self._is_dense)
         output = run()
         if self._is_dense:
             return output
@@ -312,6 +312,8 @@ class HostedSampled(Host, SampledModel):
     Arguments and return values are those of the original. Plan, gates and MACs refer to the part.
     """
 
+    of_part = ("grid", "temperature", "noise", "seed", "step", "decay", "score_override", "program")
+
     def __init__(self, host: nn.Module, path: str, part: SampledModel) -> None:
         """Put `part` into `host` at `path`; users call `cadsurgery.sample` instead."""
         ConvertedModel.__init__(self)
@@ -336,18 +338,3 @@ class HostedSampled(Host, SampledModel):
     def optimize(self) -> HostedSampled:
         """Return a copy with the part optimised; see `SampledModel.optimize`."""
         return self.with_part(self.part.optimize())
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _OF_PART:
-            return getattr(self.part, name)
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OF_PART:
-            setattr(self.part, name, value)
-        else:
-            super().__setattr__(name, value)
-
-
-# Attributes of the part that can also be read and set on the hosting network.
-_OF_PART = ("grid", "temperature", "noise", "seed", "step", "decay", "score_override", "program")

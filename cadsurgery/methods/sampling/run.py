@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from cadsurgery.elements.axes import as_column, as_map, as_rows, by_position
 from cadsurgery.elements.backends.choose import Convolution, compute
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import Activation
@@ -21,7 +22,7 @@ from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.methods.positions import Maps, Places
-from cadsurgery.methods.program import Step, as_column, as_map, as_rows, by_position, call, weights_of
+from cadsurgery.methods.program import Call, Step, weights_of
 from cadsurgery.methods.sampling.gates import Gate, scores
 from cadsurgery.methods.sampling.program import SampledProgram, reconstruct
 from cadsurgery.surgery.hooks import child
@@ -50,25 +51,21 @@ class Rows(NamedTuple):
 
 
 @dataclass(eq=False)
-class Run:
+class Run(Call):
     """The values of one call.
 
     Attributes:
-        net: the network, which has the modules.
-        program: its program.
+        program: the network's program.
         gates: its gates.
         decide: returns the mean probability of a gate, and its shares (B, h, w), by its number and score (B, h, w).
-        arguments: arguments of the call, by name.
         is_dense: True to compute everything without evaluating the gates.
         shares: share (B, h, w) of each gate.
         open: mean probability of each gate.
     """
 
-    net: nn.Module
     program: SampledProgram
     gates: Sequence[Gate]
     decide: Callable[[int, Tensor], tuple[Tensor, Tensor]]
-    arguments: dict[str, Any]
     is_dense: bool = False
 
     def __post_init__(self) -> None:
@@ -122,7 +119,7 @@ class Run:
             return self._convolve(step, self.program.convs[step.name])
         if isinstance(self.env.get(source), Rows):
             return self._on_rows(step, source, self.env[source])
-        value = call(self.net, step, self._dense, self.arguments)
+        value = self.compute(step, self._dense)
         if step.target is reconstruct and not self.is_dense:
             share, is_last = self.shares[number], self.program.chains[number].is_channels_last(step)
             if self.net.training or not bool((share == 1).all()):
@@ -155,9 +152,7 @@ class Run:
             if isinstance(kernel, PackedConv):
                 return compute(Convolution(rows, kernel.weights.without_activation, None))
             column = as_column(rows, x.is_last)
-            value = call(
-                self.net, step, lambda name: column if name == source else self._dense(name), self.arguments
-            )
+            value = self.compute(step, lambda name: column if name == source else self._dense(name))
             return as_rows(value, x.is_last)
 
         y = x._replace(rows=apply(x.rows))

@@ -140,16 +140,10 @@ def recommend(
         _look_into_labels(photos, _split_labels(labels)[0])
     step("building the network")
     model, source = _as_given(network, weights, trust)
-    typed: tuple[str, str] = ("", weights)  # network and weights, as they are typed to convert anew
-    if isinstance(network, str):
-        typed = (source.name, network) if is_file(network) else (network, weights)
     folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
     options = {name: value for name, value in (options or {}).items() if value is not None}
     pictures = _Pictures(data, _normalised_by(source, options.get("normalisation")), size)
-    first = pictures.readable(1)[0]
-    classes = _output_of(model, first)
-    pictures.data = data.with_outputs(classes) if labels is None else _with_labels(data, labels, classes)
-    _check_labels(pictures.data, step)
+    first = _complete(pictures, model, labels, step)
     step("finding settings")
     candidates = find_candidates(
         model,
@@ -170,17 +164,31 @@ def recommend(
     )
     identity = _identity_of(calls, candidates, source, data, labels)
     run = _Run(candidates, calls, pictures, folder, identity, step)
-    try:
-        run.measure(minutes)
-    except KeyboardInterrupt:
-        if not run.done:
-            raise
-        run.end = "interrupted"
+    run.measure_until_interrupted(minutes)
     request = Request(keep if keep is not None or at_most is not None else 0.99, at_most)
-    described = {"network": typed[0], **provenance(network, source, torch.device("cpu"))}
-    report = _report_on(run, request, {} if typed[1] == "auto" else {"weights": typed[1]}, described)
+    name, typed_weights = _as_typed(network, source, weights)
+    described = {"network": name, **provenance(network, source, torch.device("cpu"))}
+    report = _report_on(
+        run, request, {} if typed_weights == "auto" else {"weights": typed_weights}, described
+    )
     report.write(folder / "report.json", folder / "curve.png")
     return report
+
+
+def _complete(pictures: _Pictures, model: nn.Module, labels: str | Path | None, step: Step) -> Tensor:
+    """Give pictures their classes and labels, and check these; return the first picture."""
+    first = pictures.readable(1)[0]
+    classes, data = _output_of(model, first), pictures.data
+    pictures.data = data.with_outputs(classes) if labels is None else _with_labels(data, labels, classes)
+    _check_labels(pictures.data, step)
+    return first
+
+
+def _as_typed(network: str | nn.Module, source: Source, weights: str) -> tuple[str, str]:
+    """Return network and weights as they are typed to convert anew; "" for a network that is no text."""
+    if not isinstance(network, str):
+        return "", weights
+    return (source.name, network) if is_file(network) else (network, weights)
 
 
 def _identity_of(
@@ -495,6 +503,15 @@ class _Run:
         if self.pictures.data.is_labelled:
             return LABELS
         return {"values": VALUES, "found": FOUND}.get(self.kind, CLASSES)
+
+    def measure_until_interrupted(self, minutes: float) -> None:
+        """Run `measure`; an interruption ends it with the pictures that are done, if there are any."""
+        try:
+            self.measure(minutes)
+        except KeyboardInterrupt:
+            if not self.done:
+                raise
+            self.end = "interrupted"
 
     def measure(self, minutes: float) -> None:
         """Run all settings on the pictures, one after the other."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from cadsurgery.network.adaptify import plan
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.surgery.decide import FLOOR
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.prospect import FLOOR
 
 Pair = tuple[int, int]
 # Shares of the patches that `detail` keeps high; "none" is everything low, whose halo the fill still reads.
