@@ -48,11 +48,7 @@ class Engine:
         try:
             self._open(package, path, threads, kernels)
         except Exception as error:
-            raise CannotConvert(
-                f"{self.name} does not take the file.",
-                why=describe_error(error),
-                next="report it with the name of the network and the version of the engine.",
-            ) from error
+            raise self._refusal("does not take the file", error) from error
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Run the file and return its outputs in order.
@@ -63,11 +59,15 @@ class Engine:
         try:
             return self._run(*inputs)
         except Exception as error:
-            raise CannotConvert(
-                f"{self.name} does not run the file on {', '.join(str(tuple(value.shape)) for value in inputs)}.",
-                why=describe_error(error),
-                next="report it with the name of the network and the version of the engine.",
-            ) from error
+            shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
+            raise self._refusal(f"does not run the file on {shapes}", error) from error
+
+    def _refusal(self, what: str, error: Exception) -> CannotConvert:
+        return CannotConvert(
+            f"{self.name} {what}.",
+            why=describe_error(error),
+            next="report it with the name of the network and the version of the engine.",
+        )
 
     def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
         raise NotImplementedError
