@@ -6,6 +6,7 @@ with the operations between them. Needs onnx, onnxscript and onnxruntime, which 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -17,22 +18,26 @@ from torch import Tensor
 
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, OnnxRuntimeWithKernels, import_package
-from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, PICK
-from cadsurgery.network.export.kernels_in_8_bits import (
-    FUNCTIONS,
-    put_into_8_bits,
-    quantise_permuted_maps_once,
-    teach_quantiser,
+from cadsurgery.network.export.in_bytes import (
+    MOVES,
+    PRODUCTS,
+    RoundedWeight,
+    adds_residual,
+    choose_parameters,
+    constant_of,
+    is_bound,
+    is_convolution_of_rows,
+    places_of_values,
+    write_bytes,
 )
+from cadsurgery.network.export.kernels import DOMAIN, add_functions
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.quantise import mean_error, round_weight
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.support.progress import Step, counted, silent
 
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
-# Operations that only move values: in 8 bits, rows are quantised before they are gathered for every tap.
-_MOVES = ("Concat", "Gather", PICK, "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 _BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # operations that engines fuse with a product or run in 8 bits
+_MOVING = ("Concat", *MOVES)  # rows are quantised before they are gathered for every tap
 _LEVELS = "levels"
 _LARGEST = 1 << 28  # largest number of values of a folded constant
 
@@ -109,10 +114,7 @@ def to_8_bits(
                 next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
             )
         if not all(value.isfinite().all() for value in found):
-            raise CannotConvert(
-                "the file in 8 bits gives values that are not finite.",
-                next="give other images to calibrate by, or leave out int8.",
-            )
+            raise _not_finite()
         return inputs[0], found, expected
 
     shown = counted(calls, step, "comparing in 8 bits, image", size=_images)
@@ -122,6 +124,13 @@ def to_8_bits(
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     rounded.replace(path)
     return replace(fidelity, taken_in=f"{engine.name} {version(engine.package)} ({_instruction_set()})")
+
+
+def _not_finite() -> CannotConvert:
+    return CannotConvert(
+        "the file in 8 bits gives values that are not finite.",
+        next="give other images to calibrate by, or leave out int8.",
+    )
 
 
 def _images(inputs: tuple[Tensor, ...]) -> int:
@@ -174,22 +183,21 @@ def quantise(
     keeps_levels = not any(
         value is not None and value.producer() in chosen for node in mask for value in node.inputs
     )
-    _separate_from_mask(model.graph, mask, chosen)
-    _keep_for_kernels(model.graph)
     common.NameFixPass()(model)
     means = _means(model, chosen, calls, target, step)
     weights = _round_weights(model.graph, chosen, means)
     common.RemoveUnusedNodesPass()(model)
-    halos = {
-        value.name: node.outputs[0].name
-        for node in chosen
-        if node.op_type == "Concat"
-        for value in node.inputs
-        if not value.is_initializer() and value.producer() not in chosen
-    }
     ranges = _ranges(model, chosen, calls, target, step)  # with rounded weights
-    message = _insert_steps(model, chosen, weights, ranges)
-    _finish(message, halos, means, issubclass(engine, OnnxRuntime))
+    parameters = choose_parameters(chosen, ranges)
+    write_bytes(model.graph, chosen, weights, parameters, issubclass(engine, OnnxRuntime))
+    add_functions(model)
+    for finish in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.NameFixPass(),
+    ):
+        finish(model)
+    message = onnx_ir.to_proto(model)
     onnx.save(message, target)
     onnx.checker.check_model(str(target), full_check=True)
     return outputs, keeps_levels
@@ -218,54 +226,13 @@ def _choose_nodes(model: Any, engine: type[Engine]) -> tuple[list[Any], set[Any]
     else:
         _copy_maps_for_rows(model.graph, mask)
     chosen = _in_8_bits(model.graph, mask)
-    if not chosen:  # the quantiser would quantise all nodes
+    if not chosen:
         raise CannotConvert(
             "there is nothing to quantise.",
             why="the level map, which must stay as it is, depends on every product with weights.",
             next="give the level map as an input: level_map=True.",
         )
     return chosen, mask
-
-
-def _insert_steps(
-    model: Any,
-    chosen: Sequence[Any],
-    weights: Mapping[Any, list[dict[str, Any]]],
-    ranges: dict[str, tuple[Any, Any]],
-) -> Any:
-    """Let ONNX Runtime's quantiser round the values of the chosen nodes; return an ONNX message.
-
-    Args:
-        model: the file (onnx_ir).
-        chosen: nodes whose inputs and outputs are rounded.
-        weights: the quantiser's options for each output of a rounded weight.
-        ranges: by name the smallest and the largest of the values.
-    """
-    import onnx_ir
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
-
-    teach_quantiser(model.graph)
-    quantiser = QDQQuantizer(
-        save_and_reload_model_with_shape_infer(onnx_ir.to_proto(model)),
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
-        nodes_to_quantize=[node.name for node in chosen],
-        nodes_to_exclude=[],
-        op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE, *FUNCTIONS],
-        extra_options={
-            "ForceQuantizeNoInputCheck": True,  # quantise the chosen nodes whatever their inputs
-            "TensorQuantOverrides": {value.name: scales for value, scales in weights.items()},
-        },
-    )
-    quantiser.quantize_model()
-    quantiser.model.topological_sort()
-    return quantiser.model.model
 
 
 def _needed_for(output: str, graph: Any) -> set[Any]:
@@ -306,8 +273,8 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
         if node in mask or node.op_type == "Conv" or not _has_weights(node):
             continue
         rows, weight, *bias = node.inputs
-        options = {name: one.value for name, one in node.attributes.items()}
-        if rows.shape is None or len(rows.shape) != 2 or not _is_plain(options):
+        options = _options(node)
+        if rows.shape is None or len(rows.shape) != 2:
             continue
         steps = tape.Tape(graph)
         first, last = (
@@ -321,7 +288,7 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
         uses = list(node.outputs[0].uses())
         if (
             len(uses) == 1
-            and _is_bound(uses[0].node)
+            and is_bound(uses[0].node)
             and uses[0].node not in mask
             and not node.outputs[0].is_graph_output()
         ):
@@ -360,13 +327,6 @@ def _copy_maps_for_rows(graph: Any, mask: set[Any]) -> None:
         node.replace_input_with(0, copy)
 
 
-def _is_bound(node: Any) -> bool:
-    """True for an activation that bounds values by constants."""
-    return node.op_type == "Relu" or (
-        node.op_type == "Clip" and all(limit is None or limit.is_initializer() for limit in node.inputs[1:])
-    )
-
-
 def _means(
     model: Any, chosen: Sequence[Any], calls: Sequence[tuple[Tensor, ...]], target: Path, step: Step
 ) -> dict[str, Tensor]:
@@ -380,26 +340,30 @@ def _means(
 
 def _ranges(
     model: Any, chosen: Sequence[Any], calls: Sequence[tuple[Tensor, ...]], target: Path, step: Step
-) -> dict[str, tuple[Any, Any]]:
+) -> dict[str, tuple[float, float]]:
     """Return the smallest and the largest of the values that the chosen nodes read and write on the calibration
-    images, by name."""
-    from onnx_ir import DataType
+    images, by name.
 
+    Raises:
+        CannotConvert: a value is not finite.
+    """
     names = dict.fromkeys(
         value.name
         for node in chosen
-        for value in (*node.inputs, *node.outputs)
-        if value is not None and value.dtype == DataType.FLOAT and not value.is_initializer()
+        for value in (*(node.inputs[place] for place in places_of_values(node)), *node.outputs)
+        if not value.is_initializer()
     )
     asked = [(kind, name, None) for name in names for kind in ("ReduceMin", "ReduceMax")]
     shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
     found = _reduce(model, asked, shown, target)
     ranges = {}
     for name in names:
-        least, most = found["ReduceMin", name].amin(), found["ReduceMax", name].amax()
-        if least > most:  # inf and -inf: there were no values
-            least, most = torch.zeros_like(least), torch.zeros_like(most)
-        ranges[name] = least.numpy(), most.numpy()
+        low, high = float(found["ReduceMin", name].amin()), float(found["ReduceMax", name].amax())
+        if low > high:  # inf and -inf: there were no values
+            low = high = 0.0
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise _not_finite()
+        ranges[name] = low, high
     return ranges
 
 
@@ -454,62 +418,84 @@ def _reduce(
 def _axes_of_rows(node: Any) -> list[int] | None:
     """Return the axes over which a mean in each channel of what a product reads is taken; None of other nodes."""
     value = node.inputs[0]
-    if value.is_initializer() or not (node.op_type in _PRODUCTS or _is_convolution_of_rows(node)):
+    if value.is_initializer() or not (node.op_type in PRODUCTS or is_convolution_of_rows(node)):
         return None
     return {2: [0], 4: [0, 2, 3]}.get(len(value.shape) if value.shape is not None else 0)
 
 
 def _round_weights(
-    graph: Any, chosen: list[Any], means: Mapping[str, Tensor]
-) -> dict[Any, list[dict[str, Any]]]:
-    """Round the weights of the chosen products to 8 bits, and return their scales for the quantiser. The mean error
-    that this causes is corrected in the biases.
+    graph: Any, chosen: Sequence[Any], means: Mapping[str, Tensor]
+) -> dict[Any, RoundedWeight]:
+    """Round the weights of the chosen nodes to 8 bits; correct the mean error that this causes in their biases.
 
-    No two weights of an output sum to more than 128 (see `round_weight`), so that products are exact in any order; the
-    largest weight of an output is then 64 to 127. Depthwise convolutions use all 8 bits, because both engines widen
-    their products to 32 bits (measured without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4).
+    No two weights of an output of a product sum to more than 128 (see `round_weight`), so that products are exact in any
+    order; the largest weight of an output is then 64 to 127. Depthwise convolutions use all 8 bits, because both engines
+    widen their products to 32 bits (measured without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4). This package's
+    kernels are exact with any weights; those of adjacent channels are limited, which is faster.
+
+    Args:
+        graph: its nodes get the rounded weights, in floating point, and the corrected biases.
+        chosen: nodes in 8 bits.
+        means: by the name of what a node reads its mean (C,) in each channel.
 
     Returns:
-        For each new value with rounded weights, the quantiser's options for each output.
+        The weights of the nodes that multiply in 8 bits. Depthwise kernels add no residual: they stay in floating point.
     """
-    import numpy as np
     from onnx_ir import tape, tensor
-    from onnxruntime.quantization import QuantType
 
-    scales: dict[Any, list[dict[str, Any]]] = {}
+    weights: dict[Any, RoundedWeight] = {}
     for node in chosen:
-        if node.op_type not in _PRODUCTS:
+        is_function = is_convolution_of_rows(node)
+        if not is_function and node.op_type not in PRODUCTS:
             continue
-        weight = node.inputs[1]
-        exact = torch.from_numpy(weight.const_value.numpy().copy())
-        options = {name: one.value for name, one in node.attributes.items()}
-        axis = 0 if node.op_type == "Conv" or options.get("transB") else 1
-        is_depthwise = node.op_type == "Conv" and exact.shape[:2] == (options.get("group", 1), 1)
-        rows = exact.movedim(axis, 0)
-        whole, scale = round_weight(rows) if is_depthwise else round_weight(rows, "any")
-        rounded = (whole * scale.view(-1, *[1] * (rows.dim() - 1))).movedim(0, axis)
-        # A new name, because another product may share the weight and stay in floating point.
-        steps = tape.Tape(graph)
-        value = steps.initializer(tensor(rounded.contiguous().numpy()), f"{weight.name}.{node.name}.rounded")
-        node.replace_input_with(1, value)
-        if node.op_type != "MatMul" and _is_plain(options) and node.inputs[0].name in means:
-            error = rows - rounded.movedim(axis, 0)
-            shift = mean_error(error, means[node.inputs[0].name], options.get("group", 1))
-            bias = node.inputs[2] if len(node.inputs) > 2 else None
-            before = torch.from_numpy(bias.const_value.numpy().copy()) if bias is not None else 0
-            corrected = tensor((before + shift).float().numpy())
-            node.resize_inputs(3)
-            node.replace_input_with(2, steps.initializer(corrected, f"{value.name}.bias"))
-        scales[value] = [
-            {
-                "quant_type": QuantType.QInt8,
-                "scale": np.array(one, np.float32),
-                "zero_point": np.array(0, np.int8),
-                "axis": axis,
-            }
-            for one in scale.numpy()
-        ]
-    return scales
+        place = 4 if is_function else 1
+        exact = constant_of(node.inputs[place])
+        bias = constant_of(node.inputs[place + 1]) if len(node.inputs) > place + 1 else None
+        if is_function and (exact is None or bias is None or (exact.dim() == 2 and adds_residual(node))):
+            continue
+        by_output, axis, groups = _by_output(node, exact, _options(node))
+        is_depthwise = node.op_type == "Conv" and by_output.shape[:2] == (groups, 1)
+        whole, scale = round_weight(by_output, "adjacent" if is_function else None if is_depthwise else "any")
+        rounded = whole * scale.view(-1, *[1] * (whole.dim() - 1))
+        if node.op_type != "MatMul" and node.inputs[0].name in means:
+            shift = mean_error(by_output - rounded, means[node.inputs[0].name], groups)
+            bias = ((0.0 if bias is None else bias.double()) + shift).float()
+        # New names, because another node may share the weight and stay in floating point.
+        name, steps = f"{node.inputs[place].name}.{node.name}.rounded", tape.Tape(graph)
+        stored = _as_stored(node, rounded, exact, axis)
+        node.replace_input_with(place, steps.initializer(tensor(stored.numpy()), name))
+        if bias is not None:
+            bias = bias.flatten()
+            node.resize_inputs(max(len(node.inputs), place + 2))
+            node.replace_input_with(place + 1, steps.initializer(tensor(bias.numpy()), f"{name}.bias"))
+        if is_function and exact.dim() == 4:
+            scale = scale.view(groups, 1, -1)
+        weights[node] = RoundedWeight(_as_stored(node, whole, exact, axis), scale, axis, bias)
+    return weights
+
+
+def _by_output(node: Any, weight: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, int, int]:
+    """Return a weight with its outputs first, (O, C / groups, ...), the axis of the outputs, and the groups.
+
+    Args:
+        node: a product or a function.
+        weight: as the node reads it; of functions (taps, C) of a depthwise convolution, (taps, C, O), or (taps, groups,
+            C / groups, O / groups).
+        options: the node's attributes.
+    """
+    if is_convolution_of_rows(node):
+        whole = {2: weight[:, :, None, None], 3: weight[:, None]}.get(weight.dim(), weight)
+        return whole.permute(1, 3, 2, 0).flatten(0, 1), -1, whole.shape[1]
+    axis = 0 if node.op_type == "Conv" or options.get("transB") else 1
+    return weight.movedim(axis, 0), axis, options.get("group", 1)
+
+
+def _as_stored(node: Any, by_output: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Return a weight whose outputs are first in the order of a node's weight; see `_by_output`."""
+    if not is_convolution_of_rows(node):
+        return by_output.movedim(0, axis).contiguous()
+    groups = like.shape[1] if like.dim() != 3 else 1
+    return by_output.unflatten(0, (groups, -1)).permute(3, 0, 2, 1).reshape(like.shape).contiguous()
 
 
 def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
@@ -531,9 +517,9 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
         enough = any if node.op_type == "Concat" else all
         if (
             _has_weights(node)
-            or _is_convolution_of_rows(node)
+            or is_convolution_of_rows(node)
             or (
-                node.op_type in _MOVES + _BESIDE
+                node.op_type in (*_MOVING, *_BESIDE)
                 and values
                 and enough(map(is_chosen, values))
                 and all(np.isfinite(constant).all() for constant in constants)
@@ -542,81 +528,28 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
             chosen[node] = None
     for node in reversed(nodes):
         users = node.successors()
-        if node.op_type in _MOVES and users and all(user in chosen for user in users):
+        if node.op_type in _MOVING and users and all(user in chosen for user in users):
             chosen[node] = None
-    return list(chosen)
-
-
-def _finish(model: Any, halos: dict[str, str], means: Mapping[str, Tensor], for_onnxruntime: bool) -> None:
-    """Give halos (means of rows) the scale and zero point of their concatenation, and kernels their 8 bits.
-
-    A halo may be all zero on the calibration images; and rows of equal scale are concatenated without requantisation.
-
-    Args:
-        model: an ONNX message; it is changed.
-        halos: names of halos, and of the concatenation of each.
-        means: by name the mean of values in each channel.
-        for_onnxruntime: True if ONNX Runtime will run the file.
-    """
-    rounds = {node.input[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    exact = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    for name, other in halos.items():
-        for node in (rounds[name], exact[rounds[name].output[0]]):
-            node.input[1:] = rounds[other].input[1:]
-    put_into_8_bits(model, means)
-    if not for_onnxruntime:
-        quantise_permuted_maps_once(model)
-    used = {name for node in model.graph.node for name in node.input}
-    for weight in [weight for weight in model.graph.initializer if weight.name not in used]:
-        model.graph.initializer.remove(weight)
+    return [node for node in graph if node in chosen]
 
 
 def _has_weights(node: Any) -> bool:
     """True for a product with constant weights that engines support in 8 bits; grouped products of rows are not."""
-    return (
-        node.op_type in _PRODUCTS
-        and all(value is None or value.is_initializer() for value in node.inputs[1:])
-        and (node.op_type == "Conv" or len(node.inputs[1].shape) == 2)
-    )
+    if node.op_type not in PRODUCTS or not all(
+        value is None or value.is_initializer() for value in node.inputs[1:]
+    ):
+        return False
+    options, (weight, *biases) = _options(node), node.inputs[1:]
+    if node.op_type == "Conv":
+        return True
+    outputs = weight.shape[0 if options.get("transB") else -1]
+    has_bias_of_outputs = all(bias is None or bias.const_value.size == outputs for bias in biases)
+    return len(weight.shape) == 2 and _is_plain(options) and has_bias_of_outputs
 
 
-def _is_convolution_of_rows(node: Any) -> bool:
-    """True for a convolution by this package's kernels."""
-    return node.domain == DOMAIN and node.op_type in CONVOLUTIONS.values()
-
-
-def _separate_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:
-    """Copy values, such as the image, that both the mask and quantised nodes read: values are rounded for all readers.
-
-    Values that quantised nodes write are not copied: the mask sees them as the network does.
-    """
-    from onnx_ir import DataType, tape
-
-    values = dict.fromkeys(value for node in chosen for value in node.inputs if value is not None)
-    for value in (one for one in values if one.dtype == DataType.FLOAT and one.producer() not in chosen):
-        users = {use.node for use in value.uses()}
-        if users & mask:
-            steps = tape.Tape()
-            copy = steps.op("Identity", [value])
-            copy.dtype, copy.shape = value.dtype, value.shape
-            first = next(node for node in graph if node in users - mask)
-            graph.insert_before(first, steps.nodes)
-            for node, index in [(use.node, use.idx) for use in value.uses() if use.node in users - mask]:
-                node.replace_input_with(index, copy)
-
-
-def _keep_for_kernels(graph: Any) -> None:
-    """Give this package's operations floats of their own: the quantiser rounds a value for all that read it."""
-    from onnx_ir import DataType, tape
-
-    for node in graph:
-        if node.domain != DOMAIN:
-            continue
-        steps = tape.Tape(graph)
-        for place, value in enumerate(node.inputs):
-            if value.is_initializer() and value.dtype == DataType.FLOAT:
-                own = steps.initializer(value.const_value, f"{value.name}.{node.name}")
-                node.replace_input_with(place, own)
+def _options(node: Any) -> dict[str, Any]:
+    """Return the attributes of a node by name."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def measure(outputs: Iterable[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]) -> Fidelity:
