@@ -21,18 +21,15 @@ from cadsurgery.network.export.engines import Engine, OnnxRuntime, OnnxRuntimeWi
 from cadsurgery.network.export.in_bytes import (
     MOVES,
     PRODUCTS,
-    RoundedWeight,
-    adds_residual,
-    choose_parameters,
-    constant_of,
-    is_bound,
+    Statistics,
+    bounds_around_zero,
     is_convolution_of_rows,
+    options_of,
     places_of_values,
     write_bytes,
 )
 from cadsurgery.network.export.kernels import DOMAIN, add_functions
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.quantise import mean_error, round_weight
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.support.progress import Step, counted, silent
 
@@ -184,12 +181,9 @@ def quantise(
         value is not None and value.producer() in chosen for node in mask for value in node.inputs
     )
     common.NameFixPass()(model)
-    means = _means(model, chosen, calls, target, step)
-    weights = _round_weights(model.graph, chosen, means)
-    common.RemoveUnusedNodesPass()(model)
-    ranges = _ranges(model, chosen, calls, target, step)  # with rounded weights
-    parameters = choose_parameters(chosen, ranges)
-    write_bytes(model.graph, chosen, weights, parameters, issubclass(engine, OnnxRuntime))
+    shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
+    statistics = _measure_values(model, chosen, shown, target)
+    write_bytes(model.graph, chosen, mask, statistics, issubclass(engine, OnnxRuntime))
     add_functions(model)
     for finish in (
         common.RemoveUnusedNodesPass(),
@@ -273,7 +267,7 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
         if node in mask or node.op_type == "Conv" or not _has_weights(node):
             continue
         rows, weight, *bias = node.inputs
-        options = _options(node)
+        options = options_of(node)
         if rows.shape is None or len(rows.shape) != 2:
             continue
         steps = tape.Tape(graph)
@@ -288,7 +282,7 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
         uses = list(node.outputs[0].uses())
         if (
             len(uses) == 1
-            and is_bound(uses[0].node)
+            and bounds_around_zero(uses[0].node)
             and uses[0].node not in mask
             and not node.outputs[0].is_graph_output()
         ):
@@ -327,77 +321,41 @@ def _copy_maps_for_rows(graph: Any, mask: set[Any]) -> None:
         node.replace_input_with(0, copy)
 
 
-def _means(
-    model: Any, chosen: Sequence[Any], calls: Sequence[tuple[Tensor, ...]], target: Path, step: Step
-) -> dict[str, Tensor]:
-    """Return the mean (C,) in each channel of what the chosen products read on the calibration images, by name."""
-    axes = {node.inputs[0].name: over for node in chosen if (over := _axes_of_rows(node))}
-    asked = [("ReduceMean", name, over) for name, over in axes.items()]
-    shown = counted(calls, step, "measuring means, image", size=_images)
-    found = _reduce(model, asked, shown, target)
-    return {name: found["ReduceMean", name].double().mean(0) for name in axes}
-
-
-def _ranges(
-    model: Any, chosen: Sequence[Any], calls: Sequence[tuple[Tensor, ...]], target: Path, step: Step
-) -> dict[str, tuple[float, float]]:
-    """Return the smallest and the largest of the values that the chosen nodes read and write on the calibration
-    images, by name.
-
-    Raises:
-        CannotConvert: a value is not finite.
-    """
-    names = dict.fromkeys(
-        value.name
-        for node in chosen
-        for value in (*(node.inputs[place] for place in places_of_values(node)), *node.outputs)
-        if not value.is_initializer()
-    )
-    asked = [(kind, name, None) for name in names for kind in ("ReduceMin", "ReduceMax")]
-    shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
-    found = _reduce(model, asked, shown, target)
-    ranges = {}
-    for name in names:
-        low, high = float(found["ReduceMin", name].amin()), float(found["ReduceMax", name].amax())
-        if low > high:  # inf and -inf: there were no values
-            low = high = 0.0
-        if not math.isfinite(low) or not math.isfinite(high):
-            raise _not_finite()
-        ranges[name] = low, high
-    return ranges
-
-
-def _reduce(
-    model: Any,
-    asked: Sequence[tuple[str, str, list[int] | None]],
-    calls: Iterable[tuple[Tensor, ...]],
-    target: Path,
-) -> dict[tuple[str, str], Tensor]:
-    """Run a float file on the calibration images and reduce its values.
+def _measure_values(
+    model: Any, chosen: Sequence[Any], calls: Iterable[tuple[Tensor, ...]], target: Path
+) -> dict[Any, Statistics]:
+    """Run a float file on the calibration images, and measure the values that the chosen nodes read and write.
 
     Args:
-        model: the file.
-        asked: kind of reduction, name of a value, and the axes; None for all axes.
+        model: the file (onnx_ir).
+        chosen: nodes that will read and write 8 bits.
         calls: inputs for calibration.
         target: file beside which a temporary one is written.
 
-    Returns:
-        By kind and name, the numbers of all calls, (calls, numbers).
+    Raises:
+        CannotConvert: a value is not finite.
     """
     import numpy as np
     import onnx
     import onnx_ir
     from onnx import TensorProto, helper, numpy_helper
 
-    if not asked:
-        return {}
+    values = dict.fromkeys(
+        value
+        for node in chosen
+        for value in (*(node.inputs[place] for place in places_of_values(node)), node.outputs[0])
+        if not value.is_initializer()
+    )
+    reductions = [(value, kind) for value in values for kind in ("ReduceMin", "ReduceMax")]
+    reductions += [(value, "ReduceMean") for value in values if _axes_of_means(value)]
     message = onnx_ir.to_proto(model)
     del message.graph.output[:]
-    for kind, name, axes in asked:
-        result, inputs = f"{name}.{kind}", [name]
-        if axes is not None:
+    for value, kind in reductions:
+        inputs, result = [value.name], f"{value.name}.{kind}"
+        if kind == "ReduceMean":
             inputs.append(f"{result}.axes")
-            message.graph.initializer.append(numpy_helper.from_array(np.array(axes), inputs[-1]))
+            axes = numpy_helper.from_array(np.array(_axes_of_means(value)), inputs[-1])
+            message.graph.initializer.append(axes)
         # Without the dimensions, old versions of ONNX Runtime refuse values without elements.
         message.graph.node.append(helper.make_node(kind, inputs, [result], keepdims=1))
         message.graph.output.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, None))
@@ -406,96 +364,33 @@ def _reduce(
         onnx.save(message, file)
         has_functions = any(node.domain == DOMAIN for node in model.graph)
         run = (_MeasuringWithKernels if has_functions else _Measuring)(file)
-        runs = [[value.flatten() for value in run(*call)] for call in calls]
+        runs = [[result.flatten() for result in run(*call)] for call in calls]
     finally:
         file.unlink(missing_ok=True)
-    return {
-        (kind, name): torch.stack(found)
-        for (kind, name, _), found in zip(asked, zip(*runs, strict=True), strict=True)
-    }
+    by_reduction = dict(zip(reductions, map(torch.stack, zip(*runs, strict=True)), strict=True))
+    statistics = {}
+    for value in values:
+        low, high = (
+            float(by_reduction[value, "ReduceMin"].min()),
+            float(by_reduction[value, "ReduceMax"].max()),
+        )
+        if low > high:  # inf and -inf: there were no values
+            low = high = 0.0
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise _not_finite()
+        means = by_reduction.get((value, "ReduceMean"))
+        statistics[value] = Statistics(low, high, None if means is None else means.double().mean(0))
+    return statistics
 
 
-def _axes_of_rows(node: Any) -> list[int] | None:
-    """Return the axes over which a mean in each channel of what a product reads is taken; None of other nodes."""
-    value = node.inputs[0]
-    if value.is_initializer() or not (node.op_type in PRODUCTS or is_convolution_of_rows(node)):
-        return None
-    return {2: [0], 4: [0, 2, 3]}.get(len(value.shape) if value.shape is not None else 0)
-
-
-def _round_weights(
-    graph: Any, chosen: Sequence[Any], means: Mapping[str, Tensor]
-) -> dict[Any, RoundedWeight]:
-    """Round the weights of the chosen nodes to 8 bits; correct the mean error that this causes in their biases.
-
-    No two weights of an output of a product sum to more than 128 (see `round_weight`), so that products are exact in any
-    order; the largest weight of an output is then 64 to 127. Depthwise convolutions use all 8 bits, because both engines
-    widen their products to 32 bits (measured without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4). This package's
-    kernels are exact with any weights; those of adjacent channels are limited, which is faster.
-
-    Args:
-        graph: its nodes get the rounded weights, in floating point, and the corrected biases.
-        chosen: nodes in 8 bits.
-        means: by the name of what a node reads its mean (C,) in each channel.
-
-    Returns:
-        The weights of the nodes that multiply in 8 bits. Depthwise kernels add no residual: they stay in floating point.
-    """
-    from onnx_ir import tape, tensor
-
-    weights: dict[Any, RoundedWeight] = {}
-    for node in chosen:
-        is_function = is_convolution_of_rows(node)
-        if not is_function and node.op_type not in PRODUCTS:
-            continue
-        place = 4 if is_function else 1
-        exact = constant_of(node.inputs[place])
-        bias = constant_of(node.inputs[place + 1]) if len(node.inputs) > place + 1 else None
-        if is_function and (exact is None or bias is None or (exact.dim() == 2 and adds_residual(node))):
-            continue
-        by_output, axis, groups = _by_output(node, exact, _options(node))
-        is_depthwise = node.op_type == "Conv" and by_output.shape[:2] == (groups, 1)
-        whole, scale = round_weight(by_output, "adjacent" if is_function else None if is_depthwise else "any")
-        rounded = whole * scale.view(-1, *[1] * (whole.dim() - 1))
-        if node.op_type != "MatMul" and node.inputs[0].name in means:
-            shift = mean_error(by_output - rounded, means[node.inputs[0].name], groups)
-            bias = ((0.0 if bias is None else bias.double()) + shift).float()
-        # New names, because another node may share the weight and stay in floating point.
-        name, steps = f"{node.inputs[place].name}.{node.name}.rounded", tape.Tape(graph)
-        stored = _as_stored(node, rounded, exact, axis)
-        node.replace_input_with(place, steps.initializer(tensor(stored.numpy()), name))
-        if bias is not None:
-            bias = bias.flatten()
-            node.resize_inputs(max(len(node.inputs), place + 2))
-            node.replace_input_with(place + 1, steps.initializer(tensor(bias.numpy()), f"{name}.bias"))
-        if is_function and exact.dim() == 4:
-            scale = scale.view(groups, 1, -1)
-        weights[node] = RoundedWeight(_as_stored(node, whole, exact, axis), scale, axis, bias)
-    return weights
-
-
-def _by_output(node: Any, weight: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, int, int]:
-    """Return a weight with its outputs first, (O, C / groups, ...), the axis of the outputs, and the groups.
-
-    Args:
-        node: a product or a function.
-        weight: as the node reads it; of functions (taps, C) of a depthwise convolution, (taps, C, O), or (taps, groups,
-            C / groups, O / groups).
-        options: the node's attributes.
-    """
-    if is_convolution_of_rows(node):
-        whole = {2: weight[:, :, None, None], 3: weight[:, None]}.get(weight.dim(), weight)
-        return whole.permute(1, 3, 2, 0).flatten(0, 1), -1, whole.shape[1]
-    axis = 0 if node.op_type == "Conv" or options.get("transB") else 1
-    return weight.movedim(axis, 0), axis, options.get("group", 1)
-
-
-def _as_stored(node: Any, by_output: Tensor, like: Tensor, axis: int) -> Tensor:
-    """Return a weight whose outputs are first in the order of a node's weight; see `_by_output`."""
-    if not is_convolution_of_rows(node):
-        return by_output.movedim(0, axis).contiguous()
-    groups = like.shape[1] if like.dim() != 3 else 1
-    return by_output.unflatten(0, (groups, -1)).permute(3, 0, 2, 1).reshape(like.shape).contiguous()
+def _axes_of_means(value: Any) -> list[int] | None:
+    """Return the axes of a mean in each channel of rows or a map that a product reads; None of other values."""
+    is_multiplied = any(
+        use.idx == 0 and (use.node.op_type in PRODUCTS or is_convolution_of_rows(use.node))
+        for use in value.uses()
+    )
+    rank = len(value.shape) if value.shape is not None else 0
+    return {2: [0], 4: [0, 2, 3]}.get(rank) if is_multiplied else None
 
 
 def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
@@ -539,17 +434,12 @@ def _has_weights(node: Any) -> bool:
         value is None or value.is_initializer() for value in node.inputs[1:]
     ):
         return False
-    options, (weight, *biases) = _options(node), node.inputs[1:]
+    options, (weight, *biases) = options_of(node), node.inputs[1:]
     if node.op_type == "Conv":
         return True
     outputs = weight.shape[0 if options.get("transB") else -1]
     has_bias_of_outputs = all(bias is None or bias.const_value.size == outputs for bias in biases)
     return len(weight.shape) == 2 and _is_plain(options) and has_bias_of_outputs
-
-
-def _options(node: Any) -> dict[str, Any]:
-    """Return the attributes of a node by name."""
-    return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def measure(outputs: Iterable[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]) -> Fidelity:
