@@ -25,7 +25,8 @@ from torchvision.utils import save_image
 import cadsurgery as cs
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, OpenVino
-from cadsurgery.network.export.int8 import measure, quantise, to_8_bits
+from cadsurgery.network.export.int8 import quantise, to_8_bits
+from cadsurgery.network.fidelity import measure
 from cadsurgery.network.quantise import round_weight
 
 onnx = pytest.importorskip("onnx")

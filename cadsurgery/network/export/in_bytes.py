@@ -99,16 +99,19 @@ class _Writer:
         self._floats: dict[Any, Any] = {}
 
     def _absorb(self, node: Any) -> None:
-        """Remove an activation whose bounds are those of the 8 bits that the operation before it then writes."""
+        """Remove an activation whose bounds are those of the 8 bits that the product or sum before it then writes, also
+        where values are moved between the two."""
         from onnx_ir import convenience
 
-        before, result = node.inputs[0], node.outputs[0]
-        is_returned = before.is_graph_output() or result.is_graph_output()
-        if before.producer() not in self.nodes or len(before.uses()) > 1 or is_returned:
+        if not _bounds_around_zero(node) or node.outputs[0].is_graph_output():
             return
-        if before.producer().op_type in (*PRODUCTS, "Add") and bounds_around_zero(node):
-            self.statistics[before] = self.statistics[result]
-            convenience.replace_all_uses_with(result, before)
+        values = [node.inputs[0]]
+        while (maker := values[-1].producer()) in self.nodes and maker.op_type in MOVES:
+            values.append(maker.inputs[0])
+        is_seen = any(len(value.uses()) > 1 or value.is_graph_output() for value in values)
+        if maker in self.nodes and maker.op_type in (*PRODUCTS, "Add") and not is_seen:
+            self.statistics |= dict.fromkeys(values, self.statistics[node.outputs[0]])
+            convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
             self.graph.remove(node, safe=True)
             del self.nodes[node]
 
@@ -210,7 +213,8 @@ class _Writer:
         whole, scale = round_weight(weight, None if is_depthwise else "any")
         if node.op_type != "MatMul":
             step = self.parameters[source].scale
-            bias = _constant_of(node.inputs[2]).flatten() if len(node.inputs) > 2 else 0.0
+            stored = node.inputs[2] if len(node.inputs) > 2 else None
+            bias = 0.0 if stored is None else _constant_of(stored).flatten()
             bias = bias + self._mean_error(source, weight, whole, scale, groups)
             least = (bias.abs() / (_LARGEST_BIAS * step)).float()
             factor = (scale / scale.maximum(least)).view(-1, *[1] * (whole.dim() - 1))
@@ -297,7 +301,7 @@ def _can_be_in_8_bits(node: Any) -> bool:
     return has_constants and not (node.op_type == CONVOLUTIONS[2] and _adds_residual(node))
 
 
-def bounds_around_zero(node: Any) -> bool:
+def _bounds_around_zero(node: Any) -> bool:
     """True for an activation that bounds values by constants, which 0 lies between."""
     if node.op_type != "Clip":
         return bool(node.op_type == "Relu")

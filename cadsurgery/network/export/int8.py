@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from cadsurgery.network.export.in_bytes import (
     MOVES,
     PRODUCTS,
     Statistics,
-    bounds_around_zero,
     is_convolution_of_rows,
     options_of,
     places_of_values,
@@ -30,6 +29,7 @@ from cadsurgery.network.export.in_bytes import (
 )
 from cadsurgery.network.export.kernels import DOMAIN, add_functions
 from cadsurgery.network.export.quiet import quietly
+from cadsurgery.network.fidelity import Fidelity, measure
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.support.progress import Step, counted, silent
 
@@ -45,25 +45,6 @@ class _Measuring(OnnxRuntime):
 
 class _MeasuringWithKernels(OnnxRuntimeWithKernels):
     frees_early = True
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Agreement of an 8-bit network or file with its float version on the calibration images.
-
-    Attributes:
-        error: root mean square of the differences relative to that of the outputs; the largest over all outputs.
-        agreement: share of pixels (or of images, for outputs (B, C)) with the same largest class; None if no output has
-            one value per class for each pixel of the image or each image.
-        images: number of images.
-        taken_in: engine that ran both files, and the processor's instruction set, e.g.
-            "ONNX Runtime 1.32.0 (AVX512, avx512_vnni)"; empty if no files were compared.
-    """
-
-    error: float
-    agreement: float | None
-    images: int
-    taken_in: str = ""
 
 
 def to_8_bits(
@@ -83,10 +64,10 @@ def to_8_bits(
         step: progress callback; gets the calibration images.
 
     Raises:
-        CannotConvert: quantiser or engine refuse the network, or the file returns NaN, or another level map though its
+        CannotConvert: the network cannot be quantised, an engine refuses the file, or it returns NaN, or another level map though its
             mask sees the image alone.
     """
-    import_package(OnnxRuntime.package)  # it contains the quantiser
+    import_package(OnnxRuntime.package)  # it runs the file that is measured
     rounded = path.with_name(f"8-bit-{path.name}")
     try:
         with quietly():
@@ -95,7 +76,7 @@ def to_8_bits(
         raise
     except Exception as error:
         raise CannotConvert(
-            "ONNX Runtime's quantiser does not take the network.",
+            "the file cannot be put into 8 bits.",
             why=describe_error(error),
             next="leave out int8; float16=True halves the file.",
         ) from error
@@ -154,7 +135,7 @@ def quantise(
 
     The operations of the mask stay in floating point, so that a mask that sees the image alone chooses the same
     patches. The features that a mask sees are those of the network in 8 bits. The integer sums are exact on every
-    processor, with or without VNNI: see `_round_weights`.
+    processor, with or without VNNI: see `round_weight`.
 
     Args:
         source: an ONNX file.
@@ -257,8 +238,7 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
     """Replace products of rows (N, C) with weights by convolutions of a map (1, C, 1, N), which compute the same sums.
 
     ONNX Runtime's 8-bit convolutions are 1.25 to 1.6 times as fast as its products (measured on a CPU with
-    AVX512-VNNI). It computes them with channels last, so nothing is transposed. An activation that is a product's only
-    reader goes with it, so that the convolution writes the 8 bits behind the activation.
+    AVX512-VNNI). It computes them with channels last, so nothing is transposed.
     """
     import numpy as np
     from onnx_ir import convenience, tape, tensor
@@ -278,22 +258,10 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
         kernel = weight if options.get("transB") else steps.op("Transpose", [weight], {"perm": [1, 0]})
         image = steps.op("Transpose", [steps.op("Unsqueeze", [rows, first])], {"perm": [0, 3, 1, 2]})
         product = steps.op("Conv", [image, steps.op("Unsqueeze", [kernel, last]), *bias])
-        replaced = [node]
-        uses = list(node.outputs[0].uses())
-        if (
-            len(uses) == 1
-            and bounds_around_zero(uses[0].node)
-            and uses[0].node not in mask
-            and not node.outputs[0].is_graph_output()
-        ):
-            activation = uses[0].node
-            product = steps.op(activation.op_type, [product, *activation.inputs[1:]])
-            replaced.append(activation)
         out = steps.op("Squeeze", [steps.op("Transpose", [product], {"perm": [0, 2, 3, 1]}), first])
         for step in steps.nodes:
             step.outputs[0].dtype = rows.dtype
-        last_one = replaced[-1]
-        convenience.replace_nodes_and_values(graph, last_one, replaced, steps.nodes, last_one.outputs, [out])
+        convenience.replace_nodes_and_values(graph, node, [node], steps.nodes, node.outputs, [out])
 
 
 def _is_plain(options: Mapping[str, Any]) -> bool:
@@ -440,20 +408,3 @@ def _has_weights(node: Any) -> bool:
     outputs = weight.shape[0 if options.get("transB") else -1]
     has_bias_of_outputs = all(bias is None or bias.const_value.size == outputs for bias in biases)
     return len(weight.shape) == 2 and _is_plain(options) and has_bias_of_outputs
-
-
-def measure(outputs: Iterable[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]) -> Fidelity:
-    """Compare rounded with exact outputs; each item is (image batch (B, C, H, W), rounded outputs, exact outputs)."""
-    squares: dict[int, Tensor] = {}
-    same = pixels = images = 0
-    for image, rounded, exact in outputs:
-        images += len(image)
-        for index, (one, two) in enumerate(zip(rounded, exact, strict=True)):
-            one, two = one.double(), two.double()
-            sums = torch.stack(((one - two).square().sum(), two.square().sum()))
-            squares[index] = squares.get(index, torch.zeros_like(sums)) + sums
-            if two.dim() > 1 and two.shape[1] > 1 and two.shape[2:] in (image.shape[2:], ()):
-                same += int((one.argmax(1) == two.argmax(1)).sum())
-                pixels += two[:, 0].numel()
-    errors = [float((difference / size).sqrt()) for difference, size in squares.values() if size]
-    return Fidelity(max(errors, default=0.0), same / pixels if pixels else None, images)
