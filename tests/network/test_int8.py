@@ -121,7 +121,7 @@ def test_the_level_map_is_the_same_and_the_outputs_nearly(files: tuple[Path, Pat
 def test_ranges_are_those_of_all_calibration_images(tmp_path: Path) -> None:
     source, target, batches = write(tmp_path / "float.onnx"), tmp_path / "int8.onnx", images(3, 8, 8)
     batches[1] *= 3
-    quantise(source, target, calls(*batches.split(1)), OnnxRuntime)
+    quantise(source, target, calls(*batches.split(1)), OpenVino)  # for which no products become convolutions
     exact = onnx.load(source)
     exact.graph.output.extend(one for one in exact.graph.value_info if one.type.tensor_type.elem_type == 1)
     onnx.save(exact, every := tmp_path / "every.onnx")
@@ -130,12 +130,10 @@ def test_ranges_are_those_of_all_calibration_images(tmp_path: Path) -> None:
     scales = {one.name: float(onnx.numpy_helper.to_array(one).max()) for one in graph.initializer}
     rounds = {node.input[0]: scales[node.input[1]] for node in graph.node if node.op_type == "QuantizeLinear"}
     assert {"joined", "product", "pooled"} <= rounds.keys()
-    # Ranges are of the network with rounded weights. A range of fewer images would be a third of them.
+    # A range of fewer images would be a third.
     for name in ("joined", "product", "pooled"):
         values = torch.stack([one[name] for one in found])
-        assert rounds[name] == pytest.approx(
-            float(values.max().relu() + (-values.min()).relu()) / 255, rel=0.02
-        )
+        assert rounds[name] == pytest.approx(float(values.max().relu() + (-values.min()).relu()) / 255)
 
 
 # Convolutions of every kind: plain, depthwise, of groups, and depthwise with two outputs for each input.
@@ -327,10 +325,14 @@ def test_products_and_gathered_rows_are_in_8_bits_and_the_mask_is_not(files: tup
             if is_mask
             else {"DequantizeLinear"}
         )
-    held = [makers[node.input[0]].op_type == "DequantizeLinear" for node in by_type["Gather"]]
-    assert sum(held) == 2  # of the halo and of the taps; rows that are padded by -inf have no range
-    integers = {one.name for one in graph.initializer if one.data_type == onnx.TensorProto.INT8}
-    assert sum(name.endswith("_quantized") for name in integers) == 3
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(files[1])).graph.value_info
+    in_bytes = {
+        value.name for value in inferred if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    }
+    gathered = [node.input[0] in in_bytes for node in by_type["Gather"]]
+    assert sum(gathered) == 2  # of the halo and of the taps; rows that are padded by -inf have no range
+    integers = {value.name for value in graph.initializer if value.data_type == onnx.TensorProto.INT8}
+    assert len(integers & {node.input[0] for node in by_type["DequantizeLinear"]}) == 3
 
 
 def test_a_halo_has_the_range_of_the_rows_it_is_joined_to(files: tuple[Path, Path]) -> None:
@@ -395,7 +397,8 @@ def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("broken", "message"), [("levels", "another level map"), ("out", "not finite"), ("file", "does not take")]
+    ("broken", "message"),
+    [("levels", "another level map"), ("out", "not finite"), ("file", "cannot be put into 8 bits")],
 )
 def test_a_file_in_8_bits_that_is_wrong_is_not_taken(
     broken: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

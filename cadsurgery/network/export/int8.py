@@ -64,8 +64,8 @@ def to_8_bits(
         step: progress callback; gets the calibration images.
 
     Raises:
-        CannotConvert: the network cannot be quantised, an engine refuses the file, or it returns NaN, or another level map though its
-            mask sees the image alone.
+        CannotConvert: the network cannot be quantised, an engine refuses the file, or it returns NaN, or another level
+            map though its mask sees the image alone.
     """
     import_package(OnnxRuntime.package)  # it runs the file that is measured
     rounded = path.with_name(f"8-bit-{path.name}")
