@@ -342,6 +342,35 @@ def test_a_halo_has_the_range_of_the_rows_it_is_joined_to(files: tuple[Path, Pat
     assert ranges["halo"] == ranges["joined"]
 
 
+# A value in floating point that is moved, and joined to one of a hundred times its range.
+JOINED = """
+<ir_version: 10, opset_import: ["": 20]>
+joined (float[1, 3, 8, 8] image) => (float[1, 3, 8, 8] out, float[1, 3, 8, 8] more) {
+    value = Tanh(image)
+    turned = Transpose<perm = [0, 1, 3, 2]>(value)
+    more = Conv(turned, point)
+    wide = Conv(image, large)
+    both = Concat<axis = 1>(wide, value)
+    out = Conv(both, last)
+}
+"""
+
+
+@pytest.mark.parametrize("engine", [OnnxRuntime, OpenVino])
+def test_a_value_keeps_its_scale_where_it_is_joined_to_larger_ones(
+    engine: type[Engine], tmp_path: Path
+) -> None:
+    pytest.importorskip(engine.package)
+    random = np.random.default_rng(3)
+    point = random.normal(size=(3, 3, 1, 1)).astype(np.float32)
+    weights = {"point": point, "large": 100 * point, "last": np.concatenate([point, point], 1)}
+    source, target = write(tmp_path / "float.onnx", JOINED, **weights), tmp_path / "int8.onnx"
+    image = images(1, 8, 8)
+    quantise(source, target, calls(image), engine)
+    exact, rounded = (engine(path)(image) for path in (source, target))
+    assert all(0 < error < 0.05 for error in map(relative, rounded, exact))
+
+
 def test_a_mask_that_sees_features_sees_them_in_8_bits(tmp_path: Path) -> None:
     """The file says that its level map may differ; products that only the mask needs stay in floating point."""
     text = GRAPH.replace("Greater(edges, nought)", "Greater(out, nought)").replace(

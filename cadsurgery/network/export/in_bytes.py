@@ -118,28 +118,29 @@ class _Writer:
     def _choose_parameters(self) -> dict[Any, QuantParams]:
         """Return the quantisation parameters of all values in 8 bits.
 
-        What only moves values, or takes the largest, keeps the parameters of its input. What is joined to rows, such as
-        a halo (means of rows), has those of the joint: it may be all zero on the calibration images.
+        What only moves values, or takes the largest, keeps the parameters of its input. What is computed to be joined
+        to rows, such as a halo (means of rows), has those of the joint: it may be all zero on the calibration images.
         """
         parameters: dict[Any, QuantParams] = {}
-
-        def choose(value: Any) -> QuantParams:
-            constant = _constant_of(value)
-            return QuantParams.of_range(
-                *(self.statistics[value][:2] if constant is None else map(float, constant.aminmax()))
-            )
-
+        for node in self.nodes:
+            if node.op_type == "Concat":
+                joint = self._parameters_of(node.outputs[0])
+                for value in node.inputs:
+                    is_joined_alone = value.producer() not in self.nodes and len(value.uses()) == 1
+                    if value.is_initializer() or is_joined_alone:
+                        parameters[value] = joint
         for node in self.nodes:
             values, result = [node.inputs[place] for place in places_of_values(node)], node.outputs[0]
-            if node.op_type == "Concat":
-                parameters[result] = choose(result)
-                joined = [value for value in values if value.producer() not in self.nodes]
-                parameters |= dict.fromkeys(joined, parameters[result])
-                continue
-            parameters |= {value: choose(value) for value in values if value not in parameters}
+            parameters |= {value: self._parameters_of(value) for value in values if value not in parameters}
             keeps = node.op_type in (*MOVES, "MaxPool")
-            parameters[result] = parameters[values[0]] if keeps else choose(result)
+            parameters[result] = parameters[values[0]] if keeps else self._parameters_of(result)
         return parameters
+
+    def _parameters_of(self, value: Any) -> QuantParams:
+        """Return quantisation parameters for the range of a value."""
+        if value.is_initializer():
+            return QuantParams.of_range(*map(float, _constant_of(value).aminmax()))
+        return QuantParams.of_range(*self.statistics[value][:2])
 
     def visit(self, node: Any) -> None:
         """Let a node read 8 bits or dequantised values, and a graph that returns its result return it dequantised."""
@@ -311,10 +312,11 @@ def _bounds_around_zero(node: Any) -> bool:
 
 
 def _constant_of(value: Any) -> Any:
-    """Return the tensor of a constant, or zeros of a constant shape; None for any other value."""
+    """Return the tensor of a constant, or of a number repeated in a constant shape; None for any other value."""
     if value.is_initializer():
         return torch.from_numpy(value.const_value.numpy().copy())
     maker = value.producer()
     if maker is None or maker.op_type != "ConstantOfShape" or not maker.inputs[0].is_initializer():
         return None
-    return torch.zeros(maker.inputs[0].const_value.numpy().tolist())
+    number = maker.attributes["value"].value.numpy().item() if maker.attributes else 0.0
+    return torch.full(maker.inputs[0].const_value.numpy().tolist(), number, dtype=torch.float32)
