@@ -56,7 +56,7 @@ STEPS = (
     ("cadsurgery.network.export.engines", "OnnxRuntime._run", "engine: running"),
     ("cadsurgery.network.export.int8", "quantise", "8 bits: others"),
     ("cadsurgery.network.export.in_bytes", "round_weight", "8 bits: weights"),
-    ("cadsurgery.network.export.int8", "_measure_values", "8 bits: means and ranges"),
+    ("cadsurgery.network.export.int8", "_reduce", "8 bits: means and ranges"),
 )
 
 

@@ -130,10 +130,12 @@ def test_ranges_are_those_of_all_calibration_images(tmp_path: Path) -> None:
     scales = {one.name: float(onnx.numpy_helper.to_array(one).max()) for one in graph.initializer}
     rounds = {node.input[0]: scales[node.input[1]] for node in graph.node if node.op_type == "QuantizeLinear"}
     assert {"joined", "product", "pooled"} <= rounds.keys()
-    # A range of fewer images would be a third.
+    # Ranges are of the network with rounded weights. A range of fewer images would be a third of them.
     for name in ("joined", "product", "pooled"):
         values = torch.stack([one[name] for one in found])
-        assert rounds[name] == pytest.approx(float(values.max().relu() + (-values.min()).relu()) / 255)
+        assert rounds[name] == pytest.approx(
+            float(values.max().relu() + (-values.min()).relu()) / 255, rel=0.02
+        )
 
 
 # Convolutions of every kind: plain, depthwise, of groups, and depthwise with two outputs for each input.

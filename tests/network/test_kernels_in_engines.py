@@ -26,7 +26,7 @@ from cadsurgery.masks.scored import missed
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engines import OnnxRuntime
-from cadsurgery.network.export.in_bytes import Statistics, write_bytes
+from cadsurgery.network.export.in_bytes import round_weights, write_bytes
 from cadsurgery.network.export.kernels import DOMAIN, add_functions, function
 
 onnx = pytest.importorskip("onnx")
@@ -319,13 +319,13 @@ def float_call(path: Path, kind: Kind, low: float = 0.0, residual: str = "none")
 def put_into_8_bits(path: Path, target: Path, for_onnxruntime: bool = True, mean: Any = None) -> Any:
     """Let the nodes of a file read and write 8 bits; return its ONNX message."""
     model = onnx_ir.load(path)
-    ranges = {"rows": ROWS, "more": RESIDUAL}
+    steps, ranges = {"rows": ROWS, "more": RESIDUAL}, {}
     nodes = [node for node in model.graph if node.op_type != "Relu"]
-    statistics = {}
     for value in {value for node in nodes for value in (*node.inputs, *node.outputs)}:
-        scale, zero = ranges.get(value.name, RESULT)
-        statistics[value] = Statistics(-zero * scale, (255 - zero) * scale, mean)
-    write_bytes(model.graph, nodes, set(), statistics, for_onnxruntime)
+        scale, zero = steps.get(value.name, RESULT)
+        ranges[value] = -zero * scale, (255 - zero) * scale
+    round_weights(model.graph, nodes, {} if mean is None else {nodes[-1].inputs[0]: mean})
+    write_bytes(model.graph, nodes, set(), ranges, for_onnxruntime)
     add_functions(model)
     passes.RemoveUnusedFunctionsPass()(model)
     onnx_ir.save(model, target)

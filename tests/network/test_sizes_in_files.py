@@ -203,7 +203,7 @@ PHASES = {
     ("net.onnx", "checking"): ("onnx.checker", "check_model"),
     ("net.onnx", "opening"): ("onnxruntime", "InferenceSession"),
     ("net.onnx", "comparison"): ("cadsurgery.network.export.onnx", "difference"),
-    ("net.onnx", "ranges of 8 bits"): ("cadsurgery.network.export.int8", "_measure_values"),
+    ("net.onnx", "ranges of 8 bits"): ("cadsurgery.network.export.int8", "_reduce"),
     ("net.onnx", "weights of 8 bits"): ("cadsurgery.network.export.in_bytes", "round_weight"),
     ("net.onnx", "comparison of 8 bits"): ("cadsurgery.network.export.int8", "measure"),
     ("net.pt2", "export"): ("torch.export", "export"),

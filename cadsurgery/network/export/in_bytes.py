@@ -7,8 +7,8 @@ write the 8 bits themselves, and in ONNX Runtime so do operations that only move
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,14 +22,6 @@ PRODUCTS = ("Conv", "Gemm", "MatMul")
 MOVES = ("Gather", PICK, "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 _TO_MAP = [0, 3, 1, 2]  # permutation of rows to a map (B, C, H, W)
 _LARGEST_BIAS = 1 << 30  # of the integers of a bias: half of what 32 bits hold
-
-
-class Statistics(NamedTuple):
-    """The range of a value on the calibration images, and its mean (C,) in each channel, if a product reads it."""
-
-    low: float
-    high: float
-    mean: Tensor | None = None
 
 
 def is_convolution_of_rows(node: Any) -> bool:
@@ -49,24 +41,52 @@ def places_of_values(node: Any) -> list[int]:
     return [0, len(node.inputs) - 1] if is_convolution_of_rows(node) and _adds_residual(node) else [0]
 
 
+def round_weights(graph: Any, nodes: Sequence[Any], means: Mapping[Any, Tensor]) -> None:
+    """Round the weights of nodes to what 8 bits hold, in floating point, and correct the mean error that this causes in
+    their biases.
+
+    Args:
+        graph: it is changed.
+        nodes: nodes that will read and write 8 bits.
+        means: of what products and functions read the mean (C,) in each channel.
+    """
+    for node in nodes:
+        if node.op_type not in PRODUCTS and not _can_be_in_8_bits(node):
+            continue
+        place, rows = _place_of_weight(node), node.inputs[0]
+        exact, groups, limited = _weight_of(node)
+        whole, scale = round_weight(exact, limited)
+        rounded = whole * scale.view(-1, *[1] * (whole.dim() - 1))
+        # New names, because another node may share the weight and stay in floating point.
+        name = f"{node.inputs[place].name}.{node.name}"
+        bias = node.inputs[place + 1] if len(node.inputs) > place + 1 else None
+        node.replace_input_with(place, add_constant(graph, name, _as_stored(node, rounded)))
+        if node.op_type != "MatMul" and rows in means:
+            shift = mean_error(exact - rounded, means[rows], groups)
+            before = 0.0 if bias is None else _constant_of(bias).flatten()
+            node.resize_inputs(max(len(node.inputs), place + 2))
+            corrected = add_constant(graph, f"{name}.bias", (before + shift).float())
+            node.replace_input_with(place + 1, corrected)
+
+
 def write_bytes(
     graph: Any,
     nodes: Sequence[Any],
     mask: set[Any],
-    statistics: dict[Any, Statistics],
+    ranges: Mapping[Any, tuple[float, float]],
     for_onnxruntime: bool,
 ) -> None:
-    """Let nodes of a graph read and write 8 bits. The mean error of rounded weights is corrected in the biases.
+    """Let nodes of a graph read and write 8 bits.
 
     Args:
         graph: it is changed; nodes without readers are left in it.
         nodes: the nodes, in the order of the graph.
         mask: nodes of the mask. They see what the nodes write in 8 bits, and all else in floating point; other nodes
             read every value in 8 bits that one of the nodes reads in 8 bits.
-        statistics: of all values that the nodes read and write in 8 bits, but for constants.
+        ranges: of all values that the nodes read and write in 8 bits, but for constants.
         for_onnxruntime: True if the engine of the file is ONNX Runtime.
     """
-    writer = _Writer(graph, nodes, dict(statistics), for_onnxruntime)
+    writer = _Writer(graph, nodes, dict(ranges), for_onnxruntime)
     readers = [
         (use.node, use.idx, value)
         for value in writer.parameters
@@ -85,9 +105,13 @@ class _Writer:
     """Writes the nodes that quantise and dequantise the values of a graph."""
 
     def __init__(
-        self, graph: Any, nodes: Sequence[Any], statistics: dict[Any, Statistics], for_onnxruntime: bool
+        self,
+        graph: Any,
+        nodes: Sequence[Any],
+        ranges: dict[Any, tuple[float, float]],
+        for_onnxruntime: bool,
     ) -> None:
-        self.graph, self.statistics, self.for_onnxruntime = graph, statistics, for_onnxruntime
+        self.graph, self.ranges, self.for_onnxruntime = graph, ranges, for_onnxruntime
         self.nodes = dict.fromkeys(nodes)
         for node in nodes:
             self._absorb(node)
@@ -110,7 +134,7 @@ class _Writer:
             values.append(maker.inputs[0])
         is_seen = any(len(value.uses()) > 1 or value.is_graph_output() for value in values)
         if maker in self.nodes and maker.op_type in (*PRODUCTS, "Add") and not is_seen:
-            self.statistics |= dict.fromkeys(values, self.statistics[node.outputs[0]])
+            self.ranges |= dict.fromkeys(values, self.ranges[node.outputs[0]])
             convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
             self.graph.remove(node, safe=True)
             del self.nodes[node]
@@ -140,7 +164,7 @@ class _Writer:
         """Return quantisation parameters for the range of a value."""
         if value.is_initializer():
             return QuantParams.of_range(*map(float, _constant_of(value).aminmax()))
-        return QuantParams.of_range(*self.statistics[value][:2])
+        return QuantParams.of_range(*self.ranges[value])
 
     def visit(self, node: Any) -> None:
         """Let a node read 8 bits or dequantised values, and a graph that returns its result return it dequantised."""
@@ -173,22 +197,16 @@ class _Writer:
         import onnx_ir
 
         (rows, *_, stored, bias, residual), result = node.inputs, node.outputs[0]
-        weight, offset, name = _constant_of(stored), _constant_of(bias), node.name
-        by_tap = {2: weight[:, :, None, None], 3: weight[:, None]}.get(weight.dim(), weight)
-        groups = by_tap.shape[1]
-        by_output = by_tap.permute(1, 3, 2, 0).flatten(0, 1)  # (O, C / groups, taps)
-        # This package's kernels are exact with any weights, and faster where those of adjacent channels are limited.
-        whole, scale = round_weight(by_output, "adjacent")
-        offset = offset + self._mean_error(rows, by_output, whole, scale, groups)
-        whole = whole.unflatten(0, (groups, -1)).permute(3, 0, 2, 1).reshape(weight.shape)
+        name, (by_output, groups, limited) = node.name, _weight_of(node)
+        whole, scale = round_weight(by_output, limited)
         more, of_residual = self._constant("nothing", torch.zeros(1, dtype=torch.uint8)), QuantParams(1.0, 0)
         if _adds_residual(node):
             more, of_residual = self._as_bytes(residual), self.parameters[residual]
         inputs = (
-            self._constant(f"{name}.weight", whole),
-            self._constant(f"{name}.bias", offset.float()),
+            self._constant(f"{name}.weight", _as_stored(node, whole)),
+            self._constant(f"{name}.bias", _constant_of(bias)),
             more,
-            self._constant(f"{name}.scales", scale.view(groups, 1, -1) if weight.dim() == 4 else scale),
+            self._constant(f"{name}.scales", scale.view(groups, 1, -1) if len(stored.shape) == 4 else scale),
         )
         numbers = (*self.parameters[rows], *self.parameters[result], *of_residual)
         for option, number in zip(OF_8_BITS, numbers, strict=True):
@@ -202,33 +220,20 @@ class _Writer:
     def _multiply(self, node: Any, source: Any) -> None:
         """Let a product read a weight in 8 bits, and a bias in 32 bits, in the scale of its sums.
 
-        No two weights of an output sum to more than 128 (see `round_weight`), so that sums are exact on every
-        processor. Depthwise convolutions use all 8 bits, because both engines widen their products to 32 bits
-        (measured without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4). Where a bias would not fit into 32 bits, the
-        weights are tiny beside it, and their scale is larger.
+        Where a bias would not fit into 32 bits, the weights are tiny beside it, and their scale is larger.
         """
-        options, name = options_of(node), f"{node.inputs[1].name}.{node.name}"
-        axis, groups = int(node.op_type != "Conv" and not options.get("transB")), options.get("group", 1)
-        weight = _constant_of(node.inputs[1]).movedim(axis, 0)
-        is_depthwise = node.op_type == "Conv" and weight.shape[:2] == (groups, 1)
-        whole, scale = round_weight(weight, None if is_depthwise else "any")
-        if node.op_type != "MatMul":
-            step = self.parameters[source].scale
-            stored = node.inputs[2] if len(node.inputs) > 2 else None
-            bias = 0.0 if stored is None else _constant_of(stored).flatten()
-            bias = bias + self._mean_error(source, weight, whole, scale, groups)
+        (by_output, _, limited), name = _weight_of(node), f"{node.inputs[1].name}.{node.name}"
+        whole, scale = round_weight(by_output, limited)
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            bias, step = _constant_of(node.inputs[2]).flatten(), self.parameters[source].scale
             least = (bias.abs() / (_LARGEST_BIAS * step)).float()
             factor = (scale / scale.maximum(least)).view(-1, *[1] * (whole.dim() - 1))
             whole, scale = (whole * factor).round().to(torch.int8), scale.maximum(least)
             sums = (scale.double() * step).float()
-            node.resize_inputs(3)
             node.replace_input_with(2, self._dequantise(f"{name}.bias", (bias / sums).round().int(), sums, 0))
-        node.replace_input_with(1, self._dequantise(name, whole.movedim(0, axis), scale, axis))
-
-    def _mean_error(self, source: Any, exact: Tensor, whole: Tensor, scale: Tensor, groups: int) -> Tensor:
-        """Return the mean (O,) of what the rounding of a weight (O, ...) takes from its sums."""
-        mean, factor = self.statistics[source].mean, scale.view(-1, *[1] * (whole.dim() - 1))
-        return torch.zeros(len(scale)) if mean is None else mean_error(exact - whole * factor, mean, groups)
+        node.replace_input_with(
+            1, self._dequantise(name, _as_stored(node, whole), scale, _axis_of_outputs(node))
+        )
 
     # -- values ------------------------------------------------------------------------------------
 
@@ -280,11 +285,50 @@ class _Writer:
         ]
 
     def _constant(self, name: str, values: Tensor) -> Any:
-        from onnx_ir import tape, tensor
+        return add_constant(self.graph, name, values)
 
-        if name not in self.graph.initializers:
-            tape.Tape(self.graph).initializer(tensor(values.numpy()), name)
-        return self.graph.initializers[name]
+
+def add_constant(graph: Any, name: str, values: Tensor) -> Any:
+    """Return the constant of a graph that has a name, which is added if there is none."""
+    from onnx_ir import tape, tensor
+
+    if name not in graph.initializers:
+        tape.Tape(graph).initializer(tensor(values.contiguous().numpy()), name)
+    return graph.initializers[name]
+
+
+def _place_of_weight(node: Any) -> int:
+    return 4 if is_convolution_of_rows(node) else 1
+
+
+def _axis_of_outputs(product: Any) -> int:
+    return int(product.op_type != "Conv" and not options_of(product).get("transB"))
+
+
+def _weight_of(node: Any) -> tuple[Tensor, int, Literal["any", "adjacent"] | None]:
+    """Return the weight of a node, outputs first, (O, C / groups, ...), its groups, and how its integers are limited.
+
+    No two weights of an output of a product sum to more than 128 (see `round_weight`), so that sums are exact on every
+    processor. Depthwise convolutions use all 8 bits, because both engines widen their products to 32 bits (measured
+    without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4). This package's kernels are exact with any weights, and
+    faster where those of adjacent channels are limited.
+    """
+    weight = _constant_of(node.inputs[_place_of_weight(node)])
+    if is_convolution_of_rows(node):  # (taps, C), (taps, C, O) or (taps, groups, C / groups, O / groups)
+        by_tap = {2: weight[:, :, None, None], 3: weight[:, None]}.get(weight.dim(), weight)
+        return by_tap.permute(1, 3, 2, 0).flatten(0, 1), by_tap.shape[1], "adjacent"
+    by_output, groups = weight.movedim(_axis_of_outputs(node), 0), options_of(node).get("group", 1)
+    is_depthwise = node.op_type == "Conv" and by_output.shape[:2] == (groups, 1)
+    return by_output, groups, None if is_depthwise else "any"
+
+
+def _as_stored(node: Any, by_output: Tensor) -> Tensor:
+    """Return a weight whose outputs are first in the order in which a node reads it; see `_weight_of`."""
+    shape = list(node.inputs[_place_of_weight(node)].shape)
+    if not is_convolution_of_rows(node):
+        return by_output.movedim(0, _axis_of_outputs(node))
+    groups = 1 if len(shape) == 3 else shape[1]
+    return by_output.unflatten(0, (groups, -1)).permute(3, 0, 2, 1).reshape(shape)
 
 
 def _adds_residual(node: Any) -> bool:

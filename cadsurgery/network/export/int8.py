@@ -21,10 +21,10 @@ from cadsurgery.network.export.engines import Engine, OnnxRuntime, OnnxRuntimeWi
 from cadsurgery.network.export.in_bytes import (
     MOVES,
     PRODUCTS,
-    Statistics,
     is_convolution_of_rows,
     options_of,
     places_of_values,
+    round_weights,
     write_bytes,
 )
 from cadsurgery.network.export.kernels import DOMAIN, add_functions
@@ -162,9 +162,11 @@ def quantise(
         value is not None and value.producer() in chosen for node in mask for value in node.inputs
     )
     common.NameFixPass()(model)
+    shown = counted(calls, step, "measuring means, image", size=_images)
+    round_weights(model.graph, chosen, _means(model, chosen, shown, target))
     shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
-    statistics = _measure_values(model, chosen, shown, target)
-    write_bytes(model.graph, chosen, mask, statistics, issubclass(engine, OnnxRuntime))
+    ranges = _ranges(model, chosen, shown, target)  # with rounded weights
+    write_bytes(model.graph, chosen, mask, ranges, issubclass(engine, OnnxRuntime))
     add_functions(model)
     for finish in (
         common.RemoveUnusedNodesPass(),
@@ -289,41 +291,74 @@ def _copy_maps_for_rows(graph: Any, mask: set[Any]) -> None:
         node.replace_input_with(0, copy)
 
 
-def _measure_values(
+def _means(
     model: Any, chosen: Sequence[Any], calls: Iterable[tuple[Tensor, ...]], target: Path
-) -> dict[Any, Statistics]:
-    """Run a float file on the calibration images, and measure the values that the chosen nodes read and write.
+) -> dict[Any, Tensor]:
+    """Return the mean (C,) in each channel of rows and maps that the chosen nodes multiply."""
+    values = [node.inputs[0] for node in chosen if node.op_type in PRODUCTS or is_convolution_of_rows(node)]
+    axes = {value: {2: [0], 4: [0, 2, 3]}.get(len(value.shape or ())) for value in values}
+    asked = [("ReduceMean", value, over) for value, over in axes.items() if over]
+    means = _reduce(model, asked, calls, target)
+    return {value: means["ReduceMean", value].double().mean(0) for _, value, _ in asked}
 
-    Args:
-        model: the file (onnx_ir).
-        chosen: nodes that will read and write 8 bits.
-        calls: inputs for calibration.
-        target: file beside which a temporary one is written.
+
+def _ranges(
+    model: Any, chosen: Sequence[Any], calls: Iterable[tuple[Tensor, ...]], target: Path
+) -> dict[Any, tuple[float, float]]:
+    """Return the smallest and the largest of the values that the chosen nodes read and write in 8 bits.
 
     Raises:
         CannotConvert: a value is not finite.
     """
-    import numpy as np
-    import onnx
-    import onnx_ir
-    from onnx import TensorProto, helper, numpy_helper
-
     values = dict.fromkeys(
         value
         for node in chosen
         for value in (*(node.inputs[place] for place in places_of_values(node)), node.outputs[0])
         if not value.is_initializer()
     )
-    reductions = [(value, kind) for value in values for kind in ("ReduceMin", "ReduceMax")]
-    reductions += [(value, "ReduceMean") for value in values if _axes_of_means(value)]
+    asked = [(kind, value, None) for value in values for kind in ("ReduceMin", "ReduceMax")]
+    ends, ranges = _reduce(model, asked, calls, target), dict[Any, tuple[float, float]]()
+    for value in values:
+        low, high = float(ends["ReduceMin", value].min()), float(ends["ReduceMax", value].max())
+        if low > high:  # inf and -inf: there were no values
+            low = high = 0.0
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise _not_finite()
+        ranges[value] = low, high
+    return ranges
+
+
+def _reduce(
+    model: Any,
+    asked: Sequence[tuple[str, Any, list[int] | None]],
+    calls: Iterable[tuple[Tensor, ...]],
+    target: Path,
+) -> dict[tuple[str, Any], Tensor]:
+    """Run a float file on the calibration images and reduce its values.
+
+    Args:
+        model: the file (onnx_ir).
+        asked: kind of reduction, a value, and the axes; None for all axes.
+        calls: inputs for calibration.
+        target: file beside which a temporary one is written.
+
+    Returns:
+        By kind and value, the numbers of all calls, (calls, numbers).
+    """
+    import numpy as np
+    import onnx
+    import onnx_ir
+    from onnx import TensorProto, helper, numpy_helper
+
+    if not asked:
+        return {}
     message = onnx_ir.to_proto(model)
     del message.graph.output[:]
-    for value, kind in reductions:
-        inputs, result = [value.name], f"{value.name}.{kind}"
-        if kind == "ReduceMean":
+    for kind, value, axes in asked:
+        result, inputs = f"{value.name}.{kind}", [value.name]
+        if axes is not None:
             inputs.append(f"{result}.axes")
-            axes = numpy_helper.from_array(np.array(_axes_of_means(value)), inputs[-1])
-            message.graph.initializer.append(axes)
+            message.graph.initializer.append(numpy_helper.from_array(np.array(axes), inputs[-1]))
         # Without the dimensions, old versions of ONNX Runtime refuse values without elements.
         message.graph.node.append(helper.make_node(kind, inputs, [result], keepdims=1))
         message.graph.output.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, None))
@@ -332,33 +367,11 @@ def _measure_values(
         onnx.save(message, file)
         has_functions = any(node.domain == DOMAIN for node in model.graph)
         run = (_MeasuringWithKernels if has_functions else _Measuring)(file)
-        runs = [[result.flatten() for result in run(*call)] for call in calls]
+        runs = [[numbers.flatten() for numbers in run(*call)] for call in calls]
     finally:
         file.unlink(missing_ok=True)
-    by_reduction = dict(zip(reductions, map(torch.stack, zip(*runs, strict=True)), strict=True))
-    statistics = {}
-    for value in values:
-        low, high = (
-            float(by_reduction[value, "ReduceMin"].min()),
-            float(by_reduction[value, "ReduceMax"].max()),
-        )
-        if low > high:  # inf and -inf: there were no values
-            low = high = 0.0
-        if not math.isfinite(low) or not math.isfinite(high):
-            raise _not_finite()
-        means = by_reduction.get((value, "ReduceMean"))
-        statistics[value] = Statistics(low, high, None if means is None else means.double().mean(0))
-    return statistics
-
-
-def _axes_of_means(value: Any) -> list[int] | None:
-    """Return the axes of a mean in each channel of rows or a map that a product reads; None of other values."""
-    is_multiplied = any(
-        use.idx == 0 and (use.node.op_type in PRODUCTS or is_convolution_of_rows(use.node))
-        for use in value.uses()
-    )
-    rank = len(value.shape) if value.shape is not None else 0
-    return {2: [0], 4: [0, 2, 3]}.get(rank) if is_multiplied else None
+    by_value = map(torch.stack, zip(*runs, strict=True))
+    return {(kind, value): numbers for (kind, value, _), numbers in zip(asked, by_value, strict=True)}
 
 
 def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
