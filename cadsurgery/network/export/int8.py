@@ -83,17 +83,17 @@ def to_8_bits(
     float_engine, int8_engine = engine(path), engine(rounded)
 
     def run(*inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        found, expected = int8_engine(*inputs), float_engine(*inputs)
-        has_same_levels = outputs[-1] != _LEVELS or torch.equal(found.pop(), expected.pop())
+        values, expected = int8_engine(*inputs), float_engine(*inputs)
+        has_same_levels = outputs[-1] != _LEVELS or torch.equal(values.pop(), expected.pop())
         if keeps_levels and not has_same_levels:
             raise CannotConvert(
                 "the file in 8 bits has another level map than the float one.",
                 why="the mask, in floating point, sees the image alone, so it should be the same; nothing was written.",
                 next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
             )
-        if not all(value.isfinite().all() for value in found):
+        if not all(value.isfinite().all() for value in values):
             raise _not_finite()
-        return inputs[0], found, expected
+        return inputs[0], values, expected
 
     shown = counted(calls, step, "comparing in 8 bits, image", size=_images)
     fidelity = measure(run(*inputs) for inputs in shown)
