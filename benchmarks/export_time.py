@@ -55,10 +55,8 @@ STEPS = (
     ("cadsurgery.network.export.engines", "OnnxRuntime._open", "engine: opening"),
     ("cadsurgery.network.export.engines", "OnnxRuntime._run", "engine: running"),
     ("cadsurgery.network.export.int8", "quantise", "8 bits: others"),
-    ("cadsurgery.network.export.int8", "_round_weights", "8 bits: weights"),
+    ("cadsurgery.network.export.in_bytes", "round_weight", "8 bits: weights"),
     ("cadsurgery.network.export.int8", "_reduce", "8 bits: means and ranges"),
-    ("onnxruntime.quantization.qdq_quantizer", "QDQQuantizer.quantize_model", "8 bits: quantiser"),
-    ("onnxruntime.quantization.quant_utils", "save_and_reload_model_with_shape_infer", "8 bits: shapes"),
 )
 
 

@@ -28,7 +28,8 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.functional import center_crop
 
 from cadsurgery.network.export.engines import ENGINES
-from cadsurgery.network.export.int8 import measure, to_8_bits
+from cadsurgery.network.export.int8 import to_8_bits
+from cadsurgery.network.fidelity import measure
 
 Data = tuple[nn.Module, list[Tensor], list[int]]  # a network, images (1, 3, H, W) and their classes
 

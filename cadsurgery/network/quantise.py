@@ -44,6 +44,7 @@ from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.calibration import batch_of
+from cadsurgery.network.fidelity import measure
 from cadsurgery.network.fuse import KERNELS, path_of
 from cadsurgery.network.macs import Counter
 from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
@@ -259,7 +260,11 @@ def quantise(
         def candidates(method: str, first: int = 0) -> Iterator[tuple[float, str, _Rewritten]]:
             for rewritten in work.rewrite(method, compared, first):
                 rewritten.apply(fast)
-                error = _difference((_outputs(fast, batch) for batch in compared), expected)
+                outputs = (
+                    (batch_of(batch), _outputs(fast, batch), exact)
+                    for batch, exact in zip(compared, expected, strict=True)
+                )
+                error = measure(outputs).error
                 yield error, method, rewritten
                 fast.use_program(program)
                 work.restore()
@@ -557,7 +562,7 @@ class _Quantiser:
             if values.shape != expected.shape:  # the mask chose other elements, because its features differ
                 return
             values = rewritten.grids[own].dequantise(values) if values.dtype == torch.uint8 else values
-            error = _difference([[values]], [[expected]])
+            error = measure([(values, [values], [expected])]).error
             before = max(
                 (found[earlier] for earlier in upwards(own, until=found) if earlier in found), default=0.0
             )
@@ -829,14 +834,3 @@ def _first_image(call: Any) -> Any:
 def _outputs(fast: ProgramNetwork, batch: Any) -> list[Tensor]:
     """Return a network's outputs in floating point."""
     return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
-
-
-def _difference(found: Iterable[list[Tensor]], expected: Iterable[list[Tensor]]) -> float:
-    """Return the root mean square of the differences relative to that of the outputs; the largest over all outputs."""
-    sums: dict[int, tuple[float, float]] = {}
-    for outputs, references in zip(found, expected, strict=False):
-        for place, (a, b) in enumerate(zip(outputs, references, strict=True)):
-            squares, size = sums.get(place, (0.0, 0.0))
-            difference = (a.double() - b.double()).square().sum()
-            sums[place] = squares + float(difference), size + float(b.double().square().sum())
-    return max(((squares / size) ** 0.5 if size else 0.0 for squares, size in sums.values()), default=0.0)

@@ -26,7 +26,8 @@ import cadsurgery as cs
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import OnnxRuntime, OpenVino
-from cadsurgery.network.export.int8 import measure, quantise, to_8_bits
+from cadsurgery.network.export.int8 import quantise, to_8_bits
+from cadsurgery.network.fidelity import measure
 from cadsurgery.network.quantise import round_weight
 
 onnx = pytest.importorskip("onnx")
@@ -121,7 +122,7 @@ def test_the_level_map_is_the_same_and_the_outputs_nearly(files: tuple[Path, Pat
 def test_ranges_are_those_of_all_calibration_images(tmp_path: Path) -> None:
     source, target, batches = write(tmp_path / "float.onnx"), tmp_path / "int8.onnx", images(3, 8, 8)
     batches[1] *= 3
-    quantise(source, target, calls(*batches.split(1)), OnnxRuntime)
+    quantise(source, target, calls(*batches.split(1)), OpenVino)  # for which no products become convolutions
     exact = onnx.load(source)
     exact.graph.output.extend(one for one in exact.graph.value_info if one.type.tensor_type.elem_type == 1)
     onnx.save(exact, every := tmp_path / "every.onnx")
@@ -327,10 +328,14 @@ def test_products_and_gathered_rows_are_in_8_bits_and_the_mask_is_not(files: tup
             if is_mask
             else {"DequantizeLinear"}
         )
-    held = [makers[node.input[0]].op_type == "DequantizeLinear" for node in by_type["Gather"]]
-    assert sum(held) == 2  # of the halo and of the taps; rows that are padded by -inf have no range
-    integers = {one.name for one in graph.initializer if one.data_type == onnx.TensorProto.INT8}
-    assert sum(name.endswith("_quantized") for name in integers) == 3
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(files[1])).graph.value_info
+    in_bytes = {
+        value.name for value in inferred if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    }
+    gathered = [node.input[0] in in_bytes for node in by_type["Gather"]]
+    assert sum(gathered) == 2  # of the halo and of the taps; rows that are padded by -inf have no range
+    integers = {value.name for value in graph.initializer if value.data_type == onnx.TensorProto.INT8}
+    assert len(integers & {node.input[0] for node in by_type["DequantizeLinear"]}) == 3
 
 
 def test_a_halo_has_the_range_of_the_rows_it_is_joined_to(files: tuple[Path, Path]) -> None:
@@ -338,6 +343,35 @@ def test_a_halo_has_the_range_of_the_rows_it_is_joined_to(files: tuple[Path, Pat
     graph = onnx.load(files[1]).graph
     ranges = {node.input[0]: node.input[1:] for node in graph.node if node.op_type == "QuantizeLinear"}
     assert ranges["halo"] == ranges["joined"]
+
+
+# A value in floating point that is moved, and joined to one of a hundred times its range.
+JOINED = """
+<ir_version: 10, opset_import: ["": 20]>
+joined (float[1, 3, 8, 8] image) => (float[1, 3, 8, 8] out, float[1, 3, 8, 8] more) {
+    value = Tanh(image)
+    turned = Transpose<perm = [0, 1, 3, 2]>(value)
+    more = Conv(turned, point)
+    wide = Conv(image, large)
+    both = Concat<axis = 1>(wide, value)
+    out = Conv(both, last)
+}
+"""
+
+
+@pytest.mark.parametrize("engine", [OnnxRuntime, OpenVino])
+def test_a_value_keeps_its_scale_where_it_is_joined_to_larger_ones(
+    engine: type[Engine], tmp_path: Path
+) -> None:
+    pytest.importorskip(engine.package)
+    random = np.random.default_rng(3)
+    point = random.normal(size=(3, 3, 1, 1)).astype(np.float32)
+    weights = {"point": point, "large": 100 * point, "last": np.concatenate([point, point], 1)}
+    source, target = write(tmp_path / "float.onnx", JOINED, **weights), tmp_path / "int8.onnx"
+    image = images(1, 8, 8)
+    quantise(source, target, calls(image), engine)
+    exact, rounded = (engine(path)(image) for path in (source, target))
+    assert all(0 < error < 0.05 for error in map(relative, rounded, exact))
 
 
 def test_a_mask_that_sees_features_sees_them_in_8_bits(tmp_path: Path) -> None:
@@ -395,7 +429,8 @@ def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("broken", "message"), [("levels", "another level map"), ("out", "not finite"), ("file", "does not take")]
+    ("broken", "message"),
+    [("levels", "another level map"), ("out", "not finite"), ("file", "cannot be put into 8 bits")],
 )
 def test_a_file_in_8_bits_that_is_wrong_is_not_taken(
     broken: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,11 +26,13 @@ from cadsurgery.masks.scored import missed
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engines import OnnxRuntime
-from cadsurgery.network.export.kernels import DOMAIN, function
-from cadsurgery.network.export.kernels_in_8_bits import put_into_8_bits, quantise_permuted_maps_once
+from cadsurgery.network.export.in_bytes import round_weights, write_bytes
+from cadsurgery.network.export.kernels import DOMAIN, add_functions, function
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+onnx_ir = pytest.importorskip("onnx_ir")
+passes = pytest.importorskip("onnx_ir.passes.common")
 pytest.importorskip("onnxscript")
 
 
@@ -280,88 +282,108 @@ KINDS = {
 }
 
 
-def quantised_call(path: Path, kind: Kind, low: float = 0.0, residual: bool = False) -> dict[str, Any]:
-    """Write a file of one convolution between quantised rows; return its inputs."""
+ROWS, RESULT, RESIDUAL = (0.03, 90), (0.05, 120), (0.02, 140)  # scale and zero point
+
+
+def float_call(path: Path, kind: Kind, low: float = 0.0, residual: str = "none") -> dict[str, Any]:
+    """Write a file of one convolution of floats that are steps of 8 bits; return its inputs."""
     random = np.random.default_rng(kind.inputs)
-    rows, targets, taps = 23, 17, kind.weight[0]
+    rows, taps = 23, kind.weight[0]
+    targets = rows if residual == "rows" else 17
     weight = random.normal(size=kind.weight).astype(np.float32)
+
+    def values(shape: tuple[int, int], scale: float, zero: int) -> Any:
+        return ((random.integers(0, 256, shape) - zero) * scale).astype(np.float32)
+
     feed = {
-        "numbers": random.integers(0, 256, (rows, kind.inputs)).astype(np.uint8),
+        "rows": values((rows, kind.inputs), *ROWS),
         "table": random.integers(0, rows + 1 + 5, (targets, taps)).astype(np.int32),
         "sources": random.integers(0, rows, (5, 4)).astype(np.int32),
         "shares": random.dirichlet(np.ones(4), 5).astype(np.float32),
     }
-    if residual:
-        feed["more"] = random.integers(0, 256, (targets, kind.outputs)).astype(np.uint8)
+    if residual == "more":
+        feed["more"] = values((targets, kind.outputs), *RESIDUAL)
     constants = {
         "weight": weight / np.float32(weight.size / kind.outputs) ** 0.5,
         "bias": random.normal(size=kind.outputs).astype(np.float32),
         "none": np.zeros(1, np.float32),
-        "scale": np.float32(0.03),
-        "zero": np.uint8(90),
-        "scale_of_result": np.float32(0.05),
-        "zero_of_result": np.uint8(120),
-        "scale_of_more": np.float32(0.02),
-        "zero_of_more": np.uint8(140),
     }
-    make = onnx.helper.make_node
-    names = ("rows", "table", "sources", "shares", "weight", "bias", "residual" if residual else "none")
-    nodes = [
-        make("DequantizeLinear", ["numbers", "scale", "zero"], ["rows"]),
-        *([make("DequantizeLinear", ["more", "scale_of_more", "zero_of_more"], ["residual"])] * residual),
-        make(kind.name, names, ["values"], domain=DOMAIN, outside=0.0, low=low, high=np.float32(4)),
-        make("QuantizeLinear", ["values", "scale_of_result", "zero_of_result"], ["out"]),
-    ]
-    out = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.UINT8, (targets, kind.outputs))
-    onnx.save(model_of(nodes, feed, [out], constants), path)
+    options = {"domain": DOMAIN, "outside": 0.0, "low": low, "high": np.float32(4)}
+    names = [*list(feed)[:4], "weight", "bias", residual]
+    node = onnx.helper.make_node(kind.name, names, ["values"], name="call", **options)
+    out = onnx.helper.make_tensor_value_info("values", 1, (targets, kind.outputs))
+    onnx.save(model_of([node], feed, [out], constants), path)
     return feed
+
+
+def put_into_8_bits(path: Path, target: Path, for_onnxruntime: bool = True, mean: Any = None) -> Any:
+    """Let the nodes of a file read and write 8 bits; return its ONNX message."""
+    model = onnx_ir.load(path)
+    steps, ranges = {"rows": ROWS, "more": RESIDUAL}, {}
+    nodes = [node for node in model.graph if node.op_type != "Relu"]
+    for value in {value for node in nodes for value in (*node.inputs, *node.outputs)}:
+        scale, zero = steps.get(value.name, RESULT)
+        ranges[value] = -zero * scale, (255 - zero) * scale
+    round_weights(model.graph, nodes, {} if mean is None else {nodes[-1].inputs[0]: mean})
+    write_bytes(model.graph, nodes, set(), ranges, for_onnxruntime)
+    add_functions(model)
+    passes.RemoveUnusedFunctionsPass()(model)
+    onnx_ir.save(model, target)
+    onnx.checker.check_model(str(target), full_check=True)
+    return onnx.load(str(target))
+
+
+def steps_of(run: Any, feed: dict[str, Any]) -> Any:
+    """Return the 8 bits that a file's dequantised result stands for."""
+    return np.rint(np.clip(run(None, feed)[0] / RESULT[0] + RESULT[1], 0, 255)).astype(int)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "residual", "isa"), covering([*KINDS], [False, True], ["", "avx2", "scalar", "sse4"])
+    ("kind", "residual", "isa"), covering([*KINDS], ["none", "more"], ["", "avx2", "scalar", "sse4"])
 )
 def test_a_convolution_between_8_bits_is_the_one_in_floating_point(
-    kind: str, residual: bool, isa: str, tmp_path: Path, cap_kernels: Cap
+    kind: str, residual: str, isa: str, tmp_path: Path, cap_kernels: Cap
 ) -> None:
     """Weights, and values of the halo, are rounded to 8 bits, too, so that a result may be a few steps away."""
-    one = KINDS[kind]
+    case = KINDS[kind]
     if isa and isa not in here():
         pytest.skip(f"no {isa} here")
-    if residual and one.name == "ConvolveDepthwise":
+    if residual == "more" and case.name == "ConvolveDepthwise":
         pytest.skip("depthwise kernels take no residual")
     cap_kernels(isa)
-    exact, path = tmp_path / "exact.onnx", tmp_path / "one.onnx"
-    feed = quantised_call(exact, one, -np.inf if kind == "wide" else -1.5, residual)
-    model = onnx.load(str(exact))
-    put_into_8_bits(model, {})
-    onnx.save(model, str(path))
-    assert [node.op_type for node in model.graph.node] == [f"{one.name}In8Bits"]
-    assert [made.name for made in model.functions] == [f"{one.name}In8Bits"]
-    onnx.checker.check_model(str(path), full_check=True)
-    (expected,) = File(exact).session.run(None, feed)
-    body, kernel = (run(path).session.run(None, feed)[0].astype(int) for run in (File, WithKernels))
+    exact, path = tmp_path / "exact.onnx", tmp_path / "rounded.onnx"
+    feed = float_call(exact, case, -np.inf if kind == "wide" else -1.5, residual)
+    model = put_into_8_bits(exact, path)
+    assert calls(path) == {f"{case.name}In8Bits": 1}
+    assert [made.name for made in model.functions] == [f"{case.name}In8Bits"]
+    expected, body, kernel = (
+        steps_of(run, feed)
+        for run in (File(exact).session.run, File(path).session.run, WithKernels(path).session.run)
+    )
     assert kernel.min() < kernel.max()
     assert np.abs(kernel - body).max() <= 1 and (kernel != body).mean() < 0.01
-    assert np.abs(kernel - expected.astype(int)).max() <= 4
-    assert np.abs(kernel - expected.astype(int)).mean() < 0.5
+    assert np.abs(kernel - expected).max() <= 4
+    assert np.abs(kernel - expected).mean() < 0.5
     if not isa:
-        assert np.array_equal(InOpenVino(path).run(feed)[0], kernel)
+        assert np.array_equal(steps_of(in_openvino(path), feed), kernel)
 
 
 @pytest.mark.parametrize(
     ("kind", "sums"), [("depthwise", "tc,c->c"), ("plain", "tco,c->o"), ("groups", "tgco,gc->go")]
 )
 def test_the_bias_corrects_the_mean_error_of_rounded_weights(kind: str, sums: str, tmp_path: Path) -> None:
-    path, one = tmp_path / "one.onnx", KINDS[kind]
-    quantised_call(path, one)
-    model, mean = onnx.load(str(path)), torch.rand(one.inputs, dtype=torch.float64) + 3
-    before = {value.name: onnx.numpy_helper.to_array(value) for value in model.graph.initializer}
-    put_into_8_bits(model, {"rows": mean})
-    after = {value.name: onnx.numpy_helper.to_array(value) for value in model.graph.initializer}
-    (call,) = model.graph.node
+    path, case = tmp_path / "exact.onnx", KINDS[kind]
+    float_call(path, case)
+    mean = torch.rand(case.inputs, dtype=torch.float64) + 3
+    models = onnx.load(str(path)), put_into_8_bits(path, tmp_path / "rounded.onnx", mean=mean)
+    before, after = (
+        {value.name: onnx.numpy_helper.to_array(value) for value in model.graph.initializer}
+        for model in models
+    )
+    (call,) = (node for node in models[1].graph.node if node.domain == DOMAIN)
     rounded, scales = after[call.input[4]], after[call.input[7]]
-    by_group = mean.numpy().reshape(*one.weight[1 : len(one.weight) - 1] if len(one.weight) > 2 else [-1])
+    by_group = mean.numpy().reshape(*case.weight[1 : len(case.weight) - 1] if len(case.weight) > 2 else [-1])
     expected = before["bias"] + np.einsum(sums, before["weight"] - rounded * scales, by_group).ravel()
     assert np.abs(after[call.input[5]] - expected).max() < 1e-5
     assert np.abs(expected - before["bias"]).max() > 1e-3
@@ -369,89 +391,60 @@ def test_the_bias_corrects_the_mean_error_of_rounded_weights(kind: str, sums: st
 
 PERMUTED = """
 <ir_version: 10, opset_import: ["": 20]>
-permuted (uint8[1, 4, 5, 3] rows) => (float[1, 2, 4, 5] out{more})
-<float s = {{0.5}}, float t = {{{again}}}, uint8 z = {{3}}>
+permuted (float[1, 4, 5, 3] rows) => (float[1, 2, 4, 5] out{more})
+<float[2, 3, 1, 1] weight = {{1, 2, 3, 4, 5, -6}}>
 {{
-    exact = DequantizeLinear(rows, s, z)
-    map = Transpose<perm = [0, 3, 1, 2]>(exact)
-    rounded = QuantizeLinear(map, t, z)
-    known = DequantizeLinear(rounded, t, z)
-    out = Conv(known, weight)
+    map = Transpose<perm = [0, 3, 1, 2]>(rows)
+    out = Conv(map, weight)
 }}
 """
 
 
-@pytest.mark.parametrize(
-    ("case", "removed"), [({}, 1), ({"more": ", float[1, 3, 4, 5] known"}, 0), ({"again": "0.25"}, 0)]
-)
-def test_nothing_quantises_a_permuted_map_again(case: dict[str, str], removed: int, tmp_path: Path) -> None:
-    """But for another scale, or for an output of the file; the outputs are the same bit for bit."""
-    text = PERMUTED.format(**{"more": "", "again": "0.5", **case})
-    model = onnx.parser.parse_model(text)
-    weight = np.random.default_rng(1).standard_normal((2, 3, 1, 1)).astype(np.float32)
-    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "weight"))
-    feed = {"rows": np.random.default_rng(2).integers(0, 256, (1, 4, 5, 3)).astype(np.uint8)}
-    found = []
-    for name in ("before", "after"):
-        if name == "after":
-            quantise_permuted_maps_once(model)
-        onnx.save(model, str(tmp_path / f"{name}.onnx"))
+@pytest.mark.parametrize("more", ["", ", float[1, 3, 4, 5] map"])
+def test_no_map_of_permuted_rows_is_quantised_again(more: str, tmp_path: Path) -> None:
+    """Bytes are permuted for ONNX Runtime, and floats for OpenVINO; the outputs are the same bit for bit."""
+    path, outputs = tmp_path / "exact.onnx", []
+    onnx.save(onnx.parser.parse_model(PERMUTED.format(more=more)), path)
+    feed = {"rows": np.random.default_rng(2).normal(size=(1, 4, 5, 3)).astype(np.float32)}
+    for for_onnxruntime in (True, False):
+        model = put_into_8_bits(path, tmp_path / "rounded.onnx", for_onnxruntime)
         kinds = Counter(node.op_type for node in model.graph.node)
-        found.append((kinds["QuantizeLinear"], *File(tmp_path / f"{name}.onnx").session.run(None, feed)))
-    assert found[1][0] == found[0][0] - removed
-    assert all(np.array_equal(*pair) for pair in zip(found[0][1:], found[1][1:], strict=True))
+        assert kinds["QuantizeLinear"] == 2  # of the rows and of the result
+        outputs.append(File(tmp_path / "rounded.onnx").session.run(None, feed))
+    assert all(map(np.array_equal, *outputs))
 
 
 def test_rows_that_are_their_own_residual_are_read_once(tmp_path: Path) -> None:
-    exact, path = tmp_path / "exact.onnx", tmp_path / "one.onnx"
-    feed = quantised_call(exact, Kind("Convolve", (3, 8, 8), 8, 8), residual=True)
+    exact, path = tmp_path / "exact.onnx", tmp_path / "rounded.onnx"
+    feed = float_call(exact, Kind("Convolve", (3, 8, 8), 8, 8), residual="rows")
+    model = put_into_8_bits(exact, path)
+    assert sorted(node.op_type for node in model.graph.node) == [
+        "ConvolveIn8Bits",
+        "DequantizeLinear",
+        "QuantizeLinear",
+    ]
+    found, expected = (
+        steps_of(run(file).session.run, feed) for run, file in ((WithKernels, path), (File, exact))
+    )
+    assert np.abs(found - expected).max() <= 4
+
+
+@pytest.mark.parametrize(("kind", "residual"), [("plain", "none"), ("depthwise", "more")])
+def test_what_kernels_cannot_compute_in_8_bits_stays_in_floating_point(
+    kind: str, residual: str, tmp_path: Path
+) -> None:
+    """A computed weight, and a residual of a depthwise convolution; rows and result are rounded nevertheless."""
+    exact, path = tmp_path / "exact.onnx", tmp_path / "rounded.onnx"
+    feed = float_call(exact, KINDS[kind], residual=residual)
     model = onnx.load(str(exact))
-    (call,) = (node for node in model.graph.node if node.domain == DOMAIN)
-    call.input[-1] = "rows"
-    (unused,) = (node for node in model.graph.node if "residual" in node.output)
-    model.graph.node.remove(unused)
-    feed["table"] = np.tile(feed["table"], (2, 1))[:23]
-    model.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 23
-    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 23
-    (place,) = (at for at, one in enumerate(model.graph.input) if one.name == "more")
-    del model.graph.input[place], feed["more"]
-    onnx.save(model, str(exact))
-    put_into_8_bits(model, {})
-    onnx.save(model, str(path))
-    assert [node.op_type for node in model.graph.node] == ["ConvolveIn8Bits"]
-    (expected,) = File(exact).session.run(None, feed)
-    (found,) = WithKernels(path).session.run(None, feed)
-    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 4
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        "the result is returned",
-        "the result has another reader",
-        "exact rows",
-        "an exact residual",
-        "a computed weight",
-    ],
-)
-def test_what_is_not_between_8_bits_stays_in_floating_point(change: str, tmp_path: Path) -> None:
-    quantised_call(tmp_path / "one.onnx", KINDS["plain"], residual=change == "an exact residual")
-    model = onnx.load(str(tmp_path / "one.onnx"))
-    if change == "the result is returned":
-        model.graph.output.append(onnx.helper.make_tensor_value_info("values", 1, None))
-    elif change == "the result has another reader":
-        model.graph.node.append(onnx.helper.make_node("Relu", ["values"], ["more"]))
-    elif change == "exact rows":
-        model.graph.node[0].op_type = "Cast"
-    elif change == "an exact residual":
-        model.graph.node[1].op_type = "Cast"
-    else:
-        (weight,) = (one for one in model.graph.initializer if one.name == "weight")
-        weight.name = "given"
+    if kind == "plain":
+        next(value for value in model.graph.initializer if value.name == "weight").name = "given"
         model.graph.node.insert(0, onnx.helper.make_node("Relu", ["given"], ["weight"]))
-    before = model.SerializeToString()
-    put_into_8_bits(model, {})
-    assert model.SerializeToString() == before
+        onnx.save(model, str(exact))
+    put_into_8_bits(exact, path)
+    assert calls(path) == {KINDS[kind].name: 1}
+    found, expected = (steps_of(File(file).session.run, feed) for file in (path, exact))
+    assert np.abs(found - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -459,12 +452,11 @@ def test_what_is_not_between_8_bits_stays_in_floating_point(change: str, tmp_pat
     [("scales", "scales of a weight"), ("residual", "take no residual"), ("scale", "not positive")],
 )
 def test_what_kernels_do_not_compute_in_8_bits_is_refused(change: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "one.onnx"
-    feed = quantised_call(path, KINDS["depthwise"])
-    model = onnx.load(str(path))
-    put_into_8_bits(model, {})
+    path = tmp_path / "rounded.onnx"
+    feed = float_call(tmp_path / "exact.onnx", KINDS["depthwise"])
+    model = put_into_8_bits(tmp_path / "exact.onnx", path)
     (call,) = (node for node in model.graph.node if node.domain == DOMAIN)
-    constants = {one.name: one for one in model.graph.initializer}
+    constants = {value.name: value for value in model.graph.initializer}
     if change == "scales":
         constants[call.input[-1]].CopyFrom(
             onnx.numpy_helper.from_array(np.ones(36, np.float32), call.input[-1])
@@ -474,7 +466,7 @@ def test_what_kernels_do_not_compute_in_8_bits_is_refused(change: str, message: 
             onnx.numpy_helper.from_array(np.ones((17, 37), np.uint8), call.input[-2])
         )
     else:
-        (scale,) = (one for one in call.attribute if one.name == "scale")
+        (scale,) = (option for option in call.attribute if option.name == "scale")
         scale.f = -0.03
     onnx.save(model, str(path))
     with pytest.raises(Exception, match=message):

@@ -204,7 +204,7 @@ PHASES = {
     ("net.onnx", "opening"): ("onnxruntime", "InferenceSession"),
     ("net.onnx", "comparison"): ("cadsurgery.network.export.onnx", "difference"),
     ("net.onnx", "ranges of 8 bits"): ("cadsurgery.network.export.int8", "_reduce"),
-    ("net.onnx", "quantiser of 8 bits"): ("onnxruntime.quantization.qdq_quantizer", "QDQQuantizer"),
+    ("net.onnx", "weights of 8 bits"): ("cadsurgery.network.export.in_bytes", "round_weight"),
     ("net.onnx", "comparison of 8 bits"): ("cadsurgery.network.export.int8", "measure"),
     ("net.pt2", "export"): ("torch.export", "export"),
     ("net.pt2", "saving"): ("torch.export", "save"),

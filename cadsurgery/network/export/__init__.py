@@ -23,9 +23,9 @@ from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
 from cadsurgery.network.export.dictionaries import further_inputs, open_call
 from cadsurgery.network.export.engines import engines_for
-from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.network.export.refusals import refused
 from cadsurgery.network.export.shortcuts import without_collections
+from cadsurgery.network.fidelity import Fidelity
 from cadsurgery.network.model import AdaptiveModel, images_to_calibrate, whole_program
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.files import check_folder, write_together

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from cadsurgery.network.export.int8 import Fidelity
+from cadsurgery.network.fidelity import Fidelity
 from cadsurgery.support.divergence import relative_difference
 from cadsurgery.support.errors import CannotConvert
 

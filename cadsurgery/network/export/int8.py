@@ -6,8 +6,9 @@ with the operations between them. Needs onnx, onnxscript and onnxruntime, which 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,23 @@ from torch import Tensor
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engine import Engine, import_package
 from cadsurgery.network.export.engines import OnnxRuntime, OnnxRuntimeWithKernels
-from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, PICK
-from cadsurgery.network.export.kernels_in_8_bits import (
-    FUNCTIONS,
-    put_into_8_bits,
-    quantise_permuted_maps_once,
-    teach_quantiser,
+from cadsurgery.network.export.in_bytes import (
+    MOVES,
+    PRODUCTS,
+    is_convolution_of_rows,
+    options_of,
+    places_of_values,
+    round_weights,
+    write_bytes,
 )
+from cadsurgery.network.export.kernels import DOMAIN, add_functions
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.quantise import mean_error, round_weight
+from cadsurgery.network.fidelity import Fidelity, measure
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.support.progress import Step, counted, silent
 
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
-# Operations that only move values: in 8 bits, rows are quantised before they are gathered for every tap.
-_MOVES = ("Concat", "Gather", PICK, "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 _BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # operations that engines fuse with a product or run in 8 bits
+_MOVING = ("Concat", *MOVES)  # rows are quantised before they are gathered for every tap
 _LEVELS = "levels"
 _LARGEST = 1 << 28  # largest number of values of a folded constant
 
@@ -44,25 +46,6 @@ class _Measuring(OnnxRuntime):
 
 class _MeasuringWithKernels(OnnxRuntimeWithKernels):
     frees_early = True
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Agreement of an 8-bit network or file with its float version on the calibration images.
-
-    Attributes:
-        error: root mean square of the differences relative to that of the outputs; the largest over all outputs.
-        agreement: share of pixels (or of images, for outputs (B, C)) with the same largest class; None if no output has
-            one value per class for each pixel of the image or each image.
-        images: number of images.
-        taken_in: engine that ran both files, and the processor's instruction set, e.g.
-            "ONNX Runtime 1.32.0 (AVX512, avx512_vnni)"; empty if no files were compared.
-    """
-
-    error: float
-    agreement: float | None
-    images: int
-    taken_in: str = ""
 
 
 def to_8_bits(
@@ -82,10 +65,10 @@ def to_8_bits(
         step: progress callback; gets the calibration images.
 
     Raises:
-        CannotConvert: quantiser or engine refuse the network, or the file returns NaN, or another level map though its
-            mask sees the image alone.
+        CannotConvert: the network cannot be quantised, an engine refuses the file, or it returns NaN, or another level
+            map though its mask sees the image alone.
     """
-    import_package(OnnxRuntime.package)  # it contains the quantiser
+    import_package(OnnxRuntime.package)  # it runs the file that is measured
     rounded = path.with_name(f"8-bit-{path.name}")
     try:
         with quietly():
@@ -94,27 +77,24 @@ def to_8_bits(
         raise
     except Exception as error:
         raise CannotConvert(
-            "ONNX Runtime's quantiser does not take the network.",
+            "the file cannot be put into 8 bits.",
             why=describe_error(error),
             next="leave out int8; float16=True halves the file.",
         ) from error
     float_engine, int8_engine = engine(path), engine(rounded)
 
     def run(*inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        found, expected = int8_engine(*inputs), float_engine(*inputs)
-        has_same_levels = outputs[-1] != _LEVELS or torch.equal(found.pop(), expected.pop())
+        values, expected = int8_engine(*inputs), float_engine(*inputs)
+        has_same_levels = outputs[-1] != _LEVELS or torch.equal(values.pop(), expected.pop())
         if keeps_levels and not has_same_levels:
             raise CannotConvert(
                 "the file in 8 bits has another level map than the float one.",
                 why="the mask, in floating point, sees the image alone, so it should be the same; nothing was written.",
                 next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
             )
-        if not all(value.isfinite().all() for value in found):
-            raise CannotConvert(
-                "the file in 8 bits gives values that are not finite.",
-                next="give other images to calibrate by, or leave out int8.",
-            )
-        return inputs[0], found, expected
+        if not all(value.isfinite().all() for value in values):
+            raise _not_finite()
+        return inputs[0], values, expected
 
     shown = counted(calls, step, "comparing in 8 bits, image", size=_images)
     fidelity = measure(run(*inputs) for inputs in shown)
@@ -123,6 +103,13 @@ def to_8_bits(
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     rounded.replace(path)
     return replace(fidelity, taken_in=f"{engine.name} {version(engine.package)} ({_instruction_set()})")
+
+
+def _not_finite() -> CannotConvert:
+    return CannotConvert(
+        "the file in 8 bits gives values that are not finite.",
+        next="give other images to calibrate by, or leave out int8.",
+    )
 
 
 def _images(inputs: tuple[Tensor, ...]) -> int:
@@ -149,7 +136,7 @@ def quantise(
 
     The operations of the mask stay in floating point, so that a mask that sees the image alone chooses the same
     patches. The features that a mask sees are those of the network in 8 bits. The integer sums are exact on every
-    processor, with or without VNNI: see `_round_weights`.
+    processor, with or without VNNI: see `round_weight`.
 
     Args:
         source: an ONNX file.
@@ -175,22 +162,20 @@ def quantise(
     keeps_levels = not any(
         value is not None and value.producer() in chosen for node in mask for value in node.inputs
     )
-    _separate_from_mask(model.graph, mask, chosen)
-    _keep_for_kernels(model.graph)
     common.NameFixPass()(model)
-    means = _means(model, chosen, calls, target, step)
-    weights = _round_weights(model.graph, chosen, means)
-    common.RemoveUnusedNodesPass()(model)
-    halos = {
-        value.name: node.outputs[0].name
-        for node in chosen
-        if node.op_type == "Concat"
-        for value in node.inputs
-        if not value.is_initializer() and value.producer() not in chosen
-    }
-    ranges = _ranges(model, chosen, calls, target, step)  # with rounded weights
-    message = _insert_steps(model, chosen, weights, ranges)
-    _finish(message, halos, means, issubclass(engine, OnnxRuntime))
+    shown = counted(calls, step, "measuring means, image", size=_images)
+    round_weights(model.graph, chosen, _means(model, chosen, shown, target))
+    shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
+    ranges = _ranges(model, chosen, shown, target)  # with rounded weights
+    write_bytes(model.graph, chosen, mask, ranges, issubclass(engine, OnnxRuntime))
+    add_functions(model)
+    for finish in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.NameFixPass(),
+    ):
+        finish(model)
+    message = onnx_ir.to_proto(model)
     onnx.save(message, target)
     onnx.checker.check_model(str(target), full_check=True)
     return outputs, keeps_levels
@@ -219,54 +204,13 @@ def _choose_nodes(model: Any, engine: type[Engine]) -> tuple[list[Any], set[Any]
     else:
         _copy_maps_for_rows(model.graph, mask)
     chosen = _in_8_bits(model.graph, mask)
-    if not chosen:  # the quantiser would quantise all nodes
+    if not chosen:
         raise CannotConvert(
             "there is nothing to quantise.",
             why="the level map, which must stay as it is, depends on every product with weights.",
             next="give the level map as an input: level_map=True.",
         )
     return chosen, mask
-
-
-def _insert_steps(
-    model: Any,
-    chosen: Sequence[Any],
-    weights: Mapping[Any, list[dict[str, Any]]],
-    ranges: dict[str, tuple[Any, Any]],
-) -> Any:
-    """Let ONNX Runtime's quantiser round the values of the chosen nodes; return an ONNX message.
-
-    Args:
-        model: the file (onnx_ir).
-        chosen: nodes whose inputs and outputs are rounded.
-        weights: the quantiser's options for each output of a rounded weight.
-        ranges: by name the smallest and the largest of the values.
-    """
-    import onnx_ir
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
-
-    teach_quantiser(model.graph)
-    quantiser = QDQQuantizer(
-        save_and_reload_model_with_shape_infer(onnx_ir.to_proto(model)),
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
-        nodes_to_quantize=[node.name for node in chosen],
-        nodes_to_exclude=[],
-        op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE, *FUNCTIONS],
-        extra_options={
-            "ForceQuantizeNoInputCheck": True,  # quantise the chosen nodes whatever their inputs
-            "TensorQuantOverrides": {value.name: scales for value, scales in weights.items()},
-        },
-    )
-    quantiser.quantize_model()
-    quantiser.model.topological_sort()
-    return quantiser.model.model
 
 
 def _needed_for(output: str, graph: Any) -> set[Any]:
@@ -297,8 +241,7 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
     """Replace products of rows (N, C) with weights by convolutions of a map (1, C, 1, N), which compute the same sums.
 
     ONNX Runtime's 8-bit convolutions are 1.25 to 1.6 times as fast as its products (measured on a CPU with
-    AVX512-VNNI). It computes them with channels last, so nothing is transposed. An activation that is a product's only
-    reader goes with it, so that the convolution writes the 8 bits behind the activation.
+    AVX512-VNNI). It computes them with channels last, so nothing is transposed.
     """
     import numpy as np
     from onnx_ir import convenience, tape, tensor
@@ -307,8 +250,8 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
         if node in mask or node.op_type == "Conv" or not _has_weights(node):
             continue
         rows, weight, *bias = node.inputs
-        options = {name: one.value for name, one in node.attributes.items()}
-        if rows.shape is None or len(rows.shape) != 2 or not _is_plain(options):
+        options = options_of(node)
+        if rows.shape is None or len(rows.shape) != 2:
             continue
         steps = tape.Tape(graph)
         first, last = (
@@ -318,22 +261,10 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
         kernel = weight if options.get("transB") else steps.op("Transpose", [weight], {"perm": [1, 0]})
         image = steps.op("Transpose", [steps.op("Unsqueeze", [rows, first])], {"perm": [0, 3, 1, 2]})
         product = steps.op("Conv", [image, steps.op("Unsqueeze", [kernel, last]), *bias])
-        replaced = [node]
-        uses = list(node.outputs[0].uses())
-        if (
-            len(uses) == 1
-            and _is_bound(uses[0].node)
-            and uses[0].node not in mask
-            and not node.outputs[0].is_graph_output()
-        ):
-            activation = uses[0].node
-            product = steps.op(activation.op_type, [product, *activation.inputs[1:]])
-            replaced.append(activation)
         out = steps.op("Squeeze", [steps.op("Transpose", [product], {"perm": [0, 2, 3, 1]}), first])
         for step in steps.nodes:
             step.outputs[0].dtype = rows.dtype
-        last_one = replaced[-1]
-        convenience.replace_nodes_and_values(graph, last_one, replaced, steps.nodes, last_one.outputs, [out])
+        convenience.replace_nodes_and_values(graph, node, [node], steps.nodes, node.outputs, [out])
 
 
 def _is_plain(options: Mapping[str, Any]) -> bool:
@@ -361,65 +292,59 @@ def _copy_maps_for_rows(graph: Any, mask: set[Any]) -> None:
         node.replace_input_with(0, copy)
 
 
-def _is_bound(node: Any) -> bool:
-    """True for an activation that bounds values by constants."""
-    return node.op_type == "Relu" or (
-        node.op_type == "Clip" and all(limit is None or limit.is_initializer() for limit in node.inputs[1:])
-    )
-
-
 def _means(
-    model: Any, chosen: Sequence[Any], calls: Sequence[tuple[Tensor, ...]], target: Path, step: Step
-) -> dict[str, Tensor]:
-    """Return the mean (C,) in each channel of what the chosen products read on the calibration images, by name."""
-    axes = {node.inputs[0].name: over for node in chosen if (over := _axes_of_rows(node))}
-    asked = [("ReduceMean", name, over) for name, over in axes.items()]
-    shown = counted(calls, step, "measuring means, image", size=_images)
-    found = _reduce(model, asked, shown, target)
-    return {name: found["ReduceMean", name].double().mean(0) for name in axes}
+    model: Any, chosen: Sequence[Any], calls: Iterable[tuple[Tensor, ...]], target: Path
+) -> dict[Any, Tensor]:
+    """Return the mean (C,) in each channel of rows and maps that the chosen nodes multiply."""
+    values = [node.inputs[0] for node in chosen if node.op_type in PRODUCTS or is_convolution_of_rows(node)]
+    axes = {value: {2: [0], 4: [0, 2, 3]}.get(len(value.shape or ())) for value in values}
+    asked = [("ReduceMean", value, over) for value, over in axes.items() if over]
+    means = _reduce(model, asked, calls, target)
+    return {value: means["ReduceMean", value].double().mean(0) for _, value, _ in asked}
 
 
 def _ranges(
-    model: Any, chosen: Sequence[Any], calls: Sequence[tuple[Tensor, ...]], target: Path, step: Step
-) -> dict[str, tuple[Any, Any]]:
-    """Return the smallest and the largest of the values that the chosen nodes read and write on the calibration
-    images, by name."""
-    from onnx_ir import DataType
+    model: Any, chosen: Sequence[Any], calls: Iterable[tuple[Tensor, ...]], target: Path
+) -> dict[Any, tuple[float, float]]:
+    """Return the smallest and the largest of the values that the chosen nodes read and write in 8 bits.
 
-    names = dict.fromkeys(
-        value.name
+    Raises:
+        CannotConvert: a value is not finite.
+    """
+    values = dict.fromkeys(
+        value
         for node in chosen
-        for value in (*node.inputs, *node.outputs)
-        if value is not None and value.dtype == DataType.FLOAT and not value.is_initializer()
+        for value in (*(node.inputs[place] for place in places_of_values(node)), node.outputs[0])
+        if not value.is_initializer()
     )
-    asked = [(kind, name, None) for name in names for kind in ("ReduceMin", "ReduceMax")]
-    shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
-    found = _reduce(model, asked, shown, target)
-    ranges = {}
-    for name in names:
-        least, most = found["ReduceMin", name].amin(), found["ReduceMax", name].amax()
-        if least > most:  # inf and -inf: there were no values
-            least, most = torch.zeros_like(least), torch.zeros_like(most)
-        ranges[name] = least.numpy(), most.numpy()
+    asked = [(kind, value, None) for value in values for kind in ("ReduceMin", "ReduceMax")]
+    ends, ranges = _reduce(model, asked, calls, target), dict[Any, tuple[float, float]]()
+    for value in values:
+        low, high = float(ends["ReduceMin", value].min()), float(ends["ReduceMax", value].max())
+        if low > high:  # inf and -inf: there were no values
+            low = high = 0.0
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise _not_finite()
+        ranges[value] = low, high
     return ranges
 
 
 def _reduce(
     model: Any,
-    asked: Sequence[tuple[str, str, list[int] | None]],
+    asked: Sequence[tuple[str, Any, list[int] | None]],
     calls: Iterable[tuple[Tensor, ...]],
     target: Path,
-) -> dict[tuple[str, str], Tensor]:
+) -> dict[tuple[str, Any], Tensor]:
     """Run a float file on the calibration images and reduce its values.
 
     Args:
-        model: the file.
-        asked: kind of reduction, name of a value, and the axes; None for all axes.
+        model: the file (onnx_ir).
+        asked: kind of reduction, a value, and the axes; None for all axes.
         calls: inputs for calibration.
         target: file beside which a temporary one is written.
 
     Returns:
-        By kind and name, the numbers of all calls, (calls, numbers).
+        By kind and value, the numbers of all calls, (calls, numbers).
     """
     import numpy as np
     import onnx
@@ -430,8 +355,8 @@ def _reduce(
         return {}
     message = onnx_ir.to_proto(model)
     del message.graph.output[:]
-    for kind, name, axes in asked:
-        result, inputs = f"{name}.{kind}", [name]
+    for kind, value, axes in asked:
+        result, inputs = f"{value.name}.{kind}", [value.name]
         if axes is not None:
             inputs.append(f"{result}.axes")
             message.graph.initializer.append(numpy_helper.from_array(np.array(axes), inputs[-1]))
@@ -443,74 +368,11 @@ def _reduce(
         onnx.save(message, file)
         has_functions = any(node.domain == DOMAIN for node in model.graph)
         run = (_MeasuringWithKernels if has_functions else _Measuring)(file)
-        runs = [[value.flatten() for value in run(*call)] for call in calls]
+        runs = [[numbers.flatten() for numbers in run(*call)] for call in calls]
     finally:
         file.unlink(missing_ok=True)
-    return {
-        (kind, name): torch.stack(found)
-        for (kind, name, _), found in zip(asked, zip(*runs, strict=True), strict=True)
-    }
-
-
-def _axes_of_rows(node: Any) -> list[int] | None:
-    """Return the axes over which a mean in each channel of what a product reads is taken; None of other nodes."""
-    value = node.inputs[0]
-    if value.is_initializer() or not (node.op_type in _PRODUCTS or _is_convolution_of_rows(node)):
-        return None
-    return {2: [0], 4: [0, 2, 3]}.get(len(value.shape) if value.shape is not None else 0)
-
-
-def _round_weights(
-    graph: Any, chosen: list[Any], means: Mapping[str, Tensor]
-) -> dict[Any, list[dict[str, Any]]]:
-    """Round the weights of the chosen products to 8 bits, and return their scales for the quantiser. The mean error
-    that this causes is corrected in the biases.
-
-    No two weights of an output sum to more than 128 (see `round_weight`), so that products are exact in any order; the
-    largest weight of an output is then 64 to 127. Depthwise convolutions use all 8 bits, because both engines widen
-    their products to 32 bits (measured without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4).
-
-    Returns:
-        For each new value with rounded weights, the quantiser's options for each output.
-    """
-    import numpy as np
-    from onnx_ir import tape, tensor
-    from onnxruntime.quantization import QuantType
-
-    scales: dict[Any, list[dict[str, Any]]] = {}
-    for node in chosen:
-        if node.op_type not in _PRODUCTS:
-            continue
-        weight = node.inputs[1]
-        exact = torch.from_numpy(weight.const_value.numpy().copy())
-        options = {name: one.value for name, one in node.attributes.items()}
-        axis = 0 if node.op_type == "Conv" or options.get("transB") else 1
-        is_depthwise = node.op_type == "Conv" and exact.shape[:2] == (options.get("group", 1), 1)
-        rows = exact.movedim(axis, 0)
-        whole, scale = round_weight(rows) if is_depthwise else round_weight(rows, "any")
-        rounded = (whole * scale.view(-1, *[1] * (rows.dim() - 1))).movedim(0, axis)
-        # A new name, because another product may share the weight and stay in floating point.
-        steps = tape.Tape(graph)
-        value = steps.initializer(tensor(rounded.contiguous().numpy()), f"{weight.name}.{node.name}.rounded")
-        node.replace_input_with(1, value)
-        if node.op_type != "MatMul" and _is_plain(options) and node.inputs[0].name in means:
-            error = rows - rounded.movedim(axis, 0)
-            shift = mean_error(error, means[node.inputs[0].name], options.get("group", 1))
-            bias = node.inputs[2] if len(node.inputs) > 2 else None
-            before = torch.from_numpy(bias.const_value.numpy().copy()) if bias is not None else 0
-            corrected = tensor((before + shift).float().numpy())
-            node.resize_inputs(3)
-            node.replace_input_with(2, steps.initializer(corrected, f"{value.name}.bias"))
-        scales[value] = [
-            {
-                "quant_type": QuantType.QInt8,
-                "scale": np.array(one, np.float32),
-                "zero_point": np.array(0, np.int8),
-                "axis": axis,
-            }
-            for one in scale.numpy()
-        ]
-    return scales
+    by_value = map(torch.stack, zip(*runs, strict=True))
+    return {(kind, value): numbers for (kind, value, _), numbers in zip(asked, by_value, strict=True)}
 
 
 def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
@@ -532,9 +394,9 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
         enough = any if node.op_type == "Concat" else all
         if (
             _has_weights(node)
-            or _is_convolution_of_rows(node)
+            or is_convolution_of_rows(node)
             or (
-                node.op_type in _MOVES + _BESIDE
+                node.op_type in (*_MOVING, *_BESIDE)
                 and values
                 and enough(map(is_chosen, values))
                 and all(np.isfinite(constant).all() for constant in constants)
@@ -543,95 +405,20 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
             chosen[node] = None
     for node in reversed(nodes):
         users = node.successors()
-        if node.op_type in _MOVES and users and all(user in chosen for user in users):
+        if node.op_type in _MOVING and users and all(user in chosen for user in users):
             chosen[node] = None
-    return list(chosen)
-
-
-def _finish(model: Any, halos: dict[str, str], means: Mapping[str, Tensor], for_onnxruntime: bool) -> None:
-    """Give halos (means of rows) the scale and zero point of their concatenation, and kernels their 8 bits.
-
-    A halo may be all zero on the calibration images; and rows of equal scale are concatenated without requantisation.
-
-    Args:
-        model: an ONNX message; it is changed.
-        halos: names of halos, and of the concatenation of each.
-        means: by name the mean of values in each channel.
-        for_onnxruntime: True if ONNX Runtime will run the file.
-    """
-    rounds = {node.input[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    exact = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    for name, other in halos.items():
-        for node in (rounds[name], exact[rounds[name].output[0]]):
-            node.input[1:] = rounds[other].input[1:]
-    put_into_8_bits(model, means)
-    if not for_onnxruntime:
-        quantise_permuted_maps_once(model)
-    used = {name for node in model.graph.node for name in node.input}
-    for weight in [weight for weight in model.graph.initializer if weight.name not in used]:
-        model.graph.initializer.remove(weight)
+    return [node for node in graph if node in chosen]
 
 
 def _has_weights(node: Any) -> bool:
     """True for a product with constant weights that engines support in 8 bits; grouped products of rows are not."""
-    return (
-        node.op_type in _PRODUCTS
-        and all(value is None or value.is_initializer() for value in node.inputs[1:])
-        and (node.op_type == "Conv" or len(node.inputs[1].shape) == 2)
-    )
-
-
-def _is_convolution_of_rows(node: Any) -> bool:
-    """True for a convolution by this package's kernels."""
-    return node.domain == DOMAIN and node.op_type in CONVOLUTIONS.values()
-
-
-def _separate_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:
-    """Copy values, such as the image, that both the mask and quantised nodes read: values are rounded for all readers.
-
-    Values that quantised nodes write are not copied: the mask sees them as the network does.
-    """
-    from onnx_ir import DataType, tape
-
-    values = dict.fromkeys(value for node in chosen for value in node.inputs if value is not None)
-    for value in (one for one in values if one.dtype == DataType.FLOAT and one.producer() not in chosen):
-        users = {use.node for use in value.uses()}
-        if users & mask:
-            steps = tape.Tape()
-            copy = steps.op("Identity", [value])
-            copy.dtype, copy.shape = value.dtype, value.shape
-            first = next(node for node in graph if node in users - mask)
-            graph.insert_before(first, steps.nodes)
-            for node, index in [(use.node, use.idx) for use in value.uses() if use.node in users - mask]:
-                node.replace_input_with(index, copy)
-
-
-def _keep_for_kernels(graph: Any) -> None:
-    """Give this package's operations floats of their own: the quantiser rounds a value for all that read it."""
-    from onnx_ir import DataType, tape
-
-    for node in graph:
-        if node.domain != DOMAIN:
-            continue
-        steps = tape.Tape(graph)
-        for place, value in enumerate(node.inputs):
-            if value.is_initializer() and value.dtype == DataType.FLOAT:
-                own = steps.initializer(value.const_value, f"{value.name}.{node.name}")
-                node.replace_input_with(place, own)
-
-
-def measure(outputs: Iterable[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]) -> Fidelity:
-    """Compare rounded with exact outputs; each item is (image batch (B, C, H, W), rounded outputs, exact outputs)."""
-    squares: dict[int, Tensor] = {}
-    same = pixels = images = 0
-    for image, rounded, exact in outputs:
-        images += len(image)
-        for index, (one, two) in enumerate(zip(rounded, exact, strict=True)):
-            one, two = one.double(), two.double()
-            sums = torch.stack(((one - two).square().sum(), two.square().sum()))
-            squares[index] = squares.get(index, torch.zeros_like(sums)) + sums
-            if two.dim() > 1 and two.shape[1] > 1 and two.shape[2:] in (image.shape[2:], ()):
-                same += int((one.argmax(1) == two.argmax(1)).sum())
-                pixels += two[:, 0].numel()
-    errors = [float((difference / size).sqrt()) for difference, size in squares.values() if size]
-    return Fidelity(max(errors, default=0.0), same / pixels if pixels else None, images)
+    if node.op_type not in PRODUCTS or not all(
+        value is None or value.is_initializer() for value in node.inputs[1:]
+    ):
+        return False
+    options, (weight, *biases) = options_of(node), node.inputs[1:]
+    if node.op_type == "Conv":
+        return True
+    outputs = weight.shape[0 if options.get("transB") else -1]
+    has_bias_of_outputs = all(bias is None or bias.const_value.size == outputs for bias in biases)
+    return len(weight.shape) == 2 and _is_plain(options) and has_bias_of_outputs
