@@ -19,6 +19,7 @@ from networks import made_once, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from benchmarks import soak
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.weights import MOST_FORMS, FusedConv
 from cadsurgery.elements.functional import Elements
@@ -158,3 +159,16 @@ def test_the_soak_writes_its_figures(tmp_path: Path) -> None:
         assert [row["calls"] for row in found["sides"][side]] == [0, 2, 4]
         assert all(row["resident"] > row["heap"] > 0 for row in found["sides"][side])
         assert f"{side:10}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("heaps", "grown"),
+    [
+        ([10, 100, 150, 150, 149, 151, 150, 150], 0.0),  # filled, then flat
+        ([10, 20, 30, 40, 50, 60, 70, 80], 40.0),
+        ([150, 150, 150, 150, 100, 100, 100, 100], 0.0),
+        ([10, 400], 0.0),  # too few to tell
+    ],
+)
+def test_memory_that_grows_after_the_first_quarter_is_seen(heaps: list[float], grown: float) -> None:
+    assert soak.growth([{"heap": heap} for heap in heaps]) == grown
