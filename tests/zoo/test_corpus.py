@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, slow
+from conftest import ROOT, Run, slow
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -138,17 +138,13 @@ def test_the_corpus_of_a_checkout_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_the_script_writes_a_row_for_each_network_and_goes_on(small: Path) -> None:
+def test_the_script_writes_a_row_for_each_network_and_goes_on(small: Path, command_line: Run) -> None:
     path = small.with_suffix(".jsonl")
-    command = [sys.executable, "-m", "benchmarks.zoo.check", str(small), "--corpus", "--output", str(path)]
-
-    def run() -> str:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-    assert "converts" in run()
+    run = partial(command_line, small, "--corpus", "--output", path, module="benchmarks.zoo.check")
+    assert "converts" in run().out
     (row,) = read_rows(path)
     assert row["result"] == "converts" and max(row["errors"].values()) < 1e-4
-    assert run() == "1 networks: 1 converts\n"  # it has been checked already
+    assert run().out == "1 networks: 1 converts\n"  # it has been checked already
 
 
 @pytest.mark.slow

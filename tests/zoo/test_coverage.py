@@ -58,7 +58,9 @@ def test_a_network_of_the_zoo_keeps_the_laws(name: str) -> None:
     """Laws 1, 2 and 5, and nothing that ends the region early; the recorded run says what is found here."""
     row, told = check_network(subject(name)), recorded()[name]
     same = ("result", "kind", "output_stride", "strides", "identity_level", "share_in_region", "dense")
-    assert row["result"] == "converts" and {key: row[key] for key in same} == {key: told[key] for key in same}, row
+    assert row["result"] == "converts" and {key: row[key] for key in same} == {
+        key: told[key] for key in same
+    }, row
     assert all(error < 1e-4 for error in row["errors"].values()) and row["errors"].keys() >= {
         "1",
         "2",
