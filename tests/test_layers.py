@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ FAMILIES = re.compile(
 )
 
 
+@cache
 def source_of(path: str) -> ast.Module:
     return ast.parse((ROOT / path).read_text())
 
@@ -231,12 +233,12 @@ def test_tests_stand_in_folders_of_the_rooms_under_names_of_their_own() -> None:
 def test_another_default_mask_is_one_line() -> None:
     """Its name stands where it is chosen and where the mask is defined."""
     places = {
-        path.relative_to(ROOT / "cadsurgery").as_posix()
-        for path in (ROOT / "cadsurgery").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        path
+        for path in FILES
+        for node in ast.walk(source_of(path))
         if isinstance(node, ast.Constant) and node.value == DEFAULT_MASK
     }
-    assert places == {"support/defaults.py", "masks/graded.py"}
+    assert places == {"cadsurgery/support/defaults.py", "cadsurgery/masks/graded.py"}
 
 
 def test_no_test_imports_another() -> None:

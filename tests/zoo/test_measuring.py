@@ -17,9 +17,8 @@ pytestmark = pytest.mark.skipif(not (memory.PROCESS / "status").exists(), reason
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("process", ["first", "second"])
-def test_what_is_freed_is_not_in_the_peak(process: str) -> None:
-    """Only what is in use at once, however often memory was taken before, and the same in every process."""
+def test_what_is_freed_is_not_in_the_peak() -> None:
+    """Only what is in use at once, however often memory was taken before."""
     peak = float(memory.run_alone("import peaks; peaks.print_peak_among_holes(16)", ""))
     assert peak == pytest.approx(3 * 16, abs=3)
 
