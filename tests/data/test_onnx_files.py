@@ -379,8 +379,8 @@ def test_it_is_exported_again(written: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "dynamic", "exporter"),
     [
-        *(("resnet18", False, "dynamo"), ("mobilenet_v3_small", True, "script")),
-        *(("deeplabv3_mobilenet_v3_large", True, "dynamo"), ("mobilenet_v3_small", False, "script")),
+        *(("resnet18", True, "dynamo"), ("mobilenet_v3_small", False, "dynamo")),
+        *(("deeplabv3_mobilenet_v3_large", True, "script"), ("mobilenet_v3_small", False, "script")),
     ],
 )
 def test_networks_of_torchvision_convert_from_their_files(

@@ -517,7 +517,7 @@ class Rolled(nn.Module):
 def test_what_torch_cannot_follow_or_translates_otherwise_is_written(dynamic: bool, tmp_path: Path) -> None:
     """torch.export asks of rolls and norms of neighbours whether there are values; torch's translation to ONNX does not
     know dropout of channels, and leaves out the divisor of a pooling."""
-    kinds = (Rolled(), OtherPool(), nn.LocalResponseNorm(3, alpha=0.5), Dropped())
+    kinds = (Rolled(), OtherPool(), nn.LocalResponseNorm(3, alpha=0.5), Dropped(), OtherPool())
     model = nn.Sequential(strided(3, 4), *kinds, nn.Conv2d(4, 2, 1)).eval()
     image = picture(1, 64, 96)
     net = unverified(model, "edges", output_stride=(2, 8), example_input=image)
