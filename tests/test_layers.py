@@ -1,4 +1,4 @@
-"""The package is layered, as its tests are; its core knows no library of networks; the README runs as printed."""
+"""The package is layered, as its tests are; its core knows no library of networks; the documents run."""
 
 from __future__ import annotations
 
