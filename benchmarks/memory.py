@@ -38,11 +38,6 @@ PROCESS = Path("/proc/self")
 _MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def is_measurable() -> bool:
-    """True if the system reports the peak memory of a process (Linux)."""
-    return (PROCESS / "status").exists()
-
-
 def peak_raised_by(run: Callable[[], object]) -> float:
     """Return by how many MiB a call raises the peak of the resident set above its size before the call."""
     gc.collect()

@@ -4,11 +4,41 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+
+SMALLER = (
+    (r"((?:steps|every)\W{1,4}\d+)0\b(?!\*)", r"\1"),  # a tenth of the steps of training
+    (r"\(512, 1024\)|\(256, 512\)", "(128, 192)"),
+    (r"\b160, 224\b", "128, 160"),
+    ("height=192,width=256", "height=128,width=192"),
+    (r"scene:(48|64),", "scene:16,"),
+    (r"scene:8,\{spec\}", "scene:2,{spec}"),
+    (r"minutes=0\.2\b", "minutes=0.05"),
+)
+# Compiling LR-ASPP, or trying out its settings, takes a minute; that it converts is what other tests prove.
+LARGE = r"model = [\w.]+\.lraspp_mobilenet_v3_large\([^)]*\)\.eval\(\)\n"
+SMALL = """import torch
+
+pairs = ((3, 8), (8, 8), (8, 8), (8, 8), (8, 6))
+layers = [layer for pair in pairs for layer in (torch.nn.Conv2d(*pair, 3, 2, 1), torch.nn.ReLU())]
+model = torch.nn.Sequential(*layers, torch.nn.UpsamplingBilinear2d(scale_factor=32)).eval()
+"""
+# A minute too: `examples/deploy/compile.py` calls it, and its test runs what it writes.
+AHEAD_OF_TIME = r".*\baoti_\w+\(.*\n"
+
+
+def smaller(code: str) -> str:
+    """Code of a page or a notebook that takes shorter: other numbers, and the networks that compilers take long for."""
+    if re.search(r"compile|\.recommend\(", code):
+        code = re.sub(AHEAD_OF_TIME, "", re.sub(LARGE, SMALL, code))
+    for pattern, replacement in SMALLER:
+        code = re.sub(pattern, replacement, code)
+    return code
 
 
 def _run(path: str, folder: str, argv: list[str]) -> None:

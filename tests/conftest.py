@@ -45,6 +45,8 @@ ROOT = TESTS.parent
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # `torch.manual_seed` looks for every kind of device, a millisecond each time.
 SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+# Whose tests take longest: they begin first, so that none is left at the end, when other workers have nothing to do.
+LONGEST = ("test_examples.py", "test_layers.py", "test_docs.py", "test_every_file.py", "test_measuring.py")
 MEMORY = {"not slow": 4 << 30, "slow": 8 << 30}  # bytes that a worker and what it starts take at most
 
 
@@ -65,7 +67,8 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let warnings be errors in the tests that everybody runs: the slow ones write files of, and compile, networks for
-    which the package warns on purpose."""
+    which the package warns on purpose. And let the longest begin first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.filterwarnings("default"))

@@ -15,7 +15,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from alone import run_alone
+from alone import run_alone, smaller
 from conftest import ROOT, assert_same, picture
 from nbclient import NotebookClient
 from networks import ManyOperations, StreetSegmenter, randomise
@@ -136,7 +136,10 @@ def test_a_package_runs_without_python(tmp_path: Path) -> None:
 @pytest.mark.slow
 @NOTEBOOKS
 def test_notebook_runs_and_shows_pictures(path: Path, tmp_path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
+    notebook, given = (nbformat.read(path, as_version=4) for _ in range(2))
+    for cell in notebook.cells:
+        cell.source = smaller(cell.source)
+    assert notebook != given
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]

@@ -1,4 +1,4 @@
-"""The package is layered, as its tests are; its core knows no library of networks; the README runs as printed."""
+"""The package is layered, as its tests are; its core knows no library of networks; the documents run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
-from alone import run_alone
+from alone import run_alone, smaller
 
 from cadsurgery.support.defaults import DEFAULT_MASK, ENGINES
 
@@ -38,6 +39,7 @@ FAMILIES = re.compile(
 )
 
 
+@cache
 def source_of(path: str) -> ast.Module:
     return ast.parse((ROOT / path).read_text())
 
@@ -232,22 +234,22 @@ def test_tests_stand_in_folders_of_the_rooms_under_names_of_their_own() -> None:
 def places_of(texts: Iterable[str]) -> set[str]:
     """The files of the package that have one of these texts as a constant."""
     return {
-        path.relative_to(ROOT / "cadsurgery").as_posix()
-        for path in (ROOT / "cadsurgery").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        path
+        for path in FILES
+        for node in ast.walk(source_of(path))
         if isinstance(node, ast.Constant) and node.value in texts
     }
 
 
 def test_another_default_mask_is_one_line() -> None:
     """Its name stands where it is chosen and where the mask is defined."""
-    assert places_of([DEFAULT_MASK]) == {"support/defaults.py", "masks/graded.py"}
+    assert places_of([DEFAULT_MASK]) == {"cadsurgery/support/defaults.py", "cadsurgery/masks/graded.py"}
 
 
 def test_another_engine_is_a_file_and_a_row() -> None:
     """Names and classes of engines stand in their table alone."""
     own_names = {name for name in ENGINES if "-" in name} | set(ENGINES.values())
-    assert places_of(own_names) == {"support/defaults.py"}
+    assert places_of(own_names) == {"cadsurgery/support/defaults.py"}
 
 
 def test_no_test_imports_another() -> None:
@@ -273,10 +275,10 @@ SITE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["README.md", *SITE])
-def test_the_python_of_the_documents_runs_as_printed(tmp_path: Path, path: str) -> None:
-    """All snippets one after another, as a reader would type them, in an empty folder."""
+def test_the_python_of_the_documents_runs(tmp_path: Path, path: str) -> None:
+    """All snippets one after another, as a reader would type them, in an empty folder; with smaller numbers."""
     assert snippets(path)
-    (tmp_path / "snippets.py").write_text("\n".join(snippets(path)))
+    (tmp_path / "snippets.py").write_text(smaller("\n".join(snippets(path))))
     code, told = run_alone(tmp_path / "snippets.py", tmp_path)
     assert code == 0, told[-2000:]
 

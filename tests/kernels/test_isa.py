@@ -177,10 +177,6 @@ def test_families_of_processors(said: dict[str, str], family: str) -> None:
     assert processor._family(said) == family
 
 
-def test_a_processor_is_described_by_strings() -> None:
-    assert all(isinstance(part, str) for part in isa.processor())
-
-
 @needs_compiler
 def test_reports_name_what_is_used_and_the_caps(
     packaged: Path, monkeypatch: pytest.MonkeyPatch, cap_kernels: Cap

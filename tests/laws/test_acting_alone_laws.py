@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -209,11 +210,13 @@ def first_that_builds(kind: type[nn.Module]) -> nn.Module | None:
 def test_what_acts_on_each_position_alone_stays_in_the_region(space: str) -> None:
     faults, asked = {}, 0
     for name, call in SPACES[space]().items():
+        # Of a method that is a function, too, other arguments are asked of the function.
+        most = 1 if space == "methods" and hasattr(torch, name) else None
         if without_use(name):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated functions, and implicit axes
-            for net in nets(call):
+            for net in islice(nets(call), most):
                 asked += 1
                 if problem := fault(net):
                     faults[f"{name}{net.arguments}{net.options}"] = problem

@@ -17,12 +17,9 @@ from benchmarks.zoo.corpus import CHECKOUT, subject
 # 100 pixels, poses, several scales.
 SIZES = {
     "realtime:SegNet": (64, 96),
-    "realtime:ENetLike": (64, 96),
     "light:FSSNetLike": (64, 96),
     "realtime:LinkNet": (96, 128),
-    "realtime:ERFNetLike": (96, 128),
     "realtime:ESPNetLike": (96, 128),
-    "scenes:FCNSums": (96, 128),
     "scenes:FCN8s": (64, 96),
     "heads:PoseBaseline": (96, 128),
     "heads:StackedHourglass": (128, 128),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +79,24 @@ def test_samples_on_a_grid_have_the_median_of_each_picture(size: tuple[int, int]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "dynamic"), [("onnx", False), ("onnx", True), ("openvino", True)])
-def test_it_is_written_for_engines_at_one_size_and_at_any(engine: str, dynamic: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_is_written_for_engines_at_one_size_and_at_any(dynamic: bool, tmp_path: Path) -> None:
     """The level map, too, is that of torch, at sizes that the example did not have."""
-    pytest.importorskip({"onnx": "onnxruntime"}.get(engine, engine))
+    pytest.importorskip("onnxruntime")
     from cadsurgery.network.export.engines import ENGINES
 
     net = cs.adaptify(strided(3, outputs=2), "content:margin=0", coarsest=CELL, verify_laws=False)
-    cs.export(net, page(0.05), tmp_path / "net.onnx", dynamic=dynamic, check_in=engine)
-    run = ENGINES[engine](tmp_path / "net.onnx")
+    cs.export(net, page(0.05), tmp_path / "net.onnx", dynamic=dynamic)
     pictures = [
         page(0.05).flip(3),
         page(0.2)[..., :101, :75].repeat(2, 1, 1, 1),
         page(0.1).repeat(1, 1, 2, 3),
     ]
-    for picture in pictures if dynamic else pictures[:1]:
-        with torch.no_grad():
-            expected = net(picture)
-        output, levels = run(picture)
-        assert torch.equal(levels, net.levels) and 0 < net.active_fraction < 1
-        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    for engine in ("onnx", "openvino") if importlib.util.find_spec("openvino") else ("onnx",):
+        run = ENGINES[engine](tmp_path / "net.onnx")
+        for picture in pictures if dynamic else pictures[:1]:
+            with torch.no_grad():
+                expected = net(picture)
+            output, levels = run(picture)
+            assert torch.equal(levels, net.levels) and 0 < net.active_fraction < 1
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import cadsurgery as cs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+ENGINES_HERE = ("onnx", *(("openvino",) if importlib.util.find_spec("openvino") else ()))
 # Operations that the oldest ONNX Runtime of the tested range, 1.20, does not have for int8, the type of level maps.
 NOT_OF_INT8 = {"Where", "Min", "Max"}
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, images, random_levels, slow
+from conftest import Run, images, random_levels, slow
 from networks import made_once, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from benchmarks import soak
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.weights import MOST_FORMS, FusedConv
 from cadsurgery.elements.functional import Elements
@@ -146,15 +145,26 @@ def test_a_bucketed_network_keeps_the_graphs_used_last(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells it")
-def test_the_soak_writes_its_figures(tmp_path: Path) -> None:
-    file = tmp_path / "soak.json"
-    command = [sys.executable, ROOT / "benchmarks/soak.py", "--calls", "4", "--every", "2", "--output", file]
-    command += ["--size", "32", "64", "--network", "squeezenet1_1", "--sides", "dense", "optimised"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    found = json.loads(file.read_text())
+def test_the_soak_writes_its_figures(command_line: Run, tmp_path: Path) -> None:
+    arguments = ("--calls", 4, "--every", 2, "--size", 32, 64, "--network", "squeezenet1_1")
+    done = command_line(*arguments, "--sides", "dense", "optimised", module="benchmarks.soak")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "soak.json").read_text())
     assert found["network"] == "squeezenet1_1" and found["setting"]
     for side in ("dense", "optimised"):
         assert [row["calls"] for row in found["sides"][side]] == [0, 2, 4]
         assert all(row["resident"] > row["heap"] > 0 for row in found["sides"][side])
-        assert f"{side:10}" in done.stdout
+        assert f"{side:10}" in done.out
+
+
+@pytest.mark.parametrize(
+    ("heaps", "grown"),
+    [
+        ([10, 100, 150, 150, 149, 151, 150, 150], 0.0),  # filled, then flat
+        ([10, 20, 30, 40, 50, 60, 70, 80], 40.0),
+        ([150, 150, 150, 150, 100, 100, 100, 100], 0.0),
+        ([10, 400], 0.0),  # too few to tell
+    ],
+)
+def test_memory_that_grows_after_the_first_quarter_is_seen(heaps: list[float], grown: float) -> None:
+    assert soak.growth([{"heap": heap} for heap in heaps]) == grown

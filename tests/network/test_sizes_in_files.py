@@ -141,7 +141,7 @@ def test_what_torch_raises_names_the_operation_and_another_file(
     file: str, options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mask = "edges | budget:fraction=0.3"
-    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), mask, example_input=torch.randn(1, 3, 64, 96))
+    net = unverified(strided(3, outputs=4, kernel=3), mask, example_input=torch.randn(1, 3, 64, 96))
 
     def fail(*args: object, **options: object) -> Tensor:
         if torch.compiler.is_compiling():
@@ -176,7 +176,7 @@ def test_a_number_that_depends_on_values_is_refused_at_its_operation_and_nothing
     file: str, options: dict[str, bool], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """torch raises GuardOnDataDependentSymNode, and prints the graph so far."""
-    model = nn.Sequential(strided(outputs=4, kernel=3), Chosen(), nn.Conv2d(4, 4, 1)).eval()
+    model = nn.Sequential(strided(3, outputs=4, kernel=3), Chosen(), nn.Conv2d(4, 4, 1)).eval()
     mask = "edges | budget:fraction=0.3"
     net = unverified(model, mask, example_input=torch.rand(1, 3, 64, 96))
     capfd.readouterr()
@@ -222,7 +222,7 @@ def test_whatever_raises_is_refused_and_leaves_nothing(
     """A file that was there before stays as it was."""
     path, mask = tmp_path / file, "edges | budget:fraction=0.3"
     path.write_bytes(b"an older file")
-    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), mask, example_input=torch.randn(1, 3, 64, 96))
+    net = unverified(strided(3, outputs=4, kernel=3), mask, example_input=torch.randn(1, 3, 64, 96))
 
     def fail(*args: object, **options: object) -> object:
         raise RuntimeError("not today")
@@ -246,7 +246,7 @@ class Bessel(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [slow(False), True])
 def test_an_operation_without_onnx_is_named_with_its_module(dynamic: bool, tmp_path: Path) -> None:
-    model = nn.Sequential(strided(outputs=4, kernel=3), Bessel(), nn.Conv2d(4, 4, 1)).eval()
+    model = nn.Sequential(strided(3, outputs=4, kernel=3), Bessel(), nn.Conv2d(4, 4, 1)).eval()
     net = unverified(model, "edges", example_input=torch.rand(1, 3, 64, 96))
     with pytest.raises(cs.CannotConvert, match="No ONNX function found") as refusal:
         cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / "net.onnx", dynamic=dynamic)
@@ -257,7 +257,7 @@ def test_an_operation_without_onnx_is_named_with_its_module(dynamic: bool, tmp_p
 
 @pytest.mark.slow
 def test_a_file_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = cs.adaptify(strided(outputs=4, kernel=3).eval(), "edges", example_input=torch.randn(1, 3, 64, 96))
+    net = unverified(strided(3, outputs=4, kernel=3), "edges", example_input=torch.randn(1, 3, 64, 96))
 
     def save(program: object, path: str, **options: object) -> None:
         Path(path).write_bytes(b"half")

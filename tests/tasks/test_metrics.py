@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchmetrics
 from torch import Tensor
 
 import cadsurgery as cs
@@ -70,6 +69,8 @@ def boundary_iou(prediction: Tensor, labels: Tensor, distance: int) -> float:
 
 
 def test_iou_and_pixel_accuracy_are_those_of_torchmetrics() -> None:
+    import torchmetrics  # with scipy, which takes seconds
+
     prediction, labels = maps(3)
     found = compute(prediction, labels)
     options: dict[str, Any] = {"num_classes": CLASSES, "ignore_index": IGNORED}

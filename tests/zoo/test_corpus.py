@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, slow
+from conftest import ROOT, Run, slow
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -49,9 +49,19 @@ def test_every_idiom_has_networks_and_every_network_says_what_it_stands_for() ->
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in SUBJECTS])
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_of_the_corpus_is_what_its_row_says(name: str) -> None:
-    """Law 1 at sizes of its own, other weights, `optimize()`; and nothing is wrong or silent."""
-    row = check_network(SUBJECTS[name])
-    assert row["result"] != "broken", row
+    """Law 1 at sizes of its own, other weights, `optimize()`; and nothing is wrong or silent. It is small, and what it
+    returns is not constant, so that there is something to compare."""
+    one = SUBJECTS[name]
+    model = one.build()
+    row = check_network(dataclasses.replace(one, build=lambda: model))
+    assert row["result"] != "broken" and row["parameters"] < 1_000_000, row
+    first = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
+    sizes = ((64, 96), (128, 160))  # it may rearrange pixels first, or be too deep for the smaller one
+    images = (torch.randn(2, channels, *size).to(first) for size in sizes for channels in (first.shape[1], 3))
+    image = next(x for x in images if network_check._takes(model, one.arguments(x)))
+    with torch.no_grad():
+        outputs = tensors_of(network_check._call(model.eval(), one.arguments(image)))
+    assert any(float(output.double().std()) > 1e-4 for output in outputs)
     if row["result"] == "converts":
         limit = 1e-9 if row.get("dtype") == "float64" else 1e-4
         assert max(row["errors"].values()) < limit, row
@@ -62,24 +72,6 @@ def test_a_network_of_the_corpus_is_what_its_row_says(name: str) -> None:
         assert row["what"] and row["next"], row
     if name in QUICK:
         assert row["result"] == "converts" and row["effect"] and row["share_in_region"] >= 0.3, row
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SUBJECTS)
-@pytest.mark.filterwarnings("ignore")
-def test_a_network_of_the_corpus_has_something_to_compare(name: str) -> None:
-    """Its outputs are not constant, and it is small."""
-    one = SUBJECTS[name]
-    model = one.build().eval()
-    network_check.settle(model)
-    first = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
-    sizes = ((64, 96), (128, 160))  # it may rearrange pixels first, or be too deep for the smaller one
-    images = (torch.randn(2, channels, *size) for size in sizes for channels in (first, 3))
-    image = next(x for x in images if network_check._takes(model, one.arguments(x)))
-    with torch.no_grad():
-        outputs = tensors_of(network_check._call(model, one.arguments(image)))
-    assert any(float(output.double().std()) > 1e-4 for output in outputs)
-    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
 
 
 # -- files of networks -------------------------------------------------------------------------------------
@@ -146,17 +138,13 @@ def test_the_corpus_of_a_checkout_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_the_script_writes_a_row_for_each_network_and_goes_on(small: Path) -> None:
+def test_the_script_writes_a_row_for_each_network_and_goes_on(small: Path, command_line: Run) -> None:
     path = small.with_suffix(".jsonl")
-    command = [sys.executable, "-m", "benchmarks.zoo.check", str(small), "--corpus", "--output", str(path)]
-
-    def run() -> str:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-    assert "converts" in run()
+    run = partial(command_line, small, "--corpus", "--output", path, module="benchmarks.zoo.check")
+    assert "converts" in run().out
     (row,) = read_rows(path)
     assert row["result"] == "converts" and max(row["errors"].values()) < 1e-4
-    assert run() == "1 networks: 1 converts\n"  # it has been checked already
+    assert run().out == "1 networks: 1 converts\n"  # it has been checked already
 
 
 @pytest.mark.slow

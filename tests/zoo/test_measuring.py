@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import Run
 
 from benchmarks import memory
 from benchmarks.instruction_sets import _LIBRARIES, environment_of, join
@@ -19,9 +17,8 @@ pytestmark = pytest.mark.skipif(not (memory.PROCESS / "status").exists(), reason
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("process", ["first", "second"])
-def test_what_is_freed_is_not_in_the_peak(process: str) -> None:
-    """Only what is in use at once, however often memory was taken before, and the same in every process."""
+def test_what_is_freed_is_not_in_the_peak() -> None:
+    """Only what is in use at once, however often memory was taken before."""
     peak = float(memory.run_alone("import peaks; peaks.print_peak_among_holes(16)", ""))
     assert peak == pytest.approx(3 * 16, abs=3)
 
@@ -46,10 +43,9 @@ def test_torch_onednn_and_mkl_are_capped_alike() -> None:
 
 
 @pytest.mark.slow
-def test_the_memory_of_each_side_is_in_the_report(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.memory", "resnet18", "--fractions", "0.5", "--threads", "1"]
-    more = ["--size", "128", "192", "--mask", "none", "--output", str(tmp_path / "memory.json")]
-    subprocess.run([*command, *more], cwd=ROOT, check=True)
+def test_the_memory_of_each_side_is_in_the_report(command_line: Run, tmp_path: Path) -> None:
+    options = ("--fractions", "0.5", "--threads", 1, "--size", 128, 192, "--mask", "none")
+    command_line("resnet18", *options, "--output", "memory.json", module="benchmarks.memory")
     (network,) = json.loads((tmp_path / "memory.json").read_text())["networks"]
     high, low, (row,) = network["dense_high"], network["dense_low"], network["rows"]
     assert high["memory_mib"] > low["memory_mib"] > 0
@@ -57,12 +53,11 @@ def test_the_memory_of_each_side_is_in_the_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_each_instruction_set_is_in_force_in_a_process_of_its_own(tmp_path: Path) -> None:
-    caps, file = isa.here()[:2], tmp_path / "report.json"
-    options = ["-m", "resnet18", "--mask", "none", "--fractions", "0.5", "--size", "64x96", "--rounds", "1"]
-    command = [sys.executable, "-m", "benchmarks.instruction_sets", ",".join(caps), str(file), *options]
-    subprocess.run(command, cwd=ROOT, check=True)
-    report = json.loads(file.read_text())
+def test_each_instruction_set_is_in_force_in_a_process_of_its_own(command_line: Run, tmp_path: Path) -> None:
+    caps, options = isa.here()[:2], ("--mask", "none", "--fractions", "0.5", "--size", "64x96", "--rounds", 1)
+    script, file = "benchmarks.instruction_sets", "report.json"
+    command_line(",".join(caps), file, "-m", "resnet18", *options, module=script)
+    report = json.loads((tmp_path / file).read_text())
     assert [network["isa"] for network in report["networks"]] == list(caps)
     assert [report["caps"][cap]["kernels"] for cap in caps] == list(caps)
 

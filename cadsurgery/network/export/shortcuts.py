@@ -15,6 +15,7 @@ import torch.fx.experimental._config as symbolic_config
 from torch import fx
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental import proxy_tensor
+from torch.onnx._internal.exporter import _registration
 from torch.onnx._internal.fx.passes import type_promotion
 
 from cadsurgery.surgery.graphs import line_that_runs
@@ -110,7 +111,8 @@ def _run_node(self: Any, n: fx.Node) -> Any:
 def reading_signatures_once() -> Iterator[None]:
     """Let torch's exporter keep what it reads from the tables of ONNX, and Python what the exporter's protocols demand.
 
-    Both were read again for each operation, which took a tenth of the time of an export.
+    Both were read again for each operation, which took a tenth of the time of an export. The list of what torch's
+    operations are in ONNX was made again for each export, from the source code of six hundred functions.
     """
     try:
         from onnx_ir.schemas import OpSignature
@@ -125,9 +127,17 @@ def reading_signatures_once() -> Iterator[None]:
             kept[key] = read(schema)
         return kept[key]
 
+    operations = _torchlib()
     demanded = cache(typing._get_protocol_attrs)  # type: ignore[attr-defined]
     with (
         mock.patch.object(OpSignature, "from_op_schema", read_once),
         mock.patch.object(typing, "_get_protocol_attrs", demanded),
+        mock.patch.object(_registration.onnxscript_apis, "get_torchlib_ops", lambda: operations),
     ):
         yield
+
+
+@cache
+def _torchlib() -> Any:
+    """List what torch's operations are in ONNX."""
+    return _registration.onnxscript_apis.get_torchlib_ops()
