@@ -254,44 +254,17 @@ def quantise(
     with torch.no_grad():
         work = _Quantiser(fast, program)
         work.observe(batches, step)
-        expected = [_outputs(fast, batch) for batch in batches[:_COMPARED]]
-        compared = batches[:_COMPARED]
-
-        def candidates(method: str, first: int = 0) -> Iterator[tuple[float, str, _Rewritten]]:
-            for rewritten in work.rewrite(method, compared, first):
-                rewritten.apply(fast)
-                outputs = (
-                    (batch_of(batch), _outputs(fast, batch), exact)
-                    for batch, exact in zip(compared, expected, strict=True)
-                )
-                error = measure(outputs).error
-                yield error, method, rewritten
-                fast.use_program(program)
-                work.restore()
-
-        found: list[tuple[float, str, _Rewritten]] = []
+        compared = [(batch, _outputs(fast, batch)) for batch in batches[:_COMPARED]]
+        tried: list[_Tried] = []
         for place, method in enumerate(_METHODS):
             step(f"quantising, scales by {method}", place, len(_METHODS))
-            found += candidates(method)
-        least = min(error for error, *_ in found)
-        near = [one for one in found if one[0] <= max(_WORTH * least, _SMALL)] or found  # if all are NaN
-        error, method, rewritten = min(near, key=lambda one: (one[2].in_float, one[0]))
+            tried += work.try_out(method, compared)
+        least = min(way.error for way in tried)
+        near = [way for way in tried if way.error <= max(_WORTH * least, _SMALL)] or tried  # if all are NaN
+        best = min(near, key=lambda way: (way.rewritten.in_float, way.error))
         if largest_error is not None:
-            first = _FIRST
-            while error > largest_error and 2 * first <= sum(not layer.why for layer in work.layers.values()):
-                step(f"quantising, the first {first} layers in float32")
-                better = min(candidates(method, first), key=lambda one: one[0])
-                if better[0] < error:
-                    error, _, rewritten = better
-                first *= 2
-            if error > largest_error:
-                warnings.warn(
-                    f"the outputs of the copy in 8 bits differ by {error:.3g} of their size, not by "
-                    f"{largest_error:g}, even with the first {first // 2} layers in float32. Leave it in float, or "
-                    "calibrate by more images like those it will see.",
-                    CadWarning,
-                    stacklevel=5,
-                )
+            best = work.keep_first_in_float(best, largest_error, compared, step)
+        error, method, rewritten = best
         if not error < float("inf"):
             raise CannotConvert(
                 "the network in 8 bits gives values that are not finite.",
@@ -301,13 +274,21 @@ def quantise(
         if largest_error is None and error > _UNSAID:
             warnings.warn(
                 f"the outputs of the copy in 8 bits differ from those in float by {100 * error:.2g} % of their size on "
-                f"the calibration images.{_largest_sources(work.find_growth(rewritten, _first_image(compared[0])))} "
+                f"the calibration images.{_largest_sources(work.find_growth(rewritten, _first_image(batches[0])))} "
                 f"net.optimize(..., largest_error={_UNSAID:g}) keeps the first layers in float32 until they differ by "
                 "no more; net.optimize() keeps all.",
                 CadWarning,
                 stacklevel=5,
             )
-    return Quantisation(tuple(rewritten.layers), error, method, form_here() or "", len(expected))
+    return Quantisation(tuple(rewritten.layers), error, method, form_here() or "", len(compared))
+
+
+class _Tried(NamedTuple):
+    """A way to quantise a network: its error, the method of its ranges, and the network."""
+
+    error: float
+    method: str
+    rewritten: _Rewritten
 
 
 class _Quantiser:
@@ -320,6 +301,47 @@ class _Quantiser:
         self.layers = {layer.node: layer for layer in found if layer is not None}
         self.values: dict[fx.Node, _Values] = {}
         self.kinds: dict[fx.Node, type] = {}
+
+    def try_out(
+        self, method: str, compared: Sequence[tuple[Any, list[Tensor]]], first: int = 0
+    ) -> list[_Tried]:
+        """Compare the ways to quantise with ranges by a method; `compared` are batches with the outputs in float."""
+        tried = []
+        for rewritten in self.rewrite(method, [batch for batch, _ in compared], first):
+            rewritten.apply(self.fast)
+            outputs = ((batch_of(batch), _outputs(self.fast, batch), exact) for batch, exact in compared)
+            tried.append(_Tried(measure(outputs).error, method, rewritten))
+            self.fast.use_program(self.program)
+            self.restore()
+        return tried
+
+    def keep_first_in_float(
+        self,
+        best: _Tried,
+        largest_error: float,
+        compared: Sequence[tuple[Any, list[Tensor]]],
+        step: Step,
+    ) -> _Tried:
+        """Return the best way with more and more of the first layers in float32, until its error is small enough.
+
+        Warns:
+            CadWarning: it is too large with half of the layers in float32.
+        """
+        first = _FIRST
+        count = sum(not layer.why for layer in self.layers.values())
+        while best.error > largest_error and 2 * first <= count:
+            step(f"quantising, the first {first} layers in float32")
+            best = min(best, *self.try_out(best.method, compared, first), key=lambda way: way.error)
+            first *= 2
+        if best.error > largest_error:
+            warnings.warn(
+                f"the outputs of the copy in 8 bits differ by {best.error:.3g} of their size, not by "
+                f"{largest_error:g}, even with the first {first // 2} layers in float32. Leave it in float, or "
+                "calibrate by more images like those it will see.",
+                CadWarning,
+                stacklevel=6,
+            )
+        return best
 
     # -- layers ------------------------------------------------------------------------------------
 

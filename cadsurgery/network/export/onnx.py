@@ -123,22 +123,39 @@ def write(
             _finish(model.model, target.has_kernels, _metadata(net, dynamic, multiple), free)
             step("writing")
             _save(model, path)
-    tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
     with refused("an engine does not open the file", _other_files(dynamic, level_map)):
         runs = [engine(path, torch.get_num_threads()) for engine in engines]
-    step("comparing")
     answers = _answers(net, image, other, dynamic, None if 0 in free else len(image), multiple)
     batches = [answer.image for answer in answers]
-    pairs = [(run, answer) for answer in answers for run in runs]
-    counted_pairs = counted(pairs, step, "comparing, batch")
-    differences = (_compare(net, run, answer, level_map) for run, answer in counted_pairs)
-    largest = check_difference(differences, tolerance, lambda: rounding_of(net, batches))
+    tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
+    largest = _compare_all(net, runs, answers, level_map, tolerance, step)
     shapes = tuple(tuple(batch.shape) for batch in batches)
     compared = Comparison(largest, shapes, input_names, outputs, multiple)
     if int8:
         calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
         compared = replace(compared, fidelity=to_8_bits(path, engines[-1], calls, others, step))
     return compared, shape
+
+
+def _compare_all(
+    net: AdaptiveModel,
+    runs: Sequence[Engine],
+    answers: Sequence[_Answer],
+    level_map: bool,
+    tolerance: float,
+    step: Step,
+) -> float:
+    """Run a file in engines on all images and return its largest difference from the network's answers.
+
+    Raises:
+        CannotConvert: it is above the tolerance.
+    """
+    step("comparing")
+    pairs = counted([(run, answer) for answer in answers for run in runs], step, "comparing, batch")
+    differences = (_compare(net, run, answer, level_map) for run, answer in pairs)
+    return check_difference(
+        differences, tolerance, lambda: rounding_of(net, [answer.image for answer in answers])
+    )
 
 
 def _finish(model: Any, has_kernels: bool, metadata: dict[str, str], free: set[int]) -> None:
