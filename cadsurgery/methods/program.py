@@ -161,6 +161,11 @@ class Call:
         return step.target(*args, **kwargs)
 
 
+def call(net: nn.Module, step: Step, value_of: Callable[[str], Any], arguments: Mapping[str, Any]) -> Any:
+    """Run a step as the graph does, in a call of a network with these arguments; see `Call`."""
+    return Call(net, dict(arguments)).compute(step, value_of)
+
+
 def attribute(net: nn.Module, path: str) -> Any:
     """Return a parameter, buffer, module, constant or the training flag by its qualified name."""
     parent, _, name = path.rpartition(".")
