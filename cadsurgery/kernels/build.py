@@ -112,6 +112,16 @@ INSTRUCTION_SETS: dict[str, tuple[InstructionSet, ...]] = {
     ),
 }
 _ANY = (InstructionSet("scalar", (), ("-DSCALAR",)),)
+# What each instruction set needs, with bit i for feature i: C files that choose forms get it as a table and as numbers.
+_NEEDS = {
+    row.name: sum(1 << FEATURES.index(name) for name in row.needs)
+    for sets in INSTRUCTION_SETS.values()
+    for row in sets
+}
+_TABLE_OF_SETS = (
+    "-DSETS=" + ",".join(f'{{"{name}",{bits}}}' for name, bits in _NEEDS.items()),
+    *(f"-DNEEDS_{name}={bits}" for name, bits in _NEEDS.items()),
+)
 
 ELEMENTS: dict[str, tuple[str, ...]] = {
     "float32": ("-DELEMENT=float",),
@@ -233,7 +243,7 @@ def forms(sources: Path = SOURCES, of: str | None = None) -> list[Form]:
         if not file.exists():
             continue
         if not row.sets:
-            listed.append(Form(file, "", (*row.flags, *baseline, *_table_of_sets(of)), None))
+            listed.append(Form(file, "", (*row.flags, *baseline, *_TABLE_OF_SETS), None))
         for name in row.sets:
             for element in row.elements or ("",):
                 if name in sets:
@@ -241,13 +251,6 @@ def forms(sources: Path = SOURCES, of: str | None = None) -> list[Form]:
                     flags = (*row.flags, *sets[name].flags, *ELEMENTS.get(element, ()))
                     listed.append(Form(file, suffix, flags, sets[name]))
     return listed
-
-
-def _table_of_sets(of: str | None) -> tuple[str, ...]:
-    """Return flags that give C files the table of instruction sets, with the features that each needs as bits."""
-    needs = {row.name: sum(1 << FEATURES.index(name) for name in row.needs) for row in instruction_sets(of)}
-    table = ",".join(f'{{"{name}",{bits}}}' for name, bits in needs.items())
-    return (f"-DSETS={table}", *(f"-DNEEDS_{name}={bits}" for name, bits in needs.items()))
 
 
 def fingerprint(sources: Path = SOURCES, of: str | None = None) -> str:
