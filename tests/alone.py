@@ -17,7 +17,7 @@ SMALLER = (
     (r"\b160, 224\b", "128, 160"),
     ("height=192,width=256", "height=128,width=192"),
     (r"scene:(48|64),", "scene:16,"),
-    (r"scene:8,\{spec\}", "scene:2,{spec}"),
+    (r"scene:8,\{spec\}", "scene:6,{spec}"),
     (r"minutes=0\.2\b", "minutes=0.05"),
 )
 # Compiling LR-ASPP, or trying out its settings, takes a minute; that it converts is what other tests prove.

@@ -243,7 +243,7 @@ NOT_FOLLOWED = ("pythonic:ChangesInPlace",)
 # No random networks: in noise many patches are alike but for rounding, and a budget may choose others.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*HEADS, *LIBRARY, *ZOO, *CORPUS][:: 5 * min(EVERY, 9)])
+@pytest.mark.parametrize("name", [*HEADS, *LIBRARY, *ZOO, *CORPUS][:: 5 * min(EVERY, 6)])
 @torch.no_grad()
 def test_some_are_written_for_openvino_and_as_programs(name: str, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
