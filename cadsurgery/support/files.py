@@ -193,7 +193,8 @@ def make_folder(path: Path | str) -> Path:
 
 @contextlib.contextmanager
 def as_file_error(what: str, next: str, where: str = "") -> Iterator[None]:
-    """Turn every error in the block into a `FileError`, for code that builds something from a file's content."""
+    """Turn every error in the block into a `FileError`, for code that opens a file or builds something from its
+    content."""
     try:
         yield
     except FileError:

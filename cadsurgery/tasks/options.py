@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cadsurgery.support.defaults import ENGINES
+from cadsurgery.support.defaults import ENGINES, KERNELS
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, check_name, first_line
 from cadsurgery.support.kinds import JSON, of_another_kind
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 D = TypeVar("D", bound=Any)
+_WITHOUT_KERNELS = [name for name in ENGINES if not name.endswith(KERNELS)]
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -148,7 +149,7 @@ class Exporting:
     )
     check_in: str = option(
         "onnx",
-        f"engine that runs the ONNX file to compare it: {', '.join(name for name in ENGINES if '-' not in name)}",
+        f"engine that runs the ONNX file to compare it: {', '.join(_WITHOUT_KERNELS)}",
     )
 
 

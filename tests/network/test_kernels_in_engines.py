@@ -324,8 +324,8 @@ def put_into_8_bits(path: Path, target: Path, for_onnxruntime: bool = True, mean
     for value in {value for node in nodes for value in (*node.inputs, *node.outputs)}:
         scale, zero = steps.get(value.name, RESULT)
         ranges[value] = -zero * scale, (255 - zero) * scale
-    round_weights(model.graph, nodes, {} if mean is None else {nodes[-1].inputs[0]: mean})
-    write_bytes(model.graph, nodes, set(), ranges, for_onnxruntime)
+    weights = round_weights(model.graph, nodes, {} if mean is None else {nodes[-1].inputs[0]: mean})
+    write_bytes(model.graph, nodes, weights, set(), ranges, for_onnxruntime)
     add_functions(model)
     passes.RemoveUnusedFunctionsPass()(model)
     onnx_ir.save(model, target)

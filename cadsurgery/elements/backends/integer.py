@@ -34,11 +34,8 @@ MOST, LARGEST_WEIGHT = 255, 127
 # Largest sum of two 8-bit weights for which the sum of two products with activations in 0..255 fits into 16 bits. x86
 # processors without VNNI add two neighbouring products in 16 bits, by vpmaddubsw, which saturates.
 LARGEST_PAIR = (1 << 15) // MOST
-MOST_PRODUCTS = 2**31 // (
-    MOST * (LARGEST_WEIGHT + 1)
-)  # how many products of the largest values fit into 32-bit sums
-
-
+# How many products of the largest values fit into 32-bit sums.
+MOST_PRODUCTS = 2**31 // (MOST * (LARGEST_WEIGHT + 1))
 # Activations besides clamps that the kernels apply to sums in registers, as they compute them, in the order of their
 # numbers in `kernels/c/int8.h`.
 FUSED: dict[str, Callable[[Tensor], Tensor]] = {

@@ -14,10 +14,7 @@ enum { TILE = 4, MOST_GROUP = VECTOR / 8 };
 
 INLINE sum in_sums(given value) {
 #ifdef BF16
-    const uint32_t bits = (uint32_t)value << 16;
-    sum wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
+    return widened(value);
 #else
     return value;
 #endif

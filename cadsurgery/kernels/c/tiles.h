@@ -29,15 +29,6 @@ enum { TOGETHER = 4 / sizeof(value), STEP = LINE / sizeof(value) }; /* adjacent 
     for (long line = 0; line < TILE; line++) memcpy((char *)(to) + line * (stride), tiles[t][line], LINE)
 #define MULTIPLY_TILES(t, a, b) multiply_plainly(tiles[t], tiles[a], tiles[b])
 
-#ifdef BF16
-INLINE float widened(uint16_t from) {
-    const uint32_t bits = (uint32_t)from << 16;
-    float number;
-    memcpy(&number, &bits, sizeof number);
-    return number;
-}
-#endif
-
 static void multiply_plainly(unsigned char sums[TILE][LINE], unsigned char rows[TILE][LINE], unsigned char by[TILE][LINE]) {
     for (long row = 0; row < TILE; row++)
         for (long column = 0; column < TILE; column++) {

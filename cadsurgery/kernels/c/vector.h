@@ -56,6 +56,12 @@
 #ifdef BF16
 typedef uint16_t element;
 typedef float sum;
+INLINE float widened(uint16_t from) {
+    const uint32_t bits = (uint32_t)from << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
 #elif defined(BYTES)
 typedef uint8_t element;
 typedef float sum;

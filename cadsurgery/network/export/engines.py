@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cadsurgery.network.export.engine import Engine, import_package
 from cadsurgery.support import defaults
+from cadsurgery.support.defaults import KERNELS
 from cadsurgery.support.errors import check_name
 
 
@@ -99,7 +100,6 @@ def _core(extension: str = "") -> Any:
     return core
 
 
-_KERNELS = "-kernels"  # ends the names of engines with this package's kernels
 ENGINES: dict[str, type[Engine]] = {name: resolve_name(place) for name, place in defaults.ENGINES.items()}
 
 
@@ -107,7 +107,7 @@ def options_for(runtime: str) -> dict[str, Any]:
     """Return the options of `export` for files of an engine in `ENGINES`."""
     return {
         "to": "onnx",
-        "check_in": runtime.removesuffix(_KERNELS),
+        "check_in": runtime.removesuffix(KERNELS),
         "with_kernels": ENGINES[runtime].has_kernels,
     }
 
@@ -122,10 +122,10 @@ def engines_for(name: str, with_kernels: bool) -> list[type[Engine]]:
     Raises:
         UnknownName: there is no such engine, or none with kernels.
     """
-    able = [key for key in ENGINES if not with_kernels or f"{key}{_KERNELS}" in ENGINES]
+    able = [key for key in ENGINES if not with_kernels or f"{key}{KERNELS}" in ENGINES]
     able = [key for key in able if not ENGINES[key].has_kernels]
     check_name("engine with kernels" if with_kernels else "engine of ONNX files", name, able)
     plain = [ENGINES[name]]
     if not with_kernels:
         return plain
-    return [*(plain if plain[0].runs_bodies else []), ENGINES[f"{name}{_KERNELS}"]]
+    return [*(plain if plain[0].runs_bodies else []), ENGINES[f"{name}{KERNELS}"]]

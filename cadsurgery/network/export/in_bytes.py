@@ -21,6 +21,7 @@ PRODUCTS = ("Conv", "Gemm", "MatMul")
 # Operations that only move values, which keep their scale and zero point.
 MOVES = ("Gather", PICK, "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 _TO_MAP = [0, 3, 1, 2]  # permutation of rows to a map (B, C, H, W)
+Rounded = tuple[Tensor, Tensor]  # integers of a weight, outputs first, and the scale (O,) of each output
 _LARGEST_BIAS = 1 << 30  # of the integers of a bias: half of what 32 bits hold
 
 
@@ -41,7 +42,7 @@ def places_of_values(node: Any) -> list[int]:
     return [0, len(node.inputs) - 1] if is_convolution_of_rows(node) and _adds_residual(node) else [0]
 
 
-def round_weights(graph: Any, nodes: Sequence[Any], means: Mapping[Any, Tensor]) -> None:
+def round_weights(graph: Any, nodes: Sequence[Any], means: Mapping[Any, Tensor]) -> dict[Any, Rounded]:
     """Round the weights of nodes to what 8 bits hold, in floating point, and correct the mean error that this causes in
     their biases.
 
@@ -49,13 +50,17 @@ def round_weights(graph: Any, nodes: Sequence[Any], means: Mapping[Any, Tensor])
         graph: it is changed.
         nodes: nodes that will read and write 8 bits.
         means: of what products and functions read the mean (C,) in each channel.
+
+    Returns:
+        For each of the nodes with a weight its integers, outputs first, and the scale (O,) of each output.
     """
+    weights: dict[Any, Rounded] = {}
     for node in nodes:
         if node.op_type not in PRODUCTS and not _can_be_in_8_bits(node):
             continue
         place, rows = _place_of_weight(node), node.inputs[0]
         exact, groups, limited = _weight_of(node)
-        whole, scale = round_weight(exact, limited)
+        whole, scale = weights[node] = round_weight(exact, limited)
         rounded = whole * scale.view(-1, *[1] * (whole.dim() - 1))
         # New names, because another node may share the weight and stay in floating point.
         name = f"{node.inputs[place].name}.{node.name}"
@@ -67,11 +72,13 @@ def round_weights(graph: Any, nodes: Sequence[Any], means: Mapping[Any, Tensor])
             node.resize_inputs(max(len(node.inputs), place + 2))
             corrected = add_constant(graph, f"{name}.bias", (before + shift).float())
             node.replace_input_with(place + 1, corrected)
+    return weights
 
 
 def write_bytes(
     graph: Any,
     nodes: Sequence[Any],
+    weights: Mapping[Any, Rounded],
     mask: set[Any],
     ranges: Mapping[Any, tuple[float, float]],
     for_onnxruntime: bool,
@@ -81,12 +88,13 @@ def write_bytes(
     Args:
         graph: it is changed; nodes without readers are left in it.
         nodes: the nodes, in the order of the graph.
+        weights: their weights, from `round_weights`.
         mask: nodes of the mask. They see what the nodes write in 8 bits, and all else in floating point; other nodes
             read every value in 8 bits that one of the nodes reads in 8 bits.
         ranges: of all values that the nodes read and write in 8 bits, but for constants.
         for_onnxruntime: True if the engine of the file is ONNX Runtime.
     """
-    writer = _Writer(graph, nodes, dict(ranges), for_onnxruntime)
+    writer = _Writer(graph, nodes, weights, dict(ranges), for_onnxruntime)
     readers = [
         (use.node, use.idx, value)
         for value in writer.parameters
@@ -108,10 +116,11 @@ class _Writer:
         self,
         graph: Any,
         nodes: Sequence[Any],
+        weights: Mapping[Any, Rounded],
         ranges: dict[Any, tuple[float, float]],
         for_onnxruntime: bool,
     ) -> None:
-        self.graph, self.ranges, self.for_onnxruntime = graph, ranges, for_onnxruntime
+        self.graph, self.weights, self.ranges, self.for_onnxruntime = graph, weights, ranges, for_onnxruntime
         self.nodes = dict.fromkeys(nodes)
         for node in nodes:
             self._absorb(node)
@@ -197,8 +206,7 @@ class _Writer:
         import onnx_ir
 
         (rows, *_, stored, bias, residual), result = node.inputs, node.outputs[0]
-        name, (by_output, groups, limited) = node.name, _weight_of(node)
-        whole, scale = round_weight(by_output, limited)
+        name, (whole, scale) = node.name, self.weights[node]
         more, of_residual = self._constant("nothing", torch.zeros(1, dtype=torch.uint8)), QuantParams(1.0, 0)
         if _adds_residual(node):
             more, of_residual = self._as_bytes(residual), self.parameters[residual]
@@ -206,7 +214,9 @@ class _Writer:
             self._constant(f"{name}.weight", _as_stored(node, whole)),
             self._constant(f"{name}.bias", _constant_of(bias)),
             more,
-            self._constant(f"{name}.scales", scale.view(groups, 1, -1) if len(stored.shape) == 4 else scale),
+            self._constant(
+                f"{name}.scales", scale.view(stored.shape[1], 1, -1) if len(stored.shape) == 4 else scale
+            ),
         )
         numbers = (*self.parameters[rows], *self.parameters[result], *of_residual)
         for option, number in zip(OF_8_BITS, numbers, strict=True):
@@ -222,8 +232,7 @@ class _Writer:
 
         Where a bias would not fit into 32 bits, the weights are tiny beside it, and their scale is larger.
         """
-        (by_output, _, limited), name = _weight_of(node), f"{node.inputs[1].name}.{node.name}"
-        whole, scale = round_weight(by_output, limited)
+        (whole, scale), name = self.weights[node], f"{node.inputs[1].name}.{node.name}"
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             bias, step = _constant_of(node.inputs[2]).flatten(), self.parameters[source].scale
             least = (bias.abs() / (_LARGEST_BIAS * step)).float()

@@ -164,10 +164,10 @@ def quantise(
     )
     common.NameFixPass()(model)
     shown = counted(calls, step, "measuring means, image", size=_images)
-    round_weights(model.graph, chosen, _means(model, chosen, shown, target))
+    weights = round_weights(model.graph, chosen, _means(model, chosen, shown, target))
     shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
     ranges = _ranges(model, chosen, shown, target)  # with rounded weights
-    write_bytes(model.graph, chosen, mask, ranges, issubclass(engine, OnnxRuntime))
+    write_bytes(model.graph, chosen, weights, mask, ranges, issubclass(engine, OnnxRuntime))
     add_functions(model)
     for finish in (
         common.RemoveUnusedNodesPass(),
