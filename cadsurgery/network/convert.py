@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.surgery.arguments import Arguments
+from cadsurgery.surgery.arguments import Arguments, Inputs
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import find_watched, parameter, prepare_weights
+from cadsurgery.surgery.outside import Outside
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
@@ -39,6 +40,12 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
         facts.container,
         unchanged,
         find_watched(facts.model, operations, [str(node.target) for node in used], _live(graph)),
+        Inputs.of(facts.model, facts.arguments).kinds,
+        Outside.of(
+            facts.model,
+            {str(node.target) for node in graph.nodes if node.op == "call_module"},
+            facts.kept.written if facts.kept is not None else (),
+        ),
     )
 
 
@@ -84,6 +91,8 @@ def convert_for_call(
             verify(Case.of(facts, carried.graph, chosen, program.geometry))
     except CadError as error:
         raise refusal from (error if error is not refusal else None)
+    # Constants of this path, which torch.fx keeps as attributes of the network.
+    net._constants.update({name: value for name, value in vars(model).items() if isinstance(value, Tensor)})
     return carried.bind_to(net)
 
 

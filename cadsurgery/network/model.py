@@ -39,11 +39,12 @@ from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.inputs import first_value
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.optimized import FLOAT, Precision, fuse_network, put_in_precision
-from cadsurgery.network.program import Masked, Program, ProgramNetwork, refuse_torchscript
+from cadsurgery.network.program import Masked, Program, ProgramNetwork, frozen_copy, refuse_torchscript
 from cadsurgery.network.quantise import Quantisation
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadWarning, InvalidInput
 from cadsurgery.support.progress import Step, silent, waiting
+from cadsurgery.surgery.arguments import kinds_of
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
 from cadsurgery.surgery.trace import drop_cached
@@ -134,7 +135,7 @@ class AdaptiveModel(ProgramNetwork):
         """Run the network; where Python branches differ from the conversion's, run a graph traced for this call."""
         if torch.compiler.is_compiling():
             return run(self._program, arguments)
-        call = _kind_of(arguments) if self._ways else ()
+        call = self._key_of(arguments) if self._ways else ()
         try:
             return run(self._ways.get(call, self._program), arguments)
         except GuardFailed as refusal:
@@ -144,11 +145,17 @@ class AdaptiveModel(ProgramNetwork):
 
     def _way_of(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
         """Return the program for calls of this kind, which fail the guards of the network's own; it is built once."""
-        call = _kind_of(arguments)
+        call = self._key_of(arguments)
         with _FOLLOWING:
             if call not in self._ways:
                 self._ways[call] = self._follow(arguments, refusal)
             return self._ways[call]
+
+    def _key_of(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """Return all that Python code may branch on in a call: shapes and types of tensors, all other arguments, and
+        attributes that it reads."""
+        kinds = tuple(kinds_of(arguments).items())
+        return kinds, self._program.state_outside, *map(_value_of, tree_leaves(arguments))
 
     def _follow(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
         """Convert the network for calls that take another path."""
@@ -408,8 +415,20 @@ class AdaptiveModel(ProgramNetwork):
         # nn.Module would register a mask provider as a submodule under the property's name.
         if name in ("mask", "normalisation"):
             object.__setattr__(self, name, value)
+        elif self._is_read_by_original(name):
+            self._set_on_original(name, value)
         else:
             super().__setattr__(name, value)
+
+    def _is_read_by_original(self, name: str) -> bool:
+        """True if the original's code reads an attribute of this name from the network itself."""
+        program = self.__dict__.get("_program")
+        is_own = name in self.__dict__ or hasattr(type(self), name)
+        return program is not None and not is_own and program.outside.has(name)
+
+    def _set_on_original(self, name: str, value: Any) -> None:
+        """Set an attribute that the original's code reads; the next call is read anew."""
+        setattr(self._original[0], name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -479,7 +498,7 @@ class OptimizedModel(AdaptiveModel):
         take_over(self, source)
         # Calls that take another path are converted from the unfolded weights.
         self._unfused: tuple[AdaptiveModel, ...] = ()
-        if any(map(is_guard, self.graph.nodes)):
+        if len(self.program.signature.parameters) > 1 or any(map(is_guard, self.graph.nodes)):
             self._unfused = (_inference_copy(net),)
         self._epilogues = epilogues
         self.weights_version = object()  # another object after weights were loaded or moved
@@ -536,6 +555,9 @@ class OptimizedModel(AdaptiveModel):
         way = OptimizedModel(source, self._epilogues)
         way._unfused, way._unit = (), self._unit
         return way.program
+
+    def _set_on_original(self, name: str, value: Any) -> None:
+        raise frozen_copy(f"{name} is set on an inference copy.")
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModel:
         """Move or convert the modules as torch does, including the unfolded weights kept for other paths."""
@@ -616,12 +638,8 @@ class _Last:
     levels: Tensor | None = None
 
 
-def _kind_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the values that Python may branch on in a call: shapes and types of tensors, and all other values."""
-    return tuple(
-        (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else repr(value)
-        for value in tree_leaves(arguments)
-    )
+def _value_of(value: Any) -> Any:
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else repr(value)
 
 
 # Submodules that the original does not have.

@@ -23,10 +23,11 @@ from cadsurgery.network.inputs import first_types, misfit, wrong_size, wrong_typ
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
-from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order
+from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order, kind_of
 from cadsurgery.surgery.graphs import GRAPH_FILE
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import Watch, Watched
+from cadsurgery.surgery.outside import Changed, Outside, OutsideWatch
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, ask_mask, halves, pack_graph, unpack_graph
 from cadsurgery.surgery.trace import evaluating
@@ -49,6 +50,8 @@ class Program:
         unchanged: the network's own graph, which runs instead if the mask keeps every value on its own grid; only for a
             part of a network whose discrete decisions (detections) must not depend on rounding.
         watched: modules that the rewritten graph relies on.
+        kinds: kind of each argument of the call that was traced, see `surgery.arguments.kind_of`.
+        outside: attributes and global values that the network's code read then.
         is_fused: true if weights are folded and packed for inference; they then convert themselves to any type.
         net: the `AdaptiveModel` whose modules and parameters the graphs use; see `bind_to`.
     """
@@ -60,38 +63,29 @@ class Program:
     container: type = dict
     unchanged: fx.Graph | None = None
     watched: tuple[Watched, ...] = ()
+    kinds: Mapping[str, Any] = field(default_factory=dict)
+    outside: Outside = field(default_factory=Outside)
     is_fused: bool = False
     net: Any = None
-    _absent: tuple[str, ...] = field(init=False, repr=False)
     _image: str = field(init=False, repr=False)
     _run: Any = field(init=False, repr=False)
     _run_unchanged: Any = field(init=False, repr=False)
     _watch: Watch = field(init=False, repr=False)
+    _outside: OutsideWatch = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Generated here, because a compiler that traces a call could not generate code.
         run_unchanged = runnable(self.unchanged) if self.unchanged is not None else None
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        absent = tuple(
-            str(node.target).lstrip("*")
-            for node in inputs
-            if (node.args == (None,) or str(node.target).startswith("**")) and not node.users
-        )
         source: Any = next(node.args[1] for node in self.graph.nodes if node.target is ask_mask)
         image = str(source.target) if source.op == "placeholder" else ""  # else it is in a list or dictionary
         run = runnable(self.graph)
-        self.__dict__.update(_run=run, _run_unchanged=run_unchanged, _absent=absent, _image=image)
-
-    @cached_property
-    def _var_keyword(self) -> tuple[str, ...]:
-        """The name of the original's parameter `**kwargs`, if it has one."""
-        every = self.signature.parameters.values()
-        return tuple(parameter.name for parameter in every if parameter.kind is parameter.VAR_KEYWORD)
+        self.__dict__.update(_run=run, _run_unchanged=run_unchanged, _image=image)
 
     def bind_to(self, net: Any) -> Program:
         """Return the program bound to the modules of another network; the generated code is shared."""
         program = object.__new__(Program)
         program.__dict__.update(self.__dict__, net=net, _watch=Watch(net, self.watched))
+        program.__dict__.update(_outside=OutsideWatch(net, self.outside))
         return program
 
     def interpreted_by(self, make: Callable[[Program, fx.Graph], fx.Interpreter]) -> Program:
@@ -136,8 +130,32 @@ class Program:
         names = Names(self.net)
         if not torch.compiler.is_compiling():
             self._watch()
+            self.check_outside()
             names.look_up_all()
         return names
+
+    def check_outside(self) -> None:
+        """Compare attributes and global values that the network's code reads with those at the conversion.
+
+        Raises:
+            GuardFailed: one is another; the graph does not hold for it.
+            InvalidInput: the same of an inference copy.
+        """
+        try:
+            self._outside()
+        except Changed as change:
+            if not self.is_fused:
+                raise GuardFailed(
+                    f"{change}.",
+                    why="the network's code reads it, and the network was converted with the value that it had.",
+                    next="convert it with this value: set it on the network first, and call cs.adaptify then.",
+                ) from None
+            raise frozen_copy(f"{change}.") from None
+
+    @property
+    def state_outside(self) -> str:
+        """A text that is the same while attributes and global values that the network's code reads are the same."""
+        return self._outside.state()
 
     def check_modules(self) -> None:
         """Check that the modules are those that were converted, with the same settings.
@@ -164,16 +182,19 @@ class Program:
 
     def __call__(self, masking: Any, arguments: dict[str, Any]) -> Masked:
         """Return output and lattice for a masking, a callable (image, fine map) -> Lattice."""
+        self.check_kinds(arguments)
         output, lattice = self._run(self.names(), masking, **arguments)
         return self.contain(output), lattice
 
     def run_original(self, level: int, arguments: dict[str, Any]) -> Masked:
         """Run the network's own graph, whose maps are all at the given level; return output and lattice."""
+        self.check_kinds(arguments)
         output, fine = self._run_unchanged(self.names(), **arguments)
         return self.contain(output), self.geometry.uniform_like(fine, level)
 
     def before(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
         """Run the first half and return all values that the second half needs."""
+        self.check_kinds(arguments)
         values: tuple[Any, ...] = self._run_halves[0](self.names(), **arguments)
         return values
 
@@ -255,6 +276,22 @@ class Program:
 
     # -- checking the arguments --------------------------------------------------------------------
 
+    def check_kinds(self, arguments: dict[str, Any]) -> None:
+        """Compare the arguments of a call with those of the call that was traced.
+
+        Raises:
+            GuardFailed: one is of another kind, see `surgery.arguments.kind_of`; the graph does not hold for it.
+        """
+        for name, value in arguments.items():
+            if kind_of(value) != self.kinds[name]:
+                raise GuardFailed(
+                    f"{name}={describe(value)} is not what the network was converted with.",
+                    why="its Python code may ask for the type of an argument, its length, its keys or whether it is "
+                    "there, and do something else then.",
+                    next=f"give {name} as at the conversion, or convert with this call: example_input= takes the "
+                    "arguments of a call.",
+                )
+
     def check(self, image: Any) -> None:
         """Refuse an invalid image batch, see `check_image`, and types that only fused weights would accept."""
         check_image(image)
@@ -269,20 +306,6 @@ class Program:
             InvalidInput: the image is invalid, or does not fit the network.
         """
         arguments = self.bind(*args, **kwargs)
-        for name in self._absent:
-            value = arguments.get(name)
-            if isinstance(value, dict) and value and name in self._var_keyword:
-                raise InvalidInput(
-                    f"{', '.join(value)} is not what the network was converted with.",
-                    why=f"Python may do anything with further arguments (**{name}); the graph is that of none.",
-                    next="leave it out.",
-                )
-            if value is not None and name not in self._var_keyword:
-                raise InvalidInput(
-                    f"{name}={describe(value)} is not what the network was converted with.",
-                    why="Python asks whether it is None; the graph is that of None.",
-                    next=f"leave {name} out, or convert with it: example_input= takes the arguments of a call.",
-                )
         image = self.image(arguments)
         if torch.compiler.is_compiling():
             self.check(image)
@@ -315,6 +338,15 @@ class Program:
                 lambda arguments: self.ask(masking, self.before(arguments)), *args, **kwargs
             )
         return lattice
+
+
+def frozen_copy(what: str) -> InvalidInput:
+    """Return the error for an inference copy whose attributes are changed."""
+    return InvalidInput(
+        what,
+        why="an inference copy keeps the values of the time when it was made.",
+        next="set it on the network that the copy was made from, and call optimize() again.",
+    )
 
 
 def refuse_torchscript() -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import is_dataclass
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +24,18 @@ from cadsurgery.support.errors import InvalidInput, first_line
 Arguments = dict[str, Any]
 
 _PLAIN = (bool, int, float, str, type(None))
+# Values that Python code compares and never computes with: a graph has them as constants.
+_CONSTANTS = (
+    bool,
+    str,
+    bytes,
+    type(None),
+    Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 
 
 def bind(model: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
@@ -55,14 +69,104 @@ def contain(output: Any, container: type) -> Any:
     return container(**output) if is_dataclass(container) else container(output)
 
 
-def take_image(model: nn.Module, image: Tensor) -> Arguments:
-    """Return the arguments of a call with an image as the network's first required argument."""
+def take_image(model: nn.Module, image: Any) -> Arguments:
+    """Return the arguments of a call with an image as the network's first required argument, or its first one."""
     parameters = list(inspect.signature(model.forward).parameters.values())
-    if not parameters:
+    named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    needed = (parameter for parameter in named if parameter.default is parameter.empty)
+    first = next(needed, next(iter(named or parameters), None))
+    if first is None:
         return {"image": image}
-    needed = (parameter for parameter in parameters if parameter.default is parameter.empty)
-    first = next(needed, parameters[0])
     return {first.name: (image,) if first.kind is first.VAR_POSITIONAL else image}
+
+
+# -- what is known of the arguments while a network is traced ------------------------------------------
+
+
+class _Unknown:
+    """Stands for an argument of which nothing is known."""
+
+
+_UNKNOWN = _Unknown()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a network.
+
+    Attributes:
+        signature: signature of its forward.
+        values: the arguments of a call by name, with defaults, as far as they are known.
+    """
+
+    signature: inspect.Signature
+    values: Arguments
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Arguments | None = None) -> Self:
+        """Return the inputs of a network for a call like the example; by default for one with an image alone."""
+        signature = inspect.signature(model.forward)
+        call = signature.bind_partial()
+        call.arguments.update(take_image(model, _UNKNOWN) if example is None else example)
+        call.apply_defaults()
+        return cls(signature, dict(call.arguments))
+
+    @property
+    def kinds(self) -> dict[str, Any]:
+        """The kind of each argument, see `kind_of`."""
+        return kinds_of(self.values)
+
+    def placeholders(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Yield name and default of each input, in a tuple that is empty without one; first the inputs without."""
+        kinds = inspect.Parameter
+        none: dict[Any, tuple[Any, ...]] = {kinds.VAR_POSITIONAL: ((),), kinds.VAR_KEYWORD: ({},)}
+        pairs = [
+            (name, none.get(one.kind) or (() if one.default is one.empty else (one.default,)))
+            for name, one in self.signature.parameters.items()
+        ]
+        yield from sorted(pairs, key=lambda pair: len(pair[1]))
+
+    def call(self, values: Arguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return positional and named arguments of a call with these values."""
+        bound = self.signature.bind_partial()
+        bound.arguments.update({name: values[name] for name in self.signature.parameters})
+        return bound.args, bound.kwargs
+
+    def open(self, name: str, proxy: Any) -> Any:
+        """Return what Python code gets for an input: containers with proxies in them, constants as they are."""
+        return _opened(self.values.get(name, _UNKNOWN), proxy)
+
+
+def _opened(value: Any, proxy: Any) -> Any:
+    if isinstance(value, _CONSTANTS):
+        return value
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _opened(part, proxy[key])) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        parts = (_opened(part, proxy[place]) for place, part in enumerate(value))
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return proxy
+
+
+def kinds_of(arguments: Arguments) -> dict[str, Any]:
+    """Return the kind of each argument by name."""
+    return {name: kind_of(value) for name, value in arguments.items()}
+
+
+def kind_of(value: Any) -> Any:
+    """Return all that Python code may ask of an argument without a guard on it: its class, keys and length, the value
+    of what is no number; of a tensor how many axes it has, whether its numbers are whole, and an image's channels."""
+    if isinstance(value, Tensor):
+        category = "float" if value.is_floating_point() else "complex" if value.is_complex() else "whole"
+        category = "bool" if value.dtype == torch.bool else category
+        return Tensor, value.dim(), category, value.shape[1] if value.dim() == 4 else 0
+    if isinstance(value, _CONSTANTS):
+        return type(value), value
+    if isinstance(value, dict):
+        return type(value), tuple((key, kind_of(part)) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(kind_of, value))
+    return type(value)
 
 
 def bind_example(model: nn.Module, example: object) -> Arguments:
@@ -159,14 +263,9 @@ def run_forward(model: nn.Module, arguments: Arguments) -> Any:
 
 def in_order(graph: fx.Graph, arguments: Arguments, *first: Any) -> list[Any]:
     """Return the values of a graph's inputs in order, with defaults for missing arguments, after the values `first`."""
-    values = list(first)
-    for node in [node for node in graph.nodes if node.op == "placeholder"][len(first) :]:
-        name = str(node.target)
-        if name.startswith("*"):
-            values.extend(arguments.get(name.lstrip("*"), ()))
-        else:
-            values.append(arguments.get(name, node.args[0] if node.args else None))
-    return values
+    inputs = [node for node in graph.nodes if node.op == "placeholder"][len(first) :]
+    given = (arguments.get(str(node.target), node.args[0] if node.args else None) for node in inputs)
+    return [*first, *given]
 
 
 def describe_call(model: nn.Module, arguments: Arguments) -> str:

@@ -25,11 +25,12 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
 from cadsurgery.support.divergence import tensors_of
-from cadsurgery.support.torch_operations import asks, name_of
-from cadsurgery.surgery.arguments import AnyLayout, Arguments
+from cadsurgery.support.torch_operations import asks, is_kind, name_of
+from cadsurgery.surgery.arguments import AnyLayout, Inputs
 from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
-from cadsurgery.surgery.tracer import Tracer, assign
+from cadsurgery.surgery.hooks import prepare_weights
+from cadsurgery.surgery.tracer import HOOKS, Tracer, Unknown, assign, cuts_channels
 
 # Functions whose result size depends on values.
 _SELECTIONS = frozenset(
@@ -57,6 +58,10 @@ _IS_ON_DEVICE = frozenset(
 )
 
 
+# Values that a guard compares as they are.
+_PLAIN = (bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
+
+
 class ByValues(Exception):
     """The Python code branches on pixel values, which a graph cannot represent."""
 
@@ -67,6 +72,10 @@ def _decided(take: Callable[[Any], Any]) -> Callable[..., Any]:
 
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda symbol, *args: symbol.tracer.call(function, symbol, *args)
+
+
+def _own(value: Any) -> Any:
+    return value
 
 
 class Symbol(fx.Proxy):
@@ -81,6 +90,8 @@ class Symbol(fx.Proxy):
             return self.device.type == name.removeprefix("is_")
         if name in _FACTS and isinstance(value := self.tracer.value(self), Tensor):
             return getattr(value, name)
+        if not hasattr(Tensor, name):
+            getattr(self.tracer.value(self), name)  # raises the error that `hasattr` asks for
         return _Attribute(self, name)
 
     @classmethod
@@ -110,15 +121,21 @@ class Symbol(fx.Proxy):
     __round__, __trunc__ = _recorded(round), _recorded(int)
     __floor__, __ceil__ = _recorded(math.floor), _recorded(math.ceil)
 
-    def __format__(self, how: str) -> str:  # formatting needs no guard
-        return format(self.tracer.value(self), how)
+    def __format__(self, how: str) -> str:
+        return format(self.tracer.decide(self, _own), how)
 
     def __str__(self) -> str:
-        return str(self.tracer.value(self))
+        return str(self.tracer.decide(self, _own))
+
+    def __repr__(self) -> str:
+        """Return the text of a number; of a tensor, which is in errors alone, that of its node."""
+        value = self.tracer.values.get(self.node)
+        return repr(self.tracer.decide(self, _own)) if isinstance(value, _PLAIN) else super().__repr__()
 
     def __hash__(self) -> int:
-        """Return the same number for the same computation with sizes, so that sizes may be keys of dictionaries."""
-        return hash(_as_key(self.node))
+        """Return the hash of a number, which may be a key; tensors are keys as objects."""
+        value = self.tracer.value(self)
+        return hash(self.node if isinstance(value, Tensor) else self.tracer.decide(self, _own))
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -131,15 +148,26 @@ class _Attribute(fx.proxy.Attribute, Symbol):
     """An attribute of a symbol; its node is created only when its value is needed, since it may be a method."""
 
 
+class _WithoutHooks(fx.Interpreter):
+    """Runs a graph without the hooks that are operations of the graph themselves."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_module" or HOOKS not in n.meta:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return prepare_weights(self.fetch_attr(str(n.target))).forward(*args, **kwargs)
+
+
 class Carrier(Tracer):
     """Traces a network on an example."""
 
-    def __init__(
-        self, *options: Any, example: Arguments, needs_gradients: bool = False, **named: Any
-    ) -> None:
-        """Take the options of `Tracer`, the arguments of a call, and the answer to whether tensors need gradients."""
+    _inputs: Inputs
+
+    def __init__(self, *options: Any, needs_gradients: bool = False, **named: Any) -> None:
+        """Take the options of `Tracer`, with inputs of which all is known, and the answer to whether tensors need
+        gradients."""
         super().__init__(*options, **named)
-        self.example, self._needs_gradients = example, needs_gradients
+        self._needs_gradients, self._foreign = needs_gradients, False
         self.asks_for_gradients = ""  # the line of the network's code that asks
         self.values: dict[fx.Node, Any] = {}
         self._run_so_far = 0
@@ -157,11 +185,20 @@ class Carrier(Tracer):
         """Record a module call as torch does; modules created in forward, e.g. by `layers[:4](x)`, are traced into."""
         if self._is_running or m not in (self.submodule_paths or {}):
             return forward(*args, **kwargs)
+        self._foreign |= bool(m._forward_hooks or m._forward_pre_hooks)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return parameters and buffers as nodes, except while operations run on the example."""
         return attr_val if self._is_running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def may_know_values(self) -> bool:
+        """True if values of the example may be constants of the graph: it has tensors that are none of the network's,
+        or hooks ran on the example."""
+        constants = any(
+            node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in self.graph.nodes
+        )
+        return constants or self._foreign
 
     # -- values ------------------------------------------------------------------------------------
 
@@ -174,15 +211,14 @@ class Carrier(Tracer):
 
     def _run(self) -> None:
         """Run the new nodes in order, so that in-place operations take effect."""
-        interpreter = fx.Interpreter(self.root, graph=self.graph)
+        interpreter = _WithoutHooks(self.root, graph=self.graph)
         interpreter.env = self.values
         self._is_running = True
         try:
             with torch.no_grad(), AnyLayout():
                 for node in list(self.graph.nodes)[self._run_so_far :]:
                     if node.op == "placeholder":
-                        default = node.args[0] if node.args else None
-                        value = self.example.get(str(node.target).lstrip("*"), default)
+                        value = self._inputs.values.get(str(node.target))
                         self.values[node] = tree_map_only(Tensor, Tensor.clone, value)
                     else:
                         self.values[node] = interpreter.run_node(node)
@@ -200,9 +236,9 @@ class Carrier(Tracer):
             self.asks_for_gradients = user_line()
             return self._needs_gradients
         outcome = take(value)
-        if take is len and isinstance(value, (tuple, list, dict)):
-            return outcome  # the number of dimensions or parts does not change between calls
-        if not (take is len and isinstance(value, Tensor)) and self._reads_values(node):
+        if take is len and isinstance(value, (tuple, list, dict)) and not self._varies(node):
+            return outcome
+        if take is not len and self._reads_values(node):
             raise ByValues(f"it decides by values of the image at {user_line()}")
         checked: Any = node
         if take is len:
@@ -215,6 +251,14 @@ class Carrier(Tracer):
             shown = (operands, before) if plain else ((), ())
             self.create_node("call_function", check_branch, (checked, outcome, user_line(), *shown), {})
         return outcome
+
+    def _varies(self, node: fx.Node) -> bool:
+        """True if a value may have another number of parts in another call: a tensor that is cut into pieces of a size,
+        along an axis whose length no weight fixes, or a slice of these."""
+        while node.target is operator.getitem and isinstance(self.values[node], (tuple, list)):
+            node = node.args[0]  # type: ignore[assignment]
+        is_cut = is_kind(node.target, "splits") or name_of(node.target) == "unbind"
+        return is_cut and not cuts_channels(node, self.root)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Return the truth value of a symbol."""
@@ -244,8 +288,9 @@ class Carrier(Tracer):
             if asks(node):
                 source: Any = node.args[0]
                 pending.extend(part for part in upwards(source) if _selects(part))
-            elif node.op == "placeholder" and tensors_of(self.values.get(node)):
-                return True
+            elif is_argument(node):
+                if tensors_of(self.values.get(node)):
+                    return True
             else:
                 pending.extend(node.all_input_nodes)
         return False
@@ -257,6 +302,13 @@ class Carrier(Tracer):
             return asks(node, of_rank=True)
         sources = node.all_input_nodes
         return bool(sources) and all(self._is_of_rank(source) for source in sources)
+
+
+def is_argument(node: fx.Node) -> bool:
+    """True if a node is an argument of the call, or a part of one."""
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "placeholder"
 
 
 def _as_key(part: Any) -> Any:
@@ -360,7 +412,7 @@ class _NumberType(type):
     of: Callable[[Symbol], Any]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if args and issubclass(type(args[0]), Symbol) and not args[1:]:
+        if args and issubclass(type(args[0]), fx.Proxy) and not args[1:]:
             return cls.of(args[0])
         return cls.number(*args, **kwargs)
 
@@ -390,6 +442,11 @@ class _SizeType(_NumberType):
 _PYTHON = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "cadsurgery"}
 
 
+def is_of_python(name: str) -> bool:
+    """True if a Python module is one of Python, torch, numpy or this package, whose code is not the network's."""
+    return name != "__main__" and name.partition(".")[0] in _PYTHON
+
+
 def name_spaces(model: nn.Module) -> list[dict[str, Any]]:
     """Return the namespaces of the Python modules that define a network's classes, and of those they import from."""
     kinds = {base for module in model.modules() for base in type(module).__mro__}
@@ -404,7 +461,7 @@ def name_spaces(model: nn.Module) -> list[dict[str, Any]]:
         for function in functions:
             # A decorator's wrapper has the globals of the decorator.
             other = getattr(inspect.unwrap(function), "__globals__", space)  # built-in functions have none
-            if id(other) not in spaces and str(other.get("__name__")).partition(".")[0] not in _PYTHON:
+            if id(other) not in spaces and not is_of_python(str(other.get("__name__"))):
                 spaces[id(other)] = other
                 waiting.append(other)
     return list(spaces.values())
@@ -441,6 +498,34 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
             for name, value in list(vars(kind).items()):
                 if (plain := _plain_function(value)) is not None:
                     stack.enter_context(mock.patch.object(kind, name, plain))
+        yield
+
+
+@contextmanager
+def asking_types(model: nn.Module) -> Iterator[None]:
+    """Patch Python for tracing without an example: who asks for the type of a proxy raises `NeedsValue`, see
+    `tracer.Unknown`, since it would be told that of the proxy."""
+
+    def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function, updated=())
+        def call(value: Any, *kinds: Any) -> Any:
+            if issubclass(type(value), Unknown):
+                value.refuse()
+            return function(value, *kinds)
+
+        return call
+
+    def of(value: Any) -> Any:
+        return value.refuse() if issubclass(type(value), Unknown) else type(value)
+
+    kind = _NumberType("_Type", (), {"number": type, "of": of})
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "is_tensor", refusing(torch.is_tensor)))
+        stack.enter_context(mock.patch.object(torch.jit, "isinstance", refusing(torch.jit.isinstance)))
+        for space in name_spaces(model):
+            shadows = {"isinstance": refusing(isinstance), "type": kind}
+            free = {name: value for name, value in shadows.items() if name not in space}
+            stack.enter_context(_replaced(space, free))
         yield
 
 

@@ -37,7 +37,7 @@ def check_branch(
 
     Args:
         value: value of the condition in this call: a truth value or a number.
-        outcome: its value while tracing, of type bool, int or float.
+        outcome: its value while tracing.
         where: file, line and text of the source code.
         operands: operands of the comparison that gave the value.
         before: the operands while tracing.
@@ -45,7 +45,7 @@ def check_branch(
     Raises:
         GuardFailed: the outcome differs.
     """
-    now = type(outcome)(value)
+    now = value if isinstance(value, type(outcome)) else type(outcome)(value)
     if now == outcome:
         return
     was = f"{_words(before)} ({outcome})" if before else str(outcome)

@@ -13,6 +13,7 @@ import itertools
 import operator
 from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from dataclasses import dataclass
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -52,11 +53,16 @@ def parameter(module: nn.Module, name: str) -> Any:
     return getattr(module, name)
 
 
-def stays_whole(module: nn.Module) -> str:
-    """Return why a module must be called on dense maps, or "": a call does more than its class's forward."""
+def stays_whole(module: nn.Module, hooks_in_graph: bool = False) -> str:
+    """Return why a module must be called on dense maps, or "": a call does more than its class's forward.
+
+    Args:
+        module: the module.
+        hooks_in_graph: true if its hooks were traced as code of the network.
+    """
     if is_replaced(module):
         return "its forward was exchanged for another one than that of its class"
-    for part in module.modules():
+    for part in () if hooks_in_graph else module.modules():
         for kind in _KINDS:
             if any(not isinstance(hook, _COMPUTING) for hook in getattr(part, kind).values()):
                 name = kind.strip("_").removesuffix("s").replace("_", " ")
@@ -79,15 +85,41 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def _is_own(hook: Any, model: nn.Module) -> bool:
-    """True if a hook computes a weight, or is a method of one of the network's modules or of an object they hold."""
+    """True if a hook computes a weight, is a method of one of the network's modules or of an object they hold, or a
+    function that their code or their library makes."""
     if isinstance(hook, _COMPUTING):
         return True
     while isinstance(hook, functools.partial):
         hook = hook.func
     owner = getattr(hook, "__self__", None)
     if owner is None:
-        return False
+        return isinstance(hook, FunctionType) and _is_made_by(hook, model)
     return any(owner is held for part in model.modules() for held in (part, *_held(part)))
+
+
+def _is_made_by(hook: FunctionType, model: nn.Module) -> bool:
+    """True if a function is defined inside a method of the network's classes, or in the installed library of one."""
+    kinds = {kind for part in model.modules() for kind in type(part).__mro__}
+    if any(hook.__qualname__.startswith(f"{kind.__qualname__}.") for kind in kinds):
+        return True
+    packages = {kind.__module__.partition(".")[0] for kind in kinds} - {"torch", "builtins"}
+    is_installed = bool(
+        {"site-packages", "dist-packages"}.intersection(Path(hook.__code__.co_filename).parts)
+    )
+    return is_installed and str(hook.__module__).partition(".")[0] in packages
+
+
+def noting_hooks(module: nn.Module, model: nn.Module, every: bool) -> tuple[list[Any], list[Any]]:
+    """Return the hooks of a module that are code of the network and run with its inputs, and with its output too: its
+    own, or with `every` all of them, but not those that compute a weight."""
+    before, after = (
+        [(hook, key in named) for key, hook in hooks.items() if not isinstance(hook, _COMPUTING)]
+        for hooks, named in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        )
+    )
+    return tuple([pair for pair in pairs if every or _is_own(pair[0], model)] for pairs in (before, after))  # type: ignore[return-value]
 
 
 def _held(module: nn.Module) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice, product
 from types import FrameType
@@ -47,12 +48,18 @@ def find_kept(model: nn.Module, calls: Iterable[Arguments]) -> Kept:
             for call in calls:
                 smaller = _other_pixels(call, 2)
                 if _run(model, smaller) is not None:
-                    return _experiment(model, state, call, smaller)
+                    return _with_written(state, _experiment, model, state, call, smaller)
                 if _run(model, call) is not None:
-                    return _experiment(model, state, call, _other_pixels(call, 1))
+                    return _with_written(state, _experiment, model, state, call, _other_pixels(call, 1))
             return Kept(state)
         finally:
             state.restore()
+
+
+def _with_written(state: State, experiment: Callable[..., Kept], *args: Any) -> Kept:
+    """Return what a network keeps, with the attributes that calls change."""
+    written = state.written()
+    return replace(experiment(*args), written=written)
 
 
 def _experiment(model: nn.Module, state: State, call: Arguments, other: Arguments) -> Kept:

@@ -67,15 +67,14 @@ def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> 
 def _read(
     model: nn.Module, example: Arguments | None, exactly: bool, kept: Kept, is_tracing: bool = True
 ) -> Facts:
-    def is_operation(module: nn.Module) -> bool:
-        return has_rule(module) or is_apart(module, model)
-
-    def trace_on(call: Arguments | None = None, given: frozenset[str] = frozenset()) -> fx.Graph:
+    def trace_on(call: Arguments | None, carries: bool = True) -> fx.Graph:
         kept.forget()
-        return trace(model, is_operation, ruled_functions(), call, given, is_tracing)
+        return trace(
+            model, has_rule, partial(is_apart, model=model), ruled_functions(), call, carries, is_tracing
+        )
 
     with contextlib.suppress(CannotFollow, OtherFunction):
-        return observe(model, trace_on(given=frozenset(example or ())), example)
+        return observe(model, trace_on(example, carries=False), example)
     return _read_on_example(model, example, trace_on, exactly)
 
 

@@ -66,8 +66,9 @@ class Rewriter:
         decisions = {decision.node: decision for decision in self.plan.decisions}
         nodes = list(self.facts.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
-        # In Python's order: arguments with defaults come after the others, and `**kwargs` last.
-        for node in sorted(inputs, key=lambda node: (str(node.target).startswith("**"), len(node.args))):
+        for node in sorted(
+            inputs, key=lambda node: len(node.args)
+        ):  # in Python's order: those with defaults last
             self.dense[node] = self.graph.node_copy(node)
         with self.graph.inserting_before():
             self.masking = self.graph.placeholder(MASKING)

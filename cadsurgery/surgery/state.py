@@ -97,6 +97,14 @@ class State:
             for key in _changed(held, contents)
         ]
 
+    def written(self) -> frozenset[tuple[int, Any]]:
+        """Return the attributes and items that are others since, by the identity of what holds them and their key; a
+        list that has more or fewer parts with the key None."""
+        items = {(id(entry.container), entry.key) for entry in self.changes()}
+        return frozenset(
+            items | {(id(held), None) for _, held, contents in self._noted if len(held) != len(contents)}
+        )
+
     def _is_new_item(self, held: Any, contents: Any, key: Any) -> bool:
         is_item = isinstance(held, dict) and "_modules" not in held and id(held) not in self._of_modules
         return is_item and key not in contents
@@ -109,10 +117,12 @@ class Kept:
     Attributes:
         state: what the network held before.
         forgetting: functions, each of which lets it forget an attribute or item.
+        written: attributes that calls change, by the identity of their container and their key.
     """
 
     state: State
     forgetting: tuple[Callable[[], None], ...] = ()
+    written: frozenset[tuple[int, Any]] = frozenset()
 
     def forget(self) -> None:
         """Let the network be as if it had never been called."""

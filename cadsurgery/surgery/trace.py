@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from traceback import walk_tb
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.torch_operations import asks, is_in_place, is_kind, name_of
-from cadsurgery.surgery.arguments import Arguments
-from cadsurgery.surgery.carry import Carrier, symbols_in_python
+from cadsurgery.surgery.arguments import Arguments, Inputs
+from cadsurgery.surgery.carry import Carrier, asking_types, is_argument, symbols_in_python
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.state import State
 from cadsurgery.surgery.tracer import Functions, Tracer, assign
@@ -63,9 +65,10 @@ def drop_cached(model: nn.Module) -> None:
 def trace(
     model: nn.Module,
     is_operation: Callable[[nn.Module], bool] = lambda module: False,
+    is_apart: Callable[[nn.Module], bool] = lambda module: False,
     functions: Functions = (),
     example: Arguments | None = None,
-    given: frozenset[str] = frozenset(),
+    carries: bool = False,
     is_tracing: bool = True,
 ) -> fx.Graph:
     """Trace `model` in evaluation mode; the graph has no data-dependent control flow.
@@ -76,9 +79,11 @@ def trace(
     Args:
         model: the network.
         is_operation: true if a module is to be a single node of the graph; torch's own modules always are.
+        is_apart: true if a module is to be a single node because of its hooks, which a call runs with tensors; unless
+            the network's code reads what they note: then hooks are code of the network.
         functions: Python functions that are to be single nodes of the graph.
-        example: arguments of a call; the network's Python code may then use their sizes, see `carry`.
-        given: names of arguments that every call passes, whatever their default; arguments of `example` are included.
+        example: arguments of a call; by default it is one with an image alone.
+        carries: the network's Python code may use the values of the example, see `carry`.
         is_tracing: the answer of `torch.jit.is_tracing()`; if it is true, libraries skip checks of the image's size.
 
     Raises:
@@ -87,11 +92,20 @@ def trace(
     try:
         with evaluating(model), mock.patch.object(torch.jit, "is_tracing", lambda: is_tracing):
             declared, wrapped = _timm_leaves()
-            options = (is_operation, (*functions, *wrapped), declared)
+            options = (
+                lambda module: is_operation(module) or is_apart(module),
+                (*functions, *wrapped),
+                declared,
+            )
+            more: dict[str, Any] = {"inputs": Inputs.of(model, example)}
+            run = _trace_on_example if carries else _trace_alone
             try:
-                graph = _trace(model, options, example, given=given)
-            except Exception:  # perhaps control flow that depends on buffers: retry with buffers as constants
-                graph = _trace(model, options, example, given=given, names_buffers=False)
+                graph = _with_buffers_or_without(run, model, options, more)
+            except ByExample:
+                if not any(map(is_apart, model.modules())):
+                    raise
+                options = (is_operation, *options[1:])
+                graph = _with_buffers_or_without(run, model, options, more | {"runs_hooks": True})
     except Exception as error:  # tracing runs foreign code, which can raise any error
         raise CannotFollow(
             f"{type(model).__name__} cannot be traced.",
@@ -105,23 +119,75 @@ def trace(
     _make_in_place_explicit(model, graph)
     _follow_training_flag(graph)
     for node in reversed(graph.nodes):
-        if asks(node) and not node.users:  # answered while the network was traced
-            graph.erase_node(node)
+        is_answered = asks(node) or node.op == "get_attr" or (is_argument(node) and node.op != "placeholder")
+        if is_answered and not node.users:
+            graph.erase_node(node)  # answered while the network was traced
     return graph
 
 
-def _trace(model: nn.Module, options: Any, example: Arguments | None, **more: Any) -> fx.Graph:
-    if example is None:
+def _with_buffers_or_without(
+    run: Callable[..., fx.Graph], model: nn.Module, options: Any, more: Any
+) -> fx.Graph:
+    try:
+        return run(model, options, more)
+    except ByExample:
+        raise
+    except Exception:  # perhaps control flow that depends on buffers: retry with buffers as constants
+        return run(model, options, more | {"names_buffers": False})
+
+
+def _trace_alone(model: nn.Module, options: Any, more: dict[str, Any]) -> fx.Graph:
+    with asking_types(model):
         return _trace_with(Tracer(*options, **more), model)
-    more["given"] = frozenset(example)
+
+
+def _trace_on_example(model: nn.Module, options: Any, more: dict[str, Any]) -> fx.Graph:
     with symbols_in_python(model):
-        carrier = Carrier(*options, example=example, **more)
+        carrier = Carrier(*options, **more)
         graph = _trace_with(carrier, model)
         if line := carrier.asks_for_gradients:
-            other = _trace_with(Carrier(*options, example=example, needs_gradients=True, **more), model)
+            other = _trace_with(Carrier(*options, needs_gradients=True, **more), model)
             if str(other) != str(graph):
                 raise ByGradients(f"it computes something else where gradients are needed, at {line}")
+        if carrier.may_know_values():
+            darker = replace(more["inputs"], values=_darker(more["inputs"].values))
+            known = set(vars(model))
+            other = _trace_with(Carrier(*options, **(more | {"inputs": darker})), model)
+            place = _first_difference(model, graph, other)
+            for name in vars(model).keys() - known:
+                delattr(model, name)
+            if place is not None:
+                raise ByExample(f"it uses what was noted beside the graph in the middle of a call{place}")
     return graph
+
+
+class ByExample(Exception):
+    """The graph has a value of the example as a constant, such as one that a hook has noted."""
+
+
+def _darker(arguments: Arguments) -> Arguments:
+    """Return arguments with other numbers, of the same sizes and types."""
+
+    def change(value: Tensor) -> Tensor:
+        return value.flip(tuple(range(value.dim()))) / 2 + 0.125 if value.is_floating_point() else value
+
+    return dict(tree_map_only(Tensor, change, arguments))
+
+
+_NUMBERED = re.compile(r"_tensor_constant\d+")
+
+
+def _first_difference(model: nn.Module, graph: fx.Graph, other: fx.Graph) -> str | None:
+    """Return the line at which two graphs of a network differ, with a word before it; None if they are the same."""
+    if _NUMBERED.sub("", str(graph)) != _NUMBERED.sub("", str(other)):
+        return ""
+    for ours, theirs in zip(graph.nodes, other.nodes, strict=True):
+        if ours.op == "get_attr" and _NUMBERED.fullmatch(str(ours.target)):
+            values = (getattr(model, str(node.target)) for node in (ours, theirs))
+            if not torch.equal(*values):
+                lines = [line for line in (ours.stack_trace or "").splitlines() if line.strip()]
+                return f" at {lines[-1].strip()}" if lines else ""
+    return None
 
 
 def _trace_with(tracer: Tracer, model: nn.Module) -> fx.Graph:

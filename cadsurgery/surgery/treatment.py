@@ -25,6 +25,7 @@ from cadsurgery.support.provenance import same_place
 from cadsurgery.support.torch_operations import is_kind
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.hooks import act_alike, own_class, stays_whole
+from cadsurgery.surgery.tracer import HOOKS
 
 Kind = Literal["window", "pad", "resize", "pointwise", "join", "global", "broadcast", "shape", "barrier"]
 
@@ -219,7 +220,7 @@ def rule_of(node: fx.Node, facts: Facts) -> Rule | None:
 
 def why_whole(node: fx.Node, facts: Facts) -> str:
     """Return why the module of a node must be called on dense maps, or ""."""
-    return stays_whole(facts.module(node)) if node.op == "call_module" else ""
+    return stays_whole(facts.module(node), HOOKS in node.meta) if node.op == "call_module" else ""
 
 
 def treat(node: fx.Node, facts: Facts) -> Treatment:

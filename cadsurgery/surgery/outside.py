@@ -1,0 +1,335 @@
+"""Values that a network's forward reads beside its arguments: plain attributes of modules and classes, global values.
+
+    gain = 2.0                       # a global value
+
+    class Block(nn.Module):
+        slope = 0.1                  # an attribute of the class
+        def __init__(self): self.mode = "sum"
+        def forward(self, x):
+            return F.leaky_relu(x, self.slope) * gain if self.mode == "sum" else x
+
+A graph has such values as constants. Those that the code names are noted with the network, and compared before a call:
+where one is another value now, the network is read anew. Tensors, parameters and modules are no constants of a graph.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property, partial, partialmethod
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cadsurgery.surgery.carry import is_of_python
+from cadsurgery.surgery.hooks import child
+
+_GONE = "nothing"  # stands for an attribute that is not there
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum)
+_PLAIN_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+_CALLED = (FunctionType, BuiltinFunctionType, MethodType, type)
+_OPAQUE = "something"  # stands for what is not compared: tensors, modules, objects of other libraries
+# Methods that no forward calls.
+_NOT_CALLED = frozenset(
+    ("__init__", "__repr__", "__deepcopy__", "__getstate__", "__setstate__", "extra_repr")
+)
+_BY_NAME = frozenset(("getattr", "hasattr", "vars", "__dict__"))  # who calls these may read any attribute
+_OF_MODULES = frozenset(vars(nn.Module()))  # attributes that every module has
+_DEEPEST = 4  # containers in containers, and objects in objects, that are looked into
+_MOST = 256  # items of a container; a longer one is a table or a cache and is not looked into
+
+
+class Place(NamedTuple):
+    """Where a value is: the path of a module, a class, or the name of a Python module, and a name there."""
+
+    holder: str | type | tuple[str]
+    name: str
+
+    def __str__(self) -> str:
+        holder = self.holder[0] if isinstance(self.holder, tuple) else self.holder
+        holder = holder.__name__ if isinstance(holder, type) else holder
+        return f"{holder}.{self.name}" if holder else self.name
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The values that a network's code reads, when it was traced.
+
+    Attributes:
+        values: a copy of each value by its place, see `_copied`.
+        names: names in the network's code; attributes of objects of other names are not read.
+    """
+
+    values: Mapping[Place, Any] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, whole: Collection[str] = (), written: Collection[tuple[int, Any]] = ()
+    ) -> Outside:
+        """Note the values that the code of a network reads.
+
+        Args:
+            model: the network.
+            whole: paths of modules that the graph calls; they read their attributes themselves.
+            written: attributes and containers that calls change, see `State.written`; they are no settings.
+        """
+        code = _Code.of(model)
+        values: dict[Place, Any] = {}
+        containers = {holder for holder, _ in written}
+        for path, module in model.named_modules():
+            if not _is_inside(path, whole) and not _is_of_library(type(module)):
+                for name in code.attributes_of(module):
+                    if (id(vars(module)), name) not in written:
+                        values[Place(path, name)] = vars(module).get(name, _GONE)
+        for kind in code.kinds:
+            values |= {Place(kind, name): value for name, value in vars(kind).items() if name in code.names}
+        for space, names in code.spaces():
+            key = str(space.get("__name__"))
+            if sys.modules.get(key) is not None and vars(sys.modules[key]) is space:
+                values |= {
+                    Place((key,), name): space[name] for name in names if (id(space), name) not in written
+                }
+        read = ((place, value) for place, value in values.items() if id(value) not in containers)
+        known = {place: _copied(value, code.names) for place, value in read}
+        return cls({place: value for place, value in known.items() if value != _OPAQUE}, code.names)
+
+    def has(self, name: str) -> bool:
+        """True if an attribute of the network itself is among the values."""
+        return Place("", name) in self.values
+
+
+def _is_inside(path: str, others: Collection[str]) -> bool:
+    """True if a module is one of the others, or part of one."""
+    parts = path.split(".")
+    return any(".".join(parts[:count]) in others for count in range(1, len(parts) + 1))
+
+
+class Changed(Exception):
+    """A value is another one than when the network was traced."""
+
+
+class OutsideWatch:
+    """Compares the values that a network's code reads with those at the conversion; takes some microseconds."""
+
+    def __init__(self, net: nn.Module, outside: Outside) -> None:
+        """Take the network whose modules are looked at."""
+        self._net, self._outside = net, outside
+
+    @cached_property
+    def _holders(self) -> list[tuple[Place, Mapping[str, Any]]]:
+        """The namespace of each place. An inference copy has other modules, and of the attributes of the original none
+        or a few; what it does not have is left out."""
+        found = ((place, _space_of(place.holder, self._net)) for place in self._outside.values)
+        known = [(place, space) for place, space in found if space is not None]
+        is_whole = isinstance(vars(self._net).get("_original", (self._net,))[0], nn.Module)
+        return known if is_whole else [(place, space) for place, space in known if place.name in space]
+
+    def _now(self) -> list[Any]:
+        names, copies = self._outside.names, dict[int, Any]()
+        return [
+            value if type(value) in _PLAIN else _copied(value, names, copies)
+            for value in [space.get(place.name, _GONE) for place, space in self._holders]
+        ]
+
+    @cached_property
+    def _before(self) -> list[Any]:
+        return [self._outside.values[place] for place, _ in self._holders]
+
+    def __call__(self) -> None:
+        """Compare all values.
+
+        Raises:
+            Changed: one is another; the message says which.
+        """
+        now = self._now()
+        if now == self._before and list(map(type, now)) == list(map(type, self._before)):
+            return
+        for (place, _), value, before in zip(self._holders, now, self._before, strict=True):
+            if value != before or type(value) is not type(before):
+                raise Changed(f"{place} is {_in_words(value)} and was {_in_words(before)}")
+
+    def state(self) -> str:
+        """Return a text that is the same for the same values."""
+        return repr(self._now())
+
+
+def _in_words(value: Any) -> str:
+    return value if value is _GONE else f"{value!r:.60}"
+
+
+def _space_of(holder: str | type | tuple[str], net: nn.Module) -> Mapping[str, Any] | None:
+    if isinstance(holder, type):
+        return vars(holder)
+    if isinstance(holder, tuple):
+        module = sys.modules.get(holder[0])
+        return vars(module) if module is not None else None
+    if (
+        not holder
+    ):  # a converted network has the attributes of the original beside its own, an inference copy none
+        original = vars(net).get("_original", (net,))[0]
+        return vars(original) if isinstance(original, nn.Module) else None
+    part = child(net, holder)
+    return vars(part) if part is not None else None
+
+
+def _copied(value: Any, names: Collection[str], copies: dict[int, Any] | None = None, depth: int = 0) -> Any:
+    """Return what of a value is compared: plain values as they are, functions by name, containers and objects of the
+    network's own code as tuples of their parts; `_OPAQUE` for any other.
+
+    Args:
+        value: the value.
+        names: attributes of objects that are compared.
+        copies: results by object, for objects that many modules hold.
+        depth: number of containers and objects around it.
+    """
+    if isinstance(value, (*_PLAIN, *_PLAIN_OF_TORCH)):
+        return value
+    if isinstance(value, _CALLED):
+        return _named(value)
+    if isinstance(value, (Tensor, nn.Module, ModuleType)) or depth == _DEEPEST:
+        return _OPAQUE
+    copies = {} if copies is None else copies
+    if id(value) not in copies:
+        copies[id(value)] = _OPAQUE  # of an object that holds itself
+        copies[id(value)] = _parts_of(value, names, copies, depth)
+    return copies[id(value)]
+
+
+def _parts_of(value: Any, names: Collection[str], copies: dict[int, Any], depth: int) -> Any:
+    if isinstance(value, (list, tuple, set, frozenset)) and len(value) <= _MOST:
+        items: Iterable[Any] = value if isinstance(value, (list, tuple)) else sorted(value, key=repr)
+        return _named(type(value)), *(_copied(part, names, copies, depth + 1) for part in items)
+    if isinstance(value, dict) and len(value) <= _MOST:
+        pairs = dict.items(value)
+        return _named(type(value)), *(
+            (str(key), _copied(part, names, copies, depth + 1)) for key, part in pairs
+        )
+    attributes = getattr(value, "__dict__", None)
+    if type(attributes) is not dict or _is_of_library(type(value)):
+        return _OPAQUE
+    read = [(name, part) for name, part in attributes.items() if name in names]
+    return _named(type(value)), *((name, _copied(part, names, copies, depth + 1)) for name, part in read)
+
+
+def _named(value: Any) -> str:
+    """Return the name of a class or function, with the line of its code: the same in every process."""
+    code = getattr(value, "__code__", None)
+    line = f":{code.co_firstlineno}" if code is not None else ""
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}{line}"
+
+
+def _is_of_library(kind: type) -> bool:
+    """True if a class is torch's or Python's own."""
+    return is_of_python(kind.__module__)
+
+
+# -- what the code of a network names ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Code:
+    """The code that forwards of a network reach: methods of its classes, and functions that these name.
+
+    Attributes:
+        kinds: the classes.
+        names: all names in the code, and texts that may be names.
+        by_name: classes whose code asks for attributes by name, so that it may read any, with the texts in it.
+        globals_read: the names that the code reads in each namespace, by the namespace's identity.
+    """
+
+    kinds: tuple[type, ...]
+    names: frozenset[str]
+    by_name: Mapping[type, frozenset[str]]
+    globals_read: Mapping[int, tuple[dict[str, Any], frozenset[str]]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Code:
+        """Read the code of a network's classes."""
+        found = dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__)
+        kinds = tuple(kind for kind in found if not _is_of_library(kind))
+        names, by_name, seen = set[str](), dict[type, frozenset[str]](), set[CodeType]()
+        read: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        for kind in kinds:
+            own = [value for name, value in vars(kind).items() if name not in _NOT_CALLED]
+            for function, code in _reached(own, seen):
+                texts = {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
+                names.update(code.co_names, texts)
+                read.setdefault(id(function.__globals__), (function.__globals__, set()))[1].update(
+                    code.co_names
+                )
+                if _BY_NAME.intersection(code.co_names):
+                    by_name[kind] = by_name.get(kind, frozenset()) | texts
+        frozen = {key: (space, frozenset(words & space.keys())) for key, (space, words) in read.items()}
+        return cls(kinds, frozenset(names), by_name, frozen)
+
+    def attributes_of(self, module: nn.Module) -> Iterator[str]:
+        """Yield the attributes of a module that the code may read; also those of its class, or asked for by name, which
+        it may get later."""
+        of_class = {name for kind in type(module).__mro__ if kind in self.kinds for name in vars(kind)}
+        asking = [kind for kind in type(module).__mro__ if kind in self.by_name]
+        asked = {text for kind in asking for text in self.by_name[kind]}
+        for name in dict.fromkeys((*vars(module), *of_class, *asked)):
+            is_own = name not in _OF_MODULES and name not in _NOT_CALLED and not name.startswith("__")
+            if is_own and (asking or name in self.names) and not isinstance(vars(module).get(name), Tensor):
+                yield name
+
+    def spaces(self) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+        """Yield the namespaces of Python modules, with the names that the code reads there: those of the code itself,
+        and of modules that it names."""
+        yield from self.globals_read.values()
+        for space, words in self.globals_read.values():
+            for name in words:
+                module = space[name]
+                if isinstance(module, ModuleType) and not is_of_python(module.__name__):
+                    yield vars(module), self.names.intersection(vars(module))
+
+
+def _reached(values: Iterable[Any], seen: set[CodeType]) -> Iterator[tuple[FunctionType, CodeType]]:
+    """Yield the code of functions and of those that they name, each with the function that it belongs to."""
+    waiting = [function for value in values for function in _functions_in(value)]
+    while waiting:
+        function = waiting.pop()
+        if is_of_python(str(function.__globals__.get("__name__"))):
+            continue
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            if code in seen:
+                continue
+            seen.add(code)
+            yield function, code
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+            named = (function.__globals__.get(name, vars(builtins).get(name)) for name in code.co_names)
+            waiting += [other for value in named for other in _functions_in(value)]
+        cells = function.__closure__ or ()
+        waiting += [other for cell in cells for other in _functions_in(_content(cell))]
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
+
+
+def _functions_in(value: Any) -> Iterator[FunctionType]:
+    """Yield the Python functions of a method, property, decorated or partial function."""
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, (staticmethod, classmethod, MethodType)):
+        value = value.__func__
+    if isinstance(value, (partial, partialmethod)):
+        value = value.func
+    if isinstance(value, FunctionType):
+        yield value
+    wrapped = (
+        getattr(value, "__wrapped__", None) if isinstance(value, FunctionType) or callable(value) else None
+    )
+    if isinstance(wrapped, FunctionType):
+        yield wrapped
