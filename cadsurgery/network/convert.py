@@ -90,7 +90,11 @@ def convert_for_call(
         with facts.forgetting():
             verify(Case.of(facts, carried.graph, chosen, program.geometry))
     except CadError as error:
-        raise refusal from (error if error is not refusal else None)
+        if error is refusal:
+            raise
+        found = f"{refusal.why.removesuffix('.')}. Read for this call, the network is refused: {error.what} {error.why}"
+        parts = {"where": refusal.where or error.where, "why": found.strip(), "next": refusal.next}
+        raise GuardFailed(refusal.what, **parts) from error
     # Constants of this path, which torch.fx keeps as attributes of the network.
     net._constants.update({name: value for name, value in vars(model).items() if isinstance(value, Tensor)})
     return carried.bind_to(net)

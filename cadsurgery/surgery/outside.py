@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import builtins
 import sys
+from argparse import Namespace
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, partial, partialmethod
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ class OutsideWatch:
         or a few; what it does not have is left out."""
         found = ((place, _space_of(place.holder, self._net)) for place in self._outside.values)
         known = [(place, space) for place, space in found if space is not None]
-        is_whole = isinstance(vars(self._net).get("_original", (self._net,))[0], nn.Module)
+        is_whole = isinstance(_original_of(self._net), nn.Module)
         return known if is_whole else [(place, space) for place, space in known if place.name in space]
 
     def _now(self) -> list[Any]:
@@ -163,6 +164,13 @@ def _in_words(value: Any) -> str:
     return value if value is _GONE else f"{value!r:.60}"
 
 
+def _original_of(net: Any) -> Any:
+    """Return the network that a converted one was made from, or what an inference copy keeps of it."""
+    while "_original" in vars(net):
+        net = vars(net)["_original"][0]
+    return net
+
+
 def _space_of(holder: str | type | tuple[str], net: nn.Module) -> Mapping[str, Any] | None:
     if isinstance(holder, type):
         return vars(holder)
@@ -172,7 +180,7 @@ def _space_of(holder: str | type | tuple[str], net: nn.Module) -> Mapping[str, A
     if (
         not holder
     ):  # a converted network has the attributes of the original beside its own, an inference copy none
-        original = vars(net).get("_original", (net,))[0]
+        original = _original_of(net)
         return vars(original) if isinstance(original, nn.Module) else None
     part = child(net, holder)
     return vars(part) if part is not None else None
@@ -220,13 +228,13 @@ def _parts_of(value: Any, names: Collection[str], copies: dict[int, Any], depth:
 def _named(value: Any) -> str:
     """Return the name of a class or function, with the line of its code: the same in every process."""
     code = getattr(value, "__code__", None)
-    line = f":{code.co_firstlineno}" if code is not None else ""
+    line = f":{code.co_firstlineno}" if isinstance(code, CodeType) else ""
     return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}{line}"
 
 
 def _is_of_library(kind: type) -> bool:
-    """True if a class is torch's or Python's own."""
-    return is_of_python(kind.__module__)
+    """True if a class is torch's or Python's own, and no namespace for settings."""
+    return is_of_python(kind.__module__) and kind not in (SimpleNamespace, Namespace)
 
 
 # -- what the code of a network names ----------------------------------------------------------------------------

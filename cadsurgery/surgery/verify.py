@@ -512,6 +512,8 @@ def _values(
         origin = n.meta.get(ORIGIN) if first else n.name
         if origin in watched and isinstance(value, (Elements, Tensor)):
             dense = value
+            if isinstance(dense, Elements) and isinstance(dense.rows, tuple):
+                return value  # parts along the channels, which are compared themselves
             if isinstance(dense, Elements):
                 if sizes is not None:
                     sizes[origin] = dense.lattice.size

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import covering, relative_error
+from conftest import assert_same, covering, relative_error
 from networks import unverified
 from torch import Tensor, nn
 
@@ -276,8 +276,12 @@ class OfList(Pair):
         return self.head(of_first - of_second)
 
 
-def test_a_list_that_is_joined_as_a_whole_is_refused_with_its_line() -> None:
-    images = [half(1, False), half(1, True)]
-    with pytest.raises(cs.CannotConvert, match="No operation reads one of the images") as caught:
-        cs.adaptify(OfList().eval(), mask=MASK, output_stride=(2, 8), example_input=(images,))
-    assert "test_joined_images_laws.py" in caught.value.where and "images[0]" in caught.value.next
+def test_a_list_that_is_joined_as_a_whole_is_a_pair_of_images() -> None:
+    model, pair = OfList().eval(), [half(1, False), half(1, True)]
+    net = cs.adaptify(model, mask=MASK, output_stride=(2, 8), outputs="native", example_input=(pair,))
+    other = [0.5 * image.flip(3) for image in pair]
+    assert_same(net(other, mask="none"), model(other))
+    net(other)
+    assert net.levels.shape[0] == 2 and (net.levels[0] != net.levels[1]).any()
+    longer = [*other, *pair]
+    assert_same(net(longer, mask="none"), model(longer))

@@ -401,7 +401,7 @@ def test_a_program_refuses_keys_that_torchs_files_do_not_keep(tmp_path: Path) ->
 
 
 def test_an_image_alone_is_too_little_for_a_dictionary_of_several(tmp_path: Path) -> None:
-    with pytest.raises(cs.InvalidInput, match="reads 'photo', 'scale' from data"):
+    with pytest.raises(cs.InvalidInput, match="reads 'scale', 'photo' from data"):
         cs.export(of_scaled(), picture(1, 64, 96), tmp_path / "net.onnx")
 
 

@@ -184,11 +184,14 @@ def _first(output: Any) -> Any:
     return {k: v[:1] for k, v in output.items()} if isinstance(output, dict) else output[:1]
 
 
-def test_further_arguments_are_none_or_refused() -> None:
-    net, x = cs.adaptify(FurtherArguments().eval(), "none", outputs="native"), images(1, 64, 64)
+def test_further_arguments_may_be_given_later() -> None:
+    model, x = FurtherArguments().eval(), images(1, 64, 64)
+    net = cs.adaptify(model, "none", outputs="native")
     for one in (net, net.optimize()):
-        with pytest.raises(cs.InvalidInput, match=r"(?s)path, scale is not what .*\*\*kw.*leave it out"):
-            one(x, path="image.png", scale=2.0)
+        ours, theirs = one(x, path="image.png", scale=2.0), model(x, path="image.png", scale=2.0)
+        assert list(ours) == list(theirs) and (ours["path"], ours["scale"]) == ("image.png", 2.0)
+        assert_same(ours["half"], theirs["half"])
+        assert list(one(x)) == ["features", "scores", "half"]
 
 
 def test_assigned_weights_have_the_gradients_of_the_original() -> None:

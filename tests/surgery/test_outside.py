@@ -1,0 +1,242 @@
+"""What a network's code reads beside its arguments is followed: attributes of modules and classes, global values, the
+type of its parameters, what its hooks note. None of it is a constant of the conversion."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, images
+from networks import randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+GAIN = 2.0
+TABLE = {"gain": 3.0, "unread": [1]}
+NOTED: list[Tensor] = []
+
+
+class Settings:
+    """An object as configurations are."""
+
+    def __init__(self) -> None:
+        self.shift, self.unread = 1.0, 0
+
+
+def scaled(x: Tensor) -> Tensor:
+    """A function that the network's code names; it reads a global value itself."""
+    return x * GAIN
+
+
+class Encoder(nn.Module):
+    """An encoder to output stride 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(8, 2, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.two(F.relu(self.one(x)))))
+
+
+class Inner(nn.Module):
+    """A part with a mode, a list and an attribute of its class."""
+
+    slope = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode, self.gains, self.settings, self.act = "sum", [1.0, 2.0], Settings(), F.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(x, self.slope) + self.settings.shift
+        for gain in self.gains:
+            x = x * gain + self.act(x)
+        return x + 1 if self.mode == "sum" else x * 3
+
+
+class Reads(Encoder):
+    """Reads all kinds of values that are no arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gain, self._shift, self.size = Inner(), 1.0, 0.0, (2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = scaled(self.inner(self.encode(x))) * self.gain + self._shift + TABLE["gain"] + self.size[0]
+        return y + self.extra if hasattr(self, "extra") else y
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "an attribute": lambda net: setattr(net, "gain", 3.0),
+    "the type of an attribute": lambda net: setattr(net, "gain", torch.tensor(2.0)),
+    "a private attribute": lambda net: setattr(net, "_shift", 3.0),
+    "a tuple": lambda net: setattr(net, "size", (5, 3)),
+    "a new attribute": lambda net: setattr(net, "extra", 3.0),
+    "an attribute of a part": lambda net: setattr(net.inner, "mode", "product"),
+    "a list in place": lambda net: net.inner.gains.append(0.5),
+    "another list": lambda net: setattr(net.inner, "gains", [4.0]),
+    "an object": lambda net: setattr(net.inner.settings, "shift", 4.0),
+    "a function": lambda net: setattr(net.inner, "act", torch.tanh),
+    "an attribute of a class, for an object": lambda net: setattr(net.inner, "slope", 0.5),
+}
+GLOBALS: dict[str, tuple[Any, str, Any]] = {
+    "an attribute of a class": (Inner, "slope", 0.5),
+    "a global value": (None, "GAIN", 7.0),
+    "a global table": (None, "TABLE", {"gain": 9.0}),
+}
+OPTIONS = pytest.mark.parametrize(
+    "options", [{"output_stride": (1, 4)}, {"coarsest": 16}], ids=["strides", "floors"]
+)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def convert(model: nn.Module, options: Any) -> cs.AdaptiveModel:
+    own = "all" if "coarsest" in options else "none"
+    return cs.adaptify(model, own, example_input=images(2, 61, 83), outputs="native", **options)
+
+
+@OPTIONS
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_attribute_that_changes_is_read_anew(change: Callable[[Any], object], options: Any) -> None:
+    model, x = randomise(Reads()).eval(), images(1, 64, 96)
+    net = convert(model, options)
+    assert_same(net(x), model(x))
+    before = model(x)
+    change(model)
+    change(net)
+    assert float((model(x) - before).abs().max()) > 0.01
+    assert_same(net(x), model(x))
+    assert_same(copy.deepcopy(net)(x), model(x))
+
+
+@OPTIONS
+@pytest.mark.parametrize(("owner", "name", "value"), GLOBALS.values(), ids=GLOBALS)
+def test_a_global_value_that_changes_is_read_anew(
+    owner: Any, name: str, value: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = randomise(Reads()).eval(), images(1, 64, 96)
+    net, before = convert(model, options), model(x)
+    fast = net.optimize()
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), name, value) if owner is None else patch.setattr(owner, name, value)
+        assert float((model(x) - before).abs().max()) > 0.01
+        assert_same(net(x), model(x))
+        with pytest.raises(cs.InvalidInput, match=r"(?s)is .* and was .*call optimize\(\) again"):
+            fast(x)
+    assert_same(net(x), before)
+    assert_same(fast(x), before)
+
+
+def test_what_no_code_reads_may_change() -> None:
+    model, x = randomise(Reads()).eval(), images(1, 64, 96)
+    net = convert(model, {"output_stride": (1, 4)})
+    net.inner.settings.unread, net.unread = 7, 8
+    assert_same(net(x), model(x))
+    assert not net._ways
+
+
+def test_an_attribute_is_not_set_on_an_inference_copy() -> None:
+    fast = convert(randomise(Reads()).eval(), {"output_stride": (1, 4)}).optimize()
+    for name in ("gain", "_shift", "extra"):
+        with pytest.raises(cs.InvalidInput, match=rf"{name} is set on an inference copy"):
+            setattr(fast, name, 3.0)
+
+
+class OfOwnType(Encoder):
+    """Takes type and device from its parameters, as transformers does."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encode(x.to(next(self.parameters()).device, self.dtype))
+        return y + torch.ones(y.shape[2:], dtype=self.dtype) / 3
+
+
+@OPTIONS
+def test_the_type_of_parameters_is_that_of_the_call(options: Any) -> None:
+    model, x = randomise(OfOwnType()).eval(), images(2, 64, 96)
+    net = convert(model, options)
+    assert_same(net(x), model(x))
+    assert_same(net.double()(x), model.double()(x), 1e-9)
+    assert_same(net.bfloat16()(x).float(), model.bfloat16()(x).float(), 5e-2)
+
+
+def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    """A hook of a user."""
+    NOTED.append(output)
+
+
+class ReadsNotes(Encoder):
+    """Reads what a hook notes in the middle of a call, once Python has asked for a number."""
+
+    def __init__(self, as_number: bool) -> None:
+        super().__init__()
+        self.as_number = as_number
+        self.two.register_forward_hook(note)
+
+    def forward(self, x: Tensor) -> Tensor:
+        NOTED.clear()
+        y = self.encode(x)
+        if y.shape[2] < 2:
+            raise ValueError("too small")
+        noted = float(NOTED[-1].amax()) if self.as_number else NOTED[-1].amax((2, 3), keepdim=True)[:, :2]
+        return y * (1 + noted)
+
+
+@OPTIONS
+@pytest.mark.parametrize("as_number", [False, True], ids=["tensor", "number"])
+def test_what_a_hook_notes_is_that_of_the_call(as_number: bool, options: Any) -> None:
+    model = randomise(ReadsNotes(as_number)).eval()
+    net = convert(model, options)
+    for x in (images(1, 64, 96), 3 * images(3, 70, 65) + 2):
+        assert_same(net(x), model(x))
+
+
+class HasConstants(Encoder):
+    """Makes a constant on each of its paths."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encode(x)
+        return (
+            y + torch.tensor([[[1.0]], [[2.0]]]) if y.shape[2] % 2 else y * torch.tensor([[[3.0]], [[4.0]]])
+        )
+
+
+@OPTIONS
+def test_a_call_that_takes_another_path_finds_its_constants(options: Any) -> None:
+    model = randomise(HasConstants()).eval()
+    net = convert(model, options)
+    for each in (net, net.optimize(), copy.deepcopy(net)):
+        for x in (images(1, 64, 96), images(2, 60, 83), images(2, 61, 80)):
+            assert_same(each(x), model(x))
+
+
+def test_a_namespace_is_an_object_too() -> None:
+    class Configured(Encoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(gain=2.0, sizes={"a": [1, 2]})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encode(x) * self.config.gain + self.config.sizes["a"][1]
+
+    model, x = randomise(Configured()).eval(), images(1, 64, 96)
+    net = convert(model, {"output_stride": (1, 4)})
+    for each in (net, model):
+        each.config.gain = 5.0
+        each.config.sizes["a"][1] = 9
+    assert_same(net(x), model(x))
