@@ -1,7 +1,7 @@
 """Networks whose Python code asks for much of a call: whether an argument is there, its type, length, keys and text.
 
-A seed is a small encoder with two idioms as people write them, each with an argument of its own. `calls` are what such a
-network is called with: other arguments, batches and sizes than those it is converted on.
+A seed is a small encoder with two idioms as people write them, each with an argument of its own. `calls` are what such
+a network is called with: other arguments, batches and sizes than those it is converted on.
 """
 
 from __future__ import annotations

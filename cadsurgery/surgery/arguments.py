@@ -116,6 +116,12 @@ class Inputs:
         """The kind of each argument, see `kind_of`."""
         return kinds_of(self.values)
 
+    @property
+    def have_numbers(self) -> bool:
+        """True if a number is among the arguments, of which Python code may ask anything."""
+        leaves = tree_leaves(self.values)
+        return any(isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool) for leaf in leaves)
+
     def placeholders(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
         """Yield name and default of each input, in a tuple that is empty without one; first the inputs without."""
         kinds = inspect.Parameter

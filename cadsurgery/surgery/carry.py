@@ -90,7 +90,7 @@ class Symbol(fx.Proxy):
             return self.device.type == name.removeprefix("is_")
         if name in _FACTS and isinstance(value := self.tracer.value(self), Tensor):
             return getattr(value, name)
-        if not hasattr(Tensor, name):
+        if not hasattr(Tensor, name) or is_argument(self.node):
             getattr(self.tracer.value(self), name)  # raises the error that `hasattr` asks for
         return _Attribute(self, name)
 
@@ -129,8 +129,8 @@ class Symbol(fx.Proxy):
 
     def __repr__(self) -> str:
         """Return the text of a number; of a tensor, which is in errors alone, that of its node."""
-        value = self.tracer.values.get(self.node)
-        return repr(self.tracer.decide(self, _own)) if isinstance(value, _PLAIN) else super().__repr__()
+        is_plain = isinstance(self.tracer.value(self), _PLAIN)
+        return repr(self.tracer.decide(self, _own)) if is_plain else super().__repr__()
 
     def __hash__(self) -> int:
         """Return the hash of a number, which may be a key; tensors are keys as objects."""
@@ -471,13 +471,24 @@ def name_spaces(model: nn.Module) -> list[dict[str, Any]]:
 def symbols_in_python(model: nn.Module) -> Iterator[None]:
     """Patch Python for tracing on an example: torch's factories and the built-ins isinstance, type, int, float, max and
     min accept symbols in the Python modules of the network and in modules that they import functions from."""
+    numbers: dict[type, Any] = {
+        int: _NumberType("_Int", (), {"number": int, "of": _recorded(int)}),
+        float: _NumberType("_Float", (), {"number": float, "of": _recorded(float)}),
+    }
+
+    def type_of(symbol: Symbol) -> Any:
+        kind = type(symbol.tracer.value(symbol))
+        return numbers.get(kind, kind)  # the class that the name stands for meanwhile
+
+    def is_callable(value: Any) -> bool:
+        return callable(value.tracer.value(value) if issubclass(type(value), Symbol) else value)
+
     shadows = {
         "isinstance": _is_instance,
-        "type": _NumberType(
-            "_Type", (), {"number": type, "of": lambda symbol: type(symbol.tracer.value(symbol))}
-        ),
-        "int": _NumberType("_Int", (), {"number": int, "of": _recorded(int)}),
-        "float": _NumberType("_Float", (), {"number": float, "of": _recorded(float)}),
+        "callable": is_callable,
+        "type": _NumberType("_Type", (), {"number": type, "of": type_of}),
+        "int": numbers[int],
+        "float": numbers[float],
         "max": _recording(max),
         "min": _recording(min),
     }

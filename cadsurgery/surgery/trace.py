@@ -23,7 +23,7 @@ from cadsurgery.surgery.arguments import Arguments, Inputs
 from cadsurgery.surgery.carry import Carrier, asking_types, is_argument, symbols_in_python
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.state import State
-from cadsurgery.surgery.tracer import Functions, Tracer, assign
+from cadsurgery.surgery.tracer import Functions, NeedsValue, Tracer, assign
 
 
 class CannotFollow(CannotConvert):
@@ -137,6 +137,8 @@ def _with_buffers_or_without(
 
 
 def _trace_alone(model: nn.Module, options: Any, more: dict[str, Any]) -> fx.Graph:
+    if more["inputs"].have_numbers:
+        raise NeedsValue("it takes a number, of which Python code may ask anything")
     with asking_types(model):
         return _trace_with(Tracer(*options, **more), model)
 

@@ -47,7 +47,7 @@ class Unknown(fx.Proxy):
         """Refuse a question."""
         raise NeedsValue(f"it asks for a value at {user_line()}")
 
-    __str__ = __format__ = __hash__ = refuse
+    __str__ = __repr__ = __format__ = __hash__ = refuse
 
 
 class _UnknownAttribute(fx.proxy.Attribute, Unknown):
