@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cadsurgery.support.errors import InvalidInput, first_line
+from cadsurgery.surgery.entry import call_alone, signature_of
 
 Arguments = dict[str, Any]
 
@@ -31,7 +32,7 @@ def bind(model: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         InvalidInput: the network does not accept these arguments.
     """
     try:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        return dict(signature_of(model).bind(*args, **kwargs).arguments)
     except TypeError as error:
         raise InvalidInput(
             f"{type(model).__name__} is not called with these arguments.",
@@ -57,7 +58,7 @@ def contain(output: Any, container: type) -> Any:
 
 def take_image(model: nn.Module, image: Tensor) -> Arguments:
     """Return the arguments of a call with an image as the network's first required argument."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    parameters = list(signature_of(model).parameters.values())
     if not parameters:
         return {"image": image}
     needed = (parameter for parameter in parameters if parameter.default is parameter.empty)
@@ -150,11 +151,9 @@ class AnyLayout(TorchFunctionMode):
 
 
 def run_forward(model: nn.Module, arguments: Arguments) -> Any:
-    """Call a network's forward, without the hooks of the network itself, which are not part of its graph."""
-    bound = inspect.signature(model.forward).bind_partial()
-    bound.arguments.update(tree_map_only(Tensor, Tensor.clone, arguments))
+    """Call a network, without the hooks of the network itself, which are not part of its graph."""
     with AnyLayout():
-        return model.forward(*bound.args, **bound.kwargs)
+        return call_alone(model, tree_map_only(Tensor, Tensor.clone, arguments))
 
 
 def in_order(graph: fx.Graph, arguments: Arguments, *first: Any) -> list[Any]:

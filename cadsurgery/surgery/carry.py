@@ -29,7 +29,7 @@ from cadsurgery.support.torch_operations import asks, name_of
 from cadsurgery.surgery.arguments import AnyLayout, Arguments
 from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
-from cadsurgery.surgery.tracer import Tracer, assign
+from cadsurgery.surgery.tracer import Tracer, Value, assign
 
 # Functions whose result size depends on values.
 _SELECTIONS = frozenset(
@@ -69,7 +69,7 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda symbol, *args: symbol.tracer.call(function, symbol, *args)
 
 
-class Symbol(fx.Proxy):
+class Symbol(Value):
     """A proxy that knows its value on the example."""
 
     tracer: Carrier
@@ -162,6 +162,10 @@ class Carrier(Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return parameters and buffers as nodes, except while operations run on the example."""
         return attr_val if self._is_running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_tracing(self) -> bool:
+        """True if the code that runs is traced, and not an operation that runs on the example."""
+        return not self._is_running and super().is_tracing()
 
     # -- values ------------------------------------------------------------------------------------
 

@@ -116,17 +116,19 @@ class Scored(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2)
-        self.three, self.score = nn.Conv2d(6, 6, 3, 2, 1), nn.Conv2d(6, 1, 1)
+        self.three, self.four = nn.Conv2d(6, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2, 1)
+        self.score = nn.Conv2d(6, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.one(x))
         above, before = (0 if length % 2 == 0 else 1 for length in x.shape[2:])
         x = F.pad(x, (before, 1, above, 1))
-        score = self.score(F.relu(self.three(F.relu(self.two(x))))).sigmoid()
+        x = F.relu(self.four(F.relu(self.three(F.relu(self.two(x))))))
+        score = self.score(x).sigmoid()
         b, _, h, w = score.shape
         ys, xs = (torch.arange(n, device=score.device).to(score) for n in (h, w))
         points = torch.stack((xs.expand(h, w), ys.view(h, 1).expand(h, w))).expand(b, 2, h, w)
-        return torch.cat([8.0 * points, score], 1)
+        return torch.cat([16.0 * points, score], 1)
 
 
 @pytest.mark.parametrize(("options", "example"), covering(OPTIONS, EXAMPLES))
