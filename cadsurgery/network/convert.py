@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 
 from torch import Tensor, fx, nn
 
@@ -12,6 +11,7 @@ from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.surgery.arguments import Arguments, Inputs
 from cadsurgery.surgery.decide import make_plan
+from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.guards import GuardFailed
@@ -36,7 +36,7 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
         graph,
         plan,
         geometry,
-        inspect.signature(facts.model.forward),
+        signature_of(facts.model),
         facts.container,
         unchanged,
         find_watched(facts.model, operations, [str(node.target) for node in used], _live(graph)),

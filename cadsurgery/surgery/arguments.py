@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cadsurgery.support.errors import InvalidInput, first_line
+from cadsurgery.surgery.entry import call_alone, signature_of
 
 Arguments = dict[str, Any]
 
@@ -45,7 +46,7 @@ def bind(model: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         InvalidInput: the network does not accept these arguments.
     """
     try:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        return dict(signature_of(model).bind(*args, **kwargs).arguments)
     except TypeError as error:
         raise InvalidInput(
             f"{type(model).__name__} is not called with these arguments.",
@@ -71,7 +72,7 @@ def contain(output: Any, container: type) -> Any:
 
 def take_image(model: nn.Module, image: Any) -> Arguments:
     """Return the arguments of a call with an image as the network's first required argument, or its first one."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    parameters = list(signature_of(model).parameters.values())
     named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     needed = (parameter for parameter in named if parameter.default is parameter.empty)
     first = next(needed, next(iter(named or parameters), None))
@@ -105,7 +106,7 @@ class Inputs:
     @classmethod
     def of(cls, model: nn.Module, example: Arguments | None = None) -> Self:
         """Return the inputs of a network for a call like the example; by default for one with an image alone."""
-        signature = inspect.signature(model.forward)
+        signature = signature_of(model)
         call = signature.bind_partial()
         call.arguments.update(take_image(model, _UNKNOWN) if example is None else example)
         call.apply_defaults()
@@ -260,11 +261,9 @@ class AnyLayout(TorchFunctionMode):
 
 
 def run_forward(model: nn.Module, arguments: Arguments) -> Any:
-    """Call a network's forward, without the hooks of the network itself, which are not part of its graph."""
-    bound = inspect.signature(model.forward).bind_partial()
-    bound.arguments.update(tree_map_only(Tensor, Tensor.clone, arguments))
+    """Call a network, without the hooks of the network itself, which are not part of its graph."""
     with AnyLayout():
-        return model.forward(*bound.args, **bound.kwargs)
+        return call_alone(model, tree_map_only(Tensor, Tensor.clone, arguments))
 
 
 def in_order(graph: fx.Graph, arguments: Arguments, *first: Any) -> list[Any]:

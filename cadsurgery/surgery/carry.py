@@ -30,7 +30,7 @@ from cadsurgery.surgery.arguments import AnyLayout, Inputs
 from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.hooks import prepare_weights
-from cadsurgery.surgery.tracer import HOOKS, Tracer, Unknown, assign, cuts_channels
+from cadsurgery.surgery.tracer import HOOKS, Tracer, Unknown, Value, assign, cuts_channels
 
 # Functions whose result size depends on values.
 _SELECTIONS = frozenset(
@@ -78,7 +78,7 @@ def _own(value: Any) -> Any:
     return value
 
 
-class Symbol(fx.Proxy):
+class Symbol(Value):
     """A proxy that knows its value on the example."""
 
     tracer: Carrier
@@ -199,6 +199,10 @@ class Carrier(Tracer):
             node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in self.graph.nodes
         )
         return constants or self._foreign
+
+    def is_tracing(self) -> bool:
+        """True if the code that runs is traced, and not an operation that runs on the example."""
+        return not self._is_running and super().is_tracing()
 
     # -- values ------------------------------------------------------------------------------------
 

@@ -13,27 +13,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.support.errors import CannotConvert
-from cadsurgery.surgery.arguments import (
-    AnyLayout,
-    Arguments,
-    change_images,
-    crop,
-    image_of,
-    in_order,
-    part_of,
-    run_forward,
-)
-from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe, same
+from cadsurgery.surgery.arguments import Arguments, change_images, crop, image_of, part_of
+from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe
 from cadsurgery.surgery.guards import GuardFailed, drop_dead_code, is_guard
 from cadsurgery.surgery.hooks import is_apart
 from cadsurgery.surgery.kept import Kept, find_kept
 from cadsurgery.surgery.rules import has_rule, ruled_functions
+from cadsurgery.surgery.sameness import Pair, are_same, compare
 from cadsurgery.surgery.shuffles import write_without_batch
-from cadsurgery.surgery.trace import CannotFollow, evaluating, trace
+from cadsurgery.surgery.trace import CannotFollow, trace
 
 # Larger images are not tried, because each size costs a run of the network.
 _MOST_PIXELS = 320 * 320
@@ -45,7 +36,7 @@ def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> 
     Args:
         model: the network.
         example: arguments of a call; by default small random images of several sizes are tried.
-        exactly: trace on the example itself, and not on crops of it whose graphs may work for more sizes.
+        exactly: trace on the example itself, for calls of its sizes alone: all branches are checked in each call.
 
     Raises:
         CannotConvert: the network cannot be traced, or does not run on the example.
@@ -89,12 +80,13 @@ def _read_on_example(
         except CannotConvert as error:
             refusal = refusal or error
             continue
-        unserved = _drop_moot_guards(best)
-        for other in _with_rests(call) if unserved and not exactly else ():
+        unserved = 0 if exactly else _drop_moot_guards(best)
+        for other in _with_rests(call) if unserved else ():
             with contextlib.suppress(CannotConvert):
                 facts = observe(model, trace_on(other), other)
-                if (fewer := _drop_moot_guards(facts)) < unserved:
-                    best, unserved = facts, fewer
+                fewer = _drop_moot_guards(facts)
+                if fewer < unserved:  # and if it serves the example as well, on which the plan is made
+                    best, unserved = observe(model, facts.graph, call), fewer
         return best
     assert refusal is not None
     raise refusal
@@ -109,43 +101,42 @@ def _with_rests(call: Arguments) -> Iterator[Arguments]:
 
 
 def _drop_moot_guards(facts: Facts) -> int:
-    """Drop guards that may fail without changing the outputs; return at how many sizes a failure changes them."""
-    model, graph = facts.model, facts.graph
+    """Drop guards that may fail without changing the outputs; return at how many sizes a failure changes them. A guard
+    that failed at any of these is kept, since no experiment tells which of several failures did it."""
+    graph = facts.graph
     if not any(map(is_guard, graph.nodes)):
         return 0
-    unserved, moot = 0, set[fx.Node]()
-    with torch.no_grad(), evaluating(model), AnyLayout():
-        for call in _of_other_sizes(_smaller_call(facts)):
-            run, outputs = _Unguarded(model, graph=graph), None
-            with contextlib.suppress(Exception):  # this path may not fit the size
-                outputs = run.run(*in_order(graph, call))
-                if not run.failed_guards:
-                    continue
-            try:
-                expected = run_forward(model, call)
-            except Exception:  # the network may refuse a size with any error
+    pair, base = _smaller_call(facts)
+    unserved, moot, harmful = 0, set[fx.Node](), set[fx.Node]()
+    for call in _of_other_sizes(base):
+        run, outputs = _Unguarded(pair.model, graph=graph), None
+        with contextlib.suppress(Exception):  # this path may not fit the size
+            outputs = pair.run_graph(call, run)
+            if not run.failed_guards:
                 continue
-            if outputs is not None and same(outputs, expected):
-                moot |= run.failed_guards
-            else:
-                unserved += 1
-    for node in moot:
+        try:
+            expected = pair.run_network(call)
+        except Exception:  # the network may refuse a size with any error
+            continue
+        if outputs is not None and are_same(outputs, expected):
+            moot |= run.failed_guards
+        else:
+            harmful |= run.failed_guards
+            unserved += 1
+    for node in moot - harmful:
         graph.erase_node(node)
     drop_dead_code(graph)
     return unserved
 
 
-def _smaller_call(facts: Facts) -> Arguments:
-    """Return a call with one image of about half the height and width of the example's, with the same rests at every
-    halving; the example's itself if the graph does not give there what the network gives."""
-    sizes = facts.example.shape[2:]
-    height, width = (length - length // 64 * 32 for length in sizes)
-    part = part_of(facts.arguments, height, width)
-    with contextlib.suppress(Exception):  # the network or its graph may refuse the size with any error
-        outputs = fx.Interpreter(facts.model, graph=facts.graph).run(*in_order(facts.graph, part))
-        if same(outputs, run_forward(facts.model, part)):
-            return part
-    return facts.arguments
+def _smaller_call(facts: Facts) -> tuple[Pair, Arguments]:
+    """Return the network with its graph, and a call with one image of about half the height and width of the example's,
+    with the same rests at every halving; the example's itself if the graph does not give there what the network gives.
+    Both are in float64 where that can be."""
+    height, width = (length - length // 64 * 32 for length in facts.example.shape[2:])
+    part, own = part_of(facts.arguments, height, width), Pair(facts.model, facts.graph)
+    pair, call, holds = compare(own, part)
+    return (pair, call) if holds else compare(own, facts.arguments)[:2]
 
 
 def _of_other_sizes(call: Arguments) -> Iterator[Arguments]:

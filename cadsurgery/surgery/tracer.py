@@ -8,15 +8,16 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.support.torch_operations import is_kind, name_of
+from cadsurgery.support.torch_operations import is_in_place, is_kind, name_of
 from cadsurgery.surgery.arguments import Inputs
+from cadsurgery.surgery.entry import own_call, traced_name, without_hooks
 from cadsurgery.surgery.guards import is_of_library, stack_of, user_line
 from cadsurgery.surgery.hooks import noting_hooks
 
@@ -34,7 +35,22 @@ class NeedsValue(Exception):
     """The Python code asks a proxy for something that only its value tells."""
 
 
-class Unknown(fx.Proxy):
+class Value(fx.Proxy):
+    """A proxy whose `data` can be assigned, as blocks do that merge their branches into one weight in forward."""
+
+    tracer: Tracer
+
+    @property
+    def data(self) -> Any:
+        """The tensor without its history."""
+        return self.__getattr__("data")
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self.tracer.write(self, value)
+
+
+class Unknown(Value):
     """A proxy without a value. What Python code would learn of it (its text, its type, its hash) would be
     a fact of the proxy and not of the value, so it may not ask."""
 
@@ -100,14 +116,69 @@ class Tracer(fx.Tracer):
         # Values computed from buffers, as in norms with frozen statistics, are computed in every call, not once here.
         self.proxy_buffer_attributes = names_buffers
 
-    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
-        """Trace in this thread only, because torch patches `nn.Module` for all threads while it traces."""
+    def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
+        """Trace what a call of a network runs, in this thread only, because torch patches `nn.Module` for all threads
+        while it traces."""
         self._thread = threading.get_ident()
+        self._written = dict[int, fx.Proxy]()
+        of_torch = (part for part in root.modules() if type(part).__module__.startswith("torch."))
+        buffers = (buffer for part in of_torch for buffer in part._buffers.values() if buffer is not None)
+        self._buffers_of_torch = set(map(id, buffers))
+        if own_call(type(root)) is None:
+            with self._patched(root):
+                return super().trace(root, *args, **kwargs)
+        self.traced_func_name = traced_name(type(root))
+        with self._patched(root), without_hooks(root):
+            return super().trace(root, *args, **kwargs)
+
+    @contextmanager
+    def _patched(self, root: nn.Module) -> Iterator[None]:
+        """Record calls of leaf modules whose class has its own `__call__` as a whole: torch.fx sees only what that
+        calls in its turn, and the module would run it again. And let modules hold proxies in place of weights."""
+        kinds = {type(part) for part in root.modules() if part is not root}
         with ExitStack() as stack:
             for name in _ITERATORS:
-                listed = self._as_nodes(getattr(nn.Module, name))
-                stack.enter_context(mock.patch.object(nn.Module, name, listed))
-            return super().trace(*args, **kwargs)
+                stack.enter_context(
+                    mock.patch.object(nn.Module, name, self._as_nodes(getattr(nn.Module, name)))
+                )
+            stack.enter_context(mock.patch.object(nn.Module, "__setattr__", self._keeping_proxies(stack)))
+            for kind in kinds:
+                if (call := own_call(kind)) is not None and kind.__call__ is call:
+                    stack.enter_context(mock.patch.object(kind, "__call__", self._recording(call)))
+            yield
+
+    def _keeping_proxies(self, stack: ExitStack) -> Callable[..., None]:
+        """Return a replacement of `nn.Module.__setattr__` that takes a proxy in place of a parameter or buffer, which
+        the module holds again when `stack` ends."""
+        set_attribute = nn.Module.__setattr__
+
+        def assign_weight(module: nn.Module, name: str, value: Any) -> None:
+            held = {**vars(module).get("_parameters", {}), **vars(module).get("_buffers", {})}
+            if isinstance(value, fx.Proxy) and name in held:
+                vars(module)[name] = value
+                stack.callback(vars(module).pop, name, None)
+            else:
+                set_attribute(module, name, value)
+
+        return assign_weight
+
+    def _recording(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            path = (self.submodule_paths or {}).get(module, "")
+            if path and self.is_tracing() and self.is_leaf_module(module, path):
+                return self.create_proxy("call_module", path, args, kwargs)
+            return function(module, *args, **kwargs)
+
+        return call
+
+    def is_tracing(self) -> bool:
+        """True if the code that runs is traced, and not that of another thread."""
+        return threading.get_ident() == self._thread
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a proxy of a node."""
+        return Unknown(node, self)
 
     def _as_nodes(self, listing: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         """Return a method that lists parameters or buffers as nodes to the network's code, as its attributes are: their
@@ -128,6 +199,64 @@ class Tracer(fx.Tracer):
             return self.getattr("", found, nodes)
 
         return listed
+
+    # -- weights that forward writes ---------------------------------------------------------------
+
+    def write(self, target: fx.Proxy, value: Any) -> None:
+        """Let all that reads a tensor from now on read another value; modules that hold it are no leaves any more."""
+        if not isinstance(value, fx.Proxy):
+            raise TypeError(
+                f"{target.node} is assigned a {type(value).__name__} that no image and no weight gives"
+            )
+        held = self._held_behind(target)
+        if held is None:  # a value of this call
+            target.node = value.node
+        else:
+            self._written[id(held)] = self.create_proxy("call_method", "detach", (value,), {})
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Any:
+        """Record an operation; one that changes a weight in place is recorded as one that gives another weight."""
+        held = None
+        if (
+            kind == "call_method"
+            and args
+            and target != "requires_grad_"
+            and is_in_place(target, args, kwargs)
+        ):
+            held = self._held_behind(args[0], is_same=target == "set_")
+        if held is None:
+            return super().create_proxy(kind, target, args, kwargs, *more, **options)
+        before = self._written.get(id(held), args[0])
+        value = super().create_proxy("call_method", "detach", (before,), {})
+        value = super().create_proxy("call_method", "clone", (value,), {})
+        value = super().create_proxy(kind, target, (value, *args[1:]), kwargs, *more, **options)
+        self._written[id(held)] = value
+        return value
+
+    def _held_behind(self, value: Any, is_same: bool = False) -> Tensor | None:
+        """Return the parameter, or the buffer of one of torch's modules, whose memory a value is, or with `is_same`
+        that it is itself: `weight.data.set_(...)` leaves the weight."""
+        node: Any = value.node if isinstance(value, fx.Proxy) else None
+        while node is not None and not is_same and (node.target == "detach" or node.args[1:] == ("data",)):
+            node = node.args[0]
+        held = value
+        if node is not None:
+            path, _, name = str(node.target).rpartition(".")
+            holder = vars(self.root.get_submodule(path)) if node.op == "get_attr" else {}
+            tensors = {**holder.get("_parameters", {}), **holder.get("_buffers", {})}
+            held = tensors.get(name)
+        return held if isinstance(held, nn.Parameter) or id(held) in self._buffers_of_torch else None
+
+    def _is_written(self, module: nn.Module) -> bool:
+        """True if forward wrote a tensor that a module holds."""
+        return any(
+            isinstance(value, fx.Proxy) or id(value) in self._written
+            for part in module.modules()
+            for held in (vars(part), part._parameters, part._buffers)
+            for value in held.values()
+        )
+
+    # ----------------------------------------------------------------------------------------------
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node with the lines of the network that it comes from.
@@ -157,6 +286,8 @@ class Tracer(fx.Tracer):
         is_empty = isinstance(attr_val, Tensor) and not attr_val.numel()
         if threading.get_ident() != self._thread or (is_empty and not isinstance(attr_val, nn.Parameter)):
             return attr_val
+        if id(attr_val) in self._written:
+            return self._written[id(attr_val)]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
@@ -166,17 +297,13 @@ class Tracer(fx.Tracer):
             raise OfEarlierCall(f"{module} uses the result of {name_of(a.node.target)} in an earlier call")
         return super().create_arg(a)
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return a proxy for a node."""
-        return Unknown(node, self)
-
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """Create the inputs, and return the function that calls the network with them.
 
         Containers are containers for the network's Python code, too, and what is no number and no tensor is the value
         itself: `Inputs.kinds` are compared in every call, so that the code may ask for them.
         """
-        inputs = self._inputs or Inputs.of(self.root)
+        inputs, call = self._inputs or Inputs.of(self.root), own_call(type(self.root))
         proxies = {
             name: self.create_proxy("placeholder", name, default, {})
             for name, default in inputs.placeholders()
@@ -184,12 +311,14 @@ class Tracer(fx.Tracer):
 
         def run(root: nn.Module) -> Any:
             args, kwargs = inputs.call({name: inputs.open(name, proxy) for name, proxy in proxies.items()})
-            return root.forward(*args, **kwargs)
+            return (call.__get__(root) if call is not None else root.forward)(*args, **kwargs)
 
         return run, [self.root]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """True if a module becomes a single node of the graph."""
+        if self._is_written(m):
+            return False
         if self._is_operation(m) or (type(m) in self._declared and not self._can_follow(m)):
             return True
         return super().is_leaf_module(m, module_qualified_name)

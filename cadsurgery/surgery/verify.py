@@ -12,7 +12,6 @@ enough for the time, see `Case.fewer`.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,17 +44,20 @@ from cadsurgery.surgery.emulate import CannotEmulate, Emulator, can_emulate
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.graphs import downstream, gives
 from cadsurgery.surgery.guards import GuardFailed
-from cadsurgery.surgery.hooks import child, copying
 from cadsurgery.surgery.plan import SMALL_EFFECT, Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
+from cadsurgery.surgery.sameness import TOLERANCE, scales, wide_copy
 from cadsurgery.surgery.trace import evaluating
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 _REPORT = "please report this with the model's name; a smaller region=[...] may avoid the operation."
 
 # Share of the entries of an integer output, such as class labels, that may differ: rounding decides between ties.
 DISCRETE = 0.01
+
+_OUTPUT = "output "  # before the number of an output, in the names of compared values
+
+# A channel of an output has a scale of its own if it has so many values: a single one may be zero by chance.
+_FEWEST = 64
 
 # Work of all comparisons at levels other than the network's own, in calls of the network on the example.
 _MOST_CALLS = 2
@@ -74,7 +76,7 @@ class Check:
         number: number of the law, 1 or 2.
         size: height and width of the image.
         where: node or output with the largest error.
-        error: largest difference relative to the largest value.
+        error: largest difference relative to the largest value; of an output, of the same channel.
         tolerance: largest allowed error.
     """
 
@@ -132,14 +134,7 @@ class Case:
 
     def wide(self) -> Case:
         """Return the case in float64, with the tensors that the graphs read from the model, which may be no buffers."""
-        wide = copy.deepcopy(self.model, copying(self.model)).double()
-        nodes = (*self.original.nodes, *self.adapted.nodes)
-        for path in {str(node.target) for node in nodes if node.op == "get_attr"}:
-            owner, _, name = path.rpartition(".")
-            module = child(wide, owner) if owner else wide
-            value = getattr(module, name, None)
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-                setattr(module, name, value.double())
+        wide = wide_copy(self.model, (self.original, self.adapted))
         return replace(self, model=wide, call=widen(self.call), fewer=widen(self.fewer))
 
     @contextmanager
@@ -414,7 +409,7 @@ def _at_another_size(case: Case, geometry: Geometry) -> list[Check]:
 
 
 def _named(outputs: Any) -> dict[str, Tensor]:
-    return {f"output {i}": value for i, value in enumerate(tensors_of(outputs))}
+    return {f"{_OUTPUT}{i}": value for i, value in enumerate(tensors_of(outputs))}
 
 
 def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
@@ -543,8 +538,11 @@ def _compare(law: str, ours: dict[str, Tensor], expected: dict[str, Tensor], tol
             if not error <= DISCRETE:
                 return Check(law, name, error, DISCRETE)
             continue
-        scale = reference.abs().max().clamp(min=torch.finfo(reference.dtype).tiny)
-        error = float((value - reference).abs().max() / scale)
+        if not reference.numel():
+            continue
+        # Of the maps inside, channels may be nothing but rounding; what is returned is judged channel by channel.
+        scale = scales(reference, _FEWEST if name.startswith(_OUTPUT) else reference.numel() + 1)
+        error = float(((value - reference).abs() / scale).max())
         if not error <= worst.error:
             worst = Check(law, name, error, tolerance)
     return worst

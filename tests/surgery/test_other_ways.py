@@ -134,10 +134,11 @@ def test_images_of_another_way_are_no_calibration() -> None:
 
 @torch.no_grad()
 def test_work_is_counted_on_the_way_that_is_taken() -> None:
-    """As a network counts it that was converted there; by the copy as by the network."""
+    """As a network counts it that was converted there with the same strides; by the copy as by the network."""
     model, net = converted()
     x = images(2, *ODD)
-    there = unverified(model, "none", outputs="native", example_input=x[:1])
+    strides = net.plan.output_stride
+    there = unverified(model, "none", output_stride=strides, outputs="native", example_input=x[:1])
     for one in (net, net.optimize()):
         ours, theirs = one.macs(x, mask="edges"), there.macs(x, mask="edges")
         assert (ours.mask, ours.high, ours.low) == (theirs.mask, theirs.high, theirs.low)

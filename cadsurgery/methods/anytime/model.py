@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.graphs import upstream
 from cadsurgery.surgery.hooks import child
@@ -114,7 +114,7 @@ def anytime(
     heads, graph, logits = _add_heads(facts, outlet, chosen, head, number, hidden)
     weight = next(whole.parameters())
     whole.add_module(HEADS, heads.to(weight.device, weight.dtype).train(whole.training))
-    signature = inspect.signature(whole.forward)
+    signature = signature_of(whole)
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
     work = work_of(cut(graph, {}, signature).steps, meta_copy(whole), {**defaults, **facts.arguments})
     spatial, apart = _find_spatial(facts, logits, work)

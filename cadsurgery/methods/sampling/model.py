@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.hosted import Host, check_used
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.trace import evaluating
 
@@ -98,7 +98,7 @@ def _add_gates(facts: Facts, branches: Sequence[Branch], permutes: frozenset[str
             gates.append(Gate(facts.shapes[branch.source][1], like))
     graph.lint()
     facts.model.add_module(GATES, gates.train(facts.model.training))
-    signature = inspect.signature(facts.model.forward)
+    signature = signature_of(facts.model)
     return gather(graph, tuple(gated), tuple(blocks), permutes, signature, facts.container)
 
 
