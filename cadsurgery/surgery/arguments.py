@@ -245,6 +245,34 @@ def part_of(arguments: Arguments, height: int, width: int) -> Arguments:
     return dict(tree_map_only(Tensor, first, cropped))
 
 
+def with_other_values(arguments: Arguments) -> Arguments:
+    """Return a call with other values in its tensors, of the same sizes and types."""
+
+    def change(value: Tensor) -> Tensor:
+        return value.flip(tuple(range(value.dim()))) / 2 + 0.125 if value.is_floating_point() else value
+
+    return dict(tree_map_only(Tensor, change, arguments))
+
+
+def with_one_more(arguments: Arguments) -> Arguments:
+    """Return a call with another image: the first one again, and with it what is given for each image."""
+    batch = len(image_of(arguments))
+
+    def longer(value: Tensor) -> Tensor:
+        return torch.cat([value, value[:1]]) if value.dim() and len(value) == batch else value
+
+    return dict(tree_map_only(Tensor, longer, arguments))
+
+
+def with_other_numbers(arguments: Arguments) -> Arguments:
+    """Return a call with other numbers among its arguments; tensors and truth values stay."""
+
+    def change(value: Any) -> Any:
+        return value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 1.5
+
+    return dict(tree_map_only((int, float), change, arguments))
+
+
 def widen(arguments: Arguments) -> Arguments:
     """Convert the arguments to double precision."""
     return dict(tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments))

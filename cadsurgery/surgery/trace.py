@@ -14,12 +14,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.torch_operations import asks, is_in_place, is_kind, name_of
-from cadsurgery.surgery.arguments import Arguments, Inputs
+from cadsurgery.surgery.arguments import Arguments, Inputs, with_other_values
 from cadsurgery.surgery.carry import Carrier, asking_types, is_argument, symbols_in_python
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.state import State
@@ -152,7 +151,7 @@ def _trace_on_example(model: nn.Module, options: Any, more: dict[str, Any]) -> f
             if str(other) != str(graph):
                 raise ByGradients(f"it computes something else where gradients are needed, at {line}")
         if carrier.may_know_values():
-            darker = replace(more["inputs"], values=_darker(more["inputs"].values))
+            darker = replace(more["inputs"], values=with_other_values(more["inputs"].values))
             known = set(vars(model))
             other = _trace_with(Carrier(*options, **(more | {"inputs": darker})), model)
             place = _first_difference(model, graph, other)
@@ -165,15 +164,6 @@ def _trace_on_example(model: nn.Module, options: Any, more: dict[str, Any]) -> f
 
 class ByExample(Exception):
     """The graph has a value of the example as a constant, such as one that a hook has noted."""
-
-
-def _darker(arguments: Arguments) -> Arguments:
-    """Return arguments with other numbers, of the same sizes and types."""
-
-    def change(value: Tensor) -> Tensor:
-        return value.flip(tuple(range(value.dim()))) / 2 + 0.125 if value.is_floating_point() else value
-
-    return dict(tree_map_only(Tensor, change, arguments))
 
 
 _NUMBERED = re.compile(r"_tensor_constant\d+")

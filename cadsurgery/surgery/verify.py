@@ -1,7 +1,8 @@
 """Verify two laws of an adaptive network on an example, using kernel maps everywhere (no dense shortcut).
 
-Law 1: on the network's own grid, the adaptive network equals the original. All outputs of the call are compared, at the
-example's size and at a size of the other parity. A map returned at the fine size is compared at the original's samples.
+Law 1: on the network's own grid, the adaptive network equals the original. All outputs of the call are compared, on the
+example and in another call: other pixels, an image more, a size of the other parity, other numbers. A map returned at
+the fine size is compared at the original's samples.
 Law 2: at every other uniform level, the adaptive network equals the dense network at that output stride, computed with
 the same weights in ordinary dense convolutions.
 
@@ -39,6 +40,9 @@ from cadsurgery.surgery.arguments import (
     part_of,
     run_forward,
     widen,
+    with_one_more,
+    with_other_numbers,
+    with_other_values,
 )
 from cadsurgery.surgery.emulate import CannotEmulate, Emulator, can_emulate
 from cadsurgery.surgery.facts import Facts
@@ -276,7 +280,7 @@ def _uniform_checks(case: Case) -> list[Check]:
         check = _compare(f"everything at level {level} is {law}", ours, expected, tolerance)
         checks.append(replace(check, number=1 if own else 2, size=_size_of(at)))
         if own:
-            checks += _at_another_size(case, mapped)
+            checks += _on_another_call(case, mapped)
         if level == 0 < (plan.identity_level or 0) and geometry.pool == "atrous":
             unmixed = _unmixed(case.adapted)
             maps = {name: value for name, value in ours.items() if name in unmixed}
@@ -296,7 +300,7 @@ def _emulated_checks(case: Case) -> list[Check]:
     own = _values(case, None, case.call, watched)
     ours = _values(case, _uniform(mapped, 0), case.call, watched)
     check = _compare("everything high is the network as it was", ours, own, tolerance)
-    checks = [replace(check, number=1, size=_size_of(case.call)), *_at_another_size(case, mapped)]
+    checks = [replace(check, number=1, size=_size_of(case.call)), *_on_another_call(case, mapped)]
     of_level = "floor" if plan.floors else "output stride"
     maps: dict[str, Callable[..., Tensor]] = {
         f"everything at {of_level} {plan.strides[level]}": partial(torch.full, fill_value=level)
@@ -386,26 +390,36 @@ def _work_at(level: int, plan: Plan) -> float:
     return of_level / total if total else 0.0
 
 
-def _at_another_size(case: Case, geometry: Geometry) -> list[Check]:
-    """Compare the outputs at the network's own level with an image one pixel smaller than that of the first of the
-    two calls for which the network takes it; no check if it refuses both."""
-    for call in (case.fewer, case.call):
-        height, width = (length - 1 for length in image_of(call).shape[2:])
-        smaller = change_images(call, partial(crop, height=height, width=width))
+def _on_another_call(case: Case, geometry: Geometry) -> list[Check]:
+    """Compare the outputs at the network's own level in a call that the example was not: other pixels and, as far as
+    the network takes it on this path, one image more, one pixel less along each side, and other numbers."""
+    for call in _other_calls(case):
         try:
-            expected = run_forward(case.model, smaller)
-            break
-        except Exception:  # the network refuses this size with an error of its own
+            expected = run_forward(case.model, call)
+        except Exception:  # the network refuses this call with an error of its own
             continue
-    else:
-        return []
-    try:
-        ours = replace(case, geometry=geometry).run(case.plan.identity_level or 0, smaller)
-    except GuardFailed:  # a call with such an image reports this to the user
-        return []
-    law = "the outputs at another size are the network's as it was"
-    read = _named(at_own_samples(ours, case.adapted, case.plan))
-    return [replace(_compare(law, read, _named(expected), case.tolerance), number=1, size=(height, width))]
+        try:
+            ours = replace(case, geometry=geometry).run(case.plan.identity_level or 0, call)
+        except GuardFailed:  # the network is read anew for such a call
+            continue
+        law = "the outputs of another call are the network's as it was"
+        read = _named(at_own_samples(ours, case.adapted, case.plan))
+        check = _compare(law, read, _named(expected), case.tolerance)
+        return [replace(check, number=1, size=_size_of(call))]
+    return []
+
+
+def _other_calls(case: Case) -> Iterator[Arguments]:
+    """Yield calls that differ from the example in fewer and fewer ways."""
+    for example in (case.fewer, case.call):
+        height, width = (length - 1 for length in image_of(example).shape[2:])
+        darker = with_other_values(example)
+        smaller = change_images(darker, partial(crop, height=height, width=width))
+        yield with_other_numbers(with_one_more(smaller))
+        yield with_one_more(smaller)
+        yield smaller
+    yield with_one_more(darker)
+    yield darker
 
 
 def _named(outputs: Any) -> dict[str, Tensor]:
