@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
-from cadsurgery.network.export.shortcuts import LINE
+from cadsurgery.network.export.refusals import LINE
 
 _ATEN = torch.ops.aten
 

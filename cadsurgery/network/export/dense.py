@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from cadsurgery.elements.backends.target import portable
 from cadsurgery.network.dense_twin import dense_twin, record
 from cadsurgery.network.export.compare import check_difference, difference
-from cadsurgery.network.export.engine import Engine
-from cadsurgery.network.export.onnx import translate
+from cadsurgery.network.export.engine import Engine, check_packages
 from cadsurgery.network.export.programs import follow
 from cadsurgery.network.model import AdaptiveModel
 
@@ -43,6 +42,8 @@ def write_dense(net: AdaptiveModel, level: int, image: Tensor, path: Path, engin
         CannotConvert: torch cannot follow the network, or the file's outputs differ.
         CadError: a required package is not installed.
     """
+    check_packages(engine)
+    from cadsurgery.network.export.onnx import translate  # with torch's exporter
     from cadsurgery.network.export.translate import OWN
 
     program = dense_program(net, level, image)

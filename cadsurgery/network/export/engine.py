@@ -76,6 +76,16 @@ class Engine:
         raise NotImplementedError
 
 
+def check_packages(*engines: type[Engine]) -> None:
+    """Refuse to write a file for these engines where a package is missing, before any work.
+
+    Raises:
+        CadError: the package is not installed.
+    """
+    for package in ("onnx", "onnxscript", *(engine.package for engine in engines)):
+        import_package(package)
+
+
 def import_package(package: str) -> Any:
     """Import a package of the extra `export`.
 

@@ -8,16 +8,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-import torch
-import torch.export._trace
-import torch.fx.graph_module
-
 
 @contextmanager
 def quietly() -> Iterator[None]:
     """Suppress logs and warnings in the block, and torch's runtime assertions on sizes in decomposed graphs.
 
     What fails is raised in our own words. ONNX has no assertions, and creating them can take most of the time."""
+    import torch._dynamo  # this and the next take seconds
+
     with (
         without_graphs_of_errors(),
         torch._dynamo.config.patch(do_not_emit_runtime_asserts=True),
@@ -32,6 +30,9 @@ def without_graphs_of_errors() -> Iterator[None]:
     """Suppress the graph of thousands of lines that torch logs, and prints to stderr, where torch.export raises.
 
     Only the two modules that print it are silent: a progress bar on stderr is drawn meanwhile."""
+    import torch.export._trace
+    import torch.fx.graph_module
+
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

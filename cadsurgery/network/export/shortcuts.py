@@ -15,12 +15,9 @@ import torch.fx.experimental._config as symbolic_config
 from torch import fx
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental import proxy_tensor
-from torch.onnx._internal.exporter import _registration
-from torch.onnx._internal.fx.passes import type_promotion
 
+from cadsurgery.network.export.refusals import LINE
 from cadsurgery.surgery.graphs import line_that_runs
-
-LINE = "cadsurgery_line"  # of the network's graph, in the metadata of a node that was traced there
 
 
 @contextmanager
@@ -90,6 +87,8 @@ def promoting_without_runs() -> Iterator[None]:
 
     Computing them took as long as translating the program, and longer with every size that it depends on.
     """
+    from torch.onnx._internal.fx.passes import type_promotion
+
     interpreter = type_promotion._TypePromotionInterpreter
     original = interpreter.run_node
     interpreter.run_node = _run_node  # type: ignore[method-assign]
@@ -100,6 +99,8 @@ def promoting_without_runs() -> Iterator[None]:
 
 
 def _run_node(self: Any, n: fx.Node) -> Any:
+    from torch.onnx._internal.fx.passes import type_promotion
+
     with self._set_current_node(n):
         rule = type_promotion.get_type_promotion_rule(n, self.type_promotion_table)
         if rule is not None:
@@ -119,6 +120,8 @@ def reading_signatures_once() -> Iterator[None]:
     except ImportError:  # older versions of onnx_ir have none
         yield
         return
+    from torch.onnx._internal.exporter import _registration
+
     read, kept = OpSignature.from_op_schema, dict[tuple[Any, ...], Any]()
 
     def read_once(schema: Any) -> Any:
@@ -140,4 +143,6 @@ def reading_signatures_once() -> Iterator[None]:
 @cache
 def _torchlib() -> Any:
     """List what torch's operations are in ONNX."""
+    from torch.onnx._internal.exporter import _registration
+
     return _registration.onnxscript_apis.get_torchlib_ops()
