@@ -36,7 +36,7 @@ GROUPS = {
     "Train": "body_of stem_outputs CachedStem",
     "Other methods": "anytime AnytimeModel sample SampledModel resample ResampledModel",
     "Extend": "rule Treatment Call Window operation Elements Lattice Geometry",
-    "Errors": "CadError CannotConvert InvalidInput UnknownName FileError TrainingStopped CadWarning",
+    "Errors": "CadError CannotConvert InvalidInput UnknownName FileError NotInstalled TrainingStopped CadWarning",
 }
 # Text and target of a link or picture; the target without its anchor, and the anchor.
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)")

@@ -119,7 +119,7 @@ def predict_tables(
 
     Raises:
         InvalidInput: the folder exists.
-        CadError: Ray is not installed.
+        NotInstalled: Ray is not installed.
     """
     ray = connect(address)
     most = workers or count_processes(address, settings)

@@ -116,7 +116,7 @@ def export(
             small an example for any size, or an option does not apply to the format.
         CannotConvert: torch or the engine cannot follow the network or its mask, or the file's outputs differ.
         FileError: the file cannot be written.
-        CadError: a package that the format needs is not installed.
+        NotInstalled: a package that the format needs is not installed.
     """
     part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
     whole_program(net, "cannot be exported", part)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor, fx, nn
 from torch.export import Dim
-from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements import functional
@@ -56,6 +55,7 @@ from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, descr
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.provenance import versions
+from cadsurgery.support.torch_internals import tree_leaves
 
 # Tolerance in half precision, and number of patches per image that a mask may choose differently through rounding.
 TOLERANCE_OF_HALVES = 2e-2
