@@ -25,7 +25,9 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-PROJECT: dict[str, Any] = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parents[1]
+NEEDED: dict[str, Any] = tomllib.loads((ROOT / "docs" / "extras.toml").read_text())  # by commands and pages
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAME = PROJECT["name"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 OF_EVERY_ENVIRONMENT = ("pip", "setuptools")  # as `python -m venv` makes it
