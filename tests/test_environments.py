@@ -126,7 +126,7 @@ def words_of_commands(group: Any, *before: str) -> Iterator[tuple[str, ...]]:
 
 
 WORDS = sorted(words_of_commands(typer.main.get_command(make_app())))
-CONVERT = next(row for row in COMMANDS if row["what"] == "convert")
+CONVERT = next(row for row in COMMANDS if row["what"] == "`convert`")
 
 
 def test_the_table_has_every_command() -> None:
@@ -194,7 +194,11 @@ def check(row: dict[str, Any], code: Any, said: str, extra: str) -> str:
 
 def wrong(folder: Path, extra: str, rows: list[dict[str, Any]]) -> list[str]:
     rows = [CONVERT, *(row for row in rows if row is not CONVERT)]  # others read its file
-    done = run_commands(folder, (extra,) if extra else (), [shlex.split(row["run"]) for row in rows])
+    done = run_commands(
+        folder,
+        (extra,) if extra else (),
+        [shlex.split(row["run"].replace("{here}", str(folder))) for row in rows],
+    )
     return [problem for row, end in zip(rows, done, strict=True) if (problem := check(row, *end, extra))]
 
 

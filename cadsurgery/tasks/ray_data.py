@@ -18,7 +18,7 @@ from cadsurgery.tasks.predictor import Item, Row, Settings
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import Block, Rows, Submit, predict_block
 
-__all__ = ["Predict"]
+__all__ = ["Predict", "connect"]
 _LISTED = 1000  # failures that a report has
 
 
