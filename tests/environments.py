@@ -16,6 +16,7 @@ from importlib.metadata import (
     Distribution,
     DistributionFinder,
     PackageNotFoundError,
+    distributions,
     packages_distributions,
     requires,
 )
@@ -72,6 +73,12 @@ def owners() -> dict[str, list[str]]:
     return {module: list(names) for module, names in packages_distributions().items()}
 
 
+@cache
+def places() -> frozenset[str]:
+    """Folders in which packages are installed."""
+    return frozenset(str(one.locate_file("")) for one in distributions())
+
+
 class _Finder:
     """Finds what Python finds on its path, but for what is hidden."""
 
@@ -84,6 +91,7 @@ class _Finder:
         self.belonging, self._hidden = None, frozenset()
         if extras is None:
             return
+        places()
         owned, kept = owners(), belonging(tuple(sorted(extras)))
         self._hidden = frozenset(
             module
@@ -93,7 +101,11 @@ class _Finder:
         self.belonging = kept
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return None if name.partition(".")[0] in self._hidden else PathFinder.find_spec(name, path, target)
+        if (
+            name in self._hidden and path is None
+        ):  # a package may bring one of this name in a folder of its own
+            path = [place for place in sys.path if place not in places()]
+        return PathFinder.find_spec(name, path, target)
 
     def find_distributions(self, *context: DistributionFinder.Context) -> Iterator[Distribution]:
         for one in PathFinder.find_distributions(*context):
