@@ -418,7 +418,7 @@ def a_convolution(groups: int, gradient: bool = False) -> tuple[Tensor, list[str
     source, window = lattice("ragged"), Window((3, 3), 1, (1, 1), (1, 1, 1, 1), spacing=2)
     x = Elements(values(len(source), 6, seed=0, dtype=torch.float32).requires_grad_(gradient), source)
     weight = values(6, 6 // groups, 3, 3, seed=1, dtype=torch.float32)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         out = functional.conv2d(x, weight, None, window, 1, groups).rows
     return out, [event.name for event in profile.events() if event.name.startswith("convolve")]
 
