@@ -51,6 +51,7 @@ from .support.errors import (
     CannotConvert as CannotConvert,
     FileError as FileError,
     InvalidInput as InvalidInput,
+    NotInstalled as NotInstalled,
     TrainingStopped as TrainingStopped,
     UnknownName as UnknownName,
 )

@@ -2,7 +2,7 @@
 
 Recipes, notebooks and the contributing guide stay where readers of the repository look for them. Before a build they
 are copied to docs/generated (which git ignores), and links between all pages are rewritten to where a page is on the
-site. The options of the commands and the table of masks are written there, too, from the code.
+site. The options of the commands, the table of masks and that of extras are written there, too, from the code.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ GROUPS = {
     "Train": "body_of stem_outputs CachedStem",
     "Other methods": "anytime AnytimeModel sample SampledModel resample ResampledModel",
     "Extend": "rule Treatment Call Window operation Elements Lattice Geometry",
-    "Errors": "CadError CannotConvert InvalidInput UnknownName FileError TrainingStopped CadWarning",
+    "Errors": "CadError CannotConvert InvalidInput UnknownName FileError NotInstalled TrainingStopped CadWarning",
 }
 # Text and target of a link or picture; the target without its anchor, and the anchor.
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)")
@@ -65,6 +66,7 @@ def write_pages() -> None:
     texts = {copy: path.read_text() for path, copy in outside_pages().items()}
     texts[GENERATED / "parts" / "commands.md"] = "\n".join(describe_commands())
     texts[GENERATED / "parts" / "masks.md"] = "\n".join(describe_masks())
+    texts[GENERATED / "parts" / "extras.md"] = "\n".join(describe_extras())
     texts[GENERATED / "parts" / "zoo.md"] = "\n".join(describe_zoo())
     texts[GENERATED / "parts" / "names.md"] = "\n".join(describe_names())
     texts[GENERATED / "parts" / "modules.md"] = "\n".join(describe_modules())
@@ -201,6 +203,26 @@ def describe_masks() -> Iterator[str]:
         f"Command: `python -m benchmarks.pictures --masks PHOTO`, commit {counted['commit']}, "
         "[figures](../pictures/masks.json)."
     )
+
+
+def describe_extras() -> Iterator[str]:
+    """Lines of Markdown: what each extra installs, and which commands and pages need one; the tests run them all."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = tomllib.loads((DOCS / "extras.toml").read_text())
+    used = {row["extra"] for row in needed["command"]}.union(*needed["pages"].values())
+    yield "| command | needs |\n|---|---|"
+    for row in needed["command"]:
+        need = f"`pip install 'cadsurgery[{row['extra']}]'`" if row["extra"] else "nothing more"
+        yield f"| {row['what']} | {need} |"
+    yield "\n| page whose Python needs more | needs |\n|---|---|"
+    for path, extras in needed["pages"].items():
+        title = (ROOT / path).read_text().partition("\n")[0].removeprefix("# ")
+        place = os.path.relpath(ROOT / path, DOCS / "reference")
+        yield f"| [{title}]({place}) | `pip install 'cadsurgery[{','.join(extras)}]'` |"
+    yield "\n| extra | brings |\n|---|---|"
+    for extra, packages in project["optional-dependencies"].items():
+        if extra in used:
+            yield f"| `{extra}` | {', '.join(f'`{package}`' for package in packages)} |"
 
 
 def describe_zoo() -> Iterator[str]:

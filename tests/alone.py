@@ -1,4 +1,7 @@
-"""Programs in a process of their own, as users start them, but that torch is imported before: it takes seconds."""
+"""Programs in a process of their own, as users start them, but that torch is imported before: it takes seconds.
+
+They may have the packages of some extras alone, see `environments`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,13 @@ import os
 import re
 import runpy
 import sys
+from collections.abc import Iterable
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
+
+import environments
 
 TESTS = Path(__file__).parent
 
@@ -41,20 +50,50 @@ def smaller(code: str) -> str:
     return code
 
 
-def _run(path: str, folder: str, argv: list[str]) -> None:
+def _run(path: str, folder: str, argv: list[str], extras: list[str] | None, paths: str | None) -> None:
     """Run a program in a folder; what it prints goes to a file. Nothing of the tests can be imported."""
     os.chdir(folder)
+    _set_path(paths)
+    environments.show_all() if extras is None else environments.show(*extras)
     sys.stdout = sys.stderr = open("printed.txt", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
     others = [place for place in sys.path if not Path(place or TESTS).resolve().is_relative_to(TESTS)]
     sys.path[:], sys.argv = [str(Path(path).parent), *others], [path, *argv]
     runpy.run_path(path, run_name="__main__")
 
 
-def run_alone(path: Path, folder: Path, *argv: object) -> tuple[int | None, str]:
-    """Run a program in a folder; return its exit code, and what it printed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision", "timm"])
-    process = context.Process(target=_run, args=(str(path), str(folder), [*map(str, argv)]))
+def _set_path(paths: str | None) -> None:
+    if paths is None:
+        os.environ.pop("PYTHONPATH", None)
+    else:
+        os.environ["PYTHONPATH"] = paths
+
+
+@cache
+def _server() -> Any:
+    """Start the process that has torch, from which programs are forked."""
+    context, paths = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
+    context.set_forkserver_preload(["preloaded"])
+    _set_path(os.pathsep.join(filter(None, (str(TESTS), paths))))
+    try:
+        forkserver.ensure_running()
+    finally:
+        _set_path(paths)
+    return context
+
+
+def run_alone(
+    path: Path, folder: Path, *argv: object, extras: Iterable[str] | None = None
+) -> tuple[int | None, str]:
+    """Run a program in a folder; return its exit code, and what it printed.
+
+    Args:
+        path: the program.
+        folder: where it runs.
+        argv: its arguments.
+        extras: all it has besides the base packages; None for everything that is installed.
+    """
+    arguments = (str(path), str(folder), [*map(str, argv)], None if extras is None else [*extras])
+    process = _server().Process(target=_run, args=(*arguments, os.environ.get("PYTHONPATH")))
     process.start()
     process.join()
     return process.exitcode, (folder / "printed.txt").read_text(encoding="utf-8")

@@ -287,6 +287,15 @@ def test_every_network_of_the_zoo_is_listed_with_what_refused_it(site_pages: Mod
     assert refused and all("| refused |" in line and len(line.rsplit("|", 2)[1]) > 10 for line in refused)
 
 
+def test_the_table_of_extras_has_every_command_and_page(site_pages: ModuleType) -> None:
+    table = "\n".join(site_pages.describe_extras())
+    commands = "\n".join(site_pages.describe_commands())
+    for name in re.findall(r"^## cadsurgery (.*)$", commands, re.MULTILINE):
+        assert f"| `{name}" in table, name
+    assert "](../howto/deploy.md) | `pip install 'cadsurgery[export]'` |" in table
+    assert "| `video` | `av" in table and "`dev`" not in table
+
+
 def test_the_reference_has_every_command_mask_and_public_name(site_pages: ModuleType) -> None:
     commands, masks = (
         "\n".join(part()) for part in (site_pages.describe_commands, site_pages.describe_masks)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from alone import run_alone, smaller
+from environments import NEEDED
 
 from cadsurgery.support.defaults import DEFAULT_MASK, ENGINES
 
@@ -276,11 +277,25 @@ SITE = [
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["README.md", *SITE])
 def test_the_python_of_the_documents_runs(tmp_path: Path, path: str) -> None:
-    """All snippets one after another, as a reader would type them, in an empty folder; with smaller numbers."""
+    """All snippets one after another, as a reader would type them, in an empty folder and an environment with the
+    extras that the page names; with smaller numbers."""
     assert snippets(path)
     (tmp_path / "snippets.py").write_text(smaller("\n".join(snippets(path))))
-    code, told = run_alone(tmp_path / "snippets.py", tmp_path)
+    code, told = run_alone(tmp_path / "snippets.py", tmp_path, extras=NEEDED["pages"].get(path, []))
     assert code == 0, told[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NEEDED["pages"])
+def test_without_the_extra_a_page_ends_in_the_line_that_installs_it(tmp_path: Path, path: str) -> None:
+    (tmp_path / "snippets.py").write_text(smaller("\n".join(snippets(path))))
+    code, told = run_alone(tmp_path / "snippets.py", tmp_path, extras=())
+    if path in NEEDED["by_itself"]:
+        assert code == 1 and "ModuleNotFoundError: " in told, told[-2000:]
+        return
+    last = told[told.rfind(".NotInstalled: ") :]
+    lines = [f"pip install 'cadsurgery[{extra}]'" for extra in NEEDED["pages"][path]]
+    assert code == 1 and any(line in last for line in lines), told[-2000:]
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""The command line: parse arguments, call the library, print results. Exit codes: 0 done, 1 refused, 2 usage."""
+"""The command line: parse arguments, call the library, print results. Exit codes: 0 done, 1 refused, 2 usage
+or a package that is not installed."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from cadsurgery.cli import screen
-from cadsurgery.support.errors import CadError
+from cadsurgery.support.errors import CadError, NotInstalled
 
 _INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as of shells
 
@@ -63,7 +64,8 @@ def _show_version(is_requested: bool) -> None:
 def main(app: typer.Typer | None = None) -> None:
     """Run the command line, or that of a recipe.
 
-    Errors that a user can cause are printed without a traceback, with exit code 1.
+    Errors that a user can cause are printed without a traceback, with exit code 1, or 2 where a package of an extra is
+    not installed.
     Modules named as `module:function` are also searched for in the current folder, after all installed modules.
     """
     if not sys.flags.safe_path:
@@ -77,7 +79,7 @@ def main(app: typer.Typer | None = None) -> None:
         else:
             screen.err.print(f"[bold red]{type(error).__name__}:[/bold red]", end=" ")
             screen.err.print(str(error), markup=False, highlight=False)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, NotInstalled) else 1)
     except typer.Exit as request:
         sys.exit(request.exit_code)
     except (KeyboardInterrupt, typer.Abort):

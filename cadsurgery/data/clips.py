@@ -64,7 +64,7 @@ def open_clip(path: Path, size: tuple[int, int] | None = None, rate: float = 25.
         images, _ = find_images([path])
         yield Clip((read_image(image, size) for image in images), len(images), Fraction(rate))
         return
-    av = _av()
+    av = pyav()
     place, options = str(path), {}
     if _is_camera(path):
         if not sys.platform.startswith("linux"):
@@ -99,7 +99,7 @@ def _decode(container: Any, stream: Any, size: tuple[int, int] | None) -> Iterat
         for frame in container.decode(stream):
             yield to_tensor(frame.to_image().rotate(frame.rotation, expand=True), size)
             done += 1
-    except _av().FFmpegError as error:
+    except pyav().FFmpegError as error:
         raise FileError(
             f"{container.name} cannot be read after frame {done}.",
             why=first_line(error),
@@ -116,7 +116,7 @@ def write_clip(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], N
     Raises:
         FileError: the path cannot be written, or its ending belongs to no format that is written.
     """
-    av, format = _av(), check_clip(path)
+    av, format = pyav(), check_clip(path)
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with write_whole(path) as temporary, av.open(str(temporary), "w", format=format) as container:
         stream = container.add_stream(codec, rate=rate, pix_fmt="yuv420p")
@@ -144,10 +144,10 @@ def check_clip(path: Path) -> str:
     return WRITTEN[path.suffix.lower()]
 
 
-def _av() -> Any:
+def pyav() -> Any:
     """Import PyAV.
 
     Raises:
-        CadError: it is not installed.
+        NotInstalled: it is not installed.
     """
     return import_optional("av", "clips and cameras need PyAV.", "pip install 'cadsurgery[video]'")

@@ -50,7 +50,7 @@ def read_address(text: str) -> Address:
 
     Raises:
         InvalidInput: the text is not an address.
-        CadError: the client is not installed.
+        NotInstalled: the client is not installed.
     """
     repository, at, revision = text.removeprefix(PREFIX).partition("@")
     client()
@@ -74,7 +74,7 @@ def client() -> Any:
     """Return huggingface_hub's client, which reports this package's name to the server.
 
     Raises:
-        CadError: the client is not installed.
+        NotInstalled: the client is not installed.
     """
     hub = import_optional(
         "huggingface_hub", "the Hub is reached through huggingface_hub.", "pip install 'cadsurgery[hub]'"
@@ -91,7 +91,7 @@ def fetch(text: str) -> Path:
         InvalidInput: the text is not an address.
         FileError: the repository, revision or file does not exist or may not be read, or the server cannot be reached
             and the file is not in the cache.
-        CadError: the client is not installed.
+        NotInstalled: the client is not installed.
     """
     address = read_address(text)
     with offline_without_network(), refusing(address, "be fetched"):

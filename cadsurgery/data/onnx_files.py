@@ -86,7 +86,7 @@ def read_onnx(path: Path) -> OnnxNetwork:
         FileError: the file is missing or damaged, or its weights lie elsewhere.
         CannotConvert: it is quantised, takes no image, has operators that cannot be read, or the network that was read
             computes something else than ONNX Runtime.
-        CadError: a package is not installed.
+        NotInstalled: a package is not installed.
     """
     for package in ("onnx", "onnxruntime", "onnxscript", "onnx2torch"):
         import_optional(package, f"ONNX files are read through {package}.", _INSTALL)

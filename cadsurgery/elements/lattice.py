@@ -31,6 +31,7 @@ from cadsurgery.kernels.load import is_observed
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.torch_internals import is_exporting
 
 Fill = Literal["linear", "nearest", "guided"]
 Anchor = Literal["corner", "center"]
@@ -752,8 +753,3 @@ class Lattice:
     def active_fraction(self) -> float:
         """Share of fine pixels at level 0."""
         return (self.levels == 0).double().mean().item()
-
-
-def is_exporting() -> bool:
-    """Return True inside torch.export; before torch 2.15 torch's own function is True in torch.compile, too."""
-    return torch.compiler._is_exporting_flag

@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._sympy.functions import Min
+
+from cadsurgery.support import torch_internals
 
 Number = TypeVar("Number", int, Tensor)
 
@@ -36,7 +37,9 @@ def is_at_most(one: int, other: int) -> bool:
     if not isinstance(one, torch.SymInt) or not isinstance(other, torch.SymInt):
         return False
     limits = _LIMITS.get(one.node.shape_env, {})
-    parts = one.node.expr.args if isinstance(one.node.expr, Min) else (one.node.expr,)
+    parts = (
+        one.node.expr.args if isinstance(one.node.expr, torch_internals.min_of_sizes) else (one.node.expr,)
+    )
     return any(other.node.expr in {part, *limits.get(part, ())} for part in parts)
 
 

@@ -19,11 +19,12 @@ from cadsurgery.elements.axes import NCHW, image_dims
 from cadsurgery.elements.backends import gpu
 from cadsurgery.elements.backends.packed import ScaleShift
 from cadsurgery.elements.elements import Elements, check_joint, native_shape, no_autocast, own_image, rows_on
-from cadsurgery.elements.lattice import Lattice, is_exporting
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.kernels.load import is_observed
 from cadsurgery.support.processes import count_together
+from cadsurgery.support.torch_internals import is_exporting
 
 _BLOCK = 256  # rows that are converted to a wider dtype at once
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from cadsurgery.data.samples import Samples
 from cadsurgery.finetune.batches import augmentation
-from cadsurgery.finetune.logs import Row
+from cadsurgery.finetune.logs import Row, check_packages
 from cadsurgery.finetune.loop import Outcome, fit
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.resampling import ResampledModel
@@ -96,6 +96,7 @@ def finetune(
 
     chosen = make_settings(config, {**objective, **settings}, objective_option)
     world()  # report a wrong start of several processes first
+    check_packages(chosen.log)
     if mask:
         resolve_mask(mask)
     step(f"opening {data}")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cadsurgery.finetune.batches import Batch
 from cadsurgery.finetune.objectives import Objective, adapters_of
@@ -20,6 +19,7 @@ from cadsurgery.methods.sampling.model import GATES
 from cadsurgery.network.adapters import ADAPTERS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, first_line
+from cadsurgery.support.torch_internals import BatchNorm
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.tasks.options import Settings
 
@@ -247,5 +247,5 @@ def set_modes(net: nn.Module, is_fixed: IsFixed, settings: Settings) -> None:
         net.part.training = True
     frozen = settings.batch_norm == "frozen"
     for path, module in net.named_modules():
-        if is_fixed(path) or (frozen and isinstance(module, _BatchNorm)):
+        if is_fixed(path) or (frozen and isinstance(module, BatchNorm)):
             module.training = False

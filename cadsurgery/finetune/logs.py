@@ -9,8 +9,19 @@ from typing import Any
 from cadsurgery.support.errors import import_optional
 from cadsurgery.support.files import as_file_error, write_whole
 
-INSTALL = "pip install 'cadsurgery[train]'"
+_INSTALL = "pip install 'cadsurgery[train]'"
 Row = dict[str, float | None]  # None: not measured in this step
+
+
+def check_packages(log: str) -> None:
+    """Refuse to train, with a log of this kind, where a package is missing, before any work.
+
+    Raises:
+        NotInstalled: Accelerate or TensorBoard is not installed.
+    """
+    import_optional("accelerate", "training needs Accelerate.", _INSTALL)
+    if log == "tensorboard":
+        import_optional("torch.utils.tensorboard", "this log needs TensorBoard.", _INSTALL)
 
 
 def open_log(kind: str, folder: Path, step: int) -> CsvLog | TensorBoardLog:
@@ -23,7 +34,6 @@ def open_log(kind: str, folder: Path, step: int) -> CsvLog | TensorBoardLog:
 
     Raises:
         FileError: the log cannot be read or written.
-        CadError: TensorBoard is not installed.
     """
     return CsvLog(folder / "log.csv", step) if kind == "csv" else TensorBoardLog(folder, step)
 
@@ -62,8 +72,9 @@ class TensorBoardLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         """Continue after a step."""
-        tensorboard = import_optional("torch.utils.tensorboard", "this log needs tensorboard.", INSTALL)
-        self._writer: Any = tensorboard.SummaryWriter(str(folder), purge_step=step + 1)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, row: Row) -> None:
         """Write a row."""

@@ -36,7 +36,7 @@ from cadsurgery.finetune.groups import (
     stem_of,
     trained_alone,
 )
-from cadsurgery.finetune.logs import INSTALL, CsvLog, Row, TensorBoardLog, open_log
+from cadsurgery.finetune.logs import CsvLog, Row, TensorBoardLog, check_packages, open_log
 from cadsurgery.finetune.objectives import Objective, copy_dense, make_objective
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.methods.anytime import AnytimeModel
@@ -46,7 +46,7 @@ from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.storage import Converted, save
 from cadsurgery.network.model import AdaptiveModel, OptimizedModel, pictures_for
 from cadsurgery.network.storage import write_tensors
-from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, first_line, import_optional
+from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, first_line
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.launcher import world
 from cadsurgery.surgery.trace import evaluating
@@ -415,10 +415,12 @@ def _make_accelerator(settings: Settings, device: str) -> Any:
 
     Raises:
         InvalidInput: the device does not support the precision; or as `world`.
-        CadError: Accelerate is not installed.
+        NotInstalled: a package is, see `check_packages`.
     """
     world()
-    accelerate = import_optional("accelerate", "training needs accelerate.", INSTALL)
+    check_packages(settings.log)
+    import accelerate
+
     accelerate.state.AcceleratorState._reset_state()  # earlier runs may differ in precision
     if device not in ("auto", "cpu"):
         raise InvalidInput(

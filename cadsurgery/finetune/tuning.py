@@ -27,6 +27,7 @@ from cadsurgery.finetune.batches import inputs_of
 from cadsurgery.finetune.checkpoints import identity_of
 from cadsurgery.finetune.gain import STEPS as GAIN_STEPS
 from cadsurgery.finetune.gain import GainFit, fit_gain
+from cadsurgery.finetune.logs import check_packages
 from cadsurgery.finetune.loop import fit
 from cadsurgery.finetune.objectives import dense_high
 from cadsurgery.finetune.refinement import STEPS, RefinementFit, fit_refinement
@@ -247,6 +248,7 @@ def tune(
         CadError: an error of the network, the photos or the folder.
     """
     _check_numbers(minutes, keep, steps, rounds, fractions)
+    check_packages(TRAINING.log)
     photos = _open(images)
     fitted, deciding, table = _divide(photos)
     folder = make_folder(output)

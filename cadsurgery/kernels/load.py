@@ -6,10 +6,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cadsurgery.kernels import isa
 from cadsurgery.kernels.library import find, library
+from cadsurgery.support.torch_internals import current_dispatch_mode, interpreters
 
 __all__ = ["forget", "function", "has_bf16_dot", "is_observed", "isa_of", "library", "setting"]
 
@@ -19,9 +19,9 @@ _forgotten = 0
 def is_observed() -> bool:
     """True if torch counts, records, compiles or transforms (`torch.func`) the called operations; it would not see
     compiled kernels."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or current_dispatch_mode() is not None:
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return interpreters() is not None
 
 
 @cache

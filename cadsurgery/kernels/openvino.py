@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from cadsurgery.kernels import build
+from cadsurgery.support.errors import NotInstalled
 from cadsurgery.support.files import cache_folder
 
 SOURCE = build.SOURCES / "openvino.cpp"
@@ -42,7 +43,8 @@ def extension(kernels: Path) -> Path:
         kernels: the library of kernels, which the extension loads: from its own folder, else from where it is now.
 
     Raises:
-        Unusable: this is not Linux, OpenVINO or a C++ compiler is missing, or the extension cannot be built or kept.
+        Unusable: this is not Linux, a C++ compiler is missing, or the extension cannot be built or kept.
+        NotInstalled: OpenVINO is missing.
     """
     command = _command(kernels)
     folder = cache_folder()
@@ -63,13 +65,16 @@ def _command(kernels: Path) -> list[str]:
     """Return the compiler's command with its options.
 
     Raises:
-        Unusable: this is not Linux, or OpenVINO or a C++ compiler is missing.
+        Unusable: this is not Linux, or a C++ compiler is missing.
+        NotInstalled: OpenVINO is.
     """
     if sys.platform != "linux":
         raise Unusable(f"the extension is built on Linux only, not on {sys.platform}", "Use ONNX Runtime.")
     installed = importlib.util.find_spec(PACKAGE)
     if installed is None or not installed.origin:
-        raise Unusable("OpenVINO is not installed", "Install it: pip install 'cadsurgery[export]'.")
+        raise NotInstalled(
+            "there are no kernels for OpenVINO without it.", next="pip install 'cadsurgery[export]'"
+        )
     compiler = build.find_compiler_of_cpp()
     if compiler is None:
         raise Unusable("there is no C++ compiler")

@@ -21,7 +21,7 @@ def opencv() -> Any:
     """Import OpenCV, an optional dependency that is slow to load.
 
     Raises:
-        CadError: OpenCV is not installed.
+        NotInstalled: OpenCV is not installed.
     """
     return import_optional("cv2", "SIFT needs OpenCV.", "pip install 'cadsurgery[keypoints]'")
 

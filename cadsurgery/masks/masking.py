@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.fresh import of_size
-from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, is_exporting
+from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.elements.sizes import is_for_any_size
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.torch_internals import is_exporting
 
 # Next step in the error message about a mask that is not static.
 NEEDS_STATIC = (

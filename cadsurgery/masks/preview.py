@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.context import preview_output
@@ -17,6 +16,7 @@ from cadsurgery.masks.options import between, check_options
 from cadsurgery.masks.provider import FineMapSpec, mask_provider
 from cadsurgery.masks.scored import ScoredMask
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.torch_internals import tree_leaves
 
 
 @mask_provider("preview", source="ours; measured by benchmarks/empty_pages.py")

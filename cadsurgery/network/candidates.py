@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from cadsurgery.network.compile import Bucketed
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.support.torch_internals import OpOverload
 
 # torch's wrapper modules and the attribute that holds the network; by name, because some take seconds to import.
 _WRAPPERS = {
@@ -89,7 +90,7 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
     if isinstance(module, torch.jit.ScriptModule):
         return ("is a TorchScript program", "pass the network it was scripted or traced from.")
     if isinstance(module, fx.GraphModule) and any(
-        isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
+        isinstance(node.target, OpOverload) for node in module.graph.nodes
     ):
         return ("is an exported program", "pass the network that was exported.")
     return None

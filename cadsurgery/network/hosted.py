@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import Lattice, is_exporting
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, shapes_of
 from cadsurgery.network.optimized import Precision
 from cadsurgery.network.program import PARTS, Derived
 from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.support.torch_internals import is_exporting
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.trace import evaluating
 

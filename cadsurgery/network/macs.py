@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
@@ -31,6 +30,7 @@ from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
+from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import Work

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source, source_of
-from cadsurgery.elements.lattice import Lattice, is_exporting
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.context import call_context, masked
 from cadsurgery.masks.masking import NEEDS_STATIC
@@ -44,6 +43,7 @@ from cadsurgery.network.quantise import Quantisation
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadWarning, InvalidInput
 from cadsurgery.support.progress import Step, silent, waiting
+from cadsurgery.support.torch_internals import is_exporting, is_transformed, tree_leaves
 from cadsurgery.surgery.arguments import kinds_of
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
@@ -466,7 +466,7 @@ def _refuse_without_values(net: nn.Module, arguments: tuple[Any, ...]) -> None:
                 why="the mask reads them, and they decide how many elements there are.",
                 next="give an image with values; net.macs(image) and cs.plan(model) count the work of a call.",
             )
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if is_transformed(value):
             raise InvalidInput(
                 "torch.func transforms the image of this call (grad, jvp or vmap).",
                 why="the mask reads its values, and they decide how many elements there are.",

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
@@ -24,6 +23,7 @@ from cadsurgery.masks.provider import FineMapSpec
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.torch_internals import BatchNorm
 from cadsurgery.surgery.graphs import gives
 from cadsurgery.surgery.rewrite import ask_mask
 
@@ -131,11 +131,11 @@ class _Runner(GraphInterpreter):
         """True if a value has elements or rows on several paths."""
         return isinstance(value, _Paths) and (node in self.rows or not isinstance(value.values[0], Tensor))
 
-    def _norms(self, node: fx.Node, inputs: Iterable[Any]) -> list[_BatchNorm]:
+    def _norms(self, node: fx.Node, inputs: Iterable[Any]) -> list[BatchNorm]:
         """Return the batch norms that a node runs or gets as inputs."""
         run = [self.fetch_attr(str(node.target))] if node.op == "call_module" else []
         modules = [module for module in (*run, *inputs) if isinstance(module, nn.Module)]
-        return [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm)]
+        return [norm for module in modules for norm in module.modules() if isinstance(norm, BatchNorm)]
 
     def _call(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
@@ -187,7 +187,7 @@ class _Runner(GraphInterpreter):
 
 
 @contextlib.contextmanager
-def _untrack(norms: list[_BatchNorm]) -> Iterator[None]:
+def _untrack(norms: list[BatchNorm]) -> Iterator[None]:
     """Keep batch norms from updating their running statistics in the block."""
     tracking = [norm for norm in norms if norm.training and norm.track_running_stats]
     for norm in tracking:

@@ -14,8 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.choose import extend
@@ -31,6 +29,7 @@ from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
+from cadsurgery.support.torch_internals import BatchNorm, tree_leaves, tree_map
 from cadsurgery.surgery.guards import drop_dead_code
 
 Reach = Literal["all", "receptive"]
@@ -313,7 +312,7 @@ def _program(net: Any, reach: str) -> Program:
     """Return the program of a network; refuse networks that cannot be read at points."""
     part = "pass what cs.adaptify(...) gave for the part that returns the map."
     program = whole_program(net, "cannot be read at points", part)
-    if reach == "receptive" and any(norm.training for norm in net.modules() if isinstance(norm, _BatchNorm)):
+    if reach == "receptive" and any(norm.training for norm in net.modules() if isinstance(norm, BatchNorm)):
         raise InvalidInput(
             "a network in training mode has no receptive field.",
             why="the statistics of a batch depend on every element.",

@@ -23,6 +23,7 @@ from cadsurgery.network.inputs import first_types, misfit, wrong_size, wrong_typ
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
+from cadsurgery.support.torch_internals import is_traced_by_jit
 from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order, kind_of
 from cadsurgery.surgery.graphs import GRAPH_FILE
 from cadsurgery.surgery.guards import GuardFailed
@@ -355,8 +356,7 @@ def refuse_torchscript() -> None:
     Raises:
         CannotConvert: it does; or it looks through the network's attributes before.
     """
-    module_map = getattr(torch.jit._trace, "_trace_module_map", None)
-    if torch._C._get_tracing_state() is not None or module_map:
+    if is_traced_by_jit():
         raise _no_torchscript()
 
 

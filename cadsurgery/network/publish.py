@@ -72,7 +72,7 @@ def push_to_hub(
         InvalidInput: the licence is missing or unknown to the Hub; `repository` is not `owner/name`; the network is
             not converted, or is optimised; or `private` is asked for a public repository.
         FileError: you may not write there, or the Hub cannot be reached.
-        CadError: the client is not installed.
+        NotInstalled: the client is not installed.
     """
     address = read_address(repository)
     if not license or not license.strip():

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cadsurgery.elements.backends.packed import PackedConv
+from cadsurgery.support.torch_internals import tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
     from cadsurgery.network.model import OptimizedModel

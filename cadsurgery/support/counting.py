@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator, OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cadsurgery.support import meta_tensors
+from cadsurgery.support.torch_internals import HigherOrderOperator, OpOverload, TorchDispatchMode
 from cadsurgery.support.torch_operations import is_free
 
 _COND = torch.ops.higher_order.cond

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name
+from cadsurgery.support.torch_internals import tree_leaves
 
 Kind = Literal["auto", "classes", "values"]
 KINDS = ("auto", "classes", "values")

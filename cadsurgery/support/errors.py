@@ -10,7 +10,7 @@ from typing import Any
 
 
 class CadError(Exception):
-    """Base of every error a user can cause; the CLI turns it into exit code 1.
+    """Base of every error a user can cause; the CLI turns it into exit code 1, or 2 for `NotInstalled`.
 
     Args:
         what: the refusal in one sentence.
@@ -87,6 +87,10 @@ class LeftOut(CadWarning):
     """Warning that something in a folder was left out; the CLI prints it when the command ends."""
 
 
+class NotInstalled(CadError):
+    """A package is not installed that only some installations have; `next` is the command that installs it."""
+
+
 class TrainingStopped(CadError):
     """Training cannot go on: the loss or the weights are no longer finite numbers."""
 
@@ -106,12 +110,13 @@ def import_optional(module: str, what: str, next: str) -> Any:
     """Import a module of an optional package.
 
     Raises:
-        CadError: the package is not installed; the message is `what` and the command `next`.
+        NotInstalled: the package is not installed, or cannot be imported; the message is `what` and the command `next`.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CadError(what, next=next) from error
+        why = "" if isinstance(error, ModuleNotFoundError) else describe_error(error)
+        raise NotInstalled(what, why=why, next=next) from error
 
 
 def closest(name: str, options: Iterable[str]) -> list[str]:

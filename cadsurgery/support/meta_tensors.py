@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
+
+from cadsurgery.support.torch_internals import OpOverload
 
 # Results by what they depend on: shapes, strides and type of each new tensor; None if the first argument is changed.
 _KNOWN: dict[Hashable, Any] = {}

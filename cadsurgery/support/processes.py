@@ -86,7 +86,7 @@ def join(device: torch.device) -> None:
     """Initialise the communication between the processes, if it is not initialised yet.
 
     Raises:
-        CadError: Accelerate is missing.
+        NotInstalled: Accelerate is missing.
     """
     what = f"{world().size} processes were launched, which needs Accelerate to merge their results."
     accelerate = import_optional("accelerate", what, "pip install 'cadsurgery[train]'")

@@ -17,9 +17,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cadsurgery.support.errors import InvalidInput, first_line
+from cadsurgery.support.torch_internals import tree_leaves, tree_map_only
 from cadsurgery.surgery.entry import call_alone, signature_of
 
 Arguments = dict[str, Any]

@@ -22,9 +22,9 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
-from torch.utils._pytree import tree_map_only
 
 from cadsurgery.support.divergence import tensors_of
+from cadsurgery.support.torch_internals import tree_map_only
 from cadsurgery.support.torch_operations import asks, is_kind, name_of
 from cadsurgery.surgery.arguments import AnyLayout, Inputs
 from cadsurgery.surgery.graphs import upwards

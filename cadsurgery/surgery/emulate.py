@@ -18,6 +18,7 @@ from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.functional import resize
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.support.torch_internals import BatchNorm
 from cadsurgery.support.torch_operations import name_of
 from cadsurgery.surgery.plan import Decision, Plan
 
@@ -63,7 +64,7 @@ class Emulator(fx.Interpreter):
         if decision.action in ("adapt", "keep") and not decision.layout and n.op != "output":
             return self._reduced(n)
         module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        if isinstance(module, BatchNorm) and module.running_mean is None:
             raise CannotEmulate(n.name)
         value = super().run_node(n)
         if n.target is F.pad or type(module).__module__ == "torch.nn.modules.padding":

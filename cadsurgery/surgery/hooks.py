@@ -23,9 +23,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_leaves
 
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.torch_internals import tree_leaves
 
 # Hooks that only compute a parameter before each call.
 _COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)

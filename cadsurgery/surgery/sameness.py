@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
 from cadsurgery.support.divergence import tensors_of
+from cadsurgery.support.torch_internals import tree_map_only
 from cadsurgery.surgery.arguments import AnyLayout, Arguments, in_order, run_forward, widen
 from cadsurgery.surgery.hooks import child, copying
 from cadsurgery.surgery.trace import evaluating

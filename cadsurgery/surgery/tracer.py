@@ -72,7 +72,7 @@ class _UnknownAttribute(fx.proxy.Attribute, Unknown):
 
 # Modules whose weights fix the number of channels of their results, by the axis of the channels.
 _WEIGHTED: dict[int, tuple[type[nn.Module], ...]] = {
-    1: (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm),
+    1: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm),
     -1: (nn.Linear, nn.LayerNorm),
 }
 

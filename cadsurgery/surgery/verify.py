@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements, to_dense
@@ -30,6 +29,7 @@ from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, CannotConvert, first_line
+from cadsurgery.support.torch_internals import TorchDispatchMode
 from cadsurgery.surgery.arguments import (
     AnyLayout,
     Arguments,

@@ -30,7 +30,7 @@ from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.masks import Budget, labelled, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.export import check_mask
-from cadsurgery.network.export.engine import import_package
+from cadsurgery.network.export.engine import check_packages
 from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -110,7 +110,7 @@ def bench(
         UnknownName: there is no such network, mask or dtype.
         CannotConvert: a network has nothing to make adaptive, or the engine does not support it.
         FileError: a file cannot be written.
-        CadError: the engine is not installed.
+        NotInstalled: the engine is not installed.
     """
     listed = [networks] if isinstance(networks, str | nn.Module) else list(networks)
     setup = Benchmark(**options)
@@ -444,7 +444,7 @@ def _check(
     for package in setup.against.split(",") if setup.against else ():
         if package not in RIVALS:
             raise UnknownName("engine", package, RIVALS)
-        import_package(package)
+        check_packages(RIVALS[package])
     if setup.runtime != TORCH:
         _check_engine(mask, setup)
     _check_run(setup)
@@ -484,7 +484,7 @@ def _check_engine(mask: object, setup: Benchmark) -> None:
             why="engines are timed on the CPU, in float32 and int8.",
             next="leave that out, or measure it in torch.",
         )
-    import_package(ENGINES[setup.runtime].package)
+    check_packages(ENGINES[setup.runtime])
     check_mask(Budget(mask, 0.5), "onnx", dynamic=False, level_map=False)
 
 

@@ -106,7 +106,7 @@ def _gradio() -> Any:
     """Import Gradio without its analytics, and with a folder of uploads of its own.
 
     Raises:
-        CadError: it is not installed.
+        NotInstalled: it is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = uploads()

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from cadsurgery.support.errors import CadError
+from cadsurgery.support.errors import CadError, NotInstalled
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, in_order, shard
 from cadsurgery.support.progress import Step, silent
@@ -59,7 +59,8 @@ def each(
 
     Args:
         items: the items of all processes.
-        work: processes an item; a `CadError` is recorded, and the next item follows.
+        work: processes an item; a `CadError` is recorded, and the next item follows. `NotInstalled` ends the work: no
+            other item would do better.
         failures: records failed items.
         name: returns the name of an item.
         size: number of things to count in an item, e.g. the images of a batch.
@@ -72,6 +73,8 @@ def each(
         step(text, starts[position], starts[-1])
         try:
             result = work(item)
+        except NotInstalled:
+            raise
         except CadError as error:
             failures.note(error)
         else:

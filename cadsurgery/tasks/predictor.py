@@ -26,7 +26,7 @@ from cadsurgery.methods.storage import load
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import FLOAT
 from cadsurgery.support.divergence import tensors_of
-from cadsurgery.support.errors import CadError, FileError, InvalidInput
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.pipeline import ahead
 from cadsurgery.support.processes import own_device
@@ -192,6 +192,8 @@ class Predictor:
         pixels = torch.stack([picture.pixels for picture in pictures if picture.pixels is not None])
         try:
             results = list(self(pixels))
+        except NotInstalled:
+            raise
         except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
             refusal = refuse_images(error, pixels)
             return iter([picture._replace(error=refusal) for picture in pictures])
@@ -221,6 +223,8 @@ class Predictor:
         self.start_anew()
         try:
             return clip.position, self.draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
+        except NotInstalled:
+            raise
         except CadError as error:
             return clip.position, {"image": clip.source, **error.to_dict()}
 

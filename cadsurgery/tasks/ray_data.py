@@ -18,7 +18,7 @@ from cadsurgery.tasks.predictor import Item, Row, Settings
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import Block, Rows, Submit, predict_block
 
-__all__ = ["Predict"]
+__all__ = ["Predict", "connect"]
 _LISTED = 1000  # failures that a report has
 
 
@@ -119,7 +119,7 @@ def predict_tables(
 
     Raises:
         InvalidInput: the folder exists.
-        CadError: Ray is not installed.
+        NotInstalled: Ray is not installed.
     """
     ray = connect(address)
     most = workers or count_processes(address, settings)

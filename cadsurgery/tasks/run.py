@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from cadsurgery.data.clips import WRITTEN, is_clip
+from cadsurgery.data.clips import WRITTEN, is_clip, pyav
 from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
 from cadsurgery.data.networks import class_names
 from cadsurgery.kernels.build import cores
@@ -86,6 +86,7 @@ def predict(
         InvalidInput: the options do not fit the network, a result would replace another file, the folder holds a
             manifest and `resume` is not set, or something else made them.
         FileError: there are no images, or the output cannot be written.
+        NotInstalled: clips, object storage or Ray need a package that is not installed.
     """
     settings = Settings(str(file), **options)
     check_size(settings.size)
@@ -97,6 +98,8 @@ def predict(
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
         return ray_data.predict_tables([*map(str, images)], str(output), settings, ray, workers)
     sources, own = _Sources([*map(str, images)], str(output)), own_device(settings.device)
+    if sources.clips:
+        pyav()  # refuse before any work
     converted = settings.load()
     _check_options(converted, settings)
     is_shared = _check_sharing(

@@ -81,10 +81,10 @@ def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    sizes = "--channels 8 --count 40 --batches 1 --training-batch 1 --size 128 128 --rounds 1 --no-compile"
+    sizes = "--channels 8 --count 40 --batches 1 --training-batch 1 --size 64 64 --rounds 1 --no-compile"
     command = [sys.executable, "benchmarks/gpu_speed.py", "--device", "cpu", "--model", "tiny:net"]
     lines = tmp_path / "lines.jsonl"
-    command += [*sizes.split(), "--json", str(lines)]
+    command += [*sizes.split(), "--dtypes", "bfloat16", "--fractions", "0.34", "--json", str(lines)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = [json.loads(line) for line in lines.read_text().splitlines()]

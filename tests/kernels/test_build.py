@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from environments import NAME, belonging
 from stand_ins import COMPILER, needs_compiler, posix, script, write_stand_ins
 
 from cadsurgery.kernels import build
@@ -172,6 +175,13 @@ cells.restype = ctypes.c_int
 assert cells() == 42
 """
 
+NETWORK = """
+from torch import nn
+def network():
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+    return nn.Sequential(*layers).eval()
+"""
+
 
 def copy_of_package(folder: Path) -> Path:
     """The files that a wheel is made of, with stand-ins for the kernels: those are compiled where this is installed."""
@@ -199,27 +209,71 @@ def make_wheel(folder: Path, **environment: str) -> Path:
 
 
 @pytest.mark.slow
-def test_a_wheel_runs_at_full_speed_where_there_is_no_compiler(tmp_path: Path) -> None:
+def test_a_wheel_is_all_that_is_needed_beside_the_base_packages(tmp_path: Path) -> None:
+    """Neither the checkout, nor an extra, nor a compiler: it converts, its kernels are used, and nothing is missing."""
     wheel = make_wheel(copy_of_package(tmp_path / "copy"))
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
-    place = tmp_path / "environment"
+    place, folder = tmp_path / "environment", tmp_path / "folder"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
-    python = place / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index"]
-    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
     (packages,) = place.glob("lib/python*/site-packages")
-    outer = next(path for path in sys.path if (Path(path) / "torch" / "__init__.py").exists())
-    (packages / "outer.pth").write_text(outer)
+    link_base_packages(packages)
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(place / "bin" / "python"),
+        "install",
+        "--no-index",
+    ]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)  # pip looks for what it requires
+    shutil.rmtree(tmp_path / "copy")
+    folder.mkdir()
     environment = {"PATH": os.devnull, "HOME": str(tmp_path)}
-    code = RUN.format(folder=str(packages.resolve()))
-    done = subprocess.run(
-        [str(python), "-W", "error::UserWarning", "-c", code],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+
+    def run(program: str, *arguments: str, **variables: str) -> None:
+        command, options = [str(place / "bin" / program), *arguments], {**environment, **variables}
+        done = subprocess.run(command, env=options, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    run("python", "-W", "error::UserWarning", "-c", RUN.format(folder=str(packages.resolve())))
+    (folder / "mine.py").write_text(NETWORK)
+    command = (
+        "convert",
+        "--model",
+        "mine:network",
+        "--size",
+        "32x48",
+        "--mask",
+        "edges",
+        "-o",
+        "net.safetensors",
     )
-    assert done.returncode == 0, done.stderr
+    run("cadsurgery", *command, CADSURGERY_NATIVE="0")  # the stand-ins of the kernels compute nothing
+    assert (folder / "net.safetensors").is_file()
+    there = {path.relative_to(packages).as_posix() for path in packages.glob("cadsurgery*/**/*")}
+    ours = {path for path in tracked("cadsurgery") if not path.startswith("cadsurgery/kernels/c/")}
+    assert ours and ours <= there and any(path.startswith("cadsurgery/kernels/c/") for path in there)
+    assert any(re.fullmatch(r"cadsurgery-[^/]+\.dist-info/licenses/LICENSE", path) for path in there)
+
+
+def tracked(folder: str) -> set[str]:
+    """Files of the checkout in a folder, without what is made there."""
+    made = {"__pycache__", "lib"}
+    files = (path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file())
+    return {path.as_posix() for path in files if made.isdisjoint(path.parts)}
+
+
+def link_base_packages(packages: Path) -> None:
+    """Give an environment the base packages, and nothing else that is installed here."""
+    for name in belonging(()) - {NAME}:
+        try:
+            files = distribution(name).files or []
+        except PackageNotFoundError:  # for another platform
+            continue
+        for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(distribution(name).locate_file(top))
 
 
 @pytest.mark.slow

@@ -198,7 +198,7 @@ def test_without_gradio_the_command_that_installs_it_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     done = command_line("explore", NAME)
-    assert done.code == 1 and "pip install 'cadsurgery[explore]'" in done.err
+    assert done.code == 2 and "pip install 'cadsurgery[explore]'" in done.err
 
 
 def test_the_command_tells_the_address_and_ends_at_ctrl_c(

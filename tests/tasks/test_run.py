@@ -303,8 +303,9 @@ def test_without_pyav_the_command_that_installs_it_is_named(
     file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    (failure,) = predict(file, [folder], tmp_path / "out.mp4").failed
-    assert failure["next"] == "pip install 'cadsurgery[video]'"
+    with pytest.raises(cs.NotInstalled) as caught:
+        predict(file, [folder], tmp_path / "out.mp4")
+    assert caught.value.next == "pip install 'cadsurgery[video]'" and not (tmp_path / "out.mp4").exists()
 
 
 def test_progress_is_that_of_all_processes(

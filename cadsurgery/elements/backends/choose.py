@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
-from cadsurgery.elements.lattice import Lattice, is_exporting
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.near import find_near
 from cadsurgery.elements.sizes import is_statically_true
 from cadsurgery.kernels.load import setting
+from cadsurgery.support.torch_internals import current_dispatch_mode, is_exporting, is_profiled
 
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Activation, FusedConv
@@ -357,7 +357,7 @@ def choose(work: Work) -> Choice:
     """Return the first choice for a work: the first backend that applies and whose condition holds."""
     if torch.compiler.is_compiling():
         return next(choice for choice in _choices(work) if choice.condition is None or choice.condition(work))
-    gradient, is_counted = torch.is_grad_enabled() and work.gradient, _get_current_dispatch_mode() is not None
+    gradient, is_counted = torch.is_grad_enabled() and work.gradient, current_dispatch_mode() is not None
     key = (work.case, gradient, is_counted, target_of_graph(), setting(), *BACKENDS)
     choices = work.choices
     able = choices.get(key)
@@ -393,7 +393,7 @@ def _choices(work: Work, after: Backend | None = None) -> tuple[Choice, ...]:
 def compute(work: Work, choice: Choice | None = None) -> Any:
     """Compute a work with the given choice, or with the chosen backend; profiles show the backend's name."""
     chosen = choice or choose(work)
-    if not torch.compiler.is_compiling() and torch.autograd._profiler_enabled():
+    if not torch.compiler.is_compiling() and is_profiled():
         with torch.profiler.record_function(f"{work.task} ({chosen.backend.name})"):
             return chosen.run(work)
     return chosen.run(work)

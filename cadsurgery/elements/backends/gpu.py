@@ -29,6 +29,7 @@ from cadsurgery.elements.backends.gpu_maps import available
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.kernels.load import is_observed
+from cadsurgery.support.torch_internals import add_and_activate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -131,7 +132,7 @@ def _multiply_deep(
 ) -> Tensor:
     """Compute rows (N, O) by cuBLAS, which is faster than the kernel where it sums over many channels."""
     if bias is not None and activation is not None and activation.name == "relu":
-        return torch._addmm_activation(bias, rows, weight.T)
+        return add_and_activate(bias, rows, weight.T)
     return finish(F.linear(rows, weight), bias, None, activation)
 
 

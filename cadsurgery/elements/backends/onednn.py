@@ -18,10 +18,9 @@ from cadsurgery.elements.backends.choose import Convolution, compute
 from cadsurgery.elements.backends.gpu import can_finish, finish
 from cadsurgery.elements.backends.weights import FusedConv, Pair
 from cadsurgery.kernels.load import is_observed
+from cadsurgery.support import torch_internals
 
-_FUSED = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
-_POINTWISE: Any = getattr(_FUSED, "_convolution_pointwise", None)
-_LINEAR: Any = getattr(_FUSED, "_linear_pointwise", None)
+_POINTWISE, _LINEAR = torch_internals.find("convolve_packed"), torch_internals.find("multiply_packed")
 _ONEDNN = (torch.float32, torch.bfloat16)
 # Size of a block that stays in the cache until the next operation reads it.
 _BLOCK_BYTES = 1 << 20
@@ -42,7 +41,7 @@ def multiply(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -
     # shape only: with another shape it is reordered in every call, which is far slower.
     weight = weights.form(
         ("rows", rows.dtype),
-        lambda: torch.ops.mkldnn._reorder_linear_weight(weights.matrix(rows.dtype).contiguous()),
+        lambda: torch_internals.packed_linear(weights.matrix(rows.dtype).contiguous()),
     )
     bias, act = weights.bias_as(rows.dtype), weights.activation
     if residual is None:
@@ -126,7 +125,7 @@ def convolve(
         return weights.finish(F.conv2d(image, weight, bias, *window), residual)
     image = image.contiguous(memory_format=torch.channels_last)
     if weights.dense:
-        shape, pack = list(image.shape), torch.ops.mkldnn._reorder_convolution_weight
+        shape, pack = list(image.shape), torch_internals.packed_convolution
         weight = weights.form(
             ("image", image.dtype, stride, padding, dilation, *shape),
             lambda: pack(weight.contiguous(), padding, stride, dilation, weights.groups, shape),
@@ -231,7 +230,7 @@ def _has_onednn(values: Tensor) -> bool:
         _POINTWISE is not None
         and values.device.type == "cpu"
         and values.dtype in _ONEDNN
-        and (values.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and (values.dtype != torch.bfloat16 or torch_internals.packs_bfloat16())
         and not is_observed()
         and not (torch.is_grad_enabled() and values.requires_grad)
     )

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from cadsurgery.data.networks import source_of, stated_statistics
 from cadsurgery.masks.context import call_context, labelled
@@ -47,6 +46,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import resize
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, check_name, first_line
 from cadsurgery.support.files import as_file_error
+from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.trace import evaluating
 

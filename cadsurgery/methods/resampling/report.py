@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan, in_words
 from cadsurgery.network.macs import meta_copy, to_meta
 from cadsurgery.support.errors import check_name
+from cadsurgery.support.torch_internals import tree_map
 
 
 @dataclass(frozen=True, kw_only=True)

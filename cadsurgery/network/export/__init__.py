@@ -19,9 +19,8 @@ from torch import Tensor
 from cadsurgery.masks import FixedMask, MaskProvider
 from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.network.calibration import batch_of
-from cadsurgery.network.export import onnx, programs
-from cadsurgery.network.export.compare import Comparison
 from cadsurgery.network.export.dictionaries import further_inputs, open_call
+from cadsurgery.network.export.engine import check_packages
 from cadsurgery.network.export.engines import engines_for
 from cadsurgery.network.export.refusals import refused
 from cadsurgery.network.export.shortcuts import without_collections
@@ -117,7 +116,7 @@ def export(
             small an example for any size, or an option does not apply to the format.
         CannotConvert: torch or the engine cannot follow the network or its mask, or the file's outputs differ.
         FileError: the file cannot be written.
-        CadError: a package that the format needs is not installed.
+        NotInstalled: a package that the format needs is not installed.
     """
     part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
     whole_program(net, "cannot be exported", part)
@@ -130,6 +129,8 @@ def export(
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
     engines = engines_for(check_in, with_kernels)
+    if kind == "onnx":
+        check_packages(*engines)
     batches = _to_calibrate(net, int8, image, dynamic)
     options = {
         "dynamic": dynamic,
@@ -153,9 +154,13 @@ def export(
         refused(what, advice, net),
     ):
         if kind == "onnx":
+            from cadsurgery.network.export import onnx  # with torch's exporter, which takes long to import
+
             how = (dynamic, level_map, float16, engines, batches, step, name)
             compared, shape = onnx.write(net, image, other, temporary, *how)
         else:
+            from cadsurgery.network.export import programs
+
             compared, shape = programs.write_program(net, image, other, temporary, step)
             compared = replace(compared, inputs=(name, *further_inputs(net)))
         size = sum(one.stat().st_size for one in temporary.parent.iterdir())

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from cadsurgery.network.fidelity import Fidelity
 from cadsurgery.support.divergence import relative_difference
 from cadsurgery.support.errors import CannotConvert
+from cadsurgery.support.torch_internals import tree_leaves
 
 if TYPE_CHECKING:
     from cadsurgery.network.model import AdaptiveModel

@@ -15,9 +15,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._pytree import tree_leaves
 
-from cadsurgery.network.export.shortcuts import LINE
+from cadsurgery.network.export.refusals import LINE
+from cadsurgery.support.torch_internals import OpOverload, decomposed_always, tree_leaves
 
 _ATEN = torch.ops.aten
 
@@ -285,9 +285,9 @@ def _changes_in_place(target: Any) -> bool:
 def _is_composite_view(target: Any) -> bool:
     """True for an operation that torch always decomposes: it may return its input, and is made of other operations."""
     return (
-        isinstance(target, torch._ops.OpOverload)
+        isinstance(target, OpOverload)
         and any(result.alias_info is not None for result in target._schema.returns)
-        and target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        and target.has_kernel_for_dispatch_key(decomposed_always)
     )
 
 

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map
 
 from cadsurgery.elements.backends.target import portable
 from cadsurgery.network.dense_twin import dense_twin, record
 from cadsurgery.network.export.compare import check_difference, difference
-from cadsurgery.network.export.engine import Engine
-from cadsurgery.network.export.onnx import translate
+from cadsurgery.network.export.engine import Engine, check_packages
 from cadsurgery.network.export.programs import follow
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.torch_internals import tree_leaves, tree_map
 
 _ATEN = torch.ops.aten
 _LAST, _FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # permutations from channels first to last and back
@@ -41,8 +40,10 @@ def write_dense(net: AdaptiveModel, level: int, image: Tensor, path: Path, engin
 
     Raises:
         CannotConvert: torch cannot follow the network, or the file's outputs differ.
-        CadError: a required package is not installed.
+        NotInstalled: a required package is not installed.
     """
+    check_packages(engine)
+    from cadsurgery.network.export.onnx import translate  # with torch's exporter
     from cadsurgery.network.export.translate import OWN
 
     program = dense_program(net, level, image)

@@ -76,11 +76,21 @@ class Engine:
         raise NotImplementedError
 
 
+def check_packages(*engines: type[Engine]) -> None:
+    """Refuse to write a file for these engines where a package is missing, before any work.
+
+    Raises:
+        NotInstalled: the package is not installed.
+    """
+    for package in ("onnx", "onnxscript", *(engine.package for engine in engines)):
+        import_package(package)
+
+
 def import_package(package: str) -> Any:
     """Import a package of the extra `export`.
 
     Raises:
-        CadError: the package is not installed.
+        NotInstalled: the package is not installed.
     """
     return import_optional(
         package, f"a file for this engine needs {package}.", "pip install 'cadsurgery[export]'"

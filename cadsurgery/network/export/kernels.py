@@ -413,6 +413,7 @@ def kernels_for(engine: str = "onnxruntime") -> str:
     Raises:
         UnknownName: there are no kernels for this engine.
         CadError: there is no compiled library; or the extension cannot be built.
+        NotInstalled: OpenVINO is missing, for which an extension is built.
     """
     check_name("engine with kernels", engine, ("onnxruntime", "openvino"))
     path = find().path

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
+
+from cadsurgery.support.torch_internals import tree_flatten_with_path
 
 
 def output_names(output: Any) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor, fx, nn
 from torch.export import Dim
-from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements import functional
@@ -37,7 +36,7 @@ from cadsurgery.network.export.compare import (
 from cadsurgery.network.export.conditions import require
 from cadsurgery.network.export.decompose import decompose
 from cadsurgery.network.export.dictionaries import further_inputs
-from cadsurgery.network.export.engine import Engine, import_package
+from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_kernels
 from cadsurgery.network.export.names import output_names
@@ -56,6 +55,7 @@ from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, descr
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.provenance import versions
+from cadsurgery.support.torch_internals import tree_leaves
 
 # Tolerance in half precision, and number of patches per image that a mask may choose differently through rounding.
 TOLERANCE_OF_HALVES = 2e-2
@@ -87,8 +87,6 @@ def write(
     Raises:
         CannotConvert: torch or ONNX cannot follow the network or its mask, or the file's outputs differ.
     """
-    for package in ("onnx", "onnxscript", *(engine.package for engine in engines)):
-        import_package(package)
     step("tracing")
     seen = [image, *map(batch_of, int8)] if other is None else [image, other, *map(batch_of, int8)]
     multiple = find_multiple(net, seen) if dynamic else 1

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.dictionaries import further_inputs
@@ -19,6 +18,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.progress import Step, counted, silent
+from cadsurgery.support.torch_internals import MappingKey, tree_flatten_with_path
 
 Written = tuple[Comparison, tuple[int | None, ...]]
 

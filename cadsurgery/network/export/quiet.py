@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-import torch
-import torch.export._trace
-import torch.fx.graph_module
+from torch.fx import graph_module
+
+from cadsurgery.support import torch_internals
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def quietly() -> Iterator[None]:
     What fails is raised in our own words. ONNX has no assertions, and creating them can take most of the time."""
     with (
         without_graphs_of_errors(),
-        torch._dynamo.config.patch(do_not_emit_runtime_asserts=True),
+        torch_internals.compiler_options.patch(do_not_emit_runtime_asserts=True),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -36,7 +36,7 @@ def without_graphs_of_errors() -> Iterator[None]:
     logging.disable(logging.ERROR)
     try:
         with ExitStack() as silent:
-            for module in (torch.fx.graph_module, torch.export._trace):
+            for module in (graph_module, torch_internals.tracing_for_export):
                 silent.enter_context(mock.patch.object(module, "print", lambda *_, **__: None, create=True))
             yield
     finally:

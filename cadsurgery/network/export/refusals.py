@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 from torch import fx, nn
 
-from cadsurgery.network.export.shortcuts import LINE
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.surgery.graphs import module_of, raised_by, written_at
 from cadsurgery.surgery.refusals import source_line
+
+LINE = "cadsurgery_line"  # of the network's graph, in the metadata of a node that was traced there
 
 
 @contextmanager

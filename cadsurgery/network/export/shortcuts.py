@@ -10,17 +10,12 @@ from functools import cache
 from typing import Any
 from unittest import mock
 
-import torch._export.utils as export_utils
-import torch.fx.experimental._config as symbolic_config
 from torch import fx
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental import proxy_tensor
-from torch.onnx._internal.exporter import _registration
-from torch.onnx._internal.fx.passes import type_promotion
 
+from cadsurgery.network.export.refusals import LINE
+from cadsurgery.support import torch_internals
 from cadsurgery.surgery.graphs import line_that_runs
-
-LINE = "cadsurgery_line"  # of the network's graph, in the metadata of a node that was traced there
 
 
 @contextmanager
@@ -36,9 +31,9 @@ def _without_proofs() -> AbstractContextManager[Any]:
     Proofs from all assertions made so far took a fifth of the time of torch.export. Before torch 2.12 they cannot be
     left out.
     """
-    if not hasattr(symbolic_config, "aggressive_guard_free_semantics"):
+    if not torch_internals.is_here("prove_less"):
         return nullcontext()
-    return symbolic_config.patch(aggressive_guard_free_semantics=1)  # type: ignore[attr-defined]
+    return torch_internals.sizes_options.patch(aggressive_guard_free_semantics=1)
 
 
 def _without_assertions() -> AbstractContextManager[Any]:
@@ -46,7 +41,7 @@ def _without_assertions() -> AbstractContextManager[Any]:
 
     It cannot write those on quotients of sizes, and refuses the network.
     """
-    return mock.patch.object(export_utils, "insert_deferred_runtime_asserts", lambda *_, **__: None)
+    return torch_internals.put("insert_assertions", lambda *_, **__: None)
 
 
 @contextmanager
@@ -66,8 +61,8 @@ def _without_records() -> Iterator[None]:
     with (
         mock.patch.object(fx.config, "do_not_emit_stack_traces", True, create=True),
         mock.patch.object(proxy_tensor.PythonKeyTracer, "create_node", create_with_line),
-        mock.patch.object(proxy_tensor, "_extract_tensor_metadata", lambda _: None, create=True),
-        _use_lazy_graph_module(True),
+        torch_internals.put("note_formats", lambda _: None),
+        torch_internals.without_code(True),
     ):
         yield
 
@@ -90,18 +85,18 @@ def promoting_without_runs() -> Iterator[None]:
 
     Computing them took as long as translating the program, and longer with every size that it depends on.
     """
-    interpreter = type_promotion._TypePromotionInterpreter
+    interpreter = torch_internals.promoter
     original = interpreter.run_node
-    interpreter.run_node = _run_node  # type: ignore[method-assign]
+    interpreter.run_node = _run_node
     try:
         yield
     finally:
-        interpreter.run_node = original  # type: ignore[method-assign]
+        interpreter.run_node = original
 
 
 def _run_node(self: Any, n: fx.Node) -> Any:
     with self._set_current_node(n):
-        rule = type_promotion.get_type_promotion_rule(n, self.type_promotion_table)
+        rule = torch_internals.promotion_of(n, self.type_promotion_table)
         if rule is not None:
             self._maybe_promote_node(n, rule)
     return n.meta["val"] if "val" in n.meta else fx.Interpreter.run_node(self, n)
@@ -132,7 +127,7 @@ def reading_signatures_once() -> Iterator[None]:
     with (
         mock.patch.object(OpSignature, "from_op_schema", read_once),
         mock.patch.object(typing, "_get_protocol_attrs", demanded),
-        mock.patch.object(_registration.onnxscript_apis, "get_torchlib_ops", lambda: operations),
+        mock.patch.object(torch_internals.onnx_operations, "get_torchlib_ops", lambda: operations),
     ):
         yield
 
@@ -140,4 +135,4 @@ def reading_signatures_once() -> Iterator[None]:
 @cache
 def _torchlib() -> Any:
     """List what torch's operations are in ONNX."""
-    return _registration.onnxscript_apis.get_torchlib_ops()
+    return torch_internals.onnx_operations.get_torchlib_ops()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cadsurgery.data.images import normalise
 from cadsurgery.masks.context import keypoints_at
-from cadsurgery.masks.detectors import in_pixels, peaks, points_of, sift
+from cadsurgery.masks.detectors import in_pixels, opencv, peaks, points_of, sift
 from cadsurgery.masks.filters import grey_of
 from cadsurgery.masks.keypoints import OWN, SIFT, named_outputs, own_scores
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -71,6 +71,7 @@ class Extractor:
         InvalidInput: the network returns no descriptor map, several without a name to choose, or no score map for
             detector `own`.
         UnknownName: there is no such detector or output.
+        NotInstalled: detector `sift` needs OpenCV.
     """
 
     net: AdaptiveModel
@@ -80,6 +81,8 @@ class Extractor:
     def __post_init__(self) -> None:
         name = self.settings.detector
         self._function: Callable[[Tensor], Any] | None = None
+        if name == SIFT:
+            opencv()  # refuse before any image is read
         if name not in (SIFT, OWN):
             self._function = function_at(name, "--detector", "my_module:my_function")
         output = self.settings.output

@@ -70,11 +70,14 @@ def extract(
         UnknownName: there is no such format.
         InvalidInput: the network does not return what is requested, or the folder has features of other settings.
         FileError: there are no images, or the folder cannot be written.
+        NotInstalled: the detector or the format needs a package that is not installed.
     """
     settings = settings or Extraction()
     if form not in FORMS:
         raise UnknownName("form of files", form, FORMS)
     resolve_mask(settings.mask or "all")
+    if form == "h5":
+        _h5py()
     torch_device, (paths, lacking) = own_device(device), find_images(images)
     folder = make_folder(output)
     step("building and converting")
@@ -115,7 +118,7 @@ def write_features(features: Features, path: Path, name: str = "") -> None:
     descriptors as (C, n).
 
     Raises:
-        CadError: `.h5` is requested and h5py is not installed.
+        NotInstalled: `.h5` is requested and h5py is not installed.
         FileError: the path cannot be written.
     """
     height, width = features.size

@@ -26,6 +26,7 @@ from cadsurgery.kernels import isa
 from cadsurgery.masks.unit import read_normalisation
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.network.adaptify import copy_network
+from cadsurgery.network.export.engine import check_packages
 from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import checksum, load
@@ -36,6 +37,7 @@ from cadsurgery.support.errors import (
     CadWarning,
     FileError,
     InvalidInput,
+    NotInstalled,
     check_name,
     first_line,
 )
@@ -131,6 +133,7 @@ def recommend(
         InvalidInput: an option is out of range, the folder holds another run, the network is of another method, does
             not run on the pictures or returns no maps.
         FileError: no picture can be read with its labels, or the folder cannot be written.
+        NotInstalled: the runtime is not installed.
     """
     _check_options(keep, at_most, runtime, precision, minutes, limit)
     check_size(size)
@@ -254,6 +257,8 @@ def _check_options(
 ) -> None:
     check_name("runtime", runtime, RUNTIMES)
     check_name("precision", precision, PRECISIONS)
+    if runtime != TORCH:
+        check_packages(ENGINES[runtime])
     if runtime != TORCH and precision == "bfloat16":
         raise InvalidInput(
             "settings are not exported in bfloat16.",
@@ -552,7 +557,7 @@ class _Run:
                 with torch.inference_mode():
                     output = call(image)
             except CadError as error:
-                if setting.kind == "given":
+                if setting.kind == "given" or isinstance(error, NotInstalled):
                     raise
                 self.refused[setting.name] = first_line(error)
                 continue
