@@ -45,6 +45,7 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
             facts.model,
             {str(node.target) for node in graph.nodes if node.op == "call_module"},
             facts.kept.written if facts.kept is not None else (),
+            any("_tensor_constant" in str(node.target) for node in used),
         ),
     )
 

@@ -15,15 +15,18 @@ where one is another value now, the network is read anew. Tensors, parameters an
 from __future__ import annotations
 
 import builtins
+import math
 import sys
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, partial, partialmethod
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -64,14 +67,20 @@ class Outside:
     Attributes:
         values: a copy of each value by its place, see `_copied`.
         names: names in the network's code; attributes of objects of other names are not read.
+        with_tensors: true if the graph has constants that may have been computed from tensors among the attributes.
     """
 
     values: Mapping[Place, Any] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
+    with_tensors: bool = False
 
     @classmethod
     def of(
-        cls, model: nn.Module, whole: Collection[str] = (), written: Collection[tuple[int, Any]] = ()
+        cls,
+        model: nn.Module,
+        whole: Collection[str] = (),
+        written: Collection[tuple[int, Any]] = (),
+        with_tensors: bool = False,
     ) -> Outside:
         """Note the values that the code of a network reads.
 
@@ -79,13 +88,14 @@ class Outside:
             model: the network.
             whole: paths of modules that the graph calls; they read their attributes themselves.
             written: attributes and containers that calls change, see `State.written`; they are no settings.
+            with_tensors: compare small tensors that are plain attributes, too.
         """
         code = _Code.of(model)
         values: dict[Place, Any] = {}
         containers = {holder for holder, _ in written}
         for path, module in model.named_modules():
             if not _is_inside(path, whole) and not _is_of_library(type(module)):
-                for name in code.attributes_of(module):
+                for name in code.attributes_of(module, with_tensors):
                     if (id(vars(module)), name) not in written:
                         values[Place(path, name)] = vars(module).get(name, _GONE)
         for kind in code.kinds:
@@ -97,8 +107,10 @@ class Outside:
                     Place((key,), name): space[name] for name in names if (id(space), name) not in written
                 }
         read = ((place, value) for place, value in values.items() if id(value) not in containers)
-        known = {place: _copied(value, code.names) for place, value in read}
-        return cls({place: value for place, value in known.items() if value != _OPAQUE}, code.names)
+        known = {place: _copied(value, code.names, with_tensors) for place, value in read}
+        return cls(
+            {place: value for place, value in known.items() if value != _OPAQUE}, code.names, with_tensors
+        )
 
     def has(self, name: str) -> bool:
         """True if an attribute of the network itself is among the values."""
@@ -132,9 +144,9 @@ class OutsideWatch:
         return known if is_whole else [(place, space) for place, space in known if place.name in space]
 
     def _now(self) -> list[Any]:
-        names, copies = self._outside.names, dict[int, Any]()
+        names, with_tensors, copies = self._outside.names, self._outside.with_tensors, dict[int, Any]()
         return [
-            value if type(value) in _PLAIN else _copied(value, names, copies)
+            value if type(value) in _PLAIN else _copied(value, names, with_tensors, copies)
             for value in [space.get(place.name, _GONE) for place, space in self._holders]
         ]
 
@@ -186,13 +198,20 @@ def _space_of(holder: str | type | tuple[str], net: nn.Module) -> Mapping[str, A
     return vars(part) if part is not None else None
 
 
-def _copied(value: Any, names: Collection[str], copies: dict[int, Any] | None = None, depth: int = 0) -> Any:
-    """Return what of a value is compared: plain values as they are, functions by name, containers and objects of the
-    network's own code as tuples of their parts; `_OPAQUE` for any other.
+def _copied(
+    value: Any,
+    names: Collection[str],
+    with_tensors: bool,
+    copies: dict[int, Any] | None = None,
+    depth: int = 0,
+) -> Any:
+    """Return what of a value is compared: plain values as they are, functions by name, arrays by their numbers,
+    containers and objects of the network's own code as tuples of their parts; `_OPAQUE` for any other.
 
     Args:
         value: the value.
         names: attributes of objects that are compared.
+        with_tensors: compare small tensors by their numbers, too.
         copies: results by object, for objects that many modules hold.
         depth: number of containers and objects around it.
     """
@@ -200,29 +219,29 @@ def _copied(value: Any, names: Collection[str], copies: dict[int, Any] | None = 
         return value
     if isinstance(value, _CALLED):
         return _named(value)
+    if isinstance(value, numpy.ndarray) or (with_tensors and isinstance(value, Tensor)):
+        is_small = math.prod(value.shape) <= _MOST
+        return (str(value.dtype), tuple(value.shape), repr(value.tolist())) if is_small else _OPAQUE
     if isinstance(value, (Tensor, nn.Module, ModuleType)) or depth == _DEEPEST:
         return _OPAQUE
     copies = {} if copies is None else copies
     if id(value) not in copies:
         copies[id(value)] = _OPAQUE  # of an object that holds itself
-        copies[id(value)] = _parts_of(value, names, copies, depth)
+        copy = partial(_copied, names=names, with_tensors=with_tensors, copies=copies, depth=depth + 1)
+        copies[id(value)] = _parts_of(value, names, copy)
     return copies[id(value)]
 
 
-def _parts_of(value: Any, names: Collection[str], copies: dict[int, Any], depth: int) -> Any:
-    if isinstance(value, (list, tuple, set, frozenset)) and len(value) <= _MOST:
-        items: Iterable[Any] = value if isinstance(value, (list, tuple)) else sorted(value, key=repr)
-        return _named(type(value)), *(_copied(part, names, copies, depth + 1) for part in items)
+def _parts_of(value: Any, names: Collection[str], copy: Callable[[Any], Any]) -> Any:
+    kind = _named(type(value))
+    if isinstance(value, (list, tuple, set, frozenset, deque)) and len(value) <= _MOST:
+        return kind, *map(copy, sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
     if isinstance(value, dict) and len(value) <= _MOST:
-        pairs = dict.items(value)
-        return _named(type(value)), *(
-            (str(key), _copied(part, names, copies, depth + 1)) for key, part in pairs
-        )
+        return kind, *((str(key), copy(part)) for key, part in dict.items(value))
     attributes = getattr(value, "__dict__", None)
     if type(attributes) is not dict or _is_of_library(type(value)):
         return _OPAQUE
-    read = [(name, part) for name, part in attributes.items() if name in names]
-    return _named(type(value)), *((name, _copied(part, names, copies, depth + 1)) for name, part in read)
+    return kind, *((name, copy(part)) for name, part in attributes.items() if name in names)
 
 
 def _named(value: Any) -> str:
@@ -276,7 +295,7 @@ class _Code:
         frozen = {key: (space, frozenset(words & space.keys())) for key, (space, words) in read.items()}
         return cls(kinds, frozenset(names), by_name, frozen)
 
-    def attributes_of(self, module: nn.Module) -> Iterator[str]:
+    def attributes_of(self, module: nn.Module, with_tensors: bool) -> Iterator[str]:
         """Yield the attributes of a module that the code may read; also those of its class, or asked for by name, which
         it may get later."""
         of_class = {name for kind in type(module).__mro__ if kind in self.kinds for name in vars(kind)}
@@ -284,7 +303,8 @@ class _Code:
         asked = {text for kind in asking for text in self.by_name[kind]}
         for name in dict.fromkeys((*vars(module), *of_class, *asked)):
             is_own = name not in _OF_MODULES and name not in _NOT_CALLED and not name.startswith("__")
-            if is_own and (asking or name in self.names) and not isinstance(vars(module).get(name), Tensor):
+            is_read = asking or name in self.names
+            if is_own and is_read and (with_tensors or not isinstance(vars(module).get(name), Tensor)):
                 yield name
 
     def spaces(self) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:

@@ -4,10 +4,14 @@ type of its parameters, what its hooks note. None of it is a constant of the con
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +24,9 @@ import cadsurgery as cs
 GAIN = 2.0
 TABLE = {"gain": 3.0, "unread": [1]}
 NOTED: list[Tensor] = []
+userconfig = ModuleType("userconfig")  # a file of settings, as it were
+userconfig.SCALE = 2.0  # type: ignore[attr-defined]
+sys.modules["userconfig"] = userconfig
 
 
 class Settings:
@@ -69,7 +76,12 @@ class Reads(Encoder):
         self.inner, self.gain, self._shift, self.size = Inner(), 1.0, 0.0, (2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = scaled(self.inner(self.encode(x))) * self.gain + self._shift + TABLE["gain"] + self.size[0]
+        y = (
+            scaled(self.inner(self.encode(x))) * self.gain
+            + self._shift
+            + TABLE["gain"] * userconfig.SCALE
+            + self.size[0]
+        )
         return y + self.extra if hasattr(self, "extra") else y
 
 
@@ -89,6 +101,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 GLOBALS: dict[str, tuple[Any, str, Any]] = {
     "an attribute of a class": (Inner, "slope", 0.5),
     "a global value": (None, "GAIN", 7.0),
+    "a global value of another module": (userconfig, "SCALE", 5.0),
     "a global table": (None, "TABLE", {"gain": 9.0}),
 }
 OPTIONS = pytest.mark.parametrize(
@@ -225,18 +238,68 @@ def test_a_call_that_takes_another_path_finds_its_constants(options: Any) -> Non
             assert_same(each(x), model(x))
 
 
-def test_a_namespace_is_an_object_too() -> None:
-    class Configured(Encoder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = SimpleNamespace(gain=2.0, sizes={"a": [1, 2]})
+class Order(Enum):
+    FIRST, LAST = 1, 2
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.encode(x) * self.config.gain + self.config.sizes["a"][1]
 
-    model, x = randomise(Configured()).eval(), images(1, 64, 96)
-    net = convert(model, {"output_stride": (1, 4)})
-    for each in (net, model):
-        each.config.gain = 5.0
-        each.config.sizes["a"][1] = 9
+@dataclass
+class Configuration:
+    gain: float = 2.0
+    order: Order = Order.FIRST
+
+
+class ManyAttributes(Encoder):
+    """Attributes of kinds that libraries use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.namespace = SimpleNamespace(gain=2.0, sizes={"a": [1, 2]})
+        self.configuration, self.order, self.names = Configuration(), Order.FIRST, ["half", "double"]
+        self.mean, self.table, self.depth = np.array([0.5, 0.25]), torch.ones(2, 1, 1), 1
+        self.layers = nn.ModuleList([nn.Conv2d(2, 2, 1) for _ in range(3)])
+
+    def half(self, x: Tensor) -> Tensor:
+        return x / 2 + 1
+
+    def double(self, x: Any = None) -> Any:
+        return super().double() if x is None else x * 2
+
+    @property
+    def shift(self) -> float:
+        return 3.0 if self.order is Order.FIRST else 4.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encode(x)
+        for layer in self.layers[: self.depth]:
+            y = layer(y)
+        for name in self.names:
+            y = getattr(self, name)(y)
+        y = y * self.namespace.gain + self.namespace.sizes["a"][1] + self.configuration.gain + self.shift
+        return (y - float(self.mean.max())) * (2 * self.table[:, :1])
+
+
+def replace_order(net: Any) -> None:
+    net.configuration.order = net.order = Order.LAST
+
+
+OF_LIBRARIES: dict[str, Callable[[Any], object]] = {
+    "a namespace": lambda net: setattr(net.namespace, "gain", 5.0),
+    "nested containers": lambda net: net.namespace.sizes["a"].__setitem__(1, 9),
+    "a dataclass": lambda net: setattr(net.configuration, "gain", 7.0),
+    "a property": replace_order,
+    "names of methods": lambda net: net.names.reverse(),
+    "a number of layers": lambda net: setattr(net, "depth", 3),
+    "an array": lambda net: net.mean.__setitem__(0, 4.0),
+    "a tensor": lambda net: net.table.mul_(3),
+    "another tensor": lambda net: setattr(net, "table", torch.full((2, 1, 1), 5.0)),
+}
+
+
+@pytest.mark.parametrize("change", OF_LIBRARIES.values(), ids=OF_LIBRARIES)
+def test_attributes_of_all_kinds_are_read_anew(change: Callable[[Any], object]) -> None:
+    model, x = randomise(ManyAttributes()).eval(), images(1, 64, 96)
+    net, before = convert(model, {"output_stride": (1, 4)}), model(x)
+    change(model)
+    change(net)
+    assert float((model(x) - before).abs().max()) > 0.01
     assert_same(net(x), model(x))
