@@ -304,4 +304,6 @@ def asks(node: fx.Node, *, of_rank: bool = False) -> bool:
     kind = _ATTRIBUTES.get(str(node.args[1])) if node.target is getattr else None
     if node.op == "call_method" and (operation := operation_of(node.target)) is not None:
         kind = operation.kind
+    if node.op == "call_method" and node.target == "type" and len(node.args) == 1 and not node.kwargs:
+        kind = "asks"  # the name of the type; with another one it converts
     return kind == "asks rank" or (not of_rank and (kind == "asks" or node.target is len))

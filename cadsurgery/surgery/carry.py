@@ -15,7 +15,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 from unittest import mock
 
@@ -132,6 +132,19 @@ class Symbol(Value):
         is_plain = isinstance(self.tracer.value(self), _PLAIN)
         return repr(self.tracer.decide(self, _own)) if is_plain else super().__repr__()
 
+    def __eq__(self, other: Any) -> Any:
+        """Compare; the name of a type is a text at once."""
+        return str(self) == other if _names_type(self.node) else super().__eq__(other)
+
+    def __ne__(self, other: Any) -> Any:
+        return not self == other if _names_type(self.node) else super().__ne__(other)
+
+    def __contains__(self, part: Any) -> bool:
+        """True if a text contains another, or one of several parts equals a value."""
+        if isinstance(self.tracer.value(self), str):
+            return part in self.tracer.decide(self, _own)
+        return any(part is one or part == one for one in self)
+
     def __hash__(self) -> int:
         """Return the hash of a number, which may be a key; tensors are keys as objects."""
         value = self.tracer.value(self)
@@ -236,6 +249,10 @@ class Carrier(Tracer):
         if node.target is operator.eq and len({_as_key(part) for part in node.args}) == 1:
             return True  # the same size, as the key of a dictionary
         value = self.value(symbol)
+        if _names_type(node):
+            source: Any = node.args[0]
+            self.decide(self.proxy(source).dtype, _own)
+            return take(value)
         if node.target is getattr and node.args[1] == "requires_grad":
             self.asks_for_gradients = user_line()
             return self._needs_gradients
@@ -337,6 +354,11 @@ def _selects(node: fx.Node) -> bool:
     return any(isinstance(part, fx.Node) and not _gives_number(part) for part in index)
 
 
+def _names_type(node: fx.Node) -> bool:
+    """True if a node is the name of a tensor's type: `x.type()`, where `x.type(dtype)` converts."""
+    return node.op == "call_method" and node.target == "type" and len(node.args) == 1 and not node.kwargs
+
+
 def _gives_number(node: fx.Node) -> bool:
     """True if a node is computed from sizes only."""
     if asks(node):
@@ -385,6 +407,28 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
         return symbol.tracer.call(function, *args, **kwargs)
 
     return call
+
+
+def _checking(check: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function of torch that asserts a condition on sizes: that of a symbol is a branch."""
+
+    @functools.wraps(check)
+    def call(condition: Any, message: Any = None) -> Any:
+        return check(bool(condition) if _symbol_among(condition) is not None else condition, message)
+
+    return call
+
+
+def _uninitialised(kind: type) -> Callable[..., Tensor]:
+    """Return the function that a legacy class of tensors is, called with sizes: it makes a tensor without values."""
+
+    def make(*sizes: Any) -> Tensor:
+        lengths = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+        is_default = kind is torch.Tensor
+        return torch.empty(lengths, dtype=torch.get_default_dtype() if is_default else kind.dtype)  # type: ignore[attr-defined]
+
+    make.__name__ = f"empty_{kind.__name__}"
+    return make
 
 
 def _dtype_of(kind: Any) -> Any:
@@ -441,6 +485,32 @@ class _SizeType(_NumberType):
         if symbol is None:
             return cls.number(*args, **kwargs)
         return args[0] if args[0] is symbol else tuple(args[0])
+
+
+class _LegacyType(_NumberType):
+    """Metaclass of replacements of `torch.Tensor`, `torch.FloatTensor` and the like in the network's own code."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        symbol = _symbol_among(args)
+        if symbol is None or isinstance(symbol.tracer.value(symbol), Tensor):
+            return cls.number(*args, **kwargs)
+        return symbol.tracer.call(cls.of, *args)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.number, name)
+
+
+class _TorchOfNetwork(ModuleType):
+    """Stands for the module torch in the network's own code: its legacy classes take sizes that are symbols."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        is_legacy = value is torch.Tensor or isinstance(value, type(torch.FloatTensor))
+        if not is_legacy:
+            return value
+        made = _LegacyType(f"_{name}", (), {"number": value, "of": staticmethod(_uninitialised(value))})
+        setattr(self, name, made)
+        return made
 
 
 _PYTHON = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "cadsurgery"}
@@ -503,11 +573,16 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
         size = _SizeType("_Size", (), {"number": torch.Size})
         stack.enter_context(mock.patch.multiple(torch, is_tensor=is_tensor, Size=size, **factories))
         stack.enter_context(mock.patch.object(torch.jit, "isinstance", _is_instance))
+        for name in ("_check", "_check_index", "_check_value", "_check_type", "_check_is_size"):
+            if hasattr(torch, name):
+                stack.enter_context(mock.patch.object(torch, name, _checking(getattr(torch, name))))
+        of_network = _TorchOfNetwork("torch")
         for name in ("to", "type"):  # with the type of a symbol
             stack.enter_context(mock.patch.object(Tensor, name, _recording_method(name)))
         for space in spaces:
             free = {name: value for name, value in shadows.items() if name not in space}
             free |= {name: plain for name, value in space.items() if (plain := _plain_function(value))}
+            free |= {name: of_network for name, value in space.items() if value is torch}
             stack.enter_context(_replaced(space, free))
         for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
             for name, value in list(vars(kind).items()):

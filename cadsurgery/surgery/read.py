@@ -45,8 +45,8 @@ def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> 
     with kept.forgotten():
         try:
             facts = _read(model, example, exactly, kept)
-        except OtherFunction as refusal:
-            try:  # perhaps it asks whether torch traces it, and then computes something else
+        except (OtherFunction, CannotFollow) as refusal:
+            try:  # perhaps it asks whether torch traces it, and then computes something else, or with sizes as tensors
                 facts = _read(model, example, exactly, kept, is_tracing=False)
             except CannotConvert:
                 raise refusal from refusal.__cause__

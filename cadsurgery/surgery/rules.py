@@ -600,6 +600,12 @@ def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:
         return Treatment("broadcast", first_line(broadcast))
     if facts.layout(source) and facts.shapes[source] == facts.shapes[node]:
         return Treatment("pointwise", first_line(broadcast), rows=Call(None, (source,)))
+    new = tuple(facts.shapes[node])
+    if facts.layout(source) == NCHW and shape[1] == 1 and new == (shape[0], new[1], *shape[2:]):
+        why = "the same value in every channel of an element"
+        return Treatment(
+            "join" if len(maps) == 2 else "pointwise", why, rows=Call("repeat", (source, 1, new[1]))
+        )
     return barrier(f"{operation_name(node, facts)} changes the resolution")
 
 
