@@ -57,9 +57,9 @@ def view_of(
     """
     if not maps or (len(maps) > 1 and not all(views[source] for source in maps)):
         return ()
-    source, joined = maps[0], facts.shapes.get(node, ())
-    before = facts.shapes.get(source, ())
-    if before[2:] == joined[2:] == facts.example.shape[2:] and joined[0] > before[0]:
+    source, joined = maps[0], tuple(facts.shapes.get(node, ()))
+    before = tuple(facts.shapes.get(source, ()))
+    if len(joined) == 4 and before[2:] == joined[2:] == facts.example.shape[2:] and joined[0] > before[0]:
         return ()  # images are joined along the batch: masks read these
     move = _move_of(node, source, facts, grids)
     if move is None or (move.kind == "shift" and _is_alone(source)):
