@@ -13,7 +13,7 @@ from cadsurgery.elements.sizes import divide_up
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import describe_call
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow, Role, flow_forward, why_inside_cells
+from cadsurgery.surgery.flow import Flow, Role, copy_read, flow_forward, why_inside_cells
 from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan, Prospect
 from cadsurgery.surgery.readings import Reading, consider, read_dilations
@@ -323,6 +323,7 @@ class _Deciding:
             shape=tuple(facts.shapes.get(node, ())),
             cost=sum(facts.macs[follower] for follower in later),
             inside_cells=node in self.on_elements and node in flow.inside_cells,
+            of_copy=copy_read(node, flow),
         )
 
     def _judge(self, node: fx.Node) -> tuple[Action, str]:
@@ -345,6 +346,8 @@ class _Deciding:
             if barrier is not None and barrier.cause is Cause.CELLS and treatment.kind == "window":
                 reason += '; region="heads" goes on through it'
             return "exit" if natural else "barrier", reason
+        if barrier is not None and barrier.cause is Cause.COPY and node not in self.again:
+            return "dense", barrier.why
         if node in self.region.needed and any(user in self.staged for user in node.users):
             return "enter", "one element per sample of this map"
         if node in self.region.outside and (node in self.again or node not in self.after):

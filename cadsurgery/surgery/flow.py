@@ -21,6 +21,7 @@ from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.rules import treat
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, is_mixer, why_whole
+from cadsurgery.surgery.views import View, view_of
 
 
 class Role(Enum):
@@ -48,6 +49,7 @@ class Flow:
         coarsest: the largest spacing that a dilation may stand for; None for no limit.
         through_heads: true if windows whose taps fall inside cells do not end the region.
         inside_cells: such windows.
+        views: how the positions of each map were moved since the picture; see `views`.
     """
 
     facts: Facts
@@ -62,6 +64,7 @@ class Flow:
     coarsest: int | None = None
     through_heads: bool = False
     inside_cells: set[fx.Node] = field(default_factory=set)
+    views: dict[fx.Node, View] = field(default_factory=dict)
 
     def cell(self, node: fx.Node) -> int:
         """Return the side in pixels of a map's largest cell: its spacing, at most the requested low output stride."""
@@ -130,7 +133,7 @@ def flow_forward(
             flow.role[node] = Role.MAP if is_image else Role.OTHER
             flow.treatments[node] = _OTHER
             if is_image:
-                flow.grid[node] = flow.spacing[node] = 1
+                flow.grid[node], flow.spacing[node], flow.views[node] = 1, 1, ()
                 _note_map(node, NCHW, facts)
             continue
         maps = flow.maps(node)
@@ -156,6 +159,8 @@ def flow_forward(
             _note_map(node, treatment.layout or facts.layout(maps[0]), facts, maps[0])
             if treatment.kind == "pad" and treatment.window is not None:
                 facts.pads[node] = treatment.window
+        if flow.role[node] is Role.MAP:
+            flow.views[node] = view_of(node, maps, flow.views, facts, flow.grid)
     return flow
 
 
@@ -239,6 +244,8 @@ def _looks_like_map(shape: Sequence[int], image: Sequence[int]) -> int:
 def _barrier(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> Barrier | None:
     """Return why a node cannot run on elements; None if it can."""
     treatment = flow.treatments[node]
+    if what := _moved(maps, flow):
+        return Barrier(f"reads a {what} copy of the picture: the mask lies on the other one", Cause.COPY)
     if treatment.kind == "barrier":
         return Barrier(treatment.why, treatment.cause)
     if misfit := _misfit(node, maps, flow, facts):
@@ -250,6 +257,17 @@ def _barrier(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> Ba
         flow.inside_cells.add(node)
         return None
     return Barrier(inside, Cause.CELLS) if inside else None
+
+
+def _moved(maps: Sequence[fx.Node], flow: Flow) -> str:
+    """Return how the copy of the picture was moved that all of some maps show; "" if one shows the picture itself."""
+    return flow.views[maps[0]][-1].what if all(flow.views[source] for source in maps) else ""
+
+
+def copy_read(node: fx.Node, flow: Flow) -> str:
+    """Return how the copy of the picture was moved that a node reads, which therefore runs dense; else ""."""
+    barrier = flow.barriers.get(node)
+    return _moved(flow.maps(node), flow) if barrier is not None and barrier.cause is Cause.COPY else ""
 
 
 def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str:

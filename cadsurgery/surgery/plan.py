@@ -51,6 +51,8 @@ class Decision:
             elements again; at every level they keep their own output stride. Else "".
         source: where the region ends, the line of the network's own code, e.g. `resnet.py:148`.
         inside_cells: true if its taps are closer together than the cells that it reads.
+        of_copy: how the copy of the picture was moved that it reads, e.g. `flipped`: it runs dense, because the mask
+            lies on the picture as it came. Else "".
     """
 
     node: str
@@ -70,6 +72,7 @@ class Decision:
     again: str = ""
     source: str = field(default="", compare=False)
     inside_cells: bool = False
+    of_copy: str = ""
 
     @property
     def place(self) -> str:
@@ -395,6 +398,12 @@ class Plan:
         for reason, names in ends.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"region ends at {', '.join(names[:3])}{more}: {reason}")
+        for what in dict.fromkeys(decision.of_copy for decision in self.decisions if decision.of_copy):
+            names = [decision.node for decision in self.decisions if decision.of_copy == what]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(
+                f"dense on a {what} copy of the picture: {', '.join(names[:3])}{more}; the mask lies on the other one"
+            )
         for decision in self.between:
             lines.append(
                 f"dense between two parts of the region: {decision.node}, read again by {decision.again}; at every "

@@ -38,6 +38,7 @@ class Cause(Enum):
     PADDING = "it pads a map for what is no window of the region"
     ASKED = "it is not in the region that was asked for"
     CELLS = "it reads finer than the cells that a dilation stands for"
+    COPY = "it reads a moved copy of the picture, on which the mask does not lie"
     END = "nothing of the region needs what it yields"
 
 

@@ -1,0 +1,219 @@
+"""Networks that run a moved copy of the picture as well, as test-time augmentation within forward does.
+
+What the mask keeps is as if all of the picture were kept: the mask lies on the picture as it came, so the pass over the
+copy stays dense, and the plan says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, covering, images
+from networks import seeded
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+EXACT = 1e-9
+SIDE = 256
+OPTIONS: dict[str, dict[str, Any]] = {"floors": {"coarsest": 32}, "finer": {"output_stride": (2, 8)}}
+pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve", "ignore:masks hardly change")
+
+Run = Callable[[Tensor], Tensor]
+
+
+def flipped(run: Run, x: Tensor) -> Tensor:
+    return run(x.flip(3)).flip(3)
+
+
+def flipped_both_ways(run: Run, x: Tensor) -> Tensor:
+    return torch.flip(run(torch.flip(x, [2, 3])), dims=(-1, -2))
+
+
+def upside_down(run: Run, x: Tensor) -> Tensor:
+    return run(x.flip(2)).flip(2)
+
+
+def rolled(run: Run, x: Tensor) -> Tensor:
+    return torch.roll(run(x.roll(128, 3)), -128, 3)
+
+
+def rolled_down(run: Run, x: Tensor) -> Tensor:
+    return run(torch.roll(x, shifts=(96, 64), dims=(2, 3))).roll((-96, -64), (2, 3))
+
+
+def turned(run: Run, x: Tensor) -> Tensor:
+    return torch.rot90(run(torch.rot90(x, 1, (2, 3))), -1, (2, 3))
+
+
+def turned_upside_down(run: Run, x: Tensor) -> Tensor:
+    return torch.rot90(run(torch.rot90(x, 2, [2, 3])), 2, [2, 3])
+
+
+def transposed(run: Run, x: Tensor) -> Tensor:
+    return run(x.transpose(2, 3)).transpose(2, 3)
+
+
+def permuted(run: Run, x: Tensor) -> Tensor:
+    return run(x.permute(0, 1, 3, 2).contiguous()).permute(0, 1, 3, 2)
+
+
+def right_half(run: Run, x: Tensor) -> Tensor:
+    return F.pad(run(x[..., 128:]), (128, 0))
+
+
+def from_the_end(run: Run, x: Tensor) -> Tensor:
+    return F.pad(run(x[:, :, -128:, -192:]), (64, 0, 128, 0))
+
+
+def narrowed(run: Run, x: Tensor) -> Tensor:
+    return F.pad(run(x.narrow(3, 64, 192)), (64, 0))
+
+
+def chunked(run: Run, x: Tensor) -> Tensor:
+    return torch.cat([run(part) for part in x.chunk(2, 3)], 3)
+
+
+def selected(run: Run, x: Tensor) -> Tensor:
+    order = torch.arange(x.shape[3] - 1, -1, -1)
+    return run(x.index_select(3, order)).index_select(3, order)
+
+
+def padded(run: Run, x: Tensor) -> Tensor:
+    return run(F.pad(x, (64, 0, 32, 0)))[..., 32:, 64:]
+
+
+def padded_around(run: Run, x: Tensor) -> Tensor:
+    return run(F.pad(x, (64, 64, 64, 64), mode="reflect"))[..., 64:-64, 64:-64]
+
+
+def warped(run: Run, x: Tensor) -> Tensor:
+    theta = x.new_tensor([[[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]).expand(len(x), 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(run(F.grid_sample(x, grid, align_corners=False)), grid, align_corners=False)
+
+
+def larger(run: Run, x: Tensor) -> Tensor:
+    size = x.shape[2:]
+    return F.interpolate(
+        run(F.interpolate(x, scale_factor=1.25, mode="bilinear")), size=size, mode="bilinear"
+    )
+
+
+def after_another(run: Run, x: Tensor) -> Tensor:
+    """One move after another."""
+    return run(x.flip(3).roll(64, 3)).roll(-64, 3).flip(3)
+
+
+WAYS = (
+    *(flipped, flipped_both_ways, upside_down, rolled, rolled_down, turned, turned_upside_down, transposed),
+    *(permuted, right_half, from_the_end, narrowed, chunked, selected, padded, padded_around, warped, larger),
+    after_another,
+)
+
+
+class Twice(nn.Module):
+    """The mean of a pass over the picture and one over a moved copy; of a stem's maps where `behind` it."""
+
+    def __init__(self, way: Callable[[Run, Tensor], Tensor], behind: bool = False) -> None:
+        super().__init__()
+        self.way, self.behind = way, behind
+        self.stem = nn.Conv2d(3, 6, 3, 2 if behind else 1, 1)
+        self.a, self.b = nn.Conv2d(6, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2, 1)
+        self.c, self.head = nn.Conv2d(6, 6, 3, 1 if behind else 2, 1), nn.Conv2d(6, 2, 1)
+
+    def whole(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.head(F.relu(self.c(self.rest(self.stem(x))))), scale_factor=8.0)
+
+    def rest(self, x: Tensor) -> Tensor:
+        return F.relu(self.b(F.relu(self.a(F.relu(x)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.behind:
+            return (self.whole(x) + self.way(self.whole, x)) / 2
+        y = F.relu(self.stem(x))
+        both = self.rest(y) + F.max_pool2d(
+            self.way(lambda x: F.interpolate(self.rest(x), scale_factor=4.0), y), 4
+        )
+        return F.interpolate(self.head(F.relu(self.c(both))), scale_factor=8.0)
+
+
+def kept(where: str) -> tuple[Tensor, tuple[slice, slice]]:
+    """A mask of half of the picture, and a part of that half whose values depend on nothing else."""
+    levels, half = torch.zeros(2, SIDE, SIDE, dtype=torch.bool), SIDE // 2
+    rows = {"top": slice(half), "bottom": slice(half, None)}.get(where, slice(None))
+    columns = {"left": slice(half), "right": slice(half, None)}.get(where, slice(None))
+    levels[:, rows, columns] = True
+    inner = {"top": slice(0, 64), "bottom": slice(-64, None), "left": slice(0, 64), "right": slice(-64, None)}
+    part = slice(None), inner[where]
+    return levels, part if where in ("left", "right") else part[::-1]
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "where"), covering(WAYS, OPTIONS, ["left", "right", "top", "bottom"])
+)
+@torch.no_grad()
+def test_what_is_kept_is_as_if_all_were_kept(
+    way: Callable[[Run, Tensor], Tensor], options: str, where: str
+) -> None:
+    model, x = seeded(lambda: Twice(way)).eval(), images(2, SIDE, SIDE, torch.float64)
+    net = cs.adaptify(model, "content", example_input=x[:1], **OPTIONS[options])
+    levels, part = kept(where)
+    if options == "finer":
+        levels = levels[:, ::2, ::2]
+    found, all_kept = net(x, mask=levels), net(x, mask="all")
+    assert_same(found[..., *part], all_kept[..., *part], EXACT)
+    own = all_kept if options == "floors" else net(x, mask="none")
+    assert_same(own, model(x), EXACT)
+    if way is not chunked:  # of which the first part lies where the mask does
+        assert "copy of the picture" in net.plan.summary()
+    assert any(decision.action == "adapt" for decision in net.plan.decisions)
+
+
+@pytest.mark.parametrize("way", [flipped, rolled, turned, transposed, padded])
+@torch.no_grad()
+def test_copies_of_later_maps_are_none_of_the_masks_either(way: Callable[[Run, Tensor], Tensor]) -> None:
+    """A map of the stem is moved, before the maps that the mask decides about."""
+    model, x = seeded(lambda: Twice(way, behind=True)).eval(), images(1, SIDE, SIDE, torch.float64)
+    net = cs.adaptify(model, "content", example_input=x, output_stride=(2, 8))
+    levels, part = kept("left")
+    assert_same(net(x, mask=levels[:1, ::2, ::2])[..., *part], net(x, mask="all")[..., *part], EXACT)
+    assert_same(net(x, mask="none"), model(x), EXACT)
+
+
+class Joined(Twice):
+    """The copy is one more image of the batch: the mask looks at it, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.whole(torch.cat([x, x.flip(3)])).chunk(2)
+        return first + second.flip(3)
+
+
+@torch.no_grad()
+def test_copies_in_the_batch_have_masks_of_their_own() -> None:
+    model, x = seeded(lambda: Joined(flipped)).eval(), images(1, SIDE, SIDE, torch.float64)
+    net = cs.adaptify(model, "content", example_input=x, coarsest=32)
+    assert "copy of the picture" not in net.plan.summary()
+    assert net.plan.share("adapt", "keep") > 0.5
+    x[..., 128:] = 0.5
+    net(x)
+    assert torch.equal(net.levels[0], net.levels[1].flip(1))
+
+
+class Cropped(Twice):
+    """Whatever the network reads is cropped: the crop is the picture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x[..., 32:, 32:])
+
+
+@torch.no_grad()
+def test_a_picture_that_is_only_cropped_is_no_copy() -> None:
+    model, x = seeded(lambda: Cropped(flipped)).eval(), images(1, 128, 160, torch.float64)
+    net = cs.adaptify(model, "content", example_input=x, coarsest=32)
+    assert "copy of the picture" not in net.plan.summary()
+    assert_same(net(x, mask="all"), model(x), EXACT)
