@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cadsurgery.data.labels import as_classes
 from cadsurgery.masks.context import labels_of
 from cadsurgery.masks.filters import blur, closeness, differences, grey_of, near
 from cadsurgery.masks.options import NUMBER, ODD, WIDTH, check_count, check_options, several
@@ -176,7 +177,7 @@ class TrimapMask(GradedMask):
 
 def boundaries(labels: Tensor, ignore: int | None = IGNORED) -> Tensor:
     """Mark (..., H, W) the pixels whose label differs from one of their four neighbours', neither being `ignore`."""
-    values = labels.long()  # some integer types do not support comparison
+    values = as_classes(labels)  # some integer types do not support comparison
     marked = torch.zeros_like(values, dtype=torch.bool)
     for axis in (-2, -1):
         sides = [values.narrow(axis, place, values.shape[axis] - 1) for place in (0, 1)]
