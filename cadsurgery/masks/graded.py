@@ -83,6 +83,11 @@ class GradedMask(SteppedMask):
         nearby = {side: near(strength, side, grid) for side in dict.fromkeys(dilations)}
         return [nearby[side] >= limit for side, limit in zip(dilations, self.threshold, strict=True)]
 
+    def contrast(self, image: Tensor, grid: FineMapSpec) -> tuple[Tensor, Tensor]:
+        """Return the greatest strength (B,) of a picture, and the lowest threshold."""
+        strongest = self.strength(image).flatten(1).amax(1)
+        return strongest, torch.full_like(strongest, min(self.threshold))
+
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return the greatest strength within the first dilation; `forward` thresholds it for level 0."""
         return near(self.strength(image), self.dilation[0], grid)
