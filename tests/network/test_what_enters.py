@@ -140,7 +140,12 @@ def test_a_program_computes_contiguous_images_whatever_the_layout_of_the_example
     )
     last = image.contiguous(memory_format=torch.channels_last)
     cs.export(net, last, tmp_path / "net.pt2")
-    run = torch.export.load(tmp_path / "net.pt2").module()
+    program = torch.export.load(tmp_path / "net.pt2")
+    (taken,) = (
+        node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
+    )
+    assert taken.stride() == torch.empty(image.shape).stride()  # which compilers of programs do not check
+    run = program.module()
     with torch.no_grad():
         expected = net(image)
         for layout in (image, last):
