@@ -22,6 +22,8 @@ from cadsurgery.support.kinds import CLIP, of_another_kind
 
 WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}  # formats of clips that are written, by ending
 
+_WRITTEN_HERE = "a prediction, written by cadsurgery"
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -119,6 +121,7 @@ def write_clip(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], N
     av, format = pyav(), check_clip(path)
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with write_whole(path) as temporary, av.open(str(temporary), "w", format=format) as container:
+        container.metadata["comment"] = _WRITTEN_HERE
         stream = container.add_stream(codec, rate=rate, pix_fmt="yuv420p")
 
         def add(picture: Image.Image) -> None:
@@ -131,6 +134,19 @@ def write_clip(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], N
 
         yield add
         container.mux(stream.encode())
+
+
+def is_written_here(path: Path) -> bool:
+    """True for a clip that `write_clip` wrote, which says so in its file; False for anything else."""
+    if not files.is_file(path):
+        return False
+    av = pyav()
+    try:
+        with av.open(str(path)) as container:
+            comments = [value for name, value in container.metadata.items() if name.lower() == "comment"]
+    except (av.FFmpegError, ValueError):
+        return False
+    return _WRITTEN_HERE in comments
 
 
 def check_clip(path: Path) -> str:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cadsurgery.data.images import check_labels_fit
+from cadsurgery.data.images import check_labels_fit, in_colour, to_tensor
+from cadsurgery.data.labels import as_classes
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, first_line
 
 IGNORED = 255  # the label of a pixel that counts neither in losses nor in metrics
@@ -73,8 +74,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         try:
             image, stored = self.read(position)
             if isinstance(image, Image.Image):
-                pixels = np.array(image.convert("RGB"), dtype=np.uint8)
-                image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+                image = to_tensor(in_colour(image, image, name))
             values = np.full(image.shape[1:], IGNORED) if stored is None else np.array(stored)
         except CadError:
             raise
@@ -117,6 +117,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
                 next="store the number of the class of each pixel in a PNG of one channel.",
             )
         check_labels_fit(name, image.shape[1:], values.shape)
+        if values.dtype.kind != "u":  # torch has few of the unsigned types
+            values = as_classes(torch.from_numpy(values), name).numpy()
         if self.table is None:
             return torch.from_numpy(values.astype(np.int64))
         class_of = dict(self.table)

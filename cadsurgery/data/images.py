@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,11 +63,25 @@ def read_image(
     if content is None and stores.is_remote(path):
         content = stores.read_bytes(str(path))
     with _open(path, "an image", "give a PNG or JPEG.", content) as file:
-        image = ImageOps.exif_transpose(file) if upright else file
-        wide = image.mode == "F" or image.mode.startswith("I")
-        # PIL's conversion would clip values of more than 8 bits to 255.
-        image = Image.fromarray(_grey(np.array(image), file, path)) if wide else image.convert("RGB")
+        image = in_colour(ImageOps.exif_transpose(file) if upright else file, file, path)
     return to_tensor(image, size)
+
+
+def in_colour(image: Image.Image, file: Image.Image, name: object) -> Image.Image:
+    """Return a picture of any mode as RGB; one of more than 8 bits as grey values in 0..1, for `to_tensor`.
+
+    Args:
+        image: the picture.
+        file: the picture as it was opened, which knows its file's tags.
+        name: its name, for messages.
+
+    Raises:
+        FileError: its values have an unknown range.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image.convert("RGB")
+    # PIL's conversion would clip values of more than 8 bits to 255.
+    return Image.fromarray(_grey(np.array(image), file, name))
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
@@ -116,11 +131,16 @@ def _open(path: Path | str, what: str, next: str, content: bytes | None = None) 
         raise of_another_kind(path, PICTURE) or refusal from error
 
 
-def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path | str) -> np.ndarray[Any, Any]:
-    """Scale a grey picture of more than 8 bits to (H, W) float32 in 0..1."""
-    largest = 1.0
+# Tags of TIFF files: the bits of a value, and how values are to be shown, of which 0 means that 0 is white.
+_BITS, _PHOTOMETRIC = 258, 262
+_WHITE_IS_ZERO = 0
+
+
+def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: object) -> np.ndarray[Any, Any]:
+    """Scale a grey picture of more than 8 bits to (H, W) float32 in 0..1, of which 1 is white."""
+    largest, tags = 1.0, getattr(file, "tag_v2", {})
     if file.mode.startswith("I;") or file.format in ("PNG", "PPM"):  # formats without 32-bit values
-        bits = int(getattr(file, "tag_v2", {}).get(258, (16,))[0])
+        bits = int(tags.get(_BITS, (16,))[0])
         largest = 2.0**bits - 1
     scaled = values.astype(np.float32) / np.float32(largest)
     if (file.mode == "I" and largest == 1) or not (scaled.min() >= 0 and scaled.max() <= 1):
@@ -129,17 +149,21 @@ def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path | str) -> 
             why="which of them is black and which is white is not known.",
             next="store floating-point values in 0..1, or 8 or 16 bits.",
         )
-    return scaled
+    # PIL inverts values of up to 8 bits itself.
+    return 1 - scaled if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else scaled
 
 
 def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """Read a label file (grey or palette, 8 or 16 bits) as (H, W) int64, turned as `read_image` turns pictures, and
+    """Read a label file (grey or palette, up to 16 bits) as (H, W) int64, turned as `read_image` turns pictures, and
     resized to `size` (height, width) by nearest neighbour.
+
+    Classes are the numbers that the file stores, however a viewer shows them; of one bit, 1 is what is shown white.
 
     Raises:
         FileError: the file is missing, unreadable, or a colour picture.
     """
     with _open(path, "labels", "give a PNG of one class per pixel.") as file:
+        shown = _SHOWN.fullmatch(_raw_mode(file))  # the file forgets it when it is read
         labels, mode = ImageOps.exif_transpose(file), file.mode
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
         raise FileError(
@@ -148,7 +172,23 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         )
     if size is not None:
         labels = labels.resize((size[1], size[0]), Image.Resampling.NEAREST)
-    return torch.from_numpy(np.array(labels).astype(np.int64))
+    values = torch.from_numpy(np.array(labels).astype(np.int64))
+    return _as_stored(values, int(shown[1] or 8), bool(shown[2])) if shown else values
+
+
+# How PIL names the values of a grey file: their bits, if fewer than 8, and `I` where 0 is white.
+_SHOWN = re.compile(r"L;?([24]?)(I?)R?")
+
+
+def _raw_mode(file: Image.Image) -> str:
+    """Return PIL's name of the values as they are stored; empty if it has none."""
+    tile: Any = (getattr(file, "tile", None) or [("",) * 4])[0]
+    return str(tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3])
+
+
+def _as_stored(values: Tensor, bits: int, is_inverted: bool) -> Tensor:
+    """Return the stored numbers of a grey picture, which PIL spreads over 0..255, and inverts where 0 is white."""
+    return (255 - values if is_inverted else values) // (255 // (2**bits - 1))
 
 
 def check_labels_fit(

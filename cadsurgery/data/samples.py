@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
+from cadsurgery.data.labels import as_classes
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, describe_error
 
@@ -77,17 +78,18 @@ def is_labelled(data: Any) -> bool:
 
 
 def sample_of(data: Any, index: int) -> tuple[Any, Any]:
-    """Return inputs and labels (H, W) of a sample; for an image (3, H, W) without labels all pixels are ignored.
+    """Return inputs and labels (H, W) int64 of a sample; for an image (3, H, W) without labels all pixels are ignored.
 
     Raises:
         FileError: the data set raises an error of its own.
-        InvalidInput: the sample has another form, its labels another size than its image, or its image values that are
-            not finite or, unless they are meant, cannot be in 0..1.
+        InvalidInput: the sample has another form, its labels another size than its image or values that are
+            no whole numbers, or its image values that are not finite or, unless they are meant, cannot be in 0..1.
     """
     inputs, labels = _pair_of(data, index)
     if isinstance(inputs, Tensor) and getattr(data, "is_labelled", None) is False:
         labels = _ignored(inputs)
     check_form(inputs, labels, place_of(data, index))
+    labels = as_classes(labels, place_of(data, index))
     if refusal := _refuse_not_finite(data, inputs, index) or _refuse_range(data, inputs, index):
         raise refusal
     return inputs, labels

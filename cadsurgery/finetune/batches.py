@@ -107,7 +107,7 @@ def batches(
                 raise sample
         columns = list(zip(*(inputs for inputs, _ in samples), strict=True))
         stacked = tuple(_stack(column, indices) for column in columns)
-        labels = _stack([labels for _, labels in samples], indices).long() if has_labels else None
+        labels = _stack([labels for _, labels in samples], indices) if has_labels else None
         yield Batch(stacked, labels, tuple(positions), indices)
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.data.datasets import IGNORED
+from cadsurgery.data.labels import as_classes
 from cadsurgery.finetune.balance import pixel_weights
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
@@ -532,7 +533,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) 
     number of labelled pixels per process: so the mean of the losses, and of the gradients, is that over all labelled
     pixels.
     """
-    logits = resize(logits.float(), labels.shape[-2:])
+    logits, labels = resize(logits.float(), labels.shape[-2:]), as_classes(labels)
     total = F.cross_entropy(logits, labels, weight, ignore_index=IGNORED, reduction="sum")
     is_known = labels != IGNORED
     mass = is_known.sum() if weight is None else weight[torch.where(is_known, labels, 0)][is_known].sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import Any
 
@@ -9,9 +10,20 @@ import torch
 
 from cadsurgery.kernels import isa
 from cadsurgery.kernels.library import find, library
+from cadsurgery.support.errors import CadError
 from cadsurgery.support.torch_internals import current_dispatch_mode, interpreters
 
-__all__ = ["forget", "function", "has_bf16_dot", "is_observed", "isa_of", "library", "setting"]
+__all__ = [
+    "bytes_held",
+    "check_code",
+    "forget",
+    "function",
+    "has_bf16_dot",
+    "is_observed",
+    "isa_of",
+    "library",
+    "setting",
+]
 
 _forgotten = 0
 
@@ -33,7 +45,7 @@ def function(name: str, element: str = "") -> Any | None:
         element: its element type: "float32", "float64", "bfloat16", "uint8", or empty.
 
     Returns:
-        The function, with no return value until its `restype` is set; None if there is no such form, or no library.
+        The function, which returns a code for `check_code`; None if there is no such form, or no library.
 
     Raises:
         InvalidInput: CADSURGERY_ISA names an unknown instruction set, or one that this processor lacks.
@@ -58,6 +70,43 @@ def has_bf16_dot(dtype: torch.dtype) -> bool:
         InvalidInput: see `function`.
     """
     return dtype == torch.bfloat16 and bool(isa_of("depthwise", "bfloat16"))
+
+
+# Codes that kernels return, in the order of `kernels/c/check.h`; larger ones name a buffer by its place.
+_FITS, _NO_MEMORY, _IMPOSSIBLE, _TOO_SHORT = range(4)
+
+
+def check_code(code: int, kernel: str = "") -> None:
+    """Raise an error unless a kernel returned that it has computed its result.
+
+    Args:
+        code: what the kernel returned.
+        kernel: its name, for the message.
+
+    Raises:
+        MemoryError: there is no memory for it.
+        CadError: its numbers are impossible, or a buffer holds less than they say.
+    """
+    if code == _FITS:
+        return
+    if code == _NO_MEMORY:
+        raise MemoryError(f"no memory for a kernel {kernel}.")
+    what = (
+        "numbers that cannot be"
+        if code == _IMPOSSIBLE
+        else f"too little memory as its buffer {code - _TOO_SHORT}"
+    )
+    raise CadError(
+        f"a compiled kernel {kernel} is given {what}.",
+        why="it computed nothing: it would read or write beyond its memory.",
+        next="give values of the shape and type that the layer takes; if they have, this is a fault of cadsurgery.",
+    )
+
+
+def bytes_held(*buffers: torch.Tensor | None) -> ctypes.Array[ctypes.c_long]:
+    """Return for C how many bytes each buffer holds; 0 for none."""
+    sizes = [0 if buffer is None else buffer.numel() * buffer.element_size() for buffer in buffers]
+    return (ctypes.c_long * len(sizes))(*sizes)
 
 
 @cache
@@ -86,6 +135,6 @@ def _form(name: str, element: str) -> tuple[str, Any | None]:
         except AttributeError:
             continue
         if found is not None:
-            found.restype = None
+            found.restype = ctypes.c_long
             return one, found
     return "", None

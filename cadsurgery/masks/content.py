@@ -26,7 +26,8 @@ class ContentMask(MaskProvider):
 
     Args:
         noise: threshold, as a multiple of the picture's median change.
-        least: smallest threshold, for pictures without noise; the standard deviation of photos is 1.
+        least: smallest threshold, for pictures without noise, relative to the standard deviation of pictures: that of
+            photos, or the one that the network's normalisation states if it is smaller.
         share: share of a cell's pixels that must have content.
         margin: cells kept around.
     """
@@ -52,16 +53,25 @@ class ContentMask(MaskProvider):
         """Return the share of pixels with content of each cell, repeated on its samples."""
         return on_samples(self._shares(image, grid), grid.side, grid.size)
 
-    def _shares(self, image: Tensor, grid: FineMapSpec) -> Tensor:
-        """Return the share of pixels with content of each cell (B, rows, columns)."""
+    def contrast(self, image: Tensor, grid: FineMapSpec) -> tuple[Tensor, Tensor]:
+        """Return the largest change (B,) of a picture, and the change from which on a pixel has content."""
+        change, limit = self._changes(image, grid)
+        return change.flatten(1).amax(1), limit
+
+    def _changes(self, image: Tensor, grid: FineMapSpec) -> tuple[Tensor, Tensor]:
+        """Return the change (B, H, W) at each pixel, and the threshold (B,) for it."""
         framed = F.pad(grey_of(image).float().unsqueeze(1), (1, 1, 1, 1), mode="replicate").squeeze(1)
         smooth = _sum_pairs(_sum_pairs(framed)) / 16  # a quarter, a half, a quarter
         right, down = differences(smooth, "replicate")
         change = right.abs().maximum(down.abs())
-        limit = (self.noise * median_of_samples(change)).clamp(min=self.least).view(-1, 1, 1)
+        return change, (self.noise * median_of_samples(change)).clamp(min=self.least * grid.deviation)
+
+    def _shares(self, image: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return the share of pixels with content of each cell (B, rows, columns)."""
+        change, limit = self._changes(image, grid)
         side = grid.side * grid.output_stride
         height, width = (divide_up(length, grid.side) * side for length in grid.size)
-        has = (change > limit).float()
+        has = (change > limit.view(-1, 1, 1)).float()
         has = F.pad(has, (0, width - has.shape[2], 0, height - has.shape[1]))
         return has.unflatten(1, (-1, side)).sum(2).unflatten(2, (-1, side)).sum(3) / side**2
 

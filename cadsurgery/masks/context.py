@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cadsurgery.data.labels import as_classes
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
@@ -68,18 +69,17 @@ def labelled(labels: Tensor) -> AbstractContextManager[None]:
             y = net(image, mask="trimap:width=33")
 
     Args:
-        labels: (B, H, W) integers, one per image pixel.
+        labels: (B, H, W) whole numbers, one per image pixel.
 
     Raises:
-        InvalidInput: `labels` is not an integer tensor with three non-empty axes.
+        InvalidInput: `labels` is not a tensor of whole numbers with three non-empty axes.
     """
-    wrong = not isinstance(labels, Tensor) or labels.dim() != 3 or 0 in labels.shape
-    if wrong or labels.is_floating_point() or labels.is_complex():
+    if not isinstance(labels, Tensor) or labels.dim() != 3 or 0 in labels.shape:
         raise InvalidInput(
             f"the labels are {describe(labels)}.",
             next="give an integer tensor (batch, height, width): a class for every image pixel.",
         )
-    return _within(labels=labels)
+    return _within(labels=as_classes(labels))
 
 
 def labels_of(image: Tensor, where: str) -> Tensor:

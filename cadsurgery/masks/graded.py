@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cadsurgery.data.labels import as_classes
 from cadsurgery.masks.context import labels_of
 from cadsurgery.masks.filters import blur, closeness, differences, grey_of, near
 from cadsurgery.masks.options import NUMBER, ODD, WIDTH, check_count, check_options, several
@@ -81,6 +82,11 @@ class GradedMask(SteppedMask):
         dilations = self.dilation if len(self.dilation) > 1 else self.dilation * len(self.threshold)
         nearby = {side: near(strength, side, grid) for side in dict.fromkeys(dilations)}
         return [nearby[side] >= limit for side, limit in zip(dilations, self.threshold, strict=True)]
+
+    def contrast(self, image: Tensor, grid: FineMapSpec) -> tuple[Tensor, Tensor]:
+        """Return the greatest strength (B,) of a picture, and the lowest threshold."""
+        strongest = self.strength(image).flatten(1).amax(1)
+        return strongest, torch.full_like(strongest, min(self.threshold))
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return the greatest strength within the first dilation; `forward` thresholds it for level 0."""
@@ -176,7 +182,7 @@ class TrimapMask(GradedMask):
 
 def boundaries(labels: Tensor, ignore: int | None = IGNORED) -> Tensor:
     """Mark (..., H, W) the pixels whose label differs from one of their four neighbours', neither being `ignore`."""
-    values = labels.long()  # some integer types do not support comparison
+    values = as_classes(labels)  # some integer types do not support comparison
     marked = torch.zeros_like(values, dtype=torch.bool)
     for axis in (-2, -1):
         sides = [values.narrow(axis, place, values.shape[axis] - 1) for place in (0, 1)]

@@ -63,7 +63,7 @@ class Masking:
         # torch.export splits a program and joins it again where it switches gradients off.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             shown = self.unit(image) if self.provider.sees_image else image
-            part, before = self._of_image(grid)
+            part, before = self._of_image(grid._replace(deviation=self.unit.deviation))
             levels = check_levels(self.provider(shown, features, part), part, self.provider.name)
             if before:
                 levels = F.pad(levels, [before, self._beyond - before] * 2, value=grid.max_level)
@@ -74,6 +74,16 @@ class Masking:
         """Describe the fine map `features` (B, C, h, w) for the mask."""
         size = (features.shape[2], features.shape[3])
         return FineMapSpec.of(self.geometry, features.shape[0], size, self.output_stride)
+
+    def contrasts(self, image: Tensor) -> list[tuple[MaskProvider, float, float]]:
+        """Return the masks with a threshold, each with the largest value in an image and the least threshold for it."""
+        image = image if image.is_floating_point() else image.to(torch.get_default_dtype())
+        grid = FineMapSpec.of(self.geometry, image.shape[0], (1, 1), self.output_stride)
+        with torch.no_grad():
+            shown, grid = self.unit(image), grid._replace(deviation=self.unit.deviation)
+            masks = [mask for mask in self.provider.modules() if isinstance(mask, MaskProvider)]
+            found = [(mask, values) for mask in masks if (values := mask.contrast(shown, grid)) is not None]
+        return [(mask, float(largest.max()), float(least.min())) for mask, (largest, least) in found]
 
     @property
     def _beyond(self) -> int:

@@ -31,6 +31,8 @@ class FineMapSpec(NamedTuple):
             have any level.
         side: R_max_level, side in samples of a cell of the lowest level allowed. It is less than `patch` if the low
             output stride is reached before the last stage.
+        deviation: standard deviation of pictures in the unit of masks, where the network's normalisation states one
+            that is below that of photos, 1.
     """
 
     batch: int
@@ -39,6 +41,7 @@ class FineMapSpec(NamedTuple):
     max_level: int
     patch: int
     side: int
+    deviation: float = 1.0
 
     @classmethod
     def of(cls, geometry: Geometry, batch: int, size: tuple[int, int], output_stride: int) -> FineMapSpec:
@@ -84,6 +87,11 @@ class MaskProvider(nn.Module):
         """
         levels = check_levels(self(image, features, grid), grid, self.name)
         return (grid.max_level - levels).to(torch.float32)
+
+    def contrast(self, image: Tensor, grid: FineMapSpec) -> tuple[Tensor, Tensor] | None:
+        """Return for each image (B,) the largest value that is compared with a threshold, and the threshold that keeps
+        some of it; None for masks without. It explains a mask that keeps nothing."""
+        return None
 
     def kept_patches(self, grid: FineMapSpec) -> tuple[int, ...] | None:
         """Return how many patches (`FineMapSpec.patch`) of a batch are kept at level 0, at level 1 or finer, and so

@@ -24,6 +24,9 @@ from cadsurgery.support.errors import CadWarning, InvalidInput
 RAW = "raw"  # the user's word for masks that see the network's input unchanged
 _EXAMPLE = '((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), or "raw" for masks that see the input as it comes'
 _FIRST_PICTURE = threading.Lock()
+_MOST_DEVIATIONS = (
+    50  # of the mean of pictures, in their deviations: fog has less, a mean divided by 1/255 more
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,13 @@ class Normalisation:
         mean: one value per channel, or one for all; empty if masks see the input unchanged.
         std: likewise.
         origin: how the normalisation is known, for reports.
+        is_fitted: True if both were chosen so that the first picture has the mean and deviation of the unit.
     """
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     origin: str = ""
+    is_fitted: bool = False
 
     def __post_init__(self) -> None:
         numbers = all(math.isfinite(value) for value in (*self.mean, *self.std))
@@ -63,6 +68,19 @@ class Normalisation:
         )
         return (wide * factors + terms).to(image.dtype)
 
+    @property
+    def deviation(self) -> float:
+        """The stated standard deviation of pictures in the unit of masks; 1, that of photos, if it is not below.
+
+        Pictures that use a small part of their range, such as 12 bits in files of 16, have a small one. Without a mean,
+        or with one that is many times as large, a deviation is a scale, such as 1/255, and says nothing of pictures.
+        """
+        is_scale = not self.mean or self.is_fitted or min(self.mean) <= 0
+        if is_scale or max(self.mean) > _MOST_DEVIATIONS * min(self.std):
+            return 1.0
+        scale, _ = self._to_unit(len(self.mean))
+        return min(1.0, sum(scale) / len(scale))
+
     def _to_unit(self, channels: int) -> tuple[list[float], list[float]]:
         """Return the factor and the offset of each channel."""
         if not self.mean:
@@ -77,7 +95,8 @@ class Normalisation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {"mean": list(self.mean), "std": list(self.std), "origin": self.origin}
+        fitted = {"is_fitted": True} if self.is_fitted else {}
+        return {"mean": list(self.mean), "std": list(self.std), "origin": self.origin, **fitted}
 
     def __str__(self) -> str:
         if not self.mean:
@@ -142,7 +161,7 @@ def estimate(image: Tensor) -> Normalisation | None:
     a picture but constant or noise.
     """
     values = image.detach().float()
-    if not _is_picture(values):
+    if not is_picture(values):
         return None
     low, high = (float(value) for value in values.aminmax())
     for least, most, words, mean, std in _RANGES:
@@ -154,10 +173,12 @@ def estimate(image: Tensor) -> Normalisation | None:
     pairs = list(zip(*of_unit, centre.tolist(), deviation.tolist(), strict=True))
     std = tuple(unit / own if own > 0 else 1.0 for _, unit, _, own in pairs)
     mean = tuple(unit - own * ratio for (unit, _, own, _), ratio in zip(pairs, std, strict=True))
-    return Normalisation(mean, std, f"estimated from the first pictures, of {low:g}..{high:g}")
+    return Normalisation(
+        mean, std, f"estimated from the first pictures, of {low:g}..{high:g}", is_fitted=True
+    )
 
 
-def _is_picture(values: Tensor) -> bool:
+def is_picture(values: Tensor) -> bool:
     """True if neighbouring pixels are more alike than distant pixels."""
     if min(values.shape[2:]) < 2 or not bool(values.isfinite().all()):
         return False
@@ -194,6 +215,11 @@ class Unit:
         elif self.normalisation is None and not image.is_meta and not is_capturing(image.device):
             self.set_once(estimate(image))
         return image if self.normalisation is None else self.normalisation.in_unit(image)
+
+    @property
+    def deviation(self) -> float:
+        """The stated standard deviation of pictures, see `Normalisation.deviation`; 1 before the first picture."""
+        return 1.0 if self.normalisation is None else self.normalisation.deviation
 
     def set_once(self, normalisation: Normalisation | None) -> None:
         """Set the normalisation unless one is known; the first thread wins."""

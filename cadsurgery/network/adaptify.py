@@ -16,7 +16,7 @@ from cadsurgery.data.networks import stated_statistics
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.spec import resolve_mask
-from cadsurgery.masks.unit import Normalisation, estimate, read_normalisation
+from cadsurgery.masks.unit import Normalisation, estimate, is_picture, read_normalisation
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.convert import carry_out
 from cadsurgery.network.hosted import HostedModel, check_used, reach
@@ -219,6 +219,8 @@ def adaptify(
         net.source = getattr(model, "cad_source", None)
         _set_unit(net, whole if path else model, path, normalisation, example_input is not None, facts)
         take_over(net, facts.model)
+        if example_input is not None:
+            _report_empty_mask(net, facts)
         if verify_laws:
             chosen = _verify_and_measure(net, facts, step)
             _with_work(net, facts, example_input is None)
@@ -258,6 +260,33 @@ def _set_unit(
     elif has_example:
         stated_unit = estimate(image_of(facts.arguments))
     net._unit.set_once(stated_unit)
+
+
+def _report_empty_mask(net: AdaptiveModel, facts: Facts) -> None:
+    """Warn if a mask with a threshold keeps nothing of the example, and name contrast and threshold."""
+    program, mask = net.program, net.mask
+    unasked = not mask.sees_image or mask.sees_features or mask.dependence or mask.looks_ahead
+    if unasked or not is_picture(program.image(facts.arguments).detach().float()):
+        return
+    masking = program.masking(mask)
+    try:
+        with facts.forgetting():
+            lattice = program.find_lattice(masking, **facts.arguments)
+        contrasts = masking.contrasts(program.image(facts.arguments))
+    except CadError:  # what does not fit is refused where the mask is used
+        return
+    keeps_some = bool((lattice.pyramid.levels < program.geometry.max_level).any())
+    if keeps_some or not contrasts:
+        return
+    part, largest, threshold = contrasts[0]
+    refusal = InvalidInput(
+        f"mask {mask.spec()} keeps nothing of the example.",
+        why=f"{part.name} finds a contrast of at most {largest:.3g} in it, and its threshold is {threshold:.3g}, in "
+        f"the unit of masks: {net.normalisation or 'the input as it comes'}.",
+        next="state how your pictures are normalised, adaptify(normalisation=(mean, std)) with mean and standard "
+        f"deviation of your pictures in 0..1, or lower the threshold; options of {part.name}: cadsurgery list masks.",
+    )
+    warnings.warn(str(refusal), CadWarning, stacklevel=3)
 
 
 def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str, Facts]:

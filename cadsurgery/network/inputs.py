@@ -29,27 +29,35 @@ def misfit(
         error: the error that the call raised.
         channels: channels of the image at conversion; a network that checks them itself accepts no others.
     """
-    read = list(_readers(net, graph))
-    for weight, groups in read:
-        if image.device != weight.device and not weight.is_meta:  # a network on meta tensors only counts
-            return InvalidInput(
-                f"the image is on {image.device}, the network on {weight.device}.",
-                next=f'bring them together: image.to("{weight.device}"), or net.to("{image.device}").',
-            )
-        if refusal := wrong_type(image, weight.dtype):
-            return refusal
-        if weight.dim() == 4 and image.shape[1] != weight.shape[1] * groups:
-            return _wrong_channels(image, weight.shape[1] * groups)
+    if refusal := wrong_for_weights(net, graph, image):
+        return refusal
     first = first_value(net)
     if image.shape[1] != channels:
         return _wrong_channels(image, channels)
-    if read or first is None or (image.dtype == first.dtype and image.device == first.device):
+    is_read = next(_readers(net, graph), None) is not None
+    if is_read or first is None or (image.dtype == first.dtype and image.device == first.device):
         return None
     return InvalidInput(
         f"the network does not run on {describe(image)} on {image.device}.",
         why=first_line(error),  # the network changes the image first; only its own error tells more
         next=f"give images like those of the conversion; it computes in {_name(first.dtype)} on {first.device}.",
     )
+
+
+def wrong_for_weights(net: nn.Module, graph: fx.Graph, image: Tensor) -> InvalidInput | None:
+    """Return the error for an image batch of another device, type or number of channels than the weights that read it;
+    None if it fits. Compiled kernels and packed weights cannot tell by themselves."""
+    for weight, groups in _readers(net, graph):
+        if image.device != weight.device and not weight.is_meta:  # a network on meta tensors only counts
+            return InvalidInput(
+                f"the image is on {image.device}, the network on {weight.device}.",
+                next=f'bring them together: image.to("{weight.device}"), or net.to("{image.device}").',
+            )
+        if refusal := wrong_type(image, torch.float32 if weight.dtype == torch.int8 else weight.dtype):
+            return refusal
+        if weight.dim() == 4 and image.shape[1] != weight.shape[1] * groups:
+            return _wrong_channels(image, weight.shape[1] * groups)
+    return None
 
 
 def wrong_size(image: Tensor, example: tuple[int, ...], low: int, error: Exception) -> InvalidInput | None:
@@ -94,12 +102,6 @@ def wrong_type(image: Tensor, dtype: torch.dtype) -> InvalidInput | None:
         next=f"give it in the network's type, image.to(torch.{expected}), or convert the network: "
         f"net.to(torch.{given}).",
     )
-
-
-def first_types(net: nn.Module, graph: fx.Graph) -> set[torch.dtype]:
-    """Return the types of the weights that are applied directly to the image."""
-    types = {weight.dtype for weight, _ in _readers(net, graph)}
-    return {torch.float32 if dtype == torch.int8 else dtype for dtype in types}
 
 
 def _wrong_channels(image: Tensor, channels: int) -> InvalidInput:

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from cadsurgery.elements.backends.choose import Misfit
 from cadsurgery.elements.functional import common_lattice
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
-from cadsurgery.network.inputs import first_types, misfit, wrong_size, wrong_type
+from cadsurgery.network.inputs import misfit, wrong_for_weights, wrong_size
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
@@ -294,11 +295,11 @@ class Program:
                 )
 
     def check(self, image: Any) -> None:
-        """Refuse an invalid image batch, see `check_image`, and types that only fused weights would accept."""
+        """Refuse an invalid image batch, see `check_image`, and one that does not fit weights that are fused: torch's
+        operations say so themselves."""
         check_image(image)
-        for dtype in first_types(self.net, self.graph) if self.is_fused else ():
-            if refusal := wrong_type(image, dtype):
-                raise refusal
+        if self.is_fused and (refusal := wrong_for_weights(self.net, self.graph, image)):
+            raise refusal
 
     def check_and_run(self, run: Callable[[dict[str, Any]], Any], /, *args: Any, **kwargs: Any) -> Any:
         """Apply a function to the arguments of a call by name.
@@ -324,7 +325,7 @@ class Program:
         except Exception as error:  # the network may raise any error; the cause is found afterwards
             channels = self.plan.example_shape[1]
             checks_channels = isinstance(error, GuardFailed) and image.shape[1] != channels
-            if isinstance(error, CadError) and not checks_channels:
+            if isinstance(error, CadError) and not checks_channels and not isinstance(error, Misfit):
                 raise
             refusal = misfit(self.net, self.graph, image, error, channels)
             refusal = refusal or wrong_size(image, self.plan.example_shape, self.plan.output_stride[1], error)

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from cadsurgery.data.clips import WRITTEN, is_clip, pyav
+from cadsurgery.data.clips import WRITTEN, is_clip, is_written_here, pyav
 from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
 from cadsurgery.data.networks import class_names
 from cadsurgery.kernels.build import cores
@@ -83,7 +83,7 @@ def predict(
     Further `options` are those of `Settings`.
 
     Raises:
-        InvalidInput: the options do not fit the network, a result would replace another file, the folder holds a
+        InvalidInput: the options do not fit the network, a result would replace a file, the folder holds a
             manifest and `resume` is not set, or something else made them.
         FileError: there are no images, or the output cannot be written.
         NotInstalled: clips, object storage or Ray need a package that is not installed.
@@ -106,6 +106,7 @@ def predict(
         converted, sources, {"--ray": bool(ray), "--workers": (workers or 1) > 1, "--resume": resume}
     )
     manifest = None if sources.is_one_clip else Predictions(sources.output, settings.identity(), resume)
+    sources.refuse_replacing(manifest)
     number, outcome = sources.count(manifest), _Outcome()
     pool = partial(ray_data.tasks, ray) if ray else processes
     if workers is None:
@@ -113,8 +114,8 @@ def predict(
         usual = max(1, min(usual, (number or sys.maxsize) // _FOR_A_PROCESS))
         workers = ray_data.count_processes(ray, settings) if ray else usual
     predictor = None if ray or workers > 1 else Predictor(converted, settings, step)
+    gather(None, own)  # until every process has read the manifest, and seen what is there
     if manifest is not None:
-        gather(None, own)  # until every process has read the manifest
         manifest.begin()
     with _interruption() as stopped, manifest or nullcontext():
 
@@ -296,14 +297,31 @@ class _Sources:
         """
         if "-" in self.stills:
             return None
-        number, items = 0, self.images() if self.stills else iter(self.clips)
-        for item in items:
+        number, images = 0, self.images() if self.stills else iter(())
+        for item in chain(images, self.clips):
             number += 1
             if manifest is not None:
                 manifest.is_written(item.source, item.target)  # refuses before any work
-        if not number:
+        if number == (len(self.clips) if self.stills else 0):
             raise no_images(self.failures)
-        return number + (len(self.clips) if self.stills else 0)
+        return number
+
+    def refuse_replacing(self, manifest: Predictions | None) -> None:
+        """Refuse to replace a clip, or a picture in place of the legend, that no run has written: a folder's manifest
+        names what runs have, and a clip says so itself.
+
+        Raises:
+            InvalidInput: see above.
+        """
+        if is_written_here(Path(self.output)) if manifest is None else not manifest.is_new:
+            return
+        for place in (self.output, self.legend) if self.is_one_clip else (self.legend,):
+            if exists(place):
+                raise InvalidInput(
+                    f"the {'clip' if place == self.output else 'legend'} would replace a file that no run has written.",
+                    where=place,
+                    next="choose another --output, or move or delete the file.",
+                )
 
     def images(self) -> Iterator[Item]:
         """Yield all images in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import cadsurgery as cs
 from cadsurgery.data import as_data, sample_of
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune import tuning as of_tuning
+from cadsurgery.finetune.objectives import cross_entropy
 from cadsurgery.finetune.tuning import tune
+from cadsurgery.masks.context import labels_of
 from cadsurgery.tasks.judging import LABELS
 from cadsurgery.tasks.recommend import recommend
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
 SCENES = cs.open_data("scene:10,height=48,width=64")
 QUICK = Settings(steps=1, batch=2, workers=0, crop=0)
@@ -133,6 +137,47 @@ def test_a_loader_is_refused_with_what_to_give(task: Any, tmp_path: Path) -> Non
         task(DataLoader(Mine()), tmp_path)  # type: ignore[arg-type]
 
 
+def by_to_tensor(labels: Tensor) -> Tensor:
+    return labels.float() / 255
+
+
+LABELS_GO_TO: dict[str, Callable[[Tensor], Any]] = {
+    "a sample": lambda labels: sample_of([(SCENES[0][0], labels)], 0)[1],
+    "data": lambda labels: replace(SCENES, read=lambda place: (SCENES[0][0], labels.numpy()))[0][1],
+    "metrics": lambda labels: metrics_of(SCENES[0][1][None], labels[None]),
+    "predictions": lambda labels: metrics_of(labels[None], SCENES[0][1][None]),
+    "the labels of a mask": lambda labels: provided(labels[None]),
+    "boundaries": lambda labels: cs.resampling.boundaries(labels),
+    "the loss": lambda labels: cross_entropy(LOGITS, labels[None]),
+}
+LOGITS = torch.randn(1, 6, 24, 32, generator=torch.Generator().manual_seed(0))
+
+
+def metrics_of(prediction: Tensor, labels: Tensor) -> Tensor:
+    metrics = SegmentationMetrics(6)
+    metrics.update(prediction, labels)
+    return metrics.counts()["all"]
+
+
+def provided(labels: Tensor) -> Tensor:
+    with cs.masks.labelled(labels):
+        return labels_of(labels[:, None], "mask")
+
+
+@pytest.mark.parametrize("place", LABELS_GO_TO)
+def test_labels_that_are_no_whole_numbers_are_refused_and_whole_ones_are_classes(place: str) -> None:
+    """Truncated to class 0, everything would agree with everything."""
+    labels, take = SCENES[0][1], LABELS_GO_TO[place]
+    with pytest.raises(cs.InvalidInput, match=r"no class[\s\S]*ToTensor[\s\S]*PILToTensor"):
+        take(by_to_tensor(labels))
+    for strange in (torch.nan, torch.inf):
+        with pytest.raises(cs.InvalidInput, match=f"{strange}, which is no class"):
+            take(torch.full(labels.shape, strange))
+    expected = take(labels)
+    for dtype in (torch.float32, torch.float64, torch.uint8, torch.int16):
+        assert torch.equal(take(labels.to(dtype)), expected)
+
+
 def test_a_label_beyond_the_outputs_is_named_with_its_sample() -> None:
     report = cs.evaluate(adapted(), Mine(lambda image, labels: (image, labels + 6), at=3), rounds=0)
     assert [(row["image"], "has label 6" in row["what"]) for row in report.failed] == [("sample 3", True)]
@@ -160,6 +205,10 @@ BAD: dict[str, tuple[Change, str]] = {
         "an image has 4 channels",
     ),
     "size of labels": (lambda image, labels: (image, labels[:-1]), "48x64 pixels and its labels have 47x64"),
+    "labels by ToTensor": (
+        lambda image, labels: (image, labels / 255),
+        "labels hold 0.00392157, which is no class",
+    ),
     "bytes": (lambda image, labels: ((255 * image).byte(), labels), "a sample is a uint8 tensor"),
     "unreadable": (unreadable, "cannot be read"),
     "nan": (with_nan, "an image holds nan in channel 1, row 5, column 7"),

@@ -63,11 +63,11 @@ def test_a_wider_form_than_the_cap_is_never_chosen(packaged: Path, cap_kernels: 
                 expected = [one for one in isa.allowed() if one in sets][-1]
                 assert load.isa_of(name, element) == expected
                 function = load.function(name, element)
-                assert function is not None and function.restype is None
+                assert function is not None and function.restype is ctypes.c_long
                 assert function is load.function(name, element)
                 function.restype = ctypes.c_int
                 assert function() == {"float32": 4, "float64": 8, "": 42}[element]
-                function.restype = None
+                function.restype = ctypes.c_long
 
 
 @needs_compiler

@@ -12,7 +12,8 @@ from networks import strided
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.masks import FineMapSpec, resolve_mask
+from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
+from cadsurgery.masks import FineMapSpec, Normalisation, resolve_mask
 from cadsurgery.masks.content import median_of_samples
 
 CELL = 32
@@ -68,6 +69,81 @@ def test_cells_are_kept_where_the_map_has_the_image(options: dict[str, Any]) -> 
     expected = torch.zeros_like(net.levels[0, ::side, ::side], dtype=torch.bool)
     expected[1 + 96 // CELL, 1 + 96 // CELL] = True
     assert torch.equal(net.levels[0, ::side, ::side] == 0, expected)
+
+
+def dark(spread: float) -> tuple[Tensor, tuple[float, float]]:
+    """A bright cell on a noisy ground that use a part of 0..1, and mean and deviation of the picture."""
+    torch.manual_seed(0)
+    picture = 0.05 + 0.005 * torch.randn(1, 1, 128, 160)
+    picture[..., 40:56, 40:60] += 0.8
+    picture = (spread * picture).clamp(min=0)
+    return picture, (float(picture.mean()), float(picture.std()))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("spread", [1.0, 1 / 16, 1 / 200])
+def test_of_dark_pictures_the_same_is_kept_if_their_statistics_are_stated(
+    spread: float, channels: int
+) -> None:
+    """12 bits in a file of 16 use a sixteenth of 0..1."""
+    picture, (mean, std) = dark(spread)
+    model = strided(3, inputs=channels).eval()
+    example = ((picture - mean) / std).expand(-1, channels, -1, -1)
+    net = cs.adaptify(
+        model,
+        "content:margin=0",
+        coarsest=CELL,
+        normalisation=(mean, std),
+        example_input=example,
+        verify_laws=False,
+    )
+    net(example)
+    expected = torch.zeros(4, 5, dtype=torch.bool)
+    expected[1, 1] = True
+    side = net.levels.shape[1] // 4
+    assert torch.equal(net.levels[0, ::side, ::side] == 0, expected)
+
+
+@pytest.mark.parametrize(
+    ("stated", "deviation"),
+    [
+        ((IMAGENET_MEAN, IMAGENET_STD), 1),
+        (((0.5,) * 3, (0.5,) * 3), 1),
+        (((0.0,), (1.0,)), 1),
+        (((0.0,), (1 / 255,)), 1),
+        ((IMAGENET_MEAN, (1 / 255,) * 3), 1),
+        (((0.1307,), (0.3081,)), 1),
+        (((0.02,), (0.0226,)), 0.1),
+        (((), ()), 1),
+    ],
+    ids=["imagenet", "-1..1", "0..1", "0..255", "0..255 minus a mean", "digits", "dark", "raw"],
+)
+def test_usual_normalisations_leave_thresholds_as_they_are(stated: Any, deviation: float) -> None:
+    assert Normalisation(*stated).deviation == pytest.approx(deviation, rel=0.01)
+
+
+def test_a_fitted_normalisation_leaves_thresholds_as_they_are_and_is_stored_so(tmp_path: Path) -> None:
+    picture, _ = dark(1.0)
+    raw = 40000 * picture.expand(-1, 3, -1, -1)
+    net = cs.adaptify(strided(3), "content", coarsest=CELL, example_input=raw, verify_laws=False)
+    cs.save(net, tmp_path / "net.safetensors")
+    loaded = cs.load(tmp_path / "net.safetensors", strided(3))
+    for normalisation in (net.normalisation, loaded.normalisation):
+        assert normalisation.is_fitted and normalisation.deviation == 1
+
+
+@pytest.mark.parametrize("mask", ["content", "edges:threshold=90", "content + edges:threshold=90"])
+def test_a_mask_that_keeps_nothing_of_the_example_says_contrast_and_threshold(mask: str) -> None:
+    picture, _ = dark(1 / 16)
+    example = picture.expand(-1, 3, -1, -1)
+    words = r"keeps nothing of the example[\s\S]*contrast of at most 0?\S+ in it, and its threshold is \d"
+    with pytest.warns(cs.CadWarning, match=words):
+        cs.adaptify(strided(3), mask, coarsest=CELL, example_input=example, verify_laws=False)
+
+
+@pytest.mark.parametrize("mask", ["content", "none", "edges"])
+def test_nothing_is_said_where_something_is_kept_or_nothing_is_wanted(mask: str) -> None:
+    cs.adaptify(strided(3), mask, coarsest=CELL, example_input=page(0.05), verify_laws=False)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (64, 64), (101, 75), (480, 641)])

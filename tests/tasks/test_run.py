@@ -299,6 +299,53 @@ def test_what_cannot_be_run_is_refused(
     assert {*tmp_path.iterdir()} <= there  # neither out.mp4 nor a folder of that name
 
 
+@pytest.mark.parametrize(
+    ("source", "output", "there"),
+    [
+        ("clip.mp4", "mine.mp4", "mine.mp4"),
+        ("frames", "mine.mkv", "mine.mkv"),
+        ("9", "mine.mov", "mine.mov"),
+        ("clip.mp4", "mine.mp4", "mine.legend.png"),
+        ("clip.mp4", "out", "out/clip.mp4"),
+        ("frames", "out", "out/classes.legend.png"),
+    ],
+)
+def test_no_run_replaces_a_file_that_none_has_written(
+    file: Path, folder: Path, tmp_path: Path, source: str, output: str, there: str
+) -> None:
+    if source == "clip.mp4":
+        pytest.importorskip("av", reason="PyAV is not installed")
+        make_clip(folder, tmp_path / source)
+    mine = tmp_path / there
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("a recording of last year")
+    path = {"frames": folder, "9": Path("9")}.get(source, tmp_path / source)
+    with pytest.raises(cs.InvalidInput, match=r"would replace a file[\s\S]*--output") as refusal:
+        predict(file, [path], tmp_path / output)
+    assert there in str(refusal.value)
+    assert mine.read_text() == "a recording of last year"
+    assert {*mine.parent.iterdir()} <= {mine, folder, tmp_path / "clip.mp4"}  # nothing else was written
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".mov", ".mkv"])
+def test_a_clip_of_an_earlier_run_is_replaced_and_one_of_ones_own_is_not(
+    file: Path, folder: Path, tmp_path: Path, ending: str
+) -> None:
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    output = tmp_path / f"out{ending}"
+    for mask in ("none", "all"):
+        (row,) = predict(file, [folder], output, mask=mask).rows
+        assert row["active_fraction"] == (mask == "all")
+    with av.open(str(output)) as ours, av.open(str(tmp_path / f"mine{ending}"), "w") as mine:
+        stream = mine.add_stream_from_template(ours.streams.video[0])
+        for packet in ours.demux(ours.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                mine.mux(packet)
+    with pytest.raises(cs.InvalidInput, match="would replace a file that no run has written"):
+        predict(file, [folder], tmp_path / f"mine{ending}")
+
+
 def test_without_pyav_the_command_that_installs_it_is_named(
     file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

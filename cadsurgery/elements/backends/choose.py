@@ -23,10 +23,30 @@ from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.near import find_near
 from cadsurgery.elements.sizes import is_statically_true
 from cadsurgery.kernels.load import setting
+from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.torch_internals import current_dispatch_mode, is_exporting, is_profiled
 
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Activation, FusedConv
+
+
+class Misfit(InvalidInput):
+    """A layer is given other channels, or another number of values, than it reads: a backend that reads memory in place
+    would read beyond it."""
+
+
+def check_channels(given: int, taken: int) -> None:
+    """Refuse values of another number of channels than a layer takes.
+
+    Raises:
+        Misfit: the numbers differ.
+    """
+    if given != taken:
+        raise Misfit(
+            f"a layer is given {given} channel{'s' * (given != 1)} and takes {taken}.",
+            why="its weights are for so many.",
+            next="give the network an image of the kind that it was converted with.",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +65,18 @@ class WindowRead:
     def case(self) -> tuple[Hashable, ...]:
         """Facts about lattices and window that backends need: all except the number and positions of elements."""
         return self.source.derive(("case", self.target.key, self.window, self.drop), self._make_case)
+
+    def check_count(self, rows: Tensor) -> None:
+        """Refuse rows that are not those of the source: the kernel map names other rows then.
+
+        Raises:
+            Misfit: there are more or fewer.
+        """
+        if self.source.has_known_counts and len(rows) != self.source.count:
+            raise Misfit(
+                f"a layer is given {len(rows)} elements, and its lattice has {self.source.count}.",
+                next="give Elements whose rows belong to their lattice.",
+            )
 
     def _make_case(self) -> tuple[Hashable, ...]:
         source, target = self.source, self.target
@@ -92,6 +124,16 @@ class Work:
         """True if neither gradients are needed nor a graph is traced."""
         return not (self.gradient or self.graph)
 
+    def check(self) -> None:
+        """Refuse operands that do not fit; the one place where layers are compared with what they are given.
+
+        Raises:
+            Misfit: see above.
+        """
+        reads = getattr(self, "reads", None)
+        if isinstance(reads, WindowRead):
+            reads.check_count(self.rows)
+
     @property
     def case(self) -> tuple[Hashable, ...]:
         """Everything the choice of a backend may depend on, except the `Backend.condition` of a single work."""
@@ -125,6 +167,11 @@ class Convolution(Work):
     def operands(self) -> tuple[Tensor | None, ...]:
         """Tensors that a gradient may be asked for."""
         return self.rows, self.weights.weight, self.weights.bias
+
+    def check(self) -> None:
+        """Refuse rows of other channels than the weight's, or of another lattice; see `Work.check`."""
+        check_channels(self.rows.shape[-1], self.weights.weight.shape[1] * self.weights.groups)
+        super().check()
 
     @property
     def reading(self) -> Reading:
@@ -391,7 +438,13 @@ def _choices(work: Work, after: Backend | None = None) -> tuple[Choice, ...]:
 
 
 def compute(work: Work, choice: Choice | None = None) -> Any:
-    """Compute a work with the given choice, or with the chosen backend; profiles show the backend's name."""
+    """Compute a work with the given choice, or with the chosen backend; profiles show the backend's name.
+
+    Raises:
+        Misfit: its operands do not fit.
+    """
+    if not torch.compiler.is_compiling():  # a graph is checked by torch, and compiled anew for other shapes
+        work.check()
     chosen = choice or choose(work)
     if not torch.compiler.is_compiling() and is_profiled():
         with torch.profiler.record_function(f"{work.task} ({chosen.backend.name})"):

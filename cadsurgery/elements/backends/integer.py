@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Backend, WindowRead, Work, compute, every_row
+from cadsurgery.elements.backends.choose import Backend, WindowRead, Work, check_channels, compute, every_row
 from cadsurgery.elements.backends.native import (
     ReadingInC,
     RowSource,
@@ -27,7 +27,7 @@ from cadsurgery.elements.backends.native import (
 )
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Reading, rows_of
-from cadsurgery.kernels.load import is_observed, isa_of, library
+from cadsurgery.kernels.load import bytes_held, check_code, is_observed, isa_of, library
 from cadsurgery.kernels.packing import pack, takes
 
 MOST, LARGEST_WEIGHT = 255, 127
@@ -68,7 +68,8 @@ class QuantParams(NamedTuple):
             exact = values.double() * _single(factor) + self.zero
             return exact.float().round_().clamp_(0, MOST).to(torch.uint8)
         out = torch.empty_like(values, dtype=torch.uint8)
-        _run(f"quantise_{form}", values, out, values.numel(), factor, float(self.zero))
+        held = bytes_held(values, out)
+        _run(f"quantise_{form}", values, out, values.numel(), factor, float(self.zero), held)
         return out
 
     def dequantise(self, values: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ class QuantParams(NamedTuple):
         if not form or values.dtype != torch.uint8 or not _is_dense(values):
             return values.to(torch.float32, copy=True).sub_(self.zero).mul_(_single(self.scale))
         out = torch.empty_like(values, dtype=torch.float32)
-        _run(f"dequantise_{form}", values, out, values.numel(), self.scale, float(self.zero))
+        held = bytes_held(values, out)
+        _run(f"dequantise_{form}", values, out, values.numel(), self.scale, float(self.zero), held)
         return out
 
 
@@ -235,6 +237,11 @@ class IntegerConvolution(Work):
     residual: Tensor | None = None
     task: ClassVar[str] = "convolve_integers"
 
+    def check(self) -> None:
+        """Refuse rows of other channels than the weight's, or of another lattice; see `Work.check`."""
+        check_channels(self.rows.shape[-1], self.weights.weight.shape[1] * self.weights.groups)
+        super().check()
+
     @property
     def is_product(self) -> bool:
         """True if the convolution is a product of the unchanged rows."""
@@ -288,10 +295,14 @@ class Integers(Backend):
         halo = halo_of(rows, reading) if reading is not None else None
         beyond = rows.new_full((rows.shape[1],), weights.source.zero)
         weight, offset, scale, bias = memory
+        table = reading.table if reading is not None else None
+        held = bytes_held(rows, halo, beyond, table, *memory, residual, out)
+        held[0] = ((len(rows) - 1) * rows.stride(0) + rows.shape[1]) if len(rows) else 0  # rows may overlap
         read = ReadingInC(
             *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
-            reading.table.data_ptr() if reading is not None else None,
+            table.data_ptr() if table is not None else None,
             *(rows.shape[0], *size, outputs if is_depthwise else inputs, rows.stride(0)),
+            ctypes.addressof(held),
         )
         more = residual.data_ptr() if residual is not None else None
         result = _Result(
@@ -301,9 +312,8 @@ class Integers(Backend):
             *known[3:],
         )
         groups = () if is_depthwise else (weights.groups,)
-        done = _run(name, ctypes.byref(read), ctypes.byref(result), weight, *groups)
-        if not is_depthwise and not done:
-            raise MemoryError("no memory for a few rows of a convolution in 8 bits.")
+        if len(out):
+            _run(name, ctypes.byref(read), ctypes.byref(result), weight, *groups)
         return out
 
     @staticmethod
@@ -332,7 +342,7 @@ def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
     if form:
         image = image if _is_dense(image) else image.contiguous()
         apart, step = (height * width, 1) if image.is_contiguous() else (1, channels)
-        _run(f"lines_{form}", image, memory, *image.shape, apart, step, *padding)
+        _run(f"lines_{form}", image, memory, *image.shape, apart, step, *padding, bytes_held(image, memory))
         return
     size = batch, height + 2 * padding[0], width + 2 * padding[1], 4
     inner = memory[: math.prod(size)].view(size)[:, padding[0] :, padding[1] :]
@@ -357,11 +367,15 @@ def _has(symbol: str) -> bool:
     return compiled is not None and hasattr(compiled, symbol)
 
 
-def _run(form: str, *arguments: Any) -> int:
-    """Call a form of an 8-bit kernel and return its result, if it has one."""
+def _run(form: str, *arguments: Any) -> None:
+    """Call a form of an 8-bit kernel.
+
+    Raises:
+        MemoryError, CadError: see `check_code`.
+    """
     kernel = getattr(library(), form)
     kernel.restype = ctypes.c_long
-    return int(kernel(*map(_for_c, arguments)))
+    check_code(kernel(*map(_for_c, arguments)), form)
 
 
 def _for_c(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.backends.choose import Pooling, compute
+from cadsurgery.elements.backends.choose import Pooling, check_channels, compute
 from cadsurgery.elements.backends.integer import (
     IntegerConvolution,
     IntegerWeights,
@@ -47,6 +47,7 @@ class IntegerConv(nn.Module):
         assert self.window is not None
         stride, padding, dilation = self.window
         batch, channels, height, width = image.shape
+        check_channels(channels, self.weight.shape[1] * self.groups)
         weights, kernel = self.weights, (self.weight.shape[2], self.weight.shape[3])
         if channels <= _FOUR and dilation == (1, 1) and self.groups == 1 and form_here() is not None:
             rows, weights = _lines_of(image, padding, weights), self._by_line

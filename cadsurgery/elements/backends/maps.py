@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.elements.sizes import as_numbers
-from cadsurgery.kernels.load import function, is_observed
+from cadsurgery.kernels.load import bytes_held, check_code, function, is_observed
 
 
 class _Map(ctypes.Structure):
@@ -24,6 +24,7 @@ class _Map(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("pixels", "count", "n", "height", "width")),
         *((name, ctypes.c_long) for name in ("target_height", "target_width", "vertical", "horizontal")),
         ("has_halo", ctypes.c_long),
+        ("held", ctypes.c_void_p),
     )
 
 
@@ -48,9 +49,11 @@ def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, 
     counts = torch.empty(levels.shape[0], dtype=torch.int64)
     find = function("find_cells")
     assert find is not None
-    find.restype = ctypes.c_long
-    pointers = map(ctypes.c_void_p, map(Tensor.data_ptr, (levels, side_of, anchors, index, counts)))
-    count = find(next(pointers), next(pointers), *map(ctypes.c_long, levels.shape), *pointers)
+    buffers = (levels, side_of, anchors, index, counts)
+    pointers = map(ctypes.c_void_p, map(Tensor.data_ptr, buffers))
+    held = bytes_held(*buffers)
+    count = find(next(pointers), next(pointers), *map(ctypes.c_long, levels.shape), *pointers, held)
+    check_code(max(-count, 0), "find_cells")
     return anchors[:count].clone(), index, counts
 
 
@@ -90,9 +93,10 @@ def shift_taps(
     numbers = (pixels, count, n, *sizes[0], *sizes[1], down.numel(), across.numel(), has_halo)
     shift = function("shift_taps")
     assert shift is not None
-    shift.restype = ctypes.c_long
-    rows = index.contiguous().data_ptr() if index is not None else None
-    halo = shift(ctypes.byref(_Map(rows, *map(Tensor.data_ptr, tensors), *numbers)))
+    index = index.contiguous() if index is not None else None
+    rows, held = index.data_ptr() if index is not None else None, bytes_held(index, *tensors)
+    halo = shift(ctypes.byref(_Map(rows, *map(Tensor.data_ptr, tensors), *numbers, ctypes.addressof(held))))
+    check_code(max(-halo, 0), "shift_taps")
     return table, sources[:halo], mix[:halo]
 
 

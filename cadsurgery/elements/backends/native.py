@@ -31,7 +31,7 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.kernels.load import function, has_bf16_dot, is_observed, isa_of
+from cadsurgery.kernels.load import bytes_held, check_code, function, has_bf16_dot, is_observed, isa_of
 from cadsurgery.kernels.packing import pack, takes
 from cadsurgery.support.pages import new_memory
 
@@ -229,6 +229,7 @@ class ReadingInC(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "halo", "outside", "table")),
         *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels", "stride")),
+        ("held", ctypes.c_void_p),
     )
 
 
@@ -270,24 +271,33 @@ def call(
     count: int | None = None,
     groups: int = 1,
 ) -> None:
-    """Call a kernel: tensors are passed as pointers, None as a null pointer. Without a table each row reads itself."""
+    """Call a kernel: tensors are passed as pointers, None as a null pointer. Without a table each row reads itself.
+
+    Raises:
+        CadError: a tensor holds less than the kernel reads or writes.
+    """
     rows, halo = source.rows.contiguous(), source.halo
     total, channels = rows.shape
     beyond = _row_outside(channels, rows.dtype, source.outside)
     if table is not None:
         assert table.dim() == 2 and table.is_contiguous() and table.dtype == torch.int32
     n, taps = (total, 1) if table is None else table.shape
+    if not n:
+        return
+    buffers = (argument for argument in arguments if argument is None or isinstance(argument, Tensor))
+    held = bytes_held(rows, halo, beyond, table, *buffers)
     reading = ReadingInC(
         rows.data_ptr(),
         halo.data_ptr() if halo is not None else None,
         beyond.data_ptr(),
         table.data_ptr() if table is not None else None,
         *(total if count is None else count, n, taps, channels // groups, channels),
+        ctypes.addressof(held),
     )
     if kernel.argtypes is None:
         _set_types(kernel, arguments)
     for_c = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    kernel(ctypes.addressof(reading), *for_c)
+    check_code(kernel(ctypes.addressof(reading), *for_c), kernel.__name__)
 
 
 def kernel_for(name: str, rows: Tensor) -> Any:

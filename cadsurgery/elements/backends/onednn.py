@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import as_column, as_map, as_rows, fast_layout
-from cadsurgery.elements.backends.choose import Convolution, compute
+from cadsurgery.elements.backends.choose import Convolution, check_channels, compute
 from cadsurgery.elements.backends.gpu import can_finish, finish
 from cadsurgery.elements.backends.weights import FusedConv, Pair
 from cadsurgery.kernels.load import is_observed
@@ -109,7 +109,12 @@ def convolve(
     """Compute an ordinary convolution of a dense map (B, C, H, W).
 
     `residual` is added before the activation; it may be any tensor that broadcasts to the result.
+
+    Raises:
+        Misfit: the map has other channels than the weight.
     """
+    if not torch.compiler.is_compiling():
+        check_channels(image.shape[1], weights.weight.shape[1] * weights.groups)
     if residual is not None and residual.shape != _shape(weights, image, stride, padding, dilation):
         return weights.finish(
             convolve(weights.without_activation, image, stride, padding, dilation), residual

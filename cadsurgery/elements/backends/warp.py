@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from cadsurgery.kernels.load import function, is_observed
+from cadsurgery.kernels.load import bytes_held, check_code, function, is_observed
 
 _ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -19,6 +19,7 @@ class _Warp(ctypes.Structure):
             for name in ("grid", "samples", "boxes", "bent_rows", "bent_columns", "found")
         ),
         *((name, ctypes.c_long) for name in ("batch", "n", "m", "h", "w", "height", "width")),
+        ("held", ctypes.c_void_p),
     )
 
 
@@ -47,9 +48,11 @@ def invert(
     boxes = torch.cat((low, high), -1).int()
     grid, samples = grid.contiguous(), samples.contiguous()
     found = grid.new_empty(2, batch, *size)
-    pointers = (tensor.data_ptr() for tensor in (grid, samples, boxes, *bent, found))
-    work = _Warp(*pointers, batch, n, m, h, w, *size)
+    buffers = (grid, samples, boxes, *(part.contiguous() for part in bent), found)
+    held = bytes_held(*buffers)
+    pointers = (tensor.data_ptr() for tensor in buffers)
+    work = _Warp(*pointers, batch, n, m, h, w, *size, ctypes.addressof(held))
     kernel = function("invert", _ELEMENTS[grid.dtype])
     assert kernel is not None
-    kernel(ctypes.byref(work), ctypes.c_double(enough))
+    check_code(kernel(ctypes.byref(work), ctypes.c_double(enough)), "invert")
     return found

@@ -5,7 +5,7 @@
 #include "maps.h"
 #include "packed.h"
 
-__attribute__((weak)) extern long find_cells_scalar(const int8_t *, const int64_t *, long, long, long, int64_t *, int32_t *, int64_t *);
+__attribute__((weak)) extern long find_cells_scalar(const int8_t *, const int64_t *, long, long, long, int64_t *, int32_t *, int64_t *, const long *);
 __attribute__((weak)) extern long shift_taps_scalar(const map *);
 
 /* Let `place` point to the next `count` numbers of an area, or count their bytes if it has no memory yet. */
@@ -69,7 +69,7 @@ const char *cadsurgery_find_cells(const tensor *in, found *to, share_in_engine *
     }
     widen(in + SIDES, many, sides);
     copy_levels(in + LEVELS, pixels, levels);
-    const long cells = find_cells_scalar(levels, sides, size[0], size[1], size[2], wide, index, counts);
+    const long cells = find_cells_scalar(levels, sides, size[0], size[1], size[2], wide, index, counts, 0);
     for (long i = 0; i < cells; i++) anchors[i] = (int32_t)wide[i];
     *to = (found){{vector_of(anchors, cells), vector_of(index, pixels)}, 2, all.memory};
     return 0;

@@ -165,7 +165,9 @@ static void *swap(void **place, void *with) {
 const char *cadsurgery_convolve(convolution *k, const tensor *in, void *out, share_in_engine *way) {
     const long rows = in[ROWS_IN].size[0], channels = in[ROWS_IN].size[1], count = in[TABLE].size[0];
     const long halo = in[SOURCES].size[0], many = in[SOURCES].size[1];
-    const char *reason = cadsurgery_check_rows(in);
+    int64_t size[2];
+    const char *reason = cadsurgery_size_of_result(k, in, size);
+    if (!reason) reason = cadsurgery_check_rows(in);
     if (reason) return reason;
     /* One row for what lies outside, then the halo. The memory is kept for the next call, since new pages cost more than
      * what is written to them. */

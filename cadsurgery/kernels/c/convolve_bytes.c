@@ -6,7 +6,7 @@
 /* ---- Forms of the kernels, narrowest first. */
 
 typedef long convolve_form(const reading *, const result *, const void *, long);
-typedef void depthwise_form(const reading *, const result *, const int8_t *);
+typedef long depthwise_form(const reading *, const result *, const int8_t *);
 
 typedef struct {
     unsigned long needs;
@@ -135,7 +135,7 @@ const char *cadsurgery_convolve_bytes(const convolution *k, const reading *in, c
         by->grouped(&from, by->weight, (const float *)r.offset, 0, r.scale, r.bias, 0, (float *)out, 1, k->low, k->high);
     else {
         if (is_plain(in)) from.table = 0;
-        REFUSE_UNLESS(by->convolve(&from, &r, by->weight, k->groups), "there is no memory for rows of a convolution");
+        REFUSE_UNLESS(by->convolve(&from, &r, by->weight, k->groups) != NO_MEMORY, "there is no memory for rows of a convolution");
     }
     return 0;
 }

@@ -2,6 +2,8 @@
 #include "parallel.h"
 #include "vector.h"
 
+enum { MOST_NEAR = 64 }; /* positions around one */
+
 typedef struct {
     const reading *in;
     const uint8_t *there;
@@ -31,8 +33,8 @@ static void fill_positions(long begin, long end, void *work) {
     const lane bottom = f->bottom, top = f->top;
     for (long i = begin; i < end; i++) {
         long at = in->table[i], line = at / width, x = at - line * width, y = line % height, many = 0;
-        const element *from[64 + 1];
-        sum mass[64 + 1], own = 0, total = 0, rest = 1;
+        const element *from[MOST_NEAR + 1];
+        sum mass[MOST_NEAR + 1], own = 0, total = 0, rest = 1;
         const element *self = 0;
         if (!there || there[at]) {
             long row_of = index ? index[at] : at;
@@ -98,12 +100,26 @@ static void fill_positions(long begin, long end, void *work) {
  * (NULL: all of it). weight is (side, side). If `least` is not 0, weights are divided by the sum of the weights of computed
  * positions plus `least`. `floor`, if given, gets the rest of the weights up to 1. out is (n, channels); `more`, if given,
  * is added before clamping to low..high. */
-void SUFFIX(fill)(const reading *in, const uint8_t *there, const int32_t *index, const sum *shares, const sum *weight,
+long SUFFIX(fill)(const reading *in, const uint8_t *there, const int32_t *index, const sum *shares, const sum *weight,
                   long side, long height, long width, double least, const element *floor, const element *more,
                   element *out, double low, double high) {
     filling f = {in, there, index, shares, weight, side, height, width, least, floor, more, out, {0},
                  all_lanes((sum)low), all_lanes((sum)high)};
-    const long reach = side / 2;
+    const long reach = side / 2, results = product_of(in->n, in->channels), *const held = in->held;
+    POSSIBLE(side > 0 && side % 2 && side <= MOST_NEAR && side * side <= MOST_NEAR && height > 0 && width > 0);
+    CHECK_READING(in, in->channels, element);
+    POSSIBLE(in->table && in->taps == 1 && in->stride == in->channels);
+    if (held) { /* the maps that positions lie in, all of whose positions may be read */
+        const long map = product_of(height, width), positions = product_of(sum_of(largest_of(in->table, in->n) / map, 1), map);
+        NEEDS_IF(there, held, OWN, positions, uint8_t);
+        NEEDS_IF(index, held, OWN + 1, positions, int32_t);
+        POSSIBLE(index || positions <= in->count);
+    }
+    NEEDS_IF(shares, held, OWN + 2, in->count, sum);
+    NEEDS(held, OWN + 3, side * side, sum);
+    NEEDS_IF(floor, held, OWN + 4, in->channels, element);
+    NEEDS_IF(more, held, OWN + 5, results, element);
+    NEEDS(held, OWN + 6, results, element);
     for (long v = -reach; v <= reach; v++)
         for (long u = -reach; u <= reach; u++) {
             const sum m = weight[(v + reach) * side + u + reach];
@@ -112,4 +128,5 @@ void SUFFIX(fill)(const reading *in, const uint8_t *there, const int32_t *index,
             if (m > f.heaviest[ring]) f.heaviest[ring] = m;
         }
     cadsurgery_share(in->n, 256, fill_positions, &f);
+    return FITS;
 }

@@ -23,6 +23,8 @@ INLINE sum in_sums(given value) {
 long SUFFIX(pack_grouped)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
     const long group = from->channels, all = from->groups * group, padded = rounded_up(all, LANES), taps = from->taps;
     if (from->groups == 1 || from->outputs != group || group > MOST_GROUP || group & (group - 1) || taps > TAPS || taps < 1) return -1;
+    CHECK_UNPACKED(from, sizeof(given), to ? 1 : 0, sizeof(sum));
+    if (to && *bytes < taps * group * padded * (long)sizeof(sum)) return -2;
     for (long place = 0; to && place < taps * group * padded; place++) {
         const long output = place % padded, input = place / padded % group, tap = place / padded / group;
         if (output >= all) continue;
@@ -143,13 +145,30 @@ TILES_OF(8)
 #endif
 #endif
 
+static long check(const reading *in, const int32_t *levels, const sum *scale, const element *more, long padded, long weights, long size) {
+    const long results = product_of(in->n, in->channels);
+    POSSIBLE(in->taps > 0 && in->channels > 0);
+    CHECK_READING(in, in->channels, element);
+    NEEDS(in->held, OWN, product_of(weights, size), char);
+    NEEDS(in->held, OWN + 1, padded, sum);
+    NEEDS_IF(levels, in->held, OWN + 2, in->n, int32_t);
+    NEEDS_IF(scale, in->held, OWN + 3, in->channels, sum);
+    NEEDS_IF(scale, in->held, OWN + 4, in->channels, sum);
+    NEEDS_IF(more, in->held, OWN + 5, results, element);
+    NEEDS(in->held, OWN + 6, results, element);
+    return FITS;
+}
+
 /* Convolution in groups of `group` input and output channels (a power of two up to MOST_GROUP; `product` handles larger
  * groups), clamped to low..high. out is (n, channels); `more`, if given, is added before clamping. taps <= TAPS. Scale and
  * shift: see `by_level`. */
-void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const int32_t *levels, const sum *scale,
+long SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const int32_t *levels, const sum *scale,
                      const sum *shift, const element *more, element *out, long group, double low, double high) {
     grouped g = {in, weight, bias, {levels, scale, shift}, more, out, (sum)low, (sum)high};
     share_body body = tiles_of_1;
+    POSSIBLE(group > 0 && group <= MOST_GROUP && !(group & (group - 1)) && in->channels % group == 0 && in->taps <= TAPS);
+    const long padded = padded_to(in->channels, LANES), weights = product_of(product_of(in->taps, group), padded);
+    RETURN_UNLESS_FITS(check(in, levels, scale, more, padded, weights, sizeof(sum)));
 #ifndef BYTES
     if (group == 2) body = tiles_of_2;
 #if VECTOR > 16
@@ -161,6 +180,7 @@ void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, cons
 #endif
     const long tiles = (in->n + TILE - 1) / TILE;
     cadsurgery_share(tiles, rows_at_once(TILE * in->taps * in->channels * sizeof(element)), body, &g);
+    return FITS;
 }
 
 #if defined(PAIRS) && VECTOR == 64
@@ -169,6 +189,8 @@ enum { NEAR = 576 };
 long SUFFIX(pack_depthwise)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
     const long channels = from->groups, padded = rounded_up(channels, MANY), span = rounded_up(from->taps, 2);
     if (from->outputs != 1 || from->channels != 1) return -1;
+    CHECK_UNPACKED(from, sizeof(element), to ? 1 : 0, sizeof(sum));
+    if (to && *bytes < padded * span * (long)sizeof(element)) return -2;
     for (long channel = 0; to && channel < channels; channel++) {
         const long part = channel % MANY / (MANY / 8), lane = part % 2 * 4 * (MANY / 8) + part / 2 * (MANY / 8) + channel % (MANY / 8);
         for (long tap = 0; tap < from->taps; tap++)
@@ -219,10 +241,13 @@ static void convolve_near(long from_block, long to_block, void *work) {
  *
  * A few elements are processed together, one chunk of channels after the other, so that the values they share stay in the
  * L1 cache. */
-void SUFFIX(depthwise)(const reading *in, const element *weight, const sum *bias, const int32_t *levels,
+long SUFFIX(depthwise)(const reading *in, const element *weight, const sum *bias, const int32_t *levels,
                        const sum *scale, const sum *shift, const element *more, element *out, double low, double high) {
     depthwise d = {in, weight, more, bias, {levels, scale, shift}, out, all_lanes((sum)low), all_lanes((sum)high)};
-    const long block = NEAR / in->taps;
+    POSSIBLE(in->taps > 0 && in->taps <= NEAR);
+    const long padded = padded_to(in->channels, MANY), block = NEAR / in->taps;
+    RETURN_UNLESS_FITS(check(in, levels, scale, more, padded, product_of(padded, padded_to(in->taps, 2)), sizeof(element)));
     cadsurgery_share((in->n + block - 1) / block, 1, convolve_near, &d);
+    return FITS;
 }
 #endif

@@ -50,10 +50,12 @@ static int is_limited(const unpacked *w) {
 
 long NAME(pack_convolve)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
 #ifdef LIMITED
+    CHECK_UNPACKED(from, sizeof(int8_t), to ? CONSTANTS : 0, sizeof(float));
     if (!is_limited(from)) return -1;
 #endif
     const long first = pack_chunks(from, CHUNK, SIDE, 1, constants, CONSTANTS, sizeof(float), to, bytes);
 #ifdef SIGNED
+    if (first < 0) return first;
     int32_t *offset = (int32_t *)(to + first);
     for (long group = 0; to && group < from->groups; group++, offset += rounded_up(from->outputs, CHUNK))
         for (long output = 0; output < from->outputs; output++)
@@ -330,16 +332,19 @@ static void convolve_blocks(long from, long to, void *work) {
 
 /* Grouped convolution with `channels` input channels per group. weight is (groups, chunks, taps, channels / SIDE, CHUNK,
  * SIDE): SIDE channels of an output are adjacent, padded with zeros. offset, scale and bias are (groups, chunks * CHUNK).
- * Returns 0 if there is no memory for a block of widened rows, else 1. */
+ * Returns NO_MEMORY if there is none for a block of widened rows. */
 long NAME(convolve)(const reading *in, const result *r, const weight *weights, long groups) {
     convolution c = {in, r, weights, groups, 1};
+    RETURN_UNLESS_FITS(check_bytes(in, r, groups, CHUNK));
+    const long depth = product_of(in->taps, padded_to(in->channels, SIDE));
+    NEEDS(in->held, OWN, product_of(product_of(groups, padded_to(r->outputs / groups, CHUNK)), depth), weight);
 #ifdef QUADS
     const long block = BLOCK;
 #else
     const long block = rows_of_panel(in->taps * ((in->channels + 1) / 2));
 #endif
     cadsurgery_share((in->n + block - 1) / block, 1, convolve_blocks, &c);
-    return c.is_done;
+    return c.is_done ? FITS : NO_MEMORY;
 }
 
 #ifndef LIMITED
@@ -368,13 +373,19 @@ static void dequantise_some(long begin, long end, void *work) {
 }
 
 /* Quantise `length` values to 8 bits: round(value * factor + zero). Dequantise: (value - zero) * factor. */
-void SUFFIX(quantise)(const float *values, uint8_t *out, long length, double factor, double zero) {
+long SUFFIX(quantise)(const float *values, uint8_t *out, long length, double factor, double zero, const long *held) {
+    NEEDS(held, 0, length, float);
+    NEEDS(held, 1, length, uint8_t);
     conversion c = {values, out, length, (float)factor, (float)zero};
     cadsurgery_share(length, AT_ONCE, quantise_some, &c);
+    return FITS;
 }
-void SUFFIX(dequantise)(const uint8_t *values, float *out, long length, double factor, double zero) {
+long SUFFIX(dequantise)(const uint8_t *values, float *out, long length, double factor, double zero, const long *held) {
+    NEEDS(held, 0, length, uint8_t);
+    NEEDS(held, 1, length, float);
     conversion c = {values, out, length, (float)factor, (float)zero};
     cadsurgery_share(length, AT_ONCE, dequantise_some, &c);
+    return FITS;
 }
 
 typedef struct {
@@ -404,9 +415,15 @@ static void write_lines(long begin, long end, void *work) {
 /* Copy images of up to four channels into the middle of padded images with four bytes per pixel: out is (batch,
  * height + 2 down, width + 2 across, 4), with zeros in unused channels. In the input, channels of a pixel are `apart` bytes
  * from each other and pixels `step` bytes: 1 for planar images, the number of channels for interleaved ones. */
-void SUFFIX(lines)(const uint8_t *image, uint8_t *out, long batch, long channels, long height, long width, long apart,
-                   long step, long down, long across) {
+long SUFFIX(lines)(const uint8_t *image, uint8_t *out, long batch, long channels, long height, long width, long apart,
+                   long step, long down, long across, const long *held) {
+    POSSIBLE(batch >= 0 && channels > 0 && channels <= 4 && height >= 0 && width >= 0 && down >= 0 && across >= 0);
+    const long pixels_of_one = product_of(height, width), lines_of_all = product_of(batch, sum_of(height, product_of(2, down)));
+    POSSIBLE((apart == pixels_of_one && step == 1) || (apart == 1 && step == channels));
+    NEEDS(held, 0, product_of(product_of(batch, channels), pixels_of_one), uint8_t);
+    NEEDS(held, 1, product_of(product_of(lines_of_all, sum_of(width, product_of(2, across))), 4), uint8_t);
     pixels p = {image, out, channels, height, width, apart, step, down, across};
     cadsurgery_share(batch * height, 16, write_lines, &p);
+    return FITS;
 }
 #endif

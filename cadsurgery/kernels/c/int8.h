@@ -35,6 +35,18 @@ INLINE const uint8_t *row_of_tap(const reading *in, long at, long tap) {
     return entry == in->count ? in->outside : in->halo + (entry - in->count - 1) * in->stride;
 }
 
+/* Compare what a convolution in 8 bits is given, but for its weights, with what it reads and writes; outputs of a group are padded
+ * to a multiple of `chunk`. Buffers of its own: weight, offset, scale, bias, residual, result. */
+static __attribute__((unused)) long check_bytes(const reading *in, const result *r, long groups, long chunk) {
+    POSSIBLE(groups > 0 && r->outputs > 0 && r->outputs % groups == 0 && r->activation >= 0 && r->activation <= 1);
+    const long constants = product_of(groups, padded_to(r->outputs / groups, chunk)), results = product_of(in->n, r->outputs);
+    CHECK_READING(in, product_of(groups, in->channels), uint8_t);
+    for (int i = 1; i <= CONSTANTS; i++) NEEDS(in->held, OWN + i, constants, float);
+    NEEDS_IF(r->more, in->held, OWN + 4, product_of(results, r->more_is_8_bits ? 1 : sizeof(float)), char);
+    NEEDS(in->held, OWN + 5, product_of(results, r->out_is_8_bits ? 1 : sizeof(float)), char);
+    return FITS;
+}
+
 /* Load up to eight bytes, padded with zeros, without reading beyond the row: its end may be the end of the memory. */
 INLINE uint64_t some_of_eight(const uint8_t *from, long some) {
     uint64_t value = 0;

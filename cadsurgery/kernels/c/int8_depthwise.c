@@ -204,8 +204,10 @@ static void convolve_rows(long begin, long end, void *work) {
 long SUFFIX(pack_depthwise)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
     const long channels = from->groups, padded = rounded_up(channels, MANY), span = rounded_up(from->taps, 4);
     if (channels == 1 || from->outputs != 1 || from->channels != 1 || from->taps > MOST_TAPS) return -1;
-    const long first = pack_constants(from, constants, 0, 0, 0, padded * span, to, bytes), array = padded * (long)sizeof(float);
-    *bytes += CONSTANTS * array;
+    CHECK_UNPACKED(from, sizeof(int8_t), to ? CONSTANTS : 0, sizeof(float));
+    const long first = rounded_up(padded * span, 64), array = padded * (long)sizeof(float);
+    if (to && *bytes < first + CONSTANTS * array) return -2;
+    *bytes = first + CONSTANTS * array;
     for (long place = 0; to && place < padded; place++) {
         const long start = place / MANY * MANY, lane = place % MANY; /* (4, MANY / 16, 4) as (part, m, x) */
         long channel = lane % (MANY / 4) / 4 * 16 + lane / (MANY / 4) * 4 + lane % 4;
@@ -223,8 +225,12 @@ long SUFFIX(pack_depthwise)(const unpacked *from, const void *const *constants, 
 /* Int8 depthwise convolution with up to MOST_TAPS taps. weight is (chunks, taps / 4, 4, MANY / 16, 4, 4) in the parts of
  * `convolve_channels`; offset, scale and bias are (chunks, 4, MANY / 16, 4) in the same order. A last chunk of at most HALF
  * channels holds them twice. */
-void SUFFIX(depthwise)(const reading *in, const result *r, const int8_t *weight) {
+long SUFFIX(depthwise)(const reading *in, const result *r, const int8_t *weight) {
     depthwise d = {in, r, weight};
+    POSSIBLE(in->taps <= MOST_TAPS && r->outputs == in->channels && r->out_is_8_bits && !r->more);
+    RETURN_UNLESS_FITS(check_bytes(in, r, 1, MANY));
+    NEEDS(in->held, OWN, product_of(padded_to(in->channels, MANY), padded_to(in->taps, 4)), int8_t);
     cadsurgery_share((in->n + TOGETHER - 1) / TOGETHER, 8, convolve_rows, &d);
+    return FITS;
 }
 #endif

@@ -69,8 +69,9 @@ static void finish_unit(const tiled *work, const piece_of_work *now, const total
         }
 }
 
-/* Returns 1: it needs no memory that it could lack. */
 long SUFFIX(convolve)(const reading *in, const result *r, const weight *weights, long groups) {
+    RETURN_UNLESS_FITS(check_bytes(in, r, groups, TILE));
+    NEEDS(in->held, OWN, product_of(groups, numbers_of_tiles(in, r->outputs / groups)), weight);
     multiply_in_tiles(in, weights, groups, r->outputs / groups, r->offset, r);
-    return 1;
+    return FITS;
 }

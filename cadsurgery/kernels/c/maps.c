@@ -7,12 +7,36 @@
 
 #include <string.h>
 
+#include "check.h"
+
 #include "parallel.h"
 
-/* Return the number of cells; write their anchors (ascending), the row of each pixel's cell to index (pixels) and the number
+/* Levels that have no side, or one that is not positive, would be read beyond it. */
+static long check_cells(const int8_t *levels, const int64_t *sides, long batch, long height, long width, long pixels, const long *held) {
+    POSSIBLE(batch >= 0 && height >= 0 && width >= 0);
+    if (!held) return FITS;
+    NEEDS(held, 0, pixels, int8_t);
+    NEEDS(held, 2, pixels, int64_t);
+    NEEDS(held, 3, pixels, int32_t);
+    NEEDS(held, 4, batch, int64_t);
+    const long many = held[1] / (long)sizeof *sides;
+    for (long i = 0; i < many; i++) POSSIBLE(sides[i] > 0);
+    int least = 0, most = 0;
+    for (long i = 0; i < pixels; i++) {
+        least = levels[i] < least ? levels[i] : least;
+        most = levels[i] > most ? levels[i] : most;
+    }
+    POSSIBLE(least >= 0 && (most < many || !pixels));
+    return FITS;
+}
+
+/* Return the number of cells, or minus the reason why there are none, see check.h; write their anchors (ascending), the row of each pixel's cell to index (pixels) and the number
  * of cells per image to counts. Along a line, all pixels of a cell follow from its first. */
 long SUFFIX(find_cells)(const int8_t *levels, const int64_t *sides, long batch, long height, long width,
-                        int64_t *anchors, int32_t *index, int64_t *counts) {
+                        int64_t *anchors, int32_t *index, int64_t *counts, const long *held) {
+    const long pixels = product_of(product_of(batch, height), width);
+    const long code = check_cells(levels, sides, batch, height, width, pixels, held);
+    if (code != FITS) return -code;
     long count = 0;
     for (long line = 0; line < batch * height; line++) {
         const long y = line % height, first = line * width, image = line / height;
@@ -125,8 +149,38 @@ static void fill_lines(long begin, long end, void *work) {
     }
 }
 
-/* Fill the kernel map and return the number of halo rows: one for every pixel that is read and is no anchor, in order. */
+enum { MAP_INDEX, MAP_ANCHORS, MAP_LEVELS, MAP_SIDES, MAP_TARGETS, MAP_DOWN, MAP_ACROSS, MAP_TABLE, MAP_RANK, MAP_LINES, MAP_SOURCES, MAP_MIX };
+
+static long check_map(const map *m) {
+    const long *const held = m->held;
+    POSSIBLE(m->pixels >= 0 && m->count >= 0 && m->n >= 0 && m->height > 0 && m->width > 0 && m->target_height > 0 &&
+             m->target_width > 0 && m->vertical > 0 && m->horizontal > 0 && m->pixels % product_of(m->height, m->width) == 0);
+    const long taps = product_of(m->vertical, m->horizontal), entries = product_of(m->n, taps), between = m->pixels - m->count;
+    const long most = 4 * (between < 0 ? 0 : between < entries ? between : entries);
+    NEEDS_IF(m->index, held, MAP_INDEX, m->pixels, int32_t);
+    POSSIBLE(m->index || m->count == m->pixels);
+    if (m->has_halo || m->index) NEEDS(held, MAP_ANCHORS, m->has_halo ? m->count : 0, int64_t);
+    NEEDS(held, MAP_TARGETS, m->n, int64_t);
+    if (held) { /* as many images as the source has */
+        const long all = product_of(m->pixels / product_of(m->height, m->width), product_of(m->target_height, m->target_width));
+        for (long i = 0; i < m->n; i++) POSSIBLE(m->targets[i] >= 0 && m->targets[i] < all);
+    }
+    NEEDS(held, MAP_DOWN, m->vertical, int64_t);
+    NEEDS(held, MAP_ACROSS, m->horizontal, int64_t);
+    NEEDS(held, MAP_TABLE, entries, int32_t);
+    if (!m->has_halo) return FITS;
+    NEEDS(held, MAP_LEVELS, m->pixels, int8_t);
+    NEEDS(held, MAP_RANK, m->pixels, int32_t);
+    NEEDS(held, MAP_LINES, m->pixels / m->width, int32_t);
+    NEEDS(held, MAP_SOURCES, most, int32_t);
+    NEEDS(held, MAP_MIX, most, double);
+    return FITS;
+}
+
+/* Fill the kernel map and return the number of halo rows, or minus the reason why there is none: one for every pixel that is read and is no anchor, in order. */
 long SUFFIX(shift_taps)(const map *m) {
+    const long code = check_map(m);
+    if (code != FITS) return -code;
     const long taps = m->vertical * m->horizontal, lines = m->pixels / m->width;
     if (m->has_halo) {
         memset(m->lines, 0, lines * sizeof *m->lines);

@@ -17,6 +17,7 @@ typedef struct {
     int32_t *sources; /* (most, 4), the rows that each halo row interpolates between */
     double *mix;      /* (most, 4), their weights */
     long pixels, count, n, height, width, target_height, target_width, vertical, horizontal, has_halo;
+    const long *held; /* bytes of the buffers in this order, see check.h */
 } map;
 
 #endif

@@ -18,9 +18,13 @@ static void gather_entries(long begin, long end, void *work) {
 }
 
 /* Gather the rows of all taps: out is (n, taps, channels). */
-void SUFFIX(gather)(const reading *in, element *out) {
+long SUFFIX(gather)(const reading *in, element *out) {
     move m = {in, 0, 0, 0, out};
+    CHECK_READING(in, in->channels, element);
+    POSSIBLE(in->table);
+    NEEDS(in->held, OWN, product_of(product_of(in->n, in->taps), in->channels), element);
     cadsurgery_share(in->n * in->taps, rows_at_once(in->channels * sizeof(element)), gather_entries, &m);
+    return FITS;
 }
 
 /* `many` is a constant after inlining, so that pointers and shares stay in registers. */
@@ -66,9 +70,14 @@ static void mix_rows(long begin, long end, void *work) {
 }
 
 /* Weighted sums of rows: out[i] = sum over taps of mix[i, tap] times row table[i, tap]; out is (n, channels). */
-void SUFFIX(mix)(const reading *in, const sum *mix, element *out) {
+long SUFFIX(mix)(const reading *in, const sum *mix, element *out) {
     move m = {in, 0, mix, 0, out};
+    CHECK_READING(in, in->channels, element);
+    POSSIBLE(in->table);
+    NEEDS(in->held, OWN, product_of(in->n, in->taps), sum);
+    NEEDS(in->held, OWN + 1, product_of(in->n, in->channels), element);
     cadsurgery_share(in->n, rows_at_once(in->taps * in->channels * sizeof(element)), mix_rows, &m);
+    return FITS;
 }
 
 static void gather_or_mix(long begin, long end, void *work) {
@@ -84,9 +93,18 @@ static void gather_or_mix(long begin, long end, void *work) {
 
 /* `gather` for one tap without a halo in memory: each halo row, a sum of `many` rows `sources` weighted by `mix`, is computed
  * when it is read. This takes fewer passes over memory if each halo row is read once. */
-void SUFFIX(gather_mixing)(const reading *in, const int32_t *sources, const sum *mix, long many, element *out) {
+long SUFFIX(gather_mixing)(const reading *in, const int32_t *sources, const sum *mix, long many, element *out) {
     move m = {in, sources, mix, many, out};
+    CHECK_READING(in, in->channels, element);
+    POSSIBLE(in->table && in->taps == 1 && many >= 0);
+    if (in->held) { /* of the halo as many rows are read as the table names */
+        const long halo = largest_of(in->table, in->n) - in->count, named = halo < 0 ? 0 : product_of(halo, many);
+        NEEDS(in->held, OWN, named, int32_t);
+        NEEDS(in->held, OWN + 1, named, sum);
+    }
+    NEEDS(in->held, OWN + 2, product_of(in->n, in->channels), element);
     cadsurgery_share(in->n, rows_at_once(in->channels * sizeof(element)), gather_or_mix, &m);
+    return FITS;
 }
 
 static void mix_line(long begin, long end, void *work) {
@@ -115,7 +133,14 @@ static void mix_line(long begin, long end, void *work) {
 
 /* `mix` for two rows, with the same table for each of `lines` lines of count rows; out is (lines, n, channels). Whole vectors
  * are read and written as long as they stay within the line: values written beyond a row are overwritten by the next row. */
-void SUFFIX(mix_lines)(const reading *in, const sum *mix, long lines, element *out) {
+long SUFFIX(mix_lines)(const reading *in, const sum *mix, long lines, element *out) {
     move m = {in, 0, mix, 0, out};
+    POSSIBLE(lines >= 0 && in->count >= 0 && in->n >= 0 && in->channels > 0 && in->taps == 2);
+    if (!lines || !in->n) return FITS;
+    NEEDS(in->held, OF_ROWS, product_of(product_of(lines, in->count), in->channels), element);
+    NEEDS(in->held, OF_TABLE, product_of(in->n, 2), int32_t);
+    NEEDS(in->held, OWN, product_of(in->n, 2), sum);
+    NEEDS(in->held, OWN + 1, product_of(product_of(lines, in->n), in->channels), element);
     cadsurgery_share(lines, rows_at_once(in->n * in->channels * sizeof(element)) / 4, mix_line, &m);
+    return FITS;
 }

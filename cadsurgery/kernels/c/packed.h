@@ -15,9 +15,9 @@ void free(void *memory);
 READING(float);
 
 /* In 8 bits the pointers to rows and results of the declared types point to bytes. */
-typedef void grouped_form(const reading *, const float *, const float *, const int32_t *, const float *, const float *,
+typedef long grouped_form(const reading *, const float *, const float *, const int32_t *, const float *, const float *,
                           const float *, float *, long, double, double);
-typedef void mix_form(const reading *, const float *, float *);
+typedef long mix_form(const reading *, const float *, float *);
 
 #define REFUSE_UNLESS(holds, message)                \
     do {                                             \
@@ -25,7 +25,7 @@ typedef void mix_form(const reading *, const float *, float *);
     } while (0)
 
 /* Weights of floats, and the kernel that takes them; the other one is NULL. */
-typedef void product_form(const reading *, const float *, const float *, const int32_t *, const float *, const float *,
+typedef long product_form(const reading *, const float *, const float *, const int32_t *, const float *, const float *,
                           const float *, float *, long, long, double, double);
 typedef struct {
     product_form *product;
@@ -36,7 +36,7 @@ typedef struct {
 /* Weights in 8 bits, and the kernel that takes them; the others are NULL. */
 typedef struct {
     long (*convolve)(const reading *, const result *, const void *, long);
-    void (*depthwise)(const reading *, const result *, const int8_t *);
+    long (*depthwise)(const reading *, const result *, const int8_t *);
     grouped_form *grouped;
     void *weight;
     float *constants; /* of each output: offset, scale, bias, and the offset as a float */

@@ -3,7 +3,7 @@
  * Compiled once, for the architecture's baseline; it calls the widest form that the processor has. */
 #include "packed.h"
 
-typedef void pick_form(const reading *, const int32_t *, const float *, long, void *);
+typedef long pick_form(const reading *, const int32_t *, const float *, long, void *);
 
 typedef struct {
     unsigned long needs;
@@ -33,7 +33,9 @@ const char *cadsurgery_pick(int in_8_bits, const tensor *in, void *out, share_in
     if (in_8_bits) WIDEST(forms, of_bytes, by);
     else WIDEST(forms, of_floats, by);
     REFUSE_UNLESS(by, "the library has no kernels for this processor");
-    const char *reason = cadsurgery_check_rows(in);
+    int64_t size[2];
+    const char *reason = cadsurgery_size_of_pick(in, size);
+    if (!reason) reason = cadsurgery_check_rows(in);
     if (reason) return reason;
     float *beyond = malloc(channels * sizeof(float) + 64);
     REFUSE_UNLESS(beyond, "there is no memory for a row");

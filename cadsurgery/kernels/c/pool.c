@@ -53,7 +53,11 @@ static void pool_elements(long begin, long end, void *work) {
 }
 
 /* Maximum (largest != 0) or sum over the taps: out is (n, channels). */
-void SUFFIX(pool)(const reading *in, element *out, long largest) {
+long SUFFIX(pool)(const reading *in, element *out, long largest) {
     pool p = {in, out, largest};
+    CHECK_READING(in, in->channels, element);
+    POSSIBLE(in->table);
+    NEEDS(in->held, OWN, product_of(in->n, in->channels), element);
     cadsurgery_share(in->n, rows_at_once(in->taps * in->channels * sizeof(element)), pool_elements, &p);
+    return FITS;
 }

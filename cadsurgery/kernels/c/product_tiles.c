@@ -43,8 +43,24 @@ static void finish_unit(const tiled *work, const piece_of_work *now, const total
     }
 }
 
-void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
+static long check(const reading *in, const int32_t *levels, const sum *scale, const element *more, long groups, long outputs) {
+    POSSIBLE(groups > 0 && outputs > 0);
+    const long all = product_of(groups, outputs), results = product_of(in->n, all);
+    CHECK_READING(in, product_of(groups, in->channels), element);
+    NEEDS(in->held, OWN, product_of(groups, numbers_of_tiles(in, outputs)), weight);
+    NEEDS(in->held, OWN + 1, product_of(groups, padded_to(outputs, TILE)), sum);
+    NEEDS_IF(levels, in->held, OWN + 2, in->n, int32_t);
+    NEEDS_IF(scale, in->held, OWN + 3, all, sum);
+    NEEDS_IF(scale, in->held, OWN + 4, all, sum);
+    NEEDS_IF(more, in->held, OWN + 5, results, element);
+    NEEDS(in->held, OWN + 6, results, element);
+    return FITS;
+}
+
+long SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
                      const sum *shift, const element *more, element *out, long groups, long outputs, double low, double high) {
     const following p = {more, {levels, scale, shift}, out, (sum)low, (sum)high};
+    RETURN_UNLESS_FITS(check(in, levels, scale, more, groups, outputs));
     multiply_in_tiles(in, weight, groups, outputs, bias, &p);
+    return FITS;
 }

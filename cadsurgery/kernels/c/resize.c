@@ -46,6 +46,9 @@ const char *cadsurgery_resize(int is_aligned, const tensor *in, void *out, share
     const int64_t *from = in[MAPS].size;
     const int32_t *to = in[SIZES].data;
     const form *by = 0;
+    int64_t size[4];
+    const char *reason = cadsurgery_size_of_resized(in, size);
+    if (reason) return reason;
     WIDEST(forms, resize, by);
     REFUSE_UNLESS(by, "the library has no kernels for this processor");
     char *memory = malloc(((size_t)to[2] + to[3]) * (2 * sizeof(int32_t) + sizeof(float)) + 64);
@@ -77,6 +80,9 @@ const char *cadsurgery_size_of_error(const tensor *in, int64_t *size) {
 const char *cadsurgery_find_error(const tensor *in, void *out, share_in_engine *way) {
     const int32_t *size = in[SIZES].data;
     const form *by = 0;
+    int64_t sizes[3];
+    const char *reason = cadsurgery_size_of_error(in, sizes);
+    if (reason) return reason;
     WIDEST(forms, find_error, by);
     REFUSE_UNLESS(by, "the library has no kernels for this processor");
     const erring all = {in[MAPS].data, out, size[0], in[MAPS].size[1], size[1], size[2]};

@@ -243,6 +243,12 @@ static void multiply_blocks(long begin, long end, void *context) {
     free(memory);
 }
 
+/* Return how many numbers the packed weights of a group have, see `pack_chunks`. */
+static long numbers_of_tiles(const reading *in, long outputs) {
+    const long parts = padded_to(in->channels, TOGETHER) / TOGETHER, depth = padded_to(product_of(in->taps, parts), TILE);
+    return product_of(padded_to(outputs, TILE), product_of(depth, TOGETHER));
+}
+
 static void multiply_in_tiles(const reading *in, const weight *weight, long groups, long outputs, const total *start,
                               const void *finish) {
     const long padded = (in->channels + TOGETHER - 1) / TOGETHER * TOGETHER, steps = (in->taps * padded + STEP - 1) / STEP;

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "check.h"
+
 #if defined(SCALAR)
 #define VECTOR 16
 #elif defined(__AVX512F__)
@@ -43,12 +45,14 @@
 #define INLINE static inline __attribute__((always_inline, unused))
 
 /* Input rows (count, channels of a group), `stride` elements apart, and the kernel map `table` (n, taps). An entry
- * r < count refers to row r, r == count to the row `outside`, and r > count to row r - count - 1 of `halo`. */
+ * r < count refers to row r, r == count to the row `outside`, and r > count to row r - count - 1 of `halo`. `held`: the bytes
+ * of all buffers of the call, see check.h. */
 #define READING(element)                         \
     typedef struct {                             \
         const element *rows, *halo, *outside;    \
         const int32_t *table;                    \
         long count, n, taps, channels, stride;   \
+        const long *held;                        \
     } reading
 
 #if defined(ELEMENT) || defined(BF16) || defined(BYTES)

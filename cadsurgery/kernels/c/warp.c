@@ -5,6 +5,7 @@
  */
 #include <stdint.h>
 
+#include "check.h"
 #include "parallel.h"
 
 typedef ELEMENT element;
@@ -18,6 +19,7 @@ typedef struct {
     const uint8_t *bent_rows, *bent_columns; /* (h - 1), (w - 1): nonzero if a location lies between two samples */
     element *found;                          /* (2, batch, height, width): rows, columns */
     long batch, n, m, h, w, height, width;
+    const long *held; /* bytes of the buffers in this order, see check.h */
 } warp;
 
 typedef struct {
@@ -116,7 +118,16 @@ static void invert_lines(long begin, long end, void *work) {
 }
 
 /* Find the location of every pixel of an image, to within `enough` pixels. */
-void SUFFIX(invert)(const warp *one, double enough) {
+long SUFFIX(invert)(const warp *one, double enough) {
     inverting job = {one, (element)enough};
+    const long *const held = one->held, batch = one->batch;
+    POSSIBLE(batch >= 0 && one->n > 1 && one->m > 1 && one->h > 1 && one->w > 1 && one->height >= 0 && one->width >= 0);
+    NEEDS(held, 0, product_of(product_of(batch, 2), product_of(one->n, one->m)), element);
+    NEEDS(held, 1, product_of(product_of(batch, 2), product_of(one->h, one->w)), element);
+    NEEDS(held, 2, product_of(product_of(batch, 4), product_of(one->n - 1, one->m - 1)), int32_t);
+    NEEDS(held, 3, one->h - 1, uint8_t);
+    NEEDS(held, 4, one->w - 1, uint8_t);
+    NEEDS(held, 5, product_of(product_of(batch, 2), product_of(one->height, one->width)), element);
     cadsurgery_share(one->batch * one->height, 1, invert_lines, &job);
+    return FITS;
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.images import MOST_PIXELS
+from cadsurgery.data.labels import as_classes
 from cadsurgery.masks import graded
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name
@@ -32,18 +33,19 @@ def boundaries(
     """Mark (..., H, W) the pixels of target classes that have another label above, below or beside them.
 
     Args:
-        labels: (H, W) or (B, H, W) integers, one class per pixel.
+        labels: (H, W) or (B, H, W) whole numbers, one class per pixel.
         targets: classes whose pixels are marked; None for all, which marks both sides of a boundary.
         ignore: label of pixels that are never marked, although their neighbours are; None for no such label.
 
     Raises:
         InvalidInput: `labels` is not such a tensor.
     """
-    if not isinstance(labels, Tensor) or labels.dim() not in (2, 3) or labels.is_floating_point():
+    if not isinstance(labels, Tensor) or labels.dim() not in (2, 3):
         raise InvalidInput(
             f"the labels are {describe(labels)}.",
             next="give integers (height, width): a class for every pixel.",
         )
+    labels = as_classes(labels)
     marked = graded.boundaries(labels, None)
     if ignore is not None:
         marked &= labels != ignore

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import resize
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, check_name, first_line
 from cadsurgery.support.files import as_file_error
+from cadsurgery.support.plain import check_fields
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.trace import evaluating
@@ -389,7 +390,9 @@ class ResampledModel(ConvertedModel):
         fields, inside = stored.fields, stored.fields["inside"]
         with as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
             unit = fields["normalisation"]
-            stated = Normalisation(tuple(unit["mean"]), tuple(unit["std"]), unit["origin"]) if unit else None
+            stated = (
+                Normalisation(**check_fields(unit, get_type_hints(Normalisation), "it")) if unit else None
+            )
             if inside not in ("network", _ADAPTIVE, *METHODS):
                 raise ValueError(f"a network of a method {inside!r:.60}")
         own = {name[len(_OWN) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_OWN)}

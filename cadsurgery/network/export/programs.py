@@ -32,6 +32,8 @@ def write_program(
 ) -> Written:
     """Write a program for torch.export.load; return its comparison and the shape of its image.
 
+    It is that of contiguous inputs, whatever the layout of the example: compilers of programs take strides for granted.
+
     Args:
         net: a network.
         image: an image batch.
@@ -89,6 +91,11 @@ def _check_outputs(output: object) -> None:
         )
 
 
+def _contiguous(value: Tensor) -> Tensor:
+    """Return a tensor with exactly the strides of a contiguous one, which axes of length 1 may lack."""
+    return value.new_empty(value.shape).copy_(value)
+
+
 def follow(net: nn.Module, image: Tensor, *rest: Tensor) -> torch.export.ExportedProgram:
     """Export the network as a program of torch's operations.
 
@@ -97,7 +104,7 @@ def follow(net: nn.Module, image: Tensor, *rest: Tensor) -> torch.export.Exporte
     """
     try:
         with without_graphs_of_errors():
-            return torch.export.export(net, (image, *rest))
+            return torch.export.export(net, tuple(_contiguous(value) for value in (image, *rest)))
     except Exception as error:
         raise CannotConvert(
             "torch.export cannot follow the network.",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED
+from cadsurgery.data.labels import as_classes
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -53,12 +54,13 @@ class SegmentationMetrics:
         """Add a batch.
 
         Args:
-            prediction: (B, H, W) int64, 0..classes-1.
-            labels: (B, H, W) int64, 0..classes-1 or the label of ignored pixels.
+            prediction: (B, H, W) whole numbers, 0..classes-1.
+            labels: (B, H, W) whole numbers, 0..classes-1 or the label of ignored pixels.
 
         Raises:
-            InvalidInput: the sizes differ, or a value is out of range.
+            InvalidInput: the sizes differ, or a value is out of range or no whole number.
         """
+        prediction, labels = as_classes(prediction, what="predictions"), as_classes(labels)
         self._check(prediction, labels)
         valid = labels != self.ignored
         near_boundary = near_change(labels, self.trimap)

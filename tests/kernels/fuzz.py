@@ -1,0 +1,568 @@
+"""Call every compiled function with buffers and numbers that do not fit, and see that none reads or writes beyond them.
+
+    python fuzz.py LIBRARY SEED CALLS
+
+Each buffer ends where a page begins that nothing may touch, so a process that reads or writes behind one is ended. A
+call with numbers that fit must compute; with a buffer that is far too short it must refuse; with other numbers it must
+refuse, or stay within. Prints the number of calls of each function.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+FITS, TOO_SHORT, HALO, OWN = 0, 3, 1, 4
+SIZES = {"float32": (4, 4), "float64": (8, 8), "bfloat16": (2, 4), "uint8": (1, 4)}  # of elements and of sums
+KINDS = (
+    *(
+        "product",
+        "grouped",
+        "depthwise",
+        "convolve",
+        "gather",
+        "mix",
+        "gather_mixing",
+        "mix_lines",
+        "pool",
+        "fill",
+    ),
+    *("quantise", "dequantise", "lines", "find_cells", "shift_taps", "invert"),
+)
+
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+mapped: list[tuple[int, int]] = []
+
+
+def memory(length: int) -> int:
+    """Memory of zeros that ends at a page which nothing may touch."""
+    page = mmap.PAGESIZE
+    usable = -(-max(length, 1) // page) * page
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    begin = libc.mmap(None, usable + page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    assert begin and libc.mprotect(begin + usable, page, 0) == 0
+    mapped.append((begin, usable + page))
+    return int(begin) + usable - length
+
+
+def free() -> None:
+    while mapped:
+        libc.munmap(*mapped.pop())
+
+
+def whole(values: list[int], kind: Any) -> bytes:
+    return bytes((kind * len(values))(*values))
+
+
+class Reading(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "halo", "outside", "table")),
+        *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels", "stride")),
+        ("held", ctypes.c_void_p),
+    )
+
+
+class Result(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("offset", "scale", "bias", "more", "out")),
+        *((name, ctypes.c_long) for name in ("outputs", "more_is_8_bits", "out_is_8_bits", "activation")),
+        *((name, ctypes.c_float) for name in ("more_scale", "factor", "zero", "low", "high")),
+    )
+
+
+class Unpacked(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("groups", "outputs", "channels", "taps")),
+        *((f"next_{name}", ctypes.c_long) for name in ("group", "output", "channel", "tap")),
+        ("held", ctypes.c_void_p),
+    )
+
+
+class Case(NamedTuple):
+    """A call that fits.
+
+    Attributes:
+        buffers: length in bytes of each buffer, 0 for a missing one, or its content.
+        numbers: numbers of the call, which are changed, too.
+        run: calls the function with pointers, numbers and bytes held.
+    """
+
+    buffers: list[int | bytes]
+    numbers: dict[str, int]
+    run: Callable[[list[int | None], dict[str, int], Any], int]
+
+
+class Kernels:
+    def __init__(self, path: str, seed: int) -> None:
+        self.library, self.draw = ctypes.CDLL(path), random.Random(seed)
+
+    def number(self, most: int) -> int:
+        return self.draw.randint(1, most)
+
+    def function(self, name: str) -> Any:
+        found = getattr(self.library, name)
+        found.restype = ctypes.c_long
+        return found
+
+    # -- what every reading has
+
+    def reading(
+        self, form: str, channels: int, taps: int, own: list[int], numbers: dict[str, int], call: Any
+    ) -> Case:
+        """A case of a function of a reading, whose own buffers and numbers are given; `call` passes the latter."""
+        size, _ = SIZES[form]
+        count, n, halo = self.number(9), self.number(40), self.draw.randint(0, 3)
+        table = [self.draw.randint(0, count + halo) for _ in range(n * taps)]
+        buffers: list[int | bytes] = [count * channels * size, halo * channels * size, channels * size]
+        buffers += [whole(table, ctypes.c_int32), *own]
+        numbers = {"n": n, "count": count, "taps": taps, "stride": channels, "channels": channels, **numbers}
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            parts = [values[name] for name in ("count", "n", "taps", "channels", "stride")]
+            reading = Reading(*at[:4], *parts, ctypes.addressof(held))
+            return int(call(ctypes.byref(reading), at[OWN:], values))
+
+        return Case(buffers, numbers, run)
+
+    def packed(
+        self, name: str, form: str, groups: int, outputs: int, channels: int, taps: int, constants: int
+    ) -> tuple[int, int] | None:
+        """Bytes of packed weights, and of one array of constants; None if the form does not take such weights."""
+        pack, size = self.function(f"pack_{name}"), 1 if form == "uint8" else SIZES[form][0]
+        weights = outputs * channels * taps
+        held = (ctypes.c_long * 5)(groups * weights * size)
+        steps = (weights, channels * taps, taps, 1)
+        data = memory(groups * weights * size)
+        unpacked = Unpacked(data, groups, outputs, channels, taps, *steps, ctypes.addressof(held))
+        bytes_of_all, arrays = ctypes.c_long(), (ctypes.c_void_p * 4)()
+        first = pack(ctypes.byref(unpacked), arrays, None, ctypes.byref(bytes_of_all))
+        return None if first < 0 else (first, (bytes_of_all.value - first) // constants)
+
+    # -- the functions
+
+    def product(self, name: str, form: str) -> Case | None:
+        groups, outputs, channels, taps = self.number(3), self.number(40), self.number(20), self.number(10)
+        return self.convolution(
+            name, form, groups, outputs, channels, channels * groups, taps, (groups, outputs)
+        )
+
+    def grouped(self, name: str, form: str) -> Case | None:
+        group = self.draw.choice([1, 2, 4, 8])
+        groups = 1 + self.number(30)
+        return self.convolution(name, form, groups, group, group, group * groups, self.number(10), (group,))
+
+    def depthwise(self, name: str, form: str) -> Case | None:
+        if form != "bfloat16":
+            return self.depthwise_in_8_bits(name)
+        groups = 1 + self.number(99)
+        return self.convolution(name, form, groups, 1, 1, groups, self.number(10), ())
+
+    def convolution(
+        self,
+        name: str,
+        form: str,
+        groups: int,
+        outputs: int,
+        channels: int,
+        wide: int,
+        taps: int,
+        more: tuple[int, ...],
+    ) -> Case | None:
+        found = self.packed(name, form, groups, outputs, channels, taps, 1)
+        if found is None:
+            return None
+        size, of_sum = SIZES[form]
+        case = self.reading(
+            form, wide, taps, [], {f"number {i}": value for i, value in enumerate(more)}, None
+        )
+        n, every = case.numbers["n"], groups * outputs
+        has_levels, has_more = self.draw.random() < 0.5, self.draw.random() < 0.5
+        factors = every * of_sum if has_levels else 0
+        own = [
+            *found,
+            n * 4 if has_levels else 0,
+            factors,
+            factors,
+            n * every * size * has_more,
+            n * every * size,
+        ]
+        kernel, is_product = self.function(name), len(more) == 2
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            given = values["channels"] // groups if is_product else values["channels"]
+            parts = [values["count"], values["n"], values["taps"], given, values["stride"]]
+            reading = Reading(*at[:4], *parts, ctypes.addressof(held))
+            pointers = [ctypes.c_void_p(one) for one in at[OWN:]]
+            numbers = [ctypes.c_long(values[f"number {i}"]) for i in range(len(more))]
+            ends = (ctypes.c_double(-1e30), ctypes.c_double(1e30))
+            return int(kernel(ctypes.byref(reading), *pointers, *numbers, *ends))
+
+        return Case([*case.buffers, *own], case.numbers, run)
+
+    def in_8_bits(
+        self, name: str, groups: int, outputs: int, channels: int, taps: int, wide: int, more: bool
+    ) -> Case | None:
+        found = self.packed(name, "uint8", groups, outputs, channels, taps, 3)
+        if found is None:
+            return None
+        every, has_groups = groups * outputs, wide != groups or channels > 1
+        case = self.reading("uint8", wide, taps, [], {"outputs": every, "groups": groups}, None)
+        n, (weights, array) = case.numbers["n"], found
+        own = [weights, array, array, array, n * every * more, n * every]
+        kernel = self.function(name)
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            given = values["channels"] // groups if has_groups else values["channels"]
+            parts = [values["count"], values["n"], values["taps"], given, values["stride"]]
+            reading = Reading(*at[:4], *parts, ctypes.addressof(held))
+            weight, *constants, residual, out = at[OWN:]
+            result = Result(*constants, residual, out, values["outputs"], 1, 1, 0, 1, 1, 0, 0, 255)
+            groups_in_c = (ctypes.c_long(values["groups"]),) if has_groups else ()
+            return int(
+                kernel(ctypes.byref(reading), ctypes.byref(result), ctypes.c_void_p(weight), *groups_in_c)
+            )
+
+        return Case([*case.buffers, *own], case.numbers, run)
+
+    def convolve(self, name: str, form: str) -> Case | None:
+        groups, channels = self.number(3), 1 + self.number(20)
+        return self.in_8_bits(
+            name,
+            groups,
+            self.number(70),
+            channels,
+            self.number(10),
+            groups * channels,
+            self.draw.random() < 0.5,
+        )
+
+    def depthwise_in_8_bits(self, name: str) -> Case | None:
+        groups = 1 + self.number(99)
+        return self.in_8_bits(name, groups, 1, 1, self.number(30), groups, False)
+
+    def simple(
+        self,
+        name: str,
+        form: str,
+        taps: int,
+        own: Callable[[int, int], list[int]],
+        numbers: tuple[int, ...] = (),
+    ) -> Case:
+        """A case of a function that takes its own buffers, then numbers; `own` tells the buffers' lengths."""
+        channels, kernel = self.number(40), self.function(name)
+        named = {f"number {i}": value for i, value in enumerate(numbers)}
+
+        def call(reading: Any, at: list[int | None], values: dict[str, int]) -> int:
+            pointers = [ctypes.c_void_p(one) for one in at]
+            return int(kernel(reading, *pointers, *(ctypes.c_long(values[key]) for key in named)))
+
+        case = self.reading(form, channels, taps, [], named, call)
+        return case._replace(buffers=[*case.buffers, *own(case.numbers["n"], channels)])
+
+    def gather(self, name: str, form: str) -> Case:
+        size, taps = SIZES[form][0], self.number(9)
+        return self.simple(name, form, taps, lambda n, channels: [n * taps * channels * size])
+
+    def pool(self, name: str, form: str) -> Case:
+        size = SIZES[form][0]
+        return self.simple(name, form, self.number(9), lambda n, channels: [n * channels * size], (1,))
+
+    def mix(self, name: str, form: str) -> Case:
+        (size, of_sum), taps = SIZES[form], self.number(9)
+        return self.simple(name, form, taps, lambda n, channels: [n * taps * of_sum, n * channels * size])
+
+    def gather_mixing(self, name: str, form: str) -> Case:
+        (size, of_sum), many, kernel = SIZES[form], self.number(5), self.function(name)
+        channels = self.number(40)
+
+        def call(reading: Any, at: list[int | None], values: dict[str, int]) -> int:
+            sources, shares, out = (ctypes.c_void_p(one) for one in at)
+            return int(kernel(reading, sources, shares, ctypes.c_long(values["many"]), out))
+
+        case = self.reading(form, channels, 1, [], {"many": many}, call)
+        assert isinstance(case.buffers[HALO], int)
+        halo = case.buffers[HALO] // (channels * size)
+        own = [halo * many * 4, halo * many * of_sum, case.numbers["n"] * channels * size]
+        return case._replace(buffers=[*case.buffers, *own], numbers={**case.numbers})
+
+    def mix_lines(self, name: str, form: str) -> Case:
+        (size, of_sum), lines, channels, kernel = (
+            SIZES[form],
+            self.number(4),
+            self.number(40),
+            self.function(name),
+        )
+        count, n = self.number(9), self.number(9)
+        table = whole([self.draw.randrange(count) for _ in range(2 * n)], ctypes.c_int32)
+        buffers = [lines * count * channels * size, 0, 0, table, 2 * n * of_sum, lines * n * channels * size]
+        numbers = {
+            "n": n,
+            "count": count,
+            "taps": 2,
+            "channels": channels,
+            "stride": channels,
+            "lines": lines,
+        }
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            parts = [values[key] for key in ("count", "n", "taps", "channels", "stride")]
+            reading = Reading(*at[:4], *parts, ctypes.addressof(held))
+            mix, out = (ctypes.c_void_p(one) for one in at[OWN:])
+            return int(kernel(ctypes.byref(reading), mix, ctypes.c_long(values["lines"]), out))
+
+        return Case(buffers, numbers, run)
+
+    def fill(self, name: str, form: str) -> Case:
+        (size, of_sum), channels, kernel = SIZES[form], self.number(40), self.function(name)
+        side, height, width, batch = (
+            self.draw.choice([1, 3, 5, 7]),
+            self.number(6),
+            self.number(6),
+            self.number(2),
+        )
+        pixels, n = batch * height * width, self.number(9)
+        table = whole([self.draw.randrange(pixels) for _ in range(n)], ctypes.c_int32)
+        whole_rows = whole([*range(pixels)], ctypes.c_int32)
+        buffers = [pixels * channels * size, 0, channels * size, table, pixels, whole_rows, pixels * of_sum]
+        buffers += [side * side * of_sum, channels * size, n * channels * size, n * channels * size]
+        numbers = {"n": n, "count": pixels, "taps": 1, "channels": channels, "stride": channels}
+        numbers |= {"side": side, "height": height, "width": width}
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            parts = [values[key] for key in ("count", "n", "taps", "channels", "stride")]
+            reading = Reading(*at[:4], *parts, ctypes.addressof(held))
+            there, index, shares, weight, floor, more, out = (ctypes.c_void_p(one) for one in at[OWN:])
+            numbers = (ctypes.c_long(values[key]) for key in ("side", "height", "width"))
+            least, ends = ctypes.c_double(0.1), (ctypes.c_double(-1e30), ctypes.c_double(1e30))
+            arguments = (there, index, shares, weight, *numbers, least, floor, more, out, *ends)
+            return int(kernel(ctypes.byref(reading), *arguments))
+
+        return Case(buffers, numbers, run)
+
+    def flat(
+        self,
+        name: str,
+        sizes: tuple[int, int],
+        buffers: list[int | bytes],
+        numbers: dict[str, int],
+        doubles: int,
+    ) -> Case:
+        """A case of a function of two buffers, numbers, floating-point numbers, and the bytes held."""
+        kernel = self.function(name)
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            pointers = [ctypes.c_void_p(one) for one in at]
+            longs = [ctypes.c_long(value) for value in values.values()]
+            return int(kernel(*pointers, *longs, *[ctypes.c_double(1)] * doubles, held))
+
+        return Case(buffers, numbers, run)
+
+    def quantise(self, name: str, form: str) -> Case:
+        length = self.number(99)
+        return self.flat(name, (4, 1), [4 * length, length], {"length": length}, 2)
+
+    def dequantise(self, name: str, form: str) -> Case:
+        length = self.number(99)
+        return self.flat(name, (1, 4), [length, 4 * length], {"length": length}, 2)
+
+    def lines(self, name: str, form: str) -> Case:
+        batch, channels, height, width = (self.number(most) for most in (3, 4, 9, 9))
+        down, across, is_planar = self.draw.randrange(3), self.draw.randrange(3), self.draw.random() < 0.5
+        numbers = {"batch": batch, "channels": channels, "height": height, "width": width}
+        numbers |= {"apart": height * width if is_planar else 1, "step": 1 if is_planar else channels}
+        numbers |= {"down": down, "across": across}
+        out = 4 * batch * (height + 2 * down) * (width + 2 * across)
+        return self.flat(name, (1, 1), [batch * channels * height * width, out], numbers, 0)
+
+    def find_cells(self, name: str, form: str) -> Case:
+        batch, height, width, kernel = self.number(2), self.number(9), self.number(9), self.function(name)
+        pixels = batch * height * width
+        sides = whole([1, 2], ctypes.c_int64)
+        levels = bytes(self.draw.choice([0, 1]) for _ in range(1)) * pixels
+        buffers: list[int | bytes] = [levels, sides, 8 * pixels, 4 * pixels, 8 * batch]
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            pointers = [ctypes.c_void_p(one) for one in at]
+            numbers = [ctypes.c_long(value) for value in values.values()]
+            return max(-kernel(*pointers[:2], *numbers, *pointers[2:], held), 0)
+
+        return Case(buffers, {"batch": batch, "height": height, "width": width}, run)
+
+    def shift_taps(self, name: str, form: str) -> Case:
+        """With cells of one pixel."""
+        batch, height, width, kernel = self.number(2), self.number(9), self.number(9), self.function(name)
+        pixels, down, across, has_halo = (
+            batch * height * width,
+            self.number(3),
+            self.number(3),
+            self.draw.randrange(2),
+        )
+        own = whole([*range(pixels)], ctypes.c_int64)
+        steps = [
+            whole([self.draw.randint(-2, 2) for _ in range(many)], ctypes.c_int64) for many in (down, across)
+        ]
+        halo = 0
+        buffers: list[int | bytes] = [
+            whole([*range(pixels)], ctypes.c_int32),
+            own,
+            bytes(pixels),
+            whole([1], ctypes.c_int64),
+        ]
+        buffers += [own, *steps, pixels * down * across * 4, pixels * 4, batch * height * 4, halo, halo]
+        names = (
+            "pixels",
+            "count",
+            "n",
+            "height",
+            "width",
+            "target_height",
+            "target_width",
+            "vertical",
+            "horizontal",
+            "has_halo",
+        )
+        numbers = (pixels, pixels, pixels, height, width, height, width, down, across, has_halo)
+        fields = [(f"pointer {i}", ctypes.c_void_p) for i in range(12)] + [
+            (one, ctypes.c_long) for one in names
+        ]
+        kind = type("Map", (ctypes.Structure,), {"_fields_": [*fields, ("held", ctypes.c_void_p)]})
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            made = kind(*at, *values.values(), ctypes.addressof(held))
+            return max(-kernel(ctypes.byref(made)), 0)
+
+        return Case(buffers, dict(zip(names, numbers, strict=True)), run)
+
+    def invert(self, name: str, form: str) -> Case:
+        size, kernel = SIZES[form][0], self.function(name)
+        batch, n, m, h, w, height, width = (1 + self.number(most) for most in (1, 4, 4, 4, 4, 9, 9))
+        buffers: list[int | bytes] = [
+            batch * n * m * 2 * size,
+            batch * h * w * 2 * size,
+            batch * (n - 1) * (m - 1) * 16,
+        ]
+        buffers += [h - 1, w - 1, 2 * batch * height * width * size]
+        names = ("batch", "n", "m", "h", "w", "height", "width")
+        fields = [(f"pointer {i}", ctypes.c_void_p) for i in range(6)] + [
+            (one, ctypes.c_long) for one in names
+        ]
+        kind = type("Warp", (ctypes.Structure,), {"_fields_": [*fields, ("held", ctypes.c_void_p)]})
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            made = kind(*at, *values.values(), ctypes.addressof(held))
+            return int(kernel(ctypes.byref(made), ctypes.c_double(0.5)))
+
+        return Case(buffers, dict(zip(names, (batch, n, m, h, w, height, width), strict=True)), run)
+
+    def pack(self, name: str, form: str) -> Case | None:
+        groups, outputs, channels, taps = self.number(3), self.number(9), self.number(9), self.number(9)
+        size = 1 if form == "uint8" else SIZES[form][0]
+        kernel, count = self.function(name), 3 if form == "uint8" and "grouped" not in name else 1
+        every = groups * outputs
+        steps = (outputs * channels * taps, channels * taps, taps, 1)
+        needed, none = ctypes.c_long(), (ctypes.c_void_p * 4)()
+        unpacked = Unpacked(
+            memory(every * channels * taps * size), groups, outputs, channels, taps, *steps, None
+        )
+        if kernel(ctypes.byref(unpacked), none, None, ctypes.byref(needed)) < 0:
+            return None
+        of_sum = 4 if form == "uint8" else SIZES[form][1]
+        buffers: list[int | bytes] = [every * channels * taps * size, *[every * of_sum] * count, needed.value]
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            data, *constants, to = at
+            numbers = [values[key] for key in ("groups", "outputs", "channels", "taps")]
+            made = Unpacked(data, *numbers, *steps, ctypes.addressof(held))
+            arrays, capacity = (ctypes.c_void_p * 4)(*constants), ctypes.c_long(held[len(at) - 1])
+            return (
+                FITS
+                if kernel(ctypes.byref(made), arrays, ctypes.c_void_p(to), ctypes.byref(capacity)) >= 0
+                else TOO_SHORT
+            )
+
+        return Case(buffers, {"groups": groups, "outputs": outputs, "channels": channels, "taps": taps}, run)
+
+    # -- calls
+
+    def cases(self) -> list[tuple[str, Callable[[], Case | None]]]:
+        """The forms of all functions that this processor runs, with what makes a case of each."""
+        from cadsurgery.kernels import isa
+
+        found = []
+        for kind, form, name in product(KINDS, ("", *SIZES), isa.here()):
+            for prefix, limited in product(("pack_", ""), ("", "limited")):
+                symbol = prefix + "_".join(part for part in (kind, form, limited, name) if part)
+                if hasattr(self.library, symbol):
+                    make = self.pack if prefix else getattr(self, kind)
+                    found.append((symbol, partial(make, symbol, form or "uint8")))
+        return found
+
+    def try_call(self, case: Case, numbers: dict[str, int], short: int | None = None, by: int = 0) -> int:
+        """Call with other numbers, or with a buffer that is shorter by so many bytes."""
+        held, at = (ctypes.c_long * (len(case.buffers) + 4))(), []
+        for place, buffer in enumerate(case.buffers):
+            content = buffer if isinstance(buffer, bytes) else None
+            length = len(content) if content is not None else int(buffer)  # type: ignore[arg-type]
+            length -= by if place == short else 0
+            held[place] = length
+            at.append(memory(length) if length else None)
+            if content is not None and length:
+                ctypes.memmove(at[-1], content, length)
+        return case.run(at, numbers, held)
+
+    def check(self, name: str, case: Case) -> None:
+        assert self.try_call(case, case.numbers) == FITS, f"{name} refuses {case.numbers}"
+        unread = next((places for start, places in UNREAD.items() if name.startswith(start)), ())
+        for place, buffer in enumerate(case.buffers):
+            length = len(buffer) if isinstance(buffer, bytes) else buffer
+            if length < 2 or place == HALO:
+                continue
+            self.try_call(case, case.numbers, place, by=1)  # weights are padded: the last bytes may be unread
+            code = self.try_call(case, case.numbers, place, by=length - min(length // 2, 8))
+            is_taken = code == FITS and place not in unread
+            assert not is_taken, f"{name} takes a buffer {place} that is too short: {case.numbers}"
+        for key, value in case.numbers.items():
+            if key == "count":  # a table names rows up to the true count: see `Work.check`
+                others = [value + 1, value + 1000]
+            else:
+                others = [0, -1, value + 1, 2 * value + 3, 1 << 20, 1 << 40, (1 << 62) + 1]
+            for other in others:
+                self.try_call(case, {**case.numbers, key: other})  # computes within, or refuses
+
+
+# Buffers that a function reads as far as its tables say, by the beginning of its name: a call may do with less.
+UNREAD = {
+    **{"find_cells": (1,), "shift_taps": (1, 2, 3, 8, 9), "fill": (0, 4, 5, 6), "gather_mixing": (4, 5)},
+}
+
+
+def main() -> None:
+    kernels = Kernels(sys.argv[1], int(sys.argv[2]))
+    done = Counter[str]()
+    for name, make in kernels.cases():
+        for _ in range(int(sys.argv[3])):
+            print(name, end="", flush=True, file=sys.stderr)  # the last one before a process that is ended
+            case = make()
+            if case is not None:
+                kernels.check(name, case)
+                done[name] += 1
+            print(f"\r{' ' * 50}\r", end="", file=sys.stderr)
+            free()
+    for name, count in sorted(done.items()):
+        print(name, count)
+
+
+if __name__ == "__main__":
+    main()
