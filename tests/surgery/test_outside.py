@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images
+from conftest import assert_same, images, slow
 from networks import randomise
 from torch import Tensor, nn
 
