@@ -105,7 +105,7 @@ GLOBALS: dict[str, tuple[Any, str, Any]] = {
     "a global table": (None, "TABLE", {"gain": 9.0}),
 }
 OPTIONS = pytest.mark.parametrize(
-    "options", [{"output_stride": (1, 4)}, {"coarsest": 16}], ids=["strides", "floors"]
+    "options", [{"output_stride": (1, 4)}, slow({"coarsest": 16})], ids=["strides", "floors"]
 )
 
 
