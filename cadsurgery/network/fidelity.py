@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+UNSAID = 0.01  # errors above give a warning
+
 
 @dataclass(frozen=True)
 class Fidelity:

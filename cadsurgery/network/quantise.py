@@ -44,7 +44,7 @@ from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.calibration import batch_of
-from cadsurgery.network.fidelity import measure
+from cadsurgery.network.fidelity import UNSAID, measure
 from cadsurgery.network.fuse import KERNELS, path_of
 from cadsurgery.network.macs import Counter
 from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
@@ -63,8 +63,8 @@ _END = 1e-3  # share of the values at either end of which all are sampled
 _SHARE, _HARMLESS = 0.2, 0.03
 # Fewer layers in float32 are preferred while the error is at most _WORTH times the smallest error, or below _SMALL.
 _WORTH, _SMALL = 1.2, 0.02
-# Errors above _UNSAID give a warning, which names up to _NAMED layers with at least the share _PART of the largest one.
-_UNSAID, _NAMED, _PART = 0.01, 3, 0.05
+# The warning of an error names up to _NAMED layers with at least the share _PART of the largest one.
+_NAMED, _PART = 3, 0.05
 _BEYOND, _STEPS = 1e-4, 24  # share clipped at either end by "percentile"; ranges tried by "mse"
 _FIRST = 4  # first layers in float32 for `largest_error`, doubled until the error is small enough
 _FEWEST_ROWS = 64  # with fewer rows, quantising takes longer than it saves
@@ -271,11 +271,11 @@ def quantise(
                 next="give other images to calibrate by.",
             )
         rewritten.apply(fast)
-        if largest_error is None and error > _UNSAID:
+        if largest_error is None and error > UNSAID:
             warnings.warn(
                 f"the outputs of the copy in 8 bits differ from those in float by {100 * error:.2g} % of their size on "
                 f"the calibration images.{_largest_sources(work.find_growth(rewritten, _first_image(batches[0])))} "
-                f"net.optimize(..., largest_error={_UNSAID:g}) keeps the first layers in float32 until they differ by "
+                f"net.optimize(..., largest_error={UNSAID:g}) keeps the first layers in float32 until they differ by "
                 "no more; net.optimize() keeps all.",
                 CadWarning,
                 stacklevel=5,

@@ -371,6 +371,7 @@ def test_every_tensor_of_a_dictionary_is_an_input_by_its_name(
         )
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["images", "dictionaries"])
 def test_a_file_in_8_bits_takes_every_tensor_of_a_dictionary(form: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +20,11 @@ import pytest
 import torch
 from conftest import TESTS, images, picture, slow
 from exported import File, net
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import save_image
 
 import cadsurgery as cs
+import cadsurgery.network.export.int8 as in_8_bits
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import OnnxRuntime, OpenVino
@@ -493,6 +495,7 @@ def test_signals_are_handled_after_files_were_open_in_openvino(tmp_path: Path) -
     assert len(came) == 2
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "options"), [("edges | budget:fraction=0.3", {}), ("edges | smooth", {"level_map": True})]
@@ -512,6 +515,27 @@ def test_an_exported_network_in_8_bits(mask: str, options: dict[str, Any], tmp_p
     assert torch.equal(given["levels"], levels) and relative(given["out"], expected["out"]) < 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+@pytest.mark.parametrize("unsaid", [0.001, 0.5])
+def test_a_file_in_8_bits_that_is_far_from_the_float_one_says_so(
+    engine: str, unsaid: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[engine])
+    monkeypatch.setattr(in_8_bits, "UNSAID", unsaid)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU()]
+    image = picture(1, 64, 64)
+    adaptive = cs.adaptify(nn.Sequential(*layers, nn.Conv2d(16, 2, 1)).eval(), "edges", verify_laws=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = cs.export(adaptive, image, tmp_path / "net.onnx", int8=[image], check_in=engine)
+    said = [str(one.message) for one in caught if "file in 8 bits differ" in str(one.message)]
+    assert report.fidelity is not None and (report.fidelity.error > unsaid) == bool(said) == (unsaid < 0.1)
+    assert all(report.fidelity.taken_in in words for words in said)
+
+
+@pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
 @pytest.mark.slow
 def test_the_command_calibrates_by_a_folder(tmp_path: Path, command_line: Any) -> None:
     saved, folder, path = tmp_path / "net.safetensors", tmp_path / "images", tmp_path / "net.onnx"

@@ -180,6 +180,7 @@ def test_several_threads_give_the_same(written: Any) -> None:
     assert_same(*map(torch.from_numpy, results[1:3]), 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
 @pytest.mark.slow
 def test_in_a_file_in_8_bits_all_convolutions_of_rows_are_kernels(tmp_path: Path) -> None:
     model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.onnx"
@@ -206,6 +207,7 @@ class EndsInFloat(Kinds):
         return nn.functional.hardswish(super().forward(x))
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
 @pytest.mark.slow
 def test_rows_in_floating_point_are_picked_in_floating_point(tmp_path: Path) -> None:
     model = unverified(

@@ -71,6 +71,7 @@ def test_an_export_names_its_steps(tmp_path: Path) -> None:
     assert told.counts("comparing") == [(place, 3) for place in range(3)]
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
 @pytest.mark.slow
 def test_an_export_in_8_bits_counts_its_images(tmp_path: Path) -> None:
     pytest.importorskip(OnnxRuntime.package)

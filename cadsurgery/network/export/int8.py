@@ -7,6 +7,7 @@ with the operations between them. Needs onnx, onnxscript and onnxruntime, which 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -30,8 +31,8 @@ from cadsurgery.network.export.in_bytes import (
 )
 from cadsurgery.network.export.kernels import DOMAIN, add_functions
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.fidelity import Fidelity, measure
-from cadsurgery.support.errors import CadError, CannotConvert, describe_error
+from cadsurgery.network.fidelity import UNSAID, Fidelity, measure
+from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
 from cadsurgery.support.progress import Step, counted, silent
 
 _BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # operations that engines fuse with a product or run in 8 bits
@@ -102,7 +103,22 @@ def to_8_bits(
         run(*inputs)
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     rounded.replace(path)
-    return replace(fidelity, taken_in=f"{engine.name} {version(engine.package)} ({_instruction_set()})")
+    fidelity = replace(fidelity, taken_in=f"{engine.name} {version(engine.package)} ({_instruction_set()})")
+    _warn_of_error(fidelity)
+    return fidelity
+
+
+def _warn_of_error(fidelity: Fidelity) -> None:
+    """Warn of a file in 8 bits whose outputs are far from those of the float one, as `quantise` does of a copy."""
+    if fidelity.error > UNSAID:
+        warnings.warn(
+            f"the outputs of the file in 8 bits differ from those of the float one by {100 * fidelity.error:.2g} % of "
+            f"their size on the calibration images, in {fidelity.taken_in}. Other engines round in other places: "
+            "compare by check_in=. Calibrate by more images like those it will see, or leave out int8; float16=True "
+            "halves the file.",
+            CadWarning,
+            stacklevel=5,
+        )
 
 
 def _not_finite() -> CannotConvert:
