@@ -30,7 +30,7 @@ from cadsurgery.surgery.arguments import AnyLayout, Inputs
 from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.hooks import prepare_weights
-from cadsurgery.surgery.tracer import HOOKS, Tracer, Unknown, Value, assign, cuts_channels
+from cadsurgery.surgery.tracer import HOOKS, Tracer, Unknown, Value, cuts_channels
 
 # Functions whose result size depends on values.
 _SELECTIONS = frozenset(
@@ -113,7 +113,7 @@ class Symbol(Value):
 
     def __setitem__(self, index: Any, part: Any) -> None:
         """Rebind this symbol to the value after the assignment."""
-        self.node = self.tracer.call(assign, self, index, part).node
+        self.tracer.write_part(self, index, part)
 
     # What Python needs as a plain number becomes a guard, what it computes becomes a node.
     __len__, __int__, __float__ = _decided(len), _decided(int), _decided(float)

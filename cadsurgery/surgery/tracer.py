@@ -120,7 +120,8 @@ class Tracer(fx.Tracer):
         """Trace what a call of a network runs, in this thread only, because torch patches `nn.Module` for all threads
         while it traces."""
         self._thread = threading.get_ident()
-        self._written = dict[int, fx.Proxy]()
+        self._written = dict[int, fx.Proxy]()  # by the identity of a parameter or buffer
+        self._written_by = dict[fx.Node, Tensor]()
         of_torch = (part for part in root.modules() if type(part).__module__.startswith("torch."))
         buffers = (buffer for part in of_torch for buffer in part._buffers.values() if buffer is not None)
         self._buffers_of_torch = set(map(id, buffers))
@@ -212,7 +213,23 @@ class Tracer(fx.Tracer):
         if held is None:  # a value of this call
             target.node = value.node
         else:
-            self._written[id(held)] = self.create_proxy("call_method", "detach", (value,), {})
+            self._hold(held, super().create_proxy("call_method", "detach", (value,), {}))
+
+    def write_part(self, target: fx.Proxy, index: Any, part: Any) -> None:
+        """Record `target[index] = part`."""
+        held = self._held_behind(target)
+        before = target if held is None else self._written.get(id(held), target)
+        changed = self.create_proxy("call_function", assign, (before, index, part), {})
+        if isinstance(target, fx.proxy.Attribute):
+            target._node = changed.node
+        else:
+            target.node = changed.node
+        if held is not None:
+            self._hold(held, changed)
+
+    def _hold(self, held: Tensor, value: fx.Proxy) -> None:
+        self._written[id(held)] = value
+        self._written_by[value.node] = held
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Any:
         """Record an operation; one that changes a weight in place is recorded as one that gives another weight."""
@@ -230,17 +247,21 @@ class Tracer(fx.Tracer):
         value = super().create_proxy("call_method", "detach", (before,), {})
         value = super().create_proxy("call_method", "clone", (value,), {})
         value = super().create_proxy(kind, target, (value, *args[1:]), kwargs, *more, **options)
-        self._written[id(held)] = value
+        self._hold(held, value)
         return value
 
     def _held_behind(self, value: Any, is_same: bool = False) -> Tensor | None:
         """Return the parameter, or the buffer of one of torch's modules, whose memory a value is, or with `is_same`
         that it is itself: `weight.data.set_(...)` leaves the weight."""
         node: Any = value.node if isinstance(value, fx.Proxy) else None
-        while node is not None and not is_same and (node.target == "detach" or node.args[1:] == ("data",)):
+        while node is not None and node not in self._written_by and not is_same:
+            if node.target != "detach" and node.args[1:] != ("data",):
+                break
             node = node.args[0]
         held = value
-        if node is not None:
+        if node in self._written_by:
+            held = self._written_by[node]
+        elif node is not None:
             path, _, name = str(node.target).rpartition(".")
             holder = vars(self.root.get_submodule(path)) if node.op == "get_attr" else {}
             tensors = {**holder.get("_parameters", {}), **holder.get("_buffers", {})}

@@ -70,7 +70,23 @@ def by_new_parameters(module: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
     module.bias = nn.Parameter(bias, requires_grad=False)
 
 
-WAYS = (by_data, by_setattr, by_copying, by_copying_data, by_set, by_new_parameters)
+def by_parts(module: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    module.weight.data.zero_()
+    module.weight.data[:, :, 1:2, 1:2] += weight[:, :, 1:2, 1:2]
+    module.weight.data[:, :, 0], module.weight.data[:, :, 2] = weight[:, :, 0], weight[:, :, 2]
+    module.weight.data[:, :, 1, ::2] = weight[:, :, 1, ::2]
+    module.bias.data[:] = bias
+
+
+def by_two_writes(module: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    """The second write leaves alone what the first one took its value from."""
+    module.weight.data = weight
+    module.weight.data = module.weight.data.clone()
+    module.bias.data = bias
+    module.bias.data = 1 * bias
+
+
+WAYS = (by_data, by_setattr, by_copying, by_copying_data, by_set, by_new_parameters, by_parts, by_two_writes)
 
 
 class Rounded(nn.Conv2d):
@@ -79,6 +95,29 @@ class Rounded(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         self.weight.data = (self.weight.data * 64).round() / 64
         return super().forward(x)
+
+
+class Fused(nn.Module):
+    """Branches with norms, and a chain of convolutions that becomes one, which are merged in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6)
+        self.first, self.second = nn.Conv2d(6, 12, 1, bias=False), nn.Conv2d(12, 6, 3, bias=False)
+        self.fused = nn.Conv2d(6, 6, 3, 1, 1)
+
+    def update(self) -> None:
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        kernel = self.conv.weight * scale.view(-1, 1, 1, 1)
+        turned = self.first.weight.flip(2, 3).permute(1, 0, 2, 3)
+        chain = F.conv2d(turned, self.second.weight, padding=2).flip(2, 3).permute(1, 0, 2, 3)
+        self.kernel = kernel + chain[:, :, 1:-1, 1:-1].flip(2, 3) if chain.shape[2] > 3 else kernel + chain
+        self.fused.weight.data = self.kernel
+        self.fused.bias.data = self.norm.bias - self.norm.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.update()
+        return self.fused(x)
 
 
 class FrozenNorm(nn.Module):
@@ -106,6 +145,7 @@ def made(block: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     **{way.__name__: lambda way=way: Merging(way) for way in WAYS},  # type: ignore[misc]
     "rounded": lambda: Rounded(6, 6, 3, 1, 1),
+    "fused": Fused,
     "statistics": FrozenNorm,
 }
 
