@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -52,6 +53,9 @@ from cadsurgery.surgery.verify import Check
 
 # Tracing patches functions of torch, so only one thread traces at a time; a waiting thread reuses the traced program.
 _FOLLOWING = RLock()
+_MOST_TRIED = (
+    5  # paths that were read for other calls and are tried, the latest first, before the network is read anew
+)
 
 
 class AdaptiveModel(ProgramNetwork):
@@ -141,6 +145,11 @@ class AdaptiveModel(ProgramNetwork):
         except GuardFailed as refusal:
             if call in self._ways:
                 raise
+            for way in list(dict.fromkeys(self._ways.values()))[:-_MOST_TRIED:-1]:
+                with contextlib.suppress(Exception):  # a path for other calls may raise any error
+                    result = run(way, arguments)
+                    self._ways[call] = way
+                    return result
             return run(self._way_of(arguments, refusal), arguments)
 
     def _way_of(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:

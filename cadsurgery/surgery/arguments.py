@@ -117,12 +117,6 @@ class Inputs:
         """The kind of each argument, see `kind_of`."""
         return kinds_of(self.values)
 
-    @property
-    def have_numbers(self) -> bool:
-        """True if a number is among the arguments, of which Python code may ask anything."""
-        leaves = tree_leaves(self.values)
-        return any(isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool) for leaf in leaves)
-
     def placeholders(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
         """Yield name and default of each input, in a tuple that is empty without one; first the inputs without."""
         kinds = inspect.Parameter
@@ -153,6 +147,12 @@ def _opened(value: Any, proxy: Any) -> Any:
         parts = (_opened(part, proxy[place]) for place, part in enumerate(value))
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return proxy
+
+
+def has_numbers(arguments: Arguments) -> bool:
+    """True if a number is among the arguments."""
+    leaves = tree_leaves(arguments)
+    return any(isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool) for leaf in leaves)
 
 
 def kinds_of(arguments: Arguments) -> dict[str, Any]:
@@ -254,14 +254,16 @@ def with_other_values(arguments: Arguments) -> Arguments:
     return dict(tree_map_only(Tensor, change, arguments))
 
 
-def with_one_more(arguments: Arguments) -> Arguments:
-    """Return a call with another image: the first one again, and with it what is given for each image."""
+def with_another_batch(arguments: Arguments) -> Arguments:
+    """Return a call without its last image, or with a single image twice, and with what is given for each image."""
     batch = len(image_of(arguments))
 
-    def longer(value: Tensor) -> Tensor:
-        return torch.cat([value, value[:1]]) if value.dim() and len(value) == batch else value
+    def change(value: Tensor) -> Tensor:
+        if not value.dim() or len(value) != batch:
+            return value
+        return value[:-1] if batch > 1 else torch.cat([value, value])
 
-    return dict(tree_map_only(Tensor, longer, arguments))
+    return dict(tree_map_only(Tensor, change, arguments))
 
 
 def with_other_numbers(arguments: Arguments) -> Arguments:

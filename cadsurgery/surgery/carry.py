@@ -249,6 +249,8 @@ class Carrier(Tracer):
         if node.target is operator.eq and len({_as_key(part) for part in node.args}) == 1:
             return True  # the same size, as the key of a dictionary
         value = self.value(symbol)
+        if self.is_done:
+            return take(value)
         if _names_type(node):
             source: Any = node.args[0]
             self.decide(self.proxy(source).dtype, _own)
@@ -542,9 +544,15 @@ def name_spaces(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def symbols_in_python(model: nn.Module) -> Iterator[None]:
+def symbols_in_python(model: nn.Module, with_legacy: bool = False) -> Iterator[None]:
     """Patch Python for tracing on an example: torch's factories and the built-ins isinstance, type, int, float, max and
-    min accept symbols in the Python modules of the network and in modules that they import functions from."""
+    min accept symbols in the Python modules of the network and in modules that they import functions from.
+
+    Args:
+        model: the network.
+        with_legacy: let legacy classes of tensors take sizes that are symbols, `torch.Tensor(n, 1, h, w)`; the class is
+            another one in the network's code then, which `type(x) is torch.Tensor` would notice.
+    """
     numbers: dict[type, Any] = {
         int: _NumberType("_Int", (), {"number": int, "of": _recorded(int)}),
         float: _NumberType("_Float", (), {"number": float, "of": _recorded(float)}),
@@ -582,7 +590,8 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
         for space in spaces:
             free = {name: value for name, value in shadows.items() if name not in space}
             free |= {name: plain for name, value in space.items() if (plain := _plain_function(value))}
-            free |= {name: of_network for name, value in space.items() if value is torch}
+            if with_legacy:
+                free |= {name: of_network for name, value in space.items() if value is torch}
             stack.enter_context(_replaced(space, free))
         for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
             for name, value in list(vars(kind).items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import re
@@ -18,7 +19,7 @@ from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.torch_operations import asks, is_in_place, is_kind, name_of
-from cadsurgery.surgery.arguments import Arguments, Inputs, with_other_values
+from cadsurgery.surgery.arguments import Arguments, Inputs, has_numbers, with_other_values
 from cadsurgery.surgery.carry import Carrier, asking_types, is_argument, symbols_in_python
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.state import State
@@ -99,12 +100,12 @@ def trace(
             more: dict[str, Any] = {"inputs": Inputs.of(model, example)}
             run = _trace_on_example if carries else _trace_alone
             try:
-                graph = _with_buffers_or_without(run, model, options, more)
+                graph = _first_that_succeeds(run, model, options, more)
             except ByExample:
                 if not any(map(is_apart, model.modules())):
                     raise
                 options = (is_operation, *options[1:])
-                graph = _with_buffers_or_without(run, model, options, more | {"runs_hooks": True})
+                graph = _first_that_succeeds(run, model, options, more | {"runs_hooks": True})
     except Exception as error:  # tracing runs foreign code, which can raise any error
         raise CannotFollow(
             f"{type(model).__name__} cannot be traced.",
@@ -124,26 +125,35 @@ def trace(
     return graph
 
 
-def _with_buffers_or_without(
-    run: Callable[..., fx.Graph], model: nn.Module, options: Any, more: Any
-) -> fx.Graph:
-    try:
-        return run(model, options, more)
-    except ByExample:
-        raise
-    except Exception:  # perhaps control flow that depends on buffers: retry with buffers as constants
-        return run(model, options, more | {"names_buffers": False})
+def _first_that_succeeds(run: Callable[..., fx.Graph], model: nn.Module, options: Any, more: Any) -> fx.Graph:
+    """Trace; where that fails, perhaps by control flow that depends on buffers, with buffers as constants; or by sizes
+    that legacy classes of tensors get, with other classes in their place."""
+    failure: Exception | None = None
+    for further in ({}, {"names_buffers": False}):
+        try:
+            return run(model, options, more | further)
+        except ByExample:
+            raise
+        except Exception as error:  # tracing runs foreign code, which can raise any error
+            failure = failure or error
+    if run is _trace_on_example:
+        with contextlib.suppress(Exception):
+            return run(model, options, more, with_legacy=True)
+    assert failure is not None
+    raise failure
 
 
 def _trace_alone(model: nn.Module, options: Any, more: dict[str, Any]) -> fx.Graph:
-    if more["inputs"].have_numbers:
+    if has_numbers(more["inputs"].values):
         raise NeedsValue("it takes a number, of which Python code may ask anything")
     with asking_types(model):
         return _trace_with(Tracer(*options, **more), model)
 
 
-def _trace_on_example(model: nn.Module, options: Any, more: dict[str, Any]) -> fx.Graph:
-    with symbols_in_python(model):
+def _trace_on_example(
+    model: nn.Module, options: Any, more: dict[str, Any], with_legacy: bool = False
+) -> fx.Graph:
+    with symbols_in_python(model, with_legacy):
         carrier = Carrier(*options, **more)
         graph = _trace_with(carrier, model)
         if line := carrier.asks_for_gradients:

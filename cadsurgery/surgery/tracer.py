@@ -8,7 +8,7 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -112,6 +112,9 @@ class Tracer(fx.Tracer):
         super().__init__(autowrap_functions=functions)
         self._is_operation, self._functions, self._declared = is_operation, functions, declared
         self._inputs, self._runs_hooks = inputs, runs_hooks
+        self.is_done = (
+            False  # then what is asked of proxies that the network has kept is no part of the graph
+        )
         self.record_stack_traces = False  # see `create_node`
         # Values computed from buffers, as in norms with frozen statistics, are computed in every call, not once here.
         self.proxy_buffer_attributes = names_buffers
@@ -125,12 +128,14 @@ class Tracer(fx.Tracer):
         of_torch = (part for part in root.modules() if type(part).__module__.startswith("torch."))
         buffers = (buffer for part in of_torch for buffer in part._buffers.values() if buffer is not None)
         self._buffers_of_torch = set(map(id, buffers))
-        if own_call(type(root)) is None:
-            with self._patched(root):
+        hooks = nullcontext() if own_call(type(root)) is None else without_hooks(root)
+        if own_call(type(root)) is not None:
+            self.traced_func_name = traced_name(type(root))
+        try:
+            with self._patched(root), hooks:
                 return super().trace(root, *args, **kwargs)
-        self.traced_func_name = traced_name(type(root))
-        with self._patched(root), without_hooks(root):
-            return super().trace(root, *args, **kwargs)
+        finally:
+            self.is_done = True
 
     @contextmanager
     def _patched(self, root: nn.Module) -> Iterator[None]:

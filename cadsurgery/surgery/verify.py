@@ -1,7 +1,7 @@
 """Verify two laws of an adaptive network on an example, using kernel maps everywhere (no dense shortcut).
 
 Law 1: on the network's own grid, the adaptive network equals the original. All outputs of the call are compared, on the
-example and in another call: other pixels, an image more, a size of the other parity, other numbers. A map returned at
+example and in another call: other pixels, another batch, a size of the other parity, other numbers. A map returned at
 the fine size is compared at the original's samples.
 Law 2: at every other uniform level, the adaptive network equals the dense network at that output stride, computed with
 the same weights in ordinary dense convolutions.
@@ -35,12 +35,13 @@ from cadsurgery.surgery.arguments import (
     Arguments,
     change_images,
     crop,
+    has_numbers,
     image_of,
     in_order,
     part_of,
     run_forward,
     widen,
-    with_one_more,
+    with_another_batch,
     with_other_numbers,
     with_other_values,
 )
@@ -392,7 +393,7 @@ def _work_at(level: int, plan: Plan) -> float:
 
 def _on_another_call(case: Case, geometry: Geometry) -> list[Check]:
     """Compare the outputs at the network's own level in a call that the example was not: other pixels and, as far as
-    the network takes it on this path, one image more, one pixel less along each side, and other numbers."""
+    the network takes it on this path, another batch, one pixel less along each side, and other numbers."""
     for call in _other_calls(case):
         try:
             expected = run_forward(case.model, call)
@@ -411,14 +412,19 @@ def _on_another_call(case: Case, geometry: Geometry) -> list[Check]:
 
 def _other_calls(case: Case) -> Iterator[Arguments]:
     """Yield calls that differ from the example in fewer and fewer ways."""
+    batch = len(image_of(case.call))
     for example in (case.fewer, case.call):
         height, width = (length - 1 for length in image_of(example).shape[2:])
         darker = with_other_values(example)
         smaller = change_images(darker, partial(crop, height=height, width=width))
-        yield with_other_numbers(with_one_more(smaller))
-        yield with_one_more(smaller)
-        yield smaller
-    yield with_one_more(darker)
+        is_other_batch = len(image_of(example)) != batch
+        others = smaller if is_other_batch else with_another_batch(smaller)
+        if has_numbers(others):
+            yield with_other_numbers(others)
+        yield others
+        if not is_other_batch:
+            yield smaller
+    yield with_another_batch(darker)
     yield darker
 
 
