@@ -14,5 +14,4 @@ from cadsurgery.finetune.loop import Outcome, fit
 from cadsurgery.finetune.objectives import Objective, list_objectives, objective
 from cadsurgery.finetune.refinement import RefinementFit, fit_refinement
 from cadsurgery.finetune.schedule import Draw
-from cadsurgery.finetune.tuning import TuningReport, tune
 from cadsurgery.tasks.options import Settings
