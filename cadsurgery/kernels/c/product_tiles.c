@@ -13,7 +13,6 @@ long SUFFIX(pack_product)(const unpacked *from, const void *const *constants, ch
 
 typedef struct {
     const element *more;
-    by_level by;
     element *out;
     sum low, high;
 } following;
@@ -22,10 +21,9 @@ static void finish_unit(const tiled *work, const piece_of_work *now, const total
     const following *p = work->finish;
     const long all = work->groups * work->outputs, place = now->group * work->outputs + first, some = work->outputs - first;
     const long tall = now->many - row < SIDE_OF_UNIT ? now->many - row : SIDE_OF_UNIT;
-    const int is_plain = some >= SIDE_OF_UNIT && !p->by.levels;
-    finish f = {p->by, p->more, p->out + place, all, all_lanes(p->low), all_lanes(p->high)};
+    const int is_plain = some >= SIDE_OF_UNIT;
+    finish f = {p->more, p->out + place, all, all_lanes(p->low), all_lanes(p->high)};
     if (f.more) f.more += place;
-    if (f.by.levels) f.by.scale += place, f.by.shift += place;
     for (long i = 0; i < tall; i++) {
         const total *sums = unit + i / TILE * 2 * TILE * TILE + i % TILE * TILE;
         const long at = now->at + row + i;
@@ -43,8 +41,8 @@ static void finish_unit(const tiled *work, const piece_of_work *now, const total
     }
 }
 
-void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
-                     const sum *shift, const element *more, element *out, long groups, long outputs, double low, double high) {
-    const following p = {more, {levels, scale, shift}, out, (sum)low, (sum)high};
+void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const element *more, element *out, long groups,
+                     long outputs, double low, double high) {
+    const following p = {more, out, (sum)low, (sum)high};
     multiply_in_tiles(in, weight, groups, outputs, bias, &p);
 }
