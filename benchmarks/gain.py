@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import cadsurgery as cs  # noqa: E402
 from cadsurgery.data.images import normalise  # noqa: E402
 from cadsurgery.data.networks import source_of  # noqa: E402
-from cadsurgery.finetune import calibrate_adapters, fit_gain, fit_refinement  # noqa: E402
+from cadsurgery.finetune import calibrate_means, fit_gain, fit_refinement  # noqa: E402
 from cadsurgery.masks import Budget, resolve_mask  # noqa: E402
 from cadsurgery.support.divergence import divergence  # noqa: E402
 from cadsurgery.tasks.sides.masks import Masked  # noqa: E402
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="first calibrate means over the image, see docs/concepts/adapters.md",
+        help="first calibrate means over the image, see docs/concepts/refinements.md",
     )
     parser.add_argument(
         "--refine", type=float, metavar="MINUTES", help="fit a refinement; its processor time"
@@ -192,7 +192,7 @@ def main() -> None:
         case.build(options.data), output_stride=(8, options.low), verify_laws=False, **case.options
     )
     if options.calibrate:
-        layers = calibrate_adapters(net, case.unlabelled(options.data))
+        layers = calibrate_means(net, case.unlabelled(options.data))
         print(f"{layers} layers calibrated", file=sys.stderr, flush=True)
     if options.refine:
         refined = fit_refinement(

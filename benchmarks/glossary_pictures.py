@@ -302,17 +302,20 @@ def fills() -> Figure:
 
 
 def adapters() -> Figure:
-    """Draw where level adapters and a refinement stand."""
+    """Draw where a mean shift and a refinement stand."""
     figure, axis = _diagram(2.5)
-    _box(axis, 0.85, 0.75, "convolution,\nbatch norm", 1.25, 0.6)
-    for y, text, colour in (
-        (0.3, "elements of level 0: unchanged", GREY),
-        (0.75, "elements of level 1: x scale + shift", ORANGE),
-        (1.2, "elements of level 2: x scale + shift", BLUE),
-    ):
-        _arrow(axis, (1.48, 0.75), (2.1, y))
-        _box(axis, 3.55, y, text, 2.9, 0.34, colour)
-    _small(axis, 6.0, 0.75, "level adapter:\none scale and one shift\nper channel and level")
+    _chain(
+        axis,
+        0.55,
+        (0.85, "elements", 1.25),
+        (2.45, "mean over\nthe image", 1.2),
+        (3.85, "layer", 0.9),
+        (4.95, "+", 0.4, ORANGE),
+        (6.2, "vector", 1.4),
+    )
+    _arrow(axis, (4.95, 1.05), (4.95, 0.8))
+    _small(axis, 4.95, 1.15, "a shift for each level, weighed by its share of the image")
+    _note(axis, 4.95, 0.2, "mean shift", ORANGE)
     _chain(
         axis,
         2.05,

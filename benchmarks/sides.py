@@ -3,15 +3,14 @@
     python -m benchmarks.sides dense [--fractions 1 0.5 0.34 0.1 0]   # an optimised copy beside dense networks
     python -m benchmarks.sides training [--batch 2] [--fractions 0.3] # a training step beside dense networks
     python -m benchmarks.sides compiled [--fractions 0.34]            # eager, with static shapes, torch.compile
-    python -m benchmarks.sides adapters [--fractions 0.34]            # an optimised copy with and without adapters
     python -m benchmarks.sides pages                                  # large results in fresh memory and large pages
     python -m benchmarks.sides exits [--fractions 0.5 0.3]            # exits that leave so much beside everything
     python -m benchmarks.sides gates [--fractions 0.5 0.3]            # open gates, computed either way, beside none
 
 Random weights, on which times do not depend, float32, channels_last: the backbone of ResNet-50, in evaluation with its
-norms folded; `adapters` takes three networks, `exits` an FCN and `gates` the classifier. What exits leave and gates
-open lies in areas; confidence and scores are computed as usual, which is part of the time. A benchmark is a function
-that gives sides by their names: the first is what the others are compared with.
+norms folded; `exits` takes an FCN and `gates` the classifier. What exits leave and gates open lies in areas; confidence
+and scores are computed as usual, which is part of the time. A benchmark is a function that gives sides by their names:
+the first is what the others are compared with.
 """
 
 from __future__ import annotations
@@ -119,19 +118,6 @@ def compiled(options: Options) -> Iterator[tuple[str, Sides]]:
         )
 
 
-def adapters(options: Options) -> Iterator[tuple[str, Sides]]:
-    """Optimised copies under `detail` and a budget, without adapters and with random ones."""
-    for name in ("resnet50", "mobilenet_v2", "convnext_tiny"):
-        mask = f"detail | budget:fraction={options.fractions[0]}"
-        net = cs.adaptify(cs.build_model(name, "none"), mask, output_stride=(8, 32), verify_laws=False)
-        x, plain = example_batch(None, size=tuple(options.size)), net.optimize()
-        with torch.no_grad():
-            for value in net.add_adapters().parameters():
-                value.normal_(0.0, 0.1)
-        sides: Sides = {"without": partial(plain, x), "with": partial(net.optimize(), x)}
-        yield f"{name}, {len(net.adapters or ())} adapters", sides
-
-
 def pages(options: Options) -> Iterator[tuple[str, Sides]]:
     """Two maps of 32 MiB are added: see `cadsurgery/support/pages.py`."""
     one = torch.randn(32 << 18)
@@ -194,7 +180,6 @@ BENCHMARKS: dict[str, tuple[Callable[[Options], Iterator[tuple[str, Sides]]], di
     "dense": (dense, {"size": (512, 1024), "fractions": (1.0, 0.5, 0.34, 0.1, 0.0)}),
     "training": (training, {"fractions": (0.3,), "batch": 2}),
     "compiled": (compiled, {}),
-    "adapters": (adapters, {"size": (512, 1024)}),
     "pages": (pages, {}),
     "exits": (exits, {"size": (512, 1024), "fractions": (0.7, 0.5, 0.3, 0.1), "threads": 1}),
     "gates": (gates, {"size": (512, 1024), "fractions": (0.5, 0.3), "threads": 1}),

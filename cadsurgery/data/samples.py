@@ -26,7 +26,7 @@ _NORMALISED, _OF_BYTES = 10.0, 16.0
 
 
 class Samples(Protocol):
-    """Data of your own, for training, validation, evaluation, `recommend` and `tune`: a length and items.
+    """Data of your own, for training, validation, evaluation and `recommend`: a length and items.
 
     An item is (image, labels): float32 (3, H, W) in 0..1, which is augmented and normalised, and int64 (H, W), 255
     where ignored. In training it may be (inputs, labels) with a tuple of tensors, which are passed to the network

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from cadsurgery.elements.backends.choose import (
     Pooling,
     TransposedConvolution,
     WindowRead,
-    choose,
     compute,
     extend,
 )
@@ -23,7 +21,6 @@ from cadsurgery.elements.backends.dense import spread_of
 from cadsurgery.elements.backends.integer import IntegerConvolution, IntegerWeights
 from cadsurgery.elements.backends.integer import convolve as convolve_integers
 from cadsurgery.elements.backends.integer_layers import IntegerConv
-from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
 from cadsurgery.elements.backends.target import require_equal
@@ -96,22 +93,7 @@ def _convolve(
     rows: Tensor, weights: FusedConv, reads: WindowRead, residual: Tensor | None = None
 ) -> Elements:
     work = TransposedConvolution if reads.window.finer > 1 else Convolution
-    run = compute if weights.levels is None else _convolve_by_level
-    return Elements(run(work(rows, weights, reads, reads.window.outside or 0.0, residual)), reads.target)
-
-
-def _convolve_by_level(work: Convolution) -> Tensor:
-    """Compute rows (N, ..., O): sums by the chosen backend, then the factors of the levels, residual and activation.
-
-    The compiled kernels apply all of this while the sums are in registers, at almost no cost.
-    """
-    weights, reads = work.weights, work.reads
-    assert weights.levels is not None and isinstance(reads, WindowRead)
-    sums = replace(work, weights=replace(weights, levels=None, activation=None), residual=None)
-    choice = choose(sums)
-    does_the_rest = isinstance(choice.backend, Native)
-    rows: Tensor = compute(work if does_the_rest else sums, choice)
-    return rows if does_the_rest else weights.finish(weights.levels.apply(rows, reads.target), work.residual)
+    return Elements(compute(work(rows, weights, reads, reads.window.outside or 0.0, residual)), reads.target)
 
 
 @operation(reads="window", macs=_macs_of_weights)
@@ -146,9 +128,6 @@ def fused_conv2d(
     if isinstance(weights, IntegerConv):
         return _convolve_integers(x, weights.weights, residual, window, target)
     weights = weights.weights if isinstance(weights, PackedConv) else weights
-    if weights.levels is not None:
-        level = 0 if target.stage == 0 else target.uniform_level
-        weights = weights if level is None else weights.at_level(level)
     rows = autocast(x.rows)[0]
     if residual is not None and not _is_of(residual, target, (*rows.shape[1:-1], weights.weight.shape[0])):
         plain = fused_conv2d(x, weights.without_activation, window=window, stage=target)

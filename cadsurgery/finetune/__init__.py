@@ -4,15 +4,14 @@ In come a network, labelled or unlabelled images, and settings; out come the tra
 the network's metrics before and after.
 """
 
-from cadsurgery.finetune.adapters import calibrate_adapters
 from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.blend import Blend, calibrate
 from cadsurgery.finetune.evaluation import evaluate
 from cadsurgery.finetune.gain import GainFit, fit_gain
 from cadsurgery.finetune.logs import Row
 from cadsurgery.finetune.loop import Outcome, fit
+from cadsurgery.finetune.means import calibrate_means
 from cadsurgery.finetune.objectives import Objective, list_objectives, objective
 from cadsurgery.finetune.refinement import RefinementFit, fit_refinement
 from cadsurgery.finetune.schedule import Draw
-from cadsurgery.finetune.tuning import TuningReport, tune
 from cadsurgery.tasks.options import Settings

@@ -20,19 +20,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cadsurgery.support.divergence import maps_of
 from cadsurgery.support.errors import InvalidInput
 
 RARE = 0.01  # share of pixels below which a rarer class gets hardly more weight
-
-
-def class_shares(output: Any) -> Tensor:
-    """Return the share of the pixels that have each class (C,), from class scores of a network."""
-    scores = maps_of(output)[0]
-    return torch.bincount(scores.argmax(1).flatten(), minlength=scores.shape[1]) / scores[:, 0].numel()
 
 
 def class_weights(shares: Tensor, power: float = 1.0) -> Tensor:

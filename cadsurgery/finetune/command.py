@@ -114,8 +114,6 @@ def finetune(
         )
     trained: nn.Module = net
     samples = _Samples(training, validation)
-    if chosen.train == "adapters" and isinstance(net, AdaptiveModel):
-        net.add_adapters()  # before the stem is separated
     if cache and isinstance(net, AdaptiveModel):
         step("running the stem over the data")
         samples = _run_stem(net, samples, chosen, device)

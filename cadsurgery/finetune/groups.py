@@ -1,4 +1,4 @@
-"""Groups of trained parameters with their learning rates: classifier, backbone, mask, level adapters."""
+"""Groups of trained parameters with their learning rates: classifier, backbone, mask, adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cadsurgery.finetune.batches import Batch
-from cadsurgery.finetune.objectives import Objective, adapters_of
+from cadsurgery.finetune.objectives import Objective
 from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.anytime.model import HEADS
@@ -27,7 +27,6 @@ _OWN = ("_mask_provider", ADAPTERS, HEADS, GATES)  # child modules that the orig
 
 # Parts that can be trained alone: the class of a network that has them, in words, and how it is made.
 _PARTS: dict[str, tuple[type[nn.Module], str, str]] = {
-    "adapters": (AdaptiveModel, "an adaptive network", "cs.adaptify"),
     "exits": (AnytimeModel, "a network with exits", "cs.anytime"),
     "gates": (SampledModel, "a network with gates", "cs.sample"),
 }
@@ -94,7 +93,8 @@ def freeze_unused(objective: Objective, batch: Batch, seed: int) -> None:
 def own_parts(net: nn.Module) -> dict[str, set[nn.Parameter]]:
     """Return the parameters that the original network does not have, by the name of their group."""
     if isinstance(net, AdaptiveModel):
-        return {"mask": set(net.mask.parameters()), "adapters": adapters_of(net)}
+        adapters = net.adapters if net.adapters is not None else nn.ModuleDict()
+        return {"mask": set(net.mask.parameters()), "adapters": set(adapters.parameters())}
     if isinstance(net, ResampledModel):
         return {"sampler": set(net.sampler.parameters()), **own_parts(net.network)}
     if isinstance(net, (AnytimeModel, SampledModel)):
@@ -104,7 +104,7 @@ def own_parts(net: nn.Module) -> dict[str, set[nn.Parameter]]:
 
 
 def trained_alone(net: nn.Module, train: str) -> set[nn.Parameter]:
-    """Return the only parameters that the setting `train` lets change; an empty set for all. Adds level adapters.
+    """Return the only parameters that the setting `train` lets change; an empty set for all.
 
     Raises:
         InvalidInput: the network has no such part.
@@ -117,8 +117,6 @@ def trained_alone(net: nn.Module, train: str) -> set[nn.Parameter]:
             f'train="{train}" needs {words}, not {type(net).__name__}.',
             next=f"convert it first with {method}.",
         )
-    if isinstance(net, AdaptiveModel):
-        net.add_adapters()
     return own_parts(net)[train]
 
 
@@ -234,10 +232,9 @@ def stem_of(net: nn.Module) -> IsFixed:
 def set_modes(net: nn.Module, is_fixed: IsFixed, settings: Settings) -> None:
     """Set training mode, except for fixed modules and frozen batch norms.
 
-    If only level adapters are trained, everything is in evaluation mode, so that other statistics stay. If only
-    exits are trained, their heads and the network itself are in training mode, in which whole maps are filled, as
-    the heads' statistics require. If only gates are trained, only the network itself is in training mode, in which
-    gates decide by shares.
+    If only exits are trained, their heads and the network itself are in training mode, in which whole maps are
+    filled, as the heads' statistics require. If only gates are trained, only the network itself is in training mode,
+    in which gates decide by shares.
     """
     net.train(settings.train == "all")
     if settings.train == "exits" and isinstance(net, AnytimeModel):

@@ -118,7 +118,7 @@ def fit(
             Samples without labels measure fidelity to the initial network with everything kept high.
         objective: creates the objective of the network; default: the objective named in the settings.
         augment: function (image, labels, seed) -> (image, labels); not for samples with tuples of inputs.
-        train: `all`, `adapters`, `exits` or `gates`, replaces the value in the settings; see `Settings`.
+        train: `all`, `exits` or `gates`, replaces the value in the settings; see `Settings`.
         resume: False refuses a folder that contains a run.
         device: `auto` (a GPU if there is one, or the launcher's choice) or `cpu`.
         on_step: called in the main process with each row of the log, when the step is complete.

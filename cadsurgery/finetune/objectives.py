@@ -450,19 +450,9 @@ def _check_numbers(least: Mapping[str, float | None], above: Mapping[str, float 
                 raise InvalidInput(f"the objective has {name}={value}.", next=f"give {name} {words}.")
 
 
-def copy_dense(net: AdaptiveModel) -> nn.Module | None:
-    """Copy a network for later comparisons.
-
-    None if only level adapters are trained, because then the outputs with everything kept high do not change.
-    """
-    trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
-    return None if trained and trained <= adapters_of(net) else copy.deepcopy(net).requires_grad_(False)
-
-
-def adapters_of(net: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters of a network's level adapters; an empty set if it has none."""
-    adapters = net.adapters if isinstance(net, AdaptiveModel) else None
-    return set(adapters.parameters()) if adapters is not None else set()
+def copy_dense(net: AdaptiveModel) -> nn.Module:
+    """Copy a network for later comparisons."""
+    return copy.deepcopy(net).requires_grad_(False)
 
 
 def dense_high(net: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

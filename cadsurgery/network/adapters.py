@@ -1,5 +1,5 @@
-"""Insert adapters into a rewritten graph: level adapters after each layer of the region below full resolution, and
-refinements of the region's output maps."""
+"""Insert adapters into a rewritten graph: small modules beside the weights, without effect at full resolution. They are
+shifts of what is made of a mean over the image, and refinements of the region's output maps."""
 
 from __future__ import annotations
 
@@ -11,45 +11,37 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.adapters import LevelAdapter
+from cadsurgery.elements.mean_shift import MeanShift
 from cadsurgery.elements.refinement import Refinement
 from cadsurgery.network.macs import Counter, meta_copy
-from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.network.program import Program
 from cadsurgery.surgery.arguments import example_of
-from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user, upwards
+from cadsurgery.surgery.graphs import copy_graph, downstream, gives, upwards
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.rewrite import WORK, ask_mask
 
 # Name of the submodule with the adapters of a network. Like the mask, they are not part of its state dict.
 ADAPTERS = "_adapters"
-LEVELS, REFINEMENTS = "levels", "refinements"  # the kinds of adapters
-_REFINEMENT = "refinement__"  # prefix of the names of refinements
+# The kinds of adapters: prefixes of their names.
+MEANS, REFINEMENTS = "mean__", "refinement__"
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A position in the graph for a level adapter.
+    """A layer that reads a mean over the image: its node, its weight (C, ...), and the node of the image's elements."""
 
-    Attributes:
-        behind: the node whose value the adapter changes: elements, or a vector per image.
-        layer: name of the layer that computes this value.
-        like: weight (C, ...) of the layer.
-        image: for a vector, the node of the elements that it was computed from.
-    """
-
-    behind: fx.Node
-    layer: str
-    like: Tensor
-    image: fx.Node | None = None
+    layer: fx.Node
+    weight: Tensor
+    image: fx.Node
 
 
-def make_adapters(program: Program) -> nn.ModuleDict:
-    """Create a level adapter, initially the identity, for each layer of a program that can have one, by layer name."""
+def make_mean_shifts(program: Program) -> nn.ModuleDict:
+    """Create a shift, initially without effect, for each layer of a program that reads a mean, by name."""
     levels = program.geometry.max_level
-    adapters = {
-        name: LevelAdapter(levels, place.like.shape[0], place.like) for name, place in _named(program).items()
+    shifts = {
+        name: MeanShift(levels, len(place.weight), place.weight) for name, place in _named(program).items()
     }
-    return nn.ModuleDict(adapters)
+    return nn.ModuleDict(shifts)
 
 
 def make_refinements(program: Program, hidden: int) -> nn.ModuleDict:
@@ -62,16 +54,19 @@ def make_refinements(program: Program, hidden: int) -> nn.ModuleDict:
     return nn.ModuleDict(refinements)
 
 
+def can_shift_means(program: Program) -> bool:
+    """Return True if a layer of a program reads a mean over the image."""
+    return next(_places(program), None) is not None
+
+
 def with_adapters(program: Program, names: set[str]) -> Program:
-    """Return the program with calls of the named adapters and refinements; for another path through the network, those
-    that it has."""
+    """Return the program with calls of the named adapters; for another path through the network, those that it has."""
     graph, copies = copy_graph(program.graph)
     kinds = {kind_of(name) for name in names}
-    for name, place in _named(program).items() if LEVELS in kinds else ():
+    for name, place in _named(program).items() if MEANS in kinds else ():
         if name in names:
-            image = () if place.image is None else (copies[place.image],)
-            call = functional.adapt if place.image is None else functional.adapt_vector
-            _insert(graph, name, copies[place.behind], call, before=image)
+            image = copies[place.image]
+            _insert(graph, name, copies[place.layer], functional.shift_vector, before=(image,))
     for name, found in _refined(program).items() if REFINEMENTS in kinds else ():
         if name in names:
             masking = next(node for node in graph.nodes if node.target is ask_mask)
@@ -88,9 +83,9 @@ def with_adapters(program: Program, names: set[str]) -> Program:
     return replace(program, graph=graph)
 
 
-def kind_of(name: str) -> str:
-    """Return the kind of an adapter, given its name."""
-    return REFINEMENTS if name.startswith(_REFINEMENT) else LEVELS
+def kind_of(name: str) -> str | None:
+    """Return the kind of an adapter, given its name; None if there is no such kind."""
+    return next((kind for kind in (MEANS, REFINEMENTS) if name.startswith(kind)), None)
 
 
 def _insert(
@@ -145,7 +140,7 @@ def _refined(program: Program) -> dict[str, _Map]:
     before = {source for node in fine for source in upwards(node) if source is not node}
     last = [node for node in fine if node not in before]
     return {
-        f"{_REFINEMENT}{number}": _Map(node, counter.maps[node].shape[1], features.shape[1])
+        f"{REFINEMENTS}{number}": _Map(node, counter.maps[node].shape[1], features.shape[1])
         for number, node in enumerate(last)
     }
 
@@ -171,41 +166,20 @@ class _Shapes(Counter):
 
 
 def _named(program: Program) -> dict[str, _Place]:
-    """Return the places by names made from the layer; a layer that is used several times gets several names."""
+    """Return the layers that read a mean, by names; a layer that is used several times gets several names."""
     named: dict[str, _Place] = {}
     for place in _places(program):
-        stem = place.layer.replace(".", "_")
+        stem = f"{MEANS}{str(place.layer.target).replace('.', '_')}"
         number = sum(name == stem or name.startswith(f"{stem}__") for name in named)
         named[f"{stem}__{number}" if number else stem] = place
     return named
 
 
 def _places(program: Program) -> Iterator[_Place]:
-    """Yield places for level adapters: after convolutions below the finest stage (or the batch norm that follows),
-    after linear layers on rows, and after layers that read a mean over the elements of an image."""
-    constants = Constants(GraphInterpreter(program, program.graph))
+    """Yield the convolutions and linear layers that read a mean over the elements of an image."""
     for node in program.graph.nodes:
-        if node.target is functional.conv2d and node.kwargs.get("stage") != 0:
-            weight, behind = constants.get(node.args[1]), node
-            if isinstance(weight, Tensor):
-                while (user := only_user(behind)) is not None and user.target is functional.batch_norm:
-                    behind = user
-                yield _Place(behind, _path_of(node.args[1]), weight)
-        elif node.op == "call_module" and node.args and isinstance(source := node.args[0], fx.Node):
+        if node.op == "call_module" and node.args and isinstance(source := node.args[0], fx.Node):
             module = program.net.get_submodule(str(node.target))
-            if not acts_as(module, nn.Conv2d, nn.Linear):
-                continue
-            if gives(source, "vector"):
+            if acts_as(module, nn.Conv2d, nn.Linear) and gives(source, "vector"):
                 image: Any = source.args[0]
-                yield _Place(node, str(node.target), module.weight, image)
-            elif source.target is functional.rows_on and acts_as(module, nn.Linear):
-                users = list(node.users)
-                if len(users) == 1 and users[0].target is functional.Elements:
-                    yield _Place(users[0], str(node.target), module.weight)
-
-
-def _path_of(node: Any) -> str:
-    """Return the name of the first module or parameter that a constant is computed from."""
-    while node.op != "get_attr":
-        node = node.all_input_nodes[0]
-    return str(node.target)
+                yield _Place(node, module.weight, image)

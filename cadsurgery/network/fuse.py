@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, ScaleShift
-from cadsurgery.elements.backends.weights import Activation, Factors
+from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.network.idioms import Affine, affine_of, name_activations, step_of
@@ -61,7 +61,6 @@ class _Fusion:
         residual: node that is added to the result.
         activation: activation that is applied last.
         leaves: node between convolution and tail that turns elements into the fine map, if any.
-        levels: scale and shift of each level, applied to the convolution of elements.
         joint: how the residual is joined, see `check_joint`.
         floor: (O,) result where the original convolution (with bias) gives zero; None for zero.
     """
@@ -73,7 +72,6 @@ class _Fusion:
     residual: fx.Node | None = None
     activation: Activation | None = None
     leaves: fx.Node | None = None
-    levels: Factors | None = None
     joint: tuple[int, str] | None = None
     floor: Tensor | None = None
 
@@ -85,10 +83,6 @@ class _Fusion:
     def scale(self, tail: fx.Node, scale: Tensor, shift: Tensor | None = None) -> _Fusion:
         """Return the fusion followed by a factor and a shift per output channel."""
         wide = scale.double()
-        levels = self.levels
-        if levels is not None:  # ((w x + b) s + t) f + g = ((f w) x + f b) s + (f t + g)
-            more = levels.shift.double() * wide + (shift.double() if shift is not None else 0)
-            levels, shift = levels._replace(shift=more.to(self.weight)), None
         bias = self.bias.double() * wide if self.bias is not None else torch.zeros_like(wide)
         bias = bias + shift.double() if shift is not None else bias
         weight = self.weight.double() * wide.view(-1, *(1,) * (self.weight.dim() - 1))
@@ -101,7 +95,6 @@ class _Fusion:
             floor=floor.to(self.weight),
             weight=weight.to(self.weight),
             bias=bias.to(self.weight) if has_bias else None,
-            levels=levels,
         )
 
 
@@ -323,8 +316,6 @@ class Fuser:
         if user is not None and user.target is functional.batch_norm:
             affine, _ = self.affine(user) or (None, None)
             return fusion.scale(user, *affine[:2]) if affine is not None and fusion.is_linear else None
-        if user is not None and user.target is functional.adapt:
-            return self.with_levels(node, fusion, user)
         if user is not None and _is_fine_map_of(user, node):
             return replace(fusion, tail=user, leaves=user)
         following = self.consumer(fusion.tail)
@@ -412,13 +403,6 @@ class Fuser:
         is_fixed = norm.running_mean is not None and norm.running_var is not None and not _is_hooked(norm)
         return (Affine(*_factors_of(norm), -3), source) if is_fixed else None
 
-    def with_levels(self, node: fx.Node, fusion: _Fusion, user: fx.Node) -> _Fusion | None:
-        """Absorb scale and shift by level; for a transposed convolution they are left to torch."""
-        window = node.kwargs.get("window", _POINT)
-        fits = self.epilogues and fusion.is_linear and fusion.levels is None and window.finer == 1  # type: ignore[union-attr]
-        adapter = self.constants.get(user.args[1])
-        return replace(fusion, tail=user, levels=adapter.factors) if fits else None
-
     def with_residual(self, node: fx.Node, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
         """Absorb the addition of another map on the same lattice."""
         other, lattice, stage = following.other, following.lattice, node.kwargs.get("stage")
@@ -440,7 +424,7 @@ class Fuser:
         on_elements = node.target is functional.conv2d or (is_linear and self.reads_rows(node))
         kernel: nn.Module
         if on_elements:
-            kernel = PackedConv(*parts, None, fusion.levels)
+            kernel = PackedConv(*parts)
         elif not self.takes_in_more(node):
             kernel = _fold_convolution(module, fusion)
         elif is_linear:

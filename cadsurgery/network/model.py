@@ -26,10 +26,10 @@ from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, Unit, read_normalisation
 from cadsurgery.network.adapters import (
     ADAPTERS,
-    LEVELS,
+    MEANS,
     REFINEMENTS,
     kind_of,
-    make_adapters,
+    make_mean_shifts,
     make_refinements,
     with_adapters,
 )
@@ -243,27 +243,27 @@ class AdaptiveModel(ProgramNetwork):
 
     @property
     def adapters(self) -> nn.ModuleDict | None:
-        """The level adapters by layer, see `add_adapters`, and refinements, see `add_refinement`."""
+        """The modules beside the weights by name, see `add_refinement` and `add_mean_shifts`."""
         adapters = self.adaptive_part._modules.get(ADAPTERS)  # another module in an optimised copy
         return adapters if isinstance(adapters, nn.ModuleDict) else None
 
-    def add_adapters(self) -> nn.ModuleDict:
-        """Add a `LevelAdapter` to each convolution and linear layer of the region, once; untrained they change nothing.
+    def add_mean_shifts(self) -> nn.ModuleDict:
+        """Add a `MeanShift` to each layer that reads a mean over the region, once; until set it changes nothing.
 
-        With all cells at level 0, results stay bit for bit the same, whatever the adapters learn. The state dict stays
-        the original's; `save` stores the adapters beside it.
+        With all cells at level 0, results stay bit for bit the same, whatever the shifts are. The state dict stays the
+        original's; `save` stores the shifts beside it. `cs.finetune.calibrate_means` sets them.
 
         Returns:
-            The `adapters` of this network.
+            The `adapters` of this network, including the shifts.
 
         Raises:
-            InvalidInput: the network is an optimised copy, or has no layer below full resolution.
+            InvalidInput: the network is an optimised copy, or no layer of it reads a mean over the region.
         """
         return self._add(
-            LEVELS,
-            make_adapters,
-            "layer that could have a level adapter",
-            "they are folded away in an optimised copy, and stand behind layers of the region.",
+            MEANS,
+            make_mean_shifts,
+            "layer that reads a mean",
+            "an optimised copy gets none, and a mean must be of the region, read by a convolution or linear layer.",
         )
 
     def add_refinement(self, hidden: int = 48) -> nn.ModuleDict:

@@ -360,8 +360,6 @@ class _Quantiser:
         window = node.kwargs.get("window", Window((1, 1)))
         if kernel.weight.dtype != torch.float32:
             return "it is not in float32"
-        if kernel.scale is not None:
-            return "it has a scale for each level"
         if window.finer > 1 or window.outside:  # type: ignore[union-attr]
             return "there is no kernel for its window"
         if kernel.weight[0].numel() > MOST_PRODUCTS:

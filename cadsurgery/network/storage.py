@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -23,7 +23,7 @@ from cadsurgery.data.networks import Source, build_again
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
 from cadsurgery.masks.unit import Normalisation, Unit
-from cadsurgery.network.adapters import LEVELS, REFINEMENTS, kind_of
+from cadsurgery.network.adapters import MEANS, REFINEMENTS, kind_of
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
@@ -55,7 +55,7 @@ _OPTIONS = {
 
 
 def save(net: AdaptiveModel, path: str | Path) -> None:
-    """Write a converted network: parameters and buffers, level adapters, plan, options, mask, source and versions.
+    """Write a converted network: parameters and buffers, adapters, plan, options, mask, source and versions.
 
     The file is written atomically, has checksums and contains no pickle. A mask that is a function or an
     unregistered provider cannot be stored; `load` then asks for one.
@@ -208,6 +208,7 @@ def unpack(
         {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         for prefix in (_MASK, _ADAPTERS)
     )
+    _check_kinds(path, adapter_tensors, stated)
     if mask is None and stated.mask is not None:
         mask = stored_mask(path, stated.mask, mask_tensors, trust)
     if mask is None:
@@ -496,7 +497,19 @@ def _add_adapters(net: AdaptiveModel, tensors: Mapping[str, Tensor]) -> nn.Modul
     if REFINEMENTS in kinds:
         name = kinds[REFINEMENTS].partition(".")[0]
         adapters = net.add_refinement(len(tensors[f"{name}.mixed.weight"]))
-    return net.add_adapters() if LEVELS in kinds else adapters
+    return net.add_mean_shifts() if MEANS in kinds else adapters
+
+
+def _check_kinds(path: str | Path, tensors: Iterable[str], stated: FileMetadata) -> None:
+    """Refuse adapters of a kind that there is no longer."""
+    if strange := [name for name in tensors if kind_of(name) is None]:
+        raise FileError(
+            f"{path} has level adapters, which there are no longer.",
+            where=f"{len(strange)} tensors, first {strange[0]}",
+            why="trained, they gained nothing; what gained, a shift of means over the image, is "
+            "cs.finetune.calibrate_means.",
+            next=f"load it with the version that wrote it ({_list(stated.versions)}), or convert the network again.",
+        )
 
 
 def check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -53,8 +53,8 @@ CLIP = FileKind(
 )
 FOLDER = FileKind(
     "a folder",
-    "of pictures, cadsurgery run NETWORK {path} runs a converted network on them; tune --images, recommend --images, "
-    "eval --data images:{path} and --calibration take it, too.",
+    "of pictures, cadsurgery run NETWORK {path} runs a converted network on them; recommend --images, eval "
+    "--data images:{path} and --calibration take it, too.",
 )
 WEIGHTS = FileKind(
     "a file of weights",

@@ -127,19 +127,6 @@ def _areas(metrics: SegmentationMetrics) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in metrics.areas().tolist())
 
 
-def pool(judged: Sequence[Judgement]) -> Judgement:
-    """Return the judgement of one picture under several settings together: counts are added, the rest is averaged."""
-
-    def add(name: str) -> tuple[tuple[int, ...], ...]:
-        counts = torch.tensor([getattr(judgement, name) for judgement in judged])
-        return tuple(tuple(row) for row in counts.sum(0).tolist())
-
-    def mean(name: str) -> float:
-        return sum(getattr(judgement, name) for judgement in judged) / len(judged)
-
-    return Judgement(mean("milliseconds"), mean("same"), mean("error"), add("fidelity"), add("labels"))
-
-
 @dataclass(frozen=True)
 class Estimate(Plain):
     """A quality, and how far it is above that of the network as given, or another setting, on the same pictures.
@@ -155,19 +142,6 @@ class Estimate(Plain):
     change: float
     error: float
     images: int
-
-    @property
-    def is_improvement(self) -> bool:
-        """True if the quality is better by more than the error, which few pictures underestimate; never for one.
-
-        A bootstrap over n pictures misses a factor of sqrt(n / (n - 1)), and for few the normal distribution is too
-        narrow: one standard error becomes that quantile of Student's t, here to its second order in 1 / (n - 1).
-        """
-        if self.images < 2:
-            return False
-        free = self.images - 1
-        student = 1 + 1 / (2 * free) + 1 / (4 * free**2)
-        return self.change > self.error * math.sqrt(self.images / free) * student
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, which has no NaN."""

@@ -240,7 +240,7 @@ CHOICES = {
     "precision": ("no", "fp16", "bf16"),
     "batch_norm": ("train", "frozen"),
     "freeze": ("", "stem"),
-    "train": ("all", "adapters", "exits", "gates"),
+    "train": ("all", "exits", "gates"),
     "log": ("csv", "tensorboard"),
 }
 # Settings that may change when a run is resumed, because they do not affect the weights.
@@ -278,8 +278,7 @@ class Settings:
     freeze: str = option("", "stem: layers before the adaptive region are not trained")
     train: str = option(
         "all",
-        "{default} (default); or alone: adapters, the level adapters, while outputs at full resolution stay; exits, "
-        "their heads and the widths of their Gaussians; or gates",
+        "{default} (default); or alone: exits, their heads and the widths of their Gaussians; or gates",
     )
     ema: float = option(
         0.0, "decay per step of an average of the weights, which is validated and saved; 0 for none"

@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--sequences", nargs="*", default=[], help="names; default: all")
     parser.add_argument(
-        "--network", type=Path, help="a converted file for further rows, e.g. with trained adapters"
+        "--network", type=Path, help="a converted file for further rows, e.g. with a refinement"
     )
     parser.add_argument(
         "--masks", nargs="*", default=[], help="masks at output strides 1 to 8; default: those of the card"

@@ -17,7 +17,6 @@ from torch import nn
 
 import cadsurgery as cs
 from cadsurgery.cli.main import make_app
-from cadsurgery.finetune.tuning import _FEWEST
 from cadsurgery.support.kinds import kind_of_file
 from cadsurgery.tasks import explore_page
 
@@ -84,8 +83,6 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("recommend", "FILE", "--images", "photos"): ("a converted network", FILE_OF_ONNX),
     ("recommend", N, "--images", "FILE"): IMAGES,
     ("recommend", N, "--images", "photos", "--labels", "FILE"): ("a folder",),
-    ("tune", "FILE", "--images", "photos", "-o", "run"): ("a converted network", FILE_OF_ONNX),
-    ("tune", N, "--images", "FILE", "-o", "run"): IMAGES,
     ("keypoints extract", "FILE", "photos"): ("a converted network", FILE_OF_ONNX),
     ("keypoints extract", N, "FILE"): IMAGES,
     ("push", "FILE", "owner/name"): ("a converted network",),
@@ -123,7 +120,7 @@ def run(tmp_path: Path, command_line: Run) -> Run:
     for name, content in _files().items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "photos").mkdir()
-    for number in range(_FEWEST):
+    for number in range(3):
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(_files()["photo.jpg"])
     return command_line
 

@@ -17,9 +17,7 @@ from torch.utils.data import DataLoader
 import cadsurgery as cs
 from cadsurgery.data import as_data, sample_of
 from cadsurgery.finetune import Settings, fit
-from cadsurgery.finetune import tuning as of_tuning
 from cadsurgery.finetune.objectives import cross_entropy
-from cadsurgery.finetune.tuning import tune
 from cadsurgery.masks.context import labels_of
 from cadsurgery.tasks.judging import LABELS
 from cadsurgery.tasks.recommend import recommend
@@ -65,10 +63,6 @@ def of_recommend(data: Any, folder: Path) -> Any:
     return recommend(network(), data, limit=3, options={"output_stride": (4, 16)}, output=folder)
 
 
-def of_tune(data: Any, folder: Path) -> Any:
-    return tune(adapted(), data, output=folder, steps=2, rounds=0)
-
-
 def normalised(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return cs.images.normalise(image, None), labels
 
@@ -77,7 +71,7 @@ def in_bytes(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return 255 * image, labels
 
 
-TASKS = pytest.mark.parametrize("task", [of_fit, of_evaluate, of_recommend, of_tune])
+TASKS = pytest.mark.parametrize("task", [of_fit, of_evaluate, of_recommend])
 
 
 @TASKS
@@ -123,12 +117,6 @@ def test_images_without_labels_are_evaluated_by_fidelity() -> None:
 @pytest.mark.usefixtures("not_compiled")
 def test_settings_are_recommended_on_data_of_ones_own(tmp_path: Path) -> None:
     assert of_recommend(Mine(), tmp_path).measure == LABELS
-
-
-@pytest.mark.slow
-def test_a_network_is_tuned_on_data_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_tuning, "GAIN_STEPS", 5)
-    assert of_tune(Mine(count=10), tmp_path).photos["table"] == ("sample 0", "sample 8")
 
 
 @TASKS

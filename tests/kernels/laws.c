@@ -208,27 +208,18 @@ HELPER double within(double value, double low, double high) { return value < low
 /* -- convolutions --------------------------------------------------------------------------------------------------- */
 
 #if defined(OF_product) || defined(OF_product_tiles) || defined(OF_grouped)
-/* What follows the sums of a convolution: factors of a level, a residual. */
+/* What follows the sums of a convolution: factors, a residual. */
 typedef struct {
-    const int32_t *levels;
     const sum *scale, *shift;
     const element *more;
     double low, high;
 } following;
 
-enum { WITH_MORE = 1, WITH_LEVELS = 2, WITH_CLAMP = 4, WITH_SCALE = 8, LEVELS = 3 };
+enum { WITH_MORE = 1, WITH_CLAMP = 2, WITH_SCALE = 4 };
 
 static following random_following(long n, long outputs, int with) {
-    following f = {NULL, NULL, NULL, NULL, -INFINITY, INFINITY};
-    if (with & WITH_LEVELS) {
-        int32_t *levels = NEW(int32_t, n);
-        for (long i = 0; i < n; i++) levels[i] = (int32_t)below(LEVELS);
-        f.levels = levels;
-    }
-    if (with & (WITH_LEVELS | WITH_SCALE)) {
-        const long rows = with & WITH_LEVELS ? LEVELS : 1;
-        f.scale = sums(rows * outputs, .5, 1.5), f.shift = sums(rows * outputs, -1, 1);
-    }
+    following f = {NULL, NULL, NULL, -INFINITY, INFINITY};
+    if (with & WITH_SCALE) f.scale = sums(outputs, .5, 1.5), f.shift = sums(outputs, -1, 1);
     if (with & WITH_MORE) f.more = elements(n * outputs);
     if (with & WITH_CLAMP) f.low = -.25, f.high = 1.5;
 #if !defined(BF16) && !defined(ELEMENT)
@@ -239,10 +230,7 @@ static following random_following(long n, long outputs, int with) {
 
 static void check_output(const char *what, const following *f, element found, double total, double terms, long i, long o,
                          long outputs) {
-    if (f->scale) {
-        const long own = (f->levels ? f->levels[i] * outputs : 0) + o;
-        total = total * f->scale[own] + f->shift[own], terms = terms * fabs(f->scale[own]) + fabs(f->shift[own]);
-    }
+    if (f->scale) total = total * f->scale[o] + f->shift[o], terms = terms * fabs(f->scale[o]) + fabs(f->shift[o]);
     if (f->more) total += value_of(f->more[i * outputs + o]), terms += fabs(value_of(f->more[i * outputs + o]));
     check(what, value_of(found), within(total, f->low, f->high), terms);
 }
@@ -250,16 +238,15 @@ static void check_output(const char *what, const following *f, element found, do
 
 #if defined(OF_product) || defined(OF_product_tiles)
 pack SUFFIX(pack_product);
-long SUFFIX(product)(const reading *, const element *, const sum *, const int32_t *, const sum *, const sum *,
-                     const element *, element *, long, long, double, double);
+long SUFFIX(product)(const reading *, const element *, const sum *, const element *, element *, long, long, double, double);
 
 static void product_law(void) {
     static const struct {
         long n, channels, outputs, groups, taps;
         int with;
     } cases[] = {
-        {37, 5, 64, 1, 1, WITH_MORE | WITH_CLAMP}, {37, 33, 17, 3, 9, WITH_LEVELS}, {205, 70, 50, 1, 9, WITH_MORE | WITH_LEVELS},
-        {1, 9, 1, 1, 1, 0},   {100, 8, 48, 2, 4, WITH_CLAMP},  {99, 16, 33, 1, 1, WITH_LEVELS | WITH_CLAMP | WITH_MORE},
+        {37, 5, 64, 1, 1, WITH_MORE | WITH_CLAMP}, {37, 33, 17, 3, 9, 0}, {205, 70, 50, 1, 9, WITH_MORE},
+        {1, 9, 1, 1, 1, 0},   {100, 8, 48, 2, 4, WITH_CLAMP},  {99, 16, 33, 1, 1, WITH_CLAMP | WITH_MORE},
         {13, 1101, 35, 1, 1, WITH_MORE}, {7, 520, 6, 2, 9, 0}, {97, 31, 23, 1, 0, WITH_CLAMP},  {6, 12, 96, 1, 1, 0},
         {69, 64, 40, 1, 0, WITH_MORE}, {35, 530, 530, 1, 1, WITH_MORE | WITH_CLAMP},
         {69, 16, 24, 2, 0, WITH_MORE}, /* groups that together are as long as a tile */
@@ -274,7 +261,7 @@ static void product_law(void) {
         const sum *bias = sums(all, -1, 1);
         const packed p = pack_by(SUFFIX(pack_product), weight, groups, outputs, channels, taps, (const void *[]){bias});
         element *out = NEW(element, n * all);
-        SUFFIX(product)(&in, p.weights, p.constants, f.levels, f.scale, f.shift, f.more, out, groups, outputs, f.low, f.high);
+        SUFFIX(product)(&in, p.weights, p.constants, f.more, out, groups, outputs, f.low, f.high);
         for (long i = 0; i < n; i++)
             for (long o = 0; o < all; o++) {
                 double total = bias[o], terms = fabs(bias[o]);
@@ -294,16 +281,16 @@ static void product_law(void) {
 
 #ifdef OF_grouped
 pack SUFFIX(pack_grouped);
-long SUFFIX(grouped)(const reading *, const sum *, const sum *, const int32_t *, const sum *, const sum *, const element *,
-                     element *, long, double, double);
+long SUFFIX(grouped)(const reading *, const sum *, const sum *, const sum *, const sum *, const element *, element *, long, double,
+                     double);
 
 static void grouped_law(void) {
     static const struct {
         long group, channels, taps;
         int with;
     } cases[] = {
-        {1, 5, 1, WITH_MORE | WITH_CLAMP}, {1, 32, 9, WITH_LEVELS}, {1, 77, 49, WITH_MORE | WITH_LEVELS | WITH_CLAMP},
-        {1, 23, 9, WITH_SCALE},            {2, 6, 9, WITH_MORE},    {2, 34, 1, WITH_LEVELS | WITH_CLAMP},
+        {1, 5, 1, WITH_MORE | WITH_CLAMP}, {1, 32, 9, WITH_SCALE},  {1, 77, 49, WITH_MORE | WITH_SCALE | WITH_CLAMP},
+        {1, 23, 9, WITH_SCALE},            {2, 6, 9, WITH_MORE},    {2, 34, 1, WITH_SCALE | WITH_CLAMP},
         {4, 36, 9, WITH_MORE},             {8, 104, 4, WITH_SCALE | WITH_MORE},
     };
     const long n = 37;
@@ -323,7 +310,7 @@ static void grouped_law(void) {
         const packed p = pack_by(SUFFIX(pack_grouped), weight, channels / group, group, group, taps, (const void *[]){bias});
         if (!p.weights) continue; /* wider than a vector */
         element *out = NEW(element, n * channels);
-        SUFFIX(grouped)(&in, p.weights, p.constants, f.levels, f.scale, f.shift, f.more, out, group, f.low, f.high);
+        SUFFIX(grouped)(&in, p.weights, p.constants, f.scale, f.shift, f.more, out, group, f.low, f.high);
         for (long i = 0; i < n; i++)
             for (long o = 0; o < channels; o++) {
                 double total = bias[o], terms = fabs(bias[o]);

@@ -33,7 +33,6 @@ LAWS = (
     "tests/laws/test_integer_laws.py",
     "tests/laws/test_geometry_laws.py::test_compiled_cells_and_kernel_maps_are_those_of_torch",
     "tests/network/test_optimize.py::test_compiled_convolutions",
-    "tests/network/test_optimize.py::test_compiled_convolutions_scale_by_level",
     "tests/elements/test_choice.py::test_rows_are_mixed_alike_wherever_they_are_read",
     "tests/methods/test_resampling.py::test_compiled_code_inverts_as_torch_does",
 )

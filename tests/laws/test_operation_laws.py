@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
-from cadsurgery.elements.adapters import LevelAdapter
 from cadsurgery.elements.backends.packed import ScaleShift
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.mean_shift import MeanShift
 from cadsurgery.elements.operations import Operation, operation_of, operations
 from cadsurgery.elements.windows import drops
 from cadsurgery.surgery.treatment import Treatment
@@ -59,10 +59,9 @@ def norm(**options: Any) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(C, **options).double().eval()
 
 
-def adapter() -> LevelAdapter:
-    module = LevelAdapter(len(STRIDES), C, numbers(1))
-    for value in module.parameters():
-        value.data = numbers(*value.shape)
+def mean_shift() -> MeanShift:
+    module = MeanShift(len(STRIDES), C, numbers(1))
+    module.shift.data = numbers(*module.shift.shape)
     return module
 
 
@@ -73,8 +72,7 @@ EXAMPLES: dict[str, Example] = {
     "conv2d_per_image": Example(
         (numbers(2, 3), numbers(3, 6 * C * 9), None), {**WINDOWED, "shape": (6, C, 3, 3)}
     ),
-    "adapt": Example((adapter(),)),
-    "adapt_vector": Example((adapter(),)),
+    "shift_vector": Example((mean_shift(),)),
     "max_pool2d": Example((), WINDOWED),
     "avg_pool2d": Example((), WINDOWED),
     "max_pool2d_with_indices": Example((), WINDOWED),
@@ -157,7 +155,7 @@ def _called(op: Operation, x: Elements) -> Any:
         return op.call(x, indices, size=indices.rows.samples, **options)
     if name == "common_lattice":
         return op.call(2, x)
-    if name == "adapt_vector":
+    if name == "shift_vector":
         return op.call(x, functional.global_mean(x), *example.arguments)
     if name == "sum_of_products":
         return op.call(x, x, **options)

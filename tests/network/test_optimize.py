@@ -22,11 +22,11 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends import choose, dense, native
-from cadsurgery.elements.backends.choose import Convolution, WindowRead
+from cadsurgery.elements.backends.choose import Convolution
 from cadsurgery.elements.backends.costs import Costs
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
-from cadsurgery.elements.backends.weights import Activation, Factors, FusedConv
+from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Reading, Window
 from cadsurgery.elements.lattice import Geometry
@@ -514,35 +514,6 @@ def test_without_a_compiler_the_results_are_the_same(name: str) -> None:
         assert_same(net(x), expected, 1e-4)
         assert_same(net.optimize()(x), expected, 1e-4)
         assert_same(fast(x), expected, 1e-4)
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("group", "channels"), [(0, 64), (0, 21), (1, 64), (1, 77), (2, 6)])
-@pytest.mark.parametrize("by", ["nothing", "level"])
-@torch.no_grad()
-def test_compiled_convolutions_scale_by_level(dtype: torch.dtype, group: int, channels: int, by: str) -> None:
-    """Ungrouped (0) and in groups, with 9 taps and with 4, without a residual."""
-    levels = torch.randint(0, 3, (2, 4, 3)).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    lattice = Geometry((2, 2), fill="linear").lattice(levels).at(2)
-    rows = torch.randn(len(lattice), channels).to(dtype)
-    for side in (3, 2):
-        inner = group or channels
-        weight = torch.randn(channels, inner, side, side).to(dtype)
-        factors = Factors(*torch.randn(2, 3, channels).to(dtype)) if by == "level" else None
-        weights = FusedConv(
-            weight, torch.randn(channels).to(dtype), channels // inner, CLAMP, {}, levels=factors
-        )
-        window = Window((side, side), 1, (1, 1), (1, 1, 1, 1), spacing=4)
-        work = Convolution(rows, weights, WindowRead(lattice, lattice, window))
-        found = native.Native().convolve(work)
-        exact = replace(weights, weight=weight.double(), bias=weights.bias.double(), packed_cache=None)
-        sums = replace(work, rows=rows.double(), weights=replace(exact, activation=None, levels=None))
-        expected = choose.BACKENDS[-1].convolve(sums)  # type: ignore[attr-defined]
-        if factors is not None:
-            expected = factors.apply(expected, lattice)
-        tolerance = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 5e-2}[dtype]
-        assert_same(found.double(), expected.clamp(0, 6), tolerance)
 
 
 # -- the cost model ------------------------------------------------------------------------------------

@@ -660,7 +660,7 @@ def test_adapters_of_a_converted_network_are_left_out_with_a_warning(photos: Pat
     with pytest.raises(cs.InvalidInput, match="without a name"):
         run(photos, tmp_path / "run", network=net)
     net.cad_source = replace(source_of(model), name="networks:segmenter")
-    net.add_adapters()
+    net.add_refinement()
     with pytest.warns(cs.CadWarning, match="adapters"):
         found = run(photos, tmp_path / "run", network=net, limit=1)
     assert found.rows[0].setting.kind == "given"

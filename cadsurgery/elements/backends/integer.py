@@ -287,7 +287,7 @@ class Integers(Backend):
         if name.startswith("grouped"):
             assert reading is not None
             source = RowSource(work.rows, halo_of(work.rows, reading), weights.source.zero)
-            arguments = (*memory, None, known.scale, known.bias, None, out, 1, known.low, known.high)
+            arguments = (*memory, known.scale, known.bias, None, out, 1, known.low, known.high)
             call(kernel_for("grouped", work.rows), source, reading.table, *arguments)
             return out
         is_depthwise = name.startswith("depthwise")

@@ -23,7 +23,6 @@ from cadsurgery.elements.backends.choose import (
     MixingLines,
     Picking,
     Pooling,
-    WindowRead,
     Work,
     mix,
     outside_of,
@@ -112,8 +111,7 @@ class Native(Backend):
         return out
 
     def _prepare_convolution(self, work: Convolution) -> Callable[[Convolution], Tensor]:
-        """Return a function that computes rows (N, ..., O) = clamp((sum + bias) scale + shift + residual); scale and
-        shift depend on the level, if there are any."""
+        """Return a function that computes rows (N, ..., O) = clamp(sum + bias + residual)."""
         weights, dtype, is_product = work.weights, work.rows.dtype, work.is_product
         outputs, size = weights.weight.shape[:2]
         sizes: tuple[int, ...]
@@ -125,6 +123,7 @@ class Native(Backend):
             name, sizes = "depthwise", ()
         else:
             name, sizes = "grouped", (size,)
+        factors = (None, None) if name == "grouped" else ()  # which only sums of 8 bits have
         kernel, form = function(name, ELEMENTS[dtype]), _form(name, dtype)
 
         def packed(weights: FusedConv) -> tuple[Tensor, ...]:
@@ -142,16 +141,11 @@ class Native(Backend):
                 source, table = RowSource(work.rows, halo_of(work.rows, reading), work.outside), reading.table
                 out = new_memory(work.rows, len(table), outputs)
             memory = weights.form(form, lambda: packed(weights))
-            levels: tuple[Tensor | None, ...] = (None, None, None)
-            if weights.levels is not None:
-                assert isinstance(work.reads, WindowRead)
-                factors = (value.to(_sum_type(dtype)).contiguous() for value in weights.levels)
-                levels = (work.reads.target.level_of_rows, *factors)
             act = weights.activation
             bounds = act.bounds if act is not None else None
             low, high = bounds or _UNBOUNDED
             more = more.contiguous() if more is not None else None
-            arguments = (*memory, *levels, more, out, *sizes, low, high)
+            arguments = (*memory, *factors, more, out, *sizes, low, high)
             call(kernel, source, table, *arguments, groups=groups)
             return out if bounds or act is None else act.apply_(out)
 

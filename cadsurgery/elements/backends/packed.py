@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Convolution, check_channels, compute
 from cadsurgery.elements.backends.onednn import convolve
-from cadsurgery.elements.backends.weights import Activation, Factors, FusedConv, Pair
+from cadsurgery.elements.backends.weights import Activation, FusedConv, Pair
 
 
 class PackedConv(nn.Module):
@@ -26,20 +26,14 @@ class PackedConv(nn.Module):
         groups: int = 1,
         activation: Activation | None = None,
         window: tuple[Pair, Pair, Pair] | None = None,
-        levels: Factors | None = None,
     ) -> None:
-        """Take a weight (O, C / groups, kh, kw), a bias (O,), for dense maps a window (stride, padding, dilation), and
-        for elements the factors of their levels."""
+        """Take a weight (O, C / groups, kh, kw), a bias (O,), and for dense maps (stride, padding, dilation)."""
         super().__init__()
         layout = torch.channels_last if groups == 1 else torch.contiguous_format
         self.register_buffer("weight", weight.detach().clone(memory_format=layout))
         self.register_buffer("bias", bias.detach().clone() if bias is not None else None)
-        for name, value in zip(Factors._fields, levels or (None, None), strict=True):
-            self.register_buffer(name, value.detach().clone() if value is not None else None)
         self.weight: Tensor
         self.bias: Tensor | None
-        self.scale: Tensor | None
-        self.shift: Tensor | None
         self.groups, self.activation, self.window = groups, activation, window
         self.meets_nan = False  # see `FusedConv`
         self._packed: FusedConv | None = None
@@ -50,9 +44,7 @@ class PackedConv(nn.Module):
         if self._packed is None:
             dense = self.window is not None
             parts = (self.weight, self.bias, self.groups, self.activation)
-            by_level = self.scale is not None and self.shift is not None
-            levels = Factors(self.scale, self.shift) if by_level else None  # type: ignore[arg-type]
-            self._packed = FusedConv(*parts, {}, dense, self.meets_nan, levels=levels)
+            self._packed = FusedConv(*parts, {}, dense, self.meets_nan)
         return self._packed
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -8,13 +8,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from cadsurgery.elements.lattice import Lattice
 
 Pair = tuple[int, int]  # (vertical, horizontal)
 # How many packed forms of a weight are cached, mostly for different shapes of dense maps.
@@ -64,26 +62,6 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Factors(NamedTuple):
-    """Scale and shift of each level, (levels + 1, C) each; level 0 has 1 and 0."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def of_rows(self, lattice: Lattice, like: Tensor) -> Factors:
-        """Return the factors for rows (N, ..., C) in the dtype of `like`: (C,) for all rows, or one per row."""
-        level = lattice.uniform_level
-        if level is not None:
-            return Factors(*(value[level].to(like.dtype) for value in self))
-        places, wide = lattice.level_of_rows.to(like.device), (-1, *(1,) * (like.dim() - 2), like.shape[-1])
-        return Factors(*(value.to(like.dtype).index_select(0, places).view(wide) for value in self))
-
-    def apply(self, rows: Tensor, lattice: Lattice) -> Tensor:
-        """Scale and shift the rows (N, ..., C) of a lattice."""
-        scale, shift = self.of_rows(lattice, rows)
-        return rows * scale + shift
-
-
 @dataclass
 class FusedConv:
     """Weight (O, C / groups, kh, kw), bias and activation of a convolution.
@@ -99,8 +77,6 @@ class FusedConv:
         phases: weights of each phase of a transposed convolution, if packed forms are kept.
         meets_nan: True if sums may be NaN. oneDNN's clamps turn NaN into numbers and are then not used; the clamps of
             torch and this package preserve NaN, but torch's needs another pass.
-        levels: scale and shift of each level, applied to the sum with its bias.
-        of_levels: weights of single levels, if packed forms are kept.
         choices: the backends chosen so far (see `choose`), if packed forms are kept.
     """
 
@@ -113,8 +89,6 @@ class FusedConv:
     meets_nan: bool = False
     counts: set[int] = field(default_factory=set)
     phases: dict[tuple[int, int], FusedConv] = field(default_factory=dict)
-    levels: Factors | None = None
-    of_levels: dict[int, FusedConv] = field(default_factory=dict)
     choices: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def is_recurring_row_count(self, count: int) -> bool:
@@ -126,7 +100,7 @@ class FusedConv:
     def changed(self, **values: Any) -> FusedConv:
         """Return a copy with changed fields, and with its own packed weights and choices if this one keeps any."""
         kept: dict[Hashable, Any] | None = None if self.packed_cache is None else {}
-        return replace(self, **values, packed_cache=kept, counts=set(), phases={}, of_levels={}, choices={})
+        return replace(self, **values, packed_cache=kept, counts=set(), phases={}, choices={})
 
     @property
     def without_activation(self) -> FusedConv:
@@ -141,18 +115,6 @@ class FusedConv:
         if first not in self.phases:
             self.phases[first] = self.changed(weight=part)
         return replace(self.phases[first], activation=self.activation)
-
-    def at_level(self, level: int) -> FusedConv:
-        """Return the convolution for rows of a single level, with scale and shift folded into weight and bias."""
-        if self.levels is None or level == 0:
-            return replace(self, levels=None)
-        if level not in self.of_levels:
-            scale, shift = (value[level].double() for value in self.levels)
-            bias = self.bias.double() * scale + shift if self.bias is not None else shift
-            weight = self.weight.double() * scale.view(-1, 1, 1, 1)
-            folded = {"weight": weight.to(self.weight), "bias": bias.to(self.weight)}
-            self.of_levels[level] = self.changed(**folded, levels=None)
-        return replace(self.of_levels[level], activation=self.activation)
 
     def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
         """Add a residual that broadcasts and apply the activation; in place if the shape allows it."""

@@ -195,8 +195,8 @@ const char *cadsurgery_convolve(convolution *k, const tensor *in, void *out, sha
     const reading from = {in[ROWS_IN].data, mixed, beyond, in[TABLE].data, rows, count, k->taps, of_group, channels};
     if (k->in_8_bits) reason = cadsurgery_convolve_bytes(k, &from, more, out);
     else if (by->product)
-        by->product(&from, by->weight, by->bias, 0, 0, 0, more, out, k->groups, k->outputs, k->low, k->high);
-    else by->grouped(&from, by->weight, by->bias, 0, 0, 0, more, out, k->channels, k->low, k->high);
+        by->product(&from, by->weight, by->bias, more, out, k->groups, k->outputs, k->low, k->high);
+    else by->grouped(&from, by->weight, by->bias, 0, 0, more, out, k->channels, k->low, k->high);
     cadsurgery_share_by(0);
     free(swap(&k->spare, memory));
     return reason;

@@ -132,7 +132,7 @@ const char *cadsurgery_convolve_bytes(const convolution *k, const reading *in, c
     r.more = residual, r.out = out;
     if (by->depthwise) by->depthwise(&from, &r, by->weight);
     else if (by->grouped)
-        by->grouped(&from, by->weight, (const float *)r.offset, 0, r.scale, r.bias, 0, (float *)out, 1, k->low, k->high);
+        by->grouped(&from, by->weight, (const float *)r.offset, r.scale, r.bias, 0, (float *)out, 1, k->low, k->high);
     else {
         if (is_plain(in)) from.table = 0;
         REFUSE_UNLESS(by->convolve(&from, &r, by->weight, k->groups) != NO_MEMORY, "there is no memory for rows of a convolution");

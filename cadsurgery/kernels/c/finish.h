@@ -4,10 +4,9 @@
 
 #include "vector.h"
 
-/* Operations on the sums of a row: factors of its level, a residual, clamping. Pointers refer to the first output of a
- * chunk; rows of the result, of the residual and of the factors have length `outputs`. */
+/* Operations on the sums of a row: a residual, clamping. Pointers refer to the first output of a chunk; rows of the result
+ * and of the residual have length `outputs`. */
 typedef struct {
-    by_level by;
     const element *more;
     element *out;
     long outputs;
@@ -15,10 +14,6 @@ typedef struct {
 } finish;
 
 INLINE void finish_some(const finish *f, lane value, long at, long start, long some) {
-    if (f->by.levels) {
-        const long own = f->by.levels[at] * f->outputs + start;
-        value = value * load_some_sums(f->by.scale + own, some) + load_some_sums(f->by.shift + own, some);
-    }
     const long place = at * f->outputs + start;
     if (f->more) value += load_some(f->more + place, some);
     store_some(f->out + place, clamp(value, f->least, f->most), some);

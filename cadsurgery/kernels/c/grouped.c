@@ -37,7 +37,7 @@ long SUFFIX(pack_grouped)(const unpacked *from, const void *const *constants, ch
 typedef struct {
     const reading *in;
     const sum *weight, *bias; /* (taps, group, padded) and (padded); padded: channels rounded up to whole vectors */
-    by_level by;
+    const sum *scale, *shift; /* (channels), or null */
     const element *more;
     element *out;
     sum low, high;
@@ -45,10 +45,7 @@ typedef struct {
 
 /* Apply scale, shift and residual to the sums of `some` channels of element `at`, from `start` on. */
 INLINE lane follow(const grouped *g, lane value, long at, long start, long channels, long some) {
-    if (g->by.scale) {
-        const long own = (g->by.levels ? g->by.levels[at] * channels : 0) + start;
-        value = value * load_some_sums(g->by.scale + own, some) + load_some_sums(g->by.shift + own, some);
-    }
+    if (g->scale) value = value * load_some_sums(g->scale + start, some) + load_some_sums(g->shift + start, some);
     if (g->more) value += load_some(g->more + at * channels + start, some);
     return clamp(value, all_lanes(g->low), all_lanes(g->high));
 }
@@ -145,30 +142,30 @@ TILES_OF(8)
 #endif
 #endif
 
-static long check(const reading *in, const int32_t *levels, const sum *scale, const element *more, long padded, long weights, long size) {
+/* `factors`: the number of buffers between the bias and what is added, scale and shift or none. */
+static long check(const reading *in, const element *more, long padded, long weights, long size, long factors) {
     const long results = product_of(in->n, in->channels);
     POSSIBLE(in->taps > 0 && in->channels > 0);
     CHECK_READING(in, in->channels, element);
     NEEDS(in->held, OWN, product_of(weights, size), char);
     NEEDS(in->held, OWN + 1, padded, sum);
-    NEEDS_IF(levels, in->held, OWN + 2, in->n, int32_t);
-    NEEDS_IF(scale, in->held, OWN + 3, in->channels, sum);
-    NEEDS_IF(scale, in->held, OWN + 4, in->channels, sum);
-    NEEDS_IF(more, in->held, OWN + 5, results, element);
-    NEEDS(in->held, OWN + 6, results, element);
+    NEEDS_IF(more, in->held, OWN + 2 + factors, results, element);
+    NEEDS(in->held, OWN + 3 + factors, results, element);
     return FITS;
 }
 
 /* Convolution in groups of `group` input and output channels (a power of two up to MOST_GROUP; `product` handles larger
- * groups), clamped to low..high. out is (n, channels); `more`, if given, is added before clamping. taps <= TAPS. Scale and
- * shift: see `by_level`. */
-long SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const int32_t *levels, const sum *scale,
-                     const sum *shift, const element *more, element *out, long group, double low, double high) {
-    grouped g = {in, weight, bias, {levels, scale, shift}, more, out, (sum)low, (sum)high};
+ * groups), clamped to low..high. out is (n, channels); scale, shift and `more`, if given, are applied to the sums before
+ * clamping. taps <= TAPS. */
+long SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const sum *scale, const sum *shift,
+                     const element *more, element *out, long group, double low, double high) {
+    grouped g = {in, weight, bias, scale, shift, more, out, (sum)low, (sum)high};
     share_body body = tiles_of_1;
     POSSIBLE(group > 0 && group <= MOST_GROUP && !(group & (group - 1)) && in->channels % group == 0 && in->taps <= TAPS);
     const long padded = padded_to(in->channels, LANES), weights = product_of(product_of(in->taps, group), padded);
-    RETURN_UNLESS_FITS(check(in, levels, scale, more, padded, weights, sizeof(sum)));
+    RETURN_UNLESS_FITS(check(in, more, padded, weights, sizeof(sum), 2));
+    NEEDS_IF(scale, in->held, OWN + 2, in->channels, sum);
+    NEEDS_IF(shift, in->held, OWN + 3, in->channels, sum);
 #ifndef BYTES
     if (group == 2) body = tiles_of_2;
 #if VECTOR > 16
@@ -205,7 +202,6 @@ typedef struct {
     const reading *in;
     const element *weight, *more;
     const sum *bias;
-    by_level by;
     element *out;
     lane least, most;
 } depthwise;
@@ -214,7 +210,7 @@ static void convolve_near(long from_block, long to_block, void *work) {
     const depthwise *d = work;
     const reading *in = d->in;
     const long channels = in->channels, taps = in->taps, block = NEAR / taps, step = (taps + 1) / 2 * 2 * MANY;
-    const int plain = !d->by.scale && !d->more;
+    const int plain = !d->more;
     for (long begin = from_block * block; begin < to_block * block && begin < in->n; begin += block) {
         const element *from[NEAR];
         const int32_t *entries = in->table + begin * taps;
@@ -223,8 +219,7 @@ static void convolve_near(long from_block, long to_block, void *work) {
         for (long start = 0; start < channels; start += MANY) {
             const element *w = d->weight + start / MANY * step;
 #define PAIRS_OF(taps, whole, plain)                                                                                    \
-    convolve_pairs(d->by, d->more, d->out, d->least, d->most, d->bias, w, from, begin, many, channels, start, taps, \
-                   whole, plain)
+    convolve_pairs(d->more, d->out, d->least, d->most, d->bias, w, from, begin, many, channels, start, taps, whole, plain)
             const int whole = channels - start >= MANY;
             if (whole && taps == 9 && plain) PAIRS_OF(9, 1, 1);
             else if (whole && taps == 9) PAIRS_OF(9, 1, 0);
@@ -241,12 +236,12 @@ static void convolve_near(long from_block, long to_block, void *work) {
  *
  * A few elements are processed together, one chunk of channels after the other, so that the values they share stay in the
  * L1 cache. */
-long SUFFIX(depthwise)(const reading *in, const element *weight, const sum *bias, const int32_t *levels,
-                       const sum *scale, const sum *shift, const element *more, element *out, double low, double high) {
-    depthwise d = {in, weight, more, bias, {levels, scale, shift}, out, all_lanes((sum)low), all_lanes((sum)high)};
+long SUFFIX(depthwise)(const reading *in, const element *weight, const sum *bias, const element *more, element *out, double low,
+                       double high) {
+    depthwise d = {in, weight, more, bias, out, all_lanes((sum)low), all_lanes((sum)high)};
     POSSIBLE(in->taps > 0 && in->taps <= NEAR);
     const long padded = padded_to(in->channels, MANY), block = NEAR / in->taps;
-    RETURN_UNLESS_FITS(check(in, levels, scale, more, padded, product_of(padded, padded_to(in->taps, 2)), sizeof(element)));
+    RETURN_UNLESS_FITS(check(in, more, padded, product_of(padded, padded_to(in->taps, 2)), sizeof(element), 0));
     cadsurgery_share((in->n + block - 1) / block, 1, convolve_near, &d);
     return FITS;
 }

@@ -15,7 +15,7 @@ void free(void *memory);
 READING(float);
 
 /* In 8 bits the pointers to rows and results of the declared types point to bytes. */
-typedef long grouped_form(const reading *, const float *, const float *, const int32_t *, const float *, const float *,
+typedef long grouped_form(const reading *, const float *, const float *, const float *, const float *,
                           const float *, float *, long, double, double);
 typedef long mix_form(const reading *, const float *, float *);
 
@@ -25,8 +25,7 @@ typedef long mix_form(const reading *, const float *, float *);
     } while (0)
 
 /* Weights of floats, and the kernel that takes them; the other one is NULL. */
-typedef long product_form(const reading *, const float *, const float *, const int32_t *, const float *, const float *,
-                          const float *, float *, long, long, double, double);
+typedef long product_form(const reading *, const float *, const float *, const float *, float *, long, long, double, double);
 typedef struct {
     product_form *product;
     grouped_form *grouped;

@@ -15,9 +15,9 @@ INLINE __m512i load_many(const element *from, __mmask32 which, const int whole) 
  * points to the rows that the taps of the first element read; those of the next element follow. `taps`, `whole` (all MANY
  * channels exist) and `plain` (only clamping follows) may be constants after inlining. One vector of sums holds the first
  * half of each quarter of the channels, the other the second half. */
-INLINE void convolve_pairs(const by_level by, const element *more, element *out, const lane least, const lane most,
-                           const sum *bias, const element *weight, const element *const *from, long first, long many,
-                           long channels, long start, const long taps, const int whole, const int plain) {
+INLINE void convolve_pairs(const element *more, element *out, const lane least, const lane most, const sum *bias,
+                           const element *weight, const element *const *from, long first, long many, long channels,
+                           long start, const long taps, const int whole, const int plain) {
     const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
     const lane offset[2] = {load_some_sums(bias + start, LANES), load_some_sums(bias + start + LANES, LANES)};
@@ -38,13 +38,7 @@ INLINE void convolve_pairs(const by_level by, const element *more, element *out,
 #pragma GCC unroll 2
         for (int v = 0; v < 2; v++) {
             const long begin = start + v * LANES, some = channels - begin;
-            if (!plain && some > 0) {
-                if (by.scale) {
-                    const long own = (by.levels ? by.levels[first + i] * channels : 0) + begin;
-                    value[v] = value[v] * load_some_sums(by.scale + own, some) + load_some_sums(by.shift + own, some);
-                }
-                if (more) value[v] += load_some(more + (first + i) * channels + begin, some);
-            }
+            if (!plain && some > 0 && more) value[v] += load_some(more + (first + i) * channels + begin, some);
             value[v] = clamp(value[v], least, most);
         }
         __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)value[1], (__m512)value[0]);

@@ -19,7 +19,6 @@ typedef struct {
     const reading *in;
     const element *weight, *more;
     const sum *bias;
-    by_level by;
     element *out;
     long groups, outputs; /* outputs per group */
     sum low, high;
@@ -62,9 +61,8 @@ static void multiply_blocks(long begin, long end, void *work) {
             const long wide = (some + LANES - 1) / LANES, place = group * p->outputs + chunk * CHUNK;
             const element *weight = p->weight + part * in->taps * padded * CHUNK;
             const sum *bias = p->bias + part * CHUNK;
-            finish f = {p->by, p->more, p->out + first * all + place, all, all_lanes(p->low), all_lanes(p->high)};
+            finish f = {p->more, p->out + first * all + place, all, all_lanes(p->low), all_lanes(p->high)};
             if (f.more) f.more += first * all + place;
-            if (f.by.levels) f.by.levels += first, f.by.scale += place, f.by.shift += place;
             long done = 0; /* finished rows of the block */
             if (in->taps <= TAPS && in->taps * channels <= DEPTH)
                 for (; done + ROWS <= count; done += ROWS) {
@@ -101,33 +99,30 @@ static void multiply_blocks(long begin, long end, void *work) {
     }
 }
 
-static long check(const reading *in, const int32_t *levels, const sum *scale, const element *more, long groups, long outputs) {
+static long check(const reading *in, const element *more, long groups, long outputs) {
     POSSIBLE(groups > 0 && outputs > 0);
     const long padded = padded_to(in->channels, SIDE), chunks = padded_to(outputs, CHUNK), all = product_of(groups, outputs);
     const long results = product_of(in->n, all);
     CHECK_READING(in, product_of(groups, in->channels), element);
     NEEDS(in->held, OWN, product_of(product_of(groups, chunks), product_of(in->taps, padded)), element);
     NEEDS(in->held, OWN + 1, product_of(groups, chunks), sum);
-    NEEDS_IF(levels, in->held, OWN + 2, in->n, int32_t);
-    NEEDS_IF(scale, in->held, OWN + 3, all, sum);
-    NEEDS_IF(scale, in->held, OWN + 4, all, sum);
-    NEEDS_IF(more, in->held, OWN + 5, results, element);
-    NEEDS(in->held, OWN + 6, results, element);
+    NEEDS_IF(more, in->held, OWN + 2, results, element);
+    NEEDS(in->held, OWN + 3, results, element);
     return FITS;
 }
 
 /* Grouped convolution with `in->channels` input channels per group. out (n, groups * outputs) is clamped to low..high after
- * `more`, if given, is added; scale and shift: see `by_level`. weight is (groups, chunks, taps, channels, CHUNK), or
- * (groups, chunks, taps, channels / 2, CHUNK, 2) for pairs of channels, with a zero beside an odd last channel. bias is
- * (groups, chunks * CHUNK). Outputs of a group are padded to whole chunks.
+ * `more`, if given, is added. weight is (groups, chunks, taps, channels, CHUNK), or (groups, chunks, taps, channels / 2,
+ * CHUNK, 2) for pairs of channels, with a zero beside an odd last channel. bias is (groups, chunks * CHUNK). Outputs of a
+ * group are padded to whole chunks.
  *
  * Rows are processed in blocks, so that the values read by a block's taps stay in the cache beside the weights of one tap,
  * one chunk of outputs and DEPTH channels. A tap that is outside for all rows of a tile is skipped if zero lies there, as in
  * layers whose dilation is half as large as the map. Without a table each row reads itself, with one tap. */
-long SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
-                     const sum *shift, const element *more, element *out, long groups, long outputs, double low, double high) {
-    product p = {in, weight, more, bias, {levels, scale, shift}, out, groups, outputs, (sum)low, (sum)high};
-    RETURN_UNLESS_FITS(check(in, levels, scale, more, groups, outputs));
+long SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const element *more, element *out, long groups,
+                     long outputs, double low, double high) {
+    product p = {in, weight, more, bias, out, groups, outputs, (sum)low, (sum)high};
+    RETURN_UNLESS_FITS(check(in, more, groups, outputs));
     cadsurgery_share((in->n + BLOCK - 1) / BLOCK, 1, multiply_blocks, &p);
     return FITS;
 }

@@ -13,7 +13,6 @@ long SUFFIX(pack_product)(const unpacked *from, const void *const *constants, ch
 
 typedef struct {
     const element *more;
-    by_level by;
     element *out;
     sum low, high;
 } following;
@@ -22,10 +21,9 @@ static void finish_unit(const tiled *work, const piece_of_work *now, const total
     const following *p = work->finish;
     const long all = work->groups * work->outputs, place = now->group * work->outputs + first, some = work->outputs - first;
     const long tall = now->many - row < SIDE_OF_UNIT ? now->many - row : SIDE_OF_UNIT;
-    const int is_plain = some >= SIDE_OF_UNIT && !p->by.levels;
-    finish f = {p->by, p->more, p->out + place, all, all_lanes(p->low), all_lanes(p->high)};
+    const int is_plain = some >= SIDE_OF_UNIT;
+    finish f = {p->more, p->out + place, all, all_lanes(p->low), all_lanes(p->high)};
     if (f.more) f.more += place;
-    if (f.by.levels) f.by.scale += place, f.by.shift += place;
     for (long i = 0; i < tall; i++) {
         const total *sums = unit + i / TILE * 2 * TILE * TILE + i % TILE * TILE;
         const long at = now->at + row + i;
@@ -43,24 +41,21 @@ static void finish_unit(const tiled *work, const piece_of_work *now, const total
     }
 }
 
-static long check(const reading *in, const int32_t *levels, const sum *scale, const element *more, long groups, long outputs) {
+static long check(const reading *in, const element *more, long groups, long outputs) {
     POSSIBLE(groups > 0 && outputs > 0);
     const long all = product_of(groups, outputs), results = product_of(in->n, all);
     CHECK_READING(in, product_of(groups, in->channels), element);
     NEEDS(in->held, OWN, product_of(groups, numbers_of_tiles(in, outputs)), weight);
     NEEDS(in->held, OWN + 1, product_of(groups, padded_to(outputs, TILE)), sum);
-    NEEDS_IF(levels, in->held, OWN + 2, in->n, int32_t);
-    NEEDS_IF(scale, in->held, OWN + 3, all, sum);
-    NEEDS_IF(scale, in->held, OWN + 4, all, sum);
-    NEEDS_IF(more, in->held, OWN + 5, results, element);
-    NEEDS(in->held, OWN + 6, results, element);
+    NEEDS_IF(more, in->held, OWN + 2, results, element);
+    NEEDS(in->held, OWN + 3, results, element);
     return FITS;
 }
 
-long SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
-                     const sum *shift, const element *more, element *out, long groups, long outputs, double low, double high) {
-    const following p = {more, {levels, scale, shift}, out, (sum)low, (sum)high};
-    RETURN_UNLESS_FITS(check(in, levels, scale, more, groups, outputs));
+long SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const element *more, element *out, long groups,
+                     long outputs, double low, double high) {
+    const following p = {more, out, (sum)low, (sum)high};
+    RETURN_UNLESS_FITS(check(in, more, groups, outputs));
     multiply_in_tiles(in, weight, groups, outputs, bias, &p);
     return FITS;
 }

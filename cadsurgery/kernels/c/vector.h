@@ -258,12 +258,5 @@ INLINE const element *row_of_tap(const reading *in, long at, long tap) {
     return in->table ? row(in, in->table[at * in->taps + tap]) : in->rows + at * in->stride;
 }
 
-/* First operation on the sums of a result row: times scale plus shift, both (levels, outputs), at the row's level. Without
- * `levels` all rows use the first level; without `scale` the sums stay unchanged. */
-typedef struct {
-    const int32_t *levels;
-    const sum *scale, *shift;
-} by_level;
-
 #endif /* an element type */
 #endif

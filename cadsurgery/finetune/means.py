@@ -1,4 +1,4 @@
-"""Calibrate level adapters without training: correct values that depend on a mean over the image."""
+"""Calibrate means over the image, without training: shift what depends on one, at each level."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from cadsurgery.data.samples import Samples, check_data
 from cadsurgery.elements import functional
 from cadsurgery.finetune.batches import inputs_of
+from cadsurgery.network.adapters import can_shift_means
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
 from cadsurgery.surgery.trace import evaluating
@@ -18,11 +19,12 @@ from cadsurgery.surgery.trace import evaluating
 ROUNDS = 2  # a second round, because the first shifts change later layers
 
 
-def calibrate_adapters(net: AdaptiveModel, images: Samples, most: int = 32) -> int:
+def calibrate_means(net: AdaptiveModel, images: Samples, most: int = 32) -> int:
     """Shift values computed from means over the image, at each level, to their average at full resolution.
 
     Features at anchors equal those of full resolution as long as only convolutions precede them; a mean over fewer
-    samples does not. Needs no gradients and no labels; adapters are added if the network has none.
+    samples does not. Needs no gradients and no labels; shifts are added if the network has none, see
+    `AdaptiveModel.add_mean_shifts`.
 
     Args:
         net: an adaptive network.
@@ -35,13 +37,14 @@ def calibrate_adapters(net: AdaptiveModel, images: Samples, most: int = 32) -> i
     Raises:
         InvalidInput: the network is not adaptive as a whole or is optimised, or there are no images.
     """
-    whole_program(net, "has no level adapters that could be calibrated")
+    whole_program(net, "has no means that could be calibrated")
     check_data(images, "unlabelled")
-    net.add_adapters()
+    if not can_shift_means(net.program):
+        return 0
+    net.add_mean_shifts()
     program = net.program
-    nodes = [node for node in program.halves.after.nodes if node.target is functional.adapt_vector]
     chosen = range(0, len(images), -(-len(images) // most))
-    for _ in range(ROUNDS if nodes else 0):
+    for _ in range(ROUNDS):
         sums: dict[tuple[fx.Node, int], Tensor] = {}
         for index in chosen:
             inputs, _ = inputs_of(net, images, index)
@@ -49,16 +52,16 @@ def calibrate_adapters(net: AdaptiveModel, images: Samples, most: int = 32) -> i
                 sums[node, level] = sums.get((node, level), 0) + apart
         with torch.no_grad():
             for (node, level), total in sums.items():
-                adapter: Any = program.net.get_submodule(str(node.args[2].target))  # type: ignore[union-attr]
-                adapter.shift[level - 1] += (total / len(chosen)).to(adapter.shift)
-    return len(nodes)
+                by: Any = program.net.get_submodule(str(node.args[2].target))  # type: ignore[union-attr]
+                by.shift[level - 1] += (total / len(chosen)).to(by.shift)
+    return sum(node.target is functional.shift_vector for node in program.halves.after.nodes)
 
 
 @torch.no_grad()
 def _differences(
     net: AdaptiveModel, program: Program, inputs: tuple[Tensor, ...]
 ) -> Iterator[tuple[fx.Node, int, Tensor]]:
-    """Yield, by node and level, how far an image's vector (C,) with the current adapters is from that at level 0."""
+    """Yield, by node and level, how far an image's vector (C,) with the current shifts is from that at level 0."""
     with evaluating(net):
         values = program.before(program.bind(*inputs))
         high: dict[fx.Node, Tensor] = {}
@@ -71,7 +74,7 @@ def _differences(
 
 
 class _Vectors(GraphInterpreter):
-    """Records the values of adapters of vectors."""
+    """Records the values of shifted vectors."""
 
     def __init__(self, program: Program, noted: dict[fx.Node, Tensor]) -> None:
         super().__init__(program, program.halves.after)
@@ -80,6 +83,6 @@ class _Vectors(GraphInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node and record its value."""
         value = super().run_node(n)
-        if n.target is functional.adapt_vector:
+        if n.target is functional.shift_vector:
             self._noted[n] = value
         return value
