@@ -188,17 +188,10 @@ class Kernels:
             form, wide, taps, [], {f"number {i}": value for i, value in enumerate(more)}, None
         )
         n, every = case.numbers["n"], groups * outputs
-        has_levels, has_more = self.draw.random() < 0.5, self.draw.random() < 0.5
-        factors = every * of_sum if has_levels else 0
-        own = [
-            *found,
-            n * 4 if has_levels else 0,
-            factors,
-            factors,
-            n * every * size * has_more,
-            n * every * size,
-        ]
-        kernel, is_product = self.function(name), len(more) == 2
+        kernel, is_product, is_grouped = self.function(name), len(more) == 2, len(more) == 1
+        has_factors, has_more = self.draw.random() < 0.5, self.draw.random() < 0.5
+        factors = [every * of_sum * has_factors] * 2 if is_grouped else []
+        own = [*found, *factors, n * every * size * has_more, n * every * size]
 
         def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
             given = values["channels"] // groups if is_product else values["channels"]

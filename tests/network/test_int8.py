@@ -453,6 +453,7 @@ def test_a_file_in_8_bits_that_is_wrong_is_not_taken(
     assert path.read_bytes() == before
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
 def test_the_same_file_in_8_bits_in_every_engine(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     images_of_both, found = images(4, 8, 8).split(1), []
