@@ -162,11 +162,9 @@ def kinds_of(arguments: Arguments) -> dict[str, Any]:
 
 def kind_of(value: Any) -> Any:
     """Return all that Python code may ask of an argument without a guard on it: its class, keys and length, the value
-    of what is no number; of a tensor how many axes it has, whether its numbers are whole, and an image's channels."""
+    of what is no number; of a tensor how many axes it has, and an image's channels."""
     if isinstance(value, Tensor):
-        category = "float" if value.is_floating_point() else "complex" if value.is_complex() else "whole"
-        category = "bool" if value.dtype == torch.bool else category
-        return Tensor, value.dim(), category, value.shape[1] if value.dim() == 4 else 0
+        return Tensor, value.dim(), value.shape[1] if value.dim() == 4 else 0
     if isinstance(value, _CONSTANTS):
         return type(value), value
     if isinstance(value, dict):

@@ -52,6 +52,7 @@ _FACTS = frozenset(
         *("dense_dim", "sparse_dim", "volatile"),
     )
 )
+_OF_TYPE = ("is_floating_point", "is_complex", "is_signed")
 # Attributes that follow from the device, of which elements have the type alone.
 _IS_ON_DEVICE = frozenset(
     f"is_{device}" for device in ("cpu", "cuda", "mps", "xpu", "xla", "mtia", "maia", "ipu", "hpu")
@@ -89,6 +90,7 @@ class Symbol(Value):
         if name in _IS_ON_DEVICE:
             return self.device.type == name.removeprefix("is_")
         if name in _FACTS and isinstance(value := self.tracer.value(self), Tensor):
+            self.tracer.check_types_behind(self, name)
             return getattr(value, name)
         if not hasattr(Tensor, name) or is_argument(self.node):
             getattr(self.tracer.value(self), name)  # raises the error that `hasattr` asks for
@@ -98,6 +100,7 @@ class Symbol(Value):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer for facts of a tensor at once; record all other functions."""
         if getattr(function, "__name__", "") in _FACTS and len(args) == 1 and not kwargs:
+            args[0].tracer.check_types_behind(args[0], function.__name__)
             return function(args[0].tracer.value(args[0]))
         return super().__torch_function__(function, types, args, kwargs)
 
@@ -274,6 +277,16 @@ class Carrier(Tracer):
             shown = (operands, before) if plain else ((), ())
             self.create_node("call_function", check_branch, (checked, outcome, user_line(), *shown), {})
         return outcome
+
+    def check_types_behind(self, symbol: fx.Proxy, fact: str) -> None:
+        """Add guards on the arguments that a tensor is computed from, where their type decides about a fact of it."""
+        if fact not in _OF_TYPE or self.is_done:
+            return
+        for node in upwards(symbol.node):
+            if is_argument(node) and isinstance(value := self.values[node], Tensor):
+                asked = self.create_node("call_method", fact, (node,), {})
+                outcome = getattr(value, fact)()
+                self.create_node("call_function", check_branch, (asked, outcome, user_line()), {})
 
     def _varies(self, node: fx.Node) -> bool:
         """True if a value may have another number of parts in another call: a tensor that is cut into pieces of a size,
