@@ -1,11 +1,12 @@
-"""A plugin of pytest: the kernels are those of the library that the variable EMULATED_TILES names."""
+"""A plugin of pytest: the kernels are those of the library that the variable EMULATED_TILES names, whose table of
+forms is another than the package's."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from cadsurgery.kernels import library
+from cadsurgery.kernels import build, library
 
-_PATH = Path(os.environ["EMULATED_TILES"])
-library._of_package = lambda: (library.open_library(_PATH, is_own=False), _PATH)
+build.LIBRARY = Path(os.environ["EMULATED_TILES"])
+library._why_unusable = lambda path: ""
