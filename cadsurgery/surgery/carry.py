@@ -282,6 +282,7 @@ class Carrier(Tracer):
         """Add guards on the arguments that a tensor is computed from, where their type decides about a fact of it."""
         if fact not in _OF_TYPE or self.is_done:
             return
+        self.value(symbol)  # and so those of all that it is computed from
         for node in upwards(symbol.node):
             if is_argument(node) and isinstance(value := self.values[node], Tensor):
                 asked = self.create_node("call_method", fact, (node,), {})

@@ -89,7 +89,7 @@ typedef struct {
 /* Pack weights (groups * outputs, channels, taps) and constants of each output, each in memory of its own. */
 HELPER packed pack_by(pack *by, const void *weights, long groups, long outputs, long channels, long taps,
                       const void *const *constants) {
-    const unpacked from = {weights, groups, outputs, channels, taps, outputs * channels * taps, channels * taps, taps, 1};
+    const unpacked from = {weights, groups, outputs, channels, taps, outputs * channels * taps, channels * taps, taps, 1, NULL};
     long bytes;
     const long first = by(&from, constants, NULL, &bytes);
     if (first < 0) return (packed){NULL, NULL, 0};
@@ -192,7 +192,7 @@ HELPER reading random_reading(long count, long halo, long n, long taps, long cha
 #if defined(BF16) || defined(ELEMENT)
     rows[below(count * all)] = element_of(NAN);
 #endif
-    return (reading){rows, elements(halo * all), elements(all), table, count, n, taps, channels, all};
+    return (reading){rows, elements(halo * all), elements(all), table, count, n, taps, channels, all, NULL};
 }
 
 /* Channel `c` of the row that a tap of row `i` reads. */
@@ -415,7 +415,7 @@ static void mix_lines_law(void) {
         table[2 * n - 1] = table[2 * n - 2] = (int32_t)count - 1;
         sum *mix = NEW(sum, 2 * n);
         for (long i = 0; i < n; i++) mix[2 * i] = (sum)between(0, 1), mix[2 * i + 1] = 1 - mix[2 * i];
-        const reading in = {elements(lines * count * channels), NULL, NULL, table, count, n, 2, channels, channels};
+        const reading in = {elements(lines * count * channels), NULL, NULL, table, count, n, 2, channels, channels, NULL};
         element *out = NEW(element, lines * n * channels);
         SUFFIX(mix_lines)(&in, mix, lines, out);
         for (long i = 0; i < lines * n * channels; i++) {
@@ -505,7 +505,7 @@ static void fill_law(void) {
         const double least = with & WITH_LEAST ? 1e-5 : 0, low = with & WITH_REST ? 0 : -INFINITY;
         const element *floor = with & WITH_FLOOR ? elements(channels) : NULL;
         const element *more = with & WITH_REST ? elements(n * channels) : NULL;
-        const reading in = {elements(count * channels), NULL, NULL, table, count, n, 1, channels, channels};
+        const reading in = {elements(count * channels), NULL, NULL, table, count, n, 1, channels, channels, NULL};
         element *out = NEW(element, n * channels);
         SUFFIX(fill)(&in, with & WITH_THERE ? there : NULL, with & WITH_THERE ? index : NULL, with & WITH_SHARES ? shares : NULL,
                      weight, side, height, width, least, floor, more, out, low, INFINITY);
@@ -587,7 +587,7 @@ static void maps_law(void) {
         double *mix = NEW(double, 4 * PIXELS);
         int32_t *lines = NEW(int32_t, BATCH * HEIGHT);
         const map m = {index, anchors, levels, sides, targets, down, across, table, rank, lines, sources, mix, PIXELS, count, count,
-                       HEIGHT, WIDTH, HEIGHT, WIDTH, 3, 3, has_halo};
+                       HEIGHT, WIDTH, HEIGHT, WIDTH, 3, 3, has_halo, NULL};
         const long halo = SUFFIX(shift_taps)(&m);
         static long reads[PIXELS], entry_of[PIXELS]; /* of a pixel that is read inside a cell, and its entry */
         memset(reads, 0, sizeof reads);
@@ -751,7 +751,7 @@ static void invert_law(void) {
                 boxes[4 * cell + axis] = (int32_t)fmax(ceil(low - 1e-3), 0), boxes[4 * cell + 2 + axis] = (int32_t)floor(high + 1e-3);
             }
         const double enough = sizeof(sum) == 8 ? 1e-9 : 1e-3;
-        const warp one = {grid, samples, boxes, bent_rows, bent_columns, found, 1, N, M, H, W, HEIGHT, WIDTH};
+        const warp one = {grid, samples, boxes, bent_rows, bent_columns, found, 1, N, M, H, W, HEIGHT, WIDTH, NULL};
         SUFFIX(invert)(&one, enough);
         for (long i = 0; i < HEIGHT * WIDTH; i++) {
             const double y = point(samples, H, W, found[i], found[HEIGHT * WIDTH + i], 0);

@@ -79,7 +79,10 @@ def run_laws(name: str, *options: str, library: Path | None = None) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {isa.VARIABLE: name, "OMP_NUM_THREADS": "1"}
     if library is not None:
-        environment |= {"EMULATED_TILES": str(library), "PYTHONPATH": str(Path(__file__).parent)}
+        environment |= {
+            "EMULATED_TILES": str(library),
+            "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, ROOT))),
+        }
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", *LAWS, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -257,7 +257,7 @@ def test_a_trimap_without_labels_says_how_to_give_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "labels", [torch.zeros(2, 8, 8), torch.zeros(8, 8).long(), torch.zeros(0, 8, 8).long(), "a"]
+    "labels", [torch.zeros(1, 2, 8, 8), torch.zeros(8, 8).long(), torch.zeros(0, 8, 8).long(), "a"]
 )
 def test_labels_that_are_none_are_refused(labels: object) -> None:
     with pytest.raises(cs.InvalidInput) as caught, labelled(labels):  # type: ignore[arg-type]

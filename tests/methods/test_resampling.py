@@ -575,7 +575,7 @@ IMAGE, PLACES, SCORES = (
 @pytest.mark.parametrize(
     ("call", "kind", "words"),
     [
-        (lambda: boundaries(torch.rand(3, 4)), cs.InvalidInput, "a class for every pixel"),
+        (lambda: boundaries(torch.zeros(3)), cs.InvalidInput, "a class for every pixel"),
         (lambda: target_locations(torch.rand(3, 4)), cs.InvalidInput, "bool map"),  # type: ignore[arg-type]
         (lambda: target_locations(torch.ones(1, 4, dtype=torch.bool)), cs.InvalidInput, "2 x 2"),
         (lambda: target_locations(torch.ones(3, 4, dtype=torch.bool), 1), cs.InvalidInput, "integer of 2 to"),
