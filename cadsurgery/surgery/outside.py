@@ -107,7 +107,8 @@ class Outside:
                     Place((key,), name): space[name] for name in names if (id(space), name) not in written
                 }
         read = ((place, value) for place, value in values.items() if id(value) not in containers)
-        known = {place: _copied(value, code.names, with_tensors) for place, value in read}
+        copies = dict[tuple[int, int], Any]()
+        known = {place: _copied(value, code.names, with_tensors, copies) for place, value in read}
         return cls(
             {place: value for place, value in known.items() if value != _OPAQUE}, code.names, with_tensors
         )
@@ -144,7 +145,11 @@ class OutsideWatch:
         return known if is_whole else [(place, space) for place, space in known if place.name in space]
 
     def _now(self) -> list[Any]:
-        names, with_tensors, copies = self._outside.names, self._outside.with_tensors, dict[int, Any]()
+        names, with_tensors, copies = (
+            self._outside.names,
+            self._outside.with_tensors,
+            dict[tuple[int, int], Any](),
+        )
         return [
             value if type(value) in _PLAIN else _copied(value, names, with_tensors, copies)
             for value in [space.get(place.name, _GONE) for place, space in self._holders]
@@ -189,9 +194,7 @@ def _space_of(holder: str | type | tuple[str], net: nn.Module) -> Mapping[str, A
     if isinstance(holder, tuple):
         module = sys.modules.get(holder[0])
         return vars(module) if module is not None else None
-    if (
-        not holder
-    ):  # a converted network has the attributes of the original beside its own, an inference copy none
+    if not holder:  # a converted network has those of the original beside its own, an inference copy none
         original = _original_of(net)
         return vars(original) if isinstance(original, nn.Module) else None
     part = child(net, holder)
@@ -202,7 +205,7 @@ def _copied(
     value: Any,
     names: Collection[str],
     with_tensors: bool,
-    copies: dict[int, Any] | None = None,
+    copies: dict[tuple[int, int], Any],
     depth: int = 0,
 ) -> Any:
     """Return what of a value is compared: plain values as they are, functions by name, arrays by their numbers,
@@ -212,7 +215,7 @@ def _copied(
         value: the value.
         names: attributes of objects that are compared.
         with_tensors: compare small tensors by their numbers, too.
-        copies: results by object, for objects that many modules hold.
+        copies: results by object and depth, for objects that many modules hold.
         depth: number of containers and objects around it.
     """
     if isinstance(value, (*_PLAIN, *_PLAIN_OF_TORCH)):
@@ -224,12 +227,11 @@ def _copied(
         return (str(value.dtype), tuple(value.shape), repr(value.tolist())) if is_small else _OPAQUE
     if isinstance(value, (Tensor, nn.Module, ModuleType)) or depth == _DEEPEST:
         return _OPAQUE
-    copies = {} if copies is None else copies
-    if id(value) not in copies:
-        copies[id(value)] = _OPAQUE  # of an object that holds itself
+    key = id(value), depth  # deeper ones are looked into less
+    if key not in copies:
         copy = partial(_copied, names=names, with_tensors=with_tensors, copies=copies, depth=depth + 1)
-        copies[id(value)] = _parts_of(value, names, copy)
-    return copies[id(value)]
+        copies[key] = _parts_of(value, names, copy)
+    return copies[key]
 
 
 def _parts_of(value: Any, names: Collection[str], copy: Callable[[Any], Any]) -> Any:

@@ -303,3 +303,27 @@ def test_attributes_of_all_kinds_are_read_anew(change: Callable[[Any], object]) 
     change(net)
     assert float((model(x) - before).abs().max()) > 0.01
     assert_same(net(x), model(x))
+
+
+def test_an_object_that_is_held_at_several_depths_is_compared_as_a_whole_at_each() -> None:
+    """Met first inside others, where nothing deeper is looked into, and then alone."""
+
+    class Holds(Encoder):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = SimpleNamespace(gains={"first": [2.0, 3.0]})
+            self.around = [[[inner]]]
+            self.inner = inner
+            inner.itself = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.encode(x) * len(self.around[0][0])
+            return y * self.inner.itself.gains["first"][1]
+
+    model, x = randomise(Holds()).eval(), images(1, 64, 96)
+    net = convert(model, {"output_stride": (1, 4)})
+    assert_same(net(x), model(x))
+    assert not net._ways  # nothing has changed
+    for each in (net, model):
+        each.inner.gains["first"][1] = 7.0
+    assert_same(net(x), model(x))
