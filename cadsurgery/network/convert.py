@@ -20,6 +20,7 @@ from cadsurgery.surgery.outside import Outside
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
+from cadsurgery.surgery.tracer import is_constant
 from cadsurgery.surgery.verify import Case, verify
 
 
@@ -45,7 +46,7 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
             facts.model,
             {str(node.target) for node in graph.nodes if node.op == "call_module"},
             facts.kept.written if facts.kept is not None else (),
-            any("_tensor_constant" in str(node.target) for node in used),
+            any(map(is_constant, used)),
         ),
     )
 

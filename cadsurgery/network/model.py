@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from threading import RLock
 from types import SimpleNamespace
 from typing import Any
@@ -53,9 +54,7 @@ from cadsurgery.surgery.verify import Check
 
 # Tracing patches functions of torch, so only one thread traces at a time; a waiting thread reuses the traced program.
 _FOLLOWING = RLock()
-_MOST_TRIED = (
-    5  # paths that were read for other calls and are tried, the latest first, before the network is read anew
-)
+_MOST_TRIED = 4  # the latest paths read for other calls, which are tried before the network is read anew
 
 
 class AdaptiveModel(ProgramNetwork):
@@ -145,7 +144,7 @@ class AdaptiveModel(ProgramNetwork):
         except GuardFailed as refusal:
             if call in self._ways:
                 raise
-            for way in list(dict.fromkeys(self._ways.values()))[:-_MOST_TRIED:-1]:
+            for way in islice(dict.fromkeys(reversed(self._ways.values())), _MOST_TRIED):
                 with contextlib.suppress(Exception):  # a path for other calls may raise any error
                     result = run(way, arguments)
                     self._ways[call] = way

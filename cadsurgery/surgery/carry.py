@@ -30,7 +30,7 @@ from cadsurgery.surgery.arguments import AnyLayout, Inputs
 from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.hooks import prepare_weights
-from cadsurgery.surgery.tracer import HOOKS, Tracer, Unknown, Value, cuts_channels
+from cadsurgery.surgery.tracer import HOOKS, Tracer, Unknown, Value, cuts_channels, is_constant
 
 # Functions whose result size depends on values.
 _SELECTIONS = frozenset(
@@ -211,10 +211,7 @@ class Carrier(Tracer):
     def may_know_values(self) -> bool:
         """True if values of the example may be constants of the graph: it has tensors that are none of the network's,
         or hooks ran on the example."""
-        constants = any(
-            node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in self.graph.nodes
-        )
-        return constants or self._foreign
+        return self._foreign or any(map(is_constant, self.graph.nodes))
 
     def is_tracing(self) -> bool:
         """True if the code that runs is traced, and not an operation that runs on the example."""

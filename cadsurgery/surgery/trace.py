@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from cadsurgery.surgery.arguments import Arguments, Inputs, has_numbers, with_ot
 from cadsurgery.surgery.carry import Carrier, asking_types, is_argument, symbols_in_python
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.state import State
-from cadsurgery.surgery.tracer import Functions, NeedsValue, Tracer, assign
+from cadsurgery.surgery.tracer import CONSTANT, Functions, NeedsValue, Tracer, assign, is_constant
 
 
 class CannotFollow(CannotConvert):
@@ -176,15 +175,12 @@ class ByExample(Exception):
     """The graph has a value of the example as a constant, such as one that a hook has noted."""
 
 
-_NUMBERED = re.compile(r"_tensor_constant\d+")
-
-
 def _first_difference(model: nn.Module, graph: fx.Graph, other: fx.Graph) -> str | None:
     """Return the line at which two graphs of a network differ, with a word before it; None if they are the same."""
-    if _NUMBERED.sub("", str(graph)) != _NUMBERED.sub("", str(other)):
+    if CONSTANT.sub("", str(graph)) != CONSTANT.sub("", str(other)):
         return ""
     for ours, theirs in zip(graph.nodes, other.nodes, strict=True):
-        if ours.op == "get_attr" and _NUMBERED.fullmatch(str(ours.target)):
+        if is_constant(ours):
             values = (getattr(model, str(node.target)) for node in (ours, theirs))
             if not torch.equal(*values):
                 lines = [line for line in (ours.stack_trace or "").splitlines() if line.strip()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -75,6 +76,16 @@ _WEIGHTED: dict[int, tuple[type[nn.Module], ...]] = {
     1: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm),
     -1: (nn.Linear, nn.LayerNorm),
 }
+
+
+CONSTANT = re.compile(
+    r"_tensor_constant\d+"
+)  # attributes that torch.fx makes of tensors that are none of the network's
+
+
+def is_constant(node: fx.Node) -> bool:
+    """True if a node is a tensor that Python code made or found beside the network's own while it was traced."""
+    return node.op == "get_attr" and CONSTANT.fullmatch(str(node.target)) is not None
 
 
 def cuts_channels(node: fx.Node, root: nn.Module) -> bool:
