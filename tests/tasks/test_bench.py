@@ -404,6 +404,7 @@ def test_a_dense_twin_for_engines_resizes_as_anyone_would(mode: str, size: dict[
 @pytest.mark.slow
 def test_a_file_that_differs_is_not_measured(tmp_path: Path) -> None:
     class Wrong(Engine):
+        package = "onnxruntime"
         format = "onnx"
 
         def __init__(self, path: Path, threads: int = 0) -> None: ...
