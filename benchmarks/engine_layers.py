@@ -35,7 +35,7 @@ from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network.export.engines import engines_for
 from cadsurgery.network.export.int8 import to_8_bits
-from cadsurgery.network.export.kernels import add_functions
+from cadsurgery.network.export.kernels import declare_kernels
 from cadsurgery.network.export.onnx import translate
 from cadsurgery.network.export.translate import TABLE
 from cadsurgery.support.errors import CannotConvert
@@ -179,7 +179,7 @@ def write(module: Layers, inputs: tuple[Tensor, ...], path: Path) -> None:
     model = translate(
         program, "", custom_translation_table=TABLE, optimize=True, input_names=names, output_names=("y",)
     )
-    add_functions(model.model)
+    declare_kernels(model.model)
     model.save(path)
 
 
