@@ -62,7 +62,7 @@ WEIGHTS = FileKind(
 )
 CONVERTED = FileKind(
     "a converted network",
-    "cadsurgery run {path} IMAGES runs it; plan, macs, eval, export and push take it as it is, and mask as -m {path}.",
+    "cadsurgery run {path} IMAGES runs it; plan, macs, eval and export take it as it is, and mask as -m {path}.",
 )
 EXPORTED = FileKind(
     "a program exported by torch",

@@ -28,7 +28,7 @@ from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
 
 SIZE = (96, 128)
 COMMANDS = (
-    *("convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "finetune", "list", "push"),
+    *("convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "finetune", "list"),
     "recommend",
     "keypoints extract",
 )

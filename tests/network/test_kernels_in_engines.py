@@ -781,9 +781,7 @@ def test_a_file_says_how_it_is_opened_and_is_refused_elsewhere(
     text = {one.key: one.value for one in written.metadata_props}.get("cadsurgery.kernels", "")
     assert text == written.doc_string
     (tmp_path / "photo.png").write_bytes(b"")
-    refusals = [
-        command_line(*words).err for words in (("run", path, "photo.png"), ("push", path, "owner/name"))
-    ]
+    refusals = [command_line("run", path, "photo.png").err]
     for told in [text, *refusals]:
         assert ('add_extension(cadsurgery.kernels_for("openvino"))' in " ".join(told.split())) is with_kernels
     assert all("onnxruntime.InferenceSession" in told and "cs.save" in told for told in refusals)
