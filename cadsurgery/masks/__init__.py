@@ -16,7 +16,7 @@ from cadsurgery.masks.keypoints import KeypointMask
 from cadsurgery.masks.learned import EstimatedMask, LearnedMask
 from cadsurgery.masks.preview import PreviewMask
 from cadsurgery.masks.provider import FineMapSpec, Grid, MaskProvider, list_masks, mask_provider
-from cadsurgery.masks.scored import ConfidenceMask, DetailMask, SaliencyMask
+from cadsurgery.masks.scored import ConfidenceMask, DetailMask
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.masks.wrappers import Budget, Dilate, MaskWrapper, Smooth, Threshold, Union

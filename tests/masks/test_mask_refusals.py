@@ -117,12 +117,15 @@ REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
     ("edges | gradient", cs.InvalidInput, "'gradient' cannot stand behind a pipe", "edges + gradient"),
     ("edges + dilate:size=3", cs.InvalidInput, "'dilate' needs another mask", "edges | dilate:size=3"),
     # Functions by name, and keypoints.
-    ("saliency:function=usersaliency:brigt", cs.UnknownName, "bright"),
-    ("saliency:function=nomodule:f", cs.UnknownName, "cannot be imported"),
-    ("saliency:function=usersaliency", cs.InvalidInput, "saliency:function="),
-    ("saliency:function=usersaliency:number", cs.InvalidInput, "module:function"),
-    ("saliency:threshold=0.1/0.5", cs.InvalidInput, "0.5/0.1"),
-    ("saliency:threshold=nan", cs.InvalidInput, "0.35"),
+    ("usermasks:brigt", cs.UnknownName, "bright"),
+    ("nomodule:f", cs.UnknownName, "cannot be imported"),
+    ("usermasks:", cs.InvalidInput, "my_module:my_function"),
+    (":bright", cs.InvalidInput, "my_module:my_function"),
+    ("usermasks:number", cs.InvalidInput, "module:function"),
+    ("edges | usermasks:bright", cs.UnknownName, "mask wrapper"),
+    ("saliency:threshold=0.5", cs.InvalidInput, "detail", "module:function"),
+    ("detail:threshold=0.1/0.5", cs.InvalidInput, "0.5/0.1"),
+    ("detail:threshold=nan", cs.InvalidInput, "0.35"),
     ("keypoints:dilations=4", cs.InvalidInput, "odd"),
     ("keypoints:dilations=5/8/5", cs.InvalidInput, "odd"),
     ("keypoints:dilations=5.5", cs.InvalidInput, "dilations=51"),
@@ -144,7 +147,7 @@ REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
 @pytest.fixture(autouse=True)
 def user_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module of a user, with functions and something that is none."""
-    for name in ("usersaliency", "userpoints"):
+    for name in ("usermasks", "userpoints"):
         module = ModuleType(name)
         vars(module).update(bright=torch.mean, corners=torch.mean, number=3)
         monkeypatch.setitem(sys.modules, name, module)
@@ -170,7 +173,6 @@ def test_outside_of_a_network_there_is_no_pass_to_look_at(text: str) -> None:
     [
         ("edges:threshold=0.9/0.5/0.1", "thresholds"),
         ("gradient:threshold=3/2/1", "thresholds"),
-        ("saliency:threshold=3/2/1", "thresholds"),
         ("detail:threshold=3/2/1", "thresholds"),
         ("confidence:threshold=0.9/0.5/0.1", "thresholds"),
         ("edges | threshold:at=3/2/1", "thresholds"),
