@@ -50,8 +50,6 @@ MASKS: dict[str, dict[str, str]] = {
     "see-network": {
         "detail": "detail | budget:fraction=0.2",
         "confidence": "confidence | budget:fraction=0.2",
-        "gain": "gain | budget:fraction=0.2",
-        "oracle": "oracle | budget:fraction=0.2",
         "learned": "learned | budget:fraction=0.2",
         "preview": "preview | budget:fraction=0.2",
     },

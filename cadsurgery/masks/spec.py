@@ -31,6 +31,9 @@ _MARKS = re.compile(r"([|()]|\+(?!\s*[\d.]))")  # the plus of 1e+16 belongs to a
 _END = ""
 _GONE = {  # what to use instead of masks that were here, which files may name
     "saliency": '"detail", or module:function for a function of your own',
+    **dict.fromkeys(
+        ("gain", "oracle"), '"detail", or a mask of recipes/voc_deeplab/gain.py, which is imported first'
+    ),
 }
 _MAX_MARKS = 64  # masks are read, written and evaluated recursively
 

@@ -81,10 +81,7 @@ REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
     ("detail:threshold=1/2", cs.InvalidInput, "threshold"),
     ("confidence:threshold=nan", cs.InvalidInput, "threshold"),
     ("confidence:sigma=nan", cs.InvalidInput, "sigma"),
-    ("gain:tolerance=nan", cs.InvalidInput, "tolerance"),
-    ("gain:channels=8/8", cs.InvalidInput, "channels"),
-    ("oracle:tolerance=nan", cs.InvalidInput, "tolerance"),
-    ("oracle:sigma=-1", cs.InvalidInput, "sigma"),
+    ("learned:channels=8/8", cs.InvalidInput, "channels"),
     ("confidence:measure=variance", cs.UnknownName, "measure"),
     # Pipes, pluses and parentheses.
     ("budget:fraction=0.3", cs.InvalidInput, "'budget' needs another mask", '"edges | budget:fraction=0.3"'),
@@ -161,7 +158,7 @@ def test_a_text_that_is_no_mask_is_refused_with_what_helps(row: tuple[Any, ...])
     assert caught.value.next and all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("text", ["confidence", "oracle", "keypoints:detector=own", "preview"])
+@pytest.mark.parametrize("text", ["confidence", "keypoints:detector=own", "preview"])
 def test_outside_of_a_network_there_is_no_pass_to_look_at(text: str) -> None:
     image = torch.zeros(1, 3, 32, 32)
     with pytest.raises(cs.InvalidInput, match=r"no (first pass|preview)"):

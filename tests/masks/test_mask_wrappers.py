@@ -26,7 +26,6 @@ from cadsurgery.masks import (
     FineMapSpec,
     FixedMask,
     FunctionMask,
-    GainMask,
     GradientMask,
     KeypointMask,
     LearnedMask,
@@ -402,7 +401,7 @@ LEAVES = st.one_of(
     ),
     st.sampled_from(
         [
-            *("all", "none", "content", "preview", "gain", "oracle", "detail:threshold=2/0.5"),
+            *("all", "none", "content", "preview", "detail:threshold=2/0.5"),
             *("confidence:measure=entropy,threshold=0.95,sigma=0", "learned:channels=8/6/4,seed=4"),
         ]
     ).map(resolve_mask),
@@ -467,11 +466,11 @@ def test_a_function_is_not_stored_and_load_asks_for_a_mask(mask: MaskProvider, t
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("gain | budget:fraction=0.2", GainMask),
+        ("gradient | budget:fraction=0.2", GradientMask),
         ("learned | dilate:size=3", LearnedMask),
-        ("gain + edges", GainMask),
+        ("edges + learned", LearnedMask),
     ],
 )
-def test_a_mask_is_found_inside_others(text: str, kind: type[GainMask] | type[LearnedMask]) -> None:
+def test_a_mask_is_found_inside_others(text: str, kind: type[GradientMask] | type[LearnedMask]) -> None:
     mask = resolve_mask(text)
     assert isinstance(mask.find(kind), kind) and resolve_mask("edges").find(kind) is None
