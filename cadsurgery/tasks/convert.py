@@ -78,7 +78,8 @@ def convert(
     if kind := methods.get(method):
         refuse_precision(precision, kind.words)
         make, suffix = kind.convert, method
-        options = dict({"anytime": exits, "sampling": gates, "resampling": sampling}[method] or {})
+        of_groups = {"exits": exits, "gates": gates, "sampler": sampling}
+        options = dict(of_groups[kind.network.group] or {})
     else:
         resolve_mask(mask)  # a typo should not wait for the network to be built
         check_precision(precision, calibration, largest_error)
