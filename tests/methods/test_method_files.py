@@ -80,11 +80,9 @@ def test_what_other_networks_have_is_refused(
     assert refused.code == 1 and words in refused.err
 
 
-def test_export_and_push_say_what_to_do_instead(made: tuple[Any, Path, str], command_line: Run) -> None:
+def test_export_says_what_to_do_instead(made: tuple[Any, Path, str], command_line: Run) -> None:
     refused = command_line("export", str(made[1]), "--trust")
     assert refused.code == 1 and "cadsurgery run" in refused.err
-    refused = command_line("push", str(made[1]), "owner/name", "--license", "mit", "--trust")
-    assert refused.code == 1 and "hf upload" in refused.err
 
 
 # -- files and copies ----------------------------------------------------------------------------------
