@@ -30,7 +30,7 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
     runs_own = (plan.part or plan.floors) and plan.identity_level is not None
     unchanged = unchanged_graph(facts, plan) if runs_own else None
     used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
-    inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
+    inside = {decision.node for decision in plan.decisions if decision.on_elements}
     operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
     graph = rewrite(flow, plan, guided=geometry.fill == "guided")
     return Program(

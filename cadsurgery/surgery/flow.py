@@ -74,6 +74,11 @@ class Flow:
         """Return the maps that a node reads."""
         return [source for source in node.all_input_nodes if self.role[source] is Role.MAP]
 
+    def only_asks(self, node: fx.Node) -> bool:
+        """True if a node reads only the size of a map."""
+        asks = self.treatments[node].kind == "shape" and node.op != "output"
+        return asks or self.role[node] is Role.VECTOR
+
     def at_exit(self, node: fx.Node) -> bool:
         """True if a resize can read elements at arbitrary points and return a dense map."""
         operation = self.treatments[node].operation

@@ -82,7 +82,7 @@ class Rewriter:
                 self.graph.erase_node(copied)
                 self.graph.output((value, self.lattice))
                 break
-            if decision.action in ("adapt", "keep"):
+            if decision.on_elements:
                 self.emit(node, decision, treatment)
             elif decision.leaves == "resized":
                 self.dense[node] = self.resize_to_dense(node, treatment)
