@@ -7,7 +7,6 @@ from cadsurgery.elements.backends.dense import Uniform, WholeMap
 from cadsurgery.elements.backends.floors import WithoutOverlap
 from cadsurgery.elements.backends.gpu import Triton
 from cadsurgery.elements.backends.graph import GraphOperation
-from cadsurgery.elements.backends.integer import Integers
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.portable import Portable
 from cadsurgery.elements.backends.products import Products
@@ -21,7 +20,6 @@ BACKENDS[:] = [
     Triton(),  # GPUs, gathering and multiplying in one kernel
     WholeMap(),  # the whole map, if it is cheaper by the table of costs
     Native(),  # compiled C that reads rows in place
-    Integers(),  # compiled C for rows in 8 bits
     Products(),  # products of rows, in place or gathered block by block
     Expression(),  # any other graph, as an expression that compilers optimise
     Torch(),  # the reference, which supports every work, with gradients
