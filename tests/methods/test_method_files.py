@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, images, slow
+from conftest import Run, images, rewritten, slow
 from decisions import half_open
 from networks import Segmenter
 from torch import nn
@@ -108,10 +108,18 @@ def adaptive(model: nn.Module) -> nn.Module:
     return cs.adaptify(model, "detail", verify_laws=False)
 
 
+def test_a_file_that_triangulates_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
+    net, file = sampled("uniform"), tmp_path / "net.safetensors"
+    cs.save(net, file)
+    rewritten(file, lambda told: told["options"].update(back="triangulation"))
+    with pytest.raises(cs.FileError, match=r"(?s)'triangulation'.*is gone.*cs\.resample"):
+        cs.load(file, Segmenter().eval())
+
+
 NETWORKS: dict[str, Callable[[], Any]] = {
     "exits": lambda: with_exits((0.2, 0.3)),
     "gates": with_gates,
-    "sampled around edges": lambda: sampled("edges:threshold=0.2", share=0.1, back="triangulation"),
+    "sampled around edges": lambda: sampled("edges:threshold=0.2", share=0.1),
     "sampled as learned": lambda: sampled("learned", grid=5, smoothness=0.5, targets=(1, 2)),
     "sampled at labels": lambda: sampled("labels", targets=None, ignore=None, mode="bilinear"),
     "sampled before masks": lambda: sampled("uniform", adaptive),
