@@ -101,17 +101,16 @@ def _of_every_plan(
     flow: Flow, decisions: Sequence[Decision], region: RegionOption, part: str
 ) -> dict[str, Any]:
     """Return the fields of a plan that do not depend on what its levels mean."""
-    facts = flow.facts
     return {
         "decisions": tuple(decisions),
         "region": region if isinstance(region, str) else tuple(region),
-        "example_shape": tuple(facts.example.shape),
+        "example_shape": tuple(flow.example.shape),
         "outputs": tuple(
-            (node.name, flow.grid[node]) for node in facts.outputs if flow.role[node] is Role.MAP
+            (node.name, flow.grid[node]) for node in flow.outputs if flow.role[node] is Role.MAP
         ),
         "part": part,
-        "call": describe_call(facts.model, facts.arguments),
-        "not_counted": tuple(facts.not_counted),
+        "call": describe_call(flow.model, flow.arguments),
+        "not_counted": tuple(flow.not_counted),
         "around": _around(flow, decisions),
     }
 
@@ -119,9 +118,9 @@ def _of_every_plan(
 def _around(flow: Flow, decisions: Sequence[Decision]) -> int:
     """Return the pixels by which paddings in front make the first map of the region longer than the image."""
     first = next(decision.node for decision in decisions if decision.action == "enter")
-    node = next(node for node in flow.facts.graph.nodes if node.name == first)
-    spacing, size = flow.grid[node], flow.facts.images.get(node, ())
-    more = [spacing * length - side for length, side in zip(size, flow.facts.example.shape[2:], strict=False)]
+    node = next(node for node in flow.graph.nodes if node.name == first)
+    spacing, size = flow.grid[node], flow.images.get(node, ())
+    more = [spacing * length - side for length, side in zip(size, flow.example.shape[2:], strict=False)]
     if not more or min(more) <= 2 * spacing or max(more) - min(more) >= spacing:
         return 0
     while flow.maps(node):
@@ -134,7 +133,7 @@ def _around(flow: Flow, decisions: Sequence[Decision]) -> int:
 def _is_of_windows(node: fx.Node, flow: Flow) -> bool:
     """True for an operation whose map is longer than the one that it reads by its padding alone."""
     kind = flow.treatments[node].kind
-    return kind in ("window", "pointwise", "pad", "join") or (kind == "barrier" and flow.facts.macs[node] > 0)
+    return kind in ("window", "pointwise", "pad", "join") or (kind == "barrier" and flow.macs[node] > 0)
 
 
 def _plan_of_floors(
@@ -219,9 +218,8 @@ def _choose(readings: Sequence[Reading], asked: tuple[int, int] | None) -> tuple
 
 def _strided_barriers(flow: Flow) -> list[str]:
     """Return why strided operations are no adaptive stages, one clause for each."""
-    facts = flow.facts
     return [
-        f"; {facts.path(node) or node.name} ({operation_name(node, facts)}) is no adaptive stage: {barrier.why}"
+        f"; {flow.path(node) or node.name} ({operation_name(node, flow)}) is no adaptive stage: {barrier.why}"
         for node, barrier in flow.barriers.items()
         if barrier.cause is Cause.OPERATION
         and any(flow.grid.get(node, 0) > flow.grid[source] for source in flow.maps(node))
@@ -252,7 +250,7 @@ def _identity_level(flow: Flow, region: Region, max_level: int) -> int | None:
 def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
     """Return a decision for each node, in order."""
     decide = _Deciding(flow, region, fine_outputs)
-    return [decide(node) for node in flow.facts.graph.nodes]
+    return [decide(node) for node in flow.graph.nodes]
 
 
 class _Deciding:
@@ -272,7 +270,7 @@ class _Deciding:
         self.flow, self.region = flow, region
         self.resized = _resized(flow, region)
         self.sizes = _leaving_sizes(flow, region, self.resized, fine_outputs)
-        self.read = {node: region.read_by(node) for node in flow.facts.graph.nodes}
+        self.read = {node: region.read_by(node) for node in flow.graph.nodes}
         self.on_elements = region.on_elements
         self.ends = {
             node
@@ -288,7 +286,7 @@ class _Deciding:
 
     def __call__(self, node: fx.Node) -> Decision:
         """Return the decision for a node."""
-        flow, facts, treatment = self.flow, self.flow.facts, self.flow.treatments[node]
+        flow, facts, treatment = self.flow, self.flow, self.flow.treatments[node]
         high, is_end = self.region.strides[0], node in self.ends
         action, reason = self._judge(node)
         window = treatment.window if node in self.on_elements and treatment.kind != "pad" else None
@@ -366,7 +364,7 @@ def _resized(flow: Flow, region: Region) -> frozenset[fx.Node]:
         for node in (() if region.floors else flow.last)
         if flow.at_exit(node)
         and all(map(region.has, flow.maps(node)))
-        and flow.facts.layout(flow.maps(node)[0]) == NCHW
+        and flow.layout(flow.maps(node)[0]) == NCHW
         and (
             flow.grid[flow.maps(node)[0]] > high
             or dict(flow.treatments[node].arguments)["mode"] != "bilinear"
@@ -385,9 +383,7 @@ def _leaving_sizes(
         if region.has(node) and readers:
             # A flattened map does not tell its height and width: its readers rely on the network's own.
             returned = (
-                fine_outputs
-                and "h" in flow.facts.layouts[node]
-                and all(user.op == "output" for user in readers)
+                fine_outputs and "h" in flow.layouts[node] and all(user.op == "output" for user in readers)
             )
             fine = flow.grid[node] == region.strides[0] or returned
             fine = fine and flow.treatments[node].leaves_by is None
@@ -439,11 +435,11 @@ def _floor_of(node: fx.Node, region: Region, coarsest: int) -> int:
 
 def _macs_at(node: fx.Node, flow: Flow, size: Sequence[int], floor: int = 1) -> float:
     """Return a node's multiply-accumulates on one image; of a map they are proportional to its positions."""
-    macs = flow.facts.macs[node] / len(flow.facts.example)
+    macs = flow.macs[node] / len(flow.example)
     if not macs or flow.role[node] is not Role.MAP:
         return macs
-    own, grid = flow.facts.images[node], flow.grid[node]
-    is_example = tuple(size) == tuple(flow.facts.example.shape[2:])
+    own, grid = flow.images[node], flow.grid[node]
+    is_example = tuple(size) == tuple(flow.example.shape[2:])
     sides = own if is_example else [divide_up(length, grid) for length in size]
     step = max(1, floor // grid)
     return macs * math.prod(divide_up(side, step) for side in sides) / math.prod(own)

@@ -120,7 +120,7 @@ def _read(settled: Settled, in_stages: bool) -> Reading:
 def _is_consistent(flow: Flow) -> bool:
     """True if at most half of the work after removed strides depends on windows that would read inside the cells."""
     behind, finer = _behind(flow)
-    macs = flow.facts.macs
+    macs = flow.macs
     return bool(behind) and 2 * sum(macs[node] for node in finer) <= sum(macs[node] for node in behind)
 
 
@@ -163,9 +163,9 @@ def _choose_strides(
     # If a barrier, e.g. attention in the last stages, leaves little work in that region, others are compared. If a
     # branch to a finer output has most of the work, the coarsest with enough work is chosen.
     work = {high: _macs_of(flow, region.readers) for high, region in regions.items()}
-    returns_map = any(flow.role[node] is Role.MAP for node in flow.facts.outputs)
+    returns_map = any(flow.role[node] is Role.MAP for node in flow.outputs)
     finer = returns_map and any(_comes_back(node, flow) and grid <= usual for node, grid in flow.grid.items())
-    most, enough = max(work.values()), ENOUGH * sum(flow.facts.macs.values())
+    most, enough = max(work.values()), ENOUGH * sum(flow.macs.values())
     if finer and _macs_of(flow, regions[usual].on_elements) < (enough if enough <= most else most / 4):
         enough = min(enough, most / 2)
     else:
@@ -185,7 +185,7 @@ def _comes_back(node: fx.Node, flow: Flow) -> bool:
 
 def _macs_of(flow: Flow, nodes: Iterable[fx.Node]) -> int:
     """Return the multiply-accumulates of some nodes."""
-    return sum(flow.facts.macs[node] for node in nodes)
+    return sum(flow.macs[node] for node in nodes)
 
 
 def _trunk(flow: Flow, low: int) -> int:
@@ -193,7 +193,7 @@ def _trunk(flow: Flow, low: int) -> int:
     work: dict[int, int] = {}
     ends: set[int] = set()
     for node, grid in flow.grid.items():
-        work[grid] = work.get(grid, 0) + flow.facts.macs[node]
+        work[grid] = work.get(grid, 0) + flow.macs[node]
         for user in node.users:
             last = flow.treatments[user].kind == "global" or user in flow.last
             if last or user in flow.barriers or user.op == "output":

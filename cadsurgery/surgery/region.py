@@ -61,13 +61,13 @@ class Region:
     @cached_property
     def maps(self) -> frozenset[fx.Node]:
         """The maps beyond the first lattice, and the padded maps that windows of the region read."""
-        pads = (pad for pad in self.flow.facts.pads if any(map(self.has, pad.users)))
+        pads = (pad for pad in self.flow.pads if any(map(self.has, pad.users)))
         return frozenset((*filter(self.has, self.needed), *pads))
 
     @cached_property
     def on_elements(self) -> frozenset[fx.Node]:
         """The nodes that run on elements: those of these maps, and those that read elements last."""
-        nodes = self.flow.facts.graph.nodes
+        nodes = self.flow.graph.nodes
         return self.maps | {node for node in nodes if self.reads_last(node, self.read_by(node))}
 
     @cached_property
@@ -75,7 +75,7 @@ class Region:
         """The operations of the region that read maps beyond the first lattice."""
         return [
             node
-            for node in self.flow.facts.graph.nodes
+            for node in self.flow.graph.nodes
             if any(map(self.has, self.flow.maps(node)))
             and node not in self.flow.barriers
             and (node in self.needed or self.flow.treatments[node].kind == "global")
@@ -112,12 +112,12 @@ def region_of(flow: Flow, high: int) -> Region:
     Maps at the high output stride or finer are dense and exact wherever they are in the graph. The region can therefore
     start again where such a map is downsampled, as in networks with parallel branches.
     """
-    facts, outside = flow.facts, set[fx.Node]()
-    for node in facts.graph.nodes:
+    outside = set[fx.Node]()
+    for node in flow.graph.nodes:
         coarse = flow.role[node] is Role.MAP and flow.spacing[node] > high
         if coarse and (node in flow.barriers or _reads_outside(node, flow, high, outside)):
             outside.add(node)
-    inside = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP and node not in outside]
+    inside = [node for node in flow.graph.nodes if flow.role[node] is Role.MAP and node not in outside]
     strides = [high]
     for spacing in sorted({flow.spacing[node] for node in inside if node not in flow.barriers}):
         if spacing > strides[-1] and spacing % strides[-1] == 0:
@@ -130,7 +130,7 @@ def region_of(flow: Flow, high: int) -> Region:
         else:
             uses = [use for use in (_need(node, user, flow, region) for user in node.users) if use]
             region.needed[node] = min(uses, default=_floor(region, flow.spacing[node]))
-        if node not in facts.shapes:  # a split: its parts, such as halves of the channels, share its lattice
+        if node not in flow.shapes:  # a split: its parts, such as halves of the channels, share its lattice
             parts = [part for part in node.users if part in region.needed]
             region.needed.update(dict.fromkeys(parts, region.needed[node]))
     _finish_dense(inside, flow, region)
@@ -142,7 +142,7 @@ def region_of(flow: Flow, high: int) -> Region:
     }
     foreign = any(flow.grid[node] != high for node in entering)  # the fine map would not be the network's own
     # The first size is that of the fine map. Padding belongs to the window that reads it, not to a map.
-    sizes = [facts.images[node] for node in facts.graph.nodes if node in entering and node not in facts.pads]
+    sizes = [flow.images[node] for node in flow.graph.nodes if node in entering and node not in flow.pads]
     grown = any(length > most for size in sizes for length, most in zip(size, sizes[0], strict=True))
     if foreign or grown or (sizes and any(_outgrows(node, sizes[0], flow, region) for node in inside)):
         return Region(flow, (high,), frozenset(outside), dict.fromkeys(inside, high))
@@ -154,8 +154,8 @@ def floor_region(flow: Flow, coarsest: int) -> Region | None:
     weights on that no barrier cuts off. Every map of it stays on the network's own grid where it is kept. None if the
     strides of the maps do not lead to `coarsest`.
     """
-    facts, outside, before = flow.facts, set[fx.Node](), set[fx.Node]()
-    maps = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP]
+    outside, before = set[fx.Node](), set[fx.Node]()
+    maps = [node for node in flow.graph.nodes if flow.role[node] is Role.MAP]
     for node in maps:
         if _is_of_pixels(node, flow, before) or _grows(node, flow, before):
             before.add(node)
@@ -178,7 +178,7 @@ def _is_of_pixels(node: fx.Node, flow: Flow, before: Collection[fx.Node]) -> boo
     """True for the image and for what is computed from each of its pixels alone, without weights."""
     if not flow.maps(node):
         return flow.grid[node] == 1 and node not in flow.barriers
-    alone = flow.treatments[node].kind in ("pointwise", "join") and not flow.facts.macs[node]
+    alone = flow.treatments[node].kind in ("pointwise", "join") and not flow.macs[node]
     return alone and node not in flow.barriers and all(source in before for source in flow.maps(node))
 
 
@@ -202,7 +202,7 @@ def _outgrows(node: fx.Node, fine: tuple[int, int], flow: Flow, region: Region) 
         return False
     spacing, side = (stride // region.strides[0] for stride in (flow.grid[node], region.strides[-1]))
     rooms = (-(-length // side) * side for length in fine)  # whole cells
-    samples = flow.facts.images.get(node, (0, 0))
+    samples = flow.images.get(node, (0, 0))
     return any((count - 1) * spacing >= room for count, room in zip(samples, rooms, strict=True))
 
 
@@ -213,7 +213,7 @@ def _finish_dense(inside: list[fx.Node], flow: Flow, region: Region) -> None:
     for node in inside:
         sources = flow.maps(node)
         is_behind = len(sources) == 1 and sources[0] in dense and len(sources[0].users) == 1
-        if node not in flow.facts.shapes:  # a split is no map; its parts would enter one by one
+        if node not in flow.shapes:  # a split is no map; its parts would enter one by one
             continue
         if is_behind and flow.treatments[node].kind == "pointwise" and node not in flow.barriers:
             region.needed[node] = region.strides[0]
