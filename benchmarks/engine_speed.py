@@ -150,11 +150,8 @@ def measure(name: str, precision: str, folder: Path, data: Path | None, rounds: 
             if path.exists():
                 run = engine_for(engine, with_kernels=side == WITH_KERNELS)(path, 1)
                 calls[f"{side} in {engine}"] = partial(run, small if side == SMALL else image)
-    in_8_bits: Mapping[str, Any] = (
-        {"precision": "int8", "calibration": [image]} if precision == "int8" else {}
-    )
-    calls[f"{CONVERTED} in torch"] = partial(net.optimize(**in_8_bits), image)
-    if not in_8_bits:
+    if precision == "float32":
+        calls[f"{CONVERTED} in torch"] = partial(net.optimize(), image)
         for side, level in ((HIGH, 0), (LOW, net.geometry.max_level)):
             calls[f"{side} in torch"] = partial(dense_twin(net, level, image), image)
     times = interleaved(calls, rounds=rounds)

@@ -42,7 +42,6 @@ from .network.export import export as export
 from .network.export.kernels import kernels_for as kernels_for
 from .network.model import AdaptiveModel as AdaptiveModel
 from .network.points import macs_at as macs_at, read_at as read_at
-from .network.stem import CachedStem as CachedStem, body_of as body_of, stem_outputs as stem_outputs
 from .support.errors import (
     CadError as CadError,
     CadWarning as CadWarning,

@@ -34,7 +34,6 @@ GROUPS = {
     "Evaluate": "evaluate EvaluationReport SegmentationMetrics open_data SegmentationData Augment",
     "Masks": "list_masks mask_provider MaskProvider MaskWrapper Budget",
     "Values at points": "read_at macs_at",
-    "Train": "body_of stem_outputs CachedStem",
     "Other methods": "anytime AnytimeModel sample SampledModel resample ResampledModel",
     "Extend": "rule Treatment Call Window operation Elements Lattice Geometry",
     "Errors": "CadError CannotConvert InvalidInput UnknownName FileError NotInstalled TrainingStopped CadWarning",

@@ -360,7 +360,6 @@ def test_what_a_call_refuses_is_refused_by_everything_that_runs_the_network(
         lambda image: net(image, mask="all"),
         lambda image: net(image, mask="confidence"),
         lambda image: cs.read_at(net, image, points),
-        lambda image: cs.stem_outputs(net, image),
     ):
         with refused(cs.InvalidInput):
             use(change(IMAGE))

@@ -39,9 +39,6 @@ def convert(
         typer.Option("--no-verify", callback=lambda no: not no, help="do not check the laws on an example"),
     ] = False,
     rounds: Annotated[int, typer.Option(min=0, help="timing rounds; 0 to skip timing")] = 3,
-    precision: options.Precision = "float",
-    calibration: options.Calibration = None,
-    largest_error: options.LargestError = None,
     method: Annotated[
         str,
         typer.Option(
@@ -165,9 +162,9 @@ def run(
     batch: Annotated[int, typer.Option(min=1, help="number of images or frames that run together")] = 1,
     fps: Annotated[float, typer.Option(min=0.01, help="frames per second of a folder of frames")] = 25.0,
     device: options.Device = "cpu",
-    precision: options.Precision = "float",
-    calibration: options.Calibration = None,
-    largest_error: options.LargestError = None,
+    precision: Annotated[
+        str, typer.Option(help="precision of the optimised copy: float, as the weights, or bfloat16")
+    ] = "float",
     until: Annotated[
         float,
         typer.Option(

@@ -130,22 +130,6 @@ Trust = Annotated[
         help="run code that the converted file names: module:function of a network or mask",
     ),
 ]
-Precision = Annotated[
-    str,
-    typer.Option(
-        help="precision of the optimised copy: float, as the weights, or int8, calibrated on images"
-    ),
-]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(help="folder of images for the calibration of int8; needs no labels", metavar="FOLDER"),
-]
-LargestError = Annotated[
-    float | None,
-    typer.Option(
-        help="largest relative error of int8 outputs: layers, from the first on, stay in float until it is met"
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 

@@ -200,8 +200,7 @@ def _refuse_quantised(path: Path, model: Any) -> None:
                 f"{path} is quantised.",
                 where=f"{kind} {node.name}".strip(),
                 why="a conversion changes what layers read, and needs their weights in floating point.",
-                next="give the file as it was before quantisation; net.optimize(precision=...) and cs.export quantise "
-                "the converted network.",
+                next="give the file as it was before quantisation; cs.export quantises the converted network.",
             )
 
 

@@ -177,7 +177,7 @@ TABLE = (
     Source("int8_depthwise", (), ("sse4", "avx2", "avxvnni", "avx512vnni"), _EXACT),
     Source("warp", ("float32", "float64"), ("scalar", "avx2", "neon"), _SOLVING),
     *_by_width("move", *ELEMENTS),
-    *_by_width("pool", *ELEMENTS),
+    *_by_width("pool", *_FLOATS),
     *_by_width("fill", *_FLOATS),
     Source("interpolate", (), _VECTORS["uint8"]),
     Source("maps", (), ("scalar",)),

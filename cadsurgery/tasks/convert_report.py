@@ -146,7 +146,7 @@ def describe_plan(plan: Any) -> PlanReport:
             decision.action,
             plan.stride_text(decision),
             f"{decision.macs:.2e}" if decision.macs else "",
-            "" if decision.action in ("adapt", "keep") else plan.reason_text(decision),
+            "" if decision.on_elements else plan.reason_text(decision),
         )
         for decision in plan.decisions
     )

@@ -24,6 +24,7 @@ from cadsurgery.data.networks import class_names
 from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
+from cadsurgery.network.optimized import FLOAT, check_precision
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
@@ -31,7 +32,6 @@ from cadsurgery.support.launcher import world
 from cadsurgery.support.progress import Step
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
-from cadsurgery.tasks.convert import check_precision, refuse_precision
 from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.manifest import Predictions
 from cadsurgery.tasks.predictor import Item, Predictor, Row, Settings
@@ -92,7 +92,7 @@ def predict(
     check_size(settings.size)
     if settings.view:
         check_name("view", settings.view, VIEWS)
-    check_precision(settings.precision, settings.calibration, settings.largest_error)
+    check_precision(settings.precision)
     if ray and all(str(path).endswith(".parquet") for path in images):
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
@@ -113,7 +113,7 @@ def predict(
         usual = cores() if is_shared and own.type == "cpu" else 1
         usual = max(1, min(usual, (number or sys.maxsize) // _FOR_A_PROCESS))
         workers = ray_data.count_processes(ray, settings) if ray else usual
-    predictor = None if ray or workers > 1 else Predictor(converted, settings, step)
+    predictor = None if ray or workers > 1 else Predictor(converted, settings)
     if manifest is not None:
         manifest.begin()
     with _interruption() as stopped, manifest or nullcontext():
@@ -256,8 +256,12 @@ def _check_options(converted: nn.Module, settings: Settings) -> None:
             why="it computes another amount for each image." if kind else _FOLLOW,
             next="leave --batch out.",
         )
-    if kind is not None:
-        refuse_precision(settings.precision, kind.words)
+    if kind is not None and settings.precision != FLOAT:
+        raise InvalidInput(
+            f"--precision {settings.precision} for a network {kind.words}.",
+            why="networks made by methods run in the precision of their weights.",
+            next="leave it out.",
+        )
 
 
 def _has_smooth(converted: nn.Module) -> bool:

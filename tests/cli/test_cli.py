@@ -848,24 +848,21 @@ def test_run_resizes_images_on_request(run: Run, file: Path, folder: Path, tmp_p
         assert picture.size == (32, 8)
 
 
-def test_a_copy_in_8_bits_is_calibrated_by_a_folder(
+def test_run_takes_bfloat16_and_refuses_8_bits_with_the_command_that_writes_a_file(
     run: Run, file: Path, folder: Path, tmp_path: Path
 ) -> None:
-    (folder / "broken.png").unlink()
-    asked = ("--precision", "int8", "--calibration", folder)
-    told = run("run", file, "--trust", folder / "first.png", *asked, "--output", "out", "--json")
-    assert told.code == 0 and (tmp_path / "out" / "first.png").is_file()
-    arguments = options("--model", "usernets:segmenter", "--rounds", 1, *asked)
-    report = run("convert", *arguments, "--json").json
-    assert [side["name"] for side in report["sides"]][-1].endswith("int8")
-    assert any("in 8 bits" in note for note in report["notes"])
-    for command in (("run", file, folder), ("convert", "--model", "usernets:segmenter")):
-        told = run(*command, "--precision", "int8", "--json")
-        assert told.code == 1 and "--calibration FOLDER" in told.json["next"]
-        told = run(*command, "--largest-error", 0.1, "--json")
-        assert told.code == 1 and "--precision int8" in told.json["next"]
-        told = run(*command, "--precision", "int7", "--json")
-        assert told.code == 1 and "int7" in told.json["what"]
+    pictures = []
+    for precision in ("float", "bfloat16"):
+        asked = ("--precision", precision, "--output", precision)
+        assert run("run", file, "--trust", folder / "first.png", *asked).code == 0
+        with Image.open(tmp_path / precision / "first.png") as picture:
+            pictures.append(torch.tensor(list(picture.getdata())))
+    assert (pictures[0] == pictures[1]).float().mean() > 0.95
+    told = run("run", file, "--trust", folder, "--precision", "int8", "--json")
+    assert told.code == 1 and "cadsurgery export" in told.json["next"]
+    assert "--precision int8 --calibration FOLDER" in told.json["next"]
+    told = run("run", file, "--trust", folder, "--precision", "int7", "--json")
+    assert told.code == 1 and "int7" in told.json["what"]
 
 
 def test_run_does_not_write_two_images_of_one_name_into_one_file(

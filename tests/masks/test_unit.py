@@ -276,7 +276,6 @@ def test_the_first_picture_settles_it_and_no_other() -> None:
     first = levels(net, image)
     known = net.normalisation
     assert known is not None and known == fast.normalisation == copied.normalisation
-    assert known == cs.body_of(net).normalisation
     levels(net, scenes())
     assert net.normalisation == known and torch.equal(levels(net, image), first)
     assert torch.equal(levels(fast, image, mask="edges"), first)

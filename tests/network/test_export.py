@@ -202,7 +202,7 @@ def test_half_precision_halves_the_file(dynamic: Any, tmp_path: Path) -> None:
         return sum(np.prod(one.dims) * 4 for one in weights if one.data_type == onnx.TensorProto.FLOAT)
 
     model, path, image = net("edges | budget:fraction=0.3"), tmp_path / "half.onnx", picture(1, 72, 104)
-    cs.export(model, image, path, float16=True)
+    cs.export(model, image, path, precision="float16")
     with torch.no_grad():
         assert_same(File(path)(image.flip(2))["out"], model(image.flip(2))["out"], 2e-2)
     assert bytes_of_weights(path) < bytes_of_weights(dynamic[1]) / 2
@@ -242,17 +242,6 @@ def test_an_engine_without_kernels_is_refused_files_with_them(monkeypatch: pytes
     assert engine_for("mine", with_kernels=False) is OnnxRuntime
     with pytest.raises(cs.UnknownName, match="with kernels named 'mine'"):
         engine_for("mine", with_kernels=True)
-
-
-def test_a_copy_in_8_bits_is_refused_and_names_the_network_it_was_made_from(tmp_path: Path) -> None:
-    model, image = net(), picture(1, 72, 104)
-    copy = model.optimize(precision="int8", calibration=[image])
-    if copy.quantisation is None:
-        pytest.skip("no kernels in 8 bits here")
-    for name, options in (("net.onnx", {"dynamic": True}), ("net.onnx", {}), ("net.pt2", {})):
-        with pytest.raises(cs.InvalidInput, match=r"int8(.|\n)*int8=images"):
-            cs.export(copy, image, tmp_path / name, **options)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 96), (96, 3)])
@@ -379,7 +368,9 @@ def test_a_file_in_8_bits_takes_every_tensor_of_a_dictionary(form: str, tmp_path
     batches: Any = [image, image.flip(3)]
     if form == "dictionaries":
         batches = [scaled(batch, 4.0) for batch in batches]
-    report = cs.export(model, scaled(image, 2.0), tmp_path / "net.onnx", int8=batches)
+    report = cs.export(
+        model, scaled(image, 2.0), tmp_path / "net.onnx", precision="int8", calibration=batches
+    )
     run = File(tmp_path / "net.onnx")
     assert report.inputs == ("photo", "scale")
     outputs = [run(image, torch.full((1,), scale))["scores"] for scale in (2.0, 4.0)]

@@ -185,7 +185,9 @@ def test_several_threads_give_the_same(written: Any) -> None:
 @pytest.mark.slow
 def test_in_a_file_in_8_bits_all_convolutions_of_rows_are_kernels(tmp_path: Path) -> None:
     model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.onnx"
-    report = cs.export(model, picture(1, 44, 52), path, int8=picture(4, 44, 52), with_kernels=True)
+    report = cs.export(
+        model, picture(1, 44, 52), path, precision="int8", calibration=picture(4, 44, 52), with_kernels=True
+    )
     in_8_bits = {f"{name}In8Bits": number for name, number in CONVOLUTIONS.items()}
     assert calls(path) == {**in_8_bits, **OF_LATTICES}
     assert report.fidelity is not None and report.fidelity.error < 0.05
@@ -214,7 +216,14 @@ def test_rows_in_floating_point_are_picked_in_floating_point(tmp_path: Path) -> 
     model = unverified(
         randomise(EndsInFloat()).eval(), "edges | budget:fraction=0.3", output_stride=(2, 4), fill="linear"
     )
-    cs.export(model, picture(1, 44, 52), tmp_path / "net.onnx", int8=picture(2, 44, 52), with_kernels=True)
+    cs.export(
+        model,
+        picture(1, 44, 52),
+        tmp_path / "net.onnx",
+        precision="int8",
+        calibration=picture(2, 44, 52),
+        with_kernels=True,
+    )
     assert calls(tmp_path / "net.onnx")["Pick"] == 1
 
 
@@ -807,7 +816,7 @@ def test_without_the_library_a_file_with_kernels_is_refused_in_words(engine: str
 def test_refusals_name_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, image, path = net("edges | budget:fraction=0.3"), picture(1, 44, 52), tmp_path / "net.onnx"
     with pytest.raises(cs.InvalidInput, match="with kernels"):
-        cs.export(model, image, path, with_kernels=True, float16=True)
+        cs.export(model, image, path, with_kernels=True, precision="float16")
     with pytest.raises(cs.InvalidInput, match="with_kernels"):
         cs.export(model, image, tmp_path / "net.pt2", with_kernels=True)
     with pytest.raises(cs.UnknownName, match="openvino"):

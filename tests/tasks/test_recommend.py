@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +239,15 @@ def test_settings_are_said_as_typed_and_their_code_compiles() -> None:
     settings = (GIVEN, SMALL, DENSE, replace(DENSE, scale=1.25), ADAPTIVE, ON_OWN_GRID)
     assert len({setting.name for setting in settings}) == 6
     for setting in settings:
-        for precision in ("float32", "bfloat16", "int8"):
+        for precision in ("float32", "bfloat16"):
             compile("\n".join(setting.lines(precision)), "lines", "exec")
+        for runtime, precision in product(running.RUNTIMES[1:], ("float32", "int8")):
+            lines = "\n".join(setting.lines(precision, {}, runtime))
+            compile(lines, "lines", "exec")
+            exports = setting.kind in ("dense", "adaptive")
+            assert ("cs.export" in lines) == exports
+            assert ("calibration=pictures" in lines) == (exports and precision == "int8")
+            assert ("with_kernels" in lines) == (exports and runtime.endswith("-kernels"))
 
 
 def test_pictures_are_scaled_to_the_networks_grid() -> None:

@@ -5,8 +5,7 @@ The reference never holds all gathered rows, which are `taps` times the elements
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from cadsurgery.elements.backends.choose import (
     Backend,
     Convolution,
     Filling,
-    Gathering,
     Mixing,
     MixingLines,
     Picking,
@@ -28,7 +26,6 @@ from cadsurgery.elements.backends.choose import (
     compute,
     extend,
 )
-from cadsurgery.elements.backends.integer import IntegerConvolution
 from cadsurgery.elements.backends.onednn import product
 from cadsurgery.elements.kernel_map import phases, read_rows
 from cadsurgery.elements.sizes import is_for_any_size, is_statically_true
@@ -52,16 +49,6 @@ class Torch(Backend):
         rows, weight, table = _operands(work)
         out = _GatherConv.apply(rows, weight, work.weights.bias_as(rows.dtype), table, work.weights.groups)
         return work.weights.finish(out, work.residual)
-
-    def convolve_integers(self, work: IntegerConvolution) -> Tensor:
-        """Compute rows (N, O) with sums in float64, which is exact for integers of this size."""
-        weights, reading = work.weights, work.reading
-        rows = extend(work.rows, reading, weights.source.zero).double()
-        matrix, groups = weights.weight.double(), weights.groups
-        matrix = matrix.flatten(2).unsqueeze(3) if groups > 1 else matrix.permute(0, 2, 3, 1).flatten(1)
-        blocks = gather_blocks(rows, reading.table)
-        sums = torch.cat([_apply_taps(block, matrix, None, groups) for block in blocks])
-        return weights.finish(sums.round().to(torch.int32), work.residual)
 
     def spread(self, work: TransposedConvolution) -> Tensor:
         """Compute rows (N, O): each phase is an ordinary convolution, whose backend is chosen separately."""
@@ -88,15 +75,11 @@ class Torch(Backend):
     def mix(self, work: Mixing) -> Tensor:
         """Compute rows (M, C)."""
         rows = work.rows
-        if rows.dtype == torch.uint8:  # rounded to integers, because each row may be read by many elements
-            return compute(replace(work, rows=rows.float())).round_().to(torch.uint8)
         sources, shares = work.sources.to(rows.device), work.shares.to(rows)
         return F.embedding_bag(sources, rows, per_sample_weights=shares, mode="sum")
 
     def mix_lines(self, work: MixingLines) -> Tensor:
         """Compute the interpolated lines (L, M, C)."""
-        if work.rows.dtype == torch.uint8:
-            return compute(replace(work, rows=work.rows.float())).round_().to(torch.uint8)
         first, second = (work.rows.index_select(1, end) for end in (work.first, work.second))
         return torch.lerp(first, second, work.share.unsqueeze(1))
 
@@ -110,15 +93,6 @@ class Torch(Backend):
         out = compute(work.picking)
         out = out if work.residual is None else out + work.residual
         return out if work.activation is None else work.activation.apply_(out)
-
-    def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
-        """Return a function of table entries (n, taps) and memory (n * taps, C)."""
-        rows = extend(work.rows, work.reading, work.outside)
-
-        def fill(entries: Tensor, out: Tensor) -> None:
-            torch.index_select(rows, 0, entries.flatten(), out=out)
-
-        return fill
 
 
 class Expression(Backend):

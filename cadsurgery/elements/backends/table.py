@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from cadsurgery.elements.backends.choose import BACKENDS
-from cadsurgery.elements.backends.dense import Uniform, WholeMap
+from cadsurgery.elements.backends.dense import Uniform
 from cadsurgery.elements.backends.floors import WithoutOverlap
 from cadsurgery.elements.backends.gpu import Triton
 from cadsurgery.elements.backends.graph import GraphOperation
-from cadsurgery.elements.backends.integer import Integers
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.portable import Portable
 from cadsurgery.elements.backends.products import Products
@@ -19,9 +18,7 @@ BACKENDS[:] = [
     Portable(),  # graphs for engines other than torch
     GraphOperation(),  # graphs compiled for the CPU: one custom operation, which uses this table again when it runs
     Triton(),  # GPUs, gathering and multiplying in one kernel
-    WholeMap(),  # the whole map, if it is cheaper by the table of costs
     Native(),  # compiled C that reads rows in place
-    Integers(),  # compiled C for rows in 8 bits
     Products(),  # products of rows, in place or gathered block by block
     Expression(),  # any other graph, as an expression that compilers optimise
     Torch(),  # the reference, which supports every work, with gradients

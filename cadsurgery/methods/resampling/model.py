@@ -189,6 +189,7 @@ class ResampledModel(ConvertedModel):
         "the input of this network is sampled already.",
     )
     convert, plan_type = staticmethod(resample), ResampledPlan
+    group, child, objective = "sampler", SAMPLER, "sampled"
     option_types: ClassVar[dict[str, Any]] = {
         **{"grid": int, "smoothness": float, "targets": tuple[int, ...] | None, "ignore": int | None},
         **{"share": float, "size": tuple[int, int], "mode": Mode, "back": str},
@@ -217,6 +218,21 @@ class ResampledModel(ConvertedModel):
     def is_own(cls, name: str) -> bool:
         """True for tensors of the sampler."""
         return _OWN in name
+
+    @property
+    def inner(self) -> nn.Module:
+        """The network that gets the sampled image."""
+        network: nn.Module = self.network
+        return network
+
+    @property
+    def decided_by(self) -> str:
+        """The sampler."""
+        return f"{self.sampler.spec()} sampler"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options of the sampler."""
+        return {"sampler": str(self.sampler.options)}
 
     @property
     def sampler(self) -> Sampler:

@@ -13,9 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.integer import QuantParams
 from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, IN_8_BITS, OF_8_BITS, PICK
-from cadsurgery.network.quantise import mean_error, round_weight
+from cadsurgery.network.export.rounding import QuantParams, mean_error, round_weight
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 # Operations that only move values, which keep their scale and zero point.

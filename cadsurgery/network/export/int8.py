@@ -80,7 +80,7 @@ def to_8_bits(
         raise CannotConvert(
             "the file cannot be put into 8 bits.",
             why=describe_error(error),
-            next="leave out int8; float16=True halves the file.",
+            next='leave it in float; precision="float16" halves it.',
         ) from error
     float_engine, int8_engine = engine(path), engine(rounded)
 
@@ -109,13 +109,13 @@ def to_8_bits(
 
 
 def _warn_of_error(fidelity: Fidelity) -> None:
-    """Warn of a file in 8 bits whose outputs are far from those of the float one, as `quantise` does of a copy."""
+    """Warn of a file in 8 bits whose outputs are far from those of the float one."""
     if fidelity.error > UNSAID:
         warnings.warn(
             f"the outputs of the file in 8 bits differ from those of the float one by {100 * fidelity.error:.2g} % of "
             f"their size on the calibration images, in {fidelity.taken_in}. Other engines round in other places: "
-            "compare by check_in=. Calibrate by more images like those it will see, or leave out int8; float16=True "
-            "halves the file.",
+            "compare by check_in=. Calibrate by more images like those it will see, or leave the file in float; "
+            'precision="float16" halves it.',
             CadWarning,
             stacklevel=5,
         )
@@ -124,7 +124,7 @@ def _warn_of_error(fidelity: Fidelity) -> None:
 def _not_finite() -> CannotConvert:
     return CannotConvert(
         "the file in 8 bits gives values that are not finite.",
-        next="give other images to calibrate by, or leave out int8.",
+        next="give other images to calibrate by, or leave the file in float.",
     )
 
 

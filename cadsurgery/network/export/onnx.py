@@ -75,7 +75,7 @@ def write(
     level_map: bool,
     float16: bool,
     engine: type[Engine],
-    int8: Sequence[Any] = (),
+    calibration: Sequence[Any] = (),
     step: Step = silent,
     name: str = "image",
 ) -> Written:
@@ -88,7 +88,7 @@ def write(
         CannotConvert: torch or ONNX cannot follow the network or its mask, or the file's outputs differ.
     """
     step("tracing")
-    seen = [image, *map(batch_of, int8)] if other is None else [image, other, *map(batch_of, int8)]
+    seen = [image, *([] if other is None else [other]), *map(batch_of, calibration)]
     multiple = find_multiple(net, seen) if dynamic else 1
     graph = Exportable(net, float16, multiple)
     answer = _cut_awkwardly(net, image, multiple) if dynamic else _ask(net, image)
@@ -100,7 +100,7 @@ def write(
     input_names = (name, *rest)
     if level_map:
         inputs, input_names = (example, answer.levels.long()), (name, "level_map")
-    target = Target(engine.has_kernels, bool(int8), engine.has_8_bit_depthwise)
+    target = Target(engine.has_kernels, bool(calibration), engine.has_8_bit_depthwise)
     from cadsurgery.network.export.translate import TABLE
 
     with reading_signatures_once():
@@ -129,8 +129,10 @@ def write(
     largest = _compare_all(net, run, answers, level_map, tolerance, step)
     shapes = tuple(tuple(batch.shape) for batch in batches)
     compared = Comparison(largest, shapes, input_names, outputs, multiple)
-    if int8:
-        calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
+    if calibration:
+        calls, others = (
+            [_inputs(net, batch, level_map) for batch in part] for part in (calibration, batches)
+        )
         compared = replace(compared, fidelity=to_8_bits(path, engine, calls, others, step))
     return compared, shape
 

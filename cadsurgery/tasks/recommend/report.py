@@ -133,7 +133,7 @@ class Recommendation(RunReport):
     @property
     def python(self) -> list[str]:
         """Lines of Python that use it."""
-        return self.chosen.setting.lines(self.precision, self.options)
+        return self.chosen.setting.lines(self.precision, self.options, self.runtime)
 
     def parts(self) -> Iterator[RenderableType]:
         """The table, the choice with its reasons, and how to use it."""
