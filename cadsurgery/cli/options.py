@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from cadsurgery.cli import screen
-from cadsurgery.tasks.options import Conversion, Exits, Gates, Sampling
+from cadsurgery.tasks.options import Conversion, Exits, Gates, Resampling
 
 
 def read_pair(text: str) -> tuple[int, int] | None:
@@ -237,7 +237,7 @@ Converted = Annotated[dict[str, Any], OptionsFrom(Conversion)]
 WithExits = Annotated[dict[str, Any], OptionsFrom(Exits, about="method anytime: ")]
 Sampled = Annotated[
     dict[str, Any],
-    OptionsFrom(Sampling, defaults=("learned", "224x224"), about="method resampling: "),
+    OptionsFrom(Resampling, defaults=("learned", "224x224"), about="method resampling: "),
 ]
 WithGates = Annotated[dict[str, Any], OptionsFrom(Gates, about="method sampling: ")]
 

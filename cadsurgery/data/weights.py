@@ -269,7 +269,7 @@ def _read(path: Path) -> Any:
 
             return load_file(path)
         names = _globals_in(path)
-        kinds: list[Any] = [(_Kind("Inert", (_Inert,), {"named": name}), name) for name in names]
+        kinds: list[Any] = [(_LikeDict("Inert", (_Inert,), {"named": name}), name) for name in names]
         with torch.serialization.safe_globals(kinds):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileError:
@@ -312,7 +312,7 @@ def _names_of(file: IO[bytes], pickles: int) -> list[str]:
     return list(dict.fromkeys(f"{_RENAMED.get(module, module)}.{name}" for module, name in split))
 
 
-class _Kind(type):
+class _LikeDict(type):
     """The class of `_Inert`: equal to `dict`, because torch adds items to nothing but dictionaries."""
 
     def __eq__(cls, other: object) -> bool:
@@ -321,7 +321,7 @@ class _Kind(type):
     __hash__ = type.__hash__
 
 
-class _Inert(dict[Any, Any], metaclass=_Kind):
+class _Inert(dict[Any, Any], metaclass=_LikeDict):
     """Stands for an object of a class that the file names, e.g. of hyperparameters: neither is anything imported, nor
     does any code of it run. Items are kept, because they may hold a state dict."""
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import Source
 from cadsurgery.masks.masking import check_image
-from cadsurgery.methods.program import Program, Work, work_of
+from cadsurgery.methods.program import CallWork, StepProgram, work_of
 from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
@@ -365,13 +365,13 @@ class GraphModel(ConvertedModel):
         check_image(image_of(arguments))
         return arguments
 
-    def work(self, arguments: dict[str, Any]) -> Work:
+    def work(self, arguments: dict[str, Any]) -> CallWork:
         """Return shapes and multiply-accumulates of a call without running it; cached for the last few shapes."""
         key = tuple(
             (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, repr(value))
             for name, value in arguments.items()
         )
-        work: Work = self.remember(
+        work: CallWork = self.remember(
             ("work", key),
             lambda: work_of(
                 self.program.steps, self.remember("meta copy", lambda: meta_copy(self)), arguments
@@ -412,7 +412,7 @@ class GraphModel(ConvertedModel):
                 origins[node.name] = kernel.origin
         return fused
 
-    def inference_copy(self, fused: Fused, program: Program) -> Self:
+    def inference_copy(self, fused: Fused, program: StepProgram) -> Self:
         """Create a network of the same class that runs `program` on the modules of `fused`."""
         net = type(self)(fused.module, program, self.options, **self.settings)
         net.plan, net.source = self.plan, self.source

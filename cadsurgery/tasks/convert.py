@@ -39,7 +39,7 @@ from cadsurgery.surgery.verify import Check
 from cadsurgery.tasks.convert_report import ConversionReport
 from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
 from cadsurgery.tasks.report import SLOWER, Row
-from cadsurgery.tasks.side import Conversion, Request, Side, measure
+from cadsurgery.tasks.side import ConversionRequest, MethodConversion, Side, measure
 from cadsurgery.tasks.sides import KINDS
 
 ADAPTIVE = "adaptive"
@@ -69,7 +69,7 @@ def convert(
     """Build, convert, verify, measure and save a network; see `cadsurgery convert --help`."""
     methods = {kind.method: kind for kind in KINDS}
     check_name("method", method, (ADAPTIVE, *methods))
-    make: Callable[[Request], Conversion]
+    make: Callable[[ConversionRequest], MethodConversion]
     if kind := methods.get(method):
         make, suffix = kind.convert, method
         of_groups = {"exits": exits, "gates": gates, "sampler": sampling}
@@ -87,7 +87,7 @@ def convert(
         return example_batch(source, image, size).to(torch_device)
 
     torch.manual_seed(0)  # new parameters of a method are the same in every run
-    made = make(Request(before.to(torch_device), source, example, options, verify_laws, step))
+    made = make(ConversionRequest(before.to(torch_device), source, example, options, verify_laws, step))
     timing = {"seconds": TIMING_SECONDS, "step": within(step, "measuring")}
     rows = measure(made.sides, made.batch, rounds, "name", **timing)
     beside = f"{output.name} holds the weights and names {source.weights}: keep both in one folder."
@@ -115,7 +115,7 @@ def _default_output(model: str, suffix: str) -> Path:
     return Path(f"{re.sub('[:/]', '-', model)}-{suffix}.safetensors")
 
 
-def _adapt(mask: str, request: Request) -> Conversion:
+def _adapt(mask: str, request: ConversionRequest) -> MethodConversion:
     """Make a network adaptive.
 
     The sides are the original network (unless it is dense high), dense high, the converted network and its optimised
@@ -149,7 +149,7 @@ def _adapt(mask: str, request: Request) -> Conversion:
 
     adapted = [decision.node for decision in plan.chosen("adapt")]
     spec, seen = net.mask.spec(), str(net.normalisation or "the input as it comes, until a picture has come")
-    return Conversion(
+    return MethodConversion(
         net,
         batch,
         sides,
@@ -220,7 +220,7 @@ def _facts(net: AdaptiveModel, counted: MacReport) -> dict[str, Any]:
 
 
 def _other_strides(
-    mask: str, request: Request, plan: Plan, batch: Tensor, given: int, most: int
+    mask: str, request: ConversionRequest, plan: Plan, batch: Tensor, given: int, most: int
 ) -> list[dict[str, Any]]:
     """Return the pairs of output strides that cost less than `most` with this mask, the cheapest first.
 

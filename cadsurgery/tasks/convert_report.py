@@ -13,7 +13,7 @@ from cadsurgery.network.macs import LayerMacs, MacReport
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.report import Row, RunReport, macs_columns, number, plain, ratio, time_columns
-from cadsurgery.tasks.side import Conversion
+from cadsurgery.tasks.side import MethodConversion
 from cadsurgery.tasks.tables import Column, table
 
 _BUSY = 1.3  # where the median of a few rounds is so many times the best, something else takes the processor
@@ -43,7 +43,7 @@ class ConversionReport(RunReport):
     image: tuple[int, ...]
     sides: tuple[Row, ...]
     file: str
-    made: Conversion
+    made: MethodConversion
     notes: tuple[str, ...] = ()
 
     @property

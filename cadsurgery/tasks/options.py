@@ -103,7 +103,7 @@ class Exits:
 
 @documented
 @dataclass(frozen=True)
-class Sampling:
+class Resampling:
     """How the input of a network is sampled; see `cadsurgery.resample`."""
 
     sampler: str = option("learned", "{default}, labels, uniform, or a mask")

@@ -49,7 +49,7 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
+class PredictionSettings:
     """What predictions are made by; it can be sent to other processes.
 
     `precision` is that of the optimised copy, see `AdaptiveModel.optimize`. If `until` is not 0, a network with exits
@@ -112,7 +112,7 @@ class Predictor:
         names: names of its classes; empty if unknown.
     """
 
-    def __init__(self, converted: nn.Module, settings: Settings) -> None:
+    def __init__(self, converted: nn.Module, settings: PredictionSettings) -> None:
         """Optimise a network that `settings` opened."""
         self.settings, self.device = settings, own_device(settings.device)
         self.kind, self.source = kind_of(converted), pictures_for(converted)

@@ -34,7 +34,7 @@ from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.manifest import Predictions
-from cadsurgery.tasks.predictor import Item, Predictor, Row, Settings
+from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.sides import kind_of
 from cadsurgery.tasks.workers import predict_in_processes, processes
@@ -79,7 +79,7 @@ def predict(
     or `local`, processes of Ray do.
 
     A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again.
-    Further `options` are those of `Settings`.
+    Further `options` are those of `PredictionSettings`.
 
     Raises:
         InvalidInput: the options do not fit the network, a result would replace a file, the folder holds a
@@ -88,7 +88,7 @@ def predict(
         NotInstalled: clips, object storage or Ray need a package that is not installed.
     """
     _refuse_launchers()
-    settings = Settings(str(file), **options)
+    settings = PredictionSettings(str(file), **options)
     check_size(settings.size)
     if settings.view:
         check_name("view", settings.view, VIEWS)
@@ -107,7 +107,7 @@ def predict(
     )
     manifest = None if sources.is_one_clip else Predictions(sources.output, settings.identity(), resume)
     sources.refuse_replacing(manifest)
-    number, outcome = sources.count(manifest), _Outcome()
+    number, outcome = sources.count(manifest), _Processed()
     pool = partial(ray_data.tasks, ray) if ray else processes
     if workers is None:
         usual = cores() if is_shared and own.type == "cpu" else 1
@@ -142,7 +142,7 @@ def predict(
 
 def _take_in(
     answers: Iterable[tuple[Any, Row]],
-    outcome: _Outcome,
+    outcome: _Processed,
     manifest: Predictions | None,
     number: int | None,
     step: Step,
@@ -157,7 +157,7 @@ def _take_in(
 
 
 def _report(
-    outcome: _Outcome, sources: _Sources, names: Sequence[str], is_interrupted: bool, resume: bool
+    outcome: _Processed, sources: _Sources, names: Sequence[str], is_interrupted: bool, resume: bool
 ) -> FilesReport:
     """Return the report, and write the legend of the classes."""
     rows, failures = outcome.rows("done"), outcome.rows("failed")
@@ -174,7 +174,7 @@ def _report(
 
 
 @dataclass
-class _Outcome:
+class _Processed:
     """What became of the images.
 
     Attributes:
@@ -238,7 +238,7 @@ def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str,
     return not any(options & sharing for options in against.values())
 
 
-def _check_options(converted: nn.Module, settings: Settings) -> None:
+def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
     """Refuse a time limit, a batch or a precision that does not fit the network.
 
     Raises:

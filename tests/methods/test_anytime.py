@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
 from cadsurgery.functional import gaussian_fill
-from cadsurgery.methods.anytime.run import Run
+from cadsurgery.methods.anytime.run import AnytimeRun
 
 TYPES = (torch.float32, torch.float64)
 
@@ -305,13 +305,13 @@ def test_thresholds_that_are_no_numbers_or_not_as_many_are_refused(threshold: An
 
 def test_steps_compute_no_more_than_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = anytime(), images(1, 64, 64, torch.float64)
-    every, ran, run = net(x), list[int](), Run.segment
+    every, ran, run = net(x), list[int](), AnytimeRun.segment
 
-    def segment(self: Run, number: int, sites: Any) -> None:
+    def segment(self: AnytimeRun, number: int, sites: Any) -> None:
         ran.append(number)
         run(self, number, sites)
 
-    monkeypatch.setattr(Run, "segment", segment)
+    monkeypatch.setattr(AnytimeRun, "segment", segment)
     steps = net.steps(x)
     assert ran == []
     assert torch.equal(next(steps), every[0]) and ran == [0]
@@ -443,7 +443,7 @@ def test_a_residual_network_with_a_head_of_torchvision() -> None:
 
 def whole_of(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
     (name,) = net.program.signature.parameters
-    return list(net._logits(Run(net, {name: x}, net.program, net.grid > 0, None), None))
+    return list(net._logits(AnytimeRun(net, {name: x}, net.program, net.grid > 0, None), None))
 
 
 @pytest.mark.slow

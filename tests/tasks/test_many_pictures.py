@@ -24,7 +24,7 @@ from cadsurgery.data import stores
 from cadsurgery.data.images import street_scene
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import run
-from cadsurgery.tasks.predictor import Item, Predictor, Settings
+from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import predict_in_processes
 
@@ -195,7 +195,7 @@ def test_predictions_within_the_folder_of_pictures_are_no_pictures(
 # -- workers -------------------------------------------------------------------------------------------
 
 
-class Fatal(Settings):
+class Fatal(PredictionSettings):
     """Settings whose predictor kills its process at one of the pictures."""
 
     def with_one_thread(self) -> Predictor:
@@ -225,7 +225,9 @@ def test_a_picture_that_ends_its_process_is_a_failure_and_its_neighbours_are_don
 def test_workers_that_cannot_open_the_network_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(cs.FileError, match=r"no file .*missing\.safetensors"):
         list(
-            predict_in_processes(iter([Item(0, "a.png")]), Settings(str(tmp_path / "missing.safetensors")), 1)
+            predict_in_processes(
+                iter([Item(0, "a.png")]), PredictionSettings(str(tmp_path / "missing.safetensors")), 1
+            )
         )
 
 

@@ -47,7 +47,9 @@ class Torch(Backend):
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""
         rows, weight, table = _operands(work)
-        out = _GatherConv.apply(rows, weight, work.weights.bias_as(rows.dtype), table, work.weights.groups)
+        out = _GatherByBlocks.apply(
+            rows, weight, work.weights.bias_as(rows.dtype), table, work.weights.groups
+        )
         return work.weights.finish(out, work.residual)
 
     def spread(self, work: TransposedConvolution) -> Tensor:
@@ -140,7 +142,7 @@ def gather_blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
 
 
 def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """Multiply gathered rows (n, taps, C) by the weight of a `_GatherConv`: (n, O)."""
+    """Multiply gathered rows (n, taps, C) by the weight of a `_GatherByBlocks`: (n, O)."""
     if groups == 1:
         return product(block.flatten(1), weight, bias)
     # Grouped: the gathered rows are an image; kernel and stride of the convolution equal the number of taps.
@@ -151,7 +153,7 @@ def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int)
     )
 
 
-class _GatherConv(torch.autograd.Function):
+class _GatherByBlocks(torch.autograd.Function):
     """Gather rows by a table and multiply them, block by block, forward and backward.
 
     The weight is (O, taps C) or, with groups, (O, C / groups, taps, 1). Only the inputs are saved for

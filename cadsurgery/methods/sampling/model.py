@@ -16,7 +16,7 @@ from cadsurgery.methods.sampling.branches import Branch, find_branches
 from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate, hard_shares, shares, uniform
 from cadsurgery.methods.sampling.program import Block, Gated, SampledProgram, gather, reconstruct
 from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
-from cadsurgery.methods.sampling.run import Run
+from cadsurgery.methods.sampling.run import SampledRun
 from cadsurgery.methods.spatial import Spatial
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.hosted import Host, check_used
@@ -163,7 +163,7 @@ class SampledModel(GraphModel):
     decay: float
     score_override: Callable[[int, Tensor], Tensor] | None
     _is_dense = False
-    _last: Run | None = None
+    _last: SampledRun | None = None
 
     def __init__(self, model: nn.Module, program: Any, options: dict[str, Any], **settings: Any) -> None:
         """Take over the modules of `model`, including the gates; users call `cadsurgery.sample` instead."""
@@ -211,7 +211,7 @@ class SampledModel(GraphModel):
             InvalidInput: the first argument is not an image batch.
         """
         arguments = self.bind(args, kwargs)
-        run = Run(self, arguments, self.program, self.gates, self._decide, self._is_dense)
+        run = SampledRun(self, arguments, self.program, self.gates, self._decide, self._is_dense)
         output = run()
         if self._is_dense:
             return output
@@ -275,7 +275,7 @@ class SampledModel(GraphModel):
             total = total + _LAST * last + (1 - _LAST) * rest
         return total / len(blocks)
 
-    def _called(self) -> Run:
+    def _called(self) -> SampledRun:
         run = self.part._last
         if run is None:
             raise InvalidInput("the network has not been called.", next="call it on an image batch first.")

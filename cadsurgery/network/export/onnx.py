@@ -27,7 +27,7 @@ from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.calibration import batch_of
 from cadsurgery.network.export.compare import (
     TOLERANCE,
-    Comparison,
+    FileComparison,
     check_difference,
     difference,
     more_images,
@@ -128,7 +128,7 @@ def write(
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
     largest = _compare_all(net, run, answers, level_map, tolerance, step)
     shapes = tuple(tuple(batch.shape) for batch in batches)
-    compared = Comparison(largest, shapes, input_names, outputs, multiple)
+    compared = FileComparison(largest, shapes, input_names, outputs, multiple)
     if calibration:
         calls, others = (
             [_inputs(net, batch, level_map) for batch in part] for part in (calibration, batches)

@@ -22,7 +22,7 @@ WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative err
 
 
 @dataclass(frozen=True)
-class Request(Plain):
+class Requirement(Plain):
     """Condition on the choice; one of the two is set.
 
     Attributes:
@@ -102,7 +102,7 @@ class Recommendation(RunReport):
     image: tuple[int, ...]
     resized: bool
     measure: str
-    request: Request
+    request: Requirement
     runtime: str
     precision: str
     rows: tuple[SettingRow, ...]

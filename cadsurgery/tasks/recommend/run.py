@@ -64,7 +64,7 @@ from cadsurgery.tasks.judging import (
 from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
 from cadsurgery.tasks.recommend.calls import PRECISIONS, Call, Calls
 from cadsurgery.tasks.recommend.choice import LOOK_EVERY, choose, is_beaten, rows_of
-from cadsurgery.tasks.recommend.report import Recommendation, Request
+from cadsurgery.tasks.recommend.report import Recommendation, Requirement
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
 from cadsurgery.tasks.sides.engines import TORCH, engine_for
@@ -169,9 +169,9 @@ def recommend(
         folder,
     )
     identity = _identity_of(calls, candidates, source, data, labels)
-    run = _Run(candidates, calls, pictures, folder, identity, step)
+    run = _MeasuringRun(candidates, calls, pictures, folder, identity, step)
     run.measure_until_interrupted(minutes)
-    request = Request(keep if keep is not None or at_most is not None else 0.99, at_most)
+    request = Requirement(keep if keep is not None or at_most is not None else 0.99, at_most)
     name, typed_weights = _as_typed(network, source, weights)
     described = {"network": name, **provenance(network, source, torch.device("cpu"))}
     report = _report_on(
@@ -215,7 +215,7 @@ def _identity_of(
 
 
 def _report_on(
-    run: _Run, request: Request, weights: Mapping[str, str], described: Mapping[str, Any]
+    run: _MeasuringRun, request: Requirement, weights: Mapping[str, str], described: Mapping[str, Any]
 ) -> Recommendation:
     """Choose among the measured settings; `weights` are as the user gave them, `described` is the provenance."""
     calls, pictures, measure = run.calls, run.pictures, run.measured_by
@@ -453,7 +453,7 @@ def _look_into_labels(photos: SegmentationData, folder: Path) -> None:
 
 
 @dataclass
-class _Run:
+class _MeasuringRun:
     """A run, whose measurements are written to a file in its folder after each picture.
 
     By the name of a setting are its judgements, on the first pictures that could be read, its MACs on the first
