@@ -1,4 +1,4 @@
-"""Masks of one's own kind: gradients, trimaps of labels, saliency by a function; and what the grid says.
+"""Masks of one's own kind: gradients, trimaps of labels, functions of the user; and what the grid says.
 
 Each is written down again with loops or convolutions over every pixel.
 """

@@ -361,28 +361,6 @@ def test_two_processes_find_what_one_finds(command_line: Run, tmp_path: Path) ->
     assert two["rows"] == one["rows"] and two["images"] == one["images"] == 5
 
 
-@pytest.mark.slow
-def test_two_processes_predict_what_one_predicts(command_line: Run, folder: Path, tmp_path: Path) -> None:
-    """Over a folder with a broken image; one process prints."""
-    shutil.copy(TESTS / "networks.py", tmp_path)
-    converted = ("convert", "networks:street_segmenter", "--rounds", 0, "-o", "net.safetensors")
-    assert command_line(*converted, "--no-verify", "--size", "96x128").code == 0
-    predicted = []
-    for count in (1, 2):
-        done = command_line(
-            *("run", "net.safetensors", folder / "test" / "images", "-o", f"out{count}", "--json", "--trust"),
-            processes=count,
-        )
-        assert done.code != 0
-        predicted.append(json.loads(done.out))
-        for row in predicted[-1]["images"]:
-            assert (tmp_path / row["output"]).is_file() and row.pop("milliseconds") > 0
-            row["output"] = Path(row["output"]).name
-    assert (
-        predicted[0] == predicted[1] and len(predicted[0]["images"]) == 2 and len(predicted[0]["failed"]) == 1
-    )
-
-
 # -- report --------------------------------------------------------------------------------------------
 
 
