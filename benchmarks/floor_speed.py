@@ -27,7 +27,7 @@ import cadsurgery as cs
 from benchmarks import networks
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
-from cadsurgery.network.export.engines import ENGINES, engines_for
+from cadsurgery.network.export.engines import ENGINES, engine_for
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
@@ -92,7 +92,7 @@ def _in_onnx(net: cs.AdaptiveModel, image: Tensor, folder: Path) -> Run:
     cs.export(net, image[:, :, :256, :256], folder / "floors.onnx", level_map=True, with_kernels=True)
     threads = torch.get_num_threads()
     given = ENGINES["onnx"](folder / "given.onnx", threads)
-    fast = engines_for("onnx", with_kernels=True)[-1](folder / "floors.onnx", threads)
+    fast = engine_for("onnx", with_kernels=True)(folder / "floors.onnx", threads)
 
     def call(mask: Any) -> Any:
         high = torch.full(image[:, 0].shape, mask == "all") if isinstance(mask, str) else mask

@@ -34,6 +34,7 @@ from .masks import (
     mask_provider as mask_provider,
 )
 from .methods.anytime import AnytimeModel as AnytimeModel, anytime as anytime
+from .methods.publish import push as push
 from .methods.resampling import ResampledModel as ResampledModel, resample as resample
 from .methods.sampling import SampledModel as SampledModel, sample as sample
 from .methods.storage import load as load, save as save
@@ -43,8 +44,6 @@ from .network.export import export as export
 from .network.export.kernels import kernels_for as kernels_for
 from .network.model import AdaptiveModel as AdaptiveModel
 from .network.points import macs_at as macs_at, read_at as read_at
-from .network.publish import push_to_hub as push_to_hub
-from .network.stem import CachedStem as CachedStem, body_of as body_of, stem_outputs as stem_outputs
 from .support.errors import (
     CadError as CadError,
     CadWarning as CadWarning,

@@ -12,7 +12,6 @@ from cadsurgery.cli import options, screen
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.tasks.options import Conversion
-from cadsurgery.tasks.plan_report import PlanReport
 
 commands = typer.Typer()
 
@@ -68,17 +67,12 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what a conversion would do, with the reason for every node; or show the plan stored in a converted file."""
-    from cadsurgery.tasks.recorded import planned
-
-    def make() -> PlanReport:
-        from cadsurgery.tasks.convert import make_or_read_plan
-        from cadsurgery.tasks.convert_report import describe_plan
-
-        return describe_plan(make_or_read_plan(model, **conversion, size=size))
+    from cadsurgery.tasks.convert import make_or_read_plan
+    from cadsurgery.tasks.convert_report import describe_plan
 
     with screen.steps("plan") as step:
         step("planning")
-        report = planned(model, {**conversion, "size": size}, make)
+        report = describe_plan(make_or_read_plan(model, **conversion, size=size))
     screen.show(json.loads(report.plan), report.render(all_nodes=all_nodes), as_json)
 
 

@@ -36,14 +36,6 @@ def finetune(
     objective_option: Annotated[
         list[str], typer.Option(help="NAME=VALUE for the objective, e.g. teacher=self; repeatable")
     ] = [],  # noqa: B006
-    cache: Annotated[
-        bool,
-        typer.Option(
-            "--cache",
-            help="run the layers before the region once and train the rest (implies --freeze stem): crops at fixed "
-            "places, also mirrored; colours are not jittered",
-        ),
-    ] = False,
     settings: Annotated[dict[str, Any], options.OptionsFrom(Settings, SETTINGS, given=True)],
     config: Annotated[
         Path | None, typer.Option(help="JSON file of settings; options on the command line override it")

@@ -26,6 +26,7 @@ from cadsurgery.support.errors import (
     describe_error,
     import_optional,
 )
+from cadsurgery.support.kinds import has_kernels
 
 SUFFIX = ".onnx"
 # Sets of operators that onnx2torch is tried with: it has most operators of 17, and some in an earlier form alone.
@@ -91,6 +92,7 @@ def read_onnx(path: Path) -> OnnxNetwork:
     for package in ("onnx", "onnxruntime", "onnxscript", "onnx2torch"):
         import_optional(package, f"ONNX files are read through {package}.", _INSTALL)
     model = _with_weights(path, _parse(path))
+    _refuse_kernels(path)
     _refuse_quantised(path, model)
     shape = _image_shape(path, model)
     with _quietly():
@@ -175,6 +177,15 @@ def _with_weights(path: Path, model: Any) -> Any:
     except Exception as error:  # a range outside the file, no permission
         raise _damaged(path, describe_error(error)) from error
     return model
+
+
+def _refuse_kernels(path: Path) -> None:
+    if has_kernels(path):
+        raise CannotConvert(
+            f"{path} calls this package's kernels.",
+            why="it was exported with kernels, from a network that is converted already.",
+            next="give the network that it was made from; cs.save and cs.load keep a converted one.",
+        )
 
 
 def _refuse_quantised(path: Path, model: Any) -> None:

@@ -7,25 +7,18 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from rich.text import Text
-from torch import nn
 
-from cadsurgery.data.samples import Samples
 from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.logs import Row, check_packages
 from cadsurgery.finetune.loop import Outcome, fit
 from cadsurgery.masks import resolve_mask
-from cadsurgery.methods.resampling import ResampledModel
-from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.storage import Converted
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.launcher import world
-from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.open import open_any, open_converted
 from cadsurgery.tasks.options import Settings
@@ -40,7 +33,6 @@ class TrainingReport(Report):
     mask: str
     data: str
     outcome: Outcome
-    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, including those of the outcome."""
@@ -55,7 +47,6 @@ class TrainingReport(Report):
         is_named = self.mask.endswith((" exits", " gates", " sampler"))
         what = self.mask if is_named else f"mask {self.mask}"
         yield Text(f"{self.model}, {what}, {self.data}: {run.steps} steps{went_on}")
-        yield from map(Text, self.notes)
         for group in run.groups:
             rate = f"lr x {group['factor']}" if group["factor"] else "not trained"
             yield Text(f"  {group['group']}: {group['tensors']} tensors, {group['values']} values, {rate}")
@@ -84,13 +75,12 @@ def finetune(
     resume: bool,
     device: str,
     step: Step,
-    cache: bool = False,
     trust: bool = False,
 ) -> TrainingReport:
     """Build or load, convert, train, report; see `cadsurgery finetune --help`.
 
     Raises:
-        CadError: an error of the data, the network, the cache or `fit`.
+        CadError: an error of the data, the network or `fit`.
     """
     from cadsurgery.data import open_data
 
@@ -107,31 +97,25 @@ def finetune(
     net: Converted | None = open_any(model, trust)
     if net is None:
         net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
-    elif mask or cache:
+    elif mask:
         raise InvalidInput(
-            "a network with exits, with gates or with a sampled input has no masks of its own and no stem.",
-            next="leave out --mask and --cache.",
+            "a network with exits, with gates or with a sampled input has no masks of its own.",
+            next="leave out --mask.",
         )
-    trained: nn.Module = net
-    samples = _Samples(training, validation)
-    if cache and isinstance(net, AdaptiveModel):
-        step("running the stem over the data")
-        samples = _run_stem(net, samples, chosen, device)
-        trained, chosen = body_of(net), chosen.changed({"freeze": "stem", "jitter": 0.0})
     step("training")
     outcome = fit(
-        trained,
-        samples.training,
+        net,
+        training,
         chosen,
         output=output,
-        validation=samples.validation,
-        augment=None if cache else augmentation(chosen),
+        validation=validation,
+        augment=augmentation(chosen),
         resume=resume,
         device=device,
         on_step=training_steps(step, chosen.steps, chosen.batch * chosen.accumulate),
     )
     data_in_words = f"{training.name} ({len(training)} images)"
-    return TrainingReport(model, _decided_by(net), data_in_words, outcome, samples.notes)
+    return TrainingReport(model, _decided_by(net), data_in_words, outcome)
 
 
 def training_steps(step: Step, steps: int, images: int) -> Callable[[Row], None]:
@@ -156,40 +140,7 @@ def training_steps(step: Step, steps: int, images: int) -> Callable[[Row], None]
 
 def _decided_by(net: Converted) -> str:
     """Describe the module that decides where a network computes."""
-    if isinstance(net, AdaptiveModel):
-        return net.mask.spec()
-    if isinstance(net, ResampledModel):
-        return f"{net.sampler.spec()} sampler"
-    return f"{len(net.gates)} gates" if isinstance(net, SampledModel) else f"{len(net.plan.exits)} exits"
-
-
-class _Samples(NamedTuple):
-    """The samples for training and validation, and notes about them."""
-
-    training: Samples
-    validation: Samples | None
-    notes: tuple[str, ...] = ()
-
-
-def _run_stem(net: AdaptiveModel, data: _Samples, settings: Settings, device: str) -> _Samples:
-    """Return the stem's outputs for the data."""
-    if settings.scale != (1.0, 1.0):
-        raise InvalidInput(
-            f"--cache with scale={settings.scale}.",
-            why="the cached outputs of the stem cannot be scaled.",
-            next="leave out scale, or train without --cache.",
-        )
-    gpu = device != "cpu" and torch.cuda.is_available()
-    net.to(own_device("cuda" if gpu else "cpu"))
-    crop = (settings.crop, settings.crop) if settings.crop else None
-    crops = CachedStem(net, data.training, flip=settings.flip, crop=crop)
-    whole = CachedStem(net, data.validation) if data.validation is not None else None
-    kept = crops.bytes + (whole.bytes if whole is not None else 0)
-    note = (
-        f"the stem is fixed, its outputs are kept in {kept / 1e9:.2f} GB of memory: {len(crops)} samples to train "
-        "on, crops at fixed places, colours not jittered"
-    )
-    return _Samples(crops, whole, (note,))
+    return net.mask.spec() if isinstance(net, AdaptiveModel) else net.decided_by
 
 
 def make_settings(config: Path | None, overrides: dict[str, Any], objective_options: list[str]) -> Settings:

@@ -39,10 +39,7 @@ from cadsurgery.finetune.groups import (
 from cadsurgery.finetune.logs import CsvLog, Row, TensorBoardLog, check_packages, open_log
 from cadsurgery.finetune.objectives import Objective, copy_dense, make_objective
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
-from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.converted import ConvertedModel
-from cadsurgery.methods.resampling import ResampledModel
-from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.storage import Converted, save
 from cadsurgery.network.model import AdaptiveModel, OptimizedModel, pictures_for
 from cadsurgery.network.storage import write_tensors
@@ -133,8 +130,8 @@ def fit(
     check_data(data, "training")
     if not settings.objective:
         name = "mixed" if is_labelled(data) else "divergence"
-        own = {AnytimeModel: "anytime", ResampledModel: "sampled", SampledModel: "sparse"}
-        settings = replace(settings, objective=own.get(type(net), name))
+        of_method = net.objective if isinstance(net, ConvertedModel) else ""
+        settings = replace(settings, objective=of_method or name)
     if isinstance(net, OptimizedModel) or (isinstance(net, ConvertedModel) and net.is_optimized):
         raise InvalidInput(
             "an optimised network cannot be trained.",

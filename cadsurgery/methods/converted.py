@@ -88,6 +88,11 @@ class ConvertedModel(Derived):
         already: message for a network that is converted already.
         convert: the function that converts.
         plan_type: class of the plans.
+        group: name of the parameters that the method adds, as a group of trained ones; empty for none.
+        group_in_words: a network that has the group, in words, where the group can be trained alone; else empty.
+        by_length: True if AdamW trains the group's tensors at a rate divided by their number of values.
+        child: name of the child module that holds the group.
+        objective: name of the objective by which `fit` trains such networks.
         option_types: types of the options in files: those of `convert`, and further attributes of the network.
         field_types: types of the other fields in files.
         plan: how the network was converted.
@@ -100,6 +105,11 @@ class ConvertedModel(Derived):
     already: ClassVar[str] = "this network is converted already."
     convert: ClassVar[Callable[..., Any]]
     plan_type: ClassVar[type[MethodPlan]]
+    group: ClassVar[str] = ""
+    group_in_words: ClassVar[str] = ""
+    by_length: ClassVar[bool] = False
+    child: ClassVar[str] = ""
+    objective: ClassVar[str] = ""
     option_types: ClassVar[dict[str, Any]] = {}
     field_types: ClassVar[dict[str, Any]] = {}
     plan: Any
@@ -123,6 +133,23 @@ class ConvertedModel(Derived):
     def fitting(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adapt the tensors of a file, possibly an older one, to this network."""
         return tensors
+
+    @property
+    def inner(self) -> nn.Module:
+        """The network that was converted: this one, or the one that it holds."""
+        return self
+
+    @property
+    def decided_by(self) -> str:
+        """What decides where the network computes, in words."""
+        return self.method
+
+    def identity(self) -> dict[str, Any]:
+        """Return the plain values, besides the plan, that must be the same when a training is resumed."""
+        return {}
+
+    def train_part(self) -> None:
+        """Set the training mode in which the group alone is trained, in a network in evaluation mode."""
 
     @classmethod
     def check_stored(cls, path: str | Path, stored: Stored, tensors: dict[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from dataclasses import fields
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.flow import flow_forward
 from cadsurgery.surgery.rules import treat
 from cadsurgery.surgery.treatment import Treatment
@@ -43,9 +43,10 @@ class Spatial:
 
     def __init__(self, facts: Facts) -> None:
         # No map is dilated here, and padding is a separate step.
-        known = facts
+        observed = {field.name: getattr(facts, field.name) for field in fields(Facts)}
+        known = MapFacts(**observed)
         with contextlib.suppress(KeyError):  # attention has no positions in the image: use shapes
-            known = flow_forward(facts, coarsest=0).facts
+            known = flow_forward(facts, coarsest=0)
         batch = len(facts.example)
         # After an operation without a rule, a 4-d value with several positions counts as a map.
         others = {
@@ -55,7 +56,7 @@ class Spatial:
         }
         images = {node: (facts.shapes[node][2], facts.shapes[node][3]) for node in others}
         layouts = {**others, **known.layouts}
-        self.facts = replace(known, layouts=layouts, images={**images, **known.images}, pads={})
+        self.facts = MapFacts(**observed, layouts=layouts, images={**images, **known.images})
 
     @cached_property
     def treatments(self) -> dict[fx.Node, Treatment]:

@@ -26,26 +26,25 @@ from cadsurgery.surgery.verify import Case, verify
 
 def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
     """Build the program of a planned network."""
-    facts = flow.facts
     runs_own = (plan.part or plan.floors) and plan.identity_level is not None
-    unchanged = unchanged_graph(facts, plan) if runs_own else None
-    used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
-    inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
+    unchanged = unchanged_graph(flow, plan) if runs_own else None
+    used = [node for node in flow.graph.nodes if node.op in ("call_module", "get_attr")]
+    inside = {decision.node for decision in plan.decisions if decision.on_elements}
     operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
     graph = rewrite(flow, plan, guided=geometry.fill == "guided")
     return Program(
         graph,
         plan,
         geometry,
-        signature_of(facts.model),
-        facts.container,
+        signature_of(flow.model),
+        flow.container,
         unchanged,
-        find_watched(facts.model, operations, [str(node.target) for node in used], _live(graph)),
-        Inputs.of(facts.model, facts.arguments).kinds,
+        find_watched(flow.model, operations, [str(node.target) for node in used], _live(graph)),
+        Inputs.of(flow.model, flow.arguments).kinds,
         Outside.of(
-            facts.model,
+            flow.model,
             {str(node.target) for node in graph.nodes if node.op == "call_module"},
-            facts.kept.written if facts.kept is not None else (),
+            flow.kept.written if flow.kept is not None else (),
             any(map(is_constant, used)),
         ),
     )

@@ -188,7 +188,7 @@ def count_macs(
             by_level[0].get(name, 0),
             by_level[lowest].get(name, 0),
             None if own is None else by_level[own].get(name, 0),
-            decision.action in ("adapt", "keep"),
+            decision.on_elements,
         )
         for decision in program.plan.decisions
         if any(counts.get(decision.node) for counts in (with_mask, by_level[0], by_level[lowest]))

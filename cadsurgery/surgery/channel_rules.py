@@ -29,7 +29,7 @@ from cadsurgery.elements.axes import (
     shuffle_channels,
 )
 from cadsurgery.support.torch_operations import spellings
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.facts import MapFacts
 from cadsurgery.surgery.graphs import axes_order
 from cadsurgery.surgery.rule_arguments import (
     DIM_NAMES,
@@ -62,7 +62,7 @@ _FUNCTIONS: dict[type[nn.Module], Any] = {
 
 
 @rule(*spellings("along"))
-def along_channels(node: fx.Node, facts: Facts) -> Treatment:
+def along_channels(node: fx.Node, facts: MapFacts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
     layout, how = facts.layout(first_map(node, facts)), _name(node, facts)
     place, dim = _stated_axes(node, facts, how, layout)
@@ -91,19 +91,19 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment(kind, rows=call, layout=_after(node, facts, layout, dims))
 
 
-def _name(node: fx.Node, facts: Facts) -> str:
+def _name(node: fx.Node, facts: MapFacts) -> str:
     """Return the name of an operation as a function of torch."""
     if node.op == "call_module":
         return str(_function_of(node, facts).__name__)
     return operation_name(node, facts).removeprefix("Tensor.").removeprefix("special_")
 
 
-def _function_of(node: fx.Node, facts: Facts) -> Any:
+def _function_of(node: fx.Node, facts: MapFacts) -> Any:
     """Return the function that a module applies."""
     return next(function for kind, function in _FUNCTIONS.items() if isinstance(facts.module(node), kind))
 
 
-def _stated_axes(node: fx.Node, facts: Facts, how: str, layout: str) -> tuple[int, Any]:
+def _stated_axes(node: fx.Node, facts: MapFacts, how: str, layout: str) -> tuple[int, Any]:
     """Return the place of the argument that tells the axes, and the axes."""
     place, default = _PLACES.get(how, (1, None))
     if how in ("softmax", "log_softmax", "softmin"):  # torch's implicit choice
@@ -119,7 +119,7 @@ def _stated_axes(node: fx.Node, facts: Facts, how: str, layout: str) -> tuple[in
     return place, node.args[place] if len(node.args) > place and node.args[place] is not None else default
 
 
-def _after(node: fx.Node, facts: Facts, layout: str, dims: list[int]) -> str:
+def _after(node: fx.Node, facts: MapFacts, layout: str, dims: list[int]) -> str:
     """Return the axes of a result, or of each of several results, from the number of axes on the example."""
     result = next((user for user in node.users if user.target is operator.getitem), node)
     result = node if node in facts.shapes else result
@@ -129,7 +129,7 @@ def _after(node: fx.Node, facts: Facts, layout: str, dims: list[int]) -> str:
 
 
 @rule(nn.Softmax2d)
-def softmax_of_channels(node: fx.Node, facts: Facts) -> Treatment:
+def softmax_of_channels(node: fx.Node, facts: MapFacts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
     if facts.layout(node.args[0]) != NCHW:
         return barrier("its third axis from the right is not the axis of the channels")
@@ -137,7 +137,7 @@ def softmax_of_channels(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.CosineSimilarity)
-def cosine_similarity(node: fx.Node, facts: Facts) -> Treatment:
+def cosine_similarity(node: fx.Node, facts: MapFacts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
     module: Any = facts.module(node)
     layout = facts.layout(first_map(node, facts))
@@ -150,7 +150,7 @@ def cosine_similarity(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.LocalResponseNorm, F.local_response_norm)
-def local_response_norm(node: fx.Node, facts: Facts) -> Treatment:
+def local_response_norm(node: fx.Node, facts: MapFacts) -> Treatment:
     """Over neighbouring channels of each element."""
     options = options_of(node, facts, "input", "size", alpha=1e-4, beta=0.75, k=1.0)
     settings = (options[name] for name in ("size", "alpha", "beta", "k"))
@@ -158,12 +158,12 @@ def local_response_norm(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.ChannelShuffle, F.channel_shuffle, F.native_channel_shuffle, torch.channel_shuffle)
-def channel_shuffle(node: fx.Node, facts: Facts) -> Treatment:
+def channel_shuffle(node: fx.Node, facts: MapFacts) -> Treatment:
     """The channels of each element in another order."""
     return _on_rows(node, facts, shuffle_channels, options_of(node, facts, "input", "groups")["groups"])
 
 
-def _on_rows(node: fx.Node, facts: Facts, function: Any, *settings: Any) -> Treatment:
+def _on_rows(node: fx.Node, facts: MapFacts, function: Any, *settings: Any) -> Treatment:
     """Treat an operation on maps (B, C, H, W) by its function on rows (N, C)."""
     if facts.layout(node.args[0]) != NCHW:
         return barrier("its second axis is not the axis of the channels")
@@ -171,7 +171,7 @@ def _on_rows(node: fx.Node, facts: Facts, function: Any, *settings: Any) -> Trea
 
 
 @rule("repeat", torch.tile, "tile")
-def repetition(node: fx.Node, facts: Facts) -> Treatment:
+def repetition(node: fx.Node, facts: MapFacts) -> Treatment:
     """The channels of each element, several times."""
     layout = facts.layout(node.args[0])
     stated: Any = node.args[1:] or tuple(node.kwargs.values())
@@ -189,7 +189,7 @@ def repetition(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(*spellings("reshapes"))
-def reshaping(node: fx.Node, facts: Facts) -> Treatment:
+def reshaping(node: fx.Node, facts: MapFacts) -> Treatment:
     """Regroups channels, or flattens the image: the rows keep their order, only their shape changes."""
     source: Any = node.args[0]
     layout, shape, new = facts.layout(source), facts.shapes[source], facts.shapes[node]
@@ -205,7 +205,7 @@ def reshaping(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(*spellings("permutes"))
-def permutation(node: fx.Node, facts: Facts) -> Treatment:
+def permutation(node: fx.Node, facts: MapFacts) -> Treatment:
     """Orders the axes of the map: the channels of a row stay in the row."""
     source, layout = node.args[0], facts.layout(node.args[0])
     order = axes_order(node, len(layout))
@@ -218,7 +218,7 @@ def permutation(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(*spellings("splits"))
-def split(node: fx.Node, facts: Facts) -> Treatment:
+def split(node: fx.Node, facts: MapFacts) -> Treatment:
     """Parts of the channels of each element."""
     layout = facts.layout(node.args[0])
     options = arguments_of(node, "x", "sections", dim=0)
@@ -228,7 +228,7 @@ def split(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(*spellings("selects"))
-def selection(node: fx.Node, facts: Facts) -> Treatment:
+def selection(node: fx.Node, facts: MapFacts) -> Treatment:
     """Some channels of each element."""
     layout = facts.layout(node.args[0])
     options = arguments_of(node, "x", dim=0)
@@ -240,7 +240,7 @@ def selection(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(operator.getitem)
-def indexing(node: fx.Node, facts: Facts) -> Treatment:
+def indexing(node: fx.Node, facts: MapFacts) -> Treatment:
     """One of several values, some channels of each element, or a crop that moves no anchor."""
     source, asked = node.args
     if source not in facts.shapes:  # a part of a split, or a result of a pooling with indices
@@ -262,7 +262,7 @@ def indexing(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(assign)
-def assignment(node: fx.Node, facts: Facts) -> Treatment:
+def assignment(node: fx.Node, facts: MapFacts) -> Treatment:
     """New values for some channels of each element, or for those that a map of truth values chooses."""
     values: Any
     values, asked, part = node.args
@@ -297,7 +297,7 @@ class _Index(NamedTuple):
     crops: dict[str, slice]
 
 
-def _read_index(asked: Any, layout: str, facts: Facts) -> _Index | str:
+def _read_index(asked: Any, layout: str, facts: MapFacts) -> _Index | str:
     """Return what an index takes of a map, or the reason why elements cannot be indexed so."""
     index: list[Any] = list(asked) if isinstance(asked, tuple) else [asked]
     if any(part is Ellipsis for part in index):
@@ -321,7 +321,7 @@ def _read_index(asked: Any, layout: str, facts: Facts) -> _Index | str:
     return _Index(tuple(rows), after + layout[dim:], crops)
 
 
-def _takes_channels(part: Any, rows: list[Any], facts: Facts) -> bool:
+def _takes_channels(part: Any, rows: list[Any], facts: MapFacts) -> bool:
     """True if a part of an index takes some channels: a number, a slice, or the only list of numbers."""
     if isinstance(part, (int, slice)):
         return not isinstance(part, bool)
@@ -330,7 +330,7 @@ def _takes_channels(part: Any, rows: list[Any], facts: Facts) -> bool:
     return (is_list or is_tensor) and all(isinstance(former, slice) for former in rows)
 
 
-def _is_crop(part: Any, facts: Facts) -> bool:
+def _is_crop(part: Any, facts: MapFacts) -> bool:
     """True if a slice takes the first rows or columns of a map, perhaps not all."""
     if not isinstance(part, slice) or part.step not in (None, 1) or part.stop is None:
         return False
@@ -339,7 +339,7 @@ def _is_crop(part: Any, facts: Facts) -> bool:
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
-def concatenation(node: fx.Node, facts: Facts) -> Treatment:
+def concatenation(node: fx.Node, facts: MapFacts) -> Treatment:
     """Channels side by side, cell by cell."""
     options = arguments_of(node, "tensors", dim=0)
     dim, first = options.get("axis", options["dim"]), first_map(node, facts)
@@ -350,7 +350,7 @@ def concatenation(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(torch.stack)
-def stacking(node: fx.Node, facts: Facts) -> Treatment:
+def stacking(node: fx.Node, facts: MapFacts) -> Treatment:
     """Values of one cell along a new channel axis."""
     options = arguments_of(node, "tensors", dim=0)
     layout = facts.layout(first_map(node, facts))

@@ -18,7 +18,7 @@ from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan, Prospect
 from cadsurgery.surgery.readings import Reading, consider, read_dilations
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line
-from cadsurgery.surgery.region import Region, floor_region, readers, region_of
+from cadsurgery.surgery.region import Region, floor_region, region_of
 from cadsurgery.surgery.settle import Refusal, settle_flow
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, operation_name
 
@@ -74,15 +74,14 @@ def make_plan(
         if (larger := region_of(capped, high)).strides == chosen.strides:
             flow, chosen = capped, larger
     decisions = _decide(flow, chosen, fine_outputs=returned == "fine")
-    working = readers(flow, chosen)
     fine = any(decision.leaves in ("fine", "resized") for decision in decisions)
-    if not fine and not any(_works(node, flow) for node in working):
+    if not fine and not any(_works(node, flow) for node in chosen.readers):
         raise nothing_to_convert(flow)
     identity = _identity_level(flow, chosen, chosen.strides.index(low))
     if identity != 0 and any(decision.inside_cells for decision in decisions):
         raise _heads_need_own_grid(flow, chosen, low)
-    joins = any(_joins(node, flow) for node in working)
-    leaving = [flow.grid[n] for n in chosen.needed if chosen.stage(n) and _dense_readers(n, flow, chosen)]
+    joins = any(_joins(node, flow) for node in chosen.readers)
+    leaving = [flow.grid[n] for n in chosen.needed if chosen.stage(n) and chosen.dense_readers(n)]
     finest = high if fine or joins else min(leaving, default=low)
     plan = Plan(
         output_stride=(high, low),
@@ -102,17 +101,16 @@ def _of_every_plan(
     flow: Flow, decisions: Sequence[Decision], region: RegionOption, part: str
 ) -> dict[str, Any]:
     """Return the fields of a plan that do not depend on what its levels mean."""
-    facts = flow.facts
     return {
         "decisions": tuple(decisions),
         "region": region if isinstance(region, str) else tuple(region),
-        "example_shape": tuple(facts.example.shape),
+        "example_shape": tuple(flow.example.shape),
         "outputs": tuple(
-            (node.name, flow.grid[node]) for node in facts.outputs if flow.role[node] is Role.MAP
+            (node.name, flow.grid[node]) for node in flow.outputs if flow.role[node] is Role.MAP
         ),
         "part": part,
-        "call": describe_call(facts.model, facts.arguments),
-        "not_counted": tuple(facts.not_counted),
+        "call": describe_call(flow.model, flow.arguments),
+        "not_counted": tuple(flow.not_counted),
         "around": _around(flow, decisions),
     }
 
@@ -120,9 +118,9 @@ def _of_every_plan(
 def _around(flow: Flow, decisions: Sequence[Decision]) -> int:
     """Return the pixels by which paddings in front make the first map of the region longer than the image."""
     first = next(decision.node for decision in decisions if decision.action == "enter")
-    node = next(node for node in flow.facts.graph.nodes if node.name == first)
-    spacing, size = flow.grid[node], flow.facts.images.get(node, ())
-    more = [spacing * length - side for length, side in zip(size, flow.facts.example.shape[2:], strict=False)]
+    node = next(node for node in flow.graph.nodes if node.name == first)
+    spacing, size = flow.grid[node], flow.images.get(node, ())
+    more = [spacing * length - side for length, side in zip(size, flow.example.shape[2:], strict=False)]
     if not more or min(more) <= 2 * spacing or max(more) - min(more) >= spacing:
         return 0
     while flow.maps(node):
@@ -135,7 +133,7 @@ def _around(flow: Flow, decisions: Sequence[Decision]) -> int:
 def _is_of_windows(node: fx.Node, flow: Flow) -> bool:
     """True for an operation whose map is longer than the one that it reads by its padding alone."""
     kind = flow.treatments[node].kind
-    return kind in ("window", "pointwise", "pad", "join") or (kind == "barrier" and flow.facts.macs[node] > 0)
+    return kind in ("window", "pointwise", "pad", "join") or (kind == "barrier" and flow.macs[node] > 0)
 
 
 def _plan_of_floors(
@@ -154,8 +152,7 @@ def _plan_of_floors(
             "to be made.",
             next=f"give a multiple of {strides[-1]} by a power of two, or one of its strides.",
         )
-    working = readers(flow, chosen)
-    if not any(_works(node, flow) for node in working):
+    if not any(_works(node, flow) for node in chosen.readers):
         raise nothing_to_convert(flow)
     plan = Plan(
         output_stride=(1, coarsest),
@@ -221,9 +218,8 @@ def _choose(readings: Sequence[Reading], asked: tuple[int, int] | None) -> tuple
 
 def _strided_barriers(flow: Flow) -> list[str]:
     """Return why strided operations are no adaptive stages, one clause for each."""
-    facts = flow.facts
     return [
-        f"; {facts.path(node) or node.name} ({operation_name(node, facts)}) is no adaptive stage: {barrier.why}"
+        f"; {flow.path(node) or node.name} ({operation_name(node, flow)}) is no adaptive stage: {barrier.why}"
         for node, barrier in flow.barriers.items()
         if barrier.cause is Cause.OPERATION
         and any(flow.grid.get(node, 0) > flow.grid[source] for source in flow.maps(node))
@@ -244,7 +240,7 @@ def _joins(node: fx.Node, flow: Flow) -> bool:
 
 def _identity_level(flow: Flow, region: Region, max_level: int) -> int | None:
     """Return the level whose uniform map gives every value of the region its own grid; None if there is none."""
-    staged = [(region.stage(node), flow.grid[node]) for node in region.needed if region.stage(node) > 0]
+    staged = [(region.stage(node), flow.grid[node]) for node in region.needed if region.has(node)]
     levels = range(max_level + 1)
     return next(
         (lv for lv in levels if all(region.strides[min(st, lv)] == grid for st, grid in staged)), None
@@ -254,7 +250,7 @@ def _identity_level(flow: Flow, region: Region, max_level: int) -> int | None:
 def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
     """Return a decision for each node, in order."""
     decide = _Deciding(flow, region, fine_outputs)
-    return [decide(node) for node in flow.facts.graph.nodes]
+    return [decide(node) for node in flow.graph.nodes]
 
 
 class _Deciding:
@@ -271,33 +267,26 @@ class _Deciding:
     """
 
     def __init__(self, flow: Flow, region: Region, fine_outputs: bool) -> None:
-        facts = flow.facts
         self.flow, self.region = flow, region
         self.resized = _resized(flow, region)
         self.sizes = _leaving_sizes(flow, region, self.resized, fine_outputs)
-        staged = {node for node in region.needed if region.stage(node) > 0}
-        staged |= {pad for pad in facts.pads if any(user in staged for user in pad.users)}
-        self.staged = staged
-        self.read = {
-            node: [source for source in flow.maps(node) if source in staged] for node in facts.graph.nodes
-        }
-        self.on_elements = {
+        self.read = {node: region.read_by(node) for node in flow.graph.nodes}
+        self.on_elements = region.on_elements
+        self.ends = {
             node
             for node, sources in self.read.items()
-            if node in staged or _reads_last(node, sources, flow, region)
+            if sources and node not in self.on_elements and not flow.only_asks(node)
         }
-        size_readers = {node for node in self.read if _only_asks(node, flow)}
-        self.ends = {node for node, sources in self.read.items() if sources} - self.on_elements - size_readers
         self.after = set().union(*map(and_after, self.ends)) - self.ends - self.on_elements
         self.again = {
-            node: next(user for user in node.users if user in staged)
+            node: next(user for user in node.users if user in region.maps)
             for node in region.outside
-            if not staged.isdisjoint(node.users)
+            if not region.maps.isdisjoint(node.users)
         }
 
     def __call__(self, node: fx.Node) -> Decision:
         """Return the decision for a node."""
-        flow, facts, treatment = self.flow, self.flow.facts, self.flow.treatments[node]
+        flow, facts, treatment = self.flow, self.flow, self.flow.treatments[node]
         high, is_end = self.region.strides[0], node in self.ends
         action, reason = self._judge(node)
         window = treatment.window if node in self.on_elements and treatment.kind != "pad" else None
@@ -311,7 +300,7 @@ class _Deciding:
             operation=_describe(node, facts, treatment),
             action=action,
             reason=reason,
-            stages=_stages(node, flow, self.region) if node in self.on_elements else (0, 0),
+            stages=self.region.stages(node) if node in self.on_elements else (0, 0),
             window=window,
             grid=max(1, flow.grid.get(node, 1) // high),
             leaves="resized" if node in self.resized else leaves,
@@ -330,7 +319,7 @@ class _Deciding:
         """Return what is done with a node, and why."""
         treatment, barrier = self.flow.treatments[node], self.flow.barriers.get(node)
         if node in self.on_elements:
-            before, behind = _stages(node, self.flow, self.region)
+            before, behind = self.region.stages(node)
             action: Action = "adapt" if treatment.window and behind > before else "keep"
             is_inside = node in self.flow.inside_cells
             return action, why_inside_cells(
@@ -348,7 +337,7 @@ class _Deciding:
             return "exit" if natural else "barrier", reason
         if barrier is not None and barrier.cause is Cause.COPY and node not in self.again:
             return "dense", barrier.why
-        if node in self.region.needed and any(user in self.staged for user in node.users):
+        if node in self.region.needed and any(user in self.region.maps for user in node.users):
             return "enter", "one element per sample of this map"
         if node in self.region.outside and (node in self.again or node not in self.after):
             return "dense", barrier.why if barrier is not None else "reads what is outside the region"
@@ -366,32 +355,6 @@ def _why_it_ends(node: fx.Node, flow: Flow, region: Region) -> str:
     return f"works at output stride {region.strides[0]}"
 
 
-def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Region) -> bool:
-    """True if a node reads elements and returns a dense result: one vector per image, or a map at least as fine as the
-    high output stride."""
-    if not sources or node in flow.barriers or not region.outside.isdisjoint(flow.maps(node)):
-        return False
-    treatment, high = flow.treatments[node], region.strides[0]
-    if treatment.kind != "resize":
-        return treatment.kind == "global"
-    if region.floors:
-        return False
-    if flow.grid[node] == high:
-        return True
-    return flow.at_exit(node) and flow.grid[node] < high
-
-
-def _only_asks(node: fx.Node, flow: Flow) -> bool:
-    """True if a node reads only the size of a map."""
-    return (flow.treatments[node].kind == "shape" and node.op != "output") or flow.role[node] is Role.VECTOR
-
-
-def _stages(node: fx.Node, flow: Flow, region: Region) -> tuple[int, int]:
-    """Return the stages of the lattices that a node of the region reads and writes."""
-    before = min(region.stage(source) for source in flow.maps(node) if source not in region.outside)
-    return before, region.stage(node) if node in region.needed else before
-
-
 def _resized(flow: Flow, region: Region) -> frozenset[fx.Node]:
     """Return the final resizes that read elements. A bilinear resize of a map that has the high output stride already
     is not among them: it runs dense, as in the network."""
@@ -400,8 +363,8 @@ def _resized(flow: Flow, region: Region) -> frozenset[fx.Node]:
         node
         for node in (() if region.floors else flow.last)
         if flow.at_exit(node)
-        and all(source in region.needed and region.stage(source) > 0 for source in flow.maps(node))
-        and flow.facts.layout(flow.maps(node)[0]) == NCHW
+        and all(map(region.has, flow.maps(node)))
+        and flow.layout(flow.maps(node)[0]) == NCHW
         and (
             flow.grid[flow.maps(node)[0]] > high
             or dict(flow.treatments[node].arguments)["mode"] != "bilinear"
@@ -416,29 +379,16 @@ def _leaving_sizes(
     `native`. Maps that only such resizes read do not leave."""
     sizes: dict[fx.Node, Leaves] = {}
     for node in region.needed:
-        readers = [user for user in _dense_readers(node, flow, region) if user not in resized]
-        if region.stage(node) > 0 and readers:
+        readers = [user for user in region.dense_readers(node) if user not in resized]
+        if region.has(node) and readers:
             # A flattened map does not tell its height and width: its readers rely on the network's own.
             returned = (
-                fine_outputs
-                and "h" in flow.facts.layouts[node]
-                and all(user.op == "output" for user in readers)
+                fine_outputs and "h" in flow.layouts[node] and all(user.op == "output" for user in readers)
             )
             fine = flow.grid[node] == region.strides[0] or returned
             fine = fine and flow.treatments[node].leaves_by is None
             sizes[node] = "fine" if fine else "native"
     return sizes
-
-
-def _dense_readers(node: fx.Node, flow: Flow, region: Region) -> list[fx.Node]:
-    """Return the users of a map of the region that need it as a dense tensor."""
-    return [
-        user
-        for user in node.users
-        if not (user in region.needed and region.stage(user) > 0)
-        and not _reads_last(user, [node], flow, region)
-        and not _only_asks(user, flow)
-    ]
 
 
 def _describe(node: fx.Node, facts: Facts, treatment: Treatment) -> str:
@@ -480,16 +430,16 @@ def floors_prospect(
 
 def _floor_of(node: fx.Node, region: Region, coarsest: int) -> int:
     """Return the floor of a node: 1 outside the region."""
-    return coarsest if node in region.needed and region.stage(node) else 1
+    return coarsest if region.has(node) else 1
 
 
 def _macs_at(node: fx.Node, flow: Flow, size: Sequence[int], floor: int = 1) -> float:
     """Return a node's multiply-accumulates on one image; of a map they are proportional to its positions."""
-    macs = flow.facts.macs[node] / len(flow.facts.example)
+    macs = flow.macs[node] / len(flow.example)
     if not macs or flow.role[node] is not Role.MAP:
         return macs
-    own, grid = flow.facts.images[node], flow.grid[node]
-    is_example = tuple(size) == tuple(flow.facts.example.shape[2:])
+    own, grid = flow.images[node], flow.grid[node]
+    is_example = tuple(size) == tuple(flow.example.shape[2:])
     sides = own if is_example else [divide_up(length, grid) for length in size]
     step = max(1, floor // grid)
     return macs * math.prod(divide_up(side, step) for side in sides) / math.prod(own)

@@ -61,7 +61,7 @@ class Emulator(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Compute a node; maps of the region are interpolated, and means read cells by their area."""
         decision = self.decisions[n.name]
-        if decision.action in ("adapt", "keep") and not decision.layout and n.op != "output":
+        if decision.on_elements and not decision.layout and n.op != "output":
             return self._reduced(n)
         module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
         if isinstance(module, BatchNorm) and module.running_mean is None:
@@ -69,7 +69,7 @@ class Emulator(fx.Interpreter):
         value = super().run_node(n)
         if n.target is F.pad or type(module).__module__ == "torch.nn.modules.padding":
             return value  # the windows that read it apply the padding
-        if decision.stages[1] == 0 or decision.action not in ("adapt", "keep"):
+        if decision.stages[1] == 0 or not decision.on_elements:
             return value
         if isinstance(value, tuple) and isinstance(value[0], Tensor) and not value[-1].is_floating_point():
             return self._fill(value[0], decision), self._places(n)  # a pooling with the places of its maxima

@@ -39,10 +39,7 @@ class Facts:
         macs: multiply-accumulates of each node on the example.
         not_counted: operations missing from `macs`, because they have no counting rule.
         container: type of the output if it is a dictionary subclass or a dataclass; the graph returns a plain dict.
-        layouts: axes of each value that is a map. `layouts`, `images` and `pads` are found by `flow.flow_forward`.
-        images: height and width of each map on its own grid, on the example.
         numbers: value on the example of each node that is a number or several, such as a size.
-        pads: windows of padding operations, to be taken over by the window that reads the padded map.
         arguments: arguments of the example call, by name.
         given: the nodes that are tensors of these arguments, in order of execution.
         kept: what the network's forward keeps for its next call; it is forgotten wherever a graph is compared with it.
@@ -57,16 +54,9 @@ class Facts:
     not_counted: list[str] = field(default_factory=list)
     container: type = dict
     numbers: dict[fx.Node, Any] = field(default_factory=dict)
-    layouts: dict[fx.Node, str] = field(default_factory=dict)
-    images: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
-    pads: dict[fx.Node, Window] = field(default_factory=dict)
     arguments: Arguments = field(default_factory=dict)
     given: list[fx.Node] = field(default_factory=list)
     kept: Kept | None = None
-
-    def layout(self, value: Any) -> str:
-        """Return the axes of a map, e.g. `bchw`; "" for any other value."""
-        return self.layouts.get(value, "") if isinstance(value, fx.Node) else ""
 
     def number(self, value: Any) -> Any:
         """Return a number or several; for a node its value on the example, or None if it is no number."""
@@ -100,6 +90,25 @@ class Facts:
         shape = self.shapes.get(node, ())
         alike = len(shape) == 4 and shape[0] == len(self.example) and shape[2:] == self.example.shape[2:]
         return alike and node in self.given
+
+
+@dataclass(frozen=True)
+class MapFacts(Facts):
+    """What a rule is given: facts about every node, and about the maps among the nodes before its own.
+
+    Attributes:
+        layouts: axes of each value that is a map.
+        images: height and width of each map on its own grid, on the example.
+        pads: windows of padding operations, to be taken over by the window that reads the padded map.
+    """
+
+    layouts: dict[fx.Node, str] = field(default_factory=dict)
+    images: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    pads: dict[fx.Node, Window] = field(default_factory=dict)
+
+    def layout(self, value: Any) -> str:
+        """Return the axes of a map, e.g. `bchw`; "" for any other value."""
+        return self.layouts.get(value, "") if isinstance(value, fx.Node) else ""
 
 
 class OtherFunction(CannotConvert):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from torch import fx
 
 from cadsurgery.elements.axes import NCHW, is_flat
 from cadsurgery.support.torch_operations import is_in_place, is_kind
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.rules import treat
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, is_mixer, why_whole
@@ -32,12 +32,12 @@ class Role(Enum):
     OTHER = "other"  # sizes, constants, parameters, values of any other shape
 
 
-@dataclass
-class Flow:
-    """Roles, treatments, grids and spacings of all nodes, and the operations that cannot run on elements.
+@dataclass(frozen=True, eq=False)
+class Flow(MapFacts):
+    """Roles, treatments, grids and spacings of all nodes, and the operations that cannot run on elements; with what the
+    rules are given, the facts about the network and its maps.
 
     Attributes:
-        facts: facts about the network, with the axes of the maps that this pass has found.
         role: role of each node.
         treatments: treatment of each node by its rule.
         grid: output stride of each map in the network as it is.
@@ -52,7 +52,6 @@ class Flow:
         views: how the positions of each map were moved since the picture; see `views`.
     """
 
-    facts: Facts
     role: dict[fx.Node, Role] = field(default_factory=dict)
     treatments: dict[fx.Node, Treatment] = field(default_factory=dict)
     grid: dict[fx.Node, int] = field(default_factory=dict)
@@ -74,6 +73,11 @@ class Flow:
         """Return the maps that a node reads."""
         return [source for source in node.all_input_nodes if self.role[source] is Role.MAP]
 
+    def only_asks(self, node: fx.Node) -> bool:
+        """True if a node reads only the size of a map."""
+        asks = self.treatments[node].kind == "shape" and node.op != "output"
+        return asks or self.role[node] is Role.VECTOR
+
     def at_exit(self, node: fx.Node) -> bool:
         """True if a resize can read elements at arbitrary points and return a dense map."""
         operation = self.treatments[node].operation
@@ -89,8 +93,8 @@ class Flow:
     def comes_back(self, node: fx.Node, high: int) -> bool:
         """True if a map that is computed dense can be joined with maps of the region: a floating-point map coarser than
         the high output stride. In networks with attention, no map comes back."""
-        shape = self.facts.shapes.get(node, ())
-        is_plain = len(shape) == 4 and self.facts.layout(node) == NCHW and node in self.facts.floating
+        shape = self.shapes.get(node, ())
+        is_plain = len(shape) == 4 and self.layout(node) == NCHW and node in self.floating
         return is_plain and self.grid[node] > high and not self.has_attention
 
     @cached_property
@@ -125,8 +129,8 @@ def flow_forward(
             network's design, with None none of them.
         through_heads: see `Flow`.
     """
-    facts = replace(facts, layouts={}, images={}, pads={})
-    flow = Flow(facts, most=most, coarsest=coarsest, through_heads=through_heads)
+    observed = {field.name: getattr(facts, field.name) for field in fields(Facts)}
+    flow = Flow(**observed, most=most, coarsest=coarsest, through_heads=through_heads)
     for node in facts.graph.nodes:
         if node.op == "placeholder" or node in facts.given:
             is_image = facts.is_image(node)
@@ -134,44 +138,44 @@ def flow_forward(
             flow.treatments[node] = _OTHER
             if is_image:
                 flow.grid[node], flow.spacing[node], flow.views[node] = 1, 1, ()
-                _note_map(node, NCHW, facts)
+                _note_map(node, NCHW, flow)
             continue
         maps = flow.maps(node)
         vector = any(flow.role[source] is Role.VECTOR for source in node.all_input_nodes)
-        treatment = _OTHER if node.op == "output" else treat(node, facts)
+        treatment = _OTHER if node.op == "output" else treat(node, flow)
         treatment = flow.treatments[node] = _to_known_grid(node, maps, treatment, flow)
         if not maps and any(source in flow.foreign for source in node.all_input_nodes):
-            _behind_foreign(node, flow, facts)
+            _behind_foreign(node, flow)
         elif not maps:
             flow.role[node] = Role.VECTOR if vector else Role.OTHER
         elif node.op == "output" or treatment.kind == "shape":
             flow.role[node] = Role.OTHER
         elif treatment.kind == "broadcast" and node.args[0] not in maps:  # reads only the map's size
             flow.role[node] = Role.VECTOR
-        elif barrier := refused(node, maps) or _barrier(node, maps, flow, facts):
+        elif barrier := refused(node, maps) or _barrier(node, maps, flow):
             flow.barriers[node] = barrier
-            _behind_barrier(node, maps[0], flow, facts)
+            _behind_barrier(node, maps[0], flow)
         elif treatment.kind == "global":
             flow.role[node] = Role.VECTOR
         else:
             flow.role[node] = Role.MAP
             _advance(node, maps, flow, by_design)
-            _note_map(node, treatment.layout or facts.layout(maps[0]), facts, maps[0])
+            _note_map(node, treatment.layout or flow.layout(maps[0]), flow, maps[0])
             if treatment.kind == "pad" and treatment.window is not None:
-                facts.pads[node] = treatment.window
+                flow.pads[node] = treatment.window
         if flow.role[node] is Role.MAP:
-            flow.views[node] = view_of(node, maps, flow.views, facts, flow.grid)
+            flow.views[node] = view_of(node, maps, flow.views, flow, flow.grid)
     return flow
 
 
 def _to_known_grid(node: fx.Node, maps: list[fx.Node], treatment: Treatment, flow: Flow) -> Treatment:
     """Set the factor of a resize to a given size from the grids of maps of that size; on small maps several factors
     would fit the sizes."""
-    images = flow.facts.images
+    images = flow.images
     by_size = treatment.kind == "resize" and not treatment.last_only and dict(treatment.arguments).get("size")
-    if not by_size or not maps or len(flow.facts.shapes.get(node, ())) != 4:
+    if not by_size or not maps or len(flow.shapes.get(node, ())) != 4:
         return treatment
-    before, after = images[maps[0]], tuple(flow.facts.shapes[node][2:])
+    before, after = images[maps[0]], tuple(flow.shapes[node][2:])
     grids = {flow.grid[source] for source, size in images.items() if size == after}
     scales = sorted(flow.grid[maps[0]] // grid for grid in grids if flow.grid[maps[0]] % grid == 0)
     if treatment.scale in scales:
@@ -180,52 +184,52 @@ def _to_known_grid(node: fx.Node, maps: list[fx.Node], treatment: Treatment, flo
     return replace(treatment, scale=next(fitting, treatment.scale))
 
 
-def _note_map(node: fx.Node, layout: str, facts: Facts, source: fx.Node | None = None) -> None:
+def _note_map(node: fx.Node, layout: str, flow: Flow, source: fx.Node | None = None) -> None:
     """Record the axes and the image size of a map."""
-    shape = facts.shapes.get(node)
-    facts.layouts[node] = layout
+    shape = flow.shapes.get(node)
+    flow.layouts[node] = layout
     if shape is not None and "h" in layout and len(shape) == len(layout):
-        facts.images[node] = (shape[layout.index("h")], shape[layout.index("w")])
+        flow.images[node] = (shape[layout.index("h")], shape[layout.index("w")])
     elif source is not None:
-        facts.images[node] = facts.images[source]
+        flow.images[node] = flow.images[source]
 
 
-def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) -> None:
+def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow) -> None:
     """Set the role of a result that is computed dense: a map on some grid, or something else."""
     treatment = flow.treatments[node]
-    parts = node not in facts.shapes  # e.g. the parts of a split map
+    parts = node not in flow.shapes  # e.g. the parts of a split map
     layout = treatment.layout if treatment.kind != "barrier" else ""
-    same = parts or facts.shapes[node] == facts.shapes.get(source)
-    layout = layout or (facts.layout(source) if same else NCHW)
-    if not parts and len(facts.shapes[node]) != len(layout):
+    same = parts or flow.shapes[node] == flow.shapes.get(source)
+    layout = layout or (flow.layout(source) if same else NCHW)
+    if not parts and len(flow.shapes[node]) != len(layout):
         flow.role[node] = Role.OTHER
         flow.foreign.add(node)
         return
-    _note_map(node, layout, facts, source)
+    _note_map(node, layout, flow, source)
     window = treatment.window
     grid = flow.grid[source] * window.stride // window.finer if window is not None else 0
     if not grid:
-        before, after = facts.images[source][0], facts.images[node][0]
+        before, after = flow.images[source][0], flow.images[node][0]
         grid = flow.grid[source] * round(before / max(1, after))
         if after > before:
             grid = max(1, flow.grid[source] // round(after / max(1, before)))
-        alike = [flow.grid[other] for other in flow.grid if facts.images[other] == facts.images[node]]
+        alike = [flow.grid[other] for other in flow.grid if flow.images[other] == flow.images[node]]
         grid = grid if grid in alike or not alike else alike[-1]  # small maps round sizes
     flow.role[node] = Role.MAP
     flow.grid[node] = flow.spacing[node] = grid
 
 
-def _behind_foreign(node: fx.Node, flow: Flow, facts: Facts) -> None:
+def _behind_foreign(node: fx.Node, flow: Flow) -> None:
     """Set the role of a value computed from foreign values: a map if it looks like one, else a foreign value, too."""
     flow.role[node] = Role.OTHER
-    if node in facts.shapes:
+    if node in flow.shapes:
         flow.foreign.add(node)
-    grid = _looks_like_map(facts.shapes.get(node, ()), facts.example.shape) if node.op != "output" else 0
+    grid = _looks_like_map(flow.shapes.get(node, ()), flow.example.shape) if node.op != "output" else 0
     if grid:
         flow.role[node] = Role.MAP
         flow.barriers[node] = Barrier("is computed from values that are no map")
         flow.grid[node] = flow.spacing[node] = grid
-        _note_map(node, NCHW, facts)
+        _note_map(node, NCHW, flow)
 
 
 def _looks_like_map(shape: Sequence[int], image: Sequence[int]) -> int:
@@ -241,14 +245,14 @@ def _looks_like_map(shape: Sequence[int], image: Sequence[int]) -> int:
     return grid if grid and all(fits) else 0
 
 
-def _barrier(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> Barrier | None:
+def _barrier(node: fx.Node, maps: list[fx.Node], flow: Flow) -> Barrier | None:
     """Return why a node cannot run on elements; None if it can."""
     treatment = flow.treatments[node]
     if what := _moved(maps, flow):
         return Barrier(f"reads a {what} copy of the picture: the mask lies on the other one", Cause.COPY)
     if treatment.kind == "barrier":
         return Barrier(treatment.why, treatment.cause)
-    if misfit := _misfit(node, maps, flow, facts):
+    if misfit := _misfit(node, maps, flow):
         return Barrier(misfit)
     if treatment.kind == "resize" and flow.spacing[maps[0]] != flow.grid[maps[0]]:
         return Barrier("changes the resolution of a dilated map", Cause.CELLS)
@@ -270,10 +274,10 @@ def copy_read(node: fx.Node, flow: Flow) -> str:
     return _moved(flow.maps(node), flow) if barrier is not None and barrier.cause is Cause.COPY else ""
 
 
-def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str:
+def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
     """Return why the treatment of a node does not apply here, or ""."""
     treatment = flow.treatments[node]
-    layout = facts.layout(maps[0])
+    layout = flow.layout(maps[0])
     indices = dict(treatment.arguments).get("indices")
     if any(flow.treatments[source].leaves_by and source is not indices for source in maps):
         return "reads the indices of a pooling, numbers of the places of a dense map"
@@ -282,10 +286,10 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str
     if treatment.kind == "join":
         if len({flow.grid[source] for source in maps}) > 1:
             return "joins maps of different output strides"
-        if any(not _are_alike(facts.layout(source), layout, treatment) for source in maps):
+        if any(not _are_alike(flow.layout(source), layout, treatment) for source in maps):
             return "joins maps whose axes are ordered differently"
         others = [source for source in node.all_input_nodes if source not in maps]
-        if not all(_is_flat(source, layout, maps, flow, facts) for source in others):
+        if not all(_is_flat(source, layout, maps, flow) for source in others):
             return "joins a map with a value that has its own extent in the image, e.g. a position embedding"
         return ""
     expected = [treatment.reads or node.args[0], *(v for _, v in treatment.arguments if v in maps)]
@@ -320,14 +324,14 @@ def why_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
     return ""
 
 
-def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, facts: Facts) -> bool:
+def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow) -> bool:
     """True if a value is the same at all positions: a number, a parameter, or one vector per image, also broadcast to
     the map's size."""
     treatment = flow.treatments[source]
     if treatment.kind == "broadcast" and treatment.arguments:
-        return layout == NCHW and tuple(facts.shapes[source][2:]) == facts.images[maps[0]]
-    filled = is_filled(source) and facts.shapes[source][2:] == facts.shapes[maps[0]][2:] and layout == NCHW
-    return filled or treatment.kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
+        return layout == NCHW and tuple(flow.shapes[source][2:]) == flow.images[maps[0]]
+    filled = is_filled(source) and flow.shapes[source][2:] == flow.shapes[maps[0]][2:] and layout == NCHW
+    return filled or treatment.kind == "broadcast" or is_flat(flow.shapes.get(source, ()), layout)
 
 
 def is_filled(node: fx.Node) -> bool:
@@ -362,20 +366,20 @@ def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozense
 def position_mixers(flow: Flow) -> list[fx.Node]:
     """Return operations that mix positions of an image other than by windows, means or resizing: attention, recurrence,
     matrix products over positions. Convolutional networks have none."""
-    facts, barriers = flow.facts, flow.barriers
+    barriers = flow.barriers
     return [
         node
-        for node in facts.graph.nodes
-        if is_mixer(node, facts)
-        or (node in barriers and (barriers[node].cause is Cause.POSITIONS or _is_foreign_leaf(node, facts)))
+        for node in flow.graph.nodes
+        if is_mixer(node, flow)
+        or (node in barriers and (barriers[node].cause is Cause.POSITIONS or _is_foreign_leaf(node, flow)))
     ]
 
 
-def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
+def _is_foreign_leaf(node: fx.Node, flow: Flow) -> bool:
     """True if a node is a library's module that was not traced into and may do anything."""
-    made_of = node.op == "call_module" and any(True for _ in facts.module(node).children())
-    foreign = made_of and not type(facts.module(node)).__module__.startswith("torch.")
-    return foreign and not why_whole(node, facts)
+    made_of = node.op == "call_module" and any(True for _ in flow.module(node).children())
+    foreign = made_of and not type(flow.module(node)).__module__.startswith("torch.")
+    return foreign and not why_whole(node, flow)
 
 
 def _is_last(node: fx.Node, flow: Flow) -> bool:

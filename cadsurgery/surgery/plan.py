@@ -75,6 +75,11 @@ class Decision:
     of_copy: str = ""
 
     @property
+    def on_elements(self) -> bool:
+        """True if the node runs on elements."""
+        return self.action in ("adapt", "keep")
+
+    @property
     def place(self) -> str:
         """The module, operation and source line, for messages."""
         return (
@@ -291,14 +296,14 @@ class Plan:
         adapted = (place for place, decision in enumerate(self.decisions) if decision.action == "adapt")
         behind = self.decisions[next(adapted, 0) :]
         total = _macs_of(behind)
-        return _macs_of(d for d in behind if d.action in ("adapt", "keep")) / total if total else 1.0
+        return _macs_of(d for d in behind if d.on_elements) / total if total else 1.0
 
     def standing(self) -> list[tuple[str, int, int, str]]:
         """Return for each output map: node, native output stride, returned output stride, size at the region's end."""
         high, outputs = self.strides[0], list[tuple[str, int, int, str]]()
         for name, grid in self.outputs:
             decision = self[name]
-            staged = decision.action in ("adapt", "keep") and decision.stages[1] > 0
+            staged = decision.on_elements and decision.stages[1] > 0
             fine = staged and decision.leaves == "fine"
             outputs.append((name, grid, high if fine else grid, decision.leaves or "dense"))
         return outputs
@@ -472,7 +477,7 @@ class Plan:
 
     def stride_text(self, decision: Decision) -> str:
         """Return the output strides before and after a node, for tables."""
-        if decision.action not in ("adapt", "keep"):
+        if not decision.on_elements:
             return decision.leaves and f"-> {decision.leaves}"
         before, after = (self.strides[max(0, stage - self.floors)] for stage in decision.stages)
         return f"{before} -> {after}" if before != after else f"{after}"

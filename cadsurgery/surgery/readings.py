@@ -9,7 +9,7 @@ are the network's design: with cells enlarged by them, later windows would read 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -18,7 +18,7 @@ from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Role
 from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Considered
-from cadsurgery.surgery.region import Region, readers, region_of
+from cadsurgery.surgery.region import Region, region_of
 from cadsurgery.surgery.settle import MERE_TAIL, Refusal, Settled, settle_flow
 from cadsurgery.surgery.treatment import Cause
 
@@ -111,7 +111,7 @@ def _read(settled: Settled, in_stages: bool) -> Reading:
     regions = {high: region_of(flow, high) for high in sorted(set(flow.grid.values()))}
     possible = tuple((high, low) for high, region in regions.items() for low in region.strides[1:])
     usual = _choose_strides(flow, regions, possible) if possible else None
-    work = _on_elements(flow, regions[usual[0]]) if usual is not None else 0
+    work = _macs_of(flow, regions[usual[0]].on_elements) if usual is not None else 0
     return Reading(
         settled, regions, possible, usual, work, bool(possible) and in_stages and _is_consistent(flow)
     )
@@ -120,7 +120,7 @@ def _read(settled: Settled, in_stages: bool) -> Reading:
 def _is_consistent(flow: Flow) -> bool:
     """True if at most half of the work after removed strides depends on windows that would read inside the cells."""
     behind, finer = _behind(flow)
-    macs = flow.facts.macs
+    macs = flow.macs
     return bool(behind) and 2 * sum(macs[node] for node in finer) <= sum(macs[node] for node in behind)
 
 
@@ -162,11 +162,11 @@ def _choose_strides(
     usual = max((high for high in highs if high <= _trunk(flow, low) / 4), default=highs[0])
     # If a barrier, e.g. attention in the last stages, leaves little work in that region, others are compared. If a
     # branch to a finer output has most of the work, the coarsest with enough work is chosen.
-    work = {high: _work(flow, region) for high, region in regions.items()}
-    returns_map = any(flow.role[node] is Role.MAP for node in flow.facts.outputs)
+    work = {high: _macs_of(flow, region.readers) for high, region in regions.items()}
+    returns_map = any(flow.role[node] is Role.MAP for node in flow.outputs)
     finer = returns_map and any(_comes_back(node, flow) and grid <= usual for node, grid in flow.grid.items())
-    most, enough = max(work.values()), ENOUGH * sum(flow.facts.macs.values())
-    if finer and _on_elements(flow, regions[usual]) < (enough if enough <= most else most / 4):
+    most, enough = max(work.values()), ENOUGH * sum(flow.macs.values())
+    if finer and _macs_of(flow, regions[usual].on_elements) < (enough if enough <= most else most / 4):
         enough = min(enough, most / 2)
     else:
         near = (high for high, region in regions.items() if high == usual or region.strides[-1] <= 4 * high)
@@ -183,14 +183,9 @@ def _comes_back(node: fx.Node, flow: Flow) -> bool:
     return finer and node not in flow.last
 
 
-def _on_elements(flow: Flow, region: Region) -> int:
-    """Return the multiply-accumulates of the nodes that a plan would adapt or keep."""
-    inside = {node for node in region.needed if region.stage(node) > 0} | set(readers(flow, region))
-    return sum(flow.facts.macs[node] for node in inside)
-
-
-def _work(flow: Flow, region: Region) -> int:
-    return sum(flow.facts.macs[node] for node in readers(flow, region))
+def _macs_of(flow: Flow, nodes: Iterable[fx.Node]) -> int:
+    """Return the multiply-accumulates of some nodes."""
+    return sum(flow.macs[node] for node in nodes)
 
 
 def _trunk(flow: Flow, low: int) -> int:
@@ -198,7 +193,7 @@ def _trunk(flow: Flow, low: int) -> int:
     work: dict[int, int] = {}
     ends: set[int] = set()
     for node, grid in flow.grid.items():
-        work[grid] = work.get(grid, 0) + flow.facts.macs[node]
+        work[grid] = work.get(grid, 0) + flow.macs[node]
         for user in node.users:
             last = flow.treatments[user].kind == "global" or user in flow.last
             if last or user in flow.barriers or user.op == "output":

@@ -69,15 +69,14 @@ def asked_region(facts: Facts, region: RegionOption) -> Refusal:
 
 def nothing_to_convert(flow: Flow) -> CannotConvert:
     """Return the error for a network without any region that can be made adaptive."""
-    facts = flow.facts
-    model = type(facts.model).__name__
+    model = type(flow.model).__name__
     what = f"{model} has nothing that can be made adaptive."
     next_step = "convert another part of the network with region=[...], or teach the operation: see docs/extending.md."
-    whole = next((node for node in facts.graph.nodes if why_whole(node, facts)), None)
+    whole = next((node for node in flow.graph.nodes if why_whole(node, flow)), None)
     if whole is not None and whole in flow.barriers:
         return CannotConvert(
             what,
-            where=place_of(whole, facts),
+            where=place_of(whole, flow),
             why=_first_barrier(flow),
             next="take that off before the conversion (a hook: handle.remove()), or convert another part of the "
             "network with region=[...].",
@@ -88,19 +87,19 @@ def nothing_to_convert(flow: Flow) -> CannotConvert:
         before = "its patch embedding" if len(strided) < 2 else f"{len(strided)} strided operations"
         return CannotConvert(
             f"{what} It joins all positions of the image.",
-            where=place_of(first, facts),
-            why=f"it has {len(mixers)} operations such as {operation_name(first, facts)} that join all positions of "
+            where=place_of(first, flow),
+            why=f"it has {len(mixers)} operations such as {operation_name(first, flow)} that join all positions of "
             f"the map, which then must all have one resolution; between {before} and them no convolution works on a "
             "downsampled map.",
             next="choose a convolutional network (cadsurgery list), or convert the convolutional part of this one: "
             "region=[...].",
         )
-    if not any(facts.is_image(node) for node in facts.given):
-        inputs = [node for node in facts.graph.nodes if node.op == "placeholder" and node.users]
+    if not any(flow.is_image(node) for node in flow.given):
+        inputs = [node for node in flow.graph.nodes if node.op == "placeholder" and node.users]
         reader = next(iter(inputs[0].users)) if inputs else None
         return CannotConvert(
             what + " No operation reads one of the images of the call.",
-            where=place_of(reader, facts) if reader is not None else "",
+            where=place_of(reader, flow) if reader is not None else "",
             why="they are read as a whole, a list or a dictionary, so that it is not known which image is where.",
             next="let the network read them one by one, e.g. torch.cat([images[0], images[1]]), or take each as an "
             "argument of its own.",
@@ -115,7 +114,7 @@ def nothing_to_convert(flow: Flow) -> CannotConvert:
     where = next(iter(flow.barriers), None)
     return CannotConvert(
         what,
-        where=place_of(where, facts) if where else "",
+        where=place_of(where, flow) if where else "",
         why=_first_barrier(flow) if where else "nothing but pointwise operations follows its strides.",
         next=next_step,
     )
@@ -127,7 +126,7 @@ def _downsamples(node: fx.Node, flow: Flow) -> bool:
 
 def _first_barrier(flow: Flow) -> str:
     node, barrier = next(iter(flow.barriers.items()))
-    macs = flow.facts.macs
+    macs = flow.macs
     total = sum(macs.values()) or 1
     return f"{barrier.why}; it holds {macs[node] / total:.0%} of the MACs, and all after it stays dense."
 

@@ -7,18 +7,21 @@ of its taps. So coarsening moves towards the input until a spatial operation abs
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import fx
 
 from cadsurgery.surgery.flow import Flow, Role
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Region:
-    """The part of a network that runs on lattices, for one high output stride.
+    """The part of a network that runs on lattices, for one high output stride. It tells what runs on elements, and on
+    which lattices; later passes read that in the plan's decisions.
 
     Attributes:
+        flow: the forward pass that it was found from.
         strides: output strides of the lattices, the high one first.
         outside: maps coarser than the high output stride that are computed dense because their inputs left the region.
             They are read as elements again where they are joined with maps of the region.
@@ -27,6 +30,7 @@ class Region:
             its pixels alone. Otherwise None.
     """
 
+    flow: Flow = field(repr=False)
     strides: tuple[int, ...]
     outside: frozenset[fx.Node]
     needed: dict[fx.Node, int]
@@ -43,6 +47,64 @@ class Region:
             return self.strides.index(self.needed[node])
         return 0 if node in self.before else 1 + self.strides.index(self.needed[node])
 
+    def stages(self, node: fx.Node) -> tuple[int, int]:
+        """Return the stages of the lattices that a node on elements reads and writes."""
+        before = min(self.stage(source) for source in self.flow.maps(node) if source not in self.outside)
+        return before, self.stage(node) if node in self.needed else before
+
+    def has(self, node: fx.Node) -> bool:
+        """True for a map beyond the first lattice."""
+        return node in self.needed and self.stage(node) > 0
+
+    # What is cached is valid only after the pass.
+
+    @cached_property
+    def maps(self) -> frozenset[fx.Node]:
+        """The maps beyond the first lattice, and the padded maps that windows of the region read."""
+        pads = (pad for pad in self.flow.pads if any(map(self.has, pad.users)))
+        return frozenset((*filter(self.has, self.needed), *pads))
+
+    @cached_property
+    def on_elements(self) -> frozenset[fx.Node]:
+        """The nodes that run on elements: those of these maps, and those that read elements last."""
+        nodes = self.flow.graph.nodes
+        return self.maps | {node for node in nodes if self.reads_last(node, self.read_by(node))}
+
+    @cached_property
+    def readers(self) -> list[fx.Node]:
+        """The operations of the region that read maps beyond the first lattice."""
+        return [
+            node
+            for node in self.flow.graph.nodes
+            if any(map(self.has, self.flow.maps(node)))
+            and node not in self.flow.barriers
+            and (node in self.needed or self.flow.treatments[node].kind == "global")
+        ]
+
+    def read_by(self, node: fx.Node) -> list[fx.Node]:
+        """Return the maps of the region that a node reads."""
+        return [source for source in self.flow.maps(node) if source in self.maps]
+
+    def reads_last(self, node: fx.Node, sources: list[fx.Node]) -> bool:
+        """True if a node reads elements and returns a dense result: one vector per image, or a map at least as fine as
+        the high output stride."""
+        flow = self.flow
+        if not sources or node in flow.barriers or not self.outside.isdisjoint(flow.maps(node)):
+            return False
+        if flow.treatments[node].kind != "resize":
+            return flow.treatments[node].kind == "global"
+        high = self.strides[0]
+        is_fine = flow.grid[node] == high or (flow.at_exit(node) and flow.grid[node] < high)
+        return is_fine and not self.floors
+
+    def dense_readers(self, node: fx.Node) -> list[fx.Node]:
+        """Return the users of a map of the region that need it as a dense tensor."""
+        return [
+            user
+            for user in node.users
+            if not self.has(user) and not self.reads_last(user, [node]) and not self.flow.only_asks(user)
+        ]
+
 
 def region_of(flow: Flow, high: int) -> Region:
     """Find the region for a high output stride: all coarser maps, up to the barriers.
@@ -50,17 +112,17 @@ def region_of(flow: Flow, high: int) -> Region:
     Maps at the high output stride or finer are dense and exact wherever they are in the graph. The region can therefore
     start again where such a map is downsampled, as in networks with parallel branches.
     """
-    facts, outside = flow.facts, set[fx.Node]()
-    for node in facts.graph.nodes:
+    outside = set[fx.Node]()
+    for node in flow.graph.nodes:
         coarse = flow.role[node] is Role.MAP and flow.spacing[node] > high
         if coarse and (node in flow.barriers or _reads_outside(node, flow, high, outside)):
             outside.add(node)
-    inside = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP and node not in outside]
+    inside = [node for node in flow.graph.nodes if flow.role[node] is Role.MAP and node not in outside]
     strides = [high]
     for spacing in sorted({flow.spacing[node] for node in inside if node not in flow.barriers}):
         if spacing > strides[-1] and spacing % strides[-1] == 0:
             strides.append(spacing)
-    region = Region(tuple(strides), frozenset(outside), {})
+    region = Region(flow, tuple(strides), frozenset(outside), {})
     for node in reversed(inside):
         before = any(flow.grid[source] < high for source in flow.maps(node))
         if node in flow.barriers or before or _reads_outside(node, flow, high, outside):
@@ -68,7 +130,7 @@ def region_of(flow: Flow, high: int) -> Region:
         else:
             uses = [use for use in (_need(node, user, flow, region) for user in node.users) if use]
             region.needed[node] = min(uses, default=_floor(region, flow.spacing[node]))
-        if node not in facts.shapes:  # a split: its parts, such as halves of the channels, share its lattice
+        if node not in flow.shapes:  # a split: its parts, such as halves of the channels, share its lattice
             parts = [part for part in node.users if part in region.needed]
             region.needed.update(dict.fromkeys(parts, region.needed[node]))
     _finish_dense(inside, flow, region)
@@ -80,10 +142,10 @@ def region_of(flow: Flow, high: int) -> Region:
     }
     foreign = any(flow.grid[node] != high for node in entering)  # the fine map would not be the network's own
     # The first size is that of the fine map. Padding belongs to the window that reads it, not to a map.
-    sizes = [facts.images[node] for node in facts.graph.nodes if node in entering and node not in facts.pads]
+    sizes = [flow.images[node] for node in flow.graph.nodes if node in entering and node not in flow.pads]
     grown = any(length > most for size in sizes for length, most in zip(size, sizes[0], strict=True))
     if foreign or grown or (sizes and any(_outgrows(node, sizes[0], flow, region) for node in inside)):
-        return Region((high,), frozenset(outside), dict.fromkeys(inside, high))
+        return Region(flow, (high,), frozenset(outside), dict.fromkeys(inside, high))
     return region
 
 
@@ -92,8 +154,8 @@ def floor_region(flow: Flow, coarsest: int) -> Region | None:
     weights on that no barrier cuts off. Every map of it stays on the network's own grid where it is kept. None if the
     strides of the maps do not lead to `coarsest`.
     """
-    facts, outside, before = flow.facts, set[fx.Node](), set[fx.Node]()
-    maps = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP]
+    outside, before = set[fx.Node](), set[fx.Node]()
+    maps = [node for node in flow.graph.nodes if flow.role[node] is Role.MAP]
     for node in maps:
         if _is_of_pixels(node, flow, before) or _grows(node, flow, before):
             before.add(node)
@@ -109,14 +171,14 @@ def floor_region(flow: Flow, coarsest: int) -> Region | None:
     if coarsest not in strides[1:] or any(flow.grid[node] not in strides for node in inside):
         return None
     needed = {node: flow.grid[node] for node in inside}
-    return Region(tuple(strides), frozenset(outside), needed, frozenset(before))
+    return Region(flow, tuple(strides), frozenset(outside), needed, frozenset(before))
 
 
 def _is_of_pixels(node: fx.Node, flow: Flow, before: Collection[fx.Node]) -> bool:
     """True for the image and for what is computed from each of its pixels alone, without weights."""
     if not flow.maps(node):
         return flow.grid[node] == 1 and node not in flow.barriers
-    alone = flow.treatments[node].kind in ("pointwise", "join") and not flow.facts.macs[node]
+    alone = flow.treatments[node].kind in ("pointwise", "join") and not flow.macs[node]
     return alone and node not in flow.barriers and all(source in before for source in flow.maps(node))
 
 
@@ -140,7 +202,7 @@ def _outgrows(node: fx.Node, fine: tuple[int, int], flow: Flow, region: Region) 
         return False
     spacing, side = (stride // region.strides[0] for stride in (flow.grid[node], region.strides[-1]))
     rooms = (-(-length // side) * side for length in fine)  # whole cells
-    samples = flow.facts.images.get(node, (0, 0))
+    samples = flow.images.get(node, (0, 0))
     return any((count - 1) * spacing >= room for count, room in zip(samples, rooms, strict=True))
 
 
@@ -151,7 +213,7 @@ def _finish_dense(inside: list[fx.Node], flow: Flow, region: Region) -> None:
     for node in inside:
         sources = flow.maps(node)
         is_behind = len(sources) == 1 and sources[0] in dense and len(sources[0].users) == 1
-        if node not in flow.facts.shapes:  # a split is no map; its parts would enter one by one
+        if node not in flow.shapes:  # a split is no map; its parts would enter one by one
             continue
         if is_behind and flow.treatments[node].kind == "pointwise" and node not in flow.barriers:
             region.needed[node] = region.strides[0]
@@ -187,17 +249,6 @@ def _floor(region: Region, limit: int, *multiples: int) -> int:
     """Return the largest stride of the region that is at most `limit` and divides all `multiples`."""
     fitting = [s for s in region.strides if s <= limit and all(m % s == 0 for m in multiples)]
     return fitting[-1] if fitting else region.strides[0]
-
-
-def readers(flow: Flow, region: Region) -> list[fx.Node]:
-    """Return the operations of the region that read maps beyond the first lattice."""
-    return [
-        node
-        for node in flow.facts.graph.nodes
-        if any(source in region.needed and region.stage(source) > 0 for source in flow.maps(node))
-        and node not in flow.barriers
-        and (node in region.needed or flow.treatments[node].kind == "global")
-    ]
 
 
 def dilated_by_design(flow: Flow, region: Region) -> frozenset[fx.Node]:

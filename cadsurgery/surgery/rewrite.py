@@ -50,9 +50,8 @@ class Rewriter:
     A value may exist as a dense map, as elements, or both; the second form is created when it is first needed.
     """
 
-    facts: Facts
+    flow: Flow
     plan: Plan
-    treatments: dict[fx.Node, Treatment]
     graph: fx.Graph = field(default_factory=fx.Graph)
     dense: dict[fx.Node, fx.Node] = field(default_factory=dict)
     elements: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -64,7 +63,7 @@ class Rewriter:
     def run(self) -> fx.Graph:
         """Build the rewritten graph; it has the extra input `masking` and also returns the lattice."""
         decisions = {decision.node: decision for decision in self.plan.decisions}
-        nodes = list(self.facts.graph.nodes)
+        nodes = list(self.flow.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
         for node in sorted(
             inputs, key=lambda node: len(node.args)
@@ -75,14 +74,14 @@ class Rewriter:
         for node in nodes:
             if node in self.dense:
                 continue
-            decision, treatment = decisions[node.name], self.treatments[node]
+            decision, treatment = decisions[node.name], self.flow.treatments[node]
             if node.op == "output":
                 copied = self.graph.node_copy(node, self.as_dense)
                 value = copied.args[0]
                 self.graph.erase_node(copied)
                 self.graph.output((value, self.lattice))
                 break
-            if decision.action in ("adapt", "keep"):
+            if decision.on_elements:
                 self.emit(node, decision, treatment)
             elif decision.leaves == "resized":
                 self.dense[node] = self.resize_to_dense(node, treatment)
@@ -100,7 +99,7 @@ class Rewriter:
     def as_dense(self, node: fx.Node) -> fx.Node:
         """Return a value as a dense tensor, at the size with which it leaves the region."""
         if node not in self.dense:
-            decision, leaves_by = self.plan[node.name], self.treatments[node].leaves_by
+            decision, leaves_by = self.plan[node.name], self.flow.treatments[node].leaves_by
             if leaves_by is not None:
                 self.dense[node] = self.call(leaves_by, self.elements[node], decision.grid)
                 return self.dense[node]
@@ -113,7 +112,7 @@ class Rewriter:
     def as_elements(self, node: fx.Node) -> fx.Node:
         """Return a value as elements; dense maps at the high output stride enter the region here."""
         if node not in self.elements:
-            layout, features = self.facts.layouts[node], self.dense[node]
+            layout, features = self.flow.layouts[node], self.dense[node]
             options = () if layout == NCHW else (layout,)
             if self.lattice is None:
                 self.lattice = self.call(ask_mask, self.masking, self.image(), self.fine_map())
@@ -126,24 +125,24 @@ class Rewriter:
         Raises:
             CannotConvert: the batch that enters the region is not made of whole images.
         """
-        shapes, like = self.facts.shapes, self.facts.example.shape
-        images = [node for node in self.facts.given if self.facts.is_image(node) and node in self.dense]
+        shapes, like = self.flow.shapes, self.flow.example.shape
+        images = [node for node in self.flow.given if self.flow.is_image(node) and node in self.dense]
         image = next((node for node in images if shapes[node] == like), images[0])
         entering = self.entering()
-        batch = shapes[entering][self.facts.layouts[entering].index("b")]
+        batch = shapes[entering][self.flow.layouts[entering].index("b")]
         if batch == shapes[image][0]:
             return self.dense[image]
         before = set(upwards(entering)) & self.dense.keys()
         joined = (batch, *shapes[image][1:])
-        for node in self.facts.graph.nodes:
+        for node in self.flow.graph.nodes:
             if node in before and shapes.get(node) == joined:
                 return self.dense[node]
         grows = (
-            n for n in self.facts.graph.nodes if n in before and tuple(shapes.get(n, like))[:1] == (batch,)
+            n for n in self.flow.graph.nodes if n in before and tuple(shapes.get(n, like))[:1] == (batch,)
         )
         raise CannotConvert(
             f"{batch} maps enter the region for {shapes[image][0]} image(s), and which image each is of is not known.",
-            where=place_of(next(grows, entering), self.facts),
+            where=place_of(next(grows, entering), self.flow),
             why="a mask is computed from the image, and the batch is changed where the image is no more one.",
             next="join the images before the first operation (torch.cat([a, b])), or convert the part that sees one "
             "batch and call it for each.",
@@ -152,12 +151,12 @@ class Rewriter:
     def entering(self) -> fx.Node:
         """Return the first map that enters the region."""
         entering = self.plan.chosen("enter")[0].node
-        return next(node for node in self.facts.graph.nodes if node.name == entering)
+        return next(node for node in self.flow.graph.nodes if node.name == entering)
 
     def fine_map(self) -> fx.Node:
         """Return the features that the mask reads: the first map that enters the region, as (B, C, h, w)."""
         node = self.entering()
-        layout = self.facts.layouts[node]
+        layout = self.flow.layouts[node]
         return (
             self.dense[node] if layout == NCHW else self.call(functional.fine_map, self.dense[node], layout)
         )
@@ -177,12 +176,12 @@ class Rewriter:
         """Return an argument of a treatment in the new graph; `modules` holds the modules prepared so far."""
         if isinstance(value, Call):
             return self.call(value.target, *(self.argument(part, modules) for part in value.args))
-        if isinstance(value, fx.Node) and self.facts.layout(value):
+        if isinstance(value, fx.Node) and self.flow.layout(value):
             return self.as_elements(value)
         if not isinstance(value, Attribute):
             return fx.map_arg(value, self.as_dense)
         holder, _, name = value.path.rpartition(".")
-        is_module = isinstance(getattr(self.facts.model.get_submodule(holder), name), nn.Module)
+        is_module = isinstance(getattr(self.flow.model.get_submodule(holder), name), nn.Module)
         path = value.path if is_module else holder
         if not path:  # an attribute of the network itself
             return self.graph.get_attr(name)
@@ -207,7 +206,7 @@ class Rewriter:
         self.dense[node] = copied = self.graph.node_copy(node, self.as_dense)
         if copied.target == "view" and not isinstance(copied.args[1], torch.dtype):
             copied.target = "reshape"  # our maps may have another memory layout
-        module = self.facts.module(node) if node.op == "call_module" else None
+        module = self.flow.module(node) if node.op == "call_module" else None
         parts = module.modules() if module is not None else ()
         if any(isinstance(part, nn.InstanceNorm2d) for part in parts) or node.target in (
             F.instance_norm,
@@ -295,7 +294,7 @@ class Rewriter:
 
     def emit_global(self, node: fx.Node, source: fx.Node, treatment: Treatment) -> fx.Node:
         """Add a global operation: one vector per image from one or two maps."""
-        maps = [source, *(value for _, value in treatment.arguments if self.facts.layout(value))]
+        maps = [source, *(value for _, value in treatment.arguments if self.flow.layout(value))]
         stage = max(self.plan[value.name].stages[1] for value in maps)
         arguments = {
             name: self.on_stage(value, stage) if value in maps else self.argument(value, {})
@@ -303,8 +302,8 @@ class Rewriter:
         }
         if treatment.spaced:
             arguments["spacing"] = self.plan[source.name].grid
-        if self.facts.layouts[source] != NCHW:
-            arguments["layout"] = self.facts.layouts[source]
+        if self.flow.layouts[source] != NCHW:
+            arguments["layout"] = self.flow.layouts[source]
         if treatment.covers is not None:
             size = self.call(functional.native_shape, self.as_elements(source), self.plan[source.name].grid)
             covers = self.call(is_whole, self.argument(treatment.covers, {}), size)
@@ -321,7 +320,7 @@ class Rewriter:
 
     def emit_on_rows(self, node: fx.Node, stage: int, treatment: Treatment) -> fx.Node:
         """Add an operation that acts on rows as it does on maps, apart from its axes."""
-        maps = [source for source in node.all_input_nodes if self.facts.layout(source)]
+        maps = [source for source in node.all_input_nodes if self.flow.layout(source)]
         # Coarse maps that exist only as dense maps were computed outside the region; their samples are read again.
         back = {source for source in maps if source not in self.elements and self.plan[source.name].grid > 1}
         maps = [source for source in maps if source not in back]
@@ -331,19 +330,19 @@ class Rewriter:
         else:
             joint = (grid, node.name) if len(values) > 1 else None
             lattice = self.call(functional.common_lattice, stage, *values, joint=joint)
-        layout = self.facts.layouts[maps[0]]
+        layout = self.flow.layouts[maps[0]]
         options = () if layout == NCHW else (layout,)
 
         def rows(source: fx.Node) -> fx.Node:
             if source in maps:
                 return self.call(functional.rows_on, self.elements[source], lattice)
-            value, how = self.as_dense(self.sources.get(source, source)), self.treatments[source]
-            if treatment.kind != "join" or not self.facts.shapes.get(source):
+            value, how = self.as_dense(self.sources.get(source, source)), self.flow.treatments[source]
+            if treatment.kind != "join" or not self.flow.shapes.get(source):
                 return value
             if source in back or (how.kind == "broadcast" and how.arguments):
                 resize = {} if source in back else self.arguments(how)
                 value = self.call(functional.small_map, value, grid, **resize, name=node.name)
-            elif layout == NCHW and is_filled(source) and len(self.facts.shapes[source]) > 1:
+            elif layout == NCHW and is_filled(source) and len(self.flow.shapes[source]) > 1:
                 value = self.call(functional.one_sample, value, lattice, grid, node.name)
             return self.call(functional.rows_on, value, lattice, *options)
 
@@ -367,7 +366,7 @@ def ask_mask(masking: Callable[[Any, Any], Any], image: Any, features: Any) -> A
 
 def rewrite(flow: Flow, plan: Plan, *, guided: bool = False) -> fx.Graph:
     """Build the graph of the adaptive network; the model and its own graph are not changed."""
-    return Rewriter(flow.facts, plan, flow.treatments, guided=guided).run()
+    return Rewriter(flow, plan, guided=guided).run()
 
 
 class Halves(NamedTuple):

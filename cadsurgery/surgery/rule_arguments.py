@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.facts import MapFacts
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.treatment import Attribute, Call
 
@@ -20,7 +20,7 @@ def arguments_of(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
     return {**defaults, **dict(zip((*names, *defaults), node.args, strict=False)), **node.kwargs}
 
 
-def options_of(node: fx.Node, facts: Facts, *names: str, **defaults: Any) -> dict[str, Any]:
+def options_of(node: fx.Node, facts: MapFacts, *names: str, **defaults: Any) -> dict[str, Any]:
     """Return the options of an operation by name: attributes of a module, or arguments of the equivalent function."""
     if node.op != "call_module":
         return arguments_of(node, *names, **defaults)
@@ -44,7 +44,7 @@ def axes_of(dim: Any, layout: str) -> tuple[int, ...] | None:
     return tuple(sorted(d % len(layout) for d in dims))
 
 
-def first_map(node: fx.Node, facts: Facts) -> fx.Node:
+def first_map(node: fx.Node, facts: MapFacts) -> fx.Node:
     """Return the first map that a node reads."""
     return next(source for source in node.all_input_nodes if facts.layout(source))
 
@@ -59,7 +59,7 @@ def redirect(node: fx.Node, place: int, dim: Any) -> Call:
     return Call(node.target, tuple(args), kwargs)
 
 
-def pooling_options(node: fx.Node, facts: Facts) -> dict[str, Any]:
+def pooling_options(node: fx.Node, facts: MapFacts) -> dict[str, Any]:
     """Return the options of a pooling, with the stride that it has by default."""
     usual: dict[str, Any] = {"stride": None, "padding": 0}
     of_mean = {"ceil_mode": False, "count_include_pad": True, "divisor_override": None}
@@ -71,7 +71,7 @@ def pooling_options(node: fx.Node, facts: Facts) -> dict[str, Any]:
     return options
 
 
-def pools_with_indices(node: Any, facts: Facts) -> bool:
+def pools_with_indices(node: Any, facts: MapFacts) -> bool:
     """True if a node is a max pooling that returns values and indices."""
     if not isinstance(node, fx.Node):
         return False

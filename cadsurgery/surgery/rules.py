@@ -26,7 +26,7 @@ from cadsurgery.elements.axes import (
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.support.torch_operations import name_of, spellings
 from cadsurgery.surgery.channel_rules import concatenation
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.facts import MapFacts
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.rule_arguments import (
     arguments_of,
@@ -60,21 +60,21 @@ __all__ = ["Attribute", "Call", "Treatment", "barrier", "has_rule", "rule", "rul
 
 
 @rule(nn.Conv2d)
-def convolution(node: fx.Node, facts: Facts) -> Treatment:
+def convolution(node: fx.Node, facts: MapFacts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
     options = options_of(node, facts)
     return _treat_window(functional.conv2d, _window(options), **_weights(options))
 
 
 @rule("timm.layers.conv2d_same:Conv2dSame")
-def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
+def convolution_same(node: fx.Node, facts: MapFacts) -> Treatment:
     """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
     options = options_of(node, facts)
     return _treat_window(functional.conv2d, _window(options, same=True), **_weights(options))
 
 
 @rule("timm.layers.cond_conv2d:CondConv2d")
-def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
+def convolution_per_image(node: fx.Node, facts: MapFacts) -> Treatment:
     """A convolution with a kernel for each image, mixed from experts; its taps are those of any convolution."""
     conv: Any = facts.module(node)
     options = options_of(node, facts)
@@ -85,7 +85,7 @@ def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(F.conv2d, torch.conv2d)
-def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
+def convolution_function(node: fx.Node, facts: MapFacts) -> Treatment:
     """Its taps read the cells at their fine positions, whatever its weight is computed from."""
     options = arguments_of(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
     weight = options["weight"]
@@ -96,7 +96,7 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)
-def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
+def max_pooling(node: fx.Node, facts: MapFacts) -> Treatment:
     """A maximum over taps at fine positions; what is outside the map is never the largest."""
     options = pooling_options(node, facts)
     if options["return_indices"]:
@@ -109,7 +109,7 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.AvgPool2d, F.avg_pool2d)
-def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
+def average_pooling(node: fx.Node, facts: MapFacts) -> Treatment:
     """A mean over taps at fine positions, divided as torch divides at the border."""
     options = pooling_options(node, facts)
     if _covers_image(options, node, facts):
@@ -119,26 +119,26 @@ def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule("timm.layers.pool2d_same:MaxPool2dSame")
-def max_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
+def max_pooling_same(node: fx.Node, facts: MapFacts) -> Treatment:
     """A maximum over taps at fine positions, after the padding the map's own size asks for."""
     return _treat_window(functional.max_pool2d, _window(pooling_options(node, facts), same=True))
 
 
 @rule("timm.layers.pool2d_same:AvgPool2dSame")
-def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
+def average_pooling_same(node: fx.Node, facts: MapFacts) -> Treatment:
     """A mean over taps at fine positions and the padding the map's own size asks for."""
     return _treat_window(functional.avg_pool2d, _window(pooling_options(node, facts), same=True))
 
 
 @rule(nn.PixelUnshuffle, F.pixel_unshuffle)
-def space_to_depth(node: fx.Node, facts: Facts) -> Treatment:
+def space_to_depth(node: fx.Node, facts: MapFacts) -> Treatment:
     """The values under a window side by side: taps at fine positions, like a convolution's."""
     factor = options_of(node, facts, "x", "downscale_factor")["downscale_factor"]
     return _treat_window(functional.pixel_unshuffle, _window({"kernel_size": factor, "stride": factor}))
 
 
 @rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, F.pad)
-def padding(node: fx.Node, facts: Facts) -> Treatment:
+def padding(node: fx.Node, facts: MapFacts) -> Treatment:
     """Padding belongs to the window that reads it, which then reads beyond the border."""
     if node.op == "call_module":
         module: Any = facts.module(node)
@@ -179,7 +179,7 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _same_for_readers(
-    node: fx.Node, known: tuple[int, ...], layout: str, mode: str, facts: Facts
+    node: fx.Node, known: tuple[int, ...], layout: str, mode: str, facts: MapFacts
 ) -> Window | None:
     """Return the common window of all readers of a padded map, if the padding is what their stride requires."""
     windows = {_reader_window(user, facts) for user in node.users}
@@ -191,7 +191,7 @@ def _same_for_readers(
     return window if known == (left, right, top, bottom) and any(known) else None
 
 
-def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
+def _reader_window(user: fx.Node, facts: MapFacts) -> Window | None:
     """Return the window of an unpadded convolution or pooling, with the padding that its stride requires."""
     known = rule_of(user, facts)
     if known not in (convolution, convolution_function, max_pooling, average_pooling):
@@ -207,7 +207,7 @@ def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
     return window if isinstance(window, Window) else None
 
 
-def _makes_sizes_fit(node: fx.Node, facts: Facts) -> bool:
+def _makes_sizes_fit(node: fx.Node, facts: MapFacts) -> bool:
     """True if the padding only makes the map as large as the maps that it is joined with."""
     joins = [user for user in node.users if rule_of(user, facts) in (arithmetic, concatenation)]
     return len(joins) == len(node.users) and all(
@@ -243,7 +243,7 @@ def _pad_channels(
 
 
 @rule("timm.layers.padding:pad_same")
-def padding_same(node: fx.Node, facts: Facts) -> Treatment:
+def padding_same(node: fx.Node, facts: MapFacts) -> Treatment:
     """Padding that depends on the map's size; it belongs to the window that reads it."""
     options = arguments_of(node, "x", "kernel_size", "stride", dilation=(1, 1), value=0.0)
     window = _window(options, same=True)
@@ -256,7 +256,7 @@ def padding_same(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
-def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
+def adaptive_pooling(node: fx.Node, facts: MapFacts) -> Treatment:
     """The mean over the image, or over the bins it is cut into, each element weighed by its area."""
     module = facts.module(node) if node.op == "call_module" else None
     largest = acts_as(module, nn.AdaptiveMaxPool2d) or node.target is F.adaptive_max_pool2d
@@ -275,7 +275,7 @@ def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
 
 @rule(torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin")
 @rule(torch.var, "var", torch.std, "std", torch.norm, "norm", torch.linalg.vector_norm, torch.linalg.norm)
-def reduction(node: fx.Node, facts: Facts) -> Treatment:
+def reduction(node: fx.Node, facts: MapFacts) -> Treatment:
     """Over the image: means weighed by area, sums scaled to the network's own grid. Over channels: row by row."""
     how = operation_name(node, facts).removeprefix("Tensor.").removeprefix("linalg_").removeprefix("vector_")
     names = {"norm": ("x", "p", "dim", "keepdim"), "var": ("x", "dim", "unbiased", "keepdim")}
@@ -307,14 +307,14 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.GroupNorm, F.group_norm)
-def group_norm(node: fx.Node, facts: Facts) -> Treatment:
+def group_norm(node: fx.Node, facts: MapFacts) -> Treatment:
     """Mean and variance of each image and group, over elements weighed by area; then affine."""
     options = options_of(node, facts, "input", "num_groups", weight=None, bias=None, eps=1e-5)
     return _pointwise_by(functional.group_norm, **_affine(options), groups=options["num_groups"])
 
 
 @rule(nn.InstanceNorm2d, F.instance_norm)
-def instance_norm(node: fx.Node, facts: Facts) -> Treatment:
+def instance_norm(node: fx.Node, facts: MapFacts) -> Treatment:
     """Mean and variance of each image and channel, over elements weighed by area; then affine."""
     usual: dict[str, Any] = {"running_mean": None, "running_var": None, "weight": None, "bias": None}
     options = options_of(node, facts, "input", **usual, use_input_stats=True, momentum=0.1, eps=1e-5)
@@ -325,7 +325,7 @@ def instance_norm(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule("timm.layers.evo_norm:group_std")
-def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
+def group_deviation(node: fx.Node, facts: MapFacts) -> Treatment:
     """The standard deviation of each image and group, over elements weighed by area, on every element."""
     options = arguments_of(node, "x", groups=32, eps=1e-5, flatten=False)
     return _pointwise_by(functional.group_deviation, groups=options["groups"], eps=options["eps"])
@@ -335,7 +335,7 @@ def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.BatchNorm2d, nn.SyncBatchNorm)
-def batch_norm(node: fx.Node, facts: Facts) -> Treatment:
+def batch_norm(node: fx.Node, facts: MapFacts) -> Treatment:
     """An affine map per channel; in training, statistics over the elements, weighed by their area."""
     norm: Any = facts.module(node)
     of_batch = norm.running_mean is None or norm.running_var is None
@@ -344,13 +344,13 @@ def batch_norm(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule("timm.layers.norm_act:BatchNormAct2d")
-def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
+def batch_norm_act(node: fx.Node, facts: MapFacts) -> Treatment:
     """Batch normalisation followed by its own pointwise activation."""
     return replace(batch_norm(node, facts), then=(f"{node.target}.drop", f"{node.target}.act"))
 
 
 @rule(F.batch_norm)
-def batch_norm_function(node: fx.Node, facts: Facts) -> Treatment:
+def batch_norm_function(node: fx.Node, facts: MapFacts) -> Treatment:
     """An affine map per channel with fixed statistics."""
     options = arguments_of(node, "input", "mean", "var", weight=None, bias=None, training=False)
     if options["training"] or facts.layout(node.args[0])[1] != "c":
@@ -359,7 +359,7 @@ def batch_norm_function(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.LayerNorm, F.layer_norm, nn.RMSNorm, F.rms_norm)
-def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
+def layer_norm(node: fx.Node, facts: MapFacts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
     shape = options_of(node, facts, "input", "normalized_shape")["normalized_shape"]
     axes = facts.layout(node.args[0])[-len(shape) :]
@@ -370,7 +370,7 @@ def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
 
 @rule(nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout, "timm.layers.drop:DropPath")
 @rule("torchvision.ops.stochastic_depth:StochasticDepth")
-def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
+def dropout_per_image(node: fx.Node, facts: MapFacts) -> Treatment:
     """Scales whole channels or whole images, wherever their elements are."""
     of_channels = (nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
     axes = NCHW if isinstance(facts.module(node), of_channels) else ""
@@ -379,7 +379,7 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(F.dropout2d, F.dropout3d, F.feature_alpha_dropout)
-def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
+def dropout_function(node: fx.Node, facts: MapFacts) -> Treatment:
     """Changes whole channels or whole images, wherever their elements are."""
     default = node.target is not F.feature_alpha_dropout  # its `training` defaults to False
     options = arguments_of(node, "input", p=0.5, training=default)
@@ -391,7 +391,7 @@ def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(*spellings("value", "copies", "drops"))
-def pointwise(node: fx.Node, facts: Facts) -> Treatment:
+def pointwise(node: fx.Node, facts: MapFacts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     tensors = [source for source in node.all_input_nodes if facts.shapes.get(source)]
     # The weight of prelu is one number per channel, of rows and of maps alike.
@@ -401,7 +401,7 @@ def pointwise(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(*spellings("converts"))
-def conversion(node: fx.Node, facts: Facts) -> Treatment:
+def conversion(node: fx.Node, facts: MapFacts) -> Treatment:
     """Another type or device for each value."""
     if not facts.layout(node.args[0]):
         return Treatment("shape")
@@ -410,13 +410,13 @@ def conversion(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
-def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
+def like_a_map(node: fx.Node, facts: MapFacts) -> Treatment:
     """Takes the type and device of a map, and none of its values."""
     return Treatment("shape")
 
 
 @rule(*spellings("values"))
-def arithmetic(node: fx.Node, facts: Facts) -> Treatment:
+def arithmetic(node: fx.Node, facts: MapFacts) -> Treatment:
     """Combines the values of one cell; operands of an earlier stage are subsampled first."""
     if name_of(node.target) == "where" and len(node.args) + len(node.kwargs) == 1:
         return barrier("it returns the places of values, whose number depends on the image")
@@ -424,7 +424,7 @@ def arithmetic(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.Linear, F.linear)
-def linear(node: fx.Node, facts: Facts) -> Treatment:
+def linear(node: fx.Node, facts: MapFacts) -> Treatment:
     """A matrix on the channels of each element."""
     if facts.layout(node.args[0])[-1] != "c":
         return barrier("it mixes the positions of the image", Cause.POSITIONS)
@@ -436,7 +436,7 @@ def linear(node: fx.Node, facts: Facts) -> Treatment:
 
 @rule(F.interpolate, F.upsample, nn.Upsample, of_vectors=True)
 @rule(nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d, of_vectors=True)
-def resizing(node: fx.Node, facts: Facts) -> Treatment:
+def resizing(node: fx.Node, facts: MapFacts) -> Treatment:
     """Between coarse cells it reads as torch does; what was never downsampled is taken over."""
     source: Any = node.args[0] if node.args else node.kwargs["input"]
     usual: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
@@ -489,14 +489,14 @@ def _subsampling(mode: str, stride: int) -> Treatment:
 
 
 @rule(nn.PixelShuffle, F.pixel_shuffle)
-def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
+def depth_to_space(node: fx.Node, facts: MapFacts) -> Treatment:
     """An element takes the channels of its phase on the output's own grid."""
     factor = options_of(node, facts, "x", "upscale_factor")["upscale_factor"]
     return Treatment("resize", call=functional.pixel_shuffle, scale=factor)
 
 
 @rule(nn.MaxUnpool2d, F.max_unpool2d)
-def max_unpooling(node: fx.Node, facts: Facts) -> Treatment:
+def max_unpooling(node: fx.Node, facts: MapFacts) -> Treatment:
     """An element takes the value of the window it lies in, if it is the tap of it that was the largest, or zero."""
     names = ("indices", "output_size") if node.op == "call_module" else ("indices", "kernel_size", "stride")
     options = arguments_of(
@@ -521,7 +521,7 @@ def max_unpooling(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(nn.ConvTranspose2d, F.conv_transpose2d, torch.conv_transpose2d)
-def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
+def transposed_convolution(node: fx.Node, facts: MapFacts) -> Treatment:
     """An element reads the taps of its own phase on the output's own grid, at their fine positions."""
     usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
     options = options_of(node, facts, "input", "weight", **usual)
@@ -574,12 +574,12 @@ def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilati
 
 
 @rule("expand", "expand_as", of_vectors=True)
-def broadcast(node: fx.Node, facts: Facts) -> Treatment:
+def broadcast(node: fx.Node, facts: MapFacts) -> Treatment:
     """One vector per image repeated over a map is the same vector for every element."""
     return _broadcast(node, facts, node.args[0])
 
 
-def _resize_small(node: fx.Node, facts: Facts, source: Any, options: dict[str, Any]) -> Treatment:
+def _resize_small(node: fx.Node, facts: MapFacts, source: Any, options: dict[str, Any]) -> Treatment:
     """Treat the resize of a value outside the region: one vector per image, or a small map that elements read from."""
     is_small = facts.is_map(node) and source in facts.shapes and options["size"] is not None
     plain = options["mode"] in ("nearest", "bilinear") and not options["antialias"]
@@ -591,7 +591,7 @@ def _resize_small(node: fx.Node, facts: Facts, source: Any, options: dict[str, A
     )
 
 
-def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:
+def _broadcast(node: fx.Node, facts: MapFacts, source: Any) -> Treatment:
     maps = [other for other in node.all_input_nodes if facts.layout(other)]
     if len(maps) == 2 and facts.shapes[source] == facts.shapes[maps[1]]:  # the size of a map like it
         return Treatment("join", first_line(broadcast), rows=Call(None, (source,)))
@@ -617,7 +617,7 @@ _ATTRIBUTES = ("shape", "device", "dtype", "ndim", "layout", "itemsize")
 
 
 @rule("size", "dim", getattr, "numel", "nelement", "ndimension", "element_size")
-def shape(node: fx.Node, facts: Facts) -> Treatment:
+def shape(node: fx.Node, facts: MapFacts) -> Treatment:
     """Asks for the size of the map, which is the one the network itself would see."""
     if node.target is getattr and node.args[1] == "data":
         why = "The values without their history, which each element has for itself."
@@ -628,7 +628,7 @@ def shape(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", "__matmul__")
-def matrix_product(node: fx.Node, facts: Facts) -> Treatment:
+def matrix_product(node: fx.Node, facts: MapFacts) -> Treatment:
     """A sum over positions weighs them by area; a matrix per image acts on the channels of each element."""
     first: Any = node.args[0]
     second: Any = node.args[1]
@@ -651,7 +651,7 @@ def matrix_product(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm, "baddbmm", torch.einsum)
-def attention(node: fx.Node, facts: Facts) -> Treatment:
+def attention(node: fx.Node, facts: MapFacts) -> Treatment:
     """Every position looks at every other, so all would need one resolution."""
     return barrier("attention mixes all positions of the map")
 
@@ -678,7 +678,7 @@ def _scale(before: Sequence[int], after: Sequence[int]) -> int:
     return next(iter(exact or powers or fitting), int(stretched))
 
 
-def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: bool) -> Treatment:
+def _over_channels(node: fx.Node, facts: MapFacts, dims: tuple[int, ...], keepdim: bool) -> Treatment:
     """Treat a reduction over channel axes only, row by row."""
     layout = facts.layout(node.args[0])
     if any(layout[dim] != "c" for dim in dims):
@@ -733,7 +733,7 @@ def _pool_image(call: Callable[..., Any], why: str, options: dict[str, Any], nod
     return Treatment("global", why, call=call, covers=_unless_own_size(options["kernel_size"], node))
 
 
-def _covers_image(options: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
+def _covers_image(options: dict[str, Any], node: fx.Node, facts: MapFacts) -> bool:
     """True if a pooling window is computed from the map's size and covers the whole map."""
     kernel, layout = options["kernel_size"], facts.layout(node.args[0])
     if layout != NCHW or pair_of(kernel) == pair_of(facts.number(kernel)) or any(pair_of(options["padding"])):

@@ -39,8 +39,7 @@ class Settled(NamedTuple):
     def up_to(self, low: int, through_heads: bool = False) -> Flow:
         """Return the flow for cells of at most `low` pixels, where more operations may stay in the region, also windows
         whose taps fall inside the cells if it goes `through_heads`."""
-        facts = self.flow.facts
-        return flow_forward(facts, self.refused, self.by_design, low, self.coarsest, through_heads)
+        return flow_forward(self.flow, self.refused, self.by_design, low, self.coarsest, through_heads)
 
 
 def settle_flow(
@@ -83,19 +82,18 @@ def settle_flow(
 def _leaving_choices(flow: Flow) -> list[fx.Node]:
     """Return operations whose results are whole numbers or truth values that leave the region, such as the argmax of
     class scores. The scores leave it instead, which can be interpolated."""
-    facts = flow.facts
     choices = [
         node
         for node, role in flow.role.items()
         if role is Role.MAP
-        and node in facts.shapes
+        and node in flow.shapes
         and flow.treatments[node].leaves_by is None  # indices of a pooling leave as torch has them
-        and not {node} & (facts.floating | flow.barriers.keys())
+        and not {node} & (flow.floating | flow.barriers.keys())
         and any(user.op == "output" or user in flow.barriers for user in node.users)
     ]
     # One of several results is marked by the operation that returns them all.
     return [
-        node if node.args[0] in facts.shapes else flow.maps(node)[0] for node in choices if flow.maps(node)
+        node if node.args[0] in flow.shapes else flow.maps(node)[0] for node in choices if flow.maps(node)
     ]
 
 
@@ -108,10 +106,10 @@ def _lone_pads(flow: Flow) -> dict[fx.Node, Barrier]:
 
     return {
         pad: Barrier(
-            f"pads the map for {operation_name(user, flow.facts)}, which is no window of the region",
+            f"pads the map for {operation_name(user, flow)}, which is no window of the region",
             Cause.PADDING,
         )
-        for pad in flow.facts.pads
+        for pad in flow.pads
         for user in pad.users
         if not is_window(user)
     }
@@ -121,16 +119,15 @@ def _mere_tails(flow: Flow) -> dict[fx.Node, Barrier]:
     """Return strided operations at the end of a network with several outputs that have few MACs, such as the coarsest
     levels of a feature pyramid; in the region they would determine the lowest output stride. Operations whose results
     return to a finer map do not count: the finer map needs them at every level."""
-    facts = flow.facts
-    several = sum(flow.role[node] is Role.MAP for node in facts.outputs) > 1
-    total = sum(facts.macs.values())
+    several = sum(flow.role[node] is Role.MAP for node in flow.outputs) > 1
+    total = sum(flow.macs.values())
     shares: dict[fx.Node, float] = {}
-    for node in facts.graph.nodes if several else ():
+    for node in flow.graph.nodes if several else ():
         window = flow.treatments[node].window
         if window is not None and window.stride > 1 and node not in flow.barriers:
             after = and_after(node)
             if all(flow.grid.get(later, flow.grid[node]) >= flow.grid[node] for later in after):
-                shares[node] = sum(facts.macs[later] for later in after) / max(1, total)
+                shares[node] = sum(flow.macs[later] for later in after) / max(1, total)
     tails = [node for node, share in shares.items() if share < MERE_TAIL]
     rest = flow.grid.keys() - and_after(*tails)
     coarsest = max((flow.spacing[node] for node in rest), default=0)

@@ -23,7 +23,7 @@ from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import same_place
 from cadsurgery.support.torch_operations import is_kind
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.hooks import act_alike, own_class, stays_whole
 from cadsurgery.surgery.tracer import HOOKS
 
@@ -140,7 +140,7 @@ class Treatment:
         return operation_of(self.call)
 
 
-Rule = Callable[[fx.Node, Facts], Treatment]
+Rule = Callable[[fx.Node, MapFacts], Treatment]
 _RULES: dict[object, Rule] = {}
 _OF_VECTORS: set[Rule] = set()
 
@@ -224,7 +224,7 @@ def why_whole(node: fx.Node, facts: Facts) -> str:
     return stays_whole(facts.module(node), HOOKS in node.meta) if node.op == "call_module" else ""
 
 
-def treat(node: fx.Node, facts: Facts) -> Treatment:
+def treat(node: fx.Node, facts: MapFacts) -> Treatment:
     """Return the treatment of a node by its rule; padding before a window becomes part of the window."""
     known = rule_of(node, facts)
     reads_map = any(facts.layout(value) for value in node.all_input_nodes)

@@ -382,7 +382,7 @@ def _work_at(level: int, plan: Plan) -> float:
     of_level = total = 0.0
     for decision in plan.decisions:
         finer = 1.0
-        if decision.action in ("adapt", "keep"):
+        if decision.on_elements:
             stage = decision.stages[1]
             place = max(level, stage - 1) if plan.floors else min(stage, level)
             finer = decision.grid * plan.strides[0] / plan.strides[place]

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.support.torch_operations import asks, name_of
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.facts import MapFacts
 
 # Shifts by no more samples than that are those of windows: paddings, and what transposed convolutions leave over.
 _FEW = 2
@@ -43,7 +43,7 @@ def view_of(
     node: fx.Node,
     maps: Sequence[fx.Node],
     views: dict[fx.Node, View],
-    facts: Facts,
+    facts: MapFacts,
     grids: dict[fx.Node, int],
 ) -> View:
     """Return the view of a map that a node returns.
@@ -86,7 +86,7 @@ def _joined(view: View, move: Move) -> View:
     return (*view[:-1], last._replace(by=by)) if rest else view[:-1]
 
 
-def _move_of(node: fx.Node, source: fx.Node, facts: Facts, grids: dict[fx.Node, int]) -> Move | None:
+def _move_of(node: fx.Node, source: fx.Node, facts: MapFacts, grids: dict[fx.Node, int]) -> Move | None:
     """Return how an operation moves the positions of a map; None if it does not."""
     layout, grid = facts.layout(source), grids[source]
     if node.target is operator.getitem:
@@ -108,7 +108,7 @@ def _is_swapped(layout: str) -> bool:
     return "w" in layout and layout.find("w") < layout.find("h")
 
 
-def _swap(node: fx.Node, layout: str, facts: Facts) -> Move | None:
+def _swap(node: fx.Node, layout: str, facts: MapFacts) -> Move | None:
     """Return the move of a transposition that no rule follows, else it shows in the axes of the result."""
     after = facts.layout(node)
     name, dims = name_of(node.target), facts.number(tuple(node.args[1:]))
@@ -120,7 +120,7 @@ def _swap(node: fx.Node, layout: str, facts: Facts) -> Move | None:
     return Move("transposition", (), "transposed", node.name) if is_swap and not _is_swapped(after) else None
 
 
-def _resize(node: fx.Node, source: fx.Node, facts: Facts, grids: dict[fx.Node, int]) -> Move | None:
+def _resize(node: fx.Node, source: fx.Node, facts: MapFacts, grids: dict[fx.Node, int]) -> Move | None:
     """Return the move of a resize by what is no output stride, so that the picture has another size."""
     if "interpolate" not in name_of(node.target) and "sample" not in name_of(node.target):
         return None
@@ -130,7 +130,7 @@ def _resize(node: fx.Node, source: fx.Node, facts: Facts, grids: dict[fx.Node, i
     return Move("resize", (node.name,), "resized", node.name) if changed else None
 
 
-def _options(node: fx.Node, facts: Facts, *names: str) -> dict[str, Any]:
+def _options(node: fx.Node, facts: MapFacts, *names: str) -> dict[str, Any]:
     """Return the arguments behind the first by name, as numbers on the example."""
     given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
     return {name: facts.number(value) for name, value in given.items()}
@@ -143,7 +143,7 @@ def _axes(dims: Any, layout: str) -> list[str]:
     return [layout[dim] for dim in known] + ["?"] * (len(several) - len(known))
 
 
-def _flip(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
+def _flip(node: fx.Node, layout: str, facts: MapFacts, grid: int) -> Move | None:
     name = name_of(node.target)
     dims: Any = {"fliplr": 1, "flipud": 0}.get(name)
     if dims is None:
@@ -153,7 +153,7 @@ def _flip(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
     return Move("flip", moved, "flipped", node.name) if moved else None
 
 
-def _roll(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
+def _roll(node: fx.Node, layout: str, facts: MapFacts, grid: int) -> Move | None:
     options = _options(node, facts, "shifts", "dims")
     shifts, dims = options.get("shifts"), options.get("dims")
     if dims in (None, ()):  # over the flattened tensor
@@ -169,7 +169,7 @@ def _roll(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
     return Move("roll", tuple(by.values()), "rolled", node.name) if moved or by["b"] else None
 
 
-def _turn(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
+def _turn(node: fx.Node, layout: str, facts: MapFacts, grid: int) -> Move | None:
     options = _options(node, facts, "k", "dims")
     times, axes = options.get("k", 1), _axes(options.get("dims", (0, 1)), layout)
     if not isinstance(times, int) or sorted(axes) != ["h", "w"]:
@@ -178,7 +178,7 @@ def _turn(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
     return Move("turn", (times,), "turned", node.name) if times % 4 else None
 
 
-def _crop(node: fx.Node, layout: str, source: fx.Node, facts: Facts, grid: int) -> Move | None:
+def _crop(node: fx.Node, layout: str, source: fx.Node, facts: MapFacts, grid: int) -> Move | None:
     """Return the shift of a crop; parts of a map that another operation cut are taken for moved."""
     if source not in facts.shapes:  # one of several values
         return _part(node, source, facts)
@@ -203,7 +203,7 @@ def _crop(node: fx.Node, layout: str, source: fx.Node, facts: Facts, grid: int) 
     return _shift(node, by, "cropped", grid)
 
 
-def _part(node: fx.Node, parts: fx.Node, facts: Facts) -> Move | None:
+def _part(node: fx.Node, parts: fx.Node, facts: MapFacts) -> Move | None:
     """Return the move of a part of a map that was cut along its height or width, unless it is the first."""
     name, cut = name_of(parts.target), parts.args[0] if parts.args else None
     layout = facts.layout(cut)
@@ -214,7 +214,7 @@ def _part(node: fx.Node, parts: fx.Node, facts: Facts) -> Move | None:
     return Move("part", (node.name,), "cut", node.name) if across else None
 
 
-def _narrow(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
+def _narrow(node: fx.Node, layout: str, facts: MapFacts, grid: int) -> Move | None:
     options = _options(node, facts, "dim", "start", "length")
     axis, start = _axes(options.get("dim"), layout)[0], options.get("start")
     if axis not in "hw?":
@@ -224,16 +224,16 @@ def _narrow(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
     return _shift(node, {**dict.fromkeys("hw", 0), axis: grid * start}, "cropped", grid)
 
 
-def _select(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
+def _select(node: fx.Node, layout: str, facts: MapFacts, grid: int) -> Move | None:
     axis = _axes(_options(node, facts, "dim").get("dim"), layout)[0]
     return Move("selection", (node.name,), "rearranged", node.name) if axis in "bhw?" else None
 
 
-def _sample(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
+def _sample(node: fx.Node, layout: str, facts: MapFacts, grid: int) -> Move | None:
     return Move("sampling", (node.name,), "resampled", node.name)
 
 
-def _pad(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
+def _pad(node: fx.Node, layout: str, facts: MapFacts, grid: int) -> Move | None:
     if node.op == "call_module":
         pads = getattr(facts.module(node), "padding", ())
     else:
@@ -245,7 +245,7 @@ def _pad(node: fx.Node, layout: str, facts: Facts, grid: int) -> Move | None:
     return _shift(node, by, "padded", grid) if _is_more_than_windows(node, max(starts), facts) else None
 
 
-def _is_more_than_windows(node: fx.Node, most: int, facts: Facts) -> bool:
+def _is_more_than_windows(node: fx.Node, most: int, facts: MapFacts) -> bool:
     """True if a map is padded by more samples than the windows that read it reach."""
     reach = _FEW
     for user in node.users:
@@ -267,7 +267,7 @@ _PADDINGS = (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationP
 _SWAPS = frozenset(
     ("transpose", "swapaxes", "swapdims", "t", "adjoint", "permute", "movedim", "moveaxis", "transpose_")
 )
-_Reader = Callable[[fx.Node, str, Facts, int], Move | None]
+_Reader = Callable[[fx.Node, str, MapFacts, int], Move | None]
 _READERS: dict[str, _Reader] = {
     **dict.fromkeys(("flip", "fliplr", "flipud"), _flip),
     **dict.fromkeys(("roll",), _roll),

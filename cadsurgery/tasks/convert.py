@@ -72,7 +72,8 @@ def convert(
     make: Callable[[Request], Conversion]
     if kind := methods.get(method):
         make, suffix = kind.convert, method
-        options = dict({"anytime": exits, "sampling": gates, "resampling": sampling}[method] or {})
+        of_groups = {"exits": exits, "gates": gates, "sampler": sampling}
+        options = dict(of_groups[kind.network.group] or {})
     else:
         resolve_mask(mask)  # a typo should not wait for the network to be built
         make, suffix = partial(_adapt, mask), mask.partition(":")[0]

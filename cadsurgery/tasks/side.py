@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import Source
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.report import Row
@@ -255,7 +256,7 @@ class Kind(NamedTuple):
     """
 
     method: str
-    network: type[nn.Module]
+    network: type[ConvertedModel]
     words: str
     convert: Callable[[Request], Conversion]
     compare: Callable[[Any, SegmentationData, Sequence[Any]], Comparison]

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from network import CLASSES, THIN, Segmenter, build, images
 from rich.console import Console
+from stem import body_of, stem_outputs
 from torch import Tensor
 
 import cadsurgery as cs
@@ -178,10 +179,7 @@ def region_times(data: Path, found: cs.SegmentationData, runs: Path | None, roun
         ]:
             options = RAW | group.options
             net = cs.adaptify(build(data, file), "all", output_stride=group.strides, **options)
-            body, inputs = (
-                cs.body_of(net).optimize(),
-                [cs.stem_outputs(net, prepared(found, p)) for p in places],
-            )
+            body, inputs = body_of(net).optimize(), [stem_outputs(net, prepared(found, p)) for p in places]
             masks: dict[str, Any] = {"everything high": "all", **group.masks, "everything low": "none"}
             if file is not None:
                 masks["learned"] = cs.load(file, build(data)).mask

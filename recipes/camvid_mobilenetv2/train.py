@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from network import build, images
 from rich.console import Console
+from stem import CachedStem, body_of
 
 import cadsurgery as cs
 from cadsurgery.finetune import Settings, calibrate, fit
@@ -93,8 +94,8 @@ def train(data: Path, name: str, seed: int, output: Path, steps: int | None = No
     settings = Settings(**{**COMMON, **run.settings, "seed": seed, **({"steps": steps} if steps else {})})
     mask = f"{run.mask},seed={seed}" if run.mask.startswith("learned") else run.mask
     net = cs.adaptify(build(data), mask, output_stride=(8, 16), fill="guided")
-    cached = cs.CachedStem(net, images(data, "train"), flip=True, crop=CROP, places=PLACES)
-    validation = cs.CachedStem(net, images(data, "val"))
+    cached = CachedStem(net, images(data, "train"), CROP, PLACES)
+    validation = CachedStem(net, images(data, "val"))
     console.print(f"{len(cached)} crops cached after {time.perf_counter() - begin:.0f} s")
 
     def on_step(row: dict[str, Any]) -> None:
@@ -102,10 +103,10 @@ def train(data: Path, name: str, seed: int, output: Path, steps: int | None = No
             told = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None)
             console.print(f"{told}; {time.perf_counter() - begin:.0f} s", highlight=False)
 
-    body, folder = cs.body_of(net), output / f"{name}-{seed}"
+    body, folder = body_of(net), output / f"{name}-{seed}"
     outcome = fit(body, cached, settings, output=folder, validation=validation, on_step=on_step)
     if mask.startswith("learned"):  # on whole images, because crops have more borders
-        share = calibrate(body, cs.CachedStem(net, images(data, "train")))
+        share = calibrate(body, CachedStem(net, images(data, "train")))
         console.print(f"share kept of the training images: {share:.4f}")
         cs.save(body, folder / "net.safetensors")
     told = {

@@ -94,7 +94,6 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("recommend", N, "--images", "photos", "--labels", "FILE"): ("a folder",),
     ("keypoints extract", "FILE", "photos"): ("a converted network", FILE_OF_ONNX),
     ("keypoints extract", N, "FILE"): IMAGES,
-    ("push", "FILE", "owner/name"): ("a converted network",),
 }
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends import choose, costs
+from cadsurgery.elements.backends import choose, dense
 from cadsurgery.elements.backends.choose import Backend, Convolution, Mixing, Picking, WindowRead
-from cadsurgery.elements.backends.costs import Kind
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.backends.weights import Activation, FusedConv
@@ -65,31 +64,31 @@ AMX = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.mark.parametrize(
-    ("kind", "available", "expected"),
+    ("dtype", "group", "taps", "available", "expected"),
     [
-        (Kind(torch.float32, "", 1, 25), AMX[:2], 0),
-        (Kind(torch.float32, "", 1, 25), AMX, 1),
-        (Kind(torch.float32, "", 1, 9), AMX, 0),
-        (Kind(torch.float32, "", 4, 9), AMX, 0),
-        (Kind(torch.float32, "", 8, 9), AMX[:2], costs._ALWAYS),
-        (Kind(torch.float32, "", 32, 9), AMX, costs._ALWAYS),
-        (Kind(torch.bfloat16, "", 8, 9), AMX, costs._ALWAYS),
-        (Kind(torch.bfloat16, "", 8, 9), AMX[:4], 0),
-        (Kind(torch.float32, "", 32, 9), ("scalar", "neon"), 0),
+        (torch.float32, 1, 25, AMX[:2], 0),
+        (torch.float32, 1, 25, AMX, 1),
+        (torch.float32, 1, 9, AMX, 0),
+        (torch.float32, 4, 9, AMX, 0),
+        (torch.float32, 8, 9, AMX[:2], dense._ALWAYS),
+        (torch.float32, 32, 9, AMX, dense._ALWAYS),
+        (torch.bfloat16, 8, 9, AMX, dense._ALWAYS),
+        (torch.bfloat16, 8, 9, AMX[:4], 0),
+        (torch.bfloat16, 8, 25, AMX, dense._ALWAYS),
+        (torch.float32, 32, 9, ("scalar", "neon"), 0),
     ],
 )
 def test_the_first_row_that_fits_counts(
-    kind: Kind, available: tuple[str, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    group: int,
+    taps: int,
+    available: tuple[str, ...],
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(costs.isa, "allowed", lambda: available)
-    assert costs.largest_dense_dilation(kind) == expected
-
-
-def test_depthwise_and_ungrouped_are_kinds_of_their_own() -> None:
-    """A group of one channel is less than one of many, and no group is more than any; neither counts as the other."""
-    for group, other in ((0, 1), (0, 16), (1, 16), (16, 0)):
-        row, kind = (Kind(torch.float32, "", one, 9) for one in (group, other))
-        assert not row.includes(kind, ("",)) and row.includes(row._replace(taps=25), ("",))
+    """Depthwise convolutions are a kind of their own: a row of these is none of groups of more channels."""
+    monkeypatch.setattr(dense.isa, "allowed", lambda: available)
+    assert dense.largest_dense_dilation(dtype, group, taps) == expected
 
 
 @torch.no_grad()
@@ -99,18 +98,3 @@ def test_kernels_serve_grouped_convolutions_of_uniform_maps_that_are_dilated() -
     if not Native().applies(far):
         pytest.skip("needs compiled kernels")
     assert choose.choose(far).backend.name == "native"
-
-
-class OfFewChannels(Named):
-    """A backend with a condition on the single work."""
-
-    def condition(self, work: Any) -> Any:
-        return lambda one: one.rows.shape[1] < 30
-
-
-@torch.no_grad()
-def test_a_backend_with_a_condition_serves_the_works_that_meet_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever of them comes first, since both are of one case."""
-    monkeypatch.setattr(choose, "BACKENDS", [OfFewChannels("few", 9), Torch()])
-    for channels in (20, 31, 20):
-        assert choose.choose(work(channels)).backend.name == ("few" if channels < 30 else "torch")

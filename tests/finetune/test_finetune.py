@@ -822,28 +822,9 @@ def test_the_command_trains_a_function_and_then_its_file(command_line: Run, tmp_
     assert command_line("finetune", "networks:Segmenter").code == 2
 
 
-def test_the_command_trains_behind_a_stem_that_is_run_once(command_line: Run, tmp_path: Path) -> None:
-    """The whole network is written, its stem as it was; the report says what is not done to the images."""
-    arguments = (*NETWORK, *SHORT, "--cache", "--crop", 32, "-o", "run")
-    done = command_line(*arguments, "--json")
-    assert done.code == 0, done.out + done.err
-    found = done.json
-    assert any("colours not jittered" in note and "72 samples" in note for note in found["notes"])
-    assert any(group["group"] == "fixed" for group in found["groups"]) and found["steps"] == 2
-    after = load_file(tmp_path / "run/net.safetensors")
-    before = load_file(tmp_path / "run/start.safetensors")
-    changed = {name for name in after if not torch.equal(before[f"weights.{name}"], after[name])}
-    assert len(after) == len(before) and "classifier.1.weight" in changed
-    assert not any(name.startswith(("backbone.0.", "backbone.1.")) for name in changed)
-    resumed = command_line(*arguments)
-    assert resumed.code == 0 and "resumed after step 2" in resumed.out and "not jittered" in resumed.out
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--cache", "--crop", "30"], "multiples of 16"),
-        (["--cache", "--crop", "0", "--config", "scaled.json"], "scale"),
         (["--objective-option", "low"], "NAME=VALUE"),
         (["--optimizer", "adam"], "adamw"),
         (["--mask", "edgse"], "edges"),
@@ -854,7 +835,6 @@ def test_the_command_trains_behind_a_stem_that_is_run_once(command_line: Run, tm
 def test_the_command_refuses_with_a_next_step(
     command_line: Run, tmp_path: Path, arguments: list[str], words: str
 ) -> None:
-    (tmp_path / "scaled.json").write_text('{"scale": [0.5, 2.0]}')
     done = command_line(*NETWORK, *SHORT, "-o", "run", "--json", *arguments)
     assert done.code == 1 and words in done.out and done.json["next"]
 

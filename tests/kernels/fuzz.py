@@ -27,7 +27,6 @@ KINDS = (
         "grouped",
         "depthwise",
         "convolve",
-        "gather",
         "mix",
         "gather_mixing",
         "mix_lines",
@@ -263,10 +262,6 @@ class Kernels:
 
         case = self.reading(form, channels, taps, [], named, call)
         return case._replace(buffers=[*case.buffers, *own(case.numbers["n"], channels)])
-
-    def gather(self, name: str, form: str) -> Case:
-        size, taps = SIZES[form][0], self.number(9)
-        return self.simple(name, form, taps, lambda n, channels: [n * taps * channels * size])
 
     def pool(self, name: str, form: str) -> Case:
         size = SIZES[form][0]

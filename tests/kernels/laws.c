@@ -330,25 +330,11 @@ static void grouped_law(void) {
 /* -- rows that are copied, mixed, pooled and filled ------------------------------------------------------------------ */
 
 #ifdef OF_move
-long SUFFIX(gather)(const reading *, element *);
 long SUFFIX(mix)(const reading *, const sum *, element *);
 long SUFFIX(gather_mixing)(const reading *, const int32_t *, const sum *, long, element *);
 long SUFFIX(mix_lines)(const reading *, const sum *, long, element *);
 
 static const long widths[] = {1, 3, 16, 50, 67};
-
-static void gather_law(void) {
-    for (long k = 0; k < COUNT(widths); k++) {
-        const long channels = widths[k], n = 37, taps = 4;
-        const reading in = random_reading(40, 7, n, taps, channels, channels);
-        element *out = NEW(element, n * taps * channels);
-        SUFFIX(gather)(&in, out);
-        for (long i = 0; i < n * taps * channels; i++)
-            check_exactly("gather", value_of(out[i]), read_value(&in, i / channels / taps, i / channels % taps, i % channels));
-        free_all();
-    }
-    end_law(TEXT(SUFFIX(gather)));
-}
 
 /* Shares whose sum is at most one, one in four of them zero. */
 static const sum *random_shares(long n, long many) {
@@ -900,7 +886,6 @@ int main(int count, char **arguments) {
     grouped_law();
 #endif
 #ifdef OF_move
-    gather_law();
     mix_law();
     gather_mixing_law();
     mix_lines_law();

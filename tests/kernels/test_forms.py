@@ -45,7 +45,7 @@ IN_C = {
     "product": ("product",),
     "product_tiles": ("product",),
     "grouped": ("grouped",),
-    "move": ("gather", "mix", "gather_mixing", "mix_lines"),
+    "move": ("mix", "gather_mixing", "mix_lines"),
     "pool": ("pool",),
     "fill": ("fill",),
     "maps": ("find_cells", "shift_taps"),

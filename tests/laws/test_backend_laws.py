@@ -23,12 +23,11 @@ from torch.testing import assert_close
 
 import cadsurgery as cs
 from cadsurgery.elements import BACKENDS, functional
-from cadsurgery.elements.backends import dense, gpu, triton_kernels
+from cadsurgery.elements.backends import gpu, triton_kernels
 from cadsurgery.elements.backends.choose import (
     Backend,
     Convolution,
     Filling,
-    Gathering,
     Mixing,
     MixingLines,
     Picking,
@@ -36,7 +35,6 @@ from cadsurgery.elements.backends.choose import (
     WindowRead,
     Work,
 )
-from cadsurgery.elements.backends.costs import Costs
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.gaps import resolution
@@ -45,7 +43,7 @@ from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
-    *("uniform", "without overlap", "portable", "graph", "triton", "whole map", "native"),
+    *("uniform", "without overlap", "portable", "graph", "triton", "native"),
     *("products", "expression", "torch"),
 ]
 OF_GRAPHS = ("portable", "graph", "expression")  # which apply while a graph is made
@@ -144,11 +142,6 @@ def exactly(work: Convolution) -> Convolution:
     return replace(work, rows=work.rows.double(), weights=weights, residual=residual)
 
 
-@pytest.fixture(autouse=True)
-def the_whole_map_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "costs_of", lambda *work: Costs(0.0, 0.0))
-
-
 def takes(name: str, case: Case) -> bool:
     """Whether a backend is to give what the reference gives: where it applies, or would in a graph."""
     work, backend = work_of(case, packed=True), named(name)
@@ -156,8 +149,6 @@ def takes(name: str, case: Case) -> bool:
         return False
     if name in OF_GRAPHS:
         return case.finish == "plain"
-    if name == "whole map":
-        return case.kind == "ragged" and case.groups * case.kernel[0] > 1
     with torch.no_grad():
         return backend.applies(work)
 
@@ -260,7 +251,7 @@ def test_gradients_are_those_of_the_reference(name: str, case: Case) -> None:
         assert_close(value.double(), exact, atol=1e-4 * float(exact.abs().max()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["graph", "portable", "whole map", "native"])
+@pytest.mark.parametrize("name", ["graph", "portable", "native"])
 def test_what_has_no_gradients_does_not_apply_where_they_are_asked_for(name: str) -> None:
     case = Case("ragged", 6, (6, 6), (3, 3), 1, torch.float32, "plain")
     assert not named(name).applies(with_gradients(work_of(case, packed=True)))
@@ -288,7 +279,7 @@ def test_tritons_laws_hold_in_its_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-# -- pools, sums, gathering ------------------------------------------------------------------------------
+# -- pools, sums, copies ------------------------------------------------------------------------------
 
 
 def has(name: str, task: str) -> bool:
@@ -298,7 +289,7 @@ def has(name: str, task: str) -> bool:
 TASKS = [
     (name, task)
     for name in NAMES
-    for task in ("pool", "mix", "mix_lines", "pick", "fill", "gather")
+    for task in ("pool", "mix", "mix_lines", "pick", "fill")
     if has(name, task)
     and name not in ("torch", "without overlap")
     and (name != "triton" or triton_kernels.INTERPRETED)
@@ -326,9 +317,7 @@ def other_works(task: str, dtype: torch.dtype) -> list[Work]:
         return [MixingLines(values(3, 5, 7, seed=0, dtype=dtype), first, first + 1, share)]
     if task == "fill":
         return fillings(dtype)
-    if task == "pick":
-        return [Picking(rows, Reading(reading.table, reading.sources, reading.mix, False))]
-    return [Gathering(rows, reading, -0.5)]
+    return [Picking(rows, Reading(reading.table, reading.sources, reading.mix, False))]
 
 
 def fillings(dtype: torch.dtype) -> list[Work]:
@@ -353,10 +342,6 @@ def fillings(dtype: torch.dtype) -> list[Work]:
 
 
 def computed(backend: Backend, work: Work) -> Tensor:
-    if isinstance(work, Gathering):
-        out = work.rows.new_empty(work.reading.table.numel(), work.rows.shape[1])
-        backend.gather(work)(work.reading.table, out)  # type: ignore[attr-defined]
-        return out
     return getattr(backend, work.task)(work)
 
 

@@ -35,7 +35,6 @@ OF_IMAGES = [
     "edges",
     "edges:threshold=0.95/0.1,dilation=5/15",
     "gradient:threshold=0.5,sigma=1",
-    "saliency",
     "keypoints:dilations=9/25",
     "edges | budget:fraction=0.3",
     "(edges:threshold=1 | dilate:size=3) + gradient:threshold=2",
@@ -277,7 +276,6 @@ def test_the_first_picture_settles_it_and_no_other() -> None:
     first = levels(net, image)
     known = net.normalisation
     assert known is not None and known == fast.normalisation == copied.normalisation
-    assert known == cs.body_of(net).normalisation
     levels(net, scenes())
     assert net.normalisation == known and torch.equal(levels(net, image), first)
     assert torch.equal(levels(fast, image, mask="edges"), first)

@@ -507,8 +507,6 @@ def test_a_network_with_exits_is_no_network_to_convert() -> None:
     net = anytime()
     with pytest.raises(cs.InvalidInput, match="exits already"):
         cs.anytime(net)
-    with pytest.raises(cs.InvalidInput, match=r"made by cs\.anytime, not by.*\n.*uploaded under that name"):
-        cs.push_to_hub(net, "owner/name", license="mit")  # type: ignore[arg-type]
     with pytest.raises(cs.InvalidInput, match=r"cannot be exported(.*\n)*.*net\.optimize"):
         cs.export(net, images(1, 48, 64, torch.float64), "net.pt2")  # type: ignore[arg-type]
     for convert in (cs.sample, lambda net: cs.adaptify(nn.Sequential(net), "edges")):

@@ -83,8 +83,7 @@ def test_calls_leave_no_tensors_whatever_their_sizes_and_masks(optimised: bool) 
 @pytest.mark.parametrize("uniform", [False, True])
 @torch.no_grad()
 def test_products_keep_nothing_for_a_number_of_elements(uniform: bool) -> None:
-    """oneDNN makes code for each number, and keeps it: 16 MiB here, without bound to speak of. It is given uniform maps
-    of the first few sizes alone."""
+    """oneDNN would make code for each number, and keep it: 16 MiB here, without bound to speak of."""
     heap = heap_in_use()
     every = [FusedConv(torch.randn(outputs, 64, 1, 1), None, 1, None, {}) for outputs in (64, 24)]
     geometry, window = Geometry((2,)), Window((1, 1))

@@ -24,7 +24,7 @@ import cadsurgery as cs
 from benchmarks import export_matrix
 from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.network.export.compare import check_difference, difference, more_images
-from cadsurgery.network.export.engines import ENGINES, OnnxRuntime, engines_for
+from cadsurgery.network.export.engines import ENGINES, OnnxRuntime, engine_for
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.onnx import _cut_awkwardly, _of_other_sizes
 
@@ -239,9 +239,9 @@ def test_refusals_name_the_way_round_and_leave_nothing(
 def test_an_engine_without_kernels_is_refused_files_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine of the user needs no twin with kernels."""
     monkeypatch.setitem(ENGINES, "mine", OnnxRuntime)
-    assert engines_for("mine", with_kernels=False) == [OnnxRuntime]
+    assert engine_for("mine", with_kernels=False) is OnnxRuntime
     with pytest.raises(cs.UnknownName, match="with kernels named 'mine'"):
-        engines_for("mine", with_kernels=True)
+        engine_for("mine", with_kernels=True)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 96), (96, 3)])
@@ -473,7 +473,7 @@ def test_files_for_multiples_derive_each_lattice_once_and_refuse_other_sizes(
     assert report.multiple == 8
     nodes = onnx.load(tmp_path / "net.onnx").graph.node
     assert sum(node.op_type == "FindCells" for node in nodes) <= net.geometry.stages
-    run = engines_for("onnx", with_kernels=True)[0](tmp_path / "net.onnx", 1)
+    run = engine_for("onnx", with_kernels=True)(tmp_path / "net.onnx", 1)
     for height, width in ((40, 72), (16, 24), (128, 64)):
         image = picture(2, height, width)
         expected = net(image)

@@ -16,14 +16,12 @@ from conftest import assert_same, covering, images, relative_error, slow, withou
 from networks import build, randomise, unverified
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends import choose, dense, native
+from cadsurgery.elements.backends import choose, native
 from cadsurgery.elements.backends.choose import Convolution
-from cadsurgery.elements.backends.costs import Costs
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation, FusedConv
@@ -514,34 +512,6 @@ def test_without_a_compiler_the_results_are_the_same(name: str) -> None:
         assert_same(net(x), expected, 1e-4)
         assert_same(net.optimize()(x), expected, 1e-4)
         assert_same(fast(x), expected, 1e-4)
-
-
-# -- the cost model ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_counted_work_is_that_of_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the whole map would be cheaper: MACs are those that the plan states."""
-    lattice = Geometry((2,)).lattice(1 - torch.eye(8, dtype=torch.int64)[None, ::2]).at(1)
-    x, window = (
-        Elements(torch.randn(len(lattice), 6), lattice),
-        Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
-    )
-    weights = FusedConv(torch.randn(4, 6, 3, 3), None, 1, None, {})
-    expected = functional.fused_conv2d(x, weights, window=window, stage=1).rows
-    monkeypatch.setattr(dense, "costs_of", lambda *work: Costs(0.0, 0.0))
-    with FlopCounterMode(display=False) as counter:
-        found = functional.fused_conv2d(x, weights, window=window, stage=1).rows
-    assert counter.get_total_flops() == 2 * len(lattice) * weights.weight.numel()
-    assert_same(found, expected, 1e-5)
-
-
-def test_the_cheaper_way_is_preferred() -> None:
-    """Few elements favour the sparse way, dear ones the whole map, moved values neither."""
-    found = Costs(dense=1 / 3, moved=0.0)
-    assert not found.prefer_dense(100, 30, 100, (8, 8))
-    assert found.prefer_dense(100, 40, 100, (8, 8))
-    assert not found._replace(moved=3.0).prefer_dense(100, 40, 100, (8, 8))
 
 
 @pytest.mark.slow

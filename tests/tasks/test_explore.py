@@ -140,7 +140,7 @@ def test_a_classifier_is_shown_in_words() -> None:
     [
         (Setting("edgs"), "edges"),
         (Setting(limit="share"), WRITTEN),
-        (Setting("saliency:function=x", BUDGET, 2.0), "saliency"),
+        (Setting("edges:function=x", BUDGET, 2.0), "edges"),
         (Setting(limit=BUDGET, value=2.0), "0..1"),
         (Setting("random", THRESHOLD, 0.5), "threshold"),
         (Setting(output_stride=(3, 5)), "(8, 16)"),
@@ -220,7 +220,7 @@ def test_the_command_tells_the_address_and_ends_at_ctrl_c(
     assert asked["model"] == NAME and asked["port"] == 0 and not asked["browser"]
 
 
-@pytest.mark.parametrize("mask", ["saliency:function={}:score", "edges + keypoints:detector={}:score"])
+@pytest.mark.parametrize("mask", ["{}:score", "edges + keypoints:detector={}:score"])
 @pytest.mark.parametrize("limit", [WRITTEN, BUDGET])
 def test_a_mask_of_the_page_imports_and_calls_nothing(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, limit: str
@@ -231,4 +231,4 @@ def test_a_mask_of_the_page_imports_and_calls_nothing(
         with pytest.raises(cs.InvalidInput, match="cannot name a function") as caught:
             explore(subject, 0, Setting(mask.format(module), limit, 0.3), rounds=0)
         assert module in caught.value.where and "cadsurgery mask" in caught.value.next
-    assert explore(subject, 0, Setting("saliency", limit, 0.3), rounds=0).levels.numel() > 0
+    assert explore(subject, 0, Setting("detail", limit, 0.3), rounds=0).levels.numel() > 0

@@ -83,7 +83,7 @@ def test_compiled_kernels_are_named_with_their_instruction_set(monkeypatch: pyte
     assert module._operation_of([Event("aten::mm", 9), Event("convolve (native)", 8)]) == (
         "convolve (native, avx2)"
     )
-    assert module._operation_of([Event("convolve (whole map)", 8)]) == "convolve (whole map)"
+    assert module._operation_of([Event("convolve (uniform)", 8)]) == "convolve (uniform)"
     assert module._operation_of([Event("aten::mm", 9), Event("aten::add", 8)]) == "aten::mm"
     assert module._operation_of([]) == "" and str(Slowest("a.b", "", 0.5)) == "50% of the time is in a.b"
     monkeypatch.setattr(isa, "used", lambda: "")

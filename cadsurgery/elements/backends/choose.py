@@ -136,11 +136,11 @@ class Work:
 
     @property
     def case(self) -> tuple[Hashable, ...]:
-        """Everything the choice of a backend may depend on, except the `Backend.condition` of a single work."""
+        """Everything the choice of a backend may depend on."""
         return self.task, self.rows.dtype, self.rows.device.type
 
     @property
-    def choices(self) -> dict[Hashable, tuple[Choice, ...]]:
+    def choices(self) -> dict[Hashable, Choice]:
         """The dictionary in which the choice is stored."""
         return _CHOICES
 
@@ -199,20 +199,10 @@ class Convolution(Work):
         )
         if weights.packed_cache is None:
             return *case, weights.weight.dtype, weights.weight.shape, weights.groups
-        return *case, self.is_recurring
+        return case
 
     @property
-    def is_recurring(self) -> bool:
-        """True for a product whose row count depends only on the image size, if it is one of the first sizes seen."""
-        reads, weights = self.reads, self.weights
-        if reads is None:
-            return weights.dense and weights.is_recurring_row_count(len(self.rows))
-        if not isinstance(reads, WindowRead) or weights.groups > 1 or not reads.window.is_pointwise:
-            return False
-        return reads.target.uniform_level is not None and weights.is_recurring_row_count(reads.target.count)
-
-    @property
-    def choices(self) -> dict[Hashable, tuple[Choice, ...]]:
+    def choices(self) -> dict[Hashable, Choice]:
         """The choices of the layer if it stores them, otherwise the global ones."""
         return _CHOICES if self.weights.packed_cache is None else self.weights.choices
 
@@ -353,15 +343,6 @@ class Filling(Work):
         return Picking(rows, Reading(table.unsqueeze(1), sources, mass, has_outside))
 
 
-@dataclass(frozen=True, eq=False)
-class Gathering(Work):
-    """A function that gathers the rows of table entries into given memory, one after another."""
-
-    reading: Reading
-    outside: float
-    task: ClassVar[str] = "gather"
-
-
 class Backend:
     """An implementation of works, with one method per supported task, named like the task."""
 
@@ -374,10 +355,6 @@ class Backend:
         """
         raise NotImplementedError
 
-    def condition(self, work: Any) -> Callable[[Any], bool] | None:
-        """Return an additional condition on a single work of this case, such as a minimum size; or None."""
-        return None
-
     def prepare(self, work: Any) -> Callable[[Any], Any]:
         """Return a function that computes works of this case; preparations that depend on the case alone go here."""
         run: Callable[[Any], Any] = getattr(self, work.task)
@@ -385,56 +362,45 @@ class Backend:
 
 
 class Choice(NamedTuple):
-    """A backend for works of a case, with the condition that a work must meet."""
+    """A backend for works of a case, and what computes these."""
 
     backend: Backend
     run: Callable[[Any], Any]
-    condition: Callable[[Any], bool] | None = None
 
 
 # The table, see `table.py`. Users insert their own backends as into any list.
 BACKENDS: list[Backend] = []
 
 # Choices for works whose layer does not store them.
-_CHOICES: dict[Hashable, tuple[Choice, ...]] = {}
+_CHOICES: dict[Hashable, Choice] = {}
 _MOST_CHOICES = 1024
 
 
 def choose(work: Work) -> Choice:
-    """Return the first choice for a work: the first backend that applies and whose condition holds."""
+    """Return the choice for a work: the first backend that applies."""
     if torch.compiler.is_compiling():
-        return next(choice for choice in _choices(work) if choice.condition is None or choice.condition(work))
+        return _choose_among(BACKENDS, work)
     gradient, is_counted = torch.is_grad_enabled() and work.gradient, current_dispatch_mode() is not None
     key = (work.case, gradient, is_counted, target_of_graph(), setting(), *BACKENDS)
     choices = work.choices
-    able = choices.get(key)
-    if able is None:
+    found = choices.get(key)
+    if found is None:
         if len(choices) >= _MOST_CHOICES:
             choices.clear()
-        able = choices[key] = _choices(work)
-    for choice in able:
-        if choice.condition is None or choice.condition(work):
-            return choice
-    raise AssertionError("torch, the last of the table, takes every work")
+        found = choices[key] = _choose_among(BACKENDS, work)
+    return found
 
 
 def choose_after(work: Work, backend: Backend) -> Choice:
     """Return the choice for a work among the backends after `backend` in the table."""
-    able = _choices(work, after=backend)
-    return next(choice for choice in able if choice.condition is None or choice.condition(work))
+    return _choose_among(BACKENDS[BACKENDS.index(backend) + 1 :], work)
 
 
-def _choices(work: Work, after: Backend | None = None) -> tuple[Choice, ...]:
-    """Return the backends that apply to works of a case, up to the first without a condition."""
-    found: list[Choice] = []
-    first = 0 if after is None else BACKENDS.index(after) + 1
-    for backend in BACKENDS[first:]:
-        if not hasattr(backend, work.task) or not backend.applies(work):
-            continue
-        found.append(Choice(backend, backend.prepare(work), backend.condition(work)))
-        if found[-1].condition is None:
-            break
-    return tuple(found)
+def _choose_among(backends: list[Backend], work: Work) -> Choice:
+    for backend in backends:
+        if hasattr(backend, work.task) and backend.applies(work):
+            return Choice(backend, backend.prepare(work))
+    raise AssertionError("torch, the last of the table, takes every work")
 
 
 def compute(work: Work, choice: Choice | None = None) -> Any:

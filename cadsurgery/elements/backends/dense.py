@@ -1,8 +1,7 @@
-"""Convolutions and pooling on dense maps: for uniform lattices, and for other lattices if the whole map is cheaper."""
+"""Convolutions and pooling on the dense maps of uniform lattices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,13 +16,58 @@ from cadsurgery.elements.backends.choose import (
     TransposedConvolution,
     WindowRead,
 )
-from cadsurgery.elements.backends.costs import Costs, costs_of, kind_of, largest_dense_dilation
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.onednn import convolve
-from cadsurgery.elements.backends.weights import FusedConv, transpose_weight
-from cadsurgery.elements.elements import Elements, to_dense
+from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.kernels import isa
 from cadsurgery.kernels.load import is_observed
+
+
+class _Grouped(NamedTuple):
+    """Grouped convolutions of uniform maps, for which oneDNN may be preferred to a kernel for elements.
+
+    Attributes:
+        dtype: type of the rows.
+        isa: instruction set that the processor has.
+        group: channels of a group, or fewer than it has; 1, depthwise, is a kind of its own.
+        taps: the fewest taps.
+        dilation: the largest dilation up to which the dense convolution is at least as fast; 0 if it never is.
+    """
+
+    dtype: torch.dtype
+    isa: str
+    group: int
+    taps: int
+    dilation: int
+
+    def includes(self, dtype: torch.dtype, group: int, taps: int) -> bool:
+        """Return True for convolutions of this kind on this processor."""
+        has_group = group >= self.group > 1 or group == self.group
+        return dtype == self.dtype and self.isa in isa.allowed() and has_group and taps >= self.taps
+
+
+_F32, _BF16, _ALWAYS = torch.float32, torch.bfloat16, 1 << 30
+# Measured with each instruction set on an Intel processor (docs/notes.md, "Dense maps or elements"). The first row that
+# fits counts, so that a program has the same bits on all processors with the same instruction sets. For dilated windows
+# oneDNN takes up to eighty times as long as the kernels of depthwise convolutions.
+_PREFERRED = (
+    _Grouped(_F32, "avx512", 1, 25, 1),
+    _Grouped(_F32, "avx2", 1, 49, 1),
+    _Grouped(_F32, "avx2", 1, 1, 0),
+    _Grouped(_F32, "sse4", 1, 4, 1),
+    _Grouped(_F32, "avx512", 16, 4, _ALWAYS),
+    _Grouped(_F32, "avx512", 8, 4, 0),
+    _Grouped(_F32, "avx512", 2, 1, 0),
+    _Grouped(_F32, "avx2", 8, 4, _ALWAYS),
+    _Grouped(_BF16, "amx", 1, 25, 1),
+    _Grouped(_BF16, "amx", 8, 4, _ALWAYS),
+)
+
+
+def largest_dense_dilation(dtype: torch.dtype, group: int, taps: int) -> int:
+    """Return the dilation up to which a dense grouped convolution is preferred to a kernel; 0 for none."""
+    return next((row.dilation for row in _PREFERRED if row.includes(dtype, group, taps)), 0)
 
 
 class _Dense(NamedTuple):
@@ -40,12 +84,7 @@ def _dense(reads: WindowRead) -> _Dense | None:
     window, sides = reads.window, _sides(reads)
     if sides is None or any(step * window.spacing % sides[0] for step in (*window.dilation, *window.padding)):
         return None
-    return _on_samples(reads, *sides)
-
-
-def _on_samples(reads: WindowRead, before: int, after: int) -> _Dense:
-    """Return the operation on a map with a sample on every `before`-th fine pixel and outputs on every `after`-th."""
-    window = reads.window
+    before, after = sides
     down, across, top, _, left, _ = (
         step * window.spacing // before for step in (*window.dilation, *window.padding)
     )
@@ -90,16 +129,9 @@ def spread_of(reads: WindowRead) -> _Spread | None:
 
 def _sides(reads: WindowRead) -> tuple[int, int] | None:
     """Return the cell sides of both uniform lattices if a dense operation is possible and allowed; otherwise None."""
-    if not _has_whole_map(reads) or not reads.source.uniform_side or not reads.target.uniform_side:
-        return None
-    return reads.source.uniform_side, reads.target.uniform_side
-
-
-def _has_whole_map(reads: WindowRead) -> bool:
-    """Return True if the geometry allows dense operations and the window has a dense equivalent."""
-    geometry = reads.source.geometry
+    geometry, (before, after) = reads.source.geometry, (reads.source.uniform_side, reads.target.uniform_side)
     plain = geometry.anchor == "corner" and reads.window.mode == "zeros" and not reads.drop
-    return geometry.dense_shortcut and plain
+    return (before, after) if geometry.dense_shortcut and plain and before and after else None
 
 
 def _image_of(rows: Tensor, lattice: Lattice) -> Tensor:
@@ -112,7 +144,8 @@ def _has_faster_kernel(work: Convolution, operation: _Dense) -> bool:
     weights = work.weights
     if weights.groups == 1 or weights.packed_cache is None or not Native().applies(work):
         return False
-    return max(operation.dilation) > largest_dense_dilation(kind_of(weights, work.rows.dtype))
+    group, taps = weights.weight.shape[1], weights.weight[0, 0].numel()
+    return max(operation.dilation) > largest_dense_dilation(work.rows.dtype, group, taps)
 
 
 class Uniform(Backend):
@@ -194,48 +227,3 @@ class Uniform(Backend):
         if min(top, left) < 0 or not symmetric or far or work.outside != filled:
             return F.pad(image, operation.padding, value=work.outside), operation, (0, 0)
         return image, operation, (top, left)
-
-
-class WholeMap(Backend):
-    """A convolution by its definition: convert to a dense fine map, convolve it, and keep the values at the anchors.
-
-    Used in optimised inference, where packed weights are kept, but not while torch traces or counts operations.
-    """
-
-    name = "whole map"
-
-    def applies(self, work: Convolution) -> bool:
-        """Return True for windows that read all cells of a map, in inference with packed weights."""
-        weights, reads = work.weights, work.reads
-        if not work.is_inference or weights.packed_cache is None or work.is_product or is_observed():
-            return False
-        if not isinstance(reads, WindowRead) or work.rows.device.type != "cpu" or work.outside:
-            return False
-        is_whole = not (reads.source.part or reads.target.part) and _has_whole_map(reads)
-        return is_whole and self._costs(work) is not None
-
-    def _costs(self, work: Convolution) -> Costs | None:
-        return costs_of(kind_of(work.weights, work.rows.dtype), Native().applies(work))
-
-    def condition(self, work: Convolution) -> Callable[[Convolution], bool]:
-        """Return a test that the whole map is cheaper than the next backend, by the table of costs."""
-        outputs, group, height, width = work.weights.weight.shape
-        groups, work_of_element = work.weights.groups, outputs * group * height * width
-        costs = self._costs(work)
-        assert costs is not None
-
-        def is_cheaper(work: Convolution) -> bool:
-            target = work.reads.target  # type: ignore[union-attr]
-            pixels = target.batch * target.size[0] * target.size[1]
-            return costs.prefer_dense(work_of_element, target.count, pixels, (group * groups, outputs))
-
-        return is_cheaper
-
-    def convolve(self, work: Convolution) -> Tensor:
-        """Compute rows (N, O)."""
-        assert isinstance(work.reads, WindowRead)
-        _, padding, dilation = _on_samples(work.reads, 1, 1)
-        image = F.pad(to_dense(Elements(work.rows, work.reads.source)), padding)
-        plain = FusedConv(work.weights.weight, work.weights.bias, work.weights.groups)
-        rows = as_rows(convolve(plain, image, (1, 1), (0, 0), dilation))
-        return work.weights.finish(rows.index_select(0, work.reads.target.anchors), work.residual)

@@ -1,4 +1,4 @@
-"""Convolutions, pooling, interpolation and gathering on rows by the compiled kernels (`kernels/c`).
+"""Convolutions, pooling and interpolation on rows by the compiled kernels (`kernels/c`).
 
 Without kernels (see `kernels.load`) callers use torch operations, slower for grouped convolutions and pooling.
 """
@@ -18,7 +18,6 @@ from cadsurgery.elements.backends.choose import (
     Backend,
     Convolution,
     Filling,
-    Gathering,
     Mixing,
     MixingLines,
     Picking,
@@ -58,7 +57,7 @@ class RowSource(NamedTuple):
     outside: float = 0.0
 
     @classmethod
-    def of(cls, work: Convolution | Pooling | Gathering) -> RowSource:
+    def of(cls, work: Convolution | Pooling) -> RowSource:
         """Return the rows that a work reads."""
         reading = work.reading
         return cls(work.rows, halo_of(work.rows, reading), work.outside)
@@ -86,18 +85,15 @@ class Native(Backend):
         weights = work.weights
         if weights.groups > 1:
             return has_grouped_form(weights.weight, weights.groups)
-        # Packing the weight pays off only if the packed form is kept. In float32 oneDNN is slightly faster, but it
-        # generates code for each number of rows, which costs 1 ms and 0.5 MB of cache. It is therefore used only for
-        # the first few image sizes, where the number of rows depends on the image size alone.
+        # Packing the weight pays off only if the packed form is kept.
         if (
             weights.packed_cache is None
             or work.rows.dtype != weights.weight.dtype
             or not isa_of("product", ELEMENTS[work.rows.dtype])
         ):
             return False
-        if work.rows.dtype == torch.float64 and work.is_product:  # torch is up to 1.6 times as fast
-            return False
-        return has_bf16_dot(work.rows.dtype) or not work.is_recurring
+        # Of products in float64 torch is up to 1.6 times as fast.
+        return not (work.rows.dtype == torch.float64 and work.is_product)
 
     def prepare(self, work: Work) -> Callable[[Any], Any]:
         """Return a function that computes works of this case."""
@@ -200,15 +196,6 @@ class Native(Backend):
         call(kernel_for("fill", rows), RowSource(rows), table, *arguments)
         return out if bounds or act is None else act.apply_(out)
 
-    def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
-        """Return a function of table entries (n, taps) and memory (n * taps, C)."""
-        source = RowSource.of(work)
-
-        def fill(entries: Tensor, out: Tensor) -> None:
-            call(kernel_for("gather", work.rows), source, entries, out)
-
-        return fill
-
 
 def _of_one_resolution(*lattices: Lattice) -> bool:
     """Return True if every position of the lattices is a cell and the number of cells is known."""
@@ -231,7 +218,7 @@ def supports(rows: Tensor) -> bool:
         not is_observed()
         and rows.device.type == "cpu"
         and rows.dtype in ELEMENTS
-        and function("gather", ELEMENTS[rows.dtype]) is not None
+        and function("mix", ELEMENTS[rows.dtype]) is not None
     )
 
 

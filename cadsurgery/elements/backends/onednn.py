@@ -30,10 +30,28 @@ _FEWEST_ROWS, _FEWEST_VALUES = 64, 20480
 
 
 def multiply(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Compute (n, O) from gathered rows (n, taps * C), taps outermost; ungrouped.
+    """Compute (n, O) from gathered rows (n, taps * C), taps outermost; ungrouped. `residual` (n, O) is added before the
+    activation.
 
-    `residual` (n, O) is added before the activation.
+    Kept weights multiply blocks of a few fixed numbers of rows. oneDNN generates code for each number of rows that it
+    meets, which takes as long as multiplying thousands of rows. So it meets the same numbers in every image, whatever
+    the mask keeps; and the bits of a row do not depend on how many rows there are.
     """
+    count, fewest = rows.shape[0], _fewest(rows)
+    if weights.packed_cache is None or not count or not fewest:
+        return _multiply_block(weights, rows, residual)
+    out, start = rows.new_empty(count, weights.weight.shape[0]), 0
+    for length in _block_lengths(count, fewest):
+        part = _rows_of_block(rows, start, length)
+        more = _rows_of_block(residual, start, length) if residual is not None else None
+        whole = out[start : start + length]
+        whole.copy_(_multiply_block(weights, part, more)[: len(whole)])
+        start += length
+    return out
+
+
+def _multiply_block(weights: FusedConv, rows: Tensor, residual: Tensor | None) -> Tensor:
+    """Compute `multiply` in one operation."""
     if weights.packed_cache is None or not _has_onednn(rows) or not rows.numel():
         plain = product if weights.packed_cache is None and rows.numel() else F.linear
         return weights.finish(plain(rows, weights.matrix(rows.dtype), weights.bias_as(rows.dtype)), residual)
@@ -59,26 +77,6 @@ def multiply(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -
     length = max(64, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
     for part, more, whole in zip(rows.split(length), residual.split(length), out.split(length), strict=True):
         whole.copy_(act.apply_(_LINEAR.binary(part, more, weight, bias, "add")))
-    return out
-
-
-def multiply_elements(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Compute `multiply` in blocks of a few fixed numbers of rows.
-
-    oneDNN generates code for each number of rows that it meets, which takes as long as multiplying thousands of rows.
-    Here it meets the same numbers in every image, whatever the mask keeps; and the bits of a row do not depend on how
-    many rows there are.
-    """
-    count, fewest = rows.shape[0], _fewest(rows)
-    if weights.packed_cache is None or not count or not fewest:
-        return multiply(weights, rows, residual)
-    out, start = rows.new_empty(count, weights.weight.shape[0]), 0
-    for length in _block_lengths(count, fewest):
-        part = _rows_of_block(rows, start, length)
-        more = _rows_of_block(residual, start, length) if residual is not None else None
-        whole = out[start : start + length]
-        whole.copy_(multiply(weights, part, more)[: len(whole)])
-        start += length
     return out
 
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Backend, Convolution, Gathering, compute
-from cadsurgery.elements.backends.onednn import multiply, multiply_elements
-from cadsurgery.elements.backends.reference import block_length
+from cadsurgery.elements.backends.choose import Backend, Convolution, extend
+from cadsurgery.elements.backends.onednn import multiply
+from cadsurgery.elements.backends.reference import gather_blocks
 
 
 class Products(Backend):
@@ -25,45 +20,17 @@ class Products(Backend):
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, ..., O)."""
-        weights, residual = work.weights, work.residual
+        weights, outputs, residual = work.weights, work.weights.weight.shape[0], work.residual
         if work.is_product:
-            rows, outputs = work.of_target, weights.weight.shape[0]
+            rows = work.of_target
             more = residual.reshape(-1, outputs) if residual is not None else None
-            # The number of rows is that of every image of this size in dense maps only; elsewhere neither generated
-            # code nor the bits of a row may depend on it.
-            product = multiply if work.reads is None or work.is_recurring else multiply_elements
-            out = product(weights, rows.reshape(-1, rows.shape[-1]), more)
+            out = multiply(weights, rows.reshape(-1, rows.shape[-1]), more)
             return out.view(*rows.shape[:-1], outputs)
-        reading, rows = work.reading, work.rows
-        table = reading.table.to(rows.device)
-        count, taps = table.shape
-        block = min(block_length(table, rows), max(count, 1))
-        fill = compute(Gathering(rows, reading, work.outside))
-        out = rows.new_empty(count, weights.weight.shape[0])
-        with _workspace(block * taps, rows.shape[1], rows) as memory:
-            for start in range(0, count, block):
-                entries = table[start : start + block]
-                gathered = memory[: entries.numel()]
-                fill(entries, gathered)
-                more = residual[start : start + block] if residual is not None else None
-                out[start : start + block] = multiply_elements(weights, gathered.view(len(entries), -1), more)
+        rows, table = extend(work.rows, work.reading, work.outside), work.reading.table
+        out, start = rows.new_empty(len(table), outputs), 0
+        for block in gather_blocks(rows, table):
+            end = start + len(block)
+            more = residual[start:end] if residual is not None else None
+            out[start:end] = multiply(weights, block.flatten(1), more)
+            start = end
         return out
-
-
-_LOCAL = threading.local()
-
-
-@contextmanager
-def _workspace(count: int, channels: int, like: Tensor) -> Iterator[Tensor]:
-    """Lend memory (count, channels) to gather into. It is reused across calls, because new memory costs as much as
-    filling it. Each thread has its own memory, and nested calls use separate memory.
-    """
-    free = _LOCAL.__dict__.setdefault("free", {})
-    memory = free.pop(key := (like.device, like.dtype), None)
-    if memory is None or memory.numel() < count * channels:
-        with torch.inference_mode(False):  # the memory is also used outside this call's inference mode
-            memory = like.new_empty(count * channels)
-    try:
-        yield memory[: count * channels].view(count, channels)
-    finally:
-        free[key] = memory

@@ -5,7 +5,7 @@ The reference never holds all gathered rows, which are `taps` times the elements
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from cadsurgery.elements.backends.choose import (
     Backend,
     Convolution,
     Filling,
-    Gathering,
     Mixing,
     MixingLines,
     Picking,
@@ -94,15 +93,6 @@ class Torch(Backend):
         out = compute(work.picking)
         out = out if work.residual is None else out + work.residual
         return out if work.activation is None else work.activation.apply_(out)
-
-    def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
-        """Return a function of table entries (n, taps) and memory (n * taps, C)."""
-        rows = extend(work.rows, work.reading, work.outside)
-
-        def fill(entries: Tensor, out: Tensor) -> None:
-            torch.index_select(rows, 0, entries.flatten(), out=out)
-
-        return fill
 
 
 class Expression(Backend):

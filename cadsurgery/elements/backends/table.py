@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cadsurgery.elements.backends.choose import BACKENDS
-from cadsurgery.elements.backends.dense import Uniform, WholeMap
+from cadsurgery.elements.backends.dense import Uniform
 from cadsurgery.elements.backends.floors import WithoutOverlap
 from cadsurgery.elements.backends.gpu import Triton
 from cadsurgery.elements.backends.graph import GraphOperation
@@ -18,7 +18,6 @@ BACKENDS[:] = [
     Portable(),  # graphs for engines other than torch
     GraphOperation(),  # graphs compiled for the CPU: one custom operation, which uses this table again when it runs
     Triton(),  # GPUs, gathering and multiplying in one kernel
-    WholeMap(),  # the whole map, if it is cheaper by the table of costs
     Native(),  # compiled C that reads rows in place
     Products(),  # products of rows, in place or gathered block by block
     Expression(),  # any other graph, as an expression that compilers optimise

@@ -73,7 +73,6 @@ class FusedConv:
         activation: applied last, after the residual.
         packed_cache: packed forms of the weight made so far; None to keep none.
         dense: True if the weight is also packed for the shapes of dense maps.
-        counts: row counts of the first uniform maps that were multiplied.
         phases: weights of each phase of a transposed convolution, if packed forms are kept.
         meets_nan: True if sums may be NaN. oneDNN's clamps turn NaN into numbers and are then not used; the clamps of
             torch and this package preserve NaN, but torch's needs another pass.
@@ -87,20 +86,13 @@ class FusedConv:
     packed_cache: dict[Hashable, Any] | None = None
     dense: bool = False
     meets_nan: bool = False
-    counts: set[int] = field(default_factory=set)
     phases: dict[tuple[int, int], FusedConv] = field(default_factory=dict)
     choices: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-
-    def is_recurring_row_count(self, count: int) -> bool:
-        """Return True if a row count is one of the first few seen for uniform maps; the answer never changes."""
-        if len(self.counts) < MOST_FORMS:
-            self.counts.add(count)
-        return count in self.counts
 
     def changed(self, **values: Any) -> FusedConv:
         """Return a copy with changed fields, and with its own packed weights and choices if this one keeps any."""
         kept: dict[Hashable, Any] | None = None if self.packed_cache is None else {}
-        return replace(self, **values, packed_cache=kept, counts=set(), phases={}, choices={})
+        return replace(self, **values, packed_cache=kept, phases={}, choices={})
 
     @property
     def without_activation(self) -> FusedConv:

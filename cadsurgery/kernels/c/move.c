@@ -1,4 +1,4 @@
-/* Copy rows and weighted sums of rows: gathering, halos, interpolation along lines. */
+/* Copy rows and weighted sums of rows: halos, interpolation along lines. */
 #include "parallel.h"
 #include "vector.h"
 
@@ -9,23 +9,6 @@ typedef struct {
     long many;
     element *out;
 } move;
-
-static void gather_entries(long begin, long end, void *work) {
-    const move *m = work;
-    const reading *in = m->in;
-    for (long i = begin; i < end; i++)
-        memcpy(m->out + i * in->channels, row(in, in->table[i]), in->channels * sizeof(element));
-}
-
-/* Gather the rows of all taps: out is (n, taps, channels). */
-long SUFFIX(gather)(const reading *in, element *out) {
-    move m = {in, 0, 0, 0, out};
-    CHECK_READING(in, in->channels, element);
-    POSSIBLE(in->table);
-    NEEDS(in->held, OWN, product_of(product_of(in->n, in->taps), in->channels), element);
-    cadsurgery_share(in->n * in->taps, rows_at_once(in->channels * sizeof(element)), gather_entries, &m);
-    return FITS;
-}
 
 /* `many` is a constant after inlining, so that pointers and shares stay in registers. */
 INLINE void mix_known(const element *const *from, const sum *share, long channels, element *out, const long many) {
@@ -91,8 +74,8 @@ static void gather_or_mix(long begin, long end, void *work) {
     }
 }
 
-/* `gather` for one tap without a halo in memory: each halo row, a sum of `many` rows `sources` weighted by `mix`, is computed
- * when it is read. This takes fewer passes over memory if each halo row is read once. */
+/* Copy the rows of the table's only tap; out is (n, channels). Each halo row, a sum of `many` rows `sources` weighted by `mix`,
+ * is computed when it is read: this takes fewer passes over memory than a halo that is written first, if each is read once. */
 long SUFFIX(gather_mixing)(const reading *in, const int32_t *sources, const sum *mix, long many, element *out) {
     move m = {in, sources, mix, many, out};
     CHECK_READING(in, in->channels, element);

@@ -248,6 +248,7 @@ class AnytimeModel(GraphModel):
 
     method, converted_by, already = "anytime", "cs.anytime", "this network has exits already."
     convert, plan_type = staticmethod(anytime), AnytimePlan
+    group, group_in_words, child, objective = "exits", "a network with exits", HEADS, "anytime"
     option_types: ClassVar[dict[str, Any]] = {
         "exits": tuple[str, ...],
         "head": HeadKind,
@@ -265,6 +266,21 @@ class AnytimeModel(GraphModel):
     def is_own(cls, name: str) -> bool:
         """True for tensors of a head and for the width of a convolution's Gaussian."""
         return name.startswith(f"{HEADS}.") or name.rpartition(".")[2] == WIDTH_NAME
+
+    @property
+    def decided_by(self) -> str:
+        """The number of exits."""
+        return f"{len(self.plan.exits)} exits"
+
+    def identity(self) -> dict[str, Any]:
+        """Return thresholds and confidence."""
+        return {"threshold": self.threshold, "confidence": self.confidence}
+
+    def train_part(self) -> None:
+        """Train the heads. The network itself is in training mode, too, in which whole maps are filled, as the
+        statistics of the heads require."""
+        self.heads.train()
+        self.training = True
 
     @classmethod
     def check_stored(cls, path: str | Path, stored: Stored, tensors: dict[str, Tensor]) -> None:

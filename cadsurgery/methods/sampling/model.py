@@ -145,6 +145,8 @@ class SampledModel(GraphModel):
 
     method, converted_by, already = "sampling", "cs.sample", "this network has gates already."
     convert, plan_type = staticmethod(sample), SamplingPlan
+    group, group_in_words, child, objective = "gates", "a network with gates", GATES, "sparse"
+    by_length = True
     option_types: ClassVar[dict[str, Any]] = {
         **{"where": str | tuple[str, ...], "grid": int, "temperature": float, "noise": bool, "seed": int}
     }
@@ -172,6 +174,19 @@ class SampledModel(GraphModel):
     def is_own(cls, name: str) -> bool:
         """Return True if a name belongs to a gate."""
         return GATES in name.split(".")
+
+    @property
+    def decided_by(self) -> str:
+        """The number of gates."""
+        return f"{len(self.gates)} gates"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the spacing of positions that are always computed."""
+        return {"grid": self.grid}
+
+    def train_part(self) -> None:
+        """Train the gates. The network that has them is in training mode, too, in which gates decide by shares."""
+        self.part.training = True
 
     @property
     def part(self) -> SampledModel:

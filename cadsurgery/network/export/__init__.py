@@ -21,7 +21,7 @@ from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.network.calibration import batch_of, images_to_calibrate
 from cadsurgery.network.export.dictionaries import further_inputs, open_call
 from cadsurgery.network.export.engine import check_packages
-from cadsurgery.network.export.engines import engines_for
+from cadsurgery.network.export.engines import engine_for
 from cadsurgery.network.export.refusals import refused
 from cadsurgery.network.export.shortcuts import without_collections
 from cadsurgery.network.fidelity import Fidelity
@@ -105,10 +105,9 @@ def export(
             that the level map depends on stay in float (ONNX only).
         calibration: for `int8`, about 20 to 100 images like those of later calls: a folder of photos, or tensors
             preprocessed for the network, in any form that `network.calibration.read_calibration` lists.
-        with_kernels: convolutions of rows are functions of the domain `cadsurgery`, with standard operations as their
-            bodies: where the library of `cadsurgery.kernels_for` is registered, the engine runs this package's kernels
-            in their place, which is faster. The file is compared with and without the library; OpenVINO cannot read it
-            without (ONNX only).
+        with_kernels: convolutions of rows, and what else is slow in engines, are this package's kernels, operations of
+            the domain `cadsurgery`. The file is faster, and is opened with the library of `cadsurgery.kernels_for`
+            alone; it is compared with it (ONNX only).
         other: another batch to compare on; default: variants of `image`, e.g. upside down.
         check_in: engine in which an ONNX file is compared: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits gets
             the form that is fastest in this engine.
@@ -134,9 +133,9 @@ def export(
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
-    engines = engines_for(check_in, with_kernels)
+    engine = engine_for(check_in, with_kernels)
     if kind == "onnx":
-        check_packages(*engines)
+        check_packages(engine)
     batches = _to_calibrate(net, calibration, image, dynamic)
     options = {
         "dynamic": dynamic,
@@ -161,7 +160,7 @@ def export(
         if kind == "onnx":
             from cadsurgery.network.export import onnx  # with torch's exporter, which takes long to import
 
-            how = (dynamic, level_map, precision == FLOAT16, engines, batches, step, name)
+            how = (dynamic, level_map, precision == FLOAT16, engine, batches, step, name)
             compared, shape = onnx.write(net, image, other, temporary, *how)
         else:
             from cadsurgery.network.export import programs

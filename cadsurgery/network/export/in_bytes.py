@@ -124,8 +124,8 @@ class _Writer:
         for node in nodes:
             self._absorb(node)
         # OpenVINO follows values in floating point from one quantisation to the next.
-        has_functions = any(map(_can_be_in_8_bits, nodes))
-        self.moves = MOVES if for_onnxruntime else (PICK, "Reshape") if has_functions else ()
+        has_kernels = any(map(_can_be_in_8_bits, nodes))
+        self.moves = MOVES if for_onnxruntime else (PICK, "Reshape") if has_kernels else ()
         self.parameters = self._choose_parameters()
         self._bytes: dict[Any, Any] = {}
         self._floats: dict[Any, Any] = {}

@@ -29,7 +29,7 @@ from cadsurgery.network.export.in_bytes import (
     round_weights,
     write_bytes,
 )
-from cadsurgery.network.export.kernels import DOMAIN, add_functions
+from cadsurgery.network.export.kernels import DOMAIN, declare_kernels
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.fidelity import UNSAID, Fidelity, measure
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
@@ -184,13 +184,9 @@ def quantise(
     shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
     ranges = _ranges(model, chosen, shown, target)  # with rounded weights
     write_bytes(model.graph, chosen, weights, mask, ranges, issubclass(engine, OnnxRuntime))
-    add_functions(model)
-    for finish in (
-        common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
-        common.NameFixPass(),
-    ):
-        finish(model)
+    declare_kernels(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.NameFixPass()(model)
     message = onnx_ir.to_proto(model)
     onnx.save(message, target)
     onnx.checker.check_model(str(target), full_check=True)
@@ -382,8 +378,8 @@ def _reduce(
     file = target.with_name(f"measuring-{target.name}")
     try:
         onnx.save(message, file)
-        has_functions = any(node.domain == DOMAIN for node in model.graph)
-        run = (_MeasuringWithKernels if has_functions else _Measuring)(file)
+        has_kernels = any(node.domain == DOMAIN for node in model.graph)
+        run = (_MeasuringWithKernels if has_kernels else _Measuring)(file)
         runs = [[numbers.flatten() for numbers in run(*call)] for call in calls]
     finally:
         file.unlink(missing_ok=True)
