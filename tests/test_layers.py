@@ -159,7 +159,9 @@ def classes_of(folder: Path) -> dict[str, list[str]]:
     for path in sorted(folder.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef):
-                found.setdefault(node.name.lstrip("_"), []).append(f"{path.relative_to(folder)}:{node.lineno}")
+                found.setdefault(node.name.lstrip("_"), []).append(
+                    f"{path.relative_to(folder)}:{node.lineno}"
+                )
     return found
 
 

@@ -150,7 +150,10 @@ def _named(value: fx.Node, module: ModuleOf) -> tuple[Callable[[Tensor], Tensor]
             function = F.hardswish
         else:
             continue
-        if value.target is not functional.Elements or source.meta.get(STAGE) == value.meta.get(STAGE) is not None:
+        if (
+            value.target is not functional.Elements
+            or source.meta.get(STAGE) == value.meta.get(STAGE) is not None
+        ):
             return function, source
     return None
 
