@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.operations import operation_of as operation_of_elements
 from cadsurgery.support.torch_operations import TorchOperation, is_in_place, name_of, operation_of
 from cadsurgery.surgery.graphs import Constants
+from cadsurgery.surgery.rewrite import STAGE
 
 ModuleOf = Callable[[Any], nn.Module | None]
 
@@ -150,7 +150,10 @@ def _named(value: fx.Node, module: ModuleOf) -> tuple[Callable[[Tensor], Tensor]
             function = F.hardswish
         else:
             continue
-        if value.target is not functional.Elements or _stage(source) == _stage(value) is not None:
+        if (
+            value.target is not functional.Elements
+            or source.meta.get(STAGE) == value.meta.get(STAGE) is not None
+        ):
             return function, source
     return None
 
@@ -217,20 +220,3 @@ def _is_shifted_clamp(value: fx.Node, source: fx.Node, module: ModuleOf) -> bool
     shifted = step_of(step.operands[0])
     is_sum = shifted.named is not None and shifted.named.adds and not is_in_place(shifted.operation.target)
     return is_sum and shifted.operands in ((source, 3), (3, source))
-
-
-def _stage(value: fx.Node) -> int | None:
-    """Return the stage of elements; None if operations on single values do not lead back to one that states it."""
-    while "stage" not in value.kwargs:
-        stated = operation_of_elements(value.target)
-        lattice: Any = value.args[1] if value.target is functional.Elements else None
-        if lattice is not None and lattice.target is functional.common_lattice:
-            return lattice.args[0] if isinstance(lattice.args[0], int) else None
-        if lattice is not None and lattice.target is getattr:
-            value = lattice.args[0]
-        elif stated is not None and stated.reads == "element" and isinstance(value.args[0], fx.Node):
-            value = value.args[0]
-        else:
-            return None
-    stage = value.kwargs["stage"]
-    return stage if isinstance(stage, int) else None

@@ -28,9 +28,9 @@ from cadsurgery.surgery.treatment import Attribute, Call, Treatment
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
 MASKING = "masking"
-# Metadata keys of rewritten nodes: the original node with the same value, and the (name, module path) of the original
-# node whose work it does.
-ORIGIN, WORK = "origin", "work"
+# Metadata keys of rewritten nodes: the original node with the same value, the (name, module path) of the original node
+# whose work it does, and the stage of elements.
+ORIGIN, WORK, STAGE = "origin", "work", "stage"
 
 
 _SIZES = (
@@ -89,6 +89,8 @@ class Rewriter:
                 self.copy(node, treatment)
             result = self.elements.get(node) or self.dense[node]
             result.meta.setdefault(ORIGIN, node.name)  # a pad may return its input
+            if node in self.elements:
+                result.meta.setdefault(STAGE, decision.stages[1])
             self.working.get(node, result).meta[WORK] = (node.name, decision.path)
         drop_dead_code(self.graph)
         self.graph.lint()
@@ -441,7 +443,7 @@ def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [
         (
             *(node.op, node.target, node.name, by_place(node.args), by_place(node.kwargs)),
-            {key: node.meta[key] for key in (ORIGIN, WORK) if key in node.meta},
+            {key: node.meta[key] for key in (ORIGIN, WORK, STAGE) if key in node.meta},
         )
         for node in graph.nodes
     ]
