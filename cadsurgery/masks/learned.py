@@ -300,5 +300,9 @@ def _gumbel(like: Tensor, generator: Generators = None) -> Tensor:
     if isinstance(generator, Sequence):
         return torch.cat([_gumbel(*pair) for pair in zip(like.split(1), generator, strict=True)])
     device = generator.device if generator is not None else like.device
-    uniform = torch.rand(like.shape, generator=generator, device=device).clamp(min=1e-20).to(like)
+    uniform = (
+        torch.rand(like.shape, generator=generator, device=device, dtype=torch.float32)
+        .clamp(min=1e-20)
+        .to(like)
+    )
     return -(-uniform.log()).clamp(min=1e-20).log()

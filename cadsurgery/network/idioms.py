@@ -104,7 +104,7 @@ def _constant(operand: Any, constants: Constants) -> tuple[Tensor, int | None] |
     if isinstance(operand, fx.Node):
         held = constants.get(operand)
     elif isinstance(operand, (int, float)) and not isinstance(operand, bool):
-        held = torch.tensor([operand], dtype=torch.float64)
+        held = torch.tensor([operand], dtype=torch.float64, device="cpu")
     else:
         return None
     if not isinstance(held, Tensor) or not held.dtype.is_floating_point or not held.isfinite().all():

@@ -98,7 +98,7 @@ def _moved(rank: int, sources: Any, places: Any) -> list[int] | None:
     pairs = [value if isinstance(value, (tuple, list)) else (value,) for value in (sources, places)]
     if not all(isinstance(axis, int) for axis in (*pairs[0], *pairs[1])):
         return None
-    moved = torch.empty(tuple(range(rank))).movedim(*(tuple(axes) for axes in pairs))
+    moved = torch.empty(tuple(range(rank)), device="cpu").movedim(*(tuple(axes) for axes in pairs))
     return list(moved.shape)  # the lengths of the axes are their numbers
 
 
