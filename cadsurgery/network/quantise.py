@@ -41,18 +41,19 @@ from cadsurgery.elements.backends.integer_layers import (
 )
 from cadsurgery.elements.backends.onednn import convolve, multiply
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
-from cadsurgery.elements.elements import Elements, rows_on
+from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.calibration import batch_of
 from cadsurgery.network.fidelity import UNSAID, measure
 from cadsurgery.network.fuse import KERNELS, path_of
+from cadsurgery.network.idioms import step_of
 from cadsurgery.network.macs import Counter
 from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.torch_operations import is_in_place
-from cadsurgery.surgery.graphs import copy_graph, upwards
+from cadsurgery.surgery.graphs import copy_graph, torch_target, upwards
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import child
 
@@ -72,7 +73,7 @@ _METHODS = ("mse", "percentile", "range")
 _EXACT = 1e-8  # mean squared error of integers that only single precision causes
 _CACHED = 1 << 18  # weights rounded at a time, so that they stay in the cache while all scales are tried
 Exact = dict[fx.Node, str]  # layers that stay in float32, with the reason
-_CARRIES = (functional.to_elements, functional.to_dense, functional.max_pool2d, rows_on, Elements)
+_CARRIES = (functional.to_elements, functional.to_dense, functional.max_pool2d, functional.keep)
 
 
 @dataclass(frozen=True)
@@ -373,9 +374,9 @@ class _Quantiser:
             module: Any = child(self.fast, str(node.target))
             plain = isinstance(module, nn.MaxPool2d) and not module.ceil_mode and not module.return_indices
             read = node.args if plain and not module._forward_hooks and not module._forward_pre_hooks else ()
-        elif node.target is torch.cat:
-            read = node.args[0] if node.args[1:] == (1,) or node.kwargs == {"dim": 1} else ()
-        elif node.target in _CARRIES and "guide" not in node.kwargs:
+        elif torch_target(node) is torch.cat:
+            read = node.args[0] if (*node.args[1:], *step_of(node).options.values()) == (1,) else ()
+        elif torch_target(node) in _CARRIES and "guide" not in node.kwargs:
             read = node.args[:1]
         known = [one for one in read if isinstance(one, fx.Node) and one in self.kinds]
         return known if node in self.kinds and len(known) == len(read) else []
@@ -491,14 +492,14 @@ class _Quantiser:
 
     def _is_averaged(self, layer: _Convolution) -> bool:
         """True if only means over images read the values of a layer; they accept 8-bit values."""
-        readers = [user for user in layer.node.users if not _is_neutral(user)]
+        readers = list(layer.node.users)
         return bool(readers) and can_apply(layer.kernel.activation) and all(map(_is_mean, readers))
 
     def _overwritten(self, node: fx.Node) -> bool:
         """True if a user changes the value of a node in place."""
 
         def called(user: fx.Node) -> Any:
-            return child(self.fast, str(user.target)) if user.op == "call_module" else user.target
+            return child(self.fast, str(user.target)) if user.op == "call_module" else torch_target(user)
 
         users = (user for user in node.users if user.args and user.args[0] is node)
         return any(is_in_place(called(user), user.args, user.kwargs) for user in users)
@@ -633,7 +634,7 @@ class _Rewritten:
             layer = work.layers.get(user)
             passes = user in self.grids and node in work.carried(user)
             takes = passes or (layer is not None and user not in self.exact)
-            if takes or _is_neutral(user):
+            if takes:
                 in_bytes.add(copies[user])
         layer, carried = work.layers.get(node), work.carried(node)
         is_bytes = bool(carried) or (layer is not None and node not in self.exact)
@@ -653,7 +654,7 @@ class _Rewritten:
                 mean.replace_all_uses_with(values, lambda user, values=values: user is not values)  # type: ignore[misc]
                 in_bytes.add(mean)
                 copies.update((of, values) for of, copy in list(copies.items()) if copy is mean)
-        readers = [user for user in here.users if (user in in_bytes) != is_bytes and not _is_neutral(user)]
+        readers = [user for user in here.users if (user in in_bytes) != is_bytes]
         if not readers:
             return
         change = from_bytes if is_bytes else to_bytes
@@ -661,10 +662,7 @@ class _Rewritten:
             if work.kinds[node] is Tensor:
                 changed = self.graph.call_function(change, (here, *grid))
             else:
-                lattice = self.graph.call_function(getattr, (here, "lattice"))
-                rows = self.graph.call_function(rows_on, (here, lattice))
-                values = self.graph.call_function(change, (rows, *grid))
-                changed = self.graph.call_function(Elements, (values, lattice))
+                changed = self.graph.call_function(functional.OnRows(change), (here, *grid))
         for user in readers:
             user.replace_input_with(here, changed)
 
@@ -692,11 +690,6 @@ def _largest_sources(growth: Sequence[Growth]) -> str:
 
 def _is_mean(user: fx.Node) -> bool:
     return user.target is functional.global_mean
-
-
-def _is_neutral(user: fx.Node) -> bool:
-    """True if a node reads only the lattice of elements."""
-    return user.target is functional.common_lattice or (user.target is getattr and "lattice" in user.args)
 
 
 def _integer_layer(
