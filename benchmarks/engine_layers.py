@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry
-from cadsurgery.network.export.engines import engines_for
+from cadsurgery.network.export.engines import engine_for
 from cadsurgery.network.export.int8 import to_8_bits
-from cadsurgery.network.export.kernels import add_functions
+from cadsurgery.network.export.kernels import declare_kernels
 from cadsurgery.network.export.onnx import translate
 from cadsurgery.network.export.translate import TABLE
 from cadsurgery.support.errors import CannotConvert
@@ -179,7 +179,7 @@ def write(module: Layers, inputs: tuple[Tensor, ...], path: Path) -> None:
     model = translate(
         program, "", custom_translation_table=TABLE, optimize=True, input_names=names, output_names=("y",)
     )
-    add_functions(model.model)
+    declare_kernels(model.model)
     model.save(path)
 
 
@@ -201,7 +201,7 @@ def measure(kind: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
         )
         paths[form] = make_folder(folder / kind) / f"{form}.onnx"
         write(module, inputs, paths[form])
-        found = engines_for("onnx", form == "kernels")[-1](paths[form], 1)(*used(paths[form], inputs))[0]
+        found = engine_for("onnx", form == "kernels")(paths[form], 1)(*used(paths[form], inputs))[0]
         if form != "dense":
             expected = found if expected is None else expected
             assert (found - expected).abs().max() < 1e-4 * expected.abs().max(), form
@@ -210,7 +210,7 @@ def measure(kind: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
             calls: dict[str, Callable[[], Any]] = {}
             for form, path in paths.items():
                 inputs = used(path, (image if form == "dense" else given[0], *given[1:]))
-                runs = engines_for(engine, form == "kernels")
+                run = engine_for(engine, form == "kernels")
                 if precision == "int8":
                     of_engine = path.with_name(f"{form}-{engine}.onnx")
                     of_engine.write_bytes(path.read_bytes())
@@ -218,8 +218,8 @@ def measure(kind: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
                     with contextlib.suppress(
                         CannotConvert
                     ):  # no product in 8 bits: the file stays in float32
-                        to_8_bits(path, runs[-1], [inputs])
-                calls[form] = partial(runs[-1](path, 1), *inputs)
+                        to_8_bits(path, run, [inputs])
+                calls[form] = partial(run(path, 1), *inputs)
             times = interleaved(calls, rounds=rounds, warmup=2)
             promised = share * times["dense"].best
             for form, timing in times.items():

@@ -40,7 +40,7 @@ from cadsurgery.kernels import isa
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import onnx
 from cadsurgery.network.export.dense import write_dense
-from cadsurgery.network.export.engines import ENGINES, engines_for
+from cadsurgery.network.export.engines import ENGINES, engine_for
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.provenance import describe_run
@@ -115,13 +115,13 @@ def write(name: str, folder: Path, data: Path | None, precisions: Sequence[str])
             if rounded.exists():
                 continue
             print(name, side, "int8", engine, flush=True)
-            runs = engines_for(engine, with_kernels=side == WITH_KERNELS)
+            run = engine_for(engine, with_kernels=side == WITH_KERNELS)
             started = rounded.with_name(f"started-{rounded.name}")
             if side in dense:
                 shutil.copy(path, started)
-                print(to_8_bits(started, runs[-1], [(dense[side][1],)]), flush=True)
+                print(to_8_bits(started, run, [(dense[side][1],)]), flush=True)
             else:  # in other forms than in float32
-                onnx.write(net, image, None, started, False, False, False, runs, (image,))
+                onnx.write(net, image, None, started, False, False, False, run, (image,))
             started.replace(rounded)
 
 
@@ -148,13 +148,10 @@ def measure(name: str, precision: str, folder: Path, data: Path | None, rounds: 
         for engine in PLAIN:
             path = path_of(folder, name, side, precision, engine)
             if path.exists():
-                run = engines_for(engine, with_kernels=side == WITH_KERNELS)[-1](path, 1)
+                run = engine_for(engine, with_kernels=side == WITH_KERNELS)(path, 1)
                 calls[f"{side} in {engine}"] = partial(run, small if side == SMALL else image)
-    in_8_bits: Mapping[str, Any] = (
-        {"precision": "int8", "calibration": [image]} if precision == "int8" else {}
-    )
-    calls[f"{CONVERTED} in torch"] = partial(net.optimize(**in_8_bits), image)
-    if not in_8_bits:
+    if precision == "float32":
+        calls[f"{CONVERTED} in torch"] = partial(net.optimize(), image)
         for side, level in ((HIGH, 0), (LOW, net.geometry.max_level)):
             calls[f"{side} in torch"] = partial(dense_twin(net, level, image), image)
     times = interleaved(calls, rounds=rounds)

@@ -144,13 +144,15 @@ def export_and_report(name: str, options: argparse.Namespace) -> float:
     net = open_converted(name, options.mask).eval()
     height, width = map(int, options.size.split("x"))
     image = example_batch(net.source, None, (height, width), 0)
-    pictures = [torch.rand_like(image) for _ in range(options.images)] if options.form == "int8" else None
+    shown: dict[str, Any] = {}
+    if options.form == "int8":
+        shown = {"precision": "int8", "calibration": [torch.rand_like(image) for _ in range(options.images)]}
     profile, clock = cProfile.Profile(), Clock()
     with tempfile.TemporaryDirectory() as folder, watched(clock):
         path = options.keep or Path(folder) / "net.onnx"
         if options.profile:
             profile.enable()
-        report = cs.export(net, image, path, int8=pictures, **FORMS[options.form])
+        report = cs.export(net, image, path, **shown, **FORMS[options.form])
         profile.disable()
         clock.turn()
     if options.profile:

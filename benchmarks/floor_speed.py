@@ -1,12 +1,12 @@
 """Networks whose picture is mostly empty: time with floors against the straight line between the extremes.
 
-    python -m benchmarks.floor_speed [--networks unet resnet50_pyramid] [--size 512] [--coarsest 16 32] [--runs int8]
+    python -m benchmarks.floor_speed [--networks unet resnet50_pyramid] [--size 512] [--coarsest 16 32] [--runs onnx]
 
 The kept cells form clusters, as content does. *Line* is the time divided by that of the straight line between the
 network as given and everything at the floor. Weights are random, which times do not depend on.
 
---runs: `float32` (as given: torch, channels_last, batch norm folded), `bfloat16` (as given: the same in it), `int8`
-(as given: everything high in the same copy, because torch has no int8 of its own), `onnx` (a file of any size with this
+--runs: `float32` (as given: torch, channels_last, batch norm folded), `bfloat16` (as given: the same in it),
+`onnx` (a file of any size with this
 package's kernels in ONNX Runtime; as given: the network's own file).
 """
 
@@ -27,7 +27,7 @@ import cadsurgery as cs
 from benchmarks import networks
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
-from cadsurgery.network.export.engines import ENGINES, engines_for
+from cadsurgery.network.export.engines import ENGINES, engine_for
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
@@ -49,9 +49,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--coarsest", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--runs", nargs="+", default=["float32"], choices=["float32", "bfloat16", "int8", "onnx"]
-    )
+    parser.add_argument("--runs", nargs="+", default=["float32"], choices=["float32", "bfloat16", "onnx"])
     options = parser.parse_args()
     print(describe_run(torch.device("cpu")))
     image = torch.rand(1, 3, options.size, options.size).contiguous(memory_format=torch.channels_last)
@@ -69,9 +67,8 @@ def measure(name: str, cell: int, image: Tensor, rounds: int, kind: str) -> None
     with TemporaryDirectory() as folder:
         call, given = _RUNS[kind](net, image, Path(folder))
         runs = {key: partial(call, mask) for key, (_, mask) in masks.items()}
-        timings = interleaved({"given": given, **runs} if given is not None else runs, rounds)
+        timings = interleaved({"given": given, **runs}, rounds)
     times = {key: timing.best for key, timing in timings.items()}
-    times.setdefault("given", times["all"])
     print(f"{name}, floor {cell}, {kind}: as given {times['given']:.1f} ms")
     for key, (share, mask) in masks.items():
         line = times["none"] + share * (times["given"] - times["none"])
@@ -81,9 +78,7 @@ def measure(name: str, cell: int, image: Tensor, rounds: int, kind: str) -> None
         print(f", {ratio:.2f} of given, {times[key] / line:.2f} of the line", flush=True)
 
 
-Run = tuple[
-    Callable[[Any], Any], Callable[[], Any] | None
-]  # a call with a mask, and one of the network as given
+Run = tuple[Callable[[Any], Any], Callable[[], Any]]  # a call with a mask, and one of the network as given
 
 
 def _in_torch(net: cs.AdaptiveModel, image: Tensor, _: Path, dtype: torch.dtype = torch.float32) -> Run:
@@ -92,17 +87,12 @@ def _in_torch(net: cs.AdaptiveModel, image: Tensor, _: Path, dtype: torch.dtype 
     return lambda mask: fast(image, mask=mask), partial(given, image)
 
 
-def _in_int8(net: cs.AdaptiveModel, image: Tensor, _: Path) -> Run:
-    fast = net.optimize(precision="int8", calibration=[image])
-    return lambda mask: fast(image, mask=mask), None
-
-
 def _in_onnx(net: cs.AdaptiveModel, image: Tensor, folder: Path) -> Run:
     write_dense(net, 0, image, folder / "given.onnx", ENGINES["onnx"])
     cs.export(net, image[:, :, :256, :256], folder / "floors.onnx", level_map=True, with_kernels=True)
     threads = torch.get_num_threads()
     given = ENGINES["onnx"](folder / "given.onnx", threads)
-    fast = engines_for("onnx", with_kernels=True)[-1](folder / "floors.onnx", threads)
+    fast = engine_for("onnx", with_kernels=True)(folder / "floors.onnx", threads)
 
     def call(mask: Any) -> Any:
         high = torch.full(image[:, 0].shape, mask == "all") if isinstance(mask, str) else mask
@@ -114,7 +104,6 @@ def _in_onnx(net: cs.AdaptiveModel, image: Tensor, folder: Path) -> Run:
 _RUNS: dict[str, Callable[[cs.AdaptiveModel, Tensor, Path], Run]] = {
     "float32": _in_torch,
     "bfloat16": partial(_in_torch, dtype=torch.bfloat16),
-    "int8": _in_int8,
     "onnx": _in_onnx,
 }
 

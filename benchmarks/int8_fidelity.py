@@ -82,7 +82,9 @@ def write(
     for engine, words in ((OnnxRuntime, ""), (OnnxRuntimeWithKernels, ", with kernels")):
         files = [folder / f"{engine.__name__}{bits}.onnx" for bits in ("", "8")]
         cs.export(net, image, files[0], with_kernels=engine.has_kernels)
-        cs.export(net, image, files[1], int8=calibration, with_kernels=engine.has_kernels)
+        cs.export(
+            net, image, files[1], precision="int8", calibration=calibration, with_kernels=engine.has_kernels
+        )
         found[f"{mask}, {high} to {low}{words}"] = (engine(files[0]), engine(files[1]))
     return found
 

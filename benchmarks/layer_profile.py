@@ -1,10 +1,10 @@
 """The time of an optimised network by kind of layer, against the fastest matrix product on this machine.
 
-    python -m benchmarks.layer_profile [--model resnet50 ...] [--size 256x512] [--fraction 0.34] [--precision int8]
+    python -m benchmarks.layer_profile [--model resnet50 ...] [--size 256x512] [--fraction 0.34] [--precision bfloat16]
         [--threads 1] [--layers 12]
 
 The rate of a kind is the MACs on the mask's elements divided by the time of its layers, which includes the norm,
-activation, residual or requantisation of a layer. The fastest product is torch.mm of 1024 x 1024 matrices.
+activation and residual of a layer. The fastest product is torch.mm of 1024 x 1024 matrices.
 """
 
 from __future__ import annotations
@@ -55,11 +55,8 @@ def profile(name: str, size: tuple[int, int], fraction: float, precision: str, s
     image = normalise(street_scene(*size), model.cad_source)[None]
     mask = f"edges:threshold=0.35,dilation=11 | budget:fraction={fraction}"
     net = cs.adaptify(model, mask, output_stride=(8, 32), verify_laws=False)
-    if precision == "int8":
-        fast = net.optimize(precision="int8", calibration=[image])
-    else:
-        dtype = getattr(torch, precision)
-        fast, image = net.to(dtype).optimize(), image.to(dtype)
+    dtype = getattr(torch, precision)
+    fast, image = net.to(dtype).optimize(), image.to(dtype)
     for _ in range(3):
         fast(image)
     total, layers = layer_times(fast, lambda: fast(image), rounds=8)
@@ -90,7 +87,7 @@ def main() -> None:
     parser.add_argument("--model", action="append")
     parser.add_argument("--size", default="256x512")
     parser.add_argument("--fraction", type=float, default=0.34)
-    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "int8"))
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--layers", type=int, default=0, help="number of slowest layers to list")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -43,7 +43,6 @@ MASKS: dict[str, dict[str, str]] = {
     "see-image": {
         "edges": "edges | budget:fraction=0.2",
         "gradient": "gradient | budget:fraction=0.2",
-        "saliency": "saliency | budget:fraction=0.2",
         "content": "content | budget:fraction=0.2",
         "keypoints": "keypoints:count=64",
         "trimap": "trimap",
@@ -51,8 +50,6 @@ MASKS: dict[str, dict[str, str]] = {
     "see-network": {
         "detail": "detail | budget:fraction=0.2",
         "confidence": "confidence | budget:fraction=0.2",
-        "gain": "gain | budget:fraction=0.2",
-        "oracle": "oracle | budget:fraction=0.2",
         "learned": "learned | budget:fraction=0.2",
         "preview": "preview | budget:fraction=0.2",
     },
@@ -61,9 +58,9 @@ MASKS: dict[str, dict[str, str]] = {
         "none": "none",
         "random": "random:seed=0",
         "budget": "edges | budget:fraction=0.1/0.3",
-        "union": "detail:threshold=3 + saliency:threshold=2",
+        "union": "detail:threshold=3 + edges:threshold=1",
         "dilate": "detail:threshold=3 | dilate:size=5",
-        "threshold": "saliency | threshold:at=2/0.5",
+        "threshold": "detail | threshold:at=3/1",
         "smooth": "detail:threshold=3 | smooth",
     },
 }

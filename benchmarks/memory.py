@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--mask", default=DEFAULT_MASK)
     parser.add_argument("--fractions", default="1,0.5,0.34,0")
     parser.add_argument("--fill", default="nearest", help="one or more, separated by commas")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--size", type=int, nargs=2, default=(512, 1024))
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)

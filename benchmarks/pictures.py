@@ -6,7 +6,8 @@
     python -m benchmarks.pictures --masks PHOTO          # counts, and writes docs/pictures/masks.json, too
     python -m benchmarks.pictures --empty DETECTOR.onnx page.png cell.png
 
-`word-*` are the pictures of the glossary (benchmarks/glossary_pictures.py). `concept` shows cells and taps.
+`word-*` are pictures of the glossary that the package computes (benchmarks/glossary_pictures.py). `concept` shows
+cells and taps.
 `quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, and `zoo` from the rows of the zoo.
 `masks-*` show each mask on a photo (benchmarks/mask_pictures.py). The hero shows a trained network
 (recipes/voc_deeplab) on one. The photo of both is NASA's portrait of Eileen Collins (public domain), as in the wheel of

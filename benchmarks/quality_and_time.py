@@ -1,4 +1,4 @@
-"""Measure quality against time of whole networks, trained, with each instruction set, in float32 and int8.
+"""Measure quality against time of whole networks, trained, with each instruction set.
 
     python -m benchmarks.quality_and_time DATA FOLDER [--pictures 20] [--minutes 3] [--isa avx2,avx512vnni]
     python -m benchmarks.quality_and_time --table
@@ -24,7 +24,7 @@ from benchmarks.instruction_sets import environment_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = DOCS / "quality.json", DOCS / "results.md"
-PRECISIONS = ("float32", "int8")
+PRECISIONS = ("float32",)
 
 
 def measure(data: Path, folder: Path, name: str, precision: str, pictures: int, minutes: float) -> None:

@@ -6,7 +6,6 @@ from . import (
     detection as detection,
     environment as environment,
     errors as errors,
-    evaluation as evaluation,
     finetune as finetune,
     functional as functional,
     images as images,
@@ -14,7 +13,6 @@ from . import (
     macs as macs,
     masks as masks,
     matching as matching,
-    metrics as metrics,
     ray as ray,
     resampling as resampling,
     timing as timing,
@@ -34,6 +32,7 @@ from .masks import (
     mask_provider as mask_provider,
 )
 from .methods.anytime import AnytimeModel as AnytimeModel, anytime as anytime
+from .methods.publish import push as push
 from .methods.resampling import ResampledModel as ResampledModel, resample as resample
 from .methods.sampling import SampledModel as SampledModel, sample as sample
 from .methods.storage import load as load, save as save
@@ -43,7 +42,6 @@ from .network.export import export as export
 from .network.export.kernels import kernels_for as kernels_for
 from .network.model import AdaptiveModel as AdaptiveModel
 from .network.points import macs_at as macs_at, read_at as read_at
-from .network.publish import push_to_hub as push_to_hub
 from .support.errors import (
     CadError as CadError,
     CadWarning as CadWarning,

@@ -15,7 +15,9 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import commands
 import pytest
+from commands import code_of, faults
 from conftest import ROOT
 
 import cadsurgery as cs
@@ -178,34 +180,27 @@ def test_names_that_a_page_uses_exist(path: Path) -> None:
     assert {*re.findall(r"\bcs\.(\w+)", text)} <= PUBLIC
 
 
-def commands_of(group: Any, name: str) -> dict[str, set[str]]:
-    """Names of all commands, each with its options."""
-    found = {}
-    for key, command in group.commands.items():
-        if hasattr(command, "commands"):
-            found |= commands_of(command, f"{name} {key}")
-        else:
-            found[f"{name} {key}"] = {option for one in command.params for option in one.opts}
-    return found
+@pytest.mark.parametrize("page", commands.PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_options_and_paths_that_a_page_names_exist(page: Path) -> None:
+    found = [f"{page.name}:{named.line}: {fault}" for named in code_of(page) for fault in faults(named)]
+    assert not found, "\n".join(found)
 
 
-def test_commands_on_the_pages_have_the_options_that_they_are_given() -> None:
-    import typer
-
-    from cadsurgery.cli.main import make_app
-
-    known = commands_of(typer.main.get_command(make_app()), "cadsurgery")
-    lines = [
-        line.partition("#")[0]
-        for path in PAGES
-        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
-        for line in block.splitlines()
-        if re.match("cadsurgery [a-z]", line)
+def test_commands_options_and_paths_that_do_not_exist_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`cadsurgery frobnicate x`, `docs/none.md`, `cadsurgery plan x`, `docs/deploy.md`\n\n```bash\n"
+        "python -m benchmarks.none\npython -m benchmarks.sides dense --wrong 3 --size 2 3\n"
+        "cadsurgery convert --model x \\\n  --none 3 --mask 'a --b'\n```\n"
+    )
+    found = [(named.line, fault) for named in code_of(page) for fault in faults(named)]
+    assert sorted(found) == [
+        (1, "no command: cadsurgery frobnicate x "),
+        (1, "no path: docs/none.md"),
+        (4, "--none is no option of cadsurgery convert"),
+        (4, "--wrong is no option of benchmarks/sides.py"),
+        (4, "no program: benchmarks.none"),
     ]
-    assert len(lines) > 40
-    for line in lines:
-        (name,) = (name for name in known if f"{line} ".startswith(f"{name} "))
-        assert {*re.findall(r"(?<= )--?[a-z][a-z0-9-]*", line)} <= known[name], line
 
 
 def test_links_are_rewritten_to_where_a_page_is_on_the_site(site_pages: ModuleType) -> None:

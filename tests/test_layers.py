@@ -153,6 +153,29 @@ def test_public_names_stand_once() -> None:
     assert said_in_code.isdisjoint(cs.__all__) and len(set(cs.__all__)) == len(cs.__all__)
 
 
+def classes_of(folder: Path) -> dict[str, list[str]]:
+    """The places of each class of a package's modules; `_Name` and `Name` are one name."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name.lstrip("_"), []).append(
+                    f"{path.relative_to(folder)}:{node.lineno}"
+                )
+    return found
+
+
+def test_no_two_classes_have_one_name() -> None:
+    twice = {name: places for name, places in classes_of(PACKAGE).items() if len(places) > 1}
+    assert not twice
+
+
+def test_the_search_for_classes_of_one_name_finds_them(tmp_path: Path) -> None:
+    (tmp_path / "first.py").write_text("class Row: ...\nclass Other: ...\n")
+    (tmp_path / "second.py").write_text("class _Row: ...\n")
+    assert classes_of(tmp_path) == {"Row": ["first.py:1", "second.py:1"], "Other": ["first.py:2"]}
+
+
 ALIASES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 

@@ -26,10 +26,11 @@ import torch
 
 from benchmarks.zoo.corpus import beside, family_of, find_corpus, read_corpus, subject
 from benchmarks.zoo.network_check import check_network
+from cadsurgery.data.networks import list_models
 from cadsurgery.support.errors import FileError
 from cadsurgery.support.files import check_folder, check_writable, write_whole
 from cadsurgery.support.provenance import commit, device_in_words, versions
-from cadsurgery.tasks.recorded import Row, list_names, outlook, summary
+from cadsurgery.tasks.recorded import Row, outlook, summary
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def main() -> None:
     options = parser.parse_args()
     folder, pattern = find_corpus(options.pattern) if options.corpus else (None, options.pattern)
     if folder is None:
-        names = list_names(pattern, options.library)
+        names = list_models(pattern, options.library)
     else:
         names = [subject.name for subject in read_corpus(folder, pattern)]
 

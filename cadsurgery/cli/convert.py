@@ -12,7 +12,6 @@ from cadsurgery.cli import options, screen
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.tasks.options import Conversion
-from cadsurgery.tasks.plan_report import PlanReport
 
 commands = typer.Typer()
 
@@ -40,9 +39,6 @@ def convert(
         typer.Option("--no-verify", callback=lambda no: not no, help="do not check the laws on an example"),
     ] = False,
     rounds: Annotated[int, typer.Option(min=0, help="timing rounds; 0 to skip timing")] = 3,
-    precision: options.Precision = "float",
-    calibration: options.Calibration = None,
-    largest_error: options.LargestError = None,
     method: Annotated[
         str,
         typer.Option(
@@ -71,17 +67,12 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what a conversion would do, with the reason for every node; or show the plan stored in a converted file."""
-    from cadsurgery.tasks.recorded import planned
-
-    def make() -> PlanReport:
-        from cadsurgery.tasks.convert import make_or_read_plan
-        from cadsurgery.tasks.convert_report import describe_plan
-
-        return describe_plan(make_or_read_plan(model, **conversion, size=size))
+    from cadsurgery.tasks.convert import make_or_read_plan
+    from cadsurgery.tasks.convert_report import describe_plan
 
     with screen.steps("plan") as step:
         step("planning")
-        report = planned(model, {**conversion, "size": size}, make)
+        report = describe_plan(make_or_read_plan(model, **conversion, size=size))
     screen.show(json.loads(report.plan), report.render(all_nodes=all_nodes), as_json)
 
 
@@ -171,9 +162,9 @@ def run(
     batch: Annotated[int, typer.Option(min=1, help="number of images or frames that run together")] = 1,
     fps: Annotated[float, typer.Option(min=0.01, help="frames per second of a folder of frames")] = 25.0,
     device: options.Device = "cpu",
-    precision: options.Precision = "float",
-    calibration: options.Calibration = None,
-    largest_error: options.LargestError = None,
+    precision: Annotated[
+        str, typer.Option(help="precision of the optimised copy: float, as the weights, or bfloat16")
+    ] = "float",
     until: Annotated[
         float,
         typer.Option(

@@ -105,10 +105,6 @@ def eval_command(
     ] = "auto",
     output: options.Report = None,
     picture: Annotated[Path | None, typer.Option(help="PNG to draw: accuracy against work")] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="go on after an interruption; what is done is kept beside --output"),
-    ] = False,
     device: options.Device = "cpu",
     trust: options.Trust = False,
     as_json: options.Json = False,

@@ -32,11 +32,12 @@ def list_command(
         ]
         screen.show([vars(info) for info in infos], "\n".join(lines), as_json)
         return
-    from cadsurgery.tasks.recorded import list_names, outlook, recorded, summary
+    from cadsurgery.data.networks import list_models
+    from cadsurgery.tasks.recorded import outlook, recorded, summary
 
     checked = recorded()
     rows = [
-        checked.get(name, {"model": name, "result": "not checked"}) for name in list_names(pattern, library)
+        checked.get(name, {"model": name, "result": "not checked"}) for name in list_models(pattern, library)
     ]
     if as_json:
         screen.print_json(rows)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from cadsurgery.cli import screen
-from cadsurgery.tasks.options import Conversion, Exits, Gates, Sampling
+from cadsurgery.tasks.options import Conversion, Exits, Gates, Resampling
 
 
 def read_pair(text: str) -> tuple[int, int] | None:
@@ -130,22 +130,6 @@ Trust = Annotated[
         help="run code that the converted file names: module:function of a network or mask",
     ),
 ]
-Precision = Annotated[
-    str,
-    typer.Option(
-        help="precision of the optimised copy: float, as the weights, or int8, calibrated on images"
-    ),
-]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(help="folder of images for the calibration of int8; needs no labels", metavar="FOLDER"),
-]
-LargestError = Annotated[
-    float | None,
-    typer.Option(
-        help="largest relative error of int8 outputs: layers, from the first on, stay in float until it is met"
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -253,7 +237,7 @@ Converted = Annotated[dict[str, Any], OptionsFrom(Conversion)]
 WithExits = Annotated[dict[str, Any], OptionsFrom(Exits, about="method anytime: ")]
 Sampled = Annotated[
     dict[str, Any],
-    OptionsFrom(Sampling, defaults=("learned", "224x224"), about="method resampling: "),
+    OptionsFrom(Resampling, defaults=("learned", "224x224"), about="method resampling: "),
 ]
 WithGates = Annotated[dict[str, Any], OptionsFrom(Gates, about="method sampling: ")]
 

@@ -39,14 +39,14 @@ class Current:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Start before the first step; `clock` returns seconds."""
         self._clock = clock
-        self._call = _Call("starting", clock())
+        self._call = _Counting("starting", clock())
 
     def __call__(
         self, text: str, done: float | None = None, of: float | None = None, limit: float | None = None
     ) -> None:
         """Note the current step, see `Step`. Counting begins anew after another kind of step."""
         now, last = self._clock(), self._call
-        new = _Call(text, now, done, of, limit, done, now)
+        new = _Counting(text, now, done, of, limit, done, now)
         if None not in (done, of, last.done) and of == last.of and done >= last.done:  # type: ignore[operator]
             new = replace(new, first=last.first, begin=last.begin)
         self._call = new  # in one go, because another thread reads it
@@ -77,7 +77,7 @@ class Current:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Counting:
     """A call of `Current` at a time, and the number of items and the time at which this counting began."""
 
     text: str

@@ -26,16 +26,17 @@ class Augment:
         crop: side, or (height, width), in pixels; smaller images are padded with ignored labels. None: no crop.
         flip: probability of a mirrored image.
         jitter: strength of colour jitter: brightness, contrast and saturation are each multiplied by a factor of
-            1 - jitter .. 1 + jitter.
+            1 - jitter .. 1 + jitter. Pictures of other bands than grey or red, green and blue have no saturation.
         scale: (low, high) bounds of the factor by which the image is resized before the crop.
-        fill: colour of padded pixels.
+        fill: colour of padded pixels, a value for each channel. None: ImageNet's mean for three channels, for others
+            the mean of each channel of the picture.
     """
 
     crop: int | tuple[int, int] | None = 768
     flip: float = 0.5
     jitter: float = 0.5
     scale: tuple[float, float] | None = None
-    fill: tuple[float, ...] = IMAGENET_MEAN
+    fill: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -57,12 +58,15 @@ class Augment:
         """Augment an image and its labels; torch's global random state is not used or changed.
 
         Args:
-            image: (3, H, W) in 0..1.
+            image: (C, H, W) in 0..1.
             labels: (H, W) int64.
             seed: a number, or a generator from which the seed is drawn.
 
         Returns:
             Image and labels of `size`.
+
+        Raises:
+            InvalidInput: `fill` has not one value for each channel.
         """
         from torchvision import tv_tensors
 
@@ -81,9 +85,30 @@ class Augment:
         if self.scale is not None:
             steps.append(v2.ScaleJitter((image.shape[1], image.shape[2]), self.scale))
         if self.size is not None:
-            fill = {tv_tensors.Image: list(self.fill), tv_tensors.Mask: IGNORED}
+            fill = {tv_tensors.Image: self._fill_of(image), tv_tensors.Mask: IGNORED}
             steps.append(v2.RandomCrop(self.size, pad_if_needed=True, fill=fill))
         if self.jitter:
-            steps.append(v2.ColorJitter(self.jitter, self.jitter, self.jitter))
+            is_colour = len(image) in (1, len(IMAGENET_MEAN))  # what torchvision takes
+            steps.append(v2.ColorJitter(*[self.jitter] * 3) if is_colour else self._jitter_bands)
         steps.append(v2.RandomHorizontalFlip(self.flip))
         return v2.Compose(steps)
+
+    def _fill_of(self, image: Tensor) -> list[float]:
+        if self.fill is None:
+            bands: list[float] = image.mean((1, 2)).tolist()
+            return list(IMAGENET_MEAN) if len(image) == len(IMAGENET_MEAN) else bands
+        if len(self.fill) != len(image):
+            raise InvalidInput(
+                f"fill has {len(self.fill)} values, and the picture has {len(image)} channels.",
+                next="give a value for each channel; without fill each channel is filled by its mean.",
+            )
+        return list(self.fill)
+
+    def _jitter_bands(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Jitter brightness and contrast, in random order, as torchvision does it for grey pictures."""
+        low, high = min(0.0, float(image.min())), max(1.0, float(image.max()))
+        brightness, contrast = torch.empty(2).uniform_(1 - self.jitter, 1 + self.jitter)
+        for change in torch.randperm(2).tolist():
+            around = image.mean() if change else 0.0
+            image = (around + (contrast if change else brightness) * (image - around)).clamp(low, high)
+        return image, labels

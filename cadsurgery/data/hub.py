@@ -143,7 +143,7 @@ def _reason(error: Exception, address: Address) -> tuple[str, str]:
         ),
         errors.EntryNotFoundError: (
             f"it holds no {FILE}.",
-            "name a repository that was written by cs.push_to_hub or cadsurgery push.",
+            "name a repository that was written by cs.push.",
         ),
     }
     for kinds, reason in reasons.items():

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cadsurgery.data.hub import offline_without_network
 from cadsurgery.data.onnx_files import digest, is_onnx, read_onnx
-from cadsurgery.data.weights import WEIGHTS, load_weights, split_entry
+from cadsurgery.data.weights import is_weights, load_weights, split_entry
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
     FileError,
@@ -130,7 +130,7 @@ def build_model(
     else:
         build = builders[library](rest) if library in builders else _function_builder(library, rest)
     path, entry = split_entry(weights)
-    if weights not in ("auto", "none") and (path.suffix in WEIGHTS or files.exists(path)):
+    if weights not in ("auto", "none") and (is_weights(path) or files.exists(path)):
         model, source = build(
             "none", kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
         )

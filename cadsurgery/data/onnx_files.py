@@ -26,6 +26,7 @@ from cadsurgery.support.errors import (
     describe_error,
     import_optional,
 )
+from cadsurgery.support.kinds import has_kernels
 
 SUFFIX = ".onnx"
 # Sets of operators that onnx2torch is tried with: it has most operators of 17, and some in an earlier form alone.
@@ -91,6 +92,7 @@ def read_onnx(path: Path) -> OnnxNetwork:
     for package in ("onnx", "onnxruntime", "onnxscript", "onnx2torch"):
         import_optional(package, f"ONNX files are read through {package}.", _INSTALL)
     model = _with_weights(path, _parse(path))
+    _refuse_kernels(path)
     _refuse_quantised(path, model)
     shape = _image_shape(path, model)
     with _quietly():
@@ -177,6 +179,15 @@ def _with_weights(path: Path, model: Any) -> Any:
     return model
 
 
+def _refuse_kernels(path: Path) -> None:
+    if has_kernels(path):
+        raise CannotConvert(
+            f"{path} calls this package's kernels.",
+            why="it was exported with kernels, from a network that is converted already.",
+            next="give the network that it was made from; cs.save and cs.load keep a converted one.",
+        )
+
+
 def _refuse_quantised(path: Path, model: Any) -> None:
     for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
         kind = node.op_type
@@ -189,8 +200,7 @@ def _refuse_quantised(path: Path, model: Any) -> None:
                 f"{path} is quantised.",
                 where=f"{kind} {node.name}".strip(),
                 why="a conversion changes what layers read, and needs their weights in floating point.",
-                next="give the file as it was before quantisation; net.optimize(precision=...) and cs.export quantise "
-                "the converted network.",
+                next="give the file as it was before quantisation; cs.export quantises the converted network.",
             )
 
 

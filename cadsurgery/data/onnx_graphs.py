@@ -48,7 +48,7 @@ class Numbers:
     is_float: bool = False
 
 
-class Operation:
+class OnnxOperation:
     """A node of the ONNX graph: its type, its attributes, and the number of axes of its first input."""
 
     def __init__(self, node: Any, ranks: Mapping[str, int]) -> None:
@@ -68,7 +68,7 @@ class Operation:
         return value.decode() if isinstance(value, bytes) else str(value)
 
 
-class Writer(fx.Tracer):
+class OnnxTracer(fx.Tracer):
     """Traces the modules of onnx2torch; constants keep their values, and sizes are numbers.
 
     Args:
@@ -76,7 +76,7 @@ class Writer(fx.Tracer):
         batch: number of images of the file if it is fixed; a Reshape to it keeps the number of a call instead.
     """
 
-    def __init__(self, operations: Mapping[str, Operation], batch: int | None) -> None:
+    def __init__(self, operations: Mapping[str, OnnxOperation], batch: int | None) -> None:
         super().__init__()
         self._operations, self.batch = operations, batch
 
@@ -88,7 +88,7 @@ class Writer(fx.Tracer):
         result = NotImplemented if write is None else write(self, operation, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs) if result is NotImplemented else result
 
-    def _way_to_write(self, operation: Operation, args: Any) -> Callable[..., Any] | None:
+    def _way_to_write(self, operation: OnnxOperation, args: Any) -> Callable[..., Any] | None:
         """Return the function that writes an operation on these arguments; None if its module is written as it is."""
         has_map = any(isinstance(value, fx.Proxy) for value in args)
         if operation.type == "Shape":
@@ -111,15 +111,15 @@ def write_plainly(imported: fx.GraphModule, graph: Any, batch: int | None) -> fx
     Args:
         imported: result of `onnx2torch.convert` with `attach_onnx_mapping=True`.
         graph: the ONNX graph, with the shapes of its values.
-        batch: see `Writer`.
+        batch: see `OnnxTracer`.
 
     Raises:
         CannotConvert: the graph computes with sizes in a way that cannot be written as numbers.
     """
     values = (*graph.input, *graph.value_info, *graph.output)
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
-    operations = {node.output[0]: Operation(node, ranks) for node in graph.node}
-    written = fx.GraphModule(imported, Writer(operations, batch).trace(imported))
+    operations = {node.output[0]: OnnxOperation(node, ranks) for node in graph.node}
+    written = fx.GraphModule(imported, OnnxTracer(operations, batch).trace(imported))
     written.delete_all_unused_submodules()
     for module in written.modules():
         vars(module).pop("onnx_mapping", None)
@@ -133,7 +133,7 @@ def numbers(value: Any) -> Numbers:
     return Numbers(tuple(value.flatten().tolist()), value.dim() == 0, value.is_floating_point())
 
 
-def _refuse_numbers(writer: Writer, operation: Operation, *_: Any, **__: Any) -> Any:
+def _refuse_numbers(writer: OnnxTracer, operation: OnnxOperation, *_: Any, **__: Any) -> Any:
     raise CannotConvert(
         f"the ONNX graph computes with the sizes of its maps in {operation.type}.",
         where=operation.name,
@@ -145,53 +145,53 @@ def _refuse_numbers(writer: Writer, operation: Operation, *_: Any, **__: Any) ->
 # -- operations on numbers -------------------------------------------------------------------------------------------
 
 
-def _shape(writer: Writer, operation: Operation, value: Any) -> Any:
+def _shape(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
     given = operation.attributes
     axes = range(operation.rank)[given.get("start", 0) : given.get("end")]
     return Numbers(tuple(value.size(axis) for axis in axes))
 
 
-def _gather(writer: Writer, operation: Operation, value: Any, indices: Any) -> Any:
+def _gather(writer: OnnxTracer, operation: OnnxOperation, value: Any, indices: Any) -> Any:
     chosen = numbers(indices)
     values = tuple(value.values[index] for index in chosen.values)
     return Numbers(values, chosen.is_scalar, value.is_float)
 
 
-def _slice_numbers(writer: Writer, operation: Operation, value: Any, *bounds: Any) -> Any:
+def _slice_numbers(writer: OnnxTracer, operation: OnnxOperation, value: Any, *bounds: Any) -> Any:
     start, end, _, step = (values[0] for values in _bounds(*bounds))
     return Numbers(value.values[start:end:step], False, value.is_float)
 
 
-def _join(writer: Writer, operation: Operation, *parts: Any) -> Any:
+def _join(writer: OnnxTracer, operation: OnnxOperation, *parts: Any) -> Any:
     joined = [numbers(part) for part in parts]
     return Numbers(tuple(value for part in joined for value in part.values), False, joined[0].is_float)
 
 
-def _with_axis(writer: Writer, operation: Operation, value: Any, axes: Any = None) -> Any:
+def _with_axis(writer: OnnxTracer, operation: OnnxOperation, value: Any, axes: Any = None) -> Any:
     return Numbers(value.values, False, value.is_float)
 
 
-def _without_axis(writer: Writer, operation: Operation, value: Any, axes: Any = None) -> Any:
+def _without_axis(writer: OnnxTracer, operation: OnnxOperation, value: Any, axes: Any = None) -> Any:
     return Numbers(value.values, len(value.values) == 1, value.is_float)
 
 
-def _cast(writer: Writer, operation: Operation, value: Any) -> Any:
+def _cast(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
     is_integer = operation.attributes["to"] in _INTEGERS
     if not (is_integer and value.is_float):
         return Numbers(value.values, value.is_scalar, not is_integer)
     return Numbers(tuple(writer.round(int, number) for number in value.values), value.is_scalar)
 
 
-def _round(writer: Writer, operation: Operation, value: Any) -> Any:
+def _round(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
     rounded = tuple(writer.round(_ROUNDINGS[operation.type], number) for number in value.values)
     return Numbers(rounded, value.is_scalar, value.is_float)
 
 
-def _product(writer: Writer, operation: Operation, value: Any, axes: Any = None) -> Any:
+def _product(writer: OnnxTracer, operation: OnnxOperation, value: Any, axes: Any = None) -> Any:
     return Numbers((math.prod(value.values),), not operation.attributes.get("keepdims", 1), value.is_float)
 
 
-def _choose(writer: Writer, operation: Operation, condition: Any, first: Any, second: Any) -> Any:
+def _choose(writer: OnnxTracer, operation: OnnxOperation, condition: Any, first: Any, second: Any) -> Any:
     if isinstance(condition, Numbers):
         return _refuse_numbers(writer, operation)
     left, right = numbers(first), numbers(second)
@@ -199,7 +199,7 @@ def _choose(writer: Writer, operation: Operation, condition: Any, first: Any, se
     return Numbers(tuple(this if is_first else that for is_first, this, that in chosen), False, left.is_float)
 
 
-def _compute(writer: Writer, operation: Operation, first: Any, second: Any) -> Any:
+def _compute(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: Any) -> Any:
     left, right = numbers(first), numbers(second)
     is_float = left.is_float or right.is_float
     compute = _ARITHMETIC[operation.type][0]
@@ -210,14 +210,14 @@ def _compute(writer: Writer, operation: Operation, first: Any, second: Any) -> A
     return Numbers(tuple(compute(*pair) for pair in pairs), left.is_scalar and right.is_scalar, is_float)
 
 
-def _keep(writer: Writer, operation: Operation, value: Any) -> Any:
+def _keep(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
     return value
 
 
 # -- operations on maps ----------------------------------------------------------------------------------------------
 
 
-def _arithmetic(writer: Writer, operation: Operation, first: Any, second: Any) -> Any:
+def _arithmetic(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: Any) -> Any:
     """Write arithmetic with a map; constants of a single value are numbers."""
     if "axis" in operation.attributes:  # as in ONNX's first versions
         return NotImplemented
@@ -226,14 +226,14 @@ def _arithmetic(writer: Writer, operation: Operation, first: Any, second: Any) -
     return (of_tensors if any(isinstance(value, Tensor) for value in operands) else of_numbers)(*operands)
 
 
-def _as_operand(writer: Writer, operation: Operation, value: Any) -> Any:
+def _as_operand(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
     if isinstance(value, fx.Proxy) or (isinstance(value, Tensor) and value.numel() != 1):
         return value
     constant = numbers(value)
     return constant.values[0] if len(constant.values) == 1 else _refuse_numbers(writer, operation)
 
 
-def _reshape(writer: Writer, operation: Operation, value: Any, shape: Any) -> Any:
+def _reshape(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: Any) -> Any:
     sizes = list(numbers(shape).values)
     for axis, size in enumerate(sizes):
         is_batch = axis == 0 and writer.batch is not None and size == writer.batch
@@ -242,12 +242,12 @@ def _reshape(writer: Writer, operation: Operation, value: Any, shape: Any) -> An
     return value.reshape(sizes)
 
 
-def _expand(writer: Writer, operation: Operation, value: Any, shape: Any) -> Any:
+def _expand(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: Any) -> Any:
     sizes = [-1 if isinstance(size, int) and size == 1 else size for size in numbers(shape).values]
     return value.expand(sizes)
 
 
-def _resize(writer: Writer, operation: Operation, value: Any, *more: Any, **named: Any) -> Any:
+def _resize(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any, **named: Any) -> Any:
     if len(more) == 1:  # Resize of opset 10: scales alone
         return NotImplemented
     given = dict(zip(("roi", "scales", "sizes"), more, strict=False)) | named
@@ -277,7 +277,7 @@ def _bounds(starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> tupl
     return firsts, lasts, places, numbers(steps).values if steps is not None else [1] * len(firsts)
 
 
-def _slice(writer: Writer, operation: Operation, value: Any, *bounds: Any) -> Any:
+def _slice(writer: OnnxTracer, operation: OnnxOperation, value: Any, *bounds: Any) -> Any:
     firsts, lasts, places, strides = _bounds(*bounds)
     if any(stride < 1 for stride in strides):
         return NotImplemented
@@ -288,7 +288,9 @@ def _slice(writer: Writer, operation: Operation, value: Any, *bounds: Any) -> An
     return value[tuple(parts.get(axis, slice(None)) for axis in range(max(parts) + 1))]
 
 
-def _pad(writer: Writer, operation: Operation, value: Any, pads: Any, *more: Any, **named: Any) -> Any:
+def _pad(
+    writer: OnnxTracer, operation: OnnxOperation, value: Any, pads: Any, *more: Any, **named: Any
+) -> Any:
     widths, mode = numbers(pads).values, operation.text("mode", "constant")
     constant = more[0] if more else named.get("constant_value")
     half, axes = len(widths) // 2, len(widths) // 2
@@ -303,7 +305,7 @@ def _pad(writer: Writer, operation: Operation, value: Any, pads: Any, *more: Any
     return F.pad(value, torch_widths, _PADDINGS[mode], filling)
 
 
-def _split(writer: Writer, operation: Operation, value: Any, split: Any = None) -> Any:
+def _split(writer: OnnxTracer, operation: OnnxOperation, value: Any, split: Any = None) -> Any:
     axis, stated = operation.attributes.get("axis", 0), operation.attributes.get("split")
     lengths = list(numbers(split).values) if split is not None else stated
     return value.chunk(operation.outputs, axis) if lengths is None else value.split(list(lengths), axis)

@@ -49,7 +49,7 @@ VOC_CLASSES = (
 
 
 @dataclass(frozen=True)
-class Kind:
+class DataKind:
     """One kind of data.
 
     Attributes:
@@ -67,7 +67,7 @@ class Kind:
     layout: str
 
 
-def missing(kind: Kind, place: str, why: str) -> FileError:
+def missing(kind: DataKind, place: str, why: str) -> FileError:
     """Return the error for a folder that does not hold the expected files."""
     layout = "\n    ".join(kind.layout.splitlines())
     return FileError(
@@ -290,7 +290,7 @@ def _scene(place: str, split: str, options: Mapping[str, str], spec: str) -> Seg
 
 
 KINDS = {
-    "folder": Kind(
+    "folder": DataKind(
         _folder,
         {"classes": None, "ignore": "", "values": ""},
         (),
@@ -299,7 +299,7 @@ KINDS = {
         "values=0/255, the stored values of the classes in their order)\n"
         'or, without splits (split "all"): images/ and labels/',
     ),
-    "images": Kind(
+    "images": DataKind(
         _images,
         {},
         (),
@@ -307,7 +307,7 @@ KINDS = {
         "NAME.jpg (or .png, ...), in folders of any depth: every eighth image is val, the others train; any other "
         "split has all images\nor, with splits: train/, val/, test/\nIn a folder with images/ only that is read.",
     ),
-    "cityscapes": Kind(
+    "cityscapes": DataKind(
         _cityscapes,
         {},
         ("train", "val", "test"),
@@ -315,7 +315,7 @@ KINDS = {
         "(after registration).",
         "leftImg8bit/SPLIT/CITY/*_leftImg8bit.png\ngtFine/SPLIT/CITY/*_gtFine_labelIds.png",
     ),
-    "voc": Kind(
+    "voc": DataKind(
         _voc,
         {"year": "2012"},
         ("train", "val", "trainval"),
@@ -323,14 +323,14 @@ KINDS = {
         "VOCdevkit/VOC2012/JPEGImages/*.jpg\nVOCdevkit/VOC2012/SegmentationClass/*.png\n"
         "VOCdevkit/VOC2012/ImageSets/Segmentation/SPLIT.txt",
     ),
-    "sbd": Kind(
+    "sbd": DataKind(
         _sbd,
         {},
         ("train", "val", "train_noval"),
         "Get benchmark.tgz at http://home.bharathh.info/pubs/codes/SBD and take what is in its folder dataset.",
         "img/*.jpg\ncls/*.mat\nSPLIT.txt",
     ),
-    "pets": Kind(
+    "pets": DataKind(
         _pets,
         {},
         ("train", "trainval", "test"),
@@ -338,7 +338,7 @@ KINDS = {
         "oxford-iiit-pet/images/*.jpg\noxford-iiit-pet/annotations/trimaps/*.png\n"
         "oxford-iiit-pet/annotations/trainval.txt and test.txt",
     ),
-    "scene": Kind(
+    "scene": DataKind(
         _scene,
         {"height": "96", "width": "128"},
         ("train", "val", "test"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,61 +20,113 @@ from torch import Tensor, nn
 from cadsurgery.support import files, kinds
 from cadsurgery.support.errors import CadWarning, FileError, UnknownName, describe_error
 
-WEIGHTS = (".safetensors", *kinds.WEIGHTS.endings)  # endings of weight files
+WEIGHTS = (".safetensors", ".index.json", *kinds.WEIGHTS.endings)  # endings of weight files
+_INDEX = ".index.json"  # of weights in several files, as the Hub's libraries write it
 _DEPTH = 3  # of the dictionaries in a checkpoint that are searched
 _HEADERS = 3  # pickles before the content, in the form of torch before 1.6
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # pickles write the names of Python 2
-_COUNTERS = ("n_averaged",)  # torch's AveragedModel has one beside the weights
+_LISTED = 6  # names of what was left out
+_EXTRA = "_extra_state"  # what a module keeps beside its tensors, see torch's `get_extra_state`
+
+
+class Asked:
+    """What a network asks of a file: its tensors by name, those with several names, and its modules.
+
+    A network of which a file holds less, or that is deeper than the network, is another one: what is left out of a
+    file stands beside the network's own names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.own = model.state_dict()
+        tied: dict[tuple[Any, ...], list[str]] = {}
+        for name, value in self.own.items():
+            if isinstance(value, Tensor):
+                where = value.data_ptr(), value.device, value.shape, value.stride()
+                tied.setdefault(where if value.numel() else (name,), []).append(name)
+        self.tied = [names for names in tied.values()]
+        self.children = {name for name, _ in model.named_children()}
+
+    def matching(self, weights: Weights) -> int:
+        """The number of tensors that a file has for the network."""
+        return sum(self._is_of(name, value) for name, value in weights.state.items())
+
+    def is_met_by(self, weights: Weights) -> bool:
+        """True if a file has every tensor, and no other one of the network's modules."""
+        has = {name for name, value in weights.state.items() if self._is_of(name, value)}
+        return all(
+            has.intersection(names) or names[0].endswith("num_batches_tracked") for names in self.tied
+        ) and not any(self._is_deeper(name) for name, value in weights.state.items() if name not in has)
+
+    def taken_from(self, weights: Weights) -> dict[str, Any]:
+        """What a file has for the network, with all names of tensors that have several."""
+        state = {name: value for name, value in weights.state.items() if name in self.own}
+        for names in self.tied:
+            known = [name for name in names if name in state]
+            if not known and names[0].endswith("num_batches_tracked"):
+                state[names[0]] = self.own[names[0]]
+            state |= {name: state[known[0]] for name in names if known and name not in state}
+        return state
+
+    def _is_of(self, name: str, value: Any) -> bool:
+        own = self.own.get(name)
+        return isinstance(value, Tensor) and isinstance(own, Tensor) and own.shape == value.shape
+
+    def _is_deeper(self, name: str) -> bool:
+        """True for the name of a tensor in a module that the network has, or behind its last numbered one."""
+        first, _, rest = name.partition(".")
+        if name.endswith(_EXTRA):
+            return False
+        if not rest:
+            return name in self.own
+        return first in self.children or (first.isdigit() and any(map(str.isdigit, self.children)))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name, and where a file holds them.
+    """Values by name, tensors among them, and where a file holds them.
 
     Attributes:
         state: the state dict.
         entry: names of the dictionaries that lead to it, joined by dots; "" if the file is the state dict.
-        prefix: the prefix that was taken off all names.
+        prefix: the prefix that was taken off the names.
+        beside: names that do not have the prefix.
     """
 
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Any]
     entry: str = ""
     prefix: str = ""
+    beside: tuple[str, ...] = ()
 
-    def fits(self, shapes: Mapping[str, torch.Size]) -> bool:
-        """True if names and shapes are those of a network; counters of batch norm may be missing."""
-        missing = [name for name in shapes if not name.endswith("num_batches_tracked")]
-        return self._matching(shapes) == len(self.state) and all(name in self.state for name in missing)
+    @property
+    def name(self) -> str:
+        """What follows `FILE:` to take these weights."""
+        return f"{self.entry}.{self.prefix}".strip(".")
 
-    def _matching(self, shapes: Mapping[str, torch.Size]) -> int:
-        return sum(shapes.get(name) == value.shape for name, value in self.state.items())
+    def parts(self) -> Iterator[Weights]:
+        """Yield the weights without a prefix, the longest last: one that all names share, or one group of names has."""
+        yield self
+        groups = dict.fromkeys(name.partition(".")[0] for name in self.state if "." in name)
+        if len(groups) > 1 and any("." in name for name in self.beside):
+            return  # one group of a group is a module like any other
+        for prefix in (f"{first}." for first in groups):
+            inside = {
+                name.removeprefix(prefix): value
+                for name, value in self.state.items()
+                if name.startswith(prefix)
+            }
+            others = [self.prefix + name for name in self.state if not name.startswith(prefix)]
+            yield from Weights(inside, self.entry, self.prefix + prefix, (*self.beside, *others)).parts()
 
-    def without_prefix(self, shapes: Mapping[str, torch.Size]) -> Weights:
-        """Return the weights without the prefix that all names share, as much of it as makes most names fit."""
-        state = {name: value for name, value in self.state.items() if name not in _COUNTERS}
-        prefixes = [prefix for prefix in _shared_prefixes(state) if prefix]
-        others = (
-            replace(self, state={name[len(prefix) :]: value for name, value in state.items()}, prefix=prefix)
-            for prefix in prefixes
-        )
-        return max((self, *others), key=lambda weights: weights._matching(shapes))
 
-
-def _shared_prefixes(names: Iterable[str]) -> Iterator[str]:
-    """Yield the dotted prefixes that all names share, the shortest first."""
-    split = [name.split(".")[:-1] for name in names]
-    prefix = ""
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            return
-        prefix += f"{parts[0]}."
-        yield prefix
+def is_weights(path: Path) -> bool:
+    """True for a name that files of weights have."""
+    return path.name.lower().endswith(WEIGHTS)
 
 
 def split_entry(text: str) -> tuple[Path, str]:
     """Split `FILE:ENTRY`, which names a dictionary in a file of weights; the entry is "" if none is named."""
     name, colon, entry = text.rpartition(":")
-    has_entry = colon and not files.exists(text) and (Path(name).suffix in WEIGHTS or files.exists(name))
+    has_entry = colon and not files.exists(text) and (is_weights(Path(name)) or files.exists(name))
     return (Path(name), entry) if has_entry else (Path(text), "")
 
 
@@ -86,26 +140,26 @@ def load_weights(model: nn.Module, path: Path, entry: str = "") -> str:
         FileError: the file is unreadable, holds no state dict, or none that fits; the message says what it holds.
         UnknownName: there is no such entry.
     """
-    own = model.state_dict().items()
-    shapes = {name: value.shape for name, value in own if isinstance(value, Tensor)}
-    listed = [weights.without_prefix(shapes) for weights in _choose(path, read_weights(path), entry)]
-    fitting = [weights for weights in listed if weights.fits(shapes)]
-    chosen, *others = fitting or listed
+    asked = Asked(model)
+    listed = _choose(path, read_weights(path), entry)
+    parts = [part for weights in listed for part in weights.parts()]
+    fitting = [part for part in parts if asked.is_met_by(part)]
+    chosen, *others = [part for part in fitting if part.name == entry] or fitting or parts
+    if not fitting:
+        chosen = max(parts, key=asked.matching)
     try:
-        model.load_state_dict(chosen.state)
+        model.load_state_dict(asked.taken_from(chosen) if fitting else chosen.state)
     except RuntimeError as error:
-        held = (
-            f" Of its entries {', '.join(weights.entry for weights in listed)} none fits."
-            if len(listed) > 1
-            else ""
-        )
+        entries = ", ".join(part.entry for part in listed if part.entry)
+        held = f" Of its entries {entries} none fits." if len(listed) > 1 else ""
         raise FileError(
             f"the weights in {path} do not fit this network.",
             why=" ".join(str(error).split())[:400] + held,
             next="check the name and options of the network, e.g. its number of classes.",
         ) from error
-    words = _in_words(path, chosen, others if fitting else [])
-    if chosen.prefix or (others and fitting):
+    left_out = (*chosen.beside, *(name for name in chosen.state if name not in asked.own))
+    words = _in_words(path, chosen, others if fitting else [], left_out)
+    if chosen.prefix or left_out or (others and fitting):
         warnings.warn(f"{words}.", CadWarning, stacklevel=4)
     return words
 
@@ -113,22 +167,42 @@ def load_weights(model: nn.Module, path: Path, entry: str = "") -> str:
 def _choose(path: Path, listed: list[Weights], entry: str) -> list[Weights]:
     if not entry:
         return listed
-    chosen = [weights for weights in listed if weights.entry == entry]
+    chosen = [
+        weights for weights in listed if any(entry in (part.name, part.entry) for part in weights.parts())
+    ]
     if not chosen:
-        raise UnknownName(f"state dict in {path}", entry, [weights.entry for weights in listed])
+        raise UnknownName(
+            f"state dict in {path}", entry, [weights.entry for weights in listed if weights.entry]
+        )
     return chosen
 
 
-def _in_words(path: Path, chosen: Weights, others: list[Weights]) -> str:
+def _in_words(path: Path, chosen: Weights, others: list[Weights], left_out: Sequence[str]) -> str:
     words = f"weights from {path.name}"
     if chosen.entry:
         words += f", entry {chosen.entry}"
     if chosen.prefix:
-        words += f", without the prefix {chosen.prefix!r} of all names"
+        words += f", without the prefix {chosen.prefix!r} of {'its' if chosen.beside else 'all'} names"
     if others:
-        also = " and ".join(weights.entry for weights in others)
-        words += f"; {also} would fit as well: take it by {path.name}:{others[0].entry}"
+        also = " and ".join(part.name for part in others)
+        words += f"; {also} would fit as well: take it by {path.name}:{others[0].name}"
+    if left_out:
+        words += f"; left out: {_shortly(left_out)}"
     return words
+
+
+def _shortly(names: Sequence[str]) -> str:
+    """List names, those with one beginning together."""
+    counts = Counter(name.partition(".")[0] for name in names)
+    listed = [
+        f"{first}.* ({count} names)"
+        if count > 1
+        else next(name for name in names if name.split(".")[0] == first)
+        for first, count in counts.items()
+    ]
+    return ", ".join(listed[:_LISTED]) + (
+        f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    )
 
 
 def read_weights(path: Path) -> list[Weights]:
@@ -137,6 +211,8 @@ def read_weights(path: Path) -> list[Weights]:
     Raises:
         FileError: the file is missing, unreadable, or holds no state dict.
     """
+    if path.name.endswith(_INDEX):
+        return [Weights(_read_parts(path))]
     kinds.check_kind(path, kinds.WEIGHTS, kinds.CONVERTED, kinds.TORCHSCRIPT)
     if not files.is_file(path):
         raise files.absent(path)
@@ -151,11 +227,34 @@ def _state_dicts(value: Any, entry: str = "", depth: int = _DEPTH) -> Iterator[W
     """Yield all dictionaries of names and tensors in nested dictionaries."""
     if not isinstance(value, dict) or not value or not all(isinstance(name, str) for name in value):
         return
-    if all(isinstance(part, Tensor) for part in value.values()):
+    if any(isinstance(part, Tensor) for part in value.values()):
         yield Weights(value, entry)
-        return
     for name, part in value.items() if depth else ():
         yield from _state_dicts(part, f"{entry}.{name}".removeprefix("."), depth - 1)
+
+
+def _read_parts(path: Path) -> dict[str, Tensor]:
+    """Read weights that are spread over several files, listed in an index: `{"weight_map": {name: file}}`.
+
+    Raises:
+        FileError: the index or one of the files is missing, unreadable, or lacks a tensor.
+    """
+    if not files.is_file(path):
+        raise files.absent(path)
+    wrong = f"{path} is no index of weights."
+    with files.as_file_error(wrong, 'it is written as {"weight_map": {name of a tensor: name of a file}}.'):
+        by_name = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        places = {name: str(place) for name, place in by_name.items()}
+    if any(Path(place).name != place for place in places.values()):
+        raise FileError(wrong, why="it names files of other folders.", next="put all files into one folder.")
+    read = {place: read_weights(path.with_name(place))[0].state for place in dict.fromkeys(places.values())}
+    missing = [name for name, place in places.items() if name not in read[place]]
+    if missing:
+        raise FileError(
+            f"{path} names {missing[0]}, which {places[missing[0]]} lacks.",
+            next="copy the files of one version of the network again.",
+        )
+    return {name: read[place][name] for name, place in places.items()}
 
 
 # -- reading without executing --------------------------------------------------------------------------
@@ -170,7 +269,7 @@ def _read(path: Path) -> Any:
 
             return load_file(path)
         names = _globals_in(path)
-        kinds: list[Any] = [(_Kind("Inert", (_Inert,), {"named": name}), name) for name in names]
+        kinds: list[Any] = [(_LikeDict("Inert", (_Inert,), {"named": name}), name) for name in names]
         with torch.serialization.safe_globals(kinds):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileError:
@@ -213,7 +312,7 @@ def _names_of(file: IO[bytes], pickles: int) -> list[str]:
     return list(dict.fromkeys(f"{_RENAMED.get(module, module)}.{name}" for module, name in split))
 
 
-class _Kind(type):
+class _LikeDict(type):
     """The class of `_Inert`: equal to `dict`, because torch adds items to nothing but dictionaries."""
 
     def __eq__(cls, other: object) -> bool:
@@ -222,7 +321,7 @@ class _Kind(type):
     __hash__ = type.__hash__
 
 
-class _Inert(dict[Any, Any], metaclass=_Kind):
+class _Inert(dict[Any, Any], metaclass=_LikeDict):
     """Stands for an object of a class that the file names, e.g. of hyperparameters: neither is anything imported, nor
     does any code of it run. Items are kept, because they may hold a state dict."""
 

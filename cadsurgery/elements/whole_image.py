@@ -222,11 +222,11 @@ def _change_channels(x: Elements, change: Callable[[Tensor], Tensor]) -> Element
 
 @operation(reads="image", gives="vector")
 def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
-    """Compute the area-weighted mean of each image, (B, C, 1, 1) or (B, C); the result for uint8 is float32."""
+    """Compute the area-weighted mean of each image, (B, C, 1, 1) or (B, C)."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
     values = without_padding(x).reshape(x.lattice.count, -1)
     mean = _multiply(share, values)
-    return _per_image(mean.to(x.rows.dtype) if x.rows.is_floating_point() else mean, x, keepdim, layout)
+    return _per_image(mean.to(x.rows.dtype), x, keepdim, layout)
 
 
 def _multiply(share: Tensor, values: Tensor) -> Tensor:

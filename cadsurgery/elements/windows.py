@@ -18,9 +18,6 @@ from cadsurgery.elements.backends.choose import (
     extend,
 )
 from cadsurgery.elements.backends.dense import spread_of
-from cadsurgery.elements.backends.integer import IntegerConvolution, IntegerWeights
-from cadsurgery.elements.backends.integer import convolve as convolve_integers
-from cadsurgery.elements.backends.integer_layers import IntegerConv
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
 from cadsurgery.elements.backends.target import require_equal
@@ -46,7 +43,7 @@ def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **op
 
 
 def _macs_of_weights(
-    out: Elements, x: Elements, weights: FusedConv | PackedConv | IntegerConv, *rest: Any, **options: Any
+    out: Elements, x: Elements, weights: FusedConv | PackedConv, *rest: Any, **options: Any
 ) -> int:
     return _macs_of_weight(out, x, weights.weight, **options)
 
@@ -99,7 +96,7 @@ def _convolve(
 @operation(reads="window", macs=_macs_of_weights)
 def fused_conv2d(
     x: Elements,
-    weights: FusedConv | PackedConv | IntegerConv,
+    weights: FusedConv | PackedConv,
     residual: Elements | None = None,
     *,
     window: Window,
@@ -111,7 +108,7 @@ def fused_conv2d(
 
     Args:
         x: elements (N, C); a pointwise window also accepts additional channel axes before the last.
-        weights: weight, bias, groups and activation; an `IntegerConv` for 8-bit elements.
+        weights: weight, bias, groups and activation.
         residual: elements of the output's stage or an earlier stage.
         window: window of the operation in the network, with the spacing of its grid.
         stage: stage of the output; None for the input's.
@@ -125,8 +122,6 @@ def fused_conv2d(
     window, target = target_of(x, window, stage, size)
     if residual is not None:
         check_joint(joint, target, residual.lattice)
-    if isinstance(weights, IntegerConv):
-        return _convolve_integers(x, weights.weights, residual, window, target)
     weights = weights.weights if isinstance(weights, PackedConv) else weights
     rows = autocast(x.rows)[0]
     if residual is not None and not _is_of(residual, target, (*rows.shape[1:-1], weights.weight.shape[0])):
@@ -135,19 +130,6 @@ def fused_conv2d(
         return Elements(weights.finish(rows_on(plain, target), rows_on(residual, target)), target)
     more = rows_on(residual, target).to(rows.dtype) if residual is not None else None
     return _convolve(rows, weights, WindowRead(x.lattice, target, window), more)
-
-
-def _convolve_integers(
-    x: Elements, weights: IntegerWeights, residual: Elements | None, window: Window, target: Lattice
-) -> Elements:
-    """Compute `fused_conv2d` for 8-bit elements."""
-    reads = WindowRead(x.lattice, target, window)
-    if residual is None or _is_of(residual, target, (weights.weight.shape[0],)):
-        more = rows_on(residual, target) if residual is not None else None
-        return Elements(convolve_integers(IntegerConvolution(x.rows, weights, reads, more)), target)
-    plain = Elements(convolve_integers(IntegerConvolution(x.rows, weights.without_activation, reads)), target)
-    target = common_lattice(target.stage if target.part is None else target, plain, residual)
-    return Elements(weights.add(rows_on(plain, target), rows_on(residual, target)), target)
 
 
 def _is_of(residual: Elements, target: Lattice, channels: tuple[int, ...]) -> bool:

@@ -7,7 +7,6 @@ the network's metrics before and after.
 from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.blend import Blend, calibrate
 from cadsurgery.finetune.evaluation import evaluate
-from cadsurgery.finetune.gain import GainFit, fit_gain
 from cadsurgery.finetune.logs import Row
 from cadsurgery.finetune.loop import Outcome, fit
 from cadsurgery.finetune.means import calibrate_means

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.images import normalise
 from cadsurgery.data.samples import Samples, check_form, is_labelled, place_of, sample_of
-from cadsurgery.finetune.schedule import Sampling, derive_seed
+from cadsurgery.finetune.schedule import SampleOrder, derive_seed
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.tasks.options import Settings
@@ -74,7 +74,7 @@ class Batch:
 
 def batches(
     data: Samples,
-    sampling: Sampling,
+    sampling: SampleOrder,
     augment: Augmentation | None,
     source: Any,
     *,
@@ -114,7 +114,9 @@ def batches(
 class _Positions:
     """The dataset by position; errors are returned as values, since workers would lose part of them."""
 
-    def __init__(self, data: Samples, sampling: Sampling, augment: Augmentation | None, source: Any) -> None:
+    def __init__(
+        self, data: Samples, sampling: SampleOrder, augment: Augmentation | None, source: Any
+    ) -> None:
         self.data, self.sampling, self.augment, self.source = data, sampling, augment, source
 
     def __getitem__(self, position: int) -> tuple[tuple[Tensor, ...], Tensor] | CadError:

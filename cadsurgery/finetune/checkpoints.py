@@ -13,9 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from cadsurgery.methods.anytime import AnytimeModel
-from cadsurgery.methods.resampling import ResampledModel
-from cadsurgery.methods.sampling import SampledModel
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.storage import Converted
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import write_tensors
@@ -108,12 +106,8 @@ def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, pro
     if isinstance(net, AdaptiveModel):
         geometry = {name: str(value) for name, value in vars(net.geometry).items()}
         network |= {"mask": net.mask.spec(), "geometry": geometry}
-    if isinstance(net, AnytimeModel):
-        network |= {"threshold": net.threshold, "confidence": net.confidence}
-    if isinstance(net, ResampledModel):
-        network["sampler"] = str(net.sampler.options)
-    if isinstance(net, SampledModel):
-        network["grid"] = net.grid
+    if isinstance(net, ConvertedModel):
+        network |= net.identity()
     options = {name: value for name, value in settings.to_dict().items() if name not in FREE}
     described = {
         "name": str(getattr(data, "name", type(data).__name__)),

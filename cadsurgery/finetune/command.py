@@ -15,8 +15,6 @@ from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.logs import Row, check_packages
 from cadsurgery.finetune.loop import Outcome, fit
 from cadsurgery.masks import resolve_mask
-from cadsurgery.methods.resampling import ResampledModel
-from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.storage import Converted
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
@@ -142,11 +140,7 @@ def training_steps(step: Step, steps: int, images: int) -> Callable[[Row], None]
 
 def _decided_by(net: Converted) -> str:
     """Describe the module that decides where a network computes."""
-    if isinstance(net, AdaptiveModel):
-        return net.mask.spec()
-    if isinstance(net, ResampledModel):
-        return f"{net.sampler.spec()} sampler"
-    return f"{len(net.gates)} gates" if isinstance(net, SampledModel) else f"{len(net.plan.exits)} exits"
+    return net.mask.spec() if isinstance(net, AdaptiveModel) else net.decided_by
 
 
 def make_settings(config: Path | None, overrides: dict[str, Any], objective_options: list[str]) -> Settings:

@@ -11,11 +11,7 @@ from torch import nn
 from cadsurgery.finetune.batches import Batch
 from cadsurgery.finetune.objectives import Objective
 from cadsurgery.finetune.schedule import Draw, derive_seed
-from cadsurgery.methods.anytime import AnytimeModel
-from cadsurgery.methods.anytime.model import HEADS
-from cadsurgery.methods.resampling import ResampledModel
-from cadsurgery.methods.sampling import SampledModel
-from cadsurgery.methods.sampling.model import GATES
+from cadsurgery.methods.converted import METHODS, ConvertedModel
 from cadsurgery.network.adapters import ADAPTERS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, first_line
@@ -23,22 +19,14 @@ from cadsurgery.support.torch_internals import BatchNorm
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.tasks.options import Settings
 
-_OWN = ("_mask_provider", ADAPTERS, HEADS, GATES)  # child modules that the original network does not have
-
-# Parts that can be trained alone: the class of a network that has them, in words, and how it is made.
-_PARTS: dict[str, tuple[type[nn.Module], str, str]] = {
-    "exits": (AnytimeModel, "a network with exits", "cs.anytime"),
-    "gates": (SampledModel, "a network with gates", "cs.sample"),
-}
-
 
 @dataclass(frozen=True)
 class Group:
     """Parameters that are trained at one rate, or not at all.
 
     Attributes:
-        name: `classifier`, `backbone`, `mask`, `adapters`, `exits`, `sampler`, `gates` (with AdamW split by the
-            number of values of a tensor), or `fixed`.
+        name: `classifier`, `backbone`, `mask`, `adapters`, `fixed`, or the group of a method, e.g. `exits` or `gates`
+            (with AdamW split by the number of values of a tensor).
         factor: factor of the learning rate; 0 for fixed parameters.
         parameters: parameters by name; every parameter is in exactly one group.
     """
@@ -95,12 +83,12 @@ def own_parts(net: nn.Module) -> dict[str, set[nn.Parameter]]:
     if isinstance(net, AdaptiveModel):
         adapters = net.adapters if net.adapters is not None else nn.ModuleDict()
         return {"mask": set(net.mask.parameters()), "adapters": set(adapters.parameters())}
-    if isinstance(net, ResampledModel):
-        return {"sampler": set(net.sampler.parameters()), **own_parts(net.network)}
-    if isinstance(net, (AnytimeModel, SampledModel)):
-        name = "exits" if isinstance(net, AnytimeModel) else "gates"
-        return {name: set(net.own_parameters().values())}
-    return {}
+    if not isinstance(net, ConvertedModel):
+        return {}
+    return {
+        **(own_parts(net.inner) if net.inner is not net else {}),
+        net.group: set(net.own_parameters().values()),
+    }
 
 
 def trained_alone(net: nn.Module, train: str) -> set[nn.Parameter]:
@@ -109,13 +97,13 @@ def trained_alone(net: nn.Module, train: str) -> set[nn.Parameter]:
     Raises:
         InvalidInput: the network has no such part.
     """
-    if train not in _PARTS:
+    kind = next((kind for kind in METHODS.values() if kind.group == train and kind.group_in_words), None)
+    if kind is None:
         return set()
-    kind, words, method = _PARTS[train]
     if not isinstance(net, kind):
         raise InvalidInput(
-            f'train="{train}" needs {words}, not {type(net).__name__}.',
-            next=f"convert it first with {method}.",
+            f'train="{train}" needs {kind.group_in_words}, not {type(net).__name__}.',
+            next=f"convert it first with {kind.converted_by}.",
         )
     return own_parts(net)[train]
 
@@ -132,12 +120,13 @@ def make_groups(
     Raises:
         InvalidInput: no parameter is left to train.
     """
-    factors = dict.fromkeys(("classifier", "backbone", "mask", "adapters", "exits", "sampler", "gates"), 1.0)
+    of_methods = [kind.group for kind in METHODS.values() if kind.group]
+    factors = dict.fromkeys(("classifier", "backbone", "mask", "adapters", *of_methods), 1.0)
     factors |= {"backbone": settings.backbone_factor, "mask": settings.mask_factor, "fixed": 0.0}
-    own = own_parts(net)
-    net = net.network if isinstance(net, ResampledModel) else net
+    own, by_length = own_parts(net), {kind.group for kind in METHODS.values() if kind.by_length}
+    net = net.inner if isinstance(net, ConvertedModel) else net
     heads = _heads(net)
-    others = [child for name, child in net.named_children() if name not in _OWN and child not in heads]
+    others = [child for name, child in net.named_children() if name not in _own() and child not in heads]
     head_parameters = {parameter for child in heads for parameter in child.parameters()}
     # A weight shared with the backbone gets the backbone's lower rate.
     head_parameters -= {parameter for child in others for parameter in child.parameters()}
@@ -154,7 +143,9 @@ def make_groups(
         )
     made = [Group(name, factors[name], groups[name]) for name in factors if groups[name]]
     if settings.optimizer == "adamw":
-        made = [part for group in made for part in (_by_length(group) if group.name == "gates" else [group])]
+        made = [
+            part for group in made for part in (_by_length(group) if group.name in by_length else [group])
+        ]
     return tuple(made)
 
 
@@ -174,11 +165,16 @@ def _by_length(group: Group) -> list[Group]:
     ]
 
 
+def _own() -> set[str]:
+    """Return the names of child modules that the original network does not have."""
+    return {"_mask_provider", ADAPTERS, *(kind.child for kind in METHODS.values())}
+
+
 def _heads(net: nn.Module) -> list[nn.Module]:
     children = {
         name: child
         for name, child in net.named_children()
-        if name not in _OWN and any(True for _ in child.parameters())
+        if name not in _own() and any(True for _ in child.parameters())
     }
     if any(name in BACKBONE_NAMES for name in children):
         return [child for name, child in children.items() if name not in BACKBONE_NAMES]
@@ -230,18 +226,11 @@ def stem_of(net: nn.Module) -> IsFixed:
 
 
 def set_modes(net: nn.Module, is_fixed: IsFixed, settings: Settings) -> None:
-    """Set training mode, except for fixed modules and frozen batch norms.
-
-    If only exits are trained, their heads and the network itself are in training mode, in which whole maps are
-    filled, as the heads' statistics require. If only gates are trained, only the network itself is in training mode,
-    in which gates decide by shares.
-    """
+    """Set training mode, except for fixed modules and frozen batch norms; where a method's group is trained alone, the
+    mode that it needs, see `ConvertedModel.train_part`."""
     net.train(settings.train == "all")
-    if settings.train == "exits" and isinstance(net, AnytimeModel):
-        net.heads.train()
-        net.training = True
-    if settings.train == "gates" and isinstance(net, SampledModel):
-        net.part.training = True
+    if isinstance(net, ConvertedModel) and settings.train == net.group:
+        net.train_part()
     frozen = settings.batch_norm == "frozen"
     for path, module in net.named_modules():
         if is_fixed(path) or (frozen and isinstance(module, BatchNorm)):

@@ -38,11 +38,8 @@ from cadsurgery.finetune.groups import (
 )
 from cadsurgery.finetune.logs import CsvLog, Row, TensorBoardLog, check_packages, open_log
 from cadsurgery.finetune.objectives import Objective, copy_dense, make_objective
-from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
-from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.finetune.schedule import Draw, SampleOrder, derive_seed, learning_rate
 from cadsurgery.methods.converted import ConvertedModel
-from cadsurgery.methods.resampling import ResampledModel
-from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.storage import Converted, save
 from cadsurgery.network.model import AdaptiveModel, OptimizedModel, pictures_for
 from cadsurgery.network.storage import write_tensors
@@ -133,8 +130,8 @@ def fit(
     check_data(data, "training")
     if not settings.objective:
         name = "mixed" if is_labelled(data) else "divergence"
-        own = {AnytimeModel: "anytime", ResampledModel: "sampled", SampledModel: "sparse"}
-        settings = replace(settings, objective=own.get(type(net), name))
+        of_method = net.objective if isinstance(net, ConvertedModel) else ""
+        settings = replace(settings, objective=of_method or name)
     if isinstance(net, OptimizedModel) or (isinstance(net, ConvertedModel) and net.is_optimized):
         raise InvalidInput(
             "an optimised network cannot be trained.",
@@ -145,7 +142,7 @@ def fit(
     gradients = {parameter: parameter.requires_grad for parameter in net.parameters()}
     try:
         folder = make_folder(output)
-        run = _Run(net, data, settings, folder, validation, objective, augment, resume, device, on_step)
+        run = _Training(net, data, settings, folder, validation, objective, augment, resume, device, on_step)
         outcome = run.train()
         modes = dict.fromkeys(modes, False)
         return outcome
@@ -158,7 +155,7 @@ def fit(
 
 
 @dataclass(eq=False)
-class _Run:
+class _Training:
     """One call of `fit`, with the state that its steps share."""
 
     net: nn.Module
@@ -178,7 +175,7 @@ class _Run:
         self.main: bool = self.accelerator.is_main_process
         self.process: int = self.accelerator.process_index
         processes: int = self.accelerator.num_processes
-        self.sampling = Sampling(
+        self.sampling = SampleOrder(
             len(self.data), settings.seed, settings.batch, settings.accumulate, processes
         )
         net.to(self.accelerator.device)

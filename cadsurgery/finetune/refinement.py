@@ -122,7 +122,7 @@ def fit_refinement(
 
 
 @dataclass(frozen=True)
-class _Part:
+class _RefinementData:
     """The data of one refinement on one image, each (1, C, h, w).
 
     Attributes:
@@ -140,7 +140,7 @@ class _Part:
 class _ImageData:
     """The data of all refinements on one image, and the kind of each map."""
 
-    parts: tuple[_Part, ...]
+    parts: tuple[_RefinementData, ...]
     kinds: tuple[Kind, ...]
 
     @property
@@ -175,15 +175,15 @@ def _run_image(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Genera
             ...,
             *(slice(low, low + side) for low, side in zip(corner, size, strict=True)),
         )
-        high = _Maps(program)
+        high = _MapRecorder(program)
         output, _ = high.run(program.uniform(0), *clone_values(values))
         lows = []
         for mask in masks:
-            low = _Maps(program)
+            low = _MapRecorder(program)
             low.run(program.masking(resolve_mask(mask)), *clone_values(values))
             lows.append(low.maps)
     parts = tuple(
-        _Part(
+        _RefinementData(
             features[here].to(dtype, copy=True),
             exact[here].to(dtype, copy=True),
             tuple(
@@ -197,7 +197,7 @@ def _run_image(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Genera
     return _ImageData(parts, tuple(kind if part.high.shape[1] == channels else "values" for part in parts))
 
 
-class _Maps(GraphInterpreter):
+class _MapRecorder(GraphInterpreter):
     """Records the map and the lattice that refinements receive."""
 
     def __init__(self, program: Program) -> None:
@@ -266,7 +266,7 @@ class _Scales:
     added: Tensor
 
     @classmethod
-    def of(cls, parts: list[_Part]) -> _Scales:
+    def of(cls, parts: list[_RefinementData]) -> _Scales:
         """Compute the scales from the maps and the features of several images."""
         rows, features = (
             torch.cat([values[0].flatten(1) for values in maps], 1)

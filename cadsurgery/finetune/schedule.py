@@ -48,7 +48,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SampleOrder:
     """Order of the samples in an endless sequence, with a new permutation in every epoch.
 
     Attributes:

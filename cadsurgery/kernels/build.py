@@ -131,7 +131,7 @@ ELEMENTS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Source(NamedTuple):
+class KernelSource(NamedTuple):
     """A row of the build table: a C file and its forms, one for each element type and instruction set.
 
     Without element types there is one form per instruction set. Without instruction sets the file is compiled once, for
@@ -159,35 +159,35 @@ _EXACT = ("-ffp-contract=off",)  # one rounding per operation, as in torch
 _SOLVING = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 
 
-def _by_width(name: str, *elements: str) -> tuple[Source, ...]:
+def _by_width(name: str, *elements: str) -> tuple[KernelSource, ...]:
     """Return one table row per element type, with the instruction sets of `_VECTORS`."""
-    return tuple(Source(name, (element,), _VECTORS[element]) for element in elements)
+    return tuple(KernelSource(name, (element,), _VECTORS[element]) for element in elements)
 
 
 # The files that compile longest come first, so that the parallel build does not end with a long one.
 TABLE = (
     *_by_width("product", *_FLOATS),
-    Source("product", ("bfloat16",), ("avx512bf16", "bf16")),
+    KernelSource("product", ("bfloat16",), ("avx512bf16", "bf16")),
     *_by_width("grouped", *ELEMENTS),
-    Source("grouped", ("bfloat16",), ("avx512bf16",)),
-    Source("product_tiles", ("bfloat16",), ("amx",)),
-    Source("int8_tiles", (), ("amx",), _EXACT),
-    Source("int8", (), _BYTES, _EXACT),
-    Source("int8_limited", (), ("avx2",), _EXACT),
-    Source("int8_depthwise", (), ("sse4", "avx2", "avxvnni", "avx512vnni"), _EXACT),
-    Source("warp", ("float32", "float64"), ("scalar", "avx2", "neon"), _SOLVING),
+    KernelSource("grouped", ("bfloat16",), ("avx512bf16",)),
+    KernelSource("product_tiles", ("bfloat16",), ("amx",)),
+    KernelSource("int8_tiles", (), ("amx",), _EXACT),
+    KernelSource("int8", (), _BYTES, _EXACT),
+    KernelSource("int8_limited", (), ("avx2",), _EXACT),
+    KernelSource("int8_depthwise", (), ("sse4", "avx2", "avxvnni", "avx512vnni"), _EXACT),
+    KernelSource("warp", ("float32", "float64"), ("scalar", "avx2", "neon"), _SOLVING),
     *_by_width("move", *ELEMENTS),
-    *_by_width("pool", *ELEMENTS),
+    *_by_width("pool", *_FLOATS),
     *_by_width("fill", *_FLOATS),
-    Source("interpolate", (), _VECTORS["uint8"]),
-    Source("maps", (), ("scalar",)),
-    Source("processor"),
-    Source("convolve"),
-    Source("convolve_bytes"),
-    Source("pick"),
-    Source("resize"),
-    Source("cells"),
-    Source("onnxruntime"),
+    KernelSource("interpolate", (), _VECTORS["uint8"]),
+    KernelSource("maps", (), ("scalar",)),
+    KernelSource("processor"),
+    KernelSource("convolve"),
+    KernelSource("convolve_bytes"),
+    KernelSource("pick"),
+    KernelSource("resize"),
+    KernelSource("cells"),
+    KernelSource("onnxruntime"),
 )
 # Never `-march=native`: other processors than the compiling one may use the library. Never `-fopenmp`: the kernels run
 # on torch's threads.

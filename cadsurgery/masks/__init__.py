@@ -10,13 +10,12 @@ import pkgutil
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask
 from cadsurgery.masks.content import ContentMask
 from cadsurgery.masks.context import keypoints_at, labelled
-from cadsurgery.masks.gain import GainMask, OracleMask
 from cadsurgery.masks.graded import EdgeMask, GradedMask, GradientMask, TrimapMask
 from cadsurgery.masks.keypoints import KeypointMask
 from cadsurgery.masks.learned import EstimatedMask, LearnedMask
 from cadsurgery.masks.preview import PreviewMask
 from cadsurgery.masks.provider import FineMapSpec, Grid, MaskProvider, list_masks, mask_provider
-from cadsurgery.masks.scored import ConfidenceMask, DetailMask, SaliencyMask
+from cadsurgery.masks.scored import ConfidenceMask, DetailMask
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.masks.wrappers import Budget, Dilate, MaskWrapper, Smooth, Threshold, Union

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.masks.filters import on_samples
+from cadsurgery.masks.filters import on_samples, resize
 from cadsurgery.masks.options import SHARE, between, check_options
-from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
+from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels, mask_provider
+from cadsurgery.support.describe import describe
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.provenance import function_at
 
 
 class UniformMask(MaskProvider):
@@ -107,15 +111,62 @@ class FixedMask(MaskProvider):
 
 
 class FunctionMask(MaskProvider):
-    """A mask computed by a function of the user, which maps an image to a level map or bool map."""
+    """A mask computed by a function of the user, which maps an image to a level map, a bool map or scores.
+
+    Scores are a floating-point map (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map; a budget or
+    thresholds behind the mask say what they keep.
+
+    Args:
+        function: maps the image batch (B, C, H, W) in the unit of masks (`masks.unit`) to a map. A callable, or the
+            name `module:function` of an importable one, which is the mask's text form.
+
+    Raises:
+        UnknownName: there is no such module or function.
+        InvalidInput: the function is not callable.
+    """
 
     image_only = True
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: str | Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.function = function
-        self.name = name_of(function)  # type: ignore[misc]
+        self.has_own_function = not isinstance(function, str)
+        self.function: Any = function
+        if isinstance(function, str):
+            self.function = function_at(function, "mask", "my_module:my_function")
+        self.name = function if isinstance(function, str) else name_of(function)  # type: ignore[misc]
+        if not callable(self.function):
+            raise InvalidInput(
+                f"{describe(self.function)} is not a function.",
+                where=f"mask {self.name}",
+                next="give a function image -> map, or the name module:function of one.",
+            )
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return the function's result for the image."""
         return self.function(image)
+
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return the function's scores, at least float32, resized to the fine map (bilinear, with antialiasing); of a
+        level map or bool map, the number of levels above the lowest.
+
+        Raises:
+            InvalidInput: the function returns no map.
+        """
+        scores = self.function(image)
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            return (grid.max_level - check_levels(scores, grid, self.name)).to(torch.float32)
+        if scores.dim() == 4 and scores.shape[1] == 1:
+            scores = scores.squeeze(1)
+        if scores.dim() != 3 or scores.shape[0] != grid.batch or 0 in scores.shape:
+            raise InvalidInput(
+                f"the function {self.name} returned {describe(scores)}.",
+                where=f"mask {self.name}",
+                next=f"return a floating-point tensor ({grid.batch}, h, w) or ({grid.batch}, 1, h, w) of scores.",
+            )
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return resize(scores, grid.size)
+
+    @property
+    def storable(self) -> bool:
+        """True if the function is named, so that the text form says which it is."""
+        return not self.has_own_function

@@ -24,10 +24,10 @@ SIFT, GIVEN, OWN = "sift", "given", "own"
 _CALL = "with cadsurgery.masks.keypoints_at(points): net(image)"
 
 
-class Side(float):
+class WindowSide(float):
     """Side of a window in pixels: a whole number; 0 for no window, `inf` for the whole image."""
 
-    def __new__(cls, value: Any) -> Side:
+    def __new__(cls, value: Any) -> WindowSide:
         """Convert a number or text; raise ValueError if it is not a side."""
         side = super().__new__(cls, value)
         if not (side == math.inf or (side >= 0 and side.is_integer())):
@@ -40,7 +40,7 @@ class Side(float):
     __repr__ = __str__
 
 
-_DILATIONS = (Side(51),)
+_DILATIONS = (WindowSide(51),)
 
 
 @mask_provider(
@@ -77,7 +77,7 @@ class KeypointMask(SteppedMask):
         super().__init__()
         try:
             self.dilations = tuple(
-                map(Side, dilations if isinstance(dilations, (tuple, list)) else (dilations,))
+                map(WindowSide, dilations if isinstance(dilations, (tuple, list)) else (dilations,))
             )
         except (TypeError, ValueError):
             self.dilations = ()
@@ -137,7 +137,9 @@ class KeypointMask(SteppedMask):
 
         The distance is the larger of both axes. In an image without a keypoint it is the longer side of the map.
         """
-        occupied = _mark_windows(self.points(image, grid), Side(2 * grid.output_stride - 1), grid, image)
+        occupied = _mark_windows(
+            self.points(image, grid), WindowSide(2 * grid.output_stride - 1), grid, image
+        )
         return closeness(occupied.float())
 
     def points(self, image: Tensor, grid: FineMapSpec) -> list[Tensor]:
@@ -200,7 +202,7 @@ def own_scores(output: Any, batch: int, where: str) -> Tensor:
     return maps[0]
 
 
-def _mark_windows(points: Sequence[Tensor], side: Side, grid: FineMapSpec, image: Tensor) -> Tensor:
+def _mark_windows(points: Sequence[Tensor], side: WindowSide, grid: FineMapSpec, image: Tensor) -> Tensor:
     """Mark (B, h, w) the samples whose first pixel lies in a window of this side around a keypoint's pixel.
 
     Each window adds +1 and -1 at its corners; cumulative sums over both axes fill it.

@@ -258,7 +258,8 @@ def check_levels(returned: object, grid: FineMapSpec, provider: str) -> Tensor:
             f"a mask cannot be {describe(returned)}.",
             where=where,
             why="floating-point values are neither levels nor a yes or no.",
-            next=f"threshold it, e.g. scores > 0.5, to get {expected}.",
+            next=f"threshold it, e.g. scores > 0.5, to get {expected}; or let a threshold or budget follow the mask: "
+            '"MASK | threshold:at=0.5".',
         )
     levels = returned.unsqueeze(0) if returned.dim() == 2 else returned
     if levels.dim() == 3 and levels.shape[0] == 1:

@@ -1,12 +1,10 @@
-"""Masks with thresholds on a score map: the interpolation error of the entering features, a function of the image, or
-the network's uncertainty after a first pass with everything downsampled.
+"""Masks with thresholds on a score map: the interpolation error of the entering features, or the network's uncertainty
+after a first pass with everything downsampled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,6 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import interpolation
 from cadsurgery.elements.backends.target import target_of_graph
-from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import first_pass_output
 from cadsurgery.masks.filters import blur, resize
 from cadsurgery.masks.graded import SteppedMask
@@ -25,14 +22,10 @@ from cadsurgery.masks.options import (
     check_options,
     several,
 )
-from cadsurgery.masks.provider import FineMapSpec, check_scores, mask_provider
-from cadsurgery.masks.saliency import spectral_residual
-from cadsurgery.support.describe import describe
+from cadsurgery.masks.provider import FineMapSpec, mask_provider
 from cadsurgery.support.divergence import class_scores
-from cadsurgery.support.errors import InvalidInput, UnknownName
-from cadsurgery.support.provenance import function_at
+from cadsurgery.support.errors import UnknownName
 
-SPECTRAL = "cadsurgery.masks.saliency:spectral_residual"
 MEASURES = ("margin", "entropy")
 
 
@@ -108,63 +101,6 @@ def missed(features: Tensor) -> Tensor:
     between = F.interpolate(every_second, size=size, mode="bilinear", align_corners=True)
     interpolated = F.pad(between, (0, width - size[1], 0, height - size[0]), mode="replicate")
     return features - interpolated
-
-
-@mask_provider("saliency", source="default function: spectral residual, Hou and Zhang, CVPR 2007")
-class SaliencyMask(ScoredMask):
-    """Keep high where a function of the image reaches the threshold; several thresholds give graded levels.
-
-    Args:
-        function: maps the image batch (B, C, H, W) in the unit of masks (`masks.unit`) to a floating-point map
-            (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map. A callable, or the name
-            `module:function` of an importable function.
-        threshold: on the map; several thresholds as in `ScoredMask`.
-
-    Raises:
-        UnknownName: there is no such module or function.
-        InvalidInput: the function is not callable, or thresholds as in `ScoredMask`.
-    """
-
-    image_only = True
-
-    def __init__(
-        self,
-        function: str | Callable[[Tensor], Tensor] = SPECTRAL,
-        threshold: float | tuple[float, ...] = (1.0,),
-    ) -> None:
-        super().__init__(threshold)
-        example = f"saliency:function={SPECTRAL}"
-        self._function: Any = function
-        if isinstance(function, str):  # the default is not imported by name, so that every file may name it
-            is_ours = function == SPECTRAL
-            self._function = spectral_residual if is_ours else function_at(function, "mask saliency", example)
-        if not callable(self._function):
-            raise InvalidInput(
-                f"{describe(self._function)} is not a function.",
-                where="mask saliency",
-                next="give a function image -> scores, or the name module:function of one.",
-            )
-        self.function = function if isinstance(function, str) else name_of(function)
-        self.has_own_function = not isinstance(function, str)
-
-    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Return the function's map, at least float32, resized to the fine map (bilinear, with antialiasing).
-
-        Raises:
-            InvalidInput: the function does not return a score map.
-        """
-        scores = self._function(image)
-        if isinstance(scores, Tensor) and scores.dim() == 4 and scores.shape[1] == 1:
-            scores = scores.squeeze(1)
-        wrong = not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() != 3
-        if wrong or scores.shape[0] != grid.batch or 0 in scores.shape:
-            raise InvalidInput(
-                f"the function {self.function} returned {describe(scores)}.",
-                where="mask saliency",
-                next=f"return a floating-point tensor ({grid.batch}, h, w) or ({grid.batch}, 1, h, w) of scores.",
-            )
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return check_scores(resize(scores, grid.size), grid, self.function, "saliency")
 
 
 @mask_provider("confidence", source="ours, after confidence-adaptive prediction (Liu et al., ICLR 2022)")

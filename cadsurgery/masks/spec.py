@@ -2,9 +2,10 @@
 
     mask   = sum { "|" wrapper }             a wrapper works on everything before it
     sum    = term { "+" term }               the finest level of several masks; binds tighter than the pipe
-    term   = name [":" options] | "(" mask ")"
+    term   = name [":" options] | module ":" function | "(" mask ")"
     options = option "=" value {"," option "=" value}
 
+`module:function` names a function of the user, from images to a map; what reads files of other people forbids it.
 For example, `edges + gradient:threshold=1 | budget:fraction=0.3` is a budget of both masks together, while
 `edges + (gradient | budget:fraction=0.1)` is edges plus a tenth of the patches by gradient.
 """
@@ -28,6 +29,12 @@ from cadsurgery.support.plain import split_options
 PIPE, PLUS = "|", "+"
 _MARKS = re.compile(r"([|()]|\+(?!\s*[\d.]))")  # the plus of 1e+16 belongs to a number
 _END = ""
+_GONE = {  # what to use instead of masks that were here, which files may name
+    "saliency": '"detail", or module:function for a function of your own',
+    **dict.fromkeys(
+        ("gain", "oracle"), '"detail", or a mask of recipes/voc_deeplab/gain.py, which is imported first'
+    ),
+}
 _MAX_MARKS = 64  # masks are read, written and evaluated recursively
 
 
@@ -153,6 +160,10 @@ def _named(text: str, *inner: MaskProvider) -> MaskProvider:
     if provider is None and inner:
         known = [known for known, wrapper in PROVIDERS.items() if wrapper.takes == "one"]
         raise UnknownName("mask wrapper", name, known, next=f"write {_example_of_a_pipe()}.")
+    if provider is None and ":" in text and "=" not in text:
+        return FunctionMask(text.strip())
+    if provider is None and name in _GONE:
+        raise InvalidInput(f"mask {name!r} is gone; instead: {_GONE[name]}.", next="give such a mask.")
     if provider is None:
         raise UnknownName("mask", name, PROVIDERS)
     needed = "other masks" if provider.takes == "many" else "another mask"

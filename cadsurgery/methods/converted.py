@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import Source
 from cadsurgery.masks.masking import check_image
-from cadsurgery.methods.program import Program, Work, work_of
+from cadsurgery.methods.program import CallWork, StepProgram, work_of
 from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
@@ -88,6 +88,11 @@ class ConvertedModel(Derived):
         already: message for a network that is converted already.
         convert: the function that converts.
         plan_type: class of the plans.
+        group: name of the parameters that the method adds, as a group of trained ones; empty for none.
+        group_in_words: a network that has the group, in words, where the group can be trained alone; else empty.
+        by_length: True if AdamW trains the group's tensors at a rate divided by their number of values.
+        child: name of the child module that holds the group.
+        objective: name of the objective by which `fit` trains such networks.
         option_types: types of the options in files: those of `convert`, and further attributes of the network.
         field_types: types of the other fields in files.
         plan: how the network was converted.
@@ -100,6 +105,11 @@ class ConvertedModel(Derived):
     already: ClassVar[str] = "this network is converted already."
     convert: ClassVar[Callable[..., Any]]
     plan_type: ClassVar[type[MethodPlan]]
+    group: ClassVar[str] = ""
+    group_in_words: ClassVar[str] = ""
+    by_length: ClassVar[bool] = False
+    child: ClassVar[str] = ""
+    objective: ClassVar[str] = ""
     option_types: ClassVar[dict[str, Any]] = {}
     field_types: ClassVar[dict[str, Any]] = {}
     plan: Any
@@ -123,6 +133,23 @@ class ConvertedModel(Derived):
     def fitting(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adapt the tensors of a file, possibly an older one, to this network."""
         return tensors
+
+    @property
+    def inner(self) -> nn.Module:
+        """The network that was converted: this one, or the one that it holds."""
+        return self
+
+    @property
+    def decided_by(self) -> str:
+        """What decides where the network computes, in words."""
+        return self.method
+
+    def identity(self) -> dict[str, Any]:
+        """Return the plain values, besides the plan, that must be the same when a training is resumed."""
+        return {}
+
+    def train_part(self) -> None:
+        """Set the training mode in which the group alone is trained, in a network in evaluation mode."""
 
     @classmethod
     def check_stored(cls, path: str | Path, stored: Stored, tensors: dict[str, Tensor]) -> None:
@@ -338,13 +365,13 @@ class GraphModel(ConvertedModel):
         check_image(image_of(arguments))
         return arguments
 
-    def work(self, arguments: dict[str, Any]) -> Work:
+    def work(self, arguments: dict[str, Any]) -> CallWork:
         """Return shapes and multiply-accumulates of a call without running it; cached for the last few shapes."""
         key = tuple(
             (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, repr(value))
             for name, value in arguments.items()
         )
-        work: Work = self.remember(
+        work: CallWork = self.remember(
             ("work", key),
             lambda: work_of(
                 self.program.steps, self.remember("meta copy", lambda: meta_copy(self)), arguments
@@ -385,7 +412,7 @@ class GraphModel(ConvertedModel):
                 origins[node.name] = kernel.origin
         return fused
 
-    def inference_copy(self, fused: Fused, program: Program) -> Self:
+    def inference_copy(self, fused: Fused, program: StepProgram) -> Self:
         """Create a network of the same class that runs `program` on the modules of `fused`."""
         net = type(self)(fused.module, program, self.options, **self.settings)
         net.plan, net.source = self.plan, self.source

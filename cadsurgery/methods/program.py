@@ -32,7 +32,7 @@ class Ref(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Step:
+class ProgramStep:
     """A node of the graph as a plain value.
 
     Attributes:
@@ -71,7 +71,7 @@ def _map(part: Any, value_of: Callable[[str], Any]) -> Any:
 
 def steps_of(
     nodes: Iterable[fx.Node], kept: Iterable[fx.Node] = (), spatial: Mapping[str, SpatialKind] | None = None
-) -> dict[fx.Node, Step]:
+) -> dict[fx.Node, ProgramStep]:
     """Convert nodes to steps.
 
     Args:
@@ -85,20 +85,20 @@ def steps_of(
         if value not in kept:
             frees.setdefault(reader, []).append(value.name)
 
-    def step(node: fx.Node) -> Step:
+    def step(node: fx.Node) -> ProgramStep:
         args, kwargs = (
             map_aggregate(part, lambda item: Ref(item.name) if isinstance(item, fx.Node) else item)
             for part in (node.args, node.kwargs)
         )
         reads, freed = tuple(value.name for value in node.all_input_nodes), tuple(frees.get(node, ()))
         kind = (spatial or {}).get(node.name, WHOLE)
-        return Step(node.name, node.op, node.target, args, kwargs, reads, freed, kind)  # type: ignore[arg-type]
+        return ProgramStep(node.name, node.op, node.target, args, kwargs, reads, freed, kind)  # type: ignore[arg-type]
 
     return {node: step(node) for node in nodes}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Program:
+class StepProgram:
     """A graph and the steps that run it.
 
     Attributes:
@@ -113,7 +113,7 @@ class Program:
     signature: inspect.Signature
     container: type = dict
     is_fused: bool = False
-    steps: tuple[Step, ...] = field(repr=False)
+    steps: tuple[ProgramStep, ...] = field(repr=False)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name, including defaults."""
@@ -123,7 +123,7 @@ class Program:
         """Convert the output of the graph to the original's output type."""
         return contain(output, self.container)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepProgram:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Program:
 
 
 @dataclass(eq=False)
-class Call:
+class StepwiseCall:
     """A call of a network, which runs step by step.
 
     Attributes:
@@ -145,7 +145,7 @@ class Call:
     net: nn.Module
     arguments: dict[str, Any]
 
-    def compute(self, step: Step, value_of: Callable[[str], Any]) -> Any:
+    def compute(self, step: ProgramStep, value_of: Callable[[str], Any]) -> Any:
         """Run a step as the graph does, with the values that `value_of` returns for the names of other steps."""
         if step.op == "placeholder":
             return self.arguments[step.target]
@@ -161,9 +161,11 @@ class Call:
         return step.target(*args, **kwargs)
 
 
-def call(net: nn.Module, step: Step, value_of: Callable[[str], Any], arguments: Mapping[str, Any]) -> Any:
-    """Run a step as the graph does, in a call of a network with these arguments; see `Call`."""
-    return Call(net, dict(arguments)).compute(step, value_of)
+def call(
+    net: nn.Module, step: ProgramStep, value_of: Callable[[str], Any], arguments: Mapping[str, Any]
+) -> Any:
+    """Run a step as the graph does, in a call of a network with these arguments; see `StepwiseCall`."""
+    return StepwiseCall(net, dict(arguments)).compute(step, value_of)
 
 
 def attribute(net: nn.Module, path: str) -> Any:
@@ -181,7 +183,7 @@ def attribute(net: nn.Module, path: str) -> Any:
 # -- shapes and MACs without running the network ---------------------------------------------------------
 
 
-class Work(NamedTuple):
+class CallWork(NamedTuple):
     """Shapes and multiply-accumulates of a call, known before it is run.
 
     Attributes:
@@ -202,7 +204,7 @@ class Work(NamedTuple):
         return (shape[2], shape[3]) if len(shape) == 4 else None
 
 
-def work_of(steps: Iterable[Step], meta_copy: nn.Module, arguments: Mapping[str, Any]) -> Work:
+def work_of(steps: Iterable[ProgramStep], meta_copy: nn.Module, arguments: Mapping[str, Any]) -> CallWork:
     """Compute the work of a call on `meta_copy`, a copy of the network on the meta device."""
     macs, shapes, numbers, env = (
         dict[str, int](),
@@ -210,7 +212,7 @@ def work_of(steps: Iterable[Step], meta_copy: nn.Module, arguments: Mapping[str,
         dict[str, Any](),
         dict[str, Any](),
     )
-    call = Call(meta_copy, tree_map(to_meta, arguments))
+    call = StepwiseCall(meta_copy, tree_map(to_meta, arguments))
     with torch.no_grad(), MacCounter() as counter:
         for step in steps:
             before = counter.macs
@@ -222,7 +224,7 @@ def work_of(steps: Iterable[Step], meta_copy: nn.Module, arguments: Mapping[str,
                 numbers[step.name] = value
             for name in step.frees:
                 del env[name]
-    return Work(macs, shapes, numbers, tuple(sorted(counter.not_counted)))
+    return CallWork(macs, shapes, numbers, tuple(sorted(counter.not_counted)))
 
 
 def _is_number(value: Any) -> bool:

@@ -40,7 +40,7 @@ def save(net: AdaptiveModel | ConvertedModel, path: str | Path) -> None:
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> Converted:
-    """Read a converted network written by `save` or `push_to_hub`.
+    """Read a converted network written by `save` or `push`.
 
     A file cannot make this function run foreign code: unless `trust` is set, a network or function that it names
     must be part of this package or listed by torchvision or timm.

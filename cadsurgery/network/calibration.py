@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from cadsurgery.data import SegmentationData, sample_of
-from cadsurgery.data.images import find_images, read_image
+from cadsurgery.data.images import find_images, normalise, read_image
 from cadsurgery.masks.unit import Normalisation
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import image_of
@@ -23,6 +24,15 @@ _FORMS = (
 )
 # Values of a picture, undone from its normalisation, beyond which it is none in 0..1; noise is to pass.
 _LEAST, _MOST = -3.0, 4.0
+
+
+def images_to_calibrate(net: AdaptiveModel, images: Any) -> list[Any]:
+    """Return image batches for a network from what a user gives, or dictionaries; see `read_calibration`."""
+    return read_calibration(
+        images,
+        lambda image: normalise(image, pictures_for(net)),
+        None if net.hosts_part else net.normalisation,
+    )
 
 
 def read_calibration(

@@ -1,4 +1,4 @@
-"""Agreement of a network or file in 8 bits with its float version."""
+"""Agreement of a file in 8 bits with its float version."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNSAID = 0.01  # errors above give a warning
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Agreement of an 8-bit network or file with its float version on the calibration images.
+    """Agreement of a file in 8 bits with its float version on the calibration images.
 
     Attributes:
         error: root mean square of the differences relative to that of the outputs; the largest over all outputs.

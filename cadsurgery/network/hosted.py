@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, shapes_of
-from cadsurgery.network.optimized import Precision
 from cadsurgery.network.program import PARTS, Derived
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.torch_internals import is_exporting
@@ -159,13 +158,7 @@ class HostedModel(Host, AdaptiveModel):
         inputs, named = self.reach_part(*args, **kwargs)
         return self.part.macs(*inputs, mask=mask, rule=rule, **named)
 
-    def _optimize(self, fuse: bool, wanted: Precision) -> HostedModel:
-        if wanted.is_asked:
-            raise InvalidInput(
-                "a network that hosts its adaptive part is not put into another precision.",
-                why="calibration images can only be run through a network that is adaptive as a whole.",
-                next="convert the part itself, cs.adaptify(model.backbone), and optimize() that.",
-            )
+    def _optimize(self, fuse: bool) -> HostedModel:
         return self.with_part(self.part.optimize(fuse))
 
     @property

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.elements.backends.integer_layers import to_bytes
 from cadsurgery.elements.functional import to_elements
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, describe_error, first_line
@@ -54,7 +53,7 @@ def wrong_for_weights(net: nn.Module, graph: fx.Graph, image: Tensor) -> Invalid
                 f"the image is on {image.device}, the network on {weight.device}.",
                 next=f'bring them together: image.to("{weight.device}"), or net.to("{image.device}").',
             )
-        if refusal := wrong_type(image, torch.float32 if weight.dtype == torch.int8 else weight.dtype):
+        if refusal := wrong_type(image, weight.dtype):
             return refusal
         if weight.dim() == 4 and image.shape[1] != weight.shape[1] * groups:
             return _wrong_channels(image, weight.shape[1] * groups)
@@ -129,7 +128,7 @@ def _readers(net: nn.Module, graph: fx.Graph) -> Iterator[tuple[Tensor, int]]:
     image: Any = next((node.args[1] for node in graph.nodes if node.target is ask_mask), None)
     waiting = [(image, user) for user in image.users] if image is not None else []
     for source, node in waiting:
-        if node.target in (to_elements, to_bytes):
+        if node.target is to_elements:
             waiting += [(node, user) for user in node.users]
             continue
         if not node.args or node.args[torch_target(node) is None] is not source:

@@ -34,7 +34,7 @@ from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order
 from cadsurgery.surgery.graphs import torch_target
 from cadsurgery.surgery.hooks import copying
-from cadsurgery.surgery.plan import Work
+from cadsurgery.surgery.plan import PlannedWork
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
 
@@ -232,7 +232,7 @@ def _uniform_macs(counted: Program, level: int, arguments: Arguments) -> int:
     return sum(counter.counts.values())
 
 
-def count_planned(program: Program, arguments: Arguments, is_example: bool) -> Work | None:
+def count_planned(program: Program, arguments: Arguments, is_example: bool) -> PlannedWork | None:
     """Count the work of a planned conversion: as given, everything high, everything low; None if it cannot be counted.
 
     Args:
@@ -254,7 +254,7 @@ def count_planned(program: Program, arguments: Arguments, is_example: bool) -> W
             }
             given = by_level[own] if own is not None else _given_macs(counted, (), call, "conv")
             if given:
-                return Work(given, by_level[0], by_level[plan.max_level], tuple(image_of(call).shape))
+                return PlannedWork(given, by_level[0], by_level[plan.max_level], tuple(image_of(call).shape))
     return None
 
 

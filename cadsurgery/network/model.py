@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.masks.basic import UniformMask
@@ -34,16 +32,13 @@ from cadsurgery.network.adapters import (
     make_refinements,
     with_adapters,
 )
-from cadsurgery.network.calibration import read_calibration
 from cadsurgery.network.convert import convert_for_call
 from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.inputs import first_value
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
-from cadsurgery.network.optimized import FLOAT, Precision, fuse_network, put_in_precision
+from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Masked, Program, ProgramNetwork, frozen_copy, refuse_torchscript
-from cadsurgery.network.quantise import Quantisation
-from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import CadWarning, InvalidInput
+from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.support.torch_internals import is_exporting, is_transformed, tree_leaves
 from cadsurgery.surgery.arguments import kinds_of
@@ -70,7 +65,6 @@ class AdaptiveModel(ProgramNetwork):
     """
 
     hosts_part = False  # True if the network runs its own code with one adaptive part; see `HostedModel`
-    quantisation: Quantisation | None = None  # set on an optimised copy in 8 bits
 
     def __init__(self, model: nn.Module, program: Program, mask: object) -> None:
         """Take over the modules of `model`; users call `cadsurgery.adaptify` instead."""
@@ -360,9 +354,8 @@ class AdaptiveModel(ProgramNetwork):
         self,
         fuse: bool = True,
         *,
-        precision: str = "float",
+        precision: str = FLOAT,
         calibration: Any = None,
-        largest_error: float | None = None,
         step: Step = silent,
     ) -> AdaptiveModel:
         """Return a copy for inference: batch norm folded, residuals and activations fused, weights packed.
@@ -375,37 +368,28 @@ class AdaptiveModel(ProgramNetwork):
         Args:
             fuse: False only folds batch norm and leaves everything else to torch; with a uniform mask this is the
                 best ordinary dense network, with which `cadsurgery bench` compares.
-            precision: `float` keeps the precision of the weights. `int8` quantises weights and activations to 8 bits
-                wherever there is a kernel and the calibration shows little error, and keeps the rest in float32; see
-                `quantisation` of the copy. Without compiled kernels a warning is given, and the copy is float.
-            calibration: for `int8`, about 8 to 100 images like those of later calls: a folder of photos, or tensors
-                preprocessed for the network, in any form that `network.calibration.read_calibration` lists. They are
-                run with the network's own mask.
-            largest_error: for `int8`, the largest error of the outputs relative to their size (root mean squares over
-                the first images). The first layers, which cause most of the error, then stay in float32 (up to half of
-                all layers), which costs time. By default only layers with by far the largest error do.
-            step: progress callback of the calibration for `int8`; see `cadsurgery.support.progress.Step`.
+            precision: `float` keeps the precision of the weights; the copy in `bfloat16` takes images in bfloat16, too.
+                8 bits are for files: `cadsurgery.export`.
+            calibration: images for 8 bits, which are refused here with what to call.
+            step: progress callback; see `cadsurgery.support.progress.Step`.
 
         Raises:
             UnknownName: an unknown precision.
-            InvalidInput: `int8` without images; images or `largest_error` without `int8`; an impossible error; a
-                network that is not in float32 on the CPU, hosts its adaptive part, or is optimised already.
-            CannotConvert: no layer can be quantised.
-
-        Warns:
-            CadWarning: `int8` is not available here, or the outputs differ from float by more than `largest_error`, by
-                default by more than 1 % of their size; the warning names the error and the layers that cause it.
+            InvalidInput: 8 bits; or another precision for a network that is optimised already.
         """
+        check_precision(precision, calibration)
         with waiting(step) as shown:
             shown("optimising the network")
-            if calibration is not None and precision == "int8":
-                calibration = _calls_to_calibrate(self, calibration)
-            return self._optimize(fuse, Precision(precision, calibration, largest_error, shown))
+            fast = self._optimize(fuse)
+        if precision != FLOAT and fast is self:
+            raise InvalidInput(
+                f"an optimised network is not put into {precision}.",
+                next=f"ask the network it was made from: net.optimize(precision={precision!r}).",
+            )
+        return fast.to(torch.bfloat16) if precision == BFLOAT16 else fast
 
-    def _optimize(self, fuse: bool, wanted: Precision) -> AdaptiveModel:
-        fast = OptimizedModel(self, fuse, with_own=wanted.name == FLOAT)
-        fast.quantisation = put_in_precision(fast, wanted)
-        return fast
+    def _optimize(self, fuse: bool) -> AdaptiveModel:
+        return OptimizedModel(self, fuse)
 
     def __getattr__(self, name: str) -> Any:
         """Return modules, parameters, and plain attributes of the original such as `num_classes`; not its methods,
@@ -498,11 +482,11 @@ def _inference_copy(net: AdaptiveModel) -> AdaptiveModel:
 class OptimizedModel(AdaptiveModel):
     """An adaptive network for inference only; see `AdaptiveModel.optimize`. Any number of threads may call it."""
 
-    def __init__(self, net: AdaptiveModel, epilogues: bool, with_own: bool = True) -> None:
-        """Fuse the graph of `net` and copy the modules that it still needs; see `fuse_network` for the options."""
+    def __init__(self, net: AdaptiveModel, epilogues: bool) -> None:
+        """Fuse the graph of `net` and copy the modules that it still needs; see `fuse_network` for `epilogues`."""
         net.program.check_modules()
         source = _inference_copy(net)
-        super().__init__(*fuse_network(source, epilogues, with_own), source.mask)
+        super().__init__(*fuse_network(source, epilogues), source.mask)
         take_over(self, source)
         # Calls that take another path are converted from the unfolded weights.
         self._unfused: tuple[AdaptiveModel, ...] = ()
@@ -548,18 +532,11 @@ class OptimizedModel(AdaptiveModel):
         return counted
 
     def _follow(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
-        """Convert and optimise the network for calls that take another path, always in float."""
+        """Convert and optimise the network for calls that take another path."""
         if not self._unfused:
             raise refusal
         source = copy.copy(self._unfused[0])
         source._program = source._follow(arguments, refusal)
-        if self.quantisation is not None:
-            warnings.warn(
-                "this image takes another path through the network than the calibration images: it runs in float "
-                f"there. {refusal.where}",
-                CadWarning,
-                stacklevel=2,
-            )
         way = OptimizedModel(source, self._epilogues)
         way._unfused, way._unit = (), self._unit
         return way.program
@@ -575,12 +552,7 @@ class OptimizedModel(AdaptiveModel):
         super()._apply(fn, recurse)
         return self
 
-    def _optimize(self, fuse: bool, wanted: Precision) -> OptimizedModel:
-        if wanted.name != FLOAT:
-            raise InvalidInput(
-                f"an optimised network is not put into {wanted.name}.",
-                next="ask the network it was made from: net.optimize(precision=..., calibration=images).",
-            )
+    def _optimize(self, fuse: bool) -> OptimizedModel:
         return self
 
 
@@ -606,31 +578,6 @@ def pictures_for(net: nn.Module) -> Source:
     if isinstance(net, AdaptiveModel) and not net.hosts_part:
         net._unit.set_once(Normalisation(source.mean, source.std, "as pictures are prepared for it"))
     return source
-
-
-def images_to_calibrate(net: AdaptiveModel, images: Any) -> list[Any]:
-    """Return image batches for a network from what a user gives, or dictionaries; see `read_calibration`."""
-    return read_calibration(
-        images,
-        lambda image: normalise(image, pictures_for(net)),
-        None if net.hosts_part else net.normalisation,
-    )
-
-
-def _calls_to_calibrate(net: AdaptiveModel, images: Any) -> list[Any]:
-    """Return what a network is called with to calibrate, from what a user gives.
-
-    Raises:
-        InvalidInput: see `read_calibration`; or images for a network that takes a dictionary, or the reverse.
-    """
-    calls, takes_image = images_to_calibrate(net, images), net.program.masks_an_argument
-    if any(isinstance(call, Tensor) != takes_image for call in calls):
-        reads = "an image" if takes_image else "a dictionary or list with its image"
-        raise InvalidInput(
-            f"the network takes {reads}, and is calibrated by {describe(calls[0])}.",
-            next="give what it is called with: image batches, or a list of dictionaries, [{'image': batch}, ...].",
-        )
-    return calls
 
 
 def shapes_of(net: AdaptiveModel) -> dict[str, torch.Size]:

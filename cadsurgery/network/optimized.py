@@ -1,32 +1,28 @@
-"""Make the inference copy of an adaptive network: fold, fuse, pack, and convert the precision."""
+"""Make the inference copy of an adaptive network: fold, fuse and pack."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.program import Program, ProgramNetwork
-from cadsurgery.network.quantise import Quantisation, quantise
-from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
-from cadsurgery.support.progress import Step, silent
+from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.surgery.hooks import Watched, child, freeze_computed_weights
 
-PRECISIONS = (FLOAT := "float", "int8")
+PRECISIONS = (FLOAT := "float", BFLOAT16 := "bfloat16")
 
 
-def fuse_network(source: ProgramNetwork, epilogues: bool, with_own: bool) -> tuple[fx.GraphModule, Program]:
-    """Fuse a network's graph; return the modules that the fused graph needs, and its program.
+def fuse_network(source: ProgramNetwork, epilogues: bool) -> tuple[fx.GraphModule, Program]:
+    """Fuse a network's graph, and its own one, which floors run where everything is high; return the modules that the
+    fused graphs need, and the program.
 
     Args:
         source: a copy of the network in evaluation mode, which is changed and cannot be used afterwards.
         epilogues: see `fuse`.
-        with_own: True also fuses the network's own graph, which floors run where everything is high.
     """
     graph = source.program.graph
     used = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
@@ -39,7 +35,7 @@ def fuse_network(source: ProgramNetwork, epilogues: bool, with_own: bool) -> tup
         vars(root)[kind].update(vars(source)[kind])
     for name in source._constants.keys() - source._parameters.keys():
         root.register_buffer(name, getattr(source.program.names(), name))
-    own = source.program.unchanged if with_own and source.program.plan.floors else None
+    own = source.program.unchanged if source.program.plan.floors else None
     graph, kernels = fuse(split_norms(graph, root)[0], root, epilogues)
     if own is not None:
         own, _ = fuse(split_norms(own, root)[0], root, epilogues, kernels)
@@ -66,55 +62,18 @@ def _reading(graphs: list[fx.Graph]) -> fx.Graph:
     return reading
 
 
-class Precision(NamedTuple):
-    """A precision and how it is reached; see `AdaptiveModel.optimize`."""
-
-    name: str = FLOAT
-    calibration: Any = None
-    largest_error: float | None = None
-    step: Step = silent
-
-    @property
-    def is_asked(self) -> bool:
-        """True if anything but the defaults is asked for."""
-        return self.name != FLOAT or self.calibration is not None or self.largest_error is not None
-
-
-def check_precision(precision: str, calibration: Any, largest_error: float | None = None) -> None:
-    """Refuse a precision that `optimize` cannot reach with such options.
+def check_precision(precision: str, calibration: Any = None) -> None:
+    """Refuse a precision that a copy in torch cannot have.
 
     Raises:
+        InvalidInput: 8 bits, or images to calibrate them by: these are for files.
         UnknownName: there is no such precision.
-        InvalidInput: int8 without images to calibrate by, images without int8, or an invalid largest error.
     """
-    if precision not in PRECISIONS:
-        raise UnknownName("precision", precision, PRECISIONS)
-    if (precision == FLOAT) != (calibration is None):
+    if precision == "int8" or calibration is not None:
         raise InvalidInput(
-            f"precision {precision} {'lacks' if calibration is None else 'takes no'} images to calibrate by.",
-            next='give both: precision="int8", calibration=images; or --precision int8 --calibration FOLDER.',
+            "a copy in torch is not put into 8 bits, and takes no images to calibrate by.",
+            why="files in 8 bits run in ONNX Runtime and OpenVINO, with this package's kernels.",
+            next='write one: cs.export(net, image, "net.onnx", precision="int8", calibration=images, '
+            "with_kernels=True); or cadsurgery export ... --precision int8 --calibration FOLDER --with-kernels.",
         )
-    if largest_error is not None and (precision == FLOAT or not largest_error > 0):
-        raise InvalidInput(
-            f"precision {precision} with outputs that differ by {largest_error} at most.",
-            why="it limits the error of int8 outputs, relative to their size.",
-            next="leave it out, or give a share of the outputs' size with int8: largest_error=0.05; or --precision "
-            "int8 --calibration FOLDER --largest-error 0.05.",
-        )
-
-
-def put_in_precision(fast: ProgramNetwork, wanted: Precision) -> Quantisation | None:
-    """Convert an optimised copy to a precision, see `AdaptiveModel.optimize`; return its quantisation, if any."""
-    precision, calibration, largest_error, step = wanted
-    check_precision(precision, calibration, largest_error)
-    if precision == FLOAT:
-        return None
-    if form_here() is None:
-        warnings.warn(
-            "this copy is not in 8 bits: there are no compiled kernels here (cadsurgery --version says why). It stays "
-            "in float; .to(torch.bfloat16) is faster where the processor has bfloat16.",
-            CadWarning,
-            stacklevel=4,
-        )
-        return None
-    return quantise(fast, calibration, largest_error, step)
+    check_name("precision", precision, PRECISIONS)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cadsurgery.data.hub import FILE, fetch, is_address
+from cadsurgery.data.hub import fetch, is_address
 from cadsurgery.data.networks import Source, build_again
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
@@ -79,8 +79,7 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if method:
             raise InvalidInput(
                 f"{type(net).__name__} was made by {method}, not by cs.adaptify.",
-                next=f'write it with cs.save(net, "{FILE}"); uploaded under that name (hf upload owner/name {FILE}), '
-                "cs.load('hf:owner/name') reads it.",
+                next="write it with cs.save, which takes every method's networks.",
             )
         raise InvalidInput(
             f"{type(net).__name__} is not a converted network.",
@@ -162,7 +161,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> AdaptiveModel:
-    """Load an adaptive network from a file of `save` or `push_to_hub`; see `cadsurgery.load`."""
+    """Load an adaptive network from a file of `save` or `push`; see `cadsurgery.load`."""
     mask = None if mask is None else resolve_mask(mask)
     if model is not None:
         check_network(model)

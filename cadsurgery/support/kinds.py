@@ -18,10 +18,9 @@ CONVERTED_KEY = "cadsurgery"  # metadata key of converted networks in safetensor
 # Key of the metadata of ONNX files with this package's kernels, and its value, which is the document's text, too.
 KERNELS_KEY = "cadsurgery.kernels"
 HOW_TO_OPEN = (
-    "This file calls functions of the domain cadsurgery. OpenVINO does not expand them, and may end the process with a "
-    'segmentation fault: call core.add_extension(cadsurgery.kernels_for("openvino")) before it reads the file. ONNX '
-    "Runtime runs the file as it is, and faster with "
-    'options.register_custom_ops_library(cadsurgery.kernels_for("onnxruntime")).'
+    "This file calls kernels of the domain cadsurgery, whose library must be registered before an engine reads it: in "
+    'ONNX Runtime by options.register_custom_ops_library(cadsurgery.kernels_for("onnxruntime")), in OpenVINO by '
+    'core.add_extension(cadsurgery.kernels_for("openvino")). Without a library, export the network without kernels.'
 )
 _START = 1024  # bytes from which kinds are recognised
 
@@ -63,7 +62,7 @@ WEIGHTS = FileKind(
 )
 CONVERTED = FileKind(
     "a converted network",
-    "cadsurgery run {path} IMAGES runs it; plan, macs, eval, export and push take it as it is, and mask as -m {path}.",
+    "cadsurgery run {path} IMAGES runs it; plan, macs, eval and export take it as it is, and mask as -m {path}.",
 )
 EXPORTED = FileKind(
     "a program exported by torch",
@@ -147,11 +146,11 @@ def check_kind(path: str | Path, *expected: FileKind, what: str = "") -> None:
 def kind_refused(path: str | Path, kind: FileKind, what: str) -> FileError:
     """Return the error for a file of a kind where something else is expected, described by `what`."""
     use = kind.use.format(path=shlex.quote(str(path)))
-    more = HOW_TO_OPEN if kind is ONNX and files.is_file(path) and _has_kernels(Path(path)) else ""
+    more = HOW_TO_OPEN if kind is ONNX and files.is_file(path) and has_kernels(Path(path)) else ""
     return FileError(f"{path} is {kind.words}, not {what}.", why=more, next=use)
 
 
-def _has_kernels(path: Path) -> bool:
+def has_kernels(path: Path) -> bool:
     """True if an ONNX file calls this package's kernels."""
     with path.open("rb") as file:
         if not path.stat().st_size:

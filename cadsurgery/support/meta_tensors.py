@@ -24,7 +24,7 @@ _PLAIN_TYPES = frozenset((*_PLAIN, torch.memory_format))
 _TENSORS = frozenset((Tensor, nn.Parameter))
 
 
-class _Unknown(Exception):
+class _DependsOnValues(Exception):
     """A result depends on values."""
 
 
@@ -34,7 +34,7 @@ def call(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return operation(*args, **kwargs)
     try:
         key = (operation, torch.get_default_dtype(), _describe(args), _describe(tuple(kwargs.items())))
-    except _Unknown:
+    except _DependsOnValues:
         return operation(*args, **kwargs)
     if key in _KNOWN:
         return args[0] if kind == "in place" else _make(_KNOWN[key])
@@ -66,12 +66,12 @@ def _describe(value: Any) -> Hashable:
     """
     if type(value) in _TENSORS:
         if not value.is_meta or value.layout is not torch.strided:
-            raise _Unknown
+            raise _DependsOnValues
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (tuple, list)):
         return tuple(map(_describe, value))
     if type(value) not in _PLAIN_TYPES:
-        raise _Unknown
+        raise _DependsOnValues
     return type(value), value
 
 

@@ -5,7 +5,7 @@ Without a launcher there is one process, and Accelerate is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
@@ -21,15 +21,10 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=1)  # processes may finish their shares of a large folder hours apart
 
 
-def share(items: Iterable[T]) -> Iterator[tuple[int, T]]:
-    """Yield this process's items with their positions: every `size`-th item, starting at its rank."""
-    here = world()
-    return islice(enumerate(items), here.rank, None, here.size)
-
-
 def shard(items: Sequence[T]) -> list[tuple[int, T]]:
-    """Return what `share` yields."""
-    return list(share(items))
+    """Return this process's items with their positions: every `size`-th item, starting at its rank."""
+    here = world()
+    return list(islice(enumerate(items), here.rank, None, here.size))
 
 
 def gather(share: T, device: torch.device) -> list[T]:

@@ -84,11 +84,11 @@ def take_image(model: nn.Module, image: Any) -> Arguments:
 # -- what is known of the arguments while a network is traced ------------------------------------------
 
 
-class _Unknown:
+class _UnknownArgument:
     """Stands for an argument of which nothing is known."""
 
 
-_UNKNOWN = _Unknown()
+_UNKNOWN = _UnknownArgument()
 
 
 @dataclass(frozen=True)

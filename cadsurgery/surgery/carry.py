@@ -94,7 +94,7 @@ class Symbol(Value):
             return getattr(value, name)
         if not hasattr(Tensor, name) or is_argument(self.node):
             getattr(self.tracer.value(self), name)  # raises the error that `hasattr` asks for
-        return _Attribute(self, name)
+        return _Lookup(self, name)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,7 +107,7 @@ class Symbol(Value):
     @property
     def type(self) -> Any:
         """The method `type` of a tensor; the attribute of anything else, such as a device."""
-        return self._type_of if isinstance(self.tracer.value(self), Tensor) else _Attribute(self, "type")
+        return self._type_of if isinstance(self.tracer.value(self), Tensor) else _Lookup(self, "type")
 
     def _type_of(self, dtype: Any = None, **options: Any) -> Any:
         """Return the name of the type, or convert to a type given by name, class or dtype."""
@@ -160,7 +160,7 @@ class Symbol(Value):
         return other // self, other % self
 
 
-class _Attribute(fx.proxy.Attribute, Symbol):
+class _Lookup(fx.proxy.Attribute, Symbol):
     """An attribute of a symbol; its node is created only when its value is needed, since it may be a method."""
 
 

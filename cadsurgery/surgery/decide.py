@@ -16,7 +16,7 @@ from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Role, copy_read, flow_forward, why_inside_cells
 from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan, Prospect
-from cadsurgery.surgery.readings import Reading, consider, read_dilations
+from cadsurgery.surgery.readings import DilationReading, consider, read_dilations
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line
 from cadsurgery.surgery.region import Region, floor_region, region_of
 from cadsurgery.surgery.settle import Refusal, settle_flow
@@ -190,12 +190,14 @@ def _up_to(coarsest: int, asked: Refusal, flow: Flow) -> Refusal:
     return refused
 
 
-def _possible(readings: Sequence[Reading]) -> tuple[tuple[int, int], ...]:
+def _possible(readings: Sequence[DilationReading]) -> tuple[tuple[int, int], ...]:
     """Return all pairs of high and low output stride, starting with those of the preferred reading."""
     return tuple(dict.fromkeys(pair for reading in readings for pair in reading.possible))
 
 
-def _choose(readings: Sequence[Reading], asked: tuple[int, int] | None) -> tuple[Reading, tuple[int, int]]:
+def _choose(
+    readings: Sequence[DilationReading], asked: tuple[int, int] | None
+) -> tuple[DilationReading, tuple[int, int]]:
     """Return the reading to plan, and its (high, low) output stride: the requested pair or the default."""
     if asked is None:
         first = next(reading for reading in readings if reading.usual is not None)

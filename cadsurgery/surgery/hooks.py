@@ -297,7 +297,7 @@ def _holders(path: str) -> Iterator[str]:
         yield path
 
 
-class _Seen(NamedTuple):
+class _CheckedModule(NamedTuple):
     """A module that passed the check, with the values by which changes are detected."""
 
     siblings: dict[str, Any]
@@ -317,7 +317,7 @@ class Watch:
     def __init__(self, net: nn.Module, watched: tuple[Watched, ...]) -> None:
         """Take a network and the modules that its rewritten graph relies on."""
         self._net, self._watched = net, watched
-        self._seen: tuple[_Seen, ...] = ()
+        self._seen: tuple[_CheckedModule, ...] = ()
         self._order: _Order | None = None
 
     def __call__(self) -> None:
@@ -331,7 +331,7 @@ class Watch:
             self._seen = tuple(map(self._look_at, self._watched, before))
             self._order = _Order(self._seen)
 
-    def _look_at(self, watched: Watched, before: _Seen | None) -> _Seen:
+    def _look_at(self, watched: Watched, before: _CheckedModule | None) -> _CheckedModule:
         module = child(self._net, watched.path)
         if module is None:
             raise _exchange(watched, "it is gone")
@@ -354,7 +354,7 @@ class Watch:
         holder, _, name = watched.path.rpartition(".")
         around, children = child(self._net, holder), tuple(module._modules)
         assert around is not None
-        seen = _Seen(around._modules, name, module, type(module), children, _settings(module))
+        seen = _CheckedModule(around._modules, name, module, type(module), children, _settings(module))
         if before is not None and _own(children) != _own(before.children):
             raise _exchange(watched, "it holds other modules")
         if watched.settings is not None:
@@ -370,7 +370,7 @@ class Watch:
 class _Order:
     """Modules that passed the check, arranged so that a repeated check takes a few calls of compiled code."""
 
-    def __init__(self, seen: tuple[_Seen, ...]) -> None:
+    def __init__(self, seen: tuple[_CheckedModule, ...]) -> None:
         self._siblings = [place.siblings for place in seen]
         self._names = [place.name for place in seen]
         self._modules = [place.module for place in seen]

@@ -115,7 +115,7 @@ class Considered:
 
 
 @dataclass(frozen=True)
-class Work:
+class PlannedWork:
     """Multiply-accumulates of a planned network on one image.
 
     Attributes:
@@ -258,7 +258,7 @@ class Plan:
     considered: tuple[Considered, ...] = field(default=(), compare=False)
     not_counted: tuple[str, ...] = field(default=(), compare=False)
     effect: float | None = field(default=None, compare=False)
-    work: Work | None = field(default=None, compare=False)
+    work: PlannedWork | None = field(default=None, compare=False)
     prospect: Prospect | None = field(default=None, compare=False)
     around: int = 0
 

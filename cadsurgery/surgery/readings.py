@@ -30,7 +30,7 @@ ENOUGH = 0.3
 
 
 @dataclass(frozen=True)
-class Reading:
+class DilationReading:
     """One interpretation of a network's dilations.
 
     Attributes:
@@ -55,7 +55,7 @@ class Reading:
         return max(self.settled.flow.grown.values(), default=0)
 
 
-def read_dilations(facts: Facts, asked: Refusal, named: bool) -> tuple[Reading, ...]:
+def read_dilations(facts: Facts, asked: Refusal, named: bool) -> tuple[DilationReading, ...]:
     """Return the readings of a network's dilations, the chosen one first; most networks have only one.
 
     Args:
@@ -76,7 +76,7 @@ def read_dilations(facts: Facts, asked: Refusal, named: bool) -> tuple[Reading, 
     return (chosen, *(reading for reading in readings if reading is not chosen))
 
 
-def _choose_reading(readings: list[Reading]) -> Reading:
+def _choose_reading(readings: list[DilationReading]) -> DilationReading:
     """Choose the reading with the largest evidently removed strides; else the reading without removed strides, if its
     region has at least half the work of any other."""
     by_design = readings[-1]
@@ -88,7 +88,7 @@ def _choose_reading(readings: list[Reading]) -> Reading:
     return by_design if by_design in usable and 2 * by_design.work >= most.work else most
 
 
-def consider(readings: Sequence[Reading], total: int) -> tuple[Considered, ...]:
+def consider(readings: Sequence[DilationReading], total: int) -> tuple[Considered, ...]:
     """Summarise the readings for reports, the chosen one first.
 
     Args:
@@ -106,13 +106,13 @@ def consider(readings: Sequence[Reading], total: int) -> tuple[Considered, ...]:
     )
 
 
-def _read(settled: Settled, in_stages: bool) -> Reading:
+def _read(settled: Settled, in_stages: bool) -> DilationReading:
     flow = settled.flow
     regions = {high: region_of(flow, high) for high in sorted(set(flow.grid.values()))}
     possible = tuple((high, low) for high, region in regions.items() for low in region.strides[1:])
     usual = _choose_strides(flow, regions, possible) if possible else None
     work = _macs_of(flow, regions[usual[0]].on_elements) if usual is not None else 0
-    return Reading(
+    return DilationReading(
         settled, regions, possible, usual, work, bool(possible) and in_stages and _is_consistent(flow)
     )
 

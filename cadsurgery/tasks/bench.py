@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import Source, source_of
-from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.masks import Budget, labelled, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
-from cadsurgery.network.export import check_mask
+from cadsurgery.network.export import INT8, check_mask
 from cadsurgery.network.export.engine import check_packages
 from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.macs import MacReport
@@ -53,12 +52,11 @@ from cadsurgery.tasks.side import Side, measure
 from cadsurgery.tasks.sides import need_kind
 from cadsurgery.tasks.sides.engines import (
     HIGH,
-    INT8,
     LOW,
     RIVALS,
     TORCH,
-    InTorch,
     Runs,
+    engine_for,
     rival_sides,
     runs_of,
     smaller_sides,
@@ -124,7 +122,11 @@ def bench(
                 append_lines(output, map(json.dumps, alone.lines()))
             alone.write(picture=picture)
             return alone
-    setup = replace(setup, threads=setup.threads or torch.get_num_threads())
+    setup = replace(
+        setup,
+        threads=setup.threads or torch.get_num_threads(),
+        runtime=engine_for(setup.runtime, setup.dtype),
+    )
     _check(listed, mask, fractions, setup, fill)
     check_outputs(output, picture=picture)
     if len(listed) > 1:  # find wrong names before the first measurement
@@ -265,8 +267,6 @@ class _Filled:
         yield from macs_notes(self.net.plan.part, self.dense.not_counted)
         if (high.milliseconds or 0.0) <= (low.milliseconds or 0.0):
             yield "dense high is not slower than dense low at this size: the law says little; give a larger size."
-        if isinstance(self.runs, InTorch) and (quantised := self.runs.quantisation):
-            yield f"dense high and low are the copy in 8 bits with one level: {quantised}"
 
 
 def _compare(
@@ -424,22 +424,16 @@ def _check(
         )
     if setup.dtype not in (*DTYPES, INT8):
         raise UnknownName("dtype", setup.dtype, (*DTYPES, INT8))
-    if setup.runtime == TORCH and setup.dtype == INT8 and form_here() is None:
-        raise InvalidInput(
-            "there are no compiled kernels for int8 here.",
-            why="cadsurgery --version states the reason.",
-            next=f"measure files in another runtime: {', '.join(ENGINES)}.",
-        )
     if not 0 <= setup.smaller < 1:
         raise InvalidInput(
             f"smaller={setup.smaller:g}.",
             next="give the scale of the smaller pictures, between 0 and 1, e.g. 0.7.",
         )
-    if setup.calibration and (setup.dtype, setup.runtime) != (INT8, TORCH):
+    if setup.calibration and setup.dtype != INT8:
         raise InvalidInput(
             "there is nothing to calibrate by images.",
-            why="calibration images are for this package's int8 copy.",
-            next="leave out calibration, or measure int8 in torch.",
+            why=f"calibration images are for int8, and this is {setup.dtype}.",
+            next="leave out calibration, or measure int8: dtype int8.",
         )
     for package in setup.against.split(",") if setup.against else ():
         if package not in RIVALS:

@@ -27,7 +27,6 @@ from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, count_network, dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
-from cadsurgery.network.optimized import FLOAT, check_precision
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, check_name
@@ -38,10 +37,9 @@ from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
 from cadsurgery.tasks.convert_report import ConversionReport
-from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
 from cadsurgery.tasks.report import SLOWER, Row
-from cadsurgery.tasks.side import Conversion, Request, Side, measure
+from cadsurgery.tasks.side import ConversionRequest, MethodConversion, Side, measure
 from cadsurgery.tasks.sides import KINDS
 
 ADAPTIVE = "adaptive"
@@ -63,9 +61,6 @@ def convert(
     verify_laws: bool,
     rounds: int,
     step: Step,
-    precision: str = FLOAT,
-    calibration: Path | None = None,
-    largest_error: float | None = None,
     method: str = ADAPTIVE,
     exits: Mapping[str, Any] | None = None,
     gates: Mapping[str, Any] | None = None,
@@ -74,16 +69,14 @@ def convert(
     """Build, convert, verify, measure and save a network; see `cadsurgery convert --help`."""
     methods = {kind.method: kind for kind in KINDS}
     check_name("method", method, (ADAPTIVE, *methods))
-    make: Callable[[Request], Conversion]
+    make: Callable[[ConversionRequest], MethodConversion]
     if kind := methods.get(method):
-        refuse_precision(precision, kind.words)
         make, suffix = kind.convert, method
-        options = dict({"anytime": exits, "sampling": gates, "resampling": sampling}[method] or {})
+        of_groups = {"exits": exits, "gates": gates, "sampler": sampling}
+        options = dict(of_groups[kind.network.group] or {})
     else:
         resolve_mask(mask)  # a typo should not wait for the network to be built
-        check_precision(precision, calibration, largest_error)
-        copy_options = {"precision": precision, "calibration": calibration, "largest_error": largest_error}
-        make, suffix = partial(_adapt, mask, copy_options), mask.partition(":")[0]
+        make, suffix = partial(_adapt, mask), mask.partition(":")[0]
     torch_device = find_device(device)
     output = output or _default_output(model, suffix)
     check_folder(output)
@@ -94,7 +87,7 @@ def convert(
         return example_batch(source, image, size).to(torch_device)
 
     torch.manual_seed(0)  # new parameters of a method are the same in every run
-    made = make(Request(before.to(torch_device), source, example, options, verify_laws, step))
+    made = make(ConversionRequest(before.to(torch_device), source, example, options, verify_laws, step))
     timing = {"seconds": TIMING_SECONDS, "step": within(step, "measuring")}
     rows = measure(made.sides, made.batch, rounds, "name", **timing)
     beside = f"{output.name} holds the weights and names {source.weights}: keep both in one folder."
@@ -122,13 +115,13 @@ def _default_output(model: str, suffix: str) -> Path:
     return Path(f"{re.sub('[:/]', '-', model)}-{suffix}.safetensors")
 
 
-def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conversion:
+def _adapt(mask: str, request: ConversionRequest) -> MethodConversion:
     """Make a network adaptive.
 
-    The sides are the original network (unless it is dense high), dense high, the converted network, its optimised
-    copy and, if requested, the int8 copy.
+    The sides are the original network (unless it is dense high), dense high, the converted network and its optimised
+    copy.
     """
-    before, step, precision = request.before, request.step, copy_options["precision"]
+    before, step = request.before, request.step
     step("converting and verifying" if request.verify else "converting")
     net = adaptify(before, mask, **request.options, verify_laws=request.verify)
     batch = request.batch(pictures_for(net)).contiguous(memory_format=torch.channels_last)
@@ -139,12 +132,7 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
     # Of a network that hosts its adaptive part the part is counted alone: the rest depends on values.
     original_macs = counted.given or counted.high if net.hosts_part else dense_macs(before, batch)
     counted = replace(counted, given=original_macs)
-    copies = {"net.optimize()": net.optimize()}
-    if precision != FLOAT:
-        step("reading the calibration images")
-        pictures = images_like(batch, pictures_for(net), copy_options["calibration"])
-        quantised = net.optimize(**{**copy_options, "calibration": pictures}, step=step)
-        copies[f"net.optimize(), {precision}"] = quantised
+    fast = net.optimize()
     _warn_of_more_work(plan, counted.mask, original_macs)
     is_dear = counted.mask > _DEAR * original_macs
     others: list[dict[str, Any]] = []
@@ -156,12 +144,12 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
         Side("original = dense high" if is_high else "original", before, original_macs),
         *([] if is_high else [Side(dense, partial(net, mask="all"), counted.high)]),
         Side("converted", net, counted.mask),
-        *(Side(f"converted, {name}", copy, counted.mask) for name, copy in copies.items()),
+        Side("converted, net.optimize()", fast, counted.mask),
     ]
 
     adapted = [decision.node for decision in plan.chosen("adapt")]
     spec, seen = net.mask.spec(), str(net.normalisation or "the input as it comes, until a picture has come")
-    return Conversion(
+    return MethodConversion(
         net,
         batch,
         sides,
@@ -180,7 +168,7 @@ def _adapt(mask: str, copy_options: Mapping[str, Any], request: Request) -> Conv
             *_verified(net.checks),
         ],
         f"{batch.shape[0]} image of {batch.shape[2]}x{batch.shape[3]}, mask {spec}",
-        notes=lambda rows: [*_notes(plan, counted, copies), *_slow_copies(copies, rows, rows[not is_high])],
+        notes=lambda rows: [*_notes(plan, counted), *_slow_copy(rows, rows[not is_high])],
         first=_say_dear(plan, counted.mask / original_macs, others) if is_dear else "",
     )
 
@@ -205,20 +193,17 @@ def _warn_of_more_work(plan: Plan, macs: int, given: int) -> None:
         )
 
 
-def _slow_copies(copies: Mapping[str, AdaptiveModel], rows: Sequence[Row], high: Row) -> Iterator[str]:
-    """Yield a sentence for each optimised copy that is slower than dense high, or than the converted network.
+def _slow_copy(rows: Sequence[Row], high: Row) -> Iterator[str]:
+    """Yield a sentence if the optimised copy is slower than dense high, and one if than the converted network.
 
     Args:
-        copies: the copies by name, which are the last rows.
-        rows: the rows of all sides; the converted network comes before its copies.
+        rows: the rows of all sides; the last two are the converted network and its copy.
         high: the row of dense high.
     """
-    limits = {"dense high": high, "the converted network": rows[-1 - len(copies)]}
-    for name, row in zip(copies, rows[-len(copies) :], strict=True):
-        for other, limit in limits.items():
-            ratio = (row.milliseconds or 0.0) / (limit.milliseconds or math.inf)
-            if ratio > SLOWER:
-                yield f"{name} is slower than {other}: {ratio:.2f} times as long."
+    for other, limit in (("dense high", high), ("the converted network", rows[-2])):
+        ratio = (rows[-1].milliseconds or 0.0) / (limit.milliseconds or math.inf)
+        if ratio > SLOWER:
+            yield f"net.optimize() is slower than {other}: {ratio:.2f} times as long."
 
 
 def _facts(net: AdaptiveModel, counted: MacReport) -> dict[str, Any]:
@@ -235,7 +220,7 @@ def _facts(net: AdaptiveModel, counted: MacReport) -> dict[str, Any]:
 
 
 def _other_strides(
-    mask: str, request: Request, plan: Plan, batch: Tensor, given: int, most: int
+    mask: str, request: ConversionRequest, plan: Plan, batch: Tensor, given: int, most: int
 ) -> list[dict[str, Any]]:
     """Return the pairs of output strides that cost less than `most` with this mask, the cheapest first.
 
@@ -271,7 +256,7 @@ def _say_dear(plan: Plan, of_given: float, others: Sequence[Mapping[str, Any]]) 
     return f"{text} Others cost less: {listed}."
 
 
-def _notes(plan: Plan, counted: MacReport, copies: Mapping[str, AdaptiveModel]) -> list[str]:
+def _notes(plan: Plan, counted: MacReport) -> list[str]:
     """Return notes that a user can act on, in addition to the warnings of `adaptify`."""
     notes = []
     if counted.active_fraction > 0.9:
@@ -279,22 +264,7 @@ def _notes(plan: Plan, counted: MacReport, copies: Mapping[str, AdaptiveModel]) 
     if plan.dense_after > 0.25:
         notes.append(f"{plan.dense_after:.0%} of the MACs run dense after the region and limit the gain.")
     notes += filter(None, [describe_not_counted(counted.not_counted)])
-    notes += [str(copy.quantisation) for copy in copies.values() if copy.quantisation is not None]
     return notes
-
-
-def refuse_precision(precision: str, network: str) -> None:
-    """Refuse a precision other than the weights' own, for a network made by a method.
-
-    Raises:
-        InvalidInput: another precision is requested.
-    """
-    if precision != FLOAT:
-        raise InvalidInput(
-            f"--precision {precision} for a network {network}.",
-            why="networks made by methods run in the precision of their weights.",
-            next="leave it out.",
-        )
 
 
 def make_or_read_plan(

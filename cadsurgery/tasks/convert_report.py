@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from cadsurgery.network.macs import LayerMacs, MacReport
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks.plan_report import PlanReport, PlanRow
 from cadsurgery.tasks.report import Row, RunReport, macs_columns, number, plain, ratio, time_columns
-from cadsurgery.tasks.side import Conversion
+from cadsurgery.tasks.side import MethodConversion
 from cadsurgery.tasks.tables import Column, table
 
 _BUSY = 1.3  # where the median of a few rounds is so many times the best, something else takes the processor
+_STYLES = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit": "yellow", "enter": "cyan"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class ConversionReport(RunReport):
     image: tuple[int, ...]
     sides: tuple[Row, ...]
     file: str
-    made: Conversion
+    made: MethodConversion
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,6 +83,50 @@ class ConversionReport(RunReport):
         yield from made.lines
         yield from (Text(note, style="yellow") for note in self.notes)
         yield Text(f"wrote {self.file}", style="bold green")
+
+
+class PlanRow(NamedTuple):
+    """The texts of a node, in the order of the table's columns."""
+
+    node: str
+    operation: str
+    action: str
+    output_stride: str
+    macs: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan, as JSON and as text.
+
+    Attributes:
+        plan: the plan as JSON.
+        summary: the text above the table; of the plan of another method, all of its text.
+        rows: a row for each node; empty for the plan of another method.
+        reasons: why each operation of the region is exact, stated once per operation.
+    """
+
+    plan: str
+    summary: str
+    rows: tuple[PlanRow, ...] = ()
+    reasons: str = ""
+
+    def render(self, *, all_nodes: bool = False) -> RenderableType:
+        """Show the plan as a table; without `all_nodes`, dense nodes before the region are omitted."""
+        if not self.rows:
+            return Text(self.summary)
+        shown = [row for row in self.rows if row.action != "dense" or all_nodes]
+        return Group(Text(self.summary), table(shown, _columns_of_plans()), Text(self.reasons, style="dim"))
+
+
+def _columns_of_plans() -> Iterator[Column[PlanRow]]:
+    yield Column("node", "node", False)
+    yield Column("operation", "operation", False)
+    yield Column("action", lambda row: Text(row.action, style=_STYLES.get(row.action, "dim")), False)
+    yield Column("output stride", "output_stride", False)
+    yield Column("MACs", "macs")
+    yield Column("reason", "reason", False)
 
 
 def describe_plan(plan: Any) -> PlanReport:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import copy
-import hashlib
-import io
-import json
-import pickle
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -30,15 +24,13 @@ from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sampl
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
 from cadsurgery.masks import labelled, resolve_mask
-from cadsurgery.network.storage import checksum
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
-from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error, first_line
+from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, own_device, shard
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.for_each import Failure, Failures, each
-from cadsurgery.tasks.manifest import Manifest, fingerprint
-from cadsurgery.tasks.open import Strides, at_strides, is_file, open_any, provenance
+from cadsurgery.tasks.open import Strides, at_strides, open_any, provenance
 from cadsurgery.tasks.report import (
     COLOURS,
     MeasuredReport,
@@ -49,7 +41,6 @@ from cadsurgery.tasks.report import (
     percent,
     plain,
 )
-from cadsurgery.tasks.run_folder import Identity
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.side import Comparison, Metrics, Side, time_sides
@@ -76,7 +67,6 @@ def evaluate(
     picture: Path | None = None,
     thresholds: Sequence[float | Sequence[float]] = (),
     sides: Sequence[Side] = (),
-    resume: bool = False,
     step: Step = silent,
     trust: bool = False,
 ) -> EvaluationReport:
@@ -114,17 +104,15 @@ def evaluate(
         thresholds: confidence thresholds for a network with exits; each is one number, or one for each exit but the
             last; default: its own.
         sides: sides of the user, see `cadsurgery.tasks.side.Side`; they get the same images as the network.
-        resume: keep the sums of each batch in a `Manifest` beside `output`, and go on with what it holds.
         step: progress callback.
         trust: run code that a converted file names; see `cadsurgery.load`.
 
     Raises:
         InvalidInput: the network does not return a map of scores, or has another number of classes than the data;
-            without labels, it returns no maps, or a mask needs labels; an option is out of range; the manifest is that
-            of another evaluation.
+            without labels, it returns no maps, or a mask needs labels; or an option is out of range.
         CadError: no image could be used (the error of the first one); or a name, file or option is refused.
     """
-    _check_options(limit, batch, rounds, kind, output, picture, resume)
+    _check_options(limit, batch, rounds, kind, output, picture)
     torch_device = own_device(device)
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
@@ -140,16 +128,6 @@ def evaluate(
     compared = replace(compared, sides=[*compared.sides, *sides])
     samples = _with_classes(samples, compared, torch_device)
     judge = _Judge(compared, samples, kind, torch_device)
-    if output is not None and resume:
-        name = network if isinstance(network, str) else type(network).__name__
-        made_by = {
-            "network": fingerprint(name) if is_file(network) else name,
-            "weights": checksum(opened.state_dict()),
-            "options": options or {},
-            "batch": batch,
-            **judge.identity(),
-        }
-        judge.resume(Manifest(output.with_suffix(".manifest"), made_by, judge.take))
     failed = judge.run(batch, step)
     measured = _measured(judge, failed, rounds, step)
     report = EvaluationReport(batch=batch, **measured, **provenance(network, compared.source, torch_device))
@@ -193,7 +171,6 @@ def _check_options(
     kind: str,
     output: Path | None,
     picture: Path | None,
-    resume: bool,
 ) -> None:
     if (limit is not None and limit < 1) or batch < 1 or rounds < 0:
         raise InvalidInput(
@@ -202,12 +179,6 @@ def _check_options(
         )
     check_name("kind of output", kind, KINDS)
     check_outputs(output, picture=picture)
-    if resume and output is None:
-        raise InvalidInput(
-            "--resume without --output.",
-            why="what was done is kept beside the report.",
-            next="name the report: --output results.json.",
-        )
 
 
 def _rows(
@@ -284,129 +255,55 @@ class Tally:
         return {name: value for name, value in fields.items() if name != "pixels"}
 
 
-def _pack(tallies: Sequence[Tally]) -> str:
-    """Return tallies as text, for a manifest."""
-    content = io.BytesIO()
-    torch.save(tallies, content)
-    return base64.b64encode(zlib.compress(content.getvalue())).decode()
-
-
 class _Judge:
     """Runs all sides on images.
 
     Attributes:
-        tallies: sums of each side over this process's images; in the first process also over those of earlier runs.
-        done: positions of the images that need not be judged: those of this process and of earlier runs.
+        tallies: sums of each side over this process's images.
+        first: position of this process's first usable image; the number of all images if there is none.
     """
 
     def __init__(
         self, compared: Comparison, data: SegmentationData, kind: Kind, device: torch.device
     ) -> None:
-        self.compared, self.data, self._kind, self._device = compared, data, kind, device
-        self._manifest: Manifest | None = None
-        self.tallies, self.done = self._start(), set[int]()
-
-    def _start(self) -> list[Tally]:
-        """Return a tally without images for each side."""
-        usual: Callable[[], Metrics] = partial(FidelityMetrics, self._kind)
-        if self.data.is_labelled:
-            usual = partial(Accuracy, len(self.data.classes), self.data.name)
-        return [Tally((side.metrics or usual)()) for side in self.compared.sides]
-
-    def identity(self) -> Identity:
-        """Return what a manifest states: what is judged, and on what."""
-        names = hashlib.sha256(json.dumps(self.data.names).encode()).hexdigest()
-        data = {"name": self.data.name, "split": self.data.split, "images": len(self.data), "names": names}
-        sides = {
-            str(place): {"side": side.name, **side.about} for place, side in enumerate(self.compared.sides, 1)
-        }
-        fixed = {"classes": self.data.classes, "kind": self._kind, "device": self._device.type}
-        return {"sides": sides, "data": data, **fixed}
-
-    def resume(self, manifest: Manifest) -> None:
-        """Write a row for each batch from now on, once every process has read the rows of earlier runs.
-
-        Raises:
-            InvalidInput: metrics of the user cannot be stored.
-        """
-        for side, tally in zip(self.compared.sides, self.tallies, strict=True):
-            try:
-                self._unpack(_pack([tally]))
-            except (pickle.PickleError, AttributeError, TypeError) as error:
-                raise InvalidInput(
-                    f"--resume with the metrics {type(tally.metrics).__name__} of side {side.name}.",
-                    why=first_line(error),
-                    next="give a class of a module, with plain values and tensors; or leave resume out.",
-                ) from error
-        gather(None, self._device)
-        manifest.begin()
-        self._manifest = manifest
-
-    def _unpack(self, text: str) -> list[Tally]:
-        """Return the tallies in a text of `_pack`, which may hold the classes of these metrics and no others."""
-        known = (Tally, Accuracy, SegmentationMetrics, FidelityMetrics)
-        with torch.serialization.safe_globals([*known, *(type(tally.metrics) for tally in self._start())]):
-            content = zlib.decompress(base64.b64decode(text))
-            return torch.load(io.BytesIO(content), weights_only=True)
-
-    def take(self, row: Mapping[str, Any]) -> None:
-        """Add a batch by its row in the manifest. Images that failed are tried again."""
-        if "sides" not in row:
-            return
-        parts = self._unpack(row["sides"])
-        self._add(row["positions"], parts if world().is_main else [])
-
-    def _add(self, positions: Sequence[int], parts: Sequence[Tally]) -> None:
-        self.done.update(positions)
-        for whole, part in zip(self.tallies, parts, strict=False):
-            whole.merge(part)
-            if isinstance(whole.metrics, FidelityMetrics):
-                self._kind = whole.metrics.kind  # decided by the first output
+        self.compared, self.data, self._device, self.first = compared, data, device, len(data)
+        usual: Callable[[], Metrics] = partial(FidelityMetrics, kind)
+        if data.is_labelled:
+            usual = partial(Accuracy, len(data.classes), data.name)
+        self.tallies = [Tally((side.metrics or usual)()) for side in compared.sides]
 
     def run(self, size: int, step: Step) -> list[Failure]:
-        """Judge this process's share of the images that are left; return the failures of all processes."""
-        left = [position for position in range(len(self.data)) if position not in self.done]
-        failures, done, share = Failures("image"), 0, len(shard(left))
-        if not left:
-            return []
+        """Judge this process's share of the images; return the failures of all processes."""
+        failures, done, share = Failures("image"), 0, len(shard(range(len(self.data))))
         step(f"image 1 of {share}", 0, share)
-        data = self.data.at(left)
-        for places, images, labels in _batches(data, size, failures):
+        for positions, images, labels in _batches(self.data, size, failures):
             before = done + len(failures.noted)
             step(f"image {before + len(images)} of {share}", before, share)
-            parts = self._judge(images, labels)
-            if isinstance(parts, CadError):
-                for place in places:
-                    failures.at(place, data.names[place])
-                    failures.note(parts)
+            if (refusal := self._judge(images, labels)) is not None:
+                for position in positions:
+                    failures.at(position, self.data.names[position])
+                    failures.note(refusal)
                 continue
-            positions = [left[place] for place in places]
-            if self._manifest is not None:
-                names = [data.names[place] for place in places]
-                self._manifest.add({"paths": names, "positions": positions, "sides": _pack(parts)})
-            self._add(positions, parts)
+            self.first = min(self.first, *positions)
             done += len(images)
-        if self._manifest is not None:
-            for _, failure in failures.noted:
-                self._manifest.add_failure(failure)
         return failures.gather(self._device)
 
-    def _judge(self, images: Tensor, labels: Tensor) -> list[Tally] | CadError:
-        """Return what all sides get on a batch, or the error if the network does not take its images."""
+    def _judge(self, images: Tensor, labels: Tensor) -> CadError | None:
+        """Add a batch to the tallies of all sides; return the error if the network does not take its images."""
         known = labels.to(self._device) if self.data.is_labelled else None
-        truth, extent, parts = known, (images.shape[2], images.shape[3]), self._start()
+        truth, extent = known, (images.shape[2], images.shape[3])
         with torch.inference_mode(), _labelled(known):
             try:
                 images = _prepare(images, self.compared.source, self._device)
                 output = self.compared.sides[0].call(images)
             except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
                 return refuse_images(error, images)
-            for place, (side, part) in enumerate(zip(self.compared.sides, parts, strict=True)):
+            for place, (side, tally) in enumerate(zip(self.compared.sides, self.tallies, strict=True)):
                 output = side.call(images) if place else output
                 truth = output if known is None and side.is_target else truth
-                part.metrics.update(output, truth, extent)
-                part.counts.update({"images": len(images), **side.count(images)})
-        return parts
+                tally.metrics.update(output, truth, extent)
+                tally.counts.update({"images": len(images), **side.count(images)})
+        return None
 
     def gather(self, failed: Sequence[Failure]) -> tuple[list[Tally], tuple[Tensor, Tensor | None]]:
         """Return the tallies of all sides over all processes, and the first image with its labels, if it has any.
@@ -418,7 +315,7 @@ class _Judge:
         for tallies in others:
             for whole, part in zip(merged, tallies, strict=True):
                 whole.merge(part)
-        firsts = gather(min(self.done, default=len(self.data)), self._device)
+        firsts = gather(self.first, self._device)
         if not merged[0].counts["images"]:
             raise CadError.from_dict(failed[0])
         image, labels = sample_of(self.data, min(firsts))

@@ -49,7 +49,7 @@ def masks_with_threshold() -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Setting:
+class PageSettings:
     """The settings of the page.
 
     Attributes:
@@ -251,7 +251,7 @@ def _uniform_sides(net: AdaptiveModel, dense: AdaptiveModel, counted: MacReport)
 
 
 def explore(
-    subject: Subject, image: Path | int, setting: Setting, rounds: int = 3, step: Step = silent
+    subject: Subject, image: Path | int, setting: PageSettings, rounds: int = 3, step: Step = silent
 ) -> Explored:
     """Run a network on an image with a mask, and beside it with everything kept high.
 

@@ -23,7 +23,7 @@ from cadsurgery.tasks.explore import (
     LIMITS,
     SAMPLES,
     THRESHOLD,
-    Setting,
+    PageSettings,
     Subject,
     explore,
     masks_with_threshold,
@@ -202,7 +202,7 @@ def _shows(
             progress(done / of if done is not None and of else None, desc=text)
 
         value = {THRESHOLD: threshold, BUDGET: budget}.get(limit, 0.0)
-        setting = Setting("" if mask == subject.mask else mask, limit, value, pairs[pair], fill)
+        setting = PageSettings("" if mask == subject.mask else mask, limit, value, pairs[pair], fill)
         try:
             result = explore(subject, Path(file) if file else samples[sample], setting, rounds, step)
         except CadError as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cadsurgery.data.images import find_images, normalise, read_image
 from cadsurgery.data.networks import Source
 from cadsurgery.masks.spec import resolve_mask
-from cadsurgery.network.export import check_mask, export, format_of
+from cadsurgery.network.export import check_calibration, check_mask, export, format_of
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.files import check_folder
@@ -40,6 +40,7 @@ def export_network(
         InvalidInput: as in `cadsurgery.export`.
     """
     check_folder(output)
+    check_calibration(options.precision, options.calibration or None)
     step(f"building {model}")
     kind, is_dynamic = format_of(output, options.to or None), options.dynamic or options.level_map
     net = open_converted(model, mask, conversion, trust=trust) if is_file(model) else None
@@ -54,10 +55,10 @@ def export_network(
     net.eval()
     source = pictures_for(net)
     first, second = (example_batch(source, None, size, seed) for seed in (0, 1))
-    if options.int8:
+    if options.calibration:
         step("reading the calibration images")
-    calibration = images_like(first, source, Path(options.int8)) if options.int8 else None
-    changed = {"to": options.to or None, "int8": calibration}
+    calibration = images_like(first, source, Path(options.calibration)) if options.calibration else None
+    changed = {"to": options.to or None, "calibration": calibration}
     written = export(net, first, output, other=second, step=step, **{**vars(options), **changed})
     with torch.inference_mode():
         net(second)

@@ -1,4 +1,4 @@
-"""Manifests of `cadsurgery run` and `eval`: what happened to each picture, so that work that was ended can go on."""
+"""The manifest of `cadsurgery run`: what happened to each picture, so that work that was ended can go on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,36 +16,43 @@ from cadsurgery.data import stores
 from cadsurgery.data.hub import fetch, is_address
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import append_line, exists, make_folder
-from cadsurgery.support.launcher import world
 from cadsurgery.tasks.run_folder import Identity, check_same_run, unreadable
 
 Row = dict[str, Any]
 _ALIKE = "all rows of a manifest are made alike."
+_NAME, _NAMES = (
+    "manifest.jsonl",
+    "manifest*.jsonl",
+)  # earlier versions wrote one for each process of a launcher
 _BETWEEN_UPLOADS = 60.0  # seconds, of a manifest in object storage
 
 
-class Manifest:
-    """Rows of work on many pictures, as JSON Lines, so that what was ended can go on.
+class Predictions:
+    """The manifest of a folder of predictions, as JSON Lines: a row for each picture that was written, or that failed.
 
-    Each process appends to a file of its own, and all files are read together. The first line of each states what made
-    the rows. A row follows its result, so that a killed process leaves no row without a result.
+    The first line states what made the rows. A row follows its result, so that a killed process leaves no row without a
+    result.
+
+    Attributes:
+        is_new: True if the folder had no manifest.
+        classes: names of the classes in the predictions that were there when the run began.
     """
 
-    def __init__(
-        self, output: Path | str, made_by: Identity, take: Callable[[Row], None], resume: bool = True
-    ) -> None:
-        """Read the rows of earlier runs into a folder, which may be in object storage, and give each to `take`.
+    def __init__(self, output: Path | str, made_by: Identity, resume: bool) -> None:
+        """Read the rows of earlier runs into a folder, which may be in object storage.
 
         Raises:
             InvalidInput: something else made the rows, or there are predictions and `resume` is not set; what holds
                 none is begun anew.
-            FileError: a file of the manifest is damaged.
+            FileError: the manifest is damaged.
         """
-        self._output, self._take, self._uploaded = str(output), take, time.monotonic()
+        self.classes = set[str]()
+        self._sources: dict[str, str] = {}  # by prediction
+        self._output, self._uploaded = str(output), time.monotonic()
         self._made_by = json.loads(json.dumps(made_by, default=str))
         self._folder = self._download() if stores.is_remote(output) else Path(output)
-        self._own = self._folder / _name(world().rank)
-        files = sorted(self._folder.glob("manifest*.jsonl"))
+        self._own = self._folder / _NAME
+        files = sorted(self._folder.glob(_NAMES))
         self.is_new, self._stale = not files, [] if resume else files
         if any(b'"output":' in file.read_bytes() for file in self._stale):
             raise InvalidInput(
@@ -58,7 +64,7 @@ class Manifest:
             self._read(file)
 
     def _read(self, file: Path) -> None:
-        """Read whole lines; the first process removes a line that a killed process wrote in part."""
+        """Read whole lines, and remove a line that a killed process wrote in part."""
         whole, number = 0, 0
         try:
             with file.open("rb") as lines:
@@ -66,68 +72,13 @@ class Manifest:
                     if not line.endswith(b"\n"):
                         break
                     if number > 1:
-                        self._take(json.loads(line))
+                        self._note(json.loads(line))
                     else:
                         check_same_run(json.loads(line), self._made_by, Path(self._output), _ALIKE)
                     whole += len(line)
-            if world().is_main:
-                os.truncate(file, whole)
+            os.truncate(file, whole)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise unreadable(file, ValueError(f"line {number}: {error}")) from error
-
-    def begin(self) -> None:
-        """Write the first line of this process's file, unless it is there; no process may still read."""
-        make_folder(self._folder)
-        of_others = {self._folder / _name(rank) for rank in range(world().size)} - {self._own}
-        for file in self._stale:
-            if file == self._own or (world().is_main and file not in of_others):
-                file.unlink(missing_ok=True)
-        if not self._own.exists() or not self._own.stat().st_size:
-            append_line(self._own, json.dumps(self._made_by))
-
-    def add(self, row: Row) -> None:
-        """Append a row, whose result is in place."""
-        append_line(self._own, json.dumps(row))
-        if time.monotonic() - self._uploaded > _BETWEEN_UPLOADS:
-            self.__exit__()
-
-    def add_failure(self, failure: Mapping[str, Any]) -> None:
-        """Append the row of a picture that failed, with the reason."""
-        reason = dict(failure)
-        self.add({"path": reason.pop("image"), "error": reason})
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Upload the rows into object storage."""
-        if stores.is_remote(self._output):
-            stores.write_bytes(f"{self._output}/{self._own.name}", self._own.read_bytes())
-        self._uploaded = time.monotonic()
-
-    def _download(self) -> Path:
-        """Return a temporary folder with the manifest's files in object storage."""
-        self._temporary = tempfile.TemporaryDirectory()
-        with suppress(FileError):  # there is no such folder yet
-            for place in stores.list_files(self._output):
-                if fnmatch(place, "manifest*.jsonl"):
-                    content = stores.read_bytes(f"{self._output}/{place}")
-                    (Path(self._temporary.name) / place).write_bytes(content)
-        return Path(self._temporary.name)
-
-
-class Predictions(Manifest):
-    """The manifest of a folder of predictions: a row for each picture that was written, or that failed.
-
-    Attributes:
-        classes: names of the classes in the predictions that were there when the run began.
-    """
-
-    def __init__(self, output: str, made_by: Identity, resume: bool) -> None:
-        """Read the rows of earlier runs, see `Manifest`."""
-        self.classes = set[str]()
-        self._sources: dict[str, str] = {}  # by prediction
-        super().__init__(output, made_by, self._note, resume)
 
     def _note(self, row: Row) -> None:
         if "output" in row:
@@ -153,20 +104,49 @@ class Predictions(Manifest):
             )
         return is_there and written is not None
 
+    def begin(self) -> None:
+        """Write the first line, unless it is there."""
+        make_folder(self._folder)
+        for file in self._stale:
+            file.unlink(missing_ok=True)
+        if not self._own.exists() or not self._own.stat().st_size:
+            append_line(self._own, json.dumps(self._made_by))
+
     def add_prediction(self, row: Row) -> None:
-        """Append the row of a prediction that is in place, or of a picture that failed."""
+        """Append the row of a prediction that is in place, or of a picture that failed, with the reason."""
         row = {**row, "image": _whole(row["image"])}
+        path = row.pop("image")
         if "output" not in row:
-            self.add_failure(row)
+            self._add({"path": path, "error": row})
         else:
-            self.add({"path": row.pop("image"), **row, "output": self._place(row["output"])})
+            self._add({"path": path, **row, "output": self._place(row["output"])})
+
+    def _add(self, row: Row) -> None:
+        append_line(self._own, json.dumps(row))
+        if time.monotonic() - self._uploaded > _BETWEEN_UPLOADS:
+            self.__exit__()
 
     def _place(self, target: str) -> str:
         return target.removeprefix(self._output.rstrip("/")).lstrip("/")
 
+    def __enter__(self) -> Self:
+        return self
 
-def _name(rank: int) -> str:
-    return f"manifest.{rank}.jsonl" if rank else "manifest.jsonl"
+    def __exit__(self, *error: object) -> None:
+        """Upload the rows into object storage."""
+        if stores.is_remote(self._output):
+            stores.write_bytes(f"{self._output}/{self._own.name}", self._own.read_bytes())
+        self._uploaded = time.monotonic()
+
+    def _download(self) -> Path:
+        """Return a temporary folder with the manifest's files in object storage."""
+        self._temporary = tempfile.TemporaryDirectory()
+        with suppress(FileError):  # there is no such folder yet
+            for place in stores.list_files(self._output):
+                if fnmatch(place, _NAMES):
+                    content = stores.read_bytes(f"{self._output}/{place}")
+                    (Path(self._temporary.name) / place).write_bytes(content)
+        return Path(self._temporary.name)
 
 
 def _whole(path: str) -> str:

@@ -56,7 +56,7 @@ def masks_to_compare(max_level: int, has_labels: bool) -> tuple[str, ...]:
         *("detail | budget:fraction=0.1", "detail | budget:fraction=0.2"),
         *(DEFAULT_MASK, f"{DEFAULT_MASK} | budget:fraction=0.2"),
         *(("edges:threshold=0.95/0.1,dilation=5/15",) if is_graded else ()),
-        *("gradient:threshold=0.5,dilation=7,sigma=1", "saliency"),
+        "gradient:threshold=0.5,dilation=7,sigma=1",
         *((f"trimap:width={'9/25' if is_graded else 25}",) if has_labels else ()),
     )
 

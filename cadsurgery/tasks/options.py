@@ -103,7 +103,7 @@ class Exits:
 
 @documented
 @dataclass(frozen=True)
-class Sampling:
+class Resampling:
     """How the input of a network is sampled; see `cadsurgery.resample`."""
 
     sampler: str = option("learned", "{default}, labels, uniform, or a mask")
@@ -137,11 +137,11 @@ class Exporting:
     to: str = option("", "pt2 or onnx; default: onnx for a file that ends so, else pt2")
     dynamic: bool = option(False, "ONNX for images of any size and number, and any mask")
     level_map: bool = option(False, "ONNX with the level map as a second input, in place of the mask")
-    float16: bool = option(False, "ONNX with weights and features in half precision")
-    int8: str = option(
-        "",
-        "ONNX with weights and features in 8 bits, calibrated by the images of this folder",
-        metavar="IMAGES",
+    precision: str = option(
+        "float", "{default}, as the network's; ONNX with weights and features in float16, or in int8"
+    )
+    calibration: str = option(
+        "", "folder of images by which int8 is calibrated, without labels", metavar="FOLDER"
     )
     with_kernels: bool = option(
         False,
@@ -162,7 +162,7 @@ class Benchmark(Conversion):
         (512, 1024), "size of the generated street scenes", metavar="HxW", read="size"
     )
     batch: int = option(1, "number of images", min=1)
-    dtype: str = option("float32", "{default}, bfloat16, or int8")
+    dtype: str = option("float32", "{default}, bfloat16, or int8: in an engine, by default onnx-kernels")
     device: str = option("cpu", "{default} or cuda")
     threads: int = option(0, "threads on the CPU; 0 for torch's own choice", min=0)
     rounds: int = option(7, "timing rounds; each runs every side once", min=1)
@@ -184,7 +184,7 @@ class Benchmark(Conversion):
         min=0,
     )
     calibration: str = option(
-        "", "folder of images that int8 is calibrated by; default: the scenes it is measured on"
+        "", "folder of images by which int8 is calibrated; default: the scenes it is measured on"
     )
 
 

@@ -18,21 +18,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cadsurgery.data.clips import open_clip, write_clip
-from cadsurgery.data.images import find_images, normalise, read_image, write_picture
+from cadsurgery.data.images import normalise, read_image, write_picture
 from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import is_remote
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.storage import load
-from cadsurgery.network.model import AdaptiveModel, pictures_for
-from cadsurgery.network.optimized import FLOAT
+from cadsurgery.network.model import pictures_for
+from cadsurgery.network.optimized import BFLOAT16, FLOAT
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.pipeline import ahead
 from cadsurgery.support.processes import own_device
-from cadsurgery.support.progress import Step, silent
+from cadsurgery.support.progress import Step
 from cadsurgery.tasks.evaluation import refuse_images
-from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
 from cadsurgery.tasks.manifest import fingerprint
 from cadsurgery.tasks.sides import kind_of
@@ -50,12 +49,12 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
+class PredictionSettings:
     """What predictions are made by; it can be sent to other processes.
 
-    `int8` is calibrated on the images of the folder `calibration`, resized to `size` or to the size of the first of
-    them. If `until` is not 0, a network with exits stops after this many milliseconds, see `AnytimeModel.until`. `view`
-    is one of `VIEWS`, by default `classes` for images and `overlay` for clips.
+    `precision` is that of the optimised copy, see `AdaptiveModel.optimize`. If `until` is not 0, a network with exits
+    stops after this many milliseconds, see `AnytimeModel.until`. `view` is one of `VIEWS`, by default `classes` for
+    images and `overlay` for clips.
     """
 
     file: str
@@ -64,15 +63,13 @@ class Settings:
     view: str = ""
     device: str = "cpu"
     precision: str = FLOAT
-    calibration: Path | None = None
-    largest_error: float | None = None
     until: float = 0.0
     batch: int = 1
     trust: bool = False
 
     def identity(self) -> dict[str, Any]:
         """Return what a manifest states: all that predictions depend on."""
-        names = ("size", "view", "precision", "calibration", "largest_error", "until")
+        names = ("size", "view", "precision", "until")
         made_by = {"network": fingerprint(self.file), "mask": self.mask or "the file's"}
         made_by |= {name: getattr(self, name) for name in names}
         return {**made_by, "device": own_device(self.device).type}
@@ -115,27 +112,14 @@ class Predictor:
         names: names of its classes; empty if unknown.
     """
 
-    def __init__(self, converted: nn.Module, settings: Settings, step: Step = silent) -> None:
-        """Optimise a network that `settings` opened; `int8` is calibrated on images."""
+    def __init__(self, converted: nn.Module, settings: PredictionSettings) -> None:
+        """Optimise a network that `settings` opened."""
         self.settings, self.device = settings, own_device(settings.device)
         self.kind, self.source = kind_of(converted), pictures_for(converted)
         self.names, self._folder = class_names(self.source), ""
-        self.net: Any
-        if self.kind is not None:
-            self.net = converted.optimize()  # type: ignore[operator]
-            return
-        shown = None
-        if settings.calibration is not None:
-            step("reading the calibration images")
-            first = next(iter(find_images([settings.calibration])[0]))
-            shown = images_like(read_image(first, settings.size)[None], self.source, settings.calibration)
-        assert isinstance(converted, AdaptiveModel)
-        self.net = converted.optimize(
-            precision=settings.precision,
-            calibration=shown,
-            largest_error=settings.largest_error,
-            step=step,
-        )
+        options = {} if self.kind is not None else {"precision": settings.precision}
+        self.net: Any = converted.optimize(**options)  # type: ignore[operator]
+        self._dtype = torch.bfloat16 if settings.precision == BFLOAT16 else None
 
     def start_anew(self) -> None:
         """Forget the frames that `smooth` masks have seen."""
@@ -146,7 +130,7 @@ class Predictor:
     def __call__(self, pictures: Tensor) -> Iterator[tuple[Tensor, int, Row]]:
         """Run pictures of one size as a batch; yield the classes of each, the number of channels, and fields of its
         row."""
-        images = normalise(pictures, self.source).to(self.device)
+        images = normalise(pictures, self.source).to(self.device, self._dtype)
         start = time.perf_counter()
         with torch.inference_mode():
             if self.kind is not None:

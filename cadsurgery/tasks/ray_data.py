@@ -14,7 +14,7 @@ from PIL import Image
 
 from cadsurgery.data.images import encode_png
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, first_line, import_optional
-from cadsurgery.tasks.predictor import Item, Row, Settings
+from cadsurgery.tasks.predictor import Item, PredictionSettings, Row
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import Block, Rows, Submit, predict_block
 
@@ -46,7 +46,8 @@ class Predict:
         Args:
             file: the converted file, or its address on the Hub; each machine must be able to read it.
             prediction: "png", or "array" of class numbers.
-            options: `mask`, `size`, `device`, `view`, `batch`, `trust` and others of `cadsurgery run`, see `Settings`.
+            options: `mask`, `size`, `device`, `view`, `batch`, `trust` and others of `cadsurgery run`, see
+                `PredictionSettings`.
 
         Raises:
             InvalidInput: there is no such form of a prediction.
@@ -54,7 +55,7 @@ class Predict:
         """
         check_name("form of predictions", prediction, ("png", "array"))
         self._form = encode_png if prediction == "png" else np.asarray
-        self._predictor = Settings(file, **options).with_one_thread()
+        self._predictor = PredictionSettings(file, **options).with_one_thread()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns of a batch, with predictions in place of the pictures.
@@ -92,7 +93,7 @@ def _content(value: Any) -> bytes:
 
 
 @contextmanager
-def tasks(address: str, settings: Settings, count: int) -> Iterator[Submit]:
+def tasks(address: str, settings: PredictionSettings, count: int) -> Iterator[Submit]:
     """Start processes of Ray, each of which opens the file once; what a lost machine had in work is done by others.
 
     Each machine must be able to read the converted file and the pictures and to write the predictions at their paths.
@@ -113,7 +114,7 @@ def tasks(address: str, settings: Settings, count: int) -> Iterator[Submit]:
 
 
 def predict_tables(
-    sources: Sequence[str], output: str, settings: Settings, address: str, workers: int | None
+    sources: Sequence[str], output: str, settings: PredictionSettings, address: str, workers: int | None
 ) -> FilesReport:
     """Predict the pictures in Parquet files as `Predict` does, and write its columns as Parquet into a folder.
 
@@ -138,11 +139,11 @@ def predict_tables(
     return FilesReport((), f"{counts[0]} done, {counts[1]} failed: {output}", tuple(listed), counts=counts)
 
 
-def _resources(settings: Settings) -> dict[str, int]:
+def _resources(settings: PredictionSettings) -> dict[str, int]:
     return {"num_gpus": 1} if settings.device.startswith("cuda") else {"num_cpus": 1}
 
 
-def count_processes(address: str, settings: Settings) -> int:
+def count_processes(address: str, settings: PredictionSettings) -> int:
     """Return the number of cores of a cluster, or that of its GPUs."""
     kind = "GPU" if settings.device.startswith("cuda") else "CPU"
     return max(1, int(connect(address).cluster_resources().get(kind, 1)))

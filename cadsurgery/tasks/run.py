@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -24,17 +24,17 @@ from cadsurgery.data.networks import class_names
 from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
+from cadsurgery.network.optimized import FLOAT, check_precision
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
-from cadsurgery.support.processes import gather, own_device, share
 from cadsurgery.support.progress import Step
+from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
-from cadsurgery.tasks.convert import check_precision, refuse_precision
 from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.manifest import Predictions
-from cadsurgery.tasks.predictor import Item, Predictor, Row, Settings
+from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.sides import kind_of
 from cadsurgery.tasks.workers import predict_in_processes, processes
@@ -76,28 +76,28 @@ def predict(
     Of many images rows and failures are in the manifest, and the first 1000 in the report. Images may also be named in
     a list, `@FILE`, or `-` for standard input, and images and `output` may be in object storage. `workers` processes
     with one thread each share the images; None for one each core, or one on a GPU. With `ray`, the address of a cluster
-    or `local`, processes of Ray do. Under a launcher each process runs its share of the images, and
-    every process returns the same report.
+    or `local`, processes of Ray do.
 
     A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again.
-    Further `options` are those of `Settings`.
+    Further `options` are those of `PredictionSettings`.
 
     Raises:
         InvalidInput: the options do not fit the network, a result would replace a file, the folder holds a
-            manifest and `resume` is not set, or something else made them.
+            manifest and `resume` is not set, or something else made them; or a launcher started several processes.
         FileError: there are no images, or the output cannot be written.
         NotInstalled: clips, object storage or Ray need a package that is not installed.
     """
-    settings = Settings(str(file), **options)
+    _refuse_launchers()
+    settings = PredictionSettings(str(file), **options)
     check_size(settings.size)
     if settings.view:
         check_name("view", settings.view, VIEWS)
-    check_precision(settings.precision, settings.calibration, settings.largest_error)
+    check_precision(settings.precision)
     if ray and all(str(path).endswith(".parquet") for path in images):
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
         return ray_data.predict_tables([*map(str, images)], str(output), settings, ray, workers)
-    sources, own = _Sources([*map(str, images)], str(output)), own_device(settings.device)
+    sources, own = _Sources([*map(str, images)], str(output)), find_device(settings.device)
     if sources.clips:
         pyav()  # refuse before any work
     converted = settings.load()
@@ -107,20 +107,19 @@ def predict(
     )
     manifest = None if sources.is_one_clip else Predictions(sources.output, settings.identity(), resume)
     sources.refuse_replacing(manifest)
-    number, outcome = sources.count(manifest), _Outcome()
+    number, outcome = sources.count(manifest), _Processed()
     pool = partial(ray_data.tasks, ray) if ray else processes
     if workers is None:
         usual = cores() if is_shared and own.type == "cpu" else 1
         usual = max(1, min(usual, (number or sys.maxsize) // _FOR_A_PROCESS))
         workers = ray_data.count_processes(ray, settings) if ray else usual
-    predictor = None if ray or workers > 1 else Predictor(converted, settings, step)
-    gather(None, own)  # until every process has read the manifest, and seen what is there
+    predictor = None if ray or workers > 1 else Predictor(converted, settings)
     if manifest is not None:
         manifest.begin()
     with _interruption() as stopped, manifest or nullcontext():
 
         def left(items: Iterable[Item]) -> Iterator[Item]:
-            for _, item in share(items):
+            for item in items:
                 if stopped.is_set():
                     return
                 if manifest is not None and manifest.is_written(item.source, item.target):
@@ -135,7 +134,6 @@ def predict(
             clips = (predictor.clip_row(clip, fps, step, stopped) for clip in left(sources.clips))
             answers = chain(predictor.rows(stills), clips)
         _take_in(chain(answers, sources.refusals()), outcome, manifest, number, step)
-    outcome = reduce(_Outcome.merge, gather(outcome, own))
     if number is None and outcome.counts.total() <= len(sources.failures):
         raise no_images(sources.failures)
     outcome.classes |= manifest.classes if manifest else set()
@@ -144,7 +142,7 @@ def predict(
 
 def _take_in(
     answers: Iterable[tuple[Any, Row]],
-    outcome: _Outcome,
+    outcome: _Processed,
     manifest: Predictions | None,
     number: int | None,
     step: Step,
@@ -155,12 +153,11 @@ def _take_in(
         outcome.add(position, row)
         if manifest is not None and not row.get("interrupted"):
             manifest.add_prediction(row)
-        finished = min(count * world().size, number or sys.maxsize)
-        step(f"image {finished} of {number or '?'} ({Path(row['image']).name})", finished, number)
+        step(f"image {count} of {number or '?'} ({Path(row['image']).name})", count, number)
 
 
 def _report(
-    outcome: _Outcome, sources: _Sources, names: Sequence[str], is_interrupted: bool, resume: bool
+    outcome: _Processed, sources: _Sources, names: Sequence[str], is_interrupted: bool, resume: bool
 ) -> FilesReport:
     """Return the report, and write the legend of the classes."""
     rows, failures = outcome.rows("done"), outcome.rows("failed")
@@ -169,8 +166,7 @@ def _report(
     if done > len(rows):
         lines.append(f"... and {done - len(rows)} more: {sources.output}/manifest.jsonl")
     if shown := {names.index(name): name for name in outcome.classes}:
-        if world().is_main:
-            write_picture(figure_picture(legend_figure(dict(sorted(shown.items())))), sources.legend)
+        write_picture(figure_picture(legend_figure(dict(sorted(shown.items())))), sources.legend)
         lines.append(f"legend: {sources.legend}")
     also = f"{skipped} skipped, " if resume else ""
     text = "\n".join([*lines, f"{done} done, {also}{failed} failed"])
@@ -178,7 +174,7 @@ def _report(
 
 
 @dataclass
-class _Outcome:
+class _Processed:
     """What became of the images.
 
     Attributes:
@@ -199,14 +195,24 @@ class _Outcome:
             self.listed.append((position, became, row))
         self.classes |= row.get("classes", {}).keys()
 
-    def merge(self, other: _Outcome) -> _Outcome:
-        """Return the outcome of the processes of both."""
-        return _Outcome(self.counts + other.counts, self.listed + other.listed, self.classes | other.classes)
-
     def rows(self, became: str) -> tuple[Row, ...]:
         """Return the first rows of those that became so, in order."""
         listed = sorted(self.listed, key=itemgetter(0))
         return tuple(row for _, how, row in listed if how == became)[:_LISTED]
+
+
+def _refuse_launchers() -> None:
+    """Refuse several processes of `torchrun` or another launcher, which would all write every prediction.
+
+    Raises:
+        InvalidInput: there are several.
+    """
+    if (size := world().size) > 1:
+        raise InvalidInput(
+            f"run was started in {size} processes by a launcher.",
+            why="run shares pictures among processes of its own.",
+            next="start it once, with --workers N, or with --ray on several machines.",
+        )
 
 
 def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str, bool]) -> bool:
@@ -220,20 +226,19 @@ def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str,
         "a mask with smooth": (bool(sources.stills) and _has_smooth(converted), {*sharing, "--resume"}),
         "clips": (bool(sources.clips), sharing),
         "a single clip": (sources.is_one_clip, {"--resume"}),
-        "torchrun": (world().size > 1, sharing),
     }
     against = {reason: options for reason, (holds, options) in reasons.items() if holds}
     for reason, options in against.items():
         for option in options & {option for option, is_wanted in wanted.items() if is_wanted}:
             raise InvalidInput(
                 f"{option} for {reason}.",
-                why="its processes are the workers." if reason == "torchrun" else _FOLLOW,
+                why=_FOLLOW,
                 next=f"leave {option} out.",
             )
     return not any(options & sharing for options in against.values())
 
 
-def _check_options(converted: nn.Module, settings: Settings) -> None:
+def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
     """Refuse a time limit, a batch or a precision that does not fit the network.
 
     Raises:
@@ -251,8 +256,12 @@ def _check_options(converted: nn.Module, settings: Settings) -> None:
             why="it computes another amount for each image." if kind else _FOLLOW,
             next="leave --batch out.",
         )
-    if kind is not None:
-        refuse_precision(settings.precision, kind.words)
+    if kind is not None and settings.precision != FLOAT:
+        raise InvalidInput(
+            f"--precision {settings.precision} for a network {kind.words}.",
+            why="networks made by methods run in the precision of their weights.",
+            next="leave it out.",
+        )
 
 
 def _has_smooth(converted: nn.Module) -> bool:
@@ -332,8 +341,8 @@ class _Sources:
             yield Item(position, image, os.path.join(self.output, place))
 
     def refusals(self) -> Iterator[tuple[int, Row]]:
-        """Yield the rows of sources that hold no images, before all others, once in all processes."""
-        for position, (path, refusal) in enumerate(self.failures.items() if world().is_main else ()):
+        """Yield the rows of sources that hold no images, before all others."""
+        for position, (path, refusal) in enumerate(self.failures.items()):
             yield position - len(self.failures), {"image": path, **refusal.to_dict()}
 
     @property

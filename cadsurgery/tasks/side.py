@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import Source
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.report import Row
@@ -174,7 +175,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Request:
+class ConversionRequest:
     """A network to convert, and how.
 
     Attributes:
@@ -195,7 +196,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Conversion:
+class MethodConversion:
     """A network that a method converted, and its part of the report.
 
     Attributes:
@@ -220,7 +221,7 @@ class Conversion:
     notes: Callable[[Sequence[Row]], Sequence[str]] = lambda rows: ()
     first: str = ""
 
-    def without_network(self) -> Conversion:
+    def without_network(self) -> MethodConversion:
         """Return the part of the report alone, which keeps no network in memory."""
         return replace(self, net=None, sides=(), notes=lambda rows: ())
 
@@ -239,7 +240,7 @@ class Timed(NamedTuple):
     ends: tuple[str, str] | None = None
 
 
-class Kind(NamedTuple):
+class MethodSides(NamedTuple):
     """A kind of network that a method makes, and its sides.
 
     Attributes:
@@ -255,9 +256,9 @@ class Kind(NamedTuple):
     """
 
     method: str
-    network: type[nn.Module]
+    network: type[ConvertedModel]
     words: str
-    convert: Callable[[Request], Conversion]
+    convert: Callable[[ConversionRequest], MethodConversion]
     compare: Callable[[Any, SegmentationData, Sequence[Any]], Comparison]
     time: Callable[[Any, Tensor, Sequence[float]], Timed]
     run: Callable[[Any, Tensor, float], tuple[Any, dict[str, Any]]]

@@ -1,7 +1,4 @@
-"""Tables for a terminal: columns of rows, and what happens where the terminal is too narrow.
-
-Nothing here imports torch, so that answers which are known are printed at once, see `tasks/recorded.py`.
-"""
+"""Tables for a terminal: columns of rows, and what happens where the terminal is too narrow."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from itertools import islice
 from multiprocessing import get_context, parent_process
 
 from cadsurgery.support.errors import CadError
-from cadsurgery.tasks.predictor import Item, Predictor, Row, Settings
+from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
 
 _BATCHES = 16  # that a process gets at a time
 _WHY = "memory may not suffice: each process holds a copy of the network; or a library crashed."
@@ -21,18 +21,18 @@ _NEXT = "give fewer --workers, or a --size; --resume tries again."
 Block = list[Item]
 Rows = list[tuple[int, Row]]
 Submit = Callable[[Block], Future[Rows]]  # lets a process call `predict_block`
-Pool = Callable[[Settings, int], AbstractContextManager[Submit]]  # starts so many processes
+Pool = Callable[[PredictionSettings, int], AbstractContextManager[Submit]]  # starts so many processes
 
 
 @contextmanager
-def processes(settings: Settings, count: int) -> Iterator[Submit]:
+def processes(settings: PredictionSettings, count: int) -> Iterator[Submit]:
     """Start processes of this machine."""
     with ProcessPoolExecutor(count, get_context("spawn"), _begin) as pool:
         yield lambda block: pool.submit(predict_block, settings, block)
 
 
 def predict_in_processes(
-    items: Iterator[Item], settings: Settings, count: int, pool: Pool = processes
+    items: Iterator[Item], settings: PredictionSettings, count: int, pool: Pool = processes
 ) -> Iterator[tuple[int, Row]]:
     """Yield position and row of each image; `count` processes write the predictions.
 
@@ -51,7 +51,7 @@ def predict_in_processes(
 
 
 def _share(
-    blocks: Iterator[Block], settings: Settings, count: int, pool: Pool
+    blocks: Iterator[Block], settings: PredictionSettings, count: int, pool: Pool
 ) -> Generator[tuple[int, Row], None, list[Block]]:
     """Yield the rows of blocks until a process ends; return the blocks that were in flight then."""
     running, lost = dict[Future[Rows], Block](), list[Block]()
@@ -75,13 +75,13 @@ def _share(
                     lost.append(block)
 
 
-def predict_block(settings: Settings, block: Block) -> Rows:
+def predict_block(settings: PredictionSettings, block: Block) -> Rows:
     """Return position and row of each image; the process opens the network once."""
     return list(_predictor(settings).rows(block))
 
 
 @functools.cache
-def _predictor(settings: Settings) -> Predictor:
+def _predictor(settings: PredictionSettings) -> Predictor:
     return settings.with_one_thread()
 
 

@@ -19,7 +19,7 @@ from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.figures import figure_picture, matches_figure
 from cadsurgery.tasks.for_each import Failures, for_each
-from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, Seen
+from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, PreparedPicture
 from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matching_accuracy, mutual_matches
 from cadsurgery.tasks.open import Strides, at_strides, provenance
 from cadsurgery.tasks.report import check_outputs
@@ -139,7 +139,7 @@ class _Part(NamedTuple):
     keypoints: tuple[int, ...]
 
 
-def _describe(extractor: Extractor, seen: Seen, images: Tensor) -> Features:
+def _describe(extractor: Extractor, seen: PreparedPicture, images: Tensor) -> Features:
     return extractor.features(seen)
 
 
@@ -148,7 +148,7 @@ def _match_all(
 ) -> list[_Part]:
     """Match one sequence with every extractor; images that cannot be used are recorded as failures."""
     first = extractors[0].seen(sequence.read(0))
-    others: dict[int, Seen] = {}
+    others: dict[int, PreparedPicture] = {}
     for place in range(len(sequence.numbers)):
         try:
             others[place] = extractors[0].seen(sequence.read(place + 1))
@@ -179,7 +179,7 @@ def _pair(sequence: ImageSequence | Photo, place: int, first: Features, other: F
 
 
 def _draw_matches(
-    extractor: Extractor, first: Seen, second: Seen, homography: Tensor
+    extractor: Extractor, first: PreparedPicture, second: PreparedPicture, homography: Tensor
 ) -> tuple[str, Tensor, Tensor, Tensor]:
     """Return a setting's matches of two images, for `matches_figure`."""
     one, other = extractor.features(first), extractor.features(second)

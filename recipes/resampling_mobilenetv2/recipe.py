@@ -161,7 +161,7 @@ def measure(data: Path, runs: Path, found: cs.SegmentationData, rounds: int) -> 
         sides[f"{size}: sampler"] = partial(net.sampler, batch)
         sides[f"{size}: sampling"] = partial(sample, batch, locations, size)
         sides[f"{size}: network"] = partial(net.network, seen)
-        sides[f"{size}: back"] = partial(interpolate_back, scores, locations, image.shape[1:], "inverse")
+        sides[f"{size}: back"] = partial(interpolate_back, scores, locations, image.shape[1:])
     sides[WHOLE] = partial(resampled(data, runs, "uniform", SIZES[0]).optimize().network, batch)
     with labelled(labels[None]):
         times = interleaved(sides, rounds, clock=time.process_time)

@@ -53,7 +53,6 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("convert", "FILE"): (FILE_OF_ONNX,),
     ("convert", N, "--weights", "FILE"): ("a file of weights", "a converted network"),
     ("convert", N, "--image", "FILE", *QUICK): ("a picture",),
-    ("convert", N, "--precision", "int8", "--calibration", "FILE", *QUICK): IMAGES,
     ("plan", "FILE"): ("a converted network", FILE_OF_ONNX),
     ("mask", "FILE"): ("a picture",),
     ("mask", "-m", "FILE"): ("a converted network", FILE_OF_ONNX),
@@ -65,7 +64,6 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("macs", "FILE"): ("a converted network", FILE_OF_ONNX),
     ("macs", "FILE", "--dense"): ("a converted network", FILE_OF_ONNX),
     ("macs", N, "--image", "FILE"): ("a picture",),
-    ("run", "net.safetensors", "photos", "--precision", "int8", "--calibration", "FILE", "--trust"): IMAGES,
     ("bench", "FILE"): ("a converted network", FILE_OF_ONNX),
     ("bench", N, "--size", "32x32", "--dtype", "int8", "--calibration", "FILE"): IMAGES,
     ("eval", "FILE", "--data", "scene:1"): ("a converted network", FILE_OF_ONNX),
@@ -75,7 +73,18 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("eval", N, "--data", "images:FILE"): IMAGES,
     ("eval", N, "--data", "scene:1", "--weights", "FILE"): ("a file of weights", "a converted network"),
     ("export", "FILE"): ("a converted network", FILE_OF_ONNX),
-    ("export", N, "--size", "32x32", "-o", "new.onnx", "--int8", "FILE"): IMAGES,
+    (
+        "export",
+        N,
+        "--size",
+        "32x32",
+        "-o",
+        "new.onnx",
+        "--precision",
+        "int8",
+        "--calibration",
+        "FILE",
+    ): IMAGES,
     ("explore", "FILE"): ("a converted network", FILE_OF_ONNX),
     ("finetune", "FILE", "--data", "scene:1", "-o", "run"): ("a converted network", FILE_OF_ONNX),
     ("finetune", N, "--data", "FILE", "-o", "run"): ("a folder",),
@@ -85,7 +94,6 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("recommend", N, "--images", "photos", "--labels", "FILE"): ("a folder",),
     ("keypoints extract", "FILE", "photos"): ("a converted network", FILE_OF_ONNX),
     ("keypoints extract", N, "FILE"): IMAGES,
-    ("push", "FILE", "owner/name"): ("a converted network",),
 }
 
 

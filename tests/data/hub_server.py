@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _validate(self, card: str) -> None:
         front = card.split("---\n")[1]
         named = [line.partition(": ")[2] for line in front.splitlines() if line.startswith("license: ")]
-        errors = [] if named and named[0] in LICENCES else [{"message": '"license" must be one of [...]'}]
+        errors = [] if not named or named[0] in LICENCES else [{"message": '"license" must be one of [...]'}]
         self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def _of_repository(self, name: str, repository: Repository, rest: list[str], body: bytes) -> None:

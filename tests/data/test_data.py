@@ -17,7 +17,7 @@ from torch import Tensor
 import cadsurgery as cs
 from cadsurgery.data import IGNORED, Augment, SegmentationData
 from cadsurgery.data.images import SCENE_CLASSES, normalise
-from cadsurgery.data.networks import Source
+from cadsurgery.data.networks import IMAGENET_MEAN, Source
 from cadsurgery.data.sources import KINDS
 from cadsurgery.support.errors import LeftOut
 
@@ -386,7 +386,37 @@ def test_image_and_labels_are_moved_together(seed: int) -> None:
     inside = on != IGNORED
     assert torch.allclose(moved[:, inside], (on[inside] / 10).expand(3, -1))
     padding = moved[:, ~inside]
-    assert padding.numel() and torch.allclose(padding, torch.tensor(Augment().fill)[:, None])
+    assert padding.numel() and torch.allclose(padding, torch.tensor(IMAGENET_MEAN)[:, None])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6, 13])
+@pytest.mark.parametrize("crop", [16, (50, 20), None])
+def test_pictures_of_any_number_of_bands_are_augmented(
+    channels: int, crop: int | tuple[int, int] | None
+) -> None:
+    image, labels = torch.rand(channels, 30, 41), torch.randint(5, (30, 41))
+    augment = Augment(crop, scale=(0.5, 2.0))
+    changed, on = augment(image, labels, 3)
+    assert len(changed) == channels and changed.shape[1:] == on.shape
+    assert changed.min() >= 0 and changed.max() <= 1
+    assert torch.equal(changed, augment(image, labels, 3)[0])
+    assert not torch.equal(augment(image, labels, 4)[0], changed)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 6])
+def test_other_bands_are_padded_by_their_mean_and_jitter_keeps_their_order(channels: int) -> None:
+    image, labels = torch.rand(channels, 30, 41), torch.randint(5, (30, 41))
+    padded, on = Augment((40, 60), flip=0, jitter=0)(image, labels, 0)
+    padding = padded[:, on == IGNORED]
+    assert torch.allclose(padding, image.mean((1, 2))[:, None])
+    jittered, _ = Augment(None, flip=0)(image, labels, 1)
+    rising = jittered.flatten()[image.flatten().argsort()].diff()
+    assert rising.min() > -1e-6 and rising.max() > 0
+
+
+def test_a_colour_of_padding_has_a_value_for_each_channel() -> None:
+    with pytest.raises(cs.InvalidInput, match="3 values, and the picture has 6 channels"):
+        Augment(40, fill=(0.1, 0.2, 0.3))(torch.rand(6, 8, 8), torch.zeros(8, 8, dtype=torch.int64), 0)
 
 
 def test_without_randomness_nothing_changes() -> None:

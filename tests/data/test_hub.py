@@ -8,10 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import hub_server
-import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, Run, images, rewritten
@@ -23,8 +21,6 @@ from safetensors.torch import save_file
 
 import cadsurgery as cs
 from cadsurgery.data.hub import FILE, Address, read_address
-from cadsurgery.network.publish import Pushed, make_card
-from cadsurgery.support.provenance import versions
 from cadsurgery.tasks.open import at_strides, open_converted, weights_in_words
 
 NAME = f"{hub_server.OWNER}/small-net"
@@ -50,9 +46,7 @@ def use(monkeypatch: pytest.MonkeyPatch, url: str, folder: Path, token: str = hu
     monkeypatch.setenv("HF_TOKEN", token)
 
 
-def push(net: cs.AdaptiveModel, name: str = NAME, license: str = "mit", **options: Any) -> Pushed:
-    """With the multiply-accumulates of a small image in the card."""
-    return cs.push_to_hub(net, name, license=license, **{"image": images(1, 64, 96), **options})
+PLAN = ("-m", "cadsurgery.cli", "plan", "--model", HOME)
 
 
 @contextmanager
@@ -72,65 +66,48 @@ def by_name(mask: str = "edges") -> cs.AdaptiveModel:
 
 def test_what_is_pushed_comes_back_bit_for_bit(hub: Hub, tmp_path: Path) -> None:
     net, image = adapted(), images(2, 97, 129)
-    pushed = push(net)
+    pushed = cs.push(net, NAME)
     cs.save(net, tmp_path / "net.safetensors")
-    files = hub.repositories[NAME].commits[pushed.commit]
-    assert files[FILE] == (tmp_path / "net.safetensors").read_bytes() and pushed.bytes == len(files[FILE])
+    assert pushed == f"{HOME}@{hub.repositories[NAME].branches['main']}"
+    assert written(hub)[FILE] == (tmp_path / "net.safetensors").read_bytes()
     back = cs.load(HOME, PooledSegmenter())
     assert back.plan == net.plan and back.mask.spec() == net.mask.spec()
     assert torch.equal(back(image)["out"], net(image)["out"])
-    assert pushed.page == f"{hub.url}/{NAME}" and not pushed.private
 
 
 def test_large_files_and_card_are_one_commit(hub: Hub) -> None:
-    push(adapted(), message="The first")
-    assert len(hub.storage) == 1 and hub.repositories[NAME].messages == ["The first"]
+    cs.push(adapted(), NAME)
+    assert len(hub.storage) == len(hub.repositories[NAME].messages) == 1
     assert set(written(hub)) == {FILE, "README.md"}
 
 
 def test_a_commit_or_branch_is_loaded_by_its_name(hub: Hub) -> None:
     first, second = adapted(), adapted("edges:threshold=0.5,dilation=5")
-    pushed = push(first)
-    push(second)
-    push(adapted("all"), f"{NAME}@other")
+    pushed = cs.push(first, NAME)
+    cs.push(second, NAME)
+    cs.push(adapted("all"), f"{NAME}@other")
     specs = {
-        where: cs.load(where, PooledSegmenter()).mask.spec()
-        for where in (pushed.address, HOME, f"{HOME}@other")
+        where: cs.load(where, PooledSegmenter()).mask.spec() for where in (pushed, HOME, f"{HOME}@other")
     }
     assert list(specs.values()) == [first.mask.spec(), second.mask.spec(), "all"]
 
 
 def test_a_network_by_name_needs_nothing_else(hub: Hub, tmp_path: Path) -> None:
     net = by_name()
-    push(net, NAME, license="apache-2.0")
+    cs.push(net, NAME)
     image = images(1, 65, 97)
     assert torch.equal(cs.load(HOME)(image), net(image))
 
 
-@pytest.mark.slow
-def test_the_file_of_another_method_is_uploaded_as_it_is(hub: Hub, command_line: Run, tmp_path: Path) -> None:
-    net = cs.anytime(cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4), threshold=0.3).eval()
-    cs.save(net, tmp_path / FILE)
-    client = huggingface_hub.HfApi(endpoint=hub.url)
-    client.create_repo(NAME)
-    client.upload_file(path_or_fileobj=tmp_path / FILE, path_in_repo=FILE, repo_id=NAME)
-    image = images(1, 65, 97)
-    with torch.no_grad():
-        back = zip(cs.load(HOME)(image), net(image), strict=True)
-        assert all(torch.equal(one, other) for one, other in back)
-    for command in ("plan", "macs"):
-        assert command_line(command, "--model", HOME, "--json").code == 0
-
-
 def test_what_was_fetched_once_loads_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    push(adapted())
+    cs.push(adapted(), NAME)
     cs.load(HOME, PooledSegmenter())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert cs.load(HOME, PooledSegmenter()).mask.spec() == adapted().mask.spec()
 
 
 def test_nothing_is_fetched_twice_nor_more_than_the_file(hub: Hub) -> None:
-    push(adapted())
+    cs.push(adapted(), NAME)
     hub.requests.clear()
     for _ in range(2):
         cs.load(HOME, PooledSegmenter())
@@ -164,68 +141,44 @@ def written(hub: Hub) -> dict[str, bytes]:
     return repository.commits[repository.branches["main"]]
 
 
-def front_matter(card: str) -> dict[str, Any]:
-    return ModelCard(card).data.to_dict()
-
-
-def test_the_card_says_what_was_converted(hub: Hub) -> None:
+def test_the_card_says_what_was_converted_and_how_it_is_loaded(hub: Hub) -> None:
     net = by_name("edges | budget:fraction=0.3")
-    push(net, image=None)
+    cs.push(net, NAME, license="mit")
     text = written(hub)["README.md"].decode()
-    about = front_matter(text)
+    about = ModelCard(text).data.to_dict()
     assert about["license"] == "mit" and about["library_name"] == "cadsurgery"
-    assert about["pipeline_tag"] == "image-classification"
-    assert {"cadsurgery", "squeezenet1_1"} <= set(about["tags"])
-    counted = net.macs(cs.images.normalise(cs.images.street_scene(), net.source)[None])
-    for told in (
-        "torchvision:squeezenet1_1",
-        "| weights | random (asked for) |",
-        f"`{net.mask.spec()}`".replace("|", r"\|"),
-        f"| fill | {net.geometry.fill} |",
-        ", ".join(map(str, net.plan.strides)),
-        f"{counted.mask / counted.high:.2f} of the {counted.high:.3g} multiply-accumulates",
-        ", ".join(f"{name} {number}" for name, number in versions().items()),
-        f'cs.load("{HOME}")',
-        net.plan.summary(),
-    ):
+    for told in ("torchvision:squeezenet1_1, weights are random", net.mask.spec(), f'cs.load("{HOME}")'):
         assert told in text
+    assert net.plan.summary() in text
+    cs.push(adapted(), NAME)
+    text = written(hub)["README.md"].decode()
+    assert f'cs.load("{HOME}", model)' in text and "license" not in ModelCard(text).data.to_dict()
 
 
-def test_the_card_says_how_a_network_of_ones_own_is_loaded(hub: Hub) -> None:
-    own = make_card(adapted(lambda image: image.mean(1) > 0), Address(NAME), "mit")
-    assert f'cs.load("{HOME}", model, mask="edges")' in own and "which the file does not hold" in own
-    assert front_matter(own)["pipeline_tag"] == "image-segmentation"
-    labelled = make_card(adapted("trimap"), Address(NAME), "mit", "depth-estimation")
-    assert "not counted" in labelled and front_matter(labelled)["pipeline_tag"] == "depth-estimation"
+@pytest.mark.slow
+def test_a_network_of_another_method_comes_back(hub: Hub, command_line: Run) -> None:
+    net = cs.anytime(cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4), threshold=0.3).eval()
+    cs.push(net, NAME)
+    image = images(1, 65, 97)
+    with torch.no_grad():
+        back = zip(cs.load(HOME)(image), net(image), strict=True)
+        assert all(torch.equal(one, other) for one, other in back)
+    for command in ("plan", "macs"):
+        assert command_line(command, "--model", HOME, "--json").code == 0
 
 
-# -- writing that is refused ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("license", ["", "  "])
-def test_a_licence_must_be_named(hub: Hub, license: str) -> None:
-    with refused(cs.InvalidInput, "licence", "--license", NAME):
-        push(adapted(), NAME, license=license)
-    assert not hub.requests
-
-
-def test_a_licence_that_the_hub_does_not_know_makes_no_repository(hub: Hub) -> None:
-    with refused(cs.InvalidInput, "card", "must be one of"):
-        push(adapted(), NAME, license="my: own\nlicense: mit")
-    assert not hub.repositories
-
-
-def test_a_public_repository_is_not_taken_for_a_private_one(
+def test_a_private_repository_is_read_by_its_owner_alone(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert push(adapted(), private=True).private
-    push(adapted(), f"{hub_server.OWNER}/shown", license="mit")
-    with refused(cs.InvalidInput, "is public", "settings"):
-        push(adapted("all"), f"{hub_server.OWNER}/shown", private=True)
-    assert len(hub.repositories[f"{hub_server.OWNER}/shown"].messages) == 1
+    hub.repositories[NAME] = Repository(private=True)
+    cs.push(adapted(), NAME)
+    cs.load(HOME, PooledSegmenter())
     use(monkeypatch, hub.url, tmp_path / "another", token="hf_of_somebody_else")
     with refused(cs.FileError, HOME, "private", "HF_TOKEN"):
         cs.load(HOME, PooledSegmenter())
+
+
+# -- writing that is refused ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,15 +193,15 @@ def test_who_may_not_write_is_told_so(
 ) -> None:
     use(monkeypatch, hub.url, tmp_path, token)
     with refused(cs.FileError, name, "cannot be written", *words):
-        push(adapted(), name, license="mit")
+        cs.push(adapted(), name)
     assert not hub.storage
 
 
 def test_what_cannot_be_saved_cannot_be_pushed(hub: Hub) -> None:
     with refused(cs.InvalidInput, "optimised"):
-        push(adapted().optimize())
+        cs.push(adapted().optimize(), NAME)
     with refused(cs.InvalidInput, "not a converted network"):
-        push(PooledSegmenter())  # type: ignore[arg-type]
+        cs.push(PooledSegmenter(), NAME)  # type: ignore[arg-type]
     assert not hub.requests
 
 
@@ -262,7 +215,7 @@ def test_what_is_no_address_is_refused_before_anything_is_asked(hub: Hub, name: 
     with refused(cs.InvalidInput, "no address on the Hub", "hf:owner/name"):
         cs.load(f"hf:{name}")
     with refused(cs.InvalidInput, "no address on the Hub"):
-        push(adapted(), name, license="mit")
+        cs.push(adapted(), name)
     assert not hub.requests
 
 
@@ -293,7 +246,7 @@ def gated(hub: Hub) -> None:
     [
         (not_there, HOME, ("no such repository, or it is private", "HF_TOKEN")),
         (no_revision, f"{HOME}@v2", ("no branch, tag or commit 'v2'", "leave @v2 out")),
-        (no_file, HOME, (f"it holds no {FILE}", "push_to_hub")),
+        (no_file, HOME, (f"it holds no {FILE}", "cs.push")),
         (gated, HOME, ("its owner decides", "ask for it on http://127.0.0.1", NAME)),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -323,7 +276,7 @@ def test_without_a_network_it_is_said_so(hub: Hub, monkeypatch: pytest.MonkeyPat
     ):
         cs.load(HOME)
     with refused(cs.FileError, f"{HOME} cannot be written", "HF_HUB_OFFLINE"):
-        push(adapted())
+        cs.push(adapted(), NAME)
 
 
 def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -334,12 +287,12 @@ def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch,
     with refused(cs.FileError, f"{HOME} cannot be fetched", gone.url, "HF_ENDPOINT"):
         cs.load(HOME)
     with refused(cs.FileError, f"{HOME} cannot be written", gone.url, "HF_ENDPOINT"):
-        push(adapted())
+        cs.push(adapted(), NAME)
 
 
 def test_without_the_client_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    for call in (lambda: cs.load(HOME), lambda: push(adapted())):
+    for call in (lambda: cs.load(HOME), lambda: cs.push(adapted(), NAME)):
         with refused(cs.CadError, "pip install 'cadsurgery[hub]'"):
             call()
 
@@ -348,12 +301,11 @@ def test_without_the_client_the_command_that_installs_it_is_named(monkeypatch: p
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_other_commands_take(hub: Hub, command_line: Run, tmp_path: Path) -> None:
+def test_commands_take_what_was_pushed(hub: Hub, command_line: Run, tmp_path: Path) -> None:
     model = cs.build_model("timm:resnet10t", "none", features_only=True, out_indices=[2])
     cs.save(cs.adaptify(model, "edges", verify_laws=False), tmp_path / "net.safetensors")
     Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "image.png")
-    told = command_line("push", "net.safetensors", NAME, "--license", "mit", "--private", "--json")
-    assert told.code == 0 and told.json["private"] and told.json["address"].startswith(f"{HOME}@")
+    cs.push(cs.load(tmp_path / "net.safetensors"), NAME)
     for command in (
         ("plan", "--model", HOME),
         ("macs", "--model", HOME, "--size", "64x96"),
@@ -365,7 +317,7 @@ def test_the_command_writes_what_other_commands_take(hub: Hub, command_line: Run
 
 
 def test_tasks_open_an_address_as_they_open_a_file(hub: Hub) -> None:
-    push(by_name())
+    cs.push(by_name(), NAME)
     (net,), source = at_strides(HOME, (), {})
     assert net.mask.spec() == by_name().mask.spec() and weights_in_words(HOME, source).startswith(
         f"weights in {HOME}"
@@ -375,27 +327,26 @@ def test_tasks_open_an_address_as_they_open_a_file(hub: Hub) -> None:
         open_converted(HOME, options={"fill": "nearest"})
 
 
-def test_the_command_refuses_without_a_licence(hub: Hub, command_line: Run, tmp_path: Path) -> None:
-    cs.save(by_name(), tmp_path / "net.safetensors")
-    assert "--license" in command_line("push", "net.safetensors", NAME).err
-
-
 @pytest.mark.slow
 def test_the_environment_decides_where_and_who(tmp_path: Path) -> None:
     """As a user runs it: the client reads the variables when it is imported."""
     cs.save(by_name(), tmp_path / "net.safetensors")
 
-    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment = {**kept, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "cadsurgery.cli", *arguments]
         return subprocess.run(
-            command, cwd=tmp_path, env={**environment, **variables}, capture_output=True, text=True
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
         )
 
     with serve() as hub:
         there = {"HF_ENDPOINT": hub.url}
-        pushed = run("push", "net.safetensors", NAME, "--license", "mit", HF_TOKEN=hub_server.TOKEN, **there)
+        code = f"import cadsurgery as cs; print(cs.push(cs.load('net.safetensors'), {NAME!r}))"
+        pushed = run("-c", code, HF_TOKEN=hub_server.TOKEN, **there)
         assert pushed.returncode == 0 and HOME in pushed.stdout, pushed.stderr
-        assert run("plan", "--model", HOME, **there).returncode == 0
-    assert run("plan", "--model", HOME, HF_HUB_OFFLINE="1").returncode == 0
+        assert run(*PLAN, **there).returncode == 0
+    assert run(*PLAN, HF_HUB_OFFLINE="1").returncode == 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.networks import Source, build_again
+from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx2torch")
@@ -225,6 +226,14 @@ def test_a_quantised_file_is_refused(written: Path, tmp_path: Path) -> None:
         cs.CannotConvert, match=r"(?s)is quantised.*DynamicQuantizeLinear.*before quantisation"
     ):
         cs.build_model(str(tmp_path / "int8.onnx"))
+
+
+def test_a_file_with_kernels_is_refused_as_converted_already(written: Path, tmp_path: Path) -> None:
+    model = onnx.load(str(written))
+    onnx.helper.set_model_props(model, {KERNELS_KEY: HOW_TO_OPEN})
+    onnx.save(model, str(tmp_path / "kernels.onnx"))
+    with pytest.raises(cs.CannotConvert, match=r"(?s)calls this package's kernels.*converted already"):
+        cs.build_model(str(tmp_path / "kernels.onnx"))
 
 
 def test_an_operator_that_cannot_be_read_is_named_with_its_opset(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections import defaultdict
 from contextlib import suppress
@@ -14,10 +15,12 @@ import pytest
 import torch
 from conftest import Run
 from networks import Segmenter, seeded
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.networks import Source
+from cadsurgery.data.weights import load_weights
 
 USERS = "from networks import Segmenter, seeded\n\ndef net(): return seeded(Segmenter)\n"
 
@@ -158,3 +161,123 @@ def test_the_command_says_what_it_took(command_line: Run, build: Any) -> None:
     )
     assert result.code == 0, result
     assert "without the prefix 'module.'" in result.err + result.out
+
+
+# -- more than the network ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["net.", "module.net.", "net._orig_mod."])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"criterion.weight": torch.ones(4)},
+        {
+            "metric.confusion": torch.zeros(3, 3),
+            "metric.count": torch.tensor(2),
+            "log_scale": torch.zeros(()),
+        },
+        {"epoch": 3, "best": None},
+    ],
+    ids=["a loss", "a metric", "no tensors"],
+)
+def test_what_a_script_keeps_beside_its_network_is_left_out_in_a_line(
+    build: Any, prefix: str, beside: dict[str, Any]
+) -> None:
+    first = prefix.partition("net.")[0]
+    content = {"state_dict": {**{first + name: value for name, value in beside.items()}, **prefixed(prefix)}}
+    with pytest.warns(cs.CadWarning, match="left out: ") as caught:
+        loaded, note = build(content, "last.ckpt")
+    assert_same(loaded, state())
+    assert repr(prefix) in note and len(note.splitlines()) == 1
+    assert any(str(warning.message).startswith(note) for warning in caught)
+    for name in {name.partition(".")[0] for name in beside}:
+        assert f"{first}{name}".partition(".")[0] in note
+
+
+def test_of_two_networks_in_one_state_dict_the_first_is_taken_and_the_other_can_be(build: Any) -> None:
+    content = {"state_dict": {**prefixed("student."), **{f"teacher.{n}": v for n, v in state(2).items()}}}
+    with pytest.warns(
+        cs.CadWarning, match=r"state_dict\.teacher would fit .* last\.ckpt:state_dict\.teacher"
+    ):
+        assert_same(build(content, "last.ckpt")[0], state(1))
+    with pytest.warns(cs.CadWarning, match=r"left out: student\.\* \(\d+ names\)"):
+        assert_same(build(content, "last.ckpt", ":state_dict.teacher")[0], state(2))
+
+
+def test_values_between_the_names_of_the_network_are_left_out(build: Any) -> None:
+    extra = {"epoch": 3, "backbone.0._extra_state": {"scale": 1.0}, "criterion.weight": torch.ones(4)}
+    with pytest.warns(cs.CadWarning, match="left out: epoch, backbone.0._extra_state, criterion.weight"):
+        assert_same(build({**state(), **extra})[0], state())
+
+
+@pytest.mark.parametrize("more", ["backbone.9.weight", "9.weight"])
+def test_weights_of_a_deeper_network_are_refused(build: Any, more: str, tmp_path: Path) -> None:
+    (tmp_path / "chain.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))\n"
+    )
+    given = state() if more[0] == "b" else nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).state_dict()
+    torch.save({**given, more: torch.zeros(2, 4, 3, 3)}, "deep.pth")
+    with pytest.raises(cs.FileError, match=f"do not fit(.|\n)*{more}"):
+        cs.build_model("usersnet:net" if more[0] == "b" else "chain:net", "deep.pth")
+
+
+class Shared(nn.Module):
+    """Layers under two names, as encoders are held twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, 2, 1))
+        self.first, self.last = self.encoder[0], self.encoder[2]
+        self.head = nn.Conv2d(8, 2, 1)
+
+
+def test_weights_that_are_stored_under_one_of_their_names_are_whole(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    given, path = Shared(), tmp_path / "net.safetensors"
+    save_model(given, str(path))
+    assert len(load_file(path)) < len(given.state_dict())
+    torch.manual_seed(2)
+    taken = Shared()
+    load_weights(taken, path)
+    assert_same(taken.state_dict(), given.state_dict())
+    assert taken.first is taken.encoder[0]
+    stored = {name: value for name, value in load_file(path).items() if not name.startswith("head")}
+    torch.save(stored, tmp_path / "part.pth")
+    with pytest.raises(cs.FileError, match="head"):
+        load_weights(Shared(), tmp_path / "part.pth")
+
+
+# -- several files -----------------------------------------------------------------------------------------
+
+
+def in_parts(folder: Path, values: dict[str, Tensor]) -> Path:
+    places = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(values)}
+    for place in {*places.values()}:
+        save_file({name: value for name, value in values.items() if places[name] == place}, folder / place)
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return path
+
+
+def test_weights_in_several_files_are_read_by_their_index(build: Any, tmp_path: Path) -> None:
+    in_parts(tmp_path, state())
+    loaded = cs.build_model("usersnet:net", "model.safetensors.index.json")
+    assert_same(loaded.state_dict(), state())
+
+
+@pytest.mark.parametrize("harm", ["a part is gone", "a part lacks a name", "elsewhere", "no json", "no map"])
+def test_an_index_whose_files_are_not_whole_is_refused(tmp_path: Path, harm: str) -> None:
+    path = in_parts(tmp_path, state())
+    index = json.loads(path.read_text())
+    name, place = next(iter(index["weight_map"].items()))
+    if harm == "a part is gone":
+        (tmp_path / place).unlink()
+    elif harm == "a part lacks a name":
+        save_file({"other": torch.zeros(1)}, tmp_path / place)
+    else:
+        index["weight_map"][name] = f"../{tmp_path.name}/{place}"
+        text = {"elsewhere": json.dumps(index), "no json": "{", "no map": "[]"}[harm]
+        path.write_text(text)
+    with pytest.raises(cs.FileError) as refusal:
+        load_weights(seeded(Segmenter, torch.float32), path)
+    assert refusal.value.next and (place if harm.startswith("a part") else path.name) in str(refusal.value)

@@ -29,7 +29,7 @@ import cadsurgery as cs
 from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives, objective
 from cadsurgery.finetune.groups import make_groups, set_modes, stem_of
 from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, miss, supervised
-from cadsurgery.finetune.schedule import Sampling, learning_rate
+from cadsurgery.finetune.schedule import SampleOrder, learning_rate
 from cadsurgery.masks import FineMapSpec, MaskProvider
 
 pytest.importorskip("accelerate")
@@ -388,8 +388,8 @@ def test_the_learning_rate_falls_as_published() -> None:
 
 @pytest.mark.parametrize("samples", [1, 5, 7, 24])
 def test_every_epoch_has_every_sample_once_however_it_is_shared_out(samples: int) -> None:
-    one = Sampling(samples, seed=3, batch=4, accumulate=1, processes=1)
-    two = Sampling(samples, seed=3, batch=1, accumulate=2, processes=2)
+    one = SampleOrder(samples, seed=3, batch=4, accumulate=1, processes=1)
+    two = SampleOrder(samples, seed=3, batch=1, accumulate=2, processes=2)
     order = [one.index(position) for step in range(samples) for position in one.positions(step, 0, 0)]
     for epoch in range(4):
         assert sorted(order[epoch * samples : (epoch + 1) * samples]) == list(range(samples))

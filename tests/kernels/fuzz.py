@@ -33,7 +33,7 @@ KINDS = (
         "pool",
         "fill",
     ),
-    *("quantise", "dequantise", "lines", "find_cells", "shift_taps", "invert"),
+    *("find_cells", "shift_taps", "invert"),
 )
 
 libc = ctypes.CDLL(None)
@@ -75,8 +75,8 @@ class Reading(ctypes.Structure):
 class Result(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("offset", "scale", "bias", "more", "out")),
-        *((name, ctypes.c_long) for name in ("outputs", "more_is_8_bits", "out_is_8_bits", "activation")),
-        *((name, ctypes.c_float) for name in ("more_scale", "factor", "zero", "low", "high")),
+        ("outputs", ctypes.c_long),
+        *((name, ctypes.c_float) for name in ("more_scale", "low", "high")),
     )
 
 
@@ -220,7 +220,7 @@ class Kernels:
             parts = [values["count"], values["n"], values["taps"], given, values["stride"]]
             reading = Reading(*at[:4], *parts, ctypes.addressof(held))
             weight, *constants, residual, out = at[OWN:]
-            result = Result(*constants, residual, out, values["outputs"], 1, 1, 0, 1, 1, 0, 0, 255)
+            result = Result(*constants, residual, out, values["outputs"], 1, 0, 255)
             groups_in_c = (ctypes.c_long(values["groups"]),) if has_groups else ()
             return int(
                 kernel(ctypes.byref(reading), ctypes.byref(result), ctypes.c_void_p(weight), *groups_in_c)
@@ -338,41 +338,6 @@ class Kernels:
             return int(kernel(ctypes.byref(reading), *arguments))
 
         return Case(buffers, numbers, run)
-
-    def flat(
-        self,
-        name: str,
-        sizes: tuple[int, int],
-        buffers: list[int | bytes],
-        numbers: dict[str, int],
-        doubles: int,
-    ) -> Case:
-        """A case of a function of two buffers, numbers, floating-point numbers, and the bytes held."""
-        kernel = self.function(name)
-
-        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
-            pointers = [ctypes.c_void_p(one) for one in at]
-            longs = [ctypes.c_long(value) for value in values.values()]
-            return int(kernel(*pointers, *longs, *[ctypes.c_double(1)] * doubles, held))
-
-        return Case(buffers, numbers, run)
-
-    def quantise(self, name: str, form: str) -> Case:
-        length = self.number(99)
-        return self.flat(name, (4, 1), [4 * length, length], {"length": length}, 2)
-
-    def dequantise(self, name: str, form: str) -> Case:
-        length = self.number(99)
-        return self.flat(name, (1, 4), [length, 4 * length], {"length": length}, 2)
-
-    def lines(self, name: str, form: str) -> Case:
-        batch, channels, height, width = (self.number(most) for most in (3, 4, 9, 9))
-        down, across, is_planar = self.draw.randrange(3), self.draw.randrange(3), self.draw.random() < 0.5
-        numbers = {"batch": batch, "channels": channels, "height": height, "width": width}
-        numbers |= {"apart": height * width if is_planar else 1, "step": 1 if is_planar else channels}
-        numbers |= {"down": down, "across": across}
-        out = 4 * batch * (height + 2 * down) * (width + 2 * across)
-        return self.flat(name, (1, 1), [batch * channels * height * width, out], numbers, 0)
 
     def find_cells(self, name: str, form: str) -> Case:
         batch, height, width, kernel = self.number(2), self.number(9), self.number(9), self.function(name)

@@ -756,10 +756,10 @@ static void invert_law(void) {
 typedef struct {
     const int32_t *offset;
     const float *scale, *bias;
-    const void *more;
-    void *out;
-    long outputs, more_is_8_bits, out_is_8_bits, activation;
-    float more_scale, factor, zero, low, high;
+    const uint8_t *more;
+    uint8_t *out;
+    long outputs;
+    float more_scale, low, high;
 } result;
 
 pack SUFFIX(pack_convolve);
@@ -771,18 +771,15 @@ static float in_float(float value, float low, float high) { return value < low ?
 
 /* Sums are exact, and what follows is the same bit for bit. */
 static void convolve_law(void) {
-    enum { MORE_BYTES = 1, MORE = 2, BYTES_OUT = 4, HARDSWISH = 8, LARGEST = 16 };
+    enum { MORE = 1, LARGEST = 2 };
     static const struct {
         long n, channels, outputs, groups, taps;
         int with;
     } cases[] = {
-        {97, 37, 45, 1, 9, BYTES_OUT},          {64, 128, 128, 1, 9, BYTES_OUT | MORE_BYTES},
-        {5, 3, 21, 1, 4, MORE},                 {200, 130, 70, 1, 1, BYTES_OUT | HARDSWISH | MORE_BYTES},
-        {100, 6, 12, 4, 9, BYTES_OUT | MORE},   {33, 1, 1, 7, 9, 0},
-        {50, 34, 33, 1, 0, MORE_BYTES},         {7, 2048, 16, 1, 0, LARGEST},
-        {13, 9, 5, 2, 1, HARDSWISH},            {205, 64, 64, 1, 1, BYTES_OUT},
-        {99, 128, 72, 1, 0, BYTES_OUT | MORE_BYTES}, {35, 1040, 530, 1, 1, BYTES_OUT | MORE_BYTES},
-        {69, 32, 24, 2, 0, BYTES_OUT},
+        {97, 37, 45, 1, 9, 0},      {64, 128, 128, 1, 9, MORE},  {5, 3, 21, 1, 4, MORE},     {200, 130, 70, 1, 1, MORE},
+        {100, 6, 12, 4, 9, MORE},   {33, 1, 1, 7, 9, 0},         {50, 34, 33, 1, 0, MORE},   {7, 2048, 16, 1, 0, LARGEST},
+        {13, 9, 5, 2, 1, 0},        {205, 64, 64, 1, 1, 0},      {99, 128, 72, 1, 0, MORE},  {35, 1040, 530, 1, 1, MORE},
+        {69, 32, 24, 2, 0, 0},
     };
     for (long k = 0; k < COUNT(cases); k++) {
         const long n = cases[k].n, channels = cases[k].channels, outputs = cases[k].outputs, groups = cases[k].groups;
@@ -796,25 +793,17 @@ static void convolve_law(void) {
         int32_t *offset = NEW(int32_t, all);
         float *scale = NEW(float, all), *bias = NEW(float, all);
         for (long o = 0; o < all; o++) {
-            scale[o] = with & LARGEST ? 1 : (float)between(.2, 1.5) / (float)(channels * taps) / (with & BYTES_OUT ? 10 : 100);
-            bias[o] = with & LARGEST ? 0 : (float)(between(-1, 1) + (with & BYTES_OUT ? 100 : 0));
+            scale[o] = with & LARGEST ? 1 : (float)between(.2, 1.5) / (float)(channels * taps) / 10;
+            bias[o] = (float)(between(-1, 1) + 100);
             offset[o] = 0;
             for (long i = 0; i < channels * taps; i++) offset[o] -= zero * weight[o * channels * taps + i];
+            if (with & LARGEST) bias[o] = 100 - 255.f * 127 * (float)(channels * taps); /* to see each bit of the sum */
         }
         const packed p =
             pack_by(SUFFIX(pack_convolve), weight, groups, outputs, channels, taps, (const void *[]){offset, scale, bias});
         const long array = p.bytes_of_constants / 3;
-        result r = {(int32_t *)p.constants, (float *)(p.constants + array), (float *)(p.constants + 2 * array), NULL, NULL, all, (with & MORE_BYTES) != 0, (with & BYTES_OUT) != 0,
-                    (with & HARDSWISH) != 0, .37f, 1, 0, -INFINITY, INFINITY};
-        if (with & HARDSWISH) r.factor = 1.7f, r.zero = 3;
-        if (with & BYTES_OUT) r.low = 12, r.high = 250;
-        if (with & MORE_BYTES) r.more = elements(n * all);
-        if (with & MORE) {
-            float *more = NEW(float, n * all);
-            for (long i = 0; i < n * all; i++) more[i] = (float)between(-20, 20);
-            r.more = more;
-        }
-        r.out = with & BYTES_OUT ? (void *)NEW(uint8_t, n * all) : (void *)NEW(float, n * all);
+        const result r = {(int32_t *)p.constants, (float *)(p.constants + array), (float *)(p.constants + 2 * array),
+                          with & MORE ? elements(n * all) : NULL, NEW(uint8_t, n * all), all, .37f, 12, 250};
         check_exactly("there is memory", (double)SUFFIX(convolve)(&in, &r, p.weights, groups), 0);
         for (long i = 0; i < n; i++)
             for (long o = 0; o < all; o++) {
@@ -823,64 +812,12 @@ static void convolve_law(void) {
                     for (long c = 0; c < channels; c++)
                         total += ((long)read_value(&in, i, tap, o / outputs * channels + c) - zero) * weight[(o * channels + c) * taps + tap];
                 float value = multiply_add((float)(int32_t)total, scale[o], bias[o]);
-                if (with & MORE_BYTES) value = multiply_add(((const uint8_t *)r.more)[i * all + o], r.more_scale, value);
-                if (with & MORE) value = multiply_add(((const float *)r.more)[i * all + o], r.more_scale, value);
-                if (with & HARDSWISH)
-                    value = multiply_add(value * in_float(value + 3.0f, 0, 6) * (1.0f / 6.0f), r.factor, r.zero);
-                value = in_float(value, r.low, r.high);
-                if (with & BYTES_OUT) check_exactly("in 8 bits", ((uint8_t *)r.out)[i * all + o], nearbyintf(value));
-                else check_exactly("in single precision", ((float *)r.out)[i * all + o], value);
+                if (with & MORE) value = multiply_add(r.more[i * all + o], r.more_scale, value);
+                check_exactly("in 8 bits", r.out[i * all + o], nearbyintf(in_float(value, r.low, r.high)));
             }
         free_all();
     }
     end_law(TEXT(SUFFIX(convolve)));
-}
-#endif
-
-#ifdef OF_int8
-long SUFFIX(quantise)(const float *, uint8_t *, long, double, double, const long *);
-long SUFFIX(dequantise)(const uint8_t *, float *, long, double, double, const long *);
-long SUFFIX(lines)(const uint8_t *, uint8_t *, long, long, long, long, long, long, long, long, const long *);
-
-static void quantise_law(void) {
-    static const long lengths[] = {1, 7, 64, 16384 + 13};
-    for (long k = 0; k < COUNT(lengths); k++) {
-        const long length = lengths[k];
-        const float factor = 33.3f, zero = 37;
-        float *values = NEW(float, length), *back = NEW(float, length);
-        uint8_t *bytes = NEW(uint8_t, length);
-        for (long i = 0; i < length; i++) values[i] = (float)between(-3, 9);
-        for (long i = 0; i < length; i += 5) values[i] = (float)(below(200) - 30) / 2 / factor; /* on ties, or nearly */
-        SUFFIX(quantise)(values, bytes, length, factor, zero, NULL);
-        SUFFIX(dequantise)(bytes, back, length, factor, zero, NULL);
-        for (long i = 0; i < length; i++) {
-            check_exactly("quantise", bytes[i], nearbyintf(in_float(multiply_add(values[i], factor, zero), 0, 255)));
-            check_exactly("dequantise", back[i], (bytes[i] - zero) * factor);
-        }
-        free_all();
-    }
-    end_law(TEXT(SUFFIX(quantise)));
-}
-
-static void lines_law(void) {
-    const long batch = 2, height = 19, width = 23, down = 2, across = 3;
-    for (long k = 0; k < 8; k++) {
-        const long channels = k / 2 + 1, side_by_side = k % 2, lines = height + 2 * down, columns = width + 2 * across;
-        const long apart = side_by_side ? 1 : height * width, step = side_by_side ? channels : 1;
-        const uint8_t *image = elements(batch * channels * height * width);
-        uint8_t *out = NEW(uint8_t, batch * lines * columns * 4);
-        memset(out, 7, batch * lines * columns * 4);
-        SUFFIX(lines)(image, out, batch, channels, height, width, apart, step, down, across, NULL);
-        for (long i = 0; i < batch * lines * columns * 4; i++) {
-            const long c = i % 4, x = i / 4 % columns - across, y = i / 4 / columns % lines - down, b = i / 4 / columns / lines;
-            double expected = 0;
-            if (x < 0 || x >= width || y < 0 || y >= height) expected = 7; /* the padding is not written */
-            else if (c < channels) expected = image[b * channels * height * width + (y * width + x) * step + c * apart];
-            check_exactly("lines", out[i], expected);
-        }
-        free_all();
-    }
-    end_law(TEXT(SUFFIX(lines)));
 }
 #endif
 
@@ -971,10 +908,6 @@ int main(int count, char **arguments) {
 #endif
 #if defined(OF_int8) || defined(OF_int8_tiles)
     convolve_law();
-#endif
-#ifdef OF_int8
-    quantise_law();
-    lines_law();
 #endif
     share_law();
     return has_failed;

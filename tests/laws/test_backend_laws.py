@@ -44,7 +44,7 @@ from cadsurgery.elements.lattice import Geometry, Lattice, Part
 ROOT = Path(__file__).parents[2]
 NAMES = [
     *("uniform", "without overlap", "portable", "graph", "triton", "native"),
-    *("integers", "products", "expression", "torch"),
+    *("products", "expression", "torch"),
 ]
 OF_GRAPHS = ("portable", "graph", "expression")  # which apply while a graph is made
 TYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -36,13 +36,12 @@ MASKS = (
     *("detail", "confidence:threshold=0.9", "confidence:measure=entropy,threshold=0.95,sigma=0", "learned"),
     *("detail | budget:fraction=0.3", "confidence | budget:fraction=0.3", "learned | budget:fraction=0.3"),
     *("edges + (confidence | budget:fraction=0.2)", "detail:threshold=2/0.5"),
-    *("gain | budget:fraction=0.3", "oracle | budget:fraction=0.3"),
 )
 # Of each kind one, where a case takes seconds.
 FEW = ("confidence:threshold=0.9", "learned | budget:fraction=0.3")
 FEW_MASKS = pytest.mark.parametrize("mask", [mask if mask in FEW else slow(mask) for mask in MASKS])
 # What compilers make of a mask depends on what it looks at, and on whether it has a budget.
-LOOKS = (*FEW, "detail", "edges + (confidence | budget:fraction=0.2)", *MASKS[-2:])
+LOOKS = (*FEW, "detail", "edges + (confidence | budget:fraction=0.2)")
 COUNTED = (
     "detail",
     "confidence | budget:fraction=0.3",
@@ -107,7 +106,7 @@ def test_a_batch_is_its_images_and_every_way_to_run_it_agrees(mask: str, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", ["detail", "learned", "gain"])
+@pytest.mark.parametrize("mask", ["detail", "learned"])
 def test_budgets_of_them_are_static(mask: str, tmp_path: Path) -> None:
     """One graph without a break, and a program without the package: of `detail` before the first call, too."""
     net, x = converted(f"{mask} | budget:fraction=0.3", fill="guided"), images(2, *SIZE)
@@ -119,7 +118,7 @@ def test_budgets_of_them_are_static(mask: str, tmp_path: Path) -> None:
         assert_same(torch.compile(net, backend="eager", fullgraph=True)(x), expected, 1e-5)
 
 
-@pytest.mark.parametrize("mask", ["confidence | budget", "learned | budget", slow("gain | budget")])
+@pytest.mark.parametrize("mask", ["confidence | budget", "learned | budget"])
 def test_what_a_graph_cannot_hold_is_refused_with_the_reason(mask: str, tmp_path: Path) -> None:
     net, x = converted(mask), images(1, *SIZE)
     reason = "a first pass of the network" if mask.startswith("conf") else "weights that the first call"
@@ -167,8 +166,6 @@ def test_threads_share_a_network_from_its_first_call_on(mask: str) -> None:
         ("detail", True, False),
         ("learned | dilate", True, False),
         ("edges + detail", True, False),
-        ("gain | budget", True, False),
-        ("oracle | budget", False, True),
         ("confidence", False, True),
         ("edges + (confidence | smooth) | budget", False, True),
     ],
@@ -488,8 +485,8 @@ def test_whatever_made_it_its_parameters_learn(mode: Any) -> None:
 @pytest.mark.parametrize(
     "mask",
     [
-        *("learned:fraction=0.3,channels=8/6/4", "edges + learned:seed=3 | budget:fraction=0.4"),
-        "gain:channels=8/6/4 | budget:fraction=0.4",
+        "learned:fraction=0.3,channels=8/6/4",
+        "edges + learned:seed=3 | budget:fraction=0.4",
     ],
 )
 def test_what_it_has_learned_is_stored_beside_the_network(

@@ -1,4 +1,4 @@
-"""Masks of one's own kind: gradients, trimaps of labels, saliency by a function; and what the grid says.
+"""Masks of one's own kind: gradients, trimaps of labels, functions of the user; and what the grid says.
 
 Each is written down again with loops or convolutions over every pixel.
 """
@@ -24,16 +24,16 @@ import cadsurgery as cs
 from cadsurgery.masks import (
     EdgeMask,
     FineMapSpec,
+    FunctionMask,
     GradientMask,
     MaskProvider,
-    SaliencyMask,
+    Threshold,
     TrimapMask,
     labelled,
     resolve_mask,
 )
 from cadsurgery.masks.filters import GREY, grey_of
 from cadsurgery.masks.provider import PROVIDERS
-from cadsurgery.masks.saliency import spectral_residual
 
 QUICK = settings(max_examples=20, deadline=None, derandomize=True)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -265,68 +265,86 @@ def test_labels_that_are_none_are_refused(labels: object) -> None:
     assert "integer tensor (batch, height, width)" in caught.value.next
 
 
-# -- saliency ------------------------------------------------------------------------------------------
+# -- functions of the user -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channel", [False, True])
-def test_a_saliency_map_of_the_fine_size_is_taken_as_it_is(dtype: torch.dtype, channel: bool) -> None:
+def test_scores_of_the_fine_size_are_taken_as_they_are(dtype: torch.dtype, channel: bool) -> None:
     grid = grid_of((65, 97))
     scores = torch.rand(2, *grid.size, dtype=dtype)
-    mask = SaliencyMask(lambda image: scores.unsqueeze(1) if channel else scores, (0.8, 0.2))
+    mask = FunctionMask(lambda image: scores.unsqueeze(1) if channel else scores)
     image = torch.zeros(2, 3, 65, 97)
     assert torch.equal(mask.scores(image, image, grid).to(dtype), scores)
     wanted = torch.where(scores.float() >= 0.8, 0, torch.where(scores.float() >= 0.2, 1, 2))
-    assert torch.equal(mask(image, image, grid).long(), wanted)
+    assert torch.equal(Threshold(mask, (0.8, 0.2))(image, image, grid).long(), wanted)
 
 
 @QUICK
 @given(size=st.tuples(st.integers(1, 90), st.integers(1, 90)), value=st.floats(-5, 5, width=32))
-def test_a_saliency_map_of_any_size_is_resized_to_the_fine_map(size: tuple[int, int], value: float) -> None:
+def test_scores_of_any_size_are_resized_to_the_fine_map(size: tuple[int, int], value: float) -> None:
     grid, image = grid_of((65, 97)), torch.zeros(2, 3, 65, 97)
-    scores = SaliencyMask(lambda image: torch.full((2, *size), value)).scores(image, image, grid)
+    scores = FunctionMask(lambda image: torch.full((2, *size), value)).scores(image, image, grid)
     assert scores.shape == (2, *grid.size)
     assert torch.allclose(scores, torch.full_like(scores, value), atol=1e-5)
 
 
-def test_a_large_saliency_map_is_averaged_and_not_sampled() -> None:
+def test_many_scores_are_averaged_and_not_sampled() -> None:
     grid, image = FineMapSpec(1, (8, 8), 8, 2, 4, 4), torch.zeros(1, 3, 64, 64)
     fine = (torch.arange(64)[:, None] + torch.arange(64)) % 2
-    scores = SaliencyMask(lambda image: fine.float().unsqueeze(0)).scores(image, image, grid)
+    scores = FunctionMask(lambda image: fine.float().unsqueeze(0)).scores(image, image, grid)
     assert torch.allclose(scores, torch.full_like(scores, 0.5), atol=0.05)
+
+
+def test_a_map_of_levels_is_ranked_by_its_levels() -> None:
+    grid, image = grid_of((65, 97)), torch.zeros(2, 3, 65, 97)
+    levels = torch.randint(0, 3, (2, *grid.size))
+    assert torch.equal(FunctionMask(lambda image: levels).scores(image, image, grid).long(), 2 - levels)
+    with pytest.raises(cs.InvalidInput, match="NoneType"):
+        FunctionMask(lambda image: None).scores(image, image, grid)  # type: ignore[arg-type, return-value]
 
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module of a user."""
-    module = ModuleType("usersaliency")
+    module = ModuleType("usermasks")
     module.bright = lambda image: image.mean(1)  # type: ignore[attr-defined]
-    module.number = 3  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "usersaliency", module)
+    module.left = lambda image: torch.ones(1, 12, 16).cumsum(2) < 6  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "usermasks", module)
     return module
 
 
 def test_a_function_that_can_be_imported_works_by_name_and_in_files(
     module: ModuleType, tmp_path: Path
 ) -> None:
-    text = "saliency:function=usersaliency:bright,threshold=0.4/0.1"
+    text = "usermasks:bright | threshold:at=0.4/0.1"
     model, image = cs.adaptify(strided(), text, verify_laws=False), torch.randn(2, 3, 96, 128)
-    assert model.mask.spec() == text
+    assert model.mask.spec() == text and model.mask.storable
     expected = model(image)
     levels = model.levels
     mean = F.interpolate(image.mean(1, keepdim=True), size=(12, 16), mode="bilinear", antialias=True)[:, 0]
     wanted = torch.where(mean >= 0.4, 0, torch.where(mean >= 0.1, 1, 2))
     assert torch.equal(levels, model.geometry.lattice(wanted).levels)
     cs.save(model, tmp_path / "net.safetensors")
+    with pytest.raises(cs.FileError, match="usermasks"):
+        cs.load(tmp_path / "net.safetensors", strided())
     again = cs.load(tmp_path / "net.safetensors", strided(), trust=True)
     assert again.mask.spec() == text and torch.equal(again(image), expected)
+
+
+def test_a_function_by_name_may_return_a_map_and_stand_in_a_union(module: ModuleType) -> None:
+    model, image = cs.adaptify(strided(), "usermasks:left", verify_laws=False), torch.randn(2, 3, 96, 128)
+    model(image)
+    assert torch.equal(model.levels, model.geometry.lattice(module.left(image).expand(2, -1, -1)).levels)
+    union = resolve_mask("edges + (usermasks:left | dilate:size=3)")
+    assert "usermasks:left | dilate:size=3" in union.spec() and union.storable
+    assert not FunctionMask(module.left).storable
 
 
 @pytest.mark.parametrize(
     ("returned", "what"),
     [
         (None, "NoneType"),
-        (torch.zeros(2, 8, 8).long(), "int64"),
         (torch.zeros(2, 2, 8, 8), r"\(2, 2, 8, 8\)"),
         (torch.zeros(1, 8, 8), r"\(1, 8, 8\)"),
         (torch.zeros(8, 8), r"\(8, 8\)"),
@@ -335,22 +353,16 @@ def test_a_function_that_can_be_imported_works_by_name_and_in_files(
     ],
 )
 def test_what_is_no_score_map_is_refused(returned: object, what: str) -> None:
-    mask, image = SaliencyMask(lambda image: returned), torch.zeros(2, 3, 64, 64)  # type: ignore[arg-type, return-value]
+    mask, image = FunctionMask(lambda image: returned), torch.zeros(2, 3, 64, 64)  # type: ignore[arg-type, return-value]
     with pytest.raises(cs.InvalidInput, match=what) as caught:
-        mask(image, image, grid_of((64, 64)))
+        Threshold(mask)(image, image, grid_of((64, 64)))
     assert caught.value.next
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_spectral_residual_finds_what_is_unlike_the_rest(dtype: torch.dtype) -> None:
-    """One odd square among stripes scores highest; by definition the mean of each image is one."""
-    image = (torch.arange(128) // 4 % 2).expand(2, 3, 96, 128).to(dtype).clone()
-    image[0, :, 40:56, 60:76] = 3
-    found = spectral_residual(image)
-    assert found.shape == (2, 64, 85) and found.dtype == torch.float32
-    assert found[0, 26:38, 39:52].mean() > 2
-    assert torch.allclose(found.mean((1, 2)), torch.ones(2), atol=1e-4)
-    assert torch.isfinite(spectral_residual(torch.zeros(1, 3, 1, 5))).all()
+def test_scores_without_a_threshold_are_refused_with_what_to_write(module: ModuleType) -> None:
+    image = torch.zeros(2, 3, 64, 64)
+    with pytest.raises(cs.InvalidInput, match=r"floating-point(?s:.)*threshold:at=0\.5"):
+        cs.adaptify(strided(), "usermasks:bright", verify_laws=False)(image)
 
 
 # -- all of them ---------------------------------------------------------------------------------------

@@ -81,10 +81,7 @@ REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
     ("detail:threshold=1/2", cs.InvalidInput, "threshold"),
     ("confidence:threshold=nan", cs.InvalidInput, "threshold"),
     ("confidence:sigma=nan", cs.InvalidInput, "sigma"),
-    ("gain:tolerance=nan", cs.InvalidInput, "tolerance"),
-    ("gain:channels=8/8", cs.InvalidInput, "channels"),
-    ("oracle:tolerance=nan", cs.InvalidInput, "tolerance"),
-    ("oracle:sigma=-1", cs.InvalidInput, "sigma"),
+    ("learned:channels=8/8", cs.InvalidInput, "channels"),
     ("confidence:measure=variance", cs.UnknownName, "measure"),
     # Pipes, pluses and parentheses.
     ("budget:fraction=0.3", cs.InvalidInput, "'budget' needs another mask", '"edges | budget:fraction=0.3"'),
@@ -117,12 +114,15 @@ REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
     ("edges | gradient", cs.InvalidInput, "'gradient' cannot stand behind a pipe", "edges + gradient"),
     ("edges + dilate:size=3", cs.InvalidInput, "'dilate' needs another mask", "edges | dilate:size=3"),
     # Functions by name, and keypoints.
-    ("saliency:function=usersaliency:brigt", cs.UnknownName, "bright"),
-    ("saliency:function=nomodule:f", cs.UnknownName, "cannot be imported"),
-    ("saliency:function=usersaliency", cs.InvalidInput, "saliency:function="),
-    ("saliency:function=usersaliency:number", cs.InvalidInput, "module:function"),
-    ("saliency:threshold=0.1/0.5", cs.InvalidInput, "0.5/0.1"),
-    ("saliency:threshold=nan", cs.InvalidInput, "0.35"),
+    ("usermasks:brigt", cs.UnknownName, "bright"),
+    ("nomodule:f", cs.UnknownName, "cannot be imported"),
+    ("usermasks:", cs.InvalidInput, "my_module:my_function"),
+    (":bright", cs.InvalidInput, "my_module:my_function"),
+    ("usermasks:number", cs.InvalidInput, "module:function"),
+    ("edges | usermasks:bright", cs.UnknownName, "mask wrapper"),
+    ("saliency:threshold=0.5", cs.InvalidInput, "detail", "module:function"),
+    ("detail:threshold=0.1/0.5", cs.InvalidInput, "0.5/0.1"),
+    ("detail:threshold=nan", cs.InvalidInput, "0.35"),
     ("keypoints:dilations=4", cs.InvalidInput, "odd"),
     ("keypoints:dilations=5/8/5", cs.InvalidInput, "odd"),
     ("keypoints:dilations=5.5", cs.InvalidInput, "dilations=51"),
@@ -144,7 +144,7 @@ REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
 @pytest.fixture(autouse=True)
 def user_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module of a user, with functions and something that is none."""
-    for name in ("usersaliency", "userpoints"):
+    for name in ("usermasks", "userpoints"):
         module = ModuleType(name)
         vars(module).update(bright=torch.mean, corners=torch.mean, number=3)
         monkeypatch.setitem(sys.modules, name, module)
@@ -158,7 +158,7 @@ def test_a_text_that_is_no_mask_is_refused_with_what_helps(row: tuple[Any, ...])
     assert caught.value.next and all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("text", ["confidence", "oracle", "keypoints:detector=own", "preview"])
+@pytest.mark.parametrize("text", ["confidence", "keypoints:detector=own", "preview"])
 def test_outside_of_a_network_there_is_no_pass_to_look_at(text: str) -> None:
     image = torch.zeros(1, 3, 32, 32)
     with pytest.raises(cs.InvalidInput, match=r"no (first pass|preview)"):
@@ -170,7 +170,6 @@ def test_outside_of_a_network_there_is_no_pass_to_look_at(text: str) -> None:
     [
         ("edges:threshold=0.9/0.5/0.1", "thresholds"),
         ("gradient:threshold=3/2/1", "thresholds"),
-        ("saliency:threshold=3/2/1", "thresholds"),
         ("detail:threshold=3/2/1", "thresholds"),
         ("confidence:threshold=0.9/0.5/0.1", "thresholds"),
         ("edges | threshold:at=3/2/1", "thresholds"),

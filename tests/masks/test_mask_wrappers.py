@@ -25,13 +25,12 @@ from cadsurgery.masks import (
     EdgeMask,
     FineMapSpec,
     FixedMask,
-    GainMask,
+    FunctionMask,
     GradientMask,
     KeypointMask,
     LearnedMask,
     MaskProvider,
     RandomMask,
-    SaliencyMask,
     Smooth,
     Threshold,
     TrimapMask,
@@ -306,7 +305,6 @@ TEXTS = [
     *(
         "gradient:threshold=2/1,dilation=3/9,sigma=0.8",
         "trimap:width=3/15",
-        "saliency",
         "keypoints:dilations=9/17",
     ),
     "edges | budget:fraction=0.3",
@@ -324,7 +322,7 @@ def test_a_batch_equals_its_images_one_by_one(text: str, dtype: torch.dtype) -> 
     image, labels = torch.randn(3, 3, 65, 97).to(dtype), torch.randint(0, 2, (3, 13, 97))
     image[1], labels = image[1] / 100 + 3, labels.repeat_interleave(5, 1)
     text = text.replace(
-        "random:seed=1", "saliency"
+        "random:seed=1", "gradient:threshold=4"
     )  # random masks draw another map for each image of a batch
     with labelled(labels):
         together = resolve_mask(text)(image, image, grid_of((9, 13), 3))
@@ -403,7 +401,7 @@ LEAVES = st.one_of(
     ),
     st.sampled_from(
         [
-            *("all", "none", "saliency", "content", "preview", "gain", "oracle", "detail:threshold=2/0.5"),
+            *("all", "none", "content", "preview", "detail:threshold=2/0.5"),
             *("confidence:measure=entropy,threshold=0.95,sigma=0", "learned:channels=8/6/4,seed=4"),
         ]
     ).map(resolve_mask),
@@ -453,8 +451,8 @@ def bright(image: Tensor) -> Tensor:
     "mask",
     [
         Union("edges", lambda image: bright(image) > 0),
-        SaliencyMask(bright),
-        SaliencyMask(nn.Conv2d(3, 1, 1)),
+        Budget(FunctionMask(bright)),
+        Threshold(FunctionMask(nn.Conv2d(3, 1, 1))),
         KeypointMask(bright),
     ],
 )
@@ -468,11 +466,11 @@ def test_a_function_is_not_stored_and_load_asks_for_a_mask(mask: MaskProvider, t
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("gain | budget:fraction=0.2", GainMask),
+        ("gradient | budget:fraction=0.2", GradientMask),
         ("learned | dilate:size=3", LearnedMask),
-        ("gain + edges", GainMask),
+        ("edges + learned", LearnedMask),
     ],
 )
-def test_a_mask_is_found_inside_others(text: str, kind: type[GainMask] | type[LearnedMask]) -> None:
+def test_a_mask_is_found_inside_others(text: str, kind: type[GradientMask] | type[LearnedMask]) -> None:
     mask = resolve_mask(text)
     assert isinstance(mask.find(kind), kind) and resolve_mask("edges").find(kind) is None

@@ -35,7 +35,6 @@ OF_IMAGES = [
     "edges",
     "edges:threshold=0.95/0.1,dilation=5/15",
     "gradient:threshold=0.5,sigma=1",
-    "saliency",
     "keypoints:dilations=9/25",
     "edges | budget:fraction=0.3",
     "(edges:threshold=1 | dilate:size=3) + gradient:threshold=2",

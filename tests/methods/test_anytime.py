@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
 from cadsurgery.functional import gaussian_fill
-from cadsurgery.methods.anytime.run import Run
+from cadsurgery.methods.anytime.run import AnytimeRun
 
 TYPES = (torch.float32, torch.float64)
 
@@ -305,13 +305,13 @@ def test_thresholds_that_are_no_numbers_or_not_as_many_are_refused(threshold: An
 
 def test_steps_compute_no_more_than_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = anytime(), images(1, 64, 64, torch.float64)
-    every, ran, run = net(x), list[int](), Run.segment
+    every, ran, run = net(x), list[int](), AnytimeRun.segment
 
-    def segment(self: Run, number: int, sites: Any) -> None:
+    def segment(self: AnytimeRun, number: int, sites: Any) -> None:
         ran.append(number)
         run(self, number, sites)
 
-    monkeypatch.setattr(Run, "segment", segment)
+    monkeypatch.setattr(AnytimeRun, "segment", segment)
     steps = net.steps(x)
     assert ran == []
     assert torch.equal(next(steps), every[0]) and ran == [0]
@@ -443,7 +443,7 @@ def test_a_residual_network_with_a_head_of_torchvision() -> None:
 
 def whole_of(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
     (name,) = net.program.signature.parameters
-    return list(net._logits(Run(net, {name: x}, net.program, net.grid > 0, None), None))
+    return list(net._logits(AnytimeRun(net, {name: x}, net.program, net.grid > 0, None), None))
 
 
 @pytest.mark.slow
@@ -507,8 +507,6 @@ def test_a_network_with_exits_is_no_network_to_convert() -> None:
     net = anytime()
     with pytest.raises(cs.InvalidInput, match="exits already"):
         cs.anytime(net)
-    with pytest.raises(cs.InvalidInput, match=r"made by cs\.anytime, not by.*\n.*uploaded under that name"):
-        cs.push_to_hub(net, "owner/name", license="mit")  # type: ignore[arg-type]
     with pytest.raises(cs.InvalidInput, match=r"cannot be exported(.*\n)*.*net\.optimize"):
         cs.export(net, images(1, 48, 64, torch.float64), "net.pt2")  # type: ignore[arg-type]
     for convert in (cs.sample, lambda net: cs.adaptify(nn.Sequential(net), "edges")):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, images, slow
+from conftest import Run, images, rewritten, slow
 from decisions import half_open
 from networks import Segmenter
 from torch import nn
@@ -80,11 +80,9 @@ def test_what_other_networks_have_is_refused(
     assert refused.code == 1 and words in refused.err
 
 
-def test_export_and_push_say_what_to_do_instead(made: tuple[Any, Path, str], command_line: Run) -> None:
+def test_export_says_what_to_do_instead(made: tuple[Any, Path, str], command_line: Run) -> None:
     refused = command_line("export", str(made[1]), "--trust")
     assert refused.code == 1 and "cadsurgery run" in refused.err
-    refused = command_line("push", str(made[1]), "owner/name", "--license", "mit", "--trust")
-    assert refused.code == 1 and "hf upload" in refused.err
 
 
 # -- files and copies ----------------------------------------------------------------------------------
@@ -110,10 +108,18 @@ def adaptive(model: nn.Module) -> nn.Module:
     return cs.adaptify(model, "detail", verify_laws=False)
 
 
+def test_a_file_that_triangulates_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
+    net, file = sampled("uniform"), tmp_path / "net.safetensors"
+    cs.save(net, file)
+    rewritten(file, lambda told: told["options"].update(back="triangulation"))
+    with pytest.raises(cs.FileError, match=r"(?s)'triangulation'.*is gone.*cs\.resample"):
+        cs.load(file, Segmenter().eval())
+
+
 NETWORKS: dict[str, Callable[[], Any]] = {
     "exits": lambda: with_exits((0.2, 0.3)),
     "gates": with_gates,
-    "sampled around edges": lambda: sampled("edges:threshold=0.2", share=0.1, back="triangulation"),
+    "sampled around edges": lambda: sampled("edges:threshold=0.2", share=0.1),
     "sampled as learned": lambda: sampled("learned", grid=5, smoothness=0.5, targets=(1, 2)),
     "sampled at labels": lambda: sampled("labels", targets=None, ignore=None, mode="bilinear"),
     "sampled before masks": lambda: sampled("uniform", adaptive),

@@ -26,7 +26,7 @@ from cadsurgery.data.networks import source_of
 from cadsurgery.elements.axes import as_column, as_map, as_rows
 from cadsurgery.methods.anytime import AnytimePlan
 from cadsurgery.methods.converted import METHODS, GraphModel, register
-from cadsurgery.methods.program import Call, Program, steps_of
+from cadsurgery.methods.program import StepProgram, StepwiseCall, steps_of
 from cadsurgery.methods.report import MethodMacs, MethodPlan
 from cadsurgery.methods.resampling import ResampledPlan
 from cadsurgery.methods.sampling import SamplingPlan
@@ -42,7 +42,7 @@ def thin_out(model: nn.Module, every: int = 2, *, example_input: Any = None) -> 
     whole = copy_network(model)
     _, facts = traceable_part(whole, example_input)
     *nodes, output = facts.graph.nodes
-    program = Program(
+    program = StepProgram(
         graph=facts.graph,
         signature=inspect.signature(whole.forward),
         steps=tuple(steps_of(nodes, output.all_input_nodes).values()),
@@ -99,7 +99,7 @@ class ThinnedModel(GraphModel):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The original's map with elements repeated."""
         env: dict[str, Any] = {}
-        call = Call(self, self.bind(args, kwargs))
+        call = StepwiseCall(self, self.bind(args, kwargs))
         for step in self.program.steps:
             env[step.name] = call.compute(step, env.__getitem__)
             for name in step.frees:

@@ -34,7 +34,6 @@ from cadsurgery.resampling import (
 
 TYPES = (torch.float32, torch.float64)
 SMOOTHNESS = (1.0, PUBLISHED_SMOOTHNESS)
-METHODS = ("triangulation", "inverse")
 SIZES = ((61, 83), (48, 48), (97, 50))
 CLASSES = 5
 
@@ -165,8 +164,7 @@ def test_the_uniform_grid_at_the_size_of_the_image_is_the_image(
     uniform = uniform_locations(8).expand(2, -1, -1, -1)
     assert torch.equal(sample(image, uniform, size), image)
     assert_same(sample(image, uniform.to(dtype), size, "bilinear"), image)
-    for method in METHODS:
-        assert_same(interpolate_back(image, uniform, size, method), image, 1e-5)
+    assert_same(interpolate_back(image, uniform, size), image, 1e-5)
 
 
 def test_the_nearest_pixel_is_taken_half_to_even() -> None:
@@ -203,11 +201,8 @@ def test_locations_are_put_on_the_sides_and_inside() -> None:
     image, places = images(2, 31, 44), locations(fold=0.4) * 1.3 - 0.1
     assert torch.equal(sample(image, places, (20, 17)), sample(image, normalise(places), (20, 17)))
     scores = torch.rand(2, 3, 20, 17)
-    for method in METHODS:
-        one, other = (
-            interpolate_back(scores, found, (31, 44), method) for found in (places, normalise(places))
-        )
-        assert torch.equal(one, other)
+    one, other = (interpolate_back(scores, found, (31, 44)) for found in (places, normalise(places)))
+    assert torch.equal(one, other)
 
 
 def test_gradients_go_through_sampling_to_the_image_and_the_locations() -> None:
@@ -236,48 +231,28 @@ def points_of(places: Tensor, samples: tuple[int, int], size: tuple[int, int]) -
     return upsample(places, samples) * torch.tensor([size[0] - 1, size[1] - 1])
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     "samples", [(24, 24), slow((33, 40)), slow((15, 29)), (5, 6), slow((90, 110))], ids=str
 )
-def test_what_is_affine_in_the_image_comes_back(
-    method: str, dtype: torch.dtype, samples: tuple[int, int]
-) -> None:
-    check_affine(method, locations(dtype=dtype), samples)
+def test_what_is_affine_in_the_image_comes_back(dtype: torch.dtype, samples: tuple[int, int]) -> None:
+    check_affine(locations(dtype=dtype), samples)
 
 
-@pytest.mark.parametrize(("method", "samples"), [("triangulation", (24, 33)), ("inverse", (15, 29))], ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_so_it_does_where_the_grid_is_folded(method: str, samples: tuple[int, int], seed: int) -> None:
+def test_so_it_does_where_the_grid_is_folded(seed: int) -> None:
     places = locations(seed=seed, fold=0.4)
     cells = normalise(places)
     assert (cells.diff(dim=1)[..., 0] < 0).any() and (cells.diff(dim=2)[..., 1] < 0).any()
-    check_affine(method, places, samples)
+    check_affine(places, (15, 29))
 
 
-def check_affine(method: str, places: Tensor, samples: tuple[int, int]) -> None:
+def check_affine(places: Tensor, samples: tuple[int, int]) -> None:
     size, dtype = (61, 83), places.dtype
     scores = affine(points_of(places, samples, size), size).unsqueeze(1).to(dtype)
-    found = interpolate_back(scores, places, size, method)  # type: ignore[arg-type]
+    found = interpolate_back(scores, places, size)
     expected = affine(pixels(size), size).expand(2, 1, -1, -1)
     assert (found - expected).abs().max() < (1e-5 if dtype == torch.float32 else 1e-9)
-
-
-def test_the_published_way_is_scattered_linear_interpolation() -> None:
-    interpolate = pytest.importorskip("scipy.interpolate")
-    size, samples, places = (61, 83), (24, 31), locations()
-    scores = torch.rand(2, 3, *samples, dtype=torch.float64)
-    found = interpolate_back(scores, places, size)
-    points = points_of(places, samples, size)
-    for one in range(2):
-        linear = interpolate.LinearNDInterpolator(
-            points[one].flatten(0, 1).numpy(), scores[one].flatten(1).T.numpy()
-        )
-        expected = torch.from_numpy(linear(pixels(size).flatten(0, 1).numpy())).T.view(3, *size)
-        # Points in a cell of the uniform kind have two triangulations, and either is right.
-        differs = ((found[one] - expected).abs() > 1e-9).any(0).double().mean()
-        assert not expected.isnan().any() and differs < 0.02
 
 
 @pytest.mark.parametrize(("fold", "samples"), [(0.0, (33, 40)), (0.3, (15, 29)), (1.0, (15, 29))], ids=str)
@@ -320,10 +295,9 @@ def test_compiled_code_inverts_as_torch_does(
     assert differs.double().mean() <= (0.01 if fold else 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_scores_mix_with_weights_that_sum_to_one(method: Any) -> None:
+def test_scores_mix_with_weights_that_sum_to_one() -> None:
     scores = torch.rand(2, 2, 14, 17, requires_grad=True)
-    found = interpolate_back(scores, locations(fold=0.3), (31, 44), method)
+    found = interpolate_back(scores, locations(fold=0.3), (31, 44))
     assert found.max() <= scores.max() + 1e-5 and found.min() >= scores.min() - 1e-5
     found.sum().backward()
     assert (
@@ -332,21 +306,18 @@ def test_scores_mix_with_weights_that_sum_to_one(method: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_batch_is_its_images_one_by_one(method: Any) -> None:
+def test_a_batch_is_its_images_one_by_one() -> None:
     image, places, scores = images(2, 31, 44), locations(), torch.rand(2, 3, 14, 17)
-    found, back = sample(image, places, 12), interpolate_back(scores, places, (31, 44), method)
+    found, back = sample(image, places, 12), interpolate_back(scores, places, (31, 44))
     for one in range(2):
         part = slice(one, one + 1)
         assert torch.equal(sample(image[part], places[part], 12), found[part])
-        assert torch.equal(interpolate_back(scores[part], places[part], (31, 44), method), back[part])
+        assert torch.equal(interpolate_back(scores[part], places[part], (31, 44)), back[part])
 
 
 def test_a_grid_in_a_single_point_still_covers_the_image() -> None:
     places = torch.full((1, 8, 8, 2), 0.3)
-    for method in METHODS:
-        found = interpolate_back(torch.rand(1, 2, 20, 20), places, (31, 44), method)  # type: ignore[arg-type]
-        assert found.isfinite().all()
+    assert interpolate_back(torch.rand(1, 2, 20, 20), places, (31, 44)).isfinite().all()
 
 
 # -- the learned sampler -------------------------------------------------------------------------------
@@ -404,12 +375,12 @@ def resampled(sampler: object = "uniform", size: Any = 32, model: type[Chain] = 
     return net.eval()
 
 
-@pytest.mark.parametrize(("dtype", "back", "size"), covering(TYPES, [*METHODS], [(61, 83), (48, 64)]))
+@pytest.mark.parametrize(("dtype", "size"), covering(TYPES, [(61, 83), (48, 64)]))
 def test_the_uniform_grid_at_the_size_of_the_image_is_the_original(
-    dtype: torch.dtype, back: str, size: tuple[int, int]
+    dtype: torch.dtype, size: tuple[int, int]
 ) -> None:
     model, x = randomise(Several()).to(dtype).eval(), images(2, *size, dtype)
-    net = cs.resample(model, "uniform", size, back=back)  # type: ignore[arg-type]
+    net = cs.resample(model, "uniform", size)
     with torch.no_grad():
         found, expected = net(x, scale=2.0), model(x, scale=2.0)
     assert_same(found["out"], expected["out"], 1e-5)
@@ -418,7 +389,7 @@ def test_the_uniform_grid_at_the_size_of_the_image_is_the_original(
 
 
 def test_the_network_sees_what_is_sampled_and_its_scores_come_back() -> None:
-    net, x = resampled("learned", (24, 40), back="triangulation"), images(2, 61, 83)
+    net, x = resampled("learned", (24, 40)), images(2, 61, 83)
     with torch.no_grad():
         found = net(x)
         places = net.sampler(x)
@@ -597,14 +568,12 @@ IMAGE, PLACES, SCORES = (
         (lambda: interpolate_back(SCORES[0], PLACES, 8), cs.InvalidInput, "floating-point scores"),
         (lambda: interpolate_back(SCORES.long(), PLACES, 8), cs.InvalidInput, "floating-point scores"),
         (lambda: interpolate_back(SCORES, PLACES, 1), cs.InvalidInput, "output_size=1"),
-        (lambda: interpolate_back(SCORES, PLACES, 8, "cubic"), cs.UnknownName, "inverse"),  # type: ignore[arg-type]
         (lambda: interpolate_back(SCORES, PLACES[0], 9), cs.InvalidInput, "row and column in 0..1"),
         (lambda: resampled(size=1), cs.InvalidInput, "size=1"),
         (lambda: resampled(grid=1), cs.InvalidInput, "grid=1"),
         (lambda: resampled(smoothness=-1), cs.InvalidInput, "smoothness"),
         (lambda: resampled(share=0.0), cs.InvalidInput, "share"),
         (lambda: resampled(mode="cubic"), cs.UnknownName, "mode"),
-        (lambda: resampled(back="cubic"), cs.UnknownName, "back"),
         (lambda: resampled("leaned"), cs.UnknownName, "did you mean learned"),
         (lambda: resampled("edges:treshold=1"), cs.UnknownName, "threshold"),
         (lambda: resampled(3), cs.InvalidInput, "is not a sampler"),

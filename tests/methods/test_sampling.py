@@ -23,7 +23,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import cadsurgery as cs
 from cadsurgery.methods.sampling import gates as gating
-from cadsurgery.methods.sampling.run import Run
+from cadsurgery.methods.sampling.run import SampledRun
 
 TYPES = (torch.float32, torch.float64)
 TIGHT = {torch.float32: 2e-4, torch.float64: 1e-9}
@@ -207,7 +207,7 @@ def test_chosen_positions_give_what_whole_maps_give(name: str) -> None:
     net, x = half_open(cs.sample(model, grid=7), 0.5), images(2, 75, 101, torch.float64)
     with torch.no_grad():
         found, fast = net(x), net.optimize()(x)
-        with mock.patch.object(Run, "_is_settled", lambda run, number: False):
+        with mock.patch.object(SampledRun, "_is_settled", lambda run, number: False):
             expected = net(x)
     assert 0 < sum(net.densities.values()) / len(net.gates) < 1
     assert_same(found, expected, 1e-9)
@@ -344,7 +344,7 @@ def test_gradients_in_evaluation_are_those_of_whole_maps() -> None:
     x.requires_grad_()
     gradients = []
     for settled in (True, False):
-        with mock.patch.object(Run, "_is_settled", lambda run, number, settled=settled: settled):
+        with mock.patch.object(SampledRun, "_is_settled", lambda run, number, settled=settled: settled):
             loss = net(x).square().sum()
         weights = [p for name, p in net.named_parameters() if "sampling_gates" not in name]
         gradients.append(torch.autograd.grad(loss, [x, *weights]))
@@ -417,7 +417,7 @@ def test_convolutions_in_no_residual_branch_are_gated_by_what_they_read() -> Non
         assert torch.equal(net(x), model(x))
         half_open(net)
         found = net(x)
-        with mock.patch.object(Run, "_is_settled", lambda run, number: False):
+        with mock.patch.object(SampledRun, "_is_settled", lambda run, number: False):
             assert_same(found, net(x), 1e-9)
         assert_same(net.optimize()(x), found, 1e-9)
 
@@ -441,7 +441,7 @@ def test_a_gate_reads_what_the_gate_before_has_filled() -> None:
         share = net.shares["two"]
         filled = net(x)  # repeated
         assert torch.equal(net.shares["two"], share)
-        with mock.patch.object(Run, "_is_settled", lambda run, number: False):
+        with mock.patch.object(SampledRun, "_is_settled", lambda run, number: False):
             assert_same(net(x), filled, 1e-9)
         assert_same(net.shares["two"], share, 1e-9)
 

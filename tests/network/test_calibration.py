@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from networks import Segmenter, made_once, seeded, unverified
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
 import cadsurgery as cs
-from cadsurgery.elements.backends.integer import form_here
-from cadsurgery.network.model import AdaptiveModel, images_to_calibrate
+from cadsurgery.network.calibration import images_to_calibrate
+from cadsurgery.network.model import AdaptiveModel
 
 SCENES = cs.open_data("scene:4,height=48,width=64")
 
@@ -53,13 +53,6 @@ def test_every_form_gives_the_same_images(form: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat(batches), expected(), rtol=0, atol=0.02)  # PNGs have 8 bits
 
 
-@pytest.mark.skipif(form_here() is None, reason="8 bits need the compiled kernels")
-@pytest.mark.parametrize("form", ["images", "a loader of pairs", "a folder"])
-def test_a_copy_in_8_bits_takes_the_forms(form: str, tmp_path: Path) -> None:
-    fast = adapted().optimize(precision="int8", calibration=FORMS[form](tmp_path))
-    assert fast.quantisation is not None
-
-
 @pytest.mark.parametrize(
     ("images", "words"),
     [
@@ -89,41 +82,3 @@ def test_images_that_are_not_normalised_for_the_network_are_refused(images: Tens
         images_to_calibrate(adapted(), images)
     assert 'net.normalisation = "raw"' in refusal.value.next
     assert torch.equal(images_to_calibrate(adapted(normalisation="raw"), images)[0], images)
-
-
-class OfDictionary(nn.Module):
-    """Takes its image and a factor in a dictionary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = seeded(Segmenter, torch.float32)
-
-    def forward(self, data: dict[str, Tensor]) -> Any:
-        return self.body(data["image"]) * data["scale"].view(-1, 1, 1, 1)
-
-
-def of_dictionary() -> tuple[AdaptiveModel, list[dict[str, Tensor]]]:
-    calls = [{"image": batch, "scale": torch.full((2,), 3.0)} for batch in expected().split(2)]
-    net = unverified(OfDictionary().eval(), "edges", example_input=(calls[0],))
-    return net, calls
-
-
-@pytest.mark.skipif(form_here() is None, reason="8 bits need the compiled kernels")
-def test_a_copy_in_8_bits_is_calibrated_by_dictionaries() -> None:
-    net, calls = of_dictionary()
-    fast = net.optimize(precision="int8", calibration=calls, largest_error=0.2)
-    assert fast.quantisation is not None
-    with torch.no_grad():
-        once, twice = (fast({**calls[1], "scale": torch.full((2,), scale)}) for scale in (1.0, 2.0))
-    torch.testing.assert_close(2 * once, twice)
-
-
-def test_images_alone_do_not_calibrate_a_network_of_a_dictionary() -> None:
-    net, calls = of_dictionary()
-    with pytest.raises(cs.InvalidInput, match="takes a dictionary or list with its image"):
-        net.optimize(precision="int8", calibration=[call["image"] for call in calls])
-
-
-def test_dictionaries_do_not_calibrate_a_network_of_an_image() -> None:
-    with pytest.raises(cs.InvalidInput, match=r"takes an image, and is calibrated by .*dict"):
-        adapted(normalisation="raw").optimize(precision="int8", calibration=[{"image": expected()}])

@@ -107,10 +107,10 @@ def test_a_source_that_was_not_needed_is_not_called_later(saved: Path, imported:
 @pytest.mark.parametrize(
     "mask",
     [
-        "saliency:function=os:system",
+        "os:system",
         "keypoints:detector=os:system",
-        "edges + (saliency:function=os:system | budget) | dilate",
-        "saliency:function=cadsurgery.support.files:make_folder",
+        "edges + (os:system | budget) | dilate",
+        "cadsurgery.support.files:make_folder",
     ],
 )
 def test_a_mask_that_a_file_names_is_not_imported(
@@ -121,15 +121,24 @@ def test_a_mask_that_a_file_names_is_not_imported(
     rewritten(saved, lambda metadata: metadata.update(mask=mask))
     with pytest.raises(cs.FileError) as caught:
         cs.load(saved, trunk() if given else None)
-    for word in (mask.partition("=")[2][:8].split(":")[0], "--trust", "trust=True", "mask="):
+    for word in ("cadsurgery" if "cadsurgery" in mask else "os", "--trust", "trust=True", "mask="):
         assert word in str(caught.value)
     assert not imported
 
 
-def test_our_own_functions_and_a_mask_of_the_user_need_no_trust(saved: Path) -> None:
-    rewritten(saved, lambda metadata: metadata.update(mask="saliency"))
-    assert cs.load(saved, trunk()).mask.spec().startswith("saliency:function=cadsurgery.")
-    for mask in ("saliency:function=test_files:corners", "keypoints:detector=test_files:corner_points"):
+def test_a_mask_that_is_gone_says_what_to_use_instead(saved: Path) -> None:
+    for mask in (
+        "saliency",
+        "edges + saliency:function=cadsurgery.masks.saliency:spectral_residual | budget",
+    ):
+        rewritten(saved, lambda metadata, mask=mask: metadata.update(mask=mask))
+        with pytest.raises(cs.FileError, match=r'(?s)saliency.*"detail"'):
+            cs.load(saved, trunk())
+        assert cs.load(saved, trunk(), mask="detail").mask.spec().startswith("detail")
+
+
+def test_a_mask_of_the_user_needs_no_trust(saved: Path) -> None:
+    for mask in ("test_files:corners", "keypoints:detector=test_files:corner_points"):
         assert cs.load(saved, trunk(), mask=mask).mask.spec().startswith(mask)
         cs.save(adapted(mask), saved)
         with pytest.raises(cs.FileError, match="test_files"):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, images, picture, slow
+from conftest import TESTS, assert_same, images, picture, slow
 from exported import File, net
 from torch import Tensor, nn
 from torchvision.utils import save_image
@@ -29,8 +29,8 @@ from cadsurgery.kernels import isa
 from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import OnnxRuntime, OpenVino
 from cadsurgery.network.export.int8 import quantise, to_8_bits
+from cadsurgery.network.export.rounding import round_weight
 from cadsurgery.network.fidelity import measure
-from cadsurgery.network.quantise import round_weight
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -251,6 +251,31 @@ def test_weights_are_rounded_so_that_no_adjacent_channels_saturate(shape: tuple[
             assert torch.equal(whole, round_weight(weight)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 1, 3, 3), (5, 33, 1, 1), (3, 700, 7, 7)])
+def test_weights_that_were_in_8_bits_stay_what_they_are(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of one scale for all outputs, too, most of which then do not reach 127."""
+    numbers = torch.randint(-90, 91, shape) // torch.arange(1, shape[0] + 1).view(-1, 1, 1, 1)
+    numbers[-1] = 0
+    weight = 0.0123 * numbers.to(dtype)
+    for limited in (None, "adjacent"):
+        whole, scale = round_weight(weight, limited)
+        assert whole.dtype == torch.int8 and scale.dtype == torch.float32
+        assert_same(whole * scale.view(-1, 1, 1, 1), weight.float(), 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 3, 3), (16, 33, 3, 3)])
+def test_no_weight_is_rounded_more_than_by_a_scale_of_its_largest(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    whole, scale = (one.double() for one in round_weight(weight))
+    rows, largest = weight.double().flatten(1), weight.double().flatten(1).abs().amax(1, keepdim=True)
+    plain = (rows * 127 / largest).round() * largest / 127
+    error, of_plain = (
+        (found - rows).square().sum(1) for found in (whole.flatten(1) * scale.unsqueeze(1), plain)
+    )
+    assert (error <= of_plain * (1 + 1e-5)).all() and (error < of_plain).float().mean() > 0.5
+
+
 RUN = """
 import sys
 import numpy as np
@@ -417,16 +442,19 @@ def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(tmp_path: Path)
     image, path = picture(1, 72, 104), tmp_path / "net.onnx"
     model = net("edges | budget:fraction=0.3")
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"int8": []}, "no images"),
-        ({"int8": [image[0, 0]]}, "no images"),
-        ({"int8": ["folder"]}, "no images"),
-        ({"int8": [picture(1, 64, 104)]}, "dynamic=True"),
-        ({"int8": [image], "float16": True}, "leave out one"),
-        ({"int8": [image], "to": "pt2"}, "cannot be int8"),
+        ({"calibration": []}, "no images"),
+        ({"calibration": [image[0, 0]]}, "no images"),
+        ({"calibration": ["folder"]}, "no images"),
+        ({"calibration": [picture(1, 64, 104)]}, "dynamic=True"),
+        ({"calibration": [image], "to": "pt2"}, "cannot be int8"),
+        ({}, "int8 lacks images"),
+        ({"precision": "float16", "calibration": [image]}, "float16 takes no images"),
+        ({"precision": "float", "calibration": []}, "float takes no images"),
+        ({"precision": "bfloat16"}, "float, float16, int8"),
     ]
     for options, message in refused:
-        with pytest.raises(cs.InvalidInput, match=message):
-            cs.export(model, image, path, **options)
+        with pytest.raises(cs.CadError, match=message):
+            cs.export(model, image, path, **{"precision": "int8", **options})
     assert not list(tmp_path.iterdir())
 
 
@@ -504,7 +532,9 @@ def test_signals_are_handled_after_files_were_open_in_openvino(tmp_path: Path) -
 def test_an_exported_network_in_8_bits(mask: str, options: dict[str, Any], tmp_path: Path) -> None:
     model, path = net(mask), tmp_path / "net.onnx"
     calibration = [picture(2, 72, 104), picture(1, 72, 104).flip(3)]
-    report = cs.export(model, picture(2, 72, 104), path, int8=iter(calibration), **options)
+    report = cs.export(
+        model, picture(2, 72, 104), path, precision="int8", calibration=iter(calibration), **options
+    )
     assert report.fidelity is not None and report.fidelity.images == 3 and report.difference < 1e-4
     assert report.fidelity.error < 0.03 and (report.fidelity.agreement or 0) > 0.9
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"] and report.bytes == path.stat().st_size
@@ -530,7 +560,8 @@ def test_a_file_in_8_bits_that_is_far_from_the_float_one_says_so(
     adaptive = cs.adaptify(nn.Sequential(*layers, nn.Conv2d(16, 2, 1)).eval(), "edges", verify_laws=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = cs.export(adaptive, image, tmp_path / "net.onnx", int8=[image], check_in=engine)
+        options: Any = {"precision": "int8", "calibration": [image], "check_in": engine}
+        report = cs.export(adaptive, image, tmp_path / "net.onnx", **options)
     said = [str(one.message) for one in caught if "file in 8 bits differ" in str(one.message)]
     assert report.fidelity is not None and (report.fidelity.error > unsaid) == bool(said) == (unsaid < 0.1)
     assert all(report.fidelity.taken_in in words for words in said)
@@ -542,7 +573,10 @@ def test_the_command_calibrates_by_a_folder(tmp_path: Path, command_line: Any) -
     saved, folder, path = tmp_path / "net.safetensors", tmp_path / "images", tmp_path / "net.onnx"
     folder.mkdir()
     cs.save(cs.adaptify(cs.build_model("squeezenet1_1", "none"), "edges | budget", verify_laws=False), saved)
-    command = ["export", str(saved), "-o", str(path), "--size", "64x96", "--int8", str(folder), "--json"]
+    command = ["export", str(saved), "-o", str(path), "--size", "64x96", "--precision", "int8", "--json"]
+    alone = command_line(*command)
+    assert alone.code == 1 and "--calibration FOLDER" in alone.out + alone.err
+    command += ["--calibration", str(folder)]
     refused = command_line(*command)
     assert refused.code == 1 and "no images" in refused.out + refused.err and not path.exists()
     for seed in range(2):

@@ -111,28 +111,6 @@ def test_copies_in_bfloat16_follow_it_too(how: str) -> None:
 
 
 @torch.no_grad()
-def test_a_copy_in_8_bits_runs_another_way_in_float_and_says_so() -> None:
-    model, net = converted()
-    fast = net.optimize(precision="int8", calibration=[images(2, *EVEN)])
-    x = images(2, *ODD)
-    with pytest.warns(cs.CadWarning, match=r"(?s)another path.*float there.*crop_like"):
-        assert_same(fast(x), model(x), EXACT)
-    x = images(2, *EVEN)
-    assert_same(fast(x), model(x), 0.2)
-
-
-@torch.no_grad()
-def test_images_of_another_way_are_no_calibration() -> None:
-    net = converted()[1]
-    with pytest.warns(cs.CadWarning, match="1 of 2 image batches take another path"):
-        mixed = net.optimize(precision="int8", calibration=[x := images(2, *EVEN), images(2, *ODD)])
-    alone = net.optimize(precision="int8", calibration=[x])
-    assert mixed.quantisation == alone.quantisation
-    with pytest.raises(cs.InvalidInput, match="another path"):
-        net.optimize(precision="int8", calibration=[images(2, *ODD)])
-
-
-@torch.no_grad()
 def test_work_is_counted_on_the_way_that_is_taken() -> None:
     """As a network counts it that was converted there with the same strides; by the copy as by the network."""
     model, net = converted()

@@ -183,8 +183,3 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     assert ran.code == 0, ran.err
     assert ran.json["images"][0]["exit"] in (1, 2, 3)
     assert command_line("convert", *model, "--method", "later").code == 1
-    in_bytes = ("--precision", "int8", "--calibration", str(tmp_path), "--json")
-    run = ("run", "run/net.safetensors", picture, "--trust")
-    for command in (("convert", *model, *exits[:2]), run):
-        refused = command_line(*command, *in_bytes)
-        assert refused.code == 1 and "for a network with exits" in refused.json["what"]

@@ -17,17 +17,16 @@ from conftest import assert_same, printed, slow
 from networks import strided
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
-from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.kernels import isa
 from cadsurgery.network.export.dense import dense_program, write_dense
 from cadsurgery.network.export.engine import Engine
 from cadsurgery.support import provenance
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.timing import Timing, interleaved
-from cadsurgery.tasks import bench as module
 from cadsurgery.tasks import side
 from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, NetworkBench
@@ -315,14 +314,12 @@ def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtyp
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}, slow({"runtime": "onnx"})],
+    [{}, {"dtype": "bfloat16"}, slow({"dtype": "int8"}), slow({"runtime": "onnx"})],
     ids=str,
 )
 def test_dense_high_is_measured_on_smaller_pictures_too(options: dict[str, Any]) -> None:
-    if options.get("runtime"):
+    if options.get("runtime") or options.get("dtype") == "int8":
         pytest.importorskip("onnxruntime")
-    if options.get("dtype") == "int8" and form_here() is None:
-        pytest.skip("no instructions for 8 bits")
     found = bench(
         trunk(), fractions=[0.5], fill=["linear", "nearest"], size=SIZE, rounds=1, smaller=0.5, **options
     )
@@ -336,18 +333,17 @@ def test_dense_high_is_measured_on_smaller_pictures_too(options: dict[str, Any])
         assert side.to_dict() in found.to_dict()["networks"][0]["sides"]
 
 
-def test_copies_in_8_bits_are_measured_and_say_what_is_in_8_bits() -> None:
+@pytest.mark.slow
+def test_8_bits_are_measured_in_an_engine_with_kernels_and_calibrated_by_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    for seed in range(2):
+        save_image(street_scene(40, 56, seed), tmp_path / f"{seed}.png")
     found = bench(
-        trunk(), fractions=[0.5], size=SIZE, rounds=1, dtype="int8", threads=1, processor_time=True
-    ).networks[0]
-    assert all(side.milliseconds > 0 for side in (found.high, found.low, *found.rows))
-    assert any("layers in 8 bits" in note for note in found.notes)
-
-
-def test_without_instructions_for_8_bits_they_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "form_here", lambda: None)
-    with pytest.raises(cs.InvalidInput, match="no compiled kernels for int8"):
-        bench(trunk(), size=SIZE, dtype="int8")
+        trunk(), fractions=[0.5], size=SIZE, rounds=1, dtype="int8", calibration=str(tmp_path), threads=1
+    )
+    assert found.setting.runtime == "onnx-kernels" and "onnxruntime" in found.setting.versions
+    (network,) = found.networks
+    assert all(side.milliseconds > 0 for side in (network.high, network.low, *network.rows))
 
 
 @pytest.mark.slow

@@ -27,7 +27,6 @@ from cadsurgery.network.macs import layer_work
 from cadsurgery.tasks import evaluation
 from cadsurgery.tasks.evaluation import EvaluationReport
 from cadsurgery.tasks.open import weights_in_words
-from cadsurgery.tasks.side import Side
 
 DATA = "scene:5,height=48,width=80"
 EDGES, GRADED = "edges:threshold=0.15,dilation=3", "edges:threshold=0.95/0.1,dilation=3/9"
@@ -260,121 +259,6 @@ def test_when_no_image_can_be_used_the_first_error_is_raised(folder: Path) -> No
         cs.evaluate(street_segmenter(), f"folder:{folder},classes=2", rounds=0)
 
 
-# -- going on after an interruption --------------------------------------------------------------------
-
-
-class Scenes:
-    """Six scenes of two sizes; reading one of them may end the evaluation, another one may fail."""
-
-    classes, split = cs.open_data(DATA).classes, "test"
-
-    def __init__(self, ends: int | None = None, fails: int | None = None, count: int = 6) -> None:
-        self.name, self.ends, self.fails = "scenes", ends, fails
-        self.names = [f"scene {number}" for number in range(count)]
-        self.read: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if index == self.ends:
-            raise KeyboardInterrupt
-        if index == self.fails:
-            raise OSError("damaged")
-        self.read.append(index)
-        size = (48, 80) if index < 4 else (40, 64)
-        return cs.open_data(f"scene:7,height={size[0]},width={size[1]}")[index]
-
-
-class Unlabelled(Scenes):
-    """The scenes without their labels."""
-
-    is_labelled = False
-
-
-def small_network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1)).eval()
-
-
-def judge(data: Any, output: Path, masks: tuple[str, ...] = (EDGES,), seed: int = 0, **options: Any) -> Any:
-    options = {"output_stride": (4, 8), "rounds": 0, "resume": True, **options}
-    return cs.evaluate(small_network(seed), data, masks, output=output, **options)
-
-
-@pytest.mark.parametrize("batch", [slow(1), 2])
-@pytest.mark.parametrize("kind", [Scenes, slow(Unlabelled)])
-def test_an_evaluation_that_was_ended_goes_on_and_equals_an_uninterrupted_one(
-    tmp_path: Path, kind: type[Scenes], batch: int
-) -> None:
-    whole = judge(kind(), tmp_path / "whole.json", batch=batch, resume=False)
-    output = tmp_path / "report.json"
-    with pytest.raises(KeyboardInterrupt):
-        judge(kind(ends=5), output, batch=batch)
-    manifest = tmp_path / "report.manifest" / "manifest.jsonl"
-    manifest.write_bytes(manifest.read_bytes()[:-9])  # as if it had been killed while it wrote
-    left, lost = kind(), 2 if batch == 2 else 4
-    resumed = judge(left, output, batch=batch)
-    assert min(set(left.read) - {0}) == lost and 5 in left.read  # the first one is read to be timed
-    assert figures(resumed) == figures(whole) and resumed.images == whole.images == 6
-    assert figures(judge(kind(), output, batch=batch)) == figures(whole)
-
-
-def test_images_that_failed_are_in_the_manifest_and_tried_again(tmp_path: Path) -> None:
-    output = tmp_path / "report.json"
-    for _ in range(2):
-        assert [failure["image"] for failure in judge(Scenes(fails=2), output).failed] == ["scene 2"]
-    lines = (tmp_path / "report.manifest" / "manifest.jsonl").read_text().splitlines()
-    failed = [row for row in map(json.loads, lines[1:]) if "error" in row]
-    assert [(row["path"], row["error"]["error"]) for row in failed] == [("scene 2", "FileError")] * 2
-    mended = judge(Scenes(), output)
-    assert mended.images == 6 and not mended.failed
-
-
-@pytest.mark.parametrize(
-    ("changed", "told"),
-    [
-        ({"seed": 1}, r'weights: "\w+'),
-        ({"masks": (GRADED,)}, r"sides\.2\.mask: \"edges:.*now \"edges:"),
-        ({"data": lambda: Scenes(count=5)}, r"data\.images: 6, now 5"),
-        ({"batch": 2}, "batch: 1, now 2"),
-        ({"options": {"fill": "linear"}}, r'options\.fill: null, now "linear"'),
-    ],
-    ids=["network", "mask", "data", "batch", "options"],
-)
-def test_the_manifest_of_another_evaluation_is_refused_with_what_differs(
-    tmp_path: Path, changed: dict[str, Any], told: str
-) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        judge(Scenes(ends=1), tmp_path / "report.json")
-    made = {name: value() if callable(value) else value for name, value in changed.items()}
-    with pytest.raises(cs.InvalidInput, match=rf"report\.manifest holds another run(?s:.)*{told}"):
-        judge(made.pop("data", None) or Scenes(), tmp_path / "report.json", **made)
-
-
-def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(cs.InvalidInput, match=r"(?s)--resume without --output.*--output results\.json"):
-        judge(Scenes(), None)  # type: ignore[arg-type]
-    own = Side("own", lambda images: images, metrics=Own)
-    with pytest.raises(cs.InvalidInput, match="metrics Own of side own"):
-        judge(Scenes(), tmp_path / "report.json", sides=[own])
-
-
-class Own:
-    """Metrics that cannot be stored."""
-
-    def __init__(self) -> None:
-        self.name = lambda: "own"
-
-    def update(self, output: Any, truth: Any, size: tuple[int, int]) -> None: ...
-
-    def merge(self, other: Any) -> None: ...
-
-    def compute(self) -> dict[str, Any]:
-        return {}
-
-
 # -- statistics of images ------------------------------------------------------------------------------
 
 
@@ -475,28 +359,6 @@ def test_two_processes_find_what_one_finds(command_line: Run, tmp_path: Path) ->
         and two == json.loads((tmp_path / "two.json").read_text())
     )
     assert two["rows"] == one["rows"] and two["images"] == one["images"] == 5
-
-
-@pytest.mark.slow
-def test_two_processes_predict_what_one_predicts(command_line: Run, folder: Path, tmp_path: Path) -> None:
-    """Over a folder with a broken image; one process prints."""
-    shutil.copy(TESTS / "networks.py", tmp_path)
-    converted = ("convert", "networks:street_segmenter", "--rounds", 0, "-o", "net.safetensors")
-    assert command_line(*converted, "--no-verify", "--size", "96x128").code == 0
-    predicted = []
-    for count in (1, 2):
-        done = command_line(
-            *("run", "net.safetensors", folder / "test" / "images", "-o", f"out{count}", "--json", "--trust"),
-            processes=count,
-        )
-        assert done.code != 0
-        predicted.append(json.loads(done.out))
-        for row in predicted[-1]["images"]:
-            assert (tmp_path / row["output"]).is_file() and row.pop("milliseconds") > 0
-            row["output"] = Path(row["output"]).name
-    assert (
-        predicted[0] == predicted[1] and len(predicted[0]["images"]) == 2 and len(predicted[0]["failed"]) == 1
-    )
 
 
 # -- report --------------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError
 from cadsurgery.tasks import explore as explorer
 from cadsurgery.tasks import explore_page
-from cadsurgery.tasks.explore import BUDGET, THRESHOLD, WRITTEN, Setting, Subject, explore, open_subject
+from cadsurgery.tasks.explore import BUDGET, THRESHOLD, WRITTEN, PageSettings, Subject, explore, open_subject
 
 NAME = "networks:segmenter"
 SETTINGS = [
-    Setting(),
-    Setting("edges:dilation=5", THRESHOLD, 0.2, (8, 16), "nearest"),
-    Setting("gradient", BUDGET, 0.25, (8, 16), "guided"),
+    PageSettings(),
+    PageSettings("edges:dilation=5", THRESHOLD, 0.2, (8, 16), "nearest"),
+    PageSettings("gradient", BUDGET, 0.25, (8, 16), "guided"),
 ]
 
 
@@ -60,7 +60,7 @@ def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_outputs_are_those_of_the_network(subject: Subject, setting: Setting) -> None:
+def test_outputs_are_those_of_the_network(subject: Subject, setting: PageSettings) -> None:
     found = explore(subject, 1, setting, rounds=0)
     net = cs.adaptify(
         cs.build_model(NAME),
@@ -84,7 +84,7 @@ def test_outputs_are_those_of_the_network(subject: Subject, setting: Setting) ->
 
 @pytest.mark.parametrize("setting", SETTINGS[1:])
 def test_code_that_is_copied_gives_the_same(
-    subject: Subject, photo: Path, setting: Setting, command_line: Any
+    subject: Subject, photo: Path, setting: PageSettings, command_line: Any
 ) -> None:
     found = explore(subject, photo, setting, rounds=0)
     names: dict[str, Any] = {}
@@ -101,8 +101,10 @@ def test_code_that_is_copied_gives_the_same(
     torch.testing.assert_close(net(batch[None]), found.output, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", [Setting(), Setting("edges", BUDGET, 0.5)])
-def test_a_file_is_explored_as_it_is(file: Path, photo: Path, setting: Setting, command_line: Any) -> None:
+@pytest.mark.parametrize("setting", [PageSettings(), PageSettings("edges", BUDGET, 0.5)])
+def test_a_file_is_explored_as_it_is(
+    file: Path, photo: Path, setting: PageSettings, command_line: Any
+) -> None:
     subject = open_subject(str(file), trust=True)
     assert (subject.strides, subject.fills) == (((8, 16),), ("linear",))
     found = explore(subject, photo, setting, rounds=0)
@@ -116,7 +118,7 @@ def test_a_file_is_explored_as_it_is(file: Path, photo: Path, setting: Setting, 
 
 
 def test_work_and_time_of_the_whole_network_are_measured(subject: Subject) -> None:
-    rows = explore(subject, 0, Setting("none"), rounds=1).rows
+    rows = explore(subject, 0, PageSettings("none"), rounds=1).rows
     assert [row.side for row in rows] == ["as given", "everything high", "none"]
     assert rows[0].macs == rows[2].macs < rows[1].macs and all(row.milliseconds > 0 for row in rows)
 
@@ -129,7 +131,7 @@ def classifier() -> nn.Module:
 
 
 def test_a_classifier_is_shown_in_words() -> None:
-    found = explore(open_subject("test_explore:classifier"), 0, Setting("all"), rounds=0)
+    found = explore(open_subject("test_explore:classifier"), 0, PageSettings("all"), rounds=0)
     assert found.prediction is None and found.dense is None and tensors_of(found.output)[0].shape == (1, 9)
     first, second = (line.partition(": ")[2] for line in found.lines[-2:])
     assert first == second and first.count("class ") == 3  # everything is high on both sides
@@ -138,16 +140,16 @@ def test_a_classifier_is_shown_in_words() -> None:
 @pytest.mark.parametrize(
     ("setting", "hint"),
     [
-        (Setting("edgs"), "edges"),
-        (Setting(limit="share"), WRITTEN),
-        (Setting("saliency:function=x", BUDGET, 2.0), "saliency"),
-        (Setting(limit=BUDGET, value=2.0), "0..1"),
-        (Setting("random", THRESHOLD, 0.5), "threshold"),
-        (Setting(output_stride=(3, 5)), "(8, 16)"),
-        (Setting(fill="linea"), "linear"),
+        (PageSettings("edgs"), "edges"),
+        (PageSettings(limit="share"), WRITTEN),
+        (PageSettings("edges:function=x", BUDGET, 2.0), "edges"),
+        (PageSettings(limit=BUDGET, value=2.0), "0..1"),
+        (PageSettings("random", THRESHOLD, 0.5), "threshold"),
+        (PageSettings(output_stride=(3, 5)), "(8, 16)"),
+        (PageSettings(fill="linea"), "linear"),
     ],
 )
-def test_settings_that_are_impossible_are_refused(subject: Subject, setting: Setting, hint: str) -> None:
+def test_settings_that_are_impossible_are_refused(subject: Subject, setting: PageSettings, hint: str) -> None:
     with pytest.raises(CadError) as refused:
         explore(subject, 0, setting, rounds=0)
     assert hint in str(refused.value)
@@ -156,7 +158,7 @@ def test_settings_that_are_impossible_are_refused(subject: Subject, setting: Set
 def test_what_is_no_image_is_refused(subject: Subject, tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_text("no image")
     with pytest.raises(cs.FileError, match=r"photo.png cannot be read as an image"):
-        explore(subject, tmp_path / "photo.png", Setting(), rounds=0)
+        explore(subject, tmp_path / "photo.png", PageSettings(), rounds=0)
 
 
 def test_a_learned_mask_is_explored_as_it_is_stored(tmp_path: Path) -> None:
@@ -165,9 +167,9 @@ def test_a_learned_mask_is_explored_as_it_is_stored(tmp_path: Path) -> None:
     )
     cs.save(net, tmp_path / "net.safetensors")
     subject = open_subject(str(tmp_path / "net.safetensors"), trust=True)
-    assert "mask=" not in explore(subject, 0, Setting(), rounds=0).python
+    assert "mask=" not in explore(subject, 0, PageSettings(), rounds=0).python
     with pytest.raises(cs.InvalidInput, match="as it is stored"):
-        explore(subject, 0, Setting(limit=BUDGET, value=0.5), rounds=0)
+        explore(subject, 0, PageSettings(limit=BUDGET, value=0.5), rounds=0)
 
 
 def test_networks_of_other_methods_are_refused(tmp_path: Path) -> None:
@@ -220,7 +222,7 @@ def test_the_command_tells_the_address_and_ends_at_ctrl_c(
     assert asked["model"] == NAME and asked["port"] == 0 and not asked["browser"]
 
 
-@pytest.mark.parametrize("mask", ["saliency:function={}:score", "edges + keypoints:detector={}:score"])
+@pytest.mark.parametrize("mask", ["{}:score", "edges + keypoints:detector={}:score"])
 @pytest.mark.parametrize("limit", [WRITTEN, BUDGET])
 def test_a_mask_of_the_page_imports_and_calls_nothing(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, limit: str
@@ -229,6 +231,6 @@ def test_a_mask_of_the_page_imports_and_calls_nothing(
     monkeypatch.syspath_prepend(tmp_path)
     for module in ("of_a_stranger", "os"):
         with pytest.raises(cs.InvalidInput, match="cannot name a function") as caught:
-            explore(subject, 0, Setting(mask.format(module), limit, 0.3), rounds=0)
+            explore(subject, 0, PageSettings(mask.format(module), limit, 0.3), rounds=0)
         assert module in caught.value.where and "cadsurgery mask" in caught.value.next
-    assert explore(subject, 0, Setting("saliency", limit, 0.3), rounds=0).levels.numel() > 0
+    assert explore(subject, 0, PageSettings("detail", limit, 0.3), rounds=0).levels.numel() > 0

@@ -278,24 +278,25 @@ def test_what_cannot_be_resumed_is_refused(
     assert not (tmp_path / output).exists()
 
 
-@pytest.mark.slow
-def test_several_processes_resume_what_one_began_and_one_what_several_left(
-    file: Path, photos: Path, whole: Path, tmp_path: Path, command_line: Run
+def test_rows_that_a_process_of_an_earlier_version_left_count(
+    file: Path, photos: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "networks.py").symlink_to(ROOT / "tests" / "networks.py")
-    out, expected = tmp_path / "out", rows_of(whole)
+    """Each process of torchrun wrote a manifest of its own."""
+    out = tmp_path / "out"
     predict(file, photos, out)
-    cut(out / "manifest.jsonl", 3)
-    command = ("run", file, photos, "-o", "out", "--trust", "--json", "--resume")
-    several = command_line(*command, processes=2)
-    assert several.code == 0 and several.json["skipped"] == 2, several.err
-    assert len(several.json["images"]) == COUNT - 2 and rows_of(out) == expected
-    cut(out / "manifest.1.jsonl", 2)
-    assert predict(file, photos, out, resume=True).skipped == COUNT - 1
-    assert predictions(out) == predictions(whole) and rows_of(out) == expected
+    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text("".join(lines[:3]))
+    (out / "manifest.1.jsonl").write_text("".join([lines[0], *lines[3:]]))
+    assert predict(file, photos, out, resume=True).skipped == COUNT
+    with pytest.raises(cs.InvalidInput, match="earlier run"):
+        predict(file, photos, out)
 
 
-def cut(manifest: Path, lines: int) -> None:
-    """Keep the first lines, and the beginning of the next one."""
-    first = manifest.read_text().splitlines(keepends=True)[: lines + 1]
-    manifest.write_text("".join(first)[:-20])
+def test_several_processes_of_a_launcher_are_refused(
+    file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(cs.InvalidInput, match=r"(?s)in 2 processes.*--workers.*--ray"):
+        predict(file, photos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Many pictures by workers, torchrun and Ray: each one is done once, whatever is killed, and as one process does it."""
+"""Many pictures by workers and Ray: each one is done once, whatever is killed, and as one process does it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from cadsurgery.data import stores
 from cadsurgery.data.images import street_scene
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import run
-from cadsurgery.tasks.predictor import Item, Predictor, Settings
+from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import predict_in_processes
 
@@ -108,30 +106,6 @@ def test_workers_do_every_picture_once_though_one_of_them_is_killed(
     assert killed and report.counts == (COUNT // DIFFERENT * (DIFFERENT - 1), COUNT // DIFFERENT)
     assert len(report.rows) == 1000 and "1970 more" in report.text
     check(tmp_path / "out", expected)
-
-
-@pytest.mark.slow
-def test_processes_of_torchrun_resume_where_one_was_killed(
-    file: Path, many: Path, expected: dict[str, bytes], tmp_path: Path
-) -> None:
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cadsurgery.cli")
-    command = [sys.executable, "-m", *torchrun, "run", str(file), str(many), "-o", str(tmp_path / "out")]
-    command += ["--trust", "--resume", "--json"]
-    own = tmp_path / "out" / "manifest.1.jsonl"
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (own.exists() and own.stat().st_size > 60_000):
-            time.sleep(0.05)
-        os.kill(children(process.pid)[-1], signal.SIGKILL)
-    assert process.returncode == 1
-    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    report = json.loads(done.stdout)
-    assert report["skipped"] > 200 and report["count_failed"] == COUNT // DIFFERENT
-    assert report["skipped"] + report["count_done"] == COUNT // DIFFERENT * (DIFFERENT - 1)
-    check(tmp_path / "out", expected)
-
-
-def children(parent: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 @pytest.fixture
@@ -221,7 +195,7 @@ def test_predictions_within_the_folder_of_pictures_are_no_pictures(
 # -- workers -------------------------------------------------------------------------------------------
 
 
-class Fatal(Settings):
+class Fatal(PredictionSettings):
     """Settings whose predictor kills its process at one of the pictures."""
 
     def with_one_thread(self) -> Predictor:
@@ -251,7 +225,9 @@ def test_a_picture_that_ends_its_process_is_a_failure_and_its_neighbours_are_don
 def test_workers_that_cannot_open_the_network_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(cs.FileError, match=r"no file .*missing\.safetensors"):
         list(
-            predict_in_processes(iter([Item(0, "a.png")]), Settings(str(tmp_path / "missing.safetensors")), 1)
+            predict_in_processes(
+                iter([Item(0, "a.png")]), PredictionSettings(str(tmp_path / "missing.safetensors")), 1
+            )
         )
 
 

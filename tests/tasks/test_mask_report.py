@@ -78,7 +78,7 @@ def drawn(
 def test_the_default_selection_works_at_every_pair_of_strides(pair: tuple[int, int], tmp_path: Path) -> None:
     report = drawn(tmp_path, pair=pair)
     labels = [row.label for row in report.rows]
-    assert {"detail | budget:fraction=0.1", "detail | budget:fraction=0.2", "edges", "saliency"} <= {*labels}
+    assert {"detail | budget:fraction=0.1", "detail | budget:fraction=0.2", "edges"} <= {*labels}
     assert labels[-1].startswith("trimap") and any(label.startswith("gradient") for label in labels)
     assert any("threshold=0.95/0.1" in label for label in labels) == (pair[1] // pair[0] > 2)
     assert all(0 < row.share_of_elements <= 1 for row in report.rows) and (tmp_path / "mask.png").is_file()

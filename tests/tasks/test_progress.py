@@ -51,18 +51,6 @@ def test_an_evaluation_counts_images_also_those_that_fail_and_rounds(tmp_path: P
     assert told.counts("measuring") == [(place, 6) for place in range(6)]
 
 
-def test_calibration_for_int8_counts_images() -> None:
-    if not adaptive().optimize(precision="int8", calibration=images(2, 64, 64)).quantisation:
-        pytest.skip("no compiled kernels")
-    told = Told()
-    adaptive().optimize(precision="int8", calibration=[*images(3, 64, 64).split(2)], step=told)
-    assert told.counts("calibrating, image") == [(0, 3), (2, 3)]
-    assert told.texts()[0] == "optimising the network" and told.texts()[2] == "calibrating, image 3 of 3"
-    assert [text for text in told.texts() if text.startswith("quantising")] == [
-        f"quantising, scales by {method}" for method in ("mse", "percentile", "range")
-    ]
-
-
 @pytest.mark.slow
 def test_an_export_names_its_steps(tmp_path: Path) -> None:
     told = Told()
@@ -76,9 +64,8 @@ def test_an_export_names_its_steps(tmp_path: Path) -> None:
 def test_an_export_in_8_bits_counts_its_images(tmp_path: Path) -> None:
     pytest.importorskip(OnnxRuntime.package)
     told = Told()
-    cs.export(
-        adaptive(), images(1, 64, 64), tmp_path / "net.onnx", int8=[*images(2, 64, 64).split(1)], step=told
-    )
+    shown: Any = {"precision": "int8", "calibration": [*images(2, 64, 64).split(1)]}
+    cs.export(adaptive(), images(1, 64, 64), tmp_path / "net.onnx", **shown, step=told)
     texts = list(dict.fromkeys(text.partition(",")[0] for text in told.texts()))
     assert texts == [
         *("tracing", "translating to ONNX", "writing", "comparing"),

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from cadsurgery.tasks.recommend import run as running
 from cadsurgery.tasks.recommend.calls import Calls
 from cadsurgery.tasks.recommend.choice import choose, is_beaten
 from cadsurgery.tasks.recommend.currency import expected_loss
-from cadsurgery.tasks.recommend.report import Request, SettingRow
+from cadsurgery.tasks.recommend.report import Requirement, SettingRow
 from cadsurgery.tasks.recommend.settings import Setting, find_candidates
 from cadsurgery.tasks.sides.engines import scaled_size
 
@@ -118,15 +119,15 @@ def row(
 def test_the_fastest_that_keeps_enough_is_chosen_and_the_simplest_of_equals(
     rows: list[SettingRow], expected: Setting, words: str
 ) -> None:
-    choice = choose([row(GIVEN, 100, 0.0, 0.0), *rows], Request(keep=0.99), LABELS)
+    choice = choose([row(GIVEN, 100, 0.0, 0.0), *rows], Requirement(keep=0.99), LABELS)
     assert choice.row.setting == expected and words in choice.reasons[0] and choice.images_needed is None
 
 
 def test_the_best_that_is_fast_enough_is_chosen() -> None:
     rows = [row(GIVEN, 100, 0.0, 0.0), row(SMALL, 40, -0.1), row(ADAPTIVE, 70, -0.003)]
     for limit in (80, 70):  # "70 ms or less"
-        assert choose(rows, Request(at_most=limit), LABELS).row.setting == ADAPTIVE
-    none = choose(rows, Request(at_most=10), LABELS)
+        assert choose(rows, Requirement(at_most=limit), LABELS).row.setting == ADAPTIVE
+    none = choose(rows, Requirement(at_most=10), LABELS)
     assert none.row.setting == SMALL and "Nothing takes 10 ms or less" in none.reasons[0]
 
 
@@ -136,26 +137,26 @@ def test_without_labels_the_expected_loss_keeps_enough_together_with_its_error()
     doubtful = row(DENSE, 47, -0.17, 0.013, fidelity=0.83, loss=expected_loss(0.83, 0.013))
     safe = row(ADAPTIVE, 70, -0.15, 0.012, fidelity=0.85, loss=expected_loss(0.85, 0.012))
     assert doubtful.loss is not None and doubtful.loss[0] < 0.01 < sum(doubtful.loss)
-    choice = choose([given, doubtful, safe], Request(keep=0.99), CLASSES)
+    choice = choose([given, doubtful, safe], Requirement(keep=0.99), CLASSES)
     assert choice.row is safe and any("together with its error" in one for one in choice.reasons)
-    assert choose([given, doubtful, safe], Request(keep=0.98), CLASSES).row is doubtful
+    assert choose([given, doubtful, safe], Requirement(keep=0.98), CLASSES).row is doubtful
 
 
 @pytest.mark.parametrize(
     ("request_", "rows", "words"),
     [
-        (Request(keep=0.99), [row(ADAPTIVE, 70, -0.003, time_error=0.3)], r"0\.70 \(±0\.30\)"),
-        (Request(at_most=80), [row(ADAPTIVE, 70, -0.003, time_error=0.3)], r"0\.70 \(±0\.30\)"),
-        (Request(keep=0.99), [row(ADAPTIVE, 110, -0.003, time_error=0.3)], r"1\.10 \(±0\.30\)"),
+        (Requirement(keep=0.99), [row(ADAPTIVE, 70, -0.003, time_error=0.3)], r"0\.70 \(±0\.30\)"),
+        (Requirement(at_most=80), [row(ADAPTIVE, 70, -0.003, time_error=0.3)], r"0\.70 \(±0\.30\)"),
+        (Requirement(keep=0.99), [row(ADAPTIVE, 110, -0.003, time_error=0.3)], r"1\.10 \(±0\.30\)"),
         (
-            Request(keep=0.99),
+            Requirement(keep=0.99),
             [row(SMALL, 120, -0.1, macs=250), row(ADAPTIVE, 70, -0.003)],
             r"1\.20 of the time .* 0\.25 of its work",
         ),
     ],
 )
 def test_times_that_err_or_contradict_the_work_do_not_decide(
-    request_: Request, rows: list[SettingRow], words: str
+    request_: Requirement, rows: list[SettingRow], words: str
 ) -> None:
     choice = choose([row(GIVEN, 100, 0.0, 0.0), *rows], request_, LABELS)
     disturbed = request_.keep is not None and rows[0].setting == SMALL
@@ -174,7 +175,7 @@ def test_times_that_err_or_contradict_the_work_do_not_decide(
     ],
 )
 def test_times_decide_where_their_error_does_not_matter(other: SettingRow, expected: Setting) -> None:
-    choice = choose([row(GIVEN, 100, 0.0, 0.0), other], Request(keep=0.99), LABELS)
+    choice = choose([row(GIVEN, 100, 0.0, 0.0), other], Requirement(keep=0.99), LABELS)
     assert choice.is_decided and choice.row.setting == expected
 
 
@@ -221,12 +222,12 @@ def test_a_setting_is_dropped_where_a_faster_one_is_better_beyond_doubt(
 
 def test_doubt_is_told_with_the_pictures_that_would_end_it() -> None:
     rows = [row(GIVEN, 100, 0.0, 0.0, images=6), row(ADAPTIVE, 70, -0.003, 0.004, images=6)]
-    choice = choose(rows, Request(keep=0.99), LABELS)
+    choice = choose(rows, Requirement(keep=0.99), LABELS)
     # It keeps .003 more than asked for, with an error of .004: 6 (1.64 x .004 / .003)^2 pictures.
     assert choice.images_needed == 29 and any("about 29 would decide" in one for one in choice.reasons)
     assert any("cannot be told" in one for one in choice.reasons)
     finer = [row(GIVEN, 100, 0.0), row(replace(ADAPTIVE, pair=(4, 8)), 200, 0.001)]
-    reasons = choose(finer, Request(keep=0.99), LABELS).reasons
+    reasons = choose(finer, Requirement(keep=0.99), LABELS).reasons
     assert any("makes the maps of this network finer: at least 2.0 times its work" in one for one in reasons)
 
 
@@ -238,8 +239,15 @@ def test_settings_are_said_as_typed_and_their_code_compiles() -> None:
     settings = (GIVEN, SMALL, DENSE, replace(DENSE, scale=1.25), ADAPTIVE, ON_OWN_GRID)
     assert len({setting.name for setting in settings}) == 6
     for setting in settings:
-        for precision in ("float32", "bfloat16", "int8"):
+        for precision in ("float32", "bfloat16"):
             compile("\n".join(setting.lines(precision)), "lines", "exec")
+        for runtime, precision in product(running.RUNTIMES[1:], ("float32", "int8")):
+            lines = "\n".join(setting.lines(precision, {}, runtime))
+            compile(lines, "lines", "exec")
+            exports = setting.kind in ("dense", "adaptive")
+            assert ("cs.export" in lines) == exports
+            assert ("calibration=pictures" in lines) == (exports and precision == "int8")
+            assert ("with_kernels" in lines) == (exports and runtime.endswith("-kernels"))
 
 
 def test_pictures_are_scaled_to_the_networks_grid() -> None:
@@ -410,7 +418,7 @@ def test_floors_are_named_on_pages_that_are_mostly_empty_and_on_no_others(
     report = recommend(finder_of_dark(), tmp_path, output=tmp_path / "run")
     assert report.measure == FOUND
     rows = [replace(row, milliseconds=float(row.macs or 0), time_error=0.0) for row in report.rows]
-    choice = choose(rows, Request(keep=0.95), report.measure)
+    choice = choose(rows, Requirement(keep=0.95), report.measure)
     assert (choice.row.setting.coarsest == 32) == names_floors
     assert names_floors or choice.row.setting.kind == "given"
 
@@ -422,7 +430,7 @@ def test_a_loss_of_fidelity_under_floors_is_expected_to_be_one_of_miou() -> None
     for setting, keeps_enough in ((DENSE, True), (ON_OWN_GRID, False)):
         loss = expected_loss(0.78, 0.001, has_floor=setting.coarsest > 0)
         fast = row(setting, 50, -0.22, 0.001, fidelity=0.78, loss=loss)
-        choice = choose([given, fast], Request(keep=0.97), CLASSES)
+        choice = choose([given, fast], Requirement(keep=0.97), CLASSES)
         assert (choice.row is fast) == keeps_enough
 
 

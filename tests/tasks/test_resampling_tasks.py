@@ -147,10 +147,11 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     for options, words in (
         (("--targets", "pole"), "list of numbers"),
         (("--sampler", "leaned"), "learned"),
-        (("--precision", "int8", "--calibration", str(tmp_path)), "whose input is sampled"),
     ):
         refused = command_line("convert", *model, "--method", "resampling", *options)
         assert refused.code == 1 and words in refused.err
+    refused = command_line("run", "run/net.safetensors", "picture.png", "--trust", "--precision", "bfloat16")
+    assert refused.code == 1 and "whose input is sampled" in refused.err
     refused = command_line("finetune", "net.safetensors", *training, "--mask", "edges", "--json")
     assert refused.code == 1 and "no masks" in refused.json["what"]
 

@@ -22,7 +22,6 @@ from cadsurgery.data.clips import Clip, open_clip, write_clip
 from cadsurgery.data.images import read_image, street_scene
 from cadsurgery.data.networks import Source, class_names
 from cadsurgery.support.errors import CadError
-from cadsurgery.support.launcher import World
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import predictor, run
 from cadsurgery.tasks.figures import prediction_picture
@@ -353,15 +352,3 @@ def test_without_pyav_the_command_that_installs_it_is_named(
     with pytest.raises(cs.NotInstalled) as caught:
         predict(file, [folder], tmp_path / "out.mp4")
     assert caught.value.next == "pip install 'cadsurgery[video]'" and not (tmp_path / "out.mp4").exists()
-
-
-def test_progress_is_that_of_all_processes(
-    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each of two tells twice what it has done, and no more than all."""
-    told = list[Any]()
-    monkeypatch.setattr(run, "world", lambda: World(0, 2, 0))  # this one gets all images nevertheless
-    predict(file, [folder], tmp_path / "out", step=lambda *step: told.append(step))
-    assert [step[1:] for step in told[-FRAMES:]] == [
-        (min(2 * n, FRAMES), FRAMES) for n in range(1, FRAMES + 1)
-    ]

@@ -423,17 +423,12 @@ def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
     return compute(Mixing(rows, sources, shares))
 
 
-def outside_of(dtype: torch.dtype, outside: float) -> float:
-    """Return the value of rows outside the map; in uint8 minus infinity becomes 0, the smallest value."""
-    return max(outside, 0.0) if dtype == torch.uint8 else outside
-
-
 def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
     """Return the rows that a reading's table indexes: the elements, one padding row, and the halo rows."""
     no_halo = is_statically_true(reading.sources.shape[0] == 0)
     if no_halo and not reading.has_outside:
         return rows
-    parts = [rows, rows.new_full((1, rows.shape[1]), outside_of(rows.dtype, outside))]
+    parts = [rows, rows.new_full((1, rows.shape[1]), outside)]
     if not no_halo:
         parts.append(mix(rows, reading.sources, reading.mix))
     return torch.cat(parts)

@@ -161,8 +161,7 @@ class Uniform(Backend):
         if isinstance(work, TransposedConvolution):
             return spread_of(work.reads) is not None
         if isinstance(work, Pooling):
-            has_form = work.largest and work.rows.dtype != torch.uint8
-            return has_form and _dense(work.reads) is not None
+            return work.largest and _dense(work.reads) is not None
         operation = _dense(work.reads)
         if operation is None or not work.is_inference or is_observed():
             return operation is not None

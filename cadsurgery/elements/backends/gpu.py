@@ -123,7 +123,7 @@ class Triton(Backend):
         """Compute rows (M, C)."""
         if not work.gradient:
             return blend(work.rows, work.sources, work.shares)
-        mixed: Tensor = _Blend.apply(work.rows, work.sources, work.shares)
+        mixed: Tensor = _BlendWithGradient.apply(work.rows, work.sources, work.shares)
         return mixed
 
 
@@ -294,7 +294,7 @@ def weigh(shares: Tensor, rows: Tensor) -> Tensor:
     return partial.sum(0)
 
 
-class _Blend(torch.autograd.Function):
+class _BlendWithGradient(torch.autograd.Function):
     """`blend` with a gradient of the rows, summed in a fixed order."""
 
     @staticmethod

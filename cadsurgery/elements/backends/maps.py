@@ -16,7 +16,7 @@ from cadsurgery.elements.sizes import as_numbers
 from cadsurgery.kernels.load import bytes_held, check_code, function, is_observed
 
 
-class _Map(ctypes.Structure):
+class _MapForC(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("index", "anchors", "levels", "sides")),
         *((name, ctypes.c_void_p) for name in ("targets", "down", "across")),
@@ -95,7 +95,9 @@ def shift_taps(
     assert shift is not None
     index = index.contiguous() if index is not None else None
     rows, held = index.data_ptr() if index is not None else None, bytes_held(index, *tensors)
-    halo = shift(ctypes.byref(_Map(rows, *map(Tensor.data_ptr, tensors), *numbers, ctypes.addressof(held))))
+    halo = shift(
+        ctypes.byref(_MapForC(rows, *map(Tensor.data_ptr, tensors), *numbers, ctypes.addressof(held)))
+    )
     check_code(max(-halo, 0), "shift_taps")
     return table, sources[:halo], mix[:halo]
 

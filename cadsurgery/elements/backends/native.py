@@ -24,7 +24,6 @@ from cadsurgery.elements.backends.choose import (
     Pooling,
     Work,
     mix,
-    outside_of,
 )
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.kernel_map import Reading
@@ -38,7 +37,6 @@ ELEMENTS = {
     torch.float32: "float32",
     torch.float64: "float64",
     torch.bfloat16: "bfloat16",
-    torch.uint8: "uint8",
 }
 _UNBOUNDED = (-math.inf, math.inf)
 # Groups with at least this many input and output channels are computed as separate products.
@@ -80,7 +78,7 @@ class Native(Backend):
         if not work.is_inference or not supports(work.rows):
             return False
         if isinstance(work, Filling):
-            return work.rows.dtype != torch.uint8 and _of_one_resolution(work.source, work.target)
+            return _of_one_resolution(work.source, work.target)
         return not isinstance(work, Convolution) or self._has_form(work)
 
     def _has_form(self, work: Convolution) -> bool:
@@ -297,8 +295,8 @@ def _set_types(kernel: Any, arguments: tuple[Any, ...]) -> None:
 
 @lru_cache(maxsize=64)
 def _row_outside(channels: int, dtype: torch.dtype, outside: float) -> Tensor:
-    return torch.full((channels,), outside_of(dtype, outside), dtype=dtype)
+    return torch.full((channels,), outside, dtype=dtype)
 
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.uint8) else dtype
+    return torch.float32 if dtype == torch.bfloat16 else dtype

@@ -6,7 +6,6 @@ The reference never holds all gathered rows, which are `taps` times the elements
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from cadsurgery.elements.backends.choose import (
     compute,
     extend,
 )
-from cadsurgery.elements.backends.integer import IntegerConvolution
 from cadsurgery.elements.backends.onednn import product
 from cadsurgery.elements.kernel_map import phases, read_rows
 from cadsurgery.elements.sizes import is_for_any_size, is_statically_true
@@ -49,18 +47,10 @@ class Torch(Backend):
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""
         rows, weight, table = _operands(work)
-        out = _GatherConv.apply(rows, weight, work.weights.bias_as(rows.dtype), table, work.weights.groups)
+        out = _GatherByBlocks.apply(
+            rows, weight, work.weights.bias_as(rows.dtype), table, work.weights.groups
+        )
         return work.weights.finish(out, work.residual)
-
-    def convolve_integers(self, work: IntegerConvolution) -> Tensor:
-        """Compute rows (N, O) with sums in float64, which is exact for integers of this size."""
-        weights, reading = work.weights, work.reading
-        rows = extend(work.rows, reading, weights.source.zero).double()
-        matrix, groups = weights.weight.double(), weights.groups
-        matrix = matrix.flatten(2).unsqueeze(3) if groups > 1 else matrix.permute(0, 2, 3, 1).flatten(1)
-        blocks = gather_blocks(rows, reading.table)
-        sums = torch.cat([_apply_taps(block, matrix, None, groups) for block in blocks])
-        return weights.finish(sums.round().to(torch.int32), work.residual)
 
     def spread(self, work: TransposedConvolution) -> Tensor:
         """Compute rows (N, O): each phase is an ordinary convolution, whose backend is chosen separately."""
@@ -87,15 +77,11 @@ class Torch(Backend):
     def mix(self, work: Mixing) -> Tensor:
         """Compute rows (M, C)."""
         rows = work.rows
-        if rows.dtype == torch.uint8:  # rounded to integers, because each row may be read by many elements
-            return compute(replace(work, rows=rows.float())).round_().to(torch.uint8)
         sources, shares = work.sources.to(rows.device), work.shares.to(rows)
         return F.embedding_bag(sources, rows, per_sample_weights=shares, mode="sum")
 
     def mix_lines(self, work: MixingLines) -> Tensor:
         """Compute the interpolated lines (L, M, C)."""
-        if work.rows.dtype == torch.uint8:
-            return compute(replace(work, rows=work.rows.float())).round_().to(torch.uint8)
         first, second = (work.rows.index_select(1, end) for end in (work.first, work.second))
         return torch.lerp(first, second, work.share.unsqueeze(1))
 
@@ -156,7 +142,7 @@ def gather_blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
 
 
 def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """Multiply gathered rows (n, taps, C) by the weight of a `_GatherConv`: (n, O)."""
+    """Multiply gathered rows (n, taps, C) by the weight of a `_GatherByBlocks`: (n, O)."""
     if groups == 1:
         return product(block.flatten(1), weight, bias)
     # Grouped: the gathered rows are an image; kernel and stride of the convolution equal the number of taps.
@@ -167,7 +153,7 @@ def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int)
     )
 
 
-class _GatherConv(torch.autograd.Function):
+class _GatherByBlocks(torch.autograd.Function):
     """Gather rows by a table and multiply them, block by block, forward and backward.
 
     The weight is (O, taps C) or, with groups, (O, C / groups, taps, 1). Only the inputs are saved for

@@ -7,7 +7,6 @@ from cadsurgery.elements.backends.dense import Uniform
 from cadsurgery.elements.backends.floors import WithoutOverlap
 from cadsurgery.elements.backends.gpu import Triton
 from cadsurgery.elements.backends.graph import GraphOperation
-from cadsurgery.elements.backends.integer import Integers
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.portable import Portable
 from cadsurgery.elements.backends.products import Products
@@ -20,7 +19,6 @@ BACKENDS[:] = [
     GraphOperation(),  # graphs compiled for the CPU: one custom operation, which uses this table again when it runs
     Triton(),  # GPUs, gathering and multiplying in one kernel
     Native(),  # compiled C that reads rows in place
-    Integers(),  # compiled C for rows in 8 bits
     Products(),  # products of rows, in place or gathered block by block
     Expression(),  # any other graph, as an expression that compilers optimise
     Torch(),  # the reference, which supports every work, with gradients

@@ -96,8 +96,7 @@ const char *cadsurgery_pack_bytes(convolution *k, const numbers *of, const unpac
     k->outside = clamp(of->outside / of->scale + of->zero);
     k->low = clamp(of->low / step + zero), k->high = clamp(of->high / step + zero);
     k->mix = wide->mix;
-    to->known = (result){.outputs = all, .more_is_8_bits = 1, .out_is_8_bits = 1, .more_scale = of->scale_of_residual / step,
-                         .factor = 1, .low = k->low, .high = k->high};
+    to->known = (result){.outputs = all, .more_scale = of->scale_of_residual / step, .low = k->low, .high = k->high};
     /* The first way that takes the weights; the last one takes any. */
     enum { DEPTHWISE, GROUPED, LIMITED, ANY, WAYS };
     pack *ways[WAYS] = {of_depthwise ? of_depthwise->pack_depthwise : 0, wide->pack_grouped, any->pack_limited, any->pack_convolve};

@@ -75,10 +75,10 @@ typedef struct {
 } convolution;
 
 #if VECTOR >= 32
-/* `finish` for CHUNK outputs of a row if all values have 8 bits. */
+/* `finish` for CHUNK outputs of a row. */
 INLINE void finish_chunk(const result *r, const whole *sums, long at, long first, const int has_more) {
-    const uint8_t *more = (const uint8_t *)r->more + at * r->outputs + first;
-    uint8_t *out = (uint8_t *)r->out + at * r->outputs + first;
+    const uint8_t *more = r->more + at * r->outputs + first;
+    uint8_t *out = r->out + at * r->outputs + first;
     whole part[COLUMNS];
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; j++) {
@@ -104,7 +104,7 @@ INLINE void finish_chunk(const result *r, const whole *sums, long at, long first
 /* Requantise and store the sums of up to ROWS rows. */
 INLINE void finish_tile(const result *r, whole sums[ROWS][COLUMNS], long at, long many, long first, long last, const int wide) {
 #if VECTOR >= 32
-    if (wide == COLUMNS && last - first >= CHUNK && r->out_is_8_bits && !r->activation && (!r->more || r->more_is_8_bits)) {
+    if (wide == COLUMNS && last - first >= CHUNK) {
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++)
             if (i < many) {
@@ -346,84 +346,3 @@ long NAME(convolve)(const reading *in, const result *r, const weight *weights, l
     cadsurgery_share((in->n + block - 1) / block, 1, convolve_blocks, &c);
     return c.is_done ? FITS : NO_MEMORY;
 }
-
-#ifndef LIMITED
-typedef struct {
-    const void *values;
-    void *out;
-    long length;
-    float factor, zero;
-} conversion;
-
-enum { AT_ONCE = 1 << 14 };
-
-static void quantise_some(long begin, long end, void *work) {
-    const conversion *c = work;
-    for (long i = begin; i < end; i += LANES) {
-        const lane value = multiply_add(load((const float *)c->values + i, c->length - i), all(c->factor), all(c->zero));
-        store_bytes((uint8_t *)c->out + i, clamp(value, all(0), all(255)), c->length - i);
-    }
-}
-
-static void dequantise_some(long begin, long end, void *work) {
-    const conversion *c = work;
-    for (long i = begin; i < end; i += LANES)
-        store((float *)c->out + i, (load_bytes((const uint8_t *)c->values + i, c->length - i) - all(c->zero)) * all(c->factor),
-              c->length - i);
-}
-
-/* Quantise `length` values to 8 bits: round(value * factor + zero). Dequantise: (value - zero) * factor. */
-long SUFFIX(quantise)(const float *values, uint8_t *out, long length, double factor, double zero, const long *held) {
-    NEEDS(held, 0, length, float);
-    NEEDS(held, 1, length, uint8_t);
-    conversion c = {values, out, length, (float)factor, (float)zero};
-    cadsurgery_share(length, AT_ONCE, quantise_some, &c);
-    return FITS;
-}
-long SUFFIX(dequantise)(const uint8_t *values, float *out, long length, double factor, double zero, const long *held) {
-    NEEDS(held, 0, length, uint8_t);
-    NEEDS(held, 1, length, float);
-    conversion c = {values, out, length, (float)factor, (float)zero};
-    cadsurgery_share(length, AT_ONCE, dequantise_some, &c);
-    return FITS;
-}
-
-typedef struct {
-    const uint8_t *image;
-    uint8_t *out;
-    long channels, height, width, apart, step, down, across;
-} pixels;
-
-static void write_lines(long begin, long end, void *work) {
-    const pixels *p = work;
-    const long channels = p->channels, height = p->height, width = p->width, apart = p->apart, step = p->step;
-    const uint32_t used[4] = {0xff, channels > 1 ? 0xff : 0, channels > 2 ? 0xff : 0, channels > 3 ? 0xff : 0};
-    for (long line = begin; line < end; line++) {
-        const long which = line / height, y = line % height;
-        const uint8_t *first = p->image + which * channels * height * width + y * width * step;
-        const uint8_t *second = first + (channels > 1) * apart, *third = first + 2 * (channels > 2) * apart;
-        const uint8_t *fourth = first + 3 * (channels > 3) * apart;
-        uint8_t *to = p->out + 4 * ((which * (height + 2 * p->down) + y + p->down) * (width + 2 * p->across) + p->across);
-        for (long x = 0; x < width; x++) {
-            const long at = step == 1 ? x : step == 3 ? 3 * x : step * x; /* compilers make a separate loop for each step */
-            const uint32_t pixel = first[at] | (second[at] & used[1]) << 8 | (third[at] & used[2]) << 16 | (fourth[at] & used[3]) << 24;
-            memcpy(to + 4 * x, &pixel, 4);
-        }
-    }
-}
-
-/* Copy images of up to four channels into the middle of padded images with four bytes per pixel: out is (batch,
- * height + 2 down, width + 2 across, 4), with zeros in unused channels. In the input, channels of a pixel are `apart` bytes
- * from each other and pixels `step` bytes: 1 for planar images, the number of channels for interleaved ones. */
-long SUFFIX(lines)(const uint8_t *image, uint8_t *out, long batch, long channels, long height, long width, long apart,
-                   long step, long down, long across, const long *held) {
-    POSSIBLE(batch >= 0 && channels > 0 && channels <= 4 && height >= 0 && width >= 0 && down >= 0 && across >= 0);
-    const long pixels_of_one = product_of(height, width), lines_of_all = product_of(batch, sum_of(height, product_of(2, down)));
-    POSSIBLE((apart == pixels_of_one && step == 1) || (apart == 1 && step == channels));
-    NEEDS(held, 0, product_of(product_of(batch, channels), pixels_of_one), uint8_t);
-    NEEDS(held, 1, product_of(product_of(lines_of_all, sum_of(width, product_of(2, across))), 4), uint8_t);
-    pixels p = {image, out, channels, height, width, apart, step, down, across};
-    cadsurgery_share(batch * height, 16, write_lines, &p);
-    return FITS;
-}
-#endif

@@ -38,12 +38,12 @@ INLINE const uint8_t *row_of_tap(const reading *in, long at, long tap) {
 /* Compare what a convolution in 8 bits is given, but for its weights, with what it reads and writes; outputs of a group are padded
  * to a multiple of `chunk`. Buffers of its own: weight, offset, scale, bias, residual, result. */
 static __attribute__((unused)) long check_bytes(const reading *in, const result *r, long groups, long chunk) {
-    POSSIBLE(groups > 0 && r->outputs > 0 && r->outputs % groups == 0 && r->activation >= 0 && r->activation <= 1);
+    POSSIBLE(groups > 0 && r->outputs > 0 && r->outputs % groups == 0);
     const long constants = product_of(groups, padded_to(r->outputs / groups, chunk)), results = product_of(in->n, r->outputs);
     CHECK_READING(in, product_of(groups, in->channels), uint8_t);
     for (int i = 1; i <= CONSTANTS; i++) NEEDS(in->held, OWN + i, constants, float);
-    NEEDS_IF(r->more, in->held, OWN + 4, product_of(results, r->more_is_8_bits ? 1 : sizeof(float)), char);
-    NEEDS(in->held, OWN + 5, product_of(results, r->out_is_8_bits ? 1 : sizeof(float)), char);
+    NEEDS_IF(r->more, in->held, OWN + 4, results, uint8_t);
+    NEEDS(in->held, OWN + 5, results, uint8_t);
     return FITS;
 }
 
@@ -75,7 +75,6 @@ INLINE lane all(float value) { return (lane){} + value; }
 #if VECTOR == 64
 INLINE __mmask16 first(long some) { return some >= LANES ? 0xffff : (1 << some) - 1; }
 INLINE lane load(const float *from, long some) { return (lane)_mm512_maskz_loadu_ps(first(some), from); }
-INLINE void store(float *to, lane value, long some) { _mm512_mask_storeu_ps(to, first(some), (__m512)value); }
 INLINE lane load_bytes(const uint8_t *from, long some) {
     return (lane)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(some), from)));
 }
@@ -93,10 +92,6 @@ INLINE lane load(const float *from, long some) {
     if (some >= LANES) memcpy(&value, from, sizeof value);
     else for (long i = 0; i < some; i++) value[i] = from[i];
     return value;
-}
-INLINE void store(float *to, lane value, long some) {
-    if (some >= LANES) memcpy(to, &value, sizeof value);
-    else for (long i = 0; i < some; i++) to[i] = value[i];
 }
 #if VECTOR == 32
 INLINE lane load_bytes(const uint8_t *from, long some) {
@@ -149,37 +144,20 @@ INLINE void store_bytes(uint8_t *to, lane value, long some) {
 #endif
 #endif
 
-/* Activations besides clamping, numbered as `FUSED` in integer.py; then the quantisation parameters of the result. */
-enum { HARDSWISH = 1 };
-INLINE lane activate(const result *r, lane value) {
-    switch (r->activation) {
-        case HARDSWISH: value = value * clamp(value + 3.0f, all(0), all(6)) * (1.0f / 6.0f); break;
-    }
-    return multiply_add(value, all(r->factor), all(r->zero));
-}
-
 /* Requantise and store the sums of `some` outputs of row `at`, starting at output `first`. */
 INLINE void finish(const result *r, whole sums, long at, long first, long some) {
     lane value = multiply_add(__builtin_convertvector(sums, lane), load(r->scale + first, LANES), load(r->bias + first, LANES));
     const long place = at * r->outputs + first;
-    if (r->more) {
-        const lane more = r->more_is_8_bits ? load_bytes((const uint8_t *)r->more + place, some)
-                                            : load((const float *)r->more + place, some);
-        value = multiply_add(more, all(r->more_scale), value);
-    }
-    if (r->activation) value = activate(r, value);
-    value = clamp(value, all(r->low), all(r->high));
-    if (r->out_is_8_bits) store_bytes((uint8_t *)r->out + place, value, some);
-    else store((float *)r->out + place, value, some);
+    if (r->more) value = multiply_add(load_bytes(r->more + place, some), all(r->more_scale), value);
+    store_bytes(r->out + place, clamp(value, all(r->low), all(r->high)), some);
 }
 
 /* Return the requantisation of one group: `r` with pointers moved to the group's outputs. */
 INLINE result of_group(const result *r, long group, long outputs, long padded) {
     result own = *r;
-    const long place = group * outputs;
     own.offset += group * padded, own.scale += group * padded, own.bias += group * padded;
-    own.out = (char *)r->out + place * (r->out_is_8_bits ? 1 : sizeof(float));
-    if (r->more) own.more = (const char *)r->more + place * (r->more_is_8_bits ? 1 : sizeof(float));
+    own.out += group * outputs;
+    if (r->more) own.more += group * outputs;
     return own;
 }
 

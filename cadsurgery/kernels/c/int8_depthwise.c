@@ -144,7 +144,7 @@ INLINE void convolve_channels(const result *r, const int8_t *weight, const uint8
     const long step = two ? 2 : 1;
     for (long i = 0; i < many; i += step) {
         const uint8_t *const *one = from + i * taps, *const *other = i + 1 < many ? one + taps : one;
-        uint8_t *out = (uint8_t *)r->out + (at + i) * channels + start;
+        uint8_t *out = r->out + (at + i) * channels + start;
         bytes sums[4] = {offset[0], offset[1], offset[2], offset[3]};
 #pragma GCC unroll 4
         for (long tap = 0; tap < (nine ? 9 : taps); tap += 4) { /* weights after the last tap are zero */
@@ -163,8 +163,7 @@ INLINE void convolve_channels(const result *r, const int8_t *weight, const uint8
         }
 #pragma GCC unroll 4
         for (int k = 0; k < 4; k++) {
-            lane value = multiply_add((lane)OP(cvtepi32_ps)(sums[k]), scale[k], bias[k]);
-            if (r->activation) value = activate(r, value);
+            const lane value = multiply_add((lane)OP(cvtepi32_ps)(sums[k]), scale[k], bias[k]);
             sums[k] = (bytes)to_whole(clamp(value, low, high));
         }
         const bytes packed = OP(packus_epi16)(OP(packs_epi32)(sums[0], sums[1]), OP(packs_epi32)(sums[2], sums[3]));
@@ -227,7 +226,7 @@ long SUFFIX(pack_depthwise)(const unpacked *from, const void *const *constants, 
  * channels holds them twice. */
 long SUFFIX(depthwise)(const reading *in, const result *r, const int8_t *weight) {
     depthwise d = {in, r, weight};
-    POSSIBLE(in->taps <= MOST_TAPS && r->outputs == in->channels && r->out_is_8_bits && !r->more);
+    POSSIBLE(in->taps <= MOST_TAPS && r->outputs == in->channels && !r->more);
     RETURN_UNLESS_FITS(check_bytes(in, r, 1, MANY));
     NEEDS(in->held, OWN, product_of(padded_to(in->channels, MANY), padded_to(in->taps, 4)), int8_t);
     cadsurgery_share((in->n + TOGETHER - 1) / TOGETHER, 8, convolve_rows, &d);

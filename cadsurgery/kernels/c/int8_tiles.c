@@ -11,7 +11,7 @@ long SUFFIX(pack_convolve)(const unpacked *from, const void *const *constants, c
 }
 
 #if VECTOR == 64
-/* `finish` for two rows, or one, and up to SIDE_OF_UNIT outputs, where all values have 8 bits: results and
+/* `finish` for two rows, or one, and up to SIDE_OF_UNIT outputs: results and
  * residuals of the second row are `next` bytes after those of the first. */
 INLINE void finish_rows(const result *r, const total *sums, const lane *scale, const lane *bias, __mmask32 which, long place,
                         long next, const int wide, const int has_more, const int has_second) {
@@ -21,7 +21,7 @@ INLINE void finish_rows(const result *r, const total *sums, const lane *scale, c
             lane value = __builtin_convertvector(*(const whole *)(sums + row * TILE + j * TILE * TILE), lane);
             value = multiply_add(value, scale[j], bias[j]);
             if (has_more) {
-                const uint8_t *more = (const uint8_t *)r->more + place + row * next + j * TILE;
+                const uint8_t *more = r->more + place + row * next + j * TILE;
                 const __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)(which >> j * TILE), more);
                 value = multiply_add((lane)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), all(r->more_scale), value);
             }
@@ -31,8 +31,8 @@ INLINE void finish_rows(const result *r, const total *sums, const lane *scale, c
     __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32((__m512i)part[0][0], (__m512i)part[0][1]),
                                         _mm512_packs_epi32((__m512i)part[1][0], (__m512i)part[1][1]));
     bytes = _mm512_max_epu8(_mm512_permutexvar_epi32(order, bytes), _mm512_set1_epi8((char)(int)r->low));
-    _mm256_mask_storeu_epi8((uint8_t *)r->out + place, which, _mm512_castsi512_si256(bytes));
-    if (has_second) _mm256_mask_storeu_epi8((uint8_t *)r->out + place + next, which, _mm512_extracti64x4_epi64(bytes, 1));
+    _mm256_mask_storeu_epi8(r->out + place, which, _mm512_castsi512_si256(bytes));
+    if (has_second) _mm256_mask_storeu_epi8(r->out + place + next, which, _mm512_extracti64x4_epi64(bytes, 1));
 }
 
 INLINE void finish_bytes(const result *r, const total *unit, long at, long tall, long first, long some, const int wide,
@@ -53,20 +53,18 @@ static void finish_unit(const tiled *work, const piece_of_work *now, const total
     const result r = of_group(work->finish, now->group, work->outputs, work->chunks * TILE);
     const long some = work->outputs - first, tall = now->many - row < SIDE_OF_UNIT ? now->many - row : SIDE_OF_UNIT;
 #if VECTOR == 64
-    if (r.out_is_8_bits && !r.activation && (!r.more || r.more_is_8_bits)) {
-        const long at = now->at + row;
-        if (some > TILE && r.more) finish_bytes(&r, unit, at, tall, first, some, 2, 1);
-        else if (some > TILE) finish_bytes(&r, unit, at, tall, first, some, 2, 0);
-        else finish_bytes(&r, unit, at, tall, first, some, 1, r.more != 0);
-        return;
-    }
-#endif
+    const long at = now->at + row;
+    if (some > TILE && r.more) finish_bytes(&r, unit, at, tall, first, some, 2, 1);
+    else if (some > TILE) finish_bytes(&r, unit, at, tall, first, some, 2, 0);
+    else finish_bytes(&r, unit, at, tall, first, some, 1, r.more != 0);
+#else
     for (long i = 0; i < tall; i++)
         for (long column = 0; column < SIDE_OF_UNIT && column < some; column += LANES) {
             whole sums;
             memcpy(&sums, unit + (i / TILE * 2 + column / TILE) * TILE * TILE + i % TILE * TILE + column % TILE, sizeof sums);
             finish(&r, sums, now->at + row + i, first + column, some - column);
         }
+#endif
 }
 
 long SUFFIX(convolve)(const reading *in, const result *r, const weight *weights, long groups) {

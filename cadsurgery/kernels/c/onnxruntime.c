@@ -1,8 +1,6 @@
 /* Operations of ONNX Runtime: convolutions of rows, their kernel maps, and interpolation, for files written with `with_kernels`.
  *
- * ONNX Runtime calls `RegisterCustomOps` when a session registers this library. The operations have the names of functions
- * in the file, whose bodies are standard operations; ONNX Runtime runs a body only if no operation of its name is
- * registered.
+ * ONNX Runtime calls `RegisterCustomOps` when a session registers this library. Without it, it refuses the file.
  *
  * ONNX Runtime's C interface is a table of functions that is only ever extended at its end, so positions are stable.
  */

@@ -1,7 +1,6 @@
 /* Operations of OpenVINO: convolutions of rows, their kernel maps, and interpolation, for files written with `with_kernels`.
  *
- * OpenVINO has no bodies for functions of ONNX files, so it needs this extension to read such a file. kernels/openvino.py
- * compiles it against an installed OpenVINO and links it with the library of kernels. */
+ * kernels/openvino.py compiles it against an installed OpenVINO and links it with the library of kernels. */
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>

@@ -8,37 +8,11 @@ typedef struct {
     long largest;
 } pool;
 
-#ifdef BYTES
-/* Maximum of whole byte vectors: it needs no widening to sums. */
-static void largest_bytes(const reading *in, const int32_t *entries, uint8_t *out) {
-    typedef uint8_t many __attribute__((vector_size(VECTOR)));
-    for (long start = 0; start < in->channels; start += sizeof(many)) {
-        const long some = in->channels - start < (long)sizeof(many) ? in->channels - start : (long)sizeof(many);
-        many result = {};
-        for (long tap = 0; tap < in->taps; tap++) {
-            many value = {};
-            const uint8_t *from = row(in, entries[tap]) + start;
-            if (some == sizeof(many)) memcpy(&value, from, sizeof value);
-            else memcpy(&value, from, some);
-            many is_larger = (many)(value > result);
-            result = (is_larger & value) | (~is_larger & result);
-        }
-        memcpy(out + start, &result, some);
-    }
-}
-#endif
-
 static void pool_elements(long begin, long end, void *work) {
     const pool *p = work;
     const reading *in = p->in;
     for (long e = begin; e < end; e++) {
         const int32_t *entries = in->table + e * in->taps;
-#ifdef BYTES
-        if (p->largest) {
-            largest_bytes(in, entries, p->out + e * in->channels);
-            continue;
-        }
-#endif
         for (long start = 0; start < in->channels; start += LANES) {
             const long some = in->channels - start;
             lane result = load_some(row(in, entries[0]) + start, some);

@@ -1,5 +1,5 @@
-/* From exact 32-bit sums to results: sum * scale + bias, plus more * more_scale, then activation and clamping. A result in
- * 8 bits is rounded to nearest, ties to even; low and high are then whole numbers in 0..255. */
+/* From exact 32-bit sums to results: sum * scale + bias, plus more * more_scale, clamped to low..high, which are whole
+ * numbers in 0..255, and rounded to nearest, ties to even. */
 #ifndef CADSURGERY_REQUANTISE_H
 #define CADSURGERY_REQUANTISE_H
 
@@ -8,10 +8,10 @@
 typedef struct {
     const int32_t *offset; /* initial value of the sums: minus the rows' zero point times the weights */
     const float *scale, *bias;
-    const void *more;
-    void *out;
-    long outputs, more_is_8_bits, out_is_8_bits, activation; /* activation: 0 for clamping alone, else see `activate` */
-    float more_scale, factor, zero, low, high;
+    const uint8_t *more;
+    uint8_t *out;
+    long outputs;
+    float more_scale, low, high;
 } result;
 
 enum { CONSTANTS = 3 }; /* arrays of constants of each output: offset, scale and bias */

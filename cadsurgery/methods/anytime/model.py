@@ -18,10 +18,10 @@ from cadsurgery.methods.anytime.exits import Exit, Outlet, by_resolution, find_e
 from cadsurgery.methods.anytime.heads import MOST_STEPS, HeadKind, connect, make_head
 from cadsurgery.methods.anytime.program import AnytimeProgram, cut
 from cadsurgery.methods.anytime.report import AnytimeMacs, AnytimePlan, ExitMacs, ExitPlan
-from cadsurgery.methods.anytime.run import Run
+from cadsurgery.methods.anytime.run import AnytimeRun
 from cadsurgery.methods.converted import GraphModel, Stored, register
 from cadsurgery.methods.positions import Sites
-from cadsurgery.methods.program import Work, work_of
+from cadsurgery.methods.program import CallWork, work_of
 from cadsurgery.methods.spatial import WHOLE, Spatial, SpatialKind
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.macs import meta_copy
@@ -180,7 +180,7 @@ def _add_heads(
 
 
 def _find_spatial(
-    facts: Facts, logits: list[fx.Node], work: Work
+    facts: Facts, logits: list[fx.Node], work: CallWork
 ) -> tuple[dict[str, SpatialKind], list[tuple[str, str]]]:
     """Classify the nodes after the first exit by how they act on positions.
 
@@ -212,7 +212,7 @@ def _find_spatial(
 
 
 def _make_plan(
-    net: AnytimeModel, exits: list[Exit], work: Work, apart: list[tuple[str, str]], example: Tensor
+    net: AnytimeModel, exits: list[Exit], work: CallWork, apart: list[tuple[str, str]], example: Tensor
 ) -> AnytimePlan:
     names = [*((exit.name, tuple(node.name for node in exit.branches)) for exit in exits), ("the end", ())]
     planned = []
@@ -248,6 +248,7 @@ class AnytimeModel(GraphModel):
 
     method, converted_by, already = "anytime", "cs.anytime", "this network has exits already."
     convert, plan_type = staticmethod(anytime), AnytimePlan
+    group, group_in_words, child, objective = "exits", "a network with exits", HEADS, "anytime"
     option_types: ClassVar[dict[str, Any]] = {
         "exits": tuple[str, ...],
         "head": HeadKind,
@@ -265,6 +266,21 @@ class AnytimeModel(GraphModel):
     def is_own(cls, name: str) -> bool:
         """True for tensors of a head and for the width of a convolution's Gaussian."""
         return name.startswith(f"{HEADS}.") or name.rpartition(".")[2] == WIDTH_NAME
+
+    @property
+    def decided_by(self) -> str:
+        """The number of exits."""
+        return f"{len(self.plan.exits)} exits"
+
+    def identity(self) -> dict[str, Any]:
+        """Return thresholds and confidence."""
+        return {"threshold": self.threshold, "confidence": self.confidence}
+
+    def train_part(self) -> None:
+        """Train the heads. The network itself is in training mode, too, in which whole maps are filled, as the
+        statistics of the heads require."""
+        self.heads.train()
+        self.training = True
 
     @classmethod
     def check_stored(cls, path: str | Path, stored: Stored, tensors: dict[str, Tensor]) -> None:
@@ -425,12 +441,12 @@ class AnytimeModel(GraphModel):
         assert logits is not None
         return run.prediction(logits), number
 
-    def _dense_macs(self, work: Work) -> list[int]:
+    def _dense_macs(self, work: CallWork) -> list[int]:
         return list(
             accumulate(sum(work.macs[step.name] for step in steps) for steps in self.program.segments)
         )
 
-    def _counted(self, run: Run, rule: str) -> AnytimeMacs:
+    def _counted(self, run: AnytimeRun, rule: str) -> AnytimeMacs:
         assert run.work is not None
         dense = own = self._dense_macs(run.work)
         shape = tuple(image_of(run.arguments).shape)
@@ -471,22 +487,22 @@ class AnytimeModel(GraphModel):
         kwargs: dict[str, Any],
         is_training: bool | None = None,
         rule: str = "conv",
-    ) -> Run:
+    ) -> AnytimeRun:
         arguments = self.bind(args, kwargs, rule)
         training = self.training if is_training is None else is_training
         work = None if training else self.work(arguments)
-        return Run(self, arguments, self.program, self.grid > 0, work)
+        return AnytimeRun(self, arguments, self.program, self.grid > 0, work)
 
     @property
     def grid(self) -> int:
         """Distance between positions that are computed in any case; 0 for none."""
         return _GRID if self.options["fill"] == "interpolated" else 0
 
-    def _logits(self, run: Run, threshold: Threshold | None) -> Iterator[Tensor]:
+    def _logits(self, run: AnytimeRun, threshold: Threshold | None) -> Iterator[Tensor]:
         # Not in the generator, which would check the threshold only when it is started.
         return self._aggregate(run, self.thresholds(threshold))
 
-    def _aggregate(self, run: Run, thresholds: tuple[float, ...]) -> Iterator[Tensor]:
+    def _aggregate(self, run: AnytimeRun, thresholds: tuple[float, ...]) -> Iterator[Tensor]:
         sites: Sites | None = None
         logits: Tensor | None = None
         for number in range(len(self.program.segments)):

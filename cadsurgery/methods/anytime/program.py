@@ -13,13 +13,13 @@ from typing import Any
 from torch import fx
 
 from cadsurgery.methods.anytime.heads import resize_like
-from cadsurgery.methods.program import Program, Step, steps_of
+from cadsurgery.methods.program import ProgramStep, StepProgram, steps_of
 from cadsurgery.methods.spatial import SpatialKind
 from cadsurgery.surgery.graphs import downstream, upstream
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class AnytimeProgram(Program):
+class AnytimeProgram(StepProgram):
     """A graph with exits, cut into segments.
 
     Attributes:
@@ -32,9 +32,9 @@ class AnytimeProgram(Program):
     """
 
     spatial: Mapping[str, SpatialKind]
-    segments: tuple[tuple[Step, ...], ...] = field(repr=False)
+    segments: tuple[tuple[ProgramStep, ...], ...] = field(repr=False)
     logits: tuple[str, ...]
-    tail: tuple[Step, ...] = field(repr=False)
+    tail: tuple[ProgramStep, ...] = field(repr=False)
     final: str
 
 

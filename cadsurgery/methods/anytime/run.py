@@ -22,7 +22,7 @@ from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.methods.anytime.heads import resize_like
 from cadsurgery.methods.anytime.program import AnytimeProgram
 from cadsurgery.methods.positions import Places, Sites, Size
-from cadsurgery.methods.program import Call, Step, Work, weights_of
+from cadsurgery.methods.program import CallWork, ProgramStep, StepwiseCall, weights_of
 from cadsurgery.methods.report import TAPS
 from cadsurgery.support.divergence import resize
 from cadsurgery.surgery.hooks import child
@@ -30,7 +30,7 @@ from cadsurgery.surgery.hooks import child
 Needs = Mapping[str, Places | None]  # positions at which the value of a step is needed; None for everywhere
 
 
-class Value(NamedTuple):
+class StepValue(NamedTuple):
     """The value of a step: a whole map (B, C, H, W), or the rows (N, C) at some places."""
 
     value: Any
@@ -38,7 +38,7 @@ class Value(NamedTuple):
 
 
 @dataclass(eq=False)
-class Run(Call):
+class AnytimeRun(StepwiseCall):
     """The state of one call.
 
     Attributes:
@@ -50,10 +50,10 @@ class Run(Call):
 
     program: AnytimeProgram
     is_normalised: bool
-    work: Work | None
+    work: CallWork | None
 
     def __post_init__(self) -> None:
-        self.env: dict[str, Value] = {}
+        self.env: dict[str, StepValue] = {}
         self._computed: dict[str, Places] = {}  # positions at which convolutions are computed
         self.macs: list[tuple[int, int]] = []
 
@@ -107,7 +107,7 @@ class Run(Call):
 
     # -- which positions are needed -----------------------------------------------------------------
 
-    def _needs(self, number: int, sites: Sites, work: Work) -> dict[str, Places | None]:
+    def _needs(self, number: int, sites: Sites, work: CallWork) -> dict[str, Places | None]:
         """Return where values of this and all later segments are needed, if no exit adds undecided positions."""
         needs: dict[str, Places | None] = {}
 
@@ -151,7 +151,7 @@ class Run(Call):
                     add(name, sites.read_by_resize(places, _size(work, name)))
         return needs
 
-    def _count(self, step: Step, sites: Sites | None) -> None:
+    def _count(self, step: ProgramStep, sites: Sites | None) -> None:
         """Add the MACs of a step; of a convolution, the share of its computed positions."""
         work = published = self.work.macs[step.name] if self.work is not None else 0
         if not work or self.work is None:
@@ -166,30 +166,30 @@ class Run(Call):
 
     # -- running a step ----------------------------------------------------------------------------
 
-    def _run(self, step: Step, sites: Sites | None, needs: Needs | None) -> Value:
+    def _run(self, step: ProgramStep, sites: Sites | None, needs: Needs | None) -> StepValue:
         if self.work is not None and step.name in self.work.numbers:
-            return Value(self.work.numbers[step.name])
+            return StepValue(self.work.numbers[step.name])
         kind = step.spatial.kind
         if needs is None or sites is None:
             y = self.compute(step, lambda name: self.env[name].value)
-            return Value(y if kind != "conv" or sites is None else self._fill_whole(step, y, sites))
+            return StepValue(y if kind != "conv" or sites is None else self._fill_whole(step, y, sites))
         places = needs.get(step.name)
         if kind == "conv":
             return self._convolve(step, sites, places)
         if kind == "point" and places is not None:
             value = self.compute(step, lambda name: self._column(name, places))
-            return Value(as_rows(value), places)
+            return StepValue(as_rows(value), places)
         if step.target is resize_like and self.work is not None:
-            return Value(resize(self._dense(step.reads[0]), _size(self.work, step.name)))
-        return Value(self.compute(step, self._dense))
+            return StepValue(resize(self._dense(step.reads[0]), _size(self.work, step.name)))
+        return StepValue(self.compute(step, self._dense))
 
-    def _fill_whole(self, step: Step, y: Tensor, sites: Sites) -> Tensor:
+    def _fill_whole(self, step: ProgramStep, y: Tensor, sites: Sites) -> Tensor:
         """Fill all but the computed positions of a whole map, in training."""
         mask = sites.computed((y.shape[2], y.shape[3])).mask
         width = getattr(child(self.net, step.target), "width", None)
         return y * mask.unsqueeze(1) if width is None else gaussian_fill(y, mask, width, self.is_normalised)
 
-    def _convolve(self, step: Step, sites: Sites, needed: Places | None) -> Value:
+    def _convolve(self, step: ProgramStep, sites: Sites, needed: Places | None) -> StepValue:
         """Compute a convolution at the undecided positions and fill the other needed positions."""
         assert self.work is not None and step.spatial.window is not None
         size, source_size = _size(self.work, step.name), _size(self.work, step.reads[0])
@@ -207,7 +207,7 @@ class Run(Call):
             reads = sites.reading(source_size, source, window, computed)
         residual = None if len(step.reads) < 2 else self._at(step.reads[1], every)
         if every is computed:
-            return Value(compute(Convolution(rows, weights, reads, residual=residual)), every)
+            return StepValue(compute(Convolution(rows, weights, reads, residual=residual)), every)
         some = Elements(
             compute(Convolution(rows, weights.without_activation, reads)), sites.lattice(size, computed)
         )
@@ -221,7 +221,7 @@ class Run(Call):
             out = some.rows.new_zeros(filled.count, some.rows.shape[1])
             out = out if floor is None else out + floor
             out = weights.finish(out.index_copy(0, filled.rows[computed.pixels], some.rows), residual)
-        return Value(out, every) if every is not None else Value(as_map(out, sites.batch, size))
+        return StepValue(out, every) if every is not None else StepValue(as_map(out, sites.batch, size))
 
     # -- values in another form ----------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ def finest(one: tuple[int, ...], other: tuple[int, ...]) -> Size:
     return height, width
 
 
-def _size(work: Work, name: str) -> Size:
+def _size(work: CallWork, name: str) -> Size:
     size = work.size(name)
     assert size is not None
     return size

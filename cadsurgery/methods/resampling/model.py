@@ -21,7 +21,7 @@ from cadsurgery.masks.unit import Normalisation
 from cadsurgery.methods import converted
 from cadsurgery.methods.converted import METHODS, ConvertedModel, register
 from cadsurgery.methods.report import RULES, MethodMacs
-from cadsurgery.methods.resampling.back import Back, interpolate_back
+from cadsurgery.methods.resampling.back import interpolate_back
 from cadsurgery.methods.resampling.locations import (
     IGNORED,
     TARGETS,
@@ -44,7 +44,7 @@ from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.macs import count_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import resize
-from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, check_name, first_line
+from cadsurgery.support.errors import CadError, CannotConvert, FileError, InvalidInput, check_name, first_line
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
@@ -67,7 +67,6 @@ def resample(
     ignore: int | None = IGNORED,
     share: float = 0.05,
     mode: Mode = "nearest",
-    back: Back = "inverse",
     example_input: Tensor | None = None,
 ) -> ResampledModel:
     """Run a network on a sampled image, with more pixels near boundaries of important classes (Marin et al., ICCV
@@ -88,7 +87,6 @@ def resample(
         ignore: label of pixels that form no boundary; None for none.
         share: for a mask, the share of samples that count as boundaries: those with the highest scores.
         mode: how pixels are sampled, see `resampling.sample`.
-        back: how scores are interpolated back, see `resampling.interpolate_back`.
         example_input: an image batch (B, C, H, W); default: small random images.
 
     Raises:
@@ -98,7 +96,6 @@ def resample(
     """
     height, width = check_size(size)
     check_name("mode", mode, get_args(Mode))
-    check_name("back", back, get_args(Back))
     chosen = tuple(targets) if targets is not None else None
     options = SamplerOptions(grid, smoothness, chosen, ignore, share)
     network = _copy(model)
@@ -109,7 +106,7 @@ def resample(
     unit = unit or (Normalisation(*stated) if stated else None)
     made = resolve_sampler(sampler, options, image.shape[1], unit)
     weight = next(network.parameters(), torch.empty(0))
-    net = ResampledModel(network, made.to(weight.device), (height, width), mode, back)
+    net = ResampledModel(network, made.to(weight.device), (height, width), mode)
     net.train(model.training)
     net.source = source_of(model)
     net.plan = _make_plan(net, image)
@@ -182,7 +179,6 @@ class ResampledModel(ConvertedModel):
         plan: how the network was converted.
         size: (height, width) of the sampled image.
         mode: how pixels are sampled.
-        back: how scores are interpolated back.
         source: where the network came from.
         locations: (B, grid, grid, 2) of the last call; None before.
     """
@@ -193,24 +189,24 @@ class ResampledModel(ConvertedModel):
         "the input of this network is sampled already.",
     )
     convert, plan_type = staticmethod(resample), ResampledPlan
+    group, child, objective = "sampler", SAMPLER, "sampled"
     option_types: ClassVar[dict[str, Any]] = {
         **{"grid": int, "smoothness": float, "targets": tuple[int, ...] | None, "ignore": int | None},
-        **{"share": float, "size": tuple[int, int], "mode": Mode, "back": Back},
+        **{"share": float, "size": tuple[int, int], "mode": Mode, "back": str},
     }
     field_types: ClassVar[dict[str, Any]] = {
         **{"inside": str, "network": dict[str, Any], "sampler": str, "normalisation": dict[str, Any] | None}
     }
+    back: ClassVar[str] = "inverse"  # how scores come back, which files say: there was another way
     plan: ResampledPlan
     network: nn.Module
 
-    def __init__(
-        self, network: nn.Module, sampler: Sampler, size: tuple[int, int], mode: Mode, back: Back
-    ) -> None:
+    def __init__(self, network: nn.Module, sampler: Sampler, size: tuple[int, int], mode: Mode) -> None:
         """Combine a network and a sampler; call `cadsurgery.resample` instead."""
         super().__init__()
         self.add_module(NETWORK, network)
         self.add_module(SAMPLER, sampler)
-        self.size, self.mode, self.back = size, mode, back
+        self.size, self.mode = size, mode
         self.options = asdict(sampler.options)
         self._is_optimized = False
         self.locations: Tensor | None = None
@@ -222,6 +218,21 @@ class ResampledModel(ConvertedModel):
     def is_own(cls, name: str) -> bool:
         """True for tensors of the sampler."""
         return _OWN in name
+
+    @property
+    def inner(self) -> nn.Module:
+        """The network that gets the sampled image."""
+        network: nn.Module = self.network
+        return network
+
+    @property
+    def decided_by(self) -> str:
+        """The sampler."""
+        return f"{self.sampler.spec()} sampler"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options of the sampler."""
+        return {"sampler": str(self.sampler.options)}
 
     @property
     def sampler(self) -> Sampler:
@@ -249,7 +260,7 @@ class ResampledModel(ConvertedModel):
         def bring_back(value: Any) -> Any:
             if not _is_map(value, image.shape[0]):
                 return value
-            return interpolate_back(resize(value, self.size), locations, size, self.back)
+            return interpolate_back(resize(value, self.size), locations, size)
 
         return tree_map(bring_back, output)
 
@@ -340,9 +351,7 @@ class ResampledModel(ConvertedModel):
         A dense network has its batch norms folded and activations fused if torch.fx can trace it; a network of
         another method is replaced by its own inference copy. Batch norms of a learned sampler are folded.
         """
-        net = ResampledModel(
-            _optimized(self.network), copy.deepcopy(self.sampler), self.size, self.mode, self.back
-        )
+        net = ResampledModel(_optimized(self.network), copy.deepcopy(self.sampler), self.size, self.mode)
         net.plan, net.source, net._is_optimized = self.plan, self.source, True
         net.requires_grad_(False)
         net.eval()
@@ -388,6 +397,12 @@ class ResampledModel(ConvertedModel):
     ) -> Self:
         """Build the network of a file, whatever method made the inner network; see `ConvertedModel.rebuild`."""
         fields, inside = stored.fields, stored.fields["inside"]
+        if (back := stored.options.pop("back")) != cls.back:
+            raise FileError(
+                f"{path} brings scores back by {back!r:.60}.",
+                why="that way is gone; the inverse of the warp gives the same where the grid does not fold, faster.",
+                next="make the network again: cs.resample(model, ...); its state dict fits.",
+            )
         with as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
             unit = fields["normalisation"]
             stated = (

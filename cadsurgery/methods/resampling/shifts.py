@@ -20,7 +20,7 @@ _STEM, _EXPANSION = 32, 6
 
 
 @dataclass(frozen=True)
-class _Block:
+class _Bottleneck:
     """An inverted residual: input, inner and output channels, stride, dilation."""
 
     channels: int
@@ -30,7 +30,7 @@ class _Block:
     dilation: int
 
 
-def _blocks(width: float, output_stride: int) -> Iterator[_Block]:
+def _blocks(width: float, output_stride: int) -> Iterator[_Bottleneck]:
     """Yield the blocks; after the output stride is reached, strides become dilations, as published."""
     channels, stride, dilation = int(_STEM * width), 2, 1
     for place, (number, count, step) in enumerate(_STAGES):
@@ -38,7 +38,9 @@ def _blocks(width: float, output_stride: int) -> Iterator[_Block]:
             block_stride = step if block == 0 else 1
             expanded = (channels * _EXPANSION + 4) // 8 * 8 if place else channels
             is_reached = block_stride > 1 and stride == output_stride
-            yield _Block(channels, expanded, int(number * width), 1 if is_reached else block_stride, dilation)
+            yield _Bottleneck(
+                channels, expanded, int(number * width), 1 if is_reached else block_stride, dilation
+            )
             channels, stride = int(number * width), stride if is_reached else stride * block_stride
             dilation *= block_stride if is_reached else 1
 
@@ -55,7 +57,7 @@ def _norm(
 class _InvertedResidual(nn.Module):
     """Expansion, depthwise convolution and projection, with a residual connection if the shape stays."""
 
-    def __init__(self, block: _Block) -> None:
+    def __init__(self, block: _Bottleneck) -> None:
         super().__init__()
         self.adds = block.stride == 1 and block.channels == block.out
         layers = [_norm(block.channels, block.inner)] if block.inner != block.channels else []

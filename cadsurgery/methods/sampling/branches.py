@@ -18,7 +18,7 @@ from cadsurgery.surgery.graphs import only_user
 
 
 @dataclass(frozen=True)
-class Place:
+class GatedLayer:
     """A convolution, or a linear layer on channels, that gets a gate.
 
     Attributes:
@@ -51,7 +51,7 @@ class Branch:
 
     name: str
     source: fx.Node
-    places: tuple[Place, ...]
+    places: tuple[GatedLayer, ...]
     apart: tuple[tuple[str, str], ...] = ()
 
 
@@ -193,7 +193,7 @@ class _Walk:
     stride: int = 1
     lost: str = ""
     weighted: list[fx.Node] = field(default_factory=list)
-    places: list[Place] = field(default_factory=list)
+    places: list[GatedLayer] = field(default_factory=list)
     apart: list[tuple[str, str]] = field(default_factory=list)
 
     def step(self, node: fx.Node) -> None:
@@ -205,7 +205,7 @@ class _Walk:
         elif isinstance(module, nn.Linear) and kind == "point" and facts.layout(node) == CHANNELS_LAST:
             self.weighted.append(node)
             if not self.lost:
-                self.places.append(Place(node, Window((1, 1)), self.stride, node, is_linear=True))
+                self.places.append(GatedLayer(node, Window((1, 1)), self.stride, node, is_linear=True))
         elif kind not in ("point", "permute"):
             before, after = (tuple(facts.shapes.get(value, ())) for value in (*_maps(node, facts)[:1], node))
             self.lost = self.lost or (
@@ -227,7 +227,7 @@ class _Walk:
             self.lost = self.lost or why
             self.apart.append((str(node.target), why))
         else:
-            self.places.append(Place(node, window, self.stride, node))
+            self.places.append(GatedLayer(node, window, self.stride, node))
 
 
 def _keeps_size(window: Window) -> bool:

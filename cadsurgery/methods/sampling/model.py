@@ -16,7 +16,7 @@ from cadsurgery.methods.sampling.branches import Branch, find_branches
 from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate, hard_shares, shares, uniform
 from cadsurgery.methods.sampling.program import Block, Gated, SampledProgram, gather, reconstruct
 from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
-from cadsurgery.methods.sampling.run import Run
+from cadsurgery.methods.sampling.run import SampledRun
 from cadsurgery.methods.spatial import Spatial
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.hosted import Host, check_used
@@ -145,6 +145,8 @@ class SampledModel(GraphModel):
 
     method, converted_by, already = "sampling", "cs.sample", "this network has gates already."
     convert, plan_type = staticmethod(sample), SamplingPlan
+    group, group_in_words, child, objective = "gates", "a network with gates", GATES, "sparse"
+    by_length = True
     option_types: ClassVar[dict[str, Any]] = {
         **{"where": str | tuple[str, ...], "grid": int, "temperature": float, "noise": bool, "seed": int}
     }
@@ -161,7 +163,7 @@ class SampledModel(GraphModel):
     decay: float
     score_override: Callable[[int, Tensor], Tensor] | None
     _is_dense = False
-    _last: Run | None = None
+    _last: SampledRun | None = None
 
     def __init__(self, model: nn.Module, program: Any, options: dict[str, Any], **settings: Any) -> None:
         """Take over the modules of `model`, including the gates; users call `cadsurgery.sample` instead."""
@@ -172,6 +174,19 @@ class SampledModel(GraphModel):
     def is_own(cls, name: str) -> bool:
         """Return True if a name belongs to a gate."""
         return GATES in name.split(".")
+
+    @property
+    def decided_by(self) -> str:
+        """The number of gates."""
+        return f"{len(self.gates)} gates"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the spacing of positions that are always computed."""
+        return {"grid": self.grid}
+
+    def train_part(self) -> None:
+        """Train the gates. The network that has them is in training mode, too, in which gates decide by shares."""
+        self.part.training = True
 
     @property
     def part(self) -> SampledModel:
@@ -196,7 +211,7 @@ class SampledModel(GraphModel):
             InvalidInput: the first argument is not an image batch.
         """
         arguments = self.bind(args, kwargs)
-        run = Run(self, arguments, self.program, self.gates, self._decide, self._is_dense)
+        run = SampledRun(self, arguments, self.program, self.gates, self._decide, self._is_dense)
         output = run()
         if self._is_dense:
             return output
@@ -260,7 +275,7 @@ class SampledModel(GraphModel):
             total = total + _LAST * last + (1 - _LAST) * rest
         return total / len(blocks)
 
-    def _called(self) -> Run:
+    def _called(self) -> SampledRun:
         run = self.part._last
         if run is None:
             raise InvalidInput("the network has not been called.", next="call it on an image batch first.")

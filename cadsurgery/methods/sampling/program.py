@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.methods.program import Program, Step, steps_of
+from cadsurgery.methods.program import ProgramStep, StepProgram, steps_of
 from cadsurgery.methods.spatial import SpatialKind
 
 
@@ -62,17 +62,17 @@ class Chain(NamedTuple):
         is_linear: True if the first step is a linear layer.
     """
 
-    before: tuple[Step, ...]
-    fill: Step
-    end: tuple[Step, ...]
+    before: tuple[ProgramStep, ...]
+    fill: ProgramStep
+    end: tuple[ProgramStep, ...]
     is_linear: bool
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[ProgramStep, ...]:
         """All steps of the chain, in order."""
         return (*self.before, self.fill, *self.end)
 
-    def is_channels_last(self, step: Step) -> bool:
+    def is_channels_last(self, step: ProgramStep) -> bool:
         """Return True if the result of a step is channels-last."""
         permuted = [
             step_before.spatial.kind == "permute" for step_before in self.steps[: self.steps.index(step) + 1]
@@ -81,7 +81,7 @@ class Chain(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SampledProgram(Program):
+class SampledProgram(StepProgram):
     """A graph with gates.
 
     Attributes:
@@ -100,7 +100,7 @@ class SampledProgram(Program):
     blocks: tuple[Block, ...]
     permutes: frozenset[str]
     chains: tuple[Chain, ...] = field(repr=False)
-    output: Step = field(repr=False)
+    output: ProgramStep = field(repr=False)
     convs: dict[str, int] = field(repr=False)
     follows: dict[str, tuple[int, str]] = field(repr=False)
     readers: dict[str, tuple[int, ...]] = field(repr=False)

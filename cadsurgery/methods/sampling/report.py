@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from cadsurgery.methods.program import Work
+from cadsurgery.methods.program import CallWork
 from cadsurgery.methods.report import TAPS, MethodMacs, MethodPlan, in_words
 from cadsurgery.methods.sampling.program import SampledProgram
 
@@ -150,7 +150,7 @@ class SampledMacs(MethodMacs):
 
 
 def count(
-    program: SampledProgram, work: Work, densities: Mapping[int, float], rule: str, shape: tuple[int, ...]
+    program: SampledProgram, work: CallWork, densities: Mapping[int, float], rule: str, shape: tuple[int, ...]
 ) -> SampledMacs:
     """Count the MACs of a call from the share of open positions of each gate."""
     source = {gate: name for name, gates in program.readers.items() for gate in gates}

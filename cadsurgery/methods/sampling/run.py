@@ -22,7 +22,7 @@ from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.methods.positions import Maps, Places
-from cadsurgery.methods.program import Call, Step, weights_of
+from cadsurgery.methods.program import ProgramStep, StepwiseCall, weights_of
 from cadsurgery.methods.sampling.gates import Gate, scores
 from cadsurgery.methods.sampling.program import SampledProgram, reconstruct
 from cadsurgery.surgery.hooks import child
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(eq=False)
-class Run(Call):
+class SampledRun(StepwiseCall):
     """The values of one call.
 
     Attributes:
@@ -113,7 +113,7 @@ class Run(Call):
 
     # -- a step ------------------------------------------------------------------------------------
 
-    def _run(self, step: Step) -> Any:
+    def _run(self, step: ProgramStep) -> Any:
         number, source = self.program.follows.get(step.name, (-1, ""))
         if self.program.convs.get(step.name, -1) in self.places:
             return self._convolve(step, self.program.convs[step.name])
@@ -128,7 +128,7 @@ class Run(Call):
                 value = image.permute(0, 2, 3, 1) if is_last else image
         return value
 
-    def _convolve(self, step: Step, number: int) -> Rows:
+    def _convolve(self, step: ProgramStep, number: int) -> Rows:
         gated, places = self.program.gates[number], self.places[number]
         x = by_position(self._dense(step.reads[0]), gated.is_linear)
         size = (x.shape[1], x.shape[2])
@@ -140,7 +140,7 @@ class Run(Call):
         weights = weights_of(child(self.net, step.target))
         return Rows(compute(Convolution(x.flatten(0, 2), weights, reads)), number, gated.is_linear)
 
-    def _on_rows(self, step: Step, source: str, x: Rows) -> Any:
+    def _on_rows(self, step: ProgramStep, source: str, x: Rows) -> Any:
         """Run a pointwise step on rows; a fused residual and activation are applied after the filling."""
         if step.target is reconstruct:
             return x._replace(is_filled=True)

@@ -18,19 +18,21 @@ from torch import Tensor
 
 from cadsurgery.masks import FixedMask, MaskProvider
 from cadsurgery.masks.masking import check_image, not_static
-from cadsurgery.network.calibration import batch_of
+from cadsurgery.network.calibration import batch_of, images_to_calibrate
 from cadsurgery.network.export.dictionaries import further_inputs, open_call
 from cadsurgery.network.export.engine import check_packages
-from cadsurgery.network.export.engines import engines_for
+from cadsurgery.network.export.engines import engine_for
 from cadsurgery.network.export.refusals import refused
 from cadsurgery.network.export.shortcuts import without_collections
 from cadsurgery.network.fidelity import Fidelity
-from cadsurgery.network.model import AdaptiveModel, images_to_calibrate, whole_program
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.optimized import FLOAT
+from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.files import check_folder, write_together
 from cadsurgery.support.progress import Step, silent
 
 Format = Literal["pt2", "onnx"]
+PRECISIONS = (FLOAT, FLOAT16 := "float16", INT8 := "int8")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def export(
     to: Format | None = None,
     dynamic: bool = False,
     level_map: bool = False,
-    float16: bool = False,
-    int8: Tensor | Iterable[Any] | None = None,
+    precision: str = FLOAT,
+    calibration: Tensor | Iterable[Any] | None = None,
     with_kernels: bool = False,
     other: Tensor | None = None,
     check_in: str = "onnx",
@@ -93,18 +95,19 @@ def export(
         image: an image batch (B, C, H, W) of the file's size, or with `dynamic` an example. For a network that takes
             more, what it is called with: a dictionary or list, or a tuple of arguments. Each tensor in them is an input
             of the file by name, the image first; the file is for one size and number of images then. Where images
-            calibrate for `int8`, all else has the example's values; where dictionaries do, each has its own.
+            calibrate, all else has the example's values; where dictionaries do, each has its own.
         path: file to write.
         to: format; default: `onnx` for a name that ends in `.onnx`, else `pt2`.
         dynamic: accept any height and width; if the network does not, all multiples of `Exported.multiple` (ONNX only).
         level_map: replace the mask by a second input `level_map` (B, h, w), int64; implies `dynamic` (ONNX only).
-        float16: weights and activations in half precision; the mask, inputs and outputs in single (ONNX only).
-        int8: images for calibration, about 20 to 100, in any form that `optimize` takes: weights and activations
-            are quantised to 8 bits. Operations that the level map depends on stay in float (ONNX only).
-        with_kernels: convolutions of rows are functions of the domain `cadsurgery`, with standard operations as their
-            bodies: where the library of `cadsurgery.kernels_for` is registered, the engine runs this package's kernels
-            in their place, which is faster. The file is compared with and without the library; OpenVINO cannot read it
-            without (ONNX only).
+        precision: `float` keeps that of the network. `float16`: weights and activations in half precision; the mask,
+            inputs and outputs in single (ONNX only). `int8`: weights and activations in 8 bits, calibrated; operations
+            that the level map depends on stay in float (ONNX only).
+        calibration: for `int8`, about 20 to 100 images like those of later calls: a folder of photos, or tensors
+            preprocessed for the network, in any form that `network.calibration.read_calibration` lists.
+        with_kernels: convolutions of rows, and what else is slow in engines, are this package's kernels, operations of
+            the domain `cadsurgery`. The file is faster, and is opened with the library of `cadsurgery.kernels_for`
+            alone; it is compared with it (ONNX only).
         other: another batch to compare on; default: variants of `image`, e.g. upside down.
         check_in: engine in which an ONNX file is compared: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits gets
             the form that is fastest in this engine.
@@ -112,12 +115,14 @@ def export(
             calibrating and quantising. See `cadsurgery.support.progress.Step`.
 
     Raises:
-        InvalidInput: see `check_mask`; the network is in training mode or a copy in 8 bits, the image is invalid or too
-            small an example for any size, or an option does not apply to the format.
+        InvalidInput: see `check_mask`; the network is in training mode, the image is invalid or too small an example
+            for any size, an option does not apply to the format, or images calibrate nothing or lack for `int8`.
+        UnknownName: there is no such precision, format or engine.
         CannotConvert: torch or the engine cannot follow the network or its mask, or the file's outputs differ.
         FileError: the file cannot be written.
         NotInstalled: a package that the format needs is not installed.
     """
+    check_calibration(precision, calibration)
     part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
     whole_program(net, "cannot be exported", part)
     net, image, name = open_call(net, image)
@@ -128,16 +133,15 @@ def export(
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
-    engines = engines_for(check_in, with_kernels)
+    engine = engine_for(check_in, with_kernels)
     if kind == "onnx":
-        check_packages(*engines)
-    batches = _to_calibrate(net, int8, image, dynamic)
+        check_packages(engine)
+    batches = _to_calibrate(net, calibration, image, dynamic)
     options = {
         "dynamic": dynamic,
         "level_map": level_map,
-        "float16": float16,
-        "int8": bool(batches),
         "with_kernels": with_kernels,
+        precision: precision != FLOAT,
     }
     _check_options(net, kind, name, options)
     check_mask(net.mask, kind, dynamic, level_map)
@@ -156,7 +160,7 @@ def export(
         if kind == "onnx":
             from cadsurgery.network.export import onnx  # with torch's exporter, which takes long to import
 
-            how = (dynamic, level_map, float16, engines, batches, step, name)
+            how = (dynamic, level_map, precision == FLOAT16, engine, batches, step, name)
             compared, shape = onnx.write(net, image, other, temporary, *how)
         else:
             from cadsurgery.network.export import programs
@@ -174,7 +178,8 @@ def _check_options(net: AdaptiveModel, kind: str, name: str, options: dict[str, 
         InvalidInput: see `export`.
     """
     inputs = (name, *further_inputs(net))
-    if len(inputs) > 1 and (options["dynamic"] or options["float16"]):
+    is_half = options.get(FLOAT16, False)
+    if len(inputs) > 1 and (options["dynamic"] or is_half):
         raise InvalidInput(
             f"a file with the inputs {', '.join(inputs)} cannot be dynamic or float16.",
             why="these are for networks that take an image alone.",
@@ -186,9 +191,7 @@ def _check_options(net: AdaptiveModel, kind: str, name: str, options: dict[str, 
             why="it is made for images of one size, with the types of the network.",
             next='leave that out, or write an ONNX file: to="onnx".',
         )
-    if options["float16"] and options["int8"]:
-        raise InvalidInput("a file is of float16 or int8.", next="leave out one of them.")
-    if options["float16"] and options["with_kernels"]:
+    if is_half and options["with_kernels"]:
         raise InvalidInput(
             "a file with kernels is in float16.",
             where="with_kernels, --with-kernels",
@@ -197,13 +200,6 @@ def _check_options(net: AdaptiveModel, kind: str, name: str, options: dict[str, 
         )
     if net.training:
         raise InvalidInput("the network is in training mode.", next="call net.eval() first.")
-    if net.quantisation is not None:
-        raise InvalidInput(
-            f"a copy in int8 cannot be written as a file of format {kind}.",
-            why="its layers run in this package's own kernels, of which no other engine knows.",
-            next="export the network it was made from, and let the file be in 8 bits: "
-            'cs.export(net, image, "net.onnx", int8=images), cadsurgery export ... --int8 FOLDER.',
-        )
 
 
 def _check_image_alone(net: AdaptiveModel) -> None:
@@ -242,16 +238,31 @@ def _check_example(net: AdaptiveModel, image: Tensor) -> None:
         )
 
 
-def _to_calibrate(net: AdaptiveModel, int8: Any, image: Tensor, dynamic: bool) -> list[Any]:
-    """Return the calibration batches, or dictionaries with them; an empty list without `int8`."""
-    if int8 is None:
+def check_calibration(precision: str, calibration: object) -> None:
+    """Refuse a precision that files do not have, and images to calibrate by without 8 bits, or the reverse.
+
+    Raises:
+        UnknownName, InvalidInput: see `export`.
+    """
+    check_name("precision", precision, PRECISIONS)
+    if (precision == INT8) != (calibration is not None):
+        raise InvalidInput(
+            f"precision {precision} {'lacks' if calibration is None else 'takes no'} images to calibrate by.",
+            why="images without labels show the ranges of values in 8 bits, and of nothing else.",
+            next='give both or neither: precision="int8", calibration=images; --precision int8 --calibration FOLDER.',
+        )
+
+
+def _to_calibrate(net: AdaptiveModel, calibration: Any, image: Tensor, dynamic: bool) -> list[Any]:
+    """Return the calibration batches, or dictionaries with them; an empty list for None."""
+    if calibration is None:
         return []
-    batches = images_to_calibrate(net, int8)
+    batches = images_to_calibrate(net, calibration)
     for batch in map(batch_of, batches):
-        check_image(batch, "an image of int8")
+        check_image(batch, "an image to calibrate by")
         if batch.shape[1:] != image.shape[1:] and not dynamic:
             raise InvalidInput(
-                f"int8 has images of {tuple(batch.shape[1:])}, the file is for {tuple(image.shape[1:])}.",
+                f"the images to calibrate by are {tuple(batch.shape[1:])}, the file is for {tuple(image.shape[1:])}.",
                 next="give images of that size, or write a file for any: dynamic=True, --dynamic.",
             )
     return batches

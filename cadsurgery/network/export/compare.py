@@ -26,7 +26,7 @@ _TIMES_ROUNDING, _LARGEST_ROUNDING = 4, 1e-2
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FileComparison:
     """Result of comparing a file with its network; see `Exported` for the fields."""
 
     difference: float

@@ -22,7 +22,7 @@ from cadsurgery.support.torch_internals import OpOverload, decomposed_always, tr
 _ATEN = torch.ops.aten
 
 
-class _Unknown(Exception):
+class _CannotReplace(Exception):
     """A node that this module cannot replace."""
 
 
@@ -42,7 +42,7 @@ def decompose(program: torch.export.ExportedProgram, table: Mapping[Any, Callabl
         rewriting = _Rewriting(old, table)
         for node in old.nodes:
             rewriting.visit(node)
-    except _Unknown:
+    except _CannotReplace:
         return False
     for node in old.output_node().all_input_nodes:
         if (now := rewriting.now[node]).name != node.name:
@@ -108,17 +108,17 @@ class _Rewriting:
         changed = node.args[0]
         name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname  # type: ignore[union-attr]
         if not isinstance(changed, fx.Node) or not name.endswith("_"):
-            raise _Unknown
+            raise _CannotReplace
         same = self._same.setdefault(changed, [changed])
         here = self._places[node]
         for one in self._views[changed] - {node}:
             is_late = any(self._places[user] > here for user in one.users)
             if one.op != "call_function" or (one not in same and is_late):
-                raise _Unknown
+                raise _CannotReplace
         packet = getattr(_ATEN, name.removesuffix("_"), None)
         target = getattr(packet, overload, None)
         if target is None:
-            raise _Unknown
+            raise _CannotReplace
         if target in self._table or target is _ATEN.detach.default:
             self._replace(node, target)
         else:
@@ -138,7 +138,7 @@ class _Rewriting:
         values = [value.meta["val"] for value in inputs]
         modes = {leaf.fake_mode for leaf in tree_leaves(values) if hasattr(leaf, "fake_mode")}
         if len(modes) != 1:
-            raise _Unknown
+            raise _CannotReplace
 
         def run(*given: Any) -> Any:
             value_of = dict(zip(inputs, given, strict=True)).__getitem__
@@ -160,7 +160,7 @@ class _Rewriting:
                 outputs = fx.map_arg(node.args[0], written.__getitem__)
                 return tuple(outputs) if isinstance(outputs, list | tuple) else outputs
             elif node.op != "call_function" or _changes_in_place(node.target):
-                raise _Unknown
+                raise _CannotReplace
             else:
                 written[node] = self.new.node_copy(node, written.__getitem__)
                 written[node].meta[LINE] = whole.meta.get(LINE)
@@ -206,7 +206,7 @@ class _Rewriting:
             else:
                 sides.append(-1)
         if sides.count(-1) > 1:
-            raise _Unknown
+            raise _CannotReplace
         # Torch copies where the values cannot be viewed; the copy is contiguous.
         if _is_contiguous(source.meta["val"]) or not _is_contiguous(node.meta["val"]):
             return self._call(_ATEN.view.default, (self.now[source], sides), {}, node)
@@ -221,7 +221,7 @@ class _Rewriting:
         assert isinstance(source, fx.Node)
         before, after = source.meta["val"], node.meta["val"]
         if before.device != after.device:
-            raise _Unknown
+            raise _CannotReplace
         if before.dtype == after.dtype:
             return self.now[source]
         return self._call(_ATEN._to_copy.default, (self.now[source],), {"dtype": after.dtype}, node)
@@ -235,7 +235,7 @@ class _Rewriting:
     def subtract(self, node: fx.Node) -> fx.Node:
         """Write a subtraction from a number as a subtraction."""
         if len(node.args) != 2 or node.kwargs:
-            raise _Unknown
+            raise _CannotReplace
         one, two = self._mapped(node.args)
         return self._call(_ATEN.sub.Tensor, (two, one), {}, node)
 
@@ -256,7 +256,7 @@ class _Rewriting:
         assert isinstance(source, fx.Node) and isinstance(index, fx.Node) and isinstance(axis, int)
         into, places = source.meta["val"], index.meta["val"]
         if into.dim() != 1 or places.dim() != 1 or not isinstance(number, int | float):
-            raise _Unknown
+            raise _CannotReplace
         options = {"dtype": into.dtype, "layout": torch.strided, "device": into.device, "pin_memory": False}
         one = self._call(_ATEN.scalar_tensor.default, (number,), options, node, into.new_empty(()))
         many = self._call(

@@ -85,7 +85,7 @@ def _resize_as_users_do(graph: fx.Graph) -> None:
 def stay_on_maps(module: fx.GraphModule) -> None:
     """Let a recorded graph compute on maps instead of rows where the results are the same: pointwise operations,
     operations on the channels of each position, and means over an image."""
-    maps = _Maps(module)
+    maps = _DenseMaps(module)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.all_input_nodes:
             with module.graph.inserting_before(node):
@@ -94,7 +94,7 @@ def stay_on_maps(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-class _Maps:
+class _DenseMaps:
     """For nodes with values of shape (..., C), the map (B, C, H, W) that has the same values."""
 
     def __init__(self, module: fx.GraphModule) -> None:

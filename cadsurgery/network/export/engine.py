@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cadsurgery.network.export.kernels import kernels_for
 from cadsurgery.support.errors import CannotConvert, describe_error, import_optional
+from cadsurgery.support.kinds import HOW_TO_OPEN, has_kernels
 
 
 class Engine:
@@ -18,7 +19,6 @@ class Engine:
         name: the engine's name.
         package: the Python package of the engine.
         has_kernels: True if this package's kernels run in it; files are then written `with_kernels`.
-        runs_bodies: True if it runs such files without the kernels, too.
         has_8_bit_depthwise: see `cadsurgery.elements.backends.target.Target`.
         has_bfloat16: True if it can run a file in bfloat16.
     """
@@ -26,7 +26,6 @@ class Engine:
     name: ClassVar[str]
     package: ClassVar[str]
     has_kernels: ClassVar[bool] = False
-    runs_bodies: ClassVar[bool] = True
     has_8_bit_depthwise: ClassVar[bool] = False
     has_bfloat16: ClassVar[bool] = False
 
@@ -48,6 +47,13 @@ class Engine:
         try:
             self._open(package, path, threads, kernels)
         except Exception as error:
+            if not self.has_kernels and has_kernels(path):
+                raise CannotConvert(
+                    f"{self.name} does not take a file with this package's kernels.",
+                    where=str(path),
+                    why=f"the library of the kernels is not registered: {describe_error(error)}",
+                    next=HOW_TO_OPEN,
+                ) from error
             raise self._refusal("does not take the file", error) from error
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
@@ -76,13 +82,13 @@ class Engine:
         raise NotImplementedError
 
 
-def check_packages(*engines: type[Engine]) -> None:
-    """Refuse to write a file for these engines where a package is missing, before any work.
+def check_packages(engine: type[Engine]) -> None:
+    """Refuse to write a file for an engine where a package is missing, before any work.
 
     Raises:
         NotInstalled: the package is not installed.
     """
-    for package in ("onnx", "onnxscript", *(engine.package for engine in engines)):
+    for package in ("onnx", "onnxscript", engine.package):
         import_package(package)
 
 

@@ -57,7 +57,6 @@ class OpenVino(Engine):
     """An ONNX file in OpenVINO, compiled for the shapes of its last call."""
 
     name, package = "OpenVINO", "openvino"
-    runs_bodies = False
     has_bfloat16 = True
 
     def _open(self, package: Any, path: Path, threads: int, kernels: str) -> None:
@@ -112,8 +111,8 @@ def options_for(runtime: str) -> dict[str, Any]:
     }
 
 
-def engines_for(name: str, with_kernels: bool) -> list[type[Engine]]:
-    """Return the engines that run a file and are compared with the network.
+def engine_for(name: str, with_kernels: bool) -> type[Engine]:
+    """Return the engine that runs a file and is compared with the network.
 
     Args:
         name: of an engine in `ENGINES` without kernels.
@@ -125,7 +124,4 @@ def engines_for(name: str, with_kernels: bool) -> list[type[Engine]]:
     able = [key for key in ENGINES if not with_kernels or f"{key}{KERNELS}" in ENGINES]
     able = [key for key in able if not ENGINES[key].has_kernels]
     check_name("engine with kernels" if with_kernels else "engine of ONNX files", name, able)
-    plain = [ENGINES[name]]
-    if not with_kernels:
-        return plain
-    return [*(plain if plain[0].runs_bodies else []), ENGINES[f"{name}{KERNELS}"]]
+    return ENGINES[f"{name}{KERNELS}" if with_kernels else name]

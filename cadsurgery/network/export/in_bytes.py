@@ -13,9 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.integer import QuantParams
 from cadsurgery.network.export.kernels import CONVOLUTIONS, DOMAIN, IN_8_BITS, OF_8_BITS, PICK
-from cadsurgery.network.quantise import mean_error, round_weight
+from cadsurgery.network.export.rounding import QuantParams, mean_error, round_weight
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 # Operations that only move values, which keep their scale and zero point.
@@ -125,8 +124,8 @@ class _Writer:
         for node in nodes:
             self._absorb(node)
         # OpenVINO follows values in floating point from one quantisation to the next.
-        has_functions = any(map(_can_be_in_8_bits, nodes))
-        self.moves = MOVES if for_onnxruntime else (PICK, "Reshape") if has_functions else ()
+        has_kernels = any(map(_can_be_in_8_bits, nodes))
+        self.moves = MOVES if for_onnxruntime else (PICK, "Reshape") if has_kernels else ()
         self.parameters = self._choose_parameters()
         self._bytes: dict[Any, Any] = {}
         self._floats: dict[Any, Any] = {}

@@ -29,7 +29,7 @@ from cadsurgery.network.export.in_bytes import (
     round_weights,
     write_bytes,
 )
-from cadsurgery.network.export.kernels import DOMAIN, add_functions
+from cadsurgery.network.export.kernels import DOMAIN, declare_kernels
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.fidelity import UNSAID, Fidelity, measure
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
@@ -80,7 +80,7 @@ def to_8_bits(
         raise CannotConvert(
             "the file cannot be put into 8 bits.",
             why=describe_error(error),
-            next="leave out int8; float16=True halves the file.",
+            next='leave it in float; precision="float16" halves it.',
         ) from error
     float_engine, int8_engine = engine(path), engine(rounded)
 
@@ -109,13 +109,13 @@ def to_8_bits(
 
 
 def _warn_of_error(fidelity: Fidelity) -> None:
-    """Warn of a file in 8 bits whose outputs are far from those of the float one, as `quantise` does of a copy."""
+    """Warn of a file in 8 bits whose outputs are far from those of the float one."""
     if fidelity.error > UNSAID:
         warnings.warn(
             f"the outputs of the file in 8 bits differ from those of the float one by {100 * fidelity.error:.2g} % of "
             f"their size on the calibration images, in {fidelity.taken_in}. Other engines round in other places: "
-            "compare by check_in=. Calibrate by more images like those it will see, or leave out int8; float16=True "
-            "halves the file.",
+            "compare by check_in=. Calibrate by more images like those it will see, or leave the file in float; "
+            'precision="float16" halves it.',
             CadWarning,
             stacklevel=5,
         )
@@ -124,7 +124,7 @@ def _warn_of_error(fidelity: Fidelity) -> None:
 def _not_finite() -> CannotConvert:
     return CannotConvert(
         "the file in 8 bits gives values that are not finite.",
-        next="give other images to calibrate by, or leave out int8.",
+        next="give other images to calibrate by, or leave the file in float.",
     )
 
 
@@ -184,13 +184,9 @@ def quantise(
     shown = counted(calls, step, "calibrating, image", "quantising", size=_images)
     ranges = _ranges(model, chosen, shown, target)  # with rounded weights
     write_bytes(model.graph, chosen, weights, mask, ranges, issubclass(engine, OnnxRuntime))
-    add_functions(model)
-    for finish in (
-        common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
-        common.NameFixPass(),
-    ):
-        finish(model)
+    declare_kernels(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.NameFixPass()(model)
     message = onnx_ir.to_proto(model)
     onnx.save(message, target)
     onnx.checker.check_model(str(target), full_check=True)
@@ -382,8 +378,8 @@ def _reduce(
     file = target.with_name(f"measuring-{target.name}")
     try:
         onnx.save(message, file)
-        has_functions = any(node.domain == DOMAIN for node in model.graph)
-        run = (_MeasuringWithKernels if has_functions else _Measuring)(file)
+        has_kernels = any(node.domain == DOMAIN for node in model.graph)
+        run = (_MeasuringWithKernels if has_kernels else _Measuring)(file)
         runs = [[numbers.flatten() for numbers in run(*call)] for call in calls]
     finally:
         file.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.calibration import batch_of
 from cadsurgery.network.export.compare import (
     TOLERANCE,
-    Comparison,
+    FileComparison,
     check_difference,
     difference,
     more_images,
@@ -38,7 +38,7 @@ from cadsurgery.network.export.decompose import decompose
 from cadsurgery.network.export.dictionaries import further_inputs
 from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.int8 import to_8_bits
-from cadsurgery.network.export.kernels import DOMAIN, add_functions, resize_by_kernels
+from cadsurgery.network.export.kernels import declare_kernels, resize_by_kernels
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
@@ -74,33 +74,33 @@ def write(
     dynamic: bool,
     level_map: bool,
     float16: bool,
-    engines: Sequence[type[Engine]],
-    int8: Sequence[Any] = (),
+    engine: type[Engine],
+    calibration: Sequence[Any] = (),
     step: Step = silent,
     name: str = "image",
 ) -> Written:
     """Write an ONNX file; return its comparison, and the shape of its image with None for dynamic axes. See `export`.
 
     `name` is that of the image among the inputs.
-    The file is compared in each of the engines, and calls kernels if the last of them has some.
+    The file is compared in the engine, and calls kernels if it has some.
 
     Raises:
         CannotConvert: torch or ONNX cannot follow the network or its mask, or the file's outputs differ.
     """
     step("tracing")
-    seen = [image, *map(batch_of, int8)] if other is None else [image, other, *map(batch_of, int8)]
+    seen = [image, *([] if other is None else [other]), *map(batch_of, calibration)]
     multiple = find_multiple(net, seen) if dynamic else 1
     graph = Exportable(net, float16, multiple)
     answer = _cut_awkwardly(net, image, multiple) if dynamic else _ask(net, image)
     example, names = answer.image, output_names(answer.output)
-    if not engines[-1].has_kernels:
+    if not engine.has_kernels:
         _warn_of_grouped_layers(graph.net)
     rest = further_inputs(net)
     inputs: tuple[Tensor, ...] = (example, *rest.values())
     input_names = (name, *rest)
     if level_map:
         inputs, input_names = (example, answer.levels.long()), (name, "level_map")
-    target = Target(engines[-1].has_kernels, bool(int8), engines[-1].has_8_bit_depthwise)
+    target = Target(engine.has_kernels, bool(calibration), engine.has_8_bit_depthwise)
     from cadsurgery.network.export.translate import TABLE
 
     with reading_signatures_once():
@@ -121,49 +121,50 @@ def write(
             _finish(model.model, target.has_kernels, _metadata(net, dynamic, multiple), free)
             step("writing")
             _save(model, path)
-    with refused("an engine does not open the file", _other_files(dynamic, level_map)):
-        runs = [engine(path, torch.get_num_threads()) for engine in engines]
+    with refused("the engine does not open the file", _other_files(dynamic, level_map)):
+        run = engine(path, torch.get_num_threads())
     answers = _answers(net, image, other, dynamic, None if 0 in free else len(image), multiple)
     batches = [answer.image for answer in answers]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
-    largest = _compare_all(net, runs, answers, level_map, tolerance, step)
+    largest = _compare_all(net, run, answers, level_map, tolerance, step)
     shapes = tuple(tuple(batch.shape) for batch in batches)
-    compared = Comparison(largest, shapes, input_names, outputs, multiple)
-    if int8:
-        calls, others = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
-        compared = replace(compared, fidelity=to_8_bits(path, engines[-1], calls, others, step))
+    compared = FileComparison(largest, shapes, input_names, outputs, multiple)
+    if calibration:
+        calls, others = (
+            [_inputs(net, batch, level_map) for batch in part] for part in (calibration, batches)
+        )
+        compared = replace(compared, fidelity=to_8_bits(path, engine, calls, others, step))
     return compared, shape
 
 
 def _compare_all(
     net: AdaptiveModel,
-    runs: Sequence[Engine],
+    run: Engine,
     answers: Sequence[_Answer],
     level_map: bool,
     tolerance: float,
     step: Step,
 ) -> float:
-    """Run a file in engines on all images and return its largest difference from the network's answers.
+    """Run a file in its engine on all images and return its largest difference from the network's answers.
 
     Raises:
         CannotConvert: it is above the tolerance.
     """
     step("comparing")
-    pairs = counted([(run, answer) for answer in answers for run in runs], step, "comparing, batch")
-    differences = (_compare(net, run, answer, level_map) for run, answer in pairs)
+    shown = counted(answers, step, "comparing, batch")
+    differences = (_compare(net, run, answer, level_map) for answer in shown)
     return check_difference(
         differences, tolerance, lambda: rounding_of(net, [answer.image for answer in answers])
     )
 
 
 def _finish(model: Any, has_kernels: bool, metadata: dict[str, str], free: set[int]) -> None:
-    """Make a translated graph smaller and faster, and add functions, metadata and names."""
+    """Make a translated graph smaller and faster, and add metadata and names."""
     tidy(model, has_kernels)
     if has_kernels:
         resize_by_kernels(model)
-    add_functions(model)
     model.metadata_props.update(metadata)
-    if DOMAIN in model.graph.opset_imports:
+    if declare_kernels(model):
         model.metadata_props[KERNELS_KEY] = model.doc_string = HOW_TO_OPEN
     _name_axes(model, free)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
+from cadsurgery.network.export.compare import FileComparison, check_difference, difference, more_images
 from cadsurgery.network.export.dictionaries import further_inputs
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.quiet import without_graphs_of_errors
@@ -20,7 +20,7 @@ from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.torch_internals import MappingKey, tree_flatten_with_path
 
-Written = tuple[Comparison, tuple[int | None, ...]]
+Written = tuple[FileComparison, tuple[int | None, ...]]
 
 
 def write_program(
@@ -61,7 +61,7 @@ def write_program(
         for batch in counted(others, step, "comparing, batch")
     )
     compared = tuple(tuple(batch.shape) for batch in others)
-    return Comparison(largest, compared, ("image",), output_names(output)), tuple(image.shape)
+    return FileComparison(largest, compared, ("image",), output_names(output)), tuple(image.shape)
 
 
 def _check_outputs(output: object) -> None:

@@ -216,13 +216,13 @@ def _convolve_rows(
     low: float,
     high: float,
 ) -> Any:
-    """Call the function for the kind of convolution; see `export.kernels`."""
-    function = Op(_KERNELS, name := CONVOLUTIONS[len(weight.shape)], schema(name))
-    return function(rows, table, sources, shares, weight, bias, residual, outside=outside, low=low, high=high)
+    """Call the kernel for the kind of convolution; see `export.kernels`."""
+    kernel = Op(_KERNELS, name := CONVOLUTIONS[len(weight.shape)], schema(name))
+    return kernel(rows, table, sources, shares, weight, bias, residual, outside=outside, low=low, high=high)
 
 
 def _call(name: str) -> Callable[..., Any]:
-    """Return a translation that calls a function without attributes; see `export.kernels`."""
+    """Return a translation that calls a kernel without attributes; see `export.kernels`."""
 
     def translate(*inputs: Any) -> Any:
         return Op(_KERNELS, name, schema(name))(*inputs)
@@ -231,7 +231,7 @@ def _call(name: str) -> Callable[..., Any]:
 
 
 def _interpolation_error(rows: Any, *size: Any) -> Any:
-    """Call the function with the size of the map, (B, h, w), as one tensor; a length is a number or a tensor."""
+    """Call the kernel with the size of the map, (B, h, w), as one tensor; a length is a number or a tensor."""
     one = op.Constant(value_ints=[1])
     sizes = op.Concat(*(op.Reshape(_number(length), one) for length in size), axis=0)
     return _call(ERROR)(rows, op.Cast(sizes, to=DataType.INT32))

@@ -44,7 +44,7 @@ class Features:
     size: tuple[int, int]
 
 
-class Seen(NamedTuple):
+class PreparedPicture(NamedTuple):
     """An image prepared for a network, a batch of one, and its keypoints (n, 2) in pixels of the batch, with scores
     (n,).
 
@@ -114,17 +114,17 @@ class Extractor:
         """
         return self.features(self.seen(image))
 
-    def seen(self, image: Tensor) -> Seen:
+    def seen(self, image: Tensor) -> PreparedPicture:
         """Prepare an image (3, H, W) in 0..1; extractors that differ only in their mask can share the result."""
         shown = self.resize(image)
         batch = normalise(shown, pictures_for(self.net)).unsqueeze(0).to(self.device)
         batch, size = batch.contiguous(memory_format=torch.channels_last), (image.shape[1], image.shape[2])
         if self.settings.detector == OWN:
-            return Seen(size, batch)
+            return PreparedPicture(size, batch)
         with torch.inference_mode():
-            return Seen(size, batch, *self._points(shown, batch))
+            return PreparedPicture(size, batch, *self._points(shown, batch))
 
-    def features(self, seen: Seen) -> Features:
+    def features(self, seen: PreparedPicture) -> Features:
         """Return the features of a prepared image."""
         batch, mask, settings = seen.batch, self.settings.mask or None, self.settings
         points, scores = seen.points, seen.scores
@@ -178,7 +178,7 @@ class Extractor:
         points = detected[0][: self.settings.count]
         return points, points.new_ones(len(points))
 
-    def macs(self, seen: Seen) -> int:
+    def macs(self, seen: PreparedPicture) -> int:
         """Count the network's MACs for the descriptors of a prepared image."""
         batch, mask = seen.batch, self.settings.mask or None
         points = seen.points if seen.points is not None else batch.new_zeros(0, 2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.adaptify import adaptify, copy_network
+from cadsurgery.network.export import INT8
 from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -21,7 +22,6 @@ from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.tasks.recommend.settings import Setting
 from cadsurgery.tasks.sides.engines import (
     HIGH,
-    INT8,
     LOW,
     TORCH,
     InEngine,
@@ -122,7 +122,7 @@ class Calls:
 
     def _runs_of(self, net: AdaptiveModel, name: str) -> Runs:
         if self.runtime == TORCH:
-            return InTorch(net, self.image, self.precision, self.calibration)
+            return InTorch(net, self.image)
         folder, options = self.folder / "files" / name, options_for(self.runtime)
         threads, engine = torch.get_num_threads(), ENGINES[self.runtime]
         return InEngine(

@@ -19,7 +19,7 @@ from cadsurgery.tasks.judging import (
     time_error,
 )
 from cadsurgery.tasks.recommend.currency import LEFT, error_by_pictures, expected_loss
-from cadsurgery.tasks.recommend.report import WORDS, Request, SettingRow
+from cadsurgery.tasks.recommend.report import WORDS, Requirement, SettingRow
 from cadsurgery.tasks.recommend.settings import Candidates
 
 LOOK_EVERY = 5  # pictures after which settings are dropped
@@ -39,7 +39,7 @@ _MOST_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
-class Choice:
+class Chosen:
     """The recommended row, the reasons, and the number of pictures that would decide; None if there is no doubt.
 
     Where the times do not decide (`is_decided`), the row is that of the network as given.
@@ -114,8 +114,8 @@ def _is_on_front(row: SettingRow, rows: Sequence[SettingRow]) -> bool:
 
 
 def choose(
-    rows: Sequence[SettingRow], request: Request, measure: str, refusal: CadError | None = None
-) -> Choice:
+    rows: Sequence[SettingRow], request: Requirement, measure: str, refusal: CadError | None = None
+) -> Chosen:
     """Choose a setting: the fastest that keeps enough, or the best that is fast enough.
 
     Among settings whose quality cannot be told apart and that are as fast, the simplest is chosen: the network as given
@@ -134,7 +134,7 @@ def choose(
         if not able:
             fastest = min(complete, key=lambda row: row.milliseconds)
             told = f"Nothing takes {request.at_most:g} ms or less: the fastest is {fastest.name}."
-            return Choice(fastest, (told, *_about_few(rows)))
+            return Chosen(fastest, (told, *_about_few(rows)))
         best = max(able, key=lambda row: row.quality.change)
         chosen = _simplest(best, able, slower=math.inf)
     else:
@@ -145,7 +145,7 @@ def choose(
             chosen = given
     nothing_is_faster = chosen is given and request.at_most is None
     if doubts := _doubts_about_times(able if nothing_is_faster else [chosen], rows):
-        return Choice(given, (*doubts, *_about_few(rows)), is_decided=False)
+        return Chosen(given, (*doubts, *_about_few(rows)), is_decided=False)
     reasons = [_headline(chosen, given), *_why(chosen, rows, request, measure)]
     if refusal is not None:
         reasons.append(f"It cannot be converted: {first_line(refusal)}")
@@ -160,7 +160,7 @@ def choose(
         count = f"about {needed:,}" if needed < _MOST_IMAGES else f"more than {_MOST_IMAGES:,}"
         told = f"These {given.quality.images} pictures leave doubt whether a faster or safer setting is right"
         reasons.append(f"{told}: {count} would decide.")
-    return Choice(chosen, (*reasons, *_about_few(rows)), needed)
+    return Chosen(chosen, (*reasons, *_about_few(rows)), needed)
 
 
 def _simplest(best: SettingRow, able: Sequence[SettingRow], slower: float) -> SettingRow:
@@ -180,7 +180,7 @@ def _simplest(best: SettingRow, able: Sequence[SettingRow], slower: float) -> Se
     return min(alike, key=lambda row: (_SIMPLE.index(row.setting.kind), row.milliseconds))
 
 
-def keeps(row: SettingRow, given: SettingRow, request: Request, measure: str) -> bool:
+def keeps(row: SettingRow, given: SettingRow, request: Requirement, measure: str) -> bool:
     """True if a setting keeps the share of the quality that is asked for.
 
     Without labels the loss of mIoU is only expected. It has to stay within its bounds together with its standard error,
@@ -190,7 +190,7 @@ def keeps(row: SettingRow, given: SettingRow, request: Request, measure: str) ->
     return above >= (error if measure == CLASSES else 0)
 
 
-def margin(row: SettingRow, given: SettingRow, request: Request, measure: str) -> tuple[float, float]:
+def margin(row: SettingRow, given: SettingRow, request: Requirement, measure: str) -> tuple[float, float]:
     """Return how far a setting's quality is above the share that is to be kept, and the standard error of that."""
     keep = request.keep or 0.0
     if measure == CLASSES and row.loss is not None:
@@ -201,7 +201,7 @@ def margin(row: SettingRow, given: SettingRow, request: Request, measure: str) -
 
 
 def _images_needed(
-    chosen: SettingRow, rows: Sequence[SettingRow], request: Request, measure: str
+    chosen: SettingRow, rows: Sequence[SettingRow], request: Requirement, measure: str
 ) -> int | None:
     """Return the number of pictures that would decide if the choice keeps enough and faster settings do not; None if
     the measured pictures decide."""
@@ -264,7 +264,7 @@ def _headline(chosen: SettingRow, given: SettingRow) -> str:
     return f"Do not convert this network: use it {chosen.name.removeprefix('as given, ')} instead, at {time}."
 
 
-def _why(chosen: SettingRow, rows: Sequence[SettingRow], request: Request, measure: str) -> list[str]:
+def _why(chosen: SettingRow, rows: Sequence[SettingRow], request: Requirement, measure: str) -> list[str]:
     given = rows[0]
     told: list[str] = []
     if chosen is not given:

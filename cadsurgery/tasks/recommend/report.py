@@ -22,7 +22,7 @@ WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative err
 
 
 @dataclass(frozen=True)
-class Request(Plain):
+class Requirement(Plain):
     """Condition on the choice; one of the two is set.
 
     Attributes:
@@ -102,7 +102,7 @@ class Recommendation(RunReport):
     image: tuple[int, ...]
     resized: bool
     measure: str
-    request: Request
+    request: Requirement
     runtime: str
     precision: str
     rows: tuple[SettingRow, ...]
@@ -133,7 +133,7 @@ class Recommendation(RunReport):
     @property
     def python(self) -> list[str]:
         """Lines of Python that use it."""
-        return self.chosen.setting.lines(self.precision, self.options)
+        return self.chosen.setting.lines(self.precision, self.options, self.runtime)
 
     def parts(self) -> Iterator[RenderableType]:
         """The table, the choice with its reasons, and how to use it."""

@@ -26,6 +26,7 @@ from cadsurgery.kernels import isa
 from cadsurgery.masks.unit import read_normalisation
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.network.adaptify import copy_network
+from cadsurgery.network.export import INT8
 from cadsurgery.network.export.engine import check_packages
 from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.model import AdaptiveModel
@@ -63,10 +64,10 @@ from cadsurgery.tasks.judging import (
 from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
 from cadsurgery.tasks.recommend.calls import PRECISIONS, Call, Calls
 from cadsurgery.tasks.recommend.choice import LOOK_EVERY, choose, is_beaten, rows_of
-from cadsurgery.tasks.recommend.report import Recommendation, Request
+from cadsurgery.tasks.recommend.report import Recommendation, Requirement
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
-from cadsurgery.tasks.sides.engines import TORCH
+from cadsurgery.tasks.sides.engines import TORCH, engine_for
 
 RUNTIMES = (TORCH, *ENGINES)
 FEWEST = 3  # pictures after which time may end a run
@@ -117,7 +118,8 @@ def recommend(
         at_most: milliseconds of a picture; the best setting that takes no more is recommended.
         runtime: `torch`, or the engine that all settings are exported to, a name of
             `cadsurgery.support.defaults.ENGINES`.
-        precision: `float32`, `bfloat16` or `int8`, which the pictures calibrate.
+        precision: `float32`, `bfloat16`, or `int8`: in an engine, by default `onnx-kernels`, calibrated by the
+            pictures.
         size: (height, width) that pictures are resized to; default: the size of the first.
         limit: the first so many pictures only.
         minutes: for measuring; after them the run ends with the pictures it has done, three at least.
@@ -135,6 +137,7 @@ def recommend(
         FileError: no picture can be read with its labels, or the folder cannot be written.
         NotInstalled: the runtime is not installed.
     """
+    runtime = engine_for(runtime, precision)
     _check_options(keep, at_most, runtime, precision, minutes, limit)
     check_size(size)
     photos = _open(images, split)
@@ -153,7 +156,7 @@ def recommend(
         first,
         options,
         has_labels=pictures.data.is_labelled,
-        few=runtime != TORCH or precision == "int8",
+        few=runtime != TORCH,
     )
     calls = Calls(
         model,
@@ -162,13 +165,13 @@ def recommend(
         max((1, *(low for setting in candidates.settings for low in setting.pair or ()))),
         runtime,
         precision,
-        pictures.readable(_CALIBRATED_BY) if precision == "int8" else [],
+        pictures.readable(_CALIBRATED_BY) if precision == INT8 else [],
         folder,
     )
     identity = _identity_of(calls, candidates, source, data, labels)
-    run = _Run(candidates, calls, pictures, folder, identity, step)
+    run = _MeasuringRun(candidates, calls, pictures, folder, identity, step)
     run.measure_until_interrupted(minutes)
-    request = Request(keep if keep is not None or at_most is not None else 0.99, at_most)
+    request = Requirement(keep if keep is not None or at_most is not None else 0.99, at_most)
     name, typed_weights = _as_typed(network, source, weights)
     described = {"network": name, **provenance(network, source, torch.device("cpu"))}
     report = _report_on(
@@ -212,7 +215,7 @@ def _identity_of(
 
 
 def _report_on(
-    run: _Run, request: Request, weights: Mapping[str, str], described: Mapping[str, Any]
+    run: _MeasuringRun, request: Requirement, weights: Mapping[str, str], described: Mapping[str, Any]
 ) -> Recommendation:
     """Choose among the measured settings; `weights` are as the user gave them, `described` is the provenance."""
     calls, pictures, measure = run.calls, run.pictures, run.measured_by
@@ -450,7 +453,7 @@ def _look_into_labels(photos: SegmentationData, folder: Path) -> None:
 
 
 @dataclass
-class _Run:
+class _MeasuringRun:
     """A run, whose measurements are written to a file in its folder after each picture.
 
     By the name of a setting are its judgements, on the first pictures that could be read, its MACs on the first

@@ -9,10 +9,12 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from cadsurgery.network.adaptify import plan
-from cadsurgery.support.defaults import DEFAULT_MASK
+from cadsurgery.network.export import INT8
+from cadsurgery.support.defaults import DEFAULT_MASK, KERNELS
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.surgery.decide import FLOOR
 from cadsurgery.surgery.plan import Plan
+from cadsurgery.tasks.sides.engines import TORCH
 
 Pair = tuple[int, int]
 # Shares of the patches that `detail` keeps high; "none" is everything low, whose halo the fill still reads.
@@ -107,20 +109,26 @@ class Setting:
             f'--mask "{self.typed_mask}" --fill {self.fill}{f" --region {self.region}" if self.region else ""}'
         )
 
-    def lines(self, precision: str = "float32", options: Mapping[str, Any] = {}) -> list[str]:
-        """Return lines of Python that use this setting, for a network `model` and a batch of pictures `x`."""
+    def lines(
+        self, precision: str = "float32", options: Mapping[str, Any] = {}, runtime: str = TORCH
+    ) -> list[str]:
+        """Return lines of Python that use this setting, for a network `model` and a batch of pictures `x`: in an engine
+        up to the file that it runs, calibrated by `pictures` if it is in 8 bits."""
+        small = [
+            f"small = F.interpolate(x, scale_factor={self.scale:g}, mode='bilinear', antialias=True)"
+        ] * (self.scale != 1)
         lines = ["import torch.nn.functional as F"] if self.scale != 1 else []
         call = "model"
         if self.kind in ("dense", "adaptive"):
             given = {name: value for name, value in options.items() if name != "weights"}
             more = "".join(f", {name}={value!r}" for name, value in {**self.conversion, **given}.items())
-            copy = 'precision="int8", calibration=pictures' if precision == "int8" else ""
-            cast = ".bfloat16()" if precision == "bfloat16" else ""
             lines += [
                 "import cadsurgery as cs",
-                f'net = cs.adaptify(model, mask="{self.typed_mask}"{more})',
-                f"fast = net.eval(){cast}.optimize({copy})",
+                f'net = cs.adaptify(model, mask="{self.typed_mask}"{more}).eval()',
             ]
+            if runtime != TORCH:
+                return [*lines, *small, _exported("small" if small else "x", runtime, precision)]
+            lines.append(f"fast = net{'.bfloat16()' if precision == 'bfloat16' else ''}.optimize()")
             call = "fast"
         elif self.kind == "compiled":
             lines.append(
@@ -131,9 +139,17 @@ class Setting:
             return [*lines, f"y = {call}(x)"]
         return [
             *lines,
-            f"small = F.interpolate(x, scale_factor={self.scale:g}, mode='bilinear', antialias=True)",
+            *small,
             f"y = F.interpolate({call}(small), size=x.shape[2:], mode='bilinear')  # of a dictionary its entry \"out\"",
         ]
+
+
+def _exported(image: str, runtime: str, precision: str) -> str:
+    """Return the line that writes the file for an engine."""
+    options = [f'check_in="{runtime.removesuffix(KERNELS)}"']
+    options += ["with_kernels=True"] * runtime.endswith(KERNELS)
+    options += [f'precision="{precision}"', "calibration=pictures"] * (precision == INT8)
+    return f'cs.export(net, {image}, "net.onnx", {", ".join(options)})  # how to run it: docs/howto/deploy.md'
 
 
 def _typed(value: Any) -> str:
@@ -170,7 +186,7 @@ def find_candidates(
         image: (1, 3, H, W), normalised for the network.
         options: `region` and `output_stride` of `adaptify`, if the user gave them.
         has_labels: True if quality is measured against labels.
-        few: True to try few settings, because export or calibration of each takes long, and none by `torch.compile`.
+        few: True to try few settings, because the export of each takes long, and none by `torch.compile`.
     """
     asked = options.get("output_stride")
     region = options.get("region") or "auto"

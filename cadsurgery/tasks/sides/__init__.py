@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.tasks.side import Kind
+from cadsurgery.tasks.side import MethodSides
 from cadsurgery.tasks.sides import exits, gates, samples
 
 KINDS = (exits.KIND, gates.KIND, samples.KIND)
 
 
-def kind_of(net: object) -> Kind | None:
+def kind_of(net: object) -> MethodSides | None:
     """Return the kind of a network; None if none of `KINDS` matches."""
     return next((kind for kind in KINDS if isinstance(net, kind.network)), None)
 
 
-def need_kind(net: object) -> Kind:
+def need_kind(net: object) -> MethodSides:
     """Return the kind of a network made by a method.
 
     Raises:

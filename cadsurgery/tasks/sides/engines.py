@@ -17,12 +17,13 @@ from torch import Tensor
 
 from cadsurgery.masks import MaskProvider
 from cadsurgery.network.dense_twin import dense_twin
-from cadsurgery.network.export import export
+from cadsurgery.network.export import INT8, export
 from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.support.defaults import KERNELS
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.export import images_like
@@ -31,8 +32,8 @@ from cadsurgery.tasks.side import Side
 
 Call = Callable[[Tensor], object]
 HIGH, LOW = "dense high", "dense low"
-INT8 = "int8"
 TORCH = "torch"  # the runtime that needs no files
+IN_8_BITS = f"onnx{KERNELS}"  # the engine in which 8 bits are measured if none is named
 # Engines in which the dense networks are timed too, by package; all files are first written in float32.
 RIVALS = {engine.package: engine for engine in ENGINES.values() if not engine.has_kernels}
 
@@ -53,38 +54,23 @@ class Runs(Protocol):
 
 @dataclass(frozen=True)
 class InTorch:
-    """Copies in torch. In int8, the dense networks are the same copy with one level everywhere.
+    """Copies in torch, in the precision of the network.
 
     Attributes:
-        net: the converted network, in its precision unless that is int8.
+        net: the converted network.
         image: example of the images.
-        dtype: precision of the copies.
-        calibration: images that int8 is calibrated by.
-        step: progress callback.
     """
 
     net: AdaptiveModel
     image: Tensor
-    dtype: str = "float32"
-    calibration: Sequence[Tensor] = ()
-    step: Step = silent
 
     @cached_property
     def fast(self) -> AdaptiveModel:
         """The copy that runs under masks."""
-        if self.dtype != INT8:
-            return self.net.optimize()
-        return self.net.optimize(precision=INT8, calibration=list(self.calibration), step=self.step)
-
-    @property
-    def quantisation(self) -> Any:
-        """Summary of the layers in int8; None for a copy in another precision."""
-        return self.fast.quantisation if self.dtype == INT8 else None
+        return self.net.optimize()
 
     def dense(self, name: str, image: Tensor | None = None) -> Call:
         """Return the call of a dense network, `HIGH` or `LOW`."""
-        if self.dtype == INT8:
-            return partial(self.fast, mask={HIGH: "all", LOW: "none"}[name])
         return dense_twin(self.net, level_of(self.net, name), self.image if image is None else image)
 
     def under(self, mask: MaskProvider) -> Call:
@@ -139,8 +125,10 @@ class InEngine:
         """Return the call of the network under a mask; the file contains the mask and its lattice."""
         path, step = self._begin(f"mask {mask.spec()}")
         self.net.mask = mask
-        batches = torch.cat(list(self.calibration)) if self.dtype == INT8 else None
-        export(self.net, self.image, path, int8=batches, step=step, **self.options)
+        options = dict(self.options)
+        if self.dtype == INT8:
+            options |= {"precision": INT8, "calibration": list(self.calibration)}
+        export(self.net, self.image, path, step=step, **options)
         return self.engine(path, self.threads)
 
 
@@ -176,17 +164,19 @@ def level_of(net: AdaptiveModel, name: str) -> int:
     return {HIGH: 0, LOW: net.geometry.max_level}[name]
 
 
+def engine_for(runtime: str, dtype: str) -> str:
+    """Return the runtime of a measurement: 8 bits are those of files, so torch stands for `IN_8_BITS` there."""
+    return IN_8_BITS if (runtime, dtype) == (TORCH, INT8) else runtime
+
+
 def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> Runs:
     """Return the maker of a network's calls, in torch or in the requested engine."""
-    if (runtime := setup.runtime) in ENGINES:
-        engine, options = ENGINES[runtime], options_for(runtime)
-        return InEngine(
-            net, image, engine, folder, setup.dtype, [image], setup.threads, options=options, step=step
-        )
-    pictures = image.split(1)
+    if (runtime := setup.runtime) == TORCH:
+        return InTorch(net, image)
+    shown, engine, options = [image], ENGINES[runtime], options_for(runtime)
     if setup.calibration:
-        pictures = images_like(image, pictures_for(net), Path(setup.calibration))
-    return InTorch(net, image, setup.dtype, pictures, step)
+        shown = images_like(image, pictures_for(net), Path(setup.calibration))
+    return InEngine(net, image, engine, folder, setup.dtype, shown, setup.threads, options=options, step=step)
 
 
 def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> list[Side]:

@@ -19,11 +19,11 @@ from cadsurgery.support.divergence import maps_of, relative_difference
 from cadsurgery.tasks.report import Row, accuracy_columns, time_columns
 from cadsurgery.tasks.side import (
     Comparison,
-    Conversion,
+    ConversionRequest,
     Counts,
     Figures,
-    Kind,
-    Request,
+    MethodConversion,
+    MethodSides,
     Side,
     Timed,
     once_per_batch,
@@ -124,7 +124,7 @@ def time(net: AnytimeModel, images: Tensor, fractions: Sequence[float]) -> Timed
 # -- converting ----------------------------------------------------------------------------------------
 
 
-def convert(request: Request) -> Conversion:
+def convert(request: ConversionRequest) -> MethodConversion:
     """Add exits. The last exit, with everything computed, is compared with the original network."""
     options = {name: value or None for name, value in request.options.items()}
     options["fill"] = options.pop("gaps", None)
@@ -135,7 +135,7 @@ def convert(request: Request) -> Conversion:
     timed = time(net, batch, ())
     verified = f"verified: the last exit is the original (relative error {error or 0:.1e})"
     untrained = "the heads of the other exits are new: train them with cadsurgery finetune --train exits"
-    return Conversion(
+    return MethodConversion(
         net,
         batch,
         [Side("original", before, dense_macs(before, batch)), *timed.sides],
@@ -160,6 +160,6 @@ def run(net: AnytimeModel, batch: Tensor, milliseconds: float) -> tuple[Tensor, 
     return prediction, {"exit": exit}
 
 
-KIND: Kind = Kind(
+KIND: MethodSides = MethodSides(
     AnytimeModel.method, AnytimeModel, "with exits", convert, compare, time, run, has_thresholds=True
 )

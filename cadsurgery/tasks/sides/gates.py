@@ -20,11 +20,11 @@ from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.tasks.report import Row, accuracy_columns, macs_columns, time_columns
 from cadsurgery.tasks.side import (
     Comparison,
-    Conversion,
+    ConversionRequest,
     Counts,
     Figures,
-    Kind,
-    Request,
+    MethodConversion,
+    MethodSides,
     Side,
     Timed,
     once_per_batch,
@@ -120,7 +120,7 @@ def time(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> Timed
 # -- converting ----------------------------------------------------------------------------------------
 
 
-def convert(request: Request) -> Conversion:
+def convert(request: ConversionRequest) -> MethodConversion:
     """Add gates. They start open, so the network computes the same as the original, bit for bit.
 
     The sides are the original network and the network with open gates, both also optimised, and the optimised copy
@@ -148,7 +148,9 @@ def convert(request: Request) -> Conversion:
     verified = Text("verified: with open gates it is the original, bit for bit", style="green")
     untrained = Text("gates start open: train them with cadsurgery finetune --train gates", style="yellow")
     more = {"is_verified": request.verify, "not_counted": counted.not_counted}
-    return Conversion(net, batch, sides, more, Text(str(net.plan)), [*[verified] * request.verify, untrained])
+    return MethodConversion(
+        net, batch, sides, more, Text(str(net.plan)), [*[verified] * request.verify, untrained]
+    )
 
 
 def _check_open(before: nn.Module, net: SampledModel, batch: Tensor) -> None:
@@ -170,4 +172,4 @@ def run(net: SampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dic
     return output, {"density": sum(densities) / len(densities)}
 
 
-KIND: Kind = Kind(SampledModel.method, SampledModel, "with gates", convert, compare, time, run)
+KIND: MethodSides = MethodSides(SampledModel.method, SampledModel, "with gates", convert, compare, time, run)

@@ -17,7 +17,16 @@ from cadsurgery.methods.resampling import ResampledModel, UniformSampler, resamp
 from cadsurgery.support.divergence import maps_of, relative_difference, resize
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.report import Row, accuracy_columns, macs_columns, percent, time_columns
-from cadsurgery.tasks.side import Comparison, Conversion, Counts, Figures, Kind, Request, Side, Timed
+from cadsurgery.tasks.side import (
+    Comparison,
+    ConversionRequest,
+    Counts,
+    Figures,
+    MethodConversion,
+    MethodSides,
+    Side,
+    Timed,
+)
 from cadsurgery.tasks.tables import Column
 
 WHOLE = "the whole image"
@@ -93,7 +102,7 @@ def time(net: ResampledModel, images: Tensor, fractions: Sequence[float]) -> Tim
 # -- converting ----------------------------------------------------------------------------------------
 
 
-def convert(request: Request) -> Conversion:
+def convert(request: ConversionRequest) -> MethodConversion:
     """Put a sampler before the network. Sampled uniformly at the image's size, it is compared with the original.
 
     Raises:
@@ -125,7 +134,7 @@ def convert(request: Request) -> Conversion:
         untrained = "the sampler is new: train it with cadsurgery finetune --objective locations"
         lines.append(Text(untrained, style="yellow"))
     more = {"error": error, "not_counted": counted.not_counted}
-    return Conversion(net, batch, sides, more, Text(str(net.plan)), lines)
+    return MethodConversion(net, batch, sides, more, Text(str(net.plan)), lines)
 
 
 def _options(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +156,6 @@ def run(net: ResampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, d
     return net(batch), {"sampled": "x".join(map(str, net.size))}
 
 
-KIND: Kind = Kind(
+KIND: MethodSides = MethodSides(
     ResampledModel.method, ResampledModel, "whose input is sampled", convert, compare, time, run
 )

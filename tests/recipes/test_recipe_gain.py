@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
-from cadsurgery.finetune import fit_gain, gain
-from cadsurgery.finetune.gain import GainFit
-from cadsurgery.masks import GainMask, OracleMask
 from cadsurgery.masks.context import first_passes
 from cadsurgery.support.divergence import divergence
+from recipes.voc_deeplab import fit_gain as fitting
+from recipes.voc_deeplab.fit_gain import GainFit, fit_gain
+from recipes.voc_deeplab.gain import GainMask, OracleMask
 
 PATCH = 4  # samples; an image of SIZE has 17 x 25
 
@@ -188,7 +188,7 @@ def test_what_it_expects_is_about_what_is_lost(fitted: tuple[cs.AdaptiveModel, G
 
 
 def test_the_network_stays_and_the_same_seed_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gain, "STEPS", 20)
+    monkeypatch.setattr(fitting, "STEPS", 20)
     net = converted("edges + gain:channels=16/16/8")
     before = copy.deepcopy(net.state_dict())
     photos = Photos(6)
@@ -210,18 +210,18 @@ def test_rare_classes_count_more_if_balanced() -> None:
     net = converted("gain").optimize()
     mask = net.mask
     assert isinstance(mask, GainMask)
-    seen = [gain._measure(net, mask, [images(1, *SIZE)]) for _ in range(2)]
-    for one, plain in zip(seen, gain._balance(seen, 0), strict=True):
+    seen = [fitting._measure(net, mask, [images(1, *SIZE)]) for _ in range(2)]
+    for one, plain in zip(seen, fitting._balance(seen, 0), strict=True):
         assert_same(one.by_class.sum(0)[None], one.losses, 1e-4)
         assert_same(plain.losses, one.losses, 1e-4)
     part = torch.rand(2, 1, 3, 4)
     two = [replace(seen[0], by_class=part, shares=torch.tensor([2 / 3, 1 / 3]))]
-    (balanced,) = gain._balance(two, 1)
+    (balanced,) = fitting._balance(two, 1)
     assert_same(balanced.losses[0], 0.75 * part[0] + 1.5 * part[1], 0.03)
 
 
 def test_a_fit_stops_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gain, "STEPS", 5)
+    monkeypatch.setattr(fitting, "STEPS", 5)
     assert fit_gain(converted("gain:channels=4/4/4"), Photos(6), minutes=1e-9).images == 2
 
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from cadsurgery.data.samples import Samples, check_data
 from cadsurgery.finetune.balance import class_weights
 from cadsurgery.finetune.batches import ignore, inputs_of
-from cadsurgery.masks import DetailMask, FineMapSpec, GainMask
+from cadsurgery.masks import DetailMask, FineMapSpec
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.filters import mean_of_patches, resize
-from cadsurgery.masks.gain import OracleMask
 from cadsurgery.masks.options import SHARE, check_options
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.support.divergence import divergence, kind_of, maps_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
 from cadsurgery.tasks.report import Plain
+from recipes.voc_deeplab.gain import GainMask, OracleMask
 
 _MEASURING = 0.8  # largest share of the time for measuring; fitting takes seconds
 _HELD_OUT = 8  # every 8th image is held out

@@ -1,6 +1,6 @@
 """The benefit of masks, calibrated means and refinements fitted without labels: fidelity and accuracy against work.
 
-    python benchmarks/gain.py DATA --network voc [--low 16] [--seeds 0 1 2] [--budgets 0.1 0.2] [--output rows.json]
+    python recipes/voc_deeplab/without_labels.py DATA --network voc [--low 16] [--seeds 0 1 2] [--budgets 0.1 0.2]
 
 DATA holds the folders of recipes/voc_deeplab or recipes/camvid_mobilenetv2. Gain is fitted once per seed to images
 without labels (`unlabelled`, or the training split) and compared on the test split, or on `--split val`: divergence
@@ -25,18 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import cadsurgery as cs  # noqa: E402
 from cadsurgery.data.images import normalise  # noqa: E402
 from cadsurgery.data.networks import source_of  # noqa: E402
-from cadsurgery.finetune import calibrate_means, fit_gain, fit_refinement  # noqa: E402
+from cadsurgery.finetune import calibrate_means, fit_refinement  # noqa: E402
 from cadsurgery.masks import Budget, resolve_mask  # noqa: E402
 from cadsurgery.support.divergence import divergence  # noqa: E402
 from cadsurgery.tasks.sides.masks import Masked  # noqa: E402
 from recipes.camvid_mobilenetv2 import network as camvid  # noqa: E402
 from recipes.voc_deeplab import network as voc  # noqa: E402
+from recipes.voc_deeplab.fit_gain import fit_gain  # noqa: E402
 
 Shown = tuple[
     Tensor, Tensor, Callable[[Tensor], Tensor]

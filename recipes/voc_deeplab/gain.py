@@ -1,6 +1,7 @@
 """Masks that keep high the patches where downsampling would change the network's output most.
 
-`oracle` measures the change by running the network at every level; `gain` predicts it with a small network.
+`oracle` measures the change by running the network at every level; `gain` predicts it with a small network. Both have
+their names where this file is imported: `cs.adaptify(model, "gain | budget:fraction=0.1")`.
 """
 
 from __future__ import annotations
@@ -95,9 +96,9 @@ class OracleMask(LossMask):
         return mean_of_patches(torch.stack(maps, 1), grid.patch)
 
 
-@mask_provider("gain", source="ours; measured in recipes/voc_deeplab and recipes/camvid_mobilenetv2")
+@mask_provider("gain", source="ours; recipes/voc_deeplab")
 class GainMask(EstimatedMask, LossMask):
-    """Keep high where a small network, fitted to unlabelled images (`cadsurgery.finetune.fit_gain`), predicts that the
+    """Keep high where a small network, fitted to unlabelled images (`fit_gain`), predicts that the
     output changes most.
 
     Its inputs, per patch and channel of the entering features, are the mean and the error of linear interpolation from

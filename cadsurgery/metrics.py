@@ -1,3 +1,0 @@
-"""Figures of segmentation: the public names of `cadsurgery.tasks.segmentation.metrics`."""
-
-from cadsurgery.tasks.segmentation.metrics import *  # noqa: F403
