@@ -21,7 +21,7 @@ from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import operation_of
-from cadsurgery.network.idioms import Affine, Step, affine_of, name_activations, step_of
+from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_activations, step_of
 from cadsurgery.support import torch_operations
 from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user, torch_target
 from cadsurgery.surgery.guards import drop_dead_code
@@ -457,7 +457,7 @@ def _find_numbers(graph: fx.Graph) -> set[fx.Node]:
     return downstream(graph.nodes, asks, only=True)
 
 
-def _other_operand(step: Step, value: fx.Node) -> fx.Node | None:
+def _other_operand(step: AppliedOperation, value: fx.Node) -> fx.Node | None:
     """Return the second operand of a binary operation (elements or a map); None if the operation overwrites it."""
     if (
         len(step.operands) != 2
@@ -499,7 +499,7 @@ def leaves_values(module: nn.Module | None) -> bool:
     return any(operation is not None and operation.keeps_values for operation in alike)
 
 
-def activation_of(step: Step, module: nn.Module | None) -> Activation | None:
+def activation_of(step: AppliedOperation, module: nn.Module | None) -> Activation | None:
     """Return the activation that an operation applies to its only operand, or None."""
     options = vars(module) if module is not None else step.options
     stated = {"inplace", "approximate", "negative_slope", "min_val", "max_val"}

@@ -40,7 +40,7 @@ class Affine(NamedTuple):
         return Affine(self.factor * later.factor, shift, later.axis if self.axis is None else self.axis)
 
 
-class Step(NamedTuple):
+class AppliedOperation(NamedTuple):
     """How a value, elements or a dense map, is computed.
 
     Attributes:
@@ -60,16 +60,16 @@ class Step(NamedTuple):
         return operation_of(self.target) if is_plain else None
 
 
-def step_of(value: fx.Node) -> Step:
+def step_of(value: fx.Node) -> AppliedOperation:
     """Return how a value is computed."""
     target = torch_target(value) if value.op != "call_module" else None
     if not isinstance(value.target, OnRows):
-        return Step(target, value.args, value.kwargs)
+        return AppliedOperation(target, value.args, value.kwargs)
     options = {name: part for name, part in value.kwargs.items() if name != "stage"}
-    return Step(target, value.args[target is None :], options)
+    return AppliedOperation(target, value.args[target is None :], options)
 
 
-def affine_of(step: Step, constants: Constants) -> tuple[Affine, fx.Node] | None:
+def affine_of(step: AppliedOperation, constants: Constants) -> tuple[Affine, fx.Node] | None:
     """Return factor and shift if an operation multiplies a value by constants or adds them, and that value."""
     stated = step.named
     if stated is None:
@@ -170,7 +170,7 @@ def _without_factors(value: fx.Node) -> tuple[float, fx.Node]:
     return factor, value
 
 
-def _factor(step: Step) -> float | None:
+def _factor(step: AppliedOperation) -> float | None:
     """Return the number by which an operation multiplies its only value; None for any other operation."""
     stated = step.named
     if stated is None:

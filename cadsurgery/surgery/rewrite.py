@@ -417,7 +417,7 @@ def unchanged_graph(facts: Facts, plan: Plan) -> fx.Graph:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _NodePlace:
     """A reference to a node by its place in the order of execution."""
 
     place: int
@@ -425,7 +425,7 @@ class _Place:
 
 def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """Convert a graph to a flat list that can be pickled at any length; each pickled node would nest a level deeper."""
-    places: dict[Any, Any] = {node: _Place(place) for place, node in enumerate(graph.nodes)}
+    places: dict[Any, Any] = {node: _NodePlace(place) for place, node in enumerate(graph.nodes)}
 
     def by_place(part: Any) -> Any:
         return map_aggregate(
@@ -447,7 +447,7 @@ def unpack_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
     nodes: list[fx.Node] = []
     for op, target, name, args, kwargs, meta in rows:
         args, kwargs = (
-            map_aggregate(part, lambda value: nodes[value.place] if isinstance(value, _Place) else value)
+            map_aggregate(part, lambda value: nodes[value.place] if isinstance(value, _NodePlace) else value)
             for part in (args, kwargs)
         )
         nodes.append(graph.create_node(op, target, args, kwargs, name))
