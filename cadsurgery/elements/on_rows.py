@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,10 +49,11 @@ class OnRows:
 
     def __call__(self, *args: Any, stage: int | Lattice | None = None, **options: Any) -> Elements:
         """Compute elements on the given lattice, or of the given stage."""
-        values = list({id(value): value for value in _elements_in((args, options))}.values())
-        lattice = values[0].lattice if stage is None else common_lattice(stage, *values, joint=self.joint)
+        values = _elements_in((*args, *options.values()))
+        lattice = next(values).lattice if stage is None else common_lattice(stage, *values, joint=self.joint)
         first, *others = (self._read(part, lattice) for part in args)
-        options = {name: self._read(part, lattice) for name, part in options.items()}
+        if options:
+            options = {name: self._read(part, lattice) for name, part in options.items()}
         call = getattr(first, self.operation) if isinstance(self.operation, str) else self.operation
         if call is None:
             return Elements(first(*others, **options), lattice)
@@ -70,9 +71,9 @@ class OnRows:
         return value
 
 
-def _elements_in(part: Any) -> Iterator[Elements]:
-    if isinstance(part, Elements):
-        yield part
-    elif isinstance(part, (tuple, list, dict)):
-        for one in part.values() if isinstance(part, dict) else part:
-            yield from _elements_in(one)
+def _elements_in(parts: Iterable[Any]) -> Iterator[Elements]:
+    for part in parts:
+        if isinstance(part, Elements):
+            yield part
+        elif isinstance(part, (tuple, list)):
+            yield from _elements_in(part)
