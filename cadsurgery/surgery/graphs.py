@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.torch_operations import name_of
 
@@ -68,6 +69,17 @@ def gives(node: Any, kind: str) -> bool:
     """True if a node is an operation on elements with results of a kind, see `Operation.gives`."""
     operation = operation_of(node.target) if isinstance(node, fx.Node) else None
     return operation is not None and operation.gives == kind
+
+
+def called_modules(graph: fx.Graph) -> set[str]:
+    """Return the names of the modules that a graph calls on maps or rows."""
+    held = (node.args[0].target for node in graph.nodes if torch_target(node) is None)
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"} | set(map(str, held))
+
+
+def torch_target(node: fx.Node) -> Any:
+    """Return what a node calls: for an operation on rows, the operation."""
+    return node.target.operation if isinstance(node.target, OnRows) else node.target
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
