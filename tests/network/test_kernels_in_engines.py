@@ -3,6 +3,7 @@ is refused by name, and without their library the file is."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,8 +18,10 @@ from networks import made_once, randomise, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.elements.backends.operators import KERNELS
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.kernels import build
 from cadsurgery.kernels.build import find_compiler_of_cpp
 from cadsurgery.kernels.isa import here
 from cadsurgery.kernels.load import forget
@@ -27,7 +30,7 @@ from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engines import ENGINES, OnnxRuntime
 from cadsurgery.network.export.in_bytes import round_weights, write_bytes
-from cadsurgery.network.export.kernels import DOMAIN, declare_kernels
+from cadsurgery.network.export.kernels import DOMAIN, IN_8_BITS, RESIZES, declare_kernels
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 
 onnx = pytest.importorskip("onnx")
@@ -811,6 +814,16 @@ def test_without_the_library_a_file_with_kernels_is_refused_in_words(engine: str
     ) as refusal:
         ENGINES[engine](path)
     assert "export the network without kernels" in refusal.value.next
+
+
+def test_the_table_of_operations_names_what_engines_register() -> None:
+    """Each operation of the table, those that take rows in 8 bits as well, and resizes: no name more, none less."""
+    text = (build.SOURCES / "convolve.h").read_text().partition("#define OPERATIONS(")[2]
+    registered = re.findall(r"^ +[A-Z_]+\((\w+),", text, re.MULTILINE)
+    named = [(one, [one.names] if isinstance(one.names, str) else [*one.names.values()]) for one in KERNELS]
+    every = [name for _, names in named for name in names]
+    in_8_bits = [name + IN_8_BITS for one, names in named if "table" in one.kinds for name in names]
+    assert len(every) >= 8 and sorted(registered) == sorted([*every, *in_8_bits, *RESIZES.values()])
 
 
 def test_refusals_name_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,12 +61,14 @@ const char *cadsurgery_pick(int in_8_bits, const tensor *in, void *out, share_in
  * height and width. As F.interpolate in torch: aligned with align_corners=True. */
 enum { MAPS, SIZES, INPUTS_OF_MAPS };
 const char *cadsurgery_size_of_resized(const tensor *in, int64_t *size);
-const char *cadsurgery_resize(int is_aligned, const tensor *in, void *out, share_in_engine *way);
+typedef const char *find_size(const tensor *in, int64_t *size);
+typedef const char *of_maps(const tensor *in, void *out, share_in_engine *way);
+of_maps cadsurgery_resize, cadsurgery_resize_aligned;
 
 /* Compute the squared error of bilinear interpolation of maps from every second sample, summed over channels: (B, H, W), which
  * are the sizes. Their samples are rows (B H W, C). Beyond the last sample that is taken, interpolation repeats it. */
 const char *cadsurgery_size_of_error(const tensor *in, int64_t *size);
-const char *cadsurgery_find_error(const tensor *in, void *out, share_in_engine *way);
+of_maps cadsurgery_find_error;
 
 /* What is found by operations that do not know the sizes of their results beforehand: numbers of 4 bytes, in one piece of
  * memory that the caller frees. */
@@ -88,6 +90,27 @@ find cadsurgery_find_cells;
  * (n, V * H), and the sources and shares (M, 4) of its halo; of near taps, which read the cell that they lie in, the table. */
 enum { ANCHORS = INPUTS_OF_CELLS, INDEX, TARGETS, SIZE, DOWN, ACROSS, INPUTS_OF_TAPS };
 find cadsurgery_read_taps, cadsurgery_read_near_taps;
+
+/* All operations, by their names in files: those of elements/backends/operators.py, of which some have a form in 8 bits, and
+ * resizes. onnxruntime.c and openvino.cpp make of each line what their engines ask for.
+ *
+ * CONVOLVE and PICK: name, and whether in 8 bits. OF_MAPS: name, dimensions of the result, and the functions that set its size and
+ * compute it. FIND: name, numbers of inputs and results, function. */
+#define OPERATIONS(CONVOLVE, PICK, OF_MAPS, FIND)                                                   \
+    CONVOLVE(Convolve, 0)                                                                           \
+    CONVOLVE(ConvolveDepthwise, 0)                                                                  \
+    CONVOLVE(ConvolveGroups, 0)                                                                     \
+    CONVOLVE(ConvolveIn8Bits, 1)                                                                    \
+    CONVOLVE(ConvolveDepthwiseIn8Bits, 1)                                                           \
+    CONVOLVE(ConvolveGroupsIn8Bits, 1)                                                              \
+    PICK(Pick, 0)                                                                                   \
+    PICK(PickIn8Bits, 1)                                                                            \
+    OF_MAPS(ResizeLinear, 4, cadsurgery_size_of_resized, cadsurgery_resize)                         \
+    OF_MAPS(ResizeLinearAligned, 4, cadsurgery_size_of_resized, cadsurgery_resize_aligned)          \
+    OF_MAPS(InterpolationError, 3, cadsurgery_size_of_error, cadsurgery_find_error)                 \
+    FIND(FindCells, INPUTS_OF_CELLS, 2, cadsurgery_find_cells)                                      \
+    FIND(ReadTaps, INPUTS_OF_TAPS, 3, cadsurgery_read_taps)                                         \
+    FIND(ReadNearTaps, INPUTS_OF_TAPS, 1, cadsurgery_read_near_taps)
 
 #ifdef __cplusplus
 }

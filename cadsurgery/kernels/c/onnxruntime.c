@@ -81,13 +81,15 @@ typedef struct operation {
     const int *types;     /* of the inputs; the first is that of the results, too */
     size_t inputs, outputs;
     find *find; /* what finds several results, or NULL */
-    enum { NO_RESIZE, BETWEEN_BORDERS, ALIGNED } resize;
+    size_t dimensions; /* of what is computed of maps, with what sets its size and computes it */
+    find_size *size;
+    of_maps *of_maps;
 } operation;
 
 static const int of_floats[] = {FLOAT, INT32, INT32, FLOAT, FLOAT, FLOAT, FLOAT};
 static const int of_bytes[] = {UINT8, INT32, INT32, FLOAT, INT8, FLOAT, UINT8, FLOAT};
 static const int of_found[] = {INT32, INT32, INT32, INT32, INT32, INT32, INT32, INT32};
-static const int of_maps[] = {FLOAT, INT32};
+static const int of_maps_and_sizes[] = {FLOAT, INT32};
 
 /* ---- Convolutions, picks, maps, cells and kernel maps. */
 
@@ -233,17 +235,17 @@ static status *compute_maps(void *one, context *within) {
     const kernel *k = one;
     const functions api = k->api;
     const sharing here = {api, within};
-    const int is_resize = k->operation->resize != NO_RESIZE;
+    const operation *const made_by = k->operation;
     tensor in[INPUTS_OF_MAPS];
     TRY(read_inputs(k, within, in));
     int64_t size[4];
     value *made;
     void *out;
-    TRY(fail(api, is_resize ? cadsurgery_size_of_resized(in, size) : cadsurgery_size_of_error(in, size)));
-    TRY(OUTPUT_OF(within, 0, size, is_resize ? 4 : 3, &made));
+    TRY(fail(api, made_by->size(in, size)));
+    TRY(OUTPUT_OF(within, 0, size, made_by->dimensions, &made));
     TRY(DATA_OF(made, &out));
     ours = &here;
-    return fail(api, is_resize ? cadsurgery_resize(k->operation->resize == ALIGNED, in, out, share_in_call) : cadsurgery_find_error(in, out, share_in_call));
+    return fail(api, made_by->of_maps(in, out, share_in_call));
 }
 
 /* Find results whose sizes are not known before, and copy them. */
@@ -282,30 +284,18 @@ static size_t output_count(const operation *self) { return self->outputs; }
 static int required(const operation *self, size_t place) { return (void)self, (void)place, 0; }
 static int one(const operation *self) { return (void)self, 1; }
 
-#define OPERATION(name, types, inputs, outputs, create, compute, find, resize)                                                 \
+#define OPERATION(name, types, inputs, outputs, create, compute, ...)                                                         \
     {VERSION_OF_OPERATION, 0, name_of, any_provider, type_of, input_count, result_type, output_count, 0, destroy,              \
-     required, required, required, one, one, one, one, create, compute, name, types, inputs, outputs, find, resize}
-#define CONVOLUTION(name) OPERATION(name, of_floats, INPUTS, 1, create_convolution, compute, 0, 0)
-#define IN_8_BITS(name) OPERATION(name "In8Bits", of_bytes, INPUTS_IN_8_BITS, 1, create_convolution, compute, 0, 0)
-#define PICK(name, types) OPERATION(name, types, INPUTS_OF_PICK, 1, create_other, compute, 0, 0)
-#define OF_MAPS(name, resize) OPERATION(name, of_maps, INPUTS_OF_MAPS, 1, create_other, compute_maps, 0, resize)
-#define FIND(name, inputs, outputs, find) OPERATION(name, of_found, inputs, outputs, create_other, compute_found, find, 0)
+     required, required, required, one, one, one, one, create, compute, #name, types, inputs, outputs, __VA_ARGS__},
+#define CONVOLVE(name, bytes) \
+    OPERATION(name, bytes ? of_bytes : of_floats, bytes ? INPUTS_IN_8_BITS : INPUTS, 1, create_convolution, compute, 0, 0, 0, 0)
+#define PICK(name, bytes) OPERATION(name, bytes ? of_bytes : of_floats, INPUTS_OF_PICK, 1, create_other, compute, 0, 0, 0, 0)
+#define OF_MAPS(name, dimensions, size, function) \
+    OPERATION(name, of_maps_and_sizes, INPUTS_OF_MAPS, 1, create_other, compute_maps, 0, dimensions, size, function)
+#define FIND(name, inputs, outputs, function) \
+    OPERATION(name, of_found, inputs, outputs, create_other, compute_found, function, 0, 0, 0)
 
-static const operation operations[] = {
-    CONVOLUTION("Convolve"),
-    CONVOLUTION("ConvolveDepthwise"),
-    CONVOLUTION("ConvolveGroups"),
-    IN_8_BITS("Convolve"),
-    IN_8_BITS("ConvolveDepthwise"),
-    IN_8_BITS("ConvolveGroups"),
-    PICK("Pick", of_floats),
-    PICK("PickIn8Bits", of_bytes),
-    OF_MAPS("ResizeLinear", BETWEEN_BORDERS),
-    OF_MAPS("ResizeLinearAligned", ALIGNED),
-    OF_MAPS("InterpolationError", NO_RESIZE),
-    FIND("FindCells", INPUTS_OF_CELLS, 2, cadsurgery_find_cells),
-    FIND("ReadTaps", INPUTS_OF_TAPS, 3, cadsurgery_read_taps),
-    FIND("ReadNearTaps", INPUTS_OF_TAPS, 1, cadsurgery_read_near_taps)};
+static const operation operations[] = {OPERATIONS(CONVOLVE, PICK, OF_MAPS, FIND)};
 
 /* Add the operations to the options of a session; called by ONNX Runtime. */
 status *RegisterCustomOps(void *options, const interface *base) {

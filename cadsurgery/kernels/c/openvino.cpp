@@ -275,43 +275,28 @@ public:
     }
 };
 
-#define NAME(kind, text, bytes)                      \
-    struct kind {                                    \
-        static constexpr const char *type = text;    \
+#define BY_ROWS(name, bytes)                         \
+    struct name##Name {                              \
+        static constexpr const char *type = #name;   \
         static constexpr bool in_8_bits = bytes;     \
     };
-NAME(Plain, "Convolve", false)
-NAME(Depthwise, "ConvolveDepthwise", false)
-NAME(Groups, "ConvolveGroups", false)
-NAME(PlainIn8Bits, "ConvolveIn8Bits", true)
-NAME(DepthwiseIn8Bits, "ConvolveDepthwiseIn8Bits", true)
-NAME(GroupsIn8Bits, "ConvolveGroupsIn8Bits", true)
-NAME(OfFloats, "Pick", false)
-NAME(OfBytes, "PickIn8Bits", true)
-
-#define NAME_OF_MAPS(kind, text, number, size_function, ...)                                                \
-    struct kind {                                                                                           \
-        static constexpr const char *type = text;                                                           \
-        static constexpr size_t dimensions = number;                                                        \
-        static const char *size(const tensor *in, int64_t *to) { return size_function(in, to); }            \
-        static const char *compute(const tensor *in, void *out) { return __VA_ARGS__; }                     \
+#define BY_MAPS(name, number, size_function, function)                                                           \
+    struct name##Name {                                                                                          \
+        static constexpr const char *type = #name;                                                               \
+        static constexpr size_t dimensions = number;                                                             \
+        static const char *size(const tensor *in, int64_t *to) { return size_function(in, to); }                 \
+        static const char *compute(const tensor *in, void *out) { return function(in, out, share); }             \
     };
-NAME_OF_MAPS(BetweenBorders, "ResizeLinear", 4, cadsurgery_size_of_resized, cadsurgery_resize(false, in, out, share))
-NAME_OF_MAPS(BetweenCorners, "ResizeLinearAligned", 4, cadsurgery_size_of_resized, cadsurgery_resize(true, in, out, share))
-NAME_OF_MAPS(ByError, "InterpolationError", 3, cadsurgery_size_of_error, cadsurgery_find_error(in, out, share))
-
-#define NAME_OF_FOUND(kind, text, number, halo, function)                                          \
-    struct kind {                                                                                  \
-        static constexpr const char *type = text;                                                  \
+#define BY_FINDING(name, number, results, function)                                                \
+    struct name##Name {                                                                            \
+        static constexpr const char *type = #name;                                                 \
         static constexpr size_t inputs = number;                                                   \
-        static constexpr bool has_halo = halo;                                                     \
+        static constexpr bool has_halo = results == 3;                                             \
         static const char *find_results(const tensor *in, found *to, share_in_engine *way) {       \
             return function(in, to, way);                                                          \
         }                                                                                          \
     };
-NAME_OF_FOUND(Cells, "FindCells", INPUTS_OF_CELLS, false, cadsurgery_find_cells)
-NAME_OF_FOUND(Taps, "ReadTaps", INPUTS_OF_TAPS, true, cadsurgery_read_taps)
-NAME_OF_FOUND(NearTaps, "ReadNearTaps", INPUTS_OF_TAPS, false, cadsurgery_read_near_taps)
+OPERATIONS(BY_ROWS, BY_ROWS, BY_MAPS, BY_FINDING)
 
 ov::OutputVector inputs_of(const ov::frontend::NodeContext &node) {
     ov::OutputVector inputs;
@@ -347,20 +332,11 @@ void add(std::vector<ov::Extension::Ptr> &to) {
 
 std::vector<ov::Extension::Ptr> extensions() {
     std::vector<ov::Extension::Ptr> all;
-    add<Plain>(all);
-    add<Depthwise>(all);
-    add<Groups>(all);
-    add<PlainIn8Bits>(all);
-    add<DepthwiseIn8Bits>(all);
-    add<GroupsIn8Bits>(all);
-    add_plain<Pick<OfFloats>, OfFloats>(all);
-    add_plain<Pick<OfBytes>, OfBytes>(all);
-    add_plain<OfMaps<BetweenBorders>, BetweenBorders>(all);
-    add_plain<OfMaps<BetweenCorners>, BetweenCorners>(all);
-    add_plain<OfMaps<ByError>, ByError>(all);
-    add_plain<Find<Cells>, Cells>(all);
-    add_plain<Find<Taps>, Taps>(all);
-    add_plain<Find<NearTaps>, NearTaps>(all);
+#define ADD(name, ...) add<name##Name>(all);
+#define ADD_PICK(name, ...) add_plain<Pick<name##Name>, name##Name>(all);
+#define ADD_OF_MAPS(name, ...) add_plain<OfMaps<name##Name>, name##Name>(all);
+#define ADD_FIND(name, ...) add_plain<Find<name##Name>, name##Name>(all);
+    OPERATIONS(ADD, ADD_PICK, ADD_OF_MAPS, ADD_FIND)
     return all;
 }
 

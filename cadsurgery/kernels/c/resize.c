@@ -42,7 +42,7 @@ static void place(long from, int is_aligned, axis *to) {
     }
 }
 
-const char *cadsurgery_resize(int is_aligned, const tensor *in, void *out, share_in_engine *way) {
+static const char *resize_by(int is_aligned, const tensor *in, void *out, share_in_engine *way) {
     const int64_t *from = in[MAPS].size;
     const int32_t *to = in[SIZES].data;
     const form *by = 0;
@@ -68,6 +68,9 @@ const char *cadsurgery_resize(int is_aligned, const tensor *in, void *out, share
     free(memory);
     return 0;
 }
+
+const char *cadsurgery_resize(const tensor *in, void *out, share_in_engine *way) { return resize_by(0, in, out, way); }
+const char *cadsurgery_resize_aligned(const tensor *in, void *out, share_in_engine *way) { return resize_by(1, in, out, way); }
 
 const char *cadsurgery_size_of_error(const tensor *in, int64_t *size) {
     REFUSE_UNLESS(in[MAPS].rank == 2 && in[SIZES].rank == 1 && in[SIZES].size[0] == 3, "maps to interpolate are no rows");
