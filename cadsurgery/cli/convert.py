@@ -25,7 +25,7 @@ def check_converted(file: str) -> str:
 def convert(
     *,
     model: options.Model,
-    options: Annotated[ConvertOptions, options.OptionsFrom(ConvertOptions)],
+    options: ConvertOptions,
     as_json: options.Json = False,
 ) -> None:
     """Convert a network, verify it, report MACs and measured times, and write it to a file."""
@@ -36,7 +36,7 @@ def convert(
 def plan(
     *,
     model: options.Model,
-    options: Annotated[PlanOptions, options.OptionsFrom(PlanOptions)],
+    options: PlanOptions,
     as_json: options.Json = False,
 ) -> None:
     """Show what a conversion would do, with the reason for every node; or show the plan stored in a converted file."""
@@ -59,7 +59,7 @@ def mask_command(
             "image file; default: a generated street scene", is_needed=False, metavar="image", short=()
         ),
     ],
-    options: Annotated[MaskOptions, options.OptionsFrom(MaskOptions)],
+    options: MaskOptions,
     as_json: options.Json = False,
 ) -> None:
     """Draw a mask on an image: image, level map and lattice side by side; or several masks with quality and cost."""
@@ -77,7 +77,7 @@ def run(
             "of these: @FILE, or - for standard input; with --ray also Parquet"
         ),
     ],
-    options: Annotated[RunOptions, options.OptionsFrom(RunOptions)],
+    options: RunOptions,
     as_json: options.Json = False,
 ) -> None:
     """Run a converted file on images and clips: predictions, active fraction or exit, and the time of each.
@@ -92,7 +92,7 @@ def run(
 def macs(
     *,
     model: options.Model,
-    options: Annotated[MacsOptions, options.OptionsFrom(MacsOptions)],
+    options: MacsOptions,
     as_json: options.Json = False,
 ) -> None:
     """Count multiply-accumulates per layer: with the mask, as given, everything high or low; nothing is run.

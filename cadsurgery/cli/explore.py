@@ -20,7 +20,7 @@ _EXAMPLE = "lraspp_mobilenet_v3_large"  # a small network for segmentation
 def explore(
     *,
     model: Annotated[str, options.ArgumentOrOption(f"file or name of a network; default {_EXAMPLE}", False)],
-    options: Annotated[ExploreOptions, options.OptionsFrom(ExploreOptions)],
+    options: ExploreOptions,
 ) -> None:
     """Show on a local page what masks do to an image: maps, predictions, cost, and the code. Ctrl-C ends it."""
     # When the process is ended by a signal, it deletes uploaded images as after Ctrl-C.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
 from cadsurgery.cli import options, screen
@@ -17,7 +15,7 @@ commands = typer.Typer()
 def export(
     *,
     model: options.Network,
-    options: Annotated[ExportOptions, options.OptionsFrom(ExportOptions)],
+    options: ExportOptions,
     as_json: options.Json = False,
 ) -> None:
     """Write a network for use without this package: a torch.export program or an ONNX file.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
 from cadsurgery.cli import options
@@ -17,7 +15,7 @@ commands = typer.Typer()
 def finetune(
     *,
     model: options.Network,
-    options: Annotated[FinetuneOptions, options.OptionsFrom(FinetuneOptions)],
+    options: FinetuneOptions,
     as_json: options.Json = False,
 ) -> None:
     """Train a network on mixed resolution, and write it to OUTPUT/net.safetensors.

@@ -20,7 +20,7 @@ def list_command(
         str,
         typer.Argument(help='shell-style pattern, e.g. "*resnet*"'),
     ] = "*",
-    options: Annotated[ListOptions, options.OptionsFrom(ListOptions)],
+    options: ListOptions,
     as_json: options.Json = False,
 ) -> None:
     """List networks: whether each of them converts, with which output strides, what stays dense and why."""

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, cast, get_type_hints
@@ -90,7 +90,8 @@ _TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, st
 class OptionsFrom:
     """Marks a parameter of a command that stands for options: fields of a dataclass.
 
-    The parameter receives their values by name or, if it is annotated with the dataclass, an instance.
+    The parameter receives their values by name or, if it is annotated with the dataclass, an instance. A parameter
+    annotated with the dataclass alone needs no mark.
 
     Attributes:
         kind: the dataclass; its fields are declared with `cadsurgery.tasks.options.option`, or with `part` for several
@@ -145,7 +146,8 @@ class OptionsFrom:
     def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
         """Replace the values of the fields among all arguments by that of the parameter, annotated with `hint`."""
         values = self._pop(arguments)
-        value = self.kind(**values) if hint.__origin__ is self.kind else values
+        is_whole = self.kind in (hint, getattr(hint, "__origin__", None))
+        value = self.kind(**values) if is_whole else values
         arguments |= values if self.apart else {name: value}
 
     def _pop(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -240,13 +242,15 @@ Model = Annotated[str, ArgumentOrOption()]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Convert a function of keyword arguments for typer: `OptionsFrom` parameters become options."""
+    """Convert a function of keyword arguments for typer: dataclasses and `OptionsFrom` parameters become options."""
     hints = get_type_hints(function, include_extras=True)
     marks: dict[str, OptionsFrom | ArgumentOrOption] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
         annotations = getattr(hints[name], "__metadata__", ())
         mark = next((mark for mark in annotations if isinstance(mark, (OptionsFrom, ArgumentOrOption))), None)
+        if is_dataclass(hints[name]):
+            mark = OptionsFrom(hints[name])
         if mark is None:
             parameters.append(parameter.replace(annotation=hints[name]))
         else:

@@ -184,12 +184,12 @@ class Greeting:
 def greet(
     *,
     name: Annotated[str, typer.Argument(help="of whom")],
-    greeting: Annotated[dict[str, Any], options.OptionsFrom(Greeting)],
+    greeting: Greeting,
     given: Annotated[dict[str, Any], options.OptionsFrom(options.Conversion, ("fill", "region"), given=True)],
     as_json: options.Json = False,
 ) -> None:
     """Say something."""
-    screen.show({"name": name, **vars(Greeting(**greeting)), "given": given}, name, as_json)
+    screen.show({"name": name, **vars(greeting), "given": given}, name, as_json)
 '''
 
 
