@@ -245,7 +245,7 @@ def small_map(
 
 
 @operation(reads="nothing", gives="other")
-def one_sample(values: Tensor, lattice: Lattice, spacing: int, name: str) -> Tensor:
+def one_sample(values: Tensor, like: Elements, spacing: int, name: str) -> Tensor:
     """Return one sample of a tensor that holds the same number everywhere, which the operation `name` joins with maps.
 
     Raises:
@@ -253,11 +253,10 @@ def one_sample(values: Tensor, lattice: Lattice, spacing: int, name: str) -> Ten
     """
     size = values.shape[-2:]
     if not all(is_statically_true(length == 1) for length in size):
-        check_samples(lattice.samples(spacing), size, name)
+        check_samples(like.lattice.samples(spacing), size, name)
     return values[..., :1, :1]
 
 
-@operation(reads="element", gives="other")
 def rows_on(value: Elements | Tensor | SmallMap, lattice: Lattice, layout: str = NCHW) -> Tensor:
     """Return the rows (N, *channel axes) of a value on a lattice of the same or a later stage.
 
@@ -297,7 +296,6 @@ def own_image(every: Tensor, lattice: Lattice) -> Tensor:
     return every[image, torch.arange(lattice.count, device=image.device)]
 
 
-@operation(reads="nothing", gives="other")
 def common_lattice(stage: int | Lattice, *values: Elements, joint: tuple[int, str] | None = None) -> Lattice:
     """Return the lattice for the operands of an addition or concatenation: the given one, or the smallest fine size.
 

@@ -104,7 +104,18 @@ def check_code(code: int, kernel: str = "") -> None:
 
 
 def bytes_held(*buffers: torch.Tensor | None) -> ctypes.Array[ctypes.c_long]:
-    """Return for C how many bytes each buffer holds; 0 for none."""
+    """Return for C how many bytes each buffer holds; 0 for none.
+
+    Raises:
+        CadError: a buffer is not in main memory, which is all that C reads.
+    """
+    for buffer in buffers:
+        if buffer is not None and buffer.device.type != "cpu":
+            raise CadError(
+                f"a compiled kernel was given a tensor on {buffer.device}.",
+                why="it reads main memory alone.",
+                next="report it, with the code that called the network; CADSURGERY_NATIVE=0 does without kernels.",
+            )
     sizes = [0 if buffer is None else buffer.numel() * buffer.element_size() for buffer in buffers]
     return (ctypes.c_long * len(sizes))(*sizes)
 

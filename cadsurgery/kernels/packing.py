@@ -38,7 +38,7 @@ def pack(form: str, weight: Tensor, groups: int, *constants: Tensor | None) -> t
         constants: as many as the form has, (O,) each, in the type of its sums; None for zeros.
     """
     first, size = _pack(form, weight, groups, constants, None)
-    memory = torch.zeros(size, dtype=torch.uint8)
+    memory = torch.zeros(size, dtype=torch.uint8, device="cpu")
     _pack(form, weight, groups, constants, memory)
     return memory[:first], *memory[first:].chunk(len(constants))
 

@@ -32,6 +32,7 @@ from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order
+from cadsurgery.surgery.graphs import torch_target
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import PlannedWork
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
@@ -435,6 +436,7 @@ class Counter(GraphInterpreter):
         self.rows = 0  # rows computed by operations with windows
         # Per layer and lattice: MACs per element; total MACs of dense calls under None.
         self.work: dict[str, dict[Place, int]] = defaultdict(lambda: defaultdict(int))
+        self._of_rows: dict[fx.Node, Lattice] = {}
 
     def count(self, masking: Any, arguments: dict[str, Any]) -> Lattice:
         """Count a whole run on the arguments of a call by name, and return its lattice."""
@@ -448,17 +450,34 @@ class Counter(GraphInterpreter):
         value = super().run_node(n)
         if n.op in ("call_function", "call_method"):
             value = to_meta(value)  # also tensors that the network creates, e.g. by torch.zeros
+        lattice = self._lattice_of(n, value)
         origin, path = n.meta.get(WORK, ("", ""))
         if origin and path.startswith(self.prefix):
             executed = self.counter.macs - before
             count = self._published(n, value) if self.published else self._executed(n, value, executed)
             place, number = None, 1
-            if isinstance(value, Elements):
-                place, number = (value.lattice.stage, value.lattice.size), max(value.lattice.count, 1)
-                self.rows += value.lattice.count if "window" in n.kwargs else 0
+            if lattice is not None:
+                place, number = (lattice.stage, lattice.size), max(lattice.count, 1)
+                self.rows += lattice.count if "window" in n.kwargs else 0
             self.counts[origin] += count
             self.work[origin][place] += count // number
         return value
+
+    def _lattice_of(self, n: fx.Node, value: Any) -> Lattice | None:
+        """Return the lattice of elements, or of their rows on the way through modules; None for any other value."""
+        if isinstance(value, Elements):
+            return value.lattice
+        lattice: Lattice | None = next(
+            (self._of_rows[read] for read in n.all_input_nodes if read in self._of_rows), None
+        )
+        if n.target is functional.rows_on:
+            lattice = self.fetch_args_kwargs_from_env(n)[0][1]
+        elif n.target is getattr and n.args[1] == "rows":
+            lattice = self.fetch_args_kwargs_from_env(n)[0][0].lattice
+        if lattice is None or not isinstance(value, Tensor) or value.shape[:1] != (lattice.count,):
+            return None
+        self._of_rows[n] = lattice
+        return lattice
 
     def _executed(self, n: fx.Node, value: Any, executed: int) -> int:
         operation = operation_of(n.target)
@@ -477,14 +496,14 @@ class Counter(GraphInterpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is functional.conv2d:
             return _published_conv2d(value, *args, **kwargs)
-        size = value.rows.numel() if isinstance(value, Elements) else getattr(value, "numel", lambda: 0)()
+        size = getattr(getattr(value, "rows", value), "numel", lambda: 0)()  # of one map, not of several
         if n.target is functional.batch_norm:
             return 2 * size
         if n.target is functional.max_pool2d:
             return int(args[0].rows.numel())
-        if n.op != "call_module":
+        if n.op != "call_module" and torch_target(n) is not None:
             return 0
-        module = self.fetch_attr(str(n.target))
+        module = args[0] if torch_target(n) is None else self.fetch_attr(str(n.target))
         return published_macs(module, args[0].numel() if isinstance(module, nn.MaxPool2d) else 0, size)
 
 

@@ -295,7 +295,7 @@ def _set_types(kernel: Any, arguments: tuple[Any, ...]) -> None:
 
 @lru_cache(maxsize=64)
 def _row_outside(channels: int, dtype: torch.dtype, outside: float) -> Tensor:
-    return torch.full((channels,), outside, dtype=dtype)
+    return torch.full((channels,), outside, dtype=dtype, device="cpu")
 
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:

@@ -21,7 +21,14 @@ from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sampl
 from cadsurgery.data.datasets import identity_table, number_classes
 from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
-from cadsurgery.data.sources import KINDS, class_names, ignored_labels, warn_of_two_values
+from cadsurgery.data.sources import (
+    KINDS,
+    class_names,
+    ignored_labels,
+    labels_of,
+    split_place,
+    warn_of_two_values,
+)
 from cadsurgery.kernels import isa
 from cadsurgery.masks.unit import read_normalisation
 from cadsurgery.methods.storage import SiblingModel
@@ -392,7 +399,7 @@ def _with_labels(data: SegmentationData, spec: str | Path, outputs: int) -> Segm
             f"labels {spec} have {len(classes)} classes and the network has {outputs} outputs.",
             next=f"give classes={outputs}, or none.",
         )
-    paths = [_labels_of(name, folder) for name in data.names]
+    paths = [labels_of(name, folder) for name in data.names]
 
     def read(position: int) -> tuple[Any, Any]:
         return data.read(position)[0], read_labels(paths[position]).numpy()
@@ -423,12 +430,8 @@ def _split_labels(spec: str | Path) -> tuple[Path, dict[str, str]]:
         InvalidInput: an option has another form.
     """
     text = str(spec)
-    place, _, rest = ("", "", "") if files.exists(text) else text.removeprefix("folder:").partition(",")
+    place, rest = ("", "") if files.exists(text) else split_place(text.removeprefix("folder:"))
     return Path(place or text), split_options(rest, dict.fromkeys(("classes", "ignore")), "labels")
-
-
-def _labels_of(name: str, folder: Path) -> Path:
-    return folder / f"{Path(name).stem}.png"
 
 
 def _look_into_labels(photos: SegmentationData, folder: Path) -> None:
@@ -440,7 +443,7 @@ def _look_into_labels(photos: SegmentationData, folder: Path) -> None:
     check_kind(folder, FOLDER)
     if not files.is_folder(folder):
         raise files.absent(folder, "folder")
-    labels = {_labels_of(name, folder) for name in photos.names}
+    labels = {labels_of(name, folder) for name in photos.names}
     remedy = (
         "--images folder:PATH,classes=2,values=0/255 reads 255 as class 1, with the photos in PATH/images and the "
         "labels in PATH/labels"
