@@ -6,7 +6,6 @@ In graphs for engines that load this package's kernels they are operations of th
 
 from __future__ import annotations
 
-import ctypes
 from functools import partial
 
 import torch
@@ -14,21 +13,9 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.elements.sizes import as_numbers
-from cadsurgery.kernels.load import bytes_held, check_code, function, is_observed
+from cadsurgery.kernels.load import call, function, is_observed
 
 _HERE = torch.device("cpu")  # whatever the default device is
-
-
-class _MapForC(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("index", "anchors", "levels", "sides")),
-        *((name, ctypes.c_void_p) for name in ("targets", "down", "across")),
-        *((name, ctypes.c_void_p) for name in ("table", "rank", "lines", "sources", "mix")),
-        *((name, ctypes.c_long) for name in ("pixels", "count", "n", "height", "width")),
-        *((name, ctypes.c_long) for name in ("target_height", "target_width", "vertical", "horizontal")),
-        ("has_halo", ctypes.c_long),
-        ("held", ctypes.c_void_p),
-    )
 
 
 def supports(levels: Tensor) -> bool:
@@ -54,11 +41,7 @@ def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, 
     counts = torch.empty(levels.shape[0], dtype=torch.int64, device=_HERE)
     find = function("find_cells")
     assert find is not None
-    buffers = (levels, side_of, anchors, index, counts)
-    pointers = map(ctypes.c_void_p, map(Tensor.data_ptr, buffers))
-    held = bytes_held(*buffers)
-    count = find(next(pointers), next(pointers), *map(ctypes.c_long, levels.shape), *pointers, held)
-    check_code(max(-count, 0), "find_cells")
+    count = call(find, (levels, side_of, anchors, index, counts, *levels.shape))
     return anchors[:count].clone(), index, counts
 
 
@@ -100,11 +83,7 @@ def shift_taps(
     shift = function("shift_taps")
     assert shift is not None
     index = index.contiguous() if index is not None else None
-    rows, held = index.data_ptr() if index is not None else None, bytes_held(index, *tensors)
-    halo = shift(
-        ctypes.byref(_MapForC(rows, *map(Tensor.data_ptr, tensors), *numbers, ctypes.addressof(held)))
-    )
-    check_code(max(-halo, 0), "shift_taps")
+    halo = call(shift, (index, *tensors, *numbers))
     return table, sources[:halo], mix[:halo]
 
 
